@@ -1,0 +1,575 @@
+"""The job's schema: frozen dataclasses with no defaults, `problems()`, and a JSON round trip. Standard library only.
+
+A config file is Python that builds one module-level `config = Config(...)`. No field here has a default, so the
+file shows exactly what ran. `Config.problems()` lists every reason it cannot run, each naming the field's path, the
+value and what is allowed. Where a number may be switched off, -1 says so, and the field's comment says what that means.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import runpy
+import traceback
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+EXPERIMENT_NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_-]{0,47}"  # also a tmux session name: no dot, no colon
+DOTTED_NAME_PATTERN = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+"
+ENV_NAME_PATTERN = r"[A-Za-z_][A-Za-z0-9_]*"
+
+
+class ConfigError(Exception):
+    """A config that cannot be read. The message names the file, the line or key, and the fix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetConfig:
+    """Which devices train."""
+
+    gpu_ranks: list[int]  # device indices; their number is the trainer's world size. On cpu: one process per entry
+    device_type: Literal["cuda", "cpu", "mps"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostConfig:
+    """How the host is made ready."""
+
+    installer: Literal["uv", "pip"]  # what fills the virtual environments
+    constraints_file: str | None  # path in this repository of a pip constraints file; None installs unconstrained
+    env: dict[str, str]  # set for every process of the run; shown in plans and saved: no secrets here
+    secrets: list[
+        str
+    ]  # names of variables read here at deploy time and handed to the run over stdin, never stored here
+    disk_free_gib_min: float  # refuse to start with less room than this on the host
+    threads_per_process: int  # OMP_NUM_THREADS of each trainer rank and of the engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    name: str  # hub id, or a directory: absolute on the host, or relative to the repository's root
+    init: Literal["pretrained", "random"]  # random: architecture and tokenizer of `name`, weights drawn from init_seed
+    init_seed: int
+    dtype: Literal["float32", "bfloat16"]
+    compile: bool
+    trust_remote_code: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSpec:
+    name: str  # hub id, a directory laid out as on the hub, or a .jsonl file (relative to the repository's root)
+    format: Literal["messages", "question_answer", "gsm8k"]  # how a row becomes a conversation: docs/data.md
+    split: str
+    subset: str | None  # the hub's configuration name
+    max_samples: int  # the first N rows; -1: all
+    repeat: int  # how often the rows stand in the mixture
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    sft_mixture: list[DatasetSpec]
+    rl_mixture: list[DatasetSpec]
+    eval_mixture: list[DatasetSpec]  # held out: validation loss and exact match; [] turns evaluation off
+    max_length: int  # tokens; a longer SFT example is left out, counted and reported
+    shuffle_seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    kind: Literal["adamw"]
+    beta1: float
+    beta2: float
+    eps: float
+    max_grad_norm: float  # global L2 norm at which gradients are clipped
+    warmup_frac: float  # share of the stage's steps over which the rate rises linearly from 0
+    schedule: Literal["constant", "linear", "cosine"]  # after warm-up; linear and cosine end at 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig:
+    num_epochs: int
+    num_iterations: int  # optimizer steps; -1: num_epochs decides
+    batch_size: int  # examples per rank and forward pass
+    target_examples_per_step: int  # examples per optimizer step, over all ranks: accumulated
+    unembedding_lr: float
+    embedding_lr: float
+    matrix_lr: float
+    weight_decay: float
+    init_lr_frac: float  # factor on all learning rates, as in nanochat
+    eval_every: int  # steps between validation losses; -1: only after the last step
+    eval_steps: int  # batches per validation loss; -1: all of eval_mixture
+    checkpoint_every: int  # steps; -1: only after the last step
+    log_every: int
+    optimizer: OptimizerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLConfig:
+    num_epochs: int  # steps = prompts // examples_per_step * num_epochs
+    examples_per_step: int  # prompts per optimizer step
+    num_samples: int  # per prompt; one sample has no baseline
+    batch_size: int  # sequences per rank and forward pass
+    max_new_tokens: int
+    temperature: float
+    top_k: int  # sample among the k likeliest tokens; -1: all
+    unembedding_lr: float
+    embedding_lr: float
+    matrix_lr: float
+    weight_decay: float
+    init_lr_frac: float
+    eval_every: int  # steps between exact-match evaluations; -1: only before and after the stage
+    eval_examples: int  # rows of eval_mixture in those; -1: all. The ones before and after always take all
+    save_every: int  # steps; -1: only after the last step
+    log_every: int
+    baseline: (
+        float | Literal["group_mean"]
+    )  # subtracted from each reward: a constant, or the mean of the prompt's samples
+    divide_by_std: bool  # GRPO's division by the group's standard deviation; False is Dr. GRPO
+    loss: Literal["grpo", "ppo"]  # grpo: on-policy policy gradient; ppo: ratio to the sampler's log-probs, clipped
+    clip_range: float  # of the ratio, for ppo
+    reward_fn: str  # dotted path of a function: Sample -> float, or None for not scorable
+    filter_fn: str | None  # dotted path of a function: list[Sample] of one group -> keep it?
+    over_sampling_factor: float  # groups started per group needed
+    retries_max: int  # more rounds of generation when the filter left too few groups
+    sync_every: int  # optimizer steps between weight updates of the engine
+    seed: int  # of prompt order and sampling
+    optimizer: OptimizerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """The inference server of the RL stage."""
+
+    kind: Literal["embedded"]
+    gpu_ranks: list[int]  # may equal target.gpu_ranks: colocated
+    sglang_port: int
+    tensor_parallel_size: int
+    mem_fraction: float  # of each device's memory
+    max_running_requests: int  # sequences decoded at once; more wait in line
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitsConfig:
+    """How long things may take, in seconds, before the run fails with a message."""
+
+    bootstrap_timeout_s: float
+    engine_ready_timeout_s: float
+    stage_timeout_s: float  # one stage, sft or rl, as a whole
+    sample_timeout_s: float  # one generation request
+    stop_grace_s: float  # between asking a process to end and killing it
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    save_dir: str  # where results land on this machine: <save_dir>/<experiment_name>/<run_id>/
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"]
+    experiment_name: str
+    use_wandb: bool
+    wandb_project: str
+    mode: Literal["sft", "rl", "sft+rl"]
+    source_checkpoint: str | None  # a checkpoint directory on the host: the first stage starts from it, or resumes it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    target: TargetConfig
+    host: HostConfig
+    model: ModelConfig
+    data: DataConfig
+    sft: SFTConfig | None  # None only where output.mode has no sft stage
+    rl: RLConfig | None  # None only where output.mode has no rl stage
+    engine: EngineConfig | None  # likewise
+    limits: LimitsConfig
+    output: OutputConfig
+
+    def problems(self) -> tuple[str, ...]:
+        """Every reason this config cannot run; empty when it can."""
+        bad_paths: set[str] = set()
+        messages = []
+        for path, message in _type_problems(self, Config, ""):
+            bad_paths.add(path.split(".")[0].split("[")[0])
+            messages.append(message)
+        for group, checks in _GROUP_CHECKS.items():
+            value = getattr(self, group)
+            if group not in bad_paths and value is not None:
+                messages += [message for ok, message in checks(value) if not ok]
+        if not bad_paths:
+            messages += [message for ok, message in _cross_checks(self) if not ok]
+        return tuple(messages)
+
+    @property
+    def stages(self) -> tuple[Literal["sft", "rl"], ...]:
+        """The stages that `output.mode` selects, in order."""
+        return tuple(stage for stage in ("sft", "rl") if stage in self.output.mode.split("+"))  # type: ignore[misc]
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Any) -> "Config":
+        """The inverse of `to_json`. Raises ConfigError naming every missing and unknown key."""
+        errors: list[str] = []
+        config = _from_json(cls, data, "config", errors)
+        if errors:
+            raise ConfigError("\n".join(errors))
+        return config
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        text = json.dumps(self.to_json(), indent=2) + "\n"
+        temporary = Path(f"{os.fspath(path)}.tmp")
+        temporary.write_text(text)
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Config":
+        try:
+            data = json.loads(Path(path).read_text())
+        except FileNotFoundError:
+            raise ConfigError(f"{path}: no such file") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: cannot be read: {error}") from None
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+        try:
+            return cls.from_json(data)
+        except ConfigError as error:
+            raise ConfigError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from None
+
+
+def load_config(path: str | os.PathLike[str]) -> Config:
+    """Execute a config file once (or read a run's config.json) and return its `config`.
+
+    Raises ConfigError for a missing file, a syntax error (with its line), an exception in the file (with its line),
+    a file without `config`, or one whose `config` is no Config. It does not check `problems()`.
+    """
+    file = Path(path)
+    if file.suffix == ".json":
+        return Config.load(file)
+    if not file.is_file():
+        raise ConfigError(f"{file}: no such file. Shipped configs are in configs/.")
+    try:
+        names = runpy.run_path(str(file))
+    except SyntaxError as error:
+        line = (error.text or "").rstrip()
+        raise ConfigError(f"{error.filename}:{error.lineno}: {error.msg}\n    {line.strip()}") from None
+    except Exception as error:  # whatever a user's file raises is shown with its line, not our traceback
+        raise ConfigError(_describe_exception(file, error)) from None
+    if "config" not in names:
+        raise ConfigError(f"{file}: defines no `config`. A config file ends with `config = Config(...)`.")
+    config = names["config"]
+    if not isinstance(config, Config):
+        raise ConfigError(f"{file}: `config` is {type(config).__name__}, needs to be base_config.Config.")
+    return config
+
+
+def _describe_exception(file: Path, error: BaseException) -> str:
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == file]
+    text = str(error)
+    missing = re.match(r"(\w+)\.__init__\(\) missing \d+ required keyword-only arguments?: (.*)", text)
+    unknown = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument (.*)", text)
+    if missing:
+        text = f"{missing[1]} needs {missing[2]}: no field has a default"
+    elif unknown:
+        text = f"{unknown[1]} has no field {unknown[2]}"
+    else:
+        text = f"{type(error).__name__}: {text}"
+    return f"{file}:{own[-1].lineno}: {text}" if own else f"{file}: {text}"
+
+
+# --- types ----------------------------------------------------------------------------------------------------------
+
+
+def _type_problems(value: Any, expected: Any, path: str) -> Iterator[tuple[str, str]]:
+    """(path, message) for each place under `value` whose type is not what the schema says."""
+    origin = typing.get_origin(expected)
+    if dataclasses.is_dataclass(expected):
+        if not isinstance(value, typing.cast(type, expected)):
+            yield path, f"{path}={value!r}: needs a {typing.cast(type, expected).__name__}"
+            return
+        hints = typing.get_type_hints(expected)
+        for field in dataclasses.fields(value):
+            yield from _type_problems(getattr(value, field.name), hints[field.name], f"{path}.{field.name}".lstrip("."))
+    elif origin in (typing.Union, types.UnionType):
+        yield from _union_problems(value, typing.get_args(expected), path)
+    elif origin is list:
+        if not isinstance(value, list):
+            yield path, f"{path}={value!r}: needs a list"
+            return
+        for index, item in enumerate(value):
+            yield from _type_problems(item, typing.get_args(expected)[0], f"{path}[{index}]")
+    elif origin is dict:
+        if not isinstance(value, dict) or not all(isinstance(text, str) for pair in value.items() for text in pair):
+            yield path, f"{path}={value!r}: needs a dict of str to str"
+    elif origin is Literal:
+        choices = typing.get_args(expected)
+        if not any(type(value) is type(choice) and value == choice for choice in choices):
+            yield path, f"{path}={value!r}: needs one of {', '.join(map(repr, choices))}"
+    else:
+        yield from _scalar_problems(value, expected, path)
+
+
+def _union_problems(value: Any, choices: tuple[Any, ...], path: str) -> Iterator[tuple[str, str]]:
+    if value is None and type(None) in choices:
+        return
+    others = [choice for choice in choices if choice is not type(None)]
+    if len(others) == 1:
+        yield from _type_problems(value, others[0], path)
+        return
+    if all(any(True for _ in _type_problems(value, choice, path)) for choice in others):
+        names = [repr(a) for c in others for a in typing.get_args(c)] + [
+            c.__name__ for c in others if isinstance(c, type)
+        ]
+        yield path, f"{path}={value!r}: needs one of {', '.join(names)}"
+
+
+def _scalar_problems(value: Any, expected: type, path: str) -> Iterator[tuple[str, str]]:
+    accepted = (int, float) if expected is float else (expected,)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and expected is not bool):
+        yield path, f"{path}={value!r}: needs {expected.__name__}, found {type(value).__name__}"
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield path, f"{path}={value!r}: needs a finite number"
+
+
+def _from_json(expected: Any, data: Any, path: str, errors: list[str]) -> Any:
+    """Build `expected` out of JSON. Missing and unknown keys go to `errors`; leaf types are left to `problems()`."""
+    if typing.get_origin(expected) in (typing.Union, types.UnionType):
+        nested = [choice for choice in typing.get_args(expected) if dataclasses.is_dataclass(choice)]
+        return data if data is None or not nested else _from_json(nested[0], data, path, errors)
+    if typing.get_origin(expected) is list and isinstance(data, list):
+        item = typing.get_args(expected)[0]
+        return [_from_json(item, value, f"{path}[{index}]", errors) for index, value in enumerate(data)]
+    if not dataclasses.is_dataclass(expected):
+        return data
+    name = typing.cast(type, expected).__name__
+    if not isinstance(data, dict):
+        errors.append(f"{path}: needs an object with the fields of {name}, found {type(data).__name__}")
+        return None
+    hints = typing.get_type_hints(expected)
+    missing = [key for key in hints if key not in data]
+    unknown = [key for key in data if key not in hints]
+    errors += [f"{path}.{key}: missing; {name} has no defaults" for key in missing]
+    errors += [f"{path}.{key}: unknown; {name} has {', '.join(hints)}" for key in unknown]
+    values = {key: _from_json(hint, data[key], f"{path}.{key}", errors) for key, hint in hints.items() if key in data}
+    return None if missing or unknown else typing.cast(Any, expected)(**values)
+
+
+# --- meaning --------------------------------------------------------------------------------------------------------
+
+Checks = Iterable[tuple[bool, str]]
+
+
+def _target_checks(target: TargetConfig) -> Checks:
+    ranks = target.gpu_ranks
+    yield len(ranks) >= 1, f"target.gpu_ranks={ranks}: needs at least one device"
+    yield len(set(ranks)) == len(ranks), f"target.gpu_ranks={ranks}: names a device twice"
+    yield all(rank >= 0 for rank in ranks), f"target.gpu_ranks={ranks}: device indices start at 0"
+    one_mps = target.device_type != "mps" or len(ranks) == 1
+    yield one_mps, f"target.gpu_ranks={ranks}: device_type='mps' has one device"
+
+
+def _host_checks(host: HostConfig) -> Checks:
+    file = host.constraints_file
+    yield file is None or _is_repo_path(file), f"host.constraints_file={file!r}: needs a path inside the repository"
+    for name in host.env:
+        yield _matches(ENV_NAME_PATTERN, name), f"host.env[{name!r}]: not the name of an environment variable"
+    for name in host.secrets:
+        yield _matches(ENV_NAME_PATTERN, name), f"host.secrets={host.secrets}: {name!r} is not the name of a variable"
+    both = sorted(set(host.env) & set(host.secrets))
+    yield not both, f"host.secrets={host.secrets}: {both} stand in host.env too, which is shown and saved"
+    yield host.disk_free_gib_min >= 0, f"host.disk_free_gib_min={host.disk_free_gib_min}: needs >= 0"
+    yield host.threads_per_process >= 1, f"host.threads_per_process={host.threads_per_process}: needs >= 1"
+
+
+def _model_checks(model: ModelConfig) -> Checks:
+    yield bool(model.name.strip()), f"model.name={model.name!r}: needs a hub id or a directory"
+    yield 0 <= model.init_seed < 2**32, f"model.init_seed={model.init_seed}: needs 0 to 2**32 - 1"
+
+
+def _data_checks(data: DataConfig) -> Checks:
+    yield data.max_length >= 2, f"data.max_length={data.max_length}: needs >= 2 tokens, one to read and one to predict"
+    yield 0 <= data.shuffle_seed < 2**32, f"data.shuffle_seed={data.shuffle_seed}: needs 0 to 2**32 - 1"
+    for mixture in ("sft_mixture", "rl_mixture", "eval_mixture"):
+        for index, spec in enumerate(getattr(data, mixture)):
+            path = f"data.{mixture}[{index}]"
+            yield bool(spec.name.strip()), f"{path}.name={spec.name!r}: needs a hub id, a directory or a .jsonl file"
+            yield bool(spec.split.strip()), f"{path}.split={spec.split!r}: needs the name of a split, such as 'train'"
+            yield (
+                _count_or_off(spec.max_samples),
+                f"{path}.max_samples={spec.max_samples}: needs >= 1, or -1 for all rows",
+            )
+            yield spec.repeat >= 1, f"{path}.repeat={spec.repeat}: needs >= 1; leave the data set out to skip it"
+
+
+def _optimizer_checks(optimizer: OptimizerConfig, path: str) -> Checks:
+    yield 0 <= optimizer.beta1 < 1, f"{path}.beta1={optimizer.beta1}: needs 0 <= beta1 < 1"
+    yield 0 <= optimizer.beta2 < 1, f"{path}.beta2={optimizer.beta2}: needs 0 <= beta2 < 1"
+    yield optimizer.eps > 0, f"{path}.eps={optimizer.eps}: needs > 0"
+    yield optimizer.max_grad_norm > 0, f"{path}.max_grad_norm={optimizer.max_grad_norm}: needs > 0; 1e9 never clips"
+    yield 0 <= optimizer.warmup_frac < 1, f"{path}.warmup_frac={optimizer.warmup_frac}: needs 0 <= warmup_frac < 1"
+
+
+def _rate_checks(stage: SFTConfig | RLConfig, path: str) -> Checks:
+    for name in ("unembedding_lr", "embedding_lr", "matrix_lr", "weight_decay"):
+        yield getattr(stage, name) >= 0, f"{path}.{name}={getattr(stage, name)}: needs >= 0"
+    rates = (stage.unembedding_lr, stage.embedding_lr, stage.matrix_lr)
+    yield any(rate > 0 for rate in rates), f"{path}: all three learning rates are 0, nothing would be trained"
+    yield 0 < stage.init_lr_frac <= 1, f"{path}.init_lr_frac={stage.init_lr_frac}: needs 0 < init_lr_frac <= 1"
+    yield from _optimizer_checks(stage.optimizer, f"{path}.optimizer")
+
+
+def _sft_checks(sft: SFTConfig) -> Checks:
+    for name in ("num_epochs", "batch_size", "target_examples_per_step", "log_every"):
+        yield getattr(sft, name) >= 1, f"sft.{name}={getattr(sft, name)}: needs >= 1"
+    yield (
+        _count_or_off(sft.num_iterations),
+        f"sft.num_iterations={sft.num_iterations}: needs >= 1, or -1 for num_epochs",
+    )
+    yield _count_or_off(sft.eval_every), f"sft.eval_every={sft.eval_every}: needs >= 1, or -1 for only at the end"
+    yield _count_or_off(sft.eval_steps), f"sft.eval_steps={sft.eval_steps}: needs >= 1, or -1 for all of eval_mixture"
+    yield (
+        _count_or_off(sft.checkpoint_every),
+        f"sft.checkpoint_every={sft.checkpoint_every}: needs >= 1, or -1 for only at the end",
+    )
+    yield from _rate_checks(sft, "sft")
+
+
+def _rl_checks(rl: RLConfig) -> Checks:
+    for name in ("num_epochs", "examples_per_step", "batch_size", "max_new_tokens", "log_every", "sync_every"):
+        yield getattr(rl, name) >= 1, f"rl.{name}={getattr(rl, name)}: needs >= 1"
+    yield rl.num_samples >= 2, f"rl.num_samples={rl.num_samples}: needs >= 2, else every advantage is 0"
+    yield rl.temperature > 0, f"rl.temperature={rl.temperature}: needs > 0, sampling is what RL learns from"
+    yield _count_or_off(rl.top_k), f"rl.top_k={rl.top_k}: needs >= 1, or -1 for all tokens"
+    yield _count_or_off(rl.eval_every), f"rl.eval_every={rl.eval_every}: needs >= 1, or -1 for only before and after"
+    yield (
+        _count_or_off(rl.eval_examples),
+        f"rl.eval_examples={rl.eval_examples}: needs >= 1, or -1 for all of eval_mixture",
+    )
+    yield _count_or_off(rl.save_every), f"rl.save_every={rl.save_every}: needs >= 1, or -1 for only at the end"
+    yield 0 < rl.clip_range < 1, f"rl.clip_range={rl.clip_range}: needs 0 < clip_range < 1"
+    yield (
+        _matches(DOTTED_NAME_PATTERN, rl.reward_fn),
+        f"rl.reward_fn={rl.reward_fn!r}: needs a dotted path, package.module.function",
+    )
+    good_filter = rl.filter_fn is None or _matches(DOTTED_NAME_PATTERN, rl.filter_fn)
+    yield good_filter, f"rl.filter_fn={rl.filter_fn!r}: needs a dotted path, package.module.function, or None"
+    yield 1 <= rl.over_sampling_factor <= 16, f"rl.over_sampling_factor={rl.over_sampling_factor}: needs 1 to 16"
+    yield rl.retries_max >= 0, f"rl.retries_max={rl.retries_max}: needs >= 0"
+    yield 0 <= rl.seed < 2**32, f"rl.seed={rl.seed}: needs 0 to 2**32 - 1"
+    yield from _rate_checks(rl, "rl")
+
+
+def _engine_checks(engine: EngineConfig) -> Checks:
+    ranks = engine.gpu_ranks
+    yield len(ranks) >= 1, f"engine.gpu_ranks={ranks}: needs at least one device"
+    yield len(set(ranks)) == len(ranks), f"engine.gpu_ranks={ranks}: names a device twice"
+    yield all(rank >= 0 for rank in ranks), f"engine.gpu_ranks={ranks}: device indices start at 0"
+    yield 1024 <= engine.sglang_port <= 65535, f"engine.sglang_port={engine.sglang_port}: needs 1024 to 65535"
+    yield (
+        engine.tensor_parallel_size == 1,
+        (f"engine.tensor_parallel_size={engine.tensor_parallel_size}: the embedded engine runs on one device, needs 1"),
+    )
+    yield len(ranks) == 1, f"engine.gpu_ranks={ranks}: the embedded engine runs on one device, needs one entry"
+    yield 0 < engine.mem_fraction <= 1, f"engine.mem_fraction={engine.mem_fraction}: needs 0 < mem_fraction <= 1"
+    yield engine.max_running_requests >= 1, f"engine.max_running_requests={engine.max_running_requests}: needs >= 1"
+
+
+def _limits_checks(limits: LimitsConfig) -> Checks:
+    for field in dataclasses.fields(limits):
+        yield getattr(limits, field.name) > 0, f"limits.{field.name}={getattr(limits, field.name)}: needs > 0 seconds"
+
+
+def _output_checks(output: OutputConfig) -> Checks:
+    yield bool(output.save_dir.strip()), f"output.save_dir={output.save_dir!r}: needs a directory"
+    yield (
+        _matches(EXPERIMENT_NAME_PATTERN, output.experiment_name),
+        (f"output.experiment_name={output.experiment_name!r}: needs 1 to 48 letters, digits, '-' or '_'"),
+    )
+    project = output.wandb_project.strip()
+    yield (
+        bool(project) or not output.use_wandb,
+        f"output.wandb_project={output.wandb_project!r}: needed with use_wandb=True",
+    )
+    source = output.source_checkpoint
+    yield (
+        source is None or bool(source.strip()),
+        f"output.source_checkpoint={source!r}: needs a directory on the host, or None",
+    )
+
+
+_GROUP_CHECKS: Mapping[str, typing.Callable[[Any], Checks]] = {
+    "target": _target_checks,
+    "host": _host_checks,
+    "model": _model_checks,
+    "data": _data_checks,
+    "sft": _sft_checks,
+    "rl": _rl_checks,
+    "engine": _engine_checks,
+    "limits": _limits_checks,
+    "output": _output_checks,
+}
+
+
+def _cross_checks(config: Config) -> Checks:
+    """What no group can see alone. Runs only when every type is right."""
+    mode, ranks = config.output.mode, len(config.target.gpu_ranks)
+    for stage in config.stages:
+        yield (
+            getattr(config, stage) is not None,
+            f"{stage}=None: output.mode={mode!r} has an {stage} stage, which needs it",
+        )
+        mixture = getattr(config.data, f"{stage}_mixture")
+        yield bool(mixture), f"data.{stage}_mixture=[]: empty, and output.mode={mode!r} has an {stage} stage"
+    needs_engine = "rl" in config.stages
+    yield (
+        config.engine is not None or not needs_engine,
+        f"engine=None: output.mode={mode!r} has an rl stage, which needs it",
+    )
+    if config.sft is not None and ranks:
+        per_pass, target = config.sft.batch_size * ranks, config.sft.target_examples_per_step
+        yield (
+            per_pass > 0 and target % max(per_pass, 1) == 0,
+            (
+                f"sft.target_examples_per_step={target}: needs a multiple of batch_size x ranks = {config.sft.batch_size} x {ranks}"
+            ),
+        )
+    if config.rl is not None and ranks:
+        samples = config.rl.examples_per_step * config.rl.num_samples
+        yield (
+            samples % ranks == 0,
+            (
+                f"rl.examples_per_step x num_samples = {samples}: needs a multiple of the {ranks} ranks of target.gpu_ranks"
+            ),
+        )
+        yield (
+            config.rl.max_new_tokens < config.data.max_length,
+            (f"rl.max_new_tokens={config.rl.max_new_tokens}: needs less than data.max_length={config.data.max_length}"),
+        )
+    for stage in (config.sft, config.rl):
+        if stage is not None and stage.eval_every != -1:
+            name = "sft" if stage is config.sft else "rl"
+            yield (
+                bool(config.data.eval_mixture),
+                f"{name}.eval_every={stage.eval_every}: data.eval_mixture is empty; set -1 or add data",
+            )
+    random_start = config.model.init == "random" and mode == "rl" and config.output.source_checkpoint is None
+    yield (
+        not random_start,
+        "model.init='random': output.mode='rl' would sample from noise; use 'sft+rl' or source_checkpoint",
+    )
+
+
+def _matches(pattern: str, text: str) -> bool:
+    return re.fullmatch(pattern, text) is not None
+
+
+def _count_or_off(value: int) -> bool:
+    return value >= 1 or value == -1
+
+
+def _is_repo_path(path: str) -> bool:
+    return bool(path.strip()) and not path.startswith("/") and ".." not in Path(path).parts

@@ -1,0 +1,95 @@
+"""The records that travel through the library. Plain data: no torch, no I/O.
+
+Tokens, mask, log-probs and weight version travel together from the engine; nothing here is ever re-encoded from text.
+"""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+Prompt = str | dict[str, Any]  # text, or a row with "messages" and whatever its reward needs
+
+
+@dataclass
+class Sample:
+    """One prompt and what the policy said to it.
+
+    `tokens` are the prompt's then the response's ids. `loss_mask` has one entry per token, 0.0 for what is not trained
+    on (the prompt, tool output). `rollout_log_probs` has one natural log-probability per *response* token, taken by the
+    sampler at the sampling temperature; 0.0 where the token was not sampled. Both stay empty for text-only samples.
+    """
+
+    prompt: Prompt
+    response: str = ""
+    tokens: list[int] = field(default_factory=list)
+    loss_mask: list[float] = field(default_factory=list)
+    reward: float | None = None
+    rollout_log_probs: list[float] | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)  # "weight_version", "finish_reason", "answer", ...
+    response_length: int = 0  # tokens of the response, at the end of `tokens`
+
+    def __post_init__(self) -> None:
+        if len(self.loss_mask) != len(self.tokens):
+            raise ValueError(f"Sample: {len(self.loss_mask)} entries in loss_mask for {len(self.tokens)} tokens")
+        if not 0 <= self.response_length <= len(self.tokens):
+            raise ValueError(f"Sample: response_length={self.response_length} of {len(self.tokens)} tokens")
+        if self.rollout_log_probs is not None and len(self.rollout_log_probs) != self.response_length:
+            raise ValueError(
+                f"Sample: {len(self.rollout_log_probs)} rollout_log_probs for {self.response_length} response tokens"
+            )
+
+
+@dataclass
+class RolloutBatch:
+    """The groups kept for one optimizer step, flattened; the samples of a prompt stand together, in sampling order."""
+
+    tokens: list[list[int]]
+    loss_masks: list[list[float]]
+    rewards: list[float]
+    response_lengths: list[int]
+    metadata: dict[str, Any] = field(default_factory=dict)  # counts: groups started, kept, dropped by which filter
+    samples: list[Sample] = field(default_factory=list)
+    group_ids: list[int] = field(default_factory=list)  # one per sample: which prompt of this batch it answers
+
+
+@dataclass(frozen=True)
+class SFTTrainingConfig:
+    num_steps: int
+    batch_size: int  # examples per optimizer step, over all ranks
+    log_every: int = 10
+    checkpoint_every: int = -1  # -1: only after the last step
+    micro_batch_size: int | None = None  # examples per rank and forward pass; None: all of a step's at once
+
+
+@dataclass(frozen=True)
+class RLTrainingConfig:
+    num_steps: int
+    sync_every: int = 1  # optimizer steps between weight updates of the engines
+    baseline: float | str = 0.0  # a constant, or "group_mean"
+    log_every: int = 1
+    checkpoint_every: int = -1
+    divide_by_std: bool = False  # of the group, ddof 1
+    micro_batch_size: int | None = None  # sequences per rank and forward pass; None: all of a step's at once
+
+
+GenerateFn = Callable[..., list[Sample] | Awaitable[list[Sample]]]
+RewardFn = Callable[[Sample], float | Awaitable[float]]
+FilterFn = Callable[[list[Sample]], bool | Awaitable[bool]]
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How a batch of groups is made.
+
+    `generate_fn(prompts)` gets one prompt's `n_samples_per_prompt` copies and returns as many Samples, in order;
+    a `seed` keyword, where its signature has one, gets an int that is a function of the run's seed and the group.
+    """
+
+    batch_size: int  # groups (prompts) per batch
+    n_samples_per_prompt: int = 1
+    over_sampling_factor: float = 1.0
+    generate_fn: GenerateFn | None = None
+    reward_fn: RewardFn | None = None
+    filter_fn: FilterFn | None = None
+    retries_max: int = 8  # more rounds of generation when too few groups passed the filter
+    seed: int = 0
