@@ -127,6 +127,7 @@ def test_it_learns_what_is_rewarded(tmp_path, loss_fn, runtime):
     training = {"loss", "grad_norm", "lr", "entropy", "logp_diff_abs", "kl_sampler", "clip_fraction"}
     rollouts = {"reward_mean", "reward_std", "lag_max", "response_length_mean", "truncated_frac", "groups_kept"}
     times = {"tokens_per_s", "generate_s", "train_s", "sync_s", "step_s", "groups_dropped_check_any_success"}
+    assert metrics[0]["groups_dropped"] == 2
     assert training | rollouts | times <= set(metrics[0])
 
 
