@@ -51,6 +51,8 @@ async def run_rl_training(
     first = _restore(buffer, rollout_manager, resume)
     sync = WeightSync(backend, engines, weights_dir)
     await sync(first)
+    if eval_fn is not None and first == 0 and distributed.rank() == 0:
+        await call(eval_fn, 0)
     options: dict[str, Any] = {"pad_token_id": pad_token_id, "temperature": temperature, "clip_range": clip_range}
     history = []
     for step in range(first + 1, config.num_steps + 1):
