@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-METRICS_SHOWN = ("loss", "reward_mean", "groups_kept", "tokens_per_s", "lr", "grad_norm", "lag", "step_s")
+METRICS_SHOWN = ("loss", "reward_mean", "groups_kept", "tokens_per_s", "lr", "grad_norm", "lag_max", "step_s")
 
 
 @dataclass(frozen=True)

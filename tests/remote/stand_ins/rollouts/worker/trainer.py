@@ -35,6 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--run", type=Path)
     parser.add_argument("--stage")
+    parser.add_argument("--engine-url", required="rl" in sys.argv)
     arguments = parser.parse_args()
     run, stage = RunDir(arguments.run), arguments.stage
     if os.environ.get("STAND_IN_FAIL") == stage:
