@@ -317,16 +317,18 @@ def _stage(config: Config, code: Code, stage: str, path: str, python: str) -> St
     run = RunDir(Path(path))
     after_sft = stage == "rl" and "sft" in config.stages
     torchrun = (python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(_world_size(config)))
+    engines = [_engine(config, code, run, python, after_sft=after_sft)] if stage == "rl" else []
+    urls = ["--engine-url", engine_url(config.engine)] if stage == "rl" and config.engine else []
     trainer = ProcessSpec(
         window="trainer",
-        argv=[*torchrun, "-m", "rollouts.worker.trainer", "--run", path, "--stage", stage],
+        argv=[*torchrun, "-m", "rollouts.worker.trainer", "--run-dir", path, "--stage", stage, *urls],
         env=_process_env(config, config.target.gpu_ranks),
         ready_url=None,
         ready_timeout_s=0.0,
     )
     return StageSpec(
         name=stage,  # type: ignore[arg-type]
-        engines=[_engine(config, code, run, python, after_sft=after_sft)] if stage == "rl" else [],
+        engines=engines,
         trainer=trainer,
         timeout_s=config.limits.stage_timeout_s,
         needs_checkpoint=str(run.latest_checkpoint("sft")) if after_sft else None,

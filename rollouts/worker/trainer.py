@@ -1,6 +1,6 @@
 """torchrun's entry: config.json → wiring → loops. The only place that sees both the whole config and the library.
 
-    torchrun -m rollouts.worker.trainer --run RUN_DIRECTORY --stage sft|rl [--engine-url URL ...]
+    torchrun -m rollouts.worker.trainer --run-dir RUN_DIRECTORY --stage sft|rl [--engine-url URL ...]
 
 Every rank runs this. Rank 0 writes metrics, evaluations, samples and events into the run directory, and talks to the
 engines. A mistake of the user's ends it with one `error:` line and exit code 1; ours with a traceback.
@@ -33,11 +33,11 @@ logger = logging.getLogger("rollouts.trainer")
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="The trainer of one stage; torchrun starts it on every rank.")
-    parser.add_argument("--run", required=True, type=Path, help="the run directory")
+    parser.add_argument("--run-dir", required=True, type=Path, help="the run directory")
     parser.add_argument("--stage", required=True, choices=("sft", "rl"))
     parser.add_argument("--engine-url", action="append", default=[], help="an inference server; rl needs at least one")
     arguments = parser.parse_args()
-    run = RunDir(arguments.run)
+    run = RunDir(arguments.run_dir)
     record_process(run, f"{arguments.stage}-trainer-rank{_rank()}")
     config = Config.load(run.config)
     logging.basicConfig(level=config.output.log_level, format="%(levelname)s %(name)s: %(message)s")
@@ -346,7 +346,7 @@ async def train_rl(job: Job, data: Data, engine_urls: Sequence[str]) -> None:
                 _rollout_manager(job, buffer, engines) if _rank() == 0 else None,
                 engines,
                 config,
-                metrics_logger,
+                metrics_logger=metrics_logger,
                 weights_dir=job.run.weights,
                 rollouts_logger=JSONLLogger(job.run.rollouts) if _rank() == 0 else None,
                 temperature=rl.temperature,

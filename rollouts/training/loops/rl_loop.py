@@ -44,7 +44,8 @@ async def run_rl_training(
     step and every `config.sync_every` steps, and after the last; the version is the number of steps applied.
     `weights_dir` is where these weights stand for the engines to load (default: `weights` beside the checkpoints).
     `temperature` is the sampler's; `clip_range` reaches losses that take one. `rollouts_logger` gets every sample.
-    `resume`, `eval_fn`, `eval_every`, `on_checkpoint`: as in `run_sft_training`, with `eval_fn` on rank 0 only.
+    `resume`, `eval_fn`, `eval_every`, `on_checkpoint`: as in `run_sft_training`, with `eval_fn` on rank 0 only, and
+    before the first step too (step 0): the engines then serve the weights that training starts from.
     """
     first = _restore(buffer, rollout_manager, resume)
     sync = WeightSync(backend, engines, weights_dir)
