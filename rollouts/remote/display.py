@@ -53,7 +53,7 @@ class PlainReporter:
 
     def row(self, file: str, row: dict[str, Any], view: View) -> None:
         if file == "metrics.jsonl":
-            print(metrics_line(view), flush=True)
+            print(metrics_line(view, row), flush=True)
         elif file == "eval.jsonl":
             print(eval_line(row), flush=True)
         else:

@@ -155,7 +155,7 @@ def _gpu_problems(config: Config, facts: HostFacts, target: str) -> Iterator[Pro
     missing = [rank for rank in ranks if rank not in by_index]
     if missing:
         count = len(facts.gpus)
-        listed = "\n".join(_describe_gpu(gpu) for gpu in facts.gpus)
+        listed = "\n".join(describe_gpu(gpu) for gpu in facts.gpus)
         reachable = [rank for rank in ranks if rank in by_index]
         yield Problem(
             f"{target} has {count} GPU{'' if count == 1 else 's'}; this config needs {len(ranks)}"
@@ -176,7 +176,7 @@ def _gpu_problems(config: Config, facts: HostFacts, target: str) -> Iterator[Pro
             free = [other.index for other in facts.gpus if _is_free(other, facts)]
             yield Problem(
                 f"{target}: GPU {rank} is busy.",
-                found="\n".join(filter(None, (_describe_gpu(gpu), who))),
+                found="\n".join(filter(None, (describe_gpu(gpu), who))),
                 needed=", ".join(wanted),
                 fix=f"free are {free}: name those, or end what runs there" if free else "end what runs there, or wait",
             )
@@ -196,7 +196,7 @@ def _is_free(gpu: Gpu, facts: HostFacts) -> bool:
     return not held and gpu.memory_free_mib >= GPU_FREE_SHARE_MIN * gpu.memory_total_mib
 
 
-def _describe_gpu(gpu: Gpu) -> str:
+def describe_gpu(gpu: Gpu) -> str:
     return f"{gpu.index}: {gpu.name}, {gpu.memory_free_mib / 1024:.0f} of {gpu.memory_total_mib / 1024:.0f} GiB free"
 
 

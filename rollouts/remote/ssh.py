@@ -32,6 +32,7 @@ from rollouts.remote.transport import STDERR_BYTES_MAX, Completed, Stream, Targe
 
 CONNECT_TIMEOUT_S = 20  # ConnectTimeout in ~/.ssh/config overrides it. Generous: a loaded host is slow, not gone
 KEEPALIVE_S = 15
+DEFAULT_KEYS = ("id_ed25519", "id_ecdsa", "id_rsa")
 
 
 class UnknownHostKey(Exception):
@@ -238,6 +239,10 @@ class SSHTransport:
         )
         for setting in settings:
             options += ["-o", setting]
+        # OpenSSH looks for keys in the account's home directory, not in $HOME as paramiko does: name them
+        for file in DEFAULT_KEYS:
+            if (self._known_hosts.parent / file).is_file():
+                options += ["-o", f"IdentityFile={self._known_hosts.parent / file}"]
         if self._target.user:
             options += ["-l", self._target.user]
         if self._target.port:

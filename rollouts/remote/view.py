@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-METRICS_SHOWN = ("loss", "reward_mean", "groups_kept", "tokens_per_s", "lr", "grad_norm", "lag", "step_s")
+METRICS_SHOWN = ("loss", "reward_mean", "groups_kept", "tokens_per_s", "lr", "grad_norm", "lag_max", "step_s")
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class View:
     state: str = "starting"
     stage: str = ""
     step: int = 0
-    steps_total: int | None = None
+    totals: dict[str, int] = field(default_factory=dict)  # steps, by stage
     metrics: dict[str, Any] = field(default_factory=dict)  # the stage's last row
     first: tuple[int, float] | None = None  # step and time of the stage's first row: for the rate
     last_time: float | None = None
@@ -21,6 +21,10 @@ class View:
     checkpoints: tuple[str, ...] = ()  # paths relative to the run directory
     evals: tuple[dict[str, Any], ...] = ()
     error: dict[str, Any] | None = None  # the last error event
+
+    @property
+    def steps_total(self) -> int | None:
+        return self.totals.get(self.stage)
 
     @property
     def eta_s(self) -> float | None:
@@ -41,18 +45,11 @@ def fold(view: View, file: str, row: dict[str, Any]) -> View:
 
 
 def _fold_metrics(view: View, row: dict[str, Any]) -> View:
-    stage, step, time = str(row.get("stage", view.stage)), int(row.get("step", view.step)), row.get("time")
-    fresh = stage != view.stage or view.first is None
-    first = ((step, time) if time is not None else None) if fresh else view.first
-    same = stage == view.stage
+    if row.get("stage") != view.stage:
+        return view  # of the stage before: the files are read side by side
+    step, time = int(row["step"]), float(row["time"])
     return replace(
-        view,
-        stage=stage,
-        step=step,
-        first=first,
-        last_time=time,
-        metrics={**view.metrics, **row} if same else row,
-        steps_total=view.steps_total if same else None,
+        view, step=step, metrics=row, last_time=time, first=(step, time) if view.first is None else view.first
     )
 
 
@@ -64,10 +61,11 @@ def _fold_event(view: View, row: dict[str, Any]) -> View:
         detail = row["action"] + (f" in {row['seconds']:.1f} s" if row["action"] == "ready" else "")
         return _phase(view, f"environment {row['name']}", detail)
     if kind == "stage_started":
-        view = replace(view, stage=row["stage"], step=0, steps_total=None, metrics={}, first=None, last_time=None)
+        view = replace(view, stage=row["stage"], step=0, metrics={}, first=None, last_time=None)
         return _phase(view, row["stage"], "starting")
     if kind == "training_started":
-        view = replace(view, stage=row["stage"], step=row["step"], steps_total=row["steps_total"])
+        totals = {**view.totals, row["stage"]: row["steps_total"]}
+        view = replace(view, stage=row["stage"], step=row["step"], totals=totals)
         return _phase(view, row["stage"], "training")
     if kind == "engine_ready":
         return _phase(view, row["window"], f"ready in {row['seconds']:.1f} s")
@@ -87,12 +85,12 @@ def _phase(view: View, name: str, detail: str) -> View:
     return replace(view, phases=(*others, (name, detail)))
 
 
-def metrics_line(view: View) -> str:
-    """`stage=rl step=12/50 loss=0.0312 reward_mean=0.41`."""
-    total = f"/{view.steps_total}" if view.steps_total else ""
-    shown = [f"{name}={number(view.metrics[name])}" for name in METRICS_SHOWN if name in view.metrics]
-    eta = [f"eta={duration(view.eta_s)}"] if view.eta_s is not None else []
-    return " ".join([f"stage={view.stage}", f"step={view.step}{total}", *shown, *eta])
+def metrics_line(view: View, row: dict[str, Any]) -> str:
+    """A row of metrics.jsonl: `stage=rl step=12/50 loss=0.0312 reward_mean=0.41 eta=3m20s`."""
+    total = f"/{view.totals[row['stage']]}" if row["stage"] in view.totals else ""
+    shown = [f"{name}={number(row[name])}" for name in METRICS_SHOWN if name in row]
+    eta = [f"eta={duration(view.eta_s)}"] if view.eta_s is not None and row["stage"] == view.stage else []
+    return " ".join([f"stage={row['stage']}", f"step={row['step']}{total}", *shown, *eta])
 
 
 def event_line(row: dict[str, Any]) -> str:
