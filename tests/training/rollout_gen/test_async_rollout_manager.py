@@ -27,8 +27,14 @@ def by_copy(sample: Sample) -> float:
 
 
 def config(**changes: Any) -> RolloutConfig:
-    values: dict[str, Any] = {"batch_size": 4, "n_samples_per_prompt": 3, "generate_fn": echo, "reward_fn": by_copy, "seed": 5}
-    return RolloutConfig(**{**values, **changes})
+    values: dict[str, Any] = {
+        "batch_size": 4,
+        "n_samples_per_prompt": 3,
+        "generate_fn": echo,
+        "reward_fn": by_copy,
+        "seed": 5,
+    }
+    return RolloutConfig(**{**values, "seed": 5, **changes})
 
 
 def manager(**changes: Any) -> AsyncRolloutManager:
