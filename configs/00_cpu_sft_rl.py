@@ -74,7 +74,7 @@ config = Config(
     ),
     sft=SFTConfig(
         num_epochs=1,
-        num_iterations=70,
+        num_iterations=60,
         batch_size=64,
         target_examples_per_step=64,
         unembedding_lr=3e-3,
@@ -82,7 +82,7 @@ config = Config(
         matrix_lr=3e-3,
         weight_decay=0.0,
         init_lr_frac=1.0,
-        eval_every=35,
+        eval_every=20,
         eval_steps=-1,
         checkpoint_every=-1,
         log_every=5,

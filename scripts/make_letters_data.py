@@ -34,7 +34,8 @@ def draw(generator: random.Random, length: int, count: int, taken: set[str]) -> 
 
 def main() -> int:
     TARGET.mkdir(parents=True, exist_ok=True)
-    generator, taken = random.Random(SEED), set()
+    generator = random.Random(SEED)
+    taken: set[str] = set()
     for name, counts in COUNTS.items():
         strings = [text for length, count in counts.items() for text in draw(generator, length, count, taken)]
         generator.shuffle(strings)

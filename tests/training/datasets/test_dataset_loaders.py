@@ -83,7 +83,7 @@ def test_an_example_of_exactly_max_length_stays(tmp_path: Path, tokenizer: Any) 
     """Goal: the limit is inclusive. Red with >=."""
     path = write(tmp_path / "a.jsonl", [{"question": "abc", "answer": "cba"}])  # 10 tokens
     assert len(load_sft_dataset(path, tokenizer=tokenizer, max_length=10)) == 1
-    with pytest.raises(DataError, match="no example is left to train on: .*left out 1: longer than max_length=9"):
+    with pytest.raises(DataError, match=r"no example is left to train on: .*left out 1: longer than max_length=9"):
         load_sft_dataset(path, tokenizer=tokenizer, max_length=9)
 
 

@@ -16,7 +16,7 @@ def row(**values: Any) -> Row:
 
 
 def test_messages_become_conversation_and_prompt() -> None:
-    """Goal: the prompt lacks only the final answer, which is its reference; other columns stay. Red without `others`."""
+    """Goal: the prompt lacks only the final answer, its reference; other columns stay. Red without `others`."""
     example = parse_row(row(messages=[USER, ASSISTANT, USER, ASSISTANT], level=3), "messages")
     assert example.messages == [USER, ASSISTANT, USER, ASSISTANT]
     assert example.prompt == {"messages": [USER, ASSISTANT, USER], "answer": "4", "format": "messages", "level": 3}

@@ -85,7 +85,7 @@ def test_a_missing_path_is_named(name: str) -> None:
 def test_arguments_without_meaning_are_refused(tmp_path: Path) -> None:
     """Goal: nothing is ignored silently. Red without the two checks."""
     path = write(tmp_path / "a.jsonl", {"a": 1})
-    with pytest.raises(DataError, match="a .jsonl file has no subsets"):
+    with pytest.raises(DataError, match=r"a \.jsonl file has no subsets"):
         read_rows(path, subset="main")
     with pytest.raises(DataError, match="max_samples=0"):
         read_rows(path, max_samples=0)
@@ -117,7 +117,7 @@ def test_a_directory_laid_out_as_on_the_hub(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("subset", "split"), [("main", "validation"), ("nope", "train"), (None, "train")])
 def test_an_unknown_split_or_subset_is_named(tmp_path: Path, subset: str | None, split: str) -> None:
-    """Goal: the message has the directory, the split, the subset and what there is. Red when ValueError came through."""
+    """Goal: the message has the directory, the split, the subset and what there is. Red as a bare ValueError."""
     root = hub_layout(tmp_path / "gsm")
     with pytest.raises(DataError) as caught:
         read_rows(str(root), subset=subset, split=split)

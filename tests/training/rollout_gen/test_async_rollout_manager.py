@@ -27,12 +27,22 @@ def by_copy(sample: Sample) -> float:
 
 
 def config(**changes: Any) -> RolloutConfig:
-    values = {"batch_size": 4, "n_samples_per_prompt": 3, "generate_fn": echo, "reward_fn": by_copy, "seed": 5}
-    return RolloutConfig(**{**values, **changes})
+    values: dict[str, Any] = {
+        "batch_size": 4,
+        "n_samples_per_prompt": 3,
+        "generate_fn": echo,
+        "reward_fn": by_copy,
+        "seed": 5,
+    }
+    return RolloutConfig(**{**values, "seed": 5, **changes})
 
 
 def manager(**changes: Any) -> AsyncRolloutManager:
     return AsyncRolloutManager(DataBuffer(PROMPTS, seed=1), config(**changes))
+
+
+def number(prompt: Any) -> int:
+    return int(prompt[1:])
 
 
 def prompts_of(batch: Any) -> list[Any]:
@@ -83,7 +93,7 @@ async def test_groups_run_in_parallel_and_keep_prompt_order() -> None:
 
 @pytest.mark.anyio
 async def test_over_sampling_carries_the_surplus_over() -> None:
-    """Goal: ceil(4 x 1.6) = 7 groups started, 3 carried; the next batch takes them first. Red when they were dropped."""
+    """Goal: ceil(4 x 1.6) = 7 groups started, 3 carried; the next batch takes them first. Red when dropped."""
     rollouts = manager(over_sampling_factor=1.6)
     stream = DataBuffer(PROMPTS, seed=1).get_prompts(20)
     first, second = await rollouts.generate_batch(), await rollouts.generate_batch()
@@ -99,11 +109,11 @@ async def test_rewards_come_before_the_filter_and_what_it_drops_is_made_up_for()
 
     async def even(group: list[Sample]) -> bool:
         seen.append([sample.reward for sample in group])
-        return int(str(group[0].prompt)[1:]) % 2 == 0
+        return number(group[0].prompt) % 2 == 0
 
     batch = await manager(filter_fn=even).generate_batch()
     stream = DataBuffer(PROMPTS, seed=1).get_prompts(20)
-    assert prompts_of(batch) == [prompt for prompt in stream if int(prompt[1:]) % 2 == 0][:4]
+    assert prompts_of(batch) == [prompt for prompt in stream if number(prompt) % 2 == 0][:4]
     assert all(rewards == [0.0, 1.0, 2.0] for rewards in seen)
     assert batch.metadata["groups_dropped"] == {"even": batch.metadata["groups_started"] - 4}
 
@@ -144,7 +154,7 @@ async def test_the_reward_function_of_the_call_wins() -> None:
 @pytest.mark.anyio
 async def test_seeds_depend_on_the_group_alone() -> None:
     """Goal: the same run again gives the same; another seed, or the next group, another. Red with one seed for all."""
-    seeds = {}
+    seeds: dict[int, list[int]] = {}
     for run_seed in (5, 5, 6):
         rollouts = manager(seed=run_seed)
         batches = [await rollouts.generate_batch() for _ in range(2)]
@@ -157,7 +167,7 @@ async def test_seeds_depend_on_the_group_alone() -> None:
 
 @pytest.mark.anyio
 async def test_a_saved_state_continues_with_exactly_the_same_batches() -> None:
-    """Goal: exact resume, carried groups and all, through JSON. Red without the group counter, and without the groups."""
+    """Goal: exact resume, carried groups and all, through JSON. Red without the group counter, or the groups."""
     whole, first = manager(over_sampling_factor=1.6), manager(over_sampling_factor=1.6)
     expected = [await whole.generate_batch() for _ in range(6)]
     for _ in range(2):
@@ -174,7 +184,7 @@ async def test_a_failed_batch_loses_no_prompt_and_its_error_comes_through() -> N
     Red when an ExceptionGroup came out, and when the buffer had moved on.
     """
     failing = True
-    cancelled = []
+    cancelled: list[Any] = []
 
     async def generate(prompts: list[Any]) -> list[Sample]:
         if failing and prompts[0] == target:
@@ -200,7 +210,7 @@ async def test_a_failed_batch_loses_no_prompt_and_its_error_comes_through() -> N
 
 @pytest.mark.anyio
 async def test_errors_at_the_same_time_are_told_together() -> None:
-    """Goal: an engine that is down fails every group; the first is raised, the rest stand in its notes. Red as a group."""
+    """Goal: an engine that is down fails every group; one error is raised, with the rest in notes. Red as a group."""
 
     async def generate(prompts: list[Any]) -> list[Sample]:
         raise ConnectionError(f"{prompts[0]}: refused")

@@ -88,7 +88,7 @@ async def test_an_answer_cut_off_from_outside_is_an_error(engine: InProcessEngin
             detail = {"type": "abort", "message": "out of memory"}
             return [dataclasses.replace(g, finish_reason="abort", finish_detail=detail) for g in generations]
 
-    with pytest.raises(GenerationError, match="aborted after [0-9]+ tokens: out of memory"):
+    with pytest.raises(GenerationError, match=r"aborted after [0-9]+ tokens: out of memory"):
         await generate_fn(Aborting(engine.model, engine.tokenizer))([ROW], seed=0)
 
 
