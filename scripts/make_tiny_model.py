@@ -61,7 +61,7 @@ def model_config(vocab_size: int) -> dict[str, object]:
         "num_key_value_heads": 4,
         "hidden_act": "silu",
         "max_position_embeddings": 256,
-        "initializer_range": 0.02,
+        "initializer_range": 0.05,
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
         "attention_dropout": 0.0,
