@@ -198,11 +198,8 @@ class WeightSync:
 
 
 def _aligned_log_probs(samples: Sequence[Sample], width: int) -> torch.Tensor:
-    rows = [
-        torch.tensor([0.0] * (len(s.tokens) - s.response_length) + list(s.rollout_log_probs or ()), dtype=torch.float32)
-        for s in samples
-    ]
-    return pad(rows, width, 0.0)
+    rows = [[0.0] * (len(s.tokens) - s.response_length) + list(s.rollout_log_probs or ()) for s in samples]
+    return pad(rows, width, 0.0, torch.float32)
 
 
 def _is_length(reason: Any) -> bool:

@@ -95,9 +95,18 @@ def likes_low_tokens(sample: Sample) -> float:
     return float(sample.tokens[-1] < VOCAB // 2)
 
 
-def run(directory: Path, config: RLTrainingConfig, *, loss_fn=grpo_loss, resume=False, runtime="asyncio", **options):
+def run(
+    directory: Path,
+    config: RLTrainingConfig,
+    *,
+    loss_fn=grpo_loss,
+    resume=False,
+    runtime="asyncio",
+    engine=None,
+    **options,
+):
     backend = tiny_backend(directory / "rl", loss_fn=loss_fn, lr=2e-2, seed=99 if resume else 0)
-    buffer, engine = CountingBuffer(), PolicyEngine()
+    buffer, engine = CountingBuffer(), engine or PolicyEngine()
     manager = PolicyManager(buffer, engine)
 
     async def main():
@@ -208,19 +217,21 @@ def test_every_sample_is_logged(tmp_path):
 
 
 def test_evaluation_and_checkpoints_come_when_due(tmp_path):
-    """Goal: every N steps and after the last, with the engine already on the new weights. Red with eval before sync."""
+    """Goal: before the first step, every N, after the last, on that step's weights. Red with the sync after it."""
     seen = []
     saved = []
-    _, _, engine = run(
+    engine = PolicyEngine()
+    metrics, _, _ = run(
         tmp_path,
         RLTrainingConfig(num_steps=3, baseline="group_mean", checkpoint_every=2),
-        eval_fn=lambda step: seen.append(step) or {"exact_match": 0.5},
+        engine=engine,
+        eval_fn=lambda step: seen.append((step, engine.paths[-1])) or {"exact_match": 0.5},
         eval_every=2,
         on_checkpoint=lambda path, step: saved.append((path.name, step)),
     )
-    assert seen == [2, 3]
+    assert seen == [(step, f"version_{step:06d}") for step in (0, 2, 3)]
+    assert [record.get("eval_exact_match") for record in metrics] == [None, 0.5, 0.5]
     assert saved == [("step_000002", 2), ("step_000003", 3)]
-    assert engine.paths[-1] == "version_000003"
 
 
 @pytest.mark.parametrize(
