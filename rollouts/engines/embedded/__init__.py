@@ -1,0 +1,1 @@
+"""A small inference server over transformers that speaks the SGLang HTTP subset RL needs. See docs/engines.md."""

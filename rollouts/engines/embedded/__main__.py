@@ -1,0 +1,128 @@
+"""`python -m rollouts.engines.embedded --model-path DIR --port N`: serve until SIGTERM. See docs/engines.md.
+
+Exit codes: 0 after SIGTERM or SIGINT, 1 when it cannot start or its model thread died (one line on stderr says why),
+2 for a bad command line.
+"""
+
+import argparse
+import os
+import signal
+import socket
+import sys
+import threading
+from typing import Any
+
+import uvicorn
+
+STOP_GRACE_S = 2.0
+
+
+def main() -> int:
+    args = _parse(sys.argv[1:])
+    try:
+        listener = _bind(args.host, args.port)
+    except OSError as error:
+        return _fail(f"cannot listen on {args.host}:{args.port}: {error.strerror}. Set another engine.sglang_port")
+
+    from rollouts.engines.embedded import model
+    from rollouts.engines.embedded.scheduler import Scheduler
+    from rollouts.engines.embedded.server import Server
+
+    info = vars(args)
+    scheduler = Scheduler(lambda: _load(args), rows_max=args.max_running_requests, seed=args.random_seed)
+    config = uvicorn.Config(
+        Server(scheduler, info).app(),
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=1,
+        timeout_keep_alive=600,  # clients keep their connections over a training step
+        backlog=2048,
+    )
+    server = uvicorn.Server(config)
+    failure: list[str] = []
+
+    def serve_model() -> None:
+        try:
+            scheduler.run()
+        except model.ModelError as error:
+            failure.append(str(error))
+        except BaseException as error:  # the process must not outlive its model thread, whatever ended it
+            failure.append(f"the model thread died: {type(error).__name__}: {error}")
+            raise
+        finally:
+            server.should_exit = True
+
+    thread = threading.Thread(target=serve_model, name="model", daemon=True)
+    thread.start()
+    # uvicorn shuts down on these signals, then raises them again for whoever was there before: nobody, so we end
+    # with 0.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    server.run(sockets=[listener])
+    scheduler.stop()
+    thread.join(timeout=STOP_GRACE_S)
+    code = _fail(failure[0]) if failure else 0
+    sys.stdout.flush()
+    if thread.is_alive():
+        os._exit(code)  # a long forward pass would hold up the interpreter's own exit
+    return code
+
+
+def _load(args: argparse.Namespace) -> Any:
+    from rollouts.engines.embedded import model
+
+    served = model.load(args.model_path, dtype=args.dtype, device=args.device, trust_remote_code=args.trust_remote_code)
+    if served.device.type == "cuda":
+        import torch
+
+        torch.cuda.set_per_process_memory_fraction(args.mem_fraction_static)
+    return served
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """Take the port before the slow imports, so that a port in use is known at once."""
+    # With the protocol named, asyncio sets TCP_NODELAY on what it accepts; without, answers wait 40 ms for an ACK.
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _fail(message: str) -> int:
+    print(f"error: embedded engine: {message}", file=sys.stderr, flush=True)
+    return 1
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m rollouts.engines.embedded",
+        description="Serve a Hugging Face directory over the SGLang HTTP subset that RL needs.",
+    )
+    parser.add_argument("--model-path", required=True, help="directory with config.json and safetensors")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=30000)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--device", choices=("cpu", "cuda", "mps"), default="cpu")
+    parser.add_argument("--max-running-requests", type=_positive, default=64, help="sequences decoded at once")
+    parser.add_argument(
+        "--mem-fraction-static", type=float, default=0.9, help="of the GPU's memory, for all of the process"
+    )
+    parser.add_argument("--random-seed", type=int, default=0, help="for requests that bring no sampling_seed")
+    parser.add_argument("--trust-remote-code", action="store_true")
+    return parser.parse_args(argv)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: needs >= 1")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

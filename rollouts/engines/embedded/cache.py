@@ -1,0 +1,124 @@
+"""The key/value cache of a running batch: one row per sequence, each from column 0, all in one tensor per layer.
+
+R rows, H key/value heads, K columns, D head size, G prompts of a prefill. A row's new token is written at that row's
+own length, so rows of different lengths decode together, none is ever shifted, and a row's numbers do not depend on
+how long its neighbours are. What lies beyond a row's length is stale and masked out by `Served.decode_mask`.
+"""
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+COLUMNS_STEP = 64  # columns are allocated in multiples of this
+
+Prefilled = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values [G, H, K, D] of each layer
+
+
+class _Cursor:
+    """Where the running forward pass writes, shared by all layers: set once per step."""
+
+    def __init__(self) -> None:
+        self.rows_R = torch.empty(0, dtype=torch.long)
+        self.lengths_R = torch.empty(0, dtype=torch.long)
+        self.width = 0
+
+
+class RowLayer(CacheLayerMixin):
+    """One layer: keys and values [R, H, K, D], written in place."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def __init__(self, cursor: _Cursor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        super().__init__()
+        self.cursor = cursor
+        self.lazy_initialization(keys, values)
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Take head count, head sizes, dtype and device from states of this layer; no rows, no columns yet."""
+        self.keys = key_states.new_zeros((0, key_states.shape[1], 0, key_states.shape[3]))
+        self.values = value_states.new_zeros((0, value_states.shape[1], 0, value_states.shape[3]))
+        self.is_initialized = True
+
+    def reserve(self, rows: int, columns: int) -> None:
+        """Grow to at least this many rows and columns; what is there stays."""
+        self.keys, self.values = _grown(self.keys, rows, columns), _grown(self.values, rows, columns)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write one new token per row [R, H, 1, D] at its length; all of the rows' columns up to the step's width."""
+        at = self.cursor
+        self.keys[at.rows_R, :, at.lengths_R] = key_states[:, :, 0]
+        self.values[at.rows_R, :, at.lengths_R] = value_states[:, :, 0]
+        rows = at.rows_R.shape[0]
+        return self.keys[:rows, :, : at.width], self.values[:rows, :, : at.width]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cursor.width, 0
+
+    def get_seq_length(self) -> int:
+        return self.cursor.width - 1
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class RowCache:
+    """All layers of a batch. The caller decides which row is whose; nothing here knows of requests."""
+
+    def __init__(self, prefilled: Prefilled, device: torch.device) -> None:
+        """Empty, shaped like the layers of any prefill of the same model."""
+        self._cursor = _Cursor()
+        self._device = device
+        self._rows, self._columns = 0, 0
+        self.layers = [RowLayer(self._cursor, keys, values) for keys, values in prefilled]
+        self.cache = Cache(layers=list(self.layers))
+
+    def reserve(self, rows: int, columns: int) -> None:
+        """Make room, in steps that keep copying rare: columns double, rows are what is asked for."""
+        if rows <= self._rows and columns <= self._columns:
+            return
+        if columns > self._columns:
+            columns = max(columns, min(2 * self._columns, columns + 1024))
+            self._columns = -(-columns // COLUMNS_STEP) * COLUMNS_STEP
+        self._rows = max(rows, self._rows)
+        for layer in self.layers:
+            layer.reserve(self._rows, self._columns)
+
+    def place(self, prefilled: Prefilled, sources: list[int], rows: list[int], columns: int) -> None:
+        """Copy the first `columns` of prefilled rows `sources` to `rows`; one source may fill many rows."""
+        sources_R = torch.tensor(sources, device=self._device)
+        rows_R = torch.tensor(rows, device=self._device)
+        for layer, (keys, values) in zip(self.layers, prefilled, strict=True):
+            layer.keys[rows_R, :, :columns] = keys[sources_R, :, :columns]
+            layer.values[rows_R, :, :columns] = values[sources_R, :, :columns]
+
+    def move(self, sources: list[int], rows: list[int], columns: int) -> None:
+        """Copy the first `columns` of rows `sources` over `rows` (disjoint)."""
+        sources_R = torch.tensor(sources, device=self._device)
+        rows_R = torch.tensor(rows, device=self._device)
+        for layer in self.layers:
+            layer.keys[rows_R, :, :columns] = layer.keys[sources_R, :, :columns]
+            layer.values[rows_R, :, :columns] = layer.values[sources_R, :, :columns]
+
+    def seek(self, lengths_R: torch.Tensor, width: int) -> None:
+        """Point the next forward pass at rows 0 to R-1, each at its length, attending to `width` columns."""
+        rows = lengths_R.shape[0]
+        if self._cursor.rows_R.shape[0] != rows:
+            self._cursor.rows_R = torch.arange(rows, device=self._device)
+        self._cursor.lengths_R, self._cursor.width = lengths_R, width
+
+    def drop(self) -> None:
+        """Give the memory back."""
+        self._rows, self._columns = 0, 0
+        for layer in self.layers:
+            layer.lazy_initialization(layer.keys, layer.values)
+
+
+def _grown(tensor: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    old_rows, heads, old_columns, size = tensor.shape
+    if rows <= old_rows and columns <= old_columns:
+        return tensor
+    larger = tensor.new_zeros((max(rows, old_rows), heads, max(columns, old_columns), size))
+    larger[:old_rows, :, :old_columns] = tensor
+    return larger
