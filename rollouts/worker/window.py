@@ -35,6 +35,7 @@ from rollouts.worker.processes import (
 READ_BYTES = 1 << 16
 PANE_BACKLOG_BYTES = 1 << 20  # what a slow pane may owe; the log has everything
 DRAIN_S = 5.0  # for the last output, once the processes are gone
+PANE_CLOSE_S = 1.0  # a paused pane may keep what it has
 POLL_S = 0.1
 SUPERVISOR_MARGIN_S = 20.0  # beyond its windows' grace: the supervisor's own bookkeeping
 NOT_EXECUTABLE, NOT_FOUND = 126, 127  # as a shell reports them
@@ -122,7 +123,7 @@ class Window:
         self._end_leftovers(code)
         if self._pump_thread is not None:
             self._pump_thread.join(DRAIN_S)
-        self.pane.close(DRAIN_S)
+        self.pane.close(PANE_CLOSE_S)
         if self.is_supervisor:
             self._write_record(record)  # last: where it stands, nothing of the run is left
         return record.code

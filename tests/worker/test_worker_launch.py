@@ -62,7 +62,8 @@ def test_what_it_writes_and_prints(host: Host) -> None:
     )  # fmt: skip
     assert listing.stdout == "supervisor 200\ntrainer 200\n"
     assert b"API_TOKEN=hunter2" in Path(f"/proc/{pid}/environ").read_bytes()
-    assert "hunter2" not in subprocess.run(["ps", "-eww", "-o", "args"], capture_output=True, text=True).stdout
+    commands = subprocess.run(["ps", "-eww", "-o", "args"], capture_output=True, text=True, check=True).stdout
+    assert "rollouts.worker.window" in commands and "hunter2" not in commands
     assert module("stop", str(run.path)).returncode == 0
     assert not run.secrets.exists()
 
@@ -140,10 +141,12 @@ def test_no_tmux(host: Host, tmp_path: Path) -> None:
     assert as_status(run)["state"] == "done"
 
 
-def test_a_tmux_that_fails(host: Host) -> None:
+def test_a_tmux_that_fails(host: Host, tmp_path: Path) -> None:
     """Goal: what tmux says reaches the user, and the status says failed. Red with tmux's exit code not looked at."""
     job = host.job(stage("sft", trainer("print('once')")))
-    done = host.launch(job, env={**os.environ, "TMUX_TMPDIR": "/nowhere/at/all"})
+    (tmp_path / f"tmux-{os.getuid()}").mkdir(mode=0o777)  # tmux refuses a socket directory that others may write to
+    (tmp_path / f"tmux-{os.getuid()}").chmod(0o777)
+    done = host.launch(job, env={**os.environ, "TMUX_TMPDIR": str(tmp_path)})
     assert done.returncode == 1 and "tmux new-session failed" in done.stderr and "Traceback" not in done.stderr
     assert as_status(host.launched[-1])["state"] == "failed"
 
