@@ -460,7 +460,7 @@ def test_retract_update_continue_finishes_the_same_request(engine: Engine) -> No
 
 
 def test_abort_all_requests_of_an_update(engine: Engine) -> None:
-    """Goal: abort_all_requests ends what runs instead of waiting for it. Red with the flag ignored (it runs to its length)."""
+    """Goal: abort_all_requests ends what runs instead of waiting for it. Red with the flag ignored (type length)."""
     thread, results = start_long(engine)
     body = {"model_path": str(engine.new), "weight_version": "v4", "abort_all_requests": True}
     assert engine.post("/update_weights_from_disk", body).status_code == 200
