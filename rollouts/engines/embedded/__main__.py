@@ -66,11 +66,7 @@ def main() -> int:
     server.run(sockets=[listener])
     scheduler.stop()
     thread.join(timeout=STOP_GRACE_S)
-    code = _fail(failure[0]) if failure else 0
-    sys.stdout.flush()
-    if thread.is_alive():
-        os._exit(code)  # a long forward pass would hold up the interpreter's own exit
-    return code
+    return _fail(failure[0]) if failure else 0
 
 
 def _load(args: argparse.Namespace) -> Any:
@@ -129,4 +125,7 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # Python takes seconds to take torch apart, longer with a forward pass under way
