@@ -135,6 +135,7 @@ def _do(verb: Callable[[Any], int], *, as_json: bool) -> None:
 @app.command(CONFIG_VERB, hidden=True)
 def run_config(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="A file that builds `config = Config(...)`.")],
+    *,
     remote: Remote = None,
     plan: Annotated[bool, typer.Option("--plan", help="Print what would happen, and touch nothing.")] = False,
     as_json: Json = False,

@@ -9,7 +9,6 @@ from rollouts.remote.view import (
     View,
     duration,
     eval_line,
-    evaluation_table,
     event_line,
     metrics_line,
     number,
@@ -38,9 +37,6 @@ class JsonReporter:
         kind = {"events.jsonl": "event", "metrics.jsonl": "metrics", "eval.jsonl": "eval"}[file]
         print_json({"type": kind, **row})
 
-    def log(self, window: str, data: bytes) -> None:
-        return None
-
     def close(self) -> None:
         return None
 
@@ -58,30 +54,6 @@ class PlainReporter:
             print(eval_line(row), flush=True)
         else:
             print(event_line(row), flush=True)
-
-    def log(self, window: str, data: bytes) -> None:
-        return None
-
-    def close(self) -> None:
-        return None
-
-
-class LogReporter:
-    """The bytes of one window's log, as its tmux window shows them."""
-
-    def __init__(self, window: str) -> None:
-        self._window = window
-
-    def say(self, phase: str, text: str) -> None:
-        print(f"{phase}: {text}", file=sys.stderr, flush=True)
-
-    def row(self, file: str, row: dict[str, Any], view: View) -> None:
-        return None
-
-    def log(self, window: str, data: bytes) -> None:
-        if window == self._window:
-            sys.stdout.buffer.write(data)
-            sys.stdout.buffer.flush()
 
     def close(self) -> None:
         return None
@@ -111,9 +83,6 @@ class LiveReporter:
         elif row.get("kind") in ("checkpoint", "note"):
             self._console.print(event_line(row), markup=False, highlight=False)
         self._redraw()
-
-    def log(self, window: str, data: bytes) -> None:
-        return None
 
     def close(self) -> None:
         if self._live is not None:
@@ -147,28 +116,3 @@ class LiveReporter:
         if self._doing:
             lines.append(Text(self._doing, style="dim"))
         return Group(*lines)
-
-
-def evaluation_text(view: View) -> str:
-    """The before/after table; "" where nothing was evaluated."""
-    return columns(evaluation_table(view.evals))
-
-
-def columns(table: list[list[str]]) -> str:
-    """Rows of cells as aligned text; numbers to the right."""
-    if not table:
-        return ""
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    lines = []
-    for row in table:
-        cells = [
-            cell.rjust(width) if i and _numeric(cell, table, i) else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
-def _numeric(cell: str, table: list[list[str]], column: int) -> bool:
-    values = [row[column] for row in table[1:] if row[column]]
-    return bool(values) and all(value.replace(".", "", 1).replace("-", "", 1).isdigit() for value in values)

@@ -5,6 +5,7 @@ Checkpoints arrive under a hidden name and get theirs once their manifest holds:
 """
 
 import base64
+import contextlib
 import json
 import os
 import queue
@@ -157,7 +158,5 @@ class CheckpointPuller:
 
     def _work(self) -> None:
         while (path := self._paths.get()) is not None:
-            try:
+            with contextlib.suppress(DeployError):  # tried again, and reported, by the last pull
                 pull_checkpoint(self._transport, self._run_path, self._run, path)
-            except DeployError:
-                pass  # tried again, and reported, by the last pull

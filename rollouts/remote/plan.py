@@ -88,7 +88,7 @@ def make_plan(
         local_dir=local_dir,
         problems=problems,
         notes=tuple(_notes(config, facts, code)),
-        steps=tuple(_steps(config, facts, code, launch, target, local_dir)) if launch else (),
+        steps=(*_steps(config, facts, code, launch, target), _watch_step(local_dir)) if launch else (),
         launch=launch,
     )
 
@@ -234,7 +234,7 @@ def _path_problems(config: Config, facts: HostFacts, code: Code, target: str) ->
             yield Problem(
                 f"{name!r} is here, but git ignores it, so it would not reach the host.",
                 needed="a path that git lists, an absolute path on the host, or a hub id",
-                fix=f"remove it from .gitignore, or copy it to the host and name it there: /…/{posixpath.basename(name)}",
+                fix=f"remove it from .gitignore, or copy it to the host and name it there: /…/{Path(name).name}",
             )
         elif locality == "missing" and _looks_like_path(name):
             yield Problem(
@@ -392,9 +392,7 @@ def _notes(config: Config, facts: HostFacts, code: Code) -> Iterator[str]:
         yield f"{', '.join(config.host.secrets)}: sent over stdin, kept in a 0600 file on the host until the run ends"
 
 
-def _steps(
-    config: Config, facts: HostFacts, code: Code, launch: LaunchPlan, target: str, local_dir: str
-) -> Iterator[Step]:
+def _steps(config: Config, facts: HostFacts, code: Code, launch: LaunchPlan, target: str) -> Iterator[Step]:
     commit = code.commit[:10] or "no commit"
     yield Step(
         f"sync {len(code.files)} files, {code.size_bytes / 1e6:.1f} MB, to {target}:{launch.run_path}/code/tree",
@@ -417,7 +415,11 @@ def _steps(
         for engine in stage.engines:
             yield Step(f"{stage.name}: {engine.window}: {shlex.join(engine.argv)}", _placed(config, engine, facts))
         yield Step(f"{stage.name}: trainer: {shlex.join(stage.trainer.argv)}", _placed(config, stage.trainer, facts))
-    yield Step(f"watch, and pull results into {local_dir}", "metrics as they grow, each completed checkpoint, verified")
+
+
+def _watch_step(local_dir: str) -> Step:
+    why = "metrics as they grow, each completed checkpoint, verified"
+    return Step(f"watch, and pull results into {local_dir}", why)
 
 
 def _placed(config: Config, process: ProcessSpec, facts: HostFacts) -> str:

@@ -6,6 +6,7 @@ no password prompt anywhere.
 """
 
 import base64
+import contextlib
 import hashlib
 import os
 import queue
@@ -14,7 +15,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import fabric
@@ -119,8 +120,14 @@ class SSHTransport:
 
     def _explain(self, connection: fabric.Connection, error: Exception) -> Exception:
         """The error a user can act on, for whatever connecting raised."""
-        where = f"{connection.host}:{connection.port}"
-        login = f"{connection.user}@{connection.host}"
+        return (
+            self._explain_host_key(connection, error)
+            or self._explain_login(connection, error)
+            or self._explain_network(connection, error)
+            or error
+        )
+
+    def _explain_host_key(self, connection: fabric.Connection, error: Exception) -> TransportError | None:
         if isinstance(error, UnknownHostKey):
             return TransportError(
                 f"{self.target}: the host's key is not known here.",
@@ -129,24 +136,46 @@ class SSHTransport:
                 fix="compare the fingerprint with the host's, then run again with --accept-new-host-key",
             )
         if isinstance(error, BadHostKeyException):
+            name = connection.host if connection.port == 22 else f"[{connection.host}]:{connection.port}"
             return TransportError(
                 f"{self.target}: THE HOST'S KEY HAS CHANGED. Someone may be intercepting the connection.",
-                found=f"{where} now shows {fingerprint(error.key)}",
+                found=f"{name} now shows {fingerprint(error.key)}",
                 needed=f"{fingerprint(error.expected_key)}, as in {self._known_hosts}",
-                fix=f"only if you know why it changed: ssh-keygen -R '{_known_name(connection)}', then connect again",
+                fix=f"only if you know why it changed: ssh-keygen -R '{name}', then connect again",
             )
+        return None
+
+    def _explain_login(self, connection: fabric.Connection, error: Exception) -> TransportError | None:
+        login = f"{connection.user}@{connection.host}"
         if isinstance(error, PasswordRequiredException):
             return TransportError(
                 f"{self.target}: the private key for {login} has a passphrase, and no agent holds it.",
                 fix="ssh-add the key first; deploy never asks for a password",
             )
-        if isinstance(error, AuthenticationException) or "No authentication methods" in str(error):
-            return self._explain_login(login, connection, error)
+        if not isinstance(error, AuthenticationException) and "No authentication methods" not in str(error):
+            return None
+        allowed = getattr(error, "allowed_types", None) or _methods_offered(connection)
+        if allowed and "publickey" not in allowed:
+            return TransportError(
+                f"{self.target}: the host wants a password for {login}; deploy never asks for one.",
+                found=f"the host accepts {', '.join(allowed)}",
+                needed="login by key",
+                fix=f"ssh-copy-id {login}, or allow public keys in the host's sshd_config",
+            )
+        return TransportError(
+            f"{self.target}: the host accepts none of the keys tried for {login}.",
+            found=str(error),
+            fix=f"ssh-copy-id {login}, or name the right user, or set IdentityFile for it in {self._config_file}",
+        )
+
+    def _explain_network(self, connection: fabric.Connection, error: Exception) -> TransportError | None:
+        where = f"{connection.host}:{connection.port}"
         if isinstance(error, socket.gaierror):
             return TransportError(
                 f"{self.target}: the name {connection.host!r} does not resolve.",
                 found=str(error),
                 fix=f"check the spelling, or add a Host {connection.host} with its HostName to {self._config_file}",
+                lost=True,
             )
         if isinstance(error, NoValidConnectionsError | ConnectionRefusedError):
             return TransportError(
@@ -162,26 +191,13 @@ class SSHTransport:
                 fix="check host and port, firewall and VPN; ConnectTimeout in ~/.ssh/config waits longer",
                 lost=True,
             )
+        if isinstance(error, FileNotFoundError | PermissionError):
+            return TransportError(f"{self.target}: {error}", fix=f"correct IdentityFile in {self._config_file}")
         if isinstance(error, OSError | SSHException | EOFError):
             return TransportError(
                 f"{self.target}: cannot connect to {where}: {error or type(error).__name__}", lost=True
             )
-        return error
-
-    def _explain_login(self, login: str, connection: fabric.Connection, error: Exception) -> TransportError:
-        allowed = getattr(error, "allowed_types", None) or _methods_offered(connection)
-        if allowed and "publickey" not in allowed:
-            return TransportError(
-                f"{self.target}: the host wants a password for {login}; deploy never asks for one.",
-                found=f"the host accepts {', '.join(allowed)}",
-                needed="login by key",
-                fix=f"ssh-copy-id {login}, or allow public keys in the host's sshd_config",
-            )
-        return TransportError(
-            f"{self.target}: the host accepts none of the keys tried for {login}.",
-            found=str(error),
-            fix=f"ssh-copy-id {login}, or name the right user, or set IdentityFile for it in {self._config_file}",
-        )
+        return None
 
     # --- commands ---------------------------------------------------------------------------------------------------
 
@@ -254,10 +270,6 @@ class SSHTransport:
         return f"{host}:{path}"
 
 
-def _known_name(connection: fabric.Connection) -> str:
-    return connection.host if connection.port == 22 else f"[{connection.host}]:{connection.port}"
-
-
 def _methods_offered(connection: fabric.Connection) -> list[str]:
     """What the host accepts for this user; [] when it does not say."""
     transport = connection.client.get_transport()
@@ -304,12 +316,10 @@ class _ChannelOutput:
             self._stderr = (self._stderr + data)[-STDERR_BYTES_MAX:]
 
     def _write(self, stdin: bytes, close_stdin: bool) -> None:
-        try:
+        with contextlib.suppress(OSError):  # the command ended without reading all of it; its exit code says why
             self._channel.sendall(stdin)
             if close_stdin:
                 self._channel.shutdown_write()
-        except OSError:  # the command ended without reading all of it; its exit code says why
-            pass
 
     def next(self, timeout_s: float) -> bytes | None:
         """The next bytes of stdout; b"" at its end, None when nothing came in time."""
@@ -325,10 +335,10 @@ class _ChannelOutput:
         return self._channel.exit_status, self._stderr
 
 
-def _received(receive: "type[paramiko.Channel.recv]") -> bytes:  # type: ignore[valid-type]
+def _received(receive: Callable[[int], bytes]) -> bytes:
     try:
-        return receive(1 << 18)  # type: ignore[misc, no-any-return]
-    except OSError:
+        return receive(1 << 18)
+    except OSError:  # the connection is gone: the end of this output; the missing exit status tells
         return b""
 
 

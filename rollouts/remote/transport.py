@@ -4,6 +4,7 @@ Two transports behind one protocol: `LocalTransport` here, `SSHTransport` in ssh
 words; where a shell stands in between, `shlex.join` makes its text. `cwd` is entered on the host.
 """
 
+import contextlib
 import os
 import re
 import select
@@ -193,10 +194,8 @@ class LocalStream:
 
     def close(self) -> None:
         assert self._process.stdin
-        try:
+        with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
-        except BrokenPipeError:
-            pass
         try:
             self._process.wait(timeout=2)
         except subprocess.TimeoutExpired:

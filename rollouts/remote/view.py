@@ -56,31 +56,33 @@ def _fold_metrics(view: View, row: dict[str, Any]) -> View:
 def _fold_event(view: View, row: dict[str, Any]) -> View:
     kind = row.get("kind")
     if kind == "run_started":
-        return replace(view, state="running")
-    if kind == "environment":
-        detail = row["action"] + (f" in {row['seconds']:.1f} s" if row["action"] == "ready" else "")
-        return _phase(view, f"environment {row['name']}", detail)
-    if kind == "stage_started":
+        view = replace(view, state="running")
+    elif kind == "stage_started":
         view = replace(view, stage=row["stage"], step=0, metrics={}, first=None, last_time=None)
-        return _phase(view, row["stage"], "starting")
-    if kind == "training_started":
+    elif kind == "training_started":
         totals = {**view.totals, row["stage"]: row["steps_total"]}
         view = replace(view, stage=row["stage"], step=row["step"], totals=totals)
-        return _phase(view, row["stage"], "training")
-    if kind == "engine_ready":
-        return _phase(view, row["window"], f"ready in {row['seconds']:.1f} s")
-    if kind == "checkpoint":
-        return replace(view, checkpoints=(*view.checkpoints, row["path"]))
-    if kind == "stage_ended":
-        return _phase(view, row["stage"], f"done in {row['seconds']:.0f} s")
-    if kind == "error":
-        return replace(view, error=row)
-    if kind == "run_ended":
-        return replace(view, state=row["state"])
-    return view
+    elif kind == "checkpoint":
+        view = replace(view, checkpoints=(*view.checkpoints, row["path"]))
+    elif kind == "error":
+        view = replace(view, error=row)
+    elif kind == "run_ended":
+        view = replace(view, state=row["state"])
+    return _phase(view, row, PHASES[str(kind)]) if kind in PHASES else view
 
 
-def _phase(view: View, name: str, detail: str) -> View:
+# event kind -> name and progress of the phase that it shows, filled from its fields
+PHASES: dict[str, tuple[str, str]] = {
+    "environment": ("environment {name}", "{action} after {seconds:.1f} s"),
+    "stage_started": ("{stage}", "starting"),
+    "training_started": ("{stage}", "training"),
+    "engine_ready": ("{window}", "ready after {seconds:.1f} s"),
+    "stage_ended": ("{stage}", "done after {seconds:.0f} s"),
+}
+
+
+def _phase(view: View, row: dict[str, Any], texts: tuple[str, str]) -> View:
+    name, detail = (text.format(**row) for text in texts)
     others = tuple(phase for phase in view.phases if phase[0] != name)
     return replace(view, phases=(*others, (name, detail)))
 

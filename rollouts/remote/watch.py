@@ -7,7 +7,7 @@ run: whoever stops watching only stops watching.
 import json
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,7 +16,6 @@ from rollouts.remote.mirror import CheckpointPuller, Mirror, pull_checkpoint, pu
 from rollouts.remote.registry import Entry
 from rollouts.remote.transport import Transport
 from rollouts.remote.view import View, fold
-from rollouts.run_dir import last_jsonl_row
 
 IDLE_TIMEOUT_S = 30.0  # the host says something every 5 s
 LINE_FILES = ("events.jsonl", "metrics.jsonl", "eval.jsonl")
@@ -36,6 +35,15 @@ class Patience:
         return float(min(self.pause_max_s, 0.5 * 2**failures) * (0.5 + self.jitter()))
 
 
+@dataclass(frozen=True)
+class Link:
+    """A run, and the way to its files."""
+
+    entry: Entry
+    python: str  # the host's
+    transport: Transport
+
+
 class Reporter(Protocol):
     """Where what happens is shown."""
 
@@ -45,10 +53,6 @@ class Reporter(Protocol):
 
     def row(self, file: str, row: dict[str, Any], view: View) -> None:
         """A new row of one of LINE_FILES, and the view after it."""
-        ...
-
-    def log(self, window: str, data: bytes) -> None:
-        """New bytes of a window's log."""
         ...
 
     def close(self) -> None:
@@ -65,10 +69,11 @@ class Result:
     view: View
 
 
-def watch(entry: Entry, python: str, transport: Transport, reporter: Reporter, patience: Patience) -> Result:
-    """Follow `entry` to its end. `python` is the host's. Raises DeployError, or KeyboardInterrupt to detach."""
+def watch(link: Link, reporter: Reporter, patience: Patience) -> Result:
+    """Follow a run to its end. Raises DeployError, or KeyboardInterrupt to detach."""
+    entry = link.entry
     mirror = Mirror(entry.mirror)
-    puller = CheckpointPuller(transport, entry.run_path, mirror.run)
+    puller = CheckpointPuller(link.transport, entry.run_path, mirror.run)
     view = View()
     for file in LINE_FILES:  # what came before: seen, not shown again
         for row in mirror.rows(file):
@@ -80,36 +85,30 @@ def watch(entry: Entry, python: str, transport: Transport, reporter: Reporter, p
 
     def on_file(file: str) -> None:
         nonlocal view
-        if file.startswith("logs/"):
-            reporter.log(file.removeprefix("logs/").removesuffix(".log"), mirror.new_text(file))
-        elif file in LINE_FILES:
+        if file in LINE_FILES:
             for row in mirror.rows(file):
                 view = fold(view, file, row)
                 reporter.row(file, row, view)
                 if row.get("kind") == "checkpoint":
                     puller.add(row["path"])
 
-    for path in mirror.run.path.glob("logs/*.log"):
-        mirror.new_text(f"logs/{path.name}")
-    ended = follow(entry, python, transport, mirror, on_file, reporter.say, patience)
+    ended = follow(link, mirror, on_file, reporter.say, patience)
     puller.finish()
     return Result(state=ended["state"], exit_code=ended["exit_code"], view=view)
 
 
 def follow(
-    entry: Entry,
-    python: str,
-    transport: Transport,
+    link: Link,
     mirror: Mirror,
     on_file: Callable[[str], None],
     say: Callable[[str, str], None],
     patience: Patience,
 ) -> dict[str, Any]:
     """The `tail` of a run until it ended, over as many connections as it takes; its last message."""
-    failures, last_word = 0, patience.clock()
+    entry, failures, last_word = link.entry, 0, patience.clock()
     while True:
         try:
-            for message in tail(entry, python, transport, mirror, follow=True):
+            for message in tail(link, mirror, follow=True):
                 if failures:
                     say("reconnect", f"connected with {entry.target} again")
                 failures, last_word = 0, patience.clock()
@@ -131,13 +130,14 @@ def follow(
                 ) from None
             pause_s = patience.pause_s(failures)
             say("reconnect", f"{error} Next try in {pause_s:.1f} s")
-            transport.close()
+            link.transport.close()
             patience.sleep(pause_s)
 
 
-def tail(entry: Entry, python: str, transport: Transport, mirror: Mirror, *, follow: bool) -> Any:
+def tail(link: Link, mirror: Mirror, *, follow: bool) -> Iterator[dict[str, Any]]:
     """Messages of one `tail` on the host, from where the mirror ends. Ends early only by TransportError(lost)."""
-    argv = [python, "-m", "rollouts.worker.tail", entry.run_path, *(["--follow"] if follow else [])]
+    entry, transport = link.entry, link.transport
+    argv = [link.python, "-m", "rollouts.worker.tail", entry.run_path, *(["--follow"] if follow else [])]
     first_line = json.dumps(mirror.offsets()).encode() + b"\n"
     stream = transport.stream(argv, first_line=first_line, cwd=f"{entry.run_path}/code/tree")
     heard = False
@@ -165,34 +165,25 @@ def tail(entry: Entry, python: str, transport: Transport, mirror: Mirror, *, fol
         stream.close()
 
 
-def pull(entry: Entry, python: str, transport: Transport, on_file: Callable[[str], None] = lambda file: None) -> str:
+def pull(link: Link) -> str:
     """Bring everything here that there is now, verified; the run's state, or "live". Raises DeployError."""
-    mirror = Mirror(entry.mirror)
-    state = ""
-    for message in tail(entry, python, transport, mirror, follow=False):
-        state = str(message.get("state", "live" if "live" in message else state))
-        if file := mirror.apply(message):
-            on_file(file)
-    if state != "live":
-        pull_files(transport, entry.run_path, mirror.run)
-    pull_checkpoints(entry, transport)
+    mirror, state = Mirror(link.entry.mirror), ""
+    for message in tail(link, mirror, follow=False):
+        state = "live" if "live" in message else str(message.get("state", state))
+        mirror.apply(message)
+    pull_checkpoints(link) if state == "live" else final_pull(link)
     return state
 
 
-def pull_checkpoints(entry: Entry, transport: Transport) -> None:
+def pull_checkpoints(link: Link) -> None:
     """Every checkpoint that the mirror's events name, whole and verified."""
-    mirror = Mirror(entry.mirror)
+    mirror = Mirror(link.entry.mirror)
     for row in mirror.rows("events.jsonl"):
         if row.get("kind") == "checkpoint":
-            pull_checkpoint(transport, entry.run_path, mirror.run, row["path"])
+            pull_checkpoint(link.transport, link.entry.run_path, mirror.run, row["path"])
 
 
-def final_pull(entry: Entry, transport: Transport) -> None:
+def final_pull(link: Link) -> None:
     """After the end: compare by checksum, and bring what is missing."""
-    pull_files(transport, entry.run_path, entry.mirror)
-    pull_checkpoints(entry, transport)
-
-
-def last_step(entry: Entry) -> int | None:
-    row = last_jsonl_row(entry.mirror.metrics)
-    return row.get("step") if row else None
+    pull_files(link.transport, link.entry.run_path, link.entry.mirror)
+    pull_checkpoints(link)

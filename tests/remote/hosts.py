@@ -104,7 +104,9 @@ class Host:
         config = self.directory / "sshd_config"
         config.write_text("\n".join(lines) + "\n")
         log = (self.directory / "sshd.log").open("ab")
-        self.process = subprocess.Popen([shutil.which("sshd", path="/usr/sbin:/usr/bin") or "sshd", "-D", "-e", "-f", str(config)], stderr=log)
+        self.process = subprocess.Popen(
+            [shutil.which("sshd", path="/usr/sbin:/usr/bin") or "sshd", "-D", "-e", "-f", str(config)], stderr=log
+        )
         wait_for(self._answers, "sshd")
 
     def _answers(self) -> bool:
@@ -213,7 +215,12 @@ class Laptop:
     def start(self, *arguments: str, env: Mapping[str, str] | None = None, **options: Any) -> subprocess.Popen[str]:
         """`deploy ARGUMENTS` as a process; stdout and stderr are pipes."""
         command = [sys.executable, str(ROOT / "deploy.py"), *arguments]
-        settings: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": self.project, **options}
+        settings: dict[str, Any] = {
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+            "cwd": self.project,
+            **options,
+        }
         return subprocess.Popen(command, env=self._environment(env or {}), text=True, **settings)
 
     def deploy(

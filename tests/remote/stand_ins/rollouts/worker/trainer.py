@@ -1,10 +1,11 @@
 """Stands in for the trainer: writes what a trainer writes, in a fraction of a second.
 
 STAND_IN_STEPS steps of STAND_IN_STEP_S seconds; STAND_IN_FAIL=stage exits 7 there after 60 lines; STAND_IN_WAIT=file
-goes on with its second step only once that file exists.
+goes on with its second step only once that file exists; STAND_IN_PRINT_HASH_OF=NAME prints the SHA-256 of that variable.
 """
 
 import argparse
+import hashlib
 import os
 import sys
 import time
@@ -33,15 +34,17 @@ def checkpoint(run: RunDir, stage: str, step: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--run", type=Path)
+    parser.add_argument("--run-dir", type=Path)
     parser.add_argument("--stage")
     parser.add_argument("--engine-url", required="rl" in sys.argv)
     arguments = parser.parse_args()
-    run, stage = RunDir(arguments.run), arguments.stage
+    run, stage = RunDir(arguments.run_dir), arguments.stage
     if os.environ.get("STAND_IN_FAIL") == stage:
         for line in range(60):
             print(f"line {line} of a failing trainer", flush=True)
         sys.exit(7)
+    if secret := os.environ.get("STAND_IN_PRINT_HASH_OF"):
+        print(hashlib.sha256(os.environ[secret].encode()).hexdigest(), flush=True)
     append_event(run, "training_started", stage=stage, step=0, steps_total=STEPS)
     if stage == "sft":
         append_jsonl(run.eval, {"stage": "base", "step": 0, "split": "test", "metric": "exact_match", "value": 0.25})
@@ -53,7 +56,7 @@ def main() -> None:
         row = {"stage": stage, "step": step, "time": time.time(), "loss": 1.0 / step}
         append_jsonl(run.metrics, row if stage == "sft" else {**row, "reward_mean": 0.1 * step})
         print(f"stage={stage} step={step}", flush=True)
-        if step == 1 or step == STEPS:
+        if step in (1, STEPS):
             checkpoint(run, stage, step)
     append_jsonl(run.eval, {"stage": stage, "step": STEPS, "split": "test", "metric": "exact_match", "value": 0.75})
 
