@@ -43,9 +43,7 @@ class HostConfig:
     installer: Literal["uv", "pip"]  # what fills the virtual environments
     constraints_file: str | None  # path in this repository of a pip constraints file; None installs unconstrained
     env: dict[str, str]  # set for every process of the run; shown in plans and saved: no secrets here
-    secrets: list[
-        str
-    ]  # names of variables read here at deploy time and handed to the run over stdin, never stored here
+    secrets: list[str]  # names of variables read here and handed to the run over stdin; never stored here
     disk_free_gib_min: float  # refuse to start with less room than this on the host
     threads_per_process: int  # OMP_NUM_THREADS of each trainer rank and of the engine
 
@@ -205,7 +203,7 @@ class Config:
     @property
     def stages(self) -> tuple[Literal["sft", "rl"], ...]:
         """The stages that `output.mode` selects, in order."""
-        return tuple(stage for stage in ("sft", "rl") if stage in self.output.mode.split("+"))  # type: ignore[misc]
+        return tuple(stage for stage in ("sft", "rl") if stage in self.output.mode.split("+"))
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -292,7 +290,7 @@ def _type_problems(value: Any, expected: Any, path: str) -> Iterator[tuple[str, 
             yield path, f"{path}={value!r}: needs a {typing.cast(type, expected).__name__}"
             return
         hints = typing.get_type_hints(expected)
-        for field in dataclasses.fields(value):
+        for field in dataclasses.fields(typing.cast(Any, value)):
             yield from _type_problems(getattr(value, field.name), hints[field.name], f"{path}.{field.name}".lstrip("."))
     elif origin in (typing.Union, types.UnionType):
         yield from _union_problems(value, typing.get_args(expected), path)
@@ -360,145 +358,154 @@ def _from_json(expected: Any, data: Any, path: str, errors: list[str]) -> Any:
 
 # --- meaning --------------------------------------------------------------------------------------------------------
 
-Checks = Iterable[tuple[bool, str]]
+Check = tuple[bool, str]
+Checks = Iterable[Check]
+
+
+def _need(ok: bool, path: str, value: Any, need: str) -> Check:
+    return ok, f"{path}={value!r}: needs {need}"
+
+
+def _at_least_one(group: Any, path: str, *names: str) -> Checks:
+    for name in names:
+        yield _need(getattr(group, name) >= 1, f"{path}.{name}", getattr(group, name), ">= 1")
+
+
+def _one_or_off(group: Any, path: str, **off_means: str) -> Checks:
+    for name, meaning in off_means.items():
+        value = getattr(group, name)
+        yield _need(value >= 1 or value == -1, f"{path}.{name}", value, f">= 1, or -1 for {meaning}")
+
+
+def _seed(value: int, path: str) -> Check:
+    return _need(0 <= value < 2**32, path, value, "0 to 2**32 - 1")
+
+
+def _rank_checks(ranks: list[int], path: str) -> Checks:
+    yield _need(len(ranks) >= 1, path, ranks, "at least one device")
+    yield _need(len(set(ranks)) == len(ranks), path, ranks, "each device once")
+    yield _need(all(rank >= 0 for rank in ranks), path, ranks, "device indices, which start at 0")
 
 
 def _target_checks(target: TargetConfig) -> Checks:
-    ranks = target.gpu_ranks
-    yield len(ranks) >= 1, f"target.gpu_ranks={ranks}: needs at least one device"
-    yield len(set(ranks)) == len(ranks), f"target.gpu_ranks={ranks}: names a device twice"
-    yield all(rank >= 0 for rank in ranks), f"target.gpu_ranks={ranks}: device indices start at 0"
-    one_mps = target.device_type != "mps" or len(ranks) == 1
-    yield one_mps, f"target.gpu_ranks={ranks}: device_type='mps' has one device"
+    yield from _rank_checks(target.gpu_ranks, "target.gpu_ranks")
+    one_mps = target.device_type != "mps" or len(target.gpu_ranks) == 1
+    yield _need(one_mps, "target.gpu_ranks", target.gpu_ranks, "one entry: device_type='mps' has one device")
 
 
 def _host_checks(host: HostConfig) -> Checks:
     file = host.constraints_file
-    yield file is None or _is_repo_path(file), f"host.constraints_file={file!r}: needs a path inside the repository"
+    inside = file is None or (bool(file.strip()) and not file.startswith("/") and ".." not in Path(file).parts)
+    yield _need(inside, "host.constraints_file", file, "a path inside the repository, or None")
     for name in host.env:
         yield _matches(ENV_NAME_PATTERN, name), f"host.env[{name!r}]: not the name of an environment variable"
     for name in host.secrets:
-        yield _matches(ENV_NAME_PATTERN, name), f"host.secrets={host.secrets}: {name!r} is not the name of a variable"
-    both = sorted(set(host.env) & set(host.secrets))
-    yield not both, f"host.secrets={host.secrets}: {both} stand in host.env too, which is shown and saved"
-    yield host.disk_free_gib_min >= 0, f"host.disk_free_gib_min={host.disk_free_gib_min}: needs >= 0"
-    yield host.threads_per_process >= 1, f"host.threads_per_process={host.threads_per_process}: needs >= 1"
+        ok = _matches(ENV_NAME_PATTERN, name)
+        yield _need(ok, "host.secrets", host.secrets, f"names of environment variables; {name!r} is none")
+        ok = name not in host.env
+        yield _need(
+            ok, "host.secrets", host.secrets, f"{name!r} here or in host.env, which is shown and saved, not both"
+        )
+    yield _need(host.disk_free_gib_min >= 0, "host.disk_free_gib_min", host.disk_free_gib_min, ">= 0")
+    yield from _at_least_one(host, "host", "threads_per_process")
 
 
 def _model_checks(model: ModelConfig) -> Checks:
-    yield bool(model.name.strip()), f"model.name={model.name!r}: needs a hub id or a directory"
-    yield 0 <= model.init_seed < 2**32, f"model.init_seed={model.init_seed}: needs 0 to 2**32 - 1"
+    yield _need(bool(model.name.strip()), "model.name", model.name, "a hub id or a directory")
+    yield _seed(model.init_seed, "model.init_seed")
 
 
 def _data_checks(data: DataConfig) -> Checks:
-    yield data.max_length >= 2, f"data.max_length={data.max_length}: needs >= 2 tokens, one to read and one to predict"
-    yield 0 <= data.shuffle_seed < 2**32, f"data.shuffle_seed={data.shuffle_seed}: needs 0 to 2**32 - 1"
+    yield _need(data.max_length >= 2, "data.max_length", data.max_length, ">= 2 tokens: one to read, one to predict")
+    yield _seed(data.shuffle_seed, "data.shuffle_seed")
     for mixture in ("sft_mixture", "rl_mixture", "eval_mixture"):
         for index, spec in enumerate(getattr(data, mixture)):
             path = f"data.{mixture}[{index}]"
-            yield bool(spec.name.strip()), f"{path}.name={spec.name!r}: needs a hub id, a directory or a .jsonl file"
-            yield bool(spec.split.strip()), f"{path}.split={spec.split!r}: needs the name of a split, such as 'train'"
-            yield (
-                _count_or_off(spec.max_samples),
-                f"{path}.max_samples={spec.max_samples}: needs >= 1, or -1 for all rows",
-            )
-            yield spec.repeat >= 1, f"{path}.repeat={spec.repeat}: needs >= 1; leave the data set out to skip it"
+            yield _need(bool(spec.name.strip()), f"{path}.name", spec.name, "a hub id, a directory or a .jsonl file")
+            yield _need(bool(spec.split.strip()), f"{path}.split", spec.split, "the name of a split, such as 'train'")
+            yield from _one_or_off(spec, path, max_samples="all rows")
+            yield _need(spec.repeat >= 1, f"{path}.repeat", spec.repeat, ">= 1; leave the data set out to skip it")
 
 
-def _optimizer_checks(optimizer: OptimizerConfig, path: str) -> Checks:
-    yield 0 <= optimizer.beta1 < 1, f"{path}.beta1={optimizer.beta1}: needs 0 <= beta1 < 1"
-    yield 0 <= optimizer.beta2 < 1, f"{path}.beta2={optimizer.beta2}: needs 0 <= beta2 < 1"
-    yield optimizer.eps > 0, f"{path}.eps={optimizer.eps}: needs > 0"
-    yield optimizer.max_grad_norm > 0, f"{path}.max_grad_norm={optimizer.max_grad_norm}: needs > 0; 1e9 never clips"
-    yield 0 <= optimizer.warmup_frac < 1, f"{path}.warmup_frac={optimizer.warmup_frac}: needs 0 <= warmup_frac < 1"
-
-
-def _rate_checks(stage: SFTConfig | RLConfig, path: str) -> Checks:
-    for name in ("unembedding_lr", "embedding_lr", "matrix_lr", "weight_decay"):
-        yield getattr(stage, name) >= 0, f"{path}.{name}={getattr(stage, name)}: needs >= 0"
-    rates = (stage.unembedding_lr, stage.embedding_lr, stage.matrix_lr)
-    yield any(rate > 0 for rate in rates), f"{path}: all three learning rates are 0, nothing would be trained"
-    yield 0 < stage.init_lr_frac <= 1, f"{path}.init_lr_frac={stage.init_lr_frac}: needs 0 < init_lr_frac <= 1"
-    yield from _optimizer_checks(stage.optimizer, f"{path}.optimizer")
+def _stage_checks(stage: SFTConfig | RLConfig, path: str) -> Checks:
+    """What both stages have: learning rates and the optimizer."""
+    rates = {name: getattr(stage, name) for name in ("unembedding_lr", "embedding_lr", "matrix_lr")}
+    for name, rate in (*rates.items(), ("weight_decay", stage.weight_decay)):
+        yield _need(rate >= 0, f"{path}.{name}", rate, ">= 0")
+    yield any(rate > 0 for rate in rates.values()), f"{path}.{{{','.join(rates)}}}=0: nothing would be trained"
+    yield _need(0 < stage.init_lr_frac <= 1, f"{path}.init_lr_frac", stage.init_lr_frac, "0 < init_lr_frac <= 1")
+    optimizer, path = stage.optimizer, f"{path}.optimizer"
+    yield _need(0 <= optimizer.beta1 < 1, f"{path}.beta1", optimizer.beta1, "0 <= beta1 < 1")
+    yield _need(0 <= optimizer.beta2 < 1, f"{path}.beta2", optimizer.beta2, "0 <= beta2 < 1")
+    yield _need(optimizer.eps > 0, f"{path}.eps", optimizer.eps, "> 0")
+    yield _need(optimizer.max_grad_norm > 0, f"{path}.max_grad_norm", optimizer.max_grad_norm, "> 0; 1e9 never clips")
+    yield _need(0 <= optimizer.warmup_frac < 1, f"{path}.warmup_frac", optimizer.warmup_frac, "0 <= warmup_frac < 1")
 
 
 def _sft_checks(sft: SFTConfig) -> Checks:
-    for name in ("num_epochs", "batch_size", "target_examples_per_step", "log_every"):
-        yield getattr(sft, name) >= 1, f"sft.{name}={getattr(sft, name)}: needs >= 1"
-    yield (
-        _count_or_off(sft.num_iterations),
-        f"sft.num_iterations={sft.num_iterations}: needs >= 1, or -1 for num_epochs",
+    yield from _at_least_one(sft, "sft", "num_epochs", "batch_size", "target_examples_per_step", "log_every")
+    yield from _one_or_off(
+        sft,
+        "sft",
+        num_iterations="as many as num_epochs make",
+        eval_every="only at the end",
+        eval_steps="all of eval_mixture",
+        checkpoint_every="only at the end",
     )
-    yield _count_or_off(sft.eval_every), f"sft.eval_every={sft.eval_every}: needs >= 1, or -1 for only at the end"
-    yield _count_or_off(sft.eval_steps), f"sft.eval_steps={sft.eval_steps}: needs >= 1, or -1 for all of eval_mixture"
-    yield (
-        _count_or_off(sft.checkpoint_every),
-        f"sft.checkpoint_every={sft.checkpoint_every}: needs >= 1, or -1 for only at the end",
-    )
-    yield from _rate_checks(sft, "sft")
+    yield from _stage_checks(sft, "sft")
 
 
 def _rl_checks(rl: RLConfig) -> Checks:
-    for name in ("num_epochs", "examples_per_step", "batch_size", "max_new_tokens", "log_every", "sync_every"):
-        yield getattr(rl, name) >= 1, f"rl.{name}={getattr(rl, name)}: needs >= 1"
-    yield rl.num_samples >= 2, f"rl.num_samples={rl.num_samples}: needs >= 2, else every advantage is 0"
-    yield rl.temperature > 0, f"rl.temperature={rl.temperature}: needs > 0, sampling is what RL learns from"
-    yield _count_or_off(rl.top_k), f"rl.top_k={rl.top_k}: needs >= 1, or -1 for all tokens"
-    yield _count_or_off(rl.eval_every), f"rl.eval_every={rl.eval_every}: needs >= 1, or -1 for only before and after"
-    yield (
-        _count_or_off(rl.eval_examples),
-        f"rl.eval_examples={rl.eval_examples}: needs >= 1, or -1 for all of eval_mixture",
+    yield from _at_least_one(
+        rl, "rl", "num_epochs", "examples_per_step", "batch_size", "max_new_tokens", "log_every", "sync_every"
     )
-    yield _count_or_off(rl.save_every), f"rl.save_every={rl.save_every}: needs >= 1, or -1 for only at the end"
-    yield 0 < rl.clip_range < 1, f"rl.clip_range={rl.clip_range}: needs 0 < clip_range < 1"
-    yield (
-        _matches(DOTTED_NAME_PATTERN, rl.reward_fn),
-        f"rl.reward_fn={rl.reward_fn!r}: needs a dotted path, package.module.function",
+    yield from _one_or_off(
+        rl,
+        "rl",
+        top_k="all tokens",
+        eval_every="only before and after",
+        eval_examples="all of eval_mixture",
+        save_every="only at the end",
     )
-    good_filter = rl.filter_fn is None or _matches(DOTTED_NAME_PATTERN, rl.filter_fn)
-    yield good_filter, f"rl.filter_fn={rl.filter_fn!r}: needs a dotted path, package.module.function, or None"
-    yield 1 <= rl.over_sampling_factor <= 16, f"rl.over_sampling_factor={rl.over_sampling_factor}: needs 1 to 16"
-    yield rl.retries_max >= 0, f"rl.retries_max={rl.retries_max}: needs >= 0"
-    yield 0 <= rl.seed < 2**32, f"rl.seed={rl.seed}: needs 0 to 2**32 - 1"
-    yield from _rate_checks(rl, "rl")
+    yield _need(rl.num_samples >= 2, "rl.num_samples", rl.num_samples, ">= 2, else every advantage is 0")
+    yield _need(rl.temperature > 0, "rl.temperature", rl.temperature, "> 0: sampling is what RL learns from")
+    yield _need(0 < rl.clip_range < 1, "rl.clip_range", rl.clip_range, "0 < clip_range < 1")
+    reward_ok = _matches(DOTTED_NAME_PATTERN, rl.reward_fn)
+    yield _need(reward_ok, "rl.reward_fn", rl.reward_fn, "a dotted path, package.module.function")
+    filter_ok = rl.filter_fn is None or _matches(DOTTED_NAME_PATTERN, rl.filter_fn)
+    yield _need(filter_ok, "rl.filter_fn", rl.filter_fn, "a dotted path, package.module.function, or None")
+    factor_ok = 1 <= rl.over_sampling_factor <= 16
+    yield _need(factor_ok, "rl.over_sampling_factor", rl.over_sampling_factor, "1 to 16")
+    yield _need(rl.retries_max >= 0, "rl.retries_max", rl.retries_max, ">= 0")
+    yield _seed(rl.seed, "rl.seed")
+    yield from _stage_checks(rl, "rl")
 
 
 def _engine_checks(engine: EngineConfig) -> Checks:
-    ranks = engine.gpu_ranks
-    yield len(ranks) >= 1, f"engine.gpu_ranks={ranks}: needs at least one device"
-    yield len(set(ranks)) == len(ranks), f"engine.gpu_ranks={ranks}: names a device twice"
-    yield all(rank >= 0 for rank in ranks), f"engine.gpu_ranks={ranks}: device indices start at 0"
-    yield 1024 <= engine.sglang_port <= 65535, f"engine.sglang_port={engine.sglang_port}: needs 1024 to 65535"
-    yield (
-        engine.tensor_parallel_size == 1,
-        (f"engine.tensor_parallel_size={engine.tensor_parallel_size}: the embedded engine runs on one device, needs 1"),
-    )
-    yield len(ranks) == 1, f"engine.gpu_ranks={ranks}: the embedded engine runs on one device, needs one entry"
-    yield 0 < engine.mem_fraction <= 1, f"engine.mem_fraction={engine.mem_fraction}: needs 0 < mem_fraction <= 1"
-    yield engine.max_running_requests >= 1, f"engine.max_running_requests={engine.max_running_requests}: needs >= 1"
+    yield from _rank_checks(engine.gpu_ranks, "engine.gpu_ranks")
+    yield _need(1024 <= engine.sglang_port <= 65535, "engine.sglang_port", engine.sglang_port, "1024 to 65535")
+    one = "1: the embedded engine runs on one device"
+    yield _need(engine.tensor_parallel_size == 1, "engine.tensor_parallel_size", engine.tensor_parallel_size, one)
+    yield _need(len(engine.gpu_ranks) <= 1, "engine.gpu_ranks", engine.gpu_ranks, f"length {one}")
+    yield _need(0 < engine.mem_fraction <= 1, "engine.mem_fraction", engine.mem_fraction, "0 < mem_fraction <= 1")
+    yield from _at_least_one(engine, "engine", "max_running_requests")
 
 
 def _limits_checks(limits: LimitsConfig) -> Checks:
     for field in dataclasses.fields(limits):
-        yield getattr(limits, field.name) > 0, f"limits.{field.name}={getattr(limits, field.name)}: needs > 0 seconds"
+        value = getattr(limits, field.name)
+        yield _need(value > 0, f"limits.{field.name}", value, "> 0 seconds")
 
 
 def _output_checks(output: OutputConfig) -> Checks:
-    yield bool(output.save_dir.strip()), f"output.save_dir={output.save_dir!r}: needs a directory"
-    yield (
-        _matches(EXPERIMENT_NAME_PATTERN, output.experiment_name),
-        (f"output.experiment_name={output.experiment_name!r}: needs 1 to 48 letters, digits, '-' or '_'"),
-    )
-    project = output.wandb_project.strip()
-    yield (
-        bool(project) or not output.use_wandb,
-        f"output.wandb_project={output.wandb_project!r}: needed with use_wandb=True",
-    )
+    yield _need(bool(output.save_dir.strip()), "output.save_dir", output.save_dir, "a directory")
+    name_ok = _matches(EXPERIMENT_NAME_PATTERN, output.experiment_name)
+    yield _need(name_ok, "output.experiment_name", output.experiment_name, "1 to 48 letters, digits, '-' or '_'")
+    project_ok = bool(output.wandb_project.strip()) or not output.use_wandb
+    yield _need(project_ok, "output.wandb_project", output.wandb_project, "a name, since use_wandb=True")
     source = output.source_checkpoint
-    yield (
-        source is None or bool(source.strip()),
-        f"output.source_checkpoint={source!r}: needs a directory on the host, or None",
-    )
+    source_ok = source is None or bool(source.strip())
+    yield _need(source_ok, "output.source_checkpoint", source, "a directory on the host, or None")
 
 
 _GROUP_CHECKS: Mapping[str, typing.Callable[[Any], Checks]] = {
@@ -516,60 +523,30 @@ _GROUP_CHECKS: Mapping[str, typing.Callable[[Any], Checks]] = {
 
 def _cross_checks(config: Config) -> Checks:
     """What no group can see alone. Runs only when every type is right."""
-    mode, ranks = config.output.mode, len(config.target.gpu_ranks)
-    for stage in config.stages:
-        yield (
-            getattr(config, stage) is not None,
-            f"{stage}=None: output.mode={mode!r} has an {stage} stage, which needs it",
-        )
-        mixture = getattr(config.data, f"{stage}_mixture")
-        yield bool(mixture), f"data.{stage}_mixture=[]: empty, and output.mode={mode!r} has an {stage} stage"
-    needs_engine = "rl" in config.stages
-    yield (
-        config.engine is not None or not needs_engine,
-        f"engine=None: output.mode={mode!r} has an rl stage, which needs it",
-    )
-    if config.sft is not None and ranks:
-        per_pass, target = config.sft.batch_size * ranks, config.sft.target_examples_per_step
-        yield (
-            per_pass > 0 and target % max(per_pass, 1) == 0,
-            (
-                f"sft.target_examples_per_step={target}: needs a multiple of batch_size x ranks = {config.sft.batch_size} x {ranks}"
-            ),
-        )
-    if config.rl is not None and ranks:
-        samples = config.rl.examples_per_step * config.rl.num_samples
-        yield (
-            samples % ranks == 0,
-            (
-                f"rl.examples_per_step x num_samples = {samples}: needs a multiple of the {ranks} ranks of target.gpu_ranks"
-            ),
-        )
-        yield (
-            config.rl.max_new_tokens < config.data.max_length,
-            (f"rl.max_new_tokens={config.rl.max_new_tokens}: needs less than data.max_length={config.data.max_length}"),
-        )
-    for stage in (config.sft, config.rl):
+    mode, ranks, data = config.output.mode, max(1, len(config.target.gpu_ranks)), config.data
+    for name in config.stages:
+        yield getattr(config, name) is not None, f"{name}=None: output.mode={mode!r} has this stage, which needs it"
+        mixture = f"{name}_mixture"
+        yield bool(getattr(data, mixture)), f"data.{mixture}=[]: empty, and output.mode={mode!r} trains on it"
+        stage = getattr(config, name)
         if stage is not None and stage.eval_every != -1:
-            name = "sft" if stage is config.sft else "rl"
-            yield (
-                bool(config.data.eval_mixture),
-                f"{name}.eval_every={stage.eval_every}: data.eval_mixture is empty; set -1 or add data",
-            )
-    random_start = config.model.init == "random" and mode == "rl" and config.output.source_checkpoint is None
-    yield (
-        not random_start,
-        "model.init='random': output.mode='rl' would sample from noise; use 'sft+rl' or source_checkpoint",
-    )
+            need = "-1, or rows in data.eval_mixture, which is empty"
+            yield _need(bool(data.eval_mixture), f"{name}.eval_every", stage.eval_every, need)
+    if "rl" in config.stages:
+        yield config.engine is not None, f"engine=None: output.mode={mode!r} has an rl stage, which samples from it"
+    if config.sft is not None and config.sft.batch_size >= 1:
+        target, per_pass = config.sft.target_examples_per_step, config.sft.batch_size * ranks
+        need = f"a multiple of batch_size x ranks = {config.sft.batch_size} x {ranks}"
+        yield _need(target % per_pass == 0, "sft.target_examples_per_step", target, need)
+    if config.rl is not None:
+        samples = config.rl.examples_per_step * config.rl.num_samples
+        need = f"a product with num_samples={config.rl.num_samples} that {ranks} ranks can share evenly"
+        yield _need(samples % ranks == 0, "rl.examples_per_step", config.rl.examples_per_step, need)
+        need = f"less than data.max_length={data.max_length}"
+        yield _need(config.rl.max_new_tokens < data.max_length, "rl.max_new_tokens", config.rl.max_new_tokens, need)
+    noise = config.model.init == "random" and mode == "rl" and config.output.source_checkpoint is None
+    yield not noise, "model.init='random': output.mode='rl' would sample from noise; use 'sft+rl' or source_checkpoint"
 
 
 def _matches(pattern: str, text: str) -> bool:
     return re.fullmatch(pattern, text) is not None
-
-
-def _count_or_off(value: int) -> bool:
-    return value >= 1 or value == -1
-
-
-def _is_repo_path(path: str) -> bool:
-    return bool(path.strip()) and not path.startswith("/") and ".." not in Path(path).parts

@@ -1,0 +1,5 @@
+"""`python -m rollouts CONFIG` is `deploy CONFIG`."""
+
+from deploy import main
+
+main()

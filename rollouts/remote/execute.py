@@ -1,0 +1,76 @@
+"""Do what the plan says: send the code, launch. Decides nothing, and can be done again after a kill at any moment."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from base_config import Config
+from rollouts.remote.errors import DeployError
+from rollouts.remote.registry import Entry
+from rollouts.remote.repository import list_files, read_code
+from rollouts.remote.sync import sync_code
+from rollouts.remote.transport import Transport, disk_full
+from rollouts.run_dir import write_text_atomic
+
+LAUNCH_TIMEOUT_S = 60
+Say = Callable[[str, str], None]  # phase ("sync", "launch"), what is happening
+
+
+def execute(entry: Entry, config: Config, transport: Transport, path: str, say: Say) -> None:
+    """Bring the run of `entry` to life on its host; `path` is the PATH it gets there. Raises DeployError.
+
+    Done twice, the second time changes nothing. The mirror's record of the code is that of the tree that was sent.
+    """
+    launch = entry.launch
+    assert launch is not None
+    root = Path(entry.repository)
+    files = tuple(list_files(root))
+    say("sync", f"{len(files)} files to {entry.target}:{entry.run_path}/code/tree")
+    sent = sync_code(
+        transport,
+        root=root,
+        files=files,
+        project=root.name,
+        home=entry.home,
+        run_path=entry.run_path,
+        timeout_s=config.limits.bootstrap_timeout_s,
+    )
+    if sent:
+        write_record(entry, read_code(root, config).record())
+    say("launch", f"tmux session {entry.run_id}")
+    code = entry.mirror.code
+    job = {
+        "config": config.to_json(),
+        "plan": json.loads(entry.mirror.plan.read_text()),
+        "files": {f"code/{file.name}": file.read_text() for file in sorted(code.iterdir()) if file.is_file()},
+        "secrets": read_secrets(config),
+    }
+    done = transport.run(
+        ["env", f"PATH={path}", launch.base_python, "-m", "rollouts.worker.launch"],
+        stdin=json.dumps(job).encode(),
+        cwd=f"{entry.run_path}/code/tree",
+        timeout_s=LAUNCH_TIMEOUT_S,
+    )
+    if "No space left on device" in done.err:
+        raise disk_full(entry.target, done.err)
+    if done.returncode != 0:
+        raise DeployError(
+            f"{entry.target}: the run could not be launched.",
+            found=done.err.removeprefix("error: ")[-3000:] or f"exit code {done.returncode}, no message",
+        )
+
+
+def write_record(entry: Entry, record: dict[str, str]) -> None:
+    for name, text in record.items():
+        write_text_atomic(entry.mirror.path / name, text)
+
+
+def read_secrets(config: Config) -> dict[str, str]:
+    """The values of host.secrets, from this process's environment. Raises DeployError naming the missing ones."""
+    missing = [name for name in config.host.secrets if not os.environ.get(name)]
+    if missing:
+        raise DeployError(
+            f"not set here: {', '.join(missing)}.", needed=f"host.secrets={config.host.secrets}", fix="export them"
+        )
+    return {name: os.environ[name] for name in config.host.secrets}

@@ -1,0 +1,208 @@
+"""What a host is and has, learned in one round trip.
+
+A POSIX shell script over stdin prints `key=value` lines, so a host without Python still says what it lacks. Where it
+finds a Python that will do, the script runs host_probe.py there, whose source travels along.
+"""
+
+import base64
+import importlib.util
+import json
+import zlib
+from dataclasses import dataclass, field
+from typing import Any
+
+from rollouts.remote.errors import DeployError
+from rollouts.remote.transport import Transport
+
+PYTHON_MIN = (3, 11)
+FACTS_TIMEOUT_S = 60
+# Where installers put uv; a login shell would have it on its PATH, the command of an SSH session does not.
+EXTRA_PATH = "$HOME/.local/bin:$HOME/.cargo/bin"
+_PROBE_MODULES = ("base_config", "rollouts.run_dir", "rollouts.remote.host_probe")
+
+_SCRIPT = """
+home=${ROLLOUTS_HOME:-$HOME/.rollouts}
+case $home in /*) ;; *) home=$PWD/$home ;; esac
+PATH="$PATH:@EXTRA_PATH@"; export PATH
+echo "home=$home"; echo "path=$PATH"; echo "user=$(id -un)"; echo "host=$(uname -n)"; echo "system=$(uname -sr)"
+for tool in tmux rsync uv git; do
+  where=$(command -v "$tool") && echo "tool=$tool $where"
+done
+command -v tmux >/dev/null && echo "version=tmux $(tmux -V 2>/dev/null)"
+command -v uv >/dev/null && echo "version=uv $(uv --version 2>/dev/null)"
+command -v rsync >/dev/null && echo "version=rsync $(rsync --version 2>/dev/null | sed 1q)"
+if command -v nvidia-smi >/dev/null; then
+  nvidia-smi --query-gpu=index,uuid,name,memory.total,memory.free --format=csv,noheader,nounits 2>&1 | sed 's/^/gpu=/'
+  nvidia-smi --query-compute-apps=gpu_uuid,pid,used_memory,process_name --format=csv,noheader,nounits 2>/dev/null |
+    sed 's/^/gpu_process=/'
+  nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | sed -n 's/^/driver=/;1p'
+fi
+python=
+for candidate in python3 python3.14 python3.13 python3.12 python3.11; do
+  command -v "$candidate" >/dev/null || continue
+  version=$("$candidate" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null) || continue
+  echo "python_seen=$candidate $version"
+  "$candidate" -c 'import sys; sys.exit(sys.version_info < @PYTHON_MIN@)' && { python=$candidate; break; }
+done
+[ -n "$python" ] || exit 0
+rollouts_home=$home "$python" - <<'ROLLOUTS_PROBE'
+@PROBE@
+ROLLOUTS_PROBE
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    index: int
+    uuid: str
+    name: str
+    memory_total_mib: int
+    memory_free_mib: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuProcess:
+    gpu_uuid: str
+    pid: int
+    memory_mib: int | None
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostFacts:
+    """One host at one moment. What only Python can tell is empty where `python` is None."""
+
+    home: str  # absolute: where the host keeps its rollouts files
+    user: str
+    host: str
+    system: str
+    path: str  # PATH of the commands we run there
+    tools: dict[str, str]  # of tmux, rsync, uv and git those found, with where
+    versions: dict[str, str]
+    driver: str | None
+    gpus: tuple[Gpu, ...]
+    gpu_problem: str  # what nvidia-smi said instead of listing devices
+    gpu_processes: tuple[GpuProcess, ...]
+    pythons_seen: tuple[str, ...]  # "python3 3.9.2"
+    python: str | None  # the interpreter to use, >= PYTHON_MIN, absolute
+    python_version: str = ""
+    platform: str = ""
+    has_venv: bool = False
+    disk_free_bytes: int = 0
+    ports_in_use: tuple[int, ...] = ()
+    paths: dict[str, bool] = field(
+        default_factory=dict
+    )  # of the paths asked about those that exist: is it a directory?
+    environments: tuple[str, ...] = ()  # keys of the complete ones
+    run_exists: bool = False  # the run id asked about is taken
+    runs: tuple[dict[str, Any], ...] = ()  # host_probe.run_row
+
+    def run(self, run_id: str) -> dict[str, Any] | None:
+        return next((row for row in self.runs if row["run_id"] == run_id), None)
+
+
+def gather_facts(
+    transport: Transport, *, ports: list[int] | None = None, paths: list[str] | None = None, run_id: str | None = None
+) -> HostFacts:
+    """Ask the host everything at once. Raises TransportError, or DeployError when it has no POSIX shell."""
+    question = {"ports": ports or [], "paths": paths or [], "run_id": run_id}
+    script = (
+        _SCRIPT.replace("@EXTRA_PATH@", EXTRA_PATH)
+        .replace("@PYTHON_MIN@", repr(PYTHON_MIN))
+        .replace("@PROBE@", _probe_source(question))
+    )
+    done = transport.run(["sh", "-s"], stdin=script.encode(), timeout_s=FACTS_TIMEOUT_S)
+    lines = [line.partition("=")[::2] for line in done.out.splitlines()]
+    if not any(key == "home" for key, _ in lines):
+        raise DeployError(
+            f"{transport.target}: the host runs no POSIX shell commands.",
+            found=(done.err or done.out)[-500:] or f"exit code {done.returncode}, no output",
+            needed="`sh -s` over SSH",
+            fix="allow commands for this user: its shell, or ForceCommand in the host's sshd_config",
+        )
+    facts = parse_facts(lines)
+    if facts.python is None and facts.pythons_seen and done.returncode != 0:
+        raise DeployError(f"{transport.target}: the host's Python fails.", found=done.err[-1000:])
+    return facts
+
+
+def parse_facts(lines: list[tuple[str, str]]) -> HostFacts:
+    """The script's output, as (key, value) lines, as HostFacts."""
+    values = dict(lines)
+    several: dict[str, list[str]] = {}
+    for key, value in lines:
+        several.setdefault(key, []).append(value)
+    gpus, gpu_problem = [], ""
+    for line in several.get("gpu", []):
+        cells = [cell.strip() for cell in line.split(",")]
+        if len(cells) == 5 and cells[0].isdigit():
+            gpus.append(_gpu(cells))
+        else:
+            gpu_problem = line
+    probe = json.loads(values.get("probe", "{}"))
+    for key in ("ports_in_use", "environments", "runs"):
+        if key in probe:
+            probe[key] = tuple(probe[key])
+    return HostFacts(
+        home=values["home"],
+        user=values.get("user", ""),
+        host=values.get("host", ""),
+        system=values.get("system", ""),
+        path=values.get("path", ""),
+        tools=dict(_pairs(several.get("tool", []))),
+        versions=dict(_pairs(several.get("version", []))),
+        driver=values.get("driver"),
+        gpus=tuple(gpus),
+        gpu_problem=gpu_problem,
+        gpu_processes=tuple(_gpu_process(line) for line in several.get("gpu_process", []) if line.count(",") >= 3),
+        pythons_seen=tuple(several.get("python_seen", [])),
+        python=probe.pop("python", None),
+        **probe,
+    )
+
+
+def _pairs(lines: list[str]) -> list[tuple[str, str]]:
+    return [(line.split(" ", 1)[0], line.partition(" ")[2]) for line in lines]
+
+
+def _number(cell: str) -> int | None:
+    return int(cell) if cell.isdigit() else None  # nvidia-smi writes [N/A] where a driver does not tell
+
+
+def _gpu(cells: list[str]) -> Gpu:
+    total = _number(cells[3]) or 0
+    free = _number(cells[4])
+    return Gpu(
+        index=int(cells[0]),
+        uuid=cells[1],
+        name=cells[2],
+        memory_total_mib=total,
+        memory_free_mib=total if free is None else free,
+    )
+
+
+def _gpu_process(line: str) -> GpuProcess:
+    uuid, pid, memory, name = (cell.strip() for cell in line.split(",", 3))
+    return GpuProcess(gpu_uuid=uuid, pid=_number(pid) or 0, memory_mib=_number(memory), name=name)
+
+
+def _probe_source(question: dict[str, Any]) -> str:
+    """A program that holds our modules' source and answers `question` about $rollouts_home."""
+    sources = {}
+    for name in _PROBE_MODULES:
+        spec = importlib.util.find_spec(name)
+        assert spec is not None and spec.origin is not None
+        with open(spec.origin, encoding="utf-8") as stream:
+            sources[name] = stream.read()
+    packed = base64.b64encode(zlib.compress(json.dumps(sources).encode())).decode()
+    return f"""
+import base64, json, os, sys, types, zlib
+for name in ("rollouts", "rollouts.remote"):
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = []
+for name, source in json.loads(zlib.decompress(base64.b64decode("{packed}"))).items():
+    module = sys.modules[name] = types.ModuleType(name)
+    exec(compile(source, name, "exec"), module.__dict__)
+question = json.loads({json.dumps(question)!r})
+module.main(json.dumps({{"home": os.environ["rollouts_home"], **question}}))
+"""

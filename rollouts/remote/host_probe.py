@@ -1,0 +1,111 @@
+"""What one look at a machine's rollouts home shows: its runs, environments, disk, ports. Standard library only.
+
+Used here for this machine, and sent as source to a host (facts.py), which need not have any of our code: there
+`main` prints the answer to the questions in its argument. It only reads.
+"""
+
+import json
+import os
+import platform
+import shutil
+import socket
+import sys
+import sysconfig
+import time
+from pathlib import Path
+from typing import Any
+
+from rollouts.run_dir import FINAL_STATES, RunDir, is_live, last_jsonl_row, read_status
+
+START_WAIT_S = 30.0  # between the launcher's first status and the supervisor's lock
+
+
+def run_row(run: RunDir) -> dict[str, Any] | None:
+    """One run as `deploy ls` shows it; None when nothing was launched there.
+
+    {run_id, experiment_name, state ("died": unfinished and nobody holds its lock), stage, step, started_at,
+    updated_at, exit_code, message, live (a supervisor holds the lock), launched (one ever did)}. The lock is read
+    before the status: a supervisor writes its final status before it lets go.
+    """
+    launched, live = run.lock.exists(), is_live(run)
+    try:
+        status = read_status(run)
+        last = last_jsonl_row(run.metrics)
+    except (ValueError, TypeError):
+        return None  # not files of ours
+    if status is None:
+        return None
+    waiting = not launched and time.time() - status.updated_at < START_WAIT_S
+    died = status.state not in FINAL_STATES and not live and not waiting
+    return {
+        "run_id": run.run_id,
+        "experiment_name": status.experiment_name,
+        "state": "died" if died else status.state,
+        "stage": status.stage,
+        "step": last.get("step") if last else None,
+        "started_at": status.started_at,
+        "updated_at": status.updated_at,
+        "exit_code": status.exit_code,
+        "message": status.message,
+        "live": live,
+        "launched": launched,
+    }
+
+
+def run_rows(home: Path) -> list[dict[str, Any]]:
+    """Every run under `home`, oldest first."""
+    try:
+        names = sorted(entry.name for entry in os.scandir(home / "runs") if entry.is_dir())
+    except FileNotFoundError:
+        return []
+    rows = [row for name in names if (row := run_row(RunDir(home / "runs" / name)))]
+    return sorted(rows, key=lambda row: row["started_at"])
+
+
+def port_is_free(port: int) -> bool:
+    """Could a server listen on loopback at this port now?"""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+            probe.listen(1)
+        except OSError:
+            return False
+    return True
+
+
+def _disk_free_bytes(home: Path) -> int:
+    while not home.exists():
+        home = home.parent
+    return shutil.disk_usage(home).free
+
+
+def _can_make_environments() -> bool:
+    try:
+        import ensurepip  # noqa: F401  (Debian ships it apart, as python3-venv)
+        import venv  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def probe(home: Path, ports: list[int], paths: list[str], run_id: str | None) -> dict[str, Any]:
+    """The answers that need Python: see facts.HostFacts for their meaning."""
+    return {
+        "python": sys.executable,
+        "python_version": platform.python_version(),
+        "platform": sysconfig.get_platform(),
+        "has_venv": _can_make_environments(),
+        "disk_free_bytes": _disk_free_bytes(home),
+        "ports_in_use": [port for port in ports if not port_is_free(port)],
+        "paths": {path: os.path.isdir(path) for path in paths if os.path.exists(path)},
+        "environments": sorted(marker.parent.name for marker in home.glob("envs/*/.complete")),
+        "run_exists": run_id is not None and (home / "runs" / run_id).exists(),
+        "runs": run_rows(home),
+    }
+
+
+def main(argument: str) -> None:
+    question = json.loads(argument)
+    home = Path(question.pop("home"))
+    print("probe=" + json.dumps(probe(home, **question)))

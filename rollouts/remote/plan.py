@@ -1,0 +1,429 @@
+"""What a deploy would do, decided. Pure: config + facts + code → Plan. No clock, network or disk.
+
+`--plan` prints the value made here; execute.py does it and decides nothing. A plan with problems is never executed.
+"""
+
+import hashlib
+import json
+import os
+import posixpath
+import shlex
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from base_config import Config
+from rollouts.engines.launch import engine_argv, engine_url
+from rollouts.remote.errors import Problem
+from rollouts.remote.facts import PYTHON_MIN, Gpu, HostFacts
+from rollouts.remote.repository import Code, named_paths
+from rollouts.run_dir import EnvironmentSpec, LaunchPlan, ProcessSpec, RunDir, StageSpec, run_path, valid_run_id
+
+GIB = 2**30
+GPU_FREE_SHARE_MIN = 0.9  # a device with less free memory is someone's
+INSTALL_HINTS = {
+    "tmux": "on the host: apt-get install tmux",
+    "rsync": "on the host: apt-get install rsync",
+    "uv": "on the host: curl -LsSf https://astral.sh/uv/install.sh | sh; or set host.installer='pip'",
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing that would be done, and why."""
+
+    what: str
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    target: str
+    run_id: str
+    local_dir: str  # the mirror here
+    problems: tuple[Problem, ...]  # every reason why it cannot be executed
+    notes: tuple[str, ...]
+    steps: tuple[Step, ...]
+    launch: LaunchPlan | None  # None where the host lacks what the plan rests on (a Python)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"type": "plan", **asdict(self)}
+
+
+def asked_ports(config: Config) -> list[int]:
+    """Ports that must be free on the host."""
+    return [config.engine.sglang_port] if "rl" in config.stages and config.engine else []
+
+
+def asked_paths(config: Config) -> list[str]:
+    """Absolute paths that must exist on the host."""
+    names = [*named_paths(config), config.output.source_checkpoint or ""]
+    return [name for name in dict.fromkeys(names) if os.path.isabs(name)]
+
+
+def make_plan(
+    config: Config,
+    facts: HostFacts,
+    code: Code,
+    *,
+    target: str,
+    run_id: str,
+    local_dir: str,
+    secrets_set: Collection[str],
+) -> Plan:
+    """Decide everything. `secrets_set`: those of host.secrets that have a value here."""
+    problems = (
+        *_run_problems(config, facts, target, run_id),
+        *_tool_problems(config, facts, target),
+        *_gpu_problems(config, facts, target),
+        *_room_problems(config, facts, target),
+        *_path_problems(config, facts, code, target),
+        *_secret_problems(config, secrets_set),
+    )
+    launch = _launch_plan(config, facts, code, run_id) if facts.python and code.constraints is not None else None
+    return Plan(
+        target=target,
+        run_id=run_id,
+        local_dir=local_dir,
+        problems=problems,
+        notes=tuple(_notes(config, facts, code)),
+        steps=(*_steps(config, facts, code, launch, target), _watch_step(local_dir)) if launch else (),
+        launch=launch,
+    )
+
+
+# --- problems -------------------------------------------------------------------------------------------------------
+
+
+def _run_problems(config: Config, facts: HostFacts, target: str, run_id: str) -> Iterator[Problem]:
+    if not valid_run_id(run_id):
+        yield Problem(
+            f"--run-id {run_id!r} cannot name a run.", needed="1 to 80 letters, digits, '-' or '_', no '-' or '_' first"
+        )
+    if facts.run_exists:
+        found = facts.run(run_id)
+        yield Problem(
+            f"the run id {run_id!r} is in use on {target}.",
+            found=f"{run_path(facts.home, run_id)}" + (f", {found['state']}" if found else ""),
+            fix=f"choose another --run-id, or leave it out; `deploy attach {run_id}` goes on with that run",
+        )
+    name = config.output.experiment_name
+    for row in facts.runs:
+        if row["live"] and row["experiment_name"] == name and row["run_id"] != run_id:
+            yield Problem(
+                f"a run of experiment {name!r} is live on {target}.",
+                found=f"{row['run_id']}, {row['state']}, stage {row['stage']}, step {row['step']}",
+                fix=f"wait for it, `deploy stop {row['run_id']}`, or set another output.experiment_name",
+            )
+
+
+def _tool_problems(config: Config, facts: HostFacts, target: str) -> Iterator[Problem]:
+    uv = ("uv",) if config.host.installer == "uv" else ()
+    for tool in ("tmux", "rsync", *uv):
+        if tool not in facts.tools:
+            why = {
+                "tmux": "every process of a run gets a window of one tmux session",
+                "rsync": "the code goes there and the results come back with it",
+                "uv": "host.installer='uv' builds the environments with it",
+            }[tool]
+            yield Problem(f"{target} has no {tool}.", found=f"PATH={facts.path}", needed=why, fix=INSTALL_HINTS[tool])
+    least = ".".join(map(str, PYTHON_MIN))
+    if facts.python is None:
+        yield Problem(
+            f"{target} has no Python {least} or newer.",
+            found=", ".join(facts.pythons_seen) or f"no python3 in PATH={facts.path}",
+            needed=f"python3 >= {least}, for the supervisor and the environments",
+            fix="on the host: apt-get install python3 python3-venv, or `uv python install` and link it into PATH",
+        )
+    elif config.host.installer == "pip" and not facts.has_venv:
+        yield Problem(
+            f"{target}: its Python cannot make virtual environments.",
+            found=f"{facts.python} {facts.python_version} without venv and ensurepip",
+            fix="on the host: apt-get install python3-venv; or set host.installer='uv'",
+        )
+
+
+def _gpu_problems(config: Config, facts: HostFacts, target: str) -> Iterator[Problem]:
+    if config.target.device_type != "cuda":
+        return
+    ranks = _device_ranks(config)
+    by_index = {gpu.index: gpu for gpu in facts.gpus}
+    wanted = [f"target.gpu_ranks={config.target.gpu_ranks}"]
+    if config.engine and "rl" in config.stages:
+        wanted.append(f"engine.gpu_ranks={config.engine.gpu_ranks}")
+    missing = [rank for rank in ranks if rank not in by_index]
+    if missing:
+        count = len(facts.gpus)
+        listed = "\n".join(describe_gpu(gpu) for gpu in facts.gpus)
+        reachable = [rank for rank in ranks if rank in by_index]
+        yield Problem(
+            f"{target} has {count} GPU{'' if count == 1 else 's'}; this config needs {len(ranks)}"
+            f"{'' if not reachable else f', {missing} are not there'}.",
+            found=listed or facts.gpu_problem or "no nvidia-smi, or it lists no device",
+            needed=", ".join(wanted),
+            fix=_gpu_fix(config, facts),
+        )
+    for rank in ranks:
+        gpu = by_index.get(rank)
+        if gpu is None:
+            continue
+        holders = [process for process in facts.gpu_processes if process.gpu_uuid == gpu.uuid]
+        if holders or gpu.memory_free_mib < GPU_FREE_SHARE_MIN * gpu.memory_total_mib:
+            who = "\n".join(
+                f"pid {p.pid} {p.name}" + (f", {p.memory_mib} MiB" if p.memory_mib is not None else "") for p in holders
+            )
+            free = [other.index for other in facts.gpus if _is_free(other, facts)]
+            yield Problem(
+                f"{target}: GPU {rank} is busy.",
+                found="\n".join(filter(None, (describe_gpu(gpu), who))),
+                needed=", ".join(wanted),
+                fix=f"free are {free}: name those, or end what runs there" if free else "end what runs there, or wait",
+            )
+
+
+def _gpu_fix(config: Config, facts: HostFacts) -> str:
+    if not facts.gpus:
+        return "choose another --remote, or set target.device_type='cpu'"
+    first = facts.gpus[0].index
+    if config.engine and "rl" in config.stages and len(config.target.gpu_ranks) == 1:
+        return f"set engine.gpu_ranks=[{first}] and target.gpu_ranks=[{first}] (colocated), or choose another --remote"
+    return "name fewer devices in target.gpu_ranks, or choose another --remote"
+
+
+def _is_free(gpu: Gpu, facts: HostFacts) -> bool:
+    held = any(process.gpu_uuid == gpu.uuid for process in facts.gpu_processes)
+    return not held and gpu.memory_free_mib >= GPU_FREE_SHARE_MIN * gpu.memory_total_mib
+
+
+def describe_gpu(gpu: Gpu) -> str:
+    return f"{gpu.index}: {gpu.name}, {gpu.memory_free_mib / 1024:.0f} of {gpu.memory_total_mib / 1024:.0f} GiB free"
+
+
+def _device_ranks(config: Config) -> list[int]:
+    engine = config.engine.gpu_ranks if config.engine and "rl" in config.stages else []
+    return sorted({*config.target.gpu_ranks, *engine})
+
+
+def _room_problems(config: Config, facts: HostFacts, target: str) -> Iterator[Problem]:
+    free_gib = facts.disk_free_bytes / GIB
+    if facts.python and free_gib < config.host.disk_free_gib_min:
+        yield Problem(
+            f"{target} has {free_gib:.1f} GiB of disk left.",
+            found=f"{free_gib:.1f} GiB free at {facts.home}",
+            needed=f"host.disk_free_gib_min={config.host.disk_free_gib_min}",
+            fix="free some space there, set ROLLOUTS_HOME on the host to a larger disk, or lower the minimum",
+        )
+    for port in facts.ports_in_use:
+        yield Problem(
+            f"{target}: port {port} is in use.",
+            found=f"something listens on {port} there",
+            needed=f"engine.sglang_port={port}, for the inference server",
+            fix="set another engine.sglang_port, or end what listens there",
+        )
+
+
+def _path_problems(config: Config, facts: HostFacts, code: Code, target: str) -> Iterator[Problem]:
+    if code.constraints is None:
+        yield Problem(
+            f"host.constraints_file={config.host.constraints_file!r} is not in {code.root}.",
+            fix="correct the path, or set None to install unconstrained",
+        )
+    for name, locality in code.named.items():
+        if locality == "not sent":
+            yield Problem(
+                f"{name!r} is here, but git ignores it, so it would not reach the host.",
+                needed="a path that git lists, an absolute path on the host, or a hub id",
+                fix=f"remove it from .gitignore, or copy it to the host and name it there: /…/{Path(name).name}",
+            )
+        elif locality == "missing" and _looks_like_path(name):
+            yield Problem(
+                f"{name!r} does not exist in {code.root}.",
+                needed="a path relative to the repository, an absolute path on the host, or a hub id",
+                fix="check the spelling",
+            )
+    for path in asked_paths(config) if facts.python else ():
+        if path not in facts.paths:
+            field = "output.source_checkpoint" if path == config.output.source_checkpoint else "model or data"
+            yield Problem(
+                f"{path!r} does not exist on {target} ({field}).",
+                fix="check the spelling; checkpoints of earlier runs there are "
+                f"{facts.home}/runs/<run>/checkpoints/<stage>/latest",
+            )
+    source = config.output.source_checkpoint
+    if source is not None and not os.path.isabs(source):
+        yield Problem(
+            f"output.source_checkpoint={source!r} is not absolute.",
+            needed="a directory on the host",
+            fix=f"for example {facts.home}/runs/<run>/checkpoints/sft/latest",
+        )
+
+
+def _looks_like_path(name: str) -> bool:
+    """Not a hub id, which is `name` or `owner/name`."""
+    return name.startswith(".") or name.endswith((".jsonl", "/")) or name.count("/") > 1
+
+
+def _secret_problems(config: Config, secrets_set: Collection[str]) -> Iterator[Problem]:
+    for name in config.host.secrets:
+        if name not in secrets_set:
+            yield Problem(
+                f"the secret {name} is not set here.",
+                needed=f"host.secrets={config.host.secrets}: read from this environment at deploy time",
+                fix=f"export {name}=…, or take it out of host.secrets",
+            )
+
+
+# --- the launch plan ------------------------------------------------------------------------------------------------
+
+
+def environment_key(
+    requirements: Collection[str], constraints: str, installer: str, python_version: str, platform: str
+) -> str:
+    """Names an environment by what it holds: equal inputs, equal environment."""
+    parts = [sorted(requirements), constraints, installer, python_version, platform]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _launch_plan(config: Config, facts: HostFacts, code: Code, run_id: str) -> LaunchPlan:
+    assert facts.python is not None and code.constraints is not None
+    path = str(run_path(facts.home, run_id))
+    key = environment_key(
+        code.requirements, code.constraints, config.host.installer, facts.python_version, facts.platform
+    )
+    environment = EnvironmentSpec(
+        name="trainer",
+        path=f"{facts.home}/envs/{key}",
+        installer=config.host.installer,
+        base_python=facts.python,
+        requirements=list(code.requirements),
+        constraints=code.constraints,
+    )
+    python = f"{environment.path}/bin/python"
+    return LaunchPlan(
+        run_id=run_id,
+        experiment_name=config.output.experiment_name,
+        home=facts.home,
+        run_path=path,
+        base_python=facts.python,
+        environments=[environment],
+        stages=[_stage(config, code, stage, path, python) for stage in config.stages],
+        bootstrap_timeout_s=config.limits.bootstrap_timeout_s,
+        stop_grace_s=config.limits.stop_grace_s,
+    )
+
+
+def _stage(config: Config, code: Code, stage: str, path: str, python: str) -> StageSpec:
+    run = RunDir(Path(path))
+    after_sft = stage == "rl" and "sft" in config.stages
+    torchrun = (python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(_world_size(config)))
+    engines = [_engine(config, code, run, python, after_sft=after_sft)] if stage == "rl" else []
+    urls = ["--engine-url", engine_url(config.engine)] if stage == "rl" and config.engine else []
+    trainer = ProcessSpec(
+        window="trainer",
+        argv=[*torchrun, "-m", "rollouts.worker.trainer", "--run-dir", path, "--stage", stage, *urls],
+        env=_process_env(config, config.target.gpu_ranks),
+        ready_url=None,
+        ready_timeout_s=0.0,
+    )
+    return StageSpec(
+        name=stage,  # type: ignore[arg-type]
+        engines=engines,
+        trainer=trainer,
+        timeout_s=config.limits.stage_timeout_s,
+        needs_checkpoint=str(run.latest_checkpoint("sft")) if after_sft else None,
+    )
+
+
+def _engine(config: Config, code: Code, run: RunDir, python: str, *, after_sft: bool) -> ProcessSpec:
+    assert config.engine is not None and config.rl is not None
+    argv = engine_argv(
+        config.engine,
+        config.model,
+        python=python,
+        model_path=_start_model(config, code, run, after_sft=after_sft),
+        device_type=config.target.device_type,
+        seed=config.rl.seed,
+    )
+    return ProcessSpec(
+        window="engine-0",
+        argv=list(argv),
+        env=_process_env(config, config.engine.gpu_ranks),
+        ready_url=f"{engine_url(config.engine)}/ready",
+        ready_timeout_s=config.limits.engine_ready_timeout_s,
+    )
+
+
+def _start_model(config: Config, code: Code, run: RunDir, *, after_sft: bool) -> str:
+    """What the engine of the RL stage serves first: the policy that RL starts from."""
+    if after_sft:
+        return str(run.latest_checkpoint("sft"))
+    if config.output.source_checkpoint:
+        return config.output.source_checkpoint
+    name = config.model.name
+    return posixpath.join(str(run.code_tree), posixpath.normpath(name)) if code.named.get(name) == "sent" else name
+
+
+def _world_size(config: Config) -> int:
+    return len(config.target.gpu_ranks)
+
+
+def _process_env(config: Config, ranks: list[int]) -> dict[str, str]:
+    devices = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, ranks))} if config.target.device_type == "cuda" else {}
+    return {
+        "OMP_NUM_THREADS": str(config.host.threads_per_process),
+        "TOKENIZERS_PARALLELISM": "false",
+        **devices,
+        **config.host.env,
+    }
+
+
+# --- in words -------------------------------------------------------------------------------------------------------
+
+
+def _notes(config: Config, facts: HostFacts, code: Code) -> Iterator[str]:
+    if not code.commit:
+        yield "the repository has no commit yet: the code is sent, but no commit can be recorded"
+    if config.target.device_type == "cuda" and facts.driver:
+        yield f"NVIDIA driver {facts.driver}"
+    if config.host.env:
+        yield f"host.env sets {', '.join(config.host.env)}"
+    if config.host.secrets:
+        yield f"{', '.join(config.host.secrets)}: sent over stdin, kept in a 0600 file on the host until the run ends"
+
+
+def _steps(config: Config, facts: HostFacts, code: Code, launch: LaunchPlan, target: str) -> Iterator[Step]:
+    commit = code.commit[:10] or "no commit"
+    yield Step(
+        f"sync {len(code.files)} files, {code.size_bytes / 1e6:.1f} MB, to {target}:{launch.run_path}/code/tree",
+        f"git's files at {commit}" + (f" with {code.changed} uncommitted changes" if code.changed else ", unchanged"),
+    )
+    for environment in launch.environments:
+        complete = posixpath.basename(environment.path) in facts.environments
+        yield Step(
+            f"{'reuse' if complete else 'build'} the {environment.name} environment {environment.path}"
+            f"{'' if complete else f' with {environment.installer}'}",
+            f"{len(environment.requirements)} requirements, constraints "
+            f"{config.host.constraints_file or 'none'}, Python {facts.python_version}: "
+            f"{'complete there' if complete else 'none of this content there yet'}",
+        )
+    yield Step(
+        f"start tmux session {launch.run_id} with a window per process",
+        "the run goes on when this machine is switched off",
+    )
+    for stage in launch.stages:
+        for engine in stage.engines:
+            yield Step(f"{stage.name}: {engine.window}: {shlex.join(engine.argv)}", _placed(config, engine, facts))
+        yield Step(f"{stage.name}: trainer: {shlex.join(stage.trainer.argv)}", _placed(config, stage.trainer, facts))
+
+
+def _watch_step(local_dir: str) -> Step:
+    why = "metrics as they grow, each completed checkpoint, verified"
+    return Step(f"watch, and pull results into {local_dir}", why)
+
+
+def _placed(config: Config, process: ProcessSpec, facts: HostFacts) -> str:
+    devices = process.env.get("CUDA_VISIBLE_DEVICES")
+    where = f"GPU {devices}" if devices is not None else config.target.device_type
+    ready = f", ready when {process.ready_url} answers, within {process.ready_timeout_s:.0f} s"
+    return f"on {where} of {facts.host}{ready if process.ready_url else ''}"

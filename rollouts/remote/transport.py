@@ -1,0 +1,234 @@
+"""How the control side reaches a host: run a command, follow a command's lines, copy with rsync.
+
+Two transports behind one protocol: `LocalTransport` here, `SSHTransport` in ssh.py. A command is always a list of
+words; where a shell stands in between, `shlex.join` makes its text. `cwd` is entered on the host.
+"""
+
+import contextlib
+import os
+import re
+import select
+import shlex
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from rollouts.remote.errors import DeployError, TransportError
+
+LOCAL_TARGET = "local"
+STDERR_BYTES_MAX = 64 * 1024  # of a followed command, the last ones are kept
+
+
+@dataclass(frozen=True)
+class Completed:
+    """How a command ended, and all that it printed."""
+
+    returncode: int
+    stdout: bytes
+    stderr: bytes
+
+    @property
+    def out(self) -> str:
+        return self.stdout.decode(errors="replace")
+
+    @property
+    def err(self) -> str:
+        return self.stderr.decode(errors="replace").strip()
+
+
+class Stream(Protocol):
+    """A running command whose output is read line by line, and whose stdin stays open until `close`."""
+
+    def lines(self, *, idle_timeout_s: float) -> Iterator[bytes]:
+        """Each line with its end, until the command ends. TransportError(lost) when none came for that long."""
+        ...
+
+    def end(self) -> Completed:
+        """After `lines` is exhausted: the exit code and the last of stderr (stdout is empty)."""
+        ...
+
+    def close(self) -> None:
+        """End the command: stdin closed, and no waiting for it."""
+        ...
+
+
+class Transport(Protocol):
+    """One host. Connections are made on first use and reused until `close`."""
+
+    target: str  # as the user typed it
+
+    def run(self, argv: Sequence[str], *, stdin: bytes = b"", cwd: str | None = None, timeout_s: float) -> Completed:
+        """Ends within timeout_s or raises TransportError."""
+        ...
+
+    def stream(self, argv: Sequence[str], *, first_line: bytes, cwd: str | None = None) -> Stream: ...
+
+    def rsync_options(self) -> list[str]:
+        """What an rsync command needs to reach the host."""
+        ...
+
+    def rsync_path(self, path: str) -> str:
+        """`path` on the host, as rsync's source or destination."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Target:
+    """user@host:port, taken apart. `host` may be an alias of ~/.ssh/config, whose user and port count then."""
+
+    host: str
+    user: str | None
+    port: int | None
+
+
+def parse_target(text: str) -> Target:
+    """`[user@]host[:port]`; an IPv6 address with a port stands in brackets. Raises DeployError."""
+    match = re.fullmatch(
+        r"(?:(?P<user>[^@\s]+)@)?(?:\[(?P<v6>[0-9A-Fa-f:.%\w]+)\]|(?P<host>[^\s:@\[\]/-][^\s:@\[\]/]*))(?::(?P<port>\d+))?",
+        text,
+    )
+    if match is None:
+        raise DeployError(
+            f"--remote {text!r} is no host.",
+            needed="[user@]host[:port], or the name of a Host in ~/.ssh/config",
+            fix="for example --remote ubuntu@203.0.113.7:2222",
+        )
+    port = int(match["port"]) if match["port"] else None
+    if port is not None and not 1 <= port <= 65535:
+        raise DeployError(f"--remote {text!r}: port {port}", needed="a port from 1 to 65535")
+    return Target(host=match["v6"] or match["host"], user=match["user"], port=port)
+
+
+def open_transport(target: str | None, *, accept_new_host_key: bool = False) -> Transport:
+    """The transport for `--remote target`; this machine for None. Nothing is connected yet."""
+    if target is None or target == LOCAL_TARGET:
+        return LocalTransport()
+    from rollouts.remote.ssh import SSHTransport  # paramiko is slow to import: only who goes remote pays
+
+    return SSHTransport(target, parse_target(target), accept_new_host_key=accept_new_host_key)
+
+
+def in_directory(argv: Sequence[str], cwd: str | None) -> list[str]:
+    """`argv`, run in `cwd`, as one command that any login shell passes on unchanged."""
+    if cwd is None:
+        return list(argv)
+    return ["sh", "-c", 'cd "$0" && exec "$@"', cwd, *argv]
+
+
+class LocalTransport:
+    """This machine as the host."""
+
+    target = LOCAL_TARGET
+
+    def run(self, argv: Sequence[str], *, stdin: bytes = b"", cwd: str | None = None, timeout_s: float) -> Completed:
+        command = in_directory(argv, cwd)
+        try:
+            done = subprocess.run(command, input=stdin, capture_output=True, timeout=timeout_s, check=False)
+        except FileNotFoundError as error:
+            return Completed(127, b"", f"{error.filename}: not found".encode())
+        except subprocess.TimeoutExpired:
+            raise TransportError(f"{shlex.join(argv)[:200]}: no end after {timeout_s:.0f} s, given up") from None
+        return Completed(done.returncode, done.stdout, done.stderr)
+
+    def stream(self, argv: Sequence[str], *, first_line: bytes, cwd: str | None = None) -> Stream:
+        process = subprocess.Popen(
+            in_directory(argv, cwd),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is for us: we close it
+        )
+        return LocalStream(process, first_line)
+
+    def rsync_options(self) -> list[str]:
+        return []
+
+    def rsync_path(self, path: str) -> str:
+        return path
+
+    def close(self) -> None:
+        return None
+
+
+class LocalStream:
+    """Stream over a child's pipes."""
+
+    def __init__(self, process: subprocess.Popen[bytes], first_line: bytes) -> None:
+        assert process.stdin and process.stdout and process.stderr
+        self._process = process
+        self._stdout, self._stderr = process.stdout.fileno(), process.stderr.fileno()
+        self._tail = b""
+        process.stdin.write(first_line)
+        process.stdin.flush()
+
+    def lines(self, *, idle_timeout_s: float) -> Iterator[bytes]:
+        buffer, open_pipes = b"", {self._stdout, self._stderr}
+        while self._stdout in open_pipes:
+            ready, _, _ = select.select(list(open_pipes), [], [], idle_timeout_s)
+            if not ready:
+                raise TransportError(f"no sign of life for {idle_timeout_s:.0f} s", lost=True)
+            for pipe in ready:
+                data = os.read(pipe, 1 << 18)
+                if not data:
+                    open_pipes.discard(pipe)
+                elif pipe == self._stderr:
+                    self._tail = (self._tail + data)[-STDERR_BYTES_MAX:]
+                else:
+                    *lines, buffer = (buffer + data).split(b"\n")
+                    yield from (line + b"\n" for line in lines)
+
+    def end(self) -> Completed:
+        deadline = time.monotonic() + 5
+        while time.monotonic() < deadline and select.select([self._stderr], [], [], 1)[0]:
+            data = os.read(self._stderr, 1 << 16)
+            if not data:
+                break
+            self._tail = (self._tail + data)[-STDERR_BYTES_MAX:]
+        self.close()
+        return Completed(self._process.wait(), b"", self._tail)
+
+    def close(self) -> None:
+        assert self._process.stdin
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=2)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def run_rsync(transport: Transport, arguments: Sequence[str], *, stdin: bytes = b"", timeout_s: float) -> Completed:
+    """One rsync to or from the host. Raises for a lost connection, a full disk, a missing rsync; returns the rest."""
+    rsync = shutil.which("rsync")
+    if rsync is None:
+        raise DeployError("rsync is not installed on this machine.", fix="apt-get install rsync, or brew install rsync")
+    argv = [rsync, "-s", *transport.rsync_options(), *arguments]
+    try:
+        done = subprocess.run(argv, input=stdin, capture_output=True, timeout=timeout_s, check=False)
+    except subprocess.TimeoutExpired:
+        raise TransportError(f"rsync with {transport.target}: no end after {timeout_s:.0f} s", lost=True) from None
+    result = Completed(done.returncode, done.stdout, done.stderr)
+    if result.returncode == 0:
+        return result
+    if "No space left on device" in result.err:
+        raise disk_full(transport.target, result.err)
+    if result.returncode == 127 or "rsync: command not found" in result.err or "rsync: not found" in result.err:
+        raise DeployError(f"{transport.target} has no rsync.", fix="on the host: apt-get install rsync")
+    if result.returncode in (10, 12, 30, 35, 255):  # socket, protocol stream, time-outs, ssh's own failure
+        raise TransportError(f"rsync with {transport.target} was cut off.", lost=True, found=result.err[-500:])
+    return result
+
+
+def disk_full(target: str, detail: str) -> DeployError:
+    where = re.search(r'"([^"]+)"', detail)
+    return DeployError(
+        f"{target}: its disk is full.",
+        found=f"writing {where[1]}: no space left on device" if where else detail[-300:],
+        fix="free some space there, or set ROLLOUTS_HOME on the host to a larger disk",
+    )

@@ -1,0 +1,391 @@
+"""The run directory: every file name and format that the two sides share, and atomic writes. Standard library only.
+
+On the host it is `<home>/runs/<run_id>/`; what the control side pulls is a mirror of the same layout at
+`<save_dir>/<experiment_name>/<run_id>/`. docs/run-directory.md describes the formats for people.
+
+```
+config.json  plan.json  code/{tree/,commit.txt,dirty.diff,constraints.txt}   what ran
+status.json  events.jsonl  supervisor.lock                                   where it is
+metrics.jsonl  rollouts.jsonl  eval.jsonl                                    what it learned
+logs/<window>.log  exit/<stage>-<window>.json  processes/<name>.json         what the processes said, how they ended
+checkpoints/{sft,rl}/step_000100/  latest                                    models
+```
+
+Who writes what: the launcher config.json, plan.json and code/; the supervisor status.json; supervisor and trainer
+append to events.jsonl (one write per line); the trainer writes metrics, rollouts, eval and checkpoints; each window's
+wrapper its log and its exit file; every process that leads a process group its own record in processes/.
+"""
+
+import dataclasses
+import fcntl
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from base_config import EXPERIMENT_NAME_PATTERN
+
+State = Literal["starting", "running", "done", "failed", "stopped", "died"]
+FINAL_STATES: tuple[State, ...] = ("done", "failed", "stopped", "died")  # died: seen by readers, never written
+StageName = Literal["bootstrap", "sft", "rl"]
+RUN_ID_PATTERN = rf"{EXPERIMENT_NAME_PATTERN}"  # a tmux session name too
+RUN_ID_VARIABLE = "ROLLOUTS_RUN_ID"  # in the environment of every process of a run: how a run knows its own
+HOME_VARIABLE = "ROLLOUTS_HOME"  # where a host (or this machine) keeps its rollouts files; ~/.rollouts without it
+
+STREAMED_FILES = ("events.jsonl", "metrics.jsonl", "eval.jsonl", "rollouts.jsonl")  # they only ever grow
+SNAPSHOT_GLOBS = ("status.json", "exit/*.json")  # small, replaced as a whole
+LOG_GLOB = "logs/*.log"
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The names inside one run directory; the same on the host and in the mirror here."""
+
+    path: Path
+
+    @property
+    def run_id(self) -> str:
+        return self.path.name
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def code(self) -> Path:
+        return self.path / "code"
+
+    @property
+    def code_tree(self) -> Path:
+        return self.code / "tree"
+
+    @property
+    def secrets(self) -> Path:
+        """JSON object of secret variables, mode 0600, on the host alone; removed when the run ends."""
+        return self.path / "secrets.json"
+
+    @property
+    def status(self) -> Path:
+        return self.path / "status.json"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / "supervisor.lock"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def rollouts(self) -> Path:
+        return self.path / "rollouts.jsonl"
+
+    @property
+    def eval(self) -> Path:
+        return self.path / "eval.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def weights(self) -> Path:
+        """Weights on their way to the engines; rewritten at every sync, never pulled."""
+        return self.path / "weights"
+
+    def log(self, window: str) -> Path:
+        return self.path / "logs" / f"{window}.log"
+
+    def exit(self, stage: str, window: str) -> Path:
+        return self.path / "exit" / f"{stage}-{window}.json"
+
+    def process(self, name: str) -> Path:
+        return self.path / "processes" / f"{name}.json"
+
+    def latest_checkpoint(self, stage: str) -> Path:
+        """A relative symlink to the newest completed checkpoint of the stage."""
+        return self.checkpoints / stage / "latest"
+
+
+def home_dir() -> Path:
+    """This machine's rollouts home."""
+    return Path(os.environ.get(HOME_VARIABLE) or "~/.rollouts").expanduser()
+
+
+def run_path(home: str | os.PathLike[str], run_id: str) -> Path:
+    return Path(home) / "runs" / run_id
+
+
+def valid_run_id(run_id: str) -> bool:
+    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}", run_id) is not None
+
+
+# --- formats --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """status.json: where the run is. Written by the supervisor alone (and by `stop` once the supervisor is gone)."""
+
+    run_id: str
+    experiment_name: str
+    state: State
+    stage: StageName | None
+    message: str  # one line for people: what is happening, or why it ended
+    started_at: float  # seconds since the epoch, as all times here
+    updated_at: float  # also the heartbeat: rewritten at least every HEARTBEAT_S while the run lives
+    exit_code: int | None  # None until the run ended
+
+
+HEARTBEAT_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitRecord:
+    """exit/<stage>-<window>.json: how a window's process ended. No file means unknown, never success."""
+
+    window: str
+    exit_code: int | None  # None when a signal ended it
+    signal: int | None
+    started_at: float
+    ended_at: float
+
+    @property
+    def code(self) -> int:
+        """The exit code as a shell would give it."""
+        return self.exit_code if self.exit_code is not None else 128 + (self.signal or 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessRecord:
+    """processes/<name>.json: the leader of a process group that the run may signal."""
+
+    name: str
+    pid: int
+    pgid: int
+    started_at: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvironmentSpec:
+    """A virtual environment on the host, named by what it holds: equal key, equal content."""
+
+    name: str  # "trainer"
+    path: str  # <home>/envs/<key>
+    installer: Literal["uv", "pip"]
+    base_python: str  # the host's interpreter that makes it
+    requirements: list[str]
+    constraints: str  # the text of the constraints file; "" for none
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessSpec:
+    """One tmux window's process."""
+
+    window: str  # "trainer", "engine-0"
+    argv: list[str]
+    env: dict[str, str]
+    ready_url: str | None  # answers 200 once the process serves; None: nothing waits for it
+    ready_timeout_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSpec:
+    name: Literal["sft", "rl"]
+    engines: list[ProcessSpec]  # started first, all ready before the trainer starts
+    trainer: ProcessSpec  # its end is the stage's end
+    timeout_s: float
+    needs_checkpoint: str | None  # a checkpoint directory whose manifest must hold before the stage starts
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchPlan:
+    """plan.json: all that the supervisor does, decided beforehand. Paths are the host's, absolute."""
+
+    run_id: str
+    experiment_name: str
+    home: str
+    run_path: str
+    base_python: str  # runs the supervisor: the host's own, >= 3.11, standard library only
+    environments: list[EnvironmentSpec]
+    stages: list[StageSpec]
+    bootstrap_timeout_s: float
+    stop_grace_s: float
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "LaunchPlan":
+        environments = [EnvironmentSpec(**item) for item in data["environments"]]
+        stages = [
+            StageSpec(
+                **{
+                    **item,
+                    "engines": [ProcessSpec(**engine) for engine in item["engines"]],
+                    "trainer": ProcessSpec(**item["trainer"]),
+                }
+            )
+            for item in data["stages"]
+        ]
+        return cls(**{**data, "environments": environments, "stages": stages})
+
+
+# --- reading and writing --------------------------------------------------------------------------------------------
+
+
+def write_text_atomic(path: Path, text: str, *, mode: int = 0o644) -> None:
+    """Readers see the old file or the new one, whole; after a crash too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    with os.fdopen(descriptor, "w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+def write_json_atomic(path: Path, value: Any, *, mode: int = 0o644) -> None:
+    data = dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+    write_text_atomic(path, json.dumps(data, indent=1) + "\n", mode=mode)
+
+
+def append_jsonl(path: Path, *rows: dict[str, Any]) -> None:
+    """Append whole lines in one write, so that several writers never mix theirs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        data = text.encode()
+        while data:  # a regular file takes it in one call unless the disk is full
+            data = data[os.write(descriptor, data) :]
+    finally:
+        os.close(descriptor)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All complete lines; [] for a file that is not there. A torn last line (a crash, a pull under way) is left out."""
+    return list(iter_jsonl(path))
+
+
+def iter_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        stream = path.open("rb")
+    except FileNotFoundError:
+        return
+    with stream:
+        for line in stream:
+            if line.endswith(b"\n"):
+                yield json.loads(line)
+
+
+def last_jsonl_row(path: Path) -> dict[str, Any] | None:
+    """The last complete line, found from the file's end; None for an empty or missing file."""
+    try:
+        with path.open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            block = min(size, 1 << 16)
+            stream.seek(size - block)
+            lines = stream.read(block).split(b"\n")[:-1]
+    except FileNotFoundError:
+        return None
+    if len(lines) == 1 and block < size:  # one line longer than the block
+        return next(reversed(read_jsonl(path)), None)
+    return json.loads(lines[-1]) if lines else None
+
+
+def read_status(run: RunDir) -> Status | None:
+    return _read_record(run.status, Status)
+
+
+def read_exit(run: RunDir, stage: str, window: str) -> ExitRecord | None:
+    return _read_record(run.exit(stage, window), ExitRecord)
+
+
+def read_plan(run: RunDir) -> LaunchPlan | None:
+    try:
+        return LaunchPlan.from_json(json.loads(run.plan.read_text()))
+    except FileNotFoundError:
+        return None
+
+
+def _read_record(path: Path, record: type[Any]) -> Any:
+    try:
+        return record(**json.loads(path.read_text()))
+    except FileNotFoundError:
+        return None
+
+
+def append_event(run: RunDir, kind: str, **fields: Any) -> None:
+    """One line of events.jsonl: {"time", "kind", ...}. The kinds and their fields: docs/run-directory.md."""
+    append_jsonl(run.events, {"time": time.time(), "kind": kind, **fields})
+
+
+def tail_lines(path: Path, count: int) -> list[str]:
+    """The last `count` lines of a log, without their ends; [] for a missing file."""
+    try:
+        with path.open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, size - (count * 400 + 4096)))
+            return stream.read().decode(errors="replace").splitlines()[-count:]
+    except FileNotFoundError:
+        return []
+
+
+def record_process(run: RunDir, name: str) -> None:
+    """Called by a process that leads its own group, before anything slow: what `stop` may signal."""
+    record = ProcessRecord(name=name, pid=os.getpid(), pgid=os.getpgid(0), started_at=time.time())
+    write_json_atomic(run.process(name), record)
+
+
+# --- liveness -------------------------------------------------------------------------------------------------------
+
+
+def hold_lock(run: RunDir) -> IO[bytes] | None:
+    """Take the supervisor's lock for as long as the returned file stays open; None when another process holds it.
+
+    The kernel releases it when the holder dies, however it dies: it is the truth about whether a run is live.
+    """
+    run.path.mkdir(parents=True, exist_ok=True)
+    stream = run.lock.open("ab")
+    for _ in range(20):  # a reader in is_live() holds it for an instant
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return stream
+        except BlockingIOError:
+            time.sleep(0.05)
+    stream.close()
+    return None
+
+
+def is_live(run: RunDir) -> bool:
+    """Is the supervisor of this run alive on this machine?"""
+    try:
+        stream = run.lock.open("rb")
+    except FileNotFoundError:
+        return False
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
+
+
+def wait_until_dead(run: RunDir) -> None:
+    """Block until no supervisor holds the lock. Without polling: for a thread of its own."""
+    with run.lock.open("rb") as stream:
+        fcntl.flock(stream, fcntl.LOCK_SH)

@@ -1,0 +1,30 @@
+"""What a loop asks of a training backend."""
+
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+class TrainFuture(Protocol[T_co]):
+    async def result(self) -> T_co:
+        """Wait until the work is applied and return what it gave; raises what it raised. Under asyncio and trio."""
+
+
+class TrainingBackend(Protocol):
+    """Work is submitted in order and applied in order; several pieces may be in flight. Every rank makes each call."""
+
+    def forward_backward(self, batch: dict[str, Any]) -> TrainFuture[dict[str, float]]:
+        """Add a micro-batch's gradient: {"loss", "grad_norm", ...}. The losses of a step's micro-batches add up."""
+
+    def optim_step(self) -> TrainFuture[dict[str, float]]:
+        """Apply the gradients summed over micro-batches and ranks: {"lr", "step", ...}."""
+
+    async def save_checkpoint(self, step: int, metrics: dict[str, Any], extra: dict[str, Any] | None = None) -> Path:
+        """Write a checkpoint that resumes exactly, with `extra` (plain data) beside it, and return its directory."""
+
+    async def load_checkpoint(self, path: Path) -> dict[str, Any]:
+        """Continue from a checkpoint: its metadata, with "step", "metrics" and "extra"."""
+
+    async def save_weights(self, path: Path) -> Path:
+        """Write the weights alone, as an engine loads them, to the directory `path`. Asked for by RL with engines."""

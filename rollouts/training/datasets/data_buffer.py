@@ -1,0 +1,78 @@
+"""DataBuffer: prompts in a seeded order that wraps for ever, and resumes exactly. No I/O."""
+
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from rollouts.training.datasets.rows import DataError
+from rollouts.training.types import Prompt
+
+
+class DataBuffer:
+    """Epoch e goes through all prompts in the order that `random.Random(seed + e)` shuffles them into."""
+
+    def __init__(self, prompts: Sequence[Prompt], seed: int = 0) -> None:
+        if not prompts:
+            raise DataError("DataBuffer: no prompts; needs at least one")
+        self.prompts = list(prompts)
+        self.seed = seed
+        self.fingerprint = _fingerprint(self.prompts)
+        self._go_to(epoch=0, offset=0)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def epoch(self) -> int:
+        """Of the next prompt, from 0."""
+        return self._epoch
+
+    def get_prompts(self, count: int) -> list[Prompt]:
+        """The next `count` prompts. Wraps at the end of an epoch, as often as needed."""
+        if count < 0:
+            raise ValueError(f"get_prompts({count}): needs >= 0")
+        taken: list[Prompt] = []
+        while len(taken) < count:
+            chunk = self._order[self._offset : self._offset + count - len(taken)]
+            taken += [self.prompts[index] for index in chunk]
+            self._offset += len(chunk)
+            if self._offset == len(self._order):
+                self._go_to(epoch=self._epoch + 1, offset=0)
+        return taken
+
+    def save_state(self) -> dict[str, Any]:
+        """JSON-able: where the buffer stands, and a fingerprint of what it stands in."""
+        return {"seed": self.seed, "epoch": self._epoch, "offset": self._offset, "fingerprint": self.fingerprint}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue with exactly the prompts that would have come, in the saved seed's order, whatever this one's was.
+
+        Raises DataError when the state belongs to other prompts (or to the same in another order).
+        """
+        missing = [key for key in ("seed", "epoch", "offset", "fingerprint") if key not in state]
+        if missing:
+            raise DataError(f"DataBuffer state lacks {missing}; needs what save_state() returned")
+        if state["fingerprint"] != self.fingerprint:
+            raise DataError(
+                f"DataBuffer state was saved over other prompts: fingerprint {state['fingerprint']}, here "
+                f"{self.fingerprint} ({len(self)} prompts). Fix: resume with the same data sets, or start afresh."
+            )
+        if not 0 <= state["offset"] < len(self) or state["epoch"] < 0:
+            where = f"epoch {state['epoch']}, offset {state['offset']}"
+            raise DataError(f"DataBuffer state: {where} is outside of {len(self)} prompts")
+        self.seed = state["seed"]
+        self._go_to(epoch=state["epoch"], offset=state["offset"])
+
+    def _go_to(self, *, epoch: int, offset: int) -> None:
+        self._epoch, self._offset = epoch, offset
+        self._order = list(range(len(self.prompts)))
+        random.Random(self.seed + epoch).shuffle(self._order)
+
+
+def _fingerprint(prompts: list[Prompt]) -> str:
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(json.dumps(prompt, sort_keys=True, default=repr).encode() + b"\n")
+    return digest.hexdigest()[:16]

@@ -1,0 +1,130 @@
+"""Load data sets and mixtures for SFT, RL and evaluation.
+
+A mixture is a flat list of (spec, row index) shuffled once with `random.Random(seed)`, as in nanochat: `repeat` lists a
+spec's rows several times, and there is no reshuffle here between epochs.
+"""
+
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from rollouts.training.datasets.formats import Example, Format, parse_row
+from rollouts.training.datasets.rows import DataError, Row, read_rows
+from rollouts.training.datasets.sft import SFTReport, build_sft_samples
+from rollouts.training.types import Sample
+
+logger = logging.getLogger(__name__)
+
+
+class MixtureSpec(Protocol):
+    """One data set of a mixture; `base_config.DatasetSpec` is one."""
+
+    @property
+    def name(self) -> str: ...  # hub id, directory or .jsonl file
+    @property
+    def format(self) -> Any: ...  # a formats.Format
+    @property
+    def split(self) -> str: ...
+    @property
+    def subset(self) -> str | None: ...
+    @property
+    def max_samples(self) -> int: ...  # the first N rows; -1: all
+    @property
+    def repeat(self) -> int: ...  # how often the rows stand in the mixture
+
+
+@dataclass(frozen=True)
+class DatasetEntry:
+    """A MixtureSpec for those who use the library without a job config."""
+
+    name: str
+    format: Format
+    split: str = "train"
+    subset: str | None = None
+    max_samples: int = -1
+    repeat: int = 1
+
+
+def load_sft_dataset(
+    name: str,
+    *,
+    tokenizer: Any,
+    split: str = "train",
+    subset: str | None = None,
+    max_samples: int = -1,
+    max_length: int = -1,
+    format: Format | None = None,
+) -> list[Sample]:
+    """SFT samples of one data set, in file order; what was left out is logged as a warning.
+
+    name: "gsm8k" or another hub id, a local directory laid out as on the hub, or a .jsonl file. format None: what the
+    columns show. max_samples rows are read (-1: all); examples over max_length tokens (-1: no limit) are left out.
+    Raises DataError naming the file and line (or data set and row).
+    """
+    rows = read_rows(name, split=split, subset=subset, max_samples=max_samples)
+    samples, report = build_sft_samples([parse_row(row, format) for row in rows], tokenizer, max_length=max_length)
+    _log(name, report)
+    return samples
+
+
+def load_sft_mixture(
+    specs: Sequence[MixtureSpec], *, tokenizer: Any, max_length: int, seed: int
+) -> tuple[list[Sample], SFTReport]:
+    """All SFT samples of a mixture, shuffled, and the report over all of it (a repeated row counts each time)."""
+    samples, report = build_sft_samples(_mix(specs, seed), tokenizer, max_length=max_length)
+    _log(", ".join(spec.name for spec in specs), report)
+    return samples, report
+
+
+def load_prompt_mixture(specs: Sequence[MixtureSpec], *, seed: int) -> list[dict[str, Any]]:
+    """All prompt rows of a mixture, shuffled: {"messages", "answer", "format", other columns}."""
+    return [example.prompt for example in _mix(specs, seed)]
+
+
+def load_prompts_from_jsonl(path: str | Path, format: Format | None = None) -> list[dict[str, Any]]:
+    """Prompt rows of a .jsonl file, in file order: {"messages", other columns} with "answer" where the row has one.
+
+    A line holds "messages", or "question" and "answer", or just a "prompt" string. Raises DataError with file and line.
+    """
+    if Path(path).suffix != ".jsonl":
+        raise DataError(f"{path}: needs a .jsonl file")
+    return [_prompt(row, format) for row in read_rows(str(path))]
+
+
+def _prompt(row: Row, format: Format | None) -> dict[str, Any]:
+    return _plain_prompt(row) if format is None and "prompt" in row.values else parse_row(row, format).prompt
+
+
+def _plain_prompt(row: Row) -> dict[str, Any]:
+    text = row.values["prompt"]
+    if not isinstance(text, str) or not text.strip():
+        raise DataError(f"{row.where}: prompt={text!r}; needs a string that is not empty")
+    others = {key: value for key, value in row.values.items() if key != "prompt"}
+    return {**others, "messages": [{"role": "user", "content": text}]}
+
+
+def _mix(specs: Sequence[MixtureSpec], seed: int) -> list[Example]:
+    """Examples of all specs, each `repeat` times, in one seeded order."""
+    if not specs:
+        raise DataError("the mixture is empty: needs at least one data set")
+    loaded = []
+    for spec in specs:
+        if spec.repeat < 1:
+            raise DataError(f"{spec.name}: repeat={spec.repeat}, needs >= 1")
+        rows = read_rows(spec.name, split=spec.split, subset=spec.subset, max_samples=spec.max_samples)
+        loaded.append([parse_row(row, spec.format) for row in rows])
+    order = [
+        (task, index)
+        for task, (spec, examples) in enumerate(zip(specs, loaded, strict=True))
+        for _ in range(spec.repeat)
+        for index in range(len(examples))
+    ]
+    random.Random(seed).shuffle(order)
+    return [loaded[task][index] for task, index in order]
+
+
+def _log(name: str, report: SFTReport) -> None:
+    logger.log(logging.WARNING if report.left_out else logging.INFO, "%s: %s", name, report)

@@ -1,0 +1,118 @@
+"""The few collective operations the library needs. Without a process group each is a no-op for a world of one.
+
+Collectives of one group must be called in the same order on every rank, from one thread at a time. Backends call
+theirs on their worker thread; loops call these only while no backend work is in flight.
+"""
+
+import datetime
+import os
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+_BUCKET_ELEMENTS = 2**25  # all-reduced at once: 128 MiB of float32
+
+
+def initialize(device_type: str, *, timeout_s: float = 1800.0) -> torch.device:
+    """Join the group that torchrun's environment variables describe, and return this rank's device.
+
+    For entry points: nothing else here reads the environment. A world of one makes no group. `timeout_s` bounds every
+    collective, so it must exceed the longest that ranks wait for rank 0 (generating a batch, an evaluation).
+    """
+    device = torch.device(device_type)
+    if device_type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("device_type='cuda': torch sees no CUDA device here; use 'cpu', or check nvidia-smi")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"  # objects and floats travel over gloo
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+    return device
+
+
+def shutdown() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Returns once every rank has come here."""
+    all_reduce_floats([0.0])  # over the CPU's group; dist.barrier would pick a device of its own
+
+
+def broadcast_object(value: T) -> T:
+    """Rank 0's `value` on every rank. It must pickle; what other ranks pass is ignored."""
+    if world_size() == 1:
+        return value
+    box = [value if rank() == 0 else None]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]  # type: ignore[return-value]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's `value`, by rank, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def all_reduce_floats(values: Sequence[float]) -> list[float]:
+    """The elementwise sum over ranks, in float64."""
+    if world_size() == 1:
+        return list(values)
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def all_reduce_sum(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by its sum over ranks, in place. Same shapes and order on every rank; one dtype and device.
+
+    They travel in flat buckets: one collective for many small gradients.
+    """
+    if world_size() > 1:
+        for bucket in _buckets(tensors):
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+            dist.all_reduce(flat)
+            _copy_back(flat, bucket)
+
+
+def broadcast_tensors(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by rank 0's, in place. Same shapes and order on every rank; one dtype and device."""
+    if world_size() > 1:
+        for bucket in _buckets(tensors):
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+            dist.broadcast(flat, src=0)
+            _copy_back(flat, bucket)
+
+
+def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    buckets: list[list[Tensor]] = []
+    room = 0
+    for tensor in tensors:
+        if not buckets or tensor.numel() > room:
+            buckets.append([])
+            room = _BUCKET_ELEMENTS
+        buckets[-1].append(tensor)
+        room -= tensor.numel()
+    return buckets
+
+
+def _copy_back(flat: Tensor, bucket: list[Tensor]) -> None:
+    for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+        tensor.copy_(part.view_as(tensor))

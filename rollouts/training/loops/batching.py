@@ -1,0 +1,76 @@
+"""Sequences to a padded batch, and a batch to each rank's micro-batches. Pure: tensors in, tensors out.
+
+B sequences, T tokens of the longest. A batch holds [B, T] and [B] tensors, and numbers that belong to the whole step.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rollouts.training.rl_losses import trained_tokens
+
+
+def collate(
+    tokens: Sequence[Sequence[int]], loss_masks: Sequence[Sequence[float]], *, pad_token_id: int
+) -> dict[str, Any]:
+    """Right-padded "input_ids", "labels", "attention_mask", "loss_mask" [B, T], and "tokens_global".
+
+    What is padding follows from lengths alone: a real token that equals `pad_token_id`, the end of a turn say, stays.
+    """
+    width = max(map(len, tokens))
+    input_ids = pad(tokens, width, pad_token_id, torch.long)
+    loss_mask = pad(loss_masks, width, 0.0, torch.float32)
+    lengths = torch.tensor([len(row) for row in tokens])
+    return {
+        "input_ids": input_ids,
+        "labels": input_ids,
+        "attention_mask": (torch.arange(width) < lengths[:, None]).long(),
+        "loss_mask": loss_mask,
+        "tokens_global": trained_tokens(loss_mask),
+    }
+
+
+def pad(rows: Sequence[Sequence[float]], width: int, value: float, dtype: torch.dtype) -> Tensor:
+    """Rows of any lengths to [B, width], filled up on the right."""
+    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], dtype=dtype)
+
+
+def split_batch(
+    batch: dict[str, Any], *, rank: int, world_size: int, micro_batch_size: int | None
+) -> Iterator[dict[str, Any]]:
+    """This rank's micro-batches of a step's batch, each trimmed to its longest sequence.
+
+    Sequences are dealt to ranks in order of length, so that ranks get equal work and micro-batches little padding.
+    "tokens_global" and other numbers pass unchanged: the losses of all micro-batches on all ranks add up to the step's.
+    """
+    lengths = batch["attention_mask"].sum(1)
+    own = torch.argsort(lengths, descending=True, stable=True)[rank::world_size]
+    for rows in own.split(micro_batch_size or max(1, len(own))):
+        if len(rows):
+            width = int(lengths[rows[0]])
+            yield {key: _take(value, rows, width) for key, value in batch.items()}
+
+
+def step_indices(count: int, batch_size: int, step: int, seed: int) -> list[int]:
+    """Which of `count` examples make up step `step` (from 0): positions in an endless run of shuffled epochs.
+
+    A pure function of its arguments, so that a resumed run continues with exactly the examples that would have come.
+    """
+    positions = range(step * batch_size, (step + 1) * batch_size)
+    orders = {epoch: _epoch_order(count, epoch, seed) for epoch in {position // count for position in positions}}
+    return [orders[position // count][position % count] for position in positions]
+
+
+def _epoch_order(count: int, epoch: int, seed: int) -> list[int]:
+    order = list(range(count))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return order
+
+
+def _take(value: Any, rows: Tensor, width: int) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value[rows, :width] if value.ndim == 2 else value[rows]

@@ -1,0 +1,38 @@
+"""Validation loss over held-out examples. Every example counts once: the last partial batch is kept."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from rollouts.training import distributed
+from rollouts.training.backends.protocol import TrainFuture
+from rollouts.training.loops.batching import collate
+from rollouts.training.types import Sample
+
+
+class ForwardBackend(Protocol):
+    def forward(self, batch: dict[str, Any]) -> TrainFuture[dict[str, float]]:
+        """{"loss", "tokens"} of a batch, without a gradient."""
+
+
+async def validation_loss(
+    backend: ForwardBackend, samples: Sequence[Sample], *, batch_size: int, batches_max: int = -1, pad_token_id: int = 0
+) -> dict[str, float]:
+    """{"loss", "tokens", "examples"}: the backend's loss, averaged over all trained tokens of `samples` in order.
+
+    `batch_size` examples per rank and forward pass; at most `batches_max` batches over all ranks (-1: all). Every rank
+    calls this with the same samples. Raises ValueError when there is nothing to evaluate.
+    """
+    chunks = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
+    chunks = chunks if batches_max == -1 else chunks[:batches_max]
+    loss_sum, tokens, examples = 0.0, 0.0, 0
+    for chunk in chunks[distributed.rank() :: distributed.world_size()]:
+        batch = collate([s.tokens for s in chunk], [s.loss_mask for s in chunk], pad_token_id=pad_token_id)
+        if batch["tokens_global"]:
+            result = await backend.forward(batch).result()
+            loss_sum += result["loss"] * result["tokens"]
+            tokens += result["tokens"]
+        examples += len(chunk)
+    loss_sum, tokens, examples_all = distributed.all_reduce_floats([loss_sum, tokens, float(examples)])
+    if not tokens:
+        raise ValueError(f"validation_loss: no trained token in {len(samples)} samples, batches_max={batches_max}")
+    return {"loss": loss_sum / tokens, "tokens": tokens, "examples": examples_all}

@@ -1,0 +1,260 @@
+"""Reinforcement learning: generate → score → advantage → loss → step → sync → log → checkpoint."""
+
+import itertools
+import shutil
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rollouts.training import distributed
+from rollouts.training.backends.protocol import TrainingBackend
+from rollouts.training.loops.batching import collate, pad
+from rollouts.training.loops.common import CheckpointFn, EvalFn, call, due, train_step
+from rollouts.training.metrics import MetricsLogger
+from rollouts.training.types import RewardFn, RLTrainingConfig, RolloutBatch, Sample
+from rollouts.training.weight_sync import sync_weights_to_engines
+
+
+async def run_rl_training(
+    backend: TrainingBackend,
+    buffer: Any,
+    rollout_manager: Any,
+    engines: Sequence[Any],
+    config: RLTrainingConfig,
+    *,
+    metrics_logger: MetricsLogger | None = None,
+    reward_fn: RewardFn | None = None,
+    weights_dir: Path | str | None = None,
+    rollouts_logger: MetricsLogger | None = None,
+    temperature: float = 1.0,
+    clip_range: float | None = None,
+    pad_token_id: int = 0,
+    resume: Mapping[str, Any] | None = None,
+    eval_fn: EvalFn | None = None,
+    eval_every: int = -1,
+    on_checkpoint: CheckpointFn | None = None,
+) -> list[dict[str, float]]:
+    """Train on what the engines sample and return one dict per logged step. Steps count from 1.
+
+    Rank 0 alone generates, scores, logs and evaluates; the others get the prepared step from it and may pass None for
+    `buffer`, `rollout_manager`, `engines` and the functions. The engines get the trainer's weights before the first
+    step and every `config.sync_every` steps, and after the last; the version is the number of steps applied.
+    `weights_dir` is where these weights stand for the engines to load (default: `weights` beside the checkpoints).
+    `temperature` is the sampler's; `clip_range` reaches losses that take one. `rollouts_logger` gets every sample.
+    `resume`, `eval_fn`, `eval_every`, `on_checkpoint`: as in `run_sft_training`, with `eval_fn` on rank 0 only, and
+    before the first step too (step 0): the engines then serve the weights that training starts from.
+    """
+    first = _restore(buffer, rollout_manager, resume)
+    sync = WeightSync(backend, engines, weights_dir)
+    await sync(first)
+    if eval_fn is not None and first == 0 and distributed.rank() == 0:
+        await call(eval_fn, 0)
+    options: dict[str, Any] = {"pad_token_id": pad_token_id, "temperature": temperature, "clip_range": clip_range}
+    history = []
+    for step in range(first + 1, config.num_steps + 1):
+        clock = [time.monotonic()]
+        prepared: Any = None
+        if distributed.rank() == 0:
+            rollouts = await rollout_manager.generate_batch(reward_fn=reward_fn)
+            batch = prepare_grpo_batch(rollouts, rollouts.rewards, config, **options)
+            prepared = batch, rollout_metrics(rollouts, step - 1)
+            if rollouts_logger is not None:
+                _log_samples(rollouts_logger, rollouts, batch["advantages"].tolist(), step)
+        batch, metrics = distributed.broadcast_object(prepared)
+        clock.append(time.monotonic())
+        metrics |= await train_step(backend, batch, config.micro_batch_size)
+        clock.append(time.monotonic())
+        if due(step, config.sync_every, config.num_steps):
+            await sync(step)
+        metrics |= _times([*clock, time.monotonic()], batch)
+        if eval_fn is not None and distributed.rank() == 0 and due(step, eval_every, config.num_steps):
+            metrics |= {f"eval_{key}": value for key, value in (await call(eval_fn, step) or {}).items()}
+        if due(step, config.log_every, config.num_steps):
+            history.append(metrics)
+            if metrics_logger is not None and distributed.rank() == 0:
+                metrics_logger.log(metrics, step=step)
+        if due(step, config.checkpoint_every, config.num_steps):
+            path = await backend.save_checkpoint(step, metrics, extra=_state(buffer, rollout_manager))
+            if on_checkpoint is not None and distributed.rank() == 0:
+                await call(on_checkpoint, path, step)
+    return history
+
+
+def compute_advantages(
+    rewards: Sequence[float],
+    baseline: float | str = 0.5,
+    *,
+    group_ids: Sequence[int] | None = None,
+    divide_by_std: bool = False,
+) -> list[float]:
+    """reward - baseline, one per sample.
+
+    `baseline` is a constant, or "group_mean": the mean reward of the sample's group, named by `group_ids` (None: all
+    are one group). `divide_by_std` divides by the group's standard deviation (ddof 1, as GRPO does; without: Dr. GRPO).
+    No epsilon is added to it. A group whose rewards are all equal, or a group of one, is not divided: with "group_mean"
+    its advantages are exactly 0, never NaN or rounding noise blown up.
+    """
+    if isinstance(baseline, str) and baseline != "group_mean":
+        raise ValueError(f"baseline={baseline!r}: needs a number or 'group_mean'")
+    ids = [0] * len(rewards) if group_ids is None else list(group_ids)
+    if len(ids) != len(rewards):
+        raise ValueError(f"{len(ids)} group_ids for {len(rewards)} rewards: needs one each")
+    groups: dict[int, list[float]] = {}
+    for group, reward in zip(ids, rewards, strict=True):
+        groups.setdefault(group, []).append(reward)
+    centers, scales = {}, {}
+    for group, members in groups.items():
+        flat = all(member == members[0] for member in members)  # compared, for a rounded mean may differ from all
+        mean = members[0] if flat else statistics.fmean(members)
+        centers[group] = mean if isinstance(baseline, str) else baseline
+        scales[group] = 1.0 if flat or not divide_by_std else statistics.stdev(members)
+    return [(reward - centers[group]) / scales[group] for group, reward in zip(ids, rewards, strict=True)]
+
+
+def prepare_grpo_batch(
+    batch: RolloutBatch,
+    rewards: Sequence[float],
+    config: RLTrainingConfig,
+    *,
+    pad_token_id: int = 0,
+    temperature: float = 1.0,
+    clip_range: float | None = None,
+) -> dict[str, Any]:
+    """The whole step's batch for a backend: `collate`'s, "advantages" [B], "temperature", and where they are known
+    "old_log_probs" [B, T], the sampler's, aligned to tokens (0 outside the response), and "clip_range".
+
+    Raises ValueError when the parts of `batch` do not fit each other, or nothing in it is trained on.
+    """
+    counts = {"tokens": len(batch.tokens), "loss_masks": len(batch.loss_masks), "rewards": len(rewards)}
+    if len(set(counts.values())) != 1 or not batch.tokens:
+        raise ValueError(f"rollout batch: needs one of each per sample, and at least one; it has {counts}")
+    advantages = compute_advantages(
+        rewards, config.baseline, group_ids=batch.group_ids or None, divide_by_std=config.divide_by_std
+    )
+    prepared = collate(batch.tokens, batch.loss_masks, pad_token_id=pad_token_id)
+    if not prepared["tokens_global"]:
+        raise ValueError(f"rollout batch: no trained token in {len(batch.tokens)} samples: were all responses empty?")
+    prepared |= {"advantages": torch.tensor(advantages, dtype=torch.float32), "temperature": temperature}
+    known = [sample.rollout_log_probs is not None for sample in batch.samples]
+    if any(known):
+        if not all(known) or len(known) != len(batch.tokens):
+            raise ValueError(f"rollout batch: {sum(known)} of {len(batch.tokens)} samples have rollout_log_probs")
+        prepared["old_log_probs"] = _aligned_log_probs(batch.samples, prepared["input_ids"].shape[1])
+    if clip_range is not None:
+        prepared["clip_range"] = clip_range
+    return prepared
+
+
+def rollout_metrics(batch: RolloutBatch, steps_applied: int) -> dict[str, float]:
+    """What a step's rollouts were like; `lag_max` is how many optimizer steps old the oldest weights sampled from are.
+
+    The numbers of `batch.metadata` (groups started, kept, dropped) come along under their own names, counts by filter
+    as `<key>_<filter>` beside their sum.
+    """
+    metrics: dict[str, float] = {
+        "reward_mean": statistics.fmean(batch.rewards),
+        "reward_std": statistics.pstdev(batch.rewards),
+        "response_length_mean": statistics.fmean(batch.response_lengths),
+    }
+    reasons = [sample.metadata.get("finish_reason") for sample in batch.samples]
+    if reasons:
+        metrics["truncated_frac"] = sum(map(_is_length, reasons)) / len(reasons)
+    versions = [sample.metadata.get("weight_version") for sample in batch.samples]
+    numbers = [int(version) for version in versions if version is not None and str(version).isdigit()]
+    if numbers:
+        metrics["lag_max"] = steps_applied - min(numbers)
+    for key, value in batch.metadata.items():
+        if isinstance(value, Mapping):  # groups_dropped: by filter, and their sum
+            metrics |= {key: sum(value.values()), **{f"{key}_{name}": count for name, count in value.items()}}
+        elif isinstance(value, (int, float)):
+            metrics[key] = value
+    return metrics
+
+
+class WeightSync:
+    """Hands the trainer's weights to the engines, each version in a directory of its own; older ones are removed."""
+
+    def __init__(self, backend: TrainingBackend, engines: Sequence[Any], weights_dir: Path | str | None) -> None:
+        self._backend = backend
+        self._engines = engines
+        self._directory = None if weights_dir is None else Path(weights_dir)
+        self._active = distributed.broadcast_object(bool(engines))  # other ranks need not know the engines
+
+    async def __call__(self, version: int) -> None:
+        """Every rank calls it. Raises what the engines' client raises: no step trains on weights it did not prove."""
+        if not self._active:
+            return
+        directory = self._directory or Path(self._backend.checkpoint_dir) / "weights"  # type: ignore[attr-defined]
+        path = await self._backend.save_weights(directory / f"version_{version:06d}")
+        if distributed.rank() == 0:
+            await sync_weights_to_engines(self._engines, str(path), weight_version=str(version))
+            for other in directory.glob("version_*"):
+                if other != path:
+                    shutil.rmtree(other)
+
+
+def _aligned_log_probs(samples: Sequence[Sample], width: int) -> torch.Tensor:
+    rows = [[0.0] * (len(s.tokens) - s.response_length) + list(s.rollout_log_probs or ()) for s in samples]
+    return pad(rows, width, 0.0, torch.float32)
+
+
+def _is_length(reason: Any) -> bool:
+    return reason == "length" or (isinstance(reason, Mapping) and reason.get("type") == "length")
+
+
+def _times(clock: Sequence[float], batch: Mapping[str, Any]) -> dict[str, float]:
+    generate_s, train_s, sync_s = (end - start for start, end in itertools.pairwise(clock))
+    step_s = clock[-1] - clock[0]
+    tokens = float(batch["attention_mask"].sum())
+    return {
+        "trained_tokens": batch["tokens_global"],
+        "tokens_per_s": tokens / step_s,
+        "generate_s": generate_s,
+        "train_s": train_s,
+        "sync_s": sync_s,
+        "step_s": step_s,
+    }
+
+
+def _log_samples(logger: MetricsLogger, batch: RolloutBatch, advantages: Sequence[float], step: int) -> None:
+    """Every sample of a step with what training on it again would need."""
+    groups = batch.group_ids or [0] * len(batch.samples)
+    for sample, group, reward, advantage in zip(batch.samples, groups, batch.rewards, advantages, strict=True):
+        record = {
+            "prompt": sample.prompt,
+            "response": sample.response,
+            "tokens": sample.tokens,
+            "response_length": sample.response_length,
+            "loss_mask": sample.loss_mask,
+            "rollout_log_probs": sample.rollout_log_probs,
+            "reward": reward,
+            "advantage": advantage,
+            "group": group,
+        }
+        logger.log({**sample.metadata, **record}, step=step)
+
+
+def _state(buffer: Any, rollout_manager: Any) -> dict[str, Any]:
+    if distributed.rank() != 0:
+        return {}
+    state = {"buffer": buffer.save_state()}
+    if hasattr(rollout_manager, "save_state"):
+        state["rollout_manager"] = rollout_manager.save_state()
+    return state
+
+
+def _restore(buffer: Any, rollout_manager: Any, resume: Mapping[str, Any] | None) -> int:
+    if resume is None:
+        return 0
+    state = resume["extra"]
+    if "buffer" not in state:
+        raise ValueError(f"the checkpoint of step {resume['step']} was not written by this loop: it has no data cursor")
+    if distributed.rank() == 0:
+        buffer.load_state(state["buffer"])
+        if "rollout_manager" in state:
+            rollout_manager.load_state(state["rollout_manager"])
+    return int(resume["step"])

@@ -1,0 +1,123 @@
+"""Where metrics go: JSON Lines, Weights & Biases, or several at once. One flat dict of scalars per logged step."""
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class MetricsLogger(Protocol):
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Record `metrics` for optimizer step `step`; returns once they are handed on."""
+
+    def finish(self) -> None:
+        """Write out what is pending and close; nothing may be logged afterwards."""
+
+
+class JSONLLogger:
+    """One JSON object a line, appended: `{"step", "time", constants…, metrics…}`; time is seconds since the epoch, UTC.
+
+    `path` is a directory, in which `metrics.jsonl` is written, or the file itself where it ends in `.jsonl`.
+    `constants` are written into every line (`stage="rl"`). Each line is one write that is flushed, so a reader that
+    follows the file sees whole lines; what a killed writer left torn is closed off by a newline. Numbers that JSON
+    has no word for (NaN, infinities) become null.
+    """
+
+    def __init__(self, path: Path | str, **constants: Any) -> None:
+        path = Path(path)
+        self.path = path if path.suffix == ".jsonl" else path / "metrics.jsonl"
+        self._constants = constants
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        torn = _ends_torn(self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+        if torn:
+            self._file.write("\n")
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        if self._file.closed:
+            raise ValueError(f"{self.path}: logged after finish(); open a new JSONLLogger to append")
+        fixed = {"step": step, "time": round(time.time(), 3), **self._constants}
+        self._file.write(_json({**fixed, **metrics, **fixed}) + "\n")
+        self._file.flush()
+
+    def finish(self) -> None:
+        self._file.close()
+
+
+class WandbLogger:
+    """Metrics to a Weights & Biases run. Needs the `wandb` extra; it is imported only here."""
+
+    def __init__(self, project: str, *, name: str | None = None, config: Mapping[str, Any] | None = None) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ImportError(
+                "WandbLogger needs wandb: pip install 'rollouts[wandb]', or set use_wandb=False"
+            ) from error
+        self._run = wandb.init(project=project, name=name, config=dict(config or {}))
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def finish(self) -> None:
+        self._run.finish()
+
+
+class CompositeLogger:
+    """Every record to each of `loggers`, in order. `finish` reaches all of them, then raises what any raised."""
+
+    def __init__(self, loggers: Sequence[MetricsLogger]) -> None:
+        self._loggers = list(loggers)
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        for logger in self._loggers:
+            logger.log(metrics, step=step)
+
+    def finish(self) -> None:
+        errors = []
+        for logger in self._loggers:
+            try:
+                logger.finish()
+            except Exception as error:  # whatever one raises, the others must still be closed; all are raised below
+                errors.append(error)
+        if errors:
+            raise ExceptionGroup("metrics loggers failed to finish", errors)
+
+
+def _ends_torn(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            if file.seek(0, 2) == 0:
+                return False
+            file.seek(-1, 2)
+            return file.read(1) != b"\n"
+    except FileNotFoundError:
+        return False
+
+
+def _json(record: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(record, allow_nan=False)
+    except (TypeError, ValueError):  # something JSON cannot hold as it stands: the slower way, value by value
+        return json.dumps({key: _plain(key, value) for key, value in record.items()})
+
+
+def _plain(key: str, value: Any) -> Any:
+    """`value` as JSON can hold it. Raises TypeError naming `key`."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(name): _plain(f"{key}.{name}", item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(key, item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if callable(getattr(value, "item", None)) and getattr(value, "ndim", None) == 0:
+        return _plain(key, value.item())  # a scalar of torch or numpy
+    raise TypeError(
+        f"metric {key}={value!r} ({type(value).__name__}): needs a number, text, or lists and dicts of those"
+    )

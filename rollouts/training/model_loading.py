@@ -1,0 +1,88 @@
+"""Load a tokenizer and a model, from the hub or a directory, with weights or with seeded random ones."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+
+class ModelError(ValueError):
+    """A model or tokenizer that cannot be loaded. The message names it, what was found, and the fix."""
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a hub id or directory. Raises ModelError; also for one without an end token."""
+    from transformers import AutoTokenizer
+
+    _require_config(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises a dozen unrelated kinds (HTTP, JSON, its own)
+        raise ModelError(_message("tokenizer", name, error, trust_remote_code)) from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"tokenizer of {name!r} has no eos_token: nothing would end an answer; set it in its config")
+    return tokenizer
+
+
+def load_model(
+    name: str,
+    *,
+    init: Literal["pretrained", "random"] = "pretrained",
+    init_seed: int = 0,
+    dtype: "torch.dtype | None" = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """A causal language model on the CPU, in training mode. dtype None: float32, the master weights.
+
+    init "random" needs only the architecture (config.json) and draws weights from init_seed: the same every time, with
+    the global random state left as found. Raises ModelError.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    _require_config(name)
+    dtype = torch.float32 if dtype is None else dtype
+    try:
+        if init == "random":
+            config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(init_seed)
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        elif init == "pretrained":
+            _require_weights(name)
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
+        else:
+            raise ModelError(f"init={init!r}: needs 'pretrained' or 'random'")
+    except ModelError:
+        raise
+    except Exception as error:  # as above
+        raise ModelError(_message("model", name, error, trust_remote_code)) from error
+    return model.train()
+
+
+def _require_config(name: str) -> None:
+    """A name that can only be a directory must be one, and hold a config.json."""
+    path = Path(name)
+    if not path.is_dir():
+        if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+            raise ModelError(f"{name}: no such directory (looked in {Path.cwd()}), and no hub id either")
+    elif not (path / "config.json").is_file():
+        raise ModelError(f"{name}: the directory has no config.json, so it is no Hugging Face model")
+
+
+def _require_weights(name: str) -> None:
+    path = Path(name)
+    if path.is_dir() and not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
+        raise ModelError(f"{name}: the directory holds no weights (*.safetensors); set init='random' to draw new ones")
+
+
+def _message(what: str, name: str, error: Exception, trust_remote_code: bool) -> str:
+    reason = " ".join(str(error).split())[:600] or type(error).__name__
+    if Path(name).is_dir():
+        fix = "check the files in that directory"
+    else:
+        fix = "there is no such directory here, so it was taken for a hub id: check the name, the network and HF_TOKEN"
+    if not trust_remote_code and "trust_remote_code" in reason:
+        fix = "set trust_remote_code=True if you trust this model's own code"
+    return f"cannot load the {what} of {name!r}: {reason}. Fix: {fix}."

@@ -1,0 +1,71 @@
+"""Rewards: plain functions Sample -> float over the response text and `sample.prompt["answer"]`. No torch.
+
+A config names one by its dotted path, `rollouts.training.rewards.exact_match`; `resolve` finds it.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from rollouts.training.datasets.formats import gsm8k_number
+from rollouts.training.types import Sample
+
+
+class RewardError(ValueError):
+    """A dotted path that names no function, or a prompt without what its reward needs."""
+
+
+def exact_match(sample: Sample) -> float:
+    """1.0 when the response is the answer, apart from white space around it; else 0.0."""
+    return float(sample.response.strip() == _answer(sample).strip())
+
+
+def per_letter(sample: Sample) -> float:
+    """Share of positions that hold the answer's letter, 0 to 1, over the longer of the two."""
+    response, answer = sample.response.strip(), _answer(sample).strip()
+    right = sum(a == b for a, b in zip(response, answer, strict=False))
+    return right / max(len(response), len(answer), 1)
+
+
+def per_letter_and_exact(sample: Sample) -> float:
+    """Mean of `per_letter` and `exact_match`: partial credit to start from, a reason to get the last letter right."""
+    return (per_letter(sample) + exact_match(sample)) / 2
+
+
+def gsm8k_answer(sample: Sample) -> float:
+    """1.0 when the number after `####` equals the answer's, as text without commas (as nanochat); else 0.0."""
+    expected = _answer(sample)
+    return float(gsm8k_number(sample.response) == (gsm8k_number(expected) or expected.strip().replace(",", "")))
+
+
+def is_correct(sample: Sample) -> float:
+    """What evaluation counts: `gsm8k_answer` for rows of format gsm8k, else `exact_match`."""
+    is_gsm8k = isinstance(sample.prompt, dict) and sample.prompt.get("format") == "gsm8k"
+    return gsm8k_answer(sample) if is_gsm8k else exact_match(sample)
+
+
+def resolve(dotted_path: str) -> Callable[..., Any]:
+    """The function a dotted path names. Raises RewardError saying which part of it is missing, or is no function."""
+    module_name, _, attribute = dotted_path.rpartition(".")
+    if not module_name:
+        raise RewardError(f"{dotted_path!r}: needs a dotted path, package.module.function")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise RewardError(
+            f"{dotted_path!r}: no module {error.name!r}; it must be importable where the trainer runs"
+        ) from None
+    if not hasattr(module, attribute):
+        names = [name for name in vars(module) if not name.startswith("_") and callable(getattr(module, name))]
+        raise RewardError(f"{dotted_path!r}: module {module_name!r} has no {attribute!r}; it has {', '.join(names)}")
+    function = getattr(module, attribute)
+    if not callable(function):
+        raise RewardError(f"{dotted_path!r}: is {type(function).__name__}, needs to be a function")
+    return function
+
+
+def _answer(sample: Sample) -> str:
+    answer = sample.prompt.get("answer") if isinstance(sample.prompt, dict) else None
+    if answer is None:
+        raise RewardError(f"prompt {str(sample.prompt)[:120]!r} has no 'answer', which this reward needs")
+    return str(answer)

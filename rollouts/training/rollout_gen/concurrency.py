@@ -1,0 +1,35 @@
+"""Run async calls together and get their results in order. asyncio and trio alike."""
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import anyio
+
+
+async def gather_in_order(calls: Sequence[Callable[[], Awaitable[Any]]]) -> list[Any]:
+    """Results in the order of `calls`, all run at once; returns when the slowest is done.
+
+    The first error cancels the rest and is raised as it is, not in a group; others stand in its notes.
+    """
+    results: list[Any] = [None] * len(calls)
+
+    async def run(index: int) -> None:
+        results[index] = await calls[index]()
+
+    try:
+        async with anyio.create_task_group() as tasks:
+            for index in range(len(calls)):
+                tasks.start_soon(run, index)
+    except BaseExceptionGroup as group:
+        raise _representative(group) from None
+    return results
+
+
+def _representative(group: BaseExceptionGroup) -> BaseException:
+    """The one to raise: what is no ordinary error (KeyboardInterrupt) goes before what is."""
+    first, *others = sorted(group.exceptions, key=lambda error: isinstance(error, Exception))
+    for other in others[:3]:
+        first.add_note(f"at the same time: {type(other).__name__}: {other}")
+    if len(others) > 3:
+        first.add_note(f"and {len(others) - 3} more errors")
+    return first

@@ -1,0 +1,161 @@
+"""Start a run on this host: its files, then a detached tmux session with the supervisor in it.
+
+    python3 -m rollouts.worker.launch < job.json          (in the run's code tree)
+
+job.json is one object: {"config", "plan", "files": {"code/commit.txt": text, ...}, "secrets": {NAME: value}}. Prints
+one JSON line: {"started": true, ...}, or {"started": false, "reason": ...} for a run that was started before; both
+exit 0. An error goes to stderr, exit 1, and can be tried again. Standard library only.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rollouts import run_dir
+from rollouts.run_dir import LaunchPlan, RunDir, Status
+from rollouts.worker import tmux
+from rollouts.worker.list import observe
+from rollouts.worker.processes import POLL_S, SUPERVISOR_STAGE, SUPERVISOR_WINDOW, WINDOW_VARIABLE
+from rollouts.worker.window import window_command
+
+SUPERVISOR_START_S = 15.0
+# Of the launcher's terminal and session, not of the machine: the run's processes get all else that the launcher had.
+SESSION_VARIABLES = {"TMUX", "TMUX_PANE", "TERM", "PWD", "OLDPWD", "SHLVL", "_", WINDOW_VARIABLE}
+SESSION_PREFIXES = ("SSH_",)
+
+
+class LaunchError(Exception):
+    """The run could not be started. The message is for the user."""
+
+
+def launch(job: dict[str, Any]) -> dict[str, Any]:
+    """Write the run's files and start it, once. Returns what to print.
+
+    Raises LaunchError, TmuxError, or OSError for files that cannot be written; nothing runs then.
+    """
+    plan = LaunchPlan.from_json(job["plan"])
+    run = RunDir(Path(plan.run_path))
+    assert run_dir.valid_run_id(plan.run_id) and run.run_id == plan.run_id, f"{plan.run_id} in {plan.run_path}"
+    if not Path("/proc/self/environ").exists():
+        raise LaunchError("this host has no /proc: runs need Linux, to know their own processes by it")
+    with _launching(run):
+        if run.lock.exists():
+            seen = observe(run)
+            return {"started": False, "reason": f"run {plan.run_id} was started before; it is {seen.state}"}
+        if tmux.has_session(plan.run_id):
+            if not run.status.exists():
+                raise LaunchError(
+                    f"a tmux session {plan.run_id!r} is there already, and not of this run. Choose another run name, or"
+                    f" end that session (`tmux kill-session -t {plan.run_id}`)."
+                )
+            _await_supervisor(run, plan)  # an earlier launch was cut off at this point
+            return {"started": False, "reason": f"run {plan.run_id} was started before"}
+        _write_files(run, plan, job)
+        try:
+            command = window_command(plan.base_python, run, SUPERVISOR_STAGE, SUPERVISOR_WINDOW)
+            cwd = run.code_tree
+            tmux.start_session(plan.run_id, SUPERVISOR_WINDOW, command, cwd=cwd, hide=set(job["secrets"]))
+            _await_supervisor(run, plan)
+        except (tmux.TmuxError, LaunchError) as error:
+            run.secrets.unlink(missing_ok=True)
+            run_dir.write_json_atomic(run.status, _status(plan, "failed", str(error), exit_code=1))
+            raise
+    return {"started": True, "run_id": plan.run_id, "run_path": plan.run_path}
+
+
+@contextlib.contextmanager
+def _launching(run: RunDir) -> Iterator[None]:
+    """One launch of a run at a time; the kernel frees it with its holder."""
+    run.path.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(run.path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _write_files(run: RunDir, plan: LaunchPlan, job: dict[str, Any]) -> None:
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in SESSION_VARIABLES and not name.startswith(SESSION_PREFIXES)
+    }
+    run_dir.write_json_atomic(run.secrets, {"inherited": inherited, "secrets": job["secrets"]}, mode=0o600)
+    run_dir.write_json_atomic(run.config, job["config"])
+    run_dir.write_json_atomic(run.plan, job["plan"])
+    for name, text in job["files"].items():
+        parts = Path(name).parts
+        assert parts[0] == "code" and ".." not in parts, f"files[{name!r}]: needs to lie under code/"
+        run_dir.write_text_atomic(run.path / name, text)
+    run.exit(SUPERVISOR_STAGE, SUPERVISOR_WINDOW).unlink(missing_ok=True)  # of a launch that failed
+    run_dir.write_json_atomic(run.status, _status(plan, "starting", "starting the supervisor", exit_code=None))
+
+
+def _status(plan: LaunchPlan, state: run_dir.State, message: str, *, exit_code: int | None) -> Status:
+    now = time.time()
+    return Status(
+        run_id=plan.run_id,
+        experiment_name=plan.experiment_name,
+        state=state,
+        stage=None,
+        message=message,
+        started_at=now,
+        updated_at=now,
+        exit_code=exit_code,
+    )
+
+
+def _await_supervisor(run: RunDir, plan: LaunchPlan) -> None:
+    """Return once the supervisor has taken its lock: from then on files tell the rest."""
+    deadline = time.monotonic() + SUPERVISOR_START_S
+    while not _is_supervised(run):
+        gone = not tmux.has_session(run.run_id)  # it ends with its only window
+        if _is_supervised(run):
+            return
+        if gone or time.monotonic() > deadline:
+            said = "\n".join(run_dir.tail_lines(run.log(SUPERVISOR_WINDOW), 20)) or "(nothing)"
+            how = "ended at once" if gone else f"did not start within {SUPERVISOR_START_S:g} s"
+            raise LaunchError(
+                f"the supervisor ({plan.base_python} -m rollouts.worker.supervisor, in {run.code_tree}) {how}."
+                f" It needs Python >= 3.11 and the synced code there. It said:\n{said}"
+            )
+        time.sleep(POLL_S)
+
+
+def _is_supervised(run: RunDir) -> bool:
+    """Under a supervisor, or past it: one that was quick has ended already."""
+    status = run_dir.read_status(run)
+    return run_dir.is_live(run) or (status is not None and status.state != "starting")
+
+
+def _describe(error: OSError, run_path: str) -> str:
+    existing = Path(run_path)
+    while not existing.exists():
+        existing = existing.parent
+    free_mib = shutil.disk_usage(existing).free / 2**20
+    return f"cannot write {error.filename or run_path}: {error.strerror} ({free_mib:.0f} MiB free there)"
+
+
+def main() -> None:
+    try:
+        job = json.load(sys.stdin)
+    except ValueError as error:
+        sys.exit(f"error: the job on stdin is not JSON: {error}")
+    try:
+        print(json.dumps(launch(job)), flush=True)
+    except (LaunchError, tmux.TmuxError) as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: {_describe(error, job['plan']['run_path'])}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""End a run on this host, whatever state it is in.
+
+    python3 -m rollouts.worker.stop <run_path>
+
+Asks the supervisor, which ends everything itself; where it cannot, ends everything here. Prints one JSON line
+{"state", "exit_code"}; a run that had ended stays as it is. Standard library only.
+"""
+
+import dataclasses
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rollouts import run_dir
+from rollouts.run_dir import ProcessRecord, RunDir
+from rollouts.worker import tmux
+from rollouts.worker.list import observe
+from rollouts.worker.processes import (
+    POLL_S,
+    STOPPED_CODE,
+    SUPERVISOR_WINDOW,
+    end_marked,
+    marked_processes,
+    send_signal,
+)
+from rollouts.worker.window import SUPERVISOR_MARGIN_S
+
+RECORD_WAIT_S = 5.0  # from the session's start to the supervisor's process record
+
+
+def stop(run: RunDir) -> dict[str, Any]:
+    """Have nothing of the run left on return. Returns {"state", "exit_code"} as they are then."""
+    plan = run_dir.read_plan(run)
+    grace_s = plan.stop_grace_s if plan else 0.0
+    was_live = observe(run).live
+    if was_live:
+        _ask_supervisor(run, within_s=2 * grace_s + SUPERVISOR_MARGIN_S)
+    tmux.kill_session(run.run_id)
+    left = end_marked(run.run_id, None, grace_s=grace_s)
+    run.secrets.unlink(missing_ok=True)
+    seen = observe(run)
+    if was_live and seen.state not in ("done", "failed", "stopped"):
+        _write_stopped(run)
+        seen = observe(run)
+    if left:
+        sys.exit(f"error: still there after SIGKILL, the kernel holds them: processes {left}")
+    return {"state": seen.state, "exit_code": seen.exit_code}
+
+
+def _ask_supervisor(run: RunDir, *, within_s: float) -> None:
+    """SIGTERM to the supervisor, then wait for its end, and that of its windows, for so long at most."""
+    deadline = time.monotonic() + within_s
+    record_deadline = time.monotonic() + RECORD_WAIT_S
+    asked = False
+    while time.monotonic() < deadline and (run_dir.is_live(run) or not asked or marked_processes(run.run_id)):
+        pid = None if asked else _supervisor_pid(run)
+        if pid is not None:
+            send_signal(pid, signal.SIGTERM)
+            asked = True
+        elif not asked and (time.monotonic() > record_deadline or not observe(run).live):
+            return
+        time.sleep(POLL_S)
+
+
+def _supervisor_pid(run: RunDir) -> int | None:
+    """The recorded supervisor, if it is still that process."""
+    try:
+        record = ProcessRecord(**json.loads(run.process(SUPERVISOR_WINDOW).read_text()))
+    except FileNotFoundError:
+        return None
+    return record.pid if record.pid in marked_processes(run.run_id) else None
+
+
+def _write_stopped(run: RunDir) -> None:
+    status = run_dir.read_status(run)
+    if status is None:
+        return
+    message = "stopped; the supervisor had to be killed"
+    run_dir.append_event(run, "run_ended", state="stopped", exit_code=STOPPED_CODE, message=message)
+    changes: dict[str, Any] = {"state": "stopped", "exit_code": STOPPED_CODE, "message": message}
+    run_dir.write_json_atomic(run.status, dataclasses.replace(status, updated_at=time.time(), **changes))
+
+
+def main() -> None:
+    run = RunDir(Path(sys.argv[1]))
+    if not run.status.exists():
+        sys.exit(f"error: {run.path}: no run was launched there. `python3 -m rollouts.worker.list` lists the runs.")
+    print(json.dumps(stop(run)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

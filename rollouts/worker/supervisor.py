@@ -1,0 +1,321 @@
+"""The run's supervisor: environments, then each stage's engines and trainer, then an end that leaves nothing behind.
+
+    python3 -m rollouts.worker.supervisor <run_path>
+
+It decides nothing: plan.json says what runs. It holds supervisor.lock for as long as it lives, and every window ends
+its process when that lock falls free. The exit code is the run's: 0 only if every trainer ended with 0; else that of
+the process that failed first; STOPPED_CODE after a stop. Standard library only.
+"""
+
+import json
+import signal
+import sys
+import threading
+import time
+import traceback
+import urllib.parse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rollouts import run_dir
+from rollouts.manifest import manifest_problems
+from rollouts.run_dir import LaunchPlan, ProcessSpec, RunDir, StageName, StageSpec, State, Status
+from rollouts.worker import tmux
+from rollouts.worker.bootstrap import BootstrapError, Patience, ensure_environment
+from rollouts.worker.console import say
+from rollouts.worker.health import answers_ready, port_is_taken
+from rollouts.worker.processes import STOPPED_CODE, SUPERVISOR_STAGE, SUPERVISOR_WINDOW, end_marked, window_mark
+from rollouts.worker.windows import OpenWindow, close_windows, open_window
+
+POLL_S = 0.1
+SETTLE_S = 0.5  # what ends together (a stop of the whole session, an engine and its client) is seen together
+LOG_TAIL_LINES = 50
+
+
+class StopRequested(Exception):
+    """Somebody asked the run to end."""
+
+
+class RunFailed(Exception):
+    """The run cannot go on. Carries what the `error` event says."""
+
+    def __init__(self, message: str, *, window: str, exit_code: int = 1, log_tail: Sequence[str] | None = None) -> None:
+        super().__init__(message)
+        self.window, self.exit_code, self.log_tail = window, exit_code, log_tail
+
+
+class Supervisor:
+    """One run from bootstrap to its final status."""
+
+    def __init__(self, run: RunDir, plan: LaunchPlan) -> None:
+        self.run, self.plan = run, plan
+        self.stop_signal: int | None = None
+        self.windows: list[OpenWindow] = []  # of the stage under way
+        launched = run_dir.read_status(run)
+        self.started_at = launched.started_at if launched else time.time()
+        self.state: State = "running"
+        self.stage: StageName | None = None
+        self.message = ""
+        self.beat_at = 0.0  # monotonic, of the last status written
+
+    # --- the whole -----------------------------------------------------------------------------------------------
+
+    def main(self) -> int:
+        """Do the plan. Returns the run's exit code; the final status is written by then."""
+        for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            signal.signal(signum, self._on_signal)
+        mode = json.loads(self.run.config.read_text())["output"]["mode"]
+        run_dir.append_event(self.run, "run_started", mode=mode)
+        state: State = "failed"
+        try:
+            self._bootstrap()
+            for stage in self.plan.stages:
+                self._run_stage(stage)
+            state, code, message = "done", 0, "all stages done"
+        except StopRequested as error:
+            state, code, message = "stopped", STOPPED_CODE, str(error)
+        except RunFailed as error:
+            code, message = error.exit_code, str(error)
+            self._report(error)
+        except Exception as error:  # a full disk, a mistake of ours: the run must end as failed, with nothing left
+            say(traceback.format_exc())
+            code, message = 1, f"the supervisor failed: {error!r}"
+            self._report(RunFailed(message, window=SUPERVISOR_WINDOW, log_tail=traceback.format_exc().splitlines()))
+        self._finish(state, code, message)
+        return code
+
+    def _bootstrap(self) -> None:
+        self._announce("bootstrap", "making the environments")
+        patience = Patience(self.plan.bootstrap_timeout_s, tick=self._tick)
+        for spec in self.plan.environments:
+            try:
+                ensure_environment(spec, self.run, patience)
+            except BootstrapError as error:
+                raise RunFailed(str(error), window=SUPERVISOR_WINDOW, log_tail=error.log_tail) from None
+
+    def _finish(self, state: State, code: int, message: str) -> None:
+        """End what is left of any window, then say how it ended: event, then status, then (by exiting) the lock."""
+        marks = {window_mark(SUPERVISOR_STAGE, SUPERVISOR_WINDOW)}
+        for stage in self.plan.stages:
+            marks |= {window_mark(stage.name, spec.window) for spec in (*stage.engines, stage.trainer)}
+        left = end_marked(self.run.run_id, marks, grace_s=self.plan.stop_grace_s, tick=self._beat)
+        if left:
+            message += f" (still there after SIGKILL: processes {left})"
+        self.run.secrets.unlink(missing_ok=True)
+        say(f"run {self.run.run_id} {state}: {message} (exit code {code})")
+        run_dir.append_event(self.run, "run_ended", state=state, exit_code=code, message=message)
+        self.state, self.message = state, message
+        self._write_status(code)
+
+    def _report(self, error: RunFailed) -> None:
+        """The `error` event, and the same for whoever looks at the supervisor's window or log."""
+        tail = error.log_tail
+        if tail is None:
+            tail = run_dir.tail_lines(self.run.log(error.window), LOG_TAIL_LINES)
+        tail = list(tail)[-LOG_TAIL_LINES:]
+        say(f"error: {error}\n--- the last lines of {error.window}:", *tail, "---")
+        run_dir.append_event(self.run, "error", message=str(error), window=error.window, log_tail=tail)
+
+    # --- one stage -----------------------------------------------------------------------------------------------
+
+    def _run_stage(self, stage: StageSpec) -> None:
+        started = time.monotonic()
+        deadline = started + stage.timeout_s
+        self._announce(stage.name, f"{stage.name}: starting")
+        run_dir.append_event(self.run, "stage_started", stage=stage.name)
+        self._check_checkpoint(stage)
+        try:
+            for spec in stage.engines:
+                self._check_port(spec)
+            for spec in stage.engines:
+                self._open(stage, spec)
+            self._await_engines(stage, deadline)
+            self._announce(stage.name, f"{stage.name}: training")
+            self._open(stage, stage.trainer)
+            self._await_trainer(stage, deadline)
+        finally:
+            self._close_all(stage)
+        seconds = round(time.monotonic() - started, 3)
+        run_dir.append_event(self.run, "stage_ended", stage=stage.name, seconds=seconds)
+
+    def _check_checkpoint(self, stage: StageSpec) -> None:
+        if stage.needs_checkpoint is None:
+            return
+        directory = Path(stage.needs_checkpoint)
+        problems = self._apart(lambda: manifest_problems(directory.resolve()))
+        if problems:
+            listed = "\n".join(problems[:10])
+            message = f"stage {stage.name} starts from {directory}, which is no completed checkpoint:\n{listed}"
+            raise RunFailed(message, window=SUPERVISOR_WINDOW, log_tail=problems)
+
+    def _check_port(self, spec: ProcessSpec) -> None:
+        """A stranger on the engine's port would answer in its place."""
+        if spec.ready_url is not None and port_is_taken(spec.ready_url):
+            place = urllib.parse.urlsplit(spec.ready_url).netloc
+            raise RunFailed(
+                f"{spec.window} cannot use {place}: another process listens there already."
+                f" Choose another engine.sglang_port, or end that process (`ss -ltnp` shows it).",
+                window=SUPERVISOR_WINDOW,
+                log_tail=[],
+            )
+
+    def _open(self, stage: StageSpec, spec: ProcessSpec) -> None:
+        say(f"stage={stage.name} window={spec.window}: starting")
+        try:
+            self.windows.append(open_window(self.run, self.plan, stage, spec))
+        except tmux.TmuxError as error:
+            message = f"stage {stage.name}: cannot open a window for {spec.window}: {error}"
+            raise RunFailed(message, window=SUPERVISOR_WINDOW) from None
+
+    def _await_engines(self, stage: StageSpec, deadline: float) -> None:
+        """Return once every engine answers 200 at its ready URL while its process is alive."""
+        started = time.monotonic()
+        waiting = [window for window in self.windows if window.spec.ready_url is not None]
+        while waiting:
+            names = ", ".join(window.spec.window for window in waiting)
+            self._announce(stage.name, f"{stage.name}: waiting for {names}")
+            self._pause()
+            for window in list(waiting):
+                assert window.spec.ready_url is not None
+                # Its life is looked at after the answer, which may have been a stranger's.
+                ready = answers_ready(window.spec.ready_url) and window.is_serving()
+                self._check_alive(stage)
+                seconds = round(time.monotonic() - started, 3)
+                if ready:
+                    waiting.remove(window)
+                    url = window.spec.ready_url
+                    run_dir.append_event(self.run, "engine_ready", window=window.spec.window, url=url, seconds=seconds)
+                    say(f"stage={stage.name} window={window.spec.window}: ready after {seconds:.1f} s")
+                elif seconds > window.spec.ready_timeout_s:
+                    raise RunFailed(
+                        f"{window.spec.window} did not answer 200 at {window.spec.ready_url} within"
+                        f" limits.engine_ready_timeout_s={window.spec.ready_timeout_s:g}. Its last lines say how far it"
+                        " got; raise the limit if it was only slow.",
+                        window=window.spec.window,
+                    )
+            self._check_deadline(stage, deadline, waiting[0].spec.window if waiting else SUPERVISOR_WINDOW)
+        self._check_alive(stage)
+
+    def _await_trainer(self, stage: StageSpec, deadline: float) -> None:
+        trainer = self.windows[-1]
+        while not trainer.has_succeeded():
+            self._check_alive(stage)
+            self._check_deadline(stage, deadline, trainer.spec.window)
+            self._pause()
+
+    def _check_alive(self, stage: StageSpec) -> None:
+        """Raise RunFailed for the window that ended first, if any has."""
+        if not any(window.has_failed() for window in self.windows):
+            return
+        settled_at = time.monotonic() + SETTLE_S
+        while time.monotonic() < settled_at:
+            self._pause()
+        failed = [window for window in self.windows if window.has_failed()]
+        first = min(failed, key=lambda window: window.ended_at())
+        raise RunFailed(
+            f"stage {stage.name}: {first.describe_end()}",
+            window=first.spec.window,
+            exit_code=first.failure_code(),
+        )
+
+    def _check_deadline(self, stage: StageSpec, deadline: float, window: str) -> None:
+        if time.monotonic() > deadline:
+            raise RunFailed(
+                f"stage {stage.name} was not done within limits.stage_timeout_s={stage.timeout_s:g}. Raise it, or see"
+                " in the log what took so long.",
+                window=window,
+            )
+
+    def _close_all(self, stage: StageSpec) -> None:
+        """End the stage's windows and all that came from them; the order of their ends is in the events."""
+        self._announce(stage.name, f"{stage.name}: ending its processes", check=False)
+        left = close_windows(self.run, self.windows, grace_s=self.plan.stop_grace_s, tick=self._beat)
+        for window in sorted(self.windows, key=lambda window: window.ended_at()):
+            record = window.record()
+            run_dir.append_event(
+                self.run,
+                "process_ended",
+                stage=stage.name,
+                window=window.spec.window,
+                exit_code=record.exit_code if record else None,
+                signal=record.signal if record else None,
+            )
+        if left:
+            run_dir.append_event(self.run, "note", message=f"{stage.name}: still there after SIGKILL: {left}")
+        self.windows = []
+
+    # --- time, status, signals -----------------------------------------------------------------------------------
+
+    def _on_signal(self, signum: int, _frame: Any) -> None:
+        self.stop_signal = self.stop_signal or signum
+
+    def _tick(self) -> None:
+        """Called in every wait: keeps the heartbeat and notices a stop."""
+        if self.stop_signal is not None:
+            raise StopRequested(f"stopped by {signal.Signals(self.stop_signal).name}")
+        self._beat()
+
+    def _pause(self) -> None:
+        self._tick()
+        time.sleep(POLL_S)
+        self._tick()
+
+    def _apart(self, work: Callable[[], Any]) -> Any:
+        """Run something slow in a thread, ticking meanwhile."""
+        results: list[Any] = []
+        thread = threading.Thread(target=lambda: results.append(work()), daemon=True)
+        thread.start()
+        while thread.is_alive():
+            self._tick()
+            thread.join(POLL_S)
+        if not results:
+            raise RunFailed("reading a checkpoint failed; the supervisor's log has the error", window=SUPERVISOR_WINDOW)
+        return results[0]
+
+    def _announce(self, stage: StageName, message: str, *, check: bool = True) -> None:
+        if (stage, message) != (self.stage, self.message):
+            self.stage, self.message = stage, message
+            self.beat_at = 0.0
+        if check:
+            self._tick()
+        else:
+            self._beat()
+
+    def _beat(self) -> None:
+        if time.monotonic() - self.beat_at < run_dir.HEARTBEAT_S / 2:
+            return
+        self.beat_at = time.monotonic()
+        try:
+            self._write_status(None)
+        except OSError as error:  # a full disk is the trainer's to report; the next beat may succeed
+            say(f"cannot write {self.run.status}: {error}")
+
+    def _write_status(self, exit_code: int | None) -> None:
+        status = Status(
+            run_id=self.plan.run_id,
+            experiment_name=self.plan.experiment_name,
+            state=self.state,
+            stage=self.stage,
+            message=self.message,
+            started_at=self.started_at,
+            updated_at=time.time(),
+            exit_code=exit_code,
+        )
+        run_dir.write_json_atomic(self.run.status, status)
+
+
+def main() -> None:
+    run = RunDir(Path(sys.argv[1]))
+    plan = run_dir.read_plan(run)
+    assert plan is not None, f"{run.plan} is missing: the launcher writes it first"
+    lock = run_dir.hold_lock(run)
+    if lock is None:
+        sys.exit(f"error: run {run.run_id} has a supervisor already")
+    with lock:
+        code = Supervisor(run, plan).main()
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""Follow a run's files from byte offsets: JSON lines on stdout, made for a pipe to the control side.
+
+    python3 -m rollouts.worker.tail <run_path> [--follow]
+
+stdin's first line is {relative file: bytes already held}; stdin then stays open while following, and its end ends this
+process, so a laptop that vanished leaves nothing here. Lines written:
+
+    {"file": name, "offset": n, "data": base64}      of a growing file; whole lines at a time for .jsonl
+    {"file": name, "snapshot": text}                 of a small file that is replaced, when it changed
+    {"alive": true}                                  every ALIVE_S seconds
+    {"ended": true, "state": s, "exit_code": n}      last: the run is over and everything was sent
+    {"live": true}                                   last without --follow, where it is not over
+    {"error": text}                                  last, exit 1: an offset that does not fit
+
+Standard library only.
+"""
+
+import base64
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+from rollouts import run_dir
+from rollouts.run_dir import RunDir
+from rollouts.worker.list import observe
+from rollouts.worker.processes import marked_processes
+
+CHUNK_BYTES = 256 * 1024
+POLL_S = 0.2
+ALIVE_S = 5.0
+LAST_WORDS_S = 60.0  # for the windows of a dead supervisor to end
+
+Send = Callable[[dict[str, Any]], None]
+
+
+class OffsetError(Exception):
+    """The reader holds something else than what lies here. The message says what."""
+
+
+class Tail:
+    """What was sent so far, and sending the rest."""
+
+    def __init__(self, run: RunDir, offsets: dict[str, int], send: Send) -> None:
+        self.run, self.send = run, send
+        self.offsets = dict(offsets)
+        self.snapshots: dict[str, tuple[int, int, int]] = {}  # name: inode, size, mtime when it was sent
+        for name, offset in self.offsets.items():
+            self._check_offset(name, offset)
+
+    def send_new(self) -> bool:
+        """Send at most one chunk of each file. Returns whether anything was sent."""
+        sent = False
+        for name in run_dir.STREAMED_FILES:
+            sent |= self._send_chunk(name, whole_lines=True)
+        for pattern in run_dir.SNAPSHOT_GLOBS:
+            for path in sorted(self.run.path.glob(pattern)):
+                sent |= self._send_snapshot(path)
+        for path in sorted(self.run.path.glob(run_dir.LOG_GLOB)):
+            sent |= self._send_chunk(path.relative_to(self.run.path).as_posix(), whole_lines=False)
+        return sent
+
+    def _check_offset(self, name: str, offset: int) -> None:
+        path = self.run.path / name
+        known = name in run_dir.STREAMED_FILES or (Path(name).match(run_dir.LOG_GLOB) and ".." not in name)
+        if not known:
+            raise OffsetError(f"{name}: not a file that is followed")
+        size = path.stat().st_size if path.exists() else 0
+        if not 0 <= offset <= size:
+            raise OffsetError(
+                f"{name}: the reader holds {offset} bytes, the host has {size}: not copies of the same run."
+                " Move the local copy aside and pull again."
+            )
+
+    def _send_chunk(self, name: str, *, whole_lines: bool) -> bool:
+        offset = self.offsets.get(name, 0)
+        path = self.run.path / name
+        try:
+            if path.stat().st_size <= offset:
+                return False
+            with path.open("rb") as stream:
+                stream.seek(offset)
+                data = read_chunk(stream, whole_lines=whole_lines)
+        except FileNotFoundError:
+            return False
+        if not data:
+            return False
+        self.send({"file": name, "offset": offset, "data": base64.b64encode(data).decode()})
+        self.offsets[name] = offset + len(data)
+        return True
+
+    def _send_snapshot(self, path: Path) -> bool:
+        name = path.relative_to(self.run.path).as_posix()
+        try:
+            with path.open() as stream:  # one open file: text and identity belong together
+                found = os.fstat(stream.fileno())
+                identity = (found.st_ino, found.st_size, found.st_mtime_ns)
+                if self.snapshots.get(name) == identity:
+                    return False
+                text = stream.read()
+        except FileNotFoundError:  # a glob's finding may be a temporary name
+            return False
+        self.snapshots[name] = identity
+        self.send({"file": name, "snapshot": text})
+        return True
+
+
+def read_chunk(stream: IO[bytes], *, whole_lines: bool) -> bytes:
+    """At most CHUNK_BYTES from here; with `whole_lines` nothing of a line whose end is not written yet.
+
+    A complete line longer than a chunk comes in pieces.
+    """
+    data = stream.read(CHUNK_BYTES)
+    if not whole_lines:
+        return data
+    cut = data.rfind(b"\n") + 1
+    if cut or not data:
+        return data[:cut]
+    while block := stream.read(CHUNK_BYTES):
+        if b"\n" in block:
+            return data
+    return b""
+
+
+def follow(run: RunDir, tail: Tail, send: Send) -> None:
+    """Send what comes until the run is over and all of it was sent."""
+    alive_at = time.monotonic()
+    dead_since: float | None = None
+    while True:
+        over = _is_over(run, dead_since)  # before sending: what was written until then is sent after
+        if dead_since is None and not observe(run).live:
+            dead_since = time.monotonic()
+        while tail.send_new():
+            pass
+        if over:
+            _send_end(run, send)
+            return
+        if time.monotonic() - alive_at >= ALIVE_S:
+            send({"alive": True})
+            alive_at = time.monotonic()
+        time.sleep(POLL_S)
+
+
+def _is_over(run: RunDir, dead_since: float | None) -> bool:
+    """No supervisor, and none of its windows still writing its last words."""
+    if observe(run).live:
+        return False
+    waited_out = dead_since is not None and time.monotonic() - dead_since > LAST_WORDS_S
+    return waited_out or not marked_processes(run.run_id)
+
+
+def _send_end(run: RunDir, send: Send) -> None:
+    seen = observe(run)
+    send({"ended": True, "state": seen.state, "exit_code": seen.exit_code})
+
+
+def _write_line(value: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(value, separators=(",", ":")) + "\n")
+    sys.stdout.flush()
+
+
+def _end_with_stdin() -> None:
+    """The reader is gone once stdin ends. os._exit: the main thread may be blocked on a dead pipe."""
+    while sys.stdin.readline():
+        pass
+    os._exit(0)
+
+
+def main() -> None:
+    arguments = [argument for argument in sys.argv[1:] if argument != "--follow"]
+    following = "--follow" in sys.argv[1:]
+    run = RunDir(Path(arguments[0]))
+    try:
+        if not run.status.exists():
+            raise OffsetError(f"{run.path}: no run was launched there")
+        tail = Tail(run, json.loads(sys.stdin.readline() or "{}"), _write_line)
+        if following:
+            threading.Thread(target=_end_with_stdin, daemon=True).start()
+            follow(run, tail, _write_line)
+            return
+        over = _is_over(run, None)
+        while tail.send_new():
+            pass
+        if over:
+            _send_end(run, _write_line)
+        else:
+            _write_line({"live": True})
+    except (OffsetError, ValueError) as error:
+        _write_line({"error": str(error)})
+        sys.exit(1)
+    except BrokenPipeError:  # the reader is gone
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""The supervisor's view of the windows that it opened: alive, how they ended, ending them. Standard library only."""
+
+import json
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from rollouts import run_dir
+from rollouts.run_dir import ExitRecord, LaunchPlan, ProcessSpec, RunDir, StageSpec
+from rollouts.worker import tmux
+from rollouts.worker.processes import POLL_S, end_marked, send_signal, start_ticks, window_mark
+from rollouts.worker.window import DRAIN_S, window_command
+
+WRAPPER_MARGIN_S = 2 * DRAIN_S + 2.0  # a wrapper's own work after its process's grace
+
+
+@dataclass(frozen=True)
+class OpenWindow:
+    """A window with its wrapper process, known by id and start time."""
+
+    run: RunDir
+    stage: str
+    spec: ProcessSpec
+    is_trainer: bool  # its end with 0 is what the stage is for; an engine is never to end by itself
+    wrapper: int
+    wrapper_ticks: int | None
+
+    @property
+    def mark(self) -> str:
+        return window_mark(self.stage, self.spec.window)
+
+    def is_open(self) -> bool:
+        """Is the wrapper alive? It outlives its process until it has ended what that left, and the log is complete."""
+        return self.wrapper_ticks is not None and start_ticks(self.wrapper) == self.wrapper_ticks
+
+    def is_serving(self) -> bool:
+        """Is the process itself alive, as recorded by the wrapper once it was started?"""
+        try:
+            pid = json.loads(self.run.process(self.spec.window).read_text())["pid"]
+        except FileNotFoundError:
+            return False
+        return start_ticks(pid) is not None and self.record() is None
+
+    def record(self) -> ExitRecord | None:
+        return run_dir.read_exit(self.run, self.stage, self.spec.window)
+
+    def ended_at(self) -> float:
+        """For ordering: when its process ended; without a record, now."""
+        record = self.record()
+        return record.ended_at if record else time.time()
+
+    def has_failed(self) -> bool:
+        """Ended, or vanished without a record, and not as a trainer that is done."""
+        was_open = self.is_open()  # before the record is read: a wrapper writes it while it lives
+        return (self.record() is not None or not was_open) and not self.has_succeeded()
+
+    def has_succeeded(self) -> bool:
+        record = self.record()
+        return self.is_trainer and record is not None and record.code == 0
+
+    def failure_code(self) -> int:
+        """The exit code of a run that failed because this window ended: never 0."""
+        record = self.record()
+        return (record.code if record else 0) or 1
+
+    def describe_end(self) -> str:
+        record, name = self.record(), self.spec.window
+        if record is None:
+            return f"{name} ended without an exit record: its window was killed, so how it ended is unknown"
+        if record.signal is not None:
+            return f"{name} was ended by {signal.Signals(record.signal).name}"
+        return f"{name} ended with exit code {record.exit_code}"
+
+
+def open_window(run: RunDir, plan: LaunchPlan, stage: StageSpec, spec: ProcessSpec) -> OpenWindow:
+    """Start a window of the plan in the run's session. Raises TmuxError."""
+    command = window_command(plan.base_python, run, stage.name, spec.window)
+    pid = tmux.open_window(run.run_id, spec.window, command, cwd=run.code_tree)
+    return OpenWindow(
+        run=run,
+        stage=stage.name,
+        spec=spec,
+        is_trainer=spec is stage.trainer,
+        wrapper=pid,
+        wrapper_ticks=start_ticks(pid),
+    )
+
+
+def close_windows(run: RunDir, windows: Sequence[OpenWindow], *, grace_s: float, tick: Callable[[], None]) -> list[int]:
+    """End the windows' processes and all that came from them; returns the ids that survived SIGKILL.
+
+    Each wrapper ends its own (SIGTERM, `grace_s`, SIGKILL) and writes the exit record. What a killed wrapper left
+    behind, and a wrapper that hangs, is ended here.
+    """
+    for window in windows:
+        if window.is_open():
+            send_signal(window.wrapper, signal.SIGTERM)
+    deadline = time.monotonic() + 2 * grace_s + WRAPPER_MARGIN_S
+    orphaned = {window.mark for window in windows if not window.is_open()}
+    left = end_marked(run.run_id, orphaned, grace_s=grace_s, tick=tick)
+    while any(window.is_open() for window in windows) and time.monotonic() < deadline:
+        tick()
+        time.sleep(POLL_S)
+    for window in windows:
+        if window.is_open():
+            send_signal(window.wrapper, signal.SIGKILL)
+    return left + end_marked(run.run_id, {window.mark for window in windows}, grace_s=0, tick=tick)

@@ -1,0 +1,70 @@
+"""Run a config once per seed and compare exact match before and after RL. Called by scripts/learn_check."""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from base_config import Config, load_config  # noqa: E402  (the path above makes it importable)
+from rollouts.run_dir import RunDir, read_jsonl  # noqa: E402
+
+GAIN_MIN = 0.30
+
+
+def with_seed(config: Config, seed: int, save_dir: str) -> Config:
+    assert config.rl is not None, "learn_check needs a config with an rl stage"
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, init_seed=seed),
+        data=dataclasses.replace(config.data, shuffle_seed=seed),
+        rl=dataclasses.replace(config.rl, seed=seed),
+        output=dataclasses.replace(config.output, save_dir=save_dir),
+    )
+
+
+def exact_match(run: RunDir) -> dict[str, float]:
+    """The last exact match of each stage: {"base": ..., "sft": ..., "rl": ...}."""
+    rows = [row for row in read_jsonl(run.eval) if row["metric"] == "exact_match"]
+    return {row["stage"]: row["value"] for row in rows}
+
+
+def run_seed(config: Config, seed: int, directory: Path) -> tuple[dict[str, float], float]:
+    file = directory / f"seed{seed}.json"
+    seeded = with_seed(config, seed, str(directory / "runs"))
+    seeded.save(file)
+    run_id = f"{seeded.output.experiment_name}-seed{seed}-{int(time.time())}"
+    started = time.monotonic()
+    subprocess.run([sys.executable, "deploy.py", str(file), "--run-id", run_id], cwd=ROOT, check=True)
+    seconds = time.monotonic() - started
+    return exact_match(RunDir(directory / "runs" / seeded.output.experiment_name / run_id)), seconds
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--config", default=str(ROOT / "configs" / "00_cpu_sft_rl.py"))
+    arguments = parser.parse_args()
+    config = load_config(arguments.config)
+    with tempfile.TemporaryDirectory() as name:
+        results = {seed: run_seed(config, seed, Path(name)) for seed in arguments.seeds}
+    print(f"\n{'seed':>4}  {'base':>6}  {'sft':>6}  {'rl':>6}  {'gain':>6}  {'seconds':>7}")
+    passed = True
+    for seed, (values, seconds) in results.items():
+        gain = values["rl"] - values["sft"]
+        passed = passed and gain >= GAIN_MIN
+        print(
+            f"{seed:>4}  {values['base']:6.3f}  {values['sft']:6.3f}  {values['rl']:6.3f}  {gain:+6.3f}  {seconds:7.0f}"
+        )
+    print(json.dumps({"gain_min": GAIN_MIN, "passed": passed}))
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

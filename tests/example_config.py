@@ -1,0 +1,133 @@
+"""A small valid config for tests, and a way to change one field by its path."""
+
+import dataclasses
+from typing import Any
+
+from base_config import (
+    Config,
+    DataConfig,
+    DatasetSpec,
+    EngineConfig,
+    HostConfig,
+    LimitsConfig,
+    ModelConfig,
+    OptimizerConfig,
+    OutputConfig,
+    RLConfig,
+    SFTConfig,
+    TargetConfig,
+)
+
+
+def example_config() -> Config:
+    spec = DatasetSpec(
+        name="configs/data/letters/train_sft.jsonl",
+        format="question_answer",
+        split="train",
+        subset=None,
+        max_samples=-1,
+        repeat=1,
+    )
+    optimizer = OptimizerConfig(
+        kind="adamw", beta1=0.9, beta2=0.95, eps=1e-8, max_grad_norm=1.0, warmup_frac=0.0, schedule="constant"
+    )
+    rates: dict[str, float] = {"unembedding_lr": 1e-3, "embedding_lr": 1e-3, "matrix_lr": 1e-3, "weight_decay": 0.0}
+    return Config(
+        target=TargetConfig(gpu_ranks=[0], device_type="cpu"),
+        host=HostConfig(
+            installer="pip",
+            constraints_file="requirements/constraints.txt",
+            env={"HF_HUB_OFFLINE": "1"},
+            secrets=[],
+            disk_free_gib_min=1.0,
+            threads_per_process=1,
+        ),
+        model=ModelConfig(
+            name="configs/models/tiny_qwen2",
+            init="random",
+            init_seed=0,
+            dtype="float32",
+            compile=False,
+            trust_remote_code=False,
+        ),
+        data=DataConfig(
+            sft_mixture=[spec],
+            rl_mixture=[dataclasses.replace(spec, name="configs/data/letters/train_rl.jsonl")],
+            eval_mixture=[dataclasses.replace(spec, name="configs/data/letters/test.jsonl", split="test")],
+            max_length=64,
+            shuffle_seed=0,
+        ),
+        sft=SFTConfig(
+            num_epochs=1,
+            num_iterations=4,
+            batch_size=8,
+            target_examples_per_step=16,
+            **rates,
+            init_lr_frac=1.0,
+            eval_every=-1,
+            eval_steps=-1,
+            checkpoint_every=-1,
+            log_every=1,
+            optimizer=optimizer,
+        ),
+        rl=RLConfig(
+            num_epochs=1,
+            examples_per_step=4,
+            num_samples=4,
+            batch_size=16,
+            max_new_tokens=8,
+            temperature=1.0,
+            top_k=-1,
+            **rates,
+            init_lr_frac=1.0,
+            eval_every=-1,
+            eval_examples=-1,
+            save_every=-1,
+            log_every=1,
+            baseline="group_mean",
+            divide_by_std=True,
+            loss="grpo",
+            clip_range=0.2,
+            reward_fn="rollouts.training.rewards.per_letter",
+            filter_fn=None,
+            over_sampling_factor=1.0,
+            retries_max=2,
+            sync_every=1,
+            seed=0,
+            optimizer=optimizer,
+        ),
+        engine=EngineConfig(
+            kind="embedded",
+            gpu_ranks=[0],
+            sglang_port=30180,
+            tensor_parallel_size=1,
+            mem_fraction=0.5,
+            max_running_requests=256,
+        ),
+        limits=LimitsConfig(
+            bootstrap_timeout_s=1800.0,
+            engine_ready_timeout_s=120.0,
+            stage_timeout_s=1800.0,
+            sample_timeout_s=60.0,
+            stop_grace_s=5.0,
+        ),
+        output=OutputConfig(
+            save_dir="runs",
+            log_level="INFO",
+            experiment_name="example",
+            use_wandb=False,
+            wandb_project="",
+            mode="sft+rl",
+            source_checkpoint=None,
+        ),
+    )
+
+
+def replace_at(value: Any, path: str, new: Any) -> Any:
+    """`value` with the field or list item at `path`, such as "data.sft_mixture.0.repeat", replaced by `new`."""
+    head, _, rest = path.partition(".")
+    if isinstance(value, list):
+        index = int(head)
+        return [*value[:index], replace_at(value[index], rest, new) if rest else new, *value[index + 1 :]]
+    inner = replace_at(getattr(value, head), rest, new) if rest else new
+    return dataclasses.replace(value, **{head: inner})

@@ -1,0 +1,64 @@
+"""Stands in for the trainer: writes what a trainer writes, in a fraction of a second.
+
+STAND_IN_STEPS steps of STAND_IN_STEP_S seconds; STAND_IN_FAIL=stage exits 7 there after 60 lines; STAND_IN_WAIT=file
+goes on with its second step only once that file exists; STAND_IN_PRINT_HASH_OF=NAME prints the SHA-256 of that variable.
+"""
+
+import argparse
+import hashlib
+import os
+import sys
+import time
+from pathlib import Path
+
+from rollouts.manifest import write_manifest
+from rollouts.run_dir import RunDir, append_event, append_jsonl
+
+STEPS = int(os.environ.get("STAND_IN_STEPS", "3"))
+STEP_S = float(os.environ.get("STAND_IN_STEP_S", "0.01"))
+
+
+def checkpoint(run: RunDir, stage: str, step: int) -> None:
+    directory = run.checkpoints / stage / f"step_{step:06d}"
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    temporary.mkdir(parents=True)
+    (temporary / "config.json").write_text("{}")
+    (temporary / "model.safetensors").write_bytes(os.urandom(100_000))
+    write_manifest(temporary)
+    temporary.rename(directory)
+    link = directory.parent / "latest"
+    link.unlink(missing_ok=True)
+    link.symlink_to(directory.name)
+    append_event(run, "checkpoint", stage=stage, step=step, path=directory.relative_to(run.path).as_posix())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--run-dir", type=Path)
+    parser.add_argument("--stage")
+    parser.add_argument("--engine-url", required="rl" in sys.argv)
+    arguments = parser.parse_args()
+    run, stage = RunDir(arguments.run_dir), arguments.stage
+    if os.environ.get("STAND_IN_FAIL") == stage:
+        for line in range(60):
+            print(f"line {line} of a failing trainer", flush=True)
+        sys.exit(7)
+    if secret := os.environ.get("STAND_IN_PRINT_HASH_OF"):
+        print(hashlib.sha256(os.environ[secret].encode()).hexdigest(), flush=True)
+    append_event(run, "training_started", stage=stage, step=0, steps_total=STEPS)
+    if stage == "sft":
+        append_jsonl(run.eval, {"stage": "base", "step": 0, "split": "test", "metric": "exact_match", "value": 0.25})
+    for step in range(1, STEPS + 1):
+        wait = os.environ.get("STAND_IN_WAIT")
+        while wait and step == 2 and not Path(wait).exists():
+            time.sleep(0.02)
+        time.sleep(STEP_S)
+        row = {"stage": stage, "step": step, "time": time.time(), "loss": 1.0 / step}
+        append_jsonl(run.metrics, row if stage == "sft" else {**row, "reward_mean": 0.1 * step})
+        print(f"stage={stage} step={step}", flush=True)
+        if step in (1, STEPS):
+            checkpoint(run, stage, step)
+    append_jsonl(run.eval, {"stage": stage, "step": STEPS, "split": "test", "metric": "exact_match", "value": 0.75})
+
+
+main()

@@ -1,0 +1,186 @@
+"""base_config: no defaults, every problem at once, JSON round trip, and what a config file can get wrong."""
+
+import dataclasses
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import base_config
+from base_config import Config, ConfigError, load_config
+from tests.example_config import example_config, replace_at
+
+DATACLASSES = [item for _, item in inspect.getmembers(base_config, dataclasses.is_dataclass)]
+
+
+def test_no_field_has_a_default() -> None:
+    """Goal: a config file shows exactly what ran. Red when any field was given a default."""
+    assert len(DATACLASSES) >= 10
+    for item in DATACLASSES:
+        assert item.__dataclass_params__.frozen, item
+        for field in dataclasses.fields(item):
+            assert field.default is dataclasses.MISSING, f"{item.__name__}.{field.name}"
+            assert field.default_factory is dataclasses.MISSING, f"{item.__name__}.{field.name}"
+            assert field.kw_only, f"{item.__name__}.{field.name}"
+
+
+def test_the_example_is_valid() -> None:
+    """Goal: the config that all tests here break has no problem itself. Red with mode='rl' and init='random'."""
+    assert example_config().problems() == ()
+
+
+BROKEN: list[tuple[str, Any, str]] = [
+    ("target.gpu_ranks", [], "target.gpu_ranks=[]: needs at least one device"),
+    ("target.gpu_ranks", [0, 0], "target.gpu_ranks=[0, 0]: needs each device once"),
+    ("target.gpu_ranks", [-1], "target.gpu_ranks=[-1]: needs device indices"),
+    ("target.gpu_ranks", (0,), "target.gpu_ranks=(0,): needs a list"),
+    ("target.gpu_ranks", [True], "target.gpu_ranks[0]=True: needs int, found bool"),
+    ("target.device_type", "tpu", "target.device_type='tpu': needs one of 'cuda', 'cpu', 'mps'"),
+    ("host.installer", "conda", "host.installer='conda': needs one of 'uv', 'pip'"),
+    ("host.constraints_file", "/etc/pins.txt", "host.constraints_file='/etc/pins.txt': needs a path inside"),
+    ("host.constraints_file", "../pins.txt", "host.constraints_file='../pins.txt': needs a path inside"),
+    ("host.env", {"A B": "1"}, "host.env['A B']: not the name of an environment variable"),
+    ("host.env", {"A": 1}, "host.env={'A': 1}: needs a dict of str to str"),
+    ("host.secrets", ["HF_HUB_OFFLINE"], "'HF_HUB_OFFLINE' here or in host.env, which is shown and saved, not both"),
+    ("host.secrets", ["my token"], "'my token' is none"),
+    ("host.disk_free_gib_min", -1.0, "host.disk_free_gib_min=-1.0: needs >= 0"),
+    ("host.threads_per_process", 0, "host.threads_per_process=0: needs >= 1"),
+    ("model.name", " ", "model.name=' ': needs a hub id or a directory"),
+    ("model.dtype", "float16", "model.dtype='float16': needs one of 'float32', 'bfloat16'"),
+    ("model.init_seed", -1, "model.init_seed=-1: needs 0 to 2**32 - 1"),
+    ("model.compile", 1, "model.compile=1: needs bool, found int"),
+    ("data.sft_mixture", [], "data.sft_mixture=[]: empty, and output.mode='sft+rl' trains on it"),
+    ("data.rl_mixture", [], "data.rl_mixture=[]: empty, and output.mode='sft+rl' trains on it"),
+    ("data.sft_mixture", ["gsm8k"], "data.sft_mixture[0]='gsm8k': needs a DatasetSpec"),
+    ("data.sft_mixture.0.repeat", 0, "data.sft_mixture[0].repeat=0: needs >= 1"),
+    ("data.rl_mixture.0.max_samples", 0, "data.rl_mixture[0].max_samples=0: needs >= 1, or -1 for all rows"),
+    ("data.eval_mixture.0.format", "csv", "data.eval_mixture[0].format='csv': needs one of"),
+    ("data.eval_mixture.0.split", "", "data.eval_mixture[0].split='': needs the name of a split"),
+    ("data.eval_mixture.0.name", "", "data.eval_mixture[0].name='': needs a hub id"),
+    ("data.max_length", 1, "data.max_length=1: needs >= 2 tokens"),
+    ("data.shuffle_seed", 2**32, "data.shuffle_seed=4294967296: needs 0 to 2**32 - 1"),
+    ("sft", None, "sft=None: output.mode='sft+rl' has this stage"),
+    ("rl", None, "rl=None: output.mode='sft+rl' has this stage"),
+    ("engine", None, "engine=None: output.mode='sft+rl' has an rl stage"),
+    ("sft.num_iterations", 0, "sft.num_iterations=0: needs >= 1, or -1 for as many as num_epochs make"),
+    ("sft.batch_size", 0, "sft.batch_size=0: needs >= 1"),
+    ("sft.target_examples_per_step", 12, "sft.target_examples_per_step=12: needs a multiple of batch_size x ranks"),
+    ("sft.matrix_lr", float("nan"), "sft.matrix_lr=nan: needs a finite number"),
+    ("sft.matrix_lr", -1e-3, "sft.matrix_lr=-0.001: needs >= 0"),
+    ("sft.init_lr_frac", 0.0, "sft.init_lr_frac=0.0: needs 0 < init_lr_frac <= 1"),
+    ("sft.optimizer.beta2", 1.0, "sft.optimizer.beta2=1.0: needs 0 <= beta2 < 1"),
+    ("sft.optimizer.eps", 0.0, "sft.optimizer.eps=0.0: needs > 0"),
+    ("sft.optimizer.max_grad_norm", 0.0, "sft.optimizer.max_grad_norm=0.0: needs > 0; 1e9 never clips"),
+    ("sft.optimizer.schedule", "step", "sft.optimizer.schedule='step': needs one of"),
+    ("sft.optimizer.warmup_frac", 1.0, "sft.optimizer.warmup_frac=1.0: needs 0 <= warmup_frac < 1"),
+    ("rl.num_samples", 1, "rl.num_samples=1: needs >= 2, else every advantage is 0"),
+    ("rl.temperature", 0.0, "rl.temperature=0.0: needs > 0"),
+    ("rl.top_k", 0, "rl.top_k=0: needs >= 1, or -1 for all tokens"),
+    ("rl.max_new_tokens", 64, "rl.max_new_tokens=64: needs less than data.max_length=64"),
+    ("rl.clip_range", 1.0, "rl.clip_range=1.0: needs 0 < clip_range < 1"),
+    ("rl.reward_fn", "per_letter", "rl.reward_fn='per_letter': needs a dotted path"),
+    ("rl.filter_fn", "", "rl.filter_fn='': needs a dotted path"),
+    ("rl.over_sampling_factor", 0.5, "rl.over_sampling_factor=0.5: needs 1 to 16"),
+    ("rl.retries_max", -1, "rl.retries_max=-1: needs >= 0"),
+    ("rl.sync_every", 0, "rl.sync_every=0: needs >= 1"),
+    ("rl.baseline", "median", "rl.baseline='median': needs one of 'group_mean', float"),
+    ("engine.kind", "tgi", "engine.kind='tgi': needs one of 'embedded'"),
+    ("engine.sglang_port", 80, "engine.sglang_port=80: needs 1024 to 65535"),
+    ("engine.tensor_parallel_size", 2, "engine.tensor_parallel_size=2: needs 1"),
+    ("engine.gpu_ranks", [0, 1], "engine.gpu_ranks=[0, 1]: needs length 1"),
+    ("engine.mem_fraction", 0.0, "engine.mem_fraction=0.0: needs 0 < mem_fraction <= 1"),
+    ("limits.stage_timeout_s", 0.0, "limits.stage_timeout_s=0.0: needs > 0 seconds"),
+    ("output.experiment_name", "a.b", "output.experiment_name='a.b': needs 1 to 48 letters"),
+    ("output.mode", "dpo", "output.mode='dpo': needs one of 'sft', 'rl', 'sft+rl'"),
+    ("output.mode", "rl", "model.init='random': output.mode='rl' would sample from noise"),
+    ("output.use_wandb", True, "output.wandb_project='': needs a name, since use_wandb=True"),
+    ("output.source_checkpoint", "", "output.source_checkpoint='': needs a directory on the host, or None"),
+    ("output.save_dir", 7, "output.save_dir=7: needs str, found int"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "reason"), BROKEN, ids=lambda item: str(item)[:40])
+def test_each_way_of_breaking_it_has_its_own_reason(path: str, value: Any, reason: str) -> None:
+    """Goal: one break, one readable reason with path, value and rule. Red: removing a check leaves its row without."""
+    problems = replace_at(example_config(), path, value).problems()
+    assert len([problem for problem in problems if reason in problem]) == 1, problems
+
+
+def test_all_problems_at_once() -> None:
+    """Goal: a wrong type in one group hides no mistake in another. Red when problems() stopped at the first."""
+    config = replace_at(example_config(), "rl.num_samples", 1)
+    config = replace_at(config, "sft.batch_size", "8")
+    config = replace_at(config, "limits.stop_grace_s", -1.0)
+    text = "\n".join(config.problems())
+    assert all(name in text for name in ("rl.num_samples=1", "sft.batch_size='8'", "limits.stop_grace_s=-1.0")), text
+
+
+@pytest.mark.parametrize("ranks", [[0], [0, 1], [0, 1, 2]])
+def test_divisibility_counts_ranks(ranks: list[int]) -> None:
+    """Goal: accumulation = target / (batch x ranks) must divide. Red when ranks were left out: 3 ranks passed."""
+    problems = replace_at(example_config(), "target.gpu_ranks", ranks).problems()
+    assert bool(problems) == (len(ranks) == 3), problems
+
+
+def test_json_round_trip_ends_equal(tmp_path: Path) -> None:
+    """Goal: config.json of a run is the config that ran. Red when from_json left nested records as dicts."""
+    for config in (example_config(), dataclasses.replace(example_config(), sft=None)):
+        config.save(tmp_path / "config.json")
+        assert Config.load(tmp_path / "config.json") == config
+        assert load_config(tmp_path / "config.json") == config
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (lambda data: data["rl"].pop("num_samples"), "config.rl.num_samples: missing; RLConfig has no defaults"),
+        (lambda data: data["rl"].update(n_samples=4), "config.rl.n_samples: unknown; RLConfig has num_epochs, "),
+        (lambda data: data.update(sft=3), "config.sft: needs an object with the fields of SFTConfig, found int"),
+        (lambda data: data["data"]["sft_mixture"][0].pop("split"), "config.data.sft_mixture[0].split: missing"),
+    ],
+)
+def test_json_with_missing_or_unknown_keys_names_them(tmp_path: Path, edit: Any, reason: str) -> None:
+    """Goal: a config.json of another version says which keys differ. Red when unknown keys were dropped."""
+    data = example_config().to_json()
+    edit(data)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(data))
+    with pytest.raises(ConfigError) as caught:
+        Config.load(file)
+    assert reason in str(caught.value) and str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("x = 1\n", "defines no `config`"),
+        ("config = 3\n", "`config` is int, needs to be base_config.Config"),
+        ("a = 1\nconfig = Config(\n  x=,\n)\n", ":3: invalid syntax"),
+        ("import os\n\nraise KeyError('HF')\n", ":3: KeyError: 'HF'"),
+        ("import no_such_module\n", ":1: ModuleNotFoundError: No module named 'no_such_module'"),
+        (
+            "from base_config import TargetConfig\n\nTargetConfig(gpu_ranks=[0])\n",
+            ":3: TargetConfig needs 'device_type': no field has a default",
+        ),
+        (
+            "from base_config import TargetConfig\nTargetConfig(gpu_ranks=[0], device='cpu')\n",
+            ":2: TargetConfig has no field 'device'",
+        ),
+    ],
+)
+def test_a_broken_config_file_is_shown_with_its_line(tmp_path: Path, text: str, reason: str) -> None:
+    """Goal: the user sees file, line and what is wrong, no traceback of ours. Red when exceptions passed through."""
+    file = tmp_path / "broken.py"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(file)
+    assert reason in str(caught.value) and str(file) in str(caught.value)
+
+
+def test_a_missing_config_file_is_named(tmp_path: Path) -> None:
+    """Goal: a typo in the path is one clear line, for .py and .json. Red when open()'s error passed through."""
+    for name in ("none.py", "none.json"):
+        with pytest.raises(ConfigError, match=rf"{name}: no such file"):
+            load_config(tmp_path / name)

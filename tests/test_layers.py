@@ -1,0 +1,153 @@
+"""The layers of docs/architecture.md, held against every import in the tree, and against a Python without torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+OURS = ("base_config", "deploy", "rollouts")
+
+# module prefix -> which of our modules it may import; the longest prefix that fits decides
+ALLOWED: dict[str, tuple[str, ...]] = {
+    "base_config": (),
+    "deploy": ("base_config", "rollouts.run_dir", "rollouts.remote"),
+    "rollouts": (),
+    "rollouts.__main__": ("deploy",),
+    "rollouts.manifest": (),
+    "rollouts.run_dir": ("base_config",),
+    "rollouts.engines": ("rollouts.engines",),
+    "rollouts.engines.launch": ("base_config",),
+    "rollouts.remote": (
+        "base_config",
+        "rollouts.run_dir",
+        "rollouts.manifest",
+        "rollouts.engines.launch",
+        "rollouts.remote",
+    ),
+    "rollouts.worker": ("base_config", "rollouts.run_dir", "rollouts.manifest", "rollouts.worker"),
+    "rollouts.worker.trainer": ("base_config", "rollouts.run_dir", "rollouts.manifest", "rollouts.training"),
+    "rollouts.training": ("rollouts.training", "rollouts.manifest"),
+    "rollouts.training.types": (),
+    "rollouts.training.rl_losses": (),
+    "rollouts.training.filters": ("rollouts.training.types",),
+    "rollouts.training.metrics": (),
+    "rollouts.training.backends": (
+        "rollouts.training.backends",
+        "rollouts.training.checkpoint",
+        "rollouts.training.distributed",
+        "rollouts.training.optim",
+        "rollouts.training.rl_losses",
+        "rollouts.training.model_loading",
+    ),
+    "rollouts.training.rollout_gen": (
+        "rollouts.training.rollout_gen",
+        "rollouts.training.types",
+        "rollouts.training.datasets",
+        "rollouts.training.weight_sync",
+    ),
+    "rollouts.training.rewards": ("rollouts.training.types",),
+    "rollouts.training.datasets": (
+        "rollouts.training.datasets",
+        "rollouts.training.rewards",
+        "rollouts.training.types",
+    ),
+}
+STANDARD_LIBRARY_ONLY = (
+    "base_config",
+    "rollouts.run_dir",
+    "rollouts.manifest",
+    "rollouts.engines.launch",
+    "rollouts.worker",  # under the host's own Python; the trainer alone runs in the environment
+)
+EXCEPT = ("rollouts.worker.trainer",)
+
+
+def module_name(file: Path) -> str:
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def sources() -> list[Path]:
+    return [ROOT / "base_config.py", ROOT / "deploy.py", *sorted((ROOT / "rollouts").rglob("*.py"))]
+
+
+def imports_of(source: str, module: str, is_package: bool) -> set[str]:
+    """Every module imported anywhere in `source`, at the top or inside a function; `from a import b` counts as a.b."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = module.split(".")
+                parts = parts[: len(parts) - node.level + int(is_package)]
+                base = ".".join([*parts, base]).rstrip(".")
+            found |= {f"{base}.{alias.name}" for alias in node.names}
+    return found
+
+
+def under(module: str, prefixes: tuple[str, ...]) -> bool:
+    return any(module == prefix or module.startswith(prefix + ".") for prefix in prefixes)
+
+
+def allowed_for(module: str) -> tuple[str, ...]:
+    fitting = [prefix for prefix in ALLOWED if under(module, (prefix,))]
+    return ALLOWED[max(fitting, key=len)]
+
+
+def violations(source: str, module: str, is_package: bool = False) -> list[str]:
+    found = []
+    for name in sorted(imports_of(source, module, is_package)):
+        if under(name, OURS):
+            if not under(name, (*allowed_for(module), module)):
+                found.append(f"{module} imports {name}: not allowed by tests/test_layers.py")
+        elif under(module, STANDARD_LIBRARY_ONLY) and not under(module, EXCEPT):
+            if name.split(".")[0] not in sys.stdlib_module_names:
+                found.append(f"{module} imports {name}: it has the standard library alone")
+        elif under(module, ("deploy", "rollouts.remote")) and name.split(".")[0] in (
+            "torch",
+            "transformers",
+            "datasets",
+        ):
+            found.append(f"{module} imports {name}: the control side has no torch")
+    return found
+
+
+@pytest.mark.parametrize("file", sources(), ids=module_name)
+def test_imports_point_one_way(file: Path) -> None:
+    """Goal: docs/architecture.md's layers hold. Red with `import rollouts.remote` put into a training module."""
+    assert violations(file.read_text(), module_name(file), file.name == "__init__.py") == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("rollouts.training.loops.rl_loop", "import rollouts.remote.plan"),
+        ("rollouts.remote.plan", "from rollouts.training import types"),
+        ("rollouts.remote.plan", "def f():\n    import torch"),
+        ("rollouts.worker.supervisor", "from rollouts.remote import plan"),
+        ("rollouts.worker.supervisor", "import httpx"),
+        ("rollouts.training.rl_losses", "from base_config import Config"),
+        ("base_config", "import rich"),
+    ],
+)
+def test_the_check_can_fail(module: str, source: str) -> None:
+    """Goal: each kind of violation is seen. Red when imports inside functions were passed over."""
+    assert violations(source, module)
+
+
+def test_control_side_works_where_torch_is_missing() -> None:
+    """Goal: a laptop without torch can deploy. Red when `import torch` stood in rollouts/__init__.py."""
+    blocked = ("torch", "transformers", "datasets", "numpy", "httpx", "starlette")
+    code = (
+        "import sys\n"
+        f"for name in {blocked!r}: sys.modules[name] = None\n"  # importing it now raises ImportError
+        "import deploy, base_config, rollouts, rollouts.run_dir, rollouts.engines.launch, rollouts.worker.supervisor\n"
+        "import pkgutil, importlib, rollouts.remote\n"
+        "for item in pkgutil.walk_packages(rollouts.remote.__path__, 'rollouts.remote.'):\n"
+        "    importlib.import_module(item.name)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

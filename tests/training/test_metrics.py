@@ -1,0 +1,87 @@
+"""Metrics files: one whole JSON object a line, whatever is logged and however the last writer ended."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rollouts.training.metrics import CompositeLogger, JSONLLogger, WandbLogger
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_jsonl_logger_writes_a_line_a_step(tmp_path):
+    """Goal: the snippet users know. Red with the file written only at finish(): the first read finds nothing."""
+    logger = JSONLLogger(tmp_path / "logs" / "x", stage="rl")
+    logger.log({"loss": 0.5}, step=42)
+    (record,) = lines(tmp_path / "logs" / "x" / "metrics.jsonl")
+    assert record.pop("time") > 1.7e9
+    assert record == {"step": 42, "stage": "rl", "loss": 0.5}
+    assert list(lines(logger.path)[0])[:3] == ["step", "time", "stage"]
+    logger.finish()
+    with pytest.raises(ValueError, match="after finish"):
+        logger.log({"loss": 0.4}, step=43)
+
+
+def test_path_may_be_the_file_and_is_appended_to(tmp_path):
+    """Goal: a resumed run goes on in the same file. Red with mode "w"."""
+    for step in (1, 2):
+        logger = JSONLLogger(tmp_path / "rollouts.jsonl")
+        logger.log({"step": 99, "reward": 1.0}, step=step)  # the argument decides
+        logger.finish()
+    assert [record["step"] for record in lines(tmp_path / "rollouts.jsonl")] == [1, 2]
+
+
+def test_a_torn_last_line_is_closed_off(tmp_path):
+    """Goal: what a killed writer left costs one line, not the next one too. Red without the newline."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "lo')
+    logger = JSONLLogger(path)
+    logger.log({"loss": 0.1}, step=3)
+    assert json.loads(path.read_text().splitlines()[-1])["step"] == 3
+
+
+def test_values_of_other_libraries_and_numbers_json_lacks(tmp_path):
+    """Goal: every line is strict JSON. Red with plain json.dumps: it writes NaN, and refuses tensors."""
+    logger = JSONLLogger(tmp_path)
+    values = {"a": torch.tensor(1.5), "b": np.float32(0.5), "c": float("nan"), "d": [1, float("inf")], "e": tmp_path}
+    logger.log({**values, "f": {"g": np.int64(3)}}, step=1)
+    text = logger.path.read_text()
+    record = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert [record[key] for key in "abcdef"] == [1.5, 0.5, None, [1, None], str(tmp_path), {"g": 3}]
+    with pytest.raises(TypeError, match=r"metric bad=<object .* \(object\): needs a number"):
+        logger.log({"bad": object()}, step=2)
+    assert len(text.splitlines()) == 1
+
+
+def test_composite_finishes_all_and_raises_what_failed(tmp_path):
+    """Goal: one failing logger does not keep the others open. Red with a plain loop: the file stays open."""
+
+    class Failing:
+        def log(self, metrics, step):
+            pass
+
+        def finish(self):
+            raise OSError("disk full")
+
+    file = JSONLLogger(tmp_path)
+    both = CompositeLogger([Failing(), file])
+    both.log({"loss": 1.0}, step=1)
+    with pytest.raises(ExceptionGroup) as caught:
+        both.finish()
+    assert "disk full" in str(caught.value.exceptions[0])
+    assert lines(file.path)[0]["loss"] == 1.0
+    with pytest.raises(ValueError, match="after finish"):
+        file.log({}, step=2)
+
+
+def test_wandb_is_imported_only_when_used(monkeypatch):
+    """Goal: without wandb the error says how to get it or do without. Red with the import at the module's top."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match=r"rollouts\[wandb\].*use_wandb=False"):
+        WandbLogger("project")
