@@ -48,7 +48,12 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.training.datasets",
         "rollouts.training.weight_sync",
     ),
-    "rollouts.training.datasets": ("rollouts.training.datasets", "rollouts.training.types"),
+    "rollouts.training.rewards": ("rollouts.training.types",),
+    "rollouts.training.datasets": (
+        "rollouts.training.datasets",
+        "rollouts.training.rewards",
+        "rollouts.training.types",
+    ),
 }
 STANDARD_LIBRARY_ONLY = (
     "base_config",

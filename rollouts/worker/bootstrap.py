@@ -14,7 +14,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from pathlib import Path
 
 from rollouts import run_dir
 from rollouts.run_dir import EnvironmentSpec, RunDir
+from rollouts.worker.console import say
 
 MARKER_FILE = ".complete"
 LOG_TAIL_LINES = 50
@@ -67,7 +67,7 @@ def ensure_environment(spec: EnvironmentSpec, run: RunDir, patience: Patience) -
     def announce(action: str) -> None:
         seconds = round(time.monotonic() - started, 3)
         run_dir.append_event(run, "environment", name=spec.name, action=action, seconds=seconds)
-        print(f"environment {spec.name}: {action} after {seconds:.2f} s ({spec.path})", flush=True)
+        say(f"environment {spec.name}: {action} after {seconds:.2f} s ({spec.path})")
 
     path = Path(spec.path)
     if is_complete(path):
@@ -80,7 +80,7 @@ def ensure_environment(spec: EnvironmentSpec, run: RunDir, patience: Patience) -
             return
         announce("building")
         if path.exists():
-            print(f"environment {spec.name}: {path} was left half-built; starting over", flush=True)
+            say(f"environment {spec.name}: {path} was left half-built; starting over")
             shutil.rmtree(path)
         _build(spec, path, patience)
         marker = {**dataclasses.asdict(spec), "completed_at": time.time()}
@@ -128,7 +128,7 @@ def _locked(path: Path, spec: EnvironmentSpec, patience: Patience) -> Iterator[N
         waiting = False
         while not _try_lock(descriptor):
             if not waiting:
-                print(f"environment {spec.name}: another run is building it; waiting", flush=True)
+                say(f"environment {spec.name}: another run is building it; waiting")
                 waiting = True
             patience.wait(spec, "another run was still building it")
         yield
@@ -146,7 +146,7 @@ def _try_lock(descriptor: int) -> bool:
 
 def _run(argv: list[str], spec: EnvironmentSpec, patience: Patience) -> None:
     """Run one installer command in a group of its own, its output passed on; ended when anything is raised here."""
-    print(f"$ {shlex.join(argv)}", flush=True)
+    say(f"$ {shlex.join(argv)}")
     try:
         process = subprocess.Popen(
             argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0
@@ -176,8 +176,7 @@ def _pass_on(process: subprocess.Popen[bytes], tail: collections.deque[str]) -> 
     for line in process.stdout:
         text = line.decode(errors="replace")
         tail.append(text.rstrip("\n"))
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        say(text.rstrip("\n"))
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:

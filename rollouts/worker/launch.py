@@ -22,7 +22,7 @@ from rollouts import run_dir
 from rollouts.run_dir import LaunchPlan, RunDir, Status
 from rollouts.worker import tmux
 from rollouts.worker.list import observe
-from rollouts.worker.processes import SUPERVISOR_STAGE, SUPERVISOR_WINDOW, WINDOW_VARIABLE
+from rollouts.worker.processes import POLL_S, SUPERVISOR_STAGE, SUPERVISOR_WINDOW, WINDOW_VARIABLE
 from rollouts.worker.window import window_command
 
 SUPERVISOR_START_S = 15.0
@@ -50,14 +50,19 @@ def launch(job: dict[str, Any]) -> dict[str, Any]:
             seen = observe(run)
             return {"started": False, "reason": f"run {plan.run_id} was started before; it is {seen.state}"}
         if tmux.has_session(plan.run_id):
-            _await_supervisor(run)  # an earlier launch was cut off at this point
+            if not run.status.exists():
+                raise LaunchError(
+                    f"a tmux session {plan.run_id!r} is there already, and not of this run. Choose another run name, or"
+                    f" end that session (`tmux kill-session -t {plan.run_id}`)."
+                )
+            _await_supervisor(run, plan)  # an earlier launch was cut off at this point
             return {"started": False, "reason": f"run {plan.run_id} was started before"}
         _write_files(run, plan, job)
         try:
             command = window_command(plan.base_python, run, SUPERVISOR_STAGE, SUPERVISOR_WINDOW)
             cwd = run.code_tree
             tmux.start_session(plan.run_id, SUPERVISOR_WINDOW, command, cwd=cwd, hide=set(job["secrets"]))
-            _await_supervisor(run)
+            _await_supervisor(run, plan)
         except (tmux.TmuxError, LaunchError) as error:
             run.secrets.unlink(missing_ok=True)
             run_dir.write_json_atomic(run.status, _status(plan, "failed", str(error), exit_code=1))
@@ -108,19 +113,27 @@ def _status(plan: LaunchPlan, state: run_dir.State, message: str, *, exit_code: 
     )
 
 
-def _await_supervisor(run: RunDir) -> None:
+def _await_supervisor(run: RunDir, plan: LaunchPlan) -> None:
     """Return once the supervisor has taken its lock: from then on files tell the rest."""
     deadline = time.monotonic() + SUPERVISOR_START_S
-    while not run_dir.is_live(run) and observe(run).state == "starting":
-        said = "\n".join(run_dir.tail_lines(run.log(SUPERVISOR_WINDOW), 20))
-        if run_dir.read_exit(run, SUPERVISOR_STAGE, SUPERVISOR_WINDOW) is not None:
-            raise LaunchError(f"the supervisor ended at once. It said:\n{said or '(nothing)'}")
-        if time.monotonic() > deadline:
+    while not _is_supervised(run):
+        gone = not tmux.has_session(run.run_id)  # it ends with its only window
+        if _is_supervised(run):
+            return
+        if gone or time.monotonic() > deadline:
+            said = "\n".join(run_dir.tail_lines(run.log(SUPERVISOR_WINDOW), 20)) or "(nothing)"
+            how = "ended at once" if gone else f"did not start within {SUPERVISOR_START_S:g} s"
             raise LaunchError(
-                f"no supervisor within {SUPERVISOR_START_S:g} s, and tmux session {run.run_id!r} is another's or hangs."
-                f" Look with `tmux attach -t {run.run_id}`. The supervisor said:\n{said or '(nothing)'}"
+                f"the supervisor ({plan.base_python} -m rollouts.worker.supervisor, in {run.code_tree}) {how}."
+                f" It needs Python >= 3.11 and the synced code there. It said:\n{said}"
             )
-        time.sleep(0.02)
+        time.sleep(POLL_S)
+
+
+def _is_supervised(run: RunDir) -> bool:
+    """Under a supervisor, or past it: one that was quick has ended already."""
+    status = run_dir.read_status(run)
+    return run_dir.is_live(run) or (status is not None and status.state != "starting")
 
 
 def _describe(error: OSError, run_path: str) -> str:

@@ -17,6 +17,7 @@ from rollouts.run_dir import RUN_ID_VARIABLE
 WINDOW_VARIABLE = "ROLLOUTS_WINDOW"  # "<stage>-<window>"; the window wrappers themselves have the run's id alone
 SUPERVISOR_STAGE = "run"  # the supervisor's window belongs to no stage
 SUPERVISOR_WINDOW = "supervisor"
+STOPPED_CODE = 143  # the exit code of a stopped run, as a shell reports SIGTERM
 KILL_WAIT_S = 10.0  # how long the kernel may take over a SIGKILL
 POLL_S = 0.05
 

@@ -18,8 +18,14 @@ from rollouts import run_dir
 from rollouts.run_dir import ProcessRecord, RunDir
 from rollouts.worker import tmux
 from rollouts.worker.list import observe
-from rollouts.worker.processes import POLL_S, SUPERVISOR_WINDOW, end_marked, marked_processes, send_signal
-from rollouts.worker.supervisor import STOPPED_CODE
+from rollouts.worker.processes import (
+    POLL_S,
+    STOPPED_CODE,
+    SUPERVISOR_WINDOW,
+    end_marked,
+    marked_processes,
+    send_signal,
+)
 from rollouts.worker.window import SUPERVISOR_MARGIN_S
 
 RECORD_WAIT_S = 5.0  # from the session's start to the supervisor's process record

@@ -23,14 +23,14 @@ from rollouts.manifest import manifest_problems
 from rollouts.run_dir import LaunchPlan, ProcessSpec, RunDir, StageName, StageSpec, State, Status
 from rollouts.worker import tmux
 from rollouts.worker.bootstrap import BootstrapError, Patience, ensure_environment
+from rollouts.worker.console import say
 from rollouts.worker.health import answers_ready, port_is_taken
-from rollouts.worker.processes import SUPERVISOR_STAGE, SUPERVISOR_WINDOW, end_marked, window_mark
+from rollouts.worker.processes import STOPPED_CODE, SUPERVISOR_STAGE, SUPERVISOR_WINDOW, end_marked, window_mark
 from rollouts.worker.windows import OpenWindow, close_windows, open_window
 
 POLL_S = 0.1
 SETTLE_S = 0.5  # what ends together (a stop of the whole session, an engine and its client) is seen together
 LOG_TAIL_LINES = 50
-STOPPED_CODE = 143  # as a shell reports SIGTERM
 
 
 class StopRequested(Exception):
@@ -79,7 +79,7 @@ class Supervisor:
             code, message = error.exit_code, str(error)
             self._report(error)
         except Exception as error:  # a full disk, a mistake of ours: the run must end as failed, with nothing left
-            traceback.print_exc()
+            say(traceback.format_exc())
             code, message = 1, f"the supervisor failed: {error!r}"
             self._report(RunFailed(message, window=SUPERVISOR_WINDOW, log_tail=traceback.format_exc().splitlines()))
         self._finish(state, code, message)
@@ -103,7 +103,7 @@ class Supervisor:
         if left:
             message += f" (still there after SIGKILL: processes {left})"
         self.run.secrets.unlink(missing_ok=True)
-        print(f"run {self.run.run_id} {state}: {message} (exit code {code})", flush=True)
+        say(f"run {self.run.run_id} {state}: {message} (exit code {code})")
         run_dir.append_event(self.run, "run_ended", state=state, exit_code=code, message=message)
         self.state, self.message = state, message
         self._write_status(code)
@@ -114,7 +114,7 @@ class Supervisor:
         if tail is None:
             tail = run_dir.tail_lines(self.run.log(error.window), LOG_TAIL_LINES)
         tail = list(tail)[-LOG_TAIL_LINES:]
-        print(f"error: {error}\n--- the last lines of {error.window}:", *tail, "---", sep="\n", flush=True)
+        say(f"error: {error}\n--- the last lines of {error.window}:", *tail, "---")
         run_dir.append_event(self.run, "error", message=str(error), window=error.window, log_tail=tail)
 
     # --- one stage -----------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ class Supervisor:
             )
 
     def _open(self, stage: StageSpec, spec: ProcessSpec) -> None:
-        print(f"stage={stage.name} window={spec.window}: starting", flush=True)
+        say(f"stage={stage.name} window={spec.window}: starting")
         try:
             self.windows.append(open_window(self.run, self.plan, stage, spec))
         except tmux.TmuxError as error:
@@ -178,14 +178,15 @@ class Supervisor:
             self._pause()
             for window in list(waiting):
                 assert window.spec.ready_url is not None
-                ready = answers_ready(window.spec.ready_url)
-                self._check_alive(stage)  # after the answer: it may have been a stranger's
+                # Its life is looked at after the answer, which may have been a stranger's.
+                ready = answers_ready(window.spec.ready_url) and window.is_serving()
+                self._check_alive(stage)
                 seconds = round(time.monotonic() - started, 3)
                 if ready:
                     waiting.remove(window)
                     url = window.spec.ready_url
                     run_dir.append_event(self.run, "engine_ready", window=window.spec.window, url=url, seconds=seconds)
-                    print(f"stage={stage.name} window={window.spec.window}: ready after {seconds:.1f} s", flush=True)
+                    say(f"stage={stage.name} window={window.spec.window}: ready after {seconds:.1f} s")
                 elif seconds > window.spec.ready_timeout_s:
                     raise RunFailed(
                         f"{window.spec.window} did not answer 200 at {window.spec.ready_url} within"
@@ -288,7 +289,7 @@ class Supervisor:
         try:
             self._write_status(None)
         except OSError as error:  # a full disk is the trainer's to report; the next beat may succeed
-            print(f"cannot write {self.run.status}: {error}", flush=True)
+            say(f"cannot write {self.run.status}: {error}")
 
     def _write_status(self, exit_code: int | None) -> None:
         status = Status(

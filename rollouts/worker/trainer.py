@@ -110,7 +110,15 @@ async def _train(config: Config, run: RunDir, stage: str, engine_urls: Sequence[
         tokenizer = load_tokenizer(model_path, trust_remote_code=config.model.trust_remote_code)
         data = load_data(config, tokenizer, stage)
         steps = sft_steps(config, data) if stage == "sft" else rl_steps(config, data)
-        backend = build_backend(config, run, stage, model_path, tokenizer, device, steps)
+        backend = build_backend(
+            config,
+            stage,
+            checkpoint_dir=run.checkpoints / stage,
+            model_path=model_path,
+            tokenizer=tokenizer,
+            device=device,
+            num_steps=steps,
+        )
         resume = await backend.load_checkpoint(model_path) if resumes else None
         pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         job = Job(config, run, stage, tokenizer, backend, steps, resume, pad_token_id)
@@ -150,7 +158,7 @@ def load_data(config: Config, tokenizer: Any, stage: str) -> Data:
     from rollouts.training.datasets.dataset_loaders import load_prompt_mixture, load_sft_mixture
     from rollouts.training.rewards import resolve
 
-    data, left = config.data, config.stages[config.stages.index(stage) :]  # type: ignore[arg-type]
+    data, left = config.data, config.stages[config.stages.index(stage) :]
     load_samples = partial(load_sft_mixture, tokenizer=tokenizer, max_length=data.max_length, seed=data.shuffle_seed)
     if "rl" in left and config.rl is not None:
         resolve(config.rl.reward_fn)
@@ -180,7 +188,7 @@ def rl_steps(config: Config, data: Data) -> int:
 
 
 def build_backend(
-    config: Config, run: RunDir, stage: str, model_path: str, tokenizer: Any, device: Any, num_steps: int
+    config: Config, stage: str, *, checkpoint_dir: Path, model_path: str, tokenizer: Any, device: Any, num_steps: int
 ) -> "PyTorchTrainingBackend":
     from rollouts.training import rl_losses
     from rollouts.training.backends.pytorch import PyTorchTrainingBackend
@@ -210,7 +218,7 @@ def build_backend(
             eps=optimizer.eps,
         ),
         loss_fn=getattr(rl_losses, f"{config.rl.loss}_loss") if stage == "rl" and config.rl else rl_losses.sft_loss,
-        checkpoint_dir=run.checkpoints / stage,
+        checkpoint_dir=checkpoint_dir,
         device=device,
         tokenizer=tokenizer,
         max_grad_norm=optimizer.max_grad_norm,

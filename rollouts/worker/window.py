@@ -4,8 +4,8 @@
 
 What runs, and with which environment, stands in plan.json under that stage and window, so that nothing of it goes
 through command lines. The process leads a session of its own; the wrapper stays between it and tmux: it forwards
-signals, ends the process when the supervisor is dead, ends what the process left behind, and writes
-exit/<stage>-<window>.json last. Standard library only.
+signals, ends the process when the supervisor is dead, writes exit/<stage>-<window>.json when it has ended, and ends
+what it left behind. Standard library only.
 """
 
 import argparse
@@ -35,6 +35,7 @@ from rollouts.worker.processes import (
 READ_BYTES = 1 << 16
 PANE_BACKLOG_BYTES = 1 << 20  # what a slow pane may owe; the log has everything
 DRAIN_S = 5.0  # for the last output, once the processes are gone
+PANE_CLOSE_S = 1.0  # a paused pane may keep what it has
 POLL_S = 0.1
 SUPERVISOR_MARGIN_S = 20.0  # beyond its windows' grace: the supervisor's own bookkeeping
 NOT_EXECUTABLE, NOT_FOUND = 126, 127  # as a shell reports them
@@ -110,20 +111,25 @@ class Window:
             code = NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE
         else:
             code = self._attend(child)
-        ended_at = time.time()
-        self._end_leftovers(code)
-        if self._pump_thread is not None:
-            self._pump_thread.join(DRAIN_S)
-        self.pane.close(DRAIN_S)
         record = ExitRecord(
             window=self.window,
             exit_code=code if code >= 0 else None,
             signal=-code if code < 0 else None,
             started_at=started_at,
-            ended_at=ended_at,
+            ended_at=time.time(),
         )
-        run_dir.write_json_atomic(self.run.exit(self.stage, self.window), record)
+        if not self.is_supervisor:
+            self._write_record(record)  # at once: the supervisor acts on it, and waits for us before it reads the log
+        self._end_leftovers(code)
+        if self._pump_thread is not None:
+            self._pump_thread.join(DRAIN_S)
+        self.pane.close(PANE_CLOSE_S)
+        if self.is_supervisor:
+            self._write_record(record)  # last: where it stands, nothing of the run is left
         return record.code
+
+    def _write_record(self, record: ExitRecord) -> None:
+        run_dir.write_json_atomic(self.run.exit(self.stage, self.window), record)
 
     def _start(self) -> subprocess.Popen[bytes]:
         spec = self._spec()

@@ -1,5 +1,6 @@
 """The supervisor's view of the windows that it opened: alive, how they ended, ending them. Standard library only."""
 
+import json
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -29,16 +30,20 @@ class OpenWindow:
     def mark(self) -> str:
         return window_mark(self.stage, self.spec.window)
 
-    def is_running(self) -> bool:
-        """Is the wrapper alive? It outlives its process until the exit record is written."""
+    def is_open(self) -> bool:
+        """Is the wrapper alive? It outlives its process until it has ended what that left, and the log is complete."""
         return self.wrapper_ticks is not None and start_ticks(self.wrapper) == self.wrapper_ticks
+
+    def is_serving(self) -> bool:
+        """Is the process itself alive, as recorded by the wrapper once it was started?"""
+        try:
+            pid = json.loads(self.run.process(self.spec.window).read_text())["pid"]
+        except FileNotFoundError:
+            return False
+        return start_ticks(pid) is not None and self.record() is None
 
     def record(self) -> ExitRecord | None:
         return run_dir.read_exit(self.run, self.stage, self.spec.window)
-
-    def ended(self) -> ExitRecord | None:
-        """The exit record once the window is done."""
-        return None if self.is_running() else self.record()
 
     def ended_at(self) -> float:
         """For ordering: when its process ended; without a record, now."""
@@ -46,11 +51,12 @@ class OpenWindow:
         return record.ended_at if record else time.time()
 
     def has_failed(self) -> bool:
-        """Ended, and not as a trainer that is done."""
-        return not self.is_running() and not self.has_succeeded()
+        """Ended, or vanished without a record, and not as a trainer that is done."""
+        was_open = self.is_open()  # before the record is read: a wrapper writes it while it lives
+        return (self.record() is not None or not was_open) and not self.has_succeeded()
 
     def has_succeeded(self) -> bool:
-        record = self.ended()
+        record = self.record()
         return self.is_trainer and record is not None and record.code == 0
 
     def failure_code(self) -> int:
@@ -88,15 +94,15 @@ def close_windows(run: RunDir, windows: Sequence[OpenWindow], *, grace_s: float,
     behind, and a wrapper that hangs, is ended here.
     """
     for window in windows:
-        if window.is_running():
+        if window.is_open():
             send_signal(window.wrapper, signal.SIGTERM)
     deadline = time.monotonic() + 2 * grace_s + WRAPPER_MARGIN_S
-    orphaned = {window.mark for window in windows if not window.is_running()}
+    orphaned = {window.mark for window in windows if not window.is_open()}
     left = end_marked(run.run_id, orphaned, grace_s=grace_s, tick=tick)
-    while any(window.is_running() for window in windows) and time.monotonic() < deadline:
+    while any(window.is_open() for window in windows) and time.monotonic() < deadline:
         tick()
         time.sleep(POLL_S)
     for window in windows:
-        if window.is_running():
+        if window.is_open():
             send_signal(window.wrapper, signal.SIGKILL)
     return left + end_marked(run.run_id, {window.mark for window in windows}, grace_s=0, tick=tick)

@@ -159,6 +159,13 @@ def test_load_restores_everything_that_training_depends_on(tmp_path):
     assert backend.step == other.step == 4
 
 
+def test_extra_that_could_not_be_loaded_is_refused_when_saved(tmp_path):
+    """Goal: an object in the data cursor is an error now, not at the resume. Red without the check: it is saved."""
+    with pytest.raises(TypeError, match="extra of the checkpoint of step 1: needs plain data: Object of type object"):
+        save(tiny_backend(tmp_path), 1, {"cursor": object()})
+    assert list_checkpoints(tmp_path) == []
+
+
 def test_the_learning_rate_of_the_config_holds_after_a_resume(tmp_path):
     """Goal: a resumed run uses the rate it was given. Red with the base rates read from the loaded optimizer."""
     path = save(tiny_backend(tmp_path, lr=0.1), 1)

@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -19,6 +20,9 @@ STOP_GRACE_S = 2.0
 
 def main() -> int:
     args = _parse(sys.argv[1:])
+    if not (Path(args.model_path) / "config.json").is_file():
+        found = "has no config.json" if Path(args.model_path).is_dir() else "no such directory"
+        return _fail(f"--model-path {args.model_path}: {found}; needs a Hugging Face directory with weights")
     try:
         listener = _bind(args.host, args.port)
     except OSError as error:
@@ -62,11 +66,7 @@ def main() -> int:
     server.run(sockets=[listener])
     scheduler.stop()
     thread.join(timeout=STOP_GRACE_S)
-    code = _fail(failure[0]) if failure else 0
-    sys.stdout.flush()
-    if thread.is_alive():
-        os._exit(code)  # a long forward pass would hold up the interpreter's own exit
-    return code
+    return _fail(failure[0]) if failure else 0
 
 
 def _load(args: argparse.Namespace) -> Any:
@@ -81,7 +81,7 @@ def _load(args: argparse.Namespace) -> Any:
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    """Take the port before the slow imports, so that a port in use is known at once."""
+    """Take the port: before the slow imports, so that a port in use is known at once."""
     # With the protocol named, asyncio sets TCP_NODELAY on what it accepts; without, answers wait 40 ms for an ACK.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -125,4 +125,7 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # Python takes seconds to take torch apart, longer with a forward pass under way

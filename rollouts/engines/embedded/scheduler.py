@@ -162,6 +162,8 @@ class Scheduler:
 
     def _runnable(self) -> bool:
         assert self._batch is not None
+        if self._when_idle and not self._batch.rows:
+            return True
         if self.paused:
             return bool(self._updates)
         return bool(self._batch.rows or self._waiting or self._updates)
@@ -204,14 +206,16 @@ class Scheduler:
     def _enqueue(self, request: PromptRequest, done: Callable[[list[RowResult]], object]) -> None:
         assert self.served is not None
         job = Job(request, done, [None] * request.params.n)
-        if request.return_logprob and request.logprob_start < len(request.input_ids):
-            ids, start = request.input_ids, request.logprob_start
-            values = [None, *self.served.input_logprobs(ids)][start + 1 :]
-            pairs = zip([None, *values], ids[start:], strict=True)  # the first of those asked for is null, as in SGLang
-            job.input_logprobs = [[value, token, None] for value, token in pairs]
         seed = request.params.sampling_seed
         drawn = int(self._seeds.integers(2**63)) if seed is None else seed
         rows = [Row(job, index, key) for index, key in enumerate(row_keys(drawn, request.params.n))]
+        if request.return_logprob and request.logprob_start < len(request.input_ids):
+            try:
+                job.input_logprobs = _input_logprobs(self.served, request)
+            except torch.OutOfMemoryError:
+                for row in rows:
+                    self._finish(row, abort_reason("out of memory scoring the prompt: raise logprob_start_len", 500))
+                return
         if request.max_new_tokens == 0:
             for row in rows:
                 row.versions.append((self.weight_version, 0))
@@ -283,6 +287,13 @@ class Scheduler:
         if flush_cache and not self._flush():
             raise UpdateRefused("The weights were updated, but the cache was not flushed: requests are running in it.")
         return message, len(self._batch.rows)
+
+
+def _input_logprobs(served: Served, request: PromptRequest) -> list[list[Any]]:
+    """[[log-prob, id, null]] from `logprob_start` on; the first has no log-prob, as in SGLang."""
+    ids, start = request.input_ids, request.logprob_start
+    later = served.input_logprobs(ids)[start:]
+    return [[value, token, None] for value, token in zip([None, *later], ids[start:], strict=True)]
 
 
 def _resolve(future: "Future[T]", function: Callable[[], T]) -> None:

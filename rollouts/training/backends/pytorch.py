@@ -6,6 +6,7 @@ or left; left out: nothing is padded), "advantages" [B], "old_log_probs", and th
 """
 
 import inspect
+import json
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -91,7 +92,8 @@ class PyTorchTrainingBackend:
     async def save_checkpoint(self, step: int, metrics: dict[str, Any], extra: dict[str, Any] | None = None) -> Path:
         """Write `<checkpoint_dir>/step_<step>` (see `checkpoint`); rank 0 writes, all return once it is complete.
 
-        `extra` is plain data (numbers, text, lists, dicts, tensors) that `load_checkpoint` hands back.
+        `extra` is plain data (numbers, text, lists, dicts) that `load_checkpoint` hands back. Raises TypeError for
+        anything else in it: here, not when a resume depends on it.
         """
         return await self._worker.submit("save_checkpoint", self._save_checkpoint, step, metrics, extra).result()
 
@@ -163,6 +165,10 @@ class PyTorchTrainingBackend:
         return {"loss": loss.item(), "tokens": trained_tokens(inputs["loss_mask"])}
 
     def _save_checkpoint(self, step: int, metrics: dict[str, Any], extra: dict[str, Any] | None) -> Path:
+        try:
+            json.dumps(extra)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"extra of the checkpoint of step {step}: needs plain data: {error}") from error
         rng = distributed.gather_objects(checkpoint.rng_state(self.device))
         path = self.checkpoint_dir / checkpoint.step_name(step)
         if distributed.rank() == 0:

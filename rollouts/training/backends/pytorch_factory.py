@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rollouts.training.backends.pytorch import PyTorchTrainingBackend
+from rollouts.training.model_loading import load_model, load_tokenizer
 from rollouts.training.optim import build_optimizer
 from rollouts.training.rl_losses import sft_loss
 
@@ -37,18 +37,16 @@ def create_pytorch_backend(
     `learning_rate` is that of matrices and vectors; embeddings and the output head follow it unless given their own.
     `init_seed`: draw the weights anew from that seed instead of loading them; the global generator stays untouched.
     The other options are those of `PyTorchTrainingBackend` and `optim.build_optimizer`. "cuda" is the current device.
-    Raises ValueError for a device that is not there; transformers' OSError for a name that cannot be loaded.
+    Raises ValueError for a device that is not there, and `model_loading.ModelError` for a name that cannot be loaded.
     """
     device = _device(device_type)
-    tokenizer = AutoTokenizer.from_pretrained(model_name, trust_remote_code=trust_remote_code)
-    options = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
-    if init_seed is None:
-        model = AutoModelForCausalLM.from_pretrained(model_name, **options)
-    else:
-        config = AutoConfig.from_pretrained(model_name, trust_remote_code=trust_remote_code)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(init_seed)
-            model = AutoModelForCausalLM.from_config(config, **options)
+    tokenizer = load_tokenizer(str(model_name), trust_remote_code=trust_remote_code)
+    model = load_model(
+        str(model_name),
+        init="pretrained" if init_seed is None else "random",
+        init_seed=init_seed or 0,
+        trust_remote_code=trust_remote_code,
+    )
     if compile_model:
         model.compile(dynamic=True)
     optimizer = build_optimizer(

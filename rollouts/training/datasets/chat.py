@@ -30,16 +30,16 @@ def render_conversation(tokenizer: Any, messages: list[Message], where: str) -> 
     turn that no special token ends. An example without any assistant turn comes back with an all-zero mask.
     """
     template = _template(tokenizer)
-    if GENERATION_TAG.search(template) and tokenizer.is_fast:
+    marked = tokenizer.is_fast and GENERATION_TAG.search(template) is not None
+    if marked:
         encoded = _apply(tokenizer, messages, where, return_assistant_tokens_mask=True)
         token_ids = encoded["input_ids"]
         spans = _runs(encoded["assistant_masks"])
     else:
         token_ids, spans = _spans_by_prefix(tokenizer, messages, where)
-    specials = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     mask = [0.0] * len(token_ids)
     for start, stop in spans:
-        end = _end_of_turn(token_ids, start, stop, specials, where)
+        end = _end_of_turn(tokenizer, token_ids, (start, stop), marked, where)
         mask[start:end] = [1.0] * (end - start)
     return token_ids, mask
 
@@ -92,16 +92,18 @@ def _spans_by_prefix(tokenizer: Any, messages: list[Message], where: str) -> tup
     return token_ids, spans
 
 
-def _end_of_turn(token_ids: list[int], start: int, stop: int, specials: set[int], where: str) -> int:
-    """Where training of the span [start, stop) ends: after the special token that ends the turn.
+def _end_of_turn(tokenizer: Any, token_ids: list[int], span: tuple[int, int], marked: bool, where: str) -> int:
+    """Where training of the span ends: after the special token that ends the turn.
 
-    Markers may stand before that token, and a template may write a newline after it, which nobody samples.
+    A template may write white space after that token, which nobody samples, or close its markers before it.
     """
-    if token_ids[stop - 1] not in specials and stop < len(token_ids) and token_ids[stop] in specials:
+    start, stop = span
+    specials = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    end = next((end for end in range(stop, start, -1) if token_ids[end - 1] in specials), None)
+    if end is not None and not tokenizer.decode(token_ids[end:stop]).strip():
+        return end
+    if marked and stop < len(token_ids) and token_ids[stop] in specials:
         return stop + 1
-    for end in range(stop, start, -1):
-        if token_ids[end - 1] in specials:
-            return end
     raise DataError(
         f"{where}: the chat template ends an assistant turn without a special token, so stopping could not be trained; "
         "needs an end-of-turn token such as the tokenizer's eos_token"

@@ -21,8 +21,8 @@ def collate(
     What is padding follows from lengths alone: a real token that equals `pad_token_id`, the end of a turn say, stays.
     """
     width = max(map(len, tokens))
-    input_ids = pad([torch.tensor(row) for row in tokens], width, pad_token_id)
-    loss_mask = pad([torch.tensor(row, dtype=torch.float32) for row in loss_masks], width, 0.0)
+    input_ids = pad(tokens, width, pad_token_id, torch.long)
+    loss_mask = pad(loss_masks, width, 0.0, torch.float32)
     lengths = torch.tensor([len(row) for row in tokens])
     return {
         "input_ids": input_ids,
@@ -33,12 +33,9 @@ def collate(
     }
 
 
-def pad(rows: Sequence[Tensor], width: int, value: float) -> Tensor:
+def pad(rows: Sequence[Sequence[float]], width: int, value: float, dtype: torch.dtype) -> Tensor:
     """Rows of any lengths to [B, width], filled up on the right."""
-    padded = torch.full((len(rows), width), value, dtype=rows[0].dtype)
-    for target, row in zip(padded, rows, strict=True):
-        target[: len(row)] = row
-    return padded
+    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], dtype=dtype)
 
 
 def split_batch(

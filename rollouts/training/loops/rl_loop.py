@@ -16,6 +16,7 @@ from rollouts.training.loops.batching import collate, pad
 from rollouts.training.loops.common import CheckpointFn, EvalFn, call, due, train_step
 from rollouts.training.metrics import MetricsLogger
 from rollouts.training.types import RewardFn, RLTrainingConfig, RolloutBatch, Sample
+from rollouts.training.weight_sync import sync_weights_to_engines
 
 
 async def run_rl_training(
@@ -50,6 +51,8 @@ async def run_rl_training(
     first = _restore(buffer, rollout_manager, resume)
     sync = WeightSync(backend, engines, weights_dir)
     await sync(first)
+    if eval_fn is not None and first == 0 and distributed.rank() == 0:
+        await call(eval_fn, 0)
     options: dict[str, Any] = {"pad_token_id": pad_token_id, "temperature": temperature, "clip_range": clip_range}
     history = []
     for step in range(first + 1, config.num_steps + 1):
@@ -149,7 +152,8 @@ def prepare_grpo_batch(
 def rollout_metrics(batch: RolloutBatch, steps_applied: int) -> dict[str, float]:
     """What a step's rollouts were like; `lag_max` is how many optimizer steps old the oldest weights sampled from are.
 
-    The numbers of `batch.metadata` (groups started, kept, dropped) come along under their own names.
+    The numbers of `batch.metadata` (groups started, kept, dropped) come along under their own names, counts by filter
+    as `<key>_<filter>` beside their sum.
     """
     metrics: dict[str, float] = {
         "reward_mean": statistics.fmean(batch.rewards),
@@ -164,8 +168,10 @@ def rollout_metrics(batch: RolloutBatch, steps_applied: int) -> dict[str, float]
     if numbers:
         metrics["lag_max"] = steps_applied - min(numbers)
     for key, value in batch.metadata.items():
-        items = {f"{key}_{name}": n for name, n in value.items()} if isinstance(value, Mapping) else {key: value}
-        metrics |= {name: n for name, n in items.items() if isinstance(n, (int, float))}
+        if isinstance(value, Mapping):  # groups_dropped: by filter, and their sum
+            metrics |= {key: sum(value.values()), **{f"{key}_{name}": count for name, count in value.items()}}
+        elif isinstance(value, (int, float)):
+            metrics[key] = value
     return metrics
 
 
@@ -182,8 +188,6 @@ class WeightSync:
         """Every rank calls it. Raises what the engines' client raises: no step trains on weights it did not prove."""
         if not self._active:
             return
-        from rollouts.training.weight_sync import sync_weights_to_engines
-
         directory = self._directory or Path(self._backend.checkpoint_dir) / "weights"  # type: ignore[attr-defined]
         path = await self._backend.save_weights(directory / f"version_{version:06d}")
         if distributed.rank() == 0:
@@ -194,11 +198,8 @@ class WeightSync:
 
 
 def _aligned_log_probs(samples: Sequence[Sample], width: int) -> torch.Tensor:
-    rows = [
-        torch.tensor([0.0] * (len(s.tokens) - s.response_length) + list(s.rollout_log_probs or ()), dtype=torch.float32)
-        for s in samples
-    ]
-    return pad(rows, width, 0.0)
+    rows = [[0.0] * (len(s.tokens) - s.response_length) + list(s.rollout_log_probs or ()) for s in samples]
+    return pad(rows, width, 0.0, torch.float32)
 
 
 def _is_length(reason: Any) -> bool:

@@ -31,7 +31,7 @@ def make_generate_fn(
     engines: clients such as `weight_sync.SGLangEngine`; groups go to them in turn, one request a group. temperature
     > 0; top_k -1 samples among all tokens. stop_token_ids None: the tokenizer's eos_token. Samples hold prompt and
     response ids, a mask that is 1.0 on the response with its end-of-turn token, one log-prob per response token, and
-    metadata: weight_version, finish_reason ("stop" or "length"), prompt_id. Raises GenerationError for an aborted generation.
+    metadata: weight_version, finish_reason ("stop" or "length"), prompt_id. Raises GenerationError for an aborted one.
     """
     if not engines:
         raise ValueError("make_generate_fn: engines is empty; needs at least one")

@@ -1,0 +1,108 @@
+"""The real thing from end to end: the real repository, environment, torchrun, engine server, sshd, rsync and tmux."""
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from base_config import Config, load_config
+from tests.example_config import replace_at
+from tests.remote.hosts import Host, Laptop, free_port, host, kill_tmux, make_laptop
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+DEMO = ROOT / "configs" / "00_cpu_sft_rl.py"
+ENVIRONMENTS_VARIABLE = "ROLLOUTS_TEST_ENVIRONMENTS"
+
+
+@pytest.fixture(scope="session")
+def environments() -> Path:
+    """Environments on this machine outlive the tests: one is built in minutes, and every run here wants the same."""
+    path = Path(os.environ.get(ENVIRONMENTS_VARIABLE) or Path.home() / ".cache" / "rollouts-tests" / "envs")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tool_path() -> str:
+    """PATH on which python3 is the one that runs the tests: environments are keyed by its version."""
+    return f"{Path(sys.base_prefix) / 'bin'}:{os.environ['PATH']}"
+
+
+@pytest.fixture
+def laptop(tmp_path: Path, environments: Path, tool_path: str) -> Iterator[Laptop]:
+    """A laptop with a home of its own, in this repository as it stands."""
+    tmux_dir = Path(tempfile.mkdtemp(prefix="rt", dir="/tmp"))
+    made = make_laptop(tmp_path / "laptop", ROOT, tmux_dir)
+    made.environment["PATH"] = tool_path
+    made.rollouts_home.mkdir()
+    (made.rollouts_home / "envs").symlink_to(environments)
+    yield made
+    kill_tmux(tmux_dir)
+
+
+@pytest.fixture
+def remote(tmp_path: Path, laptop: Laptop, environments: Path, tool_path: str) -> Iterator[Host]:
+    """An sshd with a home of its own, which the laptop knows and may log in to."""
+    directory = tmp_path / "host"
+    with host(directory, laptop.key, path=Path(tool_path)) as made:
+        made.home.mkdir(parents=True)
+        (made.home / "envs").symlink_to(environments)
+        laptop.know(made)
+        yield made
+
+
+@pytest.fixture
+def write_config(tmp_path: Path) -> Callable[..., Path]:
+    """Save the demo's config with changes by field path ({"rl.seed": 1}) and a free port; returns the file."""
+
+    def write(changes: Mapping[str, Any], name: str = "job") -> Path:
+        config = short_demo(tmp_path)
+        for path, value in changes.items():
+            config = replace_at(config, path, value)
+        file = tmp_path / f"{name}.json"
+        config.save(file)
+        return file
+
+    return write
+
+
+def short_demo(tmp_path: Path) -> Config:
+    """The demo, cut to a handful of steps."""
+    config = load_config(DEMO)
+    assert config.sft is not None and config.rl is not None and config.engine is not None
+    changes: dict[str, Any] = {
+        "sft.num_iterations": 4,
+        "sft.eval_every": 2,
+        "rl.examples_per_step": 4,
+        "rl.num_samples": 4,
+        "rl.eval_every": 2,
+        "rl.eval_examples": 20,
+        "data.rl_mixture.0.max_samples": 16,
+        "data.eval_mixture.0.max_samples": 40,
+        "engine.sglang_port": free_port(),
+        "host.disk_free_gib_min": 0.1,
+        "output.save_dir": str(tmp_path / "results"),
+        "output.experiment_name": "short",
+    }
+    for path, value in changes.items():
+        config = replace_at(config, path, value)
+    return config
+
+
+def processes_of(run_id: str) -> list[str]:
+    """Command lines of live processes that belong to a run, by the variable that all of them carry."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                environment = (entry / "environ").read_bytes().split(b"\0")
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:  # ended meanwhile
+                continue
+            if f"ROLLOUTS_RUN_ID={run_id}".encode() in environment:
+                found.append(command)
+    return found

@@ -1,0 +1,148 @@
+"""What engine tests share: tiny models on disk, and real server processes over them."""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+REPOSITORY = Path(__file__).parents[2]
+VOCAB = ["<pad>", "<eos>", *"abcdefghijklmnopqrstuvwxyz", " ", ".", "?", "!"]
+EOS = 1
+CONTEXT = 2048
+START_TIMEOUT_S = 120.0
+
+
+def config_of(kind: str) -> Any:
+    """A config of about 100K parameters over VOCAB."""
+    sizes = {
+        "vocab_size": len(VOCAB),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": CONTEXT,
+        "bos_token_id": None,
+        "eos_token_id": EOS,
+        "pad_token_id": 0,
+    }
+    if kind == "qwen2-tied":
+        return Qwen2Config(**sizes, tie_word_embeddings=True)
+    if kind == "llama":
+        return LlamaConfig(**sizes, tie_word_embeddings=False)
+    if kind == "mistral-sliding":
+        return MistralConfig(**sizes, sliding_window=8)
+    if kind == "qwen2-mixed":  # one full layer, one sliding
+        return Qwen2Config(**sizes, use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    if kind == "gemma":
+        return GemmaConfig(**sizes, head_dim=16)
+    assert kind == "gpt2", kind
+    return GPT2Config(vocab_size=len(VOCAB), n_embd=64, n_layer=2, n_head=4, n_positions=CONTEXT, eos_token_id=EOS)
+
+
+def make_model(kind: str, path: Path, *, seed: int, tokenizer: bool = True, spread: float = 4.0) -> Path:
+    """A random model in `path`, its weights scaled up by `spread` so that its distributions are far from uniform."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config_of(kind))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(spread if "embed" in name or "lm_head" in name else 2.0)
+    model.save_pretrained(path)
+    if tokenizer:
+        make_tokenizer().save_pretrained(path)
+    return path
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One id per character."""
+    core = Tokenizer(models.WordLevel({token: index for index, token in enumerate(VOCAB)}, unk_token="?"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    core.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<pad>")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def embedded_argv(model_path: Path, port: int, **flags: str) -> list[str]:
+    argv = [sys.executable, "-m", "rollouts.engines.embedded", "--model-path", str(model_path), "--port", str(port)]
+    for name, value in flags.items():
+        argv += [f"--{name.replace('_', '-')}", value]
+    return argv
+
+
+def start(argv: list[str]) -> subprocess.Popen[str]:
+    """The server process, its stderr in `stderr_path(process)`."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    errors = tempfile.NamedTemporaryFile("w", suffix=".stderr", delete=False)  # noqa: SIM115 - outlives this function
+    process = subprocess.Popen(argv, cwd=REPOSITORY, env=environment, stderr=errors, text=True)
+    process.stderr_path = Path(errors.name)  # type: ignore[attr-defined]
+    return process
+
+
+@contextmanager
+def serving(model_path: Path, **flags: str) -> Iterator[str]:
+    """The base URL of an embedded engine over `model_path`, ended afterwards."""
+    port = free_port()
+    process = start(embedded_argv(model_path, port, **flags))
+    url = f"http://127.0.0.1:{port}"
+    try:
+        await_health(url, process)
+        yield url
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=20)
+        finally:
+            process.kill()
+
+
+def await_health(url: str, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    with httpx.Client(timeout=5, verify=False) as client:
+        while time.monotonic() < deadline:
+            if process.poll() is not None:
+                raise AssertionError(f"the server ended with {process.returncode}: {stderr_of(process)}")
+            try:
+                if client.get(f"{url}/health").status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.1)
+    raise AssertionError(f"not healthy after {START_TIMEOUT_S:g} s: {stderr_of(process)}")
+
+
+def stderr_of(process: subprocess.Popen[str]) -> str:
+    return process.stderr_path.read_text()  # type: ignore[attr-defined,no-any-return]
+
+
+def logprobs_of(model: Any, prompt: list[int], output: list[int], temperature: float) -> list[float]:
+    """What a trainer computes: one full forward over prompt + output, log softmax(logits / T), in fp32."""
+    with torch.no_grad():
+        ids = torch.tensor([[*prompt, *output]])
+        logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float() / temperature
+    chosen = logits.log_softmax(-1).gather(1, torch.tensor(output)[:, None])
+    return [float(value) for value in chosen[:, 0]]

@@ -1,0 +1,209 @@
+"""Decoding inside the process: every kind of architecture served, and what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import MambaConfig, MambaForCausalLM
+
+from rollouts.engines.embedded.batch import Batch, Job, Row
+from rollouts.engines.embedded.model import ModelError, Served, load, load_weights
+from rollouts.engines.embedded.protocol import PromptRequest, SamplingParams
+from rollouts.engines.embedded.sampling import row_keys, sample, uniforms
+from rollouts.engines.embedded.scheduler import check_decode
+from tests.engines.serving import logprobs_of, make_model
+
+torch.set_num_threads(1)
+
+
+def load_tiny(kind: str, path: Path, *, seed: int = 0) -> Served:
+    directory = make_model(kind, path / f"{kind}-{seed}", seed=seed, tokenizer=False)
+    return load(str(directory), dtype="float32", device="cpu", trust_remote_code=False)
+
+
+def decode(served: Served, prompts: list[list[int]], *, new_tokens: list[int], rows_max: int) -> list[Row]:
+    """All prompts through one Batch, joining as places come free."""
+    rows = []
+    for index, (prompt, count) in enumerate(zip(prompts, new_tokens, strict=True)):
+        params = SamplingParams(ignore_eos=True)
+        request = PromptRequest(str(index), tuple(prompt), params, count, True, len(prompt))
+        rows.append(Row(Job(request, len, [None]), 0, row_keys(index, 1)[0]))
+    with torch.inference_mode():
+        batch, waiting = Batch(served, rows_max), list(rows)
+        while waiting or batch.rows:
+            joining, waiting = waiting[: batch.free], waiting[batch.free :]
+            if joining:
+                batch.join(joining, "v")
+            batch.step()
+    return rows
+
+
+@pytest.mark.parametrize("kind", ["qwen2-tied", "llama", "mistral-sliding", "qwen2-mixed", "gemma", "gpt2"])
+def test_rows_that_come_and_go_keep_the_models_logprobs(kind: str, tmp_path: Path) -> None:
+    """Goal: whatever the attention (sliding, mixed, multi-query, learned positions), rows of all lengths that join and
+    leave a small batch have the log-probs of a full forward. Red without the window in `decode_mask` (the sliding
+    kinds), and with `move` left out of `leave` (all).
+    """
+    served = load_tiny(kind, tmp_path)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(2, 32, size=size).tolist() for size in rng.integers(1, 30, size=24)]
+    counts = rng.integers(1, 40, size=24).tolist()
+    for prompt, count, row in zip(prompts, counts, decode(served, prompts, new_tokens=counts, rows_max=7), strict=True):
+        assert len(row.output_ids) == count
+        assert row.logprobs == pytest.approx(logprobs_of(served.model, prompt, row.output_ids, 1.0), abs=1e-5)
+
+
+def test_numbers_do_not_depend_on_the_batch(tmp_path: Path) -> None:
+    """Goal: on a CPU a row's log-probs are the same bits alone, in a crowd and in a small batch, so that a resumed run
+    samples what the first one did. Red with CPU_ROWS_MIN = 1, and with WIDTH_STEP = 1.
+    """
+    served = load_tiny("llama", tmp_path)
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(2, 32, size=size).tolist() for size in rng.integers(1, 60, size=64)]
+    crowd = decode(served, prompts, new_tokens=[24] * 64, rows_max=64)
+    few = decode(served, prompts, new_tokens=[24] * 64, rows_max=5)
+    (alone,) = decode(served, prompts[:1], new_tokens=[24], rows_max=1)
+    assert [row.output_ids for row in few] == [row.output_ids for row in crowd]
+    assert [row.logprobs for row in few] == [row.logprobs for row in crowd]
+    assert alone.logprobs == crowd[0].logprobs
+
+
+def test_a_recurrent_model_is_refused(tmp_path: Path) -> None:
+    """Goal: what the cache cannot hold is said at start, not decoded wrongly. Red without `_check_architecture`."""
+    config = MambaConfig(vocab_size=32, hidden_size=32, num_hidden_layers=1)
+    MambaForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="plain attention only"):
+        load(str(tmp_path), dtype="float32", device="cpu", trust_remote_code=False)
+
+
+def test_decoding_that_is_wrong_is_found_at_start(tmp_path: Path) -> None:
+    """Goal: the self-check sees a model whose one-token steps differ from its full forward. Red with the check's
+    tolerance at 100.
+    """
+    served = load_tiny("llama", tmp_path)
+    forward = served.model.forward
+
+    def forgets_positions(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("position_ids") is not None and kwargs["position_ids"].shape[-1] == 1:
+            kwargs["position_ids"] = torch.zeros_like(kwargs["position_ids"])
+        return forward(*args, **kwargs)
+
+    with torch.inference_mode():
+        check_decode(served, Batch(served, 1))
+        served.model.forward = forgets_positions
+        with pytest.raises(ModelError, match="log-probs off by"):
+            check_decode(served, Batch(served, 1))
+
+
+# --- weights --------------------------------------------------------------------------------------------------------
+
+
+def test_weights_are_replaced_with_a_tied_head(tmp_path: Path) -> None:
+    """Goal: a tied checkpoint holds one tensor for two; both change. Red with the loop over state skipping lm_head
+    and the embedding copied into a new tensor.
+    """
+    served, new = load_tiny("qwen2-tied", tmp_path), load_tiny("qwen2-tied", tmp_path, seed=1)
+    assert not torch.equal(served.model.lm_head.weight, new.model.lm_head.weight)
+    load_weights(served, new.path)
+    assert torch.equal(served.model.lm_head.weight, new.model.lm_head.weight)
+    assert served.model.lm_head.weight.data_ptr() == served.model.model.embed_tokens.weight.data_ptr()
+
+
+def drop_one(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+
+
+def shorten_one(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1].clone()
+
+
+@pytest.mark.parametrize("damage", [drop_one, shorten_one, None])
+def test_a_bad_checkpoint_changes_nothing(tmp_path: Path, damage: Any) -> None:
+    """Goal: a missing tensor, one of another shape or a truncated file leave every old weight in place, and the
+    message names the directory. Red (drop_one) with missing keys not looked at: the tensor is then random.
+    """
+    served = load_tiny("llama", tmp_path)
+    before = {name: tensor.clone() for name, tensor in served.model.state_dict().items()}
+    bad = make_model("llama", tmp_path / "bad", seed=1, tokenizer=False)
+    file = bad / "model.safetensors"
+    if damage is None:
+        file.write_bytes(file.read_bytes()[:-1000])
+    else:
+        tensors = load_file(file)
+        damage(tensors)
+        save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=str(bad)):
+        load_weights(served, str(bad))
+    assert all(torch.equal(before[name], tensor) for name, tensor in served.model.state_dict().items())
+
+
+def test_another_architecture_is_no_update(tmp_path: Path) -> None:
+    """Goal: a loadable checkpoint of another model is refused, naming the first difference."""
+    served = load_tiny("llama", tmp_path)
+    other = make_model("gpt2", tmp_path / "other", seed=0, tokenizer=False)
+    with pytest.raises(ModelError, match=r"has no .*differences"):
+        load_weights(served, str(other))
+    with pytest.raises(ModelError, match="no such directory"):
+        load_weights(served, str(tmp_path / "nowhere"))
+
+
+# --- sampling -------------------------------------------------------------------------------------------------------
+
+
+def test_streams_of_uniforms_are_independent() -> None:
+    """Goal: seeds, rows and positions next to each other give unrelated draws. Red with positions added to the key
+    without mixing.
+    """
+    keys = np.concatenate([row_keys(seed, 64) for seed in range(32)])
+    draws = np.stack([uniforms(keys, np.full(len(keys), position)) for position in range(64)])
+    assert len(np.unique(draws)) > 0.999 * draws.size
+    assert abs(draws.mean() - 0.5) < 0.005 and abs(draws.var() - 1 / 12) < 0.005
+    for lagged in (draws[1:] * draws[:-1], draws[:, 1:] * draws[:, :-1], draws[:, 64:] * draws[:, :-64]):
+        assert abs(lagged.mean() - 0.25) < 0.005
+    assert draws.min() > 0 and draws.max() < 1
+
+
+def test_a_row_is_sampled_alike_with_filtered_neighbours() -> None:
+    """Goal: that a batch-mate has top-p changes nothing for the row beside it. Red with the draw in sorted order."""
+    logits = torch.randn(512, 40, generator=torch.Generator().manual_seed(0)) * 3
+    draws = torch.from_numpy(uniforms(row_keys(0, 512), np.zeros(512, dtype=np.int64)))
+    ones = torch.ones(512, 1)
+    plain = sample(
+        logits, temperature_B1=ones, uniforms_B=draws, greedy_B=None, top_k_B1=None, top_p_B1=None, min_p_B1=None
+    )
+    top_p = ones.clone()
+    top_p[::2] = 0.3
+    mixed = sample(
+        logits,
+        temperature_B1=ones,
+        uniforms_B=draws,
+        greedy_B=torch.zeros(512, dtype=torch.bool),
+        top_k_B1=ones * 40,
+        top_p_B1=top_p,
+        min_p_B1=ones * 0,
+    )
+    assert torch.equal(plain[0][1::2], mixed[0][1::2])
+    assert not torch.equal(plain[0][::2], mixed[0][::2])
+
+
+def test_a_token_without_weight_is_never_drawn() -> None:
+    """Goal: at either end of (0, 1) the draw lands on a token the filter kept. Red with searchsorted's right=False
+    and a uniform of 0.
+    """
+    logits = torch.full((2, 6), -torch.inf)
+    logits[:, 2:4] = 0.0
+    ends = torch.tensor([0.5 * 2.0**-32, 1 - 0.5 * 2.0**-32], dtype=torch.float64)
+    tokens, logprobs = sample(
+        logits,
+        temperature_B1=torch.ones(2, 1),
+        uniforms_B=ends,
+        greedy_B=None,
+        top_k_B1=None,
+        top_p_B1=None,
+        min_p_B1=None,
+    )
+    assert tokens.tolist() == [2, 3]
+    assert logprobs.tolist() == pytest.approx([np.log(0.5)] * 2)

@@ -1,0 +1,149 @@
+"""load_sft_dataset, load_prompts_from_jsonl and mixtures, over files."""
+
+import json
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from base_config import DatasetSpec
+from rollouts.training.datasets.dataset_loaders import (
+    DatasetEntry,
+    load_prompt_mixture,
+    load_prompts_from_jsonl,
+    load_sft_dataset,
+    load_sft_mixture,
+)
+from rollouts.training.datasets.rows import DataError
+from tests.training.tiny_task import tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return tiny_tokenizer()
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def questions(path: Path, tag: str, count: int) -> str:
+    return write(path, [{"question": f"{tag}{index}", "answer": "x"} for index in range(count)])
+
+
+def test_samples_hold_tokens_mask_and_prompt(tmp_path: Path, tokenizer: Any) -> None:
+    """Goal: what the SFT loop needs, exactly. Red with the end token not trained."""
+    path = write(tmp_path / "a.jsonl", [{"question": "abc", "answer": "cba"}])
+    (sample,) = load_sft_dataset(path, tokenizer=tokenizer)
+    assert tokenizer.decode(sample.tokens) == "<|user|>abc<|end|><|assistant|>cba<|end|>"
+    assert sample.loss_mask == [0.0] * 6 + [1.0] * 4
+    assert sample.response == "cba" and sample.response_length == 4
+    assert isinstance(sample.prompt, dict) and sample.prompt["answer"] == "cba"
+    assert sample.metadata["where"] == f"{path}:1"
+
+
+def test_a_file_a_directory_and_a_hub_layout_read_alike(tmp_path: Path, tokenizer: Any) -> None:
+    """Goal: the same rows give the same samples wherever they lie. Red with the directory read in another split."""
+    rows = [{"question": f"q{index}", "answer": "a"} for index in range(5)]
+    file, directory = write(tmp_path / "f.jsonl", rows), tmp_path / "d"
+    write(directory / "train.jsonl", rows)
+    write(directory / "test.jsonl", rows[:1])
+    tokens = [
+        [sample.tokens for sample in load_sft_dataset(name, tokenizer=tokenizer)] for name in (file, str(directory))
+    ]
+    assert tokens[0] == tokens[1] and len(tokens[0]) == 5
+
+
+def test_what_is_left_out_is_counted_by_reason_and_logged(
+    tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Goal: nothing is cut or dropped silently. Red when a long example was truncated, and when nothing was logged."""
+    user, assistant = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}
+    long = {"role": "assistant", "content": "y" * 50}
+    path = write(
+        tmp_path / "a.jsonl",
+        [{"messages": [user, assistant]}, {"messages": [user, long]}, {"messages": [user]}, {"messages": [user, long]}],
+    )
+    spec = DatasetEntry(path, "messages")
+    samples, report = load_sft_mixture([spec], tokenizer=tokenizer, max_length=20, seed=0)
+    assert len(samples) == report.kept == 1
+    assert report.left_out == {"longer than max_length=20 tokens": 2, "no trained token (no assistant turn)": 1}
+    assert report.trained_tokens == 3 and report.total_tokens == 8
+    assert f"{path}:3" in str(report)
+    with caplog.at_level(logging.WARNING):
+        assert len(load_sft_dataset(path, tokenizer=tokenizer, max_length=20)) == 1
+    assert "left out 2: longer than max_length=20 tokens" in caplog.text
+
+
+def test_an_example_of_exactly_max_length_stays(tmp_path: Path, tokenizer: Any) -> None:
+    """Goal: the limit is inclusive. Red with >=."""
+    path = write(tmp_path / "a.jsonl", [{"question": "abc", "answer": "cba"}])  # 10 tokens
+    assert len(load_sft_dataset(path, tokenizer=tokenizer, max_length=10)) == 1
+    with pytest.raises(DataError, match=r"no example is left to train on: .*left out 1: longer than max_length=9"):
+        load_sft_dataset(path, tokenizer=tokenizer, max_length=9)
+
+
+def test_a_mixture_is_one_seeded_shuffle_with_repeats(tmp_path: Path) -> None:
+    """Goal: every row `repeat` times, the first max_samples rows only, order by the seed alone. Red without repeat."""
+    specs = [
+        DatasetSpec(
+            name=questions(tmp_path / f"{tag}.jsonl", tag, 10),
+            format="question_answer",
+            split="train",
+            subset=None,
+            max_samples=count,
+            repeat=repeat,
+        )
+        for tag, count, repeat in (("a", 4, 2), ("b", -1, 1))
+    ]
+    texts = [row["messages"][0]["content"] for row in load_prompt_mixture(specs, seed=7)]
+    assert Counter(texts) == {**{f"a{n}": 2 for n in range(4)}, **{f"b{n}": 1 for n in range(10)}}
+    assert texts == [row["messages"][0]["content"] for row in load_prompt_mixture(specs, seed=7)]
+    assert texts != [row["messages"][0]["content"] for row in load_prompt_mixture(specs, seed=8)]
+    assert texts != sorted(texts)
+
+
+def test_sft_and_prompts_of_a_mixture_come_in_the_same_order(tmp_path: Path, tokenizer: Any) -> None:
+    """Goal: one shuffle, whatever is made of the rows. Red when SFT shuffled after tokenizing, by another stream."""
+    spec = DatasetEntry(questions(tmp_path / "a.jsonl", "a", 12), "question_answer")
+    samples, _ = load_sft_mixture([spec], tokenizer=tokenizer, max_length=64, seed=3)
+    assert [sample.prompt for sample in samples] == load_prompt_mixture([spec], seed=3)
+
+
+def test_an_empty_mixture_and_a_bad_repeat_are_errors(tmp_path: Path) -> None:
+    """Goal: no training on nothing. Red without the checks."""
+    with pytest.raises(DataError, match="the mixture is empty"):
+        load_prompt_mixture([], seed=0)
+    spec = DatasetEntry(questions(tmp_path / "a.jsonl", "a", 2), "question_answer", repeat=0)
+    with pytest.raises(DataError, match="repeat=0"):
+        load_prompt_mixture([spec], seed=0)
+
+
+def test_prompts_from_jsonl(tmp_path: Path) -> None:
+    """Goal: three kinds of lines, in file order, other columns kept. Red when rows without an answer were refused."""
+    user = [{"role": "user", "content": "hi"}]
+    path = write(
+        tmp_path / "p.jsonl",
+        [{"prompt": "hi", "level": 2}, {"messages": user}, {"question": "hi", "answer": "yo"}],
+    )
+    assert load_prompts_from_jsonl(path) == [
+        {"messages": user, "level": 2},
+        {"messages": user, "format": "messages"},
+        {"messages": user, "answer": "yo", "format": "question_answer"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [({"prompt": " "}, ":1: prompt=' '; needs a string"), ({"text": "x"}, r":1: columns \['text'\]")],
+)
+def test_a_bad_prompt_is_named(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    """Goal: file, line, value, need. Red when an empty prompt was taken."""
+    with pytest.raises(DataError, match=message):
+        load_prompts_from_jsonl(write(tmp_path / "p.jsonl", [row]))
+    with pytest.raises(DataError, match=r"needs a \.jsonl file"):
+        load_prompts_from_jsonl(tmp_path / "p.txt")

@@ -1,0 +1,82 @@
+"""Run under torchrun by test_distributed.py: SFT and RL over this world's ranks, results written by each rank."""
+
+import json
+import sys
+from pathlib import Path
+
+import anyio
+import torch
+
+from rollouts.training import distributed
+from rollouts.training.loops import run_rl_training, run_sft_training, validation_loss
+from rollouts.training.rl_losses import grpo_loss
+from rollouts.training.types import RLTrainingConfig, SFTTrainingConfig
+from tests.training.tiny import PAD, rollout_batch, sft_samples, tiny_backend
+
+
+class Buffer:
+    def __init__(self) -> None:
+        self.step = 0
+
+    def save_state(self) -> dict:
+        return {"step": self.step}
+
+    def load_state(self, state: dict) -> None:
+        self.step = state["step"]
+
+
+class Manager:
+    """The same made-up groups for the same step, whoever asks."""
+
+    def __init__(self, buffer: Buffer) -> None:
+        self.buffer = buffer
+
+    async def generate_batch(self, reward_fn=None):
+        self.buffer.step += 1
+        return rollout_batch(3, 3, seed=self.buffer.step)
+
+
+async def sft(directory: Path) -> list[dict]:
+    backend = tiny_backend(directory / "sft", seed=distributed.rank())  # rank 0's parameters must win
+    config = SFTTrainingConfig(num_steps=4, batch_size=7, log_every=1, micro_batch_size=2)
+    metrics = await run_sft_training(backend, sft_samples(10), config, pad_token_id=PAD)
+    held_out = await validation_loss(backend, sft_samples(5, seed=1), batch_size=2, pad_token_id=PAD)
+    return [*metrics, held_out]
+
+
+async def rl(directory: Path, num_steps: int, *, resume: bool) -> list[dict]:
+    backend = tiny_backend(directory / "rl", loss_fn=grpo_loss, seed=5 * distributed.rank())
+    buffer = Buffer() if distributed.rank() == 0 else None
+    manager = Manager(buffer) if buffer else None
+    config = RLTrainingConfig(num_steps=num_steps, baseline="group_mean", divide_by_std=True, micro_batch_size=2)
+    state = await backend.load_checkpoint(directory / "rl" / "latest") if resume else None
+    return await run_rl_training(backend, buffer, manager, [], config, pad_token_id=PAD, resume=state)
+
+
+def collectives() -> list:
+    rank, world = distributed.rank(), distributed.world_size()
+    tensors = [torch.full((3,), float(rank + 1)), torch.full((2, 2), 10.0 * (rank + 1))]
+    distributed.all_reduce_sum(tensors)
+    copied = [torch.full((2,), float(rank))]
+    distributed.broadcast_tensors(copied)
+    return [
+        rank,
+        world,
+        distributed.broadcast_object({"from": rank}),
+        distributed.gather_objects(rank),
+        distributed.all_reduce_floats([1.0, rank]),
+        [tensor.tolist() for tensor in [*tensors, *copied]],
+    ]
+
+
+def main(directory: Path) -> None:
+    distributed.initialize("cpu", timeout_s=120.0)
+    results = {"collectives": collectives()}
+    results["sft"] = anyio.run(sft, directory)
+    results["rl"] = anyio.run(lambda: rl(directory, 2, resume=False)) + anyio.run(lambda: rl(directory, 4, resume=True))
+    (directory / f"rank_{distributed.rank()}.json").write_text(json.dumps(results))
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,226 @@
+"""Every way in which a run is ended from outside: asked, killed in part, killed as a whole. Nothing may be left."""
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+from rollouts import run_dir
+from rollouts.run_dir import RunDir
+from rollouts.worker.list import observe
+from tests.worker.stands import (
+    ENGINE,
+    Host,
+    alive,
+    as_status,
+    engine,
+    events,
+    free_port,
+    log,
+    module,
+    parent_of,
+    recorded_pid,
+    stage,
+    survivors,
+    tmux_sessions,
+    trainer,
+    wait_for,
+    wait_for_end,
+)
+
+UP = "import subprocess, sys, time; print('up', flush=True); time.sleep(600)"
+STUBBORN = (
+    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
+)
+# A rank in its own session, as torchrun starts them; it says so in processes/, and ignores a polite end.
+RANK = f"""
+import subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", {STUBBORN!r}], start_new_session=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def training(host: Host) -> Iterator[RunDir]:
+    """A run in its RL stage: an engine that serves, a trainer with a stubborn rank outside its group."""
+    run = host.start(stage("rl", trainer(RANK), engine(free_port(), ENGINE)))
+    wait_for(lambda: "up" in log(run, "trainer"), "the trainer's rank")
+    yield run
+    for pid in [int(line.split(":")[0]) for line in survivors(run)]:
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_survivors_can_see(training: RunDir) -> None:
+    """Goal: the positive control of all "nothing is left" below: while the run lives, its scan sees every part of it.
+    Red with the scan looking for another variable."""
+    seen = "\n".join(survivors(training))
+    for part in (
+        "rollouts.worker.supervisor",
+        "rollouts.worker.window",
+        "serve_forever",
+        "start_new_session",
+        "SIG_IGN",
+    ):
+        assert part in seen
+    assert module("stop", str(training.path)).returncode == 0
+
+
+def test_stop(training: RunDir) -> None:
+    """Goal: stop ends everything, the run is `stopped` with 143, the session is gone, and a second stop changes
+    nothing. Red with the supervisor's signal handler removed (state stays unfinished)."""
+    done = module("stop", str(training.path))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == {"state": "stopped", "exit_code": 143}
+    assert survivors(training) == [] and training.run_id not in tmux_sessions()
+    ended = events(training, "run_ended")
+    assert [(row["state"], row["exit_code"]) for row in ended] == [("stopped", 143)]
+    assert "SIGTERM" in ended[0]["message"] and events(training, "error") == []
+    before = training.status.read_bytes()
+    assert json.loads(module("stop", str(training.path)).stdout) == {"state": "stopped", "exit_code": 143}
+    assert training.status.read_bytes() == before
+    assert not training.secrets.exists()
+
+
+def test_stop_of_a_run_that_is_done(host: Host) -> None:
+    """Goal: stop leaves the state and exit code of an ended run alone. Red with `stopped` written in any case."""
+    run = host.finish(stage("sft", trainer("raise SystemExit(4)")))
+    assert json.loads(module("stop", str(run.path)).stdout) == {"state": "failed", "exit_code": 4}
+
+
+def test_stop_where_no_run_is(host: Host) -> None:
+    """Goal: a wrong path is one clear error, not a traceback. Red without the check."""
+    done = module("stop", str(host.home / "runs" / "nothing"))
+    assert done.returncode == 1 and "no run was launched there" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_stop_with_a_supervisor_that_does_not_answer(training: RunDir) -> None:
+    """Goal: a stopped (SIGSTOP) supervisor is killed and the end is written in its place. Red with stop relying on the
+    supervisor alone."""
+    plan = json.loads(training.plan.read_text())
+    plan["stop_grace_s"] = -9.0  # the wait for the supervisor shrinks to 2 s; the wrappers have read theirs already
+    training.plan.write_text(json.dumps(plan))
+    os.kill(recorded_pid(training, "supervisor"), signal.SIGSTOP)
+    done = module("stop", str(training.path))
+    assert json.loads(done.stdout) == {"state": "stopped", "exit_code": 143}, done.stderr
+    assert survivors(training) == [] and training.run_id not in tmux_sessions()
+    assert as_status(training)["state"] == "stopped"
+
+
+def test_kill_9_of_the_supervisor(training: RunDir) -> None:
+    """Goal: when the supervisor dies without a word, engine and trainer end by themselves, secrets go, and readers see
+    `died`. Red without the threads that wait for its lock."""
+    os.kill(recorded_pid(training, "supervisor"), signal.SIGKILL)
+    wait_for_end(training)
+    seen = observe(training)
+    assert (seen.state, seen.exit_code, seen.live) == ("died", None, False)
+    assert training.run_id not in tmux_sessions()
+    assert not training.secrets.exists()
+    record = run_dir.read_exit(training, "run", "supervisor")
+    assert record is not None and record.signal == signal.SIGKILL
+    assert json.loads(module("stop", str(training.path)).stdout) == {"state": "died", "exit_code": None}
+
+
+@pytest.mark.parametrize("window", ["trainer", "engine-0"])
+def test_kill_9_of_a_wrapper(training: RunDir, window: str) -> None:
+    """Goal: a window that vanishes without an exit record is a failure that says so, and its orphans are ended. Red
+    with a missing record waited for, or taken for success."""
+    os.kill(parent_of(recorded_pid(training, window)), signal.SIGKILL)
+    wait_for_end(training)
+    status, (error,) = as_status(training), events(training, "error")
+    assert (status["state"], status["exit_code"]) == ("failed", 1)
+    assert error["window"] == window and "without an exit record" in error["message"]
+    assert run_dir.read_exit(training, "rl", window) is None
+
+
+def test_kill_9_of_the_supervisors_wrapper(training: RunDir) -> None:
+    """Goal: stop ends a run whose supervisor lost its wrapper. Red with the supervisor's last words raising on a pipe
+    that nobody reads."""
+    os.kill(parent_of(recorded_pid(training, "supervisor")), signal.SIGKILL)
+    done = module("stop", str(training.path))
+    assert json.loads(done.stdout) == {"state": "stopped", "exit_code": 143}, done.stderr
+    assert survivors(training) == []
+
+
+def test_a_supervisor_without_its_wrapper_finishes_the_run(host: Host) -> None:
+    """Goal: the supervisor's words have nowhere to go, and still the stage is waited for and the end written. Red with
+    `print` in place of `say`: the run dies of a broken pipe."""
+    go = host.home / "go"
+    run = host.start(stage("sft", trainer(f"import os, time\nwhile not os.path.exists({str(go)!r}): time.sleep(0.05)")))
+    pid = recorded_pid(run, "trainer")
+    os.kill(parent_of(recorded_pid(run, "supervisor")), signal.SIGKILL)
+    assert alive(pid)
+    go.touch()
+    wait_for_end(run)
+    assert (as_status(run)["state"], as_status(run)["exit_code"]) == ("done", 0)
+
+
+def test_tmux_kill_window(training: RunDir) -> None:
+    """Goal: closing the trainer's window ends the run as failed by SIGHUP, never as success. Red with the wrapper
+    ignoring SIGHUP."""
+    subprocess.run(["tmux", "kill-window", "-t", f"={training.run_id}:=trainer"], check=True)
+    wait_for_end(training)
+    status, (error,) = as_status(training), events(training, "error")
+    assert (status["state"], status["exit_code"]) == ("failed", 129)
+    assert error["window"] == "trainer" and "SIGHUP" in error["message"]
+
+
+@pytest.mark.parametrize("command", ["kill-session", "kill-server"])
+def test_tmux_kill(host: Host, training: RunDir, command: str) -> None:
+    """Goal: ending the session, or the whole server, is a stop: state `stopped`, 143, nothing left. Red with the
+    supervisor's SIGHUP handler removed."""
+    target = ["-t", f"={training.run_id}"] if command == "kill-session" else []
+    subprocess.run(["tmux", command, *target], check=True)
+    wait_for_end(training)
+    status = as_status(training)
+    assert (status["state"], status["exit_code"]) == ("stopped", 143), events(training)
+    assert survivors(training) == []
+
+
+def test_an_interrupt_in_the_trainers_pane(host: Host) -> None:
+    """Goal: Ctrl-C in an attached pane reaches the process as SIGINT. Red with SIGINT not forwarded: the wrapper dies
+    of it alone."""
+    patient = (
+        "import time\ntry:\n print('up', flush=True); time.sleep(600)\nexcept KeyboardInterrupt: raise SystemExit(21)"
+    )
+    run = host.start(stage("sft", trainer(patient)))
+    wait_for(lambda: "up" in log(run, "trainer"), "the trainer")
+    subprocess.run(["tmux", "send-keys", "-t", f"={run.run_id}:=trainer", "C-c"], check=True)
+    wait_for_end(run)
+    assert as_status(run)["exit_code"] == 21
+
+
+def test_a_stop_during_the_bootstrap(host: Host) -> None:
+    """Goal: a stop ends the installer promptly with its children, and no environment counts as complete. Red with the
+    installer not ended."""
+    from rollouts.run_dir import EnvironmentSpec
+
+    path = host.home / "envs" / "key"
+    fake = host.home / "python"
+    host.home.mkdir(parents=True)
+    fake.write_text("#!/bin/sh\nmkdir -p $3\necho making\nsleep 600 & wait\n")
+    fake.chmod(0o755)
+    spec = EnvironmentSpec(
+        name="trainer", path=str(path), installer="pip", base_python=str(fake), requirements=[], constraints=""
+    )
+    run = host.start(stage("sft", trainer("pass")), environments=[spec])
+    wait_for(lambda: "making" in log(run, "supervisor"), "the installer")
+    assert json.loads(module("stop", str(run.path)).stdout) == {"state": "stopped", "exit_code": 143}
+    assert survivors(run) == []
+    assert path.is_dir() and not (path / ".complete").exists()
+
+
+def test_strangers_are_never_signalled(host: Host) -> None:
+    """Goal: a recorded group whose processes do not carry the run's mark (a reused id) is left alone. Red with groups
+    signalled by their number."""
+    with subprocess.Popen(["sleep", "600"], start_new_session=True) as stranger:
+        run = host.start(stage("sft", trainer(UP)))
+        wait_for(lambda: "up" in log(run, "trainer"), "the trainer")
+        for name in ("rank-0", "trainer"):
+            record = run_dir.ProcessRecord(name=name, pid=stranger.pid, pgid=stranger.pid, started_at=0.0)
+            run_dir.write_json_atomic(run.process(name), record)
+        assert module("stop", str(run.path)).returncode == 0
+        assert alive(stranger.pid)
+        stranger.kill()
