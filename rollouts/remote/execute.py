@@ -43,7 +43,7 @@ def execute(entry: Entry, config: Config, transport: Transport, path: str, say: 
     job = {
         "config": config.to_json(),
         "plan": json.loads(entry.mirror.plan.read_text()),
-        "files": {f"code/{file.name}": file.read_text() for file in sorted(code.iterdir()) if file.is_file()},
+        "files": {f"code/{file.name}": file.read_bytes().decode() for file in sorted(code.iterdir()) if file.is_file()},
         "secrets": read_secrets(config),
     }
     done = transport.run(

@@ -8,6 +8,7 @@ no password prompt anywhere.
 import base64
 import contextlib
 import hashlib
+import logging
 import os
 import queue
 import shlex
@@ -79,6 +80,7 @@ class SSHTransport:
         self._accept_new = accept_new_host_key
         self._connection: fabric.Connection | None = None
         self._lock = threading.Lock()
+        logging.getLogger("paramiko").addHandler(logging.NullHandler())  # else its tracebacks land on stderr
 
     # --- connecting -------------------------------------------------------------------------------------------------
 
@@ -184,7 +186,8 @@ class SSHTransport:
                 fix="check the port, and that sshd runs there",
                 lost=True,
             )
-        if isinstance(error, TimeoutError) or "banner" in str(error):
+        # paramiko's words when its time is up before the banner, or before the key exchange
+        if isinstance(error, TimeoutError) or "banner" in str(error) or "No existing session" in str(error):
             return TransportError(
                 f"{self.target}: {where} did not answer as an SSH server within "
                 f"{connection.connect_timeout or CONNECT_TIMEOUT_S} s.",

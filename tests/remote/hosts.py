@@ -161,7 +161,14 @@ def host(
     shutil.copy(f"{key}.pub", directory / "authorized_keys")
     home = home or directory / "home"
     tmux_dir = Path(tempfile.mkdtemp(prefix="rt", dir="/tmp"))  # a socket's path has to be short
-    variables = {"ROLLOUTS_HOME": str(home), "TMUX_TMPDIR": str(tmux_dir), "PATH": str(path), **(environment or {})}
+    # HOME: none of this account's shell start-up files, so that tests find the same host everywhere
+    variables = {
+        "HOME": str(directory),
+        "ROLLOUTS_HOME": str(home),
+        "TMUX_TMPDIR": str(tmux_dir),
+        "PATH": str(path),
+        **(environment or {}),
+    }
     made = Host(directory, home, free_port(), tmux_dir, variables, settings)
     made.start()
     try:

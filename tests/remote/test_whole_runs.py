@@ -170,7 +170,7 @@ def test_logs_follow_to_the_end(laptop: Laptop, tmp_path: Path) -> None:
 
 
 def test_ctrl_c_detaches(laptop: Laptop, tmp_path: Path) -> None:
-    """Goal: Ctrl-C stops watching alone, says how to go on, exits 130. Red with the signal reaching tmux's processes."""
+    """Goal: Ctrl-C ends only the watching, says how to go on, exits 130. Red with KeyboardInterrupt not caught."""
     go = tmp_path / "go"
     config = str(write_config(laptop.project, env={"STAND_IN_WAIT": str(go)}))
     process = laptop.start(config, "--run-id", "c", start_new_session=True)

@@ -1,7 +1,7 @@
 """Stands in for the trainer: writes what a trainer writes, in a fraction of a second.
 
 STAND_IN_STEPS steps of STAND_IN_STEP_S seconds; STAND_IN_FAIL=stage exits 7 there after 60 lines; STAND_IN_WAIT=file
-goes on with its second step only once that file exists; STAND_IN_PRINT_HASH_OF=NAME prints the SHA-256 of that variable.
+goes on with its second step only once that file exists; STAND_IN_PRINT_HASH_OF=NAME prints that variable's SHA-256.
 """
 
 import argparse

@@ -1,0 +1,113 @@
+"""One look at a host: what the script prints on this machine, and how nvidia-smi's lines are read."""
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from rollouts.remote.facts import gather_facts, parse_facts
+from rollouts.remote.host_probe import run_row, run_rows
+from rollouts.remote.transport import LocalTransport
+from rollouts.run_dir import RunDir, Status, append_jsonl, hold_lock, write_json_atomic
+
+
+def test_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Goal: the answers are true. Red with the port asked by connecting to it (a full backlog hangs)."""
+    home = tmp_path / "home with space"
+    monkeypatch.setenv("ROLLOUTS_HOME", str(home))
+    (home / "envs/abc").mkdir(parents=True)
+    (home / "envs/abc/.complete").touch()
+    (home / "envs/half").mkdir()
+    (home / "runs/taken").mkdir(parents=True)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        facts = gather_facts(
+            LocalTransport(), ports=[port], paths=[str(tmp_path), "/no/such", "/etc/passwd"], run_id="taken"
+        )
+    assert facts.home == str(home) and facts.host == os.uname().nodename
+    assert facts.python and facts.python_version.startswith("3.") and facts.platform.startswith("linux")
+    assert facts.ports_in_use == (port,) and facts.run_exists
+    assert facts.paths == {str(tmp_path): True, "/etc/passwd": False}
+    assert facts.environments == ("abc",)
+    assert {"tmux", "rsync"} <= set(facts.tools) and facts.versions["tmux"].startswith("tmux ")
+    assert facts.disk_free_bytes > 0
+
+
+def test_a_port_that_was_just_left_is_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Goal: a port in TIME_WAIT does not block the next run. Red without SO_REUSEADDR."""
+    monkeypatch.setenv("ROLLOUTS_HOME", str(tmp_path))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        client = socket.create_connection(("127.0.0.1", port))
+        accepted, _ = server.accept()
+        accepted.close()  # the server's side closes first: its port goes to TIME_WAIT
+        client.close()
+    assert gather_facts(LocalTransport(), ports=[port]).ports_in_use == ()
+
+
+LINES = """home=/h
+path=/bin
+tool=tmux /usr/bin/tmux
+version=tmux tmux 3.3a
+gpu=0, GPU-5a, NVIDIA H200, 143771, 143226
+gpu=1, GPU-5b, NVIDIA GB10, [N/A], [N/A]
+gpu_process=GPU-5a, 4711, 1024, /usr/bin/python3, with a comma
+gpu_process=GPU-5b, 4712, [N/A], x
+driver=570.124.06
+python_seen=python3 3.9.2
+"""
+
+
+def test_reading_nvidia_smi() -> None:
+    """Goal: memory in MiB, [N/A] understood, commas in names kept. Red with int() over every cell."""
+    facts = parse_facts([(k, v) for k, _, v in (line.partition("=") for line in LINES.splitlines())])
+    assert [(g.index, g.name, g.memory_total_mib, g.memory_free_mib) for g in facts.gpus] == [
+        (0, "NVIDIA H200", 143771, 143226),
+        (1, "NVIDIA GB10", 0, 0),
+    ]
+    assert [(p.pid, p.memory_mib, p.name) for p in facts.gpu_processes] == [
+        (4711, 1024, "/usr/bin/python3, with a comma"),
+        (4712, None, "x"),
+    ]
+    assert facts.driver == "570.124.06" and facts.python is None and facts.pythons_seen == ("python3 3.9.2",)
+
+
+def test_nvidia_smi_that_fails() -> None:
+    """Goal: what it says instead of devices is kept. Red with lines that do not parse dropped."""
+    line = "Failed to initialize NVML: Driver/library version mismatch"
+    facts = parse_facts([("home", "/h"), ("gpu", line)])
+    assert facts.gpus == () and facts.gpu_problem == line
+
+
+def write_status(run: RunDir, **changes: object) -> None:
+    fields: dict[str, object] = {"run_id": run.run_id, "experiment_name": "e", "state": "running", "stage": "rl"}
+    fields |= {"message": "m", "started_at": 5.0, "updated_at": 6.0, "exit_code": None, **changes}
+    write_json_atomic(run.status, Status(**fields))  # type: ignore[arg-type]
+
+
+def test_runs_of_a_home(tmp_path: Path) -> None:
+    """Goal: live, died and done are told apart by the lock. Red with the state taken from status.json alone."""
+    live, died, done = (RunDir(tmp_path / "runs" / name) for name in ("live", "died", "done"))
+    held = hold_lock(live)
+    for run, at in ((live, 3.0), (died, 2.0), (done, 1.0)):
+        run.path.mkdir(parents=True, exist_ok=True)
+        write_status(run, started_at=at, **({"state": "done", "exit_code": 0} if run is done else {}))
+        if run is not live:
+            run.lock.touch()
+    append_jsonl(live.metrics, {"step": 7})
+    (tmp_path / "runs/not-launched/code").mkdir(parents=True)
+    (tmp_path / "runs/foreign").mkdir()
+    (tmp_path / "runs/foreign/status.json").write_text("[]")
+    rows = run_rows(tmp_path)
+    assert [(r["run_id"], r["state"], r["live"], r["step"]) for r in rows] == [
+        ("done", "done", False, None),
+        ("died", "died", False, None),
+        ("live", "running", True, 7),
+    ]
+    assert held is not None
+    held.close()
+    row = run_row(live)
+    assert row is not None and row["state"] == "died"
+    assert json.dumps(rows)

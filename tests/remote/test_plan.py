@@ -1,0 +1,237 @@
+"""The plan as a pure value: every reason against a run, and the exact command lines of one that can start."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rollouts.remote.errors import DeployError
+from rollouts.remote.facts import Gpu, GpuProcess, HostFacts
+from rollouts.remote.plan import Plan, asked_paths, asked_ports, environment_key, make_plan
+from rollouts.remote.repository import Code
+from rollouts.run_dir import LaunchPlan
+from tests.example_config import example_config, replace_at
+
+H200 = Gpu(index=0, uuid="GPU-a", name="NVIDIA H200", memory_total_mib=143771, memory_free_mib=143000)
+FACTS = HostFacts(
+    home="/home/u/.rollouts",
+    user="u",
+    host="gpu-7",
+    system="Linux 6.1",
+    path="/usr/bin:/bin",
+    tools={"tmux": "/usr/bin/tmux", "rsync": "/usr/bin/rsync", "uv": "/usr/bin/uv"},
+    versions={},
+    driver="570.1",
+    gpus=(H200,),
+    gpu_problem="",
+    gpu_processes=(),
+    pythons_seen=("python3 3.11.2",),
+    python="/usr/bin/python3",
+    python_version="3.11.2",
+    platform="linux-x86_64",
+    has_venv=True,
+    disk_free_bytes=500 * 2**30,
+)
+CODE = Code(
+    root=Path("/repo"),
+    project="repo",
+    files=("a.py", "configs/models/tiny_qwen2/config.json"),
+    changed=1,
+    size_bytes=1000,
+    commit="0123456789abcdef",
+    dirty_diff="",
+    requirements=("torch>=2.9",),
+    constraints="torch==2.13\n",
+    named={
+        "configs/models/tiny_qwen2": "sent",
+        "configs/data/letters/train_sft.jsonl": "sent",
+        "configs/data/letters/train_rl.jsonl": "sent",
+        "configs/data/letters/test.jsonl": "sent",
+    },
+)
+RUN_ROW = {"run_id": "old", "experiment_name": "example", "state": "running", "stage": "rl", "step": 7, "live": True}
+
+
+def plan_for(
+    *, facts: dict[str, Any] | None = None, code: dict[str, Any] | None = None, run_id: str = "r1", **changes: Any
+) -> Plan:
+    """A plan of the example config; `changes` are its fields, with __ for the dots."""
+    config = example_config()
+    for path, value in changes.items():
+        config = replace_at(config, path.replace("__", "."), value)
+    return make_plan(
+        config,
+        dataclasses.replace(FACTS, **(facts or {})),
+        dataclasses.replace(CODE, **(code or {})),
+        target="gpu-7",
+        run_id=run_id,
+        local_dir="/repo/runs/example/r1",
+        secrets_set=["SET"],
+    )
+
+
+CUDA = {"target__device_type": "cuda"}
+BUSY = dataclasses.replace(H200, memory_free_mib=20_000)
+SECOND = dataclasses.replace(H200, index=1, uuid="GPU-b")
+HOLDER = GpuProcess(gpu_uuid="GPU-a", pid=4711, memory_mib=1000, name="python")
+PROBLEMS: list[tuple[str, dict[str, Any], list[str]]] = [
+    ("run id in use", {"facts": {"run_exists": True}}, ["run id 'r1' is in use", "deploy attach r1"]),
+    ("bad run id", {"run_id": "a.b"}, ["--run-id 'a.b'", "1 to 80 letters"]),
+    ("live experiment", {"facts": {"runs": (RUN_ROW,)}}, ["old, running, stage rl, step 7", "deploy stop old"]),
+    ("no tmux", {"facts": {"tools": {"rsync": "r"}}}, ["gpu-7 has no tmux.", "apt-get install tmux"]),
+    ("no rsync", {"facts": {"tools": {"tmux": "t"}}}, ["gpu-7 has no rsync.", "apt-get install rsync"]),
+    (
+        "no uv",
+        {"facts": {"tools": {"tmux": "t", "rsync": "r"}}, "host__installer": "uv"},
+        ["gpu-7 has no uv.", "host.installer='pip'"],
+    ),
+    ("no python", {"facts": {"python": None}}, ["no Python 3.11 or newer", "python3 3.11.2", "python3-venv"]),
+    ("no venv", {"facts": {"has_venv": False}}, ["cannot make virtual environments", "host.installer='uv'"]),
+    (
+        "one GPU too few",
+        {**CUDA, "engine__gpu_ranks": [1]},
+        [
+            "gpu-7 has 1 GPU; this config needs 2",
+            "0: NVIDIA H200, 140 of 140 GiB free",
+            "target.gpu_ranks=[0], engine.gpu_ranks=[1]",
+            "set engine.gpu_ranks=[0] and target.gpu_ranks=[0] (colocated), or choose another --remote",
+        ],
+    ),
+    ("no GPU", {**CUDA, "facts": {"gpus": ()}}, ["gpu-7 has 0 GPUs; this config needs 1", "no nvidia-smi"]),
+    (
+        "driver broken",
+        {**CUDA, "facts": {"gpus": (), "gpu_problem": "Failed to initialize NVML: Driver/library version mismatch"}},
+        ["Failed to initialize NVML"],
+    ),
+    (
+        "GPU held",
+        {**CUDA, "facts": {"gpu_processes": (HOLDER,), "gpus": (H200, SECOND)}},
+        ["GPU 0 is busy", "pid 4711 python, 1000 MiB", "free are [1]"],
+    ),
+    ("GPU full", {**CUDA, "facts": {"gpus": (BUSY,)}}, ["GPU 0 is busy", "20 of 140 GiB free", "end what runs there"]),
+    (
+        "disk",
+        {"facts": {"disk_free_bytes": 2**29}},
+        ["gpu-7 has 0.5 GiB of disk left", "host.disk_free_gib_min=1.0", "ROLLOUTS_HOME"],
+    ),
+    ("port", {"facts": {"ports_in_use": (30180,)}}, ["port 30180 is in use", "another engine.sglang_port"]),
+    ("constraints", {"code": {"constraints": None}}, ["requirements/constraints.txt", "is not in /repo"]),
+    (
+        "ignored data",
+        {"code": {"named": {"data/x.jsonl": "not sent"}}},
+        ["'data/x.jsonl' is here, but git ignores it", ".gitignore"],
+    ),
+    ("missing data", {"code": {"named": {"data/x.jsonl": "missing"}}}, ["'data/x.jsonl' does not exist in /repo"]),
+    (
+        "source checkpoint",
+        {"output__source_checkpoint": "/x/ckpt"},
+        ["'/x/ckpt' does not exist on gpu-7 (output.source_checkpoint)", "checkpoints/<stage>/latest"],
+    ),
+    ("relative source", {"output__source_checkpoint": "ckpt"}, ["source_checkpoint='ckpt' is not absolute"]),
+    ("absolute model", {"model__name": "/m"}, ["'/m' does not exist on gpu-7 (model or data)"]),
+    ("secret", {"host__secrets": ["SET", "UNSET"]}, ["the secret UNSET is not set here", "export UNSET"]),
+]
+
+
+@pytest.mark.parametrize(("changes", "expected"), [case[1:] for case in PROBLEMS], ids=[case[0] for case in PROBLEMS])
+def test_each_problem(changes: dict[str, Any], expected: list[str]) -> None:
+    """Goal: each reason against a run is one problem with the value and the fix. Red with its check taken out."""
+    problems = plan_for(**changes).problems
+    assert len(problems) == 1, [problem.message for problem in problems]
+    text = problems[0].text()
+    for part in expected:
+        assert part in text
+
+
+def test_no_problem() -> None:
+    """Goal: a host that has everything is accepted, hub ids too. Red with a hub id taken for a missing path."""
+    assert plan_for().problems == ()
+    hub = {"named": {"Qwen/Qwen2.5-0.5B-Instruct": "missing", "gsm8k": "missing"}}
+    assert plan_for(code=hub).problems == ()
+    assert plan_for(facts={"runs": ({**RUN_ROW, "live": False},)}).problems == ()
+    assert plan_for(facts={"gpus": (BUSY,)}).problems == (), "a cpu config does not care for GPUs"
+
+
+def test_all_problems_at_once() -> None:
+    """Goal: one try shows everything that is wrong. Red with the first problem raised."""
+    plan = plan_for(facts={"tools": {}, "ports_in_use": (30180,)}, code={"constraints": None})
+    assert len(plan.problems) == 4
+    text = DeployError.of(plan.problems).text()
+    assert text.count("error: ") == 4 and text.endswith("Nothing was started.")
+
+
+def test_the_form_of_an_error() -> None:
+    """Goal: the form that style.md gives. Red with the fix before what was found."""
+    plan = plan_for(**CUDA, engine__gpu_ranks=[1])
+    first, found, needed, fix, last = DeployError.of(plan.problems).text().splitlines()
+    assert first.startswith("error: gpu-7 has 1 GPU")
+    assert (found[:10], needed[:10], fix[:10]) == ("  found   ", "  needed  ", "  fix     ")
+    assert last == "Nothing was started."
+
+
+def test_the_launch_plan() -> None:
+    """Goal: the exact command lines, for two ranks on GPUs. Red with RL's engine served from model.name."""
+    gpus = tuple(dataclasses.replace(H200, index=i, uuid=str(i)) for i in range(3))
+    plan = plan_for(**CUDA, target__gpu_ranks=[0, 2], engine__gpu_ranks=[1], facts={"gpus": gpus})
+    launch = plan.launch
+    assert plan.problems == () and launch is not None
+    run, (environment,) = "/home/u/.rollouts/runs/r1", launch.environments
+    assert launch.run_path == run and environment.path.startswith("/home/u/.rollouts/envs/")
+    sft, rl = launch.stages
+    torchrun = f"{environment.path}/bin/python -m torch.distributed.run --standalone --nproc-per-node 2"
+    trainer = f"{torchrun} -m rollouts.worker.trainer --run-dir {run} --stage"
+    assert " ".join(sft.trainer.argv) == f"{trainer} sft"
+    assert " ".join(rl.trainer.argv) == f"{trainer} rl --engine-url http://127.0.0.1:30180"
+    (engine,) = rl.engines
+    assert engine.argv[engine.argv.index("--model-path") + 1] == f"{run}/checkpoints/sft/latest"
+    assert engine.ready_url == "http://127.0.0.1:30180/ready"
+    assert (sft.trainer.env["CUDA_VISIBLE_DEVICES"], engine.env["CUDA_VISIBLE_DEVICES"]) == ("0,2", "1")
+    assert sft.trainer.env["OMP_NUM_THREADS"] == "1" and sft.trainer.env["HF_HUB_OFFLINE"] == "1"
+    assert (sft.needs_checkpoint, rl.needs_checkpoint) == (None, f"{run}/checkpoints/sft/latest")
+    assert LaunchPlan.from_json(json.loads(json.dumps(dataclasses.asdict(launch)))) == launch
+
+
+@pytest.mark.parametrize(
+    ("changes", "model_path"),
+    [
+        ({}, "/home/u/.rollouts/runs/r1/code/tree/configs/models/tiny_qwen2"),
+        ({"model__name": "Qwen/Qwen2.5-0.5B"}, "Qwen/Qwen2.5-0.5B"),
+        ({"output__source_checkpoint": "/x/ckpt", "facts": {"paths": {"/x/ckpt": True}}}, "/x/ckpt"),
+    ],
+)
+def test_what_the_engine_serves_without_sft(changes: dict[str, Any], model_path: str) -> None:
+    """Goal: RL alone starts from the source checkpoint, else the model. Red with the checkpoint passed over."""
+    launch = plan_for(output__mode="rl", **changes).launch
+    assert launch is not None
+    argv = launch.stages[0].engines[0].argv
+    assert argv[argv.index("--model-path") + 1] == model_path and launch.stages[0].needs_checkpoint is None
+
+
+def test_the_environment_key() -> None:
+    """Goal: equal content, equal key; any other input, another key. Red with the constraints left out of it."""
+    base: tuple[Any, ...] = (["a", "b"], "a==1", "pip", "3.11.2", "linux-x86_64")
+    key = environment_key(*base)
+    assert key == environment_key(["b", "a"], *base[1:])
+    others: list[Any] = [["a"], "a==2", "uv", "3.12.0", "linux-aarch64"]
+    keys = {environment_key(*base[:i], other, *base[i + 1 :]) for i, other in enumerate(others)}
+    assert len(keys) == 5 and key not in keys
+
+
+def test_steps_say_why() -> None:
+    """Goal: --plan tells what is reused and what is built, and why. Red with the environments of the host not read."""
+    launch = plan_for().launch
+    assert launch is not None
+    key = Path(launch.environments[0].path).name
+    building, reusing = plan_for(), plan_for(facts={"environments": (key,)})
+    assert building.steps[1].what.startswith("build the trainer environment")
+    assert reusing.steps[1].what.startswith("reuse the trainer environment")
+    assert building.steps[0].why == "git's files at 0123456789 with 1 uncommitted changes"
+
+
+def test_what_is_asked_of_the_host() -> None:
+    """Goal: only what matters to this config is asked. Red with the port asked for an sft run."""
+    config = replace_at(example_config(), "output.source_checkpoint", "/x")
+    assert asked_ports(config) == [30180] and asked_paths(config) == ["/x"]
+    assert asked_ports(replace_at(config, "output.mode", "sft")) == []
