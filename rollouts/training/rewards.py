@@ -21,10 +21,13 @@ def exact_match(sample: Sample) -> float:
 
 
 def per_letter(sample: Sample) -> float:
-    """Share of positions that hold the answer's letter, 0 to 1, over the longer of the two."""
-    response, answer = sample.response.strip(), _answer(sample).strip()
+    """Share of positions that hold the answer's letter, 0 to 1, over the longer of the two; the end is a position too.
+
+    Without it, stopping early would cost no more than a wrong last letter, and policies settle on never trying one.
+    """
+    response, answer = [*sample.response.strip(), None], [*_answer(sample).strip(), None]
     right = sum(a == b for a, b in zip(response, answer, strict=False))
-    return right / max(len(response), len(answer), 1)
+    return right / max(len(response), len(answer))
 
 
 def per_letter_and_exact(sample: Sample) -> float:
