@@ -159,18 +159,28 @@ def test_the_step_is_plain_torch(tmp_path):
 
 
 def test_padding_side_does_not_matter(tmp_path):
-    """Goal: positions follow the mask (trl#2708). Red with position_ids left to the model: left padding shifts them."""
+    """Goal: positions follow the mask on either side (trl#2708). Red with position_ids left to the model.
+
+    They are looked at as such: rotary embeddings see only differences, so this model's loss would not tell.
+    """
     lengths = [len(sample.tokens) for sample in sft_samples(4)]
     right = sft_batch(4)
     width = right["input_ids"].shape[1]
     left = {"tokens_global": right["tokens_global"]}
     for key in ("input_ids", "labels", "attention_mask", "loss_mask"):
-        left[key] = torch.stack(
-            [torch.roll(row, width - length) for row, length in zip(right[key], lengths, strict=True)]
-        )
+        rows = zip(right[key], lengths, strict=True)
+        left[key] = torch.stack([torch.roll(row, width - length) for row, length in rows])
 
     async def loss(batch):
-        return (await tiny_backend(tmp_path, dtype=torch.float64).forward(batch).result())["loss"]
+        seen = []
+        backend = tiny_backend(tmp_path, dtype=torch.float64)
+        backend.model.register_forward_pre_hook(
+            lambda m, a, given: seen.append(given["position_ids"]), with_kwargs=True
+        )
+        result = await backend.forward(batch).result()
+        for positions, mask, length in zip(seen[0], batch["attention_mask"], lengths, strict=True):
+            assert positions[mask == 1].tolist() == list(range(length))
+        return result["loss"]
 
     assert anyio.run(loss, left) == pytest.approx(anyio.run(loss, right), abs=1e-12)
 
