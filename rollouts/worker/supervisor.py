@@ -195,7 +195,6 @@ class Supervisor:
                         window=window.spec.window,
                     )
             self._check_deadline(stage, deadline, waiting[0].spec.window if waiting else SUPERVISOR_WINDOW)
-        self._check_alive(stage)
 
     def _await_trainer(self, stage: StageSpec, deadline: float) -> None:
         trainer = self.windows[-1]

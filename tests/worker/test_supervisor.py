@@ -171,8 +171,8 @@ def test_a_strangers_answer_does_not_make_a_dead_engine_ready(host: Host) -> Non
 import os, subprocess, sys, time
 stranger = {ENGINE!r}
 environment = {{k: v for k, v in os.environ.items() if not k.startswith("ROLLOUTS_")}}
-child = subprocess.Popen([sys.executable, "-c", stranger, "{port}"], stdout=subprocess.PIPE, start_new_session=True,
-                         env=environment)
+child = subprocess.Popen([sys.executable, "-c", stranger, "{port}"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                         start_new_session=True, env=environment)
 child.stdout.readline()
 print(child.pid, flush=True)
 sys.exit(98)
