@@ -1,13 +1,15 @@
-"""What engine tests share: tiny models on disk, and real server processes over them."""
+"""What engine tests share: tiny models on disk, real server processes over them, and small words for talking to one."""
 
 import os
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,11 @@ VOCAB = ["<pad>", "<eos>", *"abcdefghijklmnopqrstuvwxyz", " ", ".", "?", "!"]
 EOS = 1
 CONTEXT = 2048
 START_TIMEOUT_S = 120.0
+ROWS_MAX = 24
+LOGPROB_TOLERANCE = 1e-5
+PROMPT = [2, 3, 4, 5, 6, 7, 8]
+LONG_TOKENS = 1000
+LONG = {"max_new_tokens": LONG_TOKENS, "ignore_eos": True}  # runs for seconds: something to pause and abort
 
 
 def config_of(kind: str) -> Any:
@@ -146,3 +153,67 @@ def logprobs_of(model: Any, prompt: list[int], output: list[int], temperature: f
         logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float() / temperature
     chosen = logits.log_softmax(-1).gather(1, torch.tensor(output)[:, None])
     return [float(value) for value in chosen[:, 0]]
+
+
+# --- a running engine -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Engine:
+    """A running server, and what it serves."""
+
+    url: str
+    client: httpx.Client
+    old: Path  # what it started with
+    new: Path  # the same architecture, other weights
+    model: Any  # `old`, for reference numbers
+
+    def post(self, path: str, body: Any = None) -> httpx.Response:
+        return self.client.post(self.url + path, json={} if body is None else body)
+
+    def generate(self, input_ids: Any, *, logprob: bool = True, **params: Any) -> Any:
+        answer = self.post("/generate", {"input_ids": input_ids, "sampling_params": params, "return_logprob": logprob})
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def info(self) -> dict[str, Any]:
+        return self.client.get(self.url + "/model_info").json()
+
+    def state(self) -> dict[str, Any]:
+        return self.client.get(self.url + "/server_info").json()["internal_states"][0]
+
+
+def tokens(answer: Any) -> list[int]:
+    return [entry[1] for entry in answer["meta_info"]["output_token_logprobs"]]
+
+
+def logprobs(answer: Any) -> list[float]:
+    return [entry[0] for entry in answer["meta_info"]["output_token_logprobs"]]
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, "the condition never held"
+        time.sleep(0.005)
+
+
+def in_background(function: Callable[[], Any]) -> "tuple[threading.Thread, list[Any]]":
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(function()), daemon=True)
+    thread.start()
+    return thread, results
+
+
+def start_long(engine: Engine, **body: Any) -> "tuple[threading.Thread, list[Any]]":
+    """A long request in the background, known to be running."""
+
+    def ask() -> Any:
+        return engine.post(
+            "/generate", {"input_ids": PROMPT, "sampling_params": LONG, "return_logprob": True, **body}
+        ).json()
+
+    thread, results = in_background(ask)
+    wait_for(lambda: engine.state()["running"] > 0)
+    time.sleep(0.05)
+    return thread, results

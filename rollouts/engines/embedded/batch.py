@@ -60,6 +60,8 @@ class Batch:
         self.rows: list[Row] = []
         self.rows_max = rows_max
         self.prefilled_tokens = 0
+        # Sampling needs float64, which MPS has not.
+        self._sampler = torch.device("cpu") if served.device.type == "mps" else served.device
         capacity = max(rows_max, CPU_ROWS_MIN)
         self._rows_min = CPU_ROWS_MIN if served.device.type == "cpu" else 1
         self._length = np.zeros(capacity, dtype=np.int64)  # column (and position) of the row's next input token
@@ -146,7 +148,8 @@ class Batch:
         count = len(self.rows)
         logits_BV = self._forward(count)
         draws_B = uniforms(self._key[:count], self._made[:count])
-        tokens, logprobs = sample(logits_BV, uniforms_B=self._tensor(draws_B), **self._knobs)  # type: ignore[arg-type]
+        draws = torch.from_numpy(draws_B).to(self._sampler)
+        tokens, logprobs = sample(logits_BV.to(self._sampler), uniforms_B=draws, **self._knobs)  # type: ignore[arg-type]
         tokens_B, logprobs_B = tokens.cpu().numpy(), logprobs.cpu().numpy()
 
         self._reserve_outputs(int(self._made[:count].max()) + 1)
@@ -249,7 +252,7 @@ class Batch:
         vocab = self.served.vocab_size
 
         def column(values: list[float]) -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=self.served.device)[:, None]
+            return torch.tensor(values, dtype=torch.float32, device=self._sampler)[:, None]
 
         self._knobs = {
             "temperature_B1": column([item.scale for item in params]),
@@ -259,7 +262,7 @@ class Batch:
             "min_p_B1": column([item.min_p for item in params]) if filtered else None,
         }
         if any(item.greedy for item in params):
-            self._knobs["greedy_B"] = torch.tensor([item.greedy for item in params], device=self.served.device)
+            self._knobs["greedy_B"] = torch.tensor([item.greedy for item in params], device=self._sampler)
 
     def _reserve_outputs(self, columns: int) -> None:
         have = self._out_ids.shape[1]

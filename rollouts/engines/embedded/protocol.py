@@ -12,6 +12,7 @@ from typing import Any
 
 GREEDY_BELOW_TEMPERATURE = 1e-6
 SEEDS = 2**63
+N_MAX = 65536
 
 # SGLang accepts these; here only their neutral value is served.
 _UNSUPPORTED_PARAMS: Mapping[str, Any] = {
@@ -174,7 +175,7 @@ def _check_ranges(params: SamplingParams) -> None:
         (0 <= params.min_p <= 1, f"min_p={params.min_p}: needs 0 <= min_p <= 1"),
         (params.top_k == -1 or params.top_k >= 1, f"top_k={params.top_k}: needs >= 1, or -1 for all tokens"),
         (new_tokens is None or new_tokens >= 0, f"max_new_tokens={new_tokens}: needs >= 0"),
-        (params.n >= 1, f"n={params.n}: needs >= 1"),
+        (1 <= params.n <= N_MAX, f"n={params.n}: needs 1 to {N_MAX}"),
         (seed is None or 0 <= seed < SEEDS, f"sampling_seed={seed}: needs 0 to 2**63 - 1"),
     )
     for ok, message in checks:
