@@ -7,12 +7,14 @@ finds a Python that will do, the script runs host_probe.py there, whose source t
 import base64
 import importlib.util
 import json
+import shlex
+import sys
 import zlib
 from dataclasses import dataclass, field
 from typing import Any
 
 from rollouts.remote.errors import DeployError
-from rollouts.remote.transport import Transport
+from rollouts.remote.transport import LOCAL_TARGET, Transport
 
 PYTHON_MIN = (3, 11)
 FACTS_TIMEOUT_S = 60
@@ -38,7 +40,7 @@ if command -v nvidia-smi >/dev/null; then
   nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | sed -n 's/^/driver=/;1p'
 fi
 python=
-for candidate in python3 python3.14 python3.13 python3.12 python3.11; do
+for candidate in python3 python3.14 python3.13 python3.12 python3.11 @OWN_PYTHON@; do
   command -v "$candidate" >/dev/null || continue
   version=$("$candidate" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null) || continue
   echo "python_seen=$candidate $version"
@@ -109,6 +111,7 @@ def gather_facts(
     script = (
         _SCRIPT.replace("@EXTRA_PATH@", EXTRA_PATH)
         .replace("@PYTHON_MIN@", repr(PYTHON_MIN))
+        .replace("@OWN_PYTHON@", shlex.quote(sys.executable) if transport.target == LOCAL_TARGET else "")
         .replace("@PROBE@", _probe_source(question))
     )
     done = transport.run(["sh", "-s"], stdin=script.encode(), timeout_s=FACTS_TIMEOUT_S)

@@ -10,7 +10,7 @@ from rollouts.remote.plan import Plan, describe_gpu
 from rollouts.remote.registry import Entry
 from rollouts.remote.view import evaluation_table
 from rollouts.remote.watch import Result
-from rollouts.run_dir import tail_lines
+from rollouts.run_dir import read_status, tail_lines
 
 LOG_TAIL_LINES = 50
 
@@ -87,13 +87,17 @@ def result_text(entry: Entry, result: Result, code: int, pull_error: DeployError
 
 
 def _failure_text(entry: Entry, result: Result) -> str:
+    """Why the run did not get done; "" when it did."""
     error = result.view.error
-    if result.state == "done" or (error is None and result.state != "died"):
+    if result.state == "done":
         return ""
     if error is not None:
         window, lines, message = error.get("window"), error.get("log_tail") or [], error["message"]
-    else:
+    elif result.state == "died":
         window, lines = "supervisor", tail_lines(entry.mirror.log("supervisor"), LOG_TAIL_LINES)
         message = "the run died: its supervisor was killed, or the host went down."
+    else:
+        status = read_status(entry.mirror)
+        window, lines, message = None, [], status.message if status else result.state
     heading = [f"error: {message}", *([f"last lines of {window}:"] if lines else [])]
     return "\n".join([*heading, *(f"  | {line}" for line in lines[-LOG_TAIL_LINES:])])

@@ -129,7 +129,7 @@ def follow(
                     started=True,
                 ) from None
             pause_s = patience.pause_s(failures)
-            say("reconnect", f"{error} Next try in {pause_s:.1f} s")
+            say("reconnect", f"{str(error).rstrip('.')}. Next try in {pause_s:.1f} s")
             link.transport.close()
             patience.sleep(pause_s)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from rollouts.remote.facts import gather_facts, parse_facts
 from rollouts.remote.host_probe import run_row, run_rows
 from rollouts.remote.transport import LocalTransport
 from rollouts.run_dir import RunDir, Status, append_jsonl, hold_lock, write_json_atomic
+from tests.remote.hosts import tool_directory
 
 
 def test_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,6 +35,14 @@ def test_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert facts.environments == ("abc",)
     assert {"tmux", "rsync"} <= set(facts.tools) and facts.versions["tmux"].startswith("tmux ")
     assert facts.disk_free_bytes > 0
+
+
+def test_deploys_own_python_counts_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Goal: the Python that runs deploy will do on this machine, on no PATH. Red with PATH alone searched."""
+    monkeypatch.setenv("ROLLOUTS_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PATH", str(tool_directory(tmp_path / "bin", python=False)))
+    facts = gather_facts(LocalTransport())
+    assert facts.python and os.path.samefile(facts.python, sys.executable)
 
 
 def test_a_port_that_was_just_left_is_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

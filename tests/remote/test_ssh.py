@@ -167,10 +167,18 @@ def test_an_alias_of_ssh_config(laptop: Laptop, make_host: MakeHost) -> None:
 
 
 def test_a_jump_host(laptop: Laptop, make_host: MakeHost) -> None:
-    """Goal: ProxyJump leads to the host. Red with the jump host's key not looked up in the same known_hosts."""
+    """Goal: ProxyJump leads to the host, and the jump host's key is checked too. Red with fabric's policy for it."""
     jump, host = make_host(), make_host()
-    laptop.ssh_config(f"Host inner\n  HostName 127.0.0.1\n  Port {host.port}\n  ProxyJump 127.0.0.1:{jump.port}\n")
+    # localhost: fabric takes a jump host of the same name as the host for no jump at all
+    laptop.ssh_config(f"Host inner\n  HostName 127.0.0.1\n  Port {host.port}\n  ProxyJump localhost:{jump.port}\n")
+    laptop.know(host)
+    stranger = laptop.deploy("--remote", "inner")
+    assert stranger.returncode == 2 and f"[localhost]:{jump.port} shows ssh-ed25519" in stranger.stderr
+    with laptop.known_hosts.open("a") as known:
+        known.write(f"[localhost]:{jump.port} {jump.host_key.with_suffix('.pub').read_text()}")
     assert f"home    {host.home}" in laptop.deploy("--remote", "inner").stdout
+    jump.stop()
+    assert laptop.deploy("--remote", "inner").returncode == 2, "the way leads over the jump host"
 
 
 @pytest.mark.parametrize("lacking", ["tmux", "rsync", "python"])
@@ -252,7 +260,7 @@ def test_a_stream_whose_connection_dies(laptop: Laptop, make_host: MakeHost, mon
 def test_a_silent_stream(laptop: Laptop, make_host: MakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
     """Goal: silence beyond the limit is a lost connection (a laptop that slept). Red with no idle limit."""
     with transport_to(make_host(), laptop, monkeypatch) as transport:
-        stream = transport.stream(["sh", "-c", "echo one; sleep 100"], first_line=b"")
+        stream = transport.stream(["sh", "-c", "echo one; sleep 3; echo two; sleep 100"], first_line=b"")
         lines = stream.lines(idle_timeout_s=0.5)
         assert next(lines) == b"one\n"
         with pytest.raises(TransportError, match="no sign of life"):

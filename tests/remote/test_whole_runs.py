@@ -153,7 +153,8 @@ def test_detach_look_stop_and_pull(laptop: Laptop, make_host: Callable[..., Host
     assert laptop.json("ls", "--remote", host.target)[0]["state"] == "stopped"
     pulled = laptop.json("pull", "live")
     assert pulled["state"] == "stopped" and len(pulled["checkpoints"]) == 1
-    assert laptop.deploy("attach", "live").returncode == 143
+    ended = laptop.deploy("attach", "live")
+    assert ended.returncode == 143 and "error: stopped" in ended.stdout
 
 
 def test_logs_follow_to_the_end(laptop: Laptop, tmp_path: Path) -> None:
@@ -167,6 +168,7 @@ def test_logs_follow_to_the_end(laptop: Laptop, tmp_path: Path) -> None:
     go.touch()
     out, _ = following.communicate(timeout=60)
     assert out.splitlines() == [f"stage={stage} step={step}" for stage in ("sft", "rl") for step in (1, 2, 3)]
+    assert laptop.deploy("logs", "tailed").stdout == out
 
 
 def test_ctrl_c_detaches(laptop: Laptop, tmp_path: Path) -> None:
@@ -199,7 +201,7 @@ PHASES: dict[str, Callable[[Laptop, Host], bool]] = {
 def test_kill_9_loses_nothing(phase: str, laptop: Laptop, make_host: Callable[..., Host]) -> None:
     """Goal: after kill -9 of deploy at any moment, attach goes on to a complete end, with every row once.
 
-    Red with the registry written after the launch (registered), and with the tree named before it is whole (syncing).
+    Red with the registry written after the sync, and with rsync straight into code/tree (both: syncing).
     """
     host = make_host()
     config = str(write_config(laptop.project, env={"STAND_IN_STEP_S": "0.2"}))
