@@ -1,14 +1,16 @@
-"""Rewards: plain functions Sample -> float over the response text and `sample.prompt["answer"]`. No torch.
+"""Rewards: plain functions Sample -> float over the response text and `sample.prompt["answer"]`. Standard library only.
 
 A config names one by its dotted path, `rollouts.training.rewards.exact_match`; `resolve` finds it.
 """
 
 import importlib
+import re
 from collections.abc import Callable
 from typing import Any
 
-from rollouts.training.datasets.formats import gsm8k_number
 from rollouts.training.types import Sample
+
+GSM8K_ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")  # nanochat's
 
 
 class RewardError(ValueError):
@@ -39,6 +41,12 @@ def gsm8k_answer(sample: Sample) -> float:
     """1.0 when the number after `####` equals the answer's, as text without commas (as nanochat); else 0.0."""
     expected = _answer(sample)
     return float(gsm8k_number(sample.response) == (gsm8k_number(expected) or expected.strip().replace(",", "")))
+
+
+def gsm8k_number(text: str) -> str | None:
+    """The number after the first `####`, commas stripped; None without one."""
+    found = GSM8K_ANSWER.search(text)
+    return found[1].replace(",", "") if found else None
 
 
 def is_correct(sample: Sample) -> float:

@@ -105,8 +105,7 @@ def test_cancelling_a_wait_leaves_the_work_running(tmp_path, runtime):
 def test_accumulation_does_not_change_the_step(tmp_path, kind):
     """Goal: 1x8, 2x4 and 8x1 give one result, in float64 to 1e-12 (open-instruct#1161, ms-swift#10117).
 
-    Red with a mean per micro-batch, with the sum divided by the number of micro-batches, and with rows kept at the
-    width of the whole batch but positions counted over the padding.
+    Red with a mean per micro-batch, and with the sum divided by the number of micro-batches.
     """
 
     def run(micro_batch_size: int) -> tuple[list[dict], list[torch.Tensor]]:
