@@ -163,8 +163,9 @@ class LocalStream:
         self._process = process
         self._stdout, self._stderr = process.stdout.fileno(), process.stderr.fileno()
         self._tail = b""
-        process.stdin.write(first_line)
-        process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it ended at once: its exit code and stderr say why
+            process.stdin.write(first_line)
+            process.stdin.flush()
 
     def lines(self, *, idle_timeout_s: float) -> Iterator[bytes]:
         buffer, open_pipes = b"", {self._stdout, self._stderr}

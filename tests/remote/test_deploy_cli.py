@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -120,7 +121,11 @@ def test_a_run_name_in_use_here(laptop: Laptop) -> None:
     config = str(write_config(laptop.project, output__mode="sft"))
     assert laptop.deploy(config, "--run-id", "twice").returncode == 0
     done = laptop.deploy(config, "--run-id", "twice")
-    assert done.returncode == 2 and "run id 'twice' is in use" in done.stderr and "deploy attach twice" in done.stderr
+    assert done.returncode == 2 and "run id 'twice' is in use on local" in done.stderr
+    shutil.rmtree(laptop.rollouts_home / "runs/twice")
+    done = laptop.deploy(config, "--run-id", "twice")
+    assert done.returncode == 2 and "run id 'twice' is in use here" in done.stderr
+    assert "deploy attach twice" in done.stderr
 
 
 def test_a_port_in_use(laptop: Laptop) -> None:
