@@ -69,7 +69,7 @@ class RunDir:
 
     @property
     def secrets(self) -> Path:
-        """JSON object of secret variables, mode 0600, on the host alone; removed when the run ends."""
+        """{"inherited": the launcher's environment, "secrets": {NAME: value}}; 0600, gone with the run."""
         return self.path / "secrets.json"
 
     @property
@@ -137,7 +137,7 @@ def valid_run_id(run_id: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """status.json: where the run is. Written by the supervisor alone (and by `stop` once the supervisor is gone)."""
+    """status.json: where the run is. By the supervisor; before it by `launch`, after it by `stop`."""
 
     run_id: str
     experiment_name: str

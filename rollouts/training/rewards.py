@@ -1,14 +1,16 @@
-"""Rewards: plain functions Sample -> float over the response text and `sample.prompt["answer"]`. No torch.
+"""Rewards: plain functions Sample -> float over the response text and `sample.prompt["answer"]`. Standard library only.
 
 A config names one by its dotted path, `rollouts.training.rewards.exact_match`; `resolve` finds it.
 """
 
 import importlib
+import re
 from collections.abc import Callable
 from typing import Any
 
-from rollouts.training.datasets.formats import gsm8k_number
 from rollouts.training.types import Sample
+
+GSM8K_ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")  # nanochat's
 
 
 class RewardError(ValueError):
@@ -21,10 +23,13 @@ def exact_match(sample: Sample) -> float:
 
 
 def per_letter(sample: Sample) -> float:
-    """Share of positions that hold the answer's letter, 0 to 1, over the longer of the two."""
-    response, answer = sample.response.strip(), _answer(sample).strip()
+    """Share of positions that hold the answer's letter, 0 to 1, over the longer of the two; the end is a position too.
+
+    Without it, stopping early would cost no more than a wrong last letter, and policies settle on never trying one.
+    """
+    response, answer = [*sample.response.strip(), None], [*_answer(sample).strip(), None]
     right = sum(a == b for a, b in zip(response, answer, strict=False))
-    return right / max(len(response), len(answer), 1)
+    return right / max(len(response), len(answer))
 
 
 def per_letter_and_exact(sample: Sample) -> float:
@@ -36,6 +41,12 @@ def gsm8k_answer(sample: Sample) -> float:
     """1.0 when the number after `####` equals the answer's, as text without commas (as nanochat); else 0.0."""
     expected = _answer(sample)
     return float(gsm8k_number(sample.response) == (gsm8k_number(expected) or expected.strip().replace(",", "")))
+
+
+def gsm8k_number(text: str) -> str | None:
+    """The number after the first `####`, commas stripped; None without one."""
+    found = GSM8K_ANSWER.search(text)
+    return found[1].replace(",", "") if found else None
 
 
 def is_correct(sample: Sample) -> float:

@@ -70,12 +70,9 @@ def ensure_environment(spec: EnvironmentSpec, run: RunDir, patience: Patience) -
         say(f"environment {spec.name}: {action} after {seconds:.2f} s ({spec.path})")
 
     path = Path(spec.path)
-    if is_complete(path):
-        announce("reused")
-        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path.with_name(f".{path.name}.lock"), spec, patience):
-        if is_complete(path):  # by the run that we waited for
+        if is_complete(path):
             announce("reused")
             return
         announce("building")

@@ -26,8 +26,9 @@ from rollouts.worker.processes import POLL_S, SUPERVISOR_STAGE, SUPERVISOR_WINDO
 from rollouts.worker.window import window_command
 
 SUPERVISOR_START_S = 15.0
+MARK_VARIABLES = {run_dir.RUN_ID_VARIABLE, WINDOW_VARIABLE}  # of another run, where one launches from inside of it
 # Of the launcher's terminal and session, not of the machine: the run's processes get all else that the launcher had.
-SESSION_VARIABLES = {"TMUX", "TMUX_PANE", "TERM", "PWD", "OLDPWD", "SHLVL", "_", WINDOW_VARIABLE}
+SESSION_VARIABLES = {"TMUX", "TMUX_PANE", "TERM", "PWD", "OLDPWD", "SHLVL", "_", *MARK_VARIABLES}
 SESSION_PREFIXES = ("SSH_",)
 
 
@@ -61,7 +62,9 @@ def launch(job: dict[str, Any]) -> dict[str, Any]:
         try:
             command = window_command(plan.base_python, run, SUPERVISOR_STAGE, SUPERVISOR_WINDOW)
             cwd = run.code_tree
-            tmux.start_session(plan.run_id, SUPERVISOR_WINDOW, command, cwd=cwd, hide=set(job["secrets"]))
+            tmux.start_session(
+                plan.run_id, SUPERVISOR_WINDOW, command, cwd=cwd, hide=MARK_VARIABLES | set(job["secrets"])
+            )
             _await_supervisor(run, plan)
         except (tmux.TmuxError, LaunchError) as error:
             run.secrets.unlink(missing_ok=True)

@@ -66,7 +66,7 @@ class Supervisor:
         for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
             signal.signal(signum, self._on_signal)
         mode = json.loads(self.run.config.read_text())["output"]["mode"]
-        run_dir.append_event(self.run, "run_started", mode=mode)
+        self._event("run_started", mode=mode)
         state: State = "failed"
         try:
             self._bootstrap()
@@ -104,7 +104,7 @@ class Supervisor:
             message += f" (still there after SIGKILL: processes {left})"
         self.run.secrets.unlink(missing_ok=True)
         say(f"run {self.run.run_id} {state}: {message} (exit code {code})")
-        run_dir.append_event(self.run, "run_ended", state=state, exit_code=code, message=message)
+        self._event("run_ended", state=state, exit_code=code, message=message)
         self.state, self.message = state, message
         self._write_status(code)
 
@@ -115,7 +115,7 @@ class Supervisor:
             tail = run_dir.tail_lines(self.run.log(error.window), LOG_TAIL_LINES)
         tail = list(tail)[-LOG_TAIL_LINES:]
         say(f"error: {error}\n--- the last lines of {error.window}:", *tail, "---")
-        run_dir.append_event(self.run, "error", message=str(error), window=error.window, log_tail=tail)
+        self._event("error", message=str(error), window=error.window, log_tail=tail)
 
     # --- one stage -----------------------------------------------------------------------------------------------
 
@@ -123,7 +123,7 @@ class Supervisor:
         started = time.monotonic()
         deadline = started + stage.timeout_s
         self._announce(stage.name, f"{stage.name}: starting")
-        run_dir.append_event(self.run, "stage_started", stage=stage.name)
+        self._event("stage_started", stage=stage.name)
         self._check_checkpoint(stage)
         try:
             for spec in stage.engines:
@@ -137,7 +137,7 @@ class Supervisor:
         finally:
             self._close_all(stage)
         seconds = round(time.monotonic() - started, 3)
-        run_dir.append_event(self.run, "stage_ended", stage=stage.name, seconds=seconds)
+        self._event("stage_ended", stage=stage.name, seconds=seconds)
 
     def _check_checkpoint(self, stage: StageSpec) -> None:
         if stage.needs_checkpoint is None:
@@ -185,7 +185,7 @@ class Supervisor:
                 if ready:
                     waiting.remove(window)
                     url = window.spec.ready_url
-                    run_dir.append_event(self.run, "engine_ready", window=window.spec.window, url=url, seconds=seconds)
+                    self._event("engine_ready", window=window.spec.window, url=url, seconds=seconds)
                     say(f"stage={stage.name} window={window.spec.window}: ready after {seconds:.1f} s")
                 elif seconds > window.spec.ready_timeout_s:
                     raise RunFailed(
@@ -195,7 +195,6 @@ class Supervisor:
                         window=window.spec.window,
                     )
             self._check_deadline(stage, deadline, waiting[0].spec.window if waiting else SUPERVISOR_WINDOW)
-        self._check_alive(stage)
 
     def _await_trainer(self, stage: StageSpec, deadline: float) -> None:
         trainer = self.windows[-1]
@@ -233,8 +232,7 @@ class Supervisor:
         left = close_windows(self.run, self.windows, grace_s=self.plan.stop_grace_s, tick=self._beat)
         for window in sorted(self.windows, key=lambda window: window.ended_at()):
             record = window.record()
-            run_dir.append_event(
-                self.run,
+            self._event(
                 "process_ended",
                 stage=stage.name,
                 window=window.spec.window,
@@ -242,7 +240,7 @@ class Supervisor:
                 signal=record.signal if record else None,
             )
         if left:
-            run_dir.append_event(self.run, "note", message=f"{stage.name}: still there after SIGKILL: {left}")
+            self._event("note", message=f"{stage.name}: still there after SIGKILL: {left}")
         self.windows = []
 
     # --- time, status, signals -----------------------------------------------------------------------------------
@@ -283,13 +281,17 @@ class Supervisor:
             self._beat()
 
     def _beat(self) -> None:
-        if time.monotonic() - self.beat_at < run_dir.HEARTBEAT_S / 2:
-            return
-        self.beat_at = time.monotonic()
-        try:
+        if time.monotonic() - self.beat_at >= run_dir.HEARTBEAT_S / 2:
+            self.beat_at = time.monotonic()
             self._write_status(None)
-        except OSError as error:  # a full disk is the trainer's to report; the next beat may succeed
-            say(f"cannot write {self.run.status}: {error}")
+
+    # A full disk is the trainer's to fail over: what the supervisor cannot write must not keep it from ending a run.
+
+    def _event(self, kind: str, **fields: Any) -> None:
+        try:
+            run_dir.append_event(self.run, kind, **fields)
+        except OSError as error:
+            say(f"cannot write {self.run.events}: {error}")
 
     def _write_status(self, exit_code: int | None) -> None:
         status = Status(
@@ -302,7 +304,10 @@ class Supervisor:
             updated_at=time.time(),
             exit_code=exit_code,
         )
-        run_dir.write_json_atomic(self.run.status, status)
+        try:
+            run_dir.write_json_atomic(self.run.status, status)
+        except OSError as error:
+            say(f"cannot write {self.run.status}: {error}")
 
 
 def main() -> None:

@@ -101,8 +101,6 @@ class Window:
         """Run the process to its end. Returns its exit code as a shell would give it."""
         for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
             signal.signal(signum, lambda received, _frame: self.requests.append(received))
-        # A stopped wrapper would hold up its process; a handler, since SIG_IGN would be inherited.
-        signal.signal(signal.SIGTSTP, lambda _signum, _frame: None)
         started_at = time.time()
         try:
             child = self._start()

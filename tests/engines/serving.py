@@ -34,7 +34,7 @@ START_TIMEOUT_S = 120.0
 ROWS_MAX = 24
 LOGPROB_TOLERANCE = 1e-5
 PROMPT = [2, 3, 4, 5, 6, 7, 8]
-LONG_TOKENS = 1000
+LONG_TOKENS = 700
 LONG = {"max_new_tokens": LONG_TOKENS, "ignore_eos": True}  # runs for seconds: something to pause and abort
 
 

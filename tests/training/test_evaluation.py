@@ -74,6 +74,17 @@ async def test_both_ways_count_the_same(model: Any, tokenizer: Any, engine_url: 
 
 
 @pytest.mark.anyio
+async def test_stop_tokens_end_the_text_whatever_they_are(model: Any, tokenizer: Any, engine_url: str) -> None:
+    """Goal: a stop token that is no special one stands in neither way's text. Red without the cut."""
+    said = evaluate_with_model(model, tokenizer, ROWS, max_new_tokens=6).responses
+    stops = [1, tokenizer(next(text for text in said if len(text) > 2 and text[1].isascii())[1])["input_ids"][0]]
+    in_process = evaluate_with_model(model, tokenizer, ROWS, max_new_tokens=6, stop_token_ids=stops)
+    async with SGLangEngine(engine_url) as engine:
+        by_engine = await evaluate_with_engine([engine], tokenizer, ROWS, max_new_tokens=6, stop_token_ids=stops)
+    assert in_process == by_engine and in_process.responses != said
+
+
+@pytest.mark.anyio
 async def test_groups_from_a_real_engine_match_a_forward_pass(model: Any, tokenizer: Any, engine_url: str) -> None:
     """Goal: trainer and sampler agree on every sampled token. Red with log-probs shifted by one."""
     async with SGLangEngine(engine_url) as engine:

@@ -54,9 +54,11 @@ def test_values_of_other_libraries_and_numbers_json_lacks(tmp_path):
     text = logger.path.read_text()
     record = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert [record[key] for key in "abcdef"] == [1.5, 0.5, None, [1, None], str(tmp_path), {"g": 3}]
+    logger.log({"loss": float("nan")}, step=2)  # plain numbers alone take the quick way
+    assert json.loads(logger.path.read_text().splitlines()[1], parse_constant=pytest.fail)["loss"] is None
     with pytest.raises(TypeError, match=r"metric bad=<object .* \(object\): needs a number"):
-        logger.log({"bad": object()}, step=2)
-    assert len(text.splitlines()) == 1
+        logger.log({"bad": object()}, step=3)
+    assert len(logger.path.read_text().splitlines()) == 2
 
 
 def test_composite_finishes_all_and_raises_what_failed(tmp_path):

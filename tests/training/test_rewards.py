@@ -17,15 +17,15 @@ def sample(response: str, answer: Any = "cba", **row: Any) -> Sample:
     [
         ("cba", 1.0, 1.0),
         (" cba\n", 1.0, 1.0),
-        ("cbx", 0.0, 2 / 3),
-        ("cb", 0.0, 2 / 3),
-        ("cbaaaa", 0.0, 0.5),  # going on costs
-        ("bac", 0.0, 0.0),
+        ("cbx", 0.0, 3 / 4),
+        ("cb", 0.0, 2 / 4),  # stopping early costs more than a wrong letter
+        ("cbaaaa", 0.0, 3 / 7),  # and going on does, too
+        ("bac", 0.0, 1 / 4),
         ("", 0.0, 0.0),
     ],
 )
 def test_exact_and_per_letter(response: str, exact: float, letters: float) -> None:
-    """Goal: the values by hand. Red when per_letter divided by the answer's length: "cbaaaa" got 1."""
+    """Goal: the values by hand. Red when per_letter divided by the answer's length, and when the end did not count."""
     assert rewards.exact_match(sample(response)) == exact
     assert rewards.per_letter(sample(response)) == pytest.approx(letters)
     assert rewards.per_letter_and_exact(sample(response)) == pytest.approx((exact + letters) / 2)

@@ -251,7 +251,7 @@ def test_statistics_do_not_depend_on_chunks(monkeypatch):
 
 
 def test_statistics_are_exactly_zero_on_policy():
-    """Goal: KL and |Δlogp| are exactly 0 where sampler and trainer agree (slime#780). Red with exp(x) - 1 - x."""
+    """Goal: KL and |Δlogp| are exactly 0 where sampler and trainer agree (slime#780). Red with a float64 softmax."""
     batch = without(rl_inputs(), "advantages")
     batch["logits"] = batch["logits"].float()
     old = torch.zeros(B, T)

@@ -120,6 +120,9 @@ def test_kill_9_of_the_supervisor(training: RunDir) -> None:
     assert not training.secrets.exists()
     record = run_dir.read_exit(training, "run", "supervisor")
     assert record is not None and record.signal == signal.SIGKILL
+    for window in ("trainer", "engine-0"):  # each wrapper ended its own, and lived to say so
+        record = run_dir.read_exit(training, "rl", window)
+        assert record is not None and record.signal == signal.SIGTERM
     assert json.loads(module("stop", str(training.path)).stdout) == {"state": "died", "exit_code": None}
 
 
@@ -194,7 +197,7 @@ def test_an_interrupt_in_the_trainers_pane(host: Host) -> None:
 
 def test_a_stop_during_the_bootstrap(host: Host) -> None:
     """Goal: a stop ends the installer promptly with its children, and no environment counts as complete. Red with the
-    installer not ended."""
+    installer ended neither by the bootstrap nor by the wrapper's sweep."""
     from rollouts.run_dir import EnvironmentSpec
 
     path = host.home / "envs" / "key"

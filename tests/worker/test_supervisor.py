@@ -171,8 +171,8 @@ def test_a_strangers_answer_does_not_make_a_dead_engine_ready(host: Host) -> Non
 import os, subprocess, sys, time
 stranger = {ENGINE!r}
 environment = {{k: v for k, v in os.environ.items() if not k.startswith("ROLLOUTS_")}}
-child = subprocess.Popen([sys.executable, "-c", stranger, "{port}"], stdout=subprocess.PIPE, start_new_session=True,
-                         env=environment)
+child = subprocess.Popen([sys.executable, "-c", stranger, "{port}"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                         start_new_session=True, env=environment)
 child.stdout.readline()
 print(child.pid, flush=True)
 sys.exit(98)
@@ -302,3 +302,15 @@ def test_a_second_supervisor_keeps_out(host: Host) -> None:
     os.kill(recorded_pid(run, "supervisor"), signal.SIGTERM)
     wait_for_end(run)
     assert time.time() - as_status(run)["updated_at"] < 60
+
+
+def test_events_that_cannot_be_written(host: Host) -> None:
+    """Goal: a full disk under events.jsonl is said in the supervisor's log and keeps it from nothing: stages run, the
+    final status stands. Red with the error let through: the run dies without one."""
+    job = host.job(stage("sft", trainer("print('trained')")))
+    run = host.launched[-1]
+    run.events.symlink_to("/dev/full")
+    assert host.launch(job).returncode == 0
+    wait_for_end(run)
+    assert (as_status(run)["state"], as_status(run)["exit_code"]) == ("done", 0)
+    assert "No space left on device" in log(run, "supervisor")

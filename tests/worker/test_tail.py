@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ import pytest
 from rollouts import run_dir
 from rollouts.run_dir import RunDir, Status
 from rollouts.worker import tail
-from tests.worker.stands import PATIENCE_S, REPOSITORY, Host, module, stage, trainer, wait_for
+from tests.worker.stands import PATIENCE_S, REPOSITORY, Host, log, module, recorded_pid, stage, trainer, wait_for
 
 
 def write_status(run: RunDir, state: Any, exit_code: int | None = None) -> None:
@@ -239,7 +240,7 @@ def test_it_says_that_it_is_alive(run: RunDir, lock: IO[bytes], monkeypatch: pyt
 
 def test_following_a_real_run_to_its_last_word(host: Host) -> None:
     """Goal: over a real run, everything that its files hold at the end was sent before `ended`, the supervisor's own
-    last line and exit record included. Red with `ended` sent at the supervisor's death: its wrapper writes after it."""
+    last line and exit record included. Red with `ended` sent before the last files."""
     run = host.start(stage("sft", trainer("import time\nfor i in range(30): print(i, flush=True); time.sleep(0.02)")))
     reader = Reader(run, {})
     reader.take()
@@ -250,3 +251,22 @@ def test_following_a_real_run_to_its_last_word(host: Host) -> None:
     assert set(exits) == {"exit/sft-trainer.json", "exit/run-supervisor.json"}
     assert exits.items() <= reader.snapshots.items()
     assert os.path.getsize(run.log("supervisor")) > 0
+
+
+def test_the_last_words_of_a_dead_supervisors_windows(host: Host) -> None:
+    """Goal: what a trainer still says and how it ended, after the supervisor was killed, comes before `ended`. Red with
+    `ended` sent at the supervisor's death."""
+    slow_to_end = """
+import signal, sys, time
+def end(*_):
+    time.sleep(1); print("last words", flush=True); sys.exit(9)
+signal.signal(signal.SIGTERM, end); print("up", flush=True); time.sleep(600)
+"""
+    run = host.start(stage("sft", trainer(slow_to_end)), stop_grace_s=20.0)
+    wait_for(lambda: "up" in log(run, "trainer"), "the trainer")
+    reader = Reader(run, {})
+    os.kill(recorded_pid(run, "supervisor"), signal.SIGKILL)
+    reader.take()
+    assert reader.last == {"ended": True, "state": "died", "exit_code": None}
+    assert reader.held["logs/trainer.log"] == b"up\nlast words\n"
+    assert json.loads(reader.snapshots["exit/sft-trainer.json"])["exit_code"] == 9

@@ -5,8 +5,6 @@ import signal
 import subprocess
 import sys
 
-import pytest
-
 from rollouts import run_dir
 from tests.worker.stands import (
     Host,
@@ -62,18 +60,16 @@ def test_a_file_that_cannot_be_executed(host: Host) -> None:
     assert "Permission denied" in log(run, "trainer")
 
 
-@pytest.mark.parametrize("key", ["C-s", "C-z"])
-def test_a_paused_pane_does_not_hold_up_the_process(host: Host, key: str) -> None:
-    """Goal: Ctrl-S (pane stops taking output) and Ctrl-Z (the wrapper would be stopped) in an attached pane leave the
-    process running to its end. Red with the pane written from the copying loop, and without the SIGTSTP handler."""
+def test_a_paused_pane_does_not_hold_up_the_process(host: Host) -> None:
+    """Goal: Ctrl-S in an attached pane, which then takes no more output, leaves the process running to its end. Red
+    with the pane written from the copying loop."""
     go = host.home / "go"
     text = (
         f"import os, time\nprint('up', flush=True)\nwhile not os.path.exists({str(go)!r}): time.sleep(0.05)\n{FIVE_MB}"
     )
     run = host.start(stage("sft", trainer(text)))
     wait_for(lambda: "up" in log(run, "trainer"), "the trainer")
-    subprocess.run(["tmux", "send-keys", "-t", f"={run.run_id}:=trainer", key], check=True)
-    wait_for(lambda: key != "C-z" or "^Z" in captured(run.run_id), "the key's arrival")
+    subprocess.run(["tmux", "send-keys", "-t", f"={run.run_id}:=trainer", "C-s"], check=True)
     go.touch()
     wait_for_end(run)
     assert as_status(run)["state"] == "done"

@@ -73,11 +73,17 @@ def test_secrets_stay_out_of_the_tmux_server(fresh_server: Path, tmp_path: Path)
     it starts. Red with the environment handed on whole."""
     host = Host(tmp_path)
     job = host.job(stage("sft", trainer(UP)), secrets={"API_TOKEN": "hunter2"})
-    assert host.launch(job, env={**os.environ, "API_TOKEN": "hunter2", "SHOWN": "yes"}).returncode == 0
+    assert (
+        host.launch(
+            job, env={**os.environ, "API_TOKEN": "hunter2", "SHOWN": "yes", "ROLLOUTS_RUN_ID": "outer"}
+        ).returncode
+        == 0
+    )
     run = host.launched[-1]
     recorded_pid(run, "trainer")
     shown = subprocess.run(["tmux", "show-environment", "-g"], capture_output=True, text=True, check=True).stdout
     assert "SHOWN=yes" in shown and "hunter2" not in shown
+    assert "ROLLOUTS_RUN_ID" not in shown, "the server would be ended with the outer run"
     assert module("stop", str(run.path)).returncode == 0
 
 

@@ -25,6 +25,26 @@ CPU_ROWS_MIN = 16
 WIDTH_STEP = 32
 
 
+_ROW = np.dtype(
+    [
+        ("key", np.uint64),  # its stream of uniforms
+        ("length", np.int64),  # column (and position) of its next input token
+        ("token", np.int64),  # that token
+        ("made", np.int64),  # tokens sampled so far
+        ("made_max", np.int64),
+        ("temperature", np.float32),
+        ("top_k", np.float32),  # the vocabulary's size: no limit
+        ("top_p", np.float32),
+        ("min_p", np.float32),
+        ("greedy", bool),
+        ("filtered", bool),  # by top_k, top_p or min_p
+        ("ignore_eos", bool),
+        ("watched", bool),  # has stops that are not simply EOS
+    ],
+    align=True,
+)
+
+
 @dataclass(eq=False)
 class Job:
     """One prompt and the rows it was asked for. `done` is called once, with all rows finished."""
@@ -64,18 +84,13 @@ class Batch:
         self._sampler = torch.device("cpu") if served.device.type == "mps" else served.device
         capacity = max(rows_max, CPU_ROWS_MIN)
         self._rows_min = CPU_ROWS_MIN if served.device.type == "cpu" else 1
-        self._length = np.zeros(capacity, dtype=np.int64)  # column (and position) of the row's next input token
-        self._token = np.zeros(capacity, dtype=np.int64)  # that token
-        self._made = np.zeros(capacity, dtype=np.int64)  # tokens sampled so far
-        self._made_max = np.zeros(capacity, dtype=np.int64)
-        self._ignore_eos = np.zeros(capacity, dtype=bool)
-        self._key = np.zeros(capacity, dtype=np.uint64)
+        self._state = np.zeros(capacity, dtype=_ROW)
         self._out_ids = np.zeros((capacity, 64), dtype=np.int64)
         self._out_logprobs = np.zeros((capacity, 64), dtype=np.float64)
         self._is_eos_V = np.zeros(served.vocab_size, dtype=bool)
         self._is_eos_V[[token for token in served.eos_ids if token < served.vocab_size]] = True
         self._knobs: dict[str, torch.Tensor | None] = {}
-        self._watched: list[int] = []  # rows with stop strings or stop ids of their own
+        self._watched: list[int] = []  # rows whose newest token needs a look
         self._cache = RowCache(self._prefill([[0, 0]]), served.device)
 
     @property
@@ -112,9 +127,17 @@ class Batch:
         request, ids, made = row.job.request, row.ids, len(row.output_ids)
         if not row.versions or row.versions[-1][0] != version:
             row.versions.append((version, made))
-        self._length[at], self._token[at] = len(ids) - 1, ids[-1]
-        self._made[at], self._made_max[at] = made, request.max_new_tokens
-        self._ignore_eos[at], self._key[at] = request.params.ignore_eos, row.key
+        params, eos = request.params, self.served.eos_ids
+        own_stops = params.stop_token_ids - (frozenset() if params.ignore_eos else eos)
+        self._state[at] = (
+            *(row.key, len(ids) - 1, ids[-1], made, request.max_new_tokens),
+            params.scale,
+            self.served.vocab_size if params.top_k == -1 else params.top_k,
+            *(params.top_p, params.min_p, params.greedy),
+            not params.greedy and (params.top_k != -1 or params.top_p < 1 or params.min_p > 0),
+            params.ignore_eos,
+            bool(params.stop or own_stops),
+        )
         self._reserve_outputs(made + 1)
         self._out_ids[at, :made], self._out_logprobs[at, :made] = row.output_ids, row.logprobs
 
@@ -146,22 +169,22 @@ class Batch:
     def step(self) -> list[tuple[Row, dict[str, Any]]]:
         """One token for every row. Rows that ended have left the batch and are returned with their finish reason."""
         count = len(self.rows)
+        state = self._state[:count]
         logits_BV = self._forward(count)
-        draws_B = uniforms(self._key[:count], self._made[:count])
-        draws = torch.from_numpy(draws_B).to(self._sampler)
+        draws = torch.from_numpy(uniforms(state["key"], state["made"])).to(self._sampler)
         tokens, logprobs = sample(logits_BV.to(self._sampler), uniforms_B=draws, **self._knobs)  # type: ignore[arg-type]
         tokens_B, logprobs_B = tokens.cpu().numpy(), logprobs.cpu().numpy()
 
-        self._reserve_outputs(int(self._made[:count].max()) + 1)
+        self._reserve_outputs(int(state["made"].max()) + 1)
         index_B = np.arange(count)
-        self._out_ids[index_B, self._made[:count]] = tokens_B
-        self._out_logprobs[index_B, self._made[:count]] = logprobs_B
-        self._token[:count] = tokens_B
-        self._made[:count] += 1
-        self._length[:count] += 1
+        self._out_ids[index_B, state["made"]] = tokens_B
+        self._out_logprobs[index_B, state["made"]] = logprobs_B
+        state["token"] = tokens_B
+        state["made"] += 1
+        state["length"] += 1
 
-        ended_B = self._made[:count] >= self._made_max[:count]
-        ended_B |= self._is_eos_V[tokens_B] & ~self._ignore_eos[:count]
+        ended_B = state["made"] >= state["made_max"]
+        ended_B |= self._is_eos_V[tokens_B] & ~state["ignore_eos"]
         ended_B |= ~np.isfinite(logprobs_B)
         watched = {at: reason for at in self._watched if (reason := self._watch(at, int(tokens_B[at]))) is not None}
         ended = sorted({*np.flatnonzero(ended_B).tolist(), *watched})
@@ -173,12 +196,13 @@ class Batch:
     def _forward(self, count: int) -> torch.Tensor:
         """Logits [B, V] of each row's next input token."""
         padded = max(count, self._rows_min)
-        width = -(-(int(self._length[:count].max()) + 1) // WIDTH_STEP) * WIDTH_STEP
+        state = self._state[:padded]
+        width = -(-(int(state["length"].max()) + 1) // WIDTH_STEP) * WIDTH_STEP
         self._cache.reserve(padded, width)
-        lengths_R = self._tensor(self._length[:padded])
+        lengths_R = self._tensor(state["length"])
         self._cache.seek(lengths_R, width)
         output = self.served.model(
-            input_ids=self._tensor(self._token[:padded])[:, None],
+            input_ids=self._tensor(state["token"])[:, None],
             attention_mask=self.served.decode_mask(lengths_R, width),
             position_ids=lengths_R[:, None],
             past_key_values=self._cache.cache,
@@ -188,7 +212,7 @@ class Batch:
 
     def _watch(self, at: int, token: int) -> dict[str, Any] | None:
         """The finish reason of a row with stops of its own, if its newest token made one."""
-        params, made = self.rows[at].job.request.params, int(self._made[at])
+        params, made = self.rows[at].job.request.params, int(self._state["made"][at])
         if token in params.stop_token_ids:
             return {"type": "stop", "matched": token}
         if not params.stop:
@@ -201,8 +225,8 @@ class Batch:
     def _reason(self, at: int, token: int, logprob: float, watched: dict[str, Any] | None) -> dict[str, Any]:
         if not np.isfinite(logprob):
             return abort_reason("the model's logits are not finite: the served weights are broken", 500)
-        if self._made[at] >= self._made_max[at]:  # before any stop, as SGLang decides it
-            return {"type": "length", "length": int(self._made_max[at])}
+        if self._state["made"][at] >= self._state["made_max"][at]:  # before any stop, as SGLang decides it
+            return {"type": "length", "length": int(self._state["made_max"][at])}
         return watched or {"type": "stop", "matched": token}
 
     # --- leaving ---
@@ -211,23 +235,20 @@ class Batch:
         """Take these rows (ascending indices) out, their outputs written back, and close the gaps they leave."""
         left = [self.rows[at] for at in indices]
         for at, row in zip(indices, left, strict=True):
-            made = int(self._made[at])
+            made = int(self._state["made"][at])
             row.output_ids = self._out_ids[at, :made].tolist()
             row.logprobs = self._out_logprobs[at, :made].tolist()
         gone, count = set(indices), len(self.rows) - len(indices)
         holes = [at for at in indices if at < count]
         movers = [at for at in range(count, len(self.rows)) if at not in gone]
         if movers:
-            self._cache.move(movers, holes, int(self._length[movers].max()))
-            for state in (
-                *(self._length, self._token, self._made, self._made_max),
-                *(self._ignore_eos, self._key, self._out_ids, self._out_logprobs),
-            ):
-                state[holes] = state[movers]
+            self._cache.move(movers, holes, int(self._state["length"][movers].max()))
+            for values in (self._state, self._out_ids, self._out_logprobs):
+                values[holes] = values[movers]
             for hole, mover in zip(holes, movers, strict=True):
                 self.rows[hole] = self.rows[mover]
         del self.rows[count:]
-        self._length[count:], self._token[count:] = 0, 0
+        self._state[count:] = 0
         self._composition_changed()
         return left
 
@@ -240,29 +261,25 @@ class Batch:
         """From here on, running rows are sampled with these weights."""
         for at, row in enumerate(self.rows):
             if row.versions[-1][0] != version:
-                row.versions.append((version, int(self._made[at])))
+                row.versions.append((version, int(self._state["made"][at])))
 
     # --- upkeep ---
 
     def _composition_changed(self) -> None:
         """Rebuild what depends on which rows run: the sampler's knobs and the rows whose stops need a look."""
-        params = [row.job.request.params for row in self.rows]
-        self._watched = [at for at, item in enumerate(params) if item.stop or item.stop_token_ids]
-        filtered = any(item.top_k != -1 or item.top_p < 1 or item.min_p > 0 for item in params if not item.greedy)
-        vocab = self.served.vocab_size
-
-        def column(values: list[float]) -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=self._sampler)[:, None]
-
+        state = self._state[: len(self.rows)]
+        self._watched = np.flatnonzero(state["watched"]).tolist()
+        greedy, filtered = state["greedy"].any(), state["filtered"].any()
         self._knobs = {
-            "temperature_B1": column([item.scale for item in params]),
-            "greedy_B": None,
-            "top_k_B1": column([vocab if item.top_k == -1 else item.top_k for item in params]) if filtered else None,
-            "top_p_B1": column([item.top_p for item in params]) if filtered else None,
-            "min_p_B1": column([item.min_p for item in params]) if filtered else None,
+            "temperature_B1": self._knob("temperature")[:, None],
+            "greedy_B": self._knob("greedy") if greedy else None,
+            "top_k_B1": self._knob("top_k")[:, None] if filtered else None,
+            "top_p_B1": self._knob("top_p")[:, None] if filtered else None,
+            "min_p_B1": self._knob("min_p")[:, None] if filtered else None,
         }
-        if any(item.greedy for item in params):
-            self._knobs["greedy_B"] = torch.tensor([item.greedy for item in params], device=self._sampler)
+
+    def _knob(self, name: str) -> torch.Tensor:
+        return torch.from_numpy(self._state[name][: len(self.rows)].copy()).to(self._sampler)
 
     def _reserve_outputs(self, columns: int) -> None:
         have = self._out_ids.shape[1]

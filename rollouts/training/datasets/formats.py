@@ -5,14 +5,13 @@ question_answer  {"question", "answer"}                        strings
 gsm8k            {"question", "answer": "... #### 72"}         the calculator's <<48/2=24>> stays as plain text
 """
 
-import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from rollouts.training.datasets.rows import DataError, Row
+from rollouts.training.rewards import gsm8k_number
 
 Format = Literal["messages", "question_answer", "gsm8k"]
-GSM8K_ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")  # nanochat's
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -43,12 +42,6 @@ def infer_format(row: Row) -> Format:
     if "question" in values:
         return "gsm8k" if gsm8k_number(str(values.get("answer", ""))) else "question_answer"
     raise DataError(f"{row.where}: columns {sorted(values)}; needs 'messages', or 'question' and 'answer'")
-
-
-def gsm8k_number(text: str) -> str | None:
-    """The number after the first `####`, commas stripped; None without one."""
-    found = GSM8K_ANSWER.search(text)
-    return found[1].replace(",", "") if found else None
 
 
 def _from_messages(row: Row) -> Example:

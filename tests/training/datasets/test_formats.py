@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
-from rollouts.training.datasets.formats import gsm8k_number, parse_row
+from rollouts.training.datasets.formats import parse_row
 from rollouts.training.datasets.rows import DataError, Row
+from rollouts.training.rewards import gsm8k_number
 
 USER = {"role": "user", "content": "2+2?"}
 ASSISTANT = {"role": "assistant", "content": "4"}
