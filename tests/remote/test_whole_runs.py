@@ -64,7 +64,10 @@ def assert_complete(run: RunDir, host_path: Path) -> None:
 
 @pytest.mark.parametrize("where", ["local", "remote"])
 def test_a_run_from_config_to_results(where: str, laptop: Laptop, make_host: Callable[..., Host]) -> None:
-    """Goal: one command goes from config to verified results, here and over SSH. Red with checkpoints left under their hidden name."""
+    """Goal: one command goes from config to verified results, here and over SSH.
+
+    Red with checkpoints left under their hidden name.
+    """
     config = str(write_config(laptop.project))
     host = make_host() if where == "remote" else None
     remote = ["--remote", host.target] if host else []
