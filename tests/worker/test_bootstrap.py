@@ -132,9 +132,7 @@ def test_a_real_virtual_environment(prepared: Path) -> None:
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == str(prepared)
 
 
-def test_uv(
-    run: RunDir, tmp_path: Path, wheels: Path, spec: EnvironmentSpec, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_uv(run: RunDir, tmp_path: Path, wheels: Path, spec: EnvironmentSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     """Goal: the same through uv, which the dev extra brings. Red with uv's `--python` left out."""
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     spec = replace(spec, installer="uv", base_python=sys.executable)
