@@ -15,9 +15,9 @@ LETTERS = "abcdefghij"
 SEED = 20240601
 # rows of each length; there are only 720 strings of 3 different letters
 COUNTS = {
-    "train_sft": {3: 220, 4: 1260, 5: 1260, 6: 1260},
-    "train_rl": {3: 320, 4: 960, 5: 960, 6: 960},
     "test": {3: 80, 4: 140, 5: 140, 6: 140},
+    "train_sft": {3: 220, 4: 1260, 5: 1260, 6: 1260},
+    "train_rl": {3: 150, 4: 750, 5: 1650, 6: 2250},  # mostly what SFT leaves unlearned
 }
 
 
