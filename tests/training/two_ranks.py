@@ -48,7 +48,8 @@ async def rl(directory: Path, num_steps: int, *, resume: bool) -> list[dict]:
     backend = tiny_backend(directory / "rl", loss_fn=grpo_loss, seed=5 * distributed.rank())
     buffer = Buffer() if distributed.rank() == 0 else None
     manager = Manager(buffer) if buffer else None
-    config = RLTrainingConfig(num_steps=num_steps, baseline="group_mean", divide_by_std=True, micro_batch_size=2)
+    options = {"baseline": "group_mean", "advantage_norm": "group_std", "micro_batch_size": 2}
+    config = RLTrainingConfig(num_steps=num_steps, **options)
     state = await backend.load_checkpoint(directory / "rl" / "latest") if resume else None
     return await run_rl_training(backend, buffer, manager, [], config, pad_token_id=PAD, resume=state)
 
