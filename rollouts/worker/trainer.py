@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rollouts.training.backends.pytorch import PyTorchTrainingBackend
     from rollouts.training.evaluation import Evaluation
     from rollouts.training.metrics import MetricsLogger
-    from rollouts.training.types import Prompt, Sample
+    from rollouts.training.types import Prompt, RLTrainingConfig, Sample
     from rollouts.training.weight_sync import SGLangEngine
 
 logger = logging.getLogger("rollouts.trainer")
@@ -212,6 +212,20 @@ def reference_name(config: Config, stage: str, model_path: str, *, resumes: bool
     return recorded["name"]
 
 
+def rl_training_config(rl: RLConfig, num_steps: int) -> "RLTrainingConfig":
+    from rollouts.training.types import RLTrainingConfig
+
+    return RLTrainingConfig(
+        num_steps=num_steps,
+        sync_every=rl.sync_every,
+        baseline=rl.baseline,
+        log_every=rl.log_every,
+        checkpoint_every=rl.save_every,
+        advantage_norm=rl.advantage_norm,
+        micro_batch_size=rl.batch_size,
+    )
+
+
 def rl_loss(rl: RLConfig) -> Callable[..., Any]:
     """The loss that the config describes: a function of logits and a batch's keys."""
     from rollouts.training.rl_losses import policy_loss
@@ -388,18 +402,9 @@ async def train_rl(job: Job, data: Data, engine_urls: Sequence[str]) -> None:
     from rollouts.training.datasets.data_buffer import DataBuffer
     from rollouts.training.loops import run_rl_training
     from rollouts.training.metrics import JSONLLogger
-    from rollouts.training.types import RLTrainingConfig
 
     rl = cast(RLConfig, job.config.rl)
-    config = RLTrainingConfig(
-        num_steps=job.num_steps,
-        sync_every=rl.sync_every,
-        baseline=rl.baseline,
-        log_every=rl.log_every,
-        checkpoint_every=rl.save_every,
-        advantage_norm=rl.advantage_norm,
-        micro_batch_size=rl.batch_size,
-    )
+    config = rl_training_config(rl, job.num_steps)
     buffer = DataBuffer(data.prompts, seed=rl.seed)
     async with _engines(job, engine_urls) as engines:
         with _metrics(job) as metrics_logger:
