@@ -22,7 +22,7 @@ def clipped_surrogate(
 ) -> Tensor:
     """min(ratio A, clip(ratio) A), to be maximised; with `dual_clip` c never below c A where A < 0.
 
-    PPO (arXiv 1707.06347 eq. 7); dual clip (arXiv 1912.09729 eq. 5): a huge ratio cannot push a bad token without end.
+    PPO (arXiv 1707.06347 eq. 7); dual clip (arXiv 1912.09729): a huge ratio cannot push a bad token without end.
     """
     if dual_clip is not None and dual_clip <= 1:
         raise ValueError(f"dual_clip={dual_clip}: needs > 1, else it would hold ratios that nothing has moved")

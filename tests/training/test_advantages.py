@@ -37,7 +37,7 @@ METHODS = [GRPO, DR_GRPO, RLOO, REINFORCE_PP, REINFORCE_PP_BASELINE]
 def test_advantage_vectors(options, expected):
     """Goal: rewards [1,0,0,1 | 1,1] give the published vectors. Red with ddof 0: ±1 in place of ±.8660 (trl#5773).
 
-    And red with RLOO's own reward left in its baseline (±.5), and with "batch" taken per group.
+    And red with RLOO's own reward left in its baseline (±.5), and with "batch" not centred.
     """
     advantages = compute_advantages([1.0, 0.0, 0.0, 1.0, 1.0, 1.0], group_ids=[0, 0, 0, 0, 1, 1], **options)
     assert isinstance(advantages, list)
@@ -56,7 +56,7 @@ def test_advantages_without_contrast_are_exactly_zero(options):
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from([0.0, 0.1, 0.5, 1.0])), min_size=1, max_size=24))
 def test_groups_are_independent_and_order_does_not_matter(pairs):
-    """Goal: a group's advantages are its own, wherever its samples stand. Red with groups told by neighbours.
+    """Goal: a group's advantages are its own, wherever its samples stand. Red with all samples taken as one group.
 
     And RLOO is n / (n - 1) times the difference to the group's mean; "batch" has mean 0 and std 1.
     """

@@ -54,7 +54,7 @@ async def steps(backend: Any, count: int, first: int = 0, micro_batch_size: int 
     metrics = []
     for seed in range(first, first + count):
         rollouts = rollout_batch(3, 4, seed)
-        batch = prepare_grpo_batch(rollouts, rollouts.rewards, config, pad_token_id=PAD)
+        batch = prepare_grpo_batch(rollouts, rollouts.rewards, config, pad_token_id=PAD, temperature=0.7)
         metrics.append(await train_step(backend, batch, micro_batch_size))
     return metrics
 
@@ -62,7 +62,8 @@ async def steps(backend: Any, count: int, first: int = 0, micro_batch_size: int 
 def test_a_resumed_run_keeps_the_reference_it_began_with(tmp_path: Path, start: Path) -> None:
     """Goal: never re-anchored (NeMo-RL#3722): 2 + resume + 2 steps equal 4, loss and KL bit for bit.
 
-    Red with the reference loaded from the checkpoint that is resumed: the KL starts over at 0.
+    Red with the reference loaded from the checkpoint that is resumed: the KL starts over at 0. And it is exactly 0 at
+    the first step (slime#780): red with the sampler's temperature not passed on to the reference.
     """
     config = kl_config()
 
@@ -124,7 +125,7 @@ def test_which_model_is_the_reference(tmp_path: Path, start: Path) -> None:
 def test_the_reference_is_frozen_and_cut_with_the_step(tmp_path: Path) -> None:
     """Goal: its weights stay, whatever the micro-batches, which change nothing else either.
 
-    Red with the reference's log-probs taken once for the whole batch and not cut with it.
+    Red with its parameters left to require gradients, and with sequences_global left out of the prepared batch.
     """
     loss_fn = rl_loss(kl_config(loss="ppo", entropy_coef=0.01, aggregation="sequence_mean_token_mean").rl)
     results = []
@@ -134,7 +135,7 @@ def test_the_reference_is_frozen_and_cut_with_the_step(tmp_path: Path) -> None:
         backend = tiny_backend(tmp_path, **options)
         results.append(anyio.run(steps, backend, 3, 0, micro_batch_size))
         assert weights_sha256(reference.model) == reference.sha256
-        assert all(parameter.grad is None for parameter in reference.model.parameters())
+        assert not any(parameter.requires_grad for parameter in reference.model.parameters())
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert a == pytest.approx(b, rel=1e-10)
