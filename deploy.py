@@ -15,9 +15,10 @@ Train a language model from one config file: SFT, then RL, here or on a GPU host
 
 \b
   deploy configs/00_cpu_sft_rl.py                          on this machine
-  deploy configs/01_debug_sft_rl.py --remote gpu-7         on a host of ~/.ssh/config
-  deploy configs/rl_math.py --remote ubuntu@203.0.113.7:22
-  deploy configs/rl_math.py --remote gpu-7 --plan          what would happen; touches nothing
+  deploy configs/00_cpu_sft_rl.py --remote gpu-7           on a host of ~/.ssh/config
+  deploy configs/00_cpu_sft_rl.py --remote ubuntu@203.0.113.7:22
+  deploy configs/00_cpu_sft_rl.py --remote gpu-7 --plan    what would happen; touches nothing
+  deploy runs/cpu_sft_rl/RUN/config.json                   what an earlier run did, again
   deploy --remote gpu-7                                    is this host ready, and what runs there?
 
 The config is checked first, every problem at once. Then: exactly git's files, with your uncommitted changes, go to

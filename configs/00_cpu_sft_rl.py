@@ -74,7 +74,7 @@ config = Config(
     ),
     sft=SFTConfig(
         num_epochs=1,
-        num_iterations=54,
+        num_iterations=52,
         batch_size=128,
         target_examples_per_step=128,
         unembedding_lr=3e-3,
@@ -82,7 +82,7 @@ config = Config(
         matrix_lr=3e-3,
         weight_decay=0.0,
         init_lr_frac=1.0,
-        eval_every=27,
+        eval_every=26,
         eval_steps=-1,
         checkpoint_every=-1,
         log_every=5,

@@ -389,3 +389,33 @@ def wait_until_dead(run: RunDir) -> None:
     """Block until no supervisor holds the lock. Without polling: for a thread of its own."""
     with run.lock.open("rb") as stream:
         fcntl.flock(stream, fcntl.LOCK_SH)
+
+
+START_WAIT_S = 30.0  # between the launcher's first status and the supervisor's lock
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What a run looks like from outside, on its own machine, now."""
+
+    state: State  # "died" when it never reached a final state and nobody supervises it
+    exit_code: int | None
+    live: bool  # a supervisor holds the lock, or is about to
+    status: Status | None  # None for a file that is missing or damaged
+
+
+def observe(run: RunDir) -> Observed:
+    """The lock is read before the status: a supervisor writes its final status before it lets go."""
+    live = is_live(run)
+    try:
+        status = read_status(run)
+    except (ValueError, TypeError):  # damaged by something else than us: writes are atomic
+        status = None
+    if status is None:
+        return Observed("starting" if live else "died", None, live, None)
+    if status.state in FINAL_STATES:
+        return Observed(status.state, status.exit_code, live, status)
+    waiting = not run.lock.exists() and time.time() - status.updated_at < START_WAIT_S
+    if live or waiting:
+        return Observed(status.state, None, True, status)
+    return Observed("died", None, False, status)

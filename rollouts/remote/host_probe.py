@@ -11,45 +11,42 @@ import shutil
 import socket
 import sys
 import sysconfig
-import time
 from pathlib import Path
 from typing import Any
 
-from rollouts.run_dir import FINAL_STATES, RunDir, is_live, last_jsonl_row, read_status
-
-START_WAIT_S = 30.0  # between the launcher's first status and the supervisor's lock
+from rollouts.run_dir import RunDir, last_jsonl_row, observe
 
 
 def run_row(run: RunDir) -> dict[str, Any] | None:
     """One run as `deploy ls` shows it; None when nothing was launched there.
 
-    {run_id, experiment_name, state ("died": unfinished and nobody holds its lock), stage, step, started_at,
-    updated_at, exit_code, message, live (a supervisor holds the lock), launched (one ever did)}. The lock is read
-    before the status: a supervisor writes its final status before it lets go.
+    {run_id, experiment_name, state, stage, step, started_at, updated_at, exit_code, message, live (supervised, or about
+    to be), launched (a supervisor held the lock once)}: what run_dir.observe sees, and the last metrics row's step.
     """
-    launched, live = run.lock.exists(), is_live(run)
-    try:
-        status = read_status(run)
-        last = last_jsonl_row(run.metrics)
-    except (ValueError, TypeError):
-        return None  # not files of ours
-    if status is None:
+    seen = observe(run)
+    if seen.status is None:
         return None
-    waiting = not launched and time.time() - status.updated_at < START_WAIT_S
-    died = status.state not in FINAL_STATES and not live and not waiting
     return {
         "run_id": run.run_id,
-        "experiment_name": status.experiment_name,
-        "state": "died" if died else status.state,
-        "stage": status.stage,
-        "step": last.get("step") if last else None,
-        "started_at": status.started_at,
-        "updated_at": status.updated_at,
-        "exit_code": status.exit_code,
-        "message": status.message,
-        "live": live,
-        "launched": launched,
+        "experiment_name": seen.status.experiment_name,
+        "state": seen.state,
+        "stage": seen.status.stage,
+        "step": _last_step(run),
+        "started_at": seen.status.started_at,
+        "updated_at": seen.status.updated_at,
+        "exit_code": seen.exit_code,
+        "message": seen.status.message,
+        "live": seen.live,
+        "launched": run.lock.exists(),
     }
+
+
+def _last_step(run: RunDir) -> int | None:
+    try:
+        row = last_jsonl_row(run.metrics)
+    except ValueError:  # a damaged line: no reason to hide the run
+        return None
+    return row.get("step") if row else None
 
 
 def run_rows(home: Path) -> list[dict[str, Any]]:

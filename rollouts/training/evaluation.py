@@ -1,4 +1,4 @@
-"""Held-out numbers: exact match (through an engine, or in process) and validation loss.
+"""Exact match on held-out rows, through an engine or in process. Validation loss: loops/evaluation.py.
 
 Both ways to exact match decode greedily and count the same thing, so the same weights give the same number. Every row
 and every last partial batch counts.
@@ -20,7 +20,7 @@ from rollouts.training.rollout_gen.engine_generate import refuse_abort, response
 from rollouts.training.types import Prompt, Sample
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 ScoreFn = Callable[[Sample], float]
 
@@ -118,40 +118,6 @@ def evaluate_with_model(
     return _evaluation(rows, responses, score_fn)
 
 
-def validation_loss(
-    model: Any,
-    samples: Sequence[Sample],
-    *,
-    batch_size: int,
-    max_batches: int = -1,
-    pad_token_id: int = 0,
-) -> float:
-    """Mean negative log-likelihood in nats per trained token, over all samples or the first `max_batches` batches.
-
-    Token-weighted: neither the batch size nor a short last batch changes it. The model's training mode stays.
-    """
-    import torch
-
-    if not samples:
-        raise ValueError("validation_loss: no samples; needs at least one")
-    device = next(model.parameters()).device
-    batches = itertools.islice(range(0, len(samples), batch_size), None if max_batches == -1 else max_batches)
-    loss_sum, token_count = 0.0, 0.0
-    with evaluating(model):
-        for start in batches:
-            tokens_BT, attention_BT, mask_BT = _right_pad(samples[start : start + batch_size], pad_token_id, device)
-            logits_BTV = model(input_ids=tokens_BT, attention_mask=attention_BT).logits[:, :-1].float()
-            trained_BT = mask_BT[:, 1:]
-            nll_N = torch.nn.functional.cross_entropy(
-                logits_BTV[trained_BT], tokens_BT[:, 1:][trained_BT], reduction="none"
-            )
-            loss_sum += nll_N.double().sum().item()
-            token_count += nll_N.numel()
-    if token_count == 0:
-        raise ValueError(f"validation_loss: no trained token in {len(samples)} samples")
-    return loss_sum / token_count
-
-
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
     """Without gradients and dropout; the training mode comes back after."""
@@ -189,20 +155,3 @@ def _decode(tokenizer: Any, rows: list[list[int]], stops: list[int]) -> list[str
     """Text up to the first stop token; what follows it is padding."""
     cut = [list(itertools.takewhile(lambda token: token not in stops, row)) for row in rows]
     return tokenizer.batch_decode(cut, skip_special_tokens=True)
-
-
-def _right_pad(
-    samples: Sequence[Sample], pad: int, device: Any
-) -> tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]:
-    """tokens [B, T] int64, attention mask [B, T] int64, trained [B, T] bool."""
-    import torch
-
-    width = max(len(sample.tokens) for sample in samples)
-    tokens = [sample.tokens + [pad] * (width - len(sample.tokens)) for sample in samples]
-    attention = [[1] * len(sample.tokens) + [0] * (width - len(sample.tokens)) for sample in samples]
-    mask = [sample.loss_mask + [0.0] * (width - len(sample.tokens)) for sample in samples]
-    return (
-        torch.tensor(tokens, device=device),
-        torch.tensor(attention, device=device),
-        torch.tensor(mask, device=device) > 0,
-    )

@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from rollouts import run_dir
-from rollouts.run_dir import LaunchPlan, RunDir, Status
+from rollouts.run_dir import LaunchPlan, RunDir, Status, observe
 from rollouts.worker import tmux
-from rollouts.worker.list import observe
 from rollouts.worker.processes import POLL_S, SUPERVISOR_STAGE, SUPERVISOR_WINDOW, WINDOW_VARIABLE
 from rollouts.worker.window import window_command
 

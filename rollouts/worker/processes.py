@@ -94,3 +94,27 @@ def start_ticks(pid: int) -> int | None:
     except OSError:
         return None
     return None if fields[0] in "ZX" else int(fields[19])
+
+
+def listens(port: int, pids: Collection[int]) -> bool:
+    """Does one of these processes hold a socket that listens on `port`?
+
+    Source: proc(5), /proc/net/tcp: fields 1 (local address:port, hexadecimal), 3 (state, 0A is LISTEN) and 9 (inode).
+    """
+    sockets = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(FileNotFoundError):  # a kernel without IPv6
+            for line in Path(table).read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port:
+                    sockets.add(f"socket:[{fields[9]}]")
+    return any(not sockets.isdisjoint(_open_files(pid)) for pid in pids)
+
+
+def _open_files(pid: int) -> set[str]:
+    found = set()
+    with contextlib.suppress(OSError):  # ended meanwhile
+        for entry in os.scandir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):  # closed meanwhile
+                found.add(os.readlink(entry.path))
+    return found

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from rollouts import run_dir
-from rollouts.run_dir import ProcessRecord, RunDir
+from rollouts.run_dir import ProcessRecord, RunDir, observe
 from rollouts.worker import tmux
-from rollouts.worker.list import observe
 from rollouts.worker.processes import (
     POLL_S,
     STOPPED_CODE,
@@ -87,7 +86,7 @@ def _write_stopped(run: RunDir) -> None:
 def main() -> None:
     run = RunDir(Path(sys.argv[1]))
     if not run.status.exists():
-        sys.exit(f"error: {run.path}: no run was launched there. `python3 -m rollouts.worker.list` lists the runs.")
+        sys.exit(f"error: {run.path}: no run was launched there. `deploy ls` lists the runs.")
     print(json.dumps(stop(run)), flush=True)
 
 

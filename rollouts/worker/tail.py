@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from rollouts import run_dir
-from rollouts.run_dir import RunDir
-from rollouts.worker.list import observe
+from rollouts.run_dir import RunDir, observe
 from rollouts.worker.processes import marked_processes
 
 CHUNK_BYTES = 256 * 1024

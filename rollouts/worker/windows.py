@@ -1,15 +1,24 @@
 """The supervisor's view of the windows that it opened: alive, how they ended, ending them. Standard library only."""
 
-import json
 import signal
 import time
+import urllib.parse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rollouts import run_dir
 from rollouts.run_dir import ExitRecord, LaunchPlan, ProcessSpec, RunDir, StageSpec
 from rollouts.worker import tmux
-from rollouts.worker.processes import POLL_S, end_marked, send_signal, start_ticks, window_mark
+from rollouts.worker.health import answers_ready
+from rollouts.worker.processes import (
+    POLL_S,
+    end_marked,
+    listens,
+    marked_processes,
+    send_signal,
+    start_ticks,
+    window_mark,
+)
 from rollouts.worker.window import DRAIN_S, window_command
 
 WRAPPER_MARGIN_S = 2 * DRAIN_S + 2.0  # a wrapper's own work after its process's grace
@@ -35,12 +44,11 @@ class OpenWindow:
         return self.wrapper_ticks is not None and start_ticks(self.wrapper) == self.wrapper_ticks
 
     def is_serving(self) -> bool:
-        """Is the process itself alive, as recorded by the wrapper once it was started?"""
-        try:
-            pid = json.loads(self.run.process(self.spec.window).read_text())["pid"]
-        except FileNotFoundError:
-            return False
-        return start_ticks(pid) is not None and self.record() is None
+        """Does the ready URL answer 200, and is it this window's process that listens there, not a stranger?"""
+        assert self.spec.ready_url is not None
+        port = urllib.parse.urlsplit(self.spec.ready_url).port
+        assert port is not None, f"{self.spec.ready_url}: needs a port"
+        return answers_ready(self.spec.ready_url) and listens(port, marked_processes(self.run.run_id, {self.mark}))
 
     def record(self) -> ExitRecord | None:
         return run_dir.read_exit(self.run, self.stage, self.spec.window)

@@ -190,20 +190,20 @@ def test_a_row_is_sampled_alike_with_filtered_neighbours() -> None:
 
 
 def test_a_token_without_weight_is_never_drawn() -> None:
-    """Goal: at either end of (0, 1) the draw lands on a token the filter kept. Red with searchsorted's right=False
-    and a uniform of 0.
+    """Goal: at either end of (0, 1) the draw lands on a token the filter kept. Red with searchsorted's
+    right=False.
     """
-    logits = torch.full((2, 6), -torch.inf)
+    logits = torch.full((3, 6), -torch.inf)
     logits[:, 2:4] = 0.0
-    ends = torch.tensor([0.5 * 2.0**-32, 1 - 0.5 * 2.0**-32], dtype=torch.float64)
+    ends = torch.tensor([0.0, 0.5 * 2.0**-32, 1 - 0.5 * 2.0**-32], dtype=torch.float64)
     tokens, logprobs = sample(
         logits,
-        temperature_B1=torch.ones(2, 1),
+        temperature_B1=torch.ones(3, 1),
         uniforms_B=ends,
         greedy_B=None,
         top_k_B1=None,
         top_p_B1=None,
         min_p_B1=None,
     )
-    assert tokens.tolist() == [2, 3]
-    assert logprobs.tolist() == pytest.approx([np.log(0.5)] * 2)
+    assert tokens.tolist() == [2, 2, 3]
+    assert logprobs.tolist() == pytest.approx([np.log(0.5)] * 3)

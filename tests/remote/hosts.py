@@ -116,16 +116,16 @@ class Host:
 
     def stop(self) -> None:
         """End the listener and every session it serves, as a host does that loses its network."""
-        if self.process is None:
+        process, self.process = self.process, None  # a test's thread may stop it while the fixture does
+        if process is None:
             return
-        for pid in descendants(self.process.pid):
+        for pid in descendants(process.pid):
             command = Path(f"/proc/{pid}/cmdline")
             with contextlib.suppress(OSError):
                 if command.read_bytes().startswith(b"sshd"):
                     os.kill(pid, signal.SIGKILL)
-        self.process.kill()
-        self.process.wait()
-        self.process = None
+        process.kill()
+        process.wait()
 
     def run_path(self, run_id: str) -> Path:
         return self.home / "runs" / run_id

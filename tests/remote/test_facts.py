@@ -4,14 +4,16 @@ import json
 import os
 import socket
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rollouts.remote.facts import gather_facts, parse_facts
 from rollouts.remote.host_probe import run_row, run_rows
 from rollouts.remote.transport import LocalTransport
-from rollouts.run_dir import RunDir, Status, append_jsonl, hold_lock, write_json_atomic
+from rollouts.run_dir import RunDir, Status, append_jsonl, hold_lock, run_path, write_json_atomic
 from tests.remote.hosts import tool_directory
 
 
@@ -121,3 +123,50 @@ def test_runs_of_a_home(tmp_path: Path) -> None:
     row = run_row(live)
     assert row is not None and row["state"] == "died"
     assert json.dumps(rows)
+
+
+def made(home: Path, run_id: str, state: Any, started_at: float, *, exit_code: int | None = None) -> RunDir:
+    run = RunDir(run_path(home, run_id))
+    status = Status(
+        run_id=run_id,
+        experiment_name="exp",
+        state=state,
+        stage="rl",
+        message="",
+        started_at=started_at,
+        updated_at=started_at,
+        exit_code=exit_code,
+    )
+    write_json_atomic(run.status, status)
+    return run
+
+
+def test_every_state_of_a_run(tmp_path: Path) -> None:
+    """Goal: every state, with `died` for an unfinished run that nobody supervises; oldest first. Red with the status
+    believed, and with the rows in the file system's order."""
+    made(tmp_path, "b-done", "done", 20.0, exit_code=0)
+    append_jsonl(made(tmp_path, "a-failed", "failed", 30.0, exit_code=7).metrics, {"step": 3}, {"step": 12})
+    made(tmp_path, "c-died", "running", 10.0).lock.touch()
+    running = made(tmp_path, "d-running", "running", 40.0)
+    made(tmp_path, "e-starting", "starting", time.time())
+    made(tmp_path, "f-never-started", "starting", 50.0)
+    (tmp_path / "runs" / "only-synced" / "code" / "tree").mkdir(parents=True)
+    with hold_lock(running):
+        rows = run_rows(tmp_path)
+    assert [(row["run_id"], row["state"], row["exit_code"], row["live"]) for row in rows] == [
+        ("c-died", "died", None, False),
+        ("b-done", "done", 0, False),
+        ("a-failed", "failed", 7, False),
+        ("d-running", "running", None, True),
+        ("f-never-started", "died", None, False),
+        ("e-starting", "starting", None, True),
+    ]
+    assert (rows[2]["experiment_name"], rows[2]["stage"], rows[2]["step"]) == ("exp", "rl", 12)
+
+
+def test_a_damaged_file_does_not_hide_the_others(tmp_path: Path) -> None:
+    """Goal: damaged metrics hide no run, a damaged status only its own. Red with the errors let through."""
+    made(tmp_path, "good", "done", 1.0, exit_code=0).metrics.write_text("not json\n")
+    made(tmp_path, "bad", "done", 2.0).status.write_text("{")
+    (row,) = run_rows(tmp_path)
+    assert (row["run_id"], row["state"], row["step"]) == ("good", "done", None)

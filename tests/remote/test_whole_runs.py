@@ -64,7 +64,10 @@ def assert_complete(run: RunDir, host_path: Path) -> None:
 
 @pytest.mark.parametrize("where", ["local", "remote"])
 def test_a_run_from_config_to_results(where: str, laptop: Laptop, make_host: Callable[..., Host]) -> None:
-    """Goal: one command goes from config to verified results, here and over SSH. Red with final_pull left out."""
+    """Goal: one command goes from config to verified results, here and over SSH.
+
+    Red with checkpoints left under their hidden name.
+    """
     config = str(write_config(laptop.project))
     host = make_host() if where == "remote" else None
     remote = ["--remote", host.target] if host else []
@@ -172,7 +175,10 @@ def test_logs_follow_to_the_end(laptop: Laptop, tmp_path: Path) -> None:
 
 
 def test_ctrl_c_detaches(laptop: Laptop, tmp_path: Path) -> None:
-    """Goal: Ctrl-C ends only the watching, says how to go on, exits 130. Red with KeyboardInterrupt not caught."""
+    """Goal: Ctrl-C ends only the watching, says how to go on, exits 130; attach ends with a true copy.
+
+    Red with KeyboardInterrupt not caught, and with final_pull left out.
+    """
     go = tmp_path / "go"
     config = str(write_config(laptop.project, env={"STAND_IN_WAIT": str(go)}))
     process = laptop.start(config, "--run-id", "c", start_new_session=True)
@@ -182,6 +188,8 @@ def test_ctrl_c_detaches(laptop: Laptop, tmp_path: Path) -> None:
     assert process.returncode == 130, err
     for verb in ("attach", "stop", "pull"):
         assert f"deploy {verb} c" in out
+    log = mirror(laptop, "c").log("trainer")
+    log.write_bytes(b"X" + log.read_bytes()[1:])  # damaged here: the last pull compares, and mends it
     go.touch()
     assert laptop.deploy("attach", "c").returncode == 0
     assert_complete(mirror(laptop, "c"), laptop.rollouts_home / "runs" / "c")

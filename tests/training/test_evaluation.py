@@ -11,9 +11,8 @@ import anyio
 import pytest
 import torch
 
-from rollouts.training.evaluation import evaluate_with_engine, evaluate_with_model, exact_match, validation_loss
+from rollouts.training.evaluation import evaluate_with_engine, evaluate_with_model, exact_match
 from rollouts.training.rollout_gen.engine_generate import make_generate_fn
-from rollouts.training.types import Sample
 from rollouts.training.weight_sync import SGLangEngine
 from tests.training.tiny_task import tiny_model, tiny_tokenizer
 
@@ -116,7 +115,6 @@ def test_the_training_mode_stays(model: Any, tokenizer: Any) -> None:
     for training in (True, False):
         model.train(training)
         evaluate_with_model(model, tokenizer, ROWS[:2], max_new_tokens=2)
-        validation_loss(model, [Sample(prompt="", tokens=[2, 3], loss_mask=[0.0, 1.0])], batch_size=1)
         assert model.training is training
 
 
@@ -133,40 +131,3 @@ def test_nothing_to_evaluate_is_an_error(model: Any, tokenizer: Any) -> None:
     """Goal: no division by nothing, no 0.0 that means nothing. Red without the checks."""
     with pytest.raises(ValueError, match="no rows"):
         evaluate_with_model(model, tokenizer, [], max_new_tokens=2)
-    with pytest.raises(ValueError, match="no samples"):
-        validation_loss(model, [], batch_size=2)
-    with pytest.raises(ValueError, match="no trained token"):
-        validation_loss(model, [Sample(prompt="", tokens=[2, 3], loss_mask=[0.0, 0.0])], batch_size=1)
-
-
-def samples_of_lengths(lengths: list[int]) -> list[Sample]:
-    generator = torch.Generator().manual_seed(0)
-    return [
-        Sample(
-            prompt="",
-            tokens=torch.randint(2, 200, (length,), generator=generator).tolist(),
-            loss_mask=[float(position % 3 != 0) for position in range(length)],
-        )
-        for length in lengths
-    ]
-
-
-def test_validation_loss_does_not_depend_on_the_batches(model: Any) -> None:
-    """Goal: NeMo-RL#618, the last partial batch counts, by its tokens. Against one sequence at a time, by hand.
-
-    Red as a mean of batch means, and when the last partial batch was dropped.
-    """
-    samples = samples_of_lengths([5, 9, 2, 14, 7])
-    nll, count = 0.0, 0
-    for sample in samples:
-        with torch.no_grad():
-            logprobs_TV = model(input_ids=torch.tensor([sample.tokens])).logits[0].double().log_softmax(-1)
-        for position in range(1, len(sample.tokens)):
-            if sample.loss_mask[position]:
-                nll -= float(logprobs_TV[position - 1, sample.tokens[position]])
-                count += 1
-    for batch_size in (1, 2, 3, 5, 8):
-        assert validation_loss(model, samples, batch_size=batch_size) == pytest.approx(nll / count, rel=1e-5)
-    first_two = validation_loss(model, samples, batch_size=2, max_batches=1)
-    assert first_two == pytest.approx(validation_loss(model, samples[:2], batch_size=2), rel=1e-6)
-    assert first_two != pytest.approx(nll / count, rel=1e-3)

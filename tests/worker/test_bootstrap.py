@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -133,9 +132,9 @@ def test_a_real_virtual_environment(prepared: Path) -> None:
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == str(prepared)
 
 
-@pytest.mark.skipif(shutil.which("uv") is None, reason="no uv here")
-def test_uv(run: RunDir, tmp_path: Path, wheels: Path, spec: EnvironmentSpec) -> None:
-    """Goal: the same through uv. Red with uv's `--python` left out."""
+def test_uv(run: RunDir, tmp_path: Path, wheels: Path, spec: EnvironmentSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Goal: the same through uv, which the dev extra brings. Red with uv's `--python` left out."""
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     spec = replace(spec, installer="uv", base_python=sys.executable)
     ensure_environment(spec, run, patience())
     assert version_in(spec) == "1.0"

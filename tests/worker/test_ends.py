@@ -9,8 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from rollouts import run_dir
-from rollouts.run_dir import RunDir
-from rollouts.worker.list import observe
+from rollouts.run_dir import RunDir, observe
 from tests.worker.stands import (
     ENGINE,
     Host,

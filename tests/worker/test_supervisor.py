@@ -164,8 +164,8 @@ def test_a_port_in_use(host: Host) -> None:
 
 
 def test_a_strangers_answer_does_not_make_a_dead_engine_ready(host: Host) -> None:
-    """Goal: an engine that lost its port to a stranger after the check, and died of it, fails the stage although the
-    URL answers 200. Red with the life of the process not looked at after the answer."""
+    """Goal: an engine that lost its port to a stranger after the check, and dies of it slowly, fails the stage although
+    the URL answers 200. Red when any process's answer counted: the trainer started."""
     port = free_port()
     losing = f"""
 import os, subprocess, sys, time
@@ -175,6 +175,7 @@ child = subprocess.Popen([sys.executable, "-c", stranger, "{port}"], stdout=subp
                          start_new_session=True, env=environment)
 child.stdout.readline()
 print(child.pid, flush=True)
+time.sleep(1.0)
 sys.exit(98)
 """
     try:
