@@ -198,7 +198,7 @@ class PyTorchTrainingBackend:
                 metadata={
                     "metrics": metrics,
                     "world_size": distributed.world_size(),
-                    "reference": self._reference.record if self._reference else None,
+                    **({"reference": self._reference.record} if self._reference else {}),
                 },
             )
         distributed.barrier()
