@@ -51,8 +51,8 @@ async def rl(directory: Path, num_steps: int, *, resume: bool, **backend_options
     backend = tiny_backend(directory, **{"loss_fn": grpo_loss, "seed": 5 * distributed.rank(), **backend_options})
     buffer = Buffer() if distributed.rank() == 0 else None
     manager = Manager(buffer) if buffer else None
-    options = {"baseline": "group_mean", "advantage_norm": "group_std", "micro_batch_size": 2}
-    config = RLTrainingConfig(num_steps=num_steps, **options)
+    options = {"baseline": "group_mean", "advantage_norm": "group_std", "micro_batch_size": 3}
+    config = RLTrainingConfig(num_steps=num_steps, **options)  # 3, 3, 3 of 9 samples alone; 3, 2 and 3, 1 on two ranks
     state = await backend.load_checkpoint(directory / "latest") if resume else None
     return await run_rl_training(backend, buffer, manager, [], config, pad_token_id=PAD, resume=state)
 
