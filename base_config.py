@@ -125,11 +125,20 @@ class RLConfig:
     save_every: int  # steps; -1: only after the last step
     log_every: int
     baseline: (
-        float | Literal["group_mean"]
-    )  # subtracted from each reward: a constant, or the mean of the prompt's samples
-    divide_by_std: bool  # GRPO's division by the group's standard deviation; False is Dr. GRPO
-    loss: Literal["grpo", "ppo"]  # grpo: on-policy policy gradient; ppo: ratio to the sampler's log-probs, clipped
-    clip_range: float  # of the ratio, for ppo
+        float | Literal["group_mean", "leave_one_out"]
+    )  # subtracted from each reward; groups are a prompt's samples
+    advantage_norm: Literal["none", "group_std", "batch"]  # then divided by; batch standardises over the whole step
+    loss: Literal["grpo", "ppo", "gspo", "cispo"]  # docs/losses.md: all of these methods, and how to set them
+    clip_low: float  # ppo, gspo, cispo: the ratio to the sampler is held above 1 - clip_low; 1: no bound
+    clip_high: float  # and below 1 + clip_high
+    dual_clip: float  # ppo, gspo: where the advantage is negative the ratio counts at most this much; -1: no bound
+    importance: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]  # grpo: TIS, MIS
+    importance_cap: float  # the ratio to the sampler at which those truncate or mask
+    aggregation: Literal["token_mean", "sequence_mean_token_sum", "sequence_mean_token_mean", "constant_length"]
+    kl_coef: float  # of the penalty for leaving a frozen reference model; 0: none is loaded
+    kl_kind: Literal["k1", "k2", "k3"]  # which estimate of that divergence is the loss's term
+    kl_reference: str | None  # hub id or directory on the host; None: the model that the run's rl stage started from
+    entropy_coef: float  # of a bonus for the policy's entropy; 0: none
     reward_fn: str  # dotted path of a function: Sample -> float, or None for not scorable
     filter_fn: str | None  # dotted path of a function: list[Sample] of one group -> keep it?
     over_sampling_factor: float  # groups started per group needed
@@ -469,7 +478,7 @@ def _rl_checks(rl: RLConfig) -> Checks:
     )
     yield _need(rl.num_samples >= 2, "rl.num_samples", rl.num_samples, ">= 2, else every advantage is 0")
     yield _need(rl.temperature > 0, "rl.temperature", rl.temperature, "> 0: sampling is what RL learns from")
-    yield _need(0 < rl.clip_range < 1, "rl.clip_range", rl.clip_range, "0 < clip_range < 1")
+    yield from _loss_checks(rl)
     reward_ok = _matches(DOTTED_NAME_PATTERN, rl.reward_fn)
     yield _need(reward_ok, "rl.reward_fn", rl.reward_fn, "a dotted path, package.module.function")
     filter_ok = rl.filter_fn is None or _matches(DOTTED_NAME_PATTERN, rl.filter_fn)
@@ -479,6 +488,20 @@ def _rl_checks(rl: RLConfig) -> Checks:
     yield _need(rl.retries_max >= 0, "rl.retries_max", rl.retries_max, ">= 0")
     yield _seed(rl.seed, "rl.seed")
     yield from _stage_checks(rl, "rl")
+
+
+def _loss_checks(rl: RLConfig) -> Checks:
+    yield _need(0 < rl.clip_low <= 1, "rl.clip_low", rl.clip_low, "0 < clip_low <= 1; 1 sets no lower bound")
+    yield _need(rl.clip_high > 0, "rl.clip_high", rl.clip_high, "> 0")
+    dual_ok = rl.dual_clip == -1 or (rl.dual_clip > 1 + rl.clip_high and rl.loss in ("ppo", "gspo"))
+    yield _need(dual_ok, "rl.dual_clip", rl.dual_clip, "> 1 + clip_high with loss 'ppo' or 'gspo', or -1 for no bound")
+    importance_ok = rl.importance == "none" or rl.loss == "grpo"
+    yield _need(importance_ok, "rl.importance", rl.importance, f"'none': loss={rl.loss!r} has the ratio to the sampler")
+    yield _need(rl.importance_cap > 0, "rl.importance_cap", rl.importance_cap, "> 0")
+    yield _need(rl.kl_coef >= 0, "rl.kl_coef", rl.kl_coef, ">= 0")
+    name = rl.kl_reference
+    yield _need(name is None or bool(name.strip()), "rl.kl_reference", name, "a hub id, a directory or None")
+    yield _need(rl.entropy_coef >= 0, "rl.entropy_coef", rl.entropy_coef, ">= 0")
 
 
 def _engine_checks(engine: EngineConfig) -> Checks:

@@ -79,13 +79,21 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("rl.temperature", 0.0, "rl.temperature=0.0: needs > 0"),
     ("rl.top_k", 0, "rl.top_k=0: needs >= 1, or -1 for all tokens"),
     ("rl.max_new_tokens", 64, "rl.max_new_tokens=64: needs less than data.max_length=64"),
-    ("rl.clip_range", 1.0, "rl.clip_range=1.0: needs 0 < clip_range < 1"),
+    ("rl.clip_low", 1.1, "rl.clip_low=1.1: needs 0 < clip_low <= 1; 1 sets no lower bound"),
+    ("rl.clip_high", 0.0, "rl.clip_high=0.0: needs > 0"),
+    ("rl.dual_clip", 3.0, "rl.dual_clip=3.0: needs > 1 + clip_high with loss 'ppo' or 'gspo', or -1"),
+    ("rl.importance_cap", 0.0, "rl.importance_cap=0.0: needs > 0"),
+    ("rl.advantage_norm", "std", "rl.advantage_norm='std': needs one of 'none', 'group_std', 'batch'"),
+    ("rl.aggregation", "mean", "rl.aggregation='mean': needs one of 'token_mean', "),
+    ("rl.kl_coef", -0.1, "rl.kl_coef=-0.1: needs >= 0"),
+    ("rl.kl_reference", " ", "rl.kl_reference=' ': needs a hub id, a directory or None"),
+    ("rl.entropy_coef", -1e-3, "rl.entropy_coef=-0.001: needs >= 0"),
     ("rl.reward_fn", "per_letter", "rl.reward_fn='per_letter': needs a dotted path"),
     ("rl.filter_fn", "", "rl.filter_fn='': needs a dotted path"),
     ("rl.over_sampling_factor", 0.5, "rl.over_sampling_factor=0.5: needs 1 to 16"),
     ("rl.retries_max", -1, "rl.retries_max=-1: needs >= 0"),
     ("rl.sync_every", 0, "rl.sync_every=0: needs >= 1"),
-    ("rl.baseline", "median", "rl.baseline='median': needs one of 'group_mean', float"),
+    ("rl.baseline", "median", "rl.baseline='median': needs one of 'group_mean', 'leave_one_out', float"),
     ("engine.kind", "tgi", "engine.kind='tgi': needs one of 'embedded'"),
     ("engine.sglang_port", 80, "engine.sglang_port=80: needs 1024 to 65535"),
     ("engine.tensor_parallel_size", 2, "engine.tensor_parallel_size=2: needs 1"),
@@ -115,6 +123,23 @@ def test_all_problems_at_once() -> None:
     config = replace_at(config, "limits.stop_grace_s", -1.0)
     text = "\n".join(config.problems())
     assert all(name in text for name in ("rl.num_samples=1", "sft.batch_size='8'", "limits.stop_grace_s=-1.0")), text
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"rl.loss": "cispo", "rl.importance": "token_mask"}, "rl.importance='token_mask': needs 'none': loss='cispo'"),
+        ({"rl.loss": "ppo", "rl.dual_clip": 1.2}, "rl.dual_clip=1.2: needs > 1 + clip_high"),
+        ({"rl.loss": "ppo", "rl.dual_clip": 3.0}, None),
+        ({"rl.importance": "sequence_mask"}, None),
+    ],
+)
+def test_loss_settings_that_another_one_would_ignore(changes: dict[str, Any], reason: str | None) -> None:
+    """Goal: a setting without effect is an error, not a surprise. Red with the loss left out of the two checks."""
+    config = example_config()
+    for path, value in changes.items():
+        config = replace_at(config, path, value)
+    assert [problem[: len(reason or "")] for problem in config.problems()] == ([reason] if reason else [])
 
 
 @pytest.mark.parametrize("ranks", [[0], [0, 1], [0, 1, 2]])

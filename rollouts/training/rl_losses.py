@@ -8,13 +8,36 @@ predicted by nothing and never counts.
 Only trained positions are ever read: they are selected before the softmax, so padding may hold inf or NaN without
 touching the loss or its gradient, and nothing of size [B, T, V] is upcast.
 
-`tokens_global` is the number of trained tokens of the whole optimizer step, over all micro-batches and ranks
-(`trained_tokens`). Each loss divides by it once, so that the losses and gradients of micro-batches add up to the same
-step however it was cut. None: this batch is the whole step.
+`tokens_global` and `sequences_global` count the trained tokens and the sequences that have any, over all micro-batches
+and ranks of the optimizer step (`trained_tokens`, `trained_sequences`). A loss divides by one of them once, so that the
+losses and gradients of micro-batches add up to the same step however it was cut. None: this batch is the whole step.
+
+`policy_loss` is every RL loss; `grpo_loss`, `ppo_loss`, `gspo_loss` and `cispo_loss` are its plain forms. What each
+computes, with its source: docs/losses.md.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from rollouts.training.loss_terms import (
+    ClipRange,
+    check_choice,
+    clipped_surrogate,
+    entropy,
+    held_exp,
+    importance_weights,
+    k1,
+    k2,
+    k3,
+    ratio_bounds,
+    sequence_mean,
+    token_shares,
+)
+
+LOSSES = ("grpo", "ppo", "gspo", "cispo")
+KL_KINDS = {"k1": k1, "k2": k2, "k3": k3}
 
 _CHUNK_ELEMENTS = 2**24  # statistics look at this many logits at a time: 64 MiB in float32
 
@@ -25,8 +48,79 @@ def sft_loss(logits: Tensor, labels: Tensor, loss_mask: Tensor, *, tokens_global
     `logits` [B, T, V], `labels` [B, T] token ids, `loss_mask` [B, T] weights, 0 for what is not trained on.
     Raises ValueError for shapes that do not fit, or for a batch without a trained token and no `tokens_global`.
     """
-    _, weights_N, log_probs_N = _trained_log_probs(logits, labels, loss_mask, temperature=1.0)
-    return -(weights_N * log_probs_N).sum() / _denominator(weights_N, tokens_global)
+    tokens = _trained(logits, labels, loss_mask, temperature=1.0)
+    shares_BT = token_shares(loss_mask.to(tokens.log_probs_N.dtype), tokens_global=tokens_global)
+    return -(shares_BT[:, 1:][tokens.keep] * tokens.log_probs_N).sum()
+
+
+def policy_loss(
+    logits: Tensor,
+    labels: Tensor,
+    loss_mask: Tensor,
+    advantages: Tensor,
+    *,
+    old_log_probs: Tensor | None = None,
+    ref_log_probs: Tensor | None = None,
+    loss: str = "grpo",
+    clip_range: ClipRange = 0.2,
+    dual_clip: float | None = None,
+    importance: str = "none",
+    importance_cap: float = 2.0,
+    aggregation: str = "token_mean",
+    length_norm: float | None = None,
+    kl_coef: float = 0.0,
+    kl_kind: str = "k3",
+    entropy_coef: float = 0.0,
+    tokens_global: float | None = None,
+    sequences_global: float | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Any of the RL losses: a scalar, sum over trained tokens of share x (policy + kl_coef KL - entropy_coef entropy).
+
+    `advantages` [B], one per sequence. `old_log_probs` [B, T], the sampler's, and `ref_log_probs` [B, T], a frozen
+    reference model's, are aligned to tokens (entry t is the log-prob of token t), both at `temperature`, the sampler's,
+    which divides the logits. The ratio is p / p_old. The other inputs as in `sft_loss`.
+
+    `loss`: "grpo" is -A log p, the gradient of an on-policy step; `importance` corrects it for a sampler that differs.
+    "ppo" is `clipped_surrogate` of each token's ratio, with `dual_clip`; "gspo" is that of the sequence's ratio, the
+    geometric mean of its tokens'; "cispo" is -clip(ratio) A log p with no gradient through the clipped ratio.
+    `importance`, `importance_cap`: `importance_weights`. `aggregation`, `length_norm`: the shares, `token_shares`.
+    `kl_kind`: which estimate of KL(p || reference), as a term of the loss: `k1`, `k2`, `k3`.
+    Raises ValueError for an unknown name, shapes that do not fit, or an input that the choice needs and is not there.
+    """
+    _check_combination(loss, importance, dual_clip)
+    tokens = _trained(logits, labels, loss_mask, temperature)
+    dtype, mask = tokens.log_probs_N.dtype, loss_mask.to(tokens.log_probs_N.dtype)
+    advantages_N = _per_token(advantages, tokens.keep, dtype)
+    if loss == "grpo" and importance == "none":
+        terms_N = -advantages_N * tokens.log_probs_N
+    else:
+        old_N = _aligned("old_log_probs", old_log_probs, labels, tokens.keep, needed_by=f"loss={loss!r}").to(dtype)
+        log_ratio_N = tokens.log_probs_N - old_N
+        if loss in ("ppo", "gspo"):
+            if loss == "gspo":
+                log_ratio_N = sequence_mean(log_ratio_N, tokens.keep, mask[:, 1:])
+            terms_N = -clipped_surrogate(held_exp(log_ratio_N), advantages_N, clip_range, dual_clip)
+        else:
+            if loss == "cispo":
+                constants_N = held_exp(log_ratio_N).clamp(*ratio_bounds(clip_range)).detach()
+            else:
+                constants_N = importance_weights(log_ratio_N, tokens.keep, importance, importance_cap)
+            terms_N = -constants_N * advantages_N * tokens.log_probs_N
+    if kl_coef:
+        check_choice("kl_kind", kl_kind, KL_KINDS)
+        ref_N = _aligned("ref_log_probs", ref_log_probs, labels, tokens.keep, needed_by=f"kl_coef={kl_coef}").to(dtype)
+        terms_N = terms_N + kl_coef * KL_KINDS[kl_kind](tokens.log_probs_N, ref_N)
+    if entropy_coef:
+        terms_N = terms_N - entropy_coef * entropy(tokens.log_probs_NV)
+    shares_BT = token_shares(
+        mask,
+        aggregation,
+        tokens_global=tokens_global,
+        sequences_global=sequences_global,
+        length_norm=length_norm,
+    )
+    return (shares_BT[:, 1:][tokens.keep] * terms_N).sum()
 
 
 def grpo_loss(
@@ -42,12 +136,11 @@ def grpo_loss(
 
     GRPO (arXiv 2402.03300) for samples of the current policy, where its ratio is 1 and nothing is clipped, with the
     mean over all tokens of the step instead of 1/|o| per response (arXiv 2503.20783: no length bias).
-    `advantages` [B], one per sequence; the other inputs as in `sft_loss`. `temperature` is the sampler's: it divides
-    the logits, so that the log-probs are those of the distribution that was sampled from.
+    Inputs as in `policy_loss`.
     """
-    keep, weights_N, log_probs_N = _trained_log_probs(logits, labels, loss_mask, temperature)
-    advantages_N = _per_token(advantages, keep, log_probs_N.dtype)
-    return -(weights_N * advantages_N * log_probs_N).sum() / _denominator(weights_N, tokens_global)
+    return policy_loss(
+        logits, labels, loss_mask, advantages, loss="grpo", tokens_global=tokens_global, temperature=temperature
+    )
 
 
 def ppo_loss(  # noqa: PLR0917 — the order users know; call it by keyword
@@ -56,24 +149,86 @@ def ppo_loss(  # noqa: PLR0917 — the order users know; call it by keyword
     loss_mask: Tensor,
     advantages: Tensor,
     old_log_probs: Tensor,
-    clip_range: float = 0.2,
+    clip_range: ClipRange = 0.2,
     *,
     tokens_global: float | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
-    """Clipped surrogate (PPO, arXiv 1707.06347 eq. 7) per trained token: a scalar.
+    """Clipped surrogate (PPO, arXiv 1707.06347 eq. 7), the mean over trained tokens: a scalar.
 
-    `old_log_probs` [B, T] are the sampler's, aligned to tokens (entry t is the log-prob of token t), at `temperature`.
-    The ratio is p / p_old, and the loss -mean(min(ratio A, clip(ratio, 1 - clip_range, 1 + clip_range) A)).
-    The other inputs as in `grpo_loss`.
+    -mean(min(ratio A, clip(ratio, 1 - low, 1 + high) A)). A pair (low, high) as `clip_range` is DAPO's clip-higher.
+    Inputs as in `policy_loss`.
     """
-    keep, weights_N, log_probs_N = _trained_log_probs(logits, labels, loss_mask, temperature)
-    _check_shape("old_log_probs", old_log_probs, labels.shape)
-    advantages_N = _per_token(advantages, keep, log_probs_N.dtype)
-    ratio_N = torch.exp(log_probs_N - old_log_probs[:, 1:][keep].to(log_probs_N.dtype))
-    clipped_N = ratio_N.clamp(1 - clip_range, 1 + clip_range)
-    surrogate_N = torch.minimum(ratio_N * advantages_N, clipped_N * advantages_N)
-    return -(weights_N * surrogate_N).sum() / _denominator(weights_N, tokens_global)
+    return policy_loss(
+        logits,
+        labels,
+        loss_mask,
+        advantages,
+        old_log_probs=old_log_probs,
+        loss="ppo",
+        clip_range=clip_range,
+        tokens_global=tokens_global,
+        temperature=temperature,
+    )
+
+
+def gspo_loss(  # noqa: PLR0917 — the order of ppo_loss
+    logits: Tensor,
+    labels: Tensor,
+    loss_mask: Tensor,
+    advantages: Tensor,
+    old_log_probs: Tensor,
+    clip_range: ClipRange = (3e-4, 4e-4),
+    *,
+    sequences_global: float | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """GSPO (arXiv 2507.18071 eq. 5): the clipped surrogate of each sequence's ratio, the mean over sequences.
+
+    The ratio is the geometric mean of the tokens', so it stays near 1: the default range is the paper's (section 5.1).
+    Inputs as in `policy_loss`.
+    """
+    return policy_loss(
+        logits,
+        labels,
+        loss_mask,
+        advantages,
+        old_log_probs=old_log_probs,
+        loss="gspo",
+        clip_range=clip_range,
+        aggregation="sequence_mean_token_mean",
+        sequences_global=sequences_global,
+        temperature=temperature,
+    )
+
+
+def cispo_loss(  # noqa: PLR0917 — the order of ppo_loss
+    logits: Tensor,
+    labels: Tensor,
+    loss_mask: Tensor,
+    advantages: Tensor,
+    old_log_probs: Tensor,
+    clip_range: ClipRange = (1.0, 4.0),
+    *,
+    tokens_global: float | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """CISPO (MiniMax-M1, arXiv 2506.13585 eq. 4): -clip(ratio) A log p, the mean over trained tokens.
+
+    The clipped ratio is a constant weight, so that no token loses its gradient. A low of 1 is no lower bound, as
+    published. Inputs as in `policy_loss`.
+    """
+    return policy_loss(
+        logits,
+        labels,
+        loss_mask,
+        advantages,
+        old_log_probs=old_log_probs,
+        loss="cispo",
+        clip_range=clip_range,
+        tokens_global=tokens_global,
+        temperature=temperature,
+    )
 
 
 def trained_tokens(loss_mask: Tensor) -> float:
@@ -81,16 +236,21 @@ def trained_tokens(loss_mask: Tensor) -> float:
     return float(loss_mask[:, 1:].sum(dtype=torch.float64))
 
 
-def k3(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
-    """The estimate r - 1 - log r of KL(p || reference) for tokens drawn from p, with r = reference / p; elementwise.
-
-    Unbiased and never negative (Schulman, "Approximating KL divergence", k3). Exactly 0 where both agree.
-    """
-    log_ratio = reference_log_probs - log_probs
-    return torch.expm1(log_ratio) - log_ratio
+def trained_sequences(loss_mask: Tensor) -> float:
+    """How many rows of `loss_mask` [B, T] have a token that a loss trains on."""
+    return float((loss_mask[:, 1:] != 0).any(1).sum())
 
 
-STATISTICS = ("tokens", "entropy", "logp", "logp_diff_abs", "kl_sampler", "clip_fraction")
+@torch.no_grad()
+def token_log_probs(logits: Tensor, labels: Tensor, loss_mask: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Log-probs [B, T] of the trained tokens, aligned to tokens, 0 elsewhere; no gradient: for a reference model."""
+    tokens = _trained(logits, labels, loss_mask, temperature)
+    log_probs = tokens.log_probs_N.new_zeros(labels.shape)
+    log_probs[:, 1:].masked_scatter_(tokens.keep, tokens.log_probs_N)
+    return log_probs
+
+
+STATISTICS = ("tokens", "entropy", "logp", "logp_diff_abs", "kl_sampler", "clip_fraction", "kl_reference")
 
 
 @torch.no_grad()
@@ -99,58 +259,70 @@ def policy_statistics(
     labels: Tensor,
     loss_mask: Tensor,
     old_log_probs: Tensor,
+    ref_log_probs: Tensor | None = None,
     *,
     temperature: float = 1.0,
-    clip_range: float = 0.2,
+    clip_range: ClipRange = 0.2,
 ) -> dict[str, float]:
     """Sums over the trained tokens, so that micro-batches and ranks add up; divide by "tokens" for the mean.
 
     "tokens" (a count), "entropy" of the policy (nats), "logp" of the sampled tokens, "logp_diff_abs" = |log p - log
     p_old|, "kl_sampler" = k3 estimate of KL(sampler || trainer), "clip_fraction" = tokens whose ratio lies outside
-    1 ± clip_range. Inputs as in `ppo_loss`. Works through the tokens in chunks: no second [N, V] in float32.
+    `clip_range`, and with `ref_log_probs` "kl_reference" = k3 estimate of KL(trainer || reference). Inputs as in
+    `policy_loss`. Works through the tokens in chunks: no second [N, V] in float32.
     """
-    _check_shape("old_log_probs", old_log_probs, labels.shape)
-    keep, _, positions_N = _trained_positions(logits, labels, loss_mask)
-    old_N, targets_N = old_log_probs[:, 1:][keep], labels[:, 1:][keep]
+    keep, positions_N = _trained_positions(logits, labels, loss_mask)
+    old_N = _aligned("old_log_probs", old_log_probs, labels, keep, needed_by="policy_statistics")
+    ref_N = None if ref_log_probs is None else _aligned("ref_log_probs", ref_log_probs, labels, keep, needed_by="")
+    targets_N = labels[:, 1:][keep]
+    low, high = ratio_bounds(clip_range)
     chunk = max(1, _CHUNK_ELEMENTS // logits.shape[-1])
-    sums = torch.zeros(len(STATISTICS), dtype=torch.float64)
+    names = STATISTICS if ref_N is not None else STATISTICS[:-1]
+    sums = torch.zeros(len(names), dtype=torch.float64)
     for start in range(0, len(positions_N), chunk):
         part = slice(start, start + chunk)
         log_probs_NV = _log_softmax(logits.flatten(0, 1).index_select(0, positions_N[part]), temperature)
         log_probs_n = log_probs_NV.gather(-1, targets_N[part, None]).squeeze(-1)
         old_n = old_N[part].to(log_probs_n.dtype)
         ratio_n = torch.exp(log_probs_n - old_n)
-        terms = (
+        terms = [
             torch.ones_like(log_probs_n),
-            torch.special.entr(log_probs_NV.exp()).sum(-1),  # 0 where p = 0, unlike -p log p
+            entropy(log_probs_NV),
             log_probs_n,
             (log_probs_n - old_n).abs(),
             k3(old_n, log_probs_n),
-            ((ratio_n - 1).abs() > clip_range).to(log_probs_n.dtype),
-        )
+            ((ratio_n < low) | (ratio_n > high)).to(log_probs_n.dtype),
+        ]
+        if ref_N is not None:
+            terms.append(k3(log_probs_n, ref_N[part].to(log_probs_n.dtype)))
         sums += torch.stack([term.sum() for term in terms]).double().cpu()
-    return dict(zip(STATISTICS, sums.tolist(), strict=True))
+    return dict(zip(names, sums.tolist(), strict=True))
 
 
-def _trained_positions(logits: Tensor, labels: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """keep [B, T-1] bool, and for each trained token its weight [N] and where its logits stand among the B x T."""
+class _Trained(NamedTuple):
+    """The trained tokens: where they are [B, T-1] bool, their log-probs [N], and those of all their rivals [N, V]."""
+
+    keep: Tensor
+    log_probs_N: Tensor
+    log_probs_NV: Tensor
+
+
+def _trained(logits: Tensor, labels: Tensor, loss_mask: Tensor, temperature: float) -> _Trained:
+    keep, positions_N = _trained_positions(logits, labels, loss_mask)
+    log_probs_NV = _log_softmax(logits.flatten(0, 1).index_select(0, positions_N), temperature)
+    log_probs_N = log_probs_NV.gather(-1, labels[:, 1:][keep, None]).squeeze(-1)
+    return _Trained(keep, log_probs_N, log_probs_NV)
+
+
+def _trained_positions(logits: Tensor, labels: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """keep [B, T-1] bool, and where the logits of each trained token stand among the B x T."""
     if logits.ndim != 3 or logits.shape[1] < 2:
         raise ValueError(f"logits {tuple(logits.shape)}: needs [B, T, V] with T >= 2, else nothing is predicted")
     _check_shape("labels", labels, logits.shape[:2])
     _check_shape("loss_mask", loss_mask, logits.shape[:2])
     keep = loss_mask[:, 1:] != 0
     rows, columns = keep.nonzero(as_tuple=True)
-    return keep, loss_mask[:, 1:][keep], rows * logits.shape[1] + columns
-
-
-def _trained_log_probs(
-    logits: Tensor, labels: Tensor, loss_mask: Tensor, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """keep [B, T-1] bool, weights [N] and log-probs [N] of the trained tokens."""
-    keep, weights_N, positions_N = _trained_positions(logits, labels, loss_mask)
-    log_probs_NV = _log_softmax(logits.flatten(0, 1).index_select(0, positions_N), temperature)
-    log_probs_N = log_probs_NV.gather(-1, labels[:, 1:][keep, None]).squeeze(-1)
-    return keep, weights_N.to(log_probs_N.dtype), log_probs_N
+    return keep, rows * logits.shape[1] + columns
 
 
 def _log_softmax(logits_NV: Tensor, temperature: float) -> Tensor:
@@ -162,19 +334,24 @@ def _log_softmax(logits_NV: Tensor, temperature: float) -> Tensor:
     return torch.log_softmax(logits_NV.to(dtype) / temperature, -1)
 
 
+def _check_combination(loss: str, importance: str, dual_clip: float | None) -> None:
+    check_choice("loss", loss, LOSSES)
+    if importance != "none" and loss != "grpo":
+        raise ValueError(f"importance={importance!r}: only for loss='grpo'; the ratio of {loss!r} is to the sampler")
+    if dual_clip is not None and loss not in ("ppo", "gspo"):
+        raise ValueError(f"dual_clip={dual_clip}: only for loss='ppo' and 'gspo'; {loss!r} clips nothing that it holds")
+
+
 def _per_token(advantages: Tensor, keep: Tensor, dtype: torch.dtype) -> Tensor:
     _check_shape("advantages", advantages, keep.shape[:1])
     return advantages[:, None].expand(keep.shape)[keep].to(dtype)
 
 
-def _denominator(weights_N: Tensor, tokens_global: float | None) -> float | Tensor:
-    if tokens_global is None:
-        if not len(weights_N):
-            raise ValueError("loss_mask has no trained token after position 0, so the mean over them does not exist")
-        return weights_N.sum()
-    if tokens_global <= 0:
-        raise ValueError(f"tokens_global={tokens_global}: needs > 0, the trained tokens of the optimizer step")
-    return tokens_global
+def _aligned(name: str, values: Tensor | None, labels: Tensor, keep: Tensor, *, needed_by: str) -> Tensor:
+    if values is None:
+        raise ValueError(f"{name}=None: {needed_by} needs them, [B, T] aligned to tokens")
+    _check_shape(name, values, labels.shape)
+    return values[:, 1:][keep]
 
 
 def _check_shape(name: str, tensor: Tensor, shape: torch.Size) -> None:

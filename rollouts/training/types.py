@@ -65,10 +65,10 @@ class SFTTrainingConfig:
 class RLTrainingConfig:
     num_steps: int
     sync_every: int = 1  # optimizer steps between weight updates of the engines
-    baseline: float | str = 0.0  # a constant, or "group_mean"
+    baseline: float | str = 0.0  # a constant, "group_mean" or "leave_one_out"
     log_every: int = 1
     checkpoint_every: int = -1
-    divide_by_std: bool = False  # of the group, ddof 1
+    advantage_norm: str = "none"  # or "group_std" or "batch": see `advantages`
     micro_batch_size: int | None = None  # sequences per rank and forward pass; None: all of a step's at once
 
 

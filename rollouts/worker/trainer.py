@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rollouts.training.backends.pytorch import PyTorchTrainingBackend
     from rollouts.training.evaluation import Evaluation
     from rollouts.training.metrics import MetricsLogger
-    from rollouts.training.types import Prompt, Sample
+    from rollouts.training.types import Prompt, RLTrainingConfig, Sample
     from rollouts.training.weight_sync import SGLangEngine
 
 logger = logging.getLogger("rollouts.trainer")
@@ -118,6 +118,7 @@ async def _train(config: Config, run: RunDir, stage: str, engine_urls: Sequence[
             tokenizer=tokenizer,
             device=device,
             num_steps=steps,
+            reference=reference_name(config, stage, model_path, resumes=resumes),
         )
         resume = await backend.load_checkpoint(model_path) if resumes else None
         pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -187,13 +188,79 @@ def rl_steps(config: Config, data: Data) -> int:
 # --- wiring ---------------------------------------------------------------------------------------------------------
 
 
+def reference_name(config: Config, stage: str, model_path: str, *, resumes: bool) -> str | None:
+    """Where the frozen model of the KL penalty is loaded from; None without one.
+
+    A resumed run keeps the reference it began with, which its checkpoint names: never the checkpoint itself.
+    Raises CheckpointError for a checkpoint that was trained without one, where the config names none either.
+    """
+    from rollouts.training.checkpoint import CheckpointError, read_metadata
+
+    rl = config.rl
+    if stage != "rl" or rl is None or rl.kl_coef == 0:
+        return None
+    if rl.kl_reference is not None:
+        return rl.kl_reference
+    if not resumes:
+        return model_path
+    recorded = read_metadata(Path(model_path)).get("reference")
+    if recorded is None:
+        raise CheckpointError(
+            f"{model_path}: was trained without a KL reference, and rl.kl_coef={rl.kl_coef} needs one: set "
+            "rl.kl_reference to the model that run started from, or rl.kl_coef=0"
+        )
+    return recorded["name"]
+
+
+def rl_training_config(rl: RLConfig, num_steps: int) -> "RLTrainingConfig":
+    from rollouts.training.types import RLTrainingConfig
+
+    return RLTrainingConfig(
+        num_steps=num_steps,
+        sync_every=rl.sync_every,
+        baseline=rl.baseline,
+        log_every=rl.log_every,
+        checkpoint_every=rl.save_every,
+        advantage_norm=rl.advantage_norm,
+        micro_batch_size=rl.batch_size,
+    )
+
+
+def rl_loss(rl: RLConfig) -> Callable[..., Any]:
+    """The loss that the config describes: a function of logits and a batch's keys."""
+    from rollouts.training.rl_losses import policy_loss
+
+    return partial(
+        policy_loss,
+        loss=rl.loss,
+        clip_range=(rl.clip_low, rl.clip_high),
+        dual_clip=None if rl.dual_clip == -1 else rl.dual_clip,
+        importance=rl.importance,
+        importance_cap=rl.importance_cap,
+        aggregation=rl.aggregation,
+        length_norm=rl.max_new_tokens,
+        kl_coef=rl.kl_coef,
+        kl_kind=rl.kl_kind,
+        entropy_coef=rl.entropy_coef,
+    )
+
+
 def build_backend(
-    config: Config, stage: str, *, checkpoint_dir: Path, model_path: str, tokenizer: Any, device: Any, num_steps: int
+    config: Config,
+    stage: str,
+    *,
+    checkpoint_dir: Path,
+    model_path: str,
+    tokenizer: Any,
+    device: Any,
+    num_steps: int,
+    reference: str | None,
 ) -> "PyTorchTrainingBackend":
-    from rollouts.training import rl_losses
     from rollouts.training.backends.pytorch import PyTorchTrainingBackend
     from rollouts.training.model_loading import load_model
     from rollouts.training.optim import build_optimizer, lr_factor
+    from rollouts.training.reference import load_reference
+    from rollouts.training.rl_losses import sft_loss
 
     settings = cast(SFTConfig | RLConfig, getattr(config, stage))
     optimizer = settings.optimizer
@@ -217,13 +284,14 @@ def build_backend(
             beta2=optimizer.beta2,
             eps=optimizer.eps,
         ),
-        loss_fn=getattr(rl_losses, f"{config.rl.loss}_loss") if stage == "rl" and config.rl else rl_losses.sft_loss,
+        loss_fn=rl_loss(cast(RLConfig, config.rl)) if stage == "rl" else sft_loss,
         checkpoint_dir=checkpoint_dir,
         device=device,
         tokenizer=tokenizer,
         max_grad_norm=optimizer.max_grad_norm,
         lr_schedule=factor,
         compute_dtype=config.model.dtype,
+        reference=load_reference(reference, trust_remote_code=config.model.trust_remote_code) if reference else None,
     )
 
 
@@ -237,6 +305,7 @@ class _ConsoleLogger:
         "lr",
         "entropy",
         "logp_diff_abs",
+        "kl_reference",
         "groups_kept",
         "tokens_per_s",
         "step_s",
@@ -333,18 +402,9 @@ async def train_rl(job: Job, data: Data, engine_urls: Sequence[str]) -> None:
     from rollouts.training.datasets.data_buffer import DataBuffer
     from rollouts.training.loops import run_rl_training
     from rollouts.training.metrics import JSONLLogger
-    from rollouts.training.types import RLTrainingConfig
 
     rl = cast(RLConfig, job.config.rl)
-    config = RLTrainingConfig(
-        num_steps=job.num_steps,
-        sync_every=rl.sync_every,
-        baseline=rl.baseline,
-        log_every=rl.log_every,
-        checkpoint_every=rl.save_every,
-        divide_by_std=rl.divide_by_std,
-        micro_batch_size=rl.batch_size,
-    )
+    config = rl_training_config(rl, job.num_steps)
     buffer = DataBuffer(data.prompts, seed=rl.seed)
     async with _engines(job, engine_urls) as engines:
         with _metrics(job) as metrics_logger:
@@ -358,7 +418,7 @@ async def train_rl(job: Job, data: Data, engine_urls: Sequence[str]) -> None:
                 weights_dir=job.run.weights,
                 rollouts_logger=JSONLLogger(job.run.rollouts) if _rank() == 0 else None,
                 temperature=rl.temperature,
-                clip_range=rl.clip_range if rl.loss == "ppo" else None,
+                clip_range=(rl.clip_low, rl.clip_high) if rl.loss in ("ppo", "cispo") else None,
                 pad_token_id=job.pad_token_id,
                 resume=job.resume,
                 eval_fn=_rl_evaluation(job, data, engines) if data.eval_rows else None,

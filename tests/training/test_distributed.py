@@ -36,11 +36,12 @@ def one(tmp_path_factory) -> tuple[Path, dict]:
 TIMES = ("tokens_per_s", "step_s", "generate_s", "train_s", "sync_s")
 
 
-@pytest.mark.parametrize("stage", ["sft", "rl"])
+@pytest.mark.parametrize("stage", ["sft", "rl", "policy"])
 def test_two_ranks_train_as_one(two, one, stage):
     """Goal: loss, gradient norm and every other metric agree to 1e-6 relative, also after a resume.
 
-    Red with gradients averaged over ranks, with both ranks on the same rows, and with parameters not broadcast.
+    "policy" is a loss with all its parts. Red with gradients averaged over ranks, with both ranks on the same rows,
+    with parameters not broadcast, and, "policy" alone, with sequences_global left out of the prepared batch.
     """
     _, ranks = two
     _, alone = one

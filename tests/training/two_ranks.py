@@ -2,16 +2,19 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import anyio
 import torch
 
 from rollouts.training import distributed
 from rollouts.training.loops import run_rl_training, run_sft_training, validation_loss
-from rollouts.training.rl_losses import grpo_loss
+from rollouts.training.reference import as_reference
+from rollouts.training.rl_losses import grpo_loss, policy_loss
 from rollouts.training.types import RLTrainingConfig, SFTTrainingConfig
-from tests.training.tiny import PAD, rollout_batch, sft_samples, tiny_backend
+from tests.training.tiny import PAD, rollout_batch, sft_samples, tiny_backend, tiny_model
 
 
 class Buffer:
@@ -44,13 +47,20 @@ async def sft(directory: Path) -> list[dict]:
     return [*metrics, held_out]
 
 
-async def rl(directory: Path, num_steps: int, *, resume: bool) -> list[dict]:
-    backend = tiny_backend(directory / "rl", loss_fn=grpo_loss, seed=5 * distributed.rank())
+async def rl(directory: Path, num_steps: int, *, resume: bool, **backend_options: Any) -> list[dict]:
+    backend = tiny_backend(directory, **{"loss_fn": grpo_loss, "seed": 5 * distributed.rank(), **backend_options})
     buffer = Buffer() if distributed.rank() == 0 else None
     manager = Manager(buffer) if buffer else None
-    config = RLTrainingConfig(num_steps=num_steps, baseline="group_mean", divide_by_std=True, micro_batch_size=2)
-    state = await backend.load_checkpoint(directory / "rl" / "latest") if resume else None
+    options = {"baseline": "group_mean", "advantage_norm": "group_std", "micro_batch_size": 3}
+    config = RLTrainingConfig(num_steps=num_steps, **options)  # 3, 3, 3 of 9 samples alone; 3, 2 and 3, 1 on two ranks
+    state = await backend.load_checkpoint(directory / "latest") if resume else None
     return await run_rl_training(backend, buffer, manager, [], config, pad_token_id=PAD, resume=state)
+
+
+def every_part() -> dict[str, Any]:
+    """A loss with all its parts: sequences' ratios, their mean, the KL to a reference, entropy."""
+    parts = {"loss": "gspo", "aggregation": "sequence_mean_token_mean", "kl_coef": 0.1, "entropy_coef": 0.01}
+    return {"loss_fn": partial(policy_loss, **parts), "reference": as_reference(tiny_model(seed=3), "seed 3")}
 
 
 def collectives() -> list:
@@ -73,7 +83,9 @@ def main(directory: Path) -> None:
     distributed.initialize("cpu", timeout_s=120.0)
     results = {"collectives": collectives()}
     results["sft"] = anyio.run(sft, directory)
-    results["rl"] = anyio.run(lambda: rl(directory, 2, resume=False)) + anyio.run(lambda: rl(directory, 4, resume=True))
+    for name, options in (("rl", {}), ("policy", every_part())):
+        first = anyio.run(partial(rl, directory / name, 2, resume=False, **options))
+        results[name] = first + anyio.run(partial(rl, directory / name, 4, resume=True, **options))
     (directory / f"rank_{distributed.rank()}.json").write_text(json.dumps(results))
     distributed.shutdown()
 

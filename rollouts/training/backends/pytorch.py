@@ -1,8 +1,9 @@
 """The PyTorch backend: one device, or data-parallel over torch.distributed with a whole model on every rank.
 
 A batch is a dict. Tensors are [B, T] unless said: "input_ids", "labels", "loss_mask", "attention_mask" (right padding
-or left; left out: nothing is padded), "advantages" [B], "old_log_probs", and the numbers "tokens_global",
-"temperature", "clip_range". The loss gets `logits` [B, T, V] and, by keyword, every key that its signature names.
+or left; left out: nothing is padded), "advantages" [B], "old_log_probs", "ref_log_probs" (made here where there is a
+reference model), and the numbers "tokens_global", "sequences_global", "temperature", "clip_range" (or a pair). The loss
+gets `logits` [B, T, V] and, by keyword, every key that its signature names.
 """
 
 import inspect
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 
 from rollouts.training import checkpoint, distributed
 from rollouts.training.backends.futures import BackendFailedError, ThreadFuture, Worker
-from rollouts.training.rl_losses import STATISTICS, policy_statistics, trained_tokens
+from rollouts.training.reference import Reference
+from rollouts.training.rl_losses import STATISTICS, policy_statistics, token_log_probs, trained_tokens
 
 __all__ = ["BackendFailedError", "PyTorchTrainingBackend"]
 _MODEL_KEYS = ("input_ids", "labels", "loss_mask")
@@ -31,7 +33,9 @@ class PyTorchTrainingBackend:
     autocast. `optimizer` covers the model's parameters; `lr_schedule(step)`, step counted from 0, is a factor on the
     learning rates it was made with. Gradients are summed over ranks, never averaged: the losses divide by the global
     token count. They are clipped to the global L2 norm `max_grad_norm` (math.inf: never). `tokenizer` goes into the
-    checkpoints. On several ranks, all start from rank 0's parameters, and every rank makes the same calls in order.
+    checkpoints. `reference` is a frozen model for losses that take "ref_log_probs"; checkpoints say which it was, and
+    one that was trained against another is refused. On several ranks, all start from rank 0's parameters, and every
+    rank makes the same calls in order.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class PyTorchTrainingBackend:
         max_grad_norm: float = 1.0,
         lr_schedule: Callable[[int], float] | None = None,
         compute_dtype: str = "float32",
+        reference: Reference | None = None,
     ) -> None:
         if compute_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"compute_dtype={compute_dtype!r}: needs 'float32' or 'bfloat16'")
@@ -59,11 +64,15 @@ class PyTorchTrainingBackend:
         self._loss_fn = loss_fn
         self._loss_inputs, self._loss_required = _signature(loss_fn)
         self._tokenizer = tokenizer
+        self._reference = reference
+        if reference is not None:
+            reference.model.to(device)
         self._max_grad_norm = max_grad_norm
         self._lr_schedule = lr_schedule
         self._autocast = compute_dtype == "bfloat16"
         self._base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
-        self._sums = dict.fromkeys(("micro_batches", "loss", *STATISTICS), 0.0)  # since the last optim_step
+        statistics = [key for key in STATISTICS if reference is not None or key != "kl_reference"]
+        self._sums = dict.fromkeys(("micro_batches", "loss", *statistics), 0.0)  # since the last optim_step
         self._worker = Worker(type(self).__name__)
         model.train()
         distributed.broadcast_tensors([parameter.detach() for parameter in model.parameters()])
@@ -113,7 +122,8 @@ class PyTorchTrainingBackend:
 
     def _forward_backward(self, batch: Mapping[str, Any]) -> dict[str, float]:
         inputs = self._to_device(batch)
-        logits = self._logits(inputs)
+        self._add_reference(inputs)
+        logits = self._logits(self.model, inputs)
         loss = self._loss(logits, inputs)
         loss.backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters() if p.grad is not None])
@@ -121,7 +131,8 @@ class PyTorchTrainingBackend:
         self._sums["micro_batches"] += 1
         self._sums["loss"] += metrics["loss"]
         if "old_log_probs" in inputs:
-            options = {key: inputs[key] for key in ("temperature", "clip_range") if key in inputs}
+            names = ("temperature", "clip_range", *(("ref_log_probs",) if self._reference else ()))
+            options = {key: inputs[key] for key in names if key in inputs}
             tensors = (inputs[key] for key in ("labels", "loss_mask", "old_log_probs"))
             sums = policy_statistics(logits.detach(), *tensors, **options)
             for key, value in sums.items():
@@ -159,8 +170,9 @@ class PyTorchTrainingBackend:
     @torch.no_grad()
     def _forward_only(self, batch: Mapping[str, Any]) -> dict[str, float]:
         inputs = self._to_device(batch)
+        self._add_reference(inputs)
         self.model.eval()
-        loss = self._loss(self._logits(inputs), inputs)
+        loss = self._loss(self._logits(self.model, inputs), inputs)
         self.model.train()
         return {"loss": loss.item(), "tokens": trained_tokens(inputs["loss_mask"])}
 
@@ -183,13 +195,18 @@ class PyTorchTrainingBackend:
                     "rng": rng,
                     "extra": extra or {},
                 },
-                metadata={"metrics": metrics, "world_size": distributed.world_size()},
+                metadata={
+                    "metrics": metrics,
+                    "world_size": distributed.world_size(),
+                    **({"reference": self._reference.record} if self._reference else {}),
+                },
             )
         distributed.barrier()
         return path
 
     def _load_checkpoint(self, path: Path) -> dict[str, Any]:
         metadata = checkpoint.read_metadata(path)
+        self._check_reference(path, metadata.get("reference"))
         state = checkpoint.read_training_state(path)
         checkpoint.read_model(self.model, path)
         self.optimizer.load_state_dict(state["optimizer"])
@@ -217,19 +234,37 @@ class PyTorchTrainingBackend:
                 f"batch has no {', '.join(missing)}: needed by the model and {name}; it has {sorted(batch)}"
             )
         return {
-            key: value if value is None or isinstance(value, (int, float)) else torch.as_tensor(value).to(self.device)
+            key: value
+            if value is None or isinstance(value, (int, float, tuple))
+            else torch.as_tensor(value).to(self.device)
             for key, value in batch.items()
         }
 
-    def _logits(self, inputs: Mapping[str, Any]) -> Tensor:
+    @torch.no_grad()
+    def _add_reference(self, inputs: dict[str, Any]) -> None:
+        """The reference's log-probs of the trained tokens, the way the policy's are taken: equal weights give 0 KL."""
+        if self._reference is not None and "ref_log_probs" not in inputs:
+            logits = self._logits(self._reference.model, inputs)
+            temperature = inputs.get("temperature", 1.0)
+            inputs["ref_log_probs"] = token_log_probs(
+                logits, inputs["labels"], inputs["loss_mask"], temperature=temperature
+            )
+
+    def _check_reference(self, path: Path, recorded: Mapping[str, str] | None) -> None:
+        if self._reference is not None and recorded is not None and recorded["sha256"] != self._reference.sha256:
+            raise checkpoint.CheckpointError(
+                f"{path}: was trained with a KL penalty towards {recorded['name']} (sha256 {recorded['sha256'][:12]}); "
+                f"the reference is now {self._reference.name} (sha256 {self._reference.sha256[:12]}), with other "
+                "weights. Resume with the first, or start a new run from the checkpoint's weights."
+            )
+
+    def _logits(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         mask = inputs.get("attention_mask")
         if mask is None:
             mask = torch.ones_like(inputs["input_ids"])
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)  # real tokens count from 0, whichever side is padded
         with torch.autocast(self.device.type, torch.bfloat16) if self._autocast else nullcontext():
-            output = self.model(
-                input_ids=inputs["input_ids"], attention_mask=mask, position_ids=positions, use_cache=False
-            )
+            output = model(input_ids=inputs["input_ids"], attention_mask=mask, position_ids=positions, use_cache=False)
         return output.logits
 
     def _loss(self, logits: Tensor, inputs: Mapping[str, Any]) -> Tensor:
@@ -250,4 +285,4 @@ def _means(sums: Mapping[str, float]) -> dict[str, float]:
     """Means of the policy statistics; none where no token was counted."""
     if not sums["tokens"]:
         return {}
-    return {key: sums[key] / sums["tokens"] for key in STATISTICS if key != "tokens"}
+    return {key: sums[key] / sums["tokens"] for key in STATISTICS if key != "tokens" and key in sums}

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 
 from rollouts.training import distributed
+from rollouts.training.advantages import compute_advantages
 from rollouts.training.backends.protocol import TrainingBackend
 from rollouts.training.loops.batching import collate, pad
 from rollouts.training.loops.common import CheckpointFn, EvalFn, call, due, train_step
 from rollouts.training.metrics import MetricsLogger
+from rollouts.training.rl_losses import ClipRange, trained_sequences
 from rollouts.training.types import RewardFn, RLTrainingConfig, RolloutBatch, Sample
 from rollouts.training.weight_sync import sync_weights_to_engines
 
@@ -31,7 +33,7 @@ async def run_rl_training(
     weights_dir: Path | str | None = None,
     rollouts_logger: MetricsLogger | None = None,
     temperature: float = 1.0,
-    clip_range: float | None = None,
+    clip_range: ClipRange | None = None,
     pad_token_id: int = 0,
     resume: Mapping[str, Any] | None = None,
     eval_fn: EvalFn | None = None,
@@ -84,37 +86,6 @@ async def run_rl_training(
     return history
 
 
-def compute_advantages(
-    rewards: Sequence[float],
-    baseline: float | str = 0.5,
-    *,
-    group_ids: Sequence[int] | None = None,
-    divide_by_std: bool = False,
-) -> list[float]:
-    """reward - baseline, one per sample.
-
-    `baseline` is a constant, or "group_mean": the mean reward of the sample's group, named by `group_ids` (None: all
-    are one group). `divide_by_std` divides by the group's standard deviation (ddof 1, as GRPO does; without: Dr. GRPO).
-    No epsilon is added to it. A group whose rewards are all equal, or a group of one, is not divided: with "group_mean"
-    its advantages are exactly 0, never NaN or rounding noise blown up.
-    """
-    if isinstance(baseline, str) and baseline != "group_mean":
-        raise ValueError(f"baseline={baseline!r}: needs a number or 'group_mean'")
-    ids = [0] * len(rewards) if group_ids is None else list(group_ids)
-    if len(ids) != len(rewards):
-        raise ValueError(f"{len(ids)} group_ids for {len(rewards)} rewards: needs one each")
-    groups: dict[int, list[float]] = {}
-    for group, reward in zip(ids, rewards, strict=True):
-        groups.setdefault(group, []).append(reward)
-    centers, scales = {}, {}
-    for group, members in groups.items():
-        flat = all(member == members[0] for member in members)  # compared, for a rounded mean may differ from all
-        mean = members[0] if flat else statistics.fmean(members)
-        centers[group] = mean if isinstance(baseline, str) else baseline
-        scales[group] = 1.0 if flat or not divide_by_std else statistics.stdev(members)
-    return [(reward - centers[group]) / scales[group] for group, reward in zip(ids, rewards, strict=True)]
-
-
 def prepare_grpo_batch(
     batch: RolloutBatch,
     rewards: Sequence[float],
@@ -122,10 +93,10 @@ def prepare_grpo_batch(
     *,
     pad_token_id: int = 0,
     temperature: float = 1.0,
-    clip_range: float | None = None,
+    clip_range: ClipRange | None = None,
 ) -> dict[str, Any]:
-    """The whole step's batch for a backend: `collate`'s, "advantages" [B], "temperature", and where they are known
-    "old_log_probs" [B, T], the sampler's, aligned to tokens (0 outside the response), and "clip_range".
+    """The whole step's batch for a backend: `collate`'s, "sequences_global", "advantages" [B], "temperature", and where
+    they are known "old_log_probs" [B, T], the sampler's, aligned to tokens (0 outside the response), and "clip_range".
 
     Raises ValueError when the parts of `batch` do not fit each other, or nothing in it is trained on.
     """
@@ -133,12 +104,13 @@ def prepare_grpo_batch(
     if len(set(counts.values())) != 1 or not batch.tokens:
         raise ValueError(f"rollout batch: needs one of each per sample, and at least one; it has {counts}")
     advantages = compute_advantages(
-        rewards, config.baseline, group_ids=batch.group_ids or None, divide_by_std=config.divide_by_std
+        rewards, config.baseline, group_ids=batch.group_ids or None, norm=config.advantage_norm
     )
     prepared = collate(batch.tokens, batch.loss_masks, pad_token_id=pad_token_id)
     if not prepared["tokens_global"]:
         raise ValueError(f"rollout batch: no trained token in {len(batch.tokens)} samples: were all responses empty?")
     prepared |= {"advantages": torch.tensor(advantages, dtype=torch.float32), "temperature": temperature}
+    prepared["sequences_global"] = trained_sequences(prepared["loss_mask"])
     known = [sample.rollout_log_probs is not None for sample in batch.samples]
     if any(known):
         if not all(known) or len(known) != len(batch.tokens):

@@ -1,0 +1,92 @@
+"""Advantages against the published vectors, and where there is no contrast to learn from."""
+
+import math
+import statistics
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rollouts.training.advantages import compute_advantages
+
+THIRD = 2 / 3
+GRPO, DR_GRPO, RLOO, REINFORCE_PP, REINFORCE_PP_BASELINE = (
+    {"baseline": "group_mean", "norm": "group_std"},
+    {"baseline": "group_mean"},
+    {"baseline": "leave_one_out"},
+    {"baseline": 0.0, "norm": "batch"},
+    {"baseline": "group_mean", "norm": "batch"},
+)
+METHODS = [GRPO, DR_GRPO, RLOO, REINFORCE_PP, REINFORCE_PP_BASELINE]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [0.5, -0.5, -0.5, 0.5, 0.5, 0.5]),
+        ({"baseline": 0.25}, [0.75, -0.25, -0.25, 0.75, 0.75, 0.75]),
+        (GRPO, [0.8660254, -0.8660254, -0.8660254, 0.8660254, 0.0, 0.0]),
+        (DR_GRPO, [0.5, -0.5, -0.5, 0.5, 0.0, 0.0]),
+        (RLOO, [THIRD, -THIRD, -THIRD, THIRD, 0.0, 0.0]),
+        # mean 2/3, squared deviations 4 x 1/9 + 2 x 4/9 = 4/3, over 5: std .5163978
+        (REINFORCE_PP, [0.6454972, -1.2909944, -1.2909944, 0.6454972, 0.6454972, 0.6454972]),
+        # of ±.5 and two zeros: std sqrt(1/5)
+        (REINFORCE_PP_BASELINE, [1.1180340, -1.1180340, -1.1180340, 1.1180340, 0.0, 0.0]),
+    ],
+)
+def test_advantage_vectors(options, expected):
+    """Goal: rewards [1,0,0,1 | 1,1] give the published vectors. Red with ddof 0: ±1 in place of ±.8660 (trl#5773).
+
+    And red with RLOO's own reward left in its baseline (±.5), and with "batch" not centred.
+    """
+    advantages = compute_advantages([1.0, 0.0, 0.0, 1.0, 1.0, 1.0], group_ids=[0, 0, 0, 0, 1, 1], **options)
+    assert isinstance(advantages, list)
+    assert advantages == pytest.approx(expected, abs=1e-7)
+
+
+@pytest.mark.parametrize("options", METHODS)
+def test_advantages_without_contrast_are_exactly_zero(options):
+    """Goal: a single sample, or equal rewards whose mean rounds, give 0, not NaN or noise blown up by a tiny std.
+
+    Red with statistics.stdev of one sample (an error), and with mean([.1] * 3) in place of .1.
+    """
+    for rewards in ([0.1], [0.1] * 3, [0.7] * 7):
+        assert compute_advantages(rewards, **options) == [0.0] * len(rewards)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from([0.0, 0.1, 0.5, 1.0])), min_size=1, max_size=24))
+def test_groups_are_independent_and_order_does_not_matter(pairs):
+    """Goal: a group's advantages are its own, wherever its samples stand. Red with all samples taken as one group.
+
+    And RLOO is n / (n - 1) times the difference to the group's mean; "batch" has mean 0 and std 1.
+    """
+    ids, rewards = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    groups = {group: [r for g, r in pairs if g == group] for group in ids}
+    for options in (GRPO, DR_GRPO, RLOO, {"baseline": 0.25}):
+        found = compute_advantages(rewards, group_ids=ids, **options)
+        for group, members in groups.items():
+            alone = compute_advantages(members, **options)
+            assert [a for a, g in zip(found, ids, strict=True) if g == group] == pytest.approx(alone, abs=1e-12)
+    mean_based = compute_advantages(rewards, group_ids=ids, **DR_GRPO)
+    sizes = [len(groups[group]) for group in ids]
+    scaled = [a * n / max(1, n - 1) for a, n in zip(mean_based, sizes, strict=True)]
+    assert compute_advantages(rewards, group_ids=ids, **RLOO) == pytest.approx(scaled, abs=1e-12)
+    whitened = compute_advantages(rewards, group_ids=ids, **REINFORCE_PP)
+    assert all(map(math.isfinite, whitened))
+    if any(whitened):
+        assert statistics.fmean(whitened) == pytest.approx(0, abs=1e-9)
+        assert statistics.stdev(whitened) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"baseline": "mean"}, "baseline='mean': needs a number or one of 'group_mean', 'leave_one_out'"),
+        ({"norm": "std"}, "norm='std': needs one of 'none', 'group_std', 'batch'"),
+        ({"group_ids": [0]}, "1 group_ids for 2 rewards"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    """Goal: a misspelt baseline is no silent constant. Red with the checks off: a TypeError about str and float."""
+    with pytest.raises(ValueError, match=message):
+        compute_advantages([1.0, 0.0], **arguments)

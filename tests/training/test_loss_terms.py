@@ -1,0 +1,147 @@
+"""The parts of the losses against vectors that others published."""
+
+import math
+
+import pytest
+import torch
+
+from rollouts.training.loss_terms import clipped_surrogate, entropy, importance_weights, k1, k2, k3, token_shares
+
+
+def test_clipping_vectors():
+    """Goal: ratios [2, 2, .5], A [2, -2, 2], eps .2 and dual clip 1.5 give the loss [-2.4, 3, -1].
+
+    Red with the dual clip applied to every sign of A, and without it (4 in place of 3).
+    """
+    ratio, advantages = torch.tensor([2.0, 2.0, 0.5]), torch.tensor([2.0, -2.0, 2.0])
+    torch.testing.assert_close(-clipped_surrogate(ratio, advantages, 0.2, 1.5), torch.tensor([-2.4, 3.0, -1.0]))
+    torch.testing.assert_close(-clipped_surrogate(ratio, advantages, 0.2), torch.tensor([-2.4, 4.0, -1.0]))
+
+
+def test_clip_higher_moves_the_upper_bound_alone():
+    """Goal: DAPO's pair is (low, high). Red with the two swapped."""
+    ratio, ones = torch.tensor([2.0, 0.1]), torch.ones(2)
+    torch.testing.assert_close(clipped_surrogate(ratio, ones, (0.2, 0.28)), torch.tensor([1.28, 0.1]))
+    torch.testing.assert_close(clipped_surrogate(ratio, -ones, (0.2, 0.28)), torch.tensor([-2.0, -0.8]))
+
+
+def test_kl_vectors():
+    """Goal: log p [-1, -2] against [-1.5, -1.5]: the published k3, and k1, k2. Red with the arguments swapped."""
+    own, reference = torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -1.5])
+    torch.testing.assert_close(k1(own, reference), torch.tensor([0.5, -0.5]))
+    torch.testing.assert_close(k2(own, reference), torch.tensor([0.125, 0.125]))
+    torch.testing.assert_close(k3(own, reference), torch.tensor([0.1065, 0.1487]), rtol=0, atol=5e-5)
+
+
+def test_kl_estimates_and_gradients_in_expectation():
+    """Goal: under p, E[k1] = E[k3] = KL; as losses k2 has KL's gradient, k1 none, k3 that of KL(reference || p).
+
+    As documented; taken exactly, over all 5 tokens. Red with k2 not halved.
+    """
+    generator = torch.Generator().manual_seed(0)
+    logits, other = torch.randn(2, 5, dtype=torch.float64, generator=generator)
+    logits.requires_grad_()
+    log_probs, reference = torch.log_softmax(logits, 0), torch.log_softmax(other, 0)
+    kl = (log_probs.exp() * (log_probs - reference)).sum()
+    (kl_gradient,) = torch.autograd.grad(kl, logits, retain_graph=True)
+    drawn = log_probs.exp().detach()  # the sampler's probabilities: no gradient goes through which token was drawn
+    gradients = {}
+    for name, estimate in (("k1", k1), ("k2", k2), ("k3", k3)):
+        expected = (drawn * estimate(log_probs, reference)).sum()
+        if name != "k2":
+            assert expected.item() == pytest.approx(kl.item(), abs=1e-14)
+        (gradients[name],) = torch.autograd.grad(expected, logits, retain_graph=True)
+    torch.testing.assert_close(gradients["k2"], kl_gradient, rtol=0, atol=1e-14)
+    torch.testing.assert_close(gradients["k1"], torch.zeros_like(logits), rtol=0, atol=1e-14)
+    reverse = (reference.exp() * (reference - log_probs)).sum()
+    torch.testing.assert_close(gradients["k3"], torch.autograd.grad(reverse, logits)[0], rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "options", "expected"),
+    [
+        ("token_mean", {}, 3.25),
+        ("sequence_mean_token_sum", {}, 6.5),
+        ("sequence_mean_token_mean", {}, 3.25),
+        ("constant_length", {"length_norm": 10.0}, 0.65),
+        ("token_mean", {"tokens_global": 8.0}, 1.625),
+        ("sequence_mean_token_sum", {"sequences_global": 4.0}, 3.25),
+    ],
+)
+def test_aggregation_vectors(aggregation, options, expected):
+    """Goal: [[1,2,30],[4,50,6]] with mask [[1,1,0],[1,0,1]] gives the published numbers.
+
+    A first column stands before them: position 0 is predicted by nothing. Red with its mask counted.
+    """
+    values = torch.tensor([[9.0, 1, 2, 30], [9.0, 4, 50, 6]])
+    mask = torch.tensor([[1.0, 1, 1, 0], [1.0, 1, 0, 1]])
+    assert (token_shares(mask, aggregation, **options) * values).sum().item() == pytest.approx(expected)
+
+
+def test_shares_by_length_and_of_empty_sequences():
+    """Goal: lengths 1 and 4 tell the aggregations apart; a row without trained tokens counts nowhere, and no 0/0.
+
+    Red with B in place of the sequences that have tokens.
+    """
+    mask = torch.tensor([[0.0, 1, 0, 0, 0], [0.0, 1, 1, 1, 1], [0.0, 0, 0, 0, 0]])
+    sums = {
+        name: token_shares(mask, name, length_norm=8.0).sum(1).tolist()
+        for name in ("token_mean", "sequence_mean_token_sum", "sequence_mean_token_mean", "constant_length")
+    }
+    assert sums["token_mean"] == pytest.approx([0.2, 0.8, 0])
+    assert sums["sequence_mean_token_sum"] == pytest.approx([0.5, 2, 0])
+    assert sums["sequence_mean_token_mean"] == pytest.approx([0.5, 0.5, 0])
+    assert sums["constant_length"] == pytest.approx([0.0625, 0.25, 0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("none", [1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("token_truncate", [2.0, 0.5, 2.0, 1.5, 1.0]),
+        ("token_mask", [0.0, 0.5, 2.0, 1.5, 1.0]),
+        ("sequence_truncate", [1.5, 1.5, 2.0, 2.0, 2.0]),
+        ("sequence_mask", [1.5, 1.5, 0.0, 0.0, 0.0]),
+    ],
+)
+def test_importance_vectors(kind, expected):
+    """Goal: ratios [3, .5 | 2, 1.5, 1] at a cap of 2: each token's or the sequence's product, held or dropped.
+
+    Red with < for <= (a ratio at the cap is kept), and with the mean for the product.
+    """
+    ratios = torch.tensor([3.0, 0.5, 2.0, 1.5, 1.0], dtype=torch.float64, requires_grad=True)
+    keep = torch.tensor([[True, False, True, False], [False, True, True, True]])
+    weights = importance_weights(torch.log(ratios), keep, kind, 2.0)
+    torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float64))
+    assert not weights.requires_grad
+
+
+def test_entropy_and_its_gradient_where_a_token_cannot_be_drawn():
+    """Goal: 0 log 0 is 0, and so is its gradient. Red with -(p * log p).sum(): NaN."""
+    logits = torch.tensor([[0.3, -1.0, -math.inf, 0.5]], dtype=torch.float64, requires_grad=True)
+    value = entropy(torch.log_softmax(logits, -1))
+    value.sum().backward()
+    alone = torch.tensor([[0.3, -1.0, 0.5]], dtype=torch.float64, requires_grad=True)
+    expected = torch.distributions.Categorical(logits=alone).entropy()
+    expected.sum().backward()
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(logits.grad[:, [0, 1, 3]], alone.grad)
+    assert logits.grad[0, 2] == 0
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda: token_shares(torch.ones(1, 2), "mean"), "aggregation='mean': needs one of 'token_mean', "),
+        (lambda: token_shares(torch.ones(1, 2), "constant_length"), "length_norm=None: aggregation='constant_length'"),
+        (lambda: token_shares(torch.ones(1, 2), "sequence_mean_token_sum", sequences_global=0), "sequences_global=0"),
+        (lambda: clipped_surrogate(torch.ones(1), torch.ones(1), 0.2, 1.0), "dual_clip=1.0: needs > 1"),
+        (lambda: clipped_surrogate(torch.ones(1), torch.ones(1), (0.2, -0.1)), "needs >= 0"),
+        (lambda: importance_weights(torch.ones(1), torch.ones(1, 1) > 0, "token", 2.0), "importance='token': needs"),
+        (lambda: importance_weights(torch.ones(1), torch.ones(1, 1) > 0, "token_mask", 0.0), "importance_cap=0.0"),
+    ],
+)
+def test_bad_settings_are_named(function, message):
+    """Goal: no misspelt choice falls through to another. Red with each check off."""
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        function()
