@@ -49,11 +49,11 @@ async def evaluate_with_engine(
     max_new_tokens: int,
     stop_token_ids: Sequence[int] | None = None,
     score_fn: ScoreFn = rewards.is_correct,
-    concurrency: int = 64,
+    rows_per_request: int = 128,
 ) -> Evaluation:
-    """Greedy exact match through engine clients (`weight_sync.SGLangEngine`), rows in turn over them.
+    """Greedy exact match through engine clients (`weight_sync.SGLangEngine`), chunks of rows in turn over them.
 
-    A row counts as right when score_fn gives 1.0. At most `concurrency` requests are in flight.
+    A row counts as right when score_fn gives 1.0. Each engine has one request in flight.
     """
     _require_rows(rows, engines=engines)
     sampling = {
@@ -61,18 +61,20 @@ async def evaluate_with_engine(
         "max_new_tokens": max_new_tokens,
         "stop_token_ids": stop_ids(tokenizer, stop_token_ids),
     }
-    limiter = anyio.CapacityLimiter(concurrency)
+    chunks = [rows[start : start + rows_per_request] for start in range(0, len(rows), rows_per_request)]
+    limiters = [anyio.CapacityLimiter(1) for _ in engines]
 
-    async def answer(index: int) -> str:
+    async def answer(index: int) -> list[str]:
         engine = engines[index % len(engines)]
-        async with limiter:
-            generations = await engine.generate(
-                input_ids=render_prompt(tokenizer, rows[index]), sampling_params=sampling, return_logprob=False
-            )
-        refuse_abort(generations[0], engine)
-        return response_text(generations[0], tokenizer)
+        prompts = [render_prompt(tokenizer, row) for row in chunks[index]]
+        async with limiters[index % len(engines)]:
+            groups = await engine.generate_batch(prompts, sampling, return_logprob=False)
+        for group in groups:
+            refuse_abort(group[0], engine)
+        return [response_text(group[0], tokenizer) for group in groups]
 
-    responses = await gather_in_order([partial(answer, index) for index in range(len(rows))])
+    answers = await gather_in_order([partial(answer, index) for index in range(len(chunks))])
+    responses = [text for chunk in answers for text in chunk]
     return _evaluation(rows, responses, score_fn)
 
 

@@ -1,4 +1,4 @@
-"""Exact match by engine and in process, and validation loss. The engine is a real embedded server."""
+"""Exact match by engine and in process. The engine is a real embedded server."""
 
 import socket
 import subprocess
@@ -67,7 +67,7 @@ async def test_both_ways_count_the_same(model: Any, tokenizer: Any, engine_url: 
     rows = [{**row, "answer": said[index] if index % 3 == 0 else "no"} for index, row in enumerate(ROWS)]
     in_process = evaluate_with_model(model, tokenizer, rows, max_new_tokens=6, batch_size=4)
     async with SGLangEngine(engine_url) as one, SGLangEngine(engine_url) as two:
-        by_engine = await evaluate_with_engine([one, two], tokenizer, rows, max_new_tokens=6, concurrency=8)
+        by_engine = await evaluate_with_engine([one, two], tokenizer, rows, max_new_tokens=6, rows_per_request=8)
     assert in_process == by_engine
     assert in_process.exact_match == 10 / 30 and in_process.num_rows == 30
 

@@ -34,18 +34,26 @@ class Generation:
 
 @dataclass
 class InProcessEngine:
-    """Samples from a model, one token at a time without a cache, as `weight_sync.SGLangEngine.generate` would."""
+    """Samples from a model, one token at a time without a cache, as `weight_sync.SGLangEngine` would."""
 
     model: Any
     tokenizer: Any
     requests: list[dict[str, Any]] = field(default_factory=list)
 
-    async def generate(
-        self, input_ids: list[int], sampling_params: dict[str, Any], *, n: int = 1, return_logprob: bool = True
-    ) -> list[Generation]:
-        self.requests.append({"input_ids": input_ids, "sampling_params": sampling_params, "n": n})
-        generator = torch.Generator().manual_seed(sampling_params.get("sampling_seed", 0))
-        return [self._one(list(input_ids), sampling_params, generator, return_logprob) for _ in range(n)]
+    async def generate_batch(
+        self,
+        prompts: list[list[int]],
+        sampling_params: list[dict[str, Any]],
+        *,
+        n: int = 1,
+        return_logprob: bool = True,
+    ) -> list[list[Generation]]:
+        self.requests.append({"prompts": prompts, "sampling_params": sampling_params, "n": n})
+        groups = []
+        for ids, params in zip(prompts, sampling_params, strict=True):
+            generator = torch.Generator().manual_seed(params.get("sampling_seed", 0))
+            groups.append([self._one(list(ids), params, generator, return_logprob) for _ in range(n)])
+        return groups
 
     @torch.no_grad()
     def _one(self, ids: list[int], params: dict[str, Any], generator: Any, return_logprob: bool) -> Generation:

@@ -7,7 +7,11 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import anyio
+import anyio.lowlevel
 
 from rollouts.training.datasets.chat import render_prompt
 from rollouts.training.types import Prompt, Sample
@@ -28,10 +32,11 @@ def make_generate_fn(
 ) -> Callable[..., Any]:
     """An async `generate_fn(prompts, *, seed)` for RolloutConfig: n copies of one prompt in, n Samples out.
 
-    engines: clients such as `weight_sync.SGLangEngine`; groups go to them in turn, one request a group. temperature
-    > 0; top_k -1 samples among all tokens. stop_token_ids None: the tokenizer's eos_token. Samples hold prompt and
-    response ids, a mask that is 1.0 on the response with its end-of-turn token, one log-prob per response token, and
-    metadata: weight_version, finish_reason ("stop" or "length"), prompt_id. Raises GenerationError for an aborted one.
+    engines: clients such as `weight_sync.SGLangEngine`; groups go to them in turn, those of a round in one request.
+    temperature > 0; top_k -1 samples among all tokens. stop_token_ids None: the tokenizer's eos_token. Samples hold
+    prompt and response ids, a mask that is 1.0 on the response with its end-of-turn token, one log-prob per response
+    token, and metadata: weight_version, finish_reason ("stop" or "length"), prompt_id. Raises GenerationError for an
+    aborted one.
     """
     if not engines:
         raise ValueError("make_generate_fn: engines is empty; needs at least one")
@@ -41,23 +46,74 @@ def make_generate_fn(
         "max_new_tokens": max_new_tokens,
         "stop_token_ids": stop_ids(tokenizer, stop_token_ids),
     }
-    turns = itertools.cycle(engines)
+    turns = itertools.cycle([Together(engine) for engine in engines])
 
     async def generate_fn(prompts: list[Prompt], *, seed: int) -> list[Sample]:
         assert all(prompt == prompts[0] for prompt in prompts), "a group is one prompt's copies"
-        engine = next(turns)
+        together = next(turns)
         input_ids = render_prompt(tokenizer, prompts[0])
-        generations = await engine.generate(
-            input_ids=input_ids,
-            sampling_params={**sampling, "sampling_seed": seed},
-            n=len(prompts),
-            return_logprob=True,
-        )
+        generations = await together.generate(input_ids, {**sampling, "sampling_seed": seed}, n=len(prompts))
         if len(generations) != len(prompts):
-            raise GenerationError(f"{engine}: {len(generations)} generations for n={len(prompts)}")
-        return [_sample(prompts[0], input_ids, generation, engine, tokenizer) for generation in generations]
+            raise GenerationError(f"{together.engine}: {len(generations)} generations for n={len(prompts)}")
+        return [_sample(prompts[0], input_ids, generation, together.engine, tokenizer) for generation in generations]
 
     return generate_fn
+
+
+@dataclass
+class _Ask:
+    """One group's request, and what came of it."""
+
+    input_ids: list[int]
+    sampling_params: dict[str, Any]
+    n: int
+    answered: anyio.Event
+    generations: list[Any] | None = None  # None once answered: the request that carried it failed
+
+
+class Together:
+    """Sends the groups that are asked for at the same moment to one engine as one batch request.
+
+    A round's groups start together and are awaited together; with a small model, a request for each of them costs more
+    than sampling does (32 groups of 8 x 8 tokens: 200 ms against 80 ms). The first group of a moment sends for all.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self._asks: list[_Ask] = []
+
+    async def generate(self, input_ids: list[int], sampling_params: dict[str, Any], *, n: int) -> list[Any]:
+        """The group's generations. The group that sends raises what the engine raised, the others GenerationError."""
+        ask = _Ask(input_ids, sampling_params, n, anyio.Event())
+        if self._asks:
+            self._asks.append(ask)
+            await ask.answered.wait()
+            if ask.generations is None:
+                raise GenerationError(f"{self.engine}: the request that carried this group failed")
+            return ask.generations
+        asks = self._asks = [ask]
+        try:
+            await anyio.lowlevel.checkpoint()  # the others of this moment ask now
+            self._asks = []
+            await self._send(asks)
+        finally:
+            if self._asks is asks:  # cancelled before it was sent
+                self._asks = []
+            for one in asks:
+                one.answered.set()
+        assert ask.generations is not None
+        return ask.generations
+
+    async def _send(self, asks: Sequence[_Ask]) -> None:
+        n = asks[0].n
+        assert all(ask.n == n for ask in asks), "one RolloutConfig, one number of samples"
+        groups = await self.engine.generate_batch(
+            [ask.input_ids for ask in asks], [ask.sampling_params for ask in asks], n=n, return_logprob=True
+        )
+        if len(groups) != len(asks):
+            raise GenerationError(f"{self.engine}: {len(groups)} groups for {len(asks)} prompts")
+        for ask, generations in zip(asks, groups, strict=True):
+            ask.generations = generations
 
 
 def stop_ids(tokenizer: Any, given: Sequence[int] | None) -> list[int]:

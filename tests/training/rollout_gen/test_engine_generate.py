@@ -1,11 +1,14 @@
 """make_generate_fn: what the engine sampled is what the Sample holds."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
+import anyio
 import pytest
 import torch
 
+from rollouts.training.rollout_gen.concurrency import gather_in_order
 from rollouts.training.rollout_gen.engine_generate import GenerationError, make_generate_fn, prompt_id
 from tests.training.tiny_task import InProcessEngine, tiny_model, tiny_tokenizer
 
@@ -49,20 +52,51 @@ async def test_samples_hold_the_engines_own_tokens_and_log_probs(engine: InProce
 
 
 @pytest.mark.anyio
-async def test_one_request_a_group_and_engines_in_turn(engine: InProcessEngine) -> None:
-    """Goal: n samples in one request, groups spread evenly. Red with a request per sample."""
+async def test_a_rounds_groups_go_together_and_engines_take_turns(engine: InProcessEngine) -> None:
+    """Goal: groups asked for at once are one request an engine, each with its own seed, and its own samples come back
+    to it. Red with a request per group, and with the answers handed out in reverse."""
     one, two = (dataclasses.replace(engine, requests=[]) for _ in range(2))
     generate = generate_fn(one, two, top_k=7, temperature=0.5, stop_token_ids=[1, 9])
-    for seed in range(4):
-        await generate([ROW] * 3, seed=seed)
-    assert [request["n"] for request in one.requests] == [3, 3] == [request["n"] for request in two.requests]
-    assert one.requests[1]["sampling_params"] == {
+    rows = [{"messages": [{"role": "user", "content": text}], "answer": ""} for text in ("ab", "cd", "ef", "gh")]
+    groups = await gather_in_order([partial(generate, [row] * 3, seed=seed) for seed, row in enumerate(rows)])
+    assert [[sample.prompt for sample in group] for group in groups] == [[row] * 3 for row in rows]
+    alone = [await generate([row] * 3, seed=seed) for seed, row in enumerate(rows)]
+    assert [[sample.tokens for sample in group] for group in groups] == [[s.tokens for s in group] for group in alone]
+    assert [len(request["prompts"]) for request in one.requests] == [2, 1, 1]
+    assert [request["n"] for request in two.requests] == [3, 3, 3]
+    assert one.requests[0]["sampling_params"][1] == {
         "temperature": 0.5,
         "top_k": 7,
         "max_new_tokens": 5,
         "stop_token_ids": [1, 9],
         "sampling_seed": 2,
     }
+
+
+@pytest.mark.anyio
+async def test_a_failed_round_fails_every_group_and_the_next_one_is_sent(engine: InProcessEngine) -> None:
+    """Goal: no group waits for ever when the request that carried it failed. Red without the release in `finally`."""
+
+    class Failing(InProcessEngine):
+        async def generate_batch(self, *arguments: Any, **keywords: Any) -> list[Any]:
+            if not self.requests:
+                self.requests.append({})
+                raise ConnectionError("gone")
+            return await super().generate_batch(*arguments, **keywords)
+
+    generate = generate_fn(Failing(engine.model, engine.tokenizer))
+    failures: list[Exception] = []
+
+    async def try_one(seed: int) -> None:
+        try:
+            await generate([ROW], seed=seed)
+        except (ConnectionError, GenerationError) as error:
+            failures.append(error)
+
+    with anyio.fail_after(20):
+        await gather_in_order([partial(try_one, seed) for seed in range(3)])
+        assert sorted(type(error).__name__ for error in failures) == ["ConnectionError", *["GenerationError"] * 2]
+        assert len(await generate([ROW], seed=9)) == 1
 
 
 @pytest.mark.anyio
@@ -83,10 +117,10 @@ async def test_an_answer_cut_off_from_outside_is_an_error(engine: InProcessEngin
     """Goal: an abort says nothing about the policy and is never trained on. Red without the check."""
 
     class Aborting(InProcessEngine):
-        async def generate(self, *arguments: Any, **keywords: Any) -> list[Any]:
-            generations = await super().generate(*arguments, **keywords)
+        async def generate_batch(self, *arguments: Any, **keywords: Any) -> list[Any]:
+            (group,) = await super().generate_batch(*arguments, **keywords)
             detail = {"type": "abort", "message": "out of memory"}
-            return [dataclasses.replace(g, finish_reason="abort", finish_detail=detail) for g in generations]
+            return [[dataclasses.replace(g, finish_reason="abort", finish_detail=detail) for g in group]]
 
     with pytest.raises(GenerationError, match=r"aborted after [0-9]+ tokens: out of memory"):
         await generate_fn(Aborting(engine.model, engine.tokenizer))([ROW], seed=0)
@@ -97,12 +131,12 @@ async def test_too_few_answers_or_log_probs_are_an_error(engine: InProcessEngine
     """Goal: a short group never becomes a batch. Red without the two checks."""
 
     class Short(InProcessEngine):
-        async def generate(self, *arguments: Any, **keywords: Any) -> list[Any]:
-            return (await super().generate(*arguments, **keywords))[:1]
+        async def generate_batch(self, *arguments: Any, **keywords: Any) -> list[Any]:
+            return [group[:1] for group in await super().generate_batch(*arguments, **keywords)]
 
     class Silent(InProcessEngine):
-        async def generate(self, *arguments: Any, **keywords: Any) -> list[Any]:
-            return await super().generate(*arguments, **{**keywords, "return_logprob": False})
+        async def generate_batch(self, *arguments: Any, **keywords: Any) -> list[Any]:
+            return await super().generate_batch(*arguments, **{**keywords, "return_logprob": False})
 
     with pytest.raises(GenerationError, match="1 generations for n=2"):
         await generate_fn(Short(engine.model, engine.tokenizer))([ROW] * 2, seed=0)
