@@ -89,16 +89,16 @@ config = Config(
         optimizer=adamw(warmup_frac=0.1),
     ),
     rl=RLConfig(
-        num_epochs=1,  # 4,800 prompts: 150 steps
+        num_epochs=2,  # of 4,800 prompts: 300 steps
         examples_per_step=32,  # many prompts of few samples: 16 x 16 costs the same and learns half as fast
         num_samples=8,
         batch_size=256,
         max_new_tokens=8,
         temperature=1.0,
         top_k=-1,
-        unembedding_lr=8e-4,
-        embedding_lr=8e-4,
-        matrix_lr=8e-4,
+        unembedding_lr=5e-4,
+        embedding_lr=5e-4,
+        matrix_lr=5e-4,
         weight_decay=0.0,
         init_lr_frac=1.0,
         eval_every=50,
