@@ -64,13 +64,15 @@ async def test_a_rounds_groups_go_together_and_engines_take_turns(engine: InProc
     assert [[sample.tokens for sample in group] for group in groups] == [[s.tokens for s in group] for group in alone]
     assert [len(request["prompts"]) for request in one.requests] == [2, 1, 1]
     assert [request["n"] for request in two.requests] == [3, 3, 3]
-    assert one.requests[0]["sampling_params"][1] == {
-        "temperature": 0.5,
-        "top_k": 7,
-        "max_new_tokens": 5,
-        "stop_token_ids": [1, 9],
-        "sampling_seed": 2,
-    }
+    sent = [*one.requests[0]["sampling_params"], *two.requests[0]["sampling_params"]]
+    assert sorted(params["sampling_seed"] for params in sent) == [0, 1, 2, 3]  # trio starts tasks in any order
+    for params in sent:
+        assert {key: value for key, value in params.items() if key != "sampling_seed"} == {
+            "temperature": 0.5,
+            "top_k": 7,
+            "max_new_tokens": 5,
+            "stop_token_ids": [1, 9],
+        }
 
 
 @pytest.mark.anyio
