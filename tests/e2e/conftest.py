@@ -77,6 +77,7 @@ def short_demo(tmp_path: Path) -> Config:
     changes: dict[str, Any] = {
         "sft.num_iterations": 4,
         "sft.eval_every": 2,
+        "rl.num_epochs": 1,
         "rl.examples_per_step": 4,
         "rl.num_samples": 4,
         "rl.eval_every": 2,
