@@ -31,15 +31,6 @@ class Rendering:
     turns: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class _Encoded:
-    """ends: the character after each token's last, None where the tokenizer does not tell."""
-
-    text: str
-    token_ids: list[int]
-    ends: list[int] | None
-
-
 def render_prompt(tokenizer: Any, prompt: str | dict[str, Any]) -> list[int]:
     """Token ids of a prompt up to where the assistant begins. A bare string is one user message.
 
@@ -49,7 +40,7 @@ def render_prompt(tokenizer: Any, prompt: str | dict[str, Any]) -> list[int]:
     tools = check_tools(row.get("tools"), "prompt")
     messages = clean_messages(row["messages"], "prompt")
     texts, _ = render_texts(tokenizer, [messages], tools, "prompt", add_generation_prompt=True)
-    return _encode(tokenizer, texts)[0].token_ids
+    return _encode(tokenizer, texts)[0][0]
 
 
 def render_conversation(
@@ -75,76 +66,84 @@ def render_conversations(tokenizer: Any, conversations: Sequence[Conversation]) 
     added = tokenizer.added_tokens_decoder  # "</tool_call>" is one too, but not special: no turn ends there
     specials = {*tokenizer.all_special_ids, *(index for index, token in added.items() if token.special)}
     return [
-        [_rendering(tokenizer, next(encoded), piece, specials, conversation.where) for piece in own]
+        [_Masker(tokenizer, specials, conversation.where, piece, *next(encoded)).rendering() for piece in own]
         for conversation, own in zip(conversations, pieces, strict=True)
     ]
 
 
-def _encode(tokenizer: Any, texts: list[str]) -> list[_Encoded]:
-    """Exactly what `apply_chat_template(tokenize=True)` makes of these texts."""
+def _encode(tokenizer: Any, texts: list[str]) -> list[tuple[list[int], list[int] | None]]:
+    """Exactly the ids that `apply_chat_template(tokenize=True)` makes of these texts, and where each token ends.
+
+    An end is the character after the token's last; None where the tokenizer does not tell.
+    """
     fast = tokenizer.is_fast
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
-    offsets = encoded["offset_mapping"] if fast else [None] * len(texts)
-    return [
-        _Encoded(text, ids, None if pairs is None else [end for _, end in pairs])
-        for text, ids, pairs in zip(texts, encoded["input_ids"], offsets, strict=True)
-    ]
+    if not fast:
+        return [(ids, None) for ids in encoded["input_ids"]]
+    ends = [[end for _, end in offsets] for offsets in encoded["offset_mapping"]]
+    return list(zip(encoded["input_ids"], ends, strict=True))
 
 
-def _rendering(tokenizer: Any, encoded: _Encoded, piece: Piece, specials: Set[int], where: str) -> Rendering:
-    mask = [0.0] * len(encoded.token_ids)
-    for turn in piece.turns:
-        for start, stop in turn.spans:
-            first = _first_token(tokenizer, encoded, start, where)
-            last = _count_tokens(tokenizer, encoded, stop)
-            if (start, stop) == turn.spans[-1]:
-                last = _end_of_turn(tokenizer, encoded.token_ids, first, last, piece.marked, specials, where)
-            mask[first:last] = [1.0] * (last - first)
-    return Rendering(encoded.token_ids, mask, tuple(turn.message for turn in piece.turns))
+@dataclass(frozen=True)
+class _Masker:
+    """Finds the tokens of a piece's spans."""
 
+    tokenizer: Any
+    specials: Set[int]
+    where: str
+    piece: Piece
+    token_ids: list[int]
+    ends: list[int] | None
 
-def _first_token(tokenizer: Any, encoded: _Encoded, start: int, where: str) -> int:
-    """The first token of what begins at character `start`.
+    def rendering(self) -> Rendering:
+        mask = [0.0] * len(self.token_ids)
+        for turn in self.piece.turns:
+            for start, stop in turn.spans:
+                first, last = self._first_token(start), self._count_tokens(stop)
+                if (start, stop) == turn.spans[-1]:
+                    last = self._end_of_turn(first, last)
+                mask[first:last] = [1.0] * (last - first)
+        return Rendering(self.token_ids, mask, tuple(turn.message for turn in self.piece.turns))
 
-    A token may stand across it, where an answer opens with a line break, say, which merges with the header's: then it
-    belongs to the prompt, if no more than white space is lost to it.
-    """
-    count = _count_tokens(tokenizer, encoded, start)
-    if encoded.ends is not None and (start == 0 or (count and encoded.ends[count - 1] == start)):
-        return count
-    # Some tokenizers leave white space out of their offsets, so what a gap belongs to shows only in tokens.
-    if _encode(tokenizer, [encoded.text[:start]])[0].token_ids == encoded.token_ids[:count]:
-        return count
-    inside = encoded.text[start : encoded.ends[count]] if encoded.ends is not None else encoded.text[start:]
-    if inside.strip():
+    def _first_token(self, start: int) -> int:
+        """The first token of what begins at character `start`.
+
+        A token may stand across it, where an answer opens with a line break, say, which merges with the header's: then
+        it belongs to the prompt, if no more than white space is lost to it.
+        """
+        count, text = self._count_tokens(start), self.piece.text
+        if self.ends is not None and (start == 0 or (count and self.ends[count - 1] == start)):
+            return count
+        # Some tokenizers leave white space out of their offsets, so what a gap belongs to shows only in tokens.
+        if _encode(self.tokenizer, [text[:start]])[0][0] == self.token_ids[:count]:
+            return count
+        inside = text[start:] if self.ends is None else text[start : self.ends[count]]
+        if inside.strip():
+            raise DataError(
+                f"{self.where}: the tokenizer makes one token of the end of the assistant's header and {inside[:20]!r},"
+                " its first word, so it can be neither trained nor left out. Fix: a chat template whose header ends "
+                "with a special token or a line break."
+            )
+        return count + 1
+
+    def _count_tokens(self, stop: int) -> int:
+        """How many tokens end by character `stop`."""
+        if self.ends is None:
+            return len(_encode(self.tokenizer, [self.piece.text[:stop]])[0][0])
+        return bisect_right(self.ends, stop)
+
+    def _end_of_turn(self, start: int, stop: int) -> int:
+        """Where training of tokens [start, stop) ends: after the special token that ends the turn.
+
+        A template may write white space after that token, which nobody samples, or close its markers before it.
+        """
+        ids = self.token_ids
+        end = next((end for end in range(stop, start, -1) if ids[end - 1] in self.specials), None)
+        if end is not None and not self.tokenizer.decode(ids[end:stop]).strip():
+            return end
+        if self.piece.marked and stop < len(ids) and ids[stop] in self.specials:
+            return stop + 1
         raise DataError(
-            f"{where}: the tokenizer makes one token of the end of the assistant's header and {inside[:20]!r}, its "
-            "first word, so it can be neither trained nor left out. Fix: a chat template whose header ends with a "
-            "special token or a line break."
+            f"{self.where}: the chat template ends an assistant turn without a special token, so stopping could not be "
+            "trained; needs an end-of-turn token such as the tokenizer's eos_token"
         )
-    return count + 1
-
-
-def _count_tokens(tokenizer: Any, encoded: _Encoded, stop: int) -> int:
-    """How many tokens end by character `stop`."""
-    if encoded.ends is None:
-        return len(_encode(tokenizer, [encoded.text[:stop]])[0].token_ids)
-    return bisect_right(encoded.ends, stop)
-
-
-def _end_of_turn(
-    tokenizer: Any, token_ids: list[int], start: int, stop: int, marked: bool, specials: Set[int], where: str
-) -> int:
-    """Where training of tokens [start, stop) ends: after the special token that ends the turn.
-
-    A template may write white space after that token, which nobody samples, or close its markers before it.
-    """
-    end = next((end for end in range(stop, start, -1) if token_ids[end - 1] in specials), None)
-    if end is not None and not tokenizer.decode(token_ids[end:stop]).strip():
-        return end
-    if marked and stop < len(token_ids) and token_ids[stop] in specials:
-        return stop + 1
-    raise DataError(
-        f"{where}: the chat template ends an assistant turn without a special token, so stopping could not be trained; "
-        "needs an end-of-turn token such as the tokenizer's eos_token"
-    )

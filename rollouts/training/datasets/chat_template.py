@@ -5,6 +5,7 @@ or moves the system message to the last user turn. What the model sees when it s
 so such a conversation becomes several pieces; each trains the turns that stand in it as they stood when spoken.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Sequence
@@ -97,12 +98,7 @@ def get_template(tokenizer: Any, tools: list[dict[str, Any]] | None) -> str:
 
 def check_tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
     """A row's tools as a list of schemas, or None. Raises DataError for anything but a list of objects, or its JSON."""
-    parsed = tools
-    if isinstance(tools, str):
-        try:
-            parsed = json.loads(tools)
-        except json.JSONDecodeError:
-            pass  # named below
+    parsed = _parse(tools)
     if parsed is None or parsed == []:
         return None
     if not isinstance(parsed, list) or not all(isinstance(tool, dict) for tool in parsed):
@@ -124,17 +120,18 @@ def render_texts(
     from transformers.utils.chat_template_utils import render_jinja_template
 
     try:
-        texts, marks = render_jinja_template(
+        rendered: Any = render_jinja_template(  # it is annotated as str
             conversations=[list(messages) for messages in conversations],
-            tools=tools,
+            tools=list(tools) if tools else None,
             chat_template=get_template(tokenizer, tools),
             return_assistant_tokens_mask=marked,
             add_generation_prompt=add_generation_prompt,
             **tokenizer.special_tokens_map,
         )
     except (TemplateError, TypeError) as error:  # a TypeError: the template adds a string to what is not there
-        roles = [message["role"] for message in conversations[0]]
+        roles = [message["role"] for message in conversations[-1]]
         raise DataError(f"{where}: the chat template refuses these messages (roles {roles}): {error}") from None
+    texts, marks = rendered
     return texts, marks if marked else [[] for _ in texts]
 
 
@@ -184,16 +181,19 @@ def _clean_call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise DataError(f"{where}.tool_calls has {call!r}; needs {{'function': {{'name': ..., 'arguments': ...}}}}")
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):  # OpenAI's form; templates write it as JSON once more
-        try:
-            arguments = json.loads(arguments)
-        except json.JSONDecodeError:
-            pass  # named below
+    arguments = _parse(function.get("arguments"))  # JSON text is OpenAI's form; templates would encode it once more
     if not isinstance(arguments, dict | None):
         raise DataError(f"{where}.tool_calls: arguments={arguments!r}; needs an object, or the JSON text of one")
     clean = {**_without_nulls(function), "arguments": _without_nulls(arguments or {})}
     return {**call, "function": clean} if "function" in call else clean
+
+
+def _parse(value: Any) -> Any:
+    """What the JSON text holds; anything else, other text among it, as it is."""
+    if isinstance(value, str):
+        with contextlib.suppress(json.JSONDecodeError):
+            return json.loads(value)
+    return value
 
 
 def _without_nulls(value: Any) -> Any:

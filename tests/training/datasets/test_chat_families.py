@@ -91,7 +91,7 @@ def test_calls_are_trained_and_results_are_not(family: Family) -> None:
 
 @with_tools
 def test_calls_written_as_data_sets_hold_them(family: Family) -> None:
-    """Goal: arguments as JSON text and Arrow's nulls render as the plain object does. Red: "{\\"expression..." twice."""
+    """Goal: arguments as JSON text and Arrow's nulls render as the plain object does. Red: JSON in JSON."""
     stored = {"type": "function", "id": None, "function": {**CALL["function"], "arguments": '{"expression": "6*7"}'}}
     arrow = {"type": "function", "function": {**CALL["function"], "arguments": {"expression": "6*7", "query": None}}}
     plain = check(family, TOOL_CHAT, TOOLS)
@@ -196,7 +196,7 @@ def test_random_conversations(family: Family, data: st.DataObject) -> None:
 
 
 def test_many_at_once_are_the_same_as_one_by_one() -> None:
-    """Goal: one tokenizer call for all changes nothing, and rows keep their order. Red with pieces dealt out wrongly."""
+    """Goal: one call changes nothing, and rows keep their order. Red with pieces dealt out wrongly."""
     family = FAMILIES["qwen3"]
     rows = [CHAT, TOOL_CHAT, CHAT[:2], [SYSTEM, *CHAT], CHAT[:1]]
     together = render_conversations(family.tokenizer(), [Conversation(row, "f:1", TOOLS) for row in rows])
