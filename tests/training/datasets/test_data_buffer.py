@@ -72,9 +72,7 @@ def test_batch_sizes_do_not_matter() -> None:
     assert one.get_prompts(50) == [prompt for _ in range(10) for prompt in many.get_prompts(5)]
 
 
-ROWS = st.one_of(
-    st.text(max_size=3), st.fixed_dictionaries({"messages": st.lists(st.text(max_size=2), max_size=2)})
-)
+ROWS = st.one_of(st.text(max_size=3), st.fixed_dictionaries({"messages": st.lists(st.text(max_size=2), max_size=2)}))
 
 
 @settings(deadline=None, max_examples=60)
