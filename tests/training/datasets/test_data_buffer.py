@@ -61,7 +61,9 @@ def test_a_state_of_another_seed_is_refused() -> None:
     """Goal: traps.md, a restore that shuffles with the wrong seed. Red without the check: other prompts came."""
     state = DataBuffer(PROMPTS, seed=1).save_state()
     buffer = DataBuffer(PROMPTS, seed=2)
-    with pytest.raises(DataError, match="saved with seed 1, this buffer was given seed 2.* Fix: the seed that the run"):
+    with pytest.raises(
+        DataError, match=r"saved with seed 1, this buffer was given seed 2.* Fix: the seed that the run"
+    ):
         buffer.load_state(state)
     assert buffer.get_prompts(7) == DataBuffer(PROMPTS, seed=2).get_prompts(7)
 

@@ -144,10 +144,12 @@ def test_other_tasks_run_while_it_waits(runtime: str) -> None:
         async def release() -> None:
             go_on.set()
 
-        async with prefetch(lambda step: go_on.wait(30) and step, [7], depth=1) as prepared:
-            async with anyio.create_task_group() as group:
-                group.start_soon(release)
-                step, value = await anext(prepared)
+        async with (
+            prefetch(lambda step: go_on.wait(30) and step, [7], depth=1) as prepared,
+            anyio.create_task_group() as group,
+        ):
+            group.start_soon(release)
+            step, value = await anext(prepared)
         assert value == step
         return step
 
