@@ -54,8 +54,10 @@ def split_batch(
             yield {key: _take(value, rows, width) for key, value in batch.items()}
 
 
-def step_indices(count: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """Which of `count` examples make up step `step` (from 0): positions in an endless run of shuffled epochs.
+def step_indices(count: int, batch_size: int, step: int, seed: int | None) -> list[int]:
+    """Which of `count` examples make up step `step` (from 0): positions in an endless run of epochs.
+
+    Each epoch is shuffled by (`seed`, epoch); with seed None every one keeps the examples' own order, a curriculum.
 
     A pure function of its arguments, so that a resumed run continues with exactly the examples that would have come.
     """
@@ -64,9 +66,10 @@ def step_indices(count: int, batch_size: int, step: int, seed: int) -> list[int]
     return [orders[position // count][position % count] for position in positions]
 
 
-def _epoch_order(count: int, epoch: int, seed: int) -> list[int]:
+def _epoch_order(count: int, epoch: int, seed: int | None) -> list[int]:
     order = list(range(count))
-    random.Random(f"{seed}/{epoch}").shuffle(order)
+    if seed is not None:
+        random.Random(f"{seed}/{epoch}").shuffle(order)
     return order
 
 

@@ -3,12 +3,12 @@
 import json
 import logging
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from base_config import DatasetSpec
 from rollouts.training.datasets.dataset_loaders import (
     DatasetEntry,
     load_prompt_mixture,
@@ -17,6 +17,7 @@ from rollouts.training.datasets.dataset_loaders import (
     load_sft_mixture,
 )
 from rollouts.training.datasets.rows import DataError
+from tests.example_config import example_config
 from tests.training.tiny_task import tiny_tokenizer
 
 
@@ -89,15 +90,9 @@ def test_an_example_of_exactly_max_length_stays(tmp_path: Path, tokenizer: Any) 
 
 def test_a_mixture_is_one_seeded_shuffle_with_repeats(tmp_path: Path) -> None:
     """Goal: every row `repeat` times, the first max_samples rows only, order by the seed alone. Red without repeat."""
+    spec = example_config().data.sft_mixture[0]
     specs = [
-        DatasetSpec(
-            name=questions(tmp_path / f"{tag}.jsonl", tag, 10),
-            format="question_answer",
-            split="train",
-            subset=None,
-            max_samples=count,
-            repeat=repeat,
-        )
+        replace(spec, name=questions(tmp_path / f"{tag}.jsonl", tag, 10), max_samples=count, repeat=repeat)
         for tag, count, repeat in (("a", 4, 2), ("b", -1, 1))
     ]
     texts = [row["messages"][0]["content"] for row in load_prompt_mixture(specs, seed=7)]
