@@ -596,6 +596,10 @@ def _cross_checks(config: Config) -> Checks:
         if stage is not None and stage.eval_every != -1:
             need = "-1, or rows in data.eval_mixture, which is empty"
             yield _need(bool(data.eval_mixture), f"{name}.eval_every", stage.eval_every, need)
+    if config.rl is not None and "rl" in config.stages and config.rl.eval_every != -1 and data.eval_mixture:
+        need = "-1, or rows with prompts in data.eval_mixture, which has plain text alone"
+        asked = any(spec.format != "text" for spec in data.eval_mixture)
+        yield _need(asked, "rl.eval_every", config.rl.eval_every, need)
     if "rl" in config.stages:
         yield config.engine is not None, f"engine=None: output.mode={mode!r} has an rl stage, which samples from it"
     if config.sft is not None and config.sft.batch_size >= 1:

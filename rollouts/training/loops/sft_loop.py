@@ -29,8 +29,9 @@ async def run_sft_training(
 ) -> list[dict[str, float]]:
     """Train on `samples` and return one dict per logged step. Steps count from 1; every rank makes the same call.
 
-    The order is a pure function of (`seed`, epoch), or with seed None the samples' own; each step takes the next `config.batch_size` examples, going on
-    into the next epoch, and its result depends neither on the ranks nor on `config.micro_batch_size`.
+    The order is a pure function of (`seed`, epoch), or with seed None the samples' own; each step takes the next
+    `config.batch_size` examples, going on into the next epoch, and its result depends neither on the ranks
+    nor on `config.micro_batch_size`.
     `resume`: what `backend.load_checkpoint` returned; training goes on after its step, up to `config.num_steps`.
     `eval_fn(step)`, plain or async, runs on every rank each `eval_every` steps and after the last; the floats it
     returns are logged as "eval_…". A checkpoint is written each `config.checkpoint_every` steps and after the last;

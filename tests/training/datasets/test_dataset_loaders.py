@@ -109,6 +109,51 @@ def test_sft_and_prompts_of_a_mixture_come_in_the_same_order(tmp_path: Path, tok
     assert [sample.prompt for sample in samples] == load_prompt_mixture([spec], seed=3)
 
 
+def test_a_mixture_without_a_seed_is_a_curriculum(tmp_path: Path, tokenizer: Any) -> None:
+    """Goal: nanochat's task sequence: as listed, each data set whole. Red when None seeded a shuffle."""
+    easy, hard = (questions(tmp_path / f"{tag}.jsonl", tag, 3) for tag in ("e", "h"))
+    specs = [DatasetEntry(easy, None, repeat=2), DatasetEntry(hard, None, start=1)]
+    samples, _ = load_sft_mixture(specs, tokenizer=tokenizer, max_length=64, seed=None)
+    texts = [sample.prompt["messages"][0]["content"] for sample in samples]
+    assert texts == ["e0", "e1", "e2", "e0", "e1", "e2", "h1", "h2"]
+
+
+def test_custom_json_has_an_array_on_each_line(tmp_path: Path, tokenizer: Any) -> None:
+    """Goal: nanochat's identity file. Red when a line had to be an object, and when one was taken in silence."""
+    turns = [{"role": "user", "content": "who"}, {"role": "assistant", "content": "me"}]
+    path = tmp_path / "identity.jsonl"
+    path.write_text(json.dumps(turns) + "\n" + json.dumps([*turns, *turns]) + "\n")
+    samples = load_sft_dataset(str(path), tokenizer=tokenizer, format="custom_json")
+    assert [sample.prompt["messages"] for sample in samples] == [turns[:1], [*turns, turns[0]]]
+    with pytest.raises(DataError, match=r"identity\.jsonl:1: needs one JSON object per line, found list"):
+        load_sft_dataset(str(path), tokenizer=tokenizer)
+    write(path, [{"messages": turns}])
+    with pytest.raises(DataError, match=r"identity\.jsonl:1: needs one JSON array of messages per line, found dict"):
+        load_sft_dataset(str(path), tokenizer=tokenizer, format="custom_json")
+
+
+def test_text_and_conversations_in_one_mixture(tmp_path: Path, tokenizer: Any) -> None:
+    """Goal: plain text trains beside chats, and is no prompt. Red when a text without messages became one."""
+    text = DatasetEntry(write(tmp_path / "t.jsonl", [{"text": "abc" * 9}]), "text")
+    chats = DatasetEntry(questions(tmp_path / "a.jsonl", "a", 2), None)
+    samples, report = load_sft_mixture([text, chats], tokenizer=tokenizer, max_length=16, seed=0)
+    assert len(samples) == 4 and report.texts_split == 1 and report.pieces == 2
+    with pytest.raises(DataError, match=r"t\.jsonl:1: plain text has no prompt to answer"):
+        load_prompt_mixture([chats, text], seed=0)
+
+
+def test_a_synthetic_task_in_a_mixture() -> None:
+    """Goal: its slice, split and repeat count like any other's. Red when `start` was left out."""
+    spec = DatasetEntry("spelling", "simple_spelling", start=2, max_samples=2, repeat=2)
+    whole = DatasetEntry("spelling", "simple_spelling", stop=4)
+    rows, all_rows = (load_prompt_mixture([entry], seed=0) for entry in (spec, whole))
+    assert len(rows) == 4 and len(all_rows) == 4
+    assert {row["answer"] for row in rows} < {row["answer"] for row in all_rows}
+    assert {row["answer"] for row in rows} & {
+        row["answer"] for row in load_prompt_mixture([replace(whole, split="test")], seed=0)
+    } == set()
+
+
 def test_an_empty_mixture_and_a_bad_repeat_are_errors(tmp_path: Path) -> None:
     """Goal: no training on nothing. Red without the checks."""
     with pytest.raises(DataError, match="the mixture is empty"):
@@ -134,7 +179,7 @@ def test_prompts_from_jsonl(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("row", "message"),
-    [({"prompt": " "}, ":1: prompt=' '; needs a string"), ({"text": "x"}, r":1: columns \['text'\]")],
+    [({"prompt": " "}, ":1: prompt=' '; needs a string"), ({"text": "x"}, ":1: plain text has no prompt")],
 )
 def test_a_bad_prompt_is_named(tmp_path: Path, row: dict[str, Any], message: str) -> None:
     """Goal: file, line, value, need. Red when an empty prompt was taken."""
