@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rollouts.training.datasets.examples import Example
+from rollouts.training.datasets.plain_text import split_tokens, text_tokens
 from rollouts.training.datasets.rows import DataError
-from rollouts.training.datasets.sft import build_sft_samples, split_tokens, text_tokens
+from rollouts.training.datasets.sft import build_sft_samples
 from tests.training.tiny_task import tiny_tokenizer
 
 
@@ -53,7 +54,7 @@ def test_split_texts_are_counted_and_named(tokenizer: Any) -> None:
         "t.jsonl:2",
     ]
     assert (report.kept, report.texts_split, report.pieces, report.trained_tokens) == (4, 1, 3, 9)
-    assert "1 long texts split into 3 pieces" in str(report)
+    assert "1 long texts became 3 pieces" in str(report)
 
 
 def test_an_empty_text_is_left_out_and_counted(tokenizer: Any) -> None:
