@@ -170,9 +170,13 @@ def _errors_named(name: str, split: str, subset: str | None) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:  # the loader raises a dozen unrelated kinds (HTTP, Arrow, pickling, its own)
-        is_local = Path(name).is_dir()
-        kind = "directory" if is_local else "hub data set (there is no such directory here)"
-        fix = "check split and subset" if is_local else "check the name, split, subset, network and HF_TOKEN"
+        from datasets import config
+
+        kind, fix = "hub data set (there is no such directory here)", "check the name, split, subset, network, HF_TOKEN"
+        if Path(name).is_dir():
+            kind, fix = "directory", "check split and subset"
+        elif config.HF_HUB_OFFLINE:
+            fix = "fetch it once without HF_DATASETS_OFFLINE and HF_HUB_OFFLINE, or name a local directory"
         reason = _reason(error)[:600]
         raise DataError(
             f"{name}: cannot read split {split!r}, subset {subset!r} of this {kind}: {reason}. Fix: {fix}."
