@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
 import pytest
 
 from rollouts.training.datasets.dataset_loaders import (
@@ -18,6 +20,7 @@ from rollouts.training.datasets.dataset_loaders import (
 )
 from rollouts.training.datasets.rows import DataError
 from tests.example_config import example_config
+from tests.training.datasets.hub import write_hub_dataset
 from tests.training.tiny_task import tiny_tokenizer
 
 
@@ -107,6 +110,43 @@ def test_sft_and_prompts_of_a_mixture_come_in_the_same_order(tmp_path: Path, tok
     spec = DatasetEntry(questions(tmp_path / "a.jsonl", "a", 12), "question_answer")
     samples, _ = load_sft_mixture([spec], tokenizer=tokenizer, max_length=64, seed=3)
     assert [sample.prompt for sample in samples] == load_prompt_mixture([spec], seed=3)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("start", 4, [4, 5]),
+        ("stop", 2, [0, 1]),
+        ("step", 3, [0, 3]),
+        ("max_samples", 1, [0]),
+        ("repeat", 2, [0, 1, 2, 3, 4, 5] * 2),
+        ("shuffle_seed", 3, np.random.default_rng(3).permutation(6).tolist()),
+        ("split", "test", [6]),
+        ("subset", "other", [7]),
+    ],
+)
+def test_each_field_of_a_spec_chooses_rows(
+    tmp_path: Path, tokenizer: Any, field: str, value: Any, expected: list[int]
+) -> None:
+    """Goal: what the config says is what is read. Red for each field when it was not handed on."""
+    rows = [{"question": f"q{n}", "answer": "a"} for n in range(8)]
+    subsets = {"main": {"train": rows[:6], "test": rows[6:7]}, "other": {"train": rows[7:]}}
+    root = write_hub_dataset(tmp_path / "set", subsets)
+    spec = replace(example_config().data.sft_mixture[0], name=str(root), **{"subset": "main", field: value})
+    for chosen in (spec, replace(spec, streaming=True)):
+        samples, _ = load_sft_mixture([chosen], tokenizer=tokenizer, max_length=64, seed=None)
+        found = [int(sample.prompt["messages"][0]["content"][1:]) for sample in samples]
+        assert sorted(found) == sorted(expected)
+        assert found == expected or chosen.streaming  # a stream is shuffled in another way
+
+
+def test_streaming_makes_no_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Goal: a set too large for the disk can be read. Red when `streaming` of the spec was not handed on."""
+    root = write_hub_dataset(tmp_path / "set", {"main": {"train": [{"question": "q", "answer": "a"}]}})
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    for streaming in (True, False):
+        load_prompt_mixture([DatasetEntry(str(root), None, subset="main", streaming=streaming)], seed=0)
+        assert bool(list(tmp_path.rglob("*.arrow"))) is not streaming
 
 
 def test_a_mixture_without_a_seed_is_a_curriculum(tmp_path: Path, tokenizer: Any) -> None:
