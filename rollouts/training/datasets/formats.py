@@ -15,9 +15,10 @@ text              {"text"}                                      every token afte
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
+from rollouts.training.calculator import CALCULATOR_TOOL
 from rollouts.training.datasets.examples import Example, check_message, check_turns, conversation_example
 from rollouts.training.datasets.rows import DataError, Row
-from rollouts.training.datasets.tool_calls import CALCULATOR_TOOL, solution_turns
+from rollouts.training.datasets.tool_calls import solution_turns
 from rollouts.training.rewards import gsm8k_number
 
 Format = Literal[

@@ -1,23 +1,10 @@
 """Calculator calls as messages, in the form that chat templates take. Pure."""
 
 import re
-from typing import Any
 
 from rollouts.training.datasets.examples import Message
 
 ANNOTATION = re.compile(r"<<([^<>]+)=([^<>=]*)>>")  # GSM8K's: <<48/2=24>>
-CALCULATOR_TOOL: dict[str, Any] = {
-    "type": "function",
-    "function": {
-        "name": "calculator",
-        "description": "Computes an expression of numbers, or how often a letter is in a word: 'word'.count('w').",
-        "parameters": {
-            "type": "object",
-            "properties": {"expression": {"type": "string", "description": "What to compute."}},
-            "required": ["expression"],
-        },
-    },
-}
 
 
 def calculator_turns(text: str, expression: str, result: str, number: int) -> list[Message]:

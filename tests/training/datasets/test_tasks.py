@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
+from rollouts.training.calculator import CALCULATOR_TOOL
 from rollouts.training.datasets.formats import parse_row
 from rollouts.training.datasets.rows import DataError, Row
-from rollouts.training.datasets.tool_calls import CALCULATOR_TOOL
 
 USER = {"role": "user", "content": "hi"}
 ASSISTANT = {"role": "assistant", "content": "yo"}
