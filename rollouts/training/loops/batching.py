@@ -5,6 +5,7 @@ B sequences, T tokens of the longest. A batch holds [B, T] and [B] tensors, and 
 
 import random
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -77,11 +78,12 @@ def step_indices(count: int, batch_size: int, step: int, seed: int | None) -> li
     return [orders[position // count][position % count] for position in positions]
 
 
-def _epoch_order(count: int, epoch: int, seed: int | None) -> list[int]:
+@lru_cache(maxsize=2)  # a step lies in one epoch or two; shuffling 460K examples takes longer than a small step
+def _epoch_order(count: int, epoch: int, seed: int | None) -> tuple[int, ...]:
     order = list(range(count))
     if seed is not None:
         random.Random(f"{seed}/{epoch}").shuffle(order)
-    return order
+    return tuple(order)
 
 
 def _take(value: Any, rows: Tensor, width: int) -> Any:
