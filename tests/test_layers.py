@@ -67,6 +67,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "rollouts.training.rewards": ("rollouts.training.types",),
     "rollouts.training.datasets": (
+        "rollouts.training.calculator",
         "rollouts.training.datasets",
         "rollouts.training.rewards",
         "rollouts.training.types",
