@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,14 +99,16 @@ def our_run(task: Task, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[
     return run_ours(task, tmp_path_factory.mktemp("ours"))
 
 
-def run_ours(task: Task, directory: Path, **micro_batches: Any) -> tuple[list[float], Any]:
+def run_ours(
+    task: Task, directory: Path, *, loss_fn: Callable[..., torch.Tensor] = sft_loss, **micro_batches: Any
+) -> tuple[list[float], Any]:
     """Our loss of every step, and the model afterwards."""
     model = AutoModelForCausalLM.from_pretrained(task.model, dtype="float32")
     rates = {"matrix_lr": LR, "embedding_lr": LR, "unembedding_lr": LR}
     backend = PyTorchTrainingBackend(
         model=model,
         optimizer=build_optimizer(model, **rates, weight_decay=DECAY, beta1=0.9, beta2=0.95, eps=1e-8),
-        loss_fn=sft_loss,
+        loss_fn=loss_fn,
         checkpoint_dir=directory,
         max_grad_norm=CLIP,
         lr_schedule=lambda step: lr_factor(step, total_steps=STEPS, warmup_frac=0.0, schedule="linear"),
@@ -172,9 +175,24 @@ def test_loss_of_every_step_is_that_of_a_plain_loop(task: Task, our_run: tuple[l
         torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("micro_batches", [{"micro_batch_size": 1}, {"micro_batch_size": 4}], ids=str)
+@pytest.mark.parametrize("micro_batches", [{"micro_batch_size": 1}, {"micro_batch_tokens": 120}], ids=str)
 def test_any_cut_into_micro_batches_gives_the_same_run(
     task: Task, trl_run: tuple[list[float], Any], tmp_path: Path, micro_batches: dict[str, int]
 ) -> None:
-    """Goal: accumulation changes nothing. Red with `tokens_global` taken from each micro-batch."""
+    """Goal: accumulation and packing change nothing. Red with `tokens_global` taken from each micro-batch."""
     assert_same_run(run_ours(task, tmp_path, **micro_batches), trl_run)
+
+
+def test_padded_batches_give_the_same_run(task: Task, trl_run: tuple[list[float], Any], tmp_path: Path) -> None:
+    """Goal: the padded way, through the model's own forward and logits [B, T, V], is the same run as the packed one.
+
+    Red with `tokens_global=None` passed on: each micro-batch then divides by its own tokens.
+    """
+
+    def of_logits(
+        logits: torch.Tensor, labels: torch.Tensor, loss_mask: torch.Tensor, tokens_global: float
+    ) -> torch.Tensor:
+        assert logits.shape[:2] == labels.shape
+        return sft_loss(logits, labels, loss_mask, tokens_global=tokens_global)
+
+    assert_same_run(run_ours(task, tmp_path, loss_fn=of_logits, micro_batch_size=4), trl_run)
