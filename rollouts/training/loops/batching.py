@@ -66,8 +66,10 @@ def split_batch(
             yield {key: _take(value, rows, width) for key, value in batch.items()}
 
 
-def step_indices(count: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """Which of `count` examples make up step `step` (from 0): positions in an endless run of shuffled epochs.
+def step_indices(count: int, batch_size: int, step: int, seed: int | None) -> list[int]:
+    """Which of `count` examples make up step `step` (from 0): positions in an endless run of epochs.
+
+    Each epoch is shuffled by (`seed`, epoch); with seed None every one keeps the examples' own order, a curriculum.
 
     A pure function of its arguments, so that a resumed run continues with exactly the examples that would have come.
     """
@@ -77,9 +79,10 @@ def step_indices(count: int, batch_size: int, step: int, seed: int) -> list[int]
 
 
 @lru_cache(maxsize=2)  # a step lies in one epoch or two; shuffling 460K examples takes longer than a small step
-def _epoch_order(count: int, epoch: int, seed: int) -> tuple[int, ...]:
+def _epoch_order(count: int, epoch: int, seed: int | None) -> tuple[int, ...]:
     order = list(range(count))
-    random.Random(f"{seed}/{epoch}").shuffle(order)
+    if seed is not None:
+        random.Random(f"{seed}/{epoch}").shuffle(order)
     return tuple(order)
 
 

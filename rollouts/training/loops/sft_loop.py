@@ -33,7 +33,7 @@ async def run_sft_training(
     config: SFTTrainingConfig,
     metrics_logger: MetricsLogger | None = None,
     *,
-    seed: int = 0,
+    seed: int | None = 0,
     pad_token_id: int = 0,
     resume: Mapping[str, Any] | None = None,
     eval_fn: EvalFn | None = None,
@@ -42,8 +42,9 @@ async def run_sft_training(
 ) -> list[dict[str, float]]:
     """Train on `samples` and return one dict per logged step. Steps count from 1; every rank makes the same call.
 
-    The order is a pure function of (`seed`, epoch); each step takes the next `config.batch_size` examples, going on
-    into the next epoch, and its result depends neither on the ranks nor on how micro-batches are cut.
+    The order is a pure function of (`seed`, epoch), or with seed None the samples' own; each step takes the next
+    `config.batch_size` examples, going on into the next epoch, and its result depends neither on the ranks nor on how
+    micro-batches are cut.
     `resume`: what `backend.load_checkpoint` returned; training goes on after its step, up to `config.num_steps`.
     `eval_fn(step)`, plain or async, runs on every rank each `eval_every` steps and after the last; the floats it
     returns are logged as "eval_…". A checkpoint is written each `config.checkpoint_every` steps and after the last;
@@ -88,7 +89,7 @@ class _Step:
 
 
 def _prepare_step(
-    samples: Sequence[Sample], config: SFTTrainingConfig, seed: int, pad_token_id: int, step: int
+    samples: Sequence[Sample], config: SFTTrainingConfig, seed: int | None, pad_token_id: int, step: int
 ) -> _Step:
     """What step `step` (from 1) trains on: a function of its arguments and this process's rank."""
     chosen = [samples[index] for index in step_indices(len(samples), config.batch_size, step - 1, seed)]
