@@ -95,7 +95,9 @@ class MuonConfig:
     momentum: float
     nesterov: bool
     ns_steps: int  # Newton-Schulz iterations
-    adjust_lr: Literal["original", "match_rms_adamw"]  # matrix_lr's factor by shape: nanochat's, or to use AdamW's rates
+    adjust_lr: Literal[
+        "original", "match_rms_adamw"
+    ]  # matrix_lr's factor by shape: nanochat's, or to use AdamW's rates
     vector_lr: float  # of norms and biases, by AdamW
     width_reference: int  # AdamW groups' rates x (hidden_size / this) ** -0.5, in nanochat 768; -1: as they stand
 
@@ -623,7 +625,9 @@ def _rate_checks(config: Config, name: str) -> Checks:
     for field in ("matrix_lr", "embedding_lr", "unembedding_lr"):
         rate = getattr(stage, field)
         if lora and field != "matrix_lr":
-            yield _need(rate == 0, f"{name}.{field}", rate, "0: with model.lora only adapters are trained, at matrix_lr")
+            yield _need(
+                rate == 0, f"{name}.{field}", rate, "0: with model.lora only adapters are trained, at matrix_lr"
+            )
         pretrained_adamw = config.model.init == "pretrained" and stage.optimizer.kind == "adamw"
         wild = pretrained_adamw and rate >= 0.01 and rate * stage.init_lr_frac > 1e-4
         need = "about 1e-5 (LoRA: 1e-4) with init_lr_frac=1 for AdamW on a pretrained model; rates such as nanochat's"

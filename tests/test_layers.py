@@ -41,6 +41,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.training.backends",
         "rollouts.training.checkpoint",
         "rollouts.training.distributed",
+        "rollouts.training.lora",
         "rollouts.training.optim",
         "rollouts.training.reference",
         "rollouts.training.rl_losses",

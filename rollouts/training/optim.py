@@ -20,10 +20,9 @@ NS_EPS = 1e-7
 class MuonSettings:
     """What `build_optimizer(kind="muon")` needs beside AdamW's constants, which are those of its other groups.
 
-    `adjust_lr` is the factor on matrix_lr for a [rows, columns] matrix: "original", sqrt(max(1, rows / columns)) as in
-    nanochat, or "match_rms_adamw", 0.2 sqrt(max(rows, columns)), with which AdamW's rates carry over (arXiv 2502.16982).
-    `width_reference`: the AdamW groups' rates are multiplied by (hidden_size / width_reference) ** -0.5, nanochat's 768;
-    None leaves them as they are.
+    `adjust_lr` is the factor on matrix_lr for a [rows, columns] matrix: "original", sqrt(max(1, rows / columns)), as in
+    nanochat, or "match_rms_adamw", 0.2 sqrt(max(rows, columns)): AdamW's rates carry over (arXiv 2502.16982).
+    The AdamW groups' rates are multiplied by (hidden_size / width_reference) ** -0.5, 768 in nanochat; None: they stay.
     """
 
     momentum: float
@@ -144,7 +143,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         muon: MuonSettings,
         adamw: Mapping[str, Any],
     ) -> None:
-        constants = {
+        constants: dict[str, Any] = {
             "momentum": muon.momentum,
             "nesterov": muon.nesterov,
             "ns_steps": muon.ns_steps,
@@ -161,7 +160,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         super().__init__([group for member in self._members for group in member.param_groups], {})
         self._share()
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of both. `closure`, if given, is evaluated first; its value is returned."""
         loss = None
         if closure is not None:

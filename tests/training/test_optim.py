@@ -17,9 +17,7 @@ from tests.training.tiny import tiny_backend, tiny_model
 
 RATES = {"matrix_lr": 0.1, "embedding_lr": 0.2, "unembedding_lr": 0.3, "weight_decay": 0.5}
 ADAMW = {"beta1": 0.8, "beta2": 0.95, "eps": 1e-10}
-MUON = MuonSettings(
-    momentum=0.9, nesterov=True, ns_steps=5, adjust_lr="original", vector_lr=0.05, width_reference=None
-)
+MUON = MuonSettings(momentum=0.9, nesterov=True, ns_steps=5, adjust_lr="original", vector_lr=0.05, width_reference=None)
 
 
 @pytest.mark.parametrize("tied", [True, False])
