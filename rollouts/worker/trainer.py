@@ -104,10 +104,15 @@ class Job:
 
 
 async def _train(config: Config, run: RunDir, stage: str, engine_urls: Sequence[str]) -> None:
+    import torch
+
     from rollouts.training import distributed
     from rollouts.training.model_loading import load_tokenizer
 
     device = distributed.initialize(config.target.device_type, timeout_s=config.limits.stage_timeout_s)
+    torch.manual_seed(
+        (config.rl.seed if stage == "rl" and config.rl else config.data.shuffle_seed) + _rank()
+    )  # dropout
     try:
         model_path, resumes = _start(config, run, stage)
         tokenizer = load_tokenizer(model_path, trust_remote_code=config.model.trust_remote_code)
