@@ -242,6 +242,7 @@ def rl_training_config(rl: RLConfig, num_steps: int) -> "RLTrainingConfig":
         checkpoint_every=rl.save_every,
         advantage_norm=rl.advantage_norm,
         micro_batch_size=rl.batch_size,
+        micro_batch_tokens=None if rl.micro_batch_tokens == -1 else rl.micro_batch_tokens,
     )
 
 
@@ -266,6 +267,7 @@ def rl_loss(rl: RLConfig) -> Callable[..., Any]:
 
 def build_model(model: ModelConfig, path: str) -> Any:
     """The model that is trained, on the CPU: the one at `path`, as the config wants it wrapped."""
+    from rollouts.training import forward
     from rollouts.training.lora import LoraSettings, apply_lora
     from rollouts.training.model_loading import enable_activation_checkpointing, load_model
 
@@ -276,7 +278,7 @@ def build_model(model: ModelConfig, path: str) -> Any:
     if model.activation_checkpointing:
         enable_activation_checkpointing(built)
     if model.compile:
-        built.compile(dynamic=True)
+        forward.body(built).compile(dynamic=True)
     return built
 
 
@@ -425,6 +427,7 @@ async def train_sft(job: Job, data: Data) -> None:
         log_every=sft.log_every,
         checkpoint_every=sft.checkpoint_every,
         micro_batch_size=sft.batch_size,
+        micro_batch_tokens=None if sft.micro_batch_tokens == -1 else sft.micro_batch_tokens,
     )
     with _metrics(job) as metrics_logger:
         await run_sft_training(

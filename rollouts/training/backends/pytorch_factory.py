@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rollouts.training import forward
 from rollouts.training.backends.pytorch import PyTorchTrainingBackend
 from rollouts.training.lora import LoraSettings, apply_lora
 from rollouts.training.model_loading import enable_activation_checkpointing, load_model, load_tokenizer
@@ -59,7 +60,7 @@ def create_pytorch_backend(
     if activation_checkpointing:
         enable_activation_checkpointing(model)
     if compile_model:
-        model.compile(dynamic=True)
+        forward.body(model).compile(dynamic=True)
     built = build_optimizer(
         model,
         kind=optimizer,
