@@ -165,6 +165,7 @@ def test_custom_json_has_an_array_on_each_line(tmp_path: Path, tokenizer: Any) -
     path.write_text(json.dumps(turns) + "\n" + json.dumps([*turns, *turns]) + "\n")
     samples = load_sft_dataset(str(path), tokenizer=tokenizer, format="custom_json")
     assert [sample.prompt["messages"] for sample in samples] == [turns[:1], [*turns, turns[0]]]
+    assert load_prompts_from_jsonl(path, "custom_json") == [sample.prompt for sample in samples]
     with pytest.raises(DataError, match=r"identity\.jsonl:1: needs one JSON object per line, found list"):
         load_sft_dataset(str(path), tokenizer=tokenizer)
     write(path, [{"messages": turns}])
