@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 import pytest
 
+from rollouts import training
 from rollouts.training.datasets.dataset_loaders import (
     DatasetEntry,
     load_prompt_mixture,
@@ -60,6 +61,18 @@ def test_a_file_a_directory_and_a_hub_layout_read_alike(tmp_path: Path, tokenize
         [sample.tokens for sample in load_sft_dataset(name, tokenizer=tokenizer)] for name in (file, str(directory))
     ]
     assert tokens[0] == tokens[1] and len(tokens[0]) == 5
+
+
+def test_the_library_pages_call(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Goal: what users write, as they write it; the directory stands in for the hub's. Red with `subset` dropped."""
+    rows = [{"question": f"q{n}", "answer": f"It is {n}. #### {n}"} for n in range(1100)]
+    write_hub_dataset(tmp_path / "gsm8k", {"main": {"train": rows}, "socratic": {"train": rows[:1]}})
+    monkeypatch.chdir(tmp_path)
+    samples = training.load_sft_dataset(
+        "gsm8k", tokenizer=tokenizer, split="train", subset="main", max_samples=1000, max_length=2048
+    )
+    assert len(samples) == 1000 and samples[999].prompt["answer"] == "999"
+    assert tokenizer.decode(samples[7].tokens) == "<|user|>q7<|end|><|assistant|>It is 7. #### 7<|end|>"
 
 
 def test_what_is_left_out_is_counted_by_reason_and_logged(
