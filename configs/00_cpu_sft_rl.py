@@ -43,6 +43,7 @@ def letters(name: str, split: str) -> DatasetSpec:
 def adamw(*, warmup_frac: float) -> OptimizerConfig:
     return OptimizerConfig(
         kind="adamw",
+        muon=None,
         beta1=0.9,
         beta2=0.95,
         eps=1e-8,
@@ -68,6 +69,8 @@ config = Config(
         init_seed=SEED,
         dtype="float32",
         compile=False,
+        activation_checkpointing=False,
+        lora=None,
         trust_remote_code=False,
     ),
     data=DataConfig(

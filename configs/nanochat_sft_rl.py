@@ -78,6 +78,7 @@ EVAL_MIXTURE = [
 def adamw(*, beta2: float) -> OptimizerConfig:
     return OptimizerConfig(
         kind="adamw",
+        muon=None,
         beta1=0.9,
         beta2=beta2,
         eps=1e-8,
@@ -104,6 +105,8 @@ config = Config(
         dtype="bfloat16",
         compile=False,
         trust_remote_code=False,
+        activation_checkpointing=False,
+        lora=None,
     ),
     data=DataConfig(
         sft_mixture=SFT_MIXTURE,

@@ -34,7 +34,14 @@ def example_config() -> Config:
         repeat=1,
     )
     optimizer = OptimizerConfig(
-        kind="adamw", beta1=0.9, beta2=0.95, eps=1e-8, max_grad_norm=1.0, warmup_frac=0.0, schedule="constant"
+        kind="adamw",
+        muon=None,
+        beta1=0.9,
+        beta2=0.95,
+        eps=1e-8,
+        max_grad_norm=1.0,
+        warmup_frac=0.0,
+        schedule="constant",
     )
     rates: dict[str, float] = {"unembedding_lr": 1e-3, "embedding_lr": 1e-3, "matrix_lr": 1e-3, "weight_decay": 0.0}
     return Config(
@@ -53,6 +60,8 @@ def example_config() -> Config:
             init_seed=0,
             dtype="float32",
             compile=False,
+            activation_checkpointing=False,
+            lora=None,
             trust_remote_code=False,
         ),
         data=DataConfig(

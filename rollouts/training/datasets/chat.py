@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from rollouts.training.datasets.chat_template import (
+    ChatTemplate,
     Conversation,
     Message,
     Piece,
-    check_tools,
     clean_messages,
-    render_texts,
     split_conversation,
 )
 from rollouts.training.datasets.rows import DataError
@@ -37,10 +36,9 @@ def render_prompt(tokenizer: Any, prompt: str | dict[str, Any]) -> list[int]:
     A row's "tools" are offered to the model. Raises DataError where there is no template or it refuses the messages.
     """
     row = {"messages": [{"role": "user", "content": prompt}]} if isinstance(prompt, str) else prompt
-    tools = check_tools(row.get("tools"), "prompt")
-    messages = clean_messages(row["messages"], "prompt")
-    texts, _ = render_texts(tokenizer, [messages], tools, "prompt", add_generation_prompt=True)
-    return _encode(tokenizer, texts)[0][0]
+    template = ChatTemplate(tokenizer, row.get("tools"), "prompt")
+    (prompt_text,) = template.render([clean_messages(row["messages"], "prompt")], add_generation_prompt=True)
+    return _encode(tokenizer, [prompt_text.text])[0][0]
 
 
 def render_conversation(

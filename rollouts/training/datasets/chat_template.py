@@ -49,25 +49,116 @@ class Piece:
 def split_conversation(tokenizer: Any, conversation: Conversation) -> list[Piece]:
     """The pieces that train each assistant turn once, in order; one piece wherever the prefixes nest.
 
-    Without an assistant turn: one piece with no spans. Raises DataError naming the row where the template refuses the
+    Without an assistant turn: one piece with no turns. Raises DataError naming the row where the template refuses the
     messages, leaves out some of their text, or where a turn cannot be told from what stands before it.
     """
-    where, tools = conversation.where, check_tools(conversation.tools, conversation.where)
-    messages = clean_messages(conversation.messages, where)
+    template = ChatTemplate(tokenizer, conversation.tools, conversation.where)
+    messages = clean_messages(conversation.messages, conversation.where)
     indices = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    marked = GENERATION_TAG.search(get_template(tokenizer, tools)) is not None
     ends = [messages[: index + 1] for index in indices]
     if not indices or indices[-1] + 1 < len(messages):
         ends.append(messages)
-    texts, marks = render_texts(tokenizer, ends, tools, where, marked=marked)
-    _refuse_lost_context(messages, tools, texts[-1], where)
-    starts = _turn_starts(tokenizer, messages, indices, tools, where, marked=marked)
+    rendered = template.render(ends)
+    whole = rendered[-1].text
+    _refuse_lost_context(messages, template.tools, whole, conversation.where)
     spoken: list[tuple[str, Turn]] = []
-    for index, text, own_marks, before in zip(indices, texts, marks, starts, strict=False):
-        spans = _own_spans(text, own_marks if marked else None, before, f"{where}: messages[{index}]")
-        _refuse_lost_text(messages[index], text[spans[0][0] :], f"{where}: messages[{index}]")
-        spoken.append((text, Turn(index, spans)))
-    return [Piece(text, turns, marked) for text, turns in _group(texts[-1], spoken)]
+    for index, after, before in zip(indices, rendered, template.prompts(messages, indices), strict=False):
+        where = f"{conversation.where}: messages[{index}]"
+        spans = template.turn_spans(messages[:index], before, after, where)
+        _refuse_lost_text(messages[index], after.text[spans[0][0] :], where)
+        spoken.append((after.text, Turn(index, spans)))
+    return [Piece(text, turns, template.marked) for text, turns in _group(whole, spoken)]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    text: str
+    marks: list[Span]  # what the template puts between {% generation %} and {% endgeneration %}
+
+
+class ChatTemplate:
+    """A tokenizer's template, with the tools of one row; errors name the row by `where`."""
+
+    def __init__(self, tokenizer: Any, tools: Any, where: str) -> None:
+        self.tools = _check_tools(tools, where)
+        try:
+            self._template = tokenizer.get_chat_template(tools=self.tools)
+        except ValueError as error:
+            raise DataError(f"tokenizer {tokenizer.name_or_path!r} has no chat template: {error}") from None
+        self._special_tokens = tokenizer.special_tokens_map
+        self._where = where
+        self.marked = GENERATION_TAG.search(self._template) is not None
+
+    def render(
+        self, conversations: Sequence[Sequence[Message]], *, add_generation_prompt: bool = False
+    ) -> list[Rendered]:
+        """Texts exactly as `tokenizer.apply_chat_template` makes them."""
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            rendered: Any = render_jinja_template(  # it is annotated as str
+                conversations=[list(messages) for messages in conversations],
+                tools=list(self.tools) if self.tools else None,
+                chat_template=self._template,
+                return_assistant_tokens_mask=self.marked,
+                add_generation_prompt=add_generation_prompt,
+                **self._special_tokens,
+            )
+        except (TemplateError, TypeError) as error:  # a TypeError: the template adds a string to what is not there
+            roles = [message["role"] for message in conversations[-1]]
+            raise DataError(
+                f"{self._where}: the chat template refuses these messages (roles {roles}): {error}"
+            ) from None
+        texts, marks = rendered
+        return [Rendered(*pair) for pair in zip(texts, marks if self.marked else [[]] * len(texts), strict=True)]
+
+    def prompts(self, messages: Sequence[Message], indices: Sequence[int]) -> list[Rendered]:
+        """What the model sees before each of the assistant messages, its header included."""
+        beginnings = [messages[:index] for index in indices]
+        if self.marked and indices and indices[0] == 0:  # many templates cannot render nothing; marks need no header
+            return [Rendered("", []), *(self.render(beginnings[1:], add_generation_prompt=True) if indices[1:] else [])]
+        return self.render(beginnings, add_generation_prompt=True) if indices else []
+
+    def turn_spans(
+        self, beginning: Sequence[Message], before: Rendered, after: Rendered, where: str
+    ) -> tuple[Span, ...]:
+        """The characters of the turn that `after` ends with: what is marked anew, or else all after its header.
+
+        Markers that take in the header, as some do, are cut to what follows it.
+        """
+        header_end = self._header_end(beginning, before.text, after.text)
+        count = len(before.marks)
+        if self.marked and after.marks[:count] == before.marks:
+            marks = after.marks[count:]
+        elif not self.marked and header_end is not None:
+            marks = [(header_end, len(after.text))]
+        else:
+            raise DataError(
+                f"{where}: the chat template renders what stands before this turn differently once the turn follows, "
+                "so the assistant's tokens cannot be told apart. Fix: a template whose generation prompt is the "
+                "beginning of the assistant's turn."
+            )
+        first = header_end or 0
+        spans = tuple((max(start, first), stop) for start, stop in marks if stop >= first)
+        if not spans or spans[0][0] == len(after.text):
+            raise DataError(
+                f"{where}: the chat template renders nothing for this assistant message"
+                + (" between {% generation %} and {% endgeneration %}" if self.marked else "")
+                + ", so nothing of it could be trained"
+            )
+        return spans
+
+    def _header_end(self, beginning: Sequence[Message], before: str, after: str) -> int | None:
+        """Where `after` leaves the generation prompt that `before` ends with; None if it does so even earlier.
+
+        It may leave it early: some prompts open a thought, which an answer without one does not go on with.
+        """
+        if after.startswith(before):
+            return len(before)
+        plain = self.render([beginning])[0].text
+        shared = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), len(after))
+        return shared if after.startswith(plain) and shared >= len(plain) else None
 
 
 def _group(whole: str, spoken: Sequence[tuple[str, Turn]]) -> list[tuple[str, tuple[Turn, ...]]]:
@@ -89,14 +180,7 @@ def clean_messages(messages: Sequence[Message], where: str) -> list[Message]:
     return [_clean(message, f"{where}: messages[{index}]") for index, message in enumerate(messages)]
 
 
-def get_template(tokenizer: Any, tools: list[dict[str, Any]] | None) -> str:
-    try:
-        return tokenizer.get_chat_template(tools=tools)
-    except ValueError as error:
-        raise DataError(f"tokenizer {tokenizer.name_or_path!r} has no chat template: {error}") from None
-
-
-def check_tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
+def _check_tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
     """A row's tools as a list of schemas, or None. Raises DataError for anything but a list of objects, or its JSON."""
     parsed = _parse(tools)
     if parsed is None or parsed == []:
@@ -104,70 +188,6 @@ def check_tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
     if not isinstance(parsed, list) or not all(isinstance(tool, dict) for tool in parsed):
         raise DataError(f"{where}: tools={str(tools)[:120]!r}; needs a list of JSON schemas, or the JSON text of one")
     return [_without_nulls(tool) for tool in parsed]
-
-
-def render_texts(
-    tokenizer: Any,
-    conversations: Sequence[Sequence[Message]],
-    tools: list[dict[str, Any]] | None,
-    where: str,
-    *,
-    add_generation_prompt: bool = False,
-    marked: bool = False,
-) -> tuple[list[str], list[list[Span]]]:
-    """Texts exactly as `tokenizer.apply_chat_template` makes them; with `marked`, their {% generation %} spans too."""
-    from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    try:
-        rendered: Any = render_jinja_template(  # it is annotated as str
-            conversations=[list(messages) for messages in conversations],
-            tools=list(tools) if tools else None,
-            chat_template=get_template(tokenizer, tools),
-            return_assistant_tokens_mask=marked,
-            add_generation_prompt=add_generation_prompt,
-            **tokenizer.special_tokens_map,
-        )
-    except (TemplateError, TypeError) as error:  # a TypeError: the template adds a string to what is not there
-        roles = [message["role"] for message in conversations[-1]]
-        raise DataError(f"{where}: the chat template refuses these messages (roles {roles}): {error}") from None
-    texts, marks = rendered
-    return texts, marks if marked else [[] for _ in texts]
-
-
-def _turn_starts(
-    tokenizer: Any,
-    messages: Sequence[Message],
-    indices: Sequence[int],
-    tools: list[dict[str, Any]] | None,
-    where: str,
-    *,
-    marked: bool,
-) -> list[str]:
-    """What stands before each turn: with the assistant's header, unless markers tell it from what it says."""
-    beginnings = [messages[:index] for index in indices]
-    if marked and indices and indices[0] == 0:
-        rest = render_texts(tokenizer, beginnings[1:], tools, where)[0] if beginnings[1:] else []
-        return ["", *rest]  # many templates cannot render nothing
-    return render_texts(tokenizer, beginnings, tools, where, add_generation_prompt=not marked)[0] if indices else []
-
-
-def _own_spans(text: str, marks: list[Span] | None, before: str, where: str) -> tuple[Span, ...]:
-    """The turn's characters in `text`, which ends with it: what is marked after `before`, or else all after it."""
-    if not text.startswith(before):
-        raise DataError(
-            f"{where}: the chat template renders what stands before this turn differently once the turn follows, so "
-            "the assistant's tokens cannot be told apart. Fix: a template whose generation prompt is the beginning of "
-            "the assistant's turn."
-        )
-    spans = [(len(before), len(text))] if marks is None else [mark for mark in marks if mark[0] >= len(before)]
-    if not spans or spans[0][0] == len(text):
-        raise DataError(
-            f"{where}: the chat template renders nothing for this assistant message"
-            + ("" if marks is None else " between {% generation %} and {% endgeneration %}")
-            + ", so nothing of it could be trained"
-        )
-    return tuple(spans)
 
 
 def _clean(message: Message, where: str) -> Message:

@@ -122,7 +122,7 @@ FAMILIES = {
 def family_tokenizer(name: str) -> Any:
     """The family's template on a tokenizer whose pad token is its end-of-turn token, on purpose (trl#3091)."""
     family = FAMILIES[name]
-    tokenizer = _byte_level(family.kind == "trimmed") if family.kind in ("byte", "trimmed") else _pieces(family.kind)
+    tokenizer = byte_level(family.kind == "trimmed") if family.kind in ("byte", "trimmed") else _pieces(family.kind)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in family.specials])
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in family.added])
     return PreTrainedTokenizerFast(
@@ -134,7 +134,7 @@ def family_tokenizer(name: str) -> Any:
     )
 
 
-def _byte_level(trim_offsets: bool) -> Tokenizer:
+def byte_level(trim_offsets: bool) -> Tokenizer:
     """As GPT-2's, Qwen's, Llama 3's; the last of these leaves white space out of its offsets."""
     tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in MERGES)]
     tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges=MERGES))

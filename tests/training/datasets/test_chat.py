@@ -232,3 +232,21 @@ def test_dropped_messages_are_an_error() -> None:
     ignores_system = CHATML.replace("{{", "{% if m.role != 'system' %}{{", 1).replace("}}", "}}{% endif %}", 1)
     with pytest.raises(DataError, match=r"f:1: messages\[0\]: the chat template leaves out content of the system"):
         render_conversation(tiny_tokenizer(ignores_system), TURNS, "f:1")
+
+
+@pytest.mark.parametrize("marks", [False, True])
+def test_an_answer_may_leave_the_generation_prompt_early(marks: bool) -> None:
+    """Goal: a prompt that opens a thought, as DeepSeek's and Nemotron's, and an answer without one; also marked.
+
+    Red without the shared header: refused, and where markers take in the header, "<|assistant|>" was trained.
+    """
+    spoken = "'<|assistant|>' + m.content + '<|end|>'"
+    turn = f"{{% generation %}}{{{{ {spoken} }}}}{{% endgeneration %}}" if marks else f"{{{{ {spoken} }}}}"
+    tokenizer = tiny_tokenizer(
+        "{% for m in messages %}{% if m.role == 'assistant' %}" + turn + "{% else %}{{ m.content }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}"
+    )
+    rendering = render_whole(tokenizer, TURNS)
+    assert trained_spans(tokenizer, rendering) == ["yo<|end|>", "so long<|end|>"]
+    thought = [TURNS[1], {"role": "assistant", "content": "<think>\nhm</think>yo"}]
+    assert trained_spans(tokenizer, render_whole(tokenizer, thought)) == ["hm</think>yo<|end|>"]
