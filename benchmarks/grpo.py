@@ -133,7 +133,12 @@ async def _train_ours(turns: Turns, job: Job, url: str) -> None:
             seed=job.seed,
         )
         buffer = _InOrder(job.prompts)
-        config = RLTrainingConfig(num_steps=job.steps, baseline="group_mean", advantage_norm="group_std")
+        config = RLTrainingConfig(
+            num_steps=job.steps,
+            baseline="group_mean",
+            advantage_norm="group_std",
+            micro_batch_tokens=8192,
+        )
         turns.begin()
         async with AsyncRolloutManager(buffer, rollouts) as manager:  # type: ignore[arg-type]
             await run_rl_training(backend, buffer, manager, [engine], config, metrics_logger=turns)
@@ -304,7 +309,9 @@ def report(job: Job, ours: Side, trl: Side) -> None:
             f"{statistics.fmean(side.rewards[start : start + job.block]):.3f}"
             for start in range(0, job.steps, job.block)
         )
-        print(f"  {side.name:5} {speed:6.2f} steps/s {cpu_ms:7.1f} ms of CPU a step   last third {last_third(side.rewards):.3f}   reward {curve}")
+        print(
+            f"  {side.name:5} {speed:6.2f} steps/s {cpu_ms:7.1f} ms of CPU a step   last third {last_third(side.rewards):.3f}   reward {curve}"
+        )
     print(f"  ratio {statistics.median(ratios):5.2f}   (median of {', '.join(f'{ratio:.2f}' for ratio in ratios)})")
     print(f"  of CPU time {statistics.median(cpu_ratios):.2f}")
     parts = {name: statistics.median(block[name] for block in ours.times[1:]) for name in ours.times[1]}
