@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from rollouts.training.datasets.sft import SFTReport
     from rollouts.training.evaluation import Evaluation
     from rollouts.training.metrics import MetricsLogger
+    from rollouts.training.reference import Reference
     from rollouts.training.types import Prompt, RLTrainingConfig, Sample
     from rollouts.training.weight_sync import SGLangEngine
 
@@ -318,6 +319,16 @@ def stage_optimizer(model: Any, stage: SFTConfig | RLConfig) -> "Optimizer":
     )
 
 
+def stage_reference(config: ModelConfig, model: Any, name: str) -> "Reference":
+    """The frozen model of the KL penalty: `model`'s own frozen weights if these are it, with LoRA; else loaded."""
+    from rollouts.training.lora import base_as_reference, base_record, is_lora
+    from rollouts.training.reference import load_reference
+
+    if is_lora(model) and base_record(model)["name"] == name:
+        return base_as_reference(model)
+    return load_reference(name, trust_remote_code=config.trust_remote_code)
+
+
 def build_backend(
     config: Config,
     stage: str,
@@ -331,7 +342,6 @@ def build_backend(
 ) -> "PyTorchTrainingBackend":
     from rollouts.training.backends.pytorch import PyTorchTrainingBackend
     from rollouts.training.optim import lr_factor
-    from rollouts.training.reference import load_reference
     from rollouts.training.rl_losses import sft_loss
 
     settings = cast(SFTConfig | RLConfig, getattr(config, stage))
@@ -348,7 +358,7 @@ def build_backend(
         max_grad_norm=optimizer.max_grad_norm,
         lr_schedule=factor,
         compute_dtype=config.model.dtype,
-        reference=load_reference(reference, trust_remote_code=config.model.trust_remote_code) if reference else None,
+        reference=stage_reference(config.model, model, reference) if reference else None,
     )
 
 
