@@ -73,20 +73,39 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSpec:
+    """One data set of a mixture: rows shuffled by shuffle_seed, of those [start:stop:step], the first max_samples."""
+
     name: str  # hub id, a directory laid out as on the hub, or a .jsonl file (relative to the repository's root)
-    format: Literal["messages", "question_answer", "gsm8k"]  # how a row becomes a conversation: docs/data.md
+    format: Literal[  # how a row becomes a conversation: docs/data.md
+        "messages",
+        "question_answer",
+        "gsm8k",
+        "gsm8k_calculator",
+        "multiple_choice",
+        "smoltalk",
+        "custom_json",
+        "spelling_bee",  # made here, without end; `name` is a label
+        "simple_spelling",  # likewise
+        "text",  # no conversation: for sft_mixture and eval_mixture's validation loss
+    ]
     split: str
     subset: str | None  # the hub's configuration name
-    max_samples: int  # the first N rows; -1: all
+    shuffle_seed: int | None  # as datasets' shuffle; None: rows as they stand. Streamed: in windows of 10,000 rows
+    start: int
+    stop: int  # -1: to the end
+    step: int
+    max_samples: int  # -1: all
+    streaming: bool  # fetch rows one by one and only those needed; for sets too large to download
     repeat: int  # how often the rows stand in the mixture
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     sft_mixture: list[DatasetSpec]
+    sft_order: Literal["shuffled", "sequence"]  # sequence: the mixture as listed, every epoch; a curriculum
     rl_mixture: list[DatasetSpec]
     eval_mixture: list[DatasetSpec]  # held out: validation loss and exact match; [] turns evaluation off
-    max_length: int  # tokens; a longer SFT example is left out, counted and reported
+    max_length: int  # tokens; a longer conversation is left out and counted, a longer text split into pieces
     shuffle_seed: int
 
 
@@ -466,11 +485,33 @@ def _data_checks(data: DataConfig) -> Checks:
     yield _seed(data.shuffle_seed, "data.shuffle_seed")
     for mixture in ("sft_mixture", "rl_mixture", "eval_mixture"):
         for index, spec in enumerate(getattr(data, mixture)):
-            path = f"data.{mixture}[{index}]"
-            yield _need(bool(spec.name.strip()), f"{path}.name", spec.name, "a hub id, a directory or a .jsonl file")
-            yield _need(bool(spec.split.strip()), f"{path}.split", spec.split, "the name of a split, such as 'train'")
-            yield from _one_or_off(spec, path, max_samples="all rows")
-            yield _need(spec.repeat >= 1, f"{path}.repeat", spec.repeat, ">= 1; leave the data set out to skip it")
+            yield from _dataset_checks(spec, f"data.{mixture}[{index}]")
+    for index, spec in enumerate(data.rl_mixture):
+        need = "a format with prompts: plain text asks nothing"
+        yield _need(spec.format != "text", f"data.rl_mixture[{index}].format", spec.format, need)
+
+
+def _dataset_checks(spec: DatasetSpec, path: str) -> Checks:
+    yield _need(bool(spec.name.strip()), f"{path}.name", spec.name, "a hub id, a directory or a .jsonl file")
+    yield _need(bool(spec.split.strip()), f"{path}.split", spec.split, "the name of a split, such as 'train'")
+    if spec.shuffle_seed is not None:
+        yield _seed(spec.shuffle_seed, f"{path}.shuffle_seed")
+    yield _need(spec.start >= 0, f"{path}.start", spec.start, ">= 0")
+    stop_ok = spec.stop == -1 or spec.stop > spec.start
+    yield _need(stop_ok, f"{path}.stop", spec.stop, f"> start={spec.start}, or -1 for the end")
+    yield from _at_least_one(spec, path, "step")
+    yield from _one_or_off(spec, path, max_samples="all rows")
+    yield _need(spec.repeat >= 1, f"{path}.repeat", spec.repeat, ">= 1; leave the data set out to skip it")
+    ends = spec.max_samples != -1 or spec.stop != -1
+    if spec.streaming:
+        need = "a number, or stop: streaming=True, and what is trained on is held in memory"
+        yield _need(ends, f"{path}.max_samples", spec.max_samples, need)
+    if spec.format in ("spelling_bee", "simple_spelling"):
+        made = f"format={spec.format!r} makes its rows"
+        yield _need(ends, f"{path}.max_samples", spec.max_samples, f"a number, or stop: {made} without end")
+        yield _need(spec.split in ("train", "test"), f"{path}.split", spec.split, f"'train' or 'test': {made}")
+        for name, off in (("subset", None), ("shuffle_seed", None), ("streaming", False)):
+            yield _need(getattr(spec, name) is off, f"{path}.{name}", getattr(spec, name), f"{off}: {made}")
 
 
 def _stage_checks(stage: SFTConfig | RLConfig, path: str) -> Checks:
@@ -601,6 +642,10 @@ def _cross_checks(config: Config) -> Checks:
         if stage is not None and stage.eval_every != -1:
             need = "-1, or rows in data.eval_mixture, which is empty"
             yield _need(bool(data.eval_mixture), f"{name}.eval_every", stage.eval_every, need)
+    if config.rl is not None and "rl" in config.stages and config.rl.eval_every != -1 and data.eval_mixture:
+        need = "-1, or rows with prompts in data.eval_mixture, which has plain text alone"
+        asked = any(spec.format != "text" for spec in data.eval_mixture)
+        yield _need(asked, "rl.eval_every", config.rl.eval_every, need)
     if "rl" in config.stages:
         yield config.engine is not None, f"engine=None: output.mode={mode!r} has an rl stage, which samples from it"
     if config.sft is not None and config.sft.batch_size >= 1 and config.sft.micro_batch_tokens == -1:

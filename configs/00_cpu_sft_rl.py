@@ -30,7 +30,12 @@ def letters(name: str, split: str) -> DatasetSpec:
         format="question_answer",
         split=split,
         subset=None,
+        shuffle_seed=None,
+        start=0,
+        stop=-1,
+        step=1,
         max_samples=-1,
+        streaming=False,
         repeat=1,
     )
 
@@ -70,6 +75,7 @@ config = Config(
     ),
     data=DataConfig(
         sft_mixture=[letters("train_sft", "train")],
+        sft_order="shuffled",
         rl_mixture=[letters("train_rl", "train")],
         eval_mixture=[letters("test", "test")],
         max_length=32,

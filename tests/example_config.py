@@ -25,7 +25,12 @@ def example_config() -> Config:
         format="question_answer",
         split="train",
         subset=None,
+        shuffle_seed=None,
+        start=0,
+        stop=-1,
+        step=1,
         max_samples=-1,
+        streaming=False,
         repeat=1,
     )
     optimizer = OptimizerConfig(
@@ -61,6 +66,7 @@ def example_config() -> Config:
         ),
         data=DataConfig(
             sft_mixture=[spec],
+            sft_order="shuffled",
             rl_mixture=[dataclasses.replace(spec, name="configs/data/letters/train_rl.jsonl")],
             eval_mixture=[dataclasses.replace(spec, name="configs/data/letters/test.jsonl", split="test")],
             max_length=64,

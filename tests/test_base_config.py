@@ -90,6 +90,14 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("data.eval_mixture.0.format", "csv", "data.eval_mixture[0].format='csv': needs one of"),
     ("data.eval_mixture.0.split", "", "data.eval_mixture[0].split='': needs the name of a split"),
     ("data.eval_mixture.0.name", "", "data.eval_mixture[0].name='': needs a hub id"),
+    ("data.sft_mixture.0.shuffle_seed", -1, "data.sft_mixture[0].shuffle_seed=-1: needs 0 to 2**32 - 1"),
+    ("data.sft_mixture.0.start", -1, "data.sft_mixture[0].start=-1: needs >= 0"),
+    ("data.sft_mixture.0.stop", 0, "data.sft_mixture[0].stop=0: needs > start=0, or -1 for the end"),
+    ("data.sft_mixture.0.step", 0, "data.sft_mixture[0].step=0: needs >= 1"),
+    ("data.sft_mixture.0.streaming", True, "data.sft_mixture[0].max_samples=-1: needs a number, or stop: streaming"),
+    ("data.sft_mixture.0.format", "spelling_bee", "data.sft_mixture[0].max_samples=-1: needs a number, or stop: form"),
+    ("data.rl_mixture.0.format", "text", "data.rl_mixture[0].format='text': needs a format with prompts"),
+    ("data.sft_order", "curriculum", "data.sft_order='curriculum': needs one of 'shuffled', 'sequence'"),
     ("data.max_length", 1, "data.max_length=1: needs >= 2 tokens"),
     ("data.shuffle_seed", 2**32, "data.shuffle_seed=4294967296: needs 0 to 2**32 - 1"),
     ("sft", None, "sft=None: output.mode='sft+rl' has this stage"),
@@ -173,6 +181,35 @@ def test_loss_settings_that_another_one_would_ignore(changes: dict[str, Any], re
     for path, value in changes.items():
         config = replace_at(config, path, value)
     assert [problem[: len(reason or "")] for problem in config.problems()] == ([reason] if reason else [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"split": "dev"}, "data.sft_mixture[0].split='dev': needs 'train' or 'test': format='simple_spelling'"),
+        ({"subset": "main"}, "data.sft_mixture[0].subset='main': needs None: format='simple_spelling' makes its rows"),
+        ({"shuffle_seed": 0}, "data.sft_mixture[0].shuffle_seed=0: needs None"),
+        ({"streaming": True}, "data.sft_mixture[0].streaming=True: needs False"),
+        ({"max_samples": -1}, "data.sft_mixture[0].max_samples=-1: needs a number, or stop: format='simple_spelling'"),
+        ({"max_samples": -1, "stop": 9}, None),
+    ],
+)
+def test_a_synthetic_data_set_has_its_own_rules(changes: dict[str, Any], reason: str | None) -> None:
+    """Goal: a setting that made rows would ignore is an error. Red for each with its check taken out."""
+    fields = {"name": "spelling", "format": "simple_spelling", "max_samples": 5, **changes}
+    config = example_config()
+    for name, value in fields.items():
+        config = replace_at(config, f"data.sft_mixture.0.{name}", value)
+    assert [problem[: len(reason or "")] for problem in config.problems()] == ([reason] if reason else [])
+
+
+def test_an_evaluation_of_rl_needs_prompts() -> None:
+    """Goal: plain text has a validation loss, but RL evaluates answers. Red when any eval_mixture was enough."""
+    config = replace_at(example_config(), "data.eval_mixture.0.format", "text")
+    assert config.problems() == ()
+    (problem,) = replace_at(config, "rl.eval_every", 5).problems()
+    assert problem.startswith("rl.eval_every=5: needs -1, or rows with prompts in data.eval_mixture")
 
 
 def with_changes(changes: dict[str, Any]) -> Config:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from rollouts.training.backends.pytorch import PyTorchTrainingBackend
+    from rollouts.training.datasets.sft import SFTReport
     from rollouts.training.evaluation import Evaluation
     from rollouts.training.metrics import MetricsLogger
     from rollouts.training.reference import Reference
@@ -133,6 +134,8 @@ async def _train(config: Config, run: RunDir, stage: str, engine_urls: Sequence[
         pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         job = Job(config, run, stage, tokenizer, backend, steps, resume, pad_token_id)
         if _rank() == 0:
+            if stage == "sft":
+                append_event(run, "note", message=f"sft_mixture: {data.sft_report}")
             append_event(run, "training_started", stage=stage, step=job.first_step, steps_total=steps)
         await (train_sft(job, data) if stage == "sft" else train_rl(job, data, engine_urls))
     finally:
@@ -159,6 +162,7 @@ class Data:
     """All that the run's stages from this one on will read: a broken row stops the run before anything trains."""
 
     sft: Sequence["Sample"]
+    sft_report: "SFTReport | None"  # None without an sft stage ahead
     prompts: Sequence["Prompt"]
     eval_samples: Sequence["Sample"]
     eval_rows: Sequence["Prompt"]
@@ -174,12 +178,20 @@ def load_data(config: Config, tokenizer: Any, stage: str) -> Data:
         resolve(config.rl.reward_fn)
         if config.rl.filter_fn is not None:
             resolve(config.rl.filter_fn)
+    sft, report = load_samples(data.sft_mixture, seed=sft_seed(config)) if "sft" in left else ((), None)
+    asked = [spec for spec in data.eval_mixture if spec.format != "text"]  # plain text has a loss, but no answer
     return Data(
-        sft=load_samples(data.sft_mixture)[0] if "sft" in left else (),
+        sft=sft,
+        sft_report=report,
         prompts=load_prompt_mixture(data.rl_mixture, seed=data.shuffle_seed) if "rl" in left else (),
         eval_samples=load_samples(data.eval_mixture)[0] if data.eval_mixture and "sft" in left else (),
-        eval_rows=load_prompt_mixture(data.eval_mixture, seed=data.shuffle_seed) if data.eval_mixture else (),
+        eval_rows=load_prompt_mixture(asked, seed=data.shuffle_seed) if asked else (),
     )
+
+
+def sft_seed(config: Config) -> int | None:
+    """Of the SFT mixture's order and of every epoch's; None for the order of the config file."""
+    return None if config.data.sft_order == "sequence" else config.data.shuffle_seed
 
 
 def sft_steps(config: Config, data: Data) -> int:
@@ -421,7 +433,7 @@ async def train_sft(job: Job, data: Data) -> None:
         )
         if _rank() == 0:
             job.log_eval(stage, step, "validation_loss", result["loss"])
-            if whole:
+            if whole and data.eval_rows:
                 found = evaluate_with_model(
                     job.backend.model, job.tokenizer, data.eval_rows, max_new_tokens=max_new_tokens
                 )
@@ -429,7 +441,7 @@ async def train_sft(job: Job, data: Data) -> None:
         distributed.barrier()
         return {"validation_loss": result["loss"]}
 
-    if data.eval_rows and not job.resume:
+    if data.eval_samples and not job.resume:
         await evaluate(0, stage="base")
     config = SFTTrainingConfig(
         num_steps=job.num_steps,
@@ -445,10 +457,10 @@ async def train_sft(job: Job, data: Data) -> None:
             data.sft,
             config,
             metrics_logger,
-            seed=job.config.data.shuffle_seed,
+            seed=sft_seed(job.config),
             pad_token_id=job.pad_token_id,
             resume=job.resume,
-            eval_fn=evaluate if data.eval_rows else None,
+            eval_fn=evaluate if data.eval_samples else None,
             eval_every=sft.eval_every,
             on_checkpoint=job.on_checkpoint,
         )
