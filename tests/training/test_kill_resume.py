@@ -84,7 +84,7 @@ class Attempt:
     engine: int | None
 
     def steps(self) -> dict[int, dict[str, Any]]:
-        """What it logged by step, without what was measured. Every line must be whole but the last, which death may tear."""
+        """What it logged by step, but for measurements. Every line must be whole but the last, which death may tear."""
         lines = self.run.metrics.read_text().split("\n") if self.run.metrics.exists() else [""]
         rows = [json.loads(line) for line in lines[:-1]]
         return {row["step"]: {key: value for key, value in row.items() if not MEASURED.fullmatch(key)} for row in rows}
