@@ -30,7 +30,7 @@ def use_for(model: Any) -> None:
         model.set_attn_implementation(ATTENTION)
 
 
-def decode_attention(
+def decode_attention(  # noqa: PLR0917 — the order in which models call it
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,

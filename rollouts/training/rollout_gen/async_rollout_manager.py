@@ -167,7 +167,7 @@ async def _score(group: Group, reward_fn: RewardFn | None) -> None:
         if any(sample.reward is None for sample in group):
             raise ValueError("no reward_fn, and generate_fn set no reward; give one to RolloutConfig or generate_batch")
         return
-    rewards = [reward_fn(sample) for sample in group]
+    rewards: list[Any] = [reward_fn(sample) for sample in group]
     if any(map(inspect.isawaitable, rewards)):  # a task for each costs more than most plain rewards do
         rewards = await gather_in_order([partial(_awaited, reward) for reward in rewards])
     for sample, reward in zip(group, rewards, strict=True):
