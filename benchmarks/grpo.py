@@ -309,9 +309,8 @@ def report(job: Job, ours: Side, trl: Side) -> None:
             f"{statistics.fmean(side.rewards[start : start + job.block]):.3f}"
             for start in range(0, job.steps, job.block)
         )
-        print(
-            f"  {side.name:5} {speed:6.2f} steps/s {cpu_ms:7.1f} ms of CPU a step   last third {last_third(side.rewards):.3f}   reward {curve}"
-        )
+        rewards = f"reward {curve}, last third {last_third(side.rewards):.3f}"
+        print(f"  {side.name:5} {speed:6.2f} steps/s {cpu_ms:7.1f} ms of CPU a step   {rewards}")
     print(f"  ratio {statistics.median(ratios):5.2f}   (median of {', '.join(f'{ratio:.2f}' for ratio in ratios)})")
     print(f"  of CPU time {statistics.median(cpu_ratios):.2f}")
     parts = {name: statistics.median(block[name] for block in ours.times[1:]) for name in ours.times[1]}

@@ -53,12 +53,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts.training.rl_losses": ("rollouts.training.log_probs", "rollouts.training.loss_terms"),
     "rollouts.training.reference": ("rollouts.training.model_loading",),
     "rollouts.training.filters": ("rollouts.training.types",),
+    "rollouts.training.flops": (),
     "rollouts.training.metrics": (),
     "rollouts.training.backends": (
         "rollouts.training.backends",
         "rollouts.training.checkpoint",
         "rollouts.training.distributed",
         "rollouts.training.forward",
+        "rollouts.training.lora",
         "rollouts.training.optim",
         "rollouts.training.reference",
         "rollouts.training.rl_losses",
@@ -72,6 +74,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "rollouts.training.rewards": ("rollouts.training.types",),
     "rollouts.training.datasets": (
+        "rollouts.training.calculator",
         "rollouts.training.datasets",
         "rollouts.training.rewards",
         "rollouts.training.types",

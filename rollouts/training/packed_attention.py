@@ -119,19 +119,18 @@ def _by_runs(  # noqa: PLR0917
     window: int | None,
     dropout: float,
 ) -> Tensor:
-    outputs, start = [], 0
-    for length, group in itertools.groupby(documents.lengths):
-        count = len(list(group))
-        stop = start + count * length
-        q, k, v = (
-            tensor[0, :, start:stop].unflatten(1, (count, length)).transpose(0, 1) for tensor in (query, key, value)
-        )
+    runs = [(length, len(list(group))) for length, group in itertools.groupby(documents.lengths)]
+    sizes = [length * count for length, count in runs]
+    # split, not slices: the gradient of each slice would be as large as the whole row
+    parts = zip(runs, *(tensor[0].split(sizes, 1) for tensor in (query, key, value)), strict=True)
+    outputs = []
+    for (length, count), *run in parts:
+        q, k, v = (tensor.unflatten(1, (count, length)).transpose(0, 1) for tensor in run)
         band = None if window is None or length <= window else _band(length, window, query.device)
         attended = F.scaled_dot_product_attention(
             q, k, v, attn_mask=band, dropout_p=dropout, is_causal=band is None, scale=scaling, enable_gqa=True
         )
         outputs.append(attended.transpose(1, 2).flatten(0, 1))
-        start = stop
     return torch.cat(outputs)[None]
 
 

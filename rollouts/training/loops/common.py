@@ -1,7 +1,7 @@
 """What both loops do at every step: run it on the backend, decide what is due, call the caller's functions."""
 
 import inspect
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,24 @@ async def train_step(
     micro_batch_tokens: int | None = None,
 ) -> dict[str, float]:
     """One optimizer step over a whole step's `batch`, the same on every rank: its loss and the backend's metrics."""
-    micro_batches = split_batch(
+    return await train_micro_batches(backend, own_micro_batches(batch, micro_batch_size, micro_batch_tokens))
+
+
+def own_micro_batches(
+    batch: dict[str, Any], micro_batch_size: int | None, micro_batch_tokens: int | None
+) -> Iterator[dict[str, Any]]:
+    """This process's share of a step's `batch`: see `split_batch`."""
+    return split_batch(
         batch,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         micro_batch_size=micro_batch_size,
         micro_batch_tokens=micro_batch_tokens,
     )
+
+
+async def train_micro_batches(backend: TrainingBackend, micro_batches: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """One optimizer step over this process's share of it: its loss and the backend's metrics."""
     pending = [backend.forward_backward(micro_batch) for micro_batch in micro_batches]
     update = backend.optim_step()
     losses = [(await future.result())["loss"] for future in pending]
