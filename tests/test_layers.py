@@ -35,6 +35,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts.training.loss_terms": (),
     "rollouts.training.rl_losses": ("rollouts.training.loss_terms",),
     "rollouts.training.reference": ("rollouts.training.model_loading",),
+    "rollouts.training.checkpoint": (
+        "rollouts.manifest",
+        "rollouts.training.distributed",
+        "rollouts.training.optimizer_state",
+    ),
+    "rollouts.training.distributed": (),
+    "rollouts.training.optimizer_state": (),
     "rollouts.training.filters": ("rollouts.training.types",),
     "rollouts.training.metrics": (),
     "rollouts.training.backends": (
@@ -42,6 +49,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.training.checkpoint",
         "rollouts.training.distributed",
         "rollouts.training.optim",
+        "rollouts.training.optimizer_state",
         "rollouts.training.reference",
         "rollouts.training.rl_losses",
         "rollouts.training.model_loading",

@@ -1,12 +1,14 @@
 """The few collective operations the library needs. Without a process group each is a no-op for a world of one.
 
 Collectives of one group must be called in the same order on every rank, from one thread at a time. Backends call
-theirs on their worker thread; loops call these only while no backend work is in flight.
+theirs on their worker thread; loops call these only while no backend work is in flight. What is written in the
+background has a group of its own (`new_group`).
 """
 
 import datetime
 import os
-from collections.abc import Sequence
+import pickle
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -35,6 +37,14 @@ def initialize(device_type: str, *, timeout_s: float = 1800.0) -> torch.device:
     return device
 
 
+def new_group() -> dist.ProcessGroup | None:
+    """Another group of all ranks over the CPU, for collectives of another thread; None for a world of one.
+
+    Every rank calls it, in the same order as it makes other groups.
+    """
+    return dist.new_group(backend="gloo") if world_size() > 1 else None
+
+
 def shutdown() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -53,13 +63,34 @@ def barrier() -> None:
     all_reduce_floats([0.0])  # over the CPU's group; dist.barrier would pick a device of its own
 
 
-def broadcast_object(value: T) -> T:
-    """Rank 0's `value` on every rank. It must pickle; what other ranks pass is ignored."""
+def broadcast_object(value: T, group: dist.ProcessGroup | None = None) -> T:
+    """Rank 0's `value` on every rank. It must pickle; what other ranks pass is ignored. `group`: None for the world."""
     if world_size() == 1:
         return value
     box = [value if rank() == 0 else None]
-    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    dist.broadcast_object_list(box, src=0, group=group, device=torch.device("cpu"))
     return box[0]  # type: ignore[return-value]
+
+
+def on_rank_0(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """What `function` returns on rank 0, on every rank; an exception there is raised on every rank too.
+
+    Every rank calls it, and rank 0 alone runs the function.
+    """
+    if world_size() == 1:
+        return function()
+    value: Any = None
+    error: BaseException | None = None
+    if rank() == 0:
+        try:
+            value = function()
+        except BaseException as raised:  # the other ranks must not wait for what will not come
+            error = raised
+    value, copied = broadcast_object((value, _portable(error)), group)
+    failure = error or copied  # rank 0 raises its own, with its traceback
+    if failure is not None:
+        raise failure
+    return value
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -99,6 +130,15 @@ def broadcast_tensors(tensors: Sequence[Tensor]) -> None:
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
             dist.broadcast(flat, src=0)
             _copy_back(flat, bucket)
+
+
+def _portable(error: BaseException | None) -> BaseException | None:
+    """`error` as another process can raise it."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception as reason:  # an exception class may break pickling in any way
+        return RuntimeError(f"rank 0: {type(error).__name__}: {error} (shown as text: {reason})")
+    return error
 
 
 def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rollouts.training import distributed
-from rollouts.training.backends.protocol import TrainingBackend
+from rollouts.training.backends.protocol import TrainFuture, TrainingBackend
 from rollouts.training.loops.batching import split_batch
 
 EvalFn = Callable[[int], Mapping[str, float] | Awaitable[Mapping[str, float] | None] | None]
@@ -22,6 +22,38 @@ async def train_step(backend: TrainingBackend, batch: dict[str, Any], micro_batc
     update = backend.optim_step()
     losses = [(await future.result())["loss"] for future in pending]
     return {"loss": sum(losses), **await update.result()}
+
+
+class Checkpoints:
+    """Saves that run while training goes on. Each is reported to `on_checkpoint`, on rank 0, once it is complete."""
+
+    def __init__(self, backend: TrainingBackend, on_checkpoint: CheckpointFn | None) -> None:
+        self._backend = backend
+        self._on_checkpoint = on_checkpoint
+        self._pending: tuple[int, TrainFuture[Path]] | None = None
+
+    async def save(self, step: int, metrics: dict[str, Any], extra: dict[str, Any]) -> None:
+        """Start to save the state after `step`; waits for the save before."""
+        await self.finish()
+        if hasattr(self._backend, "start_checkpoint"):
+            self._pending = step, self._backend.start_checkpoint(step, metrics, extra=extra)
+        else:
+            await self._report(await self._backend.save_checkpoint(step, metrics, extra=extra), step)
+
+    async def poll(self) -> None:
+        """Report the save that has completed since the last call, if one has; raises what made it fail."""
+        if self._pending is not None and self._pending[1].done():
+            await self.finish()
+
+    async def finish(self) -> None:
+        """Wait for the save in flight and report it."""
+        if self._pending is not None:
+            (step, future), self._pending = self._pending, None
+            await self._report(await future.result(), step)
+
+    async def _report(self, path: Path, step: int) -> None:
+        if self._on_checkpoint is not None and distributed.rank() == 0:
+            await call(self._on_checkpoint, path, step)
 
 
 def due(step: int, every: int, last: int) -> bool:

@@ -14,7 +14,7 @@ from rollouts.training import distributed
 from rollouts.training.advantages import compute_advantages
 from rollouts.training.backends.protocol import TrainingBackend
 from rollouts.training.loops.batching import collate, pad
-from rollouts.training.loops.common import CheckpointFn, EvalFn, call, due, train_step
+from rollouts.training.loops.common import CheckpointFn, Checkpoints, EvalFn, call, due, train_step
 from rollouts.training.metrics import MetricsLogger
 from rollouts.training.rl_losses import ClipRange, trained_sequences
 from rollouts.training.types import RewardFn, RLTrainingConfig, RolloutBatch, Sample
@@ -57,6 +57,7 @@ async def run_rl_training(
         await call(eval_fn, 0)
     options: dict[str, Any] = {"pad_token_id": pad_token_id, "temperature": temperature, "clip_range": clip_range}
     history = []
+    checkpoints = Checkpoints(backend, on_checkpoint)
     for step in range(first + 1, config.num_steps + 1):
         clock = [time.monotonic()]
         prepared: Any = None
@@ -80,9 +81,9 @@ async def run_rl_training(
             if metrics_logger is not None and distributed.rank() == 0:
                 metrics_logger.log(metrics, step=step)
         if due(step, config.checkpoint_every, config.num_steps):
-            path = await backend.save_checkpoint(step, metrics, extra=_state(buffer, rollout_manager))
-            if on_checkpoint is not None and distributed.rank() == 0:
-                await call(on_checkpoint, path, step)
+            await checkpoints.save(step, metrics, extra=_state(buffer, rollout_manager))
+        await checkpoints.poll()
+    await checkpoints.finish()
     return history
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from rollouts.training import distributed
 from rollouts.training.backends.protocol import TrainingBackend
 from rollouts.training.loops.batching import collate, step_indices
-from rollouts.training.loops.common import CheckpointFn, EvalFn, call, check_resume, due, train_step
+from rollouts.training.loops.common import CheckpointFn, Checkpoints, EvalFn, call, check_resume, due, train_step
 from rollouts.training.metrics import MetricsLogger
 from rollouts.training.types import Sample, SFTTrainingConfig
 
@@ -33,14 +33,16 @@ async def run_sft_training(
     into the next epoch, and its result depends neither on the ranks nor on `config.micro_batch_size`.
     `resume`: what `backend.load_checkpoint` returned; training goes on after its step, up to `config.num_steps`.
     `eval_fn(step)`, plain or async, runs on every rank each `eval_every` steps and after the last; the floats it
-    returns are logged as "eval_…". A checkpoint is written each `config.checkpoint_every` steps and after the last;
-    `on_checkpoint(path, step)` is then called on rank 0, as `metrics_logger` is. The caller finishes the logger.
+    returns are logged as "eval_…". A checkpoint is saved each `config.checkpoint_every` steps and after the last, while
+    training goes on; once it is complete, `on_checkpoint(path, step)` is called on rank 0, as `metrics_logger` is. The
+    caller finishes the logger.
 
     Raises ValueError for an example with nothing to train on, or data that is not what `resume` was saved with.
     """
     _check_samples(samples)
     data = {"fingerprint": _fingerprint(samples), "seed": seed, "batch_size": config.batch_size}
     history = []
+    checkpoints = Checkpoints(backend, on_checkpoint)
     for step in range(check_resume(resume, data) + 1, config.num_steps + 1):
         started = time.monotonic()
         chosen = [samples[index] for index in step_indices(len(samples), config.batch_size, step - 1, seed)]
@@ -56,9 +58,9 @@ async def run_sft_training(
             if metrics_logger is not None and distributed.rank() == 0:
                 metrics_logger.log(metrics, step=step)
         if due(step, config.checkpoint_every, config.num_steps):
-            path = await backend.save_checkpoint(step, metrics, extra={"data": data})
-            if on_checkpoint is not None and distributed.rank() == 0:
-                await call(on_checkpoint, path, step)
+            await checkpoints.save(step, metrics, extra={"data": data})
+        await checkpoints.poll()
+    await checkpoints.finish()
     return history
 
 
