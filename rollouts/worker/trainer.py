@@ -16,13 +16,14 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from base_config import Config, RLConfig, SFTConfig
 from rollouts.run_dir import RunDir, append_event, append_jsonl, record_process
 
 if TYPE_CHECKING:
     from rollouts.training.backends.pytorch import PyTorchTrainingBackend
+    from rollouts.training.checkpoint import Retention
     from rollouts.training.evaluation import Evaluation
     from rollouts.training.metrics import MetricsLogger
     from rollouts.training.types import Prompt, RLTrainingConfig, Sample
@@ -105,7 +106,8 @@ async def _train(config: Config, run: RunDir, stage: str, engine_urls: Sequence[
     from rollouts.training.model_loading import load_tokenizer
 
     device = distributed.initialize(config.target.device_type, timeout_s=config.limits.stage_timeout_s)
-    try:
+    with contextlib.ExitStack() as ends:
+        ends.callback(distributed.shutdown)
         model_path, resumes = _start(config, run, stage)
         tokenizer = load_tokenizer(model_path, trust_remote_code=config.model.trust_remote_code)
         data = load_data(config, tokenizer, stage)
@@ -119,15 +121,15 @@ async def _train(config: Config, run: RunDir, stage: str, engine_urls: Sequence[
             device=device,
             num_steps=steps,
             reference=reference_name(config, stage, model_path, resumes=resumes),
+            retention=retention(config, run, stage),
         )
+        ends.callback(backend.close)
         resume = await backend.load_checkpoint(model_path) if resumes else None
         pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         job = Job(config, run, stage, tokenizer, backend, steps, resume, pad_token_id)
         if _rank() == 0:
             append_event(run, "training_started", stage=stage, step=job.first_step, steps_total=steps)
         await (train_sft(job, data) if stage == "sft" else train_rl(job, data, engine_urls))
-    finally:
-        distributed.shutdown()
 
 
 def _start(config: Config, run: RunDir, stage: str) -> tuple[str, bool]:
@@ -245,6 +247,23 @@ def rl_loss(rl: RLConfig) -> Callable[..., Any]:
     )
 
 
+def retention(config: Config, run: RunDir, stage: str) -> "Retention":
+    """Which checkpoints of the stage stay; the removal of the others is an event, so that nobody waits to pull them."""
+    from rollouts.training.checkpoint import Retention
+
+    mode, _, metric = config.output.checkpoint_best.get(stage, "min ").partition(" ")
+
+    def on_remove(path: Path) -> None:
+        append_event(run, "checkpoint_removed", stage=stage, path=str(path.relative_to(run.path)))
+
+    return Retention(
+        keep_last=config.output.checkpoints_keep,
+        best_metric=metric or None,
+        best_mode=cast(Literal["min", "max"], mode),
+        on_remove=on_remove,
+    )
+
+
 def build_backend(
     config: Config,
     stage: str,
@@ -255,6 +274,7 @@ def build_backend(
     device: Any,
     num_steps: int,
     reference: str | None,
+    retention: "Retention",
 ) -> "PyTorchTrainingBackend":
     from rollouts.training.backends.pytorch import PyTorchTrainingBackend
     from rollouts.training.model_loading import load_model
@@ -292,6 +312,7 @@ def build_backend(
         lr_schedule=factor,
         compute_dtype=config.model.dtype,
         reference=load_reference(reference, trust_remote_code=config.model.trust_remote_code) if reference else None,
+        retention=retention,
     )
 
 
