@@ -1,4 +1,4 @@
-"""Checkpoints written while training goes on: the state they hold, failures, kills, the process's end; and which stay."""
+"""Checkpoints written while training goes on: the state they hold, failures, kills, the process's end; which stay."""
 
 import json
 import signal
