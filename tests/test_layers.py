@@ -52,6 +52,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.training.checkpoint",
         "rollouts.training.distributed",
         "rollouts.training.forward",
+        "rollouts.training.log_probs",
         "rollouts.training.optim",
         "rollouts.training.optimizer_state",
         "rollouts.training.reference",

@@ -19,10 +19,10 @@ T = TypeVar("T")
 _BUCKET_ELEMENTS = 2**25  # all-reduced at once: 128 MiB of float32
 
 
-def initialize(device_type: str, *, timeout_s: float = 1800.0) -> torch.device:
+def initialize(device_type: str, *, timeout_s: float = 1800.0, alone: bool = False) -> torch.device:
     """Join the group that torchrun's environment variables describe, and return this rank's device.
 
-    For entry points: nothing else here reads the environment. A world of one makes no group. `timeout_s` bounds every
+    A world of one makes no group, unless `alone` says that it needs one (sharding does). `timeout_s` bounds every
     collective, so it must exceed the longest that ranks wait for rank 0 (generating a batch, an evaluation).
     """
     device = torch.device(device_type)
@@ -31,9 +31,11 @@ def initialize(device_type: str, *, timeout_s: float = 1800.0) -> torch.device:
             raise ValueError("device_type='cuda': torch sees no CUDA device here; use 'cpu', or check nvidia-smi")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"  # objects and floats travel over gloo
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"  # objects and floats travel over gloo
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+    elif alone:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device
 
 
@@ -56,6 +58,11 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_world_size() -> int:
+    """Ranks on this node, as torchrun says; all of them without torchrun."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
 
 def barrier() -> None:

@@ -26,12 +26,13 @@ class TrainingBackend(Protocol):
     async def save_checkpoint(self, step: int, metrics: dict[str, Any], extra: dict[str, Any] | None = None) -> Path:
         """Write a checkpoint that resumes exactly, with `extra` (plain data) beside it, and return its directory."""
 
-    def start_checkpoint(
+    async def start_checkpoint(
         self, step: int, metrics: dict[str, Any], extra: dict[str, Any] | None = None
     ) -> TrainFuture[Path]:
         """The same while later work goes on: what is saved is the state after all work submitted before.
 
-        result() is for when it is complete. A backend without this method is saved from while training waits.
+        Returns once that is copied; result() waits until it is complete. A backend without this method is saved from
+        while training waits.
         """
 
     async def load_checkpoint(self, path: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from rollouts.training import checkpoint, distributed, forward, optimizer_state
 from rollouts.training.backends.futures import BackendFailedError, ThreadFuture, Worker
@@ -49,6 +50,7 @@ class PyTorchTrainingBackend:
     ranks, all start from rank 0's parameters, and every rank makes the same calls in order.
     """
 
+    collective = False  # whether every rank must run as many forward passes as the others
     _sharded = False  # whether ranks hold parts of parameters and state, not whole copies
 
     def __init__(
@@ -70,10 +72,11 @@ class PyTorchTrainingBackend:
             raise ValueError(f"compute_dtype={compute_dtype!r}: needs 'float32' or 'bfloat16'")
         if not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm={max_grad_norm}: needs > 0, or math.inf for no clipping")
-        self.model = model.to(device)
+        self.model = model
         self.optimizer = optimizer
         self.checkpoint_dir = Path(checkpoint_dir)
         self.device = torch.device(device)
+        self._place(model)
         self.step = 0  # optimizer steps applied
         self._loss_fn = loss_fn
         self._loss_inputs, self._loss_required = _signature(loss_fn)
@@ -81,7 +84,7 @@ class PyTorchTrainingBackend:
         self._tokenizer = copy.deepcopy(tokenizer)  # the writer's own: a fast tokenizer serves one thread at a time
         self._reference = reference
         if reference is not None:
-            reference.model.to(device)
+            self._place(reference.model)
             forward.prepare(reference.model)
         self._max_grad_norm = max_grad_norm
         self._lr_schedule = lr_schedule
@@ -96,7 +99,6 @@ class PyTorchTrainingBackend:
         self._retention = retention or Retention()
         self._resumed_from: Path | None = None
         model.train()
-        distributed.broadcast_tensors([parameter.detach() for parameter in model.parameters()])
 
     def forward_backward(self, batch: Mapping[str, Any]) -> ThreadFuture[dict[str, float]]:
         """Add the gradient of `batch` to what has gathered since the last `optim_step`.
@@ -121,16 +123,17 @@ class PyTorchTrainingBackend:
 
     async def save_checkpoint(self, step: int, metrics: dict[str, Any], extra: dict[str, Any] | None = None) -> Path:
         """`start_checkpoint`, and wait until it is complete: its directory."""
-        return await self.start_checkpoint(step, metrics, extra).result()
+        return await (await self.start_checkpoint(step, metrics, extra)).result()
 
-    def start_checkpoint(
+    async def start_checkpoint(
         self, step: int, metrics: dict[str, Any], extra: dict[str, Any] | None = None
     ) -> ThreadFuture[Path]:
         """Save the state as it is after all work submitted before, while later work goes on.
 
-        In turn with other work it is copied to host memory, once the checkpoint before is written; then a thread of its
-        own writes `<checkpoint_dir>/step_<step>` (see `checkpoint`). result() gives the directory once it is complete
-        on every rank, or raises why it could not be written; so does the next save. The process does not exit before.
+        Returns once it is copied to host memory, in turn with other work and after the checkpoint before is written. A
+        thread of its own then writes `<checkpoint_dir>/step_<step>` (see `checkpoint`). result() gives that directory
+        when it is complete on every rank, or raises why it could not be written; so does the next save. The process
+        does not exit before.
         `extra` is plain data (numbers, text, lists, dicts) that `load_checkpoint` hands back. Raises TypeError for
         anything else in it: here, not when a resume depends on it.
         """
@@ -140,8 +143,9 @@ class PyTorchTrainingBackend:
             raise TypeError(f"extra of the checkpoint of step {step}: needs plain data: {error}") from error
         what = (step, dict(metrics), copy.deepcopy(extra or {}), self._saving)
         staged = self._worker.submit("save_checkpoint", self._snapshot, *what)
-        self._saving = ThreadFuture(self._writer.submit(self._write, staged))
-        return self._saving
+        self._saving = saving = ThreadFuture(self._writer.submit(self._write, staged))
+        await staged.result()
+        return saving
 
     def close(self) -> None:
         """Wait for the checkpoint that is being written, if any, however it ends. Before the process group goes."""
@@ -160,6 +164,11 @@ class PyTorchTrainingBackend:
         """Write weights and config to the directory `path`, which appears complete or not at all; rank 0 writes."""
         return await self._worker.submit("save_weights", self._save_weights, Path(path)).result()
 
+    def _place(self, model: nn.Module) -> None:
+        """Onto this rank's device, with rank 0's parameters."""
+        model.to(self.device)
+        distributed.broadcast_tensors([parameter.detach() for parameter in model.parameters()])
+
     # --- on the worker thread ---------------------------------------------------------------------------------------
 
     def _forward_backward(self, batch: Mapping[str, Any]) -> dict[str, float]:
@@ -168,7 +177,7 @@ class PyTorchTrainingBackend:
         logits = self._logits(self.model, inputs)
         loss = self._loss(logits, inputs)
         loss.backward()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters() if p.grad is not None])
+        norm = _total_norm([p.grad for p in self._parameters() if p.grad is not None])
         metrics = {"loss": loss.item(), "grad_norm": norm.item()}
         self._sums["micro_batches"] += 1
         self._sums["loss"] += metrics["loss"]
@@ -191,8 +200,8 @@ class PyTorchTrainingBackend:
             if parameter.grad is None:  # no sequence on this rank, or unused: every rank and every split does the same
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [p.grad for p in parameters if p.grad is not None]
-        distributed.all_reduce_sum(gradients)
-        norm = torch.nn.utils.get_total_norm(gradients)
+        self._sum_over_ranks(gradients)
+        norm = _total_norm(gradients)
         if not torch.isfinite(norm):
             raise FloatingPointError(
                 f"grad_norm={norm.item()} at step {self.step + 1} (loss={sums['loss']}): not applied. Lower the "
@@ -270,6 +279,9 @@ class PyTorchTrainingBackend:
         weights = checkpoint.whole_weights(self.model, copy=False)
         return distributed.on_rank_0(lambda: checkpoint.write_weights(self.model, path, weights))
 
+    def _sum_over_ranks(self, gradients: list[Tensor]) -> None:
+        distributed.all_reduce_sum(gradients)
+
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
@@ -326,6 +338,12 @@ def _signature(loss_fn: Callable[..., Tensor]) -> tuple[frozenset[str] | None, f
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return None, required
     return frozenset(p.name for p in parameters), required
+
+
+def _total_norm(gradients: list[Tensor]) -> Tensor:
+    """The L2 norm of them all, a scalar; of sharded ones (every rank calls it then) over all shards."""
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def _means(sums: Mapping[str, float]) -> dict[str, float]:

@@ -65,6 +65,17 @@ def split_batch(
             yield {key: _take(value, rows, width) for key, value in batch.items()}
 
 
+def blank_batch(batch: dict[str, Any]) -> dict[str, Any]:
+    """The shortest sequence of `batch`, with nothing trained on: what a rank runs that has no micro-batch left.
+
+    Where a model is sharded, every forward pass needs all ranks. Its loss and its gradient are 0.
+    """
+    lengths = batch["attention_mask"].sum(1)
+    row = lengths.argmin()[None]
+    blank = {key: _take(value, row, int(lengths[row])) for key, value in batch.items()}
+    return {**blank, "loss_mask": torch.zeros_like(blank["loss_mask"])}
+
+
 def step_indices(count: int, batch_size: int, step: int, seed: int) -> list[int]:
     """Which of `count` examples make up step `step` (from 0): positions in an endless run of shuffled epochs.
 

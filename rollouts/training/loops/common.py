@@ -1,13 +1,13 @@
 """What both loops do at every step: run it on the backend, decide what is due, call the caller's functions."""
 
 import inspect
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rollouts.training import distributed
 from rollouts.training.backends.protocol import TrainFuture, TrainingBackend
-from rollouts.training.loops.batching import split_batch
+from rollouts.training.loops.batching import blank_batch, split_batch
 
 EvalFn = Callable[[int], Mapping[str, float] | Awaitable[Mapping[str, float] | None] | None]
 CheckpointFn = Callable[[Path, int], Awaitable[None] | None]
@@ -20,13 +20,17 @@ async def train_step(
     micro_batch_tokens: int | None = None,
 ) -> dict[str, float]:
     """One optimizer step over a whole step's `batch`, the same on every rank: its loss and the backend's metrics."""
-    micro_batches = split_batch(
+    micro_batches: Iterable[dict[str, Any]] = split_batch(
         batch,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         micro_batch_size=micro_batch_size,
         micro_batch_tokens=micro_batch_tokens,
     )
+    if getattr(backend, "collective", False):
+        own = list(micro_batches)
+        most = max(distributed.gather_objects(len(own)))
+        micro_batches = own + [blank_batch(batch)] * (most - len(own))
     pending = [backend.forward_backward(micro_batch) for micro_batch in micro_batches]
     update = backend.optim_step()
     losses = [(await future.result())["loss"] for future in pending]
@@ -45,7 +49,7 @@ class Checkpoints:
         """Start to save the state after `step`; waits for the save before."""
         await self.finish()
         if hasattr(self._backend, "start_checkpoint"):
-            self._pending = step, self._backend.start_checkpoint(step, metrics, extra=extra)
+            self._pending = step, await self._backend.start_checkpoint(step, metrics, extra=extra)
         else:
             await self._report(await self._backend.save_checkpoint(step, metrics, extra=extra), step)
 
