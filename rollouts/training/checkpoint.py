@@ -173,19 +173,23 @@ def whole_weights(model: nn.Module, *, copy: bool) -> dict[str, Tensor]:
     Sharded tensors are gathered one at a time: on a device there is never more than one whole tensor, in rank 0's host
     memory there are all. Tied ones share memory. `copy`: none is the model's own memory, which the next step changes.
     """
-    found: dict[int, Tensor] = {}
+    seen: dict[int, Tensor] = {}
     weights = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in found:
-            own = tensor.detach()
-            whole = own.full_tensor() if isinstance(own, DTensor) else own
-            if distributed.rank() == 0:
-                on_cpu = whole.cpu()
-                is_own = on_cpu.data_ptr() == (own.to_local() if isinstance(own, DTensor) else own).data_ptr()
-                found[id(tensor)] = on_cpu.clone() if copy and is_own else on_cpu
+        if id(tensor) not in seen:  # gathered once by every rank, or they would wait for each other
+            seen[id(tensor)] = _whole(tensor.detach(), copy=copy)
         if distributed.rank() == 0:
-            weights[name] = found[id(tensor)]
+            weights[name] = seen[id(tensor)]
     return weights
+
+
+def _whole(own: Tensor, *, copy: bool) -> Tensor:
+    """`own` on rank 0's CPU, gathered where it is sharded; an empty tensor on other ranks."""
+    local, whole = (own.to_local(), own.full_tensor()) if isinstance(own, DTensor) else (own, own)
+    if distributed.rank() != 0:
+        return torch.empty(0)
+    on_cpu = whole.cpu()
+    return on_cpu.clone() if copy and on_cpu.data_ptr() == local.data_ptr() else on_cpu
 
 
 @torch.no_grad()

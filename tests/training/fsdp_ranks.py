@@ -130,7 +130,7 @@ def work(make: Make, directory: Path, names: dict[str, FSDPConfig]) -> dict:
 
 
 def main(directory: Path) -> None:
-    distributed.initialize("cpu", timeout_s=120.0)
+    distributed.initialize("cpu", timeout_s=60.0)
     if distributed.world_size() == 4:
         results = work(sharded, directory, {"hybrid": HYBRID})
     else:
