@@ -37,7 +37,7 @@ class TargetConfig:
     device_type: Literal["cuda", "cpu", "mps"]
     sharding: Literal[
         "none", "full_shard", "shard_grad_op", "hybrid_shard"
-    ]  # docs/training.md; none: a whole copy each
+    ]  # docs/sharding.md; none: a whole copy each
     shard_group_size: int  # hybrid_shard: ranks that share one copy, usually those of a node; -1: unused
     cpu_offload: bool  # parameters, gradients and optimizer state wait in host memory; needs sharding
 
@@ -598,6 +598,8 @@ def _cross_checks(config: Config) -> Checks:
         yield _need(samples % ranks == 0, "rl.examples_per_step", config.rl.examples_per_step, need)
         need = f"less than data.max_length={data.max_length}"
         yield _need(config.rl.max_new_tokens < data.max_length, "rl.max_new_tokens", config.rl.max_new_tokens, need)
+    compiled = config.model.compile and config.target.sharding != "none"
+    yield _need(not compiled, "model.compile", config.model.compile, "False: a sharded model runs uncompiled")
     noise = config.model.init == "random" and mode == "rl" and config.output.source_checkpoint is None
     yield not noise, "model.init='random': output.mode='rl' would sample from noise; use 'sft+rl' or source_checkpoint"
 

@@ -22,6 +22,7 @@ from base_config import Config, RLConfig, SFTConfig
 from rollouts.run_dir import RunDir, append_event, append_jsonl, record_process
 
 if TYPE_CHECKING:
+    from rollouts.training.backends.fsdp import FSDPConfig
     from rollouts.training.backends.pytorch import PyTorchTrainingBackend
     from rollouts.training.checkpoint import Retention
     from rollouts.training.evaluation import Evaluation
@@ -278,6 +279,7 @@ def build_backend(
     retention: "Retention",
 ) -> "PyTorchTrainingBackend":
     from rollouts.training import forward
+    from rollouts.training.backends.fsdp import FSDPTrainingBackend
     from rollouts.training.backends.pytorch import PyTorchTrainingBackend
     from rollouts.training.model_loading import load_model
     from rollouts.training.optim import build_optimizer, lr_factor
@@ -289,32 +291,46 @@ def build_backend(
     init = config.model.init if model_path == config.model.name else "pretrained"
     model = load_model(
         model_path, init=init, init_seed=config.model.init_seed, trust_remote_code=config.model.trust_remote_code
-    ).to(device)
+    )
     if config.model.compile:
         forward.body(model).compile(dynamic=True)
     factor = partial(lr_factor, total_steps=num_steps, warmup_frac=optimizer.warmup_frac, schedule=optimizer.schedule)
-    return PyTorchTrainingBackend(
-        model=model,
-        optimizer=build_optimizer(
-            model,
-            kind=optimizer.kind,
-            matrix_lr=settings.matrix_lr * settings.init_lr_frac,
-            embedding_lr=settings.embedding_lr * settings.init_lr_frac,
-            unembedding_lr=settings.unembedding_lr * settings.init_lr_frac,
-            weight_decay=settings.weight_decay,
-            beta1=optimizer.beta1,
-            beta2=optimizer.beta2,
-            eps=optimizer.eps,
-        ),
-        loss_fn=rl_loss(cast(RLConfig, config.rl)) if stage == "rl" else sft_loss,
-        checkpoint_dir=checkpoint_dir,
-        device=device,
-        tokenizer=tokenizer,
-        max_grad_norm=optimizer.max_grad_norm,
-        lr_schedule=factor,
-        compute_dtype=config.model.dtype,
-        reference=load_reference(reference, trust_remote_code=config.model.trust_remote_code) if reference else None,
-        retention=retention,
+    optimizer_fn = partial(
+        build_optimizer,
+        kind=optimizer.kind,
+        matrix_lr=settings.matrix_lr * settings.init_lr_frac,
+        embedding_lr=settings.embedding_lr * settings.init_lr_frac,
+        unembedding_lr=settings.unembedding_lr * settings.init_lr_frac,
+        weight_decay=settings.weight_decay,
+        beta1=optimizer.beta1,
+        beta2=optimizer.beta2,
+        eps=optimizer.eps,
+    )
+    options: dict[str, Any] = {
+        "loss_fn": rl_loss(cast(RLConfig, config.rl)) if stage == "rl" else sft_loss,
+        "checkpoint_dir": checkpoint_dir,
+        "device": device,
+        "tokenizer": tokenizer,
+        "max_grad_norm": optimizer.max_grad_norm,
+        "lr_schedule": factor,
+        "reference": load_reference(reference, trust_remote_code=config.model.trust_remote_code) if reference else None,
+        "retention": retention,
+    }
+    if config.target.sharding != "none":
+        return FSDPTrainingBackend(model, optimizer_fn, config=fsdp_config(config), **options)
+    return PyTorchTrainingBackend(model, optimizer_fn(model), compute_dtype=config.model.dtype, **options)
+
+
+def fsdp_config(config: Config) -> "FSDPConfig":
+    """How the model is sharded, where `target.sharding` says that it is."""
+    from rollouts.training.backends.fsdp import FSDPConfig
+
+    target = config.target
+    return FSDPConfig(
+        sharding_strategy=target.sharding.upper(),
+        mixed_precision=config.model.dtype == "bfloat16",
+        cpu_offload=target.cpu_offload,
+        shard_group_size=None if target.shard_group_size == -1 else target.shard_group_size,
     )
 
 
@@ -389,10 +405,9 @@ async def train_sft(job: Job, data: Data) -> None:
         )
         if _rank() == 0:
             job.log_eval(stage, step, "validation_loss", result["loss"])
-            if whole:
-                found = evaluate_with_model(
-                    job.backend.model, job.tokenizer, data.eval_rows, max_new_tokens=max_new_tokens
-                )
+        if whole and (_rank() == 0 or job.backend.collective):  # a sharded model runs on all ranks or not at all
+            found = evaluate_with_model(job.backend.model, job.tokenizer, data.eval_rows, max_new_tokens=max_new_tokens)
+            if _rank() == 0:
                 job.log_eval(stage, step, "exact_match", found.exact_match)
         distributed.barrier()
         return {"validation_loss": result["loss"]}

@@ -75,7 +75,7 @@ def test_sharded_ranks_train_as_one(two, one, strategy):
 
 
 def test_what_a_rank_holds(two):
-    """Goal: half of the parameters and of the optimizer's state per rank, but with NO_SHARD. Red with NO_SHARD's mesh."""
+    """Goal: half of the parameters and of the optimizer's state per rank, but with NO_SHARD. Red with its mesh."""
     for rank in two[1]:
         shares = {name: rank[f"{name} facts"]["share"] for name in STRATEGIES}
         assert shares.pop("none") == 1.0
@@ -109,7 +109,7 @@ def test_rl_with_every_part_and_a_resume(two, one):
 
 
 def test_a_plain_checkpoint_goes_on_sharded(two, one):
-    """Goal: saved by 1 plain rank, continued by 2 sharded ones. Red with positions as names in the optimizer's state."""
+    """Goal: saved by 1 plain rank, continued by 2 sharded ones. Red with the optimizer's state not restored."""
     for rank in two[1]:
         assert_same_training(rank["resumed"], one[1]["resumed"])
 
