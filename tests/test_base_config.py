@@ -152,6 +152,12 @@ def test_loss_settings_that_another_one_would_ignore(changes: dict[str, Any], re
     assert [problem[: len(reason or "")] for problem in config.problems()] == ([reason] if reason else [])
 
 
+def test_sharding_and_compilation_exclude_each_other() -> None:
+    """Goal: what is not proven together is refused. Red with the check left out."""
+    config = replace_at(replace_at(example_config(), "target.sharding", "full_shard"), "model.compile", True)
+    assert config.problems() == ("model.compile=True: needs False: a sharded model runs uncompiled",)
+
+
 @pytest.mark.parametrize("ranks", [[0], [0, 1], [0, 1, 2]])
 def test_divisibility_counts_ranks(ranks: list[int]) -> None:
     """Goal: accumulation = target / (batch x ranks) must divide. Red when ranks were left out: 3 ranks passed."""

@@ -45,6 +45,12 @@ def model_of(seed: int) -> Any:
     return model
 
 
+def logits_loss(logits: torch.Tensor, labels: Any, loss_mask: Any, tokens_global: float) -> torch.Tensor:
+    """A user's own loss, which gets the logits of a padded batch."""
+    assert logits.ndim == 3
+    return sft_loss(logits, labels, loss_mask, tokens_global=tokens_global)
+
+
 def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.01)
 
@@ -65,8 +71,12 @@ def plain(directory: Path, *, config: Any = None, seed: int = 0, loss_fn: Any = 
 async def sft(backend: Backend, num_steps: int = 3, resume: dict | None = None) -> list[dict]:
     """7 sequences a step in micro-batches of 2: two and two for two ranks, and a validation of 3 batches."""
     config = SFTTrainingConfig(num_steps=num_steps, batch_size=7, log_every=1, micro_batch_size=2)
-    metrics = await run_sft_training(backend, sft_samples(10), config, pad_token_id=PAD, resume=resume)
-    return [*metrics, await validation_loss(backend, sft_samples(5, seed=1), batch_size=2, pad_token_id=PAD)]
+
+    async def validate(step: int) -> dict:
+        return await validation_loss(backend, sft_samples(5, seed=1), batch_size=2, pad_token_id=PAD)
+
+    options = {"pad_token_id": PAD, "resume": resume, "eval_fn": validate, "eval_every": 1}
+    return await run_sft_training(backend, sft_samples(10), config, **options)
 
 
 async def uneven(backend: Backend) -> list[dict]:
@@ -97,6 +107,13 @@ async def resume_plain(make: Make, directory: Path) -> list[dict]:
     backend = make(directory / "resumed", seed=8)
     state = await backend.load_checkpoint(directory / "from_one" / "latest")
     return await sft(backend, num_steps=5, resume=state)
+
+
+async def exact_resume(directory: Path) -> list[list[dict]]:
+    """Five steps at a stretch, and the last two of them from the checkpoint of "full" after three."""
+    at_a_stretch = await sft(sharded(directory / "stretch"), num_steps=5)
+    backend = sharded(directory / "again", seed=4)
+    return [at_a_stretch[3:], await sft(backend, 5, await backend.load_checkpoint(directory / "full" / "latest"))]
 
 
 def facts(backend: Backend) -> dict:
@@ -135,6 +152,8 @@ def main(directory: Path) -> None:
         results = work(sharded, directory, {"hybrid": HYBRID})
     else:
         results = work(sharded, directory, STRATEGIES)
+        results["logits"] = anyio.run(sft, sharded(directory / "logits", loss_fn=logits_loss))
+        results["exact"] = anyio.run(exact_resume, directory)
         results["uneven"] = anyio.run(uneven, sharded(directory / "uneven"))
         results["rl"] = anyio.run(rl, sharded, directory / "rl")
         results["resumed"] = anyio.run(resume_plain, sharded, directory)

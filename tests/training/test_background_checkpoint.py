@@ -105,6 +105,28 @@ def test_the_loop_goes_on_while_a_checkpoint_is_written(tmp_path, gate):
     assert seen[-1] == "saved 4"
 
 
+def test_a_backend_of_ones_own_needs_no_more_than_the_protocol(tmp_path):
+    """Goal: a backend with save_checkpoint alone works in the loop. Red with start_checkpoint taken for granted."""
+    backend = tiny_backend(tmp_path)
+
+    class Minimal:
+        forward_backward, optim_step, save_checkpoint = (
+            backend.forward_backward,
+            backend.optim_step,
+            backend.save_checkpoint,
+        )
+
+    saved: list[int] = []
+    config = SFTTrainingConfig(num_steps=3, batch_size=4, log_every=1, checkpoint_every=2)
+
+    async def main():
+        on_checkpoint = lambda path, step: saved.append(step)  # noqa: E731
+        await run_sft_training(Minimal(), sft_samples(8), config, pad_token_id=PAD, on_checkpoint=on_checkpoint)
+
+    anyio.run(main)
+    assert saved == [2, 3]
+
+
 def test_the_next_save_waits_for_the_last(tmp_path, gate):
     """Goal: never two copies of the state in memory. Red without `before.wait()`: the second is staged at once."""
     backend = tiny_backend(tmp_path)
@@ -168,7 +190,7 @@ def child(directory: Path, seconds: float) -> subprocess.Popen:
 def test_kill_9_during_a_save_leaves_the_checkpoint_before(tmp_path):
     """Goal: the process is killed with all but the manifest on disk; a run resumes from step 1 and saves again.
 
-    Red with the files written under the final name: step_000002 stands there, half a checkpoint.
+    Red with the manifest written after the rename: `latest` is step_000002, half a checkpoint.
     """
     process = child(tmp_path, 600)
     assert process.stdout.readline() == "writing\n", process.stderr.read()
@@ -233,13 +255,13 @@ def test_optimizer_state_of_other_parameters_is_refused(tmp_path):
         (Retention(keep_last=2), [2], [1, 3]),
         (Retention(keep_last=9), [], []),
         (Retention(keep_last=1, best_metric="loss", best_mode="min"), [], [1, 2, 4]),
-        (Retention(keep_last=1, best_metric="loss", best_mode="max"), [], [2, 3, 4]),
+        (Retention(keep_last=1, best_metric="loss", best_mode="max"), [], [1, 3, 4]),
         (Retention(keep_last=1, best_metric="absent"), [], [1, 2, 3, 4]),
     ],
 )
 def test_expired(retention, protected, gone):
     """Goal: last n, best and protected stay; a value that is not a number never wins. Red with NaN compared."""
-    losses = {1: 3.0, 2: float("nan"), 3: 1.0, 4: 1.5, 5: 2.0}
+    losses = {1: float("nan"), 2: 3.0, 3: 1.0, 4: 1.5, 5: 2.0}
     found = [(Path(str(step)), {"loss": loss}) for step, loss in losses.items()]
     assert [int(path.name) for path in expired(found, retention, [Path(str(step)) for step in protected])] == gone
 

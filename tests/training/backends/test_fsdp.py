@@ -84,10 +84,29 @@ def test_what_a_rank_holds(two):
 
 
 def test_hybrid_sharding_is_two_copies_in_halves(tmp_path, one):
-    """Goal: four ranks, two per copy, give the one rank's numbers. Red with a divide factor of 2."""
+    """Goal: four ranks, two per copy, give the one rank's numbers, and a checkpoint that goes on plain.
+
+    Red with the gradients' divide factor left out.
+    """
     for rank in torchrun(tmp_path, 4):
         assert_same_training(rank["hybrid"], one[1]["sft"])
         assert 0.47 < rank["hybrid facts"]["share"] < 0.53
+    assert_same_training(go_on_plain(tmp_path / "hybrid" / "latest", tmp_path / "plain"), one[1]["resumed"])
+
+
+def go_on_plain(path: Path, directory: Path) -> list[dict]:
+    backend = plain(directory, seed=6)
+
+    async def main():
+        return await sft(backend, num_steps=5, resume=await backend.load_checkpoint(path))
+
+    return anyio.run(main)
+
+
+def test_a_loss_of_ones_own_gets_logits(two, one):
+    """Goal: a loss that reads [B, T, V] trains sharded too, by the model's own forward. Red with log-probs made of it."""
+    for rank in two[1]:
+        assert_same_training(rank["logits"], one[1]["sft"])
 
 
 def test_ranks_with_fewer_micro_batches_take_part(two, one):
@@ -108,6 +127,13 @@ def test_rl_with_every_part_and_a_resume(two, one):
         assert_same_training(rank["rl"], one[1]["rl"])
 
 
+def test_a_sharded_resume_is_exact(two):
+    """Goal: N + resume + N steps equal 2N bit for bit, for as many ranks. Red without the optimizer's state."""
+    for rank in two[1]:
+        at_a_stretch, resumed = rank["exact"]
+        assert [without_times(row) for row in resumed] == [without_times(row) for row in at_a_stretch]
+
+
 def test_a_plain_checkpoint_goes_on_sharded(two, one):
     """Goal: saved by 1 plain rank, continued by 2 sharded ones. Red with the optimizer's state not restored."""
     for rank in two[1]:
@@ -119,12 +145,7 @@ def test_a_sharded_checkpoint_goes_on_plain(two, one, tmp_path):
     path = two[0] / "full" / "latest"
     assert len(list((path / "optimizer").glob("*.distcp"))) == 2
     assert checkpoint.read_metadata(path)["world_size"] == 2
-    backend = plain(tmp_path, seed=6)
-
-    async def main():
-        return await sft(backend, num_steps=5, resume=await backend.load_checkpoint(path))
-
-    assert_same_training(anyio.run(main), one[1]["resumed"])
+    assert_same_training(go_on_plain(path, tmp_path), one[1]["resumed"])
 
 
 def test_mixed_precision_keeps_float32_weights_and_state(two, one):
