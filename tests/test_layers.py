@@ -25,6 +25,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.training.weight_sync",
     ),
     "rollouts.engines": ("rollouts.engines",),
+    "rollouts.engines.embedded.scoring": ("rollouts.engines.embedded", "rollouts.training.forward"),
     "rollouts.engines.launch": ("base_config",),
     "rollouts.remote": (
         "base_config",
