@@ -128,6 +128,22 @@ def facts(backend: Backend) -> dict:
     }
 
 
+def watched(model: Any) -> dict[str, Any]:
+    """Filled while `model` runs: how often its first layer did, and whether that was freed when the last norm ran."""
+    seen = {"layer_runs": 0, "freed": False}
+    first = model.model.layers[0].mlp
+
+    def count(*hook: Any) -> None:
+        seen["layer_runs"] += 1
+
+    def look(*hook: Any) -> None:
+        seen["freed"] = isinstance(first.up_proj.weight, DTensor)
+
+    first.register_forward_pre_hook(count)  # a second pass may stop inside, once it has what backward needs
+    model.model.norm.register_forward_hook(look)
+    return seen
+
+
 async def mixed(directory: Path) -> dict:
     backend = sharded(directory, config=FSDPConfig())
     seen: dict[str, str] = {}
@@ -139,10 +155,11 @@ def work(make: Make, directory: Path, names: dict[str, FSDPConfig]) -> dict:
     results = {}
     for name, config in names.items():
         backend = make(directory / name, config=config)
+        seen = watched(backend.model)
         results[name] = anyio.run(sft, backend)
         anyio.run(backend.save_weights, directory / name / "weights")
         if isinstance(backend, FSDPTrainingBackend):
-            results[f"{name} facts"] = facts(backend)
+            results[f"{name} facts"] = {**facts(backend), **seen}
     return results
 
 

@@ -83,6 +83,19 @@ def test_what_a_rank_holds(two):
         assert all(rank[f"{name} facts"]["sharded_state"] for name in STRATEGIES)
 
 
+def test_what_each_option_does(two):
+    """Goal: layers are freed after they ran, or kept; and computed again for the backward pass where that is wanted.
+
+    Red with reshard_after_forward=True throughout, and with gradient_checkpointing_enable left out.
+    """
+    for rank in two[1]:
+        freed = {name: rank[f"{name} facts"]["freed"] for name in STRATEGIES}
+        assert freed == {"full": True, "grad_op": False, "none": False, "offload": True, "recompute": True}
+        runs = {name: rank[f"{name} facts"]["layer_runs"] for name in STRATEGIES}
+        backward_passes = 3 * 2  # steps, micro-batches
+        assert runs["recompute"] == runs["full"] + backward_passes
+
+
 def test_hybrid_sharding_is_two_copies_in_halves(tmp_path, one):
     """Goal: four ranks, two per copy, give the one rank's numbers, and a checkpoint that goes on plain.
 
@@ -104,7 +117,7 @@ def go_on_plain(path: Path, directory: Path) -> list[dict]:
 
 
 def test_a_loss_of_ones_own_gets_logits(two, one):
-    """Goal: a loss that reads [B, T, V] trains sharded too, by the model's own forward. Red with log-probs made of it."""
+    """Goal: a loss that reads [B, T, V] trains sharded too, by the model's own forward. Red with log-probs of it."""
     for rank in two[1]:
         assert_same_training(rank["logits"], one[1]["sft"])
 
