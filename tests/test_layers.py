@@ -50,11 +50,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts.training.checkpoint": (
         "rollouts.manifest",
         "rollouts.training.distributed",
+        "rollouts.training.lora",
         "rollouts.training.optimizer_state",
     ),
     "rollouts.training.distributed": (),
     "rollouts.training.optimizer_state": (),
     "rollouts.training.filters": ("rollouts.training.types",),
+    "rollouts.training.flops": (),
     "rollouts.training.metrics": (),
     "rollouts.training.backends": (
         "rollouts.training.backends",
@@ -62,6 +64,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.training.distributed",
         "rollouts.training.forward",
         "rollouts.training.log_probs",
+        "rollouts.training.lora",
         "rollouts.training.optim",
         "rollouts.training.optimizer_state",
         "rollouts.training.reference",
@@ -76,6 +79,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "rollouts.training.rewards": ("rollouts.training.types",),
     "rollouts.training.datasets": (
+        "rollouts.training.calculator",
         "rollouts.training.datasets",
         "rollouts.training.rewards",
         "rollouts.training.types",

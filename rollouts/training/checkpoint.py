@@ -3,6 +3,7 @@
     model.safetensors, config.json, generation_config.json, tokenizer files: what an engine loads as it stands
     optimizer/            the optimizer's tensors by parameter name, sharded (torch.distributed.checkpoint)
     training_state.pt     RNG states by rank, counters, and the caller's `extra` (plain data: a data cursor)
+    adapter/              with LoRA: the adapter in peft's layout and base.json; the weights above are merged
     metadata.json         {"stage", "step", "time", "metrics", "world_size", "versions"}
     manifest.json         every file with size and SHA-256, written last
 
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rollouts.manifest import MANIFEST_FILE, manifest_problems, write_manifest
-from rollouts.training import distributed, optimizer_state
+from rollouts.training import distributed, lora, optimizer_state
 from rollouts.training.optimizer_state import CheckpointError
 
 __all__ = ["CheckpointError", "Retention", "Snapshot", "list_checkpoints", "read_metadata", "write_checkpoint"]
@@ -52,6 +53,7 @@ class Snapshot:
 
     step: int
     weights: Mapping[str, Tensor]  # whole, on the CPU; on rank 0 alone, empty elsewhere
+    adapter: Mapping[str, Tensor]  # likewise, of a model with LoRA, whose weights are merged ones; else empty
     optimizer: Mapping[str, Tensor]  # this rank's part: `optimizer_state.stage`
     training_state: Mapping[str, Any]  # plain data and tensors
     metadata: Mapping[str, Any]
@@ -116,6 +118,8 @@ def write_checkpoint(
     def finish() -> None:
         optimizer_state.check_complete(temporary / OPTIMIZER_DIRECTORY)
         write_model(model, temporary, snapshot.weights)
+        if lora.is_lora(model):
+            lora.write_adapter(model, temporary / lora.ADAPTER_DIR, snapshot.adapter)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         torch.save(dict(snapshot.training_state), temporary / TRAINING_STATE_FILE)
@@ -168,19 +172,30 @@ def write_weights(model: nn.Module, path: Path, weights: Mapping[str, Tensor]) -
 
 @torch.no_grad()
 def whole_weights(model: nn.Module, *, copy: bool) -> dict[str, Tensor]:
-    """The state dict with every tensor whole and on the CPU, on rank 0; {} elsewhere. Every rank calls it.
+    """The state dict, LoRA merged, every tensor whole and on the CPU, on rank 0; {} elsewhere. Every rank calls it.
 
     Sharded tensors are gathered one at a time: on a device there is never more than one whole tensor, in rank 0's host
     memory there are all. Tied ones share memory. `copy`: none is the model's own memory, which the next step changes.
     """
+    state = lora.merged_state_dict(model) if lora.is_lora(model) else model.state_dict(keep_vars=True)
+    return _whole_tensors(state, copy=copy)
+
+
+@torch.no_grad()
+def whole_adapter(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the adapter's tensors, as `whole_weights`; {} for a model without LoRA."""
+    return _whole_tensors(lora.adapter_state_dict(model), copy=True) if lora.is_lora(model) else {}
+
+
+def _whole_tensors(tensors: Mapping[str, Tensor], *, copy: bool) -> dict[str, Tensor]:
     seen: dict[int, Tensor] = {}
-    weights = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    found = {}
+    for name, tensor in tensors.items():
         if id(tensor) not in seen:  # gathered once by every rank, or they would wait for each other
             seen[id(tensor)] = _whole(tensor.detach(), copy=copy)
         if distributed.rank() == 0:
-            weights[name] = seen[id(tensor)]
-    return weights
+            found[name] = seen[id(tensor)]
+    return found
 
 
 def _whole(own: Tensor, *, copy: bool) -> Tensor:
@@ -196,14 +211,18 @@ def _whole(own: Tensor, *, copy: bool) -> Tensor:
 def read_model(model: nn.Module, path: Path) -> None:
     """Load the safetensors under `path` into `model`, in place, keeping its dtypes, ties and sharding.
 
-    Raises CheckpointError when they are not exactly this model's: names or shapes that differ.
+    A model with adapters gets those alone: its frozen weights must be the checkpoint's. Raises CheckpointError when
+    the weights are not exactly this model's: names or shapes that differ, LoRA and none, another frozen base.
     """
+    _check_base(model, path)
     index = path / "model.safetensors.index.json"
-    if index.is_file():
+    if lora.is_lora(model):
+        files = [f"{lora.ADAPTER_DIR}/{lora.ADAPTER_WEIGHTS}"]
+    elif index.is_file():
         files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     else:
         files = ["model.safetensors"]
-    parameters = model.state_dict(keep_vars=True)
+    parameters = lora.adapter_state_dict(model) if lora.is_lora(model) else model.state_dict(keep_vars=True)
     filled: set[int] = set()
     for name in files:
         with safetensors.safe_open(path / name, framework="pt") as file:
@@ -227,6 +246,20 @@ def _copy_into(target: Tensor, whole: Tensor) -> None:
         local.copy_(shard.to_local())
     else:
         target.copy_(whole)
+
+
+def _check_base(model: nn.Module, path: Path) -> None:
+    """Adapters go on only over the frozen weights that they were trained over; and full training over no adapter."""
+    saved, own = lora.read_base(path), lora.base_record(model) if lora.is_lora(model) else None
+    fix = "Resume with what the run began with, or start a new run from the checkpoint's (merged) weights."
+    if (saved is None) != (own is None):
+        words = ("without LoRA", "with LoRA") if saved is None else ("with LoRA", "without")
+        raise CheckpointError(f"{path}: was trained {words[0]}, this run is {words[1]}. {fix}")
+    if saved is not None and own is not None and saved["sha256"] != own["sha256"]:
+        raise CheckpointError(
+            f"{path}: its adapter belongs to the weights of {saved['name']} (sha256 {saved['sha256'][:12]}); this run "
+            f"has those of {own['name']} (sha256 {own['sha256'][:12]}). {fix}"
+        )
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:

@@ -5,6 +5,7 @@ with another number of ranks, or plain where it was sharded. State is found by t
 by their positions. Hyperparameters are not stored: those of a resumed run are its config's.
 """
 
+import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,9 +26,13 @@ class CheckpointError(Exception):
     """A checkpoint that cannot be used. The message names the path, what is wrong and the fix."""
 
 
-def collect(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """The state as ({"<parameter>.<entry>": tensor}, {"<parameter>": {"<entry>": plain value}}); tensors not copied."""
-    state = optimizer.state_dict()["state"]
+def collect(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state as tensors by "<parameter>.<entry>", not copied, and plain data.
+
+    The plain data are {"values": {"<parameter>": {"<entry>": value}}, "groups": the parameter groups, without them}.
+    """
+    whole = optimizer.state_dict()
+    state, groups = whole["state"], [copy.deepcopy({**group, "params": []}) for group in whole["param_groups"]]
     tensors: dict[str, Tensor] = {}
     plain: dict[str, dict[str, Any]] = {}
     for index, name, _ in _parameters(model, optimizer):
@@ -36,7 +41,7 @@ def collect(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[st
                 tensors[f"{name}.{entry}"] = value.detach()
             else:
                 plain.setdefault(name, {})[entry] = value
-    return tensors, plain
+    return tensors, {"values": plain, "groups": groups}
 
 
 def stage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -62,17 +67,16 @@ def check_complete(directory: Path) -> None:
         )
 
 
-def restore(
-    model: nn.Module, optimizer: torch.optim.Optimizer, directory: Path, plain: Mapping[str, Mapping[str, Any]]
-) -> None:
-    """Load what `write` stored, and the plain values of `collect`, into `optimizer`; its hyperparameters stay.
+def restore(model: nn.Module, optimizer: torch.optim.Optimizer, directory: Path, plain: Mapping[str, Any]) -> None:
+    """Load what `write` stored, and the plain data of `collect`, into `optimizer`; its hyperparameters stay its own.
 
-    Raises CheckpointError unless the state is of exactly this optimizer's parameters.
+    Raises CheckpointError unless the state is of exactly this optimizer's parameters. The groups that it was saved for
+    are shown to the optimizer's `load_state_dict`, which may refuse them.
     """
     reader = dcp.FileSystemReader(directory)
     saved = reader.read_metadata().state_dict_metadata
     parameters = {name: (index, parameter) for index, name, parameter in _parameters(model, optimizer)}
-    names = {key.rpartition(".")[0] for key in saved} | set(plain)
+    names = {key.rpartition(".")[0] for key in saved} | set(plain["values"])
     for what, differing in (("unknown", names - set(parameters)), ("missing", set(parameters) - names)):
         if differing and names:  # an optimizer that took no step, or one without state, stored nothing
             raise CheckpointError(
@@ -82,11 +86,16 @@ def restore(
     tensors = {key: _empty(item, parameters[key.rpartition(".")[0]][1]) for key, item in saved.items()}
     if tensors:
         dcp.load(tensors, storage_reader=reader, no_dist=True)
-    state: dict[int, dict[str, Any]] = {parameters[name][0]: dict(values) for name, values in plain.items()}
+    state: dict[int, dict[str, Any]] = {parameters[name][0]: dict(values) for name, values in plain["values"].items()}
     for key, tensor in tensors.items():
         name, _, entry = key.rpartition(".")
         state.setdefault(parameters[name][0], {})[entry] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    own = optimizer.state_dict()["param_groups"]
+    saved_groups = [{**group, "params": mine["params"]} for group, mine in zip(plain["groups"], own, strict=False)]
+    saved_groups += plain["groups"][len(own) :]
+    optimizer.load_state_dict({"state": state, "param_groups": saved_groups})
+    for group, mine in zip(optimizer.param_groups, own, strict=True):
+        group.update({key: value for key, value in mine.items() if key != "params"})
 
 
 def _parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[int, str, Tensor]]:

@@ -238,6 +238,7 @@ class PyTorchTrainingBackend:
         return checkpoint.Snapshot(
             step=step,
             weights=checkpoint.whole_weights(self.model, copy=True),
+            adapter=checkpoint.whole_adapter(self.model),
             optimizer=optimizer_state.stage(tensors) if own_part else {},
             training_state={"optimizer": plain, "optimizer_steps": self.step, "rng": rng, "extra": extra},
             metadata={

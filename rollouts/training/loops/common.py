@@ -1,13 +1,13 @@
 """What both loops do at every step: run it on the backend, decide what is due, call the caller's functions."""
 
 import inspect
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rollouts.training import distributed
 from rollouts.training.backends.protocol import TrainFuture, TrainingBackend
-from rollouts.training.loops.batching import blank_batch, split_batch
+from rollouts.training.loops.batching import split_batch
 
 EvalFn = Callable[[int], Mapping[str, float] | Awaitable[Mapping[str, float] | None] | None]
 CheckpointFn = Callable[[Path, int], Awaitable[None] | None]
@@ -20,17 +20,27 @@ async def train_step(
     micro_batch_tokens: int | None = None,
 ) -> dict[str, float]:
     """One optimizer step over a whole step's `batch`, the same on every rank: its loss and the backend's metrics."""
-    micro_batches: Iterable[dict[str, Any]] = split_batch(
+    collective = getattr(backend, "collective", False)
+    own = own_micro_batches(batch, micro_batch_size, micro_batch_tokens, equal_counts=collective)
+    return await train_micro_batches(backend, own)
+
+
+def own_micro_batches(
+    batch: dict[str, Any], micro_batch_size: int | None, micro_batch_tokens: int | None, *, equal_counts: bool
+) -> Iterator[dict[str, Any]]:
+    """This process's share of a step's `batch`: see `split_batch`."""
+    return split_batch(
         batch,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         micro_batch_size=micro_batch_size,
         micro_batch_tokens=micro_batch_tokens,
+        equal_counts=equal_counts,
     )
-    if getattr(backend, "collective", False):
-        own = list(micro_batches)
-        most = max(distributed.gather_objects(len(own)))
-        micro_batches = own + [blank_batch(batch)] * (most - len(own))
+
+
+async def train_micro_batches(backend: TrainingBackend, micro_batches: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """One optimizer step over this process's share of it: its loss and the backend's metrics."""
     pending = [backend.forward_backward(micro_batch) for micro_batch in micro_batches]
     update = backend.optim_step()
     losses = [(await future.result())["loss"] for future in pending]
