@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from base_config import Config, LoraConfig, MuonConfig
 from rollouts.run_dir import RunDir
@@ -182,9 +183,18 @@ def check(attempts: list[Attempt], whole: Attempt, steps: int) -> None:
     assert names[0] == names[1] and names[0]
     for name in names[0]:
         assert (paths[0] / name).read_bytes() == (paths[1] / name).read_bytes(), name
-    optimizers = [torch.load(path / "training_state.pt", weights_only=True)["optimizer"]["state"] for path in paths]
-    for index, state in optimizers[1].items():
-        assert all(torch.equal(value, optimizers[0][index][key]) for key, value in state.items())
+    found, expected_state = (optimizer_tensors(path / "optimizer") for path in paths)
+    assert found.keys() == expected_state.keys() and found
+    assert all(torch.equal(value, found[key]) for key, value in expected_state.items())
+
+
+def optimizer_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """The optimizer's state of a checkpoint, by "<parameter>.<entry>"."""
+    reader = dcp.FileSystemReader(directory)
+    saved = reader.read_metadata().state_dict_metadata
+    tensors = {key: torch.empty(item.size, dtype=item.properties.dtype) for key, item in saved.items()}
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """What both loops do at every step: run it on the backend, decide what is due, call the caller's functions."""
 
 import inspect
+import logging
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from rollouts.training import distributed
 from rollouts.training.backends.protocol import TrainFuture, TrainingBackend
 from rollouts.training.loops.batching import split_batch
 
+logger = logging.getLogger(__name__)
 EvalFn = Callable[[int], Mapping[str, float] | Awaitable[Mapping[str, float] | None] | None]
 CheckpointFn = Callable[[Path, int], Awaitable[None] | None]
 
@@ -48,12 +50,26 @@ async def train_micro_batches(backend: TrainingBackend, micro_batches: Iterable[
 
 
 class Checkpoints:
-    """Saves that run while training goes on. Each is reported to `on_checkpoint`, on rank 0, once it is complete."""
+    """Saves that run while training goes on. Each is reported to `on_checkpoint`, on rank 0, once it is complete.
+
+    Leaving the context waits for the one in flight, also when training failed: what was saved counts.
+    """
 
     def __init__(self, backend: TrainingBackend, on_checkpoint: CheckpointFn | None) -> None:
         self._backend = backend
         self._on_checkpoint = on_checkpoint
         self._pending: tuple[int, TrainFuture[Path]] | None = None
+
+    async def __aenter__(self) -> "Checkpoints":
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
+        try:
+            await self.finish()
+        except Exception as failure:  # whatever the backend or on_checkpoint raises
+            if error is None:
+                raise
+            logger.error("the last checkpoint failed too: %s", failure)  # training's own error goes on from here
 
     async def save(self, step: int, metrics: dict[str, Any], extra: dict[str, Any]) -> None:
         """Start to save the state after `step`; waits for the save before."""

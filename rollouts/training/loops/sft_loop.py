@@ -59,9 +59,9 @@ async def run_sft_training(
     steps = range(check_resume(resume, data) + 1, config.num_steps + 1)
     collective = getattr(backend, "collective", False)
     prepare = partial(_prepare_step, samples, config, seed, pad_token_id, collective)
-    checkpoints = Checkpoints(backend, on_checkpoint)
     history = []
-    async with prefetch(prepare, steps, depth=PREFETCH_STEPS) as prepared:
+    prefetched = prefetch(prepare, steps, depth=PREFETCH_STEPS)
+    async with Checkpoints(backend, on_checkpoint) as checkpoints, prefetched as prepared:
         started = time.monotonic()
         async for step, batch in prepared:
             metrics = await train_micro_batches(backend, batch.micro_batches)
@@ -81,7 +81,6 @@ async def run_sft_training(
                 await checkpoints.save(step, metrics, extra={"data": data})
             await checkpoints.poll()
             started = time.monotonic()  # waiting for the next batch counts, what came after this step does not
-    await checkpoints.finish()
     return history
 
 
