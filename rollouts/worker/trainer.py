@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from rollouts.training.datasets.sft import SFTReport
     from rollouts.training.evaluation import Evaluation
     from rollouts.training.metrics import MetricsLogger
+    from rollouts.training.reference import Reference
     from rollouts.training.types import Prompt, RLTrainingConfig, Sample
     from rollouts.training.weight_sync import SGLangEngine
 
@@ -338,6 +339,19 @@ def stage_optimizer(model: Any, stage: SFTConfig | RLConfig) -> "Optimizer":
     )
 
 
+def stage_reference(config: Config, model: Any, name: str) -> "Reference":
+    """The frozen model of the KL penalty: `model`'s own frozen weights if these are it, with LoRA; else loaded.
+
+    A sharded model cannot be its own reference: its adapters cannot be turned off and on.
+    """
+    from rollouts.training.lora import base_as_reference, base_record, is_lora
+    from rollouts.training.reference import load_reference
+
+    if config.target.sharding == "none" and is_lora(model) and base_record(model)["name"] == name:
+        return base_as_reference(model)
+    return load_reference(name, trust_remote_code=config.model.trust_remote_code)
+
+
 def build_backend(
     config: Config,
     stage: str,
@@ -353,7 +367,6 @@ def build_backend(
     from rollouts.training.backends.fsdp import FSDPTrainingBackend
     from rollouts.training.backends.pytorch import PyTorchTrainingBackend
     from rollouts.training.optim import lr_factor
-    from rollouts.training.reference import load_reference
     from rollouts.training.rl_losses import sft_loss
 
     settings = cast(SFTConfig | RLConfig, getattr(config, stage))
@@ -367,7 +380,7 @@ def build_backend(
         "tokenizer": tokenizer,
         "max_grad_norm": optimizer.max_grad_norm,
         "lr_schedule": factor,
-        "reference": load_reference(reference, trust_remote_code=config.model.trust_remote_code) if reference else None,
+        "reference": stage_reference(config, model, reference) if reference else None,
         "retention": retention,
     }
     if config.target.sharding != "none":

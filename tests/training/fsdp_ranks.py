@@ -16,6 +16,7 @@ from rollouts.training.backends import FSDPConfig, FSDPTrainingBackend, PyTorchT
 from rollouts.training.backends.pytorch import PyTorchTrainingBackend as Backend
 from rollouts.training.loops import run_rl_training, run_sft_training, validation_loss
 from rollouts.training.loops.common import train_step
+from rollouts.training.lora import LoraSettings, apply_lora
 from rollouts.training.reference import as_reference
 from rollouts.training.rl_losses import policy_loss, sft_loss
 from rollouts.training.types import RLTrainingConfig, SFTTrainingConfig
@@ -45,6 +46,12 @@ def model_of(seed: int) -> Any:
     return model
 
 
+def adapted(init_seed: int) -> Any:
+    """The model of seed 0, frozen, with adapters."""
+    settings = LoraSettings(rank=2, alpha=4.0, dropout=0.0, target_modules="all-linear", init_seed=init_seed)
+    return apply_lora(model_of(0), settings, base_name="seed 0")
+
+
 def logits_loss(logits: torch.Tensor, labels: Any, loss_mask: Any, tokens_global: float) -> torch.Tensor:
     """A user's own loss, which gets the logits of a padded batch."""
     assert logits.ndim == 3
@@ -56,15 +63,23 @@ def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
 
 
 def sharded(
-    directory: Path, *, config: FSDPConfig = EXACT, seed: int = 0, loss_fn: Any = sft_loss, **options: Any
+    directory: Path,
+    *,
+    config: FSDPConfig = EXACT,
+    seed: int = 0,
+    model: Any = None,
+    loss_fn: Any = sft_loss,
+    **options: Any,
 ) -> Any:
-    model = model_of(seed + 5 * distributed.rank())  # rank 0's parameters must win
+    model = model or model_of(seed + 5 * distributed.rank())  # rank 0's parameters must win
     options = {"loss_fn": loss_fn, "checkpoint_dir": directory, "tokenizer": tiny_tokenizer(), **options}
     return FSDPTrainingBackend(model=model, optimizer_fn=adamw, config=config, device="cpu", **options)
 
 
-def plain(directory: Path, *, config: Any = None, seed: int = 0, loss_fn: Any = sft_loss, **options: Any) -> Backend:
-    model = model_of(seed)
+def plain(
+    directory: Path, *, config: Any = None, seed: int = 0, model: Any = None, loss_fn: Any = sft_loss, **options: Any
+) -> Backend:
+    model = model or model_of(seed)
     return PyTorchTrainingBackend(model, adamw(model), loss_fn, directory, tokenizer=tiny_tokenizer(), **options)
 
 
@@ -100,6 +115,13 @@ async def rl(make: Make, directory: Path) -> list[dict]:
         manager = Manager(buffer) if buffer else None
         found += await run_rl_training(backend, buffer, manager, [], config, pad_token_id=PAD, resume=state)
     return found
+
+
+async def lora(make: Make, directory: Path) -> list[dict]:
+    """Adapters alone for three steps, and two more by a backend whose adapters began elsewhere."""
+    found = await sft(make(directory, model=adapted(0)))
+    backend = make(directory, model=adapted(1))
+    return found + await sft(backend, 5, await backend.load_checkpoint(directory / "latest"))
 
 
 async def resume_plain(make: Make, directory: Path) -> list[dict]:
@@ -172,6 +194,7 @@ def main(directory: Path) -> None:
         results["logits"] = anyio.run(sft, sharded(directory / "logits", loss_fn=logits_loss))
         results["exact"] = anyio.run(exact_resume, directory)
         results["uneven"] = anyio.run(uneven, sharded(directory / "uneven"))
+        results["lora"] = anyio.run(lora, sharded, directory / "lora")
         results["rl"] = anyio.run(rl, sharded, directory / "rl")
         results["resumed"] = anyio.run(resume_plain, sharded, directory)
         results["mixed"] = anyio.run(mixed, directory / "mixed")

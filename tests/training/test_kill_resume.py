@@ -21,6 +21,7 @@ from tests.training.process_nursery import Nursery
 
 WAIT_S = 120.0
 SFT_STEPS, RL_STEPS = 16, 8
+CHECKPOINT_EVERY = {"sft": 3, "rl": 2}
 TIMES = ("time", "step_s", "tokens_per_s", "generate_s", "train_s", "sync_s")
 
 
@@ -44,7 +45,7 @@ SFT = changed(
         "data.sft_mixture.0.max_samples": 100,
         "data.eval_mixture": [],
         "sft.num_iterations": SFT_STEPS,
-        "sft.checkpoint_every": 3,
+        "sft.checkpoint_every": CHECKPOINT_EVERY["sft"],
         "sft.optimizer.schedule": "cosine",
         "sft.optimizer.warmup_frac": 0.2,
     },
@@ -55,7 +56,7 @@ RL = {
     "data.rl_mixture.0.max_samples": 4 * RL_STEPS,
     "rl.over_sampling_factor": 1.5,  # surplus groups are carried from step to step, and over a resume
     "rl.kl_coef": 0.05,
-    "rl.save_every": 2,
+    "rl.save_every": CHECKPOINT_EVERY["rl"],
 }
 LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.1, target_modules="all-linear", init_seed=0)
 MUON = MuonConfig(
@@ -136,32 +137,27 @@ def finish(nursery: Nursery, attempt: Attempt) -> Attempt:
     return attempt
 
 
-def kill_at_random(nursery: Nursery, attempt: Attempt, rng: random.Random, steps: int) -> None:
-    """kill -9 after a random step and some milliseconds, or while a random checkpoint is being written."""
-    seen, log = len(attempt.steps()), attempt.run.path / "trainer.log"
+def kill_at_random(nursery: Nursery, attempt: Attempt, rng: random.Random, *, completed: int) -> None:
+    """kill -9 once `completed` checkpoints stand, at a random moment of the next steps or of the next checkpoint."""
+    log, every = attempt.run.path / "trainer.log", CHECKPOINT_EVERY[attempt.stage]
+    wait_for(lambda: len(list(attempt.checkpoints.glob("step_*"))) >= completed, log)
     if rng.random() < 0.5:
-        count = rng.randint(seen, steps - 2)
+        count = len(attempt.steps()) + rng.randint(0, every)
         wait_for(lambda: len(attempt.steps()) >= count, log)
     else:
-        after = rng.randint(0, 2)  # completed ones
-        wait_for(
-            lambda: (
-                len(list(attempt.checkpoints.glob("step_*"))) >= after and any(attempt.checkpoints.glob(".tmp-step_*"))
-            ),
-            log,
-        )
+        wait_for(lambda: any(attempt.checkpoints.glob(".tmp-step_*")), log)
     time.sleep(rng.random() * 0.03)
     nursery.kill(attempt.pid)
     if attempt.engine is not None:
         nursery.kill(attempt.engine)
 
 
-def killed_and_resumed(nursery: Nursery, config: Config, directory: Path, seed: int, steps: int) -> list[Attempt]:
+def killed_and_resumed(nursery: Nursery, config: Config, directory: Path, seed: int) -> list[Attempt]:
     """All attempts of a run that is killed twice; each goes on from the last one's `latest`, if there is one."""
     rng, attempts = random.Random(seed), []
     for number in range(2):
         attempts.append(start(nursery, config, directory / f"attempt_{number}"))
-        kill_at_random(nursery, attempts[-1], rng, steps)
+        kill_at_random(nursery, attempts[-1], rng, completed=rng.randint(1 - number, 2 - number))
         latest = attempts[-1].checkpoints / "latest"
         if latest.exists():
             config = replace_at(config, "output.source_checkpoint", str(latest))
@@ -171,6 +167,7 @@ def killed_and_resumed(nursery: Nursery, config: Config, directory: Path, seed: 
 def check(attempts: list[Attempt], whole: Attempt, steps: int) -> None:
     """Every line that any attempt logged is the undisturbed run's, none is missing, and it ends with the same bytes."""
     expected = whole.steps()
+    assert max(min(attempt.steps(), default=1) for attempt in attempts) > 1, "nothing was resumed"
     assert list(expected) == list(range(1, steps + 1))
     seen: set[int] = set()
     for attempt in attempts:
@@ -214,7 +211,7 @@ def whole_sft(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Cal
 @pytest.mark.parametrize(("kind", "seed"), [("adamw", 0), ("adamw", 1), ("adamw", 2), ("muon", 3), ("lora", 4)])
 def test_sft(nursery: Nursery, whole_sft: Callable[[str], Attempt], tmp_path: Path, kind: str, seed: int) -> None:
     """Goal: two kills -9 change no metric and no byte of weights or optimizer state."""
-    check(killed_and_resumed(nursery, SFT_KINDS[kind], tmp_path, seed, SFT_STEPS), whole_sft(kind), SFT_STEPS)
+    check(killed_and_resumed(nursery, SFT_KINDS[kind], tmp_path, seed), whole_sft(kind), SFT_STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +228,7 @@ def whole_rl(
 def test_rl(nursery: Nursery, whole_rl: tuple[Config, Attempt], tmp_path: Path, seed: int) -> None:
     """Goal: as in SFT, with the prompts, the carried groups, the KL reference and every sample of the engine's."""
     config, whole = whole_rl
-    attempts = killed_and_resumed(nursery, config, tmp_path, seed, RL_STEPS)
+    attempts = killed_and_resumed(nursery, config, tmp_path, seed)
     check(attempts, whole, RL_STEPS)
     expected = whole.samples()
     for attempt in attempts:

@@ -97,6 +97,12 @@ class FSDPTrainingBackend(PyTorchTrainingBackend):
         if device is None:
             device = own or (torch.device("cuda", torch.cuda.current_device()) if device_type == "cuda" else "cpu")
         self.device = torch.device(device)
+        reference = options.get("reference")
+        if reference is not None and reference.model is model:
+            raise ValueError(
+                "reference: is the model itself with its adapters off, and those of a sharded model stay as they were "
+                "when it first ran; load the reference as a model of its own"
+            )
         _check_float32(model)
         self._mesh = _mesh(self._config, self.device.type)
         if self._config.gradient_checkpointing:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from rollouts.training import checkpoint
 from rollouts.training.backends import FSDPConfig, FSDPTrainingBackend
+from rollouts.training.reference import Reference
 from rollouts.training.rl_losses import sft_loss
 from tests.training import fsdp_ranks
 from tests.training.fsdp_ranks import EXACT, STRATEGIES, adamw, model_of, plain, sft
@@ -21,6 +22,7 @@ from tests.training.test_distributed import without_times
 from tests.training.tiny import tiny_model
 
 REPOSITORY = Path(__file__).resolve().parents[3]
+SHARED = tiny_model()
 
 
 def torchrun(directory: Path, ranks: int) -> list[dict]:
@@ -38,6 +40,7 @@ def one(tmp_path_factory) -> tuple[Path, dict]:
     directory = tmp_path_factory.mktemp("one")
     found = {"sft": anyio.run(sft, plain(directory / "from_one"))}
     found["uneven"] = anyio.run(fsdp_ranks.uneven, plain(directory / "uneven"))
+    found["lora"] = anyio.run(fsdp_ranks.lora, plain, directory / "lora")
     found["rl"] = anyio.run(fsdp_ranks.rl, plain, directory / "rl")
     found["resumed"] = anyio.run(fsdp_ranks.resume_plain, plain, directory)
     return directory, found
@@ -147,6 +150,17 @@ def test_a_sharded_resume_is_exact(two):
         assert [without_times(row) for row in resumed] == [without_times(row) for row in at_a_stretch]
 
 
+def test_sharded_adapters(two, one):
+    """Goal: LoRA trains, resumes and exports merged weights sharded as it does plain. Red with the base exported."""
+    for rank in two[1]:
+        assert_same_training(rank["lora"], one[1]["lora"])
+    paths = [directory / "lora" / "latest" for directory in (two[0], one[0])]
+    for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        found, expected = (load_file(path / name) for path in paths)
+        assert found.keys() == expected.keys()
+        assert all((found[key] - expected[key]).abs().max() < 1e-5 for key in expected)
+
+
 def test_a_plain_checkpoint_goes_on_sharded(two, one):
     """Goal: saved by 1 plain rank, continued by 2 sharded ones. Red with the optimizer's state not restored."""
     for rank in two[1]:
@@ -205,6 +219,7 @@ def test_bad_configs_are_named(make, message):
     ("model", "options", "message"),
     [
         (partial(tiny_model, dtype=torch.bfloat16), {}, "model has parameters in torch.bfloat16: needs float32"),
+        (lambda: SHARED, {"reference": Reference(SHARED, "base", "sha")}, "reference: is the model itself with its"),
         (tiny_model, {"compute_dtype": "bfloat16"}, "compute_dtype: an option of PyTorchTrainingBackend"),
         (partial(torch.nn.Linear, 2, 2), {}, "Linear does not say which of its modules are layers"),
         (
