@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 EXPERIMENT_NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_-]{0,47}"  # also a tmux session name: no dot, no colon
 DOTTED_NAME_PATTERN = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+"
+BEST_PATTERN = r"(min|max) \S+"
 ENV_NAME_PATTERN = r"[A-Za-z_][A-Za-z0-9_]*"
 
 
@@ -30,10 +31,15 @@ class ConfigError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class TargetConfig:
-    """Which devices train."""
+    """Which devices train, and how the model is spread over them."""
 
     gpu_ranks: list[int]  # device indices; their number is the trainer's world size. On cpu: one process per entry
     device_type: Literal["cuda", "cpu", "mps"]
+    sharding: Literal[
+        "none", "full_shard", "shard_grad_op", "hybrid_shard"
+    ]  # docs/sharding.md; none: a whole copy each
+    shard_group_size: int  # hybrid_shard: ranks that share one copy, usually those of a node; -1: unused
+    cpu_offload: bool  # parameters, gradients and optimizer state wait in host memory; needs sharding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +233,8 @@ class OutputConfig:
     wandb_project: str
     mode: Literal["sft", "rl", "sft+rl"]
     source_checkpoint: str | None  # a checkpoint directory on the host: the first stage starts from it, or resumes it
+    checkpoints_keep: int  # of each stage on the host, the last ones; -1: all. What a run resumed from stays too
+    checkpoint_best: dict[str, str]  # stage -> "min <metric>" or "max <metric>": kept too; {}: by age alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -445,6 +453,17 @@ def _rank_checks(ranks: list[int], path: str) -> Checks:
 
 def _target_checks(target: TargetConfig) -> Checks:
     yield from _rank_checks(target.gpu_ranks, "target.gpu_ranks")
+    sharded, ranks = target.sharding != "none", len(target.gpu_ranks)
+    yield _need(
+        target.device_type != "mps" or not sharded, "target.sharding", target.sharding, "'none': mps has one device"
+    )
+    yield _need(
+        sharded or not target.cpu_offload, "target.cpu_offload", target.cpu_offload, "False where sharding='none'"
+    )
+    size, hybrid = target.shard_group_size, target.sharding == "hybrid_shard"
+    size_ok = (size >= 1 and ranks % size == 0) if hybrid else size == -1
+    need = f"a divisor of the {ranks} ranks" if hybrid else "-1: only sharding='hybrid_shard' has groups"
+    yield _need(size_ok, "target.shard_group_size", size, need)
     one_mps = target.device_type != "mps" or len(target.gpu_ranks) == 1
     yield _need(one_mps, "target.gpu_ranks", target.gpu_ranks, "one entry: device_type='mps' has one device")
 
@@ -616,6 +635,14 @@ def _output_checks(output: OutputConfig) -> Checks:
     source = output.source_checkpoint
     source_ok = source is None or bool(source.strip())
     yield _need(source_ok, "output.source_checkpoint", source, "a directory on the host, or None")
+    yield from _one_or_off(output, "output", checkpoints_keep="all of them")
+    for stage, best in output.checkpoint_best.items():
+        yield _need(stage in ("sft", "rl"), "output.checkpoint_best", output.checkpoint_best, "keys 'sft' and 'rl'")
+        ok = _matches(BEST_PATTERN, best)
+        path = f"output.checkpoint_best[{stage!r}]"
+        yield _need(ok, path, best, "'min <metric>' or 'max <metric>', a metric of metrics.jsonl")
+        kept = output.checkpoints_keep != -1
+        yield _need(kept, path, best, "checkpoints_keep >= 1: with -1 all are kept, the best among them")
 
 
 _GROUP_CHECKS: Mapping[str, typing.Callable[[Any], Checks]] = {
@@ -658,6 +685,8 @@ def _cross_checks(config: Config) -> Checks:
         yield _need(samples % ranks == 0, "rl.examples_per_step", config.rl.examples_per_step, need)
         need = f"less than data.max_length={data.max_length}"
         yield _need(config.rl.max_new_tokens < data.max_length, "rl.max_new_tokens", config.rl.max_new_tokens, need)
+    compiled = config.model.compile and config.target.sharding != "none"
+    yield _need(not compiled, "model.compile", config.model.compile, "False: a sharded model runs uncompiled")
     for name in config.stages:
         if getattr(config, name) is not None:
             yield from _rate_checks(config, name)

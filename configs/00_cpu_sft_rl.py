@@ -54,7 +54,7 @@ def adamw(*, warmup_frac: float) -> OptimizerConfig:
 
 
 config = Config(
-    target=TargetConfig(gpu_ranks=[0], device_type="cpu"),
+    target=TargetConfig(gpu_ranks=[0], device_type="cpu", sharding="none", shard_group_size=-1, cpu_offload=False),
     host=HostConfig(
         installer="pip",
         constraints_file="requirements/constraints.txt",
@@ -160,5 +160,7 @@ config = Config(
         wandb_project="",
         mode="sft+rl",
         source_checkpoint=None,
+        checkpoints_keep=-1,
+        checkpoint_best={},
     ),
 )

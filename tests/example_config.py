@@ -45,7 +45,7 @@ def example_config() -> Config:
     )
     rates: dict[str, float] = {"unembedding_lr": 1e-3, "embedding_lr": 1e-3, "matrix_lr": 1e-3, "weight_decay": 0.0}
     return Config(
-        target=TargetConfig(gpu_ranks=[0], device_type="cpu"),
+        target=TargetConfig(gpu_ranks=[0], device_type="cpu", sharding="none", shard_group_size=-1, cpu_offload=False),
         host=HostConfig(
             installer="pip",
             constraints_file="requirements/constraints.txt",
@@ -145,6 +145,8 @@ def example_config() -> Config:
             wandb_project="",
             mode="sft+rl",
             source_checkpoint=None,
+            checkpoints_keep=-1,
+            checkpoint_best={},
         ),
     )
 

@@ -101,7 +101,7 @@ def pull_checkpoint(transport: Transport, run_path: str, run: RunDir, path: str)
     """Bring one completed checkpoint here, verified against its manifest. Returns its directory, made once."""
     final = run.path / _safe(path)
     if not final.exists():
-        partial = final.with_name(f".{final.name}.part")
+        partial = _partial(final)
         partial.mkdir(parents=True, exist_ok=True)
         source = f"{run_path}/{path}"
         # On this machine a hard link is as good as a copy: neither side writes to a finished checkpoint
@@ -119,6 +119,15 @@ def pull_checkpoint(transport: Transport, run_path: str, run: RunDir, path: str)
         partial.rename(final)
     _point_latest(final)
     return final
+
+
+def drop_partial(run: RunDir, path: str) -> None:
+    """Clear what had come of a checkpoint that the run removed meanwhile; one that is here whole stays."""
+    shutil.rmtree(_partial(run.path / _safe(path)), ignore_errors=True)
+
+
+def _partial(final: Path) -> Path:
+    return final.with_name(f".{final.name}.part")
 
 
 def _point_latest(checkpoint: Path) -> None:

@@ -18,7 +18,7 @@ class View:
     first: tuple[int, float] | None = None  # step and time of the stage's first row: for the rate
     last_time: float | None = None
     phases: tuple[tuple[str, str], ...] = ()  # (name, how it went), in order
-    checkpoints: tuple[str, ...] = ()  # paths relative to the run directory
+    checkpoints: tuple[str, ...] = ()  # that stand on the host; paths relative to the run directory
     evals: tuple[dict[str, Any], ...] = ()
     error: dict[str, Any] | None = None  # the last error event
 
@@ -64,6 +64,8 @@ def _fold_event(view: View, row: dict[str, Any]) -> View:
         view = replace(view, stage=row["stage"], step=row["step"], totals=totals)
     elif kind == "checkpoint":
         view = replace(view, checkpoints=(*view.checkpoints, row["path"]))
+    elif kind == "checkpoint_removed":
+        view = replace(view, checkpoints=tuple(path for path in view.checkpoints if path != row["path"]))
     elif kind == "error":
         view = replace(view, error=row)
     elif kind == "run_ended":

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from rollouts.remote.errors import DeployError, TransportError
-from rollouts.remote.mirror import CheckpointPuller, Mirror, pull_checkpoint, pull_files
+from rollouts.remote.mirror import CheckpointPuller, Mirror, drop_partial, pull_checkpoint, pull_files
 from rollouts.remote.registry import Entry
 from rollouts.remote.transport import Transport
 from rollouts.remote.view import View, fold
@@ -176,11 +176,14 @@ def pull(link: Link) -> str:
 
 
 def pull_checkpoints(link: Link) -> None:
-    """Every checkpoint that the mirror's events name, whole and verified."""
-    mirror = Mirror(link.entry.mirror)
+    """Every checkpoint that the mirror's events name, whole and verified; not those that the run has removed since."""
+    mirror, view = Mirror(link.entry.mirror), View()
     for row in mirror.rows("events.jsonl"):
-        if row.get("kind") == "checkpoint":
-            pull_checkpoint(link.transport, link.entry.run_path, mirror.run, row["path"])
+        view = fold(view, "events.jsonl", row)
+        if row.get("kind") == "checkpoint_removed":
+            drop_partial(mirror.run, row["path"])
+    for path in view.checkpoints:
+        pull_checkpoint(link.transport, link.entry.run_path, mirror.run, path)
 
 
 def final_pull(link: Link) -> None:

@@ -1,12 +1,14 @@
 """The few collective operations the library needs. Without a process group each is a no-op for a world of one.
 
 Collectives of one group must be called in the same order on every rank, from one thread at a time. Backends call
-theirs on their worker thread; loops call these only while no backend work is in flight.
+theirs on their worker thread; loops call these only while no backend work is in flight. What is written in the
+background has a group of its own (`new_group`).
 """
 
 import datetime
 import os
-from collections.abc import Sequence
+import pickle
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -17,10 +19,10 @@ T = TypeVar("T")
 _BUCKET_ELEMENTS = 2**25  # all-reduced at once: 128 MiB of float32
 
 
-def initialize(device_type: str, *, timeout_s: float = 1800.0) -> torch.device:
+def initialize(device_type: str, *, timeout_s: float = 1800.0, alone: bool = False) -> torch.device:
     """Join the group that torchrun's environment variables describe, and return this rank's device.
 
-    For entry points: nothing else here reads the environment. A world of one makes no group. `timeout_s` bounds every
+    A world of one makes no group, unless `alone` says that it needs one (sharding does). `timeout_s` bounds every
     collective, so it must exceed the longest that ranks wait for rank 0 (generating a batch, an evaluation).
     """
     device = torch.device(device_type)
@@ -29,10 +31,20 @@ def initialize(device_type: str, *, timeout_s: float = 1800.0) -> torch.device:
             raise ValueError("device_type='cuda': torch sees no CUDA device here; use 'cpu', or check nvidia-smi")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"  # objects and floats travel over gloo
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"  # objects and floats travel over gloo
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+    elif alone:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device
+
+
+def new_group() -> dist.ProcessGroup | None:
+    """Another group of all ranks over the CPU, for collectives of another thread; None for a world of one.
+
+    Every rank calls it, in the same order as it makes other groups.
+    """
+    return dist.new_group(backend="gloo") if world_size() > 1 else None
 
 
 def shutdown() -> None:
@@ -48,18 +60,44 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def local_world_size() -> int:
+    """Ranks on this node, as torchrun says; all of them without torchrun."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+
+
 def barrier() -> None:
     """Returns once every rank has come here."""
     all_reduce_floats([0.0])  # over the CPU's group; dist.barrier would pick a device of its own
 
 
-def broadcast_object(value: T) -> T:
-    """Rank 0's `value` on every rank. It must pickle; what other ranks pass is ignored."""
+def broadcast_object(value: T, group: dist.ProcessGroup | None = None) -> T:
+    """Rank 0's `value` on every rank. It must pickle; what other ranks pass is ignored. `group`: None for the world."""
     if world_size() == 1:
         return value
     box = [value if rank() == 0 else None]
-    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    dist.broadcast_object_list(box, src=0, group=group, device=torch.device("cpu"))
     return box[0]  # type: ignore[return-value]
+
+
+def on_rank_0(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """What `function` returns on rank 0, on every rank; an exception there is raised on every rank too.
+
+    Every rank calls it, and rank 0 alone runs the function.
+    """
+    if world_size() == 1:
+        return function()
+    value: Any = None
+    error: BaseException | None = None
+    if rank() == 0:
+        try:
+            value = function()
+        except BaseException as raised:  # the other ranks must not wait for what will not come
+            error = raised
+    value, copied = broadcast_object((value, _portable(error)), group)
+    failure = error or copied  # rank 0 raises its own, with its traceback
+    if failure is not None:
+        raise failure
+    return value
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -99,6 +137,15 @@ def broadcast_tensors(tensors: Sequence[Tensor]) -> None:
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
             dist.broadcast(flat, src=0)
             _copy_back(flat, bucket)
+
+
+def _portable(error: BaseException | None) -> BaseException | None:
+    """`error` as another process can raise it."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception as reason:  # an exception class may break pickling in any way
+        return RuntimeError(f"rank 0: {type(error).__name__}: {error} (shown as text: {reason})")
+    return error
 
 
 def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:

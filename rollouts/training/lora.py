@@ -6,7 +6,7 @@ adding and subtracting again would drift (slime#780).
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +90,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     layers = _layers(model)
     state = {}
-    for key, tensor in model.state_dict().items():
+    for key, tensor in model.state_dict(keep_vars=True).items():  # tied ones are one object
         if _layer_of(key, layers, ".lora_"):
             continue
         layer = _layer_of(key, layers, ".base_layer.")
@@ -114,13 +114,16 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def write_adapter(model: nn.Module, directory: Path) -> None:
-    """The adapter in peft's layout, and which frozen weights it belongs to, into the new directory `directory`."""
+def write_adapter(model: nn.Module, directory: Path, tensors: Mapping[str, Tensor]) -> None:
+    """The adapter in peft's layout, and which frozen weights it belongs to, into the new directory `directory`.
+
+    `tensors`: `adapter_state_dict`, or a copy of it, whole.
+    """
     directory.mkdir()
     config: Any = model.peft_config[_ADAPTER]  # type: ignore[index]
     config.save_pretrained(directory)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_state_dict(model).items()}
-    safetensors.torch.save_file(tensors, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    safetensors.torch.save_file(on_cpu, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     (directory / BASE_FILE).write_text(json.dumps(base_record(model), indent=1) + "\n")
 
 

@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from base_config import Config, ModelConfig, RLConfig, SFTConfig
 from rollouts.run_dir import RunDir, append_event, append_jsonl, record_process
@@ -25,7 +25,9 @@ from rollouts.run_dir import RunDir, append_event, append_jsonl, record_process
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
+    from rollouts.training.backends.fsdp import FSDPConfig
     from rollouts.training.backends.pytorch import PyTorchTrainingBackend
+    from rollouts.training.checkpoint import Retention
     from rollouts.training.datasets.sft import SFTReport
     from rollouts.training.evaluation import Evaluation
     from rollouts.training.metrics import MetricsLogger
@@ -115,7 +117,8 @@ async def _train(config: Config, run: RunDir, stage: str, engine_urls: Sequence[
     torch.manual_seed(
         (config.rl.seed if stage == "rl" and config.rl else config.data.shuffle_seed) + _rank()
     )  # dropout
-    try:
+    with contextlib.ExitStack() as ends:
+        ends.callback(distributed.shutdown)
         model_path, resumes = _start(config, run, stage)
         tokenizer = load_tokenizer(model_path, trust_remote_code=config.model.trust_remote_code)
         data = load_data(config, tokenizer, stage)
@@ -129,7 +132,9 @@ async def _train(config: Config, run: RunDir, stage: str, engine_urls: Sequence[
             device=device,
             num_steps=steps,
             reference=reference_name(config, stage, model_path, resumes=resumes),
+            retention=retention(config, run, stage),
         )
+        ends.callback(backend.close)
         resume = await backend.load_checkpoint(model_path) if resumes else None
         pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         job = Job(config, run, stage, tokenizer, backend, steps, resume, pad_token_id)
@@ -138,8 +143,6 @@ async def _train(config: Config, run: RunDir, stage: str, engine_urls: Sequence[
                 append_event(run, "note", message=f"sft_mixture: {data.sft_report}")
             append_event(run, "training_started", stage=stage, step=job.first_step, steps_total=steps)
         await (train_sft(job, data) if stage == "sft" else train_rl(job, data, engine_urls))
-    finally:
-        distributed.shutdown()
 
 
 def _start(config: Config, run: RunDir, stage: str) -> tuple[str, bool]:
@@ -291,6 +294,23 @@ def rl_loss(rl: RLConfig) -> Callable[..., Any]:
     )
 
 
+def retention(config: Config, run: RunDir, stage: str) -> "Retention":
+    """Which checkpoints of the stage stay; the removal of the others is an event, so that nobody waits to pull them."""
+    from rollouts.training.checkpoint import Retention
+
+    mode, _, metric = config.output.checkpoint_best.get(stage, "min ").partition(" ")
+
+    def on_remove(path: Path) -> None:
+        append_event(run, "checkpoint_removed", stage=stage, path=str(path.relative_to(run.path)))
+
+    return Retention(
+        keep_last=config.output.checkpoints_keep,
+        best_metric=metric or None,
+        best_mode=cast(Literal["min", "max"], mode),
+        on_remove=on_remove,
+    )
+
+
 def build_model(model: ModelConfig, path: str) -> Any:
     """The model that is trained, on the CPU: the one at `path`, as the config wants it wrapped."""
     from rollouts.training import forward
@@ -332,14 +352,17 @@ def stage_optimizer(model: Any, stage: SFTConfig | RLConfig) -> "Optimizer":
     )
 
 
-def stage_reference(config: ModelConfig, model: Any, name: str) -> "Reference":
-    """The frozen model of the KL penalty: `model`'s own frozen weights if these are it, with LoRA; else loaded."""
+def stage_reference(config: Config, model: Any, name: str) -> "Reference":
+    """The frozen model of the KL penalty: `model`'s own frozen weights if these are it, with LoRA; else loaded.
+
+    A sharded model cannot be its own reference: its adapters cannot be turned off and on.
+    """
     from rollouts.training.lora import base_as_reference, base_record, is_lora
     from rollouts.training.reference import load_reference
 
-    if is_lora(model) and base_record(model)["name"] == name:
+    if config.target.sharding == "none" and is_lora(model) and base_record(model)["name"] == name:
         return base_as_reference(model)
-    return load_reference(name, trust_remote_code=config.trust_remote_code)
+    return load_reference(name, trust_remote_code=config.model.trust_remote_code)
 
 
 def build_backend(
@@ -352,26 +375,44 @@ def build_backend(
     device: Any,
     num_steps: int,
     reference: str | None,
+    retention: "Retention",
 ) -> "PyTorchTrainingBackend":
+    from rollouts.training.backends.fsdp import FSDPTrainingBackend
     from rollouts.training.backends.pytorch import PyTorchTrainingBackend
     from rollouts.training.optim import lr_factor
     from rollouts.training.rl_losses import sft_loss
 
     settings = cast(SFTConfig | RLConfig, getattr(config, stage))
     optimizer = settings.optimizer
-    model = build_model(config.model, model_path).to(device)
+    model = build_model(config.model, model_path)
     factor = partial(lr_factor, total_steps=num_steps, warmup_frac=optimizer.warmup_frac, schedule=optimizer.schedule)
-    return PyTorchTrainingBackend(
-        model=model,
-        optimizer=stage_optimizer(model, settings),
-        loss_fn=rl_loss(cast(RLConfig, config.rl)) if stage == "rl" else sft_loss,
-        checkpoint_dir=checkpoint_dir,
-        device=device,
-        tokenizer=tokenizer,
-        max_grad_norm=optimizer.max_grad_norm,
-        lr_schedule=factor,
-        compute_dtype=config.model.dtype,
-        reference=stage_reference(config.model, model, reference) if reference else None,
+    options: dict[str, Any] = {
+        "loss_fn": rl_loss(cast(RLConfig, config.rl)) if stage == "rl" else sft_loss,
+        "checkpoint_dir": checkpoint_dir,
+        "device": device,
+        "tokenizer": tokenizer,
+        "max_grad_norm": optimizer.max_grad_norm,
+        "lr_schedule": factor,
+        "reference": stage_reference(config, model, reference) if reference else None,
+        "retention": retention,
+    }
+    if config.target.sharding != "none":
+        return FSDPTrainingBackend(
+            model, partial(stage_optimizer, stage=settings), config=fsdp_config(config), **options
+        )
+    return PyTorchTrainingBackend(model, stage_optimizer(model, settings), compute_dtype=config.model.dtype, **options)
+
+
+def fsdp_config(config: Config) -> "FSDPConfig":
+    """How the model is sharded, where `target.sharding` says that it is."""
+    from rollouts.training.backends.fsdp import FSDPConfig
+
+    target = config.target
+    return FSDPConfig(
+        sharding_strategy=target.sharding.upper(),
+        mixed_precision=config.model.dtype == "bfloat16",
+        cpu_offload=target.cpu_offload,
+        shard_group_size=None if target.shard_group_size == -1 else target.shard_group_size,
     )
 
 
@@ -446,10 +487,9 @@ async def train_sft(job: Job, data: Data) -> None:
         )
         if _rank() == 0:
             job.log_eval(stage, step, "validation_loss", result["loss"])
-            if whole and data.eval_rows:
-                found = evaluate_with_model(
-                    job.backend.model, job.tokenizer, data.eval_rows, max_new_tokens=max_new_tokens
-                )
+        if whole and data.eval_rows and (_rank() == 0 or job.backend.collective):  # sharded: on all ranks or none
+            found = evaluate_with_model(job.backend.model, job.tokenizer, data.eval_rows, max_new_tokens=max_new_tokens)
+            if _rank() == 0:
                 job.log_eval(stage, step, "exact_match", found.exact_match)
         distributed.barrier()
         return {"validation_loss": result["loss"]}

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from hypothesis import strategies as st
 from rollouts.manifest import manifest_problems, write_manifest
 from rollouts.remote.errors import DeployError, TransportError
 from rollouts.remote.mirror import Mirror, pull_checkpoint
+from rollouts.remote.registry import Entry
 from rollouts.remote.texts import columns
 from rollouts.remote.transport import LocalTransport
 from rollouts.remote.view import View, duration, evaluation_table, event_line, fold, metrics_line
-from rollouts.remote.watch import Patience
-from rollouts.run_dir import RunDir
+from rollouts.remote.watch import Link, Patience, pull_checkpoints
+from rollouts.run_dir import RunDir, append_jsonl
 
 
 def chunk(name: str, offset: int, data: bytes) -> dict[str, Any]:
@@ -93,6 +95,41 @@ def test_latest_is_the_highest_step(tmp_path: Path) -> None:
         make_checkpoint(host, f"checkpoints/rl/{step}")
         pull_checkpoint(LocalTransport(), str(host), mirror, f"checkpoints/rl/{step}")
     assert mirror.latest_checkpoint("rl").resolve().name == "step_1000000"
+
+
+def test_a_checkpoint_that_the_run_removed_is_not_waited_for(tmp_path: Path) -> None:
+    """Goal: keep-last-n on the host does not make the last pull fail; what came before stays here.
+
+    Red with the removal passed over in `fold` (step 1 could not be pulled), and with half of step 2 left behind.
+    """
+    host, mirror = tmp_path / "host", RunDir(tmp_path / "mirror")
+    paths = [f"checkpoints/sft/step_00000{step}" for step in (0, 1, 2, 3)]
+    for path in (paths[0], paths[3]):
+        make_checkpoint(host, path)
+    pull_checkpoint(LocalTransport(), str(host), mirror, paths[0])
+    shutil.rmtree(host / paths[0])
+    half = mirror.path / "checkpoints/sft/.step_000002.part"
+    half.mkdir()
+    rows = [{"kind": "checkpoint", "path": path} for path in paths]
+    rows += [{"kind": "checkpoint_removed", "path": path} for path in paths[:3]]
+    append_jsonl(mirror.events, *rows)
+    entry = Entry(
+        run_id="r",
+        experiment_name="e",
+        target="local",
+        home=str(host),
+        run_path=str(host),
+        local_dir=str(mirror.path),
+        repository="",
+        created_at=0.0,
+    )
+    pull_checkpoints(Link(entry, "python3", LocalTransport()))
+    here = sorted(path.name for path in (mirror.checkpoints / "sft").iterdir())
+    assert here == ["latest", "step_000000", "step_000003"]
+    make_checkpoint(host, paths[1])
+    append_jsonl(mirror.events, {"kind": "checkpoint", "path": paths[1]})  # a resumed run wrote the step again
+    pull_checkpoints(Link(entry, "python3", LocalTransport()))
+    assert manifest_problems(mirror.path / paths[1]) == ()
 
 
 EVENTS: list[dict[str, Any]] = [

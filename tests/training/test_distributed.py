@@ -66,12 +66,22 @@ def test_rank_0_writes_one_checkpoint_of_the_same_weights(two, one, stage):
 
 
 def test_collectives(two, one):
-    """Goal: each helper does what it says over two ranks, and nothing over one. Red with op=MAX in all_reduce."""
+    """Goal: each helper does what it says over two ranks, and nothing over one; a failure on rank 0 is everyone's.
+
+    Red with op=MAX in all_reduce, and with on_rank_0 raising before it broadcasts: rank 1 waits until the time-out.
+    """
     _, ranks = two
     summed, copied = [[3.0] * 3, [[30.0, 30.0]] * 2], [0.0, 0.0]
     for rank, result in enumerate(ranks):
-        assert result["collectives"] == [rank, 2, {"from": 0}, [0, 1], [2.0, 1.0], [*summed, copied]]
-    assert one[1]["collectives"] == [0, 1, {"from": 0}, [0], [1.0, 0.0], [[1.0] * 3, [[10.0, 10.0]] * 2, copied]]
+        *found, by_rank_0, failures = result["collectives"]
+        assert found == [rank, 2, {"from": 0}, [0, 1], [2.0, 1.0], [*summed, copied]]
+        assert by_rank_0 == ["by 0", "by 0"]
+        assert failures[0] == "KeyError: 'k'"
+        assert failures[1] == (
+            "RuntimeError: rank 0: Unpicklable: u (shown as text: not this one)" if rank else "Unpicklable: u"
+        )
+    expected = [0, 1, {"from": 0}, [0], [1.0, 0.0], [[1.0] * 3, [[10.0, 10.0]] * 2, copied], ["by 0", "by 0"]]
+    assert one[1]["collectives"] == [*expected, ["KeyError: 'k'", "Unpicklable: u"]]
 
 
 def test_buckets_keep_order_and_bounds(monkeypatch):

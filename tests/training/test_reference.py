@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from base_config import Config
-from rollouts.training.checkpoint import CheckpointError, read_metadata
+from rollouts.training.checkpoint import CheckpointError, Retention, read_metadata
 from rollouts.training.loops.common import train_step
 from rollouts.training.loops.rl_loop import prepare_grpo_batch
 from rollouts.training.reference import as_reference, load_reference, weights_sha256
@@ -46,6 +46,7 @@ def backend_of(config: Config, directory: Path, model_path: Path, *, resumes: bo
         device=torch.device("cpu"),
         num_steps=8,
         reference=reference_name(config, "rl", str(model_path), resumes=resumes),
+        retention=Retention(),
     )
 
 

@@ -76,7 +76,25 @@ def collectives() -> list:
         distributed.gather_objects(rank),
         distributed.all_reduce_floats([1.0, rank]),
         [tensor.tolist() for tensor in [*tensors, *copied]],
+        [distributed.on_rank_0(lambda: f"by {rank}", group) for group in (None, distributed.new_group())],
+        [failure_on_rank_0(error) for error in (KeyError("k"), Unpicklable("u"))],
     ]
+
+
+class Unpicklable(Exception):
+    def __reduce__(self):
+        raise TypeError("not this one")
+
+
+def failure_on_rank_0(error: Exception) -> str:
+    def fail() -> None:
+        raise error
+
+    try:
+        distributed.on_rank_0(fail)
+    except Exception as raised:
+        return f"{type(raised).__name__}: {raised}"
+    return "nothing was raised"
 
 
 def main(directory: Path) -> None:

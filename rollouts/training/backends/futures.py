@@ -26,6 +26,17 @@ class ThreadFuture(Generic[T]):
             await anyio.to_thread.run_sync(wait, [self._future], abandon_on_cancel=True)
         return self._future.result()
 
+    def wait(self) -> T:
+        """`result()` for code that is not async: blocks the thread."""
+        return self._future.result()
+
+    def wait_done(self) -> None:
+        """Blocks until the work has ended, however it did."""
+        wait([self._future])
+
+    def done(self) -> bool:
+        return self._future.done()
+
 
 class Worker:
     """Runs submitted functions one at a time. Once one has raised, all later ones raise BackendFailedError instead."""

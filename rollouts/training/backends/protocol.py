@@ -10,6 +10,9 @@ class TrainFuture(Protocol[T_co]):
     async def result(self) -> T_co:
         """Wait until the work is applied and return what it gave; raises what it raised. Under asyncio and trio."""
 
+    def done(self) -> bool:
+        """Whether result() would not wait. Asked for by the loops of what `start_checkpoint` gives."""
+
 
 class TrainingBackend(Protocol):
     """Work is submitted in order and applied in order; several pieces may be in flight. Every rank makes each call."""
@@ -22,6 +25,15 @@ class TrainingBackend(Protocol):
 
     async def save_checkpoint(self, step: int, metrics: dict[str, Any], extra: dict[str, Any] | None = None) -> Path:
         """Write a checkpoint that resumes exactly, with `extra` (plain data) beside it, and return its directory."""
+
+    async def start_checkpoint(
+        self, step: int, metrics: dict[str, Any], extra: dict[str, Any] | None = None
+    ) -> TrainFuture[Path]:
+        """The same while later work goes on: what is saved is the state after all work submitted before.
+
+        Returns once that is copied; result() waits until it is complete. A backend without this method is saved from
+        while training waits.
+        """
 
     async def load_checkpoint(self, path: Path) -> dict[str, Any]:
         """Continue from a checkpoint: its metadata, with "step", "metrics" and "extra"."""

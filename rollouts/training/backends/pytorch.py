@@ -7,18 +7,22 @@ gets `logits` and, by keyword, every key that its signature names. As `logits` t
 of the trained tokens (`forward`: nothing is computed for padding, no logits elsewhere), any other gets [B, T, V].
 """
 
+import copy
 import inspect
 import json
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from rollouts.training import checkpoint, distributed, forward
+from rollouts.training import checkpoint, distributed, forward, optimizer_state
 from rollouts.training.backends.futures import BackendFailedError, ThreadFuture, Worker
+from rollouts.training.checkpoint import Retention
 from rollouts.training.reference import Reference
 from rollouts.training.rl_losses import (
     STATISTICS,
@@ -42,9 +46,12 @@ class PyTorchTrainingBackend:
     learning rates it was made with. Gradients are summed over ranks, never averaged: the losses divide by the global
     token count. They are clipped to the global L2 norm `max_grad_norm` (math.inf: never). `tokenizer` goes into the
     checkpoints. `reference` is a frozen model for losses that take "ref_log_probs"; checkpoints say which it was, and
-    one that was trained against another is refused. On several ranks, all start from rank 0's parameters, and every
-    rank makes the same calls in order.
+    one that was trained against another is refused. `retention` says which checkpoints stay (None: all). On several
+    ranks, all start from rank 0's parameters, and every rank makes the same calls in order.
     """
+
+    collective = False  # whether every rank must run as many forward passes as the others
+    _sharded = False  # whether ranks hold parts of parameters and state, not whole copies
 
     def __init__(
         self,
@@ -59,23 +66,25 @@ class PyTorchTrainingBackend:
         lr_schedule: Callable[[int], float] | None = None,
         compute_dtype: str = "float32",
         reference: Reference | None = None,
+        retention: Retention | None = None,
     ) -> None:
         if compute_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"compute_dtype={compute_dtype!r}: needs 'float32' or 'bfloat16'")
         if not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm={max_grad_norm}: needs > 0, or math.inf for no clipping")
-        self.model = model.to(device)
+        self.model = model
         self.optimizer = optimizer
         self.checkpoint_dir = Path(checkpoint_dir)
         self.device = torch.device(device)
+        self._place(model)
         self.step = 0  # optimizer steps applied
         self._loss_fn = loss_fn
         self._loss_inputs, self._loss_required = _signature(loss_fn)
         self._packed = is_log_prob_loss(loss_fn) and forward.prepare(model)
-        self._tokenizer = tokenizer
+        self._tokenizer = copy.deepcopy(tokenizer)  # the writer's own: a fast tokenizer serves one thread at a time
         self._reference = reference
         if reference is not None:
-            reference.model.to(device)
+            self._place(reference.model)
             forward.prepare(reference.model)
         self._max_grad_norm = max_grad_norm
         self._lr_schedule = lr_schedule
@@ -84,8 +93,12 @@ class PyTorchTrainingBackend:
         statistics = [key for key in STATISTICS if reference is not None or key != "kl_reference"]
         self._sums = dict.fromkeys(("micro_batches", "loss", *statistics), 0.0)  # since the last optim_step
         self._worker = Worker(type(self).__name__)
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-writer")  # exit waits for it
+        self._writer_group = distributed.new_group()
+        self._saving: ThreadFuture[Path] | None = None
+        self._retention = retention or Retention()
+        self._resumed_from: Path | None = None
         model.train()
-        distributed.broadcast_tensors([parameter.detach() for parameter in model.parameters()])
 
     def forward_backward(self, batch: Mapping[str, Any]) -> ThreadFuture[dict[str, float]]:
         """Add the gradient of `batch` to what has gathered since the last `optim_step`.
@@ -109,12 +122,35 @@ class PyTorchTrainingBackend:
         return self._worker.submit("forward", self._forward_only, batch)
 
     async def save_checkpoint(self, step: int, metrics: dict[str, Any], extra: dict[str, Any] | None = None) -> Path:
-        """Write `<checkpoint_dir>/step_<step>` (see `checkpoint`); rank 0 writes, all return once it is complete.
+        """`start_checkpoint`, and wait until it is complete: its directory."""
+        return await (await self.start_checkpoint(step, metrics, extra)).result()
 
+    async def start_checkpoint(
+        self, step: int, metrics: dict[str, Any], extra: dict[str, Any] | None = None
+    ) -> ThreadFuture[Path]:
+        """Save the state as it is after all work submitted before, while later work goes on.
+
+        Returns once it is copied to host memory, in turn with other work and after the checkpoint before is written. A
+        thread of its own then writes `<checkpoint_dir>/step_<step>` (see `checkpoint`). result() gives that directory
+        when it is complete on every rank, or raises why it could not be written; so does the next save. The process
+        does not exit before.
         `extra` is plain data (numbers, text, lists, dicts) that `load_checkpoint` hands back. Raises TypeError for
         anything else in it: here, not when a resume depends on it.
         """
-        return await self._worker.submit("save_checkpoint", self._save_checkpoint, step, metrics, extra).result()
+        try:
+            json.dumps(extra)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"extra of the checkpoint of step {step}: needs plain data: {error}") from error
+        what = (step, dict(metrics), copy.deepcopy(extra or {}), self._saving)
+        staged = self._worker.submit("save_checkpoint", self._snapshot, *what)
+        self._saving = saving = ThreadFuture(self._writer.submit(self._write, staged))
+        await staged.result()
+        return saving
+
+    def close(self) -> None:
+        """Wait for the checkpoint that is being written, if any, however it ends. Before the process group goes."""
+        if self._saving is not None:
+            self._saving.wait_done()
 
     async def load_checkpoint(self, path: Path | str) -> dict[str, Any]:
         """Continue from a checkpoint directory: weights, optimizer, counters and RNG. Returns metadata and "extra".
@@ -128,6 +164,11 @@ class PyTorchTrainingBackend:
         """Write weights and config to the directory `path`, which appears complete or not at all; rank 0 writes."""
         return await self._worker.submit("save_weights", self._save_weights, Path(path)).result()
 
+    def _place(self, model: nn.Module) -> None:
+        """Onto this rank's device, with rank 0's parameters."""
+        model.to(self.device)
+        distributed.broadcast_tensors([parameter.detach() for parameter in model.parameters()])
+
     # --- on the worker thread ---------------------------------------------------------------------------------------
 
     def _forward_backward(self, batch: Mapping[str, Any]) -> dict[str, float]:
@@ -136,7 +177,7 @@ class PyTorchTrainingBackend:
         logits = self._logits(self.model, inputs)
         loss = self._loss(logits, inputs)
         loss.backward()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters() if p.grad is not None])
+        norm = _total_norm([p.grad for p in self._parameters() if p.grad is not None])
         metrics = {"loss": loss.item(), "grad_norm": norm.item()}
         self._sums["micro_batches"] += 1
         self._sums["loss"] += metrics["loss"]
@@ -159,8 +200,8 @@ class PyTorchTrainingBackend:
             if parameter.grad is None:  # no sequence on this rank, or unused: every rank and every split does the same
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [p.grad for p in parameters if p.grad is not None]
-        distributed.all_reduce_sum(gradients)
-        norm = torch.nn.utils.get_total_norm(gradients)
+        self._sum_over_ranks(gradients)
+        norm = _total_norm(gradients)
         if not torch.isfinite(norm):
             raise FloatingPointError(
                 f"grad_norm={norm.item()} at step {self.step + 1} (loss={sums['loss']}): not applied. Lower the "
@@ -186,52 +227,61 @@ class PyTorchTrainingBackend:
         self.model.train()
         return {"loss": loss.item(), "tokens": trained_tokens(inputs["loss_mask"])}
 
-    def _save_checkpoint(self, step: int, metrics: dict[str, Any], extra: dict[str, Any] | None) -> Path:
-        try:
-            json.dumps(extra)
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"extra of the checkpoint of step {step}: needs plain data: {error}") from error
+    def _snapshot(
+        self, step: int, metrics: dict[str, Any], extra: dict[str, Any], before: ThreadFuture[Path] | None
+    ) -> checkpoint.Snapshot:
+        if before is not None:
+            before.wait()  # one copy in memory at a time; and a save that failed ends the run, seen or not
+        tensors, plain = optimizer_state.collect(self.model, self.optimizer)
         rng = distributed.gather_objects(checkpoint.rng_state(self.device))
-        path = self.checkpoint_dir / checkpoint.step_name(step)
-        if distributed.rank() == 0:
-            checkpoint.write_checkpoint(
-                self.checkpoint_dir,
-                step,
-                model=self.model,
-                tokenizer=self._tokenizer,
-                training_state={
-                    "optimizer": self.optimizer.state_dict(),
-                    "optimizer_steps": self.step,
-                    "rng": rng,
-                    "extra": extra or {},
-                },
-                metadata={
-                    "metrics": metrics,
-                    "world_size": distributed.world_size(),
-                    **({"reference": self._reference.record} if self._reference else {}),
-                },
-            )
-        distributed.barrier()
-        return path
+        own_part = self._sharded or distributed.rank() == 0
+        return checkpoint.Snapshot(
+            step=step,
+            weights=checkpoint.whole_weights(self.model, copy=True),
+            adapter=checkpoint.whole_adapter(self.model),
+            optimizer=optimizer_state.stage(tensors) if own_part else {},
+            training_state={"optimizer": plain, "optimizer_steps": self.step, "rng": rng, "extra": extra},
+            metadata={
+                "metrics": metrics,
+                "world_size": distributed.world_size(),
+                **({"reference": self._reference.record} if self._reference else {}),
+            },
+        )
+
+    def _write(self, staged: ThreadFuture[checkpoint.Snapshot]) -> Path:
+        """On the writer's thread."""
+        return checkpoint.write_checkpoint(
+            self.checkpoint_dir,
+            staged.wait(),
+            model=self.model,
+            tokenizer=self._tokenizer,
+            retention=self._retention,
+            protected=[self._resumed_from] if self._resumed_from else [],
+            group=self._writer_group,
+        )
 
     def _load_checkpoint(self, path: Path) -> dict[str, Any]:
-        metadata = checkpoint.read_metadata(path)
+        self.close()
+        metadata = distributed.on_rank_0(lambda: checkpoint.read_metadata(path))
         self._check_reference(path, metadata.get("reference"))
         state = checkpoint.read_training_state(path)
         checkpoint.read_model(self.model, path)
-        self.optimizer.load_state_dict(state["optimizer"])
+        optimizer_directory = path / checkpoint.OPTIMIZER_DIRECTORY
+        optimizer_state.restore(self.model, self.optimizer, optimizer_directory, state["optimizer"])
         self.optimizer.zero_grad(set_to_none=True)
         self._sums = dict.fromkeys(self._sums, 0.0)
         self.step = state["optimizer_steps"]
         own = distributed.rank() if len(state["rng"]) == distributed.world_size() else 0
         checkpoint.restore_rng_state(state["rng"][own], self.device)
+        self._resumed_from = path.resolve()
         return {**metadata, "extra": state["extra"]}
 
     def _save_weights(self, path: Path) -> Path:
-        if distributed.rank() == 0:
-            checkpoint.write_weights(self.model, path)
-        distributed.barrier()
-        return path
+        weights = checkpoint.whole_weights(self.model, copy=False)
+        return distributed.on_rank_0(lambda: checkpoint.write_weights(self.model, path, weights))
+
+    def _sum_over_ranks(self, gradients: list[Tensor]) -> None:
+        distributed.all_reduce_sum(gradients)
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -291,6 +341,12 @@ def _signature(loss_fn: Callable[..., Tensor]) -> tuple[frozenset[str] | None, f
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return None, required
     return frozenset(p.name for p in parameters), required
+
+
+def _total_norm(gradients: list[Tensor]) -> Tensor:
+    """The L2 norm of them all, a scalar; of sharded ones (every rank calls it then) over all shards."""
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def _means(sums: Mapping[str, float]) -> dict[str, float]:

@@ -47,23 +47,42 @@ def split_batch(
     world_size: int,
     micro_batch_size: int | None,
     micro_batch_tokens: int | None = None,
+    equal_counts: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """This rank's micro-batches of a step's batch, each trimmed to its longest sequence.
 
     Sequences are dealt to ranks in order of length, so that ranks get equal work. `micro_batch_tokens`: as many as fit
     into so many tokens, padding not counted (`pack_best_fit`); else `micro_batch_size` of them, or all for None.
     "tokens_global" and other numbers pass unchanged: the losses of all micro-batches on all ranks add up to the step's.
+    `equal_counts`: a rank that has fewer than another gets blank ones (`blank_batch`) too.
     """
     lengths = batch["attention_mask"].sum(1)
-    own = torch.argsort(lengths, descending=True, stable=True)[rank::world_size]
-    if micro_batch_tokens is None:
-        chosen = own.split(micro_batch_size or max(1, len(own)))
-    else:
-        chosen = [own[bin_] for bin_ in pack_best_fit(lengths[own].tolist(), micro_batch_tokens)]
+    by_length = torch.argsort(lengths, descending=True, stable=True)
+
+    def deal(rank: int) -> list[Tensor]:
+        own = by_length[rank::world_size]
+        if micro_batch_tokens is not None:
+            return [own[bin_] for bin_ in pack_best_fit(lengths[own].tolist(), micro_batch_tokens)]
+        return [rows for rows in own.split(micro_batch_size or max(1, len(own))) if len(rows)]
+
+    chosen = deal(rank)
     for rows in chosen:
-        if len(rows):
-            width = int(lengths[rows[0]])
-            yield {key: _take(value, rows, width) for key, value in batch.items()}
+        width = int(lengths[rows[0]])
+        yield {key: _take(value, rows, width) for key, value in batch.items()}
+    if equal_counts:
+        most = max(len(deal(other)) for other in range(world_size))
+        yield from [blank_batch(batch)] * (most - len(chosen))
+
+
+def blank_batch(batch: dict[str, Any]) -> dict[str, Any]:
+    """The shortest sequence of `batch`, with nothing trained on: what a rank runs that has no micro-batch left.
+
+    Where a model is sharded, every forward pass needs all ranks. Its loss and its gradient are 0.
+    """
+    lengths = batch["attention_mask"].sum(1)
+    row = lengths.argmin()[None]
+    blank = {key: _take(value, row, int(lengths[row])) for key, value in batch.items()}
+    return {**blank, "loss_mask": torch.zeros_like(blank["loss_mask"])}
 
 
 def step_indices(count: int, batch_size: int, step: int, seed: int | None) -> list[int]:

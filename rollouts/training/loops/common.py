@@ -1,14 +1,16 @@
 """What both loops do at every step: run it on the backend, decide what is due, call the caller's functions."""
 
 import inspect
+import logging
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rollouts.training import distributed
-from rollouts.training.backends.protocol import TrainingBackend
+from rollouts.training.backends.protocol import TrainFuture, TrainingBackend
 from rollouts.training.loops.batching import split_batch
 
+logger = logging.getLogger(__name__)
 EvalFn = Callable[[int], Mapping[str, float] | Awaitable[Mapping[str, float] | None] | None]
 CheckpointFn = Callable[[Path, int], Awaitable[None] | None]
 
@@ -20,11 +22,13 @@ async def train_step(
     micro_batch_tokens: int | None = None,
 ) -> dict[str, float]:
     """One optimizer step over a whole step's `batch`, the same on every rank: its loss and the backend's metrics."""
-    return await train_micro_batches(backend, own_micro_batches(batch, micro_batch_size, micro_batch_tokens))
+    collective = getattr(backend, "collective", False)
+    own = own_micro_batches(batch, micro_batch_size, micro_batch_tokens, equal_counts=collective)
+    return await train_micro_batches(backend, own)
 
 
 def own_micro_batches(
-    batch: dict[str, Any], micro_batch_size: int | None, micro_batch_tokens: int | None
+    batch: dict[str, Any], micro_batch_size: int | None, micro_batch_tokens: int | None, *, equal_counts: bool
 ) -> Iterator[dict[str, Any]]:
     """This process's share of a step's `batch`: see `split_batch`."""
     return split_batch(
@@ -33,6 +37,7 @@ def own_micro_batches(
         world_size=distributed.world_size(),
         micro_batch_size=micro_batch_size,
         micro_batch_tokens=micro_batch_tokens,
+        equal_counts=equal_counts,
     )
 
 
@@ -42,6 +47,52 @@ async def train_micro_batches(backend: TrainingBackend, micro_batches: Iterable[
     update = backend.optim_step()
     losses = [(await future.result())["loss"] for future in pending]
     return {"loss": sum(losses), **await update.result()}
+
+
+class Checkpoints:
+    """Saves that run while training goes on. Each is reported to `on_checkpoint`, on rank 0, once it is complete.
+
+    Leaving the context waits for the one in flight, also when training failed: what was saved counts.
+    """
+
+    def __init__(self, backend: TrainingBackend, on_checkpoint: CheckpointFn | None) -> None:
+        self._backend = backend
+        self._on_checkpoint = on_checkpoint
+        self._pending: tuple[int, TrainFuture[Path]] | None = None
+
+    async def __aenter__(self) -> "Checkpoints":
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
+        try:
+            await self.finish()
+        except Exception as failure:  # whatever the backend or on_checkpoint raises
+            if error is None:
+                raise
+            logger.error("the last checkpoint failed too: %s", failure)  # training's own error goes on from here
+
+    async def save(self, step: int, metrics: dict[str, Any], extra: dict[str, Any]) -> None:
+        """Start to save the state after `step`; waits for the save before."""
+        await self.finish()
+        if hasattr(self._backend, "start_checkpoint"):
+            self._pending = step, await self._backend.start_checkpoint(step, metrics, extra=extra)
+        else:
+            await self._report(await self._backend.save_checkpoint(step, metrics, extra=extra), step)
+
+    async def poll(self) -> None:
+        """Report the save that has completed since the last call, if one has; raises what made it fail."""
+        if self._pending is not None and self._pending[1].done():
+            await self.finish()
+
+    async def finish(self) -> None:
+        """Wait for the save in flight and report it."""
+        if self._pending is not None:
+            (step, future), self._pending = self._pending, None
+            await self._report(await future.result(), step)
+
+    async def _report(self, path: Path, step: int) -> None:
+        if self._on_checkpoint is not None and distributed.rank() == 0:
+            await call(self._on_checkpoint, path, step)
 
 
 def due(step: int, every: int, last: int) -> bool:

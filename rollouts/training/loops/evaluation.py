@@ -1,11 +1,12 @@
 """Validation loss over held-out examples. Every example counts once: the last partial batch is kept."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 from rollouts.training import distributed
 from rollouts.training.backends.protocol import TrainFuture
-from rollouts.training.loops.batching import collate
+from rollouts.training.loops.batching import blank_batch, collate
 from rollouts.training.types import Sample
 
 
@@ -25,8 +26,15 @@ async def validation_loss(
     chunks = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
     chunks = chunks if batches_max == -1 else chunks[:batches_max]
     loss_sum, tokens, examples = 0.0, 0.0, 0
-    for chunk in chunks[distributed.rank() :: distributed.world_size()]:
-        batch = collate([s.tokens for s in chunk], [s.loss_mask for s in chunk], pad_token_id=pad_token_id)
+    own = chunks[distributed.rank() :: distributed.world_size()]
+    collective = getattr(backend, "collective", False)
+    if collective:  # all ranks run the same number of forward passes; an empty chunk stands for none
+        own += [[]] * (math.ceil(len(chunks) / distributed.world_size()) - len(own))
+    for chunk in own:
+        rows = chunk or chunks[0]
+        batch = collate([s.tokens for s in rows], [s.loss_mask for s in rows], pad_token_id=pad_token_id)
+        if collective and not (chunk and batch["tokens_global"]):
+            batch = blank_batch({**batch, "tokens_global": 1.0})
         if batch["tokens_global"]:
             result = await backend.forward(batch).result()
             loss_sum += result["loss"] * result["tokens"]

@@ -14,7 +14,7 @@ from rollouts.training import distributed
 from rollouts.training.advantages import compute_advantages
 from rollouts.training.backends.protocol import TrainingBackend
 from rollouts.training.loops.batching import collate, pad
-from rollouts.training.loops.common import CheckpointFn, EvalFn, call, due, train_step
+from rollouts.training.loops.common import CheckpointFn, Checkpoints, EvalFn, call, due, train_step
 from rollouts.training.metrics import MetricsLogger
 from rollouts.training.rl_losses import ClipRange, trained_sequences
 from rollouts.training.types import RewardFn, RLTrainingConfig, RolloutBatch, Sample
@@ -57,32 +57,32 @@ async def run_rl_training(
         await call(eval_fn, 0)
     options: dict[str, Any] = {"pad_token_id": pad_token_id, "temperature": temperature, "clip_range": clip_range}
     history = []
-    for step in range(first + 1, config.num_steps + 1):
-        clock = [time.monotonic()]
-        prepared: Any = None
-        if distributed.rank() == 0:
-            rollouts = await rollout_manager.generate_batch(reward_fn=reward_fn)
-            batch = prepare_grpo_batch(rollouts, rollouts.rewards, config, **options)
-            prepared = batch, rollout_metrics(rollouts, step - 1)
-            if rollouts_logger is not None:
-                _log_samples(rollouts_logger, rollouts, batch["advantages"].tolist(), step)
-        batch, metrics = distributed.broadcast_object(prepared)
-        clock.append(time.monotonic())
-        metrics |= await train_step(backend, batch, config.micro_batch_size, config.micro_batch_tokens)
-        clock.append(time.monotonic())
-        if due(step, config.sync_every, config.num_steps):
-            await sync(step)
-        metrics |= _times([*clock, time.monotonic()], batch)
-        if eval_fn is not None and distributed.rank() == 0 and due(step, eval_every, config.num_steps):
-            metrics |= {f"eval_{key}": value for key, value in (await call(eval_fn, step) or {}).items()}
-        if due(step, config.log_every, config.num_steps):
-            history.append(metrics)
-            if metrics_logger is not None and distributed.rank() == 0:
-                metrics_logger.log(metrics, step=step)
-        if due(step, config.checkpoint_every, config.num_steps):
-            path = await backend.save_checkpoint(step, metrics, extra=_state(buffer, rollout_manager))
-            if on_checkpoint is not None and distributed.rank() == 0:
-                await call(on_checkpoint, path, step)
+    async with Checkpoints(backend, on_checkpoint) as checkpoints:
+        for step in range(first + 1, config.num_steps + 1):
+            clock = [time.monotonic()]
+            prepared: Any = None
+            if distributed.rank() == 0:
+                rollouts = await rollout_manager.generate_batch(reward_fn=reward_fn)
+                batch = prepare_grpo_batch(rollouts, rollouts.rewards, config, **options)
+                prepared = batch, rollout_metrics(rollouts, step - 1)
+                if rollouts_logger is not None:
+                    _log_samples(rollouts_logger, rollouts, batch["advantages"].tolist(), step)
+            batch, metrics = distributed.broadcast_object(prepared)
+            clock.append(time.monotonic())
+            metrics |= await train_step(backend, batch, config.micro_batch_size, config.micro_batch_tokens)
+            clock.append(time.monotonic())
+            if due(step, config.sync_every, config.num_steps):
+                await sync(step)
+            metrics |= _times([*clock, time.monotonic()], batch)
+            if eval_fn is not None and distributed.rank() == 0 and due(step, eval_every, config.num_steps):
+                metrics |= {f"eval_{key}": value for key, value in (await call(eval_fn, step) or {}).items()}
+            if due(step, config.log_every, config.num_steps):
+                history.append(metrics)
+                if metrics_logger is not None and distributed.rank() == 0:
+                    metrics_logger.log(metrics, step=step)
+            if due(step, config.checkpoint_every, config.num_steps):
+                await checkpoints.save(step, metrics, extra=_state(buffer, rollout_manager))
+            await checkpoints.poll()
     return history
 
 

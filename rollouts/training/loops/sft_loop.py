@@ -13,6 +13,7 @@ from rollouts.training.backends.protocol import TrainingBackend
 from rollouts.training.loops.batching import collate, step_indices
 from rollouts.training.loops.common import (
     CheckpointFn,
+    Checkpoints,
     EvalFn,
     call,
     check_resume,
@@ -47,17 +48,20 @@ async def run_sft_training(
     micro-batches are cut.
     `resume`: what `backend.load_checkpoint` returned; training goes on after its step, up to `config.num_steps`.
     `eval_fn(step)`, plain or async, runs on every rank each `eval_every` steps and after the last; the floats it
-    returns are logged as "eval_…". A checkpoint is written each `config.checkpoint_every` steps and after the last;
-    `on_checkpoint(path, step)` is then called on rank 0, as `metrics_logger` is. The caller finishes the logger.
+    returns are logged as "eval_…". A checkpoint is saved each `config.checkpoint_every` steps and after the last, while
+    training goes on; once it is complete, `on_checkpoint(path, step)` is called on rank 0, as `metrics_logger` is. The
+    caller finishes the logger.
 
     Raises ValueError for an example with nothing to train on, or data that is not what `resume` was saved with.
     """
     _check_samples(samples)
     data = {"fingerprint": _fingerprint(samples), "seed": seed, "batch_size": config.batch_size}
     steps = range(check_resume(resume, data) + 1, config.num_steps + 1)
-    prepare = partial(_prepare_step, samples, config, seed, pad_token_id)
+    collective = getattr(backend, "collective", False)
+    prepare = partial(_prepare_step, samples, config, seed, pad_token_id, collective)
     history = []
-    async with prefetch(prepare, steps, depth=PREFETCH_STEPS) as prepared:
+    prefetched = prefetch(prepare, steps, depth=PREFETCH_STEPS)
+    async with Checkpoints(backend, on_checkpoint) as checkpoints, prefetched as prepared:
         started = time.monotonic()
         async for step, batch in prepared:
             metrics = await train_micro_batches(backend, batch.micro_batches)
@@ -74,9 +78,8 @@ async def run_sft_training(
                 if metrics_logger is not None and distributed.rank() == 0:
                     metrics_logger.log(metrics, step=step)
             if due(step, config.checkpoint_every, config.num_steps):
-                path = await backend.save_checkpoint(step, metrics, extra={"data": data})
-                if on_checkpoint is not None and distributed.rank() == 0:
-                    await call(on_checkpoint, path, step)
+                await checkpoints.save(step, metrics, extra={"data": data})
+            await checkpoints.poll()
             started = time.monotonic()  # waiting for the next batch counts, what came after this step does not
     return history
 
@@ -88,13 +91,19 @@ class _Step:
     tokens: int
 
 
-def _prepare_step(
-    samples: Sequence[Sample], config: SFTTrainingConfig, seed: int | None, pad_token_id: int, step: int
+def _prepare_step(  # noqa: PLR0917 — the last alone varies
+    samples: Sequence[Sample],
+    config: SFTTrainingConfig,
+    seed: int | None,
+    pad_token_id: int,
+    collective: bool,
+    step: int,
 ) -> _Step:
     """What step `step` (from 1) trains on: a function of its arguments and this process's rank."""
     chosen = [samples[index] for index in step_indices(len(samples), config.batch_size, step - 1, seed)]
     batch = collate([s.tokens for s in chosen], [s.loss_mask for s in chosen], pad_token_id=pad_token_id)
-    micro_batches = list(own_micro_batches(batch, config.micro_batch_size, config.micro_batch_tokens))
+    sizes = config.micro_batch_size, config.micro_batch_tokens
+    micro_batches = list(own_micro_batches(batch, *sizes, equal_counts=collective))
     return _Step(micro_batches, batch["tokens_global"], sum(len(sample.tokens) for sample in chosen))
 
 

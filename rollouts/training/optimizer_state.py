@@ -1,0 +1,116 @@
+"""An optimizer's state on disk by parameter name, with `torch.distributed.checkpoint`: any world size can read it.
+
+Each rank writes its shards of the sharded tensors (DTensor) and reads back only those it needs, so that a run may go on
+with another number of ranks, or plain where it was sharded. State is found by the names of the model's parameters, not
+by their positions. Hyperparameters are not stored: those of a resumed run are its config's.
+"""
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+# Said by dcp.save and dcp.load for no_dist=True, which is what a world of one asks for.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be used. The message names the path, what is wrong and the fix."""
+
+
+def collect(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state as tensors by "<parameter>.<entry>", not copied, and plain data.
+
+    The plain data are {"values": {"<parameter>": {"<entry>": value}}, "groups": the parameter groups, without them}.
+    """
+    whole = optimizer.state_dict()
+    state, groups = whole["state"], [copy.deepcopy({**group, "params": []}) for group in whole["param_groups"]]
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, dict[str, Any]] = {}
+    for index, name, _ in _parameters(model, optimizer):
+        for entry, value in state.get(index, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}.{entry}"] = value.detach()
+            else:
+                plain.setdefault(name, {})[entry] = value
+    return tensors, {"values": plain, "groups": groups}
+
+
+def stage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A copy in host memory that later steps do not change; a sharded tensor stays sharded."""
+    options = StagingOptions(
+        use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
+    )
+    return DefaultStager(options).stage(dict(tensors))  # type: ignore[return-value]
+
+
+def write(tensors: Mapping[str, Tensor], directory: Path, group: dist.ProcessGroup | None) -> None:
+    """Write `tensors` under `directory`; every rank of `group` calls it with its shards (None: a world of one)."""
+    dcp.save(dict(tensors), checkpoint_id=directory, process_group=group, no_dist=group is None)
+
+
+def check_complete(directory: Path) -> None:
+    """Raises CheckpointError where a file that a rank wrote is not to be seen from here."""
+    storage = dcp.FileSystemReader(directory).read_metadata().storage_data or {}
+    absent = sorted({item.relative_path for item in storage.values() if not (directory / item.relative_path).is_file()})
+    if absent:
+        raise CheckpointError(
+            f"{directory}: rank 0 cannot see {', '.join(absent)}: all nodes must share the checkpoint directory"
+        )
+
+
+def restore(model: nn.Module, optimizer: torch.optim.Optimizer, directory: Path, plain: Mapping[str, Any]) -> None:
+    """Load what `write` stored, and the plain data of `collect`, into `optimizer`; its hyperparameters stay its own.
+
+    Raises CheckpointError unless the state is of exactly this optimizer's parameters. The groups that it was saved for
+    are shown to the optimizer's `load_state_dict`, which may refuse them.
+    """
+    reader = dcp.FileSystemReader(directory)
+    saved = reader.read_metadata().state_dict_metadata
+    parameters = {name: (index, parameter) for index, name, parameter in _parameters(model, optimizer)}
+    names = {key.rpartition(".")[0] for key in saved} | set(plain["values"])
+    for what, differing in (("unknown", names - set(parameters)), ("missing", set(parameters) - names)):
+        if differing and names:  # an optimizer that took no step, or one without state, stored nothing
+            raise CheckpointError(
+                f"{directory}: optimizer state of {what} parameters: {', '.join(sorted(differing)[:5])}: saved from "
+                "another architecture, or with other parameters frozen?"
+            )
+    tensors = {key: _empty(item, parameters[key.rpartition(".")[0]][1]) for key, item in saved.items()}
+    if tensors:
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    state: dict[int, dict[str, Any]] = {parameters[name][0]: dict(values) for name, values in plain["values"].items()}
+    for key, tensor in tensors.items():
+        name, _, entry = key.rpartition(".")
+        state.setdefault(parameters[name][0], {})[entry] = tensor
+    own = optimizer.state_dict()["param_groups"]
+    saved_groups = [{**group, "params": mine["params"]} for group, mine in zip(plain["groups"], own, strict=False)]
+    saved_groups += plain["groups"][len(own) :]
+    optimizer.load_state_dict({"state": state, "param_groups": saved_groups})
+    for group, mine in zip(optimizer.param_groups, own, strict=True):
+        group.update({key: value for key, value in mine.items() if key != "params"})
+
+
+def _parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[int, str, Tensor]]:
+    """(its index in the optimizer's state_dict, name, parameter); one that is not the model's is named by position."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    numbered = optimizer.state_dict()["param_groups"]
+    for group, (own, indices) in enumerate(zip(optimizer.param_groups, numbered, strict=True)):
+        for position, (parameter, index) in enumerate(zip(own["params"], indices["params"], strict=True)):
+            yield index, names.get(id(parameter), f"group{group}.{position}"), parameter
+
+
+def _empty(saved: Any, parameter: Tensor) -> Tensor:
+    """A tensor to load into: laid out (and sharded) as the parameter where it has its shape, else whole."""
+    if not isinstance(saved, TensorStorageMetadata):
+        raise CheckpointError(f"optimizer state holds {type(saved).__name__}, needs tensors: was it edited?")
+    if saved.size == parameter.shape:
+        return torch.empty_like(parameter.detach(), dtype=saved.properties.dtype)
+    return torch.empty(saved.size, dtype=saved.properties.dtype)
