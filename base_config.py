@@ -149,6 +149,17 @@ class RLConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """How both stages answer held-out rows. Each row is always answered greedily; these are the answers beside that."""
+
+    num_samples: int  # sampled answers per row, for pass@k; 0: none
+    pass_at: list[int]  # the k of each pass@k, at most num_samples; [] without samples
+    temperature: float  # of the sampled answers
+    top_k: int  # sample those among the k likeliest tokens; -1: all
+    seed: int  # of their sampling
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """The inference server of the RL stage."""
 
@@ -190,7 +201,8 @@ class Config:
     data: DataConfig
     sft: SFTConfig | None  # None only where output.mode has no sft stage
     rl: RLConfig | None  # None only where output.mode has no rl stage
-    engine: EngineConfig | None  # likewise
+    eval: EvalConfig
+    engine: EngineConfig | None  # None only where nothing samples
     limits: LimitsConfig
     output: OutputConfig
 
@@ -504,6 +516,21 @@ def _loss_checks(rl: RLConfig) -> Checks:
     yield _need(rl.entropy_coef >= 0, "rl.entropy_coef", rl.entropy_coef, ">= 0")
 
 
+def _eval_checks(evaluation: EvalConfig) -> Checks:
+    samples, ks = evaluation.num_samples, evaluation.pass_at
+    yield _need(samples >= 0, "eval.num_samples", samples, ">= 0; 0 samples nothing")
+    need = f"each k within 1 and num_samples={samples}" if samples else "[], since num_samples=0 samples nothing"
+    yield _need(all(1 <= k <= samples for k in ks), "eval.pass_at", ks, need)
+    yield _need(
+        bool(ks) or samples <= 0, "eval.pass_at", ks, f"at least one k, or num_samples={samples} is for nothing"
+    )
+    yield _need(
+        evaluation.temperature > 0, "eval.temperature", evaluation.temperature, "> 0: the greedy answer is extra"
+    )
+    yield from _one_or_off(evaluation, "eval", top_k="all tokens")
+    yield _seed(evaluation.seed, "eval.seed")
+
+
 def _engine_checks(engine: EngineConfig) -> Checks:
     yield from _rank_checks(engine.gpu_ranks, "engine.gpu_ranks")
     yield _need(1024 <= engine.sglang_port <= 65535, "engine.sglang_port", engine.sglang_port, "1024 to 65535")
@@ -538,6 +565,7 @@ _GROUP_CHECKS: Mapping[str, typing.Callable[[Any], Checks]] = {
     "data": _data_checks,
     "sft": _sft_checks,
     "rl": _rl_checks,
+    "eval": _eval_checks,
     "engine": _engine_checks,
     "limits": _limits_checks,
     "output": _output_checks,

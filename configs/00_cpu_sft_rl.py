@@ -10,6 +10,7 @@ from base_config import (
     DataConfig,
     DatasetSpec,
     EngineConfig,
+    EvalConfig,
     HostConfig,
     LimitsConfig,
     ModelConfig,
@@ -126,6 +127,7 @@ config = Config(
         seed=SEED,
         optimizer=adamw(warmup_frac=0.0),
     ),
+    eval=EvalConfig(num_samples=0, pass_at=[], temperature=1.0, top_k=-1, seed=SEED),
     engine=EngineConfig(
         kind="embedded",
         gpu_ranks=[0],

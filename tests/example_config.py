@@ -8,6 +8,7 @@ from base_config import (
     DataConfig,
     DatasetSpec,
     EngineConfig,
+    EvalConfig,
     HostConfig,
     LimitsConfig,
     ModelConfig,
@@ -105,6 +106,7 @@ def example_config() -> Config:
             seed=0,
             optimizer=optimizer,
         ),
+        eval=EvalConfig(num_samples=0, pass_at=[], temperature=1.0, top_k=-1, seed=0),
         engine=EngineConfig(
             kind="embedded",
             gpu_ranks=[0],

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from base_config import Config, RLConfig, SFTConfig
+from base_config import Config, DatasetSpec, RLConfig, SFTConfig
 from rollouts.run_dir import RunDir, append_event, append_jsonl, record_process
 
 if TYPE_CHECKING:
@@ -86,11 +86,14 @@ class Job:
     resume: Mapping[str, Any] | None  # what load_checkpoint returned, when this stage goes on from its own checkpoint
     pad_token_id: int
 
-    def log_eval(self, stage: str, step: int, metric: str, value: float) -> None:
-        splits = dict.fromkeys(spec.split for spec in self.config.data.eval_mixture)
-        row = {"stage": stage, "step": step, "split": "+".join(splits), "metric": metric, "value": value}
-        append_jsonl(self.run.eval, row)
-        logger.info("eval %s", " ".join(f"{key}={value}" for key, value in row.items()))
+    def log_eval(self, stage: str, step: int, by_task: Mapping[str, Mapping[str, float]]) -> None:
+        """A row for each metric of each task."""
+        splits = "+".join(dict.fromkeys(spec.split for spec in self.config.data.eval_mixture))
+        for task, metrics in by_task.items():
+            for metric, value in metrics.items():
+                row = {"stage": stage, "step": step, "split": splits, "task": task, "metric": metric, "value": value}
+                append_jsonl(self.run.eval, row)
+                logger.info("eval %s", " ".join(f"{key}={value}" for key, value in row.items()))
 
     def on_checkpoint(self, path: Path, step: int) -> None:
         append_event(self.run, "checkpoint", stage=self.stage, step=step, path=str(path.relative_to(self.run.path)))
@@ -157,6 +160,7 @@ class Data:
 
 def load_data(config: Config, tokenizer: Any, stage: str) -> Data:
     from rollouts.training.datasets.dataset_loaders import load_prompt_mixture, load_sft_mixture
+    from rollouts.training.evaluation import mix_tasks
     from rollouts.training.rewards import resolve
 
     data, left = config.data, config.stages[config.stages.index(stage) :]
@@ -168,9 +172,20 @@ def load_data(config: Config, tokenizer: Any, stage: str) -> Data:
     return Data(
         sft=load_samples(data.sft_mixture)[0] if "sft" in left else (),
         prompts=load_prompt_mixture(data.rl_mixture, seed=data.shuffle_seed) if "rl" in left else (),
-        eval_samples=load_samples(data.eval_mixture)[0] if data.eval_mixture and "sft" in left else (),
-        eval_rows=load_prompt_mixture(data.eval_mixture, seed=data.shuffle_seed) if data.eval_mixture else (),
+        eval_samples=mix_tasks(
+            [(task_name(spec), load_samples([spec])[0]) for spec in data.eval_mixture if "sft" in left],
+            seed=data.shuffle_seed,
+        ),
+        eval_rows=mix_tasks(
+            [(task_name(spec), load_prompt_mixture([spec], seed=data.shuffle_seed)) for spec in data.eval_mixture],
+            seed=data.shuffle_seed,
+        ),
     )
+
+
+def task_name(spec: DatasetSpec) -> str:
+    """What evaluation calls the rows of a data set that do not name their own task."""
+    return spec.name if spec.subset is None else f"{spec.name}:{spec.subset}"
 
 
 def sft_steps(config: Config, data: Data) -> int:
@@ -344,20 +359,33 @@ def _metrics(job: Job) -> Iterator["MetricsLogger"]:
 # --- stages ---------------------------------------------------------------------------------------------------------
 
 
+async def _answers(job: Job, rows: Sequence["Prompt"], engines: Sequence["SGLangEngine"] | None) -> "Evaluation":
+    """The model's answers to held-out rows: through the engines, or in process where there are none."""
+    from rollouts.training.evaluation import Sampling, evaluate_with_engine, evaluate_with_model
+
+    config = job.config
+    drawn = config.eval
+    sampling = Sampling(drawn.num_samples, drawn.temperature, drawn.top_k, drawn.seed) if drawn.num_samples else None
+    max_new_tokens = config.rl.max_new_tokens if config.rl else config.data.max_length
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling}
+    if engines:
+        return await evaluate_with_engine(engines, job.tokenizer, rows, **options)
+    return evaluate_with_model(job.backend.model, job.tokenizer, rows, **options)
+
+
 async def train_sft(job: Job, data: Data) -> None:
     from rollouts.training import distributed
-    from rollouts.training.evaluation import evaluate_with_model
-    from rollouts.training.loops import run_sft_training, validation_loss
+    from rollouts.training.evaluation import ALL_TASKS
+    from rollouts.training.loops import run_sft_training, validation_losses
     from rollouts.training.types import SFTTrainingConfig
 
     sft = cast(SFTConfig, job.config.sft)
-    max_new_tokens = job.config.rl.max_new_tokens if job.config.rl else job.config.data.max_length
 
     async def evaluate(step: int, stage: str = "sft") -> dict[str, float]:
-        """Validation loss; before the first step and after the last also exact match, both over all held-out rows."""
+        """Validation loss; before the first step and after the last also the answers, both over all held-out rows."""
         whole = step in (0, job.num_steps)
         batches_max = -1 if whole else sft.eval_steps
-        result = await validation_loss(
+        losses = await validation_losses(
             job.backend,
             data.eval_samples,
             batch_size=sft.batch_size,
@@ -365,14 +393,11 @@ async def train_sft(job: Job, data: Data) -> None:
             pad_token_id=job.pad_token_id,
         )
         if _rank() == 0:
-            job.log_eval(stage, step, "validation_loss", result["loss"])
+            job.log_eval(stage, step, {task: {"validation_loss": found["loss"]} for task, found in losses.items()})
             if whole:
-                found = evaluate_with_model(
-                    job.backend.model, job.tokenizer, data.eval_rows, max_new_tokens=max_new_tokens
-                )
-                job.log_eval(stage, step, "exact_match", found.exact_match)
+                job.log_eval(stage, step, (await _answers(job, data.eval_rows, None)).metrics(job.config.eval.pass_at))
         distributed.barrier()
-        return {"validation_loss": result["loss"]}
+        return {"validation_loss": losses[ALL_TASKS]["loss"]}
 
     if data.eval_rows and not job.resume:
         await evaluate(0, stage="base")
@@ -463,18 +488,18 @@ def _rollout_manager(job: Job, buffer: Any, engines: Sequence["SGLangEngine"]) -
 
 
 def _rl_evaluation(job: Job, data: Data, engines: Sequence["SGLangEngine"]) -> Any:
-    from rollouts.training.evaluation import evaluate_with_engine
+    from rollouts.training.evaluation import ALL_TASKS
 
     rl = cast(RLConfig, job.config.rl)
     trained_before = len(job.config.stages) > 1 or job.config.output.source_checkpoint is not None
 
     async def evaluate(step: int) -> dict[str, float]:
-        """Greedy exact match: over all rows before the first step and after the last, else over rl.eval_examples."""
+        """Exact match and pass@k: over all rows before the first step and after the last, else rl.eval_examples."""
         whole = step in (0, job.num_steps) or rl.eval_examples == -1
         rows = data.eval_rows if whole else data.eval_rows[: rl.eval_examples]
-        found: Evaluation = await evaluate_with_engine(engines, job.tokenizer, rows, max_new_tokens=rl.max_new_tokens)
-        job.log_eval("rl" if step or trained_before else "base", step, "exact_match", found.exact_match)
-        return {"exact_match": found.exact_match}
+        by_task = (await _answers(job, rows, engines)).metrics(job.config.eval.pass_at)
+        job.log_eval("rl" if step or trained_before else "base", step, by_task)
+        return by_task[ALL_TASKS]
 
     return evaluate
 
