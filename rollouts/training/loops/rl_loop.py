@@ -16,6 +16,7 @@ from rollouts.training.backends.protocol import TrainingBackend
 from rollouts.training.loops.batching import collate, pad
 from rollouts.training.loops.common import CheckpointFn, EvalFn, call, due, train_step
 from rollouts.training.metrics import MetricsLogger
+from rollouts.training.replay import sample_records
 from rollouts.training.rl_losses import ClipRange, trained_sequences
 from rollouts.training.types import RewardFn, RLTrainingConfig, RolloutBatch, Sample
 from rollouts.training.weight_sync import sync_weights_to_engines
@@ -42,8 +43,9 @@ async def run_rl_training(
 ) -> list[dict[str, float]]:
     """Train on what the engines sample and return one dict per logged step. Steps count from 1.
 
-    Rank 0 alone generates, scores, logs and evaluates; the others get the prepared step from it and may pass None for
-    `buffer`, `rollout_manager`, `engines` and the functions. The engines get the trainer's weights before the first
+    To train on saved rollouts, without an engine: `replay.ReplayRollouts` as `rollout_manager`, no `buffer` (None), and
+    `engines` []. Rank 0 alone generates, scores, logs and evaluates; the others get the prepared step from it and may
+    pass None for `buffer`, `rollout_manager`, `engines` and the functions. The engines get the trainer's weights before the first
     step and every `config.sync_every` steps, and after the last; the version is the number of steps applied.
     `weights_dir` is where these weights stand for the engines to load (default: `weights` beside the checkpoints).
     `temperature` is the sampler's; `clip_range` reaches losses that take one. `rollouts_logger` gets every sample.
@@ -65,7 +67,7 @@ async def run_rl_training(
             batch = prepare_grpo_batch(rollouts, rollouts.rewards, config, **options)
             prepared = batch, rollout_metrics(rollouts, step - 1)
             if rollouts_logger is not None:
-                _log_samples(rollouts_logger, rollouts, batch["advantages"].tolist(), step)
+                log_samples(rollouts_logger, rollouts, batch["advantages"].tolist(), step)
         batch, metrics = distributed.broadcast_object(prepared)
         clock.append(time.monotonic())
         metrics |= await train_step(backend, batch, config.micro_batch_size)
@@ -121,8 +123,9 @@ def prepare_grpo_batch(
     return prepared
 
 
-def rollout_metrics(batch: RolloutBatch, steps_applied: int) -> dict[str, float]:
-    """What a step's rollouts were like; `lag_max` is how many optimizer steps old the oldest weights sampled from are.
+def rollout_metrics(batch: RolloutBatch, steps_applied: int | None) -> dict[str, float]:
+    """What a step's rollouts were like; "lag_mean" and "lag_max": how many optimizer steps old the weights were that
+    sampled them, where `steps_applied` have been taken by now (None: nothing is trained, and there is no lag).
 
     The numbers of `batch.metadata` (groups started, kept, dropped) come along under their own names, counts by filter
     as `<key>_<filter>` beside their sum.
@@ -137,8 +140,8 @@ def rollout_metrics(batch: RolloutBatch, steps_applied: int) -> dict[str, float]
         metrics["truncated_frac"] = sum(map(_is_length, reasons)) / len(reasons)
     versions = [sample.metadata.get("weight_version") for sample in batch.samples]
     numbers = [int(version) for version in versions if version is not None and str(version).isdigit()]
-    if numbers:
-        metrics["lag_max"] = steps_applied - min(numbers)
+    if numbers and steps_applied is not None:
+        metrics |= {"lag_mean": steps_applied - statistics.fmean(numbers), "lag_max": steps_applied - min(numbers)}
     for key, value in batch.metadata.items():
         if isinstance(value, Mapping):  # groups_dropped: by filter, and their sum
             metrics |= {key: sum(value.values()), **{f"{key}_{name}": count for name, count in value.items()}}
@@ -192,41 +195,32 @@ def _times(clock: Sequence[float], batch: Mapping[str, Any]) -> dict[str, float]
     }
 
 
-def _log_samples(logger: MetricsLogger, batch: RolloutBatch, advantages: Sequence[float], step: int) -> None:
+def log_samples(logger: MetricsLogger, batch: RolloutBatch, advantages: Sequence[float] | None, step: int) -> None:
     """Every sample of a step with what training on it again would need."""
-    groups = batch.group_ids or [0] * len(batch.samples)
-    for sample, group, reward, advantage in zip(batch.samples, groups, batch.rewards, advantages, strict=True):
-        record = {
-            "prompt": sample.prompt,
-            "response": sample.response,
-            "tokens": sample.tokens,
-            "response_length": sample.response_length,
-            "loss_mask": sample.loss_mask,
-            "rollout_log_probs": sample.rollout_log_probs,
-            "reward": reward,
-            "advantage": advantage,
-            "group": group,
-        }
-        logger.log({**sample.metadata, **record}, step=step)
+    for record in sample_records(batch, advantages):
+        logger.log(record, step=step)
 
 
 def _state(buffer: Any, rollout_manager: Any) -> dict[str, Any]:
+    """Where the prompts and the rollouts stand; a replay has no buffer."""
     if distributed.rank() != 0:
         return {}
-    state = {"buffer": buffer.save_state()}
-    if hasattr(rollout_manager, "save_state"):
-        state["rollout_manager"] = rollout_manager.save_state()
-    return state
+    parts = {"buffer": buffer, "rollout_manager": rollout_manager}
+    return {name: part.save_state() for name, part in parts.items() if hasattr(part, "save_state")}
 
 
 def _restore(buffer: Any, rollout_manager: Any, resume: Mapping[str, Any] | None) -> int:
     if resume is None:
         return 0
     state = resume["extra"]
-    if "buffer" not in state:
+    if not {"buffer", "rollout_manager"} & set(state):
         raise ValueError(f"the checkpoint of step {resume['step']} was not written by this loop: it has no data cursor")
-    if distributed.rank() == 0:
-        buffer.load_state(state["buffer"])
-        if "rollout_manager" in state:
-            rollout_manager.load_state(state["rollout_manager"])
+    for name, part in (("buffer", buffer), ("rollout_manager", rollout_manager)):
+        if hasattr(part, "load_state"):
+            if name not in state:
+                raise ValueError(
+                    f"the checkpoint of step {resume['step']} has no state of a {name}: it was saved by a run that "
+                    "sampled otherwise (from an engine, or from saved rollouts). Resume as that run began."
+                )
+            part.load_state(state[name])
     return int(resume["step"])
