@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 EXPERIMENT_NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_-]{0,47}"  # also a tmux session name: no dot, no colon
 DOTTED_NAME_PATTERN = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+"
+ENGINE_SOURCES = ("engine", "engine_only")  # rl.source where rollouts come from an engine, not from a file
 ENV_NAME_PATTERN = r"[A-Za-z_][A-Za-z0-9_]*"
 
 
@@ -108,7 +109,8 @@ class SFTConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RLConfig:
-    num_epochs: int  # steps = prompts // examples_per_step * num_epochs
+    num_epochs: int  # steps = prompts // examples_per_step * num_epochs; of saved rollouts, their steps * num_epochs
+    source: str  # "engine": sample and train; "engine_only": sample and score alone; or a rollouts.jsonl to train on
     examples_per_step: int  # prompts per optimizer step
     num_samples: int  # per prompt; one sample has no baseline
     batch_size: int  # sequences per rank and forward pass
@@ -225,6 +227,11 @@ class Config:
     def stages(self) -> tuple[Literal["sft", "rl"], ...]:
         """The stages that `output.mode` selects, in order."""
         return tuple(stage for stage in ("sft", "rl") if stage in self.output.mode.split("+"))
+
+    @property
+    def uses_engine(self) -> bool:
+        """Whether the run samples from an inference engine."""
+        return "rl" in self.stages and self.rl is not None and self.rl.source in ENGINE_SOURCES
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -488,6 +495,8 @@ def _rl_checks(rl: RLConfig) -> Checks:
         eval_examples="all of eval_mixture",
         save_every="only at the end",
     )
+    source_ok = rl.source in ENGINE_SOURCES or (rl.source.endswith(".jsonl") and bool(rl.source.removesuffix(".jsonl")))
+    yield _need(source_ok, "rl.source", rl.source, "'engine', 'engine_only' or the path of a run's rollouts.jsonl")
     yield _need(rl.num_samples >= 2, "rl.num_samples", rl.num_samples, ">= 2, else every advantage is 0")
     yield _need(rl.temperature > 0, "rl.temperature", rl.temperature, "> 0: sampling is what RL learns from")
     yield from _loss_checks(rl)
@@ -578,12 +587,13 @@ def _cross_checks(config: Config) -> Checks:
     for name in config.stages:
         yield getattr(config, name) is not None, f"{name}=None: output.mode={mode!r} has this stage, which needs it"
         mixture = f"{name}_mixture"
-        yield bool(getattr(data, mixture)), f"data.{mixture}=[]: empty, and output.mode={mode!r} trains on it"
+        if name == "sft" or config.uses_engine:
+            yield bool(getattr(data, mixture)), f"data.{mixture}=[]: empty, and output.mode={mode!r} trains on it"
         stage = getattr(config, name)
         if stage is not None and stage.eval_every != -1:
             need = "-1, or rows in data.eval_mixture, which is empty"
             yield _need(bool(data.eval_mixture), f"{name}.eval_every", stage.eval_every, need)
-    if "rl" in config.stages:
+    if config.uses_engine:
         yield config.engine is not None, f"engine=None: output.mode={mode!r} has an rl stage, which samples from it"
     if config.sft is not None and config.sft.batch_size >= 1:
         target, per_pass = config.sft.target_examples_per_step, config.sft.batch_size * ranks
@@ -595,7 +605,8 @@ def _cross_checks(config: Config) -> Checks:
         yield _need(samples % ranks == 0, "rl.examples_per_step", config.rl.examples_per_step, need)
         need = f"less than data.max_length={data.max_length}"
         yield _need(config.rl.max_new_tokens < data.max_length, "rl.max_new_tokens", config.rl.max_new_tokens, need)
-    noise = config.model.init == "random" and mode == "rl" and config.output.source_checkpoint is None
+    starts_rl = mode == "rl" and config.uses_engine and config.output.source_checkpoint is None
+    noise = config.model.init == "random" and starts_rl
     yield not noise, "model.init='random': output.mode='rl' would sample from noise; use 'sft+rl' or source_checkpoint"
 
 

@@ -91,6 +91,7 @@ config = Config(
     ),
     rl=RLConfig(
         num_epochs=2,  # of 4,800 prompts: 300 steps
+        source="engine",
         examples_per_step=32,  # many prompts of few samples: 16 x 16 costs the same and learns half as fast
         num_samples=8,
         batch_size=256,

@@ -73,6 +73,7 @@ def example_config() -> Config:
         ),
         rl=RLConfig(
             num_epochs=1,
+            source="engine",
             examples_per_step=4,
             num_samples=4,
             batch_size=16,

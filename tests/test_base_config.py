@@ -75,6 +75,12 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("sft.optimizer.max_grad_norm", 0.0, "sft.optimizer.max_grad_norm=0.0: needs > 0; 1e9 never clips"),
     ("sft.optimizer.schedule", "step", "sft.optimizer.schedule='step': needs one of"),
     ("sft.optimizer.warmup_frac", 1.0, "sft.optimizer.warmup_frac=1.0: needs 0 <= warmup_frac < 1"),
+    (
+        "rl.source",
+        "rollouts",
+        "rl.source='rollouts': needs 'engine', 'engine_only' or the path of a run's rollouts.jsonl",
+    ),
+    ("rl.source", ".jsonl", "rl.source='.jsonl': needs 'engine'"),
     ("rl.num_samples", 1, "rl.num_samples=1: needs >= 2, else every advantage is 0"),
     ("rl.temperature", 0.0, "rl.temperature=0.0: needs > 0"),
     ("rl.top_k", 0, "rl.top_k=0: needs >= 1, or -1 for all tokens"),
@@ -146,6 +152,23 @@ def test_loss_settings_that_another_one_would_ignore(changes: dict[str, Any], re
     for path, value in changes.items():
         config = replace_at(config, path, value)
     assert [problem[: len(reason or "")] for problem in config.problems()] == ([reason] if reason else [])
+
+
+def test_only_what_samples_needs_an_engine_and_prompts() -> None:
+    """Goal: a replay asks for no engine and no prompts, anything else does. Red with uses_engine always True."""
+    config = replace_at(replace_at(example_config(), "engine", None), "data.rl_mixture", [])
+    reasons = {
+        source: [problem.split(":")[0] for problem in replace_at(config, "rl.source", source).problems()]
+        for source in ("engine", "engine_only", "/runs/a/rollouts.jsonl")
+    }
+    missing = ["data.rl_mixture=[]", "engine=None"]
+    assert reasons == {"engine": missing, "engine_only": missing, "/runs/a/rollouts.jsonl": []}
+
+
+def test_pass_at_more_than_was_sampled() -> None:
+    """Goal: pass@k is estimated from at least k answers. Red with the upper bound left out."""
+    config = replace_at(replace_at(example_config(), "eval.num_samples", 4), "eval.pass_at", [1, 5])
+    assert config.problems() == ("eval.pass_at=[1, 5]: needs each k within 1 and num_samples=4",)
 
 
 @pytest.mark.parametrize("ranks", [[0], [0, 1], [0, 1, 2]])

@@ -18,10 +18,13 @@ from rollouts.training.types import RewardFn, RolloutBatch, Sample
 SHOWN_METADATA = ("prompt_id", "weight_version", "finish_reason")  # metadata with fields of its own
 
 
-def sample_records(batch: RolloutBatch, advantages: Sequence[float] | None) -> Iterator[dict[str, Any]]:
+def sample_records(
+    batch: RolloutBatch, advantages: Sequence[float] | None, temperature: float
+) -> Iterator[dict[str, Any]]:
     """A record for each sample of a step's `batch`, with all that training on it again needs.
 
-    `advantages` is one per sample; None where they are per token, which a value model makes anew.
+    `temperature` is the sampler's, at which `rollout_log_probs` were taken. `advantages` is one per sample; None where
+    there are none, or they are per token, which a value model makes anew.
     """
     groups = batch.group_ids or [0] * len(batch.samples)
     scores = [None] * len(batch.samples) if advantages is None else advantages
@@ -34,6 +37,7 @@ def sample_records(batch: RolloutBatch, advantages: Sequence[float] | None) -> I
             "response_length": sample.response_length,
             "loss_mask": sample.loss_mask,
             "rollout_log_probs": sample.rollout_log_probs,
+            "temperature": temperature,
             "reward": reward,
             "advantage": advantage,
             "group": group,
@@ -89,8 +93,10 @@ class ReplayRollouts:
     a file that does not exist, holds no step, or holds one in part.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, *, temperature: float) -> None:
+        """`temperature` is the one that training divides the logits by: it must be the recorded one."""
         self.path = Path(path)
+        self._temperature = temperature
         self._steps, self.fingerprint = _index(self.path)
         self._position = 0  # batches given
 
@@ -103,7 +109,13 @@ class ReplayRollouts:
         step = self._steps[self._position % len(self._steps)]
         samples, groups = [], []
         for where, line in _lines(self.path, step):
-            sample, group = read_sample(json.loads(line), where)
+            record = json.loads(line)
+            sample, group = read_sample(record, where)
+            if record.get("temperature") != self._temperature:
+                raise DataError(
+                    f"{where}: was sampled at temperature {record.get('temperature')}, and is to be trained on at "
+                    f"{self._temperature}: its log-probs would not be comparable. Set the recorded one."
+                )
             if reward_fn is not None:
                 reward: Any = reward_fn(sample)
                 sample.reward = float(await reward if inspect.isawaitable(reward) else reward)

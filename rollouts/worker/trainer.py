@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rollouts.training.backends.pytorch import PyTorchTrainingBackend
     from rollouts.training.evaluation import Evaluation
     from rollouts.training.metrics import MetricsLogger
+    from rollouts.training.replay import ReplayRollouts
     from rollouts.training.types import Prompt, RLTrainingConfig, Sample
     from rollouts.training.weight_sync import SGLangEngine
 
@@ -81,7 +82,7 @@ class Job:
     run: RunDir
     stage: str
     tokenizer: Any
-    backend: "PyTorchTrainingBackend"
+    backend: "PyTorchTrainingBackend | None"  # None where nothing is trained
     num_steps: int
     resume: Mapping[str, Any] | None  # what load_checkpoint returned, when this stage goes on from its own checkpoint
     pad_token_id: int
@@ -113,17 +114,19 @@ async def _train(config: Config, run: RunDir, stage: str, engine_urls: Sequence[
         tokenizer = load_tokenizer(model_path, trust_remote_code=config.model.trust_remote_code)
         data = load_data(config, tokenizer, stage)
         steps = sft_steps(config, data) if stage == "sft" else rl_steps(config, data)
-        backend = build_backend(
-            config,
-            stage,
-            checkpoint_dir=run.checkpoints / stage,
-            model_path=model_path,
-            tokenizer=tokenizer,
-            device=device,
-            num_steps=steps,
-            reference=reference_name(config, stage, model_path, resumes=resumes),
-        )
-        resume = await backend.load_checkpoint(model_path) if resumes else None
+        backend, resume = None, None
+        if stage == "sft" or (config.rl and config.rl.source != "engine_only"):
+            backend = build_backend(
+                config,
+                stage,
+                checkpoint_dir=run.checkpoints / stage,
+                model_path=model_path,
+                tokenizer=tokenizer,
+                device=device,
+                num_steps=steps,
+                reference=reference_name(config, stage, model_path, resumes=resumes),
+            )
+            resume = await backend.load_checkpoint(model_path) if resumes else None
         pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         job = Job(config, run, stage, tokenizer, backend, steps, resume, pad_token_id)
         if _rank() == 0:
@@ -154,6 +157,7 @@ class Data:
 
     sft: Sequence["Sample"]
     prompts: Sequence["Prompt"]
+    saved: "ReplayRollouts | None"  # in place of prompts and an engine
     eval_samples: Sequence["Sample"]
     eval_rows: Sequence["Prompt"]
 
@@ -161,6 +165,7 @@ class Data:
 def load_data(config: Config, tokenizer: Any, stage: str) -> Data:
     from rollouts.training.datasets.dataset_loaders import load_prompt_mixture, load_sft_mixture
     from rollouts.training.evaluation import mix_tasks
+    from rollouts.training.replay import ReplayRollouts
     from rollouts.training.rewards import resolve
 
     data, left = config.data, config.stages[config.stages.index(stage) :]
@@ -169,9 +174,13 @@ def load_data(config: Config, tokenizer: Any, stage: str) -> Data:
         resolve(config.rl.reward_fn)
         if config.rl.filter_fn is not None:
             resolve(config.rl.filter_fn)
+    saved = None
+    if "rl" in left and config.rl is not None and not config.uses_engine:
+        saved = ReplayRollouts(config.rl.source, temperature=config.rl.temperature)
     return Data(
         sft=load_samples(data.sft_mixture)[0] if "sft" in left else (),
-        prompts=load_prompt_mixture(data.rl_mixture, seed=data.shuffle_seed) if "rl" in left else (),
+        prompts=load_prompt_mixture(data.rl_mixture, seed=data.shuffle_seed) if "rl" in left and saved is None else (),
+        saved=saved,
         eval_samples=mix_tasks(
             [(task_name(spec), load_samples([spec])[0]) for spec in data.eval_mixture if "sft" in left],
             seed=data.shuffle_seed,
@@ -197,6 +206,8 @@ def sft_steps(config: Config, data: Data) -> int:
 
 def rl_steps(config: Config, data: Data) -> int:
     rl = cast(RLConfig, config.rl)
+    if data.saved is not None:
+        return len(data.saved) * rl.num_epochs
     return max(1, len(data.prompts) // rl.examples_per_step * rl.num_epochs)
 
 
@@ -370,6 +381,7 @@ async def _answers(job: Job, rows: Sequence["Prompt"], engines: Sequence["SGLang
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling}
     if engines:
         return await evaluate_with_engine(engines, job.tokenizer, rows, **options)
+    assert job.backend is not None, "without engines there is a model in this process"
     return evaluate_with_model(job.backend.model, job.tokenizer, rows, **options)
 
 
@@ -380,13 +392,14 @@ async def train_sft(job: Job, data: Data) -> None:
     from rollouts.training.types import SFTTrainingConfig
 
     sft = cast(SFTConfig, job.config.sft)
+    backend = cast("PyTorchTrainingBackend", job.backend)
 
     async def evaluate(step: int, stage: str = "sft") -> dict[str, float]:
         """Validation loss; before the first step and after the last also the answers, both over all held-out rows."""
         whole = step in (0, job.num_steps)
         batches_max = -1 if whole else sft.eval_steps
         losses = await validation_losses(
-            job.backend,
+            backend,
             data.eval_samples,
             batch_size=sft.batch_size,
             batches_max=batches_max,
@@ -410,7 +423,7 @@ async def train_sft(job: Job, data: Data) -> None:
     )
     with _metrics(job) as metrics_logger:
         await run_sft_training(
-            job.backend,
+            backend,
             data.sft,
             config,
             metrics_logger,
@@ -429,27 +442,43 @@ async def train_rl(job: Job, data: Data, engine_urls: Sequence[str]) -> None:
     from rollouts.training.metrics import JSONLLogger
 
     rl = cast(RLConfig, job.config.rl)
-    config = rl_training_config(rl, job.num_steps)
-    buffer = DataBuffer(data.prompts, seed=rl.seed)
+    buffer = DataBuffer(data.prompts, seed=rl.seed) if data.saved is None else None
+    rollouts_logger = JSONLLogger(job.run.rollouts) if _rank() == 0 and data.saved is None else None
     async with _engines(job, engine_urls) as engines:
+        manager: Any = data.saved or _rollout_manager(job, buffer, engines) if _rank() == 0 else None
+        evaluate = _rl_evaluation(job, data, engines) if data.eval_rows else None
         with _metrics(job) as metrics_logger:
+            if job.backend is None:
+                if rollouts_logger is not None:
+                    await _collect(job, manager, rollouts_logger, metrics_logger, evaluate)
+                return
             await run_rl_training(
                 job.backend,
                 buffer,
-                _rollout_manager(job, buffer, engines) if _rank() == 0 else None,
+                manager,
                 engines,
-                config,
+                rl_training_config(rl, job.num_steps),
                 metrics_logger=metrics_logger,
                 weights_dir=job.run.weights,
-                rollouts_logger=JSONLLogger(job.run.rollouts) if _rank() == 0 else None,
+                rollouts_logger=rollouts_logger,
                 temperature=rl.temperature,
                 clip_range=(rl.clip_low, rl.clip_high) if rl.loss in ("ppo", "cispo") else None,
                 pad_token_id=job.pad_token_id,
                 resume=job.resume,
-                eval_fn=_rl_evaluation(job, data, engines) if data.eval_rows else None,
+                eval_fn=evaluate,
                 eval_every=rl.eval_every,
                 on_checkpoint=job.on_checkpoint,
             )
+
+
+async def _collect(job: Job, manager: Any, rollouts: "MetricsLogger", metrics: "MetricsLogger", evaluate: Any) -> None:
+    """Rollouts of the model as it is, scored and written; on rank 0."""
+    from rollouts.training.loops import collect_rollouts
+
+    rl = cast(RLConfig, job.config.rl)
+    await collect_rollouts(
+        manager, job.num_steps, rollouts, temperature=rl.temperature, metrics_logger=metrics, eval_fn=evaluate
+    )
 
 
 @contextlib.asynccontextmanager

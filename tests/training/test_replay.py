@@ -32,13 +32,17 @@ COLLIDING = {"reward": "mine", "step": -1, "time": 0, "metadata": {"a": [1, None
 def write(path: Path, batches: list[RolloutBatch], first_step: int = 1) -> Path:
     logger = JSONLLogger(path, stage="rl")
     for step, batch in enumerate(batches, start=first_step):
-        log_samples(logger, batch, [0.5] * len(batch.samples), step)
+        log_samples(logger, batch, [0.5] * len(batch.samples), step, TEMPERATURE)
     logger.finish()
     return path
 
 
+def replay_of(path: Path) -> ReplayRollouts:
+    return ReplayRollouts(path, temperature=TEMPERATURE)
+
+
 def read_all(path: Path, count: int | None = None) -> list[RolloutBatch]:
-    source = ReplayRollouts(path)
+    source = replay_of(path)
     return [anyio.run(source.generate_batch) for _ in range(len(source) if count is None else count)]
 
 
@@ -76,7 +80,7 @@ def test_a_replay_reproduces_the_run_bit_for_bit(tmp_path, runtime):
 
         async def main():
             state = await backend.load_checkpoint(directory / "latest") if resume else None
-            source = ReplayRollouts(logger.path)
+            source = replay_of(logger.path)
             steps = RLTrainingConfig(num_steps=num_steps, baseline="group_mean", advantage_norm="group_std")
             return await run_rl_training(backend, None, source, [], steps, temperature=TEMPERATURE, resume=state)
 
@@ -96,7 +100,7 @@ def test_a_checkpoint_of_a_replay_is_no_checkpoint_of_a_live_run(tmp_path):
     """Goal: a run is resumed as it began, or the error says so. Red with a missing state passed over."""
     path = write(tmp_path / "rollouts.jsonl", [rollout_batch(2, 2)])
     backend = tiny_backend(tmp_path / "rl", loss_fn=ppo_loss)
-    anyio.run(lambda: run_rl_training(backend, None, ReplayRollouts(path), [], RLTrainingConfig(num_steps=1)))
+    anyio.run(lambda: run_rl_training(backend, None, replay_of(path), [], RLTrainingConfig(num_steps=1)))
     state = anyio.run(backend.load_checkpoint, tmp_path / "rl" / "latest")
     buffer, engine = CountingBuffer(), PolicyEngine()
     manager = PolicyManager(buffer, engine)
@@ -116,7 +120,7 @@ def test_it_goes_round_and_can_be_scored_anew(tmp_path):
         return sample.response_length
 
     for reward_fn in (by_length, lambda sample: sample.response_length):
-        batch = anyio.run(ReplayRollouts(path).generate_batch, reward_fn)
+        batch = anyio.run(replay_of(path).generate_batch, reward_fn)
         assert batch.rewards == [float(n) for n in batch.response_lengths]
 
 
@@ -176,10 +180,17 @@ def test_log_probs_that_were_not_finite_are_refused(tmp_path):
         read_all(write(tmp_path / "rollouts.jsonl", [batch]))
 
 
+def test_another_temperature_is_refused(tmp_path):
+    """Goal: saved log-probs are compared only with those at their own temperature (trl#4159). Red unchecked."""
+    path = write(tmp_path / "rollouts.jsonl", [rollout_batch(1, 2)])
+    with pytest.raises(DataError, match=r":1: was sampled at temperature 0.8, and is to be trained on at 1.0"):
+        anyio.run(ReplayRollouts(path, temperature=1.0).generate_batch)
+
+
 def test_another_file_under_the_cursor_is_refused(tmp_path):
     """Goal: a file swapped before a resume is noticed (NeMo-RL#2519). Red with the fingerprint not compared."""
     sources = [
-        ReplayRollouts(write(tmp_path / name, [rollout_batch(1, 2, seed=seed)]))
+        replay_of(write(tmp_path / name, [rollout_batch(1, 2, seed=seed)]))
         for name, seed in (("a.jsonl", 1), ("b.jsonl", 2))
     ]
     with pytest.raises(DataError, match="holds other rollouts"):
@@ -204,6 +215,7 @@ def test_rollouts_without_training(tmp_path, runtime):
             manager,
             3,
             logger,
+            temperature=TEMPERATURE,
             reward_fn=likes_low_tokens,
             metrics_logger=metrics_logger,
             eval_fn=evaluated.append,

@@ -45,8 +45,8 @@ async def run_rl_training(
 
     To train on saved rollouts, without an engine: `replay.ReplayRollouts` as `rollout_manager`, no `buffer` (None), and
     `engines` []. Rank 0 alone generates, scores, logs and evaluates; the others get the prepared step from it and may
-    pass None for `buffer`, `rollout_manager`, `engines` and the functions. The engines get the trainer's weights before the first
-    step and every `config.sync_every` steps, and after the last; the version is the number of steps applied.
+    pass None for `buffer`, `rollout_manager`, `engines` and the functions. The engines get the trainer's weights before
+    the first step and every `config.sync_every` steps, and after the last; the version is the number of steps applied.
     `weights_dir` is where these weights stand for the engines to load (default: `weights` beside the checkpoints).
     `temperature` is the sampler's; `clip_range` reaches losses that take one. `rollouts_logger` gets every sample.
     `resume`, `eval_fn`, `eval_every`, `on_checkpoint`: as in `run_sft_training`, with `eval_fn` on rank 0 only, and
@@ -67,7 +67,7 @@ async def run_rl_training(
             batch = prepare_grpo_batch(rollouts, rollouts.rewards, config, **options)
             prepared = batch, rollout_metrics(rollouts, step - 1)
             if rollouts_logger is not None:
-                log_samples(rollouts_logger, rollouts, batch["advantages"].tolist(), step)
+                log_samples(rollouts_logger, rollouts, batch["advantages"].tolist(), step, temperature)
         batch, metrics = distributed.broadcast_object(prepared)
         clock.append(time.monotonic())
         metrics |= await train_step(backend, batch, config.micro_batch_size)
@@ -195,9 +195,11 @@ def _times(clock: Sequence[float], batch: Mapping[str, Any]) -> dict[str, float]
     }
 
 
-def log_samples(logger: MetricsLogger, batch: RolloutBatch, advantages: Sequence[float] | None, step: int) -> None:
+def log_samples(
+    logger: MetricsLogger, batch: RolloutBatch, advantages: Sequence[float] | None, step: int, temperature: float
+) -> None:
     """Every sample of a step with what training on it again would need."""
-    for record in sample_records(batch, advantages):
+    for record in sample_records(batch, advantages, temperature):
         logger.log(record, step=step)
 
 

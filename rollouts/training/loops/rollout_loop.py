@@ -14,14 +14,16 @@ async def collect_rollouts(
     num_steps: int,
     rollouts_logger: MetricsLogger,
     *,
+    temperature: float = 1.0,
     reward_fn: RewardFn | None = None,
     metrics_logger: MetricsLogger | None = None,
     eval_fn: Any = None,
 ) -> list[dict[str, float]]:
     """Write `num_steps` batches of `rollout_manager` to `rollouts_logger`; one dict of metrics for each.
 
-    The engines serve what they serve: nothing is trained and no weights are sent. `eval_fn(0)` is called first. One
-    process calls this, not every rank of a trainer. The caller finishes the loggers.
+    `temperature` is the one that the manager samples at. The engines serve what they serve: nothing is trained and no
+    weights are sent. `eval_fn(0)` is called first. One process calls this, not every rank of a trainer. The caller
+    finishes the loggers.
     """
     if eval_fn is not None:
         await call(eval_fn, 0)
@@ -30,7 +32,7 @@ async def collect_rollouts(
         started = time.monotonic()
         rollouts = await rollout_manager.generate_batch(reward_fn=reward_fn)
         elapsed = time.monotonic() - started
-        log_samples(rollouts_logger, rollouts, None, step)
+        log_samples(rollouts_logger, rollouts, None, step, temperature)
         metrics = rollout_metrics(rollouts, None)
         metrics |= {"tokens_per_s": sum(map(len, rollouts.tokens)) / elapsed, "generate_s": elapsed, "step_s": elapsed}
         history.append(metrics)
