@@ -93,7 +93,8 @@ class OptimizerConfig:
 class SFTConfig:
     num_epochs: int
     num_iterations: int  # optimizer steps; -1: num_epochs decides
-    batch_size: int  # examples per rank and forward pass
+    batch_size: int  # examples per rank and forward pass, where micro_batch_tokens is -1
+    micro_batch_tokens: int  # tokens per rank and forward pass, filled best-fit with whole examples; -1: batch_size
     target_examples_per_step: int  # examples per optimizer step, over all ranks: accumulated
     unembedding_lr: float
     embedding_lr: float
@@ -113,7 +114,8 @@ class RLConfig:
     source: str  # "engine": sample and train; "engine_only": sample and score alone; or a rollouts.jsonl to train on
     examples_per_step: int  # prompts per optimizer step
     num_samples: int  # per prompt; one sample has no baseline
-    batch_size: int  # sequences per rank and forward pass
+    batch_size: int  # sequences per rank and forward pass, where micro_batch_tokens is -1
+    micro_batch_tokens: int  # tokens per rank and forward pass, filled best-fit with whole sequences; -1: batch_size
     max_new_tokens: int
     temperature: float
     top_k: int  # sample among the k likeliest tokens; -1: all
@@ -478,6 +480,7 @@ def _sft_checks(sft: SFTConfig) -> Checks:
         num_iterations="as many as num_epochs make",
         eval_every="only at the end",
         eval_steps="all of eval_mixture",
+        micro_batch_tokens="batch_size examples",
         checkpoint_every="only at the end",
     )
     yield from _stage_checks(sft, "sft")
@@ -493,6 +496,7 @@ def _rl_checks(rl: RLConfig) -> Checks:
         top_k="all tokens",
         eval_every="only before and after",
         eval_examples="all of eval_mixture",
+        micro_batch_tokens="batch_size sequences",
         save_every="only at the end",
     )
     source_ok = rl.source in ENGINE_SOURCES or (rl.source.endswith(".jsonl") and bool(rl.source.removesuffix(".jsonl")))
@@ -595,7 +599,7 @@ def _cross_checks(config: Config) -> Checks:
             yield _need(bool(data.eval_mixture), f"{name}.eval_every", stage.eval_every, need)
     if config.uses_engine:
         yield config.engine is not None, f"engine=None: output.mode={mode!r} has an rl stage, which samples from it"
-    if config.sft is not None and config.sft.batch_size >= 1:
+    if config.sft is not None and config.sft.batch_size >= 1 and config.sft.micro_batch_tokens == -1:
         target, per_pass = config.sft.target_examples_per_step, config.sft.batch_size * ranks
         need = f"a multiple of batch_size x ranks = {config.sft.batch_size} x {ranks}"
         yield _need(target % per_pass == 0, "sft.target_examples_per_step", target, need)

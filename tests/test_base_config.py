@@ -66,6 +66,8 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("engine", None, "engine=None: output.mode='sft+rl' has an rl stage"),
     ("sft.num_iterations", 0, "sft.num_iterations=0: needs >= 1, or -1 for as many as num_epochs make"),
     ("sft.batch_size", 0, "sft.batch_size=0: needs >= 1"),
+    ("sft.micro_batch_tokens", 0, "sft.micro_batch_tokens=0: needs >= 1, or -1 for batch_size examples"),
+    ("rl.micro_batch_tokens", -2, "rl.micro_batch_tokens=-2: needs >= 1, or -1 for batch_size sequences"),
     ("sft.target_examples_per_step", 12, "sft.target_examples_per_step=12: needs a multiple of batch_size x ranks"),
     ("sft.matrix_lr", float("nan"), "sft.matrix_lr=nan: needs a finite number"),
     ("sft.matrix_lr", -1e-3, "sft.matrix_lr=-0.001: needs >= 0"),

@@ -5,8 +5,9 @@ B sequences, T tokens, V vocabulary entries, N trained tokens. Log-probabilities
 t, predicted by `logits[:, t - 1]`; `loss_mask[:, t]` and `old_log_probs[:, t]` belong to that token too. Position 0 is
 predicted by nothing and never counts.
 
-Only trained positions are ever read: they are selected before the softmax, so padding may hold inf or NaN without
-touching the loss or its gradient, and nothing of size [B, T, V] is upcast.
+`logits` are a tensor [B, T, V], or the `TokenLogProbs` that a backend takes in their place. Only trained positions are
+ever read: they are selected before the softmax, so padding may hold inf or NaN without touching the loss or its
+gradient, and nothing of size [B, T, V] is upcast.
 
 `tokens_global` and `sequences_global` count the trained tokens and the sequences that have any, over all micro-batches
 and ranks of the optimizer step (`trained_tokens`, `trained_sequences`). A loss divides by one of them once, so that the
@@ -16,16 +17,18 @@ losses and gradients of micro-batches add up to the same step however it was cut
 computes, with its source: docs/losses.md.
 """
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from rollouts.training.log_probs import TokenLogProbs, selected_log_probs
 from rollouts.training.loss_terms import (
     ClipRange,
     check_choice,
     clipped_surrogate,
-    entropy,
     held_exp,
     importance_weights,
     k1,
@@ -39,10 +42,25 @@ from rollouts.training.loss_terms import (
 LOSSES = ("grpo", "ppo", "gspo", "cispo")
 KL_KINDS = {"k1": k1, "k2": k2, "k3": k3}
 
-_CHUNK_ELEMENTS = 2**24  # statistics look at this many logits at a time: 64 MiB in float32
+Logits = Tensor | TokenLogProbs
+LossFn = TypeVar("LossFn", bound=Callable[..., Tensor])
 
 
-def sft_loss(logits: Tensor, labels: Tensor, loss_mask: Tensor, *, tokens_global: float | None = None) -> Tensor:
+def reads_log_probs(loss_fn: LossFn) -> LossFn:
+    """Mark a loss function that takes `TokenLogProbs` as its `logits`: a backend then makes no others."""
+    loss_fn.reads_log_probs = True  # type: ignore[attr-defined]
+    return loss_fn
+
+
+def is_log_prob_loss(loss_fn: Callable[..., Any]) -> bool:
+    """Whether `loss_fn`, or the function under its `functools.partial`, is so marked."""
+    while isinstance(loss_fn, functools.partial):
+        loss_fn = loss_fn.func
+    return getattr(loss_fn, "reads_log_probs", False)
+
+
+@reads_log_probs
+def sft_loss(logits: Logits, labels: Tensor, loss_mask: Tensor, *, tokens_global: float | None = None) -> Tensor:
     """Mean negative log-likelihood of the trained tokens: a scalar.
 
     `logits` [B, T, V], `labels` [B, T] token ids, `loss_mask` [B, T] weights, 0 for what is not trained on.
@@ -53,8 +71,9 @@ def sft_loss(logits: Tensor, labels: Tensor, loss_mask: Tensor, *, tokens_global
     return -(shares_BT[:, 1:][tokens.keep] * tokens.log_probs_N).sum()
 
 
+@reads_log_probs
 def policy_loss(
-    logits: Tensor,
+    logits: Logits,
     labels: Tensor,
     loss_mask: Tensor,
     advantages: Tensor,
@@ -89,7 +108,7 @@ def policy_loss(
     Raises ValueError for an unknown name, shapes that do not fit, or an input that the choice needs and is not there.
     """
     _check_combination(loss, importance, dual_clip)
-    tokens = _trained(logits, labels, loss_mask, temperature)
+    tokens = _trained(logits, labels, loss_mask, temperature, with_entropy=entropy_coef != 0)
     dtype, mask = tokens.log_probs_N.dtype, loss_mask.to(tokens.log_probs_N.dtype)
     advantages_N = _per_token(advantages, tokens.keep, dtype)
     if loss == "grpo" and importance == "none":
@@ -111,8 +130,8 @@ def policy_loss(
         check_choice("kl_kind", kl_kind, KL_KINDS)
         ref_N = _aligned("ref_log_probs", ref_log_probs, labels, tokens.keep, needed_by=f"kl_coef={kl_coef}").to(dtype)
         terms_N = terms_N + kl_coef * KL_KINDS[kl_kind](tokens.log_probs_N, ref_N)
-    if entropy_coef:
-        terms_N = terms_N - entropy_coef * entropy(tokens.log_probs_NV)
+    if entropy_coef and tokens.entropy_N is not None:
+        terms_N = terms_N - entropy_coef * tokens.entropy_N
     shares_BT = token_shares(
         mask,
         aggregation,
@@ -123,8 +142,9 @@ def policy_loss(
     return (shares_BT[:, 1:][tokens.keep] * terms_N).sum()
 
 
+@reads_log_probs
 def grpo_loss(
-    logits: Tensor,
+    logits: Logits,
     labels: Tensor,
     loss_mask: Tensor,
     advantages: Tensor,
@@ -143,8 +163,9 @@ def grpo_loss(
     )
 
 
+@reads_log_probs
 def ppo_loss(  # noqa: PLR0917 — the order users know; call it by keyword
-    logits: Tensor,
+    logits: Logits,
     labels: Tensor,
     loss_mask: Tensor,
     advantages: Tensor,
@@ -172,8 +193,9 @@ def ppo_loss(  # noqa: PLR0917 — the order users know; call it by keyword
     )
 
 
+@reads_log_probs
 def gspo_loss(  # noqa: PLR0917 — the order of ppo_loss
-    logits: Tensor,
+    logits: Logits,
     labels: Tensor,
     loss_mask: Tensor,
     advantages: Tensor,
@@ -202,8 +224,9 @@ def gspo_loss(  # noqa: PLR0917 — the order of ppo_loss
     )
 
 
+@reads_log_probs
 def cispo_loss(  # noqa: PLR0917 — the order of ppo_loss
-    logits: Tensor,
+    logits: Logits,
     labels: Tensor,
     loss_mask: Tensor,
     advantages: Tensor,
@@ -242,7 +265,7 @@ def trained_sequences(loss_mask: Tensor) -> float:
 
 
 @torch.no_grad()
-def token_log_probs(logits: Tensor, labels: Tensor, loss_mask: Tensor, *, temperature: float = 1.0) -> Tensor:
+def token_log_probs(logits: Logits, labels: Tensor, loss_mask: Tensor, *, temperature: float = 1.0) -> Tensor:
     """Log-probs [B, T] of the trained tokens, aligned to tokens, 0 elsewhere; no gradient: for a reference model."""
     tokens = _trained(logits, labels, loss_mask, temperature)
     log_probs = tokens.log_probs_N.new_zeros(labels.shape)
@@ -255,7 +278,7 @@ STATISTICS = ("tokens", "entropy", "logp", "logp_diff_abs", "kl_sampler", "clip_
 
 @torch.no_grad()
 def policy_statistics(
-    logits: Tensor,
+    logits: Logits,
     labels: Tensor,
     loss_mask: Tensor,
     old_log_probs: Tensor,
@@ -269,49 +292,44 @@ def policy_statistics(
     "tokens" (a count), "entropy" of the policy (nats), "logp" of the sampled tokens, "logp_diff_abs" = |log p - log
     p_old|, "kl_sampler" = k3 estimate of KL(sampler || trainer), "clip_fraction" = tokens whose ratio lies outside
     `clip_range`, and with `ref_log_probs` "kl_reference" = k3 estimate of KL(trainer || reference). Inputs as in
-    `policy_loss`. Works through the tokens in chunks: no second [N, V] in float32.
+    `policy_loss`.
     """
-    keep, positions_N = _trained_positions(logits, labels, loss_mask)
-    old_N = _aligned("old_log_probs", old_log_probs, labels, keep, needed_by="policy_statistics")
-    ref_N = None if ref_log_probs is None else _aligned("ref_log_probs", ref_log_probs, labels, keep, needed_by="")
-    targets_N = labels[:, 1:][keep]
+    tokens = _trained(logits, labels, loss_mask, temperature, with_entropy=True)
+    log_probs_N, dtype = tokens.log_probs_N, tokens.log_probs_N.dtype
+    old_N = _aligned("old_log_probs", old_log_probs, labels, tokens.keep, needed_by="policy_statistics").to(dtype)
     low, high = ratio_bounds(clip_range)
-    chunk = max(1, _CHUNK_ELEMENTS // logits.shape[-1])
-    names = STATISTICS if ref_N is not None else STATISTICS[:-1]
-    sums = torch.zeros(len(names), dtype=torch.float64)
-    for start in range(0, len(positions_N), chunk):
-        part = slice(start, start + chunk)
-        log_probs_NV = _log_softmax(logits.flatten(0, 1).index_select(0, positions_N[part]), temperature)
-        log_probs_n = log_probs_NV.gather(-1, targets_N[part, None]).squeeze(-1)
-        old_n = old_N[part].to(log_probs_n.dtype)
-        ratio_n = torch.exp(log_probs_n - old_n)
-        terms = [
-            torch.ones_like(log_probs_n),
-            entropy(log_probs_NV),
-            log_probs_n,
-            (log_probs_n - old_n).abs(),
-            k3(old_n, log_probs_n),
-            ((ratio_n < low) | (ratio_n > high)).to(log_probs_n.dtype),
-        ]
-        if ref_N is not None:
-            terms.append(k3(log_probs_n, ref_N[part].to(log_probs_n.dtype)))
-        sums += torch.stack([term.sum() for term in terms]).double().cpu()
-    return dict(zip(names, sums.tolist(), strict=True))
+    ratio_N = torch.exp(log_probs_N - old_N)
+    assert tokens.entropy_N is not None
+    terms = [
+        torch.ones_like(log_probs_N),
+        tokens.entropy_N,
+        log_probs_N,
+        (log_probs_N - old_N).abs(),
+        k3(old_N, log_probs_N),
+        ((ratio_N < low) | (ratio_N > high)).to(dtype),
+    ]
+    if ref_log_probs is not None:
+        ref_N = _aligned("ref_log_probs", ref_log_probs, labels, tokens.keep, needed_by="").to(dtype)
+        terms.append(k3(log_probs_N, ref_N))
+    sums = torch.stack(terms).sum(1, dtype=torch.float64).tolist()
+    return dict(zip(STATISTICS, sums, strict=False))  # without a reference there is one term less
 
 
-class _Trained(NamedTuple):
-    """The trained tokens: where they are [B, T-1] bool, their log-probs [N], and those of all their rivals [N, V]."""
-
-    keep: Tensor
-    log_probs_N: Tensor
-    log_probs_NV: Tensor
-
-
-def _trained(logits: Tensor, labels: Tensor, loss_mask: Tensor, temperature: float) -> _Trained:
+def _trained(
+    logits: Logits, labels: Tensor, loss_mask: Tensor, temperature: float, *, with_entropy: bool = False
+) -> TokenLogProbs:
+    if isinstance(logits, TokenLogProbs):
+        if logits.temperature != temperature or (with_entropy and logits.entropy_N is None):
+            raise ValueError(
+                f"log-probs at temperature={logits.temperature} with entropy: {logits.entropy_N is not None}; the "
+                f"loss needs temperature={temperature} with entropy: {with_entropy}"
+            )
+        return logits
     keep, positions_N = _trained_positions(logits, labels, loss_mask)
-    log_probs_NV = _log_softmax(logits.flatten(0, 1).index_select(0, positions_N), temperature)
-    log_probs_N = log_probs_NV.gather(-1, labels[:, 1:][keep, None]).squeeze(-1)
-    return _Trained(keep, log_probs_N, log_probs_NV)
+    log_probs_N, entropy_N = selected_log_probs(
+        logits.flatten(0, 1), positions_N, labels[:, 1:][keep], temperature=temperature, with_entropy=with_entropy
+    )
+    return TokenLogProbs(keep, log_probs_N, entropy_N, temperature)
 
 
 def _trained_positions(logits: Tensor, labels: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -323,15 +341,6 @@ def _trained_positions(logits: Tensor, labels: Tensor, loss_mask: Tensor) -> tup
     keep = loss_mask[:, 1:] != 0
     rows, columns = keep.nonzero(as_tuple=True)
     return keep, rows * logits.shape[1] + columns
-
-
-def _log_softmax(logits_NV: Tensor, temperature: float) -> Tensor:
-    dtype = torch.float64 if logits_NV.dtype is torch.float64 else torch.float32
-    if temperature == 1.0:
-        return torch.log_softmax(logits_NV, -1, dtype=dtype)
-    if temperature <= 0:
-        raise ValueError(f"temperature={temperature}: needs > 0; greedy samples have no distribution to learn from")
-    return torch.log_softmax(logits_NV.to(dtype) / temperature, -1)
 
 
 def _check_combination(loss: str, importance: str, dual_clip: float | None) -> None:

@@ -59,6 +59,7 @@ class SFTTrainingConfig:
     log_every: int = 10
     checkpoint_every: int = -1  # -1: only after the last step
     micro_batch_size: int | None = None  # examples per rank and forward pass; None: all of a step's at once
+    micro_batch_tokens: int | None = None  # instead: tokens per rank and forward pass, filled with whole examples
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class RLTrainingConfig:
     checkpoint_every: int = -1
     advantage_norm: str = "none"  # or "group_std" or "batch": see `advantages`
     micro_batch_size: int | None = None  # sequences per rank and forward pass; None: all of a step's at once
+    micro_batch_tokens: int | None = None  # instead: tokens per rank and forward pass, filled with whole sequences
 
 
 GenerateFn = Callable[..., list[Sample] | Awaitable[list[Sample]]]

@@ -249,6 +249,7 @@ def rl_training_config(rl: RLConfig, num_steps: int) -> "RLTrainingConfig":
         checkpoint_every=rl.save_every,
         advantage_norm=rl.advantage_norm,
         micro_batch_size=rl.batch_size,
+        micro_batch_tokens=None if rl.micro_batch_tokens == -1 else rl.micro_batch_tokens,
     )
 
 
@@ -282,6 +283,7 @@ def build_backend(
     num_steps: int,
     reference: str | None,
 ) -> "PyTorchTrainingBackend":
+    from rollouts.training import forward
     from rollouts.training.backends.pytorch import PyTorchTrainingBackend
     from rollouts.training.model_loading import load_model
     from rollouts.training.optim import build_optimizer, lr_factor
@@ -295,7 +297,7 @@ def build_backend(
         model_path, init=init, init_seed=config.model.init_seed, trust_remote_code=config.model.trust_remote_code
     ).to(device)
     if config.model.compile:
-        model.compile(dynamic=True)
+        forward.body(model).compile(dynamic=True)
     factor = partial(lr_factor, total_steps=num_steps, warmup_frac=optimizer.warmup_frac, schedule=optimizer.schedule)
     return PyTorchTrainingBackend(
         model=model,
@@ -420,6 +422,7 @@ async def train_sft(job: Job, data: Data) -> None:
         log_every=sft.log_every,
         checkpoint_every=sft.checkpoint_every,
         micro_batch_size=sft.batch_size,
+        micro_batch_tokens=None if sft.micro_batch_tokens == -1 else sft.micro_batch_tokens,
     )
     with _metrics(job) as metrics_logger:
         await run_sft_training(

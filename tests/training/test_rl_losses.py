@@ -246,7 +246,7 @@ def test_statistics_do_not_depend_on_chunks(monkeypatch):
     """Goal: looking at the tokens in pieces changes nothing. Red with the last piece left out."""
     batch = without(rl_inputs(), "advantages")
     whole = policy_statistics(**batch)
-    monkeypatch.setattr("rollouts.training.rl_losses._CHUNK_ELEMENTS", 2 * V)
+    monkeypatch.setattr("rollouts.training.log_probs._CHUNK_ELEMENTS", 2 * V)
     assert policy_statistics(**batch) == pytest.approx(whole, abs=1e-12)
 
 

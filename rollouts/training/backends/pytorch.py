@@ -3,23 +3,31 @@
 A batch is a dict. Tensors are [B, T] unless said: "input_ids", "labels", "loss_mask", "attention_mask" (right padding
 or left; left out: nothing is padded), "advantages" [B], "old_log_probs", "ref_log_probs" (made here where there is a
 reference model), and the numbers "tokens_global", "sequences_global", "temperature", "clip_range" (or a pair). The loss
-gets `logits` [B, T, V] and, by keyword, every key that its signature names.
+gets `logits` and, by keyword, every key that its signature names. As `logits` the losses of `rl_losses` get log-probs
+of the trained tokens (`forward`: nothing is computed for padding, no logits elsewhere), any other gets [B, T, V].
 """
 
 import inspect
 import json
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rollouts.training import checkpoint, distributed
+from rollouts.training import checkpoint, distributed, forward
 from rollouts.training.backends.futures import BackendFailedError, ThreadFuture, Worker
 from rollouts.training.reference import Reference
-from rollouts.training.rl_losses import STATISTICS, policy_statistics, token_log_probs, trained_tokens
+from rollouts.training.rl_losses import (
+    STATISTICS,
+    Logits,
+    is_log_prob_loss,
+    policy_statistics,
+    token_log_probs,
+    trained_tokens,
+)
 
 __all__ = ["BackendFailedError", "PyTorchTrainingBackend"]
 _MODEL_KEYS = ("input_ids", "labels", "loss_mask")
@@ -63,10 +71,12 @@ class PyTorchTrainingBackend:
         self.step = 0  # optimizer steps applied
         self._loss_fn = loss_fn
         self._loss_inputs, self._loss_required = _signature(loss_fn)
+        self._packed = is_log_prob_loss(loss_fn) and forward.prepare(model)
         self._tokenizer = tokenizer
         self._reference = reference
         if reference is not None:
             reference.model.to(device)
+            forward.prepare(reference.model)
         self._max_grad_norm = max_grad_norm
         self._lr_schedule = lr_schedule
         self._autocast = compute_dtype == "bfloat16"
@@ -134,7 +144,7 @@ class PyTorchTrainingBackend:
             names = ("temperature", "clip_range", *(("ref_log_probs",) if self._reference else ()))
             options = {key: inputs[key] for key in names if key in inputs}
             tensors = (inputs[key] for key in ("labels", "loss_mask", "old_log_probs"))
-            sums = policy_statistics(logits.detach(), *tensors, **options)
+            sums = policy_statistics(logits, *tensors, **options)
             for key, value in sums.items():
                 self._sums[key] += value
             metrics |= _means(sums)
@@ -258,16 +268,16 @@ class PyTorchTrainingBackend:
                 "weights. Resume with the first, or start a new run from the checkpoint's weights."
             )
 
-    def _logits(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-        mask = inputs.get("attention_mask")
-        if mask is None:
-            mask = torch.ones_like(inputs["input_ids"])
-        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)  # real tokens count from 0, whichever side is padded
-        with torch.autocast(self.device.type, torch.bfloat16) if self._autocast else nullcontext():
-            output = model(input_ids=inputs["input_ids"], attention_mask=mask, position_ids=positions, use_cache=False)
-        return output.logits
+    def _logits(self, model: nn.Module, inputs: Mapping[str, Any]) -> Logits:
+        with self._autocasting():
+            if self._packed and forward.packs(model):
+                return forward.token_log_probs(model, inputs, with_entropy="advantages" in inputs)
+            return forward.padded_logits(model, inputs)
 
-    def _loss(self, logits: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    def _autocasting(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16) if self._autocast else nullcontext()
+
+    def _loss(self, logits: Logits, inputs: Mapping[str, Any]) -> Tensor:
         named = inputs if self._loss_inputs is None else {k: v for k, v in inputs.items() if k in self._loss_inputs}
         return self._loss_fn(logits=logits, **named)
 

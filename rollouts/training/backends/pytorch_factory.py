@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rollouts.training import forward
 from rollouts.training.backends.pytorch import PyTorchTrainingBackend
 from rollouts.training.model_loading import load_model, load_tokenizer
 from rollouts.training.optim import build_optimizer
@@ -48,7 +49,7 @@ def create_pytorch_backend(
         trust_remote_code=trust_remote_code,
     )
     if compile_model:
-        model.compile(dynamic=True)
+        forward.body(model).compile(dynamic=True)
     optimizer = build_optimizer(
         model,
         matrix_lr=learning_rate,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rollouts.training.loops.packing import pack_best_fit
 from rollouts.training.rl_losses import trained_tokens
 
 
@@ -39,16 +40,26 @@ def pad(rows: Sequence[Sequence[float]], width: int, value: float, dtype: torch.
 
 
 def split_batch(
-    batch: dict[str, Any], *, rank: int, world_size: int, micro_batch_size: int | None
+    batch: dict[str, Any],
+    *,
+    rank: int,
+    world_size: int,
+    micro_batch_size: int | None,
+    micro_batch_tokens: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """This rank's micro-batches of a step's batch, each trimmed to its longest sequence.
 
-    Sequences are dealt to ranks in order of length, so that ranks get equal work and micro-batches little padding.
+    Sequences are dealt to ranks in order of length, so that ranks get equal work. `micro_batch_tokens`: as many as fit
+    into so many tokens, padding not counted (`pack_best_fit`); else `micro_batch_size` of them, or all for None.
     "tokens_global" and other numbers pass unchanged: the losses of all micro-batches on all ranks add up to the step's.
     """
     lengths = batch["attention_mask"].sum(1)
     own = torch.argsort(lengths, descending=True, stable=True)[rank::world_size]
-    for rows in own.split(micro_batch_size or max(1, len(own))):
+    if micro_batch_tokens is None:
+        chosen = own.split(micro_batch_size or max(1, len(own)))
+    else:
+        chosen = [own[bin_] for bin_ in pack_best_fit(lengths[own].tolist(), micro_batch_tokens)]
+    for rows in chosen:
         if len(rows):
             width = int(lengths[rows[0]])
             yield {key: _take(value, rows, width) for key, value in batch.items()}

@@ -13,10 +13,19 @@ EvalFn = Callable[[int], Mapping[str, float] | Awaitable[Mapping[str, float] | N
 CheckpointFn = Callable[[Path, int], Awaitable[None] | None]
 
 
-async def train_step(backend: TrainingBackend, batch: dict[str, Any], micro_batch_size: int | None) -> dict[str, float]:
+async def train_step(
+    backend: TrainingBackend,
+    batch: dict[str, Any],
+    micro_batch_size: int | None,
+    micro_batch_tokens: int | None = None,
+) -> dict[str, float]:
     """One optimizer step over a whole step's `batch`, the same on every rank: its loss and the backend's metrics."""
     micro_batches = split_batch(
-        batch, rank=distributed.rank(), world_size=distributed.world_size(), micro_batch_size=micro_batch_size
+        batch,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        micro_batch_size=micro_batch_size,
+        micro_batch_tokens=micro_batch_tokens,
     )
     pending = [backend.forward_backward(micro_batch) for micro_batch in micro_batches]
     update = backend.optim_step()

@@ -70,7 +70,7 @@ async def run_rl_training(
                 log_samples(rollouts_logger, rollouts, batch["advantages"].tolist(), step, temperature)
         batch, metrics = distributed.broadcast_object(prepared)
         clock.append(time.monotonic())
-        metrics |= await train_step(backend, batch, config.micro_batch_size)
+        metrics |= await train_step(backend, batch, config.micro_batch_size, config.micro_batch_tokens)
         clock.append(time.monotonic())
         if due(step, config.sync_every, config.num_steps):
             await sync(step)

@@ -30,7 +30,7 @@ async def run_sft_training(
     """Train on `samples` and return one dict per logged step. Steps count from 1; every rank makes the same call.
 
     The order is a pure function of (`seed`, epoch); each step takes the next `config.batch_size` examples, going on
-    into the next epoch, and its result depends neither on the ranks nor on `config.micro_batch_size`.
+    into the next epoch, and its result depends neither on the ranks nor on how micro-batches are cut.
     `resume`: what `backend.load_checkpoint` returned; training goes on after its step, up to `config.num_steps`.
     `eval_fn(step)`, plain or async, runs on every rank each `eval_every` steps and after the last; the floats it
     returns are logged as "eval_…". A checkpoint is written each `config.checkpoint_every` steps and after the last;
@@ -45,7 +45,7 @@ async def run_sft_training(
         started = time.monotonic()
         chosen = [samples[index] for index in step_indices(len(samples), config.batch_size, step - 1, seed)]
         batch = collate([s.tokens for s in chosen], [s.loss_mask for s in chosen], pad_token_id=pad_token_id)
-        metrics = await train_step(backend, batch, config.micro_batch_size)
+        metrics = await train_step(backend, batch, config.micro_batch_size, config.micro_batch_tokens)
         elapsed = time.monotonic() - started
         tokens = sum(len(sample.tokens) for sample in chosen)
         metrics |= {"trained_tokens": batch["tokens_global"], "tokens_per_s": tokens / elapsed, "step_s": elapsed}

@@ -171,14 +171,21 @@ def test_padding_side_does_not_matter(tmp_path):
         left[key] = torch.stack([torch.roll(row, width - length) for row, length in rows])
 
     async def loss(batch):
+        def plain(logits, labels, loss_mask, tokens_global):  # any other loss than ours runs padded
+            seen.append(logits.shape)
+            return sft_loss(logits, labels, loss_mask, tokens_global=tokens_global)
+
         seen = []
-        backend = tiny_backend(tmp_path, dtype=torch.float64)
+        backend = tiny_backend(tmp_path, dtype=torch.float64, loss_fn=plain)
         backend.model.register_forward_pre_hook(
             lambda m, a, given: seen.append(given["position_ids"]), with_kwargs=True
         )
         result = await backend.forward(batch).result()
         for positions, mask, length in zip(seen[0], batch["attention_mask"], lengths, strict=True):
             assert positions[mask == 1].tolist() == list(range(length))
+        assert seen[1] == (*batch["input_ids"].shape, VOCAB)
+        packed = await tiny_backend(tmp_path, dtype=torch.float64).forward(batch).result()
+        assert packed["loss"] == pytest.approx(result["loss"], abs=1e-12)
         return result["loss"]
 
     assert anyio.run(loss, left) == pytest.approx(anyio.run(loss, right), abs=1e-12)

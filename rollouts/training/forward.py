@@ -1,0 +1,132 @@
+"""From a batch to what a loss reads: without padding, and with the output head on the trained positions alone.
+
+B sequences, T tokens of the longest with padding, M real tokens, D hidden size, V vocabulary entries. The real tokens
+of a batch stand in one row, document after document (`packed_attention` keeps these apart, positions start anew), so
+that nothing is computed for padding. Architectures in PACKABLE run this way; others padded, by the model's own forward.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from rollouts.training import packed_attention
+from rollouts.training.log_probs import TokenLogProbs, selected_log_probs
+from rollouts.training.packed_attention import ATTENTION, Documents
+
+# model_type of those whose attention is plain softmax attention through transformers' attention interface, with the
+# arguments that `packed_attention` knows, and whose logits are the head's output as it is
+PACKABLE = frozenset(
+    {
+        "gemma",
+        "gemma3_text",
+        "llama",
+        "mistral",
+        "olmo2",
+        "phi3",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+        "smollm3",
+    }
+)
+
+
+class Packed(NamedTuple):
+    """The real tokens of a batch in one row: longest document first."""
+
+    input_ids: Tensor  # [1, M]
+    position_ids: Tensor  # [1, M], from 0 in each document
+    documents: Documents
+    rows_BT: Tensor  # [B, T]: where in that row a token stands; -1 for padding
+
+
+def prepare(model: nn.Module) -> bool:
+    """Set `model` up for packed batches, where its architecture allows it, and say whether it does."""
+    if not packs(model):
+        return False
+    packed_attention.register()
+    causal_model(model).set_attn_implementation(ATTENTION)  # type: ignore[operator]
+    return True
+
+
+def packs(model: nn.Module) -> bool:
+    """Whether `model` can run packed: a known architecture, a plain output head, nothing done to its logits."""
+    model = causal_model(model)
+    config = getattr(model, "config", None)
+    if getattr(config, "model_type", None) not in PACKABLE or getattr(config, "final_logit_softcapping", None):
+        return False
+    return isinstance(model.get_output_embeddings(), nn.Linear)  # type: ignore[operator]
+
+
+def causal_model(model: nn.Module) -> nn.Module:
+    """The transformers model with the head: `model` itself, or the one that adapters (peft) wrap."""
+    unwrap = getattr(model, "get_base_model", None)
+    return cast(nn.Module, unwrap()) if callable(unwrap) else model
+
+
+def body(model: nn.Module) -> nn.Module:
+    """The part of `model` below its output head: what runs on every token, and what `compile` is worth for."""
+    causal = causal_model(model)
+    return getattr(causal, str(causal.base_model_prefix))
+
+
+def pack(input_ids: Tensor, attention_mask: Tensor | None) -> Packed:
+    """The real tokens of `input_ids` [B, T]; `attention_mask` [B, T], padded on either side, None: all are real."""
+    mask_BT = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    lengths_B = mask_BT.sum(1)
+    order_B = torch.argsort(lengths_B, descending=True, stable=True)
+    position_BT = mask_BT.long().cumsum(1) - 1
+    document_M, column_M = mask_BT[order_B].nonzero(as_tuple=True)
+    place_M = order_B[document_M] * input_ids.shape[1] + column_M
+    rows_BT = torch.full_like(input_ids, -1)
+    rows_BT.view(-1)[place_M] = torch.arange(len(place_M), device=input_ids.device)
+    lengths = [length for length in lengths_B[order_B].tolist() if length]
+    return Packed(
+        input_ids.flatten()[place_M][None],
+        position_BT.flatten()[place_M][None],
+        Documents.of(lengths, input_ids.device),
+        rows_BT,
+    )
+
+
+def hidden_states(model: nn.Module, packed: Packed) -> Tensor:
+    """The last hidden states [M, D] of a prepared model, before the output head."""
+    output = body(model)(
+        input_ids=packed.input_ids,
+        position_ids=packed.position_ids,
+        attention_mask=packed.input_ids.new_ones(1, 1, 1, 1),  # four dimensions: no mask is made from it
+        documents=packed.documents,
+        use_cache=False,
+    )
+    return output.last_hidden_state[0]
+
+
+def token_log_probs(model: nn.Module, inputs: Mapping[str, Any], *, with_entropy: bool) -> TokenLogProbs:
+    """Log-probs of the trained tokens of a batch, by a prepared model; keys as in `backends.pytorch`."""
+    packed = pack(inputs["input_ids"], inputs.get("attention_mask"))
+    hidden_MD = hidden_states(model, packed)
+    head = causal_model(model).get_output_embeddings()  # type: ignore[operator]
+    keep = inputs["loss_mask"][:, 1:] != 0
+    temperature = inputs.get("temperature", 1.0)
+    log_probs_N, entropy_N = selected_log_probs(
+        hidden_MD,
+        packed.rows_BT[:, :-1][keep],
+        inputs["labels"][:, 1:][keep],
+        head.weight,
+        head.bias,
+        temperature=temperature,
+        with_entropy=with_entropy,
+    )
+    return TokenLogProbs(keep, log_probs_N, entropy_N, temperature)
+
+
+def padded_logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """Logits [B, T, V] by the model's own forward; real tokens count from position 0, whichever side is padded."""
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        mask = torch.ones_like(inputs["input_ids"])
+    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    return model(input_ids=inputs["input_ids"], attention_mask=mask, position_ids=positions, use_cache=False).logits
