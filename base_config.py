@@ -129,8 +129,14 @@ class RLConfig:
     save_every: int  # steps; -1: only after the last step
     log_every: int
     baseline: (
-        float | Literal["group_mean", "leave_one_out"]
-    )  # subtracted from each reward; groups are a prompt's samples
+        float | Literal["group_mean", "leave_one_out", "value"]
+    )  # subtracted from each reward; groups are a prompt's samples. value: a value head's estimates, per token by GAE
+    gamma: float  # baseline value: the discount of what comes a token later
+    gae_lambda: float  # baseline value: 1: what was rewarded less the value, 0: the surprise of one token alone
+    value_coef: float  # baseline value: of the value head's squared error in the loss
+    value_clip: float  # baseline value: how far a value may move from before the batch; -1: anywhere
+    value_lr: float  # baseline value: the head's own learning rate
+    updates_per_batch: int  # optimizer steps on each batch of rollouts
     advantage_norm: Literal["none", "group_std", "batch"]  # then divided by; batch standardises over the whole step
     loss: Literal["grpo", "ppo", "gspo", "cispo"]  # docs/losses.md: all of these methods, and how to set them
     clip_low: float  # ppo, gspo, cispo: the ratio to the sampler is held above 1 - clip_low; 1: no bound
@@ -488,7 +494,15 @@ def _sft_checks(sft: SFTConfig) -> Checks:
 
 def _rl_checks(rl: RLConfig) -> Checks:
     yield from _at_least_one(
-        rl, "rl", "num_epochs", "examples_per_step", "batch_size", "max_new_tokens", "log_every", "sync_every"
+        rl,
+        "rl",
+        "num_epochs",
+        "examples_per_step",
+        "batch_size",
+        "max_new_tokens",
+        "log_every",
+        "sync_every",
+        "updates_per_batch",
     )
     yield from _one_or_off(
         rl,
@@ -523,6 +537,17 @@ def _loss_checks(rl: RLConfig) -> Checks:
     importance_ok = rl.importance == "none" or rl.loss == "grpo"
     yield _need(importance_ok, "rl.importance", rl.importance, f"'none': loss={rl.loss!r} has the ratio to the sampler")
     yield _need(rl.importance_cap > 0, "rl.importance_cap", rl.importance_cap, "> 0")
+    yield _need(0 < rl.gamma <= 1, "rl.gamma", rl.gamma, "0 < gamma <= 1")
+    yield _need(0 <= rl.gae_lambda <= 1, "rl.gae_lambda", rl.gae_lambda, "0 <= gae_lambda <= 1")
+    yield _need(rl.value_coef > 0, "rl.value_coef", rl.value_coef, "> 0, else no value is learned")
+    yield _need(rl.value_clip > 0 or rl.value_clip == -1, "rl.value_clip", rl.value_clip, "> 0, or -1 for no bound")
+    yield _need(rl.value_lr > 0, "rl.value_lr", rl.value_lr, "> 0")
+    norm_ok = rl.baseline != "value" or rl.advantage_norm != "group_std"
+    need = "'none' or 'batch': baseline='value' has advantages of tokens"
+    yield _need(norm_ok, "rl.advantage_norm", rl.advantage_norm, need)
+    bounded = rl.loss != "grpo" or rl.updates_per_batch == 1
+    need = "1 with loss='grpo', which has no bound on the ratio; or 'ppo', 'gspo', 'cispo'"
+    yield _need(bounded, "rl.updates_per_batch", rl.updates_per_batch, need)
     yield _need(rl.kl_coef >= 0, "rl.kl_coef", rl.kl_coef, ">= 0")
     name = rl.kl_reference
     yield _need(name is None or bool(name.strip()), "rl.kl_reference", name, "a hub id, a directory or None")

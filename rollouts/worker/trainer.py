@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rollouts.training.metrics import MetricsLogger
     from rollouts.training.replay import ReplayRollouts
     from rollouts.training.types import Prompt, RLTrainingConfig, Sample
+    from rollouts.training.value_head import ValueHead
     from rollouts.training.weight_sync import SGLangEngine
 
 logger = logging.getLogger("rollouts.trainer")
@@ -123,7 +124,7 @@ async def _train(config: Config, run: RunDir, stage: str, engine_urls: Sequence[
                 model_path=model_path,
                 tokenizer=tokenizer,
                 device=device,
-                num_steps=steps,
+                num_steps=steps * (config.rl.updates_per_batch if stage == "rl" and config.rl else 1),
                 reference=reference_name(config, stage, model_path, resumes=resumes),
             )
             resume = await backend.load_checkpoint(model_path) if resumes else None
@@ -250,6 +251,9 @@ def rl_training_config(rl: RLConfig, num_steps: int) -> "RLTrainingConfig":
         advantage_norm=rl.advantage_norm,
         micro_batch_size=rl.batch_size,
         micro_batch_tokens=None if rl.micro_batch_tokens == -1 else rl.micro_batch_tokens,
+        updates_per_batch=rl.updates_per_batch,
+        gamma=rl.gamma,
+        gae_lambda=rl.gae_lambda,
     )
 
 
@@ -269,7 +273,21 @@ def rl_loss(rl: RLConfig) -> Callable[..., Any]:
         kl_coef=rl.kl_coef,
         kl_kind=rl.kl_kind,
         entropy_coef=rl.entropy_coef,
+        value_coef=rl.value_coef if rl.baseline == "value" else 0.0,
+        value_clip=None if rl.value_clip == -1 else rl.value_clip,
     )
+
+
+def value_head(config: Config, stage: str, model: Any) -> "ValueHead | None":
+    """The value model of rl.baseline "value"; None without."""
+    from rollouts.training.value_head import ValueHead
+
+    rl = config.rl
+    if stage != "rl" or rl is None or rl.baseline != "value":
+        return None
+    optimizer = rl.optimizer
+    width = model.config.get_text_config().hidden_size
+    return ValueHead(width, lr=rl.value_lr, beta1=optimizer.beta1, beta2=optimizer.beta2, eps=optimizer.eps)
 
 
 def build_backend(
@@ -320,6 +338,7 @@ def build_backend(
         lr_schedule=factor,
         compute_dtype=config.model.dtype,
         reference=load_reference(reference, trust_remote_code=config.model.trust_remote_code) if reference else None,
+        value_head=value_head(config, stage, model),
     )
 
 

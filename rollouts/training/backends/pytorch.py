@@ -1,15 +1,16 @@
 """The PyTorch backend: one device, or data-parallel over torch.distributed with a whole model on every rank.
 
 A batch is a dict. Tensors are [B, T] unless said: "input_ids", "labels", "loss_mask", "attention_mask" (right padding
-or left; left out: nothing is padded), "advantages" [B], "old_log_probs", "ref_log_probs" (made here where there is a
-reference model), and the numbers "tokens_global", "sequences_global", "temperature", "clip_range" (or a pair). The loss
-gets `logits` and, by keyword, every key that its signature names. As `logits` the losses of `rl_losses` get log-probs
-of the trained tokens (`forward`: nothing is computed for padding, no logits elsewhere), any other gets [B, T, V].
+or left; left out: nothing is padded), "advantages" (or [B]), "old_log_probs", "ref_log_probs" (made here where there is
+a reference model), "returns", "old_values", and the numbers "tokens_global", "sequences_global", "temperature",
+"clip_range" (or a pair). The loss gets `logits` and, by keyword, every key that its signature names. As `logits` the
+losses of `rl_losses` get log-probs of the trained tokens, and values where there is a value head (`forward`: nothing is
+computed for padding, no logits elsewhere), any other gets [B, T, V].
 """
 
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from rollouts.training.rl_losses import (
     token_log_probs,
     trained_tokens,
 )
+from rollouts.training.value_head import ValueHead
 
 __all__ = ["BackendFailedError", "PyTorchTrainingBackend"]
 _MODEL_KEYS = ("input_ids", "labels", "loss_mask")
@@ -42,8 +44,9 @@ class PyTorchTrainingBackend:
     learning rates it was made with. Gradients are summed over ranks, never averaged: the losses divide by the global
     token count. They are clipped to the global L2 norm `max_grad_norm` (math.inf: never). `tokenizer` goes into the
     checkpoints. `reference` is a frozen model for losses that take "ref_log_probs"; checkpoints say which it was, and
-    one that was trained against another is refused. On several ranks, all start from rank 0's parameters, and every
-    rank makes the same calls in order.
+    one that was trained against another is refused. `value_head` gives losses the values that they train, and `values`
+    its estimates; checkpoints keep it in their training state. On several ranks, all start from rank 0's parameters,
+    and every rank makes the same calls in order.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class PyTorchTrainingBackend:
         lr_schedule: Callable[[int], float] | None = None,
         compute_dtype: str = "float32",
         reference: Reference | None = None,
+        value_head: ValueHead | None = None,
     ) -> None:
         if compute_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"compute_dtype={compute_dtype!r}: needs 'float32' or 'bfloat16'")
@@ -77,6 +81,12 @@ class PyTorchTrainingBackend:
         if reference is not None:
             reference.model.to(device)
             forward.prepare(reference.model)
+        if value_head is not None and not self._packed:
+            raise ValueError(
+                "value_head: needs a loss of rl_losses and an architecture that runs packed "
+                f"({', '.join(sorted(forward.PACKABLE))}); this model is {getattr(model, 'config', model)!r:.200}"
+            )
+        self._value_head = None if value_head is None else value_head.to(device)
         self._max_grad_norm = max_grad_norm
         self._lr_schedule = lr_schedule
         self._autocast = compute_dtype == "bfloat16"
@@ -107,6 +117,13 @@ class PyTorchTrainingBackend:
     def forward(self, batch: Mapping[str, Any]) -> ThreadFuture[dict[str, float]]:
         """{"loss", "tokens"} of `batch` on this rank, without a gradient and with dropout off: for validation."""
         return self._worker.submit("forward", self._forward_only, batch)
+
+    def values(self, batch: Mapping[str, Any]) -> ThreadFuture[Tensor]:
+        """The value head's estimates [B, T] on the CPU, without a gradient and with dropout off.
+
+        Entry t is the value of the state in which token t was chosen, for the trained tokens; 0 for the others.
+        """
+        return self._worker.submit("values", self._values, batch)
 
     async def save_checkpoint(self, step: int, metrics: dict[str, Any], extra: dict[str, Any] | None = None) -> Path:
         """Write `<checkpoint_dir>/step_<step>` (see `checkpoint`); rank 0 writes, all return once it is complete.
@@ -172,10 +189,23 @@ class PyTorchTrainingBackend:
             group["lr"] = base_lr * factor
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self._value_head is not None:
+            self._value_head.step(factor, self._max_grad_norm)
         self.step += 1
         self._sums = dict.fromkeys(self._sums, 0.0)
         first = {"step": self.step, "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm.item()}
         return {**first, "loss": sums["loss"], **_means(sums)}
+
+    @torch.no_grad()
+    def _values(self, batch: Mapping[str, Any]) -> Tensor:
+        if self._value_head is None:
+            raise ValueError("values: this backend has no value head; give it one")
+        inputs = self._to_device({key: batch[key] for key in (*_MODEL_KEYS, "attention_mask") if key in batch}, ())
+        self.model.eval()
+        with self._autocasting():
+            values_BT = forward.token_values(self.model, inputs, self._value_head)
+        self.model.train()
+        return values_BT.cpu()
 
     @torch.no_grad()
     def _forward_only(self, batch: Mapping[str, Any]) -> dict[str, float]:
@@ -204,6 +234,7 @@ class PyTorchTrainingBackend:
                     "optimizer_steps": self.step,
                     "rng": rng,
                     "extra": extra or {},
+                    **({"value_head": self._value_head.state()} if self._value_head else {}),
                 },
                 metadata={
                     "metrics": metrics,
@@ -221,11 +252,22 @@ class PyTorchTrainingBackend:
         checkpoint.read_model(self.model, path)
         self.optimizer.load_state_dict(state["optimizer"])
         self.optimizer.zero_grad(set_to_none=True)
+        self._load_value_head(path, state.get("value_head"))
         self._sums = dict.fromkeys(self._sums, 0.0)
         self.step = state["optimizer_steps"]
         own = distributed.rank() if len(state["rng"]) == distributed.world_size() else 0
         checkpoint.restore_rng_state(state["rng"][own], self.device)
         return {**metadata, "extra": state["extra"]}
+
+    def _load_value_head(self, path: Path, saved: Mapping[str, Any] | None) -> None:
+        if (saved is None) != (self._value_head is None):
+            has, needs = ("no value head", "one") if saved is None else ("a value head", "none")
+            raise checkpoint.CheckpointError(
+                f"{path}: was saved with {has}, and this run has {needs}. Resume with the baseline that run began "
+                "with, or start a new run from the checkpoint's weights."
+            )
+        if self._value_head is not None and saved is not None:
+            self._value_head.load_state(saved)
 
     def _save_weights(self, path: Path) -> Path:
         if distributed.rank() == 0:
@@ -236,8 +278,9 @@ class PyTorchTrainingBackend:
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
-    def _to_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        missing = sorted({*_MODEL_KEYS, *self._loss_required} - {*batch, "logits"})
+    def _to_device(self, batch: Mapping[str, Any], required: Iterable[str] | None = None) -> dict[str, Any]:
+        required = self._loss_required if required is None else required
+        missing = sorted({*_MODEL_KEYS, *required} - {*batch, "logits"})
         if missing:
             name = getattr(self._loss_fn, "__name__", repr(self._loss_fn))
             raise ValueError(
@@ -271,7 +314,8 @@ class PyTorchTrainingBackend:
     def _logits(self, model: nn.Module, inputs: Mapping[str, Any]) -> Logits:
         with self._autocasting():
             if self._packed and forward.packs(model):
-                return forward.token_log_probs(model, inputs, with_entropy="advantages" in inputs)
+                head = self._value_head if model is self.model else None
+                return forward.token_log_probs(model, inputs, with_entropy="advantages" in inputs, value_head=head)
             return forward.padded_logits(model, inputs)
 
     def _autocasting(self) -> AbstractContextManager[Any]:

@@ -10,6 +10,7 @@ from rollouts.training.backends.protocol import TrainingBackend
 from rollouts.training.loops.batching import split_batch
 
 EvalFn = Callable[[int], Mapping[str, float] | Awaitable[Mapping[str, float] | None] | None]
+PrepareFn = Callable[[list[dict[str, Any]]], Awaitable[dict[str, float]]]
 CheckpointFn = Callable[[Path, int], Awaitable[None] | None]
 
 
@@ -18,15 +19,32 @@ async def train_step(
     batch: dict[str, Any],
     micro_batch_size: int | None,
     micro_batch_tokens: int | None = None,
+    *,
+    prepare: PrepareFn | None = None,
+    updates: int = 1,
 ) -> dict[str, float]:
-    """One optimizer step over a whole step's `batch`, the same on every rank: its loss and the backend's metrics."""
-    micro_batches = split_batch(
+    """`updates` optimizer steps over a whole step's `batch`, the same on every rank: loss and the backend's metrics.
+
+    `prepare` gets this rank's micro-batches first, may add to them, and returns metrics. Of several updates "step" and
+    "lr" are the last one's, the other numbers their means.
+    """
+    cut = split_batch(
         batch,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         micro_batch_size=micro_batch_size,
         micro_batch_tokens=micro_batch_tokens,
     )
+    micro_batches = list(cut)
+    prepared = {} if prepare is None else await prepare(micro_batches)
+    found = [await _update(backend, micro_batches) for _ in range(updates)]
+    means = {key: sum(metrics[key] for metrics in found) / updates for key in found[-1]}
+    return (
+        {**means, "step": found[-1]["step"], "lr": found[-1]["lr"], **prepared} if updates > 1 else found[0] | prepared
+    )
+
+
+async def _update(backend: TrainingBackend, micro_batches: list[dict[str, Any]]) -> dict[str, float]:
     pending = [backend.forward_backward(micro_batch) for micro_batch in micro_batches]
     update = backend.optim_step()
     losses = [(await future.result())["loss"] for future in pending]

@@ -5,6 +5,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from rollouts.training import distributed
 from rollouts.training.advantages import compute_advantages
 from rollouts.training.backends.protocol import TrainingBackend
 from rollouts.training.loops.batching import collate, pad
-from rollouts.training.loops.common import CheckpointFn, EvalFn, call, due, train_step
+from rollouts.training.loops.common import CheckpointFn, EvalFn, PrepareFn, call, due, train_step
+from rollouts.training.loops.value_step import add_value_advantages
 from rollouts.training.metrics import MetricsLogger
 from rollouts.training.replay import sample_records
 from rollouts.training.rl_losses import ClipRange, trained_sequences
@@ -58,6 +60,7 @@ async def run_rl_training(
     if eval_fn is not None and first == 0 and distributed.rank() == 0:
         await call(eval_fn, 0)
     options: dict[str, Any] = {"pad_token_id": pad_token_id, "temperature": temperature, "clip_range": clip_range}
+    estimate = _value_estimator(backend, config)
     history = []
     for step in range(first + 1, config.num_steps + 1):
         clock = [time.monotonic()]
@@ -67,10 +70,18 @@ async def run_rl_training(
             batch = prepare_grpo_batch(rollouts, rollouts.rewards, config, **options)
             prepared = batch, rollout_metrics(rollouts, step - 1)
             if rollouts_logger is not None:
-                log_samples(rollouts_logger, rollouts, batch["advantages"].tolist(), step, temperature)
+                advantages = batch["advantages"].tolist() if "advantages" in batch else None
+                log_samples(rollouts_logger, rollouts, advantages, step, temperature)
         batch, metrics = distributed.broadcast_object(prepared)
         clock.append(time.monotonic())
-        metrics |= await train_step(backend, batch, config.micro_batch_size, config.micro_batch_tokens)
+        metrics |= await train_step(
+            backend,
+            batch,
+            config.micro_batch_size,
+            config.micro_batch_tokens,
+            prepare=estimate,
+            updates=config.updates_per_batch,
+        )
         clock.append(time.monotonic())
         if due(step, config.sync_every, config.num_steps):
             await sync(step)
@@ -99,19 +110,17 @@ def prepare_grpo_batch(
 ) -> dict[str, Any]:
     """The whole step's batch for a backend: `collate`'s, "sequences_global", "advantages" [B], "temperature", and where
     they are known "old_log_probs" [B, T], the sampler's, aligned to tokens (0 outside the response), and "clip_range".
+    With baseline "value" it has "rewards" [B] in place of advantages, which take the value head's estimates.
 
     Raises ValueError when the parts of `batch` do not fit each other, or nothing in it is trained on.
     """
     counts = {"tokens": len(batch.tokens), "loss_masks": len(batch.loss_masks), "rewards": len(rewards)}
     if len(set(counts.values())) != 1 or not batch.tokens:
         raise ValueError(f"rollout batch: needs one of each per sample, and at least one; it has {counts}")
-    advantages = compute_advantages(
-        rewards, config.baseline, group_ids=batch.group_ids or None, norm=config.advantage_norm
-    )
     prepared = collate(batch.tokens, batch.loss_masks, pad_token_id=pad_token_id)
     if not prepared["tokens_global"]:
         raise ValueError(f"rollout batch: no trained token in {len(batch.tokens)} samples: were all responses empty?")
-    prepared |= {"advantages": torch.tensor(advantages, dtype=torch.float32), "temperature": temperature}
+    prepared |= {"temperature": temperature, **_scores(rewards, batch.group_ids or None, config)}
     prepared["sequences_global"] = trained_sequences(prepared["loss_mask"])
     known = [sample.rollout_log_probs is not None for sample in batch.samples]
     if any(known):
@@ -121,6 +130,27 @@ def prepare_grpo_batch(
     if clip_range is not None:
         prepared["clip_range"] = clip_range
     return prepared
+
+
+def _scores(rewards: Sequence[float], group_ids: Sequence[int] | None, config: RLTrainingConfig) -> dict[str, Any]:
+    if config.baseline == "value":
+        return {"rewards": torch.tensor(rewards, dtype=torch.float32)}
+    advantages = compute_advantages(rewards, config.baseline, group_ids=group_ids, norm=config.advantage_norm)
+    return {"advantages": torch.tensor(advantages, dtype=torch.float32)}
+
+
+def _value_estimator(backend: Any, config: RLTrainingConfig) -> PrepareFn | None:
+    if config.baseline != "value":
+        return None
+    if config.advantage_norm not in ("none", "batch"):
+        raise ValueError(f"advantage_norm={config.advantage_norm!r}: with baseline='value' it is 'none' or 'batch'")
+    return partial(
+        add_value_advantages,
+        backend,
+        gamma=config.gamma,
+        gae_lambda=config.gae_lambda,
+        norm=config.advantage_norm,
+    )
 
 
 def rollout_metrics(batch: RolloutBatch, steps_applied: int | None) -> dict[str, float]:
