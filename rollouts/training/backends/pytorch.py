@@ -96,6 +96,8 @@ class PyTorchTrainingBackend:
         self._worker = Worker(type(self).__name__)
         model.train()
         distributed.broadcast_tensors([parameter.detach() for parameter in model.parameters()])
+        if self._value_head is not None:
+            distributed.broadcast_tensors([parameter.detach() for parameter in self._value_head.parameters()])
 
     def forward_backward(self, batch: Mapping[str, Any]) -> ThreadFuture[dict[str, float]]:
         """Add the gradient of `batch` to what has gathered since the last `optim_step`.
