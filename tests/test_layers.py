@@ -39,6 +39,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts.training.rl_losses": ("rollouts.training.log_probs", "rollouts.training.loss_terms"),
     "rollouts.training.reference": ("rollouts.training.model_loading",),
     "rollouts.training.filters": ("rollouts.training.types",),
+    "rollouts.training.flops": (),
     "rollouts.training.metrics": (),
     "rollouts.training.backends": (
         "rollouts.training.backends",

@@ -1,10 +1,9 @@
-"""Record what TRL's GRPOTrainer computes on random inputs, into trl_losses.json beside this file.
-
-Run by hand in an environment of its own, with trl and torch and without this project:
+"""What TRL's GRPOTrainer computes on given inputs; run by hand, it records that into trl_losses.json beside this file:
 
     python tests/training/peers/trl_losses.py
 
 TRL's `_compute_loss` runs as it stands; a stand-in for the trainer hands it log-probs and entropies of given logits.
+`trl` itself is imported on the first call: it takes seconds.
 """
 
 import json
@@ -14,8 +13,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import trl
-from trl import GRPOTrainer
 
 PROMPT, COMPLETION, B, V = 2, 4, 5, 6
 BASE: dict[str, Any] = {"loss_type": "dapo", "epsilon_low": 0.2, "epsilon_high": 0.2}
@@ -32,16 +29,20 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def make_inputs() -> dict[str, Any]:
-    torch.manual_seed(7)
+def make_inputs(seed: int = 7) -> dict[str, Any]:
+    random = torch.Generator().manual_seed(seed)
     width = PROMPT + COMPLETION
+
+    def normal(*shape: int, scale: float) -> list:
+        return torch.randn(shape, generator=random).double().mul(scale).round(decimals=3).tolist()
+
     return {
-        "logits": torch.randn(B, width, V).double().mul(1.5).round(decimals=3).tolist(),
-        "labels": torch.randint(V, (B, width)).tolist(),
-        "lengths": [4, 1, 3, 2, 4],  # of the completions
-        "advantages": [0.9, -1.2, 0.4, -0.3, -0.8],
-        "old_noise": torch.randn(B, COMPLETION).double().mul(0.4).round(decimals=3).tolist(),  # old = own + noise
-        "ref_noise": torch.randn(B, COMPLETION).double().mul(0.4).round(decimals=3).tolist(),
+        "logits": normal(B, width, V, scale=1.5),
+        "labels": torch.randint(V, (B, width), generator=random).tolist(),
+        "lengths": torch.randint(1, COMPLETION + 1, (B,), generator=random).tolist(),  # of the completions
+        "advantages": normal(B, scale=1.0),
+        "old_noise": normal(B, COMPLETION, scale=0.4),  # old = own + noise
+        "ref_noise": normal(B, COMPLETION, scale=0.4),
     }
 
 
@@ -54,6 +55,8 @@ def log_probs_and_entropies(logits: torch.Tensor, labels: torch.Tensor) -> tuple
 
 def trl_loss(given: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
     """TRL's loss, and its gradient at each completion token's own logit."""
+    from trl import GRPOTrainer
+
     options = {**BASE, **case}
     logits = torch.tensor(given["logits"], dtype=torch.float64, requires_grad=True)
     labels = torch.tensor(given["labels"])
@@ -100,6 +103,8 @@ def trl_loss(given: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
+    import trl
+
     given = make_inputs()
     record = {
         "source": f"trl {trl.__version__} GRPOTrainer._compute_loss, torch {torch.__version__}, float64",
