@@ -355,6 +355,8 @@ class _ConsoleLogger:
         "kl_reference",
         "groups_kept",
         "tokens_per_s",
+        "mfu",
+        "peak_memory_gib",
         "step_s",
     )
 

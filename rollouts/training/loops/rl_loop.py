@@ -16,6 +16,7 @@ from rollouts.training.advantages import compute_advantages
 from rollouts.training.backends.protocol import TrainingBackend
 from rollouts.training.loops.batching import collate, pad
 from rollouts.training.loops.common import CheckpointFn, EvalFn, PrepareFn, call, due, train_step
+from rollouts.training.loops.throughput import Throughput
 from rollouts.training.loops.value_step import add_value_advantages
 from rollouts.training.metrics import MetricsLogger
 from rollouts.training.replay import sample_records
@@ -42,6 +43,7 @@ async def run_rl_training(
     eval_fn: EvalFn | None = None,
     eval_every: int = -1,
     on_checkpoint: CheckpointFn | None = None,
+    peak_flops: float | None = None,
 ) -> list[dict[str, float]]:
     """Train on what the engines sample and return one dict per logged step. Steps count from 1.
 
@@ -51,8 +53,8 @@ async def run_rl_training(
     the first step and every `config.sync_every` steps, and after the last; the version is the number of steps applied.
     `weights_dir` is where these weights stand for the engines to load (default: `weights` beside the checkpoints).
     `temperature` is the sampler's; `clip_range` reaches losses that take one. `rollouts_logger` gets every sample.
-    `resume`, `eval_fn`, `eval_every`, `on_checkpoint`: as in `run_sft_training`, with `eval_fn` on rank 0 only, and
-    before the first step too (step 0): the engines then serve the weights that training starts from.
+    `resume`, `eval_fn`, `eval_every`, `on_checkpoint`, `peak_flops`: as in `run_sft_training`, `eval_fn` on rank 0
+    only, and before the first step too (step 0): the engines then serve the weights that training starts from.
     """
     first = _restore(buffer, rollout_manager, resume)
     sync = WeightSync(backend, engines, weights_dir)
@@ -61,6 +63,7 @@ async def run_rl_training(
         await call(eval_fn, 0)
     options: dict[str, Any] = {"pad_token_id": pad_token_id, "temperature": temperature, "clip_range": clip_range}
     estimate = _value_estimator(backend, config)
+    throughput = Throughput.of(backend, peak_flops)
     history = []
     for step in range(first + 1, config.num_steps + 1):
         clock = [time.monotonic()]
@@ -85,7 +88,11 @@ async def run_rl_training(
         clock.append(time.monotonic())
         if due(step, config.sync_every, config.num_steps):
             await sync(step)
-        metrics |= _times([*clock, time.monotonic()], batch)
+        times = _times([*clock, time.monotonic()])
+        lengths, seconds = batch["attention_mask"].sum(1).tolist(), {key: times[key] for key in ("train_s", "step_s")}
+        metrics |= times | throughput.metrics(
+            lengths, batch["tokens_global"], passes=config.updates_per_batch, **seconds
+        )
         if eval_fn is not None and distributed.rank() == 0 and due(step, eval_every, config.num_steps):
             metrics |= {f"eval_{key}": value for key, value in (await call(eval_fn, step) or {}).items()}
         if due(step, config.log_every, config.num_steps):
@@ -211,18 +218,9 @@ def _is_length(reason: Any) -> bool:
     return reason == "length" or (isinstance(reason, Mapping) and reason.get("type") == "length")
 
 
-def _times(clock: Sequence[float], batch: Mapping[str, Any]) -> dict[str, float]:
+def _times(clock: Sequence[float]) -> dict[str, float]:
     generate_s, train_s, sync_s = (end - start for start, end in itertools.pairwise(clock))
-    step_s = clock[-1] - clock[0]
-    tokens = float(batch["attention_mask"].sum())
-    return {
-        "trained_tokens": batch["tokens_global"],
-        "tokens_per_s": tokens / step_s,
-        "generate_s": generate_s,
-        "train_s": train_s,
-        "sync_s": sync_s,
-        "step_s": step_s,
-    }
+    return {"generate_s": generate_s, "train_s": train_s, "sync_s": sync_s, "step_s": clock[-1] - clock[0]}
 
 
 def log_samples(

@@ -34,7 +34,8 @@ async def collect_rollouts(
         elapsed = time.monotonic() - started
         log_samples(rollouts_logger, rollouts, None, step, temperature)
         metrics = rollout_metrics(rollouts, None)
-        metrics |= {"tokens_per_s": sum(map(len, rollouts.tokens)) / elapsed, "generate_s": elapsed, "step_s": elapsed}
+        tokens_per_s = sum(map(len, rollouts.tokens)) / elapsed
+        metrics |= {"generate_s": elapsed, "step_s": elapsed, "tokens_per_s": tokens_per_s}
         history.append(metrics)
         if metrics_logger is not None:
             metrics_logger.log(metrics, step=step)

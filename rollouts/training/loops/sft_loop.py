@@ -10,6 +10,7 @@ from rollouts.training import distributed
 from rollouts.training.backends.protocol import TrainingBackend
 from rollouts.training.loops.batching import collate, step_indices
 from rollouts.training.loops.common import CheckpointFn, EvalFn, call, check_resume, due, train_step
+from rollouts.training.loops.throughput import Throughput
 from rollouts.training.metrics import MetricsLogger
 from rollouts.training.types import Sample, SFTTrainingConfig
 
@@ -26,6 +27,7 @@ async def run_sft_training(
     eval_fn: EvalFn | None = None,
     eval_every: int = -1,
     on_checkpoint: CheckpointFn | None = None,
+    peak_flops: float | None = None,
 ) -> list[dict[str, float]]:
     """Train on `samples` and return one dict per logged step. Steps count from 1; every rank makes the same call.
 
@@ -36,19 +38,25 @@ async def run_sft_training(
     returns are logged as "eval_…". A checkpoint is written each `config.checkpoint_every` steps and after the last;
     `on_checkpoint(path, step)` is then called on rank 0, as `metrics_logger` is. The caller finishes the logger.
 
+    What is in each dict: docs/metrics.md. `peak_flops` is the FLOP/s of one rank's device, for "mfu"; None: what the
+    maker states for the card.
+
     Raises ValueError for an example with nothing to train on, or data that is not what `resume` was saved with.
     """
     _check_samples(samples)
     data = {"fingerprint": _fingerprint(samples), "seed": seed, "batch_size": config.batch_size}
+    throughput = Throughput.of(backend, peak_flops)
     history = []
     for step in range(check_resume(resume, data) + 1, config.num_steps + 1):
         started = time.monotonic()
         chosen = [samples[index] for index in step_indices(len(samples), config.batch_size, step - 1, seed)]
         batch = collate([s.tokens for s in chosen], [s.loss_mask for s in chosen], pad_token_id=pad_token_id)
+        data_s = time.monotonic() - started
         metrics = await train_step(backend, batch, config.micro_batch_size, config.micro_batch_tokens)
-        elapsed = time.monotonic() - started
-        tokens = sum(len(sample.tokens) for sample in chosen)
-        metrics |= {"trained_tokens": batch["tokens_global"], "tokens_per_s": tokens / elapsed, "step_s": elapsed}
+        step_s = time.monotonic() - started
+        lengths = [len(sample.tokens) for sample in chosen]
+        metrics |= {"data_s": data_s, "train_s": step_s - data_s, "step_s": step_s}
+        metrics |= throughput.metrics(lengths, batch["tokens_global"], train_s=step_s - data_s, step_s=step_s)
         if eval_fn is not None and due(step, eval_every, config.num_steps):
             metrics |= {f"eval_{key}": value for key, value in (await call(eval_fn, step) or {}).items()}
         if due(step, config.log_every, config.num_steps):
