@@ -104,6 +104,9 @@ def test_a_value_head_is_trained_by_the_job(live: RunDir) -> None:
     assert all({"explained_variance", "value_loss", "clip_fraction"} <= set(row) for row in metrics)
     assert metrics[0]["explained_variance"] == pytest.approx(0.0, abs=1e-9)
     assert metrics[-1]["explained_variance"] != 0.0
+    assert (
+        metrics[0]["logp_diff_abs"] > 1e-4
+    )  # the mean of two updates, of which the second is off the sampler's policy
     assert {row["advantage"] for row in read_jsonl(live.rollouts)} == {None}
 
 
