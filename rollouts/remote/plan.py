@@ -244,7 +244,7 @@ def _path_problems(config: Config, facts: HostFacts, code: Code, target: str) ->
             )
     for path in asked_paths(config) if facts.python else ():
         if path not in facts.paths:
-            field = "output.source_checkpoint" if path == config.output.source_checkpoint else "model, data or rollouts"
+            field = "output.source_checkpoint" if path == config.output.source_checkpoint else "model or data"
             yield Problem(
                 f"{path!r} does not exist on {target} ({field}).",
                 fix="check the spelling; checkpoints of earlier runs there are "
