@@ -14,11 +14,18 @@ OURS = ("base_config", "deploy", "rollouts")
 ALLOWED: dict[str, tuple[str, ...]] = {
     "base_config": (),
     "deploy": ("base_config", "rollouts.run_dir", "rollouts.remote"),
-    "rollouts": (),
+    "rollouts": ("rollouts.agents",),
     "rollouts.__main__": ("deploy",),
     "rollouts.manifest": (),
     "rollouts.run_dir": ("base_config",),
+    "rollouts.agents": (
+        "rollouts.agents",
+        "rollouts.training.calculator",
+        "rollouts.training.types",
+        "rollouts.training.weight_sync",
+    ),
     "rollouts.engines": ("rollouts.engines",),
+    "rollouts.engines.embedded.scoring": ("rollouts.engines.embedded", "rollouts.training.forward"),
     "rollouts.engines.launch": ("base_config",),
     "rollouts.remote": (
         "base_config",
@@ -30,6 +37,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts.worker": ("base_config", "rollouts.run_dir", "rollouts.manifest", "rollouts.worker"),
     "rollouts.worker.trainer": ("base_config", "rollouts.run_dir", "rollouts.manifest", "rollouts.training"),
     "rollouts.training": ("rollouts.training", "rollouts.manifest"),
+    "rollouts.training.agent_integration": ("rollouts.training", "rollouts.agents"),
+    "rollouts.training.calculator": (),
     "rollouts.training.types": (),
     "rollouts.training.advantages": (),
     "rollouts.training.loss_terms": (),

@@ -164,4 +164,6 @@ def _chunk_rows(vocabulary: int) -> int:
 
 
 def _parts(count: int, size: int) -> Iterator[slice]:
-    return (slice(start, start + size) for start in range(0, count, size))
+    """Slices of at most `size`, as even as can be: products over few rows take other kernels, with other rounding."""
+    parts = -(-count // size)
+    return (slice(count * part // parts, count * (part + 1) // parts) for part in range(parts))

@@ -4,6 +4,7 @@ Everything that touches the model runs on this one thread, in order. Other threa
 (`submit`); both take effect between steps, so there is no lock around the model and no half-applied command.
 """
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -19,10 +20,13 @@ from rollouts.engines.embedded.batch import Batch, Job, Row, abort_reason
 from rollouts.engines.embedded.model import ModelError, Served
 from rollouts.engines.embedded.protocol import PromptRequest, RowResult, SamplingParams
 from rollouts.engines.embedded.sampling import row_keys
+from rollouts.engines.embedded.scoring import can_score, score
 
 T = TypeVar("T")
 PauseMode = Literal["abort", "retract", "in_place"]
 DEFAULT_VERSION = "default"  # what SGLang calls the weights it started with
+SCORE_TOKENS_MAX = 8192  # finished rows wait for others to be scored with, up to so many tokens
+SCORE_STEPS_MAX = 16  # and so many steps
 
 
 class UpdateRefused(Exception):
@@ -42,6 +46,9 @@ class Scheduler:
         self._behind_update: deque[Row] = deque()  # arrived while an update waits for those before them
         self._updates: deque[Callable[[], None]] = deque()  # waiting until nothing runs
         self._when_idle: deque[Callable[[], None]] = deque()  # waiting until no row is in the batch
+        self._unscored: list[tuple[Row, dict[str, Any]]] = []  # finished, but for their log-probs
+        self._unscored_steps = 0  # since the first of them finished
+        self._scores = False
         self._batch: Batch | None = None
         self._stopping = False
         self.served: Served | None = None
@@ -144,6 +151,7 @@ class Scheduler:
         with torch.inference_mode():
             batch = Batch(served, self._rows_max)
             check_decode(served, batch)
+            self._scores = can_score(served)
             batch.prefilled_tokens = 0
             self._batch, self.served, self.model_path = batch, served, served.path
             while self._await_work():
@@ -175,6 +183,7 @@ class Scheduler:
                 if not self._commands:
                     break
                 command = self._commands.popleft()
+            self._finish_scored()  # the command may change the weights, or ask who is running
             command()
         while self._updates and (self.paused or not (self._batch.rows or self._waiting)):
             self._updates.popleft()()
@@ -195,7 +204,11 @@ class Scheduler:
                     self._waiting.popleft()
             if batch.rows:
                 for row, reason in batch.step():
-                    self._finish(row, reason)
+                    self._end(row, reason)
+                self._unscored_steps += bool(self._unscored)
+                tokens = sum(len(row.ids) for row, _ in self._unscored)
+                if not batch.rows or tokens >= SCORE_TOKENS_MAX or self._unscored_steps >= SCORE_STEPS_MAX:
+                    self._finish_scored()
         except torch.OutOfMemoryError:
             rows = batch.leave(range(len(batch.rows)))
             batch.drop_cache()
@@ -222,6 +235,23 @@ class Scheduler:
                 self._finish(row, {"type": "length", "length": 0})
             return
         (self._behind_update if self._updates else self._waiting).extend(rows)
+
+    def _end(self, row: Row, reason: dict[str, Any]) -> None:
+        """Finish a row: at once, or with others once they are scored."""
+        if self._scores and row.job.request.return_logprob and len(row.versions) == 1 and reason["type"] != "abort":
+            self._unscored.append((row, reason))
+        else:
+            self._finish(row, reason)
+
+    def _finish_scored(self) -> None:
+        assert self.served is not None
+        ended, self._unscored, self._unscored_steps = self._unscored, [], 0
+        if ended:
+            # Without memory for it, the rows keep the log-probs that decoding gave: the same up to rounding.
+            with contextlib.suppress(torch.OutOfMemoryError):
+                score(self.served, [row for row, _ in ended])
+        for row, reason in ended:
+            self._finish(row, reason)
 
     def _finish(self, row: Row, reason: dict[str, Any]) -> None:
         job = row.job

@@ -1,0 +1,1 @@
+"""Agents: a policy behind an endpoint, an environment that answers it, and the episode of the two."""

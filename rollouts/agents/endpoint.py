@@ -1,0 +1,48 @@
+"""Where an agent's policy answers: an engine, its tokenizer, and how it is sampled. Tokens in, tokens out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from rollouts.training.weight_sync import SGLangEngine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Endpoint:
+    """`engine`: the URL of an SGLang (or embedded) server, or a client such as `weight_sync.SGLangEngine`.
+
+    `max_new_tokens` bounds one turn. `tool_format`: how the model writes its tool calls (`tool_calls.FORMATS`).
+    """
+
+    engine: Any
+    tokenizer: Any
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_k: int = -1
+    tool_format: str = "hermes"
+    stop_token_ids: Sequence[int] | None = None  # None: the tokenizer's eos_token
+
+    @cached_property
+    def client(self) -> Any:
+        return SGLangEngine(self.engine) if isinstance(self.engine, str) else self.engine
+
+    @cached_property
+    def stops(self) -> list[int]:
+        if self.stop_token_ids is not None:
+            return list(self.stop_token_ids)
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError(f"tokenizer {self.tokenizer.name_or_path!r} has no eos_token; give stop_token_ids")
+        return [self.tokenizer.eos_token_id]
+
+    async def sample(self, token_ids: Sequence[int], *, seed: int, max_new_tokens: int | None = None) -> Any:
+        """One `weight_sync.Generation` that continues `token_ids`; `max_new_tokens` None: the endpoint's."""
+        params = {
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+            "max_new_tokens": self.max_new_tokens if max_new_tokens is None else max_new_tokens,
+            "stop_token_ids": self.stops,
+            "sampling_seed": seed,
+        }
+        [[generation]] = await self.client.generate_batch([list(token_ids)], [params], n=1, return_logprob=True)
+        return generation

@@ -1,0 +1,66 @@
+"""What an agent acts in: the interface, and an environment with a calculator. No engine, no tokens: messages alone."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from rollouts.training.calculator import calculate
+from rollouts.training.types import Prompt
+
+Message = dict[str, Any]  # {"role", "content"}, and "tool_calls" on an assistant's, as chat templates take them
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What an environment says to one message of the assistant's: the messages that follow it, for the next turn."""
+
+    messages: list[Message]
+    done: bool  # the episode ends here; `messages` are then ignored
+    reward: float = 0.0  # for this turn
+
+
+class Environment(Protocol):
+    """One episode's surroundings: made anew for each, it may keep state. What it raises ends the rollout."""
+
+    def tools(self) -> list[dict[str, Any]]:
+        """JSON schemas of the tools, as chat templates take them; [] for none."""
+        ...
+
+    async def start(self, prompt: Prompt) -> list[Message]:
+        """The messages that the episode begins with."""
+        ...
+
+    async def respond(self, message: Message) -> Reply:
+        """The answer to an assistant's message. A call that cannot be carried out is answered, not raised."""
+        ...
+
+
+class CalculatorEnvironment:
+    """A question, and a tool `calculator(expression)`: the episode goes on while the assistant calls it.
+
+    The prompt is text, or a row with "messages". The tool answers with the value as text, or with an error that says
+    what is allowed. No reward of its own: a reward function looks at the finished sample.
+    """
+
+    def tools(self) -> list[dict[str, Any]]:
+        expression = {"type": "string", "description": "Numbers with + - * / ( ), or 'text'.count('part')."}
+        parameters = {"type": "object", "properties": {"expression": expression}, "required": ["expression"]}
+        function = {"name": "calculator", "description": "Work out an expression.", "parameters": parameters}
+        return [{"type": "function", "function": function}]
+
+    async def start(self, prompt: Prompt) -> list[Message]:
+        return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt["messages"])
+
+    async def respond(self, message: Message) -> Reply:
+        calls = [call["function"] for call in message.get("tool_calls", ())]
+        results = [{"role": "tool", "name": call["name"], "content": _answer(call)} for call in calls]
+        return Reply(results, done=not calls)
+
+
+def _answer(call: dict[str, Any]) -> str:
+    if call["name"] != "calculator":
+        return f"error: no tool {call['name']!r}; there is calculator"
+    expression = call["arguments"].get("expression")
+    if not isinstance(expression, str):
+        return f"error: expression={expression!r}; needs a string"
+    value = calculate(expression)
+    return f"error: cannot work out {expression[:80]!r}; needs numbers with + - * / ( )" if value is None else value

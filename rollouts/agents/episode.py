@@ -1,0 +1,136 @@
+"""An episode: the policy speaks, the environment answers, until one of them ends it or a limit does. Token-exact.
+
+The tokens of a turn are the engine's own and are never encoded again; what the environment says is encoded as what the
+chat template adds after the assistant's turn.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import anyio
+
+from rollouts.agents.endpoint import Endpoint
+from rollouts.agents.environment import Environment, Message
+from rollouts.agents.tool_calls import parse_message
+from rollouts.training.types import Prompt
+
+
+class AgentError(RuntimeError):
+    """An episode that must not be trained on, or a chat template that cannot be continued turn by turn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """When an episode is cut off; it then counts as truncated, and keeps what there is."""
+
+    turns_max: int = 8
+    tokens_max: int = 4096  # of the whole episode, prompt included
+    timeout_s: float = 600.0
+
+
+@dataclass
+class Trajectory:
+    """What happened. `tokens` and `mask` (1.0: sampled) have one entry per token, prompt first; `log_probs` too, from
+    the end of the prompt on, 0.0 for what was not sampled."""
+
+    prompt: Prompt
+    prompt_length: int
+    tokens: list[int]
+    mask: list[float]
+    log_probs: list[float] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
+    turn_rewards: list[float] = field(default_factory=list)
+    weight_versions: list[str] = field(default_factory=list)  # one per turn
+    ended: str = ""  # "done", or which limit: "turns", "tokens", "length" (of a turn), "timeout"
+
+    def add(self, tokens: list[int], log_probs: list[float] | None = None) -> None:
+        """Sampled tokens with their log-probs, or the environment's without."""
+        self.tokens += tokens
+        self.mask += [0.0 if log_probs is None else 1.0] * len(tokens)
+        self.log_probs += [0.0] * len(tokens) if log_probs is None else log_probs
+
+
+async def run_episode(
+    endpoint: Endpoint, environment: Environment, prompt: Prompt, *, seed: int, limits: Limits | None = None
+) -> Trajectory:
+    """One episode of `environment` from `prompt`. A turn's seed is a function of `seed` and its number.
+
+    A call that cannot be read is answered with what is wrong with it, for the model to do better. Raises AgentError for
+    an engine's aborted answer; a request that is under way when the time is up is cancelled.
+    """
+    limits = limits or Limits()
+    messages = await environment.start(prompt)
+    tools = environment.tools() or None
+    opening = _render(endpoint.tokenizer, messages, tools, add_generation_prompt=True)
+    episode = Trajectory(prompt, len(opening), list(opening), [0.0] * len(opening), messages=list(messages))
+    with anyio.move_on_after(limits.timeout_s) as scope:
+        for turn in range(limits.turns_max):
+            episode.ended = await _turn(endpoint, environment, episode, tools, limits, seed + turn)
+            if episode.ended:
+                return episode
+        episode.ended = "turns"
+    if scope.cancelled_caught:
+        episode.ended = "timeout"
+    return episode
+
+
+async def _turn(  # noqa: PLR0917 — the parts of an episode, passed on
+    endpoint: Endpoint,
+    environment: Environment,
+    episode: Trajectory,
+    tools: list[dict[str, Any]] | None,
+    limits: Limits,
+    seed: int,
+) -> str:
+    """The assistant's turn and the answer to it; why the episode ended, or "" while it goes on."""
+    room = limits.tokens_max - len(episode.tokens)
+    if room <= 0:
+        return "tokens"
+    generation = await endpoint.sample(episode.tokens, seed=seed, max_new_tokens=min(room, endpoint.max_new_tokens))
+    output = list(generation.output_ids)
+    if generation.finish_reason == "abort" or len(generation.logprobs or ()) != len(output):
+        raise AgentError(f"{endpoint.client}: turn {len(episode.turn_rewards)} came back incomplete: {generation}")
+    episode.add(output, list(generation.logprobs))
+    episode.weight_versions.append(generation.weight_version)
+    said = output[:-1] if output and output[-1] in endpoint.stops else output
+    message, problems = parse_message(endpoint.tokenizer.decode(said), endpoint.tool_format)
+    episode.messages.append(message)
+    if generation.finish_reason == "length":
+        episode.turn_rewards.append(0.0)
+        return "tokens" if room <= endpoint.max_new_tokens else "length"
+    reply = await environment.respond(message)
+    episode.turn_rewards.append(reply.reward)
+    answers = [*reply.messages, *({"role": "tool", "content": problem} for problem in problems)]
+    if reply.done and not problems:
+        return "done"
+    episode.add(between_turns(endpoint.tokenizer, episode.messages, answers, tools))
+    episode.messages += answers
+    return ""
+
+
+def between_turns(
+    tokenizer: Any, messages: list[Message], answers: list[Message], tools: list[dict[str, Any]] | None
+) -> list[int]:
+    """Tokens from after the end of the last of `messages`, an assistant's, to where the next turn of its begins.
+
+    Raises AgentError where the template renders the turns before differently once `answers` follow.
+    """
+    before = _render(tokenizer, messages, tools)
+    after = _render(tokenizer, [*messages, *answers], tools, add_generation_prompt=True)
+    specials = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    end = next((end for end in range(len(before), 0, -1) if before[end - 1] in specials), None)
+    if end is None or tokenizer.decode(before[end:]).strip():
+        raise AgentError("the chat template ends an assistant's turn without a special token: a turn cannot follow it")
+    if after[:end] != before[:end]:
+        raise AgentError("the chat template renders earlier turns differently once more follows: no exact continuation")
+    return after[end:]
+
+
+def _render(tokenizer: Any, messages: list[Message], tools: Any, **options: Any) -> list[int]:
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=True, return_dict=False, **options)
+    except TemplateError as error:
+        roles = [message["role"] for message in messages]
+        raise AgentError(f"the chat template refuses these messages (roles {roles}): {error}") from error
