@@ -220,14 +220,19 @@ def evaluating(model: Any) -> Iterator[None]:
     import torch
     from transformers import GenerationConfig
 
-    was_training, own_config = model.training, model.generation_config
+    was_training = model.training
+    unwrap = getattr(model, "get_base_model", None)  # adapters (peft) wrap a model, and both have a config
+    models = [model] if unwrap is None else [model, unwrap()]
+    own_configs = [each.generation_config for each in models]
     model.eval()
-    model.generation_config = GenerationConfig()
+    for each in models:
+        each.generation_config = GenerationConfig()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.generation_config = own_config
+        for each, own_config in zip(models, own_configs, strict=True):
+            each.generation_config = own_config
         model.train(was_training)
 
 

@@ -1,5 +1,6 @@
 """Exact match by engine and in process. The engine is a real embedded server."""
 
+import copy
 import itertools
 import json
 import math
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import peft
 import pytest
 import torch
 from hypothesis import given
@@ -261,6 +263,16 @@ def test_the_models_own_generation_settings_have_no_part_in_it(model: Any, token
         assert model.generation_config.repetition_penalty == 5.0
     finally:
         model.generation_config = own
+
+
+def test_a_wrapped_models_settings_come_back(model: Any, tokenizer: Any) -> None:
+    """Goal: a LoRA model's export keeps its generation_config. Red with the wrapper's alone put back."""
+    wrapped = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules="all-linear"))
+    base = wrapped.get_base_model()
+    base.generation_config.repetition_penalty = 5.0
+    found = evaluate_with_model(wrapped, tokenizer, ROWS[:8], max_new_tokens=6)  # new adapters change nothing
+    assert found.responses == evaluate_with_model(model, tokenizer, ROWS[:8], max_new_tokens=6).responses
+    assert base.generation_config.repetition_penalty == 5.0
 
 
 def test_sampling_that_makes_no_sense_is_refused(model: Any, tokenizer: Any) -> None:
