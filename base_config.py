@@ -50,38 +50,83 @@ class HostConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters on frozen weights (peft); matrix_lr is their learning rate. docs/optimization.md."""
+
+    rank: int
+    alpha: float  # the adapter's output is multiplied by alpha / rank
+    dropout: float  # on the adapter's input; 0: none
+    target_modules: list[str] | Literal["all-linear"]  # linear layers by name, e.g. ["q_proj"]; all: but for the head
+    init_seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     name: str  # hub id, or a directory: absolute on the host, or relative to the repository's root
     init: Literal["pretrained", "random"]  # random: architecture and tokenizer of `name`, weights drawn from init_seed
     init_seed: int
     dtype: Literal["float32", "bfloat16"]
     compile: bool
+    activation_checkpointing: bool  # recompute each layer in the backward pass: less memory, about 1.3 x the time
+    lora: LoraConfig | None  # None: all weights are trained
     trust_remote_code: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSpec:
+    """One data set of a mixture: rows shuffled by shuffle_seed, of those [start:stop:step], the first max_samples."""
+
     name: str  # hub id, a directory laid out as on the hub, or a .jsonl file (relative to the repository's root)
-    format: Literal["messages", "question_answer", "gsm8k"]  # how a row becomes a conversation: docs/data.md
+    format: Literal[  # how a row becomes a conversation: docs/data.md
+        "messages",
+        "question_answer",
+        "gsm8k",
+        "gsm8k_calculator",
+        "multiple_choice",
+        "smoltalk",
+        "custom_json",
+        "spelling_bee",  # made here, without end; `name` is a label
+        "simple_spelling",  # likewise
+        "text",  # no conversation: for sft_mixture and eval_mixture's validation loss
+    ]
     split: str
     subset: str | None  # the hub's configuration name
-    max_samples: int  # the first N rows; -1: all
+    shuffle_seed: int | None  # as datasets' shuffle; None: rows as they stand. Streamed: in windows of 10,000 rows
+    start: int
+    stop: int  # -1: to the end
+    step: int
+    max_samples: int  # -1: all
+    streaming: bool  # fetch rows one by one and only those needed; for sets too large to download
     repeat: int  # how often the rows stand in the mixture
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     sft_mixture: list[DatasetSpec]
+    sft_order: Literal["shuffled", "sequence"]  # sequence: the mixture as listed, every epoch; a curriculum
     rl_mixture: list[DatasetSpec]
     eval_mixture: list[DatasetSpec]  # held out: validation loss and exact match; [] turns evaluation off
-    max_length: int  # tokens; a longer SFT example is left out, counted and reported
+    max_length: int  # tokens; a longer conversation is left out and counted, a longer text split into pieces
     shuffle_seed: int
 
 
 @dataclass(frozen=True, kw_only=True)
+class MuonConfig:
+    momentum: float
+    nesterov: bool
+    ns_steps: int  # Newton-Schulz iterations
+    adjust_lr: Literal[
+        "original", "match_rms_adamw"
+    ]  # matrix_lr's factor by shape: nanochat's, or to use AdamW's rates
+    vector_lr: float  # of norms and biases, by AdamW
+    width_reference: int  # AdamW groups' rates x (hidden_size / this) ** -0.5, in nanochat 768; -1: as they stand
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    kind: Literal["adamw"]
-    beta1: float
+    kind: Literal["adamw", "muon"]  # muon: Muon for matrices, AdamW for embeddings, head, norms and biases
+    muon: MuonConfig | None  # None only with kind="adamw"
+    beta1: float  # this and the next two are AdamW's
     beta2: float
     eps: float
     max_grad_norm: float  # global L2 norm at which gradients are clipped
@@ -355,9 +400,9 @@ def _union_problems(value: Any, choices: tuple[Any, ...], path: str) -> Iterator
         yield from _type_problems(value, others[0], path)
         return
     if all(any(True for _ in _type_problems(value, choice, path)) for choice in others):
-        names = [repr(a) for c in others for a in typing.get_args(c)] + [
-            c.__name__ for c in others if isinstance(c, type)
-        ]
+        names = [repr(a) for c in others if typing.get_origin(c) is Literal for a in typing.get_args(c)]
+        names += [c.__name__ for c in others if isinstance(c, type)]
+        names += [str(c) for c in others if typing.get_origin(c) is list]
         yield path, f"{path}={value!r}: needs one of {', '.join(names)}"
 
 
@@ -449,6 +494,15 @@ def _host_checks(host: HostConfig) -> Checks:
 def _model_checks(model: ModelConfig) -> Checks:
     yield _need(bool(model.name.strip()), "model.name", model.name, "a hub id or a directory")
     yield _seed(model.init_seed, "model.init_seed")
+    lora = model.lora
+    if lora is not None:
+        yield from _at_least_one(lora, "model.lora", "rank")
+        yield _need(lora.alpha > 0, "model.lora.alpha", lora.alpha, "> 0; twice the rank is common")
+        yield _need(0 <= lora.dropout < 1, "model.lora.dropout", lora.dropout, "0 <= dropout < 1")
+        names = lora.target_modules
+        names_ok = names == "all-linear" or (len(names) > 0 and all(_matches(r"[\w.]+", name) for name in names))
+        yield _need(names_ok, "model.lora.target_modules", names, "names of linear layers, or 'all-linear'")
+        yield _seed(lora.init_seed, "model.lora.init_seed")
 
 
 def _data_checks(data: DataConfig) -> Checks:
@@ -456,11 +510,33 @@ def _data_checks(data: DataConfig) -> Checks:
     yield _seed(data.shuffle_seed, "data.shuffle_seed")
     for mixture in ("sft_mixture", "rl_mixture", "eval_mixture"):
         for index, spec in enumerate(getattr(data, mixture)):
-            path = f"data.{mixture}[{index}]"
-            yield _need(bool(spec.name.strip()), f"{path}.name", spec.name, "a hub id, a directory or a .jsonl file")
-            yield _need(bool(spec.split.strip()), f"{path}.split", spec.split, "the name of a split, such as 'train'")
-            yield from _one_or_off(spec, path, max_samples="all rows")
-            yield _need(spec.repeat >= 1, f"{path}.repeat", spec.repeat, ">= 1; leave the data set out to skip it")
+            yield from _dataset_checks(spec, f"data.{mixture}[{index}]")
+    for index, spec in enumerate(data.rl_mixture):
+        need = "a format with prompts: plain text asks nothing"
+        yield _need(spec.format != "text", f"data.rl_mixture[{index}].format", spec.format, need)
+
+
+def _dataset_checks(spec: DatasetSpec, path: str) -> Checks:
+    yield _need(bool(spec.name.strip()), f"{path}.name", spec.name, "a hub id, a directory or a .jsonl file")
+    yield _need(bool(spec.split.strip()), f"{path}.split", spec.split, "the name of a split, such as 'train'")
+    if spec.shuffle_seed is not None:
+        yield _seed(spec.shuffle_seed, f"{path}.shuffle_seed")
+    yield _need(spec.start >= 0, f"{path}.start", spec.start, ">= 0")
+    stop_ok = spec.stop == -1 or spec.stop > spec.start
+    yield _need(stop_ok, f"{path}.stop", spec.stop, f"> start={spec.start}, or -1 for the end")
+    yield from _at_least_one(spec, path, "step")
+    yield from _one_or_off(spec, path, max_samples="all rows")
+    yield _need(spec.repeat >= 1, f"{path}.repeat", spec.repeat, ">= 1; leave the data set out to skip it")
+    ends = spec.max_samples != -1 or spec.stop != -1
+    if spec.streaming:
+        need = "a number, or stop: streaming=True, and what is trained on is held in memory"
+        yield _need(ends, f"{path}.max_samples", spec.max_samples, need)
+    if spec.format in ("spelling_bee", "simple_spelling"):
+        made = f"format={spec.format!r} makes its rows"
+        yield _need(ends, f"{path}.max_samples", spec.max_samples, f"a number, or stop: {made} without end")
+        yield _need(spec.split in ("train", "test"), f"{path}.split", spec.split, f"'train' or 'test': {made}")
+        for name, off in (("subset", None), ("shuffle_seed", None), ("streaming", False)):
+            yield _need(getattr(spec, name) is off, f"{path}.{name}", getattr(spec, name), f"{off}: {made}")
 
 
 def _stage_checks(stage: SFTConfig | RLConfig, path: str) -> Checks:
@@ -476,6 +552,13 @@ def _stage_checks(stage: SFTConfig | RLConfig, path: str) -> Checks:
     yield _need(optimizer.eps > 0, f"{path}.eps", optimizer.eps, "> 0")
     yield _need(optimizer.max_grad_norm > 0, f"{path}.max_grad_norm", optimizer.max_grad_norm, "> 0; 1e9 never clips")
     yield _need(0 <= optimizer.warmup_frac < 1, f"{path}.warmup_frac", optimizer.warmup_frac, "0 <= warmup_frac < 1")
+    muon, need = optimizer.muon, "a MuonConfig with kind='muon', None with 'adamw'"
+    yield _need((muon is not None) == (optimizer.kind == "muon"), f"{path}.muon", muon, need)
+    if muon is not None:
+        yield _need(0 <= muon.momentum < 1, f"{path}.muon.momentum", muon.momentum, "0 <= momentum < 1")
+        yield _need(1 <= muon.ns_steps < 100, f"{path}.muon.ns_steps", muon.ns_steps, "1 to 99; 5 is usual")
+        yield _need(muon.vector_lr >= 0, f"{path}.muon.vector_lr", muon.vector_lr, ">= 0")
+        yield from _one_or_off(muon, f"{path}.muon", width_reference="rates as they stand")
 
 
 def _sft_checks(sft: SFTConfig) -> Checks:
@@ -622,6 +705,10 @@ def _cross_checks(config: Config) -> Checks:
         if stage is not None and stage.eval_every != -1:
             need = "-1, or rows in data.eval_mixture, which is empty"
             yield _need(bool(data.eval_mixture), f"{name}.eval_every", stage.eval_every, need)
+    if config.rl is not None and "rl" in config.stages and config.rl.eval_every != -1 and data.eval_mixture:
+        need = "-1, or rows with prompts in data.eval_mixture, which has plain text alone"
+        asked = any(spec.format != "text" for spec in data.eval_mixture)
+        yield _need(asked, "rl.eval_every", config.rl.eval_every, need)
     if config.uses_engine:
         yield config.engine is not None, f"engine=None: output.mode={mode!r} has an rl stage, which samples from it"
     if config.sft is not None and config.sft.batch_size >= 1 and config.sft.micro_batch_tokens == -1:
@@ -634,9 +721,30 @@ def _cross_checks(config: Config) -> Checks:
         yield _need(samples % ranks == 0, "rl.examples_per_step", config.rl.examples_per_step, need)
         need = f"less than data.max_length={data.max_length}"
         yield _need(config.rl.max_new_tokens < data.max_length, "rl.max_new_tokens", config.rl.max_new_tokens, need)
+    for name in config.stages:
+        if getattr(config, name) is not None:
+            yield from _rate_checks(config, name)
     starts_rl = mode == "rl" and config.uses_engine and config.output.source_checkpoint is None
     noise = config.model.init == "random" and starts_rl
     yield not noise, "model.init='random': output.mode='rl' would sample from noise; use 'sft+rl' or source_checkpoint"
+
+
+def _rate_checks(config: Config, name: str) -> Checks:
+    """Learning rates that cannot be meant, given the model and the optimizer."""
+    stage = getattr(config, name)
+    lora = config.model.lora is not None
+    if lora:
+        yield _need(stage.matrix_lr > 0, f"{name}.matrix_lr", stage.matrix_lr, "> 0: it is the rate of model.lora")
+    for field in ("matrix_lr", "embedding_lr", "unembedding_lr"):
+        rate = getattr(stage, field)
+        if lora and field != "matrix_lr":
+            yield _need(
+                rate == 0, f"{name}.{field}", rate, "0: with model.lora only adapters are trained, at matrix_lr"
+            )
+        pretrained_adamw = config.model.init == "pretrained" and stage.optimizer.kind == "adamw"
+        wild = pretrained_adamw and rate >= 0.01 and rate * stage.init_lr_frac > 1e-4
+        need = "about 1e-5 (LoRA: 1e-4) with init_lr_frac=1 for AdamW on a pretrained model; rates such as nanochat's"
+        yield _need(not wild, f"{name}.{field}", rate, f"{need} 0.02 and 0.2 are for optimizer.kind='muon'")
 
 
 def _matches(pattern: str, text: str) -> bool:

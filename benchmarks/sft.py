@@ -73,10 +73,22 @@ def make_rows(count: int) -> list[dict[str, list[int]]]:
     return rows
 
 
+class Clock:
+    """Seconds of wall time and of this process's CPU time that a block takes; the latter counts what others use not."""
+
+    def __enter__(self) -> "Clock":
+        self._start = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wall_s = time.perf_counter() - self._start[0]
+        self.cpu_s = time.process_time() - self._start[1]
+
+
 def train_ours(
     directory: Path, rows: list[dict[str, list[int]]], options: argparse.Namespace
-) -> tuple[Any, float, int]:
-    """(model, seconds, optimizer steps)."""
+) -> tuple[Any, Clock, int]:
+    """(model, time taken, optimizer steps)."""
     import anyio
 
     from rollouts.training import PyTorchTrainingBackend, Sample, SFTTrainingConfig, run_sft_training
@@ -103,14 +115,14 @@ def train_ours(
         lr_schedule=lambda step: lr_factor(step, total_steps=steps, warmup_frac=0.0, schedule="linear"),
     )
     samples = [Sample(prompt="", tokens=r["input_ids"], loss_mask=list(map(float, r["completion_mask"]))) for r in rows]
-    config = SFTTrainingConfig(num_steps=steps, batch_size=BATCH_ROWS, micro_batch_size=options.micro_batch_size)
-    start = time.perf_counter()
-    anyio.run(run_sft_training, backend, samples, config)
-    return model, time.perf_counter() - start, steps
+    config = SFTTrainingConfig(num_steps=steps, batch_size=BATCH_ROWS, micro_batch_tokens=options.micro_batch_tokens)
+    with Clock() as clock:
+        anyio.run(run_sft_training, backend, samples, config)
+    return model, clock, steps
 
 
-def train_trl(directory: Path, rows: list[dict[str, list[int]]], *, packed: bool) -> tuple[Any, float, int]:
-    """(model, seconds, optimizer steps). Packed rows hold as many tokens as 8 rows do on average: as many steps."""
+def train_trl(directory: Path, rows: list[dict[str, list[int]]], *, packed: bool) -> tuple[Any, Clock, int]:
+    """(model, time taken, optimizer steps). Packed rows hold as many tokens as 8 rows do on average: as many steps."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
@@ -141,9 +153,9 @@ def train_trl(directory: Path, rows: list[dict[str, list[int]]], *, packed: bool
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(directory / "model"),
     )
-    start = time.perf_counter()
-    trainer.train()
-    return trainer.model, time.perf_counter() - start, trainer.state.global_step
+    with Clock() as clock:
+        trainer.train()
+    return trainer.model, clock, trainer.state.global_step
 
 
 def loss_over(model: Any, rows: list[dict[str, list[int]]]) -> float:
@@ -169,12 +181,12 @@ def run_variant(directory: Path, options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     rows = json.loads((directory / "rows.json").read_text())
     if options.variant == "ours":
-        model, seconds, steps = train_ours(directory, rows, options)
+        model, clock, steps = train_ours(directory, rows, options)
     else:
-        model, seconds, steps = train_trl(directory, rows, packed=options.variant == "trl_packed")
+        model, clock, steps = train_trl(directory, rows, packed=options.variant == "trl_packed")
     tokens = sum(len(row["input_ids"]) for row in rows)
-    result = {"tokens_per_s": tokens / seconds, "seconds": seconds, "steps": steps, "loss": loss_over(model, rows)}
-    print(json.dumps(result))
+    speed = {"tokens_per_s": tokens / clock.wall_s, "tokens_per_cpu_s": tokens / clock.cpu_s}
+    print(json.dumps({**speed, "wall_s": clock.wall_s, "steps": steps, "loss": loss_over(model, rows)}))
 
 
 def in_own_process(variant: str, directory: Path, options: argparse.Namespace) -> dict[str, float]:
@@ -183,8 +195,8 @@ def in_own_process(variant: str, directory: Path, options: argparse.Namespace) -
             (Path(scratch) / name).symlink_to(directory / name)
         command = [sys.executable, __file__, "--variant", variant, "--directory", scratch]
         command += ["--threads", str(options.threads)]
-        if options.micro_batch_size is not None:
-            command += ["--micro-batch-size", str(options.micro_batch_size)]
+        if options.micro_batch_tokens is not None:
+            command += ["--micro-batch-tokens", str(options.micro_batch_tokens)]
         environment = {
             **os.environ,
             "PYTHONPATH": str(ROOT),
@@ -198,14 +210,20 @@ def in_own_process(variant: str, directory: Path, options: argparse.Namespace) -
 
 
 def report(results: dict[str, list[dict[str, float]]]) -> None:
-    print(f"\n{'':12}{'tokens/s':>10}{'runs':>24}{'steps':>8}{'loss':>10}")
-    middle = {name: statistics.median(run["tokens_per_s"] for run in runs) for name, runs in results.items()}
-    for name, runs in results.items():
-        each = " ".join(f"{run['tokens_per_s']:.0f}" for run in runs)
-        print(f"{name:12}{middle[name]:10.0f}{each:>24}{runs[0]['steps']:8.0f}{runs[0]['loss']:10.4f}")
-    if "ours" in middle and len(middle) > 1:
-        better = max((name for name in middle if name != "ours"), key=lambda name: middle[name])
-        print(f"ratio to {better}: {middle['ours'] / middle[better]:.2f}")
+    """Medians over the rounds. CPU seconds leave out what other programs took of a machine that is not idle."""
+    middle = {
+        key: {name: statistics.median(run[key] for run in runs) for name, runs in results.items()}
+        for key in ("tokens_per_s", "tokens_per_cpu_s", "steps", "loss")
+    }
+    print(f"\n{'':12}{'tokens/s':>10}{'per CPU s':>11}{'steps':>7}{'loss after':>12}")
+    for name in results:
+        speed, cpu, steps, loss = (middle[key][name] for key in middle)
+        print(f"{name:12}{speed:10.0f}{cpu:11.0f}{steps:7.0f}{loss:12.4f}")
+    peers = [name for name in results if name != "ours"]
+    if "ours" in results and peers:
+        for key in ("tokens_per_s", "tokens_per_cpu_s"):
+            better = max(peers, key=lambda name: middle[key][name])
+            print(f"ratio to {better} in {key}: {middle[key]['ours'] / middle[key][better]:.2f}")
 
 
 def main() -> None:
@@ -213,7 +231,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=600)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--micro-batch-size", type=int, help="ours: rows per forward pass")
+    parser.add_argument("--micro-batch-tokens", type=int, help="ours: tokens per forward pass; default: a step's")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)  # this process is a child
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)

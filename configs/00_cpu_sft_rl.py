@@ -31,7 +31,12 @@ def letters(name: str, split: str) -> DatasetSpec:
         format="question_answer",
         split=split,
         subset=None,
+        shuffle_seed=None,
+        start=0,
+        stop=-1,
+        step=1,
         max_samples=-1,
+        streaming=False,
         repeat=1,
     )
 
@@ -39,6 +44,7 @@ def letters(name: str, split: str) -> DatasetSpec:
 def adamw(*, warmup_frac: float) -> OptimizerConfig:
     return OptimizerConfig(
         kind="adamw",
+        muon=None,
         beta1=0.9,
         beta2=0.95,
         eps=1e-8,
@@ -64,10 +70,13 @@ config = Config(
         init_seed=SEED,
         dtype="float32",
         compile=False,
+        activation_checkpointing=False,
+        lora=None,
         trust_remote_code=False,
     ),
     data=DataConfig(
         sft_mixture=[letters("train_sft", "train")],
+        sft_order="shuffled",
         rl_mixture=[letters("train_rl", "train")],
         eval_mixture=[letters("test", "test")],
         max_length=32,

@@ -60,14 +60,15 @@ def _numbers(text: str) -> list[int]:
 
 def load_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of all --data, each with its task: the data set's name, where the row names none."""
-    from rollouts.training.datasets.formats import parse_row
-    from rollouts.training.datasets.rows import read_rows
+    from rollouts.training.datasets.dataset_loaders import DatasetEntry, load_prompt_mixture
     from rollouts.training.evaluation import mix_tasks
 
     loaded = []
     for name in arguments.data:
-        rows = read_rows(name, split=arguments.split, subset=arguments.subset, max_samples=arguments.max_samples)
-        loaded.append((name, [parse_row(row, arguments.format).prompt for row in rows]))
+        entry = DatasetEntry(
+            name, arguments.format, arguments.split, arguments.subset, max_samples=arguments.max_samples
+        )
+        loaded.append((name, load_prompt_mixture([entry], seed=arguments.seed)))
     return mix_tasks(loaded, seed=arguments.seed)
 
 

@@ -26,11 +26,23 @@ def example_config() -> Config:
         format="question_answer",
         split="train",
         subset=None,
+        shuffle_seed=None,
+        start=0,
+        stop=-1,
+        step=1,
         max_samples=-1,
+        streaming=False,
         repeat=1,
     )
     optimizer = OptimizerConfig(
-        kind="adamw", beta1=0.9, beta2=0.95, eps=1e-8, max_grad_norm=1.0, warmup_frac=0.0, schedule="constant"
+        kind="adamw",
+        muon=None,
+        beta1=0.9,
+        beta2=0.95,
+        eps=1e-8,
+        max_grad_norm=1.0,
+        warmup_frac=0.0,
+        schedule="constant",
     )
     rates: dict[str, float] = {"unembedding_lr": 1e-3, "embedding_lr": 1e-3, "matrix_lr": 1e-3, "weight_decay": 0.0}
     return Config(
@@ -49,10 +61,13 @@ def example_config() -> Config:
             init_seed=0,
             dtype="float32",
             compile=False,
+            activation_checkpointing=False,
+            lora=None,
             trust_remote_code=False,
         ),
         data=DataConfig(
             sft_mixture=[spec],
+            sft_order="shuffled",
             rl_mixture=[dataclasses.replace(spec, name="configs/data/letters/train_rl.jsonl")],
             eval_mixture=[dataclasses.replace(spec, name="configs/data/letters/test.jsonl", split="test")],
             max_length=64,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import base_config
-from base_config import Config, ConfigError, load_config
+from base_config import Config, ConfigError, LoraConfig, MuonConfig, OptimizerConfig, load_config
 from tests.example_config import example_config, replace_at
 
 DATACLASSES = [item for _, item in inspect.getmembers(base_config, dataclasses.is_dataclass)]
@@ -29,6 +29,22 @@ def test_no_field_has_a_default() -> None:
 def test_the_example_is_valid() -> None:
     """Goal: the config that all tests here break has no problem itself. Red with mode='rl' and init='random'."""
     assert example_config().problems() == ()
+
+
+def a_lora(**changes: Any) -> LoraConfig:
+    valid = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": "all-linear", "init_seed": 0}
+    return LoraConfig(**{**valid, **changes})
+
+
+def a_muon(**changes: Any) -> MuonConfig:
+    constants = {"momentum": 0.95, "nesterov": True, "ns_steps": 5}
+    valid = {**constants, "adjust_lr": "original", "vector_lr": 0.01, "width_reference": 768}
+    return MuonConfig(**{**valid, **changes})
+
+
+def muon_optimizer(**changes: Any) -> OptimizerConfig:
+    optimizer = example_config().sft.optimizer  # type: ignore[union-attr]
+    return dataclasses.replace(optimizer, kind="muon", muon=a_muon(**changes))
 
 
 BROKEN: list[tuple[str, Any, str]] = [
@@ -51,6 +67,21 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("model.dtype", "float16", "model.dtype='float16': needs one of 'float32', 'bfloat16'"),
     ("model.init_seed", -1, "model.init_seed=-1: needs 0 to 2**32 - 1"),
     ("model.compile", 1, "model.compile=1: needs bool, found int"),
+    ("model.activation_checkpointing", "yes", "model.activation_checkpointing='yes': needs bool, found str"),
+    ("model.lora", a_lora(rank=0), "model.lora.rank=0: needs >= 1"),
+    ("model.lora", a_lora(alpha=0.0), "model.lora.alpha=0.0: needs > 0"),
+    ("model.lora", a_lora(dropout=1.0), "model.lora.dropout=1.0: needs 0 <= dropout < 1"),
+    ("model.lora", a_lora(init_seed=-1), "model.lora.init_seed=-1: needs 0 to 2**32 - 1"),
+    ("model.lora", a_lora(target_modules=[]), "model.lora.target_modules=[]: needs names of linear layers"),
+    ("model.lora", a_lora(target_modules="q_proj"), "='q_proj': needs one of 'all-linear', list[str]"),
+    ("model.lora", a_lora(), "rl.embedding_lr=0.001: needs 0: with model.lora only adapters are trained"),
+    ("sft.optimizer.muon", a_muon(), "sft.optimizer.muon=MuonConfig(momentum=0.95"),
+    ("sft.optimizer.kind", "muon", "sft.optimizer.muon=None: needs a MuonConfig with kind='muon'"),
+    ("sft.optimizer", muon_optimizer(momentum=1.0), "sft.optimizer.muon.momentum=1.0: needs 0 <= momentum < 1"),
+    ("sft.optimizer", muon_optimizer(ns_steps=0), "sft.optimizer.muon.ns_steps=0: needs 1 to 99"),
+    ("sft.optimizer", muon_optimizer(vector_lr=-1.0), "sft.optimizer.muon.vector_lr=-1.0: needs >= 0"),
+    ("sft.optimizer", muon_optimizer(width_reference=0), "sft.optimizer.muon.width_reference=0: needs >= 1, or -1"),
+    ("sft.optimizer", muon_optimizer(adjust_lr="x"), "sft.optimizer.muon.adjust_lr='x': needs one of 'original', "),
     ("data.sft_mixture", [], "data.sft_mixture=[]: empty, and output.mode='sft+rl' trains on it"),
     ("data.rl_mixture", [], "data.rl_mixture=[]: empty, and output.mode='sft+rl' trains on it"),
     ("data.sft_mixture", ["gsm8k"], "data.sft_mixture[0]='gsm8k': needs a DatasetSpec"),
@@ -59,6 +90,14 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("data.eval_mixture.0.format", "csv", "data.eval_mixture[0].format='csv': needs one of"),
     ("data.eval_mixture.0.split", "", "data.eval_mixture[0].split='': needs the name of a split"),
     ("data.eval_mixture.0.name", "", "data.eval_mixture[0].name='': needs a hub id"),
+    ("data.sft_mixture.0.shuffle_seed", -1, "data.sft_mixture[0].shuffle_seed=-1: needs 0 to 2**32 - 1"),
+    ("data.sft_mixture.0.start", -1, "data.sft_mixture[0].start=-1: needs >= 0"),
+    ("data.sft_mixture.0.stop", 0, "data.sft_mixture[0].stop=0: needs > start=0, or -1 for the end"),
+    ("data.sft_mixture.0.step", 0, "data.sft_mixture[0].step=0: needs >= 1"),
+    ("data.sft_mixture.0.streaming", True, "data.sft_mixture[0].max_samples=-1: needs a number, or stop: streaming"),
+    ("data.sft_mixture.0.format", "spelling_bee", "data.sft_mixture[0].max_samples=-1: needs a number, or stop: form"),
+    ("data.rl_mixture.0.format", "text", "data.rl_mixture[0].format='text': needs a format with prompts"),
+    ("data.sft_order", "curriculum", "data.sft_order='curriculum': needs one of 'shuffled', 'sequence'"),
     ("data.max_length", 1, "data.max_length=1: needs >= 2 tokens"),
     ("data.shuffle_seed", 2**32, "data.shuffle_seed=4294967296: needs 0 to 2**32 - 1"),
     ("sft", None, "sft=None: output.mode='sft+rl' has this stage"),
@@ -181,6 +220,73 @@ def test_pass_at_more_than_was_sampled() -> None:
     assert config.problems() == ("eval.pass_at=[1, 5]: needs each k within 1 and num_samples=4",)
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"split": "dev"}, "data.sft_mixture[0].split='dev': needs 'train' or 'test': format='simple_spelling'"),
+        ({"subset": "main"}, "data.sft_mixture[0].subset='main': needs None: format='simple_spelling' makes its rows"),
+        ({"shuffle_seed": 0}, "data.sft_mixture[0].shuffle_seed=0: needs None"),
+        ({"streaming": True}, "data.sft_mixture[0].streaming=True: needs False"),
+        ({"max_samples": -1}, "data.sft_mixture[0].max_samples=-1: needs a number, or stop: format='simple_spelling'"),
+        ({"max_samples": -1, "stop": 9}, None),
+    ],
+)
+def test_a_synthetic_data_set_has_its_own_rules(changes: dict[str, Any], reason: str | None) -> None:
+    """Goal: a setting that made rows would ignore is an error. Red for each with its check taken out."""
+    fields = {"name": "spelling", "format": "simple_spelling", "max_samples": 5, **changes}
+    config = example_config()
+    for name, value in fields.items():
+        config = replace_at(config, f"data.sft_mixture.0.{name}", value)
+    assert [problem[: len(reason or "")] for problem in config.problems()] == ([reason] if reason else [])
+
+
+def test_an_evaluation_of_rl_needs_prompts() -> None:
+    """Goal: plain text has a validation loss, but RL evaluates answers. Red when any eval_mixture was enough."""
+    config = replace_at(example_config(), "data.eval_mixture.0.format", "text")
+    assert config.problems() == ()
+    (problem,) = replace_at(config, "rl.eval_every", 5).problems()
+    assert problem.startswith("rl.eval_every=5: needs -1, or rows with prompts in data.eval_mixture")
+
+
+def with_changes(changes: dict[str, Any]) -> Config:
+    config = example_config()
+    for path, value in changes.items():
+        config = replace_at(config, path, value)
+    return config
+
+
+NANOCHAT = {"model.init": "pretrained", "sft.matrix_lr": 0.02, "sft.embedding_lr": 0.2, "sft.unembedding_lr": 0.004}
+
+
+@pytest.mark.parametrize(
+    ("changes", "wrong"),
+    [
+        (NANOCHAT, ["sft.matrix_lr=0.02", "sft.embedding_lr=0.2"]),
+        ({**NANOCHAT, "sft.init_lr_frac": 0.02}, ["sft.matrix_lr=0.02", "sft.embedding_lr=0.2"]),
+        ({**NANOCHAT, "sft.optimizer": muon_optimizer()}, []),
+        ({**NANOCHAT, "model.init": "random"}, []),
+        ({**NANOCHAT, "output.mode": "rl"}, []),
+        ({"model.init": "pretrained", "sft.matrix_lr": 0.01, "sft.init_lr_frac": 0.001}, []),
+    ],
+    ids=["whole", "scaled", "muon", "random", "other-stage", "tiny"],
+)
+def test_nanochat_s_rates_are_not_for_adamw_on_a_pretrained_model(changes: dict[str, Any], wrong: list[str]) -> None:
+    """Goal: refused with the fix where it is certain, and nowhere else. Red with any of its conditions left out."""
+    problems = with_changes(changes).problems()
+    assert [problem.split(":")[0] for problem in problems] == wrong
+    assert all("about 1e-5" in problem and "optimizer.kind='muon'" in problem for problem in problems)
+
+
+def test_lora_trains_its_adapters_at_matrix_lr_alone() -> None:
+    """Goal: no rate without effect, and one with. Red without the check on matrix_lr."""
+    rates = {f"{stage}.{name}": 0.0 for stage in ("sft", "rl") for name in ("embedding_lr", "unembedding_lr")}
+    lora = {"model.lora": a_lora(), **rates}
+    assert with_changes(lora).problems() == ()
+    problems = with_changes({**lora, "rl.matrix_lr": 0.0}).problems()
+    assert [problem.split(":")[0] for problem in problems if "model.lora" in problem] == ["rl.matrix_lr=0.0"]
+
+
 @pytest.mark.parametrize("ranks", [[0], [0, 1], [0, 1, 2]])
 def test_divisibility_counts_ranks(ranks: list[int]) -> None:
     """Goal: accumulation = target / (batch x ranks) must divide. Red when ranks were left out: 3 ranks passed."""
@@ -190,7 +296,8 @@ def test_divisibility_counts_ranks(ranks: list[int]) -> None:
 
 def test_json_round_trip_ends_equal(tmp_path: Path) -> None:
     """Goal: config.json of a run is the config that ran. Red when from_json left nested records as dicts."""
-    for config in (example_config(), dataclasses.replace(example_config(), sft=None)):
+    lora, muon = {"model.lora": a_lora(target_modules=["q_proj"])}, {"sft.optimizer": muon_optimizer()}
+    for config in (with_changes({**lora, **muon}), dataclasses.replace(example_config(), sft=None)):
         config.save(tmp_path / "config.json")
         assert Config.load(tmp_path / "config.json") == config
         assert load_config(tmp_path / "config.json") == config

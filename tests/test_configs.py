@@ -52,7 +52,7 @@ def test_train_and_test_share_no_row() -> None:
             seen |= set(lines)
 
 
-@pytest.mark.parametrize("script", ["make_letters_data.py", "make_tiny_model.py"])
+@pytest.mark.parametrize("script", ["make_letters_data.py", "make_identity_data.py", "make_tiny_model.py"])
 def test_the_committed_files_are_what_the_scripts_write(script: str, tmp_path: Path) -> None:
     """Goal: data and model can be made again from the repository alone. Red after a change to either side.
 

@@ -55,6 +55,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.training.checkpoint",
         "rollouts.training.distributed",
         "rollouts.training.forward",
+        "rollouts.training.lora",
         "rollouts.training.optim",
         "rollouts.training.reference",
         "rollouts.training.rl_losses",
@@ -70,6 +71,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "rollouts.training.rewards": ("rollouts.training.types",),
     "rollouts.training.datasets": (
+        "rollouts.training.calculator",
         "rollouts.training.datasets",
         "rollouts.training.rewards",
         "rollouts.training.types",

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from rollouts.training.calculator import calculate
+from rollouts.training.calculator import CALCULATOR_TOOL, calculate
 from rollouts.training.types import Prompt
 
 Message = dict[str, Any]  # {"role", "content"}, and "tool_calls" on an assistant's, as chat templates take them
@@ -42,10 +42,7 @@ class CalculatorEnvironment:
     """
 
     def tools(self) -> list[dict[str, Any]]:
-        expression = {"type": "string", "description": "Numbers with + - * / ( ), or 'text'.count('part')."}
-        parameters = {"type": "object", "properties": {"expression": expression}, "required": ["expression"]}
-        function = {"name": "calculator", "description": "Work out an expression.", "parameters": parameters}
-        return [{"type": "function", "function": function}]
+        return [CALCULATOR_TOOL]
 
     async def start(self, prompt: Prompt) -> list[Message]:
         return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt["messages"])

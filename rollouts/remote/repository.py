@@ -3,6 +3,7 @@
 import os
 import subprocess
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -70,7 +71,7 @@ def read_code(root: Path, config: Config) -> Code:
         size_bytes=sum(os.lstat(root / file).st_size for file in files),
         commit=head,
         dirty_diff=_dirty_diff(root) if head else "",
-        requirements=tuple(_requirements(root, wandb=config.output.use_wandb)),
+        requirements=tuple(_requirements(root, _extras(config))),
         constraints="" if pins is None else _text_or_none(root / pins),
         named={name: _locality(root, name, files) for name in named_paths(config) if not os.path.isabs(name)},
     )
@@ -134,11 +135,17 @@ def _dirty_diff(root: Path) -> str:
         return diff.decode(errors="backslashreplace")
 
 
-def _requirements(root: Path, *, wandb: bool) -> list[str]:
+def _extras(config: Config) -> list[str]:
+    """What this config's trainer needs of pyproject.toml's extras."""
+    wanted = {"train": True, "lora": config.model.lora is not None, "wandb": config.output.use_wandb}
+    return [name for name, needed in wanted.items() if needed]
+
+
+def _requirements(root: Path, names: Sequence[str]) -> list[str]:
     file = root / "pyproject.toml"
     try:
         extras: dict[str, Any] = tomllib.loads(file.read_text())["project"]["optional-dependencies"]
-        return [*extras["train"], *(extras["wandb"] if wandb else ())]
+        return [requirement for name in names for requirement in extras[name]]
     except FileNotFoundError:
         raise DeployError(f"{file}: missing.", needed="its extra `train`, the trainer's requirements") from None
     except tomllib.TOMLDecodeError as error:
@@ -146,7 +153,7 @@ def _requirements(root: Path, *, wandb: bool) -> list[str]:
     except KeyError as error:
         raise DeployError(
             f"{file}: no {error} in project.optional-dependencies.",
-            needed="the extras `train` and, with use_wandb, `wandb`: what the trainer's environment holds",
+            needed=f"the extras {', '.join(names)}: what this config's trainer environment holds",
         ) from None
 
 

@@ -13,6 +13,23 @@ from collections.abc import Callable
 from typing import Any
 
 MAX_CHARACTERS = 256
+CALCULATOR_TOOL: dict[str, Any] = {  # what a model is told of it, in SFT data and by environments alike
+    "type": "function",
+    "function": {
+        "name": "calculator",
+        "description": "Work out an expression.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "expression": {
+                    "type": "string",
+                    "description": "Numbers with + - * / ( ), or 'text'.count('part').",
+                }
+            },
+            "required": ["expression"],
+        },
+    },
+}
 ARITHMETIC = re.compile(r"[0-9+\-*/.() ]+")
 
 _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {

@@ -2,6 +2,7 @@
 
     model.safetensors, config.json, generation_config.json, tokenizer files: what an engine loads as it stands
     training_state.pt     optimizer, RNG states, counters, and the caller's `extra` (plain data: a data cursor)
+    adapter/              with LoRA: the adapter in peft's layout and base.json; the weights above are merged
     metadata.json         {"stage", "step", "time", "metrics", "world_size", "versions"}
     manifest.json         every file with size and SHA-256, written last
 
@@ -27,6 +28,7 @@ import transformers
 from torch import nn
 
 from rollouts.manifest import MANIFEST_FILE, manifest_problems, write_manifest
+from rollouts.training import lora
 
 METADATA_FILE = "metadata.json"
 TRAINING_STATE_FILE = "training_state.pt"
@@ -72,6 +74,8 @@ def write_checkpoint(
     temporary = checkpoint_dir / f".tmp-{final.name}-{os.getpid()}"
     temporary.mkdir()
     write_model(model, temporary)
+    if lora.is_lora(model):
+        lora.write_adapter(model, temporary / lora.ADAPTER_DIR)
     if tokenizer is not None:
         tokenizer.save_pretrained(temporary)
     torch.save(dict(training_state), temporary / TRAINING_STATE_FILE)
@@ -103,9 +107,10 @@ def read_training_state(path: Path) -> dict[str, Any]:
 
 
 def write_model(model: nn.Module, directory: Path) -> None:
-    """Weights (safetensors; tied ones once), config.json and generation_config.json into `directory`."""
+    """Weights (safetensors; tied ones once; LoRA merged), config.json, generation_config.json into `directory`."""
+    state = lora.merged_state_dict(model) if lora.is_lora(model) else None
     with _no_progress_bar():
-        model.save_pretrained(directory)  # type: ignore[operator]
+        model.save_pretrained(directory, state_dict=state)  # type: ignore[operator]
 
 
 def write_weights(model: nn.Module, path: Path) -> Path:
@@ -122,14 +127,18 @@ def write_weights(model: nn.Module, path: Path) -> Path:
 def read_model(model: nn.Module, path: Path) -> None:
     """Load the safetensors under `path` into `model`, in place, keeping its dtypes and ties.
 
-    Raises CheckpointError when they are not exactly this model's: names or shapes that differ.
+    A model with adapters gets those alone: its frozen weights must be the checkpoint's. Raises CheckpointError when
+    the weights are not exactly this model's: names or shapes that differ, LoRA and none, another frozen base.
     """
+    _check_base(model, path)
     index = path / "model.safetensors.index.json"
-    if index.is_file():
+    if lora.is_lora(model):
+        files = [f"{lora.ADAPTER_DIR}/{lora.ADAPTER_WEIGHTS}"]
+    elif index.is_file():
         files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     else:
         files = ["model.safetensors"]
-    parameters = model.state_dict(keep_vars=True)
+    parameters = lora.adapter_state_dict(model) if lora.is_lora(model) else model.state_dict(keep_vars=True)
     filled: set[int] = set()
     for name in files:
         for key, tensor in safetensors.torch.load_file(path / name).items():
@@ -142,6 +151,20 @@ def read_model(model: nn.Module, path: Path) -> None:
     missing = [key for key, target in parameters.items() if target.data_ptr() not in filled]  # tied ones share memory
     if missing:
         raise CheckpointError(f"{path}: no tensor for {', '.join(missing)}: saved from another architecture?")
+
+
+def _check_base(model: nn.Module, path: Path) -> None:
+    """Adapters go on only over the frozen weights that they were trained over; and full training over no adapter."""
+    saved, own = lora.read_base(path), lora.base_record(model) if lora.is_lora(model) else None
+    fix = "Resume with what the run began with, or start a new run from the checkpoint's (merged) weights."
+    if (saved is None) != (own is None):
+        words = ("without LoRA", "with LoRA") if saved is None else ("with LoRA", "without")
+        raise CheckpointError(f"{path}: was trained {words[0]}, this run is {words[1]}. {fix}")
+    if saved is not None and own is not None and saved["sha256"] != own["sha256"]:
+        raise CheckpointError(
+            f"{path}: its adapter belongs to the weights of {saved['name']} (sha256 {saved['sha256'][:12]}); this run "
+            f"has those of {own['name']} (sha256 {own['sha256'][:12]}). {fix}"
+        )
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:

@@ -61,6 +61,17 @@ def load_model(
     return model.train()
 
 
+def enable_activation_checkpointing(model: Any) -> None:
+    """Keep only each layer's input for the backward pass, which computes the rest again: same numbers, less memory.
+
+    Works with frozen weights below trained ones. Raises ModelError for an architecture that has no support for it.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise ModelError(f"{type(model).__name__} has no activation checkpointing; set activation_checkpointing=False")
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # < 5.20
+    enable({"use_reentrant": False})
+
+
 def _require_config(name: str) -> None:
     """A name that can only be a directory must be one, and hold a config.json."""
     path = Path(name)

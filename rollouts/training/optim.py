@@ -1,11 +1,36 @@
-"""Parameter groups, the optimizer and the learning-rate schedule. Plain keyword arguments, no config objects."""
+"""Parameter groups, the optimizers (AdamW; Muon beside AdamW) and the learning-rate schedule. No config objects."""
 
 import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
+from rollouts.training.checkpoint import CheckpointError
+
 SCHEDULES = ("constant", "linear", "cosine")
+# Of Muon's Newton-Schulz iteration: the quintic of Keller Jordan's Muon, as in nanochat and torch, and its epsilon.
+NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+NS_EPS = 1e-7
+
+
+@dataclass(frozen=True)
+class MuonSettings:
+    """What `build_optimizer(kind="muon")` needs beside AdamW's constants, which are those of its other groups.
+
+    `adjust_lr` is the factor on matrix_lr for a [rows, columns] matrix: "original", sqrt(max(1, rows / columns)), as in
+    nanochat, or "match_rms_adamw", 0.2 sqrt(max(rows, columns)): AdamW's rates carry over (arXiv 2502.16982).
+    The AdamW groups' rates are multiplied by (hidden_size / width_reference) ** -0.5, 768 in nanochat; None: they stay.
+    """
+
+    momentum: float
+    nesterov: bool
+    ns_steps: int
+    adjust_lr: str
+    vector_lr: float  # of norms and biases
+    width_reference: int | None
 
 
 def lr_factor(step: int, *, total_steps: int, warmup_frac: float, schedule: str) -> float:
@@ -27,21 +52,22 @@ def lr_factor(step: int, *, total_steps: int, warmup_frac: float, schedule: str)
 
 def parameter_groups(
     model: nn.Module, *, matrix_lr: float, embedding_lr: float, unembedding_lr: float, weight_decay: float
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """Every trainable parameter exactly once, as torch optimizer groups with a "name": empty ones are left out.
 
-    "matrices", "embeddings" (the input embedding, and an output head tied to it), "unembedding" (a head of its own),
-    and "vectors": norms and biases, which follow `matrix_lr` and are not decayed.
+    "matrices", "embeddings" (all `nn.Embedding` weights, and an output head tied to one), "unembedding" (a head of its
+    own), and "vectors": norms and biases, which follow `matrix_lr` and are not decayed.
     `model` is a transformers model: `get_input_embeddings()`, `get_output_embeddings()`.
     """
-    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    embeddings.add(id(model.get_input_embeddings().weight))  # type: ignore[operator]
     head_module = model.get_output_embeddings()  # type: ignore[operator]
-    head = None if head_module is None or head_module.weight is embedding else head_module.weight
+    head = None if head_module is None else head_module.weight
     members: dict[str, list[nn.Parameter]] = {"matrices": [], "embeddings": [], "unembedding": [], "vectors": []}
     for parameter in model.parameters():  # a tied parameter comes once
         if not parameter.requires_grad:
             continue
-        if parameter is embedding:
+        if id(parameter) in embeddings:
             members["embeddings"].append(parameter)
         elif parameter is head:
             members["unembedding"].append(parameter)
@@ -71,10 +97,17 @@ def build_optimizer(
     beta1: float,
     beta2: float,
     eps: float,
+    muon: MuonSettings | None = None,
 ) -> torch.optim.Optimizer:
-    """AdamW over `parameter_groups`. Its state has the parameters' dtype, so give it a float32 model."""
-    if kind != "adamw":
-        raise ValueError(f"kind={kind!r}: needs 'adamw'")
+    """The optimizer over `parameter_groups`; its state has the parameters' dtype, so give it a float32 model.
+
+    "adamw": AdamW for all groups. "muon", with `muon`'s constants: Muon for "matrices", AdamW for the others. The
+    result refuses, with CheckpointError, a state that was saved by the other kind or for other groups.
+    """
+    if kind not in ("adamw", "muon"):
+        raise ValueError(f"kind={kind!r}: needs 'adamw' or 'muon'")
+    if (kind == "muon") != (muon is not None):
+        raise ValueError(f"muon={muon!r}: needs MuonSettings with kind='muon', and None with 'adamw'")
     groups = parameter_groups(
         model,
         matrix_lr=matrix_lr,
@@ -84,4 +117,105 @@ def build_optimizer(
     )
     if not groups:
         raise ValueError("the model has no parameter with requires_grad=True, so there is nothing to train")
-    return torch.optim.AdamW(groups, betas=(beta1, beta2), eps=eps, fused=True)
+    adamw: dict[str, Any] = {"betas": (beta1, beta2), "eps": eps, "fused": True}
+    optimizer: torch.optim.Optimizer
+    if muon is None:
+        optimizer = torch.optim.AdamW(groups, **adamw)
+    else:
+        _check_matrices(model)
+        optimizer = MuonWithAdamW(*_muon_groups(model, groups, muon), muon=muon, adamw=adamw)
+    optimizer.register_load_state_dict_pre_hook(_check_state)
+    return optimizer
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """One optimizer made of two: `torch.optim.Muon` for some parameter groups, `torch.optim.AdamW` for the others.
+
+    The two share this object's `param_groups` (Muon's first) and `state`, so that schedules, checkpoints and hooks see
+    one torch optimizer. `muon_groups` or `adamw_groups` may be empty, not both.
+    """
+
+    def __init__(
+        self,
+        muon_groups: Sequence[Mapping[str, Any]],
+        adamw_groups: Sequence[Mapping[str, Any]],
+        *,
+        muon: MuonSettings,
+        adamw: Mapping[str, Any],
+    ) -> None:
+        constants: dict[str, Any] = {
+            "momentum": muon.momentum,
+            "nesterov": muon.nesterov,
+            "ns_steps": muon.ns_steps,
+            "adjust_lr_fn": muon.adjust_lr,
+            "ns_coefficients": NS_COEFFICIENTS,
+            "eps": NS_EPS,
+        }
+        members: list[torch.optim.Optimizer] = []
+        if muon_groups:
+            members.append(torch.optim.Muon([dict(group) for group in muon_groups], **constants))
+        if adamw_groups:
+            members.append(torch.optim.AdamW([dict(group) for group in adamw_groups], **adamw))
+        self._members = members
+        super().__init__([group for member in self._members for group in member.param_groups], {})
+        self._share()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of both. `closure`, if given, is evaluated first; its value is returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for member in self._members:
+            member.step()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)  # makes new groups and a new state
+        self._share()
+
+    def _share(self) -> None:
+        groups = list(self.param_groups)
+        for member in self._members:
+            member.param_groups = [groups.pop(0) for _ in member.param_groups]
+            member.state = self.state
+
+
+def _muon_groups(
+    model: nn.Module, groups: list[dict[str, Any]], muon: MuonSettings
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The groups for Muon, and those for AdamW with the rates that they have beside it."""
+    width = model.config.get_text_config().hidden_size  # type: ignore[operator, union-attr]
+    factor = 1.0 if muon.width_reference is None else (width / muon.width_reference) ** -0.5
+    matrices = [group for group in groups if group["name"] == "matrices"]
+    others = [group for group in groups if group["name"] != "matrices"]
+    for group in others:
+        group["lr"] = factor * (muon.vector_lr if group["name"] == "vectors" else group["lr"])
+    return matrices, others
+
+
+def _check_matrices(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.ndim > 2:
+            raise ValueError(
+                f"{name} has shape {tuple(parameter.shape)}: Muon orthogonalizes matrices and has no rule for it; use "
+                "kind='adamw' for this model"
+            )
+
+
+def _check_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """Refuse a state of another optimizer: torch compares numbers of parameters alone."""
+
+    def kinds(groups: Iterable[Mapping[str, Any]]) -> list[tuple[Any, str]]:
+        return [(group.get("name"), "muon" if "momentum" in group else "adamw") for group in groups]
+
+    saved, own = kinds(state_dict["param_groups"]), kinds(optimizer.param_groups)
+    if saved != own:
+        raise CheckpointError(
+            f"the optimizer's state was saved for the parameter groups {_words(saved)}; this run has {_words(own)}. "
+            "Resume with the optimizer and the model settings of the first run, or start a new run from its weights."
+        )
+
+
+def _words(kinds: Iterable[tuple[Any, str]]) -> str:
+    return ", ".join(f"{name} ({kind})" for name, kind in kinds)

@@ -49,10 +49,26 @@ def gsm8k_number(text: str) -> str | None:
     return found[1].replace(",", "") if found else None
 
 
+def choice_letter(sample: Sample) -> float:
+    """1.0 when the response is the letter of the right choice: alone, or with a bracket or full stop; else 0.0."""
+    return float(sample.response.strip().strip("().") == _answer(sample).strip())
+
+
 def is_correct(sample: Sample) -> float:
-    """What evaluation counts: `gsm8k_answer` for rows of format gsm8k, else `exact_match`."""
-    is_gsm8k = isinstance(sample.prompt, dict) and sample.prompt.get("format") == "gsm8k"
-    return gsm8k_answer(sample) if is_gsm8k else exact_match(sample)
+    """What evaluation counts, by the row's format: `gsm8k_answer`, `choice_letter`, else `exact_match`.
+
+    As `rl.reward_fn` it judges a mixture of tasks, each by its own rule.
+    """
+    format = sample.prompt.get("format") if isinstance(sample.prompt, dict) else None
+    return _JUDGES.get(str(format), exact_match)(sample)
+
+
+_JUDGES: dict[str, Callable[[Sample], float]] = {
+    "gsm8k": gsm8k_answer,
+    "gsm8k_calculator": gsm8k_answer,
+    "spelling_bee": gsm8k_answer,
+    "multiple_choice": choice_letter,
+}
 
 
 def resolve(dotted_path: str) -> Callable[..., Any]:

@@ -8,6 +8,7 @@ engines. A mistake of the user's ends it with one `error:` line and exit code 1;
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -18,11 +19,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from base_config import Config, DatasetSpec, RLConfig, SFTConfig
+from base_config import Config, DatasetSpec, ModelConfig, RLConfig, SFTConfig
 from rollouts.run_dir import RunDir, append_event, append_jsonl, record_process
 
 if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
     from rollouts.training.backends.pytorch import PyTorchTrainingBackend
+    from rollouts.training.datasets.sft import SFTReport
     from rollouts.training.evaluation import Evaluation
     from rollouts.training.metrics import MetricsLogger
     from rollouts.training.replay import ReplayRollouts
@@ -106,10 +110,15 @@ class Job:
 
 
 async def _train(config: Config, run: RunDir, stage: str, engine_urls: Sequence[str]) -> None:
+    import torch
+
     from rollouts.training import distributed
     from rollouts.training.model_loading import load_tokenizer
 
     device = distributed.initialize(config.target.device_type, timeout_s=config.limits.stage_timeout_s)
+    torch.manual_seed(
+        (config.rl.seed if stage == "rl" and config.rl else config.data.shuffle_seed) + _rank()
+    )  # dropout
     try:
         model_path, resumes = _start(config, run, stage)
         tokenizer = load_tokenizer(model_path, trust_remote_code=config.model.trust_remote_code)
@@ -121,7 +130,7 @@ async def _train(config: Config, run: RunDir, stage: str, engine_urls: Sequence[
                 config,
                 stage,
                 checkpoint_dir=run.checkpoints / stage,
-                model_path=model_path,
+                model_path=base_model(config, model_path, resumes=resumes),
                 tokenizer=tokenizer,
                 device=device,
                 num_steps=steps * (config.rl.updates_per_batch if stage == "rl" and config.rl else 1),
@@ -131,6 +140,8 @@ async def _train(config: Config, run: RunDir, stage: str, engine_urls: Sequence[
         pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         job = Job(config, run, stage, tokenizer, backend, steps, resume, pad_token_id)
         if _rank() == 0:
+            if stage == "sft":
+                append_event(run, "note", message=f"sft_mixture: {data.sft_report}")
             append_event(run, "training_started", stage=stage, step=job.first_step, steps_total=steps)
         await (train_sft(job, data) if stage == "sft" else train_rl(job, data, engine_urls))
     finally:
@@ -157,6 +168,7 @@ class Data:
     """All that the run's stages from this one on will read: a broken row stops the run before anything trains."""
 
     sft: Sequence["Sample"]
+    sft_report: "SFTReport | None"  # None without an sft stage ahead
     prompts: Sequence["Prompt"]
     saved: "ReplayRollouts | None"  # in place of prompts and an engine
     eval_samples: Sequence["Sample"]
@@ -178,8 +190,11 @@ def load_data(config: Config, tokenizer: Any, stage: str) -> Data:
     saved = None
     if "rl" in left and config.rl is not None and not config.uses_engine:
         saved = ReplayRollouts(config.rl.source, temperature=config.rl.temperature)
+    sft, report = load_samples(data.sft_mixture, seed=sft_seed(config)) if "sft" in left else ((), None)
+    asked = [spec for spec in data.eval_mixture if spec.format != "text"]  # plain text has a loss, but no answer
     return Data(
-        sft=load_samples(data.sft_mixture)[0] if "sft" in left else (),
+        sft=sft,
+        sft_report=report,
         prompts=load_prompt_mixture(data.rl_mixture, seed=data.shuffle_seed) if "rl" in left and saved is None else (),
         saved=saved,
         eval_samples=mix_tasks(
@@ -187,7 +202,7 @@ def load_data(config: Config, tokenizer: Any, stage: str) -> Data:
             seed=data.shuffle_seed,
         ),
         eval_rows=mix_tasks(
-            [(task_name(spec), load_prompt_mixture([spec], seed=data.shuffle_seed)) for spec in data.eval_mixture],
+            [(task_name(spec), load_prompt_mixture([spec], seed=data.shuffle_seed)) for spec in asked],
             seed=data.shuffle_seed,
         ),
     )
@@ -196,6 +211,11 @@ def load_data(config: Config, tokenizer: Any, stage: str) -> Data:
 def task_name(spec: DatasetSpec) -> str:
     """What evaluation calls the rows of a data set that do not name their own task."""
     return spec.name if spec.subset is None else f"{spec.name}:{spec.subset}"
+
+
+def sft_seed(config: Config) -> int | None:
+    """Of the SFT mixture's order and of every epoch's; None for the order of the config file."""
+    return None if config.data.sft_order == "sequence" else config.data.shuffle_seed
 
 
 def sft_steps(config: Config, data: Data) -> int:
@@ -237,6 +257,17 @@ def reference_name(config: Config, stage: str, model_path: str, *, resumes: bool
             "rl.kl_reference to the model that run started from, or rl.kl_coef=0"
         )
     return recorded["name"]
+
+
+def base_model(config: Config, model_path: str, *, resumes: bool) -> str:
+    """Where this stage's weights come from before its checkpoint is loaded.
+
+    A checkpoint of a LoRA run holds merged weights: it goes on over the frozen ones, which it names.
+    """
+    from rollouts.training.lora import read_base
+
+    base = read_base(Path(model_path)) if resumes and config.model.lora is not None else None
+    return model_path if base is None else base["name"]
 
 
 def rl_training_config(rl: RLConfig, num_steps: int) -> "RLTrainingConfig":
@@ -290,6 +321,47 @@ def value_head(config: Config, stage: str, model: Any) -> "ValueHead | None":
     return ValueHead(width, lr=rl.value_lr, beta1=optimizer.beta1, beta2=optimizer.beta2, eps=optimizer.eps)
 
 
+def build_model(model: ModelConfig, path: str) -> Any:
+    """The model that is trained, on the CPU: the one at `path`, as the config wants it wrapped."""
+    from rollouts.training import forward
+    from rollouts.training.lora import LoraSettings, apply_lora
+    from rollouts.training.model_loading import enable_activation_checkpointing, load_model
+
+    init = model.init if path == model.name else "pretrained"
+    built = load_model(path, init=init, init_seed=model.init_seed, trust_remote_code=model.trust_remote_code)
+    if model.lora is not None:
+        apply_lora(built, LoraSettings(**dataclasses.asdict(model.lora)), base_name=path)
+    if model.activation_checkpointing:
+        enable_activation_checkpointing(built)
+    if model.compile:
+        forward.body(built).compile(dynamic=True)
+    return built
+
+
+def stage_optimizer(model: Any, stage: SFTConfig | RLConfig) -> "Optimizer":
+    """The optimizer that a stage's config describes, for `model`'s trainable parameters."""
+    from rollouts.training.optim import MuonSettings, build_optimizer
+
+    settings, muon = stage.optimizer, None
+    if settings.muon is not None:
+        width = settings.muon.width_reference
+        constants = dataclasses.asdict(settings.muon)
+        muon = MuonSettings(**{**constants, "width_reference": None if width == -1 else width})
+        muon = dataclasses.replace(muon, vector_lr=muon.vector_lr * stage.init_lr_frac)
+    return build_optimizer(
+        model,
+        kind=settings.kind,
+        matrix_lr=stage.matrix_lr * stage.init_lr_frac,
+        embedding_lr=stage.embedding_lr * stage.init_lr_frac,
+        unembedding_lr=stage.unembedding_lr * stage.init_lr_frac,
+        weight_decay=stage.weight_decay,
+        beta1=settings.beta1,
+        beta2=settings.beta2,
+        eps=settings.eps,
+        muon=muon,
+    )
+
+
 def build_backend(
     config: Config,
     stage: str,
@@ -301,35 +373,18 @@ def build_backend(
     num_steps: int,
     reference: str | None,
 ) -> "PyTorchTrainingBackend":
-    from rollouts.training import forward
     from rollouts.training.backends.pytorch import PyTorchTrainingBackend
-    from rollouts.training.model_loading import load_model
-    from rollouts.training.optim import build_optimizer, lr_factor
+    from rollouts.training.optim import lr_factor
     from rollouts.training.reference import load_reference
     from rollouts.training.rl_losses import sft_loss
 
     settings = cast(SFTConfig | RLConfig, getattr(config, stage))
     optimizer = settings.optimizer
-    init = config.model.init if model_path == config.model.name else "pretrained"
-    model = load_model(
-        model_path, init=init, init_seed=config.model.init_seed, trust_remote_code=config.model.trust_remote_code
-    ).to(device)
-    if config.model.compile:
-        forward.body(model).compile(dynamic=True)
+    model = build_model(config.model, model_path).to(device)
     factor = partial(lr_factor, total_steps=num_steps, warmup_frac=optimizer.warmup_frac, schedule=optimizer.schedule)
     return PyTorchTrainingBackend(
         model=model,
-        optimizer=build_optimizer(
-            model,
-            kind=optimizer.kind,
-            matrix_lr=settings.matrix_lr * settings.init_lr_frac,
-            embedding_lr=settings.embedding_lr * settings.init_lr_frac,
-            unembedding_lr=settings.unembedding_lr * settings.init_lr_frac,
-            weight_decay=settings.weight_decay,
-            beta1=optimizer.beta1,
-            beta2=optimizer.beta2,
-            eps=optimizer.eps,
-        ),
+        optimizer=stage_optimizer(model, settings),
         loss_fn=rl_loss(cast(RLConfig, config.rl)) if stage == "rl" else sft_loss,
         checkpoint_dir=checkpoint_dir,
         device=device,
@@ -430,12 +485,12 @@ async def train_sft(job: Job, data: Data) -> None:
         )
         if _rank() == 0:
             job.log_eval(stage, step, {task: {"validation_loss": found["loss"]} for task, found in losses.items()})
-            if whole:
+            if whole and data.eval_rows:
                 job.log_eval(stage, step, (await _answers(job, data.eval_rows, None)).metrics(job.config.eval.pass_at))
         distributed.barrier()
         return {"validation_loss": losses[ALL_TASKS]["loss"]}
 
-    if data.eval_rows and not job.resume:
+    if data.eval_samples and not job.resume:
         await evaluate(0, stage="base")
     config = SFTTrainingConfig(
         num_steps=job.num_steps,
@@ -451,10 +506,10 @@ async def train_sft(job: Job, data: Data) -> None:
             data.sft,
             config,
             metrics_logger,
-            seed=job.config.data.shuffle_seed,
+            seed=sft_seed(job.config),
             pad_token_id=job.pad_token_id,
             resume=job.resume,
-            eval_fn=evaluate if data.eval_rows else None,
+            eval_fn=evaluate if data.eval_samples else None,
             eval_every=sft.eval_every,
             on_checkpoint=job.on_checkpoint,
         )

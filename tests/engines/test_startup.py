@@ -30,7 +30,14 @@ def configs(port: int) -> tuple[EngineConfig, ModelConfig]:
         max_running_requests=3,
     )
     model = ModelConfig(
-        name="m", init="pretrained", init_seed=0, dtype="bfloat16", compile=False, trust_remote_code=False
+        name="m",
+        init="pretrained",
+        init_seed=0,
+        dtype="bfloat16",
+        compile=False,
+        activation_checkpointing=False,
+        lora=None,
+        trust_remote_code=False,
     )
     return engine, model
 

@@ -47,10 +47,31 @@ def test_gsm8k_answer(response: str, answer: str, expected: float) -> None:
     assert rewards.gsm8k_answer(sample(response, answer)) == expected
 
 
-def test_evaluation_follows_the_rows_format() -> None:
-    """Goal: a gsm8k row is right by its number, another by its text. Red when exact_match judged both."""
-    assert rewards.is_correct(sample("well, #### 72", "72", format="gsm8k")) == 1.0
-    assert rewards.is_correct(sample("well, #### 72", "72", format="question_answer")) == 0.0
+@pytest.mark.parametrize(
+    ("response", "expected"), [("B", 1.0), (" B\n", 1.0), ("(B)", 1.0), ("B.", 1.0), ("A", 0.0), ("", 0.0), ("AB", 0.0)]
+)
+def test_choice_letter(response: str, expected: float) -> None:
+    """Goal: the right letter, alone. Red when any response that held the letter counted."""
+    assert rewards.choice_letter(sample(response, "B")) == expected
+
+
+@pytest.mark.parametrize(
+    ("format", "right", "wrong"),
+    [
+        ("gsm8k", "well, #### 72", "72"),
+        ("gsm8k_calculator", "well, #### 72", "72"),
+        ("spelling_bee", "well, #### 72", "72"),
+        ("multiple_choice", "(72)", "well, #### 72"),
+        ("simple_spelling", "72", "well, #### 72"),
+        ("question_answer", "72", "well, #### 72"),
+        (None, "72", "well, #### 72"),
+    ],
+)
+def test_evaluation_follows_the_rows_format(format: str | None, right: str, wrong: str) -> None:
+    """Goal: each task of a mixture by its own rule. Red when exact_match judged all."""
+    row = {} if format is None else {"format": format}
+    assert rewards.is_correct(sample(right, "72", **row)) == 1.0
+    assert rewards.is_correct(sample(wrong, "72", **row)) == 0.0
 
 
 @pytest.mark.parametrize("prompt", ["text only", {"messages": []}])

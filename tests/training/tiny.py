@@ -54,8 +54,8 @@ def tiny_backend(
     seed: int = 0,
     **options: Any,
 ) -> PyTorchTrainingBackend:
-    model = tiny_model(seed, dtype=dtype)
-    optimizer = build_optimizer(
+    model = options.pop("model", None) or tiny_model(seed, dtype=dtype)
+    optimizer = options.pop("optimizer", None) or build_optimizer(
         model,
         matrix_lr=lr,
         embedding_lr=lr / 2,

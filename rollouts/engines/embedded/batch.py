@@ -91,6 +91,7 @@ class Batch:
         self._is_eos_V[[token for token in served.eos_ids if token < served.vocab_size]] = True
         self._knobs: dict[str, torch.Tensor | None] = {}
         self._watched: list[int] = []  # rows whose newest token needs a look
+        self._columns_later = 0  # of the longest row once it has all its tokens
         self._cache = RowCache(self._prefill([[0, 0]]), served.device)
 
     @property
@@ -103,7 +104,6 @@ class Batch:
         """Prefill the rows' tokens, each distinct sequence once, and start them."""
         assert len(rows) <= self.free
         start = len(self.rows)
-        self._cache.reserve(max(start + len(rows), self._rows_min), 1)
         by_prefix: dict[tuple[int, ...], list[int]] = {}
         for offset, row in enumerate(rows):
             self._start_row(start + offset, row, version)
@@ -113,15 +113,16 @@ class Batch:
                 row.cached_tokens = len(prefix)
             sharing.append(start + offset)
         self.rows.extend(rows)
+        self._composition_changed()
+        self._reserve_columns(1)
         by_prefix.pop((), None)  # a prompt of one token has nothing to prefill
         for chunk in _chunks(sorted(by_prefix, key=len)):
             prefilled = self._prefill(chunk)
             columns = len(chunk[-1])
-            self._cache.reserve(len(self.rows), columns)
+            self._reserve_columns(columns)
             sources = [source for source, prefix in enumerate(chunk) for _ in by_prefix[prefix]]
             targets = [target for prefix in chunk for target in by_prefix[prefix]]
             self._cache.place(prefilled, sources, targets, columns)
-        self._composition_changed()
 
     def _start_row(self, at: int, row: Row, version: str) -> None:
         request, ids, made = row.job.request, row.ids, len(row.output_ids)
@@ -198,7 +199,7 @@ class Batch:
         padded = max(count, self._rows_min)
         state = self._state[:padded]
         width = -(-(int(state["length"].max()) + 1) // WIDTH_STEP) * WIDTH_STEP
-        self._cache.reserve(padded, width)
+        self._reserve_columns(width)
         lengths_R = self._tensor(state["length"])
         self._cache.seek(lengths_R, width)
         output = self.served.model(
@@ -269,6 +270,7 @@ class Batch:
         """Rebuild what depends on which rows run: the sampler's knobs and the rows whose stops need a look."""
         state = self._state[: len(self.rows)]
         self._watched = np.flatnonzero(state["watched"]).tolist()
+        self._columns_later = int((state["length"] + state["made_max"] - state["made"]).max(initial=0))
         greedy, filtered = state["greedy"].any(), state["filtered"].any()
         self._knobs = {
             "temperature_B1": self._knob("temperature")[:, None],
@@ -277,6 +279,9 @@ class Batch:
             "top_p_B1": self._knob("top_p")[:, None] if filtered else None,
             "min_p_B1": self._knob("min_p")[:, None] if filtered else None,
         }
+
+    def _reserve_columns(self, columns: int) -> None:
+        self._cache.reserve(max(len(self.rows), self._rows_min), columns, self._columns_later)
 
     def _knob(self, name: str) -> torch.Tensor:
         return torch.from_numpy(self._state[name][: len(self.rows)].copy()).to(self._sampler)

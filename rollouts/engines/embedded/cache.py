@@ -8,7 +8,8 @@ how long its neighbours are. What lies beyond a row's length is stale and masked
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-COLUMNS_STEP = 64  # columns are allocated in multiples of this
+COLUMNS_STEP = 32  # columns are allocated in multiples of this
+COLUMNS_AHEAD_MAX = 1024  # at most so many columns more than are needed yet
 
 Prefilled = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values [G, H, K, D] of each layer
 
@@ -17,9 +18,9 @@ class _Cursor:
     """Where the running forward pass writes, shared by all layers: set once per step."""
 
     def __init__(self) -> None:
-        self.rows_R = torch.empty(0, dtype=torch.long)
-        self.lengths_R = torch.empty(0, dtype=torch.long)
+        self.rows = 0
         self.width = 0
+        self.places_N: dict[int, torch.Tensor] = {}  # by head count H: where each row's new token goes, [R * H]
 
 
 class RowLayer(CacheLayerMixin):
@@ -48,10 +49,9 @@ class RowLayer(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write one new token per row [R, H, 1, D] at its length; all of the rows' columns up to the step's width."""
         at = self.cursor
-        self.keys[at.rows_R, :, at.lengths_R] = key_states[:, :, 0]
-        self.values[at.rows_R, :, at.lengths_R] = value_states[:, :, 0]
-        rows = at.rows_R.shape[0]
-        return self.keys[:rows, :, : at.width], self.values[:rows, :, : at.width]
+        for cached, new in ((self.keys, key_states), (self.values, value_states)):
+            cached.view(-1, cached.shape[3]).index_copy_(0, at.places_N[new.shape[1]], new.reshape(-1, cached.shape[3]))
+        return self.keys[: at.rows, :, : at.width], self.values[: at.rows, :, : at.width]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.cursor.width, 0
@@ -72,14 +72,15 @@ class RowCache:
         self._device = device
         self._rows, self._columns = 0, 0
         self.layers = [RowLayer(self._cursor, keys, values) for keys, values in prefilled]
+        self._cursor.places_N = {keys.shape[1]: torch.empty(0) for keys, _ in prefilled}
         self.cache = Cache(layers=list(self.layers))
 
-    def reserve(self, rows: int, columns: int) -> None:
-        """Make room, in steps that keep copying rare: columns double, rows are what is asked for."""
+    def reserve(self, rows: int, columns: int, columns_later: int) -> None:
+        """Make room for rows that need `columns` now and may come to need `columns_later`; growing copies all."""
         if rows <= self._rows and columns <= self._columns:
             return
         if columns > self._columns:
-            columns = max(columns, min(2 * self._columns, columns + 1024))
+            columns = max(columns, min(columns_later, columns + COLUMNS_AHEAD_MAX))
             self._columns = -(-columns // COLUMNS_STEP) * COLUMNS_STEP
         self._rows = max(rows, self._rows)
         for layer in self.layers:
@@ -103,10 +104,10 @@ class RowCache:
 
     def seek(self, lengths_R: torch.Tensor, width: int) -> None:
         """Point the next forward pass at rows 0 to R-1, each at its length, attending to `width` columns."""
-        rows = lengths_R.shape[0]
-        if self._cursor.rows_R.shape[0] != rows:
-            self._cursor.rows_R = torch.arange(rows, device=self._device)
-        self._cursor.lengths_R, self._cursor.width = lengths_R, width
+        self._cursor.rows, self._cursor.width = lengths_R.shape[0], width
+        for heads in self._cursor.places_N:
+            lines_RH = torch.arange(lengths_R.shape[0] * heads, device=self._device).view(-1, heads)
+            self._cursor.places_N[heads] = (lines_RH * self._columns + lengths_R[:, None]).flatten()
 
     def drop(self) -> None:
         """Give the memory back."""

@@ -12,7 +12,11 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from rollouts.engines.embedded import attention
 
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -86,6 +90,8 @@ def load(path: str, *, dtype: str, device: str, trust_remote_code: bool) -> Serv
         raise ModelError("--device cuda: torch sees no CUDA device here; use --device cpu, or check the driver")
     model = _read(path, DTYPES[dtype], trust_remote_code)
     _check_architecture(model, path)
+    if where.type == "cpu":
+        attention.use_for(model)
     text_config = model.config.get_text_config()
     tokenizer = _tokenizer(path, trust_remote_code)
     return Served(
@@ -106,8 +112,8 @@ def load_weights(served: Served, path: str) -> None:
 
     Everything that can be wrong with the files is found before the first tensor is written. Raises ModelError.
     """
-    new_state = _read(path, served.dtype, served.trust_remote_code).state_dict()
     state = served.model.state_dict()
+    new_state = _read_plain(path, served.model) or _read(path, served.dtype, served.trust_remote_code).state_dict()
     problems = [f"has no {name}" for name in state if name not in new_state]
     problems += [f"has {name}, which the served model has not" for name in new_state if name not in state]
     problems += [
@@ -120,6 +126,25 @@ def load_weights(served: Served, path: str) -> None:
     with torch.no_grad():
         for name, tensor in state.items():
             tensor.copy_(new_state[name])
+
+
+def _read_plain(path: str, model: Any) -> dict[str, torch.Tensor] | None:
+    """The state of `model` as it stands in the one safetensors file of `path`; None where that is not all there is.
+
+    Building a model to read a checkpoint takes twelve times as long as reading a small one. Whatever does not fit name
+    by name and shape by shape (shards, converted names, damage) is for `_read`, which says what is wrong.
+    """
+    names: dict[int, list[str]] = {}  # tied tensors are one tensor with several names, and stand in the file once
+    state = model.state_dict()
+    for name, tensor in state.items():
+        names.setdefault(tensor.data_ptr(), []).append(name)
+    try:
+        stored = load_file(Path(path) / "model.safetensors")
+    except (OSError, SafetensorError):
+        return None
+    known = {name: tensor for name, tensor in stored.items() if name in state and tensor.shape == state[name].shape}
+    found = {alias: tensor for name, tensor in known.items() for alias in names[state[name].data_ptr()]}
+    return found if len(known) == len(stored) == len(names) and found.keys() == state.keys() else None
 
 
 def _read(path: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:

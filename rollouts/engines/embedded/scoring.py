@@ -5,7 +5,9 @@ float32 on a CPU, with one thread each, matrix products over enough rows give ev
 beside it; so a sequence scored here and by the trainer with the same weights has the same log-probs, exactly.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -18,13 +20,25 @@ _COMPANY = 16  # tokens that stand beside the rows: products over fewer rows tak
 
 def can_score(served: Served) -> bool:
     """Whether the trainer's pass applies: its architectures, in float32 (others keep what decoding gave)."""
-    return served.dtype == torch.float32 and forward.prepare(served.model)
+    return served.dtype == torch.float32 and forward.packs(served.model)
 
 
 def score(served: Served, rows: Sequence[Row]) -> None:
     """Replace the log-probs of each row's output, at its own temperature. All were sampled with the served weights."""
-    for temperature in sorted({row.job.request.params.scale for row in rows}):
-        _score([row for row in rows if row.job.request.params.scale == temperature], served, temperature)
+    with _as_the_trainer_runs_it(served.model):
+        for temperature in sorted({row.job.request.params.scale for row in rows}):
+            _score([row for row in rows if row.job.request.params.scale == temperature], served, temperature)
+
+
+@contextmanager
+def _as_the_trainer_runs_it(model: Any) -> Iterator[None]:
+    """Decoding has an attention function of its own; it comes back after."""
+    own = model.config._attn_implementation
+    forward.prepare(model)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(own)
 
 
 def _score(rows: Sequence[Row], served: Served, temperature: float) -> None:

@@ -1,4 +1,4 @@
-"""A PyTorch backend from a model's name: float32 master weights, AdamW with parameter groups, the model's tokenizer."""
+"""A PyTorch backend from a model's name: float32 master weights, LoRA or all of them, an optimizer, the tokenizer."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,8 +8,9 @@ from torch import Tensor
 
 from rollouts.training import forward
 from rollouts.training.backends.pytorch import PyTorchTrainingBackend
-from rollouts.training.model_loading import load_model, load_tokenizer
-from rollouts.training.optim import build_optimizer
+from rollouts.training.lora import LoraSettings, apply_lora
+from rollouts.training.model_loading import enable_activation_checkpointing, load_model, load_tokenizer
+from rollouts.training.optim import MuonSettings, build_optimizer
 from rollouts.training.rl_losses import sft_loss
 
 
@@ -23,6 +24,8 @@ def create_pytorch_backend(
     embedding_lr: float | None = None,
     unembedding_lr: float | None = None,
     weight_decay: float = 0.0,
+    optimizer: str = "adamw",
+    muon: MuonSettings | None = None,
     beta1: float = 0.9,
     beta2: float = 0.95,
     eps: float = 1e-8,
@@ -31,11 +34,15 @@ def create_pytorch_backend(
     compute_dtype: str = "float32",
     init_seed: int | None = None,
     compile_model: bool = False,
+    activation_checkpointing: bool = False,
+    lora: LoraSettings | None = None,
     trust_remote_code: bool = False,
 ) -> PyTorchTrainingBackend:
     """A backend for `model_name`, a hub id or a local directory (a checkpoint, say), with its tokenizer.
 
     `learning_rate` is that of matrices and vectors; embeddings and the output head follow it unless given their own.
+    `optimizer="muon"`, with `muon`: see `optim.build_optimizer`. `lora`: train adapters alone, at `learning_rate`;
+    `load_checkpoint` then continues over the same `model_name`, not over the checkpoint's merged weights.
     `init_seed`: draw the weights anew from that seed instead of loading them; the global generator stays untouched.
     The other options are those of `PyTorchTrainingBackend` and `optim.build_optimizer`. "cuda" is the current device.
     Raises ValueError for a device that is not there, and `model_loading.ModelError` for a name that cannot be loaded.
@@ -48,10 +55,16 @@ def create_pytorch_backend(
         init_seed=init_seed or 0,
         trust_remote_code=trust_remote_code,
     )
+    if lora is not None:
+        apply_lora(model, lora, base_name=str(model_name))
+    if activation_checkpointing:
+        enable_activation_checkpointing(model)
     if compile_model:
         forward.body(model).compile(dynamic=True)
-    optimizer = build_optimizer(
+    built = build_optimizer(
         model,
+        kind=optimizer,
+        muon=muon,
         matrix_lr=learning_rate,
         embedding_lr=learning_rate if embedding_lr is None else embedding_lr,
         unembedding_lr=learning_rate if unembedding_lr is None else unembedding_lr,
@@ -62,7 +75,7 @@ def create_pytorch_backend(
     )
     return PyTorchTrainingBackend(
         model=model,
-        optimizer=optimizer,
+        optimizer=built,
         loss_fn=loss_fn,
         checkpoint_dir=checkpoint_dir,
         device=device,

@@ -3,108 +3,145 @@
 Trained: the assistant's text and the special token that ends its turn. Not trained: everything before and between.
 """
 
-import itertools
-import re
+from bisect import bisect_right
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
 from typing import Any
 
+from rollouts.training.datasets.chat_template import (
+    ChatTemplate,
+    Conversation,
+    Message,
+    Piece,
+    clean_messages,
+    split_conversation,
+)
 from rollouts.training.datasets.rows import DataError
 
-GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-Message = dict[str, Any]
+__all__ = ["Conversation", "Rendering", "render_conversation", "render_conversations", "render_prompt"]
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """A conversation, or its beginning, as tokens; `mask` is 1.0 on what is trained of the messages `turns`."""
+
+    token_ids: list[int]
+    mask: list[float]
+    turns: tuple[int, ...]
 
 
 def render_prompt(tokenizer: Any, prompt: str | dict[str, Any]) -> list[int]:
     """Token ids of a prompt up to where the assistant begins. A bare string is one user message.
 
-    Raises DataError where there is no template or the template refuses the messages.
+    A row's "tools" are offered to the model. Raises DataError where there is no template or it refuses the messages.
     """
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt["messages"]
-    return _apply(tokenizer, messages, "prompt", add_generation_prompt=True)["input_ids"]
+    row = {"messages": [{"role": "user", "content": prompt}]} if isinstance(prompt, str) else prompt
+    template = ChatTemplate(tokenizer, row.get("tools"), "prompt")
+    (prompt_text,) = template.render([clean_messages(row["messages"], "prompt")], add_generation_prompt=True)
+    return _encode(tokenizer, [prompt_text.text])[0][0]
 
 
-def render_conversation(tokenizer: Any, messages: list[Message], where: str) -> tuple[list[int], list[float]]:
-    """Token ids of a whole conversation and, per token, 1.0 where the assistant speaks.
+def render_conversation(
+    tokenizer: Any, messages: Sequence[Message], where: str, *, tools: Any = None
+) -> list[Rendering]:
+    """One conversation: see `render_conversations`."""
+    return render_conversations(tokenizer, [Conversation(messages, where, tools)])[0]
 
-    Spans come from the template's {% generation %} markers, else from rendering each prefix: a template whose
-    prefixes do not nest (one that strips earlier thinking, say) raises DataError naming `where`, as does an assistant
-    turn that no special token ends. An example without any assistant turn comes back with an all-zero mask.
+
+def render_conversations(tokenizer: Any, conversations: Sequence[Conversation]) -> list[list[Rendering]]:
+    """Token ids and masks of each conversation; all are tokenized in one call, each text once.
+
+    The last rendering of a conversation is `tokenizer.apply_chat_template` of all of it. Earlier ones come only where
+    the template would render earlier turns differently than they were spoken (it strips their thinking, say): they are
+    beginnings of the conversation, and every assistant turn is trained in one rendering alone. Spans come from the
+    template's {% generation %} markers, else from the difference that each assistant message makes.
+
+    An example without any assistant turn comes back with an all-zero mask. Raises DataError naming `where` for what
+    cannot be masked: see `split_conversation`; a turn that no special token ends; a token across a turn's beginning.
     """
-    template = _template(tokenizer)
-    marked = tokenizer.is_fast and GENERATION_TAG.search(template) is not None
-    if marked:
-        encoded = _apply(tokenizer, messages, where, return_assistant_tokens_mask=True)
-        token_ids = encoded["input_ids"]
-        spans = _runs(encoded["assistant_masks"])
-    else:
-        token_ids, spans = _spans_by_prefix(tokenizer, messages, where)
-    mask = [0.0] * len(token_ids)
-    for start, stop in spans:
-        end = _end_of_turn(tokenizer, token_ids, (start, stop), marked, where)
-        mask[start:end] = [1.0] * (end - start)
-    return token_ids, mask
+    pieces = [split_conversation(tokenizer, conversation) for conversation in conversations]
+    encoded = iter(_encode(tokenizer, [piece.text for own in pieces for piece in own]))
+    added = tokenizer.added_tokens_decoder  # "</tool_call>" is one too, but not special: no turn ends there
+    specials = {*tokenizer.all_special_ids, *(index for index, token in added.items() if token.special)}
+    return [
+        [_Masker(tokenizer, specials, conversation.where, piece, *next(encoded)).rendering() for piece in own]
+        for conversation, own in zip(conversations, pieces, strict=True)
+    ]
 
 
-def _template(tokenizer: Any) -> str:
-    try:
-        return tokenizer.get_chat_template()
-    except ValueError as error:
-        raise DataError(f"tokenizer {tokenizer.name_or_path!r} has no chat template: {error}") from None
+def _encode(tokenizer: Any, texts: list[str]) -> list[tuple[list[int], list[int] | None]]:
+    """Exactly the ids that `apply_chat_template(tokenize=True)` makes of these texts, and where each token ends.
+
+    An end is the character after the token's last; None where the tokenizer does not tell.
+    """
+    fast = tokenizer.is_fast
+    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
+    if not fast:
+        return [(ids, None) for ids in encoded["input_ids"]]
+    ends = [[end for _, end in offsets] for offsets in encoded["offset_mapping"]]
+    return list(zip(encoded["input_ids"], ends, strict=True))
 
 
-def _apply(tokenizer: Any, messages: list[Message], where: str, **options: Any) -> dict[str, list[int]]:
-    from jinja2 import TemplateError
+@dataclass(frozen=True)
+class _Masker:
+    """Finds the tokens of a piece's spans."""
 
-    _template(tokenizer)
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
-    except TemplateError as error:
-        roles = [message["role"] for message in messages]
-        raise DataError(f"{where}: the chat template refuses these messages (roles {roles}): {error}") from None
+    tokenizer: Any
+    specials: Set[int]
+    where: str
+    piece: Piece
+    token_ids: list[int]
+    ends: list[int] | None
 
+    def rendering(self) -> Rendering:
+        mask = [0.0] * len(self.token_ids)
+        for turn in self.piece.turns:
+            for start, stop in turn.spans:
+                first, last = self._first_token(start), self._count_tokens(stop)
+                if (start, stop) == turn.spans[-1]:
+                    last = self._end_of_turn(first, last)
+                mask[first:last] = [1.0] * (last - first)
+        return Rendering(self.token_ids, mask, tuple(turn.message for turn in self.piece.turns))
 
-def _runs(mask: list[int]) -> list[tuple[int, int]]:
-    """Half-open spans of consecutive ones."""
-    spans, position = [], 0
-    for value, group in itertools.groupby(mask):
-        length = len(list(group))
-        if value:
-            spans.append((position, position + length))
-        position += length
-    return spans
+    def _first_token(self, start: int) -> int:
+        """The first token of what begins at character `start`.
 
-
-def _spans_by_prefix(tokenizer: Any, messages: list[Message], where: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """What rendering one message more adds, at each assistant message, is that message."""
-    token_ids = _apply(tokenizer, messages, where)["input_ids"]
-    spans = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = _apply(tokenizer, messages[:index], where, add_generation_prompt=True)["input_ids"] if index else []
-        after = _apply(tokenizer, messages[: index + 1], where)["input_ids"]
-        if token_ids[: len(before)] != before or token_ids[: len(after)] != after or len(after) <= len(before):
+        A token may stand across it, where an answer opens with a line break, say, which merges with the header's: then
+        it belongs to the prompt, if no more than white space is lost to it.
+        """
+        count, text = self._count_tokens(start), self.piece.text
+        if self.ends is not None and (start == 0 or (count and self.ends[count - 1] == start)):
+            return count
+        # Some tokenizers leave white space out of their offsets, so what a gap belongs to shows only in tokens.
+        if _encode(self.tokenizer, [text[:start]])[0][0] == self.token_ids[:count]:
+            return count
+        inside = text[start:] if self.ends is None else text[start : self.ends[count]]
+        if inside.strip():
             raise DataError(
-                f"{where}: messages[{index}]: the chat template renders the beginning of this conversation differently "
-                "once more follows, so the assistant's tokens cannot be told apart. Fix: a template with "
-                "{% generation %} markers, or one assistant turn per row."
+                f"{self.where}: the tokenizer makes one token of the end of the assistant's header and {inside[:20]!r},"
+                " its first word, so it can be neither trained nor left out. Fix: a chat template whose header ends "
+                "with a special token or a line break."
             )
-        spans.append((len(before), len(after)))
-    return token_ids, spans
+        return count + 1
 
+    def _count_tokens(self, stop: int) -> int:
+        """How many tokens end by character `stop`."""
+        if self.ends is None:
+            return len(_encode(self.tokenizer, [self.piece.text[:stop]])[0][0])
+        return bisect_right(self.ends, stop)
 
-def _end_of_turn(tokenizer: Any, token_ids: list[int], span: tuple[int, int], marked: bool, where: str) -> int:
-    """Where training of the span ends: after the special token that ends the turn.
+    def _end_of_turn(self, start: int, stop: int) -> int:
+        """Where training of tokens [start, stop) ends: after the special token that ends the turn.
 
-    A template may write white space after that token, which nobody samples, or close its markers before it.
-    """
-    start, stop = span
-    specials = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    end = next((end for end in range(stop, start, -1) if token_ids[end - 1] in specials), None)
-    if end is not None and not tokenizer.decode(token_ids[end:stop]).strip():
-        return end
-    if marked and stop < len(token_ids) and token_ids[stop] in specials:
-        return stop + 1
-    raise DataError(
-        f"{where}: the chat template ends an assistant turn without a special token, so stopping could not be trained; "
-        "needs an end-of-turn token such as the tokenizer's eos_token"
-    )
+        A template may write white space after that token, which nobody samples, or close its markers before it.
+        """
+        ids = self.token_ids
+        end = next((end for end in range(stop, start, -1) if ids[end - 1] in self.specials), None)
+        if end is not None and not self.tokenizer.decode(ids[end:stop]).strip():
+            return end
+        if self.piece.marked and stop < len(ids) and ids[stop] in self.specials:
+            return stop + 1
+        raise DataError(
+            f"{self.where}: the chat template ends an assistant turn without a special token, so stopping could not be "
+            "trained; needs an end-of-turn token such as the tokenizer's eos_token"
+        )

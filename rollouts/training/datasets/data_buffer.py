@@ -11,13 +11,17 @@ from rollouts.training.types import Prompt
 
 
 class DataBuffer:
-    """Epoch e goes through all prompts in the order that `random.Random(seed + e)` shuffles them into."""
+    """Epoch e goes through all prompts in the order that `random.Random(seed + e)` shuffles them into.
 
-    def __init__(self, prompts: Sequence[Prompt], seed: int = 0) -> None:
+    seed None: 0, or that of the state which is loaded.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], seed: int | None = None) -> None:
         if not prompts:
             raise DataError("DataBuffer: no prompts; needs at least one")
         self.prompts = list(prompts)
-        self.seed = seed
+        self._seed_is_given = seed is not None
+        self.seed = 0 if seed is None else seed
         self.fingerprint = _fingerprint(self.prompts)
         self._go_to(epoch=0, offset=0)
 
@@ -47,9 +51,10 @@ class DataBuffer:
         return {"seed": self.seed, "epoch": self._epoch, "offset": self._offset, "fingerprint": self.fingerprint}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue with exactly the prompts that would have come, in the saved seed's order, whatever this one's was.
+        """Continue with exactly the prompts that would have come.
 
-        Raises DataError when the state belongs to other prompts (or to the same in another order).
+        Raises DataError when the state belongs to other prompts, to the same ones edited or in another order, or to
+        another seed than the one given here; the buffer then stands where it stood.
         """
         missing = [key for key in ("seed", "epoch", "offset", "fingerprint") if key not in state]
         if missing:
@@ -62,6 +67,11 @@ class DataBuffer:
         if not 0 <= state["offset"] < len(self) or state["epoch"] < 0:
             where = f"epoch {state['epoch']}, offset {state['offset']}"
             raise DataError(f"DataBuffer state: {where} is outside of {len(self)} prompts")
+        if self._seed_is_given and state["seed"] != self.seed:
+            raise DataError(
+                f"DataBuffer state was saved with seed {state['seed']}, this buffer was given seed {self.seed}: other "
+                "prompts would come. Fix: the seed that the run began with, or none, which takes the saved one."
+            )
         self.seed = state["seed"]
         self._go_to(epoch=state["epoch"], offset=state["offset"])
 

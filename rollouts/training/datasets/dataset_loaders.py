@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from rollouts.training.datasets.formats import Example, Format, parse_row
+from rollouts.training.datasets.examples import Example
+from rollouts.training.datasets.formats import Format, parse_row
 from rollouts.training.datasets.rows import DataError, Row, read_rows
+from rollouts.training.datasets.selection import Selection
 from rollouts.training.datasets.sft import SFTReport, build_sft_samples
+from rollouts.training.datasets.spelling import spelling_rows
 from rollouts.training.types import Sample
 
 logger = logging.getLogger(__name__)
@@ -23,7 +26,7 @@ class MixtureSpec(Protocol):
     """One data set of a mixture; `base_config.DatasetSpec` is one."""
 
     @property
-    def name(self) -> str: ...  # hub id, directory or .jsonl file
+    def name(self) -> str: ...  # hub id, directory or .jsonl file; of synthetic formats just a label
     @property
     def format(self) -> Any: ...  # a formats.Format
     @property
@@ -31,7 +34,17 @@ class MixtureSpec(Protocol):
     @property
     def subset(self) -> str | None: ...
     @property
-    def max_samples(self) -> int: ...  # the first N rows; -1: all
+    def shuffle_seed(self) -> int | None: ...  # of a shuffle before all else; None: rows as they stand
+    @property
+    def start(self) -> int: ...
+    @property
+    def stop(self) -> int: ...  # -1: to the end
+    @property
+    def step(self) -> int: ...
+    @property
+    def max_samples(self) -> int: ...  # the first N of [start:stop:step]; -1: all
+    @property
+    def streaming(self) -> bool: ...  # pull rows one by one, only as many as are needed
     @property
     def repeat(self) -> int: ...  # how often the rows stand in the mixture
 
@@ -41,10 +54,15 @@ class DatasetEntry:
     """A MixtureSpec for those who use the library without a job config."""
 
     name: str
-    format: Format
+    format: Format | None  # None: what the columns show
     split: str = "train"
     subset: str | None = None
+    shuffle_seed: int | None = None
+    start: int = 0
+    stop: int = -1
+    step: int = 1
     max_samples: int = -1
+    streaming: bool = False
     repeat: int = 1
 
 
@@ -57,31 +75,55 @@ def load_sft_dataset(
     max_samples: int = -1,
     max_length: int = -1,
     format: Format | None = None,
+    streaming: bool = False,
 ) -> list[Sample]:
-    """SFT samples of one data set, in file order; what was left out is logged as a warning.
+    """SFT samples of one data set, in its order; what was left out is logged as a warning.
 
     name: "gsm8k" or another hub id, a local directory laid out as on the hub, or a .jsonl file. format None: what the
-    columns show. max_samples rows are read (-1: all); examples over max_length tokens (-1: no limit) are left out.
-    Raises DataError naming the file and line (or data set and row).
+    columns show. max_samples rows are read (-1: all), with `streaming` no more than those are fetched. Conversations
+    over max_length tokens (-1: no limit) are left out. Raises DataError naming the file and line (or the row).
     """
-    rows = read_rows(name, split=split, subset=subset, max_samples=max_samples)
-    samples, report = build_sft_samples([parse_row(row, format) for row in rows], tokenizer, max_length=max_length)
+    entry = DatasetEntry(name, format, split, subset, max_samples=max_samples, streaming=streaming)
+    samples, report = build_sft_samples(load_examples(entry), tokenizer, max_length=max_length)
     _log(name, report)
     return samples
 
 
 def load_sft_mixture(
-    specs: Sequence[MixtureSpec], *, tokenizer: Any, max_length: int, seed: int
+    specs: Sequence[MixtureSpec], *, tokenizer: Any, max_length: int, seed: int | None
 ) -> tuple[list[Sample], SFTReport]:
-    """All SFT samples of a mixture, shuffled, and the report over all of it (a repeated row counts each time)."""
+    """All SFT samples of a mixture and the report over all of it (a repeated row counts each time).
+
+    seed: of the one shuffle; None: one data set after the other, a curriculum.
+    """
     samples, report = build_sft_samples(_mix(specs, seed), tokenizer, max_length=max_length)
     _log(", ".join(spec.name for spec in specs), report)
     return samples, report
 
 
 def load_prompt_mixture(specs: Sequence[MixtureSpec], *, seed: int) -> list[dict[str, Any]]:
-    """All prompt rows of a mixture, shuffled: {"messages", "answer", "format", other columns}."""
-    return [example.prompt for example in _mix(specs, seed)]
+    """All prompt rows of a mixture, shuffled: {"messages", "answer", "format", other columns}.
+
+    Raises DataError for plain text, which asks nothing.
+    """
+    return [_prompt_of(example) for example in _mix(specs, seed)]
+
+
+def load_examples(spec: MixtureSpec) -> list[Example]:
+    """The selected rows of one data set, once. Raises DataError naming the file and line (or the row)."""
+    selection = Selection(spec.shuffle_seed, spec.start, spec.stop, spec.step, spec.max_samples)
+    if spec.format in ("spelling_bee", "simple_spelling"):
+        rows = spelling_rows(spec.format, split=spec.split, selection=selection)
+    else:
+        rows = read_rows(
+            spec.name,
+            split=spec.split,
+            subset=spec.subset,
+            selection=selection,
+            streaming=spec.streaming,
+            array_column="messages" if spec.format == "custom_json" else None,
+        )
+    return [parse_row(row, spec.format) for row in rows]
 
 
 def load_prompts_from_jsonl(path: str | Path, format: Format | None = None) -> list[dict[str, Any]]:
@@ -95,7 +137,13 @@ def load_prompts_from_jsonl(path: str | Path, format: Format | None = None) -> l
 
 
 def _prompt(row: Row, format: Format | None) -> dict[str, Any]:
-    return _plain_prompt(row) if format is None and "prompt" in row.values else parse_row(row, format).prompt
+    return _plain_prompt(row) if format is None and "prompt" in row.values else _prompt_of(parse_row(row, format))
+
+
+def _prompt_of(example: Example) -> dict[str, Any]:
+    if example.text is not None:
+        raise DataError(f"{example.where}: plain text has no prompt to answer; it is for SFT and validation loss")
+    return example.prompt
 
 
 def _plain_prompt(row: Row) -> dict[str, Any]:
@@ -106,23 +154,22 @@ def _plain_prompt(row: Row) -> dict[str, Any]:
     return {**others, "messages": [{"role": "user", "content": text}]}
 
 
-def _mix(specs: Sequence[MixtureSpec], seed: int) -> list[Example]:
-    """Examples of all specs, each `repeat` times, in one seeded order."""
+def _mix(specs: Sequence[MixtureSpec], seed: int | None) -> list[Example]:
+    """Examples of all specs, each `repeat` times: in one seeded order, or with seed None as they are listed."""
     if not specs:
         raise DataError("the mixture is empty: needs at least one data set")
-    loaded = []
     for spec in specs:
         if spec.repeat < 1:
             raise DataError(f"{spec.name}: repeat={spec.repeat}, needs >= 1")
-        rows = read_rows(spec.name, split=spec.split, subset=spec.subset, max_samples=spec.max_samples)
-        loaded.append([parse_row(row, spec.format) for row in rows])
+    loaded = [load_examples(spec) for spec in specs]
     order = [
         (task, index)
         for task, (spec, examples) in enumerate(zip(specs, loaded, strict=True))
         for _ in range(spec.repeat)
         for index in range(len(examples))
     ]
-    random.Random(seed).shuffle(order)
+    if seed is not None:
+        random.Random(seed).shuffle(order)
     return [loaded[task][index] for task, index in order]
 
 

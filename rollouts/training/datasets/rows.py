@@ -1,14 +1,22 @@
-"""Read rows out of a .jsonl file, a local directory laid out as on the hub, or the hub: one `datasets.Dataset` each.
+"""Read rows: from a .jsonl file, a local directory laid out as on the hub, or the hub.
 
-Effects: disk, and the network for hub names. What a row means is decided in formats.py.
+Effects: disk, and the network for hub names (none where HF_DATASETS_OFFLINE or HF_HUB_OFFLINE is set). What a row means
+is decided in formats.py.
 """
 
+import bisect
+import contextlib
+import itertools
 import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rollouts.training.datasets.selection import Selection
+
 HUB_ALIASES = {"gsm8k": "openai/gsm8k"}  # the name papers use
+ALL = Selection()
 
 
 class DataError(ValueError):
@@ -17,111 +25,189 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Row:
-    where: str  # "train.jsonl:17", or "openai/gsm8k[train] row 17" (0-based, as datasets counts)
+    where: str  # "train.jsonl:17", "train.parquet row 16", "openai/gsm8k[train] row 16" (rows from 0, lines from 1)
     values: dict[str, Any]  # by column; a column that is null in this row is left out
 
 
-def read_rows(name: str, *, split: str = "train", subset: str | None = None, max_samples: int = -1) -> list[Row]:
-    """The first `max_samples` rows (-1: all) of one split, in file order.
+def read_rows(
+    name: str,
+    *,
+    split: str = "train",
+    subset: str | None = None,
+    selection: Selection = ALL,
+    streaming: bool = False,
+    array_column: str | None = None,
+) -> list[Row]:
+    """The selected rows of one split, in the selection's order.
 
-    A .jsonl file is one split: `split` only labels it, and `subset` has no meaning. Raises DataError for a name that
-    does not exist, a line that is no JSON object, an unknown split or subset, and for no rows at all.
+    A .jsonl file is one split: `split` only labels it, and `subset` has no meaning. `streaming` pulls rows one by one
+    and stops at the last one needed; else the whole split is fetched and, from the hub, cached. With `array_column`
+    each line of a .jsonl file is a JSON array, which becomes that column. Raises DataError for a name that does not
+    exist, a line that cannot be read, an unknown split or subset, and for no rows at all.
     """
-    if max_samples < 1 and max_samples != -1:
-        raise DataError(f"{name}: max_samples={max_samples}, needs >= 1, or -1 for all rows")
-    is_file = name.endswith(".jsonl")
-    if is_file:
-        if subset is not None:
-            raise DataError(f"{name}: subset={subset!r}, but a .jsonl file has no subsets; needs None")
-        dataset, line_numbers = _read_jsonl(Path(name), max_samples)
+    if problem := selection.problem():
+        raise DataError(f"{name}: {problem}")
+    files = _local_files(name, split, subset)
+    if files and all(file.suffix == ".jsonl" for file in files):
+        rows = _select_lines(_read_lines(files, array_column), selection, streaming)
     else:
-        dataset, line_numbers = _read_with_loader(name, split, subset), []
-    count = len(dataset) if max_samples == -1 else min(max_samples, len(dataset))
-    if count == 0:
-        raise DataError(f"{name}: no rows" + ("" if is_file else f" in split {split!r}"))
-    rows = []
-    for index, values in enumerate(dataset.select(range(count))):
-        where = f"{name}:{line_numbers[index]}" if is_file else f"{name}[{split}] row {index}"
-        rows.append(Row(where, {key: value for key, value in values.items() if value is not None}))
+        where = _places(f"{name}[{split}]", files)
+        rows = _read_with_datasets(name, split, subset, selection, streaming, where=where)
+    if not rows:
+        raise DataError(f"{name}: no rows in {selection} of split {split!r}")
     return rows
 
 
-def _read_jsonl(path: Path, max_samples: int) -> tuple[Any, list[int]]:
-    """A Dataset, and the 1-based line of each row. Blank lines are skipped.
+def _local_files(name: str, split: str, subset: str | None) -> list[Path]:
+    """The files behind a name: itself, or those that `datasets` resolves for a directory's split. [] on the hub."""
+    if name.endswith(".jsonl"):
+        if subset is not None:
+            raise DataError(f"{name}: subset={subset!r}, but a .jsonl file has no subsets; needs None")
+        return [Path(name)]
+    if not Path(name).is_dir():
+        if Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+            raise DataError(f"{name}: no such directory (looked in {Path.cwd()}), and no hub id either")
+        return []
+    import datasets
 
-    Lines are parsed here, not by the loader of `datasets`: that one names no line, turns strings that look like dates
-    into timestamps, and caches.
+    with _errors_named(name, split, subset):
+        splits = datasets.load_dataset_builder(name, name=subset).config.data_files or {}
+        if split not in splits:
+            raise ValueError(f"unknown split; there is {', '.join(map(str, splits)) or 'none'}")
+        return [Path(file) for file in splits[split]]
+
+
+# --- lines ----------------------------------------------------------------------------------------------------------
+
+
+def _read_lines(files: Sequence[Path], array_column: str | None) -> Iterator[Row]:
+    """Rows in the files' order; blank lines are skipped.
+
+    Parsed here, not by the loader of `datasets`: that one names no line, turns strings that look like dates into
+    timestamps, gives every message the keys of all others, and caches.
     """
-    objects: list[dict[str, Any]] = []
-    line_numbers: list[int] = []
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if len(objects) == max_samples:
-                    break
-                if line.strip():
-                    objects.append(_parse_line(line, f"{path}:{number}"))
-                    line_numbers.append(number)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file (looked in {Path.cwd()})") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text: {error}") from None
-    return _to_dataset(objects, path, line_numbers), line_numbers
+    for path in files:
+        try:
+            with path.open(encoding="utf-8") as lines:
+                for number, line in enumerate(lines, start=1):
+                    if line.strip():
+                        yield Row(f"{path}:{number}", _parse_line(line, f"{path}:{number}", array_column))
+        except FileNotFoundError:
+            raise DataError(f"{path}: no such file (looked in {Path.cwd()})") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: cannot be read as UTF-8 text: {error}") from None
 
 
-def _parse_line(line: str, where: str) -> dict[str, Any]:
+def _parse_line(line: str, where: str, array_column: str | None) -> dict[str, Any]:
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}: {_shorten(line)}") from None
+    found = f"per line, found {type(value).__name__}: {_shorten(line)}"
+    if array_column is not None:
+        if not isinstance(value, list):
+            raise DataError(f"{where}: needs one JSON array of {array_column} {found}")
+        return {array_column: value}
     if not isinstance(value, dict):
-        raise DataError(f"{where}: needs one JSON object per line, found {type(value).__name__}: {_shorten(line)}")
-    return value
+        raise DataError(f"{where}: needs one JSON object {found}")
+    return _without_nulls(value)
 
 
-def _to_dataset(objects: list[dict[str, Any]], path: Path, line_numbers: list[int]) -> Any:
-    import datasets
-    import pyarrow
-
-    names = list(dict.fromkeys(key for item in objects for key in item))  # the loader looks at the first row alone
-    columns = {}
-    for name in names:
-        column = [item.get(name) for item in objects]
-        try:
-            columns[name] = pyarrow.array(column)
-        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OverflowError) as error:
-            raise DataError(f"{path}{_odd_one_out(column, line_numbers)}: column {name!r}: {error}") from None
-    return datasets.Dataset(pyarrow.table(columns)) if columns else datasets.Dataset.from_dict({})
+def _select_lines(rows: Iterator[Row], selection: Selection, streaming: bool) -> list[Row]:
+    if streaming or selection.shuffle_seed is None:
+        return list(selection.of_stream(rows))
+    everything = list(rows)
+    return [everything[index] for index in selection.of(len(everything))]
 
 
-def _odd_one_out(column: list[Any], line_numbers: list[int]) -> str:
-    """ ":<line>" of the first value whose type differs from the ones before it, as far as the top level shows it."""
-    kinds = [(number, type(value)) for number, value in zip(line_numbers, column, strict=True) if value is not None]
-    return next((f":{number}" for number, kind in kinds if kind is not kinds[0][1]), "")
+# --- everything else, by `datasets` ---------------------------------------------------------------------------------
 
 
-def _read_with_loader(name: str, split: str, subset: str | None) -> Any:
-    """A directory (local first) or a hub id, by `datasets.load_dataset`."""
+def _read_with_datasets(
+    name: str, split: str, subset: str | None, selection: Selection, streaming: bool, *, where: Callable[[int], str]
+) -> list[Row]:
     import datasets
 
-    is_local = Path(name).is_dir()
-    if not is_local and (Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
-        raise DataError(f"{name}: no such directory (looked in {Path.cwd()}), and no hub id either")
-    source = name if is_local else HUB_ALIASES.get(name, name)
-    had_progress_bars = datasets.is_progress_bar_enabled()
+    source = name if Path(name).is_dir() else HUB_ALIASES.get(name, name)
+    with _no_progress_bars(), _errors_named(name, split, subset):
+        dataset = datasets.load_dataset(source, name=subset, split=split, streaming=streaming)
+        chosen: Iterable[tuple[int, dict[str, Any]]]
+        if streaming:
+            chosen = selection.of_stream(enumerate(dataset))
+        else:
+            indices = selection.of(len(dataset))
+            chosen = zip(indices, dataset.select(indices), strict=True)
+        return [Row(where(index), _without_nulls(values)) for index, values in chosen]
+
+
+def _places(label: str, files: Sequence[Path]) -> Callable[[int], str]:
+    """What to call row `index` of a split: its file and row where the files are parquet, else the split's own count."""
+    if not files or any(file.suffix != ".parquet" for file in files):
+        return lambda index: f"{label} row {index}"
+    ends = list(itertools.accumulate(_parquet_rows(file) for file in files))
+
+    def where(index: int) -> str:
+        file = bisect.bisect_right(ends, index)
+        return f"{files[file]} row {index - (ends[file - 1] if file else 0)}"
+
+    return where
+
+
+def _parquet_rows(file: Path) -> int:
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_metadata(file).num_rows
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise DataError(f"{file}: cannot be read as parquet: {error}") from None
+
+
+@contextlib.contextmanager
+def _errors_named(name: str, split: str, subset: str | None) -> Iterator[None]:
+    """Whatever `datasets` raises as a DataError with the data set, the cause and the fix."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:  # the loader raises a dozen unrelated kinds (HTTP, Arrow, pickling, its own)
+        from datasets import config
+
+        kind, fix = "hub data set (there is no such directory here)", "check the name, split, subset, network, HF_TOKEN"
+        if Path(name).is_dir():
+            kind, fix = "directory", "check split and subset"
+        elif config.HF_HUB_OFFLINE:
+            fix = "fetch it once without HF_DATASETS_OFFLINE and HF_HUB_OFFLINE, or name a local directory"
+        reason = _reason(error)[:600]
+        raise DataError(
+            f"{name}: cannot read split {split!r}, subset {subset!r} of this {kind}: {reason}. Fix: {fix}."
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """The messages of an exception and of what caused it, the loader's own being "An error occurred"."""
+    texts = []
+    cause: BaseException | None = error
+    while cause is not None:
+        texts.append(" ".join(str(cause).split()).rstrip(".") or type(cause).__name__)
+        cause = cause.__cause__
+    return ": ".join(dict.fromkeys(texts))
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    import datasets
+
+    were_on = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(source, name=subset, split=split)
-    except Exception as error:  # the loader raises a dozen unrelated kinds (HTTP, Arrow, pickling, its own)
-        kind = "directory" if is_local else "hub data set (there is no such directory here)"
-        fix = "check split and subset" if is_local else "check the name, split, subset, network and HF_TOKEN"
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(
-            f"{name}: cannot read split {split!r}, subset {subset!r} of this {kind}: {reason[:600]}. Fix: {fix}."
-        ) from error
+        yield
     finally:
-        if had_progress_bars:
+        if were_on:
             datasets.enable_progress_bars()
+
+
+def _without_nulls(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _shorten(text: str, limit: int = 120) -> str:

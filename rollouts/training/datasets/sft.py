@@ -1,14 +1,17 @@
-"""Conversations to SFT Samples, with a report of what was left out and why."""
+"""Conversations and texts to SFT Samples, with a report of what was left out and why."""
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rollouts.training.datasets.chat import render_conversation
-from rollouts.training.datasets.formats import Example
+from rollouts.training.datasets.chat import Conversation, Rendering, render_conversations
+from rollouts.training.datasets.examples import Example
+from rollouts.training.datasets.plain_text import text_samples
 from rollouts.training.datasets.rows import DataError
 from rollouts.training.types import Sample
 
+EXAMPLES_PER_CALL = 256  # rendered together: the tokenizer works on them in parallel
 EXAMPLES_SHOWN = 3  # rows named per reason; the report counts the rest
 
 
@@ -16,7 +19,11 @@ EXAMPLES_SHOWN = 3  # rows named per reason; the report counts the rest
 class SFTReport:
     """How many examples were kept, and which were left out, by reason."""
 
-    kept: int = 0
+    kept: int = 0  # samples
+    split: int = 0  # conversations that became several samples: see `render_conversations`
+    split_samples: int = 0  # how many those became
+    texts_split: int = 0  # plain texts longer than max_length
+    pieces: int = 0  # how many samples those became, without loss
     trained_tokens: int = 0
     total_tokens: int = 0
     left_out: dict[str, int] = field(default_factory=dict)  # reason -> how many
@@ -28,8 +35,17 @@ class SFTReport:
         if len(rows) < EXAMPLES_SHOWN:
             rows.append(where)
 
+    def keep(self, samples: Sequence[Sample]) -> None:
+        self.kept += len(samples)
+        self.trained_tokens += sum(int(sum(sample.loss_mask)) for sample in samples)
+        self.total_tokens += sum(len(sample.tokens) for sample in samples)
+
     def __str__(self) -> str:
         text = f"{self.kept} examples, {self.trained_tokens} of {self.total_tokens} tokens trained"
+        if self.split:
+            text += f"; {self.split} conversations became {self.split_samples}: the template renders earlier turns anew"
+        if self.texts_split:
+            text += f"; {self.texts_split} long texts became {self.pieces} pieces"
         for reason, count in self.left_out.items():
             text += f"; left out {count}: {reason} ({', '.join(self.left_out_where[reason])}, ...)"
         return text
@@ -38,35 +54,66 @@ class SFTReport:
 def build_sft_samples(
     examples: Iterable[Example], tokenizer: Any, *, max_length: int
 ) -> tuple[list[Sample], SFTReport]:
-    """One Sample per example with tokens and mask; `max_length` in tokens, -1 for no limit.
+    """Samples with tokens and mask, in the order of the examples; `max_length` in tokens, -1 for no limit.
 
-    Nothing is cut: an example that is longer, or has no trained token, is left out and counted. Raises DataError when
-    none is left, and for a conversation that the chat template cannot render.
+    One Sample per conversation, or several where the chat template renders earlier turns differently than they were
+    spoken; together those train each assistant turn once. Nothing of it is cut: a sample that is longer, or has no
+    trained token, is left out and counted. A plain text becomes as many samples as it takes. Raises DataError when
+    none is left, and for a conversation that the template cannot render.
     """
-    samples, report = [], SFTReport()
-    for example in examples:
-        tokens, mask = render_conversation(tokenizer, example.messages, example.where)
-        if max_length != -1 and len(tokens) > max_length:
-            report.leave_out(f"longer than max_length={max_length} tokens", example.where)
-            continue
-        if not any(mask[1:]):  # the first token is never predicted
-            report.leave_out("no trained token (no assistant turn)", example.where)
-            continue
-        samples.append(_sample(example, tokens, mask))
-        report.kept += 1
-        report.trained_tokens += int(sum(mask))
-        report.total_tokens += len(tokens)
+    samples: list[Sample] = []
+    report = SFTReport()
+    for example, renderings in _rendered(examples, tokenizer):
+        if example.text is None:
+            own = _conversation_samples(example, renderings, max_length, report)
+        else:
+            own = text_samples(example, example.text, tokenizer, max_length=max_length)
+            if not own:
+                report.leave_out("no trained token (empty text)", example.where)
+            if len(own) > 1:
+                report.texts_split += 1
+                report.pieces += len(own)
+        report.keep(own)
+        samples += own
     if not samples:
         raise DataError(f"no example is left to train on: {report}")
     return samples, report
 
 
-def _sample(example: Example, tokens: list[int], mask: list[float]) -> Sample:
+def _rendered(examples: Iterable[Example], tokenizer: Any) -> Iterator[tuple[Example, list[Rendering]]]:
+    """Each example with its renderings; plain text has none."""
+    remaining = iter(examples)
+    while chunk := list(itertools.islice(remaining, EXAMPLES_PER_CALL)):
+        spoken = [Conversation(one.messages, one.where, one.prompt.get("tools")) for one in chunk if one.text is None]
+        renderings = iter(render_conversations(tokenizer, spoken) if spoken else [])
+        yield from ((one, next(renderings) if one.text is None else []) for one in chunk)
+
+
+def _conversation_samples(
+    example: Example, renderings: Sequence[Rendering], max_length: int, report: SFTReport
+) -> list[Sample]:
+    if len(renderings) > 1:
+        report.split += 1
+        report.split_samples += len(renderings)
+    samples = []
+    for rendering in renderings:
+        if max_length != -1 and len(rendering.token_ids) > max_length:
+            report.leave_out(f"longer than max_length={max_length} tokens", example.where)
+        elif not any(rendering.mask[1:]):  # the first token is never predicted
+            report.leave_out("no trained token (no assistant turn)", example.where)
+        else:
+            samples.append(_sample(example, rendering))
+    return samples
+
+
+def _sample(example: Example, rendering: Rendering) -> Sample:
+    last = rendering.turns[-1]
+    is_whole = last == len(example.messages) - 1
     return Sample(
-        prompt=example.prompt,
-        response=example.messages[-1]["content"] if example.messages[-1]["role"] == "assistant" else "",
-        tokens=tokens,
-        loss_mask=mask,
-        metadata={"where": example.where},
-        response_length=len(tokens) - mask.index(1.0),  # all from the first trained token on
+        prompt=example.prompt if is_whole else {**example.prompt, "messages": example.messages[:last]},
+        response=example.messages[last].get("content", ""),
+        tokens=rendering.token_ids,
+        loss_mask=rendering.mask,
+        metadata={"where": example.where, "turns": list(rendering.turns)},
+        response_length=len(rendering.token_ids) - rendering.mask.index(1.0),  # all from the first trained token on
     )

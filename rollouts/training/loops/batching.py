@@ -5,6 +5,7 @@ B sequences, T tokens of the longest. A batch holds [B, T] and [B] tensors, and 
 
 import random
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -65,8 +66,10 @@ def split_batch(
             yield {key: _take(value, rows, width) for key, value in batch.items()}
 
 
-def step_indices(count: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """Which of `count` examples make up step `step` (from 0): positions in an endless run of shuffled epochs.
+def step_indices(count: int, batch_size: int, step: int, seed: int | None) -> list[int]:
+    """Which of `count` examples make up step `step` (from 0): positions in an endless run of epochs.
+
+    Each epoch is shuffled by (`seed`, epoch); with seed None every one keeps the examples' own order, a curriculum.
 
     A pure function of its arguments, so that a resumed run continues with exactly the examples that would have come.
     """
@@ -75,10 +78,12 @@ def step_indices(count: int, batch_size: int, step: int, seed: int) -> list[int]
     return [orders[position // count][position % count] for position in positions]
 
 
-def _epoch_order(count: int, epoch: int, seed: int) -> list[int]:
+@lru_cache(maxsize=2)  # a step lies in one epoch or two; shuffling 460K examples takes longer than a small step
+def _epoch_order(count: int, epoch: int, seed: int | None) -> tuple[int, ...]:
     order = list(range(count))
-    random.Random(f"{seed}/{epoch}").shuffle(order)
-    return order
+    if seed is not None:
+        random.Random(f"{seed}/{epoch}").shuffle(order)
+    return tuple(order)
 
 
 def _take(value: Any, rows: Tensor, width: int) -> Any:

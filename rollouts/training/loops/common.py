@@ -1,7 +1,7 @@
 """What both loops do at every step: run it on the backend, decide what is due, call the caller's functions."""
 
 import inspect
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,23 +28,30 @@ async def train_step(
     `prepare` gets this rank's micro-batches first, may add to them, and returns metrics. Of several updates "step" and
     "lr" are the last one's, the other numbers their means.
     """
-    cut = split_batch(
+    micro_batches = list(own_micro_batches(batch, micro_batch_size, micro_batch_tokens))
+    prepared = {} if prepare is None else await prepare(micro_batches)
+    found = [await train_micro_batches(backend, micro_batches) for _ in range(updates)]
+    if updates == 1:
+        return found[0] | prepared
+    means = {key: sum(metrics[key] for metrics in found) / updates for key in found[-1]}
+    return {**means, "step": found[-1]["step"], "lr": found[-1]["lr"], **prepared}
+
+
+def own_micro_batches(
+    batch: dict[str, Any], micro_batch_size: int | None, micro_batch_tokens: int | None
+) -> Iterator[dict[str, Any]]:
+    """This process's share of a step's `batch`: see `split_batch`."""
+    return split_batch(
         batch,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         micro_batch_size=micro_batch_size,
         micro_batch_tokens=micro_batch_tokens,
     )
-    micro_batches = list(cut)
-    prepared = {} if prepare is None else await prepare(micro_batches)
-    found = [await _update(backend, micro_batches) for _ in range(updates)]
-    means = {key: sum(metrics[key] for metrics in found) / updates for key in found[-1]}
-    return (
-        {**means, "step": found[-1]["step"], "lr": found[-1]["lr"], **prepared} if updates > 1 else found[0] | prepared
-    )
 
 
-async def _update(backend: TrainingBackend, micro_batches: list[dict[str, Any]]) -> dict[str, float]:
+async def train_micro_batches(backend: TrainingBackend, micro_batches: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """One optimizer step over this process's share of it: its loss and the backend's metrics."""
     pending = [backend.forward_backward(micro_batch) for micro_batch in micro_batches]
     update = backend.optim_step()
     losses = [(await future.result())["loss"] for future in pending]

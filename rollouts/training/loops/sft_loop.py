@@ -4,15 +4,28 @@ import hashlib
 import time
 from array import array
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rollouts.training import distributed
 from rollouts.training.backends.protocol import TrainingBackend
 from rollouts.training.loops.batching import collate, step_indices
-from rollouts.training.loops.common import CheckpointFn, EvalFn, call, check_resume, due, train_step
+from rollouts.training.loops.common import (
+    CheckpointFn,
+    EvalFn,
+    call,
+    check_resume,
+    due,
+    own_micro_batches,
+    train_micro_batches,
+)
+from rollouts.training.loops.prefetch import prefetch
 from rollouts.training.loops.throughput import Throughput
 from rollouts.training.metrics import MetricsLogger
 from rollouts.training.types import Sample, SFTTrainingConfig
+
+PREFETCH_STEPS = 2  # batches ready beyond the one that trains: preparing one is far shorter than training on it
 
 
 async def run_sft_training(
@@ -21,7 +34,7 @@ async def run_sft_training(
     config: SFTTrainingConfig,
     metrics_logger: MetricsLogger | None = None,
     *,
-    seed: int = 0,
+    seed: int | None = 0,
     pad_token_id: int = 0,
     resume: Mapping[str, Any] | None = None,
     eval_fn: EvalFn | None = None,
@@ -31,8 +44,9 @@ async def run_sft_training(
 ) -> list[dict[str, float]]:
     """Train on `samples` and return one dict per logged step. Steps count from 1; every rank makes the same call.
 
-    The order is a pure function of (`seed`, epoch); each step takes the next `config.batch_size` examples, going on
-    into the next epoch, and its result depends neither on the ranks nor on how micro-batches are cut.
+    The order is a pure function of (`seed`, epoch), or with seed None the samples' own; each step takes the next
+    `config.batch_size` examples, going on into the next epoch, and its result depends neither on the ranks nor on how
+    micro-batches are cut.
     `resume`: what `backend.load_checkpoint` returned; training goes on after its step, up to `config.num_steps`.
     `eval_fn(step)`, plain or async, runs on every rank each `eval_every` steps and after the last; the floats it
     returns are logged as "eval_…". A checkpoint is written each `config.checkpoint_every` steps and after the last;
@@ -46,28 +60,46 @@ async def run_sft_training(
     _check_samples(samples)
     data = {"fingerprint": _fingerprint(samples), "seed": seed, "batch_size": config.batch_size}
     throughput = Throughput.of(backend, peak_flops)
+    steps = range(check_resume(resume, data) + 1, config.num_steps + 1)
+    prepare = partial(_prepare_step, samples, config, seed, pad_token_id)
     history = []
-    for step in range(check_resume(resume, data) + 1, config.num_steps + 1):
+    async with prefetch(prepare, steps, depth=PREFETCH_STEPS) as prepared:
         started = time.monotonic()
-        chosen = [samples[index] for index in step_indices(len(samples), config.batch_size, step - 1, seed)]
-        batch = collate([s.tokens for s in chosen], [s.loss_mask for s in chosen], pad_token_id=pad_token_id)
-        data_s = time.monotonic() - started
-        metrics = await train_step(backend, batch, config.micro_batch_size, config.micro_batch_tokens)
-        step_s = time.monotonic() - started
-        lengths = [len(sample.tokens) for sample in chosen]
-        metrics |= {"data_s": data_s, "train_s": step_s - data_s, "step_s": step_s}
-        metrics |= throughput.metrics(lengths, batch["tokens_global"], train_s=step_s - data_s, step_s=step_s)
-        if eval_fn is not None and due(step, eval_every, config.num_steps):
-            metrics |= {f"eval_{key}": value for key, value in (await call(eval_fn, step) or {}).items()}
-        if due(step, config.log_every, config.num_steps):
-            history.append(metrics)
-            if metrics_logger is not None and distributed.rank() == 0:
-                metrics_logger.log(metrics, step=step)
-        if due(step, config.checkpoint_every, config.num_steps):
-            path = await backend.save_checkpoint(step, metrics, extra={"data": data})
-            if on_checkpoint is not None and distributed.rank() == 0:
-                await call(on_checkpoint, path, step)
+        async for step, batch in prepared:
+            data_s = time.monotonic() - started
+            metrics = await train_micro_batches(backend, batch.micro_batches)
+            step_s = time.monotonic() - started
+            metrics |= {"data_s": data_s, "train_s": step_s - data_s, "step_s": step_s}
+            metrics |= throughput.metrics(batch.lengths, batch.trained_tokens, train_s=step_s - data_s, step_s=step_s)
+            if eval_fn is not None and due(step, eval_every, config.num_steps):
+                metrics |= {f"eval_{key}": value for key, value in (await call(eval_fn, step) or {}).items()}
+            if due(step, config.log_every, config.num_steps):
+                history.append(metrics)
+                if metrics_logger is not None and distributed.rank() == 0:
+                    metrics_logger.log(metrics, step=step)
+            if due(step, config.checkpoint_every, config.num_steps):
+                path = await backend.save_checkpoint(step, metrics, extra={"data": data})
+                if on_checkpoint is not None and distributed.rank() == 0:
+                    await call(on_checkpoint, path, step)
+            started = time.monotonic()  # waiting for the next batch counts, what came after this step does not
     return history
+
+
+@dataclass(frozen=True)
+class _Step:
+    micro_batches: list[dict[str, Any]]  # this rank's
+    trained_tokens: float  # on all ranks, as are `lengths`
+    lengths: list[int]  # tokens of each example
+
+
+def _prepare_step(
+    samples: Sequence[Sample], config: SFTTrainingConfig, seed: int | None, pad_token_id: int, step: int
+) -> _Step:
+    """What step `step` (from 1) trains on: a function of its arguments and this process's rank."""
+    chosen = [samples[index] for index in step_indices(len(samples), config.batch_size, step - 1, seed)]
+    batch = collate([s.tokens for s in chosen], [s.loss_mask for s in chosen], pad_token_id=pad_token_id)
+    micro_batches = list(own_micro_batches(batch, config.micro_batch_size, config.micro_batch_tokens))
+    return _Step(micro_batches, batch["tokens_global"], [len(sample.tokens) for sample in chosen])
 
 
 def _check_samples(samples: Sequence[Sample]) -> None:

@@ -167,7 +167,9 @@ async def _score(group: Group, reward_fn: RewardFn | None) -> None:
         if any(sample.reward is None for sample in group):
             raise ValueError("no reward_fn, and generate_fn set no reward; give one to RolloutConfig or generate_batch")
         return
-    rewards = await gather_in_order([partial(_call, reward_fn, sample) for sample in group])
+    rewards: list[Any] = [reward_fn(sample) for sample in group]
+    if any(map(inspect.isawaitable, rewards)):  # a task for each costs more than most plain rewards do
+        rewards = await gather_in_order([partial(_awaited, reward) for reward in rewards])
     for sample, reward in zip(group, rewards, strict=True):
         if reward is not None and not _is_finite_number(reward):
             raise ValueError(
@@ -185,8 +187,11 @@ def _is_finite_number(value: Any) -> bool:
 
 async def _call(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
     """Call a plain or an async function."""
-    result = function(*arguments, **keywords)
-    return await result if inspect.isawaitable(result) else result
+    return await _awaited(function(*arguments, **keywords))
+
+
+async def _awaited(value: Any) -> Any:
+    return await value if inspect.isawaitable(value) else value
 
 
 def _flatten(groups: list[Group], counts: dict[str, Any]) -> RolloutBatch:

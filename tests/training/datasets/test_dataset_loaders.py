@@ -3,12 +3,14 @@
 import json
 import logging
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
 import pytest
 
-from base_config import DatasetSpec
 from rollouts.training.datasets.dataset_loaders import (
     DatasetEntry,
     load_prompt_mixture,
@@ -17,6 +19,8 @@ from rollouts.training.datasets.dataset_loaders import (
     load_sft_mixture,
 )
 from rollouts.training.datasets.rows import DataError
+from tests.example_config import example_config
+from tests.training.datasets.hub import write_hub_dataset
 from tests.training.tiny_task import tiny_tokenizer
 
 
@@ -89,15 +93,9 @@ def test_an_example_of_exactly_max_length_stays(tmp_path: Path, tokenizer: Any) 
 
 def test_a_mixture_is_one_seeded_shuffle_with_repeats(tmp_path: Path) -> None:
     """Goal: every row `repeat` times, the first max_samples rows only, order by the seed alone. Red without repeat."""
+    spec = example_config().data.sft_mixture[0]
     specs = [
-        DatasetSpec(
-            name=questions(tmp_path / f"{tag}.jsonl", tag, 10),
-            format="question_answer",
-            split="train",
-            subset=None,
-            max_samples=count,
-            repeat=repeat,
-        )
+        replace(spec, name=questions(tmp_path / f"{tag}.jsonl", tag, 10), max_samples=count, repeat=repeat)
         for tag, count, repeat in (("a", 4, 2), ("b", -1, 1))
     ]
     texts = [row["messages"][0]["content"] for row in load_prompt_mixture(specs, seed=7)]
@@ -112,6 +110,88 @@ def test_sft_and_prompts_of_a_mixture_come_in_the_same_order(tmp_path: Path, tok
     spec = DatasetEntry(questions(tmp_path / "a.jsonl", "a", 12), "question_answer")
     samples, _ = load_sft_mixture([spec], tokenizer=tokenizer, max_length=64, seed=3)
     assert [sample.prompt for sample in samples] == load_prompt_mixture([spec], seed=3)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("start", 4, [4, 5]),
+        ("stop", 2, [0, 1]),
+        ("step", 3, [0, 3]),
+        ("max_samples", 1, [0]),
+        ("repeat", 2, [0, 1, 2, 3, 4, 5] * 2),
+        ("shuffle_seed", 3, np.random.default_rng(3).permutation(6).tolist()),
+        ("split", "test", [6]),
+        ("subset", "other", [7]),
+    ],
+)
+def test_each_field_of_a_spec_chooses_rows(
+    tmp_path: Path, tokenizer: Any, field: str, value: Any, expected: list[int]
+) -> None:
+    """Goal: what the config says is what is read. Red for each field when it was not handed on."""
+    rows = [{"question": f"q{n}", "answer": "a"} for n in range(8)]
+    subsets = {"main": {"train": rows[:6], "test": rows[6:7]}, "other": {"train": rows[7:]}}
+    root = write_hub_dataset(tmp_path / "set", subsets)
+    spec = replace(example_config().data.sft_mixture[0], name=str(root), **{"subset": "main", field: value})
+    for chosen in (spec, replace(spec, streaming=True)):
+        samples, _ = load_sft_mixture([chosen], tokenizer=tokenizer, max_length=64, seed=None)
+        found = [int(sample.prompt["messages"][0]["content"][1:]) for sample in samples]
+        assert sorted(found) == sorted(expected)
+        assert found == expected or chosen.streaming  # a stream is shuffled in another way
+
+
+def test_streaming_makes_no_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Goal: a set too large for the disk can be read. Red when `streaming` of the spec was not handed on."""
+    root = write_hub_dataset(tmp_path / "set", {"main": {"train": [{"question": "q", "answer": "a"}]}})
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    for streaming in (True, False):
+        load_prompt_mixture([DatasetEntry(str(root), None, subset="main", streaming=streaming)], seed=0)
+        assert bool(list(tmp_path.rglob("*.arrow"))) is not streaming
+
+
+def test_a_mixture_without_a_seed_is_a_curriculum(tmp_path: Path, tokenizer: Any) -> None:
+    """Goal: nanochat's task sequence: as listed, each data set whole. Red when None seeded a shuffle."""
+    easy, hard = (questions(tmp_path / f"{tag}.jsonl", tag, 3) for tag in ("e", "h"))
+    specs = [DatasetEntry(easy, None, repeat=2), DatasetEntry(hard, None, start=1)]
+    samples, _ = load_sft_mixture(specs, tokenizer=tokenizer, max_length=64, seed=None)
+    texts = [sample.prompt["messages"][0]["content"] for sample in samples]
+    assert texts == ["e0", "e1", "e2", "e0", "e1", "e2", "h1", "h2"]
+
+
+def test_custom_json_has_an_array_on_each_line(tmp_path: Path, tokenizer: Any) -> None:
+    """Goal: nanochat's identity file. Red when a line had to be an object, and when one was taken in silence."""
+    turns = [{"role": "user", "content": "who"}, {"role": "assistant", "content": "me"}]
+    path = tmp_path / "identity.jsonl"
+    path.write_text(json.dumps(turns) + "\n" + json.dumps([*turns, *turns]) + "\n")
+    samples = load_sft_dataset(str(path), tokenizer=tokenizer, format="custom_json")
+    assert [sample.prompt["messages"] for sample in samples] == [turns[:1], [*turns, turns[0]]]
+    with pytest.raises(DataError, match=r"identity\.jsonl:1: needs one JSON object per line, found list"):
+        load_sft_dataset(str(path), tokenizer=tokenizer)
+    write(path, [{"messages": turns}])
+    with pytest.raises(DataError, match=r"identity\.jsonl:1: needs one JSON array of messages per line, found dict"):
+        load_sft_dataset(str(path), tokenizer=tokenizer, format="custom_json")
+
+
+def test_text_and_conversations_in_one_mixture(tmp_path: Path, tokenizer: Any) -> None:
+    """Goal: plain text trains beside chats, and is no prompt. Red when a text without messages became one."""
+    text = DatasetEntry(write(tmp_path / "t.jsonl", [{"text": "abc" * 9}]), "text")
+    chats = DatasetEntry(questions(tmp_path / "a.jsonl", "a", 2), None)
+    samples, report = load_sft_mixture([text, chats], tokenizer=tokenizer, max_length=16, seed=0)
+    assert len(samples) == 4 and report.texts_split == 1 and report.pieces == 2
+    with pytest.raises(DataError, match=r"t\.jsonl:1: plain text has no prompt to answer"):
+        load_prompt_mixture([chats, text], seed=0)
+
+
+def test_a_synthetic_task_in_a_mixture() -> None:
+    """Goal: its slice, split and repeat count like any other's. Red when `start` was left out."""
+    spec = DatasetEntry("spelling", "simple_spelling", start=2, max_samples=2, repeat=2)
+    whole = DatasetEntry("spelling", "simple_spelling", stop=4)
+    rows, all_rows = (load_prompt_mixture([entry], seed=0) for entry in (spec, whole))
+    assert len(rows) == 4 and len(all_rows) == 4
+    assert {row["answer"] for row in rows} < {row["answer"] for row in all_rows}
+    assert {row["answer"] for row in rows} & {
+        row["answer"] for row in load_prompt_mixture([replace(whole, split="test")], seed=0)
+    } == set()
 
 
 def test_an_empty_mixture_and_a_bad_repeat_are_errors(tmp_path: Path) -> None:
@@ -139,7 +219,7 @@ def test_prompts_from_jsonl(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("row", "message"),
-    [({"prompt": " "}, ":1: prompt=' '; needs a string"), ({"text": "x"}, r":1: columns \['text'\]")],
+    [({"prompt": " "}, ":1: prompt=' '; needs a string"), ({"text": "x"}, ":1: plain text has no prompt")],
 )
 def test_a_bad_prompt_is_named(tmp_path: Path, row: dict[str, Any], message: str) -> None:
     """Goal: file, line, value, need. Red when an empty prompt was taken."""

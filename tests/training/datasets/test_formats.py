@@ -78,7 +78,7 @@ def test_gsm8k_number(text: str, number: str | None) -> None:
         ("question_answer", {"question": " ", "answer": "x"}, "question=' '; format"),
         ("question_answer", {"question": "x", "answer": 3}, "answer=3; format"),
         ("gsm8k", {"question": "x", "answer": "72"}, "answer='72'; format 'gsm8k' needs '#### <number>'"),
-        (None, {"text": "x"}, r"columns \['text'\]; needs 'messages', or 'question' and 'answer'"),
+        (None, {"body": "x"}, r"columns \['body'\]; needs 'messages', 'question' and 'answer', 'choices', or 'text'"),
     ],
 )
 def test_a_row_that_does_not_fit_is_named(format: Any, values: dict[str, Any], message: str) -> None:

@@ -91,6 +91,11 @@ def test_order_is_every_example_once_an_epoch_and_a_pure_function():
     assert sorted(step_indices(3, 7, 0, seed=0)) == [0, 0, 0, 1, 1, 2, 2] or len(step_indices(3, 7, 0, seed=0)) == 7
 
 
+def test_without_a_seed_every_epoch_keeps_the_samples_own_order():
+    """Goal: a curriculum stays one. Red when None seeded a shuffle like any other value."""
+    assert [index for step in range(4) for index in step_indices(4, 3, step, seed=None)] == [0, 1, 2, 3] * 3
+
+
 def test_a_step_takes_batch_size_examples_whatever_the_micro_batch(tmp_path):
     """Goal: batch_size is examples per step, accumulated. Red with micro_batch_size taken as the step's size."""
     results = []

@@ -172,7 +172,7 @@ async def test_a_saved_state_continues_with_exactly_the_same_batches() -> None:
     expected = [await whole.generate_batch() for _ in range(6)]
     for _ in range(2):
         await first.generate_batch()
-    resumed = AsyncRolloutManager(DataBuffer(PROMPTS, seed=99), config(over_sampling_factor=1.6))
+    resumed = AsyncRolloutManager(DataBuffer(PROMPTS), config(over_sampling_factor=1.6))
     resumed.load_state(json.loads(json.dumps(first.save_state())))
     assert [await resumed.generate_batch() for _ in range(4)] == expected[2:]
 

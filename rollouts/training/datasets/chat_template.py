@@ -1,0 +1,263 @@
+"""Conversations to text through the tokenizer's own chat template, and which characters the assistant speaks. Pure.
+
+A template may render the beginning of a conversation differently once more follows: it strips earlier thinking, say,
+or moves the system message to the last user turn. What the model sees when it speaks is the rendering up to its turn,
+so such a conversation becomes several pieces; each trains the turns that stand in it as they stood when spoken.
+"""
+
+import contextlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rollouts.training.datasets.rows import DataError
+
+GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+THINK_TAG = re.compile(r"</?think>")
+Message = dict[str, Any]
+Span = tuple[int, int]  # half-open
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """`tools`: JSON schemas of the functions the assistant may call; also a JSON text of them, as data sets hold it."""
+
+    messages: Sequence[Message]
+    where: str  # the row, for messages to the user
+    tools: Any = None
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One assistant message in a text: which one it is, and its characters there, in order."""
+
+    message: int
+    spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The text of a conversation, or of its beginning, and the turns that are trained in it."""
+
+    text: str
+    turns: tuple[Turn, ...]
+    marked: bool  # spans come from {% generation %} markers, which may end before the end-of-turn token
+
+
+def split_conversation(tokenizer: Any, conversation: Conversation) -> list[Piece]:
+    """The pieces that train each assistant turn once, in order; one piece wherever the prefixes nest.
+
+    Without an assistant turn: one piece with no turns. Raises DataError naming the row where the template refuses the
+    messages, leaves out some of their text, or where a turn cannot be told from what stands before it.
+    """
+    template = ChatTemplate(tokenizer, conversation.tools, conversation.where)
+    messages = clean_messages(conversation.messages, conversation.where)
+    indices = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    ends = [messages[: index + 1] for index in indices]
+    if not indices or indices[-1] + 1 < len(messages):
+        ends.append(messages)
+    rendered = template.render(ends)
+    whole = rendered[-1].text
+    _refuse_lost_context(messages, template.tools, whole, conversation.where)
+    spoken: list[tuple[str, Turn]] = []
+    for index, after, before in zip(indices, rendered, template.prompts(messages, indices), strict=False):
+        where = f"{conversation.where}: messages[{index}]"
+        spans = template.turn_spans(messages[:index], before, after, where)
+        _refuse_lost_text(messages[index], after.text[spans[0][0] :], where)
+        spoken.append((after.text, Turn(index, spans)))
+    return [Piece(text, turns, template.marked) for text, turns in _group(whole, spoken)]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    text: str
+    marks: list[Span]  # what the template puts between {% generation %} and {% endgeneration %}
+
+
+class ChatTemplate:
+    """A tokenizer's template, with the tools of one row; errors name the row by `where`."""
+
+    def __init__(self, tokenizer: Any, tools: Any, where: str) -> None:
+        self.tools = _check_tools(tools, where)
+        try:
+            self._template = tokenizer.get_chat_template(tools=self.tools)
+        except ValueError as error:
+            raise DataError(f"tokenizer {tokenizer.name_or_path!r} has no chat template: {error}") from None
+        self._special_tokens = tokenizer.special_tokens_map
+        self._where = where
+        self.marked = GENERATION_TAG.search(self._template) is not None
+
+    def render(
+        self, conversations: Sequence[Sequence[Message]], *, add_generation_prompt: bool = False
+    ) -> list[Rendered]:
+        """Texts exactly as `tokenizer.apply_chat_template` makes them."""
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            rendered: Any = render_jinja_template(  # it is annotated as str
+                conversations=[list(messages) for messages in conversations],
+                tools=list(self.tools) if self.tools else None,
+                chat_template=self._template,
+                return_assistant_tokens_mask=self.marked,
+                add_generation_prompt=add_generation_prompt,
+                **self._special_tokens,
+            )
+        except (TemplateError, TypeError) as error:  # a TypeError: the template adds a string to what is not there
+            roles = [message["role"] for message in conversations[-1]]
+            raise DataError(
+                f"{self._where}: the chat template refuses these messages (roles {roles}): {error}"
+            ) from None
+        texts, marks = rendered
+        return [Rendered(*pair) for pair in zip(texts, marks if self.marked else [[]] * len(texts), strict=True)]
+
+    def prompts(self, messages: Sequence[Message], indices: Sequence[int]) -> list[Rendered]:
+        """What the model sees before each of the assistant messages, its header included."""
+        beginnings = [messages[:index] for index in indices]
+        if self.marked and indices and indices[0] == 0:  # many templates cannot render nothing; marks need no header
+            return [Rendered("", []), *(self.render(beginnings[1:], add_generation_prompt=True) if indices[1:] else [])]
+        return self.render(beginnings, add_generation_prompt=True) if indices else []
+
+    def turn_spans(
+        self, beginning: Sequence[Message], before: Rendered, after: Rendered, where: str
+    ) -> tuple[Span, ...]:
+        """The characters of the turn that `after` ends with: what is marked anew, or else all after its header.
+
+        Markers that take in the header, as some do, are cut to what follows it.
+        """
+        header_end = self._header_end(beginning, before.text, after.text)
+        count = len(before.marks)
+        if self.marked and after.marks[:count] == before.marks:
+            marks = after.marks[count:]
+        elif not self.marked and header_end is not None:
+            marks = [(header_end, len(after.text))]
+        else:
+            raise DataError(
+                f"{where}: the chat template renders what stands before this turn differently once the turn follows, "
+                "so the assistant's tokens cannot be told apart. Fix: a template whose generation prompt is the "
+                "beginning of the assistant's turn."
+            )
+        first = header_end or 0
+        spans = tuple((max(start, first), stop) for start, stop in marks if stop >= first)
+        if not spans or spans[0][0] == len(after.text):
+            raise DataError(
+                f"{where}: the chat template renders nothing for this assistant message"
+                + (" between {% generation %} and {% endgeneration %}" if self.marked else "")
+                + ", so nothing of it could be trained"
+            )
+        return spans
+
+    def _header_end(self, beginning: Sequence[Message], before: str, after: str) -> int | None:
+        """Where `after` leaves the generation prompt that `before` ends with; None if it does so even earlier.
+
+        It may leave it early: some prompts open a thought, which an answer without one does not go on with.
+        """
+        if after.startswith(before):
+            return len(before)
+        plain = self.render([beginning])[0].text
+        shared = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), len(after))
+        return shared if after.startswith(plain) and shared >= len(plain) else None
+
+
+def _group(whole: str, spoken: Sequence[tuple[str, Turn]]) -> list[tuple[str, tuple[Turn, ...]]]:
+    """Each turn goes to the longest text that begins as the turn's own text does."""
+    groups: list[tuple[str, list[Turn]]] = [(whole, [])]
+    for text, turn in reversed(spoken):
+        if not groups[-1][0].startswith(text):
+            groups.append((text, []))
+        groups[-1][1].append(turn)
+    kept = [(text, tuple(reversed(turns))) for text, turns in reversed(groups) if turns]
+    return kept or [(whole, ())]
+
+
+def clean_messages(messages: Sequence[Message], where: str) -> list[Message]:
+    """As templates want them: no nulls (Arrow fills missing keys with them), arguments of calls as objects, not text.
+
+    Raises DataError for a tool call that has no name, or arguments that are no object.
+    """
+    return [_clean(message, f"{where}: messages[{index}]") for index, message in enumerate(messages)]
+
+
+def _check_tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
+    """A row's tools as a list of schemas, or None. Raises DataError for anything but a list of objects, or its JSON."""
+    parsed = _parse(tools)
+    if parsed is None or parsed == []:
+        return None
+    if not isinstance(parsed, list) or not all(isinstance(tool, dict) for tool in parsed):
+        raise DataError(f"{where}: tools={str(tools)[:120]!r}; needs a list of JSON schemas, or the JSON text of one")
+    return [_without_nulls(tool) for tool in parsed]
+
+
+def _clean(message: Message, where: str) -> Message:
+    clean = {key: value for key, value in message.items() if value is not None}
+    if clean.get("tool_calls"):
+        clean["tool_calls"] = [_clean_call(call, where) for call in clean["tool_calls"]]
+    return clean
+
+
+def _clean_call(call: Any, where: str) -> dict[str, Any]:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise DataError(f"{where}.tool_calls has {call!r}; needs {{'function': {{'name': ..., 'arguments': ...}}}}")
+    arguments = _parse(function.get("arguments"))  # JSON text is OpenAI's form; templates would encode it once more
+    if not isinstance(arguments, dict | None):
+        raise DataError(f"{where}.tool_calls: arguments={arguments!r}; needs an object, or the JSON text of one")
+    clean = {**_without_nulls(function), "arguments": _without_nulls(arguments or {})}
+    return {**call, "function": clean} if "function" in call else clean
+
+
+def _parse(value: Any) -> Any:
+    """What the JSON text holds; anything else, other text among it, as it is."""
+    if isinstance(value, str):
+        with contextlib.suppress(json.JSONDecodeError):
+            return json.loads(value)
+    return value
+
+
+def _without_nulls(value: Any) -> Any:
+    """Without keys that hold null: Arrow gives every row the keys of all rows."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _refuse_lost_context(
+    messages: Sequence[Message], tools: list[dict[str, Any]] | None, text: str, where: str
+) -> None:
+    """Raise DataError where the template drops a message that is not the assistant's, or a tool, without a word."""
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant" and not _appears(message.get("content"), text):
+            raise DataError(_lost(f"{where}: messages[{index}]", f"content of the {message['role']}", message))
+    for tool in tools or ():
+        name = tool.get("function", tool).get("name")
+        if not _appears(name, text):
+            raise DataError(f"{where}: the chat template leaves out the tool {name!r}: it does not support tools")
+
+
+def _refuse_lost_text(message: Message, text: str, where: str) -> None:
+    """Raise DataError where the template drops part of what the assistant says, when it is the last to speak."""
+    thinking = next((key for key in ("reasoning_content", "thinking", "reasoning") if message.get(key)), None)
+    for key in ("content", thinking):
+        parts = THINK_TAG.split(message[key]) if key and isinstance(message.get(key), str) else []
+        if not all(_appears(part, text) for part in parts):
+            raise DataError(_lost(where, str(key), message))
+    for call in message.get("tool_calls", ()):
+        if not _appears(call.get("function", call)["name"], text):
+            raise DataError(_lost(where, "tool_calls", message))
+
+
+def _lost(where: str, what: str, message: Message) -> str:
+    return (
+        f"{where}: the chat template leaves out {what}: {str(message)[:160]}. "
+        "Fix: a template that renders it, or rows without it."
+    )
+
+
+def _appears(content: Any, text: str) -> bool:
+    """Whether `text` holds `content`, but for white space around it, as it stands or as JSON. True for no string."""
+    if not isinstance(content, str):
+        return True
+    bare = content.strip()
+    return bare in text or json.dumps(bare, ensure_ascii=False)[1:-1] in text

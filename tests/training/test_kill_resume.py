@@ -1,0 +1,230 @@
+"""kill -9 of the real trainer at random points, resumed from `latest`: the run ends as if nothing had happened."""
+
+import json
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from base_config import Config, LoraConfig, MuonConfig
+from rollouts.run_dir import RunDir
+from tests.engines.serving import free_port
+from tests.example_config import example_config, replace_at
+from tests.training.process_nursery import Nursery
+
+WAIT_S = 120.0
+SFT_STEPS, RL_STEPS = 16, 8
+TIMES = ("time", "step_s", "tokens_per_s", "generate_s", "train_s", "sync_s")
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    with Nursery() as made:
+        yield made
+
+
+def changed(config: Config, changes: dict[str, Any]) -> Config:
+    for path, value in changes.items():
+        config = replace_at(config, path, value)
+    assert config.problems() == ()
+    return config
+
+
+SFT = changed(
+    example_config(),
+    {
+        "output.mode": "sft",
+        "data.sft_mixture.0.max_samples": 100,
+        "data.eval_mixture": [],
+        "sft.num_iterations": SFT_STEPS,
+        "sft.checkpoint_every": 3,
+        "sft.optimizer.schedule": "cosine",
+        "sft.optimizer.warmup_frac": 0.2,
+    },
+)
+RL = {
+    "output.mode": "rl",
+    "model.init": "pretrained",
+    "data.rl_mixture.0.max_samples": 4 * RL_STEPS,
+    "rl.over_sampling_factor": 1.5,  # surplus groups are carried from step to step, and over a resume
+    "rl.kl_coef": 0.05,
+    "rl.save_every": 2,
+}
+LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.1, target_modules="all-linear", init_seed=0)
+MUON = MuonConfig(
+    momentum=0.9, nesterov=True, ns_steps=5, adjust_lr="match_rms_adamw", vector_lr=1e-3, width_reference=-1
+)
+SFT_KINDS = {
+    "adamw": SFT,
+    "muon": changed(SFT, {"sft.optimizer": replace(SFT.sft.optimizer, kind="muon", muon=MUON)}),
+    "lora": changed(
+        SFT,
+        {"model.lora": LORA}
+        | {f"{stage}.{rate}": 0.0 for stage in ("sft", "rl") for rate in ("embedding_lr", "unembedding_lr")},
+    ),
+}
+
+
+@dataclass
+class Attempt:
+    """One process of a run, from its start or a checkpoint to its end or its death."""
+
+    run: RunDir
+    stage: str
+    pid: int
+    engine: int | None
+
+    def steps(self) -> dict[int, dict[str, Any]]:
+        """What it logged by step, without times. Every line must be whole but the last, which death may tear."""
+        lines = self.run.metrics.read_text().split("\n") if self.run.metrics.exists() else [""]
+        rows = [json.loads(line) for line in lines[:-1]]
+        return {row["step"]: {key: value for key, value in row.items() if key not in TIMES} for row in rows}
+
+    def samples(self) -> list[dict[str, Any]]:
+        lines = self.run.rollouts.read_text().split("\n")[:-1] if self.run.rollouts.exists() else []
+        return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.run.checkpoints / self.stage
+
+
+def start(nursery: Nursery, config: Config, directory: Path) -> Attempt:
+    """The trainer of `config`'s only stage in a run directory, beside its engine if it has one."""
+    directory.mkdir(parents=True)
+    (stage,) = config.stages
+    run, argv, engine = RunDir(directory), [], None
+    if stage == "rl":
+        port = free_port()
+        model = config.output.source_checkpoint or config.model.name
+        flags = ["--model-path", model, "--port", str(port), "--max-running-requests", "256"]
+        engine = nursery.start("rollouts.engines.embedded", flags, directory / "engine.log")
+        argv = ["--engine-url", f"http://127.0.0.1:{port}"]
+        wait_for(lambda: is_healthy(argv[1]), directory / "engine.log")
+    config.save(run.config)
+    arguments = ["--run-dir", str(directory), "--stage", stage, *argv]
+    pid = nursery.start("rollouts.worker.trainer", arguments, directory / "trainer.log")
+    return Attempt(run, stage, pid, engine)
+
+
+def is_healthy(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def wait_for(condition: Callable[[], bool], log: Path) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.002)
+
+
+def finish(nursery: Nursery, attempt: Attempt) -> Attempt:
+    code = nursery.wait(attempt.pid)
+    if attempt.engine is not None:
+        nursery.kill(attempt.engine)
+    assert code == 0, (attempt.run.path / "trainer.log").read_text()
+    return attempt
+
+
+def kill_at_random(nursery: Nursery, attempt: Attempt, rng: random.Random, steps: int) -> None:
+    """kill -9 after a random step and some milliseconds, or while a random checkpoint is being written."""
+    seen, log = len(attempt.steps()), attempt.run.path / "trainer.log"
+    if rng.random() < 0.5:
+        count = rng.randint(seen, steps - 2)
+        wait_for(lambda: len(attempt.steps()) >= count, log)
+    else:
+        after = rng.randint(0, 2)  # completed ones
+        wait_for(
+            lambda: (
+                len(list(attempt.checkpoints.glob("step_*"))) >= after and any(attempt.checkpoints.glob(".tmp-step_*"))
+            ),
+            log,
+        )
+    time.sleep(rng.random() * 0.03)
+    nursery.kill(attempt.pid)
+    if attempt.engine is not None:
+        nursery.kill(attempt.engine)
+
+
+def killed_and_resumed(nursery: Nursery, config: Config, directory: Path, seed: int, steps: int) -> list[Attempt]:
+    """All attempts of a run that is killed twice; each goes on from the last one's `latest`, if there is one."""
+    rng, attempts = random.Random(seed), []
+    for number in range(2):
+        attempts.append(start(nursery, config, directory / f"attempt_{number}"))
+        kill_at_random(nursery, attempts[-1], rng, steps)
+        latest = attempts[-1].checkpoints / "latest"
+        if latest.exists():
+            config = replace_at(config, "output.source_checkpoint", str(latest))
+    return [*attempts, finish(nursery, start(nursery, config, directory / "last"))]
+
+
+def check(attempts: list[Attempt], whole: Attempt, steps: int) -> None:
+    """Every line that any attempt logged is the undisturbed run's, none is missing, and it ends with the same bytes."""
+    expected = whole.steps()
+    assert list(expected) == list(range(1, steps + 1))
+    seen: set[int] = set()
+    for attempt in attempts:
+        for step, row in attempt.steps().items():
+            assert row == expected[step], f"{attempt.run.path.name} step {step}"
+            seen.add(step)
+    assert seen == set(expected)
+    paths = [(attempt.checkpoints / "latest").resolve() for attempt in (attempts[-1], whole)]
+    names = [{str(file.relative_to(path)) for file in path.rglob("*.safetensors")} for path in paths]
+    assert names[0] == names[1] and names[0]
+    for name in names[0]:
+        assert (paths[0] / name).read_bytes() == (paths[1] / name).read_bytes(), name
+    optimizers = [torch.load(path / "training_state.pt", weights_only=True)["optimizer"]["state"] for path in paths]
+    for index, state in optimizers[1].items():
+        assert all(torch.equal(value, optimizers[0][index][key]) for key, value in state.items())
+
+
+@pytest.fixture(scope="module")
+def whole_sft(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Attempt]:
+    """The undisturbed SFT run of each kind, made when first asked for."""
+    made: dict[str, Attempt] = {}
+
+    def get(kind: str) -> Attempt:
+        if kind not in made:
+            directory = tmp_path_factory.mktemp(kind) / "whole"
+            made[kind] = finish(nursery, start(nursery, SFT_KINDS[kind], directory))
+        return made[kind]
+
+    return get
+
+
+@pytest.mark.parametrize(("kind", "seed"), [("adamw", 0), ("adamw", 1), ("adamw", 2), ("muon", 3), ("lora", 4)])
+def test_sft(nursery: Nursery, whole_sft: Callable[[str], Attempt], tmp_path: Path, kind: str, seed: int) -> None:
+    """Goal: two kills -9 change no metric and no byte of weights or optimizer state."""
+    check(killed_and_resumed(nursery, SFT_KINDS[kind], tmp_path, seed, SFT_STEPS), whole_sft(kind), SFT_STEPS)
+
+
+@pytest.fixture(scope="module")
+def whole_rl(
+    nursery: Nursery, whole_sft: Callable[[str], Attempt], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Config, Attempt]:
+    """RL from the model that SFT made, undisturbed."""
+    model = str(whole_sft("adamw").checkpoints / f"step_{SFT_STEPS:06d}")
+    config = changed(example_config(), {**RL, "model.name": model, "data.eval_mixture": []})
+    return config, finish(nursery, start(nursery, config, tmp_path_factory.mktemp("rl") / "whole"))
+
+
+@pytest.mark.parametrize("seed", [10, 11, 12])
+def test_rl(nursery: Nursery, whole_rl: tuple[Config, Attempt], tmp_path: Path, seed: int) -> None:
+    """Goal: as in SFT, with the prompts, the carried groups, the KL reference and every sample of the engine's."""
+    config, whole = whole_rl
+    attempts = killed_and_resumed(nursery, config, tmp_path, seed, RL_STEPS)
+    check(attempts, whole, RL_STEPS)
+    expected = whole.samples()
+    for attempt in attempts:
+        found = attempt.samples()
+        first = next((index for index, sample in enumerate(expected) if sample["step"] == found[0]["step"]), None)
+        assert first is not None and found == expected[first : first + len(found)]

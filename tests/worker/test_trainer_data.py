@@ -1,0 +1,66 @@
+"""What the trainer loads for a config: orders, plain text, the report of what was left out."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from base_config import Config
+from rollouts.worker.trainer import load_data, sft_seed
+from tests.example_config import example_config, replace_at
+from tests.training.tiny_task import tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return tiny_tokenizer()
+
+
+def config_over(directory: Path, **data: Any) -> Config:
+    """The example config over three small files: questions q0..q5 to train on, e0..e1 to evaluate."""
+    config = example_config()
+    for mixture, tag, count in (("sft_mixture", "q", 6), ("rl_mixture", "r", 4), ("eval_mixture", "e", 2)):
+        file = directory / f"{tag}.jsonl"
+        rows = [{"question": f"{tag}{n}", "answer": "x"} for n in range(count)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        config = replace_at(config, f"data.{mixture}.0.name", str(file))
+    return replace(config, data=replace(config.data, **data))
+
+
+def asked(samples: Any) -> list[str]:
+    return [sample.prompt["messages"][0]["content"] for sample in samples]
+
+
+def test_the_order_of_sft(tmp_path: Path, tokenizer: Any) -> None:
+    """Goal: sft_order decides, in the mixture and in the loop's epochs. Red when the mixture was shuffled anyway."""
+    listed = [f"q{n}" for n in range(6)]
+    sequence = config_over(tmp_path, sft_order="sequence")
+    assert asked(load_data(sequence, tokenizer, "sft").sft) == listed and sft_seed(sequence) is None
+    shuffled = config_over(tmp_path, shuffle_seed=5)
+    assert sorted(asked(load_data(shuffled, tokenizer, "sft").sft)) == listed and sft_seed(shuffled) == 5
+    assert asked(load_data(shuffled, tokenizer, "sft").sft) != listed
+
+
+def test_plain_text_has_a_validation_loss_but_no_question(tmp_path: Path, tokenizer: Any) -> None:
+    """Goal: eval_mixture may hold both kinds; each counts where it can. Red when a text row was to be answered."""
+    config = config_over(tmp_path)
+    (tmp_path / "t.jsonl").write_text(json.dumps({"text": "abc"}) + "\n")
+    spec = config.data.eval_mixture[0]
+    text = replace(spec, name=str(tmp_path / "t.jsonl"), format="text")
+    both = load_data(replace_at(config, "data.eval_mixture", [spec, text]), tokenizer, "sft")
+    assert len(both.eval_samples) == 3 and len(both.eval_rows) == 2
+    alone = load_data(replace_at(config, "data.eval_mixture", [text]), tokenizer, "sft")
+    assert len(alone.eval_samples) == 1 and not alone.eval_rows
+
+
+def test_the_report_of_what_was_left_out(tmp_path: Path, tokenizer: Any) -> None:
+    """Goal: it reaches the trainer, which writes it into the run's events. Red when it was dropped after logging."""
+    config = config_over(tmp_path, max_length=12)
+    with (tmp_path / "q.jsonl").open("a") as file:
+        file.write(json.dumps({"question": "long" * 9, "answer": "x"}) + "\n")
+    report = load_data(config, tokenizer, "sft").sft_report
+    assert report is not None and report.kept == 6
+    assert report.left_out == {"longer than max_length=12 tokens": 1} and "q.jsonl:7" in str(report)
+    assert load_data(config, tokenizer, "rl").sft_report is None
