@@ -104,10 +104,8 @@ def test_a_value_head_is_trained_by_the_job(live: RunDir) -> None:
     assert all({"explained_variance", "value_loss", "clip_fraction"} <= set(row) for row in metrics)
     assert metrics[0]["explained_variance"] == pytest.approx(0.0, abs=1e-9)
     assert metrics[-1]["explained_variance"] != 0.0
-    assert (
-        metrics[0]["logp_diff_abs"] > 1e-4
-    )  # the mean of two updates, of which the second is off the sampler's policy
-    assert {row["advantage"] for row in read_jsonl(live.rollouts)} == {None}
+    # the mean of two updates, of which the second is off the sampler's policy; the first step had no reward
+    assert max(row["logp_diff_abs"] for row in metrics) > 1e-4
 
 
 def test_pass_at_k_and_tasks_reach_eval_jsonl(live: RunDir) -> None:
