@@ -378,7 +378,7 @@ def _value_terms(
 
 def _per_token(advantages: Tensor, keep: Tensor, dtype: torch.dtype) -> Tensor:
     if advantages.ndim == 2:
-        _check_shape("advantages", advantages[:, 1:], keep.shape)
+        _check_shape("advantages", advantages, torch.Size((keep.shape[0], keep.shape[1] + 1)))
         return advantages[:, 1:][keep].to(dtype)
     _check_shape("advantages", advantages, keep.shape[:1])
     return advantages[:, None].expand(keep.shape)[keep].to(dtype)
