@@ -1,6 +1,9 @@
 """What the trainer loads for a config: orders, plain text, the report of what was left out."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,8 @@ from base_config import Config
 from rollouts.worker.trainer import load_data, sft_seed
 from tests.example_config import example_config, replace_at
 from tests.training.tiny_task import tiny_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +69,34 @@ def test_the_report_of_what_was_left_out(tmp_path: Path, tokenizer: Any) -> None
     assert report is not None and report.kept == 6
     assert report.left_out == {"longer than max_length=12 tokens": 1} and "q.jsonl:7" in str(report)
     assert load_data(config, tokenizer, "rl").sft_report is None
+
+
+def test_a_stage_over_plain_text_alone(tmp_path: Path) -> None:
+    """Goal: a real trainer process: text is trained and evaluated by its loss alone, and what was left out stands in
+    the run's events. Red when evaluation needed rows to answer (no eval.jsonl), and without the note."""
+    (tmp_path / "t.jsonl").write_text(json.dumps({"text": "abc " * 9}) + "\n" + json.dumps({"text": ""}) + "\n")
+    config = config_over(tmp_path, sft_order="sequence", max_length=16)
+    text = replace(config.data.sft_mixture[0], name=str(tmp_path / "t.jsonl"), format="text")
+    changes = {
+        "data.sft_mixture": [text],
+        "data.eval_mixture": [text],
+        "sft.num_iterations": 2,
+        "sft.eval_every": 1,
+        "output.mode": "sft",
+    }
+    for path, value in changes.items():
+        config = replace_at(config, path, value)
+    assert config.problems() == ()
+    run = tmp_path / "run"
+    for name in ("processes", "checkpoints"):
+        (run / name).mkdir(parents=True)
+    config.save(run / "config.json")
+    command = [sys.executable, "-m", "rollouts.worker.trainer", "--run-dir", str(run), "--stage", "sft"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    (note,) = [event["message"] for event in events if event["kind"] == "note"]
+    assert "1 long texts became 3 pieces; left out 1: no trained token (empty text)" in note
+    evaluated = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
+    assert {row["metric"] for row in evaluated} == {"validation_loss"} and len(evaluated) == 3

@@ -121,7 +121,7 @@ def load_examples(spec: MixtureSpec) -> list[Example]:
             subset=spec.subset,
             selection=selection,
             streaming=spec.streaming,
-            array_column="messages" if spec.format == "custom_json" else None,
+            array_column=_array_column(spec.format),
         )
     return [parse_row(row, spec.format) for row in rows]
 
@@ -129,11 +129,17 @@ def load_examples(spec: MixtureSpec) -> list[Example]:
 def load_prompts_from_jsonl(path: str | Path, format: Format | None = None) -> list[dict[str, Any]]:
     """Prompt rows of a .jsonl file, in file order: {"messages", other columns} with "answer" where the row has one.
 
-    A line holds "messages", or "question" and "answer", or just a "prompt" string. Raises DataError with file and line.
+    A line is what `format` says, or holds a "prompt" string, or what its columns show. Raises DataError with file and
+    line.
     """
     if Path(path).suffix != ".jsonl":
         raise DataError(f"{path}: needs a .jsonl file")
-    return [_prompt(row, format) for row in read_rows(str(path))]
+    rows = read_rows(str(path), array_column=_array_column(format))
+    return [_prompt(row, format) for row in rows]
+
+
+def _array_column(format: Format | None) -> str | None:
+    return "messages" if format == "custom_json" else None
 
 
 def _prompt(row: Row, format: Format | None) -> dict[str, Any]:

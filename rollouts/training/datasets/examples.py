@@ -20,10 +20,10 @@ class Example:
 
 
 def check_message(message: Any, where: str) -> Message:
-    """A message without the nulls that Arrow fills in. An assistant that calls tools may leave its content out."""
+    """A message without keys that Arrow filled with null. An assistant that calls tools may leave its content out."""
     if not isinstance(message, dict):
         raise DataError(f"{where}={message!r}; needs an object with 'role' and 'content'")
-    clean = _without_nulls(message)
+    clean = {key: value for key, value in message.items() if value is not None}
     if clean.get("role") not in ROLES:
         raise DataError(f"{where}.role={clean.get('role')!r}; needs one of {', '.join(ROLES)}")
     if clean["role"] == "assistant" and clean.get("tool_calls"):
@@ -64,9 +64,3 @@ def conversation_example(
         prompt.setdefault("answer", messages[-1]["content"])
     prompt["messages"] = messages[:-1] if ends_with_answer else messages
     return Example(where, messages, prompt)
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -1,7 +1,7 @@
 """Plain text to samples: no chat template; every token after a text's first is trained exactly once. Pure but for the
 tokenizer it is given."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rollouts.training.datasets.examples import Example
@@ -9,34 +9,31 @@ from rollouts.training.datasets.rows import DataError
 from rollouts.training.types import Sample
 
 
-def text_samples(example: Example, text: str, tokenizer: Any, *, max_length: int) -> list[Sample]:
-    """The pieces of a text that fit `max_length` tokens (-1: one piece), in order; [] for a blank text."""
-    tokens = text_tokens(tokenizer, text)
-    if not text.strip() or len(tokens) < 2:
-        return []
-    pieces = list(split_tokens(tokens, max_length))
+def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of each text with whatever the tokenizer puts before it, and one EOS at its end; [] for a blank text."""
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise DataError(f"tokenizer {tokenizer.name_or_path!r} has no eos_token, and plain text needs one at its end")
+    encoded = tokenizer(list(texts), verbose=False)["input_ids"]  # verbose would warn of every long text
+    ended = [ids if ids and ids[-1] == eos else [*ids, eos] for ids in encoded]
+    return [ids if text.strip() else [] for text, ids in zip(texts, ended, strict=True)]
+
+
+def text_samples(example: Example, tokens: list[int], *, max_length: int) -> list[Sample]:
+    """The pieces of a text's tokens that fit `max_length` (-1: one piece), in order; [] where nothing is to predict."""
+    pieces = list(split_tokens(tokens, max_length)) if len(tokens) > 1 else []
     samples = []
     for number, piece in enumerate(pieces, start=1):
         where = example.where if len(pieces) == 1 else f"{example.where} piece {number} of {len(pieces)}"
-        mask = [0.0] + [1.0] * (len(piece) - 1)
-        samples.append(
-            Sample(
-                prompt=example.prompt,
-                tokens=piece,
-                loss_mask=mask,
-                metadata={"where": where},
-                response_length=len(piece) - 1,
-            )
+        sample = Sample(
+            prompt=example.prompt,
+            tokens=piece,
+            loss_mask=[0.0] + [1.0] * (len(piece) - 1),
+            metadata={"where": where},
+            response_length=len(piece) - 1,
         )
+        samples.append(sample)
     return samples
-
-
-def text_tokens(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a plain text with whatever the tokenizer puts before it, and one EOS at its end."""
-    if tokenizer.eos_token_id is None:
-        raise DataError(f"tokenizer {tokenizer.name_or_path!r} has no eos_token, and plain text needs one at its end")
-    tokens = list(tokenizer(text, verbose=False)["input_ids"])  # verbose would warn of every long text
-    return tokens if tokens and tokens[-1] == tokenizer.eos_token_id else [*tokens, tokenizer.eos_token_id]
 
 
 def split_tokens(tokens: list[int], max_length: int) -> Iterator[list[int]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from rollouts.training.datasets.chat import Conversation, Rendering, render_conversations
 from rollouts.training.datasets.examples import Example
-from rollouts.training.datasets.plain_text import text_samples
+from rollouts.training.datasets.plain_text import encode_texts, text_samples
 from rollouts.training.datasets.rows import DataError
 from rollouts.training.types import Sample
 
@@ -63,11 +63,11 @@ def build_sft_samples(
     """
     samples: list[Sample] = []
     report = SFTReport()
-    for example, renderings in _rendered(examples, tokenizer):
+    for example, rendered in _rendered(examples, tokenizer):
         if example.text is None:
-            own = _conversation_samples(example, renderings, max_length, report)
+            own = _conversation_samples(example, rendered, max_length, report)
         else:
-            own = text_samples(example, example.text, tokenizer, max_length=max_length)
+            own = text_samples(example, rendered, max_length=max_length)
             if not own:
                 report.leave_out("no trained token (empty text)", example.where)
             if len(own) > 1:
@@ -80,13 +80,15 @@ def build_sft_samples(
     return samples, report
 
 
-def _rendered(examples: Iterable[Example], tokenizer: Any) -> Iterator[tuple[Example, list[Rendering]]]:
-    """Each example with its renderings; plain text has none."""
+def _rendered(examples: Iterable[Example], tokenizer: Any) -> Iterator[tuple[Example, Any]]:
+    """Each example with a conversation's list of Renderings, or a plain text's token ids."""
     remaining = iter(examples)
     while chunk := list(itertools.islice(remaining, EXAMPLES_PER_CALL)):
         spoken = [Conversation(one.messages, one.where, one.prompt.get("tools")) for one in chunk if one.text is None]
+        texts = [one.text for one in chunk if one.text is not None]
         renderings = iter(render_conversations(tokenizer, spoken) if spoken else [])
-        yield from ((one, next(renderings) if one.text is None else []) for one in chunk)
+        token_ids = iter(encode_texts(tokenizer, texts) if texts else [])
+        yield from ((one, next(renderings if one.text is None else token_ids)) for one in chunk)
 
 
 def _conversation_samples(

@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 import pytest
 
+from rollouts import training
 from rollouts.training.datasets.dataset_loaders import (
     DatasetEntry,
     load_prompt_mixture,
@@ -60,6 +61,18 @@ def test_a_file_a_directory_and_a_hub_layout_read_alike(tmp_path: Path, tokenize
         [sample.tokens for sample in load_sft_dataset(name, tokenizer=tokenizer)] for name in (file, str(directory))
     ]
     assert tokens[0] == tokens[1] and len(tokens[0]) == 5
+
+
+def test_the_library_pages_call(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Goal: what users write, as they write it; the directory stands in for the hub's. Red with `subset` dropped."""
+    rows = [{"question": f"q{n}", "answer": f"It is {n}. #### {n}"} for n in range(1100)]
+    write_hub_dataset(tmp_path / "gsm8k", {"main": {"train": rows}, "socratic": {"train": rows[:1]}})
+    monkeypatch.chdir(tmp_path)
+    samples = training.load_sft_dataset(
+        "gsm8k", tokenizer=tokenizer, split="train", subset="main", max_samples=1000, max_length=2048
+    )
+    assert len(samples) == 1000 and samples[999].prompt["answer"] == "999"
+    assert tokenizer.decode(samples[7].tokens) == "<|user|>q7<|end|><|assistant|>It is 7. #### 7<|end|>"
 
 
 def test_what_is_left_out_is_counted_by_reason_and_logged(
@@ -165,6 +178,7 @@ def test_custom_json_has_an_array_on_each_line(tmp_path: Path, tokenizer: Any) -
     path.write_text(json.dumps(turns) + "\n" + json.dumps([*turns, *turns]) + "\n")
     samples = load_sft_dataset(str(path), tokenizer=tokenizer, format="custom_json")
     assert [sample.prompt["messages"] for sample in samples] == [turns[:1], [*turns, turns[0]]]
+    assert load_prompts_from_jsonl(path, "custom_json") == [sample.prompt for sample in samples]
     with pytest.raises(DataError, match=r"identity\.jsonl:1: needs one JSON object per line, found list"):
         load_sft_dataset(str(path), tokenizer=tokenizer)
     write(path, [{"messages": turns}])

@@ -63,6 +63,21 @@ def test_several_jsonl_files_of_a_split(tmp_path: Path) -> None:
     assert [row.where for row in rows] == [f"{file}:1" for file in files]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_card_that_declares_features(tmp_path: Path, streaming: bool) -> None:
+    """Goal: ai2_arc's card declares `choices` as a sequence of a struct; a row has it as lists. Red when a row came as
+    a list of pairs."""
+    choices = {"text": ["a", "b"], "label": ["A", "B"]}
+    root = write_hub_dataset(tmp_path / "arc", {"ARC-Easy": {"train": [{"choices": choices, "answerKey": "A"}]}})
+    card = (root / "README.md").read_text().removeprefix("---\n")
+    struct = "".join(f"    - name: {name}\n      dtype: string\n" for name in choices)
+    declared = f"  - name: choices\n    sequence:\n{struct}  - name: answerKey\n    dtype: string\n"
+    info = f"dataset_info:\n- config_name: ARC-Easy\n  features:\n{declared}"
+    (root / "README.md").write_text(f"---\n{info}{card}")
+    (row,) = read_rows(str(root), subset="ARC-Easy", streaming=streaming)
+    assert row.values == {"choices": choices, "answerKey": "A"}
+
+
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
 def test_a_shuffle_before_the_slice(tmp_path: Path, kind: str) -> None:
     """Goal: the rows of `load_dataset(...).shuffle(seed=42).select(...)`, as nanochat takes them, with their own names.

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rollouts.training.datasets.examples import Example
-from rollouts.training.datasets.plain_text import split_tokens, text_tokens
+from rollouts.training.datasets.plain_text import encode_texts, split_tokens
 from rollouts.training.datasets.rows import DataError
 from rollouts.training.datasets.sft import build_sft_samples
 from tests.training.tiny_task import tiny_tokenizer
@@ -69,4 +69,4 @@ def test_a_tokenizer_without_eos_is_named() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(DataError, match=r"tiny_qwen2' has no eos_token"):
-        text_tokens(tokenizer, "ab")
+        encode_texts(tokenizer, ["ab"])
