@@ -44,8 +44,8 @@ async def validation_losses(
 ) -> dict[str, dict[str, float]]:
     """By task what `validation_loss` gives of its samples, after "all", the mean over the tokens of every task.
 
-    At most `batches_max` x
-    `batch_size` samples are taken, from the front (-1: all). Every rank calls this with the same samples.
+    At most `batches_max` x `batch_size` samples are taken, from the front (-1: all). Every rank calls this with the
+    same samples.
     """
     if batches_max != -1:
         samples = samples[: batches_max * batch_size]

@@ -225,7 +225,7 @@ def test_validation_losses_by_task(tmp_path):
     Red also with batches_max applied to each task in place of the whole.
     """
     backend = tiny_backend(tmp_path, dtype=torch.float64)
-    samples = sft_samples(9)
+    samples = sft_samples(9, seed=1)
     for index, sample in enumerate(samples):
         sample.metadata["task"] = "long" if index % 3 else "short"
     found = anyio.run(lambda: validation_losses(backend, samples, batch_size=2, pad_token_id=PAD))
@@ -234,7 +234,7 @@ def test_validation_losses_by_task(tmp_path):
         "long": [sample for sample in samples if sample.metadata["task"] == "long"],
         "short": samples[::3],
     }
-    assert list(found) == ["all", "long", "short"]
+    assert list(found) == ["all", "long", "short"] and found["long"]["tokens"] != found["short"]["tokens"]
     for task, of_task in expected.items():
         alone = anyio.run(lambda: validation_loss(backend, of_task, batch_size=9, pad_token_id=PAD))  # noqa: B023
         assert found[task] == pytest.approx(alone, abs=1e-12)
