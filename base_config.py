@@ -22,6 +22,7 @@ from typing import Any, Literal
 EXPERIMENT_NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_-]{0,47}"  # also a tmux session name: no dot, no colon
 DOTTED_NAME_PATTERN = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+"
 BEST_PATTERN = r"(min|max) \S+"
+ENGINE_SOURCES = ("engine", "engine_only")  # rl.source where rollouts come from an engine, not from a file
 ENV_NAME_PATTERN = r"[A-Za-z_][A-Za-z0-9_]*"
 
 
@@ -160,7 +161,8 @@ class SFTConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RLConfig:
-    num_epochs: int  # steps = prompts // examples_per_step * num_epochs
+    num_epochs: int  # steps = prompts // examples_per_step * num_epochs; of saved rollouts, their steps * num_epochs
+    source: str  # "engine": sample and train; "engine_only": sample and score alone; or a rollouts.jsonl to train on
     examples_per_step: int  # prompts per optimizer step
     num_samples: int  # per prompt; one sample has no baseline
     batch_size: int  # sequences per rank and forward pass, where micro_batch_tokens is -1
@@ -178,8 +180,14 @@ class RLConfig:
     save_every: int  # steps; -1: only after the last step
     log_every: int
     baseline: (
-        float | Literal["group_mean", "leave_one_out"]
-    )  # subtracted from each reward; groups are a prompt's samples
+        float | Literal["group_mean", "leave_one_out", "value"]
+    )  # subtracted from each reward; groups are a prompt's samples. value: a value head's estimates, per token by GAE
+    gamma: float  # baseline value: the discount of what comes a token later
+    gae_lambda: float  # baseline value: 1: what was rewarded less the value, 0: the surprise of one token alone
+    value_coef: float  # baseline value: of the value head's squared error in the loss
+    value_clip: float  # baseline value: how far a value may move from before the batch; -1: anywhere
+    value_lr: float  # baseline value: the head's own learning rate
+    updates_per_batch: int  # optimizer steps on each batch of rollouts
     advantage_norm: Literal["none", "group_std", "batch"]  # then divided by; batch standardises over the whole step
     loss: Literal["grpo", "ppo", "gspo", "cispo"]  # docs/losses.md: all of these methods, and how to set them
     clip_low: float  # ppo, gspo, cispo: the ratio to the sampler is held above 1 - clip_low; 1: no bound
@@ -199,6 +207,17 @@ class RLConfig:
     sync_every: int  # optimizer steps between weight updates of the engine
     seed: int  # of prompt order and sampling
     optimizer: OptimizerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """How both stages answer held-out rows. Each row is always answered greedily; these are the answers beside that."""
+
+    num_samples: int  # sampled answers per row, for pass@k; 0: none
+    pass_at: list[int]  # the k of each pass@k, at most num_samples; [] without samples
+    temperature: float  # of the sampled answers
+    top_k: int  # sample those among the k likeliest tokens; -1: all
+    seed: int  # of their sampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +264,8 @@ class Config:
     data: DataConfig
     sft: SFTConfig | None  # None only where output.mode has no sft stage
     rl: RLConfig | None  # None only where output.mode has no rl stage
-    engine: EngineConfig | None  # likewise
+    eval: EvalConfig
+    engine: EngineConfig | None  # None only where nothing samples
     limits: LimitsConfig
     output: OutputConfig
 
@@ -268,6 +288,11 @@ class Config:
     def stages(self) -> tuple[Literal["sft", "rl"], ...]:
         """The stages that `output.mode` selects, in order."""
         return tuple(stage for stage in ("sft", "rl") if stage in self.output.mode.split("+"))
+
+    @property
+    def uses_engine(self) -> bool:
+        """Whether the run samples from an inference engine."""
+        return "rl" in self.stages and self.rl is not None and self.rl.source in ENGINE_SOURCES
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -571,7 +596,15 @@ def _sft_checks(sft: SFTConfig) -> Checks:
 
 def _rl_checks(rl: RLConfig) -> Checks:
     yield from _at_least_one(
-        rl, "rl", "num_epochs", "examples_per_step", "batch_size", "max_new_tokens", "log_every", "sync_every"
+        rl,
+        "rl",
+        "num_epochs",
+        "examples_per_step",
+        "batch_size",
+        "max_new_tokens",
+        "log_every",
+        "sync_every",
+        "updates_per_batch",
     )
     yield from _one_or_off(
         rl,
@@ -582,6 +615,8 @@ def _rl_checks(rl: RLConfig) -> Checks:
         micro_batch_tokens="batch_size sequences",
         save_every="only at the end",
     )
+    source_ok = rl.source in ENGINE_SOURCES or (rl.source.endswith(".jsonl") and bool(rl.source.removesuffix(".jsonl")))
+    yield _need(source_ok, "rl.source", rl.source, "'engine', 'engine_only' or the path of a run's rollouts.jsonl")
     yield _need(rl.num_samples >= 2, "rl.num_samples", rl.num_samples, ">= 2, else every advantage is 0")
     yield _need(rl.temperature > 0, "rl.temperature", rl.temperature, "> 0: sampling is what RL learns from")
     yield from _loss_checks(rl)
@@ -604,10 +639,36 @@ def _loss_checks(rl: RLConfig) -> Checks:
     importance_ok = rl.importance == "none" or rl.loss == "grpo"
     yield _need(importance_ok, "rl.importance", rl.importance, f"'none': loss={rl.loss!r} has the ratio to the sampler")
     yield _need(rl.importance_cap > 0, "rl.importance_cap", rl.importance_cap, "> 0")
+    yield _need(0 < rl.gamma <= 1, "rl.gamma", rl.gamma, "0 < gamma <= 1")
+    yield _need(0 <= rl.gae_lambda <= 1, "rl.gae_lambda", rl.gae_lambda, "0 <= gae_lambda <= 1")
+    yield _need(rl.value_coef > 0, "rl.value_coef", rl.value_coef, "> 0, else no value is learned")
+    yield _need(rl.value_clip > 0 or rl.value_clip == -1, "rl.value_clip", rl.value_clip, "> 0, or -1 for no bound")
+    yield _need(rl.value_lr > 0, "rl.value_lr", rl.value_lr, "> 0")
+    norm_ok = rl.baseline != "value" or rl.advantage_norm != "group_std"
+    need = "'none' or 'batch': baseline='value' has advantages of tokens"
+    yield _need(norm_ok, "rl.advantage_norm", rl.advantage_norm, need)
+    bounded = rl.loss != "grpo" or rl.updates_per_batch == 1
+    need = "1 with loss='grpo', which has no bound on the ratio; or 'ppo', 'gspo', 'cispo'"
+    yield _need(bounded, "rl.updates_per_batch", rl.updates_per_batch, need)
     yield _need(rl.kl_coef >= 0, "rl.kl_coef", rl.kl_coef, ">= 0")
     name = rl.kl_reference
     yield _need(name is None or bool(name.strip()), "rl.kl_reference", name, "a hub id, a directory or None")
     yield _need(rl.entropy_coef >= 0, "rl.entropy_coef", rl.entropy_coef, ">= 0")
+
+
+def _eval_checks(evaluation: EvalConfig) -> Checks:
+    samples, ks = evaluation.num_samples, evaluation.pass_at
+    yield _need(samples >= 0, "eval.num_samples", samples, ">= 0; 0 samples nothing")
+    need = f"each k within 1 and num_samples={samples}" if samples else "[], since num_samples=0 samples nothing"
+    yield _need(all(1 <= k <= samples for k in ks), "eval.pass_at", ks, need)
+    yield _need(
+        bool(ks) or samples <= 0, "eval.pass_at", ks, f"at least one k, or num_samples={samples} is for nothing"
+    )
+    yield _need(
+        evaluation.temperature > 0, "eval.temperature", evaluation.temperature, "> 0: the greedy answer is extra"
+    )
+    yield from _one_or_off(evaluation, "eval", top_k="all tokens")
+    yield _seed(evaluation.seed, "eval.seed")
 
 
 def _engine_checks(engine: EngineConfig) -> Checks:
@@ -652,6 +713,7 @@ _GROUP_CHECKS: Mapping[str, typing.Callable[[Any], Checks]] = {
     "data": _data_checks,
     "sft": _sft_checks,
     "rl": _rl_checks,
+    "eval": _eval_checks,
     "engine": _engine_checks,
     "limits": _limits_checks,
     "output": _output_checks,
@@ -664,7 +726,8 @@ def _cross_checks(config: Config) -> Checks:
     for name in config.stages:
         yield getattr(config, name) is not None, f"{name}=None: output.mode={mode!r} has this stage, which needs it"
         mixture = f"{name}_mixture"
-        yield bool(getattr(data, mixture)), f"data.{mixture}=[]: empty, and output.mode={mode!r} trains on it"
+        if name == "sft" or config.uses_engine:
+            yield bool(getattr(data, mixture)), f"data.{mixture}=[]: empty, and output.mode={mode!r} trains on it"
         stage = getattr(config, name)
         if stage is not None and stage.eval_every != -1:
             need = "-1, or rows in data.eval_mixture, which is empty"
@@ -673,7 +736,7 @@ def _cross_checks(config: Config) -> Checks:
         need = "-1, or rows with prompts in data.eval_mixture, which has plain text alone"
         asked = any(spec.format != "text" for spec in data.eval_mixture)
         yield _need(asked, "rl.eval_every", config.rl.eval_every, need)
-    if "rl" in config.stages:
+    if config.uses_engine:
         yield config.engine is not None, f"engine=None: output.mode={mode!r} has an rl stage, which samples from it"
     if config.sft is not None and config.sft.batch_size >= 1 and config.sft.micro_batch_tokens == -1:
         target, per_pass = config.sft.target_examples_per_step, config.sft.batch_size * ranks
@@ -687,10 +750,19 @@ def _cross_checks(config: Config) -> Checks:
         yield _need(config.rl.max_new_tokens < data.max_length, "rl.max_new_tokens", config.rl.max_new_tokens, need)
     compiled = config.model.compile and config.target.sharding != "none"
     yield _need(not compiled, "model.compile", config.model.compile, "False: a sharded model runs uncompiled")
+    if config.rl is not None and "rl" in config.stages and config.target.sharding != "none":
+        valued = config.rl.baseline == "value"
+        yield _need(
+            not valued, "rl.baseline", "value", "another with target.sharding: a sharded model has no value head"
+        )
+        replayed = not config.uses_engine and bool(data.eval_mixture)
+        need = "[] with target.sharding and rl.source a file: without an engine, a sharded model answers no questions"
+        yield not replayed, f"data.eval_mixture: needs {need}"
     for name in config.stages:
         if getattr(config, name) is not None:
             yield from _rate_checks(config, name)
-    noise = config.model.init == "random" and mode == "rl" and config.output.source_checkpoint is None
+    starts_rl = mode == "rl" and config.uses_engine and config.output.source_checkpoint is None
+    noise = config.model.init == "random" and starts_rl
     yield not noise, "model.init='random': output.mode='rl' would sample from noise; use 'sft+rl' or source_checkpoint"
 
 

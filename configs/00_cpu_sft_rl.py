@@ -10,6 +10,7 @@ from base_config import (
     DataConfig,
     DatasetSpec,
     EngineConfig,
+    EvalConfig,
     HostConfig,
     LimitsConfig,
     ModelConfig,
@@ -100,6 +101,7 @@ config = Config(
     ),
     rl=RLConfig(
         num_epochs=2,  # of 4,800 prompts: 300 steps
+        source="engine",
         examples_per_step=32,  # many prompts of few samples: 16 x 16 costs the same and learns half as fast
         num_samples=8,
         batch_size=256,
@@ -117,6 +119,12 @@ config = Config(
         save_every=-1,
         log_every=1,
         baseline="group_mean",
+        gamma=1.0,
+        gae_lambda=0.95,
+        value_coef=0.5,
+        value_clip=-1.0,
+        value_lr=1e-3,
+        updates_per_batch=1,
         advantage_norm="group_std",
         loss="grpo",
         clip_low=0.2,
@@ -137,6 +145,7 @@ config = Config(
         seed=SEED,
         optimizer=adamw(warmup_frac=0.0),
     ),
+    eval=EvalConfig(num_samples=0, pass_at=[], temperature=1.0, top_k=-1, seed=SEED),
     engine=EngineConfig(
         kind="embedded",
         gpu_ranks=[0],

@@ -16,6 +16,7 @@ from base_config import (
     DataConfig,
     DatasetSpec,
     EngineConfig,
+    EvalConfig,
     HostConfig,
     LimitsConfig,
     ModelConfig,
@@ -135,6 +136,7 @@ config = Config(
     ),
     rl=RLConfig(
         num_epochs=1,  # of 7,473 prompts: 467 steps
+        source="engine",
         examples_per_step=16,
         num_samples=16,
         batch_size=8,
@@ -152,6 +154,12 @@ config = Config(
         save_every=60,
         log_every=1,
         baseline="group_mean",
+        gamma=1.0,
+        gae_lambda=0.95,
+        value_coef=0.5,
+        value_clip=-1.0,
+        value_lr=1e-3,
+        updates_per_batch=1,
         advantage_norm="none",
         loss="grpo",
         clip_low=0.2,
@@ -172,6 +180,7 @@ config = Config(
         seed=SEED,
         optimizer=adamw(beta2=0.95),
     ),
+    eval=EvalConfig(num_samples=8, pass_at=[1, 8], temperature=1.0, top_k=50, seed=SEED),
     engine=EngineConfig(
         kind="embedded",
         gpu_ranks=[0],

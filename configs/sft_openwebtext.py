@@ -10,6 +10,7 @@ from base_config import (
     Config,
     DataConfig,
     DatasetSpec,
+    EvalConfig,
     HostConfig,
     LimitsConfig,
     ModelConfig,
@@ -95,6 +96,7 @@ config = Config(
         ),
     ),
     rl=None,
+    eval=EvalConfig(num_samples=0, pass_at=[], temperature=1.0, top_k=-1, seed=SEED),
     engine=None,
     limits=LimitsConfig(
         bootstrap_timeout_s=1800.0,

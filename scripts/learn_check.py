@@ -31,7 +31,7 @@ def with_seed(config: Config, seed: int, save_dir: str) -> Config:
 
 def exact_match(run: RunDir) -> dict[str, float]:
     """The last exact match of each stage: {"base": ..., "sft": ..., "rl": ...}."""
-    rows = [row for row in read_jsonl(run.eval) if row["metric"] == "exact_match"]
+    rows = [row for row in read_jsonl(run.eval) if (row["metric"], row["task"]) == ("exact_match", "all")]
     return {row["stage"]: row["value"] for row in rows}
 
 

@@ -120,6 +120,12 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("sft.optimizer.max_grad_norm", 0.0, "sft.optimizer.max_grad_norm=0.0: needs > 0; 1e9 never clips"),
     ("sft.optimizer.schedule", "step", "sft.optimizer.schedule='step': needs one of"),
     ("sft.optimizer.warmup_frac", 1.0, "sft.optimizer.warmup_frac=1.0: needs 0 <= warmup_frac < 1"),
+    (
+        "rl.source",
+        "rollouts",
+        "rl.source='rollouts': needs 'engine', 'engine_only' or the path of a run's rollouts.jsonl",
+    ),
+    ("rl.source", ".jsonl", "rl.source='.jsonl': needs 'engine'"),
     ("rl.num_samples", 1, "rl.num_samples=1: needs >= 2, else every advantage is 0"),
     ("rl.temperature", 0.0, "rl.temperature=0.0: needs > 0"),
     ("rl.top_k", 0, "rl.top_k=0: needs >= 1, or -1 for all tokens"),
@@ -138,7 +144,21 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("rl.over_sampling_factor", 0.5, "rl.over_sampling_factor=0.5: needs 1 to 16"),
     ("rl.retries_max", -1, "rl.retries_max=-1: needs >= 0"),
     ("rl.sync_every", 0, "rl.sync_every=0: needs >= 1"),
-    ("rl.baseline", "median", "rl.baseline='median': needs one of 'group_mean', 'leave_one_out', float"),
+    ("rl.baseline", "median", "rl.baseline='median': needs one of 'group_mean', 'leave_one_out', 'value', float"),
+    ("rl.gamma", 0.0, "rl.gamma=0.0: needs 0 < gamma <= 1"),
+    ("rl.gae_lambda", 1.1, "rl.gae_lambda=1.1: needs 0 <= gae_lambda <= 1"),
+    ("rl.value_coef", 0.0, "rl.value_coef=0.0: needs > 0, else no value is learned"),
+    ("rl.value_clip", 0.0, "rl.value_clip=0.0: needs > 0, or -1 for no bound"),
+    ("rl.value_lr", 0.0, "rl.value_lr=0.0: needs > 0"),
+    ("rl.baseline", "value", "rl.advantage_norm='group_std': needs 'none' or 'batch': baseline='value'"),
+    ("rl.updates_per_batch", 0, "rl.updates_per_batch=0: needs >= 1"),
+    ("rl.updates_per_batch", 2, "rl.updates_per_batch=2: needs 1 with loss='grpo', which has no bound"),
+    ("eval.num_samples", -1, "eval.num_samples=-1: needs >= 0; 0 samples nothing"),
+    ("eval.num_samples", 4, "eval.pass_at=[]: needs at least one k, or num_samples=4 is for nothing"),
+    ("eval.pass_at", [1], "eval.pass_at=[1]: needs [], since num_samples=0 samples nothing"),
+    ("eval.temperature", 0.0, "eval.temperature=0.0: needs > 0"),
+    ("eval.top_k", 0, "eval.top_k=0: needs >= 1, or -1 for all tokens"),
+    ("eval.seed", -1, "eval.seed=-1: needs 0 to 2**32 - 1"),
     ("engine.kind", "tgi", "engine.kind='tgi': needs one of 'embedded'"),
     ("engine.sglang_port", 80, "engine.sglang_port=80: needs 1024 to 65535"),
     ("engine.tensor_parallel_size", 2, "engine.tensor_parallel_size=2: needs 1"),
@@ -195,6 +215,38 @@ def test_sharding_and_compilation_exclude_each_other() -> None:
     """Goal: what is not proven together is refused. Red with the check left out."""
     config = replace_at(replace_at(example_config(), "target.sharding", "full_shard"), "model.compile", True)
     assert config.problems() == ("model.compile=True: needs False: a sharded model runs uncompiled",)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "problem"),
+    [
+        ("rl.baseline", "value", "rl.baseline='value': needs another with target.sharding"),
+        ("rl.source", "/runs/a/rollouts.jsonl", "data.eval_mixture: needs [] with target.sharding"),
+    ],
+)
+def test_what_a_sharded_model_cannot_do_in_rl(path: str, value: str, problem: str) -> None:
+    """Goal: it is refused before a launch, and only with sharding. Red with each check left out."""
+    config = replace_at(example_config(), path, value)
+    assert config.problems() == ()
+    (found,) = replace_at(config, "target.sharding", "full_shard").problems()
+    assert found.startswith(problem)
+
+
+def test_only_what_samples_needs_an_engine_and_prompts() -> None:
+    """Goal: a replay asks for no engine and no prompts, anything else does. Red with uses_engine always True."""
+    config = replace_at(replace_at(example_config(), "engine", None), "data.rl_mixture", [])
+    reasons = {
+        source: [problem.split(":")[0] for problem in replace_at(config, "rl.source", source).problems()]
+        for source in ("engine", "engine_only", "/runs/a/rollouts.jsonl")
+    }
+    missing = ["data.rl_mixture=[]", "engine=None"]
+    assert reasons == {"engine": missing, "engine_only": missing, "/runs/a/rollouts.jsonl": []}
+
+
+def test_pass_at_more_than_was_sampled() -> None:
+    """Goal: pass@k is estimated from at least k answers. Red with the upper bound left out."""
+    config = replace_at(replace_at(example_config(), "eval.num_samples", 4), "eval.pass_at", [1, 5])
+    assert config.problems() == ("eval.pass_at=[1, 5]: needs each k within 1 and num_samples=4",)
 
 
 @pytest.mark.parametrize(

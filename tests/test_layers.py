@@ -75,7 +75,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.training.reference",
         "rollouts.training.rl_losses",
         "rollouts.training.model_loading",
+        "rollouts.training.value_head",
     ),
+    "rollouts.training.value_head": ("rollouts.training.distributed",),
     "rollouts.training.rollout_gen": (
         "rollouts.training.rollout_gen",
         "rollouts.training.types",

@@ -53,7 +53,7 @@ class Plan:
 
 def asked_ports(config: Config) -> list[int]:
     """Ports that must be free on the host."""
-    return [config.engine.sglang_port] if "rl" in config.stages and config.engine else []
+    return [config.engine.sglang_port] if config.uses_engine and config.engine else []
 
 
 def asked_paths(config: Config) -> list[str]:
@@ -150,7 +150,7 @@ def _gpu_problems(config: Config, facts: HostFacts, target: str) -> Iterator[Pro
     ranks = _device_ranks(config)
     by_index = {gpu.index: gpu for gpu in facts.gpus}
     wanted = [f"target.gpu_ranks={config.target.gpu_ranks}"]
-    if config.engine and "rl" in config.stages:
+    if config.engine and config.uses_engine:
         wanted.append(f"engine.gpu_ranks={config.engine.gpu_ranks}")
     missing = [rank for rank in ranks if rank not in by_index]
     if missing:
@@ -186,7 +186,7 @@ def _gpu_fix(config: Config, facts: HostFacts) -> str:
     if not facts.gpus:
         return "choose another --remote, or set target.device_type='cpu'"
     first = facts.gpus[0].index
-    if config.engine and "rl" in config.stages and len(config.target.gpu_ranks) == 1:
+    if config.engine and config.uses_engine and len(config.target.gpu_ranks) == 1:
         return f"set engine.gpu_ranks=[{first}] and target.gpu_ranks=[{first}] (colocated), or choose another --remote"
     return "name fewer devices in target.gpu_ranks, or choose another --remote"
 
@@ -201,7 +201,7 @@ def describe_gpu(gpu: Gpu) -> str:
 
 
 def _device_ranks(config: Config) -> list[int]:
-    engine = config.engine.gpu_ranks if config.engine and "rl" in config.stages else []
+    engine = config.engine.gpu_ranks if config.engine and config.uses_engine else []
     return sorted({*config.target.gpu_ranks, *engine})
 
 
@@ -317,8 +317,9 @@ def _stage(config: Config, code: Code, stage: str, path: str, python: str) -> St
     run = RunDir(Path(path))
     after_sft = stage == "rl" and "sft" in config.stages
     torchrun = (python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(_world_size(config)))
-    engines = [_engine(config, code, run, python, after_sft=after_sft)] if stage == "rl" else []
-    urls = ["--engine-url", engine_url(config.engine)] if stage == "rl" and config.engine else []
+    samples = stage == "rl" and config.uses_engine
+    engines = [_engine(config, code, run, python, after_sft=after_sft)] if samples else []
+    urls = ["--engine-url", engine_url(config.engine)] if samples and config.engine else []
     trainer = ProcessSpec(
         window="trainer",
         argv=[*torchrun, "-m", "rollouts.worker.trainer", "--run-dir", path, "--stage", stage, *urls],

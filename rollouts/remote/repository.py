@@ -87,10 +87,11 @@ def list_files(root: Path) -> list[str]:
 
 
 def named_paths(config: Config) -> list[str]:
-    """The model and data names of a config: hub ids, or paths."""
+    """The model and data names of a config: hub ids, or paths; a replay's rollouts.jsonl too."""
     data = config.data
     specs = [*data.sft_mixture, *data.rl_mixture, *data.eval_mixture]
-    return list(dict.fromkeys([config.model.name, *(spec.name for spec in specs)]))
+    replayed = [config.rl.source] if config.rl and "rl" in config.stages and not config.uses_engine else []
+    return list(dict.fromkeys([config.model.name, *(spec.name for spec in specs), *replayed]))
 
 
 def _is_gitlink(path: Path) -> bool:

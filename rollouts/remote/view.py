@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+ALL_TASKS = "all"  # the task of an eval.jsonl row that counts every held-out row
 METRICS_SHOWN = ("loss", "reward_mean", "groups_kept", "tokens_per_s", "lr", "grad_norm", "lag_max", "step_s")
 
 
@@ -105,7 +106,13 @@ def event_line(row: dict[str, Any]) -> str:
 
 
 def eval_line(row: dict[str, Any]) -> str:
-    return f"eval stage={row['stage']} step={row['step']} split={row['split']} {row['metric']}={number(row['value'])}"
+    task = "" if _eval_name(row)[2] == ALL_TASKS else f" task={row['task']}"
+    where = f"stage={row['stage']} step={row['step']} split={row['split']}{task}"
+    return f"eval {where} {row['metric']}={number(row['value'])}"
+
+
+def _eval_name(row: dict[str, Any]) -> tuple[str, str, str]:
+    return row["metric"], row["split"], row.get("task", ALL_TASKS)
 
 
 def number(value: Any) -> str:
@@ -119,14 +126,15 @@ def duration(seconds: float) -> str:
 
 
 def evaluation_table(evals: tuple[dict[str, Any], ...]) -> list[list[str]]:
-    """Header, then a row per metric and split: its last value in each of the stages base, sft and rl."""
+    """Header, then a row per metric, split and task: its last value in each of the stages base, sft and rl."""
     stages = [stage for stage in ("base", "sft", "rl") if any(row["stage"] == stage for row in evals)]
-    names = list(dict.fromkeys((row["metric"], row["split"]) for row in evals))
-    last = {(row["metric"], row["split"], row["stage"]): row["value"] for row in evals}
-    several = len({split for _, split in names}) > 1
+    names = list(dict.fromkeys(_eval_name(row) for row in evals))
+    last = {(*_eval_name(row), row["stage"]): row["value"] for row in evals}
+    several = len({split for _, split, _ in names}) > 1
     table = [["", *stages]]
-    for metric, split in names:
-        values = [last.get((metric, split, stage)) for stage in stages]
+    for metric, split, task in names:
+        values = [last.get((metric, split, task, stage)) for stage in stages]
         label = f"{metric} ({split})" if several else metric
+        label += "" if task == ALL_TASKS else f" {task}"
         table.append([label, *("" if value is None else f"{value:.4f}" for value in values)])
     return table if names else []

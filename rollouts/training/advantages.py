@@ -1,4 +1,4 @@
-"""Advantages: rewards in, one number per sample out. Pure Python in double precision; no torch, no I/O.
+"""Advantages: rewards in, one number per sample out, or with values one per token. Pure Python in double precision.
 
 Two choices make the published methods (docs/losses.md). `baseline`, what is subtracted from a reward: a constant,
 "group_mean" (the mean of the prompt's samples), or "leave_one_out" (the mean of the prompt's *other* samples). `norm`,
@@ -46,6 +46,25 @@ def compute_advantages(
         for place, advantage in zip(members, of_group, strict=True):
             advantages[place] = advantage
     return _standardised(advantages) if norm == "batch" else advantages
+
+
+def gae(
+    rewards: Sequence[float], values: Sequence[float], *, gamma: float, lam: float
+) -> tuple[list[float], list[float]]:
+    """Generalized advantage estimation (arXiv 1506.02438 eq. 16) over one episode's actions: (advantages, returns).
+
+    A_t = sum over l >= 0 of (gamma lam)^l delta_{t+l}, delta_t = r_t + gamma V_{t+1} - V_t, with V = 0 after the last
+    action; the return, what V_t is trained towards, is A_t + V_t. `rewards` has one number per action: for a reward of
+    the whole response 0 but for the last, a penalty per token added where there is one. lam 1 and values 0 give each
+    action the discounted sum of what follows. Raises ValueError where the two differ in length.
+    """
+    advantages = [0.0] * len(values)
+    next_value = next_advantage = 0.0
+    for t, (reward, value) in reversed(list(enumerate(zip(rewards, values, strict=True)))):
+        next_advantage = reward + gamma * next_value - value + gamma * lam * next_advantage
+        next_value = value
+        advantages[t] = next_advantage
+    return advantages, [advantage + value for advantage, value in zip(advantages, values, strict=True)]
 
 
 def _of_group(rewards: Sequence[float], baseline: float | str, *, divide: bool) -> list[float]:

@@ -1,35 +1,129 @@
-"""Exact match on held-out rows, through an engine or in process. Validation loss: loops/evaluation.py.
+"""Greedy accuracy and pass@k on held-out rows, per task, through an engine or in process. Losses: loops/evaluation.py.
 
-Both ways to exact match decode greedily and count the same thing, so the same weights give the same number. Every row
-and every last partial batch counts.
+Both ways decode and count the same thing, so the same weights give the same greedy number. Every row and every last
+partial batch counts. Sampled answers are drawn from seeds of their own: an evaluation changes no training run.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import random
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import anyio
 
 from rollouts.training import rewards
 from rollouts.training.datasets.chat import render_prompt
+from rollouts.training.rollout_gen.async_rollout_manager import group_seed
 from rollouts.training.rollout_gen.concurrency import gather_in_order
 from rollouts.training.rollout_gen.engine_generate import refuse_abort, response_text, stop_ids
 from rollouts.training.types import Prompt, Sample
 
-if TYPE_CHECKING:
-    pass
+ALL_TASKS = "all"  # the name under which the rows of every task are counted together
 
 ScoreFn = Callable[[Sample], float]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Answers that are sampled for each row, beside the greedy one: what pass@k is estimated from."""
+
+    num_samples: int  # per row
+    temperature: float = 1.0
+    top_k: int = -1  # among the k likeliest tokens; -1: all
+    seed: int = 0
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    exact_match: float  # share of rows answered right, 0 to 1
-    num_rows: int
-    responses: list[str]  # in the order of the rows
+    """What was answered, row by row, in the order of the rows."""
+
+    tasks: list[str]  # which task each row belongs to
+    responses: list[str]  # the greedy answers
+    right: list[bool]  # whether each of those is right
+    num_samples: int  # sampled answers per row; 0 without sampling
+    num_right: list[int]  # how many of those are right, per row
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.right)
+
+    @property
+    def exact_match(self) -> float:
+        """Share of all rows whose greedy answer is right, 0 to 1."""
+        return statistics.fmean(self.right)
+
+    def metrics(self, ks: Sequence[int] = ()) -> dict[str, dict[str, float]]:
+        """By task: "exact_match", and "pass@k" for each of `ks`: means over the task's rows, 0 to 1.
+
+        "all" counts every row once and comes first; the tasks follow where there is more than one. Raises ValueError
+        for a k that is not within 1 and the number of sampled answers.
+        """
+        for k in ks:
+            if not 1 <= k <= self.num_samples:
+                raise ValueError(f"pass@{k}: needs 1 <= k <= {self.num_samples}, the sampled answers of each row")
+        found = {}
+        for task, rows in by_task(range(self.num_rows), self.tasks).items():
+            found[task] = {"exact_match": statistics.fmean(self.right[row] for row in rows)}
+            for k in ks:
+                shares = [pass_at_k(self.num_samples, self.num_right[row], k) for row in rows]
+                found[task][f"pass@{k}"] = statistics.fmean(shares)
+        return found
+
+
+def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
+    """Unbiased estimate of the chance that at least one of `k` answers is right: 1 - C(n - c, k) / C(n, k).
+
+    n = `num_samples` were drawn, of which c = `num_right` are right (Chen et al. 2021, arXiv 2107.03374 eq. 1). The
+    binomials are taken as a product of ratios, which neither overflows nor cancels. Raises ValueError unless
+    1 <= k <= n and 0 <= c <= n.
+    """
+    if not 1 <= k <= num_samples or not 0 <= num_right <= num_samples:
+        raise ValueError(f"pass_at_k(n={num_samples}, c={num_right}, k={k}): needs 1 <= k <= n and 0 <= c <= n")
+    none_right = 1.0
+    for drawn in range(k):
+        none_right *= max(0, num_samples - num_right - drawn) / (num_samples - drawn)
+    return 1.0 - none_right
+
+
+def task_of(item: Prompt | Sample) -> str:
+    """The task of a row, or of a Sample (its metadata first): its "task", else its format, else "all"."""
+    if isinstance(item, Sample):
+        return str(item.metadata.get("task") or task_of(item.prompt))
+    row = {} if isinstance(item, str) else item
+    return str(row.get("task") or row.get("format") or ALL_TASKS)
+
+
+def by_task(items: Sequence[T], tasks: Sequence[str]) -> dict[str, list[T]]:
+    """`items` by the task of each, tasks in the order of their names; all of them first, under "all".
+
+    Where all belong to one task, "all" is that task and stands alone.
+    """
+    groups: dict[str, list[T]] = {ALL_TASKS: list(items)}
+    if len(set(tasks)) > 1:
+        for task in sorted(set(tasks)):
+            groups[task] = [item for item, its_task in zip(items, tasks, strict=True) if its_task == task]
+    return groups
+
+
+def mix_tasks(loaded: Sequence[tuple[str, Sequence[T]]], *, seed: int) -> list[T]:
+    """The prompt rows, or the Samples, of several (task, items) in one seeded order, each with its task.
+
+    A row's own "task" stays. The order mixes the tasks, so that the first N items are a sample of all of them.
+    """
+    items = [_with_task(item, task) for task, its_items in loaded for item in its_items]
+    random.Random(seed).shuffle(items)
+    return items
+
+
+def _with_task(item: Any, task: str) -> Any:
+    if isinstance(item, Sample):
+        return replace(item, metadata={"task": task, **item.metadata})
+    return {"task": task, **item}
 
 
 def exact_match(responses: Sequence[str], answers: Sequence[str]) -> float:
@@ -50,32 +144,39 @@ async def evaluate_with_engine(
     stop_token_ids: Sequence[int] | None = None,
     score_fn: ScoreFn = rewards.is_correct,
     rows_per_request: int = 128,
+    sampling: Sampling | None = None,
 ) -> Evaluation:
-    """Greedy exact match through engine clients (`weight_sync.SGLangEngine`), chunks of rows in turn over them.
+    """Through engine clients (`weight_sync.SGLangEngine`), chunks of rows in turn over them.
 
-    A row counts as right when score_fn gives 1.0. Each engine has one request in flight.
+    An answer is right when score_fn gives 1.0. Each engine has one request in flight. A row's sampled answers follow
+    from `sampling.seed` and its place alone. Raises ValueError for no rows, and what the client raises.
     """
-    _require_rows(rows, engines=engines)
-    sampling = {
-        "temperature": 0.0,
-        "max_new_tokens": max_new_tokens,
-        "stop_token_ids": stop_ids(tokenizer, stop_token_ids),
-    }
-    chunks = [rows[start : start + rows_per_request] for start in range(0, len(rows), rows_per_request)]
+    _require(rows, sampling, engines=engines)
+    greedy = {"max_new_tokens": max_new_tokens, "stop_token_ids": stop_ids(tokenizer, stop_token_ids)}
+    prompts = [render_prompt(tokenizer, row) for row in rows]
     limiters = [anyio.CapacityLimiter(1) for _ in engines]
 
-    async def answer(index: int) -> list[str]:
-        engine = engines[index % len(engines)]
-        prompts = [render_prompt(tokenizer, row) for row in chunks[index]]
-        async with limiters[index % len(engines)]:
-            groups = await engine.generate_batch(prompts, sampling, return_logprob=False)
-        for group in groups:
-            refuse_abort(group[0], engine)
-        return [response_text(group[0], tokenizer) for group in groups]
+    async def answer(chunk: int, params: Sequence[Mapping[str, Any]], n: int) -> list[list[str]]:
+        engine = engines[chunk % len(engines)]
+        part = slice(chunk * rows_per_request, (chunk + 1) * rows_per_request)
+        async with limiters[chunk % len(engines)]:
+            groups = await engine.generate_batch(prompts[part], params[part], n=n, return_logprob=False)
+        for generation in itertools.chain.from_iterable(groups):
+            refuse_abort(generation, engine)
+        return [[response_text(generation, tokenizer) for generation in group] for group in groups]
 
-    answers = await gather_in_order([partial(answer, index) for index in range(len(chunks))])
-    responses = [text for chunk in answers for text in chunk]
-    return _evaluation(rows, responses, score_fn)
+    async def answers(params: Sequence[Mapping[str, Any]], n: int) -> list[list[str]]:
+        chunks = range(-(-len(rows) // rows_per_request))
+        parts = await gather_in_order([partial(answer, chunk, params, n) for chunk in chunks])
+        return list(itertools.chain.from_iterable(parts))
+
+    responses = [one for (one,) in await answers([{**greedy, "temperature": 0.0}] * len(rows), 1)]
+    sampled: list[list[str]] = [[] for _ in rows]
+    if sampling:
+        drawn = {**greedy, "temperature": sampling.temperature, "top_k": sampling.top_k}
+        params = [{**drawn, "sampling_seed": group_seed(sampling.seed, row)} for row in range(len(rows))]
+        sampled = await answers(params, sampling.num_samples)
+    return _evaluation(rows, responses, sampled, score_fn)
 
 
 def evaluate_with_model(
@@ -87,63 +188,123 @@ def evaluate_with_model(
     stop_token_ids: Sequence[int] | None = None,
     score_fn: ScoreFn = rewards.is_correct,
     batch_size: int = 256,
+    sampling: Sampling | None = None,
 ) -> Evaluation:
-    """Greedy exact match in process: left-padded `model.generate`. The model's training mode stays."""
-    import torch
+    """In process: left-padded `model.generate` of at most `batch_size` sequences at once.
 
-    _require_rows(rows)
+    What the model's own generation_config says (Qwen's penalises repetition) has no part in it. The model's training
+    mode and the global random state stay. Sampled answers follow from `sampling.seed` and `batch_size`.
+    """
+    _require(rows, sampling)
     stops = stop_ids(tokenizer, stop_token_ids)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
-    prompts = [render_prompt(tokenizer, row) for row in rows]
-    order = sorted(range(len(rows)), key=lambda index: len(prompts[index]))  # little padding
-    responses = [""] * len(rows)
-    device = next(model.parameters()).device
+    generate = partial(_generate, model, tokenizer, rows, stops=stops, max_new_tokens=max_new_tokens)
     with evaluating(model):
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            input_ids, attention_mask = _left_pad([prompts[index] for index in chosen], pad)
-            output = model.generate(
-                input_ids=torch.tensor(input_ids, device=device),
-                attention_mask=torch.tensor(attention_mask, device=device),
-                do_sample=False,
-                num_beams=1,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=stops,
-                pad_token_id=pad,
-            )
-            texts = _decode(tokenizer, output[:, len(input_ids[0]) :].tolist(), stops)
-            for index, text in zip(chosen, texts, strict=True):
-                responses[index] = text
-    return _evaluation(rows, responses, score_fn)
+        responses = [one for (one,) in generate(batch_size, n=1, do_sample=False)]
+        sampled: list[list[str]] = [[] for _ in rows]
+        if sampling:
+            with _seeded(sampling.seed, model):
+                sampled = generate(
+                    max(1, batch_size // sampling.num_samples),
+                    n=sampling.num_samples,
+                    do_sample=True,
+                    temperature=float(sampling.temperature),
+                    top_k=0 if sampling.top_k == -1 else sampling.top_k,
+                    top_p=1.0,
+                )
+    return _evaluation(rows, responses, sampled, score_fn)
 
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Without gradients and dropout; the training mode comes back after."""
+    """Without gradients, dropout and the model's own generation_config; training mode and config come back after."""
     import torch
+    from transformers import GenerationConfig
 
     was_training = model.training
+    unwrap = getattr(model, "get_base_model", None)  # adapters (peft) wrap a model, and both have a config
+    models = [model] if unwrap is None else [model, unwrap()]
+    own_configs = [each.generation_config for each in models]
     model.eval()
+    for each in models:
+        each.generation_config = GenerationConfig()
     try:
         with torch.no_grad():
             yield
     finally:
+        for each, own_config in zip(models, own_configs, strict=True):
+            each.generation_config = own_config
         model.train(was_training)
 
 
-def _require_rows(rows: Sequence[Prompt], engines: Sequence[Any] | None = None) -> None:
+@contextmanager
+def _seeded(seed: int, model: Any) -> Iterator[None]:
+    """The global generators seeded, and put back after."""
+    import torch
+
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def _generate(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Prompt],
+    batch_size: int,
+    *,
+    n: int,
+    stops: list[int],
+    **options: Any,
+) -> list[list[str]]:
+    """`n` answers to each row, in the order of the rows; rows of like length share a batch, for little padding."""
+    import torch
+
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
+    prompts = [render_prompt(tokenizer, row) for row in rows]
+    order = sorted(range(len(rows)), key=lambda index: len(prompts[index]))
+    answers: list[list[str]] = [[] for _ in rows]
+    device = next(model.parameters()).device
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        input_ids, attention_mask = _left_pad([prompts[index] for index in chosen], pad)
+        output = model.generate(
+            input_ids=torch.tensor(input_ids, device=device),
+            attention_mask=torch.tensor(attention_mask, device=device),
+            num_beams=1,
+            num_return_sequences=n,
+            eos_token_id=stops,
+            pad_token_id=pad,
+            **options,
+        )
+        texts = _decode(tokenizer, output[:, len(input_ids[0]) :].tolist(), stops)
+        for place, index in enumerate(chosen):
+            answers[index] = texts[place * n : (place + 1) * n]
+    return answers
+
+
+def _require(rows: Sequence[Prompt], sampling: Sampling | None, engines: Sequence[Any] | None = None) -> None:
     if not rows:
         raise ValueError("evaluation: no rows; needs at least one")
     if engines is not None and not engines:
         raise ValueError("evaluation: engines is empty; needs at least one")
+    if sampling is not None and (sampling.num_samples < 1 or sampling.temperature <= 0):
+        raise ValueError(f"{sampling}: needs num_samples >= 1 and temperature > 0; None for the greedy answer alone")
 
 
-def _evaluation(rows: Sequence[Prompt], responses: list[str], score_fn: ScoreFn) -> Evaluation:
-    right = sum(score_fn(Sample(prompt=row, response=text)) == 1.0 for row, text in zip(rows, responses, strict=True))
-    return Evaluation(right / len(rows), len(rows), responses)
+def _evaluation(
+    rows: Sequence[Prompt], responses: list[str], sampled: list[list[str]], score_fn: ScoreFn
+) -> Evaluation:
+    def is_right(row: Prompt, text: str) -> bool:
+        return score_fn(Sample(prompt=row, response=text)) == 1.0
+
+    return Evaluation(
+        tasks=[task_of(row) for row in rows],
+        responses=responses,
+        right=[is_right(row, text) for row, text in zip(rows, responses, strict=True)],
+        num_samples=len(sampled[0]),
+        num_right=[sum(is_right(row, text) for text in texts) for row, texts in zip(rows, sampled, strict=True)],
+    )
 
 
 def _left_pad(prompts: list[list[int]], pad: int) -> tuple[list[list[int]], list[list[int]]]:

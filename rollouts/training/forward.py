@@ -156,10 +156,16 @@ def hidden_states(model: nn.Module, packed: Packed) -> Tensor:
 
 
 def token_log_probs(
-    model: nn.Module, inputs: Mapping[str, Any], *, with_entropy: bool, share_prompts: bool = False
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    *,
+    with_entropy: bool,
+    value_head: nn.Module | None = None,
+    share_prompts: bool = False,
 ) -> TokenLogProbs:
     """Log-probs of the trained tokens of a batch, by a prepared model; keys as in `backends.pytorch`.
 
+    `value_head` maps hidden states [N, D] to values [N]: those of the states in which the trained tokens were chosen.
     `share_prompts`: what documents have in common before their first trained token is computed once. Worth it for the
     samples of a prompt.
     """
@@ -168,16 +174,28 @@ def token_log_probs(
     head = causal_model(model).get_output_embeddings()  # type: ignore[operator]
     keep = inputs["loss_mask"][:, 1:] != 0
     temperature = inputs.get("temperature", 1.0)
+    rows_N = packed.rows_BT[:, :-1][keep]
     log_probs_N, entropy_N = selected_log_probs(
         hidden_MD,
-        packed.rows_BT[:, :-1][keep],
+        rows_N,
         inputs["labels"][:, 1:][keep],
         head.weight,
         head.bias,
         temperature=temperature,
         with_entropy=with_entropy,
     )
-    return TokenLogProbs(keep, log_probs_N, entropy_N, temperature)
+    values_N = None if value_head is None else value_head(hidden_MD.index_select(0, rows_N))
+    return TokenLogProbs(keep, log_probs_N, entropy_N, temperature, values_N)
+
+
+def token_values(model: nn.Module, inputs: Mapping[str, Any], value_head: nn.Module) -> Tensor:
+    """[B, T]: the values of the states in which the trained tokens were chosen, aligned to tokens; 0 elsewhere."""
+    packed = pack(inputs["input_ids"], inputs.get("attention_mask"))
+    keep = inputs["loss_mask"][:, 1:] != 0
+    values_N = value_head(hidden_states(model, packed).index_select(0, packed.rows_BT[:, :-1][keep]))
+    values_BT = values_N.new_zeros(keep.shape[0], keep.shape[1] + 1)
+    values_BT[:, 1:].masked_scatter_(keep, values_N)
+    return values_BT
 
 
 def padded_logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:

@@ -22,13 +22,15 @@ class TokenLogProbs:
     """What a loss needs of a model's output on a batch: losses take this in place of logits [B, T, V].
 
     `keep` [B, T-1] bool are the trained tokens after position 0, `log_probs_N` theirs at `temperature`, `entropy_N` the
-    entropies of their distributions in nats, where these were asked for.
+    entropies of their distributions in nats, where these were asked for. `values_N` are a value head's, where the
+    backend has one, of the states in which the tokens were chosen.
     """
 
     keep: Tensor
     log_probs_N: Tensor
     entropy_N: Tensor | None
     temperature: float
+    values_N: Tensor | None = None
 
 
 def selected_log_probs(

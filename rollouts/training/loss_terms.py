@@ -32,6 +32,19 @@ def clipped_surrogate(
     return torch.where(advantages < 0, torch.maximum(surrogate, dual_clip * advantages), surrogate)
 
 
+def value_loss(values: Tensor, returns: Tensor, old_values: Tensor | None = None, clip: float | None = None) -> Tensor:
+    """Half the squared error of `values`; with `clip`, that of the worse of `values` and of `values` held within `clip`
+    of `old_values`, so that one batch moves no value far (as OpenAI baselines' PPO2 and TRL).
+    """
+    errors = (values - returns).square()
+    if clip is not None:
+        if clip <= 0 or old_values is None:
+            raise ValueError(f"value_clip={clip}: needs > 0, and the values from before the step")
+        held = old_values + (values - old_values).clamp(-clip, clip)
+        errors = torch.maximum(errors, (held - returns).square())
+    return errors / 2
+
+
 def importance_weights(log_ratio_N: Tensor, keep: Tensor, kind: str, cap: float) -> Tensor:
     """Weights [N], without gradient, that correct for a sampler whose log-probs differ: of p / p_sampler.
 

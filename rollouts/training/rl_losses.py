@@ -37,6 +37,7 @@ from rollouts.training.loss_terms import (
     ratio_bounds,
     sequence_mean,
     token_shares,
+    value_loss,
 )
 
 LOSSES = ("grpo", "ppo", "gspo", "cispo")
@@ -90,21 +91,27 @@ def policy_loss(
     kl_coef: float = 0.0,
     kl_kind: str = "k3",
     entropy_coef: float = 0.0,
+    returns: Tensor | None = None,
+    old_values: Tensor | None = None,
+    value_coef: float = 0.0,
+    value_clip: float | None = None,
     tokens_global: float | None = None,
     sequences_global: float | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
     """Any of the RL losses: a scalar, sum over trained tokens of share x (policy + kl_coef KL - entropy_coef entropy).
 
-    `advantages` [B], one per sequence. `old_log_probs` [B, T], the sampler's, and `ref_log_probs` [B, T], a frozen
-    reference model's, are aligned to tokens (entry t is the log-prob of token t), both at `temperature`, the sampler's,
-    which divides the logits. The ratio is p / p_old. The other inputs as in `sft_loss`.
+    `advantages` [B], one per sequence, or [B, T], one per token. `old_log_probs` [B, T], the sampler's, and
+    `ref_log_probs` [B, T], a frozen reference model's, are aligned to tokens (entry t is the log-prob of token t), both
+    at `temperature`, the sampler's, which divides the logits. The ratio is p / p_old. Others as in `sft_loss`.
 
     `loss`: "grpo" is -A log p, the gradient of an on-policy step; `importance` corrects it for a sampler that differs.
     "ppo" is `clipped_surrogate` of each token's ratio, with `dual_clip`; "gspo" is that of the sequence's ratio, the
     geometric mean of its tokens'; "cispo" is -clip(ratio) A log p with no gradient through the clipped ratio.
     `importance`, `importance_cap`: `importance_weights`. `aggregation`, `length_norm`: the shares, `token_shares`.
     `kl_kind`: which estimate of KL(p || reference), as a term of the loss: `k1`, `k2`, `k3`.
+    `value_coef`: adds that times the token mean of `value_loss` of the value head's values (in `logits`, from a backend
+    that has a head) towards `returns` [B, T], with `value_clip` held near `old_values` [B, T]. All aligned to tokens.
     Raises ValueError for an unknown name, shapes that do not fit, or an input that the choice needs and is not there.
     """
     _check_combination(loss, importance, dual_clip)
@@ -139,7 +146,12 @@ def policy_loss(
         sequences_global=sequences_global,
         length_norm=length_norm,
     )
-    return (shares_BT[:, 1:][tokens.keep] * terms_N).sum()
+    policy = (shares_BT[:, 1:][tokens.keep] * terms_N).sum()
+    if not value_coef:
+        return policy
+    values_N = _value_terms(tokens, labels, returns, old_values, value_clip)
+    mean_BT = token_shares(mask, tokens_global=tokens_global)
+    return policy + value_coef * (mean_BT[:, 1:][tokens.keep] * values_N).sum()
 
 
 @reads_log_probs
@@ -351,7 +363,23 @@ def _check_combination(loss: str, importance: str, dual_clip: float | None) -> N
         raise ValueError(f"dual_clip={dual_clip}: only for loss='ppo' and 'gspo'; {loss!r} clips nothing that it holds")
 
 
+def _value_terms(
+    tokens: TokenLogProbs, labels: Tensor, returns: Tensor | None, old_values: Tensor | None, clip: float | None
+) -> Tensor:
+    if tokens.values_N is None:
+        raise ValueError("value_coef: needs values, of a backend with a value head; these logits have none")
+    dtype = tokens.values_N.dtype
+    returns_N = _aligned("returns", returns, labels, tokens.keep, needed_by="value_coef").to(dtype)
+    old_N = None
+    if clip is not None:
+        old_N = _aligned("old_values", old_values, labels, tokens.keep, needed_by="value_clip").to(dtype)
+    return value_loss(tokens.values_N, returns_N, old_N, clip)
+
+
 def _per_token(advantages: Tensor, keep: Tensor, dtype: torch.dtype) -> Tensor:
+    if advantages.ndim == 2:
+        _check_shape("advantages", advantages, torch.Size((keep.shape[0], keep.shape[1] + 1)))
+        return advantages[:, 1:][keep].to(dtype)
     _check_shape("advantages", advantages, keep.shape[:1])
     return advantages[:, None].expand(keep.shape)[keep].to(dtype)
 

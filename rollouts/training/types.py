@@ -66,12 +66,15 @@ class SFTTrainingConfig:
 class RLTrainingConfig:
     num_steps: int
     sync_every: int = 1  # optimizer steps between weight updates of the engines
-    baseline: float | str = 0.0  # a constant, "group_mean" or "leave_one_out"
+    baseline: float | str = 0.0  # a constant, "group_mean", "leave_one_out", or "value": the backend's value head, GAE
     log_every: int = 1
     checkpoint_every: int = -1
     advantage_norm: str = "none"  # or "group_std" or "batch": see `advantages`
     micro_batch_size: int | None = None  # sequences per rank and forward pass; None: all of a step's at once
     micro_batch_tokens: int | None = None  # instead: tokens per rank and forward pass, filled with whole sequences
+    updates_per_batch: int = 1  # optimizer steps on each batch of rollouts
+    gamma: float = 1.0  # of baseline "value": the discount of what comes a token later
+    gae_lambda: float = 0.95  # of baseline "value": 1: the reward itself less the value, 0: one step's surprise alone
 
 
 GenerateFn = Callable[..., list[Sample] | Awaitable[list[Sample]]]

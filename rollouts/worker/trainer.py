@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from base_config import Config, ModelConfig, RLConfig, SFTConfig
+from base_config import Config, DatasetSpec, ModelConfig, RLConfig, SFTConfig
 from rollouts.run_dir import RunDir, append_event, append_jsonl, record_process
 
 if TYPE_CHECKING:
@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from rollouts.training.evaluation import Evaluation
     from rollouts.training.metrics import MetricsLogger
     from rollouts.training.reference import Reference
+    from rollouts.training.replay import ReplayRollouts
     from rollouts.training.types import Prompt, RLTrainingConfig, Sample
+    from rollouts.training.value_head import ValueHead
     from rollouts.training.weight_sync import SGLangEngine
 
 logger = logging.getLogger("rollouts.trainer")
@@ -88,16 +90,19 @@ class Job:
     run: RunDir
     stage: str
     tokenizer: Any
-    backend: "PyTorchTrainingBackend"
+    backend: "PyTorchTrainingBackend | None"  # None where nothing is trained
     num_steps: int
     resume: Mapping[str, Any] | None  # what load_checkpoint returned, when this stage goes on from its own checkpoint
     pad_token_id: int
 
-    def log_eval(self, stage: str, step: int, metric: str, value: float) -> None:
-        splits = dict.fromkeys(spec.split for spec in self.config.data.eval_mixture)
-        row = {"stage": stage, "step": step, "split": "+".join(splits), "metric": metric, "value": value}
-        append_jsonl(self.run.eval, row)
-        logger.info("eval %s", " ".join(f"{key}={value}" for key, value in row.items()))
+    def log_eval(self, stage: str, step: int, by_task: Mapping[str, Mapping[str, float]]) -> None:
+        """A row for each metric of each task."""
+        splits = "+".join(dict.fromkeys(spec.split for spec in self.config.data.eval_mixture))
+        for task, metrics in by_task.items():
+            for metric, value in metrics.items():
+                row = {"stage": stage, "step": step, "split": splits, "task": task, "metric": metric, "value": value}
+                append_jsonl(self.run.eval, row)
+                logger.info("eval %s", " ".join(f"{key}={value}" for key, value in row.items()))
 
     def on_checkpoint(self, path: Path, step: int) -> None:
         append_event(self.run, "checkpoint", stage=self.stage, step=step, path=str(path.relative_to(self.run.path)))
@@ -123,19 +128,21 @@ async def _train(config: Config, run: RunDir, stage: str, engine_urls: Sequence[
         tokenizer = load_tokenizer(model_path, trust_remote_code=config.model.trust_remote_code)
         data = load_data(config, tokenizer, stage)
         steps = sft_steps(config, data) if stage == "sft" else rl_steps(config, data)
-        backend = build_backend(
-            config,
-            stage,
-            checkpoint_dir=run.checkpoints / stage,
-            model_path=base_model(config, model_path, resumes=resumes),
-            tokenizer=tokenizer,
-            device=device,
-            num_steps=steps,
-            reference=reference_name(config, stage, model_path, resumes=resumes),
-            retention=retention(config, run, stage),
-        )
-        ends.callback(backend.close)
-        resume = await backend.load_checkpoint(model_path) if resumes else None
+        backend, resume = None, None
+        if stage == "sft" or (config.rl and config.rl.source != "engine_only"):
+            backend = build_backend(
+                config,
+                stage,
+                checkpoint_dir=run.checkpoints / stage,
+                model_path=base_model(config, model_path, resumes=resumes),
+                tokenizer=tokenizer,
+                device=device,
+                num_steps=steps * (config.rl.updates_per_batch if stage == "rl" and config.rl else 1),
+                reference=reference_name(config, stage, model_path, resumes=resumes),
+                retention=retention(config, run, stage),
+            )
+            ends.callback(backend.close)
+            resume = await backend.load_checkpoint(model_path) if resumes else None
         pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         job = Job(config, run, stage, tokenizer, backend, steps, resume, pad_token_id)
         if _rank() == 0:
@@ -167,12 +174,15 @@ class Data:
     sft: Sequence["Sample"]
     sft_report: "SFTReport | None"  # None without an sft stage ahead
     prompts: Sequence["Prompt"]
+    saved: "ReplayRollouts | None"  # in place of prompts and an engine
     eval_samples: Sequence["Sample"]
     eval_rows: Sequence["Prompt"]
 
 
 def load_data(config: Config, tokenizer: Any, stage: str) -> Data:
     from rollouts.training.datasets.dataset_loaders import load_prompt_mixture, load_sft_mixture
+    from rollouts.training.evaluation import mix_tasks
+    from rollouts.training.replay import ReplayRollouts
     from rollouts.training.rewards import resolve
 
     data, left = config.data, config.stages[config.stages.index(stage) :]
@@ -187,14 +197,24 @@ def load_data(config: Config, tokenizer: Any, stage: str) -> Data:
         resolve(config.rl.reward_fn)
         if config.rl.filter_fn is not None:
             resolve(config.rl.filter_fn)
+    saved = None
+    if "rl" in left and config.rl is not None and not config.uses_engine:
+        saved = ReplayRollouts(config.rl.source, temperature=config.rl.temperature)
     sft, report = load_samples(data.sft_mixture, seed=sft_seed(config)) if "sft" in left else ((), None)
     asked = [spec for spec in data.eval_mixture if spec.format != "text"]  # plain text has a loss, but no answer
     return Data(
         sft=sft,
         sft_report=report,
-        prompts=load_prompt_mixture(data.rl_mixture, seed=data.shuffle_seed) if "rl" in left else (),
-        eval_samples=load_samples(data.eval_mixture)[0] if data.eval_mixture and "sft" in left else (),
-        eval_rows=load_prompt_mixture(asked, seed=data.shuffle_seed) if asked else (),
+        prompts=load_prompt_mixture(data.rl_mixture, seed=data.shuffle_seed) if "rl" in left and saved is None else (),
+        saved=saved,
+        eval_samples=mix_tasks(
+            [(task_name(spec), load_samples([spec])[0]) for spec in data.eval_mixture if "sft" in left],
+            seed=data.shuffle_seed,
+        ),
+        eval_rows=mix_tasks(
+            [(task_name(spec), load_prompt_mixture([spec], seed=data.shuffle_seed)) for spec in asked],
+            seed=data.shuffle_seed,
+        ),
     )
 
 
@@ -203,6 +223,11 @@ def _spare_cores() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS: no mask
     share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return min(share, 16) if share > 1 else 0
+
+
+def task_name(spec: DatasetSpec) -> str:
+    """What evaluation calls the rows of a data set that do not name their own task."""
+    return spec.name if spec.subset is None else f"{spec.name}:{spec.subset}"
 
 
 def sft_seed(config: Config) -> int | None:
@@ -219,6 +244,8 @@ def sft_steps(config: Config, data: Data) -> int:
 
 def rl_steps(config: Config, data: Data) -> int:
     rl = cast(RLConfig, config.rl)
+    if data.saved is not None:
+        return len(data.saved) * rl.num_epochs
     return max(1, len(data.prompts) // rl.examples_per_step * rl.num_epochs)
 
 
@@ -272,6 +299,9 @@ def rl_training_config(rl: RLConfig, num_steps: int) -> "RLTrainingConfig":
         advantage_norm=rl.advantage_norm,
         micro_batch_size=rl.batch_size,
         micro_batch_tokens=None if rl.micro_batch_tokens == -1 else rl.micro_batch_tokens,
+        updates_per_batch=rl.updates_per_batch,
+        gamma=rl.gamma,
+        gae_lambda=rl.gae_lambda,
     )
 
 
@@ -291,6 +321,8 @@ def rl_loss(rl: RLConfig) -> Callable[..., Any]:
         kl_coef=rl.kl_coef,
         kl_kind=rl.kl_kind,
         entropy_coef=rl.entropy_coef,
+        value_coef=rl.value_coef if rl.baseline == "value" else 0.0,
+        value_clip=None if rl.value_clip == -1 else rl.value_clip,
     )
 
 
@@ -309,6 +341,18 @@ def retention(config: Config, run: RunDir, stage: str) -> "Retention":
         best_mode=cast(Literal["min", "max"], mode),
         on_remove=on_remove,
     )
+
+
+def value_head(config: Config, stage: str, model: Any) -> "ValueHead | None":
+    """The value model of rl.baseline "value"; None without."""
+    from rollouts.training.value_head import ValueHead
+
+    rl = config.rl
+    if stage != "rl" or rl is None or rl.baseline != "value":
+        return None
+    optimizer = rl.optimizer
+    width = model.config.get_text_config().hidden_size
+    return ValueHead(width, lr=rl.value_lr, beta1=optimizer.beta1, beta2=optimizer.beta2, eps=optimizer.eps)
 
 
 def build_model(model: ModelConfig, path: str) -> Any:
@@ -400,7 +444,13 @@ def build_backend(
         return FSDPTrainingBackend(
             model, partial(stage_optimizer, stage=settings), config=fsdp_config(config), **options
         )
-    return PyTorchTrainingBackend(model, stage_optimizer(model, settings), compute_dtype=config.model.dtype, **options)
+    return PyTorchTrainingBackend(
+        model,
+        stage_optimizer(model, settings),
+        compute_dtype=config.model.dtype,
+        value_head=value_head(config, stage, model),
+        **options,
+    )
 
 
 def fsdp_config(config: Config) -> "FSDPConfig":
@@ -429,6 +479,8 @@ class _ConsoleLogger:
         "kl_reference",
         "groups_kept",
         "tokens_per_s",
+        "mfu",
+        "peak_memory_gib",
         "step_s",
     )
 
@@ -465,34 +517,49 @@ def _metrics(job: Job) -> Iterator["MetricsLogger"]:
 # --- stages ---------------------------------------------------------------------------------------------------------
 
 
+async def _answers(job: Job, rows: Sequence["Prompt"], engines: Sequence["SGLangEngine"] | None) -> "Evaluation":
+    """The model's answers to held-out rows: through the engines, or in process where there are none."""
+    from rollouts.training.evaluation import Sampling, evaluate_with_engine, evaluate_with_model
+
+    config = job.config
+    drawn = config.eval
+    sampling = Sampling(drawn.num_samples, drawn.temperature, drawn.top_k, drawn.seed) if drawn.num_samples else None
+    max_new_tokens = config.rl.max_new_tokens if config.rl else config.data.max_length
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling}
+    if engines:
+        return await evaluate_with_engine(engines, job.tokenizer, rows, **options)
+    assert job.backend is not None, "without engines there is a model in this process"
+    return evaluate_with_model(job.backend.model, job.tokenizer, rows, **options)
+
+
 async def train_sft(job: Job, data: Data) -> None:
     from rollouts.training import distributed
-    from rollouts.training.evaluation import evaluate_with_model
-    from rollouts.training.loops import run_sft_training, validation_loss
+    from rollouts.training.evaluation import ALL_TASKS
+    from rollouts.training.loops import run_sft_training, validation_losses
     from rollouts.training.types import SFTTrainingConfig
 
     sft = cast(SFTConfig, job.config.sft)
-    max_new_tokens = job.config.rl.max_new_tokens if job.config.rl else job.config.data.max_length
+    backend = cast("PyTorchTrainingBackend", job.backend)
 
     async def evaluate(step: int, stage: str = "sft") -> dict[str, float]:
-        """Validation loss; before the first step and after the last also exact match, both over all held-out rows."""
+        """Validation loss; before the first step and after the last also the answers, both over all held-out rows."""
         whole = step in (0, job.num_steps)
         batches_max = -1 if whole else sft.eval_steps
-        result = await validation_loss(
-            job.backend,
+        losses = await validation_losses(
+            backend,
             data.eval_samples,
             batch_size=sft.batch_size,
             batches_max=batches_max,
             pad_token_id=job.pad_token_id,
         )
         if _rank() == 0:
-            job.log_eval(stage, step, "validation_loss", result["loss"])
-        if whole and data.eval_rows and (_rank() == 0 or job.backend.collective):  # sharded: on all ranks or none
-            found = evaluate_with_model(job.backend.model, job.tokenizer, data.eval_rows, max_new_tokens=max_new_tokens)
+            job.log_eval(stage, step, {task: {"validation_loss": found["loss"]} for task, found in losses.items()})
+        if whole and data.eval_rows and (_rank() == 0 or backend.collective):  # sharded: on all ranks or none
+            answers = (await _answers(job, data.eval_rows, None)).metrics(job.config.eval.pass_at)
             if _rank() == 0:
-                job.log_eval(stage, step, "exact_match", found.exact_match)
+                job.log_eval(stage, step, answers)
         distributed.barrier()
-        return {"validation_loss": result["loss"]}
+        return {"validation_loss": losses[ALL_TASKS]["loss"]}
 
     if data.eval_samples and not job.resume:
         await evaluate(0, stage="base")
@@ -506,7 +573,7 @@ async def train_sft(job: Job, data: Data) -> None:
     )
     with _metrics(job) as metrics_logger:
         await run_sft_training(
-            job.backend,
+            backend,
             data.sft,
             config,
             metrics_logger,
@@ -525,27 +592,43 @@ async def train_rl(job: Job, data: Data, engine_urls: Sequence[str]) -> None:
     from rollouts.training.metrics import JSONLLogger
 
     rl = cast(RLConfig, job.config.rl)
-    config = rl_training_config(rl, job.num_steps)
-    buffer = DataBuffer(data.prompts, seed=rl.seed)
+    buffer = DataBuffer(data.prompts, seed=rl.seed) if data.saved is None else None
+    rollouts_logger = JSONLLogger(job.run.rollouts) if _rank() == 0 and data.saved is None else None
     async with _engines(job, engine_urls) as engines:
+        manager: Any = data.saved or _rollout_manager(job, buffer, engines) if _rank() == 0 else None
+        evaluate = _rl_evaluation(job, data, engines) if data.eval_rows else None
         with _metrics(job) as metrics_logger:
+            if job.backend is None:
+                if rollouts_logger is not None:
+                    await _collect(job, manager, rollouts_logger, metrics_logger, evaluate)
+                return
             await run_rl_training(
                 job.backend,
                 buffer,
-                _rollout_manager(job, buffer, engines) if _rank() == 0 else None,
+                manager,
                 engines,
-                config,
+                rl_training_config(rl, job.num_steps),
                 metrics_logger=metrics_logger,
                 weights_dir=job.run.weights,
-                rollouts_logger=JSONLLogger(job.run.rollouts) if _rank() == 0 else None,
+                rollouts_logger=rollouts_logger,
                 temperature=rl.temperature,
                 clip_range=(rl.clip_low, rl.clip_high) if rl.loss in ("ppo", "cispo") else None,
                 pad_token_id=job.pad_token_id,
                 resume=job.resume,
-                eval_fn=_rl_evaluation(job, data, engines) if data.eval_rows else None,
+                eval_fn=evaluate,
                 eval_every=rl.eval_every,
                 on_checkpoint=job.on_checkpoint,
             )
+
+
+async def _collect(job: Job, manager: Any, rollouts: "MetricsLogger", metrics: "MetricsLogger", evaluate: Any) -> None:
+    """Rollouts of the model as it is, scored and written; on rank 0."""
+    from rollouts.training.loops import collect_rollouts
+
+    rl = cast(RLConfig, job.config.rl)
+    await collect_rollouts(
+        manager, job.num_steps, rollouts, temperature=rl.temperature, metrics_logger=metrics, eval_fn=evaluate
+    )
 
 
 @contextlib.asynccontextmanager
@@ -584,18 +667,18 @@ def _rollout_manager(job: Job, buffer: Any, engines: Sequence["SGLangEngine"]) -
 
 
 def _rl_evaluation(job: Job, data: Data, engines: Sequence["SGLangEngine"]) -> Any:
-    from rollouts.training.evaluation import evaluate_with_engine
+    from rollouts.training.evaluation import ALL_TASKS
 
     rl = cast(RLConfig, job.config.rl)
     trained_before = len(job.config.stages) > 1 or job.config.output.source_checkpoint is not None
 
     async def evaluate(step: int) -> dict[str, float]:
-        """Greedy exact match: over all rows before the first step and after the last, else over rl.eval_examples."""
+        """Exact match and pass@k: over all rows before the first step and after the last, else rl.eval_examples."""
         whole = step in (0, job.num_steps) or rl.eval_examples == -1
         rows = data.eval_rows if whole else data.eval_rows[: rl.eval_examples]
-        found: Evaluation = await evaluate_with_engine(engines, job.tokenizer, rows, max_new_tokens=rl.max_new_tokens)
-        job.log_eval("rl" if step or trained_before else "base", step, "exact_match", found.exact_match)
-        return {"exact_match": found.exact_match}
+        by_task = (await _answers(job, rows, engines)).metrics(job.config.eval.pass_at)
+        job.log_eval("rl" if step or trained_before else "base", step, by_task)
+        return by_task[ALL_TASKS]
 
     return evaluate
 

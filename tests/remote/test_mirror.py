@@ -16,7 +16,7 @@ from rollouts.remote.mirror import Mirror, pull_checkpoint
 from rollouts.remote.registry import Entry
 from rollouts.remote.texts import columns
 from rollouts.remote.transport import LocalTransport
-from rollouts.remote.view import View, duration, evaluation_table, event_line, fold, metrics_line
+from rollouts.remote.view import View, duration, eval_line, evaluation_table, event_line, fold, metrics_line
 from rollouts.remote.watch import Link, Patience, pull_checkpoints
 from rollouts.run_dir import RunDir, append_jsonl
 
@@ -183,6 +183,15 @@ def test_before_and_after() -> None:
     two = evaluation_table((*evals, row("sft", 9, 1.5, "dev", "validation_loss")))
     assert two[1][0] == "exact_match (test)" and two[2] == ["validation_loss (dev)", "", "1.5000", ""]
     assert evaluation_table(()) == [] and columns([]) == ""
+
+
+def test_evaluations_by_task() -> None:
+    """Goal: each task has its own line under the total. Red with the task left out of the name: the last one wins."""
+    row = {"stage": "rl", "step": 5, "split": "test", "metric": "exact_match"}
+    evals = ({**row, "task": "all", "value": 0.5}, {**row, "task": "arc", "value": 0.25})
+    assert evaluation_table(evals) == [["", "rl"], ["exact_match", "0.5000"], ["exact_match arc", "0.2500"]]
+    assert eval_line(evals[0]) == "eval stage=rl step=5 split=test exact_match=0.5"
+    assert eval_line(evals[1]) == "eval stage=rl step=5 split=test task=arc exact_match=0.25"
 
 
 def test_text_of_numbers() -> None:

@@ -235,3 +235,19 @@ def test_what_is_asked_of_the_host() -> None:
     config = replace_at(example_config(), "output.source_checkpoint", "/x")
     assert asked_ports(config) == [30180] and asked_paths(config) == ["/x"]
     assert asked_ports(replace_at(config, "output.mode", "sft")) == []
+
+
+def test_a_replay_starts_no_engine() -> None:
+    """Goal: saved rollouts need no engine, port or engine device, and must be there. Red with the engine launched."""
+    source = "/runs/a/rollouts.jsonl"
+    config = replace_at(replace_at(example_config(), "output.mode", "rl"), "rl.source", source)
+    assert asked_ports(config) == [] and asked_paths(config) == [source]
+    changes: dict[str, Any] = {**CUDA, "output__mode": "rl", "rl__source": source, "engine__gpu_ranks": [7]}
+    plan = plan_for(**changes, facts={"gpus": (H200,), "paths": {source: True}})
+    assert plan.problems == () and plan.launch is not None
+    (stage,) = plan.launch.stages
+    assert stage.engines == [] and "--engine-url" not in stage.trainer.argv
+    missing = plan_for(**changes, facts={"gpus": (H200,)})
+    assert any(source in problem.message for problem in missing.problems)
+    engine_only = plan_for(output__mode="rl", rl__source="engine_only").launch
+    assert engine_only is not None and len(engine_only.stages[0].engines) == 1

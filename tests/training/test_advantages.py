@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rollouts.training.advantages import compute_advantages
+from rollouts.training.advantages import compute_advantages, gae
 
 THIRD = 2 / 3
 GRPO, DR_GRPO, RLOO, REINFORCE_PP, REINFORCE_PP_BASELINE = (
@@ -90,3 +90,38 @@ def test_bad_arguments_are_named(arguments, message):
     """Goal: a misspelt baseline is no silent constant. Red with the checks off: a TypeError about str and float."""
     with pytest.raises(ValueError, match=message):
         compute_advantages([1.0, 0.0], **arguments)
+
+
+NUMBERS = st.floats(-3, 3, width=32)
+
+
+@given(
+    st.lists(st.tuples(NUMBERS, NUMBERS), min_size=1, max_size=9),
+    st.floats(0, 1),
+    st.sampled_from([0.0, 0.3, 0.95, 1.0]),
+)
+def test_gae_is_the_sum_over_all_later_surprises(pairs, gamma, lam):
+    """Goal: eq. 16 of 1506.02438 written out in full. Red with the value after the last action taken as V_T.
+
+    Red also with next_value updated before it is used.
+    """
+    rewards, values = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    deltas = [r + gamma * following - v for r, v, following in zip(rewards, values, [*values[1:], 0.0], strict=True)]
+    expected = [
+        sum((gamma * lam) ** later * delta for later, delta in enumerate(deltas[t:])) for t in range(len(deltas))
+    ]
+    advantages, returns = gae(rewards, values, gamma=gamma, lam=lam)
+    assert advantages == pytest.approx(expected, abs=1e-9)
+    assert returns == pytest.approx([a + v for a, v in zip(expected, values, strict=True)], abs=1e-9)
+
+
+def test_gae_without_values_is_the_reward():
+    """Goal: gamma = lam = 1 and values 0 give each token the response's reward, as REINFORCE does. Red with lam 0.95.
+
+    With a value, lam 1 is the reward less the value; a penalty per token counts for it and all before it.
+    """
+    assert gae([0.0, 0.0, 0.7], [0.0] * 3, gamma=1.0, lam=1.0) == ([0.7] * 3, [0.7] * 3)
+    assert gae([0.0, 1.0], [0.25, 0.5], gamma=1.0, lam=1.0) == ([0.75, 0.5], [1.0, 1.0])
+    assert gae([-0.1, 1.0], [0.0, 0.0], gamma=0.5, lam=1.0)[0] == pytest.approx([-0.1 + 0.5, 1.0])
+    with pytest.raises(ValueError):
+        gae([1.0], [0.0, 0.0], gamma=1.0, lam=1.0)

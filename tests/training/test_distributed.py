@@ -33,15 +33,17 @@ def one(tmp_path_factory) -> tuple[Path, dict]:
     return directory, json.loads((directory / "rank_0.json").read_text())
 
 
-TIMES = ("tokens_per_s", "step_s", "generate_s", "train_s", "sync_s")
+TIMES = ("tokens_per_s", "step_s", "generate_s", "train_s", "sync_s", "data_s", "peak_memory_gib")
 
 
-@pytest.mark.parametrize("stage", ["sft", "rl", "policy"])
+@pytest.mark.parametrize("stage", ["sft", "rl", "policy", "value"])
 def test_two_ranks_train_as_one(two, one, stage):
     """Goal: loss, gradient norm and every other metric agree to 1e-6 relative, also after a resume.
 
-    "policy" is a loss with all its parts. Red with gradients averaged over ranks, with both ranks on the same rows,
-    with parameters not broadcast, and, "policy" alone, with sequences_global left out of the prepared batch.
+    "policy" is a loss with all its parts, "value" PPO with a value head. Red with gradients averaged over ranks, with
+    both ranks on the same rows, with parameters not broadcast; "policy" alone with sequences_global left out of the
+    prepared batch; "value" alone with the head's gradient, the moments of its advantages, or its first weights not
+    shared by the ranks.
     """
     _, ranks = two
     _, alone = one

@@ -1,18 +1,39 @@
 """Exact match by engine and in process. The engine is a real embedded server."""
 
+import copy
+import itertools
+import json
+import math
+import runpy
+import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import anyio
+import peft
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import GenerationConfig
 
-from rollouts.training.evaluation import evaluate_with_engine, evaluate_with_model, exact_match
+from rollouts.training.evaluation import (
+    Evaluation,
+    Sampling,
+    evaluate_with_engine,
+    evaluate_with_model,
+    exact_match,
+    mix_tasks,
+    pass_at_k,
+    task_of,
+)
 from rollouts.training.rollout_gen.engine_generate import make_generate_fn
+from rollouts.training.types import Sample
 from rollouts.training.weight_sync import SGLangEngine
 from tests.training.tiny_task import tiny_model, tiny_tokenizer
 
@@ -38,15 +59,21 @@ def model() -> Any:
 
 
 @pytest.fixture(scope="module")
-def engine_url(model: Any, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def checkpoint(model: Any, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("model")
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def engine_url(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    directory = checkpoint
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     argv = [sys.executable, "-m", "rollouts.engines.embedded", "--model-path", str(directory), "--port", str(port)]
-    log = Path(directory) / "engine.log"
+    log = tmp_path_factory.mktemp("engine") / "engine.log"
     with log.open("w") as output, subprocess.Popen(argv, stdout=output, stderr=output) as process:
         try:
             url = f"http://127.0.0.1:{port}"
@@ -131,3 +158,192 @@ def test_nothing_to_evaluate_is_an_error(model: Any, tokenizer: Any) -> None:
     """Goal: no division by nothing, no 0.0 that means nothing. Red without the checks."""
     with pytest.raises(ValueError, match="no rows"):
         evaluate_with_model(model, tokenizer, [], max_new_tokens=2)
+
+
+@given(st.integers(1, 9), st.data())
+def test_pass_at_k_is_the_share_of_draws_with_a_right_one(n: int, data: st.DataObject) -> None:
+    """Goal: over every way to draw k of n answers, the share that holds a right one. Red with 1 - (1 - c/n)^k."""
+    right, k = data.draw(st.integers(0, n)), data.draw(st.integers(1, n))
+    draws = list(itertools.combinations(range(n), k))
+    assert pass_at_k(n, right, k) == pytest.approx(sum(min(draw) < right for draw in draws) / len(draws), abs=1e-12)
+
+
+def test_pass_at_k_of_many_samples_and_bad_arguments() -> None:
+    """Goal: no overflow, no cancellation, no k that cannot be estimated. Red with float(math.comb(...)): overflow."""
+    exact = 1 - Fraction(math.comb(90_000, 50_000), math.comb(100_000, 50_000))
+    assert pass_at_k(100_000, 10_000, 50_000) == float(exact) == 1.0
+    assert pass_at_k(10**6, 1, 1) == pytest.approx(1e-6, rel=1e-9)
+    for n, c, k in ((4, 1, 5), (4, 1, 0), (4, 5, 1), (0, 0, 1)):
+        with pytest.raises(ValueError, match=rf"n={n}, c={c}, k={k}"):
+            pass_at_k(n, c, k)
+
+
+def test_metrics_by_task() -> None:
+    """Goal: each task's own means, and the total over rows (not over tasks). Red with the mean of the tasks' means."""
+    found = Evaluation(["a", "b", "b"], ["", "", ""], [True, False, False], 2, [2, 1, 0])
+    assert found.metrics([1, 2]) == {
+        "all": {"exact_match": pytest.approx(1 / 3), "pass@1": 0.5, "pass@2": pytest.approx(2 / 3)},
+        "a": {"exact_match": 1.0, "pass@1": 1.0, "pass@2": 1.0},
+        "b": {"exact_match": 0.0, "pass@1": 0.25, "pass@2": 0.5},
+    }
+    assert list(found.metrics()) == ["all", "a", "b"]
+    assert list(Evaluation(["a"], [""], [True], 0, [0]).metrics()) == ["all"]  # one task needs no second line
+    with pytest.raises(ValueError, match=r"pass@3: needs 1 <= k <= 2"):
+        found.metrics([3])
+
+
+def test_rows_of_several_data_sets_are_mixed_and_named() -> None:
+    """Goal: the first N rows stand for all tasks; a row's own task wins. Red without the shuffle."""
+    rows = mix_tasks([("one", [{"n": n} for n in range(50)]), ("two", [{"n": 0, "task": "own"}] * 50)], seed=1)
+    assert sorted({task_of(row) for row in rows[:20]}) == ["one", "own"]
+    assert rows == mix_tasks([("one", [{"n": n} for n in range(50)]), ("two", [{"n": 0, "task": "own"}] * 50)], seed=1)
+    (sample,) = mix_tasks([("one", [Sample("p", metadata={"where": "x"})])], seed=0)
+    assert sample.metadata == {"task": "one", "where": "x"} and task_of(sample) == "one"
+    assert [task_of(item) for item in ("text", {"format": "gsm8k"}, Sample({"format": "x"}))] == ["all", "gsm8k", "x"]
+
+
+@pytest.mark.anyio
+async def test_sampled_answers_of_both_ways(model: Any, tokenizer: Any, engine_url: str) -> None:
+    """Goal: n answers a row, each judged with its own row; near temperature 0 they are the greedy one.
+
+    Red with answers dealt to rows as n blocks of rows in place of rows of n answers, for the in-process way with the
+    order of lengths left in, for the engine with each request taking the first rows' seeds.
+    """
+    said = evaluate_with_model(model, tokenizer, ROWS, max_new_tokens=4).responses
+    rows = [{**row, "answer": said[index] if index % 3 == 0 else "no"} for index, row in enumerate(ROWS)]
+    cold = Sampling(num_samples=3, temperature=1e-4, seed=1)
+    in_process = evaluate_with_model(model, tokenizer, rows, max_new_tokens=4, batch_size=7, sampling=cold)
+    async with SGLangEngine(engine_url) as engine:
+        by_engine = await evaluate_with_engine(
+            [engine], tokenizer, rows, max_new_tokens=4, rows_per_request=8, sampling=cold
+        )
+        drawn: dict[int, list[str]] = {8: [], 30: []}
+        for cut, texts in drawn.items():
+            await evaluate_with_engine(
+                [engine],
+                tokenizer,
+                rows,
+                max_new_tokens=2,
+                rows_per_request=cut,
+                sampling=Sampling(num_samples=3, seed=1),
+                score_fn=lambda sample, texts=texts: float(texts.append(sample.response) is None),
+            )
+    assert in_process == by_engine and in_process.num_right == [3 if index % 3 == 0 else 0 for index in range(30)]
+    assert in_process.metrics([2])["all"] == {"exact_match": 10 / 30, "pass@2": 10 / 30}
+    assert drawn[8] == drawn[30] and len(set(drawn[8])) > 10  # a row's seed is its own, however requests are cut
+
+
+def test_sampling_is_random_and_leaves_training_as_it_was(model: Any, tokenizer: Any) -> None:
+    """Goal: warm answers differ, follow from their seed, and take nothing from the global generator. Red unforked."""
+    texts: list[str] = []
+
+    def score(sample: Sample) -> float:
+        texts.append(sample.response)
+        return 0.0
+
+    def drawn(seed: int) -> list[str]:
+        texts.clear()
+        sampling = Sampling(num_samples=8, temperature=2.0, seed=seed)
+        evaluate_with_model(model, tokenizer, ROWS[:1], max_new_tokens=4, sampling=sampling, score_fn=score)
+        return texts[1:]
+
+    before = torch.get_rng_state()
+    first = drawn(1)
+    assert torch.equal(before, torch.get_rng_state())
+    assert len(set(first)) > 1 and drawn(1) == first and drawn(2) != first
+
+
+def test_the_models_own_generation_settings_have_no_part_in_it(model: Any, tokenizer: Any) -> None:
+    """Goal: Qwen ships repetition_penalty 1.1, which no engine applies here. Red with the model's config left in."""
+    plain = evaluate_with_model(model, tokenizer, ROWS, max_new_tokens=6)
+    own = model.generation_config
+    model.generation_config = GenerationConfig(repetition_penalty=5.0, eos_token_id=own.eos_token_id)
+    try:
+        assert evaluate_with_model(model, tokenizer, ROWS, max_new_tokens=6) == plain
+        assert model.generation_config.repetition_penalty == 5.0
+    finally:
+        model.generation_config = own
+
+
+def test_a_wrapped_models_settings_come_back(model: Any, tokenizer: Any) -> None:
+    """Goal: a LoRA model's export keeps its generation_config. Red with the wrapper's alone put back."""
+    wrapped = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules="all-linear"))
+    base = wrapped.get_base_model()
+    base.generation_config.repetition_penalty = 5.0
+    found = evaluate_with_model(wrapped, tokenizer, ROWS[:8], max_new_tokens=6)  # new adapters change nothing
+    assert found.responses == evaluate_with_model(model, tokenizer, ROWS[:8], max_new_tokens=6).responses
+    assert base.generation_config.repetition_penalty == 5.0
+
+
+def test_sampling_that_makes_no_sense_is_refused(model: Any, tokenizer: Any) -> None:
+    """Goal: no pass@k of zero samples. Red without the check: a division by zero."""
+    with pytest.raises(ValueError, match=r"num_samples=0.*needs num_samples >= 1"):
+        evaluate_with_model(model, tokenizer, ROWS[:1], max_new_tokens=1, sampling=Sampling(num_samples=0))
+
+
+RUN_EVAL = Path(__file__).resolve().parents[2] / "scripts" / "run_eval.py"
+
+
+@pytest.mark.parametrize("by_engine", [False, True])
+def test_run_eval_counts_what_the_library_counts(  # noqa: PLR0917
+    model: Any, tokenizer: Any, engine_url: str, checkpoint: Path, tmp_path: Path, by_engine: bool
+) -> None:
+    """Goal: one command from a checkpoint to a table and JSON, per task. Red with the second --data left out.
+
+    Red by engine with --engine-url ignored, once the checkpoint's own weights are taken away.
+    """
+    said = evaluate_with_model(model, tokenizer, ROWS, max_new_tokens=4).responses
+    names = [str(tmp_path / "one.jsonl"), str(tmp_path / "two.jsonl")]
+    for name, rows in zip(names, (range(20), range(20, 30)), strict=True):
+        answers = [said[row] if row < 5 or row == 20 else "no" for row in rows]
+        lines = [
+            json.dumps({**ROWS[row], "answer": answer or "none"}) for row, answer in zip(rows, answers, strict=True)
+        ]
+        Path(name).write_text("\n".join(lines))
+    model_name = str(checkpoint)
+    if by_engine:
+        model_name = str(shutil.copytree(checkpoint, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors")))
+    data = [item for name in names for item in ("--data", name)]
+    sampling = ["--num-samples", "4", "--temperature", "0.0001", "--k", "1,4"]
+    engine = ["--engine-url", engine_url] if by_engine else []
+    out = tmp_path / "results" / "eval.json"
+    options = ["--format", "messages", "--max-new-tokens", "4", *sampling, *engine, "--out", str(out)]
+    command = [sys.executable, str(RUN_EVAL), model_name, *data, *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(out.read_text())
+    expected = {"all": (30, 0.2), names[0]: (20, 0.25), names[1]: (10, 0.1)}
+    assert record["rows"] == {task: count for task, (count, _) in expected.items()}
+    for task, (_, share) in expected.items():
+        assert record["metrics"][task] == pytest.approx({"exact_match": share, "pass@1": share, "pass@4": share})
+    by_prompt = {answer["prompt"]["messages"][0]["content"]: answer["response"] for answer in record["answers"]}
+    assert [by_prompt[row["messages"][0]["content"]] for row in ROWS] == said
+    table = [line.split() for line in done.stdout.splitlines()]
+    assert table[0] == ["task", "rows", "exact_match", "pass@1", "pass@4"]
+    assert table[1] == ["all", "30", "0.2000", "0.2000", "0.2000"] and len(table) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["MODEL", "--data", "none.jsonl"], 1, "error: none.jsonl: no such file"),
+        (["./no_model", "--data", "DATA"], 1, "error: ./no_model: no such directory"),
+        (["MODEL", "--data", "DATA", "--format", "csv"], 1, "error: format='csv': needs one of"),
+        (["MODEL", "--data", "DATA", "--k", "1"], 2, "--k and --num-samples belong together"),
+        (["MODEL", "--data", "DATA", "--k", "5", "--num-samples", "4"], 2, "--k 5: needs each within 1 and"),
+        (["MODEL", "--data", "DATA", "--engine-url", "http://127.0.0.1:9"], 1, "error: http://127.0.0.1:9/generate"),
+    ],
+)
+def test_run_eval_says_what_is_wrong(
+    checkpoint: Path, capsys: pytest.CaptureFixture, arguments: list[str], code: int, message: str
+) -> None:
+    """Goal: one line with name, value and need, no traceback. Red with the except taken out."""
+    main = runpy.run_path(str(RUN_EVAL))["main"]
+    data = str(RUN_EVAL.parent.parent / "configs" / "data" / "letters" / "test.jsonl")
+    named = {"MODEL": str(checkpoint), "DATA": data}
+    try:
+        found = main([named.get(argument, argument) for argument in arguments])
+    except SystemExit as end:  # of argparse
+        found = end.code
+    said = capsys.readouterr()
+    assert found == code and message in said.err and not said.out

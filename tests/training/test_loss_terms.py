@@ -5,7 +5,16 @@ import math
 import pytest
 import torch
 
-from rollouts.training.loss_terms import clipped_surrogate, entropy, importance_weights, k1, k2, k3, token_shares
+from rollouts.training.loss_terms import (
+    clipped_surrogate,
+    entropy,
+    importance_weights,
+    k1,
+    k2,
+    k3,
+    token_shares,
+    value_loss,
+)
 
 
 def test_clipping_vectors():
@@ -145,3 +154,25 @@ def test_bad_settings_are_named(function, message):
     """Goal: no misspelt choice falls through to another. Red with each check off."""
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         function()
+
+
+def test_value_loss_by_hand():
+    """Goal: the worse of the value and the held value, halved. Red with torch.minimum, and without the half.
+
+    Returns 1; values .9 and 2 from 0, held at .5: (.5)^2 = .25 beats .01; 1 beats .25. Towards the return from the
+    other side nothing is held: value 1.2, before 1.5, held 1.0 -> .04 stays.
+    """
+    values, old = torch.tensor([0.9, 2.0, 1.2]), torch.tensor([0.0, 0.0, 1.5])
+    returns = torch.ones(3)
+    assert value_loss(values, returns).tolist() == pytest.approx([0.005, 0.5, 0.02])
+    assert value_loss(values, returns, old, 0.5).tolist() == pytest.approx([0.125, 0.5, 0.02])
+    for clip, before in ((0.0, old), (0.5, None)):
+        with pytest.raises(ValueError, match=f"value_clip={clip}: needs > 0"):
+            value_loss(values, returns, before, clip)
+
+
+def test_a_held_value_has_no_gradient():
+    """Goal: past the clip, towards the return, nothing pulls any more. Red without the clamp."""
+    values = torch.tensor([0.9, 0.2], requires_grad=True)
+    value_loss(values, torch.ones(2), torch.zeros(2), 0.5).sum().backward()
+    assert values.grad.tolist() == pytest.approx([0.0, -0.8])

@@ -198,7 +198,8 @@ def test_a_batch_without_trained_tokens():
     [
         ({"labels": torch.zeros(B, T - 1, dtype=torch.long)}, r"labels \(3, 4\): needs \(3, 5\)"),
         ({"loss_mask": torch.ones(B, T + 1)}, r"loss_mask \(3, 6\): needs \(3, 5\)"),
-        ({"advantages": torch.ones(B, T)}, r"advantages \(3, 5\): needs \(3,\)"),
+        ({"advantages": torch.ones(B, T - 1)}, r"advantages \(3, 4\): needs \(3, 5\)"),
+        ({"advantages": torch.ones(B + 1)}, r"advantages \(4,\): needs \(3,\)"),
         ({"old_log_probs": torch.zeros(B, T - 1)}, r"old_log_probs \(3, 4\): needs \(3, 5\)"),
         ({"temperature": 0.0}, "temperature=0.0: needs > 0"),
         ({"tokens_global": 0.0}, "tokens_global=0.0: needs > 0"),
@@ -206,7 +207,7 @@ def test_a_batch_without_trained_tokens():
     ],
 )
 def test_inputs_that_do_not_fit_are_named(change, message):
-    """Goal: no silent broadcasting. Red with the shape checks off: [B, T] advantages train on something else."""
+    """Goal: no silent broadcasting. Red with the shape checks off: advantages of other rows train on something else."""
     with pytest.raises(ValueError, match=message):
         ppo_loss(**{**rl_inputs(), **change})
 

@@ -14,6 +14,7 @@ from rollouts.training.loops import run_rl_training, run_sft_training, validatio
 from rollouts.training.reference import as_reference
 from rollouts.training.rl_losses import grpo_loss, policy_loss
 from rollouts.training.types import RLTrainingConfig, SFTTrainingConfig
+from rollouts.training.value_head import ValueHead
 from tests.training.tiny import PAD, rollout_batch, sft_samples, tiny_backend, tiny_model
 
 
@@ -47,11 +48,14 @@ async def sft(directory: Path) -> list[dict]:
     return [*metrics, held_out]
 
 
-async def rl(directory: Path, num_steps: int, *, resume: bool, **backend_options: Any) -> list[dict]:
+async def rl(
+    directory: Path, num_steps: int, *, resume: bool, baseline: str = "group_mean", **backend_options: Any
+) -> list[dict]:
     backend = tiny_backend(directory, **{"loss_fn": grpo_loss, "seed": 5 * distributed.rank(), **backend_options})
     buffer = Buffer() if distributed.rank() == 0 else None
     manager = Manager(buffer) if buffer else None
-    options = {"baseline": "group_mean", "advantage_norm": "group_std", "micro_batch_size": 3}
+    norm = "batch" if baseline == "value" else "group_std"
+    options: dict[str, Any] = {"baseline": baseline, "advantage_norm": norm, "micro_batch_size": 3}
     config = RLTrainingConfig(num_steps=num_steps, **options)  # 3, 3, 3 of 9 samples alone; 3, 2 and 3, 1 on two ranks
     state = await backend.load_checkpoint(directory / "latest") if resume else None
     return await run_rl_training(backend, buffer, manager, [], config, pad_token_id=PAD, resume=state)
@@ -61,6 +65,14 @@ def every_part() -> dict[str, Any]:
     """A loss with all its parts: sequences' ratios, their mean, the KL to a reference, entropy."""
     parts = {"loss": "gspo", "aggregation": "sequence_mean_token_mean", "kl_coef": 0.1, "entropy_coef": 0.01}
     return {"loss_fn": partial(policy_loss, **parts), "reference": as_reference(tiny_model(seed=3), "seed 3")}
+
+
+def critic() -> dict[str, Any]:
+    """A value head, which differs between ranks until rank 0's is sent to all; clipped, standardised over the step."""
+    value_head = ValueHead(16, lr=1e-2)
+    torch.nn.init.constant_(value_head.weight, 0.1 * (1 + distributed.rank()))
+    loss_fn = partial(policy_loss, loss="ppo", value_coef=0.5, value_clip=0.2)
+    return {"loss_fn": loss_fn, "value_head": value_head, "baseline": "value"}
 
 
 def collectives() -> list:
@@ -101,9 +113,9 @@ def main(directory: Path) -> None:
     distributed.initialize("cpu", timeout_s=120.0)
     results = {"collectives": collectives()}
     results["sft"] = anyio.run(sft, directory)
-    for name, options in (("rl", {}), ("policy", every_part())):
-        first = anyio.run(partial(rl, directory / name, 2, resume=False, **options))
-        results[name] = first + anyio.run(partial(rl, directory / name, 4, resume=True, **options))
+    for name, options in (("rl", dict), ("policy", every_part), ("value", critic)):
+        first = anyio.run(partial(rl, directory / name, 2, resume=False, **options()))
+        results[name] = first + anyio.run(partial(rl, directory / name, 4, resume=True, **options()))
     (directory / f"rank_{distributed.rank()}.json").write_text(json.dumps(results))
     distributed.shutdown()
 

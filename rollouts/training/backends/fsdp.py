@@ -91,6 +91,8 @@ class FSDPTrainingBackend(PyTorchTrainingBackend):
     ) -> None:
         if "compute_dtype" in options:
             raise ValueError("compute_dtype: an option of PyTorchTrainingBackend; here FSDPConfig.mixed_precision says")
+        if options.get("value_head") is not None:
+            raise ValueError("value_head: a sharded backend has none; use PyTorchTrainingBackend")
         self._config = config or FSDPConfig()
         device_type = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else torch.device(device).type
         own = distributed.initialize(device_type, alone=True) if not dist.is_initialized() else None

@@ -1,16 +1,17 @@
 """The PyTorch backend: one device, or data-parallel over torch.distributed with a whole model on every rank.
 
 A batch is a dict. Tensors are [B, T] unless said: "input_ids", "labels", "loss_mask", "attention_mask" (right padding
-or left; left out: nothing is padded), "advantages" [B], "old_log_probs", "ref_log_probs" (made here where there is a
-reference model), and the numbers "tokens_global", "sequences_global", "temperature", "clip_range" (or a pair). The loss
-gets `logits` and, by keyword, every key that its signature names. As `logits` the losses of `rl_losses` get log-probs
-of the trained tokens (`forward`: nothing is computed for padding, no logits elsewhere), any other gets [B, T, V].
+or left; left out: nothing is padded), "advantages" (or [B]), "old_log_probs", "ref_log_probs" (made here where there is
+a reference model), "returns", "old_values", and the numbers "tokens_global", "sequences_global", "temperature",
+"clip_range" (or a pair). The loss gets `logits` and, by keyword, every key that its signature names. As `logits` the
+losses of `rl_losses` get log-probs of the trained tokens, and values where there is a value head (`forward`: nothing is
+computed for padding, no logits elsewhere), any other gets [B, T, V].
 """
 
 import copy
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -32,6 +33,7 @@ from rollouts.training.rl_losses import (
     token_log_probs,
     trained_tokens,
 )
+from rollouts.training.value_head import ValueHead
 
 __all__ = ["BackendFailedError", "PyTorchTrainingBackend"]
 _MODEL_KEYS = ("input_ids", "labels", "loss_mask")
@@ -46,8 +48,9 @@ class PyTorchTrainingBackend:
     learning rates it was made with. Gradients are summed over ranks, never averaged: the losses divide by the global
     token count. They are clipped to the global L2 norm `max_grad_norm` (math.inf: never). `tokenizer` goes into the
     checkpoints. `reference` is a frozen model for losses that take "ref_log_probs"; checkpoints say which it was, and
-    one that was trained against another is refused. `retention` says which checkpoints stay (None: all). On several
-    ranks, all start from rank 0's parameters, and every rank makes the same calls in order.
+    one that was trained against another is refused. `value_head` gives losses the values that they train, and `values`
+    its estimates; checkpoints keep it in their training state. `retention` says which checkpoints stay (None: all). On
+    several ranks, all start from rank 0's parameters, and every rank makes the same calls in order.
     """
 
     collective = False  # whether every rank must run as many forward passes as the others
@@ -67,6 +70,7 @@ class PyTorchTrainingBackend:
         compute_dtype: str = "float32",
         reference: Reference | None = None,
         retention: Retention | None = None,
+        value_head: ValueHead | None = None,
     ) -> None:
         if compute_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"compute_dtype={compute_dtype!r}: needs 'float32' or 'bfloat16'")
@@ -86,6 +90,12 @@ class PyTorchTrainingBackend:
         if reference is not None:
             self._place(reference.model)
             forward.prepare(reference.model)
+        if value_head is not None and not self._packed:
+            raise ValueError(
+                "value_head: needs a loss of rl_losses and an architecture that runs packed "
+                f"({', '.join(sorted(forward.PACKABLE))}); this model is {getattr(model, 'config', model)!r:.200}"
+            )
+        self._value_head = None if value_head is None else value_head.to(device)
         self._max_grad_norm = max_grad_norm
         self._lr_schedule = lr_schedule
         self._autocast = compute_dtype == "bfloat16"
@@ -99,6 +109,8 @@ class PyTorchTrainingBackend:
         self._retention = retention or Retention()
         self._resumed_from: Path | None = None
         model.train()
+        if self._value_head is not None:
+            distributed.broadcast_tensors([parameter.detach() for parameter in self._value_head.parameters()])
 
     def forward_backward(self, batch: Mapping[str, Any]) -> ThreadFuture[dict[str, float]]:
         """Add the gradient of `batch` to what has gathered since the last `optim_step`.
@@ -120,6 +132,13 @@ class PyTorchTrainingBackend:
     def forward(self, batch: Mapping[str, Any]) -> ThreadFuture[dict[str, float]]:
         """{"loss", "tokens"} of `batch` on this rank, without a gradient and with dropout off: for validation."""
         return self._worker.submit("forward", self._forward_only, batch)
+
+    def values(self, batch: Mapping[str, Any]) -> ThreadFuture[Tensor]:
+        """The value head's estimates [B, T] on the CPU, without a gradient and with dropout off.
+
+        Entry t is the value of the state in which token t was chosen, for the trained tokens; 0 for the others.
+        """
+        return self._worker.submit("values", self._values, batch)
 
     async def save_checkpoint(self, step: int, metrics: dict[str, Any], extra: dict[str, Any] | None = None) -> Path:
         """`start_checkpoint`, and wait until it is complete: its directory."""
@@ -213,10 +232,23 @@ class PyTorchTrainingBackend:
             group["lr"] = base_lr * factor
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self._value_head is not None:
+            self._value_head.step(factor, self._max_grad_norm)
         self.step += 1
         self._sums = dict.fromkeys(self._sums, 0.0)
         first = {"step": self.step, "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm.item()}
         return {**first, "loss": sums["loss"], **_means(sums)}
+
+    @torch.no_grad()
+    def _values(self, batch: Mapping[str, Any]) -> Tensor:
+        if self._value_head is None:
+            raise ValueError("values: this backend has no value head; give it one")
+        inputs = self._to_device({key: batch[key] for key in (*_MODEL_KEYS, "attention_mask") if key in batch}, ())
+        self.model.eval()
+        with self._autocasting():
+            values_BT = forward.token_values(self.model, inputs, self._value_head)
+        self.model.train()
+        return values_BT.cpu()
 
     @torch.no_grad()
     def _forward_only(self, batch: Mapping[str, Any]) -> dict[str, float]:
@@ -235,12 +267,13 @@ class PyTorchTrainingBackend:
         tensors, plain = optimizer_state.collect(self.model, self.optimizer)
         rng = distributed.gather_objects(checkpoint.rng_state(self.device))
         own_part = self._sharded or distributed.rank() == 0
+        value = {"value_head": copy.deepcopy(self._value_head.state())} if self._value_head else {}
         return checkpoint.Snapshot(
             step=step,
             weights=checkpoint.whole_weights(self.model, copy=True),
             adapter=checkpoint.whole_adapter(self.model),
             optimizer=optimizer_state.stage(tensors) if own_part else {},
-            training_state={"optimizer": plain, "optimizer_steps": self.step, "rng": rng, "extra": extra},
+            training_state={"optimizer": plain, "optimizer_steps": self.step, "rng": rng, "extra": extra, **value},
             metadata={
                 "metrics": metrics,
                 "world_size": distributed.world_size(),
@@ -269,12 +302,23 @@ class PyTorchTrainingBackend:
         optimizer_directory = path / checkpoint.OPTIMIZER_DIRECTORY
         optimizer_state.restore(self.model, self.optimizer, optimizer_directory, state["optimizer"])
         self.optimizer.zero_grad(set_to_none=True)
+        self._load_value_head(path, state.get("value_head"))
         self._sums = dict.fromkeys(self._sums, 0.0)
         self.step = state["optimizer_steps"]
         own = distributed.rank() if len(state["rng"]) == distributed.world_size() else 0
         checkpoint.restore_rng_state(state["rng"][own], self.device)
         self._resumed_from = path.resolve()
         return {**metadata, "extra": state["extra"]}
+
+    def _load_value_head(self, path: Path, saved: Mapping[str, Any] | None) -> None:
+        if (saved is None) != (self._value_head is None):
+            has, needs = ("no value head", "one") if saved is None else ("a value head", "none")
+            raise checkpoint.CheckpointError(
+                f"{path}: was saved with {has}, and this run has {needs}. Resume with the baseline that run began "
+                "with, or start a new run from the checkpoint's weights."
+            )
+        if self._value_head is not None and saved is not None:
+            self._value_head.load_state(saved)
 
     def _save_weights(self, path: Path) -> Path:
         weights = checkpoint.whole_weights(self.model, copy=False)
@@ -286,8 +330,9 @@ class PyTorchTrainingBackend:
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
-    def _to_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        missing = sorted({*_MODEL_KEYS, *self._loss_required} - {*batch, "logits"})
+    def _to_device(self, batch: Mapping[str, Any], required: Iterable[str] | None = None) -> dict[str, Any]:
+        required = self._loss_required if required is None else required
+        missing = sorted({*_MODEL_KEYS, *required} - {*batch, "logits"})
         if missing:
             name = getattr(self._loss_fn, "__name__", repr(self._loss_fn))
             raise ValueError(
@@ -323,7 +368,8 @@ class PyTorchTrainingBackend:
         with self._autocasting():
             if self._packed and forward.packs(model):
                 is_rl = "advantages" in inputs
-                return forward.token_log_probs(model, inputs, with_entropy=is_rl, share_prompts=is_rl)
+                head = self._value_head if model is self.model else None
+                return forward.token_log_probs(model, inputs, with_entropy=is_rl, value_head=head, share_prompts=is_rl)
             return forward.padded_logits(model, inputs)
 
     def _autocasting(self) -> AbstractContextManager[Any]:

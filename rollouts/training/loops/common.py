@@ -12,6 +12,7 @@ from rollouts.training.loops.batching import split_batch
 
 logger = logging.getLogger(__name__)
 EvalFn = Callable[[int], Mapping[str, float] | Awaitable[Mapping[str, float] | None] | None]
+PrepareFn = Callable[[list[dict[str, Any]]], Awaitable[dict[str, float]]]
 CheckpointFn = Callable[[Path, int], Awaitable[None] | None]
 
 
@@ -20,11 +21,23 @@ async def train_step(
     batch: dict[str, Any],
     micro_batch_size: int | None,
     micro_batch_tokens: int | None = None,
+    *,
+    prepare: PrepareFn | None = None,
+    updates: int = 1,
 ) -> dict[str, float]:
-    """One optimizer step over a whole step's `batch`, the same on every rank: its loss and the backend's metrics."""
+    """`updates` optimizer steps over a whole step's `batch`, the same on every rank: loss and the backend's metrics.
+
+    `prepare` gets this rank's micro-batches first, may add to them, and returns metrics. Of several updates "step" and
+    "lr" are the last one's, the other numbers their means.
+    """
     collective = getattr(backend, "collective", False)
-    own = own_micro_batches(batch, micro_batch_size, micro_batch_tokens, equal_counts=collective)
-    return await train_micro_batches(backend, own)
+    micro_batches = list(own_micro_batches(batch, micro_batch_size, micro_batch_tokens, equal_counts=collective))
+    prepared = {} if prepare is None else await prepare(micro_batches)
+    found = [await train_micro_batches(backend, micro_batches) for _ in range(updates)]
+    if updates == 1:
+        return found[0] | prepared
+    means = {key: sum(metrics[key] for metrics in found) / updates for key in found[-1]}
+    return {**means, "step": found[-1]["step"], "lr": found[-1]["lr"], **prepared}
 
 
 def own_micro_batches(

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from rollouts.training import distributed
 from rollouts.training.backends.protocol import TrainFuture
+from rollouts.training.evaluation import ALL_TASKS, by_task, task_of
 from rollouts.training.loops.batching import blank_batch, collate
 from rollouts.training.types import Sample
 
@@ -44,3 +45,24 @@ async def validation_loss(
     if not tokens:
         raise ValueError(f"validation_loss: no trained token in {len(samples)} samples, batches_max={batches_max}")
     return {"loss": loss_sum / tokens, "tokens": tokens, "examples": examples_all}
+
+
+async def validation_losses(
+    backend: ForwardBackend, samples: Sequence[Sample], *, batch_size: int, batches_max: int = -1, pad_token_id: int = 0
+) -> dict[str, dict[str, float]]:
+    """By task what `validation_loss` gives of its samples, after "all", the mean over the tokens of every task.
+
+    At most `batches_max` x `batch_size` samples are taken, from the front (-1: all). Every rank calls this with the
+    same samples.
+    """
+    if batches_max != -1:
+        samples = samples[: batches_max * batch_size]
+    groups = by_task(samples, [task_of(sample) for sample in samples])
+    whole = groups.pop(ALL_TASKS)
+    options = {"batch_size": batch_size, "pad_token_id": pad_token_id}
+    if not groups:
+        return {ALL_TASKS: await validation_loss(backend, whole, **options)}
+    losses = {task: await validation_loss(backend, of_task, **options) for task, of_task in groups.items()}
+    tokens = sum(result["tokens"] for result in losses.values())
+    loss = sum(result["loss"] * result["tokens"] for result in losses.values()) / tokens
+    return {ALL_TASKS: {"loss": loss, "tokens": tokens, "examples": float(len(samples))}, **losses}

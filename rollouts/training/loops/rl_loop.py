@@ -5,6 +5,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from rollouts.training import distributed
 from rollouts.training.advantages import compute_advantages
 from rollouts.training.backends.protocol import TrainingBackend
 from rollouts.training.loops.batching import collate, pad
-from rollouts.training.loops.common import CheckpointFn, Checkpoints, EvalFn, call, due, train_step
+from rollouts.training.loops.common import CheckpointFn, Checkpoints, EvalFn, PrepareFn, call, due, train_step
+from rollouts.training.loops.throughput import Throughput
+from rollouts.training.loops.value_step import add_value_advantages
 from rollouts.training.metrics import MetricsLogger
+from rollouts.training.replay import sample_records
 from rollouts.training.rl_losses import ClipRange, trained_sequences
 from rollouts.training.types import RewardFn, RLTrainingConfig, RolloutBatch, Sample
 from rollouts.training.weight_sync import sync_weights_to_engines
@@ -39,16 +43,18 @@ async def run_rl_training(
     eval_fn: EvalFn | None = None,
     eval_every: int = -1,
     on_checkpoint: CheckpointFn | None = None,
+    peak_flops: float | None = None,
 ) -> list[dict[str, float]]:
     """Train on what the engines sample and return one dict per logged step. Steps count from 1.
 
-    Rank 0 alone generates, scores, logs and evaluates; the others get the prepared step from it and may pass None for
-    `buffer`, `rollout_manager`, `engines` and the functions. The engines get the trainer's weights before the first
-    step and every `config.sync_every` steps, and after the last; the version is the number of steps applied.
+    To train on saved rollouts, without an engine: `replay.ReplayRollouts` as `rollout_manager`, no `buffer` (None), and
+    `engines` []. Rank 0 alone generates, scores, logs and evaluates; the others get the prepared step from it and may
+    pass None for `buffer`, `rollout_manager`, `engines` and the functions. The engines get the trainer's weights before
+    the first step and every `config.sync_every` steps, and after the last; the version is the number of steps applied.
     `weights_dir` is where these weights stand for the engines to load (default: `weights` beside the checkpoints).
     `temperature` is the sampler's; `clip_range` reaches losses that take one. `rollouts_logger` gets every sample.
-    `resume`, `eval_fn`, `eval_every`, `on_checkpoint`: as in `run_sft_training`, with `eval_fn` on rank 0 only, and
-    before the first step too (step 0): the engines then serve the weights that training starts from.
+    `resume`, `eval_fn`, `eval_every`, `on_checkpoint`, `peak_flops`: as in `run_sft_training`, `eval_fn` on rank 0
+    only, and before the first step too (step 0): the engines then serve the weights that training starts from.
     """
     first = _restore(buffer, rollout_manager, resume)
     sync = WeightSync(backend, engines, weights_dir)
@@ -56,6 +62,8 @@ async def run_rl_training(
     if eval_fn is not None and first == 0 and distributed.rank() == 0:
         await call(eval_fn, 0)
     options: dict[str, Any] = {"pad_token_id": pad_token_id, "temperature": temperature, "clip_range": clip_range}
+    estimate = _value_estimator(backend, config)
+    throughput = Throughput.of(backend, peak_flops)
     history = []
     async with Checkpoints(backend, on_checkpoint) as checkpoints:
         for step in range(first + 1, config.num_steps + 1):
@@ -66,14 +74,27 @@ async def run_rl_training(
                 batch = prepare_grpo_batch(rollouts, rollouts.rewards, config, **options)
                 prepared = batch, rollout_metrics(rollouts, step - 1)
                 if rollouts_logger is not None:
-                    _log_samples(rollouts_logger, rollouts, batch["advantages"].tolist(), step)
+                    advantages = batch["advantages"].tolist() if "advantages" in batch else None
+                    log_samples(rollouts_logger, rollouts, advantages, step, temperature)
             batch, metrics = distributed.broadcast_object(prepared)
             clock.append(time.monotonic())
-            metrics |= await train_step(backend, batch, config.micro_batch_size, config.micro_batch_tokens)
+            metrics |= await train_step(
+                backend,
+                batch,
+                config.micro_batch_size,
+                config.micro_batch_tokens,
+                prepare=estimate,
+                updates=config.updates_per_batch,
+            )
             clock.append(time.monotonic())
             if due(step, config.sync_every, config.num_steps):
                 await sync(step)
-            metrics |= _times([*clock, time.monotonic()], batch)
+            times = _times([*clock, time.monotonic()])
+            lengths = batch["attention_mask"].sum(1).tolist()
+            seconds = {key: times[key] for key in ("train_s", "step_s")}
+            metrics |= times | throughput.metrics(
+                lengths, batch["tokens_global"], passes=config.updates_per_batch, **seconds
+            )
             if eval_fn is not None and distributed.rank() == 0 and due(step, eval_every, config.num_steps):
                 metrics |= {f"eval_{key}": value for key, value in (await call(eval_fn, step) or {}).items()}
             if due(step, config.log_every, config.num_steps):
@@ -97,19 +118,17 @@ def prepare_grpo_batch(
 ) -> dict[str, Any]:
     """The whole step's batch for a backend: `collate`'s, "sequences_global", "advantages" [B], "temperature", and where
     they are known "old_log_probs" [B, T], the sampler's, aligned to tokens (0 outside the response), and "clip_range".
+    With baseline "value" it has "rewards" [B] in place of advantages, which take the value head's estimates.
 
     Raises ValueError when the parts of `batch` do not fit each other, or nothing in it is trained on.
     """
     counts = {"tokens": len(batch.tokens), "loss_masks": len(batch.loss_masks), "rewards": len(rewards)}
     if len(set(counts.values())) != 1 or not batch.tokens:
         raise ValueError(f"rollout batch: needs one of each per sample, and at least one; it has {counts}")
-    advantages = compute_advantages(
-        rewards, config.baseline, group_ids=batch.group_ids or None, norm=config.advantage_norm
-    )
     prepared = collate(batch.tokens, batch.loss_masks, pad_token_id=pad_token_id)
     if not prepared["tokens_global"]:
         raise ValueError(f"rollout batch: no trained token in {len(batch.tokens)} samples: were all responses empty?")
-    prepared |= {"advantages": torch.tensor(advantages, dtype=torch.float32), "temperature": temperature}
+    prepared |= {"temperature": temperature, **_scores(rewards, batch.group_ids or None, config)}
     prepared["sequences_global"] = trained_sequences(prepared["loss_mask"])
     known = [sample.rollout_log_probs is not None for sample in batch.samples]
     if any(known):
@@ -121,8 +140,30 @@ def prepare_grpo_batch(
     return prepared
 
 
-def rollout_metrics(batch: RolloutBatch, steps_applied: int) -> dict[str, float]:
-    """What a step's rollouts were like; `lag_max` is how many optimizer steps old the oldest weights sampled from are.
+def _scores(rewards: Sequence[float], group_ids: Sequence[int] | None, config: RLTrainingConfig) -> dict[str, Any]:
+    if config.baseline == "value":
+        return {"rewards": torch.tensor(rewards, dtype=torch.float32)}
+    advantages = compute_advantages(rewards, config.baseline, group_ids=group_ids, norm=config.advantage_norm)
+    return {"advantages": torch.tensor(advantages, dtype=torch.float32)}
+
+
+def _value_estimator(backend: Any, config: RLTrainingConfig) -> PrepareFn | None:
+    if config.baseline != "value":
+        return None
+    if config.advantage_norm not in ("none", "batch"):
+        raise ValueError(f"advantage_norm={config.advantage_norm!r}: with baseline='value' it is 'none' or 'batch'")
+    return partial(
+        add_value_advantages,
+        backend,
+        gamma=config.gamma,
+        gae_lambda=config.gae_lambda,
+        norm=config.advantage_norm,
+    )
+
+
+def rollout_metrics(batch: RolloutBatch, steps_applied: int | None) -> dict[str, float]:
+    """What a step's rollouts were like; "lag_mean" and "lag_max": how many optimizer steps old the weights were that
+    sampled them, where `steps_applied` have been taken by now (None: nothing is trained, and there is no lag).
 
     The numbers of `batch.metadata` (groups started, kept, dropped) come along under their own names, counts by filter
     as `<key>_<filter>` beside their sum.
@@ -137,8 +178,8 @@ def rollout_metrics(batch: RolloutBatch, steps_applied: int) -> dict[str, float]
         metrics["truncated_frac"] = sum(map(_is_length, reasons)) / len(reasons)
     versions = [sample.metadata.get("weight_version") for sample in batch.samples]
     numbers = [int(version) for version in versions if version is not None and str(version).isdigit()]
-    if numbers:
-        metrics["lag_max"] = steps_applied - min(numbers)
+    if numbers and steps_applied is not None:
+        metrics |= {"lag_mean": steps_applied - statistics.fmean(numbers), "lag_max": steps_applied - min(numbers)}
     for key, value in batch.metadata.items():
         if isinstance(value, Mapping):  # groups_dropped: by filter, and their sum
             metrics |= {key: sum(value.values()), **{f"{key}_{name}": count for name, count in value.items()}}
@@ -178,55 +219,39 @@ def _is_length(reason: Any) -> bool:
     return reason == "length" or (isinstance(reason, Mapping) and reason.get("type") == "length")
 
 
-def _times(clock: Sequence[float], batch: Mapping[str, Any]) -> dict[str, float]:
+def _times(clock: Sequence[float]) -> dict[str, float]:
     generate_s, train_s, sync_s = (end - start for start, end in itertools.pairwise(clock))
-    step_s = clock[-1] - clock[0]
-    tokens = float(batch["attention_mask"].sum())
-    return {
-        "trained_tokens": batch["tokens_global"],
-        "tokens_per_s": tokens / step_s,
-        "generate_s": generate_s,
-        "train_s": train_s,
-        "sync_s": sync_s,
-        "step_s": step_s,
-    }
+    return {"generate_s": generate_s, "train_s": train_s, "sync_s": sync_s, "step_s": clock[-1] - clock[0]}
 
 
-def _log_samples(logger: MetricsLogger, batch: RolloutBatch, advantages: Sequence[float], step: int) -> None:
+def log_samples(
+    logger: MetricsLogger, batch: RolloutBatch, advantages: Sequence[float] | None, step: int, temperature: float
+) -> None:
     """Every sample of a step with what training on it again would need."""
-    groups = batch.group_ids or [0] * len(batch.samples)
-    for sample, group, reward, advantage in zip(batch.samples, groups, batch.rewards, advantages, strict=True):
-        record = {
-            "prompt": sample.prompt,
-            "response": sample.response,
-            "tokens": sample.tokens,
-            "response_length": sample.response_length,
-            "loss_mask": sample.loss_mask,
-            "rollout_log_probs": sample.rollout_log_probs,
-            "reward": reward,
-            "advantage": advantage,
-            "group": group,
-        }
-        logger.log({**sample.metadata, **record}, step=step)
+    for record in sample_records(batch, advantages, temperature):
+        logger.log(record, step=step)
 
 
 def _state(buffer: Any, rollout_manager: Any) -> dict[str, Any]:
+    """Where the prompts and the rollouts stand; a replay has no buffer."""
     if distributed.rank() != 0:
         return {}
-    state = {"buffer": buffer.save_state()}
-    if hasattr(rollout_manager, "save_state"):
-        state["rollout_manager"] = rollout_manager.save_state()
-    return state
+    parts = {"buffer": buffer, "rollout_manager": rollout_manager}
+    return {name: part.save_state() for name, part in parts.items() if hasattr(part, "save_state")}
 
 
 def _restore(buffer: Any, rollout_manager: Any, resume: Mapping[str, Any] | None) -> int:
     if resume is None:
         return 0
     state = resume["extra"]
-    if "buffer" not in state:
+    if not {"buffer", "rollout_manager"} & set(state):
         raise ValueError(f"the checkpoint of step {resume['step']} was not written by this loop: it has no data cursor")
-    if distributed.rank() == 0:
-        buffer.load_state(state["buffer"])
-        if "rollout_manager" in state:
-            rollout_manager.load_state(state["rollout_manager"])
+    for name, part in (("buffer", buffer), ("rollout_manager", rollout_manager)):
+        if hasattr(part, "load_state"):
+            if name not in state:
+                raise ValueError(
+                    f"the checkpoint of step {resume['step']} has no state of a {name}: it was saved by a run that "
+                    "sampled otherwise (from an engine, or from saved rollouts). Resume as that run began."
+                )
+            part.load_state(state[name])
     return int(resume["step"])

@@ -22,6 +22,7 @@ from rollouts.training.loops.common import (
     train_micro_batches,
 )
 from rollouts.training.loops.prefetch import prefetch
+from rollouts.training.loops.throughput import Throughput
 from rollouts.training.metrics import MetricsLogger
 from rollouts.training.types import Sample, SFTTrainingConfig
 
@@ -40,6 +41,7 @@ async def run_sft_training(
     eval_fn: EvalFn | None = None,
     eval_every: int = -1,
     on_checkpoint: CheckpointFn | None = None,
+    peak_flops: float | None = None,
 ) -> list[dict[str, float]]:
     """Train on `samples` and return one dict per logged step. Steps count from 1; every rank makes the same call.
 
@@ -52,10 +54,14 @@ async def run_sft_training(
     training goes on; once it is complete, `on_checkpoint(path, step)` is called on rank 0, as `metrics_logger` is. The
     caller finishes the logger.
 
+    What is in each dict: docs/metrics.md. `peak_flops` is the FLOP/s of one rank's device, for "mfu"; None: what the
+    maker states for the card.
+
     Raises ValueError for an example with nothing to train on, or data that is not what `resume` was saved with.
     """
     _check_samples(samples)
     data = {"fingerprint": _fingerprint(samples), "seed": seed, "batch_size": config.batch_size}
+    throughput = Throughput.of(backend, peak_flops)
     steps = range(check_resume(resume, data) + 1, config.num_steps + 1)
     collective = getattr(backend, "collective", False)
     prepare = partial(_prepare_step, samples, config, seed, pad_token_id, collective)
@@ -64,13 +70,11 @@ async def run_sft_training(
     async with Checkpoints(backend, on_checkpoint) as checkpoints, prefetched as prepared:
         started = time.monotonic()
         async for step, batch in prepared:
+            data_s = time.monotonic() - started
             metrics = await train_micro_batches(backend, batch.micro_batches)
-            elapsed = time.monotonic() - started
-            metrics |= {
-                "trained_tokens": batch.trained_tokens,
-                "tokens_per_s": batch.tokens / elapsed,
-                "step_s": elapsed,
-            }
+            step_s = time.monotonic() - started
+            metrics |= {"data_s": data_s, "train_s": step_s - data_s, "step_s": step_s}
+            metrics |= throughput.metrics(batch.lengths, batch.trained_tokens, train_s=step_s - data_s, step_s=step_s)
             if eval_fn is not None and due(step, eval_every, config.num_steps):
                 metrics |= {f"eval_{key}": value for key, value in (await call(eval_fn, step) or {}).items()}
             if due(step, config.log_every, config.num_steps):
@@ -87,8 +91,8 @@ async def run_sft_training(
 @dataclass(frozen=True)
 class _Step:
     micro_batches: list[dict[str, Any]]  # this rank's
-    trained_tokens: float  # on all ranks, as is `tokens`
-    tokens: int
+    trained_tokens: float  # on all ranks, as are `lengths`
+    lengths: list[int]  # tokens of each example
 
 
 def _prepare_step(  # noqa: PLR0917 — the last alone varies
@@ -104,7 +108,7 @@ def _prepare_step(  # noqa: PLR0917 — the last alone varies
     batch = collate([s.tokens for s in chosen], [s.loss_mask for s in chosen], pad_token_id=pad_token_id)
     sizes = config.micro_batch_size, config.micro_batch_tokens
     micro_batches = list(own_micro_batches(batch, *sizes, equal_counts=collective))
-    return _Step(micro_batches, batch["tokens_global"], sum(len(sample.tokens) for sample in chosen))
+    return _Step(micro_batches, batch["tokens_global"], [len(sample.tokens) for sample in chosen])
 
 
 def _check_samples(samples: Sequence[Sample]) -> None:

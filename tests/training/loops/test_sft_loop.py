@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rollouts.training.checkpoint import latest_checkpoint
-from rollouts.training.loops import run_sft_training, validation_loss
+from rollouts.training.loops import run_sft_training, validation_loss, validation_losses
 from rollouts.training.loops.batching import step_indices
 from rollouts.training.metrics import JSONLLogger
 from rollouts.training.rl_losses import sft_loss
@@ -217,3 +217,28 @@ def test_validation_loss_counts_every_token_once(tmp_path):
     assert math.isfinite(some["loss"])
     with pytest.raises(ValueError, match="no trained token in 0 samples"):
         anyio.run(lambda: validation_loss(backend, [], batch_size=3))
+
+
+def test_validation_losses_by_task(tmp_path):
+    """Goal: each task's own mean over its tokens, and theirs together. Red with the mean of the tasks' means.
+
+    Red also with batches_max applied to each task in place of the whole.
+    """
+    backend = tiny_backend(tmp_path, dtype=torch.float64)
+    samples = sft_samples(9, seed=1)
+    for index, sample in enumerate(samples):
+        sample.metadata["task"] = "long" if index % 3 else "short"
+    found = anyio.run(lambda: validation_losses(backend, samples, batch_size=2, pad_token_id=PAD))
+    expected = {
+        "all": samples,
+        "long": [sample for sample in samples if sample.metadata["task"] == "long"],
+        "short": samples[::3],
+    }
+    assert list(found) == ["all", "long", "short"] and found["long"]["tokens"] != found["short"]["tokens"]
+    for task, of_task in expected.items():
+        alone = anyio.run(lambda: validation_loss(backend, of_task, batch_size=9, pad_token_id=PAD))  # noqa: B023
+        assert found[task] == pytest.approx(alone, abs=1e-12)
+    some = anyio.run(lambda: validation_losses(backend, samples, batch_size=2, batches_max=2, pad_token_id=PAD))
+    assert {task: result["examples"] for task, result in some.items()} == {"all": 4, "long": 2, "short": 2}
+    one = anyio.run(lambda: validation_losses(backend, samples[::3], batch_size=2, pad_token_id=PAD))
+    assert list(one) == ["all"]

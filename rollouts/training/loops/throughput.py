@@ -1,0 +1,64 @@
+"""What a step's tokens and seconds say about speed, and how much memory the process has needed so far."""
+
+import resource
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rollouts.training import distributed
+from rollouts.training.flops import attended_length, flops_per_token, peak_flops
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Of one run: on what it trains. `config` is None where the model's FLOPs are not known, `peak` likewise."""
+
+    device: torch.device
+    config: Any | None  # a transformers config
+    peak: float | None  # FLOP/s of one rank's device, in the dtype that it trains in
+
+    @classmethod
+    def of(cls, backend: Any, peak: float | None = None) -> "Throughput":
+        """Of a backend with a `model` and a `device`. `peak` None: what the maker states for the card, where listed."""
+        device = torch.device(getattr(backend, "device", "cpu"))
+        if peak is None and device.type == "cuda":
+            peak = peak_flops(torch.cuda.get_device_name(device))
+        config = getattr(getattr(backend, "model", None), "config", None)
+        try:
+            flops_per_token(config, 1)
+        except (ValueError, AttributeError):  # an architecture that cannot be counted, or no transformers model
+            config = None
+        return cls(device, config, peak)
+
+    def metrics(
+        self, lengths: Sequence[int], trained_tokens: float, *, train_s: float, step_s: float, passes: int = 1
+    ) -> dict[str, float]:
+        """Rates of a step over documents of `lengths` tokens, memory, and "mfu" where it is known: docs/metrics.md.
+
+        `passes` is how often each token went forward and backward within `train_s`. The numbers are all ranks', but for
+        the memory, which is this one's.
+        """
+        tokens = sum(lengths)
+        found = {
+            "trained_tokens": trained_tokens,
+            "tokens_per_s": tokens / step_s,
+            "peak_memory_gib": peak_memory_gib(self.device),
+        }
+        if self.peak is not None and self.config is not None:
+            share = trained_tokens / tokens
+            flops = flops_per_token(self.config, attended_length(lengths), head_share=share) * tokens * passes
+            found["mfu"] = flops / (train_s * self.peak * distributed.world_size())
+        return found
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most that tensors have held on a CUDA device; elsewhere the most that this process has held of memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB

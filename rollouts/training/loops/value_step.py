@@ -1,0 +1,74 @@
+"""Advantages from a value model: per token, by GAE over the trained tokens of each sequence.
+
+B sequences, T tokens. The reward comes with a sequence's last trained token, after which the episode is over. Tokens
+that are not trained on (a tool's output) are no actions: GAE passes over them.
+"""
+
+import math
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from rollouts.training import distributed
+from rollouts.training.advantages import gae
+from rollouts.training.backends.protocol import TrainFuture
+
+
+class ValueBackend(Protocol):
+    def values(self, batch: dict[str, Any]) -> TrainFuture[Tensor]:
+        """[B, T] on the CPU: the value of the state in which each trained token was chosen; 0 elsewhere."""
+
+
+async def add_value_advantages(
+    backend: ValueBackend, micro_batches: list[dict[str, Any]], *, gamma: float, gae_lambda: float, norm: str
+) -> dict[str, float]:
+    """Give each micro-batch, which has "rewards" [B], its "old_values", "returns" and "advantages" [B, T].
+
+    `norm` "batch" standardises the advantages over all trained tokens of the step; "none" leaves them. The numbers are
+    the step's, over all ranks: "explained_variance" = 1 - Var(return - value) / Var(return), and "value_loss", half the
+    mean squared error of the values. Every rank calls this.
+    """
+    pending = [backend.values(batch) for batch in micro_batches]
+    for batch, future in zip(micro_batches, pending, strict=True):
+        batch["old_values"] = await future.result()
+        batch["advantages"], batch["returns"] = _estimates(batch, gamma, gae_lambda)
+    kept = [batch["loss_mask"][:, 1:] != 0 for batch in micro_batches]
+
+    def trained(key: str) -> Tensor:
+        parts = [batch[key][:, 1:][keep] for batch, keep in zip(micro_batches, kept, strict=True)]
+        return torch.cat(parts or [torch.zeros(0)]).double()
+
+    errors_N = trained("returns") - trained("old_values")
+    _, return_variance, _ = _moments(trained("returns"))
+    _, error_variance, square = _moments(errors_N)
+    if norm == "batch":
+        mean, variance, _ = _moments(trained("advantages"))
+        for batch, keep in zip(micro_batches, kept, strict=True):
+            standard = (batch["advantages"][:, 1:] - mean) / math.sqrt(variance) if variance else 0.0
+            batch["advantages"][:, 1:] = torch.where(keep, standard, 0.0)
+    explained = 1 - error_variance / return_variance if return_variance else 0.0
+    return {"explained_variance": explained, "value_loss": square / 2}
+
+
+def _estimates(batch: dict[str, Any], gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
+    advantages_BT, returns_BT = (torch.zeros_like(batch["old_values"]) for _ in range(2))
+    keep = batch["loss_mask"] != 0
+    keep[:, 0] = False  # predicted by nothing
+    for row, reward in enumerate(batch["rewards"].tolist()):
+        values = batch["old_values"][row][keep[row]].tolist()
+        if values:
+            advantages, returns = gae([0.0] * (len(values) - 1) + [reward], values, gamma=gamma, lam=gae_lambda)
+            advantages_BT[row][keep[row]] = torch.tensor(advantages, dtype=advantages_BT.dtype)
+            returns_BT[row][keep[row]] = torch.tensor(returns, dtype=returns_BT.dtype)
+    return advantages_BT, returns_BT
+
+
+def _moments(values_N: Tensor) -> tuple[float, float, float]:
+    """Mean, variance (ddof 1; 0 where all are equal) and mean square of a step's numbers, over all ranks."""
+    count, total = distributed.all_reduce_floats([float(len(values_N)), values_N.sum().item()])
+    mean = total / max(1.0, count)
+    spread, square = distributed.all_reduce_floats(
+        [(values_N - mean).square().sum().item(), values_N.square().sum().item()]
+    )
+    return mean, spread / max(1.0, count - 1), square / max(1.0, count)
