@@ -90,7 +90,7 @@ def adamw(*, beta2: float) -> OptimizerConfig:
 
 
 config = Config(
-    target=TargetConfig(gpu_ranks=[0], device_type="cuda"),
+    target=TargetConfig(gpu_ranks=[0], device_type="cuda", sharding="none", shard_group_size=-1, cpu_offload=False),
     host=HostConfig(
         installer="uv",
         constraints_file=None,
@@ -204,5 +204,7 @@ config = Config(
         wandb_project="",
         mode="sft+rl",
         source_checkpoint=None,
+        checkpoints_keep=-1,
+        checkpoint_best={},
     ),
 )

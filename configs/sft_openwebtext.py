@@ -42,7 +42,7 @@ def openwebtext(*, start: int, stop: int) -> DatasetSpec:
 
 
 config = Config(
-    target=TargetConfig(gpu_ranks=[0], device_type="cuda"),
+    target=TargetConfig(gpu_ranks=[0], device_type="cuda", sharding="none", shard_group_size=-1, cpu_offload=False),
     host=HostConfig(
         installer="uv",
         constraints_file=None,
@@ -113,5 +113,7 @@ config = Config(
         wandb_project="",
         mode="sft",
         source_checkpoint=None,
+        checkpoints_keep=-1,
+        checkpoint_best={},
     ),
 )

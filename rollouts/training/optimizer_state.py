@@ -77,7 +77,8 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, directory: Path,
     saved = reader.read_metadata().state_dict_metadata
     parameters = {name: (index, parameter) for index, name, parameter in _parameters(model, optimizer)}
     names = {key.rpartition(".")[0] for key in saved} | set(plain["values"])
-    for what, differing in (("unknown", names - set(parameters)), ("missing", set(parameters) - names)):
+    trained = {name for name, (_, parameter) in parameters.items() if parameter.requires_grad}  # frozen ones have none
+    for what, differing in (("unknown", names - set(parameters)), ("missing", trained - names)):
         if differing and names:  # an optimizer that took no step, or one without state, stored nothing
             raise CheckpointError(
                 f"{directory}: optimizer state of {what} parameters: {', '.join(sorted(differing)[:5])}: saved from "
