@@ -91,8 +91,9 @@ class _SelectedLogProbs(torch.autograd.Function):
         head = _head(weight, bias, ctx.matmul_dtype)
         accumulate = torch.promote_types(source.dtype, torch.float32)
         grad_source = torch.zeros_like(source)
-        grad_weight = None if weight is None else torch.zeros_like(weight, dtype=accumulate)
-        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=accumulate)
+        _, weight_trained, bias_trained, *_ = ctx.needs_input_grad  # with LoRA the head is frozen
+        grad_weight = torch.zeros_like(weight, dtype=accumulate) if weight_trained else None
+        grad_bias = torch.zeros_like(bias, dtype=accumulate) if bias_trained else None
         for part in _parts(len(rows_N), ctx.chunk):
             log_probs_nV = kept if kept is not None else _log_softmax_rows(source, rows_N[part], head, ctx.temperature)
             grad_nV = _logits_gradient(
@@ -104,9 +105,13 @@ class _SelectedLogProbs(torch.autograd.Function):
             grad_nV = grad_nV.div_(ctx.temperature).to(source.dtype if head is None else ctx.matmul_dtype)
             if grad_bias is not None:
                 grad_bias += grad_nV.sum(0, dtype=accumulate)
-            if head is not None and grad_weight is not None:
+            if grad_weight is not None:
                 hidden_nD = source.index_select(0, rows_N[part]).to(grad_nV.dtype)
-                grad_weight += (grad_nV.T @ hidden_nD).to(accumulate)
+                if grad_nV.dtype == accumulate:
+                    grad_weight.addmm_(grad_nV.T, hidden_nD)  # without a second [V, D]
+                else:
+                    grad_weight += (grad_nV.T @ hidden_nD).to(accumulate)
+            if head is not None:
                 grad_nV = grad_nV @ head[0]
             grad_source.index_copy_(0, rows_N[part], grad_nV.to(source.dtype))
         grads = [

@@ -6,7 +6,8 @@ adding and subtracting again would drift (slime#780).
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rollouts.training.model_loading import ModelError
-from rollouts.training.reference import weights_sha256
+from rollouts.training.reference import Reference, weights_sha256
 
 ADAPTER_DIR = "adapter"  # inside a checkpoint, in peft's layout; the merged weights stand beside it
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -126,6 +127,29 @@ def write_adapter(model: nn.Module, directory: Path) -> None:
 def base_record(model: nn.Module) -> dict[str, str]:
     """{"name", "sha256"} of the frozen weights under a model's adapters."""
     return dict(model.lora_base)  # type: ignore[arg-type]
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` computes as its frozen weights alone, in evaluation mode; afterwards everything is as it was."""
+    layers, training = _layers(model).values(), model.training
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for layer in layers:
+        layer.enable_adapters(False)  # freezes them, too
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def base_as_reference(model: nn.Module) -> Reference:
+    """The frozen weights under a model's adapters, as the reference of its KL penalty: no second model in memory."""
+    return Reference(model, **base_record(model), using=adapters_off)
 
 
 def read_base(checkpoint: Path) -> dict[str, str] | None:

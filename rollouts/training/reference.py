@@ -1,8 +1,11 @@
 """The frozen model that a KL penalty pulls towards, and the proof that it stays the same one for a whole run."""
 
 import hashlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,11 +15,15 @@ from rollouts.training.model_loading import load_model
 
 @dataclass(frozen=True)
 class Reference:
-    """`name` is where it was loaded from; `sha256` of its weights tells one reference from another."""
+    """`name` is where it was loaded from; `sha256` of its weights tells one reference from another.
+
+    `model` computes as the reference inside `using(model)`.
+    """
 
     model: nn.Module
     name: str
     sha256: str
+    using: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext
 
     @property
     def record(self) -> dict[str, str]:

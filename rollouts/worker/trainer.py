@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from rollouts.training.datasets.sft import SFTReport
     from rollouts.training.evaluation import Evaluation
     from rollouts.training.metrics import MetricsLogger
+    from rollouts.training.reference import Reference
     from rollouts.training.replay import ReplayRollouts
     from rollouts.training.types import Prompt, RLTrainingConfig, Sample
     from rollouts.training.value_head import ValueHead
@@ -182,7 +183,13 @@ def load_data(config: Config, tokenizer: Any, stage: str) -> Data:
     from rollouts.training.rewards import resolve
 
     data, left = config.data, config.stages[config.stages.index(stage) :]
-    load_samples = partial(load_sft_mixture, tokenizer=tokenizer, max_length=data.max_length, seed=data.shuffle_seed)
+    load_samples = partial(
+        load_sft_mixture,
+        tokenizer=tokenizer,
+        max_length=data.max_length,
+        seed=data.shuffle_seed,
+        num_workers=_spare_cores(),
+    )
     if "rl" in left and config.rl is not None:
         resolve(config.rl.reward_fn)
         if config.rl.filter_fn is not None:
@@ -211,6 +218,13 @@ def load_data(config: Config, tokenizer: Any, stage: str) -> Data:
 def task_name(spec: DatasetSpec) -> str:
     """What evaluation calls the rows of a data set that do not name their own task."""
     return spec.name if spec.subset is None else f"{spec.name}:{spec.subset}"
+
+
+def _spare_cores() -> int:
+    """This rank's share of the host's cores; 0 for one core, which has none to spare."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS: no mask
+    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(share, 16) if share > 1 else 0
 
 
 def sft_seed(config: Config) -> int | None:
@@ -362,6 +376,16 @@ def stage_optimizer(model: Any, stage: SFTConfig | RLConfig) -> "Optimizer":
     )
 
 
+def stage_reference(config: ModelConfig, model: Any, name: str) -> "Reference":
+    """The frozen model of the KL penalty: `model`'s own frozen weights if these are it, with LoRA; else loaded."""
+    from rollouts.training.lora import base_as_reference, base_record, is_lora
+    from rollouts.training.reference import load_reference
+
+    if is_lora(model) and base_record(model)["name"] == name:
+        return base_as_reference(model)
+    return load_reference(name, trust_remote_code=config.trust_remote_code)
+
+
 def build_backend(
     config: Config,
     stage: str,
@@ -375,7 +399,6 @@ def build_backend(
 ) -> "PyTorchTrainingBackend":
     from rollouts.training.backends.pytorch import PyTorchTrainingBackend
     from rollouts.training.optim import lr_factor
-    from rollouts.training.reference import load_reference
     from rollouts.training.rl_losses import sft_loss
 
     settings = cast(SFTConfig | RLConfig, getattr(config, stage))
@@ -392,7 +415,7 @@ def build_backend(
         max_grad_norm=optimizer.max_grad_norm,
         lr_schedule=factor,
         compute_dtype=config.model.dtype,
-        reference=load_reference(reference, trust_remote_code=config.model.trust_remote_code) if reference else None,
+        reference=stage_reference(config.model, model, reference) if reference else None,
         value_head=value_head(config, stage, model),
     )
 

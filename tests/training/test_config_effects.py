@@ -19,7 +19,7 @@ from rollouts.training.lora import is_lora, merged_state_dict
 from rollouts.training.model_loading import ModelError, load_model
 from rollouts.worker import trainer
 from tests.example_config import example_config, replace_at
-from tests.training.backends.test_pytorch import sft_batch
+from tests.training.backends.test_pytorch import rl_batch, sft_batch
 from tests.training.tiny_task import TINY_MODEL, tiny_tokenizer
 
 STEPS = 4
@@ -43,7 +43,9 @@ def with_muon() -> Config:
 BASES = {"adamw": changed({}), "muon": with_muon(), "lora": changed({"model.lora": LORA})}
 
 
-def backend_of(config: Config, directory: Path, stage: str = "sft", model_path: str | None = None) -> Any:
+def backend_of(
+    config: Config, directory: Path, stage: str = "sft", model_path: str | None = None, reference: str | None = None
+) -> Any:
     torch.manual_seed(0)  # as the trainer does
     return trainer.build_backend(
         config,
@@ -53,7 +55,7 @@ def backend_of(config: Config, directory: Path, stage: str = "sft", model_path: 
         tokenizer=tiny_tokenizer(),
         device=torch.device("cpu"),
         num_steps=STEPS,
-        reference=None,
+        reference=reference,
     )
 
 
@@ -140,6 +142,36 @@ def test_each_stage_has_its_own_optimizer(tmp_path: Path) -> None:
     assert (group["lr"], group["betas"][0]) == (7e-4, 0.3)
 
 
+def test_a_lora_run_resumes_over_its_own_base(tmp_path: Path) -> None:
+    """Goal: 2 + resume + 2 steps of RL with a KL penalty equal 4, over the frozen weights that the checkpoint names,
+    which are the reference, too. Red with the checkpoint's merged weights as the base: refused."""
+    load_model(TINY_MODEL, init="random").save_pretrained(tmp_path / "start")
+    start = {"model.name": str(tmp_path / "start"), "model.init": "pretrained", "rl.kl_coef": 0.1}
+    config = changed(start, BASES["lora"])
+
+    def make(path: str, *, resumes: bool) -> Any:
+        base = trainer.base_model(config, path, resumes=resumes)
+        reference = trainer.reference_name(config, "rl", path, resumes=resumes)
+        backend = backend_of(config, tmp_path, "rl", base, reference)
+        assert backend._reference.model is backend.model
+        return backend
+
+    def steps(backend: Any, seeds: range) -> list[dict[str, float]]:
+        async def main() -> list[dict[str, float]]:
+            return [await train_step(backend, rl_batch(seed), None) for seed in seeds]
+
+        return anyio.run(main)
+
+    first = make(config.model.name, resumes=False)
+    steps(first, range(2))
+    path = anyio.run(first.save_checkpoint, 2, {})
+    expected = steps(first, range(2, 4))
+    second = make(str(path), resumes=True)
+    anyio.run(second.load_checkpoint, path)
+    assert steps(second, range(2, 4)) == expected
+    assert expected[-1]["kl_reference"] > 0
+
+
 def test_bfloat16_is_for_computing_alone(tmp_path: Path) -> None:
     """Goal: master weights, optimizer state and what is saved stay float32 (AReaL#1292), hidden states do not.
 
@@ -159,7 +191,7 @@ def test_bfloat16_is_for_computing_alone(tmp_path: Path) -> None:
 
 def test_activation_checkpointing_keeps_less_and_changes_nothing(tmp_path: Path) -> None:
     """Goal: loss and gradients bit for bit, with less than half kept for the backward pass; with LoRA too, whose
-    embeddings are frozen. Red with the field not used, and with reentrant checkpointing: no gradient at all."""
+    embeddings are frozen. Red with the field not used, and with reentrant checkpointing, which keeps more."""
     for base in ("adamw", "lora"):
         results = []
         for field in (False, True):

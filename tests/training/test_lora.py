@@ -1,21 +1,27 @@
 """LoRA: only adapters move, exports are the adapted model, resume is exact, and the wrong base is refused."""
 
+import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
 import anyio
 import pytest
 import torch
 from peft import PeftModel
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from rollouts.training.backends import create_pytorch_backend
 from rollouts.training.checkpoint import CheckpointError
+from rollouts.training.log_probs import selected_log_probs
 from rollouts.training.loops.common import train_step
-from rollouts.training.lora import LoraSettings, apply_lora, merged_state_dict, read_base
+from rollouts.training.lora import LoraSettings, apply_lora, base_as_reference, merged_state_dict, read_base
 from rollouts.training.model_loading import ModelError
 from rollouts.training.optim import build_optimizer
-from tests.training.backends.test_pytorch import sft_batch
+from rollouts.training.reference import as_reference
+from rollouts.training.rl_losses import policy_loss
+from tests.training.backends.test_pytorch import rl_batch, sft_batch
 from tests.training.tiny import tiny_backend, tiny_model, tiny_tokenizer
 
 SETTINGS = LoraSettings(rank=3, alpha=6.0, dropout=0.0, target_modules="all-linear", init_seed=0)
@@ -152,6 +158,64 @@ def test_transposed_layers_merge(tmp_path):
             parameter.add_(0.1)
     plain.load_state_dict(merged_state_dict(model))
     torch.testing.assert_close(plain(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_frozen_weights_are_the_reference(tmp_path, dropout):
+    """Goal: the KL to the start costs no second model: exactly 0 at the first step, then what a loaded copy gives.
+
+    Red with the adapters left on: the KL stays 0.
+    """
+    settings = dataclasses.replace(SETTINGS, dropout=dropout)
+    loss_fn = partial(policy_loss, kl_coef=0.5, kl_kind="k2")
+
+    def run(own: bool) -> list[dict]:
+        torch.manual_seed(3)
+        model = apply_lora(tiny_model(), settings, base_name="base")
+        optimizer = build_optimizer(model, **RATES, beta1=0.9, beta2=0.95, eps=1e-8)
+        reference = base_as_reference(model) if own else as_reference(tiny_model(), "base")
+        backend = tiny_backend(tmp_path, model=model, optimizer=optimizer, loss_fn=loss_fn, reference=reference)
+
+        async def main() -> list[dict]:
+            return [await train_step(backend, rl_batch(seed), None) for seed in range(3)]
+
+        metrics = anyio.run(main)
+        assert model.training and len([p for p in model.parameters() if p.requires_grad]) == 2 * 2 * 7
+        return metrics
+
+    own = run(True)
+    assert own == run(False)
+    assert own[0]["kl_reference"] == 0.0 < own[2]["kl_reference"]
+
+
+def test_a_frozen_head_costs_no_gradient():
+    """Goal: neither the product nor the [V, D] buffer of the head's gradient is made. Red with it always made."""
+    hidden = torch.randn(6, 8, requires_grad=True)
+    weight = torch.randn(32, 8, requires_grad=True)
+    made, gradients = [], []
+    for trained in (True, False):
+        log_probs, _ = selected_log_probs(hidden, torch.arange(6), torch.arange(6), weight.requires_grad_(trained))
+        with Shapes() as shapes:
+            (gradient,) = torch.autograd.grad(log_probs.sum(), [hidden])
+        made.append(weight.shape in shapes.seen)
+        gradients.append(gradient)
+    assert made == [True, False]
+    assert torch.equal(*gradients)
+
+
+class Shapes(TorchDispatchMode):
+    """The shapes of all tensors that operations gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[torch.Size] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.seen |= {
+            tensor.shape for tensor in (out if isinstance(out, (tuple, list)) else (out,)) if torch.is_tensor(tensor)
+        }
+        return out
 
 
 def test_the_factory_wraps_and_continues(tmp_path):

@@ -299,7 +299,8 @@ class PyTorchTrainingBackend:
     def _add_reference(self, inputs: dict[str, Any]) -> None:
         """The reference's log-probs of the trained tokens, the way the policy's are taken: equal weights give 0 KL."""
         if self._reference is not None and "ref_log_probs" not in inputs:
-            logits = self._logits(self._reference.model, inputs)
+            with self._reference.using(self._reference.model):
+                logits = self._logits(self._reference.model, inputs)
             temperature = inputs.get("temperature", 1.0)
             inputs["ref_log_probs"] = token_log_probs(
                 logits, inputs["labels"], inputs["loss_mask"], temperature=temperature
@@ -316,8 +317,9 @@ class PyTorchTrainingBackend:
     def _logits(self, model: nn.Module, inputs: Mapping[str, Any]) -> Logits:
         with self._autocasting():
             if self._packed and forward.packs(model):
+                is_rl = "advantages" in inputs
                 head = self._value_head if model is self.model else None
-                return forward.token_log_probs(model, inputs, with_entropy="advantages" in inputs, value_head=head)
+                return forward.token_log_probs(model, inputs, with_entropy=is_rl, share_prompts=is_rl, value_head=head)
             return forward.padded_logits(model, inputs)
 
     def _autocasting(self) -> AbstractContextManager[Any]:
