@@ -165,9 +165,9 @@ def token_log_probs(
 ) -> TokenLogProbs:
     """Log-probs of the trained tokens of a batch, by a prepared model; keys as in `backends.pytorch`.
 
-    `value_head` maps hidden states [N, D] to values [N]: those of the states in which the trained tokens were chosen.
     `share_prompts`: what documents have in common before their first trained token is computed once. Worth it for the
-    samples of a prompt.
+    samples of a prompt. `value_head` maps hidden states [N, D] to values [N]: those of the states in which the trained
+    tokens were chosen.
     """
     packed = pack(inputs["input_ids"], inputs.get("attention_mask"), inputs["loss_mask"] if share_prompts else None)
     hidden_MD = hidden_states(model, packed)
@@ -190,7 +190,7 @@ def token_log_probs(
 
 def token_values(model: nn.Module, inputs: Mapping[str, Any], value_head: nn.Module) -> Tensor:
     """[B, T]: the values of the states in which the trained tokens were chosen, aligned to tokens; 0 elsewhere."""
-    packed = pack(inputs["input_ids"], inputs.get("attention_mask"))
+    packed = pack(inputs["input_ids"], inputs.get("attention_mask"), inputs["loss_mask"])
     keep = inputs["loss_mask"][:, 1:] != 0
     values_N = value_head(hidden_states(model, packed).index_select(0, packed.rows_BT[:, :-1][keep]))
     values_BT = values_N.new_zeros(keep.shape[0], keep.shape[1] + 1)
