@@ -23,17 +23,19 @@ class Documents:
 
     Documents may share tokens of a row: it then holds U, and they have N. `copies` [N] says which of the row's each
     is, `firsts` [U] which of the N gives the row's token its attention. None: nothing is shared.
+    What is compiled reads `longest`, never `lengths`: a tuple would be compiled anew for each number of documents.
     """
 
     lengths: tuple[int, ...]
     offsets: Tensor
+    longest: int
     copies: Tensor | None = None
     firsts: Tensor | None = None
 
     @classmethod
     def of(cls, lengths: list[int], device: torch.device, **shared: Tensor) -> "Documents":
         offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-        return cls(tuple(lengths), offsets.to(device, non_blocking=True), **shared)
+        return cls(tuple(lengths), offsets.to(device, non_blocking=True), max(lengths, default=0), **shared)
 
 
 def register() -> None:
@@ -72,7 +74,7 @@ def attention(  # noqa: PLR0917 — the order in which models call it
             sliding_window=sliding_window,
             **others,
         )
-    window = sliding_window if sliding_window is not None and sliding_window < max(documents.lengths) else None
+    window = sliding_window if sliding_window is not None and sliding_window < documents.longest else None
     if documents.copies is not None:
         # Token by token in memory, as models lay them out: other strides would be rounded differently.
         query, key, value = (
@@ -94,15 +96,14 @@ def _by_kernel(  # noqa: PLR0917
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    longest = max(documents.lengths)
     attended = varlen_attn(
         query,
         key,
         value,
         documents.offsets,
         documents.offsets,
-        longest,
-        longest,
+        documents.longest,
+        documents.longest,
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),
     )
