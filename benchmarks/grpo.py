@@ -57,16 +57,19 @@ def reward(text: str) -> float:
 class Turns:
     """A side's end of the pipe: counts its steps, and after each block reports and waits for its next turn."""
 
-    def __init__(self, pipe: Connection, block: int) -> None:
-        self._pipe, self._block = pipe, block
+    def __init__(self, pipe: Connection, block: int, cpu_s: Callable[[], float]) -> None:
+        self._pipe, self._block, self._cpu_s = pipe, block, cpu_s
         self._rewards: list[float] = []
         self._times: dict[str, float] = {}
 
     def begin(self) -> None:
         """Set-up is over; wait for the first turn."""
         self._pipe.send(None)
+        self._wait()
+
+    def _wait(self) -> None:
         self._pipe.recv()
-        self._started = time.perf_counter()
+        self._started = time.perf_counter(), self._cpu_s()
 
     def step_done(self, metrics: Mapping[str, float]) -> None:
         """After a step, with its "reward_mean" and any times "..._s"."""
@@ -75,10 +78,10 @@ class Turns:
             if name.endswith("_s") and not name.endswith("per_s"):
                 self._times[name] = self._times.get(name, 0.0) + value / self._block
         if len(self._rewards) == self._block:
-            self._pipe.send((time.perf_counter() - self._started, self._rewards, self._times))
+            wall_s, cpu_s = time.perf_counter() - self._started[0], self._cpu_s() - self._started[1]
+            self._pipe.send((wall_s, cpu_s, self._rewards, self._times))
             self._rewards, self._times = [], {}
-            self._pipe.recv()
-            self._started = time.perf_counter()
+            self._wait()
 
     # As a MetricsLogger of ours.
 
@@ -97,8 +100,9 @@ def run_ours(pipe: Connection, job: Job) -> None:
     import torch
 
     torch.set_num_threads(job.threads)
-    with _engine(job) as url:
-        anyio.run(_train_ours, Turns(pipe, job.block), job, url)
+    with _engine(job) as (url, engine_pid):
+        turns = Turns(pipe, job.block, lambda: time.process_time() + _cpu_s(engine_pid))
+        anyio.run(_train_ours, turns, job, url)
 
 
 async def _train_ours(turns: Turns, job: Job, url: str) -> None:
@@ -129,7 +133,12 @@ async def _train_ours(turns: Turns, job: Job, url: str) -> None:
             seed=job.seed,
         )
         buffer = _InOrder(job.prompts)
-        config = RLTrainingConfig(num_steps=job.steps, baseline="group_mean", advantage_norm="group_std")
+        config = RLTrainingConfig(
+            num_steps=job.steps,
+            baseline="group_mean",
+            advantage_norm="group_std",
+            micro_batch_tokens=8192,
+        )
         turns.begin()
         async with AsyncRolloutManager(buffer, rollouts) as manager:  # type: ignore[arg-type]
             await run_rl_training(backend, buffer, manager, [engine], config, metrics_logger=turns)
@@ -153,8 +162,8 @@ class _InOrder:
 
 
 @contextlib.contextmanager
-def _engine(job: Job) -> Iterator[str]:
-    """An embedded engine over the job's model; its URL."""
+def _engine(job: Job) -> Iterator[tuple[str, int]]:
+    """An embedded engine over the job's model; its URL and process id."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -162,10 +171,16 @@ def _engine(job: Job) -> Iterator[str]:
     argv += ["--max-running-requests", str(PROMPTS * SAMPLES)]
     process = subprocess.Popen(argv, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": str(job.threads)})
     try:
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{port}", process.pid
     finally:
         process.terminate()
         process.wait(timeout=20)
+
+
+def _cpu_s(pid: int) -> float:
+    """CPU seconds of a process so far, user and system (proc(5), fields 14 and 15)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 # --- TRL ------------------------------------------------------------------------------------------------------------
@@ -180,7 +195,7 @@ def run_trl(pipe: Connection, job: Job) -> None:
     from rollouts.training.model_loading import load_model, load_tokenizer
 
     torch.set_num_threads(job.threads)
-    turns = Turns(pipe, job.block)
+    turns = Turns(pipe, job.block, time.process_time)
 
     class AfterEachStep(transformers.TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
@@ -242,14 +257,16 @@ class Side:
     name: str
     pipe: Connection
     process: Any
-    block_s: list[float]
+    wall_s: list[float]  # of each block
+    cpu_s: list[float]
     rewards: list[float]
     times: list[dict[str, float]]
 
     def take_turn(self) -> None:
         self.pipe.send(None)
-        seconds, rewards, times = self.pipe.recv()
-        self.block_s.append(seconds)
+        wall_s, cpu_s, rewards, times = self.pipe.recv()
+        self.wall_s.append(wall_s)
+        self.cpu_s.append(cpu_s)
         self.rewards += rewards
         self.times.append(times)
 
@@ -264,7 +281,7 @@ def running(name: str, target: Callable[[Connection, Job], None], job: Job) -> I
     there.close()
     try:
         here.recv()
-        yield Side(name, here, process, [], [], [])
+        yield Side(name, here, process, [], [], [], [])
         here.send(None)
         process.join(timeout=60)
     finally:
@@ -282,16 +299,20 @@ def race(job: Job) -> tuple[Side, Side]:
 
 
 def report(job: Job, ours: Side, trl: Side) -> None:
-    ratios = [theirs / own for own, theirs in zip(ours.block_s[1:], trl.block_s[1:], strict=True)]
+    ratios = [theirs / own for own, theirs in zip(ours.wall_s[1:], trl.wall_s[1:], strict=True)]
+    cpu_ratios = [theirs / own for own, theirs in zip(ours.cpu_s[1:], trl.cpu_s[1:], strict=True)]
     print(f"\n<= {job.new_tokens} new tokens, seed {job.seed}: {job.steps} steps in blocks of {job.block}")
     for side in (ours, trl):
-        speed = job.block / statistics.median(side.block_s[1:])
+        speed = job.block / statistics.median(side.wall_s[1:])
+        cpu_ms = 1000 * statistics.median(side.cpu_s[1:]) / job.block
         curve = " ".join(
             f"{statistics.fmean(side.rewards[start : start + job.block]):.3f}"
             for start in range(0, job.steps, job.block)
         )
-        print(f"  {side.name:5} {speed:6.2f} steps/s   last third {last_third(side.rewards):.3f}   reward {curve}")
+        rewards = f"reward {curve}, last third {last_third(side.rewards):.3f}"
+        print(f"  {side.name:5} {speed:6.2f} steps/s {cpu_ms:7.1f} ms of CPU a step   {rewards}")
     print(f"  ratio {statistics.median(ratios):5.2f}   (median of {', '.join(f'{ratio:.2f}' for ratio in ratios)})")
+    print(f"  of CPU time {statistics.median(cpu_ratios):.2f}")
     parts = {name: statistics.median(block[name] for block in ours.times[1:]) for name in ours.times[1]}
     print("  ours, ms a step: " + ", ".join(f"{name} {1000 * value:.1f}" for name, value in parts.items()))
 

@@ -25,7 +25,12 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.training.weight_sync",
     ),
     "rollouts.engines": ("rollouts.engines",),
-    "rollouts.engines.embedded.scoring": ("rollouts.engines.embedded", "rollouts.training.forward"),
+    "rollouts.engines.embedded.attention": ("rollouts.training.packed_attention",),
+    "rollouts.engines.embedded.scoring": (
+        "rollouts.engines.embedded",
+        "rollouts.training.forward",
+        "rollouts.training.loops.packing",
+    ),
     "rollouts.engines.launch": ("base_config",),
     "rollouts.remote": (
         "base_config",

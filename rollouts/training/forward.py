@@ -5,9 +5,11 @@ of a batch stand in one row, document after document (`packed_attention` keeps t
 that nothing is computed for padding. Architectures in PACKABLE run this way; others padded, by the model's own forward.
 """
 
+import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -73,8 +75,12 @@ def body(model: nn.Module) -> nn.Module:
     return getattr(causal, str(causal.base_model_prefix))
 
 
-def pack(input_ids: Tensor, attention_mask: Tensor | None) -> Packed:
-    """The real tokens of `input_ids` [B, T]; `attention_mask` [B, T], padded on either side, None: all are real."""
+def pack(input_ids: Tensor, attention_mask: Tensor | None, loss_mask: Tensor | None = None) -> Packed:
+    """The real tokens of `input_ids` [B, T]; `attention_mask` [B, T], padded on either side, None: all are real.
+
+    With `loss_mask` [B, T], documents whose tokens before the first trained one are the same share them, all but the
+    last: what predicts a trained token is never shared. The samples of a prompt then have it in the row once.
+    """
     mask_BT = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     lengths_B = mask_BT.sum(1)
     order_B = torch.argsort(lengths_B, descending=True, stable=True)
@@ -84,12 +90,57 @@ def pack(input_ids: Tensor, attention_mask: Tensor | None) -> Packed:
     rows_BT = torch.full_like(input_ids, -1)
     rows_BT.view(-1)[place_M] = torch.arange(len(place_M), device=input_ids.device)
     lengths = [length for length in lengths_B[order_B].tolist() if length]
-    return Packed(
-        input_ids.flatten()[place_M][None],
-        position_BT.flatten()[place_M][None],
-        Documents.of(lengths, input_ids.device),
-        rows_BT,
+    ids_M, position_M = input_ids.flatten()[place_M], position_BT.flatten()[place_M]
+    documents = Documents.of(lengths, input_ids.device)
+    if loss_mask is not None:
+        trained_BT = (loss_mask != 0) & mask_BT & (position_BT > 0)
+        first_B = torch.where(trained_BT, position_BT, lengths_B[:, None] + 1).amin(1)
+        beginnings = (first_B[order_B] - 1).tolist()[: len(lengths)]
+        documents, kept_U = _shared(documents, ids_M, document_M, position_M, beginnings)
+        ids_M, position_M = ids_M[kept_U], position_M[kept_U]
+        if documents.copies is not None:
+            rows_BT = torch.where(rows_BT < 0, -1, documents.copies[rows_BT])
+    return Packed(ids_M[None], position_M[None], documents, rows_BT)
+
+
+def _shared(
+    documents: Documents, ids_M: Tensor, document_M: Tensor, position_M: Tensor, beginnings: list[int]
+) -> tuple[Documents, Tensor]:
+    """`documents` whose beginnings, of so many tokens each, stand in the row once; and which of the M come to stand.
+
+    A beginning is a document of its own beside them, even if only one document has it: attention rounds a token by the
+    length of its document, so its bits would otherwise depend on which documents share a batch.
+    """
+    ids, starts = ids_M.cpu().numpy(), documents.offsets.tolist()
+    found = [
+        (ids[start : start + count].tobytes(), start, count) for start, count in zip(starts, beginnings, strict=False)
+    ]
+    unique = {key: (start, count) for key, start, count in found if count}
+    if not unique:
+        return documents, torch.arange(len(ids_M), device=ids_M.device)
+    own = sorted(unique.items(), key=lambda item: -item[1][1])  # documents of one length stand together
+    sources_P = np.concatenate([np.arange(start, start + count) for _, (start, count) in own])
+    places = dict(
+        zip(
+            (key for key, _ in own),
+            itertools.accumulate((count for _, (_, count) in own), initial=len(ids)),
+            strict=False,
+        )
     )
+    device = ids_M.device
+    place, count = torch.tensor([[places.get(key, 0) for key, _, _ in found], beginnings], device=device)[:, document_M]
+    itself_M = torch.arange(len(ids), device=device)
+    canonical_M = torch.where(position_M < count, place + position_M, itself_M)
+    is_first_N = torch.cat([canonical_M == itself_M, torch.ones(len(sources_P), dtype=torch.bool, device=device)])
+    canonical_N = torch.cat([canonical_M, torch.arange(len(ids), len(is_first_N), device=device)])
+    sources_N = torch.cat([itself_M, torch.from_numpy(sources_P).to(device)])
+    shared = Documents.of(
+        [*documents.lengths, *(count for _, (_, count) in own)],
+        device,
+        copies=(is_first_N.cumsum(0) - 1)[canonical_N],
+        firsts=is_first_N.nonzero().squeeze(1),
+    )
+    return shared, sources_N[shared.firsts]
 
 
 def hidden_states(model: nn.Module, packed: Packed) -> Tensor:
@@ -104,9 +155,15 @@ def hidden_states(model: nn.Module, packed: Packed) -> Tensor:
     return output.last_hidden_state[0]
 
 
-def token_log_probs(model: nn.Module, inputs: Mapping[str, Any], *, with_entropy: bool) -> TokenLogProbs:
-    """Log-probs of the trained tokens of a batch, by a prepared model; keys as in `backends.pytorch`."""
-    packed = pack(inputs["input_ids"], inputs.get("attention_mask"))
+def token_log_probs(
+    model: nn.Module, inputs: Mapping[str, Any], *, with_entropy: bool, share_prompts: bool = False
+) -> TokenLogProbs:
+    """Log-probs of the trained tokens of a batch, by a prepared model; keys as in `backends.pytorch`.
+
+    `share_prompts`: what documents have in common before their first trained token is computed once. Worth it for the
+    samples of a prompt.
+    """
+    packed = pack(inputs["input_ids"], inputs.get("attention_mask"), inputs["loss_mask"] if share_prompts else None)
     hidden_MD = hidden_states(model, packed)
     head = causal_model(model).get_output_embeddings()  # type: ignore[operator]
     keep = inputs["loss_mask"][:, 1:] != 0

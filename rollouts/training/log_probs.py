@@ -105,7 +105,10 @@ class _SelectedLogProbs(torch.autograd.Function):
                 grad_bias += grad_nV.sum(0, dtype=accumulate)
             if grad_weight is not None:
                 hidden_nD = source.index_select(0, rows_N[part]).to(grad_nV.dtype)
-                grad_weight += (grad_nV.T @ hidden_nD).to(accumulate)
+                if grad_nV.dtype == accumulate:
+                    grad_weight.addmm_(grad_nV.T, hidden_nD)  # without a second [V, D]
+                else:
+                    grad_weight += (grad_nV.T @ hidden_nD).to(accumulate)
             if head is not None:
                 grad_nV = grad_nV @ head[0]
             grad_source.index_copy_(0, rows_N[part], grad_nV.to(source.dtype))

@@ -19,15 +19,21 @@ ATTENTION = "rollouts_documents"
 
 @dataclass(frozen=True)
 class Documents:
-    """`lengths` in tokens, in the order they stand; `offsets` [documents + 1] int32: where each starts and all end."""
+    """`lengths` in tokens, in the order they stand; `offsets` [documents + 1] int32: where each starts and all end.
+
+    Documents may share tokens of a row: it then holds U, and they have N. `copies` [N] says which of the row's each
+    is, `firsts` [U] which of the N gives the row's token its attention. None: nothing is shared.
+    """
 
     lengths: tuple[int, ...]
     offsets: Tensor
+    copies: Tensor | None = None
+    firsts: Tensor | None = None
 
     @classmethod
-    def of(cls, lengths: list[int], device: torch.device) -> "Documents":
+    def of(cls, lengths: list[int], device: torch.device, **shared: Tensor) -> "Documents":
         offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-        return cls(tuple(lengths), offsets.to(device, non_blocking=True))
+        return cls(tuple(lengths), offsets.to(device, non_blocking=True), **shared)
 
 
 def register() -> None:
@@ -35,11 +41,11 @@ def register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(ATTENTION, _attention)
+    AttentionInterface.register(ATTENTION, attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
-def _attention(  # noqa: PLR0917 — the order in which models call it
+def attention(  # noqa: PLR0917 — the order in which models call it
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -51,7 +57,7 @@ def _attention(  # noqa: PLR0917 — the order in which models call it
     documents: Documents | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """query [B, H, N, D], key and value [B, Hkv, N, D] → [B, N, H, D]; B is 1 where there are documents."""
+    """query [B, H, U, D], key and value [B, Hkv, U, D] → [B, U, H, D]; B is 1 where there are documents."""
     if documents is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -67,9 +73,16 @@ def _attention(  # noqa: PLR0917 — the order in which models call it
             **others,
         )
     window = sliding_window if sliding_window is not None and sliding_window < max(documents.lengths) else None
+    if documents.copies is not None:
+        # Token by token in memory, as models lay them out: other strides would be rounded differently.
+        query, key, value = (
+            tensor.transpose(1, 2).index_select(1, documents.copies).transpose(1, 2) for tensor in (query, key, value)
+        )
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and dropout == 0.0:
-        return _by_kernel(query, key, value, documents, scaling, window), None
-    return _by_runs(query, key, value, documents, scaling, window, dropout), None
+        attended = _by_kernel(query, key, value, documents, scaling, window)
+    else:
+        attended = _by_runs(query, key, value, documents, scaling, window, dropout)
+    return attended if documents.firsts is None else attended.index_select(1, documents.firsts), None
 
 
 def _by_kernel(  # noqa: PLR0917
@@ -106,19 +119,18 @@ def _by_runs(  # noqa: PLR0917
     window: int | None,
     dropout: float,
 ) -> Tensor:
-    outputs, start = [], 0
-    for length, group in itertools.groupby(documents.lengths):
-        count = len(list(group))
-        stop = start + count * length
-        q, k, v = (
-            tensor[0, :, start:stop].unflatten(1, (count, length)).transpose(0, 1) for tensor in (query, key, value)
-        )
+    runs = [(length, len(list(group))) for length, group in itertools.groupby(documents.lengths)]
+    sizes = [length * count for length, count in runs]
+    # split, not slices: the gradient of each slice would be as large as the whole row
+    parts = zip(runs, *(tensor[0].split(sizes, 1) for tensor in (query, key, value)), strict=True)
+    outputs = []
+    for (length, count), *run in parts:
+        q, k, v = (tensor.unflatten(1, (count, length)).transpose(0, 1) for tensor in run)
         band = None if window is None or length <= window else _band(length, window, query.device)
         attended = F.scaled_dot_product_attention(
             q, k, v, attn_mask=band, dropout_p=dropout, is_causal=band is None, scale=scaling, enable_gqa=True
         )
         outputs.append(attended.transpose(1, 2).flatten(0, 1))
-        start = stop
     return torch.cat(outputs)[None]
 
 

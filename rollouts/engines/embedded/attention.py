@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from rollouts.training import packed_attention
 
 ATTENTION = "rollouts_decode"
 COLUMNS_PER_BLOCK = 256  # matrix kernels cut longer sums into parts, wherever suits the total length
@@ -22,8 +23,8 @@ _KNOWN = {"is_causal", "position_ids", "sliding_window", "use_cache", "output_at
 
 
 def use_for(model: Any) -> None:
-    """Let `model`, where it runs torch's attention, decode with `decode_attention`; prefills stay as they are."""
-    if model.config._attn_implementation == "sdpa":
+    """Let `model`, where it runs torch's attention, decode with `decode_attention`; other passes stay as they are."""
+    if model.config._attn_implementation in ("sdpa", packed_attention.ATTENTION):
         AttentionInterface.register(ATTENTION, decode_attention)
         AttentionMaskInterface.register(ATTENTION, sdpa_mask)
         model.set_attn_implementation(ATTENTION)
@@ -41,13 +42,13 @@ def decode_attention(  # noqa: PLR0917 — the order in which models call it
 ) -> tuple[torch.Tensor, None]:
     """Softmax attention. query [R, H*G, T, D], key and value [R, H, K, D], mask additive [R, 1, 1, K]; [R, T, H*G, D].
 
-    Anything but one token per row over a masked cache, T = 1, is left to transformers' own function.
+    Anything but one token per row over a masked cache, T = 1, is left to `packed_attention`: prefills, scoring.
     """
     rows, heads, columns, size = key.shape
     group = query.shape[1] // heads
     known = all(value is None or name in _KNOWN for name, value in others.items())
     if query.shape[2] != 1 or attention_mask is None or group * size < PRODUCT_SIZE_MIN or not known:
-        return sdpa_attention_forward(
+        return packed_attention.attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
         )
     scale = size**-0.5 if scaling is None else scaling

@@ -5,40 +5,35 @@ float32 on a CPU, with one thread each, matrix products over enough rows give ev
 beside it; so a sequence scored here and by the trainer with the same weights has the same log-probs, exactly.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
+from rollouts.engines.embedded import attention
 from rollouts.engines.embedded.batch import Row
 from rollouts.engines.embedded.model import Served
 from rollouts.training import forward
+from rollouts.training.loops.packing import pack_best_fit
 
+PASS_TOKENS_MAX = 8192  # of one pass: bounds its memory, and keeps small models' activations in the cache
 _COMPANY = 16  # tokens that stand beside the rows: products over fewer rows take other kernels
 
 
 def can_score(served: Served) -> bool:
     """Whether the trainer's pass applies: its architectures, in float32 (others keep what decoding gave)."""
-    return served.dtype == torch.float32 and forward.packs(served.model)
+    if served.dtype != torch.float32 or not forward.prepare(served.model):
+        return False
+    if served.device.type == "cpu":
+        attention.use_for(served.model)  # `prepare` set the trainer's, which this one hands such passes on to
+    return True
 
 
 def score(served: Served, rows: Sequence[Row]) -> None:
     """Replace the log-probs of each row's output, at its own temperature. All were sampled with the served weights."""
-    with _as_the_trainer_runs_it(served.model):
-        for temperature in sorted({row.job.request.params.scale for row in rows}):
-            _score([row for row in rows if row.job.request.params.scale == temperature], served, temperature)
-
-
-@contextmanager
-def _as_the_trainer_runs_it(model: Any) -> Iterator[None]:
-    """Decoding has an attention function of its own; it comes back after."""
-    own = model.config._attn_implementation
-    forward.prepare(model)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(own)
+    for temperature in sorted({row.job.request.params.scale for row in rows}):
+        alike = [row for row in rows if row.job.request.params.scale == temperature]
+        for bin_ in pack_best_fit([len(row.ids) for row in alike], PASS_TOKENS_MAX):
+            _score([alike[index] for index in bin_], served, temperature)
 
 
 def _score(rows: Sequence[Row], served: Served, temperature: float) -> None:
@@ -58,7 +53,7 @@ def _score(rows: Sequence[Row], served: Served, temperature: float) -> None:
     }
     device = served.device
     moved = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
-    found = forward.token_log_probs(served.model, moved, with_entropy=False)
+    found = forward.token_log_probs(served.model, moved, with_entropy=False, share_prompts=True)
     values = found.log_probs_N.tolist()
     for row, count in zip(rows, found.keep.sum(1).tolist(), strict=False):  # the company comes last
         row.logprobs, values = values[:count], values[count:]

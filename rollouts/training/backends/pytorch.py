@@ -272,7 +272,8 @@ class PyTorchTrainingBackend:
     def _logits(self, model: nn.Module, inputs: Mapping[str, Any]) -> Logits:
         with self._autocasting():
             if self._packed and forward.packs(model):
-                return forward.token_log_probs(model, inputs, with_entropy="advantages" in inputs)
+                is_rl = "advantages" in inputs
+                return forward.token_log_probs(model, inputs, with_entropy=is_rl, share_prompts=is_rl)
             return forward.padded_logits(model, inputs)
 
     def _autocasting(self) -> AbstractContextManager[Any]:
