@@ -5,7 +5,6 @@ of a batch stand in one row, document after document (`packed_attention` keeps t
 that nothing is computed for padding. Architectures in PACKABLE run this way; others padded, by the model's own forward.
 """
 
-import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
@@ -37,9 +36,9 @@ PACKABLE = frozenset(
 
 
 class Packed(NamedTuple):
-    """The real tokens of a batch in one row: longest document first."""
+    """The real tokens of a batch in one row: longest document first, then what documents share (`Documents.copies`)."""
 
-    input_ids: Tensor  # [1, M]
+    input_ids: Tensor  # [1, M], fewer where tokens are shared
     position_ids: Tensor  # [1, M], from 0 in each document
     documents: Documents
     rows_BT: Tensor  # [B, T]: where in that row a token stands; -1 for padding
@@ -119,26 +118,26 @@ def _shared(
     if not unique:
         return documents, torch.arange(len(ids_M), device=ids_M.device)
     own = sorted(unique.items(), key=lambda item: -item[1][1])  # documents of one length stand together
-    sources_P = np.concatenate([np.arange(start, start + count) for _, (start, count) in own])
-    places = dict(
-        zip(
-            (key for key, _ in own),
-            itertools.accumulate((count for _, (_, count) in own), initial=len(ids)),
-            strict=False,
-        )
-    )
+    places: dict[bytes, int] = {}
+    sources: list[np.ndarray] = []
+    end = len(ids)
+    for key, (start, count) in own:
+        places[key] = end
+        sources.append(np.arange(start, start + count))
+        end += count
     device = ids_M.device
-    place, count = torch.tensor([[places.get(key, 0) for key, _, _ in found], beginnings], device=device)[:, document_M]
-    itself_M = torch.arange(len(ids), device=device)
-    canonical_M = torch.where(position_M < count, place + position_M, itself_M)
-    is_first_N = torch.cat([canonical_M == itself_M, torch.ones(len(sources_P), dtype=torch.bool, device=device)])
-    canonical_N = torch.cat([canonical_M, torch.arange(len(ids), len(is_first_N), device=device)])
-    sources_N = torch.cat([itself_M, torch.from_numpy(sources_P).to(device)])
+    per_document = torch.tensor([[places.get(key, 0) for key, _, _ in found], beginnings], device=device)
+    place_M, count_M = per_document[:, document_M]
+    itself_N = torch.arange(end, device=device)  # the N: all M tokens, then those of the beginnings' own documents
+    computed_N = itself_N.clone()
+    computed_N[: len(ids)] = torch.where(position_M < count_M, place_M + position_M, itself_N[: len(ids)])
+    is_own_N = computed_N == itself_N
+    sources_N = torch.cat([itself_N[: len(ids)], torch.from_numpy(np.concatenate(sources)).to(device)])
     shared = Documents.of(
         [*documents.lengths, *(count for _, (_, count) in own)],
         device,
-        copies=(is_first_N.cumsum(0) - 1)[canonical_N],
-        firsts=is_first_N.nonzero().squeeze(1),
+        copies=(is_own_N.cumsum(0) - 1)[computed_N],
+        firsts=is_own_N.nonzero().squeeze(1),
     )
     return shared, sources_N[shared.firsts]
 
