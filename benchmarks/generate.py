@@ -1,17 +1,22 @@
 """The embedded engine's decoding beside transformers' own `generate`: 64 prompts x 64 new tokens, 5M parameters, fp32.
 
-`python benchmarks/generate.py` prints tokens/s of both and their ratio. Same process, same model, same threads; the
-engine's side is its model thread's work (admission, prefill, decode, sampling), without HTTP.
+    python -m benchmarks.generate [--threads 1] [--rounds 7]
+
+Same process, same weights, same prompts, same threads; the engine's side is its model thread's work (admission,
+prefill, decode, sampling), without HTTP. Both take turns, one round each, and the ratio is the median over rounds of
+neighbours, so that a busy machine slows both.
 """
 
 import argparse
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from rollouts.engines.embedded.batch import Batch, Job, Row
 from rollouts.engines.embedded.model import Served, load
@@ -53,12 +58,12 @@ def ours(served: Served, prompts: list[list[int]], new_tokens: int) -> None:
             batch.step()
 
 
-def plain_generate(served: Served, prompts: list[list[int]], new_tokens: int) -> None:
+def plain_generate(model: Any, prompts: list[list[int]], new_tokens: int) -> None:
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     with torch.inference_mode():
-        out = served.model.generate(
+        out = model.generate(
             input_ids=ids,
             attention_mask=mask,
             do_sample=True,
@@ -69,14 +74,10 @@ def plain_generate(served: Served, prompts: list[list[int]], new_tokens: int) ->
     assert out.shape[1] == width + new_tokens
 
 
-def best_of(rounds: int, run: Callable[[], None]) -> float:
-    """Seconds of the fastest round, after one to warm up."""
-    seconds = []
-    for _ in range(rounds + 1):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
+def seconds(run: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def main() -> None:
@@ -84,20 +85,25 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as path:
         make_model(path)
         served = load(path, dtype="float32", device="cpu", trust_remote_code=False)
+        plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         prompts = [rng.integers(1, 8192, size=rng.integers(8, 65)).tolist() for _ in range(args.prompts)]
-        ours_s = best_of(args.rounds, lambda: ours(served, prompts, args.new_tokens))
-        plain_s = best_of(args.rounds, lambda: plain_generate(served, prompts, args.new_tokens))
+        sides = (
+            lambda: ours(served, prompts, args.new_tokens),
+            lambda: plain_generate(plain, prompts, args.new_tokens),
+        )
+        rounds = [[seconds(side) for side in sides] for _ in range(args.rounds + 1)][1:]  # the first warms up
     tokens = args.prompts * args.new_tokens
-    print(f"embedded engine      {tokens / ours_s:8.0f} tokens/s")
-    print(f"transformers generate{tokens / plain_s:8.0f} tokens/s")
-    print(f"ratio                {plain_s / ours_s:8.2f}")
+    for name, times in zip(("embedded engine", "transformers generate"), zip(*rounds, strict=True), strict=True):
+        print(f"{name:22}{tokens / statistics.median(times):8.0f} tokens/s")
+    ratios = sorted(plain_s / ours_s for ours_s, plain_s in rounds)
+    print(f"ratio {statistics.median(ratios):.2f} (rounds: {ratios[0]:.2f} to {ratios[-1]:.2f})")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import MambaConfig, MambaForCausalLM
 
+from rollouts.engines.embedded.attention import decode_attention
 from rollouts.engines.embedded.batch import Batch, Job, Row
 from rollouts.engines.embedded.model import ModelError, Served, load, load_weights
 from rollouts.engines.embedded.protocol import PromptRequest, SamplingParams
@@ -207,3 +208,32 @@ def test_a_token_without_weight_is_never_drawn() -> None:
     )
     assert tokens.tolist() == [2, 2, 3]
     assert logprobs.tolist() == pytest.approx([np.log(0.5)] * 3)
+
+
+# --- attention ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("heads", "group", "size"), [(4, 1, 16), (2, 2, 16), (1, 4, 64), (2, 1, 8)])
+def test_decode_attention_and_its_bits(heads: int, group: int, size: int) -> None:
+    """Goal: one token's attention is torch's own to rounding, and the same bits however wide the cache and however many
+    rows. Red with COLUMNS_PER_BLOCK = 1024 (the bits, from 416 columns on), and with PRODUCT_SIZE_MIN = 0 (size 8).
+    """
+    rows, columns = 40, 704
+    generator = torch.Generator().manual_seed(0)
+    key, value = (torch.randn(rows, heads, columns, size, generator=generator) for _ in range(2))
+    query = torch.randn(rows, heads * group, 1, size, generator=generator)
+    module = torch.nn.Module()
+    module.num_key_value_groups = group  # type: ignore[assignment]
+    for length in (5, 100, 300, 500):
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            query, key[:, :, :length], value[:, :, :length], enable_gqa=True
+        ).transpose(1, 2)
+        seen = []
+        for width in (-(-length // 32) * 32, 512, columns):
+            mask = torch.zeros(rows, 1, 1, width)
+            mask[..., length:] = torch.finfo(torch.float32).min
+            for count in (16, rows):
+                few = (query[:count], key[:count, :, :width], value[:count, :, :width], mask[:count])
+                seen.append(decode_attention(module, *few)[0])
+        assert torch.allclose(seen[1], expected, rtol=0, atol=1e-5)
+        assert all(torch.equal(found[:16], seen[0]) for found in seen)

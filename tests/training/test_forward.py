@@ -155,3 +155,82 @@ def test_the_head_runs_on_trained_positions_alone():
     batch = batch_of()
     ours = forward.token_log_probs(model, batch, with_entropy=False)
     assert len(ours.log_probs_N) == int((batch["loss_mask"] != 0).sum())
+
+
+def group_batch() -> dict[str, torch.Tensor]:
+    """Two prompts, of 5 and 2 tokens, with three answers each, and one prompt of a single token."""
+    prompts = [[7, 8, 9, 10, 11], [12, 13], [14]]
+    answers = [[3, 4], [5, 6, 7, EOS], [3], [9], [9, 8, 7], [4, EOS], [6, 5]]
+    owners = [0, 0, 0, 1, 1, 1, 2]
+    width = 9
+    ids, seen, trained = [], [], []
+    for owner, answer in zip(owners, answers, strict=True):
+        prompt = prompts[owner]
+        padding = width - len(prompt) - len(answer)
+        ids.append([*prompt, *answer, *[EOS] * padding])
+        seen.append([1] * (width - padding) + [0] * padding)
+        trained.append([0.0] * len(prompt) + [1.0] * len(answer) + [0.0] * padding)
+    tokens = torch.tensor(ids)
+    return {
+        "input_ids": tokens,
+        "labels": tokens,
+        "attention_mask": torch.tensor(seen),
+        "loss_mask": torch.tensor(trained, dtype=torch.float64),
+    }
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "gemma3_text"])
+def test_a_shared_prompt_is_computed_once(kind):
+    """Goal: with the prompt of a group in the row once, log-probs and gradients are those of whole documents.
+
+    Red with the last token of a prompt shared too (it predicts several answers), and with positions that run on.
+    """
+    batch = group_batch()
+    whole, shared = model_of(kind), model_of(kind)
+    results = []
+    for model, share in ((whole, False), (shared, True)):
+        forward.prepare(model)
+        found = forward.token_log_probs(model, batch, with_entropy=True, share_prompts=share)
+        sft_loss(found, batch["labels"], batch["loss_mask"]).backward()
+        results.append(found)
+    torch.testing.assert_close(results[1].log_probs_N, results[0].log_probs_N, rtol=0, atol=1e-12)
+    torch.testing.assert_close(results[1].entropy_N, results[0].entropy_N, rtol=0, atol=1e-12)
+    for a, b in zip(whole.parameters(), shared.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-5, atol=1e-6)
+    packed = forward.pack(batch["input_ids"], batch["attention_mask"], batch["loss_mask"])
+    real = batch["attention_mask"].bool()
+    assert torch.equal(packed.input_ids[0][packed.rows_BT[real]], batch["input_ids"][real])
+    assert packed.input_ids.shape[1] == int(real.sum()) - 2 * 4 - 2 * 1  # all of a prompt but its last token, twice
+
+
+def test_bits_do_not_depend_on_who_shares():
+    """Goal: in float32 an answer's log-probs are the same bits whichever of its group's answers are in the batch.
+
+    Red with a shared token's attention taken from the first document that has it instead of a document of its own.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    model = model_of("qwen2", torch.float32)
+    forward.prepare(model)
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(2, VOCAB, (20,), generator=generator).expand(8, -1)
+    ids = torch.cat([prompt, torch.randint(2, VOCAB, (8, 30), generator=generator)], 1)
+    lengths = torch.arange(22, 50, 4)
+    seen = torch.arange(50) < torch.cat([lengths, torch.tensor([50])])[:, None]
+    loss_mask = (seen & (torch.arange(50) >= 20)).float()
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": seen, "loss_mask": loss_mask}
+    try:
+        with torch.no_grad():
+            together = forward.token_log_probs(model, batch, with_entropy=False, share_prompts=True)
+            for rows in ([0, 1, 2, 3], [3, 4], [2, 5, 6], [7, 3]):
+                few = {key: value[rows] for key, value in batch.items()}
+                found = forward.token_log_probs(model, few, with_entropy=False, share_prompts=True)
+                expected = torch.cat([together.log_probs_N[_row(together.keep, row)] for row in rows])
+                assert torch.equal(found.log_probs_N, expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _row(keep: torch.Tensor, row: int) -> torch.Tensor:
+    """Which of the N trained tokens are the row's."""
+    return keep.nonzero()[:, 0] == row

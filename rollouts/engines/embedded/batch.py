@@ -173,7 +173,7 @@ class Batch:
         state = self._state[:count]
         logits_BV = self._forward(count)
         draws = torch.from_numpy(uniforms(state["key"], state["made"])).to(self._sampler)
-        tokens, logprobs = sample(logits_BV.to(self._sampler), uniforms_B=draws, **self._knobs)  # type: ignore[arg-type]
+        tokens, logprobs = sample(logits_BV.to(self._sampler), uniforms_B=draws, **self._knobs)
         tokens_B, logprobs_B = tokens.cpu().numpy(), logprobs.cpu().numpy()
 
         self._reserve_outputs(int(state["made"].max()) + 1)
@@ -271,9 +271,9 @@ class Batch:
         state = self._state[: len(self.rows)]
         self._watched = np.flatnonzero(state["watched"]).tolist()
         self._columns_later = int((state["length"] + state["made_max"] - state["made"]).max(initial=0))
-        greedy, filtered = state["greedy"].any(), state["filtered"].any()
+        greedy, filtered, scaled = state["greedy"].any(), state["filtered"].any(), (state["temperature"] != 1).any()
         self._knobs = {
-            "temperature_B1": self._knob("temperature")[:, None],
+            "temperature_B1": self._knob("temperature")[:, None] if scaled else None,
             "greedy_B": self._knob("greedy") if greedy else None,
             "top_k_B1": self._knob("top_k")[:, None] if filtered else None,
             "top_p_B1": self._knob("top_p")[:, None] if filtered else None,

@@ -129,7 +129,7 @@ def load_weights(served: Served, path: str) -> None:
 
 
 def _read_plain(path: str, model: Any) -> dict[str, torch.Tensor] | None:
-    """The state of `model` as it stands in the one safetensors file of `path`; None where that is not all there is.
+    """The state of `model` as it stands in the one safetensors file of `path`; None where there is more to it.
 
     Building a model to read a checkpoint takes twelve times as long as reading a small one. Whatever does not fit name
     by name and shape by shape (shards, converted names, damage) is for `_read`, which says what is wrong.

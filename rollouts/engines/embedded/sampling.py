@@ -34,7 +34,7 @@ def uniforms(keys_B: np.ndarray, positions_B: np.ndarray) -> np.ndarray:
 def sample(
     logits_BV: torch.Tensor,
     *,
-    temperature_B1: torch.Tensor,
+    temperature_B1: torch.Tensor | None,
     uniforms_B: torch.Tensor,
     greedy_B: torch.Tensor | None,
     top_k_B1: torch.Tensor | None,
@@ -43,10 +43,12 @@ def sample(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens [B] int64 and their log-probs [B] float32: log softmax(logits / temperature), before any filter.
 
-    The three filters come together, or None when no row has one; greedy_B is None when no row is greedy. A row's
-    result does not depend on whether its batch-mates are filtered: the draw walks the vocabulary in id order always.
+    The three filters come together, or None when no row has one; greedy_B is None when no row is greedy, temperature_B1
+    when all are at 1. A row's result does not depend on whether its batch-mates are filtered: the draw walks the
+    vocabulary in id order always.
     """
-    logprobs_BV = torch.log_softmax(logits_BV.float() / temperature_B1, dim=-1)
+    scaled_BV = logits_BV.float() if temperature_B1 is None else logits_BV.float() / temperature_B1
+    logprobs_BV = torch.log_softmax(scaled_BV, dim=-1)
     weights_BV = logprobs_BV.exp()
     if top_k_B1 is not None:
         assert top_p_B1 is not None and min_p_B1 is not None
