@@ -74,7 +74,7 @@ class PyTorchTrainingBackend:
         self._packed = is_log_prob_loss(loss_fn) and forward.prepare(model)
         self._tokenizer = tokenizer
         self._reference = reference
-        if reference is not None:
+        if reference is not None and reference.model is not model:  # with LoRA they may be one
             reference.model.to(device)
             forward.prepare(reference.model)
         self._max_grad_norm = max_grad_norm
