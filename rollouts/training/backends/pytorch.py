@@ -87,7 +87,7 @@ class PyTorchTrainingBackend:
         self._packed = is_log_prob_loss(loss_fn) and forward.prepare(model)
         self._tokenizer = copy.deepcopy(tokenizer)  # the writer's own: a fast tokenizer serves one thread at a time
         self._reference = reference
-        if reference is not None:
+        if reference is not None and reference.model is not model:  # with LoRA they may be one
             self._place(reference.model)
             forward.prepare(reference.model)
         if value_head is not None and not self._packed:
