@@ -202,9 +202,7 @@ def in_own_process(variant: str, directory: Path, options: argparse.Namespace) -
         for name in ("model", "rows.json"):
             (Path(scratch) / name).symlink_to(directory / name)
         command = [sys.executable, __file__, "--variant", variant, "--directory", scratch]
-        command += ["--threads", str(options.threads)]
-        if options.micro_batch_tokens is not None:
-            command += ["--micro-batch-tokens", str(options.micro_batch_tokens)]
+        command += ["--threads", str(options.threads), "--micro-batch-tokens", str(options.micro_batch_tokens)]
         environment = {
             **os.environ,
             "PYTHONPATH": str(ROOT),
@@ -239,7 +237,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=600)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--micro-batch-tokens", type=int, help="ours: tokens per forward pass; default: a step's")
+    parser.add_argument("--micro-batch-tokens", type=int, default=1280, help="ours: tokens per forward pass")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)  # this process is a child
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)

@@ -173,7 +173,13 @@ def load_data(config: Config, tokenizer: Any, stage: str) -> Data:
     from rollouts.training.rewards import resolve
 
     data, left = config.data, config.stages[config.stages.index(stage) :]
-    load_samples = partial(load_sft_mixture, tokenizer=tokenizer, max_length=data.max_length, seed=data.shuffle_seed)
+    load_samples = partial(
+        load_sft_mixture,
+        tokenizer=tokenizer,
+        max_length=data.max_length,
+        seed=data.shuffle_seed,
+        num_workers=_spare_cores(),
+    )
     if "rl" in left and config.rl is not None:
         resolve(config.rl.reward_fn)
         if config.rl.filter_fn is not None:
@@ -187,6 +193,13 @@ def load_data(config: Config, tokenizer: Any, stage: str) -> Data:
         eval_samples=load_samples(data.eval_mixture)[0] if data.eval_mixture and "sft" in left else (),
         eval_rows=load_prompt_mixture(asked, seed=data.shuffle_seed) if asked else (),
     )
+
+
+def _spare_cores() -> int:
+    """This rank's share of the host's cores; 0 for one core, which has none to spare."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS: no mask
+    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(share, 16) if share > 1 else 0
 
 
 def sft_seed(config: Config) -> int | None:

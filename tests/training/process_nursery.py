@@ -64,13 +64,13 @@ class Nursery:
         self._running.add(pid)
         return pid
 
-    def kill(self, pid: int) -> None:
-        """kill -9, and wait until it is gone."""
+    def kill(self, pid: int) -> int:
+        """kill -9, and wait until it is gone; -9, or the exit code of one that had ended by itself."""
         os.kill(pid, signal.SIGKILL)
-        self.wait(pid)
+        return self.wait(pid)
 
     def wait(self, pid: int) -> int:
-        """The exit code once it has ended; -9 after `kill`."""
+        """The exit code once it has ended; minus the signal that ended it."""
         self._running.discard(pid)
         return int(self._ask({"wait": pid}))
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -21,7 +22,8 @@ from tests.training.process_nursery import Nursery
 WAIT_S = 120.0
 SFT_STEPS, RL_STEPS = 16, 8
 CHECKPOINT_EVERY = {"sft": 3, "rl": 2}
-TIMES = ("time", "step_s", "tokens_per_s", "generate_s", "train_s", "sync_s")
+TENSOR_FILES = (".safetensors", ".distcp")
+MEASURED = re.compile(r"time|.*_s|mfu|peak_memory_gib")  # of this machine and moment, not of the run
 
 
 @pytest.fixture(scope="module")
@@ -82,14 +84,19 @@ class Attempt:
     engine: int | None
 
     def steps(self) -> dict[int, dict[str, Any]]:
-        """What it logged by step, without times. Every line must be whole but the last, which death may tear."""
+        """What it logged by step, but for measurements. Every line must be whole but the last, which death may tear."""
         lines = self.run.metrics.read_text().split("\n") if self.run.metrics.exists() else [""]
         rows = [json.loads(line) for line in lines[:-1]]
-        return {row["step"]: {key: value for key, value in row.items() if key not in TIMES} for row in rows}
+        return {row["step"]: {key: value for key, value in row.items() if not MEASURED.fullmatch(key)} for row in rows}
 
     def samples(self) -> list[dict[str, Any]]:
         lines = self.run.rollouts.read_text().split("\n")[:-1] if self.run.rollouts.exists() else []
-        return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
+        return [
+            {key: value for key, value in json.loads(line).items() if not MEASURED.fullmatch(key)} for line in lines
+        ]
+
+    def log(self) -> str:
+        return "".join(file.read_text() for file in sorted(self.run.path.glob("*.log")))
 
     @property
     def checkpoints(self) -> Path:
@@ -107,7 +114,7 @@ def start(nursery: Nursery, config: Config, directory: Path) -> Attempt:
         flags = ["--model-path", model, "--port", str(port), "--max-running-requests", "256"]
         engine = nursery.start("rollouts.engines.embedded", flags, directory / "engine.log")
         argv = ["--engine-url", f"http://127.0.0.1:{port}"]
-        wait_for(lambda: is_healthy(argv[1]), directory / "engine.log")
+        wait_for(lambda: is_healthy(argv[1]), engine)
     config.save(run.config)
     arguments = ["--run-dir", str(directory), "--stage", stage, *argv]
     pid = nursery.start("rollouts.worker.trainer", arguments, directory / "trainer.log")
@@ -121,34 +128,40 @@ def is_healthy(url: str) -> bool:
         return False
 
 
-def wait_for(condition: Callable[[], bool], log: Path) -> None:
+def wait_for(condition: Callable[[], bool], pid: int) -> None:
+    """Return once `condition` holds, or process `pid` has ended."""
     deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, log.read_text()
+    while not condition() and not has_ended(pid):
+        assert time.monotonic() < deadline, f"waited {WAIT_S:g} s for process {pid}"
         time.sleep(0.002)
+
+
+def has_ended(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"  # not yet waited for
 
 
 def finish(nursery: Nursery, attempt: Attempt) -> Attempt:
     code = nursery.wait(attempt.pid)
     if attempt.engine is not None:
         nursery.kill(attempt.engine)
-    assert code == 0, (attempt.run.path / "trainer.log").read_text()
+    assert code == 0, attempt.log()
     return attempt
 
 
 def kill_at_random(nursery: Nursery, attempt: Attempt, rng: random.Random, *, completed: int) -> None:
     """kill -9 once `completed` checkpoints stand, at a random moment of the next steps or of the next checkpoint."""
-    log, every = attempt.run.path / "trainer.log", CHECKPOINT_EVERY[attempt.stage]
-    wait_for(lambda: len(list(attempt.checkpoints.glob("step_*"))) >= completed, log)
+    every = CHECKPOINT_EVERY[attempt.stage]
+    wait_for(lambda: len(list(attempt.checkpoints.glob("step_*"))) >= completed, attempt.pid)
     if rng.random() < 0.5:
         count = len(attempt.steps()) + rng.randint(0, every)
-        wait_for(lambda: len(attempt.steps()) >= count, log)
+        wait_for(lambda: len(attempt.steps()) >= count, attempt.pid)
     else:
-        wait_for(lambda: any(attempt.checkpoints.glob(".tmp-step_*")), log)
+        wait_for(lambda: any(attempt.checkpoints.glob(".tmp-step_*")), attempt.pid)
     time.sleep(rng.random() * 0.03)
-    nursery.kill(attempt.pid)
+    code = nursery.kill(attempt.pid)
     if attempt.engine is not None:
         nursery.kill(attempt.engine)
+    assert code in (0, -9), attempt.log()  # 0: it was at its end
 
 
 def killed_and_resumed(nursery: Nursery, config: Config, directory: Path, seed: int) -> list[Attempt]:
@@ -175,13 +188,23 @@ def check(attempts: list[Attempt], whole: Attempt, steps: int) -> None:
             seen.add(step)
     assert seen == set(expected)
     paths = [(attempt.checkpoints / "latest").resolve() for attempt in (attempts[-1], whole)]
-    names = [{str(file.relative_to(path)) for file in path.rglob("*.safetensors")} for path in paths]
+    names = [{str(file.relative_to(path)) for file in path.rglob("*") if file.suffix in TENSOR_FILES} for path in paths]
     assert names[0] == names[1] and names[0]
     for name in names[0]:
         assert (paths[0] / name).read_bytes() == (paths[1] / name).read_bytes(), name
-    optimizers = [torch.load(path / "training_state.pt", weights_only=True)["optimizer"]["state"] for path in paths]
-    for index, state in optimizers[1].items():
-        assert all(torch.equal(value, optimizers[0][index][key]) for key, value in state.items())
+    states = [torch.load(path / "training_state.pt", weights_only=True) for path in paths]
+    for key in states[1].keys() - {"rng"}:  # Python's and NumPy's generators, which nothing uses, were scrambled
+        assert same(states[0][key], states[1][key]), key
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
 
 
 @pytest.fixture(scope="module")
@@ -198,9 +221,13 @@ def whole_sft(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Cal
     return get
 
 
-@pytest.mark.parametrize(("kind", "seed"), [("adamw", 0), ("adamw", 1), ("adamw", 2), ("muon", 3), ("lora", 4)])
+@pytest.mark.parametrize(("kind", "seed"), [("adamw", 0), ("adamw", 1), ("muon", 3), ("lora", 4)])
 def test_sft(nursery: Nursery, whole_sft: Callable[[str], Attempt], tmp_path: Path, kind: str, seed: int) -> None:
-    """Goal: two kills -9 change no metric and no byte of weights or optimizer state."""
+    """Goal: two kills -9 change no metric and no byte of weights or optimizer state.
+
+    Red with the generators' state not restored (LoRA's dropout), with the optimizer's not restored (Muon), and with
+    `latest` moved before the checkpoint is whole.
+    """
     check(killed_and_resumed(nursery, SFT_KINDS[kind], tmp_path, seed), whole_sft(kind), SFT_STEPS)
 
 
@@ -214,9 +241,12 @@ def whole_rl(
     return config, finish(nursery, start(nursery, config, tmp_path_factory.mktemp("rl") / "whole"))
 
 
-@pytest.mark.parametrize("seed", [10, 11, 12])
+@pytest.mark.parametrize("seed", [10, 11])
 def test_rl(nursery: Nursery, whole_rl: tuple[Config, Attempt], tmp_path: Path, seed: int) -> None:
-    """Goal: as in SFT, with the prompts, the carried groups, the KL reference and every sample of the engine's."""
+    """Goal: as in SFT, with the prompts, the carried groups, the KL reference and every sample of the engine's.
+
+    Red with the carried groups not restored, and with the reference loaded from the checkpoint.
+    """
     config, whole = whole_rl
     attempts = killed_and_resumed(nursery, config, tmp_path, seed)
     check(attempts, whole, RL_STEPS)

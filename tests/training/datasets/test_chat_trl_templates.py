@@ -43,8 +43,9 @@ def test_each_turn_is_trained_once_and_all_of_it_or_refused(path: Path) -> None:
     """Goal: for chats, thoughts and tools alike, what is trained is what the assistant says, with an end.
 
     A template may refuse what it cannot render; only the end of a turn (glm4moe has none) makes it refuse a plain chat.
-    Red with the plain rendering before a turn taken for its beginning (phi3 ends that with an end of text), and for
-    qwen2_5_training with the markers uncut (they take in the header's line break).
+    Red with the rendering without a generation prompt taken for a turn's beginning (headers were trained; phi3, which
+    ends it with an end of text, was refused), and for qwen2_5_training with the markers uncut (they take in the
+    header's line break).
     """
     tokenizer = tokenizer_for(path.read_text(encoding="utf-8"))
     for messages, tools in ((CHAT, None), (THOUGHTS, None), (TOOL_CHAT, TOOLS)):
