@@ -56,6 +56,7 @@ def backend_of(
         device=torch.device("cpu"),
         num_steps=STEPS,
         reference=reference,
+        retention=Retention(),
     )
 
 
