@@ -40,7 +40,16 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.remote",
     ),
     "rollouts.worker": ("base_config", "rollouts.run_dir", "rollouts.manifest", "rollouts.worker"),
-    "rollouts.worker.trainer": ("base_config", "rollouts.run_dir", "rollouts.manifest", "rollouts.training"),
+    "rollouts.worker.trainer": (
+        "base_config",
+        "rollouts.run_dir",
+        "rollouts.manifest",
+        "rollouts.training",
+        "rollouts.worker.trainer_data",
+        "rollouts.worker.trainer_wiring",
+    ),
+    "rollouts.worker.trainer_data": ("base_config", "rollouts.training"),
+    "rollouts.worker.trainer_wiring": ("base_config", "rollouts.run_dir", "rollouts.training"),
     "rollouts.training": ("rollouts.training", "rollouts.manifest"),
     "rollouts.training.agent_integration": ("rollouts.training", "rollouts.agents"),
     "rollouts.training.calculator": (),
@@ -99,7 +108,7 @@ STANDARD_LIBRARY_ONLY = (
     "rollouts.engines.launch",
     "rollouts.worker",  # under the host's own Python; the trainer alone runs in the environment
 )
-EXCEPT = ("rollouts.worker.trainer",)
+EXCEPT = ("rollouts.worker.trainer", "rollouts.worker.trainer_data", "rollouts.worker.trainer_wiring")
 
 
 def module_name(file: Path) -> str:

@@ -18,7 +18,7 @@ from rollouts.training.checkpoint import Retention
 from rollouts.training.loops.common import train_step
 from rollouts.training.lora import is_lora, merged_state_dict
 from rollouts.training.model_loading import ModelError, load_model
-from rollouts.worker import trainer
+from rollouts.worker import trainer, trainer_wiring
 from tests.example_config import example_config, replace_at
 from tests.training.backends.test_pytorch import rl_batch, sft_batch
 from tests.training.tiny_task import TINY_MODEL, tiny_tokenizer
@@ -48,7 +48,7 @@ def backend_of(
     config: Config, directory: Path, stage: str = "sft", model_path: str | None = None, reference: str | None = None
 ) -> Any:
     torch.manual_seed(0)  # as the trainer does
-    return trainer.build_backend(
+    return trainer_wiring.build_backend(
         config,
         stage,
         checkpoint_dir=directory / stage,
@@ -152,8 +152,8 @@ def test_a_lora_run_resumes_over_its_own_base(tmp_path: Path) -> None:
     config = changed(start, BASES["lora"])
 
     def make(path: str, *, resumes: bool) -> Any:
-        base = trainer.base_model(config, path, resumes=resumes)
-        reference = trainer.reference_name(config, "rl", path, resumes=resumes)
+        base = trainer_wiring.base_model(config, path, resumes=resumes)
+        reference = trainer_wiring.reference_name(config, "rl", path, resumes=resumes)
         backend = backend_of(config, tmp_path, "rl", base, reference)
         assert backend._reference.model is backend.model
         return backend

@@ -12,7 +12,7 @@ from rollouts.manifest import manifest_problems
 from rollouts.run_dir import RunDir, read_jsonl
 from rollouts.training.backends import FSDPConfig, FSDPTrainingBackend, PyTorchTrainingBackend
 from rollouts.training.checkpoint import Retention
-from rollouts.worker.trainer import build_backend, retention
+from rollouts.worker.trainer_wiring import build_backend, retention
 from tests.example_config import example_config, replace_at
 from tests.training import tiny_task
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from base_config import Config
-from rollouts.worker.trainer import load_data, sft_seed
+from rollouts.worker.trainer_data import load_data, sft_seed
 from tests.example_config import example_config, replace_at
 from tests.training.tiny_task import tiny_tokenizer
 

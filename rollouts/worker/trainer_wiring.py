@@ -1,0 +1,234 @@
+"""From the job's config to the library's objects: model, optimizer, loss, reference, backend. Nothing trains here."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from base_config import Config, ModelConfig, RLConfig, SFTConfig
+from rollouts.run_dir import RunDir, append_event
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from rollouts.training.backends.fsdp import FSDPConfig
+    from rollouts.training.backends.pytorch import PyTorchTrainingBackend
+    from rollouts.training.checkpoint import Retention
+    from rollouts.training.reference import Reference
+    from rollouts.training.types import RLTrainingConfig
+    from rollouts.training.value_head import ValueHead
+
+
+def reference_name(config: Config, stage: str, model_path: str, *, resumes: bool) -> str | None:
+    """Where the frozen model of the KL penalty is loaded from; None without one.
+
+    A resumed run keeps the reference it began with, which its checkpoint names: never the checkpoint itself.
+    Raises CheckpointError for a checkpoint that was trained without one, where the config names none either.
+    """
+    from rollouts.training.checkpoint import CheckpointError, read_metadata
+
+    rl = config.rl
+    if stage != "rl" or rl is None or rl.kl_coef == 0:
+        return None
+    if rl.kl_reference is not None:
+        return rl.kl_reference
+    if not resumes:
+        return model_path
+    recorded = read_metadata(Path(model_path)).get("reference")
+    if recorded is None:
+        raise CheckpointError(
+            f"{model_path}: was trained without a KL reference, and rl.kl_coef={rl.kl_coef} needs one: set "
+            "rl.kl_reference to the model that run started from, or rl.kl_coef=0"
+        )
+    return recorded["name"]
+
+
+def base_model(config: Config, model_path: str, *, resumes: bool) -> str:
+    """Where this stage's weights come from before its checkpoint is loaded.
+
+    A checkpoint of a LoRA run holds merged weights: it goes on over the frozen ones, which it names.
+    """
+    from rollouts.training.lora import read_base
+
+    base = read_base(Path(model_path)) if resumes and config.model.lora is not None else None
+    return model_path if base is None else base["name"]
+
+
+def rl_training_config(rl: RLConfig, num_steps: int) -> "RLTrainingConfig":
+    from rollouts.training.types import RLTrainingConfig
+
+    return RLTrainingConfig(
+        num_steps=num_steps,
+        sync_every=rl.sync_every,
+        baseline=rl.baseline,
+        log_every=rl.log_every,
+        checkpoint_every=rl.save_every,
+        advantage_norm=rl.advantage_norm,
+        micro_batch_size=rl.batch_size,
+        micro_batch_tokens=None if rl.micro_batch_tokens == -1 else rl.micro_batch_tokens,
+        updates_per_batch=rl.updates_per_batch,
+        gamma=rl.gamma,
+        gae_lambda=rl.gae_lambda,
+    )
+
+
+def rl_loss(rl: RLConfig) -> Callable[..., Any]:
+    """The loss that the config describes: a function of logits and a batch's keys."""
+    from rollouts.training.rl_losses import policy_loss
+
+    return partial(
+        policy_loss,
+        loss=rl.loss,
+        clip_range=(rl.clip_low, rl.clip_high),
+        dual_clip=None if rl.dual_clip == -1 else rl.dual_clip,
+        importance=rl.importance,
+        importance_cap=rl.importance_cap,
+        aggregation=rl.aggregation,
+        length_norm=rl.max_new_tokens,
+        kl_coef=rl.kl_coef,
+        kl_kind=rl.kl_kind,
+        entropy_coef=rl.entropy_coef,
+        value_coef=rl.value_coef if rl.baseline == "value" else 0.0,
+        value_clip=None if rl.value_clip == -1 else rl.value_clip,
+    )
+
+
+def retention(config: Config, run: RunDir, stage: str) -> "Retention":
+    """Which checkpoints of the stage stay; the removal of the others is an event, so that nobody waits to pull them."""
+    from rollouts.training.checkpoint import Retention
+
+    mode, _, metric = config.output.checkpoint_best.get(stage, "min ").partition(" ")
+
+    def on_remove(path: Path) -> None:
+        append_event(run, "checkpoint_removed", stage=stage, path=str(path.relative_to(run.path)))
+
+    return Retention(
+        keep_last=config.output.checkpoints_keep,
+        best_metric=metric or None,
+        best_mode=cast(Literal["min", "max"], mode),
+        on_remove=on_remove,
+    )
+
+
+def value_head(config: Config, stage: str, model: Any) -> "ValueHead | None":
+    """The value model of rl.baseline "value"; None without."""
+    from rollouts.training.value_head import ValueHead
+
+    rl = config.rl
+    if stage != "rl" or rl is None or rl.baseline != "value":
+        return None
+    optimizer = rl.optimizer
+    width = model.config.get_text_config().hidden_size
+    return ValueHead(width, lr=rl.value_lr, beta1=optimizer.beta1, beta2=optimizer.beta2, eps=optimizer.eps)
+
+
+def build_model(model: ModelConfig, path: str) -> Any:
+    """The model that is trained, on the CPU: the one at `path`, as the config wants it wrapped."""
+    from rollouts.training import forward
+    from rollouts.training.lora import LoraSettings, apply_lora
+    from rollouts.training.model_loading import enable_activation_checkpointing, load_model
+
+    init = model.init if path == model.name else "pretrained"
+    built = load_model(path, init=init, init_seed=model.init_seed, trust_remote_code=model.trust_remote_code)
+    if model.lora is not None:
+        apply_lora(built, LoraSettings(**dataclasses.asdict(model.lora)), base_name=path)
+    if model.activation_checkpointing:
+        enable_activation_checkpointing(built)
+    if model.compile:
+        forward.body(built).compile(dynamic=True)
+    return built
+
+
+def stage_optimizer(model: Any, stage: SFTConfig | RLConfig) -> "Optimizer":
+    """The optimizer that a stage's config describes, for `model`'s trainable parameters."""
+    from rollouts.training.optim import MuonSettings, build_optimizer
+
+    settings, muon = stage.optimizer, None
+    if settings.muon is not None:
+        width = settings.muon.width_reference
+        constants = dataclasses.asdict(settings.muon)
+        muon = MuonSettings(**{**constants, "width_reference": None if width == -1 else width})
+        muon = dataclasses.replace(muon, vector_lr=muon.vector_lr * stage.init_lr_frac)
+    return build_optimizer(
+        model,
+        kind=settings.kind,
+        matrix_lr=stage.matrix_lr * stage.init_lr_frac,
+        embedding_lr=stage.embedding_lr * stage.init_lr_frac,
+        unembedding_lr=stage.unembedding_lr * stage.init_lr_frac,
+        weight_decay=stage.weight_decay,
+        beta1=settings.beta1,
+        beta2=settings.beta2,
+        eps=settings.eps,
+        muon=muon,
+    )
+
+
+def stage_reference(config: Config, model: Any, name: str) -> "Reference":
+    """The frozen model of the KL penalty: `model`'s own frozen weights if these are it, with LoRA; else loaded.
+
+    A sharded model cannot be its own reference: its adapters cannot be turned off and on.
+    """
+    from rollouts.training.lora import base_as_reference, base_record, is_lora
+    from rollouts.training.reference import load_reference
+
+    if config.target.sharding == "none" and is_lora(model) and base_record(model)["name"] == name:
+        return base_as_reference(model)
+    return load_reference(name, trust_remote_code=config.model.trust_remote_code)
+
+
+def build_backend(
+    config: Config,
+    stage: str,
+    *,
+    checkpoint_dir: Path,
+    model_path: str,
+    tokenizer: Any,
+    device: Any,
+    num_steps: int,
+    reference: str | None,
+    retention: "Retention",
+) -> "PyTorchTrainingBackend":
+    from rollouts.training.backends.fsdp import FSDPTrainingBackend
+    from rollouts.training.backends.pytorch import PyTorchTrainingBackend
+    from rollouts.training.optim import lr_factor
+    from rollouts.training.rl_losses import sft_loss
+
+    settings = cast(SFTConfig | RLConfig, getattr(config, stage))
+    optimizer = settings.optimizer
+    model = build_model(config.model, model_path)
+    factor = partial(lr_factor, total_steps=num_steps, warmup_frac=optimizer.warmup_frac, schedule=optimizer.schedule)
+    options: dict[str, Any] = {
+        "loss_fn": rl_loss(cast(RLConfig, config.rl)) if stage == "rl" else sft_loss,
+        "checkpoint_dir": checkpoint_dir,
+        "device": device,
+        "tokenizer": tokenizer,
+        "max_grad_norm": optimizer.max_grad_norm,
+        "lr_schedule": factor,
+        "reference": stage_reference(config, model, reference) if reference else None,
+        "retention": retention,
+    }
+    if config.target.sharding != "none":
+        return FSDPTrainingBackend(
+            model, partial(stage_optimizer, stage=settings), config=fsdp_config(config), **options
+        )
+    return PyTorchTrainingBackend(
+        model,
+        stage_optimizer(model, settings),
+        compute_dtype=config.model.dtype,
+        value_head=value_head(config, stage, model),
+        **options,
+    )
+
+
+def fsdp_config(config: Config) -> "FSDPConfig":
+    """How the model is sharded, where `target.sharding` says that it is."""
+    from rollouts.training.backends.fsdp import FSDPConfig
+
+    target = config.target
+    return FSDPConfig(
+        sharding_strategy=target.sharding.upper(),
+        mixed_precision=config.model.dtype == "bfloat16",
+        cpu_offload=target.cpu_offload,
+        shard_group_size=None if target.shard_group_size == -1 else target.shard_group_size,
+    )
