@@ -5,6 +5,8 @@ Lines below a "snippet" comment stand as documented, but for "cpu" where they sa
 
 import inspect
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -47,6 +49,7 @@ from rollouts.training.weight_sync import SGLangEngine, VLLMEngine, sync_weights
 from tests.engines.serving import serving
 from tests.training.tiny_task import tiny_model, tiny_tokenizer
 
+ROOT = Path(__file__).resolve().parents[2]
 SAMPLES_PER_PROMPT = 4
 
 
@@ -192,6 +195,48 @@ async def test_a_backend_is_driven_by_futures(tmp_path: Path, samples: list[Samp
     path = await backend.save_checkpoint(1, {"loss": fwd_metrics["loss"]})
     assert path == tmp_path / "step_000001"
     assert (await backend.load_checkpoint(path))["step"] == 1
+
+
+FSDP_SNIPPET = """
+import sys
+import anyio
+import torch
+from rollouts.training.backends.fsdp import FSDPConfig, FSDPTrainingBackend
+from rollouts.training.rl_losses import sft_loss
+from rollouts.training.loops.batching import collate
+from tests.training.tiny import sft_samples, tiny_model
+
+samples = sft_samples(4)
+batch = collate([s.tokens for s in samples], [s.loss_mask for s in samples], pad_token_id=0)
+model, checkpoint_dir = tiny_model(), sys.argv[1]
+# snippet
+backend = FSDPTrainingBackend(
+    model=model,
+    optimizer_fn=lambda m: torch.optim.AdamW(m.parameters()),
+    loss_fn=sft_loss,
+    checkpoint_dir=checkpoint_dir,
+    config=FSDPConfig(sharding_strategy="FULL_SHARD", mixed_precision=True, gradient_checkpointing=False),
+)
+
+async def main():
+    fwd_metrics = await backend.forward_backward(batch).result()
+    opt_metrics = await backend.optim_step().result()
+    assert fwd_metrics["loss"] > 0 and opt_metrics["step"] == 1
+    print(await backend.save_checkpoint(1, opt_metrics))
+
+anyio.run(main)
+"""
+
+
+def test_the_sharded_backend_is_made_as_documented(tmp_path: Path) -> None:
+    """Goal: the constructor's names, and a step and a checkpoint by it, in a process of its own (it joins a group).
+
+    Red with `optimizer_fn` called `optimizer`.
+    """
+    command = [sys.executable, "-c", FSDP_SNIPPET, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(tmp_path / "step_000001") and (tmp_path / "latest").is_symlink()
 
 
 def test_losses_shift_by_themselves() -> None:
