@@ -10,6 +10,8 @@ import secrets
 from rollouts.remote.errors import DeployError
 from rollouts.remote.transport import Transport, disk_full, run_rsync
 
+RSYNC_FILE_ERROR = 11  # reading or writing a file failed, on either side
+
 # $1 run path, $2 the link to the project's last tree, $3 where this one is built
 _PREPARE = """
 umask 077; mkdir -p "$1/code" "$(dirname "$2")" "$3" || exit 1
@@ -47,6 +49,8 @@ def sync_code(
         names = b"".join(b"./" + os.fsencode(name) + b"\0" for name in files)
         arguments = [*options, f"{os.fspath(root)}/", transport.rsync_path(f"{build}/")]
         done = run_rsync(transport, arguments, stdin=names, timeout_s=timeout_s)
+        if done.returncode == RSYNC_FILE_ERROR and not done.err:
+            _refuse_full_disk(transport, build, sum(os.lstat(os.path.join(root, name)).st_size for name in files))
         if done.returncode != 0:
             raise DeployError(
                 f"{transport.target}: the code could not be sent.",
@@ -55,6 +59,13 @@ def sync_code(
             )
     _shell(transport, _FINISH, run_path, link, build)
     return "state" not in answers
+
+
+def _refuse_full_disk(transport: Transport, directory: str, size: int) -> None:
+    """Raise where what was to be sent does not fit: the words of a receiver that dies of it are sometimes lost."""
+    free = int(_shell(transport, "df -Pk \"$1\" | awk 'NR == 2 { print $4 }'", directory)) * 1024
+    if size > free:
+        raise disk_full(transport.target, f"{size} bytes to send, {free} free in {directory}")
 
 
 def _shell(transport: Transport, script: str, *arguments: str) -> str:

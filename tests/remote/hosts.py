@@ -185,6 +185,11 @@ def kill_tmux(tmux_dir: Path) -> None:
     shutil.rmtree(tmux_dir, ignore_errors=True)
 
 
+def _heed_ctrl_c() -> None:
+    """As in a terminal: tests that run in the background of a script inherit a SIGINT that is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @dataclass
 class Laptop:
     """A HOME from which `deploy` is run, in `project`."""
@@ -226,6 +231,7 @@ class Laptop:
             "stdout": subprocess.PIPE,
             "stderr": subprocess.PIPE,
             "cwd": self.project,
+            "preexec_fn": _heed_ctrl_c,
             **options,
         }
         return subprocess.Popen(command, env=self._environment(env or {}), text=True, **settings)
