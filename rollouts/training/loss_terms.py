@@ -1,6 +1,6 @@
 """The parts that RL losses are made of: pure functions of tensors, elementwise unless they say otherwise.
 
-B sequences, T tokens, V vocabulary entries, N trained tokens. `rl_losses` selects the tokens and puts the parts
+B sequences, T tokens, N trained tokens. `rl_losses` selects the tokens and puts the parts
 together; docs/losses.md has the table of methods.
 """
 
@@ -115,12 +115,6 @@ def k3(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
     """
     log_ratio = (reference_log_probs - log_probs).clamp(max=_LOG_RATIO_MAX)
     return torch.expm1(log_ratio) - log_ratio
-
-
-def entropy(log_probs_NV: Tensor) -> Tensor:
-    """-sum p log p in nats, [N]; a token that cannot be drawn (log p = -inf) adds 0 and has a gradient of 0."""
-    finite_NV = torch.where(log_probs_NV == -torch.inf, 0.0, log_probs_NV)
-    return -(log_probs_NV.exp() * finite_NV).sum(-1)
 
 
 def held_exp(log_ratio: Tensor) -> Tensor:

@@ -137,7 +137,8 @@ def policy_loss(
         check_choice("kl_kind", kl_kind, KL_KINDS)
         ref_N = _aligned("ref_log_probs", ref_log_probs, labels, tokens.keep, needed_by=f"kl_coef={kl_coef}").to(dtype)
         terms_N = terms_N + kl_coef * KL_KINDS[kl_kind](tokens.log_probs_N, ref_N)
-    if entropy_coef and tokens.entropy_N is not None:
+    if entropy_coef:
+        assert tokens.entropy_N is not None
         terms_N = terms_N - entropy_coef * tokens.entropy_N
     shares_BT = token_shares(
         mask,

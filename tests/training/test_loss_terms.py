@@ -1,13 +1,10 @@
 """The parts of the losses against vectors that others published."""
 
-import math
-
 import pytest
 import torch
 
 from rollouts.training.loss_terms import (
     clipped_surrogate,
-    entropy,
     importance_weights,
     k1,
     k2,
@@ -123,19 +120,6 @@ def test_importance_vectors(kind, expected):
     weights = importance_weights(torch.log(ratios), keep, kind, 2.0)
     torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float64))
     assert not weights.requires_grad
-
-
-def test_entropy_and_its_gradient_where_a_token_cannot_be_drawn():
-    """Goal: 0 log 0 is 0, and so is its gradient. Red with -(p * log p).sum(): NaN."""
-    logits = torch.tensor([[0.3, -1.0, -math.inf, 0.5]], dtype=torch.float64, requires_grad=True)
-    value = entropy(torch.log_softmax(logits, -1))
-    value.sum().backward()
-    alone = torch.tensor([[0.3, -1.0, 0.5]], dtype=torch.float64, requires_grad=True)
-    expected = torch.distributions.Categorical(logits=alone).entropy()
-    expected.sum().backward()
-    torch.testing.assert_close(value, expected)
-    torch.testing.assert_close(logits.grad[:, [0, 1, 3]], alone.grad)
-    assert logits.grad[0, 2] == 0
 
 
 @pytest.mark.parametrize(

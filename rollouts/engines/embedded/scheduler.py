@@ -158,6 +158,7 @@ class Scheduler:
                 self._run_commands()
                 if not self.paused:
                     self._advance(batch)
+            self._finish_scored()
             self._abort("the engine is shutting down", None)
 
     def _await_work(self) -> bool:
@@ -215,6 +216,7 @@ class Scheduler:
             message = f"out of memory with {len(rows)} rows running: lower --max-running-requests or max_new_tokens"
             for row in rows:
                 self._finish(row, abort_reason(message, 500))
+            self._finish_scored()
 
     def _enqueue(self, request: PromptRequest, done: Callable[[list[RowResult]], object]) -> None:
         assert self.served is not None
