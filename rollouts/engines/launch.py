@@ -1,18 +1,29 @@
-"""Command lines of the inference servers. Pure, standard library only: the control side imports it to print a plan.
+"""Command lines of the inference servers, by `engine.kind`. Pure, standard library only: a plan prints them.
 
-Flag names are SGLang's (`sglang.launch_server --help`), so the same words start the embedded engine and the real one.
+Each kind has a `command` module: READY_PATH, `argv(server)` and `env(device_type, tree)`.
 """
 
-from typing import Literal
+from collections.abc import Mapping
+from types import ModuleType
 
 from base_config import EngineConfig, ModelConfig
+from rollouts.engines.command import DeviceType, Server
+from rollouts.engines.embedded import command as embedded
+from rollouts.engines.sglang import command as sglang
+from rollouts.engines.vllm import command as vllm
 
-HOST = "127.0.0.1"  # loopback only: weight updates and aborts are open to whoever can connect
+HOST = "127.0.0.1"  # loopback only: whoever may change weights has to be on the host, and to have the run's key
+COMMANDS: Mapping[str, ModuleType] = {"embedded": embedded, "sglang": sglang, "vllm": vllm}
 
 
-def engine_url(engine: EngineConfig) -> str:
-    """Where the engine answers, without a trailing slash."""
-    return f"http://{HOST}:{engine.sglang_port}"
+def engine_url(engine: EngineConfig, replica: int = 0) -> str:
+    """Where a replica answers, without a trailing slash."""
+    return f"http://{HOST}:{engine.sglang_port + replica}"
+
+
+def ready_url(engine: EngineConfig, replica: int = 0) -> str:
+    """Answers 200 once that replica serves; needs no key."""
+    return f"{engine_url(engine, replica)}{COMMANDS[engine.kind].READY_PATH}"
 
 
 def engine_argv(
@@ -21,24 +32,35 @@ def engine_argv(
     *,
     python: str,
     model_path: str,
-    device_type: Literal["cuda", "cpu", "mps"],
+    device_type: DeviceType,
     seed: int,
+    replica: int = 0,
 ) -> tuple[str, ...]:
-    """The command line that serves `model_path` (a Hugging Face directory with weights) at `engine_url(engine)`.
+    """The command line that serves `model_path` (a Hugging Face directory with weights) at `engine_url`.
 
-    `python` is the interpreter of the environment that holds the engine; run it from the repository's root.
-    `seed` feeds the sampling of requests that bring none of their own. The device's index is not chosen here: the
-    caller sets CUDA_VISIBLE_DEVICES to `engine.gpu_ranks`.
+    `python` is the interpreter of the environment that holds the engine; run it from the repository's root, with
+    `engine_env` in the environment. `seed` feeds the sampling of requests that bring none of their own. The device's
+    index is not chosen here: the caller sets CUDA_VISIBLE_DEVICES to `engine_devices`.
     """
-    argv = (
-        *(python, "-m", "rollouts.engines.embedded"),
-        *("--model-path", model_path),
-        *("--host", HOST),
-        *("--port", str(engine.sglang_port)),
-        *("--dtype", model.dtype),
-        *("--device", device_type),
-        *("--max-running-requests", str(engine.max_running_requests)),
-        *("--mem-fraction-static", str(engine.mem_fraction)),
-        *("--random-seed", str(seed)),
+    server = Server(
+        engine=engine,
+        model=model,
+        model_path=model_path,
+        device_type=device_type,
+        host=HOST,
+        port=engine.sglang_port + replica,
+        seed=seed + replica,
     )
-    return (*argv, "--trust-remote-code") if model.trust_remote_code else argv
+    return (python, *COMMANDS[engine.kind].argv(server))
+
+
+def engine_env(engine: EngineConfig, *, device_type: DeviceType, tree: str) -> dict[str, str]:
+    """Variables that the engine's process needs; `tree` is the repository's root on the host."""
+    env: dict[str, str] = COMMANDS[engine.kind].env(device_type, tree)
+    return env
+
+
+def engine_devices(engine: EngineConfig, replica: int) -> list[int]:
+    """The devices of one replica: `engine.gpu_ranks` in slices of `tensor_parallel_size`."""
+    size = engine.tensor_parallel_size
+    return engine.gpu_ranks[replica * size : (replica + 1) * size]

@@ -1,4 +1,4 @@
-"""The engines that the contract tests run against. Another server joins by a param of `engine`."""
+"""The engines that tests run against: `engine`, the embedded one by its routes; `served`, any server by its client."""
 
 from collections.abc import Iterator
 
@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.engines.contract_servers import FACTS, Running, running
 from tests.engines.serving import ROWS_MAX, Engine, make_model, serving
 
 
@@ -30,3 +31,14 @@ def _as_it_was(request: pytest.FixtureRequest) -> Iterator[None]:
         if engine.info()["weight_version"] != "default":
             body = {"model_path": str(engine.old), "weight_version": "default"}
             assert engine.post("/update_weights_from_disk", body).status_code == 200
+
+
+@pytest.fixture(scope="session", params=["embedded", "sglang", pytest.param("vllm", marks=pytest.mark.vllm)])
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """One server of each kind for the whole session: SGLang takes half a minute to start."""
+    root, model = tmp_path_factory.mktemp(request.param), FACTS[request.param].model
+    old, new, broken = (make_model(model, root / name, seed=s) for s, name in enumerate(("old", "new", "broken")))
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with running(request.param, old, new, broken) as server:
+        yield server

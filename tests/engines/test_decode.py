@@ -84,7 +84,7 @@ def test_decoding_that_is_wrong_is_found_at_start(tmp_path: Path) -> None:
     """Goal: the self-check sees a model whose one-token steps differ from its full forward. Red with the check's
     tolerance at 100.
     """
-    served = load_tiny("llama", tmp_path)
+    served = load_tiny("gpt2", tmp_path)
     forward = served.model.forward
 
     def forgets_positions(*args: Any, **kwargs: Any) -> Any:
@@ -97,6 +97,26 @@ def test_decoding_that_is_wrong_is_found_at_start(tmp_path: Path) -> None:
         served.model.forward = forgets_positions
         with pytest.raises(ModelError, match="log-probs off by"):
             check_decode(served, Batch(served, 1))
+        llama = load_tiny("llama", tmp_path)
+        assert llama.fast_decode is not None
+        llama.fast_decode._sin.neg_()
+        with pytest.raises(ModelError, match="log-probs off by"):
+            check_decode(llama, Batch(llama, 1))
+
+
+@pytest.mark.parametrize("kind", ["qwen2-tied", "llama", "mistral-sliding", "qwen2-mixed", "qwen3"])
+def test_plain_models_decode_without_their_modules_and_keep_their_logprobs(kind: str, tmp_path: Path) -> None:
+    """Goal: the fast path runs for the architectures it knows, checks itself at start, and follows weights that are
+    replaced in place. Red (the check) with the sign left out of the rotation's sine, and (after the update) with
+    `_joined` leaving the parameters where they were.
+    """
+    served, new = load_tiny(kind, tmp_path), load_tiny(kind, tmp_path, seed=1)
+    assert served.fast_decode is not None
+    with torch.inference_mode():
+        check_decode(served, Batch(served, 1))
+    load_weights(served, new.path)
+    (row,) = decode(served, [[3, 4, 5]], new_tokens=[20], rows_max=1)
+    assert row.logprobs == pytest.approx(logprobs_of(new.model, [3, 4, 5], row.output_ids, 1.0), abs=1e-5)
 
 
 # --- weights --------------------------------------------------------------------------------------------------------

@@ -23,11 +23,20 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def configs(port: int) -> tuple[EngineConfig, ModelConfig]:
     engine = EngineConfig(
         kind="embedded",
+        requirements_file=None,
         gpu_ranks=[0],
         sglang_port=port,
+        replicas=1,
         tensor_parallel_size=1,
         mem_fraction=0.5,
+        context_length=2048,
+        max_total_tokens=-1,
         max_running_requests=3,
+        weight_sync="disk",
+        weight_sync_bucket_mib=256,
+        weights_on_tmpfs=False,
+        sleep_while_training=False,
+        restarts_max=0,
     )
     model = ModelConfig(
         name="m",
@@ -149,6 +158,7 @@ def test_engine_argv_is_pure_and_complete() -> None:
         "--port": "31000",
         "--dtype": "bfloat16",
         "--device": "cuda",
+        "--context-length": "2048",
         "--max-running-requests": "3",
         "--mem-fraction-static": "0.5",
         "--random-seed": "7",

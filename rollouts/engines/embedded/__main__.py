@@ -5,6 +5,7 @@ Exit codes: 0 after SIGTERM or SIGINT, 1 when it cannot start or its model threa
 """
 
 import argparse
+import dataclasses
 import os
 import signal
 import socket
@@ -31,11 +32,12 @@ def main() -> int:
     from rollouts.engines.embedded import model
     from rollouts.engines.embedded.scheduler import Scheduler
     from rollouts.engines.embedded.server import Server
+    from rollouts.engines.keys import read_keys
 
     info = vars(args)
     scheduler = Scheduler(lambda: _load(args), rows_max=args.max_running_requests, seed=args.random_seed)
     config = uvicorn.Config(
-        Server(scheduler, info).app(),
+        Server(scheduler, info, read_keys()).app(),
         log_level="warning",
         access_log=False,
         lifespan="off",
@@ -71,13 +73,16 @@ def main() -> int:
 
 def _load(args: argparse.Namespace) -> Any:
     from rollouts.engines.embedded import model
+    from rollouts.training.host_memory import keep_freed_memory
 
+    if args.device == "cpu":
+        keep_freed_memory()
     served = model.load(args.model_path, dtype=args.dtype, device=args.device, trust_remote_code=args.trust_remote_code)
     if served.device.type == "cuda":
         import torch
 
         torch.cuda.set_per_process_memory_fraction(args.mem_fraction_static)
-    return served
+    return dataclasses.replace(served, context_length=min(served.context_length, args.context_length))
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -108,6 +113,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=30000)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--device", choices=("cpu", "cuda", "mps"), default="cpu")
+    parser.add_argument("--context-length", type=_positive, default=1 << 30, help="at most what the model was made for")
     parser.add_argument("--max-running-requests", type=_positive, default=64, help="sequences decoded at once")
     parser.add_argument(
         "--mem-fraction-static", type=float, default=0.9, help="of the GPU's memory, for all of the process"

@@ -140,7 +140,8 @@ class Batch:
             bool(params.stop or own_stops),
         )
         self._reserve_outputs(made + 1)
-        self._out_ids[at, :made], self._out_logprobs[at, :made] = row.output_ids, row.logprobs
+        if made:  # it was retracted
+            self._out_ids[at, :made], self._out_logprobs[at, :made] = row.output_ids, row.logprobs
 
     @torch.inference_mode()
     def _prefill(self, prefixes: Sequence[Sequence[int]]) -> Prefilled:
@@ -202,9 +203,12 @@ class Batch:
         self._reserve_columns(width)
         lengths_R = self._tensor(state["length"])
         self._cache.seek(lengths_R, width)
+        tokens_R, masks = self._tensor(state["token"]), self.served.decode_mask(lengths_R, width)
+        if self.served.fast_decode is not None:
+            return self.served.fast_decode(tokens_R, lengths_R, masks, self._cache)[:count]
         output = self.served.model(
-            input_ids=self._tensor(state["token"])[:, None],
-            attention_mask=self.served.decode_mask(lengths_R, width),
+            input_ids=tokens_R[:, None],
+            attention_mask=masks,
             position_ids=lengths_R[:, None],
             past_key_values=self._cache.cache,
             use_cache=True,
@@ -226,9 +230,11 @@ class Batch:
     def _reason(self, at: int, token: int, logprob: float, watched: dict[str, Any] | None) -> dict[str, Any]:
         if not np.isfinite(logprob):
             return abort_reason("the model's logits are not finite: the served weights are broken", 500)
-        if self._state["made"][at] >= self._state["made_max"][at]:  # before any stop, as SGLang decides it
-            return {"type": "length", "length": int(self._state["made_max"][at])}
-        return watched or {"type": "stop", "matched": token}
+        if watched is not None:
+            return watched
+        if self._is_eos_V[token] and not self._state["ignore_eos"][at]:  # at the last place too, as in SGLang
+            return {"type": "stop", "matched": token}
+        return {"type": "length", "length": int(self._state["made_max"][at])}
 
     # --- leaving ---
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from rollouts.engines.embedded import attention
+from rollouts.engines.embedded.fast_decode import FastDecode
 
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -39,6 +40,7 @@ class Served:
     vocab_size: int
     eos_ids: frozenset[int]
     trust_remote_code: bool
+    fast_decode: FastDecode | None  # for running rows, in place of the model's own forward pass
 
     def encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text)["input_ids"])
@@ -94,8 +96,9 @@ def load(path: str, *, dtype: str, device: str, trust_remote_code: bool) -> Serv
         attention.use_for(model)
     text_config = model.config.get_text_config()
     tokenizer = _tokenizer(path, trust_remote_code)
+    model = model.to(where).eval()
     return Served(
-        model=model.to(where).eval(),
+        model=model,
         tokenizer=tokenizer,
         path=path,
         device=where,
@@ -104,6 +107,7 @@ def load(path: str, *, dtype: str, device: str, trust_remote_code: bool) -> Serv
         vocab_size=int(text_config.vocab_size),
         eos_ids=_eos_ids(model, path, tokenizer),
         trust_remote_code=trust_remote_code,
+        fast_decode=FastDecode.of(model),
     )
 
 

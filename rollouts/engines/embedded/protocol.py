@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+VERSION = "1"  # of the routes, for clients that ask: a change that old clients would misread is a new one
 GREEDY_BELOW_TEMPERATURE = 1e-6
 SEEDS = 2**63
 N_MAX = 65536

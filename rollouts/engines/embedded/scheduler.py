@@ -21,6 +21,7 @@ from rollouts.engines.embedded.model import ModelError, Served
 from rollouts.engines.embedded.protocol import PromptRequest, RowResult, SamplingParams
 from rollouts.engines.embedded.sampling import row_keys
 from rollouts.engines.embedded.scoring import can_score, score
+from rollouts.engines.embedded.weights import UpdateSession
 
 T = TypeVar("T")
 PauseMode = Literal["abort", "retract", "in_place"]
@@ -50,6 +51,7 @@ class Scheduler:
         self._unscored_steps = 0  # since the first of them finished
         self._scores = False
         self._batch: Batch | None = None
+        self._session: UpdateSession | None = None
         self._stopping = False
         self.served: Served | None = None
         self.paused = False
@@ -110,12 +112,29 @@ class Scheduler:
         The future raises UpdateRefused when the load failed (the old weights serve on) or the flush was refused (the
         new ones do).
         """
-        future: Future[tuple[str, int]] = Future()
+        return self._between_requests(lambda: self._update(path, version, flush_cache), abort_all)
+
+    def begin_update(self) -> "Future[None]":
+        """Open a session for `update_tensors`, at once when paused, else after all that has been submitted."""
+        return self._between_requests(self._begin_update)
+
+    def update_tensors(
+        self, named: list[tuple[str, torch.Tensor]], *, version: str | None, abort_all: bool, flush_cache: bool
+    ) -> "Future[tuple[str, int]]":
+        """Copy tensors into the model, within a session; else as `update_weights`. What came before a failure stays."""
+        return self._between_requests(lambda: self._update_tensors(named, version, flush_cache), abort_all)
+
+    def end_update(self) -> "Future[None]":
+        """Close the session. The future raises UpdateRefused when some of the model's tensors never came."""
+        return self._between_requests(self._end_update)
+
+    def _between_requests(self, function: Callable[[], T], abort_all: bool = False) -> "Future[T]":
+        future: Future[T] = Future()
 
         def queue_update() -> None:
             if abort_all:
                 self._abort("Aborted for a weight update", None)
-            self._updates.append(lambda: _resolve(future, lambda: self._update(path, version, flush_cache)))
+            self._updates.append(lambda: _resolve(future, function))
 
         self.call(queue_update)
         return future
@@ -312,6 +331,37 @@ class Scheduler:
         except ModelError as error:
             raise UpdateRefused(f"Failed to update weights: {error}. The old weights serve on.") from error
         self.model_path = path
+        return self._updated(version, flush_cache)
+
+    def _begin_update(self) -> None:
+        assert self.served is not None
+        if self._session is not None:
+            raise UpdateRefused("a weight-update session is already open; call end_weight_update first")
+        self._session = UpdateSession(self.served.model)
+
+    def _update_tensors(
+        self, named: list[tuple[str, torch.Tensor]], version: str | None, flush_cache: bool
+    ) -> tuple[str, int]:
+        if self._session is None:
+            raise UpdateRefused("needs to stand between begin_weight_update and end_weight_update")
+        try:
+            with torch.inference_mode(False):
+                self._session.load(named)
+        except model_module.ModelError as error:
+            raise UpdateRefused(f"Failed to update weights: {error}. What came before it stays.") from error
+        return self._updated(version, flush_cache)
+
+    def _end_update(self) -> None:
+        if self._session is None:
+            raise UpdateRefused("no weight-update session is open; call begin_weight_update first")
+        session, self._session = self._session, None
+        try:
+            session.finish()
+        except model_module.ModelError as error:
+            raise UpdateRefused(f"The weights are incomplete: {error}.") from error
+
+    def _updated(self, version: str | None, flush_cache: bool) -> tuple[str, int]:
+        assert self._batch is not None
         message = "Succeeded to update model weights."
         if version is not None:
             self._set_version(version)

@@ -15,7 +15,7 @@ from rollouts.engines.embedded.model import Served
 from rollouts.training import forward
 from rollouts.training.loops.packing import pack_best_fit
 
-PASS_TOKENS_MAX = 8192  # of one pass: bounds its memory, and keeps small models' activations in the cache
+PASS_TOKENS_MAX = 4096  # of one pass: bounds its memory, and keeps small models' activations in the cache
 _COMPANY = 16  # tokens that stand beside the rows: products over fewer rows take other kernels
 
 
@@ -41,8 +41,9 @@ def _score(rows: Sequence[Row], served: Served, temperature: float) -> None:
     sequences = [*(row.ids for row in rows), company]
     lengths = torch.tensor([len(ids) for ids in sequences])
     first = torch.tensor([*(len(row.job.request.input_ids) for row in rows), 1])
-    columns = torch.arange(int(lengths.max()))
-    ids = torch.tensor([[*ids, *[0] * (len(columns) - len(ids))] for ids in sequences])
+    width = int(lengths.max())
+    columns = torch.arange(width)
+    ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in sequences])
     seen = columns < lengths[:, None]
     inputs = {
         "input_ids": ids,

@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from rollouts.engines.embedded.protocol import (
+    VERSION,
     BadRequest,
     Limits,
     PromptRequest,
@@ -21,20 +22,26 @@ from rollouts.engines.embedded.protocol import (
     row_to_json,
 )
 from rollouts.engines.embedded.scheduler import PauseMode, Scheduler, UpdateRefused
+from rollouts.engines.keys import is_allowed
+from rollouts.training.weight_transfer import payload
 
 CLIENT_CLOSED = 499  # nobody is left to read it
 PAUSE_MODES: tuple[PauseMode, ...] = ("abort", "retract", "in_place")
 HEALTH_TIMEOUT_S = 20.0  # SGLang's
 LOAD_FORMATS = (None, "auto", "safetensors")
+TENSOR_FORMAT = "flattened_bucket"
 Handler = Callable[[Request], Awaitable[Response]]
 
 
 class Server:
-    """Routes as methods. `info` is what /server_info shows of the command line."""
+    """Routes as methods. `info` is what /server_info shows of the command line; `keys` the api and the admin key."""
 
-    def __init__(self, scheduler: Scheduler, info: dict[str, Any]) -> None:
+    def __init__(
+        self, scheduler: Scheduler, info: dict[str, Any], keys: tuple[str | None, str | None] = (None, None)
+    ) -> None:
         self._scheduler = scheduler
         self._info = info
+        self._keys = keys
         self._rids: set[str] = set()
 
     def app(self) -> Starlette:
@@ -53,6 +60,9 @@ class Server:
             ("/continue_generation", self.continue_generation, post),
             ("/flush_cache", self.flush_cache, both),
             ("/update_weights_from_disk", self.update_weights_from_disk, post),
+            ("/begin_weight_update", self.begin_weight_update, post),
+            ("/update_weights_from_tensor", self.update_weights_from_tensor, post),
+            ("/end_weight_update", self.end_weight_update, post),
             ("/update_weight_version", self.update_weight_version, post),
         )
         routes = [Route(path, self._answering(handler), methods=methods) for path, handler, methods in table]
@@ -60,6 +70,8 @@ class Server:
 
     def _answering(self, handler: Handler) -> Handler:
         async def answer(request: Request) -> Response:
+            if not is_allowed(request.url.path, request.headers.get("authorization", ""), *self._keys):
+                return error_response("Unauthorized", 401)
             if self._scheduler.served is None:
                 return error_response("the model is still loading", 503)
             try:
@@ -101,9 +113,10 @@ class Server:
     async def server_info(self, request: Request) -> Response:
         served = self._scheduler.served
         assert served is not None
+        about = {"engine": "embedded", "version": VERSION}
         more = {"context_length": served.context_length, "vocab_size": served.vocab_size}
         state = {"paused": self._scheduler.paused, **self._scheduler.counts()}
-        return JSONResponse({**self._info, **more, "internal_states": [state]})
+        return JSONResponse({**self._info, **about, **more, "internal_states": [state]})
 
     # --- generation ---
 
@@ -206,20 +219,38 @@ class Server:
 
     async def update_weights_from_disk(self, request: Request) -> Response:
         body = await _json(request)
-        path, version = body.get("model_path"), body.get("weight_version")
+        path, version = body.get("model_path"), _version(body)
         if not isinstance(path, str) or not path:
             raise BadRequest(f"model_path={path!r}: needs the path of a Hugging Face directory")
-        if version is not None and not isinstance(version, str):
-            raise BadRequest(f"weight_version={version!r}: needs a string")
         if body.get("load_format") not in LOAD_FORMATS:
             raise BadRequest(f"load_format={body['load_format']!r}: needs one of {LOAD_FORMATS[1:]}, or null")
         abort_all, flush = _flag(body, "abort_all_requests", False), _flag(body, "flush_cache", True)
-        update = self._scheduler.update_weights(path, version=version, abort_all=abort_all, flush_cache=flush)
+        return await _updated(
+            self._scheduler.update_weights(path, version=version, abort_all=abort_all, flush_cache=flush)
+        )
+
+    async def begin_weight_update(self, request: Request) -> Response:
+        return await _updated(self._scheduler.begin_update())
+
+    async def update_weights_from_tensor(self, request: Request) -> Response:
+        """One bucket of tensors, in the sender's memory on this host: `weight_transfer.payload`."""
+        body = await _json(request)
+        messages, version = body.get("serialized_named_tensors"), _version(body)
+        if not (isinstance(messages, list) and len(messages) == 1 and isinstance(messages[0], str)):
+            raise BadRequest("serialized_named_tensors: needs a list of one text, since one process serves the model")
+        if body.get("load_format") != TENSOR_FORMAT:
+            raise BadRequest(f"load_format={body.get('load_format')!r}: needs {TENSOR_FORMAT!r}")
+        abort_all, flush = _flag(body, "abort_all_requests", False), _flag(body, "flush_cache", True)
         try:
-            message, held = await _of(update)
-        except UpdateRefused as error:
-            return JSONResponse({"success": False, "message": str(error), "num_paused_requests": 0}, status_code=400)
-        return JSONResponse({"success": True, "message": message, "num_paused_requests": held})
+            named = payload.loads(messages[0])
+        except ValueError as error:
+            raise BadRequest(f"serialized_named_tensors: {error}") from None
+        update = self._scheduler.update_tensors(named, version=version, abort_all=abort_all, flush_cache=flush)
+        del named  # the model thread has them, for as long as it copies
+        return await _updated(update)
+
+    async def end_weight_update(self, request: Request) -> Response:
+        return await _updated(self._scheduler.end_update())
 
     async def update_weight_version(self, request: Request) -> Response:
         body = await _json(request)
@@ -247,6 +278,22 @@ async def _json(request: Request, *, empty_is: dict[str, Any] | None = None) -> 
     if not isinstance(body, dict):
         raise BadRequest(f"the body needs to be a JSON object, found {type(body).__name__}")
     return body
+
+
+def _version(body: dict[str, Any]) -> str | None:
+    version = body.get("weight_version")
+    if version is not None and not isinstance(version, str):
+        raise BadRequest(f"weight_version={version!r}: needs a string")
+    return version
+
+
+async def _updated(update: "Future[Any]") -> Response:
+    """How a weight update ended: (message, rows that were held), or None where there is nothing to tell."""
+    try:
+        message, held = await _of(update) or ("Success", 0)
+    except UpdateRefused as error:
+        return JSONResponse({"success": False, "message": str(error), "num_paused_requests": 0}, status_code=400)
+    return JSONResponse({"success": True, "message": message, "num_paused_requests": held})
 
 
 def _flag(body: dict[str, Any], name: str, default: bool) -> bool:

@@ -1,0 +1,27 @@
+"""The embedded engine's command line. Pure, standard library only. docs/engines.md has the flags."""
+
+from rollouts.engines.command import DeviceType, Server
+
+READY_PATH = "/ready"
+
+
+def argv(server: Server) -> tuple[str, ...]:
+    """What follows the interpreter, from the repository's root."""
+    engine = server.engine
+    flags = (
+        *("-m", "rollouts.engines.embedded"),
+        *("--model-path", server.model_path),
+        *("--host", server.host),
+        *("--port", str(server.port)),
+        *("--dtype", server.model.dtype),
+        *("--device", server.device_type),
+        *("--context-length", str(engine.context_length)),
+        *("--max-running-requests", str(engine.max_running_requests)),
+        *("--mem-fraction-static", str(engine.mem_fraction)),
+        *("--random-seed", str(server.seed)),
+    )
+    return (*flags, "--trust-remote-code") if server.model.trust_remote_code else flags
+
+
+def env(device_type: DeviceType, tree: str) -> dict[str, str]:
+    return {}

@@ -1,0 +1,43 @@
+"""SGLang's server for a machine without a GPU: python -m rollouts.engines.sglang.cpu_launcher <the server's flags>.
+
+What SGLang 0.5.21 lacks there is put in place at module level, since the server's processes import this file again. The
+environment must have `cpu_stubs` on its PYTHONPATH and SGLANG_USE_CPU_ENGINE=1. The rest is launcher.py.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # small functions are compiled on first use, with a C++ compiler
+
+import torch
+
+# The torchvision wheel that SGLang's pins select is a CUDA build; its import stops at two operators that a CPU build of
+# torch does not have.
+_TORCHVISION = torch.library.Library("torchvision", "DEF")
+for _name in ("nms", "qnms"):
+    _TORCHVISION.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+def _seeds_without_a_gpu() -> None:
+    """Let --enable-deterministic-inference, without which requests' seeds are ignored, start on a CPU.
+
+    Of what it turns on, the sampler that heeds seeds works here (its hash is in `cpu_stubs`), and torch's attention
+    over one sequence after another needs no change; the batch-invariant matrix kernels are for GPUs, and left out.
+    """
+    from sglang.srt import batch_invariant_ops
+    from sglang.srt.arg_groups import choices
+
+    choices.add_deterministic_attention_backend_choices(["torch_native"])
+    choices.add_radix_supported_deterministic_attention_backend_choices(["torch_native"])
+    batch_invariant_ops.enable_batch_invariant_mode = lambda: None
+
+
+_seeds_without_a_gpu()
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # also when started by this file's path
+    from rollouts.engines.sglang.launcher import main
+
+    main(sys.argv[1:])

@@ -1,0 +1,1 @@
+"""How a vLLM server is started."""

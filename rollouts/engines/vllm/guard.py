@@ -1,0 +1,35 @@
+"""The run's keys before vLLM's routes: `vllm serve --middleware rollouts.engines.vllm.guard.KeyGuard`.
+
+vLLM's own --api-key stands on the command line and leaves the development routes open: pauses and weight updates. Here
+the keys come from the environment (rollouts/engines/keys.py) and each route wants its own, as with SGLang. Runs in the
+engine's environment; plain ASGI.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from rollouts.engines.keys import is_allowed, read_keys
+
+Message = Mapping[str, Any]
+App = Callable[[Any, Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]], Awaitable[None]]
+REFUSAL = b'{"error": {"message": "Unauthorized"}}'
+
+
+class KeyGuard:
+    """401 for a request without the key that its route needs; everything else goes on to `app`."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+        self._keys = read_keys()
+
+    async def __call__(
+        self, scope: Any, receive: Callable[[], Awaitable[Message]], send: Callable[[Message], Awaitable[None]]
+    ) -> None:
+        if scope["type"] == "http":
+            given = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
+            if not is_allowed(scope["path"], given, *self._keys):
+                headers = [(b"content-type", b"application/json")]
+                await send({"type": "http.response.start", "status": 401, "headers": headers})
+                await send({"type": "http.response.body", "body": REFUSAL})
+                return
+        await self._app(scope, receive, send)

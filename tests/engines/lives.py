@@ -1,0 +1,72 @@
+"""Embedded engines that are killed and started again on their port, in the time that a fork takes."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.engines.serving import free_port
+from tests.training.process_nursery import Nursery
+
+WAIT_S = 60.0
+
+
+class Server:
+    """An embedded engine on a port of its own that can be killed and started again."""
+
+    def __init__(self, nursery: Nursery, model: Path, logs: Path) -> None:
+        self.port, self._nursery, self._model, self._logs = free_port(), nursery, model, logs
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.pid = 0
+        self.start()
+        self.await_health()
+
+    def start(self) -> None:
+        flags = ["--model-path", str(self._model), "--port", str(self.port)]
+        self.pid = self._nursery.start("rollouts.engines.embedded", flags, self._logs / f"{self.port}.log")
+
+    def kill(self) -> None:
+        self._nursery.kill(self.pid)
+        self.pid = 0
+
+    def await_end(self) -> None:
+        self._nursery.wait(self.pid)
+
+    def replace(self) -> None:
+        self.kill()
+        self.start()
+
+    def await_health(self) -> None:
+        wait_for(lambda: self.get("/health") is not None)
+
+    def get(self, path: str) -> Any:
+        try:
+            answer = httpx.get(self.url + path)
+        except httpx.TransportError:
+            return None
+        return answer if answer.status_code == 200 else None
+
+    def version(self) -> str:
+        return str(self.get("/model_info").json()["weight_version"])
+
+    def running(self) -> int:
+        return int(self.get("/server_info").json()["internal_states"][0]["running"])
+
+
+def wait_for(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, "the condition never held"
+        time.sleep(0.01)
+
+
+@contextmanager
+def meanwhile(function: Callable[[], Any]) -> Iterator[None]:
+    thread = threading.Thread(target=function)
+    thread.start()
+    yield
+    thread.join(WAIT_S)

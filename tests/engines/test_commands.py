@@ -1,0 +1,78 @@
+"""The real engines' command lines, word for word; each was seen to be taken by its server, on a CPU."""
+
+from typing import Any
+
+import pytest
+
+from base_config import EngineConfig
+from rollouts.engines.launch import engine_argv, engine_devices, engine_env, ready_url
+from tests.example_config import example_config, replace_at
+
+
+def engine_of(**changes: Any) -> EngineConfig:
+    engine = example_config().engine
+    assert engine is not None
+    for name, value in changes.items():
+        engine = replace_at(engine, name, value)
+    return engine
+
+
+def line(engine: EngineConfig, device_type: Any, *, trust: bool = False, replica: int = 0) -> str:
+    model = replace_at(example_config().model, "trust_remote_code", trust)
+    argv = engine_argv(engine, model, python="py", model_path="/m", device_type=device_type, seed=7, replica=replica)
+    return " ".join(argv)
+
+
+def test_sglang_on_a_gpu() -> None:
+    """Goal: every field that SGLang has is on its command line; nothing of a CPU's is. Red with one left out."""
+    engine = engine_of(
+        kind="sglang", tensor_parallel_size=2, max_total_tokens=9000, sleep_while_training=True, replicas=2
+    )
+    assert line(engine, "cuda", trust=True, replica=1) == (
+        "py -m rollouts.engines.sglang.launcher --model-path /m --host 127.0.0.1 --port 30181 --dtype float32"
+        " --device cuda --tensor-parallel-size 2 --mem-fraction-static 0.5 --context-length 2048"
+        " --max-total-tokens 9000 --max-running-requests 256 --random-seed 8 --log-level-http warning"
+        " --enable-memory-saver --trust-remote-code"
+    )
+    assert engine_env(engine, device_type="cuda", tree="/t") == {}
+    assert "--max-total-tokens" not in line(engine_of(kind="sglang"), "cuda")
+
+
+def test_sglang_on_a_cpu() -> None:
+    """Goal: the flags and variables with which SGLang runs without a GPU. Red with the stubs left off PYTHONPATH."""
+    engine = engine_of(kind="sglang", max_total_tokens=4096)
+    assert line(engine, "cpu").startswith("py -m rollouts.engines.sglang.cpu_launcher --model-path /m ")
+    assert line(engine, "cpu").endswith(
+        "--attention-backend torch_native --sampling-backend pytorch --disable-cuda-graph --disable-overlap-schedule"
+        " --enable-deterministic-inference --sleep-on-idle"
+    )
+    assert engine_env(engine, device_type="cpu", tree="/t") == {
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "PYTHONPATH": "/t/rollouts/engines/sglang/cpu_stubs",
+    }
+
+
+def test_vllm() -> None:
+    """Goal: log-probs at the sampling temperature, token ids in and out, our keys, the memory's share. Red with
+    --logprobs-mode left out."""
+    engine = engine_of(kind="vllm", tensor_parallel_size=4)
+    assert line(engine, "cuda") == (
+        "py -m vllm.entrypoints.cli.main serve /m --host 127.0.0.1 --port 30180 --dtype float32"
+        " --tensor-parallel-size 4 --gpu-memory-utilization 0.5 --max-model-len 2048 --max-num-seqs 256 --seed 7"
+        " --logprobs-mode processed_logprobs --enable-scale-out --enable-prompt-tokens-details"
+        " --middleware rollouts.engines.vllm.guard.KeyGuard --disable-uvicorn-access-log"
+    )
+    assert engine_env(engine, device_type="cuda", tree="/t") == {"VLLM_SERVER_DEV_MODE": "1"}
+    assert "--enforce-eager" in line(engine, "cpu") and "--gpu-memory-utilization" not in line(engine, "cpu")
+    assert "VLLM_CPU_KVCACHE_SPACE" in engine_env(engine, device_type="cpu", tree="/t")
+
+
+@pytest.mark.parametrize("kind", ["embedded", "sglang", "vllm"])
+def test_what_all_kinds_share(kind: str) -> None:
+    """Goal: loopback, a replica's own port, devices in slices, no key. Red with 0.0.0.0, and with one port for all."""
+    engine = engine_of(kind=kind, gpu_ranks=[4, 5, 6, 7], tensor_parallel_size=2, replicas=2)
+    for replica in range(2):
+        text = line(engine, "cuda", replica=replica)
+        assert f"--host 127.0.0.1 --port {30180 + replica} " in text and "key" not in text.replace("KeyGuard", "")
+        assert ready_url(engine, replica).startswith(f"http://127.0.0.1:{30180 + replica}/")
+    assert [engine_devices(engine, replica) for replica in range(2)] == [[4, 5], [6, 7]]
