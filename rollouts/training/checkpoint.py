@@ -166,19 +166,20 @@ def write_weights(model: nn.Module, path: Path, weights: Mapping[str, Tensor]) -
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     write_model(model, temporary, weights)
-    _put_in_place(temporary, path)
+    _put_in_place(temporary, path, durable=False)
     return path
 
 
 @torch.no_grad()
-def whole_weights(model: nn.Module, *, copy: bool) -> dict[str, Tensor]:
+def whole_weights(model: nn.Module, *, copy: bool, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """The state dict, LoRA merged, every tensor whole and on the CPU, on rank 0; {} elsewhere. Every rank calls it.
 
     Sharded tensors are gathered one at a time: on a device there is never more than one whole tensor, in rank 0's host
     memory there are all. Tied ones share memory. `copy`: none is the model's own memory, which the next step changes.
+    `dtype`: of floating-point tensors; None: as they are.
     """
     state = lora.merged_state_dict(model) if lora.is_lora(model) else model.state_dict(keep_vars=True)
-    return _whole_tensors(state, copy=copy)
+    return _whole_tensors(state, copy=copy, dtype=dtype)
 
 
 @torch.no_grad()
@@ -187,12 +188,13 @@ def whole_adapter(model: nn.Module) -> dict[str, Tensor]:
     return _whole_tensors(lora.adapter_state_dict(model), copy=True) if lora.is_lora(model) else {}
 
 
-def _whole_tensors(tensors: Mapping[str, Tensor], *, copy: bool) -> dict[str, Tensor]:
+def _whole_tensors(tensors: Mapping[str, Tensor], *, copy: bool, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     seen: dict[int, Tensor] = {}
     found = {}
     for name, tensor in tensors.items():
         if id(tensor) not in seen:  # gathered once by every rank, or they would wait for each other
-            seen[id(tensor)] = _whole(tensor.detach(), copy=copy)
+            whole = _whole(tensor.detach(), copy=copy)
+            seen[id(tensor)] = whole.to(dtype) if dtype is not None and whole.is_floating_point() else whole
         if distributed.rank() == 0:
             found[name] = seen[id(tensor)]
     return found
@@ -340,14 +342,18 @@ def _recover(checkpoint_dir: Path) -> None:
             path.rename(original)
 
 
-def _put_in_place(temporary: Path, final: Path) -> None:
-    """Rename; a directory already at `final` is set aside first and removed after: one of them always exists."""
+def _put_in_place(temporary: Path, final: Path, *, durable: bool = True) -> None:
+    """Rename; a directory already at `final` is set aside first and removed after: one of them always exists.
+
+    `durable`: returns when the disk has the new name, which takes milliseconds of waiting.
+    """
     old = final.with_name(f".old-{final.name}")
     if final.exists():
         final.rename(old)
     temporary.rename(final)
     shutil.rmtree(old, ignore_errors=True)
-    _sync(final.parent)
+    if durable:
+        _sync(final.parent)
 
 
 def _point_latest(checkpoint_dir: Path, name: str) -> None:

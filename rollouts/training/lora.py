@@ -6,9 +6,10 @@ adding and subtracting again would drift (slime#780).
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,19 +89,33 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     One matrix at a time is merged where the model is, in its dtype, and kept on the CPU.
     """
+    parts = merged_parts(model).items()
+    return {name: own if (value := make()) is own else value.cpu() for name, (own, make) in parts}
+
+
+def merged_parts(model: nn.Module) -> dict[str, tuple[Tensor, Callable[[], Tensor]]]:
+    """The plain model's state dict in parts: by name the model's own tensor (tied ones are one object), and a function
+    that makes the value: a new tensor, where the model is, for an adapted matrix, that very tensor otherwise.
+    """
     layers = _layers(model)
-    state = {}
-    for key, tensor in model.state_dict(keep_vars=True).items():  # tied ones are one object
+
+    def merge(tensor: Tensor, layer: Any) -> Tensor:
+        with torch.no_grad():
+            return tensor + layer.get_delta_weight(_ADAPTER).to(tensor.dtype)
+
+    def own(tensor: Tensor) -> Tensor:
+        return tensor
+
+    parts: dict[str, tuple[Tensor, Callable[[], Tensor]]] = {}
+    for key, tensor in model.state_dict(keep_vars=True).items():
         if _layer_of(key, layers, ".lora_"):
             continue
         layer = _layer_of(key, layers, ".base_layer.")
-        if layer is None:
-            state[key] = tensor
-        elif key == f"{layer}.base_layer.weight":
-            state[f"{layer}.weight"] = (tensor + layers[layer].get_delta_weight(_ADAPTER).to(tensor.dtype)).cpu()
-        else:  # a bias
-            state[key.replace(".base_layer.", ".")] = tensor
-    return state
+        if layer is not None and key == f"{layer}.base_layer.weight":
+            parts[f"{layer}.weight"] = tensor, partial(merge, tensor, layers[layer])
+        else:  # as it is: a bias of an adapted layer under its plain name
+            parts[key.replace(".base_layer.", ".") if layer else key] = tensor, partial(own, tensor)
+    return parts
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:

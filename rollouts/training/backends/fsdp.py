@@ -10,7 +10,7 @@ import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,7 @@ from rollouts.training.backends.pytorch import PyTorchTrainingBackend
 from rollouts.training.log_probs import TokenLogProbs
 from rollouts.training.rl_losses import Logits
 
+T = TypeVar("T")
 __all__ = ["FSDPConfig", "FSDPTrainingBackend"]
 STRATEGIES = ("FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "NO_SHARD")
 _FORWARD = "training_forward"  # the method of a sharded model that gathers the root's parameters while it runs
@@ -168,9 +169,13 @@ class FSDPTrainingBackend(PyTorchTrainingBackend):
         _reshard(self.model)  # a caller may have run the model: generation leaves the root's parameters gathered
         return super()._snapshot(*arguments)
 
-    def _save_weights(self, path: Path) -> Path:
+    def _on_model(self, function: Callable[[nn.Module], T]) -> T:
         _reshard(self.model)
-        return super()._save_weights(path)
+        return super()._on_model(function)
+
+    def _save_weights(self, path: Path, dtype: torch.dtype | None) -> Path:
+        _reshard(self.model)
+        return super()._save_weights(path, dtype)
 
     def _load_checkpoint(self, path: Path) -> dict[str, Any]:
         _reshard(self.model)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from rollouts.training import checkpoint, distributed, forward, optimizer_state
 from rollouts.training.backends.futures import BackendFailedError, ThreadFuture, Worker
 from rollouts.training.checkpoint import Retention
+from rollouts.training.host_memory import keep_freed_memory
 from rollouts.training.reference import Reference
 from rollouts.training.rl_losses import (
     STATISTICS,
@@ -37,6 +38,7 @@ from rollouts.training.value_head import ValueHead
 
 __all__ = ["BackendFailedError", "PyTorchTrainingBackend"]
 _MODEL_KEYS = ("input_ids", "labels", "loss_mask")
+T = TypeVar("T")
 
 
 class PyTorchTrainingBackend:
@@ -80,6 +82,8 @@ class PyTorchTrainingBackend:
         self.optimizer = optimizer
         self.checkpoint_dir = Path(checkpoint_dir)
         self.device = torch.device(device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self._place(model)
         self.step = 0  # optimizer steps applied
         self._loss_fn = loss_fn
@@ -140,6 +144,14 @@ class PyTorchTrainingBackend:
         """
         return self._worker.submit("values", self._values, batch)
 
+    def log_probs(self, batch: Mapping[str, Any]) -> ThreadFuture[Tensor]:
+        """Log-probs [B, T] of the tokens that `batch`'s loss_mask marks, on the CPU, 0 elsewhere; dropout off."""
+        return self._worker.submit("log_probs", self._log_probs, batch)
+
+    def on_model(self, function: Callable[[nn.Module], T]) -> ThreadFuture[T]:
+        """`function(model)`, in turn with other work and with parameters sharded as at rest; every rank calls it."""
+        return self._worker.submit("on_model", self._on_model, function)
+
     async def save_checkpoint(self, step: int, metrics: dict[str, Any], extra: dict[str, Any] | None = None) -> Path:
         """`start_checkpoint`, and wait until it is complete: its directory."""
         return await (await self.start_checkpoint(step, metrics, extra)).result()
@@ -179,9 +191,12 @@ class PyTorchTrainingBackend:
         """
         return await self._worker.submit("load_checkpoint", self._load_checkpoint, Path(path)).result()
 
-    async def save_weights(self, path: Path | str) -> Path:
-        """Write weights and config to the directory `path`, which appears complete or not at all; rank 0 writes."""
-        return await self._worker.submit("save_weights", self._save_weights, Path(path)).result()
+    async def save_weights(self, path: Path | str, dtype: torch.dtype | None = None) -> Path:
+        """Write weights and config to the directory `path`, which appears complete or not at all; rank 0 writes.
+
+        `dtype`: what floating-point tensors are written as; None: as they are.
+        """
+        return await self._worker.submit("save_weights", self._save_weights, Path(path), dtype).result()
 
     def _place(self, model: nn.Module) -> None:
         """Onto this rank's device, with rank 0's parameters."""
@@ -259,6 +274,17 @@ class PyTorchTrainingBackend:
         self.model.train()
         return {"loss": loss.item(), "tokens": trained_tokens(inputs["loss_mask"])}
 
+    @torch.no_grad()
+    def _log_probs(self, batch: Mapping[str, Any]) -> Tensor:
+        inputs = self._to_device(batch, ())
+        self.model.eval()
+        logits = self._logits(self.model, inputs)
+        self.model.train()
+        return token_log_probs(logits, inputs["labels"], inputs["loss_mask"]).cpu()
+
+    def _on_model(self, function: Callable[[nn.Module], T]) -> T:
+        return function(self.model)
+
     def _snapshot(
         self, step: int, metrics: dict[str, Any], extra: dict[str, Any], before: ThreadFuture[Path] | None
     ) -> checkpoint.Snapshot:
@@ -320,8 +346,8 @@ class PyTorchTrainingBackend:
         if self._value_head is not None and saved is not None:
             self._value_head.load_state(saved)
 
-    def _save_weights(self, path: Path) -> Path:
-        weights = checkpoint.whole_weights(self.model, copy=False)
+    def _save_weights(self, path: Path, dtype: torch.dtype | None) -> Path:
+        weights = checkpoint.whole_weights(self.model, copy=False, dtype=dtype)
         return distributed.on_rank_0(lambda: checkpoint.write_weights(self.model, path, weights))
 
     def _sum_over_ranks(self, gradients: list[Tensor]) -> None:

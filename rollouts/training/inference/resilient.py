@@ -1,0 +1,314 @@
+"""Engines that come back: what a death or a hang interrupts is done again, under the weights it was meant for.
+
+    engines = resilient([SGLangEngine(url) for url in urls], reruns_max=3, recover_timeout_s=180)
+
+Somebody else, the supervisor, starts a dead engine again; it then serves its start model. Here it is waited for, given
+the current weights, proven to serve them, and asked again, with the same seed. So an engine whose answers follow from
+weights, request and seed (the embedded one, on a CPU) gives a run the same results with its deaths as without. Under
+asyncio and trio.
+"""
+
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import anyio
+import anyio.lowlevel
+
+from rollouts.training.inference.http import EngineError, EngineLost, Generation
+
+RETRY_S = 0.2  # between two looks at an engine that is down
+REJOIN_TIMEOUT_S = 1.0  # for an engine that was down to answer, while another one could serve
+
+Give = Callable[[Any], Awaitable[Any]]  # gives a client's engine weights, and proves that they serve
+OnRecovered = Callable[["Recovered"], None]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """An engine that came back."""
+
+    url: str
+    reason: str  # what was wrong
+    weight_version: str | None  # that it serves now; None: it was never given any
+    seconds: float  # without it
+
+
+def resilient(
+    clients: Sequence[Any], *, reruns_max: int, recover_timeout_s: float, on_recovered: OnRecovered | None = None
+) -> list["ResilientEngine"]:
+    """The clients, each wrapped, standing in for each other. See ResilientEngine."""
+    options: dict[str, Any] = {"recover_timeout_s": recover_timeout_s, "on_recovered": on_recovered}
+    engines = [ResilientEngine(client, reruns_max=reruns_max, **options) for client in clients]
+    for engine in engines:
+        engine.peers = [peer for peer in engines if peer is not engine]
+    return engines
+
+
+class ResilientEngine:
+    """A client whose requests outlive its engine; everything that is not named here is the client's own.
+
+    `generate` and `generate_batch` are run again after EngineLost (a broken connection, 5xx, no answer in time), after
+    an abort that nobody here asked for, and after an answer that other weights sampled than those this engine was
+    given: at most `reruns_max` times a request, first by a peer that is up, else once this engine is back, which is
+    waited for `recover_timeout_s` at most. Errors that are the caller's (4xx) are raised as they come. With
+    `reruns_max` 0 nothing is run again.
+    """
+
+    def __init__(
+        self, client: Any, *, reruns_max: int, recover_timeout_s: float, on_recovered: OnRecovered | None = None
+    ) -> None:
+        self.client = client
+        self.reruns_max = reruns_max
+        self.recover_timeout_s = recover_timeout_s
+        self.peers: Sequence[ResilientEngine] = ()
+        self._on_recovered = on_recovered
+        self._is_up = True
+        self._recoveries = 0
+        self._give: Give | None = None  # of the newest of the versions
+        self._versions: list[str] = []  # all that it was given, or is being given; none: it serves what it started with
+        self._settled = 0  # index of the newest one that is proven
+        self._aborts = 0  # that the caller asked for
+        self._lock_: anyio.Lock | None = None
+        self._lock_loop: object = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "client":  # not set yet: a copy, or an unpickled one
+            raise AttributeError(name)
+        return getattr(self.client, name)
+
+    def __repr__(self) -> str:
+        return repr(self.client)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.client.aclose()
+
+    # --- requests -----------------------------------------------------------------------------------------------------
+
+    async def generate(self, *arguments: Any, **options: Any) -> list[Generation]:
+        """As the client's."""
+        return await self._rerun(lambda client: client.generate(*arguments, **options))
+
+    async def generate_batch(self, *arguments: Any, **options: Any) -> list[list[Generation]]:
+        """As the client's."""
+        return await self._rerun(lambda client: client.generate_batch(*arguments, **options))
+
+    async def abort(self, rid: str | None = None) -> None:
+        """As the client's; what it ends stays ended."""
+        self._aborts += 1
+        await self.client.abort(rid)
+
+    async def pause(self, mode: str = "retract") -> None:
+        """As the client's; what "abort" ends stays ended."""
+        self._aborts += mode == "abort"
+        await self.client.pause(mode)
+
+    @property
+    def input_logprobs(self) -> Callable[..., Awaitable[list[float]]]:
+        """As the client's, if it has it; always this engine's own, and under the weights that it was given."""
+        probe = self.client.input_logprobs
+
+        async def input_logprobs(*arguments: Any, **options: Any) -> list[float]:
+            async def ask(client: Any) -> list[float]:
+                found: list[float] = await probe(*arguments, **options)
+                served = await self._served_version()
+                if self._versions and served not in self._versions[self._settled :]:
+                    raise EngineLost(f"{self}: serves weights {served}; was given {self._versions[-1]}")
+                return found
+
+            return list(await self._rerun(ask, here=True))
+
+        return input_logprobs
+
+    async def _rerun(self, ask: Callable[[Any], Awaitable[Any]], *, here: bool = False) -> Any:
+        """`here`: no peer can answer it."""
+        for left in range(self.reruns_max, -1, -1):
+            engine = self if here else await self._who_serves()
+            recoveries = engine._recoveries
+            try:
+                return await engine._ask(ask)
+            except EngineLost as error:
+                if not left:
+                    raise
+                logger.warning("%s; the request is run again, at most %d more times", error, left)
+                engine._is_up = engine._is_up and engine._recoveries != recoveries
+                if here or not any(one._is_up for one in (self, *self.peers)):
+                    await engine._recover(recoveries, str(error))
+        raise AssertionError("the last round returns or raises")
+
+    async def _who_serves(self) -> "ResilientEngine":
+        """This engine, if it is up or has just come back; else a peer that is; else this one."""
+        peers_up = [peer for peer in self.peers if peer._is_up]
+        if not self._is_up and peers_up:
+            recoveries = self._recoveries
+            if not await self._answers():
+                return peers_up[0]
+            await self._recover(recoveries, "it was down")
+        return self
+
+    async def _ask(self, ask: Callable[[Any], Awaitable[Any]]) -> Any:
+        aborts, settled = self._aborts, self._settled
+        answer = await ask(self.client)
+        allowed = self._versions[settled:]  # given before it was asked, or meanwhile
+        for generation in _flat(answer):
+            sampled_with = {generation.weight_version, *(span["version"] for span in generation.weight_versions)}
+            foreign = sampled_with - {*allowed, ""}  # "": not one token was sampled
+            if allowed and foreign:
+                found = ", ".join(sorted(foreign))
+                raise EngineLost(f"{self}: sampled with weights {found}; was given {allowed[-1]}: it started anew")
+            if generation.finish_reason == "abort" and aborts == self._aborts:
+                raise EngineLost(f"{self}: gave up a request: {generation.finish_detail.get('message')}")
+        return answer
+
+    # --- weights ------------------------------------------------------------------------------------------------------
+
+    async def update_weights_from_checkpoint(
+        self, checkpoint_path: str, weight_version: str | None = None
+    ) -> dict[str, Any]:
+        """As the client's; done again when the engine dies over it, and whenever it comes back. The directory has to
+        stay until the next update."""
+        version = weight_version or f"{Path(checkpoint_path).name}-{uuid.uuid4().hex[:8]}"
+        answer: dict[str, Any] = await self.give_weights(
+            version, lambda client: client.update_weights_from_checkpoint(checkpoint_path, weight_version=version)
+        )
+        return answer
+
+    async def give_weights(self, version: str, give: Give) -> Any:
+        """Have `give(client)` bring the engine to `version` and prove it; what it returns.
+
+        It is called again when the engine is lost over it, and each time it comes back until other weights are given.
+        Raises what `give` raises (the engine then counts as having the version before), and EngineError when the engine
+        does not come back.
+        """
+        async with self.receiving(version, give):
+            try:
+                return await give(self.client)
+            except EngineError as error:
+                return await self.receive_again(error)
+
+    @contextlib.asynccontextmanager
+    async def receiving(self, version: str, give: Give) -> AsyncIterator[None]:
+        """Within, the caller brings the client's engine to `version`, by itself or with others; `give(client)` does it
+        alone. Requests may be answered by either version meanwhile, and none is run again before the end."""
+        async with self._lock():
+            before = self._give
+            self._give = give
+            self._versions.append(version)
+            try:
+                yield
+            except BaseException:
+                self._give = before
+                self._versions.pop()
+                raise
+            self._settled = len(self._versions) - 1
+            self._is_up = True
+
+    async def receive_again(self, error: EngineError) -> Any:
+        """Within `receiving`: wait for an engine that was lost, and give it the weights. Raises any other `error`."""
+        if not self.reruns_max or not (_is_lost(error) or await self._began_anew()):
+            raise error
+        self._is_up = False
+        logger.warning("%s; the weights are sent again", error)
+        return await self._bring_back(str(error), again=True)
+
+    def comes_back_with(self, give: Give) -> None:
+        """From now on `give(client)` is what brings it to the version that it was given last."""
+        self._give = give
+
+    # --- recovery -----------------------------------------------------------------------------------------------------
+
+    async def _recover(self, recoveries: int, reason: str) -> None:
+        """Bring the engine back, once for all requests that saw it fail."""
+        async with self._lock():
+            if self._recoveries == recoveries:
+                await self._bring_back(reason, again=False)
+
+    async def _bring_back(self, reason: str, *, again: bool) -> Any:
+        """Wait for the engine and give it the current weights unless it serves them, with `again` even then; returns
+        what giving them returned. Raises EngineError when that takes longer than `recover_timeout_s`."""
+        started, last = time.monotonic(), reason
+        with anyio.move_on_after(self.recover_timeout_s):
+            while True:
+                try:
+                    answer = await self._restore(again=again)
+                    seconds = time.monotonic() - started
+                    self._recoveries += 1
+                    self._is_up = True
+                    version = self._versions[-1] if self._versions else None
+                    logger.warning("%s: is back with weights %s after %.1f s (%s)", self, version, seconds, reason)
+                    if self._on_recovered:
+                        self._on_recovered(Recovered(self.client.base_url, reason, version, seconds))
+                    return answer
+                except EngineError as error:
+                    if not _is_lost(error):
+                        raise
+                    last = str(error)
+                await anyio.sleep(RETRY_S)
+        within = f"within {self.recover_timeout_s:g} s"
+        raise EngineError(f"{self}: did not come back {within}. What was wrong: {reason}. Last seen: {last}")
+
+    async def _restore(self, *, again: bool) -> Any:
+        """One attempt. The readiness is looked at last: an engine whose update was cut off is not ready, but paused."""
+        answer = None
+        served = await self._served_version()
+        if self._give is not None and (again or served != self._versions[-1]):
+            answer = await self._give(self.client)
+        await self.client.wait_ready(self.recover_timeout_s)
+        if self._versions and await self._served_version() != self._versions[-1]:
+            raise EngineLost(f"{self}: died again after it was given weights {self._versions[-1]}")
+        return answer
+
+    async def _served_version(self) -> str:
+        return str((await self.client.model_info()).get("weight_version"))
+
+    async def _began_anew(self) -> bool:
+        """Does it serve weights that nobody here gave it? Its refusals are then those of another life."""
+        try:
+            return len(self._versions) > 1 and await self._served_version() not in self._versions
+        except EngineError:
+            return True
+
+    async def _answers(self) -> bool:
+        """Does it answer, quickly?"""
+        with anyio.move_on_after(REJOIN_TIMEOUT_S):
+            try:
+                await self.client.model_info()
+            except EngineError:
+                return False
+            return True
+        return False
+
+    def _lock(self) -> anyio.Lock:
+        loop = anyio.lowlevel.current_token()  # a lock belongs to the event loop it is used in
+        if self._lock_ is None or self._lock_loop != loop:
+            self._lock_, self._lock_loop = anyio.Lock(), loop
+        return self._lock_
+
+
+def _is_lost(error: BaseException | None) -> bool:
+    """Is it the engine's failure? A weight sync's is what caused it."""
+    while error is not None and not isinstance(error, EngineLost):
+        error = error.__cause__
+    return error is not None
+
+
+def _flat(answer: Sequence[Any]) -> Iterator[Generation]:
+    """The generations of an answer, a list or a list of lists; none in a list of numbers."""
+    for item in answer:
+        if isinstance(item, Generation):
+            yield item
+        elif isinstance(item, list):
+            yield from item

@@ -1,0 +1,162 @@
+"""Kind "broadcast": a process group of the trainer's rank 0 and every process of the engines: gloo, or NCCL on GPUs.
+
+Both sides build the group the same way, over a store under the group's name (`init_custom_process_group` in sglang's
+srt/utils/common.py); a plain `init_process_group` on one of them would wait for ever. A collective that an engine
+does not join is given up after `timeout_s`, and the group with it.
+"""
+
+import contextlib
+import datetime
+import socket
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from urllib.parse import urlsplit
+
+import anyio
+import anyio.to_thread
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import Backend, GroupName, PrefixStore, _new_process_group_helper, _world
+
+from rollouts.training.inference.http import EngineError, WeightSyncError
+from rollouts.training.weight_transfer.fanout import each
+from rollouts.training.weight_transfer.payload import Buffer, Entry
+
+_POLL_S = 0.0005  # between looks at whether a broadcast is over; it takes that long for some hundred KB
+_POLL_MAX_S = 0.01
+
+
+@dataclass(frozen=True)
+class _Group:
+    name: str
+    group: dist.ProcessGroup
+    store: dist.Store  # the server that the others found us by
+    engines: tuple[int, ...]  # who is in it, by identity
+
+
+class BroadcastLink:
+    """`Link` over a process group, made at the first sync and again after a failure or for other engines."""
+
+    def __init__(self, *, device_type: str, tensor_parallel_size: int = 1, timeout_s: float = 600.0) -> None:
+        self._backend = "nccl" if device_type == "cuda" else "gloo"
+        self._per_engine = tensor_parallel_size
+        self._timeout_s = timeout_s
+        self._joined: _Group | None = None
+
+    def buffer(self, nbytes: int, device: torch.device) -> Buffer:
+        return Buffer(torch.empty(nbytes, dtype=torch.uint8, device=device), None)
+
+    async def open(self, engines: Sequence[Any]) -> None:
+        members = tuple(id(engine) for engine in engines)
+        if self._joined is not None and self._joined.engines == members:
+            return
+        await self.aclose(engines)
+        name = f"rollouts-{uuid.uuid4().hex[:12]}"
+        timeout = datetime.timedelta(seconds=self._timeout_s)
+        world = 1 + len(engines) * self._per_engine
+        address = _address_towards(engines[0].base_url)
+        store = dist.TCPStore(address, 0, world, is_master=True, timeout=timeout, wait_for_workers=False)
+        made: list[dist.ProcessGroup] = []
+
+        async def make() -> None:
+            join = partial(_join, self._backend, store, world, name, timeout)
+            made.append(await anyio.to_thread.run_sync(join, abandon_on_cancel=True))
+
+        async def ask(engine: Any) -> None:
+            offset = 1 + next(at for at, other in enumerate(engines) if other is engine) * self._per_engine
+            place = {"rank_offset": offset, "world_size": world, "group_name": name, "backend": self._backend}
+            await engine.init_weights_update_group(address, store.port, **place)
+
+        await self._together("making the process group", engines, ask, make)
+        self._joined = _Group(name, made[0], store, members)
+
+    async def send(self, engines: Sequence[Any], buffer: Buffer, entries: Sequence[Entry], version: str | None) -> None:
+        assert self._joined is not None, "open() comes first"
+        group, name = self._joined.group, self._joined.name
+        flat = buffer.flat[: sum(entry.nbytes for entry in entries)]
+
+        async def broadcast() -> None:
+            work = dist.broadcast(flat, 0, group=group, async_op=True)
+            pause_s = _POLL_S
+            while not work.is_completed():  # polled: a thread in wait() could not be called off
+                await anyio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _POLL_MAX_S)
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise WeightSyncError(f"the broadcast of {entries[0].name} failed: {error}") from error
+
+        async def receive(engine: Any) -> None:
+            await engine.update_weights_from_distributed(
+                [entry.name for entry in entries],
+                [str(entry.dtype).removeprefix("torch.") for entry in entries],
+                [entry.shape for entry in entries],
+                group_name=name,
+                weight_version=version,
+            )
+
+        await self._together(f"broadcasting {entries[0].name}", engines, receive, broadcast)
+
+    async def aclose(self, engines: Sequence[Any]) -> None:
+        joined, self._joined = self._joined, None
+        if joined is None:
+            return
+        for engine in engines:
+            with contextlib.suppress(EngineError):  # it is gone, or was never in it
+                await engine.destroy_weights_update_group(joined.name)
+        with contextlib.suppress(RuntimeError):  # a broken group may say so once more
+            dist.destroy_process_group(joined.group)
+
+    async def _together(self, what: str, engines: Sequence[Any], theirs: Any, ours: Any) -> None:
+        """Both sides of a collective. When one fails the other is called off; then the group is of no more use."""
+        failures: list[EngineError] = []
+        with anyio.move_on_after(self._timeout_s) as limit:
+            async with anyio.create_task_group() as group:
+
+                async def run(part: Any, *arguments: Any) -> None:
+                    try:
+                        await part(*arguments)
+                    except EngineError as error:
+                        failures.append(error)
+                        group.cancel_scope.cancel()
+
+                group.start_soon(run, each, engines, what, theirs)
+                group.start_soon(run, ours)
+        if failures or limit.cancelled_caught:
+            await self._abandon()
+            raise (
+                failures[0]
+                if failures
+                else WeightSyncError(
+                    f"{what}: not over after {self._timeout_s:g} s; an engine hangs, or cannot reach the trainer"
+                )
+            )
+
+    async def _abandon(self) -> None:
+        """Leave a group in which somebody may still be waiting; it times out by itself."""
+        joined, self._joined = self._joined, None
+        if joined is not None:
+            with contextlib.suppress(RuntimeError):
+                joined.group.abort()
+
+
+def _join(backend: str, store: dist.Store, world: int, name: str, timeout: datetime.timedelta) -> dist.ProcessGroup:
+    try:
+        group, _ = _new_process_group_helper(
+            world, 0, [], Backend(backend), PrefixStore(name, store), group_name=GroupName(name), timeout=timeout
+        )
+    except RuntimeError as error:
+        raise WeightSyncError(f"the trainer could not make the process group: {error}") from error
+    _world.pg_group_ranks[group] = {rank: rank for rank in range(world)}
+    return group
+
+
+def _address_towards(url: str) -> str:
+    """This machine's own address on the way to `url`. No packet is sent."""
+    parts = urlsplit(url)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((parts.hostname, parts.port or 80))
+        return str(probe.getsockname()[0])

@@ -1,0 +1,222 @@
+"""A bucket of tensors as one flat buffer that two processes share, and the message that names it.
+
+The message is what SGLang reads in /update_weights_from_tensor with load_format "flattened_bucket": base64 of a pickle
+of {"flattened_tensor": uint8 [bytes], "metadata": [one record a tensor]}. It holds no data, only where the data is: a
+file in /dev/shm, laid out as torch's file_system sharing has it, or a CUDA IPC handle. The records are SimpleNamespace,
+which SGLang's unpickler admits: the sender needs no sglang package. (`FlattenedTensorBucket` in sglang/srt/weight_sync/
+tensor_bucket.py, `SafeUnpickler` in sglang/srt/utils/common.py.)
+
+The file is ours, not torch's: torch would start a torch_shm_manager beside the sender, which holds the sender's output
+open for as long as a receiver lives, and its file is not reserved: where memory is short, writing to it is a SIGBUS.
+"""
+
+import base64
+import fcntl
+import io
+import mmap
+import os
+import pickle
+import struct
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing import reductions
+
+SHARED_MEMORY = Path("/dev/shm")
+_FILE_PREFIX = "rollouts-bucket-"
+_HEADER_BYTES = 64  # of torch's RefcountedMapAllocator: a 32-bit count of users, then padding
+_USERS = 2**30  # counted down by each message that is read; never to 0, at which a reader would remove the file
+_CUDA_DEVICE = 6  # which argument of `rebuild_cuda_tensor` is the device
+_DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+_ADMITTED = {  # what a message is made of: functions of torch that rebuild a tensor, and plain records
+    ("types", "SimpleNamespace"),
+    ("torch", "Size"),
+    *(("torch", name) for name in _DTYPES),
+    ("torch", "Tensor"),
+    *(("torch.storage", name) for name in ("TypedStorage", "UntypedStorage")),
+    ("torch.multiprocessing.reductions", "rebuild_tensor"),
+    ("torch.multiprocessing.reductions", "rebuild_cuda_tensor"),
+    ("torch.multiprocessing.reductions", "rebuild_storage_filename"),
+    ("torch.multiprocessing.reductions", "rebuild_typed_storage"),
+}
+
+
+class SharedMemoryError(Exception):
+    """There is no room for a bucket in shared memory. The message says what is free and how to make do."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a model as it is sent: its name in a checkpoint, and its shape and dtype at the engine."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """uint8 [bytes] that another process on this host can map; `file` is its place in /dev/shm, None on a GPU."""
+
+    flat: Tensor
+    file: Path | None
+    lock: int | None = None  # a descriptor of the file that holds its lock while we live
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it can still be mapped: an engine that dies may take the file's name along."""
+        return self.file is None or self.file.exists()
+
+    def close(self) -> None:
+        """Remove the name; the memory goes with the last mapping."""
+        if self.file is not None and self.lock is not None:
+            self.file.unlink(missing_ok=True)
+            os.close(self.lock)
+
+
+def shared_buffer(nbytes: int, device: torch.device) -> Buffer:
+    """Reserved memory, kept until closed. Raises SharedMemoryError where there is not as much.
+
+    Files whose makers were killed are removed first.
+    """
+    if device.type == "cuda":
+        return Buffer(torch.empty(nbytes, dtype=torch.uint8, device=device), None)
+    _remove_orphans()
+    file = SHARED_MEMORY / f"{_FILE_PREFIX}{uuid.uuid4().hex}"
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        os.posix_fallocate(descriptor, 0, _HEADER_BYTES + nbytes)
+        mapping = mmap.mmap(descriptor, _HEADER_BYTES + nbytes)
+    except OSError as error:
+        file.unlink()
+        os.close(descriptor)
+        raise SharedMemoryError(
+            f"{SHARED_MEMORY} has no room for a bucket of {nbytes / 2**20:.0f} MiB ({error.strerror}): lower "
+            "engine.weight_sync_bucket_mib, give the container more (docker run --shm-size), or set "
+            "engine.weight_sync='disk'"
+        ) from error
+    mapping[:4] = struct.pack("i", _USERS)
+    return Buffer(torch.frombuffer(mapping, dtype=torch.uint8, offset=_HEADER_BYTES), file, descriptor)
+
+
+def _remove_orphans() -> None:
+    """A file that nobody holds locked has lost its maker: the kernel lets go of locks however a process dies."""
+    for file in SHARED_MEMORY.glob(f"{_FILE_PREFIX}*"):
+        try:
+            descriptor = os.open(file, os.O_RDWR)
+        except OSError:  # another user's, or gone by now
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.unlink(missing_ok=True)
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(descriptor)
+
+
+def views(flat: Tensor, entries: Sequence[Entry]) -> list[tuple[Entry, Tensor]]:
+    """Each entry's own part of `flat`, one after the other in order, in its shape and dtype.
+
+    Entries of one bucket have one dtype, so that every part is aligned.
+    """
+    found, start = [], 0
+    for entry in entries:
+        end = start + entry.nbytes
+        found.append((entry, flat[start:end].view(entry.dtype).view(entry.shape)))
+        start = end
+    return found
+
+
+def dumps(buffer: Buffer, entries: Sequence[Entry]) -> str:
+    """The message for one receiver. It stays true while `buffer` lives; it is to be read once, by one process."""
+    metadata, start = [], 0
+    for entry in entries:
+        shape, end = torch.Size(entry.shape), start + entry.nbytes
+        place = {"start_idx": start, "end_idx": end, "numel": entry.nbytes}
+        metadata.append(SimpleNamespace(name=entry.name, shape=shape, dtype=entry.dtype, **place))
+        start = end
+    shared = _cuda_handle(buffer.flat[:start]) if buffer.file is None else _file_handle(buffer, start)
+    pickled = pickle.dumps({"flattened_tensor": shared, "metadata": metadata}, pickle.HIGHEST_PROTOCOL)
+    return base64.b64encode(pickled).decode()
+
+
+def loads(message: str) -> list[tuple[str, Tensor]]:
+    """The named tensors of a message, in the sender's memory: to be copied before the sender is answered.
+
+    Raises ValueError for anything that `dumps` does not make: unpickling runs nothing but the functions named here.
+    """
+    try:
+        content = _Unpickler(io.BytesIO(base64.b64decode(message, validate=True))).load()
+        flat, metadata = content["flattened_tensor"], content["metadata"]
+        return [(m.name, flat[m.start_idx : m.end_idx].view(m.dtype).view(m.shape)) for m in metadata]
+    except Exception as error:  # a broken pickle may raise anything at all
+        raise ValueError(f"not a bucket of tensors: {type(error).__name__}: {error}") from error
+
+
+class _Call:
+    """Pickled, it is what calling the function gives where it is unpickled."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self._call = function, arguments
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self._call
+
+
+def _file_handle(buffer: Buffer, nbytes: int) -> _Call:
+    """The first bytes of a shared file as torch.multiprocessing rebuilds a tensor, without a manager of our own."""
+    assert buffer.file is not None
+    handle = f"/{buffer.file.name}".encode()
+    untyped = _Call(reductions.rebuild_storage_filename, torch.UntypedStorage, b"", handle, buffer.flat.numel())
+    storage = _Call(reductions.rebuild_typed_storage, untyped, torch.uint8)
+    return _Call(reductions.rebuild_tensor, Tensor, storage, (0, torch.Size([nbytes]), (1,), False))
+
+
+def _cuda_handle(flat: Tensor) -> _Call:
+    """A CUDA tensor as torch.multiprocessing rebuilds it, its device by UUID: processes may number them differently.
+
+    SGLang takes either (`_rebuild_cuda_tensor_modified` in sglang/srt/utils/patch_torch.py).
+    """
+    rebuild, arguments = reductions.reduce_tensor(flat)
+    uuid_ = str(torch.cuda.get_device_properties(arguments[_CUDA_DEVICE]).uuid)
+    return _Call(rebuild, *arguments[:_CUDA_DEVICE], uuid_, *arguments[_CUDA_DEVICE + 1 :])
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ADMITTED:
+            raise ValueError(f"{module}.{name} is not admitted")
+        own = {"rebuild_cuda_tensor": _rebuild_cuda_tensor, "rebuild_storage_filename": _rebuild_storage}
+        return own.get(name) or super().find_class(module, name)
+
+
+def _rebuild_storage(cls: Any, manager: bytes, handle: bytes, nbytes: int) -> torch.UntypedStorage:
+    """As torch's, without a manager process: the file is its maker's to remove."""
+    name = handle.decode().removeprefix("/")
+    if "/" in name:
+        raise ValueError(f"{name!r} is not a file of {SHARED_MEMORY}")
+    with open(SHARED_MEMORY / name, "r+b") as file:
+        mapping = mmap.mmap(file.fileno(), _HEADER_BYTES + nbytes)
+    return torch.frombuffer(mapping, dtype=torch.uint8, offset=_HEADER_BYTES).untyped_storage()
+
+
+def _rebuild_cuda_tensor(*arguments: Any) -> Tensor:
+    uuid_ = arguments[_CUDA_DEVICE]
+    devices = range(torch.cuda.device_count())
+    index = next((i for i in devices if str(torch.cuda.get_device_properties(i).uuid) == uuid_), None)
+    if index is None:
+        raise ValueError(f"the sender's GPU {uuid_} is not visible here")
+    placed = (*arguments[:_CUDA_DEVICE], index, *arguments[_CUDA_DEVICE + 1 :])
+    return reductions.rebuild_cuda_tensor(*placed)

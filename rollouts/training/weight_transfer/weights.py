@@ -1,0 +1,104 @@
+"""A model's weights as an engine takes them: whole tensors under checkpoint names, in buckets of bounded size.
+
+Every rank calls these functions in the same order, on the thread that works on the model: sharded tensors are gathered
+one at a time, so that a rank holds one whole tensor beyond its shards, and rank 0 a bucket.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import transformers.core_model_loading
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from rollouts.training import distributed, lora
+from rollouts.training.weight_transfer.payload import Entry, views
+
+
+class UnsendableModel(ValueError):
+    """A model whose tensors an engine would not know by the names they have in memory."""
+
+
+def plan_buckets(model: nn.Module, dtype: torch.dtype | None, bucket_bytes: int) -> list[tuple[Entry, ...]]:
+    """All tensors of `model` in its own order, LoRA merged, tied ones once, cut where `bucket_bytes` would be exceeded.
+
+    `dtype`: what floating-point tensors are sent as; None: as they are. A bucket has one dtype, and is larger than
+    asked for only where a single tensor is. The same on every rank. Raises UnsendableModel.
+    """
+    entries = [
+        Entry(name, tuple(tensor.shape), _sent_as(tensor, dtype)) for name, (tensor, _) in _sources(model).items()
+    ]
+    _check_names(model, entries)
+    buckets: list[list[Entry]] = []
+    room = 0
+    for entry in entries:
+        if not buckets or entry.nbytes > room or entry.dtype != buckets[-1][0].dtype:
+            buckets.append([])
+            room = bucket_bytes
+        buckets[-1].append(entry)
+        room -= entry.nbytes
+    return [tuple(bucket) for bucket in buckets]
+
+
+@torch.no_grad()
+def fill(model: nn.Module, entries: Sequence[Entry], flat: Tensor | None) -> None:
+    """The current values of `entries` into the buffer `flat` (uint8, see `payload.views`); None on other ranks than 0.
+
+    Returns when they are there, on a GPU too.
+    """
+    sources = _sources(model)
+    into = [view for _, view in views(flat, entries)] if flat is not None else [None] * len(entries)
+    for entry, view in zip(entries, into, strict=True):
+        own = sources[entry.name][1]()
+        whole = own.full_tensor() if isinstance(own, DTensor) else own
+        if view is not None:
+            view.copy_(whole.detach())
+    if flat is not None and flat.is_cuda:
+        torch.cuda.current_stream(flat.device).synchronize()  # the receiver reads on a stream of its own
+
+
+def buffer_bytes(buckets: Sequence[Sequence[Entry]]) -> int:
+    """The size of the largest bucket."""
+    return max(sum(entry.nbytes for entry in bucket) for bucket in buckets)
+
+
+def is_sender() -> bool:
+    """Whether this rank is the one that talks to the engines."""
+    return distributed.rank() == 0
+
+
+def _sources(model: nn.Module) -> dict[str, tuple[Tensor, Callable[[], Tensor]]]:
+    """By name: the parameter (for its shape), and what makes the value that is sent."""
+    if lora.is_lora(model):
+        found = lora.merged_parts(model)
+    else:
+        state = model.state_dict(keep_vars=True)  # tied ones are one object
+        found = {name: (tensor, partial(_itself, tensor)) for name, tensor in state.items()}
+    seen: set[int] = set()
+    once = {}
+    for name, (tensor, make) in found.items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            once[name] = (tensor, make)
+    return once
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _sent_as(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype if dtype is not None and tensor.dtype.is_floating_point else tensor.dtype
+
+
+def _check_names(model: nn.Module, entries: Sequence[Entry]) -> None:
+    """transformers keeps some architectures' tensors (fused experts) otherwise than their checkpoints do."""
+    here = {entry.name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for entry in entries}
+    stored = transformers.core_model_loading.revert_weight_conversion(model, dict(here))  # type: ignore[arg-type]
+    if {name: tensor.shape for name, tensor in stored.items()} != {name: t.shape for name, t in here.items()}:
+        other = next(iter(sorted(set(here) - set(stored)) or sorted(here)))
+        raise UnsendableModel(
+            f"{type(model).__name__} keeps {other} otherwise in memory than in a checkpoint, so engines do not know "
+            "it: set engine.weight_sync='disk', which writes a checkpoint"
+        )

@@ -1,0 +1,221 @@
+"""Whole syncs, of every kind, to the embedded engine and to the real SGLang on a CPU."""
+
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
+
+from rollouts.training.backends.pytorch import PyTorchTrainingBackend
+from rollouts.training.inference.http import EngineError
+from rollouts.training.inference.resilient import resilient
+from rollouts.training.rl_losses import grpo_loss
+from rollouts.training.weight_sync import SGLangEngine, WeightSyncError
+from rollouts.training.weight_transfer.sync import WeightSync
+from tests.engines.serving import await_health, config_of, embedded_argv, free_port, start
+from tests.weight_transfer.sending import IDS, backend_over, change, expected_logprobs, transfer_of
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def backend(models: dict[str, Path], tmp_path: Path) -> PyTorchTrainingBackend:
+    return backend_over(models["new"], tmp_path / "checkpoints")
+
+
+EVERYWHERE = [(kind, where) for where in ("embedded", "sglang") for kind in ("disk", "tensor")]
+
+
+@pytest.mark.parametrize(("kind", "url"), [*EVERYWHERE, ("broadcast", "sglang")], indirect=["url"])
+async def test_the_engine_serves_the_trainers_weights(kind: str, url: str, backend: Any, tmp_path: Path) -> None:
+    """Goal: after each of two syncs the engine scores and samples with the trainer's weights, tied embeddings
+    included, under the version asked for, unpaused; a request that was under way goes on. Nothing stays behind.
+
+    Red with the buffer not filled again for the second sync, and with the last bucket left out.
+    """
+    async with SGLangEngine(url, timeout_s=60) as engine:
+        transfer = transfer_of(kind, backend, tmp_path / "weights")
+        sync = WeightSync(backend, [engine], transfer, dtype="float32")
+        async with anyio.create_task_group() as group:
+            finished: list[Any] = []
+
+            async def ask() -> None:
+                (row,) = await engine.generate(IDS, {"max_new_tokens": 150, "ignore_eos": True})
+                finished.append(row)
+
+            await sync(1)
+            group.start_soon(ask)
+            await anyio.sleep(0.1)
+            change(backend, seed=1)
+            await sync(2)
+        assert await engine.input_logprobs(IDS) == pytest.approx(expected_logprobs(backend.model), abs=1e-5)
+        (row,) = await engine.generate(IDS, {"max_new_tokens": 1})
+        assert row.weight_version == "2"
+        assert len(finished[0].output_ids) == 150 and finished[0].finish_reason == "length"
+        left = [buffer.file for buffer in getattr(transfer, "_buffers", ()) if buffer.file]
+        assert len(left) == (2 if kind == "tensor" else 0)
+        await sync.aclose()
+    assert not any(file.exists() for file in (*left, tmp_path / "weights"))
+
+
+async def test_the_group_is_gone_afterwards(sglang_url: str, backend: Any, tmp_path: Path) -> None:
+    """Goal: neither side keeps the process group."""
+    async with SGLangEngine(sglang_url, timeout_s=60) as engine:
+        transfer = transfer_of("broadcast", backend, tmp_path)
+        await WeightSync(backend, [engine], transfer, dtype="float32")(1)
+        name = transfer._link._joined.name
+        await transfer.aclose([engine])
+        with pytest.raises(EngineError, match="does not exist"):
+            await engine.destroy_weights_update_group(name)
+        assert name not in torch.distributed.distributed_c10d._world.pg_names.values()
+
+
+class Liar:
+    """A transfer that moves nothing and says it did."""
+
+    async def __call__(self, engines: Any, version: str) -> None:
+        for engine in engines:
+            await engine._request(
+                "POST", "/update_weight_version", {"new_version": version, "abort_all_requests": False}
+            )
+
+    async def restore(self, engine: Any, version: str) -> None: ...
+
+    async def aclose(self, engines: Any) -> None: ...
+
+
+async def test_a_version_is_no_proof(url: str, backend: Any) -> None:
+    """Goal: an engine that says the new version and serves other weights ends the run, paused. Red: no probe."""
+    change(backend, seed=7)
+    async with SGLangEngine(url, timeout_s=60) as engine:
+        sync = WeightSync(backend, [engine], Liar(), dtype="float32")  # type: ignore[arg-type]
+        with pytest.raises(WeightSyncError, match=r"does not serve the trainer's weights.*The engines are paused"):
+            await sync(3)
+        with anyio.move_on_after(0.3) as waited:
+            await engine.generate(IDS, {"max_new_tokens": 1})
+        assert waited.cancelled_caught
+        await engine.resume()
+
+
+async def test_order_around_training(sglang_url: str, backend: Any, tmp_path: Path) -> None:
+    """Goal: the engine gives memory back only while idle, has it again before weights come, and samples afterwards;
+    the real server agrees at each step.
+    """
+    paths: list[str] = []
+
+    class Watched(SGLangEngine):
+        async def _request(self, method: str, path: str, body: Any = None, **options: Any) -> Any:
+            paths.append(path.split("?", maxsplit=1)[0])
+            return await super()._request(method, path, body, **options)
+
+    async with Watched(sglang_url, timeout_s=60) as engine:
+        transfer = transfer_of("tensor", backend, tmp_path)
+        sync = WeightSync(backend, [engine], transfer, dtype="float32", sleep_while_training=True)
+        await sync(4)
+        paths.clear()
+        await sync.sleep(weights=True)
+        await sync(5)
+        assert paths[:5] == [
+            *("/pause_generation", "/flush_cache", "/release_memory_occupation"),
+            *("/resume_memory_occupation", "/pause_generation"),
+        ]
+        paths.clear()
+        await sync.sleep(weights=False)
+        await sync.wake()
+        assert paths[-2:] == ["/resume_memory_occupation", "/continue_generation"]
+        assert (await engine.generate(IDS, {"max_new_tokens": 2}))[0].weight_version == "5"
+        await sync.aclose()
+
+
+async def test_tensors_that_do_not_fit(embedded_url: str, models: dict[str, Path], tmp_path: Path) -> None:
+    """Goal: a trainer of another shape is refused by name and shape. Red with the embedded engine's check left out."""
+    config = config_of("qwen2-tied")
+    config.intermediate_size = 96
+    model = Qwen2ForCausalLM(config)
+    backend = PyTorchTrainingBackend(model, torch.optim.SGD(model.parameters()), grpo_loss, tmp_path)
+    async with SGLangEngine(embedded_url, timeout_s=30) as engine:
+        with pytest.raises(WeightSyncError, match=r"gate_proj.weight has shape \[96, 64\].*\[128, 64\].*left paused"):
+            await transfer_of("tensor", backend, tmp_path)([engine], "9")
+        fitting = backend_over(models["new"], tmp_path)
+        await WeightSync(fitting, [engine], transfer_of("tensor", fitting, tmp_path), dtype="float32")(10)
+
+
+@pytest.mark.parametrize(("number", "anyio_backend"), [(signal.SIGKILL, "asyncio"), (signal.SIGSTOP, "trio")])
+async def test_an_engine_that_dies_or_hangs_over_it(
+    number: signal.Signals, models: dict[str, Path], backend: Any, tmp_path: Path
+) -> None:
+    """Goal: an engine that goes away between two buckets is an error within the client's time limit, naming it."""
+    process, url = engine_process(models["old"], free_port())
+    try:
+        async with SGLangEngine(url, timeout_s=2) as engine:
+            transfer = transfer_of("tensor", backend, tmp_path)
+            send = transfer._link.send
+
+            async def send_then_kill(*arguments: Any) -> None:
+                await send(*arguments)
+                process.send_signal(number)
+
+            transfer._link.send = send_then_kill
+            with anyio.fail_after(20), pytest.raises(WeightSyncError, match=f"version 1: .*{url}"):
+                await transfer([engine], "1")
+            await transfer.aclose([engine])
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_an_engine_that_comes_back(models: dict[str, Path], backend: Any, tmp_path: Path) -> None:
+    """Goal: an engine that was started again, and serves its start model, has the last sync's weights before a request
+    is answered.
+    """
+    port = free_port()
+    process, url = engine_process(models["old"], port)
+    try:
+        (engine,) = resilient([SGLangEngine(url, timeout_s=20)], reruns_max=3, recover_timeout_s=60)
+        sync = WeightSync(backend, [engine], transfer_of("tensor", backend, tmp_path), dtype="float32")
+        await sync(1)
+        process.kill()
+        process.wait()
+        process, _ = engine_process(models["old"], port)
+        (row,) = await engine.generate(IDS, {"max_new_tokens": 3})
+        assert row.weight_version == "1"
+        assert await engine.input_logprobs(IDS) == pytest.approx(expected_logprobs(backend.model), abs=1e-5)
+        await sync.aclose()
+        await engine.client.aclose()
+    finally:
+        process.kill()
+
+
+async def test_a_hanging_receiver_of_a_broadcast(sglang_url: str, backend: Any, tmp_path: Path) -> None:
+    """Goal: a collective that an engine does not join is given up in time, and the next sync makes a new group."""
+    change(backend, seed=3)
+    async with SGLangEngine(sglang_url, timeout_s=60) as engine:
+        transfer = transfer_of("broadcast", backend, tmp_path, timeout_s=2.0)
+        await transfer([engine], "20")
+        real = engine.update_weights_from_distributed
+
+        async def never(*arguments: Any, **options: Any) -> None:
+            await anyio.sleep_forever()
+
+        engine.update_weights_from_distributed = never  # type: ignore[method-assign]
+        with anyio.fail_after(20), pytest.raises(WeightSyncError, match="not over after 2 s"):
+            await transfer([engine], "21")
+        engine.update_weights_from_distributed = real  # type: ignore[method-assign]
+        await WeightSync(backend, [engine], transfer, dtype="float32")(22)
+        await transfer.aclose([engine])
+
+
+def engine_process(model: Path, port: int) -> tuple[subprocess.Popen[str], str]:
+    process = start(embedded_argv(model, port))
+    await_health(f"http://127.0.0.1:{port}", process)
+    return process, f"http://127.0.0.1:{port}"
+
+
+def test_the_models_differ(models: dict[str, Path]) -> None:
+    """Goal: the tests above cannot pass with the old weights."""
+    found = [expected_logprobs(AutoModelForCausalLM.from_pretrained(path)) for path in models.values()]
+    assert max(abs(a - b) for a, b in zip(*found, strict=True)) > 0.1
