@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from rollouts.training.weight_sync import SGLangEngine
+from rollouts.training.inference.sglang import SGLangEngine
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,13 +4,15 @@ The tokens of a turn are the engine's own and are never encoded again; what the 
 chat template adds after the assistant's turn.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import anyio
 
 from rollouts.agents.endpoint import Endpoint
-from rollouts.agents.environment import Environment, Message
+from rollouts.agents.environment import Environment, Message, Reply
 from rollouts.agents.tool_calls import parse_message
 from rollouts.training.types import Prompt
 
@@ -40,7 +42,8 @@ class Trajectory:
     log_probs: list[float] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
     turn_rewards: list[float] = field(default_factory=list)
-    weight_versions: list[str] = field(default_factory=list)  # one per turn
+    weight_versions: list[dict[str, Any]] = field(default_factory=list)  # [{version, start, end}] after the prompt
+    turns: int = 0  # of the policy
     ended: str = ""  # "done", or which limit: "turns", "tokens", "length" (of a turn), "timeout"
 
     def add(self, tokens: list[int], log_probs: list[float] | None = None) -> None:
@@ -55,23 +58,48 @@ async def run_episode(
 ) -> Trajectory:
     """One episode of `environment` from `prompt`. A turn's seed is a function of `seed` and its number.
 
-    A call that cannot be read is answered with what is wrong with it, for the model to do better. Raises AgentError for
-    an engine's aborted answer; a request that is under way when the time is up is cancelled.
+    A call that cannot be read is answered with what is wrong with it, for the model to do better. What is under way
+    when the time is up, a request or the environment's `respond`, is cancelled. Raises AgentError for what the
+    environment raises, naming it and the prompt, for one that does not start in time, and for an aborted answer.
     """
     limits = limits or Limits()
-    messages = await environment.start(prompt)
-    tools = environment.tools() or None
-    opening = _render(endpoint.tokenizer, messages, tools, add_generation_prompt=True)
-    episode = Trajectory(prompt, len(opening), list(opening), [0.0] * len(opening), messages=list(messages))
+    episode = None
     with anyio.move_on_after(limits.timeout_s) as scope:
+        with _blamed_on(environment, "start", prompt):
+            messages = await environment.start(prompt)
+        with _blamed_on(environment, "tools", prompt):
+            tools = environment.tools() or None
+        opening = _render(endpoint.tokenizer, messages, tools, add_generation_prompt=True)
+        episode = Trajectory(prompt, len(opening), list(opening), [0.0] * len(opening), messages=list(messages))
         for turn in range(limits.turns_max):
             episode.ended = await _turn(endpoint, environment, episode, tools, limits, seed + turn)
             if episode.ended:
                 return episode
         episode.ended = "turns"
+    if episode is None:
+        raise AgentError(
+            f"{type(environment).__name__}.start() took more than {limits.timeout_s:g} s, the episode's limit, "
+            f"for prompt {str(prompt)[:200]}"
+        )
     if scope.cancelled_caught:
         episode.ended = "timeout"
     return episode
+
+
+@contextmanager
+def _blamed_on(environment: Environment, method: str, prompt: Prompt) -> Iterator[None]:
+    """What a user's environment raises becomes an AgentError that says where, and for which prompt."""
+    try:
+        yield
+    except Exception as error:  # a user's code may raise anything
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        place = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace is not None else "?"
+        raise AgentError(
+            f"{type(environment).__name__}.{method}() raised {type(error).__name__}: {error} ({place}) "
+            f"for prompt {str(prompt)[:200]}"
+        ) from error
 
 
 async def _turn(  # noqa: PLR0917 — the parts of an episode, passed on
@@ -89,23 +117,35 @@ async def _turn(  # noqa: PLR0917 — the parts of an episode, passed on
     generation = await endpoint.sample(episode.tokens, seed=seed, max_new_tokens=min(room, endpoint.max_new_tokens))
     output = list(generation.output_ids)
     if generation.finish_reason == "abort" or len(generation.logprobs or ()) != len(output):
-        raise AgentError(f"{endpoint.client}: turn {len(episode.turn_rewards)} came back incomplete: {generation}")
+        raise AgentError(f"{endpoint.client}: turn {episode.turns} came back incomplete: {generation}")
+    episode.weight_versions += _spans(generation, len(episode.log_probs))
     episode.add(output, list(generation.logprobs))
-    episode.weight_versions.append(generation.weight_version)
+    episode.turns += 1
     said = output[:-1] if output and output[-1] in endpoint.stops else output
     message, problems = parse_message(endpoint.tokenizer.decode(said), endpoint.tool_format)
     episode.messages.append(message)
     if generation.finish_reason == "length":
         episode.turn_rewards.append(0.0)
         return "tokens" if room <= endpoint.max_new_tokens else "length"
-    reply = await environment.respond(message)
+    if problems and "tool_calls" not in message:  # it meant to call, and does not know yet that it did not
+        reply = Reply([], done=False)
+    else:
+        with _blamed_on(environment, "respond", episode.prompt):
+            reply = await environment.respond(message)
     episode.turn_rewards.append(reply.reward)
     answers = [*reply.messages, *({"role": "tool", "content": problem} for problem in problems)]
-    if reply.done and not problems:
+    if reply.done:
         return "done"
     episode.add(between_turns(endpoint.tokenizer, episode.messages, answers, tools))
     episode.messages += answers
     return ""
+
+
+def _spans(generation: Any, start: int) -> list[dict[str, Any]]:
+    """Which weights sampled which tokens of a turn that begins `start` tokens after the prompt."""
+    whole = {"version": generation.weight_version, "start": 0, "end": len(generation.output_ids)}
+    spans = getattr(generation, "weight_versions", None) or [whole]
+    return [{**span, "start": start + span["start"], "end": start + span["end"]} for span in spans]
 
 
 def between_turns(

@@ -188,3 +188,34 @@ async def test_episodes_are_rollouts(taught: InProcessEngine, tokenizer: Any) ->
     assert len({tuple(tokens) for tokens in first.tokens}) > 2
     assert first.rewards == [sum(sample.metadata["turn_rewards"]) for sample in first.samples]
     assert all(len(sample.rollout_log_probs) == sample.response_length for sample in first.samples)
+
+
+@pytest.mark.anyio
+async def test_every_span_of_tokens_knows_its_weights(taught: InProcessEngine) -> None:
+    """Goal: versions by response token, neighbours of one version joined, also where they change within a turn.
+
+    Red with spans that count from the turn's own beginning.
+    """
+
+    class Changing(InProcessEngine):
+        """Version 4 from the last token of the first turn on."""
+
+        async def generate_batch(self, *arguments: Any, **options: Any) -> Any:
+            [[generation]] = await super().generate_batch(*arguments, **options)
+            end, first = len(generation.output_ids), len(self.requests) == 1
+            spans = [("3", 0, end - 1), ("4", end - 1, end)] if first else [("4", 0, end)]
+            generation.weight_version = "4"
+            generation.weight_versions = [{"version": v, "start": a, "end": b} for v, a, b in spans]
+            return [[generation]]
+
+    changing = Changing(taught.model, taught.tokenizer)
+    episode = await run_episode(endpoint(changing), CalculatorEnvironment(), QUESTION, seed=0)
+    sample = trajectory_to_sample(episode)
+    call_length = len(taught.tokenizer(f"{CALL}<|end|>")["input_ids"])
+    assert sample.metadata["weight_version"] == "4" and sample.metadata["turns"] == 2
+    assert sample.metadata["weight_versions"] == [
+        {"version": "3", "start": 0, "end": call_length - 1},
+        {"version": "4", "start": call_length - 1, "end": sample.response_length},
+    ]
+    same = trajectory_to_sample(await run_episode(endpoint(taught), CalculatorEnvironment(), QUESTION, seed=0))
+    assert same.metadata["weight_version"] == "3" and "weight_versions" not in same.metadata

@@ -1,25 +1,17 @@
-"""Rewards: plain functions Sample -> float over the response text and `sample.prompt["answer"]`. Standard library only.
+"""Rewards that compare the response with the row's answer: plain functions Sample -> float. Standard library only."""
 
-A config names one by its dotted path, `rollouts.training.rewards.exact_match`; `resolve` finds it.
-"""
-
-import importlib
 import re
 from collections.abc import Callable
-from typing import Any
 
+from rollouts.training.rewards.common import answer_of
 from rollouts.training.types import Sample
 
 GSM8K_ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")  # nanochat's
 
 
-class RewardError(ValueError):
-    """A dotted path that names no function, or a prompt without what its reward needs."""
-
-
 def exact_match(sample: Sample) -> float:
     """1.0 when the response is the answer, apart from white space around it; else 0.0."""
-    return float(sample.response.strip() == _answer(sample).strip())
+    return float(sample.response.strip() == answer_of(sample).strip())
 
 
 def per_letter(sample: Sample) -> float:
@@ -27,7 +19,7 @@ def per_letter(sample: Sample) -> float:
 
     Without it, stopping early would cost no more than a wrong last letter, and policies settle on never trying one.
     """
-    response, answer = [*sample.response.strip(), None], [*_answer(sample).strip(), None]
+    response, answer = [*sample.response.strip(), None], [*answer_of(sample).strip(), None]
     right = sum(a == b for a, b in zip(response, answer, strict=False))
     return right / max(len(response), len(answer))
 
@@ -39,7 +31,7 @@ def per_letter_and_exact(sample: Sample) -> float:
 
 def gsm8k_answer(sample: Sample) -> float:
     """1.0 when the number after `####` equals the answer's, as text without commas (as nanochat); else 0.0."""
-    expected = _answer(sample)
+    expected = answer_of(sample)
     return float(gsm8k_number(sample.response) == (gsm8k_number(expected) or expected.strip().replace(",", "")))
 
 
@@ -51,7 +43,7 @@ def gsm8k_number(text: str) -> str | None:
 
 def choice_letter(sample: Sample) -> float:
     """1.0 when the response is the letter of the right choice: alone, or with a bracket or full stop; else 0.0."""
-    return float(sample.response.strip().strip("().") == _answer(sample).strip())
+    return float(sample.response.strip().strip("().") == answer_of(sample).strip())
 
 
 def is_correct(sample: Sample) -> float:
@@ -63,36 +55,37 @@ def is_correct(sample: Sample) -> float:
     return _JUDGES.get(str(format), exact_match)(sample)
 
 
+def regex_answer(pattern: str, *, flags: int = re.DOTALL) -> Callable[[Sample], float]:
+    """A reward: 1.0 when the last match of `pattern` in the response holds the answer in its first group; else 0.0.
+
+    White space around it is passed over. Put it into a module of your own and name that in `rl.reward_fn`:
+    `tagged = regex_answer(r"<answer>(.*?)</answer>")`. Raises ValueError for a pattern without a group.
+    """
+    compiled = re.compile(pattern, flags)
+    if compiled.groups < 1:
+        raise ValueError(f"regex_answer({pattern!r}): needs a group, (...), around the answer")
+
+    def reward(sample: Sample) -> float:
+        expected = answer_of(sample).strip()
+        found = [match[1] for match in compiled.finditer(sample.response)]
+        return float(bool(found) and found[-1] is not None and found[-1].strip() == expected)
+
+    return reward
+
+
+def regex_format(pattern: str, *, flags: int = re.DOTALL) -> Callable[[Sample], float]:
+    """A reward: 1.0 when the whole response, white space around it apart, matches `pattern`; else 0.0."""
+    compiled = re.compile(pattern, flags)
+
+    def reward(sample: Sample) -> float:
+        return float(compiled.fullmatch(sample.response.strip()) is not None)
+
+    return reward
+
+
 _JUDGES: dict[str, Callable[[Sample], float]] = {
     "gsm8k": gsm8k_answer,
     "gsm8k_calculator": gsm8k_answer,
     "spelling_bee": gsm8k_answer,
     "multiple_choice": choice_letter,
 }
-
-
-def resolve(dotted_path: str) -> Callable[..., Any]:
-    """The function a dotted path names. Raises RewardError saying which part of it is missing, or is no function."""
-    module_name, _, attribute = dotted_path.rpartition(".")
-    if not module_name:
-        raise RewardError(f"{dotted_path!r}: needs a dotted path, package.module.function")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise RewardError(
-            f"{dotted_path!r}: no module {error.name!r}; it must be importable where the trainer runs"
-        ) from None
-    if not hasattr(module, attribute):
-        names = [name for name in vars(module) if not name.startswith("_") and callable(getattr(module, name))]
-        raise RewardError(f"{dotted_path!r}: module {module_name!r} has no {attribute!r}; it has {', '.join(names)}")
-    function = getattr(module, attribute)
-    if not callable(function):
-        raise RewardError(f"{dotted_path!r}: is {type(function).__name__}, needs to be a function")
-    return function
-
-
-def _answer(sample: Sample) -> str:
-    answer = sample.prompt.get("answer") if isinstance(sample.prompt, dict) else None
-    if answer is None:
-        raise RewardError(f"prompt {str(sample.prompt)[:120]!r} has no 'answer', which this reward needs")
-    return str(answer)

@@ -1,0 +1,40 @@
+"""Rewards: functions Sample -> float, or None for not scorable, that a job names by dotted path. docs/rewards.md.
+
+`rl.reward_fn="rollouts.training.rewards.exact_match"`; `resolve` finds it. Only the
+standard library is loaded here.
+"""
+
+from rollouts.training.rewards.answers import (
+    GSM8K_ANSWER,
+    choice_letter,
+    exact_match,
+    gsm8k_answer,
+    gsm8k_number,
+    is_correct,
+    per_letter,
+    per_letter_and_exact,
+    regex_answer,
+    regex_format,
+)
+from rollouts.training.rewards.code import code_reward, code_tests, code_tests_all
+from rollouts.training.rewards.common import RewardError, resolve
+from rollouts.training.rewards.math_answers import math_verify
+
+__all__ = [
+    "GSM8K_ANSWER",
+    "RewardError",
+    "choice_letter",
+    "code_reward",
+    "code_tests",
+    "code_tests_all",
+    "exact_match",
+    "gsm8k_answer",
+    "gsm8k_number",
+    "is_correct",
+    "math_verify",
+    "per_letter",
+    "per_letter_and_exact",
+    "regex_answer",
+    "regex_format",
+    "resolve",
+]

@@ -1,0 +1,79 @@
+"""Rewards for programs: the response's is run on the row's "tests", in `sandbox`. Blocking: use rl.reward_workers.
+
+A test is `{"stdin": text, "stdout": text}`, where the program prints what is expected, white space at the ends of lines
+apart; or `{"code": text}`, statements that run after the program in the same process and must not raise.
+"""
+
+import json
+import re
+import secrets
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rollouts.training.rewards.common import RewardError, column_of
+from rollouts.training.rewards.sandbox import SandboxLimits, run_python
+from rollouts.training.types import Sample
+
+_FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
+
+
+def code_reward(*, limits: SandboxLimits | None = None, every: bool = False) -> Callable[[Sample], float]:
+    """A reward: the share of the row's tests that the program passes; with `every` 1.0 for all of them, else 0.0.
+
+    `limits` are of one test. The first failure ends it where `every` counts. Raises RewardError for a row without tests
+    or with one that is none, SandboxError where programs cannot be confined.
+    """
+
+    def reward(sample: Sample) -> float:
+        program, tests, passed = program_of(sample.response), tests_of(sample), 0
+        for test in tests:
+            if _passes(program, test, limits):
+                passed += 1
+            elif every:
+                return 0.0
+        return passed / len(tests)
+
+    return reward
+
+
+code_tests = code_reward()
+code_tests_all = code_reward(every=True)
+
+
+def program_of(response: str) -> str:
+    """The last fenced block of the response, else all of it."""
+    blocks = _FENCED.findall(response)
+    return blocks[-1] if blocks else response
+
+
+def tests_of(sample: Sample) -> list[Mapping[str, str]]:
+    """The row's "tests", a list or its JSON text."""
+    value = column_of(sample, "tests")
+    try:
+        tests = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise RewardError(f"tests={str(value)[:80]!r}: is text and no JSON: {error}") from None
+    if not isinstance(tests, list) or not tests or not all(map(_is_test, tests)):
+        raise RewardError(
+            f"tests={str(tests)[:120]!r}: needs a list of {{'stdin': text, 'stdout': text}} or {{'code': text}}"
+        )
+    return tests
+
+
+def _is_test(test: Any) -> bool:
+    return isinstance(test, Mapping) and any(
+        all(isinstance(test.get(key), str) for key in keys) for keys in (("stdin", "stdout"), ("code",))
+    )
+
+
+def _passes(program: str, test: Mapping[str, str], limits: SandboxLimits | None) -> bool:
+    if isinstance(test.get("code"), str):
+        proof = secrets.token_hex(16)  # printed last: a program that exits early has not passed
+        run = run_python(f"{program}\n\n{test['code']}\n\nprint()\nprint({proof!r})\n", limits=limits)
+        return run.exit_code == 0 and run.stdout.rstrip().endswith(proof)
+    run = run_python(program, stdin=test["stdin"], limits=limits)
+    return run.exit_code == 0 and _lines(run.stdout) == _lines(test["stdout"])
+
+
+def _lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.rstrip().splitlines()]

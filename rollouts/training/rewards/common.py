@@ -1,0 +1,44 @@
+"""What every reward shares: its error, the answer of a row, and finding a function by its dotted path."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from rollouts.training.types import Sample
+
+
+class RewardError(ValueError):
+    """A dotted path that names no function, a prompt without what its reward needs, or a reward that failed."""
+
+
+def answer_of(sample: Sample) -> str:
+    """The row's "answer" as text. Raises RewardError where there is none: never a silent 0."""
+    return str(column_of(sample, "answer"))
+
+
+def column_of(sample: Sample, column: str) -> Any:
+    """What the row has under `column`. Raises RewardError where it has nothing, or the prompt is no row."""
+    value = sample.prompt.get(column) if isinstance(sample.prompt, dict) else None
+    if value is None:
+        raise RewardError(f"prompt {str(sample.prompt)[:120]!r} has no {column!r}, which this reward needs")
+    return value
+
+
+def resolve(dotted_path: str) -> Callable[..., Any]:
+    """The function a dotted path names. Raises RewardError saying which part of it is missing, or is no function."""
+    module_name, _, attribute = dotted_path.rpartition(".")
+    if not module_name:
+        raise RewardError(f"{dotted_path!r}: needs a dotted path, package.module.function")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise RewardError(
+            f"{dotted_path!r}: no module {error.name!r}; it must be importable where the trainer runs"
+        ) from None
+    if not hasattr(module, attribute):
+        names = [name for name in vars(module) if not name.startswith("_") and callable(getattr(module, name))]
+        raise RewardError(f"{dotted_path!r}: module {module_name!r} has no {attribute!r}; it has {', '.join(names)}")
+    function = getattr(module, attribute)
+    if not callable(function):
+        raise RewardError(f"{dotted_path!r}: is {type(function).__name__}, needs to be a function")
+    return function

@@ -1,0 +1,86 @@
+"""Runs a Python program that a model wrote, with few rights and hard limits. Blocking; Linux on x86_64 or aarch64.
+
+The program is one process in a directory of its own, deleted after. The kernel refuses it new processes, sockets,
+signals to others and, where it has Landlock (Linux 5.13), every file outside that directory but Python's own. Time,
+memory and output are bounded. docs/rewards.md says what this does not stop.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from rollouts.training.rewards.common import RewardError
+from rollouts.training.rewards.sandbox_child import REFUSED
+
+CHILD = Path(__file__).with_name("sandbox_child.py")
+MIB = 1 << 20
+
+
+class SandboxError(RewardError):
+    """The sandbox could not be put in place: nothing was run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SandboxLimits:
+    timeout_s: float = 10.0  # of the wall clock; CPU time has the same bound, rounded up
+    memory_mib: int = 1024  # address space, all threads together
+    file_mib: int = 16  # of one file, and of the output and of the errors each
+    output_characters: int = 1 << 20  # what is read of each
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a program ended."""
+
+    exit_code: int | None  # negative: the signal that ended it; None: it was killed at the time limit
+    stdout: str  # as far as `SandboxLimits.output_characters`
+    stderr: str
+
+    @property
+    def timed_out(self) -> bool:
+        return self.exit_code is None
+
+
+def run_python(program: str, *, stdin: str = "", limits: SandboxLimits | None = None) -> Execution:
+    """Run `program` with this interpreter and its packages. Raises SandboxError where it cannot be confined."""
+    limits = limits or SandboxLimits()
+    rights = {
+        "memory_bytes": limits.memory_mib * MIB,
+        "cpu_s": int(limits.timeout_s) + 1,
+        "file_bytes": limits.file_mib * MIB,
+    }
+    with tempfile.TemporaryDirectory(prefix="rollouts-sandbox-", ignore_cleanup_errors=True) as parent:
+        work, files = Path(parent) / "work", [Path(parent) / name for name in ("stdin", "stdout", "stderr")]
+        work.mkdir()
+        (work / "program.py").write_text(program, encoding="utf-8", errors="replace")
+        files[0].write_text(stdin, encoding="utf-8", errors="replace")
+        with files[0].open("rb") as source, files[1].open("wb") as out, files[2].open("wb") as err:
+            process = subprocess.Popen(
+                [sys.executable, "-I", str(CHILD), json.dumps(rights)],
+                cwd=work,
+                env={"PATH": os.defpath, "HOME": str(work), "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"},
+                stdin=source,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+            try:
+                exit_code: int | None = process.wait(limits.timeout_s)
+            except subprocess.TimeoutExpired:
+                exit_code = None
+            finally:
+                process.kill()  # it has no children
+                process.wait()
+        stdout, stderr = (_read(file, limits.output_characters) for file in files[1:])
+    if exit_code == REFUSED and stderr.startswith("sandbox: "):
+        raise SandboxError(f"cannot run a program safely on this machine: {stderr.strip()}")
+    return Execution(exit_code, stdout, stderr)
+
+
+def _read(file: Path, characters: int) -> str:
+    with file.open(encoding="utf-8", errors="replace", newline="") as text:
+        return text.read(characters)

@@ -1,0 +1,179 @@
+"""In the child: gives up every right that a test program does not need, then runs it. Linux; standard library only.
+
+    python -I sandbox_child.py '{"memory_bytes": ..., "cpu_s": ..., "file_bytes": ...}'    program: ./program.py
+
+Prints nothing itself. Exit code 97, with the reason on stderr, when a restriction could not be put in place.
+"""
+
+import ctypes
+import json
+import os
+import platform
+import resource
+import signal
+import struct
+import sys
+
+REFUSED = 97
+EPERM, ENOSYS = 1, 38
+PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 1, 22, 38, 2
+CLONE_THREAD = 0x10000
+
+# machine -> (its number in audit.h, the numbers of its system calls)
+MACHINES = {
+    "x86_64": (
+        0xC000003E,
+        {"clone": 56, "clone3": 435, "capset": 126},
+        {
+            "fork": 57,
+            "vfork": 58,
+            "socket": 41,
+            "kill": 62,
+            "tkill": 200,
+            "tgkill": 234,
+            "rt_sigqueueinfo": 129,
+            "rt_tgsigqueueinfo": 297,
+            "ptrace": 101,
+            "process_vm_readv": 310,
+            "process_vm_writev": 311,
+            "unshare": 272,
+            "setns": 308,
+            "setrlimit": 160,
+            "prlimit64": 302,
+            "perf_event_open": 298,
+            "userfaultfd": 323,
+            "bpf": 321,
+            "chmod": 90,
+            "fchmod": 91,
+            "fchmodat": 268,
+            "chown": 92,
+            "fchown": 93,
+            "lchown": 94,
+            "fchownat": 260,
+        },
+    ),
+    "aarch64": (
+        0xC00000B7,
+        {"clone": 220, "clone3": 435, "capset": 91},
+        {
+            "socket": 198,
+            "kill": 129,
+            "tkill": 130,
+            "tgkill": 131,
+            "rt_sigqueueinfo": 138,
+            "rt_tgsigqueueinfo": 240,
+            "ptrace": 117,
+            "process_vm_readv": 270,
+            "process_vm_writev": 271,
+            "unshare": 97,
+            "setns": 268,
+            "setrlimit": 164,
+            "prlimit64": 261,
+            "perf_event_open": 241,
+            "userfaultfd": 282,
+            "bpf": 280,
+            "fchmod": 52,
+            "fchmodat": 53,
+            "fchown": 55,
+            "fchownat": 54,
+        },
+    ),
+}
+EVERYWHERE = {
+    "pidfd_send_signal": 424,
+    "io_uring_setup": 425,
+    "pidfd_open": 434,
+    "fchmodat2": 452,
+}  # the same on every machine
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def check(result: int, what: str) -> int:
+    if result < 0:
+        raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")
+    return result
+
+
+def limit_resources(*, memory_bytes: int, cpu_s: int, file_bytes: int) -> None:
+    limits = {
+        resource.RLIMIT_AS: memory_bytes,
+        resource.RLIMIT_CPU: cpu_s,
+        resource.RLIMIT_FSIZE: file_bytes,
+        resource.RLIMIT_NOFILE: 64,
+        resource.RLIMIT_CORE: 0,
+    }
+    for which, value in limits.items():
+        resource.setrlimit(which, (value, value))
+
+
+def drop_capabilities(machine: str) -> None:
+    """What makes root more than the owner of its files."""
+    header = struct.pack("Ii", 0x20080522, 0)  # version 3, this process
+    check(LIBC.syscall(MACHINES[machine][1]["capset"], header, bytes(24)), "capset")
+
+
+def restrict_files(writable: str) -> bool:
+    """Landlock: read Python and the system's libraries, write into `writable`; False where the kernel has none."""
+    create, add, restrict = 444, 445, 446
+    version = LIBC.syscall(create, None, ctypes.c_size_t(0), 1)
+    if version < 1:
+        return False
+    execute, write_file, read_file, read_dir = 1 << 0, 1 << 1, 1 << 2, 1 << 3
+    everything = (1 << 13) - 1 | (version >= 2) << 13 | (version >= 3) << 14
+    rules = check(LIBC.syscall(create, struct.pack("Q", everything), ctypes.c_size_t(8), 0), "landlock_create_ruleset")
+    packages = {path for path in sys.path if path.endswith(("site-packages", "dist-packages"))}
+    readable = packages | {sys.prefix, sys.base_prefix, "/usr", "/lib", "/lib64", "/etc/localtime", "/dev/urandom"}
+    allowed = {path: execute | read_file | read_dir for path in readable}
+    for path, access in {**allowed, "/dev/null": read_file | write_file, writable: everything}.items():
+        if os.path.exists(path):
+            directory = os.path.isdir(path)
+            descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            rule = struct.pack("=Qi", access if directory else access & (execute | write_file | read_file), descriptor)
+            check(LIBC.syscall(add, rules, 1, rule, 0), f"landlock_add_rule {path}")
+            os.close(descriptor)
+    check(LIBC.syscall(restrict, rules, 0), "landlock_restrict_self")
+    os.close(rules)
+    return True
+
+
+def filter_system_calls(machine: str) -> None:
+    """seccomp: no new processes, sockets, signals to or looks into others, and no change of rights. Threads may be."""
+    audit, calls, denied = MACHINES[machine]
+    load, equal, any_bit, at_least, answer = 0x20, 0x15, 0x45, 0x35, 0x06  # BPF: LD|W|ABS, JEQ, JSET, JGE, RET
+    allow, kill, refuse = 0x7FFF0000, 0x80000000, 0x00050000
+    program = [(load, 0, 0, 4), (equal, 1, 0, audit), (answer, 0, 0, kill), (load, 0, 0, 0)]
+    if machine == "x86_64":  # the x32 interface has numbers of its own
+        program += [(at_least, 0, 1, 0x40000000), (answer, 0, 0, refuse | EPERM)]
+    for number in (*denied.values(), *EVERYWHERE.values()):
+        program += [(equal, 0, 1, number), (answer, 0, 0, refuse | EPERM)]
+    program += [(equal, 0, 1, calls["clone3"]), (answer, 0, 0, refuse | ENOSYS)]  # libc then uses clone
+    program += [(equal, 0, 3, calls["clone"]), (load, 0, 0, 16), (any_bit, 1, 0, CLONE_THREAD)]
+    program += [(answer, 0, 0, refuse | EPERM), (answer, 0, 0, allow)]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
+    header = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(program), ctypes.addressof(code)))
+    check(LIBC.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, header, 0, 0), "seccomp")
+
+
+def main() -> None:
+    with open("program.py", encoding="utf-8") as file:
+        source = file.read()
+    try:
+        machine = platform.machine()
+        if sys.platform != "linux" or machine not in MACHINES:
+            raise OSError(f"{sys.platform} on {machine}: needs Linux on one of {', '.join(MACHINES)}")
+        check(LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "PR_SET_PDEATHSIG")
+        check(LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "PR_SET_NO_NEW_PRIVS")
+        restrict_files(os.getcwd())
+        drop_capabilities(machine)
+        limit_resources(**json.loads(sys.argv[1]))
+        filter_system_calls(machine)
+    except OSError as error:
+        print(f"sandbox: {error}", file=sys.stderr)
+        sys.exit(REFUSED)
+    sys.argv = ["program.py"]
+    exec(compile(source, "program.py", "exec"), {"__name__": "__main__"})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Programs in the sandbox, and rewards made of them: real processes that try what they must not."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rollouts.training import rewards
+from rollouts.training.rewards.sandbox import SandboxLimits, run_python
+from rollouts.training.types import Sample
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is the kernel's: Linux")
+LIMITS = SandboxLimits(timeout_s=30.0, memory_mib=512, file_mib=1)
+LANDLOCK = (
+    "landlock" in Path("/sys/kernel/security/lsm").read_text() if Path("/sys/kernel/security/lsm").exists() else None
+)
+
+
+def test_a_program_reads_and_writes() -> None:
+    """Goal: ordinary programs run: input, packages of this environment, threads, files of their own. Red with -S."""
+    program = (
+        "import numpy, threading, sys\n"
+        "open('note', 'w').write(input()); print(open('note').read()[::-1])\n"
+        "thread = threading.Thread(target=lambda: print(int(numpy.ones(3).sum()))); thread.start(); thread.join()\n"
+        "sys.exit(3)\n"
+    )
+    run = run_python(program, stdin="abc\n", limits=SandboxLimits(timeout_s=60.0))
+    assert (run.exit_code, run.stdout) == (3, "cba\n3\n"), run.stderr
+
+
+@pytest.mark.parametrize(
+    ("program", "error"),
+    [
+        ("import socket; socket.socket()", "PermissionError"),
+        ("import os; os.fork()", "PermissionError"),
+        ("import subprocess; subprocess.run(['true'])", "PermissionError"),
+        ("import os; os.kill(os.getppid(), 9)", "PermissionError"),
+        ("import os; os.chmod(os.getcwd(), 0o777)", "PermissionError"),
+        ("import resource; resource.setrlimit(resource.RLIMIT_AS, (-1, -1))", "not allowed to raise"),
+        ("import ctypes; c = ctypes.CDLL(None, use_errno=True); assert c.unshare(0x10000000) == 0, 'denied'", "denied"),
+        ("text = ' ' * (1 << 30)", "MemoryError"),
+        ("print('a' * (2 << 20))", "File too large"),
+    ],
+    ids=lambda item: item[:40],
+)
+def test_what_a_program_may_not_do(program: str, error: str) -> None:
+    """Goal: each right is gone. Red without limit_resources; without filter_system_calls os.kill ended the tests."""
+    run = run_python(program, limits=LIMITS)
+    assert run.exit_code == 1 and error in run.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.skipif(LANDLOCK is False, reason="this kernel has no Landlock")
+@pytest.mark.parametrize("how", ["open({path!r}).read()", "open({path!r}, 'w')", "import os; os.listdir({parent!r})"])
+def test_files_of_the_user_are_out_of_reach(tmp_path: Path, how: str) -> None:
+    """Goal: neither read, nor written, nor listed. Red without restrict_files."""
+    secret = tmp_path / "secret"
+    secret.write_text("token")
+    run = run_python(how.format(path=str(secret), parent=str(tmp_path)), limits=LIMITS)
+    assert run.exit_code == 1 and "Permission denied" in run.stderr and secret.read_text() == "token"
+
+
+def test_the_environment_is_not_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Goal: keys in the trainer's environment stay there, in /proc too. Red with env=None."""
+    monkeypatch.setenv("HF_TOKEN", "a secret")
+    theirs = "open(f'/proc/{os.getppid()}/environ', 'rb').read()"
+    run = run_python(f"import os; print('HF_TOKEN' in os.environ); print(b'HF_TOKEN' in {theirs})", limits=LIMITS)
+    assert run.stdout == "False\n" and (LANDLOCK is False or "Permission denied" in run.stderr)
+
+
+def test_the_time_limit_kills() -> None:
+    """Goal: a program that never ends does, and says so, waiting or working. Hung without the kill."""
+    run = run_python("print('begun', flush=True)\nimport time; time.sleep(1e6)", limits=SandboxLimits(timeout_s=2.0))
+    assert run.timed_out and run.exit_code is None and run.stdout == "begun\n"
+
+
+def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Goal: the directory is gone afterwards, with what the program made in it. Red with mkdtemp, which keeps it."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert run_python("import os; os.makedirs('a/b'); open('a/b/c', 'w').write('x')", limits=LIMITS).exit_code == 0
+    assert os.listdir(tmp_path) == []
+
+
+def sample(response: str, tests: Any) -> Sample:
+    return Sample(prompt={"messages": [], "tests": tests}, response=response)
+
+
+REVERSE = "Like this:\n```python\nprint(input()[::-1])\n```\nDone."
+SQUARE = "```py\ndef square(x):\n    return x * x\n```"
+
+
+@pytest.mark.parametrize(
+    ("response", "tests", "share"),
+    [
+        (REVERSE, [{"stdin": "ab", "stdout": "ba\n"}, {"stdin": "xy \n", "stdout": " yx"}], 1.0),
+        (REVERSE, json.dumps([{"stdin": "ab", "stdout": "ab"}, {"stdin": "xyx", "stdout": "xyx"}]), 0.5),
+        (SQUARE, [{"code": "assert square(3) == 9"}, {"code": "assert square(2) == 5"}], 0.5),
+        ("```\nprint(1)\n```\nno:\n```\nprint(2)\n```", [{"stdin": "", "stdout": "2"}], 1.0),
+        ("print(2)", [{"stdin": "", "stdout": "2"}], 1.0),
+        ("```python\nraise SystemExit(0)\n```", [{"code": "assert False"}], 0.0),  # exits before the test
+        ("no program at all", [{"code": "pass"}], 0.0),
+    ],
+)
+def test_code_rewards(response: str, tests: Any, share: float) -> None:
+    """Goal: the share of tests passed, or all of them. Red with the first block, and without the proof printed last."""
+    assert rewards.code_tests(sample(response, tests)) == share
+    assert rewards.code_tests_all(sample(response, tests)) == float(share == 1.0)
+
+
+@pytest.mark.parametrize(
+    ("tests", "message"),
+    [(None, "has no 'tests'"), ([], "needs a list"), ("[", "no JSON"), ([{"stdin": "a"}], "needs a list")],
+)
+def test_a_row_without_tests_is_an_error(tests: Any, message: str) -> None:
+    """Goal: never a silent 0 that would train on nothing. Red without the check of their shape."""
+    with pytest.raises(rewards.RewardError, match=message):
+        rewards.code_tests(sample("x", tests))
