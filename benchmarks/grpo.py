@@ -1,15 +1,18 @@
 """One GRPO step, ours through the HTTP engine beside TRL's GRPOTrainer: steps/s of both, their ratio, reward curves.
 
-    python -m benchmarks.grpo [--new-tokens 8 128] [--steps 60] [--seeds 0 1 2]
+    python -m benchmarks.grpo [--new-tokens 8 128] [--threads 1 2] [--lag 0 1] [--steps 60] [--seeds 0 1 2]
 
-16 prompts x 16 samples a step, a 2-layer, 64-wide Qwen2 in float32. Both sides start from the same weights and see the
+16 prompts x 16 samples a step, a 2-layer, 64-wide Qwen2 in float32. All sides start from the same weights and see the
 same prompts in the same order, the same reward, loss (token mean, no KL), advantages (group mean, group std), AdamW and
 sampling. Ours is what a run does: a real embedded engine process over HTTP, `run_rl_training`, new weights in the
 engine after every step. TRL generates in its own process with transformers (`use_vllm=False`).
 
-Both sides live at once, and take turns of `--block` steps while the other waits; the ratio is the median over pairs of
-neighbouring blocks, so that a busy machine slows both. Every process gets `--threads` torch threads; on our side engine
-and trainer work in turn, never at once, so no side computes on more than that many cores.
+Each stands once for each of `--threads` torch threads a process, and TRL's fastest counts. With `--lag 0` our engine
+and trainer work in turn, never at once, so no side computes on more than that many cores; this is the ratio. With
+`--lag N` the engine samples at most N steps ahead, beside the trainer: one thread each, two cores; printed beside it.
+
+All live at once, and take turns of `--block` steps while the others wait; ratios are medians over rounds of turns, so
+that a busy machine slows all. (An engine that works ahead has up to N batches ready when its turn begins.)
 """
 
 import argparse
@@ -23,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -46,6 +49,7 @@ class Job:
     block: int
     lr: float
     threads: int
+    lag: int  # steps that our engine samples ahead
     seed: int
 
 
@@ -137,7 +141,8 @@ async def _train_ours(turns: Turns, job: Job, url: str) -> None:
             num_steps=job.steps,
             baseline="group_mean",
             advantage_norm="group_std",
-            micro_batch_tokens=8192,
+            micro_batch_tokens=4096,
+            policy_lag_steps_max=job.lag,
         )
         turns.begin()
         async with AsyncRolloutManager(buffer, rollouts) as manager:  # type: ignore[arg-type]
@@ -205,7 +210,7 @@ def run_trl(pipe: Connection, job: Job) -> None:
         def on_train_begin(self, *others: Any, **named: Any) -> None:
             turns.begin()
 
-    def reward_fn(completions: list[Any], **others: Any) -> list[float]:
+    def reward_fn(completions: list[Any], **others: Any) -> list[float | None]:
         return [reward(completion[0]["content"]) for completion in completions]
 
     config = GRPOConfig(
@@ -262,6 +267,11 @@ class Side:
     rewards: list[float]
     times: list[dict[str, float]]
 
+    @property
+    def block_s(self) -> float:
+        """The median turn; the first, in which everything warms up, left out."""
+        return statistics.median(self.wall_s[1:])
+
     def take_turn(self) -> None:
         self.pipe.send(None)
         wall_s, cpu_s, rewards, times = self.pipe.recv()
@@ -289,32 +299,43 @@ def running(name: str, target: Callable[[Connection, Job], None], job: Job) -> I
         process.join()
 
 
-def race(job: Job) -> tuple[Side, Side]:
-    """Ours and TRL's, run in alternating blocks."""
-    with running("ours", run_ours, job) as ours, running("trl", run_trl, job) as trl:
+def race(job: Job, threads: Sequence[int], lags: Sequence[int]) -> tuple[list[Side], list[Side]]:
+    """Ours and TRL's, each with each number of threads, run in turns."""
+    with contextlib.ExitStack() as stack:
+
+        def start(name: str, target: Callable[[Connection, Job], None], threads: int, lag: int = 0) -> Side:
+            return stack.enter_context(running(name, target, replace(job, threads=threads, lag=lag)))
+
+        ours = [start(f"ours, {count} threads", run_ours, count) for count in threads if 0 in lags]
+        ours += [start(f"ours, lag {lag}, 1 thread", run_ours, 1, lag) for lag in lags if lag > 0]
+        trl = [start(f"trl, {count} threads", run_trl, count) for count in threads]
         for _ in range(job.steps // job.block):
-            ours.take_turn()
-            trl.take_turn()
+            for side in (*ours, *trl):
+                side.take_turn()
     return ours, trl
 
 
-def report(job: Job, ours: Side, trl: Side) -> None:
-    ratios = [theirs / own for own, theirs in zip(ours.wall_s[1:], trl.wall_s[1:], strict=True)]
-    cpu_ratios = [theirs / own for own, theirs in zip(ours.cpu_s[1:], trl.cpu_s[1:], strict=True)]
+def report(job: Job, ours: Sequence[Side], trl: Sequence[Side]) -> None:
+    best = min(trl, key=lambda side: side.block_s)
     print(f"\n<= {job.new_tokens} new tokens, seed {job.seed}: {job.steps} steps in blocks of {job.block}")
-    for side in (ours, trl):
-        speed = job.block / statistics.median(side.wall_s[1:])
+    print(f"  ratios are to {best.name}, TRL's fastest here")
+    for side in (*ours, *trl):
+        speed = job.block / side.block_s
         cpu_ms = 1000 * statistics.median(side.cpu_s[1:]) / job.block
         curve = " ".join(
             f"{statistics.fmean(side.rewards[start : start + job.block]):.3f}"
             for start in range(0, job.steps, job.block)
         )
         rewards = f"reward {curve}, last third {last_third(side.rewards):.3f}"
-        print(f"  {side.name:5} {speed:6.2f} steps/s {cpu_ms:7.1f} ms of CPU a step   {rewards}")
-    print(f"  ratio {statistics.median(ratios):5.2f}   (median of {', '.join(f'{ratio:.2f}' for ratio in ratios)})")
-    print(f"  of CPU time {statistics.median(cpu_ratios):.2f}")
-    parts = {name: statistics.median(block[name] for block in ours.times[1:]) for name in ours.times[1]}
-    print("  ours, ms a step: " + ", ".join(f"{name} {1000 * value:.1f}" for name, value in parts.items()))
+        print(f"  {side.name:20} {speed:6.2f} steps/s {cpu_ms:7.1f} ms of CPU a step   {rewards}")
+    for side in ours:
+        ratios = [theirs / own for own, theirs in zip(side.wall_s[1:], best.wall_s[1:], strict=True)]
+        cpu_ratios = [theirs / own for own, theirs in zip(side.cpu_s[1:], best.cpu_s[1:], strict=True)]
+        each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+        print(f"  ratio of {side.name}: {statistics.median(ratios):5.2f}   (median of {each})", end="")
+        print(f", of CPU time {statistics.median(cpu_ratios):.2f}")
+        parts = {name: statistics.median(block[name] for block in side.times[1:]) for name in side.times[1]}
+        print("    ms a step: " + ", ".join(f"{name} {1000 * value:.1f}" for name, value in parts.items()))
 
 
 def last_third(rewards: Sequence[float]) -> float:
@@ -335,7 +356,7 @@ def make_jobs(args: argparse.Namespace, work_dir: Path) -> Iterator[Job]:
         for new_tokens in args.new_tokens:
             yield Job(
                 *(str(model_dir), str(work_dir), words, new_tokens),
-                *(args.steps, args.block, args.lr, args.threads, seed),
+                *(args.steps, args.block, args.lr, 1, 0, seed),
             )
 
 
@@ -345,15 +366,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--block", type=int, default=10)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--lag", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     args = parser.parse_args()
     if args.steps % args.block or args.steps < 3 * args.block:
         parser.error(f"--steps {args.steps}: needs at least 3 blocks of --block {args.block}, and no rest")
-    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    os.environ["OMP_NUM_THREADS"] = str(max(args.threads))
     with tempfile.TemporaryDirectory() as work_dir:
         for job in make_jobs(args, Path(work_dir)):
-            report(job, *race(job))
+            report(job, *race(job, args.threads, args.lag))
 
 
 if __name__ == "__main__":

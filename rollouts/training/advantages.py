@@ -67,6 +67,12 @@ def gae(
     return advantages, [advantage + value for advantage, value in zip(advantages, values, strict=True)]
 
 
+def standard_deviation(values: Sequence[float], *, ddof: int) -> float:
+    """sqrt(sum((x - mean)²) / (n - ddof)), n > ddof; `statistics` takes 20 times as long, in fractions."""
+    mean = statistics.fmean(values)
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - ddof))
+
+
 def _of_group(rewards: Sequence[float], baseline: float | str, *, divide: bool) -> list[float]:
     flat = _all_equal(rewards)  # compared, for a rounded mean may differ from all
     if not isinstance(baseline, str):
@@ -81,14 +87,14 @@ def _of_group(rewards: Sequence[float], baseline: float | str, *, divide: bool) 
         differences = [reward - (total - reward) / others for reward in rewards]
     if flat or not divide:
         return differences
-    std = statistics.stdev(rewards)
+    std = standard_deviation(rewards, ddof=1)
     return [difference / std for difference in differences]
 
 
 def _standardised(values: Sequence[float]) -> list[float]:
     if _all_equal(values):
         return [0.0] * len(values)
-    mean, std = statistics.fmean(values), statistics.stdev(values)
+    mean, std = statistics.fmean(values), standard_deviation(values, ddof=1)
     return [(value - mean) / std for value in values]
 
 

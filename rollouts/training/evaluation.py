@@ -9,7 +9,7 @@ import random
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -47,6 +47,7 @@ class Evaluation:
     right: list[bool]  # whether each of those is right
     num_samples: int  # sampled answers per row; 0 without sampling
     num_right: list[int]  # how many of those are right, per row
+    rewards: list[float] = field(default_factory=list)  # of agents: what each greedy episode earned
 
     @property
     def num_rows(self) -> int:
@@ -58,7 +59,7 @@ class Evaluation:
         return statistics.fmean(self.right)
 
     def metrics(self, ks: Sequence[int] = ()) -> dict[str, dict[str, float]]:
-        """By task: "exact_match", and "pass@k" for each of `ks`: means over the task's rows, 0 to 1.
+        """By task: "exact_match", "pass@k" for each of `ks`, means over the task's rows, 0 to 1; "reward" of agents.
 
         "all" counts every row once and comes first; the tasks follow where there is more than one. Raises ValueError
         for a k that is not within 1 and the number of sampled answers.
@@ -69,6 +70,8 @@ class Evaluation:
         found = {}
         for task, rows in by_task(range(self.num_rows), self.tasks).items():
             found[task] = {"exact_match": statistics.fmean(self.right[row] for row in rows)}
+            if self.rewards:
+                found[task]["reward"] = statistics.fmean(self.rewards[row] for row in rows)
             for k in ks:
                 shares = [pass_at_k(self.num_samples, self.num_right[row], k) for row in rows]
                 found[task][f"pass@{k}"] = statistics.fmean(shares)

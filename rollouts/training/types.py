@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+REWARD_FAILURE = "reward_failure"  # in metadata: why a sample is not scorable, "reward_timeout" or "reward_death"
 Prompt = str | dict[str, Any]  # text, or a row with "messages" and whatever its reward needs
 
 
@@ -75,10 +76,12 @@ class RLTrainingConfig:
     updates_per_batch: int = 1  # optimizer steps on each batch of rollouts
     gamma: float = 1.0  # of baseline "value": the discount of what comes a token later
     gae_lambda: float = 0.95  # of baseline "value": 1: the reward itself less the value, 0: one step's surprise alone
+    policy_lag_steps_max: int = 0  # generation runs ahead of training by at most so many; 0: in turn
+    in_flight_updates: bool = False  # weights change under running requests; False: an update waits for them
 
 
 GenerateFn = Callable[..., list[Sample] | Awaitable[list[Sample]]]
-RewardFn = Callable[[Sample], float | Awaitable[float]]
+RewardFn = Callable[[Sample], float | Awaitable[float | None] | None]  # None: not scorable
 FilterFn = Callable[[list[Sample]], bool | Awaitable[bool]]
 
 

@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from rollouts.training.checkpoint import Retention
 from rollouts.training.loops.common import train_step
 from rollouts.training.lora import is_lora, merged_state_dict
 from rollouts.training.model_loading import ModelError, load_model
+from rollouts.training.rollout_gen.concurrency import gather_in_order
+from rollouts.training.types import Sample
 from rollouts.worker import trainer, trainer_wiring
 from tests.example_config import example_config, replace_at
 from tests.training.backends.test_pytorch import rl_batch, sft_batch
-from tests.training.tiny_task import TINY_MODEL, tiny_tokenizer
+from tests.training.tiny_task import TINY_MODEL, InProcessEngine, tiny_tokenizer
 
 STEPS = 4
 MUON = MuonConfig(momentum=0.9, nesterov=True, ns_steps=5, adjust_lr="original", vector_lr=1e-3, width_reference=-1)
@@ -361,3 +364,38 @@ def test_use_wandb(tmp_path: Path, wandb_calls: Path, use_wandb: bool) -> None:
     logged = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     for call, row in zip(calls[1:3], logged, strict=True):
         assert (call["step"], call["data"]["loss"]) == (row["step"], row["loss"])
+
+
+def test_running_ahead_reaches_the_loop() -> None:
+    """Goal: policy_lag_steps_max and in_flight_updates are the loop's; what they do there: loops/test_async_rl.py. Red
+    with either left out of `rl_training_config`."""
+    ahead = {"rl.policy_lag_steps_max": 2, "rl.in_flight_updates": True, "rl.importance": "token_truncate"}
+    config = changed(ahead)
+    assert config.problems() == () and config.rl is not None
+    found = trainer_wiring.rl_training_config(config.rl, STEPS)
+    assert (found.policy_lag_steps_max, found.in_flight_updates) == (2, True)
+
+
+async def asks_somebody(sample: Sample) -> float:
+    """A reward that waits for something else."""
+    return 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "reward_fn", "requests"),
+    [
+        ({}, len, 1),
+        ({}, asks_somebody, 2),
+        ({"rl.reward_workers": 1}, len, 2),
+        ({"rl.policy_lag_steps_max": 1, "rl.in_flight_updates": True}, len, 2),
+    ],
+)
+def test_groups_go_apart_where_that_saves_waiting(changes: dict[str, Any], reward_fn: Any, requests: int) -> None:
+    """Goal: two groups of one moment are one request, but for rewards that wait and for updates in flight. Red with
+    each of the three left out."""
+    rl = changed(changes).rl
+    assert rl is not None
+    engine = InProcessEngine(load_model(TINY_MODEL, init="random"), tiny_tokenizer())
+    generate = trainer_wiring.generate_fn(rl, tiny_tokenizer(), [engine], reward_fn)
+    anyio.run(gather_in_order, [partial(generate, ["ab"] * 2, seed=seed) for seed in range(2)])
+    assert len(engine.requests) == requests

@@ -33,17 +33,27 @@ def one(tmp_path_factory) -> tuple[Path, dict]:
     return directory, json.loads((directory / "rank_0.json").read_text())
 
 
-TIMES = ("tokens_per_s", "step_s", "generate_s", "train_s", "sync_s", "data_s", "peak_memory_gib")
+TIMES = (
+    "tokens_per_s",
+    "step_s",
+    "generate_s",
+    "train_s",
+    "sync_s",
+    "data_s",
+    "peak_memory_gib",
+    "age_s_mean",
+    "age_s_max",
+)
 
 
-@pytest.mark.parametrize("stage", ["sft", "rl", "policy", "value"])
+@pytest.mark.parametrize("stage", ["sft", "rl", "policy", "value", "ahead"])
 def test_two_ranks_train_as_one(two, one, stage):
     """Goal: loss, gradient norm and every other metric agree to 1e-6 relative, also after a resume.
 
-    "policy" is a loss with all its parts, "value" PPO with a value head. Red with gradients averaged over ranks, with
-    both ranks on the same rows, with parameters not broadcast; "policy" alone with sequences_global left out of the
-    prepared batch; "value" alone with the head's gradient, the moments of its advantages, or its first weights not
-    shared by the ranks.
+    "policy" is a loss with all its parts, "value" PPO with a value head, "ahead" generates a step ahead.
+    Red with gradients averaged over ranks, with both ranks on the same rows, with parameters not broadcast; "policy"
+    alone with sequences_global left out of the prepared batch; "value" alone with the head's gradient, the moments of
+    its advantages, or its first weights not shared by the ranks.
     """
     _, ranks = two
     _, alone = one

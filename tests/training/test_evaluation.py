@@ -331,7 +331,7 @@ def test_run_eval_counts_what_the_library_counts(  # noqa: PLR0917
         (["MODEL", "--data", "DATA", "--format", "csv"], 1, "error: format='csv': needs one of"),
         (["MODEL", "--data", "DATA", "--k", "1"], 2, "--k and --num-samples belong together"),
         (["MODEL", "--data", "DATA", "--k", "5", "--num-samples", "4"], 2, "--k 5: needs each within 1 and"),
-        (["MODEL", "--data", "DATA", "--engine-url", "http://127.0.0.1:9"], 1, "error: http://127.0.0.1:9/generate"),
+        (["MODEL", "--data", "DATA", "--engine-url", "http://127.0.0.1:9"], 1, "error: http://127.0.0.1:9/server_info"),
     ],
 )
 def test_run_eval_says_what_is_wrong(

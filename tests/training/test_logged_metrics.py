@@ -98,7 +98,7 @@ def test_an_rl_run_logs_what_is_documented(tmp_path):
             buffer,
             AsyncRolloutManager(buffer, config),
             [engine],
-            RLTrainingConfig(num_steps=3, baseline="value"),
+            RLTrainingConfig(num_steps=3, baseline="value", policy_lag_steps_max=1),
             metrics_logger=logger,
             reward_fn=many_letters,
             eval_fn=lambda step: {"exact_match": 0.5},

@@ -285,3 +285,28 @@ def test_what_is_missing_or_ignored_is_named(options: dict[str, Any], message: s
     """Goal: no setting is silently without effect. Red with each check off."""
     with pytest.raises(ValueError, match=message):
         policy_loss(**{**inputs(), **options})
+
+
+def test_truncated_importance_is_decoupled_ppo_where_every_batch_is_used_once():
+    """Goal: what docs/async.md says of samples from older weights: the gradient of AReaL's objective (2505.24298),
+    E[w min(r A, clip(r) A)] with r to the policy that is trained and w from that to the sampler, is "token_truncate"'s.
+
+    Red with the weight left out, and with a clip around the sampler in its place (`ppo`): samples here are far off.
+    """
+    given_inputs = inputs(seed=5)
+    given_inputs["old_log_probs"] = given_inputs["old_log_probs"] - 0.4
+    logits = given_inputs.pop("logits")
+    found = logits.clone().requires_grad_()
+    policy_loss(found, **given_inputs, **FORMS["tis"]).backward()
+
+    decoupled = logits.clone().requires_grad_()
+    labels, mask = given_inputs["labels"], given_inputs["loss_mask"]
+    own = torch.log_softmax(decoupled[:, :-1], -1).gather(2, labels[:, 1:, None])[..., 0]
+    proximal = own.detach()  # recomputed at the start of the batch, for which there is one update
+    weight = (proximal - given_inputs["old_log_probs"][:, 1:]).exp().clamp(max=1.5)
+    ratio = (own - proximal).exp()
+    advantages = given_inputs["advantages"][:, None]
+    surrogate = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    (-(weight * surrogate * mask[:, 1:]).sum() / mask[:, 1:].sum()).backward()
+    assert (weight * mask[:, 1:] >= 1.5).any() and ((weight != 1.5) & (mask[:, 1:] > 0)).any()
+    assert torch.allclose(found.grad, decoupled.grad, rtol=0, atol=1e-14)

@@ -30,6 +30,7 @@ class Generation:
     finish_detail: dict[str, Any]
     weight_version: str
     text: str | None
+    weight_versions: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass

@@ -10,10 +10,12 @@ import anyio
 import torch
 
 from rollouts.training import distributed
+from rollouts.training.datasets.data_buffer import DataBuffer
 from rollouts.training.loops import run_rl_training, run_sft_training, validation_loss
 from rollouts.training.reference import as_reference
 from rollouts.training.rl_losses import grpo_loss, policy_loss
-from rollouts.training.types import RLTrainingConfig, SFTTrainingConfig
+from rollouts.training.rollout_gen.async_rollout_manager import AsyncRolloutManager
+from rollouts.training.types import RLTrainingConfig, RolloutConfig, Sample, SFTTrainingConfig
 from rollouts.training.value_head import ValueHead
 from tests.training.tiny import PAD, rollout_batch, sft_samples, tiny_backend, tiny_model
 
@@ -40,6 +42,17 @@ class Manager:
         return rollout_batch(3, 3, seed=self.buffer.step)
 
 
+async def made_up(prompts: list[str], *, seed: int) -> list[Sample]:
+    """A group of the seed's, after a moment in which other things may run."""
+    await anyio.sleep(0.01)
+    return rollout_batch(1, len(prompts), seed=seed).samples
+
+
+def runs_ahead() -> AsyncRolloutManager:
+    config = RolloutConfig(batch_size=3, n_samples_per_prompt=3, generate_fn=made_up)
+    return AsyncRolloutManager(DataBuffer([f"{number}" for number in range(30)]), config)
+
+
 async def sft(directory: Path) -> list[dict]:
     backend = tiny_backend(directory / "sft", seed=distributed.rank())  # rank 0's parameters must win
     config = SFTTrainingConfig(num_steps=4, batch_size=7, log_every=1, micro_batch_size=2)
@@ -49,13 +62,20 @@ async def sft(directory: Path) -> list[dict]:
 
 
 async def rl(
-    directory: Path, num_steps: int, *, resume: bool, baseline: str = "group_mean", **backend_options: Any
+    directory: Path, num_steps: int, *, resume: bool, baseline: str = "group_mean", lag: int = 0, **backend_options: Any
 ) -> list[dict]:
     backend = tiny_backend(directory, **{"loss_fn": grpo_loss, "seed": 5 * distributed.rank(), **backend_options})
-    buffer = Buffer() if distributed.rank() == 0 else None
-    manager = Manager(buffer) if buffer else None
+    manager: Any = None
+    if distributed.rank() == 0:
+        manager = runs_ahead() if lag else Manager(Buffer())
+    buffer = manager and manager.buffer
     norm = "batch" if baseline == "value" else "group_std"
-    options: dict[str, Any] = {"baseline": baseline, "advantage_norm": norm, "micro_batch_size": 3}
+    options: dict[str, Any] = {
+        "baseline": baseline,
+        "advantage_norm": norm,
+        "micro_batch_size": 3,
+        "policy_lag_steps_max": lag,
+    }
     config = RLTrainingConfig(num_steps=num_steps, **options)  # 3, 3, 3 of 9 samples alone; 3, 2 and 3, 1 on two ranks
     state = await backend.load_checkpoint(directory / "latest") if resume else None
     return await run_rl_training(backend, buffer, manager, [], config, pad_token_id=PAD, resume=state)
@@ -113,7 +133,7 @@ def main(directory: Path) -> None:
     distributed.initialize("cpu", timeout_s=120.0)
     results = {"collectives": collectives()}
     results["sft"] = anyio.run(sft, directory)
-    for name, options in (("rl", dict), ("policy", every_part), ("value", critic)):
+    for name, options in (("rl", dict), ("policy", every_part), ("value", critic), ("ahead", lambda: {"lag": 1})):
         first = anyio.run(partial(rl, directory / name, 2, resume=False, **options()))
         results[name] = first + anyio.run(partial(rl, directory / name, 4, resume=True, **options()))
     (directory / f"rank_{distributed.rank()}.json").write_text(json.dumps(results))

@@ -1,7 +1,6 @@
 """Reinforcement learning: generate → score → advantage → loss → step → sync → log → checkpoint."""
 
 import itertools
-import shutil
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -9,10 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import anyio.to_thread
 import torch
 
 from rollouts.training import distributed
-from rollouts.training.advantages import compute_advantages
+from rollouts.training.advantages import compute_advantages, standard_deviation
 from rollouts.training.backends.protocol import TrainingBackend
 from rollouts.training.loops.batching import collate, pad
 from rollouts.training.loops.common import CheckpointFn, Checkpoints, EvalFn, PrepareFn, call, due, train_step
@@ -21,8 +21,10 @@ from rollouts.training.loops.value_step import add_value_advantages
 from rollouts.training.metrics import MetricsLogger
 from rollouts.training.replay import sample_records
 from rollouts.training.rl_losses import ClipRange, trained_sequences
+from rollouts.training.rollout_gen.rollout_stream import open_stream
 from rollouts.training.types import RewardFn, RLTrainingConfig, RolloutBatch, Sample
-from rollouts.training.weight_sync import sync_weights_to_engines
+from rollouts.training.weight_transfer.disk import DiskTransfer
+from rollouts.training.weight_transfer.sync import WeightSync
 
 
 async def run_rl_training(
@@ -44,6 +46,7 @@ async def run_rl_training(
     eval_every: int = -1,
     on_checkpoint: CheckpointFn | None = None,
     peak_flops: float | None = None,
+    weight_sync: WeightSync | None = None,
 ) -> list[dict[str, float]]:
     """Train on what the engines sample and return one dict per logged step. Steps count from 1.
 
@@ -51,13 +54,14 @@ async def run_rl_training(
     `engines` []. Rank 0 alone generates, scores, logs and evaluates; the others get the prepared step from it and may
     pass None for `buffer`, `rollout_manager`, `engines` and the functions. The engines get the trainer's weights before
     the first step and every `config.sync_every` steps, and after the last; the version is the number of steps applied.
-    `weights_dir` is where these weights stand for the engines to load (default: `weights` beside the checkpoints).
+    `weights_dir` is where these weights stand for the engines to load (default: `weights` beside the checkpoints), or
+    `weight_sync`, of `engines`, says how they get there; the caller closes it.
     `temperature` is the sampler's; `clip_range` reaches losses that take one. `rollouts_logger` gets every sample.
     `resume`, `eval_fn`, `eval_every`, `on_checkpoint`, `peak_flops`: as in `run_sft_training`, `eval_fn` on rank 0
     only, and before the first step too (step 0): the engines then serve the weights that training starts from.
     """
     first = _restore(buffer, rollout_manager, resume)
-    sync = WeightSync(backend, engines, weights_dir)
+    sync = weight_sync or WeightSync(backend, engines, DiskTransfer(backend, weights_dir))
     await sync(first)
     if eval_fn is not None and first == 0 and distributed.rank() == 0:
         await call(eval_fn, 0)
@@ -65,19 +69,17 @@ async def run_rl_training(
     estimate = _value_estimator(backend, config)
     throughput = Throughput.of(backend, peak_flops)
     history = []
-    async with Checkpoints(backend, on_checkpoint) as checkpoints:
+    stream = open_stream(rollout_manager, reward_fn, engines, first, config)
+    async with Checkpoints(backend, on_checkpoint) as checkpoints, stream as rollouts:
         for step in range(first + 1, config.num_steps + 1):
             clock = [time.monotonic()]
-            prepared: Any = None
+            prepared = None
             if distributed.rank() == 0:
-                rollouts = await rollout_manager.generate_batch(reward_fn=reward_fn)
-                batch = prepare_grpo_batch(rollouts, rollouts.rewards, config, **options)
-                prepared = batch, rollout_metrics(rollouts, step - 1)
-                if rollouts_logger is not None:
-                    advantages = batch["advantages"].tolist() if "advantages" in batch else None
-                    log_samples(rollouts_logger, rollouts, advantages, step, temperature)
-            batch, metrics = distributed.broadcast_object(prepared)
+                prepared = _prepare(await rollouts.next_batch(), step, config, rollouts_logger, options)
+            batch, metrics = await _from_rank_0(prepared)
             clock.append(time.monotonic())
+            sync_follows = due(step, config.sync_every, config.num_steps)
+            await sync.sleep(weights=sync_follows)
             metrics |= await train_step(
                 backend,
                 batch,
@@ -87,8 +89,11 @@ async def run_rl_training(
                 updates=config.updates_per_batch,
             )
             clock.append(time.monotonic())
-            if due(step, config.sync_every, config.num_steps):
-                await sync(step)
+            if sync_follows:
+                async with rollouts.updating(step):
+                    await sync(step)
+            else:
+                await sync.wake()
             times = _times([*clock, time.monotonic()])
             lengths = batch["attention_mask"].sum(1).tolist()
             seconds = {key: times[key] for key in ("train_s", "step_s")}
@@ -105,6 +110,28 @@ async def run_rl_training(
                 await checkpoints.save(step, metrics, extra=_state(buffer, rollout_manager))
             await checkpoints.poll()
     return history
+
+
+def _prepare(
+    rollouts: RolloutBatch,
+    step: int,
+    config: RLTrainingConfig,
+    logger: MetricsLogger | None,
+    options: Mapping[str, Any],
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """The batch of a step, and the metrics of its rollouts; the samples are logged."""
+    batch = prepare_grpo_batch(rollouts, rollouts.rewards, config, **options)
+    if logger is not None:
+        advantages = batch["advantages"].tolist() if "advantages" in batch else None
+        log_samples(logger, rollouts, advantages, step, options["temperature"])
+    return batch, rollout_metrics(rollouts, step - 1)
+
+
+async def _from_rank_0(prepared: Any) -> Any:
+    """`prepared` of rank 0 on every rank. Waits in a thread: rank 0's event loop goes on with what is generated."""
+    if distributed.world_size() == 1:
+        return prepared
+    return await anyio.to_thread.run_sync(distributed.broadcast_object, prepared)
 
 
 def prepare_grpo_batch(
@@ -162,24 +189,25 @@ def _value_estimator(backend: Any, config: RLTrainingConfig) -> PrepareFn | None
 
 
 def rollout_metrics(batch: RolloutBatch, steps_applied: int | None) -> dict[str, float]:
-    """What a step's rollouts were like; "lag_mean" and "lag_max": how many optimizer steps old the weights were that
-    sampled them, where `steps_applied` have been taken by now (None: nothing is trained, and there is no lag).
+    """What a step's rollouts were like; "lag_mean" and "lag_max": how many optimizer steps old the oldest weights were
+    that sampled a token of them, where `steps_applied` have been taken by now (None: nothing is trained, and there is
+    no lag); "partial_frac": the share of samples that more than one version sampled.
 
     The numbers of `batch.metadata` (groups started, kept, dropped) come along under their own names, counts by filter
     as `<key>_<filter>` beside their sum.
     """
     metrics: dict[str, float] = {
         "reward_mean": statistics.fmean(batch.rewards),
-        "reward_std": statistics.pstdev(batch.rewards),
+        "reward_std": standard_deviation(batch.rewards, ddof=0),
         "response_length_mean": statistics.fmean(batch.response_lengths),
     }
     reasons = [sample.metadata.get("finish_reason") for sample in batch.samples]
     if reasons:
         metrics["truncated_frac"] = sum(map(_is_length, reasons)) / len(reasons)
-    versions = [sample.metadata.get("weight_version") for sample in batch.samples]
-    numbers = [int(version) for version in versions if version is not None and str(version).isdigit()]
-    if numbers and steps_applied is not None:
-        metrics |= {"lag_mean": steps_applied - statistics.fmean(numbers), "lag_max": steps_applied - min(numbers)}
+    oldest = [version for version in map(_oldest_version, batch.samples) if version is not None]
+    if oldest and steps_applied is not None:
+        metrics |= {"lag_mean": steps_applied - statistics.fmean(oldest), "lag_max": steps_applied - min(oldest)}
+        metrics["partial_frac"] = sum("weight_versions" in sample.metadata for sample in batch.samples) / len(oldest)
     for key, value in batch.metadata.items():
         if isinstance(value, Mapping):  # groups_dropped: by filter, and their sum
             metrics |= {key: sum(value.values()), **{f"{key}_{name}": count for name, count in value.items()}}
@@ -188,26 +216,11 @@ def rollout_metrics(batch: RolloutBatch, steps_applied: int | None) -> dict[str,
     return metrics
 
 
-class WeightSync:
-    """Hands the trainer's weights to the engines, each version in a directory of its own; older ones are removed."""
-
-    def __init__(self, backend: TrainingBackend, engines: Sequence[Any], weights_dir: Path | str | None) -> None:
-        self._backend = backend
-        self._engines = engines
-        self._directory = None if weights_dir is None else Path(weights_dir)
-        self._active = distributed.broadcast_object(bool(engines))  # other ranks need not know the engines
-
-    async def __call__(self, version: int) -> None:
-        """Every rank calls it. Raises what the engines' client raises: no step trains on weights it did not prove."""
-        if not self._active:
-            return
-        directory = self._directory or Path(self._backend.checkpoint_dir) / "weights"  # type: ignore[attr-defined]
-        path = await self._backend.save_weights(directory / f"version_{version:06d}")
-        if distributed.rank() == 0:
-            await sync_weights_to_engines(self._engines, str(path), weight_version=str(version))
-            for other in directory.glob("version_*"):
-                if other != path:
-                    shutil.rmtree(other)
+def _oldest_version(sample: Sample) -> int | None:
+    """Steps that the first weights which sampled a token of it were trained for; None for another kind of name."""
+    spans = sample.metadata.get("weight_versions")
+    version = spans[0]["version"] if spans else sample.metadata.get("weight_version")
+    return int(version) if version is not None and str(version).isdigit() else None
 
 
 def _aligned_log_probs(samples: Sequence[Sample], width: int) -> torch.Tensor:
@@ -237,7 +250,10 @@ def _state(buffer: Any, rollout_manager: Any) -> dict[str, Any]:
     if distributed.rank() != 0:
         return {}
     parts = {"buffer": buffer, "rollout_manager": rollout_manager}
-    return {name: part.save_state() for name, part in parts.items() if hasattr(part, "save_state")}
+    state = {name: part.save_state() for name, part in parts.items() if hasattr(part, "save_state")}
+    if "buffer" in state.get("rollout_manager", {}):  # which may have taken prompts ahead that are to come again
+        state["buffer"] = state["rollout_manager"]["buffer"]
+    return state
 
 
 def _restore(buffer: Any, rollout_manager: Any, resume: Mapping[str, Any] | None) -> int:

@@ -7,16 +7,17 @@ group: dropping whoever finishes last would starve long answers.
 import hashlib
 import inspect
 import math
+import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from types import TracebackType
 from typing import Any
 
 from rollouts.training.datasets.data_buffer import DataBuffer
 from rollouts.training.rollout_gen.concurrency import gather_in_order
-from rollouts.training.types import Prompt, RewardFn, RolloutBatch, RolloutConfig, Sample
+from rollouts.training.types import REWARD_FAILURE, Prompt, RewardFn, RolloutBatch, RolloutConfig, Sample
 
 Group = list[Sample]
 UNSCORABLE = "unscorable"  # the drop reason of a group for which the reward function returned None
@@ -26,19 +27,33 @@ class RolloutError(RuntimeError):
     """Not enough groups passed the filter within the retries. The message counts what each filter dropped."""
 
 
+@dataclass
+class PendingGroup:
+    """A group, from the moment its prompt is taken until a batch has it."""
+
+    number: int  # of all groups ever started
+    prompt: Prompt
+    before: dict[str, Any]  # where the prompts stood before this one was taken
+    started_at: float  # time.monotonic()
+    samples: Group | None = None  # once generated, scored and kept
+
+
 class AsyncRolloutManager:
     """Makes batches of exactly `config.batch_size` groups out of a buffer's prompts.
 
     A plain `generate_fn`, `reward_fn` or `filter_fn` runs in the caller's thread, one prompt after another; async ones
-    run in parallel over prompts. Given the seeds, batches do not depend on timing.
+    run in parallel over prompts. Given the seeds, batches do not depend on timing. `rollout_stream` makes batches ahead
+    of their use, with `begin`, `finish`, `take` and `roll_back`.
     """
 
     def __init__(self, buffer: DataBuffer, config: RolloutConfig) -> None:
         _check(config)
         self.buffer = buffer
         self.config = config
-        self._carried: list[Group] = []  # finished groups that passed the filter and were not needed yet
+        self._line: list[PendingGroup] = []  # in prompt order: what runs, and what was kept and is not in a batch yet
         self._groups_started = 0  # ever: numbers the groups, and so their seeds
+        self._again = 0  # groups that a saved state left unfinished: they are started first, all at once
+        self._reset_counts()
 
     async def __aenter__(self) -> "AsyncRolloutManager":
         return self
@@ -56,62 +71,127 @@ class AsyncRolloutManager:
         user function returned wrongly, and whatever one raises. On any error, and when cancelled, the buffer and the
         carried groups are as before the call.
         """
-        before = self._position(), list(self._carried)
+        before = self._position(), list(self._line), self._again
         try:
-            return await self._generate_batch(reward_fn or self.config.reward_fn)
+            while self.ready < self.config.batch_size:
+                self.check_rounds(self._rounds)
+                groups = self.begin_again() or self.begin(self.config.batch_size - self.ready)
+                await gather_in_order([partial(self.finish, group, reward_fn) for group in groups])
+            return self.take()[0]
         except BaseException:
-            self._restore(*before)
+            position, self._line, self._again = before
+            self._go_to(position)
+            self._reset_counts()
             raise
 
+    # --- a batch, step by step ---
+
+    @property
+    def ready(self) -> int:
+        """Groups that were kept and are in no batch yet."""
+        return sum(group.samples is not None for group in self._line)
+
+    @property
+    def running(self) -> int:
+        """Groups that were started and have not finished."""
+        return sum(group.samples is None for group in self._line)
+
+    @property
+    def head_is_ready(self) -> bool:
+        """Whether `take` has a batch."""
+        head = self._line[: self.config.batch_size]
+        return len(head) == self.config.batch_size and all(group.samples is not None for group in head)
+
+    def begin(self, missing: int) -> list[PendingGroup]:
+        """Take the prompts of a round: ceil(missing x over_sampling_factor)."""
+        return self._begin(math.ceil(missing * self.config.over_sampling_factor))
+
+    def begin_again(self) -> list[PendingGroup]:
+        """Take the prompts that the loaded state had left unfinished: as many as were running at once then."""
+        count, self._again = self._again, 0
+        return self._begin(count) if count else []
+
+    def _begin(self, count: int) -> list[PendingGroup]:
+        self._rounds += 1
+        groups = []
+        for _ in range(count):
+            before = self._position()
+            (prompt,) = self.buffer.get_prompts(1)
+            groups.append(PendingGroup(self._groups_started, prompt, before, time.monotonic()))
+            self._groups_started += 1
+        self._line += groups
+        self._started += count
+        return groups
+
+    async def finish(self, group: PendingGroup, reward_fn: RewardFn | None = None) -> None:
+        """Generate, score and filter a group that was begun; `ready` or dropped afterwards."""
+        samples = await self._generate_group(group.prompt, group.number)
+        await _score(samples, reward_fn or self.config.reward_fn)
+        reason = await self._drop_reason(samples)
+        if reason is None:
+            group.samples = samples
+        else:
+            self._dropped[reason] += 1
+            self._line.remove(group)
+
+    def take(self) -> tuple[RolloutBatch, list[PendingGroup]]:
+        """The next batch and its groups: the first `batch_size` in prompt order. Only when `head_is_ready`."""
+        assert self.head_is_ready
+        taken, self._line = self._line[: self.config.batch_size], self._line[self.config.batch_size :]
+        counts = {
+            "groups_started": self._started,
+            "groups_carried_in": self._carried_in,
+            "rounds": self._rounds,
+            "groups_carried_over": self.ready,
+            "groups_dropped": dict(self._dropped),
+        }
+        self._reset_counts()
+        return _flatten([group.samples for group in taken if group.samples is not None], counts), taken
+
+    def check_rounds(self, rounds: int) -> None:
+        """Raise RolloutError when no round more may follow on `rounds` for the same batches."""
+        if rounds > self.config.retries_max:
+            raise RolloutError(_too_few(self.ready, rounds, self._started, self._dropped, self.config))
+
+    def roll_back(self) -> None:
+        """As if what still runs had not been started: its prompts come again. For when it was cancelled."""
+        self.load_state(self.save_state())
+
+    # --- resuming ---
+
     def save_state(self) -> dict[str, Any]:
-        """JSON-able where prompts and metadata are: buffer position, group counter, carried groups."""
-        return {**self._position(), "carried": [[asdict(sample) for sample in group] for group in self._carried]}
+        """JSON-able where prompts and metadata are: buffer position, group counter, carried groups.
+
+        Groups that still run, and what was started after the first of them, are not in it: they come again, started
+        at once as they were ("again").
+        """
+        finished = next((at for at, group in enumerate(self._line) if group.samples is None), len(self._line))
+        carried = [group.samples or [] for group in self._line[:finished]]
+        position = self._line[finished].before if finished < len(self._line) else self._position()
+        again = self._again + self._groups_started - position["groups_started"]
+        return {**position, "again": again, "carried": [[asdict(sample) for sample in group] for group in carried]}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue with exactly the batches that would have come. Raises DataError for another data set's state."""
-        self._restore(state, [[Sample(**sample) for sample in group] for group in state["carried"]])
+        self._go_to(state)
+        now, number = time.monotonic(), state["groups_started"]
+        carried = [[Sample(**sample) for sample in group] for group in state["carried"]]
+        self._line = [PendingGroup(number, group[0].prompt, self._position(), now, group) for group in carried]
+        self._again = state.get("again", 0)  # states of older runs have none
+        self._reset_counts()
 
     def _position(self) -> dict[str, Any]:
         return {"buffer": self.buffer.save_state(), "groups_started": self._groups_started}
 
-    def _restore(self, position: dict[str, Any], carried: list[Group]) -> None:
+    def _go_to(self, position: dict[str, Any]) -> None:
         self.buffer.load_state(position["buffer"])
         self._groups_started = position["groups_started"]
-        self._carried = carried
 
-    async def _generate_batch(self, reward_fn: RewardFn | None) -> RolloutBatch:
-        config = self.config
-        kept, self._carried = self._carried, []
-        counts = {"groups_started": 0, "groups_carried_in": len(kept), "rounds": 0}
-        dropped: Counter[str] = Counter()
-        while len(kept) < config.batch_size:
-            if counts["rounds"] > config.retries_max:
-                raise RolloutError(_too_few(len(kept), counts["groups_started"], dropped, config))
-            groups = await self._run_round(config.batch_size - len(kept), reward_fn)
-            counts["groups_started"] += len(groups)
-            counts["rounds"] += 1
-            for group in groups:
-                reason = await self._drop_reason(group)
-                if reason is None:
-                    kept.append(group)
-                else:
-                    dropped[reason] += 1
-        self._carried = kept[config.batch_size :]
-        counts["groups_carried_over"] = len(self._carried)
-        return _flatten(kept[: config.batch_size], {**counts, "groups_dropped": dict(dropped)})
-
-    async def _run_round(self, missing: int, reward_fn: RewardFn | None) -> list[Group]:
-        """Generate and score ceil(missing x factor) groups at once; in prompt order."""
-        prompts = self.buffer.get_prompts(math.ceil(missing * self.config.over_sampling_factor))
-        first = self._groups_started
-        self._groups_started += len(prompts)
-
-        async def run(index: int) -> Group:
-            group = await self._generate_group(prompts[index], first + index)
-            await _score(group, reward_fn)
-            return group
-
-        return await gather_in_order([partial(run, index) for index in range(len(prompts))])
+    def _reset_counts(self) -> None:
+        """Counts are of a batch: from the one before to it."""
+        self._carried_in = self.ready
+        self._started = self._rounds = 0
+        self._dropped: Counter[str] = Counter()
 
     async def _generate_group(self, prompt: Prompt, number: int) -> Group:
         config = self.config
@@ -127,8 +207,9 @@ class AsyncRolloutManager:
 
     async def _drop_reason(self, group: Group) -> str | None:
         """Why the group is left out, None to keep it."""
-        if any(sample.reward is None for sample in group):
-            return UNSCORABLE
+        unscored = [sample for sample in group if sample.reward is None]
+        if unscored:
+            return unscored[0].metadata.get(REWARD_FAILURE, UNSCORABLE)
         filter_fn = self.config.filter_fn
         if filter_fn is None or await _call(filter_fn, group):
             return None
@@ -207,10 +288,10 @@ def _flatten(groups: list[Group], counts: dict[str, Any]) -> RolloutBatch:
     )
 
 
-def _too_few(kept: int, started: int, dropped: Counter[str], config: RolloutConfig) -> str:
+def _too_few(kept: int, rounds: int, started: int, dropped: Counter[str], config: RolloutConfig) -> str:
     reasons = ", ".join(f"{name} dropped {count}" for name, count in dropped.most_common()) or "nothing was dropped"
     return (
-        f"{kept} of {config.batch_size} groups after {config.retries_max + 1} rounds, {started} groups started: "
+        f"{kept} of {config.batch_size} groups after {rounds} rounds, {started} groups started: "
         f"{reasons}. "
         "Fix: a filter that lets more through, prompts the model sometimes gets right, or larger "
         "over_sampling_factor / retries_max."

@@ -21,11 +21,11 @@ async def gather_in_order(calls: Sequence[Callable[[], Awaitable[Any]]]) -> list
             for index in range(len(calls)):
                 tasks.start_soon(run, index)
     except BaseExceptionGroup as group:
-        raise _representative(group) from None
+        raise representative(group) from None
     return results
 
 
-def _representative(group: BaseExceptionGroup) -> BaseException:
+def representative(group: BaseExceptionGroup) -> BaseException:
     """The one to raise: what is no ordinary error (KeyboardInterrupt) goes before what is."""
     first, *others = sorted(group.exceptions, key=lambda error: isinstance(error, Exception))
     for other in others[:3]:

@@ -29,10 +29,12 @@ def make_generate_fn(
     temperature: float,
     top_k: int = -1,
     stop_token_ids: Sequence[int] | None = None,
+    apart: bool = False,
 ) -> Callable[..., Any]:
     """An async `generate_fn(prompts, *, seed)` for RolloutConfig: n copies of one prompt in, n Samples out.
 
-    engines: clients such as `weight_sync.SGLangEngine`; groups go to them in turn, those of a round in one request.
+    engines: clients such as `weight_sync.SGLangEngine`; groups go to them in turn, those of a round in one request, or
+    each in its own (`apart`): a group is then scored as soon as it is there, while others are sampled.
     temperature > 0; top_k -1 samples among all tokens. stop_token_ids None: the tokenizer's eos_token. Samples hold
     prompt and response ids, a mask that is 1.0 on the response with its end-of-turn token, one log-prob per response
     token, and metadata: weight_version, finish_reason ("stop" or "length"), prompt_id. Raises GenerationError for an
@@ -50,12 +52,15 @@ def make_generate_fn(
 
     async def generate_fn(prompts: list[Prompt], *, seed: int) -> list[Sample]:
         assert all(prompt == prompts[0] for prompt in prompts), "a group is one prompt's copies"
-        together = next(turns)
+        together = Together(next(turns).engine) if apart else next(turns)
         input_ids = render_prompt(tokenizer, prompts[0])
         generations = await together.generate(input_ids, {**sampling, "sampling_seed": seed}, n=len(prompts))
         if len(generations) != len(prompts):
             raise GenerationError(f"{together.engine}: {len(generations)} generations for n={len(prompts)}")
-        return [_sample(prompts[0], input_ids, generation, together.engine, tokenizer) for generation in generations]
+        own_id = prompt_id(prompts[0])
+        return [
+            _sample(prompts[0], own_id, input_ids, generation, together.engine, tokenizer) for generation in generations
+        ]
 
     return generate_fn
 
@@ -145,7 +150,15 @@ def response_text(generation: Any, tokenizer: Any) -> str:
     return tokenizer.decode(generation.output_ids, skip_special_tokens=True)
 
 
-def _sample(prompt: Prompt, input_ids: list[int], generation: Any, engine: Any, tokenizer: Any) -> Sample:
+def version_spans(generation: Any) -> dict[str, Any]:
+    """{"weight_versions": [{version, start, end}]}, by response token, where the weights changed midway; else {}."""
+    spans = generation.weight_versions
+    return {"weight_versions": [dict(span) for span in spans]} if len(spans) > 1 else {}
+
+
+def _sample(  # noqa: PLR0917
+    prompt: Prompt, own_id: str, input_ids: list[int], generation: Any, engine: Any, tokenizer: Any
+) -> Sample:
     output_ids, logprobs = list(generation.output_ids), list(generation.logprobs or ())
     refuse_abort(generation, engine)
     if len(logprobs) != len(output_ids):
@@ -159,7 +172,8 @@ def _sample(prompt: Prompt, input_ids: list[int], generation: Any, engine: Any, 
         metadata={
             "weight_version": generation.weight_version,
             "finish_reason": generation.finish_reason,
-            "prompt_id": prompt_id(prompt),
+            "prompt_id": own_id,
+            **version_spans(generation),
         },
         response_length=len(output_ids),
     )

@@ -154,3 +154,18 @@ def test_nothing_to_stop_at_or_no_engine_is_an_error(engine: InProcessEngine) ->
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no eos_token; give stop_token_ids"):
         make_generate_fn([engine], tokenizer, max_new_tokens=5, temperature=1.0)
+
+
+@pytest.mark.anyio
+async def test_groups_asked_for_apart_come_back_by_themselves(engine: InProcessEngine) -> None:
+    """Goal: one group's reward need not wait for another's last token: a request a group, with the same samples. Red
+    with the option not looked at."""
+    alone, shared = (dataclasses.replace(engine, requests=[]) for _ in range(2))
+    found = []
+    for target, apart in ((alone, True), (shared, False)):
+        generate = generate_fn(target, apart=apart)
+        groups = await gather_in_order([partial(generate, [ROW] * 2, seed=seed) for seed in range(3)])
+        found.append([[sample.tokens for sample in group] for group in groups])
+    assert found[0] == found[1]
+    assert [len(request["prompts"]) for request in alone.requests] == [1, 1, 1]
+    assert [len(request["prompts"]) for request in shared.requests] == [3]
