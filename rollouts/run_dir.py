@@ -69,7 +69,7 @@ class RunDir:
 
     @property
     def secrets(self) -> Path:
-        """{"inherited": the launcher's environment, "secrets": {NAME: value}}; 0600, gone with the run."""
+        """{"inherited": the launcher's environment, "secrets", "engine_keys": {NAME: value}}; 0600, gone at the end."""
         return self.path / "secrets.json"
 
     @property
@@ -105,6 +105,11 @@ class RunDir:
         """Weights on their way to the engines; rewritten at every sync, never pulled."""
         return self.path / "weights"
 
+    @property
+    def weights_in_memory(self) -> Path:
+        """The same on tmpfs (engine.weights_on_tmpfs). The trainer removes it, and the supervisor after the trainer."""
+        return Path("/dev/shm") / f"rollouts-{self.run_id}-weights"
+
     def log(self, window: str) -> Path:
         return self.path / "logs" / f"{window}.log"
 
@@ -126,6 +131,11 @@ def home_dir() -> Path:
 
 def run_path(home: str | os.PathLike[str], run_id: str) -> Path:
     return Path(home) / "runs" / run_id
+
+
+def life_name(window: str, life: int) -> str:
+    """What the exit record of an engine's earlier life goes by: "engine-0.life-1"."""
+    return f"{window}.life-{life}"
 
 
 def valid_run_id(run_id: str) -> bool:
@@ -182,11 +192,12 @@ class ProcessRecord:
 class EnvironmentSpec:
     """A virtual environment on the host, named by what it holds: equal key, equal content."""
 
-    name: str  # "trainer"
+    name: str  # "trainer", "engine"
     path: str  # <home>/envs/<key>
     installer: Literal["uv", "pip"]
     base_python: str  # the host's interpreter that makes it
     requirements: list[str]
+    requirements_no_deps: list[str]  # installed after those, without what they require in turn
     constraints: str  # the text of the constraints file; "" for none
 
 
@@ -223,6 +234,8 @@ class LaunchPlan:
     stages: list[StageSpec]
     bootstrap_timeout_s: float
     stop_grace_s: float
+    engine_restarts_max: int  # in the whole run
+    engine_hang_timeout_s: float
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -77,7 +77,13 @@ def test_the_plan_survives_json() -> None:
     process = ProcessSpec(window="trainer", argv=["a"], env={"B": "c"}, ready_url=None, ready_timeout_s=1.5)
     stage = StageSpec(name="rl", engines=[process], trainer=process, timeout_s=9.0, needs_checkpoint="/x")
     environment = EnvironmentSpec(
-        name="trainer", path="/e", installer="pip", base_python="/p", requirements=["torch"], constraints=""
+        name="trainer",
+        path="/e",
+        installer="pip",
+        base_python="/p",
+        requirements=["torch"],
+        requirements_no_deps=[],
+        constraints="",
     )
     plan = LaunchPlan(
         run_id="r1",
@@ -89,6 +95,8 @@ def test_the_plan_survives_json() -> None:
         stages=[stage],
         bootstrap_timeout_s=1.0,
         stop_grace_s=2.0,
+        engine_restarts_max=3,
+        engine_hang_timeout_s=4.0,
     )
     assert LaunchPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 

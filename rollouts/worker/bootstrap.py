@@ -101,11 +101,17 @@ def _build(spec: EnvironmentSpec, path: Path, patience: Patience) -> None:
         create = [spec.base_python, "-m", "venv", str(path)]
         install = [python, "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
     _run(create, spec, patience)
-    constraints, requirements = path / "constraints.txt", path / "requirements.txt"
+    constraints = path / "constraints.txt"
     constraints.write_text(spec.constraints)
-    requirements.write_text("".join(f"{line}\n" for line in spec.requirements))
-    if spec.requirements:
-        _run([*install, "-c", str(constraints), "-r", str(requirements)], spec, patience)
+    passes = (
+        ("requirements.txt", spec.requirements, ()),
+        ("requirements-no-deps.txt", spec.requirements_no_deps, ("--no-deps",)),
+    )
+    for name, lines, options in passes:
+        file = path / name
+        file.write_text("".join(f"{line}\n" for line in lines))
+        if lines:
+            _run([*install, *options, "-c", str(constraints), "-r", str(file)], spec, patience)
 
 
 def _find_uv() -> str:
@@ -160,8 +166,9 @@ def _run(argv: list[str], spec: EnvironmentSpec, patience: Patience) -> None:
         _end_group(process)
     reader.join(END_GRACE_S)
     if process.returncode != 0:
+        pins = "engine.requirements_file" if spec.name == "engine" else "host.constraints_file"
         fix = (
-            "Its last lines say why; check host.constraints_file, the requirements in pyproject.toml,"
+            f"Its last lines say why; check {pins}, the requirements in pyproject.toml,"
             " and that the host reaches its package index."
         )
         message = f"environment {spec.name!r}: `{shlex.join(argv)}` failed with exit code {process.returncode}. {fix}"

@@ -13,19 +13,32 @@ _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # http_p
 
 def answers_ready(url: str) -> bool:
     """Does `url` answer 200 within ANSWER_TIMEOUT_S?"""
+    return _status(url, ANSWER_TIMEOUT_S) == 200
+
+
+def answers(url: str, *, timeout_s: float) -> bool:
+    """Does `url` answer at all within `timeout_s`, whatever the status?"""
+    return _status(url, timeout_s) is not None
+
+
+def _status(url: str, timeout_s: float) -> int | None:
     try:
-        with _direct.open(url, timeout=ANSWER_TIMEOUT_S) as response:
-            return bool(response.status == 200)
-    except (OSError, http.client.HTTPException):  # refused, reset, slow, another status, not HTTP: not ready
-        return False
+        with _direct.open(url, timeout=timeout_s) as response:
+            return int(response.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+    except (OSError, http.client.HTTPException):  # refused, reset, slow, not HTTP
+        return None
 
 
 def port_is_taken(url: str) -> bool:
-    """Does anything accept connections where `url` points?"""
+    """Does anything listen where `url` points? One that hangs, its queue of connections full, does too."""
     parts = urllib.parse.urlsplit(url)
     assert parts.hostname is not None and parts.port is not None, f"{url}: needs a host and a port"
     try:
         with socket.create_connection((parts.hostname, parts.port), timeout=ANSWER_TIMEOUT_S):
             return True
+    except TimeoutError:
+        return True
     except OSError:
         return False

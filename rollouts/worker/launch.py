@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rollouts import run_dir
+from rollouts.engines.keys import new_keys
 from rollouts.run_dir import LaunchPlan, RunDir, Status, observe
 from rollouts.worker import tmux
 from rollouts.worker.processes import POLL_S, SUPERVISOR_STAGE, SUPERVISOR_WINDOW, WINDOW_VARIABLE
@@ -90,7 +91,8 @@ def _write_files(run: RunDir, plan: LaunchPlan, job: dict[str, Any]) -> None:
         for name, value in os.environ.items()
         if name not in SESSION_VARIABLES and not name.startswith(SESSION_PREFIXES)
     }
-    run_dir.write_json_atomic(run.secrets, {"inherited": inherited, "secrets": job["secrets"]}, mode=0o600)
+    secrets = {"inherited": inherited, "secrets": job["secrets"], "engine_keys": new_keys()}
+    run_dir.write_json_atomic(run.secrets, secrets, mode=0o600)
     run_dir.write_json_atomic(run.config, job["config"])
     run_dir.write_json_atomic(run.plan, job["plan"])
     for name, text in job["files"].items():

@@ -86,14 +86,28 @@ def send_signal(pid: int, signum: int) -> None:
 def start_ticks(pid: int) -> int | None:
     """When the process started, in clock ticks since boot: with the id, its identity. None once it has ended.
 
-    A zombie has ended. Source: proc(5), /proc/pid/stat, fields 3 (state) and 22 (starttime); the command's name before
-    them is in parentheses and may hold anything.
+    A zombie has ended.
+    """
+    fields = _stat(pid)
+    return None if fields is None or fields[0] in "ZX" else int(fields[19])
+
+
+def is_stopped(pid: int) -> bool:
+    """Is it held by SIGSTOP or its like?"""
+    fields = _stat(pid)
+    return fields is not None and fields[0] == "T"
+
+
+def _stat(pid: int) -> list[str] | None:
+    """/proc/pid/stat from field 3 on; None for a process that is gone.
+
+    Source: proc(5): fields 3 (state) and 22 (starttime); the command's name before them is in parentheses and may hold
+    anything.
     """
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
         return None
-    return None if fields[0] in "ZX" else int(fields[19])
 
 
 def listens(port: int, pids: Collection[int]) -> bool:

@@ -2,12 +2,14 @@
 
     python3 -m rollouts.worker.supervisor <run_path>
 
-It decides nothing: plan.json says what runs. It holds supervisor.lock for as long as it lives, and every window ends
-its process when that lock falls free. The exit code is the run's: 0 only if every trainer ended with 0; else that of
-the process that failed first; STOPPED_CODE after a stop. Standard library only.
+It decides nothing: plan.json says what runs, and how often an engine that died or hangs is started again. It holds
+supervisor.lock for as long as it lives, and every window ends its process when that lock falls free. The exit code is
+the run's: 0 only if every trainer ended with 0; else that of the process that failed first; STOPPED_CODE after a stop.
+Standard library only.
 """
 
 import json
+import shutil
 import signal
 import sys
 import threading
@@ -24,6 +26,7 @@ from rollouts.run_dir import LaunchPlan, ProcessSpec, RunDir, StageName, StageSp
 from rollouts.worker import tmux
 from rollouts.worker.bootstrap import BootstrapError, Patience, ensure_environment
 from rollouts.worker.console import say
+from rollouts.worker.engines import Engine, end_life, keep_record
 from rollouts.worker.health import port_is_taken
 from rollouts.worker.processes import STOPPED_CODE, SUPERVISOR_STAGE, SUPERVISOR_WINDOW, end_marked, window_mark
 from rollouts.worker.windows import OpenWindow, close_windows, open_window
@@ -51,7 +54,9 @@ class Supervisor:
     def __init__(self, run: RunDir, plan: LaunchPlan) -> None:
         self.run, self.plan = run, plan
         self.stop_signal: int | None = None
-        self.windows: list[OpenWindow] = []  # of the stage under way
+        self.engines: list[Engine] = []  # of the stage under way
+        self.trainer: OpenWindow | None = None
+        self.restarts_left, self.hang_timeout_s = plan.engine_restarts_max, plan.engine_hang_timeout_s
         launched = run_dir.read_status(run)
         self.started_at = launched.started_at if launched else time.time()
         self.state: State = "running"
@@ -129,13 +134,14 @@ class Supervisor:
             for spec in stage.engines:
                 self._check_port(spec)
             for spec in stage.engines:
-                self._open(stage, spec)
+                self.engines.append(Engine(self._open(stage, spec), time.monotonic()))
             self._await_engines(stage, deadline)
             self._announce(stage.name, f"{stage.name}: training")
-            self._open(stage, stage.trainer)
-            self._await_trainer(stage, deadline)
+            self.trainer = self._open(stage, stage.trainer)
+            self._await_trainer(stage, deadline, self.trainer)
         finally:
             self._close_all(stage)
+            shutil.rmtree(self.run.weights_in_memory, ignore_errors=True)  # a trainer that was killed left it
         seconds = round(time.monotonic() - started, 3)
         self._event("stage_ended", stage=stage.name, seconds=seconds)
 
@@ -160,61 +166,112 @@ class Supervisor:
                 log_tail=[],
             )
 
-    def _open(self, stage: StageSpec, spec: ProcessSpec) -> None:
+    def _open(self, stage: StageSpec, spec: ProcessSpec) -> OpenWindow:
         say(f"stage={stage.name} window={spec.window}: starting")
         try:
-            self.windows.append(open_window(self.run, self.plan, stage, spec))
+            return open_window(self.run, self.plan, stage, spec)
         except tmux.TmuxError as error:
             message = f"stage {stage.name}: cannot open a window for {spec.window}: {error}"
             raise RunFailed(message, window=SUPERVISOR_WINDOW) from None
 
     def _await_engines(self, stage: StageSpec, deadline: float) -> None:
         """Return once every engine answers 200 at its ready URL."""
-        started = time.monotonic()
-        waiting = [window for window in self.windows if window.spec.ready_url is not None]
-        while waiting:
-            names = ", ".join(window.spec.window for window in waiting)
-            self._announce(stage.name, f"{stage.name}: waiting for {names}")
+        while waiting := [engine.name for engine in self.engines if engine.is_starting]:
+            self._announce(stage.name, f"{stage.name}: waiting for {', '.join(waiting)}")
             self._pause()
-            for window in list(waiting):
-                ready = window.is_serving()
-                self._check_alive(stage)
-                seconds = round(time.monotonic() - started, 3)
-                if ready:
-                    waiting.remove(window)
-                    url = window.spec.ready_url
-                    self._event("engine_ready", window=window.spec.window, url=url, seconds=seconds)
-                    say(f"stage={stage.name} window={window.spec.window}: ready after {seconds:.1f} s")
-                elif seconds > window.spec.ready_timeout_s:
-                    raise RunFailed(
-                        f"{window.spec.window} did not answer 200 at {window.spec.ready_url} within"
-                        f" limits.engine_ready_timeout_s={window.spec.ready_timeout_s:g}. Its last lines say how far it"
-                        " got; raise the limit if it was only slow.",
-                        window=window.spec.window,
-                    )
-            self._check_deadline(stage, deadline, waiting[0].spec.window if waiting else SUPERVISOR_WINDOW)
+            self._attend(stage)
+            self._check_deadline(stage, deadline, waiting[0])
 
-    def _await_trainer(self, stage: StageSpec, deadline: float) -> None:
-        trainer = self.windows[-1]
+    def _await_trainer(self, stage: StageSpec, deadline: float, trainer: OpenWindow) -> None:
         while not trainer.has_succeeded():
-            self._check_alive(stage)
+            self._attend(stage)
             self._check_deadline(stage, deadline, trainer.spec.window)
             self._pause()
 
+    def _attend(self, stage: StageSpec) -> None:
+        """Look at everything that runs: greet engines that are ready, start those again that died or hang.
+
+        Raises RunFailed for what cannot be mended.
+        """
+        starting = [engine for engine in self.engines if engine.is_starting]
+        ready = [(engine, engine.window) for engine in starting if engine.window.is_serving()]
+        self._check_alive(stage)
+        for engine, window in ready:
+            if engine.window is window:  # not started again meanwhile
+                self._greet(stage, engine)
+        for engine in self.engines:
+            self._check_answers(stage, engine)
+
+    def _greet(self, stage: StageSpec, engine: Engine) -> None:
+        engine.serves(hang_timeout_s=self.hang_timeout_s)
+        seconds = round(time.monotonic() - engine.opened_at, 3)
+        self._event("engine_ready", window=engine.name, url=engine.window.spec.ready_url, seconds=seconds)
+        say(f"stage={stage.name} window={engine.name}: ready after {seconds:.1f} s")
+
     def _check_alive(self, stage: StageSpec) -> None:
-        """Raise RunFailed for the window that ended first, if any has."""
-        if not any(window.has_failed() for window in self.windows):
+        """Start again the engines that ended; where that will not do, raise RunFailed for the first that ended."""
+        windows = [engine.window for engine in self.engines] + ([self.trainer] if self.trainer else [])
+        if not any(window.has_failed() for window in windows):
             return
         settled_at = time.monotonic() + SETTLE_S
         while time.monotonic() < settled_at:
             self._pause()
-        failed = [window for window in self.windows if window.has_failed()]
+        if self.trainer is not None and self.trainer.has_succeeded():
+            return
+        failed = [window for window in windows if window.has_failed()]
+        ended = [engine for engine in self.engines if engine.window in failed]
+        only_engines = len(ended) == len(failed)
+        if only_engines and len(ended) <= self.restarts_left and all(engine.may_restart() for engine in ended):
+            for engine in ended:
+                self._restart(stage, engine, engine.window.describe_end())
+            return
         first = min(failed, key=lambda window: window.ended_at())
         raise RunFailed(
-            f"stage {stage.name}: {first.describe_end()}",
+            f"stage {stage.name}: {first.describe_end()}{'' if first.is_trainer else self._budget_spent()}",
             window=first.spec.window,
             exit_code=first.failure_code(),
         )
+
+    def _check_answers(self, stage: StageSpec, engine: Engine) -> None:
+        """Has it been starting, or silent, for too long?"""
+        url, limit_s, hang_s = engine.window.spec.ready_url, engine.window.spec.ready_timeout_s, self.hang_timeout_s
+        advice = ""
+        if engine.is_starting and time.monotonic() - engine.opened_at > limit_s:
+            problem = f"{engine.name} did not answer 200 at {url} within limits.engine_ready_timeout_s={limit_s:g}"
+            advice = ". Its last lines say how far it got; raise the limit if it was only slow. "
+            advice = (advice + engine.window.diagnosis()).rstrip()
+        elif engine.silent_s > hang_s:
+            problem = f"{engine.name} hung: no answer at {url} for limits.engine_hang_timeout_s={hang_s:g}"
+        else:
+            return
+        if not self.restarts_left or not engine.has_served:
+            raise RunFailed(f"stage {stage.name}: {problem}{self._budget_spent()}{advice}", window=engine.name)
+        self._restart(stage, engine, problem)
+
+    def _budget_spent(self) -> str:
+        """What to say of the budget when an engine's end ends the run."""
+        allowed = self.plan.engine_restarts_max
+        return f" (engine.restarts_max={allowed}, of which {self.restarts_left} are left)" if allowed else ""
+
+    def _restart(self, stage: StageSpec, engine: Engine, reason: str) -> None:
+        """The next life of an engine, for which the stage's trainer waits."""
+        self.restarts_left -= 1
+        left = end_life(self.run, engine, grace_s=self.plan.stop_grace_s, tick=self._tick)
+        self._event_of_end(stage, engine.window)
+        keep_record(self.run, engine)
+        self._event(
+            "engine_restarted",
+            stage=stage.name,
+            window=engine.name,
+            reason=reason,
+            restarts_left=self.restarts_left,
+        )
+        say(f"stage={stage.name} window={engine.name}: {reason}; starting it again, {self.restarts_left} more left")
+        if left:
+            message = f"stage {stage.name}: {reason}, and could not be ended: processes {left} survived SIGKILL"
+            raise RunFailed(message, window=engine.name)
+        self._check_port(engine.window.spec)
+        engine.reopened(self._open(stage, engine.window.spec))
 
     def _check_deadline(self, stage: StageSpec, deadline: float, window: str) -> None:
         if time.monotonic() > deadline:
@@ -227,19 +284,25 @@ class Supervisor:
     def _close_all(self, stage: StageSpec) -> None:
         """End the stage's windows and all that came from them; the order of their ends is in the events."""
         self._announce(stage.name, f"{stage.name}: ending its processes", check=False)
-        left = close_windows(self.run, self.windows, grace_s=self.plan.stop_grace_s, tick=self._beat)
-        for window in sorted(self.windows, key=lambda window: window.ended_at()):
-            record = window.record()
-            self._event(
-                "process_ended",
-                stage=stage.name,
-                window=window.spec.window,
-                exit_code=record.exit_code if record else None,
-                signal=record.signal if record else None,
-            )
+        for engine in self.engines:
+            engine.rests()
+        windows = [engine.window for engine in self.engines] + ([self.trainer] if self.trainer else [])
+        left = close_windows(self.run, windows, grace_s=self.plan.stop_grace_s, tick=self._beat)
+        for window in sorted(windows, key=lambda window: window.ended_at()):
+            self._event_of_end(stage, window)
         if left:
             self._event("note", message=f"{stage.name}: still there after SIGKILL: {left}")
-        self.windows = []
+        self.engines, self.trainer = [], None
+
+    def _event_of_end(self, stage: StageSpec, window: OpenWindow) -> None:
+        record = window.record()
+        self._event(
+            "process_ended",
+            stage=stage.name,
+            window=window.spec.window,
+            exit_code=record.exit_code if record else None,
+            signal=record.signal if record else None,
+        )
 
     # --- time, status, signals -----------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""The four things that a run asks of tmux. Standard library only.
+"""The five things that a run asks of tmux. Standard library only.
 
 Commands are given as separate arguments, which tmux executes without a shell, so neither quoting nor the user's
 default shell matters. Session names are matched exactly (`=name`). What in a user's tmux.conf would end a detached
@@ -45,6 +45,11 @@ def has_session(run_id: str) -> bool:
     except TmuxError:
         return False
     return True
+
+
+def window_names(run_id: str) -> list[str]:
+    """The windows of the run's session, from a process inside it. Raises TmuxError."""
+    return _tmux("list-windows", "-t", f"={run_id}", "-F", "#{window_name}", inside=True).splitlines()
 
 
 def kill_session(run_id: str) -> None:

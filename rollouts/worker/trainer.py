@@ -10,6 +10,7 @@ engines. A mistake of the user's ends it with one `error:` line and exit code 1;
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -20,9 +21,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from base_config import Config, RLConfig, SFTConfig
+from rollouts.engines.keys import read_keys
 from rollouts.run_dir import RunDir, append_event, append_jsonl, record_process
 from rollouts.worker.trainer_data import Data, load_data, rl_steps, sft_seed, sft_steps
-from rollouts.worker.trainer_wiring import base_model, build_backend, reference_name, retention, rl_training_config
+from rollouts.worker.trainer_wiring import (
+    agent_parts,
+    base_model,
+    build_backend,
+    generate_fn,
+    reference_name,
+    retention,
+    rl_training_config,
+    weight_sync,
+)
 
 if TYPE_CHECKING:
     from rollouts.training.backends.pytorch import PyTorchTrainingBackend
@@ -59,6 +70,7 @@ def _rank() -> int:
 @contextlib.contextmanager
 def _mistakes_in_one_line(run: RunDir) -> Iterator[None]:
     """What a user can mend becomes an `error:` line and an event; anything else is ours, and keeps its traceback."""
+    from rollouts.agents.episode import AgentError
     from rollouts.training.checkpoint import CheckpointError
     from rollouts.training.datasets.rows import DataError
     from rollouts.training.model_loading import ModelError
@@ -66,7 +78,8 @@ def _mistakes_in_one_line(run: RunDir) -> Iterator[None]:
     from rollouts.training.rollout_gen.async_rollout_manager import RolloutError
     from rollouts.training.weight_sync import EngineError
 
-    mistakes = (DataError, RewardError, RolloutError, CheckpointError, EngineError, ModelError, FloatingPointError)
+    from_user = (DataError, RewardError, AgentError, RolloutError)
+    mistakes = (*from_user, CheckpointError, EngineError, ModelError, FloatingPointError)
     try:
         yield
     except mistakes as error:
@@ -209,8 +222,14 @@ def _metrics(job: Job) -> Iterator["MetricsLogger"]:
 # --- stages ---------------------------------------------------------------------------------------------------------
 
 
-async def _answers(job: Job, rows: Sequence["Prompt"], engines: Sequence["SGLangEngine"] | None) -> "Evaluation":
-    """The model's answers to held-out rows: through the engines, or in process where there are none."""
+async def _answers(
+    job: Job, rows: Sequence["Prompt"], engines: Sequence["SGLangEngine"] | None, reward_fn: Any = None
+) -> "Evaluation":
+    """The model's answers to held-out rows: through the engines, or in process where there are none.
+
+    An agent's are episodes, judged by the job's own reward, where there are engines.
+    """
+    from rollouts.training.agent_integration import evaluate_agent
     from rollouts.training.evaluation import Sampling, evaluate_with_engine, evaluate_with_model
 
     config = job.config
@@ -218,6 +237,9 @@ async def _answers(job: Job, rows: Sequence["Prompt"], engines: Sequence["SGLang
     sampling = Sampling(drawn.num_samples, drawn.temperature, drawn.top_k, drawn.seed) if drawn.num_samples else None
     max_new_tokens = config.rl.max_new_tokens if config.rl else config.data.max_length
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling}
+    if engines and config.rl and config.rl.agent:
+        endpoints, environment, limits = agent_parts(config.rl, job.tokenizer, engines)
+        return await evaluate_agent(endpoints, environment, rows, reward_fn=reward_fn, limits=limits, sampling=sampling)
     if engines:
         return await evaluate_with_engine(engines, job.tokenizer, rows, **options)
     assert job.backend is not None, "without engines there is a model in this process"
@@ -286,31 +308,32 @@ async def train_rl(job: Job, data: Data, engine_urls: Sequence[str]) -> None:
     rl = cast(RLConfig, job.config.rl)
     buffer = DataBuffer(data.prompts, seed=rl.seed) if data.saved is None else None
     rollouts_logger = JSONLLogger(job.run.rollouts) if _rank() == 0 and data.saved is None else None
-    async with _engines(job, engine_urls) as engines:
-        manager: Any = data.saved or _rollout_manager(job, buffer, engines) if _rank() == 0 else None
-        evaluate = _rl_evaluation(job, data, engines) if data.eval_rows else None
+    async with _engines(job, engine_urls) as engines, _reward(job) as reward_fn:
+        manager: Any = data.saved or _rollout_manager(job, buffer, engines, reward_fn) if _rank() == 0 else None
+        evaluate = _rl_evaluation(job, data, engines, reward_fn) if data.eval_rows else None
         with _metrics(job) as metrics_logger:
             if job.backend is None:
                 if rollouts_logger is not None:
                     await _collect(job, manager, rollouts_logger, metrics_logger, evaluate)
                 return
-            await run_rl_training(
-                job.backend,
-                buffer,
-                manager,
-                engines,
-                rl_training_config(rl, job.num_steps),
-                metrics_logger=metrics_logger,
-                weights_dir=job.run.weights,
-                rollouts_logger=rollouts_logger,
-                temperature=rl.temperature,
-                clip_range=(rl.clip_low, rl.clip_high) if rl.loss in ("ppo", "cispo") else None,
-                pad_token_id=job.pad_token_id,
-                resume=job.resume,
-                eval_fn=evaluate,
-                eval_every=rl.eval_every,
-                on_checkpoint=job.on_checkpoint,
-            )
+            async with weight_sync(job.config, job.run, job.backend, engines) as sync:
+                await run_rl_training(
+                    job.backend,
+                    buffer,
+                    manager,
+                    engines,
+                    rl_training_config(rl, job.num_steps),
+                    metrics_logger=metrics_logger,
+                    weight_sync=sync,
+                    rollouts_logger=rollouts_logger,
+                    temperature=rl.temperature,
+                    clip_range=(rl.clip_low, rl.clip_high) if rl.loss in ("ppo", "cispo") else None,
+                    pad_token_id=job.pad_token_id,
+                    resume=job.resume,
+                    eval_fn=evaluate,
+                    eval_every=rl.eval_every,
+                    on_checkpoint=job.on_checkpoint,
+                )
 
 
 async def _collect(job: Job, manager: Any, rollouts: "MetricsLogger", metrics: "MetricsLogger", evaluate: Any) -> None:
@@ -325,32 +348,75 @@ async def _collect(job: Job, manager: Any, rollouts: "MetricsLogger", metrics: "
 
 @contextlib.asynccontextmanager
 async def _engines(job: Job, urls: Sequence[str]) -> AsyncIterator[list["SGLangEngine"]]:
-    """Clients of the engines, on rank 0 alone."""
-    from rollouts.training.weight_sync import SGLangEngine
+    """Clients of the engines, on rank 0 alone; they outlive an engine that the supervisor starts again."""
+    from rollouts.training.inference.connect import engine_client
 
     async with contextlib.AsyncExitStack() as stack:
-        engines = [SGLangEngine(url, timeout_s=job.config.limits.sample_timeout_s) for url in urls if _rank() == 0]
-        for engine in engines:
-            await stack.enter_async_context(engine)
-        yield engines
+        api_key, admin_key = read_keys()
+        kind = job.config.engine.kind if job.config.engine else "sglang"
+        options: dict[str, Any] = {"timeout_s": job.config.limits.sample_timeout_s}
+        options |= {"api_key": api_key, "admin_key": admin_key}
+        clients = [engine_client(kind, url, **options) for url in (urls if _rank() == 0 else ())]
+        for client in clients:
+            await stack.enter_async_context(client)
+            await _greet(job, client)
+        yield _resilient(job, clients)
 
 
-def _rollout_manager(job: Job, buffer: Any, engines: Sequence["SGLangEngine"]) -> Any:
+async def _greet(job: Job, client: Any) -> None:
+    """Ask a server what it is, before anything is sampled. Raises EngineError for a version that nobody tested, and for
+    another kind than the config's."""
+    from rollouts.training.inference.http import require
+
+    server = await client.server()
+    expected = job.config.engine.kind if job.config.engine else server.kind
+    need = f"engine.kind={expected!r}: set that, or end what listens there and choose another engine.sglang_port"
+    require(server.kind == expected, f"{client.base_url}: is {server.kind} {server.version}, needs {need}")
+    message = f"engine {client.base_url}: {server.kind} {server.version}"
+    if not server.seeds:
+        message += ", which does not heed seeds: the same run samples other tokens each time"
+    append_event(job.run, "note", message=message)
+
+
+def _resilient(job: Job, clients: Sequence[Any]) -> list[Any]:
+    """The clients, able to wait for as many restarts as the supervisor may make, each noticed and carried out."""
+    from rollouts.training.inference.resilient import Recovered, resilient
+
+    limits, restarts_max = job.config.limits, job.config.engine.restarts_max if job.config.engine else 0
+
+    def on_recovered(recovered: Recovered) -> None:
+        append_event(job.run, "engine_recovered", **dataclasses.asdict(recovered))
+
+    one_restart_s = limits.engine_hang_timeout_s + limits.engine_ready_timeout_s
+    timeout_s = one_restart_s * max(1, restarts_max)
+    return resilient(clients, reruns_max=restarts_max, recover_timeout_s=timeout_s, on_recovered=on_recovered)
+
+
+@contextlib.asynccontextmanager
+async def _reward(job: Job) -> AsyncIterator[Any]:
+    """The job's reward function with its limit and processes; None where an environment rewards, or nothing samples."""
+    from rollouts.training.rewards.scoring import scoring
+
+    config, rl = job.config, cast(RLConfig, job.config.rl)
+    if _rank() != 0 or not config.uses_engine or rl.reward_fn is None:
+        yield None
+        return
+    with scoring(rl.reward_fn, workers=rl.reward_workers, timeout_s=config.limits.reward_timeout_s) as reward_fn:
+        yield reward_fn
+
+
+def _rollout_manager(job: Job, buffer: Any, engines: Sequence["SGLangEngine"], reward_fn: Any) -> Any:
     from rollouts.training.rewards import resolve
     from rollouts.training.rollout_gen.async_rollout_manager import AsyncRolloutManager
-    from rollouts.training.rollout_gen.engine_generate import make_generate_fn
     from rollouts.training.types import RolloutConfig
 
     rl = cast(RLConfig, job.config.rl)
-    generate_fn = make_generate_fn(
-        engines, job.tokenizer, max_new_tokens=rl.max_new_tokens, temperature=rl.temperature, top_k=rl.top_k
-    )
     config = RolloutConfig(
         batch_size=rl.examples_per_step,
         n_samples_per_prompt=rl.num_samples,
         over_sampling_factor=rl.over_sampling_factor,
-        generate_fn=generate_fn,
-        reward_fn=resolve(rl.reward_fn),
+        generate_fn=generate_fn(rl, job.tokenizer, engines, reward_fn),
+        reward_fn=reward_fn,
         filter_fn=resolve(rl.filter_fn) if rl.filter_fn else None,
         retries_max=rl.retries_max,
         seed=rl.seed,
@@ -358,7 +424,7 @@ def _rollout_manager(job: Job, buffer: Any, engines: Sequence["SGLangEngine"]) -
     return AsyncRolloutManager(buffer, config)
 
 
-def _rl_evaluation(job: Job, data: Data, engines: Sequence["SGLangEngine"]) -> Any:
+def _rl_evaluation(job: Job, data: Data, engines: Sequence["SGLangEngine"], reward_fn: Any) -> Any:
     from rollouts.training.evaluation import ALL_TASKS
 
     rl = cast(RLConfig, job.config.rl)
@@ -368,7 +434,7 @@ def _rl_evaluation(job: Job, data: Data, engines: Sequence["SGLangEngine"]) -> A
         """Exact match and pass@k: over all rows before the first step and after the last, else rl.eval_examples."""
         whole = step in (0, job.num_steps) or rl.eval_examples == -1
         rows = data.eval_rows if whole else data.eval_rows[: rl.eval_examples]
-        by_task = (await _answers(job, rows, engines)).metrics(job.config.eval.pass_at)
+        by_task = (await _answers(job, rows, engines, reward_fn)).metrics(job.config.eval.pass_at)
         job.log_eval("rl" if step or trained_before else "base", step, by_task)
         return by_task[ALL_TASKS]
 

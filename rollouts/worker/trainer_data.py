@@ -44,9 +44,10 @@ def load_data(config: Config, tokenizer: Any, stage: str) -> Data:
         num_workers=_spare_cores(),
     )
     if "rl" in left and config.rl is not None:
-        resolve(config.rl.reward_fn)
-        if config.rl.filter_fn is not None:
-            resolve(config.rl.filter_fn)
+        agent = config.rl.agent
+        for path in (config.rl.reward_fn, config.rl.filter_fn, agent.environment if agent else None):
+            if path is not None:
+                resolve(path)
     saved = None
     if "rl" in left and config.rl is not None and not config.uses_engine:
         saved = ReplayRollouts(config.rl.source, temperature=config.rl.temperature)

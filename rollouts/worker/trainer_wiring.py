@@ -1,23 +1,30 @@
 """From the job's config to the library's objects: model, optimizer, loss, reference, backend. Nothing trains here."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import inspect
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from base_config import Config, ModelConfig, RLConfig, SFTConfig
+from base_config import AgentConfig, Config, EngineConfig, ModelConfig, RLConfig, SFTConfig
 from rollouts.run_dir import RunDir, append_event
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
+    from rollouts.agents.endpoint import Endpoint
+    from rollouts.agents.episode import Limits
     from rollouts.training.backends.fsdp import FSDPConfig
     from rollouts.training.backends.pytorch import PyTorchTrainingBackend
     from rollouts.training.checkpoint import Retention
     from rollouts.training.reference import Reference
     from rollouts.training.types import RLTrainingConfig
     from rollouts.training.value_head import ValueHead
+    from rollouts.training.weight_sync import SGLangEngine
+    from rollouts.training.weight_transfer.protocol import Transfer
+    from rollouts.training.weight_transfer.sync import WeightSync
 
 
 def reference_name(config: Config, stage: str, model_path: str, *, resumes: bool) -> str | None:
@@ -55,12 +62,53 @@ def base_model(config: Config, model_path: str, *, resumes: bool) -> str:
     return model_path if base is None else base["name"]
 
 
+def generate_fn(rl: RLConfig, tokenizer: Any, engines: Sequence[Any], reward_fn: Any) -> Callable[..., Any]:
+    """What samples a group: single answers, or an agent's episodes. Rewards that wait for something, or updates that
+    find groups at different points, want each group to come back by itself.
+    """
+    from rollouts.training.agent_integration import make_agent_generate_fn
+    from rollouts.training.rollout_gen.engine_generate import make_generate_fn
+
+    if rl.agent is None:
+        drawn: dict[str, Any] = {"max_new_tokens": rl.max_new_tokens, "temperature": rl.temperature, "top_k": rl.top_k}
+        apart = rl.in_flight_updates or rl.reward_workers > 0 or inspect.iscoroutinefunction(reward_fn)
+        return make_generate_fn(engines, tokenizer, **drawn, apart=apart)
+    endpoints, environment, limits = agent_parts(rl, tokenizer, engines)
+    return make_agent_generate_fn(endpoints, environment, limits=limits)
+
+
+def agent_parts(
+    rl: RLConfig, tokenizer: Any, engines: Sequence[Any]
+) -> tuple[list["Endpoint"], Callable[..., Any], "Limits"]:
+    """An agent job's endpoints, one per engine, what makes its environment, and the limits of an episode."""
+    from rollouts.agents.endpoint import Endpoint
+    from rollouts.agents.episode import Limits
+    from rollouts.training.rewards import resolve
+
+    agent = cast(AgentConfig, rl.agent)
+    endpoints = [
+        Endpoint(
+            engine=engine,
+            tokenizer=tokenizer,
+            max_new_tokens=rl.max_new_tokens,
+            temperature=rl.temperature,
+            top_k=rl.top_k,
+            tool_format=agent.tool_format,
+        )
+        for engine in engines
+    ]
+    limits = Limits(turns_max=agent.turns_max, tokens_max=agent.tokens_max, timeout_s=agent.timeout_s)
+    return endpoints, resolve(agent.environment), limits
+
+
 def rl_training_config(rl: RLConfig, num_steps: int) -> "RLTrainingConfig":
     from rollouts.training.types import RLTrainingConfig
 
     return RLTrainingConfig(
         num_steps=num_steps,
         sync_every=rl.sync_every,
+        policy_lag_steps_max=rl.policy_lag_steps_max,
+        in_flight_updates=rl.in_flight_updates,
         baseline=rl.baseline,
         log_every=rl.log_every,
         checkpoint_every=rl.save_every,
@@ -219,6 +267,50 @@ def build_backend(
         value_head=value_head(config, stage, model),
         **options,
     )
+
+
+@contextlib.asynccontextmanager
+async def weight_sync(
+    config: Config, run: RunDir, backend: "PyTorchTrainingBackend", engines: Sequence["SGLangEngine"]
+) -> AsyncIterator["WeightSync | None"]:
+    """How the trainer's weights reach the engines; None where nothing samples. What it made is removed at the end."""
+    import anyio
+
+    from rollouts.training.weight_transfer.sync import WeightSync
+
+    if not config.uses_engine or config.engine is None:
+        yield None
+        return
+    transfer = weight_transfer(config, run, backend)
+    sleeps = config.engine.sleep_while_training
+    sync = WeightSync(backend, engines, transfer, dtype=config.model.dtype, sleep_while_training=sleeps)
+    try:
+        yield sync
+    finally:
+        with anyio.CancelScope(shield=True):
+            await sync.aclose()
+
+
+def weight_transfer(config: Config, run: RunDir, backend: "PyTorchTrainingBackend") -> "Transfer":
+    """The transfer that engine.weight_sync names. Weights travel in the engines' dtype."""
+    import torch
+
+    from rollouts.training.weight_transfer.broadcast import BroadcastLink
+    from rollouts.training.weight_transfer.buckets import BucketTransfer
+    from rollouts.training.weight_transfer.disk import DiskTransfer
+    from rollouts.training.weight_transfer.tensor import SharedMemoryLink
+
+    engine = cast(EngineConfig, config.engine)
+    dtype = None if config.model.dtype == "float32" else getattr(torch, config.model.dtype)
+    if engine.weight_sync == "disk":
+        directory = run.weights_in_memory if engine.weights_on_tmpfs else run.weights
+        return DiskTransfer(backend, directory, dtype=dtype, temporary=engine.weights_on_tmpfs)
+    readers = engine.tensor_parallel_size
+    link: Any = SharedMemoryLink(tensor_parallel_size=readers)
+    if engine.weight_sync == "broadcast":
+        timeout_s = config.limits.sample_timeout_s
+        link = BroadcastLink(device_type=config.target.device_type, tensor_parallel_size=readers, timeout_s=timeout_s)
+    return BucketTransfer(backend, link, dtype=dtype, bucket_bytes=engine.weight_sync_bucket_mib * 2**20)
 
 
 def fsdp_config(config: Config) -> "FSDPConfig":

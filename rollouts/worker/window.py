@@ -157,12 +157,13 @@ class Window:
         return next(spec for spec in (*stage.engines, stage.trainer) if spec.window == self.window)
 
     def _environment(self, spec: ProcessSpec) -> dict[str, str]:
-        """What the launcher had, then the plan's, then the secrets, then the run's mark."""
+        """What the launcher had, then the plan's, then the secrets and engine keys, then the run's mark."""
         given = json.loads(self.run.secrets.read_text())
         environment = {
             **given["inherited"],
             **spec.env,
             **given["secrets"],
+            **given["engine_keys"],
             "PYTHONUNBUFFERED": "1",
             "SPT_NOENV": "1",  # setproctitle would overwrite /proc/pid/environ, and with it the mark
             run_dir.RUN_ID_VARIABLE: self.run.run_id,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rollouts import run_dir
+from rollouts.engines.diagnosis import diagnose
 from rollouts.run_dir import ExitRecord, LaunchPlan, ProcessSpec, RunDir, StageSpec
 from rollouts.worker import tmux
 from rollouts.worker.health import answers_ready
@@ -21,6 +22,7 @@ from rollouts.worker.processes import (
 )
 from rollouts.worker.window import DRAIN_S, window_command
 
+DIAGNOSED_LINES = 400  # of an engine's log, from its end: a chain of tracebacks is that long
 WRAPPER_MARGIN_S = 2 * DRAIN_S + 2.0  # a wrapper's own work after its process's grace
 
 
@@ -72,7 +74,15 @@ class OpenWindow:
         record = self.record()
         return (record.code if record else 0) or 1
 
+    def diagnosis(self) -> str:
+        """Why this engine died or is not ready, as far as its log tells; "" where it does not, and for a trainer."""
+        lines = [] if self.is_trainer else run_dir.tail_lines(self.run.log(self.spec.window), DIAGNOSED_LINES)
+        return diagnose(lines) or ""
+
     def describe_end(self) -> str:
+        return ". ".join(filter(None, (self._end(), self.diagnosis())))
+
+    def _end(self) -> str:
         record, name = self.record(), self.spec.window
         if record is None:
             return f"{name} ended without an exit record: its window was killed, so how it ended is unknown"

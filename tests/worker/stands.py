@@ -19,6 +19,8 @@ from rollouts.run_dir import EnvironmentSpec, LaunchPlan, ProcessSpec, RunDir, S
 REPOSITORY = Path(__file__).resolve().parents[2]
 PATIENCE_S = 60.0  # of a test, for what takes well under a second on an idle machine
 
+NO_RESTARTS = {"engine_restarts_max": 0, "engine_hang_timeout_s": PATIENCE_S}
+
 ENGINE = """
 import http.server, sys, time
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -89,7 +91,7 @@ class Host:
         run.code.mkdir(parents=True)
         run.code_tree.symlink_to(REPOSITORY)
         self.launched.append(run)
-        fields: dict[str, Any] = {"bootstrap_timeout_s": PATIENCE_S, "stop_grace_s": 1.0, **plan_options}
+        fields: dict[str, Any] = {"bootstrap_timeout_s": PATIENCE_S, "stop_grace_s": 1.0, **NO_RESTARTS, **plan_options}
         plan = LaunchPlan(
             run_id=run_id,
             experiment_name="test",
@@ -136,14 +138,14 @@ def module(name: str, *arguments: str, stdin: str = "", **options: Any) -> subpr
     )
 
 
-def wait_for(condition: Callable[[], Any], what: str) -> Any:
+def wait_for(condition: Callable[[], Any], what: str, *, timeout_s: float = PATIENCE_S) -> Any:
     """Poll until `condition` gives something true, and return it."""
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if value := condition():
             return value
         time.sleep(0.02)
-    raise AssertionError(f"not within {PATIENCE_S:g} s: {what}")
+    raise AssertionError(f"not within {timeout_s:g} s: {what}")
 
 
 def wait_for_end(run: RunDir) -> None:

@@ -56,6 +56,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         installer="pip",
         base_python=sys.executable,
         requirements=[],
+        requirements_no_deps=[],
         constraints="",
     )
     ensure_environment(spec, RunDir(directory / "run"), patience())
@@ -81,6 +82,7 @@ def spec(tmp_path: Path, wheels: Path, quick_python: str) -> EnvironmentSpec:
         installer="pip",
         base_python=quick_python,
         requirements=["--no-index", f"--find-links {wheels}", "tiny-thing"],
+        requirements_no_deps=[],
         constraints="tiny-thing==1.0\n",
     )
 
@@ -107,6 +109,25 @@ def version_in(spec: EnvironmentSpec) -> str:
 
 def times_made(tmp_path: Path) -> int:
     return (tmp_path / "made").read_text().count("made")
+
+
+def test_what_is_marked_comes_without_its_dependencies(
+    spec: EnvironmentSpec, run: RunDir, wheels: Path, tmp_path: Path
+) -> None:
+    """Goal: a requirement of the second list is installed as it is, at its version, though what it requires is not to
+    be had. Red with `--no-deps` left out (pip finds no nowhere-to-be-found)."""
+    needy = "needy-1.0.dist-info"
+    with zipfile.ZipFile(tmp_path / "needy-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("needy.py", "")
+        required = "Metadata-Version: 2.1\nName: needy\nVersion: 1.0\nRequires-Dist: nowhere-to-be-found\n"
+        wheel.writestr(f"{needy}/METADATA", required)
+        wheel.writestr(f"{needy}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{needy}/RECORD", "")
+    own = replace(spec, requirements_no_deps=["--no-index", f"--find-links {tmp_path}", "needy==1.0"])
+    ensure_environment(own, run, patience())
+    subprocess.run([f"{spec.path}/bin/python", "-c", "import needy, tiny_thing"], check=True)
+    marker = json.loads((Path(spec.path) / ".complete").read_text())
+    assert marker["requirements_no_deps"] == own.requirements_no_deps
 
 
 def test_built_once_then_reused(spec: EnvironmentSpec, run: RunDir, tmp_path: Path) -> None:

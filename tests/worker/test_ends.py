@@ -205,7 +205,13 @@ def test_a_stop_during_the_bootstrap(host: Host) -> None:
     fake.write_text("#!/bin/sh\nmkdir -p $3\necho making\nsleep 600 & wait\n")
     fake.chmod(0o755)
     spec = EnvironmentSpec(
-        name="trainer", path=str(path), installer="pip", base_python=str(fake), requirements=[], constraints=""
+        name="trainer",
+        path=str(path),
+        installer="pip",
+        base_python=str(fake),
+        requirements=[],
+        requirements_no_deps=[],
+        constraints="",
     )
     run = host.start(stage("sft", trainer("pass")), environments=[spec])
     wait_for(lambda: "making" in log(run, "supervisor"), "the installer")

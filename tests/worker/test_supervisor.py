@@ -123,12 +123,15 @@ def test_the_first_failure_is_the_one_reported(host: Host) -> None:
     """Goal: when the trainer falls over the dead engine, the engine is blamed. Red with the first in window order
     reversed, or without waiting for what ends at the same moment."""
     port = free_port()
-    dying = ENGINE.replace("server.serve_forever()", "import os; server.handle_request(); time.sleep(0.7); os._exit(5)")
+    dying = ENGINE.replace("server.serve_forever()", "import os; server.handle_request(); time.sleep(2); os._exit(5)")
     waiting = f"""
-import socket, sys
+import socket, sys, time
 connection = socket.create_connection(("127.0.0.1", {port}))
-connection.recv(1)
-sys.exit(9)
+try:
+    connection.recv(1)
+finally:
+    time.sleep(0.2)  # a torchrun takes longer to fall
+    sys.exit(9)
 """
     run = host.finish(stage("rl", trainer(waiting), engine(port, dying)))
     assert_failed(run, 5, "engine-0")

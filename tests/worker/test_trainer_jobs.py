@@ -16,6 +16,7 @@ from base_config import Config
 from rollouts.run_dir import RunDir, read_jsonl
 from rollouts.training.weight_sync import SGLangEngine
 from rollouts.worker import trainer
+from tests.engines.scripted import Scripted
 from tests.example_config import example_config, replace_at
 from tests.training import tiny_task
 
@@ -118,6 +119,26 @@ def test_pass_at_k_and_tasks_reach_eval_jsonl(live: RunDir) -> None:
         for metric in metrics:
             total, first, second = (rows(live, step=step, task=task, metric=metric)[0]["value"] for task in tasks)
             assert total == pytest.approx((6 * first + 4 * second) / 10)
+
+
+def test_the_engine_says_who_it_is_before_it_is_used(
+    live: RunDir, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Goal: its kind and version are in the events; a version that nobody tested, and another kind than the config's,
+    end the run in one error, before any sample. Red with the kinds not compared."""
+    notes = [event["message"] for event in read_jsonl(live.events) if event["kind"] == "note"]
+    assert any(note.startswith("engine http://127.0.0.1:") and ": embedded 1" in note for note in notes)
+    with Scripted({"/server_info": (200, '{"version": "9.9.9"}')}) as server, pytest.raises(SystemExit):
+        train(tmp_path / "unknown", "rl", config(model, "rl", {}), server.url)
+    assert "error: " in (error := capsys.readouterr().err)
+    assert "sglang 9.9.9 is not a version this client knows" in error and server.calls == ["/server_info"]
+    with (
+        Scripted({"/server_info": (200, '{"version": "0.5.21", "model_path": "/nowhere"}')}) as server,
+        pytest.raises(SystemExit),
+    ):
+        train(tmp_path / "other", "rl", config(model, "rl", {}), server.url)
+    assert "is sglang 0.5.21, needs engine.kind='embedded'" in capsys.readouterr().err
+    assert server.calls == ["/server_info"]
 
 
 def test_a_replay_needs_no_engine_and_gives_the_same_run(live: RunDir, model: Path, tmp_path: Path) -> None:

@@ -87,6 +87,29 @@ def test_secrets_stay_out_of_the_tmux_server(fresh_server: Path, tmp_path: Path)
     assert module("stop", str(run.path)).returncode == 0
 
 
+def test_engine_keys_are_made_here_and_reach_the_processes_alone(host: Host) -> None:
+    """Goal: each run has keys of its own, in its processes' variables and its 0600 secrets file, nowhere else. Red
+    with the keys written into plan.json, and with them left out of the windows' environment."""
+    jobs = [host.job(stage("sft", trainer(UP))) for _ in range(2)]
+    made = []
+    for job, run in zip(jobs, host.launched[-2:], strict=True):
+        assert host.launch(job).returncode == 0
+        keys = json.loads(run.secrets.read_text())["engine_keys"]
+        environment = Path(f"/proc/{recorded_pid(run, 'trainer')}/environ").read_bytes().split(b"\0")
+        assert all(f"{name}={key}".encode() in environment for name, key in keys.items())
+        made += keys.values()
+    assert len(set(made)) == 4
+    commands = subprocess.run(["ps", "-eww", "-o", "args"], capture_output=True, text=True, check=True).stdout
+    variables = subprocess.run(["tmux", "show-environment", "-g"], capture_output=True, text=True, check=True).stdout
+    assert not any(key in commands + variables for key in made)
+    for run in host.launched[-2:]:
+        for file in run.path.rglob("*"):
+            if file.is_file() and file != run.secrets and run.code_tree not in file.parents:
+                assert not any(key.encode() in file.read_bytes() for key in made), file
+        assert module("stop", str(run.path)).returncode == 0
+        assert not run.secrets.exists()
+
+
 def test_a_second_launch_changes_nothing(host: Host) -> None:
     """Goal: launching again, while it runs and after its end, says so with exit 0 and leaves the run alone. Red with
     the lock not looked at."""
