@@ -23,6 +23,7 @@ EXPERIMENT_NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_-]{0,47}"  # also a tmux sessi
 DOTTED_NAME_PATTERN = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+"
 BEST_PATTERN = r"(min|max) \S+"
 ENGINE_SOURCES = ("engine", "engine_only")  # rl.source where rollouts come from an engine, not from a file
+WEIGHT_SYNCS = {"embedded": ("disk", "tensor"), "sglang": ("disk", "tensor", "broadcast"), "vllm": ("disk",)}
 ENV_NAME_PATTERN = r"[A-Za-z_][A-Za-z0-9_]*"
 
 
@@ -160,6 +161,17 @@ class SFTConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AgentConfig:
+    """Rollouts of several turns in an environment with tools. docs/agents.md."""
+
+    environment: str  # dotted path of a class, or of a function without arguments that makes one
+    tool_format: Literal["hermes", "json"]  # how the model writes its calls: <tool_call>, or all of a turn one object
+    turns_max: int  # of the policy
+    tokens_max: int  # of a whole episode, prompt included
+    timeout_s: float  # of a whole episode
+
+
+@dataclass(frozen=True, kw_only=True)
 class RLConfig:
     num_epochs: int  # steps = prompts // examples_per_step * num_epochs; of saved rollouts, their steps * num_epochs
     source: str  # "engine": sample and train; "engine_only": sample and score alone; or a rollouts.jsonl to train on
@@ -200,11 +212,15 @@ class RLConfig:
     kl_kind: Literal["k1", "k2", "k3"]  # which estimate of that divergence is the loss's term
     kl_reference: str | None  # hub id or directory on the host; None: the model that the run's rl stage started from
     entropy_coef: float  # of a bonus for the policy's entropy; 0: none
-    reward_fn: str  # dotted path of a function: Sample -> float, or None for not scorable
+    agent: AgentConfig | None  # None: one answer a prompt
+    reward_fn: str | None  # dotted path: Sample -> float, or None for not scorable. None: the environment's own
+    reward_workers: int  # processes that a plain reward function runs in; 0: the trainer's, without a time limit
     filter_fn: str | None  # dotted path of a function: list[Sample] of one group -> keep it?
     over_sampling_factor: float  # groups started per group needed
     retries_max: int  # more rounds of generation when the filter left too few groups
     sync_every: int  # optimizer steps between weight updates of the engine
+    policy_lag_steps_max: int  # how many optimizer steps generation may run ahead of training; 0: in turn
+    in_flight_updates: bool  # weights change under running requests, which go on; False: they are waited for
     seed: int  # of prompt order and sampling
     optimizer: OptimizerConfig
 
@@ -224,12 +240,21 @@ class EvalConfig:
 class EngineConfig:
     """The inference server of the RL stage."""
 
-    kind: Literal["embedded"]
+    kind: Literal["embedded", "sglang", "vllm"]
+    requirements_file: str | None  # lock of the engine's own environment; None: it runs in the trainer's (embedded)
     gpu_ranks: list[int]  # may equal target.gpu_ranks: colocated
-    sglang_port: int
+    sglang_port: int  # of the first replica; the others follow it
+    replicas: int  # copies that share the requests, each on tensor_parallel_size devices
     tensor_parallel_size: int
     mem_fraction: float  # of each device's memory
+    context_length: int  # tokens, prompt and answer together
+    max_total_tokens: int  # tokens that the key-value cache holds; -1: as many as mem_fraction leaves room for
     max_running_requests: int  # sequences decoded at once; more wait in line
+    weight_sync: Literal["disk", "tensor", "broadcast"]  # how new weights get there: docs/engines.md
+    weight_sync_bucket_mib: int  # tensor, broadcast: weights are sent in pieces of about this size
+    weights_on_tmpfs: bool  # disk: in memory (/dev/shm), where trainer and engine share a host
+    sleep_while_training: bool  # colocated on a GPU: the engine gives its memory back while the trainer steps
+    restarts_max: int  # how often in a run an engine that died or hangs is started again; 0: never
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,7 +264,9 @@ class LimitsConfig:
     bootstrap_timeout_s: float
     engine_ready_timeout_s: float
     stage_timeout_s: float  # one stage, sft or rl, as a whole
+    engine_hang_timeout_s: float  # an engine that lives and does not answer for so long is hung
     sample_timeout_s: float  # one generation request
+    reward_timeout_s: float  # one sample's reward; a group with one that took longer is left out and counted
     stop_grace_s: float  # between asking a process to end and killing it
 
 
@@ -493,10 +520,14 @@ def _target_checks(target: TargetConfig) -> Checks:
     yield _need(one_mps, "target.gpu_ranks", target.gpu_ranks, "one entry: device_type='mps' has one device")
 
 
+def _is_inside(file: str | None) -> bool:
+    """None, or a relative path that stays in the repository."""
+    return file is None or (bool(file.strip()) and not file.startswith("/") and ".." not in Path(file).parts)
+
+
 def _host_checks(host: HostConfig) -> Checks:
     file = host.constraints_file
-    inside = file is None or (bool(file.strip()) and not file.startswith("/") and ".." not in Path(file).parts)
-    yield _need(inside, "host.constraints_file", file, "a path inside the repository, or None")
+    yield _need(_is_inside(file), "host.constraints_file", file, "a path inside the repository, or None")
     for name in host.env:
         yield _matches(ENV_NAME_PATTERN, name), f"host.env[{name!r}]: not the name of an environment variable"
     for name in host.secrets:
@@ -620,15 +651,45 @@ def _rl_checks(rl: RLConfig) -> Checks:
     yield _need(rl.num_samples >= 2, "rl.num_samples", rl.num_samples, ">= 2, else every advantage is 0")
     yield _need(rl.temperature > 0, "rl.temperature", rl.temperature, "> 0: sampling is what RL learns from")
     yield from _loss_checks(rl)
-    reward_ok = _matches(DOTTED_NAME_PATTERN, rl.reward_fn)
-    yield _need(reward_ok, "rl.reward_fn", rl.reward_fn, "a dotted path, package.module.function")
+    if rl.reward_fn is None:
+        need = "a dotted path, package.module.function: only an agent's environment has rewards of its own"
+        yield _need(rl.agent is not None, "rl.reward_fn", None, need)
+    else:
+        reward_ok = _matches(DOTTED_NAME_PATTERN, rl.reward_fn)
+        yield _need(reward_ok, "rl.reward_fn", rl.reward_fn, "a dotted path, package.module.function")
     filter_ok = rl.filter_fn is None or _matches(DOTTED_NAME_PATTERN, rl.filter_fn)
     yield _need(filter_ok, "rl.filter_fn", rl.filter_fn, "a dotted path, package.module.function, or None")
     factor_ok = 1 <= rl.over_sampling_factor <= 16
     yield _need(factor_ok, "rl.over_sampling_factor", rl.over_sampling_factor, "1 to 16")
     yield _need(rl.retries_max >= 0, "rl.retries_max", rl.retries_max, ">= 0")
+    yield _need(rl.reward_workers >= 0, "rl.reward_workers", rl.reward_workers, ">= 0")
+    yield from _lag_checks(rl)
+    if rl.agent is not None:
+        yield from _agent_checks(rl.agent)
     yield _seed(rl.seed, "rl.seed")
     yield from _stage_checks(rl, "rl")
+
+
+def _agent_checks(agent: AgentConfig) -> Checks:
+    path_ok = _matches(DOTTED_NAME_PATTERN, agent.environment)
+    yield _need(path_ok, "rl.agent.environment", agent.environment, "a dotted path, package.module.Class")
+    yield from _at_least_one(agent, "rl.agent", "turns_max", "tokens_max")
+    yield _need(agent.timeout_s > 0, "rl.agent.timeout_s", agent.timeout_s, "> 0 seconds")
+
+
+def _lag_checks(rl: RLConfig) -> Checks:
+    """Generation that runs ahead of training."""
+    lag, path = rl.policy_lag_steps_max, "rl.policy_lag_steps_max"
+    yield _need(lag >= 0, path, lag, ">= 0")
+    idle = rl.in_flight_updates and lag == 0
+    need = "False: with policy_lag_steps_max=0 nothing runs while weights change"
+    yield _need(not idle, "rl.in_flight_updates", rl.in_flight_updates, need)
+    if lag > 0:
+        yield _need(rl.source == "engine", path, lag, f"0: rl.source={rl.source!r} does not sample what it trains on")
+        need = f"0, or >= sync_every={rl.sync_every}: the weights are as old as that in any case"
+        yield _need(lag >= rl.sync_every, path, lag, need)
+        need = "another than 'none' with policy_lag_steps_max > 0: loss='grpo' takes older samples for its own"
+        yield _need(rl.loss != "grpo" or rl.importance != "none", "rl.importance", rl.importance, need)
 
 
 def _loss_checks(rl: RLConfig) -> Checks:
@@ -673,12 +734,61 @@ def _eval_checks(evaluation: EvalConfig) -> Checks:
 
 def _engine_checks(engine: EngineConfig) -> Checks:
     yield from _rank_checks(engine.gpu_ranks, "engine.gpu_ranks")
-    yield _need(1024 <= engine.sglang_port <= 65535, "engine.sglang_port", engine.sglang_port, "1024 to 65535")
-    one = "1: the embedded engine runs on one device"
-    yield _need(engine.tensor_parallel_size == 1, "engine.tensor_parallel_size", engine.tensor_parallel_size, one)
-    yield _need(len(engine.gpu_ranks) <= 1, "engine.gpu_ranks", engine.gpu_ranks, f"length {one}")
+    needed = engine.replicas * engine.tensor_parallel_size
+    need = f"length {needed}: replicas={engine.replicas} x tensor_parallel_size={engine.tensor_parallel_size}"
+    yield _need(len(engine.gpu_ranks) == needed, "engine.gpu_ranks", engine.gpu_ranks, need)
+    yield from _at_least_one(
+        engine,
+        "engine",
+        *("tensor_parallel_size", "replicas", "context_length", "max_running_requests", "weight_sync_bucket_mib"),
+    )
+    last = 65535 - (engine.replicas - 1)
+    need = f"1024 to {last}: each of the {engine.replicas} replicas has a port of its own, from this one on"
+    need = need if engine.replicas > 1 else "1024 to 65535"
+    yield _need(1024 <= engine.sglang_port <= last, "engine.sglang_port", engine.sglang_port, need)
+    if engine.kind == "embedded":
+        one = "1: the embedded engine runs on one device"
+        yield _need(engine.tensor_parallel_size == 1, "engine.tensor_parallel_size", engine.tensor_parallel_size, one)
+    else:
+        need = f"a lock, such as 'requirements/{engine.kind}-cuda.txt': the trainer's environment has no {engine.kind}"
+        yield _need(engine.requirements_file is not None, "engine.requirements_file", None, need)
+    file = engine.requirements_file
+    yield _need(_is_inside(file), "engine.requirements_file", file, "a path inside the repository, or None")
     yield _need(0 < engine.mem_fraction <= 1, "engine.mem_fraction", engine.mem_fraction, "0 < mem_fraction <= 1")
-    yield from _at_least_one(engine, "engine", "max_running_requests")
+    yield from _one_or_off(engine, "engine", max_total_tokens="as mem_fraction allows")
+    tokens_ok = engine.kind == "sglang" or engine.max_total_tokens == -1
+    yield _need(
+        tokens_ok, "engine.max_total_tokens", engine.max_total_tokens, f"-1: kind={engine.kind!r} has no such bound"
+    )
+    yield _need(engine.restarts_max >= 0, "engine.restarts_max", engine.restarts_max, ">= 0")
+    kinds = WEIGHT_SYNCS[engine.kind]
+    need = f"{' or '.join(map(repr, kinds))} with engine.kind={engine.kind!r}"
+    yield _need(engine.weight_sync in kinds, "engine.weight_sync", engine.weight_sync, need)
+    on_disk = engine.weight_sync == "disk" or not engine.weights_on_tmpfs
+    need = f"False: engine.weight_sync={engine.weight_sync!r} writes no weights to disk"
+    yield _need(on_disk, "engine.weights_on_tmpfs", engine.weights_on_tmpfs, need)
+    sleeps = engine.sleep_while_training
+    need = "False: only engine.kind='sglang' gives its memory back"
+    yield _need(not sleeps or engine.kind == "sglang", "engine.sleep_while_training", sleeps, need)
+
+
+def _engine_fits(config: Config, engine: EngineConfig) -> Checks:
+    """What the engine's settings mean on this kind of device, and for what is asked of it."""
+    device, kind = config.target.device_type, engine.kind
+    if device == "mps":
+        yield _need(kind == "embedded", "engine.kind", kind, "'embedded' with target.device_type='mps'")
+    if device == "cpu":
+        size = engine.tensor_parallel_size
+        yield _need(size == 1, "engine.tensor_parallel_size", size, "1 with target.device_type='cpu'")
+        bounded = kind != "sglang" or engine.max_total_tokens != -1
+        need = "a number with kind='sglang' on a cpu, such as 65536: else the cache takes most of the host's memory"
+        yield _need(bounded, "engine.max_total_tokens", -1, need)
+    if kind == "vllm" and config.rl is not None:
+        need = "-1 with engine.kind='vllm', whose log-probs beside top_k are of the filtered distribution"
+        yield _need(config.rl.top_k == -1, "rl.top_k", config.rl.top_k, need)
+    need = f"more than rl.max_new_tokens={config.rl.max_new_tokens if config.rl else 0}: the prompt counts too"
+    room = config.rl is None or engine.context_length > config.rl.max_new_tokens
+    yield _need(room, "engine.context_length", engine.context_length, need)
 
 
 def _limits_checks(limits: LimitsConfig) -> Checks:
@@ -738,6 +848,9 @@ def _cross_checks(config: Config) -> Checks:
         yield _need(asked, "rl.eval_every", config.rl.eval_every, need)
     if config.uses_engine:
         yield config.engine is not None, f"engine=None: output.mode={mode!r} has an rl stage, which samples from it"
+        if config.engine is not None:
+            yield from _engine_fits(config, config.engine)
+            yield from _weight_sync_checks(config, config.engine)
     if config.sft is not None and config.sft.batch_size >= 1 and config.sft.micro_batch_tokens == -1:
         target, per_pass = config.sft.target_examples_per_step, config.sft.batch_size * ranks
         need = f"a multiple of batch_size x ranks = {config.sft.batch_size} x {ranks}"
@@ -746,6 +859,10 @@ def _cross_checks(config: Config) -> Checks:
         samples = config.rl.examples_per_step * config.rl.num_samples
         need = f"a product with num_samples={config.rl.num_samples} that {ranks} ranks can share evenly"
         yield _need(samples % ranks == 0, "rl.examples_per_step", config.rl.examples_per_step, need)
+        if config.rl.agent is not None and config.engine is not None:
+            room, need = config.engine.context_length, f"at most engine.context_length={config.engine.context_length}"
+            tokens = config.rl.agent.tokens_max
+            yield _need(tokens <= room, "rl.agent.tokens_max", tokens, need)
         need = f"less than data.max_length={data.max_length}"
         yield _need(config.rl.max_new_tokens < data.max_length, "rl.max_new_tokens", config.rl.max_new_tokens, need)
     compiled = config.model.compile and config.target.sharding != "none"
@@ -764,6 +881,35 @@ def _cross_checks(config: Config) -> Checks:
     starts_rl = mode == "rl" and config.uses_engine and config.output.source_checkpoint is None
     noise = config.model.init == "random" and starts_rl
     yield not noise, "model.init='random': output.mode='rl' would sample from noise; use 'sft+rl' or source_checkpoint"
+
+
+def _weight_sync_checks(config: Config, engine: EngineConfig) -> Checks:
+    """Whether the engine can be reached in the way that its weights are to come."""
+    target, lag = config.target, config.rl.policy_lag_steps_max if config.rl else 0
+    if engine.weight_sync in ("tensor", "broadcast") and engine.restarts_max > 0:
+        kept = target.sharding == "none" and lag == 0
+        need = (
+            "'disk' with restarts_max > 0 where the model is sharded, or rl.policy_lag_steps_max > 0: an engine that "
+        )
+        need += "was started again could not have the weights of the last sync, which the trainer no longer holds whole"
+        yield _need(kept, "engine.weight_sync", engine.weight_sync, need)
+    ahead = engine.sleep_while_training and lag > 0
+    need = f"False: with rl.policy_lag_steps_max={lag} the engine samples while the trainer steps"
+    yield _need(not ahead, "engine.sleep_while_training", engine.sleep_while_training, need)
+    if target.device_type != "cuda":
+        sleeps = engine.sleep_while_training and engine.kind == "sglang"
+        need = "False without target.device_type='cuda': there is no GPU to share"
+        yield _need(not sleeps, "engine.sleep_while_training", True, need)
+        return
+    shared = bool(target.gpu_ranks) and target.gpu_ranks[0] in engine.gpu_ranks
+    where = f"target.gpu_ranks[0] {'is' if shared else 'is not'} among engine.gpu_ranks={engine.gpu_ranks}"
+    need = f"'broadcast' or 'disk': CUDA memory is shared on one GPU, and {where}"
+    yield _need(shared or engine.weight_sync != "tensor", "engine.weight_sync", engine.weight_sync, need)
+    need = f"'tensor' or 'disk': NCCL wants a GPU of its own for each side, and {where}"
+    yield _need(not shared or engine.weight_sync != "broadcast", "engine.weight_sync", engine.weight_sync, need)
+    sleeps = engine.sleep_while_training
+    need = f"False: there is memory to give back where a GPU is shared, and {where}"
+    yield _need(shared or not sleeps, "engine.sleep_while_training", sleeps, need)
 
 
 def _rate_checks(config: Config, name: str) -> Checks:

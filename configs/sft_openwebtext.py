@@ -102,7 +102,9 @@ config = Config(
         bootstrap_timeout_s=1800.0,
         engine_ready_timeout_s=600.0,
         stage_timeout_s=6 * 3600.0,
+        engine_hang_timeout_s=60.0,
         sample_timeout_s=600.0,
+        reward_timeout_s=30.0,
         stop_grace_s=30.0,
     ),
     output=OutputConfig(

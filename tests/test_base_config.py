@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import base_config
-from base_config import Config, ConfigError, LoraConfig, MuonConfig, OptimizerConfig, load_config
+from base_config import AgentConfig, Config, ConfigError, LoraConfig, MuonConfig, OptimizerConfig, load_config
 from tests.example_config import example_config, replace_at
 
 DATACLASSES = [item for _, item in inspect.getmembers(base_config, dataclasses.is_dataclass)]
@@ -29,6 +29,11 @@ def test_no_field_has_a_default() -> None:
 def test_the_example_is_valid() -> None:
     """Goal: the config that all tests here break has no problem itself. Red with mode='rl' and init='random'."""
     assert example_config().problems() == ()
+
+
+def agent(**changes: Any) -> AgentConfig:
+    valid = {"environment": "a.B", "tool_format": "hermes", "turns_max": 2, "tokens_max": 64, "timeout_s": 1.0}
+    return AgentConfig(**{**valid, **changes})
 
 
 def a_lora(**changes: Any) -> LoraConfig:
@@ -140,10 +145,21 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("rl.kl_reference", " ", "rl.kl_reference=' ': needs a hub id, a directory or None"),
     ("rl.entropy_coef", -1e-3, "rl.entropy_coef=-0.001: needs >= 0"),
     ("rl.reward_fn", "per_letter", "rl.reward_fn='per_letter': needs a dotted path"),
+    ("rl.reward_fn", None, "rl.reward_fn=None: needs a dotted path, package.module.function: only an agent's"),
+    ("rl.reward_workers", -1, "rl.reward_workers=-1: needs >= 0"),
+    ("rl.agent", agent(environment="Environment"), "rl.agent.environment='Environment': needs a dotted path"),
+    ("rl.agent", agent(tool_format="xml"), "rl.agent.tool_format='xml': needs one of 'hermes', 'json'"),
+    ("rl.agent", agent(turns_max=0), "rl.agent.turns_max=0: needs >= 1"),
+    ("rl.agent", agent(tokens_max=4096), "rl.agent.tokens_max=4096: needs at most engine.context_length=2048"),
+    ("rl.agent", agent(timeout_s=0.0), "rl.agent.timeout_s=0.0: needs > 0 seconds"),
+    ("limits.reward_timeout_s", 0.0, "limits.reward_timeout_s=0.0: needs > 0 seconds"),
     ("rl.filter_fn", "", "rl.filter_fn='': needs a dotted path"),
     ("rl.over_sampling_factor", 0.5, "rl.over_sampling_factor=0.5: needs 1 to 16"),
     ("rl.retries_max", -1, "rl.retries_max=-1: needs >= 0"),
     ("rl.sync_every", 0, "rl.sync_every=0: needs >= 1"),
+    ("rl.policy_lag_steps_max", -1, "rl.policy_lag_steps_max=-1: needs >= 0"),
+    ("rl.policy_lag_steps_max", 1, "rl.importance='none': needs another than 'none' with policy_lag_steps_max > 0"),
+    ("rl.in_flight_updates", True, "rl.in_flight_updates=True: needs False: with policy_lag_steps_max=0 nothing"),
     ("rl.baseline", "median", "rl.baseline='median': needs one of 'group_mean', 'leave_one_out', 'value', float"),
     ("rl.gamma", 0.0, "rl.gamma=0.0: needs 0 < gamma <= 1"),
     ("rl.gae_lambda", 1.1, "rl.gae_lambda=1.1: needs 0 <= gae_lambda <= 1"),
@@ -161,8 +177,15 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("eval.seed", -1, "eval.seed=-1: needs 0 to 2**32 - 1"),
     ("engine.kind", "tgi", "engine.kind='tgi': needs one of 'embedded'"),
     ("engine.sglang_port", 80, "engine.sglang_port=80: needs 1024 to 65535"),
-    ("engine.tensor_parallel_size", 2, "engine.tensor_parallel_size=2: needs 1"),
+    ("engine.tensor_parallel_size", 0, "engine.tensor_parallel_size=0: needs >= 1"),
     ("engine.gpu_ranks", [0, 1], "engine.gpu_ranks=[0, 1]: needs length 1"),
+    ("engine.replicas", 0, "engine.replicas=0: needs >= 1"),
+    ("engine.replicas", 2, "engine.gpu_ranks=[0]: needs length 2: replicas=2 x tensor_parallel_size=1"),
+    ("engine.context_length", 8, "engine.context_length=8: needs more than rl.max_new_tokens=8"),
+    ("engine.max_total_tokens", 100, "engine.max_total_tokens=100: needs -1: kind='embedded' has no such bound"),
+    ("engine.requirements_file", "../x.txt", "engine.requirements_file='../x.txt': needs a path inside"),
+    ("engine.kind", "vllm", "engine.requirements_file=None: needs a lock, such as 'requirements/vllm-cuda.txt'"),
+    ("engine.kind", "sglang", "engine.max_total_tokens=-1: needs a number with kind='sglang' on a cpu"),
     ("engine.mem_fraction", 0.0, "engine.mem_fraction=0.0: needs 0 < mem_fraction <= 1"),
     ("limits.stage_timeout_s", 0.0, "limits.stage_timeout_s=0.0: needs > 0 seconds"),
     ("output.experiment_name", "a.b", "output.experiment_name='a.b': needs 1 to 48 letters"),
@@ -209,6 +232,34 @@ def test_loss_settings_that_another_one_would_ignore(changes: dict[str, Any], re
     for path, value in changes.items():
         config = replace_at(config, path, value)
     assert [problem[: len(reason or "")] for problem in config.problems()] == ([reason] if reason else [])
+
+
+def test_vllm_samples_from_the_whole_distribution() -> None:
+    """Goal: a sampler's log-probs are the model's, or the config is refused."""
+    config = replace_at(replace_at(example_config(), "engine.kind", "vllm"), "engine.requirements_file", "locks/v.txt")
+    assert config.problems() == ()
+    (problem,) = replace_at(config, "rl.top_k", 20).problems()
+    assert problem.startswith("rl.top_k=20: needs -1 with engine.kind='vllm'")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"rl.in_flight_updates": True}, None),
+        ({"rl.importance": "none", "rl.loss": "ppo"}, None),
+        ({"rl.sync_every": 2}, "rl.policy_lag_steps_max=1: needs 0, or >= sync_every=2"),
+        ({"rl.source": "engine_only"}, "rl.policy_lag_steps_max=1: needs 0: rl.source='engine_only'"),
+        ({"engine.sleep_while_training": True}, "engine.sleep_while_training=True: needs False: with rl.policy_lag"),
+    ],
+)
+def test_what_running_ahead_needs(changes: dict[str, Any], reason: str | None) -> None:
+    """Goal: a lag without correction, source or room is refused before a launch. Red with each check left out."""
+    config = example_config()
+    for path, value in {"rl.policy_lag_steps_max": 1, "rl.importance": "token_truncate", **changes}.items():
+        config = replace_at(config, path, value)
+    problems = [problem for problem in config.problems() if "lag" in problem]
+    assert [problem[: len(reason or "")] for problem in problems] == ([reason] if reason else []), problems
 
 
 def test_sharding_and_compilation_exclude_each_other() -> None:
@@ -321,6 +372,12 @@ def test_divisibility_counts_ranks(ranks: list[int]) -> None:
     """Goal: accumulation = target / (batch x ranks) must divide. Red when ranks were left out: 3 ranks passed."""
     problems = replace_at(example_config(), "target.gpu_ranks", ranks).problems()
     assert bool(problems) == (len(ranks) == 3), problems
+
+
+def test_an_environment_may_reward_instead_of_a_function() -> None:
+    """Goal: reward_fn=None goes with an agent. Red with the check for any rl stage."""
+    config = replace_at(replace_at(example_config(), "rl.agent", agent()), "rl.reward_fn", None)
+    assert config.problems() == () and Config.from_json(config.to_json()) == config
 
 
 def test_json_round_trip_ends_equal(tmp_path: Path) -> None:

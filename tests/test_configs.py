@@ -1,8 +1,10 @@
 """Every shipped config loads, validates and names data and a model that are there; committed scripts made the files."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,6 +42,24 @@ def test_an_offline_configs_data_fits_its_model_and_limits(file: Path, monkeypat
             assert report.left_out == {}
     assert config.rl is not None and callable(resolve(config.rl.reward_fn))
     assert len(load_prompt_mixture(config.data.rl_mixture, seed=seed)) >= config.rl.examples_per_step
+
+
+def differences(one: Any, other: Any, path: str = "") -> set[str]:
+    """Paths of the fields in which two configs differ."""
+    if dataclasses.is_dataclass(one) and type(one) is type(other):
+        fields = [field.name for field in dataclasses.fields(one)]
+        return {d for f in fields for d in differences(getattr(one, f), getattr(other, f), f"{path}.{f}".lstrip("."))}
+    return set() if one == other else {path}
+
+
+def test_the_demo_on_sglang_is_the_demo() -> None:
+    """Goal: two files that show everything stay one experiment: they differ in the engine, the number and size of RL
+    steps, and what a larger environment needs. Red with another seed in one of them."""
+    demo, on_sglang = (load_config(ROOT / "configs" / f"00_cpu_sft_rl{name}.py") for name in ("", "_sglang"))
+    steps = {"rl.num_epochs", "rl.matrix_lr", "rl.embedding_lr", "rl.unembedding_lr"}
+    engine = {"engine.kind", "engine.requirements_file", "engine.context_length", "engine.max_total_tokens"}
+    host = {"host.disk_free_gib_min", "limits.engine_ready_timeout_s", "output.experiment_name"}
+    assert differences(demo, on_sglang) == steps | engine | host
 
 
 def test_train_and_test_share_no_row() -> None:

@@ -80,7 +80,7 @@ class LiveReporter:
         self._view, self._doing = view, ""
         if file == "eval.jsonl":
             self._console.print(eval_line(row), markup=False, highlight=False)
-        elif row.get("kind") in ("checkpoint", "note"):
+        elif row.get("kind") in ("checkpoint", "note", "engine_restarted", "engine_recovered"):
             self._console.print(event_line(row), markup=False, highlight=False)
         self._redraw()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from base_config import Config
-from rollouts.engines.launch import engine_argv, engine_url
+from rollouts.engines.launch import engine_argv, engine_devices, engine_env, engine_url, ready_url
 from rollouts.remote.errors import Problem
 from rollouts.remote.facts import PYTHON_MIN, Gpu, HostFacts
 from rollouts.remote.repository import Code, named_paths
@@ -53,7 +53,10 @@ class Plan:
 
 def asked_ports(config: Config) -> list[int]:
     """Ports that must be free on the host."""
-    return [config.engine.sglang_port] if config.uses_engine and config.engine else []
+    engine = config.engine
+    return (
+        list(range(engine.sglang_port, engine.sglang_port + engine.replicas)) if engine and config.uses_engine else []
+    )
 
 
 def asked_paths(config: Config) -> list[str]:
@@ -81,7 +84,8 @@ def make_plan(
         *_path_problems(config, facts, code, target),
         *_secret_problems(config, secrets_set),
     )
-    launch = _launch_plan(config, facts, code, run_id) if facts.python and code.constraints is not None else None
+    locks = code.constraints is not None and code.engine_requirements is not None
+    launch = _launch_plan(config, facts, code, run_id) if facts.python and locks else None
     return Plan(
         target=target,
         run_id=run_id,
@@ -218,7 +222,7 @@ def _room_problems(config: Config, facts: HostFacts, target: str) -> Iterator[Pr
         yield Problem(
             f"{target}: port {port} is in use.",
             found=f"something listens on {port} there",
-            needed=f"engine.sglang_port={port}, for the inference server",
+            needed=f"engine.sglang_port={config.engine and config.engine.sglang_port}, for the inference server",
             fix="set another engine.sglang_port, or end what listens there",
         )
 
@@ -228,6 +232,11 @@ def _path_problems(config: Config, facts: HostFacts, code: Code, target: str) ->
         yield Problem(
             f"host.constraints_file={config.host.constraints_file!r} is not in {code.root}.",
             fix="correct the path, or set None to install unconstrained",
+        )
+    if code.engine_requirements is None and config.engine:
+        yield Problem(
+            f"engine.requirements_file={config.engine.requirements_file!r} is not in {code.root}.",
+            fix="correct the path; the locks that come with this repository are in requirements/",
         )
     for name, locality in code.named.items():
         if locality == "not sent":
@@ -278,48 +287,96 @@ def _secret_problems(config: Config, secrets_set: Collection[str]) -> Iterator[P
 
 
 def environment_key(
-    requirements: Collection[str], constraints: str, installer: str, python_version: str, platform: str
+    requirements: Collection[str],
+    constraints: str,
+    installer: str,
+    python_version: str,
+    platform: str,
+    *,
+    no_deps: Collection[str] = (),
 ) -> str:
     """Names an environment by what it holds: equal inputs, equal environment."""
     parts = [sorted(requirements), constraints, installer, python_version, platform]
+    if no_deps:
+        parts.append(sorted(no_deps))
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _launch_plan(config: Config, facts: HostFacts, code: Code, run_id: str) -> LaunchPlan:
-    assert facts.python is not None and code.constraints is not None
-    path = str(run_path(facts.home, run_id))
-    key = environment_key(
-        code.requirements, code.constraints, config.host.installer, facts.python_version, facts.platform
-    )
-    environment = EnvironmentSpec(
-        name="trainer",
+def read_lock(text: str) -> tuple[list[str], list[str]]:
+    """(requirements, those marked `# no-deps`) of a requirements file; comments and empty lines left out."""
+    plain: list[str] = []
+    no_deps: list[str] = []
+    for line in text.splitlines():
+        requirement, _, comment = line.partition(" #")
+        if requirement.strip() and not requirement.lstrip().startswith("#"):
+            (no_deps if comment.strip().startswith("no-deps") else plain).append(requirement.strip())
+    return plain, no_deps
+
+
+def _environment(
+    name: str,
+    config: Config,
+    facts: HostFacts,
+    requirements: list[str],
+    *,
+    constraints: str,
+    no_deps: list[str],
+) -> EnvironmentSpec:
+    assert facts.python is not None
+    installer = config.host.installer
+    key = environment_key(requirements, constraints, installer, facts.python_version, facts.platform, no_deps=no_deps)
+    return EnvironmentSpec(
+        name=name,
         path=f"{facts.home}/envs/{key}",
-        installer=config.host.installer,
+        installer=installer,
         base_python=facts.python,
-        requirements=list(code.requirements),
-        constraints=code.constraints,
+        requirements=requirements,
+        requirements_no_deps=no_deps,
+        constraints=constraints,
     )
-    python = f"{environment.path}/bin/python"
+
+
+def _environments(config: Config, facts: HostFacts, code: Code) -> list[EnvironmentSpec]:
+    """The trainer's, and the engine's own where it has a lock."""
+    assert code.constraints is not None and code.engine_requirements is not None
+    trainer = _environment("trainer", config, facts, list(code.requirements), constraints=code.constraints, no_deps=[])
+    requirements, no_deps = read_lock(code.engine_requirements)
+    if not requirements and not no_deps:
+        return [trainer]
+    return [trainer, _environment("engine", config, facts, requirements, constraints="", no_deps=no_deps)]
+
+
+def _launch_plan(config: Config, facts: HostFacts, code: Code, run_id: str) -> LaunchPlan:
+    assert facts.python is not None
+    path = str(run_path(facts.home, run_id))
+    environments = _environments(config, facts, code)
+    pythons = [f"{environment.path}/bin/python" for environment in environments]
     return LaunchPlan(
         run_id=run_id,
         experiment_name=config.output.experiment_name,
         home=facts.home,
         run_path=path,
         base_python=facts.python,
-        environments=[environment],
-        stages=[_stage(config, code, stage, path, python) for stage in config.stages],
+        environments=environments,
+        stages=[
+            _stage(config, code, stage, path, python=pythons[0], engine_python=pythons[-1]) for stage in config.stages
+        ],
         bootstrap_timeout_s=config.limits.bootstrap_timeout_s,
         stop_grace_s=config.limits.stop_grace_s,
+        engine_restarts_max=config.engine.restarts_max if config.engine else 0,
+        engine_hang_timeout_s=config.limits.engine_hang_timeout_s,
     )
 
 
-def _stage(config: Config, code: Code, stage: str, path: str, python: str) -> StageSpec:
+def _stage(config: Config, code: Code, stage: str, path: str, *, python: str, engine_python: str) -> StageSpec:
     run = RunDir(Path(path))
     after_sft = stage == "rl" and "sft" in config.stages
     torchrun = (python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(_world_size(config)))
     samples = stage == "rl" and config.uses_engine
-    engines = [_engine(config, code, run, python, after_sft=after_sft)] if samples else []
-    urls = ["--engine-url", engine_url(config.engine)] if samples and config.engine else []
+    engine = config.engine if samples else None
+    replicas = range(engine.replicas) if engine else ()
+    engines = [_engine(config, code, run, engine_python, replica, after_sft=after_sft) for replica in replicas]
+    urls = [part for replica in replicas if engine for part in ("--engine-url", engine_url(engine, replica))]
     trainer = ProcessSpec(
         window="trainer",
         argv=[*torchrun, "-m", "rollouts.worker.trainer", "--run-dir", path, "--stage", stage, *urls],
@@ -336,21 +393,24 @@ def _stage(config: Config, code: Code, stage: str, path: str, python: str) -> St
     )
 
 
-def _engine(config: Config, code: Code, run: RunDir, python: str, *, after_sft: bool) -> ProcessSpec:
-    assert config.engine is not None and config.rl is not None
+def _engine(config: Config, code: Code, run: RunDir, python: str, replica: int, *, after_sft: bool) -> ProcessSpec:
+    engine, device_type = config.engine, config.target.device_type
+    assert engine is not None and config.rl is not None
     argv = engine_argv(
-        config.engine,
+        engine,
         config.model,
         python=python,
         model_path=_start_model(config, code, run, after_sft=after_sft),
-        device_type=config.target.device_type,
+        device_type=device_type,
         seed=config.rl.seed,
+        replica=replica,
     )
+    own = engine_env(engine, device_type=device_type, tree=str(run.code_tree))
     return ProcessSpec(
-        window="engine-0",
+        window=f"engine-{replica}",
         argv=list(argv),
-        env=_process_env(config, config.engine.gpu_ranks),
-        ready_url=f"{engine_url(config.engine)}/ready",
+        env={**own, **_process_env(config, engine_devices(engine, replica))},
+        ready_url=ready_url(engine, replica),
         ready_timeout_s=config.limits.engine_ready_timeout_s,
     )
 
@@ -401,11 +461,15 @@ def _steps(config: Config, facts: HostFacts, code: Code, launch: LaunchPlan, tar
     )
     for environment in launch.environments:
         complete = posixpath.basename(environment.path) in facts.environments
+        count = len(environment.requirements) + len(environment.requirements_no_deps)
+        if environment.name == "engine" and config.engine:
+            content = f"{count} requirements of {config.engine.requirements_file}"
+        else:
+            content = f"{count} requirements, constraints {config.host.constraints_file or 'none'}"
         yield Step(
             f"{'reuse' if complete else 'build'} the {environment.name} environment {environment.path}"
             f"{'' if complete else f' with {environment.installer}'}",
-            f"{len(environment.requirements)} requirements, constraints "
-            f"{config.host.constraints_file or 'none'}, Python {facts.python_version}: "
+            f"{content}, Python {facts.python_version}: "
             f"{'complete there' if complete else 'none of this content there yet'}",
         )
     yield Step(

@@ -27,6 +27,7 @@ class Code:
     dirty_diff: str  # git diff --binary HEAD
     requirements: tuple[str, ...]  # of the trainer's environment
     constraints: str | None  # text of host.constraints_file; None: it is not there
+    engine_requirements: str | None  # text of engine.requirements_file, "" where none is named; None: it is not there
     named: dict[str, Locality]  # relative paths that the config names: are they among the files?
 
     def record(self) -> dict[str, str]:
@@ -35,6 +36,7 @@ class Code:
             "code/commit.txt": f"{self.commit}\n",
             "code/dirty.diff": self.dirty_diff,
             "code/constraints.txt": self.constraints or "",
+            "code/engine_requirements.txt": self.engine_requirements or "",
         }
 
 
@@ -63,6 +65,7 @@ def read_code(root: Path, config: Config) -> Code:
     head = _git(root, "rev-parse", "--verify", "-q", "HEAD", check=False).stdout.decode().strip()
     status = _git(root, "status", "--porcelain=v1", "-z", "--untracked-files=all").stdout
     pins = config.host.constraints_file
+    lock = config.engine.requirements_file if config.engine and config.uses_engine else None
     return Code(
         root=root,
         project=root.name,
@@ -72,7 +75,8 @@ def read_code(root: Path, config: Config) -> Code:
         commit=head,
         dirty_diff=_dirty_diff(root) if head else "",
         requirements=tuple(_requirements(root, _extras(config))),
-        constraints="" if pins is None else _text_or_none(root / pins),
+        constraints="" if pins is None else _text_or_none(root / pins, "host.constraints_file"),
+        engine_requirements="" if lock is None else _text_or_none(root / lock, "engine.requirements_file"),
         named={name: _locality(root, name, files) for name in named_paths(config) if not os.path.isabs(name)},
     )
 
@@ -137,7 +141,12 @@ def _dirty_diff(root: Path) -> str:
 
 def _extras(config: Config) -> list[str]:
     """What this config's trainer needs of pyproject.toml's extras."""
-    wanted = {"train": True, "lora": config.model.lora is not None, "wandb": config.output.use_wandb}
+    wanted = {
+        "train": True,
+        "lora": config.model.lora is not None,
+        "math": config.rl is not None and (config.rl.reward_fn or "").endswith(".math_verify"),
+        "wandb": config.output.use_wandb,
+    }
     return [name for name, needed in wanted.items() if needed]
 
 
@@ -157,13 +166,13 @@ def _requirements(root: Path, names: Sequence[str]) -> list[str]:
         ) from None
 
 
-def _text_or_none(file: Path) -> str | None:
+def _text_or_none(file: Path, field: str) -> str | None:
     try:
         return file.read_text()
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
-        raise DeployError(f"{file}: cannot be read: {error}", fix="correct host.constraints_file") from None
+        raise DeployError(f"{file}: cannot be read: {error}", fix=f"correct {field}") from None
 
 
 def _git(where: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[bytes]:

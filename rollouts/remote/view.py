@@ -80,6 +80,7 @@ PHASES: dict[str, tuple[str, str]] = {
     "stage_started": ("{stage}", "starting"),
     "training_started": ("{stage}", "training"),
     "engine_ready": ("{window}", "ready after {seconds:.1f} s"),
+    "engine_restarted": ("{window}", "started again: {reason}; {restarts_left} more left"),
     "stage_ended": ("{stage}", "done after {seconds:.0f} s"),
 }
 

@@ -9,7 +9,7 @@ import pytest
 
 from rollouts.remote.errors import DeployError
 from rollouts.remote.facts import Gpu, GpuProcess, HostFacts
-from rollouts.remote.plan import Plan, asked_paths, asked_ports, environment_key, make_plan
+from rollouts.remote.plan import Plan, asked_paths, asked_ports, environment_key, make_plan, read_lock
 from rollouts.remote.repository import Code
 from rollouts.run_dir import LaunchPlan
 from tests.example_config import example_config, replace_at
@@ -44,6 +44,7 @@ CODE = Code(
     dirty_diff="",
     requirements=("torch>=2.9",),
     constraints="torch==2.13\n",
+    engine_requirements="",
     named={
         "configs/models/tiny_qwen2": "sent",
         "configs/data/letters/train_sft.jsonl": "sent",
@@ -209,6 +210,79 @@ def test_what_the_engine_serves_without_sft(changes: dict[str, Any], model_path:
     assert argv[argv.index("--model-path") + 1] == model_path and launch.stages[0].needs_checkpoint is None
 
 
+@pytest.mark.parametrize(("engine_max", "restarts_max"), [(3, 3), (0, 0), (None, 0)])
+def test_the_engines_lives(engine_max: int | None, restarts_max: int) -> None:
+    """Goal: engine.restarts_max and limits.engine_hang_timeout_s reach the supervisor; without an engine there is
+    nothing to restart. Red with either left at a constant."""
+    changes = {"engine": None, "output__mode": "sft"} if engine_max is None else {"engine__restarts_max": engine_max}
+    launch = plan_for(limits__engine_hang_timeout_s=7.0, **changes).launch
+    assert launch is not None
+    assert (launch.engine_restarts_max, launch.engine_hang_timeout_s) == (restarts_max, 7.0)
+
+
+LOCK = "# a comment\nfastapi==1.0\n\nsglang==0.5.21  # no-deps: its CUDA kernels\ntorch==2.13.0 # of the CPU\n"
+SGLANG: dict[str, Any] = {
+    "engine__kind": "sglang",
+    "engine__requirements_file": "requirements/sglang-cuda.txt",
+    "code": {"engine_requirements": LOCK},
+}
+
+
+def test_a_lock_is_read() -> None:
+    """Goal: comments go, a mark sorts. Red with any comment taken for the mark."""
+    assert read_lock(LOCK) == (["fastapi==1.0", "torch==2.13.0"], ["sglang==0.5.21"])
+    assert read_lock("") == ([], [])
+
+
+def test_an_engine_with_a_lock_has_its_own_environment() -> None:
+    """Goal: two environments with two keys, the lock's lines in the engine's, the trainer's as before; --plan shows
+    both, and each command line has its own Python. Red with the lock's lines added to the trainer's."""
+    plan = plan_for(**CUDA, **SGLANG)
+    assert plan.problems == () and plan.launch is not None
+    trainer, engine = plan.launch.environments
+    assert trainer == plan_for().launch.environments[0]  # type: ignore[union-attr]
+    assert (engine.name, engine.requirements, engine.requirements_no_deps, engine.constraints) == (
+        "engine",
+        ["fastapi==1.0", "torch==2.13.0"],
+        ["sglang==0.5.21"],
+        "",
+    )
+    assert trainer.path != engine.path
+    rl = plan.launch.stages[1]
+    assert rl.trainer.argv[0] == f"{trainer.path}/bin/python"
+    assert rl.engines[0].argv[0] == f"{engine.path}/bin/python"
+    steps = [step for step in plan.steps if " environment " in step.what]
+    assert [step.what.split()[2] for step in steps] == ["trainer", "engine"]
+    assert steps[1].why.startswith("3 requirements of requirements/sglang-cuda.txt, Python 3.11.2")
+    missing = plan_for(**{**SGLANG, "code": {"engine_requirements": None}})
+    assert missing.launch is None
+    (problem,) = missing.problems
+    assert "engine.requirements_file='requirements/sglang-cuda.txt' is not in /repo" in problem.text()
+
+
+def test_replicas_have_ports_and_devices_of_their_own() -> None:
+    """Goal: two replicas of two devices: consecutive ports, devices split in order, all URLs to the trainer. Red with
+    every replica on all devices."""
+    gpus = tuple(dataclasses.replace(H200, index=i, uuid=str(i)) for i in range(5))
+    plan = plan_for(
+        **CUDA,
+        **SGLANG,
+        facts={"gpus": gpus},
+        engine__replicas=2,
+        engine__tensor_parallel_size=2,
+        engine__gpu_ranks=[1, 2, 3, 4],
+    )
+    assert plan.problems == () and plan.launch is not None
+    rl = plan.launch.stages[1]
+    assert [engine.window for engine in rl.engines] == ["engine-0", "engine-1"]
+    assert [engine.env["CUDA_VISIBLE_DEVICES"] for engine in rl.engines] == ["1,2", "3,4"]
+    assert [engine.argv[engine.argv.index("--port") + 1] for engine in rl.engines] == ["30180", "30181"]
+    assert [engine.ready_url for engine in rl.engines] == [f"http://127.0.0.1:{port}/ready" for port in (30180, 30181)]
+    assert rl.trainer.argv[-4:] == ["--engine-url", "http://127.0.0.1:30180", "--engine-url", "http://127.0.0.1:30181"]
+    config = replace_at(replace_at(example_config(), "engine.replicas", 2), "engine.gpu_ranks", [0, 1])
+    assert asked_ports(config) == [30180, 30181]
+
+
 def test_the_environment_key() -> None:
     """Goal: equal content, equal key; any other input, another key. Red with the constraints left out of it."""
     base: tuple[Any, ...] = (["a", "b"], "a==1", "pip", "3.11.2", "linux-x86_64")
@@ -216,7 +290,8 @@ def test_the_environment_key() -> None:
     assert key == environment_key(["b", "a"], *base[1:])
     others: list[Any] = [["a"], "a==2", "uv", "3.12.0", "linux-aarch64"]
     keys = {environment_key(*base[:i], other, *base[i + 1 :]) for i, other in enumerate(others)}
-    assert len(keys) == 5 and key not in keys
+    keys.add(environment_key(*base, no_deps=["c"]))
+    assert len(keys) == 6 and key not in keys
 
 
 def test_steps_say_why() -> None:

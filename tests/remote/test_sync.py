@@ -24,7 +24,9 @@ def repository(tmp_path: Path) -> Path:
     directory.mkdir()
     git(directory, "init", "-q")
     (directory / ".gitignore").write_text("ignored*\n/dataset/*\n*.bin\n!kept.bin\n")
-    (directory / "pyproject.toml").write_text("[project.optional-dependencies]\ntrain=['torch']\nwandb=['wandb']\n")
+    (directory / "pyproject.toml").write_text(
+        "[project.optional-dependencies]\ntrain=['torch']\nwandb=['wandb']\nmath=['math']\n"
+    )
     (directory / "tracked.txt").write_text("one\n")
     git(directory, "add", "-A")
     git(directory, "commit", "-qm", "first")
@@ -189,7 +191,7 @@ def config(**changes: object):  # type: ignore[no-untyped-def]  # a Config
 
 
 def test_what_a_plan_learns_of_the_repository(repository: Path) -> None:
-    """Goal: counts, requirements and which named paths are sent. Red with wandb's requirements always in."""
+    """Goal: counts, requirements and which named paths are sent. Red with wandb always in, and with None as reward."""
     (repository / "tracked.txt").write_text("x")
     (repository / "new.txt").write_text("x")
     (repository / "ignored-data").mkdir()
@@ -199,6 +201,9 @@ def test_what_a_plan_learns_of_the_repository(repository: Path) -> None:
     assert read_code(repository, config(model__name="./tracked.txt")).named["./tracked.txt"] == "sent"
     wandb = read_code(repository, config(output__use_wandb=True, output__wandb_project="p"))
     assert wandb.requirements == ("torch", "wandb")
+    math = read_code(repository, config(rl__reward_fn="rollouts.training.rewards.math_verify"))
+    assert math.requirements == ("torch", "math")
+    assert read_code(repository, config(rl__reward_fn=None)).requirements == ("torch",)
     assert read_code(repository, config(host__constraints_file="no.txt")).constraints is None
 
 
