@@ -1,15 +1,17 @@
 """One GRPO step, ours through the HTTP engine beside TRL's GRPOTrainer: steps/s of both, their ratio, reward curves.
 
-    python -m benchmarks.grpo [--new-tokens 8 128] [--threads 1 2] [--lag 0 1] [--steps 60] [--seeds 0 1 2]
+    python -m benchmarks.grpo [--new-tokens 8 128] [--threads 1 2] [--ranks 1 2] [--lag 0 1] [--steps 60] [--seeds 0]
 
 16 prompts x 16 samples a step, a 2-layer, 64-wide Qwen2 in float32. All sides start from the same weights and see the
 same prompts in the same order, the same reward, loss (token mean, no KL), advantages (group mean, group std), AdamW and
 sampling. Ours is what a run does: a real embedded engine process over HTTP, `run_rl_training`, new weights in the
 engine after every step. TRL generates in its own process with transformers (`use_vllm=False`).
 
-Each stands once for each of `--threads` torch threads a process, and TRL's fastest counts. With `--lag 0` our engine
-and trainer work in turn, never at once, so no side computes on more than that many cores; this is the ratio. With
-`--lag N` the engine samples at most N steps ahead, beside the trainer: one thread each, two cores; printed beside it.
+Each stands once for each of `--threads` torch threads a process, and once for each of `--ranks` data-parallel processes
+of one thread: ours has as many engines, too. TRL stands as it comes (8 rows a device, activation checkpointing), and
+tuned, as fast as its options make it here: without checkpointing, all rows in one pass; of each its fastest counts. Our
+engines and trainer work in turn, never at once, so no side computes on more cores than that; this is the ratio. With
+`--lag N` one engine samples at most N steps ahead, beside the trainer: one thread each, two cores; printed beside it.
 
 All live at once, and take turns of `--block` steps while the others wait; ratios are medians over rounds of turns, so
 that a busy machine slows all. (An engine that works ahead has up to N batches ready when its turn begins.)
@@ -26,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "configs" / "models" / "tiny_qwen2"
 PROMPTS, SAMPLES = 16, 16
+DEVICE_ROWS = 8  # TRL's default
 READY_TIMEOUT_S = 120.0
 
 
@@ -49,8 +52,10 @@ class Job:
     block: int
     lr: float
     threads: int
-    lag: int  # steps that our engine samples ahead
     seed: int
+    lag: int = 0  # steps that our engine samples ahead
+    ranks: int = 1  # processes that train, each on its share of a step; and our engines
+    tuned: bool = True  # TRL
 
 
 def reward(text: str) -> float:
@@ -61,19 +66,20 @@ def reward(text: str) -> float:
 class Turns:
     """A side's end of the pipe: counts its steps, and after each block reports and waits for its next turn."""
 
-    def __init__(self, pipe: Connection, block: int, cpu_s: Callable[[], float]) -> None:
-        self._pipe, self._block, self._cpu_s = pipe, block, cpu_s
+    def __init__(self, pipe: Connection, block: int, helpers: Sequence[int] = ()) -> None:
+        self._pipe, self._block = pipe, block
+        self._helpers = helpers  # processes whose time counts too
         self._rewards: list[float] = []
         self._times: dict[str, float] = {}
 
     def begin(self) -> None:
         """Set-up is over; wait for the first turn."""
-        self._pipe.send(None)
+        self._pipe.send(self._helpers)
         self._wait()
 
     def _wait(self) -> None:
         self._pipe.recv()
-        self._started = time.perf_counter(), self._cpu_s()
+        self._started = time.perf_counter()
 
     def step_done(self, metrics: Mapping[str, float]) -> None:
         """After a step, with its "reward_mean" and any times "..._s"."""
@@ -82,8 +88,7 @@ class Turns:
             if name.endswith("_s") and not name.endswith("per_s"):
                 self._times[name] = self._times.get(name, 0.0) + value / self._block
         if len(self._rewards) == self._block:
-            wall_s, cpu_s = time.perf_counter() - self._started[0], self._cpu_s() - self._started[1]
-            self._pipe.send((wall_s, cpu_s, self._rewards, self._times))
+            self._pipe.send((time.perf_counter() - self._started, self._rewards, self._times))
             self._rewards, self._times = [], {}
             self._wait()
 
@@ -99,17 +104,23 @@ class Turns:
 # --- ours -----------------------------------------------------------------------------------------------------------
 
 
-def run_ours(pipe: Connection, job: Job) -> None:
+def run_ours(pipe: Connection | None, job: Job) -> None:
+    """One rank; the first has the pipe and the engines."""
     import anyio
     import torch
 
+    from rollouts.training import distributed
+
     torch.set_num_threads(job.threads)
-    with _engine(job) as (url, engine_pid):
-        turns = Turns(pipe, job.block, lambda: time.process_time() + _cpu_s(engine_pid))
-        anyio.run(_train_ours, turns, job, url)
+    distributed.initialize("cpu")
+    with contextlib.ExitStack() as stack:
+        engines = [stack.enter_context(_engine(job)) for _ in range(job.ranks if pipe else 0)]
+        turns = Turns(pipe, job.block, [pid for _, pid in engines]) if pipe else None
+        anyio.run(_train_ours, turns, job, [url for url, _ in engines])
+    distributed.shutdown()
 
 
-async def _train_ours(turns: Turns, job: Job, url: str) -> None:
+async def _train_ours(turns: Turns | None, job: Job, urls: Sequence[str]) -> None:
     import torch
 
     from rollouts.training import (
@@ -127,26 +138,31 @@ async def _train_ours(turns: Turns, job: Job, url: str) -> None:
     model, tokenizer = load_model(job.model_dir), load_tokenizer(job.model_dir)
     optimizer = torch.optim.AdamW(model.parameters(), lr=job.lr, weight_decay=0.0, fused=True)
     backend = PyTorchTrainingBackend(model, optimizer, grpo_loss, Path(job.work_dir) / "ours", max_grad_norm=1.0)
-    async with SGLangEngine(url) as engine:
-        await engine.wait_ready(READY_TIMEOUT_S)
+    config = RLTrainingConfig(
+        num_steps=job.steps,
+        baseline="group_mean",
+        advantage_norm="group_std",
+        micro_batch_tokens=4096,
+        policy_lag_steps_max=job.lag,
+    )
+    if turns is None:
+        await run_rl_training(backend, None, None, [], config)
+        return
+    async with contextlib.AsyncExitStack() as stack:
+        engines = [await stack.enter_async_context(SGLangEngine(url)) for url in urls]
+        for engine in engines:
+            await engine.wait_ready(READY_TIMEOUT_S)
         rollouts = RolloutConfig(
             batch_size=PROMPTS,
             n_samples_per_prompt=SAMPLES,
-            generate_fn=make_generate_fn([engine], tokenizer, max_new_tokens=job.new_tokens, temperature=1.0),
+            generate_fn=make_generate_fn(engines, tokenizer, max_new_tokens=job.new_tokens, temperature=1.0),
             reward_fn=lambda sample: reward(sample.response),
             seed=job.seed,
         )
         buffer = _InOrder(job.prompts)
-        config = RLTrainingConfig(
-            num_steps=job.steps,
-            baseline="group_mean",
-            advantage_norm="group_std",
-            micro_batch_tokens=4096,
-            policy_lag_steps_max=job.lag,
-        )
+        manager = await stack.enter_async_context(AsyncRolloutManager(buffer, rollouts))  # type: ignore[arg-type]
         turns.begin()
-        async with AsyncRolloutManager(buffer, rollouts) as manager:  # type: ignore[arg-type]
-            await run_rl_training(backend, buffer, manager, [engine], config, metrics_logger=turns)
+        await run_rl_training(backend, buffer, manager, engines, config, metrics_logger=turns)
 
 
 class _InOrder:
@@ -169,9 +185,7 @@ class _InOrder:
 @contextlib.contextmanager
 def _engine(job: Job) -> Iterator[tuple[str, int]]:
     """An embedded engine over the job's model; its URL and process id."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = _free_port()
     argv = [sys.executable, "-m", "rollouts.engines.embedded", "--model-path", job.model_dir, "--port", str(port)]
     argv += ["--max-running-requests", str(PROMPTS * SAMPLES)]
     process = subprocess.Popen(argv, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": str(job.threads)})
@@ -180,6 +194,12 @@ def _engine(job: Job) -> Iterator[tuple[str, int]]:
     finally:
         process.terminate()
         process.wait(timeout=20)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _cpu_s(pid: int) -> float:
@@ -191,7 +211,8 @@ def _cpu_s(pid: int) -> float:
 # --- TRL ------------------------------------------------------------------------------------------------------------
 
 
-def run_trl(pipe: Connection, job: Job) -> None:
+def run_trl(pipe: Connection | None, job: Job) -> None:
+    """One rank; the first has the pipe."""
     import datasets
     import torch
     import transformers
@@ -200,27 +221,31 @@ def run_trl(pipe: Connection, job: Job) -> None:
     from rollouts.training.model_loading import load_model, load_tokenizer
 
     torch.set_num_threads(job.threads)
-    turns = Turns(pipe, job.block, time.process_time)
+    turns = Turns(pipe, job.block) if pipe else None
 
     class AfterEachStep(transformers.TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
-            if "reward" in logs:
+            if turns and "reward" in logs:
                 turns.step_done({"reward_mean": logs["reward"]})
 
         def on_train_begin(self, *others: Any, **named: Any) -> None:
-            turns.begin()
+            if turns:
+                turns.begin()
 
     def reward_fn(completions: list[Any], **others: Any) -> list[float | None]:
         return [reward(completion[0]["content"]) for completion in completions]
 
+    rows = PROMPTS * SAMPLES // job.ranks
+    device_rows = rows if job.tuned else DEVICE_ROWS
     config = GRPOConfig(
         output_dir=str(Path(job.work_dir) / "trl"),
         use_cpu=True,
         bf16=False,
-        gradient_checkpointing=False,
+        gradient_checkpointing=not job.tuned,
         seed=job.seed,
         max_steps=job.steps,
-        per_device_train_batch_size=PROMPTS * SAMPLES,
+        per_device_train_batch_size=device_rows,
+        gradient_accumulation_steps=rows // device_rows,
         num_generations=SAMPLES,
         shuffle_dataset=False,
         max_completion_length=job.new_tokens,
@@ -257,15 +282,15 @@ def run_trl(pipe: Connection, job: Job) -> None:
 
 @dataclass
 class Side:
-    """A side's process, and what it has reported so far."""
+    """A side's processes, and what it has reported so far."""
 
     name: str
     pipe: Connection
-    process: Any
-    wall_s: list[float]  # of each block
-    cpu_s: list[float]
-    rewards: list[float]
-    times: list[dict[str, float]]
+    pids: Sequence[int]
+    wall_s: list[float] = field(default_factory=list)  # of each block
+    cpu_s: list[float] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+    times: list[dict[str, float]] = field(default_factory=list)
 
     @property
     def block_s(self) -> float:
@@ -273,42 +298,61 @@ class Side:
         return statistics.median(self.wall_s[1:])
 
     def take_turn(self) -> None:
+        before_s = sum(map(_cpu_s, self.pids))
         self.pipe.send(None)
-        wall_s, cpu_s, rewards, times = self.pipe.recv()
+        wall_s, rewards, times = self.pipe.recv()
         self.wall_s.append(wall_s)
-        self.cpu_s.append(cpu_s)
+        self.cpu_s.append(sum(map(_cpu_s, self.pids)) - before_s)
         self.rewards += rewards
         self.times.append(times)
 
 
 @contextlib.contextmanager
-def running(name: str, target: Callable[[Connection, Job], None], job: Job) -> Iterator[Side]:
-    """A process of its own for `target`, ready for its first turn."""
+def running(name: str, target: Callable[[Connection | None, Job], None], job: Job) -> Iterator[Side]:
+    """A process of its own for each rank of `target`, ready for its first turn."""
     spawn = multiprocessing.get_context("spawn")
     here, there = spawn.Pipe()
-    process = spawn.Process(target=target, args=(there, job), name=name)
-    process.start()
+    port = _free_port()
+    processes = [
+        spawn.Process(target=_run_rank, args=(target, there if rank == 0 else None, job, rank, port), name=name)
+        for rank in range(job.ranks)
+    ]
+    for process in processes:
+        process.start()
     there.close()
     try:
-        here.recv()
-        yield Side(name, here, process, [], [], [], [])
+        helpers = here.recv()
+        yield Side(name, here, [*(process.pid for process in processes if process.pid), *helpers])
         here.send(None)
-        process.join(timeout=60)
+        for process in processes:
+            process.join(timeout=60)
     finally:
-        process.terminate()
-        process.join()
+        for process in processes:
+            process.terminate()
+            process.join()
 
 
-def race(job: Job, threads: Sequence[int], lags: Sequence[int]) -> tuple[list[Side], list[Side]]:
-    """Ours and TRL's, each with each number of threads, run in turns."""
+def _run_rank(target: Callable[..., None], pipe: Connection | None, job: Job, rank: int, port: int) -> None:
+    if job.ranks > 1:  # as torchrun tells them
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job.ranks, "LOCAL_WORLD_SIZE": job.ranks}
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ |= {key: str(value) for key, value in (place | address).items()}
+    target(pipe, job)
+
+
+def race(job: Job, options: argparse.Namespace) -> tuple[list[Side], list[Side]]:
+    """Ours and TRL's, each with each number of threads and ranks, run in turns."""
+    settings = {f"{count} threads": {"threads": count} for count in options.threads}
+    settings |= {f"{count} ranks": {"ranks": count} for count in options.ranks if count > 1}
     with contextlib.ExitStack() as stack:
 
-        def start(name: str, target: Callable[[Connection, Job], None], threads: int, lag: int = 0) -> Side:
-            return stack.enter_context(running(name, target, replace(job, threads=threads, lag=lag)))
+        def start(name: str, target: Callable[[Connection, Job], None], **fields: Any) -> Side:
+            return stack.enter_context(running(name, target, replace(job, **fields)))
 
-        ours = [start(f"ours, {count} threads", run_ours, count) for count in threads if 0 in lags]
-        ours += [start(f"ours, lag {lag}, 1 thread", run_ours, 1, lag) for lag in lags if lag > 0]
-        trl = [start(f"trl, {count} threads", run_trl, count) for count in threads]
+        ours = [start(f"ours, {name}", run_ours, **fields) for name, fields in settings.items()]
+        ours += [start(f"ours, lag {lag}", run_ours, lag=lag) for lag in options.lag if lag > 0]
+        trl = [start(f"trl, {name}", run_trl, **fields, tuned=False) for name, fields in settings.items()]
+        trl += [start(f"trl tuned, {name}", run_trl, **fields) for name, fields in settings.items()]
         for _ in range(job.steps // job.block):
             for side in (*ours, *trl):
                 side.take_turn()
@@ -316,9 +360,7 @@ def race(job: Job, threads: Sequence[int], lags: Sequence[int]) -> tuple[list[Si
 
 
 def report(job: Job, ours: Sequence[Side], trl: Sequence[Side]) -> None:
-    best = min(trl, key=lambda side: side.block_s)
     print(f"\n<= {job.new_tokens} new tokens, seed {job.seed}: {job.steps} steps in blocks of {job.block}")
-    print(f"  ratios are to {best.name}, TRL's fastest here")
     for side in (*ours, *trl):
         speed = job.block / side.block_s
         cpu_ms = 1000 * statistics.median(side.cpu_s[1:]) / job.block
@@ -328,14 +370,18 @@ def report(job: Job, ours: Sequence[Side], trl: Sequence[Side]) -> None:
         )
         rewards = f"reward {curve}, last third {last_third(side.rewards):.3f}"
         print(f"  {side.name:20} {speed:6.2f} steps/s {cpu_ms:7.1f} ms of CPU a step   {rewards}")
+    tuned = [side for side in trl if "tuned" in side.name]
+    as_it_comes = [side for side in trl if side not in tuned]
+    peers = [min(kind, key=lambda side: side.block_s) for kind in (as_it_comes, tuned)]
     for side in ours:
-        ratios = [theirs / own for own, theirs in zip(side.wall_s[1:], best.wall_s[1:], strict=True)]
-        cpu_ratios = [theirs / own for own, theirs in zip(side.cpu_s[1:], best.cpu_s[1:], strict=True)]
-        each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
-        print(f"  ratio of {side.name}: {statistics.median(ratios):5.2f}   (median of {each})", end="")
-        print(f", of CPU time {statistics.median(cpu_ratios):.2f}")
         parts = {name: statistics.median(block[name] for block in side.times[1:]) for name in side.times[1]}
-        print("    ms a step: " + ", ".join(f"{name} {1000 * value:.1f}" for name, value in parts.items()))
+        print(f"  {side.name}, ms a step: " + ", ".join(f"{name} {1000 * value:.1f}" for name, value in parts.items()))
+        for peer in peers:
+            ratios = [theirs / own for own, theirs in zip(side.wall_s[1:], peer.wall_s[1:], strict=True)]
+            cpu_ratios = [theirs / own for own, theirs in zip(side.cpu_s[1:], peer.cpu_s[1:], strict=True)]
+            each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+            print(f"    ÷ {peer.name}: {statistics.median(ratios):5.2f}   (median of {each})", end="")
+            print(f", CPU time of it ÷ ours {statistics.median(cpu_ratios):.2f}")
 
 
 def last_third(rewards: Sequence[float]) -> float:
@@ -356,7 +402,7 @@ def make_jobs(args: argparse.Namespace, work_dir: Path) -> Iterator[Job]:
         for new_tokens in args.new_tokens:
             yield Job(
                 *(str(model_dir), str(work_dir), words, new_tokens),
-                *(args.steps, args.block, args.lr, 1, 0, seed),
+                *(args.steps, args.block, args.lr, 1, seed),
             )
 
 
@@ -367,6 +413,7 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=10)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--lag", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     args = parser.parse_args()
@@ -375,7 +422,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = str(max(args.threads))
     with tempfile.TemporaryDirectory() as work_dir:
         for job in make_jobs(args, Path(work_dir)):
-            report(job, *race(job, args.threads, args.lag))
+            report(job, *race(job, args))
 
 
 if __name__ == "__main__":
