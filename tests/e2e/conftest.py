@@ -3,13 +3,16 @@
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from base_config import Config, load_config
+from rollouts.run_dir import RunDir
 from tests.example_config import replace_at
 from tests.remote.hosts import Host, Laptop, free_port, host, kill_tmux, make_laptop
 
@@ -32,11 +35,11 @@ def tool_path() -> str:
     return f"{Path(sys.base_prefix) / 'bin'}:{os.environ['PATH']}"
 
 
-@pytest.fixture
-def laptop(tmp_path: Path, environments: Path, tool_path: str) -> Iterator[Laptop]:
+@contextmanager
+def a_laptop(directory: Path, environments: Path, tool_path: str) -> Iterator[Laptop]:
     """A laptop with a home of its own, in this repository as it stands."""
     tmux_dir = Path(tempfile.mkdtemp(prefix="rt", dir="/tmp"))
-    made = make_laptop(tmp_path / "laptop", ROOT, tmux_dir)
+    made = make_laptop(directory, ROOT, tmux_dir)
     made.environment["PATH"] = tool_path
     made.rollouts_home.mkdir()
     (made.rollouts_home / "envs").symlink_to(environments)
@@ -44,10 +47,9 @@ def laptop(tmp_path: Path, environments: Path, tool_path: str) -> Iterator[Lapto
     kill_tmux(tmux_dir)
 
 
-@pytest.fixture
-def remote(tmp_path: Path, laptop: Laptop, environments: Path, tool_path: str) -> Iterator[Host]:
+@contextmanager
+def a_remote(directory: Path, laptop: Laptop, environments: Path, tool_path: str) -> Iterator[Host]:
     """An sshd with a home of its own, which the laptop knows and may log in to."""
-    directory = tmp_path / "host"
     with host(directory, laptop.key, path=Path(tool_path)) as made:
         made.home.mkdir(parents=True)
         (made.home / "envs").symlink_to(environments)
@@ -56,21 +58,44 @@ def remote(tmp_path: Path, laptop: Laptop, environments: Path, tool_path: str) -
 
 
 @pytest.fixture
-def write_config(tmp_path: Path) -> Callable[..., Path]:
-    """Save the demo's config with changes by field path ({"rl.seed": 1}) and a free port; returns the file."""
-
-    def write(changes: Mapping[str, Any], name: str = "job") -> Path:
-        config = short_demo(tmp_path)
-        for path, value in changes.items():
-            config = replace_at(config, path, value)
-        file = tmp_path / f"{name}.json"
-        config.save(file)
-        return file
-
-    return write
+def laptop(tmp_path: Path, environments: Path, tool_path: str) -> Iterator[Laptop]:
+    with a_laptop(tmp_path / "laptop", environments, tool_path) as made:
+        yield made
 
 
-def short_demo(tmp_path: Path) -> Config:
+@dataclass(frozen=True)
+class Far:
+    """A laptop and a host that it reaches over SSH, for tests that look at one run from several sides."""
+
+    laptop: Laptop
+    remote: Host
+    directory: Path
+
+    def mirror(self, config: Config, run_id: str) -> RunDir:
+        return RunDir(self.directory / "results" / config.output.experiment_name / run_id)
+
+
+@pytest.fixture(scope="module")
+def far(tmp_path_factory: pytest.TempPathFactory, environments: Path, tool_path: str) -> Iterator[Far]:
+    directory = tmp_path_factory.mktemp("far")
+    with (
+        a_laptop(directory / "laptop", environments, tool_path) as laptop,
+        a_remote(directory / "host", laptop, environments, tool_path) as remote,
+    ):
+        yield Far(laptop, remote, directory)
+
+
+def save_config(config: Config, changes: Mapping[str, Any], file: Path) -> Config:
+    """`config` with changes by field path ({"rl.seed": 1}), a free port and its results beside `file`, where it is
+    saved."""
+    own = {"engine.sglang_port": free_port(), "output.save_dir": str(file.parent / "results")}
+    for path, value in {**own, **changes}.items():
+        config = replace_at(config, path, value)
+    config.save(file)
+    return config
+
+
+def short_demo() -> Config:
     """The demo, cut to a handful of steps."""
     config = load_config(DEMO)
     assert config.sft is not None and config.rl is not None and config.engine is not None
@@ -84,9 +109,7 @@ def short_demo(tmp_path: Path) -> Config:
         "rl.eval_examples": 20,
         "data.rl_mixture.0.max_samples": 16,
         "data.eval_mixture.0.max_samples": 40,
-        "engine.sglang_port": free_port(),
         "host.disk_free_gib_min": 0.1,
-        "output.save_dir": str(tmp_path / "results"),
         "output.experiment_name": "short",
     }
     for path, value in changes.items():

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 
 from tests.engines.serving import free_port
-from tests.training.process_nursery import Nursery
+from tests.training.process_nursery import shared
 
 WAIT_S = 60.0
 
@@ -18,8 +18,8 @@ WAIT_S = 60.0
 class Server:
     """An embedded engine on a port of its own that can be killed and started again."""
 
-    def __init__(self, nursery: Nursery, model: Path, logs: Path) -> None:
-        self.port, self._nursery, self._model, self._logs = free_port(), nursery, model, logs
+    def __init__(self, model: Path, logs: Path) -> None:
+        self.port, self._model, self._logs = free_port(), model, logs
         self.url = f"http://127.0.0.1:{self.port}"
         self.pid = 0
         self.start()
@@ -27,14 +27,19 @@ class Server:
 
     def start(self) -> None:
         flags = ["--model-path", str(self._model), "--port", str(self.port)]
-        self.pid = self._nursery.start("rollouts.engines.embedded", flags, self._logs / f"{self.port}.log")
+        self.pid = shared().start("rollouts.engines.embedded", flags, self._logs / f"{self.port}.log")
 
     def kill(self) -> None:
-        self._nursery.kill(self.pid)
+        shared().kill(self.pid)
         self.pid = 0
 
+    def close(self) -> None:
+        if self.pid:
+            self.kill()
+
     def await_end(self) -> None:
-        self._nursery.wait(self.pid)
+        shared().wait(self.pid)
+        self.pid = 0
 
     def replace(self) -> None:
         self.kill()

@@ -27,6 +27,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from tests.training.process_nursery import has_ended, shared
+
 REPOSITORY = Path(__file__).parents[2]
 VOCAB = ["<pad>", "<eos>", *"abcdefghijklmnopqrstuvwxyz", " ", ".", "?", "!"]
 EOS = 1
@@ -118,35 +120,36 @@ def start(argv: list[str], more: Mapping[str, str] | None = None) -> subprocess.
 
 
 @contextmanager
-def serving(model_path: Path, **flags: str) -> Iterator[str]:
+def serving(model_path: Path, *, environment: Mapping[str, str] | None = None, **flags: str) -> Iterator[str]:
     """The base URL of an embedded engine over `model_path`, ended afterwards."""
     port = free_port()
-    process = start(embedded_argv(model_path, port, **flags))
-    url = f"http://127.0.0.1:{port}"
-    try:
-        await_health(url, process)
-        yield url
-    finally:
-        process.terminate()
+    with tempfile.NamedTemporaryFile(suffix=".log") as log:
+        argv = embedded_argv(model_path, port, **flags)[3:]
+        pid = shared().start("rollouts.engines.embedded", argv, Path(log.name), environment=environment)
+        url = f"http://127.0.0.1:{port}"
         try:
-            process.wait(timeout=20)
+            wait_until_healthy(url, lambda: has_ended(pid), lambda: Path(log.name).read_text())
+            yield url
         finally:
-            process.kill()
+            shared().kill(pid)
 
 
 def await_health(url: str, process: subprocess.Popen[str], route: str = "/health") -> None:
+    wait_until_healthy(url, lambda: process.poll() is not None, lambda: stderr_of(process), route)
+
+
+def wait_until_healthy(url: str, ended: Callable[[], bool], said: Callable[[], str], route: str = "/health") -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     with httpx.Client(timeout=5, verify=False) as client:
         while time.monotonic() < deadline:
-            if process.poll() is not None:
-                raise AssertionError(f"the server ended with {process.returncode}: {stderr_of(process)}")
+            assert not ended(), f"the server ended: {said()}"
             try:
                 if client.get(url + route).status_code == 200:
                     return
             except httpx.TransportError:
                 pass
-            time.sleep(0.1)
-    raise AssertionError(f"not healthy after {START_TIMEOUT_S:g} s: {stderr_of(process)}")
+            time.sleep(0.05)
+    raise AssertionError(f"not healthy after {START_TIMEOUT_S:g} s: {said()}")
 
 
 def stderr_of(process: subprocess.Popen[str]) -> str:

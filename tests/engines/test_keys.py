@@ -67,11 +67,8 @@ def test_keys_go_through_the_environment(monkeypatch: pytest.MonkeyPatch) -> Non
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """An embedded engine with KEYS, and a context shorter than its model's."""
     model = make_model("qwen2-tied", tmp_path_factory.mktemp("guarded"), seed=0)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, key in KEYS.items():
-            patch.setenv(name, key)
-        with serving(model, context_length="64") as url:
-            yield url
+    with serving(model, environment=KEYS, context_length="64") as url:
+        yield url
 
 
 def test_the_embedded_engine_wants_its_keys(guarded: str) -> None:

@@ -19,7 +19,6 @@ from rollouts.training.weight_sync import SGLangEngine, WeightSyncError, sync_we
 from tests.engines.lives import WAIT_S, Server, meanwhile, wait_for
 from tests.engines.proxy import Proxy, proxy
 from tests.engines.serving import PROMPT, REPOSITORY, make_model
-from tests.training.process_nursery import Nursery
 
 pytestmark = pytest.mark.anyio
 ALIKE = {"temperature": 0.9, "max_new_tokens": 12, "sampling_seed": 3, "ignore_eos": True}
@@ -37,14 +36,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    with Nursery() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def server(nursery: Nursery, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Server:
-    return Server(nursery, models["old"], tmp_path_factory.mktemp("logs"))
+def server(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    made = Server(models["old"], tmp_path_factory.mktemp("logs"))
+    yield made
+    made.close()
 
 
 @pytest.fixture
@@ -241,11 +236,10 @@ async def test_weights_given_by_other_ways(server: Server, models: dict[str, Pat
 
 
 @pytest.fixture
-def second(nursery: Nursery, models: dict[str, Path], tmp_path: Path) -> Iterator[Server]:
-    made = Server(nursery, models["old"], tmp_path)
+def second(models: dict[str, Path], tmp_path: Path) -> Iterator[Server]:
+    made = Server(models["old"], tmp_path)
     yield made
-    if made.pid:
-        made.kill()
+    made.close()
 
 
 async def test_a_replica_takes_the_work(

@@ -17,7 +17,6 @@ from rollouts.training.weight_transfer.sync import WeightSync
 from rollouts.training.weight_transfer.tensor import SharedMemoryLink
 from tests.engines.lives import WAIT_S, Server
 from tests.engines.proxy import Proxy, proxy
-from tests.training.process_nursery import Nursery
 from tests.training.tiny import tiny_backend, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.anyio
@@ -46,8 +45,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     directory = tmp_path_factory.mktemp("model")
     tiny_model(seed=1).save_pretrained(directory)
     tiny_tokenizer().save_pretrained(directory)
-    with Nursery() as nursery:
-        yield Server(nursery, directory, tmp_path_factory.mktemp("logs"))
+    made = Server(directory, tmp_path_factory.mktemp("logs"))
+    yield made
+    made.close()
 
 
 @pytest.fixture

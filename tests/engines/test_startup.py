@@ -13,6 +13,7 @@ import pytest
 from base_config import EngineConfig, ModelConfig
 from rollouts.engines.launch import engine_argv, engine_url
 from tests.engines.serving import REPOSITORY, await_health, embedded_argv, free_port, make_model, start, stderr_of
+from tests.training.process_nursery import shared
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +52,11 @@ def configs(port: int) -> tuple[EngineConfig, ModelConfig]:
     return engine, model
 
 
-def one_error_line(process: "subprocess.Popen[str]") -> str:
+def one_error_line(logs: Path, argv: list[str]) -> str:
     """The server's last word: it ends by itself, non-zero, with one line that starts with `error:`, no traceback."""
-    assert process.wait(timeout=120) == 1
-    text = stderr_of(process)
+    log = logs / "engine.log"
+    assert shared().wait(shared().start("rollouts.engines.embedded", argv[3:], log)) == 1
+    text = log.read_text()
     assert "Traceback" not in text
     lines = [line for line in text.splitlines() if line.startswith("error: embedded engine: ")]
     assert len(lines) == 1, text
@@ -103,18 +105,18 @@ def test_unhealthy_until_the_model_is_loaded(model_path: Path) -> None:
     assert set(seen) == {503, 200}
 
 
-def test_a_port_in_use(model_path: Path) -> None:
+def test_a_port_in_use(model_path: Path, tmp_path: Path) -> None:
     """Goal: one line names the port, at once. Red with the port bound by uvicorn."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert f"127.0.0.1:{port}" in one_error_line(start(embedded_argv(model_path, port)))
+        assert f"127.0.0.1:{port}" in one_error_line(tmp_path, embedded_argv(model_path, port))
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     """Goal: the missing directory is named and nobody asks a hub for it. Red with from_pretrained's own message."""
-    line = one_error_line(start(embedded_argv(tmp_path / "nowhere", free_port())))
+    line = one_error_line(tmp_path, embedded_argv(tmp_path / "nowhere", free_port()))
     assert str(tmp_path / "nowhere") in line and "no such directory" in line
 
 
@@ -123,19 +125,19 @@ def test_a_directory_without_weights(tmp_path: Path) -> None:
 
     Red with the model thread's error not handed to the exit code.
     """
-    assert "has no config.json" in one_error_line(start(embedded_argv(tmp_path, free_port())))
+    assert "has no config.json" in one_error_line(tmp_path, embedded_argv(tmp_path, free_port()))
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    line = one_error_line(start(embedded_argv(tmp_path, free_port())))
+    line = one_error_line(tmp_path, embedded_argv(tmp_path, free_port()))
     assert str(tmp_path) in line and "cannot be loaded" in line
 
 
-def test_cuda_where_there_is_none(model_path: Path) -> None:
+def test_cuda_where_there_is_none(model_path: Path, tmp_path: Path) -> None:
     """Goal: --device cuda without a GPU says so in a line."""
     import torch
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    assert "--device" in one_error_line(start(embedded_argv(model_path, free_port(), device="cuda")))
+    assert "--device" in one_error_line(tmp_path, embedded_argv(model_path, free_port(), device="cuda"))
 
 
 def test_launch_needs_the_standard_library_only() -> None:

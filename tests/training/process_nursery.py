@@ -1,18 +1,26 @@
 """Starts real processes in no time: one Python that has imported torch and forks for each `python -m module argv`.
 
-    Nursery() → start(module, argv, log) → pid → kill -9, or wait for its end
+    shared() → start(module, argv, log) → pid → kill -9, or wait for its end
+    shared() → torchrun(ranks, module, argv, directory): ranks of one world, waited for
 
 A fork is a process of its own: what SIGKILL leaves of it is only what it had written. Its random generators are
 scrambled first, as those of a fresh process might be; nothing that must be exact may hang on them.
 """
 
+import atexit
+import contextlib
+import functools
 import json
 import os
 import random
 import runpy
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +44,9 @@ PRELOADED = (
 
 
 class Nursery:
-    """Use as a context manager; on exit every process that still runs is killed."""
+    """One such Python. `close` ends it and every process that still runs; so does the end of this process."""
 
-    def __enter__(self) -> "Nursery":
+    def __init__(self) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.training.process_nursery"],
@@ -48,21 +56,35 @@ class Nursery:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self._running: set[int] = set()
-        return self
+        self._lock = threading.Lock()
 
-    def __exit__(self, *_: Any) -> None:
-        for pid in list(self._running):
-            self.kill(pid)
+    def close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(timeout=60)
 
-    def start(self, module: str, argv: list[str], log: Path) -> int:
-        """The pid of `python -m module argv...`, its output in `log`."""
-        pid = int(self._ask({"start": module, "argv": argv, "log": str(log)}))
-        self._running.add(pid)
-        return pid
+    def start(self, module: str, argv: list[str], log: Path, *, environment: Mapping[str, str] | None = None) -> int:
+        """The pid of `python -m module argv...`, its output in `log`, with `environment` beside what it has."""
+        return int(self._ask({"start": module, "argv": argv, "log": str(log), "environment": dict(environment or {})}))
+
+    def torchrun(self, ranks: int, module: str, argv: list[str], directory: Path) -> None:
+        """Run the module on each rank of a world, as torchrun would start it; AssertionError shows a rank that failed.
+
+        A rank that waits for one that has failed ends by the time limit of its group.
+        """
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        world = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        logs = [directory / f"rank_{rank}.log" for rank in range(ranks)]
+        pids = [
+            self.start(module, argv, log, environment={**world, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank, log in enumerate(logs)
+        ]
+        codes = [self.wait(pid) for pid in pids]
+        said = [f"{log.name}: {code}\n{log.read_text()[-3000:]}" for log, code in zip(logs, codes, strict=True)]
+        assert not any(codes), "\n".join(said)
 
     def kill(self, pid: int) -> int:
         """kill -9, and wait until it is gone; -9, or the exit code of one that had ended by itself."""
@@ -71,31 +93,51 @@ class Nursery:
 
     def wait(self, pid: int) -> int:
         """The exit code once it has ended; minus the signal that ended it."""
-        self._running.discard(pid)
         return int(self._ask({"wait": pid}))
 
     def _ask(self, request: dict[str, Any]) -> Any:
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
+        with self._lock:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
         assert answer, "the nursery died"
         return json.loads(answer)
+
+
+@functools.cache
+def shared() -> Nursery:
+    """The one of this test session, made when it is first asked for: its imports take seconds."""
+    nursery = Nursery()
+    atexit.register(nursery.close)
+    return nursery
+
+
+def has_ended(pid: int) -> bool:
+    """Has a process that is not waited for yet ended?"""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 def main() -> None:
     for module in PRELOADED:
         __import__(module)
+    running: set[int] = set()
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
             _, status = os.waitpid(request["wait"], 0)
+            running.discard(request["wait"])
             answer = os.waitstatus_to_exitcode(status)
         else:
             answer = os.fork()
             if answer == 0:
+                os.environ.update(request["environment"])
                 _run(request["start"], request["argv"], request["log"])
+            running.add(answer)
         print(json.dumps(answer), flush=True)
+    for pid in running:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _run(module: str, argv: list[str], log: str) -> None:
@@ -112,6 +154,8 @@ def _run(module: str, argv: list[str], log: str) -> None:
         code = 0
     except SystemExit as error:
         code = error.code or 0
+    except Exception:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

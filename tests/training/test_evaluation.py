@@ -14,7 +14,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import anyio
 import peft
 import pytest
 import torch
@@ -35,6 +34,7 @@ from rollouts.training.evaluation import (
 from rollouts.training.rollout_gen.engine_generate import make_generate_fn
 from rollouts.training.types import Sample
 from rollouts.training.weight_sync import SGLangEngine
+from tests.engines.serving import serving
 from tests.training.tiny_task import tiny_model, tiny_tokenizer
 
 ROWS = [
@@ -67,20 +67,9 @@ def checkpoint(model: Any, tokenizer: Any, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
-def engine_url(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    directory = checkpoint
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    argv = [sys.executable, "-m", "rollouts.engines.embedded", "--model-path", str(directory), "--port", str(port)]
-    log = tmp_path_factory.mktemp("engine") / "engine.log"
-    with log.open("w") as output, subprocess.Popen(argv, stdout=output, stderr=output) as process:
-        try:
-            url = f"http://127.0.0.1:{port}"
-            anyio.run(SGLangEngine(url).wait_ready, 120.0)
-            yield url
-        finally:
-            process.terminate()
+def engine_url(checkpoint: Path) -> Iterator[str]:
+    with serving(checkpoint) as url:
+        yield url
 
 
 @pytest.mark.anyio

@@ -4,7 +4,7 @@ import json
 import random
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,13 @@ from base_config import Config, LoraConfig, MuonConfig
 from rollouts.run_dir import RunDir
 from tests.engines.serving import free_port
 from tests.example_config import example_config, replace_at
-from tests.training.process_nursery import Nursery
+from tests.training.process_nursery import has_ended, shared
 
 WAIT_S = 120.0
 SFT_STEPS, RL_STEPS = 16, 8
 CHECKPOINT_EVERY = {"sft": 3, "rl": 2}
 TENSOR_FILES = (".safetensors", ".distcp")
 MEASURED = re.compile(r"time|.*_s|mfu|peak_memory_gib")  # of this machine and moment, not of the run
-
-
-@pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    with Nursery() as made:
-        yield made
 
 
 def changed(config: Config, changes: dict[str, Any]) -> Config:
@@ -104,7 +98,7 @@ class Attempt:
         return self.run.checkpoints / self.stage
 
 
-def start(nursery: Nursery, config: Config, directory: Path) -> Attempt:
+def start(config: Config, directory: Path) -> Attempt:
     """The trainer of `config`'s only stage in a run directory, beside its engine if it has one."""
     directory.mkdir(parents=True)
     (stage,) = config.stages
@@ -113,12 +107,12 @@ def start(nursery: Nursery, config: Config, directory: Path) -> Attempt:
         port = free_port()
         model = config.output.source_checkpoint or config.model.name
         flags = ["--model-path", model, "--port", str(port), "--max-running-requests", "256"]
-        engine = nursery.start("rollouts.engines.embedded", flags, directory / "engine.log")
+        engine = shared().start("rollouts.engines.embedded", flags, directory / "engine.log")
         argv = ["--engine-url", f"http://127.0.0.1:{port}"]
         wait_for(lambda: is_healthy(argv[1]), engine)
     config.save(run.config)
     arguments = ["--run-dir", str(directory), "--stage", stage, *argv]
-    pid = nursery.start("rollouts.worker.trainer", arguments, directory / "trainer.log")
+    pid = shared().start("rollouts.worker.trainer", arguments, directory / "trainer.log")
     return Attempt(run, stage, pid, engine)
 
 
@@ -137,19 +131,15 @@ def wait_for(condition: Callable[[], bool], pid: int) -> None:
         time.sleep(0.002)
 
 
-def has_ended(pid: int) -> bool:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"  # not yet waited for
-
-
-def finish(nursery: Nursery, attempt: Attempt) -> Attempt:
-    code = nursery.wait(attempt.pid)
+def finish(attempt: Attempt) -> Attempt:
+    code = shared().wait(attempt.pid)
     if attempt.engine is not None:
-        nursery.kill(attempt.engine)
+        shared().kill(attempt.engine)
     assert code == 0, attempt.log()
     return attempt
 
 
-def kill_at_random(nursery: Nursery, attempt: Attempt, rng: random.Random, *, completed: int) -> None:
+def kill_at_random(attempt: Attempt, rng: random.Random, *, completed: int) -> None:
     """kill -9 once `completed` checkpoints stand, at a random moment of the next steps or of the next checkpoint."""
     every = CHECKPOINT_EVERY[attempt.stage]
     wait_for(lambda: len(list(attempt.checkpoints.glob("step_*"))) >= completed, attempt.pid)
@@ -159,22 +149,22 @@ def kill_at_random(nursery: Nursery, attempt: Attempt, rng: random.Random, *, co
     else:
         wait_for(lambda: any(attempt.checkpoints.glob(".tmp-step_*")), attempt.pid)
     time.sleep(rng.random() * 0.03)
-    code = nursery.kill(attempt.pid)
+    code = shared().kill(attempt.pid)
     if attempt.engine is not None:
-        nursery.kill(attempt.engine)
+        shared().kill(attempt.engine)
     assert code in (0, -9), attempt.log()  # 0: it was at its end
 
 
-def killed_and_resumed(nursery: Nursery, config: Config, directory: Path, seed: int) -> list[Attempt]:
+def killed_and_resumed(config: Config, directory: Path, seed: int) -> list[Attempt]:
     """All attempts of a run that is killed twice; each goes on from the last one's `latest`, if there is one."""
     rng, attempts = random.Random(seed), []
     for number in range(2):
-        attempts.append(start(nursery, config, directory / f"attempt_{number}"))
-        kill_at_random(nursery, attempts[-1], rng, completed=rng.randint(1 - number, 2 - number))
+        attempts.append(start(config, directory / f"attempt_{number}"))
+        kill_at_random(attempts[-1], rng, completed=rng.randint(1 - number, 2 - number))
         latest = attempts[-1].checkpoints / "latest"
         if latest.exists():
             config = replace_at(config, "output.source_checkpoint", str(latest))
-    return [*attempts, finish(nursery, start(nursery, config, directory / "last"))]
+    return [*attempts, finish(start(config, directory / "last"))]
 
 
 def check(attempts: list[Attempt], whole: Attempt, steps: int) -> None:
@@ -223,47 +213,45 @@ def same(one: Any, other: Any) -> bool:
 
 
 @pytest.fixture(scope="module")
-def whole_sft(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Attempt]:
+def whole_sft(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Attempt]:
     """The undisturbed SFT run of each kind, made when first asked for."""
     made: dict[str, Attempt] = {}
 
     def get(kind: str) -> Attempt:
         if kind not in made:
             directory = tmp_path_factory.mktemp(kind) / "whole"
-            made[kind] = finish(nursery, start(nursery, SFT_KINDS[kind], directory))
+            made[kind] = finish(start(SFT_KINDS[kind], directory))
         return made[kind]
 
     return get
 
 
 @pytest.mark.parametrize(("kind", "seed"), [("adamw", 0), ("adamw", 1), ("muon", 3), ("lora", 4)])
-def test_sft(nursery: Nursery, whole_sft: Callable[[str], Attempt], tmp_path: Path, kind: str, seed: int) -> None:
+def test_sft(whole_sft: Callable[[str], Attempt], tmp_path: Path, kind: str, seed: int) -> None:
     """Goal: two kills -9 change no metric and no byte of weights or optimizer state.
 
     Red with the generators' state not restored (LoRA's dropout), with the optimizer's not restored (Muon), and with
     `latest` moved before the checkpoint is whole.
     """
-    check(killed_and_resumed(nursery, SFT_KINDS[kind], tmp_path, seed), whole_sft(kind), SFT_STEPS)
+    check(killed_and_resumed(SFT_KINDS[kind], tmp_path, seed), whole_sft(kind), SFT_STEPS)
 
 
 @pytest.fixture(scope="module")
-def whole_rl(
-    nursery: Nursery, whole_sft: Callable[[str], Attempt], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Config, Attempt]:
+def whole_rl(whole_sft: Callable[[str], Attempt], tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Attempt]:
     """RL from the model that SFT made, undisturbed."""
     model = str(whole_sft("adamw").checkpoints / f"step_{SFT_STEPS:06d}")
     config = changed(example_config(), {**RL, "model.name": model, "data.eval_mixture": []})
-    return config, finish(nursery, start(nursery, config, tmp_path_factory.mktemp("rl") / "whole"))
+    return config, finish(start(config, tmp_path_factory.mktemp("rl") / "whole"))
 
 
 @pytest.mark.parametrize("seed", [10, 11])
-def test_rl(nursery: Nursery, whole_rl: tuple[Config, Attempt], tmp_path: Path, seed: int) -> None:
+def test_rl(whole_rl: tuple[Config, Attempt], tmp_path: Path, seed: int) -> None:
     """Goal: as in SFT, with the prompts, the carried groups, the KL reference and every sample of the engine's.
 
     Red with the carried groups not restored, and with the reference loaded from the checkpoint.
     """
     config, whole = whole_rl
-    attempts = killed_and_resumed(nursery, config, tmp_path, seed)
+    attempts = killed_and_resumed(config, tmp_path, seed)
     check(attempts, whole, RL_STEPS)
     expected = whole.samples()
     for attempt in attempts:

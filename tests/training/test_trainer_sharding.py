@@ -1,7 +1,5 @@
 """What target.sharding and output.checkpoints_keep do in a job: the trainer's entry on two gloo ranks; its wiring."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import anyio
@@ -15,6 +13,7 @@ from rollouts.training.checkpoint import Retention
 from rollouts.worker.trainer_wiring import build_backend, retention
 from tests.example_config import example_config, replace_at
 from tests.training import tiny_task
+from tests.training.process_nursery import shared
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -44,10 +43,7 @@ def test_a_sharded_job(tmp_path):
         output__checkpoint_best={"sft": "max loss"},
         output__mode="sft",
     ).save(run.config)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "rollouts.worker.trainer", "--run-dir", str(run.path), "--stage", "sft"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    shared().torchrun(2, "rollouts.worker.trainer", ["--run-dir", str(run.path), "--stage", "sft"], tmp_path)
     losses = {row["step"]: row["loss"] for row in read_jsonl(run.metrics)}
     assert sorted(losses, key=losses.__getitem__) == [3, 2, 1], "the first is the best by 'max loss'"
     events = [(row["kind"], row["path"][-1]) for row in read_jsonl(run.events) if "checkpoint" in row["kind"]]

@@ -1,9 +1,6 @@
 """What the trainer loads for a config: orders, plain text, the report of what was left out."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ import pytest
 from base_config import Config
 from rollouts.worker.trainer_data import load_data, sft_seed
 from tests.example_config import example_config, replace_at
+from tests.training.process_nursery import shared
 from tests.training.tiny_task import tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,10 +89,9 @@ def test_a_stage_over_plain_text_alone(tmp_path: Path) -> None:
     for name in ("processes", "checkpoints"):
         (run / name).mkdir(parents=True)
     config.save(run / "config.json")
-    command = [sys.executable, "-m", "rollouts.worker.trainer", "--run-dir", str(run), "--stage", "sft"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
+    log = tmp_path / "trainer.log"
+    pid = shared().start("rollouts.worker.trainer", ["--run-dir", str(run), "--stage", "sft"], log)
+    assert shared().wait(pid) == 0, log.read_text()
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     (note,) = [event["message"] for event in events if event["kind"] == "note"]
     assert "1 long texts became 3 pieces; left out 1: no trained token (empty text)" in note

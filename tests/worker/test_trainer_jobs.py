@@ -2,21 +2,18 @@
 
 import dataclasses
 import json
-import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import anyio
 import pytest
 
 from base_config import Config
 from rollouts.run_dir import RunDir, read_jsonl
-from rollouts.training.weight_sync import SGLangEngine
 from rollouts.worker import trainer
 from tests.engines.scripted import Scripted
+from tests.engines.serving import serving
 from tests.example_config import example_config, replace_at
 from tests.training import tiny_task
 
@@ -40,18 +37,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def engine_url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("engine") / "log"
-    argv = [sys.executable, "-m", "rollouts.engines.embedded", "--model-path", str(model), "--port", str(port)]
-    with log.open("w") as output, subprocess.Popen(argv, cwd=ROOT, stdout=output, stderr=output) as process:
-        try:
-            anyio.run(SGLangEngine(f"http://127.0.0.1:{port}").wait_ready, 120.0)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.terminate()
+def engine_url(model: Path) -> Iterator[str]:
+    with serving(model) as url:
+        yield url
 
 
 def config(model: Path, mode: str, changes: dict[str, Any]) -> Config:

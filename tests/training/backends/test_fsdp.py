@@ -1,8 +1,6 @@
-"""Sharded training: two and four gloo ranks under a real torchrun give what one plain rank gives."""
+"""Sharded training: two and four gloo ranks give what one plain rank gives."""
 
 import json
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from rollouts.training.reference import Reference
 from rollouts.training.rl_losses import sft_loss
 from tests.training import fsdp_ranks
 from tests.training.fsdp_ranks import EXACT, STRATEGIES, adamw, model_of, plain, sft
+from tests.training.process_nursery import shared
 from tests.training.test_distributed import without_times
 from tests.training.tiny import tiny_model
 
@@ -27,10 +26,7 @@ SHARED = tiny_model()
 
 def torchrun(directory: Path, ranks: int) -> list[dict]:
     """The results of each rank."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command = [*torchrun, "-m", "tests.training.fsdp_ranks", str(directory)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    shared().torchrun(ranks, "tests.training.fsdp_ranks", [str(directory)], directory)
     return [json.loads((directory / f"rank_{rank}.json").read_text()) for rank in range(ranks)]
 
 
