@@ -21,6 +21,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -107,7 +108,7 @@ class RunDir:
 
     @property
     def weights_in_memory(self) -> Path:
-        """The same on tmpfs (engine.weights_on_tmpfs). The trainer removes it, and the supervisor after the trainer."""
+        """The same on tmpfs (engine.weights_on_tmpfs). Removed by the trainer, else by `remove_transient`."""
         return Path("/dev/shm") / f"rollouts-{self.run_id}-weights"
 
     def log(self, window: str) -> Path:
@@ -320,6 +321,12 @@ def last_jsonl_row(path: Path) -> dict[str, Any] | None:
     return json.loads(lines[-1]) if lines else None
 
 
+def remove_transient(run: RunDir) -> None:
+    """Remove what must not outlive a run's processes: its secrets, and weights that a killed trainer left in memory."""
+    run.secrets.unlink(missing_ok=True)
+    shutil.rmtree(run.weights_in_memory, ignore_errors=True)
+
+
 def read_status(run: RunDir) -> Status | None:
     return _read_record(run.status, Status)
 
@@ -347,12 +354,12 @@ def append_event(run: RunDir, kind: str, **fields: Any) -> None:
     append_jsonl(run.events, {"time": time.time(), "kind": kind, **fields})
 
 
-def tail_lines(path: Path, count: int) -> list[str]:
-    """The last `count` lines of a log, without their ends; [] for a missing file."""
+def tail_lines(path: Path, count: int, *, start: int = 0) -> list[str]:
+    """The last `count` lines of a log from byte `start` on, without their ends; [] for a missing file."""
     try:
         with path.open("rb") as stream:
             size = stream.seek(0, os.SEEK_END)
-            stream.seek(max(0, size - (count * 400 + 4096)))
+            stream.seek(max(start, size - (count * 400 + 4096)))
             return stream.read().decode(errors="replace").splitlines()[-count:]
     except FileNotFoundError:
         return []

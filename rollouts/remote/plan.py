@@ -82,6 +82,7 @@ def make_plan(
         *_gpu_problems(config, facts, target),
         *_room_problems(config, facts, target),
         *_path_problems(config, facts, code, target),
+        *_lock_problems(config, code),
         *_secret_problems(config, secrets_set),
     )
     locks = code.constraints is not None and code.engine_requirements is not None
@@ -222,9 +223,16 @@ def _room_problems(config: Config, facts: HostFacts, target: str) -> Iterator[Pr
         yield Problem(
             f"{target}: port {port} is in use.",
             found=f"something listens on {port} there",
-            needed=f"engine.sglang_port={config.engine and config.engine.sglang_port}, for the inference server",
+            needed=_ports_wanted(config),
             fix="set another engine.sglang_port, or end what listens there",
         )
+
+
+def _ports_wanted(config: Config) -> str:
+    assert config.engine is not None, "no engine, no port"
+    port, replicas = config.engine.sglang_port, config.engine.replicas
+    which = f", the first of engine.replicas={replicas}" if replicas > 1 else ""
+    return f"engine.sglang_port={port}{which}, for the inference server"
 
 
 def _path_problems(config: Config, facts: HostFacts, code: Code, target: str) -> Iterator[Problem]:
@@ -232,11 +240,6 @@ def _path_problems(config: Config, facts: HostFacts, code: Code, target: str) ->
         yield Problem(
             f"host.constraints_file={config.host.constraints_file!r} is not in {code.root}.",
             fix="correct the path, or set None to install unconstrained",
-        )
-    if code.engine_requirements is None and config.engine:
-        yield Problem(
-            f"engine.requirements_file={config.engine.requirements_file!r} is not in {code.root}.",
-            fix="correct the path; the locks that come with this repository are in requirements/",
         )
     for name, locality in code.named.items():
         if locality == "not sent":
@@ -265,6 +268,32 @@ def _path_problems(config: Config, facts: HostFacts, code: Code, target: str) ->
             f"output.source_checkpoint={source!r} is not absolute.",
             needed="a directory on the host",
             fix=f"for example {facts.home}/runs/<run>/checkpoints/sft/latest",
+        )
+
+
+def _lock_problems(config: Config, code: Code) -> Iterator[Problem]:
+    """Is the engine's lock there, and one that installs that engine? Else it is known after gigabytes of packages."""
+    engine = config.engine
+    if engine is None or not config.uses_engine or engine.requirements_file is None:
+        return
+    field = f"engine.requirements_file={engine.requirements_file!r}"
+    if code.engine_requirements is None:
+        fix = "correct the path; the locks that come with this repository are in requirements/"
+        yield Problem(f"{field} is not in {code.root}.", fix=fix)
+        return
+    requirements = [line for lines in read_lock(code.engine_requirements) for line in lines]
+    if not requirements:
+        yield Problem(
+            f"{field} lists no package.",
+            needed="a lock of the engine's whole environment",
+            fix="name another; with engine.kind='embedded' None runs it in the trainer's environment",
+        )
+    elif engine.kind != "embedded" and not any(engine.kind in line.lower() for line in requirements):
+        yield Problem(
+            f"{field} does not install {engine.kind}.",
+            found=f"{len(requirements)} requirements, none of which names it",
+            needed=f"a lock that has engine.kind={engine.kind!r}",
+            fix=f"name a lock of {engine.kind}; the locks that come with this repository are in requirements/",
         )
 
 
@@ -406,10 +435,13 @@ def _engine(config: Config, code: Code, run: RunDir, python: str, replica: int, 
         replica=replica,
     )
     own = engine_env(engine, device_type=device_type, tree=str(run.code_tree))
+    env = {**own, **_process_env(config, engine_devices(engine, replica))}
+    if "PYTHONPATH" in own and "PYTHONPATH" in config.host.env:
+        env["PYTHONPATH"] = f"{own['PYTHONPATH']}:{config.host.env['PYTHONPATH']}"
     return ProcessSpec(
         window=f"engine-{replica}",
         argv=list(argv),
-        env={**own, **_process_env(config, engine_devices(engine, replica))},
+        env=env,
         ready_url=ready_url(engine, replica),
         ready_timeout_s=config.limits.engine_ready_timeout_s,
     )

@@ -39,7 +39,7 @@ def stop(run: RunDir) -> dict[str, Any]:
         _ask_supervisor(run, within_s=2 * grace_s + SUPERVISOR_MARGIN_S)
     tmux.kill_session(run.run_id)
     left = end_marked(run.run_id, None, grace_s=grace_s)
-    run.secrets.unlink(missing_ok=True)
+    run_dir.remove_transient(run)
     seen = observe(run)
     if was_live and seen.state not in ("done", "failed", "stopped"):
         _write_stopped(run)

@@ -9,7 +9,6 @@ Standard library only.
 """
 
 import json
-import shutil
 import signal
 import sys
 import threading
@@ -107,7 +106,7 @@ class Supervisor:
         left = end_marked(self.run.run_id, marks, grace_s=self.plan.stop_grace_s, tick=self._beat)
         if left:
             message += f" (still there after SIGKILL: processes {left})"
-        self.run.secrets.unlink(missing_ok=True)
+        run_dir.remove_transient(self.run)
         say(f"run {self.run.run_id} {state}: {message} (exit code {code})")
         self._event("run_ended", state=state, exit_code=code, message=message)
         self.state, self.message = state, message
@@ -141,7 +140,6 @@ class Supervisor:
             self._await_trainer(stage, deadline, self.trainer)
         finally:
             self._close_all(stage)
-            shutil.rmtree(self.run.weights_in_memory, ignore_errors=True)  # a trainer that was killed left it
         seconds = round(time.monotonic() - started, 3)
         self._event("stage_ended", stage=stage.name, seconds=seconds)
 

@@ -195,7 +195,7 @@ class Window:
             while marked_processes(self.run.run_id) and time.monotonic() < deadline:
                 time.sleep(POLL_S)
             left = end_marked(self.run.run_id, None, grace_s=0)
-            self.run.secrets.unlink(missing_ok=True)
+            run_dir.remove_transient(self.run)
         if left:
             self.say(f"[{self.window} ended with {code}; still there after SIGKILL: {left}]\n")
 

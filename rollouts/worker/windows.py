@@ -36,6 +36,7 @@ class OpenWindow:
     is_trainer: bool  # its end with 0 is what the stage is for; an engine is never to end by itself
     wrapper: int
     wrapper_ticks: int | None
+    log_start: int  # bytes that its log had before: of an engine's earlier lives
 
     @property
     def mark(self) -> str:
@@ -75,9 +76,10 @@ class OpenWindow:
         return (record.code if record else 0) or 1
 
     def diagnosis(self) -> str:
-        """Why this engine died or is not ready, as far as its log tells; "" where it does not, and for a trainer."""
-        lines = [] if self.is_trainer else run_dir.tail_lines(self.run.log(self.spec.window), DIAGNOSED_LINES)
-        return diagnose(lines) or ""
+        """Why this engine died or is not ready, as far as this life's log tells; else, and for a trainer, ""."""
+        if self.is_trainer:
+            return ""
+        return diagnose(run_dir.tail_lines(self.run.log(self.spec.window), DIAGNOSED_LINES, start=self.log_start)) or ""
 
     def describe_end(self) -> str:
         return ". ".join(filter(None, (self._end(), self.diagnosis())))
@@ -94,6 +96,8 @@ class OpenWindow:
 def open_window(run: RunDir, plan: LaunchPlan, stage: StageSpec, spec: ProcessSpec) -> OpenWindow:
     """Start a window of the plan in the run's session. Raises TmuxError."""
     command = window_command(plan.base_python, run, stage.name, spec.window)
+    log = run.log(spec.window)
+    log_start = log.stat().st_size if log.exists() else 0
     pid = tmux.open_window(run.run_id, spec.window, command, cwd=run.code_tree)
     return OpenWindow(
         run=run,
@@ -102,6 +106,7 @@ def open_window(run: RunDir, plan: LaunchPlan, stage: StageSpec, spec: ProcessSp
         is_trainer=spec is stage.trainer,
         wrapper=pid,
         wrapper_ticks=start_ticks(pid),
+        log_start=log_start,
     )
 
 

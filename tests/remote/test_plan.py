@@ -77,6 +77,12 @@ CUDA = {"target__device_type": "cuda"}
 BUSY = dataclasses.replace(H200, memory_free_mib=20_000)
 SECOND = dataclasses.replace(H200, index=1, uuid="GPU-b")
 HOLDER = GpuProcess(gpu_uuid="GPU-a", pid=4711, memory_mib=1000, name="python")
+LOCK = "# a comment\nfastapi==1.0\n\nsglang==0.5.21  # no-deps: its CUDA kernels\ntorch==2.13.0 # of the CPU\n"
+SGLANG: dict[str, Any] = {
+    "engine__kind": "sglang",
+    "engine__requirements_file": "requirements/sglang-cuda.txt",
+    "code": {"engine_requirements": LOCK},
+}
 PROBLEMS: list[tuple[str, dict[str, Any], list[str]]] = [
     ("run id in use", {"facts": {"run_exists": True}}, ["run id 'r1' is in use", "deploy attach r1"]),
     ("bad run id", {"run_id": "a.b"}, ["--run-id 'a.b'", "1 to 80 letters"]),
@@ -118,6 +124,25 @@ PROBLEMS: list[tuple[str, dict[str, Any], list[str]]] = [
         ["gpu-7 has 0.5 GiB of disk left", "host.disk_free_gib_min=1.0", "ROLLOUTS_HOME"],
     ),
     ("port", {"facts": {"ports_in_use": (30180,)}}, ["port 30180 is in use", "another engine.sglang_port"]),
+    (
+        "a replica's port",
+        {"facts": {"ports_in_use": (30181,)}, "engine__replicas": 2, "engine__gpu_ranks": [0, 1]},
+        ["port 30181 is in use", "engine.sglang_port=30180, the first of engine.replicas=2"],
+    ),
+    (
+        "another engine's lock",
+        {**SGLANG, "code": {"engine_requirements": "torch==2.13.0\nvllm==0.32.0\n"}},
+        [
+            "engine.requirements_file='requirements/sglang-cuda.txt' does not install sglang",
+            "2 requirements",
+            "'sglang'",
+        ],
+    ),
+    (
+        "an empty lock",
+        {"engine__requirements_file": "requirements/mine.txt", "code": {"engine_requirements": "# none yet\n"}},
+        ["engine.requirements_file='requirements/mine.txt' lists no package", "None"],
+    ),
     ("constraints", {"code": {"constraints": None}}, ["requirements/constraints.txt", "is not in /repo"]),
     (
         "ignored data",
@@ -220,14 +245,6 @@ def test_the_engines_lives(engine_max: int | None, restarts_max: int) -> None:
     assert (launch.engine_restarts_max, launch.engine_hang_timeout_s) == (restarts_max, 7.0)
 
 
-LOCK = "# a comment\nfastapi==1.0\n\nsglang==0.5.21  # no-deps: its CUDA kernels\ntorch==2.13.0 # of the CPU\n"
-SGLANG: dict[str, Any] = {
-    "engine__kind": "sglang",
-    "engine__requirements_file": "requirements/sglang-cuda.txt",
-    "code": {"engine_requirements": LOCK},
-}
-
-
 def test_a_lock_is_read() -> None:
     """Goal: comments go, a mark sorts. Red with any comment taken for the mark."""
     assert read_lock(LOCK) == (["fastapi==1.0", "torch==2.13.0"], ["sglang==0.5.21"])
@@ -258,6 +275,18 @@ def test_an_engine_with_a_lock_has_its_own_environment() -> None:
     assert missing.launch is None
     (problem,) = missing.problems
     assert "engine.requirements_file='requirements/sglang-cuda.txt' is not in /repo" in problem.text()
+
+
+def test_a_path_of_ones_own_beside_the_engines() -> None:
+    """Goal: PYTHONPATH in host.env comes after what SGLang needs on a CPU. Red with the one in place of the other: the
+    engine found no sgl_kernel."""
+    own = {"host__env": {"PYTHONPATH": "/mine"}, "engine__max_total_tokens": 4096}
+    plan = plan_for(**{**SGLANG, **own})
+    assert plan.problems == () and plan.launch is not None
+    rl = plan.launch.stages[1]
+    tree = f"{plan.launch.run_path}/code/tree"
+    assert rl.engines[0].env["PYTHONPATH"] == f"{tree}/rollouts/engines/sglang/cpu_stubs:/mine"
+    assert rl.trainer.env["PYTHONPATH"] == "/mine"
 
 
 def test_replicas_have_ports_and_devices_of_their_own() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -47,7 +48,10 @@ def training(host: Host) -> Iterator[RunDir]:
     """A run in its RL stage: an engine that serves, a trainer with a stubborn rank outside its group."""
     run = host.start(stage("rl", trainer(RANK), engine(free_port(), ENGINE)))
     wait_for(lambda: "up" in log(run, "trainer"), "the trainer's rank")
+    run.weights_in_memory.mkdir()
+    (run.weights_in_memory / "model.safetensors").write_bytes(b"weights")
     yield run
+    shutil.rmtree(run.weights_in_memory, ignore_errors=True)
     for pid in [int(line.split(":")[0]) for line in survivors(run)]:
         os.kill(pid, signal.SIGKILL)
 
@@ -80,7 +84,7 @@ def test_stop(training: RunDir) -> None:
     before = training.status.read_bytes()
     assert json.loads(module("stop", str(training.path)).stdout) == {"state": "stopped", "exit_code": 143}
     assert training.status.read_bytes() == before
-    assert not training.secrets.exists()
+    assert not training.secrets.exists() and not training.weights_in_memory.exists()
 
 
 def test_stop_of_a_run_that_is_done(host: Host) -> None:
@@ -96,8 +100,8 @@ def test_stop_where_no_run_is(host: Host) -> None:
 
 
 def test_stop_with_a_supervisor_that_does_not_answer(training: RunDir) -> None:
-    """Goal: a stopped (SIGSTOP) supervisor is killed and the end is written in its place. Red with stop relying on the
-    supervisor alone."""
+    """Goal: a stopped (SIGSTOP) supervisor is killed, the end is written and its weights are removed from memory in its
+    place. Red with stop relying on the supervisor alone, and with weights left to it."""
     plan = json.loads(training.plan.read_text())
     plan["stop_grace_s"] = -9.0  # the wait for the supervisor shrinks to 2 s; the wrappers have read theirs already
     training.plan.write_text(json.dumps(plan))
@@ -106,17 +110,18 @@ def test_stop_with_a_supervisor_that_does_not_answer(training: RunDir) -> None:
     assert json.loads(done.stdout) == {"state": "stopped", "exit_code": 143}, done.stderr
     assert survivors(training) == [] and training.run_id not in tmux_sessions()
     assert as_status(training)["state"] == "stopped"
+    assert not training.weights_in_memory.exists()
 
 
 def test_kill_9_of_the_supervisor(training: RunDir) -> None:
-    """Goal: when the supervisor dies without a word, engine and trainer end by themselves, secrets go, and readers see
-    `died`. Red without the threads that wait for its lock."""
+    """Goal: when the supervisor dies without a word, engine and trainer end by themselves, secrets and weights in
+    memory go, and readers see `died`. Red without the threads that wait for its lock, and with weights left to it."""
     os.kill(recorded_pid(training, "supervisor"), signal.SIGKILL)
     wait_for_end(training)
     seen = observe(training)
     assert (seen.state, seen.exit_code, seen.live) == ("died", None, False)
     assert training.run_id not in tmux_sessions()
-    assert not training.secrets.exists()
+    assert not training.secrets.exists() and not training.weights_in_memory.exists()
     record = run_dir.read_exit(training, "run", "supervisor")
     assert record is not None and record.signal == signal.SIGKILL
     for window in ("trainer", "engine-0"):  # each wrapper ended its own, and lived to say so

@@ -295,3 +295,25 @@ def test_the_trainer_waits_for_as_many_lives(tmp_path: Path, restarts_max: int, 
     job = Job(config, RunDir(tmp_path), "rl", None, None, 1, None, 0)
     (engine,) = _resilient(job, [SGLangEngine("http://127.0.0.1:1")])
     assert (engine.reruns_max, engine.recover_timeout_s) == (restarts_max, timeout_s)
+
+
+def test_a_life_is_not_blamed_for_the_one_before(host: Host) -> None:
+    """Goal: each life's end is explained by what that life said: the log goes on through all of them. Red with the
+    whole log read: the second end was put down to the first one's memory."""
+    host.home.mkdir(parents=True)
+    born = host.home / "born"
+    twice = f"""
+import pathlib, sys
+born = pathlib.Path({str(born)!r})
+if born.exists():
+    sys.exit(3)
+born.touch()
+print("torch.OutOfMemoryError: CUDA out of memory.", flush=True)
+{ENGINE}"""
+    run = start(host, free_port(), twice, restarts_max=1)
+    os.kill(await_life(run, 1), signal.SIGKILL)
+    assert await_end(run)["state"] == "failed"
+    (restart,) = events(run, "engine_restarted")
+    assert restart["reason"].startswith("engine-0 was ended by SIGKILL. Out of memory.")
+    (error,) = events(run, "error")
+    assert error["message"] == "stage rl: engine-0 ended with exit code 3 (engine.restarts_max=1, of which 0 are left)"
