@@ -214,7 +214,7 @@ class RLConfig:
     entropy_coef: float  # of a bonus for the policy's entropy; 0: none
     agent: AgentConfig | None  # None: one answer a prompt
     reward_fn: str | None  # dotted path: Sample -> float, or None for not scorable. None: the environment's own
-    reward_workers: int  # processes that a plain reward function runs in; 0: the trainer's, without a time limit
+    reward_workers: int  # processes that a plain reward function runs in; 0: the trainer's, where none is cut off
     filter_fn: str | None  # dotted path of a function: list[Sample] of one group -> keep it?
     over_sampling_factor: float  # groups started per group needed
     retries_max: int  # more rounds of generation when the filter left too few groups

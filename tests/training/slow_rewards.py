@@ -49,6 +49,15 @@ async def slow_async(sample: Sample) -> float:
     return 1.0
 
 
+async def raises_async(sample: Sample) -> float:
+    raise KeyError(sample.response.removeprefix("raise "))
+
+
+def handed_on(sample: Sample) -> Any:
+    """A plain function that gives what another one, an async one, is to be awaited for."""
+    return (raises_async if sample.response.startswith("raise") else slow_async)(sample)
+
+
 class Constant:
     """An async reward with a parameter: an instance in a module is named as a function is."""
 

@@ -19,6 +19,7 @@ from rollouts.training.checkpoint import Retention
 from rollouts.training.loops.common import train_step
 from rollouts.training.lora import is_lora, merged_state_dict
 from rollouts.training.model_loading import ModelError, load_model
+from rollouts.training.rewards.scoring import scoring
 from rollouts.training.rollout_gen.concurrency import gather_in_order
 from rollouts.training.types import Sample
 from rollouts.worker import trainer, trainer_wiring
@@ -384,18 +385,19 @@ async def asks_somebody(sample: Sample) -> float:
 @pytest.mark.parametrize(
     ("changes", "reward_fn", "requests"),
     [
-        ({}, len, 1),
-        ({}, asks_somebody, 2),
-        ({"rl.reward_workers": 1}, len, 2),
-        ({"rl.policy_lag_steps_max": 1, "rl.in_flight_updates": True}, len, 2),
+        ({}, "rollouts.training.rewards.exact_match", 1),
+        ({}, f"{__name__}.asks_somebody", 2),
+        ({"rl.reward_workers": 1}, "rollouts.training.rewards.exact_match", 2),
+        ({"rl.policy_lag_steps_max": 1, "rl.in_flight_updates": True}, "rollouts.training.rewards.exact_match", 2),
     ],
 )
-def test_groups_go_apart_where_that_saves_waiting(changes: dict[str, Any], reward_fn: Any, requests: int) -> None:
+def test_groups_go_apart_where_that_saves_waiting(changes: dict[str, Any], reward_fn: str, requests: int) -> None:
     """Goal: two groups of one moment are one request, but for rewards that wait and for updates in flight. Red with
-    each of the three left out."""
+    each of the three left out, and with an async reward that its time limit made look like a plain one."""
     rl = changed(changes).rl
     assert rl is not None
     engine = InProcessEngine(load_model(TINY_MODEL, init="random"), tiny_tokenizer())
-    generate = trainer_wiring.generate_fn(rl, tiny_tokenizer(), [engine], reward_fn)
-    anyio.run(gather_in_order, [partial(generate, ["ab"] * 2, seed=seed) for seed in range(2)])
+    with scoring(reward_fn, workers=rl.reward_workers, timeout_s=60.0) as reward:
+        generate = trainer_wiring.generate_fn(rl, tiny_tokenizer(), [engine], reward)
+        anyio.run(gather_in_order, [partial(generate, ["ab"] * 2, seed=seed) for seed in range(2)])
     assert len(engine.requests) == requests

@@ -2,6 +2,8 @@
 
 import json
 import os
+import platform
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,14 @@ from typing import Any
 import pytest
 
 from rollouts.training import rewards
-from rollouts.training.rewards.sandbox import SandboxLimits, run_python
+from rollouts.training.rewards import sandbox
+from rollouts.training.rewards.sandbox import SandboxError, SandboxLimits, run_python
 from rollouts.training.types import Sample
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is the kernel's: Linux")
 LIMITS = SandboxLimits(timeout_s=30.0, memory_mib=512, file_mib=1)
+CALL = "import ctypes; c = ctypes.CDLL(None); assert"
+ADD_KEY = {"x86_64": 248, "aarch64": 217}.get(platform.machine())
 LANDLOCK = (
     "landlock" in Path("/sys/kernel/security/lsm").read_text() if Path("/sys/kernel/security/lsm").exists() else None
 )
@@ -40,7 +45,15 @@ def test_a_program_reads_and_writes() -> None:
         ("import os; os.kill(os.getppid(), 9)", "PermissionError"),
         ("import os; os.chmod(os.getcwd(), 0o777)", "PermissionError"),
         ("import resource; resource.setrlimit(resource.RLIMIT_AS, (-1, -1))", "not allowed to raise"),
-        ("import ctypes; c = ctypes.CDLL(None, use_errno=True); assert c.unshare(0x10000000) == 0, 'denied'", "denied"),
+        (f"{CALL} c.unshare(0x10000000) == 0, 'denied'", "denied"),
+        ("import socket; socket.socketpair()", "PermissionError"),
+        ("import fcntl, os; fcntl.fcntl(1, fcntl.F_SETOWN, os.getppid())", "PermissionError"),
+        ("import fcntl; fcntl.fcntl(1, 10, 9)", "PermissionError"),  # F_SETSIG
+        ("import os; os.sched_setaffinity(os.getppid(), [0])", "PermissionError"),
+        ("import os; os.utime('.')", "PermissionError"),
+        ("import os; os.setxattr('.', 'user.a', b'b')", "PermissionError"),
+        (f"{CALL} c.shmget(0, 4096, 0o1600) >= 0, 'denied'", "denied"),
+        (f"{CALL} c.syscall({ADD_KEY}, b'user', b'a', b'b', 1, -3) >= 0, 'denied'", "denied"),
         ("text = ' ' * (1 << 30)", "MemoryError"),
         ("print('a' * (2 << 20))", "File too large"),
     ],
@@ -76,11 +89,48 @@ def test_the_time_limit_kills() -> None:
     assert run.timed_out and run.exit_code is None and run.stdout == "begun\n"
 
 
-def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Goal: the directory is gone afterwards, with what the program made in it. Red with mkdtemp, which keeps it."""
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import os; os.makedirs('a/b'); open('a/b/c', 'w').write('x')",
+        "import os\nfor _ in range(1100): os.mkdir('d'); os.chdir('d')",
+        "import os; os.makedirs('a/b'); os.mkdir('a/shut', 0); os.umask(0o777); os.mkdir('a/b/shut')",
+    ],
+    ids=["a file", "deep", "without rights"],
+)
+def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str) -> None:
+    """Goal: the directory is gone afterwards, with what the program made in it, however that was meant.
+
+    Red with mkdtemp, which keeps it; the deep one with shutil.rmtree, whose RecursionError ended the run.
+    """
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert run_python("import os; os.makedirs('a/b'); open('a/b/c', 'w').write('x')", limits=LIMITS).exit_code == 0
+    assert run_python(program, limits=LIMITS).exit_code == 0
     assert os.listdir(tmp_path) == []
+
+
+def test_a_program_cannot_pass_for_a_refusal() -> None:
+    """Goal: no program can end the run. Red when an exit code and a word on stderr told a refusal from a program."""
+    run = run_python("import sys; print('sandbox: no', file=sys.stderr); sys.exit(97)", limits=LIMITS)
+    assert (run.exit_code, run.stderr) == (97, "sandbox: no\n")
+
+
+def test_a_refusal_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Goal: where a right cannot be taken away nothing is run, and it is told why. Red without the check: exit code 1
+    was a program that had failed."""
+    child = tmp_path / "sandbox_child.py"
+    child.write_text(sandbox.CHILD.read_text().replace("platform.machine()", "'vax'"))
+    monkeypatch.setattr(sandbox, "CHILD", child)
+    with pytest.raises(SandboxError, match=r"on vax: needs Linux on one of x86_64, aarch64"):
+        run_python("open('ran', 'w')", limits=LIMITS)
+
+
+def test_the_users_own_limits_may_be_lower() -> None:
+    """Goal: under a hard limit below ours (a cluster's ulimit) programs run. Red with ours set over it: ValueError,
+    which counted as a program that failed."""
+    program = "from rollouts.training.rewards.sandbox import run_python; print(run_python('print(7)'))"
+    command = ["sh", "-c", 'ulimit -f 2048; exec "$0" -c "$1"', sys.executable, program]
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "Execution(exit_code=0, stdout='7\\n', stderr='')" in told
 
 
 def sample(response: str, tests: Any) -> Sample:

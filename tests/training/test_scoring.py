@@ -127,8 +127,39 @@ async def test_async_rewards_are_cut_off_in_this_process() -> None:
 
 def test_a_fast_reward_stays_in_this_process() -> None:
     """Goal: no process and no coroutine where none is asked for. Red with workers always started."""
-    with scoring("tests.training.slow_rewards.process_id", workers=0, timeout_s=1.0) as reward:
+    with scoring("tests.training.slow_rewards.process_id", workers=0, timeout_s=60.0) as reward:
         assert reward(sample("x")) == float(os.getpid())
+
+
+def test_a_slow_one_in_this_process_is_no_result() -> None:
+    """Goal: the limit means the same wherever a reward runs, though here it is seen only afterwards. Red without."""
+    slow = sample("1 0.1")
+    with scoring(BY_TEXT, workers=0, timeout_s=0.05) as reward:
+        assert reward(slow) is None
+    assert slow.metadata == {REWARD_FAILURE: "reward_timeout"}
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("name", ["by_text", "raises_async", "handed_on"])
+async def test_what_a_reward_raises_in_this_process_names_it_too(name: str) -> None:
+    """Goal: one line with reward, place and prompt, as from a worker. Red when it came out bare: a KeyError."""
+    with (
+        scoring(f"tests.training.slow_rewards.{name}", workers=0, timeout_s=30.0) as reward,
+        pytest.raises(
+            RewardError, match=rf"slow_rewards.{name} raised KeyError: 'x' \(.*slow_rewards.py:\d+\).*'row': 7"
+        ) as caught,
+    ):
+        value = reward(sample("raise x"))
+        await value
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+@pytest.mark.anyio
+async def test_a_plain_function_that_gives_a_coroutine_is_cut_off() -> None:
+    """Goal: what is awaited has the limit, however it was made. Red (it hung) when only `async def` had it."""
+    with scoring("tests.training.slow_rewards.handed_on", workers=0, timeout_s=0.2) as reward:
+        rewards, samples = await score(reward, "hang", "well")
+    assert rewards == [None, 1.0] and samples[0].metadata == {REWARD_FAILURE: "reward_timeout"}
 
 
 @pytest.mark.anyio

@@ -5,16 +5,17 @@ signals to others and, where it has Landlock (Linux 5.13), every file outside th
 memory and output are bounded. docs/rewards.md says what this does not stop.
 """
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from rollouts.training.rewards.common import RewardError
-from rollouts.training.rewards.sandbox_child import REFUSED
 
 CHILD = Path(__file__).with_name("sandbox_child.py")
 MIB = 1 << 20
@@ -53,19 +54,22 @@ def run_python(program: str, *, stdin: str = "", limits: SandboxLimits | None = 
         "cpu_s": int(limits.timeout_s) + 1,
         "file_bytes": limits.file_mib * MIB,
     }
-    with tempfile.TemporaryDirectory(prefix="rollouts-sandbox-", ignore_cleanup_errors=True) as parent:
-        work, files = Path(parent) / "work", [Path(parent) / name for name in ("stdin", "stdout", "stderr")]
+    with _directory() as parent:
+        work, files = parent / "work", [parent / name for name in ("stdin", "stdout", "stderr", "confined")]
         work.mkdir()
         (work / "program.py").write_text(program, encoding="utf-8", errors="replace")
         files[0].write_text(stdin, encoding="utf-8", errors="replace")
-        with files[0].open("rb") as source, files[1].open("wb") as out, files[2].open("wb") as err:
+        with contextlib.ExitStack() as stack:
+            modes = ("rb", "wb", "wb", "wb")
+            source, out, err, note = (stack.enter_context(open(*pair)) for pair in zip(files, modes, strict=True))
             process = subprocess.Popen(
-                [sys.executable, "-I", str(CHILD), json.dumps(rights)],
+                [sys.executable, "-I", str(CHILD), json.dumps(rights), str(note.fileno())],
                 cwd=work,
                 env={"PATH": os.defpath, "HOME": str(work), "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"},
                 stdin=source,
                 stdout=out,
                 stderr=err,
+                pass_fds=(note.fileno(),),
                 start_new_session=True,
             )
             try:
@@ -75,10 +79,23 @@ def run_python(program: str, *, stdin: str = "", limits: SandboxLimits | None = 
             finally:
                 process.kill()  # it has no children
                 process.wait()
-        stdout, stderr = (_read(file, limits.output_characters) for file in files[1:])
-    if exit_code == REFUSED and stderr.startswith("sandbox: "):
+        stdout, stderr, confined = (_read(file, limits.output_characters) for file in files[1:])
+    if not confined and exit_code is not None:  # told by the child itself: a program can end in any way
         raise SandboxError(f"cannot run a program safely on this machine: {stderr.strip()}")
     return Execution(exit_code, stdout, stderr)
+
+
+@contextlib.contextmanager
+def _directory() -> Iterator[Path]:
+    """A fresh one, removed after by programs that, other than shutil, can do so whatever was made in it: a tree deeper
+    than Python's recursion limit, or directories that their owner may not read."""
+    directory = Path(tempfile.mkdtemp(prefix="rollouts-sandbox-"))
+    try:
+        yield directory
+    finally:
+        for command in (["rm", "-rf"], ["chmod", "-R", "u+rwX"], ["rm", "-rf"]):
+            if directory.exists():
+                subprocess.run([*command, str(directory)], check=False, stdin=subprocess.DEVNULL, capture_output=True)
 
 
 def _read(file: Path, characters: int) -> str:

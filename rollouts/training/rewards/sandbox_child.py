@@ -1,8 +1,9 @@
 """In the child: gives up every right that a test program does not need, then runs it. Linux; standard library only.
 
-    python -I sandbox_child.py '{"memory_bytes": ..., "cpu_s": ..., "file_bytes": ...}'    program: ./program.py
+    python -I sandbox_child.py '{"memory_bytes": ..., "cpu_s": ..., "file_bytes": ...}' FD    program: ./program.py
 
-Prints nothing itself. Exit code 97, with the reason on stderr, when a restriction could not be put in place.
+Prints nothing itself. Once every restriction is in place, and before the program runs, it writes a byte into file
+descriptor FD and closes it; where one cannot be, it ends with the reason on stderr instead.
 """
 
 import ctypes
@@ -14,16 +15,16 @@ import signal
 import struct
 import sys
 
-REFUSED = 97
 EPERM, ENOSYS = 1, 38
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 1, 22, 38, 2
 CLONE_THREAD = 0x10000
+SIGNAL_OTHERS = (8, 10, 15)  # fcntl's F_SETOWN, F_SETSIG, F_SETOWN_EX: a pipe that sends any signal to any process
 
 # machine -> (its number in audit.h, the numbers of its system calls)
 MACHINES = {
     "x86_64": (
         0xC000003E,
-        {"clone": 56, "clone3": 435, "capset": 126},
+        {"clone": 56, "clone3": 435, "capset": 126, "fcntl": 72},
         {
             "fork": 57,
             "vfork": 58,
@@ -50,11 +51,46 @@ MACHINES = {
             "fchown": 93,
             "lchown": 94,
             "fchownat": 260,
+            "socketpair": 53,
+            "shmget": 29,
+            "shmat": 30,
+            "shmctl": 31,
+            "semget": 64,
+            "semop": 65,
+            "semctl": 66,
+            "semtimedop": 220,
+            "msgget": 68,
+            "msgsnd": 69,
+            "msgrcv": 70,
+            "msgctl": 71,
+            "mq_open": 240,
+            "mq_unlink": 241,
+            "add_key": 248,
+            "request_key": 249,
+            "keyctl": 250,
+            "setpriority": 141,
+            "sched_setparam": 142,
+            "sched_setscheduler": 144,
+            "sched_setaffinity": 203,
+            "sched_setattr": 314,
+            "ioprio_set": 251,
+            "migrate_pages": 256,
+            "move_pages": 279,
+            "utime": 132,
+            "utimes": 235,
+            "futimesat": 261,
+            "utimensat": 280,
+            "setxattr": 188,
+            "lsetxattr": 189,
+            "fsetxattr": 190,
+            "removexattr": 197,
+            "lremovexattr": 198,
+            "fremovexattr": 199,
         },
     ),
     "aarch64": (
         0xC00000B7,
-        {"clone": 220, "clone3": 435, "capset": 91},
+        {"clone": 220, "clone3": 435, "capset": 91, "fcntl": 25},
         {
             "socket": 198,
             "kill": 129,
@@ -76,6 +112,38 @@ MACHINES = {
             "fchmodat": 53,
             "fchown": 55,
             "fchownat": 54,
+            "socketpair": 199,
+            "shmget": 194,
+            "shmat": 196,
+            "shmctl": 195,
+            "semget": 190,
+            "semop": 193,
+            "semctl": 191,
+            "semtimedop": 192,
+            "msgget": 186,
+            "msgsnd": 189,
+            "msgrcv": 188,
+            "msgctl": 187,
+            "mq_open": 180,
+            "mq_unlink": 181,
+            "add_key": 217,
+            "request_key": 218,
+            "keyctl": 219,
+            "setpriority": 140,
+            "sched_setparam": 118,
+            "sched_setscheduler": 119,
+            "sched_setaffinity": 122,
+            "sched_setattr": 274,
+            "ioprio_set": 30,
+            "migrate_pages": 238,
+            "move_pages": 239,
+            "utimensat": 88,
+            "setxattr": 5,
+            "lsetxattr": 6,
+            "fsetxattr": 7,
+            "removexattr": 14,
+            "lremovexattr": 15,
+            "fremovexattr": 16,
         },
     ),
 }
@@ -83,7 +151,11 @@ EVERYWHERE = {
     "pidfd_send_signal": 424,
     "io_uring_setup": 425,
     "pidfd_open": 434,
+    "process_madvise": 440,
     "fchmodat2": 452,
+    "setxattrat": 463,
+    "removexattrat": 466,
+    "file_setattr": 469,
 }  # the same on every machine
 
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -104,7 +176,9 @@ def limit_resources(*, memory_bytes: int, cpu_s: int, file_bytes: int) -> None:
         resource.RLIMIT_CORE: 0,
     }
     for which, value in limits.items():
-        resource.setrlimit(which, (value, value))
+        _, hard = resource.getrlimit(which)  # the user's own may be lower, and cannot be raised
+        allowed = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(which, (allowed, allowed))
 
 
 def drop_capabilities(machine: str) -> None:
@@ -138,7 +212,8 @@ def restrict_files(writable: str) -> bool:
 
 
 def filter_system_calls(machine: str) -> None:
-    """seccomp: no new processes, sockets, signals to or looks into others, and no change of rights. Threads may be."""
+    """seccomp: no new processes, sockets, signals to others or looks into them, no memory, queues or keys that outlive
+    the process, and no change of rights, priorities or files' attributes. Threads may be."""
     audit, calls, denied = MACHINES[machine]
     load, equal, any_bit, at_least, answer = 0x20, 0x15, 0x45, 0x35, 0x06  # BPF: LD|W|ABS, JEQ, JSET, JGE, RET
     allow, kill, refuse = 0x7FFF0000, 0x80000000, 0x00050000
@@ -148,6 +223,10 @@ def filter_system_calls(machine: str) -> None:
     for number in (*denied.values(), *EVERYWHERE.values()):
         program += [(equal, 0, 1, number), (answer, 0, 0, refuse | EPERM)]
     program += [(equal, 0, 1, calls["clone3"]), (answer, 0, 0, refuse | ENOSYS)]  # libc then uses clone
+    program += [(equal, 0, 2 + 2 * len(SIGNAL_OTHERS), calls["fcntl"]), (load, 0, 0, 24)]
+    for command in SIGNAL_OTHERS:
+        program += [(equal, 0, 1, command), (answer, 0, 0, refuse | EPERM)]
+    program += [(answer, 0, 0, allow)]
     program += [(equal, 0, 3, calls["clone"]), (load, 0, 0, 16), (any_bit, 1, 0, CLONE_THREAD)]
     program += [(answer, 0, 0, refuse | EPERM), (answer, 0, 0, allow)]
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
@@ -169,8 +248,9 @@ def main() -> None:
         limit_resources(**json.loads(sys.argv[1]))
         filter_system_calls(machine)
     except OSError as error:
-        print(f"sandbox: {error}", file=sys.stderr)
-        sys.exit(REFUSED)
+        sys.exit(str(error))
+    os.write(int(sys.argv[2]), b"!")
+    os.close(int(sys.argv[2]))
     sys.argv = ["program.py"]
     exec(compile(source, "program.py", "exec"), {"__name__": "__main__"})
 

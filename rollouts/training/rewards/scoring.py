@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
@@ -30,30 +31,58 @@ def scoring(dotted_path: str, *, workers: int, timeout_s: float) -> Iterator[Rew
     """The reward function at `dotted_path`, as `RolloutConfig.reward_fn` takes it.
 
     An async one is cut off after `timeout_s` of a sample; so is a plain one in `workers` > 0 processes, which end with
-    the context. With 0 it runs in this process and cannot be cut off. Raises RewardError for a path that names nothing.
+    the context. With 0 it runs in this process and cannot be cut off: that it took too long is seen afterwards. Raises
+    RewardError for a path that names nothing.
     """
     function = resolve(dotted_path)
+    here = _InThisProcess(dotted_path, function, timeout_s)
     if _is_async(function):
-        yield with_time_limit(function, timeout_s)
+        yield here.later
     elif workers == 0:
-        yield function
+        yield here
     else:
         with RewardWorkers(dotted_path, workers=workers, timeout_s=timeout_s) as scored:
             yield scored
 
 
-def with_time_limit(
-    function: Callable[[Sample], Awaitable[float | None]], timeout_s: float
-) -> Callable[[Sample], Awaitable[float | None]]:
-    """`function`, cancelled after `timeout_s`; its sample is then not scorable."""
+class _InThisProcess:
+    """A reward function with its time limit, and what it raises as a RewardError that names it and the prompt.
 
-    async def scored(sample: Sample) -> float | None:
-        with anyio.move_on_after(timeout_s):
-            return await function(sample)
+    Gives what the function gives: a number or None, or for an async one something to be awaited for it.
+    """
+
+    def __init__(self, dotted_path: str, function: Callable[[Sample], Any], timeout_s: float) -> None:
+        self._path, self._function, self._timeout_s = dotted_path, function, timeout_s
+
+    def __call__(self, sample: Sample) -> Any:
+        started = time.monotonic()
+        with self._named(sample):
+            value = self._function(sample)
+        if inspect.isawaitable(value):
+            return self._awaited(value, sample)
+        if time.monotonic() - started > self._timeout_s:
+            _failed(sample, "reward_timeout")
+            return None
+        return value
+
+    async def later(self, sample: Sample) -> float | None:
+        """Of an async function: that it is one is to be seen."""
+        return await self(sample)
+
+    async def _awaited(self, value: Awaitable[Any], sample: Sample) -> Any:
+        with anyio.move_on_after(self._timeout_s), self._named(sample):
+            return await value
         _failed(sample, "reward_timeout")
         return None
 
-    return scored
+    @contextlib.contextmanager
+    def _named(self, sample: Sample) -> Iterator[None]:
+        try:
+            yield
+        except RewardError:  # says all there is to say
+            raise
+        except Exception as error:  # a user's function may raise anything
+            raise _raised(self._path, describe(error), sample) from error
 
 
 class RewardWorkers:
@@ -101,7 +130,7 @@ class RewardWorkers:
         if kind == "value":
             return value
         if kind == "error":
-            raise RewardError(f"{self._path} raised {value} for prompt {str(sample.prompt)[:200]}")
+            raise _raised(self._path, value, sample)
         _failed(sample, kind)
         return None
 
@@ -235,6 +264,10 @@ def describe(error: BaseException) -> str:
         trace = trace.tb_next
     place = f" ({trace.tb_frame.f_code.co_filename}:{trace.tb_lineno})" if trace is not None else ""
     return f"{type(error).__name__}: {error}{place}"
+
+
+def _raised(dotted_path: str, what: str, sample: Sample) -> RewardError:
+    return RewardError(f"{dotted_path} raised {what} for prompt {str(sample.prompt)[:200]}")
 
 
 def _failed(sample: Sample, how: str) -> None:

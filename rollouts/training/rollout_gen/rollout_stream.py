@@ -174,11 +174,16 @@ async def _running(stream: RolloutStream) -> AsyncIterator[RolloutStream]:
 
 async def _abort_all(engines: Sequence[Any]) -> None:
     """End what runs at the engines: they may not see that its client is gone, behind a router say."""
+
+    async def abort(engine: Any) -> None:
+        with suppress(EngineError):  # what brought us here matters more
+            await engine.abort()
+
     with anyio.move_on_after(ABORT_TIMEOUT_S, shield=True):
-        for engine in engines:
-            if hasattr(engine, "abort"):  # engines are duck-typed
-                with suppress(EngineError):  # what brought us here matters more
-                    await engine.abort()
+        async with anyio.create_task_group() as tasks:
+            for engine in engines:
+                if hasattr(engine, "abort"):  # engines are duck-typed
+                    tasks.start_soon(abort, engine)
 
 
 def _ages(groups: Sequence[PendingGroup]) -> dict[str, float]:

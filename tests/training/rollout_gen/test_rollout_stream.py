@@ -12,6 +12,7 @@ import anyio
 import pytest
 
 from rollouts.training.datasets.data_buffer import DataBuffer
+from rollouts.training.rollout_gen import rollout_stream
 from rollouts.training.rollout_gen.async_rollout_manager import AsyncRolloutManager, RolloutError
 from rollouts.training.rollout_gen.rollout_stream import open_stream
 from rollouts.training.types import RLTrainingConfig, RolloutBatch, RolloutConfig, Sample
@@ -380,3 +381,23 @@ async def test_what_runs_at_the_engines_is_aborted_on_the_way_out(lag: int) -> N
         async with open_stream(World(pause=anyio.sleep_forever).manager, None, [Engine()], 0, config) as rollouts:
             await rollouts.next_batch()
     assert aborted == ["all"]
+
+
+@pytest.mark.anyio
+async def test_an_engine_that_hangs_keeps_no_other_from_being_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Goal: all engines are told at once, within the time. Red when one was told after another."""
+    monkeypatch.setattr(rollout_stream, "ABORT_TIMEOUT_S", 0.2)
+    aborted: list[str] = []
+
+    class Engine:
+        async def abort(self) -> None:
+            aborted.append("healthy")
+
+    class Hanging:
+        async def abort(self) -> None:
+            await anyio.sleep_forever()
+
+    with pytest.raises(ZeroDivisionError):
+        async with open_stream(World().manager, None, [Hanging(), Engine()], 0, RLTrainingConfig(num_steps=1)):
+            raise ZeroDivisionError
+    assert aborted == ["healthy"]
