@@ -1,6 +1,8 @@
-"""Data-parallel training: two gloo ranks give what one rank gives."""
+"""Data-parallel training: two gloo ranks under a real torchrun give what one rank gives."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,16 +10,18 @@ from safetensors.torch import load_file
 
 from rollouts.training import distributed
 from tests.training import two_ranks
-from tests.training.process_nursery import shared
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> tuple[Path, list[dict]]:
-    """The directory and both ranks' results of one world."""
+    """The directory and both ranks' results of one torchrun."""
     directory = tmp_path_factory.mktemp("two_ranks")
-    shared().torchrun(2, "tests.training.two_ranks", [str(directory)], directory)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "tests.training.two_ranks", str(directory)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
     return directory, [json.loads((directory / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
 
 
