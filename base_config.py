@@ -886,13 +886,6 @@ def _cross_checks(config: Config) -> Checks:
 def _weight_sync_checks(config: Config, engine: EngineConfig) -> Checks:
     """Whether the engine can be reached in the way that its weights are to come."""
     target, lag = config.target, config.rl.policy_lag_steps_max if config.rl else 0
-    if engine.weight_sync in ("tensor", "broadcast") and engine.restarts_max > 0:
-        kept = target.sharding == "none" and lag == 0
-        need = (
-            "'disk' with restarts_max > 0 where the model is sharded, or rl.policy_lag_steps_max > 0: an engine that "
-        )
-        need += "was started again could not have the weights of the last sync, which the trainer no longer holds whole"
-        yield _need(kept, "engine.weight_sync", engine.weight_sync, need)
     ahead = engine.sleep_while_training and lag > 0
     need = f"False: with rl.policy_lag_steps_max={lag} the engine samples while the trainer steps"
     yield _need(not ahead, "engine.sleep_while_training", engine.sleep_while_training, need)

@@ -310,7 +310,10 @@ def weight_transfer(config: Config, run: RunDir, backend: "PyTorchTrainingBacken
     if engine.weight_sync == "broadcast":
         timeout_s = config.limits.sample_timeout_s
         link = BroadcastLink(device_type=config.target.device_type, tensor_parallel_size=readers, timeout_s=timeout_s)
-    return BucketTransfer(backend, link, dtype=dtype, bucket_bytes=engine.weight_sync_bucket_mib * 2**20)
+    rl = cast(RLConfig, config.rl)
+    steps_meanwhile = rl.policy_lag_steps_max > 0 or rl.sync_every != 1
+    keep = engine.restarts_max > 0 and (steps_meanwhile or config.target.sharding != "none")
+    return BucketTransfer(backend, link, dtype=dtype, bucket_bytes=engine.weight_sync_bucket_mib * 2**20, keep=keep)
 
 
 def fsdp_config(config: Config) -> "FSDPConfig":

@@ -19,14 +19,14 @@ class Server:
     """An embedded engine on a port of its own that can be killed and started again."""
 
     def __init__(self, model: Path, logs: Path) -> None:
-        self.port, self._model, self._logs = free_port(), model, logs
+        self.port, self.model, self._logs = free_port(), model, logs
         self.url = f"http://127.0.0.1:{self.port}"
         self.pid = 0
         self.start()
         self.await_health()
 
     def start(self) -> None:
-        flags = ["--model-path", str(self._model), "--port", str(self.port)]
+        flags = ["--model-path", str(self.model), "--port", str(self.port)]
         self.pid = shared().start("rollouts.engines.embedded", flags, self._logs / f"{self.port}.log")
 
     def kill(self) -> None:

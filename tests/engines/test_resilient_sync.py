@@ -1,7 +1,11 @@
 """A trainer's weight sync, of each kind that the embedded engine takes, while its engine dies or is cut off."""
 
 import itertools
-from collections.abc import Iterator
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +19,12 @@ from rollouts.training.weight_transfer.buckets import BucketTransfer
 from rollouts.training.weight_transfer.disk import DiskTransfer
 from rollouts.training.weight_transfer.sync import WeightSync
 from rollouts.training.weight_transfer.tensor import SharedMemoryLink
+from tests.engines import sharded_ranks
 from tests.engines.lives import WAIT_S, Server
 from tests.engines.proxy import Proxy, proxy
+from tests.engines.serving import REPOSITORY
 from tests.training.tiny import tiny_backend, tiny_model, tiny_tokenizer
+from tests.weight_transfer.sending import expected_logprobs
 
 pytestmark = pytest.mark.anyio
 PROMPT = [2, 3, 4]
@@ -33,6 +40,8 @@ ROUTES = {
 }
 CASES = [(kind, *case) for kind in ROUTES for case in itertools.product(ROUTES[kind], ["reset", "killed"])]
 CASES += [("disk", "/flush_cache", "restarted"), ("tensor", "/update_weights_from_tensor", "restarted")]
+
+MEASURED = re.compile(r".*_s|age_s_.*|peak_memory_gib|groups_carried_.*")  # of this machine and moment, not of the run
 
 
 @pytest.fixture
@@ -57,10 +66,10 @@ def between(server: Server) -> Iterator[Proxy]:
         yield made
 
 
-def transfer_of(kind: str, backend: Any, directory: Path) -> Any:
+def transfer_of(kind: str, backend: Any, directory: Path, *, keep: bool = False) -> Any:
     if kind == "disk":
         return DiskTransfer(backend, directory)
-    return BucketTransfer(backend, SharedMemoryLink(tensor_parallel_size=1), dtype=None, bucket_bytes=4096)
+    return BucketTransfer(backend, SharedMemoryLink(tensor_parallel_size=1), dtype=None, bucket_bytes=4096, keep=keep)
 
 
 def restart(server: Server) -> None:
@@ -74,6 +83,7 @@ def train(backend: Any) -> None:
     with torch.no_grad():
         for parameter in backend.model.parameters():
             parameter.mul_(1.25)
+    backend.step += 1
 
 
 @pytest.mark.parametrize(("kind", "route", "fault"), CASES)
@@ -82,7 +92,8 @@ async def test_a_sync_is_done_again(
 ) -> None:
     """Goal: whichever call of a sync, or of its proof, breaks or finds its engine dead, the engine serves the trainer's
     weights of now in the end, proven; and gets them again when it dies later. Red without receive_again, with the
-    start's weights for what comes back, and with a session left open whose opening was not answered."""
+    start's weights for what comes back, with a session left open whose opening was not answered, and with a step noted
+    as the sync's only at its end: its weights then counted as gone."""
     backend, recovered = tiny_backend(tmp_path), list[Recovered]()
     options: dict[str, Any] = {"reruns_max": 3, "recover_timeout_s": WAIT_S, "on_recovered": recovered.append}
     engines = resilient([SGLangEngine(between.url)], **options)
@@ -103,6 +114,27 @@ async def test_a_sync_is_done_again(
     backend.close()
 
 
+@pytest.mark.parametrize("keep", [True, False])
+async def test_a_death_after_a_step(server: Server, between: Proxy, tmp_path: Path, *, keep: bool) -> None:
+    """Goal: an engine that comes back when the trainer has other weights already gets those of its version, where they
+    are kept; else the error says how to. Red with the model's own sent."""
+    backend = tiny_backend(tmp_path)
+    (engine,) = resilient([SGLangEngine(between.url)], reruns_max=3, recover_timeout_s=WAIT_S)
+    sync = WeightSync(backend, [engine], transfer_of("tensor", backend, tmp_path, keep=keep), dtype="float32")
+    await sync(0)
+    expected = expected_logprobs(backend.model, PROMPT)
+    train(backend)
+    server.replace()
+    if keep:
+        await engine.generate(PROMPT, {"max_new_tokens": 1})
+        assert await engine.input_logprobs(PROMPT) == pytest.approx(expected, abs=1e-5)
+    else:
+        with pytest.raises(WeightSyncError, match=r"taken steps since this version, .*give BucketTransfer keep=True"):
+            await engine.generate(PROMPT, {"max_new_tokens": 1})
+    await sync.aclose()
+    backend.close()
+
+
 async def test_without_a_budget_it_is_an_error(server: Server, between: Proxy, tmp_path: Path) -> None:
     """Goal: with restarts_max=0 a sync that is cut off raises, as it did. Red with it swallowed."""
     backend = tiny_backend(tmp_path)
@@ -114,3 +146,59 @@ async def test_without_a_budget_it_is_an_error(server: Server, between: Proxy, t
         await sync(0)
     await sync.aclose()
     backend.close()
+
+
+# Each the nth request to a path, counted from the kill before
+KILLS = [
+    # Taking turns: over step 1's samples, while the other rank waits for them; over bringing it back; at the end of a
+    # sync, at the beginning of the next, before a bucket was gathered, and between two buckets of the one after that
+    ("/generate", 2),
+    ("/update_weights_from_tensor", 2),
+    ("/flush_cache", 2),
+    ("/pause_generation", 2),
+    ("/update_weights_from_tensor", 6),
+    # One step ahead: over step 3's samples, which are asked for while step 2 trains; between two buckets of a sync
+    ("/generate", 11),
+    ("/update_weights_from_tensor", 5),
+]
+
+
+def kill_at(server: Server, between: Proxy, kills: Sequence[tuple[str, int]]) -> None:
+    """Kill the engine, and start it again, at each of `kills` in turn."""
+    between.path, number = kills[0] if kills else ("nothing", 1)
+
+    def strike() -> None:
+        server.replace()
+        kill_at(server, between, kills[1:])
+
+    between.faults.extend([*[lambda: None] * (number - 1), strike])
+
+
+def test_a_sharded_model(server: Server, between: Proxy, tmp_path: Path) -> None:
+    """Goal: shards are gathered on all ranks alike, and the engine serves the whole model. An RL run on two ranks whose
+    engine dies again and again, while they wait, train or gather, has the numbers of one that is left alone.
+
+    Red with nothing kept ("the others are waiting for this step's rollouts"), and with rank 0 leaving the gather at an
+    engine's death: the ranks' collectives then no longer match.
+    """
+    kill_at(server, between, KILLS)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = [str(server.model), server.url, between.url, str(tmp_path)]
+    command = [*torchrun, "-m", "tests.engines.sharded_ranks", *arguments]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr[-6000:]
+    first, second = (json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in (0, 1))
+    expected = pytest.approx(expected_logprobs(tiny_model(seed=1), sharded_ranks.IDS), abs=1e-5)
+    assert first["served"] == {"BucketTransfer": ["1", expected], "DiskTransfer": ["2", expected]}
+    assert between.path == "nothing", "not all kills took place"
+    assert (first["killed, lag 0"][1], first["killed, lag 1"][1]) == (4, 2)  # one of the kills hit a recovery
+    for lag in sharded_ranks.LAGS:
+        alone = without_times(first[f"left alone, lag {lag}"][0])
+        assert [row["lag_max"] for row in alone] == [0, *[lag] * 3]
+        assert without_times(first[f"killed, lag {lag}"][0]) == alone
+        assert without_times(second[f"killed, lag {lag}"][0]) == alone
+
+
+def without_times(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Of the metrics what does not depend on this machine and moment."""
+    return [{key: value for key, value in row.items() if not MEASURED.fullmatch(key)} for row in rows]

@@ -54,11 +54,7 @@ def config_with(changes: dict[str, Any]) -> Config:
         ({**GPU, "engine.weight_sync": "broadcast"}, "NCCL wants a GPU of its own for each side"),
         ({**APART, "engine.weight_sync": "broadcast"}, None),
         ({**APART, "engine.weight_sync": "tensor"}, "CUDA memory is shared on one GPU"),
-        ({"engine.weight_sync": "tensor", "engine.restarts_max": 1}, None),
-        (
-            {"engine.weight_sync": "tensor", "engine.restarts_max": 1, "rl.policy_lag_steps_max": 1},
-            "'disk' with restarts_max > 0",
-        ),
+        ({"engine.weight_sync": "tensor", "engine.restarts_max": 1, "rl.policy_lag_steps_max": 1}, None),
     ],
 )
 def test_what_is_refused(changes: dict[str, Any], refused: str | None) -> None:
@@ -89,6 +85,25 @@ def test_each_kind_is_wired(models: dict[str, Path], tmp_path: Path) -> None:
     broadcast = weight_transfer(config_with({**SGLANG, "engine.weight_sync": "broadcast", **limits}), run, backend)
     assert isinstance(broadcast, BucketTransfer) and isinstance(broadcast._link, BroadcastLink)
     assert (broadcast._link._backend, broadcast._link._timeout_s) == ("gloo", 12.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "keep"),
+    [
+        ({}, False),
+        ({"target.sharding": "full_shard"}, True),
+        ({"rl.policy_lag_steps_max": 1}, True),
+        ({"rl.sync_every": 2}, True),
+        ({"rl.policy_lag_steps_max": 1, "engine.restarts_max": 0}, False),
+    ],
+)
+def test_what_was_sent_is_kept_where_it_may_be_needed(
+    changes: dict[str, Any], keep: bool, models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Goal: a copy in the host's memory where an engine may start again and the model does not have it. Red without."""
+    config = config_with({"engine.weight_sync": "tensor", "engine.restarts_max": 1, **changes})
+    transfer = weight_transfer(config, RunDir(tmp_path / "run"), backend_over(models["old"], tmp_path))
+    assert isinstance(transfer, BucketTransfer) and transfer._keep == keep
 
 
 def test_weights_in_memory_go_even_after_a_failure(embedded_url: str, models: dict[str, Path], tmp_path: Path) -> None:

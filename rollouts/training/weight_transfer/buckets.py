@@ -1,15 +1,19 @@
 """Weights sent a bucket at a time: while the engines load one, the next is gathered into a second buffer.
 
-No rank ever holds the whole model for it: rank 0 has two buckets (one, if all fits in it), kept from sync to sync.
+Rank 0 has two buckets for it (one, if all fits in it), from sync to sync; no rank holds the whole model, unless what
+was sent is kept. Every rank gathers every bucket of a sync whatever the engines do: what fails is between them and
+rank 0, so that rank 0 alone can mend it, while the others are elsewhere.
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
 
 import anyio
+import anyio.to_thread
 import torch
+from torch import Tensor, nn
 
 from rollouts.training import distributed
 from rollouts.training.inference.http import EngineError, WeightSyncError, require
@@ -19,18 +23,31 @@ from rollouts.training.weight_transfer.protocol import Link
 from rollouts.training.weight_transfer.weights import buffer_bytes, fill, plan_buckets
 
 Buckets = Sequence[tuple[Entry, ...]]
+Load = Callable[[int, Tensor], Awaitable[None]]  # the bucket of this index into a buffer
+FIX = "give BucketTransfer keep=True, or set engine.weight_sync='disk', where an engine reads them from disk"
 
 
 class BucketTransfer:
-    """`Transfer` over a `Link`. `backend`: a PyTorch or FSDP one; `dtype`: the engines' (None: the model's own)."""
+    """`Transfer` over a `Link`. `backend`: a PyTorch or FSDP one; `dtype`: the engines' (None: the model's own).
 
-    def __init__(self, backend: Any, link: Link, *, dtype: torch.dtype | None, bucket_bytes: int) -> None:
+    `keep`: rank 0 keeps what it sent last, in its host's memory, for engines that are started again. Without, they get
+    it from the model, which must be whole on rank 0 and have taken no step since.
+    """
+
+    def __init__(
+        self, backend: Any, link: Link, *, dtype: torch.dtype | None, bucket_bytes: int, keep: bool = False
+    ) -> None:
         self._backend = backend
         self._link = link
         self._dtype = dtype
         self._bucket_bytes = bucket_bytes
+        self._keep = keep
         self._buffers: list[Buffer] = []
-        self._sent_at_step: int | None = None  # the backend's optimizer steps at the last sync
+        self._buckets: Buckets = ()  # of the last sync, as all below
+        self._gathered = 0  # how many of them have been
+        self._kept: list[Tensor] = []  # their bytes, where they are kept
+        self._at_step: int | None = None  # the backend's optimizer steps
+        self._lock = anyio.Lock()  # several engines may come back at once, and there is one pair of buffers
 
     async def __call__(self, engines: Sequence[Any], version: str) -> None:
         plan = partial(plan_buckets, dtype=self._dtype, bucket_bytes=self._bucket_bytes)
@@ -39,52 +56,93 @@ class BucketTransfer:
             for entries in buckets:
                 await self._backend.on_model(partial(fill, entries=entries, flat=None)).result()
             return
+        async with self._lock:
+            self._buckets, self._gathered, self._at_step = buckets, 0, self._backend.step
+            if self._keep and [len(kept) for kept in self._kept] != [_nbytes(entries) for entries in buckets]:
+                pinned = self._backend.device.type == "cuda"
+                self._kept = [torch.empty(_nbytes(b), dtype=torch.uint8, pin_memory=pinned) for b in buckets]
+            try:
+                await self._transfer(engines, version, self._gather)
+            except WeightSyncError:
+                while self._gathered < len(buckets):  # with the other ranks, and for what is kept
+                    await self._gather(self._gathered, None)
+                raise
+
+    async def restore(self, engine: Any, version: str) -> None:
+        if not self._keep and distributed.world_size() > 1 and self._backend.collective:
+            raise WeightSyncError(
+                "the weights of a sharded model take all ranks to gather, and the others are waiting for this step's "
+                f"rollouts: {FIX}"
+            )
+        async with self._lock:
+            await self._link.aclose([engine])  # what linked it to us was of another life
+            await self._transfer([engine], version, self._load_kept if self._keep else self._gather_again)
+
+    async def aclose(self, engines: Sequence[Any]) -> None:
+        self._drop_buffers()
+        self._kept.clear()
+        if distributed.rank() == 0:
+            await self._link.aclose(engines)
+
+    # --- where a bucket's bytes come from -----------------------------------------------------------------------------
+
+    async def _gather(self, index: int, flat: Tensor | None) -> None:
+        """From the model, with the other ranks, into `flat` and what is kept. None: there is nobody to send it to."""
+        entries, kept = self._buckets[index], self._kept[index] if self._keep else None
+
+        def gather(model: nn.Module) -> None:
+            fill(model, entries, kept if flat is None else flat)
+            if flat is not None and kept is not None:
+                kept.copy_(flat[: len(kept)])
+
+        await self._backend.on_model(gather).result()
+        self._gathered = index + 1
+
+    async def _gather_again(self, index: int, flat: Tensor) -> None:
+        """From the model, on rank 0 alone."""
+
+        def gather(model: nn.Module) -> int:
+            fill(model, self._buckets[index], flat)
+            return int(self._backend.step)
+
+        if await self._backend.on_model(gather).result() != self._at_step:
+            raise WeightSyncError(f"the trainer has taken steps since this version, whose weights are gone: {FIX}")
+
+    async def _load_kept(self, index: int, flat: Tensor) -> None:
+        kept = self._kept[index]
+        await anyio.to_thread.run_sync(flat[: len(kept)].copy_, kept)
+
+    # --- to the engines -----------------------------------------------------------------------------------------------
+
+    async def _transfer(self, engines: Sequence[Any], version: str, load: Load) -> None:
         try:
-            self._make_buffers(buckets)
+            self._make_buffers()
             await each(engines, "pausing", lambda engine: engine.pause("retract"))
-            await self._send(engines, buckets, version)
+            await self._send(engines, version, load)
             await each(engines, "finishing the update", partial(_finish, version=version))
         except (EngineError, SharedMemoryError) as error:
             raise WeightSyncError(
                 f"weight sync of version {version}: {error}. Engines whose weights may have changed are left paused"
             ) from (error.__cause__ or error)
-        self._sent_at_step = self._backend.step
-
-    async def restore(self, engine: Any, version: str) -> None:
-        fix = "set engine.weight_sync='disk', where an engine that was started again reads them from disk"
-        if distributed.world_size() > 1 and self._backend.collective:
-            raise WeightSyncError(
-                "the weights of a sharded model take all ranks to gather, and the others are waiting for this step's "
-                f"rollouts: {fix}"
-            )
-        if self._backend.step != self._sent_at_step:
-            raise WeightSyncError(f"the trainer has taken steps since version {version}, whose weights are gone: {fix}")
-        await self._link.aclose([engine])  # what linked it to us was of another life
-        await self([engine], version)
-
-    async def aclose(self, engines: Sequence[Any]) -> None:
-        self._drop_buffers()
-        if distributed.rank() == 0:
-            await self._link.aclose(engines)
 
     def _drop_buffers(self) -> None:
         for buffer in self._buffers:
             buffer.close()
         self._buffers.clear()
 
-    def _make_buffers(self, buckets: Buckets) -> None:
-        size, count = buffer_bytes(buckets), min(2, len(buckets))
+    def _make_buffers(self) -> None:
+        size, count = buffer_bytes(self._buckets), min(2, len(self._buckets))
         fits = len(self._buffers) == count and self._buffers[0].flat.numel() == size
         if not fits or not all(buffer.is_there for buffer in self._buffers):
             self._drop_buffers()
             for _ in range(count):
                 self._buffers.append(self._link.buffer(size, self._backend.device))
 
-    async def _send(self, engines: Sequence[Any], buckets: Buckets, version: str) -> None:
+    async def _send(self, engines: Sequence[Any], version: str, load: Load) -> None:
         await self._link.open(engines)
         try:
             await each(engines, "opening the update", lambda engine: engine.begin_weight_update())
-            await self._pump(engines, buckets, version)
+            await self._pump(engines, version, load)
         except EngineError:
             for engine in engines:  # or the next sync finds a session that is open
                 with contextlib.suppress(EngineError):
@@ -92,8 +150,8 @@ class BucketTransfer:
             raise
         await each(engines, "closing the update", lambda engine: engine.end_weight_update())
 
-    async def _pump(self, engines: Sequence[Any], buckets: Buckets, version: str) -> None:
-        """Fill one buffer while the other is being loaded. Raises what the first failed bucket raised."""
+    async def _pump(self, engines: Sequence[Any], version: str, load: Load) -> None:
+        """Fill one buffer while the other is being loaded. Raises what failed first."""
         failures: list[EngineError] = []
         sent = anyio.Event()
         sent.set()
@@ -106,17 +164,24 @@ class BucketTransfer:
             done.set()
 
         async with anyio.create_task_group() as group:
-            for index, entries in enumerate(buckets):
+            for index, entries in enumerate(self._buckets):
                 buffer = self._buffers[index % 2]
-                await self._backend.on_model(partial(fill, entries=entries, flat=buffer.flat)).result()
+                try:
+                    await load(index, buffer.flat)
+                except EngineError as error:
+                    failures.append(error)
                 await sent.wait()
                 if failures:
                     break
                 sent = anyio.Event()
-                label = version if index == len(buckets) - 1 else None  # a version means all of it
+                label = version if index == len(self._buckets) - 1 else None  # a version means all of it
                 group.start_soon(send, buffer, entries, label, sent)
         if failures:
             raise failures[0]
+
+
+def _nbytes(entries: Sequence[Entry]) -> int:
+    return sum(entry.nbytes for entry in entries)
 
 
 async def _finish(engine: Any, version: str) -> None:

@@ -19,7 +19,7 @@ class Transfer(Protocol):
     async def restore(self, engine: Any, version: str) -> None:
         """The weights of the last call to one engine that was started again. On rank 0 alone.
 
-        Raises WeightSyncError where that cannot be done without the other ranks.
+        Raises WeightSyncError where the weights are no longer there, or would take the other ranks.
         """
         ...
 
