@@ -55,7 +55,11 @@ def window_names(run_id: str) -> list[str]:
 def kill_session(run_id: str) -> None:
     """End the session if there is one; each of its windows gets SIGHUP."""
     if shutil.which("tmux") and has_session(run_id):
-        _tmux("kill-session", "-t", f"={run_id}")
+        try:
+            _tmux("kill-session", "-t", f"={run_id}")
+        except TmuxError:
+            if has_session(run_id):  # else it ended by itself meanwhile, as it does once its last process has ended
+                raise
 
 
 def _tmux(*arguments: str, hide: Collection[str] = (), inside: bool = False) -> str:

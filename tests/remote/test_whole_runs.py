@@ -27,8 +27,10 @@ def processes_of(run_id: str) -> list[int]:
     found = []
     for entry in Path("/proc").iterdir():
         try:
-            if entry.name.isdigit() and f"ROLLOUTS_RUN_ID={run_id}".encode() in (entry / "environ").read_bytes():
-                found.append(int(entry.name))
+            if entry.name.isdigit():
+                mark = f"ROLLOUTS_RUN_ID={run_id}".encode()
+                if mark in (entry / "environ").read_bytes().split(b"\0"):  # whole: another's id may begin alike
+                    found.append(int(entry.name))
         except OSError:
             continue
     return found
@@ -200,6 +202,9 @@ PHASES: dict[str, Callable[[Laptop, Host], bool]] = {
     "syncing": lambda laptop, host: (host.run_path("k") / "code").exists(),
     "synced": lambda laptop, host: (host.run_path("k") / "code/tree").exists(),
     "launched": lambda laptop, host: (host.run_path("k") / "status.json").exists(),
+    "building": lambda laptop, host: any(
+        row.get("action") == "building" for row in read_jsonl(RunDir(host.run_path("k")).events)
+    ),
     "training": lambda laptop, host: bool(read_jsonl(RunDir(host.run_path("k")).metrics)),
     "pulling": lambda laptop, host: any(mirror(laptop, "k").checkpoints.glob("sft/*")),
 }
@@ -212,6 +217,8 @@ def test_kill_9_loses_nothing(phase: str, laptop: Laptop, make_host: Callable[..
     Red with the registry written after the sync, and with rsync straight into code/tree (both: syncing).
     """
     host = make_host()
+    if phase == "building":  # a real build, which goes on without the laptop
+        (host.home / "envs").unlink()
     config = str(write_config(laptop.project, env={"STAND_IN_STEP_S": "0.2"}))
     process = laptop.start(config, "--remote", host.target, "--run-id", "k", stdout=subprocess.DEVNULL)
     wait_for(lambda: PHASES[phase](laptop, host), phase)

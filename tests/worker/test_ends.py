@@ -6,11 +6,13 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from rollouts import run_dir
 from rollouts.run_dir import RunDir, observe
+from rollouts.worker import tmux
 from tests.worker.stands import (
     ENGINE,
     Host,
@@ -197,6 +199,29 @@ def test_an_interrupt_in_the_trainers_pane(host: Host) -> None:
     subprocess.run(["tmux", "send-keys", "-t", f"={run.run_id}:=trainer", "C-c"], check=True)
     wait_for_end(run)
     assert as_status(run)["exit_code"] == 21
+
+
+@pytest.mark.parametrize("ends_by_itself", [True, False])
+def test_a_session_that_ends_just_before_it_is_killed(
+    private_server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends_by_itself: bool
+) -> None:
+    """Goal: a stop does not fail over a session that ended between the look and the kill; one that cannot be killed is
+    told. Red with the error of kill-session passed on: a stop on a loaded machine failed with "no server running"."""
+    real, shim = shutil.which("tmux"), tmp_path / "tmux"
+    first = f'{real} "$@"' if ends_by_itself else "exit 1"
+    shim.write_text(f'#!/bin/sh\nif [ "$1" = kill-session ]; then {first}; fi\nexec {real} "$@"\n')
+    shim.chmod(0o755)
+    run_id = f"t-{tmp_path.name[-20:]}"
+    tmux.start_session(run_id, "window", ["sleep", "600"], cwd=tmp_path, hide=())
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        if ends_by_itself:
+            tmux.kill_session(run_id)
+        else:
+            with pytest.raises(tmux.TmuxError, match="kill-session failed"):
+                tmux.kill_session(run_id)
+    assert tmux.has_session(run_id) is not ends_by_itself
+    tmux.kill_session(run_id)
 
 
 def test_a_stop_during_the_bootstrap(host: Host) -> None:

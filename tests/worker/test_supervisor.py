@@ -252,6 +252,27 @@ for kind in ("recorded", "silent"):
     assert survivors(run) == []
 
 
+def test_weights_that_a_killed_trainer_left_in_memory(host: Host) -> None:
+    """Goal: what a trainer had on tmpfs (engine.weights_on_tmpfs) goes with its stage, also when SIGKILL kept it from
+    removing it: memory that nothing else gives back. Red with the supervisor's removal left out."""
+    leaving = """
+import os, pathlib, sys
+version = pathlib.Path(sys.argv[1], "version_000001")
+version.mkdir(parents=True)
+(version / "model.safetensors").write_bytes(b"weights")
+print("left", flush=True)
+os.kill(os.getpid(), 9)
+"""
+    job = host.job(stage("rl", trainer("pass")))
+    run = host.launched[-1]
+    job["plan"]["stages"][0]["trainer"]["argv"] = script(leaving, str(run.weights_in_memory))
+    assert host.launch(job).returncode == 0
+    wait_for_end(run)
+    assert_failed(run, 137, "trainer", "SIGKILL")
+    assert log(run, "trainer") == "left\n"
+    assert not run.weights_in_memory.exists()
+
+
 def test_the_heartbeat(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """Goal: status.json is rewritten at least every HEARTBEAT_S while a trainer works in silence. Red with the beat
     written only on changes."""

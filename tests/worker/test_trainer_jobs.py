@@ -187,3 +187,28 @@ def test_sft_evaluates_the_same_way(model: Path, tmp_path: Path) -> None:
     assert {row["step"] for row in rows(run, metric="pass@3")} == {0, 2} and len(rows(run, metric="pass@3")) == 6
     last = [json.loads(line) for line in run.metrics.read_text().splitlines()][-1]
     assert last["eval_validation_loss"] == rows(run, metric="validation_loss", step=2, task="all")[0]["value"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"rl.reward_fn": "rollouts.training.rewards.no_such"}, "has no 'no_such'"),
+        ({"rl.filter_fn": "no_such_package.keep"}, "no module 'no_such_package'"),
+        ({"model.init": "random", "sft.matrix_lr": 1e30, "sft.num_iterations": 8}, "not applied"),
+    ],
+    ids=["reward", "filter", "diverges"],
+)
+def test_a_mistake_ends_sft_in_one_error_line(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture, changes: dict[str, Any], reason: str
+) -> None:
+    """Goal: what is wrong with RL is said before SFT trains, and a diverging model is not trained on: one line, one
+    event. tests/e2e has one such end at the laptop. Red with RewardError and FloatingPointError
+    passed through."""
+    with pytest.raises(SystemExit) as end:
+        train(tmp_path / "run", "sft", config(model, "sft+rl", changes))
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert end.value.code == 1 and len(errors) == 1 and reason in errors[0]
+    run = RunDir(tmp_path / "run")
+    (event,) = [event for event in read_jsonl(run.events) if event["kind"] == "error"]
+    assert event["message"] in errors[0]
+    assert "sft.matrix_lr" in changes or not run.metrics.exists()

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import anyio
-import anyio.lowlevel
 import anyio.to_thread
 
 from rollouts.training.inference.http import EngineError, Generation, HTTPEngine, WeightSyncError
+from rollouts.training.inference.loop_lock import LoopLock
 from rollouts.training.inference.protocol import Server
 from rollouts.training.inference.requests import param_problems, per_prompt, prompt_problems
 from rollouts.training.inference.weights_on_disk import damage
@@ -25,7 +25,10 @@ class EngineClient(HTTPEngine, ABC):
     """An HTTP engine that is asked once what it is, and sent nothing that it may die of. See `InferenceEngine`."""
 
     _server: Server | None = None
-    _lock: tuple[anyio.Lock, object] | None = None
+
+    @cached_property
+    def _asking(self) -> LoopLock:
+        return LoopLock()
 
     @cached_property
     def _row_rids(self) -> dict[str, list[str]]:
@@ -35,16 +38,10 @@ class EngineClient(HTTPEngine, ABC):
     async def server(self) -> Server:
         """Kind and version, asked once. Raises EngineError for a version that is not in KNOWN_VERSIONS."""
         if self._server is None:
-            async with self._asking():  # of many requests at once, one asks
+            async with self._asking.here():  # of many requests at once, one asks
                 if self._server is None:
                     self._server = await self._ask_server()
         return self._server
-
-    def _asking(self) -> anyio.Lock:
-        loop = anyio.lowlevel.current_token()  # a lock belongs to the event loop it is used in
-        if self._lock is None or self._lock[1] != loop:
-            self._lock = (anyio.Lock(), loop)
-        return self._lock[0]
 
     @abstractmethod
     async def _ask_server(self) -> Server:

@@ -19,9 +19,9 @@ from types import TracebackType
 from typing import Any, Self
 
 import anyio
-import anyio.lowlevel
 
 from rollouts.training.inference.http import EngineError, EngineLost, Generation
+from rollouts.training.inference.loop_lock import LoopLock
 
 RETRY_S = 0.2  # between two looks at an engine that is down
 REJOIN_TIMEOUT_S = 1.0  # for an engine that was down to answer, while another one could serve
@@ -77,8 +77,7 @@ class ResilientEngine:
         self._versions: list[str] = []  # all that it was given, or is being given; none: it serves what it started with
         self._settled = 0  # index of the newest one that is proven
         self._aborts = 0  # that the caller asked for
-        self._lock_: anyio.Lock | None = None
-        self._lock_loop: object = None
+        self._lock = LoopLock()
 
     def __getattr__(self, name: str) -> Any:
         if name == "client":  # not set yet: a copy, or an unpickled one
@@ -203,7 +202,7 @@ class ResilientEngine:
     async def receiving(self, version: str, give: Give) -> AsyncIterator[None]:
         """Within, the caller brings the client's engine to `version`, by itself or with others; `give(client)` does it
         alone. Requests may be answered by either version meanwhile, and none is run again before the end."""
-        async with self._lock():
+        async with self._lock.here():
             before = self._give
             self._give = give
             self._versions.append(version)
@@ -232,7 +231,7 @@ class ResilientEngine:
 
     async def _recover(self, recoveries: int, reason: str) -> None:
         """Bring the engine back, once for all requests that saw it fail."""
-        async with self._lock():
+        async with self._lock.here():
             if self._recoveries == recoveries:
                 await self._bring_back(reason, again=False)
 
@@ -290,12 +289,6 @@ class ResilientEngine:
                 return False
             return True
         return False
-
-    def _lock(self) -> anyio.Lock:
-        loop = anyio.lowlevel.current_token()  # a lock belongs to the event loop it is used in
-        if self._lock_ is None or self._lock_loop != loop:
-            self._lock_, self._lock_loop = anyio.Lock(), loop
-        return self._lock_
 
 
 def _is_lost(error: BaseException | None) -> bool:
