@@ -245,7 +245,9 @@ def test_vllm_samples_from_the_whole_distribution() -> None:
 def test_sglangs_cache_holds_a_whole_sequence() -> None:
     """Goal: engine.context_length tokens fit, since SGLang cuts answers short without a word where they do not. Red
     without the check."""
-    config = replace_at(replace_at(example_config(), "engine.kind", "sglang"), "engine.requirements_file", "locks/s.txt")
+    config = replace_at(
+        replace_at(example_config(), "engine.kind", "sglang"), "engine.requirements_file", "locks/s.txt"
+    )
     assert replace_at(config, "engine.max_total_tokens", 2048).problems() == ()
     (problem,) = replace_at(config, "engine.max_total_tokens", 2047).problems()
     assert problem.startswith("engine.max_total_tokens=2047: needs at least engine.context_length=2048, or -1")

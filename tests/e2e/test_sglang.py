@@ -10,9 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from base_config import Config, load_config
+from rollouts.engines.keys import API_KEY_VARIABLE
+from rollouts.engines.launch import engine_url
 from rollouts.run_dir import RunDir, read_jsonl
 from rollouts.worker.processes import marked_processes
 from tests.e2e.conftest import ROOT, processes_of
@@ -34,9 +37,21 @@ def demo(tmp_path: Path, changes: dict[str, Any]) -> Config:
     return config
 
 
+def told_of_itself(config: Config, key: str) -> str:
+    """What the engine answers at /server_info to the bearer of this key; "" where it is not up."""
+    assert config.engine is not None
+    try:
+        headers = {"Authorization": f"Bearer {key}"}
+        answer = httpx.get(f"{engine_url(config.engine)}/server_info", headers=headers, trust_env=False)
+    except httpx.TransportError:
+        return ""
+    return answer.text if answer.status_code == 200 else ""
+
+
 @contextmanager
-def keys_seen(run: RunDir) -> Iterator[dict[str, str]]:
-    """The keys of a run, read from its secrets file as soon as that is there; and its mode."""
+def keys_seen(run: RunDir, config: Config) -> Iterator[dict[str, str]]:
+    """The keys of a run, read from its secrets file as soon as that is there; and its mode. Under "told" what the
+    engine says of itself to the bearer of the api key, as soon as it is up."""
     seen: dict[str, str] = {}
     done = threading.Event()
 
@@ -47,6 +62,9 @@ def keys_seen(run: RunDir) -> Iterator[dict[str, str]]:
                 seen["mode"] = oct(run.secrets.stat().st_mode & 0o777)
             except (OSError, ValueError):
                 time.sleep(0.1)
+        while not done.is_set() and not seen.get("told"):
+            seen["told"] = told_of_itself(config, seen[API_KEY_VARIABLE])
+            time.sleep(0.1)
 
     thread = threading.Thread(target=look)
     thread.start()
@@ -90,10 +108,11 @@ SHORT = {
 @pytest.mark.timeout(BUILD_S + 400)
 def test_the_same_over_ssh(laptop: Laptop, remote: Host, tmp_path: Path) -> None:
     """Goal: over a real sshd too, with both environments; and the run's keys stand in no file and no log once it has
-    ended. Red with keys that print as they are: SGLang logs its arguments."""
-    demo(tmp_path, SHORT)
+    ended, nor in what the engine tells of itself. Red with keys that print as they are: SGLang logs its arguments; and
+    with /server_info as SGLang has it."""
+    config = demo(tmp_path, SHORT)
     there = RunDir(remote.run_path("far"))
-    with keys_seen(there) as keys:
+    with keys_seen(there, config) as keys:
         done = laptop.deploy(
             str(tmp_path / "job.json"), "--remote", remote.target, "--run-id", "far", timeout_s=BUILD_S + 300
         )
@@ -103,7 +122,9 @@ def test_the_same_over_ssh(laptop: Laptop, remote: Host, tmp_path: Path) -> None
     assert len(samples) == 4 * 4 * 4 and {row["weight_version"] for row in samples} == {"0", "1", "2", "3"}
     built = {row["name"]: row["action"] for row in read_jsonl(run.events) if row["kind"] == "environment"}
     assert set(built) == {"trainer", "engine"}
+    told = keys.pop("told")
     assert keys.pop("mode") == "0o600" and len(set(keys.values())) == 2
+    assert '"admin_api_key":"***"' in told and not any(key in told for key in keys.values())
     assert "'api_key': '***'" in there.log("engine-0").read_text()  # it has one
     for directory in (there.path, run.path):
         for file in directory.rglob("*"):
