@@ -736,7 +736,8 @@ def _engine_checks(engine: EngineConfig) -> Checks:
     yield from _rank_checks(engine.gpu_ranks, "engine.gpu_ranks")
     needed = engine.replicas * engine.tensor_parallel_size
     need = f"length {needed}: replicas={engine.replicas} x tensor_parallel_size={engine.tensor_parallel_size}"
-    yield _need(len(engine.gpu_ranks) == needed, "engine.gpu_ranks", engine.gpu_ranks, need)
+    counts_ok = needed < 1 or len(engine.gpu_ranks) == needed
+    yield _need(counts_ok, "engine.gpu_ranks", engine.gpu_ranks, need)
     yield from _at_least_one(
         engine,
         "engine",
@@ -760,6 +761,10 @@ def _engine_checks(engine: EngineConfig) -> Checks:
     yield _need(
         tokens_ok, "engine.max_total_tokens", engine.max_total_tokens, f"-1: kind={engine.kind!r} has no such bound"
     )
+    most = engine.max_total_tokens
+    holds = engine.kind != "sglang" or most < 1 or most >= engine.context_length
+    need = f"at least engine.context_length={engine.context_length}, or -1: answers that do not fit are cut short"
+    yield _need(holds, "engine.max_total_tokens", most, need)
     yield _need(engine.restarts_max >= 0, "engine.restarts_max", engine.restarts_max, ">= 0")
     kinds = WEIGHT_SYNCS[engine.kind]
     need = f"{' or '.join(map(repr, kinds))} with engine.kind={engine.kind!r}"

@@ -242,6 +242,24 @@ def test_vllm_samples_from_the_whole_distribution() -> None:
     assert problem.startswith("rl.top_k=20: needs -1 with engine.kind='vllm'")
 
 
+def test_sglangs_cache_holds_a_whole_sequence() -> None:
+    """Goal: engine.context_length tokens fit, since SGLang cuts answers short without a word where they do not. Red
+    without the check."""
+    config = replace_at(
+        replace_at(example_config(), "engine.kind", "sglang"), "engine.requirements_file", "locks/s.txt"
+    )
+    assert replace_at(config, "engine.max_total_tokens", 2048).problems() == ()
+    (problem,) = replace_at(config, "engine.max_total_tokens", 2047).problems()
+    assert problem.startswith("engine.max_total_tokens=2047: needs at least engine.context_length=2048, or -1")
+
+
+@pytest.mark.parametrize("field", ["replicas", "tensor_parallel_size"])
+def test_no_devices_are_asked_for_nothing(field: str) -> None:
+    """Goal: a count of 0 is told as that, not as devices that are too many. Red with `needs length 0` beside it."""
+    problems = replace_at(example_config(), f"engine.{field}", 0).problems()
+    assert not any("engine.gpu_ranks" in problem for problem in problems), problems
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

@@ -95,10 +95,22 @@ def attach(run_id: str, *, remote: str | None, as_json: bool, accept_new_host_ke
     with _opened(run_id, remote, accept_new_host_key=accept_new_host_key) as (entry, facts, transport):
         row = facts.run(run_id)
         if row is None or (not row["launched"] and row["state"] not in FINAL_STATES):
-            config = Config.load(entry.mirror.config)
-            return _run(entry, config, facts, transport, as_json=as_json, detach=False)
+            return _run(entry, _planned(entry), facts, transport, as_json=as_json, detach=False)
         with _reporting(entry, as_json=as_json) as reporter:
             return _watch_to_end(Link(entry, _python(facts), transport), reporter, as_json=as_json)
+
+
+def _planned(entry: Entry) -> Config:
+    """The config of a run that is yet to be launched, once its plan can be read too. Raises DeployError."""
+    try:
+        config, _ = Config.load(entry.mirror.config), entry.launch
+    except (ConfigError, TypeError, KeyError) as error:
+        raise DeployError(
+            f"{entry.run_id} was never launched, and another version of this program planned it.",
+            found=str(error),
+            fix="start it anew: deploy CONFIG",
+        ) from None
+    return config
 
 
 @contextlib.contextmanager
@@ -140,7 +152,8 @@ def stop(run_id: str, *, remote: str | None, as_json: bool) -> int:
     """`deploy stop RUN`: end its processes on the host. 0 once it is over, however it ended."""
     with _opened(run_id, remote, launched=True) as (entry, facts, transport):
         argv = [_python(facts), "-m", "rollouts.worker.stop", entry.run_path]
-        grace_s = entry.launch.stop_grace_s if entry.launch else STOP_MARGIN_S
+        grace_s = entry.stop_grace_s
+        grace_s = STOP_MARGIN_S if grace_s is None else grace_s
         done = transport.run(argv, cwd=f"{entry.run_path}/code/tree", timeout_s=2 * grace_s + STOP_MARGIN_S)
         if done.returncode != 0:
             raise DeployError(f"{run_id} could not be stopped.", found=done.err[-2000:], started=True)

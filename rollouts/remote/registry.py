@@ -35,6 +35,14 @@ class Entry:
     def launch(self) -> LaunchPlan | None:
         return read_plan(self.mirror)
 
+    @property
+    def stop_grace_s(self) -> float | None:
+        """Of its plan, whichever version of this program wrote that: a live run may be older than we are."""
+        try:
+            return float(json.loads(self.mirror.plan.read_text())["stop_grace_s"])
+        except FileNotFoundError:
+            return None
+
 
 def register(plan: Plan, config: Config, repository: Path, record: dict[str, str], *, now: float) -> Entry:
     """Write the mirror's config, plan and code record, then the entry."""

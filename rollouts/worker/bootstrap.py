@@ -166,11 +166,9 @@ def _run(argv: list[str], spec: EnvironmentSpec, patience: Patience) -> None:
         _end_group(process)
     reader.join(END_GRACE_S)
     if process.returncode != 0:
-        pins = "engine.requirements_file" if spec.name == "engine" else "host.constraints_file"
-        fix = (
-            f"Its last lines say why; check {pins}, the requirements in pyproject.toml,"
-            " and that the host reaches its package index."
-        )
+        trainers = "host.constraints_file, the requirements in pyproject.toml"
+        inputs = "engine.requirements_file" if spec.name == "engine" else trainers
+        fix = f"Its last lines say why; check {inputs}, and that the host reaches its package index."
         message = f"environment {spec.name!r}: `{shlex.join(argv)}` failed with exit code {process.returncode}. {fix}"
         raise BootstrapError(message, tail)
 

@@ -95,9 +95,9 @@ def save_config(config: Config, changes: Mapping[str, Any], file: Path) -> Confi
     return config
 
 
-def short_demo() -> Config:
+def short_demo(demo: Path = DEMO) -> Config:
     """The demo, cut to a handful of steps."""
-    config = load_config(DEMO)
+    config = load_config(demo)
     assert config.sft is not None and config.rl is not None and config.engine is not None
     changes: dict[str, Any] = {
         "sft.num_iterations": 4,

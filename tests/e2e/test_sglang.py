@@ -13,13 +13,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
 
-from base_config import load_config
+from base_config import Config, load_config
+from rollouts.engines.keys import API_KEY_VARIABLE
+from rollouts.engines.launch import engine_url
 from rollouts.run_dir import RunDir, read_jsonl
 from rollouts.worker.processes import marked_processes
-from tests.e2e.conftest import ROOT, Far, processes_of, save_config
-from tests.remote.hosts import wait_for
+from tests.e2e.conftest import ROOT, Far, processes_of, save_config, short_demo
+from tests.remote.hosts import Laptop, wait_for
 
 DEMO = ROOT / "configs" / "00_cpu_sft_rl_sglang.py"
 SEED = 1
@@ -40,9 +43,21 @@ class Killed:
     said: str
 
 
+def told_of_itself(config: Config, key: str) -> str:
+    """What the engine answers at /server_info to the bearer of this key; "" where it is not up."""
+    assert config.engine is not None
+    try:
+        headers = {"Authorization": f"Bearer {key}"}
+        answer = httpx.get(f"{engine_url(config.engine)}/server_info", headers=headers, trust_env=False)
+    except httpx.TransportError:
+        return ""
+    return answer.text if answer.status_code == 200 else ""
+
+
 @contextmanager
-def keys_seen(run: RunDir) -> Iterator[dict[str, str]]:
-    """The keys of a run, read from its secrets file as soon as that is there; and its mode."""
+def keys_seen(run: RunDir, config: Config) -> Iterator[dict[str, str]]:
+    """The keys of a run, read from its secrets file as soon as that is there; and its mode. Under "told" what the
+    engine says of itself to the bearer of the api key, as soon as it is up."""
     seen: dict[str, str] = {}
     done = threading.Event()
 
@@ -53,6 +68,9 @@ def keys_seen(run: RunDir) -> Iterator[dict[str, str]]:
                 seen["mode"] = oct(run.secrets.stat().st_mode & 0o777)
             except (OSError, ValueError):
                 time.sleep(0.1)
+        while not done.is_set() and not seen.get("told"):
+            seen["told"] = told_of_itself(config, seen[API_KEY_VARIABLE])
+            time.sleep(0.1)
 
     thread = threading.Thread(target=look)
     thread.start()
@@ -78,7 +96,7 @@ def run(far: Far) -> Killed:
     }
     config = save_config(load_config(DEMO), changes, far.directory / "job.json")
     there = RunDir(far.remote.run_path("killed"))
-    with keys_seen(there) as keys:
+    with keys_seen(there, config) as keys:
         deploying = far.laptop.start(
             str(far.directory / "job.json"), "--remote", far.remote.target, "--run-id", "killed"
         )
@@ -113,10 +131,12 @@ def test_the_demo_learns_on_sglang(run: Killed) -> None:
 
 
 def test_its_keys_stay_nowhere(run: Killed) -> None:
-    """Goal: over a real sshd too, the run's keys stand in no file and no log once it has ended. Red with keys that
-    print as they are: SGLang logs its arguments."""
+    """Goal: over a real sshd too, the run's keys stand in no file and no log once it has ended, nor in what the engine
+    tells of itself. Red with keys that print as they are: SGLang logs its arguments."""
     keys = dict(run.keys)
+    told = keys.pop("told")
     assert keys.pop("mode") == "0o600" and len(set(keys.values())) == 2
+    assert '"admin_api_key":"***"' in told and not any(key in told for key in keys.values())
     assert "'api_key': '***'" in run.there.log("engine-0").read_text()  # it has one
     for directory in (run.there.path, run.here.path):
         for file in directory.rglob("*"):
@@ -138,3 +158,17 @@ def test_its_scheduler_is_killed(run: Killed) -> None:
     assert kinds.count("engine_restarted") == kinds.count("engine_recovered") == 1
     assert "engine_restarted" in run.said
     assert processes_of("killed") == []
+
+
+@pytest.mark.timeout(BUILD_S + 400)
+def test_the_same_here(laptop: Laptop, tmp_path: Path) -> None:
+    """Goal: without --remote too."""
+    quick = {"rl.batch_size": 16, "sft.eval_every": -1, "rl.eval_every": -1}
+    config = save_config(short_demo(DEMO), quick, tmp_path / "job.json")
+    done = laptop.deploy(str(tmp_path / "job.json"), "--run-id", "here", timeout_s=BUILD_S + 300)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    run = RunDir(tmp_path / "results" / config.output.experiment_name / "here")
+    rl = [row for row in read_jsonl(run.metrics) if row["stage"] == "rl"]
+    assert [row["step"] for row in rl] == [1, 2, 3, 4]
+    assert all(row["lag_max"] == 0 and row["logp_diff_abs"] < 1e-5 for row in rl)
+    assert processes_of("here") == []

@@ -20,6 +20,10 @@ from tests.engines.environments import interpreter
 from tests.engines.serving import CONTEXT, REPOSITORY, ROWS_MAX, await_health, free_port, start
 from tests.example_config import example_config
 
+# A host that reaches the world through a proxy, which cannot reach the host's own servers. Red with SGLang's requests
+# to itself left to it: it was never ready.
+PROXY = {name: "http://127.0.0.1:9" for name in ("http_proxy", "HTTP_PROXY")} | {"no_proxy": "", "NO_PROXY": ""}
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -96,7 +100,8 @@ def running(kind: str, old: Path, new: Path, broken: Path) -> Iterator[Running]:
     )
     python = sys.executable if kind == "embedded" else interpreter(kind)
     argv = engine_argv(engine, example.model, python=python, model_path=str(old), device_type="cpu", seed=0)
-    process = start(list(argv), engine_env(engine, device_type="cpu", tree=str(REPOSITORY)))
+    env = {**engine_env(engine, device_type="cpu", tree=str(REPOSITORY)), **PROXY}
+    process = start(list(argv), env)
     facts, url = FACTS[kind], engine_url(engine)
     try:
         await_health(url, process, facts.client.ready_route)

@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from rollouts.engines.keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, Key, is_allowed, key_for, new_keys, read_keys
+from rollouts.engines.sglang.launcher import hidden
 from rollouts.engines.vllm.guard import KeyGuard
 from rollouts.training.weight_sync import EngineError, SGLangEngine
 from tests.engines.serving import CONTEXT, PROMPT, make_model, serving
@@ -143,3 +144,30 @@ def test_vllm_is_behind_the_same_keys(monkeypatch: pytest.MonkeyPatch, path: str
     assert reached == ["http", "lifespan"]
     refused = anyio.run(ask, [(b"other", b"x")])
     assert [message.get("status") for message in refused] == ([401, None] if key else [])
+
+
+@pytest.mark.parametrize(("headers", "passes"), [([], False), ([(b"authorization", b"Bearer the-api-key")], True)])
+def test_vllms_websockets_want_a_key_too(monkeypatch: pytest.MonkeyPatch, headers: Any, passes: bool) -> None:
+    """Goal: a websocket samples as a request does (/v1/realtime): closed before it is accepted without the key. Red
+    with HTTP alone guarded."""
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+    reached: list[str] = []
+    sent: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        reached.append(scope["type"])
+
+    async def send(message: Any) -> None:
+        sent.append(message["type"])
+
+    anyio.run(KeyGuard(app), {"type": "websocket", "path": "/v1/realtime", "headers": headers}, None, send)
+    assert (reached, sent) == ((["websocket"], []) if passes else ([], ["websocket.close"]))
+
+
+def test_what_a_server_tells_of_itself_has_no_key() -> None:
+    """Goal: SGLang's /server_info has its arguments twice, the scheduler's in a list; neither shows a key. Red with
+    the list left alone."""
+    told = {"api_key": "a", "internal_states": [{"admin_api_key": "b", "port": 1}], "ssl_keyfile": None}
+    shown = {"api_key": "***", "internal_states": [{"admin_api_key": "***", "port": 1}], "ssl_keyfile": None}
+    assert hidden(told, ["a", "b"]) == shown and hidden(told, []) == told

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import deploy
+from rollouts import run_dir
 from tests.example_config import example_config
 from tests.remote.hosts import ROOT, Laptop, write_config
 
@@ -126,6 +127,25 @@ def test_a_run_name_in_use_here(laptop: Laptop) -> None:
     done = laptop.deploy(config, "--run-id", "twice")
     assert done.returncode == 2 and "run id 'twice' is in use here" in done.stderr
     assert "deploy attach twice" in done.stderr
+
+
+@pytest.mark.parametrize("earlier", ["config.json", "plan.json"])
+def test_a_run_that_an_earlier_version_prepared(laptop: Laptop, earlier: str) -> None:
+    """Goal: attach to a run that was planned with other fields and never launched says so, in one error. Red with the
+    ConfigError, and the plan's TypeError, let through."""
+    here = laptop.home / "results"
+    entry = {"run_id": "old", "experiment_name": "example", "target": "local", "home": str(laptop.rollouts_home)}
+    entry |= {"run_path": str(laptop.rollouts_home / "runs" / "old"), "local_dir": str(here)}
+    run_dir.write_json_atomic(
+        laptop.rollouts_home / "registry" / "old.json", {**entry, "repository": str(laptop.project), "created_at": 0.0}
+    )
+    run_dir.write_json_atomic(here / "plan.json", {"environments": [], "stages": []})
+    config = {} if earlier == "config.json" else example_config().to_json()
+    run_dir.write_json_atomic(here / "config.json", config)
+    done = laptop.deploy("attach", "old")
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "old was never launched, and another version of this program planned it" in done.stderr
+    assert "Nothing was started." in done.stderr
 
 
 def test_a_port_in_use(laptop: Laptop) -> None:

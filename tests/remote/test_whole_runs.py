@@ -135,7 +135,8 @@ def test_json_of_a_followed_run(laptop: Laptop) -> None:
 
 
 def test_detach_look_stop_and_pull(laptop: Laptop, make_host: Callable[..., Host], tmp_path: Path) -> None:
-    """Goal: every verb on a live run over SSH. Red with `stop` that returns before the processes end."""
+    """Goal: every verb on a live run over SSH; stop also where an earlier version of this program started it. Red with
+    `stop` that returns before the processes end, and with a plan of other fields not read."""
     host, go = make_host(), tmp_path / "go"
     config = str(write_config(laptop.project, env={"STAND_IN_WAIT": str(go)}))
     done = laptop.deploy(config, "--remote", host.target, "--run-id", "live", "--detach")
@@ -152,6 +153,9 @@ def test_detach_look_stop_and_pull(laptop: Laptop, make_host: Callable[..., Host
     assert "deploy stop live" in second.stderr and "Nothing was started." in second.stderr
     assert not host.run_path("other").exists()
     assert laptop.json("pull", "live")["state"] == "live"
+    plan = mirror(laptop, "live").plan
+    earlier = {name: value for name, value in json.loads(plan.read_text()).items() if name != "engine_restarts_max"}
+    plan.write_text(json.dumps(earlier))
     assert laptop.json("stop", "live")["state"] == "stopped"
     quiet("live")
     assert not is_live(RunDir(host.run_path("live")))

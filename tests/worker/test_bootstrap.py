@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -196,13 +197,19 @@ def test_two_runs_at_once_build_it_once(spec: EnvironmentSpec, run: RunDir, tmp_
     assert times_made(tmp_path) == 1
 
 
-def test_a_failing_installation(spec: EnvironmentSpec, run: RunDir) -> None:
+@pytest.mark.parametrize(
+    ("name", "inputs"),
+    [
+        ("trainer", "check host.constraints_file, the requirements in pyproject.toml, and that the host"),
+        ("engine", "check engine.requirements_file, and that the host"),
+    ],
+)
+def test_a_failing_installation(spec: EnvironmentSpec, run: RunDir, name: str, inputs: str) -> None:
     """Goal: what pip said last, its command and the fix are in the error; nothing counts as built. Red with the exit
-    code not looked at: an environment without its packages would be complete."""
-    spec = replace(spec, requirements=["--no-index", "tiny-thing"])
-    with pytest.raises(
-        BootstrapError, match=r"pip install .* failed with exit code 1.*host\.constraints_file"
-    ) as caught:
+    code not looked at: an environment without its packages would be complete; and with the trainer's inputs named for
+    the engine's environment."""
+    spec = replace(spec, name=name, requirements=["--no-index", "tiny-thing"])
+    with pytest.raises(BootstrapError, match=rf"pip install .* failed with exit code 1.*{re.escape(inputs)}") as caught:
         ensure_environment(spec, run, patience())
     assert any(line.startswith("ERROR: ") and "tiny-thing" in line for line in caught.value.log_tail)
     assert not is_complete(Path(spec.path))

@@ -16,7 +16,7 @@ REFUSAL = b'{"error": {"message": "Unauthorized"}}'
 
 
 class KeyGuard:
-    """401 for a request without the key that its route needs; everything else goes on to `app`."""
+    """401 for a request without the key that its route needs, its end for such a websocket; all else goes to `app`."""
 
     def __init__(self, app: App) -> None:
         self._app = app
@@ -25,9 +25,12 @@ class KeyGuard:
     async def __call__(
         self, scope: Any, receive: Callable[[], Awaitable[Message]], send: Callable[[Message], Awaitable[None]]
     ) -> None:
-        if scope["type"] == "http":
+        if scope["type"] in ("http", "websocket"):
             given = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
             if not is_allowed(scope["path"], given, *self._keys):
+                if scope["type"] == "websocket":
+                    await send({"type": "websocket.close", "code": 1008})
+                    return
                 headers = [(b"content-type", b"application/json")]
                 await send({"type": "http.response.start", "status": 401, "headers": headers})
                 await send({"type": "http.response.body", "body": REFUSAL})
