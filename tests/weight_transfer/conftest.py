@@ -22,7 +22,7 @@ def embedded_url(models: dict[str, Path]) -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def sglang_url(models: dict[str, Path]) -> Iterator[str]:
     """One server for all tests of it: it takes half a minute to start."""
     with running("sglang", models["old"], models["new"], models["new"]) as server:
