@@ -116,6 +116,23 @@ async def test_limits_end_an_episode_and_are_named(taught: InProcessEngine) -> N
 
 
 @pytest.mark.anyio
+async def test_a_long_answer_of_the_environment_does_not_exceed_the_limit(taught: InProcessEngine) -> None:
+    """Goal: no sample is longer than tokens_max, whatever a tool returns: the trainer has no room for more, and no turn
+    follows it. What was said stays in the messages. Red: a page of 5,000 tokens was in the sample."""
+
+    class Page(CalculatorEnvironment):
+        async def respond(self, message: dict[str, Any]) -> Reply:
+            return Reply([{"role": "tool", "content": "x" * 5000}], done=False, reward=0.25)
+
+    limits = Limits(tokens_max=200)
+    episode = await run_episode(endpoint(taught), Page(), QUESTION, seed=0, limits=limits)
+    sample = trajectory_to_sample(episode)
+    assert episode.ended == "tokens" and len(sample.tokens) <= 200 and sum(sample.loss_mask) > 0
+    assert taught.tokenizer.decode(sample.tokens).endswith(f"{CALL}<|end|>")
+    assert sample.reward == 0.25 and episode.messages[-1]["content"] == "x" * 5000
+
+
+@pytest.mark.anyio
 async def test_a_slow_environment_is_cut_off(taught: InProcessEngine) -> None:
     """Goal: the time limit ends the episode with the turns there are. Red without the limit: it would wait for ever."""
 
