@@ -369,8 +369,7 @@ async def test_flush_refuses_while_requests_run(client: EngineClient, served: Ru
 
 async def test_new_weights_are_sampled_from(client: EngineClient, served: Running, models: Any) -> None:
     """Goal: after a sync log-probs are the new checkpoint's, the cached prompt's too (NeMo-RL#4018), under the new
-    version. Red with
-    the version bumped and nothing loaded, and on SGLang with the cache not flushed."""
+    version. Red with the version bumped and nothing loaded, and on SGLang with the cache not flushed."""
     await client.generate(PROMPT, SHORT)
     (answer,) = await sync_weights_to_engines([client], str(served.new), "7")
     assert answer["success"] is True and answer["weight_version"] == "7"
