@@ -40,7 +40,9 @@ def test_an_offline_configs_data_fits_its_model_and_limits(file: Path, monkeypat
         if mixture:
             _, report = load_sft_mixture(mixture, tokenizer=tokenizer, max_length=max_length, seed=seed)
             assert report.left_out == {}
-    assert config.rl is not None and callable(resolve(config.rl.reward_fn))
+    assert config.rl is not None
+    for path in (config.rl.reward_fn, config.rl.agent and config.rl.agent.environment):
+        assert path is None or callable(resolve(path))
     assert len(load_prompt_mixture(config.data.rl_mixture, seed=seed)) >= config.rl.examples_per_step
 
 
@@ -60,6 +62,13 @@ def test_the_demo_on_sglang_is_the_demo() -> None:
     engine = {"engine.kind", "engine.requirements_file", "engine.context_length", "engine.max_total_tokens"}
     host = {"host.disk_free_gib_min", "limits.engine_ready_timeout_s", "output.experiment_name"}
     assert differences(demo, on_sglang) == steps | engine | host
+
+
+def test_the_demo_as_an_agent_is_the_demo() -> None:
+    """Goal: it differs in the episodes, their number, and nothing else. Red with another learning rate in it."""
+    demo, agent = (load_config(ROOT / "configs" / f"00_cpu_sft_rl{name}.py") for name in ("", "_agent"))
+    steps = {"data.rl_mixture", "rl.num_epochs", "rl.examples_per_step", "rl.batch_size"}
+    assert differences(demo, agent) == steps | {"rl.agent", "rl.reward_fn", "output.experiment_name"}
 
 
 def test_train_and_test_share_no_row() -> None:

@@ -1,4 +1,4 @@
-"""What an agent acts in: the interface, and an environment with a calculator. No engine, no tokens: messages alone."""
+"""What an agent acts in: the interface, a calculator, and a second try. No engine, no tokens: messages alone."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -51,6 +51,31 @@ class CalculatorEnvironment:
         calls = [call["function"] for call in message.get("tool_calls", ())]
         results = [{"role": "tool", "name": call["name"], "content": _answer(call)} for call in calls]
         return Reply(results, done=not calls)
+
+
+class AskAgain:
+    """A row with a question and its "answer": after a wrong one the question comes again, for half the reward.
+
+    It never ends an episode that is not right: `turns_max` does. Raises ValueError for a row without an answer.
+    """
+
+    def __init__(self) -> None:
+        self._worth = 1.0
+
+    def tools(self) -> list[dict[str, Any]]:
+        return []
+
+    async def start(self, prompt: Prompt) -> list[Message]:
+        if not isinstance(prompt, dict) or not prompt.get("answer"):
+            raise ValueError("the row has no 'answer', which AskAgain needs")
+        self._answer, self._question = str(prompt["answer"]).strip(), prompt["messages"][-1]
+        return list(prompt["messages"])
+
+    async def respond(self, message: Message) -> Reply:
+        if message["content"].strip() == self._answer:
+            return Reply([], done=True, reward=self._worth)
+        self._worth /= 2
+        return Reply([self._question], done=False)
 
 
 def _answer(call: dict[str, Any]) -> str:

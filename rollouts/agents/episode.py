@@ -136,8 +136,11 @@ async def _turn(  # noqa: PLR0917 — the parts of an episode, passed on
     answers = [*reply.messages, *({"role": "tool", "content": problem} for problem in problems)]
     if reply.done:
         return "done"
-    episode.add(between_turns(endpoint.tokenizer, episode.messages, answers, tools))
+    follows = between_turns(endpoint.tokenizer, episode.messages, answers, tools)
     episode.messages += answers
+    if len(episode.tokens) + len(follows) >= limits.tokens_max:  # no turn can follow, so nobody reads them
+        return "tokens"
+    episode.add(follows)
     return ""
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rollouts import CalculatorEnvironment, Endpoint
-from rollouts.agents.environment import Reply
+from rollouts.agents.environment import AskAgain, Reply
 from rollouts.agents.episode import AgentError, Limits, between_turns, run_episode
 from rollouts.training.agent_integration import make_agent_generate_fn, trajectory_to_sample
 from rollouts.training.datasets.data_buffer import DataBuffer
@@ -113,6 +113,36 @@ async def test_limits_end_an_episode_and_are_named(taught: InProcessEngine) -> N
     assert await ended(Limits(), max_new_tokens=10) == ("length", opening + 10, "length")
     assert await ended(Limits(tokens_max=opening + 5)) == ("tokens", opening + 5, "length")
     assert await ended(Limits(tokens_max=opening)) == ("tokens", opening, "length")
+
+
+@pytest.mark.anyio
+async def test_a_long_answer_of_the_environment_does_not_exceed_the_limit(taught: InProcessEngine) -> None:
+    """Goal: no sample is longer than tokens_max, whatever a tool returns: the trainer has no room for more, and no turn
+    follows it. What was said stays in the messages. Red: a page of 5,000 tokens was in the sample."""
+
+    class Page(CalculatorEnvironment):
+        async def respond(self, message: dict[str, Any]) -> Reply:
+            return Reply([{"role": "tool", "content": "x" * 5000}], done=False, reward=0.25)
+
+    limits = Limits(tokens_max=200)
+    episode = await run_episode(endpoint(taught), Page(), QUESTION, seed=0, limits=limits)
+    sample = trajectory_to_sample(episode)
+    assert episode.ended == "tokens" and len(sample.tokens) <= 200 and sum(sample.loss_mask) > 0
+    assert taught.tokenizer.decode(sample.tokens).endswith(f"{CALL}<|end|>")
+    assert sample.reward == 0.25 and episode.messages[-1]["content"] == "x" * 5000
+
+
+@pytest.mark.anyio
+async def test_asking_again() -> None:
+    """Goal: right at once earns 1, each wrong answer before it halves that; a row without an answer is an error, not
+    an episode that nobody can win. Red with the worth kept, and without the check."""
+    environment, question = AskAgain(), {"role": "user", "content": "ab"}
+    assert await environment.start({"messages": [question], "answer": "ba"}) == [question]
+    wrong, right = ({"role": "assistant", "content": said} for said in ("ab", " ba"))
+    assert await environment.respond(wrong) == Reply([question], done=False)
+    assert await environment.respond(right) == Reply([], done=True, reward=0.5)
+    with pytest.raises(ValueError, match="has no 'answer'"):
+        await AskAgain().start({"messages": [question]})
 
 
 @pytest.mark.anyio

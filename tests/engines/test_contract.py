@@ -368,8 +368,8 @@ async def test_flush_refuses_while_requests_run(client: EngineClient, served: Ru
 
 
 async def test_new_weights_are_sampled_from(client: EngineClient, served: Running, models: Any) -> None:
-    """Goal: after a sync log-probs are the new checkpoint's, the cached prompt's too, under the new version. Red with
-    the version bumped and nothing loaded, and on SGLang with the cache not flushed."""
+    """Goal: after a sync log-probs are the new checkpoint's, the cached prompt's too (NeMo-RL#4018), under the new
+    version. Red with the version bumped and nothing loaded, and on SGLang with the cache not flushed."""
     await client.generate(PROMPT, SHORT)
     (answer,) = await sync_weights_to_engines([client], str(served.new), "7")
     assert answer["success"] is True and answer["weight_version"] == "7"
@@ -383,8 +383,8 @@ async def test_new_weights_are_sampled_from(client: EngineClient, served: Runnin
 
 
 async def test_a_sync_in_the_middle_of_a_request(client: EngineClient, served: Running, models: Any) -> None:
-    """Goal: what was in flight goes on under the new weights; every token knows its version and has that version's
-    log-prob. Red with the cache of the old weights kept."""
+    """Goal: what was in flight goes on under the new weights, with what is left of its tokens (slime#2260); each knows
+    its version and has that version's log-prob. Red with the cache of the old weights kept."""
     versions: list[str] = []
 
     async def sync() -> None:

@@ -1,5 +1,6 @@
 """Agents in a job: the trainer's entry with a real engine, environments and rewards named by the config."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from base_config import AgentConfig
+from base_config import AgentConfig, load_config
 from rollouts.run_dir import RunDir, read_jsonl
 from rollouts.training.rl_losses import sft_loss
 from tests.engines.serving import serving
+from tests.example_config import replace_at
 from tests.training import tiny_task
-from tests.worker.test_trainer_jobs import config, rows, train
+from tests.worker.test_trainer_jobs import ROOT, config, rows, train
 
 AGENT = AgentConfig(
     environment="tests.agents.environments.TwoTurns",
@@ -76,6 +78,26 @@ def test_an_agent_job_trains_on_episodes(run: RunDir) -> None:
         assert sample["metadata"]["turns"] == 2
         assert [m["role"] for m in sample["metadata"]["messages"]] == ["user", "assistant", "user", "assistant"]
     assert run.latest_checkpoint("rl").resolve().name == "step_000003"
+
+
+def test_the_shipped_agent_config_runs(model: Path, engine_url: str, tmp_path: Path) -> None:
+    """Goal: configs/00_cpu_sft_rl_agent.py's rl stage, two steps of it: who was wrong was asked again, and only they.
+
+    Red with the question not asked again.
+    """
+    shipped = load_config(ROOT / "configs" / "00_cpu_sft_rl_agent.py")
+    (prompts,) = shipped.data.rl_mixture
+    changes = {"model.name": str(model), "model.init": "pretrained", "output.mode": "rl", "data.eval_mixture": []}
+    for path, value in {**changes, "data.rl_mixture": [dataclasses.replace(prompts, max_samples=32)]}.items():
+        shipped = replace_at(shipped, path, value)
+    run = train(tmp_path / "run", "rl", shipped, engine_url)
+    samples = read_jsonl(run.rollouts)
+    assert len(samples) == 2 * 16 * 8 and len(read_jsonl(run.metrics)) == 2
+    for sample in samples:
+        asked = [message["content"] for message in sample["metadata"]["messages"] if message["role"] == "user"]
+        assert set(asked) == {sample["prompt"]["messages"][-1]["content"]}
+        assert sample["reward"] == {"done": 1.0 / len(asked)}.get(sample["metadata"]["ended"], 0.0)
+    assert any(sample["metadata"]["turns"] == 2 for sample in samples)
 
 
 def test_it_is_on_policy(run: RunDir) -> None:

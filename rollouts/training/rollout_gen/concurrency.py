@@ -21,7 +21,8 @@ async def gather_in_order(calls: Sequence[Callable[[], Awaitable[Any]]]) -> list
             for index in range(len(calls)):
                 tasks.start_soon(run, index)
     except BaseExceptionGroup as group:
-        raise representative(group) from None
+        error = representative(group)
+        raise error from error.__cause__
     return results
 
 

@@ -181,14 +181,14 @@ async def test_a_saved_state_continues_with_exactly_the_same_batches() -> None:
 async def test_a_failed_batch_loses_no_prompt_and_its_error_comes_through() -> None:
     """Goal: the user's own exception, no group of groups, the others cancelled; afterwards all is as before.
 
-    Red when an ExceptionGroup came out, and when the buffer had moved on.
+    Red when an ExceptionGroup came out, when the buffer had moved on, and when the error had lost its cause.
     """
     failing = True
     cancelled: list[Any] = []
 
     async def generate(prompts: list[Any]) -> list[Sample]:
         if failing and prompts[0] == target:
-            raise ZeroDivisionError("boom")
+            raise ZeroDivisionError("boom") from KeyError("why")
         if failing:
             try:
                 await anyio.sleep_forever()
@@ -201,8 +201,9 @@ async def test_a_failed_batch_loses_no_prompt_and_its_error_comes_through() -> N
     await rollouts.generate_batch()
     state, target, failing = rollouts.save_state(), rollouts.buffer.prompts[0], True
     target = DataBuffer(PROMPTS, seed=1).get_prompts(9)[-1]
-    with anyio.fail_after(30), pytest.raises(ZeroDivisionError, match="boom"):
+    with anyio.fail_after(30), pytest.raises(ZeroDivisionError, match="boom") as caught:
         await rollouts.generate_batch()
+    assert isinstance(caught.value.__cause__, KeyError)
     assert len(cancelled) == 1 and rollouts.save_state() == state
     failing = False
     assert prompts_of(await rollouts.generate_batch()) == DataBuffer(PROMPTS, seed=1).get_prompts(8)[4:]
