@@ -23,7 +23,11 @@ EXPERIMENT_NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_-]{0,47}"  # also a tmux sessi
 DOTTED_NAME_PATTERN = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+"
 BEST_PATTERN = r"(min|max) \S+"
 ENGINE_SOURCES = ("engine", "engine_only")  # rl.source where rollouts come from an engine, not from a file
-WEIGHT_SYNCS = {"embedded": ("disk", "tensor"), "sglang": ("disk", "tensor", "broadcast"), "vllm": ("disk",)}
+WEIGHT_SYNCS = {"embedded": ("disk", "tensor"), "sglang": ("disk", "tensor", "broadcast", "lora"), "vllm": ("disk",)}
+SGLANG_LORA_TARGETS = (  # linear layers that SGLang has adapters for
+    *("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "gate_proj", "up_proj", "down_proj", "gate_up_proj"),
+    *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
+)
 ENV_NAME_PATTERN = r"[A-Za-z_][A-Za-z0-9_]*"
 
 
@@ -250,9 +254,9 @@ class EngineConfig:
     context_length: int  # tokens, prompt and answer together
     max_total_tokens: int  # tokens that the key-value cache holds; -1: as many as mem_fraction leaves room for
     max_running_requests: int  # sequences decoded at once; more wait in line
-    weight_sync: Literal["disk", "tensor", "broadcast"]  # how new weights get there: docs/engines.md
+    weight_sync: Literal["disk", "tensor", "broadcast", "lora"]  # how new weights get there: docs/engines.md
     weight_sync_bucket_mib: int  # tensor, broadcast: weights are sent in pieces of about this size
-    weights_on_tmpfs: bool  # disk: in memory (/dev/shm), where trainer and engine share a host
+    weights_on_tmpfs: bool  # disk, lora: in memory (/dev/shm), where trainer and engine share a host
     sleep_while_training: bool  # colocated on a GPU: the engine gives its memory back while the trainer steps
     restarts_max: int  # how often in a run an engine that died or hangs is started again; 0: never
 
@@ -769,7 +773,7 @@ def _engine_checks(engine: EngineConfig) -> Checks:
     kinds = WEIGHT_SYNCS[engine.kind]
     need = f"{' or '.join(map(repr, kinds))} with engine.kind={engine.kind!r}"
     yield _need(engine.weight_sync in kinds, "engine.weight_sync", engine.weight_sync, need)
-    on_disk = engine.weight_sync == "disk" or not engine.weights_on_tmpfs
+    on_disk = engine.weight_sync in ("disk", "lora") or not engine.weights_on_tmpfs
     need = f"False: engine.weight_sync={engine.weight_sync!r} writes no weights to disk"
     yield _need(on_disk, "engine.weights_on_tmpfs", engine.weights_on_tmpfs, need)
     sleeps = engine.sleep_while_training
@@ -891,6 +895,8 @@ def _cross_checks(config: Config) -> Checks:
 def _weight_sync_checks(config: Config, engine: EngineConfig) -> Checks:
     """Whether the engine can be reached in the way that its weights are to come."""
     target, lag = config.target, config.rl.policy_lag_steps_max if config.rl else 0
+    if engine.weight_sync == "lora":
+        yield from _adapter_checks(config, engine)
     ahead = engine.sleep_while_training and lag > 0
     need = f"False: with rl.policy_lag_steps_max={lag} the engine samples while the trainer steps"
     yield _need(not ahead, "engine.sleep_while_training", engine.sleep_while_training, need)
@@ -908,6 +914,21 @@ def _weight_sync_checks(config: Config, engine: EngineConfig) -> Checks:
     sleeps = engine.sleep_while_training
     need = f"False: there is memory to give back where a GPU is shared, and {where}"
     yield _need(shared or not sleeps, "engine.sleep_while_training", sleeps, need)
+
+
+def _adapter_checks(config: Config, engine: EngineConfig) -> Checks:
+    """Whether adapters alone can be sent: weight_sync="lora"."""
+    lora, rl = config.model.lora, config.rl
+    need = "'disk', 'tensor' or 'broadcast' with model.lora=None: there are no adapters to send"
+    yield _need(lora is not None, "engine.weight_sync", "lora", need)
+    if lora is not None and lora.target_modules != "all-linear":
+        others = [name for name in lora.target_modules if name.rpartition(".")[2] not in SGLANG_LORA_TARGETS]
+        need = f"names that SGLang has adapters for ({', '.join(SGLANG_LORA_TARGETS)}), or weight_sync='disk'"
+        yield _need(not others, "model.lora.target_modules", others, need)
+    need = "False with engine.weight_sync='lora': a request keeps the adapter that it started with"
+    yield _need(not (rl and rl.in_flight_updates), "rl.in_flight_updates", True, need)
+    need = "False with engine.weight_sync='lora': the engine's own weights, which nobody sends again, would be lost"
+    yield _need(not engine.sleep_while_training, "engine.sleep_while_training", True, need)
 
 
 def _rate_checks(config: Config, name: str) -> Checks:

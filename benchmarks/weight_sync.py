@@ -5,6 +5,7 @@ the copy: of each kind of transfer (pause → transfer → flush → version →
 of a whole sync with its proof by log-probs; beside it what a sync was without any of that: `save_pretrained`, then
 /update_weights_from_disk. The engine is the real SGLang on a CPU where its interpreter is given (or in
 ROLLOUTS_TEST_SGLANG_PYTHON), else the embedded one, which has no broadcast. fp32, one thread each: at least two cores.
+Kind "lora" sends an adapter of rank 16 of all linear layers alone, to an SGLang started for that: GB/s are its bytes.
 
 The copy is `destination.copy_(source)`, tensor by tensor, memory that both have touched before. "copy to a file" writes
 the same bytes to a new file in /dev/shm. Medians of `--repeats`, after three that are not counted (the first two make
@@ -12,6 +13,7 @@ what later ones reuse).
 """
 
 import argparse
+import dataclasses
 import os
 import shutil
 import statistics
@@ -30,9 +32,12 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from base_config import LoraConfig  # noqa: E402
 from rollouts.training.backends.pytorch import PyTorchTrainingBackend  # noqa: E402
+from rollouts.training.lora import LoraSettings, apply_lora  # noqa: E402
 from rollouts.training.rl_losses import grpo_loss  # noqa: E402
 from rollouts.training.weight_sync import SGLangEngine  # noqa: E402
+from rollouts.training.weight_transfer.adapter import AdapterTransfer  # noqa: E402
 from rollouts.training.weight_transfer.broadcast import BroadcastLink  # noqa: E402
 from rollouts.training.weight_transfer.buckets import BucketTransfer  # noqa: E402
 from rollouts.training.weight_transfer.disk import DiskTransfer  # noqa: E402
@@ -49,7 +54,8 @@ SIZES = {  # hidden size, layers, vocabulary: about so many bytes in fp32
     "1GB": (1536, 8, 16384),
 }
 WARM_UP = 3
-KINDS = ("disk", "tmpfs", "tensor", "broadcast")
+KINDS = ("disk", "tmpfs", "tensor", "broadcast", "lora")
+LORA = LoraConfig(rank=16, alpha=32.0, dropout=0.0, target_modules="all-linear", init_seed=0)
 
 
 def make_model(size: str, directory: Path) -> Any:
@@ -119,8 +125,11 @@ def copy_to_file_s(model: Any, repeats: int) -> float:
 
 
 def transfer_of(kind: str, backend: Any, directory: Path, bucket_mib: int) -> Any:
+    place = SHARED_MEMORY / f"rollouts-benchmark-{os.getpid()}-weights"
+    if kind == "lora":
+        return AdapterTransfer(backend, place, temporary=True)
     if kind in ("disk", "tmpfs"):
-        place = directory / "weights" if kind == "disk" else SHARED_MEMORY / f"rollouts-benchmark-{os.getpid()}-weights"
+        place = directory / "weights" if kind == "disk" else place
         return DiskTransfer(backend, place, temporary=True)
     link: Any = SharedMemoryLink() if kind == "tensor" else BroadcastLink(device_type="cpu", timeout_s=120.0)
     return BucketTransfer(backend, link, dtype=None, bucket_bytes=bucket_mib * 2**20)
@@ -154,9 +163,20 @@ async def plain_s(model: Any, url: str, directory: Path, repeats: int) -> float:
 
 
 @contextmanager
-def engine_over(kind: str, model: Path) -> Iterator[str]:
-    with running(kind, model, model, model) as server:
+def engine_over(kind: str, model: Path, lora: LoraConfig | None = None) -> Iterator[str]:
+    with running(kind, model, model, model, lora=lora) as server:
         yield server.url
+
+
+def adapters_s(directory: Path, options: argparse.Namespace) -> tuple[float, tuple[float, float]]:
+    """Gigabytes of an adapter of the model in `directory`, and its `sync_s`."""
+    model = AutoModelForCausalLM.from_pretrained(directory / "model", dtype=torch.float32)
+    apply_lora(model, LoraSettings(**dataclasses.asdict(LORA)), base_name=str(directory / "model"))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    backend = PyTorchTrainingBackend(model, torch.optim.SGD(trained, lr=0.1), grpo_loss, directory)
+    with engine_over("sglang", directory / "model", LORA) as url:
+        seconds = anyio.run(sync_s, "lora", backend, url, directory, options)
+    return sum(parameter.nbytes for parameter in trained) / 1e9, seconds
 
 
 def measure(size: str, kind: str, directory: Path, options: argparse.Namespace) -> None:
@@ -171,13 +191,18 @@ def measure(size: str, kind: str, directory: Path, options: argparse.Namespace) 
     with engine_over(kind, directory / "model") as url:
         rows["save_pretrained + reload"] = anyio.run(plain_s, model, url, directory, options.repeats), None
         for name in options.kinds:
-            if name != "broadcast" or kind == "sglang":
+            if name != "lora" and (name != "broadcast" or kind == "sglang"):
                 rows[name] = anyio.run(sync_s, name, backend, url, directory, options)
+    sizes = {}
+    if "lora" in options.kinds and kind == "sglang":
+        sizes["lora"], rows["lora"] = adapters_s(directory, options)
     print(f"\n{gigabytes:.3f} GB in {len(list(model.parameters()))} tensors, engine: {kind}, {options.repeats} repeats")
     print(f"{'':30}{'seconds':>10}{'GB/s':>8}{'x copy':>9}{'with proof':>12}")
     for name, (seconds, whole) in rows.items():
         proven = "" if whole is None else f"{whole:12.3f}"
-        print(f"{name:30}{seconds:10.3f}{gigabytes / seconds:8.2f}{seconds / limit_s:9.2f}{proven}", flush=True)
+        sent = sizes.get(name, gigabytes)
+        share = "" if sent == gigabytes else f"  ({sent / gigabytes:.2%} of the bytes)"
+        print(f"{name:30}{seconds:10.3f}{sent / seconds:8.2f}{seconds / limit_s:9.2f}{proven}{share}", flush=True)
 
 
 def main() -> None:

@@ -183,9 +183,9 @@ def whole_weights(model: nn.Module, *, copy: bool, dtype: torch.dtype | None = N
 
 
 @torch.no_grad()
-def whole_adapter(model: nn.Module) -> dict[str, Tensor]:
+def whole_adapter(model: nn.Module, *, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """A copy of the adapter's tensors, as `whole_weights`; {} for a model without LoRA."""
-    return _whole_tensors(lora.adapter_state_dict(model), copy=True) if lora.is_lora(model) else {}
+    return _whole_tensors(lora.adapter_state_dict(model), copy=True, dtype=dtype) if lora.is_lora(model) else {}
 
 
 def _whole_tensors(tensors: Mapping[str, Tensor], *, copy: bool, dtype: torch.dtype | None = None) -> dict[str, Tensor]:

@@ -295,6 +295,7 @@ def weight_transfer(config: Config, run: RunDir, backend: "PyTorchTrainingBacken
     """The transfer that engine.weight_sync names. Weights travel in the engines' dtype."""
     import torch
 
+    from rollouts.training.weight_transfer.adapter import AdapterTransfer
     from rollouts.training.weight_transfer.broadcast import BroadcastLink
     from rollouts.training.weight_transfer.buckets import BucketTransfer
     from rollouts.training.weight_transfer.disk import DiskTransfer
@@ -302,9 +303,10 @@ def weight_transfer(config: Config, run: RunDir, backend: "PyTorchTrainingBacken
 
     engine = cast(EngineConfig, config.engine)
     dtype = None if config.model.dtype == "float32" else getattr(torch, config.model.dtype)
-    if engine.weight_sync == "disk":
+    if engine.weight_sync in ("disk", "lora"):
         directory = run.weights_in_memory if engine.weights_on_tmpfs else run.weights
-        return DiskTransfer(backend, directory, dtype=dtype, temporary=engine.weights_on_tmpfs)
+        kind = AdapterTransfer if engine.weight_sync == "lora" else DiskTransfer
+        return kind(backend, directory, dtype=dtype, temporary=engine.weights_on_tmpfs)
     readers = engine.tensor_parallel_size
     link: Any = SharedMemoryLink(tensor_parallel_size=readers)
     if engine.weight_sync == "broadcast":

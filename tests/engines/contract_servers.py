@@ -13,6 +13,7 @@ from pathlib import Path
 
 import anyio
 
+from base_config import LoraConfig
 from rollouts.engines.launch import engine_argv, engine_env, engine_url
 from rollouts.training.inference.client import EngineClient
 from rollouts.training.weight_sync import SGLangEngine, VLLMEngine
@@ -86,10 +87,11 @@ class Running:
 
 
 @contextmanager
-def running(kind: str, old: Path, new: Path, broken: Path) -> Iterator[Running]:
-    """A server of this kind over `old`, started as a run starts it, and ended afterwards."""
+def running(kind: str, old: Path, new: Path, broken: Path, *, lora: LoraConfig | None = None) -> Iterator[Running]:
+    """A server of this kind over `old`, started as a run starts it; ended afterwards. `lora`: for adapters alone."""
     example = example_config()
     assert example.engine is not None
+    model = dataclasses.replace(example.model, lora=lora)
     engine = dataclasses.replace(
         example.engine,
         kind=kind,
@@ -97,9 +99,10 @@ def running(kind: str, old: Path, new: Path, broken: Path) -> Iterator[Running]:
         context_length=CONTEXT,
         max_total_tokens=65_536,
         max_running_requests=ROWS_MAX,
+        weight_sync="disk" if lora is None else "lora",
     )
     python = sys.executable if kind == "embedded" else interpreter(kind)
-    argv = engine_argv(engine, example.model, python=python, model_path=str(old), device_type="cpu", seed=0)
+    argv = engine_argv(engine, model, python=python, model_path=str(old), device_type="cpu", seed=0)
     env = {**engine_env(engine, device_type="cpu", tree=str(REPOSITORY)), **PROXY}
     process = start(list(argv), env)
     facts, url = FACTS[kind], engine_url(engine)

@@ -7,6 +7,7 @@ import pytest
 
 from tests.engines.contract_servers import running
 from tests.engines.serving import make_model, serving
+from tests.weight_transfer.sending import LORA
 
 
 @pytest.fixture(scope="session")
@@ -24,8 +25,8 @@ def embedded_url(models: dict[str, Path]) -> Iterator[str]:
 
 @pytest.fixture(scope="package")
 def sglang_url(models: dict[str, Path]) -> Iterator[str]:
-    """One server for all tests of it: it takes half a minute to start."""
-    with running("sglang", models["old"], models["new"], models["new"]) as server:
+    """One server for all tests of it: it takes half a minute to start. It has room for an adapter of LORA's kind."""
+    with running("sglang", models["old"], models["new"], models["new"], lora=LORA) as server:
         yield server.url
 
 

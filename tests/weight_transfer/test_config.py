@@ -10,17 +10,22 @@ import torch
 from base_config import Config
 from rollouts.run_dir import RunDir
 from rollouts.training.weight_sync import SGLangEngine
+from rollouts.training.weight_transfer.adapter import AdapterTransfer
 from rollouts.training.weight_transfer.broadcast import BroadcastLink
 from rollouts.training.weight_transfer.buckets import BucketTransfer
 from rollouts.training.weight_transfer.disk import DiskTransfer
 from rollouts.training.weight_transfer.tensor import SharedMemoryLink
 from rollouts.worker.trainer_wiring import weight_sync, weight_transfer
 from tests.example_config import example_config, replace_at
-from tests.weight_transfer.sending import backend_over
+from tests.weight_transfer.sending import LORA, backend_over
 
 SGLANG = {"engine.kind": "sglang", "engine.requirements_file": "requirements/sglang-cpu.txt"}
 GPU = {**SGLANG, "target.device_type": "cuda", "target.gpu_ranks": [0], "engine.gpu_ranks": [0]}
 APART = {**GPU, "engine.gpu_ranks": [1]}
+
+
+ADAPTED = {"model.lora": LORA}
+ADAPTERS = {**SGLANG, **ADAPTED, "engine.weight_sync": "lora"}
 
 
 def config_with(changes: dict[str, Any]) -> Config:
@@ -55,6 +60,14 @@ def config_with(changes: dict[str, Any]) -> Config:
         ({**APART, "engine.weight_sync": "broadcast"}, None),
         ({**APART, "engine.weight_sync": "tensor"}, "CUDA memory is shared on one GPU"),
         ({"engine.weight_sync": "tensor", "engine.restarts_max": 1, "rl.policy_lag_steps_max": 1}, None),
+        ({"engine.weight_sync": "lora", **ADAPTED}, "engine.weight_sync='lora': needs 'disk' or 'tensor'"),
+        ({**ADAPTERS, "engine.weights_on_tmpfs": True, "engine.restarts_max": 1, "rl.policy_lag_steps_max": 1}, None),
+        ({**ADAPTERS, "model.lora": None}, "engine.weight_sync='lora': needs 'disk', 'tensor' or 'broadcast' with"),
+        ({**ADAPTERS, **APART}, None),
+        (
+            {**ADAPTERS, **GPU, "engine.sleep_while_training": True},
+            "sleep_while_training=True: needs False with engine",
+        ),
     ],
 )
 def test_what_is_refused(changes: dict[str, Any], refused: str | None) -> None:
@@ -68,6 +81,22 @@ def test_what_is_refused(changes: dict[str, Any], refused: str | None) -> None:
         assert len(found) == 1 and refused in found[0]
 
 
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        ({"rl.policy_lag_steps_max": 1, "rl.in_flight_updates": True}, "rl.in_flight_updates=True: needs False with"),
+        ({"model.lora.target_modules": ["q_proj", "c_attn"]}, "model.lora.target_modules=['c_attn']: needs names that"),
+        ({"model.lora.target_modules": ["layers.0.mlp.up_proj"]}, None),
+    ],
+)
+def test_what_else_adapters_alone_refuse(changes: dict[str, Any], refused: str | None) -> None:
+    """Goal: what would sample with an older adapter than it says, and layers that SGLang cannot adapt, are refused.
+    Red with each of the two checks left out.
+    """
+    found = [p for p in config_with({**ADAPTERS, **changes}).problems() if "in_flight" in p or "target_modules" in p]
+    assert found == [] if refused is None else len(found) == 1 and refused in found[0]
+
+
 def test_each_kind_is_wired(models: dict[str, Path], tmp_path: Path) -> None:
     """Goal: kind, bucket size, place and dtype come from the config. Red with a bucket size of its own."""
     run, backend = RunDir(tmp_path / "some-run"), backend_over(models["old"], tmp_path)
@@ -77,6 +106,8 @@ def test_each_kind_is_wired(models: dict[str, Path], tmp_path: Path) -> None:
     assert isinstance(memory, DiskTransfer) and memory._temporary
     assert str(memory.directory) == "/dev/shm/rollouts-some-run-weights"
     assert memory._options == {"dtype": torch.bfloat16}
+    lora = weight_transfer(config_with({**ADAPTERS, "engine.weights_on_tmpfs": True}), run, backend)
+    assert isinstance(lora, AdapterTransfer) and lora._temporary and lora._directory == run.weights_in_memory
     sized = {"engine.weight_sync_bucket_mib": 7, "engine.tensor_parallel_size": 2}
     tensor = weight_transfer(config_with({"engine.weight_sync": "tensor", **sized}), run, backend)
     assert isinstance(tensor, BucketTransfer) and tensor._bucket_bytes == 7 * 2**20 and tensor._dtype is None

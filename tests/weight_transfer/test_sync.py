@@ -1,5 +1,7 @@
 """Whole syncs, of every kind, to the embedded engine and to the real SGLang on a CPU."""
 
+import copy
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -13,11 +15,20 @@ from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 from rollouts.training.backends.pytorch import PyTorchTrainingBackend
 from rollouts.training.inference.http import EngineError
 from rollouts.training.inference.resilient import resilient
+from rollouts.training.inference.weight_routes import Adapter
 from rollouts.training.rl_losses import grpo_loss
 from rollouts.training.weight_sync import SGLangEngine, WeightSyncError
 from rollouts.training.weight_transfer.sync import WeightSync
 from tests.engines.serving import await_health, config_of, embedded_argv, free_port, start
-from tests.weight_transfer.sending import IDS, backend_over, change, expected_logprobs, transfer_of
+from tests.weight_transfer.sending import (
+    IDS,
+    LORA,
+    backend_over,
+    change,
+    expected_logprobs,
+    lora_backend,
+    transfer_of,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -188,6 +199,83 @@ async def test_an_engine_that_comes_back(models: dict[str, Path], backend: Any, 
         await engine.client.aclose()
     finally:
         process.kill()
+
+
+@pytest.fixture
+def adapted(models: dict[str, Path], tmp_path: Path) -> PyTorchTrainingBackend:
+    """Adapters over a base that no engine was given."""
+    return lora_backend(Path(shutil.copytree(models["new"], tmp_path / "base")), tmp_path / "checkpoints")
+
+
+async def test_adapters_alone(sglang_url: str, adapted: Any, tmp_path: Path) -> None:
+    """Goal: after each of two syncs the engine scores and samples with the trainer's unmerged adapter, over the
+    trainer's frozen weights (it starts with others), under the version asked for; a request that was under way ends
+    with the adapter it started with, and says so. Only the last adapter stays, and nothing but adapters was written.
+
+    Red with requests that name no adapter, without the base, with the server's own word on versions, and with the
+    adapter before left loaded.
+    """
+    directory = tmp_path / "weights"
+    async with SGLangEngine(sglang_url, timeout_s=60) as engine:
+        sync = WeightSync(adapted, [engine], transfer_of("lora", adapted, directory), dtype="float32")
+        change(adapted, seed=1)
+        before = copy.deepcopy(adapted.model)
+        async with anyio.create_task_group() as group:
+            finished: list[Any] = []
+
+            async def ask() -> None:
+                finished.extend(await engine.generate(IDS, {"max_new_tokens": 100, "ignore_eos": True}))
+
+            await sync(1)
+            group.start_soon(ask)
+            await anyio.sleep(0.3)
+            change(adapted, seed=2)
+            await sync(2)
+        assert await engine.input_logprobs(IDS) == pytest.approx(expected_logprobs(adapted.model), abs=1e-5)
+        (row,) = await engine.generate(IDS, {"max_new_tokens": 20, "ignore_eos": True})
+        for model, answer, version in ((before, finished[0], "1"), (adapted.model, row, "2")):
+            expected = expected_logprobs(model, [*IDS, *answer.output_ids])[len(IDS) - 1 :]
+            assert answer.logprobs == pytest.approx(expected, abs=1e-4)
+            assert answer.weight_version == version
+            assert answer.weight_versions == [{"version": version, "start": 0, "end": len(answer.output_ids)}]
+        (loaded,) = await engine.load_adapter("another", str(directory / "version_000002")) - {"another"}
+        await engine.unload_adapter("another")
+        assert engine.adapter is not None and engine.adapter.name == loaded
+        files = {file.name for file in directory.rglob("*") if file.is_file()}
+        assert files == {"adapter_config.json", "adapter_model.safetensors", "base.json"}
+        await sync.aclose()
+    assert not directory.exists()
+
+
+async def test_an_engine_that_comes_back_without_the_adapter(
+    sglang_url: str, models: dict[str, Path], adapted: Any, tmp_path: Path
+) -> None:
+    """Goal: an engine that knows no such adapter, and serves its start model under its first version, as one that was
+    started again, has base and adapter before a request is answered. Red with its refusal raised as the caller's.
+    """
+    recovered: list[Any] = []
+    client = SGLangEngine(sglang_url, timeout_s=60)
+    (engine,) = resilient([client], reruns_max=3, recover_timeout_s=60, on_recovered=recovered.append)
+    sync = WeightSync(adapted, [engine], transfer_of("lora", adapted, tmp_path / "weights"), dtype="float32")
+    change(adapted, seed=4)
+    await sync(1)
+    await client.update_weights_from_disk(str(models["old"]))
+    await client.update_weight_version("default")
+    client.serve_adapter(Adapter("of-another-life", "1"))
+    (row,) = await engine.generate(IDS, {"max_new_tokens": 3})
+    assert row.weight_version == "1" and len(recovered) == 1
+    assert await engine.input_logprobs(IDS) == pytest.approx(expected_logprobs(adapted.model), abs=1e-5)
+    await sync.aclose()
+    await client.aclose()
+
+
+async def test_an_adapter_that_does_not_fit(sglang_url: str, adapted: Any, models: Any, tmp_path: Path) -> None:
+    """Goal: what the engine says of an adapter it cannot take is the error; it is left paused."""
+    larger = lora_backend(models["new"], tmp_path, rank=LORA.rank + 1)
+    async with SGLangEngine(sglang_url, timeout_s=30) as engine:
+        with pytest.raises(WeightSyncError, match=r"version 9 failed at 1 of 1 engines: .*rank 4 is incompatible"):
+            await transfer_of("lora", larger, tmp_path / "larger")([engine], "9")
+        await WeightSync(adapted, [engine], transfer_of("lora", adapted, tmp_path / "fitting"), dtype="float32")(10)
 
 
 async def test_a_hanging_receiver_of_a_broadcast(sglang_url: str, backend: Any, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import posixpath
 from rollouts.engines.command import DeviceType, Server
 
 READY_PATH = "/ready"  # cheap; /health samples a token
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # fused ones included
 CPU_FLAGS = (
     *("--attention-backend", "torch_native"),
     *("--sampling-backend", "pytorch"),
@@ -37,8 +38,24 @@ def argv(server: Server) -> tuple[str, ...]:
         *("--random-seed", str(server.seed)),
         *("--log-level-http", "warning"),  # else a line per request
         *(CPU_FLAGS if cpu else ()),
+        *_adapter_flags(server),
         *(("--enable-memory-saver",) if engine.sleep_while_training else ()),
         *(("--trust-remote-code",) if model.trust_remote_code else ()),
+    )
+
+
+def _adapter_flags(server: Server) -> tuple[str, ...]:
+    """Room for one adapter at a time. The kernels that SGLang takes by itself are Triton's."""
+    lora = server.model.lora
+    if server.engine.weight_sync != "lora" or lora is None:
+        return ()
+    names = ALL_LINEAR if lora.target_modules == "all-linear" else lora.target_modules
+    return (
+        "--enable-lora",
+        *("--max-lora-rank", str(lora.rank)),
+        *("--max-loras-per-batch", "1"),
+        *("--lora-target-modules", *dict.fromkeys(name.rpartition(".")[2] for name in names)),
+        *(("--lora-backend", "torch_native") if server.device_type == "cpu" else ()),
     )
 
 

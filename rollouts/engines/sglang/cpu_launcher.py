@@ -7,6 +7,8 @@ environment must have `cpu_stubs` on its PYTHONPATH and SGLANG_USE_CPU_ENGINE=1.
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # small functions are compiled on first use, with a C++ compiler
 
@@ -33,7 +35,34 @@ def _seeds_without_a_gpu() -> None:
     batch_invariant_ops.enable_batch_invariant_mode = lambda: None
 
 
+class _Unpinned(ModuleType):
+    """torch for modules that make pinned tensors: plain memory, since nothing is copied to a GPU from it."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def tensor(self, *arguments: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        return torch.tensor(*arguments, **options)
+
+    def zeros(self, *arguments: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        return torch.zeros(*arguments, **options)
+
+
+def _adapters_without_a_gpu() -> None:
+    """Let --enable-lora start on a CPU: SGLang's own torch backend computes there, but pins what it makes.
+
+    Without a GPU torch has nothing to pin for: a RuntimeError as the first layer is wrapped.
+    """
+    from sglang.srt.lora import layers
+    from sglang.srt.lora.backend import torch_backend
+
+    torch.Tensor.pin_memory = lambda self, *_: self  # type: ignore[method-assign]
+    layers.torch = torch_backend.torch = _Unpinned("torch")
+
+
 _seeds_without_a_gpu()
+if "--enable-lora" in sys.argv:
+    _adapters_without_a_gpu()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Client of an SGLang server, and of the embedded engine, which speaks the same routes."""
 
+import dataclasses
 import json
 import math
 import uuid
@@ -16,7 +17,7 @@ from rollouts.training.inference.http import (
 )
 from rollouts.training.inference.protocol import Server, check_version
 from rollouts.training.inference.requests import row_seed
-from rollouts.training.inference.weight_routes import WeightRoutes
+from rollouts.training.inference.weight_routes import Adapter, WeightRoutes
 
 SPARE_TOKENS = 2  # of its context, SGLang never fills the last ones: an answer that should is cut short, silently
 
@@ -74,18 +75,21 @@ class SGLangEngine(WeightRoutes, EngineClient):
         if rid is not None:
             body["rid"] = self._row_rids[rid] = rids
         try:
-            answer = await self._request("POST", "/generate", body)
+            answer = await self._generate(body, adapter := self.adapter)
         finally:
             if rid is not None:
                 self._row_rids.pop(rid, None)
-        flat = self._generations(answer, n * len(prompts), return_logprob)
+        flat = self._generations(answer, n * len(prompts), return_logprob, adapter)
         return [flat[start : start + n] for start in range(0, len(flat), n)]
 
-    def _generations(self, answers: Any, expected: int, return_logprob: bool) -> list[Generation]:
+    def _generations(
+        self, answers: Any, expected: int, return_logprob: bool, adapter: Adapter | None
+    ) -> list[Generation]:
         if not isinstance(answers, list) or len(answers) != expected:
             found = len(answers) if isinstance(answers, list) else type(answers).__name__
             raise EngineError(f"{self.base_url}/generate: asked for {expected} continuations, got {found}")
-        return [_generation(answer, return_logprob, self.base_url) for answer in answers]
+        rows = [_generation(answer, return_logprob, self.base_url) for answer in answers]
+        return rows if adapter is None else [_sampled_with(adapter.version, row) for row in rows]
 
     async def pause(self, mode: str = "retract") -> None:
         """Stop sampling: "abort" ends what runs, "retract" re-queues it, "in_place" freezes it with its cache."""
@@ -165,6 +169,12 @@ class SGLangEngine(WeightRoutes, EngineClient):
 
 def _with_row_seed(params: Mapping[str, Any], row: int) -> dict[str, Any]:
     return {**params, "sampling_seed": row_seed(params.get("sampling_seed"), row)}
+
+
+def _sampled_with(version: str, row: Generation) -> Generation:
+    """The server reports the version of now for all adapters; a request has the one that it named to its end."""
+    spans = [{"version": version, "start": 0, "end": len(row.output_ids)}]
+    return dataclasses.replace(row, weight_version=version, weight_versions=spans)
 
 
 def _generation(answer: Any, return_logprob: bool, where: str) -> Generation:

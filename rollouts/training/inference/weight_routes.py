@@ -1,13 +1,24 @@
 """The routes of an SGLang server that change its weights, and those that show which ones it serves."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from rollouts.training.inference.http import EngineError, HTTPEngine
+from rollouts.training.inference.http import EngineError, EngineLost, HTTPEngine
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter that a server has loaded."""
+
+    name: str  # what the server knows it by
+    version: str  # of the weights: the server's own ones with this adapter
 
 
 class WeightRoutes(HTTPEngine):
     """Part of `SGLangEngine`. Every call raises EngineError when the server does not say that it succeeded."""
+
+    adapter: Adapter | None = None  # that all requests name; None: they get the server's own weights
 
     async def begin_weight_update(self) -> None:
         """Open a session: what sends tensors is refused outside of one."""
@@ -36,6 +47,27 @@ class WeightRoutes(HTTPEngine):
             "/update_weights_from_distributed", {**body, "group_name": group_name, **_bucket(weight_version)}
         )
 
+    async def update_weights_from_disk(self, model_path: str) -> None:
+        """Load a Hugging Face directory or hub id, and nothing else: a step of a sync."""
+        await self._succeed("/update_weights_from_disk", {"model_path": model_path, "flush_cache": False})
+
+    async def update_weight_version(self, version: str) -> None:
+        """What `model_info` reports from now on."""
+        await self._succeed("/update_weight_version", {"new_version": version, "abort_all_requests": False})
+
+    async def load_adapter(self, name: str, path: str) -> set[str]:
+        """Load the LoRA adapter in the directory `path`, in peft's layout; the names of all that are loaded then."""
+        answer = await self._succeed("/load_lora_adapter", {"lora_name": name, "lora_path": path})
+        return set(answer["loaded_adapters"])
+
+    async def unload_adapter(self, name: str) -> None:
+        """Answers once no request that names it runs."""
+        await self._succeed("/unload_lora_adapter", {"lora_name": name})
+
+    def serve_adapter(self, adapter: Adapter) -> None:
+        """All requests from now on name it; those that run keep theirs."""
+        self.adapter = adapter
+
     async def init_weights_update_group(
         self, address: str, port: int, *, rank_offset: int, world_size: int, group_name: str, backend: str
     ) -> None:
@@ -62,7 +94,7 @@ class WeightRoutes(HTTPEngine):
             "return_logprob": True,
             "logprob_start_len": 0,
         }
-        answer = await self._request("POST", "/generate", body)
+        answer = await self._generate(body, self.adapter)
         try:
             entries = answer["meta_info"]["input_token_logprobs"]
             if len(entries) == len(input_ids):  # of the ids it echoes, SGLang shows the vocabulary's last one as 0
@@ -71,10 +103,26 @@ class WeightRoutes(HTTPEngine):
             raise EngineError(f"{self.base_url}/generate: an answer without {error}: {str(answer)[:200]}") from error
         raise EngineError(f"{self.base_url}/generate: {len(entries)} log-probs of {len(input_ids)} tokens")
 
-    async def _succeed(self, path: str, body: dict[str, Any]) -> None:
+    async def _generate(self, body: Mapping[str, Any], adapter: Adapter | None) -> Any:
+        """The answer of /generate. Raises EngineLost for an adapter that a server started anew does not have."""
+        if adapter is None:
+            return await self._request("POST", "/generate", body)
+        try:
+            return await self._request("POST", "/generate", {**body, "lora_path": adapter.name})
+        except EngineLost:
+            raise
+        except EngineError as error:
+            served = (await self._request("GET", "/model_info"))["weight_version"]
+            if served == adapter.version:
+                raise
+            started_anew = f"serves version {served!r}, and was given the adapter of {adapter.version!r}"
+            raise EngineLost(f"{self.base_url}: {started_anew}: {error}") from error
+
+    async def _succeed(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         answer = await self._request("POST", path, body)
         if not (isinstance(answer, dict) and answer.get("success") is True):
             raise EngineError(f"{self.base_url}{path}: {answer!r:.500}")
+        return answer
 
 
 def _bucket(weight_version: str | None) -> dict[str, Any]:
