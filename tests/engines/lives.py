@@ -16,10 +16,13 @@ WAIT_S = 60.0
 
 
 class Server:
-    """An embedded engine on a port of its own that can be killed and started again."""
+    """An embedded engine on a port of its own that can be killed and started again; `api_key`: what it asks for."""
 
-    def __init__(self, nursery: Nursery, model: Path, logs: Path) -> None:
-        self.port, self._nursery, self._model, self._logs = free_port(), nursery, model, logs
+    def __init__(
+        self, nursery: Nursery, model: Path, logs: Path, *, port: int | None = None, api_key: str | None = None
+    ) -> None:
+        self.port, self._nursery, self._model, self._logs = port or free_port(), nursery, model, logs
+        self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self.url = f"http://127.0.0.1:{self.port}"
         self.pid = 0
         self.start()
@@ -45,7 +48,7 @@ class Server:
 
     def get(self, path: str) -> Any:
         try:
-            answer = httpx.get(self.url + path)
+            answer = httpx.get(self.url + path, headers=self._headers)
         except httpx.TransportError:
             return None
         return answer if answer.status_code == 200 else None
