@@ -28,7 +28,7 @@ from tests.training.process_nursery import Nursery
 pytestmark = pytest.mark.anyio
 API, ADMIN = "the-api-key", "the-admin-key"
 KEYS = {API_KEY_VARIABLE: API, ADMIN_KEY_VARIABLE: ADMIN}
-PROMPTS = [[3 + index, *PROMPT] for index in range(12)]
+PROMPTS = [[3 + index, *PROMPT] for index in range(8)]
 # Every parameter that a request may have, at values that show: the router reads them all.
 PARAMS = {"temperature": 0.9, "top_k": 20, "top_p": 0.95, "min_p": 0.01, "max_new_tokens": 12, "stop_token_ids": [9]}
 PARAMS |= {"skip_special_tokens": False, "ignore_eos": False}
