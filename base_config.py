@@ -249,6 +249,7 @@ class EngineConfig:
     gpu_ranks: list[int]  # may equal target.gpu_ranks: colocated
     sglang_port: int  # of the first replica; the others follow it
     replicas: int  # copies that share the requests, each on tensor_parallel_size devices
+    router_port: int | None  # of SGLang's router, through which they get them; None: the trainer deals them out in turn
     tensor_parallel_size: int
     mem_fraction: float  # of each device's memory
     context_length: int  # tokens, prompt and answer together
@@ -751,6 +752,7 @@ def _engine_checks(engine: EngineConfig) -> Checks:
     need = f"1024 to {last}: each of the {engine.replicas} replicas has a port of its own, from this one on"
     need = need if engine.replicas > 1 else "1024 to 65535"
     yield _need(1024 <= engine.sglang_port <= last, "engine.sglang_port", engine.sglang_port, need)
+    yield from _router_checks(engine)
     if engine.kind == "embedded":
         one = "1: the embedded engine runs on one device"
         yield _need(engine.tensor_parallel_size == 1, "engine.tensor_parallel_size", engine.tensor_parallel_size, one)
@@ -779,6 +781,19 @@ def _engine_checks(engine: EngineConfig) -> Checks:
     sleeps = engine.sleep_while_training
     need = "False: only engine.kind='sglang' gives its memory back"
     yield _need(not sleeps or engine.kind == "sglang", "engine.sleep_while_training", sleeps, need)
+
+
+def _router_checks(engine: EngineConfig) -> Checks:
+    port, path, replicas = engine.router_port, "engine.router_port", engine.replicas
+    if port is None:
+        return
+    yield _need(engine.kind == "sglang", path, port, f"None: engine.kind={engine.kind!r} has no router, 'sglang' has")
+    yield _need(replicas > 1, path, port, f"None, or more replicas: with replicas={replicas} there is nothing to route")
+    yield _need(1024 <= port <= 65535, path, port, "1024 to 65535, or None for no router")
+    first, last = engine.sglang_port, engine.sglang_port + replicas - 1
+    yield _need(not first <= port <= last, path, port, f"a port of its own: {first} to {last} are the replicas'")
+    need = "None with engine.weight_sync='lora': each replica has a name of its own for the adapter that is asked for"
+    yield _need(engine.weight_sync != "lora", path, port, need)
 
 
 def _engine_fits(config: Config, engine: EngineConfig) -> Checks:

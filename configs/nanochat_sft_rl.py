@@ -191,6 +191,7 @@ config = Config(
         gpu_ranks=[0],
         sglang_port=30180,
         replicas=1,
+        router_port=None,
         tensor_parallel_size=1,
         mem_fraction=0.4,
         context_length=2048,

@@ -142,6 +142,7 @@ config = Config(
         gpu_ranks=[2, 3],
         sglang_port=30180,
         replicas=2,
+        router_port=30190,
         tensor_parallel_size=1,
         mem_fraction=0.85,
         context_length=2048,

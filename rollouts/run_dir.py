@@ -206,7 +206,7 @@ class EnvironmentSpec:
 class ProcessSpec:
     """One tmux window's process."""
 
-    window: str  # "trainer", "engine-0"
+    window: str  # "trainer", "engine-0", "router"
     argv: list[str]
     env: dict[str, str]
     ready_url: str | None  # answers 200 once the process serves; None: nothing waits for it

@@ -141,6 +141,7 @@ def example_config() -> Config:
             gpu_ranks=[0],
             sglang_port=30180,
             replicas=1,
+            router_port=None,
             tensor_parallel_size=1,
             mem_fraction=0.5,
             context_length=2048,

@@ -181,6 +181,7 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("engine.gpu_ranks", [0, 1], "engine.gpu_ranks=[0, 1]: needs length 1"),
     ("engine.replicas", 0, "engine.replicas=0: needs >= 1"),
     ("engine.replicas", 2, "engine.gpu_ranks=[0]: needs length 2: replicas=2 x tensor_parallel_size=1"),
+    ("engine.router_port", 31000, "engine.router_port=31000: needs None: engine.kind='embedded' has no router"),
     ("engine.context_length", 8, "engine.context_length=8: needs more than rl.max_new_tokens=8"),
     ("engine.max_total_tokens", 100, "engine.max_total_tokens=100: needs -1: kind='embedded' has no such bound"),
     ("engine.requirements_file", "../x.txt", "engine.requirements_file='../x.txt': needs a path inside"),
@@ -230,6 +231,27 @@ def test_loss_settings_that_another_one_would_ignore(changes: dict[str, Any], re
     """Goal: a setting without effect is an error, not a surprise. Red with the loss left out of the two checks."""
     config = example_config()
     for path, value in changes.items():
+        config = replace_at(config, path, value)
+    assert [problem[: len(reason or "")] for problem in config.problems()] == ([reason] if reason else [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"engine.router_port": None}, None),
+        ({"engine.replicas": 1, "engine.gpu_ranks": [0]}, "engine.router_port=31000: needs None, or more replicas"),
+        ({"engine.router_port": 80}, "engine.router_port=80: needs 1024 to 65535, or None"),
+        ({"engine.router_port": 30181}, "engine.router_port=30181: needs a port of its own: 30180 to 30181 are the"),
+    ],
+)
+def test_what_a_router_needs(changes: dict[str, Any], reason: str | None) -> None:
+    """Goal: a router stands in front of several SGLang replicas, on a port of its own, or is refused with the reason.
+    Red with each check left out."""
+    config = example_config()
+    sglang = {"kind": "sglang", "requirements_file": "l.txt", "max_total_tokens": 4096, "restarts_max": 1}
+    routed = {**sglang, "replicas": 2, "gpu_ranks": [0, 1], "router_port": 31000}
+    for path, value in {**{f"engine.{name}": value for name, value in routed.items()}, **changes}.items():
         config = replace_at(config, path, value)
     assert [problem[: len(reason or "")] for problem in config.problems()] == ([reason] if reason else [])
 

@@ -26,6 +26,23 @@ def ready_url(engine: EngineConfig, replica: int = 0) -> str:
     return f"{engine_url(engine, replica)}{COMMANDS[engine.kind].READY_PATH}"
 
 
+def router_url(engine: EngineConfig) -> str | None:
+    """Where the router in front of the replicas answers; None without one."""
+    return None if engine.router_port is None else f"http://{HOST}:{engine.router_port}"
+
+
+def router_ready_url(engine: EngineConfig) -> str:
+    """Answers 200 once it has a replica to send requests to; needs no key."""
+    return f"{router_url(engine)}{sglang.ROUTER_READY_PATH}"
+
+
+def router_argv(engine: EngineConfig, *, python: str, request_timeout_s: float) -> tuple[str, ...]:
+    """The command line of the router at `router_url`, in the engines' environment, from the repository's root."""
+    assert engine.router_port is not None, "a config with a router"
+    urls = [engine_url(engine, replica) for replica in range(engine.replicas)]
+    return (python, *sglang.router_argv(HOST, engine.router_port, urls, timeout_s=request_timeout_s))
+
+
 def engine_argv(
     engine: EngineConfig,
     model: ModelConfig,

@@ -13,8 +13,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from base_config import Config
-from rollouts.engines.launch import engine_argv, engine_devices, engine_env, engine_url, ready_url
+from base_config import Config, EngineConfig
+from rollouts.engines.launch import (
+    engine_argv,
+    engine_devices,
+    engine_env,
+    engine_url,
+    ready_url,
+    router_argv,
+    router_ready_url,
+    router_url,
+)
 from rollouts.remote.errors import Problem
 from rollouts.remote.facts import PYTHON_MIN, Gpu, HostFacts
 from rollouts.remote.repository import Code, named_paths
@@ -54,9 +63,10 @@ class Plan:
 def asked_ports(config: Config) -> list[int]:
     """Ports that must be free on the host."""
     engine = config.engine
-    return (
-        list(range(engine.sglang_port, engine.sglang_port + engine.replicas)) if engine and config.uses_engine else []
-    )
+    if engine is None or not config.uses_engine:
+        return []
+    router = [] if engine.router_port is None else [engine.router_port]
+    return [*range(engine.sglang_port, engine.sglang_port + engine.replicas), *router]
 
 
 def asked_paths(config: Config) -> list[str]:
@@ -220,11 +230,13 @@ def _room_problems(config: Config, facts: HostFacts, target: str) -> Iterator[Pr
             fix="free some space there, set ROLLOUTS_HOME on the host to a larger disk, or lower the minimum",
         )
     for port in facts.ports_in_use:
+        routes = config.engine is not None and port == config.engine.router_port
+        field = "router_port" if routes else "sglang_port"
         yield Problem(
             f"{target}: port {port} is in use.",
             found=f"something listens on {port} there",
-            needed=_ports_wanted(config),
-            fix="set another engine.sglang_port, or end what listens there",
+            needed=f"engine.router_port={port}, for the router" if routes else _ports_wanted(config),
+            fix=f"set another engine.{field}, or end what listens there",
         )
 
 
@@ -406,6 +418,9 @@ def _stage(config: Config, code: Code, stage: str, path: str, *, python: str, en
     replicas = range(engine.replicas) if engine else ()
     engines = [_engine(config, code, run, engine_python, replica, after_sft=after_sft) for replica in replicas]
     urls = [part for replica in replicas if engine for part in ("--engine-url", engine_url(engine, replica))]
+    if engine is not None and (router := router_url(engine)) is not None:
+        engines.append(_router(config, engine, engine_python))
+        urls += ["--router-url", router]
     trainer = ProcessSpec(
         window="trainer",
         argv=[*torchrun, "-m", "rollouts.worker.trainer", "--run-dir", path, "--stage", stage, *urls],
@@ -443,6 +458,17 @@ def _engine(config: Config, code: Code, run: RunDir, python: str, replica: int, 
         argv=list(argv),
         env=env,
         ready_url=ready_url(engine, replica),
+        ready_timeout_s=config.limits.engine_ready_timeout_s,
+    )
+
+
+def _router(config: Config, engine: EngineConfig, python: str) -> ProcessSpec:
+    """Started and watched like the engines that it stands in front of; it is ready once they are."""
+    return ProcessSpec(
+        window="router",
+        argv=list(router_argv(engine, python=python, request_timeout_s=config.limits.sample_timeout_s)),
+        env=_process_env(config, []),
+        ready_url=router_ready_url(engine),
         ready_timeout_s=config.limits.engine_ready_timeout_s,
     )
 
@@ -521,6 +547,6 @@ def _watch_step(local_dir: str) -> Step:
 
 def _placed(config: Config, process: ProcessSpec, facts: HostFacts) -> str:
     devices = process.env.get("CUDA_VISIBLE_DEVICES")
-    where = f"GPU {devices}" if devices is not None else config.target.device_type
+    where = f"GPU {devices}" if devices else "no GPU" if devices == "" else config.target.device_type
     ready = f", ready when {process.ready_url} answers, within {process.ready_timeout_s:.0f} s"
     return f"on {where} of {facts.host}{ready if process.ready_url else ''}"

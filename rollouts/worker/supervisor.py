@@ -157,9 +157,10 @@ class Supervisor:
         """A stranger on the engine's port would answer in its place."""
         if spec.ready_url is not None and port_is_taken(spec.ready_url):
             place = urllib.parse.urlsplit(spec.ready_url).netloc
+            field = "engine.router_port" if spec.window == "router" else "engine.sglang_port"
             raise RunFailed(
                 f"{spec.window} cannot use {place}: another process listens there already."
-                f" Choose another engine.sglang_port, or end that process (`ss -ltnp` shows it).",
+                f" Choose another {field}, or end that process (`ss -ltnp` shows it).",
                 window=SUPERVISOR_WINDOW,
                 log_tail=[],
             )

@@ -2,7 +2,7 @@
 
 These three alone see both the whole config and the library.
 
-    torchrun -m rollouts.worker.trainer --run-dir RUN_DIRECTORY --stage sft|rl [--engine-url URL ...]
+    torchrun -m rollouts.worker.trainer --run-dir RUN_DIRECTORY --stage sft|rl [--engine-url URL ...] [--router-url URL]
 
 Every rank runs this. Rank 0 writes metrics, evaluations, samples and events into the run directory, and talks to the
 engines. A mistake of the user's ends it with one `error:` line and exit code 1; ours with a traceback.
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from base_config import Config, RLConfig, SFTConfig
+from base_config import Config, EngineConfig, RLConfig, SFTConfig
 from rollouts.engines.keys import read_keys
 from rollouts.run_dir import RunDir, append_event, append_jsonl, record_process
 from rollouts.worker.trainer_data import Data, load_data, rl_steps, sft_seed, sft_steps
@@ -50,6 +50,7 @@ def main() -> int:
     parser.add_argument("--run-dir", required=True, type=Path, help="the run directory")
     parser.add_argument("--stage", required=True, choices=("sft", "rl"))
     parser.add_argument("--engine-url", action="append", default=[], help="an inference server; rl needs at least one")
+    parser.add_argument("--router-url", help="SGLang's router in front of them, through which they get their requests")
     arguments = parser.parse_args()
     run = RunDir(arguments.run_dir)
     record_process(run, f"{arguments.stage}-trainer-rank{_rank()}")
@@ -59,8 +60,17 @@ def main() -> int:
     import anyio
 
     with _mistakes_in_one_line(run):
-        anyio.run(_train, config, run, arguments.stage, arguments.engine_url)
+        urls = Urls(arguments.engine_url, arguments.router_url)
+        anyio.run(_train, config, run, arguments.stage, urls)
     return 0
+
+
+@dataclass(frozen=True)
+class Urls:
+    """Where inference servers answer."""
+
+    engines: Sequence[str]  # the replicas
+    router: str | None  # in front of them
 
 
 def _rank() -> int:
@@ -119,7 +129,7 @@ class Job:
         return self.resume["step"] if self.resume else 0
 
 
-async def _train(config: Config, run: RunDir, stage: str, engine_urls: Sequence[str]) -> None:
+async def _train(config: Config, run: RunDir, stage: str, urls: Urls) -> None:
     import torch
 
     from rollouts.training import distributed
@@ -156,7 +166,7 @@ async def _train(config: Config, run: RunDir, stage: str, engine_urls: Sequence[
             if stage == "sft":
                 append_event(run, "note", message=f"sft_mixture: {data.sft_report}")
             append_event(run, "training_started", stage=stage, step=job.first_step, steps_total=steps)
-        await (train_sft(job, data) if stage == "sft" else train_rl(job, data, engine_urls))
+        await (train_sft(job, data) if stage == "sft" else train_rl(job, data, urls))
 
 
 def _start(config: Config, run: RunDir, stage: str) -> tuple[str, bool]:
@@ -300,7 +310,7 @@ async def train_sft(job: Job, data: Data) -> None:
         )
 
 
-async def train_rl(job: Job, data: Data, engine_urls: Sequence[str]) -> None:
+async def train_rl(job: Job, data: Data, urls: Urls) -> None:
     from rollouts.training.datasets.data_buffer import DataBuffer
     from rollouts.training.loops import run_rl_training
     from rollouts.training.metrics import JSONLLogger
@@ -308,7 +318,7 @@ async def train_rl(job: Job, data: Data, engine_urls: Sequence[str]) -> None:
     rl = cast(RLConfig, job.config.rl)
     buffer = DataBuffer(data.prompts, seed=rl.seed) if data.saved is None else None
     rollouts_logger = JSONLLogger(job.run.rollouts) if _rank() == 0 and data.saved is None else None
-    async with _engines(job, engine_urls) as engines, _reward(job) as reward_fn:
+    async with _engines(job, urls) as engines, _reward(job) as reward_fn:
         manager: Any = data.saved or _rollout_manager(job, buffer, engines, reward_fn) if _rank() == 0 else None
         evaluate = _rl_evaluation(job, data, engines, reward_fn) if data.eval_rows else None
         with _metrics(job) as metrics_logger:
@@ -347,20 +357,27 @@ async def _collect(job: Job, manager: Any, rollouts: "MetricsLogger", metrics: "
 
 
 @contextlib.asynccontextmanager
-async def _engines(job: Job, urls: Sequence[str]) -> AsyncIterator[list["SGLangEngine"]]:
+async def _engines(job: Job, urls: Urls) -> AsyncIterator[list["SGLangEngine"]]:
     """Clients of the engines, on rank 0 alone; they outlive an engine that the supervisor starts again."""
     from rollouts.training.inference.connect import engine_client
+    from rollouts.training.inference.router import Router
+    from rollouts.training.inference.sglang import SGLangEngine
 
     async with contextlib.AsyncExitStack() as stack:
         api_key, admin_key = read_keys()
         kind = job.config.engine.kind if job.config.engine else "sglang"
         options: dict[str, Any] = {"timeout_s": job.config.limits.sample_timeout_s}
         options |= {"api_key": api_key, "admin_key": admin_key}
-        clients = [engine_client(kind, url, **options) for url in (urls if _rank() == 0 else ())]
+        clients = [engine_client(kind, url, **options) for url in (urls.engines if _rank() == 0 else ())]
         for client in clients:
             await stack.enter_async_context(client)
             await _greet(job, client)
-        yield _resilient(job, clients)
+        router = None
+        if urls.router is not None and clients:
+            requests_max = len(clients) * cast(EngineConfig, job.config.engine).max_running_requests
+            router = Router(urls.router, cast(SGLangEngine, clients[0]), requests_max=requests_max, **options)
+            await stack.enter_async_context(router)
+        yield _resilient(job, clients, router)
 
 
 async def _greet(job: Job, client: Any) -> None:
@@ -378,7 +395,7 @@ async def _greet(job: Job, client: Any) -> None:
     append_event(job.run, "note", message=message)
 
 
-def _resilient(job: Job, clients: Sequence[Any]) -> list[Any]:
+def _resilient(job: Job, clients: Sequence[Any], router: Any = None) -> list[Any]:
     """The clients, able to wait for as many restarts as the supervisor may make, each noticed and carried out."""
     from rollouts.training.inference.resilient import Recovered, resilient
 
@@ -389,7 +406,8 @@ def _resilient(job: Job, clients: Sequence[Any]) -> list[Any]:
 
     one_restart_s = limits.engine_hang_timeout_s + limits.engine_ready_timeout_s
     timeout_s = one_restart_s * max(1, restarts_max)
-    return resilient(clients, reruns_max=restarts_max, recover_timeout_s=timeout_s, on_recovered=on_recovered)
+    options: dict[str, Any] = {"recover_timeout_s": timeout_s, "on_recovered": on_recovered}
+    return resilient(clients, reruns_max=restarts_max, router=router, **options)
 
 
 @contextlib.asynccontextmanager

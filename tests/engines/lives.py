@@ -2,13 +2,14 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from rollouts.engines.keys import API_KEY_VARIABLE
 from tests.engines.serving import free_port
 from tests.training.process_nursery import shared
 
@@ -16,10 +17,13 @@ WAIT_S = 60.0
 
 
 class Server:
-    """An embedded engine on a port of its own that can be killed and started again."""
+    """An embedded engine on a port of its own that can be killed and started again; `keys`: its variables."""
 
-    def __init__(self, model: Path, logs: Path) -> None:
-        self.port, self.model, self._logs = free_port(), model, logs
+    def __init__(
+        self, model: Path, logs: Path, *, port: int | None = None, keys: Mapping[str, str] | None = None
+    ) -> None:
+        self.port, self.model, self._logs, self._keys = port or free_port(), model, logs, keys
+        self._headers = {"Authorization": f"Bearer {keys[API_KEY_VARIABLE]}"} if keys else {}
         self.url = f"http://127.0.0.1:{self.port}"
         self.pid = 0
         self.start()
@@ -27,7 +31,8 @@ class Server:
 
     def start(self) -> None:
         flags = ["--model-path", str(self.model), "--port", str(self.port)]
-        self.pid = shared().start("rollouts.engines.embedded", flags, self._logs / f"{self.port}.log")
+        log = self._logs / f"{self.port}.log"
+        self.pid = shared().start("rollouts.engines.embedded", flags, log, environment=self._keys)
 
     def kill(self) -> None:
         shared().kill(self.pid)
@@ -50,7 +55,7 @@ class Server:
 
     def get(self, path: str) -> Any:
         try:
-            answer = httpx.get(self.url + path)
+            answer = httpx.get(self.url + path, headers=self._headers)
         except httpx.TransportError:
             return None
         return answer if answer.status_code == 200 else None

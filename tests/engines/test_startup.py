@@ -28,6 +28,7 @@ def configs(port: int) -> tuple[EngineConfig, ModelConfig]:
         gpu_ranks=[0],
         sglang_port=port,
         replicas=1,
+        router_port=None,
         tensor_parallel_size=1,
         mem_fraction=0.5,
         context_length=2048,

@@ -57,11 +57,12 @@ def test_the_debug_config_in_full() -> None:
 
 
 def test_two_replicas_beside_two_ranks() -> None:
-    """Goal: rl_math's devices are split between trainer and replicas. Red with replicas on all engine devices."""
+    """Goal: rl_math's devices are split between trainer and replicas; the router sees none. Red with replicas on all
+    engine devices."""
     launch = plan("rl_math").launch
     assert launch is not None
     (rl,) = launch.stages
-    assert [engine.env["CUDA_VISIBLE_DEVICES"] for engine in rl.engines] == ["2", "3"]
+    assert [engine.env["CUDA_VISIBLE_DEVICES"] for engine in rl.engines] == ["2", "3", ""]
     assert rl.trainer.env["CUDA_VISIBLE_DEVICES"] == "0,1" and "--nproc-per-node 2" in " ".join(rl.trainer.argv)
     assert any(line.startswith("math-verify") for line in launch.environments[0].requirements)
 

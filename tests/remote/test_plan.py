@@ -143,6 +143,11 @@ PROBLEMS: list[tuple[str, dict[str, Any], list[str]]] = [
         {"engine__requirements_file": "requirements/mine.txt", "code": {"engine_requirements": "# none yet\n"}},
         ["engine.requirements_file='requirements/mine.txt' lists no package", "None"],
     ),
+    (
+        "router's port",
+        {"engine__router_port": 31000, "facts": {"ports_in_use": (31000,)}},
+        ["port 31000 is in use", "engine.router_port=31000, for the router", "another engine.router_port"],
+    ),
     ("constraints", {"code": {"constraints": None}}, ["requirements/constraints.txt", "is not in /repo"]),
     (
         "ignored data",
@@ -310,6 +315,27 @@ def test_replicas_have_ports_and_devices_of_their_own() -> None:
     assert rl.trainer.argv[-4:] == ["--engine-url", "http://127.0.0.1:30180", "--engine-url", "http://127.0.0.1:30181"]
     config = replace_at(replace_at(example_config(), "engine.replicas", 2), "engine.gpu_ranks", [0, 1])
     assert asked_ports(config) == [30180, 30181]
+
+
+def test_a_router_stands_in_front_of_the_replicas() -> None:
+    """Goal: a window more, after the replicas', in their environment and without a GPU; --plan shows its command line;
+    the trainer gets its URL beside theirs, and its port must be free. Red with the router's window left out."""
+    routed: dict[str, Any] = {"engine__replicas": 2, "engine__gpu_ranks": [0, 1], "engine__router_port": 31000}
+    gpus = (H200, dataclasses.replace(H200, index=1, uuid="1"))
+    plan = plan_for(**CUDA, **SGLANG, **routed, facts={"gpus": gpus}, limits__sample_timeout_s=7.5)
+    assert plan.problems == () and plan.launch is not None
+    rl = plan.launch.stages[1]
+    assert [engine.window for engine in rl.engines] == ["engine-0", "engine-1", "router"]
+    router = rl.engines[-1]
+    assert router.argv[0] == rl.engines[0].argv[0] and router.env["CUDA_VISIBLE_DEVICES"] == ""
+    assert router.ready_url == "http://127.0.0.1:31000/readiness"
+    line = "-m rollouts.engines.sglang.router --host 127.0.0.1 --port 31000 --worker-urls http://127.0.0.1:30180"
+    assert f"{line} http://127.0.0.1:30181 --request-timeout-secs 8 --policy cache_aware" in " ".join(router.argv)
+    (step,) = (step for step in plan.steps if step.what.startswith("rl: router: "))
+    assert line in step.what and step.why.startswith("on no GPU of ")
+    assert rl.trainer.argv[-2:] == ["--router-url", "http://127.0.0.1:31000"]
+    assert rl.trainer.argv.count("--engine-url") == 2
+    assert asked_ports(replace_at(example_config(), "engine.router_port", 31000)) == [30180, 31000]
 
 
 def test_the_environment_key() -> None:

@@ -65,6 +65,10 @@ def config_with(changes: dict[str, Any]) -> Config:
         ({**ADAPTERS, "model.lora": None}, "engine.weight_sync='lora': needs 'disk', 'tensor' or 'broadcast' with"),
         ({**ADAPTERS, **APART}, None),
         (
+            {**ADAPTERS, "engine.replicas": 2, "engine.gpu_ranks": [0, 1], "engine.router_port": 31000},
+            "engine.router_port=31000: needs None with engine.weight_sync='lora'",
+        ),
+        (
             {**ADAPTERS, **GPU, "engine.sleep_while_training": True},
             "sleep_while_training=True: needs False with engine",
         ),

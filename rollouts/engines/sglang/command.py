@@ -4,7 +4,9 @@ Flags as in `python -m sglang.launch_server --help` of the releases that require
 is started is ours (launcher.py), for the keys; all flags are SGLang's.
 """
 
+import math
 import posixpath
+from collections.abc import Sequence
 
 from rollouts.engines.command import DeviceType, Server
 
@@ -17,6 +19,21 @@ CPU_FLAGS = (
     "--disable-overlap-schedule",
     "--enable-deterministic-inference",  # requests' seeds count; the kernels that make it slow are a GPU's
     "--sleep-on-idle",  # the scheduler would spin on a core while the trainer steps
+)
+
+ROUTER_READY_PATH = "/readiness"  # 200 once one replica can serve
+ROUTER_FLAGS = (
+    # The rows of a prompt, and an agent's next turn, go where their prefix is in the cache, unless another replica has
+    # so much less to do: the defaults would let 64 requests pile up on one.
+    *("--policy", "cache_aware", "--balance-abs-threshold", "4", "--balance-rel-threshold", "1.2"),
+    "--disable-retries",  # the trainer runs a request again itself, once it knows which weights will answer
+    # A replica that refused one request gets no other before it answers again, a second later at the earliest.
+    *("--cb-failure-threshold", "1", "--cb-success-threshold", "1", "--cb-timeout-duration-secs", "1"),
+    *("--health-failure-threshold", "1", "--health-success-threshold", "1", "--health-check-interval-secs", "1"),
+    *("--health-check-endpoint", "/model_info"),  # answered during a pause too, when /health and /ready are not
+    *("--health-check-timeout-secs", "10"),
+    *("--shutdown-grace-period-secs", "1"),
+    *("--log-level", "warn"),
 )
 
 
@@ -56,6 +73,18 @@ def _adapter_flags(server: Server) -> tuple[str, ...]:
         *("--max-loras-per-batch", "1"),
         *("--lora-target-modules", *dict.fromkeys(name.rpartition(".")[2] for name in names)),
         *(("--lora-backend", "torch_native") if server.device_type == "cpu" else ()),
+    )
+
+
+def router_argv(host: str, port: int, replica_urls: Sequence[str], *, timeout_s: float) -> tuple[str, ...]:
+    """What follows the interpreter for the router in front of `replica_urls`; `timeout_s` bounds each request."""
+    return (
+        *("-m", "rollouts.engines.sglang.router"),
+        *("--host", host),
+        *("--port", str(port)),
+        *("--worker-urls", *replica_urls),
+        *("--request-timeout-secs", str(math.ceil(timeout_s))),
+        *ROUTER_FLAGS,
     )
 
 

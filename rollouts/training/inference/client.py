@@ -68,7 +68,7 @@ class EngineClient(HTTPEngine, ABC):
         rid: str | None = None,
     ) -> list[Generation]:
         """`n` continuations of one prompt, in sampling order. `sampling_params` as SGLang names them."""
-        await self._check([input_ids], [sampling_params], n)
+        await self.check([input_ids], [sampling_params], n)
         (group,) = await self._sample([input_ids], [sampling_params], n, return_logprob, rid)
         return group
 
@@ -87,10 +87,11 @@ class EngineClient(HTTPEngine, ABC):
         if not prompts:
             return []
         params = per_prompt(sampling_params, len(prompts))
-        await self._check(prompts, params, n)
+        await self.check(prompts, params, n)
         return await self._sample(prompts, params, n, return_logprob, None)
 
-    async def _check(self, prompts: Sequence[Sequence[int]], params: Sequence[Mapping[str, Any]], n: int) -> None:
+    async def check(self, prompts: Sequence[Sequence[int]], params: Sequence[Mapping[str, Any]], n: int) -> None:
+        """Raise RequestError for what this server would not answer rightly, with all that is wrong."""
         server = await self.server()
         problems = prompt_problems(prompts, server.vocab_size)
         problems += [problem for item in params for problem in param_problems(item, n)]

@@ -6,13 +6,17 @@ Somebody else, the supervisor, starts a dead engine again; it then serves its st
 the current weights, proven to serve them, and asked again, with the same seed. So an engine whose answers follow from
 weights, request and seed (the embedded one, on a CPU) gives a run the same results with its deaths as without. Under
 asyncio and trio.
+
+With a router in front of the engines, requests go through it, each once. What comes of it is judged in the same way;
+what fails is run again at the engines themselves, as if there were no router, after they have been looked at: so a
+router that is down costs nothing but its choice.
 """
 
 import contextlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +26,8 @@ import anyio
 
 from rollouts.training.inference.http import EngineError, EngineLost, Generation
 from rollouts.training.inference.loop_lock import LoopLock
+from rollouts.training.inference.requests import per_prompt
+from rollouts.training.inference.router import Router
 
 RETRY_S = 0.2  # between two looks at an engine that is down
 REJOIN_TIMEOUT_S = 1.0  # for an engine that was down to answer, while another one could serve
@@ -43,13 +49,19 @@ class Recovered:
 
 
 def resilient(
-    clients: Sequence[Any], *, reruns_max: int, recover_timeout_s: float, on_recovered: OnRecovered | None = None
+    clients: Sequence[Any],
+    *,
+    reruns_max: int,
+    recover_timeout_s: float,
+    on_recovered: OnRecovered | None = None,
+    router: Router | None = None,
 ) -> list["ResilientEngine"]:
-    """The clients, each wrapped, standing in for each other. See ResilientEngine."""
+    """The clients, each wrapped, standing in for each other, behind `router` if there is one. See ResilientEngine."""
     options: dict[str, Any] = {"recover_timeout_s": recover_timeout_s, "on_recovered": on_recovered}
     engines = [ResilientEngine(client, reruns_max=reruns_max, **options) for client in clients]
     for engine in engines:
         engine.peers = [peer for peer in engines if peer is not engine]
+        engine.router = router
     return engines
 
 
@@ -59,8 +71,8 @@ class ResilientEngine:
     `generate` and `generate_batch` are run again after EngineLost (a broken connection, 5xx, no answer in time), after
     an abort that nobody here asked for, and after an answer that other weights sampled than those this engine was
     given: at most `reruns_max` times a request, first by a peer that is up, else once this engine is back, which is
-    waited for `recover_timeout_s` at most. Errors that are the caller's (4xx) are raised as they come. With
-    `reruns_max` 0 nothing is run again.
+    waited for `recover_timeout_s` at most. Behind a router, that is asked first, once. Errors that are the caller's
+    (4xx) are raised as they come. With `reruns_max` 0 nothing is run again.
     """
 
     def __init__(
@@ -70,6 +82,7 @@ class ResilientEngine:
         self.reruns_max = reruns_max
         self.recover_timeout_s = recover_timeout_s
         self.peers: Sequence[ResilientEngine] = ()
+        self.router: Router | None = None
         self._on_recovered = on_recovered
         self._is_up = True
         self._recoveries = 0
@@ -99,16 +112,27 @@ class ResilientEngine:
 
     async def generate(self, *arguments: Any, **options: Any) -> list[Generation]:
         """As the client's."""
-        return await self._rerun(lambda client: client.generate(*arguments, **options))
+        if self.router is not None:
+            return await self._generate_through(self.router, *arguments, **options)
+        return await self._rerun(lambda client: client.generate(*arguments, **options), self.reruns_max)
 
     async def generate_batch(self, *arguments: Any, **options: Any) -> list[list[Generation]]:
         """As the client's."""
-        return await self._rerun(lambda client: client.generate_batch(*arguments, **options))
+        if self.router is not None:
+            return await self._batch_through(self.router, *arguments, **options)
+        return await self._rerun(lambda client: client.generate_batch(*arguments, **options), self.reruns_max)
 
     async def abort(self, rid: str | None = None) -> None:
-        """As the client's; what it ends stays ended."""
-        self._aborts += 1
-        await self.client.abort(rid)
+        """As the client's; what it ends stays ended. Behind a router, `rid` is looked for at every replica."""
+        if rid is None or self.router is None:
+            self._aborts += 1
+            await self.client.abort(rid)
+            return
+        for engine in (self, *self.peers):
+            engine._aborts += 1
+            with contextlib.suppress(EngineLost):  # what it had is gone with it
+                for one in self.router.rids_of(rid):
+                    await engine.client.abort(one)
 
     async def pause(self, mode: str = "retract") -> None:
         """As the client's; what "abort" ends stays ended."""
@@ -128,13 +152,13 @@ class ResilientEngine:
                     raise EngineLost(f"{self}: serves weights {served}; was given {self._versions[-1]}")
                 return found
 
-            return list(await self._rerun(ask, here=True))
+            return list(await self._rerun(ask, self.reruns_max, here=True))
 
         return input_logprobs
 
-    async def _rerun(self, ask: Callable[[Any], Awaitable[Any]], *, here: bool = False) -> Any:
+    async def _rerun(self, ask: Callable[[Any], Awaitable[Any]], reruns_max: int, *, here: bool = False) -> Any:
         """`here`: no peer can answer it."""
-        for left in range(self.reruns_max, -1, -1):
+        for left in range(reruns_max, -1, -1):
             engine = self if here else await self._who_serves()
             recoveries = engine._recoveries
             try:
@@ -159,18 +183,83 @@ class ResilientEngine:
         return self
 
     async def _ask(self, ask: Callable[[Any], Awaitable[Any]]) -> Any:
-        aborts, settled = self._aborts, self._settled
+        asked = _Asked([self])
         answer = await ask(self.client)
-        allowed = self._versions[settled:]  # given before it was asked, or meanwhile
-        for generation in _flat(answer):
-            sampled_with = {generation.weight_version, *(span["version"] for span in generation.weight_versions)}
-            foreign = sampled_with - {*allowed, ""}  # "": not one token was sampled
-            if allowed and foreign:
-                found = ", ".join(sorted(foreign))
-                raise EngineLost(f"{self}: sampled with weights {found}; was given {allowed[-1]}: it started anew")
-            if generation.finish_reason == "abort" and aborts == self._aborts:
-                raise EngineLost(f"{self}: gave up a request: {generation.finish_detail.get('message')}")
+        asked.judge(answer)
         return answer
+
+    # --- through a router ---------------------------------------------------------------------------------------------
+
+    async def _generate_through(
+        self,
+        router: Router,
+        input_ids: Sequence[int],
+        sampling_params: Mapping[str, Any],
+        *,
+        n: int = 1,
+        return_logprob: bool = True,
+        rid: str | None = None,
+    ) -> list[Generation]:
+        async def again(client: Any, _: Sequence[int]) -> list[list[Generation]]:
+            return [await client.generate(input_ids, sampling_params, n=n, return_logprob=return_logprob, rid=rid)]
+
+        options: dict[str, Any] = {"n": n, "return_logprob": return_logprob, "rid": rid}
+        (group,) = await self._through(router, again, [input_ids], [sampling_params], **options)
+        return group
+
+    async def _batch_through(
+        self,
+        router: Router,
+        prompts: Sequence[Sequence[int]],
+        sampling_params: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        *,
+        n: int = 1,
+        return_logprob: bool = True,
+    ) -> list[list[Generation]]:
+        params, options = per_prompt(sampling_params, len(prompts)), {"n": n, "return_logprob": return_logprob}
+
+        async def again(client: Any, lost: Sequence[int]) -> list[list[Generation]]:
+            own = [prompts[index] for index in lost], [params[index] for index in lost]
+            groups: list[list[Generation]] = await client.generate_batch(*own, **options)
+            return groups
+
+        return await self._through(router, again, prompts, params, rid=None, **options)
+
+    async def _through(
+        self,
+        router: Router,
+        again: Callable[[Any, Sequence[int]], Awaitable[list[list[Generation]]]],
+        *request: Any,
+        **options: Any,
+    ) -> list[list[Generation]]:
+        """What the router gives; `again(client, lost)` asks an engine for those prompts, by index, that it fails."""
+        asked = _Asked([self, *self.peers])
+        answers = await router.sample(*request, check=asked.judge, **options)
+        lost = {index: answer for index, answer in enumerate(answers) if isinstance(answer, EngineLost)}
+        if not lost:
+            return [answer for answer in answers if not isinstance(answer, EngineLost)]
+        error = next(iter(lost.values()))
+        if not self.reruns_max:
+            raise error
+        logger.warning("%s; %d of %d prompts are run again, past the router", error, len(lost), len(answers))
+        for engine in (self, *self.peers):
+            await engine._look(str(error))
+        groups = await self._rerun(lambda client: again(client, list(lost)), self.reruns_max - 1)
+        mended = dict(zip(lost, groups, strict=True))
+        return [mended[index] if isinstance(answer, EngineLost) else answer for index, answer in enumerate(answers)]
+
+    async def _look(self, reason: str) -> None:
+        """After a request failed somewhere: if this engine began anew it gets its weights; if it does not answer, the
+        others are asked until it does."""
+        recoveries = self._recoveries
+        try:
+            with anyio.fail_after(REJOIN_TIMEOUT_S):
+                served = await self._served_version()
+        except (EngineLost, TimeoutError):
+            self._is_up = self._is_up and self._recoveries != recoveries
+            return
+        if self._versions and served not in self._versions[self._settled :]:
+            await self._recover(recoveries, reason)
 
     # --- weights ------------------------------------------------------------------------------------------------------
 
@@ -289,6 +378,35 @@ class ResilientEngine:
                 return False
             return True
         return False
+
+
+class _Asked:
+    """A request that one of `engines` answers: what they had been given when it was asked."""
+
+    def __init__(self, engines: Sequence[ResilientEngine]) -> None:
+        self._engines = engines
+        self._settled = [engine._settled for engine in engines]
+        self._aborts = self._aborts_now()
+
+    def judge(self, answer: Sequence[Any]) -> None:
+        """Raise EngineLost for an answer by other weights than were given before it was asked, or meanwhile, and for
+        an abort that the caller did not ask for."""
+        who = " or ".join(map(str, self._engines))
+        allowed = [version for engine, first in self._pairs() for version in engine._versions[first:]]
+        for generation in _flat(answer):
+            sampled_with = {generation.weight_version, *(span["version"] for span in generation.weight_versions)}
+            foreign = sampled_with - {*allowed, ""}  # "": not one token was sampled
+            if allowed and foreign:
+                found = ", ".join(sorted(foreign))
+                raise EngineLost(f"{who}: sampled with weights {found}; was given {allowed[-1]}: it started anew")
+            if generation.finish_reason == "abort" and self._aborts == self._aborts_now():
+                raise EngineLost(f"{who}: gave up a request: {generation.finish_detail.get('message')}")
+
+    def _pairs(self) -> Iterator[tuple[ResilientEngine, int]]:
+        return zip(self._engines, self._settled, strict=True)
+
+    def _aborts_now(self) -> int:
+        return sum(engine._aborts for engine in self._engines)
 
 
 def _is_lost(error: BaseException | None) -> bool:

@@ -5,6 +5,7 @@ import json
 import math
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from rollouts.training.inference.http import (
     WeightSyncError,
     require,
 )
-from rollouts.training.inference.protocol import Server, check_version
+from rollouts.training.inference.protocol import Server, ServerKind, check_version
 from rollouts.training.inference.requests import row_seed
-from rollouts.training.inference.weight_routes import Adapter, WeightRoutes
+from rollouts.training.inference.weight_routes import WeightRoutes
 
 SPARE_TOKENS = 2  # of its context, SGLang never fills the last ones: an answer that should is cut short, silently
 
@@ -58,38 +59,26 @@ class SGLangEngine(WeightRoutes, EngineClient):
         return_logprob: bool,
         rid: str | None,
     ) -> list[list[Generation]]:
-        """One request for all.
-
-        The embedded engine is asked for n rows of each prompt. SGLang gives rows with one seed the same tokens, rows
-        without one too (once it heeds seeds), and prefills n-fold prompts one after another: it gets a prompt a row.
-        """
-        body: dict[str, Any] = {"return_logprob": return_logprob}
-        rids = [] if rid is None else [rid]
-        if (await self.server()).kind == "embedded":
-            body["input_ids"] = [list(prompt) for prompt in prompts]
-            body["sampling_params"] = [{**item, "n": n} for item in params]
-        else:
-            body["input_ids"] = [list(prompt) for prompt in prompts for _ in range(n)]
-            body["sampling_params"] = [_with_row_seed(item, row) for item in params for row in range(n)]
-            rids = [f"{one}-{row}" for one in rids for row in range(n)]
+        """One request for all."""
+        kind = (await self.server()).kind
+        pairs = zip(prompts, params, strict=True)
+        entries = [entry for prompt, item in pairs for entry in entries_of(kind, prompt, item, n, rid)]
+        body: dict[str, Any] = {
+            "input_ids": [entry.input_ids for entry in entries],
+            "sampling_params": [entry.sampling_params for entry in entries],
+            "return_logprob": return_logprob,
+        }
         if rid is not None:
-            body["rid"] = self._row_rids[rid] = rids
+            body["rid"] = self._row_rids[rid] = [str(entry.rid) for entry in entries]
         try:
             answer = await self._generate(body, adapter := self.adapter)
         finally:
             if rid is not None:
                 self._row_rids.pop(rid, None)
-        flat = self._generations(answer, n * len(prompts), return_logprob, adapter)
+        flat = generations(answer, n * len(prompts), return_logprob, self.base_url)
+        if adapter is not None:
+            flat = [_sampled_with(adapter.version, row) for row in flat]
         return [flat[start : start + n] for start in range(0, len(flat), n)]
-
-    def _generations(
-        self, answers: Any, expected: int, return_logprob: bool, adapter: Adapter | None
-    ) -> list[Generation]:
-        if not isinstance(answers, list) or len(answers) != expected:
-            found = len(answers) if isinstance(answers, list) else type(answers).__name__
-            raise EngineError(f"{self.base_url}/generate: asked for {expected} continuations, got {found}")
-        rows = [_generation(answer, return_logprob, self.base_url) for answer in answers]
-        return rows if adapter is None else [_sampled_with(adapter.version, row) for row in rows]
 
     async def pause(self, mode: str = "retract") -> None:
         """Stop sampling: "abort" ends what runs, "retract" re-queues it, "in_place" freezes it with its cache."""
@@ -167,8 +156,37 @@ class SGLangEngine(WeightRoutes, EngineClient):
         return f"The engine serves on with version {served!r}"
 
 
-def _with_row_seed(params: Mapping[str, Any], row: int) -> dict[str, Any]:
-    return {**params, "sampling_seed": row_seed(params.get("sampling_seed"), row)}
+@dataclass(frozen=True)
+class Entry:
+    """One of the prompts of a /generate request, which may be a request of its own; it answers `rows` continuations."""
+
+    input_ids: list[int]
+    sampling_params: dict[str, Any]
+    rid: str | None
+    rows: int
+
+
+def entries_of(
+    kind: ServerKind, prompt: Sequence[int], params: Mapping[str, Any], n: int, rid: str | None
+) -> list[Entry]:
+    """What a server is asked for n continuations of a prompt.
+
+    The embedded engine is asked for n rows of it. SGLang gives rows with one seed the same tokens, rows without one too
+    (once it heeds seeds), and prefills n-fold prompts one after another: it gets a prompt a row.
+    """
+    if kind == "embedded":
+        return [Entry(list(prompt), {**params, "n": n}, rid, n)]
+    rids = [None if rid is None else f"{rid}-{row}" for row in range(n)]
+    seeds = [row_seed(params.get("sampling_seed"), row) for row in range(n)]
+    return [Entry(list(prompt), {**params, "sampling_seed": seeds[row]}, rids[row], 1) for row in range(n)]
+
+
+def generations(answers: Any, expected: int, return_logprob: bool, where: str) -> list[Generation]:
+    """A /generate answer, which has to be a list of `expected`. Raises EngineError for anything else."""
+    if not isinstance(answers, list) or len(answers) != expected:
+        found = len(answers) if isinstance(answers, list) else type(answers).__name__
+        raise EngineError(f"{where}/generate: asked for {expected} continuations, got {found}")
+    return [_generation(answer, return_logprob, where) for answer in answers]
 
 
 def _sampled_with(version: str, row: Generation) -> Generation:

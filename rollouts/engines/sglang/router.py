@@ -1,0 +1,65 @@
+"""SGLang's router with the run's key: python -m rollouts.engines.sglang.router <sglang_router.launch_router's flags>.
+
+Its own launcher imports all of SGLang, which it does not need, and which a CPU cannot do unprepared (cpu_launcher.py).
+
+It samples for whoever has the api key, which it also gives to the replicas; the key comes from the environment
+(rollouts/engines/keys.py), since on a command line everybody could read it. Runs in the engine's environment, from the
+repository's root.
+"""
+
+import argparse
+import http.client
+import resource
+import socket
+import sys
+import time
+import urllib.request
+
+from rollouts.engines.keys import read_keys
+
+POLL_S = 0.2
+ASK_TIMEOUT_S = 2.0
+
+
+def main(argv: list[str]) -> None:
+    """Serve until a signal ends it, from when all replicas answer."""
+    from sglang_router.router import Router
+    from sglang_router.router_args import RouterArgs
+
+    parser = argparse.ArgumentParser(prog="rollouts.engines.sglang.router")
+    RouterArgs.add_cli_args(parser, use_router_prefix=False)
+    arguments = RouterArgs.from_cli_args(parser.parse_args(argv), use_router_prefix=False)
+    arguments.api_key, _ = read_keys()
+    # Its figures cannot be turned off, and would be on port 29000 of all addresses.
+    arguments.prometheus_host, arguments.prometheus_port = arguments.host, _free_port(arguments.host)
+    _allow_many_connections()
+    for url in arguments.worker_urls:
+        _await_replica(url)
+    Router.from_args(arguments).start()
+
+
+def _await_replica(url: str) -> None:
+    """Return once it is ready. The router asks for itself, but ever less often: every ten seconds after a minute."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # http_proxy is not for our own host
+    while True:
+        try:
+            with direct.open(f"{url}/ready", timeout=ASK_TIMEOUT_S):
+                return
+        except (OSError, http.client.HTTPException):  # not there yet; urllib's HTTPError, a 503, is an OSError too
+            time.sleep(POLL_S)
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def _allow_many_connections() -> None:
+    """Two for each request under way: more than the 1,024 files that a process may often open."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
