@@ -144,7 +144,7 @@ config = Config(
             tool_format="hermes",
             turns_max=2,
             tokens_max=64,
-            timeout_s=60.0,
+            timeout_s=600.0,
         ),
         reward_fn=None,
         reward_workers=0,
