@@ -1,4 +1,4 @@
-"""Run under torchrun by test_sharded.py: two ranks, a sharded model, one engine: sharded_ranks MODEL URL DIRECTORY."""
+"""Run on each rank by test_sharded.py: two ranks, a sharded model, one engine: sharded_ranks MODEL URL DIRECTORY."""
 
 import json
 import sys
