@@ -27,6 +27,7 @@ from tests.remote.hosts import Laptop, wait_for
 DEMO = ROOT / "configs" / "00_cpu_sft_rl_sglang.py"
 SEED = 1
 STEPS = 100  # of the demo's 150
+RUN_ID = f"killed-{os.getpid()}"  # of its own: what carries a run's id is ended with it, whoever started it
 # Its environment is built first where this machine has none: 85 s and 2.7 GB, kept with the trainer's.
 BUILD_S = 900
 RUN_S = 1200  # two minutes where nothing else runs
@@ -95,17 +96,15 @@ def run(far: Far) -> Killed:
         "engine.restarts_max": 1,
     }
     config = save_config(load_config(DEMO), changes, far.directory / "job.json")
-    there = RunDir(far.remote.run_path("killed"))
+    there = RunDir(far.remote.run_path(RUN_ID))
     with keys_seen(there, config) as keys:
-        deploying = far.laptop.start(
-            str(far.directory / "job.json"), "--remote", far.remote.target, "--run-id", "killed"
-        )
-        wait_for(lambda: rl_steps(there) >= 5 or deploying.poll() is not None, "five RL steps", timeout_s=BUILD_S + 300)
+        deploying = far.laptop.start(str(far.directory / "job.json"), "--remote", far.remote.target, "--run-id", RUN_ID)
+        wait_for(lambda: rl_steps(there) >= 5 or deploying.poll() is not None, "RL steps", timeout_s=BUILD_S + 300)
         if deploying.poll() is None:
             os.kill(scheduler_of(there), signal.SIGKILL)
         out, err = deploying.communicate(timeout=RUN_S)
     assert deploying.returncode == 0, out[-4000:] + err[-4000:]
-    return Killed(far.mirror(config, "killed"), there, keys, out + err)
+    return Killed(far.mirror(config, RUN_ID), there, keys, out + err)
 
 
 def rl_steps(run: RunDir) -> int:
@@ -157,7 +156,7 @@ def test_its_scheduler_is_killed(run: Killed) -> None:
     kinds = [row["kind"] for row in read_jsonl(run.here.events)]
     assert kinds.count("engine_restarted") == kinds.count("engine_recovered") == 1
     assert "engine_restarted" in run.said
-    assert processes_of("killed") == []
+    assert processes_of(RUN_ID) == []
 
 
 @pytest.mark.timeout(BUILD_S + 400)

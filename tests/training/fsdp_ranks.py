@@ -1,4 +1,4 @@
-"""Run under torchrun by backends/test_fsdp.py: the same work by sharded backends, or by one plain rank to compare."""
+"""Run on each rank by backends/test_fsdp.py: the same work by sharded backends, or by one plain rank to compare."""
 
 import json
 import sys

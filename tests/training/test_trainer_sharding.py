@@ -27,7 +27,7 @@ def config_with(**changes):
 
 
 def test_a_sharded_job(tmp_path):
-    """Goal: torchrun's entry trains, evaluates and saves over two ranks, and keeps the last and the best checkpoint.
+    """Goal: the trainer trains, evaluates and saves over two ranks, and keeps the last and the best checkpoint.
 
     Red with generation on rank 0 alone (it waits for the other's shards), and with sharding left out: one .distcp file.
     """

@@ -1,4 +1,4 @@
-"""Run under torchrun by test_distributed.py: SFT and RL over this world's ranks, results written by each rank."""
+"""Run on each rank by test_distributed.py: SFT and RL over this world's ranks, results written by each rank."""
 
 import json
 import sys
