@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
 from rollouts.training.backends.pytorch import PyTorchTrainingBackend
-from rollouts.training.inference.http import EngineError
+from rollouts.training.inference.http import EngineError, EngineLost
 from rollouts.training.inference.resilient import resilient
 from rollouts.training.inference.weight_routes import Adapter
 from rollouts.training.rl_losses import grpo_loss
@@ -279,7 +279,8 @@ async def test_an_adapter_that_does_not_fit(sglang_url: str, adapted: Any, model
 
 
 async def test_a_hanging_receiver_of_a_broadcast(sglang_url: str, backend: Any, tmp_path: Path) -> None:
-    """Goal: a collective that an engine does not join is given up in time, and the next sync makes a new group."""
+    """Goal: a collective that an engine does not join is given up in time, as that engine's failure, and the next sync
+    makes a new group."""
     change(backend, seed=3)
     async with SGLangEngine(sglang_url, timeout_s=60) as engine:
         transfer = transfer_of("broadcast", backend, tmp_path, timeout_s=2.0)
@@ -290,8 +291,9 @@ async def test_a_hanging_receiver_of_a_broadcast(sglang_url: str, backend: Any, 
             await anyio.sleep_forever()
 
         engine.update_weights_from_distributed = never  # type: ignore[method-assign]
-        with anyio.fail_after(20), pytest.raises(WeightSyncError, match="not over after 2 s"):
+        with anyio.fail_after(20), pytest.raises(WeightSyncError, match="not over after 2 s") as raised:
             await transfer([engine], "21")
+        assert isinstance(raised.value.__cause__, EngineLost)
         engine.update_weights_from_distributed = real  # type: ignore[method-assign]
         await WeightSync(backend, [engine], transfer, dtype="float32")(22)
         await transfer.aclose([engine])

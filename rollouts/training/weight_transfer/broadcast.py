@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Backend, GroupName, PrefixStore, _new_process_group_helper, _world
 
-from rollouts.training.inference.http import EngineError, WeightSyncError
+from rollouts.training.inference.http import EngineError, EngineLost, WeightSyncError
 from rollouts.training.weight_transfer.fanout import each
 from rollouts.training.weight_transfer.payload import Buffer, Entry
 
@@ -86,8 +86,8 @@ class BroadcastLink:
                 pause_s = min(2 * pause_s, _POLL_MAX_S)
             try:
                 work.wait()
-            except RuntimeError as error:
-                raise WeightSyncError(f"the broadcast of {entries[0].name} failed: {error}") from error
+            except RuntimeError as error:  # often the first to see an engine's death
+                raise EngineLost(f"the broadcast of {entries[0].name} failed: {error}") from None
 
         async def receive(engine: Any) -> None:
             await engine.update_weights_from_distributed(
@@ -130,7 +130,7 @@ class BroadcastLink:
             raise (
                 failures[0]
                 if failures
-                else WeightSyncError(
+                else EngineLost(
                     f"{what}: not over after {self._timeout_s:g} s; an engine hangs, or cannot reach the trainer"
                 )
             )
