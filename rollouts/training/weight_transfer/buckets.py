@@ -1,6 +1,7 @@
-"""Weights sent a bucket at a time: while the engines load one, the next is gathered into a second buffer.
+"""Weights sent a bucket at a time: while the engines load one, the next is gathered into another buffer.
 
-No rank ever holds the whole model for it: rank 0 has two buckets (one, if all fits in it), kept from sync to sync.
+No rank ever holds the whole model for it: rank 0 has a bucket more than its link sends at once (fewer, if all fits in
+them), kept from sync to sync.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import anyio
 import torch
 
 from rollouts.training import distributed
+from rollouts.training.backends.futures import ThreadFuture
 from rollouts.training.inference.http import EngineError, WeightSyncError, require
 from rollouts.training.weight_transfer.fanout import each
 from rollouts.training.weight_transfer.payload import Buffer, Entry, SharedMemoryError
@@ -29,6 +31,7 @@ class BucketTransfer:
         self._link = link
         self._dtype = dtype
         self._bucket_bytes = bucket_bytes
+        self._in_flight = link.in_flight(backend.device)
         self._buffers: list[Buffer] = []
         self._sent_at_step: int | None = None  # the backend's optimizer steps at the last sync
 
@@ -41,8 +44,9 @@ class BucketTransfer:
             return
         try:
             self._make_buffers(buckets)
+            first = self._fill(buckets, 0)  # while the engines make ready
             await each(engines, "pausing", lambda engine: engine.pause("retract"))
-            await self._send(engines, buckets, version)
+            await self._send(engines, buckets, first, version)
             await each(engines, "finishing the update", partial(_finish, version=version))
         except (EngineError, SharedMemoryError) as error:
             raise WeightSyncError(
@@ -73,18 +77,23 @@ class BucketTransfer:
         self._buffers.clear()
 
     def _make_buffers(self, buckets: Buckets) -> None:
-        size, count = buffer_bytes(buckets), min(2, len(buckets))
+        size, count = buffer_bytes(buckets), min(self._in_flight + 1, len(buckets))
         fits = len(self._buffers) == count and self._buffers[0].flat.numel() == size
         if not fits or not all(buffer.is_there for buffer in self._buffers):
             self._drop_buffers()
             for _ in range(count):
                 self._buffers.append(self._link.buffer(size, self._backend.device))
 
-    async def _send(self, engines: Sequence[Any], buckets: Buckets, version: str) -> None:
+    def _fill(self, buckets: Buckets, index: int) -> ThreadFuture[None]:
+        buffer = self._buffers[index % len(self._buffers)]
+        filling: ThreadFuture[None] = self._backend.on_model(partial(fill, entries=buckets[index], flat=buffer.flat))
+        return filling
+
+    async def _send(self, engines: Sequence[Any], buckets: Buckets, first: ThreadFuture[None], version: str) -> None:
         await self._link.open(engines)
         try:
             await each(engines, "opening the update", lambda engine: engine.begin_weight_update())
-            await self._pump(engines, buckets, version)
+            await self._pump(engines, buckets, first, version)
         except EngineError:
             for engine in engines:  # or the next sync finds a session that is open
                 with contextlib.suppress(EngineError):
@@ -92,29 +101,31 @@ class BucketTransfer:
             raise
         await each(engines, "closing the update", lambda engine: engine.end_weight_update())
 
-    async def _pump(self, engines: Sequence[Any], buckets: Buckets, version: str) -> None:
-        """Fill one buffer while the other is being loaded. Raises what the first failed bucket raised."""
+    async def _pump(self, engines: Sequence[Any], buckets: Buckets, first: ThreadFuture[None], version: str) -> None:
+        """Fill one buffer while others are being loaded. Raises what the first failed bucket raised."""
         failures: list[EngineError] = []
-        sent = anyio.Event()
-        sent.set()
+        answered = [anyio.Event() for _ in buckets]
+        filling, last = first, len(buckets) - 1
 
-        async def send(buffer: Buffer, entries: Sequence[Entry], label: str | None, done: anyio.Event) -> None:
+        async def send(index: int) -> None:
+            buffer, label = self._buffers[index % len(self._buffers)], version if index == last else None
             try:
-                await self._link.send(engines, buffer, entries, label)
+                await self._link.send(engines, buffer, buckets[index], label)
             except EngineError as error:
                 failures.append(error)
-            done.set()
+            answered[index].set()
 
         async with anyio.create_task_group() as group:
-            for index, entries in enumerate(buckets):
-                buffer = self._buffers[index % 2]
-                await self._backend.on_model(partial(fill, entries=entries, flat=buffer.flat)).result()
-                await sent.wait()
+            for index in range(len(buckets)):
+                await filling.result()
+                before = index if index == last else max(0, index + 1 - self._in_flight)  # a version means all of it
+                for done in answered[:before]:
+                    await done.wait()
                 if failures:
                     break
-                sent = anyio.Event()
-                label = version if index == len(buckets) - 1 else None  # a version means all of it
-                group.start_soon(send, buffer, entries, label, sent)
+                group.start_soon(send, index)
+                if index < last:  # the next one's buffer is free: what was in it has been waited for
+                    filling = self._fill(buckets, index + 1)
         if failures:
             raise failures[0]
 
