@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +44,61 @@ def test_another_process_reads_what_we_write() -> None:
     assert buffer.is_there
     buffer.close()
     assert not buffer.is_there
+
+
+def mapped_files(pid: int | str = "self") -> set[str]:
+    """Buckets that a process has mapped, removed ones too; none of one that is gone, or not ours to look into."""
+    try:
+        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    except OSError:
+        return set()
+    return {line.split("/dev/shm/")[1] for line in lines if "/dev/shm/rollouts-bucket-" in line}
+
+
+def test_a_reader_keeps_its_mapping() -> None:
+    """Goal: a file that is read again is not mapped again, and shows what is in it now; one that its maker removed is
+    let go at the next message, and a message that still names it is refused. Red without `_mapped`, and with removed
+    files left in it.
+    """
+    first, second = shared_buffer(1000, CPU), shared_buffer(1000, CPU)
+    first.flat.fill_(0)
+    before = loads(dumps(first, ENTRIES))[0][1]
+    assert before.float().sum() == 0
+    views(first.flat, ENTRIES)[0][1].fill_(2.0)
+    again = loads(dumps(first, ENTRIES))[0][1]
+    assert again.data_ptr() == before.data_ptr() and again.tolist() == [[2.0] * 3] * 2
+    message = dumps(first, ENTRIES)
+    name = first.file.name  # type: ignore[union-attr]
+    first.close()
+    del before, again, first
+    loads(dumps(second, ENTRIES))
+    assert f"{name} (deleted)" not in mapped_files()
+    with pytest.raises(ValueError, match=f"No such file.*{name}"):
+        loads(message)
+    second.close()
+
+
+def test_an_engines_own_unpickling_keeps_it_too() -> None:
+    """Goal: after `keep_mappings` a message read by pickle, as SGLang reads it, is mapped once and takes no manager
+    process; the engine's own sharing of tensors goes on. Red without `keep_mappings`, and with its function unnamed.
+    """
+    code = (
+        "import base64, pickle, sys, torch, torch.multiprocessing as m\n"
+        "from multiprocessing.reduction import ForkingPickler\n"
+        "from rollouts.training.weight_transfer.payload import keep_mappings\n"
+        "m.set_sharing_strategy('file_system')\n"
+        "keep_mappings()\n"
+        "kept = [pickle.loads(base64.b64decode(line))['flattened_tensor'].data_ptr() for line in sys.stdin]\n"
+        "children = open('/proc/self/task/%d/children' % __import__('os').getpid()).read().split()\n"
+        "print(len(kept), len(set(kept)), children)\n"
+        "print(pickle.loads(ForkingPickler.dumps(torch.arange(3))).tolist())"
+    )
+    buffer = shared_buffer(1000, CPU)
+    lines = "\n".join(dumps(buffer, ENTRIES) for _ in range(2))
+    done = subprocess.run([sys.executable, "-c", code], input=lines, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["2 1 []", "[0, 1, 2]"]
+    assert buffer.is_there
+    buffer.close()
 
 
 def test_nothing_else_is_unpickled() -> None:

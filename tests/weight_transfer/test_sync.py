@@ -1,6 +1,7 @@
 """Whole syncs, of every kind, to the embedded engine and to the real SGLang on a CPU."""
 
 import copy
+import os
 import shutil
 import signal
 import subprocess
@@ -19,8 +20,10 @@ from rollouts.training.inference.weight_routes import Adapter
 from rollouts.training.rl_losses import grpo_loss
 from rollouts.training.weight_sync import SGLangEngine, WeightSyncError
 from rollouts.training.weight_transfer.sync import WeightSync
+from rollouts.training.weight_transfer.weights import plan_buckets
 from tests.engines.serving import await_health, config_of, embedded_argv, free_port, start
 from tests.weight_transfer.sending import (
+    BUCKET_BYTES,
     IDS,
     LORA,
     backend_over,
@@ -29,6 +32,7 @@ from tests.weight_transfer.sending import (
     lora_backend,
     transfer_of,
 )
+from tests.weight_transfer.test_payload import mapped_files
 
 pytestmark = pytest.mark.anyio
 
@@ -68,9 +72,71 @@ async def test_the_engine_serves_the_trainers_weights(kind: str, url: str, backe
         assert row.weight_version == "2"
         assert len(finished[0].output_ids) == 150 and finished[0].finish_reason == "length"
         left = [buffer.file for buffer in getattr(transfer, "_buffers", ()) if buffer.file]
-        assert len(left) == (2 if kind == "tensor" else 0)
+        assert len(left) == (3 if kind == "tensor" else 0)
         await sync.aclose()
     assert not any(file.exists() for file in (*left, tmp_path / "weights"))
+
+
+async def test_sglang_keeps_the_buffers_mapped(sglang_url: str, backend: Any, tmp_path: Path) -> None:
+    """Goal: the real server maps the trainer's buffers once, not at every sync, and lets go of those that the trainer
+    has removed once it reads others. Red with the launcher's `keep_mappings` left out.
+    """
+
+    def readers(transfer: Any) -> set[int]:
+        names = {buffer.file.name for buffer in transfer._buffers}
+        mine = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if pid != os.getpid()]
+        return {pid for pid in mine if names <= {name.split()[0] for name in mapped_files(pid)}}
+
+    async with SGLangEngine(sglang_url, timeout_s=60) as engine:
+        first, second = (transfer_of("tensor", backend, tmp_path) for _ in range(2))
+        await first([engine], "1")
+        assert len(first._buffers) == 3
+        (scheduler,) = readers(first)
+        await first([engine], "2")
+        assert readers(first) == {scheduler}
+        await first.aclose([engine])
+        await second([engine], "3")
+        assert readers(second) == {scheduler}
+        assert not [name for name in mapped_files(scheduler) if name.endswith("(deleted)")]
+        await second.aclose([engine])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_sends_overlap_and_no_buffer_changes_under_one(
+    fails: bool, embedded_url: str, backend: Any, tmp_path: Path
+) -> None:
+    """Goal: while a bucket is being loaded the next is under way and a third is filled, yet no buffer is written
+    before its engine has answered, and the bucket that names the version goes when all others were loaded; where one
+    failed it never goes. Red with a buffer fewer, and with the last bucket sent like the others.
+    """
+    async with SGLangEngine(embedded_url, timeout_s=30) as engine:
+        transfer = transfer_of("tensor", backend, tmp_path)
+        send, under_way, most, labels = transfer._link.send, [], [], []
+        buckets = len(plan_buckets(backend.model, None, BUCKET_BYTES))
+
+        async def slow(engines: Any, buffer: Any, entries: Any, version: str | None) -> None:
+            under_way.append(buffer.file)
+            most.append(len(under_way))
+            labels.append(version)
+            assert version is None or len(under_way) == 1, "a version means all of it"
+            before = buffer.flat.clone()
+            await anyio.sleep(0.2 if len(labels) == buckets - 1 else 0.03)
+            await send(engines, buffer, entries, version)
+            assert torch.equal(buffer.flat, before), "filled again while it was read"
+            under_way.remove(buffer.file)
+            if fails and len(labels) == 2:
+                raise WeightSyncError("lost")
+
+        transfer._link.send = slow
+        if fails:
+            with pytest.raises(WeightSyncError, match=r"version 32: lost.*left paused"):
+                await transfer([engine], "32")
+            assert "32" not in labels and (await engine.model_info())["weight_version"] != "32"
+        else:
+            await transfer([engine], "31")
+            assert max(most) == 2 and labels[-1] == "31" and not any(labels[:-1])
+            assert await engine.input_logprobs(IDS) == pytest.approx(expected_logprobs(backend.model), abs=1e-5)
+        await transfer.aclose([engine])
 
 
 async def test_the_group_is_gone_afterwards(sglang_url: str, backend: Any, tmp_path: Path) -> None:

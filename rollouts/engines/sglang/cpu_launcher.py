@@ -64,9 +64,13 @@ _seeds_without_a_gpu()
 if "--enable-lora" in sys.argv:
     _adapters_without_a_gpu()
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # also when started by this file's path
+from rollouts.training.weight_transfer.payload import keep_mappings  # noqa: E402
+
+keep_mappings()  # SGLang would map a bucket of weights anew each time
+
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # also when started by this file's path
     from rollouts.engines.sglang.launcher import main
 
     main(sys.argv[1:])

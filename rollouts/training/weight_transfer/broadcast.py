@@ -46,6 +46,10 @@ class BroadcastLink:
         self._timeout_s = timeout_s
         self._joined: _Group | None = None
 
+    def in_flight(self, device: torch.device) -> int:
+        """One: all members take part in collectives in the same order."""
+        return 1
+
     def buffer(self, nbytes: int, device: torch.device) -> Buffer:
         return Buffer(torch.empty(nbytes, dtype=torch.uint8, device=device), None)
 

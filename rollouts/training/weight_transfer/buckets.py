@@ -1,8 +1,8 @@
-"""Weights sent a bucket at a time: while the engines load one, the next is gathered into a second buffer.
+"""Weights sent a bucket at a time: while the engines load one, the next is gathered into another buffer.
 
-Rank 0 has two buckets for it (one, if all fits in it), from sync to sync; no rank holds the whole model, unless what
-was sent is kept. Every rank gathers every bucket of a sync whatever the engines do: what fails is between them and
-rank 0, so that rank 0 alone can mend it, while the others are elsewhere.
+Rank 0 has a bucket more for it than its link sends at once (fewer, if all fits in them), from sync to sync; no rank
+holds the whole model, unless what was sent is kept. Every rank gathers every bucket of a sync whatever the engines do:
+what fails is between them and rank 0, so that rank 0 alone can mend it, while the others are elsewhere.
 """
 
 import contextlib
@@ -23,7 +23,8 @@ from rollouts.training.weight_transfer.protocol import Link
 from rollouts.training.weight_transfer.weights import buffer_bytes, fill, plan_buckets
 
 Buckets = Sequence[tuple[Entry, ...]]
-Load = Callable[[int, Tensor], Awaitable[None]]  # the bucket of this index into a buffer
+Loading = Callable[[], Awaitable[None]]  # waits for it; raises what failed
+Load = Callable[[int, Tensor], Loading]  # begins to bring the bucket of this index into a buffer
 FIX = "give BucketTransfer keep=True, or set engine.weight_sync='disk', where an engine reads them from disk"
 
 
@@ -42,12 +43,13 @@ class BucketTransfer:
         self._dtype = dtype
         self._bucket_bytes = bucket_bytes
         self._keep = keep
+        self._in_flight = link.in_flight(backend.device)
         self._buffers: list[Buffer] = []
         self._buckets: Buckets = ()  # of the last sync, as all below
-        self._gathered = 0  # how many of them have been
+        self._gathered = 0  # how many of them have been, or are being
         self._kept: list[Tensor] = []  # their bytes, where they are kept
         self._at_step: int | None = None  # the backend's optimizer steps
-        self._lock = anyio.Lock()  # several engines may come back at once, and there is one pair of buffers
+        self._lock = anyio.Lock()  # several engines may come back at once, and they share the buffers
 
     async def __call__(self, engines: Sequence[Any], version: str) -> None:
         plan = partial(plan_buckets, dtype=self._dtype, bucket_bytes=self._bucket_bytes)
@@ -65,7 +67,7 @@ class BucketTransfer:
                 await self._transfer(engines, version, self._gather)
             except WeightSyncError:
                 while self._gathered < len(buckets):  # with the other ranks, and for what is kept
-                    await self._gather(self._gathered, None)
+                    await self._gather(self._gathered, None)()
                 raise
 
     async def restore(self, engine: Any, version: str) -> None:
@@ -86,7 +88,7 @@ class BucketTransfer:
 
     # --- where a bucket's bytes come from -----------------------------------------------------------------------------
 
-    async def _gather(self, index: int, flat: Tensor | None) -> None:
+    def _gather(self, index: int, flat: Tensor | None) -> Loading:
         """From the model, with the other ranks, into `flat` and what is kept. None: there is nobody to send it to."""
         entries, kept = self._buckets[index], self._kept[index] if self._keep else None
 
@@ -95,30 +97,45 @@ class BucketTransfer:
             if flat is not None and kept is not None:
                 kept.copy_(flat[: len(kept)])
 
-        await self._backend.on_model(gather).result()
+        gathering = self._backend.on_model(gather)
         self._gathered = index + 1
 
-    async def _gather_again(self, index: int, flat: Tensor) -> None:
+        async def gathered() -> None:
+            await gathering.result()
+
+        return gathered
+
+    def _gather_again(self, index: int, flat: Tensor) -> Loading:
         """From the model, on rank 0 alone."""
 
         def gather(model: nn.Module) -> int:
             fill(model, self._buckets[index], flat)
             return int(self._backend.step)
 
-        if await self._backend.on_model(gather).result() != self._at_step:
-            raise WeightSyncError(f"the trainer has taken steps since this version, whose weights are gone: {FIX}")
+        gathering = self._backend.on_model(gather)
 
-    async def _load_kept(self, index: int, flat: Tensor) -> None:
+        async def gathered() -> None:
+            if await gathering.result() != self._at_step:
+                raise WeightSyncError(f"the trainer has taken steps since this version, whose weights are gone: {FIX}")
+
+        return gathered
+
+    def _load_kept(self, index: int, flat: Tensor) -> Loading:
         kept = self._kept[index]
-        await anyio.to_thread.run_sync(flat[: len(kept)].copy_, kept)
+
+        async def loaded() -> None:
+            await anyio.to_thread.run_sync(flat[: len(kept)].copy_, kept)
+
+        return loaded
 
     # --- to the engines -----------------------------------------------------------------------------------------------
 
     async def _transfer(self, engines: Sequence[Any], version: str, load: Load) -> None:
         try:
             self._make_buffers()
+            first = load(0, self._buffers[0].flat)  # while the engines make ready
             await each(engines, "pausing", lambda engine: engine.pause("retract"))
-            await self._send(engines, version, load)
+            await self._send(engines, version, load, first)
             await each(engines, "finishing the update", partial(_finish, version=version))
         except (EngineError, SharedMemoryError) as error:
             raise WeightSyncError(
@@ -131,51 +148,53 @@ class BucketTransfer:
         self._buffers.clear()
 
     def _make_buffers(self) -> None:
-        size, count = buffer_bytes(self._buckets), min(2, len(self._buckets))
+        size, count = buffer_bytes(self._buckets), min(self._in_flight + 1, len(self._buckets))
         fits = len(self._buffers) == count and self._buffers[0].flat.numel() == size
         if not fits or not all(buffer.is_there for buffer in self._buffers):
             self._drop_buffers()
             for _ in range(count):
                 self._buffers.append(self._link.buffer(size, self._backend.device))
 
-    async def _send(self, engines: Sequence[Any], version: str, load: Load) -> None:
+    async def _send(self, engines: Sequence[Any], version: str, load: Load, first: Loading) -> None:
         await self._link.open(engines)
         try:
             await each(engines, "opening the update", lambda engine: engine.begin_weight_update())
-            await self._pump(engines, version, load)
-        except EngineError:
+            await self._pump(engines, version, load, first)
+        except Exception:
             for engine in engines:  # or the next sync finds a session that is open
                 with contextlib.suppress(EngineError):
                     await engine.end_weight_update()
             raise
         await each(engines, "closing the update", lambda engine: engine.end_weight_update())
 
-    async def _pump(self, engines: Sequence[Any], version: str, load: Load) -> None:
-        """Fill one buffer while the other is being loaded. Raises what failed first."""
-        failures: list[EngineError] = []
-        sent = anyio.Event()
-        sent.set()
+    async def _pump(self, engines: Sequence[Any], version: str, load: Load, first: Loading) -> None:
+        """Fill one buffer while others are being loaded. Raises what failed first."""
+        failures: list[Exception] = []
+        answered = [anyio.Event() for _ in self._buckets]
+        loading, last = first, len(self._buckets) - 1
 
-        async def send(buffer: Buffer, entries: Sequence[Entry], label: str | None, done: anyio.Event) -> None:
+        async def send(index: int) -> None:
+            buffer, label = self._buffers[index % len(self._buffers)], version if index == last else None
             try:
-                await self._link.send(engines, buffer, entries, label)
+                await self._link.send(engines, buffer, self._buckets[index], label)
             except EngineError as error:
                 failures.append(error)
-            done.set()
+            answered[index].set()
 
         async with anyio.create_task_group() as group:
-            for index, entries in enumerate(self._buckets):
-                buffer = self._buffers[index % 2]
+            for index in range(len(self._buckets)):
                 try:
-                    await load(index, buffer.flat)
-                except EngineError as error:
+                    await loading()
+                except Exception as error:  # raised below: leaving the group with it would wrap it
                     failures.append(error)
-                await sent.wait()
+                before = index if index == last else max(0, index + 1 - self._in_flight)  # a version means all of it
+                for done in answered[:before]:
+                    await done.wait()
                 if failures:
                     break
-                sent = anyio.Event()
-                label = version if index == len(self._buckets) - 1 else None  # a version means all of it
-                group.start_soon(send, buffer, entries, label, sent)
+                group.start_soon(send, index)
+                if index < last:  # the next one's buffer is free: what was in it has been waited for
+                    loading = load(index + 1, self._buffers[(index + 1) % len(self._buffers)].flat)
         if failures:
             raise failures[0]
 

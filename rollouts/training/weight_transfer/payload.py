@@ -6,12 +6,16 @@ file in /dev/shm, laid out as torch's file_system sharing has it, or a CUDA IPC 
 which SGLang's unpickler admits: the sender needs no sglang package. (`FlattenedTensorBucket` in sglang/srt/weight_sync/
 tensor_bucket.py, `SafeUnpickler` in sglang/srt/utils/common.py.)
 
+A reader keeps a file mapped until its name is gone: to map it anew for each message has the kernel enter every page
+again, a third of what the copy takes. The bytes are the sender's own, so what was read before is never seen again.
+
 The file is ours, not torch's: torch would start a torch_shm_manager beside the sender, which holds the sender's output
 open for as long as a receiver lives, and its file is not reserved: where memory is short, writing to it is a SIGBUS.
 """
 
 import base64
 import fcntl
+import functools
 import io
 import mmap
 import os
@@ -45,6 +49,8 @@ _ADMITTED = {  # what a message is made of: functions of torch that rebuild a te
     ("torch.multiprocessing.reductions", "rebuild_storage_filename"),
     ("torch.multiprocessing.reductions", "rebuild_typed_storage"),
 }
+
+_mapped: dict[tuple[str, int], torch.UntypedStorage] = {}  # what this process reads, by file and bytes
 
 
 class SharedMemoryError(Exception):
@@ -203,13 +209,33 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _rebuild_storage(cls: Any, manager: bytes, handle: bytes, nbytes: int) -> torch.UntypedStorage:
-    """As torch's, without a manager process: the file is its maker's to remove."""
+    """As torch's, without a manager process: the file is its maker's to remove. Mapped once, until it is."""
     name = handle.decode().removeprefix("/")
     if "/" in name:
         raise ValueError(f"{name!r} is not a file of {SHARED_MEMORY}")
-    with open(SHARED_MEMORY / name, "r+b") as file:
-        mapping = mmap.mmap(file.fileno(), _HEADER_BYTES + nbytes)
-    return torch.frombuffer(mapping, dtype=torch.uint8, offset=_HEADER_BYTES).untyped_storage()
+    for gone in [key for key in _mapped if not (SHARED_MEMORY / key[0]).exists()]:
+        del _mapped[gone]
+    if (name, nbytes) not in _mapped:
+        with open(SHARED_MEMORY / name, "r+b") as file:
+            mapping = mmap.mmap(file.fileno(), _HEADER_BYTES + nbytes)
+        _mapped[name, nbytes] = torch.frombuffer(mapping, dtype=torch.uint8, offset=_HEADER_BYTES).untyped_storage()
+    return _mapped[name, nbytes]
+
+
+def keep_mappings() -> None:
+    """Have torch's unpickling in this process map our files as `loads` does; all else stays torch's.
+
+    For an engine that reads messages by its own code: torch maps a file anew each time, drops it, and starts a manager
+    process for it.
+    """
+    theirs = reductions.rebuild_storage_filename
+
+    @functools.wraps(theirs)  # pickled by its name where this process shares a tensor itself
+    def rebuild(cls: Any, manager: bytes, handle: bytes, nbytes: int, dtype: Any = None) -> Any:
+        ours = dtype is None and handle.decode().startswith(f"/{_FILE_PREFIX}")
+        return _rebuild_storage(cls, manager, handle, nbytes) if ours else theirs(cls, manager, handle, nbytes, dtype)
+
+    reductions.rebuild_storage_filename = rebuild
 
 
 def _rebuild_cuda_tensor(*arguments: Any) -> Tensor:

@@ -31,6 +31,13 @@ class Transfer(Protocol):
 class Link(Protocol):
     """How a bucket of tensors gets from rank 0's buffer into engines. On rank 0 alone."""
 
+    def in_flight(self, device: Any) -> int:
+        """How many calls of `send` may be under way at once, for buffers on `device`: 1 where each waits for the last.
+
+        With more, they may arrive in any order; that of the last bucket begins when all others have returned.
+        """
+        ...
+
     def buffer(self, nbytes: int, device: Any) -> Buffer:
         """Memory for one bucket. Raises SharedMemoryError."""
         ...

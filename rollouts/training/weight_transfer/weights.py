@@ -7,6 +7,7 @@ one at a time, so that a rank holds one whole tensor beyond its shards, and rank
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import numpy as np
 import torch
 import transformers.core_model_loading
 from torch import Tensor, nn
@@ -53,9 +54,18 @@ def fill(model: nn.Module, entries: Sequence[Entry], flat: Tensor | None) -> Non
         own = sources[entry.name][1]()
         whole = own.full_tensor() if isinstance(own, DTensor) else own
         if view is not None:
-            view.copy_(whole.detach())
+            _copy(view, whole.detach())
     if flat is not None and flat.is_cuda:
         torch.cuda.current_stream(flat.device).synchronize()  # the receiver reads on a stream of its own
+
+
+def _copy(into: Tensor, source: Tensor) -> None:
+    """`into.copy_(source)`. memcpy, where it may, takes a seventh less of a CPU than one thread of torch."""
+    alike = into.is_cpu and source.is_cpu and into.dtype == source.dtype and source.is_contiguous()
+    if alike and torch.get_num_threads() == 1:
+        np.copyto(into.view(-1).view(torch.uint8).numpy(), source.view(-1).view(torch.uint8).numpy())
+    else:
+        into.copy_(source)
 
 
 def buffer_bytes(buckets: Sequence[Sequence[Entry]]) -> int:
