@@ -42,10 +42,10 @@ class Counting(Router):
 
     answers = 0
 
-    async def _request(self, *arguments: Any, **options: Any) -> Any:
-        answer = await super()._request(*arguments, **options)
+    async def _ask(self, *arguments: Any) -> Any:
+        rows = await super()._ask(*arguments)
         self.answers += 1
-        return answer
+        return rows
 
 
 class RouterProcess:
