@@ -40,10 +40,10 @@ class Counting(Router):
 
     answers = 0
 
-    async def _request(self, *arguments: Any, **options: Any) -> Any:
-        answer = await super()._request(*arguments, **options)
+    async def _ask(self, *arguments: Any) -> Any:
+        rows = await super()._ask(*arguments)
         self.answers += 1
-        return answer
+        return rows
 
 
 class RouterProcess:
@@ -159,7 +159,8 @@ def listeners(pid: int) -> set[str]:
 
 async def test_it_answers_as_a_replica_does(stack: Stack, replicas: Sequence[Server], running: RouterProcess) -> None:
     """Goal: ids and log-probs of a routed batch are a replica's own, to the bit, with every parameter and seed; both
-    replicas did some of it; the router listens on loopback alone, asks for the key, and has it on no command line."""
+    replicas did some of it; the router listens on loopback alone, asks for the key, and has it on no command line. Red
+    with the router's figures on all addresses."""
     before = [prefilled(one) for one in replicas]
     assert await stack.ask() == await stack.ask_directly()
     assert stack.router.answers == len(PROMPTS) and stack.recovered == []
@@ -176,7 +177,7 @@ def prefilled(server: Server) -> int:
 
 async def test_a_replica_dies(stack: Stack, replicas: Sequence[Server], models: dict[str, Path]) -> None:
     """Goal: kill -9 of a replica under requests costs those alone, which the other answers, with the same results; back
-    with its start model, it serves nobody before it has the current weights."""
+    with its start model, it serves nobody before it has the current weights. Red with answers by any weights taken."""
     await sync_weights_to_engines(stack.engines, str(models["new"]), weight_version="7")
     expected = await stack.ask()
     dead = replicas[1]
@@ -202,7 +203,7 @@ async def test_a_replica_dies(stack: Stack, replicas: Sequence[Server], models: 
 
 async def test_the_router_dies(stack: Stack, running: RouterProcess, replicas: Sequence[Server]) -> None:
     """Goal: kill -9 of the router under requests: the replicas are asked themselves, with the same results, until it is
-    back; then they come through it again."""
+    back; then they come through it again. Red with what the router failed raised."""
     expected, long = await stack.ask(), await stack.ask(1, LONG)
 
     def kill() -> None:
@@ -255,7 +256,7 @@ async def test_weights_change_under_requests(stack: Stack, replicas: Sequence[Se
 @pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
 async def test_aborts_and_hang_ups_reach_the_replica(stack: Stack, replicas: Sequence[Server]) -> None:
     """Goal: an abort by rid, asked of any of the clients, ends the request at whichever replica has it, and is no
-    failure; a cancelled request runs nowhere any more."""
+    failure; a cancelled request runs nowhere any more. Red with the abort sent to the client's own replica alone."""
 
     async def until_one_runs() -> None:
         await anyio.to_thread.run_sync(lambda: wait_for(lambda: any(one.running() for one in replicas)))
