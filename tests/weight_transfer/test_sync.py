@@ -1,6 +1,7 @@
 """Whole syncs, of every kind, to the embedded engine and to the real SGLang on a CPU."""
 
 import copy
+import itertools
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ from rollouts.training.inference.resilient import resilient
 from rollouts.training.inference.weight_routes import Adapter
 from rollouts.training.rl_losses import grpo_loss
 from rollouts.training.weight_sync import SGLangEngine, WeightSyncError
+from rollouts.training.weight_transfer import buckets
 from rollouts.training.weight_transfer.sync import WeightSync
 from rollouts.training.weight_transfer.weights import plan_buckets
 from tests.engines.serving import await_health, config_of, embedded_argv, free_port, start
@@ -218,6 +220,27 @@ async def test_tensors_that_do_not_fit(embedded_url: str, models: dict[str, Path
         with pytest.raises(WeightSyncError, match=r"gate_proj.weight has shape \[96, 64\].*\[128, 64\].*left paused"):
             await transfer_of("tensor", backend, tmp_path)([engine], "9")
         fitting = backend_over(models["new"], tmp_path)
+        await WeightSync(fitting, [engine], transfer_of("tensor", fitting, tmp_path), dtype="float32")(10)
+
+
+async def test_a_gather_that_fails(
+    embedded_url: str, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Goal: what the trainer's own side raises between two buckets comes as it is, and the engine can be sent to again.
+    Red with the engine's errors alone looked after: an ExceptionGroup, and the session left open."""
+    fill, calls = buckets.fill, itertools.count()
+
+    def failing(*arguments: Any) -> None:
+        if next(calls) == 1:
+            raise ZeroDivisionError("while gathering")
+        fill(*arguments)
+
+    async with SGLangEngine(embedded_url, timeout_s=30) as engine:
+        backend = backend_over(models["new"], tmp_path)
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(buckets, "fill", failing)
+            await transfer_of("tensor", backend, tmp_path)([engine], "9")
+        fitting = backend_over(models["new"], tmp_path)  # the other one refuses all further work
         await WeightSync(fitting, [engine], transfer_of("tensor", fitting, tmp_path), dtype="float32")(10)
 
 

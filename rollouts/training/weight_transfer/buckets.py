@@ -168,8 +168,8 @@ class BucketTransfer:
         await each(engines, "closing the update", lambda engine: engine.end_weight_update())
 
     async def _pump(self, engines: Sequence[Any], version: str, load: Load, first: Loading) -> None:
-        """Fill one buffer while others are being loaded. Raises what failed first."""
-        failures: list[Exception] = []
+        """Fill one buffer while others are being loaded. Raises what the first bucket that failed did."""
+        failures: dict[int, Exception] = {}
         answered = [anyio.Event() for _ in self._buckets]
         loading, last = first, len(self._buckets) - 1
 
@@ -178,7 +178,7 @@ class BucketTransfer:
             try:
                 await self._link.send(engines, buffer, self._buckets[index], label)
             except EngineError as error:
-                failures.append(error)
+                failures[index] = error
             answered[index].set()
 
         async with anyio.create_task_group() as group:
@@ -186,7 +186,7 @@ class BucketTransfer:
                 try:
                     await loading()
                 except Exception as error:  # raised below: leaving the group with it would wrap it
-                    failures.append(error)
+                    failures[index] = error
                 before = index if index == last else max(0, index + 1 - self._in_flight)  # a version means all of it
                 for done in answered[:before]:
                     await done.wait()
@@ -196,7 +196,7 @@ class BucketTransfer:
                 if index < last:  # the next one's buffer is free: what was in it has been waited for
                     loading = load(index + 1, self._buffers[(index + 1) % len(self._buffers)].flat)
         if failures:
-            raise failures[0]
+            raise failures[min(failures)]
 
 
 def _nbytes(entries: Sequence[Entry]) -> int:
