@@ -111,6 +111,10 @@ class RunDir:
         """The same on tmpfs (engine.weights_on_tmpfs). Removed by the trainer, else by `remove_transient`."""
         return Path("/dev/shm") / f"rollouts-{self.run_id}-weights"
 
+    def buckets_in_memory(self) -> list[Path]:
+        """Files that the trainer's weights are in on their way to the engines (engine.weight_sync="tensor")."""
+        return list(Path("/dev/shm").glob(f"rollouts-bucket-{self.run_id}-{'[0-9a-f]' * 32}"))
+
     def log(self, window: str) -> Path:
         return self.path / "logs" / f"{window}.log"
 
@@ -325,6 +329,8 @@ def remove_transient(run: RunDir) -> None:
     """Remove what must not outlive a run's processes: its secrets, and weights that a killed trainer left in memory."""
     run.secrets.unlink(missing_ok=True)
     shutil.rmtree(run.weights_in_memory, ignore_errors=True)
+    for file in run.buckets_in_memory():
+        file.unlink(missing_ok=True)
 
 
 def read_status(run: RunDir) -> Status | None:

@@ -102,7 +102,8 @@ def test_what_else_adapters_alone_refuse(changes: dict[str, Any], refused: str |
 
 
 def test_each_kind_is_wired(models: dict[str, Path], tmp_path: Path) -> None:
-    """Goal: kind, bucket size, place and dtype come from the config. Red with a bucket size of its own."""
+    """Goal: kind, bucket size, place and dtype come from the config. Red with a bucket size of its own, and
+    with buckets that do not name the run."""
     run, backend = RunDir(tmp_path / "some-run"), backend_over(models["old"], tmp_path)
     disk = weight_transfer(config_with({}), run, backend)
     assert isinstance(disk, DiskTransfer) and disk.directory == run.weights and not disk._temporary
@@ -116,6 +117,9 @@ def test_each_kind_is_wired(models: dict[str, Path], tmp_path: Path) -> None:
     tensor = weight_transfer(config_with({"engine.weight_sync": "tensor", **sized}), run, backend)
     assert isinstance(tensor, BucketTransfer) and tensor._bucket_bytes == 7 * 2**20 and tensor._dtype is None
     assert isinstance(tensor._link, SharedMemoryLink) and tensor._link._readers == 2
+    buffer = tensor._link.buffer(8, torch.device("cpu"))
+    assert run.buckets_in_memory() == [buffer.file]
+    buffer.close()
     limits = {"limits.sample_timeout_s": 12.0}
     broadcast = weight_transfer(config_with({**SGLANG, "engine.weight_sync": "broadcast", **limits}), run, backend)
     assert isinstance(broadcast, BucketTransfer) and isinstance(broadcast._link, BroadcastLink)

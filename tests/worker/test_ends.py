@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,8 +53,11 @@ def training(host: Host) -> Iterator[RunDir]:
     wait_for(lambda: "up" in log(run, "trainer"), "the trainer's rank")
     run.weights_in_memory.mkdir()
     (run.weights_in_memory / "model.safetensors").write_bytes(b"weights")
+    bucket = Path(f"/dev/shm/rollouts-bucket-{run.run_id}-{uuid.uuid4().hex}")
+    bucket.write_bytes(b"weights")
     yield run
     shutil.rmtree(run.weights_in_memory, ignore_errors=True)
+    bucket.unlink(missing_ok=True)
     for pid in [int(line.split(":")[0]) for line in survivors(run)]:
         os.kill(pid, signal.SIGKILL)
 
@@ -73,6 +77,11 @@ def test_survivors_can_see(training: RunDir) -> None:
     assert module("stop", str(training.path)).returncode == 0
 
 
+def in_memory(run: RunDir) -> list[Path]:
+    """The run's weights that are left there."""
+    return [*filter(Path.exists, [run.weights_in_memory]), *run.buckets_in_memory()]
+
+
 def test_stop(training: RunDir) -> None:
     """Goal: stop ends everything, the run is `stopped` with 143, the session is gone, and a second stop changes
     nothing. Red with the supervisor's signal handler removed (state stays unfinished)."""
@@ -86,7 +95,7 @@ def test_stop(training: RunDir) -> None:
     before = training.status.read_bytes()
     assert json.loads(module("stop", str(training.path)).stdout) == {"state": "stopped", "exit_code": 143}
     assert training.status.read_bytes() == before
-    assert not training.secrets.exists() and not training.weights_in_memory.exists()
+    assert not training.secrets.exists() and in_memory(training) == []
 
 
 def test_stop_of_a_run_that_is_done(host: Host) -> None:
@@ -112,7 +121,7 @@ def test_stop_with_a_supervisor_that_does_not_answer(training: RunDir) -> None:
     assert json.loads(done.stdout) == {"state": "stopped", "exit_code": 143}, done.stderr
     assert survivors(training) == [] and training.run_id not in tmux_sessions()
     assert as_status(training)["state"] == "stopped"
-    assert not training.weights_in_memory.exists()
+    assert in_memory(training) == []
 
 
 def test_kill_9_of_the_supervisor(training: RunDir) -> None:
@@ -123,7 +132,7 @@ def test_kill_9_of_the_supervisor(training: RunDir) -> None:
     seen = observe(training)
     assert (seen.state, seen.exit_code, seen.live) == ("died", None, False)
     assert training.run_id not in tmux_sessions()
-    assert not training.secrets.exists() and not training.weights_in_memory.exists()
+    assert not training.secrets.exists() and in_memory(training) == []
     record = run_dir.read_exit(training, "run", "supervisor")
     assert record is not None and record.signal == signal.SIGKILL
     for window in ("trainer", "engine-0"):  # each wrapper ended its own, and lived to say so

@@ -90,15 +90,15 @@ class Buffer:
             os.close(self.lock)
 
 
-def shared_buffer(nbytes: int, device: torch.device) -> Buffer:
-    """Reserved memory, kept until closed. Raises SharedMemoryError where there is not as much.
+def shared_buffer(nbytes: int, device: torch.device, *, owner: str = "") -> Buffer:
+    """Reserved memory, kept until closed. Raises SharedMemoryError where there is not as much. `owner`: in its name.
 
     Files whose makers were killed are removed first.
     """
     if device.type == "cuda":
         return Buffer(torch.empty(nbytes, dtype=torch.uint8, device=device), None)
     _remove_orphans()
-    file = SHARED_MEMORY / f"{_FILE_PREFIX}{uuid.uuid4().hex}"
+    file = SHARED_MEMORY / f"{_FILE_PREFIX}{owner}{uuid.uuid4().hex}"
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

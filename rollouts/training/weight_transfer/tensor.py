@@ -10,9 +10,13 @@ from rollouts.training.weight_transfer.payload import Buffer, Entry, dumps, shar
 
 
 class SharedMemoryLink:
-    """`Link` over memory of this host. Only a message that says where it is goes over HTTP."""
+    """`Link` over memory of this host. Only a message that says where it is goes over HTTP.
 
-    def __init__(self, *, tensor_parallel_size: int = 1) -> None:
+    `owner`: what the names of its files in /dev/shm begin with, after "rollouts-bucket-".
+    """
+
+    def __init__(self, *, tensor_parallel_size: int = 1, owner: str = "") -> None:
+        self._owner = owner
         self._readers = tensor_parallel_size  # processes of one engine, each of which reads a message of its own
 
     def in_flight(self, device: torch.device) -> int:
@@ -20,7 +24,7 @@ class SharedMemoryLink:
         return 2 if device.type == "cpu" else 1
 
     def buffer(self, nbytes: int, device: torch.device) -> Buffer:
-        return shared_buffer(nbytes, device)
+        return shared_buffer(nbytes, device, owner=self._owner)
 
     async def open(self, engines: Sequence[Any]) -> None:
         """Nothing to be made ready."""
