@@ -142,7 +142,7 @@ async def _train_ours(turns: Turns | None, job: Job, urls: Sequence[str]) -> Non
         num_steps=job.steps,
         baseline="group_mean",
         advantage_norm="group_std",
-        micro_batch_tokens=4096,
+        micro_batch_tokens=16384,
         policy_lag_steps_max=job.lag,
     )
     if turns is None:
