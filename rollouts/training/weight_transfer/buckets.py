@@ -46,6 +46,7 @@ class BucketTransfer:
         self._in_flight = link.in_flight(backend.device)
         self._buffers: list[Buffer] = []
         self._buckets: Buckets = ()  # of the last sync, as all below
+        self._gathering: Any = None  # the last one's future
         self._gathered = 0  # how many of them have been, or are being
         self._kept: list[Tensor] = []  # their bytes, where they are kept
         self._at_step: int | None = None  # the backend's optimizer steps
@@ -68,6 +69,7 @@ class BucketTransfer:
             except WeightSyncError:
                 while self._gathered < len(buckets):  # with the other ranks, and for what is kept
                     await self._gather(self._gathered, None)()
+                await self._gathering.result()  # one that nobody waited for would still write to what a restart reads
                 raise
 
     async def restore(self, engine: Any, version: str) -> None:
@@ -97,7 +99,7 @@ class BucketTransfer:
             if flat is not None and kept is not None:
                 kept.copy_(flat[: len(kept)])
 
-        gathering = self._backend.on_model(gather)
+        self._gathering = gathering = self._backend.on_model(gather)
         self._gathered = index + 1
 
         async def gathered() -> None:
