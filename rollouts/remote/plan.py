@@ -87,6 +87,7 @@ def make_plan(
 ) -> Plan:
     """Decide everything. `secrets_set`: those of host.secrets that have a value here."""
     problems = (
+        *facts.way_problems,
         *_run_problems(config, facts, target, run_id),
         *_tool_problems(config, facts, target),
         *_gpu_problems(config, facts, target),
@@ -501,6 +502,7 @@ def _process_env(config: Config, ranks: list[int]) -> dict[str, str]:
 
 
 def _notes(config: Config, facts: HostFacts, code: Code) -> Iterator[str]:
+    yield from facts.way_notes
     if not code.commit:
         yield "the repository has no commit yet: the code is sent, but no commit can be recorded"
     if config.target.device_type == "cuda" and facts.driver:
