@@ -77,12 +77,17 @@ def read_known_keys(files: Iterable[Path], name: str) -> KnownKeys:
 
 
 def key_kind(blob: bytes) -> str:
-    """Return the type that is written in a key's own bytes; "" where they are no key."""
-    if len(blob) < 4:
+    """Return the type that is written in a key's own bytes; "" where they are not a whole key."""
+    fields, rest = [], blob
+    while len(rest) >= 4:
+        (size,) = struct.unpack(">I", rest[:4])
+        fields.append(rest[4 : 4 + size])
+        if len(fields[-1]) < size:
+            return ""
+        rest = rest[4 + size :]
+    if rest or len(fields) < 2 or not re.fullmatch(rb"[a-z0-9@.-]{1,64}", fields[0]):
         return ""
-    (size,) = struct.unpack(">I", blob[:4])
-    text = blob[4 : 4 + size]
-    return text.decode() if len(text) == size and re.fullmatch(rb"[a-z0-9@.-]{1,64}", text) else ""
+    return fields[0].decode()
 
 
 def algorithms(kinds: Iterable[str]) -> list[str]:

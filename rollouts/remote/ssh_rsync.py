@@ -6,7 +6,7 @@ Commands, forwardings, terminals and shared connections of interactive sessions 
 from pathlib import Path
 
 from rollouts.remote.ssh_config import PASSED_ON, Hop
-from rollouts.remote.ssh_host_key import known_hosts_lines
+from rollouts.remote.ssh_host_key import known_hosts_lines, read_trust
 
 HOST_ALIAS = "rollouts-host"
 
@@ -31,6 +31,8 @@ def write_settings(directory: Path, hops: tuple[Hop, ...], *, keepalive_s: int) 
 def settings(hop: Hop, known_hosts: Path, *, keepalive_s: int) -> list[tuple[str, str]]:
     """Return the settings for one hop, but for the way to it."""
     alias = [("HostKeyAlias", hop.known_as[0])] if hop.known_as[-1] != hop.host else []
+    # in so many words: given a list, ssh does not put the types that are known first
+    key_types = read_trust(hop).key_types(hop.list_of("hostkeyalgorithms"))
     return [
         ("HostName", hop.host),
         ("Port", str(hop.port)),
@@ -47,6 +49,7 @@ def settings(hop: Hop, known_hosts: Path, *, keepalive_s: int) -> list[tuple[str
         ("BatchMode", "yes"),
         ("ConnectTimeout", f"{hop.connect_timeout_s:.0f}"),
         ("ServerAliveInterval", str(keepalive_s)),
+        *([("HostKeyAlgorithms", ",".join(key_types))] if key_types else []),
         *((name, hop.values[name]) for name in PASSED_ON if name in hop.values),
     ]
 
