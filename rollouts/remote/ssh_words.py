@@ -3,6 +3,7 @@
 import re
 
 from rollouts.remote.errors import TransportError
+from rollouts.remote.framing import NOISE_BYTES_MAX
 
 # its words, what they mean, the fix. None of these gets better by trying again.
 CAUSES = (
@@ -56,6 +57,7 @@ def explain_words(target: str, words: str) -> TransportError:
 def shell_speaks(target: str, noise: str, count: int | None = None) -> TransportError:
     """Return the error for a login shell that prints before every command, which rsync cannot take."""
     size = "something" if count is None else f"{count} byte{'s' if count != 1 else ''}"
+    size += " or more" if count == NOISE_BYTES_MAX else ""
     return TransportError(
         f"{target}: its shell prints {size} before every command, and rsync cannot work with that.",
         found=noise,
