@@ -1,4 +1,4 @@
-"""Login shells of every kind, and what their start-up files print: commands are not touched, rsync's trouble is said."""
+"""Login shells of every kind, and what their start-up files print: commands go on, rsync's trouble is said."""
 
 import json
 from collections.abc import Callable
@@ -51,21 +51,28 @@ def test_a_shell_that_speaks(kind: str, here: Laptop, make_host: MakeHost) -> No
     [
         "echo to stderr >&2\n",
         "trap 'echo good bye' EXIT\n",
-        "(sleep 20; echo late) &\n",
         "export LC_ALL=xx_YY.UTF-8 LANG=xx LANGUAGE=xx\n",
         "export CDPATH=/usr:/ PYTHONPATH=/nonexistent PYTHONHOME=/nonexistent PYTHONSTARTUP=/x ENV=/x BASH_ENV=/x\n",
         "set -o noclobber; set -u; alias cd=false printf=false; umask 077\n",
     ],
 )
 def test_start_up_files_that_do_no_harm(text: str, here: Laptop, make_host: MakeHost) -> None:
-    """Goal: what does not get in rsync's way is no problem, and changes no answer; what a start-up file leaves running
-    holds nothing up. Red with the output's end awaited in place of the mark, and without python -I."""
+    """Goal: what does not get in rsync's way is no problem, and changes no answer. Red without python -I, and with the
+    host's own language kept."""
     host = make_host(start_up={".bashrc": text, "json.py": "raise SystemExit('shadowed')\n"})
     with transport_to(host.target) as transport:
         facts = gather_facts(transport, check_way=True)
         done = transport.run(["ls", "/no such"], cwd="/", timeout_s=15)
     assert facts.way_problems == () and facts.home == str(host.home) and facts.python
     assert done.err.startswith("ls: cannot access") and "No such file" in done.err and done.returncode == 2
+
+
+def test_what_a_start_up_file_leaves_running(here: Laptop, make_host: MakeHost) -> None:
+    """Goal: a process that holds the outputs open holds no command up. Red with the output's end awaited in place of
+    the mark."""
+    host = make_host(start_up={".bashrc": "(sleep 20; echo late) &\n"})
+    with transport_to(host.target) as transport:
+        assert transport.run(["echo", "done"], timeout_s=10).out == "done\n"
 
 
 def test_a_shell_that_runs_nothing(here: Laptop, make_host: MakeHost) -> None:
