@@ -18,11 +18,11 @@ from pathlib import Path
 
 import fabric
 import paramiko
-from paramiko.ssh_exception import IncompatiblePeer, SSHException
+from paramiko.ssh_exception import ChannelException, IncompatiblePeer, SSHException
 
 from rollouts.remote.errors import TransportError
 from rollouts.remote.framing import SHELL_COMMAND, framed_line, new_frame
-from rollouts.remote.ssh_auth import KeyLogin, LoginFailed
+from rollouts.remote.ssh_auth import LOGIN_TIMEOUT_S, KeyLogin, LoginFailed
 from rollouts.remote.ssh_channel import ChannelOutput, SSHStream
 from rollouts.remote.ssh_config import CONNECT_TIMEOUT_S, Hop, read_hops
 from rollouts.remote.ssh_errors import explain
@@ -118,6 +118,12 @@ class SSHTransport:
                 return channel
             except (SSHException, OSError, EOFError) as error:
                 self.close()  # a connection that died while idle: once more with a new one
+                if isinstance(error, ChannelException):
+                    raise TransportError(
+                        f"{self.target}: the host lets the key in, but opens no session.",
+                        found=error.text or str(error),
+                        fix="see MaxSessions in the host's sshd_config, and its log",
+                    ) from None
                 if attempt == 2:
                     words = str(error) or type(error).__name__
                     raise TransportError(f"{self.target}: connection lost: {words}", lost=True) from None
@@ -200,8 +206,8 @@ def _connection(hop: Hop, way: object, trust: Trust, *, any_key: bool) -> fabric
             "auth_strategy": KeyLogin(hop),
             "transport_factory": transport,
             "banner_timeout": timeout_s,
-            "auth_timeout": timeout_s,
-            "channel_timeout": timeout_s,
+            "auth_timeout": LOGIN_TIMEOUT_S,
+            "channel_timeout": max(timeout_s, CONNECT_TIMEOUT_S),
         },
     )
 

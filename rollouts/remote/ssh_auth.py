@@ -28,7 +28,11 @@ from paramiko.ssh_exception import AuthenticationException, SSHException
 from rollouts.remote.known_hosts import key_kind
 from rollouts.remote.ssh_config import Hop
 
-AGENT_TIMEOUT_S = 60.0  # an agent may ask its user to confirm
+LOGIN_TIMEOUT_S = 60.0  # for each key: an agent may ask its user to confirm
+
+
+class LoginTimeout(TimeoutError):
+    """The host, or the agent, did not answer while a key was tried."""
 
 
 @dataclass(eq=False)
@@ -53,7 +57,7 @@ class Agent(AgentSSH):
     def __init__(self, path: str) -> None:
         super().__init__()
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        connection.settimeout(AGENT_TIMEOUT_S)
+        connection.settimeout(LOGIN_TIMEOUT_S)
         try:
             connection.connect(path)
             self._connect(connection)
@@ -81,7 +85,7 @@ class KeyLogin(AuthStrategy):
         self._hop, self._failure = hop, LoginFailed()
 
     def authenticate(self, transport: paramiko.Transport) -> None:
-        """Log in, or raise LoginFailed. Raises TimeoutError when the host stops answering."""
+        """Log in, or raise LoginFailed. Raises LoginTimeout when the host stops answering."""
         if self._offered(transport):
             return
         if self._failure.allowed and "publickey" not in self._failure.allowed:
@@ -127,7 +131,7 @@ class KeyLogin(AuthStrategy):
 
     def _check_alive(self, transport: paramiko.Transport, error: Exception) -> None:
         if isinstance(error, AuthenticationException) and "timeout" in str(error).lower():
-            raise TimeoutError("no answer while logging in") from None
+            raise LoginTimeout(f"no answer within {LOGIN_TIMEOUT_S:.0f} s") from None
         if not transport.is_active():
             self._failure.hung_up = True
             raise self._failure from None

@@ -7,7 +7,7 @@ from pathlib import Path
 from paramiko.ssh_exception import ChannelException, IncompatiblePeer, SSHException
 
 from rollouts.remote.errors import TransportError
-from rollouts.remote.ssh_auth import LoginFailed
+from rollouts.remote.ssh_auth import LoginFailed, LoginTimeout
 from rollouts.remote.ssh_config import Hop
 from rollouts.remote.ssh_host_key import (
     BadHostCertificate,
@@ -31,6 +31,7 @@ def explain(target: str, hop: Hop, error: Exception, *, waited_s: float) -> Exce
     return (
         _host_key(who, hop, error)
         or _login(who, hop, error)
+        or _login_timeout(who, hop, error)
         or _network(who, hop, error)
         or _protocol(who, hop, error, waited_s)
         or error
@@ -85,7 +86,8 @@ def _file_option(error: ChangedHostKey) -> str:
 def _login(who: str, hop: Hop, error: Exception) -> TransportError | None:
     if not isinstance(error, LoginFailed):
         return None
-    found = "\n".join([str(error), *hop.login_notes])
+    gssapi = "gssapi-with-mic" in error.allowed
+    found = "\n".join([str(error), *(note for note in hop.login_notes if gssapi or "GSSAPI" not in note)])
     if error.second_factor:
         return TransportError(
             f"{who}: {hop.login} wants a second factor beside the key, and deploy cannot give one.",
@@ -109,7 +111,7 @@ def _login(who: str, hop: Hop, error: Exception) -> TransportError | None:
             f"{who}: the host wants a password for {hop.login}; deploy never asks for one.",
             found=f"the host accepts {', '.join(error.allowed)}",
             needed="login by key",
-            fix=f"ssh-copy-id {hop.login}, or allow public keys in the host's sshd_config",
+            fix=f"{_copy_id(hop)}, or allow public keys in the host's sshd_config",
         )
     if error.locked:
         return TransportError(
@@ -121,6 +123,17 @@ def _login(who: str, hop: Hop, error: Exception) -> TransportError | None:
         f"{who}: the host accepts none of the keys tried for {hop.login}.",
         found=found,
         fix=f"{_copy_id(hop)}, or name the right user, or set IdentityFile for it in {CONFIG}",
+    )
+
+
+def _login_timeout(who: str, hop: Hop, error: Exception) -> TransportError | None:
+    if not isinstance(error, LoginTimeout):
+        return None
+    return TransportError(
+        f"{who}: {hop.address} stopped answering while logging in as {hop.user}.",
+        found=str(error),
+        fix="run again; if the agent asks for a confirmation, give it",
+        lost=True,
     )
 
 
@@ -173,8 +186,8 @@ def _protocol(who: str, hop: Hop, error: Exception, waited_s: float) -> Transpor
         )
     if isinstance(error, IncompatiblePeer):
         return TransportError(
-            f"{who}: {hop.address} and this machine have no algorithm in common.",
-            found=text,
+            f"{who}: {hop.address} and the SSH client of deploy (paramiko) have no algorithm in common.",
+            found=f"{text}; the ssh command may know more",
             fix=f"see Ciphers, MACs, KexAlgorithms and HostKeyAlgorithms in {CONFIG} and on the host",
         )
     if "Indecipherable protocol" in text:

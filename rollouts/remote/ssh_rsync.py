@@ -34,7 +34,7 @@ def settings(hop: Hop, known_hosts: Path, *, keepalive_s: int) -> list[tuple[str
     # in so many words: given a list, ssh does not put the types that are known first
     key_types = read_trust(hop).key_types(hop.list_of("hostkeyalgorithms"))
     return [
-        ("HostName", hop.host),
+        ("HostName", _escaped(hop.host)),
         ("Port", str(hop.port)),
         ("User", _quoted(hop.user)),
         *(("IdentityFile", _quoted(_escaped(str(file)))) for file in hop.key_files),
