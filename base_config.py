@@ -177,7 +177,7 @@ class AgentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RLConfig:
-    num_epochs: int  # steps = prompts // examples_per_step * num_epochs; of saved rollouts, their steps * num_epochs
+    num_epochs: int  # steps = prompts * num_epochs // examples_per_step; of saved rollouts, their steps * num_epochs
     source: str  # "engine": sample and train; "engine_only": sample and score alone; or a rollouts.jsonl to train on
     examples_per_step: int  # prompts per optimizer step
     num_samples: int  # per prompt; one sample has no baseline

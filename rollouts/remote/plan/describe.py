@@ -22,6 +22,14 @@ class Step:
 def plan_notes(config: Config, facts: HostFacts, code: Code) -> Iterator[str]:
     if not code.commit:
         yield "the repository has no commit yet: the code is sent, but no commit can be recorded"
+    yield from code.notes
+    yield from code.inputs.notes
+    if code.untracked:
+        shown = ", ".join(code.untracked[:3]) + (", …" if len(code.untracked) > 3 else "")
+        yield (
+            f"{len(code.untracked)} files that git does not track are sent too, {code.untracked_bytes / 1e6:.1f} MB"
+            f" ({shown}): code/manifest.json has their digests, code/dirty.diff not their text"
+        )
     if config.target.device_type == "cuda" and facts.driver:
         yield f"NVIDIA driver {facts.driver}"
     if config.host.env:

@@ -195,7 +195,9 @@ def _path_problems(config: Config, facts: HostFacts, code: Code, target: str) ->
             fix="correct the path, or set None to install unconstrained",
         )
     for name, locality in code.named.items():
-        if locality == "not sent":
+        if name in code.inputs.paths:
+            yield code.inputs.paths[name]
+        elif locality == "not sent":
             yield Problem(
                 f"{name!r} is here, but git ignores it, so it would not reach the host.",
                 needed="a path that git lists, an absolute path on the host, or a hub id",
