@@ -158,9 +158,7 @@ def _sft_words(config: Config, sft: SFTConfig, rows: Rows) -> str:
     elif rows.count is None:
         steps = f"rows{epochs} / {per_step} steps"
     else:
-        steps = (
-            f"at most {max(1, rows.count * sft.num_epochs // per_step):,} steps; rows that are too long are left out"
-        )
+        steps = f"about {max(1, rows.count * sft.num_epochs // per_step):,} steps (rows that are too long are left out)"
     return (
         f"sft: {_rows_words(rows, 'rows')}{epochs if sft.num_iterations == -1 else ''}, {per_step} a step"
         f" (at most {per_step * length:,} tokens): {steps}"
