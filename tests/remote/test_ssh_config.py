@@ -11,9 +11,9 @@ import pytest
 
 from rollouts.remote.errors import TransportError
 from rollouts.remote.ssh import SSHTransport
-from rollouts.remote.ssh_config import read_hops
+from rollouts.remote.ssh_config import NOT_FOLLOWED, read_hops
 from rollouts.remote.transport import parse_target, run_rsync
-from tests.remote.hosts import Host, Laptop, free_port, keygen, public
+from tests.remote.hosts import ROOT, Host, Laptop, free_port, keygen, public
 
 MakeHost = Callable[..., Host]
 
@@ -290,3 +290,9 @@ def test_what_is_not_followed_is_said(here: Laptop, make_host: MakeHost) -> None
     done = here.deploy("--remote", "gpu-7")
     assert done.returncode == 0, done.stderr
     assert "bindinterface lo: not followed" in done.stdout and "hostbasedauthentication yes: not foll" in done.stdout
+
+
+def test_the_readme_names_what_is_not_followed() -> None:
+    """Goal: the list beside "counts" is whole. Red with StrictHostKeyChecking left out of the README."""
+    readme = (ROOT / "README.md").read_text().lower()
+    assert [keyword for keyword, _, _ in NOT_FOLLOWED if keyword not in readme] == []
