@@ -214,7 +214,7 @@ def test_one_of_many_keys_in_the_agent(
     """Goal: with seven keys in the agent and a public key as IdentityFile, IdentitiesOnly tries that one; without it
     the server hangs up, and the error says so with the number of keys.
 
-    Red with every key of the agent tried in its order, and with the hang-up called a time-out.
+    Red with every key of the agent tried whatever the configuration says, and with the hang-up called a time-out.
     """
     host = make_host()
     chosen = here.home / ".ssh/chosen.pub"
@@ -227,6 +227,10 @@ def test_one_of_many_keys_in_the_agent(
         own = f"Host gpu-7\n HostName 127.0.0.1\n Port {host.port}\n"
         here.ssh_config(f"{own} IdentityFile {chosen}\n IdentitiesOnly yes\n")
         reach("gpu-7", tmp_path)
+        here.ssh_config(f"{own} IdentityFile {others[0]}\n IdentitiesOnly yes\n")
+        with pytest.raises(TransportError, match="accepts none of the keys") as caught:
+            reach("gpu-7", tmp_path)
+        assert f"tried: {others[0]} (agent)\n" in caught.value.text()
         here.ssh_config(own)
         with pytest.raises(TransportError, match="closed the connection while logging in") as caught:
             reach("gpu-7", tmp_path)
@@ -236,9 +240,8 @@ def test_one_of_many_keys_in_the_agent(
 def test_a_certificate_as_the_key(here: Laptop, make_host: MakeHost, tmp_path: Path) -> None:
     """Goal: CertificateFile counts for both clients. Red with certificates left out of the login."""
     authority = keygen(tmp_path / "ca")
-    host = make_host(
-        settings=(f"TrustedUserCAKeys {authority}.pub", "AuthorizedPrincipalsFile none", "AuthorizedKeysFile none")
-    )
+    host = make_host(settings=(f"TrustedUserCAKeys {authority}.pub",))
+    (host.directory / "authorized_keys").write_text("")
     name = subprocess.run(["id", "-un"], check=True, capture_output=True, text=True).stdout.strip()
     command = ["ssh-keygen", "-q", "-s", str(authority), "-I", "laptop", "-n", name, f"{here.key}.pub"]
     subprocess.run(command, check=True, capture_output=True)
