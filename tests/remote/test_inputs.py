@@ -59,7 +59,7 @@ def texts(inputs: Inputs) -> str:
 
 
 def test_nothing_is_refused_wrongly(repository: Path) -> None:
-    """Goal: plain files, folders, links inside of the tree (to files, folders, in chains, through ..), hub ids: all pass.
+    """Goal: plain files, folders, links inside of the tree (chained, through .., to folders) and hub ids pass.
     Red with a file below a linked folder looked up by its name alone."""
     write(repository, "real/rows.jsonl", "{}\n")
     (repository / "linked").symlink_to("real")
