@@ -92,12 +92,13 @@ def test_the_diff_does_not_depend_on_settings(
     repository. Red with diff.noprefix obeyed."""
     for name, value in settings.items():
         git(with_submodule, "config", name, value)
+        git(with_submodule / "libs/sub", "config", name, value)
     lines = "".join(f"line {number}\n" for number in range(30))
     (with_submodule / "outer.txt").write_text(lines)
     (with_submodule / "libs/sub/inner.txt").write_text(lines)
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "other/.git"))
     monkeypatch.setenv("GIT_INDEX_FILE", str(tmp_path / "nowhere"))
-    code = read_code(find_repository(with_submodule), config())
+    code = read_code(with_submodule, config())
     monkeypatch.delenv("GIT_DIR")
     monkeypatch.delenv("GIT_INDEX_FILE")
     clone = tmp_path / "clone"
