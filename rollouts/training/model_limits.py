@@ -17,8 +17,8 @@ class ModelLimits:
         """Raise DataError, with the numbers, where `what` has a token id or a length beyond the model's."""
         if self.embedding_rows is not None and largest_id >= self.embedding_rows:
             raise DataError(
-                f"{what} has the token id {largest_id}, and the model's embedding has {self.embedding_rows} rows (ids 0 "
-                f"to {self.embedding_rows - 1}). Fix: the tokenizer that belongs to the model, or a model whose "
+                f"{what} has the token id {largest_id}, and the model's embedding has {self.embedding_rows} rows "
+                f"(ids 0 to {self.embedding_rows - 1}). Fix: the tokenizer that belongs to the model, or a model whose "
                 "embeddings were resized for the tokens that were added"
             )
         if self.positions is not None and length > self.positions:

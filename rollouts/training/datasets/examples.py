@@ -82,10 +82,11 @@ def example(
 def check_answer(value: Any, where: str) -> None:
     """Raise DataError for an `answer` that no reward can compare with a response: needs text, a number, or several."""
     accepted = value if isinstance(value, list) else [value]
-    if not accepted or not all(_is_answer(one) for one in accepted):
+    right = isinstance(value, str) or (bool(accepted) and all(_is_answer(one) for one in accepted))  # "" says: none
+    if not right:
         raise DataError(
-            f"{where}: answer={str(value)[:120]!r} ({type(value).__name__}); needs a string that is not empty, a "
-            "number, or a list of such, each of them right. Fix: put anything else into a column of another name"
+            f"{where}: answer={str(value)[:120]!r} ({type(value).__name__}); needs a string, a number, or a list of "
+            "such, each of them right. Fix: put anything else into a column of another name"
         )
 
 

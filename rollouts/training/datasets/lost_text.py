@@ -13,6 +13,10 @@ Message = dict[str, Any]
 _MARK, _TOOL_MARK = "Zq{}xj", "zt{}xj_tool"  # stand in for a text and a tool's name; in no template and no row
 
 
+class LostTool(DataError):
+    """A chat template that does not offer the tools to the model."""
+
+
 class Renderer(Protocol):
     """A `ChatTemplate`."""
 
@@ -38,7 +42,7 @@ def refuse_lost_context(
             raise DataError(_lost_content(messages, index, where))
     for name in names.values():
         if not _appears(name, text):
-            raise DataError(_lost_tool(name, where))
+            raise LostTool(_lost_tool(name, where))
     tools = list(template.tools or ())
     said = [*template.words, *(message["role"] for message in messages)]
     unsure = [
@@ -65,7 +69,7 @@ def refuse_lost_context(
             raise DataError(_lost_content(messages, index, where))
     for index in unsure_tools:
         if _TOOL_MARK.format(index) not in marked:
-            raise DataError(_lost_tool(names[index], where))
+            raise LostTool(_lost_tool(names[index], where))
 
 
 def refuse_lost_text(message: Message, text: str, where: str) -> None:

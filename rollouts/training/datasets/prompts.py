@@ -5,6 +5,7 @@ from typing import Any
 
 from rollouts.training.datasets.chat import render_prompts
 from rollouts.training.datasets.examples import Example
+from rollouts.training.datasets.lost_text import LostTool
 from rollouts.training.datasets.report import PromptReport
 from rollouts.training.datasets.rows import DataError
 from rollouts.training.types import Prompt
@@ -18,12 +19,20 @@ def fitting_prompts(
 ) -> tuple[list[dict[str, Any]], PromptReport]:
     """The prompt rows of at most `tokens_max` tokens (-1: all), in order, and the report over all of them.
 
-    `tools`: what an environment offers in place of a row's own. Raises DataError for a row that the chat template
-    refuses or leaves something of out, naming it, and when no row is left.
+    `tools`: what an environment offers in place of a row's own; a template without tools is then noted, for a system
+    message may describe them. Raises DataError for a row that the chat template refuses or leaves something of out,
+    naming it, and when no row is left.
     """
     report = PromptReport()
     report.see_columns(examples)
-    measures = _measures({id(example): example for example in examples}, tokenizer, tools)
+    distinct = {id(example): example for example in examples}
+    try:
+        measures = _measures(distinct, tokenizer, tools)
+    except LostTool as error:
+        if tools is OWN_TOOLS:
+            raise
+        report.tools_lost = str(error)
+        measures = _measures(distinct, tokenizer, None)
     kept = []
     for example in examples:
         length, largest_id = measures[id(example)]

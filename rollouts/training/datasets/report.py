@@ -89,6 +89,12 @@ class PromptReport(Report):
     kept: int = 0
     longest: int = 0  # tokens, of those kept
     largest_id: int = 0  # of their tokens
+    tools_lost: str = ""  # of an environment: why the model is not told of them
+
+    @property
+    def noteworthy(self) -> bool:
+        return super().noteworthy or bool(self.tools_lost)
 
     def __str__(self) -> str:
-        return f"{self.kept} prompts" + super().__str__()
+        lost = f"; the model is not told of the environment's tools: {self.tools_lost}" if self.tools_lost else ""
+        return f"{self.kept} prompts" + super().__str__() + lost

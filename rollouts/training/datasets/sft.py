@@ -26,10 +26,6 @@ def build_sft_samples(
     trained token, is left out and counted. A plain text becomes as many samples as it takes. Raises DataError when
     none is left, and for a conversation that the template cannot render. num_workers: see `render_chunks`.
     """
-    if max_length != -1 and max_length < 2:
-        raise DataError(
-            f"max_length={max_length}: needs >= 2 tokens, one to read and one to predict, or -1 for no limit"
-        )
     samples: list[Sample] = []
     report = SFTReport()
     for example, rendered in _rendered(examples, tokenizer, num_workers):
