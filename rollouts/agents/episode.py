@@ -14,6 +14,9 @@ import anyio
 from rollouts.agents.endpoint import Endpoint
 from rollouts.agents.environment import Environment, Message, Reply
 from rollouts.agents.tool_calls import parse_message
+from rollouts.training.datasets.chat import render_prompt
+from rollouts.training.datasets.lost_text import LostTool
+from rollouts.training.datasets.rows import DataError
 from rollouts.training.datasets.turn_end import TurnEnds
 from rollouts.training.types import Prompt
 
@@ -70,7 +73,7 @@ async def run_episode(
             messages = await environment.start(prompt)
         with _blamed_on(environment, "tools", prompt):
             tools = environment.tools() or None
-        opening = _render(endpoint.tokenizer, messages, tools, add_generation_prompt=True)
+        opening = _opening(endpoint.tokenizer, messages, tools)
         episode = Trajectory(prompt, len(opening), list(opening), [0.0] * len(opening), messages=list(messages))
         for turn in range(limits.turns_max):
             episode.ended = await _turn(endpoint, environment, episode, tools, limits, seed + turn)
@@ -172,6 +175,19 @@ def between_turns(
     if after[:end] != before[:end]:
         raise AgentError("the chat template renders earlier turns differently once more follows: no exact continuation")
     return after[end:]
+
+
+def _opening(tokenizer: Any, messages: list[Message], tools: list[dict[str, Any]] | None) -> list[int]:
+    """Tokens of the messages that an episode begins with. Raises AgentError for one that the template leaves out.
+
+    A template without tools is no error here: the messages may describe them, or the policy know them.
+    """
+    try:
+        return render_prompt(tokenizer, {"messages": messages, "tools": tools})
+    except LostTool:
+        return _render(tokenizer, messages, tools, add_generation_prompt=True)
+    except DataError as error:
+        raise AgentError(str(error)) from error
 
 
 def _render(tokenizer: Any, messages: list[Message], tools: Any, **options: Any) -> list[int]:

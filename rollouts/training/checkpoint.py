@@ -171,6 +171,7 @@ def write_model(model: nn.Module, directory: Path, weights: Mapping[str, Tensor]
     ends = end_of_turn_ids(tokenizer, model)
     if len(ends) > 1 or generation.eos_token_id is None:
         generation.eos_token_id = ends or None
+        generation._from_model_config = False  # else a loader may take the model config's one again
     generation.save_pretrained(directory)
 
 

@@ -81,7 +81,7 @@ def test_prompts_leave_room_for_an_answer(tmp_path: Path, tokenizer: Any) -> Non
     data = load_data(config, tokenizer, "sft")
     assert len(data.prompts) == 4 + 2 and len(data.eval_rows) == 3
     assert "rl_mixture: 6 prompts; left out 1: prompt longer than 56 tokens (" in report_of(data)
-    assert f"{tmp_path}/r.jsonl:8)" in report_of(data) and "answers to" not in report_of(data)
+    assert f"{tmp_path}/r.jsonl:7)" in report_of(data) and "answers to" not in report_of(data)
     small = replace_at(config, "engine.context_length", 40)
     data = load_data(small, tokenizer, "rl")
     assert len(data.prompts) == 4 and len(data.eval_rows) == 2

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from rollouts.agents.endpoint import Endpoint
 from rollouts.agents.episode import between_turns
+from rollouts.engines.embedded.model import load
 from rollouts.training.backends import create_pytorch_backend
 from rollouts.training.checkpoint import write_model
 from rollouts.training.datasets.chat import render_conversation, render_prompt
@@ -135,8 +136,7 @@ def test_a_checkpoint_names_every_end(tmp_path: Path) -> None:
     saved = anyio.run(backend.save_checkpoint, 1, {})
     assert json.loads((saved / "generation_config.json").read_text())["eos_token_id"] == [0, 1]
     assert set(stop_ids(load_tokenizer(str(saved)), None)) == {0, 1}
-    from rollouts.engines.embedded.model import load
-
+    assert load_model(str(saved)).generation_config.eos_token_id == [0, 1]
     assert load(str(saved), dtype="float32", device="cpu", trust_remote_code=False).eos_ids == {0, 1}
 
 
