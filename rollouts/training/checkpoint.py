@@ -164,13 +164,14 @@ def write_model(model: nn.Module, directory: Path, weights: Mapping[str, Tensor]
     """
     with _no_progress_bar():
         model.save_pretrained(directory, state_dict=dict(weights))  # type: ignore[operator]
-    generation = own_generation_config(model)
-    if tokenizer is None or generation is None:
+    generation = copy.deepcopy(
+        own_generation_config(model)
+    )  # save_pretrained takes what an evaluation put in its place
+    if generation is None:
         return
-    generation = copy.deepcopy(generation)
-    ends = end_of_turn_ids(tokenizer, model)
-    if len(ends) > 1 or generation.eos_token_id is None:
-        generation.eos_token_id = ends or None
+    ends = [] if tokenizer is None else end_of_turn_ids(tokenizer, model)
+    if len(ends) > 1 or (ends and generation.eos_token_id is None):
+        generation.eos_token_id = ends
         generation._from_model_config = False  # else a loader may take the model config's one again
     generation.save_pretrained(directory)
 

@@ -110,7 +110,8 @@ def by_task(items: Sequence[T], tasks: Sequence[str]) -> dict[str, list[T]]:
     groups: dict[str, list[T]] = {ALL_TASKS: list(items)}
     if len(set(tasks)) > 1:
         for task in sorted(set(tasks)):
-            groups[task] = [item for item, its_task in zip(items, tasks, strict=True) if its_task == task]
+            name = f"{task} (task)" if task == ALL_TASKS else task  # a row's own column may say anything
+            groups[name] = [item for item, its_task in zip(items, tasks, strict=True) if its_task == task]
     return groups
 
 

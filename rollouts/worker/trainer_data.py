@@ -54,7 +54,11 @@ def load_data(config: Config, tokenizer: Any, stage: str) -> Data:
         saved = ReplayRollouts(config.rl.source, temperature=config.rl.temperature)
     sft, report = load_samples(data.sft_mixture, seed=sft_seed(config)) if "sft" in left else ((), None)
     reports: list[tuple[str, Report]] = [] if report is None else [("sft_mixture", report)]
-    fit: dict[str, Any] = {"seed": data.shuffle_seed, "tokenizer": tokenizer, "tokens_max": prompt_tokens_max(config)}
+    fit: dict[str, Any] = {
+        "seed": data.shuffle_seed,
+        "tokenizer": tokenizer,
+        "tokens_max": prompt_tokens_max(config, tokenizer),
+    }
     if "rl" in left and config.rl is not None and config.rl.agent is not None:
         fit["tools"] = _episode_tools(config.rl.agent.environment)
     prompts: Sequence[Prompt] = ()
@@ -82,19 +86,34 @@ def load_data(config: Config, tokenizer: Any, stage: str) -> Data:
     )
 
 
-def prompt_tokens_max(config: Config) -> int:
+def prompt_tokens_max(config: Config, tokenizer: Any) -> int:
     """How long a prompt may be, so that an answer of rl.max_new_tokens fits behind it.
 
-    Room is data.max_length, and where an engine samples no more than engine.context_length; an episode's first prompt
-    also leaves room within rl.agent.tokens_max. Without RL nothing says how long an answer is: data.max_length.
+    Room is data.max_length, and where an engine samples no more than engine.context_length (of the embedded one, the
+    model's positions too); an episode's first prompt also leaves room within rl.agent.tokens_max. Without RL nothing
+    says how long an answer is: data.max_length.
     """
     room, rl = config.data.max_length, config.rl
     if rl is None:
         return room
     if config.uses_engine and config.engine is not None:
         room = min(room, config.engine.context_length)
+        if config.engine.kind == "embedded":
+            room = min(room, _positions(tokenizer, config.model.trust_remote_code) or room)
     room -= rl.max_new_tokens
     return room if rl.agent is None else min(room, rl.agent.tokens_max - 1)
+
+
+def _positions(tokenizer: Any, trust_remote_code: bool) -> int | None:
+    """How many positions the model has that lies beside the tokenizer; None where no config says it."""
+    from transformers import AutoConfig
+
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    try:
+        model = AutoConfig.from_pretrained(tokenizer.name_or_path, **options)
+    except (OSError, ValueError):  # loading the model says what is wrong
+        return None
+    return getattr(model.get_text_config(), "max_position_embeddings", None)
 
 
 def require_fitting_model(model: Any, data: Data) -> None:

@@ -77,7 +77,8 @@ def test_prompts_leave_room_for_an_answer(tmp_path: Path, tokenizer: Any) -> Non
     for tag, count in (("r", 30), ("e", 40), ("r", 53), ("r", 100)):  # a prompt has three tokens more, an answer 8
         with (tmp_path / f"{tag}.jsonl").open("a") as file:
             file.write(json.dumps({"question": "a" * count, "answer": "x"}) + "\n")
-    assert prompt_tokens_max(config) == 64 - 8
+    assert prompt_tokens_max(config, tokenizer) == 64 - 8
+    assert prompt_tokens_max(replace_at(config, "data.max_length", 2000), tokenizer) == 256 - 8  # the model's own
     data = load_data(config, tokenizer, "sft")
     assert len(data.prompts) == 4 + 2 and len(data.eval_rows) == 3
     assert "rl_mixture: 6 prompts; left out 1: prompt longer than 56 tokens (" in report_of(data)
@@ -96,7 +97,7 @@ def test_prompts_leave_room_for_an_answer(tmp_path: Path, tokenizer: Any) -> Non
         timeout_s=60.0,
     )
     episodes = replace_at(config, "rl.agent", agent)
-    assert prompt_tokens_max(episodes) == 33 and len(load_data(episodes, tokenizer, "rl").prompts) == 5
+    assert prompt_tokens_max(episodes, tokenizer) == 33 and len(load_data(episodes, tokenizer, "rl").prompts) == 5
     offered = replace_at(
         config, "rl.agent", replace(agent, environment="rollouts.agents.environment.CalculatorEnvironment")
     )

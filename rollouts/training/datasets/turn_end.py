@@ -23,6 +23,7 @@ _TOOL = {
         "parameters": {"type": "object", "properties": {"x": {"type": "string", "description": _WORD}}},
     },
 }
+_SYSTEM = {"role": "system", "content": "Be brief."}  # some templates insist
 _ASKED = {"role": "user", "content": "Say it."}
 _SAID = {"role": "assistant", "content": _WORD}
 _CALL = {"id": "call00000", "type": "function", "function": {"name": _NAME, "arguments": {"x": "1"}}}
@@ -85,12 +86,14 @@ def _special_ids(tokenizer: Any) -> frozenset[int]:
 def _of_template(tokenizer: Any, named: Set[int]) -> set[int]:
     """The tokens that the chat template writes after an answer and after a tool call; empty where it has none."""
     ends = TurnEnds(tokenizer, frozenset(named), _special_ids(tokenizer) | named)
-    said = _rendered(tokenizer, [_ASKED, _SAID], None)
+    said = _rendered(tokenizer, [_ASKED, _SAID], None) or _rendered(tokenizer, [_SYSTEM, _ASKED, _SAID], None)
     if said is not None and _WORD in said:
         following = tokenizer(said.rpartition(_WORD)[2], add_special_tokens=False)["input_ids"]
         first = [token for token in following if token in ends.specials][:1]
         ends = replace(ends, ids=ends.ids.union(first))
-    called = _rendered(tokenizer, [_ASKED, _CALLED], [_TOOL])
+    called = _rendered(tokenizer, [_ASKED, _CALLED], [_TOOL]) or _rendered(
+        tokenizer, [_SYSTEM, _ASKED, _CALLED], [_TOOL]
+    )
     if called is not None and called.count(_NAME) > 1:  # in the list of tools, and in the call
         ids = tokenizer(called, add_special_tokens=False)["input_ids"]
         end = ends.after_turn(ids, 0, len(ids))

@@ -40,6 +40,7 @@ TWO_AT_ONCE = (
     "{% for m in messages %}{{ '<|a|>' + m.content + '<|end|><|endoftext|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|a|>' }}{% endif %}"
 )
+NEEDS_SYSTEM = "{% if messages[0].role != 'system' %}{{ raise_exception('no system message') }}{% endif %}" + LLAMA31
 LINES = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
 NEXT_ROLE = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}"  # GLM's: nothing at the end
 
@@ -69,11 +70,21 @@ GEMMA.bos_token = "<bos>"
         (GEMMA, ["<eos>", "<end_of_turn>"]),
         (tokenizer_of(PHI3, "<|user|> <|assistant|> <|end|>", eos="<|endoftext|>"), ["<|endoftext|>", "<|end|>"]),
         (tokenizer_of(LLAMA31, "<|start|> <|eom|> <|eot|>", eos="<|eos|>"), ["<|eos|>", "<|eom|>", "<|eot|>"]),
+        (tokenizer_of(NEEDS_SYSTEM, "<|start|> <|eom|> <|eot|>", eos="<|eos|>"), ["<|eos|>", "<|eom|>", "<|eot|>"]),
         (tokenizer_of(TWO_AT_ONCE, "<|a|> <|end|>", eos="<|endoftext|>"), ["<|endoftext|>", "<|end|>"]),
         (tokenizer_of(LINES, "<|x|>", eos="<|endoftext|>"), ["<|endoftext|>"]),
         (tokenizer_of(NEXT_ROLE, "<|user|> <|assistant|>", eos="<|endoftext|>"), ["<|endoftext|>"]),
     ],
-    ids=["Qwen base", "Gemma", "Phi-3", "Llama 3.1", "two at once", "a line break", "nothing"],
+    ids=[
+        "Qwen base",
+        "Gemma",
+        "Phi-3",
+        "Llama 3.1",
+        "a system message is needed",
+        "two at once",
+        "a line break",
+        "nothing",
+    ],
 )
 def test_a_template_and_its_tokenizer_both_say_what_ends_a_turn(tokenizer: Any, expected: list[str]) -> None:
     """Goal: engines, agents and evaluation stop where SFT taught the model to. Red with the eos_token alone."""
