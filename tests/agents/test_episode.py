@@ -264,3 +264,13 @@ async def test_a_message_that_the_template_leaves_out_is_an_error(taught: Any) -
     deaf = tiny_tokenizer(TEMPLATE.replace(assistant, "if m.role == 'system' -%}{%- el" + assistant, 1))
     with pytest.raises(AgentError, match=r"the chat template leaves out content of the system: .*be brief"):
         await run_episode(replace(endpoint(taught), tokenizer=deaf), Briefed(), QUESTION, seed=0)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("answer", "said"), [(72.0, "72"), (["x", 72], "72"), ("72", " 72\n")])
+async def test_a_second_try_accepts_what_rewards_accept(answer: Any, said: str) -> None:
+    """Goal: numbers and lists of answers, as in rewards. Red: str(72.0) was never said."""
+    environment = AskAgain()
+    await environment.start({"messages": [{"role": "user", "content": "q"}], "answer": answer})
+    assert (await environment.respond({"role": "assistant", "content": "7"})).done is False
+    assert (await environment.respond({"role": "assistant", "content": said})).done is True

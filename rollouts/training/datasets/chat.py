@@ -58,7 +58,7 @@ def render_prompts(tokenizer: Any, prompts: Sequence[tuple[str | dict[str, Any],
 def _prompt_text(tokenizer: Any, prompt: str | dict[str, Any], where: str) -> str:
     row = {"messages": [{"role": "user", "content": prompt}]} if isinstance(prompt, str) else prompt
     template = ChatTemplate(tokenizer, row.get("tools"), where)
-    messages = clean_messages(row["messages"], where)
+    messages = clean_messages(row.get("messages"), where)
     (rendered,) = template.render([messages], add_generation_prompt=True)
     refuse_lost_context(template, messages, rendered.text, where, add_generation_prompt=True)
     refuse_half_characters(rendered.text, where)

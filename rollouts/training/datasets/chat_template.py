@@ -7,7 +7,6 @@ so such a conversation becomes several pieces; each trains the turns that stand 
 
 import contextlib
 import copy
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 from rollouts.training.datasets.lost_text import refuse_lost_context, refuse_lost_text
 from rollouts.training.datasets.message_keys import TRAIN_KEYS, untrained
+from rollouts.training.datasets.plain import NotPlain, parse_json
 from rollouts.training.datasets.rows import DataError
 
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -186,13 +186,15 @@ def _group(whole: str, spoken: Sequence[tuple[str, Turn]]) -> list[tuple[str, tu
     return kept or [(whole, ())]
 
 
-def clean_messages(messages: Sequence[Message], where: str) -> list[Message]:
+def clean_messages(messages: object, where: str) -> list[Message]:
     """As templates want them: keys that are null left out, arguments of calls as objects, not text.
 
     Nulls within calls stay: rows of Arrow's lost its padding when they were read. Keys that say what is trained
     (`message_keys`) are not the template's. Raises DataError for a tool call that has no name, or arguments that are
     no object.
     """
+    if not isinstance(messages, list | tuple) or not all(isinstance(message, dict) for message in messages):
+        raise DataError(f"{where}: messages={str(messages)[:120]!r}; needs a list of objects with 'role' and 'content'")
     return [_clean(message, f"{where}: messages[{index}]") for index, message in enumerate(messages)]
 
 
@@ -220,16 +222,17 @@ def _clean_call(call: Any, where: str) -> dict[str, Any]:
         raise DataError(f"{where}.tool_calls has {call!r}; needs {{'function': {{'name': ..., 'arguments': ...}}}}")
     arguments = _parse(function.get("arguments"))  # JSON text is OpenAI's form; templates would encode it once more
     if not isinstance(arguments, dict | None):
-        raise DataError(f"{where}.tool_calls: arguments={arguments!r}; needs an object, or the JSON text of one")
+        shown = str(arguments) if len(str(arguments)) <= 120 else str(arguments)[:117] + "..."
+        raise DataError(f"{where}.tool_calls: arguments={shown!r}; needs an object, or the JSON text of one")
     clean = {**function, "arguments": arguments or {}}
     return {**call, "function": clean} if "function" in call else clean
 
 
 def _parse(value: Any) -> Any:
-    """What the JSON text holds; anything else, other text among it, as it is."""
+    """What the JSON text holds; anything else, other text and what `parse_json` refuses among it, as it is."""
     if isinstance(value, str):
-        with contextlib.suppress(ValueError, RecursionError):  # no JSON, or numbers and depths that Python refuses
-            return json.loads(value)
+        with contextlib.suppress(NotPlain):
+            return parse_json(value)
     return value
 
 

@@ -130,6 +130,23 @@ def test_what_real_templates_keep_is_kept(family: Any) -> None:
         assert render_conversation(tokenizer, [*spoken, SAID], "f:1", tools=[TOOL])
 
 
+@pytest.mark.parametrize("row", [{"question": "x"}, {"messages": "hi"}, {"messages": ["hi"]}, {"messages": None}])
+def test_a_prompt_without_messages_is_named(row: Any) -> None:
+    """Goal: a script's row says what it lacks. Red: KeyError, AttributeError."""
+    with pytest.raises(DataError, match=r"prompt: messages=.*needs a list of objects"):
+        render_prompt(tiny_tokenizer(), row)
+
+
+@pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', '{"a": Infinity}', '{"a": ' + "9" * 5000 + "}", "[1]", "{"])
+def test_arguments_as_text_are_read_as_strictly_as_lines(text: str) -> None:
+    """Goal: nothing of a call is guessed or lost; the message stays short. Red: the last of two values was trained."""
+    call = {"function": {"name": "search", "arguments": text}}
+    messages = [USER, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    with pytest.raises(DataError, match=r"f:1: messages\[1\]\.tool_calls: arguments=.*needs an object") as caught:
+        render_conversation(FAMILIES["qwen2_5"].tokenizer(), messages, "f:1")
+    assert len(str(caught.value)) < 300
+
+
 # --- columns and answers --------------------------------------------------------------------------------------------
 
 
