@@ -8,6 +8,7 @@ from rollouts.training.datasets.examples import Example
 from rollouts.training.datasets.lost_text import LostTool
 from rollouts.training.datasets.report import PromptReport
 from rollouts.training.datasets.rows import DataError
+from rollouts.training.datasets.turn_end import end_of_turn_ids, template_end_ids
 from rollouts.training.types import Prompt
 
 PROMPTS_PER_CALL = 256  # tokenized together
@@ -43,6 +44,9 @@ def fitting_prompts(
             report.longest = max(report.longest, length)
             report.largest_id = max(report.largest_id, largest_id)
     report.kept = len(kept)
+    ends = end_of_turn_ids(tokenizer)
+    if not template_end_ids(tokenizer, frozenset(ends)):
+        report.ends = ", ".join(map(str, tokenizer.convert_ids_to_tokens(ends))) or "max_new_tokens alone"
     if not kept:
         longest = max((length for length, _ in measures.values()), default=0)
         raise DataError(f"no prompt is left that an answer fits behind: {report}; the longest has {longest} tokens")

@@ -90,11 +90,13 @@ class PromptReport(Report):
     longest: int = 0  # tokens, of those kept
     largest_id: int = 0  # of their tokens
     tools_lost: str = ""  # of an environment: why the model is not told of them
+    ends: str = ""  # the tokens that answers end at, where the chat template writes none of its own
 
     @property
     def noteworthy(self) -> bool:
-        return super().noteworthy or bool(self.tools_lost)
+        return super().noteworthy or bool(self.tools_lost or self.ends)
 
     def __str__(self) -> str:
         lost = f"; the model is not told of the environment's tools: {self.tools_lost}" if self.tools_lost else ""
-        return f"{self.kept} prompts" + super().__str__() + lost
+        ends = f"; the chat template writes no token after an answer, which ends at {self.ends}" if self.ends else ""
+        return f"{self.kept} prompts" + super().__str__() + lost + ends

@@ -7,7 +7,7 @@ what SFT trains. All of them count. Effects: config files beside the tokenizer a
 
 import json
 from collections.abc import Iterable, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def end_of_turn_ids(tokenizer: Any, model: Any = None) -> list[int]:
     """
     named = _of_model(model) if model is not None else _saved_beside(str(tokenizer.name_or_path or ""))
     found = {*named, *_ids(tokenizer.eos_token_id)}
-    found |= _of_template(tokenizer, found)
+    found |= template_end_ids(tokenizer, frozenset(found))
     first = _ids(tokenizer.eos_token_id)
     return [*first, *sorted(found - set(first))]
 
@@ -83,22 +83,25 @@ def _special_ids(tokenizer: Any) -> frozenset[int]:
     return frozenset({*tokenizer.all_special_ids, *(index for index, token in added.items() if token.special)})
 
 
-def _of_template(tokenizer: Any, named: Set[int]) -> set[int]:
-    """The tokens that the chat template writes after an answer and after a tool call; empty where it has none."""
-    ends = TurnEnds(tokenizer, frozenset(named), _special_ids(tokenizer) | named)
+def template_end_ids(tokenizer: Any, named: Set[int] = frozenset()) -> set[int]:
+    """The tokens that the chat template writes after an answer and after a tool call; empty where it writes none.
+
+    `named`: tokens that end turns by other sources, special or not.
+    """
+    specials = _special_ids(tokenizer) | named
+    found: set[int] = set()
     said = _rendered(tokenizer, [_ASKED, _SAID], None) or _rendered(tokenizer, [_SYSTEM, _ASKED, _SAID], None)
     if said is not None and _WORD in said:
         following = tokenizer(said.rpartition(_WORD)[2], add_special_tokens=False)["input_ids"]
-        first = [token for token in following if token in ends.specials][:1]
-        ends = replace(ends, ids=ends.ids.union(first))
+        found.update([token for token in following if token in specials][:1])
     called = _rendered(tokenizer, [_ASKED, _CALLED], [_TOOL]) or _rendered(
         tokenizer, [_SYSTEM, _ASKED, _CALLED], [_TOOL]
     )
     if called is not None and called.count(_NAME) > 1:  # in the list of tools, and in the call
         ids = tokenizer(called, add_special_tokens=False)["input_ids"]
-        end = ends.after_turn(ids, 0, len(ids))
-        ends = replace(ends, ids=ends.ids.union(ids[end - 1 : end] if end else ()))
-    return {*ends.ids} - {*named}
+        end = TurnEnds(tokenizer, frozenset(named | found), specials).after_turn(ids, 0, len(ids))
+        found.update(ids[end - 1 : end] if end else ())
+    return found
 
 
 def _rendered(tokenizer: Any, messages: list[dict[str, Any]], tools: Any) -> str | None:

@@ -1,7 +1,6 @@
 """What can be known of rows before training: length, losses of the template, columns, answers, weights, files."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +8,8 @@ import datasets
 import huggingface_hub
 import pytest
 
-from rollouts.training.datasets import load_sft_dataset
-from rollouts.training.datasets.chat import render_conversation, render_prompt
+from rollouts.training.datasets import load_sft_dataset, prompts
+from rollouts.training.datasets.chat import render_conversation, render_prompt, render_prompts
 from rollouts.training.datasets.dataset_loaders import (
     DatasetEntry,
     load_fitting_prompts,
@@ -145,6 +144,15 @@ def test_arguments_as_text_are_read_as_strictly_as_lines(text: str) -> None:
     with pytest.raises(DataError, match=r"f:1: messages\[1\]\.tool_calls: arguments=.*needs an object") as caught:
         render_conversation(FAMILIES["qwen2_5"].tokenizer(), messages, "f:1")
     assert len(str(caught.value)) < 300
+
+
+def test_a_template_that_ends_turns_with_text_is_noted() -> None:
+    """Goal: RL over such a template says where answers end, since nothing taught the model to. Red: no word."""
+    lines = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    example = parse_row(row(question="hi", answer="x"))
+    _, report = fitting_prompts([example], tiny_tokenizer(lines))
+    assert "the chat template writes no token after an answer, which ends at <|end|>" in str(report)
+    assert report.noteworthy and not fitting_prompts([example], tiny_tokenizer())[1].noteworthy
 
 
 # --- columns and answers --------------------------------------------------------------------------------------------
@@ -343,11 +351,15 @@ def test_a_hub_name_is_called_one_first(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert "directory" not in text[: text.index("Fix: ")]
 
 
-def test_repeated_rows_are_measured_once(tmp_path: Path) -> None:
-    """Goal: a mixture that repeats costs no more. Red with one entry per repetition rendered."""
-    path = write(tmp_path / "a.jsonl", [{"question": "abc", "answer": "x"}])
-    spec = DatasetEntry(path, None)
-    once, often = (
-        load_fitting_prompts([replace(spec, repeat=count)], seed=0, tokenizer=tiny_tokenizer())[1] for count in (1, 500)
-    )
-    assert (once.kept, often.kept) == (1, 500) and once.longest == often.longest
+def test_repeated_rows_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Goal: a mixture that repeats costs no more. Red with an entry per repetition rendered."""
+    rendered: list[Any] = []
+
+    def counting(tokenizer: Any, rows: Any) -> Any:
+        rendered.extend(rows)
+        return render_prompts(tokenizer, rows)
+
+    monkeypatch.setattr(prompts, "render_prompts", counting)
+    path = write(tmp_path / "a.jsonl", [{"question": text, "answer": "x"} for text in ("abc", "d")])
+    rows, report = load_fitting_prompts([DatasetEntry(path, None, repeat=500)], seed=0, tokenizer=tiny_tokenizer())
+    assert len(rows) == report.kept == 1000 and report.longest == 6 and len(rendered) == 2
