@@ -21,7 +21,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts.agents": (
         "rollouts.agents",
         "rollouts.training.calculator",
+        "rollouts.training.datasets",
         "rollouts.training.inference",
+        "rollouts.training.rewards.common",
         "rollouts.training.types",
         "rollouts.training.weight_sync",
     ),
@@ -78,6 +80,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts.training.reference": ("rollouts.training.model_loading",),
     "rollouts.training.checkpoint": (
         "rollouts.manifest",
+        "rollouts.training.datasets.turn_end",
         "rollouts.training.distributed",
         "rollouts.training.lora",
         "rollouts.training.optimizer_state",
