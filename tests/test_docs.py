@@ -94,7 +94,7 @@ def engine_url(stand_ins: Path) -> Iterator[str]:
 @pytest.mark.parametrize("page", PYTHON_PAGES)
 def test_python_blocks_run(page: str, stand_ins: Path, engine_url: str, tmp_path: Path) -> None:
     """Goal: what a page shows runs as it stands, block after block, with nothing but what the page imported; a tiny
-    model has the place of the named one. Red with docs/agents.md as it was: NameError: RolloutConfig."""
+    model has the place of the named one. Red with docs/agents.md as it was: NameError."""
     work = tmp_path / "work"
     shutil.copytree(stand_ins, work)
     log = tmp_path / "log"
