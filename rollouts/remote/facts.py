@@ -42,12 +42,12 @@ fi
 python=
 for candidate in python3 python3.14 python3.13 python3.12 python3.11 @OWN_PYTHON@; do
   command -v "$candidate" >/dev/null || continue
-  version=$("$candidate" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null) || continue
+  version=$("$candidate" -E -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null) || continue
   echo "python_seen=$candidate $version"
-  "$candidate" -c 'import sys; sys.exit(sys.version_info < @PYTHON_MIN@)' && { python=$candidate; break; }
+  "$candidate" -E -c 'import sys; sys.exit(sys.version_info < @PYTHON_MIN@)' && { python=$candidate; break; }
 done
 [ -n "$python" ] || exit 0
-rollouts_home=$home "$python" - <<'ROLLOUTS_PROBE'
+rollouts_home=$home "$python" -E - <<'ROLLOUTS_PROBE'
 @PROBE@
 ROLLOUTS_PROBE
 """
