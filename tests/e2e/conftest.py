@@ -39,9 +39,11 @@ def installer_settings() -> dict[str, str]:
     """What this account tells pip and uv, for laptops and hosts whose HOME is another: environments are built in the
     way that this machine can, from its CPU wheel where it has one, and what was downloaded once stays in its cache."""
     told = {name: value for name, value in os.environ.items() if name.startswith(("PIP_", "UV_"))}
-    files = (Path.home() / ".config" / "pip" / "pip.conf", Path.home() / ".pip" / "pip.conf")
-    found = {"PIP_CONFIG_FILE": str(file) for file in files if file.is_file()}
-    return {"PIP_CACHE_DIR": str(Path.home() / ".cache" / "pip"), **found, **told}
+    own = {"PIP_CACHE_DIR": str(Path.home() / ".cache" / "pip")}
+    for file in (Path.home() / ".pip" / "pip.conf", Path.home() / ".config" / "pip" / "pip.conf"):
+        if file.is_file():
+            own["PIP_CONFIG_FILE"] = str(file)
+    return {**own, **told}
 
 
 @contextmanager
