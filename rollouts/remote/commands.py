@@ -162,7 +162,7 @@ def _watch_to_end(link: Link, reporter: Reporter, *, as_json: bool) -> int:
 def stop(run_id: str, *, remote: str | None, as_json: bool) -> int:
     """`deploy stop RUN`: end its processes on the host. 0 once it is over, however it ended."""
     with _opened(run_id, remote, launched=True) as (entry, facts, transport):
-        argv = [_python(facts), "-m", "rollouts.worker.stop", entry.run_path]
+        argv = [_python(facts), "-E", "-m", "rollouts.worker.stop", entry.run_path]
         grace_s = entry.stop_grace_s
         grace_s = STOP_MARGIN_S if grace_s is None else grace_s
         done = transport.run(argv, cwd=f"{entry.run_path}/code/tree", timeout_s=2 * grace_s + STOP_MARGIN_S)

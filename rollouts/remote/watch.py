@@ -137,7 +137,7 @@ def follow(
 def tail(link: Link, mirror: Mirror, *, follow: bool) -> Iterator[dict[str, Any]]:
     """Messages of one `tail` on the host, from where the mirror ends. Ends early only by TransportError(lost)."""
     entry, transport = link.entry, link.transport
-    argv = [link.python, "-m", "rollouts.worker.tail", entry.run_path, *(["--follow"] if follow else [])]
+    argv = [link.python, "-E", "-m", "rollouts.worker.tail", entry.run_path, *(["--follow"] if follow else [])]
     first_line = json.dumps(mirror.offsets()).encode() + b"\n"
     stream = transport.stream(argv, first_line=first_line, cwd=f"{entry.run_path}/code/tree")
     heard = False
