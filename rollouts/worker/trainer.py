@@ -135,7 +135,8 @@ async def _train(config: Config, run: RunDir, stage: str, urls: Urls) -> None:
     from rollouts.training import distributed
     from rollouts.training.model_loading import load_tokenizer
 
-    device = distributed.initialize(config.target.device_type, timeout_s=config.limits.stage_timeout_s)
+    limit_s = config.limits.stage_timeout_s
+    device = distributed.initialize(config.target.device_type, timeout_s=limit_s, store_file=run.ranks(stage))
     torch.manual_seed(
         (config.rl.seed if stage == "rl" and config.rl else config.data.shuffle_seed) + _rank()
     )  # dropout
