@@ -375,13 +375,14 @@ def _result_json(entry: Entry, result: Result, code: int, pull_error: DeployErro
         "exit_code": code,
         "local_dir": entry.local_dir,
         "evaluations": list(result.view.evals),
+        "message": result.view.error["message"] if result.view.error else None,
         "error": result.view.error,
         "pull_error": str(pull_error) if pull_error else None,
     }
 
 
 def _list_row(target: str, experiment_name: str, run_id: str, row: dict[str, Any] | None) -> dict[str, Any]:
-    names = ("state", "stage", "step", "started_at", "exit_code")
+    names = ("state", "stage", "step", "started_at", "exit_code", "message")
     values = {name: row[name] if row else None for name in names}
     values["state"] = values["state"] or "unknown"
     return {"run_id": run_id, "experiment_name": experiment_name, "target": target, **values}
