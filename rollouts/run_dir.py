@@ -4,7 +4,7 @@ On the host it is `<home>/runs/<run_id>/`; what the control side pulls is a mirr
 `<save_dir>/<experiment_name>/<run_id>/`. docs/run-directory.md describes the formats for people.
 
 ```
-config.json  plan.json  code/{tree/,commit.txt,dirty.diff,constraints.txt}   what ran
+config.json  plan.json  code/{tree/,manifest.json,commit.txt,dirty.diff,…}   what ran
 status.json  events.jsonl  supervisor.lock                                   where it is
 metrics.jsonl  rollouts.jsonl  eval.jsonl                                    what it learned
 logs/<window>.log  exit/<stage>-<window>.json  processes/<name>.json         what the processes said, how they ended
@@ -71,6 +71,11 @@ class RunDir:
     @property
     def code_tree(self) -> Path:
         return self.code / "tree"
+
+    @property
+    def code_manifest(self) -> Path:
+        """{"digest", "files": {name: {"mode", "size", "sha256"}}}: what code/tree has to be before a launch."""
+        return self.code / "manifest.json"
 
     @property
     def secrets(self) -> Path:
@@ -445,10 +450,14 @@ def write_secrets(run: RunDir, value: dict[str, Any]) -> None:
 def remove_transient(run: RunDir) -> None:
     """Remove what must not outlive a run's processes: its secrets, weights that a killed trainer left in memory, and
     files by which its processes found each other."""
+    places = {run.secrets_in_memory}
+    if run.secrets.is_symlink():  # the directory may go by another name now
+        places.add(Path(os.readlink(run.secrets)))
     run.secrets.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # another user's, of that name
-        run.secrets_in_memory.unlink(missing_ok=True)
-        run.secrets_in_memory.parent.rmdir()
+    for place in places:
+        if place.match("/dev/shm/rollouts-secrets-*/secrets.json"):
+            with contextlib.suppress(OSError):  # gone, or another user's of that name
+                shutil.rmtree(place.parent)
     temporary = (run.reserve, *_left_secrets(run), *map(run.rendezvous, ("sft", "rl")), *map(run.ranks, ("sft", "rl")))
     for file in temporary:
         file.unlink(missing_ok=True)

@@ -67,8 +67,17 @@ def deploy(
             raise DeployError.of(problems)
         if plan_only:
             return 0
+        for warning in plan.warnings:
+            _warn(warning, as_json=as_json)
         entry = registry.register(plan, config, root, code.record(), now=time.time())
         return _run(entry, config, facts, transport, as_json=as_json, detach=detach)
+
+
+def _warn(warning: str, *, as_json: bool) -> None:
+    if as_json:
+        print_json({"type": "progress", "phase": "warning", "message": warning})
+    else:
+        print(f"warning: {warning}", flush=True)
 
 
 def _run(entry: Entry, config: Config, facts: HostFacts, transport: Transport, *, as_json: bool, detach: bool) -> int:

@@ -11,8 +11,9 @@ import select
 import shlex
 import shutil
 import subprocess
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -204,14 +205,25 @@ class LocalStream:
             self._process.wait()
 
 
-def run_rsync(transport: Transport, arguments: Sequence[str], *, stdin: bytes = b"", timeout_s: float) -> Completed:
-    """One rsync to or from the host. Raises for a lost connection, a full disk, a missing rsync; returns the rest."""
+def run_rsync(
+    transport: Transport,
+    arguments: Sequence[str],
+    *,
+    stdin: bytes = b"",
+    timeout_s: float | None,
+    on_output: Callable[[str], None] | None = None,
+) -> Completed:
+    """One rsync to or from the host. Raises for a lost connection, a full disk, a missing rsync; returns the rest.
+
+    `timeout_s` None: it may take as long as it needs; rsync's own --timeout ends one that stands still. `on_output`
+    gets each line of stdout as it comes, those that end in a carriage return too.
+    """
     rsync = shutil.which("rsync")
     if rsync is None:
         raise DeployError("rsync is not installed on this machine.", fix="apt-get install rsync, or brew install rsync")
     argv = [rsync, "-s", *transport.rsync_options(), *arguments]
     try:
-        done = subprocess.run(argv, input=stdin, capture_output=True, timeout=timeout_s, check=False)
+        done = _run_told(argv, stdin, timeout_s, on_output)
     except subprocess.TimeoutExpired:
         raise TransportError(f"rsync with {transport.target}: no end after {timeout_s:.0f} s", lost=True) from None
     result = Completed(done.returncode, done.stdout, done.stderr)
@@ -224,6 +236,30 @@ def run_rsync(transport: Transport, arguments: Sequence[str], *, stdin: bytes = 
     if result.returncode in (10, 12, 30, 35, 255):  # socket, protocol stream, time-outs, ssh's own failure
         raise TransportError(f"rsync with {transport.target} was cut off.", lost=True, found=result.err[-500:])
     return result
+
+
+def _run_told(
+    argv: Sequence[str], stdin: bytes, timeout_s: float | None, on_output: Callable[[str], None] | None
+) -> subprocess.CompletedProcess[bytes]:
+    """subprocess.run with its output captured, or told line by line while it runs."""
+    if on_output is None:
+        return subprocess.run(argv, input=stdin, capture_output=True, timeout=timeout_s, check=False)
+    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as errors:
+        given.write(stdin)
+        given.seek(0)
+        with subprocess.Popen(argv, stdin=given, stdout=subprocess.PIPE, stderr=errors) as process:
+            try:
+                assert process.stdout is not None
+                rest = b""
+                while data := os.read(process.stdout.fileno(), 1 << 16):
+                    *lines, rest = re.split(rb"[\r\n]", rest + data)
+                    for line in lines:
+                        on_output(line.decode(errors="replace"))
+            except BaseException:
+                process.terminate()  # Ctrl-C: a part of a file stays, for the next try
+                raise
+        errors.seek(0)
+        return subprocess.CompletedProcess(argv, process.returncode, b"", errors.read())
 
 
 def disk_full(target: str, detail: str) -> DeployError:
