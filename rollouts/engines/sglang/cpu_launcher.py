@@ -75,11 +75,14 @@ def _adapters_without_a_gpu() -> None:
 
 
 _torchvision_without_cuda()
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # also when started by this file's path
+from rollouts.training.stores import bind_all_stores  # noqa: E402
+
+bind_all_stores()  # before SGLang is imported
 _seeds_without_a_gpu()
 if "--enable-lora" in sys.argv:
     _adapters_without_a_gpu()
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # also when started by this file's path
 from rollouts.training.weight_transfer.payload import keep_mappings  # noqa: E402
 
 keep_mappings()  # SGLang would map a bucket of weights anew each time
