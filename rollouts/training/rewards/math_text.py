@@ -103,7 +103,7 @@ def final_answer(text: str) -> str | None:
 
 
 def boxed(text: str) -> str | None:
-    """Return what the last box holds, braces matched; with those right before it, joined by commas. None without one."""
+    """Return what the last box holds, braces matched, with those right before it, joined by commas; None without."""
     found: list[tuple[int, int, str]] = []  # start, end, content
     for match in _BOX.finditer(text):
         end = _closing_brace(text, match.end())
@@ -176,7 +176,7 @@ def is_prose(text: str) -> bool:
     words = [word for word in re.findall(r"[A-Za-z]{3,}", bare) if word.lower() not in names]
     marked = " ".join(match[1] for match in _TEXT.finditer(text))
     words += [word for word in re.findall(r"[A-Za-z]{2,}", marked) if word.lower() not in names]
-    return bool(words) and bool(re.search(r"\d", text)) or _digits_apart(text)
+    return (bool(words) and bool(re.search(r"\d", text))) or _digits_apart(text)
 
 
 def time_of(text: str) -> tuple[str, str] | None:
