@@ -30,6 +30,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts.engines.command": ("base_config",),
     "rollouts.engines.embedded.__main__": ("rollouts.engines", "rollouts.training.host_memory"),
     "rollouts.engines.embedded.attention": ("rollouts.training.packed_attention",),
+    "rollouts.engines.embedded.model": ("rollouts.engines", "rollouts.training.model_loading"),
     "rollouts.engines.embedded.server": ("rollouts.engines", "rollouts.training.weight_transfer.payload"),
     "rollouts.engines.sglang.cpu_launcher": ("rollouts.engines", "rollouts.training.weight_transfer.payload"),
     "rollouts.engines.embedded.scoring": (

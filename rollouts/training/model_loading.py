@@ -1,10 +1,16 @@
 """Load a tokenizer and a model, from the hub or a directory, with weights or with seeded random ones."""
 
+import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
+
+
+logger = logging.getLogger(__name__)
+NAMES_SHOWN = 5
 
 
 class ModelError(ValueError):
@@ -51,7 +57,7 @@ def load_model(
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         elif init == "pretrained":
             _require_weights(name)
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
+            model = with_every_weight(AutoModelForCausalLM, name, dtype=dtype, trust_remote_code=trust_remote_code)
         else:
             raise ModelError(f"init={init!r}: needs 'pretrained' or 'random'")
     except ModelError:
@@ -59,6 +65,49 @@ def load_model(
     except Exception as error:  # as above
         raise ModelError(_message("model", name, error, trust_remote_code)) from error
     return model.train()
+
+
+def with_every_weight(auto_class: Any, name: str, **options: Any) -> Any:
+    """Return `auto_class.from_pretrained(name, **options)`, with each of its tensors out of the files.
+
+    transformers draws random values for a tensor that the files lack, and says so in a log alone. Here that is a
+    ModelError, and so is a tensor of another shape; a tied one needs only one of its names. Tensors of the files that
+    the model does not have are named in a warning.
+    """
+    model, info = auto_class.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    missing, unknown = set(info["missing_keys"]), set(info["unexpected_keys"])
+    problems = [
+        f"{key} has shape {list(found)}, the architecture needs {list(needed)}"
+        for key, found, needed in sorted(info["mismatched_keys"])
+    ]
+    if missing:
+        problems.append(f"no tensor for {_some(missing)}")
+    if problems or info["error_msgs"]:
+        found = f"; found beside: {_some(unknown)}" if unknown else ""
+        details = "; ".join([*problems[:NAMES_SHOWN], *info["error_msgs"]])
+        raise ModelError(
+            f"{name}: the weights are not this model's: {details}{found}. They would be random. Fix: "
+            f"{_prefix_fix(missing, unknown)}"
+        )
+    if unknown:
+        logger.warning("%s: its files hold tensors that the model does not have: %s", name, _some(unknown))
+    return model
+
+
+def _some(names: Collection[str]) -> str:
+    """`a, b, c (12 tensors)`: the first few, and how many there are."""
+    shown = ", ".join(sorted(names)[:NAMES_SHOWN])
+    return f"{shown}, … ({len(names)} tensors)" if len(names) > NAMES_SHOWN else shown
+
+
+def _prefix_fix(missing: Collection[str], unknown: Collection[str]) -> str:
+    """Say what to mend: a prefix that a wrapper left on the names, or else the files as a whole."""
+    for key in unknown:
+        for wanted in missing:
+            if key.endswith(f".{wanted}"):
+                prefix = key.removesuffix(wanted)
+                return f"the names carry the prefix {prefix!r}: save the model without its wrapper."
+    return "save all of the model's weights, or set init='random' to draw new ones."
 
 
 def enable_activation_checkpointing(model: Any) -> None:
