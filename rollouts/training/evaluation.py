@@ -299,7 +299,7 @@ def _evaluation(
     rows: Sequence[Prompt], responses: list[str], sampled: list[list[str]], score_fn: ScoreFn
 ) -> Evaluation:
     def is_right(row: Prompt, text: str) -> bool:
-        return score_fn(Sample(prompt=row, response=text)) == 1.0
+        return rewards.is_full(score_fn(Sample(prompt=row, response=text)))
 
     return Evaluation(
         tasks=[task_of(row) for row in rows],

@@ -20,11 +20,14 @@ from rollouts.training.loops.throughput import Throughput
 from rollouts.training.loops.value_step import add_value_advantages
 from rollouts.training.metrics import MetricsLogger
 from rollouts.training.replay import sample_records
+from rollouts.training.rewards.common import RewardError
 from rollouts.training.rl_losses import ClipRange, trained_sequences
 from rollouts.training.rollout_gen.rollout_stream import open_stream
 from rollouts.training.types import RewardFn, RLTrainingConfig, RolloutBatch, Sample
 from rollouts.training.weight_transfer.disk import DiskTransfer
 from rollouts.training.weight_transfer.sync import WeightSync
+
+REWARD_MAX = 1e30  # sums and squares of a step's advantages stay within float32's range of 3e38
 
 
 async def run_rl_training(
@@ -155,6 +158,7 @@ def prepare_grpo_batch(
     prepared = collate(batch.tokens, batch.loss_masks, pad_token_id=pad_token_id)
     if not prepared["tokens_global"]:
         raise ValueError(f"rollout batch: no trained token in {len(batch.tokens)} samples: were all responses empty?")
+    _check_rewards(rewards, batch.samples)
     prepared |= {"temperature": temperature, **_scores(rewards, batch.group_ids or None, config)}
     prepared["sequences_global"] = trained_sequences(prepared["loss_mask"])
     known = [sample.rollout_log_probs is not None for sample in batch.samples]
@@ -165,6 +169,17 @@ def prepare_grpo_batch(
     if clip_range is not None:
         prepared["clip_range"] = clip_range
     return prepared
+
+
+def _check_rewards(rewards: Sequence[float], samples: Sequence[Sample]) -> None:
+    """Raises RewardError naming the prompt of a reward that float32, in which losses are computed, cannot hold."""
+    for place, reward in enumerate(rewards):
+        if not abs(reward) <= REWARD_MAX:  # NaN is not either
+            sample = samples[place] if place < len(samples) else Sample(prompt=f"of sample {place}")
+            raise RewardError(
+                f"reward {reward} of {sample.response[:80]!r}: needs a magnitude of {REWARD_MAX:g} at most (prompt "
+                f"{str(sample.prompt)[:200]})"
+            )
 
 
 def _scores(rewards: Sequence[float], group_ids: Sequence[int] | None, config: RLTrainingConfig) -> dict[str, Any]:

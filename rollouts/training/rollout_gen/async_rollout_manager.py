@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from rollouts.training.datasets.data_buffer import DataBuffer
+from rollouts.training.rewards.common import finite_or_none
 from rollouts.training.rollout_gen.concurrency import gather_in_order
 from rollouts.training.types import REWARD_FAILURE, Prompt, RewardFn, RolloutBatch, RolloutConfig, Sample
 
@@ -247,23 +248,14 @@ async def _score(group: Group, reward_fn: RewardFn | None) -> None:
     if reward_fn is None:
         if any(sample.reward is None for sample in group):
             raise ValueError("no reward_fn, and generate_fn set no reward; give one to RolloutConfig or generate_batch")
+        for sample in group:
+            finite_or_none(sample.reward, sample, source="generate_fn (an agent's environment)")
         return
     rewards: list[Any] = [reward_fn(sample) for sample in group]
     if any(map(inspect.isawaitable, rewards)):  # a task for each costs more than most plain rewards do
         rewards = await gather_in_order([partial(_awaited, reward) for reward in rewards])
     for sample, reward in zip(group, rewards, strict=True):
-        if reward is not None and not _is_finite_number(reward):
-            raise ValueError(
-                f"reward_fn returned {reward!r} for {sample.response[:80]!r}; needs a finite number or None"
-            )
-        sample.reward = None if reward is None else float(reward)
-
-
-def _is_finite_number(value: Any) -> bool:
-    try:
-        return math.isfinite(value)
-    except TypeError:
-        return False
+        sample.reward = finite_or_none(reward, sample)
 
 
 async def _call(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
