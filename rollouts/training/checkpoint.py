@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import random
 import re
 import shutil
@@ -150,8 +151,17 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def read_training_state(path: Path) -> dict[str, Any]:
-    """What `write_checkpoint` was given as `training_state`; tensors on the CPU. Only plain data is unpickled."""
-    return torch.load(path / TRAINING_STATE_FILE, map_location="cpu", weights_only=True)
+    """What `write_checkpoint` was given as `training_state`; tensors on the CPU.
+
+    Only plain data is unpickled. Raises CheckpointError for a file that holds anything else.
+    """
+    try:
+        return torch.load(path / TRAINING_STATE_FILE, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{path / TRAINING_STATE_FILE}: is not plain data, so it is not read: {reason}"
+        ) from error
 
 
 def write_model(model: nn.Module, directory: Path, weights: Mapping[str, Tensor]) -> None:
@@ -227,6 +237,8 @@ def read_model(model: nn.Module, path: Path) -> None:
     parameters = lora.adapter_state_dict(model) if lora.is_lora(model) else model.state_dict(keep_vars=True)
     filled: set[int] = set()
     for name in files:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CheckpointError(f"{index}: names the file {name!r}, outside of the checkpoint")
         with safetensors.safe_open(path / name, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 (no mapping: it cannot be iterated)
                 tensor, target = file.get_tensor(key), parameters.get(key)
