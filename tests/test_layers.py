@@ -62,8 +62,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.agents",
         "rollouts.training",
         "rollouts.worker.trainer_data",
+        "rollouts.worker.trainer_job",
         "rollouts.worker.trainer_wiring",
     ),
+    "rollouts.worker.trainer_job": ("base_config", "rollouts.run_dir", "rollouts.training"),
     "rollouts.worker.trainer_data": ("base_config", "rollouts.training"),
     "rollouts.worker.trainer_wiring": ("base_config", "rollouts.run_dir", "rollouts.agents", "rollouts.training"),
     "rollouts.training": ("rollouts.training", "rollouts.manifest"),
@@ -81,11 +83,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.manifest",
         "rollouts.training.distributed",
         "rollouts.training.lora",
+        "rollouts.training.metrics",
         "rollouts.training.optimizer_state",
     ),
     "rollouts.training.distributed": (),
-    "rollouts.training.optimizer_state": (),
-    "rollouts.training.filters": ("rollouts.training.types",),
+    "rollouts.training.optimizer_state": ("rollouts.training.sharded_reader",),
+    "rollouts.training.sharded_reader": (),
+    "rollouts.training.alarms": (),
+    "rollouts.training.filters": ("rollouts.training.advantages", "rollouts.training.types"),
     "rollouts.training.flops": (),
     "rollouts.training.metrics": (),
     "rollouts.training.backends": (
@@ -106,6 +111,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts.training.value_head": ("rollouts.training.distributed",),
     "rollouts.training.rollout_gen": (
         "rollouts.training.rollout_gen",
+        "rollouts.training.advantages",
+        "rollouts.training.rewards",
         "rollouts.training.types",
         "rollouts.training.datasets",
         "rollouts.training.inference",
@@ -130,7 +137,7 @@ STANDARD_LIBRARY_ONLY = (
     "rollouts.engines.launch",
     "rollouts.worker",  # under the host's own Python; the trainer alone runs in the environment
 )
-EXCEPT = ("rollouts.worker.trainer", "rollouts.worker.trainer_data", "rollouts.worker.trainer_wiring")
+EXCEPT = tuple(f"rollouts.worker.trainer{part}" for part in ("", "_data", "_job", "_wiring"))
 
 
 def module_name(file: Path) -> str:

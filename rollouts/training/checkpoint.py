@@ -37,6 +37,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rollouts.manifest import MANIFEST_FILE, manifest_problems, write_manifest
 from rollouts.training import distributed, lora, optimizer_state
+from rollouts.training.metrics import json_text
 from rollouts.training.optimizer_state import CheckpointError
 
 __all__ = ["CheckpointError", "Retention", "Snapshot", "list_checkpoints", "read_metadata", "write_checkpoint"]
@@ -126,7 +127,7 @@ def write_checkpoint(
         torch.save(dict(snapshot.training_state), temporary / TRAINING_STATE_FILE)
         record = {"stage": checkpoint_dir.name, "step": snapshot.step, "time": time.time(), **snapshot.metadata}
         record |= {"versions": _versions()}
-        (temporary / METADATA_FILE).write_text(json.dumps(record, indent=1) + "\n")
+        (temporary / METADATA_FILE).write_text(json_text(record, indent=1) + "\n")
         write_manifest(temporary)
         _sync_tree(temporary)
         _put_in_place(temporary, final)

@@ -21,7 +21,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a hub id or directory. Raises ModelError; also for one without an end token."""
     from transformers import AutoTokenizer
 
-    _require_config(name)
+    require_model(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises a dozen unrelated kinds (HTTP, JSON, its own)
@@ -47,7 +47,7 @@ def load_model(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    _require_config(name)
+    require_model(name)
     dtype = torch.float32 if dtype is None else dtype
     try:
         if init == "random":
@@ -56,7 +56,7 @@ def load_model(
                 torch.manual_seed(init_seed)
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         elif init == "pretrained":
-            _require_weights(name)
+            require_weights(name)
             model = with_every_weight(AutoModelForCausalLM, name, dtype=dtype, trust_remote_code=trust_remote_code)
         else:
             raise ModelError(f"init={init!r}: needs 'pretrained' or 'random'")
@@ -121,8 +121,8 @@ def enable_activation_checkpointing(model: Any) -> None:
     enable({"use_reentrant": False})
 
 
-def _require_config(name: str) -> None:
-    """A name that can only be a directory must be one, and hold a config.json."""
+def require_model(name: str) -> None:
+    """Raise ModelError for a name that can only be a directory and is none, or has no config.json."""
     path = Path(name)
     if not path.is_dir():
         if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
@@ -131,7 +131,8 @@ def _require_config(name: str) -> None:
         raise ModelError(f"{name}: the directory has no config.json, so it is no Hugging Face model")
 
 
-def _require_weights(name: str) -> None:
+def require_weights(name: str) -> None:
+    """Raise ModelError for a directory without weights."""
     path = Path(name)
     if path.is_dir() and not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
         raise ModelError(f"{name}: the directory holds no weights (*.safetensors); set init='random' to draw new ones")

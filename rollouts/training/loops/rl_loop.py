@@ -12,10 +12,19 @@ import anyio.to_thread
 import torch
 
 from rollouts.training import distributed
-from rollouts.training.advantages import compute_advantages, standard_deviation
+from rollouts.training.advantages import compute_advantages, has_contrast, mean, standard_deviation
 from rollouts.training.backends.protocol import TrainingBackend
 from rollouts.training.loops.batching import collate, pad
-from rollouts.training.loops.common import CheckpointFn, Checkpoints, EvalFn, PrepareFn, call, due, train_step
+from rollouts.training.loops.common import (
+    CheckpointFn,
+    Checkpoints,
+    EvalFn,
+    PrepareFn,
+    call,
+    check_steps,
+    due,
+    train_step,
+)
 from rollouts.training.loops.throughput import Throughput
 from rollouts.training.loops.value_step import add_value_advantages
 from rollouts.training.metrics import MetricsLogger
@@ -61,8 +70,12 @@ async def run_rl_training(
     `weight_sync`, of `engines`, says how they get there; the caller closes it.
     `temperature` is the sampler's; `clip_range` reaches losses that take one. `rollouts_logger` gets every sample.
     `resume`, `eval_fn`, `eval_every`, `on_checkpoint`, `peak_flops`: as in `run_sft_training`, `eval_fn` on rank 0
-    only, and before the first step too (step 0): the engines then serve the weights that training starts from.
+    only, and before the first step too (step 0): the engines then serve the weights that training starts from. Raises
+    StepsError where no step is left.
     """
+    sizes = {"micro_batch_size": config.micro_batch_size, "micro_batch_tokens": config.micro_batch_tokens}
+    steps_done = int(resume["step"]) if resume else 0
+    check_steps(config.num_steps, steps_done, updates_per_batch=config.updates_per_batch, **sizes)
     first = _restore(buffer, rollout_manager, resume)
     sync = weight_sync or WeightSync(backend, engines, DiskTransfer(backend, weights_dir))
     await sync(first)
@@ -100,6 +113,7 @@ async def run_rl_training(
             times = _times([*clock, time.monotonic()])
             lengths = batch["attention_mask"].sum(1).tolist()
             seconds = {key: times[key] for key in ("train_s", "step_s")}
+            metrics["optimizer_steps"] = metrics["step"]
             metrics |= times | throughput.metrics(
                 lengths, batch["tokens_global"], passes=config.updates_per_batch, **seconds
             )
@@ -212,7 +226,8 @@ def rollout_metrics(batch: RolloutBatch, steps_applied: int | None) -> dict[str,
     as `<key>_<filter>` beside their sum.
     """
     metrics: dict[str, float] = {
-        "reward_mean": statistics.fmean(batch.rewards),
+        "groups_zero_std_frac": _zero_std_frac(batch),  # of what was kept, where the batch does not know of all
+        "reward_mean": mean(batch.rewards),
         "reward_std": standard_deviation(batch.rewards, ddof=0),
         "response_length_mean": statistics.fmean(batch.response_lengths),
     }
@@ -229,6 +244,13 @@ def rollout_metrics(batch: RolloutBatch, steps_applied: int | None) -> dict[str,
         elif isinstance(value, (int, float)):
             metrics[key] = value
     return metrics
+
+
+def _zero_std_frac(batch: RolloutBatch) -> float:
+    groups: dict[int, list[float]] = {}
+    for group, reward in zip(batch.group_ids or [0] * len(batch.rewards), batch.rewards, strict=True):
+        groups.setdefault(group, []).append(reward)
+    return sum(not has_contrast(rewards) for rewards in groups.values()) / len(groups)
 
 
 def _oldest_version(sample: Sample) -> int | None:

@@ -17,6 +17,7 @@ from rollouts.training.loops.common import (
     EvalFn,
     call,
     check_resume,
+    check_steps,
     due,
     own_micro_batches,
     train_micro_batches,
@@ -57,8 +58,11 @@ async def run_sft_training(
     What is in each dict: docs/metrics.md. `peak_flops` is the FLOP/s of one rank's device, for "mfu"; None: what the
     maker states for the card.
 
-    Raises ValueError for an example with nothing to train on, or data that is not what `resume` was saved with.
+    Raises ValueError for an example with nothing to train on, data that is not what `resume` was saved with, and where
+    no step is left.
     """
+    sizes = {"micro_batch_size": config.micro_batch_size, "micro_batch_tokens": config.micro_batch_tokens}
+    check_steps(config.num_steps, int(resume["step"]) if resume else 0, batch_size=config.batch_size, **sizes)
     _check_samples(samples)
     data = {"fingerprint": _fingerprint(samples), "seed": seed, "batch_size": config.batch_size}
     throughput = Throughput.of(backend, peak_flops)

@@ -15,6 +15,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
+from rollouts.training.advantages import has_contrast
 from rollouts.training.datasets.data_buffer import DataBuffer
 from rollouts.training.rewards.common import finite_or_none
 from rollouts.training.rollout_gen.concurrency import gather_in_order
@@ -145,6 +146,7 @@ class AsyncRolloutManager:
             "rounds": self._rounds,
             "groups_carried_over": self.ready,
             "groups_dropped": dict(self._dropped),
+            **({"groups_zero_std_frac": self._flat / self._scored} if self._scored else {}),
         }
         self._reset_counts()
         return _flatten([group.samples for group in taken if group.samples is not None], counts), taken
@@ -192,6 +194,7 @@ class AsyncRolloutManager:
         """Counts are of a batch: from the one before to it."""
         self._carried_in = self.ready
         self._started = self._rounds = 0
+        self._scored = self._flat = 0  # groups, and those of them without contrast, before any filter
         self._dropped: Counter[str] = Counter()
 
     async def _generate_group(self, prompt: Prompt, number: int) -> Group:
@@ -211,6 +214,8 @@ class AsyncRolloutManager:
         unscored = [sample for sample in group if sample.reward is None]
         if unscored:
             return unscored[0].metadata.get(REWARD_FAILURE, UNSCORABLE)
+        self._scored += 1
+        self._flat += not has_contrast([sample.reward for sample in group if sample.reward is not None])
         filter_fn = self.config.filter_fn
         if filter_fn is None or await _call(filter_fn, group):
             return None
