@@ -6,7 +6,7 @@ On the host it is `<home>/runs/<run_id>/`; what the control side pulls is a mirr
 ```
 config.json  plan.json  code/{tree/,manifest.json,commit.txt,dirty.diff,…}   what ran
 status.json  events.jsonl  supervisor.lock                                   where it is
-metrics.jsonl  rollouts.jsonl  eval.jsonl                                    what it learned
+metrics.jsonl  rollouts.jsonl  eval.jsonl  eval_samples.jsonl                what it learned
 logs/<window>.log  exit/<stage>-<window>.json  processes/<name>.json         what the processes said, how they ended
 checkpoints/{sft,rl}/step_000100/  latest                                    models
 ```
@@ -22,6 +22,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -41,7 +42,13 @@ RUN_ID_PATTERN = rf"{EXPERIMENT_NAME_PATTERN}"  # a tmux session name too
 RUN_ID_VARIABLE = "ROLLOUTS_RUN_ID"  # in the environment of every process of a run: how a run knows its own
 HOME_VARIABLE = "ROLLOUTS_HOME"  # where a host (or this machine) keeps its rollouts files; ~/.rollouts without it
 
-STREAMED_FILES = ("events.jsonl", "metrics.jsonl", "eval.jsonl", "rollouts.jsonl")  # they only ever grow
+STREAMED_FILES = (
+    "events.jsonl",
+    "metrics.jsonl",
+    "eval.jsonl",
+    "eval_samples.jsonl",
+    "rollouts.jsonl",
+)  # they only ever grow
 ENVIRONMENT_GLOB = "code/environment-*.txt"
 SNAPSHOT_GLOBS = ("status.json", "exit/*.json", ENVIRONMENT_GLOB)  # small, replaced as a whole
 LOG_GLOB = "logs/*.log"
@@ -128,6 +135,11 @@ class RunDir:
     @property
     def eval(self) -> Path:
         return self.path / "eval.jsonl"
+
+    @property
+    def eval_samples(self) -> Path:
+        """The answers to held-out rows, one a line."""
+        return self.path / "eval_samples.jsonl"
 
     @property
     def checkpoints(self) -> Path:
@@ -333,7 +345,7 @@ def append_jsonl(path: Path, *rows: dict[str, Any]) -> None:
     What another writer tore, killed in the middle of a line, stays a line of its own, which readers leave out.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
+    text = "".join(_line(row) for row in rows)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -353,6 +365,21 @@ def _write_lines(descriptor: int, begin: int, data: bytes) -> None:
         with contextlib.suppress(OSError):  # no regular file: the first error is the one to tell
             os.ftruncate(descriptor, begin + data.rfind(b"\n", 0, written) + 1)
         raise
+
+
+def _line(row: dict[str, Any]) -> str:
+    try:
+        return json.dumps(row, separators=(",", ":"), allow_nan=False) + "\n"
+    except ValueError:  # NaN or an infinity, for which JSON has no word: null
+        return json.dumps(_without_nan(row), separators=(",", ":")) + "\n"
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -4,7 +4,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 ALL_TASKS = "all"  # the task of an eval.jsonl row that counts every held-out row
-METRICS_SHOWN = ("loss", "reward_mean", "groups_kept", "tokens_per_s", "lr", "grad_norm", "lag_max", "step_s")
+METRICS_SHOWN = (
+    "loss",
+    "reward_mean",
+    "groups_kept",
+    "groups_zero_std_frac",
+    "tokens_per_s",
+    "lr",
+    "grad_norm",
+    "lag_max",
+    "step_s",
+)
 
 
 @dataclass(frozen=True)
