@@ -38,7 +38,8 @@ RUN_ID_VARIABLE = "ROLLOUTS_RUN_ID"  # in the environment of every process of a 
 HOME_VARIABLE = "ROLLOUTS_HOME"  # where a host (or this machine) keeps its rollouts files; ~/.rollouts without it
 
 STREAMED_FILES = ("events.jsonl", "metrics.jsonl", "eval.jsonl", "rollouts.jsonl")  # they only ever grow
-SNAPSHOT_GLOBS = ("status.json", "exit/*.json")  # small, replaced as a whole
+ENVIRONMENT_GLOB = "code/environment-*.txt"
+SNAPSHOT_GLOBS = ("status.json", "exit/*.json", ENVIRONMENT_GLOB)  # small, replaced as a whole
 LOG_GLOB = "logs/*.log"
 
 
@@ -67,6 +68,10 @@ class RunDir:
     @property
     def code_tree(self) -> Path:
         return self.code / "tree"
+
+    def environment(self, name: str) -> Path:
+        """What was installed in the environment of this name ("trainer", "engine"): `name==version` lines."""
+        return self.code / f"environment-{name}.txt"
 
     @property
     def code_manifest(self) -> Path:

@@ -30,7 +30,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts.engines": ("rollouts.engines",),
     "rollouts.engines.keys": (),
     "rollouts.engines.command": ("base_config",),
-    "rollouts.engines.embedded.__main__": ("rollouts.engines", "rollouts.training.host_memory"),
+    "rollouts.engines.embedded.__main__": (
+        "rollouts.engines",
+        "rollouts.training.host_memory",
+        "rollouts.training.open_files",
+    ),
     "rollouts.engines.embedded.attention": ("rollouts.training.packed_attention",),
     "rollouts.engines.embedded.server": ("rollouts.engines", "rollouts.training.weight_transfer.payload"),
     "rollouts.engines.sglang.cpu_launcher": ("rollouts.engines", "rollouts.training.weight_transfer.payload"),
@@ -113,7 +117,12 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.training.inference",
         "rollouts.training.weight_sync",
     ),
-    "rollouts.training.inference": ("rollouts.training.inference", "rollouts.engines.keys"),
+    "rollouts.training.inference": (
+        "rollouts.training.inference",
+        "rollouts.training.open_files",
+        "rollouts.engines.keys",
+    ),
+    "rollouts.training.open_files": (),
     "rollouts.training.rewards": ("rollouts.training.rewards", "rollouts.training.types"),
     "rollouts.training.datasets": (
         "rollouts.training.calculator",

@@ -49,7 +49,9 @@ def deploy(
     root = find_repository(Path.cwd())
     run_id = run_id or f"{config.output.experiment_name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     with contextlib.closing(open_transport(remote, accept_new_host_key=accept_new_host_key)) as transport:
-        facts = gather_facts(transport, ports=asked_ports(config), paths=asked_paths(config), run_id=run_id)
+        facts = gather_facts(
+            transport, ports=asked_ports(config), paths=asked_paths(config), run_id=run_id, check_way=True
+        )
         code = read_code(root, config)
         plan = make_plan(
             config,
@@ -160,7 +162,7 @@ def _watch_to_end(link: Link, reporter: Reporter, *, as_json: bool) -> int:
 def stop(run_id: str, *, remote: str | None, as_json: bool) -> int:
     """`deploy stop RUN`: end its processes on the host. 0 once it is over, however it ended."""
     with _opened(run_id, remote, launched=True) as (entry, facts, transport):
-        argv = [_python(facts), "-m", "rollouts.worker.stop", entry.run_path]
+        argv = [_python(facts), "-E", "-m", "rollouts.worker.stop", entry.run_path]
         grace_s = entry.stop_grace_s
         grace_s = STOP_MARGIN_S if grace_s is None else grace_s
         done = transport.run(argv, cwd=f"{entry.run_path}/code/tree", timeout_s=2 * grace_s + STOP_MARGIN_S)
@@ -243,7 +245,7 @@ def list_runs(*, remote: str | None, as_json: bool) -> int:
 def check_host(remote: str | None, *, as_json: bool, accept_new_host_key: bool) -> int:
     """`deploy --remote T`: what the host has, what it lacks, and its runs. 2 when it cannot run a job."""
     with contextlib.closing(open_transport(remote, accept_new_host_key=accept_new_host_key)) as transport:
-        facts = gather_facts(transport)
+        facts = gather_facts(transport, check_way=True)
     target = remote or LOCAL_TARGET
     lacking = [tool for tool in ("tmux", "rsync") if tool not in facts.tools]
     lacking += ["python3 >= 3.11"] if facts.python is None else []
@@ -252,7 +254,9 @@ def check_host(remote: str | None, *, as_json: bool, accept_new_host_key: bool) 
     else:
         rows = [_list_row(target, row["experiment_name"], row["run_id"], row) for row in facts.runs]
         print(f"{facts_text(target, facts, lacking)}\n\n{runs_text(rows)}")
-    return 2 if lacking else 0
+        for problem in facts.way_problems:
+            print(f"error: {problem.text()}", file=sys.stderr)
+    return 2 if lacking or facts.way_problems else 0
 
 
 # --- finding a run --------------------------------------------------------------------------------------------------

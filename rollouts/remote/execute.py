@@ -44,7 +44,7 @@ def execute(entry: Entry, config: Config, transport: Transport, path: str, say: 
         "secrets": read_secrets(config),
     }
     done = transport.run(
-        ["env", f"PATH={path}", launch.base_python, "-m", "rollouts.worker.launch"],
+        ["env", f"PATH={path}", launch.base_python, "-E", "-m", "rollouts.worker.launch"],
         stdin=json.dumps(job).encode(),
         cwd=f"{entry.run_path}/code/tree",
         timeout_s=LAUNCH_TIMEOUT_S,

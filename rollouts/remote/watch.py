@@ -137,13 +137,15 @@ def follow(
 def tail(link: Link, mirror: Mirror, *, follow: bool) -> Iterator[dict[str, Any]]:
     """Messages of one `tail` on the host, from where the mirror ends. Ends early only by TransportError(lost)."""
     entry, transport = link.entry, link.transport
-    argv = [link.python, "-m", "rollouts.worker.tail", entry.run_path, *(["--follow"] if follow else [])]
+    argv = [link.python, "-E", "-m", "rollouts.worker.tail", entry.run_path, *(["--follow"] if follow else [])]
     first_line = json.dumps(mirror.offsets()).encode() + b"\n"
     stream = transport.stream(argv, first_line=first_line, cwd=f"{entry.run_path}/code/tree")
     heard = False
     try:
         for line in stream.lines(idle_timeout_s=IDLE_TIMEOUT_S):
-            message = json.loads(line)
+            message = _message(line)
+            if message is None:
+                continue
             if "error" in message:
                 raise DeployError(
                     f"{entry.run_id}: what is here does not fit what is on {entry.target}.",
@@ -163,6 +165,18 @@ def tail(link: Link, mirror: Mirror, *, follow: bool) -> Iterator[dict[str, Any]
         raise TransportError(f"{entry.target}: the connection ended.", lost=True)
     finally:
         stream.close()
+
+
+def _message(line: bytes) -> dict[str, Any] | None:
+    """One line of `tail`; None for what something else on the host printed in between.
+
+    Where that tore one of tail's own lines, the next one does not fit the mirror, and the connection is made anew.
+    """
+    try:
+        message = json.loads(line)
+    except ValueError:
+        return None
+    return message if isinstance(message, dict) else None
 
 
 def pull(link: Link) -> str:

@@ -21,13 +21,14 @@ from typing import Any
 from rollouts import run_dir
 from rollouts.engines.keys import new_keys
 from rollouts.run_dir import LaunchPlan, RunDir, Status, observe
-from rollouts.worker import tmux
+from rollouts.worker import isolation, tmux
 from rollouts.worker.processes import POLL_S, SUPERVISOR_STAGE, SUPERVISOR_WINDOW, WINDOW_VARIABLE
 from rollouts.worker.window import window_command
 
 SUPERVISOR_START_S = 15.0
 MARK_VARIABLES = {run_dir.RUN_ID_VARIABLE, WINDOW_VARIABLE}  # of another run, where one launches from inside of it
-# Of the launcher's terminal and session, not of the machine: the run's processes get all else that the launcher had.
+# Of the launcher's terminal and session, not of the machine. The run's processes get all else that the launcher had,
+# less what would change what Python runs or installs (isolation.py).
 SESSION_VARIABLES = {"TMUX", "TMUX_PANE", "TERM", "PWD", "OLDPWD", "SHLVL", "_", *MARK_VARIABLES}
 SESSION_PREFIXES = ("SSH_",)
 
@@ -86,11 +87,14 @@ def _launching(run: RunDir) -> Iterator[None]:
 
 
 def _write_files(run: RunDir, plan: LaunchPlan, job: dict[str, Any]) -> None:
-    inherited = {
+    machines = {
         name: value
         for name, value in os.environ.items()
         if name not in SESSION_VARIABLES and not name.startswith(SESSION_PREFIXES)
     }
+    inherited, left_out = isolation.split(machines)
+    if undeclared := set(left_out) - set(job["config"]["host"]["env"]) - set(job["secrets"]):
+        run_dir.append_event(run, "note", message=isolation.left_out_note(undeclared))
     secrets = {"inherited": inherited, "secrets": job["secrets"], "engine_keys": new_keys()}
     run_dir.write_json_atomic(run.secrets, secrets, mode=0o600)
     run_dir.write_json_atomic(run.config, job["config"])

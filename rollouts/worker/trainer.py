@@ -67,6 +67,9 @@ def main() -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it has a line per request, at INFO
     import anyio
 
+    from rollouts.training import open_files
+
+    open_files.allow_all()  # a connection for each request under way
     with _mistakes_in_one_line(run):
         urls = Urls(arguments.engine_url, arguments.router_url)
         anyio.run(_train, config, run, arguments.stage, urls)
