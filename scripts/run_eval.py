@@ -74,16 +74,24 @@ def check_paths(arguments: argparse.Namespace) -> None:
 
 
 def load_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows of all --data, each with its task: the data set's name, where the row names none."""
-    from rollouts.training.datasets.dataset_loaders import DatasetEntry, load_prompt_mixture
-    from rollouts.training.evaluation import mix_tasks
+    """The rows of all --data, each with its task: the data set's name, where the row names none.
 
+    What a row would lose to the model's chat template is found here, before the model is loaded.
+    """
+    from rollouts.training.datasets.dataset_loaders import DatasetEntry, load_fitting_prompts
+    from rollouts.training.evaluation import mix_tasks
+    from rollouts.training.model_loading import load_tokenizer
+
+    tokenizer = load_tokenizer(arguments.model, trust_remote_code=arguments.trust_remote_code)
     loaded = []
     for name in arguments.data:
         entry = DatasetEntry(
             name, arguments.format, arguments.split, arguments.subset, max_samples=arguments.max_samples
         )
-        loaded.append((name, load_prompt_mixture([entry], seed=arguments.seed)))
+        rows, report = load_fitting_prompts([entry], seed=arguments.seed, tokenizer=tokenizer)
+        loaded.append((name, rows))
+        if report.noteworthy:
+            print(f"{name}: {report}", file=sys.stderr)
     return mix_tasks(loaded, seed=arguments.seed)
 
 

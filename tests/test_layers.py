@@ -21,14 +21,20 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts.agents": (
         "rollouts.agents",
         "rollouts.training.calculator",
+        "rollouts.training.datasets",
         "rollouts.training.inference",
+        "rollouts.training.rewards.common",
         "rollouts.training.types",
         "rollouts.training.weight_sync",
     ),
     "rollouts.engines": ("rollouts.engines",),
     "rollouts.engines.keys": (),
     "rollouts.engines.command": ("base_config",),
-    "rollouts.engines.embedded.__main__": ("rollouts.engines", "rollouts.training.host_memory"),
+    "rollouts.engines.embedded.__main__": (
+        "rollouts.engines",
+        "rollouts.training.host_memory",
+        "rollouts.training.open_files",
+    ),
     "rollouts.engines.embedded.attention": ("rollouts.training.packed_attention",),
     "rollouts.engines.embedded.model": ("rollouts.engines", "rollouts.training.model_loading"),
     "rollouts.engines.embedded.server": ("rollouts.engines", "rollouts.training.weight_transfer.payload"),
@@ -81,6 +87,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts.training.reference": ("rollouts.training.model_loading",),
     "rollouts.training.checkpoint": (
         "rollouts.manifest",
+        "rollouts.training.datasets.turn_end",
         "rollouts.training.distributed",
         "rollouts.training.lora",
         "rollouts.training.metrics",
@@ -118,7 +125,12 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.training.inference",
         "rollouts.training.weight_sync",
     ),
-    "rollouts.training.inference": ("rollouts.training.inference", "rollouts.engines.keys"),
+    "rollouts.training.inference": (
+        "rollouts.training.inference",
+        "rollouts.training.open_files",
+        "rollouts.engines.keys",
+    ),
+    "rollouts.training.open_files": (),
     "rollouts.training.rewards": ("rollouts.training.rewards", "rollouts.training.types"),
     "rollouts.training.datasets": (
         "rollouts.training.calculator",

@@ -49,7 +49,9 @@ def deploy(
     root = find_repository(Path.cwd())
     run_id = run_id or f"{config.output.experiment_name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     with contextlib.closing(open_transport(remote, accept_new_host_key=accept_new_host_key)) as transport:
-        facts = gather_facts(transport, ports=asked_ports(config), paths=asked_paths(config), run_id=run_id)
+        facts = gather_facts(
+            transport, ports=asked_ports(config), paths=asked_paths(config), run_id=run_id, check_way=True
+        )
         code = read_code(root, config)
         plan = make_plan(
             config,
@@ -66,8 +68,17 @@ def deploy(
             raise DeployError.of(problems)
         if plan_only:
             return 0
+        for warning in plan.warnings:
+            _warn(warning, as_json=as_json)
         entry = registry.register(plan, config, root, code.record(), now=time.time())
         return _run(entry, config, facts, transport, as_json=as_json, detach=detach)
+
+
+def _warn(warning: str, *, as_json: bool) -> None:
+    if as_json:
+        print_json({"type": "progress", "phase": "warning", "message": warning})
+    else:
+        print(f"warning: {warning}", flush=True)
 
 
 def _run(entry: Entry, config: Config, facts: HostFacts, transport: Transport, *, as_json: bool, detach: bool) -> int:
@@ -234,7 +245,7 @@ def list_runs(*, remote: str | None, as_json: bool) -> int:
 def check_host(remote: str | None, *, as_json: bool, accept_new_host_key: bool) -> int:
     """`deploy --remote T`: what the host has, what it lacks, and its runs. 2 when it cannot run a job."""
     with contextlib.closing(open_transport(remote, accept_new_host_key=accept_new_host_key)) as transport:
-        facts = gather_facts(transport)
+        facts = gather_facts(transport, check_way=True)
     target = remote or LOCAL_TARGET
     lacking = [tool for tool in ("tmux", "rsync") if tool not in facts.tools]
     lacking += ["python3 >= 3.11"] if facts.python is None else []
@@ -243,7 +254,9 @@ def check_host(remote: str | None, *, as_json: bool, accept_new_host_key: bool) 
     else:
         rows = [_list_row(target, row["experiment_name"], row["run_id"], row) for row in facts.runs]
         print(f"{facts_text(target, facts, lacking)}\n\n{runs_text(rows)}")
-    return 2 if lacking else 0
+        for problem in facts.way_problems:
+            print(f"error: {problem.text()}", file=sys.stderr)
+    return 2 if lacking or facts.way_problems else 0
 
 
 # --- finding a run --------------------------------------------------------------------------------------------------

@@ -8,10 +8,9 @@ from pathlib import Path
 from base_config import Config
 from rollouts.remote.errors import DeployError
 from rollouts.remote.registry import Entry
-from rollouts.remote.repository import list_files, read_code
+from rollouts.remote.repository import list_files, read_recorded_tree
 from rollouts.remote.sync import sync_code
 from rollouts.remote.transport import Transport, disk_full
-from rollouts.run_dir import write_text_atomic
 
 LAUNCH_TIMEOUT_S = 60
 Say = Callable[[str, str], None]  # phase ("sync", "launch"), what is happening
@@ -20,24 +19,22 @@ Say = Callable[[str, str], None]  # phase ("sync", "launch"), what is happening
 def execute(entry: Entry, config: Config, transport: Transport, path: str, say: Say) -> None:
     """Bring the run of `entry` to life on its host; `path` is the PATH it gets there. Raises DeployError.
 
-    Done twice, the second time changes nothing. The mirror's record of the code is that of the tree that was sent.
+    Done twice, the second time changes nothing. What lies on the host is the code that the mirror's record tells of.
     """
     launch = entry.launch
     assert launch is not None
     root = Path(entry.repository)
-    files = tuple(list_files(root))
-    say("sync", f"{len(files)} files to {entry.target}:{entry.run_path}/code/tree")
-    sent = sync_code(
+    sync_code(
         transport,
         root=root,
-        files=files,
+        files=tuple(list_files(root)),
         project=root.name,
         home=entry.home,
         run_path=entry.run_path,
-        timeout_s=config.limits.bootstrap_timeout_s,
+        python=launch.base_python,
+        expected=read_recorded_tree(entry.mirror),
+        say=say,
     )
-    if sent:
-        write_record(entry, read_code(root, config).record())
     say("launch", f"tmux session {entry.run_id}")
     code = entry.mirror.code
     job = {
@@ -59,11 +56,6 @@ def execute(entry: Entry, config: Config, transport: Transport, path: str, say: 
             f"{entry.target}: the run could not be launched.",
             found=done.err.removeprefix("error: ")[-3000:] or f"exit code {done.returncode}, no message",
         )
-
-
-def write_record(entry: Entry, record: dict[str, str]) -> None:
-    for name, text in record.items():
-        write_text_atomic(entry.mirror.path / name, text)
 
 
 def read_secrets(config: Config) -> dict[str, str]:

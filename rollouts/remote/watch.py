@@ -143,7 +143,9 @@ def tail(link: Link, mirror: Mirror, *, follow: bool) -> Iterator[dict[str, Any]
     heard = False
     try:
         for line in stream.lines(idle_timeout_s=IDLE_TIMEOUT_S):
-            message = json.loads(line)
+            message = _message(line)
+            if message is None:
+                continue
             if "error" in message:
                 raise DeployError(
                     f"{entry.run_id}: what is here does not fit what is on {entry.target}.",
@@ -163,6 +165,18 @@ def tail(link: Link, mirror: Mirror, *, follow: bool) -> Iterator[dict[str, Any]
         raise TransportError(f"{entry.target}: the connection ended.", lost=True)
     finally:
         stream.close()
+
+
+def _message(line: bytes) -> dict[str, Any] | None:
+    """One line of `tail`; None for what something else on the host printed in between.
+
+    Where that tore one of tail's own lines, the next one does not fit the mirror, and the connection is made anew.
+    """
+    try:
+        message = json.loads(line)
+    except ValueError:
+        return None
+    return message if isinstance(message, dict) else None
 
 
 def pull(link: Link) -> str:

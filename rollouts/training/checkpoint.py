@@ -12,6 +12,7 @@ sees a whole checkpoint or none. One run writes a `checkpoint_dir` at a time; on
 Weights are gathered, the optimizer's state is not: nothing but its own shards of that passes through a rank's memory.
 """
 
+import copy
 import json
 import logging
 import math
@@ -37,6 +38,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rollouts.manifest import MANIFEST_FILE, manifest_problems, write_manifest
 from rollouts.training import distributed, lora, optimizer_state
+from rollouts.training.datasets.turn_end import end_of_turn_ids, own_generation_config
 from rollouts.training.metrics import json_text
 from rollouts.training.optimizer_state import CheckpointError
 
@@ -119,7 +121,7 @@ def write_checkpoint(
 
     def finish() -> None:
         optimizer_state.check_complete(temporary / OPTIMIZER_DIRECTORY)
-        write_model(model, temporary, snapshot.weights)
+        write_model(model, temporary, snapshot.weights, tokenizer)
         if lora.is_lora(model):
             lora.write_adapter(model, temporary / lora.ADAPTER_DIR, snapshot.adapter)
         if tokenizer is not None:
@@ -165,10 +167,24 @@ def read_training_state(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def write_model(model: nn.Module, directory: Path, weights: Mapping[str, Tensor]) -> None:
-    """`weights` (safetensors; tied ones once), config.json and generation_config.json into `directory`."""
+def write_model(model: nn.Module, directory: Path, weights: Mapping[str, Tensor], tokenizer: Any = None) -> None:
+    """`weights` (safetensors; tied ones once), config.json and generation_config.json into `directory`.
+
+    With a tokenizer, the generation config names every token that ends a turn, so that engines which load the directory
+    stop where the chat template ends a turn, and not at the tokenizer's eos_token alone.
+    """
     with _no_progress_bar():
         model.save_pretrained(directory, state_dict=dict(weights))  # type: ignore[operator]
+    generation = copy.deepcopy(
+        own_generation_config(model)
+    )  # save_pretrained takes what an evaluation put in its place
+    if generation is None:
+        return
+    ends = [] if tokenizer is None else end_of_turn_ids(tokenizer, model)
+    if len(ends) > 1 or (ends and generation.eos_token_id is None):
+        generation.eos_token_id = ends
+        generation._from_model_config = False  # else a loader may take the model config's one again
+    generation.save_pretrained(directory)
 
 
 def write_weights(model: nn.Module, path: Path, weights: Mapping[str, Tensor]) -> Path:

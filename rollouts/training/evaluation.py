@@ -17,6 +17,7 @@ import anyio
 
 from rollouts.training import rewards
 from rollouts.training.datasets.chat import render_prompt
+from rollouts.training.model_limits import limits_of
 from rollouts.training.rollout_gen.async_rollout_manager import group_seed
 from rollouts.training.rollout_gen.concurrency import gather_in_order
 from rollouts.training.rollout_gen.engine_generate import prompt_id, refuse_abort, response_text, stop_ids
@@ -109,7 +110,8 @@ def by_task(items: Sequence[T], tasks: Sequence[str]) -> dict[str, list[T]]:
     groups: dict[str, list[T]] = {ALL_TASKS: list(items)}
     if len(set(tasks)) > 1:
         for task in sorted(set(tasks)):
-            groups[task] = [item for item, its_task in zip(items, tasks, strict=True) if its_task == task]
+            name = f"{task} (task)" if task == ALL_TASKS else task  # a row's own column may say anything
+            groups[name] = [item for item, its_task in zip(items, tasks, strict=True) if its_task == task]
     return groups
 
 
@@ -212,11 +214,12 @@ def evaluate_with_model(
 ) -> Evaluation:
     """In process: left-padded `model.generate` of at most `batch_size` sequences at once.
 
-    What the model's own generation_config says (Qwen's penalises repetition) has no part in it. The model's training
-    mode and the global random state stay. Sampled answers follow from `sampling.seed` and `batch_size`.
+    Of the model's own generation_config only the tokens that end a turn count (Qwen's penalises repetition). The
+    model's training mode and the global random state stay. Sampled answers follow from `sampling.seed` and
+    `batch_size`.
     """
     _require(rows, sampling)
-    stops = stop_ids(tokenizer, stop_token_ids)
+    stops = stop_ids(tokenizer, stop_token_ids, model)
     generate = partial(_generate, model, tokenizer, rows, stops=stops, max_new_tokens=max_new_tokens)
     with evaluating(model):
         responses = [one for (one,) in generate(batch_size, n=1, do_sample=False)]
@@ -245,7 +248,8 @@ def evaluating(model: Any) -> Iterator[None]:
     models = [model] if unwrap is None else [model, unwrap()]
     own_configs = [each.generation_config for each in models]
     model.eval()
-    for each in models:
+    for each, own_config in zip(models, own_configs, strict=True):
+        each._own_generation_config = own_config  # a checkpoint may be written meanwhile
         each.generation_config = GenerationConfig()
     try:
         with torch.no_grad():
@@ -253,6 +257,7 @@ def evaluating(model: Any) -> Iterator[None]:
     finally:
         for each, own_config in zip(models, own_configs, strict=True):
             each.generation_config = own_config
+            del each._own_generation_config
         model.train(was_training)
 
 
@@ -275,13 +280,19 @@ def _generate(
     *,
     n: int,
     stops: list[int],
+    max_new_tokens: int,
     **options: Any,
 ) -> list[list[str]]:
-    """`n` answers to each row, in the order of the rows; rows of like length share a batch, for little padding."""
+    """`n` answers to each row, in the order of the rows; rows of like length share a batch, for little padding.
+
+    An answer ends where the model's learned positions do, if it has a table of them.
+    """
     import torch
 
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
     prompts = [render_prompt(tokenizer, row) for row in rows]
+    room = limits_of(model)
+    room.require(max(map(max, prompts)), max(map(len, prompts)) + 1, "a prompt and the first token of its answer")
     order = sorted(range(len(rows)), key=lambda index: len(prompts[index]))
     answers: list[list[str]] = [[] for _ in rows]
     device = next(model.parameters()).device
@@ -294,6 +305,7 @@ def _generate(
             num_beams=1,
             num_return_sequences=n,
             eos_token_id=stops,
+            max_new_tokens=room.left(max_new_tokens, len(input_ids[0])),
             pad_token_id=pad,
             **options,
         )

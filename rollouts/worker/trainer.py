@@ -23,7 +23,15 @@ from typing import TYPE_CHECKING, Any, cast
 from base_config import Config, EngineConfig, RLConfig, SFTConfig
 from rollouts.engines.keys import read_keys
 from rollouts.run_dir import RunDir, append_event, record_process
-from rollouts.worker.trainer_data import Data, load_data, rl_steps, sft_seed, sft_steps
+from rollouts.worker.trainer_data import (
+    Data,
+    load_data,
+    report_of,
+    require_fitting_model,
+    rl_steps,
+    sft_seed,
+    sft_steps,
+)
 from rollouts.worker.trainer_job import Job, alarms_of, metrics_of
 from rollouts.worker.trainer_wiring import (
     agent_parts,
@@ -60,6 +68,9 @@ def main() -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it has a line per request, at INFO
     import anyio
 
+    from rollouts.training import open_files
+
+    open_files.allow_all()  # a connection for each request under way
     with _mistakes_in_one_line(run):
         urls = Urls(arguments.engine_url, arguments.router_url)
         anyio.run(_train, config, run, arguments.stage, urls)
@@ -133,12 +144,13 @@ async def _train(config: Config, run: RunDir, stage: str, urls: Urls) -> None:
                 retention=retention(config, run, stage),
             )
             ends.callback(backend.close)
+            require_fitting_model(backend.model, data)
             resume = await backend.load_checkpoint(model_path) if resumes else None
         pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         job = Job(config, run, stage, tokenizer, backend, steps, resume, pad_token_id, alarms_of(run, steps))
         if _rank() == 0:
-            if stage == "sft":
-                append_event(run, "note", message=f"sft_mixture: {data.sft_report}")
+            if report := report_of(data):
+                append_event(run, "note", message=report)
             append_event(run, "training_started", stage=stage, step=job.first_step, steps_total=steps)
         await (train_sft(job, data) if stage == "sft" else train_rl(job, data, urls))
 

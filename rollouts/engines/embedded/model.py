@@ -190,8 +190,12 @@ def _tokenizer(path: str, trust_remote_code: bool) -> Any:
 
 
 def _eos_ids(model: Any, path: str, tokenizer: Any) -> frozenset[int]:
-    """Every id that ends a sequence: of the config, the generation config and the tokenizer, as SGLang joins them."""
-    found = [model.config.get_text_config().eos_token_id, getattr(tokenizer, "eos_token_id", None)]
+    """Every id that ends a sequence: of the configs and the tokenizer, as SGLang joins them.
+
+    A chat template's own end is in the generation config of our checkpoints, and in our requests' stop_token_ids.
+    """
+    configs = [model.config, model.config.get_text_config()]
+    found = [*(config.eos_token_id for config in configs), getattr(tokenizer, "eos_token_id", None)]
     if os.path.isfile(os.path.join(path, "generation_config.json")):
         found.append(GenerationConfig.from_pretrained(path).eos_token_id)
     ids: set[int] = set()

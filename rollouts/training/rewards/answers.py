@@ -3,18 +3,20 @@
 import re
 from collections.abc import Callable
 
-from rollouts.training.rewards.common import answer_of
+from rollouts.training.rewards.common import answer_of, any_answer
 from rollouts.training.types import Sample
 
 GSM8K_ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")  # nanochat's, and how data sets write it
 _SAID = re.compile(r"####[ \t]*\**[ \t]*(-?\$?-?[0-9.,]*[0-9][0-9.,]*)")  # how models do
 
 
+@any_answer
 def exact_match(sample: Sample) -> float:
     """1.0 when the response is the answer, apart from white space around it; else 0.0."""
     return float(sample.response.strip() == answer_of(sample).strip())
 
 
+@any_answer
 def per_letter(sample: Sample) -> float:
     """Share of positions that hold the answer's letter, 0 to 1, over the longer of the two; the end is a position too.
 
@@ -30,6 +32,7 @@ def per_letter_and_exact(sample: Sample) -> float:
     return (per_letter(sample) + exact_match(sample)) / 2
 
 
+@any_answer
 def gsm8k_answer(sample: Sample) -> float:
     """1.0 when the number after `####` equals the answer's, as text without commas; else 0.0.
 
@@ -50,6 +53,7 @@ def _plain_number(text: str) -> str:
     return text.strip().replace(",", "").replace("$", "").rstrip(".")
 
 
+@any_answer
 def choice_letter(sample: Sample) -> float:
     """1.0 when the response is the letter of the right choice: alone, or with a bracket or full stop; else 0.0."""
     return float(sample.response.strip().strip("().") == answer_of(sample).strip())
@@ -75,6 +79,7 @@ def regex_answer(pattern: str, *, flags: int = re.DOTALL) -> Callable[[Sample], 
     if compiled.groups < 1:
         raise ValueError(f"regex_answer({pattern!r}): needs a group, (...), around the answer")
 
+    @any_answer
     def reward(sample: Sample) -> float:
         expected = answer_of(sample).strip()
         found = _last_group(compiled, sample.response)
