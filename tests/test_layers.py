@@ -38,7 +38,12 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts.engines.embedded.attention": ("rollouts.training.packed_attention",),
     "rollouts.engines.embedded.model": ("rollouts.engines", "rollouts.training.model_loading"),
     "rollouts.engines.embedded.server": ("rollouts.engines", "rollouts.training.weight_transfer.payload"),
-    "rollouts.engines.sglang.cpu_launcher": ("rollouts.engines", "rollouts.training.weight_transfer.payload"),
+    "rollouts.engines.sglang.cpu_launcher": (
+        "rollouts.engines",
+        "rollouts.training.stores",
+        "rollouts.training.weight_transfer.payload",
+    ),
+    "rollouts.engines.sglang.launcher": ("rollouts.engines", "rollouts.training.stores"),
     "rollouts.engines.embedded.scoring": (
         "rollouts.engines.embedded",
         "rollouts.training.forward",

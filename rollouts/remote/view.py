@@ -87,6 +87,7 @@ def _fold_event(view: View, row: dict[str, Any]) -> View:
 # event kind -> name and progress of the phase that it shows, filled from its fields
 PHASES: dict[str, tuple[str, str]] = {
     "environment": ("environment {name}", "{action} after {seconds:.1f} s"),
+    "environment_progress": ("environment {name}", "{doing}, {packages} packages, {seconds:.0f} s"),
     "stage_started": ("{stage}", "starting"),
     "training_started": ("{stage}", "training"),
     "engine_ready": ("{window}", "ready after {seconds:.1f} s"),

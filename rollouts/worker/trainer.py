@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from base_config import Config, EngineConfig, RLConfig, SFTConfig
 from rollouts.engines.keys import read_keys
-from rollouts.run_dir import RunDir, append_event, record_process
+from rollouts.run_dir import FULL_DISK, RunDir, append_event, record_process
 from rollouts.worker.trainer_data import (
     Data,
     load_data,
@@ -106,10 +106,21 @@ def _mistakes_in_one_line(run: RunDir) -> Iterator[None]:
     try:
         yield
     except mistakes as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        if _rank() == 0:
-            append_event(run, "error", message=str(error), window="trainer", log_tail=[])
+        _tell(run, str(error))
         sys.exit(1)
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        _tell(run, f"no space left on device: {error.filename or run.path}")
+        sys.exit(1)
+
+
+def _tell(run: RunDir, message: str) -> None:
+    """Say it in the log, and as the event that the supervisor takes the run's message from."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    if _rank() == 0:
+        with contextlib.suppress(OSError):  # a full disk: the supervisor reads the log
+            append_event(run, "error", message=message, window="trainer", log_tail=[])
 
 
 async def _train(config: Config, run: RunDir, stage: str, urls: Urls) -> None:
@@ -118,7 +129,8 @@ async def _train(config: Config, run: RunDir, stage: str, urls: Urls) -> None:
     from rollouts.training import distributed
     from rollouts.training.model_loading import load_tokenizer
 
-    device = distributed.initialize(config.target.device_type, timeout_s=config.limits.stage_timeout_s)
+    limit_s = config.limits.stage_timeout_s
+    device = distributed.initialize(config.target.device_type, timeout_s=limit_s, store_file=run.ranks(stage))
     torch.manual_seed(
         (config.rl.seed if stage == "rl" and config.rl else config.data.shuffle_seed) + _rank()
     )  # dropout

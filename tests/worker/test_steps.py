@@ -1,4 +1,4 @@
-"""How many steps a stage makes of its rows: epochs are multiplied first, in SFT and in RL, and the plan says the same."""
+"""How many steps a stage makes of its rows: epochs are multiplied first, in SFT and RL, and the plan says the same."""
 
 from typing import Any
 

@@ -59,7 +59,6 @@ def make_plan(
 ) -> Plan:
     """Decide everything. `secrets_set`: those of host.secrets that have a value here."""
     problems = (
-        *facts.way_problems,
         *host_problems(config, facts, target, run_id),
         *input_problems(config, facts, code, target, secrets_set),
         *ahead_problems(config, facts, code, target),
