@@ -20,6 +20,7 @@ class Step:
 
 
 def plan_notes(config: Config, facts: HostFacts, code: Code) -> Iterator[str]:
+    yield from facts.way_notes
     if not code.commit:
         yield "the repository has no commit yet: the code is sent, but no commit can be recorded"
     yield from code.notes
