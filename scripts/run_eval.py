@@ -1,6 +1,7 @@
+#!/usr/bin/env python3
 """Greedy accuracy and pass@k of any checkpoint directory or hub model on held-out rows.
 
-    python scripts/run_eval.py runs/cpu_sft_rl/RUN/checkpoints/rl/latest \\
+    scripts/run_eval.py runs/cpu_sft_rl/RUN/checkpoints/rl/latest \\
         --data configs/data/letters/test.jsonl --format question_answer --num-samples 8 --k 1,4 --out eval.json
 
 Prints a table, a line a task, and writes the same as JSON. What the config's evaluations count, this counts too.
@@ -56,6 +57,20 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
+
+
+def check_paths(arguments: argparse.Namespace) -> None:
+    """Say at once, before anything slow is imported, that a path is wrong. Raises ModelError or ValueError."""
+    from rollouts.training.model_loading import require_model, require_weights
+
+    require_model(arguments.model)
+    if not arguments.engine_url:
+        require_weights(arguments.model)
+    for name in arguments.data:
+        if (name.endswith(".jsonl") or Path(name).is_absolute() or name.startswith((".", "~"))) and not Path(
+            name
+        ).expanduser().exists():
+            raise ValueError(f"--data {name}: no such file or directory (looked in {Path.cwd()})")
 
 
 def load_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -137,6 +152,11 @@ def table(by_task: Mapping[str, Mapping[str, float]], counts: Mapping[str, int])
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
+    try:
+        check_paths(arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     from rollouts.training.datasets.rows import DataError
     from rollouts.training.evaluation import by_task
     from rollouts.training.model_loading import ModelError

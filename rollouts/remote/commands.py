@@ -25,6 +25,7 @@ from rollouts.remote.mirror import Mirror
 from rollouts.remote.plan import Plan, asked_paths, asked_ports, make_plan
 from rollouts.remote.registry import Entry
 from rollouts.remote.repository import find_repository, read_code
+from rollouts.remote.sending import sent_program
 from rollouts.remote.texts import facts_text, how_to_go_on, plan_text, result_text, run_text, runs_text
 from rollouts.remote.transport import LOCAL_TARGET, Transport, open_transport
 from rollouts.remote.watch import Link, Patience, Reporter, Result, final_pull, follow, pull, tail, watch
@@ -161,11 +162,13 @@ def _watch_to_end(link: Link, reporter: Reporter, *, as_json: bool) -> int:
 
 def stop(run_id: str, *, remote: str | None, as_json: bool) -> int:
     """`deploy stop RUN`: end its processes on the host. 0 once it is over, however it ended."""
-    with _opened(run_id, remote, launched=True) as (entry, facts, transport):
-        argv = [_python(facts), "-m", "rollouts.worker.stop", entry.run_path]
+    with _opened(run_id, remote) as (entry, facts, transport):
+        argv, program = sent_program(_python(facts), "rollouts.worker.stop", entry.run_path)
         grace_s = entry.stop_grace_s
         grace_s = STOP_MARGIN_S if grace_s is None else grace_s
-        done = transport.run(argv, cwd=f"{entry.run_path}/code/tree", timeout_s=2 * grace_s + STOP_MARGIN_S)
+        done = transport.run(argv, stdin=program, timeout_s=2 * grace_s + STOP_MARGIN_S)
+        if done.returncode != 0 and facts.run(run_id) is None:
+            raise _never_launched(run_id, entry.target)
         if done.returncode != 0:
             raise DeployError(f"{run_id} could not be stopped.", found=done.err[-2000:], started=True)
         answer = json.loads(done.out.splitlines()[-1])
@@ -311,8 +314,12 @@ def _opened(
             entry = _adopt(run_id, target, facts, transport)  # started elsewhere
         entry = dataclasses.replace(entry, target=target)  # one host may have several names
         if launched and row is None:
-            raise DeployError(f"{run_id} was never launched on {target}.", fix=f"deploy attach {run_id} launches it")
+            raise _never_launched(run_id, target)
         yield entry, facts, transport
+
+
+def _never_launched(run_id: str, target: str) -> DeployError:
+    return DeployError(f"{run_id} was never launched on {target}.", fix=f"deploy attach {run_id} launches it")
 
 
 def _adopt(run_id: str, target: str, facts: HostFacts, transport: Transport) -> Entry:
@@ -381,13 +388,14 @@ def _result_json(entry: Entry, result: Result, code: int, pull_error: DeployErro
         "exit_code": code,
         "local_dir": entry.local_dir,
         "evaluations": list(result.view.evals),
+        "message": result.view.error["message"] if result.view.error else None,
         "error": result.view.error,
         "pull_error": str(pull_error) if pull_error else None,
     }
 
 
 def _list_row(target: str, experiment_name: str, run_id: str, row: dict[str, Any] | None) -> dict[str, Any]:
-    names = ("state", "stage", "step", "started_at", "exit_code")
+    names = ("state", "stage", "step", "started_at", "exit_code", "message")
     values = {name: row[name] if row else None for name in names}
     values["state"] = values["state"] or "unknown"
     return {"run_id": run_id, "experiment_name": experiment_name, "target": target, **values}

@@ -18,10 +18,10 @@ from typing import Any
 from rollouts.manifest import manifest_problems
 from rollouts.remote.errors import DeployError, TransportError
 from rollouts.remote.transport import LocalTransport, Transport, run_rsync
-from rollouts.run_dir import LOG_GLOB, STREAMED_FILES, RunDir, write_text_atomic
+from rollouts.run_dir import ENVIRONMENT_GLOB, LOG_GLOB, STREAMED_FILES, RunDir, write_text_atomic
 
 PULL_TIMEOUT_S = 6 * 3600
-NOT_PULLED = ("/code", "/weights", "/checkpoints", "/secrets.json", "/supervisor.lock", "/.gitignore", ".*.tmp")
+NOT_PULLED = ("/code/*", "/weights", "/checkpoints", "/secrets.json", "/supervisor.lock", "/.gitignore", ".*.tmp")
 
 
 class Mirror:
@@ -89,7 +89,8 @@ class Mirror:
 
 def pull_files(transport: Transport, run_path: str, run: RunDir) -> None:
     """Everything small, compared by checksum: afterwards the mirror holds what the host holds."""
-    excludes = [f"--exclude={pattern}" for pattern in NOT_PULLED]
+    environments = [f"--include=/{pattern}" for pattern in ("code/", ENVIRONMENT_GLOB)]
+    excludes = [*environments, *(f"--exclude={pattern}" for pattern in NOT_PULLED)]
     run.path.mkdir(parents=True, exist_ok=True)
     arguments = ["-rlpt", "--checksum", *excludes, transport.rsync_path(f"{run_path}/"), f"{run.path}/"]
     done = run_rsync(transport, arguments, timeout_s=PULL_TIMEOUT_S)

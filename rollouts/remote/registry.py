@@ -5,6 +5,7 @@ moment. No secrets are in it.
 """
 
 import json
+import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ class Entry:
     local_dir: str  # the mirror here
     repository: str  # whose code runs
     created_at: float
+    launch_id: str = ""  # goes along with the launch: tells this deploy's run from another's of the same name
 
     @property
     def mirror(self) -> RunDir:
@@ -63,6 +65,7 @@ def register(plan: Plan, config: Config, repository: Path, record: dict[str, str
         local_dir=plan.local_dir,
         repository=str(repository),
         created_at=now,
+        launch_id=secrets.token_hex(8),
     )
     save(entry)
     return entry

@@ -43,7 +43,15 @@ def runs_text(rows: Sequence[dict[str, Any]]) -> str:
     if not rows:
         return "no runs"
     header = ["run_id", "target", "state", "stage", "step", "started_at", "exit_code"]
-    return columns([header, *([cell(name, row[name]) for name in header] for row in rows)])
+    heading, *lines = columns([header, *([cell(name, row[name]) for name in header] for row in rows)]).splitlines()
+    reasons = [_reason(row) for row in rows]
+    return "\n".join([heading, *(f"{line}{reason}" for line, reason in zip(lines, reasons, strict=True))])
+
+
+def _reason(row: dict[str, Any]) -> str:
+    """Why a run failed, as a line under its own; "" for one that did not."""
+    message = (row.get("message") or "").partition("\n")[0]
+    return f"\n  error: {message}" if row["state"] == "failed" and message else ""
 
 
 def run_text(row: dict[str, Any]) -> str:
@@ -86,8 +94,8 @@ def how_to_go_on(entry: Entry) -> str:
 
 
 def result_text(entry: Entry, result: Result, code: int, pull_error: DeployError | None) -> str:
-    """The end of a followed run: what failed, before and after, where everything lies."""
-    parts = [_failure_text(entry, result), columns(evaluation_table(result.view.evals))]
+    """The end of a followed run: before and after, what failed, where everything lies: what matters most stays last."""
+    parts = [columns(evaluation_table(result.view.evals)), _failure_text(entry, result)]
     if pull_error is not None:
         parts.append(f"{pull_error.text()}\n  again   deploy pull {entry.run_id}")
     parts.append(f"{entry.run_id}: {result.state}, exit code {code}\nresults   {entry.local_dir}")
@@ -107,5 +115,5 @@ def _failure_text(entry: Entry, result: Result) -> str:
     else:
         status = read_status(entry.mirror)
         window, lines, message = None, [], status.message if status else result.state
-    heading = [f"error: {message}", *([f"last lines of {window}:"] if lines else [])]
-    return "\n".join([*heading, *(f"  | {line}" for line in lines[-LOG_TAIL_LINES:])])
+    heading = [f"last lines of {window}:"] if lines else []
+    return "\n".join([*heading, *(f"  | {line}" for line in lines[-LOG_TAIL_LINES:]), f"error: {message}"])

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from rollouts.remote.errors import DeployError, TransportError
 from rollouts.remote.mirror import CheckpointPuller, Mirror, drop_partial, pull_checkpoint, pull_files
 from rollouts.remote.registry import Entry
+from rollouts.remote.sending import sent_program
 from rollouts.remote.transport import Transport
 from rollouts.remote.view import View, fold
 
@@ -137,9 +138,9 @@ def follow(
 def tail(link: Link, mirror: Mirror, *, follow: bool) -> Iterator[dict[str, Any]]:
     """Messages of one `tail` on the host, from where the mirror ends. Ends early only by TransportError(lost)."""
     entry, transport = link.entry, link.transport
-    argv = [link.python, "-m", "rollouts.worker.tail", entry.run_path, *(["--follow"] if follow else [])]
-    first_line = json.dumps(mirror.offsets()).encode() + b"\n"
-    stream = transport.stream(argv, first_line=first_line, cwd=f"{entry.run_path}/code/tree")
+    options = ["--follow"] if follow else []
+    argv, program = sent_program(link.python, "rollouts.worker.tail", entry.run_path, *options)
+    stream = transport.stream(argv, first_line=program + json.dumps(mirror.offsets()).encode() + b"\n")
     heard = False
     try:
         for line in stream.lines(idle_timeout_s=IDLE_TIMEOUT_S):

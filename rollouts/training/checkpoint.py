@@ -17,6 +17,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import random
 import re
 import shutil
@@ -38,6 +39,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from rollouts.manifest import MANIFEST_FILE, manifest_problems, write_manifest
 from rollouts.training import distributed, lora, optimizer_state
 from rollouts.training.datasets.turn_end import end_of_turn_ids, own_generation_config
+from rollouts.training.metrics import json_text
 from rollouts.training.optimizer_state import CheckpointError
 
 __all__ = ["CheckpointError", "Retention", "Snapshot", "list_checkpoints", "read_metadata", "write_checkpoint"]
@@ -127,7 +129,7 @@ def write_checkpoint(
         torch.save(dict(snapshot.training_state), temporary / TRAINING_STATE_FILE)
         record = {"stage": checkpoint_dir.name, "step": snapshot.step, "time": time.time(), **snapshot.metadata}
         record |= {"versions": _versions()}
-        (temporary / METADATA_FILE).write_text(json.dumps(record, indent=1) + "\n")
+        (temporary / METADATA_FILE).write_text(json_text(record, indent=1) + "\n")
         write_manifest(temporary)
         _sync_tree(temporary)
         _put_in_place(temporary, final)
@@ -152,8 +154,17 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def read_training_state(path: Path) -> dict[str, Any]:
-    """What `write_checkpoint` was given as `training_state`; tensors on the CPU. Only plain data is unpickled."""
-    return torch.load(path / TRAINING_STATE_FILE, map_location="cpu", weights_only=True)
+    """What `write_checkpoint` was given as `training_state`; tensors on the CPU.
+
+    Only plain data is unpickled. Raises CheckpointError for a file that holds anything else.
+    """
+    try:
+        return torch.load(path / TRAINING_STATE_FILE, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{path / TRAINING_STATE_FILE}: is not plain data, so it is not read: {reason}"
+        ) from error
 
 
 def write_model(model: nn.Module, directory: Path, weights: Mapping[str, Tensor], tokenizer: Any = None) -> None:
@@ -243,6 +254,8 @@ def read_model(model: nn.Module, path: Path) -> None:
     parameters = lora.adapter_state_dict(model) if lora.is_lora(model) else model.state_dict(keep_vars=True)
     filled: set[int] = set()
     for name in files:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CheckpointError(f"{index}: names the file {name!r}, outside of the checkpoint")
         with safetensors.safe_open(path / name, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 (no mapping: it cannot be iterated)
                 tensor, target = file.get_tensor(key), parameters.get(key)

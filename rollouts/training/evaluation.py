@@ -20,7 +20,7 @@ from rollouts.training.datasets.chat import render_prompt
 from rollouts.training.model_limits import limits_of
 from rollouts.training.rollout_gen.async_rollout_manager import group_seed
 from rollouts.training.rollout_gen.concurrency import gather_in_order
-from rollouts.training.rollout_gen.engine_generate import refuse_abort, response_text, stop_ids
+from rollouts.training.rollout_gen.engine_generate import prompt_id, refuse_abort, response_text, stop_ids
 from rollouts.training.types import Prompt, Sample
 
 ALL_TASKS = "all"  # the name under which the rows of every task are counted together
@@ -129,6 +129,23 @@ def _with_task(item: Any, task: str) -> Any:
     if isinstance(item, Sample):
         return replace(item, metadata={"task": task, **item.metadata})
     return {"task": task, **item}
+
+
+def answer_records(rows: Sequence[Prompt], found: Evaluation) -> Iterator[dict[str, Any]]:
+    """A plain row for each held-out row: its place and id, the same at every step, the answer, the verdict."""
+    for place, (row, task) in enumerate(zip(rows, found.tasks, strict=True)):
+        expected = row.get("answer") if isinstance(row, Mapping) else None
+        yield {
+            "row": place,
+            "prompt_id": prompt_id(row),
+            "task": task,
+            "prompt": row,
+            "expected": expected,
+            "answer": found.responses[place],
+            "correct": found.right[place],
+            **({"num_samples": found.num_samples, "num_correct": found.num_right[place]} if found.num_samples else {}),
+            **({"reward": found.rewards[place]} if found.rewards else {}),
+        }
 
 
 def exact_match(responses: Sequence[str], answers: Sequence[str]) -> float:
@@ -311,7 +328,7 @@ def _evaluation(
     rows: Sequence[Prompt], responses: list[str], sampled: list[list[str]], score_fn: ScoreFn
 ) -> Evaluation:
     def is_right(row: Prompt, text: str) -> bool:
-        return score_fn(Sample(prompt=row, response=text)) == 1.0
+        return rewards.is_full(score_fn(Sample(prompt=row, response=text)))
 
     return Evaluation(
         tasks=[task_of(row) for row in rows],

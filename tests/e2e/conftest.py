@@ -35,12 +35,23 @@ def tool_path() -> str:
     return f"{Path(sys.base_prefix) / 'bin'}:{os.environ['PATH']}"
 
 
+def installer_settings() -> dict[str, str]:
+    """What this account tells pip and uv, for laptops and hosts whose HOME is another: environments are built in the
+    way that this machine can, from its CPU wheel where it has one, and what was downloaded once stays in its cache."""
+    told = {name: value for name, value in os.environ.items() if name.startswith(("PIP_", "UV_"))}
+    own = {"PIP_CACHE_DIR": str(Path.home() / ".cache" / "pip")}
+    for file in (Path.home() / ".pip" / "pip.conf", Path.home() / ".config" / "pip" / "pip.conf"):
+        if file.is_file():
+            own["PIP_CONFIG_FILE"] = str(file)
+    return {**own, **told}
+
+
 @contextmanager
 def a_laptop(directory: Path, environments: Path, tool_path: str) -> Iterator[Laptop]:
     """A laptop with a home of its own, in this repository as it stands."""
     tmux_dir = Path(tempfile.mkdtemp(prefix="rt", dir="/tmp"))
     made = make_laptop(directory, ROOT, tmux_dir)
-    made.environment["PATH"] = tool_path
+    made.environment.update({"PATH": tool_path, **installer_settings()})
     made.rollouts_home.mkdir()
     (made.rollouts_home / "envs").symlink_to(environments)
     yield made
@@ -50,7 +61,7 @@ def a_laptop(directory: Path, environments: Path, tool_path: str) -> Iterator[La
 @contextmanager
 def a_remote(directory: Path, laptop: Laptop, environments: Path, tool_path: str) -> Iterator[Host]:
     """An sshd with a home of its own, which the laptop knows and may log in to."""
-    with host(directory, laptop.key, path=Path(tool_path)) as made:
+    with host(directory, laptop.key, path=Path(tool_path), environment=installer_settings()) as made:
         made.home.mkdir(parents=True)
         (made.home / "envs").symlink_to(environments)
         laptop.know(made)

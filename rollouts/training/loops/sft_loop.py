@@ -17,6 +17,7 @@ from rollouts.training.loops.common import (
     EvalFn,
     call,
     check_resume,
+    check_steps,
     due,
     own_micro_batches,
     train_micro_batches,
@@ -59,8 +60,11 @@ async def run_sft_training(
     maker states for the card.
 
     Raises ValueError for an example with nothing to train on, or that the model has no room for (a token id beyond its
-    embeddings, more tokens than learned positions), and for data that is not what `resume` was saved with.
+    embeddings, more tokens than learned positions), for data that is not what `resume` was saved with, and where no
+    step is left.
     """
+    sizes = {"micro_batch_size": config.micro_batch_size, "micro_batch_tokens": config.micro_batch_tokens}
+    check_steps(config.num_steps, int(resume["step"]) if resume else 0, batch_size=config.batch_size, **sizes)
     _check_samples(samples)
     require_fit(getattr(backend, "model", None), samples)
     data = {"fingerprint": _fingerprint(samples), "seed": seed, "batch_size": config.batch_size}

@@ -2,11 +2,14 @@
 
 import functools
 import importlib
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
 from rollouts.training.types import Sample
+
+ROUNDING = 1e-6
 
 
 class RewardError(ValueError):
@@ -79,3 +82,22 @@ def resolve(dotted_path: str) -> Callable[..., Any]:
     if not callable(function):
         raise RewardError(f"{dotted_path!r}: is {type(function).__name__}, needs to be a function")
     return function
+
+
+def finite_or_none(value: Any, sample: Sample, *, source: str = "reward_fn") -> float | None:
+    """A reward as training takes it. Raises RewardError naming source, prompt and response for one that is no finite
+    number."""
+    try:
+        if value is None or math.isfinite(value):
+            return None if value is None else float(value)
+    except (TypeError, OverflowError):  # no number; an integer beyond every float
+        pass
+    raise RewardError(
+        f"{source} returned {str(value)[:80] if isinstance(value, int) else repr(value)[:80]} for "
+        f"{sample.response[:80]!r}; needs a finite number or None (prompt {str(sample.prompt)[:200]})"
+    )
+
+
+def is_full(score: float) -> bool:
+    """Whether a score is 1: parts that add up to 0.9999999999999999 do."""
+    return abs(score - 1.0) <= ROUNDING

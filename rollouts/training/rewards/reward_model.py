@@ -34,7 +34,7 @@ class RewardModel:
     def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self._tokenizer_name)
+        return AutoTokenizer.from_pretrained(self._tokenizer_name, trust_remote_code=False)
 
     async def __call__(self, sample: Sample) -> float:
         messages = conversation_of(sample)
