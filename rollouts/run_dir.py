@@ -547,12 +547,15 @@ def read_plan(run: RunDir) -> LaunchPlan | None:
 
 
 def _read_record(path: Path, record: type[Any]) -> Any:
-    """Fields that a later version of this program added are passed over."""
+    """Fields that a later version of this program added are passed over. Raises ValueError, TypeError: it is damaged."""
     names = {field.name for field in dataclasses.fields(record)}
     try:
-        return record(**{name: value for name, value in json.loads(path.read_text()).items() if name in names})
+        values = json.loads(path.read_text())
     except FileNotFoundError:
         return None
+    if not isinstance(values, dict):
+        raise TypeError(f"{path}: not an object")
+    return record(**{name: value for name, value in values.items() if name in names})
 
 
 def append_event(run: RunDir, kind: str, **fields: Any) -> None:
