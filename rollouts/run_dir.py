@@ -48,7 +48,7 @@ STREAMED_FILES = (
     "eval.jsonl",
     "eval_samples.jsonl",
     "rollouts.jsonl",
-)  # they only ever grow
+)  # they only grow
 ENVIRONMENT_GLOB = "code/environment-*.txt"
 SNAPSHOT_GLOBS = ("status.json", "exit/*.json", ENVIRONMENT_GLOB)  # small, replaced as a whole
 LOG_GLOB = "logs/*.log"
@@ -356,17 +356,6 @@ def append_jsonl(path: Path, *rows: dict[str, Any]) -> None:
         os.close(descriptor)
 
 
-def _write_lines(descriptor: int, begin: int, data: bytes) -> None:
-    written = 0
-    try:
-        while written < len(data):  # a regular file takes it in one call unless the disk is full
-            written += os.write(descriptor, data[written:])
-    except OSError:
-        with contextlib.suppress(OSError):  # no regular file: the first error is the one to tell
-            os.ftruncate(descriptor, begin + data.rfind(b"\n", 0, written) + 1)
-        raise
-
-
 def _line(row: dict[str, Any]) -> str:
     try:
         return json.dumps(row, separators=(",", ":"), allow_nan=False) + "\n"
@@ -380,6 +369,17 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write_lines(descriptor: int, begin: int, data: bytes) -> None:
+    written = 0
+    try:
+        while written < len(data):  # a regular file takes it in one call unless the disk is full
+            written += os.write(descriptor, data[written:])
+    except OSError:
+        with contextlib.suppress(OSError):  # no regular file: the first error is the one to tell
+            os.ftruncate(descriptor, begin + data.rfind(b"\n", 0, written) + 1)
+        raise
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -547,12 +547,15 @@ def read_plan(run: RunDir) -> LaunchPlan | None:
 
 
 def _read_record(path: Path, record: type[Any]) -> Any:
-    """Fields that a later version of this program added are passed over."""
+    """Fields that a later version of this program added are passed over. Raises ValueError, TypeError: it is damaged."""
     names = {field.name for field in dataclasses.fields(record)}
     try:
-        return record(**{name: value for name, value in json.loads(path.read_text()).items() if name in names})
+        values = json.loads(path.read_text())
     except FileNotFoundError:
         return None
+    if not isinstance(values, dict):
+        raise TypeError(f"{path}: not an object")
+    return record(**{name: value for name, value in values.items() if name in names})
 
 
 def append_event(run: RunDir, kind: str, **fields: Any) -> None:

@@ -1,5 +1,6 @@
 """How many steps a stage makes of its rows: epochs are multiplied first in SFT and RL, and the plan says the same."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -12,10 +13,8 @@ from tests.remote.test_plan import plan_for
 
 
 def data(sft: int, prompts: int) -> Data:
-    empty: Any = ()
-    samples: Any = [None] * sft
-    rows: Any = [None] * prompts
-    return Data(sft=samples, sft_report=None, prompts=rows, saved=None, eval_samples=empty, eval_rows=empty)
+    empty: dict[str, Any] = {field.name: () for field in dataclasses.fields(Data)}
+    return Data(**{**empty, "sft": [None] * sft, "prompts": [None] * prompts, "saved": None})
 
 
 @pytest.mark.parametrize(

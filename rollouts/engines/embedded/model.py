@@ -195,7 +195,7 @@ def _eos_ids(model: Any, path: str, tokenizer: Any) -> frozenset[int]:
     A chat template's own end is in the generation config of our checkpoints, and in our requests' stop_token_ids.
     """
     configs = [model.config, model.config.get_text_config()]
-    found = [*(config.eos_token_id for config in configs), getattr(tokenizer, "eos_token_id", None)]
+    found = [getattr(one, "eos_token_id", None) for one in (*configs, tokenizer)]
     if os.path.isfile(os.path.join(path, "generation_config.json")):
         found.append(GenerationConfig.from_pretrained(path).eos_token_id)
     ids: set[int] = set()

@@ -3,10 +3,11 @@
 from typing import Any
 
 from rollouts.training.rewards import math_text
-from rollouts.training.rewards.common import RewardError, answer_of
+from rollouts.training.rewards.common import RewardError, answer_of, any_answer
 from rollouts.training.types import Sample
 
 
+@any_answer
 def math_verify(sample: Sample) -> float:
     r"""1.0 when the response's final answer means the row's, else 0.0: LaTeX, bare or in `\boxed{}` or `$...$`, numbers
     or words.
