@@ -7,11 +7,10 @@ from pathlib import Path
 
 from base_config import Config
 from rollouts.remote.errors import DeployError
-from rollouts.remote.registry import Entry
+from rollouts.remote.registry import Entry, fill_mirror, write_code_record
 from rollouts.remote.repository import list_files, read_code
 from rollouts.remote.sync import sync_code
 from rollouts.remote.transport import Transport, disk_full
-from rollouts.run_dir import write_text_atomic
 
 LAUNCH_TIMEOUT_S = 60
 Say = Callable[[str, str], None]  # phase ("sync", "launch"), what is happening
@@ -20,10 +19,10 @@ Say = Callable[[str, str], None]  # phase ("sync", "launch"), what is happening
 def execute(entry: Entry, config: Config, transport: Transport, path: str, say: Say) -> None:
     """Bring the run of `entry` to life on its host; `path` is the PATH it gets there. Raises DeployError.
 
-    Done twice, the second time changes nothing. The mirror's record of the code is that of the tree that was sent.
+    Done twice, the second time changes nothing. All that is used is this machine's own record; what it says of the
+    code is true of the tree that was sent.
     """
     launch = entry.launch
-    assert launch is not None
     root = Path(entry.repository)
     files = tuple(list_files(root))
     say("sync", f"{len(files)} files to {entry.target}:{entry.run_path}/code/tree")
@@ -39,10 +38,10 @@ def execute(entry: Entry, config: Config, transport: Transport, path: str, say: 
     if sent:
         write_record(entry, read_code(root, config).record())
     say("launch", f"tmux session {entry.run_id}")
-    code = entry.mirror.code
+    code = entry.record.code
     job = {
         "config": config.to_json(),
-        "plan": json.loads(entry.mirror.plan.read_text()),
+        "plan": json.loads(entry.record.plan.read_bytes()),
         "files": {f"code/{file.name}": file.read_bytes().decode() for file in sorted(code.iterdir()) if file.is_file()},
         "secrets": read_secrets(config),
     }
@@ -62,8 +61,9 @@ def execute(entry: Entry, config: Config, transport: Transport, path: str, say: 
 
 
 def write_record(entry: Entry, record: dict[str, str]) -> None:
-    for name, text in record.items():
-        write_text_atomic(entry.mirror.path / name, text)
+    """Keep what code that was, here and in the mirror."""
+    write_code_record(entry.record, record)
+    fill_mirror(entry)
 
 
 def read_secrets(config: Config) -> dict[str, str]:
