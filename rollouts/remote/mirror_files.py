@@ -54,9 +54,13 @@ def may_be_pulled(name: str) -> bool:
     return any(pattern.fullmatch(name) for pattern in (_GROWING, _SNAPSHOT, _PULLED_ONLY))
 
 
-def check_checkpoint(path: object) -> str:
+def is_checkpoint(path: object) -> bool:
+    return isinstance(path, str) and _CHECKPOINT.fullmatch(path) is not None
+
+
+def check_checkpoint(path: str) -> str:
     """`path`, if it is a checkpoint's: checkpoints/<stage>/step_<number>. Raises RefusedNameError."""
-    if not isinstance(path, str) or _CHECKPOINT.fullmatch(path) is None:
+    if not is_checkpoint(path):
         raise RefusedNameError(str(path), "outside of checkpoints/<stage>/step_<number>")
     return path
 

@@ -116,7 +116,7 @@ def _fold_event(view: View, row: dict[str, Any]) -> View:
         view = replace(view, warnings=tuple(dict.fromkeys((*view.warnings, message))))
     elif kind == "run_ended":
         view = replace(view, state=_text(row, "state"))
-    return _phase(view, row, PHASES[str(kind)]) if kind in PHASES else view
+    return _phase(view, row, PHASES[kind]) if isinstance(kind, str) and kind in PHASES else view
 
 
 # event kind -> name and progress of the phase that it shows, filled from its fields

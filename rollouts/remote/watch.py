@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 from rollouts.remote.errors import DeployError, MismatchError, Problem, TransportError, UnreachableError
 from rollouts.remote.local_faults import os_problem
 from rollouts.remote.mirror import CheckpointPuller, Mirror, drop_partial, pull_checkpoint, pull_files
-from rollouts.remote.mirror_files import RefusedNameError, check_checkpoint
+from rollouts.remote.mirror_files import RefusedNameError, is_checkpoint
 from rollouts.remote.registry import Entry
 from rollouts.remote.rows import RowOrder
 from rollouts.remote.transport import Transport
@@ -26,6 +26,7 @@ from rollouts.run_dir import read_status
 IDLE_TIMEOUT_S = 30.0  # the host says something every 5 s
 LINE_FILES = ("events.jsonl", "metrics.jsonl", "eval.jsonl")
 CHECKPOINTS_MAX = 100_000  # that a host's listing may name
+ODD_CHECKPOINTS = "checkpoints outside of checkpoints/<stage>/step_<number>"
 T = TypeVar("T")
 
 
@@ -163,10 +164,8 @@ class _Watching:
             self._add_checkpoint(row.get("path"))
 
     def _add_checkpoint(self, path: object) -> None:
-        try:
-            self._add(check_checkpoint(path))
-        except RefusedNameError as error:
-            self.mirror.left_out[f"checkpoints {error.kind}"] += 1
+        if is_checkpoint(path):
+            self._add(str(path))
 
 
 def _message_of(mirror: Mirror) -> str:
@@ -384,9 +383,11 @@ def _pull_checkpoints(pulling: _Pulling, mirror: Mirror) -> None:
         view = fold(view, "events.jsonl", row)
         if row.get("kind") == "checkpoint_removed":
             removed.add(str(row.get("path")))
-    for path in removed:
+    for path in filter(is_checkpoint, removed):
         pulling.attempt(partial(drop_partial, mirror.run, path))
-    paths = list(view.checkpoints)
+    paths = [path for path in view.checkpoints if is_checkpoint(path)]
+    if odd := len(view.checkpoints) - len(paths):
+        mirror.left_out[ODD_CHECKPOINTS] += odd
     if mirror.left_out or view.malformed:  # a line that cannot be read may have named one
         listed = pulling.attempt(partial(_listed_checkpoints, link)) or []
         paths += [path for path in listed if path not in paths and path not in removed]
@@ -399,10 +400,4 @@ def _listed_checkpoints(link: Link) -> list[str]:
     """The completed checkpoints that lie on the host."""
     script = 'for m in checkpoints/*/step_*/manifest.json; do [ -f "$m" ] && echo "${m%/manifest.json}"; done; true'
     done = link.transport.run(["sh", "-c", script], cwd=link.entry.run_path, timeout_s=60)
-    found = []
-    for line in done.out.splitlines()[:CHECKPOINTS_MAX]:
-        try:
-            found.append(check_checkpoint(line))
-        except RefusedNameError:
-            continue
-    return found
+    return [line for line in done.out.splitlines()[:CHECKPOINTS_MAX] if is_checkpoint(line)]
