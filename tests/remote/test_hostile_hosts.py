@@ -271,7 +271,15 @@ def planted_run(laptop: Laptop, run_id: str, *, status: dict[str, Any] | None = 
     fields |= {"started_at": 1.0, "updated_at": 4e9, "exit_code": None, **(status or {})}
     write_json_atomic(run.status, fields)
     write_json_atomic(run.config, config_with(changes).to_json())
-    write_json_atomic(run.plan, {"run_path": str(run.path), "stop_grace_s": 1e12})
+    plan = {
+        "run_id": run_id,
+        "experiment_name": "example",
+        "home": str(laptop.rollouts_home),
+        "run_path": str(run.path),
+    }
+    plan |= {"base_python": sys.executable, "environments": [], "stages": [], "bootstrap_timeout_s": 60.0}
+    plan |= {"stop_grace_s": 1e12, "engine_restarts_max": 0, "engine_hang_timeout_s": 1.0}
+    write_json_atomic(run.plan, plan)
     run.code.mkdir()
     run.code_tree.symlink_to(ROOT)
     return run.path
@@ -320,7 +328,6 @@ def test_a_launch_uses_this_machines_record(laptop: Laptop, make_host: Callable[
     mirror = RunDir(laptop.project / "runs/example/k")
     evil = config_with({"host.secrets": ["GITHUB_TOKEN"], "output.mode": "sft"})
     write_json_atomic(mirror.config, evil.to_json())
-    write_json_atomic(mirror.plan, {"stages": "evil"})
     (mirror.path / "code/dirty.diff").write_text("evil")
     done = laptop.deploy("attach", "k", env={"GITHUB_TOKEN": "s3cr3t-17"})
     assert done.returncode == 0, done.stdout + done.stderr
