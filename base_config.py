@@ -5,12 +5,17 @@ file shows exactly what ran. `Config.problems()` lists every reason it cannot ru
 value and what is allowed. Where a number may be switched off, -1 says so, and the field's comment says what that means.
 """
 
+import ast
+import contextlib
 import dataclasses
+import difflib
+import io
 import json
 import math
 import os
 import re
 import runpy
+import sys
 import traceback
 import types
 import typing
@@ -177,7 +182,7 @@ class AgentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RLConfig:
-    num_epochs: int  # steps = prompts // examples_per_step * num_epochs; of saved rollouts, their steps * num_epochs
+    num_epochs: int  # steps = prompts * num_epochs // examples_per_step; of saved rollouts, their steps * num_epochs
     source: str  # "engine": sample and train; "engine_only": sample and score alone; or a rollouts.jsonl to train on
     examples_per_step: int  # prompts per optimizer step
     num_samples: int  # per prompt; one sample has no baseline
@@ -332,11 +337,11 @@ class Config:
     @classmethod
     def from_json(cls, data: Any) -> "Config":
         """The inverse of `to_json`. Raises ConfigError naming every missing and unknown key."""
-        errors: list[str] = []
+        errors: list[tuple[str, str]] = []
         config = _from_json(cls, data, "config", errors)
         if errors:
-            raise ConfigError("\n".join(errors))
-        return config
+            raise ConfigError("\n".join(f"{path}: {message}" for path, message in errors))
+        return typing.cast(Config, config)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         text = json.dumps(self.to_json(), indent=2) + "\n"
@@ -347,24 +352,30 @@ class Config:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Config":
         try:
-            data = json.loads(Path(path).read_text())
+            text = Path(path).read_text()
+            data = json.loads(text)
         except FileNotFoundError:
             raise ConfigError(f"{path}: no such file") from None
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: cannot be read: {error}") from None
         except json.JSONDecodeError as error:
             raise ConfigError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
-        try:
-            return cls.from_json(data)
-        except ConfigError as error:
-            raise ConfigError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from None
+        errors: list[tuple[str, str]] = []
+        config = _from_json(cls, data, "config", errors)
+        lines, twice = _json_lines(text)
+        errors += [(key, "given twice") for key in twice]
+        if errors:
+            shown = [(_line_of(key, lines), f"{key}: {message}") for key, message in errors]
+            raise ConfigError("\n".join(f"{path}:{line}: {message}" for line, message in sorted(shown)))
+        return typing.cast(Config, config)
 
 
 def load_config(path: str | os.PathLike[str]) -> Config:
     """Execute a config file once (or read a run's config.json) and return its `config`.
 
     Raises ConfigError for a missing file, a syntax error (with its line), an exception in the file (with its line),
-    a file without `config`, or one whose `config` is no Config. It does not check `problems()`.
+    unknown and missing fields (all at once, each with its line and the nearest name), a file without `config`, or one
+    whose `config` is no Config. It does not check `problems()`.
     """
     file = Path(path)
     if file.suffix == ".json":
@@ -377,7 +388,8 @@ def load_config(path: str | os.PathLike[str]) -> Config:
         line = (error.text or "").rstrip()
         raise ConfigError(f"{error.filename}:{error.lineno}: {error.msg}\n    {line.strip()}") from None
     except Exception as error:  # whatever a user's file raises is shown with its line, not our traceback
-        raise ConfigError(_describe_exception(file, error)) from None
+        mistakes = _field_mistakes(file) if isinstance(error, TypeError) and "__init__() " in str(error) else []
+        raise ConfigError("\n".join(mistakes) or _describe_exception(file, error)) from None
     if "config" not in names:
         raise ConfigError(f"{file}: defines no `config`. A config file ends with `config = Config(...)`.")
     config = names["config"]
@@ -388,16 +400,76 @@ def load_config(path: str | os.PathLike[str]) -> Config:
 
 def _describe_exception(file: Path, error: BaseException) -> str:
     own = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == file]
-    text = str(error)
-    missing = re.match(r"(\w+)\.__init__\(\) missing \d+ required keyword-only arguments?: (.*)", text)
-    unknown = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument (.*)", text)
-    if missing:
-        text = f"{missing[1]} needs {missing[2]}: no field has a default"
-    elif unknown:
-        text = f"{unknown[1]} has no field {unknown[2]}"
-    else:
-        text = f"{type(error).__name__}: {text}"
+    text = f"{type(error).__name__}: {error}"
+    wanted = re.match(r"cannot import name '(\w+)' from 'base_config'|name '(\w+)' is not defined", str(error))
+    if wanted:
+        text += _nearest(
+            wanted[1] or wanted[2], [name for name, value in globals().items() if dataclasses.is_dataclass(value)]
+        )
     return f"{file}:{own[-1].lineno}: {text}" if own else f"{file}: {text}"
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean 'x'?", or "" where nothing is near."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+class _Unset:
+    """Stands in a field that a config file left out, so that its other mistakes are found too."""
+
+
+def _field_mistakes(file: Path) -> list[str]:
+    """Execute a config file that failed once more, and list every unknown and missing field: "file:line: message".
+
+    Meanwhile the schema's classes take what they are given and note what is wrong.
+    """
+    found: list[tuple[str, int, str]] = []
+    schema = [item for item in globals().values() if isinstance(item, type) and dataclasses.is_dataclass(item)]
+    originals = {item: item.__dict__["__init__"] for item in schema}
+    try:
+        for item in originals:
+            setattr(item, "__init__", _noting_init(found))  # noqa: B010  (a type checker refuses the assignment)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Exception):
+            runpy.run_path(str(file))
+    finally:
+        for item, init in originals.items():
+            setattr(item, "__init__", init)  # noqa: B010
+    return [f"{name}:{line}: {message}" for name, line, message in sorted(set(found))]
+
+
+def _noting_init(found: list[tuple[str, int, str]]) -> typing.Callable[..., None]:
+    def note(self: Any, *args: Any, **given: Any) -> None:
+        name, known = type(self).__name__, [field.name for field in dataclasses.fields(self)]
+        file, line, lines = _calling_line(name)
+        if args:
+            found.append((file, line, f"{name} takes its fields by name: {len(args)} came without one"))
+        for key in given.keys() - set(known):
+            message = f"{name} has no field {key!r}{_nearest(key, [k for k in known if k not in given] or known)}"
+            found.append((file, lines.get(key, line), message))
+        missing = [key for key in known if key not in given]
+        if missing and not args:
+            found.append((file, line, f"{name} needs {', '.join(map(repr, missing))}: no field has a default"))
+        for key in known:
+            object.__setattr__(self, key, given.get(key, _Unset()))
+
+    return note
+
+
+def _calling_line(class_name: str) -> tuple[str, int, dict[str, int]]:
+    """(file, line) of the call that makes an object of the schema, and the line of each field in it."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_code.co_filename in (__file__, dataclasses.__file__):
+        frame = frame.f_back
+    file, line = frame.f_code.co_filename, frame.f_lineno
+    try:
+        calls = [node for node in ast.walk(ast.parse(Path(file).read_text())) if isinstance(node, ast.Call)]
+    except (OSError, ValueError, SyntaxError):
+        return file, line, {}
+    here = [call for call in calls if call.lineno <= line <= (call.end_lineno or call.lineno)]
+    own = [call for call in here if ast.unparse(call.func).rpartition(".")[2] in (class_name, "replace")]
+    keywords = [word for call in own if call.lineno == line for word in call.keywords if word.arg]
+    return file, line, {str(word.arg): word.lineno for word in keywords}
 
 
 # --- types ----------------------------------------------------------------------------------------------------------
@@ -454,7 +526,7 @@ def _scalar_problems(value: Any, expected: type, path: str) -> Iterator[tuple[st
         yield path, f"{path}={value!r}: needs a finite number"
 
 
-def _from_json(expected: Any, data: Any, path: str, errors: list[str]) -> Any:
+def _from_json(expected: Any, data: Any, path: str, errors: list[tuple[str, str]]) -> Any:
     """Build `expected` out of JSON. Missing and unknown keys go to `errors`; leaf types are left to `problems()`."""
     if typing.get_origin(expected) in (typing.Union, types.UnionType):
         nested = [choice for choice in typing.get_args(expected) if dataclasses.is_dataclass(choice)]
@@ -466,15 +538,49 @@ def _from_json(expected: Any, data: Any, path: str, errors: list[str]) -> Any:
         return data
     name = typing.cast(type, expected).__name__
     if not isinstance(data, dict):
-        errors.append(f"{path}: needs an object with the fields of {name}, found {type(data).__name__}")
+        errors.append((path, f"needs an object with the fields of {name}, found {type(data).__name__}"))
         return None
     hints = typing.get_type_hints(expected)
     missing = [key for key in hints if key not in data]
     unknown = [key for key in data if key not in hints]
-    errors += [f"{path}.{key}: missing; {name} has no defaults" for key in missing]
-    errors += [f"{path}.{key}: unknown; {name} has {', '.join(hints)}" for key in unknown]
+    errors += [(f"{path}.{key}", f"missing; {name} has no defaults") for key in missing]
+    errors += [
+        (f"{path}.{key}", f"unknown; {name} has {', '.join(hints)}{_nearest(key, missing or hints)}") for key in unknown
+    ]
     values = {key: _from_json(hint, data[key], f"{path}.{key}", errors) for key, hint in hints.items() if key in data}
     return None if missing or unknown else typing.cast(Any, expected)(**values)
+
+
+def _json_lines(text: str) -> tuple[dict[str, int], list[str]]:
+    """The line of each key of a JSON text that parses, by path ("config.rl.seed"), and the keys that stand twice."""
+    lines: dict[str, int] = {"config": 1}
+    twice: list[str] = []
+    levels: list[dict[str, Any]] = []  # {"path", "key" (None: one comes next), "index" (None: an object)}
+    for token in re.finditer(r'"(?:[^"\\]|\\.)*"|[{}\[\],]', text):
+        top = levels[-1] if levels else None
+        if token[0] in "{[":
+            path = "config"
+            if top is not None:
+                path = f"{top['path']}[{top['index']}]" if top["key"] is None else f"{top['path']}.{top['key']}"
+            levels.append({"path": path, "key": None, "index": 0 if token[0] == "[" else None})
+        elif token[0] in "}]":
+            levels.pop()
+        elif top is not None and token[0] == ",":
+            top["key"] = None
+            top["index"] = None if top["index"] is None else top["index"] + 1
+        elif top is not None and top["index"] is None and top["key"] is None:
+            top["key"] = json.loads(token[0])
+            path = f"{top['path']}.{top['key']}"
+            twice += [path] if path in lines else []
+            lines[path] = text.count("\n", 0, token.start()) + 1
+    return lines, twice
+
+
+def _line_of(path: str, lines: Mapping[str, int]) -> int:
+    """Of a key, or of what it is missing in."""
+    while path not in lines:
+        path = path[: max(path.rfind("."), path.rfind("["))]
+    return lines[path]
 
 
 # --- meaning --------------------------------------------------------------------------------------------------------

@@ -1,16 +1,22 @@
-"""The manifest of a finished directory: every file with its size and SHA-256. Standard library only.
+"""Manifests: the files of a directory with their SHA-256, so that content decides what it is. Standard library only.
 
-Written last by whoever completes a checkpoint, checked by whoever uses or copies it: a directory without a manifest,
-or one that disagrees with it, is not a checkpoint.
+A checkpoint's manifest is written last by whoever completes it and checked by whoever uses or copies it: a directory
+without a manifest, or one that disagrees with it, is not a checkpoint.
+
+A code tree's manifest has modes and links too. It is made here of the working tree and on the host of what lies there,
+and the two are compared before a launch. The control side sends this file's source to the host: it stands alone.
 """
 
 import hashlib
 import json
 import os
 import stat
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TypedDict
 
 MANIFEST_FILE = "manifest.json"
+DIFFERENCES_MAX = 20  # names that a comparison lists
 
 
 def write_manifest(directory: Path) -> Path:
@@ -84,3 +90,129 @@ def plain_files(directory: Path) -> set[str]:
 def sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+# --- trees of code --------------------------------------------------------------------------------------------------
+
+
+class TreeFile(TypedDict):
+    """One file as git sees it: what else a file system knows of it (owner, times, group rights) is not code."""
+
+    mode: str  # git's: 100644, 100755 where its owner may run it, 120000 for a link
+    size: int
+    sha256: str  # of its bytes; of where a link leads
+
+
+Tree = dict[str, TreeFile]  # name, with / between folders; bytes that are not UTF-8 as surrogates
+
+
+def tree_names(root: str | os.PathLike[str]) -> list[str]:
+    """Every file and link below `root`."""
+    top, found = os.fsencode(root), []
+    for directory, folders, files in os.walk(top):
+        links = [name for name in folders if os.path.islink(os.path.join(directory, name))]
+        found += [os.path.relpath(os.path.join(directory, name), top) for name in (*files, *links)]
+    return sorted(name.decode(errors="surrogateescape") for name in found)
+
+
+def read_tree(
+    root: str | os.PathLike[str], names: Iterable[str], *, grown_from: Mapping[str, TreeFile] | None = None
+) -> Tree:
+    """Hash `names` under `root`. Raises OSError for one that is gone or cannot be read.
+
+    A file that only grew since `grown_from` was read (a log, say) counts as it was then.
+    """
+    earlier = grown_from or {}
+    return {name: _tree_file(_path(root, name), earlier.get(name)) for name in names}
+
+
+def _path(root: str | os.PathLike[str], name: str) -> bytes:
+    return os.path.join(os.fsencode(root), name.encode(errors="surrogateescape"))
+
+
+def _tree_file(path: bytes, earlier: TreeFile | None) -> TreeFile:
+    status = os.lstat(path)
+    if stat.S_ISLNK(status.st_mode):
+        leads_to = os.readlink(path)
+        return {"mode": "120000", "size": len(leads_to), "sha256": hashlib.sha256(leads_to).hexdigest()}
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(0, "is no file and no link", os.fsdecode(path))
+    mode = "100755" if status.st_mode & stat.S_IXUSR else "100644"
+    if earlier is not None and earlier["mode"] == mode and _has_grown(path, status.st_size, earlier):
+        return earlier
+    return {"mode": mode, "size": status.st_size, "sha256": sha256(Path(os.fsdecode(path)))}
+
+
+def _has_grown(path: bytes, size: int, earlier: TreeFile) -> bool:
+    """Is the beginning of the file all that it was?"""
+    return size > earlier["size"] > 0 and _sha256_of_start(path, earlier["size"]) == earlier["sha256"]
+
+
+def _sha256_of_start(path: bytes, size: int) -> str:
+    total = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while size > 0 and (data := stream.read(min(size, 1 << 20))):
+            total.update(data)
+            size -= len(data)
+    return total.hexdigest()
+
+
+def tree_digest(tree: Mapping[str, TreeFile]) -> str:
+    """The SHA-256 of "<mode> <sha256> <name>", each with a zero byte at its end, in the order of the names' bytes."""
+    rows = sorted((name.encode(errors="surrogateescape"), file) for name, file in tree.items())
+    total = hashlib.sha256()
+    for name, file in rows:
+        total.update(f"{file['mode']} {file['sha256']} ".encode() + name + b"\0")
+    return total.hexdigest()
+
+
+def tree_differences(expected: Mapping[str, TreeFile], found: Mapping[str, TreeFile]) -> list[str]:
+    """How `found` differs from `expected`: a line a file, the first ones by name."""
+    lines = []
+    for name in sorted(set(expected) | set(found)):
+        one, other = expected.get(name), found.get(name)
+        if other is None:
+            lines.append(f"{name!r}: missing")
+        elif one is None:
+            lines.append(f"{name!r}: not expected")
+        elif one["sha256"] != other["sha256"]:
+            lines.append(f"{name!r}: other content, {other['size']} bytes; expected {one['size']}")
+        elif one["mode"] != other["mode"]:
+            lines.append(f"{name!r}: mode {other['mode']}; expected {one['mode']}")
+    more = len(lines) - DIFFERENCES_MAX
+    return [*lines[:DIFFERENCES_MAX], f"and {more} more"] if more > 0 else lines
+
+
+def check_tree(root: str, expected: Tree, *, prune: bool) -> dict[str, str | list[str]]:
+    """What lies under `root`: its digest, and how it differs from `expected`.
+
+    `prune`, for a tree that was just sent: files not expected go, and one that grew while it was sent is cut to what it
+    was when it was hashed.
+    """
+    found = []
+    for name in tree_names(root):
+        if name in expected:
+            found.append(name)
+        elif prune:
+            os.unlink(_path(root, name))
+        elif "__pycache__" not in name.split("/"):  # Python's own, of an earlier try to launch
+            found.append(name)
+    if prune:
+        for name in found:
+            _cut_growth(_path(root, name), expected[name])
+    tree = read_tree(root, found)
+    return {"digest": tree_digest(tree), "differences": tree_differences(expected, tree)}
+
+
+def _cut_growth(path: bytes, expected: TreeFile) -> None:
+    status = os.lstat(path)
+    if not stat.S_ISREG(status.st_mode) or not _has_grown(path, status.st_size, expected):
+        return
+    if status.st_nlink == 1:
+        os.truncate(path, expected["size"])
+        return
+    temporary = path + b".cut"  # this one is a link to another tree's
+    with open(path, "rb") as source, open(temporary, "wb") as target:
+        target.write(source.read(expected["size"]))
+    os.chmod(temporary, stat.S_IMODE(status.st_mode))
+    os.replace(temporary, path)

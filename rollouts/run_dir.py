@@ -4,7 +4,7 @@ On the host it is `<home>/runs/<run_id>/`; what the control side pulls is a mirr
 `<save_dir>/<experiment_name>/<run_id>/`. docs/run-directory.md describes the formats for people.
 
 ```
-config.json  plan.json  code/{tree/,commit.txt,dirty.diff,constraints.txt}   what ran
+config.json  plan.json  code/{tree/,manifest.json,commit.txt,dirty.diff,…}   what ran
 status.json  events.jsonl  supervisor.lock                                   where it is
 metrics.jsonl  rollouts.jsonl  eval.jsonl                                    what it learned
 logs/<window>.log  exit/<stage>-<window>.json  processes/<name>.json         what the processes said, how they ended
@@ -67,6 +67,11 @@ class RunDir:
     @property
     def code_tree(self) -> Path:
         return self.code / "tree"
+
+    @property
+    def code_manifest(self) -> Path:
+        """{"digest", "files": {name: {"mode", "size", "sha256"}}}: what code/tree has to be before a launch."""
+        return self.code / "manifest.json"
 
     @property
     def secrets(self) -> Path:

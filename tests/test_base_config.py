@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 
 import base_config
-from base_config import AgentConfig, Config, ConfigError, LoraConfig, MuonConfig, OptimizerConfig, load_config
+from base_config import (
+    AgentConfig,
+    Config,
+    ConfigError,
+    LimitsConfig,
+    LoraConfig,
+    MuonConfig,
+    OptimizerConfig,
+    load_config,
+)
 from tests.example_config import example_config, replace_at
 
 DATACLASSES = [item for _, item in inspect.getmembers(base_config, dataclasses.is_dataclass)]
@@ -481,3 +490,78 @@ def test_a_missing_config_file_is_named(tmp_path: Path) -> None:
     for name in ("none.py", "none.json"):
         with pytest.raises(ConfigError, match=rf"{name}: no such file"):
             load_config(tmp_path / name)
+
+
+MISTAKEN = """\
+import dataclasses
+import base_config as schema
+from base_config import *
+
+print("executed")
+target = TargetConfig(
+    gpu_ranks=[0],
+    device_typ="cpu",
+    sharding="none",
+    shard_group_size=-1,
+    cpu_offload=False,
+)
+limits = schema.LimitsConfig(1.0)
+longer = dataclasses.replace(limits, stop_grace=3.0)
+twice = 2 * longer.sample_timeout_s
+"""
+
+
+def test_every_field_mistake_of_a_config_file_at_once(tmp_path: Path, capsys: Any) -> None:
+    """Goal: one try shows every unknown and missing field with file, line and the nearest name, in dataclasses.replace
+    too, and what comes after a mistake. Red with the first TypeError's text alone: it had one line of the four."""
+    file = tmp_path / "mistaken.py"
+    file.write_text(MISTAKEN)
+    with pytest.raises(ConfigError) as caught:
+        load_config(file)
+    lines = str(caught.value).splitlines()
+    assert lines == [
+        f"{file}:6: TargetConfig needs 'device_type': no field has a default",
+        f"{file}:8: TargetConfig has no field 'device_typ'; did you mean 'device_type'?",
+        f"{file}:13: LimitsConfig takes its fields by name: 1 came without one",
+        f"{file}:14: LimitsConfig has no field 'stop_grace'; did you mean 'stop_grace_s'?",
+    ]
+    assert capsys.readouterr().out == "executed\n", "the second look prints nothing"
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        LimitsConfig(nothing=1)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("text", "nearest"),
+    [
+        ("from base_config import TargetConfg\n", ":1: ImportError: cannot import name 'TargetConfg'"),
+        ("from base_config import *\nSFTConfg()\n", ":2: NameError: name 'SFTConfg' is not defined"),
+    ],
+)
+def test_a_mistyped_class_has_its_nearest(tmp_path: Path, text: str, nearest: str) -> None:
+    """Goal: a class of the schema that does not exist comes with the one that does. Red with Python's words alone."""
+    (tmp_path / "x.py").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "x.py")
+    assert nearest in str(caught.value) and "; did you mean" in str(caught.value)
+
+
+def test_every_field_mistake_of_a_config_json_has_its_line(tmp_path: Path) -> None:
+    """Goal: unknown, missing and doubled keys of a config.json come at once, with line and nearest name. Red without
+    the lines, and with the second of two equal keys taken without a word."""
+    data = example_config().to_json()
+    data["rl"]["n_samples"] = data["rl"].pop("num_samples")
+    data["data"]["rl_mixture"][0]["nmae"] = "x"
+    text = json.dumps(data, indent=2).replace('"mode": "', '"mode": "rl",\n    "mode": "')
+    file = tmp_path / "config.json"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(file)
+    messages = str(caught.value).splitlines()
+    where = [int(line.removeprefix(f"{file}:").split(":")[0]) for line in messages]
+    assert where == sorted(where) and len(messages) == 4
+    shown = dict(zip(where, messages, strict=True))
+    for word in ("nmae", "n_samples"):
+        (number,) = (n for n, line in shown.items() if f".{word}: unknown" in line)
+        assert f'"{word}"' in text.splitlines()[number - 1] and "; did you mean" in shown[number]
+    assert any("config.output.mode: given twice" in line for line in messages)
+    assert any("config.rl.num_samples: missing" in line for line in messages)

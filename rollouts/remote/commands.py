@@ -64,7 +64,9 @@ def deploy(
         root = find_repository(Path.cwd())
         run_id = run_id or f"{config.output.experiment_name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         with contextlib.closing(open_transport(remote, accept_new_host_key=accept_new_host_key)) as transport:
-            facts = gather_facts(transport, ports=asked_ports(config), paths=asked_paths(config), run_id=run_id)
+            facts = gather_facts(
+                transport, ports=asked_ports(config), paths=asked_paths(config), run_id=run_id, check_way=True
+            )
             code = read_code(root, config)
             plan = make_plan(
                 config,
@@ -81,9 +83,18 @@ def deploy(
                 raise DeployError.of(problems)
             if plan_only:
                 return 0
+            for warning in plan.warnings:
+                _warn(warning, as_json=as_json)
             entry = registry.register(plan, config, root, code.record(), now=time.time())
             now.run_id, now.target, now.reached = entry.run_id, entry.target, "registered"
             return _run(entry, config, facts, transport, now, as_json=as_json, detach=detach)
+
+
+def _warn(warning: str, *, as_json: bool) -> None:
+    if as_json:
+        print_json({"type": "progress", "phase": "warning", "message": warning})
+    else:
+        show(f"warning: {warning}")
 
 
 def _run(

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from base_config import Config
 from rollouts.remote.errors import DeployError
-from rollouts.remote.registry import Entry, fill_mirror, write_code_record
-from rollouts.remote.repository import list_files, read_code
+from rollouts.remote.registry import Entry
+from rollouts.remote.repository import list_files, read_recorded_tree
 from rollouts.remote.sync import sync_code
 from rollouts.remote.transport import Transport, disk_full
 
@@ -19,24 +19,22 @@ Say = Callable[[str, str], None]  # phase ("sync", "launch"), what is happening
 def execute(entry: Entry, config: Config, transport: Transport, path: str, say: Say) -> None:
     """Bring the run of `entry` to life on its host; `path` is the PATH it gets there. Raises DeployError.
 
-    Done twice, the second time changes nothing. All that is used is this machine's own record; what it says of the
-    code is true of the tree that was sent.
+    Done twice, the second time changes nothing. All that is used is this machine's own record: what lies on the host is
+    the code that it tells of.
     """
     launch = entry.launch
     root = Path(entry.repository)
-    files = tuple(list_files(root))
-    say("sync", f"{len(files)} files to {entry.target}:{entry.run_path}/code/tree")
-    sent = sync_code(
+    sync_code(
         transport,
         root=root,
-        files=files,
+        files=tuple(list_files(root)),
         project=root.name,
         home=entry.home,
         run_path=entry.run_path,
-        timeout_s=config.limits.bootstrap_timeout_s,
+        python=launch.base_python,
+        expected=read_recorded_tree(entry.record),
+        say=say,
     )
-    if sent:
-        write_record(entry, read_code(root, config).record())
     say("launch", f"tmux session {entry.run_id}")
     code = entry.record.code
     job = {
@@ -58,12 +56,6 @@ def execute(entry: Entry, config: Config, transport: Transport, path: str, say: 
             f"{entry.target}: the run could not be launched.",
             found=done.err.removeprefix("error: ")[-3000:] or f"exit code {done.returncode}, no message",
         )
-
-
-def write_record(entry: Entry, record: dict[str, str]) -> None:
-    """Keep what code that was, here and in the mirror."""
-    write_code_record(entry.record, record)
-    fill_mirror(entry)
 
 
 def read_secrets(config: Config) -> dict[str, str]:

@@ -10,11 +10,12 @@ import json
 import shlex
 import sys
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rollouts.remote.errors import DeployError
+from rollouts.remote.errors import DeployError, Problem
 from rollouts.remote.transport import LOCAL_TARGET, Transport
+from rollouts.remote.way_check import shown, way_problems
 
 PYTHON_MIN = (3, 11)
 FACTS_TIMEOUT_S = 60
@@ -26,7 +27,7 @@ _SCRIPT = """
 home=${ROLLOUTS_HOME:-$HOME/.rollouts}
 case $home in /*) ;; *) home=$PWD/$home ;; esac
 PATH="$PATH:@EXTRA_PATH@"; export PATH
-echo "home=$home"; echo "path=$PATH"; echo "user=$(id -un)"; echo "host=$(uname -n)"; echo "system=$(uname -sr)"
+printf '%s\\n' "home=$home" "path=$PATH" "user=$(id -un)" "host=$(uname -n)" "system=$(uname -sr)"
 for tool in tmux rsync uv git; do
   where=$(command -v "$tool") && echo "tool=$tool $where"
 done
@@ -42,12 +43,12 @@ fi
 python=
 for candidate in python3 python3.14 python3.13 python3.12 python3.11 @OWN_PYTHON@; do
   command -v "$candidate" >/dev/null || continue
-  version=$("$candidate" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null) || continue
+  version=$("$candidate" -Ic 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null) || continue
   echo "python_seen=$candidate $version"
-  "$candidate" -c 'import sys; sys.exit(sys.version_info < @PYTHON_MIN@)' && { python=$candidate; break; }
+  "$candidate" -Ic 'import sys; sys.exit(sys.version_info < @PYTHON_MIN@)' && { python=$candidate; break; }
 done
 [ -n "$python" ] || exit 0
-rollouts_home=$home "$python" - <<'ROLLOUTS_PROBE'
+rollouts_home=$home "$python" -I - <<'ROLLOUTS_PROBE'
 @PROBE@
 ROLLOUTS_PROBE
 """
@@ -98,15 +99,25 @@ class HostFacts:
     environments: tuple[str, ...] = ()  # keys of the complete ones
     run_exists: bool = False  # the run id asked about is taken
     runs: tuple[dict[str, Any], ...] = ()  # host_probe.run_row
+    way_problems: tuple[Problem, ...] = ()  # why files would not get through, where that was asked
+    way_notes: tuple[str, ...] = ()  # settings for the way there that are not followed
 
     def run(self, run_id: str) -> dict[str, Any] | None:
         return next((row for row in self.runs if row["run_id"] == run_id), None)
 
 
 def gather_facts(
-    transport: Transport, *, ports: list[int] | None = None, paths: list[str] | None = None, run_id: str | None = None
+    transport: Transport,
+    *,
+    ports: list[int] | None = None,
+    paths: list[str] | None = None,
+    run_id: str | None = None,
+    check_way: bool = False,
 ) -> HostFacts:
-    """Ask the host everything at once. Raises TransportError, or DeployError when it has no POSIX shell."""
+    """Ask the host everything at once; with `check_way`, also whether files get through to it.
+
+    Raises TransportError, or DeployError when it has no POSIX shell.
+    """
     question = {"ports": ports or [], "paths": paths or [], "run_id": run_id}
     script = (
         _SCRIPT.replace("@EXTRA_PATH@", EXTRA_PATH)
@@ -119,11 +130,21 @@ def gather_facts(
     if not any(key == "home" for key, _ in lines):
         raise DeployError(
             f"{transport.target}: the host runs no POSIX shell commands.",
-            found=(done.err or done.out)[-500:] or f"exit code {done.returncode}, no output",
+            found=(done.err or shown(done.noise + done.stdout))[-500:] or f"exit code {done.returncode}, no output",
             needed="`sh -s` over SSH",
             fix="allow commands for this user: its shell, or ForceCommand in the host's sshd_config",
         )
-    facts = parse_facts(lines)
+    try:
+        facts = parse_facts(lines)
+    except (ValueError, KeyError, TypeError) as error:
+        raise DeployError(
+            f"{transport.target}: the host's answer cannot be read.",
+            found=f"{type(error).__name__}: {error}\n{done.out[-300:]}",
+            fix="run again; if it stays, something that its shell's start-up files began writes into every command",
+        ) from None
+    facts = replace(facts, way_notes=transport.notes())
+    if check_way and "rsync" in facts.tools:
+        facts = replace(facts, way_problems=way_problems(transport, done.noise))
     if facts.python is None and facts.pythons_seen and done.returncode != 0:
         raise DeployError(f"{transport.target}: the host's Python fails.", found=done.err[-1000:])
     return facts

@@ -13,6 +13,7 @@ import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from rollouts.run_dir import RunDir, last_jsonl_row, observe
 
@@ -21,7 +22,8 @@ def run_row(run: RunDir) -> dict[str, Any] | None:
     """One run as `deploy ls` shows it; None when nothing was launched there.
 
     {run_id, experiment_name, state, stage, step, started_at, updated_at, exit_code, message, live (supervised, or about
-    to be), launched (a supervisor held the lock once)}: what run_dir.observe sees, and the last metrics row's step.
+    to be), launched (a supervisor held the lock once), ports (of a live run's engines, now or later)}:
+    what run_dir.observe sees, and the last metrics row's step.
     """
     seen = observe(run)
     if seen.status is None:
@@ -38,7 +40,18 @@ def run_row(run: RunDir) -> dict[str, Any] | None:
         "message": seen.status.message,
         "live": seen.live,
         "launched": run.lock.exists(),
+        "ports": _ports(run) if seen.live else [],
     }
+
+
+def _ports(run: RunDir) -> list[int]:
+    """Where the engines and the router of the run's plan listen, now or later."""
+    try:
+        plan = json.loads(run.plan.read_text())
+        urls = [engine["ready_url"] for stage in plan["stages"] for engine in stage["engines"]]
+        return sorted({port for url in urls if url and (port := urlsplit(url).port)})
+    except (OSError, ValueError, KeyError, TypeError):  # of another version, or damaged: no reason to hide the run
+        return []
 
 
 def _last_step(run: RunDir) -> int | None:

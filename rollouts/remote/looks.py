@@ -8,7 +8,7 @@ from typing import Any
 
 from rollouts.remote import registry
 from rollouts.remote.display import print_json, show
-from rollouts.remote.escape import one_line
+from rollouts.remote.escape import escaped, one_line
 from rollouts.remote.facts import gather_facts
 from rollouts.remote.host_probe import run_row
 from rollouts.remote.local_faults import standing
@@ -64,7 +64,7 @@ def check_host(remote: str | None, *, as_json: bool, accept_new_host_key: bool) 
     """`deploy --remote T`: what the host has, what it lacks, and its runs. 2 when it cannot run a job."""
     with standing():
         with contextlib.closing(open_transport(remote, accept_new_host_key=accept_new_host_key)) as transport:
-            facts = gather_facts(transport)
+            facts = gather_facts(transport, check_way=True)
         target = remote or LOCAL_TARGET
         lacking = [tool for tool in ("tmux", "rsync") if tool not in facts.tools]
         lacking += ["python3 >= 3.11"] if facts.python is None else []
@@ -72,7 +72,9 @@ def check_host(remote: str | None, *, as_json: bool, accept_new_host_key: bool) 
             print_json({"target": target, "lacking": lacking, "facts": dataclasses.asdict(facts)})
         else:
             show(f"{facts_text(target, facts, lacking)}\n\n{runs_text([_host_row(target, row) for row in facts.runs])}")
-        return 2 if lacking else 0
+            for problem in facts.way_problems:
+                print(f"error: {escaped(problem.text())}", file=sys.stderr)
+        return 2 if lacking or facts.way_problems else 0
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """What this machine knows of its runs: an entry each, and beside it the record that a launch uses.
 
-`<home>/registry/<run_id>.json` is the entry. `<home>/registry/<run_id>.<nonce>/` is the record of a run that was
+`<home>/registry/<run_id>.json` is the entry. `<home>/registry/<run_id>.<launch_id>/` is the record of a run that was
 started here: its config, its plan, what code that was. It is written before anything is touched, so that a deploy that
 was killed can go on, and never from what came from a host: the mirror holds copies for people. No secrets are in it.
 """
@@ -39,7 +39,7 @@ class Entry:
     repository: str  # whose code runs
     created_at: float
     adopted: bool = False  # started on another machine: never launched from here
-    nonce: str = ""  # tells this deploy from any other of the same run id; names the record
+    launch_id: str = ""  # tells this deploy's run from another's of the same name; names the record too
 
     @property
     def mirror(self) -> RunDir:
@@ -48,7 +48,7 @@ class Entry:
     @property
     def record(self) -> RunDir:
         """This machine's own config, plan and code record of the run: all that a launch uses."""
-        return RunDir(home_dir() / "registry" / f"{self.run_id}.{self.nonce or 'none'}")
+        return RunDir(home_dir() / "registry" / f"{self.run_id}.{self.launch_id or 'none'}")
 
     @property
     def launch(self) -> LaunchPlan:
@@ -98,7 +98,7 @@ def register(plan: Plan, config: Config, repository: Path, record: dict[str, str
         local_dir=plan.local_dir,
         repository=str(repository),
         created_at=now,
-        nonce=secrets.token_hex(8),
+        launch_id=secrets.token_hex(8),
     )
     registry_dir()
     entry.record.path.mkdir(mode=0o700)
@@ -163,7 +163,7 @@ def forget(entry: Entry) -> None:
 
 
 def forget_record(entry: Entry) -> None:
-    if entry.nonce and entry.record.path.is_dir():
+    if entry.launch_id and entry.record.path.is_dir():
         for file in sorted(entry.record.path.rglob("*"), reverse=True):
             file.rmdir() if file.is_dir() else file.unlink()
         entry.record.path.rmdir()
@@ -171,14 +171,14 @@ def forget_record(entry: Entry) -> None:
 
 def mark_launched(entry: Entry) -> None:
     """From now on a run that is not on its host is gone, not yet to come."""
-    if entry.nonce:
+    if entry.launch_id:
         (entry.record.path / LAUNCHED).touch(mode=0o600)
         (entry.record.path / REASON).unlink(missing_ok=True)
 
 
 def note_reason(entry: Entry, text: str) -> None:
     """Why it was not launched, for `deploy ls`."""
-    if entry.nonce and entry.record.path.is_dir():
+    if entry.launch_id and entry.record.path.is_dir():
         write_text_atomic(entry.record.path / REASON, text, mode=0o600)
 
 

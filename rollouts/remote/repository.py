@@ -1,17 +1,26 @@
 """The git repository whose code runs: which files go to the host, and the record of what they were."""
 
+import json
 import os
 import subprocess
+import tempfile
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from base_config import Config
+from rollouts.manifest import Tree, read_tree, tree_digest
 from rollouts.remote.errors import DeployError
+from rollouts.remote.inputs import NO_INPUTS, Inputs, locate, look_through, named_paths
+from rollouts.remote.inputs.paths import Locality
+from rollouts.run_dir import RunDir
 
-Locality = Literal["sent", "not sent", "missing"]
+GIT_REPOSITORY_VARIABLES = {
+    *("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_COMMON_DIR", "GIT_NAMESPACE"),
+    *("GIT_OBJECT_DIRECTORY", "GIT_ALTERNATE_OBJECT_DIRECTORIES", "GIT_EXTERNAL_DIFF", "GIT_DIFF_OPTS"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +38,25 @@ class Code:
     constraints: str | None  # text of host.constraints_file; None: it is not there
     engine_requirements: str | None  # text of engine.requirements_file, "" where none is named; None: it is not there
     named: dict[str, Locality]  # relative paths that the config names: are they among the files?
+    untracked: tuple[str, ...] = ()  # of the files, those that git does not track
+    untracked_bytes: int = 0
+    notes: tuple[str, ...] = ()  # what the record or the tree lacks, in words
+    inputs: Inputs = NO_INPUTS  # what was found behind the names in the config
 
     def record(self) -> dict[str, str]:
-        """The files of the run directory that say what code ran."""
+        """The files of the run directory that say what code ran. Raises DeployError if files change meanwhile."""
+        try:
+            tree = read_tree(self.root, self.files)
+        except OSError as error:
+            raise unreadable(error) from None
+        if self.commit and read_diff(self.root) != self.dirty_diff:
+            raise DeployError(
+                "files changed while the repository was read.",
+                needed="a record that tells of one state of the code",
+                fix="run the same command again",
+            )
         return {
+            "code/manifest.json": json.dumps({"digest": tree_digest(tree), "files": tree}, indent=1) + "\n",
             "code/commit.txt": f"{self.commit}\n",
             "code/dirty.diff": self.dirty_diff,
             "code/constraints.txt": self.constraints or "",
@@ -40,12 +64,45 @@ class Code:
         }
 
 
+def read_recorded_tree(run: RunDir) -> Tree:
+    """The code that a run was planned with, file by file. Raises DeployError where its record has no such list."""
+    try:
+        files: Tree = json.loads(run.code_manifest.read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DeployError(
+            f"{run.run_id}: what code it was planned with is not recorded here.",
+            found=f"{run.code_manifest}: {error}",
+            fix="start it anew: deploy CONFIG",
+        ) from None
+    return files
+
+
+def unreadable(error: OSError) -> DeployError:
+    """A file of the repository that cannot be read, in words."""
+    if isinstance(error, FileNotFoundError):
+        message, fix = f"{error.filename!r} went away while the code was read.", "run the same command again"
+    else:
+        message, fix = f"{error.filename!r} cannot be read.", "make it readable, or let git ignore it"
+    return DeployError(
+        message, found=error.strerror or "", needed="every file that git lists goes to the host", fix=fix
+    )
+
+
 def find_repository(start: Path) -> Path:
     """The root of the git repository around `start`, checked to be one that a host can run."""
     done = _git(start, "rev-parse", "--show-toplevel", check=False)
+    said = done.stderr.decode(errors="replace").strip()
+    if done.returncode != 0 and "not a git repository" not in said:
+        raise DeployError(
+            f"git cannot read the repository at {start}.",
+            found=said or f"exit code {done.returncode}",
+            needed="the repository to run: exactly git's files go to the host, with your uncommitted changes",
+            fix="what git says above, then run the same command again",
+        )
     if done.returncode != 0:
         raise DeployError(
             f"{start} is not in a git repository.",
+            found=said,
             needed="the repository to run: exactly git's files go to the host, with your uncommitted changes",
             fix="cd into your clone of rollouts, or `git init` there",
         )
@@ -62,6 +119,8 @@ def find_repository(start: Path) -> Path:
 def read_code(root: Path, config: Config) -> Code:
     """Everything about the repository at `root` that a plan needs."""
     files = tuple(list_files(root))
+    untracked = tuple(_untracked(root, files))
+    requirements = tuple(_requirements(root, _extras(config)))
     head = _git(root, "rev-parse", "--verify", "-q", "HEAD", check=False).stdout.decode().strip()
     status = _git(root, "status", "--porcelain=v1", "-z", "--untracked-files=all").stdout
     pins = config.host.constraints_file
@@ -71,42 +130,115 @@ def read_code(root: Path, config: Config) -> Code:
         project=root.name,
         files=files,
         changed=_count_changed(status),
-        size_bytes=sum(os.lstat(root / file).st_size for file in files),
+        size_bytes=_size(root, files),
         commit=head,
-        dirty_diff=_dirty_diff(root) if head else "",
-        requirements=tuple(_requirements(root, _extras(config))),
+        dirty_diff=read_diff(root) if head else "",
+        requirements=requirements,
         constraints="" if pins is None else _text_or_none(root / pins, "host.constraints_file"),
         engine_requirements="" if lock is None else _text_or_none(root / lock, "engine.requirements_file"),
-        named={name: _locality(root, name, files) for name in named_paths(config) if not os.path.isabs(name)},
+        named={name: locate(root, name, files).state for name in named_paths(config) if not os.path.isabs(name)},
+        untracked=untracked,
+        untracked_bytes=_size(root, untracked),
+        notes=tuple(_submodule_notes(root)),
+        inputs=look_through(root, config, files, requirements),
     )
 
 
+def _size(root: Path, files: Sequence[str]) -> int:
+    try:
+        return sum(os.lstat(root / file).st_size for file in files)
+    except OSError as error:
+        raise unreadable(error) from None
+
+
 def list_files(root: Path) -> list[str]:
-    """git's files as they are in the working tree: tracked (submodules' too) or untracked, not ignored, not deleted."""
+    """git's files as they are in the working tree: tracked or untracked, not ignored, not deleted; submodules' too."""
     tracked = _git(root, "ls-files", "-z", "--cached", "--recurse-submodules").stdout
-    untracked = _git(root, "ls-files", "-z", "--others", "--exclude-standard").stdout
-    names = {os.fsdecode(name) for name in (tracked + untracked).split(b"\0") if name}
+    names = [*_names(tracked), *_list_untracked(root)]
+    for submodule in _submodules(root):
+        names += [f"{submodule}/{name}" for name in _list_untracked(root / submodule)]
     # An untracked repository inside this one is listed as "dir/": its files are not git's here.
-    return sorted(n for n in names if not n.endswith("/") and os.path.lexists(root / n) and not _is_gitlink(root / n))
+    return sorted({n for n in names if not n.endswith("/") and os.path.lexists(root / n) and not _is_gitlink(root / n)})
 
 
-def named_paths(config: Config) -> list[str]:
-    """The model and data names of a config: hub ids, or paths; a replay's rollouts.jsonl too."""
-    data = config.data
-    specs = [*data.sft_mixture, *data.rl_mixture, *data.eval_mixture]
-    replayed = [config.rl.source] if config.rl and "rl" in config.stages and not config.uses_engine else []
-    return list(dict.fromkeys([config.model.name, *(spec.name for spec in specs), *replayed]))
+def _names(output: bytes) -> list[str]:
+    return [os.fsdecode(name) for name in output.split(b"\0") if name]
+
+
+def _list_untracked(root: Path) -> list[str]:
+    return _names(_git(root, "ls-files", "-z", "--others", "--exclude-standard").stdout)
+
+
+def _untracked(root: Path, files: Sequence[str]) -> list[str]:
+    tracked = set(_names(_git(root, "ls-files", "-z", "--cached", "--recurse-submodules").stdout))
+    return [file for file in files if file not in tracked]
+
+
+def _gitlinks(root: Path) -> list[str]:
+    """Submodules as the index has them, from the repository's root, those inside of others too."""
+    lines = _names(_git(root, "ls-files", "-z", "--stage").stdout)
+    found = [line.partition("\t")[2] for line in lines if line.startswith("160000 ")]
+    return [name for own in found for name in (own, *(f"{own}/{inner}" for inner in _inner_gitlinks(root / own)))]
+
+
+def _inner_gitlinks(directory: Path) -> list[str]:
+    return _gitlinks(directory) if (directory / ".git").exists() else []
+
+
+def _submodules(root: Path) -> list[str]:
+    """Those that are checked out."""
+    return [name for name in _gitlinks(root) if (root / name / ".git").exists()]
+
+
+def _submodule_notes(root: Path) -> list[str]:
+    notes, present = [], _submodules(root)
+    notes += [
+        f"the submodule {name} is not checked out: nothing of it is sent (git submodule update --init --recursive)"
+        for name in _gitlinks(root)
+        if name not in present
+    ]
+    for name in present:
+        status = _git(root / name, "status", "--porcelain=v1", "-z", "--untracked-files=all").stdout
+        recorded = _git(root, "ls-files", "--stage", "--", name).stdout.split()[1:2]
+        head = _git(root / name, "rev-parse", "--verify", "-q", "HEAD", check=False).stdout.split()
+        moved = bool(recorded) and recorded != head
+        if moved or status:
+            count = _count_changed(status)
+            what = [
+                f"{count} uncommitted or untracked files" if count else "",
+                "another commit checked out" if moved else "",
+            ]
+            notes.append(
+                f"the submodule {name} has {' and '.join(filter(None, what))}: sent as it is;"
+                " code/dirty.diff has the changes of its tracked files"
+            )
+    notes += _overlooked(root)
+    stray = [name for name in _list_untracked(root) if name.endswith("/")]
+    notes += [f"{name} is a git repository of its own, and no submodule: nothing of it is sent" for name in stray]
+    return notes
+
+
+def _overlooked(root: Path) -> list[str]:
+    """Files that git was told to overlook: their changes are sent but not in the diff, or they are not here."""
+    tagged = [line.partition(" ")[::2] for line in _names(_git(root, "ls-files", "-z", "-v").stdout)]
+    silent = [name for tag, name in tagged if tag.islower() or (tag == "S" and os.path.lexists(root / name))]
+    absent = [name for tag, name in tagged if tag == "S" and not os.path.lexists(root / name)]
+    notes = []
+    if silent:
+        notes.append(
+            f"git overlooks changes of {_few(silent)} (assume-unchanged, skip-worktree): code/dirty.diff lacks them"
+        )
+    if absent:
+        notes.append(f"a sparse checkout: {_few(absent)} not in the working tree, so not sent")
+    return notes
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _is_gitlink(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
-
-
-def _locality(root: Path, name: str, files: tuple[str, ...]) -> Locality:
-    prefix = os.path.normpath(name)
-    if any(file == prefix or file.startswith(prefix + "/") for file in files):
-        return "sent"
-    return "not sent" if (root / name).exists() else "missing"
 
 
 def _count_changed(status: bytes) -> int:
@@ -119,23 +251,31 @@ def _count_changed(status: bytes) -> int:
     return count
 
 
-def _dirty_diff(root: Path) -> str:
-    """Uncommitted changes as text that `git apply` takes. Binary files stand in it encoded.
+def read_diff(root: Path) -> str:
+    """Uncommitted changes as text that `git apply` takes, submodules' too. Binary files stand in it encoded.
 
     A text file that is not UTF-8 would not survive as JSON: then every file is treated as binary.
     """
-    command = ("diff", "--binary", "--no-ext-diff", "--no-textconv", "--no-color", "HEAD")
+    # With a submodule's path in front, as if its files were the repository's own
+    inner = [_diff(root / name, f"{name}/") for name in _submodules(root)]
+    return "".join([_diff(root, ""), *inner])
+
+
+def _diff(root: Path, prefix: str) -> str:
+    if not _git(root, "rev-parse", "--verify", "-q", "HEAD", check=False).stdout:
+        return ""
+    # What a user's settings may say of diffs is set here: prefixes, context, how submodules are shown
+    plain = ("--no-ext-diff", "--no-textconv", "--no-color", "-U3", "--submodule=short", "--ignore-submodules=dirty")
+    prefixes = (f"--src-prefix=a/{prefix}", f"--dst-prefix=b/{prefix}")
+    command = ("diff", "--binary", *plain, *prefixes, "HEAD")
     diff = _git(root, *command).stdout
     try:
         return diff.decode()
     except UnicodeDecodeError:
-        attributes = root / ".git" / "rollouts-attributes"
-        attributes = Path(os.fsdecode(_git(root, "rev-parse", "--absolute-git-dir").stdout[:-1])) / attributes.name
-        attributes.write_text("* -diff\n")
-        try:
-            diff = _git(root, "-c", f"core.attributesFile={attributes}", *command).stdout
-        finally:
-            attributes.unlink()
+        with tempfile.NamedTemporaryFile("w", suffix="-attributes") as attributes:
+            attributes.write("* -diff\n")
+            attributes.flush()
+            diff = _git(root, "-c", f"core.attributesFile={attributes.name}", *command).stdout
         return diff.decode(errors="backslashreplace")
 
 
@@ -175,9 +315,17 @@ def _text_or_none(file: Path, field: str) -> str | None:
         raise DeployError(f"{file}: cannot be read: {error}", fix=f"correct {field}") from None
 
 
+def _git_environment() -> dict[str, str]:
+    """Without what a hook or an alias of git sets, which names another repository; in English, since it is read."""
+    kept = {name: value for name, value in os.environ.items() if name not in GIT_REPOSITORY_VARIABLES}
+    return {**kept, "LC_ALL": "C"}
+
+
 def _git(where: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[bytes]:
     try:
-        done = subprocess.run(["git", "-C", str(where), *arguments], capture_output=True, check=False)
+        done = subprocess.run(
+            ["git", "-C", str(where), *arguments], capture_output=True, check=False, env=_git_environment()
+        )
     except FileNotFoundError:
         raise DeployError("git is not installed on this machine.", fix="apt-get install git") from None
     if check and done.returncode != 0:

@@ -1,29 +1,51 @@
 """The code on its way to the host: exactly git's files, into a fresh directory of the run.
 
-Files that did not change since the last run of this project there are hard links to it, so they cost neither time nor
-space; what was deleted here is simply not there. The tree gets its name only when it is whole.
+Content decides. Files that the last run of this project has there, byte for byte, become hard links to it, so they cost
+neither time nor space; what was deleted here is simply not there. Before the tree gets its name, the host hashes what
+lies in it, and that must be what was hashed here. An upload that was cut off is resumed where it broke.
 """
 
+import inspect
+import json
 import os
-import secrets
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
+from rollouts import manifest
+from rollouts.manifest import Tree, read_tree, tree_differences, tree_digest
 from rollouts.remote.errors import DeployError
+from rollouts.remote.repository import unreadable
 from rollouts.remote.transport import Transport, disk_full, run_rsync
 
 RSYNC_FILE_ERROR = 11  # reading or writing a file failed, on either side
+IDLE_TIMEOUT_S = 300.0  # a transfer in which no byte moves for so long is given up; it may take as long as it needs
+HASH_BYTES_PER_S = 10e6  # a slow disk's
+CHANGED_MEANWHILE = "the code changed while it was being sent."
+LINK_TREES_MAX = 4  # earlier uploads that were cut off, whose files are taken over
 
-# $1 run path, $2 the link to the project's last tree, $3 where this one is built
+Say = Callable[[str, str], None]  # phase, what is happening
+
+# $1 run path, $2 the link to the project's last tree, $3 where this one is built, $4 the rollouts home.
+# Files in $3 that are links to other trees go: they come back as links, and nothing of another run is touched.
 _PREPARE = """
-umask 077; mkdir -p "$1/code" "$(dirname "$2")" "$3" || exit 1
-[ -d "$1/code/tree" ] && echo "state=complete"
-[ -d "$2/." ] && echo "last=$(cd "$2" && pwd -P)"
+umask 077; mkdir -p "$1/code" "$(dirname "$2")" || exit 1
+[ -d "$1/code/tree" ] && { echo "state=complete"; exit 0; }
+for old in "$1"/code/.tree-*; do [ "$old" = "$3" ] || rm -rf "$old"; done
+[ -d "$3" ] && echo "state=resumed"
+mkdir -p "$3" || exit 1
+find "$3" -type f -links +1 -exec rm -f {} +
+[ -d "$2/." ] && echo "link=$(cd "$2" && pwd -P)"
+for other in "$4"/runs/*/code/.tree-build; do [ "$other" = "$3" ] || [ ! -d "$other" ] || echo "link=$other"; done
 exit 0
 """
-# $1 run path, $2 the link, $3 the finished build; what interrupted attempts left goes too
+# $1 run path, $2 the link, $3 the finished build, $4 the rollouts home; uploads that nobody resumed for a week go too
 _FINISH = """
 [ -d "$1/code/tree" ] || mv "$3" "$1/code/tree" || exit 1
 rm -rf "$1"/code/.tree-*
 ln -sfn "$1/code/tree" "$2"
+find "$4"/runs/*/code -maxdepth 1 -name '.tree-*' -mtime +7 -print -exec rm -rf {} + 2>/dev/null
+exit 0
 """
 
 
@@ -35,30 +57,170 @@ def sync_code(
     project: str,
     home: str,
     run_path: str,
-    timeout_s: float,
+    timeout_s: float = IDLE_TIMEOUT_S,
+    python: str = "python3",
+    expected: Tree | None = None,
+    say: Say = lambda phase, text: None,
 ) -> bool:
-    """Bring `files` of `root` to `<run_path>/code/tree`. False when a whole tree was there already: it stays."""
-    link = f"{home}/code/{project}"
-    build = f"{run_path}/code/.tree-{secrets.token_hex(4)}"
-    prepared = _shell(transport, _PREPARE, run_path, link, build)
-    answers = dict(line.partition("=")[::2] for line in prepared.splitlines())
-    if "state" not in answers:
-        last = answers.get("last")
-        options = ["-lpt", "--from0", "--files-from=-", *([f"--link-dest={last}"] if last else [])]
-        # "./": a name that starts with # or ; would be taken for a comment
-        names = b"".join(b"./" + os.fsencode(name) + b"\0" for name in files)
-        arguments = [*options, f"{os.fspath(root)}/", transport.rsync_path(f"{build}/")]
-        done = run_rsync(transport, arguments, stdin=names, timeout_s=timeout_s)
-        if done.returncode == RSYNC_FILE_ERROR and not done.err:
-            _refuse_full_disk(transport, build, sum(os.lstat(os.path.join(root, name)).st_size for name in files))
-        if done.returncode != 0:
+    """Bring `files` of `root` to `<run_path>/code/tree`. False when a whole tree was there already: it stays.
+
+    `expected`: the tree that the run was planned with; None: as the files are now, and a whole tree that is there stays
+    unchecked. Raises DeployError unless exactly that lies on the host. The transfer may stand still for `timeout_s`.
+    """
+    places = _Places(run_path, f"{home}/code/{project}", f"{run_path}/code/.tree-build", home)
+    answers = _Answers.parse(_shell(transport, _PREPARE, *places.arguments))
+    complete = answers.state == "complete"
+    if not complete:
+        if expected is None:
+            expected = _hash_files(root, files)
+        else:
+            _refuse_changed_files(root, expected, "the code here is not the code that this run was planned with.")
+        _transfer(transport, root, expected, places, answers=answers, timeout_s=timeout_s, say=say)
+    if expected is not None:
+        say("sync", f"checking {len(expected)} files on {transport.target} by content")
+        tree = f"{run_path}/code/tree" if complete else places.build
+        found = _check_there(transport, python, tree, expected, prune=not complete)
+        if found.digest != tree_digest(expected):
+            if not complete:
+                _refuse_changed_files(root, expected, CHANGED_MEANWHILE)
             raise DeployError(
-                f"{transport.target}: the code could not be sent.",
-                found=done.err[-1500:],
-                fix="if files were changing just now, run the same command again",
+                f"{transport.target}: what lies there is not the code that was planned.",
+                found="\n".join([tree, *found.differences]),
+                needed=f"the tree with the digest {tree_digest(expected)}",
+                fix="start it anew: deploy CONFIG",
             )
-    _shell(transport, _FINISH, run_path, link, build)
-    return "state" not in answers
+    for old in _shell(transport, _FINISH, *places.arguments).splitlines():
+        say("sync", f"removed {old}: an upload that nobody resumed for a week")
+    return not complete
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Paths on the host."""
+
+    run_path: str
+    link: str  # to the project's last tree
+    build: str
+    home: str
+
+    @property
+    def arguments(self) -> tuple[str, str, str, str]:
+        return self.run_path, self.link, self.build, self.home
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """What the host has of this run's code, and trees whose files may be taken over."""
+
+    state: str  # "complete", "resumed", "" for a fresh one
+    links: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> "_Answers":
+        pairs = [line.partition("=")[::2] for line in text.splitlines()]
+        states = [value for key, value in pairs if key == "state"]
+        return cls(states[0] if states else "", tuple(value for key, value in pairs if key == "link"))
+
+
+def _transfer(
+    transport: Transport,
+    root: os.PathLike[str],
+    tree: Tree,
+    places: _Places,
+    *,
+    answers: _Answers,
+    timeout_s: float,
+    say: Say,
+) -> None:
+    """One rsync of `tree` into the build directory. A part of a file stays there, for the next try."""
+    size = sum(file["size"] for file in tree.values())
+    kept = ", going on with what an earlier try sent" if answers.state == "resumed" else ""
+    say("sync", f"{len(tree)} files, {size / 1e6:.1f} MB, to {transport.target}:{places.run_path}/code/tree{kept}")
+    links = [f"--link-dest={link}" for link in answers.links[:LINK_TREES_MAX]]
+    options = ["-lptc", "--partial", "--force", f"--timeout={timeout_s:.0f}", "--info=progress2"]
+    # "./": a name that starts with # or ; would be taken for a comment
+    names = b"".join(b"./" + name.encode(errors="surrogateescape") + b"\0" for name in sorted(tree))
+    source = [f"{os.fspath(root)}/", transport.rsync_path(f"{places.build}/")]
+    progress = _Progress(size, say)
+    arguments = [*options, *links, "--from0", "--files-from=-", *source]
+    done = run_rsync(transport, arguments, stdin=names, timeout_s=None, on_output=progress.read)
+    if done.returncode == RSYNC_FILE_ERROR and not done.err:
+        _refuse_full_disk(transport, places.build, size)
+    if done.returncode != 0:
+        _refuse_changed_files(root, tree, CHANGED_MEANWHILE)
+        raise DeployError(
+            f"{transport.target}: the code could not be sent.",
+            found=done.err[-1500:] or f"rsync's exit code {done.returncode}",
+            fix="run the same command again: it goes on with what was sent",
+        )
+    progress.end()
+
+
+class _Progress:
+    """rsync's own progress, said each time that another tenth of the bytes has gone, and at the end."""
+
+    _LINE = re.compile(r"^\s*([\d.,']+)\s+(\d+)%\s+(\S+/s)")
+
+    def __init__(self, size: int, say: Say) -> None:
+        self._size, self._say, self._tenth, self._last = size, say, 0, ("0", "")
+
+    def read(self, text: str) -> None:
+        """A line of rsync's, such as `  12,345,678  45%  11.22MB/s  0:00:10`."""
+        if (match := self._LINE.match(text)) is None:
+            return
+        sent, rate = re.sub(r"\D", "", match[1]), match[3]
+        self._last = sent, rate
+        tenth = 10 * int(sent) // max(1, self._size)
+        if tenth > self._tenth:
+            self._tenth = tenth
+            self._say("sync", f"{int(sent) / 1e6:.1f} of {self._size / 1e6:.1f} MB sent, {rate}")
+
+    def end(self) -> None:
+        sent, rate = self._last
+        self._say("sync", f"{int(sent) / 1e6:.1f} MB sent{f', {rate}' if rate else ''}; the rest was there")
+
+
+def _hash_files(root: os.PathLike[str], files: Iterable[str], *, grown_from: Tree | None = None) -> Tree:
+    try:
+        return read_tree(root, files, grown_from=grown_from)
+    except OSError as error:
+        raise unreadable(error) from None
+
+
+def _refuse_changed_files(root: os.PathLike[str], planned: Tree, message: str) -> None:
+    """Raise where files here are no longer what they were when they were hashed. One that only grew may be sent."""
+    there = [name for name in planned if os.path.lexists(os.path.join(root, name))]
+    if differences := tree_differences(planned, _hash_files(root, there, grown_from=planned)):
+        raise DeployError(
+            message,
+            found="\n".join(differences),
+            needed="the files as they were when they were hashed: a run's record says what ran",
+            fix="deploy CONFIG sends them as they are now; let git ignore files that programs keep rewriting",
+        )
+
+
+@dataclass(frozen=True)
+class _Found:
+    digest: str
+    differences: tuple[str, ...]
+
+
+def _check_there(transport: Transport, python: str, directory: str, expected: Tree, *, prune: bool) -> _Found:
+    """Have the host hash `directory`. The program brings its own code: what lies there is what is being checked."""
+    call = f"check_tree({directory!r}, json.loads({json.dumps(expected)!r}), prune={prune})"
+    program = f"{inspect.getsource(manifest)}\nprint('\\ntree=' + json.dumps({call}))\n"
+    size = sum(file["size"] for file in expected.values())
+    timeout_s = 60 + size / HASH_BYTES_PER_S
+    done = transport.run([python, "-I", "-"], stdin=program.encode(), timeout_s=timeout_s)
+    answers = [line.removeprefix("tree=") for line in done.out.splitlines() if line.startswith("tree=")]
+    if done.returncode != 0 or not answers:
+        raise DeployError(
+            f"{transport.target}: the code there could not be checked.",
+            found=done.err[-1000:] or f"exit code {done.returncode}, no answer",
+            needed=f"{python}, 3.11 or newer, to hash {directory}",
+        )
+    answer = json.loads(answers[-1])
+    return _Found(answer["digest"], tuple(answer["differences"]))
 
 
 def _refuse_full_disk(transport: Transport, directory: str, size: int) -> None:
@@ -75,7 +237,7 @@ def _shell(transport: Transport, script: str, *arguments: str) -> str:
     if done.returncode != 0:
         raise DeployError(
             f"{transport.target}: no room can be made for the run in {arguments[0]}.",
-            found=done.err[-500:],
+            found=done.err[-500:] or f"exit code {done.returncode}, no message",
             fix="check who owns that directory; ROLLOUTS_HOME on the host names another place",
         )
     return done.out

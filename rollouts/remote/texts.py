@@ -68,6 +68,7 @@ def plan_text(plan: Plan) -> str:
     lines = [f"plan for {plan.run_id} on {plan.target} (nothing is touched)"]
     for number, step in enumerate(plan.steps, 1):
         lines += [f"{number:>3}. {step.what}", f"     because: {step.why}"]
+    lines += [*plan.summary, *(f"warning: {warning}" for warning in plan.warnings)]
     return "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])
 
 
@@ -80,9 +81,16 @@ def facts_text(target: str, facts: HostFacts, lacking: Sequence[str]) -> str:
         ("gpus", "; ".join(map(describe_gpu, facts.gpus)) or facts.gpu_problem or "none"),
         *([("driver", facts.driver)] if facts.driver else []),
         ("disk", f"{facts.disk_free_bytes / 2**30:.0f} GiB free"),
-        ("ready", f"no: {', '.join(lacking)} missing" if lacking else "yes"),
+        ("ready", _readiness(facts, lacking)),
+        *(("note", note) for note in facts.way_notes),
     ]
     return "\n".join([target, *(f"  {name:<7} {value}" for name, value in rows)])
+
+
+def _readiness(facts: HostFacts, lacking: Sequence[str]) -> str:
+    reasons = [f"{', '.join(lacking)} missing"] if lacking else []
+    reasons += ["files do not get through"] if facts.way_problems else []
+    return f"no: {'; '.join(reasons)}" if reasons else "yes"
 
 
 def how_to_go_on(entry: Entry) -> str:

@@ -1,7 +1,7 @@
 """How the control side reaches a host: run a command, follow a command's lines, copy with rsync.
 
 Two transports behind one protocol: `LocalTransport` here, `SSHTransport` in ssh.py. A command is always a list of
-words; where a shell stands in between, `shlex.join` makes its text. `cwd` is entered on the host.
+words; where a shell stands in between, it is one line that framing.py makes. `cwd` is entered on the host.
 """
 
 import contextlib
@@ -11,12 +11,14 @@ import select
 import shlex
 import shutil
 import subprocess
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from rollouts.remote.errors import DeployError, TransportError
+from rollouts.remote.ssh_words import explain_words, shell_speaks
 
 LOCAL_TARGET = "local"
 STDERR_BYTES_MAX = 64 * 1024  # of a followed command, the last ones are kept
@@ -29,6 +31,7 @@ class Completed:
     returncode: int
     stdout: bytes
     stderr: bytes
+    noise: bytes = b""  # what the host's shell printed before the command; all of it, where the command never began
 
     @property
     def out(self) -> str:
@@ -66,6 +69,10 @@ class Transport(Protocol):
 
     def stream(self, argv: Sequence[str], *, first_line: bytes, cwd: str | None = None) -> Stream: ...
 
+    def notes(self) -> tuple[str, ...]:
+        """Settings for the way to the host that are not followed. Raises DeployError where they cannot be read."""
+        ...
+
     def rsync_options(self) -> list[str]:
         """What an rsync command needs to reach the host."""
         ...
@@ -87,15 +94,15 @@ class Target:
 
 
 def parse_target(text: str) -> Target:
-    """`[user@]host[:port]`; an IPv6 address with a port stands in brackets. Raises DeployError."""
+    """Take `[ssh://][user@]host[:port]` apart; an IPv6 address with a port stands in brackets. Raises DeployError."""
     match = re.fullmatch(
-        r"(?:(?P<user>[^@\s]+)@)?(?:\[(?P<v6>[0-9A-Fa-f:.%\w]+)\]|(?P<host>[^\s:@\[\]/-][^\s:@\[\]/]*))(?::(?P<port>\d+))?",
-        text,
+        r"(?:(?P<user>[^@\s:/]+)@)?(?:\[(?P<v6>[0-9A-Fa-f:.%\w]+)\]|(?P<host>[^\s:@\[\]/-][^\s:@\[\]/]*))(?::(?P<port>\d+))?",
+        re.sub(r"^ssh://(.*?)/?$", r"\1", text),
     )
     if match is None:
         raise DeployError(
             f"--remote {text!r} is no host.",
-            needed="[user@]host[:port], or the name of a Host in ~/.ssh/config",
+            needed="[user@]host[:port], ssh://[user@]host[:port], or the name of a Host in ~/.ssh/config",
             fix="for example --remote ubuntu@203.0.113.7:2222",
         )
     port = int(match["port"]) if match["port"] else None
@@ -114,7 +121,7 @@ def open_transport(target: str | None, *, accept_new_host_key: bool = False) -> 
 
 
 def in_directory(argv: Sequence[str], cwd: str | None) -> list[str]:
-    """`argv`, run in `cwd`, as one command that any login shell passes on unchanged."""
+    """`argv`, run in `cwd`, as one command."""
     if cwd is None:
         return list(argv)
     return ["sh", "-c", 'cd "$0" && exec "$@"', cwd, *argv]
@@ -144,6 +151,9 @@ class LocalTransport:
             start_new_session=True,  # Ctrl-C is for us: we close it
         )
         return LocalStream(process, first_line)
+
+    def notes(self) -> tuple[str, ...]:
+        return ()
 
     def rsync_options(self) -> list[str]:
         return []
@@ -204,14 +214,27 @@ class LocalStream:
             self._process.wait()
 
 
-def run_rsync(transport: Transport, arguments: Sequence[str], *, stdin: bytes = b"", timeout_s: float) -> Completed:
-    """One rsync to or from the host. Raises for a lost connection, a full disk, a missing rsync; returns the rest."""
+def run_rsync(
+    transport: Transport,
+    arguments: Sequence[str],
+    *,
+    stdin: bytes = b"",
+    timeout_s: float | None,
+    on_output: Callable[[str], None] | None = None,
+) -> Completed:
+    """One rsync to or from the host. Raises for a lost connection, a full disk, a missing rsync; returns the rest.
+
+    `timeout_s` None: it may take as long as it needs; rsync's own --timeout ends one that stands still. `on_output`
+    gets each line of stdout as it comes, those that end in a carriage return too.
+    """
     rsync = shutil.which("rsync")
     if rsync is None:
         raise DeployError("rsync is not installed on this machine.", fix="apt-get install rsync, or brew install rsync")
     argv = [rsync, "-s", *transport.rsync_options(), *arguments]
+    # English on both sides: the words are read below
+    english = {**os.environ, "LC_ALL": "C"}
     try:
-        done = subprocess.run(argv, input=stdin, capture_output=True, timeout=timeout_s, check=False)
+        done = _run_told(argv, stdin, timeout_s, english, on_output)
     except subprocess.TimeoutExpired:
         raise TransportError(f"rsync with {transport.target}: no end after {timeout_s:.0f} s", lost=True) from None
     result = Completed(done.returncode, done.stdout, done.stderr)
@@ -221,9 +244,41 @@ def run_rsync(transport: Transport, arguments: Sequence[str], *, stdin: bytes = 
         raise disk_full(transport.target, result.err)
     if result.returncode == 127 or "rsync: command not found" in result.err or "rsync: not found" in result.err:
         raise DeployError(f"{transport.target} has no rsync.", fix="on the host: apt-get install rsync")
-    if result.returncode in (10, 12, 30, 35, 255):  # socket, protocol stream, time-outs, ssh's own failure
+    if result.returncode == 2 and "is your shell clean?" in result.err:
+        raise shell_speaks(transport.target, result.err[-500:])
+    if result.returncode == 255:
+        raise explain_words(transport.target, result.err)
+    if result.returncode in (10, 12, 30, 35):  # socket, protocol stream, time-outs
         raise TransportError(f"rsync with {transport.target} was cut off.", lost=True, found=result.err[-500:])
     return result
+
+
+def _run_told(
+    argv: Sequence[str],
+    stdin: bytes,
+    timeout_s: float | None,
+    env: Mapping[str, str],
+    on_output: Callable[[str], None] | None,
+) -> subprocess.CompletedProcess[bytes]:
+    """subprocess.run with its output captured, or told line by line while it runs."""
+    if on_output is None:
+        return subprocess.run(argv, input=stdin, capture_output=True, timeout=timeout_s, env=env, check=False)
+    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as errors:
+        given.write(stdin)
+        given.seek(0)
+        with subprocess.Popen(argv, stdin=given, stdout=subprocess.PIPE, stderr=errors, env=env) as process:
+            try:
+                assert process.stdout is not None
+                rest = b""
+                while data := os.read(process.stdout.fileno(), 1 << 16):
+                    *lines, rest = re.split(rb"[\r\n]", rest + data)
+                    for line in lines:
+                        on_output(line.decode(errors="replace"))
+            except BaseException:
+                process.terminate()  # Ctrl-C: a part of a file stays, for the next try
+                raise
+        errors.seek(0)
+        return subprocess.CompletedProcess(argv, process.returncode, b"", errors.read())
 
 
 def disk_full(target: str, detail: str) -> DeployError:

@@ -97,4 +97,4 @@ def rl_steps(config: Config, data: Data) -> int:
     rl = cast(RLConfig, config.rl)
     if data.saved is not None:
         return len(data.saved) * rl.num_epochs
-    return max(1, len(data.prompts) // rl.examples_per_step * rl.num_epochs)
+    return max(1, len(data.prompts) * rl.num_epochs // rl.examples_per_step)

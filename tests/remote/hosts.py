@@ -44,9 +44,14 @@ def wait_for(condition: Callable[[], Any], what: str, *, timeout_s: float = WAIT
     return value
 
 
-def keygen(path: Path) -> Path:
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(path)], check=True)
+def keygen(path: Path, kind: str = "ed25519") -> Path:
+    subprocess.run(["ssh-keygen", "-q", "-t", kind, "-N", "", "-f", str(path)], check=True)
     return path
+
+
+def public(key: Path) -> str:
+    """The type and the key of a public key file, without its comment."""
+    return " ".join(Path(f"{key}.pub").read_text().split()[:2])
 
 
 def tool_directory(path: Path, *, without: tuple[str, ...] = (), python: bool = True) -> Path:
@@ -72,6 +77,7 @@ class Host:
     tmux_dir: Path
     environment: dict[str, str]
     settings: tuple[str, ...] = ()
+    host_keys: tuple[Path, ...] = ()  # beside, or in place of, the first
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -89,7 +95,7 @@ class Host:
         lines = [
             f"Port {self.port}",
             "ListenAddress 127.0.0.1",
-            f"HostKey {self.host_key}",
+            *(f"HostKey {key}" for key in self.host_keys or (self.host_key,)),
             f"AuthorizedKeysFile {self.directory}/authorized_keys",
             f"PidFile {self.directory}/sshd.pid",
             f"SetEnv {variables}",
@@ -154,14 +160,26 @@ def host(
     home: Path | None = None,
     environment: Mapping[str, str] | None = None,
     settings: tuple[str, ...] = (),
+    start_up: Mapping[str, str] | None = None,
+    login_shell: str | None = None,
+    host_key_kinds: tuple[str, ...] = (),
 ) -> Iterator[Host]:
-    """A running sshd that lets `key` in; its tmux server and sessions are ended afterwards."""
+    """A running sshd that lets `key` in; its tmux server and sessions are ended afterwards.
+
+    `start_up` are files of its HOME (.bashrc, .cshrc, .config/fish/config.fish), which its shell runs before every
+    command. `login_shell` runs the commands, as for an account that has it.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     keygen(directory / "host_key")
     shutil.copy(f"{key}.pub", directory / "authorized_keys")
     home = home or directory / "home"
     tmux_dir = Path(tempfile.mkdtemp(prefix="rt", dir="/tmp"))  # a socket's path has to be short
-    # HOME: none of this account's shell start-up files, so that tests find the same host everywhere
+    for name, text in (start_up or {}).items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text(text)
+    if login_shell is not None:
+        settings = (f'ForceCommand exec {shutil.which(login_shell)} -c "$SSH_ORIGINAL_COMMAND"', *settings)
+    # HOME: none of this account's own start-up files, so that tests find the same host everywhere
     variables = {
         "HOME": str(directory),
         "ROLLOUTS_HOME": str(home),
@@ -169,7 +187,8 @@ def host(
         "PATH": str(path),
         **(environment or {}),
     }
-    made = Host(directory, home, free_port(), tmux_dir, variables, settings)
+    keys = tuple(keygen(directory / f"host_{kind}", kind) for kind in host_key_kinds)
+    made = Host(directory, home, free_port(), tmux_dir, variables, settings, keys)
     made.start()
     try:
         yield made

@@ -1,0 +1,109 @@
+"""What a config names, looked through before anything is built: paths, dotted names, rows. Nothing is imported."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from base_config import Config, DatasetSpec
+from rollouts.remote.errors import Problem
+from rollouts.remote.inputs.code import look_at_code
+from rollouts.remote.inputs.data import (
+    MADE_HERE,
+    RowCount,
+    absent_columns,
+    contents_problems,
+    count_parameters,
+    count_rows,
+)
+from rollouts.remote.inputs.paths import Located, SentFiles, path_problem, pointer_problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What was found behind the names."""
+
+    paths: dict[str, Problem]  # name in the config -> why it would not reach the host
+    problems: tuple[Problem, ...]  # the others
+    syntax: tuple[Problem, ...]  # files that this Python cannot parse; a newer one might
+    notes: tuple[str, ...]
+    rows: dict[str, tuple[RowCount, ...]]  # "sft_mixture" -> of each of its data sets
+    parameters: int | None  # of a model whose files are here
+
+
+NO_INPUTS = Inputs(paths={}, problems=(), syntax=(), notes=(), rows={}, parameters=None)
+
+
+def named_paths(config: Config) -> list[str]:
+    """The model and data names of a config: hub ids, or paths; a replay's rollouts.jsonl too."""
+    data, rl = config.data, config.rl if "rl" in config.stages else None
+    specs = [s for s in (*data.sft_mixture, *data.rl_mixture, *data.eval_mixture) if s.format not in MADE_HERE]
+    replayed = [rl.source] if rl and not config.uses_engine else []
+    reference = [rl.kl_reference] if rl and rl.kl_coef > 0 and rl.kl_reference else []
+    return list(dict.fromkeys([config.model.name, *(spec.name for spec in specs), *replayed, *reference]))
+
+
+def locate(root: Path, name: str, files: Sequence[str]) -> Located:
+    """Where `name` leads among `files` of the repository at `root`."""
+    return SentFiles(root, files).locate(name)
+
+
+def look_through(root: Path, config: Config, files: Sequence[str], requirements: Sequence[str]) -> Inputs:
+    """Look at everything that the config names, as it lies here."""
+    sent = SentFiles(root, files)
+    names = [name for name in named_paths(config) if not os.path.isabs(name)]
+    code = look_at_code(config, sent, requirements)
+    paths = {name: problem for name in names if (problem := path_problem(sent.locate(name)))}
+    problems = [*code.problems, *_contents(config, sent, names), *_pins(config, root)]
+    if config.rl is not None:
+        problems += _columns(config, config.rl.reward_fn, code.reward_keys, sent)
+    return Inputs(
+        paths=paths,
+        problems=tuple(dict.fromkeys(problems)),
+        syntax=tuple(code.syntax),
+        notes=tuple(code.notes),
+        rows={name: tuple(count_rows(spec, sent) for spec in specs) for name, specs in _mixtures(config)},
+        parameters=_parameters(config, sent),
+    )
+
+
+def _mixtures(config: Config) -> list[tuple[str, list[DatasetSpec]]]:
+    return [(name, getattr(config.data, name)) for name in ("sft_mixture", "rl_mixture", "eval_mixture")]
+
+
+def _columns(config: Config, reward: str | None, keys: dict[str, int], sent: SentFiles) -> Iterator[Problem]:
+    data = ", ".join(spec.name for spec in config.data.rl_mixture)
+    for key in absent_columns(config.data.rl_mixture, keys, sent):
+        line = f"line {keys[key]} of its module reads it; " if keys[key] else ""
+        yield Problem(
+            f"rl.reward_fn={reward!r} needs the column {key!r}, which no row has.",
+            found=f"{line}rows of {data}",
+            fix="add the column to the rows, or name another reward",
+        )
+
+
+def _contents(config: Config, sent: SentFiles, names: Sequence[str]) -> Iterator[Problem]:
+    for name in names:
+        if name == config.model.name:
+            pretrained = config.model.init == "pretrained"
+            yield from contents_problems(sent, name, kind="model", weights=pretrained)
+        elif config.rl and name == config.rl.kl_reference:
+            yield from contents_problems(sent, name, kind="model", weights=True)
+        else:
+            yield from contents_problems(sent, name, kind="data", weights=False)
+
+
+def _pins(config: Config, root: Path) -> Iterator[Problem]:
+    """Files whose text goes along in the plan: pointers have none."""
+    lock = config.engine.requirements_file if config.engine and config.uses_engine else None
+    for file in (config.host.constraints_file, lock):
+        problem = pointer_problem(root, file) if file else None
+        if problem is not None:
+            yield problem
+
+
+def _parameters(config: Config, sent: SentFiles) -> int | None:
+    where = sent.locate(config.model.name)
+    if os.path.isabs(config.model.name) or where.state != "sent" or where.file not in sent.folders:
+        return None
+    return count_parameters(sent.root / where.file, from_weights=config.model.init == "pretrained")

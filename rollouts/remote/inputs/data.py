@@ -1,0 +1,188 @@
+"""Data and models that a config names, as far as their files here show them: rows, columns, parameters."""
+
+import json
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+from base_config import DatasetSpec
+from rollouts.remote.errors import Problem
+from rollouts.remote.inputs.paths import SentFiles, path_problem, pointer_problem
+
+MADE_HERE = ("spelling_bee", "simple_spelling")  # formats whose rows are made by the trainer; their name is a label
+COLUMNS_MADE = {"messages", "answer", "format", "task", "tools"}  # that a prompt's row may have beside the file's own
+READ_BYTES_MAX = 512 * 2**20  # of one file; rows of a larger one are not counted
+HEADER_BYTES_MAX = 64 * 2**20
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+MODEL_FILES_MORE = ("tokenizer_config.json", "generation_config.json", "special_tokens_map.json", "chat_template.jinja")
+DATA_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".zst", ".gz", ".xz", ".bz2", ".tar")
+
+
+@dataclass(frozen=True)
+class RowCount:
+    """How many rows of a data set the mixture holds."""
+
+    name: str
+    rows: int | None  # None: unknown
+    how: Literal["counted", "at most", "unknown"]
+
+
+def count_rows(spec: DatasetSpec, sent: SentFiles) -> RowCount:
+    """Count a local .jsonl file's lines; of other data only what the config bounds is known."""
+    if spec.format in MADE_HERE:
+        return RowCount(spec.name, _selected(spec, None), "counted")
+    where = sent.locate(spec.name)
+    if spec.name.endswith(".jsonl") and not spec.name.startswith("/") and where.state == "sent":
+        lines = _count_lines(sent.root / where.file)
+        if lines is not None:
+            return RowCount(spec.name, _selected(spec, lines), "counted")
+    most = _selected(spec, None)
+    return RowCount(spec.name, most, "unknown" if most is None else "at most")
+
+
+def _selected(spec: DatasetSpec, rows: int | None) -> int | None:
+    """How many of `rows` (None: without end) the slice, the maximum and the repetitions leave."""
+    ends = [end for end in (rows, None if spec.stop == -1 else spec.stop) if end is not None]
+    counts = [len(range(spec.start, max(spec.start, min(ends)), spec.step))] if ends else []
+    counts += [spec.max_samples] if spec.max_samples != -1 else []
+    return min(counts) * spec.repeat if counts else None
+
+
+def _count_lines(file: Path) -> int | None:
+    try:
+        if file.stat().st_size > READ_BYTES_MAX:
+            return None
+        with file.open("rb") as lines:
+            return sum(1 for line in lines if line.strip())
+    except OSError:
+        return None
+
+
+def absent_columns(specs: Sequence[DatasetSpec], keys: Iterable[str], sent: SentFiles) -> list[str]:
+    """Of `keys`, those that no row of these data sets has; [] where any of the data is not a file here."""
+    wanted = [key for key in keys if key not in COLUMNS_MADE]
+    for spec in specs:
+        where = sent.locate(spec.name)
+        local = spec.format not in MADE_HERE and spec.name.endswith(".jsonl") and where.state == "sent"
+        if not local or not wanted:
+            return []
+        present = _columns(sent.root / where.file, set(wanted))
+        if present is None:
+            return []
+        wanted = [key for key in wanted if key not in present]
+    return wanted
+
+
+def _columns(file: Path, wanted: set[str]) -> set[str] | None:
+    """Which of `wanted` some row of a .jsonl file has. None for a file that cannot be told: too large, damaged."""
+    present = set[str]()
+    try:
+        if file.stat().st_size > READ_BYTES_MAX:
+            return None
+        with file.open("rb") as lines:
+            for line in lines:
+                row = json.loads(line) if line.strip() else None
+                if isinstance(row, dict):
+                    present |= wanted & row.keys()
+                if present == wanted:
+                    break
+    except (OSError, ValueError, RecursionError):
+        return None
+    return present
+
+
+# --- folders --------------------------------------------------------------------------------------------------------
+
+
+def contents_problems(
+    sent: SentFiles, name: str, *, kind: Literal["model", "data"], weights: bool
+) -> Iterator[Problem]:
+    """Why a file or folder that is sent would be another on the host: links out, pointers, ignored parts."""
+    where = sent.locate(name)
+    if where.state != "sent":
+        return
+    if where.file in sent.files:
+        if pointer := pointer_problem(sent.root, where.file):
+            yield pointer
+        return
+    for file in sent.below(where.file):
+        inner = sent.locate(file)
+        problem = path_problem(inner) or (pointer_problem(sent.root, inner.file) if inner.file else None)
+        if problem is not None:
+            yield problem
+    yield from _left_behind(sent, where.file, kind=kind, weights=weights)
+
+
+def _left_behind(sent: SentFiles, folder: str, *, kind: str, weights: bool) -> Iterator[Problem]:
+    missing = [file for file in sent.left_behind(folder) if not any(part.startswith(".") for part in file.split("/"))]
+    if kind == "data":
+        missing = [file for file in missing if file.endswith(DATA_FILES)]
+    else:
+        here = {file.rpartition("/")[2] for file in sent.below(folder)}
+        shards = _shards(sent.root / folder)
+        has_weights = any(file.endswith(WEIGHTS) for file in here)
+        missing = [
+            file
+            for file in missing
+            if file.rpartition("/")[2] in (*MODEL_FILES, *MODEL_FILES_MORE)
+            or (weights and file.endswith(WEIGHTS) and (not has_weights or file.rpartition("/")[2] in shards))
+        ]
+    if missing:
+        more = [f"and {len(missing) - 8} more"] if len(missing) > 8 else []
+        yield Problem(
+            f"{folder!r} would reach the host without files that git ignores.",
+            found="\n".join([*missing[:8], *more]),
+            needed=f"the whole {kind}: what git lists is what is sent",
+            fix=f"remove them from .gitignore (git check-ignore -v {missing[0]}), or copy the folder to the host and "
+            f"name it there: /…/{folder.rpartition('/')[2]}",
+        )
+
+
+def _shards(folder: Path) -> set[str]:
+    try:
+        return set(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return set()
+
+
+# --- parameters -----------------------------------------------------------------------------------------------------
+
+
+def count_parameters(folder: Path, *, from_weights: bool) -> int | None:
+    """A local model's parameters: of its safetensors' headers, else of its config.json; None where neither tells."""
+    counts = [_tensor_elements(file) for file in sorted(folder.glob("*.safetensors"))] if from_weights else []
+    if counts and None not in counts:
+        return sum(filter(None, counts))
+    try:
+        return _parameters_of(json.loads((folder / "config.json").read_text()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _tensor_elements(file: Path) -> int | None:
+    try:
+        with file.open("rb") as stream:
+            (size,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(size)) if size < HEADER_BYTES_MAX else {}
+        return sum(prod(value["shape"]) for key, value in header.items() if key != "__metadata__")
+    except (OSError, ValueError, KeyError, TypeError, struct.error, AttributeError):
+        return None
+
+
+def _parameters_of(config: Mapping[str, Any]) -> int | None:
+    """Of the dense families whose layers are alike: Llama, Mistral, Qwen2, Qwen3."""
+    kind = config["model_type"]
+    if kind not in ("llama", "mistral", "qwen2", "qwen3"):
+        return None
+    hidden, layers, heads = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
+    head = config.get("head_dim") or hidden // heads
+    queries, keys = heads * head, (config.get("num_key_value_heads") or heads) * head
+    attention = hidden * queries * 2 + hidden * keys * 2
+    attention += queries + 2 * keys if kind == "qwen2" else 2 * head if kind == "qwen3" else 0
+    layer = attention + 3 * hidden * config["intermediate_size"] + 2 * hidden
+    copies = 1 if config.get("tie_word_embeddings", False) else 2
+    return int(config["vocab_size"] * hidden * copies + layers * layer + hidden)

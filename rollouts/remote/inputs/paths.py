@@ -1,0 +1,130 @@
+"""Where a name of the config leads among the files that are sent, by following links as the host will."""
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rollouts.remote.errors import Problem
+
+Locality = Literal["sent", "not sent", "missing"]
+LINKS_MAX = 40  # in a row, as in the kernel
+POINTER_BYTES_MAX = 1024
+POINTERS = {  # how a file begins that only stands for the real one, and what brings that
+    b"version https://git-lfs": "git lfs pull",
+    b"version https://hawser": "git lfs pull",
+    b"/annex/objects/": "git annex get",
+}
+
+
+@dataclass(frozen=True)
+class Located:
+    """What stands behind a name."""
+
+    name: str  # as the config has it
+    state: Locality
+    file: str = ""  # where it leads to, from the repository's root; "" where that is outside
+    links: tuple[str, ...] = ()  # "configs/mine.jsonl -> ../outside.jsonl", each link on the way
+    why: Literal["", "ignored", "outside", "dangling"] = ""  # it would not reach the host
+
+
+class SentFiles:
+    """The files that are sent, as a tree to walk in."""
+
+    def __init__(self, root: Path, files: Iterable[str]) -> None:
+        self.root, self.files = root, frozenset(files)
+        self.folders = {folder for file in self.files for folder in _folders(file)}
+
+    def locate(self, name: str) -> Located:
+        """Follow `name` from the tree's root. A link that is absolute, or climbs above the root, leads outside."""
+        todo, done, links = name.split("/"), list[str](), list[str]()
+        while todo:
+            part = todo.pop(0)
+            if part == "..":
+                if not done:
+                    return Located(name, self._outside(name), links=tuple(links), why="outside")
+                done.pop()
+            elif part not in ("", "."):
+                path = "/".join([*done, part])
+                if not os.path.islink(self.root / path):
+                    done.append(part)
+                    continue
+                target = os.readlink(self.root / path)
+                links.append(f"{path} -> {target}")
+                if path not in self.files:
+                    return Located(name, "not sent", path, tuple(links), "ignored")
+                if os.path.isabs(target):
+                    return Located(name, "not sent", links=tuple(links), why="outside")
+                if len(links) > LINKS_MAX:
+                    return Located(name, "missing", links=tuple(links[:2]), why="dangling")
+                todo = [*target.split("/"), *todo]
+        return self._found(name, "/".join(done), tuple(links))
+
+    def _found(self, name: str, file: str, links: tuple[str, ...]) -> Located:
+        if file in self.files or file in self.folders:
+            return Located(name, "sent", file, links)
+        if (self.root / file).exists():
+            return Located(name, "not sent", file, links, "ignored")
+        return Located(name, "missing", file, links, "dangling" if links else "")
+
+    def _outside(self, name: str) -> Locality:
+        return "not sent" if (self.root / name).exists() else "missing"
+
+    def below(self, folder: str) -> Iterator[str]:
+        """The files that are sent in `folder`, at any depth; those behind a link to a folder are not among them."""
+        return (file for file in sorted(self.files) if not folder or file.startswith(folder + "/"))
+
+    def left_behind(self, folder: str) -> Iterator[str]:
+        """Files in `folder` here that are not sent."""
+        for directory, _, names in os.walk(self.root / folder):
+            for name in sorted(names):
+                file = os.path.relpath(os.path.join(directory, name), self.root)
+                if file not in self.files:
+                    yield file
+
+
+def _folders(file: str) -> Iterator[str]:
+    while file := file.rpartition("/")[0]:
+        yield file
+
+
+def path_problem(found: Located) -> Problem | None:
+    """Why what `found` names would not reach the host; None where it would, or where it is not here at all."""
+    name, links = found.name, "\n".join(found.links)
+    needed = "a path that git lists, an absolute path on the host, or a hub id"
+    copy = f"copy it to the host and name it there: /…/{Path(name).name}"
+    if found.why == "outside" and links:
+        fix = f"put a copy in the link's place, or {copy}"
+        return Problem(f"{name!r} leads out of the repository, so it would not reach the host.", links, needed, fix)
+    if found.why == "outside" and found.state == "not sent":
+        fix = f"move it into the repository, or {copy}"
+        return Problem(f"{name!r} lies outside of the repository, so it would not reach the host.", "", needed, fix)
+    if found.why == "dangling":
+        return Problem(f"{name!r} is a link that leads nowhere.", links, needed, "correct the link")
+    if found.why == "ignored":
+        what = f"{name!r} is here, but git ignores it" if not links else f"{name!r} leads to what git ignores"
+        shown = "\n".join(filter(None, (links, "" if found.file == name else f"ignored: {found.file}")))
+        fix = f"remove it from .gitignore, or {copy}"
+        return Problem(f"{what}, so it would not reach the host.", shown, needed, fix)
+    return None
+
+
+def pointer_problem(root: Path, file: str) -> Problem | None:
+    """Why `file` is not what it seems to be: a pointer of git-lfs or git-annex; None where it is."""
+    try:
+        if (root / file).stat().st_size > POINTER_BYTES_MAX:
+            return None
+        with (root / file).open("rb") as stream:
+            text = stream.read(64)
+    except OSError:
+        return None  # reading it for the digest tells
+    for begins, command in POINTERS.items():
+        if text.startswith(begins):
+            return Problem(
+                f"{file!r} is a pointer to a large file that is not here.",
+                found=text.splitlines()[0].decode(errors="replace"),
+                needed="the file itself: what lies in the working tree is sent",
+                fix=f"{command} {file}",
+            )
+    return None

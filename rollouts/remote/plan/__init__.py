@@ -1,0 +1,79 @@
+"""What a deploy would do, decided. Pure: config + facts + code → Plan. No clock, network or disk.
+
+`--plan` prints the value made here; execute.py does it and decides nothing. A plan with problems is never executed.
+problems.py has the reasons against it, look_ahead.py what the run would come to, launch_plan.py the part that the host
+carries out, describe.py the words.
+"""
+
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from base_config import Config
+from rollouts.remote.errors import Problem
+from rollouts.remote.facts import HostFacts
+from rollouts.remote.plan.describe import Step, plan_notes, plan_steps, watch_step
+from rollouts.remote.plan.launch_plan import environment_key, launch_plan, read_lock
+from rollouts.remote.plan.look_ahead import ahead_problems, plan_summary, plan_warnings
+from rollouts.remote.plan.problems import asked_paths, asked_ports, describe_gpu, host_problems, input_problems
+from rollouts.remote.repository import Code
+from rollouts.run_dir import LaunchPlan
+
+__all__ = [
+    "Plan",
+    "Step",
+    "asked_paths",
+    "asked_ports",
+    "describe_gpu",
+    "environment_key",
+    "make_plan",
+    "read_lock",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    target: str
+    run_id: str
+    local_dir: str  # the mirror here
+    problems: tuple[Problem, ...]  # every reason why it cannot be executed
+    notes: tuple[str, ...]
+    steps: tuple[Step, ...]
+    summary: tuple[str, ...]  # what each stage reads, does and writes
+    warnings: tuple[str, ...]  # what may be meant, and usually is not
+    launch: LaunchPlan | None  # None where the host lacks what the plan rests on (a Python)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"type": "plan", **asdict(self)}
+
+
+def make_plan(
+    config: Config,
+    facts: HostFacts,
+    code: Code,
+    *,
+    target: str,
+    run_id: str,
+    local_dir: str,
+    secrets_set: Collection[str],
+) -> Plan:
+    """Decide everything. `secrets_set`: those of host.secrets that have a value here."""
+    problems = (
+        *facts.way_problems,
+        *host_problems(config, facts, target, run_id),
+        *input_problems(config, facts, code, target, secrets_set),
+        *ahead_problems(config, facts, code, target),
+    )
+    locks = code.constraints is not None and code.engine_requirements is not None
+    launch = launch_plan(config, facts, code, run_id) if facts.python and locks else None
+    return Plan(
+        target=target,
+        run_id=run_id,
+        local_dir=local_dir,
+        problems=problems,
+        notes=tuple(plan_notes(config, facts, code)),
+        summary=tuple(plan_summary(config, code)),
+        warnings=tuple(plan_warnings(config, code)),
+        steps=(*plan_steps(config, facts, code, launch, target), watch_step(local_dir)) if launch else (),
+        launch=launch,
+    )

@@ -1,0 +1,80 @@
+"""The plan in words: its steps, each with the reason, and its notes. Pure."""
+
+import posixpath
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from base_config import Config
+from rollouts.remote.facts import HostFacts
+from rollouts.remote.repository import Code
+from rollouts.run_dir import LaunchPlan, ProcessSpec
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing that would be done, and why."""
+
+    what: str
+    why: str
+
+
+def plan_notes(config: Config, facts: HostFacts, code: Code) -> Iterator[str]:
+    yield from facts.way_notes
+    if not code.commit:
+        yield "the repository has no commit yet: the code is sent, but no commit can be recorded"
+    yield from code.notes
+    yield from code.inputs.notes
+    if code.untracked:
+        shown = ", ".join(code.untracked[:3]) + (", …" if len(code.untracked) > 3 else "")
+        yield (
+            f"{len(code.untracked)} files that git does not track are sent too, {code.untracked_bytes / 1e6:.1f} MB"
+            f" ({shown}): code/manifest.json has their digests, code/dirty.diff not their text"
+        )
+    if config.target.device_type == "cuda" and facts.driver:
+        yield f"NVIDIA driver {facts.driver}"
+    if config.host.env:
+        yield f"host.env sets {', '.join(config.host.env)}"
+    if config.host.secrets:
+        yield f"{', '.join(config.host.secrets)}: sent over stdin, kept in a 0600 file on the host until the run ends"
+
+
+def plan_steps(config: Config, facts: HostFacts, code: Code, launch: LaunchPlan, target: str) -> Iterator[Step]:
+    commit = code.commit[:10] or "no commit"
+    yield Step(
+        f"sync {len(code.files)} files, {code.size_bytes / 1e6:.1f} MB, to {target}:{launch.run_path}/code/tree",
+        f"git's files at {commit}" + (f" with {code.changed} uncommitted changes" if code.changed else ", unchanged"),
+    )
+    for environment in launch.environments:
+        complete = posixpath.basename(environment.path) in facts.environments
+        count = len(environment.requirements) + len(environment.requirements_no_deps)
+        if environment.name == "engine" and config.engine:
+            content = f"{count} requirements of {config.engine.requirements_file}"
+        else:
+            content = f"{count} requirements, constraints {config.host.constraints_file or 'none'}"
+        yield Step(
+            f"{'reuse' if complete else 'build'} the {environment.name} environment {environment.path}"
+            f"{'' if complete else f' with {environment.installer}'}",
+            f"{content}, Python {facts.python_version}: "
+            f"{'complete there' if complete else 'none of this content there yet'}",
+        )
+    yield Step(
+        f"start tmux session {launch.run_id} with a window per process",
+        "the run goes on when this machine is switched off",
+    )
+    for stage in launch.stages:
+        for engine in stage.engines:
+            yield Step(f"{stage.name}: {engine.window}: {shlex.join(engine.argv)}", _placed(config, engine, facts))
+        yield Step(f"{stage.name}: trainer: {shlex.join(stage.trainer.argv)}", _placed(config, stage.trainer, facts))
+
+
+def watch_step(local_dir: str) -> Step:
+    why = "metrics as they grow, each completed checkpoint, verified"
+    return Step(f"watch, and pull results into {local_dir}", why)
+
+
+def _placed(config: Config, process: ProcessSpec, facts: HostFacts) -> str:
+    devices = process.env.get("CUDA_VISIBLE_DEVICES")
+    where = f"GPU {devices}" if devices else "no GPU" if devices == "" else config.target.device_type
+    ready = f", ready when {process.ready_url} answers, within {process.ready_timeout_s:.0f} s"
+    return f"on {where} of {facts.host}{ready if process.ready_url else ''}"

@@ -1,0 +1,193 @@
+"""The launch plan: what the host carries out, as data. Pure: config + facts + code → LaunchPlan."""
+
+import hashlib
+import json
+import posixpath
+from collections.abc import Collection
+from pathlib import Path
+
+from base_config import Config, EngineConfig
+from rollouts.engines.launch import (
+    engine_argv,
+    engine_devices,
+    engine_env,
+    engine_url,
+    ready_url,
+    router_argv,
+    router_ready_url,
+    router_url,
+)
+from rollouts.remote.facts import HostFacts
+from rollouts.remote.repository import Code
+from rollouts.run_dir import EnvironmentSpec, LaunchPlan, ProcessSpec, RunDir, StageSpec, run_path
+
+
+def environment_key(
+    requirements: Collection[str],
+    constraints: str,
+    installer: str,
+    python_version: str,
+    platform: str,
+    *,
+    no_deps: Collection[str] = (),
+) -> str:
+    """Names an environment by what it holds: equal inputs, equal environment."""
+    parts = [sorted(requirements), constraints, installer, python_version, platform]
+    if no_deps:
+        parts.append(sorted(no_deps))
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def read_lock(text: str) -> tuple[list[str], list[str]]:
+    """(requirements, those marked `# no-deps`) of a requirements file; comments and empty lines left out."""
+    plain: list[str] = []
+    no_deps: list[str] = []
+    for line in text.splitlines():
+        requirement, _, comment = line.partition(" #")
+        if requirement.strip() and not requirement.lstrip().startswith("#"):
+            (no_deps if comment.strip().startswith("no-deps") else plain).append(requirement.strip())
+    return plain, no_deps
+
+
+def _environment(
+    name: str,
+    config: Config,
+    facts: HostFacts,
+    requirements: list[str],
+    *,
+    constraints: str,
+    no_deps: list[str],
+) -> EnvironmentSpec:
+    assert facts.python is not None
+    installer = config.host.installer
+    key = environment_key(requirements, constraints, installer, facts.python_version, facts.platform, no_deps=no_deps)
+    return EnvironmentSpec(
+        name=name,
+        path=f"{facts.home}/envs/{key}",
+        installer=installer,
+        base_python=facts.python,
+        requirements=requirements,
+        requirements_no_deps=no_deps,
+        constraints=constraints,
+    )
+
+
+def _environments(config: Config, facts: HostFacts, code: Code) -> list[EnvironmentSpec]:
+    """The trainer's, and the engine's own where it has a lock."""
+    assert code.constraints is not None and code.engine_requirements is not None
+    trainer = _environment("trainer", config, facts, list(code.requirements), constraints=code.constraints, no_deps=[])
+    requirements, no_deps = read_lock(code.engine_requirements)
+    if not requirements and not no_deps:
+        return [trainer]
+    return [trainer, _environment("engine", config, facts, requirements, constraints="", no_deps=no_deps)]
+
+
+def launch_plan(config: Config, facts: HostFacts, code: Code, run_id: str) -> LaunchPlan:
+    """Environments, command lines and time limits of the run."""
+    assert facts.python is not None
+    path = str(run_path(facts.home, run_id))
+    environments = _environments(config, facts, code)
+    pythons = [f"{environment.path}/bin/python" for environment in environments]
+    return LaunchPlan(
+        run_id=run_id,
+        experiment_name=config.output.experiment_name,
+        home=facts.home,
+        run_path=path,
+        base_python=facts.python,
+        environments=environments,
+        stages=[
+            _stage(config, code, stage, path, python=pythons[0], engine_python=pythons[-1]) for stage in config.stages
+        ],
+        bootstrap_timeout_s=config.limits.bootstrap_timeout_s,
+        stop_grace_s=config.limits.stop_grace_s,
+        engine_restarts_max=config.engine.restarts_max if config.engine else 0,
+        engine_hang_timeout_s=config.limits.engine_hang_timeout_s,
+    )
+
+
+def _stage(config: Config, code: Code, stage: str, path: str, *, python: str, engine_python: str) -> StageSpec:
+    run = RunDir(Path(path))
+    after_sft = stage == "rl" and "sft" in config.stages
+    torchrun = (python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(_world_size(config)))
+    samples = stage == "rl" and config.uses_engine
+    engine = config.engine if samples else None
+    replicas = range(engine.replicas) if engine else ()
+    engines = [_engine(config, code, run, engine_python, replica, after_sft=after_sft) for replica in replicas]
+    urls = [part for replica in replicas if engine for part in ("--engine-url", engine_url(engine, replica))]
+    if engine is not None and (router := router_url(engine)) is not None:
+        engines.append(_router(config, engine, engine_python))
+        urls += ["--router-url", router]
+    trainer = ProcessSpec(
+        window="trainer",
+        argv=[*torchrun, "-m", "rollouts.worker.trainer", "--run-dir", path, "--stage", stage, *urls],
+        env=_process_env(config, config.target.gpu_ranks),
+        ready_url=None,
+        ready_timeout_s=0.0,
+    )
+    return StageSpec(
+        name=stage,  # type: ignore[arg-type]
+        engines=engines,
+        trainer=trainer,
+        timeout_s=config.limits.stage_timeout_s,
+        needs_checkpoint=str(run.latest_checkpoint("sft")) if after_sft else None,
+    )
+
+
+def _engine(config: Config, code: Code, run: RunDir, python: str, replica: int, *, after_sft: bool) -> ProcessSpec:
+    engine, device_type = config.engine, config.target.device_type
+    assert engine is not None and config.rl is not None
+    argv = engine_argv(
+        engine,
+        config.model,
+        python=python,
+        model_path=_start_model(config, code, run, after_sft=after_sft),
+        device_type=device_type,
+        seed=config.rl.seed,
+        replica=replica,
+    )
+    own = engine_env(engine, device_type=device_type, tree=str(run.code_tree))
+    env = {**own, **_process_env(config, engine_devices(engine, replica))}
+    if "PYTHONPATH" in own and "PYTHONPATH" in config.host.env:
+        env["PYTHONPATH"] = f"{own['PYTHONPATH']}:{config.host.env['PYTHONPATH']}"
+    return ProcessSpec(
+        window=f"engine-{replica}",
+        argv=list(argv),
+        env=env,
+        ready_url=ready_url(engine, replica),
+        ready_timeout_s=config.limits.engine_ready_timeout_s,
+    )
+
+
+def _router(config: Config, engine: EngineConfig, python: str) -> ProcessSpec:
+    """Started and watched like the engines that it stands in front of; it is ready once they are."""
+    return ProcessSpec(
+        window="router",
+        argv=list(router_argv(engine, python=python, request_timeout_s=config.limits.sample_timeout_s)),
+        env=_process_env(config, []),
+        ready_url=router_ready_url(engine),
+        ready_timeout_s=config.limits.engine_ready_timeout_s,
+    )
+
+
+def _start_model(config: Config, code: Code, run: RunDir, *, after_sft: bool) -> str:
+    """What the engine of the RL stage serves first: the policy that RL starts from."""
+    if after_sft:
+        return str(run.latest_checkpoint("sft"))
+    if config.output.source_checkpoint:
+        return config.output.source_checkpoint
+    name = config.model.name
+    return posixpath.join(str(run.code_tree), posixpath.normpath(name)) if code.named.get(name) == "sent" else name
+
+
+def _world_size(config: Config) -> int:
+    return len(config.target.gpu_ranks)
+
+
+def _process_env(config: Config, ranks: list[int]) -> dict[str, str]:
+    devices = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, ranks))} if config.target.device_type == "cuda" else {}
+    return {
+        "OMP_NUM_THREADS": str(config.host.threads_per_process),
+        "TOKENIZERS_PARALLELISM": "false",
+        **devices,
+        **config.host.env,
+    }

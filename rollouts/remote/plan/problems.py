@@ -1,0 +1,267 @@
+"""Every reason why a run cannot start on its host. Pure: config + facts + code → problems."""
+
+import os
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from base_config import Config
+from rollouts.remote.errors import Problem
+from rollouts.remote.facts import PYTHON_MIN, Gpu, HostFacts
+from rollouts.remote.plan.launch_plan import read_lock
+from rollouts.remote.repository import Code, named_paths
+from rollouts.run_dir import run_path, valid_run_id
+
+GIB = 2**30
+GPU_FREE_SHARE_MIN = 0.9  # a device with less free memory is someone's
+INSTALL_HINTS = {
+    "tmux": "on the host: apt-get install tmux",
+    "rsync": "on the host: apt-get install rsync",
+    "uv": "on the host: curl -LsSf https://astral.sh/uv/install.sh | sh; or set host.installer='pip'",
+}
+
+
+def asked_ports(config: Config) -> list[int]:
+    """Ports that must be free on the host."""
+    engine = config.engine
+    if engine is None or not config.uses_engine:
+        return []
+    router = [] if engine.router_port is None else [engine.router_port]
+    return [*range(engine.sglang_port, engine.sglang_port + engine.replicas), *router]
+
+
+def asked_paths(config: Config) -> list[str]:
+    """Absolute paths that must exist on the host."""
+    names = [*named_paths(config), config.output.source_checkpoint or ""]
+    return [name for name in dict.fromkeys(names) if os.path.isabs(name)]
+
+
+def host_problems(config: Config, facts: HostFacts, target: str, run_id: str) -> Iterator[Problem]:
+    """What the host lacks, or is busy with."""
+    yield from _run_problems(config, facts, target, run_id)
+    yield from _tool_problems(config, facts, target)
+    yield from _gpu_problems(config, facts, target)
+    yield from _room_problems(config, facts, target)
+
+
+def input_problems(
+    config: Config, facts: HostFacts, code: Code, target: str, secrets_set: Collection[str]
+) -> Iterator[Problem]:
+    """What the config names and is not where it has to be."""
+    yield from _path_problems(config, facts, code, target)
+    yield from _lock_problems(config, code)
+    yield from _secret_problems(config, secrets_set)
+
+
+def _run_problems(config: Config, facts: HostFacts, target: str, run_id: str) -> Iterator[Problem]:
+    if not valid_run_id(run_id):
+        yield Problem(
+            f"--run-id {run_id!r} cannot name a run.", needed="1 to 80 letters, digits, '-' or '_', no '-' or '_' first"
+        )
+    if facts.run_exists:
+        found = facts.run(run_id)
+        yield Problem(
+            f"the run id {run_id!r} is in use on {target}.",
+            found=f"{run_path(facts.home, run_id)}" + (f", {found['state']}" if found else ""),
+            fix=f"choose another --run-id, or leave it out; `deploy attach {run_id}` goes on with that run",
+        )
+    name = config.output.experiment_name
+    for row in facts.runs:
+        if row["live"] and row["experiment_name"] == name and row["run_id"] != run_id:
+            yield Problem(
+                f"a run of experiment {name!r} is live on {target}.",
+                found=f"{row['run_id']}, {row['state']}, stage {row['stage']}, step {row['step']}",
+                fix=f"wait for it, `deploy stop {row['run_id']}`, or set another output.experiment_name",
+            )
+
+
+def _tool_problems(config: Config, facts: HostFacts, target: str) -> Iterator[Problem]:
+    uv = ("uv",) if config.host.installer == "uv" else ()
+    for tool in ("tmux", "rsync", *uv):
+        if tool not in facts.tools:
+            why = {
+                "tmux": "every process of a run gets a window of one tmux session",
+                "rsync": "the code goes there and the results come back with it",
+                "uv": "host.installer='uv' builds the environments with it",
+            }[tool]
+            yield Problem(f"{target} has no {tool}.", found=f"PATH={facts.path}", needed=why, fix=INSTALL_HINTS[tool])
+    least = ".".join(map(str, PYTHON_MIN))
+    if facts.python is None:
+        yield Problem(
+            f"{target} has no Python {least} or newer.",
+            found=", ".join(facts.pythons_seen) or f"no python3 in PATH={facts.path}",
+            needed=f"python3 >= {least}, for the supervisor and the environments",
+            fix="on the host: apt-get install python3 python3-venv, or `uv python install` and link it into PATH",
+        )
+    elif config.host.installer == "pip" and not facts.has_venv:
+        yield Problem(
+            f"{target}: its Python cannot make virtual environments.",
+            found=f"{facts.python} {facts.python_version} without venv and ensurepip",
+            fix="on the host: apt-get install python3-venv; or set host.installer='uv'",
+        )
+
+
+def _gpu_problems(config: Config, facts: HostFacts, target: str) -> Iterator[Problem]:
+    if config.target.device_type != "cuda":
+        return
+    ranks = _device_ranks(config)
+    by_index = {gpu.index: gpu for gpu in facts.gpus}
+    wanted = [f"target.gpu_ranks={config.target.gpu_ranks}"]
+    if config.engine and config.uses_engine:
+        wanted.append(f"engine.gpu_ranks={config.engine.gpu_ranks}")
+    missing = [rank for rank in ranks if rank not in by_index]
+    if missing:
+        count = len(facts.gpus)
+        listed = "\n".join(describe_gpu(gpu) for gpu in facts.gpus)
+        reachable = [rank for rank in ranks if rank in by_index]
+        yield Problem(
+            f"{target} has {count} GPU{'' if count == 1 else 's'}; this config needs {len(ranks)}"
+            f"{'' if not reachable else f', {missing} are not there'}.",
+            found=listed or facts.gpu_problem or "no nvidia-smi, or it lists no device",
+            needed=", ".join(wanted),
+            fix=_gpu_fix(config, facts),
+        )
+    for rank in ranks:
+        gpu = by_index.get(rank)
+        if gpu is None:
+            continue
+        holders = [process for process in facts.gpu_processes if process.gpu_uuid == gpu.uuid]
+        if holders or gpu.memory_free_mib < GPU_FREE_SHARE_MIN * gpu.memory_total_mib:
+            who = "\n".join(
+                f"pid {p.pid} {p.name}" + (f", {p.memory_mib} MiB" if p.memory_mib is not None else "") for p in holders
+            )
+            free = [other.index for other in facts.gpus if _is_free(other, facts)]
+            yield Problem(
+                f"{target}: GPU {rank} is busy.",
+                found="\n".join(filter(None, (describe_gpu(gpu), who))),
+                needed=", ".join(wanted),
+                fix=f"free are {free}: name those, or end what runs there" if free else "end what runs there, or wait",
+            )
+
+
+def _gpu_fix(config: Config, facts: HostFacts) -> str:
+    if not facts.gpus:
+        return "choose another --remote, or set target.device_type='cpu'"
+    first = facts.gpus[0].index
+    if config.engine and config.uses_engine and len(config.target.gpu_ranks) == 1:
+        return f"set engine.gpu_ranks=[{first}] and target.gpu_ranks=[{first}] (colocated), or choose another --remote"
+    return "name fewer devices in target.gpu_ranks, or choose another --remote"
+
+
+def _is_free(gpu: Gpu, facts: HostFacts) -> bool:
+    held = any(process.gpu_uuid == gpu.uuid for process in facts.gpu_processes)
+    return not held and gpu.memory_free_mib >= GPU_FREE_SHARE_MIN * gpu.memory_total_mib
+
+
+def describe_gpu(gpu: Gpu) -> str:
+    return f"{gpu.index}: {gpu.name}, {gpu.memory_free_mib / 1024:.0f} of {gpu.memory_total_mib / 1024:.0f} GiB free"
+
+
+def _device_ranks(config: Config) -> list[int]:
+    engine = config.engine.gpu_ranks if config.engine and config.uses_engine else []
+    return sorted({*config.target.gpu_ranks, *engine})
+
+
+def _room_problems(config: Config, facts: HostFacts, target: str) -> Iterator[Problem]:
+    free_gib = facts.disk_free_bytes / GIB
+    if facts.python and free_gib < config.host.disk_free_gib_min:
+        yield Problem(
+            f"{target} has {free_gib:.1f} GiB of disk left.",
+            found=f"{free_gib:.1f} GiB free at {facts.home}",
+            needed=f"host.disk_free_gib_min={config.host.disk_free_gib_min}",
+            fix="free some space there, set ROLLOUTS_HOME on the host to a larger disk, or lower the minimum",
+        )
+    for port in facts.ports_in_use:
+        routes = config.engine is not None and port == config.engine.router_port
+        field = "router_port" if routes else "sglang_port"
+        yield Problem(
+            f"{target}: port {port} is in use.",
+            found=f"something listens on {port} there",
+            needed=f"engine.router_port={port}, for the router" if routes else _ports_wanted(config),
+            fix=f"set another engine.{field}, or end what listens there",
+        )
+
+
+def _ports_wanted(config: Config) -> str:
+    assert config.engine is not None, "no engine, no port"
+    port, replicas = config.engine.sglang_port, config.engine.replicas
+    which = f", the first of engine.replicas={replicas}" if replicas > 1 else ""
+    return f"engine.sglang_port={port}{which}, for the inference server"
+
+
+def _path_problems(config: Config, facts: HostFacts, code: Code, target: str) -> Iterator[Problem]:
+    if code.constraints is None:
+        yield Problem(
+            f"host.constraints_file={config.host.constraints_file!r} is not in {code.root}.",
+            fix="correct the path, or set None to install unconstrained",
+        )
+    for name, locality in code.named.items():
+        if name in code.inputs.paths:
+            yield code.inputs.paths[name]
+        elif locality == "not sent":
+            yield Problem(
+                f"{name!r} is here, but git ignores it, so it would not reach the host.",
+                needed="a path that git lists, an absolute path on the host, or a hub id",
+                fix=f"remove it from .gitignore, or copy it to the host and name it there: /…/{Path(name).name}",
+            )
+        elif locality == "missing" and _looks_like_path(name):
+            yield Problem(
+                f"{name!r} does not exist in {code.root}.",
+                needed="a path relative to the repository, an absolute path on the host, or a hub id",
+                fix="check the spelling",
+            )
+    for path in asked_paths(config) if facts.python else ():
+        if path not in facts.paths:
+            field = "output.source_checkpoint" if path == config.output.source_checkpoint else "model or data"
+            yield Problem(
+                f"{path!r} does not exist on {target} ({field}).",
+                fix="check the spelling; checkpoints of earlier runs there are "
+                f"{facts.home}/runs/<run>/checkpoints/<stage>/latest",
+            )
+    source = config.output.source_checkpoint
+    if source is not None and not os.path.isabs(source):
+        yield Problem(
+            f"output.source_checkpoint={source!r} is not absolute.",
+            needed="a directory on the host",
+            fix=f"for example {facts.home}/runs/<run>/checkpoints/sft/latest",
+        )
+
+
+def _lock_problems(config: Config, code: Code) -> Iterator[Problem]:
+    """Is the engine's lock there, and one that installs that engine? Else it is known after gigabytes of packages."""
+    engine = config.engine
+    if engine is None or not config.uses_engine or engine.requirements_file is None:
+        return
+    field = f"engine.requirements_file={engine.requirements_file!r}"
+    if code.engine_requirements is None:
+        fix = "correct the path; the locks that come with this repository are in requirements/"
+        yield Problem(f"{field} is not in {code.root}.", fix=fix)
+        return
+    requirements = [line for lines in read_lock(code.engine_requirements) for line in lines]
+    if not requirements:
+        yield Problem(
+            f"{field} lists no package.",
+            needed="a lock of the engine's whole environment",
+            fix="name another; with engine.kind='embedded' None runs it in the trainer's environment",
+        )
+    elif engine.kind != "embedded" and not any(engine.kind in line.lower() for line in requirements):
+        yield Problem(
+            f"{field} does not install {engine.kind}.",
+            found=f"{len(requirements)} requirements, none of which names it",
+            needed=f"a lock that has engine.kind={engine.kind!r}",
+            fix=f"name a lock of {engine.kind}; the locks that come with this repository are in requirements/",
+        )
+
+
+def _looks_like_path(name: str) -> bool:
+    """Not a hub id, which is `name` or `owner/name`."""
+    return name.startswith(".") or name.endswith((".jsonl", "/")) or name.count("/") > 1
+
+
+def _secret_problems(config: Config, secrets_set: Collection[str]) -> Iterator[Problem]:
+    for name in config.host.secrets:
+        if name not in secrets_set:
+            yield Problem(
+                f"the secret {name} is not set here.",
+                needed=f"host.secrets={config.host.secrets}: read from this environment at deploy time",
+                fix=f"export {name}=…, or take it out of host.secrets",
+            )

@@ -1,0 +1,206 @@
+"""The error that a user can act on, for whatever connecting raised: by the machine that failed, for the cause seen."""
+
+import shlex
+import socket
+from pathlib import Path
+
+from paramiko.ssh_exception import ChannelException, IncompatiblePeer, SSHException
+
+from rollouts.remote.errors import TransportError
+from rollouts.remote.ssh_auth import LoginFailed, LoginTimeout
+from rollouts.remote.ssh_config import Hop
+from rollouts.remote.ssh_host_key import (
+    BadHostCertificate,
+    ChangedHostKey,
+    HostKeyError,
+    OtherHostKey,
+    RevokedHostKey,
+    fingerprint,
+)
+
+CONFIG = "~/.ssh/config"
+
+
+class ProxyEnded(Exception):
+    """The ProxyCommand ended before the host answered; the message is its exit code and its last words."""
+
+
+def explain(target: str, hop: Hop, error: Exception, *, waited_s: float) -> Exception:
+    """Return the TransportError for `error`, which `hop` caused after `waited_s`; a bug of ours as it is."""
+    who = f"{target}: jump host {hop.name}" if hop.is_jump else target
+    return (
+        _host_key(who, hop, error)
+        or _login(who, hop, error)
+        or _login_timeout(who, hop, error)
+        or _network(who, hop, error)
+        or _protocol(who, hop, error, waited_s)
+        or error
+    )
+
+
+def _host_key(who: str, hop: Hop, error: Exception) -> TransportError | None:
+    if not isinstance(error, HostKeyError):
+        return None
+    name, files = hop.known_as[0], ", ".join(map(str, hop.known_hosts))
+    shows = f"{name} shows {fingerprint(error.key)}"
+    if isinstance(error, RevokedHostKey):
+        return TransportError(
+            f"{who}: the host's key was revoked.", found=f"{shows}\nrevoked by {error.where}", fix="do not connect"
+        )
+    if isinstance(error, BadHostCertificate):
+        return TransportError(
+            f"{who}: the host's certificate does not count.",
+            found=f"{shows}\n{error.reason}",
+            needed=f"a certificate for {hop.known_as[-1]} by a @cert-authority of {files}",
+            fix="ask whoever runs the host",
+        )
+    if isinstance(error, ChangedHostKey):
+        known = "\n".join(f"{fingerprint(key)}, as in {key.where}" for key in error.expected)
+        forget = f"ssh-keygen -R '{name}'{_file_option(error)}"
+        if isinstance(error, OtherHostKey):
+            return TransportError(
+                f"{who}: the host has no key of a type that is known here.",
+                found=shows,
+                needed=known,
+                fix=f"compare the fingerprint with the host's, then: {forget}, and connect with --accept-new-host-key",
+            )
+        return TransportError(
+            f"{who}: THE HOST'S KEY HAS CHANGED. Someone may be intercepting the connection.",
+            found=f"{name} now shows {fingerprint(error.key)}",
+            needed=known,
+            fix=f"only if you know why it changed: {forget}, then connect again",
+        )
+    return TransportError(
+        f"{who}: the host's key is not known here.",
+        found=shows,
+        needed=f"that key in {files}",
+        fix="compare the fingerprint with the host's, then run again with --accept-new-host-key",
+    )
+
+
+def _file_option(error: ChangedHostKey) -> str:
+    file = error.expected[0].where.rpartition(":")[0]
+    return "" if file == str(Path("~/.ssh/known_hosts").expanduser()) else f" -f {shlex.quote(file)}"
+
+
+def _login(who: str, hop: Hop, error: Exception) -> TransportError | None:
+    if not isinstance(error, LoginFailed):
+        return None
+    gssapi = "gssapi-with-mic" in error.allowed
+    found = "\n".join([str(error), *(note for note in hop.login_notes if gssapi or "GSSAPI" not in note)])
+    if error.second_factor:
+        return TransportError(
+            f"{who}: {hop.login} wants a second factor beside the key, and deploy cannot give one.",
+            found=f"{found}\nthe key was accepted; the host still wants {', '.join(error.second_factor)}",
+            needed="login by key alone",
+            fix="allow that for this account or this machine: AuthenticationMethods in the host's sshd_config",
+        )
+    if error.hung_up:
+        many = f"; the agent holds {error.from_agent} keys" if error.from_agent else ""
+        return TransportError(
+            f"{who}: {hop.address} closed the connection while logging in as {hop.user}.",
+            found=f"{len(error.tried)} keys were tried{many}\n{found}",
+            needed="a key that the host accepts among the first: most servers allow 6 tries",
+            fix=f"for Host {hop.name} in {CONFIG}: IdentitiesOnly yes, with IdentityFile"
+            if len(error.tried) > 1
+            else "see the host's sshd log; run again if the host is busy",
+            lost=not error.tried,
+        )
+    if error.allowed and "publickey" not in error.allowed:
+        return TransportError(
+            f"{who}: the host wants a password for {hop.login}; deploy never asks for one.",
+            found=f"the host accepts {', '.join(error.allowed)}",
+            needed="login by key",
+            fix=f"{_copy_id(hop)}, or allow public keys in the host's sshd_config",
+        )
+    if error.locked:
+        return TransportError(
+            f"{who}: the private key for {hop.login} has a passphrase, and no agent holds it.",
+            found=found,
+            fix="ssh-add the key first; deploy never asks for a password",
+        )
+    return TransportError(
+        f"{who}: the host accepts none of the keys tried for {hop.login}.",
+        found=found,
+        fix=f"{_copy_id(hop)}, or name the right user, or set IdentityFile for it in {CONFIG}",
+    )
+
+
+def _login_timeout(who: str, hop: Hop, error: Exception) -> TransportError | None:
+    if not isinstance(error, LoginTimeout):
+        return None
+    return TransportError(
+        f"{who}: {hop.address} stopped answering while logging in as {hop.user}.",
+        found=str(error),
+        fix="run again; if the agent asks for a confirmation, give it",
+        lost=True,
+    )
+
+
+def _copy_id(hop: Hop) -> str:
+    port = "" if hop.port == 22 else f"-p {hop.port} "
+    return f"ssh-copy-id {port}{hop.login}"
+
+
+def _network(who: str, hop: Hop, error: Exception) -> TransportError | None:
+    if isinstance(error, socket.gaierror):
+        alias = f"add a Host {hop.name} with its HostName to" if hop.host == hop.name.lower() else "correct HostName in"
+        return TransportError(
+            f"{who}: the name {hop.host!r} does not resolve.",
+            found=str(error),
+            fix=f"check the spelling, or {alias} {CONFIG}",
+            lost=True,
+        )
+    if isinstance(error, ConnectionRefusedError):
+        return TransportError(
+            f"{who}: {hop.address} refused the connection.",
+            found=str(error),
+            fix="check the port, and that sshd runs there",
+            lost=True,
+        )
+    if isinstance(error, ChannelException):
+        return TransportError(
+            f"{who}: the jump host before it cannot reach {hop.address}.",
+            found=error.text or str(error),
+            fix="check the address as the jump host sees it, and that the jump host allows forwarding"
+            " (AllowTcpForwarding)",
+            lost=error.code != 1,  # 1: forbidden
+        )
+    if isinstance(error, ProxyEnded):
+        return TransportError(
+            f"{who}: the ProxyCommand for {hop.address} ended before the host answered.",
+            found=f"{hop.proxy_command}\n{error}",
+            fix=f"try that command by itself, and correct it in {CONFIG}",
+            lost=True,
+        )
+    return None
+
+
+def _protocol(who: str, hop: Hop, error: Exception, waited_s: float) -> TransportError | None:
+    text = str(error) or type(error).__name__
+    if isinstance(error, TimeoutError) or (isinstance(error, SSHException) and waited_s >= hop.connect_timeout_s):
+        return TransportError(
+            f"{who}: {hop.address} did not answer as an SSH server within {hop.connect_timeout_s:.0f} s.",
+            fix=f"check host and port, firewall and VPN; ConnectTimeout in {CONFIG} waits longer",
+            lost=True,
+        )
+    if isinstance(error, IncompatiblePeer):
+        return TransportError(
+            f"{who}: {hop.address} and the SSH client of deploy (paramiko) have no algorithm in common.",
+            found=f"{text}; the ssh command may know more",
+            fix=f"see Ciphers, MACs, KexAlgorithms and HostKeyAlgorithms in {CONFIG} and on the host",
+        )
+    if "Indecipherable protocol" in text:
+        return TransportError(
+            f"{who}: {hop.address} answers, but not as an SSH server.", found=text, fix="check the port"
+        )
+    if "banner" in text or isinstance(error, ConnectionResetError | EOFError):
+        return TransportError(
+            f"{who}: {hop.address} closed the connection before the login.",
+            found=text,
+            fix="run again if the host is busy (MaxStartups); else check the port, and whom the host lets in",
+            lost=True,
+        )
+    if isinstance(error, OSError | SSHException):
+        return TransportError(f"{who}: cannot connect to {hop.address}: {text}", lost=True)
+    return None

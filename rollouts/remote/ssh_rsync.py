@@ -1,0 +1,73 @@
+"""What rsync's ssh is given: a configuration with the settings that `ssh -G` gave, and nothing else.
+
+Commands, forwardings, terminals and shared connections of interactive sessions are not in it, so none of them acts.
+"""
+
+from pathlib import Path
+
+from rollouts.remote.ssh_config import PASSED_ON, Hop
+from rollouts.remote.ssh_host_key import known_hosts_lines, read_trust
+
+HOST_ALIAS = "rollouts-host"
+
+
+def write_settings(directory: Path, hops: tuple[Hop, ...], *, keepalive_s: int) -> Path:
+    """Write the configuration and the known keys of all `hops`; return its path. Raises OSError."""
+    known_hosts = directory / "known_hosts"
+    _replace(known_hosts, b"".join(map(known_hosts_lines, hops)))
+    blocks = []
+    for index, hop in enumerate(hops):
+        rows = settings(hop, known_hosts, keepalive_s=keepalive_s)
+        if hop.proxy_command is not None:
+            rows.append(("ProxyCommand", hop.proxy_command.replace("%", "%%")))
+        elif index > 0:
+            rows.append(("ProxyJump", _alias(hops, index - 1)))
+        blocks.append("\n  ".join([f"Host {_alias(hops, index)}", *(f"{name} {value}" for name, value in rows)]))
+    config = directory / "config"
+    _replace(config, ("\n".join(blocks) + "\n").encode(errors="surrogateescape"))
+    return config
+
+
+def settings(hop: Hop, known_hosts: Path, *, keepalive_s: int) -> list[tuple[str, str]]:
+    """Return the settings for one hop, but for the way to it."""
+    alias = [("HostKeyAlias", hop.known_as[0])] if hop.known_as[-1] != hop.host else []
+    # in so many words: given a list, ssh does not put the types that are known first
+    key_types = read_trust(hop).key_types(hop.list_of("hostkeyalgorithms"))
+    return [
+        ("HostName", _escaped(hop.host)),
+        ("Port", str(hop.port)),
+        ("User", _quoted(hop.user)),
+        *(("IdentityFile", _quoted(_escaped(str(file)))) for file in hop.key_files),
+        *(("CertificateFile", _quoted(_escaped(str(file)))) for file in hop.certificate_files),
+        ("IdentitiesOnly", "yes" if hop.identities_only else "no"),
+        ("IdentityAgent", _quoted(_escaped(hop.agent)) if hop.agent else "none"),
+        *alias,
+        ("UserKnownHostsFile", _quoted(_escaped(str(known_hosts)))),
+        ("GlobalKnownHostsFile", "/dev/null"),
+        ("StrictHostKeyChecking", "yes"),
+        ("UpdateHostKeys", "no"),
+        ("BatchMode", "yes"),
+        ("ConnectTimeout", f"{hop.connect_timeout_s:.0f}"),
+        ("ServerAliveInterval", str(keepalive_s)),
+        *([("HostKeyAlgorithms", ",".join(key_types))] if key_types else []),
+        *((name, hop.values[name]) for name in PASSED_ON if name in hop.values),
+    ]
+
+
+def _alias(hops: tuple[Hop, ...], index: int) -> str:
+    return HOST_ALIAS if index == len(hops) - 1 else f"rollouts-jump-{index + 1}"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("%", "%%")
+
+
+def _quoted(text: str) -> str:
+    return f'"{text}"' if " " in text else text
+
+
+def _replace(file: Path, data: bytes) -> None:
+    """Write a file whole: another rsync may be reading it now."""
+    temporary = file.with_suffix(".new")
+    temporary.write_bytes(data)
+    temporary.replace(file)
