@@ -18,7 +18,7 @@ from rollouts.remote.mirror import Mirror, pull_checkpoint, pull_files
 from rollouts.remote.transport import LocalTransport
 from rollouts.remote.watch import Patience, final_pull, follow, pull
 from rollouts.run_dir import RunDir, append_jsonl, write_json_atomic
-from tests.remote.hosts import ROOT, Host, Laptop, config_with, git, write_config
+from tests.remote.hosts import ROOT, Laptop, config_with, git, write_config
 from tests.remote.test_watch import make_link
 
 NAMES = [
@@ -317,33 +317,25 @@ def test_an_adopted_mirror_lies_under_this_machines_own_directory(laptop: Laptop
         assert again.returncode == 2 and "came from a host" in again.stderr
 
 
-def test_a_launch_uses_this_machines_record(laptop: Laptop, make_host: Callable[..., Host]) -> None:
+def test_a_launch_uses_this_machines_record(laptop: Laptop) -> None:
     """Goal: what lies in the mirror, whoever put it there, does not reach a launch. Red with the mirror's config read:
     the variable's value arrived."""
-    host = make_host()
     config = str(write_config(laptop.project, output__mode="sft"))
-    (laptop.project / "stop.sh").write_text("x")
-    failed = laptop.deploy(config, "--remote", host.target, "--run-id", "k", env={"PATH": no_rsync(laptop)})
+    tools = laptop.home / "tools"
+    tools.mkdir()
+    (tools / "rsync").write_text("#!/bin/sh\nexit 5\n")
+    (tools / "rsync").chmod(0o755)
+    failed = laptop.deploy(config, "--run-id", "k", env={"PATH": f"{tools}:{os.environ['PATH']}"})
     assert failed.returncode == 2, failed.stdout + failed.stderr
-    mirror = RunDir(laptop.project / "runs/example/k")
+    mirror, run = RunDir(laptop.project / "runs/example/k"), laptop.rollouts_home / "runs/k"
     evil = config_with({"host.secrets": ["GITHUB_TOKEN"], "output.mode": "sft"})
     write_json_atomic(mirror.config, evil.to_json())
     (mirror.path / "code/dirty.diff").write_text("evil")
     done = laptop.deploy("attach", "k", env={"GITHUB_TOKEN": "s3cr3t-17"})
     assert done.returncode == 0, done.stdout + done.stderr
-    ran = json.loads((host.run_path("k") / "config.json").read_text())
-    assert ran["host"]["secrets"] == [] and "evil" not in (host.run_path("k") / "code/dirty.diff").read_text()
+    ran = json.loads((run / "config.json").read_text())
+    assert ran["host"]["secrets"] == [] and "evil" not in (run / "code/dirty.diff").read_text()
     assert json.loads(mirror.config.read_text())["host"]["secrets"] == []
-
-
-def no_rsync(laptop: Laptop) -> str:
-    """A PATH of this machine without rsync: a deploy gets as far as the sync."""
-    tools = laptop.home / "tools"
-    tools.mkdir()
-    for tool in ("git", "sh", "ssh", "env", "cat", "id", "uname"):
-        (tools / tool).symlink_to(shutil.which(tool) or f"/bin/{tool}")
-    (tools / "python3").symlink_to(sys.executable)
-    return str(tools)
 
 
 def test_mirror_and_registry_are_for_this_user_alone(laptop: Laptop) -> None:

@@ -172,7 +172,7 @@ def test_background_pulls_are_tried_again_and_told(tmp_path: Path, monkeypatch: 
     )
     puller.add(step(1))
     puller.add("checkpoints/../x")
-    (link.entry.mirror.path / "checkpoints").mkdir(parents=True)
+    (link.entry.mirror.path / "checkpoints").mkdir(parents=True, exist_ok=True)
     (link.entry.mirror.path / "checkpoints/rl").write_text("a file is in the way")
     puller.add("checkpoints/rl/step_000001")
     puller.add(None.__class__)  # type: ignore[arg-type]  # a mistake of ours
