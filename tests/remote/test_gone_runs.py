@@ -40,6 +40,8 @@ def register(home: Path, results: Path, run_id: str, config: Config | None = Non
         problems=(),
         notes=(),
         steps=(),
+        summary=(),
+        warnings=(),
         launch=launch_plan(home, run_id),
     )
     return registry.register(plan, config or config_with({}), results, {"code/commit.txt": "c\n"}, now=1.0)
