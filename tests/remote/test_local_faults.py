@@ -22,7 +22,7 @@ from tests.remote.hosts import Host, Laptop, wait_for, write_config
 from tests.remote.test_sync import small_disk
 
 
-@pytest.mark.parametrize("size", ["16k", "56k", "300k"])
+@pytest.mark.parametrize("size", ["16k", "56k", "200k"])
 def test_a_full_disk_here(size: str, laptop: Laptop, tmp_path: Path) -> None:
     """Goal: whenever this machine's disk fills, the message says so, with the path and the room, and what is true of
     the run. Red with the OSError's traceback, with the host's disk named, and with "Nothing was started" of a run that
