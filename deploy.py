@@ -48,7 +48,7 @@ RUN --remote gpu-7); from here it is followed, stopped and pulled, never launche
 
 \b
 Options of deploy CONFIG:
-  --remote [USER@]HOST[:PORT]  the host; this machine without it
+  --remote [USER@]HOST[:PORT]  the host, as `ssh` knows it (ssh://... too); this machine without it
   --plan                       print every step and every reason against it, and stop
   --json                       for programs: with --plan, ls, status, stop, pull, logs one JSON document;
                                while following, one object a line: {"type": "progress" | "event" | "metrics" |

@@ -6,7 +6,7 @@ On the host it is `<home>/runs/<run_id>/`; what the control side pulls is a mirr
 ```
 config.json  plan.json  code/{tree/,manifest.json,commit.txt,dirty.diff,…}   what ran
 status.json  events.jsonl  supervisor.lock                                   where it is
-metrics.jsonl  rollouts.jsonl  eval.jsonl                                    what it learned
+metrics.jsonl  rollouts.jsonl  eval.jsonl  eval_samples.jsonl                what it learned
 logs/<window>.log  exit/<stage>-<window>.json  processes/<name>.json         what the processes said, how they ended
 checkpoints/{sft,rl}/step_000100/  latest                                    models
 ```
@@ -16,14 +16,19 @@ append to events.jsonl (one write per line); the trainer writes metrics, rollout
 wrapper its log and its exit file; every process that leads a process group its own record in processes/.
 """
 
+import contextlib
 import dataclasses
+import errno
 import fcntl
+import hashlib
 import json
+import math
 import os
 import re
 import shutil
+import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -37,8 +42,15 @@ RUN_ID_PATTERN = rf"{EXPERIMENT_NAME_PATTERN}"  # a tmux session name too
 RUN_ID_VARIABLE = "ROLLOUTS_RUN_ID"  # in the environment of every process of a run: how a run knows its own
 HOME_VARIABLE = "ROLLOUTS_HOME"  # where a host (or this machine) keeps its rollouts files; ~/.rollouts without it
 
-STREAMED_FILES = ("events.jsonl", "metrics.jsonl", "eval.jsonl", "rollouts.jsonl")  # they only ever grow
-SNAPSHOT_GLOBS = ("status.json", "exit/*.json")  # small, replaced as a whole
+STREAMED_FILES = (
+    "events.jsonl",
+    "metrics.jsonl",
+    "eval.jsonl",
+    "eval_samples.jsonl",
+    "rollouts.jsonl",
+)  # they only grow
+ENVIRONMENT_GLOB = "code/environment-*.txt"
+SNAPSHOT_GLOBS = ("status.json", "exit/*.json", ENVIRONMENT_GLOB)  # small, replaced as a whole
 LOG_GLOB = "logs/*.log"
 
 
@@ -68,6 +80,10 @@ class RunDir:
     def code_tree(self) -> Path:
         return self.code / "tree"
 
+    def environment(self, name: str) -> Path:
+        """What was installed in the environment of this name ("trainer", "engine"): `name==version` lines."""
+        return self.code / f"environment-{name}.txt"
+
     @property
     def code_manifest(self) -> Path:
         """{"digest", "files": {name: {"mode", "size", "sha256"}}}: what code/tree has to be before a launch."""
@@ -75,8 +91,26 @@ class RunDir:
 
     @property
     def secrets(self) -> Path:
-        """{"inherited": the launcher's environment, "secrets", "engine_keys": {NAME: value}}; 0600, gone at the end."""
+        """{"inherited": the launcher's environment, "secrets", "engine_keys": {NAME: value}}; 0600, gone at the end.
+
+        Where the machine has a tmpfs it is a link to `secrets_in_memory`, which no reboot outlives.
+        """
         return self.path / "secrets.json"
+
+    @property
+    def secrets_in_memory(self) -> Path:
+        name = hashlib.sha256(os.fsencode(self.path)).hexdigest()[:16]  # known when the directory is gone, too
+        return Path("/dev/shm") / f"rollouts-secrets-{os.getuid()}-{name}" / "secrets.json"
+
+    @property
+    def reserve(self) -> Path:
+        """Room on the disk, given up when it is full, so that the run's end can still be written."""
+        return self.path / ".reserve.tmp"
+
+    @property
+    def launch(self) -> Path:
+        """{"launch_id"}: which `deploy` started the run."""
+        return self.path / "launch.json"
 
     @property
     def status(self) -> Path:
@@ -103,6 +137,11 @@ class RunDir:
         return self.path / "eval.jsonl"
 
     @property
+    def eval_samples(self) -> Path:
+        """The answers to held-out rows, one a line."""
+        return self.path / "eval_samples.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -125,6 +164,14 @@ class RunDir:
 
     def exit(self, stage: str, window: str) -> Path:
         return self.path / "exit" / f"{stage}-{window}.json"
+
+    def rendezvous(self, stage: str) -> Path:
+        """Where torchrun's agent keeps its state. Hidden, like `ranks`: neither is a result, so neither is pulled."""
+        return self.path / f".rendezvous-{stage}.tmp"
+
+    def ranks(self, stage: str) -> Path:
+        """Where the trainer's ranks find each other."""
+        return self.path / f".ranks-{stage}.tmp"
 
     def process(self, name: str) -> Path:
         return self.path / "processes" / f"{name}.json"
@@ -181,6 +228,7 @@ class ExitRecord:
     signal: int | None
     started_at: float
     ended_at: float
+    message: str = ""  # why it failed, as far as its last lines tell; of the supervisor: how the run ended
 
     @property
     def code(self) -> int:
@@ -270,15 +318,20 @@ class LaunchPlan:
 
 
 def write_text_atomic(path: Path, text: str, *, mode: int = 0o644) -> None:
-    """Readers see the old file or the new one, whole; after a crash too."""
+    """Readers see the old file or the new one, whole; after a crash too. An error leaves nothing behind."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-    with os.fdopen(descriptor, "w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+        with os.fdopen(descriptor, "w") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def write_json_atomic(path: Path, value: Any, *, mode: int = 0o644) -> None:
@@ -287,24 +340,77 @@ def write_json_atomic(path: Path, value: Any, *, mode: int = 0o644) -> None:
 
 
 def append_jsonl(path: Path, *rows: dict[str, Any]) -> None:
-    """Append whole lines in one write, so that several writers never mix theirs."""
+    """Append whole lines, one writer at a time. Raises OSError; nothing of a line that did not fit stays then.
+
+    What another writer tore, killed in the middle of a line, stays a line of its own, which readers leave out.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    text = "".join(_line(row) for row in rows)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        data = text.encode()
-        while data:  # a regular file takes it in one call unless the disk is full
-            data = data[os.write(descriptor, data) :]
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        begin = os.fstat(descriptor).st_size
+        torn = begin > 0 and os.pread(descriptor, 1, begin - 1) != b"\n"
+        _write_lines(descriptor, begin, (b"\n" if torn else b"") + text.encode())
     finally:
         os.close(descriptor)
 
 
+def _line(row: dict[str, Any]) -> str:
+    try:
+        return json.dumps(row, separators=(",", ":"), allow_nan=False) + "\n"
+    except ValueError:  # NaN or an infinity, for which JSON has no word: null
+        return json.dumps(_without_nan(row), separators=(",", ":")) + "\n"
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write_lines(descriptor: int, begin: int, data: bytes) -> None:
+    written = 0
+    try:
+        while written < len(data):  # a regular file takes it in one call unless the disk is full
+            written += os.write(descriptor, data[written:])
+    except OSError:
+        with contextlib.suppress(OSError):  # no regular file: the first error is the one to tell
+            os.ftruncate(descriptor, begin + data.rfind(b"\n", 0, written) + 1)
+        raise
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All complete lines; [] for a file that is not there. A torn last line (a crash, a pull under way) is left out."""
+    """The rows of a file; [] where it is missing. `read_rows` also tells how many lines are none."""
     return list(iter_jsonl(path))
 
 
+def read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """(rows, complete lines that are none: torn by a full disk or a crash, or written by something else)."""
+    lines = list(_complete_lines(path))
+    rows = [row for row in map(parse_row, lines) if row is not None]
+    return rows, len(lines) - len(rows)
+
+
 def iter_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    for line in _complete_lines(path):
+        if (row := parse_row(line)) is not None:
+            yield row
+
+
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """A line's JSON object; None for a line that is none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _complete_lines(path: Path) -> Iterator[bytes]:
+    """A torn last line (a crash, a pull under way) is left out."""
     try:
         stream = path.open("rb")
     except FileNotFoundError:
@@ -312,11 +418,11 @@ def iter_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     with stream:
         for line in stream:
             if line.endswith(b"\n"):
-                yield json.loads(line)
+                yield line
 
 
 def last_jsonl_row(path: Path) -> dict[str, Any] | None:
-    """The last complete line, found from the file's end; None for an empty or missing file."""
+    """The last row, found from the file's end; None for an empty or missing file."""
     try:
         with path.open("rb") as stream:
             size = stream.seek(0, os.SEEK_END)
@@ -325,17 +431,104 @@ def last_jsonl_row(path: Path) -> dict[str, Any] | None:
             lines = stream.read(block).split(b"\n")[:-1]
     except FileNotFoundError:
         return None
-    if len(lines) == 1 and block < size:  # one line longer than the block
-        return next(reversed(read_jsonl(path)), None)
-    return json.loads(lines[-1]) if lines else None
+    whole = lines if block == size else lines[1:]  # the first began before the block
+    rows = (row for row in map(parse_row, reversed(whole)) if row is not None)
+    found = next(rows, None)
+    return found if found is not None or block == size else next(reversed(read_jsonl(path)), None)
+
+
+# --- a full disk ----------------------------------------------------------------------------------------------------
+
+RESERVE_BYTES = 1 << 17
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+
+
+def make_reserve(run: RunDir) -> None:
+    with run.reserve.open("wb") as stream:
+        stream.write(os.urandom(RESERVE_BYTES))  # file systems that compress keep all of it
+        os.fsync(stream.fileno())
+
+
+def write_on_full_disk(run: RunDir, write: Callable[[], None]) -> None:
+    """Do `write`; where the disk is full give up the run's reserve and do it again. Raises OSError."""
+    try:
+        write()
+    except OSError as error:
+        if error.errno not in FULL_DISK or not run.reserve.exists():
+            raise
+        run.reserve.unlink(missing_ok=True)
+        write()
+
+
+# --- what does not outlive a run ------------------------------------------------------------------------------------
+
+
+def write_secrets(run: RunDir, value: dict[str, Any]) -> None:
+    """Write the run's secrets, 0600: on a tmpfs where this machine has one, else into the run directory."""
+    memory = run.secrets_in_memory
+    try:
+        memory.parent.mkdir(mode=0o700, exist_ok=True)
+        found = memory.parent.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+            raise PermissionError(errno.EPERM, "made by somebody else", str(memory.parent))
+        write_json_atomic(memory, value, mode=0o600)
+        run.secrets.unlink(missing_ok=True)
+        run.secrets.symlink_to(memory)
+    except OSError:  # no tmpfs there, a full one, or a file of another user's in its place
+        run.secrets.unlink(missing_ok=True)
+        write_json_atomic(run.secrets, value, mode=0o600)
 
 
 def remove_transient(run: RunDir) -> None:
-    """Remove what must not outlive a run's processes: its secrets, and weights that a killed trainer left in memory."""
+    """Remove what must not outlive a run's processes: its secrets, weights that a killed trainer left in memory, and
+    files by which its processes found each other."""
+    places = {run.secrets_in_memory}
+    if run.secrets.is_symlink():  # the directory may go by another name now
+        places.add(Path(os.readlink(run.secrets)))
     run.secrets.unlink(missing_ok=True)
+    for place in places:
+        if place.match("/dev/shm/rollouts-secrets-*/secrets.json"):
+            with contextlib.suppress(OSError):  # gone, or another user's of that name
+                shutil.rmtree(place.parent)
+    temporary = (run.reserve, *_left_secrets(run), *map(run.rendezvous, ("sft", "rl")), *map(run.ranks, ("sft", "rl")))
+    for file in temporary:
+        file.unlink(missing_ok=True)
     shutil.rmtree(run.weights_in_memory, ignore_errors=True)
     for file in run.buckets_in_memory():
         file.unlink(missing_ok=True)
+
+
+def _left_secrets(run: RunDir) -> list[Path]:
+    """What a writer that was killed left of the secrets."""
+    directories = (run.path, run.secrets_in_memory.parent)
+    return [file for directory in directories for file in directory.glob(".secrets.json.*.tmp")]
+
+
+def clean_up(home: Path) -> None:
+    """Remove what runs under `home` left that died without their own end: a reboot, or SIGKILL of everything."""
+    for path in home.glob("runs/*"):
+        run = RunDir(path)
+        if not (run.secrets.is_symlink() or run.secrets.exists() or _left_secrets(run)):
+            continue
+        with launching(run, wait=False) as alone, contextlib.suppress(OSError):  # what cannot be removed hides no run
+            if alone and not observe(run).live:
+                remove_transient(run)
+
+
+@contextlib.contextmanager
+def launching(run: RunDir, *, wait: bool = True) -> Iterator[bool]:
+    """Hold a run's directory while it is launched, or looked at by somebody who must not do so meanwhile.
+
+    False without `wait` where another has it. The kernel frees it with its holder.
+    """
+    descriptor = os.open(run.path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield True
+    except BlockingIOError:
+        yield False
+    finally:
+        os.close(descriptor)
 
 
 def read_status(run: RunDir) -> Status | None:
@@ -354,10 +547,15 @@ def read_plan(run: RunDir) -> LaunchPlan | None:
 
 
 def _read_record(path: Path, record: type[Any]) -> Any:
+    """Fields that a later version of this program added are passed over. ValueError or TypeError: it is damaged."""
+    names = {field.name for field in dataclasses.fields(record)}
     try:
-        return record(**json.loads(path.read_text()))
+        values = json.loads(path.read_text())
     except FileNotFoundError:
         return None
+    if not isinstance(values, dict):
+        raise TypeError(f"{path}: not an object")
+    return record(**{name: value for name, value in values.items() if name in names})
 
 
 def append_event(run: RunDir, kind: str, **fields: Any) -> None:

@@ -1,6 +1,7 @@
+#!/usr/bin/env python3
 """Greedy accuracy and pass@k of any checkpoint directory or hub model on held-out rows.
 
-    python scripts/run_eval.py runs/cpu_sft_rl/RUN/checkpoints/rl/latest \\
+    scripts/run_eval.py runs/cpu_sft_rl/RUN/checkpoints/rl/latest \\
         --data configs/data/letters/test.jsonl --format question_answer --num-samples 8 --k 1,4 --out eval.json
 
 Prints a table, a line a task, and writes the same as JSON. What the config's evaluations count, this counts too.
@@ -58,17 +59,39 @@ def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def load_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows of all --data, each with its task: the data set's name, where the row names none."""
-    from rollouts.training.datasets.dataset_loaders import DatasetEntry, load_prompt_mixture
-    from rollouts.training.evaluation import mix_tasks
+def check_paths(arguments: argparse.Namespace) -> None:
+    """Say at once, before anything slow is imported, that a path is wrong. Raises ModelError or ValueError."""
+    from rollouts.training.model_loading import require_model, require_weights
 
+    require_model(arguments.model)
+    if not arguments.engine_url:
+        require_weights(arguments.model)
+    for name in arguments.data:
+        if (name.endswith(".jsonl") or Path(name).is_absolute() or name.startswith((".", "~"))) and not Path(
+            name
+        ).expanduser().exists():
+            raise ValueError(f"--data {name}: no such file or directory (looked in {Path.cwd()})")
+
+
+def load_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of all --data, each with its task: the data set's name, where the row names none.
+
+    What a row would lose to the model's chat template is found here, before the model is loaded.
+    """
+    from rollouts.training.datasets.dataset_loaders import DatasetEntry, load_fitting_prompts
+    from rollouts.training.evaluation import mix_tasks
+    from rollouts.training.model_loading import load_tokenizer
+
+    tokenizer = load_tokenizer(arguments.model, trust_remote_code=arguments.trust_remote_code)
     loaded = []
     for name in arguments.data:
         entry = DatasetEntry(
             name, arguments.format, arguments.split, arguments.subset, max_samples=arguments.max_samples
         )
-        loaded.append((name, load_prompt_mixture([entry], seed=arguments.seed)))
+        rows, report = load_fitting_prompts([entry], seed=arguments.seed, tokenizer=tokenizer)
+        loaded.append((name, rows))
+        if report.noteworthy:
+            print(f"{name}: {report}", file=sys.stderr)
     return mix_tasks(loaded, seed=arguments.seed)
 
 
@@ -129,6 +152,11 @@ def table(by_task: Mapping[str, Mapping[str, float]], counts: Mapping[str, int])
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
+    try:
+        check_paths(arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     from rollouts.training.datasets.rows import DataError
     from rollouts.training.evaluation import by_task
     from rollouts.training.model_loading import ModelError

@@ -21,17 +21,29 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts.agents": (
         "rollouts.agents",
         "rollouts.training.calculator",
+        "rollouts.training.datasets",
         "rollouts.training.inference",
+        "rollouts.training.rewards.common",
         "rollouts.training.types",
         "rollouts.training.weight_sync",
     ),
     "rollouts.engines": ("rollouts.engines",),
     "rollouts.engines.keys": (),
     "rollouts.engines.command": ("base_config",),
-    "rollouts.engines.embedded.__main__": ("rollouts.engines", "rollouts.training.host_memory"),
+    "rollouts.engines.embedded.__main__": (
+        "rollouts.engines",
+        "rollouts.training.host_memory",
+        "rollouts.training.open_files",
+    ),
     "rollouts.engines.embedded.attention": ("rollouts.training.packed_attention",),
+    "rollouts.engines.embedded.model": ("rollouts.engines", "rollouts.training.model_loading"),
     "rollouts.engines.embedded.server": ("rollouts.engines", "rollouts.training.weight_transfer.payload"),
-    "rollouts.engines.sglang.cpu_launcher": ("rollouts.engines", "rollouts.training.weight_transfer.payload"),
+    "rollouts.engines.sglang.cpu_launcher": (
+        "rollouts.engines",
+        "rollouts.training.stores",
+        "rollouts.training.weight_transfer.payload",
+    ),
+    "rollouts.engines.sglang.launcher": ("rollouts.engines", "rollouts.training.stores"),
     "rollouts.engines.embedded.scoring": (
         "rollouts.engines.embedded",
         "rollouts.training.forward",
@@ -61,8 +73,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.agents",
         "rollouts.training",
         "rollouts.worker.trainer_data",
+        "rollouts.worker.trainer_job",
         "rollouts.worker.trainer_wiring",
     ),
+    "rollouts.worker.trainer_job": ("base_config", "rollouts.run_dir", "rollouts.training"),
     "rollouts.worker.trainer_data": ("base_config", "rollouts.training"),
     "rollouts.worker.trainer_wiring": ("base_config", "rollouts.run_dir", "rollouts.agents", "rollouts.training"),
     "rollouts.training": ("rollouts.training", "rollouts.manifest"),
@@ -78,13 +92,17 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts.training.reference": ("rollouts.training.model_loading",),
     "rollouts.training.checkpoint": (
         "rollouts.manifest",
+        "rollouts.training.datasets.turn_end",
         "rollouts.training.distributed",
         "rollouts.training.lora",
+        "rollouts.training.metrics",
         "rollouts.training.optimizer_state",
     ),
     "rollouts.training.distributed": (),
-    "rollouts.training.optimizer_state": (),
-    "rollouts.training.filters": ("rollouts.training.types",),
+    "rollouts.training.optimizer_state": ("rollouts.training.sharded_reader",),
+    "rollouts.training.sharded_reader": (),
+    "rollouts.training.alarms": (),
+    "rollouts.training.filters": ("rollouts.training.advantages", "rollouts.training.types"),
     "rollouts.training.flops": (),
     "rollouts.training.metrics": (),
     "rollouts.training.backends": (
@@ -105,12 +123,19 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts.training.value_head": ("rollouts.training.distributed",),
     "rollouts.training.rollout_gen": (
         "rollouts.training.rollout_gen",
+        "rollouts.training.advantages",
+        "rollouts.training.rewards",
         "rollouts.training.types",
         "rollouts.training.datasets",
         "rollouts.training.inference",
         "rollouts.training.weight_sync",
     ),
-    "rollouts.training.inference": ("rollouts.training.inference", "rollouts.engines.keys"),
+    "rollouts.training.inference": (
+        "rollouts.training.inference",
+        "rollouts.training.open_files",
+        "rollouts.engines.keys",
+    ),
+    "rollouts.training.open_files": (),
     "rollouts.training.rewards": ("rollouts.training.rewards", "rollouts.training.types"),
     "rollouts.training.datasets": (
         "rollouts.training.calculator",
@@ -129,7 +154,7 @@ STANDARD_LIBRARY_ONLY = (
     "rollouts.engines.launch",
     "rollouts.worker",  # under the host's own Python; the trainer alone runs in the environment
 )
-EXCEPT = ("rollouts.worker.trainer", "rollouts.worker.trainer_data", "rollouts.worker.trainer_wiring")
+EXCEPT = tuple(f"rollouts.worker.trainer{part}" for part in ("", "_data", "_job", "_wiring"))
 
 
 def module_name(file: Path) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from rollouts.training.datasets.turn_end import TurnEnds, end_of_turn_ids
 from rollouts.training.inference.sglang import SGLangEngine
 
 
@@ -21,7 +22,7 @@ class Endpoint:
     temperature: float = 1.0
     top_k: int = -1
     tool_format: str = "hermes"
-    stop_token_ids: Sequence[int] | None = None  # None: the tokenizer's eos_token
+    stop_token_ids: Sequence[int] | None = None  # None: every token that ends a turn
 
     @cached_property
     def client(self) -> Any:
@@ -33,7 +34,11 @@ class Endpoint:
             return list(self.stop_token_ids)
         if self.tokenizer.eos_token_id is None:
             raise ValueError(f"tokenizer {self.tokenizer.name_or_path!r} has no eos_token; give stop_token_ids")
-        return [self.tokenizer.eos_token_id]
+        return end_of_turn_ids(self.tokenizer)
+
+    @cached_property
+    def turn_ends(self) -> TurnEnds:
+        return TurnEnds.of(self.tokenizer)
 
     async def sample(self, token_ids: Sequence[int], *, seed: int, max_new_tokens: int | None = None) -> Any:
         """One `weight_sync.Generation` that continues `token_ids`; `max_new_tokens` None: the endpoint's."""

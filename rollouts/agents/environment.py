@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rollouts.training.calculator import CALCULATOR_TOOL, calculate
-from rollouts.training.types import Prompt
+from rollouts.training.rewards.common import answers_of
+from rollouts.training.types import Prompt, Sample
 
 Message = dict[str, Any]  # {"role", "content"}, and "tool_calls" on an assistant's, as chat templates take them
 
@@ -68,11 +69,12 @@ class AskAgain:
     async def start(self, prompt: Prompt) -> list[Message]:
         if not isinstance(prompt, dict) or not prompt.get("answer"):
             raise ValueError("the row has no 'answer', which AskAgain needs")
-        self._answer, self._question = str(prompt["answer"]).strip(), prompt["messages"][-1]
+        self._answers = {text.strip() for text in answers_of(Sample(prompt=prompt))}
+        self._question = prompt["messages"][-1]
         return list(prompt["messages"])
 
     async def respond(self, message: Message) -> Reply:
-        if message["content"].strip() == self._answer:
+        if message["content"].strip() in self._answers:
             return Reply([], done=True, reward=self._worth)
         self._worth /= 2
         return Reply([self._question], done=False)

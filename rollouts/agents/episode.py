@@ -14,6 +14,10 @@ import anyio
 from rollouts.agents.endpoint import Endpoint
 from rollouts.agents.environment import Environment, Message, Reply
 from rollouts.agents.tool_calls import parse_message
+from rollouts.training.datasets.chat import render_prompt
+from rollouts.training.datasets.lost_text import LostTool
+from rollouts.training.datasets.rows import DataError
+from rollouts.training.datasets.turn_end import TurnEnds
 from rollouts.training.types import Prompt
 
 
@@ -69,7 +73,7 @@ async def run_episode(
             messages = await environment.start(prompt)
         with _blamed_on(environment, "tools", prompt):
             tools = environment.tools() or None
-        opening = _render(endpoint.tokenizer, messages, tools, add_generation_prompt=True)
+        opening = _opening(endpoint.tokenizer, messages, tools)
         episode = Trajectory(prompt, len(opening), list(opening), [0.0] * len(opening), messages=list(messages))
         for turn in range(limits.turns_max):
             episode.ended = await _turn(endpoint, environment, episode, tools, limits, seed + turn)
@@ -136,7 +140,7 @@ async def _turn(  # noqa: PLR0917 — the parts of an episode, passed on
     answers = [*reply.messages, *({"role": "tool", "content": problem} for problem in problems)]
     if reply.done:
         return "done"
-    follows = between_turns(endpoint.tokenizer, episode.messages, answers, tools)
+    follows = between_turns(endpoint.tokenizer, episode.messages, answers, tools, ends=endpoint.turn_ends)
     episode.messages += answers
     if len(episode.tokens) + len(follows) >= limits.tokens_max:  # no turn can follow, so nobody reads them
         return "tokens"
@@ -152,7 +156,12 @@ def _spans(generation: Any, start: int) -> list[dict[str, Any]]:
 
 
 def between_turns(
-    tokenizer: Any, messages: list[Message], answers: list[Message], tools: list[dict[str, Any]] | None
+    tokenizer: Any,
+    messages: list[Message],
+    answers: list[Message],
+    tools: list[dict[str, Any]] | None,
+    *,
+    ends: TurnEnds | None = None,
 ) -> list[int]:
     """Tokens from after the end of the last of `messages`, an assistant's, to where the next turn of its begins.
 
@@ -160,13 +169,25 @@ def between_turns(
     """
     before = _render(tokenizer, messages, tools)
     after = _render(tokenizer, [*messages, *answers], tools, add_generation_prompt=True)
-    specials = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    end = next((end for end in range(len(before), 0, -1) if before[end - 1] in specials), None)
-    if end is None or tokenizer.decode(before[end:]).strip():
+    end = (ends or TurnEnds.of(tokenizer)).after_turn(before, 0, len(before))
+    if end is None:
         raise AgentError("the chat template ends an assistant's turn without a special token: a turn cannot follow it")
     if after[:end] != before[:end]:
         raise AgentError("the chat template renders earlier turns differently once more follows: no exact continuation")
     return after[end:]
+
+
+def _opening(tokenizer: Any, messages: list[Message], tools: list[dict[str, Any]] | None) -> list[int]:
+    """Tokens of the messages that an episode begins with. Raises AgentError for one that the template leaves out.
+
+    A template without tools is no error here: the messages may describe them, or the policy know them.
+    """
+    try:
+        return render_prompt(tokenizer, {"messages": messages, "tools": tools})
+    except LostTool:
+        return _render(tokenizer, messages, tools, add_generation_prompt=True)
+    except DataError as error:
+        raise AgentError(str(error)) from error
 
 
 def _render(tokenizer: Any, messages: list[Message], tools: Any, **options: Any) -> list[int]:

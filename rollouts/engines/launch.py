@@ -13,6 +13,13 @@ from rollouts.engines.sglang import command as sglang
 from rollouts.engines.vllm import command as vllm
 
 HOST = "127.0.0.1"  # loopback only: whoever may change weights has to be on the host, and to have the run's key
+# What torch, gloo and NCCL listen on: by themselves the address of the host's name, or all of them.
+LOOPBACK_ONLY = {
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # torchrun's second store; the ranks' own is a file (distributed.py)
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "=lo",
+    "VLLM_HOST_IP": "127.0.0.1",
+}
 COMMANDS: Mapping[str, ModuleType] = {"embedded": embedded, "sglang": sglang, "vllm": vllm}
 
 

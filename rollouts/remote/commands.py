@@ -27,6 +27,7 @@ from rollouts.remote.open_run import known, open_run, read_note, write_note
 from rollouts.remote.plan import Plan, asked_paths, asked_ports, make_plan
 from rollouts.remote.registry import Entry
 from rollouts.remote.repository import find_repository, read_code
+from rollouts.remote.sending import sent_program
 from rollouts.remote.texts import failure_message, how_to_go_on, plan_text, result_text
 from rollouts.remote.transport import LOCAL_TARGET, Transport, open_transport
 from rollouts.remote.watch import (
@@ -212,12 +213,14 @@ def _watch_to_end(link: Link, reporter: Reporter, now: Standing, *, as_json: boo
 
 def stop(run_id: str, *, remote: str | None, as_json: bool) -> int:
     """`deploy stop RUN`: end its processes on the host. 0 once it is over, however it ended."""
-    with open_run(run_id, remote, needs_files=True) as run:
+    with open_run(run_id, remote) as run:
         entry = run.entry
-        argv = [run.python, "-m", "rollouts.worker.stop", entry.run_path]
+        argv, program = sent_program(run.python, "rollouts.worker.stop", entry.run_path)
         grace_s = entry.stop_grace_s
         grace_s = STOP_MARGIN_S if grace_s is None else grace_s
-        done = run.transport.run(argv, cwd=f"{entry.run_path}/code/tree", timeout_s=2 * grace_s + STOP_MARGIN_S)
+        done = run.transport.run(argv, stdin=program, timeout_s=2 * grace_s + STOP_MARGIN_S)
+        if done.returncode != 0 and run.row is None:
+            raise run.missing()
         if done.returncode != 0:
             raise DeployError(f"{entry.run_id} could not be stopped.", found=done.err[-2000:], started=True)
         answer = _answer(done.out)
@@ -382,7 +385,7 @@ def _result_json(
         "run_id": entry.run_id,
         "state": result.state,
         "exit_code": code,
-        "message": failure_message(entry, result),
+        "message": failure_message(entry, result) or None,
         "local_dir": entry.local_dir,
         "evaluations": list(result.view.evals),
         "error": result.view.error,

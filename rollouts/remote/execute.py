@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from base_config import Config
 from rollouts.remote.errors import DeployError
@@ -42,9 +43,10 @@ def execute(entry: Entry, config: Config, transport: Transport, path: str, say: 
         "plan": json.loads(entry.record.plan.read_bytes()),
         "files": {f"code/{file.name}": file.read_bytes().decode() for file in sorted(code.iterdir()) if file.is_file()},
         "secrets": read_secrets(config),
+        "launch_id": entry.launch_id,
     }
     done = transport.run(
-        ["env", f"PATH={path}", launch.base_python, "-m", "rollouts.worker.launch"],
+        ["env", f"PATH={path}", launch.base_python, "-E", "-m", "rollouts.worker.launch"],
         stdin=json.dumps(job).encode(),
         cwd=f"{entry.run_path}/code/tree",
         timeout_s=LAUNCH_TIMEOUT_S,
@@ -56,6 +58,18 @@ def execute(entry: Entry, config: Config, transport: Transport, path: str, say: 
             f"{entry.target}: the run could not be launched.",
             found=done.err.removeprefix("error: ")[-3000:] or f"exit code {done.returncode}, no message",
         )
+    _read_answer(entry, json.loads(done.out.splitlines()[-1]))
+
+
+def _read_answer(entry: Entry, answer: dict[str, Any]) -> None:
+    """Raise DeployError for a launch that the host refused; one that was made before goes on."""
+    if answer["started"] or answer.get("same", True):  # a tree of an older version does not tell
+        return
+    raise DeployError(
+        f"{entry.run_id} was not started: the host has given to another run what it needs.",
+        found=f"in use on {entry.target}: {answer['reason']}",
+        fix="choose another --run-id or output.experiment_name, other GPUs or ports, or wait for that run",
+    )
 
 
 def read_secrets(config: Config) -> dict[str, str]:

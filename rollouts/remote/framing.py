@@ -41,7 +41,7 @@ def framed_line(argv: Sequence[str], cwd: str | None, frame: Frame) -> bytes:
     stdin is the command's.
     """
     begin, end = frame.begin.decode().strip(), frame.end.decode().strip()
-    enter = "" if cwd is None else f"CDPATH= cd {shlex.quote(cwd)} >/dev/null && "
+    enter = "" if cwd is None else f"cd {shlex.quote(cwd)} >/dev/null && "
     steps = (
         _LOCALE,
         f"printf '%s\\n' {begin}",

@@ -1,7 +1,8 @@
 """What one look at a machine's rollouts home shows: its runs, environments, disk, ports. Standard library only.
 
 Used here for this machine, and sent as source to a host (facts.py), which need not have any of our code: there
-`main` prints the answer to the questions in its argument. It only reads.
+`main` prints the answer to the questions in its argument. It changes nothing, but for secrets and the like that a run
+left which died without its own end.
 """
 
 import json
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from rollouts.run_dir import RunDir, last_jsonl_row, observe
+from rollouts.run_dir import RunDir, clean_up, last_jsonl_row, observe
 
 
 def run_row(run: RunDir) -> dict[str, Any] | None:
@@ -101,6 +102,7 @@ def _can_make_environments() -> bool:
 
 def probe(home: Path, ports: list[int], paths: list[str], run_id: str | None) -> dict[str, Any]:
     """The answers that need Python: see facts.HostFacts for their meaning."""
+    clean_up(home)
     return {
         "python": sys.executable,
         "python_version": platform.python_version(),

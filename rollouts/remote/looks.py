@@ -82,15 +82,14 @@ def check_host(remote: str | None, *, as_json: bool, accept_new_host_key: bool) 
 
 def list_row(target: str, experiment_name: str, run_id: str, row: dict[str, Any] | None) -> dict[str, Any]:
     """A run as `ls` and `status` show it, from a host_probe.run_row; `state` is "unknown" without one."""
-    names = ("state", "stage", "step", "started_at", "exit_code")
+    names = ("state", "stage", "step", "started_at", "exit_code", "message")
     values = {name: row.get(name) if row else None for name in names}
     values["state"] = values["state"] or "unknown"
     return {"run_id": run_id, "experiment_name": experiment_name, "target": target, **values}
 
 
 def _host_row(target: str, row: dict[str, Any]) -> dict[str, Any]:
-    shown = list_row(target, row["experiment_name"], row["run_id"], row)
-    return shown | ({"message": row["message"]} if row["state"] in ("failed", "died") else {})
+    return list_row(target, row["experiment_name"], row["run_id"], row)
 
 
 def _last_seen(entry: Entry) -> dict[str, Any]:

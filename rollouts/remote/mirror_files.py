@@ -20,11 +20,9 @@ from rollouts.run_dir import STREAMED_FILES
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}"
 _GROWING = re.compile(rf"{'|'.join(map(re.escape, STREAMED_FILES))}|logs/{_NAME}\.log")
-_SNAPSHOT = re.compile(rf"status\.json|exit/{_NAME}\.json")
-# What the last pull may bring besides: who led which process group, what was installed, and W&B's own run files
-_PULLED_ONLY = re.compile(
-    rf"processes/{_NAME}\.json|code/environment-{_NAME}\.txt|wandb/(offline-)?run-{_NAME}(/{_NAME})+"
-)
+_SNAPSHOT = re.compile(rf"status\.json|exit/{_NAME}\.json|code/environment-{_NAME}\.txt")
+# What the last pull may bring besides: who led which process group, and W&B's own run files
+_PULLED_ONLY = re.compile(rf"processes/{_NAME}\.json|wandb/(offline-)?run-{_NAME}(/{_NAME})+")
 _CHECKPOINT = re.compile(r"checkpoints/(sft|rl)/step_[0-9]{6,12}")
 PULLED_PATTERNS = (  # the same list, in the words of rsync
     *(f"/{name}" for name in (*STREAMED_FILES, "status.json")),

@@ -26,7 +26,7 @@ from rollouts.remote.ssh_auth import LOGIN_TIMEOUT_S, KeyLogin, LoginFailed
 from rollouts.remote.ssh_channel import ChannelOutput, SSHStream
 from rollouts.remote.ssh_config import CONNECT_TIMEOUT_S, Hop, read_hops
 from rollouts.remote.ssh_errors import explain
-from rollouts.remote.ssh_host_key import HostKeyError, HostKeyPolicy, Trust, read_trust
+from rollouts.remote.ssh_host_key import HostKeyError, HostKeyPolicy, Trust, plain, read_trust
 from rollouts.remote.ssh_rsync import HOST_ALIAS, write_settings
 from rollouts.remote.ssh_socket import Proxy, open_tcp, open_through
 from rollouts.remote.transport import Completed, Stream, Target
@@ -192,7 +192,7 @@ def _connection(hop: Hop, way: object, trust: Trust, *, any_key: bool) -> fabric
         security.digests = _common(hop.list_of("macs"), security.digests)
         security.kex = _common(hop.list_of("kexalgorithms"), security.kex)
         possible = [name for name in hop.list_of("hostkeyalgorithms") if name in paramiko.Transport._key_info]
-        security.key_types = tuple((not any_key and trust.key_types(possible)) or possible)
+        security.key_types = tuple((not any_key and trust.key_types(possible)) or plain(possible))
         return made
 
     return fabric.Connection(

@@ -104,7 +104,7 @@ def _login(who: str, hop: Hop, error: Exception) -> TransportError | None:
             fix=f"for Host {hop.name} in {CONFIG}: IdentitiesOnly yes, with IdentityFile"
             if len(error.tried) > 1
             else "see the host's sshd log; run again if the host is busy",
-            lost=not error.tried,
+            lost=len(error.tried) <= 1,
         )
     if error.allowed and "publickey" not in error.allowed:
         return TransportError(

@@ -83,8 +83,12 @@ class Trust:
         if self.authorities:
             return [name for name in possible if name.endswith(CERTIFICATE)]
         first = algorithms(self.without_port.kinds)
-        plain = [name for name in possible if not name.endswith(CERTIFICATE)]
-        return sorted(plain, key=lambda name: name not in first)
+        return sorted(plain(possible), key=lambda name: name not in first)
+
+
+def plain(names: list[str]) -> list[str]:
+    """Return the algorithms without certificates."""
+    return [name for name in names if not name.endswith(CERTIFICATE)]
 
 
 def read_trust(hop: Hop) -> Trust:
@@ -119,7 +123,7 @@ class HostKeyPolicy(paramiko.MissingHostKeyPolicy):
                 raise RevokedHostKey(key, revoked.where)
         if any(known.blob == blob for known in (*trust.known.keys, *trust.without_port.keys)):
             return
-        if key.public_blob is not None:
+        if key.public_blob is not None and trust.authorities:
             self._check_certificate(key)
             return
         if same := trust.known.of_kind(key.get_name()):

@@ -22,6 +22,8 @@ RSYNC_FILE_ERROR = 11  # reading or writing a file failed, on either side
 IDLE_TIMEOUT_S = 300.0  # a transfer in which no byte moves for so long is given up; it may take as long as it needs
 HASH_BYTES_PER_S = 10e6  # a slow disk's
 CHANGED_MEANWHILE = "the code changed while it was being sent."
+SHELL_TIMEOUT_S = 300.0  # leftovers of gigabytes may have to go
+PROGRESS_BYTES_MIN = 20e6  # less is sent before anybody asks
 LINK_TREES_MAX = 4  # earlier uploads that were cut off, whose files are taken over
 
 Say = Callable[[str, str], None]  # phase, what is happening
@@ -171,7 +173,7 @@ class _Progress:
         sent, rate = re.sub(r"\D", "", match[1]), match[3]
         self._last = sent, rate
         tenth = 10 * int(sent) // max(1, self._size)
-        if tenth > self._tenth:
+        if tenth > self._tenth and self._size > PROGRESS_BYTES_MIN:
             self._tenth = tenth
             self._say("sync", f"{int(sent) / 1e6:.1f} of {self._size / 1e6:.1f} MB sent, {rate}")
 
@@ -231,7 +233,7 @@ def _refuse_full_disk(transport: Transport, directory: str, size: int) -> None:
 
 
 def _shell(transport: Transport, script: str, *arguments: str) -> str:
-    done = transport.run(["sh", "-c", script, "sh", *arguments], timeout_s=60)
+    done = transport.run(["sh", "-c", script, "sh", *arguments], timeout_s=SHELL_TIMEOUT_S)
     if "No space left on device" in done.err:
         raise disk_full(transport.target, done.err)
     if done.returncode != 0:

@@ -53,8 +53,14 @@ def runs_text(rows: Sequence[dict[str, Any]]) -> str:
         return "no runs"
     header = ["run_id", "target", "state", "stage", "step", "started_at", "exit_code"]
     table = columns([header, *([cell(name, row[name]) for name in header] for row in rows)])
-    reasons = [f"{cell('', row['run_id'])}: {cell('', row['message'])}" for row in rows if row.get("message")]
-    return "\n".join([table, *reasons])
+    heading, *lines = table.splitlines()
+    return "\n".join([heading, *(f"{line}{_reason(row)}" for line, row in zip(lines, rows, strict=True))])
+
+
+def _reason(row: dict[str, Any]) -> str:
+    """Why a run failed or was not launched, as a line under its own; "" for any other."""
+    message = row.get("message") or ""
+    return f"\n  error: {one_line(message)}" if row["state"] in ("failed", "died", "not launched") and message else ""
 
 
 def run_text(row: dict[str, Any]) -> str:

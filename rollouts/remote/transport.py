@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -231,10 +231,8 @@ def run_rsync(
     if rsync is None:
         raise DeployError("rsync is not installed on this machine.", fix="apt-get install rsync, or brew install rsync")
     argv = [rsync, "-s", *transport.rsync_options(), *arguments]
-    # English on both sides: the words are read below
-    english = {**os.environ, "LC_ALL": "C"}
     try:
-        done = _run_told(argv, stdin, timeout_s, english, on_output)
+        done = _run_told(argv, stdin, timeout_s, on_output)
     except subprocess.TimeoutExpired:
         raise TransportError(f"rsync with {transport.target}: no end after {timeout_s:.0f} s", lost=True) from None
     result = Completed(done.returncode, done.stdout, done.stderr)
@@ -254,19 +252,16 @@ def run_rsync(
 
 
 def _run_told(
-    argv: Sequence[str],
-    stdin: bytes,
-    timeout_s: float | None,
-    env: Mapping[str, str],
-    on_output: Callable[[str], None] | None,
+    argv: Sequence[str], stdin: bytes, timeout_s: float | None, on_output: Callable[[str], None] | None
 ) -> subprocess.CompletedProcess[bytes]:
     """subprocess.run with its output captured, or told line by line while it runs."""
+    english = {**os.environ, "LC_ALL": "C"}  # its words are read
     if on_output is None:
-        return subprocess.run(argv, input=stdin, capture_output=True, timeout=timeout_s, env=env, check=False)
+        return subprocess.run(argv, input=stdin, capture_output=True, timeout=timeout_s, env=english, check=False)
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as errors:
         given.write(stdin)
         given.seek(0)
-        with subprocess.Popen(argv, stdin=given, stdout=subprocess.PIPE, stderr=errors, env=env) as process:
+        with subprocess.Popen(argv, stdin=given, stdout=subprocess.PIPE, stderr=errors, env=english) as process:
             try:
                 assert process.stdout is not None
                 rest = b""

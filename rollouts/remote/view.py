@@ -10,7 +10,17 @@ from typing import Any
 from rollouts.remote.escape import one_line
 
 ALL_TASKS = "all"  # the task of an eval.jsonl row that counts every held-out row
-METRICS_SHOWN = ("loss", "reward_mean", "groups_kept", "tokens_per_s", "lr", "grad_norm", "lag_max", "step_s")
+METRICS_SHOWN = (
+    "loss",
+    "reward_mean",
+    "groups_kept",
+    "groups_zero_std_frac",
+    "tokens_per_s",
+    "lr",
+    "grad_norm",
+    "lag_max",
+    "step_s",
+)
 
 
 @dataclass(frozen=True)
@@ -122,6 +132,7 @@ def _fold_event(view: View, row: dict[str, Any]) -> View:
 # event kind -> name and progress of the phase that it shows, filled from its fields
 PHASES: dict[str, tuple[str, str]] = {
     "environment": ("environment {name}", "{action} after {seconds:.1f} s"),
+    "environment_progress": ("environment {name}", "{doing}, {packages} packages, {seconds:.0f} s"),
     "stage_started": ("{stage}", "starting"),
     "training_started": ("{stage}", "training"),
     "engine_ready": ("{window}", "ready after {seconds:.1f} s"),

@@ -19,6 +19,7 @@ from rollouts.remote.mirror import CheckpointPuller, Mirror, drop_partial, pull_
 from rollouts.remote.mirror_files import RefusedNameError, is_checkpoint
 from rollouts.remote.registry import Entry
 from rollouts.remote.rows import RowOrder
+from rollouts.remote.sending import sent_program
 from rollouts.remote.transport import Transport
 from rollouts.remote.view import View, fold
 from rollouts.run_dir import read_status
@@ -243,9 +244,9 @@ def apply(mirror: Mirror, message: dict[str, Any]) -> str | None:
 def tail(link: Link, mirror: Mirror, *, follow: bool) -> Iterator[dict[str, Any]]:
     """Messages of one `tail` on the host, from where the mirror ends. Ends early only by TransportError(lost)."""
     entry, transport = link.entry, link.transport
-    argv = [link.python, "-m", "rollouts.worker.tail", entry.run_path, *(["--follow"] if follow else [])]
-    first_line = json.dumps(mirror.offsets()).encode() + b"\n"
-    stream = transport.stream(argv, first_line=first_line, cwd=f"{entry.run_path}/code/tree")
+    options = ["--follow"] if follow else []
+    argv, program = sent_program(link.python, "rollouts.worker.tail", entry.run_path, *options)
+    stream = transport.stream(argv, first_line=program + json.dumps(mirror.offsets()).encode() + b"\n")
     heard = False
     try:
         for line in stream.lines(idle_timeout_s=IDLE_TIMEOUT_S):

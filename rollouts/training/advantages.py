@@ -7,8 +7,9 @@ what the difference is divided by: "none", "group_std", or "batch", which standa
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+CONTRAST_MIN = 1e-6  # of the largest magnitude: rewards that lie closer are equal, but for rounding and a judge's noise
 BASELINES = ("group_mean", "leave_one_out")
 NORMS = ("none", "group_std", "batch")
 
@@ -26,9 +27,10 @@ def compute_advantages(
     GRPO (arXiv 2402.03300): "group_mean" and "group_std". Dr. GRPO (2503.20783): "group_mean". RLOO (2402.14740):
     "leave_one_out". REINFORCE++ (2501.03262): 0.0 and "batch"; its baseline variant: "group_mean" and "batch".
 
-    Standard deviations have ddof 1 and no epsilon is added. Where there is no contrast nothing is divided: a group
-    whose rewards are all equal, or of one sample, gets exactly 0 from the group baselines, never NaN or rounding noise
-    blown up; so does a whole step under "batch". Raises ValueError for an unknown name or ids that do not fit.
+    Standard deviations have ddof 1 and no epsilon is added. Where there is no contrast (`has_contrast`) nothing is
+    divided: a group whose rewards are equal, or of one sample, gets exactly 0 from the group baselines, never NaN or
+    noise blown up; so does a whole step under "batch". Raises ValueError for an unknown name, ids that do not fit, or
+    a reward that is not finite.
     """
     if isinstance(baseline, str) and baseline not in BASELINES:
         raise ValueError(f"baseline={baseline!r}: needs a number or one of {', '.join(map(repr, BASELINES))}")
@@ -37,15 +39,31 @@ def compute_advantages(
     ids = [0] * len(rewards) if group_ids is None else list(group_ids)
     if len(ids) != len(rewards):
         raise ValueError(f"{len(ids)} group_ids for {len(rewards)} rewards: needs one each")
+    not_finite = [f"rewards[{place}]={reward}" for place, reward in enumerate(rewards) if not math.isfinite(reward)]
+    if not_finite:
+        raise ValueError(f"{', '.join(not_finite[:5])}: needs finite rewards")
     places: dict[int, list[int]] = {}
     for place, group in enumerate(ids):
         places.setdefault(group, []).append(place)
+    if norm == "batch":  # the result does not depend on the scale
+        scale = _scale(rewards if isinstance(baseline, str) else (*rewards, baseline))
+        rewards = [reward / scale for reward in rewards]
+        baseline = baseline if isinstance(baseline, str) else baseline / scale
     advantages = [0.0] * len(rewards)
     for members in places.values():
         of_group = _of_group([rewards[place] for place in members], baseline, divide=norm == "group_std")
         for place, advantage in zip(members, of_group, strict=True):
             advantages[place] = advantage
-    return _standardised(advantages) if norm == "batch" else advantages
+    if norm != "batch":
+        return advantages
+    beside = () if isinstance(baseline, str) else (*rewards, baseline)  # what the differences were rounded at
+    return _standardised(advantages, beside)
+
+
+def has_contrast(values: Sequence[float], beside: Iterable[float] = ()) -> bool:
+    """Whether `values` differ by more than CONTRAST_MIN of the largest magnitude among them and `beside`."""
+    scale = max(map(abs, (*values, *beside)), default=0.0)
+    return scale > 0 and max(values) / scale - min(values) / scale > CONTRAST_MIN
 
 
 def gae(
@@ -67,36 +85,58 @@ def gae(
     return advantages, [advantage + value for advantage, value in zip(advantages, values, strict=True)]
 
 
+def mean(values: Sequence[float]) -> float:
+    """The mean, which no sum of large values overflows."""
+    scale = _scale(values)
+    return statistics.fmean(value / scale for value in values) * scale
+
+
 def standard_deviation(values: Sequence[float], *, ddof: int) -> float:
-    """sqrt(sum((x - mean)²) / (n - ddof)), n > ddof; `statistics` takes 20 times as long, in fractions."""
-    mean = statistics.fmean(values)
-    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - ddof))
+    """sqrt(sum((x - mean)²) / (n - ddof)), n > ddof; `statistics` takes 20 times as long, in fractions.
+
+    Deviations are divided by the largest before they are squared: no square overflows, or vanishes.
+    """
+    middle = mean(values)
+    deviations = [value - middle for value in values]
+    scale = _scale(deviations)
+    return scale * math.sqrt(math.fsum((part / scale) ** 2 for part in deviations) / (len(values) - ddof))
+
+
+def _scale(values: Iterable[float]) -> float:
+    """A power of two near the largest magnitude, by which division rounds nothing; 1 for zeros."""
+    largest = max(map(abs, values), default=0.0)
+    return math.ldexp(1.0, math.frexp(largest)[1] - 1) if largest else 1.0
 
 
 def _of_group(rewards: Sequence[float], baseline: float | str, *, divide: bool) -> list[float]:
-    flat = _all_equal(rewards)  # compared, for a rounded mean may differ from all
+    contrast = has_contrast(rewards)
+    if contrast and divide:  # the result does not depend on the scale, and squares and means round less
+        scale = _scale(rewards)
+        rewards, baseline = (
+            [reward / scale for reward in rewards],
+            baseline if isinstance(baseline, str) else baseline / scale,
+        )
     if not isinstance(baseline, str):
         differences = [reward - baseline for reward in rewards]
-    elif flat:
+    elif not contrast:
         return [0.0] * len(rewards)
     elif baseline == "group_mean":
-        mean = statistics.fmean(rewards)
-        differences = [reward - mean for reward in rewards]
+        middle = mean(rewards)
+        differences = [reward - middle for reward in rewards]
     else:
-        total, others = math.fsum(rewards), len(rewards) - 1
-        differences = [reward - (total - reward) / others for reward in rewards]
-    if flat or not divide:
-        return differences
-    std = standard_deviation(rewards, ddof=1)
-    return [difference / std for difference in differences]
+        middle, share = mean(rewards), len(rewards) / (len(rewards) - 1)
+        differences = [(reward - middle) * share for reward in rewards]  # what is left by the mean of the others
+    return _over_deviation(differences, rewards) if contrast and divide else differences
 
 
-def _standardised(values: Sequence[float]) -> list[float]:
-    if _all_equal(values):
+def _standardised(values: Sequence[float], beside: Iterable[float]) -> list[float]:
+    if not has_contrast(values, beside):
         return [0.0] * len(values)
-    mean, std = statistics.fmean(values), standard_deviation(values, ddof=1)
-    return [(value - mean) / std for value in values]
+    middle = mean(values)
+    return _over_deviation([value - middle for value in values], values)
 
 
-def _all_equal(values: Sequence[float]) -> bool:
-    return all(value == values[0] for value in values)
+def _over_deviation(differences: Sequence[float], values: Sequence[float]) -> list[float]:
+    """`differences` over the standard deviation (ddof 1) of `values`."""
+    std = standard_deviation(values, ddof=1)
+    return [difference / std for difference in differences]

@@ -12,13 +12,13 @@ from rollouts.agents.endpoint import Endpoint
 from rollouts.agents.environment import Environment
 from rollouts.agents.episode import AgentError, Limits, Trajectory, run_episode
 from rollouts.training.evaluation import Evaluation, Sampling, task_of
+from rollouts.training.rewards.common import finite_or_none, is_full
 from rollouts.training.rollout_gen.async_rollout_manager import group_seed
 from rollouts.training.rollout_gen.concurrency import gather_in_order
 from rollouts.training.rollout_gen.engine_generate import prompt_id
 from rollouts.training.types import Prompt, RewardFn, Sample
 
 _TURNS_APART = 1_000  # seeds of an episode's turns follow one another; episodes keep this distance
-RIGHT = 1.0  # the reward of an episode that evaluation counts as right
 
 
 def trajectory_to_sample(trajectory: Trajectory) -> Sample:
@@ -119,14 +119,14 @@ async def evaluate_agent(
     endpoints = [endpoint] if isinstance(endpoint, Endpoint) else list(endpoint)
     limiter = anyio.CapacityLimiter(episodes_at_once)
 
-    async def reward(sampler: Sequence[Endpoint], place: int, seed: int) -> float:
+    async def reward(sampler: Sequence[Endpoint], place: int, seed: int) -> tuple[float, str]:
         chosen, row = sampler[place % len(sampler)], rows[place]
         async with limiter:
             sample = trajectory_to_sample(await _episode(chosen, make_environment, row, seed=seed, limits=limits))
             value: Any = sample.reward if reward_fn is None else reward_fn(sample)
             if hasattr(value, "__await__"):
                 value = await value
-        return 0.0 if value is None else float(value)
+        return finite_or_none(value, sample) or 0.0, sample.response
 
     greedily = [replace(one, temperature=0.0) for one in endpoints]
     calls = [partial(reward, greedily, place, 0) for place in range(len(rows))]
@@ -136,13 +136,14 @@ async def evaluate_agent(
         for place in range(len(rows)):
             first = group_seed(sampling.seed, place)
             calls += [partial(reward, drawn, place, first + index * _TURNS_APART) for index in range(n)]
-    rewards = await gather_in_order(calls)
+    played = await gather_in_order(calls)
+    rewards = [value for value, _ in played]
     greedy, sampled = rewards[: len(rows)], rewards[len(rows) :]
     return Evaluation(
         tasks=[task_of(row) for row in rows],
-        responses=[],
-        right=[one == RIGHT for one in greedy],
+        responses=[response for _, response in played[: len(rows)]],
+        right=[is_full(one) for one in greedy],
         num_samples=n,
-        num_right=[sum(one == RIGHT for one in sampled[row * n : (row + 1) * n]) for row in range(len(rows))],
+        num_right=[sum(map(is_full, sampled[row * n : (row + 1) * n])) for row in range(len(rows))],
         rewards=greedy,
     )

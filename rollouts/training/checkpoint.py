@@ -12,10 +12,12 @@ sees a whole checkpoint or none. One run writes a `checkpoint_dir` at a time; on
 Weights are gathered, the optimizer's state is not: nothing but its own shards of that passes through a rank's memory.
 """
 
+import copy
 import json
 import logging
 import math
 import os
+import pickle
 import random
 import re
 import shutil
@@ -36,6 +38,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rollouts.manifest import MANIFEST_FILE, manifest_problems, write_manifest
 from rollouts.training import distributed, lora, optimizer_state
+from rollouts.training.datasets.turn_end import end_of_turn_ids, own_generation_config
+from rollouts.training.metrics import json_text
 from rollouts.training.optimizer_state import CheckpointError
 
 __all__ = ["CheckpointError", "Retention", "Snapshot", "list_checkpoints", "read_metadata", "write_checkpoint"]
@@ -117,7 +121,7 @@ def write_checkpoint(
 
     def finish() -> None:
         optimizer_state.check_complete(temporary / OPTIMIZER_DIRECTORY)
-        write_model(model, temporary, snapshot.weights)
+        write_model(model, temporary, snapshot.weights, tokenizer)
         if lora.is_lora(model):
             lora.write_adapter(model, temporary / lora.ADAPTER_DIR, snapshot.adapter)
         if tokenizer is not None:
@@ -125,7 +129,7 @@ def write_checkpoint(
         torch.save(dict(snapshot.training_state), temporary / TRAINING_STATE_FILE)
         record = {"stage": checkpoint_dir.name, "step": snapshot.step, "time": time.time(), **snapshot.metadata}
         record |= {"versions": _versions()}
-        (temporary / METADATA_FILE).write_text(json.dumps(record, indent=1) + "\n")
+        (temporary / METADATA_FILE).write_text(json_text(record, indent=1) + "\n")
         write_manifest(temporary)
         _sync_tree(temporary)
         _put_in_place(temporary, final)
@@ -150,14 +154,37 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def read_training_state(path: Path) -> dict[str, Any]:
-    """What `write_checkpoint` was given as `training_state`; tensors on the CPU. Only plain data is unpickled."""
-    return torch.load(path / TRAINING_STATE_FILE, map_location="cpu", weights_only=True)
+    """What `write_checkpoint` was given as `training_state`; tensors on the CPU.
+
+    Only plain data is unpickled. Raises CheckpointError for a file that holds anything else.
+    """
+    try:
+        return torch.load(path / TRAINING_STATE_FILE, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{path / TRAINING_STATE_FILE}: is not plain data, so it is not read: {reason}"
+        ) from error
 
 
-def write_model(model: nn.Module, directory: Path, weights: Mapping[str, Tensor]) -> None:
-    """`weights` (safetensors; tied ones once), config.json and generation_config.json into `directory`."""
+def write_model(model: nn.Module, directory: Path, weights: Mapping[str, Tensor], tokenizer: Any = None) -> None:
+    """`weights` (safetensors; tied ones once), config.json and generation_config.json into `directory`.
+
+    With a tokenizer, the generation config names every token that ends a turn, so that engines which load the directory
+    stop where the chat template ends a turn, and not at the tokenizer's eos_token alone.
+    """
     with _no_progress_bar():
         model.save_pretrained(directory, state_dict=dict(weights))  # type: ignore[operator]
+    generation = copy.deepcopy(
+        own_generation_config(model)
+    )  # save_pretrained takes what an evaluation put in its place
+    if generation is None:
+        return
+    ends = [] if tokenizer is None else end_of_turn_ids(tokenizer, model)
+    if len(ends) > 1 or (ends and generation.eos_token_id is None):
+        generation.eos_token_id = ends
+        generation._from_model_config = False  # else a loader may take the model config's one again
+    generation.save_pretrained(directory)
 
 
 def write_weights(model: nn.Module, path: Path, weights: Mapping[str, Tensor]) -> Path:
@@ -227,6 +254,8 @@ def read_model(model: nn.Module, path: Path) -> None:
     parameters = lora.adapter_state_dict(model) if lora.is_lora(model) else model.state_dict(keep_vars=True)
     filled: set[int] = set()
     for name in files:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CheckpointError(f"{index}: names the file {name!r}, outside of the checkpoint")
         with safetensors.safe_open(path / name, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 (no mapping: it cannot be iterated)
                 tensor, target = file.get_tensor(key), parameters.get(key)

@@ -9,6 +9,7 @@ import datetime
 import os
 import pickle
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -19,11 +20,15 @@ T = TypeVar("T")
 _BUCKET_ELEMENTS = 2**25  # all-reduced at once: 128 MiB of float32
 
 
-def initialize(device_type: str, *, timeout_s: float = 1800.0, alone: bool = False) -> torch.device:
+def initialize(
+    device_type: str, *, timeout_s: float = 1800.0, alone: bool = False, store_file: Path | None = None
+) -> torch.device:
     """Join the group that torchrun's environment variables describe, and return this rank's device.
 
     A world of one makes no group, unless `alone` says that it needs one (sharding does). `timeout_s` bounds every
     collective, so it must exceed the longest that ranks wait for rank 0 (generating a batch, an evaluation).
+    Ranks of one machine find each other in `store_file`, which must not exist before; without it over a socket of
+    torch's that listens on every address.
     """
     device = torch.device(device_type)
     if device_type == "cuda":
@@ -33,10 +38,22 @@ def initialize(device_type: str, *, timeout_s: float = 1800.0, alone: bool = Fal
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"  # objects and floats travel over gloo
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+        timeout = datetime.timedelta(seconds=timeout_s)
+        if store_file is None:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            store = _file_store(store_file, timeout)
+            rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            dist.init_process_group(backend, store=store, timeout=timeout, rank=rank, world_size=world)
     elif alone:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device
+
+
+def _file_store(path: Path, timeout: datetime.timedelta) -> dist.FileStore:
+    store = dist.FileStore(str(path), int(os.environ["WORLD_SIZE"]))
+    store.set_timeout(timeout)
+    return store
 
 
 def new_group() -> dist.ProcessGroup | None:

@@ -17,9 +17,10 @@ import anyio
 
 from rollouts.training import rewards
 from rollouts.training.datasets.chat import render_prompt
+from rollouts.training.model_limits import limits_of
 from rollouts.training.rollout_gen.async_rollout_manager import group_seed
 from rollouts.training.rollout_gen.concurrency import gather_in_order
-from rollouts.training.rollout_gen.engine_generate import refuse_abort, response_text, stop_ids
+from rollouts.training.rollout_gen.engine_generate import prompt_id, refuse_abort, response_text, stop_ids
 from rollouts.training.types import Prompt, Sample
 
 ALL_TASKS = "all"  # the name under which the rows of every task are counted together
@@ -109,7 +110,8 @@ def by_task(items: Sequence[T], tasks: Sequence[str]) -> dict[str, list[T]]:
     groups: dict[str, list[T]] = {ALL_TASKS: list(items)}
     if len(set(tasks)) > 1:
         for task in sorted(set(tasks)):
-            groups[task] = [item for item, its_task in zip(items, tasks, strict=True) if its_task == task]
+            name = f"{task} (task)" if task == ALL_TASKS else task  # a row's own column may say anything
+            groups[name] = [item for item, its_task in zip(items, tasks, strict=True) if its_task == task]
     return groups
 
 
@@ -127,6 +129,23 @@ def _with_task(item: Any, task: str) -> Any:
     if isinstance(item, Sample):
         return replace(item, metadata={"task": task, **item.metadata})
     return {"task": task, **item}
+
+
+def answer_records(rows: Sequence[Prompt], found: Evaluation) -> Iterator[dict[str, Any]]:
+    """A plain row for each held-out row: its place and id, the same at every step, the answer, the verdict."""
+    for place, (row, task) in enumerate(zip(rows, found.tasks, strict=True)):
+        expected = row.get("answer") if isinstance(row, Mapping) else None
+        yield {
+            "row": place,
+            "prompt_id": prompt_id(row),
+            "task": task,
+            "prompt": row,
+            "expected": expected,
+            "answer": found.responses[place],
+            "correct": found.right[place],
+            **({"num_samples": found.num_samples, "num_correct": found.num_right[place]} if found.num_samples else {}),
+            **({"reward": found.rewards[place]} if found.rewards else {}),
+        }
 
 
 def exact_match(responses: Sequence[str], answers: Sequence[str]) -> float:
@@ -195,11 +214,12 @@ def evaluate_with_model(
 ) -> Evaluation:
     """In process: left-padded `model.generate` of at most `batch_size` sequences at once.
 
-    What the model's own generation_config says (Qwen's penalises repetition) has no part in it. The model's training
-    mode and the global random state stay. Sampled answers follow from `sampling.seed` and `batch_size`.
+    Of the model's own generation_config only the tokens that end a turn count (Qwen's penalises repetition). The
+    model's training mode and the global random state stay. Sampled answers follow from `sampling.seed` and
+    `batch_size`.
     """
     _require(rows, sampling)
-    stops = stop_ids(tokenizer, stop_token_ids)
+    stops = stop_ids(tokenizer, stop_token_ids, model)
     generate = partial(_generate, model, tokenizer, rows, stops=stops, max_new_tokens=max_new_tokens)
     with evaluating(model):
         responses = [one for (one,) in generate(batch_size, n=1, do_sample=False)]
@@ -228,7 +248,8 @@ def evaluating(model: Any) -> Iterator[None]:
     models = [model] if unwrap is None else [model, unwrap()]
     own_configs = [each.generation_config for each in models]
     model.eval()
-    for each in models:
+    for each, own_config in zip(models, own_configs, strict=True):
+        each._own_generation_config = own_config  # a checkpoint may be written meanwhile
         each.generation_config = GenerationConfig()
     try:
         with torch.no_grad():
@@ -236,6 +257,7 @@ def evaluating(model: Any) -> Iterator[None]:
     finally:
         for each, own_config in zip(models, own_configs, strict=True):
             each.generation_config = own_config
+            del each._own_generation_config
         model.train(was_training)
 
 
@@ -258,13 +280,19 @@ def _generate(
     *,
     n: int,
     stops: list[int],
+    max_new_tokens: int,
     **options: Any,
 ) -> list[list[str]]:
-    """`n` answers to each row, in the order of the rows; rows of like length share a batch, for little padding."""
+    """`n` answers to each row, in the order of the rows; rows of like length share a batch, for little padding.
+
+    An answer ends where the model's learned positions do, if it has a table of them.
+    """
     import torch
 
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
     prompts = [render_prompt(tokenizer, row) for row in rows]
+    room = limits_of(model)
+    room.require(max(map(max, prompts)), max(map(len, prompts)) + 1, "a prompt and the first token of its answer")
     order = sorted(range(len(rows)), key=lambda index: len(prompts[index]))
     answers: list[list[str]] = [[] for _ in rows]
     device = next(model.parameters()).device
@@ -277,6 +305,7 @@ def _generate(
             num_beams=1,
             num_return_sequences=n,
             eos_token_id=stops,
+            max_new_tokens=room.left(max_new_tokens, len(input_ids[0])),
             pad_token_id=pad,
             **options,
         )
@@ -299,7 +328,7 @@ def _evaluation(
     rows: Sequence[Prompt], responses: list[str], sampled: list[list[str]], score_fn: ScoreFn
 ) -> Evaluation:
     def is_right(row: Prompt, text: str) -> bool:
-        return score_fn(Sample(prompt=row, response=text)) == 1.0
+        return rewards.is_full(score_fn(Sample(prompt=row, response=text)))
 
     return Evaluation(
         tasks=[task_of(row) for row in rows],

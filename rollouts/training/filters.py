@@ -1,20 +1,25 @@
 """Group filters: `list[Sample]`, the samples of one prompt with their rewards, to whether the group is trained on.
 
-Pure. They run after rewards: a sample without one is an error, for a filter that quietly kept or dropped it would
+Pure. Rewards are compared but for rounding (`advantages.CONTRAST_MIN`): parts that add up to 0.9999999999999999 are 1.
+They run after rewards: a sample without one is an error, for a filter that quietly kept or dropped it would
 either train on noise or drop every group.
 """
 
+from rollouts.training.advantages import CONTRAST_MIN, has_contrast
 from rollouts.training.types import Sample
 
 
 def check_reward_nonzero_std(samples: list[Sample]) -> bool:
-    """Keep a group whose rewards differ; one where all are equal has only zero advantages (DAPO, arXiv 2503.14476)."""
-    return len(set(_rewards(samples))) > 1
+    """Keep a group whose rewards differ (DAPO, arXiv 2503.14476); those of one that does not have advantages of 0.
+
+    By `advantages.has_contrast`: rounding noise is no difference.
+    """
+    return has_contrast(_rewards(samples))
 
 
 def check_min_reward(samples: list[Sample], threshold: float = 0.5) -> bool:
     """Keep a group in which at least one reward is above `threshold`."""
-    return max(_rewards(samples)) > threshold
+    return max(_rewards(samples)) > threshold + CONTRAST_MIN * abs(threshold)
 
 
 def check_response_diversity(samples: list[Sample], min_unique_ratio: float = 0.5) -> bool:
@@ -35,7 +40,7 @@ def check_quality_and_diversity(samples: list[Sample]) -> bool:
 
 def check_any_success(samples: list[Sample], success_reward: float = 1.0) -> bool:
     """Keep a group in which at least one sample reached `success_reward`."""
-    return max(_rewards(samples)) >= success_reward
+    return max(_rewards(samples)) >= success_reward - CONTRAST_MIN * abs(success_reward)
 
 
 def _rewards(samples: list[Sample]) -> list[float]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,19 +48,41 @@ class JSONLLogger:
 
 
 class WandbLogger:
-    """Metrics to a Weights & Biases run. Needs the `wandb` extra; it is imported only here."""
+    """Metrics to a Weights & Biases run. Needs the `wandb` extra; it is imported only here.
 
-    def __init__(self, project: str, *, name: str | None = None, config: Mapping[str, Any] | None = None) -> None:
+    `group` joins the runs of a job's stages; W&B's own files go to `directory`/wandb, not to the working directory.
+    """
+
+    def __init__(
+        self,
+        project: str,
+        *,
+        name: str | None = None,
+        config: Mapping[str, Any] | None = None,
+        group: str | None = None,
+        directory: Path | str | None = None,
+    ) -> None:
         try:
             import wandb
         except ImportError as error:
             raise ImportError(
                 "WandbLogger needs wandb: pip install 'rollouts[wandb]', or set use_wandb=False"
             ) from error
+        if group is not None:
+            os.environ["WANDB_RUN_GROUP"] = group
+        if directory is not None:
+            os.environ["WANDB_DIR"] = str(directory)
+        self._wandb = wandb
         self._run = wandb.init(project=project, name=name, config=dict(config or {}))
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        self._run.log(dict(metrics), step=step)
+        self._run.log({**metrics, "step": step}, step=step)
+
+    def log_table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Show `rows`, all of the same keys, as a table of the run."""
+        if rows:
+            data = [[_cell(value) for value in row.values()] for row in rows]
+            self._run.log({name: self._wandb.Table(columns=list(rows[0]), data=data)}, step=step)
 
     def finish(self) -> None:
         self._run.finish()
@@ -86,6 +109,10 @@ class CompositeLogger:
             raise ExceptionGroup("metrics loggers failed to finish", errors)
 
 
+def _cell(value: Any) -> Any:
+    return value if isinstance(value, (str, int, float, bool)) or value is None else json.dumps(value, default=str)
+
+
 def _ends_torn(path: Path) -> bool:
     try:
         with path.open("rb") as file:
@@ -95,6 +122,11 @@ def _ends_torn(path: Path) -> bool:
             return file.read(1) != b"\n"
     except FileNotFoundError:
         return False
+
+
+def json_text(record: Mapping[str, Any], **options: Any) -> str:
+    """`record` as JSON, numbers that JSON has no word for (NaN, infinities) as null."""
+    return json.dumps({key: _plain(key, value) for key, value in record.items()}, allow_nan=False, **options)
 
 
 def _json(record: Mapping[str, Any]) -> str:

@@ -1,10 +1,16 @@
 """Load a tokenizer and a model, from the hub or a directory, with weights or with seeded random ones."""
 
+import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
+
+
+logger = logging.getLogger(__name__)
+NAMES_SHOWN = 5
 
 
 class ModelError(ValueError):
@@ -15,7 +21,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a hub id or directory. Raises ModelError; also for one without an end token."""
     from transformers import AutoTokenizer
 
-    _require_config(name)
+    require_model(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises a dozen unrelated kinds (HTTP, JSON, its own)
@@ -41,7 +47,7 @@ def load_model(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    _require_config(name)
+    require_model(name)
     dtype = torch.float32 if dtype is None else dtype
     try:
         if init == "random":
@@ -50,8 +56,8 @@ def load_model(
                 torch.manual_seed(init_seed)
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         elif init == "pretrained":
-            _require_weights(name)
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
+            require_weights(name)
+            model = with_every_weight(AutoModelForCausalLM, name, dtype=dtype, trust_remote_code=trust_remote_code)
         else:
             raise ModelError(f"init={init!r}: needs 'pretrained' or 'random'")
     except ModelError:
@@ -59,6 +65,49 @@ def load_model(
     except Exception as error:  # as above
         raise ModelError(_message("model", name, error, trust_remote_code)) from error
     return model.train()
+
+
+def with_every_weight(auto_class: Any, name: str, **options: Any) -> Any:
+    """Return `auto_class.from_pretrained(name, **options)`, with each of its tensors out of the files.
+
+    transformers draws random values for a tensor that the files lack, and says so in a log alone. Here that is a
+    ModelError, and so is a tensor of another shape; a tied one needs only one of its names. Tensors of the files that
+    the model does not have are named in a warning.
+    """
+    model, info = auto_class.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    missing, unknown = set(info["missing_keys"]), set(info["unexpected_keys"])
+    problems = [
+        f"{key} has shape {list(found)}, the architecture needs {list(needed)}"
+        for key, found, needed in sorted(info["mismatched_keys"])
+    ]
+    if missing:
+        problems.append(f"no tensor for {_some(missing)}")
+    if problems or info["error_msgs"]:
+        found = f"; found beside: {_some(unknown)}" if unknown else ""
+        details = "; ".join([*problems[:NAMES_SHOWN], *info["error_msgs"]])
+        raise ModelError(
+            f"{name}: the weights are not this model's: {details}{found}. They would be random. Fix: "
+            f"{_prefix_fix(missing, unknown)}"
+        )
+    if unknown:
+        logger.warning("%s: its files hold tensors that the model does not have: %s", name, _some(unknown))
+    return model
+
+
+def _some(names: Collection[str]) -> str:
+    """`a, b, c (12 tensors)`: the first few, and how many there are."""
+    shown = ", ".join(sorted(names)[:NAMES_SHOWN])
+    return f"{shown}, … ({len(names)} tensors)" if len(names) > NAMES_SHOWN else shown
+
+
+def _prefix_fix(missing: Collection[str], unknown: Collection[str]) -> str:
+    """Say what to mend: a prefix that a wrapper left on the names, or else the files as a whole."""
+    for key in unknown:
+        for wanted in missing:
+            if key.endswith(f".{wanted}"):
+                prefix = key.removesuffix(wanted)
+                return f"the names carry the prefix {prefix!r}: save the model without its wrapper."
+    return "save all of the model's weights, or set init='random' to draw new ones."
 
 
 def enable_activation_checkpointing(model: Any) -> None:
@@ -72,8 +121,8 @@ def enable_activation_checkpointing(model: Any) -> None:
     enable({"use_reentrant": False})
 
 
-def _require_config(name: str) -> None:
-    """A name that can only be a directory must be one, and hold a config.json."""
+def require_model(name: str) -> None:
+    """Raise ModelError for a name that can only be a directory and is none, or has no config.json."""
     path = Path(name)
     if not path.is_dir():
         if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
@@ -82,7 +131,8 @@ def _require_config(name: str) -> None:
         raise ModelError(f"{name}: the directory has no config.json, so it is no Hugging Face model")
 
 
-def _require_weights(name: str) -> None:
+def require_weights(name: str) -> None:
+    """Raise ModelError for a directory without weights."""
     path = Path(name)
     if path.is_dir() and not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
         raise ModelError(f"{name}: the directory holds no weights (*.safetensors); set init='random' to draw new ones")

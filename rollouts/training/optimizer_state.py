@@ -15,8 +15,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from rollouts.training.sharded_reader import SafeReader, UnsafeIndexError, read_index
 
 # Said by dcp.save and dcp.load for no_dist=True, which is what a world of one asks for.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -59,7 +62,7 @@ def write(tensors: Mapping[str, Tensor], directory: Path, group: dist.ProcessGro
 
 def check_complete(directory: Path) -> None:
     """Raises CheckpointError where a file that a rank wrote is not to be seen from here."""
-    storage = dcp.FileSystemReader(directory).read_metadata().storage_data or {}
+    storage = read_index(directory).storage_data or {}
     absent = sorted({item.relative_path for item in storage.values() if not (directory / item.relative_path).is_file()})
     if absent:
         raise CheckpointError(
@@ -73,8 +76,12 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, directory: Path,
     Raises CheckpointError unless the state is of exactly this optimizer's parameters. The groups that it was saved for
     are shown to the optimizer's `load_state_dict`, which may refuse them.
     """
-    reader = dcp.FileSystemReader(directory)
-    saved = reader.read_metadata().state_dict_metadata
+    try:
+        saved = read_index(directory).state_dict_metadata
+    except UnsafeIndexError as error:
+        raise CheckpointError(
+            f"{error}. Fix: use a checkpoint that a run wrote, from a place that you trust."
+        ) from error
     parameters = {name: (index, parameter) for index, name, parameter in _parameters(model, optimizer)}
     names = {key.rpartition(".")[0] for key in saved} | set(plain["values"])
     trained = {name for name, (_, parameter) in parameters.items() if parameter.requires_grad}  # frozen ones have none
@@ -86,7 +93,11 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, directory: Path,
             )
     tensors = {key: _empty(item, parameters[key.rpartition(".")[0]][1]) for key, item in saved.items()}
     if tensors:
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
+        try:
+            dcp.load(tensors, storage_reader=SafeReader(directory), no_dist=True)
+        except CheckpointException as error:  # no Exception, so that nobody else's handler knows it
+            reason = " ".join(str(next(iter(error.failures.values()))[0]).split())[:300]
+            raise CheckpointError(f"{directory}: cannot be read: {reason}. Fix: choose another step.") from error
     state: dict[int, dict[str, Any]] = {parameters[name][0]: dict(values) for name, values in plain["values"].items()}
     for key, tensor in tensors.items():
         name, _, entry = key.rpartition(".")

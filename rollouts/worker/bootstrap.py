@@ -1,88 +1,102 @@
 """Virtual environments on the host: made once, reused by key, rebuilt when half-built. Standard library only.
 
-An environment lies at <home>/envs/<key> and is complete when its marker is there, which is written last. Two runs that
-want the same one take turns by a lock file beside it: one builds, the other waits and reuses. The caller's `tick` is
-called in every wait; what it raises (a stop) ends the build, and what was built so far never counts.
+An environment lies at <home>/envs/<key> and is complete when its marker is there, which is written last, once its own
+interpreter has named every requirement at the version that was asked for. Two runs that want the same one take turns by
+a lock file beside it: one builds, the other waits and reuses. What it holds is recorded in the run directory. The
+caller's `tick` is called in every wait; what it raises (a stop) ends the build, and what was built so far never counts.
 """
 
-import collections
 import contextlib
 import dataclasses
 import fcntl
+import json
 import os
 import shlex
 import shutil
-import signal
 import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from rollouts import run_dir
 from rollouts.run_dir import EnvironmentSpec, RunDir
+from rollouts.worker import isolation, requirement
 from rollouts.worker.console import say
+from rollouts.worker.installer import BootstrapError, Patience, Progress, inputs_of, run_installer
+
+__all__ = ["BootstrapError", "Patience", "ensure_environment", "is_complete"]
 
 MARKER_FILE = ".complete"
-LOG_TAIL_LINES = 50
-POLL_S = 0.1
-END_GRACE_S = 3.0
+QUERY_TIMEOUT_S = 120.0  # a cold network file system
+SHOWN_PROBLEMS = 10
 UV_PLACES = ("~/.local/bin/uv", "~/.cargo/bin/uv")  # where its installer puts it; not on PATH in a bare ssh command
+# Run by an environment's own interpreter, with -I. The first of two of one name is the one that is imported.
+QUERY = """
+import importlib.metadata, json, os, platform, sys
+found = [(d.metadata["Name"], d.version) for d in importlib.metadata.distributions()]
+version = sys.implementation.version
+full = "%d.%d.%d" % version[:3] + ("" if version[3] == "final" else version[3][0] + str(version[4]))
+print(json.dumps({"distributions": [pair for pair in found if all(pair)], "markers": {
+    "os_name": os.name, "sys_platform": sys.platform, "platform_machine": platform.machine(),
+    "platform_python_implementation": platform.python_implementation(), "platform_release": platform.release(),
+    "platform_system": platform.system(), "platform_version": platform.version(),
+    "python_version": ".".join(platform.python_version_tuple()[:2]), "python_full_version": platform.python_version(),
+    "implementation_name": sys.implementation.name, "implementation_version": full}}))
+"""
 
 
-class BootstrapError(Exception):
-    """An environment could not be made. The message names the fix; `log_tail` is what the installer said last."""
+@dataclass(frozen=True)
+class Content:
+    """What an environment's own interpreter says of it."""
 
-    def __init__(self, message: str, log_tail: Sequence[str] = ()) -> None:
-        super().__init__(message)
-        self.log_tail = list(log_tail)
+    distributions: tuple[tuple[str, str], ...]  # (name, version), by name
+    markers: dict[str, str]
 
-
-class Patience:
-    """How long the bootstrap as a whole may take, and what to do meanwhile."""
-
-    def __init__(self, timeout_s: float, *, tick: Callable[[], None]) -> None:
-        self.timeout_s, self.tick = timeout_s, tick
-        self._deadline = time.monotonic() + timeout_s
-
-    def wait(self, spec: EnvironmentSpec, last_seen: str, log_tail: Sequence[str] = ()) -> None:
-        """One short sleep. Raises BootstrapError once it took too long, and whatever `tick` raises."""
-        if time.monotonic() > self._deadline:
-            raise BootstrapError(
-                f"environment {spec.name!r}: not ready within limits.bootstrap_timeout_s={self.timeout_s:g};"
-                f" {last_seen}. Raise the limit, or see in the log what took so long.",
-                log_tail,
-            )
-        self.tick()
-        time.sleep(POLL_S)
+    @property
+    def versions(self) -> dict[str, str]:
+        return {requirement.canonical(name): version for name, version in self.distributions}
 
 
 def ensure_environment(spec: EnvironmentSpec, run: RunDir, patience: Patience) -> None:
-    """Have `spec` complete at its path on return.
+    """Have `spec` complete at its path on return, and recorded in `run`.
 
-    Raises BootstrapError for a failing or missing installer, or when patience runs out; and whatever its `tick` raises.
+    Raises BootstrapError for a failing or missing installer, for an environment that lacks what was required, or when
+    patience runs out; and whatever its `tick` raises.
     """
     started = time.monotonic()
 
-    def announce(action: str) -> None:
+    def announce(action: str, **fields: object) -> None:
         seconds = round(time.monotonic() - started, 3)
-        run_dir.append_event(run, "environment", name=spec.name, action=action, seconds=seconds)
+        run_dir.append_event(run, "environment", name=spec.name, action=action, seconds=seconds, **fields)
         say(f"environment {spec.name}: {action} after {seconds:.2f} s ({spec.path})")
 
     path = Path(spec.path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path.with_name(f".{path.name}.lock"), spec, patience):
+    progress = Progress(run, spec)
+    with _locked(path.with_name(f".{path.name}.lock"), spec, patience, progress) as lock:
         if is_complete(path):
+            content = content_of(spec)
+            _check(spec, content, f"It was complete once; remove {path} while no run uses it, and run again.")
+            _record(run, spec, content)
             announce("reused")
             return
         announce("building")
         if path.exists():
             say(f"environment {spec.name}: {path} was left half-built; starting over")
             shutil.rmtree(path)
-        _build(spec, path, patience)
+        left_out = _build(spec, patience, progress, lock)
+        content = content_of(spec)
+        _check(
+            spec,
+            content,
+            f"Its installer said that it had succeeded, so a setting of this host sent the packages elsewhere: see"
+            f" `pip config list` or uv.toml there; or check {inputs_of(spec)}.",
+        )
+        _record(run, spec, content)
         marker = {**dataclasses.asdict(spec), "completed_at": time.time()}
         run_dir.write_json_atomic(path / MARKER_FILE, marker)
-        announce("ready")
+        announce("ready", **({"pip_settings_left_out": left_out} if left_out else {}))
 
 
 def is_complete(path: Path) -> bool:
@@ -90,8 +104,53 @@ def is_complete(path: Path) -> bool:
     return (path / MARKER_FILE).is_file() and (path / "bin" / "python").exists()
 
 
-def _build(spec: EnvironmentSpec, path: Path, patience: Patience) -> None:
-    """Create the environment and install into it; its input files lie in it afterwards."""
+def content_of(spec: EnvironmentSpec) -> Content:
+    """Ask the environment's interpreter what it holds; nothing of this process's environment acts on its answer."""
+    answer = json.loads(_answer(spec, f"{spec.path}/bin/python", "-I", "-c", QUERY))
+    first: dict[str, tuple[str, str]] = {}
+    for name, version in answer["distributions"]:
+        first.setdefault(requirement.canonical(name), (name, version))
+    return Content(tuple(first[name] for name in sorted(first)), answer["markers"])
+
+
+def _answer(spec: EnvironmentSpec, *argv: str) -> str:
+    """What one short command prints. Raises BootstrapError with what it said, when it fails."""
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=QUERY_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BootstrapError(f"environment {spec.name!r}: cannot ask its Python: {error}") from None
+    if done.returncode != 0:
+        asked = shlex.join([part.strip().partition("\n")[0] for part in argv])
+        message = f"environment {spec.name!r}: `{asked}` failed with exit code {done.returncode}"
+        raise BootstrapError(message, done.stderr.splitlines())
+    return done.stdout
+
+
+def _check(spec: EnvironmentSpec, content: Content, advice: str) -> None:
+    found = requirement.problems(
+        [*spec.requirements, *spec.requirements_no_deps],
+        spec.constraints.splitlines(),
+        content.versions,
+        content.markers,
+    )
+    if found:
+        more = f"; and {len(found) - SHOWN_PROBLEMS} more" if len(found) > SHOWN_PROBLEMS else ""
+        raise BootstrapError(
+            f"environment {spec.name!r}: {'; '.join(found[:SHOWN_PROBLEMS])}{more} (in {spec.path}). {advice}", found
+        )
+
+
+def _record(run: RunDir, spec: EnvironmentSpec, content: Content) -> None:
+    lines = [f"{name}=={version}\n" for name, version in content.distributions]
+    run_dir.write_text_atomic(run.environment(spec.name), "".join(lines))
+
+
+def _build(spec: EnvironmentSpec, patience: Patience, progress: Progress, lock: int) -> list[str]:
+    """Create the environment and install into it; its input files lie in it afterwards.
+
+    Returns what of pip's configuration was left out.
+    """
+    path = Path(spec.path)
     python = str(path / "bin" / "python")
     if spec.installer == "uv":
         uv = _find_uv()
@@ -100,7 +159,9 @@ def _build(spec: EnvironmentSpec, path: Path, patience: Patience) -> None:
     else:
         create = [spec.base_python, "-m", "venv", str(path)]
         install = [python, "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
-    _run(create, spec, patience)
+    progress.doing = "making the virtual environment"
+    run_installer(create, spec, patience, progress, environment=os.environ, lock=lock)
+    environment, left_out = (dict(os.environ), []) if spec.installer == "uv" else _pip_environment(spec, python)
     constraints = path / "constraints.txt"
     constraints.write_text(spec.constraints)
     passes = (
@@ -111,7 +172,17 @@ def _build(spec: EnvironmentSpec, path: Path, patience: Patience) -> None:
         file = path / name
         file.write_text("".join(f"{line}\n" for line in lines))
         if lines:
-            _run([*install, *options, "-c", str(constraints), "-r", str(file)], spec, patience)
+            argv = [*install, *options, "-c", str(constraints), "-r", str(file)]
+            run_installer(argv, spec, patience, progress, environment=environment, lock=lock)
+    return left_out
+
+
+def _pip_environment(spec: EnvironmentSpec, python: str) -> tuple[dict[str, str], list[str]]:
+    """The variables that pip gets: what may pass of its configuration files is among them, and it reads no file."""
+    settings, left_out = isolation.pip_settings(_answer(spec, python, "-m", "pip", "config", "list"))
+    if left_out:
+        say(f"environment {spec.name}: left out of pip's configuration here: {', '.join(left_out)}")
+    return {**settings, **os.environ, "PIP_CONFIG_FILE": os.devnull}, left_out
 
 
 def _find_uv() -> str:
@@ -125,7 +196,8 @@ def _find_uv() -> str:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, spec: EnvironmentSpec, patience: Patience) -> Iterator[None]:
+def _locked(path: Path, spec: EnvironmentSpec, patience: Patience, progress: Progress) -> Iterator[int]:
+    """Hold the lock file; gives its descriptor, with which a child holds it too."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         waiting = False
@@ -133,8 +205,10 @@ def _locked(path: Path, spec: EnvironmentSpec, patience: Patience) -> Iterator[N
             if not waiting:
                 say(f"environment {spec.name}: another run is building it; waiting")
                 waiting = True
+            progress.doing = "waiting for another run, which is building it"
+            progress.tell()
             patience.wait(spec, "another run was still building it")
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)
 
@@ -145,47 +219,3 @@ def _try_lock(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _run(argv: list[str], spec: EnvironmentSpec, patience: Patience) -> None:
-    """Run one installer command in a group of its own, its output passed on; ended when anything is raised here."""
-    say(f"$ {shlex.join(argv)}")
-    try:
-        process = subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0
-        )
-    except OSError as error:
-        raise BootstrapError(f"environment {spec.name!r}: cannot start {argv[0]}: {error}") from None
-    tail: collections.deque[str] = collections.deque(maxlen=LOG_TAIL_LINES)
-    reader = threading.Thread(target=_pass_on, args=(process, tail), daemon=True)
-    reader.start()
-    try:
-        while process.poll() is None:
-            patience.wait(spec, f"`{argv[0]}` was still running", tail)
-    finally:
-        _end_group(process)
-    reader.join(END_GRACE_S)
-    if process.returncode != 0:
-        trainers = "host.constraints_file, the requirements in pyproject.toml"
-        inputs = "engine.requirements_file" if spec.name == "engine" else trainers
-        fix = f"Its last lines say why; check {inputs}, and that the host reaches its package index."
-        message = f"environment {spec.name!r}: `{shlex.join(argv)}` failed with exit code {process.returncode}. {fix}"
-        raise BootstrapError(message, tail)
-
-
-def _pass_on(process: subprocess.Popen[bytes], tail: collections.deque[str]) -> None:
-    assert process.stdout is not None
-    for line in process.stdout:
-        text = line.decode(errors="replace")
-        tail.append(text.rstrip("\n"))
-        say(text.rstrip("\n"))
-
-
-def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """End the installer with its children, unless it has ended; not reaped yet, so the group is its own."""
-    for signum in (signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is not None:
-            return
-        os.killpg(process.pid, signum)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(END_GRACE_S)

@@ -2,9 +2,14 @@
 
     python3 -m rollouts.worker.launch < job.json          (in the run's code tree)
 
-job.json is one object: {"config", "plan", "files": {"code/commit.txt": text, ...}, "secrets": {NAME: value}}. Prints
-one JSON line: {"started": true, ...}, or {"started": false, "reason": ...} for a run that was started before; both
-exit 0. An error goes to stderr, exit 1, and can be tried again. Standard library only.
+job.json is one object: {"config", "plan", "files": {"code/commit.txt": text, ...}, "secrets": {NAME: value},
+"launch_id": text}. Prints one JSON line and exits 0:
+
+    {"started": true, "run_id", "run_path"}
+    {"started": false, "same": true, "reason"}      this very launch was made before: its run goes on
+    {"started": false, "same": false, "reason"}     refused: another's run has the name, or what this one needs
+
+An error goes to stderr, exit 1, and can be tried again. Standard library only.
 """
 
 import contextlib
@@ -14,6 +19,7 @@ import os
 import shutil
 import sys
 import time
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,13 +27,14 @@ from typing import Any
 from rollouts import run_dir
 from rollouts.engines.keys import new_keys
 from rollouts.run_dir import LaunchPlan, RunDir, Status, observe
-from rollouts.worker import tmux
+from rollouts.worker import isolation, tmux
 from rollouts.worker.processes import POLL_S, SUPERVISOR_STAGE, SUPERVISOR_WINDOW, WINDOW_VARIABLE
 from rollouts.worker.window import window_command
 
 SUPERVISOR_START_S = 15.0
 MARK_VARIABLES = {run_dir.RUN_ID_VARIABLE, WINDOW_VARIABLE}  # of another run, where one launches from inside of it
-# Of the launcher's terminal and session, not of the machine: the run's processes get all else that the launcher had.
+# Of the launcher's terminal and session, not of the machine. The run's processes get all else that the launcher had,
+# less what would change what Python runs or installs (isolation.py).
 SESSION_VARIABLES = {"TMUX", "TMUX_PANE", "TERM", "PWD", "OLDPWD", "SHLVL", "_", *MARK_VARIABLES}
 SESSION_PREFIXES = ("SSH_",)
 
@@ -46,38 +53,57 @@ def launch(job: dict[str, Any]) -> dict[str, Any]:
     assert run_dir.valid_run_id(plan.run_id) and run.run_id == plan.run_id, f"{plan.run_id} in {plan.run_path}"
     if not Path("/proc/self/environ").exists():
         raise LaunchError("this host has no /proc: runs need Linux, to know their own processes by it")
-    with _launching(run):
+    run.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    run.path.chmod(0o700)
+    run_dir.clean_up(Path(plan.home))
+    with run_dir.launching(run):
         if run.lock.exists():
-            seen = observe(run)
-            return {"started": False, "reason": f"run {plan.run_id} was started before; it is {seen.state}"}
+            reason = f"run {plan.run_id} was started before; it is {observe(run).state}"
+            return {"started": False, "same": _launched_by(run) == job.get("launch_id"), "reason": reason}
         if tmux.has_session(plan.run_id):
             if not run.status.exists():
                 raise LaunchError(
                     f"a tmux session {plan.run_id!r} is there already, and not of this run. Choose another run name, or"
                     f" end that session (`tmux kill-session -t {plan.run_id}`)."
                 )
-            _await_supervisor(run, plan)  # an earlier launch was cut off at this point
-            return {"started": False, "reason": f"run {plan.run_id} was started before"}
-        _write_files(run, plan, job)
+            same = _launched_by(run) == job.get("launch_id")
+            if same:
+                _await_supervisor(run, plan)  # an earlier launch was cut off at this point
+            return {"started": False, "same": same, "reason": f"run {plan.run_id} was started before"}
         try:
-            command = window_command(plan.base_python, run, SUPERVISOR_STAGE, SUPERVISOR_WINDOW)
-            cwd = run.code_tree
-            tmux.start_session(
-                plan.run_id, SUPERVISOR_WINDOW, command, cwd=cwd, hide=MARK_VARIABLES | set(job["secrets"])
-            )
-            _await_supervisor(run, plan)
-        except (tmux.TmuxError, LaunchError) as error:
-            run.secrets.unlink(missing_ok=True)
-            run_dir.write_json_atomic(run.status, _status(plan, "failed", str(error), exit_code=1))
+            with _one_at_a_time(plan):
+                # A job without an id comes from an older deploy, which looked before, and knows no such answer
+                if job.get("launch_id") and (taken := _taken(plan)):
+                    return {"started": False, "same": False, "reason": taken}
+                _write_files(run, plan, job)  # from here on others see this run as live
+            _start_session(run, plan, job)
+        except BaseException as error:
+            run_dir.remove_transient(run)
+            if isinstance(error, tmux.TmuxError | LaunchError):
+                run_dir.write_json_atomic(run.status, _status(plan, "failed", str(error), exit_code=1))
             raise
     return {"started": True, "run_id": plan.run_id, "run_path": plan.run_path}
 
 
+def _start_session(run: RunDir, plan: LaunchPlan, job: dict[str, Any]) -> None:
+    command = window_command(plan.base_python, run, SUPERVISOR_STAGE, SUPERVISOR_WINDOW)
+    hide = MARK_VARIABLES | set(job["secrets"])
+    tmux.start_session(plan.run_id, SUPERVISOR_WINDOW, command, cwd=run.code_tree, hide=hide)
+    _await_supervisor(run, plan)
+
+
+def _launched_by(run: RunDir) -> str | None:
+    try:
+        found = json.loads(run.launch.read_text())["launch_id"]
+    except (OSError, ValueError, KeyError):  # launched by an older version of this program
+        return None
+    return None if found is None else str(found)
+
+
 @contextlib.contextmanager
-def _launching(run: RunDir) -> Iterator[None]:
-    """One launch of a run at a time; the kernel frees it with its holder."""
-    run.path.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(run.path, os.O_RDONLY)
+def _one_at_a_time(plan: LaunchPlan) -> Iterator[None]:
+    """One launch in this home: what two of them want is given to the first. The kernel frees it with its holder."""
+    descriptor = os.open(Path(plan.home) / "launch.lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
@@ -85,14 +111,48 @@ def _launching(run: RunDir) -> Iterator[None]:
         os.close(descriptor)
 
 
+def _taken(plan: LaunchPlan) -> str:
+    """What a live run of this home has that the plan needs, in words; "" for nothing."""
+    wanted = _needs(plan)
+    for path in sorted(Path(plan.home).glob("runs/*")):
+        other = RunDir(path)
+        if path.name == plan.run_id or not observe(other).live:
+            continue
+        try:
+            theirs = run_dir.read_plan(other)
+        except (ValueError, TypeError, KeyError):  # of another version of this program: its files are not ours to judge
+            continue
+        if theirs is not None and (shared := wanted & _needs(theirs)):
+            return (
+                f"run {other.run_id} is live and has {', '.join(sorted(shared))}; `deploy stop {other.run_id}` ends it"
+            )
+    return ""
+
+
+def _needs(plan: LaunchPlan) -> set[str]:
+    """What one run alone can have: its experiment's name, GPUs, ports."""
+    found = {f"the experiment name {plan.experiment_name!r}"}
+    for spec in (spec for stage in plan.stages for spec in (*stage.engines, stage.trainer)):
+        devices = spec.env.get("CUDA_VISIBLE_DEVICES", "")
+        found |= {f"GPU {device.strip()}" for device in devices.split(",") if device.strip()}
+        if spec.ready_url is not None:
+            found.add(f"port {urllib.parse.urlsplit(spec.ready_url).port}")
+    return found
+
+
 def _write_files(run: RunDir, plan: LaunchPlan, job: dict[str, Any]) -> None:
-    inherited = {
+    machines = {
         name: value
         for name, value in os.environ.items()
         if name not in SESSION_VARIABLES and not name.startswith(SESSION_PREFIXES)
     }
+    inherited, left_out = isolation.split(machines)
+    if undeclared := set(left_out) - set(job["config"]["host"]["env"]) - set(job["secrets"]):
+        run_dir.append_event(run, "note", message=isolation.left_out_note(undeclared))
     secrets = {"inherited": inherited, "secrets": job["secrets"], "engine_keys": new_keys()}
-    run_dir.write_json_atomic(run.secrets, secrets, mode=0o600)
+    run_dir.write_secrets(run, secrets)
+    run_dir.make_reserve(run)
+    run_dir.write_json_atomic(run.launch, {"launch_id": job.get("launch_id")})
     run_dir.write_json_atomic(run.config, job["config"])
     run_dir.write_json_atomic(run.plan, job["plan"])
     for name, text in job["files"].items():

@@ -1,15 +1,21 @@
 """Which processes belong to a run, and how they are ended. Standard library only; reads Linux's /proc.
 
 Every process of a run starts with two variables in its environment, which its descendants inherit whatever session or
-group they move to: the run's id and the window it came from. They are the run's mark: nothing without it is ever
-signalled, so neither a reused process id nor a stranger in a recorded group is hit.
+group they move to: the run's id and the window it came from. They are the run's mark. A process that dropped its
+environment belongs to the run by descent: each window's wrapper adopts the orphans below it (`adopt_orphans`), so the
+chain of parents leads to a marked process for as long as the wrapper lives. Nothing else is ever signalled, so neither
+a reused process id nor a stranger in a recorded group is hit.
 """
 
 import contextlib
+import ctypes
+import ipaddress
 import os
 import signal
+import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from rollouts.run_dir import RUN_ID_VARIABLE
@@ -19,32 +25,106 @@ SUPERVISOR_STAGE = "run"  # the supervisor's window belongs to no stage
 SUPERVISOR_WINDOW = "supervisor"
 STOPPED_CODE = 143  # the exit code of a stopped run, as a shell reports SIGTERM
 KILL_WAIT_S = 10.0  # how long the kernel may take over a SIGKILL
+SUPERVISOR_MARGIN_S = 20.0  # beyond its windows' grace: the supervisor's own bookkeeping
 POLL_S = 0.05
+PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 
 
 def window_mark(stage: str, window: str) -> str:
     return f"{stage}-{window}"
 
 
-def marked_processes(run_id: str, windows: Collection[str] | None = None) -> list[int]:
-    """Ids of the live processes that carry the run's mark, without the caller.
+def marked_processes(
+    run_id: str, windows: Collection[str] | None = None, *, ancestors: Collection[int] = ()
+) -> list[int]:
+    """Ids of the live processes that carry the run's mark, and of all that descend from them, without the caller.
 
-    `windows` (of `window_mark`) narrows it to what came from those; None takes all, the wrappers too. A zombie has
-    no environment left and is not counted.
+    `windows` (of `window_mark`) narrows it to what came from those; None takes all, the wrappers too. What descends
+    from `ancestors` belongs to it as well. A zombie has ended and is not counted, nor is what another run marked.
     """
-    run_entry = f"{RUN_ID_VARIABLE}={run_id}".encode()
+    run_entry = _entry(run_id)
     window_entries = None if windows is None else {f"{WINDOW_VARIABLE}={name}".encode() for name in windows}
-    found = []
-    for name in os.listdir("/proc"):
-        if not name.isdigit() or int(name) == os.getpid():
-            continue
-        try:
-            entries = Path("/proc", name, "environ").read_bytes().split(b"\0")
-        except OSError:  # gone meanwhile, or another user's
-            continue
+    parents = _parents()
+    environments = {pid: _environment(pid) for pid in parents}
+    roots = set(ancestors)
+    for pid, entries in environments.items():
         if run_entry in entries and (window_entries is None or not window_entries.isdisjoint(entries)):
-            found.append(int(name))
+            roots.add(pid)
+    found = (roots & parents.keys()) | _below(roots, parents, without=_strangers(run_id, environments))
+    return sorted(found - set(ancestors) - {os.getpid()})
+
+
+def descendants(pid: int, run_id: str) -> dict[int, int]:
+    """What of the run descends from a process now, as {id: start ticks}: to know it again once its parents are gone."""
+    parents = _parents()
+    strangers = _strangers(run_id, {child: _environment(child) for child in parents})
+    found = {child: start_ticks(child) for child in _below({pid}, parents, without=strangers)}
+    return {child: ticks for child, ticks in found.items() if ticks is not None}
+
+
+def _entry(run_id: str) -> bytes:
+    return f"{RUN_ID_VARIABLE}={run_id}".encode()
+
+
+def _strangers(run_id: str, environments: Mapping[int, Collection[bytes]]) -> set[int]:
+    """Those that another run marked."""
+    own, any_run = _entry(run_id), _entry("")
+    return {
+        pid
+        for pid, entries in environments.items()
+        if own not in entries and any(entry.startswith(any_run) for entry in entries)
+    }
+
+
+def _parents() -> dict[int, int]:
+    """{process id: its parent's} of everything that lives."""
+    found = {}
+    for name in os.listdir("/proc"):
+        fields = _stat(int(name)) if name.isdigit() else None
+        if fields is not None and fields[0] not in "ZX":
+            found[int(name)] = int(fields[1])
     return found
+
+
+def _environment(pid: int) -> frozenset[bytes]:
+    try:
+        return frozenset(Path("/proc", str(pid), "environ").read_bytes().split(b"\0"))
+    except OSError:  # gone meanwhile, or another user's
+        return frozenset()
+
+
+def _below(roots: set[int], parents: Mapping[int, int], *, without: set[int]) -> set[int]:
+    """All descendants of `roots`; what lies below a process of `without` is another's."""
+    children: dict[int, list[int]] = {}
+    for pid, parent in parents.items():
+        children.setdefault(parent, []).append(pid)
+    found: set[int] = set()
+    waiting = list(roots)
+    while waiting:
+        for child in children.get(waiting.pop(), ()):
+            if child not in found and child not in without:
+                found.add(child)
+                waiting.append(child)
+    return found
+
+
+def adopt_orphans() -> None:
+    """Become the parent of every descendant whose own parent ends, so that descent never breaks below this process.
+
+    Whoever calls it has to `reap` what it adopted.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:  # no kernel of the last ten years
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+
+
+def reap(*, spare: int | None = None) -> None:
+    """Take the exit codes of adopted children that have ended; `spare` is waited for by somebody else."""
+    with contextlib.suppress(ChildProcessError):  # there are no children
+        while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            if ended.si_pid == spare:
+                return
+            os.waitpid(ended.si_pid, os.WNOHANG)
 
 
 def end_marked(
@@ -53,16 +133,24 @@ def end_marked(
     *,
     grace_s: float,
     tick: Callable[[], None] = lambda: None,
+    ancestors: Collection[int] = (),
+    family: Mapping[int, int] | None = None,
 ) -> list[int]:
     """Ask the marked processes to end, kill after `grace_s` what is left, and see that they are gone.
 
+    What was found once is ended even where its parents end first; `family` (of `descendants`) was found before.
     `tick` is called about twenty times a second. Returns the ids that survived SIGKILL for KILL_WAIT_S: none, unless
     the kernel holds them.
     """
     kill_at = time.monotonic() + grace_s
     give_up_at = kill_at + KILL_WAIT_S
     asked: set[int] = set()
-    while remaining := marked_processes(run_id, windows):
+    known: set[tuple[int, int | None]] = set((family or {}).items())
+    while True:
+        known |= {(pid, start_ticks(pid)) for pid in marked_processes(run_id, windows, ancestors=ancestors)}
+        remaining = sorted(pid for pid, ticks in known if ticks is not None and start_ticks(pid) == ticks)
+        if not remaining:
+            return []
         now = time.monotonic()
         if now > give_up_at:
             return remaining
@@ -74,12 +162,11 @@ def end_marked(
         asked.update(remaining)
         tick()
         time.sleep(POLL_S)
-    return []
 
 
 def send_signal(pid: int, signum: int) -> None:
-    """Signal one process; that it ended meanwhile is fine."""
-    with contextlib.suppress(ProcessLookupError):
+    """Signal one process; that it ended meanwhile is fine. One that became another user's is told by its id later."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.kill(pid, signum)
 
 
@@ -110,19 +197,59 @@ def _stat(pid: int) -> list[str] | None:
         return None
 
 
-def listens(port: int, pids: Collection[int]) -> bool:
-    """Does one of these processes hold a socket that listens on `port`?
+@dataclass(frozen=True)
+class Listener:
+    """A TCP socket that waits for connections, and a process that holds it."""
 
-    Source: proc(5), /proc/net/tcp: fields 1 (local address:port, hexadecimal), 3 (state, 0A is LISTEN) and 9 (inode).
+    address: str
+    port: int
+    pid: int
+
+
+def listens(port: int, pids: Collection[int]) -> bool:
+    """Does one of these processes hold a socket that listens on `port`?"""
+    return any(found.port == port for found in listeners(pids))
+
+
+def listeners(pids: Collection[int], *, beyond_loopback: bool = False) -> list[Listener]:
+    """The sockets on which these processes listen; with `beyond_loopback` only those that other machines reach."""
+    sockets = {
+        inode: place
+        for inode, place in _listening().items()
+        if not (beyond_loopback and _is_loopback(ipaddress.ip_address(place[0])))
+    }
+    if not sockets:
+        return []
+    held = ((pid, inode) for pid in pids for inode in sorted(_open_files(pid) & sockets.keys()))
+    return [Listener(*sockets[inode], pid) for pid, inode in held]
+
+
+def _listening() -> dict[str, tuple[str, int]]:
+    """{"socket:[inode]": (address, port)} of every listening TCP socket of this machine.
+
+    Source: proc(5), /proc/net/tcp: fields 1 (local address:port, hexadecimal, the address in 32-bit words of the
+    machine's byte order), 3 (state, 0A is LISTEN) and 9 (inode).
     """
-    sockets = set()
+    found = {}
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with contextlib.suppress(FileNotFoundError):  # a kernel without IPv6
             for line in Path(table).read_text().splitlines()[1:]:
                 fields = line.split()
-                if fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port:
-                    sockets.add(f"socket:[{fields[9]}]")
-    return any(not sockets.isdisjoint(_open_files(pid)) for pid in pids)
+                address, _, port = fields[1].partition(":")
+                if fields[3] == "0A":
+                    found[f"socket:[{fields[9]}]"] = (_address(address), int(port, 16))
+    return found
+
+
+def _address(text: str) -> str:
+    words = [int(text[start : start + 8], 16) for start in range(0, len(text), 8)]
+    packed = b"".join(word.to_bytes(4, sys.byteorder) for word in words)
+    return str(ipaddress.ip_address(packed))
+
+
+def _is_loopback(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback
 
 
 def _open_files(pid: int) -> set[str]:

@@ -3,7 +3,8 @@
     python3 -m rollouts.worker.stop <run_path>
 
 Asks the supervisor, which ends everything itself; where it cannot, ends everything here. Prints one JSON line
-{"state", "exit_code"}; a run that had ended stays as it is. Standard library only.
+{"state", "exit_code"}; a run that had ended stays as it is. The run is known by its processes: it is ended where its
+directory was removed, too, so `deploy` sends this program along (remote/sending.py). Standard library only.
 """
 
 import dataclasses
@@ -15,25 +16,25 @@ from pathlib import Path
 from typing import Any
 
 from rollouts import run_dir
-from rollouts.run_dir import ProcessRecord, RunDir, observe
+from rollouts.run_dir import ProcessRecord, RunDir, Status, observe
 from rollouts.worker import tmux
 from rollouts.worker.processes import (
     POLL_S,
     STOPPED_CODE,
+    SUPERVISOR_MARGIN_S,
     SUPERVISOR_WINDOW,
     end_marked,
     marked_processes,
     send_signal,
 )
-from rollouts.worker.window import SUPERVISOR_MARGIN_S
 
+GRACE_S = 5.0  # where no plan tells
 RECORD_WAIT_S = 5.0  # from the session's start to the supervisor's process record
 
 
 def stop(run: RunDir) -> dict[str, Any]:
     """Have nothing of the run left on return. Returns {"state", "exit_code"} as they are then."""
-    plan = run_dir.read_plan(run)
-    grace_s = plan.stop_grace_s if plan else 0.0
+    grace_s = _grace_s(run)
     was_live = observe(run).live
     if was_live:
         _ask_supervisor(run, within_s=2 * grace_s + SUPERVISOR_MARGIN_S)
@@ -42,11 +43,21 @@ def stop(run: RunDir) -> dict[str, Any]:
     run_dir.remove_transient(run)
     seen = observe(run)
     if was_live and seen.state not in ("done", "failed", "stopped"):
-        _write_stopped(run)
+        _write_stopped(run, seen.status)
         seen = observe(run)
+    if not seen.live and seen.status is None:  # its directory was removed
+        seen = dataclasses.replace(seen, state="stopped", exit_code=STOPPED_CODE)
     if left:
         sys.exit(f"error: still there after SIGKILL, the kernel holds them: processes {left}")
     return {"state": seen.state, "exit_code": seen.exit_code}
+
+
+def _grace_s(run: RunDir) -> float:
+    """Of its plan, whichever version of this program wrote that."""
+    try:
+        return float(json.loads(run.plan.read_text())["stop_grace_s"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return GRACE_S
 
 
 def _ask_supervisor(run: RunDir, *, within_s: float) -> None:
@@ -68,13 +79,12 @@ def _supervisor_pid(run: RunDir) -> int | None:
     """The recorded supervisor, if it is still that process."""
     try:
         record = ProcessRecord(**json.loads(run.process(SUPERVISOR_WINDOW).read_text()))
-    except FileNotFoundError:
+    except (OSError, ValueError, TypeError):
         return None
     return record.pid if record.pid in marked_processes(run.run_id) else None
 
 
-def _write_stopped(run: RunDir) -> None:
-    status = run_dir.read_status(run)
+def _write_stopped(run: RunDir, status: Status | None) -> None:
     if status is None:
         return
     message = "stopped; the supervisor had to be killed"
@@ -85,7 +95,7 @@ def _write_stopped(run: RunDir) -> None:
 
 def main() -> None:
     run = RunDir(Path(sys.argv[1]))
-    if not run.status.exists():
+    if not run.status.exists() and not marked_processes(run.run_id):
         sys.exit(f"error: {run.path}: no run was launched there. `deploy ls` lists the runs.")
     print(json.dumps(stop(run)), flush=True)
 

@@ -27,12 +27,22 @@ from rollouts.worker.bootstrap import BootstrapError, Patience, ensure_environme
 from rollouts.worker.console import say
 from rollouts.worker.engines import Engine, end_life, keep_record
 from rollouts.worker.health import port_is_taken
-from rollouts.worker.processes import STOPPED_CODE, SUPERVISOR_STAGE, SUPERVISOR_WINDOW, end_marked, window_mark
+from rollouts.worker.journal import Journal
+from rollouts.worker.processes import (
+    STOPPED_CODE,
+    SUPERVISOR_STAGE,
+    SUPERVISOR_WINDOW,
+    end_marked,
+    listeners,
+    marked_processes,
+    window_mark,
+)
 from rollouts.worker.windows import OpenWindow, close_windows, open_window
 
 POLL_S = 0.1
 SETTLE_S = 0.5  # what ends together (a stop of the whole session, an engine and its client) is seen together
 LOG_TAIL_LINES = 50
+OPEN = "other machines reach it. What belongs to the run alone should listen on 127.0.0.1."
 
 
 class StopRequested(Exception):
@@ -50,8 +60,9 @@ class RunFailed(Exception):
 class Supervisor:
     """One run from bootstrap to its final status."""
 
-    def __init__(self, run: RunDir, plan: LaunchPlan) -> None:
-        self.run, self.plan = run, plan
+    def __init__(self, run: RunDir, plan: LaunchPlan, journal: Journal) -> None:
+        self.run, self.plan, self.journal = run, plan, journal
+        self.told: set[tuple[str, int]] = set()  # listeners that an event named
         self.stop_signal: int | None = None
         self.engines: list[Engine] = []  # of the stage under way
         self.trainer: OpenWindow | None = None
@@ -80,11 +91,11 @@ class Supervisor:
         except StopRequested as error:
             state, code, message = "stopped", STOPPED_CODE, str(error)
         except RunFailed as error:
-            code, message = error.exit_code, str(error)
-            self._report(error)
+            code, message = error.exit_code, f"{error}{self.journal.full_disk()}"
+            self._report(RunFailed(message, window=error.window, log_tail=error.log_tail))
         except Exception as error:  # a full disk, a mistake of ours: the run must end as failed, with nothing left
             say(traceback.format_exc())
-            code, message = 1, f"the supervisor failed: {error!r}"
+            code, message = 1, f"the supervisor failed: {error!r}{self.journal.full_disk()}"
             self._report(RunFailed(message, window=SUPERVISOR_WINDOW, log_tail=traceback.format_exc().splitlines()))
         self._finish(state, code, message)
         return code
@@ -108,7 +119,7 @@ class Supervisor:
             message += f" (still there after SIGKILL: processes {left})"
         run_dir.remove_transient(self.run)
         say(f"run {self.run.run_id} {state}: {message} (exit code {code})")
-        self._event("run_ended", state=state, exit_code=code, message=message)
+        self._event("run_ended", last=True, state=state, exit_code=code, message=message)
         self.state, self.message = state, message
         self._write_status(code)
 
@@ -118,7 +129,7 @@ class Supervisor:
         if tail is None:
             tail = run_dir.tail_lines(self.run.log(error.window), LOG_TAIL_LINES)
         tail = list(tail)[-LOG_TAIL_LINES:]
-        say(f"error: {error}\n--- the last lines of {error.window}:", *tail, "---")
+        say(f"--- the last lines of {error.window}:", *tail, "---", f"error: {error}")
         self._event("error", message=str(error), window=error.window, log_tail=tail)
 
     # --- one stage -----------------------------------------------------------------------------------------------
@@ -224,12 +235,18 @@ class Supervisor:
             for engine in ended:
                 self._restart(stage, engine, engine.window.describe_end())
             return
-        first = min(failed, key=lambda window: window.ended_at())
-        raise RunFailed(
-            f"stage {stage.name}: {first.describe_end()}{'' if first.is_trainer else self._budget_spent()}",
-            window=first.spec.window,
-            exit_code=first.failure_code(),
-        )
+        raise self._failure(stage, min(failed, key=lambda window: window.ended_at()))
+
+    def _failure(self, stage: StageSpec, window: OpenWindow) -> RunFailed:
+        """Why this window's end ends the run: for a trainer the sentence that it ended with, where it has one."""
+        end = f"stage {stage.name}: {window.describe_end()}"
+        if window.is_trainer:
+            said, event = window.cause()
+            end = said if event else f"{end}: {said}" if said else end
+        else:
+            end += self._budget_spent()
+        code = window.failure_code()
+        return RunFailed(end, window=window.spec.window, exit_code=code, log_tail=window.last_words())
 
     def _check_answers(self, stage: StageSpec, engine: Engine) -> None:
         """Has it been starting, or silent, for too long?"""
@@ -312,6 +329,8 @@ class Supervisor:
         """Called in every wait: keeps the heartbeat and notices a stop."""
         if self.stop_signal is not None:
             raise StopRequested(f"stopped by {signal.Signals(self.stop_signal).name}")
+        if self.journal.is_gone():
+            raise StopRequested(f"{self.run.path} was removed")
         self._beat()
 
     def _pause(self) -> None:
@@ -344,30 +363,44 @@ class Supervisor:
         if time.monotonic() - self.beat_at >= run_dir.HEARTBEAT_S / 2:
             self.beat_at = time.monotonic()
             self._write_status(None)
+            self._look_around()
 
-    # A full disk is the trainer's to fail over: what the supervisor cannot write must not keep it from ending a run.
+    def _look_around(self) -> None:
+        """Remember whose the processes are, and tell of those that other machines can reach."""
+        for window in [engine.window for engine in self.engines] + ([self.trainer] if self.trainer else []):
+            window.look_around()
+        for found in listeners(marked_processes(self.run.run_id), beyond_loopback=True):
+            if (found.address, found.port) not in self.told:
+                self.told.add((found.address, found.port))
+                self._event(
+                    "note", message=f"{_command(found.pid)} listens on {found.address} port {found.port}: {OPEN}"
+                )
 
-    def _event(self, kind: str, **fields: Any) -> None:
-        try:
-            run_dir.append_event(self.run, kind, **fields)
-        except OSError as error:
-            say(f"cannot write {self.run.events}: {error}")
+    def _event(self, kind: str, *, last: bool = False, **fields: Any) -> None:
+        self.journal.event(kind, last=last, **fields)
 
     def _write_status(self, exit_code: int | None) -> None:
-        status = Status(
-            run_id=self.plan.run_id,
-            experiment_name=self.plan.experiment_name,
-            state=self.state,
-            stage=self.stage,
-            message=self.message,
-            started_at=self.started_at,
-            updated_at=time.time(),
-            exit_code=exit_code,
+        self.journal.status(
+            Status(
+                run_id=self.plan.run_id,
+                experiment_name=self.plan.experiment_name,
+                state=self.state,
+                stage=self.stage,
+                message=self.message,
+                started_at=self.started_at,
+                updated_at=time.time(),
+                exit_code=exit_code,
+            )
         )
-        try:
-            run_dir.write_json_atomic(self.run.status, status)
-        except OSError as error:
-            say(f"cannot write {self.run.status}: {error}")
+
+
+def _command(pid: int) -> str:
+    """A process for people: `python (pid 4711)`; the rest of its command line may be secret."""
+    try:
+        name = Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
+    except OSError:
+        name = "a process that has ended"
+    return f"{name} (pid {pid})"
 
 
 def main() -> None:
@@ -378,7 +411,7 @@ def main() -> None:
     if lock is None:
         sys.exit(f"error: run {run.run_id} has a supervisor already")
     with lock:
-        code = Supervisor(run, plan).main()
+        code = Supervisor(run, plan, Journal(run, lock)).main()
     sys.exit(code)
 
 

@@ -2,7 +2,8 @@
 
     python3 -m rollouts.worker.tail <run_path> [--follow]
 
-stdin's first line is {relative file: bytes already held}; stdin then stays open while following, and its end ends this
+`deploy` sends this program along (remote/sending.py), and needs no code of the run's. stdin's first line is
+{relative file: bytes already held}; stdin then stays open while following, and its end ends this
 process, so a laptop that vanished leaves nothing here. Lines written:
 
     {"file": name, "offset": n, "data": base64}      of a growing file; whole lines at a time for .jsonl
@@ -48,6 +49,8 @@ class Tail:
         self.run, self.send = run, send
         self.offsets = dict(offsets)
         self.snapshots: dict[str, tuple[int, int, int]] = {}  # name: inode, size, mtime when it was sent
+        self.files: dict[str, tuple[int, int]] = {}  # name: device, inode of a growing file, once it was seen
+        self.directory = _identity(run.path)
         for name, offset in self.offsets.items():
             self._check_offset(name, offset)
 
@@ -63,6 +66,11 @@ class Tail:
             sent |= self._send_chunk(path.relative_to(self.run.path).as_posix(), whole_lines=False)
         return sent
 
+    def check_directory(self) -> None:
+        """Raises OffsetError when this is another directory than at first, or none."""
+        if _identity(self.run.path) != self.directory:
+            raise OffsetError(f"{self.run.path}: the run's directory was removed from the host, or put aside")
+
     def _check_offset(self, name: str, offset: int) -> None:
         path = self.run.path / name
         known = name in run_dir.STREAMED_FILES or (Path(name).match(run_dir.LOG_GLOB) and ".." not in name)
@@ -70,27 +78,31 @@ class Tail:
             raise OffsetError(f"{name}: not a file that is followed")
         size = path.stat().st_size if path.exists() else 0
         if not 0 <= offset <= size:
-            raise OffsetError(
-                f"{name}: the reader holds {offset} bytes, the host has {size}: not copies of the same run."
-                " Move the local copy aside and pull again."
-            )
+            raise _does_not_fit(name, offset, size)
 
     def _send_chunk(self, name: str, *, whole_lines: bool) -> bool:
         offset = self.offsets.get(name, 0)
-        path = self.run.path / name
         try:
-            if path.stat().st_size <= offset:
-                return False
-            with path.open("rb") as stream:
+            with (self.run.path / name).open("rb") as stream:  # one open file: what is checked is what is read
+                self._check_same(name, offset, os.fstat(stream.fileno()))
                 stream.seek(offset)
                 data = read_chunk(stream, whole_lines=whole_lines)
         except FileNotFoundError:
+            if name in self.files:
+                raise OffsetError(f"{name}: was removed from the host while it was followed") from None
             return False
         if not data:
             return False
         self.send({"file": name, "offset": offset, "data": base64.b64encode(data).decode()})
         self.offsets[name] = offset + len(data)
         return True
+
+    def _check_same(self, name: str, offset: int, found: os.stat_result) -> None:
+        """A followed file only ever grows. Raises OffsetError."""
+        if self.files.setdefault(name, (found.st_dev, found.st_ino)) != (found.st_dev, found.st_ino):
+            raise OffsetError(f"{name}: was replaced on the host while it was followed: not the same run any more")
+        if found.st_size < offset:
+            raise _does_not_fit(name, offset, found.st_size)
 
     def _send_snapshot(self, path: Path) -> bool:
         name = path.relative_to(self.run.path).as_posix()
@@ -106,6 +118,21 @@ class Tail:
         self.snapshots[name] = identity
         self.send({"file": name, "snapshot": text})
         return True
+
+
+def _does_not_fit(name: str, offset: int, size: int) -> OffsetError:
+    return OffsetError(
+        f"{name}: the reader holds {offset} bytes, the host has {size}: not copies of the same run."
+        " Move the local copy aside and pull again."
+    )
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def read_chunk(stream: IO[bytes], *, whole_lines: bool) -> bytes:
@@ -133,6 +160,7 @@ def follow(run: RunDir, tail: Tail, send: Send) -> None:
         over = _is_over(run, dead_since)  # before sending: what was written until then is sent after
         if dead_since is None and not observe(run).live:
             dead_since = time.monotonic()
+        tail.check_directory()
         while tail.send_new():
             pass
         if over:
@@ -153,6 +181,7 @@ def _is_over(run: RunDir, dead_since: float | None) -> bool:
 
 
 def _send_end(run: RunDir, send: Send) -> None:
+    run_dir.clean_up(run.path.parent.parent)  # it may have died without its own end
     seen = observe(run)
     send({"ended": True, "state": seen.state, "exit_code": seen.exit_code})
 

@@ -1,6 +1,6 @@
-"""torchrun's entry: config.json → `trainer_data`, `trainer_wiring` → loops.
+"""torchrun's entry: config.json → `trainer_data`, `trainer_wiring`, `trainer_job` → loops.
 
-These three alone see both the whole config and the library.
+These four alone see both the whole config and the library.
 
     torchrun -m rollouts.worker.trainer --run-dir RUN_DIRECTORY --stage sft|rl [--engine-url URL ...] [--router-url URL]
 
@@ -15,15 +15,24 @@ import json
 import logging
 import os
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from base_config import Config, EngineConfig, RLConfig, SFTConfig
 from rollouts.engines.keys import read_keys
-from rollouts.run_dir import RunDir, append_event, append_jsonl, record_process
-from rollouts.worker.trainer_data import Data, load_data, rl_steps, sft_seed, sft_steps
+from rollouts.run_dir import FULL_DISK, RunDir, append_event, record_process
+from rollouts.worker.trainer_data import (
+    Data,
+    load_data,
+    report_of,
+    require_fitting_model,
+    rl_steps,
+    sft_seed,
+    sft_steps,
+)
+from rollouts.worker.trainer_job import Job, alarms_of, metrics_of
 from rollouts.worker.trainer_wiring import (
     agent_parts,
     base_model,
@@ -59,6 +68,9 @@ def main() -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it has a line per request, at INFO
     import anyio
 
+    from rollouts.training import open_files
+
+    open_files.allow_all()  # a connection for each request under way
     with _mistakes_in_one_line(run):
         urls = Urls(arguments.engine_url, arguments.router_url)
         anyio.run(_train, config, run, arguments.stage, urls)
@@ -83,50 +95,32 @@ def _mistakes_in_one_line(run: RunDir) -> Iterator[None]:
     from rollouts.agents.episode import AgentError
     from rollouts.training.checkpoint import CheckpointError
     from rollouts.training.datasets.rows import DataError
+    from rollouts.training.loops.common import StepsError
     from rollouts.training.model_loading import ModelError
     from rollouts.training.rewards import RewardError
     from rollouts.training.rollout_gen.async_rollout_manager import RolloutError
     from rollouts.training.weight_sync import EngineError
 
-    from_user = (DataError, RewardError, AgentError, RolloutError)
+    from_user = (StepsError, DataError, RewardError, AgentError, RolloutError)
     mistakes = (*from_user, CheckpointError, EngineError, ModelError, FloatingPointError)
     try:
         yield
     except mistakes as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        if _rank() == 0:
-            append_event(run, "error", message=str(error), window="trainer", log_tail=[])
+        _tell(run, str(error))
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        _tell(run, f"no space left on device: {error.filename or run.path}")
         sys.exit(1)
 
 
-@dataclass(frozen=True)
-class Job:
-    """What both stages work with."""
-
-    config: Config
-    run: RunDir
-    stage: str
-    tokenizer: Any
-    backend: "PyTorchTrainingBackend | None"  # None where nothing is trained
-    num_steps: int
-    resume: Mapping[str, Any] | None  # what load_checkpoint returned, when this stage goes on from its own checkpoint
-    pad_token_id: int
-
-    def log_eval(self, stage: str, step: int, by_task: Mapping[str, Mapping[str, float]]) -> None:
-        """A row for each metric of each task."""
-        splits = "+".join(dict.fromkeys(spec.split for spec in self.config.data.eval_mixture))
-        for task, metrics in by_task.items():
-            for metric, value in metrics.items():
-                row = {"stage": stage, "step": step, "split": splits, "task": task, "metric": metric, "value": value}
-                append_jsonl(self.run.eval, row)
-                logger.info("eval %s", " ".join(f"{key}={value}" for key, value in row.items()))
-
-    def on_checkpoint(self, path: Path, step: int) -> None:
-        append_event(self.run, "checkpoint", stage=self.stage, step=step, path=str(path.relative_to(self.run.path)))
-
-    @property
-    def first_step(self) -> int:
-        return self.resume["step"] if self.resume else 0
+def _tell(run: RunDir, message: str) -> None:
+    """Say it in the log, and as the event that the supervisor takes the run's message from."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    if _rank() == 0:
+        with contextlib.suppress(OSError):  # a full disk: the supervisor reads the log
+            append_event(run, "error", message=message, window="trainer", log_tail=[])
 
 
 async def _train(config: Config, run: RunDir, stage: str, urls: Urls) -> None:
@@ -135,7 +129,8 @@ async def _train(config: Config, run: RunDir, stage: str, urls: Urls) -> None:
     from rollouts.training import distributed
     from rollouts.training.model_loading import load_tokenizer
 
-    device = distributed.initialize(config.target.device_type, timeout_s=config.limits.stage_timeout_s)
+    limit_s = config.limits.stage_timeout_s
+    device = distributed.initialize(config.target.device_type, timeout_s=limit_s, store_file=run.ranks(stage))
     torch.manual_seed(
         (config.rl.seed if stage == "rl" and config.rl else config.data.shuffle_seed) + _rank()
     )  # dropout
@@ -145,6 +140,8 @@ async def _train(config: Config, run: RunDir, stage: str, urls: Urls) -> None:
         tokenizer = load_tokenizer(model_path, trust_remote_code=config.model.trust_remote_code)
         data = load_data(config, tokenizer, stage)
         steps = sft_steps(config, data) if stage == "sft" else rl_steps(config, data)
+        if resumes:
+            _check_left(stage, Path(model_path), steps)
         backend, resume = None, None
         if stage == "sft" or (config.rl and config.rl.source != "engine_only"):
             backend = build_backend(
@@ -159,12 +156,13 @@ async def _train(config: Config, run: RunDir, stage: str, urls: Urls) -> None:
                 retention=retention(config, run, stage),
             )
             ends.callback(backend.close)
+            require_fitting_model(backend.model, data)
             resume = await backend.load_checkpoint(model_path) if resumes else None
         pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        job = Job(config, run, stage, tokenizer, backend, steps, resume, pad_token_id)
+        job = Job(config, run, stage, tokenizer, backend, steps, resume, pad_token_id, alarms_of(run, steps))
         if _rank() == 0:
-            if stage == "sft":
-                append_event(run, "note", message=f"sft_mixture: {data.sft_report}")
+            if report := report_of(data):
+                append_event(run, "note", message=report)
             append_event(run, "training_started", stage=stage, step=job.first_step, steps_total=steps)
         await (train_sft(job, data) if stage == "sft" else train_rl(job, data, urls))
 
@@ -181,52 +179,18 @@ def _start(config: Config, run: RunDir, stage: str) -> tuple[str, bool]:
     return source, resumes
 
 
-class _ConsoleLogger:
-    """One `key=value` line per logged step: what the trainer's window shows."""
+def _check_left(stage: str, source: Path, steps: int) -> None:
+    """Raise StepsError where the checkpoint that the stage goes on from is of its last step, or beyond."""
+    from rollouts.training.loops.common import StepsError
 
-    KEYS = (
-        "loss",
-        "reward_mean",
-        "grad_norm",
-        "lr",
-        "entropy",
-        "logp_diff_abs",
-        "kl_reference",
-        "groups_kept",
-        "tokens_per_s",
-        "mfu",
-        "peak_memory_gib",
-        "step_s",
-    )
-
-    def __init__(self, stage: str, num_steps: int) -> None:
-        self._stage, self._num_steps = stage, num_steps
-
-    def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        shown = " ".join(f"{key}={metrics[key]:.4g}" for key in self.KEYS if key in metrics)
-        print(f"stage={self._stage} step={step}/{self._num_steps} {shown}", flush=True)
-
-    def finish(self) -> None:
-        """Nothing is pending."""
-
-
-@contextlib.contextmanager
-def _metrics(job: Job) -> Iterator["MetricsLogger"]:
-    from rollouts.training.metrics import CompositeLogger, JSONLLogger, WandbLogger
-
-    output = job.config.output
-    loggers: list[MetricsLogger] = [
-        JSONLLogger(job.run.metrics, stage=job.stage),
-        _ConsoleLogger(job.stage, job.num_steps),
-    ]
-    if output.use_wandb and _rank() == 0:
-        name = f"{job.run.run_id}-{job.stage}"
-        loggers.append(WandbLogger(project=output.wandb_project, name=name, config=job.config.to_json()))
-    composite = CompositeLogger(loggers)
-    try:
-        yield composite
-    finally:
-        composite.finish()
+    done = json.loads((source / "metadata.json").read_text())["step"]
+    if done >= steps:
+        lengths = "sft.num_iterations or sft.num_epochs" if stage == "sft" else "rl.num_epochs"
+        raise StepsError(
+            f"{source}: is of {stage} step {done}, and this config's {stage} stage has {steps} steps: no step is left. "
+            f"Fix: raise {lengths} to train on, or set output.source_checkpoint=None and model.name={str(source)!r} to "
+            "start anew from its weights."
+        )
 
 
 # --- stages ---------------------------------------------------------------------------------------------------------
@@ -279,9 +243,10 @@ async def train_sft(job: Job, data: Data) -> None:
         if _rank() == 0:
             job.log_eval(stage, step, {task: {"validation_loss": found["loss"]} for task, found in losses.items()})
         if whole and data.eval_rows and (_rank() == 0 or backend.collective):  # sharded: on all ranks or none
-            answers = (await _answers(job, data.eval_rows, None)).metrics(job.config.eval.pass_at)
+            found = await _answers(job, data.eval_rows, None)
             if _rank() == 0:
-                job.log_eval(stage, step, answers)
+                job.log_answers(stage, step, data.eval_rows, found)
+                job.log_eval(stage, step, found.metrics(job.config.eval.pass_at))
         distributed.barrier()
         return {"validation_loss": losses[ALL_TASKS]["loss"]}
 
@@ -295,7 +260,7 @@ async def train_sft(job: Job, data: Data) -> None:
         micro_batch_size=sft.batch_size,
         micro_batch_tokens=None if sft.micro_batch_tokens == -1 else sft.micro_batch_tokens,
     )
-    with _metrics(job) as metrics_logger:
+    with metrics_of(job) as metrics_logger:
         await run_sft_training(
             backend,
             data.sft,
@@ -321,7 +286,7 @@ async def train_rl(job: Job, data: Data, urls: Urls) -> None:
     async with _engines(job, urls) as engines, _reward(job) as reward_fn:
         manager: Any = data.saved or _rollout_manager(job, buffer, engines, reward_fn) if _rank() == 0 else None
         evaluate = _rl_evaluation(job, data, engines, reward_fn) if data.eval_rows else None
-        with _metrics(job) as metrics_logger:
+        with metrics_of(job) as metrics_logger:
             if job.backend is None:
                 if rollouts_logger is not None:
                     await _collect(job, manager, rollouts_logger, metrics_logger, evaluate)
@@ -452,8 +417,11 @@ def _rl_evaluation(job: Job, data: Data, engines: Sequence["SGLangEngine"], rewa
         """Exact match and pass@k: over all rows before the first step and after the last, else rl.eval_examples."""
         whole = step in (0, job.num_steps) or rl.eval_examples == -1
         rows = data.eval_rows if whole else data.eval_rows[: rl.eval_examples]
-        by_task = (await _answers(job, rows, engines, reward_fn)).metrics(job.config.eval.pass_at)
-        job.log_eval("rl" if step or trained_before else "base", step, by_task)
+        found = await _answers(job, rows, engines, reward_fn)
+        by_task = found.metrics(job.config.eval.pass_at)
+        stage = "rl" if step or trained_before else "base"
+        job.log_answers(stage, step, rows, found)
+        job.log_eval(stage, step, by_task)
         return by_task[ALL_TASKS]
 
     return evaluate

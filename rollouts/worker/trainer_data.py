@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from base_config import Config, DatasetSpec, RLConfig, SFTConfig
 
 if TYPE_CHECKING:
-    from rollouts.training.datasets.sft import SFTReport
+    from rollouts.training.datasets.report import Report, SFTReport
     from rollouts.training.replay import ReplayRollouts
     from rollouts.training.types import Prompt, Sample
 
@@ -23,6 +23,7 @@ class Data:
 
     sft: Sequence["Sample"]
     sft_report: "SFTReport | None"  # None without an sft stage ahead
+    reports: Sequence[tuple[str, "Report"]]  # (mixture, what was kept and left out of it), of all that is read
     prompts: Sequence["Prompt"]
     saved: "ReplayRollouts | None"  # in place of prompts and an engine
     eval_samples: Sequence["Sample"]
@@ -30,7 +31,7 @@ class Data:
 
 
 def load_data(config: Config, tokenizer: Any, stage: str) -> Data:
-    from rollouts.training.datasets.dataset_loaders import load_prompt_mixture, load_sft_mixture
+    from rollouts.training.datasets.dataset_loaders import load_fitting_prompts, load_sft_mixture
     from rollouts.training.evaluation import mix_tasks
     from rollouts.training.replay import ReplayRollouts
     from rollouts.training.rewards import resolve
@@ -52,21 +53,96 @@ def load_data(config: Config, tokenizer: Any, stage: str) -> Data:
     if "rl" in left and config.rl is not None and not config.uses_engine:
         saved = ReplayRollouts(config.rl.source, temperature=config.rl.temperature)
     sft, report = load_samples(data.sft_mixture, seed=sft_seed(config)) if "sft" in left else ((), None)
-    asked = [spec for spec in data.eval_mixture if spec.format != "text"]  # plain text has a loss, but no answer
+    reports: list[tuple[str, Report]] = [] if report is None else [("sft_mixture", report)]
+    fit: dict[str, Any] = {
+        "seed": data.shuffle_seed,
+        "tokenizer": tokenizer,
+        "tokens_max": prompt_tokens_max(config, tokenizer),
+    }
+    if "rl" in left and config.rl is not None and config.rl.agent is not None:
+        fit["tools"] = _episode_tools(config.rl.agent.environment)
+    prompts: Sequence[Prompt] = ()
+    if "rl" in left and saved is None:
+        prompts, found = load_fitting_prompts(data.rl_mixture, **fit)
+        reports.append(("rl_mixture", found))
+    eval_samples, eval_rows = [], []
+    for spec in data.eval_mixture:
+        if "sft" in left:
+            samples, kept = load_samples([spec])
+            eval_samples.append((task_name(spec), samples))
+            reports.append((f"loss on {task_name(spec)}", kept))
+        if spec.format != "text":  # plain text has a loss, but no answer
+            rows, answered = load_fitting_prompts([spec], **fit)
+            eval_rows.append((task_name(spec), rows))
+            reports.append((f"answers to {task_name(spec)}", answered))
     return Data(
         sft=sft,
         sft_report=report,
-        prompts=load_prompt_mixture(data.rl_mixture, seed=data.shuffle_seed) if "rl" in left and saved is None else (),
+        reports=reports,
+        prompts=prompts,
         saved=saved,
-        eval_samples=mix_tasks(
-            [(task_name(spec), load_samples([spec])[0]) for spec in data.eval_mixture if "sft" in left],
-            seed=data.shuffle_seed,
-        ),
-        eval_rows=mix_tasks(
-            [(task_name(spec), load_prompt_mixture([spec], seed=data.shuffle_seed)) for spec in asked],
-            seed=data.shuffle_seed,
-        ),
+        eval_samples=mix_tasks(eval_samples, seed=data.shuffle_seed),
+        eval_rows=mix_tasks(eval_rows, seed=data.shuffle_seed),
     )
+
+
+def prompt_tokens_max(config: Config, tokenizer: Any) -> int:
+    """How long a prompt may be, so that an answer of rl.max_new_tokens fits behind it.
+
+    Room is data.max_length, and where an engine samples no more than engine.context_length (of the embedded one, the
+    model's positions too); an episode's first prompt also leaves room within rl.agent.tokens_max. Without RL nothing
+    says how long an answer is: data.max_length.
+    """
+    room, rl = config.data.max_length, config.rl
+    if rl is None:
+        return room
+    if config.uses_engine and config.engine is not None:
+        room = min(room, config.engine.context_length)
+        if config.engine.kind == "embedded":
+            room = min(room, _positions(tokenizer, config.model.trust_remote_code) or room)
+    room -= rl.max_new_tokens
+    return room if rl.agent is None else min(room, rl.agent.tokens_max - 1)
+
+
+def _positions(tokenizer: Any, trust_remote_code: bool) -> int | None:
+    """How many positions the model has that lies beside the tokenizer; None where no config says it."""
+    from transformers import AutoConfig
+
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    try:
+        model = AutoConfig.from_pretrained(tokenizer.name_or_path, **options)
+    except (OSError, ValueError):  # loading the model says what is wrong
+        return None
+    return getattr(model.get_text_config(), "max_position_embeddings", None)
+
+
+def require_fitting_model(model: Any, data: Data) -> None:
+    """Raise DataError, before the first step, for rows that the model has no room for: see `ModelLimits`."""
+    from rollouts.training.datasets.report import PromptReport
+    from rollouts.training.model_limits import limits_of, require_fit
+
+    require_fit(model, data.sft)
+    require_fit(model, data.eval_samples)
+    for name, report in data.reports:
+        if isinstance(report, PromptReport):
+            limits_of(model).require(report.largest_id, report.longest, f"a prompt of {name}")
+
+
+def report_of(data: Data) -> str:
+    """What became of the rows of each mixture, in one text: for the run's events."""
+    shown = [(name, report) for name, report in data.reports if name == "sft_mixture" or report.noteworthy]
+    return "; ".join(f"{name}: {report}" for name, report in shown)
+
+
+def _episode_tools(environment: str) -> Any:
+    """What an agent's environment offers the model; nothing where it cannot say so before an episode starts."""
+    from rollouts.training.rewards import resolve
+
+    try:
+        return resolve(environment)().tools() or None
+    except Exception as error:  # a user's code may raise anything; an episode that it ends says so
+        logger.info("%s: cannot say its tools before an episode: %s", environment, error)
+        return None
 
 
 def _spare_cores() -> int:

@@ -5,12 +5,14 @@
 What runs, and with which environment, stands in plan.json under that stage and window, so that nothing of it goes
 through command lines. The process leads a session of its own; the wrapper stays between it and tmux: it forwards
 signals, ends the process when the supervisor is dead, writes exit/<stage>-<window>.json when it has ended, and ends
-what it left behind. Standard library only.
+what it left behind: whatever carries the run's mark, and whatever descends from it. It writes nothing into a run
+directory that was removed. Standard library only.
 """
 
 import argparse
 import collections
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -23,12 +25,16 @@ from pathlib import Path
 
 from rollouts import run_dir
 from rollouts.run_dir import ExitRecord, LaunchPlan, ProcessRecord, ProcessSpec, RunDir
+from rollouts.worker.causes import cause_of
 from rollouts.worker.processes import (
+    SUPERVISOR_MARGIN_S,
     SUPERVISOR_STAGE,
     SUPERVISOR_WINDOW,
     WINDOW_VARIABLE,
+    adopt_orphans,
     end_marked,
     marked_processes,
+    reap,
     window_mark,
 )
 
@@ -36,8 +42,10 @@ READ_BYTES = 1 << 16
 PANE_BACKLOG_BYTES = 1 << 20  # what a slow pane may owe; the log has everything
 DRAIN_S = 5.0  # for the last output, once the processes are gone
 PANE_CLOSE_S = 1.0  # a paused pane may keep what it has
+LAST_WORDS_S = 0.5  # for a failed process's last output, before it is looked at for the cause
+CAUSE_LINES = 400  # of the log, from its end
+UNLOGGED_BYTES = 1 << 13  # of what a full disk kept from the log, the end is written once there is room
 POLL_S = 0.1
-SUPERVISOR_MARGIN_S = 20.0  # beyond its windows' grace: the supervisor's own bookkeeping
 NOT_EXECUTABLE, NOT_FOUND = 126, 127  # as a shell reports them
 
 
@@ -96,11 +104,15 @@ class Window:
         self.requests: collections.deque[int] = collections.deque()  # signals to hand on, from handlers and threads
         self.kill_at: float | None = None
         self._pump_thread: threading.Thread | None = None
+        self._unlogged = b""  # the end of what did not get into the log
+        log = run.log(window)
+        self._log_start = log.stat().st_size if log.exists() else 0  # an engine's earlier lives come before
 
     def main(self) -> int:
         """Run the process to its end. Returns its exit code as a shell would give it."""
         for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
             signal.signal(signum, lambda received, _frame: self.requests.append(received))
+        adopt_orphans()
         started_at = time.time()
         try:
             child = self._start()
@@ -116,18 +128,51 @@ class Window:
             started_at=started_at,
             ended_at=time.time(),
         )
-        if not self.is_supervisor:
-            self._write_record(record)  # at once: the supervisor acts on it, and waits for us before it reads the log
+        if not self.is_supervisor:  # at once: the supervisor acts on it, and waits for us before it reads the log
+            self._write_record(dataclasses.replace(record, message=self._cause(code)))
         self._end_leftovers(code)
         if self._pump_thread is not None:
             self._pump_thread.join(DRAIN_S)
+        self._log_rest()
         self.pane.close(PANE_CLOSE_S)
-        if self.is_supervisor:
-            self._write_record(record)  # last: where it stands, nothing of the run is left
+        if self.is_supervisor:  # last: where it stands, nothing of the run is left
+            status = None if self._is_gone() else run_dir.read_status(self.run)
+            self._write_record(dataclasses.replace(record, message=status.message if status else ""))
         return record.code
 
+    def _is_gone(self) -> bool:
+        """Was the run's directory removed? What is written into it would bring a part of it back."""
+        return not self.run.plan.exists()
+
+    def _cause(self, code: int) -> str:
+        if code == 0 or self._pump_thread is None:
+            return ""
+        self._pump_thread.join(LAST_WORDS_S)
+        lines = run_dir.tail_lines(self.run.log(self.window), CAUSE_LINES, start=self._log_start)
+        return cause_of([*lines, *self._unlogged.decode(errors="replace").splitlines()]) or ""
+
     def _write_record(self, record: ExitRecord) -> None:
-        run_dir.write_json_atomic(self.run.exit(self.stage, self.window), record)
+        path = self.run.exit(self.stage, self.window)
+        if self._is_gone():
+            return
+        try:
+            run_dir.write_on_full_disk(self.run, lambda: run_dir.write_json_atomic(path, record))
+        except OSError as error:  # what is left of the process still has to be ended
+            self.say(f"cannot write {path}: {error}\n")
+
+    def _log_rest(self) -> None:
+        """Write the end of what a full disk kept from the log, now that the process needs no more room."""
+        rest, self._unlogged = self._unlogged, b""
+        if rest and not self._is_gone():
+            with contextlib.suppress(OSError):
+                run_dir.write_on_full_disk(
+                    self.run, lambda: self._log(b"\n[a full disk; the last lines were]\n" + rest)
+                )
+
+    def _log(self, data: bytes) -> None:
+        with self.run.log(self.window).open("ab", buffering=0) as log:
+            while data:
+                data = data[log.write(data) :]
 
     def _start(self) -> subprocess.Popen[bytes]:
         spec = self._spec()
@@ -138,9 +183,13 @@ class Window:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            umask=-1 if self.is_supervisor else 0o077,  # sockets and files in /tmp and /dev/shm are the user's alone
         )
         record = ProcessRecord(name=self.window, pid=child.pid, pgid=child.pid, started_at=time.time())
-        run_dir.write_json_atomic(self.run.process(self.window), record)
+        try:
+            run_dir.write_json_atomic(self.run.process(self.window), record)
+        except OSError as error:
+            self.say(f"cannot write {self.run.process(self.window)}: {error}\n")
         assert child.stdout is not None
         self._pump_thread = threading.Thread(target=self._pump, args=(child.stdout.fileno(),), daemon=True)
         self._pump_thread.start()
@@ -181,6 +230,7 @@ class Window:
                 self.kill_at = self.kill_at or time.monotonic() + self.grace_s
             if self.kill_at is not None and time.monotonic() >= self.kill_at:
                 os.killpg(child.pid, signal.SIGKILL)
+            reap(spare=child.pid)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(timeout=POLL_S)
         return int(child.returncode)
@@ -188,13 +238,14 @@ class Window:
     def _end_leftovers(self, code: int) -> None:
         """End what the process started and left, whatever group it moved to; all of the run after the supervisor."""
         grace_s = self.plan.stop_grace_s
-        left = end_marked(self.run.run_id, {window_mark(self.stage, self.window)}, grace_s=grace_s)
+        mark = window_mark(self.stage, self.window)
+        left = end_marked(self.run.run_id, {mark}, grace_s=grace_s, tick=reap, ancestors={os.getpid()})
         if self.is_supervisor:
             # The other windows saw the supervisor die as well and end their own; what they cannot, we do.
             deadline = time.monotonic() + 2 * grace_s + DRAIN_S
             while marked_processes(self.run.run_id) and time.monotonic() < deadline:
                 time.sleep(POLL_S)
-            left = end_marked(self.run.run_id, None, grace_s=0)
+            left = end_marked(self.run.run_id, None, grace_s=0, tick=reap)
             run_dir.remove_transient(self.run)
         if left:
             self.say(f"[{self.window} ended with {code}; still there after SIGKILL: {left}]\n")
@@ -206,21 +257,20 @@ class Window:
 
     def _pump(self, source: int) -> None:
         """Copy bytes as they come to the log and the pane, until the last writer is gone."""
-        log_path = self.run.log(self.window)
-        log_path.parent.mkdir(parents=True, exist_ok=True)
-        with log_path.open("ab", buffering=0) as log:
-            while data := os.read(source, READ_BYTES):
-                try:
-                    log.write(data)
-                except OSError as error:  # disk full: the process must not block on its output for that
-                    self.pane.offer(f"[{log_path}: {error}]\r\n".encode())
-                self.pane.offer(data)
+        with contextlib.suppress(OSError):
+            self.run.log(self.window).parent.mkdir(exist_ok=True)
+        while data := os.read(source, READ_BYTES):
+            try:
+                self._log(data)
+            except OSError as error:  # disk full: the process must not block on its output for that
+                self.pane.offer(f"[{self.run.log(self.window)}: {error}]\r\n".encode())
+                self._unlogged = (self._unlogged + data)[-UNLOGGED_BYTES:]
+            self.pane.offer(data)
 
     def say(self, text: str) -> None:
-        log_path = self.run.log(self.window)
-        log_path.parent.mkdir(parents=True, exist_ok=True)
-        with log_path.open("ab") as log:
-            log.write(text.encode())
+        with contextlib.suppress(OSError):  # a full disk, or a directory that was removed
+            self.run.log(self.window).parent.mkdir(exist_ok=True)
+            self._log(text.encode())
         self.pane.offer(text.encode())
 
 

@@ -4,15 +4,18 @@ import signal
 import time
 import urllib.parse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from rollouts import run_dir
 from rollouts.engines.diagnosis import diagnose
 from rollouts.run_dir import ExitRecord, LaunchPlan, ProcessSpec, RunDir, StageSpec
 from rollouts.worker import tmux
+from rollouts.worker.causes import SENTENCE, cause_of, without_torchrun
 from rollouts.worker.health import answers_ready
 from rollouts.worker.processes import (
     POLL_S,
+    descendants,
     end_marked,
     listens,
     marked_processes,
@@ -37,6 +40,7 @@ class OpenWindow:
     wrapper: int
     wrapper_ticks: int | None
     log_start: int  # bytes that its log had before: of an engine's earlier lives
+    family: dict[int, int] = field(default_factory=dict)  # what descended from the wrapper: {id: start ticks}
 
     @property
     def mark(self) -> str:
@@ -45,6 +49,12 @@ class OpenWindow:
     def is_open(self) -> bool:
         """Is the wrapper alive? It outlives its process until it has ended what that left, and the log is complete."""
         return self.wrapper_ticks is not None and start_ticks(self.wrapper) == self.wrapper_ticks
+
+    def look_around(self) -> None:
+        """Remember who descends from the wrapper: should that be killed, nothing else leads to them any more."""
+        if self.is_open():
+            self.family.clear()
+            self.family.update(descendants(self.wrapper, self.run.run_id))
 
     def is_serving(self) -> bool:
         """Does the ready URL answer 200, and is it this window's process that listens there, not a stranger?"""
@@ -84,6 +94,26 @@ class OpenWindow:
     def describe_end(self) -> str:
         return ". ".join(filter(None, (self._end(), self.diagnosis())))
 
+    def last_words(self) -> list[str]:
+        """The end of this life's log, without torchrun's own traceback."""
+        return without_torchrun(
+            run_dir.tail_lines(self.run.log(self.spec.window), DIAGNOSED_LINES, start=self.log_start)
+        )
+
+    def cause(self) -> tuple[str, bool]:
+        """(why this trainer ended, in its own words or "", whether it is a sentence made for people)."""
+        of_stage: list[dict[str, Any]] = []
+        for row in run_dir.iter_jsonl(self.run.events):
+            kind = row.get("kind")
+            if kind == "stage_started":
+                of_stage = []
+            elif kind == "error" and row.get("window") == self.spec.window:
+                of_stage.append(row)
+        if of_stage:
+            return str(of_stage[-1].get("message") or ""), True
+        lines = self.last_words()
+        return cause_of(lines) or "", any(line.startswith(SENTENCE) for line in lines)
+
     def _end(self) -> str:
         record, name = self.record(), self.spec.window
         if record is None:
@@ -121,11 +151,13 @@ def close_windows(run: RunDir, windows: Sequence[OpenWindow], *, grace_s: float,
             send_signal(window.wrapper, signal.SIGTERM)
     deadline = time.monotonic() + 2 * grace_s + WRAPPER_MARGIN_S
     orphaned = {window.mark for window in windows if not window.is_open()}
-    left = end_marked(run.run_id, orphaned, grace_s=grace_s, tick=tick)
+    family = {pid: ticks for window in windows if not window.is_open() for pid, ticks in window.family.items()}
+    left = end_marked(run.run_id, orphaned, grace_s=grace_s, tick=tick, family=family)
     while any(window.is_open() for window in windows) and time.monotonic() < deadline:
         tick()
         time.sleep(POLL_S)
     for window in windows:
         if window.is_open():
             send_signal(window.wrapper, signal.SIGKILL)
-    return left + end_marked(run.run_id, {window.mark for window in windows}, grace_s=0, tick=tick)
+    family = {pid: ticks for window in windows for pid, ticks in window.family.items()}
+    return left + end_marked(run.run_id, {window.mark for window in windows}, grace_s=0, tick=tick, family=family)

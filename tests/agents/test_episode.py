@@ -1,5 +1,6 @@
 """Episodes with a real, tiny policy: one that was taught to call the calculator, and one that babbles."""
 
+from dataclasses import replace
 from typing import Any
 
 import anyio
@@ -249,3 +250,27 @@ async def test_every_span_of_tokens_knows_its_weights(taught: InProcessEngine) -
     ]
     same = trajectory_to_sample(await run_episode(endpoint(taught), CalculatorEnvironment(), QUESTION, seed=0))
     assert same.metadata["weight_version"] == "3" and "weight_versions" not in same.metadata
+
+
+@pytest.mark.anyio
+async def test_a_message_that_the_template_leaves_out_is_an_error(taught: Any) -> None:
+    """Goal: an episode does not begin without its system message in silence. Red: the policy never saw it."""
+
+    class Briefed(CalculatorEnvironment):
+        async def start(self, prompt: Any) -> list[dict[str, Any]]:
+            return [{"role": "system", "content": "be brief"}, *await super().start(prompt)]
+
+    assistant = "if m.role == 'assistant' -%}"
+    deaf = tiny_tokenizer(TEMPLATE.replace(assistant, "if m.role == 'system' -%}{%- el" + assistant, 1))
+    with pytest.raises(AgentError, match=r"the chat template leaves out content of the system: .*be brief"):
+        await run_episode(replace(endpoint(taught), tokenizer=deaf), Briefed(), QUESTION, seed=0)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("answer", "said"), [(72.0, "72"), (["x", 72], "72"), ("72", " 72\n")])
+async def test_a_second_try_accepts_what_rewards_accept(answer: Any, said: str) -> None:
+    """Goal: numbers and lists of answers, as in rewards. Red: str(72.0) was never said."""
+    environment = AskAgain()
+    await environment.start({"messages": [{"role": "user", "content": "q"}], "answer": answer})
+    assert (await environment.respond({"role": "assistant", "content": "7"})).done is False
+    assert (await environment.respond({"role": "assistant", "content": said})).done is True

@@ -3,6 +3,7 @@
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,12 +36,23 @@ def tool_path() -> str:
     return f"{Path(sys.base_prefix) / 'bin'}:{os.environ['PATH']}"
 
 
+def installer_settings() -> dict[str, str]:
+    """What this account tells pip and uv, for laptops and hosts whose HOME is another: environments are built in the
+    way that this machine can, from its CPU wheel where it has one, and what was downloaded once stays in its cache."""
+    told = {name: value for name, value in os.environ.items() if name.startswith(("PIP_", "UV_"))}
+    own = {"PIP_CACHE_DIR": str(Path.home() / ".cache" / "pip")}
+    for file in (Path.home() / ".pip" / "pip.conf", Path.home() / ".config" / "pip" / "pip.conf"):
+        if file.is_file():
+            own["PIP_CONFIG_FILE"] = str(file)
+    return {**own, **told}
+
+
 @contextmanager
 def a_laptop(directory: Path, environments: Path, tool_path: str) -> Iterator[Laptop]:
     """A laptop with a home of its own, in this repository as it stands."""
     tmux_dir = Path(tempfile.mkdtemp(prefix="rt", dir="/tmp"))
     made = make_laptop(directory, ROOT, tmux_dir)
-    made.environment["PATH"] = tool_path
+    made.environment.update({"PATH": tool_path, **installer_settings()})
     made.rollouts_home.mkdir()
     (made.rollouts_home / "envs").symlink_to(environments)
     yield made
@@ -50,7 +62,7 @@ def a_laptop(directory: Path, environments: Path, tool_path: str) -> Iterator[La
 @contextmanager
 def a_remote(directory: Path, laptop: Laptop, environments: Path, tool_path: str) -> Iterator[Host]:
     """An sshd with a home of its own, which the laptop knows and may log in to."""
-    with host(directory, laptop.key, path=Path(tool_path)) as made:
+    with host(directory, laptop.key, path=Path(tool_path), environment=installer_settings()) as made:
         made.home.mkdir(parents=True)
         (made.home / "envs").symlink_to(environments)
         laptop.know(made)
@@ -130,3 +142,54 @@ def processes_of(run_id: str) -> list[str]:
             if f"ROLLOUTS_RUN_ID={run_id}".encode() in environment:
                 found.append(command)
     return found
+
+
+LOOPBACK = (
+    "7F",
+    "00000000000000000000000001000000",
+    "0000000000000000FFFF00000100007F",
+)  # 127.x, ::1, ::ffff:127.0.0.1
+
+
+@contextmanager
+def sockets_seen(run_id: str) -> Iterator[set[tuple[str, str]]]:
+    """(address in hexadecimal, process) of every socket on which a process of the run listened meanwhile, as /proc
+    shows them. Looked at several times a second."""
+    seen: set[tuple[str, str]] = set()
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.wait(0.2):
+            seen.update(_listening(run_id))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        done.set()
+        thread.join()
+
+
+def beyond_loopback(seen: set[tuple[str, str]]) -> list[tuple[str, str]]:
+    return sorted(found for found in seen if not found[0].endswith(LOOPBACK))
+
+
+def _listening(run_id: str) -> Iterator[tuple[str, str]]:
+    sockets = {}
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A":
+                sockets[f"socket:[{fields[9]}]"] = fields[1].partition(":")[0]
+    mark = f"ROLLOUTS_RUN_ID={run_id}".encode()
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            if mark in (entry / "environ").read_bytes().split(b"\0"):
+                name = (entry / "comm").read_text().strip()
+                held = {os.readlink(file) for file in (entry / "fd").iterdir()}
+                yield from ((sockets[link], name) for link in held & sockets.keys())
+        except OSError:  # ended meanwhile
+            continue

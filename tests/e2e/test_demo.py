@@ -13,7 +13,7 @@ import pytest
 from base_config import Config, load_config
 from rollouts.manifest import manifest_problems
 from rollouts.run_dir import RunDir, read_jsonl
-from tests.e2e.conftest import DEMO, Far, processes_of, save_config, short_demo
+from tests.e2e.conftest import DEMO, Far, beyond_loopback, processes_of, save_config, short_demo, sockets_seen
 from tests.remote.hosts import Laptop, wait_for
 
 SEED = 1
@@ -25,7 +25,9 @@ def test_the_demo_learns_here(laptop: Laptop, tmp_path: Path) -> None:
     the demo has. Red with matrix_lr=0 in RL."""
     changes = {"model.init_seed": SEED, "data.shuffle_seed": SEED, "rl.seed": SEED, "rl.num_epochs": 1}
     config = save_config(load_config(DEMO), changes, tmp_path / "demo.json")
-    done = laptop.deploy(str(tmp_path / "demo.json"), "--run-id", "demo", timeout_s=1400)
+    with sockets_seen("demo") as sockets:
+        done = laptop.deploy(str(tmp_path / "demo.json"), "--run-id", "demo", timeout_s=1400)
+    assert sockets and beyond_loopback(sockets) == []  # red with torchrun's own store
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     run = RunDir(tmp_path / "results" / config.output.experiment_name / "demo")
     values = {row["stage"]: row["value"] for row in exact_match(run)}
@@ -58,17 +60,19 @@ class Two:
     config: Config
     here: RunDir
     there: RunDir
+    sockets: set[tuple[str, str]]  # conftest.sockets_seen
 
 
 @pytest.fixture(scope="module")
 def two(far: Far) -> Two:
     config = save_config(short_demo(), TWO_RANKS, far.directory / "two.json")
-    made = Two(config, far.mirror(config, "two"), RunDir(far.remote.run_path("two")))
-    deploying = far.laptop.start(str(far.directory / "two.json"), "--remote", far.remote.target, "--run-id", "two")
-    kill_at(deploying, lambda: read_jsonl(made.there.metrics), "SFT's first step")
-    kill_at(far.laptop.start("attach", "two"), made.there.rollouts.exists, "RL's first samples")
-    done = far.laptop.deploy("attach", "two", timeout_s=800)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    with sockets_seen("two") as sockets:
+        made = Two(config, far.mirror(config, "two"), RunDir(far.remote.run_path("two")), sockets)
+        deploying = far.laptop.start(str(far.directory / "two.json"), "--remote", far.remote.target, "--run-id", "two")
+        kill_at(deploying, lambda: read_jsonl(made.there.metrics), "SFT's first step")
+        kill_at(far.laptop.start("attach", "two"), made.there.rollouts.exists, "RL's first samples")
+        done = far.laptop.deploy("attach", "two", timeout_s=800)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return made
 
 
@@ -76,6 +80,13 @@ def kill_at(process: "subprocess.Popen[str]", condition: Callable[[], Any], what
     wait_for(condition, what, timeout_s=600)
     process.kill()
     process.communicate()
+
+
+@pytest.mark.timeout(900)
+def test_two_ranks_listen_on_loopback_alone(two: Two) -> None:
+    """Goal: over a whole run no process of it, torchrun's agent, ranks and engine, listens where other machines reach
+    it. Red with `--standalone`: two stores of the agent's, one of which unpickles what it is sent, on all addresses."""
+    assert two.sockets and beyond_loopback(two.sockets) == []
 
 
 @pytest.mark.timeout(900)

@@ -21,7 +21,7 @@ from rollouts.engines.keys import API_KEY_VARIABLE
 from rollouts.engines.launch import engine_url
 from rollouts.run_dir import RunDir, read_jsonl
 from rollouts.worker.processes import marked_processes
-from tests.e2e.conftest import ROOT, Far, processes_of, save_config, short_demo
+from tests.e2e.conftest import ROOT, Far, beyond_loopback, processes_of, save_config, short_demo, sockets_seen
 from tests.remote.hosts import Laptop, wait_for
 
 DEMO = ROOT / "configs" / "00_cpu_sft_rl_sglang.py"
@@ -161,10 +161,13 @@ def test_its_scheduler_is_killed(run: Killed) -> None:
 
 @pytest.mark.timeout(BUILD_S + 400)
 def test_the_same_here(laptop: Laptop, tmp_path: Path) -> None:
-    """Goal: without --remote too."""
+    """Goal: without --remote too; and over a whole run nothing of SGLang's listens beyond loopback. Red with torch's
+    own store, which SGLang's scheduler opens on all addresses."""
     quick = {"rl.batch_size": 16, "sft.eval_every": -1, "rl.eval_every": -1}
     config = save_config(short_demo(DEMO), quick, tmp_path / "job.json")
-    done = laptop.deploy(str(tmp_path / "job.json"), "--run-id", "here", timeout_s=BUILD_S + 300)
+    with sockets_seen("here") as sockets:
+        done = laptop.deploy(str(tmp_path / "job.json"), "--run-id", "here", timeout_s=BUILD_S + 300)
+    assert sockets and beyond_loopback(sockets) == []
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     run = RunDir(tmp_path / "results" / config.output.experiment_name / "here")
     rl = [row for row in read_jsonl(run.metrics) if row["stage"] == "rl"]

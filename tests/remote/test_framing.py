@@ -1,5 +1,6 @@
 """A command's own output between its marks, however the bytes come, and under every shell."""
 
+import os
 import subprocess
 
 import pytest
@@ -71,3 +72,16 @@ def test_a_directory_that_is_not_there() -> None:
     reader = FrameReader(frame)
     assert read([done.stdout], reader) == b"" and b"injected" not in done.stdout
     assert reader.code not in (0, None) and b"/no/such" in done.stderr
+
+
+def test_messages_are_english_and_text_stays_the_hosts() -> None:
+    """Goal: errors come in the words that are read here, whatever language the host has; its character set stays.
+
+    Red with the host's variables as they are: "Kein Speicherplatz" was not a full disk.
+    """
+    frame = new_frame()
+    show = 'echo "${LC_ALL-unset} $LC_MESSAGES $LANGUAGE. $LC_CTYPE $LANG"'
+    environment = {**os.environ, "LC_ALL": "de_DE.UTF-8", "LANGUAGE": "de", "LC_CTYPE": "C", "LANG": "C"}
+    line = framed_line(["sh", "-c", show], None, frame)
+    done = subprocess.run(["sh", "-s"], input=line, capture_output=True, check=True, env=environment)
+    assert read([done.stdout], FrameReader(frame)) == b"unset C . de_DE.UTF-8 de_DE.UTF-8\n"

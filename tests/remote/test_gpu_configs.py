@@ -8,7 +8,7 @@ import pytest
 from base_config import load_config
 from rollouts.remote.plan import Plan, make_plan
 from rollouts.remote.repository import read_code
-from tests.remote.test_plan import FACTS, H200
+from tests.remote.test_plan import FACTS, H200, torchrun
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 GPU_CONFIGS = ["01_debug_sft_rl", "nanochat_sft_rl", "rl_math", "sft_openwebtext", "sft_qwen"]
@@ -40,15 +40,15 @@ def test_the_debug_config_in_full() -> None:
     assert shown.launch is not None
     trainer, engine = (f"{environment.path}/bin/python" for environment in shown.launch.environments)
     run = "/home/u/.rollouts/runs/r1"
-    torchrun = f"{trainer} -m torch.distributed.run --standalone --nproc-per-node 1 -m rollouts.worker.trainer"
+    module = "-m rollouts.worker.trainer"
     lines = [step.what for step in shown.steps if step.what.startswith(("sft: ", "rl: "))]
     assert lines == [
-        f"sft: trainer: {torchrun} --run-dir {run} --stage sft",
+        f"sft: trainer: {torchrun(trainer, run, 'sft', 1)} {module} --run-dir {run} --stage sft",
         f"rl: engine-0: {engine} -m rollouts.engines.sglang.launcher --model-path {run}/checkpoints/sft/latest"
         " --host 127.0.0.1 --port 30180 --dtype bfloat16 --device cuda --tensor-parallel-size 1"
         " --mem-fraction-static 0.5 --context-length 2048 --max-running-requests 256 --random-seed 42"
         " --log-level-http warning",
-        f"rl: trainer: {torchrun} --run-dir {run} --stage rl --engine-url http://127.0.0.1:30180",
+        f"rl: trainer: {torchrun(trainer, run, 'rl', 1)} {module} --run-dir {run} --stage rl --engine-url http://127.0.0.1:30180",
     ]
     rl = shown.launch.stages[1]
     assert rl.engines[0].env["CUDA_VISIBLE_DEVICES"] == rl.trainer.env["CUDA_VISIBLE_DEVICES"] == "0"

@@ -202,6 +202,13 @@ def test_the_form_of_an_error() -> None:
     assert last == "Nothing was started."
 
 
+def torchrun(python: str, run: str, stage: str, ranks: int) -> str:
+    """torchrun with its store in a file: in a socket, whoever reaches it has the trainer unpickle what he writes."""
+    store = f"--rdzv-backend c10d --rdzv-conf store_type=file --rdzv-id {run.rpartition('/')[2]}"
+    place = f"--rdzv-endpoint {run}/.rendezvous-{stage}.tmp --local-addr 127.0.0.1"
+    return f"{python} -m torch.distributed.run {store} {place} --nnodes 1 --nproc-per-node {ranks}"
+
+
 def test_the_launch_plan() -> None:
     """Goal: the exact command lines, for two ranks on GPUs. Red with RL's engine served from model.name."""
     gpus = tuple(dataclasses.replace(H200, index=i, uuid=str(i)) for i in range(3))
@@ -211,11 +218,13 @@ def test_the_launch_plan() -> None:
     run, (environment,) = "/home/u/.rollouts/runs/r1", launch.environments
     assert launch.run_path == run and environment.path.startswith("/home/u/.rollouts/envs/")
     sft, rl = launch.stages
-    torchrun = f"{environment.path}/bin/python -m torch.distributed.run --standalone --nproc-per-node 2"
-    trainer = f"{torchrun} -m rollouts.worker.trainer --run-dir {run} --stage"
-    assert " ".join(sft.trainer.argv) == f"{trainer} sft"
-    assert " ".join(rl.trainer.argv) == f"{trainer} rl --engine-url http://127.0.0.1:30180"
-    (engine,) = rl.engines
+    trainer = f"-m rollouts.worker.trainer --run-dir {run} --stage"
+    python = f"{environment.path}/bin/python"
+    assert " ".join(sft.trainer.argv) == f"{torchrun(python, run, 'sft', 2)} {trainer} sft"
+    line = f"{torchrun(python, run, 'rl', 2)} {trainer} rl --engine-url http://127.0.0.1:30180"
+    assert " ".join(rl.trainer.argv) == line
+    for spec in (sft.trainer, engine := rl.engines[0]):  # by themselves they listen on an address of the host's
+        assert (spec.env["GLOO_SOCKET_IFNAME"], spec.env["NCCL_SOCKET_IFNAME"]) == ("lo", "=lo")
     assert engine.argv[engine.argv.index("--model-path") + 1] == f"{run}/checkpoints/sft/latest"
     assert engine.ready_url == "http://127.0.0.1:30180/ready"
     assert (sft.trainer.env["CUDA_VISIBLE_DEVICES"], engine.env["CUDA_VISIBLE_DEVICES"]) == ("0,2", "1")

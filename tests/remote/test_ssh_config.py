@@ -11,9 +11,9 @@ import pytest
 
 from rollouts.remote.errors import TransportError
 from rollouts.remote.ssh import SSHTransport
-from rollouts.remote.ssh_config import read_hops
+from rollouts.remote.ssh_config import NOT_FOLLOWED, read_hops
 from rollouts.remote.transport import parse_target, run_rsync
-from tests.remote.hosts import Host, Laptop, free_port, keygen, public
+from tests.remote.hosts import ROOT, Host, Laptop, free_port, keygen, public
 
 MakeHost = Callable[..., Host]
 
@@ -214,7 +214,7 @@ def test_one_of_many_keys_in_the_agent(
     """Goal: with seven keys in the agent and a public key as IdentityFile, IdentitiesOnly tries that one; without it
     the server hangs up, and the error says so with the number of keys.
 
-    Red with every key of the agent tried in its order, and with the hang-up called a time-out.
+    Red with every key of the agent tried whatever the configuration says, and with the hang-up called a time-out.
     """
     host = make_host()
     chosen = here.home / ".ssh/chosen.pub"
@@ -227,6 +227,10 @@ def test_one_of_many_keys_in_the_agent(
         own = f"Host gpu-7\n HostName 127.0.0.1\n Port {host.port}\n"
         here.ssh_config(f"{own} IdentityFile {chosen}\n IdentitiesOnly yes\n")
         reach("gpu-7", tmp_path)
+        here.ssh_config(f"{own} IdentityFile {others[0]}\n IdentitiesOnly yes\n")
+        with pytest.raises(TransportError, match="accepts none of the keys") as caught:
+            reach("gpu-7", tmp_path)
+        assert f"tried: {others[0]} (agent)\n" in caught.value.text()
         here.ssh_config(own)
         with pytest.raises(TransportError, match="closed the connection while logging in") as caught:
             reach("gpu-7", tmp_path)
@@ -236,9 +240,8 @@ def test_one_of_many_keys_in_the_agent(
 def test_a_certificate_as_the_key(here: Laptop, make_host: MakeHost, tmp_path: Path) -> None:
     """Goal: CertificateFile counts for both clients. Red with certificates left out of the login."""
     authority = keygen(tmp_path / "ca")
-    host = make_host(
-        settings=(f"TrustedUserCAKeys {authority}.pub", "AuthorizedPrincipalsFile none", "AuthorizedKeysFile none")
-    )
+    host = make_host(settings=(f"TrustedUserCAKeys {authority}.pub",))
+    (host.directory / "authorized_keys").write_text("")
     name = subprocess.run(["id", "-un"], check=True, capture_output=True, text=True).stdout.strip()
     command = ["ssh-keygen", "-q", "-s", str(authority), "-I", "laptop", "-n", name, f"{here.key}.pub"]
     subprocess.run(command, check=True, capture_output=True)
@@ -290,3 +293,9 @@ def test_what_is_not_followed_is_said(here: Laptop, make_host: MakeHost) -> None
     done = here.deploy("--remote", "gpu-7")
     assert done.returncode == 0, done.stderr
     assert "bindinterface lo: not followed" in done.stdout and "hostbasedauthentication yes: not foll" in done.stdout
+
+
+def test_the_readme_names_what_is_not_followed() -> None:
+    """Goal: the list beside "counts" is whole. Red with StrictHostKeyChecking left out of the README."""
+    readme = (ROOT / "README.md").read_text().lower()
+    assert [keyword for keyword, _, _ in NOT_FOLLOWED if keyword not in readme] == []

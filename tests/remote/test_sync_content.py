@@ -177,8 +177,8 @@ def test_an_unreadable_file_is_named(sender: Sender, tmp_path: Path) -> None:
 
 
 def test_an_interrupted_upload_goes_on(sender: Sender, rsync_as: Callable[[str], None], tmp_path: Path) -> None:
-    """Goal: what a cut upload sent is kept, its half file too; leftovers of other names go, and files that are
-    gone here are not in the tree. Red with a fresh directory for each try: everything was sent again."""
+    """Goal: what a cut upload sent is kept, its half file too; other leftovers go, and files that are gone here
+    are not in the tree. Red with a fresh directory for each try: everything was sent again."""
     repository = make_repository(tmp_path / "p", {"a.txt": "small", "later-removed.txt": "x"})
     (repository / "big.bin").write_bytes(os.urandom(8_000_000))
     (sender.home / "runs/r/code/.tree-0badf00d").mkdir(parents=True)

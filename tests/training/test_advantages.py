@@ -125,3 +125,60 @@ def test_gae_without_values_is_the_reward():
     assert gae([-0.1, 1.0], [0.0, 0.0], gamma=0.5, lam=1.0)[0] == pytest.approx([-0.1 + 0.5, 1.0])
     with pytest.raises(ValueError):
         gae([1.0], [0.0, 0.0], gamma=1.0, lam=1.0)
+
+
+SUM = 0.1 + 0.2  # 0.30000000000000004
+
+
+@pytest.mark.parametrize("options", METHODS)
+@pytest.mark.parametrize(
+    "rewards",
+    [
+        [SUM, 0.3, 0.3, 0.3],
+        [0.3 + 1e-7, 0.3, 0.3 - 5e-8, 0.3],
+        [-SUM, -0.3],
+        [1e6 + 1e-4, 1e6, 1e6],
+        [math.fsum([0.1] * 10), sum([0.1] * 10)],
+        [1e200, 1e200 * (1 + 1e-12)],
+        [5e-324, 5e-324],
+    ],
+)
+def test_rounding_and_a_judges_noise_are_no_contrast(options, rewards):
+    """Goal: rewards that differ by less than 1e-6 of the largest are equal: 0. Red with ==: 1.73 for 0.1 + 0.2 against
+    0.3, and a gradient of norm 1 out of it."""
+    assert compute_advantages(rewards, **options) == [0.0] * len(rewards)
+
+
+@pytest.mark.parametrize("scale", [1e-323, math.exp(-400), 1e-9, 1.0, 1e200, 1e307])
+@pytest.mark.parametrize("norm", ["group_std", "batch"])
+def test_contrast_of_any_size_is_standardised(scale, norm):
+    """Goal: [a, 0, 0, 0] gives (1.5, -.5, -.5, -.5), exactly by hand, however small or large a is. Red with squares of
+    the deviations as they are: ZeroDivisionError at exp(-400), OverflowError at 1e200."""
+    advantages = compute_advantages([scale, 0.0, 0.0, 0.0], "group_mean", norm=norm)
+    assert advantages == pytest.approx([1.5, -0.5, -0.5, -0.5], rel=1e-9 if scale > 1e-300 else 0.3)
+    assert abs(sum(advantages)) < 1e-9 or scale < 1e-300
+    both = compute_advantages([scale, scale, -scale, -scale], "group_mean", norm=norm)
+    assert both == pytest.approx([math.sqrt(3) / 2] * 2 + [-math.sqrt(3) / 2] * 2)
+
+
+def test_a_constant_baseline_near_the_rewards_shows_no_noise():
+    """Goal: what is left of 0.3 less 0.3 is rounding. Red with contrast looked for among the differences alone: ±1."""
+    assert compute_advantages([SUM, 0.3, 0.3], 0.3, norm="batch") == [0.0] * 3
+    assert compute_advantages([0.3 + 1e-3, 0.3, 0.3], 0.3, norm="batch") == pytest.approx(
+        [2 / math.sqrt(3), -1 / math.sqrt(3), -1 / math.sqrt(3)], rel=1e-9
+    )
+
+
+def test_small_but_real_contrast_stays():
+    """Goal: a penalty of a thousandth counts. Red with a threshold of 1e-2."""
+    assert compute_advantages([1.0, 0.999], "group_mean", norm="group_std") == pytest.approx(
+        [math.sqrt(0.5), -math.sqrt(0.5)]
+    )
+    assert compute_advantages([1.0, 1.0 - 1e-5], "group_mean") != [0.0, 0.0]
+
+
+@pytest.mark.parametrize("reward", [math.nan, math.inf, -math.inf])
+def test_a_reward_that_is_not_finite_is_named(reward):
+    """Goal: the place, not NaN for the whole group. Red without the check."""
+    with pytest.raises(ValueError, match=rf"rewards\[1\]={reward}: needs finite"):
+        compute_advantages([0.0, reward], "group_mean", norm="group_std")

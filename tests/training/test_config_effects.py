@@ -329,8 +329,14 @@ class Run:
         _write(call="finish")
 
 
+class Table:
+    def __init__(self, columns, data):
+        _write(call="table", columns=columns, data=data)
+
+
 def init(project=None, name=None, config=None):
-    _write(call="init", project=project, name=name, config=config)
+    environment = {key: os.environ.get(key) for key in ("WANDB_DIR", "WANDB_RUN_GROUP")}
+    _write(call="init", project=project, name=name, config=config, **environment)
     return Run()
 '''
 
@@ -346,15 +352,18 @@ def wandb_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
 
 
 @pytest.mark.parametrize("use_wandb", [True, False])
-def test_use_wandb(tmp_path: Path, wandb_calls: Path, use_wandb: bool) -> None:
+def test_use_wandb(tmp_path: Path, wandb_calls: Path, use_wandb: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Goal: a run of the project's name with the whole config gets every logged step, and is finished; without the
-    field wandb is not even imported. Red with the logger left out of `_metrics`, and with finish() not called."""
+    field wandb is not even imported. Its files lie in the run directory, and the runs of the stages and of restarts
+    are one group. Red with the logger left out of `_metrics`, and with finish() not called."""
     changes = {"output.mode": "sft", "data.eval_mixture": [], "data.sft_mixture.0.max_samples": 32}
     wandb = {"output.use_wandb": use_wandb, "output.wandb_project": "letters" if use_wandb else ""}
     config = changed({**changes, **wandb, "sft.num_iterations": 2})
     assert config.problems() == ()
     run = RunDir(tmp_path / "run-7")
     run.path.mkdir()
+    for variable in ("WANDB_DIR", "WANDB_RUN_GROUP"):
+        monkeypatch.setenv(variable, "")
     anyio.run(trainer._train, config, run, "sft", [])
     if not use_wandb:
         assert not wandb_calls.exists() and "wandb" not in sys.modules
@@ -362,6 +371,7 @@ def test_use_wandb(tmp_path: Path, wandb_calls: Path, use_wandb: bool) -> None:
     calls = [json.loads(line) for line in wandb_calls.read_text().splitlines()]
     assert [call["call"] for call in calls] == ["init", "log", "log", "finish"]
     assert (calls[0]["project"], calls[0]["name"], calls[0]["config"]) == ("letters", "run-7-sft", config.to_json())
+    assert (calls[0]["WANDB_DIR"], calls[0]["WANDB_RUN_GROUP"]) == (str(run.path), config.output.experiment_name)
     logged = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     for call, row in zip(calls[1:3], logged, strict=True):
         assert (call["step"], call["data"]["loss"]) == (row["step"], row["loss"])

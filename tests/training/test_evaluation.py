@@ -167,6 +167,12 @@ def test_pass_at_k_of_many_samples_and_bad_arguments() -> None:
             pass_at_k(n, c, k)
 
 
+def test_a_task_of_the_name_all_is_not_taken_for_all() -> None:
+    """Goal: a row's "task" column may say anything. Red: those rows' share stood for that of all rows."""
+    found = Evaluation(["all", "b", "b", "b"], ["x"] * 4, [True, False, False, False], 0, [0] * 4).metrics()
+    assert {task: values["exact_match"] for task, values in found.items()} == {"all": 0.25, "all (task)": 1.0, "b": 0.0}
+
+
 def test_metrics_by_task() -> None:
     """Goal: each task's own means, and the total over rows (not over tasks). Red with the mean of the tasks' means."""
     found = Evaluation(["a", "b", "b"], ["", "", ""], [True, False, False], 2, [2, 1, 0])

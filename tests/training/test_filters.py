@@ -32,6 +32,12 @@ def group(rewards: list[float | None], responses: str = "") -> list[Sample]:
         (check_reward_nonzero_std, [1.0, 1.0], "ab", False),
         (check_reward_nonzero_std, [0.1, 0.1, 0.1], "abc", False),  # its standard deviation in floats is not 0
         (check_reward_nonzero_std, [1.0], "a", False),
+        (check_reward_nonzero_std, [0.1 + 0.2, 0.3, 0.3], "abc", False),  # rounding; red with a set of the rewards
+        (check_reward_nonzero_std, [0.5, 0.5 + 1e-7], "ab", False),  # a judge's noise
+        (check_reward_nonzero_std, [0.5, 0.501], "ab", True),
+        (check_reward_nonzero_std, [0.0, 1e-30], "ab", True),
+        (check_any_success, [0.0, sum([0.1] * 10)], "ab", True),  # 0.9999999999999999
+        (check_min_reward, [0.0, 0.5 + 1e-12], "ab", False),
         (check_min_reward, [0.0, 0.6], "ab", True),
         (check_min_reward, [0.0, 0.5], "ab", False),
         (check_response_diversity, [0.0] * 4, "aabb", True),

@@ -1,14 +1,19 @@
 """Metrics files: one whole JSON object a line, whatever is logged and however the last writer ended."""
 
 import json
+import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import anyio
 import numpy as np
 import pytest
 import torch
 
+from rollouts.run_dir import RunDir, append_event, append_jsonl
 from rollouts.training.metrics import CompositeLogger, JSONLLogger, WandbLogger
+from tests.training.tiny import tiny_backend
 
 
 def lines(path: Path) -> list[dict]:
@@ -87,3 +92,34 @@ def test_wandb_is_imported_only_when_used(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match=r"rollouts\[wandb\].*use_wandb=False"):
         WandbLogger("project")
+
+
+def test_numbers_that_json_lacks_are_null_wherever_they_are_written(tmp_path):
+    """Goal: jq and browsers read every file of a run. Red with json.dumps as it comes: NaN, Infinity."""
+    run = RunDir(tmp_path)
+    append_event(run, "warning", value=math.nan, nested={"a": [math.inf, 1.0]})
+    append_jsonl(run.eval, {"value": -math.inf})
+    strict = {"parse_constant": lambda text: pytest.fail(f"{text} is not JSON")}
+    (event,) = [json.loads(line, **strict) for line in run.events.read_text().splitlines()]
+    assert (event["value"], event["nested"]) == (None, {"a": [None, 1.0]})
+    assert json.loads(run.eval.read_text(), **strict) == {"value": None}
+    backend = tiny_backend(tmp_path / "sft")
+    path = anyio.run(lambda: backend.save_checkpoint(1, {"loss": math.nan, "lr": 0.5}))
+    assert json.loads((path / "metadata.json").read_text(), **strict)["metrics"] == {"loss": None, "lr": 0.5}
+
+
+def test_a_table_of_samples(monkeypatch, tmp_path):
+    """Goal: rows as W&B's table, what is no cell as JSON. Red with the dict handed over as it is."""
+    logged, tables = [], []
+    run = SimpleNamespace(log=lambda data, step: logged.append((data, step)), finish=lambda: None)
+    stand_in = SimpleNamespace(
+        init=lambda **_: run, Table=lambda columns, data: tables.append((columns, data)) or "the table"
+    )
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    monkeypatch.setenv("WANDB_DIR", "")
+    logger = WandbLogger("project", directory=tmp_path)
+    logger.log_table("samples", [{"prompt": {"answer": "4"}, "reward": 1.0}], step=3)
+    logger.log_table("samples", [], step=4)
+    logger.log({"step": 6, "loss": 1.0}, step=4)
+    assert tables == [(["prompt", "reward"], [['{"answer": "4"}', 1.0]])]
+    assert logged == [({"samples": "the table"}, 3), ({"step": 4, "loss": 1.0}, 4)]

@@ -1,14 +1,22 @@
 """Models and tokenizers out of directories."""
 
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from rollouts.engines.embedded import model as embedded
+from rollouts.engines.embedded.model import ModelError as EmbeddedError
 from rollouts.training.datasets.chat import render_conversation
 from rollouts.training.model_loading import ModelError, load_model, load_tokenizer
+from rollouts.training.reference import load_reference
+from scripts import run_eval
+from tests.training import tiny
 from tests.training.tiny_task import TINY_MODEL, tiny_model, tiny_tokenizer
 
 
@@ -82,6 +90,94 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "m" / "config.json").write_text('{"model_type": "no_such"}')
     with pytest.raises(ModelError, match=r"cannot load the model of .*/m.*check the files"):
         load_model(str(tmp_path / "m"), init="random")
+
+
+def saved(directory: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], *, tied: bool) -> str:
+    """A tiny model on disk, with its tensors as `change` gives them."""
+    tiny.tiny_model(tied=tied).save_pretrained(directory)
+    file = directory / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+    return str(directory)
+
+
+def without(part: str) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    return lambda tensors: {name: tensor for name, tensor in tensors.items() if part not in name}
+
+
+def under(prefix: str) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    return lambda tensors: {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def halved(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor[::2].contiguous() if "gate" in name else tensor for name, tensor in tensors.items()}
+
+
+INCOMPLETE = [
+    (under("_orig_mod."), True, r"no tensor for lm_head.weight, .*the names carry the prefix '_orig_mod\.'"),
+    (under("module."), False, r"the names carry the prefix 'module\.'"),
+    (under("base_model.model."), False, r"the names carry the prefix 'base_model\.model\.'"),
+    (without("layers.1."), False, r"no tensor for model\.layers\.1\..*12 tensors"),
+    (without("lm_head"), False, r"no tensor for lm_head\.weight\. They would be random"),
+    (without("embed_tokens"), True, r"no tensor for lm_head\.weight, model\.embed_tokens\.weight"),
+    (without("norm"), False, "no tensor for .*norm"),
+    (halved, False, r"mlp\.gate_proj\.weight has shape \[16, 16\], the architecture needs \[32, 16\]"),
+]
+
+
+def load_embedded(path: str) -> object:
+    return embedded.load(path, dtype="float32", device="cpu", trust_remote_code=False)
+
+
+@pytest.mark.parametrize("load", [load_model, load_reference, load_embedded])
+@pytest.mark.parametrize(("change", "tied", "message"), INCOMPLETE)
+def test_weights_that_are_missing_are_refused(
+    tmp_path: Path,
+    load: Callable[[str], object],
+    change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
+    tied: bool,
+    message: str,
+) -> None:
+    """Goal: no tensor is ever random: an error that names it, wherever models are loaded: to train, as the reference,
+    to serve. Red with the report of from_pretrained left in its log: the model came, with other weights each time."""
+    with pytest.raises((ModelError, EmbeddedError), match=message):
+        load(saved(tmp_path / "m", change, tied=tied))
+
+
+def test_run_eval_refuses_missing_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Goal: the script's error line, not the score of random weights. Red with its own call of from_pretrained."""
+    path = saved(tmp_path / "m", without("layers.1."), tied=True)
+    tiny_tokenizer().save_pretrained(path)
+    data = Path(run_eval.__file__).parent.parent / "configs/data/letters/test.jsonl"
+    assert run_eval.main([path, "--data", str(data), "--max-samples", "1"]) == 1
+    assert "no tensor for model.layers.1." in capsys.readouterr().err
+
+
+def test_tied_and_unknown_tensors_are_no_reason_to_refuse(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Goal: one of a tied pair's names is enough; what the model does not have is named. Red with tied ones asked for,
+    and (the warning) with the unexpected keys not looked at."""
+    for number, change in enumerate(
+        (lambda tensors: tensors, lambda tensors: {**tensors, "v_head.weight": torch.ones(2)})
+    ):
+        loaded = load_model(saved(tmp_path / str(number), change, tied=True))
+        assert torch.equal(parameters(loaded), parameters(tiny.tiny_model(tied=True)))
+    assert [record.getMessage() for record in caplog.records if record.name == "rollouts.training.model_loading"] == [
+        f"{tmp_path / '1'}: its files hold tensors that the model does not have: v_head.weight"
+    ]
+
+
+def test_a_pickle_in_place_of_weights_is_not_run(tmp_path: Path) -> None:
+    """Goal: an older checkpoint's pytorch_model.bin is data. Red with weights_only=False: the file is written."""
+    tiny.tiny_model().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+
+    class Attack:
+        def __reduce__(self) -> object:
+            return os.system, (f"touch {tmp_path}/attacked",)
+
+    torch.save({"model.embed_tokens.weight": Attack()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="cannot load the model"):
+        load_model(str(tmp_path))
+    assert not (tmp_path / "attacked").exists()
 
 
 def test_a_tokenizer_without_an_end_token_is_refused(tmp_path: Path) -> None:

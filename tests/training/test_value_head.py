@@ -3,6 +3,7 @@
 import random
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -301,3 +302,25 @@ def test_what_has_no_values_says_so(tmp_path):
     with pytest.raises(ValueError, match="value_head: needs a loss of rl_losses"):
         tiny_backend(tmp_path / "c", loss_fn=lambda logits, labels, loss_mask: logits.sum(), value_head=head())
     assert "qwen2" in forward.PACKABLE
+
+
+@pytest.mark.parametrize("noise", [0.0, 3e-8, -6e-8])
+def test_values_that_predict_rewards_but_for_rounding_leave_no_advantage(noise):
+    """Goal: what float32 leaves of 0.3 less 0.3 is not blown up to ±1, and constant returns explain nothing. Red with
+    the variance compared with 0."""
+
+    class Predicted:
+        def values(self, batch: dict[str, Any]) -> Any:
+            values_BT = torch.where(batch["loss_mask"] != 0, 0.3, 0.0)
+            values_BT[0] += noise * (batch["loss_mask"][0] != 0)
+            return SimpleNamespace(result=partial(later, values_BT))
+
+    async def later(values_BT: torch.Tensor) -> torch.Tensor:
+        return values_BT
+
+    rollouts = rollout_batch(3, 3)
+    config = RLTrainingConfig(num_steps=1, baseline="value", gamma=1.0, gae_lambda=1.0)
+    batch = prepare_grpo_batch(rollouts, [0.1 + 0.2] + [0.3] * (len(rollouts.rewards) - 1), config, pad_token_id=PAD)
+    call = partial(add_value_advantages, Predicted(), [batch], gamma=1.0, gae_lambda=1.0, norm="batch")
+    assert anyio.run(call)["explained_variance"] == 0.0
+    assert not batch["advantages"].any()

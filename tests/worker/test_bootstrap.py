@@ -7,8 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import zipfile
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +14,9 @@ import pytest
 
 from rollouts import run_dir
 from rollouts.run_dir import EnvironmentSpec, RunDir
-from rollouts.worker.bootstrap import BootstrapError, Patience, ensure_environment, is_complete
+from rollouts.worker.bootstrap import BootstrapError, ensure_environment, is_complete
+from tests.worker.environments import actions, patience, version_in, write_wheel
 from tests.worker.stands import (
-    PATIENCE_S,
     Host,
     alive,
     as_status,
@@ -33,81 +31,6 @@ from tests.worker.stands import (
 )
 
 
-@pytest.fixture(scope="module")
-def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with two versions of a package that says its version."""
-    directory = tmp_path_factory.mktemp("wheels")
-    for version in ("1.0", "2.0"):
-        info = f"tiny_thing-{version}.dist-info"
-        with zipfile.ZipFile(directory / f"tiny_thing-{version}-py3-none-any.whl", "w") as wheel:
-            wheel.writestr("tiny_thing.py", f"version = {version!r}\n")
-            wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: tiny-thing\nVersion: {version}\n")
-            wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-            wheel.writestr(f"{info}/RECORD", "")
-    return directory
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real virtual environment with pip: seconds to make, so made once, and copied without its marker."""
-    directory = tmp_path_factory.mktemp("prepared")
-    spec = EnvironmentSpec(
-        name="real",
-        path=str(directory / "env"),
-        installer="pip",
-        base_python=sys.executable,
-        requirements=[],
-        requirements_no_deps=[],
-        constraints="",
-    )
-    ensure_environment(spec, RunDir(directory / "run"), patience())
-    (directory / "env" / ".complete").rename(directory / "marker")
-    return directory / "env"
-
-
-@pytest.fixture
-def quick_python(prepared: Path, tmp_path: Path) -> str:
-    """A base interpreter whose `-m venv PATH` copies the prepared environment; it notes each time."""
-    path = tmp_path / "base" / "python3"
-    path.parent.mkdir()
-    path.write_text(f'#!/bin/sh\necho made >> {tmp_path}/made\nsleep 0.3\ncp -a {prepared} "$3"\n')
-    path.chmod(0o755)
-    return str(path)
-
-
-@pytest.fixture
-def spec(tmp_path: Path, wheels: Path, quick_python: str) -> EnvironmentSpec:
-    return EnvironmentSpec(
-        name="trainer",
-        path=str(tmp_path / "envs" / "key1"),
-        installer="pip",
-        base_python=quick_python,
-        requirements=["--no-index", f"--find-links {wheels}", "tiny-thing"],
-        requirements_no_deps=[],
-        constraints="tiny-thing==1.0\n",
-    )
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> RunDir:
-    made = RunDir(tmp_path / "runs" / "r1")
-    made.path.mkdir(parents=True)
-    return made
-
-
-def patience(timeout_s: float = PATIENCE_S, tick: Callable[[], None] = lambda: None) -> Patience:
-    return Patience(timeout_s, tick=tick)
-
-
-def actions(run: RunDir) -> list[str]:
-    return [row["action"] for row in events(run, "environment")]
-
-
-def version_in(spec: EnvironmentSpec) -> str:
-    command = [f"{spec.path}/bin/python", "-c", "import tiny_thing; print(tiny_thing.version)"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
 def times_made(tmp_path: Path) -> int:
     return (tmp_path / "made").read_text().count("made")
 
@@ -117,13 +40,7 @@ def test_what_is_marked_comes_without_its_dependencies(
 ) -> None:
     """Goal: a requirement of the second list is installed as it is, at its version, though what it requires is not to
     be had. Red with `--no-deps` left out (pip finds no nowhere-to-be-found)."""
-    needy = "needy-1.0.dist-info"
-    with zipfile.ZipFile(tmp_path / "needy-1.0-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("needy.py", "")
-        required = "Metadata-Version: 2.1\nName: needy\nVersion: 1.0\nRequires-Dist: nowhere-to-be-found\n"
-        wheel.writestr(f"{needy}/METADATA", required)
-        wheel.writestr(f"{needy}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr(f"{needy}/RECORD", "")
+    write_wheel(tmp_path, "needy", "1.0", requires="nowhere-to-be-found")
     own = replace(spec, requirements_no_deps=["--no-index", f"--find-links {tmp_path}", "needy==1.0"])
     ensure_environment(own, run, patience())
     subprocess.run([f"{spec.path}/bin/python", "-c", "import needy, tiny_thing"], check=True)
@@ -231,7 +148,7 @@ def test_a_missing_uv(spec: EnvironmentSpec, run: RunDir, tmp_path: Path, monkey
 
 
 def test_uv_outside_the_path(
-    spec: EnvironmentSpec, run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    spec: EnvironmentSpec, run: RunDir, tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Goal: uv in ~/.local/bin is found although a bare ssh command has no such PATH; it gets the interpreter and both
     files. Red with only PATH searched."""
@@ -239,7 +156,8 @@ def test_uv_outside_the_path(
     uv.parent.mkdir(parents=True)
     uv.write_text(
         '#!/bin/sh\necho "$@" >> "$HOME/calls"\n'
-        'if [ "$1" = venv ]; then mkdir -p "$4/bin" && ln -s /bin/sh "$4/bin/python"; fi\n'
+        f'if [ "$1" = venv ]; then exec cp -a {prepared} "$4"; fi\n'
+        'python=$4; shift 4; exec "$python" -m pip install "$@"\n'
     )
     uv.chmod(0o755)
     monkeypatch.setenv("PATH", "/usr/bin:/bin")

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -230,25 +231,26 @@ def test_the_wrapper_dies(host: Host) -> None:
 def test_the_port_is_looked_at_again(host: Host) -> None:
     """Goal: a stranger that takes the port between two lives is named, not taken for the engine. Red without the
     second look, and with a full queue taken for a free port: the engine failed to bind, once for each restart."""
-    port = free_port()
-    # the engine's own child, without the run's mark, inherits the listening socket
-    leaking = ENGINE.replace(
+    port, path = free_port(), f"/tmp/rt-{os.getpid()}-{free_port()}"  # a socket's path has to be short
+    giving = ENGINE.replace(
         "server.serve_forever()",
-        "import subprocess; os.set_inheritable(server.fileno(), True)\n"
-        "clean = {k: v for k, v in os.environ.items() if not k.startswith('ROLLOUTS_')}\n"
-        "child = subprocess.Popen(['sleep', '600'], close_fds=False, start_new_session=True, env=clean)\n"
-        "print('child', child.pid, flush=True)\n"
+        "import socket; giver = socket.socket(socket.AF_UNIX)\n"
+        f"if not giver.connect_ex({path!r}): socket.send_fds(giver, [b'x'], [server.fileno()])\n"
         "server.serve_forever()",
     )
-    run = start(host, port, leaking)
-    server = await_life(run, 1)
-    child = child_of(run)
-    try:
-        os.kill(server, signal.SIGKILL)
-        assert await_end(run)["state"] == "failed"
-        assert f"cannot use 127.0.0.1:{port}" in events(run, "error")[0]["message"]
-    finally:
-        os.kill(child, signal.SIGKILL)
+    with socket.socket(socket.AF_UNIX) as taker:
+        taker.bind(path)
+        taker.listen()
+        try:
+            run = start(host, port, giving)
+            server = await_life(run, 1)
+            _, (held, *_), _, _ = socket.recv_fds(taker.accept()[0], 1, 1)  # this process is the stranger
+        finally:
+            os.unlink(path)
+    os.kill(server, signal.SIGKILL)
+    assert await_end(run)["state"] == "failed"
+    os.close(held)
+    assert f"cannot use 127.0.0.1:{port}" in events(run, "error")[0]["message"]
 
 
 def test_a_stop_during_a_restart(host: Host) -> None:

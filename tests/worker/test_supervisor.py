@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -170,23 +172,16 @@ def test_a_strangers_answer_does_not_make_a_dead_engine_ready(host: Host) -> Non
     """Goal: an engine that lost its port to a stranger after the check, and dies of it slowly, fails the stage although
     the URL answers 200. Red when any process's answer counted: the trainer started."""
     port = free_port()
-    losing = f"""
-import os, subprocess, sys, time
-stranger = {ENGINE!r}
-environment = {{k: v for k, v in os.environ.items() if not k.startswith("ROLLOUTS_")}}
-child = subprocess.Popen([sys.executable, "-c", stranger, "{port}"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                         start_new_session=True, env=environment)
-child.stdout.readline()
-print(child.pid, flush=True)
-time.sleep(1.0)
-sys.exit(98)
-"""
-    try:
-        run = host.finish(stage("rl", trainer("print('never')"), engine(port, losing)))
-        assert_failed(run, 98, "engine-0")
-        assert not run.log("trainer").exists()
-    finally:
-        os.kill(int(log(run, "engine-0")), signal.SIGKILL)
+    losing = "import sys, time; print('checked', flush=True); sys.stdin.read(); time.sleep(3.0); sys.exit(98)"
+    run = host.start(stage("rl", trainer("print('never')"), engine(port, losing)))
+    wait_for(lambda: "checked" in log(run, "engine-0"), "the engine's start")
+    with subprocess.Popen([sys.executable, "-c", ENGINE, str(port)]) as stranger:
+        try:
+            wait_for_end(run)
+        finally:
+            stranger.kill()
+    assert_failed(run, 98, "engine-0")
+    assert not run.log("trainer").exists()
 
 
 def test_the_stage_time_limit(host: Host) -> None:

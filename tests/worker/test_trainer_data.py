@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from base_config import Config
-from rollouts.worker.trainer_data import load_data, sft_seed
+from base_config import AgentConfig, Config
+from rollouts.training.datasets.rows import DataError
+from rollouts.worker.trainer_data import load_data, prompt_tokens_max, report_of, sft_seed
 from tests.example_config import example_config, replace_at
 from tests.training.process_nursery import shared
 from tests.training.tiny_task import tiny_tokenizer
@@ -60,13 +61,48 @@ def test_plain_text_has_a_validation_loss_but_no_question(tmp_path: Path, tokeni
 
 def test_the_report_of_what_was_left_out(tmp_path: Path, tokenizer: Any) -> None:
     """Goal: it reaches the trainer, which writes it into the run's events. Red when it was dropped after logging."""
-    config = config_over(tmp_path, max_length=12)
+    config = config_over(tmp_path, max_length=24)
     with (tmp_path / "q.jsonl").open("a") as file:
         file.write(json.dumps({"question": "long" * 9, "answer": "x"}) + "\n")
     report = load_data(config, tokenizer, "sft").sft_report
     assert report is not None and report.kept == 6
-    assert report.left_out == {"longer than max_length=12 tokens": 1} and "q.jsonl:7" in str(report)
+    assert report.left_out == {"longer than max_length=24 tokens": 1} and "q.jsonl:7" in str(report)
     assert load_data(config, tokenizer, "rl").sft_report is None
+
+
+def test_prompts_leave_room_for_an_answer(tmp_path: Path, tokenizer: Any) -> None:
+    """Goal: every prompt of RL and evaluation is measured before anything trains, against the lesser of the two limits;
+    an episode's first with what its environment offers. Red: the engine refused it when it was sampled."""
+    config = config_over(tmp_path)
+    for tag, count in (("r", 30), ("e", 40), ("r", 53), ("r", 100)):  # a prompt has three tokens more, an answer 8
+        with (tmp_path / f"{tag}.jsonl").open("a") as file:
+            file.write(json.dumps({"question": "a" * count, "answer": "x"}) + "\n")
+    assert prompt_tokens_max(config, tokenizer) == 64 - 8
+    assert prompt_tokens_max(replace_at(config, "data.max_length", 2000), tokenizer) == 256 - 8  # the model's own
+    data = load_data(config, tokenizer, "sft")
+    assert len(data.prompts) == 4 + 2 and len(data.eval_rows) == 3
+    assert "rl_mixture: 6 prompts; left out 1: prompt longer than 56 tokens (" in report_of(data)
+    assert f"{tmp_path}/r.jsonl:7)" in report_of(data) and "answers to" not in report_of(data)
+    small = replace_at(config, "engine.context_length", 40)
+    data = load_data(small, tokenizer, "rl")
+    assert len(data.prompts) == 4 and len(data.eval_rows) == 2
+    assert "left out 3: prompt longer than 32 tokens" in report_of(data) and "answers to" in report_of(data)
+    with pytest.raises(DataError, match=r"no prompt is left .*r\.jsonl:\d.*, \.\.\.\); the longest has 103 tokens"):
+        load_data(replace_at(config, "engine.context_length", 10), tokenizer, "rl")
+    agent = AgentConfig(
+        environment="rollouts.agents.environment.AskAgain",
+        tool_format="hermes",
+        turns_max=2,
+        tokens_max=34,
+        timeout_s=60.0,
+    )
+    episodes = replace_at(config, "rl.agent", agent)
+    assert prompt_tokens_max(episodes, tokenizer) == 33 and len(load_data(episodes, tokenizer, "rl").prompts) == 5
+    offered = replace_at(
+        config, "rl.agent", replace(agent, environment="rollouts.agents.environment.CalculatorEnvironment")
+    )
+    told = report_of(load_data(offered, tokenizer, "rl"))
+    assert "the model is not told of the environment's tools: " in told and "leaves out the tool 'calculator'" in told
 
 
 def test_a_stage_over_plain_text_alone(tmp_path: Path) -> None:

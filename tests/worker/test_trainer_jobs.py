@@ -11,6 +11,8 @@ import pytest
 
 from base_config import Config
 from rollouts.run_dir import RunDir, read_jsonl
+from rollouts.training.loops.common import StepsError
+from rollouts.training.types import Sample
 from rollouts.worker import trainer
 from tests.engines.scripted import Scripted
 from tests.engines.serving import serving
@@ -107,6 +109,45 @@ def test_pass_at_k_and_tasks_reach_eval_jsonl(live: RunDir) -> None:
         for metric in metrics:
             total, first, second = (rows(live, step=step, task=task, metric=metric)[0]["value"] for task in tasks)
             assert total == pytest.approx((6 * first + 4 * second) / 10)
+
+
+def test_every_answer_is_kept(live: RunDir) -> None:
+    """Goal: a line for each held-out row and evaluation, which says what eval.jsonl counts; "which rows got worse" is
+    a join over `row`. Red with the answers dropped after they were counted."""
+    answers = read_jsonl(live.eval_samples)
+    assert [(row["step"], row["row"]) for row in answers] == [(step, row) for step in (0, 3) for row in range(10)]
+    assert {"stage", "task", "prompt_id", "prompt", "expected", "answer", "num_correct"} <= set(answers[0])
+    before, after = ({row["row"]: row for row in answers if row["step"] == step} for step in (0, 3))
+    assert all(before[row]["prompt_id"] == after[row]["prompt_id"] for row in before)
+    for step, found in ((0, before), (3, after)):
+        (counted,) = rows(live, step=step, task="all", metric="exact_match")
+        assert counted["value"] == pytest.approx(sum(row["correct"] for row in found.values()) / 10)
+        assert all(row["correct"] == (row["answer"].strip() == row["expected"]) for row in found.values())
+
+
+def test_a_run_that_learns_nothing_says_so(model: Path, engine_url: str, tmp_path: Path) -> None:
+    """Goal: `warning` events with a cause and a sentence, and the share of groups without contrast in the metrics.
+    Red with the alarms left out of the loggers."""
+    changes = {"rl.reward_fn": f"{__name__}.never", "rl.eval_every": -1, "data.eval_mixture": []}
+    run = train(tmp_path / "nothing", "rl", config(model, "rl", changes), engine_url)
+    assert [row["groups_zero_std_frac"] for row in read_jsonl(run.metrics)] == [1.0] * 3
+    warnings = [event for event in read_jsonl(run.events) if event["kind"] == "warning"]
+    assert {"no_contrast"} <= {event["cause"] for event in warnings}
+    assert all((event["stage"], event["step"]) == ("rl", 3) and "Fix: " in event["message"] for event in warnings)
+    assert len({event["cause"] for event in warnings}) == len(warnings)
+
+
+def never(sample: Sample) -> float:
+    return 0.0
+
+
+def test_resuming_beyond_the_end_is_an_error(tmp_path: Path) -> None:
+    """Goal: both numbers and the fix. Red with an empty range of steps as work done: state done, exit code 0."""
+    (tmp_path / "metadata.json").write_text(json.dumps({"stage": "sft", "step": 104}))
+    for steps in (52, 104):
+        with pytest.raises(StepsError, match=rf"is of sft step 104, .* {steps} steps.*Fix: raise sft.num_iterations"):
+            trainer._check_left("sft", tmp_path, steps)
+    trainer._check_left("sft", tmp_path, 105)
 
 
 def test_the_engine_says_who_it_is_before_it_is_used(

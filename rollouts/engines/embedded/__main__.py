@@ -33,7 +33,9 @@ def main() -> int:
     from rollouts.engines.embedded.scheduler import Scheduler
     from rollouts.engines.embedded.server import Server
     from rollouts.engines.keys import read_keys
+    from rollouts.training import open_files
 
+    open_files.allow_all()  # a connection for each request
     info = vars(args)
     scheduler = Scheduler(lambda: _load(args), rows_max=args.max_running_requests, seed=args.random_seed)
     config = uvicorn.Config(

@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from rollouts.engines.embedded import attention
 from rollouts.engines.embedded.fast_decode import FastDecode
+from rollouts.training.model_loading import ModelError as WeightsError
+from rollouts.training.model_loading import with_every_weight
 
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -156,16 +158,13 @@ def _read(path: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     if not Path(path).is_dir():
         raise ModelError(f"{path}: no such directory; needs a Hugging Face directory with config.json and weights")
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True, output_loading_info=True
+        return with_every_weight(
+            AutoModelForCausalLM, path, dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True
         )
+    except WeightsError as error:
+        raise ModelError(str(error)) from error
     except Exception as error:  # from_pretrained raises many kinds for bad files; the caller needs the one line
         raise ModelError(f"{path}: cannot be loaded: {_first_line(error)}") from error
-    model, info = loaded
-    if info["missing_keys"]:
-        names = sorted(info["missing_keys"])
-        raise ModelError(f"{path}: the weights lack {names[0]} ({len(names)} tensors missing)")
-    return model
 
 
 def _check_architecture(model: Any, path: str) -> None:
@@ -191,8 +190,12 @@ def _tokenizer(path: str, trust_remote_code: bool) -> Any:
 
 
 def _eos_ids(model: Any, path: str, tokenizer: Any) -> frozenset[int]:
-    """Every id that ends a sequence: of the config, the generation config and the tokenizer, as SGLang joins them."""
-    found = [model.config.get_text_config().eos_token_id, getattr(tokenizer, "eos_token_id", None)]
+    """Every id that ends a sequence: of the configs and the tokenizer, as SGLang joins them.
+
+    A chat template's own end is in the generation config of our checkpoints, and in our requests' stop_token_ids.
+    """
+    configs = [model.config, model.config.get_text_config()]
+    found = [getattr(one, "eos_token_id", None) for one in (*configs, tokenizer)]
     if os.path.isfile(os.path.join(path, "generation_config.json")):
         found.append(GenerationConfig.from_pretrained(path).eos_token_id)
     ids: set[int] = set()

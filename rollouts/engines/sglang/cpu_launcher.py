@@ -4,6 +4,8 @@ What SGLang 0.5.21 lacks there is put in place at module level, since the server
 environment must have `cpu_stubs` on its PYTHONPATH and SGLANG_USE_CPU_ENGINE=1. The rest is launcher.py.
 """
 
+import contextlib
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -14,11 +16,23 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # small functions are compile
 
 import torch
 
-# The torchvision wheel that SGLang's pins select is a CUDA build; its import stops at two operators that a CPU build of
-# torch does not have.
-_TORCHVISION = torch.library.Library("torchvision", "DEF")
-for _name in ("nms", "qnms"):
-    _TORCHVISION.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+_TORCHVISION = torch.library.Library("torchvision", "FRAGMENT")
+
+
+def _torchvision_without_cuda() -> None:
+    """Let torchvision be imported beside a CPU build of torch.
+
+    The wheel of the public index is a CUDA build. Beside a CUDA build of torch its library loads, GPU or not. Beside a
+    CPU build it does not, and the import of torchvision then stops at two operators that the library would define.
+    """
+    found = importlib.util.find_spec("torchvision")
+    for directory in (found and found.submodule_search_locations) or ():
+        for library in Path(directory).glob("_C*.so"):
+            with contextlib.suppress(OSError):
+                torch.ops.load_library(str(library))
+                return
+    for name in ("nms", "qnms"):
+        _TORCHVISION.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def _seeds_without_a_gpu() -> None:
@@ -60,11 +74,15 @@ def _adapters_without_a_gpu() -> None:
     layers.torch = torch_backend.torch = _Unpinned("torch")
 
 
+_torchvision_without_cuda()
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # also when started by this file's path
+from rollouts.training.stores import bind_all_stores  # noqa: E402
+
+bind_all_stores()  # before SGLang is imported
 _seeds_without_a_gpu()
 if "--enable-lora" in sys.argv:
     _adapters_without_a_gpu()
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # also when started by this file's path
 from rollouts.training.weight_transfer.payload import keep_mappings  # noqa: E402
 
 keep_mappings()  # SGLang would map a bucket of weights anew each time

@@ -2,8 +2,8 @@
 
 SGLang takes its keys from the command line or from a file that it turns into one, and prints all its arguments when it
 starts. Here they come from the environment (rollouts/engines/keys.py), and print as '***'. Without them the server asks
-for none. /server_info, which takes the api key, would answer with both: it hides them too. Runs in the engine's
-environment, from the repository's root.
+for none. /server_info, which takes the api key, would answer with both: it hides them too. Its stores listen on
+loopback alone. Runs in the engine's environment, from the repository's root.
 """
 
 import os
@@ -12,6 +12,10 @@ from collections.abc import Collection
 from typing import Any
 
 from rollouts.engines.keys import read_keys
+from rollouts.training.stores import bind_all_stores
+
+if __name__ in ("__main__", "__mp_main__"):  # the server, and the processes that it starts, which import this again
+    bind_all_stores()
 
 
 def hidden(value: Any, keys: Collection[str]) -> Any:

@@ -85,6 +85,8 @@ class _Reader:
             near = difflib.get_close_matches(attribute, module.names, n=3, cutoff=0.5)
             public = [known for known in module.names if not known.startswith("_")]
             shown = [f"{known} (line {module.names[known]})" for known in near or public[:8]]
+            inside = sorted(m for m in self._module_names() if m.startswith(f"{name}."))
+            shown = shown or [f"its modules {', '.join(inside[:8])}"] if inside and not near else shown
             self._add(
                 f"{config_field}={dotted!r}: {file} defines no {attribute!r}.",
                 found=f"{'near' if near else 'it defines'}: {', '.join(shown) or 'nothing'}",

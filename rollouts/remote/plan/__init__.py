@@ -39,8 +39,8 @@ class Plan:
     problems: tuple[Problem, ...]  # every reason why it cannot be executed
     notes: tuple[str, ...]
     steps: tuple[Step, ...]
-    summary: tuple[str, ...]  # what each stage reads, does and writes
-    warnings: tuple[str, ...]  # what may be meant, and usually is not
+    summary: tuple[str, ...] = ()  # what each stage reads, does and writes
+    warnings: tuple[str, ...] = ()  # what may be meant, and usually is not
     launch: LaunchPlan | None  # None where the host lacks what the plan rests on (a Python)
 
     def to_json(self) -> dict[str, Any]:
@@ -59,7 +59,6 @@ def make_plan(
 ) -> Plan:
     """Decide everything. `secrets_set`: those of host.secrets that have a value here."""
     problems = (
-        *facts.way_problems,
         *host_problems(config, facts, target, run_id),
         *input_problems(config, facts, code, target, secrets_set),
         *ahead_problems(config, facts, code, target),

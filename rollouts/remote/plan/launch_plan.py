@@ -8,6 +8,7 @@ from pathlib import Path
 
 from base_config import Config, EngineConfig
 from rollouts.engines.launch import (
+    LOOPBACK_ONLY,
     engine_argv,
     engine_devices,
     engine_env,
@@ -108,7 +109,7 @@ def launch_plan(config: Config, facts: HostFacts, code: Code, run_id: str) -> La
 def _stage(config: Config, code: Code, stage: str, path: str, *, python: str, engine_python: str) -> StageSpec:
     run = RunDir(Path(path))
     after_sft = stage == "rl" and "sft" in config.stages
-    torchrun = (python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(_world_size(config)))
+    torchrun = _torchrun(config, run, stage, python)
     samples = stage == "rl" and config.uses_engine
     engine = config.engine if samples else None
     replicas = range(engine.replicas) if engine else ()
@@ -130,6 +131,19 @@ def _stage(config: Config, code: Code, stage: str, path: str, *, python: str, en
         trainer=trainer,
         timeout_s=config.limits.stage_timeout_s,
         needs_checkpoint=str(run.latest_checkpoint("sft")) if after_sft else None,
+    )
+
+
+def _torchrun(config: Config, run: RunDir, stage: str, python: str) -> tuple[str, ...]:
+    """Ranks that find each other through files of the run directory.
+
+    torchrun's own store (`--standalone`) listens on every address, and unpickles what anybody writes into it.
+    """
+    return (
+        *(python, "-m", "torch.distributed.run"),
+        *("--rdzv-backend", "c10d", "--rdzv-conf", "store_type=file", "--rdzv-id", run.run_id),
+        *("--rdzv-endpoint", str(run.rendezvous(stage)), "--local-addr", "127.0.0.1"),
+        *("--nnodes", "1", "--nproc-per-node", str(_world_size(config))),
     )
 
 
@@ -188,6 +202,7 @@ def _process_env(config: Config, ranks: list[int]) -> dict[str, str]:
     return {
         "OMP_NUM_THREADS": str(config.host.threads_per_process),
         "TOKENIZERS_PARALLELISM": "false",
+        **LOOPBACK_ONLY,
         **devices,
         **config.host.env,
     }

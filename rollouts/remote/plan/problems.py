@@ -37,6 +37,7 @@ def asked_paths(config: Config) -> list[str]:
 
 def host_problems(config: Config, facts: HostFacts, target: str, run_id: str) -> Iterator[Problem]:
     """What the host lacks, or is busy with."""
+    yield from facts.way_problems
     yield from _run_problems(config, facts, target, run_id)
     yield from _tool_problems(config, facts, target)
     yield from _gpu_problems(config, facts, target)

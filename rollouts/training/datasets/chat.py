@@ -4,7 +4,7 @@ Trained: the assistant's text and the special token that ends its turn. Not trai
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,19 @@ from rollouts.training.datasets.chat_template import (
     clean_messages,
     split_conversation,
 )
+from rollouts.training.datasets.lost_text import refuse_lost_context
+from rollouts.training.datasets.plain import NotPlain, to_plain
 from rollouts.training.datasets.rows import DataError
+from rollouts.training.datasets.turn_end import TurnEnds
 
-__all__ = ["Conversation", "Rendering", "render_conversation", "render_conversations", "render_prompt"]
+__all__ = [
+    "Conversation",
+    "Rendering",
+    "render_conversation",
+    "render_conversations",
+    "render_prompt",
+    "render_prompts",
+]
 
 
 @dataclass(frozen=True)
@@ -33,12 +43,26 @@ class Rendering:
 def render_prompt(tokenizer: Any, prompt: str | dict[str, Any]) -> list[int]:
     """Token ids of a prompt up to where the assistant begins. A bare string is one user message.
 
-    A row's "tools" are offered to the model. Raises DataError where there is no template or it refuses the messages.
+    A row's "tools" are offered to the model. Raises DataError where there is no template, it refuses the messages, or
+    leaves out what they, or the tools, say.
     """
+    return render_prompts(tokenizer, [(prompt, "prompt")])[0]
+
+
+def render_prompts(tokenizer: Any, prompts: Sequence[tuple[str | dict[str, Any], str]]) -> list[list[int]]:
+    """`render_prompt` of each (prompt, where), all tokenized in one call; errors name the row by its `where`."""
+    texts = [_prompt_text(tokenizer, prompt, where) for prompt, where in prompts]
+    return [ids for ids, _ in _encode(tokenizer, texts)] if texts else []
+
+
+def _prompt_text(tokenizer: Any, prompt: str | dict[str, Any], where: str) -> str:
     row = {"messages": [{"role": "user", "content": prompt}]} if isinstance(prompt, str) else prompt
-    template = ChatTemplate(tokenizer, row.get("tools"), "prompt")
-    (prompt_text,) = template.render([clean_messages(row["messages"], "prompt")], add_generation_prompt=True)
-    return _encode(tokenizer, [prompt_text.text])[0][0]
+    template = ChatTemplate(tokenizer, row.get("tools"), where)
+    messages = clean_messages(row.get("messages"), where)
+    (rendered,) = template.render([messages], add_generation_prompt=True)
+    refuse_lost_context(template, messages, rendered.text, where, add_generation_prompt=True)
+    refuse_half_characters(rendered.text, where)
+    return rendered.text
 
 
 def render_conversation(
@@ -62,13 +86,23 @@ def render_conversations(tokenizer: Any, conversations: Sequence[Conversation]) 
     if not conversations:
         return []  # the tokenizer refuses an empty list
     pieces = [split_conversation(tokenizer, conversation) for conversation in conversations]
+    for conversation, own in zip(conversations, pieces, strict=True):
+        for piece in own:
+            refuse_half_characters(piece.text, conversation.where)
     encoded = iter(_encode(tokenizer, [piece.text for own in pieces for piece in own]))
-    added = tokenizer.added_tokens_decoder  # "</tool_call>" is one too, but not special: no turn ends there
-    specials = {*tokenizer.all_special_ids, *(index for index, token in added.items() if token.special)}
+    ends = TurnEnds.of(tokenizer)
     return [
-        [_Masker(tokenizer, specials, conversation.where, piece, *next(encoded)).rendering() for piece in own]
+        [_Masker(tokenizer, ends, conversation.where, piece, *next(encoded)).rendering() for piece in own]
         for conversation, own in zip(conversations, pieces, strict=True)
     ]
+
+
+def refuse_half_characters(text: str, where: str) -> None:
+    """Raise DataError for half of a surrogate pair, which no tokenizer takes. Rows are checked as they load."""
+    try:
+        to_plain(text)
+    except NotPlain as error:
+        raise DataError(f"{where}: {error}") from None
 
 
 def _encode(tokenizer: Any, texts: list[str]) -> list[tuple[list[int], list[int] | None]]:
@@ -89,7 +123,7 @@ class _Masker:
     """Finds the tokens of a piece's spans."""
 
     tokenizer: Any
-    specials: Set[int]
+    turn_ends: TurnEnds
     where: str
     piece: Piece
     token_ids: list[int]
@@ -133,15 +167,15 @@ class _Masker:
         return bisect_right(self.ends, stop)
 
     def _end_of_turn(self, start: int, stop: int) -> int:
-        """Where training of tokens [start, stop) ends: after the special token that ends the turn.
+        """Where training of tokens [start, stop) ends: after the token that ends the turn.
 
         A template may write white space after that token, which nobody samples, or close its markers before it.
         """
         ids = self.token_ids
-        end = next((end for end in range(stop, start, -1) if ids[end - 1] in self.specials), None)
-        if end is not None and not self.tokenizer.decode(ids[end:stop]).strip():
+        end = self.turn_ends.after_turn(ids, start, stop)
+        if end is not None:
             return end
-        if self.piece.marked and stop < len(ids) and ids[stop] in self.specials:
+        if self.piece.marked and stop < len(ids) and ids[stop] in self.turn_ends.specials:
             return stop + 1
         raise DataError(
             f"{self.where}: the chat template ends an assistant turn without a special token, so stopping could not be "

@@ -6,16 +6,18 @@ so such a conversation becomes several pieces; each trains the turns that stand 
 """
 
 import contextlib
-import json
+import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rollouts.training.datasets.lost_text import refuse_lost_context, refuse_lost_text
+from rollouts.training.datasets.message_keys import TRAIN_KEYS, untrained
+from rollouts.training.datasets.plain import NotPlain, parse_json
 from rollouts.training.datasets.rows import DataError
 
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-THINK_TAG = re.compile(r"</?think>")
 Message = dict[str, Any]
 Span = tuple[int, int]  # half-open
 
@@ -60,12 +62,14 @@ def split_conversation(tokenizer: Any, conversation: Conversation) -> list[Piece
         ends.append(messages)
     rendered = template.render(ends)
     whole = rendered[-1].text
-    _refuse_lost_context(messages, template.tools, whole, conversation.where)
+    refuse_lost_context(template, messages, whole, conversation.where)
     spoken: list[tuple[str, Turn]] = []
     for index, after, before in zip(indices, rendered, template.prompts(messages, indices), strict=False):
+        if untrained(conversation.messages[index], f"{conversation.where}: messages[{index}]") is not None:
+            continue
         where = f"{conversation.where}: messages[{index}]"
         spans = template.turn_spans(messages[:index], before, after, where)
-        _refuse_lost_text(messages[index], after.text[spans[0][0] :], where)
+        refuse_lost_text(messages[index], after.text[spans[0][0] :], where)
         spoken.append((after.text, Turn(index, spans)))
     return [Piece(text, turns, template.marked) for text, turns in _group(whole, spoken)]
 
@@ -87,7 +91,17 @@ class ChatTemplate:
             raise DataError(f"tokenizer {tokenizer.name_or_path!r} has no chat template: {error}") from None
         self._special_tokens = tokenizer.special_tokens_map
         self._where = where
+        self.words = [self._template, *map(str, self._special_tokens.values())]  # what it may write of its own
         self.marked = GENERATION_TAG.search(self._template) is not None
+
+    def text_with(self, messages: Sequence[Message], tools: Any, *, add_generation_prompt: bool) -> str | None:
+        """The text of other messages and tools; None where the template refuses them."""
+        other = copy.copy(self)
+        other.tools = tools or None
+        try:
+            return other.render([messages], add_generation_prompt=add_generation_prompt)[0].text
+        except DataError:
+            return None
 
     def render(
         self, conversations: Sequence[Sequence[Message]], *, add_generation_prompt: bool = False
@@ -172,11 +186,15 @@ def _group(whole: str, spoken: Sequence[tuple[str, Turn]]) -> list[tuple[str, tu
     return kept or [(whole, ())]
 
 
-def clean_messages(messages: Sequence[Message], where: str) -> list[Message]:
-    """As templates want them: no nulls (Arrow fills missing keys with them), arguments of calls as objects, not text.
+def clean_messages(messages: object, where: str) -> list[Message]:
+    """As templates want them: keys that are null left out, arguments of calls as objects, not text.
 
-    Raises DataError for a tool call that has no name, or arguments that are no object.
+    Nulls within calls stay: rows of Arrow's lost its padding when they were read. Keys that say what is trained
+    (`message_keys`) are not the template's. Raises DataError for a tool call that has no name, or arguments that are
+    no object.
     """
+    if not isinstance(messages, list | tuple) or not all(isinstance(message, dict) for message in messages):
+        raise DataError(f"{where}: messages={str(messages)[:120]!r}; needs a list of objects with 'role' and 'content'")
     return [_clean(message, f"{where}: messages[{index}]") for index, message in enumerate(messages)]
 
 
@@ -187,11 +205,12 @@ def _check_tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(parsed, list) or not all(isinstance(tool, dict) for tool in parsed):
         raise DataError(f"{where}: tools={str(tools)[:120]!r}; needs a list of JSON schemas, or the JSON text of one")
-    return [_without_nulls(tool) for tool in parsed]
+    return [_without_null_properties(tool) for tool in parsed]
 
 
 def _clean(message: Message, where: str) -> Message:
-    clean = {key: value for key, value in message.items() if value is not None}
+    untrained(message, where)  # raises for a value that it does not know
+    clean = {key: value for key, value in message.items() if value is not None and key not in TRAIN_KEYS}
     if clean.get("tool_calls"):
         clean["tool_calls"] = [_clean_call(call, where) for call in clean["tool_calls"]]
     return clean
@@ -203,61 +222,30 @@ def _clean_call(call: Any, where: str) -> dict[str, Any]:
         raise DataError(f"{where}.tool_calls has {call!r}; needs {{'function': {{'name': ..., 'arguments': ...}}}}")
     arguments = _parse(function.get("arguments"))  # JSON text is OpenAI's form; templates would encode it once more
     if not isinstance(arguments, dict | None):
-        raise DataError(f"{where}.tool_calls: arguments={arguments!r}; needs an object, or the JSON text of one")
-    clean = {**_without_nulls(function), "arguments": _without_nulls(arguments or {})}
+        shown = str(arguments) if len(str(arguments)) <= 120 else str(arguments)[:117] + "..."
+        raise DataError(f"{where}.tool_calls: arguments={shown!r}; needs an object, or the JSON text of one")
+    clean = {**function, "arguments": arguments or {}}
     return {**call, "function": clean} if "function" in call else clean
 
 
 def _parse(value: Any) -> Any:
-    """What the JSON text holds; anything else, other text among it, as it is."""
+    """What the JSON text holds; anything else, other text and what `parse_json` refuses among it, as it is."""
     if isinstance(value, str):
-        with contextlib.suppress(json.JSONDecodeError):
-            return json.loads(value)
+        with contextlib.suppress(NotPlain):
+            return parse_json(value)
     return value
 
 
-def _without_nulls(value: Any) -> Any:
-    """Without keys that hold null: Arrow gives every row the keys of all rows."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+def _without_null_properties(schema: Any) -> Any:
+    """Without properties whose definition is null, which is no schema: Arrow's padding, kept in a file.
 
-
-def _refuse_lost_context(
-    messages: Sequence[Message], tools: list[dict[str, Any]] | None, text: str, where: str
-) -> None:
-    """Raise DataError where the template drops a message that is not the assistant's, or a tool, without a word."""
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant" and not _appears(message.get("content"), text):
-            raise DataError(_lost(f"{where}: messages[{index}]", f"content of the {message['role']}", message))
-    for tool in tools or ():
-        name = tool.get("function", tool).get("name")
-        if not _appears(name, text):
-            raise DataError(f"{where}: the chat template leaves out the tool {name!r}: it does not support tools")
-
-
-def _refuse_lost_text(message: Message, text: str, where: str) -> None:
-    """Raise DataError where the template drops part of what the assistant says, when it is the last to speak."""
-    thinking = next((key for key in ("reasoning_content", "thinking", "reasoning") if message.get(key)), None)
-    for key in ("content", thinking):
-        parts = THINK_TAG.split(message[key]) if key and isinstance(message.get(key), str) else []
-        if not all(_appears(part, text) for part in parts):
-            raise DataError(_lost(where, str(key), message))
-    for call in message.get("tool_calls", ()):
-        if not _appears(call.get("function", call)["name"], text):
-            raise DataError(_lost(where, "tool_calls", message))
-
-
-def _lost(where: str, what: str, message: Message) -> str:
-    return (
-        f"{where}: the chat template leaves out {what}: {str(message)[:160]}. "
-        "Fix: a template that renders it, or rows without it."
-    )
-
-
-def _appears(content: Any, text: str) -> bool:
-    """Whether `text` holds `content`, but for white space around it, as it stands or as JSON. True for no string."""
-    if not isinstance(content, str):
-        return True
-    bare = content.strip()
-    return bare in text or json.dumps(bare, ensure_ascii=False)[1:-1] in text
+    Every other null stays: "default": null says something.
+    """
+    if isinstance(schema, list):
+        return [_without_null_properties(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    clean = {key: _without_null_properties(value) for key, value in schema.items()}
+    if isinstance(clean.get("properties"), dict):
+        clean["properties"] = {key: value for key, value in clean["properties"].items() if value is not None}
+    return clean

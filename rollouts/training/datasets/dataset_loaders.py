@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from rollouts.training.datasets.examples import Example
+from rollouts.training.datasets.examples import Example, check_answer
 from rollouts.training.datasets.formats import Format, parse_row
+from rollouts.training.datasets.prompts import OWN_TOOLS, fitting_prompts
+from rollouts.training.datasets.report import PromptReport, Report, SFTReport
 from rollouts.training.datasets.rows import DataError, Row, read_rows
 from rollouts.training.datasets.selection import Selection
-from rollouts.training.datasets.sft import SFTReport, build_sft_samples
+from rollouts.training.datasets.sft import build_sft_samples
 from rollouts.training.datasets.spelling import spelling_rows
 from rollouts.training.types import Sample
 
@@ -113,6 +115,18 @@ def load_prompt_mixture(specs: Sequence[MixtureSpec], *, seed: int) -> list[dict
     return [_prompt_of(example) for example in _mix(specs, seed)]
 
 
+def load_fitting_prompts(
+    specs: Sequence[MixtureSpec], *, seed: int, tokenizer: Any, tokens_max: int = -1, tools: Any = OWN_TOOLS
+) -> tuple[list[dict[str, Any]], PromptReport]:
+    """`load_prompt_mixture` without the prompts over `tokens_max` tokens, and the report: see `fitting_prompts`."""
+    examples = _mix(specs, seed)
+    for example in examples:
+        _prompt_of(example)
+    rows, report = fitting_prompts(examples, tokenizer, tokens_max=tokens_max, tools=tools)
+    _log(", ".join(spec.name for spec in specs), report)
+    return rows, report
+
+
 def load_examples(spec: MixtureSpec) -> list[Example]:
     """The selected rows of one data set, once. Raises DataError naming the file and line (or the row)."""
     selection = Selection(spec.shuffle_seed, spec.start, spec.stop, spec.step, spec.max_samples)
@@ -136,7 +150,7 @@ def load_prompts_from_jsonl(path: str | Path, format: Format | None = None) -> l
     A line is what `format` says, or holds a "prompt" string, or what its columns show. Raises DataError with file and
     line.
     """
-    if Path(path).suffix != ".jsonl":
+    if Path(path).suffix.lower() != ".jsonl":
         raise DataError(f"{path}: needs a .jsonl file")
     rows = read_rows(str(path), array_column=_array_column(format))
     return [_prompt(row, format) for row in rows]
@@ -160,7 +174,12 @@ def _plain_prompt(row: Row) -> dict[str, Any]:
     text = row.values["prompt"]
     if not isinstance(text, str) or not text.strip():
         raise DataError(f"{row.where}: prompt={text!r}; needs a string that is not empty")
-    others = {key: value for key, value in row.values.items() if key != "prompt"}
+    taken = ("prompt", "format", "messages")  # a row has a format once it is read in one
+    others = {key: value for key, value in row.values.items() if key not in taken}
+    if dropped := sorted(key for key in row.values if key in taken[1:]):
+        logger.warning("%s: columns %s are not used: the prompt has keys of these names", row.where, dropped)
+    if "answer" in others:
+        check_answer(others["answer"], row.where)
     return {**others, "messages": [{"role": "user", "content": text}]}
 
 
@@ -183,5 +202,5 @@ def _mix(specs: Sequence[MixtureSpec], seed: int | None) -> list[Example]:
     return [loaded[task][index] for task, index in order]
 
 
-def _log(name: str, report: SFTReport) -> None:
-    logger.log(logging.WARNING if report.left_out else logging.INFO, "%s: %s", name, report)
+def _log(name: str, report: Report) -> None:
+    logger.log(logging.WARNING if report.noteworthy else logging.INFO, "%s: %s", name, report)

@@ -1,8 +1,10 @@
 """An example: a row as a conversation (or a text) to train on, and as a prompt to answer. Pure."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
+from rollouts.training.datasets.message_keys import untrained
 from rollouts.training.datasets.rows import DataError
 
 Message = dict[str, Any]
@@ -17,6 +19,7 @@ class Example:
     messages: list[Message]  # the whole conversation; [] for plain text
     prompt: dict[str, Any]  # "messages" up to where the answer begins, "answer" where known, "format", other columns
     text: str | None = None  # plain text, trained on whole and without a chat template
+    replaced: tuple[str, ...] = ()  # columns of the row that a key of the prompt's own stands in place of
 
 
 def check_message(message: Any, where: str) -> Message:
@@ -30,6 +33,7 @@ def check_message(message: Any, where: str) -> Message:
         clean.setdefault("content", "")
     if not isinstance(clean.get("content"), str):
         raise DataError(f"{where}.content={clean.get('content')!r}; needs a string")
+    untrained(clean, where)
     return clean
 
 
@@ -57,10 +61,36 @@ def conversation_example(
     ends_with_answer = messages[-1]["role"] == "assistant"
     if len(messages) == 1 and ends_with_answer:
         raise DataError(f"{where}: the only message is the assistant's; needs one to answer before it")
-    prompt: dict[str, Any] = {"format": format, **others}
+    own: dict[str, Any] = {"format": format, "messages": messages[:-1] if ends_with_answer else messages}
     if answer is not None:
-        prompt["answer"] = answer
-    elif ends_with_answer:
-        prompt.setdefault("answer", messages[-1]["content"])
-    prompt["messages"] = messages[:-1] if ends_with_answer else messages
-    return Example(where, messages, prompt)
+        own["answer"] = answer
+    elif "answer" in others:
+        check_answer(others["answer"], where)
+    elif ends_with_answer and messages[-1]["content"].strip():  # an empty turn is no answer to compare with
+        own["answer"] = messages[-1]["content"]
+    return example(where, messages, others, own)
+
+
+def example(
+    where: str, messages: list[Message], others: dict[str, Any], own: dict[str, Any], *, text: str | None = None
+) -> Example:
+    """An example whose prompt is the row's `others` columns with `own` keys, which go before columns of their names."""
+    replaced = tuple(sorted(key for key in others if key in own and others[key] != own[key]))
+    return Example(where, messages, {**others, **own}, text, replaced)
+
+
+def check_answer(value: Any, where: str) -> None:
+    """Raise DataError for an `answer` that no reward can compare with a response: needs text, a number, or several."""
+    accepted = value if isinstance(value, list) else [value]
+    right = isinstance(value, str) or (bool(accepted) and all(_is_answer(one) for one in accepted))  # "" says: none
+    if not right:
+        raise DataError(
+            f"{where}: answer={str(value)[:120]!r} ({type(value).__name__}); needs a string, a number, or a list of "
+            "such, each of them right. Fix: put anything else into a column of another name"
+        )
+
+
+def _is_answer(value: Any) -> bool:
+    if isinstance(value, str):
+        return bool(value.strip())
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

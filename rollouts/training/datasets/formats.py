@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 from rollouts.training.calculator import CALCULATOR_TOOL
-from rollouts.training.datasets.examples import Example, check_message, check_turns, conversation_example
+from rollouts.training.datasets.examples import Example, check_message, check_turns, conversation_example, example
 from rollouts.training.datasets.rows import DataError, Row
 from rollouts.training.datasets.tool_calls import solution_turns
 from rollouts.training.rewards import gsm8k_number
@@ -100,9 +100,8 @@ def _gsm8k(row: Row) -> Example:
 def _gsm8k_calculator(row: Row) -> Example:
     question, solution, number = _gsm8k_parts(row, "gsm8k_calculator")
     user = {"role": "user", "content": question}
-    others = {**_others(row, "question", "answer"), "tools": [CALCULATOR_TOOL]}
-    prompt = {"format": "gsm8k_calculator", **others, "messages": [user], "answer": number}
-    return Example(row.where, [user, *solution_turns(solution)], prompt)
+    own = {"format": "gsm8k_calculator", "tools": [CALCULATOR_TOOL], "messages": [user], "answer": number}
+    return example(row.where, [user, *solution_turns(solution)], _others(row, "question", "answer"), own)
 
 
 def _gsm8k_parts(row: Row, format: Format) -> tuple[str, str, str]:
@@ -128,14 +127,15 @@ def _multiple_choice(row: Row) -> Example:
         raise DataError(f"{row.where}: answerKey={key!r}; needs one of the labels {labels}")
     lines = "".join(f"- {text}={label}\n" for text, label in zip(texts, labels, strict=True))
     content = f"Multiple choice question: {question}\n{lines}\nAnswer with the letter of the right choice alone."
-    others = {**_others(row, "question", "choices", "answerKey"), "letters": labels}
-    return _one_turn(row, "multiple_choice", content, key, answer=key, others=others)
+    own = {"format": "multiple_choice", "letters": labels, "messages": [{"role": "user", "content": content}]}
+    turns = [*own["messages"], {"role": "assistant", "content": key}]
+    return example(row.where, turns, _others(row, "question", "choices", "answerKey"), {**own, "answer": key})
 
 
 def _spelling_bee(row: Row) -> Example:
     messages = row.values["messages"]
-    others = {**_others(row, "messages"), "tools": [CALCULATOR_TOOL]}
-    return Example(row.where, messages, {"format": "spelling_bee", **others, "messages": messages[:1]})
+    own = {"format": "spelling_bee", "tools": [CALCULATOR_TOOL], "messages": messages[:1]}
+    return example(row.where, messages, _others(row, "messages"), own)
 
 
 def _simple_spelling(row: Row) -> Example:
@@ -146,16 +146,14 @@ def _text(row: Row) -> Example:
     text = row.values.get("text")
     if not isinstance(text, str):
         raise DataError(f"{row.where}: text={text!r}; format 'text' needs a string (columns: {sorted(row.values)})")
-    return Example(row.where, [], {"format": "text", **_others(row, "text")}, text=text)
+    return example(row.where, [], _others(row, "text"), {"format": "text"}, text=text)
 
 
-def _one_turn(
-    row: Row, format: Format, question: str, reply: str, *, answer: str, others: dict[str, Any] | None = None
-) -> Example:
+def _one_turn(row: Row, format: Format, question: str, reply: str, *, answer: str) -> Example:
     user = {"role": "user", "content": question}
-    rest = _others(row, "question", "answer") if others is None else others
-    prompt = {"format": format, **rest, "messages": [user], "answer": answer}
-    return Example(row.where, [user, {"role": "assistant", "content": reply}], prompt)
+    own = {"format": format, "messages": [user], "answer": answer}
+    turns = [user, {"role": "assistant", "content": reply}]
+    return example(row.where, turns, _others(row, "question", "answer"), own)
 
 
 def _strings(row: Row, format: Format, *columns: str) -> list[str]:

@@ -21,6 +21,8 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 def text_samples(example: Example, tokens: list[int], *, max_length: int) -> list[Sample]:
     """The pieces of a text's tokens that fit `max_length` (-1: one piece), in order; [] where nothing is to predict."""
+    if max_length != -1 and max_length < 2:
+        raise DataError(f"max_length={max_length}: needs >= 2, a token to read and one to predict, or -1 for no limit")
     pieces = list(split_tokens(tokens, max_length)) if len(tokens) > 1 else []
     samples = []
     for number, piece in enumerate(pieces, start=1):

@@ -7,12 +7,12 @@ is decided in formats.py.
 import bisect
 import contextlib
 import itertools
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rollouts.training.datasets.plain import NotPlain, parse_json, to_plain, without_padding
 from rollouts.training.datasets.selection import Selection
 
 HUB_ALIASES = {"gsm8k": "openai/gsm8k"}  # the name papers use
@@ -26,7 +26,7 @@ class DataError(ValueError):
 @dataclass(frozen=True)
 class Row:
     where: str  # "train.jsonl:17", "train.parquet row 16", "openai/gsm8k[train] row 16" (rows from 0, lines from 1)
-    values: dict[str, Any]  # by column; a column that is null in this row is left out
+    values: dict[str, Any]  # by column, plain data; a column that is null in this row is left out
 
 
 def read_rows(
@@ -48,7 +48,7 @@ def read_rows(
     if problem := selection.problem():
         raise DataError(f"{name}: {problem}")
     files = _local_files(name, split, subset)
-    if files and all(file.suffix == ".jsonl" for file in files):
+    if files and all(_is_lines(file) for file in files):
         rows = _select_lines(_read_lines(files, array_column), selection, streaming)
     else:
         where = _places(f"{name}[{split}]", files)
@@ -60,12 +60,17 @@ def read_rows(
 
 def _local_files(name: str, split: str, subset: str | None) -> list[Path]:
     """The files behind a name: itself, or those that `datasets` resolves for a directory's split. [] on the hub."""
-    if name.endswith(".jsonl"):
+    path = Path(name)
+    if _is_lines(path) and not path.is_dir():
         if subset is not None:
             raise DataError(f"{name}: subset={subset!r}, but a .jsonl file has no subsets; needs None")
-        return [Path(name)]
-    if not Path(name).is_dir():
-        if Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        return [path]
+    if path.is_file():
+        raise DataError(f"{name}: is a file of a kind that is not read by itself. {_KINDS}")
+    if not path.is_dir():
+        if path.suffix.lower() in _FILE_ENDINGS:
+            raise DataError(f"{name}: no such file (looked in {Path.cwd()}). {_KINDS}")
+        if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
             raise DataError(f"{name}: no such directory (looked in {Path.cwd()}), and no hub id either")
         return []
     import datasets
@@ -75,6 +80,17 @@ def _local_files(name: str, split: str, subset: str | None) -> list[Path]:
         if split not in splits:
             raise ValueError(f"unknown split; there is {', '.join(map(str, splits)) or 'none'}")
         return [Path(file) for file in splits[split]]
+
+
+_FILE_ENDINGS = (".json", ".parquet", ".arrow", ".csv", ".tsv", ".txt", ".gz", ".zst", ".xz", ".zip")
+_KINDS = (
+    "Needed: a .jsonl file, a directory laid out as on the hub (parquet, json, csv, also compressed; "
+    "data/train.parquet), or a hub id. Fix: put the file into a directory, named after its split, and name that."
+)
+
+
+def _is_lines(path: Path) -> bool:
+    return path.suffix.lower() == ".jsonl"
 
 
 # --- lines ----------------------------------------------------------------------------------------------------------
@@ -88,21 +104,34 @@ def _read_lines(files: Sequence[Path], array_column: str | None) -> Iterator[Row
     """
     for path in files:
         try:
-            with path.open(encoding="utf-8") as lines:
+            with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:  # a byte order mark is no text
                 for number, line in enumerate(lines, start=1):
+                    _refuse_other_encodings(line, path, number)
                     if line.strip():
                         yield Row(f"{path}:{number}", _parse_line(line, f"{path}:{number}", array_column))
         except FileNotFoundError:
             raise DataError(f"{path}: no such file (looked in {Path.cwd()})") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error}") from None
+
+
+def _refuse_other_encodings(line: str, path: Path, number: int) -> None:
+    """Raise DataError for bytes that are not UTF-8; "surrogateescape" has put them where no text could be."""
+    if not line.isascii():
+        wrong = next((at for at, char in enumerate(line) if "\udc80" <= char <= "\udcff"), None)
+        if wrong is not None:
+            byte = ord(line[wrong]) - 0xDC00
+            raise DataError(
+                f"{path}: cannot be read as UTF-8 text: {path}:{number} has the byte 0x{byte:02x} at character "
+                f"{wrong + 1}. Fix: convert the file (iconv -t UTF-8)"
+            )
 
 
 def _parse_line(line: str, where: str, array_column: str | None) -> dict[str, Any]:
     try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON: {error.msg} at column {error.colno}: {_shorten(line)}") from None
+        value = parse_json(line)
+    except NotPlain as error:
+        raise DataError(f"{where}: {error}: {_shorten(line)}") from None
     found = f"per line, found {type(value).__name__}: {_shorten(line)}"
     if array_column is not None:
         if not isinstance(value, list):
@@ -110,7 +139,7 @@ def _parse_line(line: str, where: str, array_column: str | None) -> dict[str, An
         return {array_column: value}
     if not isinstance(value, dict):
         raise DataError(f"{where}: needs one JSON object {found}")
-    return _without_nulls(value)
+    return {key: item for key, item in value.items() if item is not None}
 
 
 def _select_lines(rows: Iterator[Row], selection: Selection, streaming: bool) -> list[Row]:
@@ -137,7 +166,15 @@ def _read_with_datasets(
         else:
             indices = selection.of(len(dataset))
             chosen = zip(indices, dataset.select(indices), strict=True)
-        return [Row(where(index), _without_nulls(values)) for index, values in chosen]
+        return [Row(where(index), _plain_values(values, where(index))) for index, values in chosen]
+
+
+def _plain_values(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """A row of Arrow's as plain data, without the keys that Arrow filled with null. Raises DataError."""
+    try:
+        return without_padding(to_plain(values))
+    except NotPlain as error:
+        raise DataError(f"{where}: {error}") from None
 
 
 def _places(label: str, files: Sequence[Path]) -> Callable[[int], str]:
@@ -172,7 +209,7 @@ def _errors_named(name: str, split: str, subset: str | None) -> Iterator[None]:
     except Exception as error:  # the loader raises a dozen unrelated kinds (HTTP, Arrow, pickling, its own)
         from datasets import config
 
-        kind, fix = "hub data set (there is no such directory here)", "check the name, split, subset, network, HF_TOKEN"
+        kind, fix = "hub data set", "check the name, split, subset, network, HF_TOKEN (no directory here has that name)"
         if Path(name).is_dir():
             kind, fix = "directory", "check split and subset"
         elif config.HF_HUB_OFFLINE:
@@ -204,10 +241,6 @@ def _no_progress_bars() -> Iterator[None]:
     finally:
         if were_on:
             datasets.enable_progress_bars()
-
-
-def _without_nulls(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if value is not None}
 
 
 def _shorten(text: str, limit: int = 120) -> str:

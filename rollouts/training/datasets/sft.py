@@ -2,54 +2,18 @@
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from rollouts.training.datasets.chat import Conversation, Rendering
 from rollouts.training.datasets.examples import Example
 from rollouts.training.datasets.plain_text import encode_texts, text_samples
 from rollouts.training.datasets.render_workers import render_chunks
+from rollouts.training.datasets.report import SFTReport
 from rollouts.training.datasets.rows import DataError
 from rollouts.training.types import Sample
 
+__all__ = ["SFTReport", "build_sft_samples"]
 EXAMPLES_PER_CALL = 256  # rendered together: the tokenizer works on them in parallel
-EXAMPLES_SHOWN = 3  # rows named per reason; the report counts the rest
-
-
-@dataclass
-class SFTReport:
-    """How many examples were kept, and which were left out, by reason."""
-
-    kept: int = 0  # samples
-    split: int = 0  # conversations that became several samples: see `render_conversations`
-    split_samples: int = 0  # how many those became
-    texts_split: int = 0  # plain texts longer than max_length
-    pieces: int = 0  # how many samples those became, without loss
-    trained_tokens: int = 0
-    total_tokens: int = 0
-    left_out: dict[str, int] = field(default_factory=dict)  # reason -> how many
-    left_out_where: dict[str, list[str]] = field(default_factory=dict)  # reason -> the first few rows
-
-    def leave_out(self, reason: str, where: str) -> None:
-        self.left_out[reason] = self.left_out.get(reason, 0) + 1
-        rows = self.left_out_where.setdefault(reason, [])
-        if len(rows) < EXAMPLES_SHOWN:
-            rows.append(where)
-
-    def keep(self, samples: Sequence[Sample]) -> None:
-        self.kept += len(samples)
-        self.trained_tokens += sum(int(sum(sample.loss_mask)) for sample in samples)
-        self.total_tokens += sum(len(sample.tokens) for sample in samples)
-
-    def __str__(self) -> str:
-        text = f"{self.kept} examples, {self.trained_tokens} of {self.total_tokens} tokens trained"
-        if self.split:
-            text += f"; {self.split} conversations became {self.split_samples}: the template renders earlier turns anew"
-        if self.texts_split:
-            text += f"; {self.texts_split} long texts became {self.pieces} pieces"
-        for reason, count in self.left_out.items():
-            text += f"; left out {count}: {reason} ({', '.join(self.left_out_where[reason])}, ...)"
-        return text
 
 
 def build_sft_samples(
@@ -66,6 +30,7 @@ def build_sft_samples(
     report = SFTReport()
     for example, rendered in _rendered(examples, tokenizer, num_workers):
         if example.text is None:
+            report.see_turns(example)
             own = _conversation_samples(example, rendered, max_length, report)
         else:
             own = text_samples(example, rendered, max_length=max_length)
@@ -74,6 +39,7 @@ def build_sft_samples(
             if len(own) > 1:
                 report.texts_split += 1
                 report.pieces += len(own)
+        report.see_columns([example])
         report.keep(own)
         samples += own
     if not samples:
@@ -107,7 +73,9 @@ def _conversation_samples(
         if max_length != -1 and len(rendering.token_ids) > max_length:
             report.leave_out(f"longer than max_length={max_length} tokens", example.where)
         elif not any(rendering.mask[1:]):  # the first token is never predicted
-            report.leave_out("no trained token (no assistant turn)", example.where)
+            speaks = any(message["role"] == "assistant" for message in example.messages)
+            why = "every assistant turn is empty or marked as not to be trained" if speaks else "no assistant turn"
+            report.leave_out(f"no trained token ({why})", example.where)
         else:
             samples.append(_sample(example, rendering))
     return samples

@@ -10,11 +10,16 @@ from typing import Any
 import anyio
 import anyio.to_thread
 
+from rollouts.training import open_files
 from rollouts.training.inference.http import EngineError, Generation, HTTPEngine, WeightSyncError
-from rollouts.training.inference.loop_lock import LoopLock
+from rollouts.training.inference.loop_lock import LoopLimiter, LoopLock
 from rollouts.training.inference.protocol import Server
 from rollouts.training.inference.requests import param_problems, per_prompt, prompt_problems
 from rollouts.training.inference.weights_on_disk import damage
+
+# Requests that sample, of all clients of this process: each holds a connection until it is answered, and others wait in
+# line. What controls an engine never waits here: a paused engine answers nothing until it is told to go on.
+sampling = LoopLimiter(open_files.requests_max)
 
 
 class RequestError(EngineError):

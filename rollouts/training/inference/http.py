@@ -1,4 +1,4 @@
-"""An inference engine over HTTP: one pooled client per event loop, bounded waits, errors with the server's words."""
+"""An inference engine over HTTP: connections that are kept, bounded waits, errors with the server's words."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ import anyio.lowlevel
 import httpx
 
 from rollouts.engines.keys import key_for
+from rollouts.training.inference.connections import Connections
 
 REQUEST_TIMEOUT_S = 600.0
-CONNECT_TIMEOUT_S = 10.0
 READY_POLL_S = 0.1
 
 
@@ -47,7 +47,7 @@ class Generation:
 
 
 class HTTPEngine:
-    """A JSON-over-HTTP engine: one pooled client per event loop it is used from, errors with the server's words.
+    """A JSON-over-HTTP engine: connections per event loop it is used from, errors with the server's words.
 
     `timeout_s` bounds each request as a whole: an answer that drips in byte by byte does not outlive it either.
     """
@@ -65,8 +65,8 @@ class HTTPEngine:
         self.base_url = base_url.rstrip("/")
         self.timeout_s = timeout_s
         self._keys = (api_key, admin_key)
-        self._client: httpx.AsyncClient | None = None
-        self._client_loop: object = None
+        self._connections: Connections | None = None
+        self._connections_loop: object = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.base_url!r})"
@@ -81,9 +81,9 @@ class HTTPEngine:
 
     async def aclose(self) -> None:
         """Close the connections. The engine may be used again; it opens new ones."""
-        client, self._client = self._client, None
-        if client is not None and self._client_loop == anyio.lowlevel.current_token():
-            await client.aclose()
+        connections, self._connections = self._connections, None
+        if connections is not None and self._connections_loop == anyio.lowlevel.current_token():
+            await connections.aclose()
 
     async def health(self) -> bool:
         """Whether the engine answers and says it can serve. Never raises for an engine that is down."""
@@ -121,8 +121,9 @@ class HTTPEngine:
     async def _send(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> httpx.Response:
         """The answer, whatever its status. Raises EngineLost where there is none, whole, within `timeout_s`."""
         try:
+            request = httpx.Request(method, self.base_url + path, json=body, headers=self._headers(path))
             with anyio.fail_after(self.timeout_s):
-                return await self._http().request(method, self.base_url + path, json=body, headers=self._headers(path))
+                return await self._connected().send(request)
         except TimeoutError as error:
             raise EngineLost(f"{self.base_url}{path}: no whole answer within {self.timeout_s:g} s") from error
         except (httpx.HTTPError, OSError) as error:
@@ -132,15 +133,12 @@ class HTTPEngine:
         key = key_for(path.partition("?")[0], *self._keys)
         return {} if key is None else {"Authorization": f"Bearer {key}"}
 
-    def _http(self) -> httpx.AsyncClient:
+    def _connected(self) -> Connections:
         loop = anyio.lowlevel.current_token()  # connections belong to the event loop they were opened in
-        if self._client is None or self._client_loop != loop:
-            timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)  # `_send` bounds the whole
-            limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=300)
-            secure = self.base_url.startswith("https:")  # without: no certificate store, which takes 20 ms to read
-            self._client = httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False, verify=secure)
-            self._client_loop = loop
-        return self._client
+        if self._connections is None or self._connections_loop != loop:
+            self._connections = Connections(secure=self.base_url.startswith("https:"))
+            self._connections_loop = loop
+        return self._connections
 
 
 def require(ok: bool, message: str) -> None:

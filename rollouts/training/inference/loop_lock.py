@@ -1,4 +1,6 @@
-"""A lock for an object that one event loop after another may use: `anyio.run` makes a new loop each time."""
+"""Locks and lines for what one event loop after another may use: `anyio.run` makes a new loop each time."""
+
+from collections.abc import Callable
 
 import anyio
 import anyio.lowlevel
@@ -16,3 +18,18 @@ class LoopLock:
         if self._lock is None or self._loop != loop:
             self._lock, self._loop = anyio.Lock(), loop
         return self._lock
+
+
+class LoopLimiter:
+    """`async with limiter.here():` — at most `places()` at once within the event loop that runs; more wait."""
+
+    def __init__(self, places: Callable[[], int]) -> None:
+        self._places = places
+        self._limiter: anyio.CapacityLimiter | None = None
+        self._loop: object = None
+
+    def here(self) -> anyio.CapacityLimiter:
+        loop = anyio.lowlevel.current_token()
+        if self._limiter is None or self._loop != loop:
+            self._limiter, self._loop = anyio.CapacityLimiter(self._places()), loop
+        return self._limiter

@@ -5,18 +5,15 @@ those that it does not know. So every row, with its own seed, is a request. Answ
 with sglang-router 0.3.2.
 """
 
-import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import anyio
-import anyio.lowlevel
 
+from rollouts.training import open_files
 from rollouts.training.inference.http import EngineError, EngineLost, Generation, HTTPEngine
+from rollouts.training.inference.loop_lock import LoopLimiter
 from rollouts.training.inference.sglang import Entry, SGLangEngine, entries_of, generations
-
-LANE = 4  # requests that share a pool of connections
 
 Check = Callable[[Sequence[Generation]], None]  # raises EngineLost for an answer that must not be taken
 
@@ -28,18 +25,9 @@ class Router(HTTPEngine):
 
     def __init__(self, base_url: str, replica: SGLangEngine, *, requests_max: int, **options: Any) -> None:
         super().__init__(base_url, **options)
-        self._replica, self._requests_max = replica, requests_max
+        self._replica = replica
         self._row_rids: dict[str, list[str]] = {}
-        self._line_: tuple[anyio.CapacityLimiter, object] | None = None
-        # httpcore goes through all of a pool's connections several times a request: with 128 in one, 13 ms of CPU each.
-        self._lanes = [HTTPEngine(base_url, **options) for _ in range(math.ceil(requests_max / LANE))]
-        self._next_lane = itertools.cycle(self._lanes)
-
-    async def aclose(self) -> None:
-        """Close the connections."""
-        await super().aclose()
-        for lane in self._lanes:
-            await lane.aclose()
+        self._line = LoopLimiter(lambda: min(requests_max, open_files.requests_max()))
 
     def rids_of(self, rid: str) -> list[str]:
         """What the replicas know the rows of a request in flight by."""
@@ -86,18 +74,12 @@ class Router(HTTPEngine):
         body["return_logprob"] = return_logprob
         if entry.rid is not None:
             body["rid"] = entry.rid
-        async with self._line():
-            answer = await next(self._next_lane)._request("POST", "/generate", body)
+        async with self._line.here():
+            answer = await self._request("POST", "/generate", body)
         rows = answer if isinstance(answer, list) else [answer]  # a single continuation comes without its list
         found = generations(rows, entry.rows, return_logprob, self.base_url)
         check(found)
         return found
-
-    def _line(self) -> anyio.CapacityLimiter:
-        loop = anyio.lowlevel.current_token()  # a limiter belongs to the event loop it is used in
-        if self._line_ is None or self._line_[1] != loop:
-            self._line_ = (anyio.CapacityLimiter(self._requests_max), loop)
-        return self._line_[0]
 
 
 def _of_prompt(parts: Sequence[list[Generation] | EngineError]) -> list[Generation] | EngineLost:

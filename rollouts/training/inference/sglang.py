@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rollouts.training.inference.client import EngineClient, read_vocab_size
+from rollouts.training.inference.client import EngineClient, read_vocab_size, sampling
 from rollouts.training.inference.http import (
     EngineError,
     Generation,
@@ -71,7 +71,8 @@ class SGLangEngine(WeightRoutes, EngineClient):
         if rid is not None:
             body["rid"] = self._row_rids[rid] = [str(entry.rid) for entry in entries]
         try:
-            answer = await self._generate(body, adapter := self.adapter)
+            async with sampling.here():
+                answer = await self._generate(body, adapter := self.adapter)
         finally:
             if rid is not None:
                 self._row_rids.pop(rid, None)

@@ -12,7 +12,7 @@ from typing import Any
 
 import anyio
 
-from rollouts.training.inference.client import EngineClient, RequestError, read_vocab_size
+from rollouts.training.inference.client import EngineClient, RequestError, read_vocab_size, sampling
 from rollouts.training.inference.http import EngineError, Generation, WeightSyncError, require
 from rollouts.training.inference.protocol import Server, check_version
 from rollouts.training.inference.requests import row_seed
@@ -89,7 +89,8 @@ class VLLMEngine(EngineClient):
 
     async def _ask(self, prompt: Sequence[int], params: Mapping[str, Any], rid: str) -> Generation:
         body = {"request_id": rid, "token_ids": list(prompt), "sampling_params": params}
-        answer = await self._request("POST", "/inference/v1/generate", body)
+        async with sampling.here():
+            answer = await self._request("POST", "/inference/v1/generate", body)
         try:
             (choice,) = answer["choices"]
             return _generation(choice, answer["usage"], params["logprobs"] is not None, self.base_url)

@@ -16,6 +16,24 @@ PrepareFn = Callable[[list[dict[str, Any]]], Awaitable[dict[str, float]]]
 CheckpointFn = Callable[[Path, int], Awaitable[None] | None]
 
 
+class StepsError(ValueError):
+    """Steps or sizes that leave nothing to do. The message has both numbers and the fix."""
+
+
+def check_steps(num_steps: int, first: int = 0, **sizes: int | None) -> None:
+    """Raise StepsError unless steps are left after `first`, and each of `sizes` that is not None is at least 1."""
+    problems = [f"{name}={size}: needs >= 1" for name, size in sizes.items() if size is not None and size < 1]
+    if num_steps < 1:
+        problems.append(f"num_steps={num_steps}: needs >= 1, or nothing is done")
+    elif first >= num_steps:
+        problems.append(
+            f"the checkpoint is of step {first} and num_steps={num_steps}: no step is left. Fix: num_steps > {first} "
+            "to train on, or start a new run from the checkpoint's weights, without resuming"
+        )
+    if problems:
+        raise StepsError("; ".join(problems))
+
+
 async def train_step(
     backend: TrainingBackend,
     batch: dict[str, Any],

@@ -8,6 +8,7 @@ from rollouts.training import distributed
 from rollouts.training.backends.protocol import TrainFuture
 from rollouts.training.evaluation import ALL_TASKS, by_task, task_of
 from rollouts.training.loops.batching import blank_batch, collate
+from rollouts.training.model_limits import require_fit
 from rollouts.training.types import Sample
 
 
@@ -57,6 +58,7 @@ async def validation_losses(
     """
     if batches_max != -1:
         samples = samples[: batches_max * batch_size]
+    require_fit(getattr(backend, "model", None), samples)
     groups = by_task(samples, [task_of(sample) for sample in samples])
     whole = groups.pop(ALL_TASKS)
     options = {"batch_size": batch_size, "pad_token_id": pad_token_id}

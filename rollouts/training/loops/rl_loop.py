@@ -12,19 +12,31 @@ import anyio.to_thread
 import torch
 
 from rollouts.training import distributed
-from rollouts.training.advantages import compute_advantages, standard_deviation
+from rollouts.training.advantages import compute_advantages, has_contrast, mean, standard_deviation
 from rollouts.training.backends.protocol import TrainingBackend
 from rollouts.training.loops.batching import collate, pad
-from rollouts.training.loops.common import CheckpointFn, Checkpoints, EvalFn, PrepareFn, call, due, train_step
+from rollouts.training.loops.common import (
+    CheckpointFn,
+    Checkpoints,
+    EvalFn,
+    PrepareFn,
+    call,
+    check_steps,
+    due,
+    train_step,
+)
 from rollouts.training.loops.throughput import Throughput
 from rollouts.training.loops.value_step import add_value_advantages
 from rollouts.training.metrics import MetricsLogger
 from rollouts.training.replay import sample_records
+from rollouts.training.rewards.common import RewardError
 from rollouts.training.rl_losses import ClipRange, trained_sequences
 from rollouts.training.rollout_gen.rollout_stream import open_stream
 from rollouts.training.types import RewardFn, RLTrainingConfig, RolloutBatch, Sample
 from rollouts.training.weight_transfer.disk import DiskTransfer
 from rollouts.training.weight_transfer.sync import WeightSync
+
+REWARD_MAX = 1e30  # sums and squares of a step's advantages stay within float32's range of 3e38
 
 
 async def run_rl_training(
@@ -58,8 +70,12 @@ async def run_rl_training(
     `weight_sync`, of `engines`, says how they get there; the caller closes it.
     `temperature` is the sampler's; `clip_range` reaches losses that take one. `rollouts_logger` gets every sample.
     `resume`, `eval_fn`, `eval_every`, `on_checkpoint`, `peak_flops`: as in `run_sft_training`, `eval_fn` on rank 0
-    only, and before the first step too (step 0): the engines then serve the weights that training starts from.
+    only, and before the first step too (step 0): the engines then serve the weights that training starts from. Raises
+    StepsError where no step is left.
     """
+    sizes = {"micro_batch_size": config.micro_batch_size, "micro_batch_tokens": config.micro_batch_tokens}
+    steps_done = int(resume["step"]) if resume else 0
+    check_steps(config.num_steps, steps_done, updates_per_batch=config.updates_per_batch, **sizes)
     first = _restore(buffer, rollout_manager, resume)
     sync = weight_sync or WeightSync(backend, engines, DiskTransfer(backend, weights_dir))
     await sync(first)
@@ -97,6 +113,7 @@ async def run_rl_training(
             times = _times([*clock, time.monotonic()])
             lengths = batch["attention_mask"].sum(1).tolist()
             seconds = {key: times[key] for key in ("train_s", "step_s")}
+            metrics["optimizer_steps"] = metrics["step"]
             metrics |= times | throughput.metrics(
                 lengths, batch["tokens_global"], passes=config.updates_per_batch, **seconds
             )
@@ -155,6 +172,7 @@ def prepare_grpo_batch(
     prepared = collate(batch.tokens, batch.loss_masks, pad_token_id=pad_token_id)
     if not prepared["tokens_global"]:
         raise ValueError(f"rollout batch: no trained token in {len(batch.tokens)} samples: were all responses empty?")
+    _check_rewards(rewards, batch.samples)
     prepared |= {"temperature": temperature, **_scores(rewards, batch.group_ids or None, config)}
     prepared["sequences_global"] = trained_sequences(prepared["loss_mask"])
     known = [sample.rollout_log_probs is not None for sample in batch.samples]
@@ -165,6 +183,17 @@ def prepare_grpo_batch(
     if clip_range is not None:
         prepared["clip_range"] = clip_range
     return prepared
+
+
+def _check_rewards(rewards: Sequence[float], samples: Sequence[Sample]) -> None:
+    """Raises RewardError naming the prompt of a reward that float32, in which losses are computed, cannot hold."""
+    for place, reward in enumerate(rewards):
+        if not abs(reward) <= REWARD_MAX:  # NaN is not either
+            sample = samples[place] if place < len(samples) else Sample(prompt=f"of sample {place}")
+            raise RewardError(
+                f"reward {reward} of {sample.response[:80]!r}: needs a magnitude of {REWARD_MAX:g} at most (prompt "
+                f"{str(sample.prompt)[:200]})"
+            )
 
 
 def _scores(rewards: Sequence[float], group_ids: Sequence[int] | None, config: RLTrainingConfig) -> dict[str, Any]:
@@ -197,7 +226,8 @@ def rollout_metrics(batch: RolloutBatch, steps_applied: int | None) -> dict[str,
     as `<key>_<filter>` beside their sum.
     """
     metrics: dict[str, float] = {
-        "reward_mean": statistics.fmean(batch.rewards),
+        "groups_zero_std_frac": _zero_std_frac(batch),  # of what was kept, where the batch does not know of all
+        "reward_mean": mean(batch.rewards),
         "reward_std": standard_deviation(batch.rewards, ddof=0),
         "response_length_mean": statistics.fmean(batch.response_lengths),
     }
@@ -214,6 +244,13 @@ def rollout_metrics(batch: RolloutBatch, steps_applied: int | None) -> dict[str,
         elif isinstance(value, (int, float)):
             metrics[key] = value
     return metrics
+
+
+def _zero_std_frac(batch: RolloutBatch) -> float:
+    groups: dict[int, list[float]] = {}
+    for group, reward in zip(batch.group_ids or [0] * len(batch.rewards), batch.rewards, strict=True):
+        groups.setdefault(group, []).append(reward)
+    return sum(not has_contrast(rewards) for rewards in groups.values()) / len(groups)
 
 
 def _oldest_version(sample: Sample) -> int | None:

@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from rollouts.training.loops.common import call
+from rollouts.training.loops.common import call, check_steps
 from rollouts.training.loops.rl_loop import log_samples, rollout_metrics
 from rollouts.training.metrics import MetricsLogger
 from rollouts.training.types import RewardFn
@@ -25,6 +25,7 @@ async def collect_rollouts(
     weights are sent. `eval_fn(0)` is called first. One process calls this, not every rank of a trainer. The caller
     finishes the loggers.
     """
+    check_steps(num_steps)
     if eval_fn is not None:
         await call(eval_fn, 0)
     history = []

@@ -17,6 +17,7 @@ from rollouts.training.loops.common import (
     EvalFn,
     call,
     check_resume,
+    check_steps,
     due,
     own_micro_batches,
     train_micro_batches,
@@ -24,6 +25,7 @@ from rollouts.training.loops.common import (
 from rollouts.training.loops.prefetch import prefetch
 from rollouts.training.loops.throughput import Throughput
 from rollouts.training.metrics import MetricsLogger
+from rollouts.training.model_limits import require_fit
 from rollouts.training.types import Sample, SFTTrainingConfig
 
 PREFETCH_STEPS = 2  # batches ready beyond the one that trains: preparing one is far shorter than training on it
@@ -57,9 +59,14 @@ async def run_sft_training(
     What is in each dict: docs/metrics.md. `peak_flops` is the FLOP/s of one rank's device, for "mfu"; None: what the
     maker states for the card.
 
-    Raises ValueError for an example with nothing to train on, or data that is not what `resume` was saved with.
+    Raises ValueError for an example with nothing to train on, or that the model has no room for (a token id beyond its
+    embeddings, more tokens than learned positions), for data that is not what `resume` was saved with, and where no
+    step is left.
     """
+    sizes = {"micro_batch_size": config.micro_batch_size, "micro_batch_tokens": config.micro_batch_tokens}
+    check_steps(config.num_steps, int(resume["step"]) if resume else 0, batch_size=config.batch_size, **sizes)
     _check_samples(samples)
+    require_fit(getattr(backend, "model", None), samples)
     data = {"fingerprint": _fingerprint(samples), "seed": seed, "batch_size": config.batch_size}
     throughput = Throughput.of(backend, peak_flops)
     steps = range(check_resume(resume, data) + 1, config.num_steps + 1)

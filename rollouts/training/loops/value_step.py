@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rollouts.training import distributed
-from rollouts.training.advantages import gae
+from rollouts.training.advantages import CONTRAST_MIN, gae
 from rollouts.training.backends.protocol import TrainFuture
 
 
@@ -40,15 +40,21 @@ async def add_value_advantages(
         return torch.cat(parts or [torch.zeros(0)]).double()
 
     errors_N = trained("returns") - trained("old_values")
-    _, return_variance, _ = _moments(trained("returns"))
+    _, return_variance, return_square = _moments(trained("returns"))
     _, error_variance, square = _moments(errors_N)
     if norm == "batch":
-        mean, variance, _ = _moments(trained("advantages"))
+        mean, variance, advantage_square = _moments(trained("advantages"))
+        contrast = _has_contrast(variance, max(advantage_square, return_square))  # returns less values were rounded
         for batch, keep in zip(micro_batches, kept, strict=True):
-            standard = (batch["advantages"][:, 1:] - mean) / math.sqrt(variance) if variance else 0.0
+            standard = (batch["advantages"][:, 1:] - mean) / math.sqrt(variance) if contrast else 0.0
             batch["advantages"][:, 1:] = torch.where(keep, standard, 0.0)
-    explained = 1 - error_variance / return_variance if return_variance else 0.0
+    explained = 1 - error_variance / return_variance if _has_contrast(return_variance, return_square) else 0.0
     return {"explained_variance": explained, "value_loss": square / 2}
+
+
+def _has_contrast(variance: float, square: float) -> bool:
+    """Whether numbers of this variance differ by more than rounding at numbers of this mean square would make them."""
+    return variance > CONTRAST_MIN**2 * square
 
 
 def _estimates(batch: dict[str, Any], gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from rollouts.training.rewards.answers import (
     regex_format,
 )
 from rollouts.training.rewards.code import code_reward, code_tests, code_tests_all
-from rollouts.training.rewards.common import RewardError, resolve
+from rollouts.training.rewards.common import RewardError, finite_or_none, is_full, resolve
 from rollouts.training.rewards.math_answers import math_verify
 
 __all__ = [
@@ -28,9 +28,11 @@ __all__ = [
     "code_tests",
     "code_tests_all",
     "exact_match",
+    "finite_or_none",
     "gsm8k_answer",
     "gsm8k_number",
     "is_correct",
+    "is_full",
     "math_verify",
     "per_letter",
     "per_letter_and_exact",

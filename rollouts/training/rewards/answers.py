@@ -3,17 +3,20 @@
 import re
 from collections.abc import Callable
 
-from rollouts.training.rewards.common import answer_of
+from rollouts.training.rewards.common import answer_of, any_answer
 from rollouts.training.types import Sample
 
-GSM8K_ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")  # nanochat's
+GSM8K_ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")  # nanochat's, and how data sets write it
+_SAID = re.compile(r"####[ \t]*\**[ \t]*(-?\$?-?[0-9.,]*[0-9][0-9.,]*)")  # how models do
 
 
+@any_answer
 def exact_match(sample: Sample) -> float:
     """1.0 when the response is the answer, apart from white space around it; else 0.0."""
     return float(sample.response.strip() == answer_of(sample).strip())
 
 
+@any_answer
 def per_letter(sample: Sample) -> float:
     """Share of positions that hold the answer's letter, 0 to 1, over the longer of the two; the end is a position too.
 
@@ -29,18 +32,28 @@ def per_letter_and_exact(sample: Sample) -> float:
     return (per_letter(sample) + exact_match(sample)) / 2
 
 
+@any_answer
 def gsm8k_answer(sample: Sample) -> float:
-    """1.0 when the number after `####` equals the answer's, as text without commas (as nanochat); else 0.0."""
-    expected = answer_of(sample)
-    return float(gsm8k_number(sample.response) == (gsm8k_number(expected) or expected.strip().replace(",", "")))
+    """1.0 when the number after `####` equals the answer's, as text without commas; else 0.0.
+
+    As in lm-evaluation-harness a dollar sign and a full stop at the end are no part of it; the space may be missing.
+    """
+    expected, said = answer_of(sample), _SAID.search(sample.response)
+    right = gsm8k_number(expected) or _plain_number(expected)
+    return float(said is not None and _plain_number(said[1]) == right)
 
 
 def gsm8k_number(text: str) -> str | None:
-    """The number after the first `####`, commas stripped; None without one."""
+    """The number after the first `#### `, without commas and a full stop at its end; None without one."""
     found = GSM8K_ANSWER.search(text)
-    return found[1].replace(",", "") if found else None
+    return _plain_number(found[1]) if found else None
 
 
+def _plain_number(text: str) -> str:
+    return text.strip().replace(",", "").replace("$", "").rstrip(".")
+
+
+@any_answer
 def choice_letter(sample: Sample) -> float:
     """1.0 when the response is the letter of the right choice: alone, or with a bracket or full stop; else 0.0."""
     return float(sample.response.strip().strip("().") == answer_of(sample).strip())
@@ -58,19 +71,37 @@ def is_correct(sample: Sample) -> float:
 def regex_answer(pattern: str, *, flags: int = re.DOTALL) -> Callable[[Sample], float]:
     """A reward: 1.0 when the last match of `pattern` in the response holds the answer in its first group; else 0.0.
 
-    White space around it is passed over. Put it into a module of your own and name that in `rl.reward_fn`:
+    White space around it is passed over, and so is an opening tag that is only spoken of before it. Put it into a
+    module of your own and name that in `rl.reward_fn`:
     `tagged = regex_answer(r"<answer>(.*?)</answer>")`. Raises ValueError for a pattern without a group.
     """
     compiled = re.compile(pattern, flags)
     if compiled.groups < 1:
         raise ValueError(f"regex_answer({pattern!r}): needs a group, (...), around the answer")
 
+    @any_answer
     def reward(sample: Sample) -> float:
         expected = answer_of(sample).strip()
-        found = [match[1] for match in compiled.finditer(sample.response)]
-        return float(bool(found) and found[-1] is not None and found[-1].strip() == expected)
+        found = _last_group(compiled, sample.response)
+        return float(found is not None and found.strip() == expected)
 
     return reward
+
+
+def _last_group(compiled: re.Pattern[str], text: str) -> str | None:
+    """The first group of the last match; of an opener that stands twice before its end, what follows the second.
+
+    "I answer in <answer> tags: <answer>42</answer>" means 42, though a search from the left finds more.
+    """
+    match = next(reversed(list(compiled.finditer(text))), None)
+    while match is not None and match[1] is not None:
+        opener = text[match.start() : match.start(1)]
+        again = match[1].rfind(opener) if opener.strip() else -1
+        later = compiled.match(text, match.start(1) + again) if again >= 0 else None
+        if later is None or later[1] is None:
+            return match[1]
+        match = later
+    return None
 
 
 def regex_format(pattern: str, *, flags: int = re.DOTALL) -> Callable[[Sample], float]:

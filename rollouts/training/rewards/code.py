@@ -7,14 +7,16 @@ apart; or `{"code": text}`, statements that run after the program in the same pr
 import json
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from rollouts.training.rewards.common import RewardError, column_of
 from rollouts.training.rewards.sandbox import SandboxLimits, run_python
 from rollouts.training.types import Sample
 
-_FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
+_OPENS = re.compile(r"(?P<indent>[ \t]*)(?P<fence>`{3,}|~{3,})[ \t]*(?P<info>.*)")
+_OPENS_LATE = re.compile(r"[^`~]*(?P<fence>`{3,}|~{3,})(?P<info>python3?|py)", re.IGNORECASE)  # "Here it is: ```python"
+_PYTHON = ("python", "py", "python3")
 
 
 def code_reward(*, limits: SandboxLimits | None = None, every: bool = False) -> Callable[[Sample], float]:
@@ -41,9 +43,44 @@ code_tests_all = code_reward(every=True)
 
 
 def program_of(response: str) -> str:
-    """The last fenced block of the response, else all of it."""
-    blocks = _FENCED.findall(response)
-    return blocks[-1] if blocks else response
+    """The last fenced block marked as Python (python, py, python3); else the last without a mark; else all of it.
+
+    Fences are found line by line, as CommonMark has them: three or more backticks or tildes begin a block with whatever
+    follows them, and the next fence of the kind, at least as long and alone on its line, ends it; or else the end of
+    the text does.
+    """
+    blocks = list(_blocks(response))
+    for marks in (_PYTHON, ("",)):
+        chosen = [text for mark, text in blocks if mark in marks]
+        if chosen:
+            return chosen[-1]
+    return response
+
+
+def _blocks(text: str) -> Iterator[tuple[str, str]]:
+    """Each fenced block: the first word after its fence in lower case, and what stands between its fences."""
+    fence, indent, mark, held = "", "", "", list[str]()
+    for line in re.findall(r".*\n|.+", text.replace("\r\n", "\n")):
+        bare = line.rstrip()
+        if not fence:
+            opens = _OPENS.fullmatch(bare) or _OPENS_LATE.fullmatch(bare)
+            if opens is not None and not (opens["fence"][0] == "`" and "`" in opens["info"]):
+                fence, indent, held = opens["fence"], opens.groupdict().get("indent") or "", []
+                word = re.match(r"\{?[ .]*([\w+#-]*)", opens["info"])
+                mark = word[1].lower() if word else ""
+        elif _closes(bare, fence, indent):
+            yield mark, "".join(held)
+            fence = ""
+        else:
+            held.append(line.removeprefix(indent))
+    if fence:
+        yield mark, "".join(held).removesuffix(f"{fence}\n").removesuffix(fence)
+
+
+def _closes(line: str, fence: str, indent: str) -> bool:
+    """Whether `line` is a fence that ends a block: of its sign, as long, and at most three columns further in."""
+    sign = line.strip()
+    return len(sign) >= len(fence) and set(sign) == {fence[0]} and len(line) - len(sign) <= len(indent) + 3
 
 
 def tests_of(sample: Sample) -> list[Mapping[str, str]]:

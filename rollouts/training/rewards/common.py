@@ -1,10 +1,15 @@
 """What every reward shares: its error, the answer of a row, and finding a function by its dotted path."""
 
+import functools
 import importlib
+import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 from rollouts.training.types import Sample
+
+ROUNDING = 1e-6
 
 
 class RewardError(ValueError):
@@ -12,8 +17,43 @@ class RewardError(ValueError):
 
 
 def answer_of(sample: Sample) -> str:
-    """The row's "answer" as text. Raises RewardError where there is none: never a silent 0."""
-    return str(column_of(sample, "answer"))
+    """The row's "answer" as text: 72.0 is "72". Raises RewardError for none, and for several: never a silent 0."""
+    texts = answers_of(sample)
+    if len(texts) > 1:
+        raise RewardError(f"prompt {str(sample.prompt)[:120]!r} has {len(texts)} answers; this reward compares one")
+    return texts[0]
+
+
+def answers_of(sample: Sample) -> list[str]:
+    """Every text that is right: those of a list, else the one answer. Raises RewardError where there is none."""
+    value = column_of(sample, "answer")
+    texts = [_text_of(one) for one in (value if isinstance(value, list | tuple) else [value])]
+    if not texts or None in texts:
+        raise RewardError(
+            f"answer={str(value)[:120]!r} ({type(value).__name__}): needs a string, a number, or a list of such"
+        )
+    return [text for text in texts if text is not None]
+
+
+def _text_of(value: Any) -> str | None:
+    """An answer as a response would have it; None for what is none. A whole number has no ".0": pandas writes that."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def any_answer(reward: Callable[[Sample], float]) -> Callable[[Sample], float]:
+    """A reward that compares with one answer, for rows that accept several: the best of what each of them gives."""
+
+    @functools.wraps(reward)
+    def best(sample: Sample) -> float:
+        accepted = answers_of(sample)
+        if len(accepted) == 1:
+            return reward(sample)
+        rows = [{**cast(dict[str, Any], sample.prompt), "answer": text} for text in accepted]
+        return max(reward(replace(sample, prompt=row)) for row in rows)
+
+    return best
 
 
 def column_of(sample: Sample, column: str) -> Any:
@@ -42,3 +82,22 @@ def resolve(dotted_path: str) -> Callable[..., Any]:
     if not callable(function):
         raise RewardError(f"{dotted_path!r}: is {type(function).__name__}, needs to be a function")
     return function
+
+
+def finite_or_none(value: Any, sample: Sample, *, source: str = "reward_fn") -> float | None:
+    """A reward as training takes it. Raises RewardError naming source, prompt and response for one that is no finite
+    number."""
+    try:
+        if value is None or math.isfinite(value):
+            return None if value is None else float(value)
+    except (TypeError, OverflowError):  # no number; an integer beyond every float
+        pass
+    raise RewardError(
+        f"{source} returned {str(value)[:80] if isinstance(value, int) else repr(value)[:80]} for "
+        f"{sample.response[:80]!r}; needs a finite number or None (prompt {str(sample.prompt)[:200]})"
+    )
+
+
+def is_full(score: float) -> bool:
+    """Whether a score is 1: parts that add up to 0.9999999999999999 do."""
+    return abs(score - 1.0) <= ROUNDING

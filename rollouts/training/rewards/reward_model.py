@@ -34,7 +34,7 @@ class RewardModel:
     def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self._tokenizer_name)
+        return AutoTokenizer.from_pretrained(self._tokenizer_name, trust_remote_code=False)
 
     async def __call__(self, sample: Sample) -> float:
         messages = conversation_of(sample)
@@ -66,9 +66,17 @@ class RewardModel:
 
 
 def conversation_of(sample: Sample) -> list[Mapping[str, Any]]:
-    """An agent's messages, or else the prompt's and the response."""
+    """Return an agent's messages, or else the prompt's and the response. Raises RewardError for a row without any."""
     if "messages" in sample.metadata:
         return list(sample.metadata["messages"])
     prompt = sample.prompt
-    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt["messages"])
+    if isinstance(prompt, str):
+        asked = [{"role": "user", "content": prompt}]
+    elif "messages" in prompt:
+        asked = list(prompt["messages"])
+    else:
+        raise RewardError(
+            f"a reward model needs a conversation: the prompt row has {', '.join(map(repr, prompt)) or 'nothing'}, "
+            "and no 'messages'. Give rows as docs/data.md has them, or the prompt as text"
+        )
     return [*asked, {"role": "assistant", "content": sample.response}]

@@ -18,14 +18,27 @@ import sys
 EPERM, ENOSYS = 1, 38
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 1, 22, 38, 2
 CLONE_THREAD = 0x10000
-SIGNAL_OTHERS = (8, 10, 15)  # fcntl's F_SETOWN, F_SETSIG, F_SETOWN_EX: a pipe that sends any signal to any process
+# fcntl's F_SETOWN, F_SETSIG, F_SETOWN_EX: a pipe that sends any signal to any process; F_SETLEASE and F_NOTIFY, which
+# hold up or watch others' use of a file that may only be read; F_SETPIPE_SZ, memory that RLIMIT_AS does not count.
+FCNTL_REFUSED = (8, 10, 15, 1024, 1026, 1031)
+# ioctl's TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX. Others change a file's flags, which takes no more
+# than reading it, or speak to devices.
+IOCTL_ALLOWED = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
+TRUNCATE_ABI = 3  # of Landlock; the levels before know nothing of truncate(2) on a path
 
 # machine -> (its number in audit.h, the numbers of its system calls)
 MACHINES = {
     "x86_64": (
         0xC000003E,
-        {"clone": 56, "clone3": 435, "capset": 126, "fcntl": 72},
+        {"clone": 56, "clone3": 435, "capset": 126, "fcntl": 72, "ioctl": 16, "prctl": 157, "truncate": 76},
         {
+            "memfd_create": 319,
+            "inotify_init": 253,
+            "inotify_init1": 294,
+            "inotify_add_watch": 254,
+            "fanotify_init": 300,
+            "io_setup": 206,
+            "syslog": 103,
             "fork": 57,
             "vfork": 58,
             "socket": 41,
@@ -90,8 +103,14 @@ MACHINES = {
     ),
     "aarch64": (
         0xC00000B7,
-        {"clone": 220, "clone3": 435, "capset": 91, "fcntl": 25},
+        {"clone": 220, "clone3": 435, "capset": 91, "fcntl": 25, "ioctl": 29, "prctl": 167, "truncate": 45},
         {
+            "memfd_create": 279,
+            "inotify_init1": 26,
+            "inotify_add_watch": 27,
+            "fanotify_init": 262,
+            "io_setup": 0,
+            "syslog": 116,
             "socket": 198,
             "kill": 129,
             "tkill": 130,
@@ -152,6 +171,7 @@ EVERYWHERE = {
     "io_uring_setup": 425,
     "pidfd_open": 434,
     "process_madvise": 440,
+    "memfd_secret": 447,
     "fchmodat2": 452,
     "setxattrat": 463,
     "removexattrat": 466,
@@ -187,12 +207,12 @@ def drop_capabilities(machine: str) -> None:
     check(LIBC.syscall(MACHINES[machine][1]["capset"], header, bytes(24)), "capset")
 
 
-def restrict_files(writable: str) -> bool:
-    """Landlock: read Python and the system's libraries, write into `writable`; False where the kernel has none."""
+def restrict_files(writable: str) -> int:
+    """Landlock: read Python and the system's libraries, write into `writable`. Returns the kernel's level; 0: none."""
     create, add, restrict = 444, 445, 446
     version = LIBC.syscall(create, None, ctypes.c_size_t(0), 1)
     if version < 1:
-        return False
+        return 0
     execute, write_file, read_file, read_dir = 1 << 0, 1 << 1, 1 << 2, 1 << 3
     everything = (1 << 13) - 1 | (version >= 2) << 13 | (version >= 3) << 14
     rules = check(LIBC.syscall(create, struct.pack("Q", everything), ctypes.c_size_t(8), 0), "landlock_create_ruleset")
@@ -208,25 +228,34 @@ def restrict_files(writable: str) -> bool:
             os.close(descriptor)
     check(LIBC.syscall(restrict, rules, 0), "landlock_restrict_self")
     os.close(rules)
-    return True
+    return int(version)
 
 
-def filter_system_calls(machine: str) -> None:
+def filter_system_calls(machine: str, landlock: int) -> None:
     """seccomp: no new processes, sockets, signals to others or looks into them, no memory, queues or keys that outlive
-    the process, and no change of rights, priorities or files' attributes. Threads may be."""
+    the process or escape its limit, no watching of files, and no change of rights, priorities or files' attributes. On
+    a kernel whose `landlock` level does not know truncate(2), not that either. Threads may be."""
     audit, calls, denied = MACHINES[machine]
     load, equal, any_bit, at_least, answer = 0x20, 0x15, 0x45, 0x35, 0x06  # BPF: LD|W|ABS, JEQ, JSET, JGE, RET
     allow, kill, refuse = 0x7FFF0000, 0x80000000, 0x00050000
     program = [(load, 0, 0, 4), (equal, 1, 0, audit), (answer, 0, 0, kill), (load, 0, 0, 0)]
     if machine == "x86_64":  # the x32 interface has numbers of its own
         program += [(at_least, 0, 1, 0x40000000), (answer, 0, 0, refuse | EPERM)]
-    for number in (*denied.values(), *EVERYWHERE.values()):
+    shortening = (calls["truncate"],) if 0 < landlock < TRUNCATE_ABI else ()
+    for number in (*denied.values(), *EVERYWHERE.values(), *shortening):
         program += [(equal, 0, 1, number), (answer, 0, 0, refuse | EPERM)]
     program += [(equal, 0, 1, calls["clone3"]), (answer, 0, 0, refuse | ENOSYS)]  # libc then uses clone
-    program += [(equal, 0, 2 + 2 * len(SIGNAL_OTHERS), calls["fcntl"]), (load, 0, 0, 24)]
-    for command in SIGNAL_OTHERS:
+    program += [(equal, 0, 2 + 2 * len(FCNTL_REFUSED), calls["fcntl"]), (load, 0, 0, 24)]
+    for command in FCNTL_REFUSED:
         program += [(equal, 0, 1, command), (answer, 0, 0, refuse | EPERM)]
     program += [(answer, 0, 0, allow)]
+    program += [(equal, 0, 2 + 2 * len(IOCTL_ALLOWED), calls["ioctl"]), (load, 0, 0, 24)]
+    for request in IOCTL_ALLOWED:
+        program += [(equal, 0, 1, request), (answer, 0, 0, allow)]
+    program += [(answer, 0, 0, refuse | EPERM)]
+    # The parent's death stays this process's own
+    program += [(equal, 0, 4, calls["prctl"]), (load, 0, 0, 16), (equal, 0, 1, PR_SET_PDEATHSIG)]
+    program += [(answer, 0, 0, refuse | EPERM), (answer, 0, 0, allow)]
     program += [(equal, 0, 3, calls["clone"]), (load, 0, 0, 16), (any_bit, 1, 0, CLONE_THREAD)]
     program += [(answer, 0, 0, refuse | EPERM), (answer, 0, 0, allow)]
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
@@ -243,10 +272,10 @@ def main() -> None:
             raise OSError(f"{sys.platform} on {machine}: needs Linux on one of {', '.join(MACHINES)}")
         check(LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "PR_SET_PDEATHSIG")
         check(LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "PR_SET_NO_NEW_PRIVS")
-        restrict_files(os.getcwd())
+        landlock = restrict_files(os.getcwd())
         drop_capabilities(machine)
         limit_resources(**json.loads(sys.argv[1]))
-        filter_system_calls(machine)
+        filter_system_calls(machine, landlock)
     except OSError as error:
         sys.exit(str(error))
     os.write(int(sys.argv[2]), b"!")

@@ -15,7 +15,9 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
+from rollouts.training.advantages import has_contrast
 from rollouts.training.datasets.data_buffer import DataBuffer
+from rollouts.training.rewards.common import finite_or_none
 from rollouts.training.rollout_gen.concurrency import gather_in_order
 from rollouts.training.types import REWARD_FAILURE, Prompt, RewardFn, RolloutBatch, RolloutConfig, Sample
 
@@ -144,6 +146,7 @@ class AsyncRolloutManager:
             "rounds": self._rounds,
             "groups_carried_over": self.ready,
             "groups_dropped": dict(self._dropped),
+            **({"groups_zero_std_frac": self._flat / self._scored} if self._scored else {}),
         }
         self._reset_counts()
         return _flatten([group.samples for group in taken if group.samples is not None], counts), taken
@@ -191,6 +194,7 @@ class AsyncRolloutManager:
         """Counts are of a batch: from the one before to it."""
         self._carried_in = self.ready
         self._started = self._rounds = 0
+        self._scored = self._flat = 0  # groups, and those of them without contrast, before any filter
         self._dropped: Counter[str] = Counter()
 
     async def _generate_group(self, prompt: Prompt, number: int) -> Group:
@@ -210,6 +214,8 @@ class AsyncRolloutManager:
         unscored = [sample for sample in group if sample.reward is None]
         if unscored:
             return unscored[0].metadata.get(REWARD_FAILURE, UNSCORABLE)
+        self._scored += 1
+        self._flat += not has_contrast([sample.reward for sample in group if sample.reward is not None])
         filter_fn = self.config.filter_fn
         if filter_fn is None or await _call(filter_fn, group):
             return None
@@ -247,23 +253,14 @@ async def _score(group: Group, reward_fn: RewardFn | None) -> None:
     if reward_fn is None:
         if any(sample.reward is None for sample in group):
             raise ValueError("no reward_fn, and generate_fn set no reward; give one to RolloutConfig or generate_batch")
+        for sample in group:
+            finite_or_none(sample.reward, sample, source="generate_fn (an agent's environment)")
         return
     rewards: list[Any] = [reward_fn(sample) for sample in group]
     if any(map(inspect.isawaitable, rewards)):  # a task for each costs more than most plain rewards do
         rewards = await gather_in_order([partial(_awaited, reward) for reward in rewards])
     for sample, reward in zip(group, rewards, strict=True):
-        if reward is not None and not _is_finite_number(reward):
-            raise ValueError(
-                f"reward_fn returned {reward!r} for {sample.response[:80]!r}; needs a finite number or None"
-            )
-        sample.reward = None if reward is None else float(reward)
-
-
-def _is_finite_number(value: Any) -> bool:
-    try:
-        return math.isfinite(value)
-    except TypeError:
-        return False
+        sample.reward = finite_or_none(reward, sample)
 
 
 async def _call(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:

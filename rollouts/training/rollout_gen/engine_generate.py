@@ -14,6 +14,7 @@ import anyio
 import anyio.lowlevel
 
 from rollouts.training.datasets.chat import render_prompt
+from rollouts.training.datasets.turn_end import end_of_turn_ids
 from rollouts.training.types import Prompt, Sample
 
 
@@ -35,10 +36,10 @@ def make_generate_fn(
 
     engines: clients such as `weight_sync.SGLangEngine`; groups go to them in turn, those of a round in one request, or
     each in its own (`apart`): a group is then scored as soon as it is there, while others are sampled.
-    temperature > 0; top_k -1 samples among all tokens. stop_token_ids None: the tokenizer's eos_token. Samples hold
-    prompt and response ids, a mask that is 1.0 on the response with its end-of-turn token, one log-prob per response
-    token, and metadata: weight_version, finish_reason ("stop" or "length"), prompt_id. Raises GenerationError for an
-    aborted one.
+    temperature > 0; top_k -1 samples among all tokens. stop_token_ids None: all that end a turn, `stop_ids`. Samples
+    hold prompt and response ids, a mask that is 1.0 on the response with its end-of-turn token, one log-prob per
+    response token, and metadata: weight_version, finish_reason ("stop" or "length"), prompt_id. Raises GenerationError
+    for an aborted one.
     """
     if not engines:
         raise ValueError("make_generate_fn: engines is empty; needs at least one")
@@ -121,13 +122,16 @@ class Together:
             ask.generations = generations
 
 
-def stop_ids(tokenizer: Any, given: Sequence[int] | None) -> list[int]:
-    """`given`, or else the tokenizer's end token. Raises ValueError where there is neither: nothing would ever stop."""
+def stop_ids(tokenizer: Any, given: Sequence[int] | None, model: Any = None) -> list[int]:
+    """`given`, or else every token that ends a turn: `end_of_turn_ids`, of `model` in memory or as it was saved.
+
+    Raises ValueError for a tokenizer without an eos_token: whoever serves such a model may know no end at all.
+    """
     if given is not None:
         return list(given)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no eos_token; give stop_token_ids")
-    return [tokenizer.eos_token_id]
+    return end_of_turn_ids(tokenizer, model)
 
 
 def prompt_id(prompt: Prompt) -> str:

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Backend, GroupName, PrefixStore, _new_process_group_helper, _world
 
 from rollouts.training.inference.http import EngineError, EngineLost, WeightSyncError
+from rollouts.training.stores import BoundStore
 from rollouts.training.weight_transfer.fanout import each
 from rollouts.training.weight_transfer.payload import Buffer, Entry
 
@@ -62,7 +63,7 @@ class BroadcastLink:
         timeout = datetime.timedelta(seconds=self._timeout_s)
         world = 1 + len(engines) * self._per_engine
         address = _address_towards(engines[0].base_url)
-        store = dist.TCPStore(address, 0, world, is_master=True, timeout=timeout, wait_for_workers=False)
+        store = BoundStore(address, 0, world, True, timeout=timeout, wait_for_workers=False)
         made: list[dist.ProcessGroup] = []
 
         async def make() -> None:

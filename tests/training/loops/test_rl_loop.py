@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from rollouts.training.loops import compute_advantages, prepare_grpo_batch, run_rl_training
 from rollouts.training.loops.rl_loop import rollout_metrics
 from rollouts.training.metrics import JSONLLogger
+from rollouts.training.rewards import RewardError
 from rollouts.training.rl_losses import grpo_loss, ppo_loss
 from rollouts.training.types import RLTrainingConfig, RolloutBatch, Sample
 from tests.training.tiny import EOS, PAD, VOCAB, rollout_batch, sft_samples, tiny_backend
@@ -295,3 +296,12 @@ def test_rollout_metrics():
     assert metrics["reward_std"] == pytest.approx(math.sqrt(3) / 4)
     assert (metrics["truncated_frac"], metrics["lag_max"]) == (0.5, 2)
     assert (metrics["groups_kept"], metrics["groups_dropped"]) == (2, 0)
+
+
+@pytest.mark.parametrize("reward", [float("nan"), float("inf"), 1e200, -1e39])
+def test_a_reward_that_float32_cannot_hold_names_its_prompt(reward):
+    """Goal: which prompt and response, before anything is trained. Red without the check: a loss of NaN, or inf."""
+    rollouts = rollout_batch(2, 2)
+    rollouts.samples[1].prompt, rollouts.samples[1].response = "how many?", "many"
+    with pytest.raises(RewardError, match=r"reward (nan|inf|1e\+200|-1e\+39) of 'many'.*prompt how many\?"):
+        prepare_grpo_batch(rollouts, [0.0, reward, 0.0, 1.0], RLTrainingConfig(num_steps=1), pad_token_id=PAD)

@@ -236,6 +236,14 @@ async def test_cancellation_from_outside_ends_it_and_loses_nothing() -> None:
     assert rollouts.buffer.get_prompts(4) == DataBuffer(PROMPTS, seed=1).get_prompts(4)
 
 
+def earned(prompts: Any, reward: float) -> Any:
+    """Samples that come with a reward, as an agent's episodes do."""
+    samples = echo(prompts)
+    for sample in samples:
+        sample.reward = reward
+    return samples
+
+
 @pytest.mark.anyio
 @pytest.mark.parametrize(
     ("changes", "message"),
@@ -248,6 +256,11 @@ async def test_cancellation_from_outside_ends_it_and_loses_nothing() -> None:
             r"reward_fn returned nan for '0:.*'; needs a finite number or None",
         ),
         ({"reward_fn": lambda sample: "good"}, "reward_fn returned 'good'"),
+        ({"reward_fn": lambda sample: 10**400}, r"reward_fn returned 1000.*prompt"),
+        (
+            {"reward_fn": None, "generate_fn": lambda prompts: earned(prompts, float("inf"))},
+            r"environment\) returned inf for .*needs a finite number or None \(prompt",
+        ),
         ({"reward_fn": None}, "no reward_fn, and generate_fn set no reward"),
     ],
 )

@@ -1,0 +1,69 @@
+"""Prompt rows that fit: each is rendered before anything trains, and one that no answer fits behind is left out."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rollouts.training.datasets.chat import render_prompts
+from rollouts.training.datasets.examples import Example
+from rollouts.training.datasets.lost_text import LostTool
+from rollouts.training.datasets.report import PromptReport
+from rollouts.training.datasets.rows import DataError
+from rollouts.training.datasets.turn_end import end_of_turn_ids, template_end_ids
+from rollouts.training.types import Prompt
+
+PROMPTS_PER_CALL = 256  # tokenized together
+OWN_TOOLS: list[dict[str, Any]] = []  # as `tools`: what each row offers
+
+
+def fitting_prompts(
+    examples: Sequence[Example], tokenizer: Any, *, tokens_max: int = -1, tools: Any = OWN_TOOLS
+) -> tuple[list[dict[str, Any]], PromptReport]:
+    """The prompt rows of at most `tokens_max` tokens (-1: all), in order, and the report over all of them.
+
+    `tools`: what an environment offers in place of a row's own; a template without tools is then noted, for a system
+    message may describe them. Raises DataError for a row that the chat template refuses or leaves something of out,
+    naming it, and when no row is left.
+    """
+    report = PromptReport()
+    report.see_columns(examples)
+    distinct = {id(example): example for example in examples}
+    try:
+        measures = _measures(distinct, tokenizer, tools)
+    except LostTool as error:
+        if tools is OWN_TOOLS:
+            raise
+        report.tools_lost = str(error)
+        measures = _measures(distinct, tokenizer, None)
+    kept = []
+    for example in examples:
+        length, largest_id = measures[id(example)]
+        if tokens_max != -1 and length > tokens_max:
+            report.leave_out(f"prompt longer than {tokens_max} tokens", example.where)
+        else:
+            kept.append(example.prompt)
+            report.longest = max(report.longest, length)
+            report.largest_id = max(report.largest_id, largest_id)
+    report.kept = len(kept)
+    ends = end_of_turn_ids(tokenizer)
+    if not template_end_ids(tokenizer, frozenset(ends)):
+        report.ends = ", ".join(map(str, tokenizer.convert_ids_to_tokens(ends))) or "max_new_tokens alone"
+    if not kept:
+        longest = max((length for length, _ in measures.values()), default=0)
+        raise DataError(f"no prompt is left that an answer fits behind: {report}; the longest has {longest} tokens")
+    return kept, report
+
+
+def _measures(examples: dict[int, Example], tokenizer: Any, tools: Any) -> dict[int, tuple[int, int]]:
+    """(tokens, largest token id) of each distinct example's prompt; a repeated one is rendered once."""
+    items = list(examples.items())
+    found = {}
+    for start in range(0, len(items), PROMPTS_PER_CALL):
+        chunk = items[start : start + PROMPTS_PER_CALL]
+        rows: list[tuple[Prompt, str]] = [(_offering(one.prompt, tools), one.where) for _, one in chunk]
+        for (key, _), ids in zip(chunk, render_prompts(tokenizer, rows), strict=True):
+            found[key] = len(ids), max(ids, default=0)
+    return found
+
+
+def _offering(prompt: dict[str, Any], tools: Any) -> dict[str, Any]:
+    return prompt if tools is OWN_TOOLS else {**prompt, "tools": tools}

@@ -1,0 +1,221 @@
+r"""The text of a mathematical answer, made plain before it is parsed. Pure; standard library only.
+
+`final_answer` finds an answer's own text in a longer one, `in_latex` writes it as the parser reads it, `words_of` and
+`time_of` tell answers that are no mathematics. Whatever is not known here is left as it stands: the parser refuses it.
+"""
+
+import re
+
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_ENVIRONMENTS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
+_FORMULA = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_ANSWER_IS = re.compile(r"(?:answer|result|solution)\s*(?:is|are|:|=)+\s*:?\s*", re.IGNORECASE)
+_TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf|textit|textrm|textnormal|mbox|operatorname)\s*\{([^{}]*)\}")
+_SIGNS = str.maketrans(
+    {
+        "−": "-",
+        "–": "-",
+        "×": r"\times ",
+        "·": r"\cdot ",
+        "÷": r"\div ",
+        "π": r"\pi ",
+        "∞": r"\infty ",
+        "°": r"^\circ ",
+        "≤": r"\le ",
+        "≥": r"\ge ",
+        "≠": r"\ne ",
+        "±": r"\pm ",
+        "∪": r"\cup ",
+        "∩": r"\cap ",
+        "∈": r"\in ",
+        "∅": r"\emptyset ",
+        "½": r"\frac{1}{2}",
+        "⅓": r"\frac{1}{3}",
+        "⅔": r"\frac{2}{3}",
+        "¼": r"\frac{1}{4}",
+        "¾": r"\frac{3}{4}",
+        "²": "^2",
+        "³": "^3",
+        "\u00a0": " ",
+        "\u2009": " ",
+    }
+)
+_NUMBER = r"\d+(?:\.\d+)?"
+_SPACE = r"(?:\\[,;:! ]|\\thinspace\s?|~|\s)"  # between groups of three digits
+_REWRITES = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+        (r"√\s*(\d+|[A-Za-z])", r"\\sqrt{\1}"),
+        (r"\\(?:displaystyle|textstyle|limits)\b", ""),
+        (r"^(-?)\s*(?:\\(?:\$|pounds|euro)|[$€£¥₹])\s*", r"\1"),
+        (r"(?:\\\$|[$€£¥₹])$", ""),
+        (r"(\d)\s*\*\*\s*", r"\1^"),
+        (r"([A-Za-z)])\*\*\{?(-?\d+)\}?", r"\1^{\2}"),
+        (r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi "),
+        (rf"(?<![\w.])({_NUMBER})[eE]([+-]?\d+)(?!\w)", r"\1 \\times 10^{\2}"),
+        (r"(?<![\d/}])(-?)(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d/])", r"\1\2\\frac{\3}{\4}"),  # 2 1/3, a mixed number
+        (r"(?<![\d}])-(\d+)\s*\\[dt]?frac\s*\{(\d+)\}\s*\{(\d+)\}", r"-(\1+\\frac{\2}{\3})"),
+        (rf"({_NUMBER})\s*\^\s*\{{?\\circ\}}?\s*({_NUMBER})\s*(?:'|\^\{{?\\prime\}}?)$", r"(\1+\\frac{\2}{60})"),
+        (
+            rf"^(-?{_NUMBER})\s*(?:\\[,; ])*(?:\\text\s*\{{)?\s*[A-Za-z]+\s*(?:/|\bper\b)\s*[A-Za-z]+\d?\}}?$",
+            r"\1",
+        ),  # 5 km/h
+        (r"^m?\s*\\angle\s*[A-Z]{1,3}\s*=", ""),
+        (r"^\\approx\s*|(?<=\.\d)(\d*)\s*(?:\.\.\.|\\l?dots)$", r"\1"),
+        (r"(?<=\d)\s*\^\s*\{?\s*(?:\\(?:text|mathrm)\s*)?\{?(?:st|nd|rd|th)\}?\s*\}?$", ""),  # 7^{th}
+        (r"^\\\{\s*([A-Za-z])\s*(?:\\mid|:|\|)\s*(.*\1.*)\\\}$", r"\2"),  # the set of x that fulfil a relation
+        (
+            rf"\\(sin|cos|tan|cot|sec|csc)\s*[({{]?({_NUMBER})\s*\^\s*\{{?\\circ\}}?\s*[)}}]?",
+            r"\\\1(\\frac{\2\\pi}{180})",
+        ),
+        (r"\\langle\b", "("),
+        (r"\\rangle\b", ")"),
+    )
+)
+_SEPARATED_THOUSANDS = re.compile(rf"(?<![\d.])\d{{1,3}}(?:{_SPACE}\d{{3}})+(?!\d)")
+_REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?")
+_PERCENT = re.compile(r"\s*(?:\\?%|\\text\s*\{\s*percent\s*\}|\bpercent\b)\s*$", re.IGNORECASE)
+_UNIT_AT_END = re.compile(r"(?<=[\d})])(?:\\[,;:! ]|~|\s)*\\(?:text|mathrm|mbox)\s*\{[^{}]*\}\s*(?:\^\s*\{?\d\}?)?$")
+_NUMBER_AND_WORDS = re.compile(
+    rf"(-?{_NUMBER}(?:/\d+)?|-?\d{{1,3}}(?:,\d{{3}})+(?:\.\d+)?)\s+[A-Za-z]{{3,}}(?: [A-Za-z]+)*"
+)
+_TIME = re.compile(r"(\d{1,2}):(\d\d)\s*([ap])?\.?\s*(?:m\.?)?", re.IGNORECASE)
+_BASED = re.compile(r"([0-9A-Za-z]+)_\{?(\d{1,2})\}?")
+
+
+def final_answer(text: str) -> str | None:
+    r"""Return the answer that `text` marks as such: the last `\boxed{}`, what follows the last `####`, or all of it
+    where it is one formula; None where it is prose, in which an answer has still to be found.
+
+    Boxes that follow each other closely ("\boxed{2} and \boxed{3}") are one answer.
+    """
+    boxes = boxed(text)
+    if boxes:
+        return boxes
+    _, marked, after = text.rpartition("####")
+    inner = (after if marked else text).strip()
+    for opening, closing in _ENVIRONMENTS:
+        body = inner[len(opening) : -len(closing)]
+        if inner.startswith(opening) and inner.endswith(closing) and body and not _has_dollar(body):
+            return body.strip()
+    return None if _has_dollar(inner) or r"\(" in inner or r"\[" in inner else inner
+
+
+def boxed(text: str) -> str | None:
+    """Return what the last box holds, braces matched, with those right before it, joined by commas; None without."""
+    found: list[tuple[int, int, str]] = []  # start, end, content
+    for match in _BOX.finditer(text):
+        end = _closing_brace(text, match.end())
+        if end is not None and not (found and match.start() < found[-1][1]):
+            found.append((match.start(), end + 1, text[match.end() : end].strip()))
+    if not found:
+        return None
+    last = [found.pop()]
+    while found and re.fullmatch(r"[\s$,;.]*(?:\\text\{\s*)?(?:and|or)?[\s},$]*", text[found[-1][1] : last[0][0]]):
+        last.insert(0, found.pop())
+    return ",".join(dict.fromkeys(content for _, _, content in last))
+
+
+def stated(text: str) -> str | None:
+    """Return what stands after the last "answer is" of a prose answer, to the end of its line; None without one."""
+    places = list(_ANSWER_IS.finditer(text))
+    if not places:
+        return None
+    line = text[places[-1].end() :].strip().splitlines()[:1]
+    return line[0].strip().strip("*").rstrip(".").strip() if line else None
+
+
+def last_formula(text: str) -> str | None:
+    r"""Return what stands in the last `$...$`, `\(...\)` or `\[...\]` of `text`; None without one."""
+    found = list(_FORMULA.finditer(text))
+    return next((group for group in found[-1].groups() if group), None) if found else None
+
+
+def in_latex(text: str) -> str:
+    """Return `text` in the LaTeX that the parser knows: signs, separators, mixed and repeating numbers, currency."""
+    text = text.strip().rstrip(".").strip() if not text.strip().endswith("..") else text.strip()
+    text = text.translate(_SIGNS).replace("{,}", ",").replace("{:}", ":")
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text.strip())
+    text = _UNIT_AT_END.sub("", text) if without_percent(text) == (text, False) else text
+    text = _SEPARATED_THOUSANDS.sub(lambda match: re.sub(_SPACE, "", match[0]), text)
+    text = _REPEATING.sub(_as_fraction, text)
+    number = _NUMBER_AND_WORDS.fullmatch(text)
+    return number[1] if number and not re.search(r"\d", text[number.end(1) :]) else text
+
+
+def without_percent(text: str) -> tuple[str, bool]:
+    """Return `text` without a percent sign at its end, and whether there was one."""
+    shorter = _PERCENT.sub("", text)
+    return shorter, shorter != text
+
+
+def words_of(text: str) -> str | None:
+    r"""Return an answer of words ("\text{Evelyn}", "(B)", "2 hours and 30 minutes") as it is compared, else None."""
+    marked = _TEXT.sub(lambda match: f" {match[1]} ", text)
+    words = " ".join(re.sub(r"\\[,;:! ]|[~{}()\[\].,\"'*]", " ", marked).casefold().split())
+    only = re.fullmatch(r"[^\W\d_]+(?:[ -][^\W\d_]+)*", words)
+    mixed = re.fullmatch(r"\w+(?:[ -]\w+){1,7}", words) and re.search(r"[^\W\d_]{3,}", words)
+    return words if only or mixed else None
+
+
+def is_only_words(text: str) -> bool:
+    r"""Say whether an answer of words cannot be mathematics: all of it is marked as text, or it is a phrase."""
+    return bool(_TEXT.fullmatch(text)) or (
+        not re.search(r"\d", text) and bool(_TEXT.search(text) or re.search(r"[A-Za-z]{2,}[ -][A-Za-z]{2,}", text))
+    )
+
+
+def is_prose(text: str) -> bool:
+    """Say whether words stand among the numbers of `text`, which a parser would multiply letter by letter."""
+    bare = re.sub(r"\\[A-Za-z]+", " ", _TEXT.sub(" ", text))
+    names = {"and", "or", "sin", "cos", "tan", "cot", "sec", "csc", "log", "exp", "max", "min", "mod", "gcd", "lcm"}
+    names |= {"sqrt", "arcsin", "arccos", "arctan", "det", "infinity", "deg", "pmatrix", "bmatrix", "vmatrix", "matrix"}
+    names |= {"array", "cases", "percent", "inf"}
+    words = [word for word in re.findall(r"[A-Za-z]{3,}", bare) if word.lower() not in names]
+    marked = " ".join(match[1] for match in _TEXT.finditer(text))
+    words += [word for word in re.findall(r"[A-Za-z]{2,}", marked) if word.lower() not in names]
+    return (bool(words) and bool(re.search(r"\d", text))) or _digits_apart(text)
+
+
+def time_of(text: str) -> tuple[str, str] | None:
+    """Return a time of day as (hours and minutes, "a", "p" or ""); None for anything else."""
+    plain = " ".join(_TEXT.sub(lambda match: match[1], text).replace("{:}", ":").replace("\\", " ").split())
+    match = _TIME.fullmatch(plain)
+    return (f"{int(match[1])}:{match[2]}", (match[3] or "").lower()) if match else None
+
+
+def based_number(text: str) -> tuple[str, str] | None:
+    """Return a number with its base, "1011_2", as (digits, base); None for anything else."""
+    match = _BASED.fullmatch(re.sub(r"[\s$]|\\text|\\mathrm", "", text))
+    if match is None or not re.search(r"\d", match[1]):
+        return None
+    return match[1].upper().lstrip("0") or "0", match[2]
+
+
+def _digits_apart(text: str) -> bool:
+    """Say whether two numbers stand side by side, which a parser would add or multiply: "3 4"."""
+    return "\\" not in text and bool(re.search(r"\d\s+\d", text))
+
+
+def _as_fraction(match: re.Match[str]) -> str:
+    """0.1\\overline{6} is 15/90: all digits less those that do not repeat, over as many nines and zeros."""
+    whole, fixed, repeated = match.groups()
+    numerator = int(f"{whole}{fixed}{repeated}") - int(f"{whole}{fixed}" or "0")
+    return rf"\frac{{{numerator}}}{{{'9' * len(repeated)}{'0' * len(fixed)}}}"
+
+
+def _closing_brace(text: str, start: int) -> int | None:
+    depth = 1
+    for place in range(start, len(text)):
+        if text[place] in "{}" and text[place - 1] != "\\":
+            depth += 1 if text[place] == "{" else -1
+            if depth == 0:
+                return place
+    return None
+
+
+def _has_dollar(text: str) -> bool:
+    r"""Say whether a `$` that opens or closes a formula stands in `text`; of "$5", which is money, it does not."""
+    return bool(re.search(r"(?<!\\)\$(?!\d[\d,.]*\s*$)", text))

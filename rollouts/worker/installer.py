@@ -1,0 +1,186 @@
+"""One command of an installer: bounded, shown while it works, and ended with who started it. Standard library only."""
+
+import collections
+import contextlib
+import os
+import re
+import shlex
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from rollouts import run_dir
+from rollouts.run_dir import EnvironmentSpec, RunDir
+from rollouts.worker.console import say
+
+LOG_TAIL_LINES = 50
+POLL_S = 0.1
+END_GRACE_S = 3.0
+PROGRESS_MIN_S, PROGRESS_MAX_S = 10.0, 30.0  # between two lines of progress: the longer it takes, the fewer
+DOWNLOAD = re.compile(r"\s*Downloading (\S+) \(([\d.]+) ?([kKMG]?)i?B\)")  # pip and uv
+COLLECT = re.compile(r"(?:Collecting|Processing) ([^\s;(]+)")
+INSTALL = re.compile(r"Installing collected packages: (.*)|Prepared (\d+) packages?")
+UNITS = {"": 1e-6, "k": 1e-3, "K": 1e-3, "M": 1.0, "G": 1e3}
+PR_SET_PDEATHSIG = 1
+try:
+    from ctypes import CDLL
+
+    PRCTL: Callable[..., object] | None = CDLL(None).prctl
+except (ImportError, OSError):  # a Python that was built without libffi
+    PRCTL = None
+
+
+class BootstrapError(Exception):
+    """An environment could not be made. The message names the fix; `log_tail` is what the installer said last."""
+
+    def __init__(self, message: str, log_tail: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.log_tail = list(log_tail)
+
+
+class Patience:
+    """How long the bootstrap as a whole may take, and what to do meanwhile."""
+
+    def __init__(self, timeout_s: float, *, tick: Callable[[], None]) -> None:
+        self.timeout_s, self.tick = timeout_s, tick
+        self._deadline = time.monotonic() + timeout_s
+
+    def wait(self, spec: EnvironmentSpec, last_seen: str, log_tail: Sequence[str] = ()) -> None:
+        """One short sleep. Raises BootstrapError once it took too long, and whatever `tick` raises."""
+        if time.monotonic() > self._deadline:
+            raise BootstrapError(
+                f"environment {spec.name!r}: not ready within limits.bootstrap_timeout_s={self.timeout_s:g};"
+                f" {last_seen}. Raise the limit, or see in the log what took so long.",
+                log_tail,
+            )
+        self.tick()
+        time.sleep(POLL_S)
+
+
+class Progress:
+    """How far an environment is, read from what its installer says; told now and then, as a line and as an event."""
+
+    def __init__(self, run: RunDir, spec: EnvironmentSpec) -> None:
+        self.doing, self.packages, self.downloaded_mb = "starting", 0, 0.0
+        self._run, self._spec = run, spec
+        self._started = time.monotonic()
+        self._next = PROGRESS_MIN_S
+
+    def read(self, line: str) -> None:
+        """Take in one line of pip or uv."""
+        if found := DOWNLOAD.match(line):
+            megabytes = float(found[2]) * UNITS[found[3]]
+            self.downloaded_mb += megabytes
+            self.doing = f"downloading {'-'.join(found[1].split('-')[:2])} ({megabytes:.1f} MB)"
+        elif found := COLLECT.match(line):
+            self.packages += 1
+            self.doing = f"resolving {Path(found[1]).name}"
+        elif found := INSTALL.match(line):
+            self.packages = len(found[1].split(",")) if found[1] else int(found[2])
+            self.doing = f"installing {self.packages} packages"
+
+    def tell(self) -> None:
+        """Say where it is, if it is time."""
+        seconds = time.monotonic() - self._started
+        if seconds < self._next:
+            return
+        self._next = seconds + min(PROGRESS_MAX_S, max(PROGRESS_MIN_S, seconds / 6))
+        fields = {
+            "seconds": round(seconds, 1),
+            "doing": self.doing,
+            "packages": self.packages,
+            "downloaded_mb": round(self.downloaded_mb, 1),
+            "installed_mb": round(_megabytes(Path(self._spec.path)), 1),
+        }
+        run_dir.append_event(self._run, "environment_progress", name=self._spec.name, **fields)
+        say(
+            f"environment {self._spec.name}: {seconds:.0f} s, {self.doing}; {self.packages} packages,"
+            f" {self.downloaded_mb:.0f} MB downloaded, {fields['installed_mb']:.0f} MB installed"
+        )
+
+
+def _megabytes(directory: Path) -> float:
+    """The files under a directory that is being written: what vanishes meanwhile is left out."""
+    total = 0
+    for parent, _, names in os.walk(directory):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(parent, name)).st_size
+    return total / 1e6
+
+
+def run_installer(
+    argv: Sequence[str],
+    spec: EnvironmentSpec,
+    patience: Patience,
+    progress: Progress,
+    *,
+    environment: Mapping[str, str],
+    lock: int,
+) -> None:
+    """Run one command in a group of its own, its output passed on; ended when anything is raised here.
+
+    The kernel ends it with this thread, and the lock is its own too: whoever dies, nobody else builds in its place
+    while it lives.
+    """
+    say(f"$ {shlex.join(argv)}")
+    try:
+        process = subprocess.Popen(
+            argv,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            process_group=0,
+            pass_fds=(lock,),
+            preexec_fn=_end_with_parent,  # noqa: PLW1509  one call into libc, of which no other thread holds a lock
+        )
+    except OSError as error:
+        raise BootstrapError(f"environment {spec.name!r}: cannot start {argv[0]}: {error}") from None
+    tail: collections.deque[str] = collections.deque(maxlen=LOG_TAIL_LINES)
+    reader = threading.Thread(target=_pass_on, args=(process, tail, progress), daemon=True)
+    reader.start()
+    try:
+        while process.poll() is None:
+            progress.tell()
+            patience.wait(spec, f"`{argv[0]}` was still running", tail)
+    finally:
+        _end_group(process)
+    reader.join(END_GRACE_S)
+    if process.returncode != 0:
+        fix = f"Its last lines say why; check {inputs_of(spec)}, and that the host reaches its package index."
+        message = f"environment {spec.name!r}: `{shlex.join(argv)}` failed with exit code {process.returncode}. {fix}"
+        raise BootstrapError(message, tail)
+
+
+def inputs_of(spec: EnvironmentSpec) -> str:
+    """What decides an environment's content, in the config's words."""
+    trainers = "host.constraints_file, the requirements in pyproject.toml"
+    return "engine.requirements_file" if spec.name == "engine" else trainers
+
+
+def _end_with_parent() -> None:
+    if PRCTL is not None:  # else the lock has to do
+        PRCTL(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def _pass_on(process: subprocess.Popen[bytes], tail: collections.deque[str], progress: Progress) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        text = line.decode(errors="replace").rstrip("\n")
+        tail.append(text)
+        progress.read(text)
+        say(text)
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """End the installer with its children, unless it has ended; not reaped yet, so the group is its own."""
+    for signum in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is not None:
+            return
+        os.killpg(process.pid, signum)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(END_GRACE_S)

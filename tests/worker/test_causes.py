@@ -1,0 +1,96 @@
+"""Why a trainer ended: found among what torchrun, other ranks and shutdowns print after it."""
+
+import sys
+
+import pytest
+
+from rollouts import run_dir
+from rollouts.worker.causes import cause_of, without_torchrun
+from tests.worker.stands import Host, as_status, events, process, stage, trainer, wait_for_end
+
+TORCHRUN = """\
+E1129 01:02:03.123000 4711 torch/distributed/elastic/multiprocessing/api.py:988] failed (exitcode: 1) local_rank: 0
+Traceback (most recent call last):
+  File "<frozen runpy>", line 198, in _run_module_as_main
+    raise ChildFailedError(
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+============================================================
+rollouts.worker.trainer FAILED
+"""
+TRACEBACK = 'Traceback (most recent call last):\n  File "x.py", line 1, in <module>\n    f()\n'
+GROUP = """\
+  + Exception Group Traceback (most recent call last):
+  |   File "x.py", line 1, in <module>
+  | ExceptionGroup: unhandled errors in a TaskGroup (1 sub-exception)
+  +-+---------------- 1 ----------------
+    | Traceback (most recent call last):
+    |   File "x.py", line 2, in f
+    | ValueError: the inner one
+    +------------------------------------
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        (f"step=1\nerror: row 3 has no 'answer'\n{TORCHRUN}", "row 3 has no 'answer'"),
+        (f"error: two\n  found 1\n  needed 2\nW something\n{TORCHRUN}", "two\n  found 1\n  needed 2"),
+        (f"{TRACEBACK}KeyError: 'answer'\n{TORCHRUN}", "KeyError: 'answer'"),
+        (f"{TRACEBACK}KeyError: 'a'\n\nDuring handling\n\n{TRACEBACK}ValueError: b\n{TORCHRUN}", "ValueError: b"),
+        (f"{TRACEBACK}ValueError: many\nlines\nwarning: leaked objects\n{TORCHRUN}", "ValueError: many"),
+        (f"{GROUP}{TORCHRUN}", "ValueError: the inner one"),
+        (f"step=1\n{TORCHRUN}", None),
+        ("Killed\n", None),
+    ],
+)
+def test_the_cause_is_found(text: str, cause: str | None) -> None:
+    """Goal: the sentence or the exception of the trainer itself, never torchrun's. Red with the last traceback of all:
+    "ChildFailedError"."""
+    assert cause_of(text.splitlines()) == cause
+    assert not any("ChildFailedError" in line or "FAILED" in line for line in without_torchrun(text.splitlines()))
+
+
+def real_torchrun(text: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-conf", "store_type=file"),
+        *("--nproc-per-node", "1", "--no-python", sys.executable, "-c", text),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("import sys; print('error: the data has no rows'); sys.exit(1)", "the data has no rows"),
+        ("raise ValueError('of ours')", "stage sft: trainer ended with exit code 1: ValueError: of ours"),
+    ],
+    ids=["a sentence", "a traceback"],
+)
+def test_the_cause_is_the_runs_message(host: Host, text: str, message: str) -> None:
+    """Goal: under the real torchrun the trainer's own words are the run's message, everywhere that one is kept, and
+    torchrun's traceback is not among the lines that are shown. Red before: "stage sft: trainer ended with exit code 1"
+    and 50 lines of torchrun's."""
+    run = host.finish(stage("sft", process("trainer", real_torchrun(text))))
+    assert as_status(run)["message"] == message
+    (error,), (ended,) = events(run, "error"), events(run, "run_ended")
+    assert error["message"] == ended["message"] == message
+    assert not any("ChildFailedError" in line for line in error["log_tail"])
+    record = run_dir.read_exit(run, "run", "supervisor")
+    assert record is not None and record.message == message
+    own = run_dir.read_exit(run, "sft", "trainer")
+    assert own is not None and own.message and own.message in message
+
+
+def test_the_event_has_all_lines(host: Host) -> None:
+    """Goal: an `error` event of the trainer's is the message, whole, though the log has other lines after it; one of an
+    earlier stage is not. Red with the log alone asked."""
+    said = "import sys, os; sys.path.insert(0, os.getcwd())\nfrom pathlib import Path\nfrom rollouts import run_dir\n"
+    tell = (
+        "run_dir.append_event(run_dir.RunDir(Path(sys.argv[1])), 'error', message={!r}, window='trainer', log_tail=[])"
+    )
+    text = "\n".join([said, tell.format("two\nlines"), "print('error: two'); print('noise'); sys.exit(1)"])
+    job = host.job(stage("sft", trainer(text)))
+    run = host.launched[-1]
+    job["plan"]["stages"][0]["trainer"]["argv"].append(str(run.path))
+    assert host.launch(job).returncode == 0
+    wait_for_end(run)
+    assert as_status(run)["message"] == "two\nlines"
