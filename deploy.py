@@ -3,7 +3,14 @@
 `deploy --help` is the documentation. Nothing slow is imported until a verb needs it.
 """
 
+import contextlib
+import difflib
+import importlib.metadata
+import os
+import pathlib
+import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -18,7 +25,7 @@ Train a language model from one config file: SFT, then RL, here or on a GPU host
   deploy configs/00_cpu_sft_rl.py --remote gpu-7           on a host of ~/.ssh/config
   deploy configs/00_cpu_sft_rl.py --remote ubuntu@203.0.113.7:22
   deploy configs/00_cpu_sft_rl.py --remote gpu-7 --plan    what would happen; touches nothing
-  deploy runs/cpu_sft_rl/RUN/config.json                   what an earlier run did, again
+  deploy runs/cpu_sft_rl/RUN                               what an earlier run did, again
   deploy --remote gpu-7                                    is this host ready, and what runs there?
 
 The config is checked first, every problem at once. Then: exactly git's files, with your uncommitted changes, go to
@@ -33,9 +40,11 @@ process; results come back while it runs. Ctrl-C detaches, the run goes on, and 
   deploy logs RUN -f --window trainer   what the tmux window shows (windows: supervisor, engine-0, trainer)
   deploy stop RUN                       end its processes, keep its results
   deploy pull RUN                       bring all results here, verified
+  deploy forget RUN                     drop this machine's record of it; host and results stay
   ssh HOST -t tmux attach -t RUN        the live processes
 
-A run started on another machine is found with --remote: deploy attach RUN --remote gpu-7.
+RUN is a name, the beginning of one, or `last`. A run started on another machine is found with --remote (deploy attach
+RUN --remote gpu-7); from here it is followed, stopped and pulled, never launched.
 
 \b
 Options of deploy CONFIG:
@@ -52,38 +61,68 @@ Options of deploy CONFIG:
 Files:
   <save_dir>/<experiment_name>/<run_id>/  here: config, metrics, rollouts, evaluations, logs, checkpoints
   ~/.rollouts/runs/<run_id>/              the same on the host ($ROLLOUTS_HOME in place of ~/.rollouts)
-  ~/.rollouts/registry/                   here: the runs that this machine started
+  ~/.rollouts/registry/                   here: the runs that this machine knows, and what a launch of them uses
   docs/run-directory.md                   every file and its format
 
 \b
 Exit codes:
   0     the job is done (or what was asked is)
   2     it could not start, and nothing was started; the message says why, and what to do
-  130   detached by Ctrl-C; the run goes on
-  other the job's own exit code; 1 when it died, or when its results could not be pulled
+  130   Ctrl-C: detached, and the run goes on; or, before its launch, nothing was started. The message says which
+  other the job's own exit code; 1 when it died, when its results could not be pulled, or when it was launched (or may
+        have been) and deploy failed
 """
 
+INTERRUPTED = 130
 HOST_VERB, CONFIG_VERB = "check-host", "run-config"  # what a line without a verb means
 OPTIONS_WITH_VALUE = ("--remote", "--run-id", "--window")
+OPTIONS = (
+    *OPTIONS_WITH_VALUE,
+    *("--plan", "--json", "--detach", "--accept-new-host-key", "--no-accept-new-host-key", "--follow", "--help"),
+)
 
 
 class ConfigOrVerb(TyperGroup):
     """The first word is a verb or a config file; options may stand before it."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, with_verb(args, self.commands))
+        try:
+            line = with_verb(args, self.commands)
+        except ValueError as error:
+            ctx.fail(str(error))
+        return super().parse_args(ctx, line)
 
 
 def with_verb(args: list[str], verbs: Any) -> list[str]:
-    """`args` with the verb first: `x.py --plan` → `run-config x.py --plan`, `--remote h ls` → `ls --remote h`."""
+    """`args` with the verb first: `x.py --plan` → `run-config x.py --plan`, `--remote h ls` → `ls --remote h`.
+
+    Raises ValueError for a word that can be neither a verb nor a config.
+    """
+    if "--version" in args:
+        return ["--version"]
     position = _first_word(args)
     if position is None:
         asks_host = any(arg == "--remote" or arg.startswith("--remote=") for arg in args) and "--help" not in args
         return [HOST_VERB, *args] if asks_host else (args or ["--help"])
-    word = args[position]
+    word, others = args[position], [*args[:position], *args[position + 1 :]]
+    if word == "help":
+        return [*others[:1], "--help"]
     if word in verbs:
-        return [word, *args[:position], *args[position + 1 :]]
+        return [word, *others]
+    known = all(arg.split("=")[0] in OPTIONS for arg in args if arg.startswith("--") and len(arg) > 2)
+    if known and (problem := _no_such_verb(word, verbs)):  # what follows an unknown option may be its value
+        raise ValueError(problem)
     return [CONFIG_VERB, *args]
+
+
+def _no_such_verb(word: str, verbs: Any) -> str:
+    """What is wrong with a first word that is no verb; "" where it is, or may be, a config."""
+    if os.path.exists(word) or os.sep in word or word.endswith((".py", ".json")):
+        return ""
+    shown = sorted(verb for verb in verbs if verb not in (HOST_VERB, CONFIG_VERB))
+    near = difflib.get_close_matches(word.lower(), shown, n=1, cutoff=0.5)
+    meant = f" Did you mean `deploy {near[0]}`?" if near else ""
+    return f"there is no verb and no config file {word!r}.{meant} Verbs: {', '.join(shown)}."
 
 
 def _first_word(args: list[str]) -> int | None:
@@ -116,21 +155,65 @@ AcceptKey = Annotated[bool, typer.Option(help="Add the host's key to ~/.ssh/know
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, as `deploy ls` shows it.")]
 
 
-def _do(verb: Callable[[Any], int], *, as_json: bool) -> None:
-    """Run one verb of rollouts.remote.commands, and exit with its code."""
-    from rollouts.remote import commands
-    from rollouts.remote.errors import DeployError
+@app.callback(invoke_without_command=True)
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version of this program, and its commit.")
+    ] = False,
+) -> None:
+    if version:
+        typer.echo(f"rollouts {version_text()}")
+        raise typer.Exit(0)
 
+
+def version_text() -> str:
+    """The version in pyproject.toml (else of the installed package), and the commit of a clone."""
+    root = pathlib.Path(__file__).resolve().parent
     try:
-        code = verb(commands)
-    except DeployError as error:
-        code = commands.fail(error, as_json=as_json)
+        version = str(tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"])
+    except (OSError, ValueError, KeyError):
+        version = importlib.metadata.version("rollouts")
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+    with contextlib.suppress(OSError):
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+        return f"{version} ({commit})" if commit else version
+    return version
+
+
+def _do(verb: Callable[[Any], int], *, as_json: bool, launching: bool = False) -> None:
+    """Run one verb of rollouts.remote, and exit with its code.
+
+    `launching`: it was to start a run, so that an error says whether it did.
+    """
+    try:
+        from rollouts import remote
+        from rollouts.remote import commands, looks  # noqa: F401
+        from rollouts.remote.errors import DeployError
+        from rollouts.remote.escape import tolerate_odd_text
+        from rollouts.remote.local_faults import standing
     except KeyboardInterrupt:
-        code = commands.DETACHED
-    except BrokenPipeError:  # `deploy logs RUN | head`
-        sys.stderr.close()
-        code = 1
+        sys.stderr.write("interrupted." + (" Nothing was started.\n" if launching else "\n"))
+        raise typer.Exit(INTERRUPTED) from None
+    tolerate_odd_text()
+    try:
+        try:
+            with standing():
+                code = verb(remote)
+        except DeployError as error:
+            code = commands.fail(error, as_json=as_json, launching=launching)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `deploy logs RUN | head`: whoever read it has enough
+        _drop_output()
+        code = 0 if not launching else 1
     raise typer.Exit(code)
+
+
+def _drop_output() -> None:
+    """Let what is still to be printed go nowhere: the interpreter flushes at its end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(nowhere, stream.fileno())
 
 
 @app.command(CONFIG_VERB, hidden=True)
@@ -146,7 +229,7 @@ def run_config(
 ) -> None:
     """Run the job that CONFIG describes, and follow it."""
     _do(
-        lambda commands: commands.deploy(
+        lambda here: here.commands.deploy(
             config,
             remote=remote,
             plan_only=plan,
@@ -156,6 +239,7 @@ def run_config(
             accept_new_host_key=accept_new_host_key,
         ),
         as_json=as_json,
+        launching=True,
     )
 
 
@@ -163,7 +247,7 @@ def run_config(
 def check_host(remote: Remote = None, as_json: Json = False, accept_new_host_key: AcceptKey = False) -> None:
     """Check a host, and list the runs on it."""
     _do(
-        lambda commands: commands.check_host(remote, as_json=as_json, accept_new_host_key=accept_new_host_key),
+        lambda here: here.looks.check_host(remote, as_json=as_json, accept_new_host_key=accept_new_host_key),
         as_json=as_json,
     )
 
@@ -171,21 +255,22 @@ def check_host(remote: Remote = None, as_json: Json = False, accept_new_host_key
 @app.command("ls")
 def ls(remote: Remote = None, as_json: Json = False) -> None:
     """List the runs started here, or with --remote those of a host."""
-    _do(lambda commands: commands.list_runs(remote=remote, as_json=as_json), as_json=as_json)
+    _do(lambda here: here.looks.list_runs(remote=remote, as_json=as_json), as_json=as_json)
 
 
 @app.command("status")
 def status(run: Run, remote: Remote = None, as_json: Json = False) -> None:
     """Ask the host where a run is."""
-    _do(lambda commands: commands.status(run, remote=remote, as_json=as_json), as_json=as_json)
+    _do(lambda here: here.looks.status(run, remote=remote, as_json=as_json), as_json=as_json)
 
 
 @app.command("attach")
 def attach(run: Run, remote: Remote = None, as_json: Json = False, accept_new_host_key: AcceptKey = False) -> None:
     """Follow a run to its end; go on with a deploy that was interrupted."""
     _do(
-        lambda commands: commands.attach(run, remote=remote, as_json=as_json, accept_new_host_key=accept_new_host_key),
+        lambda here: here.commands.attach(run, remote=remote, as_json=as_json, accept_new_host_key=accept_new_host_key),
         as_json=as_json,
+        launching=True,
     )
 
 
@@ -199,7 +284,7 @@ def logs(
 ) -> None:
     """Print what a window of the run's tmux session shows."""
     _do(
-        lambda commands: commands.logs(run, remote=remote, window=window, follow_on=follow, as_json=as_json),
+        lambda here: here.commands.logs(run, remote=remote, window=window, follow_on=follow, as_json=as_json),
         as_json=as_json,
     )
 
@@ -207,13 +292,19 @@ def logs(
 @app.command("stop")
 def stop(run: Run, remote: Remote = None, as_json: Json = False) -> None:
     """End a run's processes; its results stay."""
-    _do(lambda commands: commands.stop(run, remote=remote, as_json=as_json), as_json=as_json)
+    _do(lambda here: here.commands.stop(run, remote=remote, as_json=as_json), as_json=as_json)
 
 
 @app.command("pull")
 def pull(run: Run, remote: Remote = None, as_json: Json = False) -> None:
     """Bring all results of a run here, verified."""
-    _do(lambda commands: commands.pull_run(run, remote=remote, as_json=as_json), as_json=as_json)
+    _do(lambda here: here.commands.pull_run(run, remote=remote, as_json=as_json), as_json=as_json)
+
+
+@app.command("forget")
+def forget(run: Run, as_json: Json = False) -> None:
+    """Drop this machine's record of a run; its host and the results here stay as they are."""
+    _do(lambda here: here.commands.forget(run, as_json=as_json), as_json=as_json)
 
 
 def main() -> None:

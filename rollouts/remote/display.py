@@ -1,30 +1,42 @@
-"""Showing a run: a live display on a terminal, plain lines elsewhere, JSON lines for programs. Only prints."""
+"""Showing a run: a live display on a terminal, plain lines elsewhere, JSON lines for programs. Only prints.
+
+Whatever comes from a host goes through escape.py first.
+"""
 
 import json
+import os
+import shutil
 import sys
+import threading
+import time
+import unicodedata
+from collections import deque
 from typing import Any
 
-from rollouts.remote.view import (
-    METRICS_SHOWN,
-    View,
-    duration,
-    eval_line,
-    event_line,
-    metrics_line,
-    number,
-)
+from rollouts.remote.escape import escaped, one_line
+from rollouts.remote.view import View, duration, eval_line, event_line, metric_pairs, metrics_line
 from rollouts.remote.watch import Reporter
+
+QUIET_S = 30.0  # plain lines: after so long without one, say that it goes on
+TICK_S = 0.25
+SHOWN_EVENTS = ("checkpoint", "note", "warning", "error", "engine_restarted", "engine_recovered")
 
 
 def make_reporter(*, as_json: bool) -> Reporter:
     """The one that fits where stdout goes."""
     if as_json:
         return JsonReporter()
-    return LiveReporter() if sys.stdout.isatty() else PlainReporter()
+    live = sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+    return LiveReporter() if live else PlainReporter()
 
 
 def print_json(value: Any) -> None:
     print(json.dumps(value), flush=True)
+
+
+def show(text: str) -> None:
+    """Print text that may hold what a host or a model wrote."""
+    print(escaped(text), flush=True)
 
 
 class JsonReporter:
@@ -37,6 +49,9 @@ class JsonReporter:
         kind = {"events.jsonl": "event", "metrics.jsonl": "metrics", "eval.jsonl": "eval"}[file]
         print_json({"type": kind, **row})
 
+    def alive(self, doing: str) -> None:
+        return None
+
     def close(self) -> None:
         return None
 
@@ -44,75 +59,180 @@ class JsonReporter:
 class PlainReporter:
     """A line for each thing that happens: for pipes, files and CI."""
 
+    def __init__(self) -> None:
+        self._started = self._printed = time.monotonic()
+
+    def _print(self, text: str) -> None:
+        self._printed = time.monotonic()
+        show(text)
+
     def say(self, phase: str, text: str) -> None:
-        print(f"{phase}: {text}", flush=True)
+        self._print(f"{phase}: {text}")
 
     def row(self, file: str, row: dict[str, Any], view: View) -> None:
-        if file == "metrics.jsonl":
-            print(metrics_line(view, row), flush=True)
-        elif file == "eval.jsonl":
-            print(eval_line(row), flush=True)
-        else:
-            print(event_line(row), flush=True)
+        self._print(row_line(file, row, view))
+
+    def alive(self, doing: str) -> None:
+        if time.monotonic() - self._printed >= QUIET_S:
+            elapsed = duration(time.monotonic() - self._started)
+            self._print(f"alive: {one_line(doing or 'nothing new')} ({elapsed} since deploy began to follow)")
 
     def close(self) -> None:
         return None
 
 
+def row_line(file: str, row: dict[str, Any], view: View) -> str:
+    if file == "metrics.jsonl":
+        return metrics_line(view, row)
+    return eval_line(row) if file == "eval.jsonl" else event_line(row)
+
+
 class LiveReporter:
-    """Phases, a progress bar and the last metrics, redrawn in place."""
+    """Phases, a progress bar and the last metrics, redrawn in place; what stays scrolls by above.
+
+    After a change of the window's size the screen is drawn anew: where the terminal has wrapped the old lines cannot
+    be known.
+    """
 
     def __init__(self) -> None:
-        from rich.console import Console
-        from rich.live import Live
-
-        self._console = Console()
-        self._view = View()
-        self._doing = ""
-        self._live: Live | None = Live(self._render(), console=self._console, refresh_per_second=8, transient=False)
-        self._live.start()
+        self._lock = threading.RLock()
+        self._out = sys.stdout
+        self._utf8 = (self._out.encoding or "").lower().replace("-", "") == "utf8"
+        self._view, self._doing, self._phase_since = View(), "", time.monotonic()
+        self._drawn = 0  # lines of the part that is redrawn
+        self._kept: deque[str] = deque(maxlen=200)  # the last lines that stay
+        self._size = shutil.get_terminal_size()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._tick, daemon=True)
+        self._out.write("\x1b[?25l")
+        self._thread.start()
 
     def say(self, phase: str, text: str) -> None:
-        self._doing = f"{phase}: {text}"
-        self._redraw()
+        with self._lock:
+            if phase in ("note", "pull"):
+                self._keep(f"{phase}: {text}")
+            self._doing = f"{phase}: {text}"
+            self._draw()
 
     def row(self, file: str, row: dict[str, Any], view: View) -> None:
-        self._view, self._doing = view, ""
-        if file == "eval.jsonl":
-            self._console.print(eval_line(row), markup=False, highlight=False)
-        elif row.get("kind") in ("checkpoint", "note", "engine_restarted", "engine_recovered"):
-            self._console.print(event_line(row), markup=False, highlight=False)
-        self._redraw()
+        with self._lock:
+            if view.phases != self._view.phases:
+                self._phase_since = time.monotonic()
+            self._view = view
+            if file != "events.jsonl":
+                self._doing = ""
+            if file == "eval.jsonl" or row.get("kind") in SHOWN_EVENTS:
+                self._keep(row_line(file, row, view))
+            self._draw()
+
+    def alive(self, doing: str) -> None:
+        with self._lock:
+            self._doing = "" if self._view.metrics else doing
 
     def close(self) -> None:
-        if self._live is not None:
-            self._live.stop()
-        self._live = None
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        self._thread.join(timeout=5)
+        with self._lock:
+            self._draw()
+            self._out.write("\x1b[?25h")
+            self._out.flush()
 
-    def _redraw(self) -> None:
-        if self._live is not None:
-            self._live.update(self._render())
+    def _tick(self) -> None:
+        while not self._closed.wait(TICK_S):
+            with self._lock:
+                self._draw()
 
-    def _render(self) -> Any:
-        from rich.console import Group
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-        from rich.text import Text
+    def _keep(self, text: str) -> None:
+        """Print a line that stays."""
+        text = one_line(text, limit=2000)
+        self._kept.append(text)
+        self._erase()
+        self._out.write(f"{text}\n")
 
-        view = self._view
-        lines: list[Any] = []
-        for name, detail in view.phases:
-            finished = detail.startswith(("done", "ready", "reused"))
-            mark = ("✓ ", "green") if finished else ("• ", "yellow")
-            lines.append(Text.assemble(mark, (f"{name:<22}", "bold"), (detail, "dim" if finished else "")))
-        if view.steps_total:
-            grid = Table.grid(padding=(0, 1))
-            eta = "" if view.eta_s is None else f"eta {duration(view.eta_s)}"
-            bar = ProgressBar(total=view.steps_total, completed=view.step, width=32)
-            grid.add_row(f"  {view.stage}", bar, f"{view.step}/{view.steps_total}", eta)
-            lines.append(grid)
-            shown = [f"{name} {number(view.metrics[name])}" for name in METRICS_SHOWN if name in view.metrics]
-            lines.append(Text("  " + "   ".join(shown), style="cyan"))
-        if self._doing:
-            lines.append(Text(self._doing, style="dim"))
-        return Group(*lines)
+    def _erase(self) -> None:
+        if self._drawn:
+            self._out.write(f"\r\x1b[{self._drawn}A\x1b[J")
+        self._drawn = 0
+
+    def _draw(self) -> None:
+        size = shutil.get_terminal_size()
+        lines = live_lines(
+            self._view,
+            self._doing,
+            width=size.columns,
+            utf8=self._utf8,
+            elapsed_s=time.monotonic() - self._phase_since,
+        )[: max(1, size.lines - 1)]
+        if size != self._size:
+            self._size = size
+            room = max(0, size.lines - 1 - len(lines))
+            kept = wrapped_tail(list(self._kept), size.columns, room)
+            self._out.write("\x1b[H\x1b[2J" + "".join(f"{line}\n" for line in kept))
+            self._drawn = 0
+        self._erase()
+        self._out.write("".join(f"{self._styled(line)}\n" for line in lines))
+        self._drawn = len(lines)
+        self._out.flush()
+
+    def _styled(self, line: str) -> str:
+        if os.environ.get("NO_COLOR"):
+            return line
+        code = {"✓": "32", "+": "32", "•": "33", "*": "33", " ": "36"}.get(line[:1], "2")
+        return f"\x1b[{code}m{line}\x1b[0m"
+
+
+def wrapped_tail(lines: list[str], width: int, room: int) -> list[str]:
+    """The last of `lines` that fit into `room` lines of a terminal."""
+    taken: list[str] = []
+    for line in reversed(lines):
+        room -= max(1, -(-len(line) // max(1, width)))
+        if room < 0:
+            break
+        taken.append(line)
+    return taken[::-1]
+
+
+def live_lines(view: View, doing: str, *, width: int, utf8: bool, elapsed_s: float) -> list[str]:
+    """What is redrawn, line by line, none longer than the terminal is wide."""
+    lines = [
+        _phase_line(name, detail, utf8=utf8, elapsed_s=elapsed_s if last and not view.metrics else None)
+        for last, (name, detail) in ((index == len(view.phases) - 1, p) for index, p in enumerate(view.phases))
+    ]
+    if view.steps_total:
+        filled = max(0, min(32, 32 * view.step // view.steps_total))
+        full, empty = ("━", "╌") if utf8 else ("=", "-")
+        eta = "" if view.eta_s is None else f" eta {duration(view.eta_s)}"
+        bar = full * filled + empty * (32 - filled)
+        lines.append(f"  {one_line(view.stage)} {bar} {view.step}/{view.steps_total}{eta}")
+        lines += pair_lines([f"{name} {text}" for name, text in metric_pairs(view.metrics)], width - 1)
+    if doing or not view.phases:
+        lines.append(one_line(doing or "starting") + ("" if view.metrics else f" ({duration(elapsed_s)})"))
+    return [cut_to_width(line, width - 1) for line in lines]
+
+
+def _phase_line(name: str, detail: str, *, utf8: bool, elapsed_s: float | None) -> str:
+    finished = detail.startswith(("done", "ready", "reused"))
+    mark = ("✓" if finished else "•") if utf8 else ("+" if finished else "*")
+    return f"{mark} {name:<22}{detail}" + ("" if finished or elapsed_s is None else f", {duration(elapsed_s)}")
+
+
+def cut_to_width(text: str, width: int) -> str:
+    """As much of `text` as `width` columns hold; characters of East Asian scripts take two."""
+    for index, character in enumerate(text):
+        width -= 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        if width < 0:
+            return text[:index]
+    return text
+
+
+def pair_lines(pairs: list[str], width: int) -> list[str]:
+    """Pairs of name and value on as few lines as hold them, none of them broken in two."""
+    lines: list[str] = []
+    for pair in pairs:
+        if lines and len(lines[-1]) + 3 + len(pair) <= width:
+            lines[-1] += f"   {pair}"
+        else:
+            lines.append(f"  {pair}")
+    return lines

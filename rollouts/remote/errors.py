@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rollouts.remote.escape import escaped
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -25,7 +27,10 @@ class Problem:
 
 
 class DeployError(Exception):
-    """Ends the command with its message. `exit_code` is 2 as long as nothing was started, else 1."""
+    """Ends the command with its message. `exit_code` is 2 as long as nothing was started, else 1.
+
+    `standing`: what is true of the run now, and the command that goes on with it.
+    """
 
     def __init__(
         self,
@@ -40,24 +45,35 @@ class DeployError(Exception):
         super().__init__(message)
         self.problems = (Problem(message, found, needed, fix), *more)
         self.started = started
+        self.standing = ""
 
     @classmethod
-    def of(cls, problems: Sequence[Problem]) -> "DeployError":
+    def of(cls, problems: Sequence[Problem], *, started: bool = False) -> "DeployError":
         first, *more = problems
-        return cls(first.message, found=first.found, needed=first.needed, fix=first.fix, more=more)
+        return cls(first.message, found=first.found, needed=first.needed, fix=first.fix, more=more, started=started)
 
     @property
     def exit_code(self) -> int:
         return 1 if self.started else 2
 
-    def text(self) -> str:
-        """As printed: style.md's form, every problem, and whether anything was started."""
-        lines = [f"error: {problem.text()}" for problem in self.problems]
-        return "\n".join([*lines, *(() if self.started else ("Nothing was started.",))])
+    def text(self, *, launching: bool = True) -> str:
+        """As printed: style.md's form, every problem, and where the run stands.
+
+        `launching`: the command was to start a run, so that "Nothing was started." answers a question.
+        """
+        lines = [f"error: {escaped(problem.text())}" for problem in self.problems]
+        nothing = ("Nothing was started.",) if launching and not self.started else ()
+        return "\n".join([*lines, *filter(None, (escaped(self.standing),)), *nothing])
 
     def to_json(self) -> dict[str, Any]:
         problems = [{"message": p.message, "found": p.found, "needed": p.needed, "fix": p.fix} for p in self.problems]
-        return {"type": "error", "problems": problems, "started": self.started, "exit_code": self.exit_code}
+        return {
+            "type": "error",
+            "problems": problems,
+            "started": self.started,
+            "exit_code": self.exit_code,
+            "standing": self.standing,
+        }
 
 
 class TransportError(DeployError):
@@ -66,3 +82,11 @@ class TransportError(DeployError):
     def __init__(self, message: str, *, lost: bool = False, found: str = "", needed: str = "", fix: str = "") -> None:
         super().__init__(message, found=found, needed=needed, fix=fix)
         self.lost = lost
+
+
+class UnreachableError(DeployError):
+    """The host was tried for as long as it is worth; nothing else that needs it will work either."""
+
+
+class MismatchError(DeployError):
+    """What is here and what is on the host are not copies of the same run: neither is written over the other."""

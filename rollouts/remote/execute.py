@@ -20,10 +20,10 @@ Say = Callable[[str, str], None]  # phase ("sync", "launch"), what is happening
 def execute(entry: Entry, config: Config, transport: Transport, path: str, say: Say) -> None:
     """Bring the run of `entry` to life on its host; `path` is the PATH it gets there. Raises DeployError.
 
-    Done twice, the second time changes nothing. What lies on the host is the code that the mirror's record tells of.
+    Done twice, the second time changes nothing. All that is used is this machine's own record: what lies on the host is
+    the code that it tells of.
     """
     launch = entry.launch
-    assert launch is not None
     root = Path(entry.repository)
     sync_code(
         transport,
@@ -33,14 +33,14 @@ def execute(entry: Entry, config: Config, transport: Transport, path: str, say: 
         home=entry.home,
         run_path=entry.run_path,
         python=launch.base_python,
-        expected=read_recorded_tree(entry.mirror),
+        expected=read_recorded_tree(entry.record),
         say=say,
     )
     say("launch", f"tmux session {entry.run_id}")
-    code = entry.mirror.code
+    code = entry.record.code
     job = {
         "config": config.to_json(),
-        "plan": json.loads(entry.mirror.plan.read_text()),
+        "plan": json.loads(entry.record.plan.read_bytes()),
         "files": {f"code/{file.name}": file.read_bytes().decode() for file in sorted(code.iterdir()) if file.is_file()},
         "secrets": read_secrets(config),
         "launch_id": entry.launch_id,

@@ -1,18 +1,29 @@
-"""What this machine knows of the runs it started: one small file each, written before anything is touched.
+"""What this machine knows of its runs: an entry each, and beside it the record that a launch uses.
 
-With the mirror's config.json and plan.json, written at the same time, it is enough to go on after a kill at any
-moment. No secrets are in it.
+`<home>/registry/<run_id>.json` is the entry. `<home>/registry/<run_id>.<launch_id>/` is the record of a run that was
+started here: its config, its plan, what code that was. It is written before anything is touched, so that a deploy that
+was killed can go on, and never from what came from a host: the mirror holds copies for people. No secrets are in it.
 """
 
+import contextlib
+import dataclasses
 import json
+import os
 import secrets
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from base_config import Config
+from base_config import Config, ConfigError
+from rollouts.remote.errors import DeployError
+from rollouts.remote.mirror_files import make_mirror, replace
 from rollouts.remote.plan import Plan
-from rollouts.run_dir import LaunchPlan, RunDir, home_dir, read_plan, write_json_atomic, write_text_atomic
+from rollouts.run_dir import LaunchPlan, RunDir, home_dir, valid_run_id, write_json_atomic, write_text_atomic
+
+STOP_GRACE_MAX_S = 3600.0  # of a plan that a host wrote
+LAUNCHED, REASON = "launched", "not_launched.txt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,35 +38,57 @@ class Entry:
     local_dir: str  # the mirror here
     repository: str  # whose code runs
     created_at: float
-    launch_id: str = ""  # goes along with the launch: tells this deploy's run from another's of the same name
+    adopted: bool = False  # started on another machine: never launched from here
+    launch_id: str = ""  # tells this deploy's run from another's of the same name; names the record too
 
     @property
     def mirror(self) -> RunDir:
         return RunDir(Path(self.local_dir))
 
     @property
-    def launch(self) -> LaunchPlan | None:
-        return read_plan(self.mirror)
+    def record(self) -> RunDir:
+        """This machine's own config, plan and code record of the run: all that a launch uses."""
+        return RunDir(home_dir() / "registry" / f"{self.run_id}.{self.launch_id or 'none'}")
+
+    @property
+    def launch(self) -> LaunchPlan:
+        """Raises FileNotFoundError, KeyError or TypeError where no record is here, or one of another version."""
+        return LaunchPlan.from_json(json.loads(self.record.plan.read_bytes()))
 
     @property
     def stop_grace_s(self) -> float | None:
         """Of its plan, whichever version of this program wrote that: a live run may be older than we are."""
+        for run in (self.record, self.mirror):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                return min(STOP_GRACE_MAX_S, max(0.0, float(json.loads(run.plan.read_bytes())["stop_grace_s"])))
+        return None
+
+    @property
+    def was_launched(self) -> bool:
+        """Did a launch from here succeed once?"""
+        return (self.record.path / LAUNCHED).exists()
+
+    @property
+    def reason(self) -> str:
+        """Why the launch failed; "" where it did not, or was not tried."""
         try:
-            return float(json.loads(self.mirror.plan.read_text())["stop_grace_s"])
+            return (self.record.path / REASON).read_text(encoding="utf-8")
         except FileNotFoundError:
-            return None
+            return ""
+
+
+def registry_dir() -> Path:
+    """This machine's registry, for its user alone."""
+    path = home_dir() / "registry"
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if stat.S_IMODE(path.stat().st_mode) & 0o077:
+        path.chmod(0o700)
+    return path
 
 
 def register(plan: Plan, config: Config, repository: Path, record: dict[str, str], *, now: float) -> Entry:
-    """Write the mirror's config, plan and code record, then the entry."""
+    """Write the record, then the entry, then the mirror's copies. Raises DeployError for a run id that is taken."""
     assert plan.launch is not None and not plan.problems
-    mirror = RunDir(Path(plan.local_dir))
-    # Ignored by git wherever it lies: results are no code, and would go along with the next run
-    write_text_atomic(mirror.path / ".gitignore", "*\n")
-    write_json_atomic(mirror.config, config.to_json())
-    write_json_atomic(mirror.plan, plan.launch)
-    for name, text in record.items():
-        write_text_atomic(mirror.path / name, text)
     entry = Entry(
         run_id=plan.run_id,
         experiment_name=config.output.experiment_name,
@@ -67,26 +100,159 @@ def register(plan: Plan, config: Config, repository: Path, record: dict[str, str
         created_at=now,
         launch_id=secrets.token_hex(8),
     )
-    save(entry)
+    registry_dir()
+    entry.record.path.mkdir(mode=0o700)
+    write_json_atomic(entry.record.config, config.to_json())
+    write_json_atomic(entry.record.plan, plan.launch)
+    write_code_record(entry.record, record)
+    _claim(entry)
+    try:
+        fill_mirror(entry)
+    except BaseException:
+        forget(entry)
+        raise
     return entry
 
 
+def write_code_record(run: RunDir, record: dict[str, str]) -> None:
+    for name, text in record.items():
+        write_text_atomic(run.path / name, text)
+
+
+def fill_mirror(entry: Entry) -> None:
+    """Copies of the record, for people, where the results will lie."""
+    make_mirror(entry.mirror.path)
+    for file in sorted(entry.record.path.rglob("*")):
+        name = file.relative_to(entry.record.path).as_posix()
+        if file.is_file() and name not in (LAUNCHED, REASON):
+            replace(entry.mirror.path, name, file.read_bytes())
+
+
+def _claim(entry: Entry) -> None:
+    """Give the entry its name, unless another deploy was faster."""
+    text = json.dumps(dataclasses.asdict(entry), indent=1) + "\n"
+    try:
+        _write_new(_file(entry.run_id), text)
+    except FileExistsError:
+        forget_record(entry)
+        raise DeployError(
+            f"the run id {entry.run_id!r} is in use here: another deploy has just taken it.",
+            fix="choose another --run-id, or leave it out",
+        ) from None
+
+
+def _write_new(file: Path, text: str) -> None:
+    """Create `file` with all of `text`. Raises FileExistsError where it is there already."""
+    temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
+    write_text_atomic(temporary, text, mode=0o600)
+    try:
+        os.link(temporary, file)
+    finally:
+        temporary.unlink()
+
+
 def save(entry: Entry) -> None:
-    write_json_atomic(_file(entry.run_id), entry)
+    registry_dir()
+    write_json_atomic(_file(entry.run_id), entry, mode=0o600)
+
+
+def forget(entry: Entry) -> None:
+    """Drop what this machine knows of a run: entry and record. The host, and the results here, stay as they are."""
+    _file(entry.run_id).unlink(missing_ok=True)
+    forget_record(entry)
+
+
+def forget_record(entry: Entry) -> None:
+    if entry.launch_id and entry.record.path.is_dir():
+        for file in sorted(entry.record.path.rglob("*"), reverse=True):
+            file.rmdir() if file.is_dir() else file.unlink()
+        entry.record.path.rmdir()
+
+
+def mark_launched(entry: Entry) -> None:
+    """From now on a run that is not on its host is gone, not yet to come."""
+    if entry.launch_id:
+        (entry.record.path / LAUNCHED).touch(mode=0o600)
+        (entry.record.path / REASON).unlink(missing_ok=True)
+
+
+def note_reason(entry: Entry, text: str) -> None:
+    """Why it was not launched, for `deploy ls`."""
+    if entry.launch_id and entry.record.path.is_dir():
+        write_text_atomic(entry.record.path / REASON, text, mode=0o600)
+
+
+def planned(entry: Entry) -> Config:
+    """The config that this machine recorded for a launch. Raises DeployError where it may not, or cannot, launch."""
+    if entry.adopted:
+        raise DeployError(
+            f"{entry.run_id} was started elsewhere, and is launched from there alone.",
+            needed="a config, a plan and names of secrets that this machine recorded itself",
+            fix="start it there; from here it can be followed, stopped and pulled",
+        )
+    try:
+        config, _ = Config.load(entry.record.config), entry.launch
+    except (ConfigError, TypeError, KeyError, ValueError, OSError) as error:
+        raise DeployError(
+            f"{entry.run_id} was never launched, and another version of this program planned it.",
+            found=str(error),
+            fix=f"start it anew: deploy CONFIG; `deploy forget {entry.run_id}` drops this one",
+        ) from None
+    return config
 
 
 def find(run_id: str) -> Entry | None:
+    """The run of exactly that name. Raises DeployError for an entry that cannot be read."""
+    if not valid_run_id(run_id):
+        return None
+    file = _file(run_id)
     try:
-        return Entry(**json.loads(_file(run_id).read_text()))
+        return _read(file)
     except FileNotFoundError:
         return None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DeployError(
+            f"this machine's record of {run_id} is damaged: {file}",
+            found=str(error),
+            fix=f"move that file away; `deploy attach {run_id} --remote HOST` finds the run on its host",
+        ) from None
 
 
-def entries() -> Iterator[Entry]:
-    """Every run started here, oldest first."""
-    files = sorted((home_dir() / "registry").glob("*.json"), key=lambda file: file.stat().st_mtime)
-    for file in files:
-        yield Entry(**json.loads(file.read_text()))
+def entries() -> list[Entry]:
+    """Every run known here, oldest first. Entries that cannot be read are left out: `damaged_entries` names them."""
+    found = []
+    for file in _files():
+        with contextlib.suppress(ValueError, TypeError, AttributeError, FileNotFoundError):
+            found.append(_read(file))
+    return found
+
+
+def damaged_entries() -> Iterator[Path]:
+    for file in _files():
+        try:
+            _read(file)
+        except FileNotFoundError:
+            continue
+        except (ValueError, TypeError, AttributeError):
+            yield file
+
+
+def _files() -> list[Path]:
+    """By when this machine wrote them: the times inside may be a host's."""
+    return sorted((home_dir() / "registry").glob("[!.]*.json"), key=lambda file: file.stat().st_mtime)
+
+
+def _read(file: Path) -> Entry:
+    """Fields of a later version are passed over. Raises ValueError or TypeError for a damaged one."""
+    data: dict[str, Any] = json.loads(file.read_bytes())
+    names = {field.name for field in dataclasses.fields(Entry)}
+    entry = Entry(**{name: value for name, value in data.items() if name in names})
+    texts = (entry.run_id, entry.experiment_name, entry.target, entry.home, entry.run_path, entry.local_dir)
+    if not all(isinstance(text, str) for text in texts) or not valid_run_id(entry.run_id):
+        raise ValueError("a field has the wrong type")
+    if not isinstance(entry.created_at, (int, float)):
+        raise ValueError("created_at is no number")
+    return entry
 
 
 def _file(run_id: str) -> Path:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rollouts.remote.errors import DeployError
+from rollouts.remote.escape import escaped, one_line
 from rollouts.remote.facts import HostFacts
 from rollouts.remote.plan import Plan, describe_gpu
 from rollouts.remote.registry import Entry
@@ -13,6 +14,8 @@ from rollouts.remote.watch import Result
 from rollouts.run_dir import read_status, tail_lines
 
 LOG_TAIL_LINES = 50
+LINE_CHARS_MAX = 1000
+MESSAGE_CHARS_MAX = 1200  # 15 lines of 80 columns
 
 
 def columns(table: Sequence[Sequence[str]]) -> str:
@@ -36,27 +39,35 @@ def cell(name: str, value: Any) -> str:
     """A field of a run as shown in tables; times in this machine's zone."""
     if value is None:
         return "-"
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value)) if name.endswith("_at") else str(value)
+    if name.endswith("_at") and isinstance(value, int | float):
+        try:
+            return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value))
+        except (ValueError, OverflowError, OSError):
+            return one_line(value)
+    return one_line(value)
 
 
 def runs_text(rows: Sequence[dict[str, Any]]) -> str:
+    """A table, and under it why runs failed or were not launched."""
     if not rows:
         return "no runs"
     header = ["run_id", "target", "state", "stage", "step", "started_at", "exit_code"]
-    heading, *lines = columns([header, *([cell(name, row[name]) for name in header] for row in rows)]).splitlines()
-    reasons = [_reason(row) for row in rows]
-    return "\n".join([heading, *(f"{line}{reason}" for line, reason in zip(lines, reasons, strict=True))])
+    table = columns([header, *([cell(name, row[name]) for name in header] for row in rows)])
+    heading, *lines = table.splitlines()
+    return "\n".join([heading, *(f"{line}{_reason(row)}" for line, row in zip(lines, rows, strict=True))])
 
 
 def _reason(row: dict[str, Any]) -> str:
-    """Why a run failed, as a line under its own; "" for one that did not."""
-    message = (row.get("message") or "").partition("\n")[0]
-    return f"\n  error: {message}" if row["state"] == "failed" and message else ""
+    """Why a run failed or was not launched, as a line under its own; "" for any other."""
+    message = row.get("message") or ""
+    return f"\n  error: {one_line(message)}" if row["state"] in ("failed", "died", "not launched") and message else ""
 
 
 def run_text(row: dict[str, Any]) -> str:
+    """A line a field, the message last: that is what one looks for."""
     width = max(map(len, row))
-    return "\n".join(f"{name:<{width}}  {cell(name, value)}" for name, value in row.items())
+    names = sorted(row, key=lambda name: name == "message")
+    return "\n".join(f"{name:<{width}}  {cell(name, row[name])}" for name in names)
 
 
 def plan_text(plan: Plan) -> str:
@@ -90,30 +101,66 @@ def _readiness(facts: HostFacts, lacking: Sequence[str]) -> str:
 
 def how_to_go_on(entry: Entry) -> str:
     verbs = "\n".join(f"  {verb:<7} deploy {verb} {entry.run_id}" for verb in ("attach", "stop", "pull"))
-    return f"{entry.run_id} goes on, on {entry.target}.\n{verbs}"
+    return f"{entry.run_id} goes on, on {one_line(entry.target)}.\n{verbs}"
 
 
-def result_text(entry: Entry, result: Result, code: int, pull_error: DeployError | None) -> str:
-    """The end of a followed run: before and after, what failed, where everything lies: what matters most stays last."""
-    parts = [columns(evaluation_table(result.view.evals)), _failure_text(entry, result)]
+def result_text(entry: Entry, result: Result, code: int, pull_error: DeployError | None, notes: Sequence[str]) -> str:
+    """The end of a followed run: before and after, where everything lies, and last of all what failed."""
+    parts = [
+        _log_text(entry, result),
+        columns(evaluation_table(result.view.evals)),
+        "\n".join(f"note: {escaped(note)}" for note in notes),
+        "\n".join(f"warning: {one_line(text)}" for text in result.view.warnings),
+    ]
     if pull_error is not None:
-        parts.append(f"{pull_error.text()}\n  again   deploy pull {entry.run_id}")
-    parts.append(f"{entry.run_id}: {result.state}, exit code {code}\nresults   {entry.local_dir}")
+        parts.append(f"{pull_error.text(launching=False)}\n  again   deploy pull {entry.run_id}")
+    end = f"{entry.run_id}: {one_line(result.state)}, exit code {code}\nresults   {entry.local_dir}"
+    failure = failure_message(entry, result)
+    parts.append("\n".join(filter(None, (end, failure and f"error: {cut_text(failure)}"))))
     return "\n\n".join(part for part in parts if part)
 
 
-def _failure_text(entry: Entry, result: Result) -> str:
+def failure_message(entry: Entry, result: Result) -> str:
     """Why the run did not get done; "" when it did."""
+    if result.state == "done":
+        return ""
+    if result.view.error is not None:
+        return cause(result.view.error)
+    if result.state == "died":
+        return "the run died: its supervisor was killed, or the host went down."
+    try:
+        status = read_status(entry.mirror)
+    except (ValueError, TypeError, OSError):
+        status = None
+    return str(status.message) if status else result.state
+
+
+def cause(error: dict[str, Any]) -> str:
+    """An error event's message; with the process's own `error:` line where the message lacks it."""
+    message, lines = str(error.get("message")), error.get("log_tail")
+    said = [str(line) for line in lines if str(line).startswith("error: ")] if isinstance(lines, list) else []
+    own = said[-1].removeprefix("error: ").strip() if said else ""
+    return message if not own or own in message else f"{message}: {own}"
+
+
+def cut_text(text: str) -> str:
+    """Escaped, and no more of it than a small screen holds."""
+    shown = escaped(text).strip()
+    return shown if len(shown) <= MESSAGE_CHARS_MAX else f"{shown[:MESSAGE_CHARS_MAX]}… (all of it: events.jsonl)"
+
+
+def _log_text(entry: Entry, result: Result) -> str:
+    """The last lines of the window that failed."""
     error = result.view.error
+    window: object = None
+    lines: object = []
     if result.state == "done":
         return ""
     if error is not None:
-        window, lines, message = error.get("window"), error.get("log_tail") or [], error["message"]
+        window, lines = error.get("window"), error.get("log_tail")
     elif result.state == "died":
         window, lines = "supervisor", tail_lines(entry.mirror.log("supervisor"), LOG_TAIL_LINES)
-        message = "the run died: its supervisor was killed, or the host went down."
-    else:
-        status = read_status(entry.mirror)
-        window, lines, message = None, [], status.message if status else result.state
-    heading = [f"last lines of {window}:"] if lines else []
-    return "\n".join([*heading, *(f"  | {line}" for line in lines[-LOG_TAIL_LINES:]), f"error: {message}"])
+    if not isinstance(lines, list) or not lines:
+        return ""
+    shown = [f"  | {one_line(line, limit=LINE_CHARS_MAX)}" for line in lines[-LOG_TAIL_LINES:]]
+    return "\n".join([f"last lines of {one_line(window)}:", *shown])

@@ -1,7 +1,13 @@
-"""What a watcher sees of a run: a value folded from the rows of its files. Pure."""
+"""What a watcher sees of a run: a value folded from the rows of its files. Pure.
 
+The rows come from a host: one that lacks a field, or has another type in it, is counted and changes nothing else.
+"""
+
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+from rollouts.remote.escape import one_line
 
 ALL_TASKS = "all"  # the task of an eval.jsonl row that counts every held-out row
 METRICS_SHOWN = (
@@ -32,6 +38,8 @@ class View:
     checkpoints: tuple[str, ...] = ()  # that stand on the host; paths relative to the run directory
     evals: tuple[dict[str, Any], ...] = ()
     error: dict[str, Any] | None = None  # the last error event
+    warnings: tuple[str, ...] = ()  # messages of warning events, each once
+    malformed: int = 0  # rows that could not be used
 
     @property
     def steps_total(self) -> int | None:
@@ -46,22 +54,54 @@ class View:
         return max(0.0, step_s * (self.steps_total - self.step))
 
 
+class MalformedRowError(ValueError):
+    """A row lacks a field, or has something else in it than the format says."""
+
+
+def _text(row: dict[str, Any], name: str) -> str:
+    value = row.get(name)
+    if not isinstance(value, str):
+        raise MalformedRowError(name)
+    return value
+
+
+def _number(row: dict[str, Any], name: str) -> float:
+    value = row.get(name)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise MalformedRowError(name)
+    return value
+
+
 def fold(view: View, file: str, row: dict[str, Any]) -> View:
     """`view` after one more row of `file` (events.jsonl, metrics.jsonl or eval.jsonl)."""
-    if file == "metrics.jsonl":
-        return _fold_metrics(view, row)
-    if file == "eval.jsonl":
-        return replace(view, evals=(*view.evals, row))
-    return _fold_event(view, row) if file == "events.jsonl" else view
+    try:
+        if file == "metrics.jsonl":
+            return _fold_metrics(view, row)
+        if file == "eval.jsonl":
+            return _fold_eval(view, row)
+        return _fold_event(view, row) if file == "events.jsonl" else view
+    except (MalformedRowError, OverflowError):
+        return replace(view, malformed=view.malformed + 1)
 
 
 def _fold_metrics(view: View, row: dict[str, Any]) -> View:
-    if row.get("stage") != view.stage:
+    stage, step, time = _text(row, "stage"), int(_number(row, "step")), float(_number(row, "time"))
+    if stage != view.stage:
         return view  # of the stage before: the files are read side by side
-    step, time = int(row["step"]), float(row["time"])
     return replace(
         view, step=step, metrics=row, last_time=time, first=(step, time) if view.first is None else view.first
     )
+
+
+def _fold_eval(view: View, row: dict[str, Any]) -> View:
+    for name in ("stage", "split", "metric"):
+        _text(row, name)
+    for name in ("step", "value"):
+        if not isinstance(row.get(name), int | float):  # a loss may be infinite
+            raise MalformedRowError(name)
+    if not isinstance(row.get("task", ALL_TASKS), str):
+        raise MalformedRowError("task")
+    return replace(view, evals=(*view.evals, row))
 
 
 def _fold_event(view: View, row: dict[str, Any]) -> View:
@@ -69,19 +109,24 @@ def _fold_event(view: View, row: dict[str, Any]) -> View:
     if kind == "run_started":
         view = replace(view, state="running")
     elif kind == "stage_started":
-        view = replace(view, stage=row["stage"], step=0, metrics={}, first=None, last_time=None)
+        view = replace(view, stage=_text(row, "stage"), step=0, metrics={}, first=None, last_time=None)
     elif kind == "training_started":
-        totals = {**view.totals, row["stage"]: row["steps_total"]}
-        view = replace(view, stage=row["stage"], step=row["step"], totals=totals)
+        stage, step = _text(row, "stage"), int(_number(row, "step"))
+        view = replace(view, stage=stage, step=step, totals={**view.totals, stage: int(_number(row, "steps_total"))})
     elif kind == "checkpoint":
-        view = replace(view, checkpoints=(*view.checkpoints, row["path"]))
+        view = replace(view, checkpoints=(*view.checkpoints, _text(row, "path")))
     elif kind == "checkpoint_removed":
-        view = replace(view, checkpoints=tuple(path for path in view.checkpoints if path != row["path"]))
+        gone = _text(row, "path")
+        view = replace(view, checkpoints=tuple(path for path in view.checkpoints if path != gone))
     elif kind == "error":
+        _text(row, "message")
         view = replace(view, error=row)
+    elif kind == "warning":
+        message = _text(row, "message")
+        view = replace(view, warnings=tuple(dict.fromkeys((*view.warnings, message))))
     elif kind == "run_ended":
-        view = replace(view, state=row["state"])
-    return _phase(view, row, PHASES[str(kind)]) if kind in PHASES else view
+        view = replace(view, state=_text(row, "state"))
+    return _phase(view, row, PHASES[kind]) if isinstance(kind, str) and kind in PHASES else view
 
 
 # event kind -> name and progress of the phase that it shows, filled from its fields
@@ -97,30 +142,41 @@ PHASES: dict[str, tuple[str, str]] = {
 
 
 def _phase(view: View, row: dict[str, Any], texts: tuple[str, str]) -> View:
-    name, detail = (text.format(**row) for text in texts)
+    try:
+        name, detail = (one_line(text.format(**row)) for text in texts)
+    except (KeyError, ValueError, TypeError) as error:
+        raise MalformedRowError(str(error)) from None
     others = tuple(phase for phase in view.phases if phase[0] != name)
     return replace(view, phases=(*others, (name, detail)))
 
 
 def metrics_line(view: View, row: dict[str, Any]) -> str:
     """A row of metrics.jsonl: `stage=rl step=12/50 loss=0.0312 reward_mean=0.41 eta=3m20s`."""
-    total = f"/{view.totals[row['stage']]}" if row["stage"] in view.totals else ""
-    shown = [f"{name}={number(row[name])}" for name in METRICS_SHOWN if name in row]
-    eta = [f"eta={duration(view.eta_s)}"] if view.eta_s is not None and row["stage"] == view.stage else []
-    return " ".join([f"stage={row['stage']}", f"step={row['step']}{total}", *shown, *eta])
+    stage = row.get("stage")
+    total = f"/{view.totals[stage]}" if isinstance(stage, str) and stage in view.totals else ""
+    eta = [f"eta={duration(view.eta_s)}"] if view.eta_s is not None and stage == view.stage else []
+    shown = [f"{name}={text}" for name, text in metric_pairs(row)]
+    return " ".join([f"stage={number(stage)}", f"step={number(row.get('step'))}{total}", *shown, *eta])
+
+
+def metric_pairs(row: dict[str, Any]) -> list[tuple[str, str]]:
+    """The names and values of a row that people are shown."""
+    return [(name, number(row[name])) for name in METRICS_SHOWN if name in row]
 
 
 def event_line(row: dict[str, Any]) -> str:
     """`environment name=trainer action=reused`: an event as one plain line."""
     hidden = ("time", "kind", "log_tail")
-    fields = [f"{key}={number(value)}" for key, value in row.items() if key not in hidden and value is not None]
-    return " ".join([str(row.get("kind")), *fields])
+    fields = [
+        f"{one_line(key)}={number(value)}" for key, value in row.items() if key not in hidden and value is not None
+    ]
+    return " ".join([one_line(row.get("kind")), *fields])
 
 
 def eval_line(row: dict[str, Any]) -> str:
-    task = "" if _eval_name(row)[2] == ALL_TASKS else f" task={row['task']}"
-    where = f"stage={row['stage']} step={row['step']} split={row['split']}{task}"
-    return f"eval {where} {row['metric']}={number(row['value'])}"
+    stage, step, split, metric, value = (number(row.get(n)) for n in ("stage", "step", "split", "metric", "value"))
+    task = "" if row.get("task", ALL_TASKS) == ALL_TASKS else f" task={number(row['task'])}"
+    return f"eval stage={stage} step={step} split={split}{task} {metric}={value}"
 
 
 def _eval_name(row: dict[str, Any]) -> tuple[str, str, str]:
@@ -128,7 +184,7 @@ def _eval_name(row: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else one_line(value)
 
 
 def duration(seconds: float) -> str:
@@ -137,9 +193,16 @@ def duration(seconds: float) -> str:
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
 
 
+BEFORE = "before"
+
+
 def evaluation_table(evals: tuple[dict[str, Any], ...]) -> list[list[str]]:
-    """Header, then a row per metric, split and task: its last value in each of the stages base, sft and rl."""
-    stages = [stage for stage in ("base", "sft", "rl") if any(row["stage"] == stage for row in evals)]
+    """Header, then a row per metric, split and task: its last value in each of the stages base, sft and rl.
+
+    A run whose first values are of a stage itself (it went on from a checkpoint) has them in a column `before`.
+    """
+    evals = _with_before(evals)
+    stages = [stage for stage in ("base", BEFORE, "sft", "rl") if any(row["stage"] == stage for row in evals)]
     names = list(dict.fromkeys(_eval_name(row) for row in evals))
     last = {(*_eval_name(row), row["stage"]): row["value"] for row in evals}
     several = len({split for _, split, _ in names}) > 1
@@ -148,5 +211,21 @@ def evaluation_table(evals: tuple[dict[str, Any], ...]) -> list[list[str]]:
         values = [last.get((metric, split, task, stage)) for stage in stages]
         label = f"{metric} ({split})" if several else metric
         label += "" if task == ALL_TASKS else f" {task}"
-        table.append([label, *("" if value is None else f"{value:.4f}" for value in values)])
+        table.append([one_line(label), *("" if value is None else f"{value:.4f}" for value in values)])
     return table if names else []
+
+
+def _with_before(evals: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+    """`evals`, with those that a stage made at its step 0 moved to what came before it: they are no result of it.
+
+    That is the stage before, else the column `before`.
+    """
+    measured = {row["stage"] for row in evals}
+    first = next(iter(measured & {"base"}), None) or next((row["stage"] for row in evals), None)
+
+    def place(row: dict[str, Any]) -> str:
+        if row["step"] != 0 or row["stage"] == "base":
+            return str(row["stage"])
+        return BEFORE if row["stage"] == first else "sft"
+
+    return tuple({**row, "stage": place(row)} for row in evals)

@@ -1,0 +1,124 @@
+"""The verbs of `deploy` that only look: at one run, at all runs, at a host. They start nothing and register nothing."""
+
+import contextlib
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+from rollouts.remote import registry
+from rollouts.remote.display import print_json, show
+from rollouts.remote.escape import escaped, one_line
+from rollouts.remote.facts import gather_facts
+from rollouts.remote.host_probe import run_row
+from rollouts.remote.local_faults import standing
+from rollouts.remote.open_run import OpenRun, open_run, read_note, was_launched
+from rollouts.remote.registry import Entry
+from rollouts.remote.texts import cause, facts_text, run_text, runs_text
+from rollouts.remote.transport import LOCAL_TARGET, open_transport
+from rollouts.run_dir import RunDir, iter_jsonl, read_status
+
+
+def status(run_id: str, *, remote: str | None, as_json: bool) -> int:
+    """`deploy status RUN`: one look at the host."""
+    with open_run(run_id, remote, adopt=False) as run:
+        entry = run.entry
+        shown = list_row(entry.target, entry.experiment_name, entry.run_id, run.row)
+        shown |= {"message": _message(run), "run_path": entry.run_path, "local_dir": entry.local_dir}
+        shown["here"] = read_note(entry.mirror).get("message", "nothing was pulled")
+        if run.row is None:
+            shown["state"] = {"gone": "gone", "never launched": "not launched"}.get(run.trace, "unreadable")
+    print_json(shown) if as_json else show(run_text(shown))
+    return 0
+
+
+def _message(run: OpenRun) -> str:
+    entry = run.entry
+    if run.row is not None:
+        message = str(run.row["message"])
+        return message if run.row["state"] != "failed" else _cause(entry.mirror, message)
+    if run.trace == "unreadable":
+        return f"its status on {entry.target} cannot be read: `deploy pull {entry.run_id}` brings what can"
+    if run.trace == "gone":
+        return str(run.missing().problems[0].text()).replace("\n", ";")
+    reason = f"; last try: {one_line(entry.reason)}" if entry.reason else ""
+    return f"not launched yet: `deploy attach {entry.run_id}` goes on with it{reason}"
+
+
+def list_runs(*, remote: str | None, as_json: bool) -> int:
+    """`deploy ls`: the runs known here, as last seen; with --remote all runs on that host, as they are."""
+    with standing():
+        if remote is not None:
+            with contextlib.closing(open_transport(remote)) as transport:
+                found = gather_facts(transport).runs
+            rows = [_host_row(remote, row) for row in found]
+        else:
+            rows = [_last_seen(entry) for entry in registry.entries()]
+        for file in registry.damaged_entries():
+            print(f"note: {file} cannot be read, and is left out", file=sys.stderr)
+        print_json(rows) if as_json else show(runs_text(rows))
+    return 0
+
+
+def check_host(remote: str | None, *, as_json: bool, accept_new_host_key: bool) -> int:
+    """`deploy --remote T`: what the host has, what it lacks, and its runs. 2 when it cannot run a job."""
+    with standing():
+        with contextlib.closing(open_transport(remote, accept_new_host_key=accept_new_host_key)) as transport:
+            facts = gather_facts(transport, check_way=True)
+        target = remote or LOCAL_TARGET
+        lacking = [tool for tool in ("tmux", "rsync") if tool not in facts.tools]
+        lacking += ["python3 >= 3.11"] if facts.python is None else []
+        if as_json:
+            print_json({"target": target, "lacking": lacking, "facts": dataclasses.asdict(facts)})
+        else:
+            show(f"{facts_text(target, facts, lacking)}\n\n{runs_text([_host_row(target, row) for row in facts.runs])}")
+            for problem in facts.way_problems:
+                print(f"error: {escaped(problem.text())}", file=sys.stderr)
+        return 2 if lacking or facts.way_problems else 0
+
+
+# --- rows -----------------------------------------------------------------------------------------------------------
+
+
+def list_row(target: str, experiment_name: str, run_id: str, row: dict[str, Any] | None) -> dict[str, Any]:
+    """A run as `ls` and `status` show it, from a host_probe.run_row; `state` is "unknown" without one."""
+    names = ("state", "stage", "step", "started_at", "exit_code", "message")
+    values = {name: row.get(name) if row else None for name in names}
+    values["state"] = values["state"] or "unknown"
+    return {"run_id": run_id, "experiment_name": experiment_name, "target": target, **values}
+
+
+def _host_row(target: str, row: dict[str, Any]) -> dict[str, Any]:
+    return list_row(target, row["experiment_name"], row["run_id"], row)
+
+
+def _last_seen(entry: Entry) -> dict[str, Any]:
+    """A run from what lies on this machine; with a `message` where it failed, or was not launched."""
+    row = _row_here(entry)
+    shown = list_row(entry.target, entry.experiment_name, entry.run_id, row)
+    if row is None and not was_launched(entry):
+        return shown | {"state": "not launched", "message": one_line(entry.reason) or "deploy was interrupted"}
+    if shown["state"] in ("failed", "died"):
+        return shown | {"message": _cause(entry.mirror, str(row["message"]) if row else "")}
+    return shown
+
+
+def _row_here(entry: Entry) -> dict[str, Any] | None:
+    try:
+        if entry.target == LOCAL_TARGET:
+            return run_row(RunDir(Path(entry.run_path)))
+        row, seen = run_row(entry.mirror), read_status(entry.mirror)
+    except (ValueError, TypeError, OSError, RecursionError):  # a damaged file: the run is shown all the same
+        return None
+    if row and seen:
+        row["state"] = seen.state  # a mirror has no lock that tells the living from the dead
+    return row
+
+
+def _cause(mirror: RunDir, message: str) -> str:
+    """The last error that the pulled events tell, else `message`."""
+    try:
+        errors = [row for row in iter_jsonl(mirror.events) if row.get("kind") == "error"]
+    except (ValueError, AttributeError, OSError, RecursionError):
+        return message
+    return cause(errors[-1]) if errors else message

@@ -1,0 +1,205 @@
+"""Writing what a host sends: names of a closed list, plain files, inside one directory, no link ever followed.
+
+A name is checked as text, then by where it leads: every directory on the way is opened under the one before it and
+must be a real directory, and the file itself must be a plain one. Whoever made a link in a mirror, nothing is written
+through it.
+"""
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from rollouts.remote.errors import DeployError
+from rollouts.run_dir import STREAMED_FILES
+
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}"
+_GROWING = re.compile(rf"{'|'.join(map(re.escape, STREAMED_FILES))}|logs/{_NAME}\.log")
+_SNAPSHOT = re.compile(rf"status\.json|exit/{_NAME}\.json|code/environment-{_NAME}\.txt")
+# What the last pull may bring besides: who led which process group, and W&B's own run files
+_PULLED_ONLY = re.compile(rf"processes/{_NAME}\.json|wandb/(offline-)?run-{_NAME}(/{_NAME})+")
+_CHECKPOINT = re.compile(r"checkpoints/(sft|rl)/step_[0-9]{6,12}")
+PULLED_PATTERNS = (  # the same list, in the words of rsync
+    *(f"/{name}" for name in (*STREAMED_FILES, "status.json")),
+    *("/logs/", "/logs/*.log", "/exit/", "/exit/*.json", "/processes/", "/processes/*.json"),
+    *("/code/", "/code/environment-*.txt"),
+    *("/wandb/", "/wandb/run-*/***", "/wandb/offline-run-*/***"),
+)
+MODE, DIRECTORY_MODE = 0o600, 0o700
+
+
+class RefusedNameError(DeployError):
+    """What a host names is not written. `kind` says why, for a count of them."""
+
+    def __init__(self, name: str, kind: str) -> None:
+        super().__init__(f"the host names the file {name[:200]!r}, {kind}.", started=True)
+        self.kind = kind
+
+
+def check_streamed(name: str, *, snapshot: bool) -> str:
+    """`name`, if it is one that `tail` sends in that way. Raises RefusedNameError."""
+    if (_SNAPSHOT if snapshot else _GROWING).fullmatch(name) is None:
+        raise RefusedNameError(name, "outside of the files that a run has")
+    return name
+
+
+def may_be_pulled(name: str) -> bool:
+    return any(pattern.fullmatch(name) for pattern in (_GROWING, _SNAPSHOT, _PULLED_ONLY))
+
+
+def is_checkpoint(path: object) -> bool:
+    return isinstance(path, str) and _CHECKPOINT.fullmatch(path) is not None
+
+
+def check_checkpoint(path: str) -> str:
+    """`path`, if it is a checkpoint's: checkpoints/<stage>/step_<number>. Raises RefusedNameError."""
+    if not is_checkpoint(path):
+        raise RefusedNameError(str(path), "outside of checkpoints/<stage>/step_<number>")
+    return path
+
+
+def make_mirror(path: Path) -> None:
+    """The mirror's own directory: for this user alone, and ignored by git wherever it lies.
+
+    Results are no code: they would go along with the next run.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(DIRECTORY_MODE)
+    if stat.S_IMODE(path.stat().st_mode) & 0o077:
+        path.chmod(DIRECTORY_MODE)
+    if not os.path.lexists(path / ".gitignore"):
+        replace(path, ".gitignore", b"*\n")
+
+
+@contextlib.contextmanager
+def directory(root: Path, parts: Sequence[str], *, create: bool = True) -> Iterator[int]:
+    """A descriptor of the directory `root`/`parts`. Only `root` itself may be reached over links.
+
+    Raises RefusedNameError where something else than a directory is in the way.
+    """
+    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for part in parts:
+            if create:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(part, DIRECTORY_MODE, dir_fd=descriptor)
+            inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=descriptor)
+            os.close(descriptor)
+            descriptor = inner
+        yield descriptor
+    except OSError as error:
+        if error.errno in (errno.ENOTDIR, errno.ELOOP):
+            raise RefusedNameError("/".join(parts), f"which is a link or no directory in {root}") from None
+        raise _named(error, root.joinpath(*parts)) from None
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def plain_file(root: Path, name: str, flags: int) -> Iterator[int]:
+    """A descriptor of the plain file `root`/`name`. Raises RefusedNameError for a link, a directory, a pipe."""
+    *parts, last = PurePosixPath(name).parts
+    create = bool(flags & os.O_CREAT)
+    with directory(root, parts, create=create) as parent:
+        try:
+            # O_NONBLOCK: opening a pipe would wait for its other end
+            descriptor = os.open(last, flags | os.O_NOFOLLOW | os.O_NONBLOCK, MODE, dir_fd=parent)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+                raise RefusedNameError(name, f"which is no plain file in {root}") from None
+            raise _named(error, root / name) from None
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise RefusedNameError(name, f"which is no plain file in {root}")
+        yield descriptor
+    except OSError as error:
+        raise _named(error, root / name) from None
+    finally:
+        os.close(descriptor)
+
+
+def size_of(root: Path, name: str) -> int | None:
+    """Bytes of the plain file `root`/`name`; None where there is none."""
+    try:
+        with plain_file(root, name, os.O_RDONLY) as descriptor:
+            return os.fstat(descriptor).st_size
+    except (FileNotFoundError, RefusedNameError):
+        return None
+
+
+@contextlib.contextmanager
+def reading(root: Path, name: str) -> Iterator[IO[bytes] | None]:
+    """The plain file `root`/`name`, open for reading; None where there is none."""
+    try:
+        with plain_file(root, name, os.O_RDONLY) as descriptor, os.fdopen(os.dup(descriptor), "rb") as stream:
+            yield stream
+    except (FileNotFoundError, RefusedNameError):
+        yield None
+
+
+def write_at(descriptor: int, data: bytes, offset: int) -> None:
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def replace(root: Path, name: str, data: bytes) -> None:
+    """Put `data` at `root`/`name` as a whole: readers see the old file or the new one."""
+    *parts, last = PurePosixPath(name).parts
+    temporary = f".{last[:100]}.{os.getpid()}.tmp"
+    with directory(root, parts) as parent:
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary, dir_fd=parent)
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, MODE, dir_fd=parent)
+            try:
+                write_at(descriptor, data, 0)
+            finally:
+                os.close(descriptor)
+            os.replace(temporary, last, src_dir_fd=parent, dst_dir_fd=parent)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary, dir_fd=parent)
+            if error.errno == errno.EISDIR:
+                raise RefusedNameError(name, f"which is a directory in {root}") from None
+            raise _named(error, root / name) from None
+
+
+def admit(staged: Path, root: Path) -> list[str]:
+    """Move the pulled files under `staged` to their names under `root`; what was not: every other name there."""
+    refused = []
+    for folder, folders, files in os.walk(staged):  # does not enter links
+        for name in files + [name for name in folders if os.path.islink(os.path.join(folder, name))]:
+            path = Path(folder, name)
+            relative = path.relative_to(staged).as_posix()
+            if not may_be_pulled(relative) or not stat.S_ISREG(path.lstat().st_mode):
+                refused.append(relative)
+                continue
+            *parts, last = PurePosixPath(relative).parts
+            try:
+                with directory(root, parts) as parent:
+                    os.replace(path, last, dst_dir_fd=parent)
+            except (RefusedNameError, IsADirectoryError):
+                refused.append(relative)
+    return refused
+
+
+def remove_tree(path: Path) -> None:
+    """Remove what is at `path`: a tree, or the link itself."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _named(error: OSError, path: Path) -> OSError:
+    """The same error with the path that it is about: the system tells it only of calls that took one."""
+    if not isinstance(error.filename, str) or not os.path.isabs(error.filename):
+        error.filename = str(path)
+    return error

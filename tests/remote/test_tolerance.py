@@ -1,0 +1,239 @@
+"""Damaged lines, damaged checkpoints and lost connections cost what they touch, are told, and stop no pull."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rollouts.manifest import manifest_problems, write_manifest
+from rollouts.remote.errors import DeployError
+from rollouts.remote.mirror import CheckpointPuller, Mirror
+from rollouts.remote.transport import LocalTransport
+from rollouts.remote.view import View, eval_line, evaluation_table, event_line, fold, metrics_line
+from rollouts.remote.watch import Link, Patience, final_pull, pull, watch
+from rollouts.run_dir import RunDir, append_jsonl
+from tests.remote.hosts import wait_for
+from tests.remote.test_watch import make_link
+
+
+class Told:
+    """A reporter that remembers."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.rows: list[dict[str, Any]] = []
+
+    def say(self, phase: str, text: str) -> None:
+        self.said.append(f"{phase}: {text}")
+
+    def row(self, file: str, row: dict[str, Any], view: View) -> None:
+        self.rows.append(row)
+
+    def alive(self, doing: str) -> None:
+        return None
+
+    def close(self) -> None:
+        return None
+
+
+def host_run(link: Link) -> RunDir:
+    return RunDir(Path(link.entry.run_path))
+
+
+def make_checkpoint(run: RunDir, path: str) -> Path:
+    directory = run.path / path
+    directory.mkdir(parents=True)
+    (directory / "model.safetensors").write_bytes(b"weights" * 100)
+    write_manifest(directory)
+    append_jsonl(run.events, {"time": 2.0, "kind": "checkpoint", "stage": "sft", "step": 1, "path": path})
+    return directory
+
+
+def step(number: int) -> str:
+    return f"checkpoints/sft/step_{number:06d}"
+
+
+TORN = [
+    b'{"time":1,"kind":"no',
+    b"\xff\xfe\x00",
+    b"[" * 100_000,
+    b"\n\n[]\nnull\n17",
+    b'{"time":1,"kind":"checkpoint","path":"checkpoints/sft/ste',
+]
+
+
+@pytest.mark.parametrize("torn", TORN, ids=range(len(TORN)))
+def test_torn_lines_cost_themselves(torn: bytes, tmp_path: Path) -> None:
+    """Goal: following and pulling leave a torn line out, say so once, and bring every checkpoint, also one whose own
+    line is torn. Red with json.loads of every line: JSONDecodeError, and nothing was pulled."""
+    link = make_link(tmp_path)
+    run = host_run(link)
+    make_checkpoint(run, step(1))
+    for file in (run.events, run.metrics, run.eval):
+        with file.open("ab") as stream:
+            stream.write(torn)
+    make_checkpoint(run, step(2))  # glued to the torn line
+    make_checkpoint(run, step(3))
+    told = Told()
+    result = watch(link, told, Patience())
+    assert result.state == "done" and "events.jsonl that are not JSON objects" in result.notes[0]
+    final_pull(link, told.say)
+    assert pull(link, told.say) == "done"
+    assert all(manifest_problems(link.entry.mirror.path / step(number)) == () for number in (1, 2, 3))
+    assert sum("events.jsonl that are not JSON" in text for text in told.said) == 2, told.said
+
+
+def test_one_damaged_checkpoint_stops_no_other(tmp_path: Path) -> None:
+    """Goal: each is tried; all that failed is told at the end, and whose fault it was. Red with the first raised."""
+    link = make_link(tmp_path)
+    run = host_run(link)
+    for number in (1, 2, 3, 4):
+        make_checkpoint(run, step(number))
+    (run.path / step(1) / "model.safetensors").write_bytes(b"x" * 700)
+    (run.path / step(3) / "model.safetensors").unlink()
+    for action in (final_pull, pull):
+        with pytest.raises(DeployError) as caught:
+            action(link)
+        text = caught.value.text()
+        assert text.count("damaged on the host") == 2 and "Nothing was started" not in text
+        assert "model.safetensors: its bytes differ" in text and "model.safetensors: missing" in text
+    here = link.entry.mirror.checkpoints / "sft"
+    assert sorted(path.name for path in here.iterdir()) == ["latest", "step_000002", "step_000004"]
+
+
+def test_files_that_cannot_be_followed_are_pulled_all_the_same(tmp_path: Path) -> None:
+    """Goal: where `tail` fails on the host, results still come. Red with the pull ended by it."""
+    link = make_link(tmp_path)
+    make_checkpoint(host_run(link), step(1))
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho broken >&2; exit 3\n")
+    broken.chmod(0o755)
+    with pytest.raises(DeployError, match="cannot be followed"):
+        pull(Link(link.entry, str(broken), link.transport))
+    assert link.entry.mirror.metrics.exists()
+    assert manifest_problems(link.entry.mirror.path / step(1)) == ()
+
+
+def failing_rsync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int, code: int) -> None:
+    """An rsync that is cut off the first times."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    real, count = shutil.which("rsync"), tmp_path / "count"
+    (tools / "rsync").write_text(
+        f'#!/bin/sh\necho x >> {count}\n[ "$(wc -l < {count})" -gt {failures} ] && exec {real} "$@"\nexit {code}\n'
+    )
+    (tools / "rsync").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+
+
+def patience(**more: Any) -> Patience:
+    return Patience(sleep=lambda seconds: None, jitter=lambda: 0.5, **more)
+
+
+@pytest.mark.parametrize("code", [255, 12, 30])
+def test_the_last_pull_is_tried_again(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Goal: a connection lost while pulling is made again, as while following. Red with one try."""
+    link = make_link(tmp_path)
+    make_checkpoint(host_run(link), step(1))
+    Mirror(link.entry.mirror)
+    append_jsonl(link.entry.mirror.events, {"kind": "checkpoint", "path": step(1)})
+    failing_rsync(tmp_path, monkeypatch, 3, code)
+    told = Told()
+    final_pull(link, told.say, patience())
+    assert sum("Next try in" in text for text in told.said) == 3 and "with local again" not in told.said
+    assert manifest_problems(link.entry.mirror.path / step(1)) == ()
+
+
+def test_the_search_for_a_lost_host_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Goal: once a host is given up, the other files are not tried for as long each. Red with each of them tried."""
+    link, now = make_link(tmp_path), [0.0]
+    failing_rsync(tmp_path, monkeypatch, 10**6, 255)
+    clock = Patience(total_s=100.0, sleep=lambda s: now.__setitem__(0, now[0] + s), clock=lambda: now[0])
+    with pytest.raises(DeployError, match="cannot be reached") as caught:
+        final_pull(link, patience=clock)
+    assert "Nothing was started" not in caught.value.text() and caught.value.exit_code == 1 and now[0] < 200
+
+
+def test_background_pulls_are_tried_again_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Goal: a checkpoint that could not come is tried again meanwhile, and no failure is silent. Red with one try, and
+    with errors that are not ours ending the thread."""
+    monkeypatch.setenv("ROLLOUTS_HOME", str(tmp_path / "home"))
+    link, said = make_link(tmp_path), []
+    run = host_run(link)
+    make_checkpoint(run, step(1))
+    failing_rsync(tmp_path, monkeypatch, 2, 255)
+    puller = CheckpointPuller(
+        LocalTransport(), str(run.path), link.entry.mirror, lambda phase, text: said.append(text), lambda failures: 0.0
+    )
+    puller.add(step(1))
+    puller.add("checkpoints/../x")
+    (link.entry.mirror.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (link.entry.mirror.path / "checkpoints/rl").write_text("a file is in the way")
+    puller.add("checkpoints/rl/step_000001")
+    puller.add(None.__class__)  # type: ignore[arg-type]  # a mistake of ours
+    make_checkpoint(run, step(2))
+    puller.add(step(2))
+    for number in (1, 2):
+        wait_for((link.entry.mirror.path / step(number)).exists, f"step {number}")
+    puller.finish()
+    assert sum("cut off" in text for text in said) == 2
+    assert len(said) == 5 and any("a link or no directory" in text for text in said)
+
+
+# --- rows -----------------------------------------------------------------------------------------------------------
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+KINDS = st.sampled_from(
+    [
+        *("run_started", "environment", "stage_started", "training_started", "engine_ready", "engine_restarted"),
+        *("checkpoint", "checkpoint_removed", "stage_ended", "error", "warning", "note", "run_ended", "new"),
+    ]
+)
+FIELDS = st.sampled_from(
+    [
+        *("stage", "step", "time", "steps_total", "path", "state", "message", "name", "action", "seconds", "window"),
+        *("metric", "split", "task", "loss", "reason", "restarts_left", "log_tail", "file", "self", "value"),
+    ]
+)
+ROWS = st.tuples(
+    st.sampled_from(["events.jsonl", "metrics.jsonl", "eval.jsonl"]),
+    st.builds(lambda kind, row: {"kind": kind, **row}, KINDS | JSON, st.dictionaries(FIELDS, JSON, max_size=6)),
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(rows=st.lists(ROWS, max_size=8))
+def test_no_row_is_too_odd(rows: list[tuple[str, dict[str, Any]]]) -> None:
+    """Goal: rows without their fields, or with other types, are folded and shown without errors. Red with row["x"]."""
+    view = View()
+    for file, row in rows:
+        view = fold(view, file, row)
+        shown = {
+            "events.jsonl": event_line(row),
+            "metrics.jsonl": metrics_line(view, row),
+            "eval.jsonl": eval_line(row),
+        }
+        assert all("\x1b" not in text and "\n" not in text for text in shown.values())
+        assert view.eta_s is None or view.eta_s >= 0
+    evaluation_table(view.evals)
+
+
+def test_rows_that_lack_a_field_are_counted() -> None:
+    """Goal: what could not be used is known. Red with such rows passed over in silence."""
+    rows = [{"kind": "stage_started"}, {"kind": "training_started", "stage": "sft", "step": "x", "steps_total": 3}]
+    rows += [{"kind": "checkpoint", "path": 7}, {"kind": "environment", "name": "trainer"}]
+    view = View()
+    for row in rows:
+        view = fold(view, "events.jsonl", row)
+    view = fold(fold(view, "metrics.jsonl", {"stage": "sft"}), "eval.jsonl", {"stage": "rl", "step": 1})
+    assert view == View(malformed=6)
+    assert json.loads(json.dumps(view.phases)) == []
