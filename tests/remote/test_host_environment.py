@@ -12,7 +12,8 @@ def test_a_run_on_a_host_with_an_environment_of_its_own(
 ) -> None:
     """Goal: variables that keep Python from finding the sent code, or send packages elsewhere, do not act on any step
     from the first look to the pull; a note says so; what was installed lies in the mirror. Red with the launcher run
-    without -E ("No module named 'rollouts'"), with the probe run without -I, and with the record left out of both ways that files come here."""
+    without -E ("No module named 'rollouts'"), with the probe run without -I, and with the record left out of both ways
+    that files come here."""
     redirecting = {"PYTHONSAFEPATH": "1", "PYTHONHOME": "/nowhere", "PIP_TARGET": str(tmp_path / "elsewhere")}
     remote = make_host(environment=redirecting)
     config = write_config(laptop.project)
