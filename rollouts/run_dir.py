@@ -547,7 +547,7 @@ def read_plan(run: RunDir) -> LaunchPlan | None:
 
 
 def _read_record(path: Path, record: type[Any]) -> Any:
-    """Fields that a later version of this program added are passed over. ValueError or TypeError: it is damaged."""
+    """Fields of later versions are passed over. Raises ValueError or TypeError for a damaged file."""
     names = {field.name for field in dataclasses.fields(record)}
     try:
         values = json.loads(path.read_text())

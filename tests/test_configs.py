@@ -65,10 +65,14 @@ def test_the_demo_on_sglang_is_the_demo() -> None:
 
 
 def test_the_demo_as_an_agent_is_the_demo() -> None:
-    """Goal: it differs in the episodes, their number, and nothing else. Red with another learning rate in it."""
+    """Goal: it differs in the episodes, their number, how far SFT goes and how RL samples and steps, and in nothing
+    else. Red with another seed in it."""
     demo, agent = (load_config(ROOT / "configs" / f"00_cpu_sft_rl{name}.py") for name in ("", "_agent"))
     steps = {"data.rl_mixture", "rl.num_epochs", "rl.examples_per_step", "rl.batch_size"}
-    assert differences(demo, agent) == steps | {"rl.agent", "rl.reward_fn", "output.experiment_name"}
+    longer_sft = {"sft.num_iterations", "sft.eval_every"}
+    rates = {"rl.matrix_lr", "rl.embedding_lr", "rl.unembedding_lr", "rl.optimizer.warmup_frac", "rl.temperature"}
+    own = {"rl.agent", "rl.reward_fn", "output.experiment_name"}
+    assert differences(demo, agent) == steps | longer_sft | rates | own
 
 
 def test_train_and_test_share_no_row() -> None:

@@ -144,7 +144,11 @@ def _module_file(module: str) -> str:
 
 def _deploy_problems(words: list[str]) -> list[str]:
     group: Any = typer.main.get_command(deploy.app)
-    verb, *rest = deploy.with_verb(words, group.commands)
+    named = ["configs/00_cpu_sft_rl.py" if word == "CONFIG" else word for word in words]  # any config will do
+    try:
+        verb, *rest = deploy.with_verb(named, group.commands)
+    except ValueError as error:
+        return [f"deploy {' '.join(words)}: {error}"]
     if verb.startswith("-"):
         return []
     if verb not in group.commands:

@@ -124,3 +124,12 @@ def test_a_responses_answer_is_read_to_its_end_too() -> None:
 def test_a_gold_within_a_solution(gold: str) -> None:
     """Goal: the answer that a solution marks, or states. Red with the whole solution read as one formula."""
     assert [score(gold, text) for text in ("$5$", "5", "6", r"\boxed{6}", "#### 5")] == [1, 1, 0, 0, 1]
+
+
+def test_any_of_several_answers_is_right():
+    """Goal: a row's list of accepted answers, as in exact_match. Red: an error for each response."""
+    row = {"answer": [r"\frac{1}{2}", "0.25", 3.0]}
+    found = [
+        math_verify(Sample(prompt=row, response=rf"so $\boxed{{{said}}}$")) for said in ("0.5", r"\frac14", "3", "7")
+    ]
+    assert found == [1.0, 1.0, 1.0, 0.0]

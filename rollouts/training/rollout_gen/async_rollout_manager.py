@@ -146,8 +146,9 @@ class AsyncRolloutManager:
             "rounds": self._rounds,
             "groups_carried_over": self.ready,
             "groups_dropped": dict(self._dropped),
-            **({"groups_zero_std_frac": self._flat / self._scored} if self._scored else {}),
         }
+        if self._scored and (self._dropped or self._carried_in or self.ready):  # else the batch itself tells
+            counts["groups_zero_std_frac"] = self._flat / self._scored
         self._reset_counts()
         return _flatten([group.samples for group in taken if group.samples is not None], counts), taken
 

@@ -1,12 +1,15 @@
 """Batches of groups: order, over-sampling, filtering, retries, resume. Every async test runs under asyncio and trio."""
 
 import json
+import random
 from typing import Any
 
 import anyio
 import pytest
 
 from rollouts.training.datasets.data_buffer import DataBuffer
+from rollouts.training.filters import check_reward_nonzero_std
+from rollouts.training.loops.rl_loop import rollout_metrics
 from rollouts.training.rollout_gen.async_rollout_manager import AsyncRolloutManager, RolloutError, group_seed
 from rollouts.training.rollout_gen.rollout_generation import generate_rollout_batches
 from rollouts.training.types import RolloutConfig, Sample
@@ -292,3 +295,16 @@ def test_the_sync_generator_gives_the_same_batches() -> None:
     made = generate_rollout_batches(DataBuffer(PROMPTS, seed=1), config(over_sampling_factor=1.6))
     rollouts = manager(over_sampling_factor=1.6)
     assert [next(made) for _ in range(3)] == [anyio.run(rollouts.generate_batch) for _ in range(3)]
+
+
+@pytest.mark.anyio
+async def test_groups_without_contrast_are_counted_before_the_filter() -> None:
+    """Goal: the share of all that were scored, though the batch holds the others. Red with the batch's own: 0."""
+
+    def by_prompt(sample: Sample) -> float:
+        return 0.3 if int(str(sample.prompt)[1:]) % 2 else random.Random(sample.response).random()
+
+    async with manager(reward_fn=by_prompt, filter_fn=check_reward_nonzero_std) as rollouts:
+        batch = await rollouts.generate_batch()
+    dropped = sum(batch.metadata["groups_dropped"].values())
+    assert rollout_metrics(batch, None)["groups_zero_std_frac"] == pytest.approx(dropped / (dropped + 4))
