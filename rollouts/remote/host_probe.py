@@ -67,7 +67,7 @@ def run_rows(home: Path) -> list[dict[str, Any]]:
     """Every run under `home`, oldest first."""
     try:
         names = sorted(entry.name for entry in os.scandir(home / "runs") if entry.is_dir())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     rows = [row for name in names if (row := run_row(RunDir(home / "runs" / name)))]
     return sorted(rows, key=lambda row: row["started_at"])

@@ -81,15 +81,10 @@ def check_host(remote: str | None, *, as_json: bool, accept_new_host_key: bool) 
 
 
 def list_row(target: str, experiment_name: str, run_id: str, row: dict[str, Any] | None) -> dict[str, Any]:
-    """A run as `ls` and `status` show it, from a host_probe.run_row; `state` is "unknown" without one.
-
-    With a `message` where it ended badly.
-    """
-    names = ("state", "stage", "step", "started_at", "exit_code")
+    """A run as `ls` and `status` show it, from a host_probe.run_row; `state` is "unknown" without one."""
+    names = ("state", "stage", "step", "started_at", "exit_code", "message")
     values = {name: row.get(name) if row else None for name in names}
     values["state"] = values["state"] or "unknown"
-    if row and row["state"] in ("failed", "died"):
-        values["message"] = row["message"]
     return {"run_id": run_id, "experiment_name": experiment_name, "target": target, **values}
 
 
