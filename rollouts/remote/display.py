@@ -5,21 +5,24 @@ Whatever comes from a host goes through escape.py first.
 
 import json
 import os
-import shutil
 import sys
 import threading
 import time
-import unicodedata
 from collections import deque
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rollouts.remote.escape import escaped, one_line
 from rollouts.remote.view import View, duration, eval_line, event_line, metric_pairs, metrics_line
 from rollouts.remote.watch import Reporter
 
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.live import Live
+
 QUIET_S = 30.0  # plain lines: after so long without one, say that it goes on
 TICK_S = 0.25
 SHOWN_EVENTS = ("checkpoint", "note", "warning", "error", "engine_restarted", "engine_recovered")
+STYLES = {"✓": "green", "+": "green", "•": "yellow", "*": "yellow", " ": "cyan"}  # by the first character of a line
 
 
 def make_reporter(*, as_json: bool) -> Reporter:
@@ -88,23 +91,23 @@ def row_line(file: str, row: dict[str, Any], view: View) -> str:
 
 
 class LiveReporter:
-    """Phases, a progress bar and the last metrics, redrawn in place; what stays scrolls by above.
+    """Phases, a progress bar and the last metrics, redrawn in place by rich; what stays scrolls by above.
 
     After a change of the window's size the screen is drawn anew: where the terminal has wrapped the old lines cannot
     be known.
     """
 
     def __init__(self) -> None:
+        from rich.console import Console
+
         self._lock = threading.RLock()
-        self._out = sys.stdout
-        self._utf8 = (self._out.encoding or "").lower().replace("-", "") == "utf8"
+        self._console = Console(markup=False, highlight=False, emoji=False)
         self._view, self._doing, self._phase_since = View(), "", time.monotonic()
-        self._drawn = 0  # lines of the part that is redrawn
         self._kept: deque[str] = deque(maxlen=200)  # the last lines that stay
-        self._size = shutil.get_terminal_size()
+        self._size = self._console.size
+        self._live = self._new_live()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._tick, daemon=True)
-        self._out.write("\x1b[?25l")
         self._thread.start()
 
     def say(self, phase: str, text: str) -> None:
@@ -136,8 +139,7 @@ class LiveReporter:
         self._thread.join(timeout=5)
         with self._lock:
             self._draw()
-            self._out.write("\x1b[?25h")
-            self._out.flush()
+            self._live.stop()
 
     def _tick(self) -> None:
         while not self._closed.wait(TICK_S):
@@ -148,46 +150,50 @@ class LiveReporter:
         """Print a line that stays."""
         text = one_line(text, limit=2000)
         self._kept.append(text)
-        self._erase()
-        self._out.write(f"{text}\n")
+        self._console.print(text, soft_wrap=True)
 
-    def _erase(self) -> None:
-        if self._drawn:
-            self._out.write(f"\r\x1b[{self._drawn}A\x1b[J")
-        self._drawn = 0
+    def _new_live(self) -> "Live":
+        from rich.live import Live
+
+        live = Live(self._rendered(), console=self._console, auto_refresh=False, vertical_overflow="crop")
+        live.start(refresh=True)
+        return live
 
     def _draw(self) -> None:
-        size = shutil.get_terminal_size()
-        lines = live_lines(
+        if self._console.size == self._size:
+            self._live.update(self._rendered(), refresh=True)
+            return
+        self._size = self._console.size
+        self._live.stop()
+        self._console.clear()
+        room = max(0, self._size.height - 1 - len(self._lines()))
+        for line in wrapped_tail(list(self._kept), self._size.width, room):
+            self._console.print(line, soft_wrap=True)
+        self._live = self._new_live()
+
+    def _lines(self) -> list[str]:
+        return live_lines(
             self._view,
             self._doing,
-            width=size.columns,
-            utf8=self._utf8,
+            width=self._size.width,
+            utf8=not self._console.options.ascii_only,
             elapsed_s=time.monotonic() - self._phase_since,
-        )[: max(1, size.lines - 1)]
-        if size != self._size:
-            self._size = size
-            room = max(0, size.lines - 1 - len(lines))
-            kept = wrapped_tail(list(self._kept), size.columns, room)
-            self._out.write("\x1b[H\x1b[2J" + "".join(f"{line}\n" for line in kept))
-            self._drawn = 0
-        self._erase()
-        self._out.write("".join(f"{self._styled(line)}\n" for line in lines))
-        self._drawn = len(lines)
-        self._out.flush()
+        )
 
-    def _styled(self, line: str) -> str:
-        if os.environ.get("NO_COLOR"):
-            return line
-        code = {"✓": "32", "+": "32", "•": "33", "*": "33", " ": "36"}.get(line[:1], "2")
-        return f"\x1b[{code}m{line}\x1b[0m"
+    def _rendered(self) -> "Group":
+        from rich.console import Group
+        from rich.text import Text
+
+        return Group(*(Text(line, style=STYLES.get(line[:1], "dim"), no_wrap=True) for line in self._lines()))
 
 
 def wrapped_tail(lines: list[str], width: int, room: int) -> list[str]:
     """The last of `lines` that fit into `room` lines of a terminal."""
+    from rich.cells import cell_len
+
     taken: list[str] = []
     for line in reversed(lines):
-        room -= max(1, -(-len(line) // max(1, width)))
+        room -= max(1, -(-cell_len(line) // max(1, width)))
         if room < 0:
             break
         taken.append(line)
@@ -220,11 +226,9 @@ def _phase_line(name: str, detail: str, *, utf8: bool, elapsed_s: float | None) 
 
 def cut_to_width(text: str, width: int) -> str:
     """As much of `text` as `width` columns hold; characters of East Asian scripts take two."""
-    for index, character in enumerate(text):
-        width -= 2 if unicodedata.east_asian_width(character) in "WF" else 1
-        if width < 0:
-            return text[:index]
-    return text
+    from rich.cells import cell_len, set_cell_size
+
+    return text if cell_len(text) <= width else set_cell_size(text, max(0, width))
 
 
 def pair_lines(pairs: list[str], width: int) -> list[str]:

@@ -1,0 +1,123 @@
+"""The live display in a real terminal (tmux), 80x24 and resized; the pure parts of it beside."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rollouts.remote.display import live_lines, pair_lines
+from rollouts.remote.view import View, fold
+from tests.remote.hosts import kill_tmux
+
+ROOT = Path(__file__).resolve().parents[2]
+WAIT_MAX_S = 60.0
+EVENTS = [
+    {"time": 1.0, "kind": "environment", "name": "trainer", "action": "ready", "seconds": 2.0},
+    {"time": 2.0, "kind": "stage_started", "stage": "sft"},
+    {"time": 3.0, "kind": "training_started", "stage": "sft", "step": 0, "steps_total": 50},
+]
+METRICS = {
+    **{"time": 4.0, "stage": "sft", "step": 7, "loss": 0.125, "reward_mean": 0.5, "groups_kept": 14},
+    **{
+        "groups_zero_std_frac": 0.125,
+        "tokens_per_s": 36000.0,
+        "lr": 0.001,
+        "grad_norm": 1.5,
+        "lag_max": 0,
+        "step_s": 6.8,
+    },
+}
+CHECKPOINT = {"time": 5.0, "kind": "checkpoint", "stage": "sft", "step": 7, "path": "checkpoints/sft/step_000007"}
+PROGRAM = """
+import sys
+from rollouts.remote.display import LiveReporter
+from rollouts.remote.view import View, fold
+from tests.remote.test_display import CHECKPOINT, EVENTS, METRICS
+shown, view = LiveReporter(), View()
+for file, row in [*(("events.jsonl", e) for e in EVENTS), ("metrics.jsonl", METRICS), ("events.jsonl", CHECKPOINT)]:
+    view = fold(view, file, row)
+    shown.row(file, row, view)
+sys.stdin.readline()
+shown.close()
+print("the last word")
+"""
+
+
+class Terminal:
+    """A window of a tmux server of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def tmux(self, *words: str) -> str:
+        environment = {**os.environ, "TMUX_TMPDIR": str(self._directory), "LC_ALL": "C.UTF-8"}
+        environment.pop("TMUX", None)
+        return subprocess.run(["tmux", *words], env=environment, capture_output=True, text=True, check=True).stdout
+
+    def screen_with(self, *texts: str) -> list[str]:
+        """The screen, once all of these are on it."""
+        deadline = time.monotonic() + WAIT_MAX_S
+        while True:
+            lines = self.tmux("capture-pane", "-p", "-t", "t").splitlines()
+            if all(text in "\n".join(lines) for text in texts):
+                return lines
+            assert time.monotonic() < deadline, lines
+            time.sleep(0.1)
+
+
+@pytest.fixture
+def terminal() -> Iterator[Terminal]:
+    directory = Path(tempfile.mkdtemp(prefix="rt", dir="/tmp"))
+    made = Terminal(directory)
+    command = [sys.executable, "-c", PROGRAM]
+    size = ["-x", "80", "-y", "24"]
+    made.tmux("-f", "/dev/null", "new-session", "-d", "-s", "t", *size, "-c", str(ROOT), *command)
+    yield made
+    kill_tmux(directory)
+
+
+def test_a_resized_terminal_shows_each_line_once(terminal: Terminal) -> None:
+    """Goal: narrower and wider again, the screen holds each phase, the bar and the kept lines once, and no pair of name
+    and value is broken. Red with rich's Live left alone on a resize: wrapped lines of the old width stayed."""
+    for width in ("80", "44", "100"):
+        terminal.tmux("resize-window", "-t", "t", "-x", width, "-y", "24")
+        time.sleep(0.6)  # two ticks of the display: what was there before the resize counts for nothing
+        lines = terminal.screen_with("environment trainer", "7/50", "step_s", "step_000007")
+        text = "\n".join(lines)
+        for once in ("environment trainer", "7/50", "loss", "grad_norm", "step_000007"):
+            assert text.count(once) == 1, (width, lines)
+        assert any("groups_zero_std_frac 0.125" in line for line in lines), (width, lines)
+
+
+def test_what_is_said_after_the_end_is_last(terminal: Terminal) -> None:
+    """Goal: the last words stand below the display at 80x24. Red with a display that is never closed."""
+    terminal.screen_with("7/50")
+    terminal.tmux("send-keys", "-t", "t", "", "Enter")
+    lines = [line for line in terminal.screen_with("the last word") if line.strip()]
+    ours = [line for line in lines if not line.startswith("Pane is dead")]
+    assert ours[-1] == "the last word" and "7/50" in "\n".join(ours), lines
+
+
+@pytest.mark.parametrize("width", [30, 44, 80, 120])
+def test_pairs_are_never_broken(width: int) -> None:
+    """Goal: a line ends between two pairs. Red with text that the terminal wraps."""
+    pairs = [f"name_{index} {index * 1.5}" for index in range(9)]
+    lines = pair_lines(pairs, width)
+    assert [pair for line in lines for pair in line.strip().split("   ")] == pairs
+    assert all(len(line) <= width for line in lines)
+
+
+def test_the_first_minutes_show_elapsed_time() -> None:
+    """Goal: until the first metrics the last phase says how long it has taken. Red without it: nothing moved."""
+    view = View()
+    for event in EVENTS:
+        view = fold(view, "events.jsonl", event)
+    early = live_lines(view, "", width=80, utf8=True, elapsed_s=75.0)
+    assert any("training, 1m15s" in line for line in early), early
+    later = live_lines(fold(view, "metrics.jsonl", METRICS), "", width=80, utf8=True, elapsed_s=75.0)
+    assert not any("1m15s" in line for line in later), later
