@@ -321,7 +321,7 @@ def test_run_eval_counts_what_the_library_counts(  # noqa: PLR0917
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["MODEL", "--data", "none.jsonl"], 1, "error: none.jsonl: no such file"),
+        (["MODEL", "--data", "none.jsonl"], 1, "error: --data none.jsonl: no such file"),
         (["./no_model", "--data", "DATA"], 1, "error: ./no_model: no such directory"),
         (["MODEL", "--data", "DATA", "--format", "csv"], 1, "error: format='csv': needs one of"),
         (["MODEL", "--data", "DATA", "--k", "1"], 2, "--k and --num-samples belong together"),

@@ -22,6 +22,7 @@ from tests.training.process_nursery import has_ended, shared
 
 WAIT_S = 120.0
 SFT_STEPS, RL_STEPS = 16, 8
+STEPS = {"sft": SFT_STEPS, "rl": RL_STEPS}
 CHECKPOINT_EVERY = {"sft": 3, "rl": 2}
 TENSOR_FILES = (".safetensors", ".distcp")
 MEASURED = re.compile(r"time|.*_s|mfu|peak_memory_gib")  # of this machine and moment, not of the run
@@ -164,6 +165,8 @@ def killed_and_resumed(config: Config, directory: Path, seed: int) -> list[Attem
         latest = attempts[-1].checkpoints / "latest"
         if latest.exists():
             config = replace_at(config, "output.source_checkpoint", str(latest))
+        if latest.exists() and latest.resolve().name == f"step_{STEPS[attempts[-1].stage]:06d}":
+            return attempts  # killed after its last checkpoint: no step is left to resume for
     return [*attempts, finish(start(config, directory / "last"))]
 
 
