@@ -9,6 +9,7 @@ import json
 import math
 import re
 import shlex
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,7 +209,7 @@ def _adopt(run_id: str, target: str, facts: HostFacts, transport: Transport, *, 
         adopted=True,
     )
     if keep:
-        make_mirror(entry.mirror.path)
+        write_note(entry, now=time.time(), followed_by=None)  # before anything of the host's is there
         _copy_descriptions(entry, transport)
         registry.save(entry)
     return entry
