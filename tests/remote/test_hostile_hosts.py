@@ -326,8 +326,11 @@ def test_an_adopted_mirror_lies_under_this_machines_own_directory(laptop: Laptop
         for path in (mirror, mirror / "config.json"):
             again = laptop.deploy(str(path), "--plan", env={"TOKEN_FOR_TEST": "x"})
             assert again.returncode == 2 and "came from a host" in again.stderr, verb
-        shutil.rmtree(mirror)
-        laptop.deploy("forget", "ev")
+        if verb != "pull":
+            shutil.rmtree(mirror)
+            laptop.deploy("forget", "ev")
+    shutil.rmtree(laptop.rollouts_home / "runs/ev")
+    assert "deploy a copy of it" in laptop.deploy("attach", "ev").stderr, "that config is refused where it lies"
 
 
 def test_a_launch_uses_this_machines_record(laptop: Laptop) -> None:
