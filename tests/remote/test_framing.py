@@ -61,7 +61,7 @@ def test_every_login_shell_passes_words_on(shell: str) -> None:
     script = 'printf "%s\\0" "$PWD" "$@"; cat; exit 3'
     line = framed_line(["sh", "-c", script, "sh", *words], "/usr", frame)
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([shell, "-c", "sh -s"], **pipes) as process:  # type: ignore[call-overload]
+    with subprocess.Popen([shell, "-c", "sh -s"], bufsize=0, **pipes) as process:  # type: ignore[call-overload]
         process.stdin.write(line)
         process.stdin.flush()
         begin = process.stdout.readline()  # from here on the input is the command's: dash reads ahead before
