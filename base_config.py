@@ -360,6 +360,8 @@ class Config:
             raise ConfigError(f"{path}: cannot be read: {error}") from None
         except json.JSONDecodeError as error:
             raise ConfigError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+        except (ValueError, RecursionError) as error:  # a number of too many digits; brackets too deep
+            raise ConfigError(f"{path}: cannot be read as a config: {error}") from None
         errors: list[tuple[str, str]] = []
         config = _from_json(cls, data, "config", errors)
         lines, twice = _json_lines(text)
@@ -387,7 +389,7 @@ def load_config(path: str | os.PathLike[str]) -> Config:
     except SyntaxError as error:
         line = (error.text or "").rstrip()
         raise ConfigError(f"{error.filename}:{error.lineno}: {error.msg}\n    {line.strip()}") from None
-    except Exception as error:  # whatever a user's file raises is shown with its line, not our traceback
+    except (Exception, SystemExit) as error:  # whatever a user's file raises is shown with its line, not our traceback
         mistakes = _field_mistakes(file) if isinstance(error, TypeError) and "__init__() " in str(error) else []
         raise ConfigError("\n".join(mistakes) or _describe_exception(file, error)) from None
     if "config" not in names:

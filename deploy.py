@@ -106,12 +106,17 @@ def with_verb(args: list[str], verbs: Any) -> list[str]:
         return [HOST_VERB, *args] if asks_host else (args or ["--help"])
     word, others = args[position], [*args[:position], *args[position + 1 :]]
     if word == "help":
-        return [*others[:1], "--help"]
+        about = next((other for other in others if not other.startswith("-")), "")
+        if about and about not in verbs and (problem := _no_such_verb(about, verbs)):
+            raise ValueError(problem)
+        return [about, "--help"] if about in verbs else ["--help"]
     if word in verbs:
         return [word, *others]
     known = all(arg.split("=")[0] in OPTIONS for arg in args if arg.startswith("--") and len(arg) > 2)
     if known and (problem := _no_such_verb(word, verbs)):  # what follows an unknown option may be its value
         raise ValueError(problem)
+    if known and (others := [word for word in others if word.endswith((".py", ".json"))]):
+        raise ValueError(f"one config at a time: {word}, then {' and '.join(others)}.")
     return [CONFIG_VERB, *args]
 
 

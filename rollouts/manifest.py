@@ -63,7 +63,7 @@ def read_manifest(manifest: Path) -> dict[str, tuple[int, str]]:
     try:
         files = json.loads(manifest.read_bytes())["files"]
         listed = {str(name): (int(item["size"]), str(item["sha256"])) for name, item in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise ValueError(f"{manifest}: not a manifest: {error!r}") from None
     for name in listed:
         parts = name.split("/")

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -543,6 +544,22 @@ def test_a_mistyped_class_has_its_nearest(tmp_path: Path, text: str, nearest: st
     with pytest.raises(ConfigError) as caught:
         load_config(tmp_path / "x.py")
     assert nearest in str(caught.value) and "; did you mean" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("deep.json", "[" * 100_000, "deep.json: cannot be read as a config"),
+        ("digits.json", "1" * 5000, "digits.json: cannot be read as a config"),
+        ("exit.py", "import sys\nsys.exit(3)\n", "exit.py:2: SystemExit: 3"),
+    ],
+)
+def test_a_file_that_is_no_config_is_told(name: str, text: str, said: str, tmp_path: Path) -> None:
+    """Goal: every such file is a ConfigError. Red with RecursionError and ValueError let out, and with a config that
+    exits ending the program without a word."""
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load_config(tmp_path / name)
 
 
 def test_every_field_mistake_of_a_config_json_has_its_line(tmp_path: Path) -> None:

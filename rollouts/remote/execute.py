@@ -1,5 +1,6 @@
 """Do what the plan says: send the code, launch. Decides nothing, and can be done again after a kill at any moment."""
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -58,16 +59,26 @@ def execute(entry: Entry, config: Config, transport: Transport, path: str, say: 
             f"{entry.target}: the run could not be launched.",
             found=done.err.removeprefix("error: ")[-3000:] or f"exit code {done.returncode}, no message",
         )
-    _read_answer(entry, json.loads(done.out.splitlines()[-1]))
+    _heed(entry, read_answer(done.out))
 
 
-def _read_answer(entry: Entry, answer: dict[str, Any]) -> None:
+def read_answer(out: str) -> dict[str, Any]:
+    """The launcher's last word, whatever Python's own start and end print around it. Raises DeployError for none."""
+    for line in reversed(out.splitlines()):
+        with contextlib.suppress(ValueError, RecursionError):
+            answer = json.loads(line)
+            if isinstance(answer, dict) and "started" in answer:
+                return answer
+    raise DeployError("the host's answer to the launch cannot be read.", found=out[-500:], started=True)
+
+
+def _heed(entry: Entry, answer: dict[str, Any]) -> None:
     """Raise DeployError for a launch that the host refused; one that was made before goes on."""
     if answer["started"] or answer.get("same", True):  # a tree of an older version does not tell
         return
     raise DeployError(
         f"{entry.run_id} was not started: the host has given to another run what it needs.",
-        found=f"in use on {entry.target}: {answer['reason']}",
+        found=f"in use on {entry.target}: {answer.get('reason')}",
         fix="choose another --run-id or output.experiment_name, other GPUs or ports, or wait for that run",
     )
 

@@ -84,7 +84,7 @@ class FrameReader:
         if not line_end:  # the code is still on its way
             self._held = self._frame.end + rest
             return own
-        self.code, self._held = int(digits), b""
+        self.code, self._held = int(digits) if digits.isdigit() and len(digits) < 6 else 255, b""
         return own
 
     def rest(self) -> bytes:

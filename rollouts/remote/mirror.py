@@ -121,7 +121,7 @@ class Mirror:
 def _chunk(message: dict[str, Any]) -> tuple[int, bytes]:
     try:
         offset, data = int(message["offset"]), base64.b64decode(message["data"], validate=True)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise TransportError(f"a damaged message of {message['file']}: {error!r}", lost=True) from None
     if offset < 0:
         raise TransportError(f"a damaged message of {message['file']}: offset {offset}", lost=True)

@@ -9,6 +9,7 @@ import json
 import math
 import re
 import shlex
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,10 @@ class OpenRun:
         """What there is to say of a run without files on its host."""
         entry = self.entry
         if self.trace == "gone":
-            again = f"to train again: deploy {shlex.quote(f'{entry.local_dir}/config.json')}"
+            config = shlex.quote(f"{entry.local_dir}/config.json")
+            again = f"to train again: deploy {config}"
+            if entry.adopted:  # that config came from the host
+                again = f"to train again: read {config}, and deploy a copy of it"
             return DeployError(
                 f"{entry.run_id} was launched once, and its directory is gone from {entry.target}.",
                 found=f"nothing at {entry.run_path}; what was pulled is in {entry.local_dir}",
@@ -208,7 +212,7 @@ def _adopt(run_id: str, target: str, facts: HostFacts, transport: Transport, *, 
         adopted=True,
     )
     if keep:
-        make_mirror(entry.mirror.path)
+        write_note(entry, now=time.time(), followed_by=None)  # before anything of the host's is there
         _copy_descriptions(entry, transport)
         registry.save(entry)
     return entry

@@ -96,9 +96,10 @@ def _fold_metrics(view: View, row: dict[str, Any]) -> View:
 def _fold_eval(view: View, row: dict[str, Any]) -> View:
     for name in ("stage", "split", "metric"):
         _text(row, name)
-    for name in ("step", "value"):
-        if not isinstance(row.get(name), int | float):  # a loss may be infinite
-            raise MalformedRowError(name)
+    _number(row, "step")
+    if "value" not in row or not isinstance(row["value"], int | float | None):  # null: no finite number, as of a loss
+        raise MalformedRowError("value")
+    float(row["value"] or 0)  # raises OverflowError
     if not isinstance(row.get("task", ALL_TASKS), str):
         raise MalformedRowError("task")
     return replace(view, evals=(*view.evals, row))
@@ -208,11 +209,15 @@ def evaluation_table(evals: tuple[dict[str, Any], ...]) -> list[list[str]]:
     several = len({split for _, split, _ in names}) > 1
     table = [["", *stages]]
     for metric, split, task in names:
-        values = [last.get((metric, split, task, stage)) for stage in stages]
+        values = [last.get((metric, split, task, stage), "") for stage in stages]
         label = f"{metric} ({split})" if several else metric
         label += "" if task == ALL_TASKS else f" {task}"
-        table.append([one_line(label), *("" if value is None else f"{value:.4f}" for value in values)])
+        table.append([one_line(label), *(value if value == "" else _shown(value) for value in values)])
     return table if names else []
+
+
+def _shown(value: float | None) -> str:
+    return "nan" if value is None else f"{value:.4f}"
 
 
 def _with_before(evals: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:

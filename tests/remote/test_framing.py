@@ -37,6 +37,14 @@ def test_a_command_that_never_began() -> None:
     assert reader.noise == b"This account is not available.\n" and not reader.began and reader.code is None
 
 
+@pytest.mark.parametrize("code", [b"", b"x", b"-1", b"9" * 5000])
+def test_an_exit_code_that_is_none(code: bytes) -> None:
+    """Goal: a host that writes the mark with something else behind it has failed. Red with ValueError."""
+    frame = new_frame()
+    reader = FrameReader(frame)
+    assert read([frame.begin + OWN + frame.end + code + b"\n"], reader) == OWN and reader.code == 255
+
+
 def test_a_stream_that_breaks_off() -> None:
     """Goal: what came before the break is kept, without an exit code. Red with the held-back bytes lost."""
     frame = new_frame()
@@ -53,7 +61,7 @@ def test_every_login_shell_passes_words_on(shell: str) -> None:
     script = 'printf "%s\\0" "$PWD" "$@"; cat; exit 3'
     line = framed_line(["sh", "-c", script, "sh", *words], "/usr", frame)
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([shell, "-c", "sh -s"], **pipes) as process:  # type: ignore[call-overload]
+    with subprocess.Popen([shell, "-c", "sh -s"], bufsize=0, **pipes) as process:  # type: ignore[call-overload]
         process.stdin.write(line)
         process.stdin.flush()
         begin = process.stdout.readline()  # from here on the input is the command's: dash reads ahead before

@@ -193,6 +193,10 @@ LINES = [
     (["--remot", "h", "x.py"], 2, "--remote"),
     (["help"], 0, "Exit codes:"),
     (["help", "pull"], 0, "Usage: deploy pull"),
+    (["help", "pul"], 2, "Did you mean `deploy pull`?"),
+    (["help", "--json"], 0, "Exit codes:"),
+    (["help", "x.py"], 0, "Exit codes:"),
+    (["x.py", "y.py", "--plan"], 2, "one config at a time: x.py, then y.py"),
     (["pull", "help"], 2, "there is no run 'help'"),
     (["--version"], 0, "rollouts 0."),
 ]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from rollouts.manifest import manifest_problems, write_manifest
-from rollouts.remote.errors import DeployError
+from rollouts.remote.errors import DeployError, TransportError
 from rollouts.remote.mirror import Mirror, pull_checkpoint, pull_files
 from rollouts.remote.transport import LocalTransport
 from rollouts.remote.watch import Patience, final_pull, follow, pull
@@ -197,6 +197,9 @@ HOSTILE: dict[str, Callable[[Path], Any]] = {
     ],
     "a manifest of another form": lambda d: (d / "manifest.json").write_text('{"files": ["a"]}'),
     "a nested manifest": lambda d: [(d / "a").mkdir(), (d / "a/manifest.json").write_text("{}")],
+    "a manifest of a size without end": lambda d: (d / "manifest.json").write_text(
+        '{"files": {"a": {"size": 1e999, "sha256": ""}}}'
+    ),
     "a manifest too deep": lambda d: (d / "manifest.json").write_text("[" * 200_000),
 }
 
@@ -229,6 +232,12 @@ def test_a_checkpoint_whose_stage_is_a_link_here(tmp_path: Path) -> None:
     with pytest.raises(DeployError, match="a link or no directory"):
         pull_checkpoint(LocalTransport(), str(host), here, "checkpoints/sft/step_000001")
     assert list(outside.iterdir()) == []
+
+
+def test_an_offset_without_end_is_a_damaged_message(tmp_path: Path) -> None:
+    """Goal: a number that JSON allows and no file has ends the connection, not the command. Red with OverflowError."""
+    with pytest.raises(TransportError, match="damaged message"):
+        Mirror(RunDir(tmp_path / "m")).apply({**chunk("events.jsonl"), "offset": float("inf")})
 
 
 def lying_python(tmp_path: Path, lines: list[str]) -> str:
@@ -305,16 +314,23 @@ def test_names_of_an_adopted_run_are_checked(name: str, laptop: Laptop) -> None:
 
 def test_an_adopted_mirror_lies_under_this_machines_own_directory(laptop: Laptop) -> None:
     """Goal: save_dir of the host's config has no effect here, and its config is not deployed as it is. Red with the
-    mirror at <save_dir>, and with `deploy <mirror>/config.json` sending what that config names."""
+    mirror at <save_dir>, and with `deploy <mirror>/config.json` sending what that config names, after a pull or after
+    any other verb."""
     planted = laptop.home / ".config" / "autostart"
     changes = {"output.save_dir": str(planted), "host.secrets": ["TOKEN_FOR_TEST"]}
     planted_run(laptop, "ev", status={"state": "done", "exit_code": 0}, **changes)
-    assert laptop.deploy("pull", "ev").returncode == 0
     mirror = laptop.project / "runs/example/ev"
-    assert mirror.is_dir() and not planted.exists()
-    for path in (mirror, mirror / "config.json"):
-        again = laptop.deploy(str(path), "--plan", env={"TOKEN_FOR_TEST": "x"})
-        assert again.returncode == 2 and "came from a host" in again.stderr
+    for verb in ("logs", "stop", "pull"):  # whichever brings it here first
+        laptop.deploy(verb, "ev")
+        assert mirror.is_dir() and not planted.exists()
+        for path in (mirror, mirror / "config.json"):
+            again = laptop.deploy(str(path), "--plan", env={"TOKEN_FOR_TEST": "x"})
+            assert again.returncode == 2 and "came from a host" in again.stderr, verb
+        if verb != "pull":
+            shutil.rmtree(mirror)
+            laptop.deploy("forget", "ev")
+    shutil.rmtree(laptop.rollouts_home / "runs/ev")
+    assert "deploy a copy of it" in laptop.deploy("attach", "ev").stderr, "that config is refused where it lies"
 
 
 def test_a_launch_uses_this_machines_record(laptop: Laptop) -> None:

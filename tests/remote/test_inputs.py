@@ -225,10 +225,16 @@ def test_what_git_ignores_inside_of_a_folder(repository: Path) -> None:
         "for score in (print,):\n    pass\n",
         "import sys\nsetattr(sys.modules[__name__], 'score', print)\n",
         "from importlib import import_module\nfrom .sub import score\n",
+        "try:\n    from fast import score\nexcept ImportError:\n    score = None\n",
+        f"score = None\n{REWARD}",
+        "score = None\nfrom helpers import score\n",
+        "score = None\ndef build():\n    global score\n    score = print\nbuild()\n",
+        "score = []\nfor score in (print,):\n    pass\n",
     ],
 )
 def test_names_that_are_defined(source: str, repository: Path) -> None:
-    """Goal: however a module comes to have a name, it is not refused. Red with functions at the top level alone."""
+    """Goal: however a module comes to have a name, it is not refused. Red with functions at the top level alone, and
+    with a name called a plain value that is one for a while."""
     write(repository, "helpers.py", REWARD + "other = score\n")
     write(repository, "my/sub.py", REWARD)
     write(repository, "my/__init__.py", source)
@@ -297,12 +303,29 @@ def test_dotted_names_that_cannot_be_known(repository: Path) -> None:
     write(repository, "src/own/reward.py", REWARD)
     path = {"host__env": {"PYTHONPATH": "/site:src"}}
     assert not look(repository, rl__reward_fn="own.reward.score", **path).problems
+    (note,) = look(repository, rl__reward_fn="own.rewards.score", **path).notes
+    assert "own.rewards is not in the repository" in note, "it may lie in /site"
     (repository / "linked.py").symlink_to("src/own/reward.py")
     assert "defines no 'skore'" in texts(look(repository, rl__reward_fn="linked.skore"))
     write(repository, "newer.py", "type A = int\ndef score(s:\n")
     inputs = look(repository, rl__reward_fn="newer.score")
     assert not inputs.problems and "newer.py:" in inputs.syntax[0].message
     assert not look(repository, rl__reward_fn="gone.score", output__mode="sft").problems, "not used by this run"
+
+
+def test_what_an_installed_package_brings(repository: Path) -> None:
+    """Goal: Python takes a required package before a folder of its name that has no __init__.py, and a module that is
+    not sent hides nothing on the host. Red with such a folder, or file, taken for the module."""
+    write(repository, "evaluate/notes.py", "x = 1\n")
+    write(repository, "ignored_kit/__init__.py", "")
+    write(repository, "mine.py", f"import ignored_kit\n{REWARD}")
+    required = ("evaluate>=0.4", "ignored-kit")
+    for name in ("evaluate.combine", "evaluate.metrics.f1", "ignored_kit.score", "mine.score"):
+        inputs = look(repository, required, rl__reward_fn=name)
+        assert not inputs.problems and not inputs.notes, texts(inputs)
+        assert look(repository, rl__reward_fn=name).problems, f"{name}: nothing requires it"
+    write(repository, "evaluate/__init__.py", "")
+    assert look(repository, required, rl__reward_fn="evaluate.combine").problems, "now it is ours"
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------
@@ -334,6 +357,7 @@ def test_rows_are_counted_as_the_trainer_selects_them(
     assert (counted.rows, counted.how) == expected
 
 
+BOTH = {"answer", "level"}
 KEYS = [
     ("def r(s):\n    return s.prompt['level']\n", {"level"}),
     ("def r(sample):\n    row = sample.prompt\n    return row['a'] + row['b']\n", {"a", "b"}),
@@ -342,12 +366,31 @@ KEYS = [
     ("def r(s):\n    try:\n        return s.prompt['level']\n    except KeyError:\n        return 0\n", set()),
     ("def r(s):\n    s.prompt['seen'] = 1\n    return other['level']\n", set()),
     ("async def r(s, /):\n    return s.prompt['level']\n", {"level"}),
+    ("def r(s):\n    if not s.text:\n        return 0\n    return s.prompt['level']\n", {"level"}),
+    ("def r(s):\n    right = s.prompt['answer'] in s.text\n    return s.prompt['level'] if right else 0\n", BOTH),
+    ("def r(s):\n    row = s.prompt\n    if row['a'] == 'code':\n        return row['tests']\n    return 1\n", {"a"}),
+    ("def r(s):\n    if s.prompt['a'] != 'code':\n        return 0\n    return s.prompt['tests']\n", {"a"}),
+    (
+        "def r(s):\n    kind = s.prompt['a']\n    if kind in KINDS:\n        return s.prompt['tests']\n    return 0\n",
+        {"a"},
+    ),
+    ("def r(s):\n    return s.prompt['tests'] if s.prompt['a'] == 'code' else 0\n", {"a"}),
+    ("def r(s):\n    match s.prompt['a']:\n        case 'code':\n            return s.prompt['tests']\n", {"a"}),
+    ("def r(s):\n    return s.prompt['a'] == 1 and s.prompt['tests']\n", {"a"}),
+    (
+        "def r(s):\n    for key in ('tests',):\n        if key in s.prompt:\n            return s.prompt['tests']\n",
+        set(),
+    ),
+    ("def r(s):\n    s.prompt.setdefault('tests', [])\n    return s.prompt['tests']\n", set()),
+    ("def r(s):\n    s.prompt['tests'] = 1\n    return s.prompt['tests']\n", set()),
+    ("def r(s):\n    with contextlib.suppress(KeyError):\n        return s.prompt['tests']\n", set()),
 ]
 
 
 @pytest.mark.parametrize(("source", "keys"), KEYS)
 def test_the_columns_a_reward_needs(source: str, keys: set[str]) -> None:
-    """Goal: only what a reward takes without asking. Red with every text in brackets taken for a column."""
+    """Goal: only what a reward takes from every row. Red with every text in brackets taken for a column, and with
+    columns of one kind of row wanted of rows of another kind."""
     assert set(required_keys(read_module(source.encode(), "").functions["r"])) == keys
 
 
@@ -359,6 +402,12 @@ def test_a_reward_without_its_column(repository: Path) -> None:
     )
     (problem,) = look(repository, rl__reward_fn="mine.score").problems
     assert "needs the column 'level', which no row has" in problem.message and "line 2" in problem.found
+    write(repository, "mine2.py", "def score(sample):\n    return len(sample.prompt['question'])\n")
+    taken = look(repository, rl__reward_fn="mine2.score")
+    assert "needs the column 'question', which no row has" in texts(taken), "the format made messages of it"
+    write(repository, "mine3.py", "def score(sample):\n    return sample.prompt['letters']\n")
+    choices = [dataclasses.replace(example_config().data.rl_mixture[0], format="multiple_choice")]
+    assert not look(repository, rl__reward_fn="mine3.score", data__rl_mixture=choices).problems
     tests = look(repository, rl__reward_fn="rollouts.training.rewards.code_tests")
     assert "needs the column 'tests'" in texts(tests)
     hub = [*example_config().data.rl_mixture, *with_data("some/hub")]

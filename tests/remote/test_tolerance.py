@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from rollouts.manifest import manifest_problems, write_manifest
 from rollouts.remote.errors import DeployError
+from rollouts.remote.execute import read_answer
 from rollouts.remote.mirror import CheckpointPuller, Mirror
 from rollouts.remote.transport import LocalTransport
 from rollouts.remote.view import View, eval_line, evaluation_table, event_line, fold, metrics_line
@@ -237,3 +238,22 @@ def test_rows_that_lack_a_field_are_counted() -> None:
     view = fold(fold(view, "metrics.jsonl", {"stage": "sft"}), "eval.jsonl", {"stage": "rl", "step": 1})
     assert view == View(malformed=6)
     assert json.loads(json.dumps(view.phases)) == []
+
+
+def test_an_evaluation_without_a_finite_value() -> None:
+    """Goal: a loss that was no number, null in the file, is shown as such and is no damage; one that no float holds is.
+    Red with the null counted as a row with a wrong field."""
+    row = {"stage": "sft", "step": 3, "split": "test", "metric": "validation_loss", "value": None}
+    view = fold(fold(View(), "eval.jsonl", row), "eval.jsonl", {**row, "value": 10**400})
+    assert view.malformed == 1
+    assert evaluation_table(view.evals) == [["", "sft"], ["validation_loss", "nan"]]
+
+
+@pytest.mark.parametrize("around", ["{}", "Welcome\n{}\n", "{}\n[1]\n17\nbye", '{{"a": 1}}\n{}\n{{"x": 1}}'])
+def test_the_launchers_answer_is_found(around: str) -> None:
+    """Goal: what Python's own start and end print around it is passed over; no answer is an error after which it is not
+    said that nothing was started. Red with the last line taken for it."""
+    assert read_answer(around.format('{"started": true, "reason": ""}'))["started"] is True
+    with pytest.raises(DeployError, match="cannot be read") as caught:
+        read_answer(around.format("null"))
+    assert caught.value.started

@@ -38,7 +38,8 @@ def dotted_names(config: Config) -> dict[str, str]:
 def look_at_code(config: Config, sent: SentFiles, requirements: Sequence[str]) -> CodeFindings:
     """Everything that can be known of the config's dotted names without importing anything."""
     found = CodeFindings()
-    reader = _Reader(sent, _search_path(config), requirements, found)
+    on_host = any(part.startswith("/") for part in config.host.env.get("PYTHONPATH", "").split(":"))
+    reader = _Reader(sent, _search_path(config), requirements, found, searches_host=on_host)
     for name, path in dotted_names(config).items():
         reader.check(name, path)
     reward = config.rl.reward_fn if config.rl and "rl.reward_fn" in dotted_names(config) else None
@@ -59,12 +60,15 @@ class _Reader:
     search: list[str]
     requirements: Sequence[str]
     found: CodeFindings
+    searches_host: bool  # host.env's PYTHONPATH has folders of the host, which cannot be looked at from here
     modules: dict[str, Module | None] = field(default_factory=dict)  # by file
 
     def check(self, config_field: str, dotted: str) -> None:
         """One dotted path: a problem, a note, or nothing."""
         name, _, attribute = dotted.rpartition(".")
         where = self._find(name)
+        if self._is_installed(name):
+            return
         if where is None:
             self._missing_module(config_field, dotted, name)
         elif where.state == "not sent":
@@ -131,7 +135,7 @@ class _Reader:
             seen.add(file)
             for imported, line in module.imports:
                 where = self._find(imported)
-                if where is not None and where.state == "not sent":
+                if where is not None and where.state == "not sent" and not self._is_installed(imported):
                     self._add_unsent(f"{file}:{line} imports {imported}:", where)
                 elif where is not None and where.state == "sent" and where.file not in self.sent.folders:
                     todo.append((where.file, imported))
@@ -151,6 +155,15 @@ class _Reader:
             if folder is None and where.state == "sent" and where.file in self.sent.folders:
                 folder = where
         return folder
+
+    def _is_installed(self, name: str) -> bool:
+        """Is it of a required package? A folder here without an __init__.py does not hide that, nor does a file that
+        is not sent."""
+        top = name.partition(".")[0]
+        required = {re.split(r"[^\w.-]", line.strip())[0].lower().replace("-", "_") for line in self.requirements}
+        where = self._find(top)
+        hidden = where is not None and where.state == "sent" and where.file not in self.sent.folders
+        return top.lower() in required and not hidden
 
     def _read(self, file: str, name: str) -> Module | None:
         if file not in self.modules:
@@ -185,9 +198,8 @@ class _Reader:
             return
         known = sorted(self._module_names())
         is_ours = any(module.split(".")[0] == top for module in known)
-        required = {re.split(r"[^\w.-]", line.strip())[0].lower().replace("-", "_") for line in self.requirements}
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.75)
-        if is_ours or (near and top.lower() not in required):
+        if (is_ours or near) and not self.searches_host:
             self._add(
                 f"{config_field}={dotted!r}: there is no module {name!r} in the repository.",
                 found=f"near: {', '.join(near)}"
@@ -196,7 +208,7 @@ class _Reader:
                 needed="a module among the files that git lists, or one of an installed package",
                 fix=f"write {near[0]}.{dotted.rpartition('.')[2]}" if near else "correct the path",
             )
-        elif top.lower() not in required:
+        else:
             self.found.notes.append(
                 f"{config_field}={dotted!r}: {name} is not in the repository; the trainer's environment must have it"
             )

@@ -13,7 +13,11 @@ from rollouts.remote.errors import Problem
 from rollouts.remote.inputs.paths import SentFiles, path_problem, pointer_problem
 
 MADE_HERE = ("spelling_bee", "simple_spelling")  # formats whose rows are made by the trainer; their name is a label
-COLUMNS_MADE = {"messages", "answer", "format", "task", "tools"}  # that a prompt's row may have beside the file's own
+COLUMNS_MADE = {"messages", "answer", "format", "task", "tools", "letters"}  # a prompt's, beside the file's own
+COLUMNS_TAKEN = {  # of the file's own, those that became messages and answer
+    **{name: {"question"} for name in ("question_answer", "gsm8k", "gsm8k_calculator")},
+    "multiple_choice": {"question", "choices", "answerKey"},
+}
 READ_BYTES_MAX = 512 * 2**20  # of one file; rows of a larger one are not counted
 HEADER_BYTES_MAX = 64 * 2**20
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
@@ -63,7 +67,7 @@ def _count_lines(file: Path) -> int | None:
 
 
 def absent_columns(specs: Sequence[DatasetSpec], keys: Iterable[str], sent: SentFiles) -> list[str]:
-    """Of `keys`, those that no row of these data sets has; [] where any of the data is not a file here."""
+    """Of `keys`, those that no prompt of these data sets has; [] where any of the data is not a file here."""
     wanted = [key for key in keys if key not in COLUMNS_MADE]
     for spec in specs:
         where = sent.locate(spec.name)
@@ -73,7 +77,7 @@ def absent_columns(specs: Sequence[DatasetSpec], keys: Iterable[str], sent: Sent
         present = _columns(sent.root / where.file, set(wanted))
         if present is None:
             return []
-        wanted = [key for key in wanted if key not in present]
+        wanted = [key for key in wanted if key not in present - COLUMNS_TAKEN.get(spec.format, set())]
     return wanted
 
 

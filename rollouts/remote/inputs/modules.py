@@ -12,7 +12,8 @@ class Module:
     """What running a module's top level defines."""
 
     names: dict[str, int] = field(default_factory=dict)  # name -> line
-    constants: set[str] = field(default_factory=set)  # of them, those that are a number, a text, a list, ...
+    constants: set[str] = field(default_factory=set)  # of them, those that are never more than a number, a text, ...
+    made: set[str] = field(default_factory=set)  # of them, those that may be anything
     imported: dict[str, tuple[str, str]] = field(default_factory=dict)  # name -> (module, its name there)
     imports: list[tuple[str, int]] = field(default_factory=list)  # modules, with the line; optional ones left out
     functions: dict[str, ast.FunctionDef | ast.AsyncFunctionDef] = field(default_factory=dict)
@@ -27,11 +28,13 @@ def read_module(source: bytes, package: str) -> Module:
     for node in ast.walk(tree):
         if isinstance(node, ast.Global):
             module.names |= {name: node.lineno for name in node.names if name not in module.names}
+            module.made |= set(node.names)
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _OPENERS:
             module.is_open = True
         elif isinstance(node, ast.Attribute) and node.attr == "modules":
             module.is_open = True  # sys.modules[__name__]
     module.is_open |= "__getattr__" in module.names
+    module.constants -= module.made | module.functions.keys() | module.imported.keys()
     return module
 
 
@@ -46,6 +49,7 @@ def _read_statement(module: Module, node: ast.stmt, package: str, *, optional: b
         module.functions[node.name] = node
     elif isinstance(node, ast.ClassDef):
         module.names[node.name] = node.lineno
+        module.made.add(node.name)
     elif isinstance(node, ast.Import | ast.ImportFrom):
         _read_import(module, node, package, optional=optional)
     elif isinstance(node, ast.If) and _never_here(node.test):
@@ -63,6 +67,7 @@ def _read_import(module: Module, node: ast.Import | ast.ImportFrom, package: str
     if isinstance(node, ast.Import):
         for alias in node.names:
             module.names[alias.asname or alias.name.partition(".")[0]] = node.lineno
+            module.made.add(alias.asname or alias.name.partition(".")[0])
         targets = [alias.name for alias in node.names]
     else:
         source = _absolute(node, package)
@@ -112,33 +117,83 @@ def _stored(node: ast.AST) -> Iterator[tuple[str, int]]:
 
 def _read_constant(module: Module, node: ast.stmt) -> None:
     values = ast.Constant | ast.List | ast.Dict | ast.Set | ast.Tuple | ast.JoinedStr
-    if isinstance(node, ast.Assign):
-        names = {target.id for target in node.targets if isinstance(target, ast.Name)}
-        module.constants = module.constants | names if isinstance(node.value, values) else module.constants - names
+    if isinstance(node, ast.Assign) and isinstance(node.value, values):
+        module.constants |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    else:
+        module.made |= {name for name, _ in _stored(node)}
 
 
 # --- what a reward reads --------------------------------------------------------------------------------------------
 
 
 def required_keys(function: ast.FunctionDef | ast.AsyncFunctionDef) -> dict[str, int]:
-    """The keys that a reward takes from `sample.prompt` by subscript, with lines; those it asks for first left out."""
+    """The keys that a reward takes from `sample.prompt` by subscript, with lines.
+
+    Left out: those it asks for first, writes itself, or reads only where the row's other columns say so.
+    """
     arguments = [*function.args.posonlyargs, *function.args.args]
-    if not arguments:
+    nodes = list(ast.walk(function))
+    if not arguments or any(isinstance(node, ast.Try) or _is_suppress(node) for node in nodes):
         return {}
     sample, rows = arguments[0].arg, set[str]()
-    for node in ast.walk(function):
+    for node in nodes:
         if isinstance(node, ast.Assign) and _is_prompt(node.value, sample, set()):
             rows |= {target.id for target in node.targets if isinstance(target, ast.Name)}
-    found, asked = dict[str, int](), set[str]()
-    for node in ast.walk(function):
-        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load) and _is_prompt(node.value, sample, rows):
+    found, asked = list[tuple[str, ast.Subscript]](), set[str]()
+    for node in nodes:
+        if isinstance(node, ast.Subscript) and _is_prompt(node.value, sample, rows):
             if isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, str):
-                found.setdefault(node.slice.value, node.lineno)
+                loaded = isinstance(node.ctx, ast.Load)
+                found.append((node.slice.value, node)) if loaded else asked.add(node.slice.value)
         elif isinstance(node, ast.Compare | ast.Call):
             asked |= {part.value for part in ast.walk(node) if _is_question(node, part)}  # type: ignore[attr-defined]
-    if any(isinstance(node, ast.Try) for node in ast.walk(function)):
-        return {}
-    return {key: line for key, line in found.items() if key not in asked}
+    line, test = _first_guard(function, nodes, sample, rows)
+    certain = {key: node.lineno for key, node in reversed(found) if node.lineno < line or node in test}
+    return {key: number for key, number in certain.items() if key not in asked}
+
+
+def _first_guard(
+    function: ast.AST, nodes: Sequence[ast.AST], sample: str, rows: set[str]
+) -> tuple[float, list[ast.AST]]:
+    """The line of the first choice that the row alone decides, and what its question is made of.
+
+    From there on, what is read depends on what kind of row it is.
+    """
+    assigned = [node for node in nodes if isinstance(node, ast.Assign)]
+    stored = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    others = (stored | {node.arg for node in nodes if isinstance(node, ast.arg)}) - rows
+    for node in sorted(assigned, key=lambda node: node.lineno):
+        if _of_the_row(node.value, sample, rows, others):
+            others = others - {name for target in node.targets for name, _ in _stored(target)}
+    known = rows | (stored - others)
+    guards = [(node.lineno, test) for node in nodes for test in _questions(node)]  # type: ignore[attr-defined]
+    own = [(line, test) for line, test in guards if _of_the_row(test, sample, known, others)]
+    line, test = min(own, key=lambda guard: guard[0], default=(float("inf"), None))
+    return line, [] if test is None else list(ast.walk(test))
+
+
+def _questions(node: ast.AST) -> list[ast.expr]:
+    if isinstance(node, ast.If | ast.IfExp | ast.While):
+        return [node.test]
+    return [node.subject] if isinstance(node, ast.Match) else node.values[:1] if isinstance(node, ast.BoolOp) else []
+
+
+def _of_the_row(test: ast.expr, sample: str, rows: set[str], others: set[str]) -> bool:
+    """Does it read the row, and none of the function's other values?"""
+    prompts = [node for node in ast.walk(test) if isinstance(node, ast.expr) and _is_prompt(node, sample, rows)]
+    if (
+        isinstance(test, ast.Compare)
+        and isinstance(test.ops[-1], ast.In | ast.NotIn)
+        and test.comparators[-1] in prompts
+    ):
+        return True  # `name in row`, whatever the name
+    own = {inner for node in prompts for inner in ast.walk(node)}
+    rest = [node for node in ast.walk(test) if isinstance(node, ast.Name) and node not in own]
+    return bool(prompts) and not any(node.id in others for node in rest)
+
+
+def _is_suppress(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] == "suppress"
 
 
 def _is_prompt(node: ast.expr, sample: str, rows: set[str]) -> bool:
@@ -153,9 +208,9 @@ def _is_prompt(node: ast.expr, sample: str, rows: set[str]) -> bool:
 
 
 def _is_question(node: ast.Compare | ast.Call, part: ast.AST) -> bool:
-    """A text in `"tests" in row` or `row.get("tests")`."""
+    """A text in `"tests" in row`, `row.get("tests")` or `row.setdefault("tests", [])`."""
     if not (isinstance(part, ast.Constant) and isinstance(part.value, str)):
         return False
     if isinstance(node, ast.Compare):
         return part is node.left and any(isinstance(op, ast.In | ast.NotIn) for op in node.ops)
-    return isinstance(node.func, ast.Attribute) and node.func.attr == "get" and part in node.args[:1]
+    return isinstance(node.func, ast.Attribute) and node.func.attr in ("get", "setdefault") and part in node.args[:1]
