@@ -31,6 +31,14 @@ GROUP = """\
     | ValueError: the inner one
     +------------------------------------
 """
+RANKS = """\
+[rank1]: Traceback (most recent call last):
+[rank0]: Traceback (most recent call last):
+[rank1]:   File "x.py", line 1, in <module>
+[rank0]:   File "x.py", line 1, in <module>
+[rank1]: ValueError: of rank 1
+[rank0]: ValueError: of rank 0
+"""
 
 
 @pytest.mark.parametrize(
@@ -42,6 +50,7 @@ GROUP = """\
         (f"{TRACEBACK}KeyError: 'a'\n\nDuring handling\n\n{TRACEBACK}ValueError: b\n{TORCHRUN}", "ValueError: b"),
         (f"{TRACEBACK}ValueError: many\nlines\nwarning: leaked objects\n{TORCHRUN}", "ValueError: many"),
         (f"{GROUP}{TORCHRUN}", "ValueError: the inner one"),
+        (f"{RANKS}{TORCHRUN}", "ValueError: of rank 0"),
         (f"step=1\n{TORCHRUN}", None),
         ("Killed\n", None),
     ],
@@ -85,7 +94,8 @@ def test_the_cause_is_the_runs_message(host: Host, text: str, message: str) -> N
 
 
 def test_the_event_has_all_lines(host: Host) -> None:
-    """Goal: an `error` event of the trainer's is the message, whole, though the log has other lines after it. Red with the log alone asked."""
+    """Goal: an `error` event of the trainer's is the message, whole, though the log has other lines after it. Red with
+    the log alone asked."""
     said = "import sys, os; sys.path.insert(0, os.getcwd())\nfrom pathlib import Path\nfrom rollouts import run_dir\n"
     tell = (
         "run_dir.append_event(run_dir.RunDir(Path(sys.argv[1])), 'error', message={!r}, window='trainer', log_tail=[])"

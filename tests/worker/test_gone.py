@@ -90,6 +90,15 @@ def test_the_sent_tail_needs_no_code(host: Host) -> None:
     assert any(line.get("file") == "events.jsonl" for line in lines)
 
 
+def test_a_damaged_snapshot_costs_itself(tmp_path: Path) -> None:
+    """Goal: a status or a record that is no text does not stop a pull. Red with UnicodeDecodeError: nothing came."""
+    run = RunDir(tmp_path)
+    run.status.write_bytes(b"\xff\x00")
+    run_dir.append_event(run, "note")
+    lines = [json.loads(line) for line in sent("tail", str(run.path), more="{}\n").stdout.splitlines()]
+    assert lines[-1]["ended"] and {"events.jsonl", "status.json"} == {line["file"] for line in lines[:-1]}
+
+
 @pytest.mark.parametrize("how", ["truncated", "replaced", "removed", "with its directory"])
 def test_a_followed_file_only_grows(host: Host, how: str) -> None:
     """Goal: a followed file that shrinks, is another or is gone ends the following with words, not with bytes from the
