@@ -507,10 +507,13 @@ def _left_secrets(run: RunDir) -> list[Path]:
 def clean_up(home: Path) -> None:
     """Remove what runs under `home` left that died without their own end: a reboot, or SIGKILL of everything."""
     for path in home.glob("runs/*"):
-        run = RunDir(path)
-        if not (run.secrets.is_symlink() or run.secrets.exists() or _left_secrets(run)):
-            continue
-        with launching(run, wait=False) as alone, contextlib.suppress(OSError):  # what cannot be removed hides no run
+        with contextlib.suppress(OSError):  # another user's, or removed meanwhile: it stands in nobody's way
+            _clean_up_run(RunDir(path))
+
+
+def _clean_up_run(run: RunDir) -> None:
+    if run.secrets.is_symlink() or run.secrets.exists() or _left_secrets(run):
+        with launching(run, wait=False) as alone:
             if alone and not observe(run).live:
                 remove_transient(run)
 
@@ -537,6 +540,15 @@ def read_status(run: RunDir) -> Status | None:
 
 def read_exit(run: RunDir, stage: str, window: str) -> ExitRecord | None:
     return _read_record(run.exit(stage, window), ExitRecord)
+
+
+def read_launch_id(run: RunDir) -> str | None:
+    """Which `deploy` started the run; None where an older version of this program did, or nobody yet."""
+    try:
+        found = json.loads(run.launch.read_text())["launch_id"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return None if found is None else str(found)
 
 
 def read_plan(run: RunDir) -> LaunchPlan | None:

@@ -16,17 +16,20 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from rollouts.run_dir import RunDir, clean_up, last_jsonl_row, observe
+from rollouts.run_dir import RunDir, clean_up, last_jsonl_row, observe, read_launch_id
 
 
 def run_row(run: RunDir) -> dict[str, Any] | None:
     """One run as `deploy ls` shows it; None when nothing was launched there.
 
     {run_id, experiment_name, state, stage, step, started_at, updated_at, exit_code, message, live (supervised, or about
-    to be), launched (a supervisor held the lock once), ports (of a live run's engines, now or later)}:
-    what run_dir.observe sees, and the last metrics row's step.
+    to be), launched (a supervisor held the lock once), launch_id (of the deploy that started it; None: not known),
+    ports (of a live run's engines, now or later)}: what run_dir.observe sees, and the last metrics row's step.
     """
-    seen = observe(run)
+    try:
+        seen = observe(run)
+    except OSError:  # another user's
+        return None
     if seen.status is None:
         return None
     return {
@@ -41,6 +44,7 @@ def run_row(run: RunDir) -> dict[str, Any] | None:
         "message": seen.status.message,
         "live": seen.live,
         "launched": run.lock.exists(),
+        "launch_id": read_launch_id(run),
         "ports": _ports(run) if seen.live else [],
     }
 

@@ -98,6 +98,7 @@ def open_run(
             if entry is None or (entry.target != target and row is None):
                 entry = _adopt(run_id, target, facts, transport, keep=adopt)  # started elsewhere
             entry = dataclasses.replace(entry, target=target)  # one host may have several names
+            _check_ours(entry, row)
             trace = _trace(entry, facts, transport, row)
             now.run_id, now.target = run_id, target
             if row is not None and trace == "on its host":
@@ -106,6 +107,19 @@ def open_run(
             if needs_files and trace in ("gone", "never launched"):
                 raise opened.missing()
             yield opened
+
+
+def _check_ours(entry: Entry, row: dict[str, Any] | None) -> None:
+    """Raise DeployError for another deploy's run of the same name: no verb of this one's may act on it."""
+    theirs = row.get("launch_id") if row else None
+    if entry.adopted or not entry.launch_id or theirs in (None, entry.launch_id):
+        return
+    raise DeployError(
+        f"the run {entry.run_id} on {entry.target} is not the one of this machine: another deploy had the name first.",
+        found=f"{entry.run_path}, started by another deploy",
+        fix=f"deploy forget {entry.run_id}; then deploy again with another --run-id, or `deploy attach {entry.run_id}"
+        f" --remote {shlex.quote(entry.target)}` follows the other one",
+    )
 
 
 def _trace(entry: Entry, facts: HostFacts, transport: Transport, row: dict[str, Any] | None) -> Trace:

@@ -1,10 +1,12 @@
 """Where metrics go: JSON Lines, Weights & Biases, or several at once. One flat dict of scalars per logged step."""
 
+import contextlib
 import json
 import math
 import os
 import time
 from collections.abc import Mapping, Sequence
+from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,9 +23,9 @@ class JSONLLogger:
     """One JSON object a line, appended: `{"step", "time", constants…, metrics…}`; time is seconds since the epoch, UTC.
 
     `path` is a directory, in which `metrics.jsonl` is written, or the file itself where it ends in `.jsonl`.
-    `constants` are written into every line (`stage="rl"`). Each line is one write that is flushed, so a reader that
-    follows the file sees whole lines; what a killed writer left torn is closed off by a newline. Numbers that JSON
-    has no word for (NaN, infinities) become null.
+    `constants` are written into every line (`stage="rl"`). Each line is one write, so a reader that follows the file
+    sees whole lines; what a killed writer left torn is closed off by a newline, and of a line that a full disk cut
+    short nothing stays. Numbers that JSON has no word for (NaN, infinities) become null.
     """
 
     def __init__(self, path: Path | str, **constants: Any) -> None:
@@ -31,17 +33,13 @@ class JSONLLogger:
         self.path = path if path.suffix == ".jsonl" else path / "metrics.jsonl"
         self._constants = constants
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        torn = _ends_torn(self.path)
-        self._file = self.path.open("a", encoding="utf-8")
-        if torn:
-            self._file.write("\n")
+        self._file = self.path.open("ab+", buffering=0)
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         if self._file.closed:
             raise ValueError(f"{self.path}: logged after finish(); open a new JSONLLogger to append")
         fixed = {"step": step, "time": round(time.time(), 3), **self._constants}
-        self._file.write(_json({**fixed, **metrics, **fixed}) + "\n")
-        self._file.flush()
+        _append(self._file, _json({**fixed, **metrics, **fixed}).encode() + b"\n")
 
     def finish(self) -> None:
         self._file.close()
@@ -113,15 +111,18 @@ def _cell(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool)) or value is None else json.dumps(value, default=str)
 
 
-def _ends_torn(path: Path) -> bool:
+def _append(file: FileIO, data: bytes) -> None:
+    """Write all of `data` on a line of its own, or nothing. Raises OSError."""
+    begin = os.fstat(file.fileno()).st_size
+    torn = begin > 0 and os.pread(file.fileno(), 1, begin - 1) != b"\n"
+    data = b"\n" + data if torn else data
     try:
-        with path.open("rb") as file:
-            if file.seek(0, 2) == 0:
-                return False
-            file.seek(-1, 2)
-            return file.read(1) != b"\n"
-    except FileNotFoundError:
-        return False
+        while data:  # a regular file takes it in one call unless the disk is full
+            data = data[file.write(data) :]
+    except OSError:
+        with contextlib.suppress(OSError):  # no regular file: the first error is the one to tell
+            file.truncate(begin)
+        raise
 
 
 def json_text(record: Mapping[str, Any], **options: Any) -> str:

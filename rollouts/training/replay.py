@@ -162,7 +162,7 @@ def _index(path: Path) -> tuple[list[_Step], str]:
                         current = steps[record["step"]] = _Step(record["step"], offset, number)
                     current.lines += 1
                     current.samples = record["step_samples"]
-                except json.JSONDecodeError:
+                except ValueError:  # no JSON, or bytes that are no text
                     if current is not None:
                         current.torn_line = number
                 except (KeyError, TypeError):

@@ -4,7 +4,9 @@ import re
 from collections.abc import Sequence
 
 SENTENCE = "error: "  # what a mistake of the user's ends with: one line, and indented ones under it
-_TRACEBACK = re.compile(r"^(?P<prefix>[\s|+-]*)(?:Exception Group )?Traceback \(most recent call last\):$")
+_TRACEBACK = re.compile(
+    r"^(?P<prefix>(?:\[rank\d+\]: )?[\s|+-]*)(?:Exception Group )?Traceback \(most recent call last\):$"
+)
 _TORCHRUN_ENDS = "torch.distributed.elastic.multiprocessing.errors.ChildFailedError"
 _TORCHRUN_SAYS = re.compile(r"^[EWI]\d{4} .*torch/distributed/(elastic|run)")
 
@@ -38,9 +40,12 @@ def _indented(lines: Sequence[str]) -> list[str]:
 
 
 def _exception(lines: Sequence[str], prefix: str) -> str | None:
-    """The first line below a traceback's header that is not indented under it: `ValueError: …`."""
+    """The first line below a traceback's header that is not indented under it: `ValueError: …`.
+
+    Several ranks write at once, each of its lines with its number: those of others are passed over.
+    """
     for line in lines:
-        text = line.removeprefix(prefix)
+        text = line.removeprefix(prefix) if line.startswith(prefix) else ""
         if text and not text.startswith((" ", "\t")):
             return text.strip()
     return None

@@ -84,6 +84,7 @@ UV_KEPT = frozenset(
 )
 UV_KEPT_PREFIXES = ("UV_INDEX_", "UV_HTTP_", "UV_CONCURRENT_", "UV_PYTHON_INSTALL_")
 ELSEWHERE = frozenset({"VIRTUAL_ENV", "VIRTUAL_ENV_PROMPT", "_CONDA_ROOT", "__PYVENV_LAUNCHER__"})
+ELSEWHERE_PREFIXES = ("CONDA_", "_CE_", "PET_")  # PET_: torchrun's options, which clusters set for their own jobs
 INTERPRETERS_OWN = re.compile(r"PYTHON[A-Z0-9]+")  # PYTHON_VERSION and the like are those of images, not Python's
 
 
@@ -95,7 +96,7 @@ def redirects(name: str) -> bool:
         return name not in UV_KEPT and not name.startswith(UV_KEPT_PREFIXES)
     if INTERPRETERS_OWN.fullmatch(name):
         return name not in PYTHON_KEPT
-    return name in ELSEWHERE or name.startswith(("CONDA_", "_CE_"))
+    return name in ELSEWHERE or name.startswith(ELSEWHERE_PREFIXES)
 
 
 def left_out_note(names: Iterable[str]) -> str:

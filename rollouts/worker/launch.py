@@ -59,14 +59,14 @@ def launch(job: dict[str, Any]) -> dict[str, Any]:
     with run_dir.launching(run):
         if run.lock.exists():
             reason = f"run {plan.run_id} was started before; it is {observe(run).state}"
-            return {"started": False, "same": _launched_by(run) == job.get("launch_id"), "reason": reason}
+            return {"started": False, "same": run_dir.read_launch_id(run) == job.get("launch_id"), "reason": reason}
         if tmux.has_session(plan.run_id):
             if not run.status.exists():
                 raise LaunchError(
                     f"a tmux session {plan.run_id!r} is there already, and not of this run. Choose another run name, or"
                     f" end that session (`tmux kill-session -t {plan.run_id}`)."
                 )
-            same = _launched_by(run) == job.get("launch_id")
+            same = run_dir.read_launch_id(run) == job.get("launch_id")
             if same:
                 _await_supervisor(run, plan)  # an earlier launch was cut off at this point
             return {"started": False, "same": same, "reason": f"run {plan.run_id} was started before"}
@@ -92,14 +92,6 @@ def _start_session(run: RunDir, plan: LaunchPlan, job: dict[str, Any]) -> None:
     _await_supervisor(run, plan)
 
 
-def _launched_by(run: RunDir) -> str | None:
-    try:
-        found = json.loads(run.launch.read_text())["launch_id"]
-    except (OSError, ValueError, KeyError):  # launched by an older version of this program
-        return None
-    return None if found is None else str(found)
-
-
 @contextlib.contextmanager
 def _one_at_a_time(plan: LaunchPlan) -> Iterator[None]:
     """One launch in this home: what two of them want is given to the first. The kernel frees it with its holder."""
@@ -116,11 +108,9 @@ def _taken(plan: LaunchPlan) -> str:
     wanted = _needs(plan)
     for path in sorted(Path(plan.home).glob("runs/*")):
         other = RunDir(path)
-        if path.name == plan.run_id or not observe(other).live:
-            continue
         try:
-            theirs = run_dir.read_plan(other)
-        except (ValueError, TypeError, KeyError):  # of another version of this program: its files are not ours to judge
+            theirs = run_dir.read_plan(other) if path.name != plan.run_id and observe(other).live else None
+        except (OSError, ValueError, TypeError, KeyError):  # another user's, or of another version of this program
             continue
         if theirs is not None and (shared := wanted & _needs(theirs)):
             return (

@@ -107,7 +107,9 @@ class Tail:
     def _send_snapshot(self, path: Path) -> bool:
         name = path.relative_to(self.run.path).as_posix()
         try:
-            with path.open() as stream:  # one open file: text and identity belong together
+            with path.open(
+                encoding="utf-8", errors="replace"
+            ) as stream:  # one open file: text and identity belong together
                 found = os.fstat(stream.fileno())
                 identity = (found.st_ino, found.st_size, found.st_mtime_ns)
                 if self.snapshots.get(name) == identity:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,6 +50,23 @@ def test_a_torn_last_line_is_closed_off(tmp_path):
     logger = JSONLLogger(path)
     logger.log({"loss": 0.1}, step=3)
     assert json.loads(path.read_text().splitlines()[-1])["step"] == 3
+
+
+def test_a_line_that_does_not_fit_is_taken_back(tmp_path):
+    """Goal: a full disk, here a file at its limit, costs the line that did not fit, and none after it. Red with a
+    buffered file: half a line stayed, and the next one was glued to it."""
+    logger = JSONLLogger(tmp_path)
+    logger.log({"loss": 0.5}, step=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (logger.path.stat().st_size + 20, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            logger.log({"loss": 0.4, "text": "x" * 200}, step=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    logger.log({"loss": 0.3}, step=3)
+    logger.finish()
+    assert [record["step"] for record in lines(logger.path)] == [1, 3]
 
 
 def test_values_of_other_libraries_and_numbers_json_lacks(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 
 from rollouts import run_dir
 from rollouts.run_dir import RunDir, append_jsonl, last_jsonl_row, read_jsonl, read_rows, write_json_atomic
+from rollouts.worker.journal import Journal
 from tests.worker.stands import Host, as_status, events, log, stage, trainer
 
 FILLING = """
@@ -135,3 +136,35 @@ def test_a_reserve_is_given_once(small_disk: Path) -> None:
     with pytest.raises(PermissionError):
         run_dir.write_on_full_disk(run, refuse)
     assert run.reserve.exists()
+
+
+def test_the_supervisors_last_words_are_given_the_reserve(small_disk: Path) -> None:
+    """Goal: the last event, with those before it that did not fit, and the final status are written on a full disk.
+    Red with the reserve given for exit records alone."""
+    run = RunDir(small_disk / "run")
+    lock = run_dir.hold_lock(run)
+    assert lock is not None
+    with lock:
+        journal = Journal(run, lock)
+        for number in range(2):
+            run_dir.make_reserve(run)
+            fill(small_disk)
+            if number == 0:
+                journal.event("note")
+                assert read_jsonl(run.events) == [] and run.reserve.exists()
+                journal.event("run_ended", last=True)
+            else:
+                ended = run_dir.Status(
+                    run_id="r",
+                    experiment_name="e",
+                    state="failed",
+                    stage=None,
+                    message="why",
+                    started_at=1.0,
+                    updated_at=2.0,
+                    exit_code=1,
+                )
+                journal.status(ended)
+                assert run_dir.read_status(run) == ended
+            (small_disk / "filler").unlink()
+    assert [row["kind"] for row in read_jsonl(run.events)] == ["note", "run_ended"]

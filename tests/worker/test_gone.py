@@ -7,12 +7,15 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from rollouts import run_dir
+from rollouts.remote.host_probe import probe
 from rollouts.remote.sending import sent_program
 from rollouts.run_dir import RunDir, clean_up
+from rollouts.worker.journal import Journal
 from rollouts.worker.processes import listeners
 from tests.worker.stands import (
     REPOSITORY,
@@ -61,7 +64,7 @@ def test_a_run_ends_with_its_directory(host: Host, how: str) -> None:
     wait_for(lambda: not survivors(run), "its end")
     assert not run.secrets_in_memory.exists() and not run.secrets.exists()
     if how != "its lock removed":
-        assert not run.status.exists() and not run.events.exists()
+        assert not run.path.exists(), list(run.path.rglob("*"))
 
 
 def test_a_removed_run_can_be_stopped(host: Host) -> None:
@@ -85,6 +88,15 @@ def test_the_sent_tail_needs_no_code(host: Host) -> None:
     lines = [json.loads(line) for line in sent("tail", str(run.path), more="{}\n").stdout.splitlines()]
     assert lines[-1] == {"ended": True, "state": "done", "exit_code": 0}
     assert any(line.get("file") == "events.jsonl" for line in lines)
+
+
+def test_a_damaged_snapshot_costs_itself(tmp_path: Path) -> None:
+    """Goal: a status or a record that is no text does not stop a pull. Red with UnicodeDecodeError: nothing came."""
+    run = RunDir(tmp_path)
+    run.status.write_bytes(b"\xff\x00")
+    run_dir.append_event(run, "note")
+    lines = [json.loads(line) for line in sent("tail", str(run.path), more="{}\n").stdout.splitlines()]
+    assert lines[-1]["ended"] and {"events.jsonl", "status.json"} == {line["file"] for line in lines[:-1]}
 
 
 @pytest.mark.parametrize("how", ["truncated", "replaced", "removed", "with its directory"])
@@ -131,11 +143,39 @@ def test_secrets_go_when_everything_was_killed(host: Host, who: str) -> None:
     if who == "tail":
         sent("tail", str(run.path), more="{}\n")
     elif who == "probe":
-        clean_up(host.home)
+        probe(host.home, [], [], None)
     else:
         host.finish(stage("sft", trainer("print('next')")))
     assert not run.secrets.is_symlink() and not run.secrets.exists() and not run.secrets_in_memory.exists()
     assert run_dir.observe(run).state == "died"
+
+
+def test_a_killed_writers_secrets_go(tmp_path: Path) -> None:
+    """Goal: what a writer of the secrets that was killed left under its temporary name goes at the next look. Red with
+    the final name alone known."""
+    run = RunDir(run_dir.run_path(tmp_path, "r"))
+    run.path.mkdir(parents=True)
+    left = run.path / ".secrets.json.4711.tmp"
+    left.write_text("a-secret")
+    clean_up(tmp_path)
+    assert not left.exists()
+
+
+def test_a_directory_in_a_runs_place_is_not_its_own(tmp_path: Path) -> None:
+    """Goal: a run whose directory was replaced by another writes nothing into that. Red with the lock's name alone
+    looked at."""
+    run = RunDir(tmp_path / "r")
+    lock = run_dir.hold_lock(run)
+    assert lock is not None
+    with lock:
+        journal = Journal(run, lock)
+        assert not journal.is_gone()
+        shutil.rmtree(run.path)
+        run.path.mkdir()
+        run.lock.touch()
+        assert journal.is_gone()
+        journal.event("note")
+        assert not run.events.exists()
 
 
 def test_secrets_do_not_outlive_a_reboot(host: Host) -> None:

@@ -104,6 +104,7 @@ def test_what_the_config_names_passes(host: Host, spec: EnvironmentSpec, tmp_pat
         *((name, False) for name in ("VIRTUAL_ENV", "CONDA_PREFIX", "CONDA_DEFAULT_ENV", "__PYVENV_LAUNCHER__")),
         *((name, False) for name in ("PIP_NO_DEPS", "PIP_REQUIREMENT", "PIP_PRE", "PIP_IGNORE_INSTALLED", "PIP_SRC")),
         *((name, False) for name in ("UV_SYSTEM_PYTHON", "UV_PYTHON", "UV_PROJECT_ENVIRONMENT", "UV_CONSTRAINT")),
+        *((name, False) for name in ("PET_STANDALONE", "PET_MAX_RESTARTS", "PET_NNODES")),
         *((name, False) for name in ("UV_OVERRIDE", "UV_EXCLUDE_NEWER", "UV_RESOLUTION", "UV_PRERELEASE")),
     ],
 )

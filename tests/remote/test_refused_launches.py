@@ -1,0 +1,80 @@
+"""A launch that the host refuses: what `deploy` makes of the answer."""
+
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rollouts import run_dir
+from rollouts.remote import host_probe
+from rollouts.run_dir import RunDir
+from rollouts.worker import launch
+from tests.remote.hosts import Laptop, write_config
+from tests.remote.test_gone_runs import launch_plan
+
+
+@contextlib.contextmanager
+def live(home: Path, run_id: str) -> Iterator[RunDir]:
+    """Another deploy's run: its files, and a supervisor's lock, which this process holds."""
+    run = RunDir(run_dir.run_path(home, run_id))
+    run.path.mkdir(parents=True, exist_ok=True)
+    run_dir.write_json_atomic(run.launch, {"launch_id": "another"})
+    run_dir.write_json_atomic(run.plan, launch_plan(home, run_id))
+    now = time.time()
+    status = run_dir.Status(
+        run_id=run_id,
+        experiment_name="example",
+        state="running",
+        stage="sft",
+        message="training",
+        started_at=now,
+        updated_at=now,
+        exit_code=None,
+    )
+    run_dir.write_json_atomic(run.status, status)
+    lock = run_dir.hold_lock(run)
+    assert lock is not None
+    with lock:
+        yield run
+
+
+@pytest.mark.parametrize("other", ["mine", "other"], ids=["of the same name", "of the same experiment"])
+def test_a_launch_that_comes_second(laptop: Laptop, other: str) -> None:
+    """Goal: of two deploys that pass the check in the same moment the second is told that its run was not started, with
+    exit 2, and no verb of its name then acts on the first one's. Red with the launcher's answer ignored: it followed
+    the first one's run, and said done."""
+    config = str(write_config(laptop.project, output__mode="sft"))
+    process = laptop.start(config, "--run-id", "mine")
+    deadline = time.monotonic() + 60
+    while not (laptop.rollouts_home / "registry" / "mine.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    with live(laptop.rollouts_home, other) as theirs:
+        out, error = process.communicate(timeout=120)
+        assert process.returncode == 2, out + error
+        assert "mine was not started" in error and error.endswith("Nothing was started.\n")
+        done = laptop.deploy("stop" if other == "mine" else "attach", "mine", timeout_s=60)
+        expected = "another deploy had the name first" if other == "mine" else "mine was not started"
+        assert done.returncode == 2 and expected in done.stderr, (done.stdout, done.stderr)
+        assert run_dir.observe(theirs).state == "running"
+
+
+def test_what_another_user_left_is_no_obstacle() -> None:
+    """Goal: a directory among the runs that may not be read, here another user's, and a file in a directory's place,
+    stop no look, no clean-up and no launch. Red with PermissionError let through in any of the three."""
+    with tempfile.TemporaryDirectory() as directory:
+        home = Path(directory)
+        home.chmod(0o755)
+        (home / "runs" / "closed").mkdir(parents=True)
+        (home / "runs" / "closed").chmod(0)
+        (home / "runs" / "file").touch()
+        os.seteuid(65534)
+        try:
+            run_dir.clean_up(home)
+            assert host_probe.run_rows(home) == []
+            assert launch._taken(launch_plan(home, "mine")) == ""
+        finally:
+            os.seteuid(0)
