@@ -76,7 +76,9 @@ _REWRITES = tuple(
 _SEPARATED_THOUSANDS = re.compile(rf"(?<![\d.])\d{{1,3}}(?:{_SPACE}\d{{3}})+(?!\d)")
 _REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?")
 _PERCENT = re.compile(r"\s*(?:\\?%|\\text\s*\{\s*percent\s*\}|\bpercent\b)\s*$", re.IGNORECASE)
-_UNIT_AT_END = re.compile(r"(?:(?<=[\d})])|(?<=\\pi))(?:\\[,;:! ]|~|\s)*\\(?:text|mathrm|mbox)\s*\{[^{}]*\}\s*(?:\^\s*\{?\d\}?)?$")
+_UNIT_AT_END = re.compile(
+    r"(?:(?<=[\d})])|(?<=\\pi))(?:\\[,;:! ]|~|\s)*\\(?:text|mathrm|mbox)\s*\{[^{}]*\}\s*(?:\^\s*\{?\d\}?)?$"
+)
 _NUMBER_AND_WORDS = re.compile(
     rf"(-?{_NUMBER}(?:/\d+)?|-?\d{{1,3}}(?:,\d{{3}})+(?:\.\d+)?)\s+(?:[A-Za-z]{{3,}}|in)(?: [A-Za-z]+)*"
 )
