@@ -47,7 +47,7 @@ CAUSES: dict[str, tuple[Callable[[Mapping[str, Any]], bool], str]] = {
 
 @dataclass
 class Alarms:
-    """Looks at each logged step and evaluation of a stage of `steps_total` steps."""
+    """Looks at each logged step and evaluation of a stage that logs `steps_total` steps."""
 
     steps_total: int
     _streaks: dict[str, int] = field(default_factory=dict)

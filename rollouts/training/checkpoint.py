@@ -159,12 +159,17 @@ def read_training_state(path: Path) -> dict[str, Any]:
     Only plain data is unpickled. Raises CheckpointError for a file that holds anything else.
     """
     try:
-        return torch.load(path / TRAINING_STATE_FILE, map_location="cpu", weights_only=True)
+        state = torch.load(path / TRAINING_STATE_FILE, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"{path / TRAINING_STATE_FILE}: is not plain data, so it is not read: {reason}"
         ) from error
+    if not isinstance(state, dict):
+        raise CheckpointError(
+            f"{path / TRAINING_STATE_FILE}: holds {type(state).__name__}, needs a dict: was it edited?"
+        )
+    return state
 
 
 def write_model(model: nn.Module, directory: Path, weights: Mapping[str, Tensor], tokenizer: Any = None) -> None:

@@ -32,7 +32,7 @@ from rollouts.worker.trainer_data import (
     sft_seed,
     sft_steps,
 )
-from rollouts.worker.trainer_job import Job, alarms_of, metrics_of
+from rollouts.worker.trainer_job import Job, alarms_of, logged_steps, metrics_of
 from rollouts.worker.trainer_wiring import (
     agent_parts,
     base_model,
@@ -159,7 +159,8 @@ async def _train(config: Config, run: RunDir, stage: str, urls: Urls) -> None:
             require_fitting_model(backend.model, data)
             resume = await backend.load_checkpoint(model_path) if resumes else None
         pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        job = Job(config, run, stage, tokenizer, backend, steps, resume, pad_token_id, alarms_of(run, steps))
+        alarms = alarms_of(run, logged_steps(config, stage, steps))
+        job = Job(config, run, stage, tokenizer, backend, steps, resume, pad_token_id, alarms)
         if _rank() == 0:
             if report := report_of(data):
                 append_event(run, "note", message=report)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,12 +27,20 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def alarms_of(run: RunDir, steps: int) -> "Alarms":
-    """The alarms of a stage of `steps` steps, which know what the stage before has evaluated to."""
+def logged_steps(config: Config, stage: str, steps: int) -> int:
+    """How many of a stage's `steps` are logged: each `log_every`th, and the last; all where nothing is trained."""
+    of_stage = config.sft if stage == "sft" else config.rl
+    if of_stage is None or (config.rl is not None and stage == "rl" and config.rl.source == "engine_only"):
+        return steps
+    return math.ceil(steps / of_stage.log_every)
+
+
+def alarms_of(run: RunDir, logged: int) -> "Alarms":
+    """The alarms of a stage that logs `logged` steps, which know what the stage before has evaluated to."""
     from rollouts.training.alarms import Alarms
     from rollouts.training.evaluation import ALL_TASKS
 
-    alarms = Alarms(steps)
+    alarms = Alarms(logged)
     for row in read_jsonl(run.eval):
         if row["task"] == ALL_TASKS and row["value"] is not None:
             alarms.of_evaluation(f"{row['stage']} step {row['step']}", {row["metric"]: row["value"]})

@@ -131,6 +131,13 @@ def test_the_training_states_torch_file_runs_nothing(victim: Path, tmp_path: Pat
     assert not target.exists()
 
 
+def test_a_training_state_that_is_no_dict_is_refused(victim: Path) -> None:
+    """Goal: an error that names the file. Red: TypeError, list indices must be integers."""
+    torch.save([1], victim / "training_state.pt")
+    with pytest.raises(CheckpointError, match=r"training_state\.pt: holds list, needs a dict"):
+        resume(victim)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -22,7 +23,7 @@ from rollouts.training.model_loading import ModelError, load_model
 from rollouts.training.rewards.scoring import scoring
 from rollouts.training.rollout_gen.concurrency import gather_in_order
 from rollouts.training.types import Sample
-from rollouts.worker import trainer, trainer_wiring
+from rollouts.worker import trainer, trainer_job, trainer_wiring
 from tests.example_config import example_config, replace_at
 from tests.training.backends.test_pytorch import rl_batch, sft_batch
 from tests.training.tiny_task import TINY_MODEL, InProcessEngine, tiny_tokenizer
@@ -375,6 +376,38 @@ def test_use_wandb(tmp_path: Path, wandb_calls: Path, use_wandb: bool, monkeypat
     logged = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     for call, row in zip(calls[1:3], logged, strict=True):
         assert (call["step"], call["data"]["loss"]) == (row["step"], row["loss"])
+
+
+def test_wandb_gets_samples_as_tables(tmp_path: Path) -> None:
+    """Goal: the answers and samples of a step where an evaluation fell, and of the last one; none twice. Red with the
+    tables left out, and with rows of other steps in them."""
+    run, tables = RunDir(tmp_path), []
+    run.rollouts.write_text("".join(json.dumps({"step": step, "response": f"s{step}"}) + "\n" for step in (1, 2, 3)))
+    answers = [{"stage": stage, "step": step, "row": 0, "answer": stage} for stage in ("rl", "sft") for step in (2, 3)]
+    run.eval_samples.write_text("".join(json.dumps(row) + "\n" for row in answers))
+    wandb: Any = SimpleNamespace(log_table=lambda name, rows, step: tables.append((name, rows, step)))
+    job: Any = SimpleNamespace(run=run, stage="rl")
+    samples = trainer_job._WandbSamples(wandb, job)
+    for step, metrics in ((1, {}), (2, {"eval_exact_match": 0.5}), (3, {})):
+        samples.log({"loss": 1.0, **metrics}, step)
+    samples.finish()
+    samples.finish()
+    assert [(name, [row.get("response") or row["answer"] for row in rows], step) for name, rows, step in tables] == [
+        ("samples", ["s2"], 2),
+        ("eval_samples", ["rl"], 2),
+        ("samples", ["s3"], 3),
+        ("eval_samples", ["rl"], 3),
+    ]
+
+
+def test_alarms_know_how_many_steps_are_logged() -> None:
+    """Goal: a stage that logs fewer than five steps tells what was so in all of them. Red with the steps themselves:
+    12 steps, logged at 10 and 12, were never five in a row."""
+    config = changed({"rl.log_every": 10, "sft.log_every": 1})
+    found = [trainer_job.logged_steps(config, "rl", steps) for steps in (1, 10, 12, 50)]
+    assert (found, trainer_job.logged_steps(config, "sft", 12)) == ([1, 1, 2, 5], 12)
+    alone = changed({"output.mode": "rl", "rl.log_every": 10, "rl.source": "engine_only"})
+    assert trainer_job.logged_steps(alone, "rl", 12) == 12  # nothing trains: each step is logged
 
 
 def test_running_ahead_reaches_the_loop() -> None:

@@ -43,6 +43,9 @@ SAME = [  # the gold, and answers that mean the same
     (r"5\text{ cm}^2", ["5", r"5 \text{ cm}^2", "5 cm"]),
     ("50 km/h", ["50", r"50\text{ km/h}"]),
     ("72 dollars", ["72", r"72\text{ dollars}"]),
+    ("12 in", ["12", r"12\text{ in}"]),
+    (r"4\pi \text{ cm}", [r"4\pi", r"4\pi\text{ cm}"]),
+    (r"18\pi\text{ square inches}", [r"18\pi"]),
     (r"12\%", ["12", r"12\%", "0.12"]),
     (r"33\frac{1}{3}\%", [r"\frac{100}{3}\%"]),
     (r"90^\circ", ["90", "90°", r"90 \text{ degrees}"]),
@@ -115,6 +118,16 @@ def test_a_responses_answer_is_read_to_its_end_too() -> None:
     assert score("2,3", r"$\boxed{2}$ and $\boxed{3}$") == 1.0
     assert score("3", r"First $\boxed{2}$. That is even, and we want an odd number: $\boxed{3}$") == 1.0
     assert score("Evelyn", "The answer is Evelyn.") == 1.0
+
+
+def test_a_number_after_a_short_word_is_the_answer() -> None:
+    """Goal: English words of two letters are no product of variables. Red with "It is 72" read as I·t·i·s·72."""
+    said = ["It is 72", "It's 72.", "So 72", "it is $72$", "There are 72 of them."]
+    assert [score("72", text) for text in said] == [1.0] * len(said)
+    assert [score("72", text) for text in ("It is 73", "So 7")] == [0.0, 0.0]
+    assert score("3/4", "It is 3/4.") == score(r"e^{it}+2", r"\boxed{2+e^{it}}") == 1.0
+    with pytest.raises(RewardError, match="cannot be read to its end"):
+        score("so 72", r"\boxed{71}")
 
 
 @pytest.mark.parametrize(

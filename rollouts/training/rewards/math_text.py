@@ -76,11 +76,14 @@ _REWRITES = tuple(
 _SEPARATED_THOUSANDS = re.compile(rf"(?<![\d.])\d{{1,3}}(?:{_SPACE}\d{{3}})+(?!\d)")
 _REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?")
 _PERCENT = re.compile(r"\s*(?:\\?%|\\text\s*\{\s*percent\s*\}|\bpercent\b)\s*$", re.IGNORECASE)
-_UNIT_AT_END = re.compile(r"(?<=[\d})])(?:\\[,;:! ]|~|\s)*\\(?:text|mathrm|mbox)\s*\{[^{}]*\}\s*(?:\^\s*\{?\d\}?)?$")
+_UNIT_AT_END = re.compile(
+    r"(?:(?<=[\d})])|(?<=\\pi))(?:\\[,;:! ]|~|\s)*\\(?:text|mathrm|mbox)\s*\{[^{}]*\}\s*(?:\^\s*\{?\d\}?)?$"
+)
 _NUMBER_AND_WORDS = re.compile(
-    rf"(-?{_NUMBER}(?:/\d+)?|-?\d{{1,3}}(?:,\d{{3}})+(?:\.\d+)?)\s+[A-Za-z]{{3,}}(?: [A-Za-z]+)*"
+    rf"(-?{_NUMBER}(?:/\d+)?|-?\d{{1,3}}(?:,\d{{3}})+(?:\.\d+)?)\s+(?:[A-Za-z]{{3,}}|in)(?: [A-Za-z]+)*"
 )
 _TIME = re.compile(r"(\d{1,2}):(\d\d)\s*([ap])?\.?\s*(?:m\.?)?", re.IGNORECASE)
+_SHORT_WORD = re.compile(r"(?:^|\s)(?:it|it's|is|so|we|he|of)(?=\s)", re.IGNORECASE)  # "it" in "e^{it}" is none
 _BASED = re.compile(r"([0-9A-Za-z]+)_\{?(\d{1,2})\}?")
 
 
@@ -176,7 +179,7 @@ def is_prose(text: str) -> bool:
     words = [word for word in re.findall(r"[A-Za-z]{3,}", bare) if word.lower() not in names]
     marked = " ".join(match[1] for match in _TEXT.finditer(text))
     words += [word for word in re.findall(r"[A-Za-z]{2,}", marked) if word.lower() not in names]
-    return (bool(words) and bool(re.search(r"\d", text))) or _digits_apart(text)
+    return (bool(words or _SHORT_WORD.search(bare)) and bool(re.search(r"\d", text))) or _digits_apart(text)
 
 
 def time_of(text: str) -> tuple[str, str] | None:
