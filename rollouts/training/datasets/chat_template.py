@@ -193,7 +193,9 @@ def clean_messages(messages: object, where: str) -> list[Message]:
     (`message_keys`) are not the template's. Raises DataError for a tool call that has no name, or arguments that are
     no object.
     """
-    if not isinstance(messages, list | tuple) or not all(isinstance(message, dict) for message in messages):
+    if not isinstance(messages, list | tuple) or not all(
+        isinstance(message, dict) and "role" in message for message in messages
+    ):
         raise DataError(f"{where}: messages={str(messages)[:120]!r}; needs a list of objects with 'role' and 'content'")
     return [_clean(message, f"{where}: messages[{index}]") for index, message in enumerate(messages)]
 

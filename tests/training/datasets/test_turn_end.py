@@ -16,6 +16,7 @@ from rollouts.engines.embedded.model import load
 from rollouts.training.backends import create_pytorch_backend
 from rollouts.training.checkpoint import write_model
 from rollouts.training.datasets.chat import render_conversation, render_prompt
+from rollouts.training.datasets.rows import DataError
 from rollouts.training.datasets.turn_end import end_of_turn_ids
 from rollouts.training.evaluation import evaluate_with_engine, evaluate_with_model, evaluating
 from rollouts.training.model_loading import load_model, load_tokenizer
@@ -193,3 +194,9 @@ async def test_rollouts_ask_for_the_templates_end() -> None:
     tokenizer.eos_token = "<|pad|>"
     await make_generate_fn([engine], tokenizer, max_new_tokens=2, temperature=1.0)(["hi"], seed=0)
     assert engine.requests[0]["sampling_params"][0]["stop_token_ids"] == [0, 1]
+
+
+def test_a_message_without_a_role_is_named() -> None:
+    """Goal: an error about the row, as for messages that are no list. Red: KeyError 'role'."""
+    with pytest.raises(DataError, match="needs a list of objects with 'role' and 'content'"):
+        render_prompt(GEMMA, {"messages": [{"content": "x"}]})
