@@ -20,13 +20,12 @@ class NotPlain(ValueError):
 def parse_json(text: str) -> Any:
     """What the JSON text holds. Raises NotPlain where it is not JSON, or where a reader would have to guess.
 
-    Refused beyond the syntax: NaN and Infinity, a key that an object has twice, integers of more digits than Python
-    converts (4,300), numbers beyond a float, half of a surrogate pair, more than DEPTH_MAX levels.
+    NaN, which Python's and pandas' writers put for a gap, becomes null, as in `to_plain`. Refused beyond the syntax:
+    Infinity, a key that an object has twice, integers of more digits than Python converts (4,300), numbers beyond a
+    float, half of a surrogate pair, more than DEPTH_MAX levels.
     """
     try:
-        value = json.loads(
-            text, parse_constant=_refuse_constant, parse_float=_parse_float, object_pairs_hook=_object_of
-        )
+        value = json.loads(text, parse_constant=_constant, parse_float=_parse_float, object_pairs_hook=_object_of)
     except json.JSONDecodeError as error:
         raise NotPlain(f"not JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
@@ -122,7 +121,9 @@ def _too_deep() -> str:
     return f"lists and objects within each other at more than {DEPTH_MAX} levels"
 
 
-def _refuse_constant(name: str) -> Any:
+def _constant(name: str) -> None:
+    if name == "NaN":
+        return
     raise NotPlain(f"not JSON: {name} is no number there. Fix: null, or leave the key out")
 
 
