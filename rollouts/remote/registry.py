@@ -177,9 +177,10 @@ def mark_launched(entry: Entry) -> None:
 
 
 def note_reason(entry: Entry, text: str) -> None:
-    """Why it was not launched, for `deploy ls`."""
+    """Record in one line why it was not launched, for `deploy ls`."""
     if entry.launch_id and entry.record.path.is_dir():
-        write_text_atomic(entry.record.path / REASON, text, mode=0o600)
+        line = "; ".join(part.strip() for part in text.splitlines() if part.strip())
+        write_text_atomic(entry.record.path / REASON, line, mode=0o600)
 
 
 def planned(entry: Entry) -> Config:

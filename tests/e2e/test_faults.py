@@ -38,7 +38,7 @@ def broken_data() -> Any:
     """A data file in the repository whose third row does not parse; removed afterwards."""
     file = ROOT / "configs" / "data" / "letters" / "broken_for_test.jsonl"
     rows = ['{"question": "abc", "answer": "cba"}', '{"question": "abd", "answer": "dba"}', '{"question": "abe", "ans']
-    file.write_text("\n".join(rows) + "\n")
+    file.write_text("\n".join(rows + rows[:2]) + "\n")
     yield file.relative_to(ROOT)
     file.unlink()
 

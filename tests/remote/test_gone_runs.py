@@ -108,7 +108,7 @@ def test_a_run_that_was_never_launched(laptop: Laptop) -> None:
     failed = laptop.deploy(config, "--run-id", "k", env={"PATH": f"{tools}:{os.environ['PATH']}"})
     assert failed.returncode == 2 and "it is broken" in failed.stderr and "deploy attach k" in failed.stderr
     row = laptop.json("ls")[0]
-    assert row["state"] == "not launched" and "it is broken" in row["message"]
+    assert row["state"] == "not launched" and "it is broken" in row["message"] and "\\n" not in row["message"]
     assert "  error: " in laptop.deploy("ls").stdout
     status = laptop.json("status", "k")
     assert status["state"] == "not launched" and "deploy attach k" in status["message"]
