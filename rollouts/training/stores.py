@@ -39,7 +39,8 @@ class BoundStore(dist.TCPStore):
         *more: Any,
         **named: Any,
     ) -> None:
-        if is_master and port not in self._served and named.get("master_listen_fd") is None:
+        shared = bool(named.get("multi_tenant")) and port in self._served
+        if is_master and not shared and named.get("master_listen_fd") is None:
             listening = _listen_at(host_name, port)
             port = int(listening.getsockname()[1])
             named["master_listen_fd"] = listening.detach()  # the store closes it
