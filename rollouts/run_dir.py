@@ -253,10 +253,13 @@ class EnvironmentSpec:
     name: str  # "trainer", "engine"
     path: str  # <home>/envs/<key>
     installer: Literal["uv", "pip"]
-    base_python: str  # the host's interpreter that makes it
+    base_python: str  # the host's interpreter that makes it; "": python_version is installed for it
     requirements: list[str]
     requirements_no_deps: list[str]  # installed after those, without what they require in turn
     constraints: str  # the text of the constraints file; "" for none
+    torch_build: str = "index"  # "cpu", "cu126", …: from PyTorch's own index; "index": as the installer is configured
+    torch_fallback: bool = False  # take the configured index where PyTorch's cannot be reached
+    python_version: str = ""  # of base_python, or of the one to be installed ("3.11")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,6 +271,7 @@ class ProcessSpec:
     env: dict[str, str]
     ready_url: str | None  # answers 200 once the process serves; None: nothing waits for it
     ready_timeout_s: float
+    tools_of: str = ""  # the environment whose programs and CUDA libraries the process finds; "": the host's alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,7 +291,7 @@ class LaunchPlan:
     experiment_name: str
     home: str
     run_path: str
-    base_python: str  # runs the supervisor: the host's own, >= 3.11, standard library only
+    base_python: str  # runs the supervisor: the host's own, >= 3.10, standard library only
     environments: list[EnvironmentSpec]
     stages: list[StageSpec]
     bootstrap_timeout_s: float

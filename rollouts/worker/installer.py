@@ -41,6 +41,10 @@ class BootstrapError(Exception):
         self.log_tail = list(log_tail)
 
 
+class InstallerFailed(BootstrapError):
+    """An installer ended with another exit code than 0."""
+
+
 class Patience:
     """How long the bootstrap as a whole may take, and what to do meanwhile."""
 
@@ -134,7 +138,6 @@ def run_installer(
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            process_group=0,
             pass_fds=(lock,),
             preexec_fn=_end_with_parent,  # noqa: PLW1509  one call into libc, of which no other thread holds a lock
         )
@@ -153,16 +156,18 @@ def run_installer(
     if process.returncode != 0:
         fix = f"Its last lines say why; check {inputs_of(spec)}, and that the host reaches its package index."
         message = f"environment {spec.name!r}: `{shlex.join(argv)}` failed with exit code {process.returncode}. {fix}"
-        raise BootstrapError(message, tail)
+        raise InstallerFailed(message, tail)
 
 
 def inputs_of(spec: EnvironmentSpec) -> str:
     """What decides an environment's content, in the config's words."""
     trainers = "host.constraints_file, the requirements in pyproject.toml"
-    return "engine.requirements_file" if spec.name == "engine" else trainers
+    inputs = "engine.requirements_file" if spec.name == "engine" else trainers
+    return inputs if spec.torch_build == "index" else f"{inputs}, host.torch_build={spec.torch_build!r}"
 
 
 def _end_with_parent() -> None:
+    os.setpgid(0, 0)  # a group of its own; Popen's process_group came with Python 3.11
     if PRCTL is not None:  # else the lock has to do
         PRCTL(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 

@@ -89,13 +89,7 @@ PROBLEMS: list[tuple[str, dict[str, Any], list[str]]] = [
     ("live experiment", {"facts": {"runs": (RUN_ROW,)}}, ["old, running, stage rl, step 7", "deploy stop old"]),
     ("no tmux", {"facts": {"tools": {"rsync": "r"}}}, ["gpu-7 has no tmux.", "apt-get install tmux"]),
     ("no rsync", {"facts": {"tools": {"tmux": "t"}}}, ["gpu-7 has no rsync.", "apt-get install rsync"]),
-    (
-        "no uv",
-        {"facts": {"tools": {"tmux": "t", "rsync": "r"}}, "host__installer": "uv"},
-        ["gpu-7 has no uv.", "host.installer='pip'"],
-    ),
-    ("no python", {"facts": {"python": None}}, ["no Python 3.11 or newer", "python3 3.11.2", "python3-venv"]),
-    ("no venv", {"facts": {"has_venv": False}}, ["cannot make virtual environments", "host.installer='uv'"]),
+    ("no python", {"facts": {"python": None}}, ["no Python 3.10 or newer", "python3 3.11.2", "python3.11-venv"]),
     (
         "one GPU too few",
         {**CUDA, "engine__gpu_ranks": [1]},
