@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rollouts import run_dir
+from rollouts.engines.diagnosis import diagnose_installation
 from rollouts.run_dir import EnvironmentSpec, RunDir
 from rollouts.worker.console import say
 
@@ -154,7 +155,8 @@ def run_installer(
         _end_group(process)
     reader.join(END_GRACE_S)
     if process.returncode != 0:
-        fix = f"Its last lines say why; check {inputs_of(spec)}, and that the host reaches its package index."
+        known = diagnose_installation(list(tail))
+        fix = known or f"Its last lines say why; check {inputs_of(spec)}, and that the host reaches its package index."
         message = f"environment {spec.name!r}: `{shlex.join(argv)}` failed with exit code {process.returncode}. {fix}"
         raise InstallerFailed(message, tail)
 

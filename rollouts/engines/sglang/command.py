@@ -8,7 +8,6 @@ import math
 import posixpath
 from collections.abc import Sequence
 
-from base_config import EngineConfig
 from rollouts.engines.command import DeviceType, Server
 
 READY_PATH = "/ready"  # cheap; /health samples a token
@@ -56,19 +55,19 @@ def argv(server: Server) -> tuple[str, ...]:
         *("--random-seed", str(server.seed)),
         *("--log-level-http", "warning"),  # else a line per request
         "--sleep-on-idle",  # the scheduler would spin on a core while the trainer steps
-        *(CPU_FLAGS if cpu else _graph_flags(engine)),
+        *(CPU_FLAGS if cpu else _graph_flags(server)),
         *_adapter_flags(server),
         *(("--enable-memory-saver",) if engine.sleep_while_training else ()),
         *(("--trust-remote-code",) if model.trust_remote_code else ()),
     )
 
 
-def _graph_flags(engine: EngineConfig) -> tuple[str, ...]:
+def _graph_flags(server: Server) -> tuple[str, ...]:
     """Return flags for decode graphs of every batch that the config samples.
 
     By itself SGLang stops at a batch of 32 or 48 on cards below 60 GiB, and decodes larger ones step by step.
     """
-    return ("--cuda-graph-max-bs-decode", str(min(engine.max_running_requests, GRAPH_BATCH_MAX)))
+    return ("--cuda-graph-max-bs-decode", str(min(server.engine.max_running_requests, GRAPH_BATCH_MAX)))
 
 
 def _adapter_flags(server: Server) -> tuple[str, ...]:
