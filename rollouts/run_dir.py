@@ -263,6 +263,14 @@ class EnvironmentSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HubModel:
+    """A model of the hub that the host downloads before the first stage."""
+
+    name: str
+    weights: bool  # False: configuration and tokenizer alone
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProcessSpec:
     """One tmux window's process."""
 
@@ -298,6 +306,9 @@ class LaunchPlan:
     stop_grace_s: float
     engine_restarts_max: int  # in the whole run
     engine_hang_timeout_s: float
+    models: list[HubModel] = dataclasses.field(
+        default_factory=list
+    )  # downloaded once the trainer's environment is made
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -315,7 +326,8 @@ class LaunchPlan:
             )
             for item in data["stages"]
         ]
-        return cls(**{**data, "environments": environments, "stages": stages})
+        models = [HubModel(**item) for item in data.get("models", [])]
+        return cls(**{**data, "environments": environments, "stages": stages, "models": models})
 
 
 # --- reading and writing --------------------------------------------------------------------------------------------

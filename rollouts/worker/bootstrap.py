@@ -20,14 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rollouts import run_dir
-from rollouts.run_dir import EnvironmentSpec, RunDir
+from rollouts.run_dir import EnvironmentSpec, HubModel, RunDir
 from rollouts.worker import isolation, requirement
 from rollouts.worker.base_python import base_python, find_uv
 from rollouts.worker.console import say
-from rollouts.worker.installer import BootstrapError, Patience, Progress, inputs_of, run_installer
+from rollouts.worker.installer import BootstrapError, InstallerFailed, Patience, Progress, inputs_of, run_installer
 from rollouts.worker.torch_index import TorchSource, build_problems, torch_source
 
-__all__ = ["BootstrapError", "Patience", "ensure_environment", "is_complete"]
+__all__ = ["BootstrapError", "Patience", "ensure_environment", "fetch_model", "is_complete"]
 
 MARKER_FILE = ".complete"
 QUERY_TIMEOUT_S = 120.0  # a cold network file system
@@ -172,6 +172,26 @@ class Built:
         if self.pip_settings_left_out:
             said["pip_settings_left_out"] = self.pip_settings_left_out
         return said
+
+
+def fetch_model(model: HubModel, trainer: EnvironmentSpec, run: RunDir, patience: Patience) -> None:
+    """Have a model in this host's cache of the hub, by the trainer's environment.
+
+    Raises BootstrapError where the hub does not give it, or when patience runs out; and whatever its `tick` raises.
+    """
+    started = time.monotonic()
+    spec = dataclasses.replace(trainer, name=f"model {model.name}")
+    options = [] if model.weights else ["--no-weights"]
+    argv = [f"{trainer.path}/bin/python", "-m", "rollouts.worker.trainer_hub", model.name, *options]
+    progress = Progress(run, spec)
+    progress.doing = "asking the hub"
+    with open(os.devnull, "rb") as nothing:  # the hub's own locks keep two runs apart
+        try:
+            run_installer(argv, spec, patience, progress, environment=os.environ, lock=nothing.fileno())
+        except InstallerFailed as error:
+            said = [line.removeprefix("error: ") for line in error.log_tail if line.startswith("error: ")]
+            raise BootstrapError(said[-1] if said else str(error), error.log_tail) from None
+    run_dir.append_event(run, "model", name=model.name, seconds=round(time.monotonic() - started, 3))
 
 
 def _build(spec: EnvironmentSpec, patience: Patience, progress: Progress, lock: int) -> Built:

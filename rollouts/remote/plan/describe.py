@@ -69,6 +69,10 @@ def plan_steps(config: Config, facts: HostFacts, code: Code, launch: LaunchPlan,
             f"{content}, {_python_words(environment)}, {build_words(builds[environment.name])}: "
             f"{'complete there' if complete else 'none of this content there yet'}",
         )
+    for model in launch.models:
+        what = "" if model.weights else ", without its weights"
+        why = "the hub's files, unless this host's cache has them; no engine's time limit counts it"
+        yield Step(f"download {model.name}{what}", why)
     yield Step(
         f"start tmux session {launch.run_id} with a window per process",
         "the run goes on when this machine is switched off",

@@ -21,7 +21,7 @@ from rollouts.engines.launch import (
 from rollouts.remote.facts import HostFacts
 from rollouts.remote.plan.torch_build import base_python, engine_build, trainer_build
 from rollouts.remote.repository import Code
-from rollouts.run_dir import EnvironmentSpec, LaunchPlan, ProcessSpec, RunDir, StageSpec, run_path
+from rollouts.run_dir import EnvironmentSpec, HubModel, LaunchPlan, ProcessSpec, RunDir, StageSpec, run_path
 
 
 def environment_key(
@@ -121,7 +121,18 @@ def launch_plan(config: Config, facts: HostFacts, code: Code, run_id: str) -> La
         stop_grace_s=config.limits.stop_grace_s,
         engine_restarts_max=config.engine.restarts_max if config.engine else 0,
         engine_hang_timeout_s=config.limits.engine_hang_timeout_s,
+        models=_hub_models(config, code),
     )
+
+
+def _hub_models(config: Config, code: Code) -> list[HubModel]:
+    """List what the hub is asked for: names that are no path, of the model and of a KL reference that is used."""
+    rl = config.rl if "rl" in config.stages else None
+    weights = config.model.init == "pretrained" and config.output.source_checkpoint is None
+    named = {config.model.name: weights}
+    if rl is not None and rl.kl_coef > 0 and rl.kl_reference is not None:
+        named[rl.kl_reference] = True
+    return [HubModel(name=name, weights=whole) for name, whole in named.items() if code.named.get(name) == "missing"]
 
 
 def _stage(config: Config, code: Code, stage: str, path: str, *, python: str, engine_python: str) -> StageSpec:
