@@ -158,8 +158,8 @@ def test_pip_resolves(name: str, way: str, pip_answers: dict[tuple[str, str], Fu
 
 
 def test_trainer_and_engines_share_torch_on_cuda() -> None:
-    """Goal: the trainer's CUDA pins and the engines' have one torch, one NCCL, and one triton. Red with torch==2.15.0 in
-    trainer-cuda.txt."""
+    """Goal: the trainer's CUDA pins and the engines' have one torch, one NCCL, and one triton. Red with
+    torch==2.15.0 in trainer-cuda.txt."""
     shared = ("torch==", "triton==", "nvidia-nccl-cu13==", "nvidia-cuda-runtime==", "nvidia-cudnn-cu13==")
     found = [
         sorted(pin for pin in pins(name) if pin.startswith(shared))

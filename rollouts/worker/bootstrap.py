@@ -25,7 +25,7 @@ from rollouts.worker import isolation, requirement
 from rollouts.worker.base_python import base_python, find_uv
 from rollouts.worker.console import say
 from rollouts.worker.installer import BootstrapError, InstallerFailed, Patience, Progress, inputs_of, run_installer
-from rollouts.worker.torch_index import TorchSource, build_problems, torch_source
+from rollouts.worker.torch_index import TorchSource, build_problem, torch_source
 
 __all__ = ["BootstrapError", "Patience", "ensure_environment", "fetch_model", "is_complete"]
 
@@ -59,6 +59,43 @@ class Content:
         return {requirement.canonical(name): version for name, version in self.distributions}
 
 
+@dataclass(frozen=True)
+class Built:
+    """How an environment was made, for its record."""
+
+    torch: TorchSource
+    pip_settings_left_out: list[str]  # of pip's configuration
+
+    @property
+    def record(self) -> dict[str, object]:
+        said: dict[str, object] = {"torch_build": self.torch.build}
+        if self.torch.note:
+            said["torch_note"] = self.torch.note
+        if self.pip_settings_left_out:
+            said["pip_settings_left_out"] = self.pip_settings_left_out
+        return said
+
+
+def fetch_model(model: HubModel, trainer: EnvironmentSpec, run: RunDir, patience: Patience) -> None:
+    """Have a model in this host's cache of the hub, by the trainer's environment.
+
+    Raises BootstrapError where the hub does not give it, or when patience runs out; and whatever its `tick` raises.
+    """
+    started = time.monotonic()
+    spec = dataclasses.replace(trainer, name=f"model {model.name}")
+    options = [] if model.weights else ["--no-weights"]
+    argv = [f"{trainer.path}/bin/python", "-m", "rollouts.worker.trainer_hub", model.name, *options]
+    progress = Progress(run, spec)
+    progress.doing = "asking the hub"
+    with open(os.devnull, "rb") as nothing:  # the hub's own locks keep two runs apart
+        try:
+            run_installer(argv, spec, patience, progress, environment=os.environ, lock=nothing.fileno())
+        except InstallerFailed as error:
+            said = [line.removeprefix("error: ") for line in error.log_tail if line.startswith("error: ")]
+            raise BootstrapError(said[-1] if said else str(error), error.log_tail) from None
+    run_dir.append_event(run, "model", name=model.name, seconds=round(time.monotonic() - started, 3))
+
+
 def ensure_environment(spec: EnvironmentSpec, run: RunDir, patience: Patience) -> None:
     """Have `spec` complete at its path on return, and recorded in `run`.
 
@@ -88,8 +125,7 @@ def ensure_environment(spec: EnvironmentSpec, run: RunDir, patience: Patience) -
             shutil.rmtree(path)
         built = _build(spec, patience, progress, lock)
         content = content_of(spec)
-        if wrong := build_problems(built.torch, spec.requirements, content.versions):
-            raise BootstrapError(f"environment {spec.name!r}: {wrong[0]}.", wrong)
+        built = _checked_torch(spec, built, content)
         _check(
             spec,
             content,
@@ -152,46 +188,20 @@ def _check(spec: EnvironmentSpec, content: Content, advice: str) -> None:
         )
 
 
+def _checked_torch(spec: EnvironmentSpec, built: Built, content: Content) -> Built:
+    """Return how it was made. Raises BootstrapError for another build of torch than a plan without a fallback names."""
+    wrong = build_problem(built.torch, spec.requirements, content.versions)
+    if not wrong:
+        return built
+    if not spec.torch_fallback:
+        raise BootstrapError(f"environment {spec.name!r}: {wrong}", [wrong])
+    say(f"environment {spec.name}: {wrong}")
+    return dataclasses.replace(built, torch=TorchSource("index", (), wrong))
+
+
 def _record(run: RunDir, spec: EnvironmentSpec, content: Content) -> None:
     lines = [f"{name}=={version}\n" for name, version in content.distributions]
     run_dir.write_text_atomic(run.environment(spec.name), "".join(lines))
-
-
-@dataclass(frozen=True)
-class Built:
-    """How an environment was made, for its record."""
-
-    torch: TorchSource
-    pip_settings_left_out: list[str]  # of pip's configuration
-
-    @property
-    def record(self) -> dict[str, object]:
-        said: dict[str, object] = {"torch_build": self.torch.build}
-        if self.torch.note:
-            said["torch_note"] = self.torch.note
-        if self.pip_settings_left_out:
-            said["pip_settings_left_out"] = self.pip_settings_left_out
-        return said
-
-
-def fetch_model(model: HubModel, trainer: EnvironmentSpec, run: RunDir, patience: Patience) -> None:
-    """Have a model in this host's cache of the hub, by the trainer's environment.
-
-    Raises BootstrapError where the hub does not give it, or when patience runs out; and whatever its `tick` raises.
-    """
-    started = time.monotonic()
-    spec = dataclasses.replace(trainer, name=f"model {model.name}")
-    options = [] if model.weights else ["--no-weights"]
-    argv = [f"{trainer.path}/bin/python", "-m", "rollouts.worker.trainer_hub", model.name, *options]
-    progress = Progress(run, spec)
-    progress.doing = "asking the hub"
-    with open(os.devnull, "rb") as nothing:  # the hub's own locks keep two runs apart
-        try:
-            run_installer(argv, spec, patience, progress, environment=os.environ, lock=nothing.fileno())
-        except InstallerFailed as error:
-            said = [line.removeprefix("error: ") for line in error.log_tail if line.startswith("error: ")]
-            raise BootstrapError(said[-1] if said else str(error), error.log_tail) from None
-    run_dir.append_event(run, "model", name=model.name, seconds=round(time.monotonic() - started, 3))
 
 
 def _build(spec: EnvironmentSpec, patience: Patience, progress: Progress, lock: int) -> Built:

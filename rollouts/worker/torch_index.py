@@ -65,14 +65,14 @@ def _unreachable(url: str) -> str:
         return str(error)
 
 
-def build_problems(source: TorchSource, requirements: Sequence[str], versions: Mapping[str, str]) -> list[str]:
-    """Return what is wrong with the torch that was installed: it has to be of the build that was asked for."""
+def build_problem(source: TorchSource, requirements: Sequence[str], versions: Mapping[str, str]) -> str:
+    """Return what is wrong with the torch that was installed; "" where it is of the build that was asked for."""
     version = versions.get("torch")
     if source.build == "index" or version is None or any("torch @" in line for line in requirements):
-        return []
+        return ""
     if version.partition("+")[2] == source.build:
-        return []
-    return [
+        return ""
+    return (
         f"torch is {version}, and host.torch_build asks for +{source.build}: PyTorch's index has no such build of this"
-        f" version. Pin a version that it has in host.constraints_file, or set host.torch_build='index'"
-    ]
+        f" version. Pin a version that it has in host.constraints_file, or set host.torch_build='index'."
+    )

@@ -92,6 +92,11 @@ def test_a_build_that_the_version_lacks(asks: EnvironmentSpec, run: RunDir) -> N
     ):
         ensure_environment(replace(asks, torch_build="cu126"), run, patience())
     assert [row["action"] for row in events(run, "environment")] == ["building"]
+    # Where the plan has a fallback, as for a CPU, which runs any build, it is said and taken
+    ensure_environment(replace(asks, torch_build="cu126", torch_fallback=True), run, patience())
+    assert torch_in(run) == "torch==9.1.0"
+    ready = events(run, "environment")[-1]
+    assert ready["torch_build"] == "index" and "has no such build of this version" in ready["torch_note"]
 
 
 def test_uv_asks_the_public_index_in_its_own_way(spec: EnvironmentSpec) -> None:
