@@ -21,7 +21,7 @@ PYTHON_MIN = (3, 11)
 FACTS_TIMEOUT_S = 60
 # Where installers put uv; a login shell would have it on its PATH, the command of an SSH session does not.
 EXTRA_PATH = "$HOME/.local/bin:$HOME/.cargo/bin"
-_PROBE_MODULES = ("base_config", "rollouts.run_dir", "rollouts.remote.host_probe")
+_PROBE_MODULES = ("base_config", "rollouts.plain_files", "rollouts.run_dir", "rollouts.remote.host_probe")
 
 _SCRIPT = """
 home=${ROLLOUTS_HOME:-$HOME/.rollouts}

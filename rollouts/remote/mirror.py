@@ -31,10 +31,9 @@ from rollouts.remote.mirror_files import (
 )
 from rollouts.remote.rsync_here import pull_rsync
 from rollouts.remote.transport import Transport
-from rollouts.run_dir import LOG_GLOB, STREAMED_FILES, RunDir
+from rollouts.run_dir import LOG_GLOB, SNAPSHOT_BYTES_MAX, STREAMED_FILES, RunDir
 
 LINE_BYTES_MAX = 64 << 20
-SNAPSHOT_BYTES_MAX = 1 << 20
 FILES_MAX = 2000  # logs and exit records: a run has a handful
 STAGING = ".pull-"
 
@@ -69,6 +68,8 @@ class Mirror:
         Raises RefusedNameError for a file that no run has, TransportError when bytes before it are missing or the
         message is damaged.
         """
+        if "unusable" in message:
+            self.left_out["files of the host that are no plain files, or too large"] += 1
         if "file" not in message:
             return None
         snapshot = "snapshot" in message

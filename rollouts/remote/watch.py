@@ -275,7 +275,7 @@ def tail(link: Link, mirror: Mirror, *, follow: bool) -> Iterator[dict[str, Any]
         stream.close()
 
 
-_MESSAGES = ("file", "alive", "ended", "live", "error")
+_MESSAGES = ("file", "unusable", "alive", "ended", "live", "error")
 
 
 def _message(line: bytes) -> dict[str, Any] | None:
