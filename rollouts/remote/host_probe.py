@@ -67,7 +67,8 @@ def _last_step(run: RunDir) -> int | None:
         row = last_jsonl_row(run.metrics)
     except ValueError:  # a damaged line: no reason to hide the run
         return None
-    return row.get("step") if row else None
+    step = row.get("step") if row else None
+    return step if isinstance(step, int) and not isinstance(step, bool) else None
 
 
 def run_rows(home: Path) -> list[dict[str, Any]]:

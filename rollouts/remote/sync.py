@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from rollouts import manifest
 from rollouts.manifest import Tree, read_tree, tree_differences, tree_digest
+from rollouts.remote.answers import read_answer, read_count
 from rollouts.remote.errors import DeployError
 from rollouts.remote.repository import unreadable
 from rollouts.remote.transport import Transport, disk_full, run_rsync
@@ -214,20 +215,21 @@ def _check_there(transport: Transport, python: str, directory: str, expected: Tr
     size = sum(file["size"] for file in expected.values())
     timeout_s = 60 + size / HASH_BYTES_PER_S
     done = transport.run([python, "-I", "-"], stdin=program.encode(), timeout_s=timeout_s)
-    answers = [line.removeprefix("tree=") for line in done.out.splitlines() if line.startswith("tree=")]
-    if done.returncode != 0 or not answers:
+    if done.returncode != 0:
         raise DeployError(
             f"{transport.target}: the code there could not be checked.",
-            found=done.err[-1000:] or f"exit code {done.returncode}, no answer",
+            found=done.err[-1000:] or f"exit code {done.returncode}, no message",
             needed=f"{python}, 3.11 or newer, to hash {directory}",
         )
-    answer = json.loads(answers[-1])
+    fields = {"digest": str, "differences": list[str]}
+    answer = read_answer(transport.target, f"what code lies in {directory}", done.out, fields, prefix="tree=")
     return _Found(answer["digest"], tuple(answer["differences"]))
 
 
 def _refuse_full_disk(transport: Transport, directory: str, size: int) -> None:
     """Raise where what was to be sent does not fit: the words of a receiver that dies of it are sometimes lost."""
-    free = int(_shell(transport, "df -Pk \"$1\" | awk 'NR == 2 { print $4 }'", directory)) * 1024
+    said = _shell(transport, "df -Pk \"$1\" | awk 'NR == 2 { print $4 }'", directory)
+    free = read_count(transport.target, f"how much is free in {directory}", said) * 1024
     if size > free:
         raise disk_full(transport.target, f"{size} bytes to send, {free} free in {directory}")
 

@@ -18,10 +18,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from rollouts.remote.errors import DeployError, TransportError
+from rollouts.remote.framing import EndlessLineError, LineSplitter
 from rollouts.remote.ssh_words import explain_words, shell_speaks
 
 LOCAL_TARGET = "local"
 STDERR_BYTES_MAX = 64 * 1024  # of a followed command, the last ones are kept
+PROGRESS_BYTES_MAX = 64 * 1024  # of a line of rsync's progress, the last ones are kept
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,26 @@ def in_directory(argv: Sequence[str], cwd: str | None) -> list[str]:
     return ["sh", "-c", 'cd "$0" && exec "$@"', cwd, *argv]
 
 
+def bounded(target: str, feed: Callable[[bytes], list[bytes]], data: bytes) -> list[bytes]:
+    """`feed(data)`. Raises DeployError for a line without an end: it is not tried again."""
+    try:
+        return feed(data)
+    except EndlessLineError as error:
+        raise endless(target, error) from None
+
+
+def endless(target: str, error: EndlessLineError) -> DeployError:
+    """What to say of output that is longer than anything of ours."""
+    shown = error.begin.decode(errors="backslashreplace")
+    return DeployError(
+        f"{target}: what comes from the host has no end.",
+        found=f"more than {error.limit / 2**20:.0f} MiB without an end, which begins: {shown}",
+        needed="what deploy's own programs write there",
+        fix="see what the host's shell or its Python writes into every command",
+        started=True,
+    )
+
+
 class LocalTransport:
     """This machine as the host."""
 
@@ -178,7 +200,7 @@ class LocalStream:
             process.stdin.flush()
 
     def lines(self, *, idle_timeout_s: float) -> Iterator[bytes]:
-        buffer, open_pipes = b"", {self._stdout, self._stderr}
+        lines, open_pipes = LineSplitter(), {self._stdout, self._stderr}
         while self._stdout in open_pipes:
             ready, _, _ = select.select(list(open_pipes), [], [], idle_timeout_s)
             if not ready:
@@ -190,8 +212,7 @@ class LocalStream:
                 elif pipe == self._stderr:
                     self._tail = (self._tail + data)[-STDERR_BYTES_MAX:]
                 else:
-                    *lines, buffer = (buffer + data).split(b"\n")
-                    yield from (line + b"\n" for line in lines)
+                    yield from bounded(LOCAL_TARGET, lines.feed, data)
 
     def end(self) -> Completed:
         deadline = time.monotonic() + 5
@@ -266,7 +287,7 @@ def _run_told(
                 assert process.stdout is not None
                 rest = b""
                 while data := os.read(process.stdout.fileno(), 1 << 16):
-                    *lines, rest = re.split(rb"[\r\n]", rest + data)
+                    *lines, rest = re.split(rb"[\r\n]", rest[-PROGRESS_BYTES_MAX:] + data)
                     for line in lines:
                         on_output(line.decode(errors="replace"))
             except BaseException:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rollouts.manifest import manifest_problems, write_manifest
 from rollouts.remote.errors import DeployError
-from rollouts.remote.execute import read_answer
+from rollouts.remote.execute import read_launch_answer
 from rollouts.remote.mirror import CheckpointPuller, Mirror
 from rollouts.remote.transport import LocalTransport
 from rollouts.remote.view import View, eval_line, evaluation_table, event_line, fold, metrics_line
@@ -253,7 +253,7 @@ def test_an_evaluation_without_a_finite_value() -> None:
 def test_the_launchers_answer_is_found(around: str) -> None:
     """Goal: what Python's own start and end print around it is passed over; no answer is an error after which it is not
     said that nothing was started. Red with the last line taken for it."""
-    assert read_answer(around.format('{"started": true, "reason": ""}'))["started"] is True
+    assert read_launch_answer("gpu-7", around.format('{"started": true, "reason": ""}'))["started"] is True
     with pytest.raises(DeployError, match="cannot be read") as caught:
-        read_answer(around.format("null"))
+        read_launch_answer("gpu-7", around.format("null"))
     assert caught.value.started

@@ -214,6 +214,13 @@ def test_no_run_there_and_no_offsets() -> None:
     assert done.returncode == 1 and "no run was launched there" in json.loads(done.stdout)["error"]
 
 
+@pytest.mark.parametrize("line", ["x", "[]", "7", '{"logs/a.log": "0"}', '{"logs/a.log": null}', "[" * 100_000, "\x00"])
+def test_a_malformed_first_line(line: str, run: RunDir) -> None:
+    """Goal: what is no {file: bytes} is an error line that shows it. Red with the TypeError's traceback."""
+    done = module("tail", str(run.path), stdin=f"{line}\n")
+    assert done.returncode == 1 and "first line" in json.loads(done.stdout)["error"] and not done.stderr
+
+
 def test_it_ends_with_its_reader(run: RunDir, lock: IO[bytes]) -> None:
     """Goal: a laptop that vanished leaves no process behind: the end of stdin, or of stdout, ends it. Red without the
     thread that watches stdin."""
