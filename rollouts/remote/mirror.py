@@ -148,7 +148,9 @@ def pull_files(transport: Transport, run_path: str, run: RunDir) -> list[str]:
         remove_tree(left)
     staged = run.path / f"{STAGING}{secrets.token_hex(4)}"
     staged.mkdir(0o700)
-    patterns = [*(f"--include={pattern}" for pattern in PULLED_PATTERNS), "--exclude=*"]
+    # W&B's link to a log of its own in the host's cache: left out in every job, so it is not worth a note
+    patterns = ["--exclude=/wandb/*/logs/debug-core.log"]
+    patterns += [*(f"--include={pattern}" for pattern in PULLED_PATTERNS), "--exclude=*"]
     options = ["-r", "--no-links", "--checksum", "--prune-empty-dirs", "--chmod=D700,F600"]
     arguments = [*options, f"--compare-dest={run.path}/", *patterns]
     try:

@@ -148,8 +148,17 @@ def _write_new(file: Path, text: str) -> None:
     write_text_atomic(temporary, text, mode=0o600)
     try:
         os.link(temporary, file)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links (exFAT, some network and container file systems)
+        os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))  # the name is ours from here on
+        try:
+            temporary.replace(file)
+        except BaseException:
+            file.unlink(missing_ok=True)
+            raise
     finally:
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
 
 def save(entry: Entry) -> None:

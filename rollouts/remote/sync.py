@@ -140,7 +140,7 @@ def _transfer(
     kept = ", going on with what an earlier try sent" if answers.state == "resumed" else ""
     say("sync", f"{len(tree)} files, {size / 1e6:.1f} MB, to {transport.target}:{places.run_path}/code/tree{kept}")
     links = [f"--link-dest={link}" for link in answers.links[:LINK_TREES_MAX]]
-    options = ["-lptc", "--partial", "--force", f"--timeout={timeout_s:.0f}", "--info=progress2"]
+    options = ["-lptc", "--partial", "--force", f"--timeout={timeout_s:.0f}"]
     # "./": a name that starts with # or ; would be taken for a comment
     names = b"".join(b"./" + name.encode(errors="surrogateescape") + b"\0" for name in sorted(tree))
     source = [f"{os.fspath(root)}/", transport.rsync_path(f"{places.build}/")]
@@ -165,7 +165,8 @@ class _Progress:
     _LINE = re.compile(r"^\s*([\d.,']+)\s+(\d+)%\s+(\S+/s)")
 
     def __init__(self, size: int, say: Say) -> None:
-        self._size, self._say, self._tenth, self._last = size, say, 0, ("0", "")
+        self._size, self._say, self._tenth = size, say, 0
+        self._last: tuple[str, str] | None = None  # (bytes, rate) that rsync told last
 
     def read(self, text: str) -> None:
         """A line of rsync's, such as `  12,345,678  45%  11.22MB/s  0:00:10`."""
@@ -179,6 +180,9 @@ class _Progress:
             self._say("sync", f"{int(sent) / 1e6:.1f} of {self._size / 1e6:.1f} MB sent, {rate}")
 
     def end(self) -> None:
+        if self._last is None:  # an rsync that tells no progress
+            self._say("sync", "sent, but for what was there")
+            return
         sent, rate = self._last
         self._say("sync", f"{int(sent) / 1e6:.1f} MB sent{f', {rate}' if rate else ''}; the rest was there")
 

@@ -125,9 +125,9 @@ def failing_rsync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int
     tools = tmp_path / "tools"
     tools.mkdir()
     real, count = shutil.which("rsync"), tmp_path / "count"
-    (tools / "rsync").write_text(
-        f'#!/bin/sh\necho x >> {count}\n[ "$(wc -l < {count})" -gt {failures} ] && exec {real} "$@"\nexit {code}\n'
-    )
+    asked = f'[ "$1" = --version ] && exec {real} "$@"'  # which is no transfer
+    goes = f'[ "$(wc -l < {count})" -gt {failures} ] && exec {real} "$@"'
+    (tools / "rsync").write_text(f"#!/bin/sh\n{asked}\necho x >> {count}\n{goes}\nexit {code}\n")
     (tools / "rsync").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
 
