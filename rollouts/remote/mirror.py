@@ -5,7 +5,6 @@ may be written, and how, is mirror_files.py's; checkpoints.py brings the checkpo
 """
 
 import base64
-import json
 import os
 import re
 import secrets
@@ -31,7 +30,7 @@ from rollouts.remote.mirror_files import (
 )
 from rollouts.remote.rsync_here import pull_rsync
 from rollouts.remote.transport import Transport
-from rollouts.run_dir import LOG_GLOB, SNAPSHOT_BYTES_MAX, STREAMED_FILES, RunDir
+from rollouts.run_dir import LOG_GLOB, SNAPSHOT_BYTES_MAX, STREAMED_FILES, RunDir, parse_row
 
 LINE_BYTES_MAX = 64 << 20
 FILES_MAX = 2000  # logs and exit records: a run has a handful
@@ -102,7 +101,7 @@ class Mirror:
                 if not whole and len(line) < LINE_BYTES_MAX:
                     return
                 self._read[name] = self._read.get(name, 0) + len(line)
-                row = _row(line) if whole else None
+                row = parse_row(line) if whole else None
                 if row is not None:
                     yield row
                 elif line.strip():
@@ -127,14 +126,6 @@ def _chunk(message: dict[str, Any]) -> tuple[int, bytes]:
     if offset < 0:
         raise TransportError(f"a damaged message of {message['file']}: offset {offset}", lost=True)
     return offset, data
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) else None
 
 
 def pull_files(transport: Transport, run_path: str, run: RunDir) -> list[str]:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rollouts.manifest import manifest_problems, write_manifest
+from rollouts.remote import checkpoints
 from rollouts.remote.errors import DeployError
 from rollouts.remote.execute import read_launch_answer
 from rollouts.remote.mirror import CheckpointPuller, Mirror
@@ -153,6 +154,8 @@ def test_the_last_pull_is_tried_again(code: int, tmp_path: Path, monkeypatch: py
 def test_the_search_for_a_lost_host_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Goal: once a host is given up, the other files are not tried for as long each. Red with each of them tried."""
     link, now = make_link(tmp_path), [0.0]
+    Mirror(link.entry.mirror)
+    append_jsonl(link.entry.mirror.events, *({"kind": "checkpoint", "path": step(number)} for number in (1, 2, 3)))
     failing_rsync(tmp_path, monkeypatch, 10**6, 255)
     clock = Patience(total_s=100.0, sleep=lambda s: now.__setitem__(0, now[0] + s), clock=lambda: now[0])
     with pytest.raises(DeployError, match="cannot be reached") as caught:
@@ -168,6 +171,12 @@ def test_background_pulls_are_tried_again_and_told(tmp_path: Path, monkeypatch: 
     run = host_run(link)
     make_checkpoint(run, step(1))
     failing_rsync(tmp_path, monkeypatch, 2, 255)
+    real = checkpoints.pull_checkpoint
+
+    def with_a_bug(transport: Any, run_path: str, mirror: RunDir, path: str) -> Path:
+        return real(transport, run_path, mirror, path) if path != step(9) else Path(str(1 // 0))
+
+    monkeypatch.setattr(checkpoints, "pull_checkpoint", with_a_bug)
     puller = CheckpointPuller(
         LocalTransport(), str(run.path), link.entry.mirror, lambda phase, text: said.append(text), lambda failures: 0.0
     )
@@ -176,7 +185,7 @@ def test_background_pulls_are_tried_again_and_told(tmp_path: Path, monkeypatch: 
     (link.entry.mirror.path / "checkpoints").mkdir(parents=True, exist_ok=True)
     (link.entry.mirror.path / "checkpoints/rl").write_text("a file is in the way")
     puller.add("checkpoints/rl/step_000001")
-    puller.add(None.__class__)  # type: ignore[arg-type]  # a mistake of ours
+    puller.add(step(9))
     make_checkpoint(run, step(2))
     puller.add(step(2))
     for number in (1, 2):
@@ -184,6 +193,7 @@ def test_background_pulls_are_tried_again_and_told(tmp_path: Path, monkeypatch: 
     puller.finish()
     assert sum("cut off" in text for text in said) == 2
     assert len(said) == 5 and any("a link or no directory" in text for text in said)
+    assert any("deploy itself failed: ZeroDivisionError" in text for text in said)
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------
