@@ -348,11 +348,20 @@ def read_config(path: str) -> Config:
         config = load_config(file)
     except ConfigError as error:
         raise DeployError(str(error)) from None
-    problems = config.problems()
+    problems = [*config.problems(), *_nul_bytes(config.to_json())]
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         raise DeployError(f"{path}: {count} in the config.", found="\n".join(problems))
     return config
+
+
+def _nul_bytes(value: object, place: str = "") -> Iterator[str]:
+    """Name the texts of a config with a zero byte: no path, variable or command line can hold one."""
+    if isinstance(value, str) and "\0" in value:
+        yield f"{place}={value!r}: needs a text without a zero byte"
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in parts:
+        yield from _nul_bytes(part, f"{place}.{key}" if place else str(key))
 
 
 def mirror_dir(config: Config, root: Path, run_id: str) -> Path:
