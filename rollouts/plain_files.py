@@ -30,7 +30,10 @@ _KINDS = (
 def open_plain(
     path: str | os.PathLike[str], flags: int = os.O_RDONLY, mode: int = 0o644, *, dir_fd: int | None = None
 ) -> int:
-    """Return a descriptor of a plain file. Raises NotPlainFileError for anything else, and OSError as os.open does."""
+    """Return a descriptor of a plain file; for writing also of a device, such as /dev/null.
+
+    Raises NotPlainFileError for anything else, and OSError as os.open does.
+    """
     try:
         descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, mode, dir_fd=dir_fd)
     except OSError as error:
@@ -40,7 +43,8 @@ def open_plain(
             raise NotPlainFileError(path, "a directory") from None
         raise
     found = os.fstat(descriptor).st_mode
-    if not stat.S_ISREG(found):
+    writes = bool(flags & (os.O_WRONLY | os.O_RDWR))
+    if not stat.S_ISREG(found) and not (writes and stat.S_ISCHR(found)):
         os.close(descriptor)
         raise NotPlainFileError(path, next((what for is_it, what in _KINDS if is_it(found)), "something else"))
     return descriptor

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rollouts.remote.answers import checked
 from rollouts.remote.checkpoints import CheckpointPuller, drop_partial, pull_checkpoint
 from rollouts.remote.errors import DeployError, TransportError
 from rollouts.remote.mirror_files import (
@@ -77,7 +78,9 @@ class Mirror:
             raise RefusedNameError(name, f"one more than the {FILES_MAX} that a run may have")
         self._written.add(name)
         if snapshot:
-            text = str(message["snapshot"]).encode(errors="surrogatepass")
+            if not isinstance(message["snapshot"], str):
+                raise TransportError(f"a damaged message of {name}: no text", lost=True)
+            text = message["snapshot"].encode(errors="surrogatepass")
             if len(text) > SNAPSHOT_BYTES_MAX:
                 raise RefusedNameError(name, f"which is larger than {SNAPSHOT_BYTES_MAX} bytes")
             replace(self.run.path, name, text)
@@ -120,8 +123,9 @@ class Mirror:
 
 def _chunk(message: dict[str, Any]) -> tuple[int, bytes]:
     try:
-        offset, data = int(message["offset"]), base64.b64decode(message["data"], validate=True)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        offset = checked(message, {"offset": int, "data": str})["offset"]
+        data = base64.b64decode(message["data"], validate=True)
+    except ValueError as error:
         raise TransportError(f"a damaged message of {message['file']}: {error!r}", lost=True) from None
     if offset < 0:
         raise TransportError(f"a damaged message of {message['file']}: offset {offset}", lost=True)

@@ -147,7 +147,7 @@ def _transfer(
     progress = _Progress(size, say)
     arguments = [*options, *links, "--from0", "--files-from=-", *source]
     done = run_rsync(transport, arguments, stdin=names, timeout_s=None, on_output=progress.read)
-    if done.returncode == RSYNC_FILE_ERROR and not done.err:
+    if done.returncode == RSYNC_FILE_ERROR:
         _refuse_full_disk(transport, places.build, size)
     if done.returncode != 0:
         _refuse_changed_files(root, tree, CHANGED_MEANWHILE)

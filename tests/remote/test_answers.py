@@ -15,7 +15,10 @@ from rollouts.remote.errors import DeployError, TransportError
 from rollouts.remote.execute import read_launch_answer
 from rollouts.remote.facts import gather_facts, parse_facts
 from rollouts.remote.framing import EndlessLineError, FrameReader, LineSplitter, new_frame
+from rollouts.remote.mirror import Mirror
 from rollouts.remote.transport import Completed, LocalTransport
+from rollouts.remote.watch import _message
+from rollouts.run_dir import RunDir
 from tests.remote.hosts import Host, Laptop
 from tests.remote.test_ssh import transport_to
 
@@ -229,3 +232,28 @@ def test_a_command_whose_line_has_no_end(
             assert not isinstance(caught.value, TransportError), "which would be tried again"
         with pytest.raises(DeployError, match="has no end"):
             ssh.run([sys.executable, "-c", ENDLESS], timeout_s=60)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        *({"file": "metrics.jsonl", "offset": offset, "data": "e30="} for offset in (True, "0", None, 0.0, [0], 1e400)),
+        *({"file": "metrics.jsonl", "offset": 0, "data": data} for data in (None, 7, ["e30="], "e30", "é")),
+        *({"file": "status.json", "snapshot": text} for text in (None, 7, {"a": 1})),
+        {"file": "metrics.jsonl"},
+    ],
+)
+def test_a_followed_file_s_message_with_another_field(message: dict[str, Any], tmp_path: Path) -> None:
+    """Goal: a piece of a file with an odd offset or text is a damaged message, and nothing is written. Red with int()
+    and str() of what came: "None" in status.json."""
+    mirror = Mirror(RunDir(tmp_path / "m"))
+    with pytest.raises(TransportError, match="a damaged message"):
+        mirror.apply(message)
+    assert sorted(path.name for path in (tmp_path / "m").iterdir() if path.name != ".gitignore") == []
+
+
+@pytest.mark.parametrize("code", [True, "0", -1, 256, 1.0, None, [0]])
+def test_a_last_message_with_another_exit_code(code: Any) -> None:
+    """Goal: an exit code is a number from 0 to 255 or not known; true is none. Red with isinstance(code, int)."""
+    message = _message(json.dumps({"ended": True, "state": ["done"], "exit_code": code}).encode())
+    assert message == {"ended": True, "state": "died", "exit_code": None}
