@@ -17,7 +17,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts": ("rollouts.agents",),
     "rollouts.__main__": ("deploy",),
     "rollouts.manifest": (),
-    "rollouts.run_dir": ("base_config",),
+    "rollouts.plain_files": (),
+    "rollouts.run_dir": ("base_config", "rollouts.plain_files"),
     "rollouts.agents": (
         "rollouts.agents",
         "rollouts.training.calculator",
@@ -53,6 +54,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts.remote": (
         "base_config",
         "rollouts.run_dir",
+        "rollouts.plain_files",
         "rollouts.manifest",
         "rollouts.engines.launch",
         "rollouts.remote",
@@ -60,6 +62,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts.worker": (
         "base_config",
         "rollouts.run_dir",
+        "rollouts.plain_files",
         "rollouts.manifest",
         "rollouts.engines.keys",
         "rollouts.engines.diagnosis",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from base_config import DatasetSpec
+from rollouts.plain_files import read_plain, reading
 from rollouts.remote.errors import Problem
 from rollouts.remote.inputs.paths import SentFiles, path_problem, pointer_problem
 
@@ -60,7 +61,7 @@ def _count_lines(file: Path) -> int | None:
     try:
         if file.stat().st_size > READ_BYTES_MAX:
             return None
-        with file.open("rb") as lines:
+        with reading(file) as lines:
             return sum(1 for line in lines if line.strip())
     except OSError:
         return None
@@ -87,7 +88,7 @@ def _columns(file: Path, wanted: set[str]) -> set[str] | None:
     try:
         if file.stat().st_size > READ_BYTES_MAX:
             return None
-        with file.open("rb") as lines:
+        with reading(file) as lines:
             for line in lines:
                 row = json.loads(line) if line.strip() else None
                 if isinstance(row, dict):
@@ -148,7 +149,7 @@ def _left_behind(sent: SentFiles, folder: str, *, kind: str, weights: bool) -> I
 
 def _shards(folder: Path) -> set[str]:
     try:
-        return set(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].values())
+        return set(json.loads(read_plain(folder / "model.safetensors.index.json"))["weight_map"].values())
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return set()
 
@@ -162,14 +163,14 @@ def count_parameters(folder: Path, *, from_weights: bool) -> int | None:
     if counts and None not in counts:
         return sum(filter(None, counts))
     try:
-        return _parameters_of(json.loads((folder / "config.json").read_text()))
+        return _parameters_of(json.loads(read_plain(folder / "config.json")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def _tensor_elements(file: Path) -> int | None:
     try:
-        with file.open("rb") as stream:
+        with reading(file) as stream:
             (size,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(size)) if size < HEADER_BYTES_MAX else {}
         return sum(prod(value["shape"]) for key, value in header.items() if key != "__metadata__")
