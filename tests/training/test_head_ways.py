@@ -110,7 +110,7 @@ def counted(chunk: int, *, entropy: bool, compiled: bool) -> Counted:
 def test_bytes_of_a_micro_batch(compiled: bool, entropy: bool, most_GB: int) -> None:
     """Goal: the head of 8,192 tokens moves at most so many bytes, and holds at most 1.3 times the least it can.
 
-    Red with chunks of 2^24 (over 300 GB), with a product beside the gradient, with 2^27 step by step (the peak).
+    Red with chunks of 2^24 (277 GB), with a product beside the gradient, with 2^27 step by step (the peak).
     """
     chunk = head_ways.cuda_chunk_elements(24 * 2**30, compiled)
     found = counted(chunk, entropy=entropy, compiled=compiled)
