@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TypedDict
 
 MANIFEST_FILE = "manifest.json"
+BLOCK_BYTES = 1 << 20
 DIFFERENCES_MAX = 20  # names that a comparison lists
 
 
@@ -88,8 +89,11 @@ def plain_files(directory: Path) -> set[str]:
 
 
 def sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:  # not hashlib.file_digest: a host's Python may be 3.10
+        while block := stream.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 # --- trees of code --------------------------------------------------------------------------------------------------

@@ -253,10 +253,21 @@ class EnvironmentSpec:
     name: str  # "trainer", "engine"
     path: str  # <home>/envs/<key>
     installer: Literal["uv", "pip"]
-    base_python: str  # the host's interpreter that makes it
+    base_python: str  # the host's interpreter that makes it; "": python_version is installed for it
     requirements: list[str]
     requirements_no_deps: list[str]  # installed after those, without what they require in turn
     constraints: str  # the text of the constraints file; "" for none
+    torch_build: str = "index"  # "cpu", "cu126", …: from PyTorch's own index; "index": as the installer is configured
+    torch_fallback: bool = False  # take the configured index where PyTorch's cannot be reached
+    python_version: str = ""  # of base_python, or of the one to be installed ("3.11")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubModel:
+    """A model of the hub that the host downloads before the first stage."""
+
+    name: str
+    weights: bool  # False: configuration and tokenizer alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,6 +279,7 @@ class ProcessSpec:
     env: dict[str, str]
     ready_url: str | None  # answers 200 once the process serves; None: nothing waits for it
     ready_timeout_s: float
+    tools_of: str = ""  # the environment whose programs and CUDA libraries the process finds; "": the host's alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,13 +299,16 @@ class LaunchPlan:
     experiment_name: str
     home: str
     run_path: str
-    base_python: str  # runs the supervisor: the host's own, >= 3.11, standard library only
+    base_python: str  # runs the supervisor: the host's own, >= 3.10, standard library only
     environments: list[EnvironmentSpec]
     stages: list[StageSpec]
     bootstrap_timeout_s: float
     stop_grace_s: float
     engine_restarts_max: int  # in the whole run
     engine_hang_timeout_s: float
+    models: list[HubModel] = dataclasses.field(
+        default_factory=list
+    )  # downloaded once the trainer's environment is made
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -311,7 +326,8 @@ class LaunchPlan:
             )
             for item in data["stages"]
         ]
-        return cls(**{**data, "environments": environments, "stages": stages})
+        models = [HubModel(**item) for item in data.get("models", [])]
+        return cls(**{**data, "environments": environments, "stages": stages, "models": models})
 
 
 # --- reading and writing --------------------------------------------------------------------------------------------

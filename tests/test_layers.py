@@ -76,6 +76,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.worker.trainer_job",
         "rollouts.worker.trainer_wiring",
     ),
+    "rollouts.worker.trainer_hub": (),
     "rollouts.worker.trainer_job": ("base_config", "rollouts.run_dir", "rollouts.training"),
     "rollouts.worker.trainer_data": ("base_config", "rollouts.training"),
     "rollouts.worker.trainer_wiring": ("base_config", "rollouts.run_dir", "rollouts.agents", "rollouts.training"),
@@ -155,7 +156,7 @@ STANDARD_LIBRARY_ONLY = (
     "rollouts.engines.launch",
     "rollouts.worker",  # under the host's own Python; the trainer alone runs in the environment
 )
-EXCEPT = tuple(f"rollouts.worker.trainer{part}" for part in ("", "_data", "_job", "_wiring"))
+EXCEPT = tuple(f"rollouts.worker.trainer{part}" for part in ("", "_data", "_hub", "_job", "_wiring"))
 
 
 def module_name(file: Path) -> str:

@@ -17,7 +17,7 @@ from rollouts.remote.errors import DeployError, Problem
 from rollouts.remote.transport import LOCAL_TARGET, Transport
 from rollouts.remote.way_check import shown, way_problems
 
-PYTHON_MIN = (3, 11)
+PYTHON_MIN = (3, 10)  # of the supervisor; environments have a newer one of their own where they need it
 FACTS_TIMEOUT_S = 60
 # Where installers put uv; a login shell would have it on its PATH, the command of an SSH session does not.
 EXTRA_PATH = "$HOME/.local/bin:$HOME/.cargo/bin"
@@ -41,7 +41,7 @@ if command -v nvidia-smi >/dev/null; then
   nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | sed -n 's/^/driver=/;1p'
 fi
 python=
-for candidate in python3 python3.14 python3.13 python3.12 python3.11 @OWN_PYTHON@; do
+for candidate in python3 python3.14 python3.13 python3.12 python3.11 python3.10 @OWN_PYTHON@; do
   command -v "$candidate" >/dev/null || continue
   version=$("$candidate" -Ic 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null) || continue
   echo "python_seen=$candidate $version"
@@ -91,6 +91,7 @@ class HostFacts:
     python_version: str = ""
     platform: str = ""
     has_venv: bool = False
+    pythons: tuple[tuple[str, str], ...] = ()  # (path, version) of all that can make environments by themselves
     disk_free_bytes: int = 0
     ports_in_use: tuple[int, ...] = ()
     paths: dict[str, bool] = field(
@@ -167,6 +168,7 @@ def parse_facts(lines: list[tuple[str, str]]) -> HostFacts:
     for key in ("ports_in_use", "environments", "runs"):
         if key in probe:
             probe[key] = tuple(probe[key])
+    probe["pythons"] = tuple((path, version) for path, version in probe.get("pythons", ()))
     return HostFacts(
         home=values["home"],
         user=values.get("user", ""),

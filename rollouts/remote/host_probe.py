@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import socket
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -17,6 +18,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from rollouts.run_dir import RunDir, clean_up, last_jsonl_row, observe, read_launch_id
+
+PYTHON_NAMES = ("python3.11", "python3.12", "python3.13", "python3.14", "python3")  # the locks' own Python first
+PYTHON_TIMEOUT_S = 10.0
 
 
 def run_row(run: RunDir) -> dict[str, Any] | None:
@@ -104,6 +108,23 @@ def _can_make_environments() -> bool:
     return True
 
 
+def _pythons() -> list[tuple[str, str]]:
+    """Return (path, version) of the interpreters on PATH that have venv and ensurepip, without any twice."""
+    found: dict[str, tuple[str, str]] = {}
+    for name in PYTHON_NAMES:
+        path = shutil.which(name)
+        if path is None or os.path.realpath(path) in found:
+            continue
+        try:
+            asked = [path, "-Ic", "import ensurepip, sys, venv; print('%d.%d.%d' % sys.version_info[:3])"]
+            done = subprocess.run(asked, capture_output=True, text=True, timeout=PYTHON_TIMEOUT_S, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            continue
+        if done.returncode == 0:
+            found[os.path.realpath(path)] = (path, done.stdout.strip())
+    return list(found.values())
+
+
 def probe(home: Path, ports: list[int], paths: list[str], run_id: str | None) -> dict[str, Any]:
     """The answers that need Python: see facts.HostFacts for their meaning."""
     clean_up(home)
@@ -112,6 +133,7 @@ def probe(home: Path, ports: list[int], paths: list[str], run_id: str | None) ->
         "python_version": platform.python_version(),
         "platform": sysconfig.get_platform(),
         "has_venv": _can_make_environments(),
+        "pythons": _pythons(),
         "disk_free_bytes": _disk_free_bytes(home),
         "ports_in_use": [port for port in ports if not port_is_free(port)],
         "paths": {path: os.path.isdir(path) for path in paths if os.path.exists(path)},

@@ -49,7 +49,7 @@ class OpenRun:
         """The host's interpreter. Raises DeployError where it has none any more."""
         if self.facts.python is None:
             raise DeployError(
-                "the host has no Python 3.11 or newer any more.",
+                "the host has no Python 3.10 or newer any more.",
                 found=", ".join(self.facts.pythons_seen),
                 started=True,
             )

@@ -219,7 +219,7 @@ def _check_there(transport: Transport, python: str, directory: str, expected: Tr
         raise DeployError(
             f"{transport.target}: the code there could not be checked.",
             found=done.err[-1000:] or f"exit code {done.returncode}, no answer",
-            needed=f"{python}, 3.11 or newer, to hash {directory}",
+            needed=f"{python}, 3.10 or newer, to hash {directory}",
         )
     answer = json.loads(answers[-1])
     return _Found(answer["digest"], tuple(answer["differences"]))

@@ -179,7 +179,7 @@ def _await_supervisor(run: RunDir, plan: LaunchPlan) -> None:
             how = "ended at once" if gone else f"did not start within {SUPERVISOR_START_S:g} s"
             raise LaunchError(
                 f"the supervisor ({plan.base_python} -m rollouts.worker.supervisor, in {run.code_tree}) {how}."
-                f" It needs Python >= 3.11 and the synced code there. It said:\n{said}"
+                f" It needs Python >= 3.10 and the synced code there. It said:\n{said}"
             )
         time.sleep(POLL_S)
 

@@ -23,7 +23,7 @@ from rollouts import run_dir
 from rollouts.manifest import manifest_problems
 from rollouts.run_dir import LaunchPlan, ProcessSpec, RunDir, StageName, StageSpec, State, Status
 from rollouts.worker import tmux
-from rollouts.worker.bootstrap import BootstrapError, Patience, ensure_environment
+from rollouts.worker.bootstrap import BootstrapError, Patience, ensure_environment, fetch_model
 from rollouts.worker.console import say
 from rollouts.worker.engines import Engine, end_life, keep_record
 from rollouts.worker.health import port_is_taken
@@ -106,6 +106,12 @@ class Supervisor:
         for spec in self.plan.environments:
             try:
                 ensure_environment(spec, self.run, patience)
+            except BootstrapError as error:
+                raise RunFailed(str(error), window=SUPERVISOR_WINDOW, log_tail=error.log_tail) from None
+        for model in self.plan.models:
+            self._announce("bootstrap", f"downloading {model.name}")
+            try:
+                fetch_model(model, self.plan.environments[0], self.run, patience)
             except BootstrapError as error:
                 raise RunFailed(str(error), window=SUPERVISOR_WINDOW, log_tail=error.log_tail) from None
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from rollouts import run_dir
 from rollouts.run_dir import ExitRecord, LaunchPlan, ProcessRecord, ProcessSpec, RunDir
 from rollouts.worker.causes import cause_of
+from rollouts.worker.engine_tools import with_tools
 from rollouts.worker.processes import (
     SUPERVISOR_MARGIN_S,
     SUPERVISOR_STAGE,
@@ -218,6 +219,9 @@ class Window:
             run_dir.RUN_ID_VARIABLE: self.run.run_id,
             WINDOW_VARIABLE: window_mark(self.stage, self.window),
         }
+        if spec.tools_of:
+            declared = {**spec.env, **given["secrets"]}
+            environment = with_tools(environment, Path(spec.tools_of), declared=declared)
         if self.is_supervisor and "TMUX" in os.environ:
             environment["TMUX"] = os.environ["TMUX"]  # which server to open the other windows in
         return environment
