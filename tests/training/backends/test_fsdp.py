@@ -95,6 +95,15 @@ def test_what_each_option_does(two):
         assert runs["recompute"] == runs["full"] + backward_passes
 
 
+def test_a_step_reduces_once(two, one):
+    """Goal: one reduction of each layer and of the root in an optimizer step, however many micro-batches, and the
+    losses of one rank. Red with a reduction at every micro-batch: 18.
+    """
+    for rank in two[1]:
+        assert rank["counted"]["calls"]["reduce_scatter_tensor"] == 3 * 3  # steps; two layers and the root
+        assert_same_training(rank["counted"]["metrics"], one[1]["sft"])
+
+
 def test_hybrid_sharding_is_two_copies_in_halves(tmp_path, one):
     """Goal: four ranks, two per copy, give the one rank's numbers, and a checkpoint that goes on plain.
 
