@@ -12,9 +12,9 @@ import copy
 import inspect
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -118,6 +118,7 @@ class PyTorchTrainingBackend:
         self._worker = Worker(type(self).__name__)
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-writer")  # exit waits for it
         self._writer_group = distributed.new_group()
+        self._staging = optimizer_state.Staging()
         self._saving: ThreadFuture[Path] | None = None
         self._retention = retention or Retention()
         self._resumed_from: Path | None = None
@@ -168,6 +169,12 @@ class PyTorchTrainingBackend:
     def on_model(self, function: Callable[[nn.Module], T]) -> ThreadFuture[T]:
         """`function(model)`, in turn with other work and with parameters sharded as at rest; every rank calls it."""
         return self._worker.submit("on_model", self._on_model, function)
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Have the model compute as in training, for a caller that runs it by itself; no work may be in flight."""
+        with self._computing(self.model), self._autocasting(self.model):
+            yield
 
     async def save_checkpoint(self, step: int, metrics: dict[str, Any], extra: dict[str, Any] | None = None) -> Path:
         """`start_checkpoint`, and wait until it is complete: its directory."""
@@ -340,7 +347,7 @@ class PyTorchTrainingBackend:
             step=step,
             weights=checkpoint.whole_weights(self.model, copy=True),
             adapter=checkpoint.whole_adapter(self.model),
-            optimizer=optimizer_state.stage(tensors) if own_part else {},
+            optimizer=self._staging.copy(tensors) if own_part else {},
             training_state={"optimizer": plain, "optimizer_steps": self.step, "rng": rng, "extra": extra, **value},
             metadata={
                 "metrics": metrics,

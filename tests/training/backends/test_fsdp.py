@@ -69,7 +69,9 @@ def test_sharded_ranks_train_as_one(two, one, strategy):
     for path in (directory / strategy / "weights", directory / strategy / "latest"):
         found = load_file(path / "model.safetensors")
         assert found.keys() == expected.keys() and "lm_head.weight" not in found  # tied: once
-        assert all((found[name] - expected[name]).abs().max() < 1e-5 for name in expected)
+        apart = {name: (found[name] - expected[name]).abs().max() for name in expected}
+        # softmax does not see a bias of the keys: its gradient is rounding, which AdamW makes a step of
+        assert all(apart[name] < (1e-3 if name.endswith("k_proj.bias") else 1e-5) for name in expected), apart
     assert type(AutoModelForCausalLM.from_pretrained(directory / strategy / "weights")).__name__ == "Qwen2ForCausalLM"
 
 
@@ -100,7 +102,7 @@ def test_a_step_reduces_once(two, one):
     losses of one rank. Red with a reduction at every micro-batch: 18.
     """
     for rank in two[1]:
-        assert rank["counted"]["calls"]["reduce_scatter_tensor"] == 3 * 3  # steps; two layers and the root
+        assert rank["counted"]["reductions"] == 3 * 3  # steps; two layers and the root
         assert_same_training(rank["counted"]["metrics"], one[1]["sft"])
 
 
