@@ -6,6 +6,7 @@ import random
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import anyio
 import numpy as np
@@ -205,7 +206,7 @@ def test_tied_weights_are_written_once(tmp_path):
 class _Stager:
     """A stager that takes notes: pinned memory needs a GPU."""
 
-    made: list[StagingOptions] = []
+    made: ClassVar[list[StagingOptions]] = []
 
     def __init__(self, options: StagingOptions) -> None:
         self.made.append(options)
