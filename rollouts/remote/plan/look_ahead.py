@@ -146,7 +146,9 @@ def plan_summary(config: Config, code: Code) -> Iterator[str]:
 
 def _rows_words(rows: Rows, what: str) -> str:
     if rows.count is None:
-        return f"{what} not counted (known for .jsonl files here)"
+        return (
+            f"{what} not counted (known for .jsonl files here, and folders of .jsonl or parquet files named by split)"
+        )
     return f"{'' if rows.exact else 'at most '}{rows.count:,} {what}"
 
 
