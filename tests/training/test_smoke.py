@@ -38,7 +38,7 @@ def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str], monkeypa
 
 
 def test_the_checklist_runs_on_a_cpu() -> None:
-    """Goal: the first hour's lines run in order, to the end of what a CPU allows. Red with a line that does not start."""
+    """Goal: the first hour's lines run in order, to the end of what a CPU allows. Red with a line that fails."""
     command = ["scripts/gpu_first_hour", "--dry-run"]
     variables = {**os.environ, "PYTHON": sys.executable}
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=120, check=False)

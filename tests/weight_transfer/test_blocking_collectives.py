@@ -15,7 +15,7 @@ from rollouts.training.weight_transfer.broadcast import BroadcastLink
 from rollouts.training.weight_transfer.payload import Entry
 
 pytestmark = pytest.mark.anyio
-ENTRY = Entry("weight", torch.float32, (2,))
+ENTRY = Entry("weight", (2,), torch.float32)
 
 
 @pytest.fixture(params=["asyncio", "trio"])
