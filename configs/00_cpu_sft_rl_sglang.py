@@ -61,6 +61,7 @@ config = Config(
     host=HostConfig(
         installer="pip",
         constraints_file="requirements/constraints.txt",
+        torch_build="auto",
         env={"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
         secrets=[],
         disk_free_gib_min=10.0,

@@ -76,7 +76,8 @@ config = Config(
     target=TargetConfig(gpu_ranks=[0], device_type="cuda", sharding="none", shard_group_size=-1, cpu_offload=False),
     host=HostConfig(
         installer="uv",
-        constraints_file=None,
+        constraints_file="requirements/trainer-cuda.txt",
+        torch_build="auto",
         env={"TOKENIZERS_PARALLELISM": "false"},
         secrets=[],
         disk_free_gib_min=40.0,
@@ -188,7 +189,7 @@ config = Config(
     ),
     limits=LimitsConfig(
         bootstrap_timeout_s=1800.0,
-        engine_ready_timeout_s=600.0,
+        engine_ready_timeout_s=1200.0,
         stage_timeout_s=6 * 3600.0,
         engine_hang_timeout_s=60.0,
         sample_timeout_s=600.0,

@@ -50,6 +50,7 @@ def example_config() -> Config:
         host=HostConfig(
             installer="pip",
             constraints_file="requirements/constraints.txt",
+            torch_build="index",
             env={"HF_HUB_OFFLINE": "1"},
             secrets=[],
             disk_free_gib_min=1.0,

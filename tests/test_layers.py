@@ -17,7 +17,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts": ("rollouts.agents",),
     "rollouts.__main__": ("deploy",),
     "rollouts.manifest": (),
-    "rollouts.run_dir": ("base_config",),
+    "rollouts.plain_files": (),
+    "rollouts.run_dir": ("base_config", "rollouts.plain_files"),
     "rollouts.agents": (
         "rollouts.agents",
         "rollouts.training.calculator",
@@ -53,6 +54,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts.remote": (
         "base_config",
         "rollouts.run_dir",
+        "rollouts.plain_files",
         "rollouts.manifest",
         "rollouts.engines.launch",
         "rollouts.remote",
@@ -60,6 +62,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts.worker": (
         "base_config",
         "rollouts.run_dir",
+        "rollouts.plain_files",
         "rollouts.manifest",
         "rollouts.engines.keys",
         "rollouts.engines.diagnosis",
@@ -76,6 +79,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.worker.trainer_job",
         "rollouts.worker.trainer_wiring",
     ),
+    "rollouts.worker.trainer_hub": (),
     "rollouts.worker.trainer_job": ("base_config", "rollouts.run_dir", "rollouts.training"),
     "rollouts.worker.trainer_data": ("base_config", "rollouts.training"),
     "rollouts.worker.trainer_wiring": ("base_config", "rollouts.run_dir", "rollouts.agents", "rollouts.training"),
@@ -85,7 +89,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts.training.types": (),
     "rollouts.training.advantages": (),
     "rollouts.training.loss_terms": (),
-    "rollouts.training.log_probs": (),
+    "rollouts.training.head_ways": (),
+    "rollouts.training.log_probs": ("rollouts.training.head_ways",),
     "rollouts.training.packed_attention": (),
     "rollouts.training.forward": ("rollouts.training.log_probs", "rollouts.training.packed_attention"),
     "rollouts.training.rl_losses": ("rollouts.training.log_probs", "rollouts.training.loss_terms"),
@@ -98,7 +103,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.training.metrics",
         "rollouts.training.optimizer_state",
     ),
-    "rollouts.training.distributed": (),
+    "rollouts.training.devices": (),
+    "rollouts.training.distributed": ("rollouts.training.devices",),
     "rollouts.training.optimizer_state": ("rollouts.training.sharded_reader",),
     "rollouts.training.sharded_reader": (),
     "rollouts.training.alarms": (),
@@ -108,6 +114,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts.training.backends": (
         "rollouts.training.host_memory",
         "rollouts.training.backends",
+        "rollouts.training.devices",
         "rollouts.training.checkpoint",
         "rollouts.training.distributed",
         "rollouts.training.forward",
@@ -154,7 +161,7 @@ STANDARD_LIBRARY_ONLY = (
     "rollouts.engines.launch",
     "rollouts.worker",  # under the host's own Python; the trainer alone runs in the environment
 )
-EXCEPT = tuple(f"rollouts.worker.trainer{part}" for part in ("", "_data", "_job", "_wiring"))
+EXCEPT = tuple(f"rollouts.worker.trainer{part}" for part in ("", "_data", "_hub", "_job", "_wiring"))
 
 
 def module_name(file: Path) -> str:

@@ -155,3 +155,24 @@ def test_pip_resolves(name: str, way: str, pip_answers: dict[tuple[str, str], Fu
     assert {pin.partition("+")[0] for pin in found} >= pins(name)
     if way == "public":
         assert "torch==2.13.0" in found and "triton==3.7.1" in found
+
+
+def test_trainer_and_engines_share_torch_on_cuda() -> None:
+    """Goal: the trainer's CUDA pins and the engines' have one torch, one NCCL, and one triton. Red with
+    torch==2.15.0 in trainer-cuda.txt."""
+    shared = ("torch==", "triton==", "nvidia-nccl-cu13==", "nvidia-cuda-runtime==", "nvidia-cudnn-cu13==")
+    found = [
+        sorted(pin for pin in pins(name) if pin.startswith(shared))
+        for name in ("trainer-cuda.txt", "sglang-cuda.txt", "vllm-cuda.txt")
+    ]
+    assert len(found[0]) == len(shared) and found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("name", ["sglang-cuda.txt", "vllm-cuda.txt"])
+def test_a_locks_compiler_is_its_runtimes(name: str) -> None:
+    """Goal: nvcc, its parts and the headers are of one CUDA minor version, and what compiles is there. Red with nvcc
+    13.5 beside a runtime of 13.0: "CUDA compiler and CUDA toolkit headers are incompatible"."""
+    parts = ("nvidia-cuda-runtime", "nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-cccl")
+    versions = dict(pin.split("==") for pin in pins(name))
+    assert {".".join(versions[part].split(".")[:2]) for part in parts} == {"13.0"}
+    assert "ninja" in versions

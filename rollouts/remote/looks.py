@@ -67,7 +67,7 @@ def check_host(remote: str | None, *, as_json: bool, accept_new_host_key: bool) 
             facts = gather_facts(transport, check_way=True)
         target = remote or LOCAL_TARGET
         lacking = [tool for tool in ("tmux", "rsync") if tool not in facts.tools]
-        lacking += ["python3 >= 3.11"] if facts.python is None else []
+        lacking += ["python3 >= 3.10"] if facts.python is None else []
         if as_json:
             print_json({"target": target, "lacking": lacking, "facts": dataclasses.asdict(facts)})
         else:

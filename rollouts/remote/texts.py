@@ -82,7 +82,7 @@ def facts_text(target: str, facts: HostFacts, lacking: Sequence[str]) -> str:
     rows = [
         ("host", f"{facts.user}@{facts.host}, {facts.system}"),
         ("home", facts.home),
-        ("python", f"{facts.python} {facts.python_version}" if facts.python else "none >= 3.11"),
+        ("python", f"{facts.python} {facts.python_version}" if facts.python else "none >= 3.10"),
         *((tool, facts.versions.get(tool) or "missing") for tool in ("tmux", "rsync", "uv")),
         ("gpus", "; ".join(map(describe_gpu, facts.gpus)) or facts.gpu_problem or "none"),
         *([("driver", facts.driver)] if facts.driver else []),

@@ -4,6 +4,7 @@ The index, `.metadata`, is a pickle, and torch unpickles it as it comes: a direc
 code. Here nothing but that format's own data classes is admitted, and the parts of it that are followed are checked.
 """
 
+import enum
 import pickle
 from pathlib import Path, PurePath
 from typing import Any
@@ -79,8 +80,19 @@ def _problem(metadata: Any) -> str | None:
     return None
 
 
+def _enum_member(owner: Any, name: Any) -> enum.Enum:
+    """The member `name` of an enumeration: Python 3.11.0 to 3.11.3 write one as getattr(class, name)."""
+    if not (isinstance(owner, enum.EnumMeta) and isinstance(name, str) and name in owner.__members__):
+        raise UnsafeIndexError(
+            f"asks for getattr({owner!r}, {name!r}), which is no part of a checkpoint: it is not run"
+        )
+    return owner.__members__[name]
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
         is_dtype = module == "torch" and "." not in name and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and (module, name) not in _ADMITTED:
             raise UnsafeIndexError(f"asks for {module}.{name}, which is no part of a checkpoint: it is not run")

@@ -15,22 +15,24 @@ import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rollouts import run_dir
-from rollouts.run_dir import EnvironmentSpec, RunDir
+from rollouts.plain_files import open_plain
+from rollouts.run_dir import EnvironmentSpec, HubModel, RunDir
 from rollouts.worker import isolation, requirement
+from rollouts.worker.base_python import base_python, find_uv
 from rollouts.worker.console import say
-from rollouts.worker.installer import BootstrapError, Patience, Progress, inputs_of, run_installer
+from rollouts.worker.installer import BootstrapError, InstallerFailed, Patience, Progress, inputs_of, run_installer
+from rollouts.worker.torch_index import TorchSource, build_problem, torch_source
 
-__all__ = ["BootstrapError", "Patience", "ensure_environment", "is_complete"]
+__all__ = ["BootstrapError", "Patience", "ensure_environment", "fetch_model", "is_complete"]
 
 MARKER_FILE = ".complete"
 QUERY_TIMEOUT_S = 120.0  # a cold network file system
 SHOWN_PROBLEMS = 10
-UV_PLACES = ("~/.local/bin/uv", "~/.cargo/bin/uv")  # where its installer puts it; not on PATH in a bare ssh command
 # Run by an environment's own interpreter, with -I. The first of two of one name is the one that is imported.
 QUERY = """
 import importlib.metadata, json, os, platform, sys
@@ -58,6 +60,43 @@ class Content:
         return {requirement.canonical(name): version for name, version in self.distributions}
 
 
+@dataclass(frozen=True)
+class Built:
+    """How an environment was made, for its record."""
+
+    torch: TorchSource
+    pip_settings_left_out: list[str]  # of pip's configuration
+
+    @property
+    def record(self) -> dict[str, object]:
+        said: dict[str, object] = {"torch_build": self.torch.build}
+        if self.torch.note:
+            said["torch_note"] = self.torch.note
+        if self.pip_settings_left_out:
+            said["pip_settings_left_out"] = self.pip_settings_left_out
+        return said
+
+
+def fetch_model(model: HubModel, trainer: EnvironmentSpec, run: RunDir, patience: Patience) -> None:
+    """Have a model in this host's cache of the hub, by the trainer's environment.
+
+    Raises BootstrapError where the hub does not give it, or when patience runs out; and whatever its `tick` raises.
+    """
+    started = time.monotonic()
+    spec = dataclasses.replace(trainer, name=f"model {model.name}")
+    options = [] if model.weights else ["--no-weights"]
+    argv = [f"{trainer.path}/bin/python", "-m", "rollouts.worker.trainer_hub", model.name, *options]
+    progress = Progress(run, spec)
+    progress.doing = "asking the hub"
+    with open(os.devnull, "rb") as nothing:  # the hub's own locks keep two runs apart
+        try:
+            run_installer(argv, spec, patience, progress, environment=os.environ, lock=nothing.fileno())
+        except InstallerFailed as error:
+            said = [line.removeprefix("error: ") for line in error.log_tail if line.startswith("error: ")]
+            raise BootstrapError(said[-1] if said else str(error), error.log_tail) from None
+    run_dir.append_event(run, "model", name=model.name, seconds=round(time.monotonic() - started, 3))
+
+
 def ensure_environment(spec: EnvironmentSpec, run: RunDir, patience: Patience) -> None:
     """Have `spec` complete at its path on return, and recorded in `run`.
 
@@ -79,14 +118,15 @@ def ensure_environment(spec: EnvironmentSpec, run: RunDir, patience: Patience) -
             content = content_of(spec)
             _check(spec, content, f"It was complete once; remove {path} while no run uses it, and run again.")
             _record(run, spec, content)
-            announce("reused")
+            announce("reused", **_built_before(path))
             return
         announce("building")
         if path.exists():
             say(f"environment {spec.name}: {path} was left half-built; starting over")
             shutil.rmtree(path)
-        left_out = _build(spec, patience, progress, lock)
+        built = _build(spec, patience, progress, lock)
         content = content_of(spec)
+        built = _checked_torch(spec, built, content)
         _check(
             spec,
             content,
@@ -94,9 +134,18 @@ def ensure_environment(spec: EnvironmentSpec, run: RunDir, patience: Patience) -
             f" `pip config list` or uv.toml there; or check {inputs_of(spec)}.",
         )
         _record(run, spec, content)
-        marker = {**dataclasses.asdict(spec), "completed_at": time.time()}
+        marker = {**dataclasses.asdict(spec), "built": built.record, "completed_at": time.time()}
         run_dir.write_json_atomic(path / MARKER_FILE, marker)
-        announce("ready", **({"pip_settings_left_out": left_out} if left_out else {}))
+        announce("ready", **built.record)
+
+
+def _built_before(path: Path) -> dict[str, object]:
+    """Return how a complete environment was made; {} for one that an older version made."""
+    try:
+        marker = json.loads((path / MARKER_FILE).read_text())
+        return {name: marker["built"][name] for name in ("torch_build", "torch_note") if name in marker["built"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def is_complete(path: Path) -> bool:
@@ -140,28 +189,45 @@ def _check(spec: EnvironmentSpec, content: Content, advice: str) -> None:
         )
 
 
+def _checked_torch(spec: EnvironmentSpec, built: Built, content: Content) -> Built:
+    """Return how it was made. Raises BootstrapError for another build of torch than a plan without a fallback names."""
+    wrong = build_problem(built.torch, spec.requirements, content.versions)
+    if not wrong:
+        return built
+    if not spec.torch_fallback:
+        raise BootstrapError(f"environment {spec.name!r}: {wrong}", [wrong])
+    say(f"environment {spec.name}: {wrong}")
+    return dataclasses.replace(built, torch=TorchSource("index", (), wrong))
+
+
 def _record(run: RunDir, spec: EnvironmentSpec, content: Content) -> None:
     lines = [f"{name}=={version}\n" for name, version in content.distributions]
     run_dir.write_text_atomic(run.environment(spec.name), "".join(lines))
 
 
-def _build(spec: EnvironmentSpec, patience: Patience, progress: Progress, lock: int) -> list[str]:
-    """Create the environment and install into it; its input files lie in it afterwards.
+def _build(spec: EnvironmentSpec, patience: Patience, progress: Progress, lock: int) -> Built:
+    """Create the environment and install into it; its input files lie in it afterwards."""
 
-    Returns what of pip's configuration was left out.
-    """
+    def run(argv: Sequence[str], environment: Mapping[str, str]) -> None:
+        run_installer(argv, spec, patience, progress, environment=environment, lock=lock)
+
     path = Path(spec.path)
     python = str(path / "bin" / "python")
+    progress.doing = "looking for a Python"
+    base = base_python(spec, run)
     if spec.installer == "uv":
-        uv = _find_uv()
-        create = [uv, "venv", "--python", spec.base_python, str(path)]
+        uv = find_uv(spec, run)
+        create = [uv, "venv", "--python", base, str(path)]
         install = [uv, "pip", "install", "--python", python]
     else:
-        create = [spec.base_python, "-m", "venv", str(path)]
+        create = [base, "-m", "venv", str(path)]
         install = [python, "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
     progress.doing = "making the virtual environment"
-    run_installer(create, spec, patience, progress, environment=os.environ, lock=lock)
+    run(create, os.environ)
     environment, left_out = (dict(os.environ), []) if spec.installer == "uv" else _pip_environment(spec, python)
+    torch = torch_source(spec, environment)
+    if torch.note:
+        say(f"environment {spec.name}: {torch.note}")
     constraints = path / "constraints.txt"
     constraints.write_text(spec.constraints)
     passes = (
@@ -172,9 +238,8 @@ def _build(spec: EnvironmentSpec, patience: Patience, progress: Progress, lock: 
         file = path / name
         file.write_text("".join(f"{line}\n" for line in lines))
         if lines:
-            argv = [*install, *options, "-c", str(constraints), "-r", str(file)]
-            run_installer(argv, spec, patience, progress, environment=environment, lock=lock)
-    return left_out
+            run([*install, *torch.options, *options, "-c", str(constraints), "-r", str(file)], environment)
+    return Built(torch, left_out)
 
 
 def _pip_environment(spec: EnvironmentSpec, python: str) -> tuple[dict[str, str], list[str]]:
@@ -185,20 +250,10 @@ def _pip_environment(spec: EnvironmentSpec, python: str) -> tuple[dict[str, str]
     return {**settings, **os.environ, "PIP_CONFIG_FILE": os.devnull}, left_out
 
 
-def _find_uv() -> str:
-    for place in ("uv", *(os.path.expanduser(place) for place in UV_PLACES)):
-        if found := shutil.which(place):
-            return found
-    raise BootstrapError(
-        "host.installer='uv', but this host has no uv (looked on PATH and in ~/.local/bin, ~/.cargo/bin)."
-        " Install uv there, or set host.installer='pip'."
-    )
-
-
 @contextlib.contextmanager
 def _locked(path: Path, spec: EnvironmentSpec, patience: Patience, progress: Progress) -> Iterator[int]:
     """Hold the lock file; gives its descriptor, with which a child holds it too."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = open_plain(path, os.O_RDWR | os.O_CREAT)
     try:
         waiting = False
         while not _try_lock(descriptor):

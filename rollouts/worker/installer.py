@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rollouts import run_dir
+from rollouts.engines.diagnosis import diagnose_installation
 from rollouts.run_dir import EnvironmentSpec, RunDir
 from rollouts.worker.console import say
 
@@ -39,6 +40,10 @@ class BootstrapError(Exception):
     def __init__(self, message: str, log_tail: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.log_tail = list(log_tail)
+
+
+class InstallerFailed(BootstrapError):
+    """An installer ended with another exit code than 0."""
 
 
 class Patience:
@@ -134,7 +139,6 @@ def run_installer(
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            process_group=0,
             pass_fds=(lock,),
             preexec_fn=_end_with_parent,  # noqa: PLW1509  one call into libc, of which no other thread holds a lock
         )
@@ -151,18 +155,21 @@ def run_installer(
         _end_group(process)
     reader.join(END_GRACE_S)
     if process.returncode != 0:
-        fix = f"Its last lines say why; check {inputs_of(spec)}, and that the host reaches its package index."
+        known = diagnose_installation(list(tail))
+        fix = known or f"Its last lines say why; check {inputs_of(spec)}, and that the host reaches its package index."
         message = f"environment {spec.name!r}: `{shlex.join(argv)}` failed with exit code {process.returncode}. {fix}"
-        raise BootstrapError(message, tail)
+        raise InstallerFailed(message, tail)
 
 
 def inputs_of(spec: EnvironmentSpec) -> str:
     """What decides an environment's content, in the config's words."""
     trainers = "host.constraints_file, the requirements in pyproject.toml"
-    return "engine.requirements_file" if spec.name == "engine" else trainers
+    inputs = "engine.requirements_file" if spec.name == "engine" else trainers
+    return inputs if spec.torch_build == "index" else f"{inputs}, host.torch_build={spec.torch_build!r}"
 
 
 def _end_with_parent() -> None:
+    os.setpgid(0, 0)  # a group of its own; Popen's process_group came with Python 3.11
     if PRCTL is not None:  # else the lock has to do
         PRCTL(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 

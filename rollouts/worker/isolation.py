@@ -77,6 +77,7 @@ UV_KEPT = frozenset(
         "UV_NO_INDEX",
         "UV_NO_PROGRESS",
         "UV_OFFLINE",
+        "UV_PYTHON_DOWNLOADS_JSON_URL",
         "UV_REQUEST_TIMEOUT",
         "UV_SYSTEM_CERTS",
         "UV_TORCH_BACKEND",

@@ -100,7 +100,11 @@ def far(tmp_path_factory: pytest.TempPathFactory, environments: Path, tool_path:
 def save_config(config: Config, changes: Mapping[str, Any], file: Path) -> Config:
     """`config` with changes by field path ({"rl.seed": 1}), a free port and its results beside `file`, where it is
     saved."""
-    own = {"engine.sglang_port": free_port(), "output.save_dir": str(file.parent / "results")}
+    own = {
+        "engine.sglang_port": free_port(),
+        "output.save_dir": str(file.parent / "results"),
+        "host.torch_build": "index",  # whatever this machine offers: its environments are shared by all tests
+    }
     for path, value in {**own, **changes}.items():
         config = replace_at(config, path, value)
     config.save(file)

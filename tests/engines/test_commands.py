@@ -35,10 +35,13 @@ def test_sglang_on_a_gpu() -> None:
         "py -m rollouts.engines.sglang.launcher --model-path /m --host 127.0.0.1 --port 30181 --dtype float32"
         " --device cuda --tensor-parallel-size 2 --mem-fraction-static 0.5 --context-length 2048"
         " --max-total-tokens 9000 --max-running-requests 256 --random-seed 8 --log-level-http warning"
-        " --enable-memory-saver --trust-remote-code"
+        " --sleep-on-idle --cuda-graph-max-bs-decode 256 --enable-memory-saver --trust-remote-code"
     )
     assert engine_env(engine, device_type="cuda", tree="/t") == {}
     assert "--max-total-tokens" not in line(engine_of(kind="sglang"), "cuda")
+    for running, graphs in ((24, 24), (512, 256)):  # no larger than what runs, nor than SGLang goes by itself
+        few = line(engine_of(kind="sglang", max_running_requests=running), "cuda")
+        assert f" --cuda-graph-max-bs-decode {graphs}" in few
 
 
 def test_sglang_on_a_cpu() -> None:
@@ -46,8 +49,8 @@ def test_sglang_on_a_cpu() -> None:
     engine = engine_of(kind="sglang", max_total_tokens=4096)
     assert line(engine, "cpu").startswith("py -m rollouts.engines.sglang.cpu_launcher --model-path /m ")
     assert line(engine, "cpu").endswith(
-        "--attention-backend torch_native --sampling-backend pytorch --disable-cuda-graph --disable-overlap-schedule"
-        " --enable-deterministic-inference --sleep-on-idle"
+        "--sleep-on-idle --attention-backend torch_native --sampling-backend pytorch --disable-cuda-graph"
+        " --disable-overlap-schedule --enable-deterministic-inference"
     )
     assert engine_env(engine, device_type="cpu", tree="/t") == {
         "SGLANG_USE_CPU_ENGINE": "1",

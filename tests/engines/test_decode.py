@@ -1,5 +1,6 @@
 """Decoding inside the process: every kind of architecture served, and what is refused."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import GPT2LMHeadModel, MambaConfig, MambaForCausalLM
 
 from rollouts.engines.embedded.attention import decode_attention
 from rollouts.engines.embedded.batch import Batch, Job, Row
@@ -57,6 +58,28 @@ def test_rows_that_come_and_go_keep_the_models_logprobs(kind: str, tmp_path: Pat
         assert row.logprobs == pytest.approx(logprobs_of(served.model, prompt, row.output_ids, 1.0), abs=1e-5)
 
 
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_the_cache_by_either_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Goal: a model is served whatever its forward pass calls the cache. Red with "past_key_values" alone: transformers
+    5.24 renamed it, and every model was refused."""
+    forward = GPT2LMHeadModel.forward
+    own_name = "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+
+    def renamed(self: Any, **inputs: Any) -> Any:
+        return forward(self, **{own_name if key == name else key: value for key, value in inputs.items()})
+
+    known = [parameter for key, parameter in inspect.signature(forward).parameters.items() if key != own_name]
+    cache = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+    own = [parameter for parameter in known if parameter.kind != inspect.Parameter.VAR_KEYWORD]
+    monkeypatch.setattr(renamed, "__signature__", inspect.Signature([*own, cache]), raising=False)
+    monkeypatch.setattr(GPT2LMHeadModel, "forward", renamed)
+    served = load_tiny("gpt2", tmp_path)
+    assert served.cache_argument == name
+    (row,) = decode(served, [[3, 4, 5]], new_tokens=[8], rows_max=1)
+    monkeypatch.undo()
+    assert row.logprobs == pytest.approx(logprobs_of(served.model, [3, 4, 5], row.output_ids, 1.0), abs=1e-5)
+
+
 def test_numbers_do_not_depend_on_the_batch(tmp_path: Path) -> None:
     """Goal: on a CPU a row's log-probs are the same bits alone, in a crowd and in a small batch, so that a resumed run
     samples what the first one did. Red with CPU_ROWS_MIN = 1, and with WIDTH_STEP = 1.
@@ -73,7 +96,7 @@ def test_numbers_do_not_depend_on_the_batch(tmp_path: Path) -> None:
 
 
 def test_a_recurrent_model_is_refused(tmp_path: Path) -> None:
-    """Goal: what the cache cannot hold is said at start, not decoded wrongly. Red without `_check_architecture`."""
+    """Goal: what the cache cannot hold is said at start, not decoded wrongly. Red without `_cache_argument`."""
     config = MambaConfig(vocab_size=32, hidden_size=32, num_hidden_layers=1)
     MambaForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="plain attention only"):

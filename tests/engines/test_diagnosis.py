@@ -7,7 +7,7 @@ SGLang 0.5.21, vLLM 0.32, transformers, huggingface_hub and torch.
 
 import pytest
 
-from rollouts.engines.diagnosis import diagnose
+from rollouts.engines.diagnosis import diagnose, diagnose_installation
 
 NOISE = [  # seen at every start of SGLang; the last as it would look to a hasty pattern
     "[2026-11-21 01:16:13] Ignore import error when loading sglang.srt.models.bailing_moe_linear: No module named 'vllm'",
@@ -106,6 +106,113 @@ CASES: list[tuple[str, str, list[str]]] = [
         ["sees no CUDA device", "nvidia-smi"],
     ),
     (
+        "Python.h (public report, SGLang)",
+        "/tmp/tmps1rkq3y3/main.c:5:10: fatal error: Python.h: No such file or directory\n    5 | #include <Python.h>\n"
+        "      |          ^~~~~~~~~~\ncompilation terminated.\n\nException in run_tp_server:",
+        ["Python.h", "python3-dev"],
+    ),
+    (
+        "Python.h, another compiler (public report)",
+        "cuda_utils.c:6: error: include file 'Python.h' not found\nsubprocess.CalledProcessError: Command '['tcc.exe'",
+        ["Python.h", "python3-dev"],
+    ),
+    (
+        "ninja (public report)",
+        "    raise child_exception_type(errno_num, err_msg, err_filename)\nFileNotFoundError: [Errno 2] No such file or"
+        " directory: 'ninja': 'ninja'",
+        ["found no ninja", "engine.requirements_file"],
+    ),
+    (
+        "ninja, torch's words (public report)",
+        '    raise RuntimeError("Ninja is required to load C++ extensions")\nRuntimeError: Ninja is required to load C++'
+        " extensions",
+        ["found no ninja", "PATH"],
+    ),
+    (
+        "nvcc (public report, SGLang on a host with a driver alone)",
+        "RuntimeError: ninja exited with status 127\n/bin/sh: 1: /usr/local/cuda/bin/nvcc: not found",
+        ["found no nvcc", "nvidia-cuda-nvcc", "CUDA_HOME"],
+    ),
+    (
+        "nvcc, SGLang 0.5.21",
+        "RuntimeError: Failed to build JIT module silu_and_mul in /root/.cache/sglang/jit/x\nstdout:\n[1/2]"
+        " /usr/local/cuda/bin/nvcc -MD -MF cuda_0.o.d -c cuda.cu -o cuda_0.o\nFAILED: [code=127] cuda_0.o\n/bin/sh: 1:"
+        " /usr/local/cuda/bin/nvcc: not found\nninja: build stopped: subcommand failed.",
+        ["found no nvcc"],
+    ),
+    (
+        "headers of another CUDA (seen, nvcc 13.5 beside a runtime of 13.0)",
+        'cuda_toolkit.h:41:8: error: #error "CUDA compiler and CUDA toolkit headers are incompatible, please check your'
+        ' include paths"',
+        ["of different versions", "nvidia-cuda-cccl"],
+    ),
+    (
+        "a compiler that is too new (public report)",
+        "host_config.h:132: #error -- unsupported GNU version! gcc versions later than 12 are not supported!",
+        ["g++ is newer than the engine's nvcc takes", "CXX"],
+    ),
+    (
+        "no compiler, Triton",
+        "RuntimeError: Failed to find C compiler. Please specify via CC environment variable or set"
+        " triton.knobs.build.impl.",
+        ["no C++ compiler", "apt-get install g++"],
+    ),
+    (
+        "no compiler, the link",
+        "FAILED: [code=127] silu.so\nc++ main.o -shared -o silu.so\n/bin/sh: 1: c++: not found",
+        ["no C++ compiler"],
+    ),
+    (
+        "libcudart (public report, SGLang's memory saver)",
+        "/venv/bin/python: error while loading shared libraries: libcudart.so.13: cannot open shared object file: No such"
+        " file or directory\nRuntimeError: Rank 0 scheduler died during initialization (exit code: 127).",
+        ["(libcudart.so.13)", "one CUDA version", "LD_LIBRARY_PATH"],
+    ),
+    (
+        "libcudart, linking",
+        "/usr/bin/ld: cannot find -lcudart: No such file or directory\ncollect2: error: ld returned 1 exit status",
+        ["(cudart)", "CUDA_HOME"],
+    ),
+    (
+        "NCCL (NCCL's format string)",
+        "gpu-7:4711:4711 [0] NCCL WARN Mismatched NCCL version detected : rank 1 version 22907 rank 0 version 23007\n"
+        "torch.distributed.DistBackendError: NCCL error: invalid usage (run with NCCL_DEBUG=WARN for details)",
+        ["different versions of NCCL", "requirements/trainer-cuda.txt", "weight_sync='disk'"],
+    ),
+    (
+        "a GPU that is not the engine's (SGLang's words)",
+        '  File "/srt/utils/patch_torch.py", line 97, in _device_from_maybe_uuid\nException: Invalid'
+        " device_uuid=GPU-5f2c1d0a-1111-2222-3333-444455556666",
+        ["(GPU-5f2c1d0a-1111-2222-3333-444455556666)", "weight_sync='disk'"],
+    ),
+    (
+        "unbalanced (public report, SGLang)",
+        "ValueError: The memory capacity is unbalanced. Some GPUs may be occupied by other processes."
+        " min_per_gpu_memory=20.1, local_gpu_memory=78.8",
+        ["different amounts of free memory", "engine.gpu_ranks"],
+    ),
+    (
+        "no room for the cache (SGLang's words)",
+        "ValueError: Loaded weights leave no GPU memory for the KV cache under mem_fraction_static=0.5",
+        ["Out of memory.", "engine.mem_fraction"],
+    ),
+    (
+        "no kernel image (torch's words)",
+        "torch.AcceleratorError: CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors"
+        " might be asynchronously reported at some other API call",
+        ["not built for this GPU's generation.", "engine.requirements_file"],
+    ),
+    (
+        "an architecture that nvcc does not know",
+        "nvcc fatal   : Unsupported gpu architecture 'compute_120'",
+        ["this GPU's generation compute_120."],
+    ),
+    (
+        "glibc",
+        "ImportError: /lib/x86_64-linux-gnu/libc.so.6: version `GLIBC_2.34' not found (required by common_ops.abi3.so)",
+        ["(GLIBC_2.34)", "newer distribution"],
+    ),
+    (
         "heads, vLLM",
         "ValueError: Total number of attention heads (14) must be divisible by tensor parallel size (4).",
         ["14 is no multiple of engine.tensor_parallel_size"],
@@ -137,3 +244,55 @@ def test_what_is_not_known_is_not_guessed() -> None:
     """Goal: no diagnosis from noise: SGLang lists optional imports at every start. Red with those lines left in."""
     assert diagnose([*NOISE, "KeyError: 'model.layers.0'"]) is None
     assert diagnose([]) is None
+
+
+INSTALLATIONS: list[tuple[str, str, list[str]]] = [
+    (
+        "a placeholder of NVIDIA's (public report)",
+        '  File "/tmp/pip-build-env/overlay/lib/python3.11/site-packages/wheel_stub/error.py", line 67, in'
+        " report_install_failure\nInstallFailedError: The installation of cuda-tile for version 1.6.0rc5 failed.\n"
+        "This is a special placeholder package which downloads a real wheel package from NVIDIA's index.",
+        ["NVIDIA's own", "requirements/README.md"],
+    ),
+    (
+        "Rust (public report, pip)",
+        "running build_rust\nerror: can't find Rust compiler\n  ERROR: Failed building wheel for outlines-core\nFailed to"
+        " build outlines-core",
+        ["needs Rust", "3.11 and 3.12"],
+    ),
+    (
+        "Rust (uv)",
+        "  × Failed to build `outlines-core==0.1.26`\n  ├─▶ The build backend returned an error",
+        ["needs Rust"],
+    ),
+    (
+        "another Python (uv)",
+        "hint: You're using CPython 3.14 (`cp314`), but `cuda-python` (v13.4.4) only has wheels with the following Python"
+        " ABI tags: `cp311`, `cp312`",
+        ["no wheel for this Python CPython 3.14", "3.11 and 3.12"],
+    ),
+    (
+        "an old C library (uv)",
+        "Because sglang==0.5.21 has no wheels with a matching platform tag (e.g., `manylinux_2_31_x86_64`) and you require"
+        " sglang==0.5.21, we can conclude that your requirements are unsatisfiable.",
+        ["C library is older", "glibc 2.34"],
+    ),
+    (
+        "a full disk",
+        "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device",
+        ["disk is full", "ROLLOUTS_HOME"],
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"), [case[1:] for case in INSTALLATIONS], ids=[case[0] for case in INSTALLATIONS]
+)
+def test_each_failed_installation_has_its_reason(text: str, parts: list[str]) -> None:
+    """Goal: an installer's pages come down to the sentence that helps. Red with a rule taken out, for its case."""
+    found = diagnose_installation(["Collecting torch==2.13.0", *text.splitlines()])
+    assert found is not None
+    for part in parts:
+        assert part in found
+    assert "{" not in found and "None" not in found
+    assert diagnose_installation(["ERROR: No matching distribution found for nothing-of-the-kind"]) is None

@@ -45,9 +45,15 @@ def process(
     env: dict[str, str] | None = None,
     ready_url: str | None = None,
     ready_timeout_s: float = PATIENCE_S,
+    tools_of: str = "",
 ) -> ProcessSpec:
     return ProcessSpec(
-        window=window, argv=list(argv), env=env or {}, ready_url=ready_url, ready_timeout_s=ready_timeout_s
+        window=window,
+        argv=list(argv),
+        env=env or {},
+        ready_url=ready_url,
+        ready_timeout_s=ready_timeout_s,
+        tools_of=tools_of,
     )
 
 

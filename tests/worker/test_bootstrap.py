@@ -139,14 +139,6 @@ def test_a_missing_base_python(spec: EnvironmentSpec, run: RunDir) -> None:
         ensure_environment(replace(spec, base_python="/nowhere/python3"), run, patience())
 
 
-def test_a_missing_uv(spec: EnvironmentSpec, run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Goal: host.installer='uv' on a host without it says both ways out. Red with uv's absence left to the exec."""
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(BootstrapError, match=r"has no uv.*Install uv there, or set host\.installer='pip'"):
-        ensure_environment(replace(spec, installer="uv"), run, patience())
-
-
 def test_uv_outside_the_path(
     spec: EnvironmentSpec, run: RunDir, tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

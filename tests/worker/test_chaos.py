@@ -1,5 +1,6 @@
 """A whole RL run, its engine killed at random again and again, beside one that is left alone: the same numbers."""
 
+import contextlib
 import dataclasses
 import os
 import random
@@ -105,7 +106,8 @@ def kill(run: RunDir, previous: int) -> int:
     """kill -9 of the engine's life after the one with id `previous`."""
     pid = await_(lambda: (found := recorded_pid(run, "engine-0")) != previous and found, run)
     assert pid, log(run, "supervisor")
-    os.kill(pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):  # it ended by itself just now: as good as killed
+        os.kill(pid, signal.SIGKILL)
     return int(pid)
 
 

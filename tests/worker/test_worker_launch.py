@@ -1,7 +1,9 @@
 """The launcher: a run starts once, whatever tmux and the caller's environment are like, or says why it cannot."""
 
+import ast
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -260,3 +262,21 @@ def test_the_bootstrap_sees_the_configs_environment(host: Host) -> None:
     assert b"INSTALLER_OPTION=1" in environment
     assert module("stop", str(run.path)).returncode == 0
     assert isinstance(run, RunDir)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        *(file.relative_to(REPOSITORY).as_posix() for file in sorted(REPOSITORY.glob("rollouts/worker/[!t]*.py"))),
+        *("rollouts/worker/tail.py", "rollouts/worker/tmux.py", "rollouts/worker/torch_index.py"),
+        *("base_config.py", "rollouts/run_dir.py", "rollouts/manifest.py", "rollouts/remote/host_probe.py"),
+        *("rollouts/engines/keys.py", "rollouts/engines/diagnosis.py"),
+    ],
+)
+def test_a_hosts_python_may_be_3_10(file: str) -> None:
+    """Goal: what runs under the host's own Python keeps to 3.10, which Ubuntu 22.04 has. Red with
+    hashlib.file_digest in the manifest, and with process_group= in the installer."""
+    text = (REPOSITORY / file).read_text()
+    ast.parse(text, feature_version=(3, 10))
+    newer = r"file_digest|process_group=|tomllib|except\*|ExceptionGroup|StrEnum|\bUTC\b|\bSelf\b|contextlib\.chdir"
+    assert re.findall(newer, re.sub(r"#.*", "", text)) == []

@@ -158,9 +158,9 @@ class Batch:
             input_ids=self._tensor(ids),
             attention_mask=self._tensor(seen),
             position_ids=self._tensor(positions)[None, :],
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self.served.cache_argument: cache},
         )
         self.prefilled_tokens += sum(lengths)
         return [(keys, values) for keys, values, *_ in cache]
@@ -210,8 +210,8 @@ class Batch:
             input_ids=tokens_R[:, None],
             attention_mask=masks,
             position_ids=lengths_R[:, None],
-            past_key_values=self._cache.cache,
             use_cache=True,
+            **{self.served.cache_argument: self._cache.cache},
         )
         return output.logits[:count, -1]
 

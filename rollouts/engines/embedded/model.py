@@ -42,6 +42,7 @@ class Served:
     vocab_size: int
     eos_ids: frozenset[int]
     trust_remote_code: bool
+    cache_argument: str  # how the forward pass calls its cache: "past_key_values", "cache" from transformers 5.24 on
     fast_decode: FastDecode | None  # for running rows, in place of the model's own forward pass
 
     def encode(self, text: str) -> list[int]:
@@ -93,7 +94,7 @@ def load(path: str, *, dtype: str, device: str, trust_remote_code: bool) -> Serv
     if where.type == "cuda" and not torch.cuda.is_available():
         raise ModelError("--device cuda: torch sees no CUDA device here; use --device cpu, or check the driver")
     model = _read(path, DTYPES[dtype], trust_remote_code)
-    _check_architecture(model, path)
+    cache_argument = _cache_argument(model, path)
     if where.type == "cpu":
         attention.use_for(model)
     text_config = model.config.get_text_config()
@@ -109,6 +110,7 @@ def load(path: str, *, dtype: str, device: str, trust_remote_code: bool) -> Serv
         vocab_size=int(text_config.vocab_size),
         eos_ids=_eos_ids(model, path, tokenizer),
         trust_remote_code=trust_remote_code,
+        cache_argument=cache_argument,
         fast_decode=FastDecode.of(model),
     )
 
@@ -167,9 +169,11 @@ def _read(path: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
         raise ModelError(f"{path}: cannot be loaded: {_first_line(error)}") from error
 
 
-def _check_architecture(model: Any, path: str) -> None:
+def _cache_argument(model: Any, path: str) -> str:
+    """The name of the cache's argument. Raises ModelError for an architecture that the engine does not serve."""
     accepted = inspect.signature(model.forward).parameters
-    lacking = [name for name in ("past_key_values", "position_ids", "attention_mask") if name not in accepted]
+    cache = "cache" if "cache" in accepted else "past_key_values"
+    lacking = [name for name in (cache, "position_ids", "attention_mask") if name not in accepted]
     text_config = model.config.get_text_config()
     layer_types = set(getattr(text_config, "layer_types", None) or ()) - _SERVED_LAYER_TYPES
     if lacking or layer_types or not hasattr(text_config, "max_position_embeddings"):
@@ -177,6 +181,7 @@ def _check_architecture(model: Any, path: str) -> None:
             f"layers of type {sorted(layer_types)}" if layer_types else f"a forward without {lacking or 'positions'}"
         )
         raise ModelError(f"{path}: {type(model).__name__} has {found}; the embedded engine serves plain attention only")
+    return cache
 
 
 def _tokenizer(path: str, trust_remote_code: bool) -> Any:

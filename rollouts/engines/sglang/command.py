@@ -18,8 +18,8 @@ CPU_FLAGS = (
     "--disable-cuda-graph",
     "--disable-overlap-schedule",
     "--enable-deterministic-inference",  # requests' seeds count; the kernels that make it slow are a GPU's
-    "--sleep-on-idle",  # the scheduler would spin on a core while the trainer steps
 )
+GRAPH_BATCH_MAX = 256  # the most that SGLang captures graphs for by itself, on cards of 60 GiB and more
 
 ROUTER_READY_PATH = "/readiness"  # 200 once one replica can serve
 ROUTER_FLAGS = (
@@ -54,11 +54,20 @@ def argv(server: Server) -> tuple[str, ...]:
         *("--max-running-requests", str(engine.max_running_requests)),
         *("--random-seed", str(server.seed)),
         *("--log-level-http", "warning"),  # else a line per request
-        *(CPU_FLAGS if cpu else ()),
+        "--sleep-on-idle",  # the scheduler would spin on a core while the trainer steps
+        *(CPU_FLAGS if cpu else _graph_flags(server)),
         *_adapter_flags(server),
         *(("--enable-memory-saver",) if engine.sleep_while_training else ()),
         *(("--trust-remote-code",) if model.trust_remote_code else ()),
     )
+
+
+def _graph_flags(server: Server) -> tuple[str, ...]:
+    """Return flags for decode graphs of every batch that the config samples.
+
+    By itself SGLang stops at a batch of 32 or 48 on cards below 60 GiB, and decodes larger ones step by step.
+    """
+    return ("--cuda-graph-max-bs-decode", str(min(server.engine.max_running_requests, GRAPH_BATCH_MAX)))
 
 
 def _adapter_flags(server: Server) -> tuple[str, ...]:

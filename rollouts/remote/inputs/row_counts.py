@@ -5,6 +5,8 @@ import struct
 from collections.abc import Sequence
 from pathlib import Path
 
+from rollouts.plain_files import reading
+
 READ_BYTES_MAX = 512 * 2**20  # of one .jsonl file; rows of a larger one are not counted
 FOOTER_BYTES_MAX = 64 * 2**20
 _SPLITS = {
@@ -20,7 +22,7 @@ def rows_of_file(file: Path) -> int | None:
     """Return how many rows a .jsonl or parquet file has; None for another, a damaged or a very large one."""
     try:
         if file.suffix == ".jsonl" and file.stat().st_size <= READ_BYTES_MAX:
-            with file.open("rb") as lines:
+            with reading(file) as lines:
                 return sum(1 for line in lines if line.strip())
         return _parquet_rows(file) if file.suffix == ".parquet" else None
     except (OSError, ValueError, IndexError, struct.error, RecursionError):
@@ -44,7 +46,7 @@ def _named_splits(file: str) -> set[str]:
 
 
 def _parquet_rows(file: Path) -> int | None:
-    with file.open("rb") as stream:
+    with reading(file) as stream:
         end = stream.seek(-8, 2)
         (size,) = struct.unpack("<I", stream.read(4))
         if stream.read(4) != b"PAR1" or size > min(FOOTER_BYTES_MAX, end):

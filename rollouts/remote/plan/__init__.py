@@ -16,6 +16,7 @@ from rollouts.remote.plan.describe import Step, plan_notes, plan_steps, watch_st
 from rollouts.remote.plan.launch_plan import environment_key, launch_plan, read_lock
 from rollouts.remote.plan.look_ahead import ahead_problems, plan_summary, plan_warnings
 from rollouts.remote.plan.problems import asked_paths, asked_ports, describe_gpu, host_problems, input_problems
+from rollouts.remote.plan.torch_build import torch_problems, torch_warnings
 from rollouts.remote.repository import Code
 from rollouts.run_dir import LaunchPlan
 
@@ -62,6 +63,7 @@ def make_plan(
         *host_problems(config, facts, target, run_id),
         *input_problems(config, facts, code, target, secrets_set),
         *ahead_problems(config, facts, code, target),
+        *torch_problems(config, facts, code, target),
     )
     locks = code.constraints is not None and code.engine_requirements is not None
     launch = launch_plan(config, facts, code, run_id) if facts.python and locks else None
@@ -72,7 +74,7 @@ def make_plan(
         problems=problems,
         notes=tuple(plan_notes(config, facts, code)),
         summary=tuple(plan_summary(config, code)),
-        warnings=tuple(plan_warnings(config, code)),
+        warnings=(*plan_warnings(config, code), *torch_warnings(config)),
         steps=(*plan_steps(config, facts, code, launch, target), watch_step(local_dir)) if launch else (),
         launch=launch,
     )

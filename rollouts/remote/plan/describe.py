@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from base_config import Config
 from rollouts.remote.facts import HostFacts
+from rollouts.remote.plan.torch_build import base_python, build_words, engine_build, trainer_build
 from rollouts.remote.repository import Code
-from rollouts.run_dir import LaunchPlan, ProcessSpec
+from rollouts.run_dir import EnvironmentSpec, LaunchPlan, ProcessSpec
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,19 @@ def plan_notes(config: Config, facts: HostFacts, code: Code) -> Iterator[str]:
         )
     if config.target.device_type == "cuda" and facts.driver:
         yield f"NVIDIA driver {facts.driver}"
+    if "uv" not in facts.tools and (config.host.installer == "uv" or _makes_python(config, facts)):
+        yield "the host has no uv: the package index's is put into the rollouts home there"
     if config.host.env:
         yield f"host.env sets {', '.join(config.host.env)}"
     if config.host.secrets:
         yield f"{', '.join(config.host.secrets)}: sent over stdin, kept in a 0600 file on the host until the run ends"
+
+
+def _makes_python(config: Config, facts: HostFacts) -> bool:
+    """Return whether a Python has to be installed for an environment of the run."""
+    has_lock = config.engine is not None and config.uses_engine and config.engine.requirements_file is not None
+    kinds = (False, True) if has_lock else (False,)
+    return facts.python is not None and any(not base_python(config, facts, engine=kind).path for kind in kinds)
 
 
 def plan_steps(config: Config, facts: HostFacts, code: Code, launch: LaunchPlan, target: str) -> Iterator[Step]:
@@ -45,6 +55,7 @@ def plan_steps(config: Config, facts: HostFacts, code: Code, launch: LaunchPlan,
         f"sync {len(code.files)} files, {code.size_bytes / 1e6:.1f} MB, to {target}:{launch.run_path}/code/tree",
         f"git's files at {commit}" + (f" with {code.changed} uncommitted changes" if code.changed else ", unchanged"),
     )
+    builds = {"trainer": trainer_build(config, facts), "engine": engine_build(config, facts)}
     for environment in launch.environments:
         complete = posixpath.basename(environment.path) in facts.environments
         count = len(environment.requirements) + len(environment.requirements_no_deps)
@@ -55,9 +66,13 @@ def plan_steps(config: Config, facts: HostFacts, code: Code, launch: LaunchPlan,
         yield Step(
             f"{'reuse' if complete else 'build'} the {environment.name} environment {environment.path}"
             f"{'' if complete else f' with {environment.installer}'}",
-            f"{content}, Python {facts.python_version}: "
+            f"{content}, {_python_words(environment)}, {build_words(builds[environment.name])}: "
             f"{'complete there' if complete else 'none of this content there yet'}",
         )
+    for model in launch.models:
+        what = "" if model.weights else ", without its weights"
+        why = "the hub's files, unless this host's cache has them; no engine's time limit counts it"
+        yield Step(f"download {model.name}{what}", why)
     yield Step(
         f"start tmux session {launch.run_id} with a window per process",
         "the run goes on when this machine is switched off",
@@ -66,6 +81,12 @@ def plan_steps(config: Config, facts: HostFacts, code: Code, launch: LaunchPlan,
         for engine in stage.engines:
             yield Step(f"{stage.name}: {engine.window}: {shlex.join(engine.argv)}", _placed(config, engine, facts))
         yield Step(f"{stage.name}: trainer: {shlex.join(stage.trainer.argv)}", _placed(config, stage.trainer, facts))
+
+
+def _python_words(environment: EnvironmentSpec) -> str:
+    if environment.base_python:
+        return f"Python {environment.python_version}"
+    return f"Python {environment.python_version}, installed there by uv, since the host has none that fits"
 
 
 def watch_step(local_dir: str) -> Step:

@@ -19,8 +19,9 @@ from rollouts.engines.launch import (
     router_url,
 )
 from rollouts.remote.facts import HostFacts
+from rollouts.remote.plan.torch_build import base_python, engine_build, trainer_build
 from rollouts.remote.repository import Code
-from rollouts.run_dir import EnvironmentSpec, LaunchPlan, ProcessSpec, RunDir, StageSpec, run_path
+from rollouts.run_dir import EnvironmentSpec, HubModel, LaunchPlan, ProcessSpec, RunDir, StageSpec, run_path
 
 
 def environment_key(
@@ -31,11 +32,15 @@ def environment_key(
     platform: str,
     *,
     no_deps: Collection[str] = (),
+    torch_build: str = "index",
+    torch_fallback: bool = False,
 ) -> str:
-    """Names an environment by what it holds: equal inputs, equal environment."""
-    parts = [sorted(requirements), constraints, installer, python_version, platform]
+    """Name an environment by what it holds: equal inputs, equal environment."""
+    parts: list[object] = [sorted(requirements), constraints, installer, python_version, platform]
     if no_deps:
         parts.append(sorted(no_deps))
+    if torch_build != "index":
+        parts.append({"torch_build": torch_build, "falls_back": torch_fallback})
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -59,17 +64,30 @@ def _environment(
     constraints: str,
     no_deps: list[str],
 ) -> EnvironmentSpec:
-    assert facts.python is not None
-    installer = config.host.installer
-    key = environment_key(requirements, constraints, installer, facts.python_version, facts.platform, no_deps=no_deps)
+    installer, is_engine = config.host.installer, name == "engine"
+    python = base_python(config, facts, engine=is_engine)
+    torch = (engine_build if is_engine else trainer_build)(config, facts)
+    key = environment_key(
+        requirements,
+        constraints,
+        installer,
+        python.version,
+        facts.platform,
+        no_deps=no_deps,
+        torch_build=torch.build,
+        torch_fallback=torch.falls_back,
+    )
     return EnvironmentSpec(
         name=name,
         path=f"{facts.home}/envs/{key}",
         installer=installer,
-        base_python=facts.python,
+        base_python=python.path,
         requirements=requirements,
         requirements_no_deps=no_deps,
         constraints=constraints,
+        torch_build=torch.build,
+        torch_fallback=torch.falls_back,
+        python_version=python.version,
     )
 
 
@@ -103,7 +121,18 @@ def launch_plan(config: Config, facts: HostFacts, code: Code, run_id: str) -> La
         stop_grace_s=config.limits.stop_grace_s,
         engine_restarts_max=config.engine.restarts_max if config.engine else 0,
         engine_hang_timeout_s=config.limits.engine_hang_timeout_s,
+        models=_hub_models(config, code),
     )
+
+
+def _hub_models(config: Config, code: Code) -> list[HubModel]:
+    """List what the hub is asked for: names that are no path, of the model and of a KL reference that is used."""
+    rl = config.rl if "rl" in config.stages else None
+    weights = config.model.init == "pretrained" and config.output.source_checkpoint is None
+    named = {config.model.name: weights}
+    if rl is not None and rl.kl_coef > 0 and rl.kl_reference is not None:
+        named[rl.kl_reference] = True
+    return [HubModel(name=name, weights=whole) for name, whole in named.items() if code.named.get(name) == "missing"]
 
 
 def _stage(config: Config, code: Code, stage: str, path: str, *, python: str, engine_python: str) -> StageSpec:
@@ -169,6 +198,7 @@ def _engine(config: Config, code: Code, run: RunDir, python: str, replica: int, 
         env=env,
         ready_url=ready_url(engine, replica),
         ready_timeout_s=config.limits.engine_ready_timeout_s,
+        tools_of=posixpath.dirname(posixpath.dirname(python)),
     )
 
 

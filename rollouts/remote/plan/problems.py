@@ -16,7 +16,6 @@ GPU_FREE_SHARE_MIN = 0.9  # a device with less free memory is someone's
 INSTALL_HINTS = {
     "tmux": "on the host: apt-get install tmux",
     "rsync": "on the host: apt-get install rsync",
-    "uv": "on the host: curl -LsSf https://astral.sh/uv/install.sh | sh; or set host.installer='pip'",
 }
 
 
@@ -76,13 +75,11 @@ def _run_problems(config: Config, facts: HostFacts, target: str, run_id: str) ->
 
 
 def _tool_problems(config: Config, facts: HostFacts, target: str) -> Iterator[Problem]:
-    uv = ("uv",) if config.host.installer == "uv" else ()
-    for tool in ("tmux", "rsync", *uv):
+    for tool in ("tmux", "rsync"):
         if tool not in facts.tools:
             why = {
                 "tmux": "every process of a run gets a window of one tmux session",
                 "rsync": "the code goes there and the results come back with it",
-                "uv": "host.installer='uv' builds the environments with it",
             }[tool]
             yield Problem(f"{target} has no {tool}.", found=f"PATH={facts.path}", needed=why, fix=INSTALL_HINTS[tool])
     least = ".".join(map(str, PYTHON_MIN))
@@ -90,14 +87,9 @@ def _tool_problems(config: Config, facts: HostFacts, target: str) -> Iterator[Pr
         yield Problem(
             f"{target} has no Python {least} or newer.",
             found=", ".join(facts.pythons_seen) or f"no python3 in PATH={facts.path}",
-            needed=f"python3 >= {least}, for the supervisor and the environments",
-            fix="on the host: apt-get install python3 python3-venv, or `uv python install` and link it into PATH",
-        )
-    elif config.host.installer == "pip" and not facts.has_venv:
-        yield Problem(
-            f"{target}: its Python cannot make virtual environments.",
-            found=f"{facts.python} {facts.python_version} without venv and ensurepip",
-            fix="on the host: apt-get install python3-venv; or set host.installer='uv'",
+            needed=f"python3 >= {least}, for the supervisor",
+            fix="on the host: apt-get install python3.11 python3.11-venv where its distribution has it, or"
+            " `uv python install 3.11` and link it into PATH",
         )
 
 
