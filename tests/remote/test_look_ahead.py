@@ -45,7 +45,7 @@ PROBLEMS: list[tuple[str, dict[str, Any], list[str]]] = [
     ),
     ("fewer prompts than a step takes", {"code": rows(8, 3)}, ["rl.examples_per_step=4", "3 prompts", "to 3 or less"]),
     ("at most so many prompts", {"code": rows(8, 2, "at most")}, ["rl.examples_per_step=4", "at most 2 prompts"]),
-    ("no prompt at all", {"code": rows(8, 0)}, ["rl.examples_per_step=4", "0 prompts"]),
+    ("no prompt at all", {"code": rows(8, 0)}, ["rl.examples_per_step=4", "0 prompts", "fix     add prompts"]),
     ("nanochat's rate on random weights", {"sft__embedding_lr": 0.2}, ["sft.embedding_lr=0.2", "'muon'", "random"]),
     ("a rate of a typing error", {"sft__matrix_lr": 30.0, "sft__init_lr_frac": 0.5}, ["sft.matrix_lr=30.0", "15"]),
     ("a name that is not sent", {"code": inputs(problems=(Problem("x is not sent"),))}, ["x is not sent"]),
