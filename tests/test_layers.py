@@ -103,7 +103,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.training.metrics",
         "rollouts.training.optimizer_state",
     ),
-    "rollouts.training.distributed": (),
+    "rollouts.training.devices": (),
+    "rollouts.training.distributed": ("rollouts.training.devices",),
     "rollouts.training.optimizer_state": ("rollouts.training.sharded_reader",),
     "rollouts.training.sharded_reader": (),
     "rollouts.training.alarms": (),
@@ -113,6 +114,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts.training.backends": (
         "rollouts.training.host_memory",
         "rollouts.training.backends",
+        "rollouts.training.devices",
         "rollouts.training.checkpoint",
         "rollouts.training.distributed",
         "rollouts.training.forward",

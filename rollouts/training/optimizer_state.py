@@ -48,7 +48,7 @@ def collect(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[st
 
 
 class Staging:
-    """Copies of a state in host memory. Those of a GPU's tensors are pinned and kept: the next copy is written there."""
+    """Copies of a state in host memory. A GPU's are pinned, and the memory is kept for the next copy."""
 
     def __init__(self, make: Callable[[StagingOptions], DefaultStager] = DefaultStager) -> None:
         self._make = make

@@ -26,6 +26,7 @@ from rollouts.training import checkpoint, distributed, forward, optimizer_state
 from rollouts.training.backends.compute_copies import ComputeCopies, hold_in, use_copies
 from rollouts.training.backends.futures import BackendFailedError, ThreadFuture, Worker
 from rollouts.training.checkpoint import Retention
+from rollouts.training.devices import set_current
 from rollouts.training.forward import Layout
 from rollouts.training.host_memory import keep_freed_memory
 from rollouts.training.host_to_device import to_device
@@ -115,8 +116,10 @@ class PyTorchTrainingBackend:
         self._base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
         self._statistics = [key for key in STATISTICS if reference is not None or key != "kl_reference"]
         self._start_over()
-        self._worker = Worker(type(self).__name__)
-        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-writer")  # exit waits for it
+        self._worker = Worker(type(self).__name__, torch.device(device))
+        self._writer = ThreadPoolExecutor(  # exit waits for it
+            1, "checkpoint-writer", initializer=set_current, initargs=(torch.device(device),)
+        )
         self._writer_group = distributed.new_group()
         self._staging = optimizer_state.Staging()
         self._saving: ThreadFuture[Path] | None = None
