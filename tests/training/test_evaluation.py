@@ -354,6 +354,7 @@ def test_batches_are_cut_by_tokens():
     cut = list(_batches(range(6), lengths.__getitem__, 3, 16))
     assert cut == [[0, 1, 2], [3, 4], [5]]
     assert list(_batches(range(6), lengths.__getitem__, 2, 10**6)) == [[0, 1], [2, 3], [4, 5]]
+    assert list(_batches(range(3), [2, 9, 9].__getitem__, 3, 16)) == [[0], [1], [2]]
     assert list(_batches([], lengths.__getitem__, 2, 9)) == []
 
 
