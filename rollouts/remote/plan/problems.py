@@ -6,7 +6,8 @@ from pathlib import Path
 
 from base_config import Config
 from rollouts.remote.errors import Problem
-from rollouts.remote.facts import PYTHON_MIN, Gpu, HostFacts
+from rollouts.remote.facts import PYTHON_MIN, HostFacts
+from rollouts.remote.gpus import Gpu, describe_gpu, holders
 from rollouts.remote.plan.launch_plan import read_lock
 from rollouts.remote.repository import Code, named_paths
 from rollouts.run_dir import run_path, valid_run_id
@@ -143,10 +144,6 @@ def _gpu_fix(config: Config, facts: HostFacts) -> str:
 def _is_free(gpu: Gpu, facts: HostFacts) -> bool:
     held = any(process.gpu_uuid == gpu.uuid for process in facts.gpu_processes)
     return not held and gpu.memory_free_mib >= GPU_FREE_SHARE_MIN * gpu.memory_total_mib
-
-
-def describe_gpu(gpu: Gpu) -> str:
-    return f"{gpu.index}: {gpu.name}, {gpu.memory_free_mib / 1024:.0f} of {gpu.memory_total_mib / 1024:.0f} GiB free"
 
 
 def _device_ranks(config: Config) -> list[int]:
