@@ -40,6 +40,7 @@ FINAL_STATES: tuple[State, ...] = ("done", "failed", "stopped", "died")  # died:
 StageName = Literal["bootstrap", "sft", "rl"]
 RUN_ID_PATTERN = rf"{EXPERIMENT_NAME_PATTERN}"  # a tmux session name too
 RUN_ID_VARIABLE = "ROLLOUTS_RUN_ID"  # in the environment of every process of a run: how a run knows its own
+GPUS_VARIABLE = "ROLLOUTS_GPUS"  # a process's cards by nvidia-smi's index, however CUDA_VISIBLE_DEVICES names them
 HOME_VARIABLE = "ROLLOUTS_HOME"  # where a host (or this machine) keeps its rollouts files; ~/.rollouts without it
 
 STREAMED_FILES = (

@@ -73,7 +73,7 @@ class HostFacts:
     has_venv: bool = False
     pythons: tuple[tuple[str, str], ...] = ()  # (path, version) of all that can make environments by themselves
     python_headers: tuple[str, ...] | None = None  # of `python` and `pythons` those that have Python.h; None: not asked
-    cuda: CudaHost = CudaHost()
+    cuda: CudaHost = field(default_factory=CudaHost)
     disk_free_bytes: int = 0
     ports_in_use: tuple[int, ...] = ()
     paths: dict[str, bool] = field(

@@ -22,8 +22,7 @@ from rollouts.run_dir import RunDir, clean_up, last_jsonl_row, observe, read_lau
 PYTHON_NAMES = ("python3.11", "python3.12", "python3.13", "python3.14", "python3")  # the locks' own Python first
 PYTHON_TIMEOUT_S = 10.0
 ASK_PYTHON = (
-    "import ensurepip, sys, sysconfig, venv;"
-    " print('%d.%d.%d' % sys.version_info[:3], sysconfig.get_paths()['include'])"
+    "import ensurepip, sys, sysconfig, venv; print('%d.%d.%d' % sys.version_info[:3], sysconfig.get_paths()['include'])"
 )
 
 
@@ -113,7 +112,7 @@ def _can_make_environments() -> bool:
 
 
 def _pythons() -> list[tuple[str, str, bool]]:
-    """Return (path, version, has Python.h) of the interpreters on PATH that have venv and ensurepip, without any twice."""
+    """Return (path, version, has Python.h) of the interpreters on PATH that can make environments, each once."""
     found: dict[str, tuple[str, str, bool]] = {}
     for name in PYTHON_NAMES:
         path = shutil.which(name)
