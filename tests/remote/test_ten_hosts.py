@@ -13,6 +13,7 @@ from rollouts.remote.facts import HostFacts, parse_facts
 from rollouts.remote.plan import Plan, make_plan
 from rollouts.remote.plan.gpu_problems import host_advice
 from rollouts.remote.repository import Code, read_code
+from rollouts.remote.texts import facts_text
 from tests.remote.test_gpu_configs import GPU_CONFIGS, ROOT
 
 SEEN = Path(__file__).parent / "hosts_seen"
@@ -99,6 +100,19 @@ def test_what_a_host_is_told_without_a_config(host: str, words: list[str]) -> No
     advice = [*host_advice(seen(host), host)]
     text = "\n".join(problem.text() for problem in advice)
     assert all(word in text for word in words) and bool(advice) == bool(words), text
+
+
+def test_a_look_at_a_host_shows_what_gpu_runs_need() -> None:
+    """Goal: `deploy --remote HOST` prints the cards, the driver and what lies beside them. Red without these rows."""
+    text = facts_text("mig", seen("mig"), [])
+    for words in (
+        "NVIDIA H100 PCIe, 79 of 80 GiB free, compute capability 9.0, MIG on",
+        "580.105.08",
+        "glibc 2.35, x86_64",
+    ):
+        assert words in text
+    for words in ("/dev/shm: 65536 of 65536 MiB free", "c++, g++, gcc, cc", "Python.h beside /usr/bin/python3.11"):
+        assert words in text
 
 
 def test_what_is_taken_for_granted_is_said() -> None:
