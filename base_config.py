@@ -29,6 +29,7 @@ DOTTED_NAME_PATTERN = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+"
 BEST_PATTERN = r"(min|max) \S+"
 ENGINE_SOURCES = ("engine", "engine_only")  # rl.source where rollouts come from an engine, not from a file
 WEIGHT_SYNCS = {"embedded": ("disk", "tensor"), "sglang": ("disk", "tensor", "broadcast", "lora"), "vllm": ("disk",)}
+ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # torch's older and newer name
 SGLANG_LORA_TARGETS = (  # linear layers that SGLang has adapters for
     *("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "gate_proj", "up_proj", "down_proj", "gate_up_proj"),
     *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
@@ -257,9 +258,11 @@ class EngineConfig:
     replicas: int  # copies that share the requests, each on tensor_parallel_size devices
     router_port: int | None  # of SGLang's router, through which they get them; None: the trainer deals them out in turn
     tensor_parallel_size: int
-    mem_fraction: float  # of each device's memory
+    mem_fraction: float  # of what is free on each device at the engine's start (vLLM: of the whole device)
     context_length: int  # tokens, prompt and answer together
-    max_total_tokens: int  # tokens that the key-value cache holds; -1: as many as mem_fraction leaves room for
+    max_total_tokens: (
+        int  # of the key-value cache; -1: what mem_fraction leaves, less for a colocated engine started again
+    )
     max_running_requests: int  # sequences decoded at once; more wait in line
     weight_sync: Literal["disk", "tensor", "broadcast", "lora"]  # how new weights get there: docs/engines.md
     weight_sync_bucket_mib: int  # tensor, broadcast: weights are sent in pieces of about this size
@@ -1033,11 +1036,25 @@ def _weight_sync_checks(config: Config, engine: EngineConfig) -> Checks:
     where = f"target.gpu_ranks[0] {'is' if shared else 'is not'} among engine.gpu_ranks={engine.gpu_ranks}"
     need = f"'broadcast' or 'disk': CUDA memory is shared on one GPU, and {where}"
     yield _need(shared or engine.weight_sync != "tensor", "engine.weight_sync", engine.weight_sync, need)
+    single = engine.replicas == 1
+    need = f"'broadcast' or 'disk' with engine.replicas={engine.replicas}: CUDA memory is shared on one GPU, and only"
+    need = f"{need} one replica has target.gpu_ranks[0]"
+    yield _need(single or not shared or engine.weight_sync != "tensor", "engine.weight_sync", "tensor", need)
+    grows = [name for name in ALLOCATOR_SETTINGS if _grows_segments(config.host.env.get(name, ""))]
+    need = "without expandable_segments:True for engine.weight_sync='tensor': such memory has no handles to share"
+    for name in grows:
+        yield _need(engine.weight_sync != "tensor", f"host.env[{name!r}]", config.host.env[name], need)
     need = f"'tensor' or 'disk': NCCL wants a GPU of its own for each side, and {where}"
     yield _need(not shared or engine.weight_sync != "broadcast", "engine.weight_sync", engine.weight_sync, need)
     sleeps = engine.sleep_while_training
     need = f"False: there is memory to give back where a GPU is shared, and {where}"
     yield _need(shared or not sleeps, "engine.sleep_while_training", sleeps, need)
+
+
+def _grows_segments(settings: str) -> bool:
+    """Whether these settings of torch's allocator make segments that can grow."""
+    pairs = (part.partition(":") for part in settings.replace(" ", "").lower().split(","))
+    return any(name == "expandable_segments" and value in ("true", "1") for name, _, value in pairs)
 
 
 def _adapter_checks(config: Config, engine: EngineConfig) -> Checks:

@@ -7,11 +7,13 @@ A code tree's manifest has modes and links too. It is made here of the working t
 and the two are compared before a launch. The control side sends this file's source to the host: it stands alone.
 """
 
+import errno
 import hashlib
 import json
 import os
 import stat
 from collections.abc import Iterable, Mapping
+from io import BufferedReader
 from pathlib import Path
 from typing import TypedDict
 
@@ -43,7 +45,7 @@ def manifest_problems(directory: Path) -> tuple[str, ...]:
         present = plain_files(directory)
     except FileNotFoundError:
         return (f"{manifest}: missing, so {directory.name} was never completed",)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return (str(error),)
     found = [f"{directory / name}: the manifest does not list it" for name in present if name not in files]
     for name, (size, digest) in files.items():
@@ -62,7 +64,8 @@ def read_manifest(manifest: Path) -> dict[str, tuple[int, str]]:
     if manifest.is_symlink():
         raise ValueError(f"{manifest}: a link, not a manifest")
     try:
-        files = json.loads(manifest.read_bytes())["files"]
+        with _opened(manifest) as stream:
+            files = json.loads(stream.read())["files"]
         listed = {str(name): (int(item["size"]), str(item["sha256"])) for name, item in files.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise ValueError(f"{manifest}: not a manifest: {error!r}") from None
@@ -89,11 +92,21 @@ def plain_files(directory: Path) -> set[str]:
 
 
 def sha256(file: Path) -> str:
+    """Raises OSError, also where another process has put a pipe or the like in the file's place."""
     digest = hashlib.sha256()
-    with file.open("rb") as stream:  # not hashlib.file_digest: a host's Python may be 3.10
+    with _opened(file) as stream:  # not hashlib.file_digest: a host's Python may be 3.10
         while block := stream.read(BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _opened(file: Path | bytes) -> BufferedReader:
+    """As plain_files.reading, which this file, sent on its own, cannot import."""
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "no plain file", os.fsdecode(file))
+    return os.fdopen(descriptor, "rb")
 
 
 # --- trees of code --------------------------------------------------------------------------------------------------
@@ -154,7 +167,7 @@ def _has_grown(path: bytes, size: int, earlier: TreeFile) -> bool:
 
 def _sha256_of_start(path: bytes, size: int) -> str:
     total = hashlib.sha256()
-    with open(path, "rb") as stream:
+    with _opened(path) as stream:
         while size > 0 and (data := stream.read(min(size, 1 << 20))):
             total.update(data)
             size -= len(data)
@@ -216,7 +229,7 @@ def _cut_growth(path: bytes, expected: TreeFile) -> None:
         os.truncate(path, expected["size"])
         return
     temporary = path + b".cut"  # this one is a link to another tree's
-    with open(path, "rb") as source, open(temporary, "wb") as target:
+    with _opened(path) as source, open(temporary, "wb") as target:
         target.write(source.read(expected["size"]))
     os.chmod(temporary, stat.S_IMODE(status.st_mode))
     os.replace(temporary, path)

@@ -31,15 +31,19 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from types import UnionType
+from typing import IO, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from base_config import EXPERIMENT_NAME_PATTERN
+from rollouts.plain_files import NotPlainFileError, appending, open_plain, read_plain, reading
 
 State = Literal["starting", "running", "done", "failed", "stopped", "died"]
 FINAL_STATES: tuple[State, ...] = ("done", "failed", "stopped", "died")  # died: seen by readers, never written
 StageName = Literal["bootstrap", "sft", "rl"]
 RUN_ID_PATTERN = rf"{EXPERIMENT_NAME_PATTERN}"  # a tmux session name too
-RUN_ID_VARIABLE = "ROLLOUTS_RUN_ID"  # in the environment of every process of a run: how a run knows its own
+# In the environment of every process of a run: how a run knows its own, also beside one of the same id in another home
+RUN_ID_VARIABLE = "ROLLOUTS_RUN_ID"
+RUN_PATH_VARIABLE = "ROLLOUTS_RUN_PATH"
 GPUS_VARIABLE = "ROLLOUTS_GPUS"  # a process's cards by nvidia-smi's index, however CUDA_VISIBLE_DEVICES names them
 HOME_VARIABLE = "ROLLOUTS_HOME"  # where a host (or this machine) keeps its rollouts files; ~/.rollouts without it
 
@@ -53,6 +57,7 @@ STREAMED_FILES = (
 ENVIRONMENT_GLOB = "code/environment-*.txt"
 SNAPSHOT_GLOBS = ("status.json", "exit/*.json", ENVIRONMENT_GLOB)  # small, replaced as a whole
 LOG_GLOB = "logs/*.log"
+SNAPSHOT_BYTES_MAX = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,16 @@ class RunDir:
     @property
     def run_id(self) -> str:
         return self.path.name
+
+    @property
+    def real_path(self) -> str:
+        """Absolute, without links on the way: one spelling of the run's directory, also once it is removed."""
+        return os.path.realpath(self.path)
+
+    @property
+    def memory_name(self) -> str:
+        """What the run's files in /dev/shm go by, which all homes of a machine share."""
+        return f"{self.run_id}-{hashlib.sha256(os.fsencode(self.real_path)).hexdigest()[:12]}"
 
     @property
     def config(self) -> Path:
@@ -110,7 +125,7 @@ class RunDir:
 
     @property
     def launch(self) -> Path:
-        """{"launch_id"}: which `deploy` started the run."""
+        """{"launch_id", "host"}: which `deploy` started the run, and on which machine (`host_identity`)."""
         return self.path / "launch.json"
 
     @property
@@ -154,11 +169,11 @@ class RunDir:
     @property
     def weights_in_memory(self) -> Path:
         """The same on tmpfs (engine.weights_on_tmpfs). Removed by the trainer, else by `remove_transient`."""
-        return Path("/dev/shm") / f"rollouts-{self.run_id}-weights"
+        return Path("/dev/shm") / f"rollouts-{self.memory_name}-weights"
 
     def buckets_in_memory(self) -> list[Path]:
         """Files that the trainer's weights are in on their way to the engines (engine.weight_sync="tensor")."""
-        return list(Path("/dev/shm").glob(f"rollouts-bucket-{self.run_id}-{'[0-9a-f]' * 32}"))
+        return list(Path("/dev/shm").glob(f"rollouts-bucket-{self.memory_name}-{'[0-9a-f]' * 32}"))
 
     def log(self, window: str) -> Path:
         return self.path / "logs" / f"{window}.log"
@@ -339,7 +354,7 @@ def write_text_atomic(path: Path, text: str, *, mode: int = 0o644) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+        descriptor = open_plain(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
         with os.fdopen(descriptor, "w") as stream:
             stream.write(text)
             stream.flush()
@@ -363,7 +378,7 @@ def append_jsonl(path: Path, *rows: dict[str, Any]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(_line(row) for row in rows)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    descriptor = open_plain(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         begin = os.fstat(descriptor).st_size
@@ -429,7 +444,7 @@ def parse_row(line: bytes) -> dict[str, Any] | None:
 def _complete_lines(path: Path) -> Iterator[bytes]:
     """A torn last line (a crash, a pull under way) is left out."""
     try:
-        stream = path.open("rb")
+        stream = reading(path)
     except FileNotFoundError:
         return
     with stream:
@@ -441,7 +456,7 @@ def _complete_lines(path: Path) -> Iterator[bytes]:
 def last_jsonl_row(path: Path) -> dict[str, Any] | None:
     """The last row, found from the file's end; None for an empty or missing file."""
     try:
-        with path.open("rb") as stream:
+        with reading(path) as stream:
             size = stream.seek(0, os.SEEK_END)
             block = min(size, 1 << 16)
             stream.seek(size - block)
@@ -531,7 +546,7 @@ def clean_up(home: Path) -> None:
 def _clean_up_run(run: RunDir) -> None:
     if run.secrets.is_symlink() or run.secrets.exists() or _left_secrets(run):
         with launching(run, wait=False) as alone:
-            if alone and not observe(run).live:
+            if alone and other_host(run) is None and not observe(run).live:
                 remove_transient(run)
 
 
@@ -561,30 +576,84 @@ def read_exit(run: RunDir, stage: str, window: str) -> ExitRecord | None:
 
 def read_launch_id(run: RunDir) -> str | None:
     """Which `deploy` started the run; None where an older version of this program did, or nobody yet."""
-    try:
-        found = json.loads(run.launch.read_text())["launch_id"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    found = _launch_record(run).get("launch_id")
     return None if found is None else str(found)
+
+
+def read_launch_host(run: RunDir) -> dict[str, str] | None:
+    """Which machine runs it, as `host_identity`; None where an older version of this program started it, or nobody."""
+    found = _launch_record(run).get("host")
+    if not isinstance(found, dict) or not all(isinstance(found.get(key), str) for key in ("name", "boot")):
+        return None
+    return {key: found[key] for key in ("name", "boot")}
+
+
+def is_elsewhere(run: RunDir) -> bool:
+    """Was the run started on another machine that has the same files? What it uses is none of this machine's."""
+    return read_launch_host(run) not in (None, host_identity())
+
+
+def other_host(run: RunDir) -> str | None:
+    """The name of the machine that the run was started on, if this one has another; it may have booted since."""
+    host = read_launch_host(run)
+    return host["name"] if host is not None and host["name"] != host_identity()["name"] else None
+
+
+def _launch_record(run: RunDir) -> dict[str, Any]:
+    try:
+        found = json.loads(read_plain(run.launch))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def host_identity() -> dict[str, str]:
+    """Return what tells this machine from others that share its files, until it boots again: no run outlives that.
+
+    Both parts are needed: containers of one machine share its boot, and images of one template may share a name.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:  # no Linux: nothing is launched there
+        boot = ""
+    return {"name": os.uname().nodename, "boot": boot}
 
 
 def read_plan(run: RunDir) -> LaunchPlan | None:
     try:
-        return LaunchPlan.from_json(json.loads(run.plan.read_text()))
+        return LaunchPlan.from_json(json.loads(read_plain(run.plan)))
     except FileNotFoundError:
         return None
 
 
 def _read_record(path: Path, record: type[Any]) -> Any:
     """Fields of later versions are passed over. Raises ValueError or TypeError for a damaged file."""
-    names = {field.name for field in dataclasses.fields(record)}
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(read_plain(path))
     except FileNotFoundError:
         return None
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply") from None
     if not isinstance(values, dict):
         raise TypeError(f"{path}: not an object")
-    return record(**{name: value for name, value in values.items() if name in names})
+    kinds = get_type_hints(record)
+    for name in kinds.keys() & values.keys():
+        if not _fits(values[name], kinds[name]):
+            raise TypeError(f"{path}: {name} is {values[name]!r:.100}, not {kinds[name]}")
+    return record(**{name: value for name, value in values.items() if name in kinds})
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Is a JSON value of the type that a record's field has: a simple one, a union of them, one of some words?"""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind) and isinstance(value, str)
+    if get_origin(kind) in (Union, UnionType):
+        return any(_fits(value, part) for part in get_args(kind))
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind)
 
 
 def append_event(run: RunDir, kind: str, **fields: Any) -> None:
@@ -593,13 +662,13 @@ def append_event(run: RunDir, kind: str, **fields: Any) -> None:
 
 
 def tail_lines(path: Path, count: int, *, start: int = 0) -> list[str]:
-    """The last `count` lines of a log from byte `start` on, without their ends; [] for a missing file."""
+    """The last `count` lines of a log from byte `start` on, without their ends; [] for a missing file, or none."""
     try:
-        with path.open("rb") as stream:
+        with reading(path) as stream:
             size = stream.seek(0, os.SEEK_END)
             stream.seek(max(start, size - (count * 400 + 4096)))
             return stream.read().decode(errors="replace").splitlines()[-count:]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotPlainFileError):
         return []
 
 
@@ -618,7 +687,7 @@ def hold_lock(run: RunDir) -> IO[bytes] | None:
     The kernel releases it when the holder dies, however it dies: it is the truth about whether a run is live.
     """
     run.path.mkdir(parents=True, exist_ok=True)
-    stream = run.lock.open("ab")
+    stream = appending(run.lock)
     for _ in range(20):  # a reader in is_live() holds it for an instant
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -632,8 +701,8 @@ def hold_lock(run: RunDir) -> IO[bytes] | None:
 def is_live(run: RunDir) -> bool:
     """Is the supervisor of this run alive on this machine?"""
     try:
-        stream = run.lock.open("rb")
-    except FileNotFoundError:
+        stream = reading(run.lock)
+    except (FileNotFoundError, NotPlainFileError):  # a pipe in its place: nobody holds that
         return False
     with stream:
         try:
@@ -645,7 +714,7 @@ def is_live(run: RunDir) -> bool:
 
 def wait_until_dead(run: RunDir) -> None:
     """Block until no supervisor holds the lock. Without polling: for a thread of its own."""
-    with run.lock.open("rb") as stream:
+    with reading(run.lock) as stream:
         fcntl.flock(stream, fcntl.LOCK_SH)
 
 

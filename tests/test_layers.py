@@ -17,7 +17,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts": ("rollouts.agents",),
     "rollouts.__main__": ("deploy",),
     "rollouts.manifest": (),
-    "rollouts.run_dir": ("base_config",),
+    "rollouts.plain_files": (),
+    "rollouts.run_dir": ("base_config", "rollouts.plain_files"),
     "rollouts.agents": (
         "rollouts.agents",
         "rollouts.training.calculator",
@@ -53,6 +54,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts.remote": (
         "base_config",
         "rollouts.run_dir",
+        "rollouts.plain_files",
         "rollouts.manifest",
         "rollouts.engines.launch",
         "rollouts.remote",
@@ -60,6 +62,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts.worker": (
         "base_config",
         "rollouts.run_dir",
+        "rollouts.plain_files",
         "rollouts.manifest",
         "rollouts.engines.keys",
         "rollouts.engines.diagnosis",
@@ -86,7 +89,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts.training.types": (),
     "rollouts.training.advantages": (),
     "rollouts.training.loss_terms": (),
-    "rollouts.training.log_probs": (),
+    "rollouts.training.head_ways": (),
+    "rollouts.training.log_probs": ("rollouts.training.head_ways",),
     "rollouts.training.packed_attention": (),
     "rollouts.training.forward": ("rollouts.training.log_probs", "rollouts.training.packed_attention"),
     "rollouts.training.rl_losses": ("rollouts.training.log_probs", "rollouts.training.loss_terms"),
@@ -99,7 +103,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.training.metrics",
         "rollouts.training.optimizer_state",
     ),
-    "rollouts.training.distributed": (),
+    "rollouts.training.devices": (),
+    "rollouts.training.distributed": ("rollouts.training.devices",),
     "rollouts.training.optimizer_state": ("rollouts.training.sharded_reader",),
     "rollouts.training.sharded_reader": (),
     "rollouts.training.alarms": (),
@@ -109,6 +114,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts.training.backends": (
         "rollouts.training.host_memory",
         "rollouts.training.backends",
+        "rollouts.training.devices",
         "rollouts.training.checkpoint",
         "rollouts.training.distributed",
         "rollouts.training.forward",

@@ -1,7 +1,6 @@
 """Checkpoints on their way here: each under a hidden name until its manifest holds. What has a name is whole."""
 
 import contextlib
-import hashlib
 import os
 import queue
 import re
@@ -10,7 +9,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
-from rollouts.manifest import MANIFEST_FILE, manifest_problems, read_manifest
+from rollouts.manifest import MANIFEST_FILE, manifest_problems, read_manifest, sha256
 from rollouts.remote.errors import DeployError, TransportError
 from rollouts.remote.local_faults import os_problem, unexpected
 from rollouts.remote.mirror_files import check_checkpoint, directory, make_mirror, remove_tree
@@ -84,12 +83,7 @@ def _same_on_host(transport: Transport, source: str, partial: Path) -> bool:
     except TransportError:
         return False
     theirs = {name: digest for digest, _, name in (line.partition("  ") for line in done.out.splitlines())}
-    return done.returncode == 0 and all(theirs.get(name) == _sha256(partial / name) for name in names[:500])
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return done.returncode == 0 and all(theirs.get(name) == sha256(partial / name) for name in names[:500])
 
 
 def drop_partial(run: RunDir, path: str) -> None:

@@ -4,8 +4,8 @@ Every verb returns the process's exit code and raises DeployError for what it ca
 look.
 """
 
+import codecs
 import contextlib
-import json
 import os
 import secrets
 import sys
@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from base_config import Config, ConfigError, load_config
+from rollouts.plain_files import read_plain
 from rollouts.remote import registry
+from rollouts.remote.answers import read_answer
 from rollouts.remote.display import make_reporter, print_json, show
 from rollouts.remote.errors import DeployError, Problem, TransportError
 from rollouts.remote.escape import escaped
@@ -225,7 +227,9 @@ def stop(run_id: str, *, remote: str | None, as_json: bool) -> int:
             raise run.missing()
         if done.returncode != 0:
             raise DeployError(f"{entry.run_id} could not be stopped.", found=done.err[-2000:], started=True)
-        answer = _answer(done.out)
+        fields = {"state": str, "exit_code": int | None}
+        said = read_answer(entry.target, "the stop", done.out, fields, started=True)
+        answer = {"state": said["state"], "exit_code": said["exit_code"]}
     if as_json:
         print_json({"run_id": entry.run_id, **answer})
     else:
@@ -233,16 +237,6 @@ def stop(run_id: str, *, remote: str | None, as_json: bool) -> int:
             f"{entry.run_id}: {answer['state']}, exit code {answer['exit_code']}\nresults   deploy pull {entry.run_id}"
         )
     return 0
-
-
-def _answer(out: str) -> dict[str, Any]:
-    """The last line that is one JSON object with a state. Raises DeployError for none."""
-    for line in reversed(out.splitlines()):
-        with contextlib.suppress(ValueError, RecursionError):
-            answer = json.loads(line)
-            if isinstance(answer, dict) and "state" in answer:
-                return {"state": str(answer["state"]), "exit_code": answer.get("exit_code")}
-    raise DeployError("the host's answer cannot be read.", found=out[-500:], started=True)
 
 
 def pull_run(run_id: str, *, remote: str | None, as_json: bool) -> int:
@@ -276,10 +270,11 @@ def logs(run_id: str, *, remote: str | None, window: str, follow_on: bool, as_js
     with open_run(run_id, remote, needs_files=True) as run:
         entry = run.entry
         mirror, link = Mirror(entry.mirror), Link(entry, run.python, run.transport)
+        write_log = _LogWriter()
 
         def on_file(changed: str) -> None:
             if changed == file and not as_json:
-                _write_log(mirror.new_text(file))
+                write_log(mirror.new_text(file))
 
         on_file(file)
         if follow_on:
@@ -298,7 +293,7 @@ def logs(run_id: str, *, remote: str | None, window: str, follow_on: bool, as_js
                 started=True,
             )
     if as_json:
-        text = entry.mirror.log(window).read_text(encoding="utf-8", errors="replace")
+        text = read_plain(entry.mirror.log(window)).decode(errors="replace")
         print_json({"run_id": entry.run_id, "window": window, "windows": windows, "text": text})
     return 0
 
@@ -307,13 +302,21 @@ def _say_on_stderr(phase: str, text: str) -> None:
     print(f"{phase}: {escaped(text)}", file=sys.stderr, flush=True)
 
 
-def _write_log(data: bytes) -> None:
-    """A log's own bytes into a pipe or a file; on a terminal as text that cannot steer it."""
-    if sys.stdout.isatty():
-        sys.stdout.write(escaped(data.decode(errors="replace")))
-    else:
-        sys.stdout.buffer.write(data)
-    sys.stdout.flush()
+class _LogWriter:
+    """Writes a log's own bytes into a pipe or a file; on a terminal as text that cannot steer it.
+
+    The bytes come in pieces, and a piece may end in the middle of a character.
+    """
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def __call__(self, data: bytes) -> None:
+        if sys.stdout.isatty():
+            sys.stdout.write(escaped(self._decoder.decode(data)))
+        else:
+            sys.stdout.buffer.write(data)
+        sys.stdout.flush()
 
 
 def forget(run_id: str, *, as_json: bool) -> int:
@@ -347,11 +350,20 @@ def read_config(path: str) -> Config:
         config = load_config(file)
     except ConfigError as error:
         raise DeployError(str(error)) from None
-    problems = config.problems()
+    problems = [*config.problems(), *_nul_bytes(config.to_json())]
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         raise DeployError(f"{path}: {count} in the config.", found="\n".join(problems))
     return config
+
+
+def _nul_bytes(value: object, place: str = "") -> Iterator[str]:
+    """Name the texts of a config with a zero byte: no path, variable or command line can hold one."""
+    if isinstance(value, str) and "\0" in value:
+        yield f"{place}={value!r}: needs a text without a zero byte"
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in parts:
+        yield from _nul_bytes(part, f"{place}.{key}" if place else str(key))
 
 
 def mirror_dir(config: Config, root: Path, run_id: str) -> Path:

@@ -1,6 +1,5 @@
 """Do what the plan says: send the code, launch. Decides nothing, and can be done again after a kill at any moment."""
 
-import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -8,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from base_config import Config
+from rollouts.plain_files import read_plain
+from rollouts.remote.answers import MalformedError, checked, malformed, read_answer
 from rollouts.remote.errors import DeployError
 from rollouts.remote.registry import Entry
 from rollouts.remote.repository import list_files, read_recorded_tree
@@ -41,8 +42,8 @@ def execute(entry: Entry, config: Config, transport: Transport, path: str, say: 
     code = entry.record.code
     job = {
         "config": config.to_json(),
-        "plan": json.loads(entry.record.plan.read_bytes()),
-        "files": {f"code/{file.name}": file.read_bytes().decode() for file in sorted(code.iterdir()) if file.is_file()},
+        "plan": json.loads(read_plain(entry.record.plan)),
+        "files": {f"code/{file.name}": read_plain(file).decode() for file in sorted(code.iterdir()) if file.is_file()},
         "secrets": read_secrets(config),
         "launch_id": entry.launch_id,
     }
@@ -59,17 +60,17 @@ def execute(entry: Entry, config: Config, transport: Transport, path: str, say: 
             f"{entry.target}: the run could not be launched.",
             found=done.err.removeprefix("error: ")[-3000:] or f"exit code {done.returncode}, no message",
         )
-    _heed(entry, read_answer(done.out))
+    _heed(entry, read_launch_answer(entry.target, done.out))
 
 
-def read_answer(out: str) -> dict[str, Any]:
-    """The launcher's last word, whatever Python's own start and end print around it. Raises DeployError for none."""
-    for line in reversed(out.splitlines()):
-        with contextlib.suppress(ValueError, RecursionError):
-            answer = json.loads(line)
-            if isinstance(answer, dict) and "started" in answer:
-                return answer
-    raise DeployError("the host's answer to the launch cannot be read.", found=out[-500:], started=True)
+def read_launch_answer(target: str, out: str) -> dict[str, Any]:
+    """The launcher's last word. Raises DeployError for none: whether it started something is not known then."""
+    answer = read_answer(target, "the launch", out, {"started": bool}, started=True)
+    more = {name: kind for name, kind in (("same", bool), ("reason", str)) if name in answer}
+    try:
+        return checked(answer, more)
+    except MalformedError as error:
+        raise malformed(target, "the launch", str(error), out, started=True) from None
 
 
 def _heed(entry: Entry, answer: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rollouts.remote import gpus
+from rollouts.remote.answers import checked, malformed
 from rollouts.remote.errors import DeployError, Problem
 from rollouts.remote.gpus import CudaHost, Gpu, GpuProcess
 from rollouts.remote.transport import LOCAL_TARGET, Transport
@@ -23,7 +24,38 @@ PYTHON_MIN = (3, 10)  # of the supervisor; environments have a newer one of thei
 FACTS_TIMEOUT_S = 60
 # Where installers put uv; a login shell would have it on its PATH, the command of an SSH session does not.
 EXTRA_PATH = "$HOME/.local/bin:$HOME/.cargo/bin"
-_PROBE_MODULES = ("base_config", "rollouts.run_dir", "rollouts.remote.host_probe")
+_PROBE_MODULES = ("base_config", "rollouts.plain_files", "rollouts.run_dir", "rollouts.remote.host_probe")
+
+# What host_probe answers, and its rows of runs: both are checked, so that whoever reads them need not
+_PROBE_FIELDS = {
+    "python": str,
+    "python_version": str,
+    "platform": str,
+    "has_venv": bool,
+    "disk_free_bytes": int,
+    "ports_in_use": list[int],
+    "paths": dict[str, bool],
+    "environments": list[str],
+    "run_exists": bool,
+    "runs": list[dict[str, Any]],
+    "pythons": list[list[str]],
+}
+_ROW_FIELDS = {
+    "run_id": str,
+    "experiment_name": str,
+    "state": str,
+    "stage": str | None,
+    "step": int | None,
+    "started_at": float,
+    "updated_at": float,
+    "exit_code": int | None,
+    "message": str,
+    "live": bool,
+    "launched": bool,
+    "launch_id": str | None,
+    "ports": list[int],
+    "host": str | None,
+}
 
 _SCRIPT = """
 home=${ROLLOUTS_HOME:-$HOME/.rollouts}
@@ -120,12 +152,8 @@ def gather_facts(
         )
     try:
         facts = parse_facts(lines)
-    except (ValueError, KeyError, TypeError) as error:
-        raise DeployError(
-            f"{transport.target}: the host's answer cannot be read.",
-            found=f"{type(error).__name__}: {error}\n{done.out[-300:]}",
-            fix="run again; if it stays, something that its shell's start-up files began writes into every command",
-        ) from None
+    except (ValueError, RecursionError) as error:
+        raise malformed(transport.target, "what it is and has", str(error), done.out) from None
     facts = replace(facts, way_notes=transport.notes())
     if check_way and "rsync" in facts.tools:
         facts = replace(facts, way_problems=way_problems(transport, done.noise))
@@ -135,18 +163,14 @@ def gather_facts(
 
 
 def parse_facts(lines: list[tuple[str, str]]) -> HostFacts:
-    """The script's output, as (key, value) lines, as HostFacts."""
+    """The script's output, as (key, value) lines, as HostFacts. Raises ValueError for a damaged answer."""
     values = dict(lines)
     several: dict[str, list[str]] = {}
     for key, value in lines:
         several.setdefault(key, []).append(value)
     gpu_lines, gpu_fields = several.get("gpu", []), values.get("gpu_fields", "")
     cards, gpu_problem = gpus.read_gpus(gpu_lines, gpu_fields)
-    probe = json.loads(values.get("probe", "{}"))
-    for key in ("ports_in_use", "environments", "runs", "python_headers"):
-        if key in probe:
-            probe[key] = tuple(probe[key])
-    probe["pythons"] = tuple((path, version) for path, version in probe.get("pythons", ()))
+    probe = _probe(values["probe"]) if "probe" in values else {}
     return HostFacts(
         home=values["home"],
         user=values.get("user", ""),
@@ -164,6 +188,18 @@ def parse_facts(lines: list[tuple[str, str]]) -> HostFacts:
         python=probe.pop("python", None),
         **probe,
     )
+
+
+def _probe(text: str) -> dict[str, Any]:
+    """host_probe's answer as fields of HostFacts. Raises ValueError, or RecursionError, for one that is damaged."""
+    answer = checked(json.loads(text), _PROBE_FIELDS, where="probe")
+    for index, row in enumerate(answer["runs"]):
+        checked(row, _ROW_FIELDS, where=f"probe.runs[{index}]")
+    answer["pythons"] = [(path, version) for path, version in answer["pythons"]]
+    found = {key: tuple(answer[key]) if isinstance(answer[key], list) else answer[key] for key in _PROBE_FIELDS}
+    if "python_headers" in answer:
+        found["python_headers"] = tuple(checked(answer, {"python_headers": list[str]})["python_headers"])
+    return found
 
 
 def _pairs(lines: list[str]) -> list[tuple[str, str]]:

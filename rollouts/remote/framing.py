@@ -12,6 +12,10 @@ from dataclasses import dataclass
 
 SHELL_COMMAND = "sh -s"
 NOISE_BYTES_MAX = 64 * 1024
+LINE_BYTES_MAX = 16 << 20  # of a followed command: the longest of ours is a snapshot of 1 MiB, escaped
+OUTPUT_BYTES_MAX = 256 << 20  # of a command's whole output
+SHOWN_BYTES = 120
+CODE_BYTES_MAX = 32  # of an exit code
 
 # English messages, which we read, in the host's own character set. Before the first mark: a locale that the host lacks
 # makes some shells complain.
@@ -55,6 +59,39 @@ def framed_line(argv: Sequence[str], cwd: str | None, frame: Frame) -> bytes:
     return "; ".join(steps).encode(errors="surrogateescape") + b"\n"
 
 
+class LineSplitter:
+    """Cuts a stream into lines. Raises EndlessLineError for one that is longer than anything of ours."""
+
+    def __init__(self, limit: int | None = None) -> None:
+        self._limit = limit or LINE_BYTES_MAX
+        self._held = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Return the lines that end in `data`, each with its end."""
+        *ends, rest = data.split(b"\n")
+        lines = []
+        for piece in ends:
+            self._hold(piece)
+            lines.append(bytes(self._held) + b"\n")
+            self._held.clear()
+        if rest:
+            self._hold(rest)
+        return lines
+
+    def _hold(self, piece: bytes) -> None:
+        self._held += piece
+        if len(self._held) > self._limit:
+            raise EndlessLineError(bytes(self._held[:SHOWN_BYTES]), self._limit)
+
+
+class EndlessLineError(Exception):
+    """A line without an end, or an output without one: nothing of ours is so long."""
+
+    def __init__(self, begin: bytes, limit: int) -> None:
+        super().__init__(f"more than {limit} bytes")
+        self.begin, self.limit = begin, limit
+
+
 class FrameReader:
     """Takes what lies between the marks out of a stream, as it comes."""
 
@@ -81,7 +118,7 @@ class FrameReader:
             own, self._held = self._held[: len(self._held) - kept], self._held[len(self._held) - kept :]
             return own
         digits, line_end, _ = rest.partition(b"\n")
-        if not line_end:  # the code is still on its way
+        if not line_end and len(rest) < CODE_BYTES_MAX:  # the code is still on its way
             self._held = self._frame.end + rest
             return own
         self.code, self._held = int(digits) if digits.isdigit() and len(digits) < 6 else 255, b""

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from rollouts.run_dir import RunDir, clean_up, last_jsonl_row, observe, read_launch_id
+from rollouts.plain_files import read_plain
+from rollouts.run_dir import RunDir, clean_up, is_elsewhere, last_jsonl_row, observe, other_host, read_launch_id
 
 PYTHON_NAMES = ("python3.11", "python3.12", "python3.13", "python3.14", "python3")  # the locks' own Python first
 PYTHON_TIMEOUT_S = 10.0
@@ -31,7 +32,8 @@ def run_row(run: RunDir) -> dict[str, Any] | None:
 
     {run_id, experiment_name, state, stage, step, started_at, updated_at, exit_code, message, live (supervised, or about
     to be), launched (a supervisor held the lock once), launch_id (of the deploy that started it; None: not known),
-    ports (of a live run's engines, now or later)}: what run_dir.observe sees, and the last metrics row's step.
+    ports (of a live run's engines on this machine, now or later), host (the name of the machine that it was started on,
+    where that is another one that shares the home)}: what run_dir.observe sees, and the last metrics row's step.
     """
     try:
         seen = observe(run)
@@ -52,14 +54,15 @@ def run_row(run: RunDir) -> dict[str, Any] | None:
         "live": seen.live,
         "launched": run.lock.exists(),
         "launch_id": read_launch_id(run),
-        "ports": _ports(run) if seen.live else [],
+        "ports": _ports(run) if seen.live and not is_elsewhere(run) else [],
+        "host": other_host(run),
     }
 
 
 def _ports(run: RunDir) -> list[int]:
     """Where the engines and the router of the run's plan listen, now or later."""
     try:
-        plan = json.loads(run.plan.read_text())
+        plan = json.loads(read_plain(run.plan))
         urls = [engine["ready_url"] for stage in plan["stages"] for engine in stage["engines"]]
         return sorted({port for url in urls if url and (port := urlsplit(url).port)})
     except (OSError, ValueError, KeyError, TypeError):  # of another version, or damaged: no reason to hide the run
@@ -71,7 +74,8 @@ def _last_step(run: RunDir) -> int | None:
         row = last_jsonl_row(run.metrics)
     except ValueError:  # a damaged line: no reason to hide the run
         return None
-    return row.get("step") if row else None
+    step = row.get("step") if row else None
+    return step if isinstance(step, int) and not isinstance(step, bool) else None
 
 
 def run_rows(home: Path) -> list[dict[str, Any]]:
@@ -158,4 +162,5 @@ def probe(home: Path, ports: list[int], paths: list[str], run_id: str | None) ->
 def main(argument: str) -> None:
     question = json.loads(argument)
     home = Path(question.pop("home"))
-    print("probe=" + json.dumps(probe(home, **question)))
+    # On a line of its own, whatever was printed before without a line's end
+    print("\nprobe=" + json.dumps(probe(home, **question)))

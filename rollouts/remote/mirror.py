@@ -5,7 +5,6 @@ may be written, and how, is mirror_files.py's; checkpoints.py brings the checkpo
 """
 
 import base64
-import json
 import os
 import re
 import secrets
@@ -14,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rollouts.remote.answers import checked
 from rollouts.remote.checkpoints import CheckpointPuller, drop_partial, pull_checkpoint
 from rollouts.remote.errors import DeployError, TransportError
 from rollouts.remote.mirror_files import (
@@ -31,10 +31,9 @@ from rollouts.remote.mirror_files import (
 )
 from rollouts.remote.rsync_here import pull_rsync
 from rollouts.remote.transport import Transport
-from rollouts.run_dir import LOG_GLOB, STREAMED_FILES, RunDir
+from rollouts.run_dir import LOG_GLOB, SNAPSHOT_BYTES_MAX, STREAMED_FILES, RunDir, parse_row
 
 LINE_BYTES_MAX = 64 << 20
-SNAPSHOT_BYTES_MAX = 1 << 20
 FILES_MAX = 2000  # logs and exit records: a run has a handful
 STAGING = ".pull-"
 
@@ -69,6 +68,8 @@ class Mirror:
         Raises RefusedNameError for a file that no run has, TransportError when bytes before it are missing or the
         message is damaged.
         """
+        if "unusable" in message:
+            self.left_out["files of the host that are no plain files, or too large"] += 1
         if "file" not in message:
             return None
         snapshot = "snapshot" in message
@@ -77,7 +78,9 @@ class Mirror:
             raise RefusedNameError(name, f"one more than the {FILES_MAX} that a run may have")
         self._written.add(name)
         if snapshot:
-            text = str(message["snapshot"]).encode(errors="surrogatepass")
+            if not isinstance(message["snapshot"], str):
+                raise TransportError(f"a damaged message of {name}: no text", lost=True)
+            text = message["snapshot"].encode(errors="surrogatepass")
             if len(text) > SNAPSHOT_BYTES_MAX:
                 raise RefusedNameError(name, f"which is larger than {SNAPSHOT_BYTES_MAX} bytes")
             replace(self.run.path, name, text)
@@ -101,7 +104,7 @@ class Mirror:
                 if not whole and len(line) < LINE_BYTES_MAX:
                     return
                 self._read[name] = self._read.get(name, 0) + len(line)
-                row = _row(line) if whole else None
+                row = parse_row(line) if whole else None
                 if row is not None:
                     yield row
                 elif line.strip():
@@ -120,20 +123,13 @@ class Mirror:
 
 def _chunk(message: dict[str, Any]) -> tuple[int, bytes]:
     try:
-        offset, data = int(message["offset"]), base64.b64decode(message["data"], validate=True)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        offset = checked(message, {"offset": int, "data": str})["offset"]
+        data = base64.b64decode(message["data"], validate=True)
+    except ValueError as error:
         raise TransportError(f"a damaged message of {message['file']}: {error!r}", lost=True) from None
     if offset < 0:
         raise TransportError(f"a damaged message of {message['file']}: offset {offset}", lost=True)
     return offset, data
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) else None
 
 
 def pull_files(transport: Transport, run_path: str, run: RunDir) -> list[str]:
@@ -147,7 +143,9 @@ def pull_files(transport: Transport, run_path: str, run: RunDir) -> list[str]:
         remove_tree(left)
     staged = run.path / f"{STAGING}{secrets.token_hex(4)}"
     staged.mkdir(0o700)
-    patterns = [*(f"--include={pattern}" for pattern in PULLED_PATTERNS), "--exclude=*"]
+    # W&B's link to a log of its own in the host's cache: left out in every job, so it is not worth a note
+    patterns = ["--exclude=/wandb/*/logs/debug-core.log"]
+    patterns += [*(f"--include={pattern}" for pattern in PULLED_PATTERNS), "--exclude=*"]
     options = ["-r", "--no-links", "--checksum", "--prune-empty-dirs", "--chmod=D700,F600"]
     arguments = [*options, f"--compare-dest={run.path}/", *patterns]
     try:

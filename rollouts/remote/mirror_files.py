@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO
 
+from rollouts.plain_files import NotPlainFileError, open_plain
 from rollouts.remote.errors import DeployError
 from rollouts.run_dir import STREAMED_FILES
 
@@ -108,15 +109,12 @@ def plain_file(root: Path, name: str, flags: int) -> Iterator[int]:
     create = bool(flags & os.O_CREAT)
     with directory(root, parts, create=create) as parent:
         try:
-            # O_NONBLOCK: opening a pipe would wait for its other end
-            descriptor = os.open(last, flags | os.O_NOFOLLOW | os.O_NONBLOCK, MODE, dir_fd=parent)
+            descriptor = open_plain(last, flags | os.O_NOFOLLOW, MODE, dir_fd=parent)
         except OSError as error:
-            if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            if isinstance(error, NotPlainFileError) or error.errno == errno.ELOOP:
                 raise RefusedNameError(name, f"which is no plain file in {root}") from None
             raise _named(error, root / name) from None
     try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise RefusedNameError(name, f"which is no plain file in {root}")
         yield descriptor
     except OSError as error:
         raise _named(error, root / name) from None

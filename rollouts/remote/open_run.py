@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from base_config import EXPERIMENT_NAME_PATTERN
+from rollouts.plain_files import read_plain
 from rollouts.remote import registry
 from rollouts.remote.errors import DeployError
 from rollouts.remote.facts import HostFacts, gather_facts
@@ -280,7 +281,7 @@ def write_note(entry: Entry, *, now: float, followed_by: int | None, complete: b
 def read_note(run: RunDir) -> dict[str, Any]:
     """The note of a mirror; {} where there is none."""
     try:
-        note = json.loads((run.path / NOTE).read_bytes())
+        note = json.loads(read_plain(run.path / NOTE))
     except (OSError, ValueError):
         return {}
     return note if isinstance(note, dict) else {}

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from base_config import Config, ConfigError
+from rollouts.plain_files import read_plain
 from rollouts.remote.errors import DeployError
 from rollouts.remote.mirror_files import make_mirror, replace
 from rollouts.remote.plan import Plan
@@ -53,14 +54,14 @@ class Entry:
     @property
     def launch(self) -> LaunchPlan:
         """Raises FileNotFoundError, KeyError or TypeError where no record is here, or one of another version."""
-        return LaunchPlan.from_json(json.loads(self.record.plan.read_bytes()))
+        return LaunchPlan.from_json(json.loads(read_plain(self.record.plan)))
 
     @property
     def stop_grace_s(self) -> float | None:
         """Of its plan, whichever version of this program wrote that: a live run may be older than we are."""
         for run in (self.record, self.mirror):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                return min(STOP_GRACE_MAX_S, max(0.0, float(json.loads(run.plan.read_bytes())["stop_grace_s"])))
+                return min(STOP_GRACE_MAX_S, max(0.0, float(json.loads(read_plain(run.plan))["stop_grace_s"])))
         return None
 
     @property
@@ -72,7 +73,7 @@ class Entry:
     def reason(self) -> str:
         """Why the launch failed; "" where it did not, or was not tried."""
         try:
-            return (self.record.path / REASON).read_text(encoding="utf-8")
+            return read_plain(self.record.path / REASON).decode(errors="replace")
         except FileNotFoundError:
             return ""
 
@@ -125,7 +126,7 @@ def fill_mirror(entry: Entry) -> None:
     for file in sorted(entry.record.path.rglob("*")):
         name = file.relative_to(entry.record.path).as_posix()
         if file.is_file() and name not in (LAUNCHED, REASON):
-            replace(entry.mirror.path, name, file.read_bytes())
+            replace(entry.mirror.path, name, read_plain(file))
 
 
 def _claim(entry: Entry) -> None:
@@ -147,8 +148,17 @@ def _write_new(file: Path, text: str) -> None:
     write_text_atomic(temporary, text, mode=0o600)
     try:
         os.link(temporary, file)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links (exFAT, some network and container file systems)
+        os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))  # the name is ours from here on
+        try:
+            temporary.replace(file)
+        except BaseException:
+            file.unlink(missing_ok=True)
+            raise
     finally:
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
 
 def save(entry: Entry) -> None:
@@ -245,7 +255,7 @@ def _files() -> list[Path]:
 
 def _read(file: Path) -> Entry:
     """Fields of a later version are passed over. Raises ValueError or TypeError for a damaged one."""
-    data: dict[str, Any] = json.loads(file.read_bytes())
+    data: dict[str, Any] = json.loads(read_plain(file))
     names = {field.name for field in dataclasses.fields(Entry)}
     entry = Entry(**{name: value for name, value in data.items() if name in names})
     texts = (entry.run_id, entry.experiment_name, entry.target, entry.home, entry.run_path, entry.local_dir)

@@ -12,6 +12,7 @@ from typing import Any
 
 from base_config import Config
 from rollouts.manifest import Tree, read_tree, tree_digest
+from rollouts.plain_files import read_plain
 from rollouts.remote.errors import DeployError
 from rollouts.remote.inputs import NO_INPUTS, Inputs, locate, look_through, named_paths
 from rollouts.remote.inputs.paths import Locality
@@ -67,7 +68,7 @@ class Code:
 def read_recorded_tree(run: RunDir) -> Tree:
     """The code that a run was planned with, file by file. Raises DeployError where its record has no such list."""
     try:
-        files: Tree = json.loads(run.code_manifest.read_text())["files"]
+        files: Tree = json.loads(read_plain(run.code_manifest))["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DeployError(
             f"{run.run_id}: what code it was planned with is not recorded here.",

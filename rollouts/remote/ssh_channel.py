@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 import paramiko
 
 from rollouts.remote.errors import TransportError
-from rollouts.remote.framing import Frame, FrameReader
-from rollouts.remote.transport import STDERR_BYTES_MAX, Completed
+from rollouts.remote.framing import Frame, FrameReader, LineSplitter
+from rollouts.remote.transport import STDERR_BYTES_MAX, Completed, bounded
 
 READ_BYTES = 1 << 18
 END_WAIT_S = 10.0  # for the other output, and the exit code, after stdout's end
@@ -102,12 +102,11 @@ class SSHStream:
         self._target, self._channel, self._output = target, channel, output
 
     def lines(self, *, idle_timeout_s: float) -> Iterator[bytes]:
-        buffer = b""
+        lines = LineSplitter()
         while (data := self._output.next(idle_timeout_s)) != b"":
             if data is None:
                 raise TransportError(f"{self._target}: no sign of life for {idle_timeout_s:.0f} s", lost=True)
-            *lines, buffer = (buffer + data).split(b"\n")
-            yield from (line + b"\n" for line in lines)
+            yield from bounded(self._target, lines.feed, data)
 
     def end(self) -> Completed:
         code, stderr = self._output.end(self._target)

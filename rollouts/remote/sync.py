@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from rollouts import manifest
 from rollouts.manifest import Tree, read_tree, tree_differences, tree_digest
+from rollouts.remote.answers import read_answer, read_count
 from rollouts.remote.errors import DeployError
 from rollouts.remote.repository import unreadable
 from rollouts.remote.transport import Transport, disk_full, run_rsync
@@ -139,14 +140,14 @@ def _transfer(
     kept = ", going on with what an earlier try sent" if answers.state == "resumed" else ""
     say("sync", f"{len(tree)} files, {size / 1e6:.1f} MB, to {transport.target}:{places.run_path}/code/tree{kept}")
     links = [f"--link-dest={link}" for link in answers.links[:LINK_TREES_MAX]]
-    options = ["-lptc", "--partial", "--force", f"--timeout={timeout_s:.0f}", "--info=progress2"]
+    options = ["-lptc", "--partial", "--force", f"--timeout={timeout_s:.0f}"]
     # "./": a name that starts with # or ; would be taken for a comment
     names = b"".join(b"./" + name.encode(errors="surrogateescape") + b"\0" for name in sorted(tree))
     source = [f"{os.fspath(root)}/", transport.rsync_path(f"{places.build}/")]
     progress = _Progress(size, say)
     arguments = [*options, *links, "--from0", "--files-from=-", *source]
     done = run_rsync(transport, arguments, stdin=names, timeout_s=None, on_output=progress.read)
-    if done.returncode == RSYNC_FILE_ERROR and not done.err:
+    if done.returncode == RSYNC_FILE_ERROR:
         _refuse_full_disk(transport, places.build, size)
     if done.returncode != 0:
         _refuse_changed_files(root, tree, CHANGED_MEANWHILE)
@@ -164,7 +165,8 @@ class _Progress:
     _LINE = re.compile(r"^\s*([\d.,']+)\s+(\d+)%\s+(\S+/s)")
 
     def __init__(self, size: int, say: Say) -> None:
-        self._size, self._say, self._tenth, self._last = size, say, 0, ("0", "")
+        self._size, self._say, self._tenth = size, say, 0
+        self._last: tuple[str, str] | None = None  # (bytes, rate) that rsync told last
 
     def read(self, text: str) -> None:
         """A line of rsync's, such as `  12,345,678  45%  11.22MB/s  0:00:10`."""
@@ -178,6 +180,9 @@ class _Progress:
             self._say("sync", f"{int(sent) / 1e6:.1f} of {self._size / 1e6:.1f} MB sent, {rate}")
 
     def end(self) -> None:
+        if self._last is None:  # an rsync that tells no progress
+            self._say("sync", "sent, but for what was there")
+            return
         sent, rate = self._last
         self._say("sync", f"{int(sent) / 1e6:.1f} MB sent{f', {rate}' if rate else ''}; the rest was there")
 
@@ -214,20 +219,21 @@ def _check_there(transport: Transport, python: str, directory: str, expected: Tr
     size = sum(file["size"] for file in expected.values())
     timeout_s = 60 + size / HASH_BYTES_PER_S
     done = transport.run([python, "-I", "-"], stdin=program.encode(), timeout_s=timeout_s)
-    answers = [line.removeprefix("tree=") for line in done.out.splitlines() if line.startswith("tree=")]
-    if done.returncode != 0 or not answers:
+    if done.returncode != 0:
         raise DeployError(
             f"{transport.target}: the code there could not be checked.",
-            found=done.err[-1000:] or f"exit code {done.returncode}, no answer",
+            found=done.err[-1000:] or f"exit code {done.returncode}, no message",
             needed=f"{python}, 3.10 or newer, to hash {directory}",
         )
-    answer = json.loads(answers[-1])
+    fields = {"digest": str, "differences": list[str]}
+    answer = read_answer(transport.target, f"what code lies in {directory}", done.out, fields, prefix="tree=")
     return _Found(answer["digest"], tuple(answer["differences"]))
 
 
 def _refuse_full_disk(transport: Transport, directory: str, size: int) -> None:
     """Raise where what was to be sent does not fit: the words of a receiver that dies of it are sometimes lost."""
-    free = int(_shell(transport, "df -Pk \"$1\" | awk 'NR == 2 { print $4 }'", directory)) * 1024
+    said = _shell(transport, "df -Pk \"$1\" | awk 'NR == 2 { print $4 }'", directory)
+    free = read_count(transport.target, f"how much is free in {directory}", said) * 1024
     if size > free:
         raise disk_full(transport.target, f"{size} bytes to send, {free} free in {directory}")
 

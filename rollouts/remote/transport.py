@@ -18,10 +18,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from rollouts.remote.errors import DeployError, TransportError
+from rollouts.remote.framing import EndlessLineError, LineSplitter
+from rollouts.remote.rsync_version import PROTECTS_ARGUMENTS, TELLS_PROGRESS, rsync_version
 from rollouts.remote.ssh_words import explain_words, shell_speaks
 
 LOCAL_TARGET = "local"
 STDERR_BYTES_MAX = 64 * 1024  # of a followed command, the last ones are kept
+PROGRESS_BYTES_MAX = 64 * 1024  # of a line of rsync's progress, the last ones are kept
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,26 @@ def in_directory(argv: Sequence[str], cwd: str | None) -> list[str]:
     return ["sh", "-c", 'cd "$0" && exec "$@"', cwd, *argv]
 
 
+def bounded(target: str, feed: Callable[[bytes], list[bytes]], data: bytes) -> list[bytes]:
+    """`feed(data)`. Raises DeployError for a line without an end: it is not tried again."""
+    try:
+        return feed(data)
+    except EndlessLineError as error:
+        raise endless(target, error) from None
+
+
+def endless(target: str, error: EndlessLineError) -> DeployError:
+    """What to say of output that is longer than anything of ours."""
+    shown = error.begin.decode(errors="backslashreplace")
+    return DeployError(
+        f"{target}: what comes from the host has no end.",
+        found=f"more than {error.limit / 2**20:.0f} MiB without an end, which begins: {shown}",
+        needed="what deploy's own programs write there",
+        fix="see what the host's shell or its Python writes into every command",
+        started=True,
+    )
+
+
 class LocalTransport:
     """This machine as the host."""
 
@@ -178,7 +201,7 @@ class LocalStream:
             process.stdin.flush()
 
     def lines(self, *, idle_timeout_s: float) -> Iterator[bytes]:
-        buffer, open_pipes = b"", {self._stdout, self._stderr}
+        lines, open_pipes = LineSplitter(), {self._stdout, self._stderr}
         while self._stdout in open_pipes:
             ready, _, _ = select.select(list(open_pipes), [], [], idle_timeout_s)
             if not ready:
@@ -190,8 +213,7 @@ class LocalStream:
                 elif pipe == self._stderr:
                     self._tail = (self._tail + data)[-STDERR_BYTES_MAX:]
                 else:
-                    *lines, buffer = (buffer + data).split(b"\n")
-                    yield from (line + b"\n" for line in lines)
+                    yield from bounded(LOCAL_TARGET, lines.feed, data)
 
     def end(self) -> Completed:
         deadline = time.monotonic() + 5
@@ -225,12 +247,20 @@ def run_rsync(
     """One rsync to or from the host. Raises for a lost connection, a full disk, a missing rsync; returns the rest.
 
     `timeout_s` None: it may take as long as it needs; rsync's own --timeout ends one that stands still. `on_output`
-    gets each line of stdout as it comes, those that end in a carriage return too.
+    gets each line of stdout as it comes, those that end in a carriage return too; where this machine's rsync tells its
+    progress at all.
     """
     rsync = shutil.which("rsync")
     if rsync is None:
         raise DeployError("rsync is not installed on this machine.", fix="apt-get install rsync, or brew install rsync")
-    argv = [rsync, "-s", *transport.rsync_options(), *arguments]
+    version = rsync_version(rsync)
+    progress = ["--info=progress2"] if on_output is not None and version >= TELLS_PROGRESS else []
+    if version >= PROTECTS_ARGUMENTS:
+        arguments = ["-s", *arguments]
+    else:  # the host's shell reads the paths
+        prefix = transport.rsync_path("")
+        arguments = [_quoted_path(argument, prefix) for argument in arguments]
+    argv = [rsync, *progress, *transport.rsync_options(), *arguments]
     try:
         done = _run_told(argv, stdin, timeout_s, on_output)
     except subprocess.TimeoutExpired:
@@ -238,6 +268,15 @@ def run_rsync(
     result = Completed(done.returncode, done.stdout, done.stderr)
     if result.returncode == 0:
         return result
+    if result.returncode == 1 and (
+        unknown := re.search(r"[^\n]*(?:unknown|unrecognized|invalid) option[^\n]*", result.err)
+    ):
+        raise DeployError(
+            f"this machine's rsync ({rsync}) is too old.",
+            found=unknown[0][:300],
+            needed="rsync 3.0 or newer",
+            fix="brew install rsync, or apt-get install rsync",
+        )
     if "No space left on device" in result.err:
         raise disk_full(transport.target, result.err)
     if result.returncode == 127 or "rsync: command not found" in result.err or "rsync: not found" in result.err:
@@ -249,6 +288,13 @@ def run_rsync(
     if result.returncode in (10, 12, 30, 35):  # socket, protocol stream, time-outs
         raise TransportError(f"rsync with {transport.target} was cut off.", lost=True, found=result.err[-500:])
     return result
+
+
+def _quoted_path(argument: str, prefix: str) -> str:
+    """A path on the host in words of its shell; anything else as it is."""
+    if not prefix or not argument.startswith(prefix):
+        return argument
+    return prefix + shlex.quote(argument.removeprefix(prefix))
 
 
 def _run_told(
@@ -266,7 +312,7 @@ def _run_told(
                 assert process.stdout is not None
                 rest = b""
                 while data := os.read(process.stdout.fileno(), 1 << 16):
-                    *lines, rest = re.split(rb"[\r\n]", rest + data)
+                    *lines, rest = re.split(rb"[\r\n]", rest[-PROGRESS_BYTES_MAX:] + data)
                     for line in lines:
                         on_output(line.decode(errors="replace"))
             except BaseException:

@@ -275,7 +275,7 @@ def tail(link: Link, mirror: Mirror, *, follow: bool) -> Iterator[dict[str, Any]
         stream.close()
 
 
-_MESSAGES = ("file", "alive", "ended", "live", "error")
+_MESSAGES = ("file", "unusable", "alive", "ended", "live", "error")
 
 
 def _message(line: bytes) -> dict[str, Any] | None:
@@ -287,9 +287,9 @@ def _message(line: bytes) -> dict[str, Any] | None:
     if not isinstance(message, dict) or not any(key in message for key in _MESSAGES):
         return None
     if "ended" in message:
-        code = message.get("exit_code")
-        message["state"] = str(message.get("state", "died"))[:40]
-        message["exit_code"] = code if isinstance(code, int) and 0 <= code <= 255 else None
+        state, code = message.get("state"), message.get("exit_code")
+        message["state"] = state[:40] if isinstance(state, str) else "died"
+        message["exit_code"] = code if type(code) is int and 0 <= code <= 255 else None
     return message
 
 

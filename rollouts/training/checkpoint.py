@@ -180,6 +180,7 @@ def write_model(model: nn.Module, directory: Path, weights: Mapping[str, Tensor]
     """
     with _no_progress_bar():
         model.save_pretrained(directory, state_dict=dict(weights))  # type: ignore[operator]
+    _name_dtype(directory / "config.json", weights)
     generation = copy.deepcopy(
         own_generation_config(model)
     )  # save_pretrained takes what an evaluation put in its place
@@ -190,6 +191,14 @@ def write_model(model: nn.Module, directory: Path, weights: Mapping[str, Tensor]
         generation.eos_token_id = ends
         generation._from_model_config = False  # else a loader may take the model config's one again
     generation.save_pretrained(directory)
+
+
+def _name_dtype(config_file: Path, weights: Mapping[str, Tensor]) -> None:
+    """Let the config name the dtype of `weights`. save_pretrained asks the live model, whose pass may be running."""
+    dtypes = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
+    config = json.loads(config_file.read_text())
+    if len(dtypes) == 1 and config.get("dtype") != (name := str(dtypes.pop()).removeprefix("torch.")):
+        config_file.write_text(json.dumps({**config, "dtype": name}, indent=2, sort_keys=True) + "\n")
 
 
 def write_weights(model: nn.Module, path: Path, weights: Mapping[str, Tensor]) -> Path:

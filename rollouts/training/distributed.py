@@ -16,6 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rollouts.training.devices import DeviceError, describe_build, set_current
+
+NCCL_TIMEOUT_S = 1200.0  # covers a checkpoint that rank 0 writes and a slow first compilation
 T = TypeVar("T")
 _BUCKET_ELEMENTS = 2**25  # all-reduced at once: 128 MiB of float32
 
@@ -26,28 +29,60 @@ def initialize(
     """Join the group that torchrun's environment variables describe, and return this rank's device.
 
     A world of one makes no group, unless `alone` says that it needs one (sharding does). `timeout_s` bounds every
-    collective, so it must exceed the longest that ranks wait for rank 0 (generating a batch, an evaluation).
-    Ranks of one machine find each other in `store_file`, which must not exist before; without it over a socket of
-    torch's that listens on every address.
+    collective of the CPU, so it must exceed the longest that ranks wait for rank 0 (generating a batch, an
+    evaluation); those of GPUs have minutes, see `group_arguments`. Ranks of one machine find each other in
+    `store_file`, which must not exist before; without it over a socket of torch's that listens on every address.
+    Raises DeviceError where torch sees no CUDA device for this rank.
     """
-    device = torch.device(device_type)
-    if device_type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError("device_type='cuda': torch sees no CUDA device here; use 'cpu', or check nvidia-smi")
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"  # objects and floats travel over gloo
+    device = local_device(device_type, int(os.environ.get("LOCAL_RANK", "0")))
+    set_current(device)
+    arguments = group_arguments(device, timeout_s)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        timeout = datetime.timedelta(seconds=timeout_s)
         if store_file is None:
-            dist.init_process_group(backend, timeout=timeout)
+            dist.init_process_group(**arguments)
         else:
-            store = _file_store(store_file, timeout)
+            store = _file_store(store_file, arguments["timeout"])
             rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-            dist.init_process_group(backend, store=store, timeout=timeout, rank=rank, world_size=world)
+            dist.init_process_group(**arguments, store=store, rank=rank, world_size=world)
     elif alone:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(**arguments, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        return device
+    if device.type == "cuda":  # the timeout above is gloo's too, where ranks wait for rank 0
+        backend = dist.distributed_c10d._get_default_group()._get_backend(device)
+        backend._set_default_timeout(datetime.timedelta(seconds=nccl_timeout_s(timeout_s)))
     return device
+
+
+def local_device(device_type: str, local_rank: int) -> torch.device:
+    """This rank's device. Raises DeviceError, which names driver and build, where torch does not see it."""
+    if device_type != "cuda":
+        return torch.device(device_type)
+    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if local_rank >= seen:
+        chosen = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
+        raise DeviceError(
+            f"torch sees no CUDA device {local_rank} here: it sees {seen}. Found {describe_build()}, "
+            f"CUDA_VISIBLE_DEVICES {chosen}. Install a driver and a build of torch that fit each other, check the "
+            "device in nvidia-smi, or set target.device_type='cpu'"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def group_arguments(device: torch.device, timeout_s: float) -> dict[str, Any]:
+    """What the default group is made with. Objects and floats travel over gloo, also beside GPUs.
+
+    `device_id` has NCCL make its communicator now, on the right device, so that a fault shows at the start.
+    """
+    timeout = datetime.timedelta(seconds=timeout_s)
+    if device.type != "cuda":
+        return {"backend": "gloo", "timeout": timeout}
+    return {"backend": "cpu:gloo,cuda:nccl", "timeout": timeout, "device_id": device}
+
+
+def nccl_timeout_s(timeout_s: float) -> float:
+    """How long a collective of GPUs may take. Ranks enter these together, so that minutes say that one is gone."""
+    return min(timeout_s, NCCL_TIMEOUT_S)
 
 
 def _file_store(path: Path, timeout: datetime.timedelta) -> dist.FileStore:

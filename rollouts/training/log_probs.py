@@ -3,6 +3,7 @@
 B sequences, T tokens, V vocabulary entries, M rows of hidden states (or of logits), N chosen rows of them. Log-probs
 are natural logs in float32 (float64 where the input is): never more than a chunk of [N, V] of them at once, forward or
 backward. The gradient is written out, so that a chunk's softmax is computed again, unless it is the only one.
+How large a chunk is, and what is compiled, is the device's (`head_ways`).
 """
 
 from collections.abc import Iterator
@@ -14,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_CHUNK_ELEMENTS = 2**24  # log-probs held at a time: 64 MiB in float32
+from rollouts.training import head_ways
+
+_CHUNK_ELEMENTS = 2**24  # log-probs held at a time on a CPU: 64 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -68,18 +71,24 @@ class _SelectedLogProbs(torch.autograd.Function):
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor | None]:
         vocabulary = source.shape[1] if weight is None else weight.shape[0]
-        ctx.temperature, ctx.matmul_dtype, ctx.chunk = temperature, _matmul_dtype(source), _chunk_rows(vocabulary)
+        ctx.temperature, ctx.matmul_dtype = temperature, _matmul_dtype(source)
+        ctx.chunk = _chunk_rows(vocabulary, source.device)
         head = _head(weight, bias, ctx.matmul_dtype)
         dtype = torch.float64 if source.dtype is torch.float64 else torch.float32
         log_probs_N = source.new_empty(len(rows_N), dtype=dtype)
         entropy_N = torch.empty_like(log_probs_N) if with_entropy else None
-        only = None
+        only = len(rows_N) <= ctx.chunk
+        kept = None
         for part in _parts(len(rows_N), ctx.chunk):
-            only = _log_softmax_rows(source, rows_N[part], head, temperature)
-            log_probs_N[part] = only.gather(1, targets_N[part, None]).squeeze(1)
-            if entropy_N is not None:
-                entropy_N[part] = -(only.exp() * _finite(only)).sum(1)
-        kept = only if len(rows_N) <= ctx.chunk else None
+            logits_nV = _logits(source, rows_N[part], head)
+            log_probs_n, entropy_n, log_probs_nV = _chosen(logits_nV, targets_N[part], temperature, with_entropy, only)
+            log_probs_N[part] = log_probs_n
+            if entropy_N is not None and entropy_n is not None:
+                entropy_N[part] = entropy_n
+            if only:
+                kept = logits_nV if log_probs_nV is None else log_probs_nV
+                ctx.kept_logits = log_probs_nV is None
+            del logits_nV, log_probs_nV
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(source, weight, bias, rows_N, targets_N, entropy_N, kept)
         return log_probs_N, entropy_N
@@ -95,58 +104,121 @@ class _SelectedLogProbs(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=accumulate) if weight_trained else None
         grad_bias = torch.zeros_like(bias, dtype=accumulate) if bias_trained else None
         for part in _parts(len(rows_N), ctx.chunk):
-            log_probs_nV = kept if kept is not None else _log_softmax_rows(source, rows_N[part], head, ctx.temperature)
-            grad_nV = _logits_gradient(
-                log_probs_nV,
+            grad_nV = _chunk_gradient(
+                kept if kept is not None else _logits(source, rows_N[part], head),
                 targets_N[part],
                 None if grad_N is None else grad_N[part],
                 None if entropy_grad_N is None else (entropy_N[part], entropy_grad_N[part]),
+                temperature=ctx.temperature,
+                kept_log_probs=kept is not None and not ctx.kept_logits,
+                kept_logits=kept is not None and ctx.kept_logits,
+                dtype=source.dtype if head is None else ctx.matmul_dtype,
             )
-            grad_nV = grad_nV.div_(ctx.temperature).to(source.dtype if head is None else ctx.matmul_dtype)
             if grad_bias is not None:
                 grad_bias += grad_nV.sum(0, dtype=accumulate)
             if grad_weight is not None:
-                hidden_nD = source.index_select(0, rows_N[part]).to(grad_nV.dtype)
-                if grad_nV.dtype == accumulate:
-                    grad_weight.addmm_(grad_nV.T, hidden_nD)  # without a second [V, D]
-                else:
-                    grad_weight += (grad_nV.T @ hidden_nD).to(accumulate)
+                head_ways.add_product(grad_weight, grad_nV, source.index_select(0, rows_N[part]).to(grad_nV.dtype))
             if head is not None:
                 grad_nV = grad_nV @ head[0]
             grad_source.index_copy_(0, rows_N[part], grad_nV.to(source.dtype))
+            del grad_nV  # before the next chunk's
         grads = [
             None if grad is None else grad.to(like.dtype) for grad, like in ((grad_weight, weight), (grad_bias, bias))
         ]
         return grad_source, *grads, None, None, None, None
 
 
-def _logits_gradient(
-    log_probs_nV: Tensor, targets_n: Tensor, grad_n: Tensor | None, entropy: tuple[Tensor, Tensor] | None
+def _chosen(
+    logits_nV: Tensor, targets_n: Tensor, temperature: float, with_entropy: bool, keep: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Log-probs [n] of the targets and entropies [n]; and log-probs [n, V], where they are made. May use up the logits.
+
+    `keep`: these come back to be kept, and so do the logits where they are not made.
+    """
+    fused = head_ways.fused_on(logits_nV.device.type)
+    if fused is not None and (found := fused(head_ways.chosen, logits_nV, targets_n, temperature, with_entropy)):
+        return *found, None
+    log_probs_nV = _log_softmax(logits_nV, temperature)
+    log_probs_n = log_probs_nV.gather(1, targets_n[:, None]).squeeze(1)
+    entropy_n = None
+    if with_entropy:
+        terms_nV = log_probs_nV.exp()
+        entropy_n = -terms_nV.mul_(_finite(log_probs_nV, own=not keep)).sum(1)
+    return log_probs_n, entropy_n, log_probs_nV
+
+
+def _chunk_gradient(
+    chunk_nV: Tensor,
+    targets_n: Tensor,
+    grad_n: Tensor | None,
+    entropy: tuple[Tensor, Tensor] | None,
+    *,
+    temperature: float,
+    kept_log_probs: bool,
+    kept_logits: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """d/d logits [n, V]: of log p_t it is 1[t] - p, of the entropy H it is -p (log p + H)."""
-    probs_nV = log_probs_nV.exp()
+    """d/d logits [n, V] in `dtype`, from log-probs that were kept, or from logits: used up unless they were kept."""
+    fused = head_ways.fused_on(chunk_nV.device.type)
+    if fused is not None and not kept_log_probs:
+        parts = (grad_n, *(entropy or (None, None)))
+        if (gradient := fused(head_ways.logits_gradient, chunk_nV, targets_n, temperature, *parts)) is not None:
+            return gradient.to(dtype)
+    if not kept_log_probs:
+        chunk_nV = _log_softmax(chunk_nV.clone() if kept_logits else chunk_nV, temperature)
+    if temperature == 1.0:
+        return _logits_gradient(chunk_nV, targets_n, grad_n, entropy, own=not kept_log_probs, dtype=dtype)
+    gradient = _logits_gradient(chunk_nV, targets_n, grad_n, entropy, own=not kept_log_probs, dtype=chunk_nV.dtype)
+    return gradient.div_(temperature).to(dtype)
+
+
+def _logits_gradient(
+    log_probs_nV: Tensor,
+    targets_n: Tensor,
+    grad_n: Tensor | None,
+    entropy: tuple[Tensor, Tensor] | None,
+    *,
+    own: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """d/d logits [n, V]: of log p_t it is 1[t] - p, of the entropy H it is -p (log p + H). Rounded to `dtype` once.
+
+    `own`: log-probs may be overwritten.
+    """
     if entropy is None:
         if grad_n is None:
-            return torch.zeros_like(probs_nV)
-        total_nV = probs_nV.mul_(-grad_n[:, None])
+            return torch.zeros_like(log_probs_nV, dtype=dtype)
+        probs_nV = log_probs_nV.exp_() if own else log_probs_nV.exp()
+        factor = -grad_n[:, None]
     else:
         entropy_n, entropy_grad_n = entropy
-        factor_nV = _finite(log_probs_nV).add_(entropy_n[:, None]).mul_(-entropy_grad_n[:, None])
-        total_nV = probs_nV.mul_(factor_nV if grad_n is None else factor_nV.sub_(grad_n[:, None]))
+        probs_nV = log_probs_nV.exp()
+        factor = _finite(log_probs_nV, own=own).add_(entropy_n[:, None]).mul_(-entropy_grad_n[:, None])
+        if grad_n is not None:
+            factor.sub_(grad_n[:, None])
+    rows_n = torch.arange(len(targets_n), device=targets_n.device)
+    chosen_n = None
     if grad_n is not None:
-        total_nV[torch.arange(len(targets_n), device=targets_n.device), targets_n] += grad_n
+        factor_n = factor[:, 0] if entropy is None else factor[rows_n, targets_n]
+        chosen_n = probs_nV[rows_n, targets_n] * factor_n + grad_n
+    total_nV = torch.mul(
+        probs_nV, factor, out=probs_nV if dtype == probs_nV.dtype else torch.empty_like(probs_nV, dtype=dtype)
+    )
+    if chosen_n is not None:
+        total_nV[rows_n, targets_n] = chosen_n.to(dtype)
     return total_nV
 
 
-def _log_softmax_rows(
-    source: Tensor, rows_n: Tensor, head: tuple[Tensor, Tensor | None] | None, temperature: float
-) -> Tensor:
-    logits_nV = source.index_select(0, rows_n)
-    if head is not None:
-        logits_nV = F.linear(logits_nV.to(head[0].dtype), *head)
+def _logits(source: Tensor, rows_n: Tensor, head: tuple[Tensor, Tensor | None] | None) -> Tensor:
+    """Logits [n, V], in memory of their own."""
+    chosen = source.index_select(0, rows_n)
+    return chosen if head is None else F.linear(chosen.to(head[0].dtype), *head)
+
+
+def _log_softmax(logits_nV: Tensor, temperature: float) -> Tensor:
     dtype = torch.float64 if logits_nV.dtype is torch.float64 else torch.float32
     if temperature != 1.0:
-        logits_nV = logits_nV.to(dtype) / temperature
+        logits_nV = logits_nV.to(dtype).div_(temperature)
     return torch.log_softmax(logits_nV, -1, dtype=dtype)
 
 
@@ -159,13 +231,14 @@ def _matmul_dtype(source: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else source.dtype
 
 
-def _finite(log_probs: Tensor) -> Tensor:
-    """A copy in which -inf is a finite number: times a probability of 0 that is 0, not NaN."""
-    return log_probs.clamp(min=torch.finfo(log_probs.dtype).min)
+def _finite(log_probs: Tensor, *, own: bool) -> Tensor:
+    """Log-probs in which -inf is a finite number: times a probability of 0 that is 0, not NaN. `own`: in place."""
+    least = torch.finfo(log_probs.dtype).min
+    return log_probs.clamp_(min=least) if own else log_probs.clamp(min=least)
 
 
-def _chunk_rows(vocabulary: int) -> int:
-    return max(1, _CHUNK_ELEMENTS // vocabulary)
+def _chunk_rows(vocabulary: int, device: torch.device) -> int:
+    return max(1, head_ways.chunk_elements(device, _CHUNK_ELEMENTS) // vocabulary)
 
 
 def _parts(count: int, size: int) -> Iterator[slice]:

@@ -70,7 +70,7 @@ class WandbLogger:
             os.environ["WANDB_RUN_GROUP"] = group
         if directory is not None:
             os.environ["WANDB_DIR"] = str(directory)
-        self._wandb = wandb
+        self._wandb, self._failed = wandb, False
         self._run = wandb.init(project=project, name=name, config=dict(config or {}))
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
@@ -79,11 +79,16 @@ class WandbLogger:
     def log_table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
         """Show `rows`, all of the same keys, as a table of the run."""
         if rows:
-            data = [[_cell(value) for value in row.values()] for row in rows]
+            columns = [_column([row[key] for row in rows]) for key in rows[0]]
+            data = [list(row) for row in zip(*columns, strict=True)]
             self._run.log({name: self._wandb.Table(columns=list(rows[0]), data=data)}, step=step)
 
+    def fail(self) -> None:
+        """Have `finish` call the run failed: W&B would show it as finished."""
+        self._failed = True
+
     def finish(self) -> None:
-        self._run.finish()
+        self._run.finish(exit_code=1) if self._failed else self._run.finish()
 
 
 class CompositeLogger:
@@ -107,8 +112,13 @@ class CompositeLogger:
             raise ExceptionGroup("metrics loggers failed to finish", errors)
 
 
-def _cell(value: Any) -> Any:
-    return value if isinstance(value, (str, int, float, bool)) or value is None else json.dumps(value, default=str)
+def _column(values: Sequence[Any]) -> list[Any]:
+    """A table's column: values of one type, as W&B wants it (None fits each); of several types all as text."""
+    cells = [v if isinstance(v, (str, int, float)) or v is None else json.dumps(v, default=str) for v in values]
+    kinds = {float if type(cell) is int else type(cell) for cell in cells if cell is not None}
+    if len(kinds) < 2:
+        return cells
+    return [cell if isinstance(cell, str) or cell is None else json.dumps(cell) for cell in cells]
 
 
 def _append(file: FileIO, data: bytes) -> None:

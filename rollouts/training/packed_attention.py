@@ -3,10 +3,14 @@
 N tokens of all documents, H heads, D the width of a head. Registered with transformers as ATTENTION: a model set to it
 attends by document where it is given `documents=`, and otherwise exactly as with "sdpa" (`generate`, padded batches).
 CUDA in half precision: the variable-length flash kernel. Elsewhere `scaled_dot_product_attention`, one call for each
-run of documents of one length.
+run of documents of one length. Under `torch.compile` either is one operation of the graph.
 """
 
+import functools
+import inspect
 import itertools
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,7 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+try:
+    from torch.nn.attention import varlen
+except ImportError:  # torch 2.9
+    _KERNEL_OPTIONS = frozenset[str]()
+else:
+    _KERNEL_OPTIONS = frozenset(inspect.signature(varlen.varlen_attn).parameters)
+
+logger = logging.getLogger(__name__)
 ATTENTION = "rollouts_documents"
+_HALVES = (torch.bfloat16, torch.float16)  # what the kernel computes in
+_HEAD_DIM_MAX, _HEAD_DIM_MULTIPLE = 256, 8  # and the widths of a head that it takes
 
 
 @dataclass(frozen=True)
@@ -23,19 +37,50 @@ class Documents:
 
     Documents may share tokens of a row: it then holds U, and they have N. `copies` [N] says which of the row's each
     is, `firsts` [U] which of the N gives the row's token its attention. None: nothing is shared.
-    What is compiled reads `longest`, never `lengths`: a tuple would be compiled anew for each number of documents.
+    What is compiled reads `longest` and tensors, never `lengths`: a tuple would be compiled anew for each number of
+    documents. `host_offsets` are `offsets` on the CPU. `kernel`: the device has the variable-length kernel.
     """
 
     lengths: tuple[int, ...]
     offsets: Tensor
     longest: int
+    host_offsets: Tensor
+    kernel: bool
     copies: Tensor | None = None
     firsts: Tensor | None = None
 
     @classmethod
     def of(cls, lengths: list[int], device: torch.device, **shared: Tensor) -> "Documents":
         offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-        return cls(tuple(lengths), offsets.to(device, non_blocking=True), max(lengths, default=0), **shared)
+        return cls(
+            lengths=tuple(lengths),
+            offsets=offsets.to(device, non_blocking=True),
+            longest=max(lengths, default=0),
+            host_offsets=offsets,
+            kernel=has_kernel(device),
+            **shared,
+        )
+
+
+@functools.cache
+def has_kernel(device: torch.device) -> bool:
+    """Say whether `device` has the variable-length kernel. A CUDA device without it is named in a warning, once."""
+    if device.type != "cuda":
+        return False
+    capability = torch.cuda.get_device_capability(device)
+    missing = []
+    if not {"scale", "window_size"} <= _KERNEL_OPTIONS:
+        missing.append(f"torch >= 2.11 (found {torch.__version__})")
+    if capability < (8, 0):
+        missing.append(f"compute capability >= 8.0 (found {capability[0]}.{capability[1]})")
+    if missing:
+        logger.warning(
+            "%s: no variable-length attention kernel; it needs %s. Attention takes one call for each run of documents "
+            "of one length: the same numbers, slower.",
+            device,
+            " and ".join(missing),
+        )
+    return not missing
 
 
 def register() -> None:
@@ -74,29 +119,47 @@ def attention(  # noqa: PLR0917 — the order in which models call it
             sliding_window=sliding_window,
             **others,
         )
+    query, key, value = _as_autocast(query, key, value)
     window = sliding_window if sliding_window is not None and sliding_window < documents.longest else None
     if documents.copies is not None:
         # Token by token in memory, as models lay them out: other strides would be rounded differently.
         query, key, value = (
             tensor.transpose(1, 2).index_select(1, documents.copies).transpose(1, 2) for tensor in (query, key, value)
         )
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and dropout == 0.0:
+    if documents.kernel and dropout == 0.0 and _kernel_takes(query):
         attended = _by_kernel(query, key, value, documents, scaling, window)
+    elif dropout == 0.0 and torch.compiler.is_compiling():
+        attended = _runs_op(query, key, value, documents.host_offsets, scaling, window)
     else:
-        attended = _by_runs(query, key, value, documents, scaling, window, dropout)
+        attended = _by_runs(query, key, value, documents.lengths, scaling, window, dropout)
     return attended if documents.firsts is None else attended.index_select(1, documents.firsts), None
+
+
+def _as_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The three in autocast's dtype, where it is on: rotary embeddings leave query and key in float32 there."""
+    kind = query.device.type
+    if not torch.is_autocast_enabled(kind):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(kind)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def _kernel_takes(query: Tensor) -> bool:
+    width = query.shape[-1]
+    return query.dtype in _HALVES and width % _HEAD_DIM_MULTIPLE == 0 and width <= _HEAD_DIM_MAX
 
 
 def _by_kernel(  # noqa: PLR0917
     query: Tensor, key: Tensor, value: Tensor, documents: Documents, scaling: float | None, window: int | None
 ) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
     groups = query.shape[1] // key.shape[1]
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    if groups > 1:
+    options: dict[str, Any] = {}
+    if "enable_gqa" in _KERNEL_OPTIONS:
+        options["enable_gqa"] = groups > 1
+    elif groups > 1:  # torch 2.11
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    attended = varlen_attn(
+    attended = varlen.varlen_attn(
         query,
         key,
         value,
@@ -106,6 +169,7 @@ def _by_kernel(  # noqa: PLR0917
         documents.longest,
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),
+        **options,
     )
     return cast(Tensor, attended)[None]
 
@@ -115,12 +179,12 @@ def _by_runs(  # noqa: PLR0917
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    documents: Documents,
+    lengths: Sequence[int],
     scaling: float | None,
     window: int | None,
     dropout: float,
 ) -> Tensor:
-    runs = [(length, len(list(group))) for length, group in itertools.groupby(documents.lengths)]
+    runs = [(length, len(list(group))) for length, group in itertools.groupby(lengths)]
     sizes = [length * count for length, count in runs]
     # split, not slices: the gradient of each slice would be as large as the whole row
     parts = zip(runs, *(tensor[0].split(sizes, 1) for tensor in (query, key, value)), strict=True)
@@ -139,3 +203,63 @@ def _band(length: int, window: int, device: torch.device) -> Tensor:
     """[length, length] bool: each position sees itself and the `window` - 1 before it."""
     ones = torch.ones(length, length, dtype=torch.bool, device=device)
     return ones.tril() & ones.triu(1 - window)
+
+
+# The runs as one operation, for what is compiled. Its backward pass computes the attention again.
+
+
+@torch.library.custom_op("rollouts::attention_by_runs", mutates_args=())
+def _runs_op(  # noqa: PLR0917 — an operation's schema
+    query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, scaling: float | None, window: int | None
+) -> Tensor:
+    return _by_runs(query, key, value, offsets.diff().tolist(), scaling, window, 0.0)
+
+
+@_runs_op.register_fake
+def _(  # noqa: PLR0917
+    query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, scaling: float | None, window: int | None
+) -> Tensor:
+    return query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
+
+
+@torch.library.custom_op("rollouts::attention_by_runs_backward", mutates_args=())
+def _runs_backward_op(  # noqa: PLR0917
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    offsets: Tensor,
+    scaling: float | None,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    def attend(*inputs: Tensor) -> Tensor:
+        return _by_runs(*inputs, offsets.diff().tolist(), scaling, window, 0.0)
+
+    backward = torch.func.vjp(attend, query, key, value)[1]
+    grad_query, grad_key, grad_value = backward(gradient)
+    return grad_query.contiguous(), grad_key.contiguous(), grad_value.contiguous()
+
+
+@_runs_backward_op.register_fake
+def _(  # noqa: PLR0917
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    offsets: Tensor,
+    scaling: float | None,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    query, key, value, offsets, ctx.scaling, ctx.window = inputs
+    ctx.save_for_backward(query, key, value, offsets)
+
+
+def _runs_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    return *_runs_backward_op(gradient, *ctx.saved_tensors, ctx.scaling, ctx.window), None, None, None
+
+
+_runs_op.register_autograd(_runs_gradient, setup_context=_keep_inputs)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rollouts import run_dir
+from rollouts.plain_files import open_plain
 from rollouts.run_dir import EnvironmentSpec, HubModel, RunDir
 from rollouts.worker import isolation, requirement
 from rollouts.worker.base_python import base_python, find_uv
@@ -252,7 +253,7 @@ def _pip_environment(spec: EnvironmentSpec, python: str) -> tuple[dict[str, str]
 @contextlib.contextmanager
 def _locked(path: Path, spec: EnvironmentSpec, patience: Patience, progress: Progress) -> Iterator[int]:
     """Hold the lock file; gives its descriptor, with which a child holds it too."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = open_plain(path, os.O_RDWR | os.O_CREAT)
     try:
         waiting = False
         while not _try_lock(descriptor):

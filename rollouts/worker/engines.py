@@ -52,7 +52,7 @@ class Heartbeat:
         assert window.spec.ready_url is not None
         if not answers(window.spec.ready_url, timeout_s=self._attempt_s):
             return False
-        return not any(map(is_stopped, marked_processes(window.run.run_id, {window.mark})))
+        return not any(map(is_stopped, marked_processes(window.run, {window.mark})))
 
 
 @dataclass
@@ -110,7 +110,7 @@ def end_life(run: RunDir, engine: Engine, *, grace_s: float, tick: Callable[[], 
     """
     engine.rests()
     window = engine.window
-    left = end_marked(run.run_id, {window.mark}, grace_s=0, tick=tick)
+    left = end_marked(run, {window.mark}, grace_s=0, tick=tick)
     left += close_windows(run, [window], grace_s=grace_s, tick=tick)
     deadline = time.monotonic() + WRAPPER_MARGIN_S
     while engine.name in tmux.window_names(run.run_id) and time.monotonic() < deadline:

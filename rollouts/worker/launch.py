@@ -26,13 +26,15 @@ from typing import Any
 
 from rollouts import run_dir
 from rollouts.engines.keys import new_keys
+from rollouts.plain_files import open_plain
 from rollouts.run_dir import LaunchPlan, RunDir, Status, observe
 from rollouts.worker import isolation, tmux
-from rollouts.worker.processes import POLL_S, SUPERVISOR_STAGE, SUPERVISOR_WINDOW, WINDOW_VARIABLE
+from rollouts.worker.processes import POLL_S, SUPERVISOR_STAGE, SUPERVISOR_WINDOW, WINDOW_VARIABLE, marked_processes
 from rollouts.worker.window import window_command
 
 SUPERVISOR_START_S = 15.0
-MARK_VARIABLES = {run_dir.RUN_ID_VARIABLE, WINDOW_VARIABLE}  # of another run, where one launches from inside of it
+# Of another run, where one launches from inside of it
+MARK_VARIABLES = {run_dir.RUN_ID_VARIABLE, run_dir.RUN_PATH_VARIABLE, WINDOW_VARIABLE}
 # Of the launcher's terminal and session, not of the machine. The run's processes get all else that the launcher had,
 # less what would change what Python runs or installs (isolation.py).
 SESSION_VARIABLES = {"TMUX", "TMUX_PANE", "TERM", "PWD", "OLDPWD", "SHLVL", "_", *MARK_VARIABLES}
@@ -61,7 +63,7 @@ def launch(job: dict[str, Any]) -> dict[str, Any]:
             reason = f"run {plan.run_id} was started before; it is {observe(run).state}"
             return {"started": False, "same": run_dir.read_launch_id(run) == job.get("launch_id"), "reason": reason}
         if tmux.has_session(plan.run_id):
-            if not run.status.exists():
+            if not run.status.exists() or not set(tmux.pane_processes(plan.run_id)) & set(marked_processes(run)):
                 raise LaunchError(
                     f"a tmux session {plan.run_id!r} is there already, and not of this run. Choose another run name, or"
                     f" end that session (`tmux kill-session -t {plan.run_id}`)."
@@ -95,7 +97,7 @@ def _start_session(run: RunDir, plan: LaunchPlan, job: dict[str, Any]) -> None:
 @contextlib.contextmanager
 def _one_at_a_time(plan: LaunchPlan) -> Iterator[None]:
     """One launch in this home: what two of them want is given to the first. The kernel frees it with its holder."""
-    descriptor = os.open(Path(plan.home) / "launch.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor = open_plain(Path(plan.home) / "launch.lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
@@ -105,14 +107,18 @@ def _one_at_a_time(plan: LaunchPlan) -> Iterator[None]:
 
 def _taken(plan: LaunchPlan) -> str:
     """What a live run of this home has that the plan needs, in words; "" for nothing."""
-    wanted = _needs(plan)
+    wanted, name = _needs(plan), {_experiment(plan)}
     for path in sorted(Path(plan.home).glob("runs/*")):
         other = RunDir(path)
         try:
             theirs = run_dir.read_plan(other) if path.name != plan.run_id and observe(other).live else None
         except (OSError, ValueError, TypeError, KeyError):  # another user's, or of another version of this program
             continue
-        if theirs is not None and (shared := wanted & _needs(theirs)):
+        if theirs is None:
+            continue
+        # Machines may share a home: GPUs and ports are one machine's, the name is the home's
+        shared = name & {_experiment(theirs)} if run_dir.is_elsewhere(other) else wanted & _needs(theirs)
+        if shared:
             return (
                 f"run {other.run_id} is live and has {', '.join(sorted(shared))}; `deploy stop {other.run_id}` ends it"
             )
@@ -121,13 +127,17 @@ def _taken(plan: LaunchPlan) -> str:
 
 def _needs(plan: LaunchPlan) -> set[str]:
     """What one run alone can have: its experiment's name, GPUs, ports."""
-    found = {f"the experiment name {plan.experiment_name!r}"}
+    found = {_experiment(plan)}
     for spec in (spec for stage in plan.stages for spec in (*stage.engines, stage.trainer)):
         devices = spec.env.get(run_dir.GPUS_VARIABLE, spec.env.get("CUDA_VISIBLE_DEVICES", ""))
         found |= {f"GPU {device.strip()}" for device in devices.split(",") if device.strip()}
         if spec.ready_url is not None:
             found.add(f"port {urllib.parse.urlsplit(spec.ready_url).port}")
     return found
+
+
+def _experiment(plan: LaunchPlan) -> str:
+    return f"the experiment name {plan.experiment_name!r}"
 
 
 def _write_files(run: RunDir, plan: LaunchPlan, job: dict[str, Any]) -> None:
@@ -142,7 +152,7 @@ def _write_files(run: RunDir, plan: LaunchPlan, job: dict[str, Any]) -> None:
     secrets = {"inherited": inherited, "secrets": job["secrets"], "engine_keys": new_keys()}
     run_dir.write_secrets(run, secrets)
     run_dir.make_reserve(run)
-    run_dir.write_json_atomic(run.launch, {"launch_id": job.get("launch_id")})
+    run_dir.write_json_atomic(run.launch, {"launch_id": job.get("launch_id"), "host": run_dir.host_identity()})
     run_dir.write_json_atomic(run.config, job["config"])
     run_dir.write_json_atomic(run.plan, job["plan"])
     for name, text in job["files"].items():

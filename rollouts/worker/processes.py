@@ -1,7 +1,9 @@
 """Which processes belong to a run, and how they are ended. Standard library only; reads Linux's /proc.
 
-Every process of a run starts with two variables in its environment, which its descendants inherit whatever session or
-group they move to: the run's id and the window it came from. They are the run's mark. A process that dropped its
+Every process of a run starts with three variables in its environment, which its descendants inherit whatever session
+or group they move to: the run's id, its directory, and the window it came from. They are the run's mark. The directory
+tells runs of one id in two homes apart. Processes of an older version have the id alone: they count as the run's where
+its launch.json is an older version's too, or gone. A process that dropped its
 environment belongs to the run by descent: each window's wrapper adopts the orphans below it (`adopt_orphans`), so the
 chain of parents leads to a marked process for as long as the wrapper lives. Nothing else is ever signalled, so neither
 a reused process id nor a stranger in a recorded group is hit.
@@ -18,9 +20,9 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from rollouts.run_dir import RUN_ID_VARIABLE
+from rollouts.run_dir import RUN_ID_VARIABLE, RUN_PATH_VARIABLE, RunDir, read_launch_host
 
-WINDOW_VARIABLE = "ROLLOUTS_WINDOW"  # "<stage>-<window>"; the window wrappers themselves have the run's id alone
+WINDOW_VARIABLE = "ROLLOUTS_WINDOW"  # "<stage>-<window>"; the window wrappers themselves have no such variable
 SUPERVISOR_STAGE = "run"  # the supervisor's window belongs to no stage
 SUPERVISOR_WINDOW = "supervisor"
 STOPPED_CODE = 143  # the exit code of a stopped run, as a shell reports SIGTERM
@@ -34,46 +36,71 @@ def window_mark(stage: str, window: str) -> str:
     return f"{stage}-{window}"
 
 
+def run_marks(run: RunDir) -> dict[str, str]:
+    """Return the variables by which a run knows its processes, less the window's."""
+    return {RUN_ID_VARIABLE: run.run_id, RUN_PATH_VARIABLE: run.real_path}
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One look at everything that lives on this machine: whose child it is, and its environment."""
+
+    parents: Mapping[int, int]
+    environments: Mapping[int, frozenset[bytes]]
+
+
+def scan() -> Scan:
+    """Read /proc once: it takes long where much runs, so one look serves all questions that are asked at a time."""
+    parents = _parents()
+    return Scan(parents, {pid: _environment(pid) for pid in parents})
+
+
 def marked_processes(
-    run_id: str, windows: Collection[str] | None = None, *, ancestors: Collection[int] = ()
+    run: RunDir,
+    windows: Collection[str] | None = None,
+    *,
+    ancestors: Collection[int] = (),
+    seen: Scan | None = None,
 ) -> list[int]:
     """Ids of the live processes that carry the run's mark, and of all that descend from them, without the caller.
 
     `windows` (of `window_mark`) narrows it to what came from those; None takes all, the wrappers too. What descends
     from `ancestors` belongs to it as well. A zombie has ended and is not counted, nor is what another run marked.
+    `seen`: a look that was taken already.
     """
-    run_entry = _entry(run_id)
+    seen = seen or scan()
     window_entries = None if windows is None else {f"{WINDOW_VARIABLE}={name}".encode() for name in windows}
-    parents = _parents()
-    environments = {pid: _environment(pid) for pid in parents}
-    roots = set(ancestors)
-    for pid, entries in environments.items():
-        if run_entry in entries and (window_entries is None or not window_entries.isdisjoint(entries)):
-            roots.add(pid)
-    found = (roots & parents.keys()) | _below(roots, parents, without=_strangers(run_id, environments))
+    own, strangers = _sorted_out(run, seen)
+    chosen = {
+        pid for pid in own if window_entries is None or not window_entries.isdisjoint(seen.environments.get(pid, ()))
+    }
+    roots = chosen | set(ancestors)
+    found = (roots & seen.parents.keys()) | _below(roots, seen.parents, without=strangers)
     return sorted(found - set(ancestors) - {os.getpid()})
 
 
-def descendants(pid: int, run_id: str) -> dict[int, int]:
+def descendants(pid: int, run: RunDir, *, seen: Scan | None = None) -> dict[int, int]:
     """What of the run descends from a process now, as {id: start ticks}: to know it again once its parents are gone."""
-    parents = _parents()
-    strangers = _strangers(run_id, {child: _environment(child) for child in parents})
-    found = {child: start_ticks(child) for child in _below({pid}, parents, without=strangers)}
+    seen = seen or scan()
+    _, strangers = _sorted_out(run, seen)
+    found = {child: start_ticks(child) for child in _below({pid}, seen.parents, without=strangers)}
     return {child: ticks for child, ticks in found.items() if ticks is not None}
 
 
-def _entry(run_id: str) -> bytes:
-    return f"{RUN_ID_VARIABLE}={run_id}".encode()
-
-
-def _strangers(run_id: str, environments: Mapping[int, Collection[bytes]]) -> set[int]:
-    """Those that another run marked."""
-    own, any_run = _entry(run_id), _entry("")
-    return {
-        pid
-        for pid, entries in environments.items()
-        if own not in entries and any(entry.startswith(any_run) for entry in entries)
-    }
+def _sorted_out(run: RunDir, seen: Scan) -> tuple[set[int], set[int]]:
+    """(those that carry the run's mark, those that carry another run's)."""
+    run_id, run_path = (f"{name}={value}".encode() for name, value in run_marks(run).items())
+    any_id, any_path = f"{RUN_ID_VARIABLE}=".encode(), f"{RUN_PATH_VARIABLE}=".encode()
+    older = read_launch_host(run) is None  # started by an older version, or its directory is gone
+    own: set[int] = set()
+    strangers: set[int] = set()
+    for pid, entries in seen.environments.items():
+        if run_id in entries:
+            path_entries = [entry for entry in entries if entry.startswith(any_path)]
+            (own if run_path in path_entries or (older and not path_entries) else strangers).add(pid)
+        elif any(entry.startswith(any_id) for entry in entries):
+            strangers.add(pid)
+    return own, strangers
 
 
 def _parents() -> dict[int, int]:
@@ -128,7 +155,7 @@ def reap(*, spare: int | None = None) -> None:
 
 
 def end_marked(
-    run_id: str,
+    run: RunDir,
     windows: Collection[str] | None,
     *,
     grace_s: float,
@@ -147,7 +174,7 @@ def end_marked(
     asked: set[int] = set()
     known: set[tuple[int, int | None]] = set((family or {}).items())
     while True:
-        known |= {(pid, start_ticks(pid)) for pid in marked_processes(run_id, windows, ancestors=ancestors)}
+        known |= {(pid, start_ticks(pid)) for pid in marked_processes(run, windows, ancestors=ancestors)}
         remaining = sorted(pid for pid, ticks in known if ticks is not None and start_ticks(pid) == ticks)
         if not remaining:
             return []

@@ -9,6 +9,8 @@ directory was removed, too, so `deploy` sends this program along (remote/sending
 
 import dataclasses
 import json
+import os
+import shutil
 import signal
 import sys
 import time
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rollouts import run_dir
+from rollouts.plain_files import read_plain
 from rollouts.run_dir import ProcessRecord, RunDir, Status, observe
 from rollouts.worker import tmux
 from rollouts.worker.processes import (
@@ -36,10 +39,15 @@ def stop(run: RunDir) -> dict[str, Any]:
     """Have nothing of the run left on return. Returns {"state", "exit_code"} as they are then."""
     grace_s = _grace_s(run)
     was_live = observe(run).live
+    if was_live and (host := run_dir.other_host(run)) is not None:
+        sys.exit(
+            f"error: run {run.run_id} runs on {host}, whose files this host shares; this is {os.uname().nodename}."
+            f" From here its processes cannot be ended: `deploy stop {run.run_id} --remote {host}`."
+        )
     if was_live:
         _ask_supervisor(run, within_s=2 * grace_s + SUPERVISOR_MARGIN_S)
-    tmux.kill_session(run.run_id)
-    left = end_marked(run.run_id, None, grace_s=grace_s)
+    _end_session(run)
+    left = end_marked(run, None, grace_s=grace_s)
     run_dir.remove_transient(run)
     seen = observe(run)
     if was_live and seen.state not in ("done", "failed", "stopped"):
@@ -55,7 +63,7 @@ def stop(run: RunDir) -> dict[str, Any]:
 def _grace_s(run: RunDir) -> float:
     """Of its plan, whichever version of this program wrote that."""
     try:
-        return float(json.loads(run.plan.read_text())["stop_grace_s"])
+        return float(json.loads(read_plain(run.plan))["stop_grace_s"])
     except (OSError, ValueError, TypeError, KeyError):
         return GRACE_S
 
@@ -65,7 +73,7 @@ def _ask_supervisor(run: RunDir, *, within_s: float) -> None:
     deadline = time.monotonic() + within_s
     record_deadline = time.monotonic() + RECORD_WAIT_S
     asked = False
-    while time.monotonic() < deadline and (run_dir.is_live(run) or not asked or marked_processes(run.run_id)):
+    while time.monotonic() < deadline and (run_dir.is_live(run) or not asked or marked_processes(run)):
         pid = None if asked else _supervisor_pid(run)
         if pid is not None:
             send_signal(pid, signal.SIGTERM)
@@ -75,13 +83,22 @@ def _ask_supervisor(run: RunDir, *, within_s: float) -> None:
         time.sleep(POLL_S)
 
 
+def _end_session(run: RunDir) -> None:
+    """End the run's tmux session; not one of that name that is another home's run's, or a person's own."""
+    if shutil.which("tmux") is None:
+        return
+    panes = set(tmux.pane_processes(run.run_id))
+    if not panes or panes & set(marked_processes(run)):
+        tmux.kill_session(run.run_id)
+
+
 def _supervisor_pid(run: RunDir) -> int | None:
     """The recorded supervisor, if it is still that process."""
     try:
-        record = ProcessRecord(**json.loads(run.process(SUPERVISOR_WINDOW).read_text()))
+        record = ProcessRecord(**json.loads(read_plain(run.process(SUPERVISOR_WINDOW))))
     except (OSError, ValueError, TypeError):
         return None
-    return record.pid if record.pid in marked_processes(run.run_id) else None
+    return record.pid if record.pid in marked_processes(run) else None
 
 
 def _write_stopped(run: RunDir, status: Status | None) -> None:
@@ -95,7 +112,7 @@ def _write_stopped(run: RunDir, status: Status | None) -> None:
 
 def main() -> None:
     run = RunDir(Path(sys.argv[1]))
-    if not run.status.exists() and not marked_processes(run.run_id):
+    if not run.status.exists() and not marked_processes(run):
         sys.exit(f"error: {run.path}: no run was launched there. `deploy ls` lists the runs.")
     print(json.dumps(stop(run)), flush=True)
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from rollouts import run_dir
 from rollouts.manifest import manifest_problems
+from rollouts.plain_files import read_plain
 from rollouts.run_dir import LaunchPlan, ProcessSpec, RunDir, StageName, StageSpec, State, Status
 from rollouts.worker import tmux
 from rollouts.worker.bootstrap import BootstrapError, Patience, ensure_environment, fetch_model
@@ -35,6 +36,7 @@ from rollouts.worker.processes import (
     end_marked,
     listeners,
     marked_processes,
+    scan,
     window_mark,
 )
 from rollouts.worker.windows import OpenWindow, close_windows, open_window
@@ -80,7 +82,7 @@ class Supervisor:
         """Do the plan. Returns the run's exit code; the final status is written by then."""
         for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
             signal.signal(signum, self._on_signal)
-        mode = json.loads(self.run.config.read_text())["output"]["mode"]
+        mode = json.loads(read_plain(self.run.config))["output"]["mode"]
         self._event("run_started", mode=mode)
         state: State = "failed"
         try:
@@ -120,7 +122,7 @@ class Supervisor:
         marks = {window_mark(SUPERVISOR_STAGE, SUPERVISOR_WINDOW)}
         for stage in self.plan.stages:
             marks |= {window_mark(stage.name, spec.window) for spec in (*stage.engines, stage.trainer)}
-        left = end_marked(self.run.run_id, marks, grace_s=self.plan.stop_grace_s, tick=self._beat)
+        left = end_marked(self.run, marks, grace_s=self.plan.stop_grace_s, tick=self._beat)
         if left:
             message += f" (still there after SIGKILL: processes {left})"
         run_dir.remove_transient(self.run)
@@ -373,9 +375,10 @@ class Supervisor:
 
     def _look_around(self) -> None:
         """Remember whose the processes are, and tell of those that other machines can reach."""
+        seen = scan()
         for window in [engine.window for engine in self.engines] + ([self.trainer] if self.trainer else []):
-            window.look_around()
-        for found in listeners(marked_processes(self.run.run_id), beyond_loopback=True):
+            window.look_around(seen)
+        for found in listeners(marked_processes(self.run, seen=seen), beyond_loopback=True):
             if (found.address, found.port) not in self.told:
                 self.told.add((found.address, found.port))
                 self._event(

@@ -8,6 +8,7 @@ process, so a laptop that vanished leaves nothing here. Lines written:
 
     {"file": name, "offset": n, "data": base64}      of a growing file; whole lines at a time for .jsonl
     {"file": name, "snapshot": text}                 of a small file that is replaced, when it changed
+    {"unusable": name, "reason": text}               once, of one that is no plain file, or too large to be a small one
     {"alive": true}                                  every ALIVE_S seconds
     {"ended": true, "state": s, "exit_code": n}      last: the run is over and everything was sent
     {"live": true}                                   last without --follow, where it is not over
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from rollouts import run_dir
+from rollouts.plain_files import is_plain, reading
 from rollouts.run_dir import RunDir, observe
 from rollouts.worker.processes import marked_processes
 
@@ -42,6 +44,18 @@ class OffsetError(Exception):
     """The reader holds something else than what lies here. The message says what."""
 
 
+def read_offsets(line: str) -> dict[str, int]:
+    """{file: bytes already held}, from the reader's first line. Raises OffsetError for anything else."""
+    try:
+        offsets = json.loads(line or "{}")
+    except (ValueError, RecursionError) as error:
+        raise OffsetError(f"the reader's first line is not JSON: {error}") from None
+    held = offsets.values() if isinstance(offsets, dict) else [None]
+    if not all(isinstance(offset, int) and not isinstance(offset, bool) for offset in held):
+        raise OffsetError(f"the reader's first line is {line.strip()[:200]!r}, and should be {{file: bytes held}}")
+    return dict(offsets)
+
+
 class Tail:
     """What was sent so far, and sending the rest."""
 
@@ -50,6 +64,7 @@ class Tail:
         self.offsets = dict(offsets)
         self.snapshots: dict[str, tuple[int, int, int]] = {}  # name: inode, size, mtime when it was sent
         self.files: dict[str, tuple[int, int]] = {}  # name: device, inode of a growing file, once it was seen
+        self.unusable: set[str] = set()
         self.directory = _identity(run.path)
         for name, offset in self.offsets.items():
             self._check_offset(name, offset)
@@ -76,6 +91,8 @@ class Tail:
         known = name in run_dir.STREAMED_FILES or (Path(name).match(run_dir.LOG_GLOB) and ".." not in name)
         if not known:
             raise OffsetError(f"{name}: not a file that is followed")
+        if os.path.lexists(path) and not is_plain(path):
+            return  # said when its turn comes
         size = path.stat().st_size if path.exists() else 0
         if not 0 <= offset <= size:
             raise _does_not_fit(name, offset, size)
@@ -83,7 +100,7 @@ class Tail:
     def _send_chunk(self, name: str, *, whole_lines: bool) -> bool:
         offset = self.offsets.get(name, 0)
         try:
-            with (self.run.path / name).open("rb") as stream:  # one open file: what is checked is what is read
+            with reading(self.run.path / name) as stream:  # one open file: what is checked is what is read
                 self._check_same(name, offset, os.fstat(stream.fileno()))
                 stream.seek(offset)
                 data = read_chunk(stream, whole_lines=whole_lines)
@@ -91,6 +108,8 @@ class Tail:
             if name in self.files:
                 raise OffsetError(f"{name}: was removed from the host while it was followed") from None
             return False
+        except OSError as error:  # a pipe, a device, one that may not be read: the others go on
+            return self._pass_over(name, error.strerror or str(error))
         if not data:
             return False
         self.send({"file": name, "offset": offset, "data": base64.b64encode(data).decode()})
@@ -107,19 +126,28 @@ class Tail:
     def _send_snapshot(self, path: Path) -> bool:
         name = path.relative_to(self.run.path).as_posix()
         try:
-            with path.open(
-                encoding="utf-8", errors="replace"
-            ) as stream:  # one open file: text and identity belong together
+            with reading(path) as stream:  # one open file: text and identity belong together
                 found = os.fstat(stream.fileno())
                 identity = (found.st_ino, found.st_size, found.st_mtime_ns)
                 if self.snapshots.get(name) == identity:
                     return False
-                text = stream.read()
+                data = stream.read(run_dir.SNAPSHOT_BYTES_MAX + 1)
         except FileNotFoundError:  # a glob's finding may be a temporary name
             return False
+        except OSError as error:  # a pipe, a device, one that may not be read: the others go on
+            return self._pass_over(name, error.strerror or str(error))
+        if len(data) > run_dir.SNAPSHOT_BYTES_MAX:
+            return self._pass_over(name, f"{found.st_size} bytes, more than {run_dir.SNAPSHOT_BYTES_MAX}")
         self.snapshots[name] = identity
-        self.send({"file": name, "snapshot": text})
+        self.send({"file": name, "snapshot": data.decode(errors="replace")})
         return True
+
+    def _pass_over(self, name: str, reason: str) -> bool:
+        """Say once that a file cannot be sent; the others go on. Returns False: there is nothing to wait for."""
+        if name not in self.unusable:
+            self.unusable.add(name)
+            self.send({"unusable": name, "reason": reason})
+        return False
 
 
 def _does_not_fit(name: str, offset: int, size: int) -> OffsetError:
@@ -179,7 +207,7 @@ def _is_over(run: RunDir, dead_since: float | None) -> bool:
     if observe(run).live:
         return False
     waited_out = dead_since is not None and time.monotonic() - dead_since > LAST_WORDS_S
-    return waited_out or not marked_processes(run.run_id)
+    return waited_out or not marked_processes(run)
 
 
 def _send_end(run: RunDir, send: Send) -> None:
@@ -205,9 +233,9 @@ def main() -> None:
     following = "--follow" in sys.argv[1:]
     run = RunDir(Path(arguments[0]))
     try:
-        if not run.status.exists():
+        if not os.path.lexists(run.status):
             raise OffsetError(f"{run.path}: no run was launched there")
-        tail = Tail(run, json.loads(sys.stdin.readline() or "{}"), _write_line)
+        tail = Tail(run, read_offsets(sys.stdin.readline()), _write_line)
         if following:
             threading.Thread(target=_end_with_stdin, daemon=True).start()
             follow(run, tail, _write_line)

@@ -47,6 +47,15 @@ def has_session(run_id: str) -> bool:
     return True
 
 
+def pane_processes(run_id: str) -> list[int]:
+    """The process of each window of the session of that name; [] where there is none."""
+    try:
+        text = _tmux("list-panes", "-s", "-t", f"={run_id}", "-F", "#{pane_pid}")
+    except TmuxError:
+        return []
+    return [int(line) for line in text.splitlines() if line.isdigit()]
+
+
 def window_names(run_id: str) -> list[str]:
     """The windows of the run's session, from a process inside it. Raises TmuxError."""
     return _tmux("list-windows", "-t", f"={run_id}", "-F", "#{window_name}", inside=True).splitlines()

@@ -95,6 +95,7 @@ def _mistakes_in_one_line(run: RunDir) -> Iterator[None]:
     from rollouts.agents.episode import AgentError
     from rollouts.training.checkpoint import CheckpointError
     from rollouts.training.datasets.rows import DataError
+    from rollouts.training.devices import DeviceError
     from rollouts.training.loops.common import StepsError
     from rollouts.training.model_loading import ModelError
     from rollouts.training.rewards import RewardError
@@ -102,7 +103,7 @@ def _mistakes_in_one_line(run: RunDir) -> Iterator[None]:
     from rollouts.training.weight_sync import EngineError
 
     from_user = (StepsError, DataError, RewardError, AgentError, RolloutError)
-    mistakes = (*from_user, CheckpointError, EngineError, ModelError, FloatingPointError)
+    mistakes = (*from_user, CheckpointError, DeviceError, EngineError, ModelError, FloatingPointError)
     try:
         yield
     except mistakes as error:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -63,7 +63,7 @@ def load_data(config: Config, tokenizer: Any, stage: str) -> Data:
         fit["tools"] = _episode_tools(config.rl.agent.environment)
     prompts: Sequence[Prompt] = ()
     if "rl" in left and saved is None:
-        prompts, found = load_fitting_prompts(data.rl_mixture, **fit)
+        prompts, found = load_fitting_prompts(data.rl_mixture, **fit, row_problem=_row_problem(config))
         reports.append(("rl_mixture", found))
     eval_samples, eval_rows = [], []
     for spec in data.eval_mixture:
@@ -132,6 +132,15 @@ def report_of(data: Data) -> str:
     """What became of the rows of each mixture, in one text: for the run's events."""
     shown = [(name, report) for name, report in data.reports if name == "sft_mixture" or report.noteworthy]
     return "; ".join(f"{name}: {report}" for name, report in shown)
+
+
+def _row_problem(config: Config) -> "Callable[[Prompt], str | None] | None":
+    """What the reward says of a row before anything is sampled; None where it says nothing."""
+    from rollouts.training.rewards import resolve
+    from rollouts.training.rewards.common import row_check_of
+
+    reward = config.rl.reward_fn if config.rl is not None else None
+    return row_check_of(resolve(reward)) if reward is not None else None
 
 
 def _episode_tools(environment: str) -> Any:

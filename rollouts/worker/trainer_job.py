@@ -180,6 +180,7 @@ def metrics_of(job: Job) -> Iterator["MetricsLogger"]:
         _ConsoleLogger(job.stage, job.num_steps),
         _AlarmLogger(job),
     ]
+    wandb: WandbLogger | None = None
     if output.use_wandb and rank() == 0:
         name = f"{job.run.run_id}-{job.stage}"
         wandb = WandbLogger(
@@ -193,5 +194,9 @@ def metrics_of(job: Job) -> Iterator["MetricsLogger"]:
     composite = CompositeLogger(loggers)
     try:
         yield composite
+    except BaseException:
+        if wandb is not None:
+            wandb.fail()
+        raise
     finally:
         composite.finish()

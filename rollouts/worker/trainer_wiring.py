@@ -308,7 +308,7 @@ def weight_transfer(config: Config, run: RunDir, backend: "PyTorchTrainingBacken
         kind = AdapterTransfer if engine.weight_sync == "lora" else DiskTransfer
         return kind(backend, directory, dtype=dtype, temporary=engine.weights_on_tmpfs)
     readers = engine.tensor_parallel_size
-    link: Any = SharedMemoryLink(tensor_parallel_size=readers, owner=f"{run.run_id}-")
+    link: Any = SharedMemoryLink(tensor_parallel_size=readers, owner=f"{run.memory_name}-")
     if engine.weight_sync == "broadcast":
         timeout_s = config.limits.sample_timeout_s
         link = BroadcastLink(device_type=config.target.device_type, tensor_parallel_size=readers, timeout_s=timeout_s)

@@ -24,6 +24,7 @@ import traceback
 from pathlib import Path
 
 from rollouts import run_dir
+from rollouts.plain_files import appending, read_plain
 from rollouts.run_dir import ExitRecord, LaunchPlan, ProcessRecord, ProcessSpec, RunDir
 from rollouts.worker.causes import cause_of
 from rollouts.worker.engine_tools import with_tools
@@ -36,6 +37,7 @@ from rollouts.worker.processes import (
     end_marked,
     marked_processes,
     reap,
+    run_marks,
     window_mark,
 )
 
@@ -171,7 +173,7 @@ class Window:
                 )
 
     def _log(self, data: bytes) -> None:
-        with self.run.log(self.window).open("ab", buffering=0) as log:
+        with appending(self.run.log(self.window)) as log:
             while data:
                 data = data[log.write(data) :]
 
@@ -201,14 +203,14 @@ class Window:
     def _spec(self) -> ProcessSpec:
         if self.is_supervisor:
             argv = [self.plan.base_python, "-E", "-u", "-m", "rollouts.worker.supervisor", str(self.run.path)]
-            environment = json.loads(self.run.config.read_text())["host"]["env"]
+            environment = json.loads(read_plain(self.run.config))["host"]["env"]
             return ProcessSpec(window=self.window, argv=argv, env=environment, ready_url=None, ready_timeout_s=0)
         stage = next(stage for stage in self.plan.stages if stage.name == self.stage)
         return next(spec for spec in (*stage.engines, stage.trainer) if spec.window == self.window)
 
     def _environment(self, spec: ProcessSpec) -> dict[str, str]:
         """What the launcher had, then the plan's, then the secrets and engine keys, then the run's mark."""
-        given = json.loads(self.run.secrets.read_text())
+        given = json.loads(read_plain(self.run.secrets))
         environment = {
             **given["inherited"],
             **spec.env,
@@ -216,7 +218,7 @@ class Window:
             **given["engine_keys"],
             "PYTHONUNBUFFERED": "1",
             "SPT_NOENV": "1",  # setproctitle would overwrite /proc/pid/environ, and with it the mark
-            run_dir.RUN_ID_VARIABLE: self.run.run_id,
+            **run_marks(self.run),
             WINDOW_VARIABLE: window_mark(self.stage, self.window),
         }
         if spec.tools_of:
@@ -243,13 +245,13 @@ class Window:
         """End what the process started and left, whatever group it moved to; all of the run after the supervisor."""
         grace_s = self.plan.stop_grace_s
         mark = window_mark(self.stage, self.window)
-        left = end_marked(self.run.run_id, {mark}, grace_s=grace_s, tick=reap, ancestors={os.getpid()})
+        left = end_marked(self.run, {mark}, grace_s=grace_s, tick=reap, ancestors={os.getpid()})
         if self.is_supervisor:
             # The other windows saw the supervisor die as well and end their own; what they cannot, we do.
             deadline = time.monotonic() + 2 * grace_s + DRAIN_S
-            while marked_processes(self.run.run_id) and time.monotonic() < deadline:
+            while marked_processes(self.run) and time.monotonic() < deadline:
                 time.sleep(POLL_S)
-            left = end_marked(self.run.run_id, None, grace_s=0, tick=reap)
+            left = end_marked(self.run, None, grace_s=0, tick=reap)
             run_dir.remove_transient(self.run)
         if left:
             self.say(f"[{self.window} ended with {code}; still there after SIGKILL: {left}]\n")
@@ -281,8 +283,8 @@ class Window:
 def window_command(python: str, run: RunDir, stage: str, window: str) -> list[str]:
     """The command line of a window. `env` gives the wrapper the mark: the tmux server's environment is not ours."""
     module = [python, "-E", "-m", "rollouts.worker.window"]
-    mark = f"{run_dir.RUN_ID_VARIABLE}={run.run_id}"
-    return ["/usr/bin/env", mark, *module, "--run", str(run.path), "--stage", stage, "--window", window]
+    marks = [f"{name}={value}" for name, value in run_marks(run).items()]
+    return ["/usr/bin/env", *marks, *module, "--run", str(run.path), "--stage", stage, "--window", window]
 
 
 def main() -> None:

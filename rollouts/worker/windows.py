@@ -15,6 +15,7 @@ from rollouts.worker.causes import SENTENCE, cause_of, without_torchrun
 from rollouts.worker.health import answers_ready
 from rollouts.worker.processes import (
     POLL_S,
+    Scan,
     descendants,
     end_marked,
     listens,
@@ -50,18 +51,18 @@ class OpenWindow:
         """Is the wrapper alive? It outlives its process until it has ended what that left, and the log is complete."""
         return self.wrapper_ticks is not None and start_ticks(self.wrapper) == self.wrapper_ticks
 
-    def look_around(self) -> None:
+    def look_around(self, seen: Scan) -> None:
         """Remember who descends from the wrapper: should that be killed, nothing else leads to them any more."""
         if self.is_open():
             self.family.clear()
-            self.family.update(descendants(self.wrapper, self.run.run_id))
+            self.family.update(descendants(self.wrapper, self.run, seen=seen))
 
     def is_serving(self) -> bool:
         """Does the ready URL answer 200, and is it this window's process that listens there, not a stranger?"""
         assert self.spec.ready_url is not None
         port = urllib.parse.urlsplit(self.spec.ready_url).port
         assert port is not None, f"{self.spec.ready_url}: needs a port"
-        return answers_ready(self.spec.ready_url) and listens(port, marked_processes(self.run.run_id, {self.mark}))
+        return answers_ready(self.spec.ready_url) and listens(port, marked_processes(self.run, {self.mark}))
 
     def record(self) -> ExitRecord | None:
         return run_dir.read_exit(self.run, self.stage, self.spec.window)
@@ -152,7 +153,7 @@ def close_windows(run: RunDir, windows: Sequence[OpenWindow], *, grace_s: float,
     deadline = time.monotonic() + 2 * grace_s + WRAPPER_MARGIN_S
     orphaned = {window.mark for window in windows if not window.is_open()}
     family = {pid: ticks for window in windows if not window.is_open() for pid, ticks in window.family.items()}
-    left = end_marked(run.run_id, orphaned, grace_s=grace_s, tick=tick, family=family)
+    left = end_marked(run, orphaned, grace_s=grace_s, tick=tick, family=family)
     while any(window.is_open() for window in windows) and time.monotonic() < deadline:
         tick()
         time.sleep(POLL_S)
@@ -160,4 +161,4 @@ def close_windows(run: RunDir, windows: Sequence[OpenWindow], *, grace_s: float,
         if window.is_open():
             send_signal(window.wrapper, signal.SIGKILL)
     family = {pid: ticks for window in windows for pid, ticks in window.family.items()}
-    return left + end_marked(run.run_id, {window.mark for window in windows}, grace_s=0, tick=tick, family=family)
+    return left + end_marked(run, {window.mark for window in windows}, grace_s=0, tick=tick, family=family)

@@ -113,7 +113,7 @@ def rl_steps(run: RunDir) -> int:
 
 def scheduler_of(run: RunDir) -> int:
     """The process of the run's SGLang that holds the model."""
-    pids = marked_processes(run.run_id, {"rl-engine-0"})
+    pids = marked_processes(run, {"rl-engine-0"})
     (pid,) = (pid for pid in pids if Path(f"/proc/{pid}/comm").read_text().startswith("sglang::sch"))
     return pid
 

@@ -4,11 +4,13 @@ Each compares the card with the CPU's fp32 on the same weights and tokens.
 """
 
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
 import torch
 
+from rollouts.training import forward, packed_attention
 from rollouts.training.backends.pytorch import PyTorchTrainingBackend
 from rollouts.training.log_probs import selected_log_probs
 from rollouts.training.loops.sft_loop import run_sft_training
@@ -47,14 +49,34 @@ def test_fp32_training_on_the_card_is_the_cpus(tmp_path: Path) -> None:
     assert sft_run(tmp_path / "cuda", "cuda", "float32") == pytest.approx(expected, abs=1e-3)
 
 
+def counted(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> list[None]:
+    """One entry for each call of `owner.name` from now on."""
+    calls: list[None] = []
+    actual = getattr(owner, name)
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        calls.append(None)
+        return actual(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, counting)
+    return calls
+
+
 @pytest.mark.parametrize("compiled", [False, True])
-def test_bf16_training_by_the_flash_kernel_is_the_cpus(tmp_path: Path, compiled: bool) -> None:
+def test_bf16_training_by_the_flash_kernel_is_the_cpus(
+    tmp_path: Path, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Goal: bf16 by the variable-length kernel, compiled too, is within rounding of the CPU's fp32.
 
-    Red with the documents' offsets shifted by one.
+    Red with the documents' offsets shifted by one, and where a layer does not call the kernel.
     """
     expected = sft_run(tmp_path / "cpu", "cpu", "float32")
+    passes = counted(monkeypatch, forward, "hidden_states")
+    calls = counted(monkeypatch, packed_attention.varlen, "varlen_attn")
     assert sft_run(tmp_path / "cuda", "cuda", "bfloat16", compiled=compiled) == pytest.approx(expected, abs=BF16_WITHIN)
+    assert passes
+    if not compiled:  # compiled code calls torch's operation, not the function
+        assert len(calls) == 2 * len(passes)  # the tiny model has two layers
 
 
 def test_a_checkpoint_of_the_card_resumes_on_it_and_on_the_cpu(tmp_path: Path) -> None:

@@ -85,6 +85,12 @@ def test_a_run_whose_status_cannot_be_read(damage: str, laptop: Laptop) -> None:
     run.status.write_text(damage)
     events = run.events.read_bytes()
     shutil.rmtree(laptop.project / "runs/example/odd")
+    (marker,) = (laptop.rollouts_home / "registry").glob("odd.*/launched")
+    marker.unlink()  # as a deploy that was killed while it launched: the host alone tells
+    assert laptop.json("status", "odd")["state"] == "unreadable"
+    stopped = laptop.deploy("attach", "odd")
+    assert "Traceback" not in stopped.stderr and run.events.read_bytes() == events
+    shutil.rmtree(laptop.project / "runs/example/odd")
     shutil.rmtree(laptop.rollouts_home / "registry")  # the host alone knows it
     (laptop.rollouts_home / "registry").mkdir()
     home = laptop.rollouts_home

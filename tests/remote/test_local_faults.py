@@ -51,6 +51,7 @@ def test_a_place_that_cannot_be_written(place: str, laptop: Laptop) -> None:
     config = str(write_config(laptop.project, output__mode="sft", output__save_dir=save_dir))
     done = laptop.deploy(config, "--run-id", "r")
     assert done.returncode == 2 and "Traceback" not in done.stderr and "Nothing was started." in done.stderr
+    assert "deploy itself failed" not in done.stderr, done.stderr
     assert laptop.json("ls") == [] and not (laptop.rollouts_home / "runs/r").exists()
 
 
@@ -62,6 +63,7 @@ def test_a_home_that_cannot_be_written(home: str, arguments: list[str], laptop: 
     line = [config if word == "CONFIG" else word for word in arguments]
     done = laptop.deploy(*line, env={"HOME": home})
     assert "Traceback" not in done.stderr and (done.returncode == 0 or "error: " in done.stderr), done.stderr
+    assert "deploy itself failed" not in done.stderr, done.stderr
 
 
 ODD = "é ✓ \U0001f600 日本"
@@ -118,6 +120,8 @@ def test_errors_say_where_the_run_stands(reached: Any, code: int, expected: str)
             raise error
         assert caught.value.exit_code == code and expected in caught.value.text()
         assert ("Nothing was started." in caught.value.text()) == (code == 2)
+        bug = isinstance(error, RuntimeError)
+        assert ("deploy itself failed" in caught.value.text()) is bug, "a fault of this machine is none of deploy's"
     with pytest.raises(DeployError) as caught, standing("r", "gpu-7", reached):
         raise KeyboardInterrupt
     assert caught.value.exit_code == 130 and expected in caught.value.text()

@@ -11,9 +11,11 @@ import pytest
 from rollouts.remote.errors import Problem
 from rollouts.remote.host_probe import run_row
 from rollouts.remote.inputs import NO_INPUTS, Inputs
-from rollouts.remote.inputs.data import RowCount
+from rollouts.remote.inputs.data import RowCount, count_rows
+from rollouts.remote.inputs.paths import SentFiles
 from rollouts.remote.texts import plan_text
 from rollouts.run_dir import RunDir, Status, hold_lock, write_json_atomic
+from tests.example_config import example_config
 from tests.remote.hosts import Laptop, git, write_config
 from tests.remote.test_plan import RUN_ROW, plan_for
 
@@ -43,7 +45,7 @@ PROBLEMS: list[tuple[str, dict[str, Any], list[str]]] = [
     ),
     ("fewer prompts than a step takes", {"code": rows(8, 3)}, ["rl.examples_per_step=4", "3 prompts", "to 3 or less"]),
     ("at most so many prompts", {"code": rows(8, 2, "at most")}, ["rl.examples_per_step=4", "at most 2 prompts"]),
-    ("no prompt at all", {"code": rows(8, 0)}, ["rl.examples_per_step=4", "0 prompts"]),
+    ("no prompt at all", {"code": rows(8, 0)}, ["rl.examples_per_step=4", "0 prompts", "fix     add prompts"]),
     ("nanochat's rate on random weights", {"sft__embedding_lr": 0.2}, ["sft.embedding_lr=0.2", "'muon'", "random"]),
     ("a rate of a typing error", {"sft__matrix_lr": 30.0, "sft__init_lr_frac": 0.5}, ["sft.matrix_lr=30.0", "15"]),
     ("a name that is not sent", {"code": inputs(problems=(Problem("x is not sent"),))}, ["x is not sent"]),
@@ -169,3 +171,36 @@ def test_a_plan_of_a_real_repository(laptop: Laptop, make_host: Callable[..., An
     assert any("there is one prompt" in warning for warning in plan["warnings"])
     done = laptop.deploy(file, "--run-id", "warned")
     assert done.returncode == 0 and "warning: rl.examples_per_step=4" in done.stdout, done.stdout + done.stderr
+
+
+def test_rows_of_data_folders_are_counted_here(tmp_path: Path) -> None:
+    """Goal: parquet's own count, as pyarrow wrote it, of the split that is named; a doubt stays unknown. Red: none was
+    counted."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    def write(name: str, count: int) -> None:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        nested = [[{"role": "user", "content": "q" * n}] for n in range(count)]
+        parquet.write_table(
+            pyarrow.table({"id": range(count), "messages": nested, "b": [True] * count}), tmp_path / name
+        )
+
+    for name, count in (("train-00000-of-00002", 7), ("train-00001-of-00002", 300), ("test-00000-of-00001", 5)):
+        write(f"hub/data/{name}.parquet", count)
+    write("doubt/train.parquet", 2)
+    write("doubt/other.parquet", 2)
+    write("torn/train.parquet", 2)
+    whole = (tmp_path / "torn/train.parquet").read_bytes()
+    (tmp_path / "torn/train.parquet").write_bytes(whole[:-9] + b"\xff" * 5 + b"PAR1")
+    (tmp_path / "lines").mkdir()
+    (tmp_path / "lines/val.jsonl").write_text('{"question": "q"}\n\n{"question": "q"}\n')
+    sent = SentFiles(tmp_path, [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()])
+
+    def count(name: str, split: str = "train", **changes: Any) -> RowCount:
+        spec = dataclasses.replace(example_config().data.rl_mixture[0], name=name, split=split, subset=None, **changes)
+        return count_rows(spec, sent)
+
+    assert count("hub") == RowCount("hub", 307, "counted") and count("hub", "test").rows == 5
+    assert count("hub", max_samples=10, repeat=2).rows == 20 and count("lines", "validation").rows == 2
+    assert count("doubt").rows is count("torn").rows is count("hub", "validation").rows is None

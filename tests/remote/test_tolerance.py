@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rollouts.manifest import manifest_problems, write_manifest
+from rollouts.remote import checkpoints
 from rollouts.remote.errors import DeployError
-from rollouts.remote.execute import read_answer
+from rollouts.remote.execute import read_launch_answer
 from rollouts.remote.mirror import CheckpointPuller, Mirror
 from rollouts.remote.transport import LocalTransport
 from rollouts.remote.view import View, eval_line, evaluation_table, event_line, fold, metrics_line
@@ -125,9 +126,9 @@ def failing_rsync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int
     tools = tmp_path / "tools"
     tools.mkdir()
     real, count = shutil.which("rsync"), tmp_path / "count"
-    (tools / "rsync").write_text(
-        f'#!/bin/sh\necho x >> {count}\n[ "$(wc -l < {count})" -gt {failures} ] && exec {real} "$@"\nexit {code}\n'
-    )
+    asked = f'[ "$1" = --version ] && exec {real} "$@"'  # which is no transfer
+    goes = f'[ "$(wc -l < {count})" -gt {failures} ] && exec {real} "$@"'
+    (tools / "rsync").write_text(f"#!/bin/sh\n{asked}\necho x >> {count}\n{goes}\nexit {code}\n")
     (tools / "rsync").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
 
@@ -153,6 +154,8 @@ def test_the_last_pull_is_tried_again(code: int, tmp_path: Path, monkeypatch: py
 def test_the_search_for_a_lost_host_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Goal: once a host is given up, the other files are not tried for as long each. Red with each of them tried."""
     link, now = make_link(tmp_path), [0.0]
+    Mirror(link.entry.mirror)
+    append_jsonl(link.entry.mirror.events, *({"kind": "checkpoint", "path": step(number)} for number in (1, 2, 3)))
     failing_rsync(tmp_path, monkeypatch, 10**6, 255)
     clock = Patience(total_s=100.0, sleep=lambda s: now.__setitem__(0, now[0] + s), clock=lambda: now[0])
     with pytest.raises(DeployError, match="cannot be reached") as caught:
@@ -168,6 +171,12 @@ def test_background_pulls_are_tried_again_and_told(tmp_path: Path, monkeypatch: 
     run = host_run(link)
     make_checkpoint(run, step(1))
     failing_rsync(tmp_path, monkeypatch, 2, 255)
+    real = checkpoints.pull_checkpoint
+
+    def with_a_bug(transport: Any, run_path: str, mirror: RunDir, path: str) -> Path:
+        return real(transport, run_path, mirror, path) if path != step(9) else Path(str(1 // 0))
+
+    monkeypatch.setattr(checkpoints, "pull_checkpoint", with_a_bug)
     puller = CheckpointPuller(
         LocalTransport(), str(run.path), link.entry.mirror, lambda phase, text: said.append(text), lambda failures: 0.0
     )
@@ -176,7 +185,7 @@ def test_background_pulls_are_tried_again_and_told(tmp_path: Path, monkeypatch: 
     (link.entry.mirror.path / "checkpoints").mkdir(parents=True, exist_ok=True)
     (link.entry.mirror.path / "checkpoints/rl").write_text("a file is in the way")
     puller.add("checkpoints/rl/step_000001")
-    puller.add(None.__class__)  # type: ignore[arg-type]  # a mistake of ours
+    puller.add(step(9))
     make_checkpoint(run, step(2))
     puller.add(step(2))
     for number in (1, 2):
@@ -184,6 +193,7 @@ def test_background_pulls_are_tried_again_and_told(tmp_path: Path, monkeypatch: 
     puller.finish()
     assert sum("cut off" in text for text in said) == 2
     assert len(said) == 5 and any("a link or no directory" in text for text in said)
+    assert any("deploy itself failed: ZeroDivisionError" in text for text in said)
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------
@@ -253,7 +263,7 @@ def test_an_evaluation_without_a_finite_value() -> None:
 def test_the_launchers_answer_is_found(around: str) -> None:
     """Goal: what Python's own start and end print around it is passed over; no answer is an error after which it is not
     said that nothing was started. Red with the last line taken for it."""
-    assert read_answer(around.format('{"started": true, "reason": ""}'))["started"] is True
+    assert read_launch_answer("gpu-7", around.format('{"started": true, "reason": ""}'))["started"] is True
     with pytest.raises(DeployError, match="cannot be read") as caught:
-        read_answer(around.format("null"))
+        read_launch_answer("gpu-7", around.format("null"))
     assert caught.value.started

@@ -19,6 +19,7 @@ from rollouts.run_dir import RunDir
 from rollouts.training.checkpoint import Retention
 from rollouts.training.loops.common import train_step
 from rollouts.training.lora import is_lora, merged_state_dict
+from rollouts.training.metrics import WandbLogger
 from rollouts.training.model_loading import ModelError, load_model
 from rollouts.training.rewards.scoring import scoring
 from rollouts.training.rollout_gen.concurrency import gather_in_order
@@ -324,15 +325,21 @@ def _write(**record):
 
 class Run:
     def log(self, data, step=None):
+        data = {key: value.data if isinstance(value, Table) else value for key, value in data.items()}
         _write(call="log", step=step, data=data)
 
-    def finish(self):
-        _write(call="finish")
+    def finish(self, exit_code=None):
+        _write(call="finish", exit_code=exit_code)
 
 
 class Table:
     def __init__(self, columns, data):
-        _write(call="table", columns=columns, data=data)
+        for column, values in zip(columns, zip(*data)):
+            kinds = {float if type(value) is int else type(value) for value in values if value is not None}
+            if len(kinds) > 1:  # as wandb 0.31 does
+                raise TypeError(f"Data row contained incompatible types: Key {column!r}: {kinds}")
+            assert kinds <= {bool, float, str}, kinds
+        self.columns, self.data = columns, data
 
 
 def init(project=None, name=None, config=None):
@@ -376,6 +383,38 @@ def test_use_wandb(tmp_path: Path, wandb_calls: Path, use_wandb: bool, monkeypat
     logged = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     for call, row in zip(calls[1:3], logged, strict=True):
         assert (call["step"], call["data"]["loss"]) == (row["step"], row["loss"])
+
+
+MIXED = [
+    ([1, "x", None], ["1", "x", None]),
+    ([True, 0.5, None], ["true", "0.5", None]),
+    ([1, 0.5, None], [1, 0.5, None]),
+    ([[1], {"a": 1}, "x"], ["[1]", '{"a": 1}', "x"]),
+    ([True, False, None], [True, False, None]),
+    ([None, None, None], [None, None, None]),
+]
+
+
+@pytest.mark.parametrize(("values", "shown"), MIXED)
+def test_a_table_whose_values_differ_in_type(values: list[Any], shown: list[Any], wandb_calls: Path) -> None:
+    """Goal: answers of several types are a table all the same: W&B takes columns of one type alone. Red with the cells
+    passed on as they are: a TypeError that ended the training."""
+    logger = WandbLogger("letters")
+    logger.log_table("samples", [{"row": row, "answer": value} for row, value in enumerate(values)], 3)
+    logger.finish()
+    calls = [json.loads(line) for line in wandb_calls.read_text().splitlines()]
+    assert calls[1]["data"] == {"samples": [[row, value] for row, value in enumerate(shown)]} and calls[1]["step"] == 3
+    assert calls[2] == {"call": "finish", "exit_code": None}
+
+
+def test_a_failed_stage_is_failed_at_wandb(tmp_path: Path, wandb_calls: Path) -> None:
+    """Goal: a stage that raises is no finished run at W&B. Red with finish() alone, which means exit code 0."""
+    config = changed({"output.use_wandb": True, "output.wandb_project": "letters"})
+    warn = SimpleNamespace(of_step=lambda metrics: [])
+    job: Any = SimpleNamespace(config=config, run=RunDir(tmp_path), stage="sft", num_steps=1, alarms=warn)
+    with pytest.raises(RuntimeError, match="odd"), trainer_job.metrics_of(job):
+        raise RuntimeError("odd")
+    assert json.loads(wandb_calls.read_text().splitlines()[-1]) == {"call": "finish", "exit_code": 1}
 
 
 def test_wandb_gets_samples_as_tables(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Right values by hand. Each gold is answered in four ways: boxed in `$`, boxed al
 import pytest
 
 from rollouts.training.rewards import RewardError, math_verify
+from rollouts.training.rewards.common import row_check_of
 from rollouts.training.types import Sample
 
 pytest.importorskip("math_verify")
@@ -58,6 +59,8 @@ SAME = [  # the gold, and answers that mean the same
     ("(B)", ["B", r"\text{(B)}"]),
     (r"2\text{ hours and }30\text{ minutes}", ["2 hours and 30 minutes"]),
     ("x=2 or x=3", ["2, 3"]),
+    ("Fe_2O_3", ["Fe_2O_3", r"\text{Fe}_2\text{O}_3", r"\mathrm{Fe_{2}O_{3}}", r"\ce{Fe2O3}"]),
+    ("Ca(OH)_2", ["Ca(OH)_{2}"]),
 ]
 
 OTHER = [  # the gold, and what is one part of it, or differs in one
@@ -85,6 +88,7 @@ OTHER = [  # the gold, and what is one part of it, or differs in one
     ("x=1, y=2", ["x=2, y=1", "1"]),
     (r"\text{June 20}", ["20", r"\text{June 21}"]),
     ("no solution", ["solution"]),
+    ("Fe_2O_3", ["FeO", "Fe_3O_2", "2"]),
 ]
 
 
@@ -146,3 +150,26 @@ def test_any_of_several_answers_is_right():
         math_verify(Sample(prompt=row, response=rf"so $\boxed{{{said}}}$")) for said in ("0.5", r"\frac14", "3", "7")
     ]
     assert found == [1.0, 1.0, 1.0, 0.0]
+
+
+CANNOT_BE_COMPARED = [
+    r"\begin{cases} x & x>0 \\ 0 & x \le 0 \end{cases}",
+    "3 4",
+    "No solutions for n = 3",
+    "1, 2, ..., 10",
+]
+
+
+@pytest.mark.parametrize("answer", [*CANNOT_BE_COMPARED, None, [r"\frac12", "3 4"]])
+def test_a_row_that_no_response_can_answer_is_told_beforehand(answer: object) -> None:
+    """Goal: the reward says it of the row alone. Red: it raised at the first response, in the middle of training."""
+    check = row_check_of(math_verify)
+    assert check is not None and "answer" in (check({"answer": answer}) or "")
+
+
+def test_rows_that_can_be_answered_are_kept() -> None:
+    """Goal: no sound answer is left out, in any form that is scored. Red with words or several answers left out."""
+    check = row_check_of(math_verify)
+    assert check is not None
+    sound = [gold for gold, _ in (*SAME, *OTHER)] + [[r"\frac12", "0.5"], 72.0, 3, "H_2O", "Yes", r"\{(1,2),(3,4)\}"]
+    assert [(gold, check({"answer": gold})) for gold in sound if check({"answer": gold})] == []

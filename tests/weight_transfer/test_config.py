@@ -21,6 +21,7 @@ from tests.weight_transfer.sending import LORA, backend_over
 
 SGLANG = {"engine.kind": "sglang", "engine.requirements_file": "requirements/sglang-cpu.txt"}
 GPU = {**SGLANG, "target.device_type": "cuda", "target.gpu_ranks": [0], "engine.gpu_ranks": [0]}
+GROWING = {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64, expandable_segments:True"}
 APART = {**GPU, "engine.gpu_ranks": [1]}
 
 
@@ -56,6 +57,14 @@ def config_with(changes: dict[str, Any]) -> Config:
         ),
         ({**APART, "engine.sleep_while_training": True}, "where a GPU is shared"),
         ({**GPU, "engine.weight_sync": "tensor"}, None),
+        ({**GPU, "engine.weight_sync": "tensor", "engine.replicas": 2, "engine.gpu_ranks": [0, 1]}, "only one replica"),
+        ({**GPU, "engine.replicas": 2, "engine.gpu_ranks": [0, 1]}, None),
+        ({**GPU, "engine.weight_sync": "tensor", "host.env": GROWING}, "host.env['PYTORCH_CUDA_ALLOC_CONF']="),
+        (
+            {**GPU, "engine.weight_sync": "tensor", "host.env": {"PYTORCH_ALLOC_CONF": "expandable_segments:False"}},
+            None,
+        ),
+        ({**GPU, "host.env": GROWING}, None),
         ({**GPU, "engine.weight_sync": "broadcast"}, "NCCL wants a GPU of its own for each side"),
         ({**APART, "engine.weight_sync": "broadcast"}, None),
         ({**APART, "engine.weight_sync": "tensor"}, "CUDA memory is shared on one GPU"),
@@ -109,7 +118,7 @@ def test_each_kind_is_wired(models: dict[str, Path], tmp_path: Path) -> None:
     assert isinstance(disk, DiskTransfer) and disk.directory == run.weights and not disk._temporary
     memory = weight_transfer(config_with({"engine.weights_on_tmpfs": True, "model.dtype": "bfloat16"}), run, backend)
     assert isinstance(memory, DiskTransfer) and memory._temporary
-    assert str(memory.directory) == "/dev/shm/rollouts-some-run-weights"
+    assert str(memory.directory) == str(run.weights_in_memory)
     assert memory._options == {"dtype": torch.bfloat16}
     lora = weight_transfer(config_with({**ADAPTERS, "engine.weights_on_tmpfs": True}), run, backend)
     assert isinstance(lora, AdapterTransfer) and lora._temporary and lora._directory == run.weights_in_memory

@@ -62,7 +62,7 @@ def test_unmarked_processes_end_with_a_stop(host: Host) -> None:
     run = host.start(stage("sft", trainer(WAITING)))
     pids = hidden_of(run)
     try:
-        assert set(pids) <= set(marked_processes(run.run_id))
+        assert set(pids) <= set(marked_processes(run))
         assert module("stop", str(run.path)).returncode == 0
         assert [pid for pid in pids if alive(pid)] == []
     finally:
@@ -78,7 +78,7 @@ def test_unmarked_processes_of_a_killed_wrapper(host: Host) -> None:
     try:
         beats = as_status(run)["updated_at"]
         wait_for(lambda: as_status(run)["updated_at"] > beats, "a look around")
-        assert set(pids) <= descendants(wrapper, run.run_id).keys()
+        assert set(pids) <= descendants(wrapper, run).keys()
         os.kill(wrapper, signal.SIGKILL)
         wait_for_end(run)
         assert [pid for pid in pids if alive(pid)] == []

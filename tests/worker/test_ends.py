@@ -53,7 +53,7 @@ def training(host: Host) -> Iterator[RunDir]:
     wait_for(lambda: "up" in log(run, "trainer"), "the trainer's rank")
     run.weights_in_memory.mkdir()
     (run.weights_in_memory / "model.safetensors").write_bytes(b"weights")
-    bucket = Path(f"/dev/shm/rollouts-bucket-{run.run_id}-{uuid.uuid4().hex}")
+    bucket = Path(f"/dev/shm/rollouts-bucket-{run.memory_name}-{uuid.uuid4().hex}")
     bucket.write_bytes(b"weights")
     yield run
     shutil.rmtree(run.weights_in_memory, ignore_errors=True)

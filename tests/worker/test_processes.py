@@ -6,10 +6,12 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from rollouts.run_dir import RUN_ID_VARIABLE
+from rollouts import run_dir
+from rollouts.run_dir import RUN_ID_VARIABLE, RUN_PATH_VARIABLE, RunDir
 from rollouts.worker import processes
 from rollouts.worker.processes import WINDOW_VARIABLE, end_marked, marked_processes, start_ticks
 from tests.worker.stands import alive
@@ -21,12 +23,18 @@ DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); prin
 class Started:
     """Marked and unmarked processes; all are ended with the test."""
 
-    def __init__(self) -> None:
+    def __init__(self, home: Path) -> None:
         self.run_id = f"t-{uuid.uuid4().hex[:12]}"
+        self.run = RunDir(home / "runs" / self.run_id)
         self.all: list[subprocess.Popen[str]] = []
 
-    def start(self, *, run_id: str | None = None, window: str = "sft-trainer", text: str = SLEEP) -> int:
+    def start(
+        self, *, run_id: str | None = None, window: str = "sft-trainer", text: str = SLEEP, home: Path | None = None
+    ) -> int:
+        """`home`: of the run that marks it, as this version does; None: as an older version did."""
         mark = {RUN_ID_VARIABLE: run_id or self.run_id, WINDOW_VARIABLE: window}
+        if home is not None:
+            mark[RUN_PATH_VARIABLE] = str(home / "runs" / self.run_id)
         child = subprocess.Popen(
             [sys.executable, "-c", text], env={**os.environ, **mark}, stdout=subprocess.PIPE, text=True
         )
@@ -36,8 +44,8 @@ class Started:
 
 
 @pytest.fixture
-def started() -> Iterator[Started]:
-    made = Started()
+def started(tmp_path: Path) -> Iterator[Started]:
+    made = Started(tmp_path)
     yield made
     for child in made.all:
         child.kill()
@@ -50,17 +58,17 @@ def test_only_the_runs_own_are_found(started: Started) -> None:
     ours, engine = started.start(), started.start(window="rl-engine-0")
     started.start(run_id=started.run_id + "-2")
     started.start(run_id="another")
-    assert sorted(marked_processes(started.run_id)) == sorted([ours, engine])
-    assert marked_processes(started.run_id, {"rl-engine-0"}) == [engine]
-    assert marked_processes(started.run_id, {"rl-engine"}) == []
-    assert marked_processes(started.run_id, set()) == []
+    assert sorted(marked_processes(started.run)) == sorted([ours, engine])
+    assert marked_processes(started.run, {"rl-engine-0"}) == [engine]
+    assert marked_processes(started.run, {"rl-engine"}) == []
+    assert marked_processes(started.run, set()) == []
 
 
 def test_ending_spares_everybody_else(started: Started) -> None:
     """Goal: what ignores SIGTERM is killed after the grace, what is not ours lives. Red without the SIGKILL."""
     deaf, other = started.start(text=DEAF), started.start(run_id="another")
     ticks = []
-    assert end_marked(started.run_id, None, grace_s=0.2, tick=lambda: ticks.append(1)) == []
+    assert end_marked(started.run, None, grace_s=0.2, tick=lambda: ticks.append(1)) == []
     assert not alive(deaf) and alive(other)
     assert started.all[0].wait() == -signal.SIGKILL
     assert ticks, "the caller's heartbeat stops meanwhile"
@@ -69,7 +77,7 @@ def test_ending_spares_everybody_else(started: Started) -> None:
 def test_ending_asks_first(started: Started) -> None:
     """Goal: SIGTERM before SIGKILL. Red with SIGKILL at once."""
     started.start()
-    assert end_marked(started.run_id, {"sft-trainer"}, grace_s=20) == []
+    assert end_marked(started.run, {"sft-trainer"}, grace_s=20) == []
     assert started.all[0].wait() == -signal.SIGTERM
 
 
@@ -79,7 +87,7 @@ def test_what_cannot_be_ended_is_told(started: Started, monkeypatch: pytest.Monk
     pid = started.start()
     monkeypatch.setattr(processes, "KILL_WAIT_S", 0.2)
     monkeypatch.setattr(processes, "send_signal", lambda _pid, _signum: None)
-    assert end_marked(started.run_id, None, grace_s=0.1) == [pid]
+    assert end_marked(started.run, None, grace_s=0.1) == [pid]
 
 
 def test_a_zombie_has_ended(started: Started) -> None:
@@ -90,7 +98,7 @@ def test_a_zombie_has_ended(started: Started) -> None:
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # dead, and left unreaped
     assert os.path.exists(f"/proc/{pid}")
     assert start_ticks(pid) is None
-    assert marked_processes(started.run_id) == []
+    assert marked_processes(started.run) == []
 
 
 def test_start_ticks_survive_a_strange_name() -> None:
@@ -102,3 +110,24 @@ def test_start_ticks_survive_a_strange_name() -> None:
         ticks = start_ticks(child.pid)
         assert ticks is not None and ticks >= (start_ticks(os.getpid()) or 0)
         child.kill()
+
+
+def test_runs_of_one_id_in_two_homes(started: Started, tmp_path: Path) -> None:
+    """Goal: the mark names the run's directory: a run of the same id in another home is another's, and what descends
+    from it too. Red with the id alone compared."""
+    run_dir.write_json_atomic(started.run.launch, {"launch_id": "x", "host": run_dir.host_identity()})
+    ours = started.start(home=tmp_path)
+    twin = started.start(home=tmp_path / "twin")
+    assert marked_processes(started.run) == [ours]
+    assert end_marked(started.run, None, grace_s=5) == [] and alive(twin) and not alive(ours)
+
+
+@pytest.mark.parametrize("record", ["this version", "an older version", "removed"])
+def test_processes_that_an_older_version_marked(record: str, started: Started) -> None:
+    """Goal: a run that an older version started is stopped by this one; a run of this version does not take such
+    processes for its own. Red with marks without a directory never counted, or always."""
+    if record != "removed":
+        host = {"host": run_dir.host_identity()} if record == "this version" else {}
+        run_dir.write_json_atomic(started.run.launch, {"launch_id": "x", **host})
+    old = started.start()
+    assert marked_processes(started.run) == ([] if record == "this version" else [old])

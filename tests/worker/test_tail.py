@@ -214,6 +214,28 @@ def test_no_run_there_and_no_offsets() -> None:
     assert done.returncode == 1 and "no run was launched there" in json.loads(done.stdout)["error"]
 
 
+@pytest.mark.parametrize("line", ["x", "[]", "7", '{"logs/a.log": "0"}', '{"logs/a.log": null}', "[" * 100_000, "\x00"])
+def test_a_malformed_first_line(line: str, run: RunDir) -> None:
+    """Goal: what is no {file: bytes} is an error line that shows it. Red with the TypeError's traceback."""
+    done = module("tail", str(run.path), stdin=f"{line}\n")
+    assert done.returncode == 1 and "first line" in json.loads(done.stdout)["error"] and not done.stderr
+
+
+@pytest.mark.parametrize("how", ["removed", "another run's"])
+def test_a_directory_that_was_put_aside(how: str, run: RunDir) -> None:
+    """Goal: where the run's directory is another than at first, following ends with that, though no file that was
+    followed is missing: another run's end is not told as this one's. Red without `check_directory`."""
+    sent: list[dict[str, Any]] = []
+    follower = tail.Tail(run, {}, sent.append)
+    run.path.rename(run.path.with_name("aside"))
+    if how != "removed":
+        write_status(run, "done", 0)
+        run.lock.touch()
+    with pytest.raises(tail.OffsetError, match="removed from the host, or put aside"):
+        tail.follow(run, follower, sent.append)
+    assert sent == []
+
+
 def test_it_ends_with_its_reader(run: RunDir, lock: IO[bytes]) -> None:
     """Goal: a laptop that vanished leaves no process behind: the end of stdin, or of stdout, ends it. Red without the
     thread that watches stdin."""

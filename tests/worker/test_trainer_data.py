@@ -133,3 +133,20 @@ def test_a_stage_over_plain_text_alone(tmp_path: Path) -> None:
     assert "1 long texts became 3 pieces; left out 1: no trained token (empty text)" in note
     evaluated = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
     assert {row["metric"] for row in evaluated} == {"validation_loss"} and len(evaluated) == 3
+
+
+def test_rows_that_the_reward_cannot_score_are_left_out_before_training(tmp_path: Path, tokenizer: Any) -> None:
+    """Goal: counted by reason, with file and line; none left is an error. Red: RewardError when one was sampled."""
+    pytest.importorskip("math_verify")
+    config = replace_at(config_over(tmp_path), "rl.reward_fn", "rollouts.training.rewards.math_verify")
+    answers = ["72", r"\frac12", r"\begin{cases} x \\ 0 \end{cases}", "3 4", "Yes"]
+    file = tmp_path / "r.jsonl"
+    file.write_text("".join(json.dumps({"question": f"r{n}", "answer": one}) + "\n" for n, one in enumerate(answers)))
+    data = load_data(config, tokenizer, "rl")
+    kept: list[Any] = list(data.prompts)
+    assert sorted(row["messages"][0]["content"] for row in kept) == ["r0", "r1", "r4"]
+    told = report_of(data)
+    assert "left out 2: answer cannot be read to its end as mathematics" in told and f"{file}:3" in told
+    file.write_text(json.dumps({"question": "r", "answer": "3 4"}) + "\n")
+    with pytest.raises(DataError, match=r"no prompt is left that can be used: .*left out 1: answer cannot be read"):
+        load_data(config, tokenizer, "rl")

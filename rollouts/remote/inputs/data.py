@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from base_config import DatasetSpec
+from rollouts.plain_files import read_plain, reading
 from rollouts.remote.errors import Problem
 from rollouts.remote.inputs.paths import SentFiles, path_problem, pointer_problem
+from rollouts.remote.inputs.row_counts import READ_BYTES_MAX, files_of_split, rows_of_file
 
 MADE_HERE = ("spelling_bee", "simple_spelling")  # formats whose rows are made by the trainer; their name is a label
 COLUMNS_MADE = {"messages", "answer", "format", "task", "tools", "letters"}  # a prompt's, beside the file's own
@@ -18,11 +20,11 @@ COLUMNS_TAKEN = {  # of the file's own, those that became messages and answer
     **{name: {"question"} for name in ("question_answer", "gsm8k", "gsm8k_calculator")},
     "multiple_choice": {"question", "choices", "answerKey"},
 }
-READ_BYTES_MAX = 512 * 2**20  # of one file; rows of a larger one are not counted
 HEADER_BYTES_MAX = 64 * 2**20
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 MODEL_FILES_MORE = ("tokenizer_config.json", "generation_config.json", "special_tokens_map.json", "chat_template.jinja")
+SPLIT_RULES = ("README.md", "dataset_info.json", "state.json")
 DATA_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".zst", ".gz", ".xz", ".bz2", ".tar")
 
 
@@ -36,14 +38,12 @@ class RowCount:
 
 
 def count_rows(spec: DatasetSpec, sent: SentFiles) -> RowCount:
-    """Count a local .jsonl file's lines; of other data only what the config bounds is known."""
+    """Count the rows of local .jsonl files and of parquet; of other data only what the config bounds is known."""
     if spec.format in MADE_HERE:
         return RowCount(spec.name, _selected(spec, None), "counted")
-    where = sent.locate(spec.name)
-    if spec.name.endswith(".jsonl") and not spec.name.startswith("/") and where.state == "sent":
-        lines = _count_lines(sent.root / where.file)
-        if lines is not None:
-            return RowCount(spec.name, _selected(spec, lines), "counted")
+    rows = _rows_here(spec, sent)
+    if rows is not None:
+        return RowCount(spec.name, _selected(spec, rows), "counted")
     most = _selected(spec, None)
     return RowCount(spec.name, most, "unknown" if most is None else "at most")
 
@@ -56,14 +56,20 @@ def _selected(spec: DatasetSpec, rows: int | None) -> int | None:
     return min(counts) * spec.repeat if counts else None
 
 
-def _count_lines(file: Path) -> int | None:
-    try:
-        if file.stat().st_size > READ_BYTES_MAX:
-            return None
-        with file.open("rb") as lines:
-            return sum(1 for line in lines if line.strip())
-    except OSError:
+def _rows_here(spec: DatasetSpec, sent: SentFiles) -> int | None:
+    """Rows of a .jsonl file or a data folder that is sent; None where its files leave a doubt."""
+    where = sent.locate(spec.name)
+    if spec.name.startswith("/") or where.state != "sent":
         return None
+    if where.file in sent.files:
+        return rows_of_file(sent.root / where.file) if spec.name.endswith(".jsonl") else None
+    below = list(sent.below(where.file))
+    if spec.subset is not None or any(Path(file).name in SPLIT_RULES for file in below):
+        return None  # a card, or a loader's own files, may say which files are whose
+    files = files_of_split([file for file in below if file.endswith(DATA_FILES)], spec.split)
+    counts = [rows_of_file(sent.root / file) for file in files]
+    known = [count for count in counts if count is not None]
+    return sum(known) if known and len(known) == len(counts) else None
 
 
 def absent_columns(specs: Sequence[DatasetSpec], keys: Iterable[str], sent: SentFiles) -> list[str]:
@@ -87,7 +93,7 @@ def _columns(file: Path, wanted: set[str]) -> set[str] | None:
     try:
         if file.stat().st_size > READ_BYTES_MAX:
             return None
-        with file.open("rb") as lines:
+        with reading(file) as lines:
             for line in lines:
                 row = json.loads(line) if line.strip() else None
                 if isinstance(row, dict):
@@ -148,7 +154,7 @@ def _left_behind(sent: SentFiles, folder: str, *, kind: str, weights: bool) -> I
 
 def _shards(folder: Path) -> set[str]:
     try:
-        return set(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].values())
+        return set(json.loads(read_plain(folder / "model.safetensors.index.json"))["weight_map"].values())
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return set()
 
@@ -162,14 +168,14 @@ def count_parameters(folder: Path, *, from_weights: bool) -> int | None:
     if counts and None not in counts:
         return sum(filter(None, counts))
     try:
-        return _parameters_of(json.loads((folder / "config.json").read_text()))
+        return _parameters_of(json.loads(read_plain(folder / "config.json")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def _tensor_elements(file: Path) -> int | None:
     try:
-        with file.open("rb") as stream:
+        with reading(file) as stream:
             (size,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(size)) if size < HEADER_BYTES_MAX else {}
         return sum(prod(value["shape"]) for key, value in header.items() if key != "__metadata__")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from rollouts.plain_files import reading
 from rollouts.remote.errors import Problem
 
 Locality = Literal["sent", "not sent", "missing"]
@@ -115,7 +116,7 @@ def pointer_problem(root: Path, file: str) -> Problem | None:
     try:
         if (root / file).stat().st_size > POINTER_BYTES_MAX:
             return None
-        with (root / file).open("rb") as stream:
+        with reading(root / file) as stream:
             text = stream.read(64)
     except OSError:
         return None  # reading it for the digest tells

@@ -74,7 +74,7 @@ def _prompt_problems(config: Config, code: Code) -> Iterator[Problem]:
             f"rl.examples_per_step={rl.examples_per_step} is more than data.rl_mixture has.",
             found=f"{'' if rows.exact else 'at most '}{rows.count} prompts",
             needed="a step's prompts, each once",
-            fix=f"set rl.examples_per_step to {max(1, rows.count)} or less, or add prompts",
+            fix=f"set rl.examples_per_step to {rows.count} or less, or add prompts" if rows.count else "add prompts",
         )
 
 
@@ -146,7 +146,9 @@ def plan_summary(config: Config, code: Code) -> Iterator[str]:
 
 def _rows_words(rows: Rows, what: str) -> str:
     if rows.count is None:
-        return f"{what} not counted (known for .jsonl files here)"
+        return (
+            f"{what} not counted (known for .jsonl files here, and folders of .jsonl or parquet files named by split)"
+        )
     return f"{'' if rows.exact else 'at most '}{rows.count:,} {what}"
 
 

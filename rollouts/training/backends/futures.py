@@ -6,6 +6,9 @@ from typing import Any, Generic, TypeVar
 
 import anyio.lowlevel
 import anyio.to_thread
+import torch
+
+from rollouts.training.devices import set_current
 
 T = TypeVar("T")
 
@@ -39,11 +42,16 @@ class ThreadFuture(Generic[T]):
 
 
 class Worker:
-    """Runs submitted functions one at a time. Once one has raised, all later ones raise BackendFailedError instead."""
+    """Runs submitted functions one at a time. Once one has raised, all later ones raise BackendFailedError instead.
 
-    def __init__(self, name: str) -> None:
+    `device` is current in its thread: FSDP makes its streams on the current one.
+    """
+
+    def __init__(self, name: str, device: torch.device | None = None) -> None:
         self._name = name
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+        self._executor = ThreadPoolExecutor(
+            max_workers=1, thread_name_prefix=name, initializer=set_current, initargs=(device,)
+        )
         self._failure: tuple[str, BaseException] | None = None
 
     def submit(self, what: str, function: Callable[..., T], *arguments: Any) -> ThreadFuture[T]:

@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from rollouts.training import checkpoint, distributed, forward, optimizer_state
+from rollouts.training.backends.compute_copies import ComputeCopies, hold_in, use_copies
 from rollouts.training.backends.futures import BackendFailedError, ThreadFuture, Worker
 from rollouts.training.checkpoint import Retention
+from rollouts.training.devices import set_current
 from rollouts.training.host_memory import keep_freed_memory
 from rollouts.training.reference import Reference
 from rollouts.training.rl_losses import (
@@ -46,13 +48,15 @@ class PyTorchTrainingBackend:
 
     `model` is a transformers causal language model; its parameters stay in their dtype (use float32: they are the
     master weights, and the optimizer's state follows them). `compute_dtype="bfloat16"` runs the forward pass under
-    autocast. `optimizer` covers the model's parameters; `lr_schedule(step)`, step counted from 0, is a factor on the
-    learning rates it was made with. Gradients are summed over ranks, never averaged: the losses divide by the global
-    token count. They are clipped to the global L2 norm `max_grad_norm` (math.inf: never). `tokenizer` goes into the
-    checkpoints. `reference` is a frozen model for losses that take "ref_log_probs"; checkpoints say which it was, and
-    one that was trained against another is refused. `value_head` gives losses the values that they train, and `values`
-    its estimates; checkpoints keep it in their training state. `retention` says which checkpoints stay (None: all). On
-    several ranks, all start from rank 0's parameters, and every rank makes the same calls in order.
+    autocast; on CUDA, an architecture that packs computes with bfloat16 copies of its parameters instead
+    (`compute_copies`), made again after each step. `optimizer` covers the model's parameters; `lr_schedule(step)`,
+    step counted from 0, is a factor on the learning rates it was made with. Gradients are summed over ranks, never
+    averaged: the losses divide by the global token count. They are clipped to the global L2 norm `max_grad_norm`
+    (math.inf: never). `tokenizer` goes into the checkpoints. `reference` is a frozen model for losses that take
+    "ref_log_probs"; checkpoints say which it was, and one that was trained against another is refused. `value_head`
+    gives losses the values that they train, and `values` its estimates; checkpoints keep it in their training state.
+    `retention` says which checkpoints stay (None: all). On several ranks, all start from rank 0's parameters, and
+    every rank makes the same calls in order.
     """
 
     collective = False  # whether every rank must run as many forward passes as the others
@@ -94,6 +98,7 @@ class PyTorchTrainingBackend:
         if reference is not None and reference.model is not model:  # with LoRA they may be one
             self._place(reference.model)
             forward.prepare(reference.model)
+        self._copies = self._make_copies(compute_dtype == "bfloat16")
         if value_head is not None and not self._packed:
             raise ValueError(
                 "value_head: needs a loss of rl_losses and an architecture that runs packed "
@@ -106,8 +111,10 @@ class PyTorchTrainingBackend:
         self._base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
         statistics = [key for key in STATISTICS if reference is not None or key != "kl_reference"]
         self._sums = dict.fromkeys(("micro_batches", "loss", *statistics), 0.0)  # since the last optim_step
-        self._worker = Worker(type(self).__name__)
-        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-writer")  # exit waits for it
+        self._worker = Worker(type(self).__name__, torch.device(device))
+        self._writer = ThreadPoolExecutor(  # exit waits for it
+            1, "checkpoint-writer", initializer=set_current, initargs=(torch.device(device),)
+        )
         self._writer_group = distributed.new_group()
         self._saving: ThreadFuture[Path] | None = None
         self._retention = retention or Retention()
@@ -208,9 +215,10 @@ class PyTorchTrainingBackend:
     def _forward_backward(self, batch: Mapping[str, Any]) -> dict[str, float]:
         inputs = self._to_device(batch)
         self._add_reference(inputs)
-        logits = self._logits(self.model, inputs)
-        loss = self._loss(logits, inputs)
-        loss.backward()
+        with self._computing(self.model):  # the backward pass too: it computes checkpointed activations again
+            logits = self._logits(self.model, inputs)
+            loss = self._loss(logits, inputs)
+            loss.backward()
         norm = _total_norm([p.grad for p in self._parameters() if p.grad is not None])
         metrics = {"loss": loss.item(), "grad_norm": norm.item()}
         self._sums["micro_batches"] += 1
@@ -246,6 +254,7 @@ class PyTorchTrainingBackend:
         for group, base_lr in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
             group["lr"] = base_lr * factor
         self.optimizer.step()
+        self._weights_changed()
         self.optimizer.zero_grad(set_to_none=True)
         if self._value_head is not None:
             self._value_head.step(factor, self._max_grad_norm)
@@ -260,7 +269,7 @@ class PyTorchTrainingBackend:
             raise ValueError("values: this backend has no value head; give it one")
         inputs = self._to_device({key: batch[key] for key in (*_MODEL_KEYS, "attention_mask") if key in batch}, ())
         self.model.eval()
-        with self._autocasting():
+        with self._computing(self.model), self._autocasting(self.model):
             values_BT = forward.token_values(self.model, inputs, self._value_head)
         self.model.train()
         return values_BT.cpu()
@@ -283,7 +292,10 @@ class PyTorchTrainingBackend:
         return token_log_probs(logits, inputs["labels"], inputs["loss_mask"]).cpu()
 
     def _on_model(self, function: Callable[[nn.Module], T]) -> T:
-        return function(self.model)
+        try:
+            return function(self.model)
+        finally:
+            self._weights_changed()
 
     def _snapshot(
         self, step: int, metrics: dict[str, Any], extra: dict[str, Any], before: ThreadFuture[Path] | None
@@ -325,6 +337,7 @@ class PyTorchTrainingBackend:
         self._check_reference(path, metadata.get("reference"))
         state = checkpoint.read_training_state(path)
         checkpoint.read_model(self.model, path)
+        self._weights_changed()
         optimizer_directory = path / checkpoint.OPTIMIZER_DIRECTORY
         optimizer_state.restore(self.model, self.optimizer, optimizer_directory, state["optimizer"])
         self.optimizer.zero_grad(set_to_none=True)
@@ -391,15 +404,33 @@ class PyTorchTrainingBackend:
             )
 
     def _logits(self, model: nn.Module, inputs: Mapping[str, Any]) -> Logits:
-        with self._autocasting():
+        with self._computing(model), self._autocasting(model):
             if self._packed and forward.packs(model):
                 is_rl = "advantages" in inputs
                 head = self._value_head if model is self.model else None
                 return forward.token_log_probs(model, inputs, with_entropy=is_rl, value_head=head, share_prompts=is_rl)
             return forward.padded_logits(model, inputs)
 
-    def _autocasting(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, torch.bfloat16) if self._autocast else nullcontext()
+    def _make_copies(self, wanted: bool) -> ComputeCopies | None:
+        """Copies to compute with, where they are wanted and the model packs; then the reference has no others."""
+        if not (wanted and self._packed and use_copies(self.device)):
+            return None
+        if self._reference is not None and self._reference.model is not self.model:
+            hold_in(self._reference.model, torch.bfloat16)
+        return ComputeCopies(self.model, torch.bfloat16)
+
+    def _computing(self, model: nn.Module) -> AbstractContextManager[None]:
+        return self._copies.in_place() if self._copies is not None and model is self.model else nullcontext()
+
+    def _autocasting(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """Autocast, unless the packed `model` has parameters in bfloat16 now."""
+        if not self._autocast or (self._copies is not None and forward.packs(model)):
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def _weights_changed(self) -> None:
+        if self._copies is not None:
+            self._copies.masters_changed()
 
     def _loss(self, logits: Logits, inputs: Mapping[str, Any]) -> Tensor:
         named = inputs if self._loss_inputs is None else {k: v for k, v in inputs.items() if k in self._loss_inputs}

@@ -6,7 +6,7 @@ spec's rows several times, and there is no reshuffle here between epochs.
 
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ from rollouts.training.datasets.rows import DataError, Row, read_rows
 from rollouts.training.datasets.selection import Selection
 from rollouts.training.datasets.sft import build_sft_samples
 from rollouts.training.datasets.spelling import spelling_rows
-from rollouts.training.types import Sample
+from rollouts.training.types import Prompt, Sample
 
 logger = logging.getLogger(__name__)
 WORKERS_PAY_FROM = 20_000  # examples: about half a minute in one process; starting workers takes some ten seconds
@@ -116,13 +116,20 @@ def load_prompt_mixture(specs: Sequence[MixtureSpec], *, seed: int) -> list[dict
 
 
 def load_fitting_prompts(
-    specs: Sequence[MixtureSpec], *, seed: int, tokenizer: Any, tokens_max: int = -1, tools: Any = OWN_TOOLS
+    specs: Sequence[MixtureSpec],
+    *,
+    seed: int,
+    tokenizer: Any,
+    tokens_max: int = -1,
+    tools: Any = OWN_TOOLS,
+    row_problem: Callable[[Prompt], str | None] | None = None,
 ) -> tuple[list[dict[str, Any]], PromptReport]:
-    """`load_prompt_mixture` without the prompts over `tokens_max` tokens, and the report: see `fitting_prompts`."""
+    """`load_prompt_mixture` without prompts over `tokens_max` tokens or of no use to the reward, and the report: see
+    `fitting_prompts`."""
     examples = _mix(specs, seed)
     for example in examples:
         _prompt_of(example)
-    rows, report = fitting_prompts(examples, tokenizer, tokens_max=tokens_max, tools=tools)
+    rows, report = fitting_prompts(examples, tokenizer, tokens_max=tokens_max, tools=tools, row_problem=row_problem)
     _log(", ".join(spec.name for spec in specs), report)
     return rows, report
 

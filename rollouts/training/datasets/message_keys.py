@@ -29,7 +29,7 @@ def untrained(message: Mapping[str, Any], where: str) -> str | None:
                 "'weight': 0 or 1 on an assistant's message, or leave the key out"
             )
     if message.get("role") != "assistant":
-        if True in values:
+        if True in values and set(said) != {"weight"}:  # OpenAI's weight speaks of the assistant's messages alone
             raise DataError(
                 f"{where} has {said}, and its role is {message.get('role')!r}; only the assistant's turns are trained. "
                 "Fix: leave the key out"

@@ -1,6 +1,6 @@
 """Prompt rows that fit: each is rendered before anything trains, and one that no answer fits behind is left out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rollouts.training.datasets.chat import render_prompts
@@ -16,13 +16,18 @@ OWN_TOOLS: list[dict[str, Any]] = []  # as `tools`: what each row offers
 
 
 def fitting_prompts(
-    examples: Sequence[Example], tokenizer: Any, *, tokens_max: int = -1, tools: Any = OWN_TOOLS
+    examples: Sequence[Example],
+    tokenizer: Any,
+    *,
+    tokens_max: int = -1,
+    tools: Any = OWN_TOOLS,
+    row_problem: Callable[[Prompt], str | None] | None = None,
 ) -> tuple[list[dict[str, Any]], PromptReport]:
     """The prompt rows of at most `tokens_max` tokens (-1: all), in order, and the report over all of them.
 
     `tools`: what an environment offers in place of a row's own; a template without tools is then noted, for a system
-    message may describe them. Raises DataError for a row that the chat template refuses or leaves something of out,
-    naming it, and when no row is left.
+    message may describe them. `row_problem`: why the reward cannot use a row. Raises DataError for a row that
+    the chat template refuses or leaves something of out, naming it, and when no row is left.
     """
     report = PromptReport()
     report.see_columns(examples)
@@ -34,11 +39,14 @@ def fitting_prompts(
             raise
         report.tools_lost = str(error)
         measures = _measures(distinct, tokenizer, None)
+    unusable = {} if row_problem is None else {key: row_problem(example.prompt) for key, example in distinct.items()}
     kept = []
     for example in examples:
         length, largest_id = measures[id(example)]
         if tokens_max != -1 and length > tokens_max:
             report.leave_out(f"prompt longer than {tokens_max} tokens", example.where)
+        elif reason := unusable.get(id(example)):
+            report.leave_out(reason, example.where)
         else:
             kept.append(example.prompt)
             report.longest = max(report.longest, length)
@@ -49,7 +57,8 @@ def fitting_prompts(
         report.ends = ", ".join(map(str, tokenizer.convert_ids_to_tokens(ends))) or "max_new_tokens alone"
     if not kept:
         longest = max((length for length, _ in measures.values()), default=0)
-        raise DataError(f"no prompt is left that an answer fits behind: {report}; the longest has {longest} tokens")
+        what = "can be used" if any(unusable.values()) else "an answer fits behind"
+        raise DataError(f"no prompt is left that {what}: {report}; the longest has {longest} tokens")
     return kept, report
 
 

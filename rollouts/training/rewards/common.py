@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
-from rollouts.training.types import Sample
+from rollouts.training.types import Prompt, Sample
 
 ROUNDING = 1e-6
 
@@ -54,6 +54,17 @@ def any_answer(reward: Callable[[Sample], float]) -> Callable[[Sample], float]:
         return max(reward(replace(sample, prompt=row)) for row in rows)
 
     return best
+
+
+def set_row_check(reward: Callable[[Sample], float], check: Callable[[Prompt], str | None]) -> None:
+    """Let a reward say of a row, before anything is sampled, why it could score no response to it: `row_check_of`."""
+    setattr(reward, "row_problem", check)  # noqa: B010  (a function has no such attribute of its own)
+
+
+def row_check_of(reward: Callable[..., Any]) -> Callable[[Prompt], str | None] | None:
+    """Return the reward's `row_problem`: prompt row -> reason to leave it out, or None. None for a reward without."""
+    check = getattr(reward, "row_problem", None)
+    return check if callable(check) else None
 
 
 def column_of(sample: Sample, column: str) -> Any:

@@ -1,10 +1,14 @@
 """Rewards for mathematics by the library math-verify (extra `math`): answers that mean the same, however written."""
 
+import importlib.util
+import re
 from typing import Any
 
 from rollouts.training.rewards import math_text
-from rollouts.training.rewards.common import RewardError, answer_of, any_answer
-from rollouts.training.types import Sample
+from rollouts.training.rewards.common import RewardError, answer_of, answers_of, any_answer, set_row_check
+from rollouts.training.types import Prompt, Sample
+
+_PLAIN_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
 @any_answer
@@ -32,6 +36,9 @@ def math_verify(sample: Sample) -> float:
     if expected is None:
         if math_text.words_of(gold) is not None:
             return 0.0
+        formula = math_text.chemical_formula(gold)
+        if formula is not None:
+            return float(formula == math_text.chemical_formula(said or sample.response))
         raise RewardError(
             f"answer={answer[:80]!r}: cannot be read to its end as mathematics. Fix: write the final answer alone, "
             r"as LaTeX, a number or words, or put it into \boxed{}"
@@ -45,6 +52,25 @@ def math_verify(sample: Sample) -> float:
     if _is_percent(gold) and not _is_percent(said or ""):
         meant.append(_read(math_text.without_percent(gold)[0]))  # 17.5 for 17.5%: the sign is a unit
     return float(library.verify(meant, [found], allow_set_relation_comp=True, timeout_seconds=None))
+
+
+def unreadable_answer(prompt: Prompt) -> str | None:
+    """Return why `math_verify` cannot compare with a row's answer, whatever the response; None where it can."""
+    if not isinstance(prompt, dict) or prompt.get("answer") is None:
+        return "no answer"
+    for answer in answers_of(Sample(prompt=prompt)):
+        if _PLAIN_NUMBER.fullmatch(answer.strip()):
+            continue  # most answers are: reading one takes the parser some milliseconds
+        try:
+            math_verify(Sample(prompt={**prompt, "answer": answer}, response=""))
+        except RewardError as error:
+            if error.__cause__ is None and importlib.util.find_spec("math_verify") is None:
+                raise
+            return "answer cannot be read to its end as mathematics"
+    return None
+
+
+set_row_check(math_verify, unreadable_answer)
 
 
 def _row_answer(text: str) -> str:

@@ -84,6 +84,8 @@ _NUMBER_AND_WORDS = re.compile(
 )
 _TIME = re.compile(r"(\d{1,2}):(\d\d)\s*([ap])?\.?\s*(?:m\.?)?", re.IGNORECASE)
 _SHORT_WORD = re.compile(r"(?:^|\s)(?:it|it's|is|so|we|he|of)(?=\s)", re.IGNORECASE)  # "it" in "e^{it}" is none
+_FORMULA_MARKS = re.compile(r"\\(?:text|mathrm|ce|mbox|rm)\b|\\[,;:! ]|[\s{}_$^]")
+_CHEMICAL = re.compile(r"(?:[A-Z][a-z]?\d*|\((?:[A-Z][a-z]?\d*)+\)\d*){2,}(?:\d*[+-])?")
 _BASED = re.compile(r"([0-9A-Za-z]+)_\{?(\d{1,2})\}?")
 
 
@@ -195,6 +197,12 @@ def based_number(text: str) -> tuple[str, str] | None:
     if match is None or not re.search(r"\d", match[1]):
         return None
     return match[1].upper().lstrip("0") or "0", match[2]
+
+
+def chemical_formula(text: str) -> str | None:
+    r"""Return a chemical formula ("Fe_2O_3", "\ce{SO_4^{2-}}") as it is compared; None for anything else."""
+    bare = _FORMULA_MARKS.sub("", text)
+    return bare if _CHEMICAL.fullmatch(bare) and re.search(r"\d", bare) else None
 
 
 def _digits_apart(text: str) -> bool:

@@ -3,31 +3,35 @@
 Both sides build the group the same way, over a store under the group's name (`init_custom_process_group` in sglang's
 srt/utils/common.py); a plain `init_process_group` on one of them would wait for ever. A collective that an engine
 does not join is given up after `timeout_s`, and the group with it.
+
+NCCL makes its communicator inside the first collective and blocks the caller until all members have come. So no
+collective is called on the event loop: each has a thread, with the group's device current, and starts after the
+engines' requests. The group is bound to no device: that would make the communicator in `open`, where no engine joins.
 """
 
 import contextlib
 import datetime
 import socket
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
 import anyio
-import anyio.to_thread
+import anyio.lowlevel
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Backend, GroupName, PrefixStore, _new_process_group_helper, _world
 
+from rollouts.training.devices import poll, run_on
 from rollouts.training.inference.http import EngineError, EngineLost, WeightSyncError
 from rollouts.training.stores import BoundStore
 from rollouts.training.weight_transfer.fanout import each
 from rollouts.training.weight_transfer.payload import Buffer, Entry
 
-_POLL_S = 0.0005  # between looks at whether a broadcast is over; it takes that long for some hundred KB
-_POLL_MAX_S = 0.01
+_LEAVE_S = 10.0  # for leaving a group; NCCL may wait for members that are gone
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class BroadcastLink:
 
         async def make() -> None:
             join = partial(_join, self._backend, store, world, name, timeout)
-            made.append(await anyio.to_thread.run_sync(join, abandon_on_cancel=True))
+            made.append(await run_on(None, join))
 
         async def ask(engine: Any) -> None:
             offset = 1 + next(at for at, other in enumerate(engines) if other is engine) * self._per_engine
@@ -84,13 +88,12 @@ class BroadcastLink:
         flat = buffer.flat[: sum(entry.nbytes for entry in entries)]
 
         async def broadcast() -> None:
-            work = dist.broadcast(flat, 0, group=group, async_op=True)
-            pause_s = _POLL_S
-            while not work.is_completed():  # polled: a thread in wait() could not be called off
-                await anyio.sleep(pause_s)
-                pause_s = min(2 * pause_s, _POLL_MAX_S)
+            start = partial(dist.broadcast, flat, 0, group=group, async_op=True)
             try:
-                work.wait()
+                work = await run_on(flat.device, start)
+                assert work is not None, "rank 0 is a member"
+                await poll(work.is_completed)  # a thread in wait() could not be called off
+                await run_on(flat.device, work.wait)
             except RuntimeError as error:  # often the first to see an engine's death
                 raise EngineLost(f"the broadcast of {entries[0].name} failed: {error}") from None
 
@@ -112,40 +115,66 @@ class BroadcastLink:
         for engine in engines:
             with contextlib.suppress(EngineError):  # it is gone, or was never in it
                 await engine.destroy_weights_update_group(joined.name)
-        with contextlib.suppress(RuntimeError):  # a broken group may say so once more
-            dist.destroy_process_group(joined.group)
+        await _leave(partial(dist.destroy_process_group, joined.group))
 
     async def _together(self, what: str, engines: Sequence[Any], theirs: Any, ours: Any) -> None:
-        """Both sides of a collective. When one fails the other is called off; then the group is of no more use."""
+        """Both sides of a collective, theirs first. When one fails the other is called off, and the group is left."""
         failures: list[EngineError] = []
-        with anyio.move_on_after(self._timeout_s) as limit:
-            async with anyio.create_task_group() as group:
+        ended = False
+        try:
+            with anyio.move_on_after(self._timeout_s) as limit:
+                async with anyio.create_task_group() as group:
 
-                async def run(part: Any, *arguments: Any) -> None:
-                    try:
-                        await part(*arguments)
-                    except EngineError as error:
-                        failures.append(error)
-                        group.cancel_scope.cancel()
+                    async def run(part: Any, *arguments: Any) -> None:
+                        try:
+                            await part(*arguments)
+                        except EngineError as error:
+                            failures.append(error)
+                            group.cancel_scope.cancel()
 
-                group.start_soon(run, each, engines, what, theirs)
-                group.start_soon(run, ours)
-        if failures or limit.cancelled_caught:
-            await self._abandon()
-            raise (
-                failures[0]
-                if failures
-                else EngineLost(
-                    f"{what}: not over after {self._timeout_s:g} s; an engine hangs, or cannot reach the trainer"
-                )
-            )
+                    started = _Countdown(len(engines))
+
+                    async def asked(engine: Any) -> None:
+                        started.one_more()
+                        await theirs(engine)
+
+                    group.start_soon(run, each, engines, what, asked)
+                    await started.event.wait()
+                    await anyio.lowlevel.checkpoint()  # each request is being written
+                    group.start_soon(run, ours)
+            ended = not failures and not limit.cancelled_caught
+        finally:
+            if not ended:
+                await self._abandon()
+        if failures:
+            raise failures[0]
+        if not ended:
+            problem = f"not over after {self._timeout_s:g} s; an engine hangs, or cannot reach the trainer"
+            raise EngineLost(f"{what}: {problem}")
 
     async def _abandon(self) -> None:
-        """Leave a group in which somebody may still be waiting; it times out by itself."""
+        """Leave a group in which somebody may still be waiting, a thread of ours too: abort() sets it free."""
         joined, self._joined = self._joined, None
         if joined is not None:
-            with contextlib.suppress(RuntimeError):
-                joined.group.abort()
+            await _leave(joined.group.abort)
+
+
+class _Countdown:
+    """An event that is set once `count` have come."""
+
+    def __init__(self, count: int) -> None:
+        self._left, self.event = count, anyio.Event()
+
+    def one_more(self) -> None:
+        self._left -= 1
+        if self._left == 0:
+            self.event.set()
+
+
+async def _leave(function: Callable[[], object]) -> None:
+    """Call what ends a group, for a bounded time, whoever was cancelled. A broken group may say so once more."""
+    with anyio.move_on_after(_LEAVE_S, shield=True), contextlib.suppress(RuntimeError):
+        await run_on(None, function)
 
 
 def _join(backend: str, store: dist.Store, world: int, name: str, timeout: datetime.timedelta) -> dist.ProcessGroup:

@@ -11,11 +11,11 @@ from functools import partial
 from typing import Any
 
 import anyio
-import anyio.to_thread
 import torch
 from torch import Tensor, nn
 
 from rollouts.training import distributed
+from rollouts.training.devices import run_on
 from rollouts.training.inference.http import EngineError, WeightSyncError, require
 from rollouts.training.weight_transfer.fanout import each
 from rollouts.training.weight_transfer.payload import Buffer, Entry, SharedMemoryError
@@ -126,7 +126,7 @@ class BucketTransfer:
         kept = self._kept[index]
 
         async def loaded() -> None:
-            await anyio.to_thread.run_sync(flat[: len(kept)].copy_, kept)
+            await run_on(flat.device, partial(flat[: len(kept)].copy_, kept))
 
         return loaded
 

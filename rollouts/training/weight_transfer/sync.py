@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from rollouts.training import distributed
+from rollouts.training import devices, distributed
 from rollouts.training.inference.http import WeightSyncError, require
 from rollouts.training.inference.resilient import ResilientEngine
 from rollouts.training.weight_transfer.disk import DiskTransfer
@@ -55,6 +55,7 @@ class WeightSync:
         """All engines serve the weights of now, as `version`. Raises WeightSyncError: no step trains on less."""
         if not self._active:
             return
+        await self._give_cache_back()
         await self.wake()
         if self._ids is not None:
             log_probs_1T = await self._backend.log_probs(probe_batch(self._ids)).result()
@@ -112,6 +113,7 @@ class WeightSync:
         """Have the engines take their memory again. Without their weights they stay paused, for a sync to follow."""
         if not self._asleep:
             return
+        await self._give_cache_back()
         tags, self._asleep = self._asleep, ()
 
         async def resume(engine: Any) -> None:
@@ -120,6 +122,12 @@ class WeightSync:
                 await engine.resume()
 
         await each(self._engines, "resuming engine memory", resume)
+
+    async def _give_cache_back(self) -> None:
+        """Return the memory of the step's peak, which engines on the same card need: to wake, and to start again."""
+        device = getattr(self._backend, "device", None)
+        if device is not None and device.type == "cuda":
+            await self._backend.on_model(lambda model: devices.give_cache_back(device)).result()
 
     async def aclose(self) -> None:
         """Undo what the transfer left: groups, directories in memory, buffers."""

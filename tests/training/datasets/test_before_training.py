@@ -268,6 +268,18 @@ def test_turns_that_are_not_to_be_trained_are_read_alone(tmp_path: Path, keys: A
     assert report.untrained == {reason: 1} and f"1 assistant turns not trained: {reason}" in str(report)
 
 
+@pytest.mark.parametrize("weight", [0, 1, 1.0])
+@pytest.mark.parametrize("role", ["user", "system"])
+def test_a_weight_of_another_role_has_no_effect(tmp_path: Path, role: str, weight: Any) -> None:
+    """Goal: as OpenAI's format means it, of the assistant's messages alone. Red: weight 1 of a user was refused."""
+    turns = [{"role": role, "content": "hi", "weight": weight}, USER, {**SAID, "weight": 1}]
+    both = [{"messages": turns}, {"messages": [{k: v for k, v in one.items() if k != "weight"} for one in turns]}]
+    entry = DatasetEntry(write(tmp_path / "a.jsonl", both), "messages")
+    samples, report = load_sft_mixture([entry], tokenizer=tiny_tokenizer(), max_length=64, seed=None)
+    weighted, bare = samples
+    assert weighted.tokens == bare.tokens and weighted.loss_mask == bare.loss_mask and not report.untrained
+
+
 def test_a_conversation_with_nothing_to_train_is_left_out_by_reason(tmp_path: Path) -> None:
     """Goal: counted apart from rows without an assistant. Red: its end tokens were trained."""
     rows = [[USER, {**SAID, "weight": 0}], [USER, {**SAID, "content": ""}], [USER], [USER, SAID]]
@@ -298,7 +310,7 @@ def test_a_weight_that_is_not_understood_is_named(keys: dict[str, Any], message:
     with pytest.raises(DataError, match=r"f:1: messages\[1\].*" + message):
         render_conversation(tiny_tokenizer(), conversation(**keys), "f:1")
     with pytest.raises(DataError, match=r"messages\[0\] has .*'user'; only the assistant's turns are trained"):
-        parse_row(row(messages=[{**USER, "weight": 1}, SAID]), "messages")
+        parse_row(row(messages=[{**USER, "train": True}, SAID]), "messages")
 
 
 def test_weight_1_and_null_say_nothing_new() -> None:

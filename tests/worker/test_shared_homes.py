@@ -1,0 +1,166 @@
+"""Several machines with one home, and several homes with runs of one id: nobody takes or ends what is another's."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rollouts import run_dir
+from rollouts.remote.host_probe import run_row
+from rollouts.run_dir import LaunchPlan, RunDir, Status
+from rollouts.worker import launch, processes, supervisor, tmux
+from rollouts.worker.journal import Journal
+from rollouts.worker.windows import OpenWindow
+from tests.worker.stands import Host, alive, module, process, recorded_pid, stage, trainer, wait_for
+
+SLEEP = "import time; time.sleep(600)"
+
+
+def write_status(run: RunDir, state: Any) -> None:
+    times = {"started_at": time.time(), "updated_at": time.time()}
+    fields: dict[str, Any] = {"stage": "rl", "message": "", "exit_code": None, **times}
+    run_dir.write_json_atomic(run.status, Status(run_id=run.run_id, experiment_name="test", state=state, **fields))
+
+
+def plan_in(home: Path, run_id: str, experiment: str = "test", gpus: str = "0,1") -> LaunchPlan:
+    engine = process("engine-0", ["x"], ready_url="http://127.0.0.1:30000/health")
+    rl = stage("rl", process("trainer", ["x"], env={"CUDA_VISIBLE_DEVICES": gpus}), engine)
+    return LaunchPlan(
+        run_id=run_id,
+        experiment_name=experiment,
+        home=str(home),
+        run_path=str(home / "runs" / run_id),
+        base_python="python3",
+        environments=[],
+        stages=[rl],
+        bootstrap_timeout_s=1.0,
+        stop_grace_s=0.5,
+        engine_restarts_max=0,
+        engine_hang_timeout_s=1.0,
+    )
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Iterator[RunDir]:
+    """A live run: this process holds its lock."""
+    run = RunDir(tmp_path / "runs/other")
+    run_dir.write_json_atomic(run.plan, plan_in(tmp_path, "other"))
+    write_status(run, "running")
+    with run_dir.hold_lock(run) or pytest.fail("the lock is free"):
+        yield run
+
+
+HERE = run_dir.host_identity()
+ELSEWHERE = [{**HERE, "name": "gpu-8"}, {**HERE, "boot": "another"}, {"name": "gpu-8", "boot": "another"}]
+UNKNOWN = [None, "gpu-8", {}, {"name": 7, "boot": "x"}, ["gpu-8"]]
+
+
+@pytest.mark.parametrize("host", [HERE, *UNKNOWN])
+def test_what_a_run_of_this_machine_has_is_taken(host: Any, other: RunDir) -> None:
+    """Goal: GPUs and ports of a live run here are not given twice; one whose machine is not known counts as here. Red
+    with a machine that is not known taken for another."""
+    run_dir.write_json_atomic(other.launch, {"launch_id": "x", "host": host})
+    home = other.path.parent.parent
+    taken = launch._taken(plan_in(home, "new", "another"))
+    assert "GPU 0, GPU 1, port 30000" in taken and "test" not in taken
+    row = run_row(other)
+    assert row is not None and row["ports"] == [30000] and row["host"] is None
+
+
+@pytest.mark.parametrize("host", ELSEWHERE)
+def test_what_a_run_of_another_machine_has_is_free_here(host: dict[str, str], other: RunDir) -> None:
+    """Goal: machines that share a home each have their own GPUs and ports; the experiment's name is the home's. Red
+    with the machine not looked at: a launch was refused for the other's GPUs."""
+    run_dir.write_json_atomic(other.launch, {"launch_id": "x", "host": host})
+    home = other.path.parent.parent
+    assert launch._taken(plan_in(home, "new", "another")) == ""
+    assert "the experiment name 'test'" in launch._taken(plan_in(home, "new"))
+    row = run_row(other)
+    assert row is not None and row["ports"] == [] and row["host"] == (None if host["name"] == HERE["name"] else "gpu-8")
+
+
+def test_a_launch_tells_its_machine(host: Host) -> None:
+    """Goal: every run's record names the machine. Red with the launch id alone written."""
+    run = host.start(stage("sft", trainer(SLEEP)))
+    assert run_dir.read_launch_host(run) == HERE and not run_dir.is_elsewhere(run)
+    module("stop", str(run.path))
+
+
+def test_stop_on_the_wrong_machine(other: RunDir) -> None:
+    """Goal: a live run of another machine is not called stopped from here, where its processes cannot be seen. Red
+    with its status written: "stopped", while it went on."""
+    run_dir.write_json_atomic(other.launch, {"launch_id": "x", "host": {"name": "gpu-8", "boot": "b"}})
+    before = other.status.read_bytes()
+    done = module("stop", str(other.path))
+    assert done.returncode == 1 and "runs on gpu-8" in done.stderr and "--remote gpu-8" in done.stderr
+    assert other.status.read_bytes() == before
+
+
+def test_secrets_of_another_machines_run_stay(tmp_path: Path) -> None:
+    """Goal: where locks do not reach over the network, a look from here takes no secrets from a run there. Red with
+    every run that seems dead cleaned up."""
+    run = RunDir(tmp_path / "runs/r")
+    write_status(run, "running")
+    run.lock.touch()
+    for host, kept in (({"name": "gpu-8", "boot": "b"}, True), ({**HERE, "boot": "before the reboot"}, False)):
+        run.secrets.write_text("{}")
+        run_dir.write_json_atomic(run.launch, {"launch_id": "x", "host": host})
+        run_dir.clean_up(tmp_path)
+        assert run.secrets.exists() is kept, host
+
+
+@pytest.mark.parametrize("launched", [True, False], ids=["a record of this version", "removed"])
+def test_stop_spares_a_run_of_the_same_id(launched: bool, host: Host, tmp_path: Path) -> None:
+    """Goal: of two runs of one id in two homes, `stop` ends its own alone: neither the other's processes, nor its tmux
+    session, nor its weights in memory. Red with the mark being the id: the other run ended."""
+    run = host.start(stage("sft", trainer(SLEEP)))
+    child = wait_for(lambda: run.process("trainer").exists() and recorded_pid(run, "trainer"), "the trainer")
+    twin = RunDir(tmp_path / "elsewhere/runs" / run.run_id)
+    if launched:
+        write_status(twin, "running")
+        run_dir.write_json_atomic(twin.launch, {"launch_id": "x", "host": HERE})
+        twin.lock.touch()
+    run.weights_in_memory.mkdir()
+    assert twin.weights_in_memory != run.weights_in_memory
+    done = module("stop", str(twin.path))
+    assert (done.returncode == 0) is launched, done.stderr
+    assert launched or "no run was launched there" in done.stderr
+    assert tmux.has_session(run.run_id), "its windows end a moment after their session"
+    assert alive(child) and run_dir.is_live(run) and run.weights_in_memory.exists()
+    link = tmp_path / "link"
+    link.symlink_to(run.path.parent)  # the same directory by another spelling
+    assert json.loads(module("stop", str(link / run.run_id)).stdout)["state"] == "stopped"
+    assert not alive(child) and not run.weights_in_memory.exists()
+
+
+def test_one_look_around_reads_proc_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Goal: however many windows a stage has, a look around reads /proc once. Red with a scan for each window."""
+    run, plan = RunDir(tmp_path / "runs/r"), plan_in(tmp_path, "r")
+    lock = run_dir.hold_lock(run)
+    assert lock is not None
+    children = [
+        subprocess.Popen([sys.executable, "-c", SLEEP], env={**os.environ, **processes.run_marks(run)})
+        for _ in range(3)
+    ]
+    try:
+        windows = [
+            OpenWindow(run, "rl", plan.stages[0].engines[0], False, child.pid, processes.start_ticks(child.pid), 0)
+            for child in children
+        ]
+        watching = supervisor.Supervisor(run, plan, Journal(run, lock))
+        monkeypatch.setattr(watching, "engines", [type("E", (), {"window": window}) for window in windows])
+        scans, listdir = [], os.listdir
+        monkeypatch.setattr(processes.os, "listdir", lambda path: scans.append(path) or listdir(path))
+        watching._look_around()
+        assert scans == ["/proc"]
+    finally:
+        lock.close()
+        for child in children:
+            child.kill()
+            child.wait()
