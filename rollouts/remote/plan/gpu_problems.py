@@ -1,34 +1,34 @@
 """Every reason why a run on NVIDIA GPUs would fail on its host. Pure: config + facts + code → problems, and so on.
 
-The rules for one card and for the host take no config, so that `deploy --remote HOST` shows them too. Whether a config
-fits into a card's memory is not decided here.
+cuda_host.py has those of the host beside its cards. Rules for one card and for a host take no config, so that
+`deploy --remote HOST` shows them too. Whether a config fits into a card's memory is not decided here.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 
-from base_config import Config, EngineConfig
+from base_config import Config
 from rollouts.remote.errors import Problem
 from rollouts.remote.facts import HostFacts
 from rollouts.remote.gpus import Gpu, describe_gpu, holders, is_broken
-from rollouts.remote.plan.torch_build import (
-    AUTO_BUILDS,
-    DRIVER_MIN,
-    base_python,
-    lock_cuda,
-    trainer_build,
-    version_numbers,
+from rollouts.remote.plan.cuda_host import (
+    SHM_DOCKER_MIB,
+    compiler_problems,
+    driver_problems,
+    dtype_problems,
+    engine_of,
+    has_compat,
+    libc_problems,
+    no_headers,
+    old_driver,
+    small_shm,
+    toolchain_problems,
+    weights_shm_problems,
 )
+from rollouts.remote.plan.torch_build import DRIVER_MIN, version_numbers
 from rollouts.remote.repository import Code
 
 GPU_FREE_SHARE_MIN = 0.9  # a device with less free memory is someone's
-GLIBC_MIN = {"sglang": (2, 34), "": (2, 28)}  # of the wheels of SGLang's lock, and of torch
-SHM_DOCKER_MIB = 64  # what a container gets without --shm-size
 SHM_NCCL_MIB = 512  # NCCL's own segments between ranks take less
-COMPILING_ENGINES = ("sglang", "vllm")  # compile kernels when they first start on CUDA
-MIB = 2**20
-# Cards for which NVIDIA has cuda-compat, a newer CUDA's user-mode driver beside an older kernel driver
-DATA_CENTRE = re.compile(r"^(NVIDIA |Tesla )?(Tesla\b|[ABHLTV]\d+S?\b|GH\d+|GB[23]\d\d)")
 UNREACHED = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES that name no card
 
 
@@ -36,7 +36,7 @@ def gpu_problems(
     config: Config, facts: HostFacts, code: Code, target: str, *, busy_ok: bool = False
 ) -> Iterator[Problem]:
     """List what is known to fail: missing cards, cards in no state to be used, and what the host lacks for CUDA."""
-    yield from _weights_shm_problems(config, facts, code, target)
+    yield from weights_shm_problems(config, facts, code, target)
     if config.target.device_type != "cuda":
         return
     yield from _missing_problems(config, facts, target)
@@ -49,9 +49,9 @@ def gpu_problems(
         if not state and not busy_ok and (problem := _busy_problem(config, facts, gpu, target)):
             yield problem
     yield from _visible_problems(config, facts, target)
-    yield from _driver_problems(config, facts, code, target)
-    yield from _host_problems(config, facts, target)
-    yield from _dtype_problems(config)
+    yield from driver_problems(config, facts, code, target)
+    yield from toolchain_problems(config, facts, target)
+    yield from dtype_problems(config)
 
 
 def gpu_warnings(config: Config, facts: HostFacts, *, busy_ok: bool = False) -> Iterator[str]:
@@ -68,7 +68,7 @@ def gpu_warnings(config: Config, facts: HostFacts, *, busy_ok: bool = False) -> 
             f"host.torch_build='index' and NVIDIA driver {facts.driver}: the public index's torch is for CUDA 13, which"
             " needs driver 580; 'auto' takes an older build"
         )
-    engine = _engine(config)
+    engine = engine_of(config)
     ranks = max(len(config.target.gpu_ranks), engine.tensor_parallel_size if engine else 1)
     total = facts.cuda.shm_total_mib
     if ranks > 1 and total is not None and total < SHM_NCCL_MIB:
@@ -89,7 +89,7 @@ def gpu_notes(config: Config, facts: HostFacts) -> Iterator[str]:
             yield f"GPU {gpu.index} is in {gpu.compute_mode} mode, and an MPS server shares it"
     if facts.gpus and facts.gpu_problem:
         yield f"nvidia-smi also said: {facts.gpu_problem}"
-    if facts.driver and _has_compat(config, facts):
+    if facts.driver and has_compat(config, facts):
         yield "host.env names cuda-compat: the driver is not held against the CUDA of the environments"
 
 
@@ -106,14 +106,14 @@ def host_advice(facts: HostFacts, target: str) -> Iterator[Problem]:
     if facts.driver:
         needed = DRIVER_MIN["cu130"]
         if version_numbers(facts.driver) < needed:
-            yield _old_driver(facts, target, "an environment for CUDA 13", needed, "SGLang's and vLLM's locks", fix="")
-    yield from _libc_problems(facts, target, "sglang")
-    yield from _compiler_problems(facts, target, "SGLang, vLLM and model.compile=True")
+            yield old_driver(facts, target, "an environment for CUDA 13", needed, "SGLang's and vLLM's locks", fix="")
+    yield from libc_problems(facts, target, "sglang")
+    yield from compiler_problems(facts, target, "SGLang, vLLM and model.compile=True")
     if facts.python and facts.python_headers is not None and facts.python not in facts.python_headers:
-        yield _no_headers(target, facts.python, facts.python_version, "SGLang, vLLM and model.compile=True")
+        yield no_headers(target, facts.python, facts.python_version, "SGLang, vLLM and model.compile=True")
     total = facts.cuda.shm_total_mib
     if total is not None and total <= SHM_DOCKER_MIB:
-        yield _small_shm(facts, target, "engine.weights_on_tmpfs=True: two copies of the model", "8g")
+        yield small_shm(facts, target, "engine.weights_on_tmpfs=True: two copies of the model", "8g")
     if facts.cuda.visible_devices is not None:
         yield Problem(
             f"{target} sets CUDA_VISIBLE_DEVICES by itself.",
@@ -165,7 +165,7 @@ def _exclusive_problem(gpu: Gpu, target: str, needed: str) -> Problem:
 
 
 def _sharing_problems(config: Config, facts: HostFacts, gpu: Gpu, target: str) -> Iterator[Problem]:
-    engine = _engine(config)
+    engine = engine_of(config)
     if engine is None or not _exclusive(gpu) or facts.cuda.mps:
         return
     if gpu.index in config.target.gpu_ranks and gpu.index in engine.gpu_ranks:
@@ -195,7 +195,7 @@ def _missing_fix(config: Config, facts: HostFacts) -> str:
             ", "
         )
     first = facts.gpus[0].index
-    if _engine(config) and len(config.target.gpu_ranks) == 1:
+    if engine_of(config) and len(config.target.gpu_ranks) == 1:
         return f"set engine.gpu_ranks=[{first}] and target.gpu_ranks=[{first}] (colocated), or choose another --remote"
     return "name fewer devices in target.gpu_ranks, or choose another --remote"
 
@@ -259,158 +259,11 @@ def _visible_problems(config: Config, facts: HostFacts, target: str) -> Iterator
         )
 
 
-# --- the host -------------------------------------------------------------------------------------------------------
-
-
-def _driver_problems(config: Config, facts: HostFacts, code: Code, target: str) -> Iterator[Problem]:
-    """Hold the driver against the CUDA of each environment."""
-    have = version_numbers(facts.driver or "")
-    if not have or _has_compat(config, facts):
-        return
-    build = trainer_build(config, facts)
-    needed, why = DRIVER_MIN.get(build.build), f"torch for {build.build}: {build.reason}"
-    if build.build == "index" and config.host.torch_build == "auto":
-        needed, why = DRIVER_MIN[AUTO_BUILDS[-1]], f"torch for {AUTO_BUILDS[-1]}, the oldest build there is"
-    if needed is not None and have < needed:
-        older = config.host.torch_build != "auto" and have >= DRIVER_MIN["cu126"]
-        fix = "set host.torch_build='auto'" if older else ""
-        yield _old_driver(facts, target, "the trainer's environment", needed, why, fix=fix)
-    engine = _engine(config)
-    cuda = lock_cuda((code.engine_requirements or "").splitlines()) if engine else ""
-    needed = {"cu12": DRIVER_MIN["cu126"], "cu13": DRIVER_MIN["cu130"]}.get(cuda)
-    if engine and needed is not None and have < needed:
-        why = f"{engine.requirements_file} pins torch for CUDA {cuda[2:]}"
-        fix = "take engine.kind='embedded' with requirements_file=None, which runs in the trainer's environment"
-        can = have >= DRIVER_MIN["cu126"]
-        yield _old_driver(facts, target, "the engine's environment", needed, why, fix=fix if can else "")
-
-
-def _old_driver(facts: HostFacts, target: str, what: str, needed: tuple[int, ...], why: str, *, fix: str) -> Problem:
-    least = ".".join(map(str, needed))
-    if facts.gpus and all(DATA_CENTRE.match(gpu.name) for gpu in facts.gpus):
-        compat = (
-            "; on these data-centre cards NVIDIA's cuda-compat-13-0 does too, with"
-            " host.env={'LD_LIBRARY_PATH': '/usr/local/cuda-13.0/compat'}"
-        )
-    else:
-        compat = " (NVIDIA's cuda-compat is for data-centre cards alone)"
-    return Problem(
-        f"{target}: NVIDIA driver {facts.driver} is too old for {what}.",
-        found=f"driver {facts.driver}, {', '.join(dict.fromkeys(gpu.name for gpu in facts.gpus))}",
-        needed=f"driver {least} or newer: {why}",
-        fix=f"update the driver there{compat if needed == DRIVER_MIN['cu130'] else ''}{f'; or {fix}' if fix else ''}",
-    )
-
-
-def _has_compat(config: Config, facts: HostFacts) -> bool:
-    named = "compat" in config.host.env.get("LD_LIBRARY_PATH", "")
-    return named and all(DATA_CENTRE.match(gpu.name) for gpu in facts.gpus)
-
-
-def _host_problems(config: Config, facts: HostFacts, target: str) -> Iterator[Problem]:
-    """List what is compiled with, and linked against, on the host."""
-    engine = _engine(config)
-    kind = engine.kind if engine else ""
-    yield from _libc_problems(facts, target, kind)
-    compiling = kind in COMPILING_ENGINES
-    users = [f"engine.kind={kind!r}"] if compiling else []
-    users += ["model.compile=True"] if config.model.compile else []
-    if not users:
-        return
-    yield from _compiler_problems(facts, target, " and ".join(users))
-    if facts.python is None or facts.python_headers is None:
-        return
-    asked = {base_python(config, facts, engine=True): users[0]} if compiling else {}
-    if config.model.compile:
-        asked.setdefault(base_python(config, facts, engine=False), users[-1])
-    for python, user in asked.items():
-        if python.path and python.path not in facts.python_headers:  # one that is yet to be installed has them
-            yield _no_headers(target, python.path, python.version, user)
-
-
-def _libc_problems(facts: HostFacts, target: str, kind: str) -> Iterator[Problem]:
-    libc = facts.cuda.libc
-    found = re.search(r"(?:glibc|GLIBC|GNU libc)\D*(\d+\.\d+)", libc)
-    least = GLIBC_MIN.get(kind, GLIBC_MIN[""])
-    what = "the wheels of SGLang's lock" if kind == "sglang" else "torch's wheels"
-    if (found and version_numbers(found[1]) < least) or "musl" in libc:
-        yield Problem(
-            f"{target}: {libc} is too old for {what}." if found else f"{target} has no glibc.",
-            found=libc,
-            needed=f"glibc {'.'.join(map(str, least))} or newer: Ubuntu 22.04, Debian 12, RHEL 9 have it",
-            fix="run in a container of a newer distribution, or choose another --remote"
-            + ("; engine.kind='embedded' needs glibc 2.28" if kind == "sglang" and found else ""),
-        )
-
-
-def _compiler_problems(facts: HostFacts, target: str, users: str) -> Iterator[Problem]:
-    have = facts.cuda.compilers
-    if have is None or {"c++", "gcc"} <= {*have} or {"c++", "cc"} <= {*have}:
-        return
-    yield Problem(
-        f"{target} has no C++ compiler." if "c++" not in have else f"{target} has no C compiler.",
-        found=f"of c++, g++, gcc and cc: {', '.join(have) or 'none'}",
-        needed=f"c++ and gcc: {users} compile kernels there (nvcc and ninja come with the engine's environment)",
-        fix="on the host: apt-get install g++",
-    )
-
-
-def _no_headers(target: str, python: str, version: str, users: str) -> Problem:
-    minor = ".".join(version.split(".")[:2])
-    return Problem(
-        f"{target}: Python {version} has no headers.",
-        found=f"no Python.h beside {python}",
-        needed=f"Python.h: {users} compile a module with it when they first run",
-        fix=f"on the host: apt-get install python{minor}-dev",
-    )
-
-
-def _weights_shm_problems(config: Config, facts: HostFacts, code: Code, target: str) -> Iterator[Problem]:
-    engine, free = _engine(config), facts.cuda.shm_free_mib
-    if engine is None or not engine.weights_on_tmpfs or engine.weight_sync != "disk" or free is None:
-        return
-    count, guessed = code.inputs.parameters, False
-    if count is None and (named := re.search(r"(\d+(?:\.\d+)?)B\b", config.model.name, re.IGNORECASE)):
-        count, guessed = int(float(named[1]) * 1e9), True
-    width = 2 if config.model.dtype == "bfloat16" else 4
-    needed = 2 * width * count // MIB if count is not None else SHM_DOCKER_MIB + 1
-    if free >= needed:
-        return
-    how = "by the model's name" if guessed else "by the model's files"
-    size = f"{needed} MiB, {how}" if count is not None else "their size is not known here"
-    wanted = f"engine.weights_on_tmpfs=True: two copies of the weights, {size}"
-    yield _small_shm(facts, target, wanted, f"{-(-needed * 5 // 4 // 1024)}g" if count is not None else "8g")
-
-
-def _small_shm(facts: HostFacts, target: str, needed: str, size: str) -> Problem:
-    return Problem(
-        f"{target}: /dev/shm is too small for the weights.",
-        found=f"{facts.cuda.shm_free_mib} of {facts.cuda.shm_total_mib} MiB free"
-        + (": Docker's default" if facts.cuda.shm_total_mib == SHM_DOCKER_MIB else ""),
-        needed=needed,
-        fix=f"start the container with --shm-size={size} (or --ipc=host), or set engine.weights_on_tmpfs=False",
-    )
-
-
-def _dtype_problems(config: Config) -> Iterator[Problem]:
-    engine = _engine(config)
-    if engine is not None and engine.kind in COMPILING_ENGINES and config.model.dtype == "float32":
-        yield Problem(
-            f"model.dtype='float32' with engine.kind={engine.kind!r} on CUDA.",
-            needed="half precision: its attention kernels (FlashAttention, FlashInfer) take nothing else",
-            fix="set model.dtype='bfloat16', or engine.kind='embedded'",
-        )
-
-
 # --- what the config names ------------------------------------------------------------------------------------------
 
 
-def _engine(config: Config) -> EngineConfig | None:
-    return config.engine if config.uses_engine else None
-
-
 def _device_ranks(config: Config) -> Sequence[int]:
-    engine = _engine(config)
+    engine = engine_of(config)
     return sorted({*config.target.gpu_ranks, *(engine.gpu_ranks if engine else ())})
 
 
@@ -420,6 +273,6 @@ def _named(config: Config, facts: HostFacts) -> list[Gpu]:
 
 
 def _wanted(config: Config) -> str:
-    engine = _engine(config)
+    engine = engine_of(config)
     wanted = [f"target.gpu_ranks={config.target.gpu_ranks}"]
     return ", ".join(wanted + ([f"engine.gpu_ranks={engine.gpu_ranks}"] if engine else []))
