@@ -187,7 +187,7 @@ def test_a_host_that_lacks_a_tool(lacking: str, laptop: Laptop, make_host: MakeH
     path = tool_directory(tmp_path / "tools", without=(lacking,), python=lacking != "python")
     host = make_host(path=path)
     done = laptop.deploy(str(write_config(laptop.project)), "--remote", host.target)
-    name = {"python": "Python 3.11 or newer"}.get(lacking, lacking)
+    name = {"python": "Python 3.10 or newer"}.get(lacking, lacking)
     assert done.returncode == 2 and f"{host.target} has no {name}." in done.stderr
     assert "fix     on the host: apt-get install" in done.stderr
     check = laptop.deploy("--remote", host.target)
