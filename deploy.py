@@ -55,6 +55,7 @@ Options of deploy CONFIG:
                                "eval", ...}, last {"type": "result", ...} or {"type": "error", ...}
   --detach                     launch and return
   --run-id NAME                name of the run and its tmux session; default <experiment_name>-<date>-<time>-<random>
+  --busy-ok                    start on GPUs that others use too: a display, an idle notebook; memory is not checked
   --accept-new-host-key        add the host's key to ~/.ssh/known_hosts if none is known; a changed key never passes
 
 \b
@@ -78,7 +79,16 @@ HOST_VERB, CONFIG_VERB = "check-host", "run-config"  # what a line without a ver
 OPTIONS_WITH_VALUE = ("--remote", "--run-id", "--window")
 OPTIONS = (
     *OPTIONS_WITH_VALUE,
-    *("--plan", "--json", "--detach", "--accept-new-host-key", "--no-accept-new-host-key", "--follow", "--help"),
+    *(
+        "--plan",
+        "--json",
+        "--detach",
+        "--busy-ok",
+        "--accept-new-host-key",
+        "--no-accept-new-host-key",
+        "--follow",
+        "--help",
+    ),
 )
 
 
@@ -231,6 +241,7 @@ def run_config(
     detach: Annotated[bool, typer.Option("--detach", help="Launch and return.")] = False,
     run_id: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the run and its tmux session.")] = None,
     accept_new_host_key: AcceptKey = False,
+    busy_ok: Annotated[bool, typer.Option("--busy-ok", help="Start on GPUs that others use too.")] = False,
 ) -> None:
     """Run the job that CONFIG describes, and follow it."""
     _do(
@@ -242,6 +253,7 @@ def run_config(
             detach=detach,
             run_id=run_id,
             accept_new_host_key=accept_new_host_key,
+            busy_ok=busy_ok,
         ),
         as_json=as_json,
         launching=True,

@@ -44,6 +44,7 @@ RUN_ID_PATTERN = rf"{EXPERIMENT_NAME_PATTERN}"  # a tmux session name too
 # In the environment of every process of a run: how a run knows its own, also beside one of the same id in another home
 RUN_ID_VARIABLE = "ROLLOUTS_RUN_ID"
 RUN_PATH_VARIABLE = "ROLLOUTS_RUN_PATH"
+GPUS_VARIABLE = "ROLLOUTS_GPUS"  # a process's cards by nvidia-smi's index, however CUDA_VISIBLE_DEVICES names them
 HOME_VARIABLE = "ROLLOUTS_HOME"  # where a host (or this machine) keeps its rollouts files; ~/.rollouts without it
 
 STREAMED_FILES = (

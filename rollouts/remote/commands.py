@@ -60,6 +60,7 @@ def deploy(
     detach: bool,
     run_id: str | None,
     accept_new_host_key: bool,
+    busy_ok: bool = False,
 ) -> int:
     """`deploy CONFIG`: plan, send, launch, watch; the job's exit code."""
     with standing() as now:
@@ -79,6 +80,7 @@ def deploy(
                 run_id=run_id,
                 local_dir=str(mirror_dir(config, root, run_id)),
                 secrets_set=[name for name in config.host.secrets if os.environ.get(name)],
+                busy_ok=busy_ok,
             )
             if plan_only:
                 print_json(plan.to_json()) if as_json else show(plan_text(plan))

@@ -13,8 +13,10 @@ import zlib
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from rollouts.remote import gpus
 from rollouts.remote.answers import checked, malformed
 from rollouts.remote.errors import DeployError, Problem
+from rollouts.remote.gpus import CudaHost, Gpu, GpuProcess
 from rollouts.remote.transport import LOCAL_TARGET, Transport
 from rollouts.remote.way_check import shown, way_problems
 
@@ -66,12 +68,7 @@ done
 command -v tmux >/dev/null && echo "version=tmux $(tmux -V 2>/dev/null)"
 command -v uv >/dev/null && echo "version=uv $(uv --version 2>/dev/null)"
 command -v rsync >/dev/null && echo "version=rsync $(rsync --version 2>/dev/null | sed 1q)"
-if command -v nvidia-smi >/dev/null; then
-  nvidia-smi --query-gpu=index,uuid,name,memory.total,memory.free --format=csv,noheader,nounits 2>&1 | sed 's/^/gpu=/'
-  nvidia-smi --query-compute-apps=gpu_uuid,pid,used_memory,process_name --format=csv,noheader,nounits 2>/dev/null |
-    sed 's/^/gpu_process=/'
-  nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | sed -n 's/^/driver=/;1p'
-fi
+@GPUS@
 python=
 for candidate in python3 python3.14 python3.13 python3.12 python3.11 python3.10 @OWN_PYTHON@; do
   command -v "$candidate" >/dev/null || continue
@@ -84,23 +81,6 @@ rollouts_home=$home "$python" -I - <<'ROLLOUTS_PROBE'
 @PROBE@
 ROLLOUTS_PROBE
 """
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gpu:
-    index: int
-    uuid: str
-    name: str
-    memory_total_mib: int
-    memory_free_mib: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class GpuProcess:
-    gpu_uuid: str
-    pid: int
-    memory_mib: int | None
-    name: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +104,8 @@ class HostFacts:
     platform: str = ""
     has_venv: bool = False
     pythons: tuple[tuple[str, str], ...] = ()  # (path, version) of all that can make environments by themselves
+    python_headers: tuple[str, ...] | None = None  # of `python` and `pythons` those that have Python.h; None: not asked
+    cuda: CudaHost = field(default_factory=CudaHost)
     disk_free_bytes: int = 0
     ports_in_use: tuple[int, ...] = ()
     paths: dict[str, bool] = field(
@@ -153,7 +135,8 @@ def gather_facts(
     """
     question = {"ports": ports or [], "paths": paths or [], "run_id": run_id}
     script = (
-        _SCRIPT.replace("@EXTRA_PATH@", EXTRA_PATH)
+        _SCRIPT.replace("@GPUS@", gpus.SCRIPT)
+        .replace("@EXTRA_PATH@", EXTRA_PATH)
         .replace("@PYTHON_MIN@", repr(PYTHON_MIN))
         .replace("@OWN_PYTHON@", shlex.quote(sys.executable) if transport.target == LOCAL_TARGET else "")
         .replace("@PROBE@", _probe_source(question))
@@ -185,13 +168,8 @@ def parse_facts(lines: list[tuple[str, str]]) -> HostFacts:
     several: dict[str, list[str]] = {}
     for key, value in lines:
         several.setdefault(key, []).append(value)
-    gpus, gpu_problem = [], ""
-    for line in several.get("gpu", []):
-        cells = [cell.strip() for cell in line.split(",")]
-        if len(cells) == 5 and cells[0].isdigit():
-            gpus.append(_gpu(cells))
-        else:
-            gpu_problem = line
+    gpu_lines, gpu_fields = several.get("gpu", []), values.get("gpu_fields", "")
+    cards, gpu_problem = gpus.read_gpus(gpu_lines, gpu_fields)
     probe = _probe(values["probe"]) if "probe" in values else {}
     return HostFacts(
         home=values["home"],
@@ -201,10 +179,11 @@ def parse_facts(lines: list[tuple[str, str]]) -> HostFacts:
         path=values.get("path", ""),
         tools=dict(_pairs(several.get("tool", []))),
         versions=dict(_pairs(several.get("version", []))),
-        driver=values.get("driver"),
-        gpus=tuple(gpus),
+        driver=gpus.read_driver(gpu_lines, gpu_fields) or values.get("driver"),
+        gpus=cards,
         gpu_problem=gpu_problem,
-        gpu_processes=tuple(_gpu_process(line) for line in several.get("gpu_process", []) if line.count(",") >= 3),
+        gpu_processes=gpus.read_processes(several.get("gpu_process", [])),
+        cuda=gpus.read_cuda_host(values, several.get("compiler", [])),
         pythons_seen=tuple(several.get("python_seen", [])),
         python=probe.pop("python", None),
         **probe,
@@ -217,32 +196,14 @@ def _probe(text: str) -> dict[str, Any]:
     for index, row in enumerate(answer["runs"]):
         checked(row, _ROW_FIELDS, where=f"probe.runs[{index}]")
     answer["pythons"] = [(path, version) for path, version in answer["pythons"]]
-    return {key: tuple(answer[key]) if isinstance(answer[key], list) else answer[key] for key in _PROBE_FIELDS}
+    found = {key: tuple(answer[key]) if isinstance(answer[key], list) else answer[key] for key in _PROBE_FIELDS}
+    if "python_headers" in answer:
+        found["python_headers"] = tuple(checked(answer, {"python_headers": list[str]})["python_headers"])
+    return found
 
 
 def _pairs(lines: list[str]) -> list[tuple[str, str]]:
     return [(line.split(" ", 1)[0], line.partition(" ")[2]) for line in lines]
-
-
-def _number(cell: str) -> int | None:
-    return int(cell) if cell.isdigit() else None  # nvidia-smi writes [N/A] where a driver does not tell
-
-
-def _gpu(cells: list[str]) -> Gpu:
-    total = _number(cells[3]) or 0
-    free = _number(cells[4])
-    return Gpu(
-        index=int(cells[0]),
-        uuid=cells[1],
-        name=cells[2],
-        memory_total_mib=total,
-        memory_free_mib=total if free is None else free,
-    )
-
-
-def _gpu_process(line: str) -> GpuProcess:
-    uuid, pid, memory, name = (cell.strip() for cell in line.split(",", 3))
-    return GpuProcess(gpu_uuid=uuid, pid=_number(pid) or 0, memory_mib=_number(memory), name=name)
 
 
 def _probe_source(question: dict[str, Any]) -> str:

@@ -22,6 +22,9 @@ from rollouts.run_dir import RunDir, clean_up, is_elsewhere, last_jsonl_row, obs
 
 PYTHON_NAMES = ("python3.11", "python3.12", "python3.13", "python3.14", "python3")  # the locks' own Python first
 PYTHON_TIMEOUT_S = 10.0
+ASK_PYTHON = (
+    "import ensurepip, sys, sysconfig, venv; print('%d.%d.%d' % sys.version_info[:3], sysconfig.get_paths()['include'])"
+)
 
 
 def run_row(run: RunDir) -> dict[str, Any] | None:
@@ -112,32 +115,41 @@ def _can_make_environments() -> bool:
     return True
 
 
-def _pythons() -> list[tuple[str, str]]:
-    """Return (path, version) of the interpreters on PATH that have venv and ensurepip, without any twice."""
-    found: dict[str, tuple[str, str]] = {}
+def _pythons() -> list[tuple[str, str, bool]]:
+    """Return (path, version, has Python.h) of the interpreters on PATH that can make environments, each once."""
+    found: dict[str, tuple[str, str, bool]] = {}
     for name in PYTHON_NAMES:
         path = shutil.which(name)
         if path is None or os.path.realpath(path) in found:
             continue
         try:
-            asked = [path, "-Ic", "import ensurepip, sys, venv; print('%d.%d.%d' % sys.version_info[:3])"]
-            done = subprocess.run(asked, capture_output=True, text=True, timeout=PYTHON_TIMEOUT_S, check=False)
+            done = subprocess.run(
+                [path, "-Ic", ASK_PYTHON], capture_output=True, text=True, timeout=PYTHON_TIMEOUT_S, check=False
+            )
         except (OSError, subprocess.TimeoutExpired):
             continue
         if done.returncode == 0:
-            found[os.path.realpath(path)] = (path, done.stdout.strip())
+            version, _, include = done.stdout.strip().partition(" ")
+            found[os.path.realpath(path)] = (path, version, _has_headers(include))
     return list(found.values())
+
+
+def _has_headers(include: str) -> bool:
+    return os.path.exists(os.path.join(include, "Python.h"))
 
 
 def probe(home: Path, ports: list[int], paths: list[str], run_id: str | None) -> dict[str, Any]:
     """The answers that need Python: see facts.HostFacts for their meaning."""
     clean_up(home)
+    pythons = _pythons()
+    own_headers = _has_headers(sysconfig.get_paths()["include"])
     return {
         "python": sys.executable,
         "python_version": platform.python_version(),
         "platform": sysconfig.get_platform(),
         "has_venv": _can_make_environments(),
-        "pythons": _pythons(),
+        "pythons": [(path, version) for path, version, _ in pythons],
+        "python_headers": [path for path, _, headers in [(sys.executable, "", own_headers), *pythons] if headers],
         "disk_free_bytes": _disk_free_bytes(home),
         "ports_in_use": [port for port in ports if not port_is_free(port)],
         "paths": {path: os.path.isdir(path) for path in paths if os.path.exists(path)},

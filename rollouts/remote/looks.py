@@ -13,6 +13,7 @@ from rollouts.remote.facts import gather_facts
 from rollouts.remote.host_probe import run_row
 from rollouts.remote.local_faults import standing
 from rollouts.remote.open_run import OpenRun, open_run, read_note, was_launched
+from rollouts.remote.plan.gpu_problems import host_advice
 from rollouts.remote.registry import Entry
 from rollouts.remote.texts import cause, facts_text, run_text, runs_text
 from rollouts.remote.transport import LOCAL_TARGET, open_transport
@@ -68,10 +69,14 @@ def check_host(remote: str | None, *, as_json: bool, accept_new_host_key: bool) 
         target = remote or LOCAL_TARGET
         lacking = [tool for tool in ("tmux", "rsync") if tool not in facts.tools]
         lacking += ["python3 >= 3.10"] if facts.python is None else []
+        advice = [*host_advice(facts, target)]
         if as_json:
-            print_json({"target": target, "lacking": lacking, "facts": dataclasses.asdict(facts)})
+            found = {"lacking": lacking, "advice": list(map(dataclasses.asdict, advice))}
+            print_json({"target": target, **found, "facts": dataclasses.asdict(facts)})
         else:
             show(f"{facts_text(target, facts, lacking)}\n\n{runs_text([_host_row(target, row) for row in facts.runs])}")
+            for problem in advice:
+                show(f"\nfor GPU runs: {escaped(problem.text())}")
             for problem in facts.way_problems:
                 print(f"error: {escaped(problem.text())}", file=sys.stderr)
         return 2 if lacking or facts.way_problems else 0

@@ -1,13 +1,14 @@
 """What the verbs print, as text for people. Pure, but for the local time zone and the mirror's logs."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rollouts.remote.errors import DeployError
 from rollouts.remote.escape import escaped, one_line
 from rollouts.remote.facts import HostFacts
-from rollouts.remote.plan import Plan, describe_gpu
+from rollouts.remote.gpus import describe_gpu
+from rollouts.remote.plan import Plan
 from rollouts.remote.registry import Entry
 from rollouts.remote.view import evaluation_table
 from rollouts.remote.watch import Result
@@ -86,11 +87,28 @@ def facts_text(target: str, facts: HostFacts, lacking: Sequence[str]) -> str:
         *((tool, facts.versions.get(tool) or "missing") for tool in ("tmux", "rsync", "uv")),
         ("gpus", "; ".join(map(describe_gpu, facts.gpus)) or facts.gpu_problem or "none"),
         *([("driver", facts.driver)] if facts.driver else []),
+        *(_cuda_rows(facts) if facts.gpus else ()),
         ("disk", f"{facts.disk_free_bytes / 2**30:.0f} GiB free"),
         ("ready", _readiness(facts, lacking)),
         *(("note", note) for note in facts.way_notes),
     ]
     return "\n".join([target, *(f"  {name:<7} {value}" for name, value in rows)])
+
+
+def _cuda_rows(facts: HostFacts) -> Iterator[tuple[str, str]]:
+    """What GPU programs need of the host beside its cards."""
+    cuda, headers = facts.cuda, facts.python_headers
+    yield "libc", f"{cuda.libc or 'not known'}, {cuda.machine}"
+    if cuda.shm_total_mib is not None:
+        yield "shm", f"/dev/shm: {cuda.shm_free_mib} of {cuda.shm_total_mib} MiB free"
+    if cuda.compilers is not None:
+        yield "compile", ", ".join(cuda.compilers) or "no C++ compiler"
+    if headers is not None:
+        yield "headers", f"Python.h beside {', '.join(headers)}" if headers else "no Python.h"
+    if cuda.visible_devices is not None:
+        yield "visible", f"CUDA_VISIBLE_DEVICES={cuda.visible_devices!r} is set there"
+    if cuda.mps:
+        yield "mps", "an MPS server shares the cards"
 
 
 def _readiness(facts: HostFacts, lacking: Sequence[str]) -> str:

@@ -129,7 +129,7 @@ def _needs(plan: LaunchPlan) -> set[str]:
     """What one run alone can have: its experiment's name, GPUs, ports."""
     found = {_experiment(plan)}
     for spec in (spec for stage in plan.stages for spec in (*stage.engines, stage.trainer)):
-        devices = spec.env.get("CUDA_VISIBLE_DEVICES", "")
+        devices = spec.env.get(run_dir.GPUS_VARIABLE, spec.env.get("CUDA_VISIBLE_DEVICES", ""))
         found |= {f"GPU {device.strip()}" for device in devices.split(",") if device.strip()}
         if spec.ready_url is not None:
             found.add(f"port {urllib.parse.urlsplit(spec.ready_url).port}")

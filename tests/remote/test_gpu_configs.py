@@ -17,7 +17,7 @@ FOUR = tuple(dataclasses.replace(H200, index=index, uuid=f"GPU-{index}") for ind
 
 def plan(name: str, *, gpus: tuple = FOUR) -> Plan:
     config = load_config(ROOT / "configs" / f"{name}.py")
-    facts = dataclasses.replace(FACTS, gpus=gpus)
+    facts = dataclasses.replace(FACTS, gpus=gpus, driver="580.65.06")
     return make_plan(
         config, facts, read_code(ROOT, config), target="gpu-7", run_id="r1", local_dir="/here", secrets_set=[]
     )
@@ -51,20 +51,24 @@ def test_the_debug_config_in_full() -> None:
         f"rl: trainer: {torchrun(trainer, run, 'rl', 1)} {module} --run-dir {run} --stage rl --engine-url http://127.0.0.1:30180",
     ]
     rl = shown.launch.stages[1]
-    assert rl.engines[0].env["CUDA_VISIBLE_DEVICES"] == rl.trainer.env["CUDA_VISIBLE_DEVICES"] == "0"
+    assert rl.trainer.env["CUDA_VISIBLE_DEVICES"] == "GPU-0" and rl.engines[0].env["CUDA_VISIBLE_DEVICES"] == "0"
     assert "SGLANG_USE_CPU_ENGINE" not in rl.engines[0].env
     no_deps = [line.split("==")[0] for line in shown.launch.environments[1].requirements_no_deps]
     assert no_deps == ["flashinfer-python", "sglang"]  # they ask for a package that the public index lacks a wheel of
 
 
 def test_two_replicas_beside_two_ranks() -> None:
-    """Goal: rl_math's devices are split between trainer and replicas; the router sees none. Red with replicas on all
-    engine devices."""
+    """Goal: rl_math's devices are split between trainer and replicas; the router sees none. The trainer's are named by
+    UUID, SGLang's, which reads integers, by number in nvidia-smi's order. Red with replicas on all engine devices, and
+    without CUDA_DEVICE_ORDER."""
     launch = plan("rl_math").launch
     assert launch is not None
     (rl,) = launch.stages
     assert [engine.env["CUDA_VISIBLE_DEVICES"] for engine in rl.engines] == ["2", "3", ""]
-    assert rl.trainer.env["CUDA_VISIBLE_DEVICES"] == "0,1" and "--nproc-per-node 2" in " ".join(rl.trainer.argv)
+    assert rl.trainer.env["CUDA_VISIBLE_DEVICES"] == "GPU-0,GPU-1" and "--nproc-per-node 2" in " ".join(rl.trainer.argv)
+    specs = [*rl.engines, rl.trainer]
+    assert {spec.env["CUDA_DEVICE_ORDER"] for spec in specs} == {"PCI_BUS_ID"}
+    assert [spec.env["ROLLOUTS_GPUS"] for spec in specs] == ["2", "3", "", "0,1"]
     assert any(line.startswith("math-verify") for line in launch.environments[0].requirements)
 
 

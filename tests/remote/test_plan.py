@@ -78,6 +78,7 @@ BUSY = dataclasses.replace(H200, memory_free_mib=20_000)
 SECOND = dataclasses.replace(H200, index=1, uuid="GPU-b")
 HOLDER = GpuProcess(gpu_uuid="GPU-a", pid=4711, memory_mib=1000, name="python")
 LOCK = "# a comment\nfastapi==1.0\n\nsglang==0.5.21  # no-deps: its CUDA kernels\ntorch==2.13.0 # of the CPU\n"
+HALF = {"model__dtype": "bfloat16"}
 SGLANG: dict[str, Any] = {
     "engine__kind": "sglang",
     "engine__requirements_file": "requirements/sglang-cuda.txt",
@@ -262,7 +263,7 @@ def test_a_lock_is_read() -> None:
 def test_an_engine_with_a_lock_has_its_own_environment() -> None:
     """Goal: two environments with two keys, the lock's lines in the engine's, the trainer's as before; --plan shows
     both, and each command line has its own Python. Red with the lock's lines added to the trainer's."""
-    plan = plan_for(**CUDA, **SGLANG)
+    plan = plan_for(**CUDA, **HALF, **SGLANG)
     assert plan.problems == () and plan.launch is not None
     trainer, engine = plan.launch.environments
     assert trainer == plan_for().launch.environments[0]  # type: ignore[union-attr]
@@ -303,6 +304,7 @@ def test_replicas_have_ports_and_devices_of_their_own() -> None:
     gpus = tuple(dataclasses.replace(H200, index=i, uuid=str(i)) for i in range(5))
     plan = plan_for(
         **CUDA,
+        **HALF,
         **SGLANG,
         facts={"gpus": gpus},
         engine__replicas=2,
@@ -325,7 +327,7 @@ def test_a_router_stands_in_front_of_the_replicas() -> None:
     the trainer gets its URL beside theirs, and its port must be free. Red with the router's window left out."""
     routed: dict[str, Any] = {"engine__replicas": 2, "engine__gpu_ranks": [0, 1], "engine__router_port": 31000}
     gpus = (H200, dataclasses.replace(H200, index=1, uuid="1"))
-    plan = plan_for(**CUDA, **SGLANG, **routed, facts={"gpus": gpus}, limits__sample_timeout_s=7.5)
+    plan = plan_for(**CUDA, **HALF, **SGLANG, **routed, facts={"gpus": gpus}, limits__sample_timeout_s=7.5)
     assert plan.problems == () and plan.launch is not None
     rl = plan.launch.stages[1]
     assert [engine.window for engine in rl.engines] == ["engine-0", "engine-1", "router"]

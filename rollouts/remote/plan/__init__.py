@@ -1,8 +1,8 @@
 """What a deploy would do, decided. Pure: config + facts + code → Plan. No clock, network or disk.
 
 `--plan` prints the value made here; execute.py does it and decides nothing. A plan with problems is never executed.
-problems.py has the reasons against it, look_ahead.py what the run would come to, launch_plan.py the part that the host
-carries out, describe.py the words.
+problems.py and gpu_problems.py have the reasons against it, look_ahead.py what the run would come to, launch_plan.py
+the part that the host carries out, describe.py the words.
 """
 
 from collections.abc import Collection
@@ -13,9 +13,10 @@ from base_config import Config
 from rollouts.remote.errors import Problem
 from rollouts.remote.facts import HostFacts
 from rollouts.remote.plan.describe import Step, plan_notes, plan_steps, watch_step
+from rollouts.remote.plan.gpu_problems import gpu_notes, gpu_problems, gpu_warnings
 from rollouts.remote.plan.launch_plan import environment_key, launch_plan, read_lock
 from rollouts.remote.plan.look_ahead import ahead_problems, plan_summary, plan_warnings
-from rollouts.remote.plan.problems import asked_paths, asked_ports, describe_gpu, host_problems, input_problems
+from rollouts.remote.plan.problems import asked_paths, asked_ports, host_problems, input_problems
 from rollouts.remote.plan.torch_build import torch_problems, torch_warnings
 from rollouts.remote.repository import Code
 from rollouts.run_dir import LaunchPlan
@@ -25,7 +26,6 @@ __all__ = [
     "Step",
     "asked_paths",
     "asked_ports",
-    "describe_gpu",
     "environment_key",
     "make_plan",
     "read_lock",
@@ -57,12 +57,14 @@ def make_plan(
     run_id: str,
     local_dir: str,
     secrets_set: Collection[str],
+    busy_ok: bool = False,
 ) -> Plan:
-    """Decide everything. `secrets_set`: those of host.secrets that have a value here."""
+    """Decide everything. `secrets_set`: those of host.secrets that have a value here; `busy_ok`: take busy GPUs too."""
     problems = (
         *host_problems(config, facts, target, run_id),
         *input_problems(config, facts, code, target, secrets_set),
         *ahead_problems(config, facts, code, target),
+        *gpu_problems(config, facts, code, target, busy_ok=busy_ok),
         *torch_problems(config, facts, code, target),
     )
     locks = code.constraints is not None and code.engine_requirements is not None
@@ -72,9 +74,9 @@ def make_plan(
         run_id=run_id,
         local_dir=local_dir,
         problems=problems,
-        notes=tuple(plan_notes(config, facts, code)),
+        notes=(*plan_notes(config, facts, code), *gpu_notes(config, facts)),
         summary=tuple(plan_summary(config, code)),
-        warnings=(*plan_warnings(config, code), *torch_warnings(config)),
+        warnings=(*plan_warnings(config, code), *torch_warnings(config), *gpu_warnings(config, facts, busy_ok=busy_ok)),
         steps=(*plan_steps(config, facts, code, launch, target), watch_step(local_dir)) if launch else (),
         launch=launch,
     )

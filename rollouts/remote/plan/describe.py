@@ -9,7 +9,7 @@ from base_config import Config
 from rollouts.remote.facts import HostFacts
 from rollouts.remote.plan.torch_build import base_python, build_words, engine_build, trainer_build
 from rollouts.remote.repository import Code
-from rollouts.run_dir import EnvironmentSpec, LaunchPlan, ProcessSpec
+from rollouts.run_dir import GPUS_VARIABLE, EnvironmentSpec, LaunchPlan, ProcessSpec
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def watch_step(local_dir: str) -> Step:
 
 
 def _placed(config: Config, process: ProcessSpec, facts: HostFacts) -> str:
-    devices = process.env.get("CUDA_VISIBLE_DEVICES")
+    devices = process.env.get(GPUS_VARIABLE)
     where = f"GPU {devices}" if devices else "no GPU" if devices == "" else config.target.device_type
     ready = f", ready when {process.ready_url} answers, within {process.ready_timeout_s:.0f} s"
     return f"on {where} of {facts.host}{ready if process.ready_url else ''}"

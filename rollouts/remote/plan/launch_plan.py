@@ -21,7 +21,16 @@ from rollouts.engines.launch import (
 from rollouts.remote.facts import HostFacts
 from rollouts.remote.plan.torch_build import base_python, engine_build, trainer_build
 from rollouts.remote.repository import Code
-from rollouts.run_dir import EnvironmentSpec, HubModel, LaunchPlan, ProcessSpec, RunDir, StageSpec, run_path
+from rollouts.run_dir import (
+    GPUS_VARIABLE,
+    EnvironmentSpec,
+    HubModel,
+    LaunchPlan,
+    ProcessSpec,
+    RunDir,
+    StageSpec,
+    run_path,
+)
 
 
 def environment_key(
@@ -115,7 +124,8 @@ def launch_plan(config: Config, facts: HostFacts, code: Code, run_id: str) -> La
         base_python=facts.python,
         environments=environments,
         stages=[
-            _stage(config, code, stage, path, python=pythons[0], engine_python=pythons[-1]) for stage in config.stages
+            _stage(config, facts, code, stage, path, python=pythons[0], engine_python=pythons[-1])
+            for stage in config.stages
         ],
         bootstrap_timeout_s=config.limits.bootstrap_timeout_s,
         stop_grace_s=config.limits.stop_grace_s,
@@ -135,22 +145,27 @@ def _hub_models(config: Config, code: Code) -> list[HubModel]:
     return [HubModel(name=name, weights=whole) for name, whole in named.items() if code.named.get(name) == "missing"]
 
 
-def _stage(config: Config, code: Code, stage: str, path: str, *, python: str, engine_python: str) -> StageSpec:
+def _stage(
+    config: Config, facts: HostFacts, code: Code, stage: str, path: str, *, python: str, engine_python: str
+) -> StageSpec:
     run = RunDir(Path(path))
     after_sft = stage == "rl" and "sft" in config.stages
     torchrun = _torchrun(config, run, stage, python)
     samples = stage == "rl" and config.uses_engine
     engine = config.engine if samples else None
     replicas = range(engine.replicas) if engine else ()
-    engines = [_engine(config, code, run, engine_python, replica, after_sft=after_sft) for replica in replicas]
+    engines = [
+        _engine(config, facts, code, run, python=engine_python, replica=replica, after_sft=after_sft)
+        for replica in replicas
+    ]
     urls = [part for replica in replicas if engine for part in ("--engine-url", engine_url(engine, replica))]
     if engine is not None and (router := router_url(engine)) is not None:
-        engines.append(_router(config, engine, engine_python))
+        engines.append(_router(config, facts, engine, engine_python))
         urls += ["--router-url", router]
     trainer = ProcessSpec(
         window="trainer",
         argv=[*torchrun, "-m", "rollouts.worker.trainer", "--run-dir", path, "--stage", stage, *urls],
-        env=_process_env(config, config.target.gpu_ranks),
+        env=_process_env(config, facts, config.target.gpu_ranks),
         ready_url=None,
         ready_timeout_s=0.0,
     )
@@ -176,7 +191,9 @@ def _torchrun(config: Config, run: RunDir, stage: str, python: str) -> tuple[str
     )
 
 
-def _engine(config: Config, code: Code, run: RunDir, python: str, replica: int, *, after_sft: bool) -> ProcessSpec:
+def _engine(
+    config: Config, facts: HostFacts, code: Code, run: RunDir, *, python: str, replica: int, after_sft: bool
+) -> ProcessSpec:
     engine, device_type = config.engine, config.target.device_type
     assert engine is not None and config.rl is not None
     argv = engine_argv(
@@ -189,7 +206,8 @@ def _engine(config: Config, code: Code, run: RunDir, python: str, replica: int, 
         replica=replica,
     )
     own = engine_env(engine, device_type=device_type, tree=str(run.code_tree))
-    env = {**own, **_process_env(config, engine_devices(engine, replica))}
+    by_index = engine.kind != "embedded"  # SGLang's all-reduce and vLLM read the variable as integers
+    env = {**own, **_process_env(config, facts, engine_devices(engine, replica), by_index=by_index)}
     if "PYTHONPATH" in own and "PYTHONPATH" in config.host.env:
         env["PYTHONPATH"] = f"{own['PYTHONPATH']}:{config.host.env['PYTHONPATH']}"
     return ProcessSpec(
@@ -202,12 +220,12 @@ def _engine(config: Config, code: Code, run: RunDir, python: str, replica: int, 
     )
 
 
-def _router(config: Config, engine: EngineConfig, python: str) -> ProcessSpec:
+def _router(config: Config, facts: HostFacts, engine: EngineConfig, python: str) -> ProcessSpec:
     """Started and watched like the engines that it stands in front of; it is ready once they are."""
     return ProcessSpec(
         window="router",
         argv=list(router_argv(engine, python=python, request_timeout_s=config.limits.sample_timeout_s)),
-        env=_process_env(config, []),
+        env=_process_env(config, facts, []),
         ready_url=router_ready_url(engine),
         ready_timeout_s=config.limits.engine_ready_timeout_s,
     )
@@ -227,12 +245,27 @@ def _world_size(config: Config) -> int:
     return len(config.target.gpu_ranks)
 
 
-def _process_env(config: Config, ranks: list[int]) -> dict[str, str]:
-    devices = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, ranks))} if config.target.device_type == "cuda" else {}
+def _process_env(config: Config, facts: HostFacts, ranks: list[int], *, by_index: bool = False) -> dict[str, str]:
     return {
         "OMP_NUM_THREADS": str(config.host.threads_per_process),
         "TOKENIZERS_PARALLELISM": "false",
         **LOOPBACK_ONLY,
-        **devices,
+        **(_devices(facts, ranks, by_index=by_index) if config.target.device_type == "cuda" else {}),
         **config.host.env,
+    }
+
+
+def _devices(facts: HostFacts, ranks: list[int], *, by_index: bool) -> dict[str, str]:
+    """Name cards so that CUDA takes those that nvidia-smi showed: CUDA's own order is the fastest first.
+
+    By UUID where all of them have one, else (and with `by_index`) by number in the order of the PCI bus. GPUS_VARIABLE
+    has the numbers in both cases: by them one run's cards are told from another's.
+    """
+    uuids = {gpu.index: gpu.uuid for gpu in facts.gpus if gpu.uuid.startswith("GPU-")}
+    numbers = ",".join(map(str, ranks))
+    named = not by_index and all(rank in uuids for rank in ranks)
+    return {
+        "CUDA_VISIBLE_DEVICES": ",".join(uuids[rank] for rank in ranks) if named else numbers,
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        GPUS_VARIABLE: numbers,
     }

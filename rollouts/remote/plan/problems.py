@@ -6,13 +6,12 @@ from pathlib import Path
 
 from base_config import Config
 from rollouts.remote.errors import Problem
-from rollouts.remote.facts import PYTHON_MIN, Gpu, HostFacts
+from rollouts.remote.facts import PYTHON_MIN, HostFacts
 from rollouts.remote.plan.launch_plan import read_lock
 from rollouts.remote.repository import Code, named_paths
 from rollouts.run_dir import run_path, valid_run_id
 
 GIB = 2**30
-GPU_FREE_SHARE_MIN = 0.9  # a device with less free memory is someone's
 INSTALL_HINTS = {
     "tmux": "on the host: apt-get install tmux",
     "rsync": "on the host: apt-get install rsync",
@@ -39,7 +38,6 @@ def host_problems(config: Config, facts: HostFacts, target: str, run_id: str) ->
     yield from facts.way_problems
     yield from _run_problems(config, facts, target, run_id)
     yield from _tool_problems(config, facts, target)
-    yield from _gpu_problems(config, facts, target)
     yield from _room_problems(config, facts, target)
 
 
@@ -91,67 +89,6 @@ def _tool_problems(config: Config, facts: HostFacts, target: str) -> Iterator[Pr
             fix="on the host: apt-get install python3.11 python3.11-venv where its distribution has it, or"
             " `uv python install 3.11` and link it into PATH",
         )
-
-
-def _gpu_problems(config: Config, facts: HostFacts, target: str) -> Iterator[Problem]:
-    if config.target.device_type != "cuda":
-        return
-    ranks = _device_ranks(config)
-    by_index = {gpu.index: gpu for gpu in facts.gpus}
-    wanted = [f"target.gpu_ranks={config.target.gpu_ranks}"]
-    if config.engine and config.uses_engine:
-        wanted.append(f"engine.gpu_ranks={config.engine.gpu_ranks}")
-    missing = [rank for rank in ranks if rank not in by_index]
-    if missing:
-        count = len(facts.gpus)
-        listed = "\n".join(describe_gpu(gpu) for gpu in facts.gpus)
-        reachable = [rank for rank in ranks if rank in by_index]
-        yield Problem(
-            f"{target} has {count} GPU{'' if count == 1 else 's'}; this config needs {len(ranks)}"
-            f"{'' if not reachable else f', {missing} are not there'}.",
-            found=listed or facts.gpu_problem or "no nvidia-smi, or it lists no device",
-            needed=", ".join(wanted),
-            fix=_gpu_fix(config, facts),
-        )
-    for rank in ranks:
-        gpu = by_index.get(rank)
-        if gpu is None:
-            continue
-        holders = [process for process in facts.gpu_processes if process.gpu_uuid == gpu.uuid]
-        if holders or gpu.memory_free_mib < GPU_FREE_SHARE_MIN * gpu.memory_total_mib:
-            who = "\n".join(
-                f"pid {p.pid} {p.name}" + (f", {p.memory_mib} MiB" if p.memory_mib is not None else "") for p in holders
-            )
-            free = [other.index for other in facts.gpus if _is_free(other, facts)]
-            yield Problem(
-                f"{target}: GPU {rank} is busy.",
-                found="\n".join(filter(None, (describe_gpu(gpu), who))),
-                needed=", ".join(wanted),
-                fix=f"free are {free}: name those, or end what runs there" if free else "end what runs there, or wait",
-            )
-
-
-def _gpu_fix(config: Config, facts: HostFacts) -> str:
-    if not facts.gpus:
-        return "choose another --remote, or set target.device_type='cpu'"
-    first = facts.gpus[0].index
-    if config.engine and config.uses_engine and len(config.target.gpu_ranks) == 1:
-        return f"set engine.gpu_ranks=[{first}] and target.gpu_ranks=[{first}] (colocated), or choose another --remote"
-    return "name fewer devices in target.gpu_ranks, or choose another --remote"
-
-
-def _is_free(gpu: Gpu, facts: HostFacts) -> bool:
-    held = any(process.gpu_uuid == gpu.uuid for process in facts.gpu_processes)
-    return not held and gpu.memory_free_mib >= GPU_FREE_SHARE_MIN * gpu.memory_total_mib
-
-
-def describe_gpu(gpu: Gpu) -> str:
-    return f"{gpu.index}: {gpu.name}, {gpu.memory_free_mib / 1024:.0f} of {gpu.memory_total_mib / 1024:.0f} GiB free"
-
-
-def _device_ranks(config: Config) -> list[int]:
-    engine = config.engine.gpu_ranks if config.engine and config.uses_engine else []
-    return sorted({*config.target.gpu_ranks, *engine})
 
 
 def _room_problems(config: Config, facts: HostFacts, target: str) -> Iterator[Problem]:
