@@ -92,7 +92,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts.training.head_ways": (),
     "rollouts.training.log_probs": ("rollouts.training.head_ways",),
     "rollouts.training.packed_attention": (),
-    "rollouts.training.forward": ("rollouts.training.log_probs", "rollouts.training.packed_attention"),
+    "rollouts.training.host_to_device": (),
+    "rollouts.training.forward": (
+        "rollouts.training.host_to_device",
+        "rollouts.training.log_probs",
+        "rollouts.training.loss_terms",
+        "rollouts.training.packed_attention",
+    ),
     "rollouts.training.rl_losses": ("rollouts.training.log_probs", "rollouts.training.loss_terms"),
     "rollouts.training.reference": ("rollouts.training.model_loading",),
     "rollouts.training.checkpoint": (
@@ -113,6 +119,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts.training.metrics": (),
     "rollouts.training.backends": (
         "rollouts.training.host_memory",
+        "rollouts.training.host_to_device",
         "rollouts.training.backends",
         "rollouts.training.devices",
         "rollouts.training.checkpoint",

@@ -58,7 +58,7 @@ class Snapshot:
     step: int
     weights: Mapping[str, Tensor]  # whole, on the CPU; on rank 0 alone, empty elsewhere
     adapter: Mapping[str, Tensor]  # likewise, of a model with LoRA, whose weights are merged ones; else empty
-    optimizer: Mapping[str, Tensor]  # this rank's part: `optimizer_state.stage`
+    optimizer: Mapping[str, Tensor]  # this rank's part: `optimizer_state.Staging`
     training_state: Mapping[str, Any]  # plain data and tensors
     metadata: Mapping[str, Any]
 
@@ -246,6 +246,10 @@ def _whole(own: Tensor, *, copy: bool) -> Tensor:
     local, whole = (own.to_local(), own.full_tensor()) if isinstance(own, DTensor) else (own, own)
     if distributed.rank() != 0:
         return torch.empty(0)
+    if copy and whole.is_cuda:
+        return torch.empty_like(whole, device="cpu", pin_memory=True).copy_(
+            whole
+        )  # torch keeps the memory for the next
     on_cpu = whole.cpu()
     return on_cpu.clone() if copy and on_cpu.data_ptr() == local.data_ptr() else on_cpu
 

@@ -210,24 +210,26 @@ def evaluate_with_model(
     stop_token_ids: Sequence[int] | None = None,
     score_fn: ScoreFn = rewards.is_correct,
     batch_size: int = 256,
+    batch_tokens: int = 2**17,
     sampling: Sampling | None = None,
 ) -> Evaluation:
-    """In process: left-padded `model.generate` of at most `batch_size` sequences at once.
+    """In process: left-padded `model.generate` of at most `batch_size` sequences at once, which with their padding and
+    the longest answers are at most `batch_tokens` tokens (a single one may be more).
 
     Of the model's own generation_config only the tokens that end a turn count (Qwen's penalises repetition). The
-    model's training mode and the global random state stay. Sampled answers follow from `sampling.seed` and
-    `batch_size`.
+    model's training mode and the global random state stay. Sampled answers follow from `sampling.seed`, `batch_size`
+    and `batch_tokens`.
     """
     _require(rows, sampling)
     stops = stop_ids(tokenizer, stop_token_ids, model)
     generate = partial(_generate, model, tokenizer, rows, stops=stops, max_new_tokens=max_new_tokens)
     with evaluating(model):
-        responses = [one for (one,) in generate(batch_size, n=1, do_sample=False)]
+        responses = [one for (one,) in generate((batch_size, batch_tokens), n=1, do_sample=False)]
         sampled: list[list[str]] = [[] for _ in rows]
         if sampling:
             with _seeded(sampling.seed, model):
                 sampled = generate(
-                    max(1, batch_size // sampling.num_samples),
+                    (max(1, batch_size // sampling.num_samples), batch_tokens // sampling.num_samples),
                     n=sampling.num_samples,
                     do_sample=True,
                     temperature=float(sampling.temperature),
@@ -276,7 +278,7 @@ def _generate(
     model: Any,
     tokenizer: Any,
     rows: Sequence[Prompt],
-    batch_size: int,
+    limits: tuple[int, int],
     *,
     n: int,
     stops: list[int],
@@ -284,6 +286,8 @@ def _generate(
     **options: Any,
 ) -> list[list[str]]:
     """`n` answers to each row, in the order of the rows; rows of like length share a batch, for little padding.
+
+    `limits` are the most rows of a batch and the most tokens.
 
     An answer ends where the model's learned positions do, if it has a table of them.
     """
@@ -296,8 +300,7 @@ def _generate(
     order = sorted(range(len(rows)), key=lambda index: len(prompts[index]))
     answers: list[list[str]] = [[] for _ in rows]
     device = next(model.parameters()).device
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    for chosen in _batches(order, lambda index: len(prompts[index]) + max_new_tokens, *limits):
         input_ids, attention_mask = _left_pad([prompts[index] for index in chosen], pad)
         output = model.generate(
             input_ids=torch.tensor(input_ids, device=device),
@@ -313,6 +316,18 @@ def _generate(
         for place, index in enumerate(chosen):
             answers[index] = texts[place * n : (place + 1) * n]
     return answers
+
+
+def _batches(order: Sequence[int], tokens: Callable[[int], int], size_max: int, tokens_max: int) -> Iterator[list[int]]:
+    """Cut `order`, shortest first, into batches of at most so many rows and tokens, each row as long as the longest."""
+    batch: list[int] = []
+    for index in order:
+        if batch and (len(batch) == size_max or (len(batch) + 1) * tokens(index) > tokens_max):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
 
 
 def _require(rows: Sequence[Prompt], sampling: Sampling | None, engines: Sequence[Any] | None = None) -> None:

@@ -26,7 +26,7 @@ class TokenLogProbs:
 
     `keep` [B, T-1] bool are the trained tokens after position 0, `log_probs_N` theirs at `temperature`, `entropy_N` the
     entropies of their distributions in nats, where these were asked for. `values_N` are a value head's, where the
-    backend has one, of the states in which the tokens were chosen.
+    backend has one, of the states in which the tokens were chosen. `places` [N]: where `keep`, flattened, is true.
     """
 
     keep: Tensor
@@ -34,6 +34,7 @@ class TokenLogProbs:
     entropy_N: Tensor | None
     temperature: float
     values_N: Tensor | None = None
+    places: Tensor | None = None
 
 
 def selected_log_probs(

@@ -1,7 +1,8 @@
 """The parts that RL losses are made of: pure functions of tensors, elementwise unless they say otherwise.
 
 B sequences, T tokens, N trained tokens. `rl_losses` selects the tokens and puts the parts
-together; docs/losses.md has the table of methods.
+together; docs/losses.md has the table of methods. `keep` [B, T] bool marks the trained tokens; `places` [N] are their
+places in it, flattened. None: they are looked for, for which a GPU's host has to wait.
 """
 
 from collections.abc import Collection
@@ -45,7 +46,21 @@ def value_loss(values: Tensor, returns: Tensor, old_values: Tensor | None = None
     return errors / 2
 
 
-def importance_weights(log_ratio_N: Tensor, keep: Tensor, kind: str, cap: float) -> Tensor:
+def take(values_BT: Tensor, keep: Tensor, places: Tensor | None) -> Tensor:
+    """Select the trained tokens' values [N]."""
+    return values_BT[keep] if places is None else values_BT.reshape(-1).index_select(0, places)
+
+
+def spread(values_N: Tensor, keep: Tensor, places: Tensor | None) -> Tensor:
+    """Put the trained tokens' values into [B, T], 0 elsewhere."""
+    if places is None:
+        return values_N.new_zeros(keep.shape).masked_scatter(keep, values_N)
+    return values_N.new_zeros(keep.numel()).index_copy(0, places, values_N).view(keep.shape)
+
+
+def importance_weights(
+    log_ratio_N: Tensor, keep: Tensor, kind: str, cap: float, places: Tensor | None = None
+) -> Tensor:
     """Weights [N], without gradient, that correct for a sampler whose log-probs differ: of p / p_sampler.
 
     `log_ratio_N` are log p - log p_sampler of the tokens that `keep` [B, T] selects. "token_*" takes each token's
@@ -59,8 +74,8 @@ def importance_weights(log_ratio_N: Tensor, keep: Tensor, kind: str, cap: float)
     if kind == "none":
         return torch.ones_like(log_ratio_N)
     if kind.startswith("sequence"):
-        sums_B = log_ratio_N.new_zeros(keep.shape).masked_scatter(keep, log_ratio_N).sum(1)
-        log_ratio_N = sums_B[:, None].expand(keep.shape)[keep]
+        sums_B = spread(log_ratio_N, keep, places).sum(1)
+        log_ratio_N = take(sums_B[:, None].expand(keep.shape), keep, places)
     ratio_N = held_exp(log_ratio_N)
     if kind.endswith("truncate"):
         return ratio_N.clamp(max=cap)
@@ -121,12 +136,12 @@ def held_exp(log_ratio: Tensor) -> Tensor:
     return torch.exp(log_ratio.clamp(max=_LOG_RATIO_MAX))
 
 
-def sequence_mean(values_N: Tensor, keep: Tensor, weights_BT: Tensor) -> Tensor:
+def sequence_mean(values_N: Tensor, keep: Tensor, weights_BT: Tensor, places: Tensor | None = None) -> Tensor:
     """Each token's value replaced by the weighted mean over its sequence."""
-    values_BT = values_N.new_zeros(keep.shape).masked_scatter(keep, values_N)
+    values_BT = spread(values_N, keep, places)
     totals_B = weights_BT.sum(1)
     means_B = (weights_BT * values_BT).sum(1) / torch.where(totals_B == 0, 1, totals_B)
-    return means_B[:, None].expand(keep.shape)[keep]
+    return take(means_B[:, None].expand(keep.shape), keep, places)
 
 
 def ratio_bounds(clip_range: ClipRange) -> tuple[float, float]:

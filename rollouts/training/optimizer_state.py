@@ -7,7 +7,7 @@ by their positions. Hyperparameters are not stored: those of a resumed run are i
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +47,23 @@ def collect(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[st
     return tensors, {"values": plain, "groups": groups}
 
 
-def stage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A copy in host memory that later steps do not change; a sharded tensor stays sharded."""
-    options = StagingOptions(
-        use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
-    )
-    return DefaultStager(options).stage(dict(tensors))  # type: ignore[return-value]
+class Staging:
+    """Copies of a state in host memory. A GPU's are pinned, and the memory is kept for the next copy."""
+
+    def __init__(self, make: Callable[[StagingOptions], DefaultStager] = DefaultStager) -> None:
+        self._make = make
+        self._pinned: DefaultStager | None = None
+
+    def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A copy that later steps do not change, and on a GPU the next `copy` does; a sharded tensor stays sharded."""
+        if not any(tensor.device.type == "cuda" for tensor in tensors.values()):
+            return self._stager(pinned=False).stage(dict(tensors))  # type: ignore[return-value]
+        self._pinned = self._pinned or self._stager(pinned=True)  # to pin memory takes as long as to copy
+        return self._pinned.stage(dict(tensors))  # type: ignore[return-value]
+
+    def _stager(self, *, pinned: bool) -> DefaultStager:
+        options = {"use_pinned_memory": pinned, "use_non_blocking_copy": pinned}
+        return self._make(StagingOptions(use_shared_memory=False, use_async_staging=False, **options))
 
 
 def write(tensors: Mapping[str, Tensor], directory: Path, group: dist.ProcessGroup | None) -> None:

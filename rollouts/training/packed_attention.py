@@ -50,16 +50,21 @@ class Documents:
     firsts: Tensor | None = None
 
     @classmethod
-    def of(cls, lengths: list[int], device: torch.device, **shared: Tensor) -> "Documents":
-        offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    def of(cls, lengths: list[int], device: torch.device, **there: Tensor | None) -> "Documents":
+        """Documents of `lengths`; `there` are tensors on `device`: copies and firsts, and offsets if they are there."""
+        host_offsets = host_offsets_of(lengths)
         return cls(
+            **({} if "offsets" in there else {"offsets": host_offsets.to(device)}),
+            **there,  # type: ignore[arg-type]
             lengths=tuple(lengths),
-            offsets=offsets.to(device, non_blocking=True),
             longest=max(lengths, default=0),
-            host_offsets=offsets,
+            host_offsets=host_offsets,
             kernel=has_kernel(device),
-            **shared,
         )
+
+
+def host_offsets_of(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
 
 
 @functools.cache

@@ -36,6 +36,8 @@ from rollouts.training.loss_terms import (
     k3,
     ratio_bounds,
     sequence_mean,
+    spread,
+    take,
     token_shares,
     value_loss,
 )
@@ -69,7 +71,7 @@ def sft_loss(logits: Logits, labels: Tensor, loss_mask: Tensor, *, tokens_global
     """
     tokens = _trained(logits, labels, loss_mask, temperature=1.0)
     shares_BT = token_shares(loss_mask.to(tokens.log_probs_N.dtype), tokens_global=tokens_global)
-    return -(shares_BT[:, 1:][tokens.keep] * tokens.log_probs_N).sum()
+    return -(_chosen(shares_BT, tokens) * tokens.log_probs_N).sum()
 
 
 @reads_log_probs
@@ -117,25 +119,25 @@ def policy_loss(
     _check_combination(loss, importance, dual_clip)
     tokens = _trained(logits, labels, loss_mask, temperature, with_entropy=entropy_coef != 0)
     dtype, mask = tokens.log_probs_N.dtype, loss_mask.to(tokens.log_probs_N.dtype)
-    advantages_N = _per_token(advantages, tokens.keep, dtype)
+    advantages_N = _per_token(advantages, tokens, dtype)
     if loss == "grpo" and importance == "none":
         terms_N = -advantages_N * tokens.log_probs_N
     else:
-        old_N = _aligned("old_log_probs", old_log_probs, labels, tokens.keep, needed_by=f"loss={loss!r}").to(dtype)
+        old_N = _aligned("old_log_probs", old_log_probs, labels, tokens, needed_by=f"loss={loss!r}").to(dtype)
         log_ratio_N = tokens.log_probs_N - old_N
         if loss in ("ppo", "gspo"):
             if loss == "gspo":
-                log_ratio_N = sequence_mean(log_ratio_N, tokens.keep, mask[:, 1:])
+                log_ratio_N = sequence_mean(log_ratio_N, tokens.keep, mask[:, 1:], tokens.places)
             terms_N = -clipped_surrogate(held_exp(log_ratio_N), advantages_N, clip_range, dual_clip)
         else:
             if loss == "cispo":
                 constants_N = held_exp(log_ratio_N).clamp(*ratio_bounds(clip_range)).detach()
             else:
-                constants_N = importance_weights(log_ratio_N, tokens.keep, importance, importance_cap)
+                constants_N = importance_weights(log_ratio_N, tokens.keep, importance, importance_cap, tokens.places)
             terms_N = -constants_N * advantages_N * tokens.log_probs_N
     if kl_coef:
         check_choice("kl_kind", kl_kind, KL_KINDS)
-        ref_N = _aligned("ref_log_probs", ref_log_probs, labels, tokens.keep, needed_by=f"kl_coef={kl_coef}").to(dtype)
+        ref_N = _aligned("ref_log_probs", ref_log_probs, labels, tokens, needed_by=f"kl_coef={kl_coef}").to(dtype)
         terms_N = terms_N + kl_coef * KL_KINDS[kl_kind](tokens.log_probs_N, ref_N)
     if entropy_coef:
         assert tokens.entropy_N is not None
@@ -147,12 +149,12 @@ def policy_loss(
         sequences_global=sequences_global,
         length_norm=length_norm,
     )
-    policy = (shares_BT[:, 1:][tokens.keep] * terms_N).sum()
+    policy = (_chosen(shares_BT, tokens) * terms_N).sum()
     if not value_coef:
         return policy
     values_N = _value_terms(tokens, labels, returns, old_values, value_clip)
     mean_BT = token_shares(mask, tokens_global=tokens_global)
-    return policy + value_coef * (mean_BT[:, 1:][tokens.keep] * values_N).sum()
+    return policy + value_coef * (_chosen(mean_BT, tokens) * values_N).sum()
 
 
 @reads_log_probs
@@ -282,14 +284,13 @@ def token_log_probs(logits: Logits, labels: Tensor, loss_mask: Tensor, *, temper
     """Log-probs [B, T] of the trained tokens, aligned to tokens, 0 elsewhere; no gradient: for a reference model."""
     tokens = _trained(logits, labels, loss_mask, temperature)
     log_probs = tokens.log_probs_N.new_zeros(labels.shape)
-    log_probs[:, 1:].masked_scatter_(tokens.keep, tokens.log_probs_N)
+    log_probs[:, 1:] = spread(tokens.log_probs_N, tokens.keep, tokens.places)
     return log_probs
 
 
 STATISTICS = ("tokens", "entropy", "logp", "logp_diff_abs", "kl_sampler", "clip_fraction", "kl_reference")
 
 
-@torch.no_grad()
 def policy_statistics(
     logits: Logits,
     labels: Tensor,
@@ -307,9 +308,27 @@ def policy_statistics(
     `clip_range`, and with `ref_log_probs` "kl_reference" = k3 estimate of KL(trainer || reference). Inputs as in
     `policy_loss`.
     """
+    sums = policy_sums(
+        logits, labels, loss_mask, old_log_probs, ref_log_probs, temperature=temperature, clip_range=clip_range
+    ).tolist()
+    return dict(zip(STATISTICS, sums, strict=False))  # without a reference there is one term less
+
+
+@torch.no_grad()
+def policy_sums(
+    logits: Logits,
+    labels: Tensor,
+    loss_mask: Tensor,
+    old_log_probs: Tensor,
+    ref_log_probs: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    clip_range: ClipRange = 0.2,
+) -> Tensor:
+    """What `policy_statistics` gives, in float64 on the device, in the order of STATISTICS."""
     tokens = _trained(logits, labels, loss_mask, temperature, with_entropy=True)
     log_probs_N, dtype = tokens.log_probs_N, tokens.log_probs_N.dtype
-    old_N = _aligned("old_log_probs", old_log_probs, labels, tokens.keep, needed_by="policy_statistics").to(dtype)
+    old_N = _aligned("old_log_probs", old_log_probs, labels, tokens, needed_by="policy_statistics").to(dtype)
     low, high = ratio_bounds(clip_range)
     ratio_N = torch.exp(log_probs_N - old_N)
     assert tokens.entropy_N is not None
@@ -322,10 +341,9 @@ def policy_statistics(
         ((ratio_N < low) | (ratio_N > high)).to(dtype),
     ]
     if ref_log_probs is not None:
-        ref_N = _aligned("ref_log_probs", ref_log_probs, labels, tokens.keep, needed_by="").to(dtype)
+        ref_N = _aligned("ref_log_probs", ref_log_probs, labels, tokens, needed_by="").to(dtype)
         terms.append(k3(log_probs_N, ref_N))
-    sums = torch.stack(terms).sum(1, dtype=torch.float64).tolist()
-    return dict(zip(STATISTICS, sums, strict=False))  # without a reference there is one term less
+    return torch.stack(terms).sum(1, dtype=torch.float64)
 
 
 def _trained(
@@ -338,22 +356,29 @@ def _trained(
                 f"loss needs temperature={temperature} with entropy: {with_entropy}"
             )
         return logits
-    keep, positions_N = _trained_positions(logits, labels, loss_mask)
-    log_probs_N, entropy_N = selected_log_probs(
-        logits.flatten(0, 1), positions_N, labels[:, 1:][keep], temperature=temperature, with_entropy=with_entropy
-    )
-    return TokenLogProbs(keep, log_probs_N, entropy_N, temperature)
-
-
-def _trained_positions(logits: Tensor, labels: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """keep [B, T-1] bool, and where the logits of each trained token stand among the B x T."""
     if logits.ndim != 3 or logits.shape[1] < 2:
         raise ValueError(f"logits {tuple(logits.shape)}: needs [B, T, V] with T >= 2, else nothing is predicted")
     _check_shape("labels", labels, logits.shape[:2])
     _check_shape("loss_mask", loss_mask, logits.shape[:2])
     keep = loss_mask[:, 1:] != 0
-    rows, columns = keep.nonzero(as_tuple=True)
-    return keep, rows * logits.shape[1] + columns
+    places = keep.flatten().nonzero().squeeze(1)
+    return of_logits(logits, labels, keep, places, temperature=temperature, with_entropy=with_entropy)
+
+
+def of_logits(
+    logits: Tensor, labels: Tensor, keep: Tensor, places: Tensor, *, temperature: float, with_entropy: bool
+) -> TokenLogProbs:
+    """Log-probs of the tokens at `places` of `keep` [B, T-1], flattened, from logits [B, T, V]."""
+    width = max(1, keep.shape[1])
+    positions_N = places // width * logits.shape[1] + places % width
+    log_probs_N, entropy_N = selected_log_probs(
+        logits.flatten(0, 1),
+        positions_N,
+        take(labels[:, 1:], keep, places),
+        temperature=temperature,
+        with_entropy=with_entropy,
+    )
+    return TokenLogProbs(keep, log_probs_N, entropy_N, temperature, places=places)
 
 
 def _check_combination(loss: str, importance: str, dual_clip: float | None) -> None:
@@ -370,26 +395,32 @@ def _value_terms(
     if tokens.values_N is None:
         raise ValueError("value_coef: needs values, of a backend with a value head; these logits have none")
     dtype = tokens.values_N.dtype
-    returns_N = _aligned("returns", returns, labels, tokens.keep, needed_by="value_coef").to(dtype)
+    returns_N = _aligned("returns", returns, labels, tokens, needed_by="value_coef").to(dtype)
     old_N = None
     if clip is not None:
-        old_N = _aligned("old_values", old_values, labels, tokens.keep, needed_by="value_clip").to(dtype)
+        old_N = _aligned("old_values", old_values, labels, tokens, needed_by="value_clip").to(dtype)
     return value_loss(tokens.values_N, returns_N, old_N, clip)
 
 
-def _per_token(advantages: Tensor, keep: Tensor, dtype: torch.dtype) -> Tensor:
+def _per_token(advantages: Tensor, tokens: TokenLogProbs, dtype: torch.dtype) -> Tensor:
+    rows, columns = tokens.keep.shape
     if advantages.ndim == 2:
-        _check_shape("advantages", advantages, torch.Size((keep.shape[0], keep.shape[1] + 1)))
-        return advantages[:, 1:][keep].to(dtype)
-    _check_shape("advantages", advantages, keep.shape[:1])
-    return advantages[:, None].expand(keep.shape)[keep].to(dtype)
+        _check_shape("advantages", advantages, torch.Size((rows, columns + 1)))
+        return _chosen(advantages, tokens).to(dtype)
+    _check_shape("advantages", advantages, tokens.keep.shape[:1])
+    return take(advantages[:, None].expand(rows, columns), tokens.keep, tokens.places).to(dtype)
 
 
-def _aligned(name: str, values: Tensor | None, labels: Tensor, keep: Tensor, *, needed_by: str) -> Tensor:
+def _aligned(name: str, values: Tensor | None, labels: Tensor, tokens: TokenLogProbs, *, needed_by: str) -> Tensor:
     if values is None:
         raise ValueError(f"{name}=None: {needed_by} needs them, [B, T] aligned to tokens")
     _check_shape(name, values, labels.shape)
-    return values[:, 1:][keep]
+    return _chosen(values, tokens)
+
+
+def _chosen(values_BT: Tensor, tokens: TokenLogProbs) -> Tensor:
+    """The trained tokens' [N] of values aligned to tokens."""
+    return take(values_BT[:, 1:], tokens.keep, tokens.places)
 
 
 def _check_shape(name: str, tensor: Tensor, shape: torch.Size) -> None:

@@ -219,7 +219,8 @@ async def _answers(
     if engines:
         return await evaluate_with_engine(engines, job.tokenizer, rows, **options)
     assert job.backend is not None, "without engines there is a model in this process"
-    return evaluate_with_model(job.backend.model, job.tokenizer, rows, **options)
+    with job.backend.computing():
+        return evaluate_with_model(job.backend.model, job.tokenizer, rows, **options)
 
 
 async def train_sft(job: Job, data: Data) -> None:
@@ -232,7 +233,7 @@ async def train_sft(job: Job, data: Data) -> None:
     backend = cast("PyTorchTrainingBackend", job.backend)
 
     async def evaluate(step: int, stage: str = "sft") -> dict[str, float]:
-        """Validation loss; before the first step and after the last also the answers, both over all held-out rows."""
+        """Validation loss, before the first step and after the last over all held-out rows."""
         whole = step in (0, job.num_steps)
         batches_max = -1 if whole else sft.eval_steps
         losses = await validation_losses(
@@ -244,16 +245,21 @@ async def train_sft(job: Job, data: Data) -> None:
         )
         if _rank() == 0:
             job.log_eval(stage, step, {task: {"validation_loss": found["loss"]} for task, found in losses.items()})
-        if whole and data.eval_rows and (_rank() == 0 or backend.collective):  # sharded: on all ranks or none
+        distributed.barrier()
+        return {"validation_loss": losses[ALL_TASKS]["loss"]}
+
+    async def answer(step: int, stage: str = "sft") -> None:
+        """Answers to all held-out rows, before the first step, and after the last once its checkpoint is written."""
+        if data.eval_samples and data.eval_rows and (_rank() == 0 or backend.collective):  # sharded: all ranks or none
             found = await _answers(job, data.eval_rows, None)
             if _rank() == 0:
                 job.log_answers(stage, step, data.eval_rows, found)
                 job.log_eval(stage, step, found.metrics(job.config.eval.pass_at))
         distributed.barrier()
-        return {"validation_loss": losses[ALL_TASKS]["loss"]}
 
     if data.eval_samples and not job.resume:
         await evaluate(0, stage="base")
+        await answer(0, stage="base")
     config = SFTTrainingConfig(
         num_steps=job.num_steps,
         batch_size=sft.target_examples_per_step,
@@ -275,6 +281,7 @@ async def train_sft(job: Job, data: Data) -> None:
             eval_every=sft.eval_every,
             on_checkpoint=job.on_checkpoint,
         )
+        await answer(job.num_steps)
 
 
 async def train_rl(job: Job, data: Data, urls: Urls) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import anyio
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from rollouts.training import distributed
@@ -185,6 +186,28 @@ def work(make: Make, directory: Path, names: dict[str, FSDPConfig]) -> dict:
     return results
 
 
+def counted(directory: Path) -> dict:
+    """How often gradients are reduced in three steps of two micro-batches, and the steps' metrics."""
+    calls = {name: 0 for name in ("reduce_scatter_single", "reduce_scatter_tensor") if hasattr(dist, name)}
+
+    def count(name: str) -> Callable[..., Any]:
+        own = getattr(dist, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            calls[name] += 1
+            return own(*arguments, **options)
+
+        setattr(dist, name, call)
+        return own
+
+    backend = sharded(directory)
+    owns = {name: count(name) for name in calls}
+    metrics = anyio.run(sft, backend)
+    for name, own in owns.items():
+        setattr(dist, name, own)
+    return {"reductions": sum(calls.values()), "metrics": metrics}
+
+
 def main(directory: Path) -> None:
     distributed.initialize("cpu", timeout_s=60.0)
     if distributed.world_size() == 4:
@@ -192,6 +215,7 @@ def main(directory: Path) -> None:
     else:
         results = work(sharded, directory, STRATEGIES)
         results["logits"] = anyio.run(sft, sharded(directory / "logits", loss_fn=logits_loss))
+        results["counted"] = counted(directory / "counted")
         results["exact"] = anyio.run(exact_resume, directory)
         results["uneven"] = anyio.run(uneven, sharded(directory / "uneven"))
         results["lora"] = anyio.run(lora, sharded, directory / "lora")

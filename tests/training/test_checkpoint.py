@@ -5,17 +5,21 @@ import os
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import anyio
 import numpy as np
 import pytest
 import torch
+from torch.distributed.checkpoint.staging import StagingOptions
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rollouts.manifest import manifest_problems
 from rollouts.training import checkpoint
 from rollouts.training.checkpoint import CheckpointError, latest_checkpoint, list_checkpoints
 from rollouts.training.loops.common import train_step
+from rollouts.training.optimizer_state import Staging
 from tests.training.backends.test_pytorch import sft_batch
 from tests.training.tiny import tiny_backend, tiny_model
 
@@ -197,3 +201,28 @@ def test_tied_weights_are_written_once(tmp_path):
     assert "lm_head.weight" not in safetensors.torch.load_file(path / "model.safetensors")
     model = AutoModelForCausalLM.from_pretrained(path)
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+class _Stager:
+    """A stager that takes notes: pinned memory needs a GPU."""
+
+    made: ClassVar[list[StagingOptions]] = []
+
+    def __init__(self, options: StagingOptions) -> None:
+        self.made.append(options)
+
+    def stage(self, tensors: dict) -> dict:
+        return tensors
+
+
+def test_a_gpus_state_is_staged_into_pinned_memory_that_is_kept():
+    """Goal: one pinned stager for all copies of a GPU's tensors, and none for a CPU's. Red with one for each copy."""
+    _Stager.made = []
+    staging = Staging(_Stager)
+    gpu = SimpleNamespace(device=torch.device("cuda"))
+    for tensors in ({"a": torch.ones(1)}, {"a": torch.ones(1), "b": gpu}, {"b": gpu}):
+        assert staging.copy(tensors) == tensors
+    assert [(made.use_pinned_memory, made.use_non_blocking_copy) for made in _Stager.made] == [
+        (False,) * 2,
+        (True,) * 2,
+    ]

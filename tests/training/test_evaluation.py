@@ -24,6 +24,7 @@ from transformers import GenerationConfig
 from rollouts.training.evaluation import (
     Evaluation,
     Sampling,
+    _batches,
     evaluate_with_engine,
     evaluate_with_model,
     exact_match,
@@ -342,3 +343,25 @@ def test_run_eval_says_what_is_wrong(
         found = end.code
     said = capsys.readouterr()
     assert found == code and message in said.err and not said.out
+
+
+def test_batches_are_cut_by_tokens():
+    """Goal: no batch has more padded tokens than allowed, or more rows; a row that is too long goes by itself.
+
+    Red with the length of the first row, the shortest, in place of the last one's.
+    """
+    lengths = [2, 3, 3, 7, 8, 30]
+    cut = list(_batches(range(6), lengths.__getitem__, 3, 16))
+    assert cut == [[0, 1, 2], [3, 4], [5]]
+    assert list(_batches(range(6), lengths.__getitem__, 2, 10**6)) == [[0, 1], [2, 3], [4, 5]]
+    assert list(_batches(range(3), [2, 9, 9].__getitem__, 3, 16)) == [[0], [1], [2]]
+    assert list(_batches([], lengths.__getitem__, 2, 9)) == []
+
+
+def test_answers_do_not_depend_on_the_batches():
+    """Goal: few tokens a batch give the answers of one batch. Red with rows of a batch left out."""
+    model, tokenizer = tiny_model(seed=3), tiny_tokenizer()
+    whole, cut = (
+        evaluate_with_model(model, tokenizer, ROWS[:6], max_new_tokens=4, batch_tokens=tokens) for tokens in (2**17, 12)
+    )
+    assert cut == whole

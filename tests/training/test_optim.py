@@ -11,7 +11,15 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from rollouts.training.checkpoint import CheckpointError
 from rollouts.training.loops.common import train_step
-from rollouts.training.optim import NS_COEFFICIENTS, NS_EPS, MuonSettings, build_optimizer, lr_factor, parameter_groups
+from rollouts.training.optim import (
+    NS_COEFFICIENTS,
+    NS_EPS,
+    MuonSettings,
+    build_optimizer,
+    lr_factor,
+    orthogonalize,
+    parameter_groups,
+)
 from tests.training.backends.test_pytorch import sft_batch
 from tests.training.tiny import tiny_backend, tiny_model
 
@@ -242,3 +250,35 @@ def test_lr_factor_at_the_edges():
     assert lr_factor(9, total_steps=4, warmup_frac=1.0, schedule="cosine") == 0.0
     with pytest.raises(ValueError, match="schedule='wsd': needs one of 'constant', 'linear', 'cosine'"):
         lr_factor(0, total_steps=4, warmup_frac=0.0, schedule="wsd")
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (6, 4), (4, 4), (1, 7)])
+def test_matrices_of_one_shape_are_orthogonalized_together(shape):
+    """Goal: a stack gives each matrix what it gets alone, in float64 to 1e-12. Red with one norm for the stack."""
+    stack = torch.randn(4, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    stack *= torch.tensor([1.0, 100.0, 1e-3, 0.0], dtype=torch.float64)[:, None, None]
+    together = orthogonalize(stack, NS_COEFFICIENTS, 5, NS_EPS)
+    for matrix, found in zip(stack, together, strict=True):
+        torch.testing.assert_close(found, orthogonalize(matrix, NS_COEFFICIENTS, 5, NS_EPS), rtol=1e-12, atol=1e-12)
+
+
+def test_muon_iterates_once_for_each_shape(monkeypatch):
+    """Goal: where matrices go together, batched products alone, and each moves as it would by itself, within bfloat16.
+
+    Red with a loop over matrices, and with the updates of another shape.
+    """
+    alone, model = tiny_model(), tiny_model()
+    give_gradients(alone, 0)
+    muon_optimizer(alone).step()
+    monkeypatch.setattr("rollouts.training.optim._together", lambda parameter: True)
+    optimizer = muon_optimizer(model)
+    give_gradients(model, 0)
+    matrices = next(group["params"] for group in optimizer.param_groups if group["name"] == "matrices")
+    shapes = {matrix.shape for matrix in matrices}
+    with torch.profiler.profile() as profile:
+        optimizer.step()
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert len(matrices) > len(shapes)
+    assert counts["aten::baddbmm"] == len(shapes) * 5 * 2 and "aten::addmm" not in counts
+    for one, other in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0.02 * RATES["matrix_lr"])

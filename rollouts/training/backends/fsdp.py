@@ -6,11 +6,12 @@ computes in. Gradients are summed over ranks, as everywhere here. A forward or b
 every rank must run as many as the others (`collective`); the loops see to it, with micro-batches that train on nothing.
 """
 
+import itertools
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,7 @@ from torch.distributed.tensor import DTensor
 
 from rollouts.training import checkpoint, distributed
 from rollouts.training.backends.pytorch import PyTorchTrainingBackend
+from rollouts.training.forward import Layout
 from rollouts.training.log_probs import TokenLogProbs
 from rollouts.training.rl_losses import Logits
 
@@ -72,7 +74,8 @@ class FSDPTrainingBackend(PyTorchTrainingBackend):
     sharded in place, a layer at a time, so that no device ever holds the whole of it. `optimizer_fn` is given the
     sharded model, and its state is sharded likewise. `device`: None for this rank's CUDA device where there is one,
     else the CPU. Under torchrun the process group is made here if `distributed.initialize` has not made it.
-    Gradients are summed over ranks at each `forward_backward`, whose "grad_norm" is therefore the same on every rank.
+    Gradients are summed over ranks at each `forward_backward`, whose "grad_norm" is therefore the same on every rank;
+    of those that `expect` announced at the last alone: until then each rank holds a whole float32 gradient.
     A loss must be 0, not NaN, for a batch without a trained token where it is given "tokens_global".
     """
 
@@ -119,18 +122,21 @@ class FSDPTrainingBackend(PyTorchTrainingBackend):
         """Shard `model` in place, layer by layer, with rank 0's parameters."""
         if isinstance(model, FSDPModule):
             return
-        for layer in _layers(model):
+        layers = _layers(model)
+        for layer in layers:
             self._shard(layer, is_root=False)
+        for unit, after in itertools.pairwise(cast(list[FSDPModule], layers)):
+            unit.set_modules_to_forward_prefetch([after])  # gathered while this one runs; backward does so by itself
         self._shard(model, is_root=True)
         for module in _units(model):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no other, and a factor of 1 needs none
 
-        def training_forward(module: nn.Module, inputs: Mapping[str, Any]) -> Any:
-            logits = super(FSDPTrainingBackend, self)._logits(module, inputs)
+        def training_forward(module: nn.Module, inputs: Mapping[str, Any], layout: Layout | None) -> Any:
+            logits = super(FSDPTrainingBackend, self)._logits(module, inputs, layout)
             if isinstance(logits, Tensor):
                 return logits
-            return logits.keep, logits.log_probs_N, logits.entropy_N, logits.temperature  # FSDP finds tensors in tuples
+            return tuple(getattr(logits, field.name) for field in fields(logits))  # FSDP finds tensors in tuples
 
         setattr(model, _FORWARD, types.MethodType(training_forward, model))
         register_fsdp_forward_method(model, _FORWARD)
@@ -156,11 +162,14 @@ class FSDPTrainingBackend(PyTorchTrainingBackend):
     def _reshards(self) -> bool:
         return self._config.sharding_strategy in ("FULL_SHARD", "HYBRID_SHARD")
 
-    def _logits(self, model: nn.Module, inputs: Mapping[str, Any]) -> Logits:
-        output = getattr(model, _FORWARD)(inputs)
+    def _logits(self, model: nn.Module, inputs: Mapping[str, Any], layout: Layout | None) -> Logits:
+        output = getattr(model, _FORWARD)(inputs, layout)
         if not torch.is_grad_enabled():
             _reshard(model)  # no backward pass will
         return output if isinstance(output, Tensor) else TokenLogProbs(*output)
+
+    def _reduce_now(self, *, now: bool) -> None:
+        cast(FSDPModule, self.model).set_requires_gradient_sync(now)
 
     def _sum_over_ranks(self, gradients: list[Tensor]) -> None:
         """The backward passes have done it."""

@@ -20,6 +20,12 @@ class TrainingBackend(Protocol):
     def forward_backward(self, batch: dict[str, Any]) -> TrainFuture[dict[str, float]]:
         """Add a micro-batch's gradient: {"loss", "grad_norm", ...}. The losses of a step's micro-batches add up."""
 
+    def expect(self, micro_batches: int) -> None:
+        """Announce how many `forward_backward` make up the next optimizer step; they may then return nothing.
+
+        The loops do without it where a backend has none, and take the step's loss from each.
+        """
+
     def optim_step(self) -> TrainFuture[dict[str, float]]:
         """Apply the gradients summed over micro-batches and ranks: {"lr", "step", ...}."""
 

@@ -11,9 +11,10 @@ computed for padding, no logits elsewhere), any other gets [B, T, V].
 import copy
 import inspect
 import json
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,13 +27,16 @@ from rollouts.training.backends.compute_copies import ComputeCopies, hold_in, us
 from rollouts.training.backends.futures import BackendFailedError, ThreadFuture, Worker
 from rollouts.training.checkpoint import Retention
 from rollouts.training.devices import set_current
+from rollouts.training.forward import Layout
 from rollouts.training.host_memory import keep_freed_memory
+from rollouts.training.host_to_device import to_device
 from rollouts.training.reference import Reference
 from rollouts.training.rl_losses import (
     STATISTICS,
     Logits,
     is_log_prob_loss,
-    policy_statistics,
+    of_logits,
+    policy_sums,
     token_log_probs,
     trained_tokens,
 )
@@ -92,7 +96,8 @@ class PyTorchTrainingBackend:
         self.step = 0  # optimizer steps applied
         self._loss_fn = loss_fn
         self._loss_inputs, self._loss_required = _signature(loss_fn)
-        self._packed = is_log_prob_loss(loss_fn) and forward.prepare(model)
+        self._reads_log_probs = is_log_prob_loss(loss_fn)
+        self._packed = self._reads_log_probs and forward.prepare(model)
         self._tokenizer = copy.deepcopy(tokenizer)  # the writer's own: a fast tokenizer serves one thread at a time
         self._reference = reference
         if reference is not None and reference.model is not model:  # with LoRA they may be one
@@ -109,13 +114,14 @@ class PyTorchTrainingBackend:
         self._lr_schedule = lr_schedule
         self._autocast = compute_dtype == "bfloat16"
         self._base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
-        statistics = [key for key in STATISTICS if reference is not None or key != "kl_reference"]
-        self._sums = dict.fromkeys(("micro_batches", "loss", *statistics), 0.0)  # since the last optim_step
+        self._statistics = [key for key in STATISTICS if reference is not None or key != "kl_reference"]
+        self._start_over()
         self._worker = Worker(type(self).__name__, torch.device(device))
         self._writer = ThreadPoolExecutor(  # exit waits for it
             1, "checkpoint-writer", initializer=set_current, initargs=(torch.device(device),)
         )
         self._writer_group = distributed.new_group()
+        self._staging = optimizer_state.Staging()
         self._saving: ThreadFuture[Path] | None = None
         self._retention = retention or Retention()
         self._resumed_from: Path | None = None
@@ -128,8 +134,16 @@ class PyTorchTrainingBackend:
 
         {"loss", "grad_norm"} of this rank: the loss's share of the step, and the norm of the gradient so far, before
         it is summed over ranks. With "old_log_probs" in the batch also the means of `rl_losses.policy_statistics`.
+        Nothing for those that `expect` has announced: all of it is read at `optim_step`.
         """
         return self._worker.submit("forward_backward", self._forward_backward, batch)
+
+    def expect(self, micro_batches: int) -> None:
+        """Announce that the next `micro_batches` calls of `forward_backward` make up the next optimizer step.
+
+        The device is then asked for numbers once a step, and a sharded gradient is reduced with the last one alone.
+        """
+        self._worker.submit("expect", self._expect, micro_batches)
 
     def optim_step(self) -> ThreadFuture[dict[str, float]]:
         """Sum the gradients over ranks, clip, step, clear. The same on every rank.
@@ -158,6 +172,12 @@ class PyTorchTrainingBackend:
     def on_model(self, function: Callable[[nn.Module], T]) -> ThreadFuture[T]:
         """`function(model)`, in turn with other work and with parameters sharded as at rest; every rank calls it."""
         return self._worker.submit("on_model", self._on_model, function)
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Have the model compute as in training, for a caller that runs it by itself; no work may be in flight."""
+        with self._computing(self.model), self._autocasting(self.model):
+            yield
 
     async def save_checkpoint(self, step: int, metrics: dict[str, Any], extra: dict[str, Any] | None = None) -> Path:
         """`start_checkpoint`, and wait until it is complete: its directory."""
@@ -212,31 +232,46 @@ class PyTorchTrainingBackend:
 
     # --- on the worker thread ---------------------------------------------------------------------------------------
 
+    def _start_over(self) -> None:
+        """Forget what has gathered since the last optimizer step."""
+        self._micro_batches = 0
+        self._totals = torch.zeros(1 + len(self._statistics), dtype=torch.float64, device=self.device)  # loss first
+        self._expected = 0
+
+    def _expect(self, micro_batches: int) -> None:
+        self._expected = micro_batches
+
     def _forward_backward(self, batch: Mapping[str, Any]) -> dict[str, float]:
-        inputs = self._to_device(batch)
-        self._add_reference(inputs)
+        announced = self._expected > 0
+        self._expected -= announced
+        self._reduce_now(now=not self._expected)
+        inputs, layout = self._to_device(batch)
+        self._add_reference(inputs, layout)
         with self._computing(self.model):  # the backward pass too: it computes checkpointed activations again
-            logits = self._logits(self.model, inputs)
+            logits = self._logits(self.model, inputs, layout)
             loss = self._loss(logits, inputs)
             loss.backward()
-        norm = _total_norm([p.grad for p in self._parameters() if p.grad is not None])
-        metrics = {"loss": loss.item(), "grad_norm": norm.item()}
-        self._sums["micro_batches"] += 1
-        self._sums["loss"] += metrics["loss"]
+        sums = [loss.detach().double().reshape(1)]
         if "old_log_probs" in inputs:
             names = ("temperature", "clip_range", *(("ref_log_probs",) if self._reference else ()))
             options = {key: inputs[key] for key in names if key in inputs}
             tensors = (inputs[key] for key in ("labels", "loss_mask", "old_log_probs"))
-            sums = policy_statistics(logits, *tensors, **options)
-            for key, value in sums.items():
-                self._sums[key] += value
-            metrics |= _means(sums)
-        return metrics
+            sums.append(policy_sums(logits, *tensors, **options))
+        found = torch.cat(sums)
+        self._micro_batches += 1
+        self._totals[: len(found)] += found
+        if announced:
+            return {}
+        norm = _total_norm([p.grad for p in self._parameters() if p.grad is not None])
+        grad_norm, loss_value, *statistics = self._read(norm, found)
+        named = dict(zip(self._statistics, statistics, strict=False))
+        return {"loss": loss_value, "grad_norm": grad_norm, **(_means(named) if named else {})}
+
+    def _read(self, norm: Tensor, sums: Tensor) -> list[float]:
+        """Both, in one wait for the device."""
+        return torch.cat([norm.detach().to(self.device, torch.float64).reshape(1), sums]).tolist()
 
     def _optim_step(self) -> dict[str, float]:
-        sums = dict(zip(self._sums, distributed.all_reduce_floats(list(self._sums.values())), strict=True))
-        if not sums["micro_batches"]:
-            raise ValueError("optim_step: no forward_backward since the last one, so there is nothing to apply")
         parameters = self._parameters()
         for parameter in parameters:
             if parameter.grad is None:  # no sequence on this rank, or unused: every rank and every split does the same
@@ -244,9 +279,13 @@ class PyTorchTrainingBackend:
         gradients = [p.grad for p in parameters if p.grad is not None]
         self._sum_over_ranks(gradients)
         norm = _total_norm(gradients)
-        if not torch.isfinite(norm):
+        grad_norm, *totals = self._read(norm, self._totals)
+        micro_batches, loss, *statistics = distributed.all_reduce_floats([self._micro_batches, *totals])
+        if not micro_batches:
+            raise ValueError("optim_step: no forward_backward since the last one, so there is nothing to apply")
+        if not math.isfinite(grad_norm):
             raise FloatingPointError(
-                f"grad_norm={norm.item()} at step {self.step + 1} (loss={sums['loss']}): not applied. Lower the "
+                f"grad_norm={grad_norm} at step {self.step + 1} (loss={loss}): not applied. Lower the "
                 "learning rate, or look at this step's batch and at the sampler's log-probs."
             )
         torch.nn.utils.clip_grads_with_norm_(parameters, self._max_grad_norm, norm)
@@ -259,35 +298,36 @@ class PyTorchTrainingBackend:
         if self._value_head is not None:
             self._value_head.step(factor, self._max_grad_norm)
         self.step += 1
-        self._sums = dict.fromkeys(self._sums, 0.0)
-        first = {"step": self.step, "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm.item()}
-        return {**first, "loss": sums["loss"], **_means(sums)}
+        self._start_over()
+        first = {"step": self.step, "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": grad_norm}
+        return {**first, "loss": loss, **_means(dict(zip(self._statistics, statistics, strict=True)))}
 
     @torch.no_grad()
     def _values(self, batch: Mapping[str, Any]) -> Tensor:
         if self._value_head is None:
             raise ValueError("values: this backend has no value head; give it one")
-        inputs = self._to_device({key: batch[key] for key in (*_MODEL_KEYS, "attention_mask") if key in batch}, ())
+        own = {key: batch[key] for key in (*_MODEL_KEYS, "attention_mask") if key in batch}
+        inputs, layout = self._to_device(own, (), share_prompts=True)
         self.model.eval()
         with self._computing(self.model), self._autocasting(self.model):
-            values_BT = forward.token_values(self.model, inputs, self._value_head)
+            values_BT = forward.token_values(self.model, inputs, self._value_head, layout)
         self.model.train()
         return values_BT.cpu()
 
     @torch.no_grad()
     def _forward_only(self, batch: Mapping[str, Any]) -> dict[str, float]:
-        inputs = self._to_device(batch)
-        self._add_reference(inputs)
+        inputs, layout = self._to_device(batch)
+        self._add_reference(inputs, layout)
         self.model.eval()
-        loss = self._loss(self._logits(self.model, inputs), inputs)
+        loss = self._loss(self._logits(self.model, inputs, layout), inputs)
         self.model.train()
-        return {"loss": loss.item(), "tokens": trained_tokens(inputs["loss_mask"])}
+        return {"loss": loss.item(), "tokens": trained_tokens(torch.as_tensor(batch["loss_mask"]))}
 
     @torch.no_grad()
     def _log_probs(self, batch: Mapping[str, Any]) -> Tensor:
-        inputs = self._to_device(batch, ())
+        inputs, layout = self._to_device(batch, ())
         self.model.eval()
-        logits = self._logits(self.model, inputs)
+        logits = self._logits(self.model, inputs, layout)
         self.model.train()
         return token_log_probs(logits, inputs["labels"], inputs["loss_mask"]).cpu()
 
@@ -310,7 +350,7 @@ class PyTorchTrainingBackend:
             step=step,
             weights=checkpoint.whole_weights(self.model, copy=True),
             adapter=checkpoint.whole_adapter(self.model),
-            optimizer=optimizer_state.stage(tensors) if own_part else {},
+            optimizer=self._staging.copy(tensors) if own_part else {},
             training_state={"optimizer": plain, "optimizer_steps": self.step, "rng": rng, "extra": extra, **value},
             metadata={
                 "metrics": metrics,
@@ -342,7 +382,7 @@ class PyTorchTrainingBackend:
         optimizer_state.restore(self.model, self.optimizer, optimizer_directory, state["optimizer"])
         self.optimizer.zero_grad(set_to_none=True)
         self._load_value_head(path, state.get("value_head"))
-        self._sums = dict.fromkeys(self._sums, 0.0)
+        self._start_over()
         self.step = state["optimizer_steps"]
         own = distributed.rank() if len(state["rng"]) == distributed.world_size() else 0
         checkpoint.restore_rng_state(state["rng"][own], self.device)
@@ -363,13 +403,19 @@ class PyTorchTrainingBackend:
         weights = checkpoint.whole_weights(self.model, copy=False, dtype=dtype)
         return distributed.on_rank_0(lambda: checkpoint.write_weights(self.model, path, weights))
 
+    def _reduce_now(self, *, now: bool) -> None:
+        """Whether the next backward pass sums its gradient over ranks. Whole copies do so in `optim_step`."""
+
     def _sum_over_ranks(self, gradients: list[Tensor]) -> None:
         distributed.all_reduce_sum(gradients)
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
-    def _to_device(self, batch: Mapping[str, Any], required: Iterable[str] | None = None) -> dict[str, Any]:
+    def _to_device(
+        self, batch: Mapping[str, Any], required: Iterable[str] | None = None, *, share_prompts: bool | None = None
+    ) -> tuple[dict[str, Any], Layout | None]:
+        """The batch on this device, and its layout for a loss of log-probs. Prompts are shared in RL, unless said."""
         required = self._loss_required if required is None else required
         missing = sorted({*_MODEL_KEYS, *required} - {*batch, "logits"})
         if missing:
@@ -377,19 +423,18 @@ class PyTorchTrainingBackend:
             raise ValueError(
                 f"batch has no {', '.join(missing)}: needed by the model and {name}; it has {sorted(batch)}"
             )
-        return {
-            key: value
-            if value is None or isinstance(value, (int, float, tuple))
-            else torch.as_tensor(value).to(self.device)
-            for key, value in batch.items()
-        }
+        if not self._reads_log_probs:
+            return {**batch, **to_device(forward.tensors_of(batch), self.device)}, None
+        shared = "advantages" in batch if share_prompts is None else share_prompts
+        layout, tensors = forward.lay_out(batch, self.device, packed=self._packed, share_prompts=shared)
+        return {**batch, **tensors}, layout
 
     @torch.no_grad()
-    def _add_reference(self, inputs: dict[str, Any]) -> None:
+    def _add_reference(self, inputs: dict[str, Any], layout: Layout | None) -> None:
         """The reference's log-probs of the trained tokens, the way the policy's are taken: equal weights give 0 KL."""
         if self._reference is not None and "ref_log_probs" not in inputs:
             with self._reference.using(self._reference.model):
-                logits = self._logits(self._reference.model, inputs)
+                logits = self._logits(self._reference.model, inputs, layout)
             temperature = inputs.get("temperature", 1.0)
             inputs["ref_log_probs"] = token_log_probs(
                 logits, inputs["labels"], inputs["loss_mask"], temperature=temperature
@@ -403,13 +448,18 @@ class PyTorchTrainingBackend:
                 "weights. Resume with the first, or start a new run from the checkpoint's weights."
             )
 
-    def _logits(self, model: nn.Module, inputs: Mapping[str, Any]) -> Logits:
+    def _logits(self, model: nn.Module, inputs: Mapping[str, Any], layout: Layout | None) -> Logits:
+        is_rl = "advantages" in inputs
         with self._computing(model), self._autocasting(model):
-            if self._packed and forward.packs(model):
-                is_rl = "advantages" in inputs
+            if layout is not None and layout.packed is not None and forward.packs(model):
                 head = self._value_head if model is self.model else None
-                return forward.token_log_probs(model, inputs, with_entropy=is_rl, value_head=head, share_prompts=is_rl)
-            return forward.padded_logits(model, inputs)
+                return forward.token_log_probs(model, inputs, with_entropy=is_rl, value_head=head, layout=layout)
+            logits = forward.padded_logits(model, inputs)
+        if layout is None:
+            return logits
+        where = layout.keep, layout.places_N
+        temperature = inputs.get("temperature", 1.0)
+        return of_logits(logits, inputs["labels"], *where, temperature=temperature, with_entropy=is_rl)
 
     def _make_copies(self, wanted: bool) -> ComputeCopies | None:
         """Copies to compute with, where they are wanted and the model packs; then the reference has no others."""

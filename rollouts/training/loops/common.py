@@ -74,9 +74,12 @@ def own_micro_batches(
 
 async def train_micro_batches(backend: TrainingBackend, micro_batches: Iterable[dict[str, Any]]) -> dict[str, float]:
     """One optimizer step over this process's share of it: its loss and the backend's metrics."""
+    micro_batches = list(micro_batches)
+    if hasattr(backend, "expect"):
+        backend.expect(len(micro_batches))
     pending = [backend.forward_backward(micro_batch) for micro_batch in micro_batches]
     update = backend.optim_step()
-    losses = [(await future.result())["loss"] for future in pending]
+    losses = [(await future.result()).get("loss", 0.0) for future in pending]  # the first that failed says why
     return {"loss": sum(losses), **await update.result()}
 
 

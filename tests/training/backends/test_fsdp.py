@@ -69,7 +69,9 @@ def test_sharded_ranks_train_as_one(two, one, strategy):
     for path in (directory / strategy / "weights", directory / strategy / "latest"):
         found = load_file(path / "model.safetensors")
         assert found.keys() == expected.keys() and "lm_head.weight" not in found  # tied: once
-        assert all((found[name] - expected[name]).abs().max() < 1e-5 for name in expected)
+        apart = {name: (found[name] - expected[name]).abs().max() for name in expected}
+        # softmax does not see a bias of the keys: its gradient is rounding, which AdamW makes a step of
+        assert all(apart[name] < (1e-3 if name.endswith("k_proj.bias") else 1e-5) for name in expected), apart
     assert type(AutoModelForCausalLM.from_pretrained(directory / strategy / "weights")).__name__ == "Qwen2ForCausalLM"
 
 
@@ -93,6 +95,15 @@ def test_what_each_option_does(two):
         runs = {name: rank[f"{name} facts"]["layer_runs"] for name in STRATEGIES}
         backward_passes = 3 * 2  # steps, micro-batches
         assert runs["recompute"] == runs["full"] + backward_passes
+
+
+def test_a_step_reduces_once(two, one):
+    """Goal: one reduction of each layer and of the root in an optimizer step, however many micro-batches, and the
+    losses of one rank. Red with a reduction at every micro-batch: 18.
+    """
+    for rank in two[1]:
+        assert rank["counted"]["reductions"] == 3 * 3  # steps; two layers and the root
+        assert_same_training(rank["counted"]["metrics"], one[1]["sft"])
 
 
 def test_hybrid_sharding_is_two_copies_in_halves(tmp_path, one):
