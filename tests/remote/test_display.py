@@ -44,7 +44,8 @@ for file, row in [*(("events.jsonl", e) for e in EVENTS), ("metrics.jsonl", METR
     shown.row(file, row, view)
 sys.stdin.readline()
 shown.close()
-print("the last word")
+print("the last word", flush=True)
+sys.stdin.readline()  # the window stays until it was looked at
 """
 
 

@@ -6,6 +6,7 @@ computes in. Gradients are summed over ranks, as everywhere here. A forward or b
 every rank must run as many as the others (`collective`); the loops see to it, with micro-batches that train on nothing.
 """
 
+import functools
 import itertools
 import types
 from collections.abc import Callable, Mapping
@@ -169,7 +170,18 @@ class FSDPTrainingBackend(PyTorchTrainingBackend):
         return output if isinstance(output, Tensor) else TokenLogProbs(*output)
 
     def _reduce_now(self, *, now: bool) -> None:
-        cast(FSDPModule, self.model).set_requires_gradient_sync(now)
+        cast(FSDPModule, self.model).set_requires_gradient_sync(now or not self._defers)
+
+    @functools.cached_property
+    def _defers(self) -> bool:
+        """Whether whole gradients are kept until a step's last micro-batch, and summed over ranks once."""
+        if self._config.cpu_offload:
+            return False
+        whole_bytes = 4 * sum(parameter.numel() for parameter in self._parameters())
+        on_cuda = self.device.type == "cuda"
+        return defers_reduction(
+            whole_bytes, torch.cuda.get_device_properties(self.device).total_memory if on_cuda else None
+        )
 
     def _sum_over_ranks(self, gradients: list[Tensor]) -> None:
         """The backward passes have done it."""
@@ -189,6 +201,15 @@ class FSDPTrainingBackend(PyTorchTrainingBackend):
     def _load_checkpoint(self, path: Path) -> dict[str, Any]:
         _reshard(self.model)
         return super()._load_checkpoint(path)
+
+
+def defers_reduction(gradient_bytes: int, device_bytes: int | None) -> bool:
+    """Whether a device (None: a CPU) has room for whole float32 gradients beside the shards.
+
+    Kept whole, they are summed over ranks once a step rather than at each micro-batch. They may take 1/16 of the
+    memory, less than a memory plan's margin: those of 1.5B parameters on 141 GB, of 0.5B on 40 GB.
+    """
+    return device_bytes is None or 16 * gradient_bytes <= device_bytes
 
 
 def _check_float32(model: nn.Module) -> None:

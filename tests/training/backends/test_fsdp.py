@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from rollouts.training import checkpoint
 from rollouts.training.backends import FSDPConfig, FSDPTrainingBackend
+from rollouts.training.backends.fsdp import defers_reduction
 from rollouts.training.reference import Reference
 from rollouts.training.rl_losses import sft_loss
 from tests.training import fsdp_ranks
@@ -240,3 +241,13 @@ def test_bad_options_are_named(tmp_path, alone, model, options, message):
     """Goal: what cannot be sharded rightly is refused, with the fix. Red with the checks off."""
     with pytest.raises(ValueError, match=message):
         FSDPTrainingBackend(model(), adamw, sft_loss, tmp_path, device="cpu", **options)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "device_gb", "once"),
+    [(10**12, None, True), (1.5e9, 141, True), (1.5e9, 80, False), (0.5e9, 40, True), (7e9, 141, False)],
+)
+def test_gradients_wait_whole_where_there_is_room(parameters: float, device_gb: float | None, once: bool) -> None:
+    """Goal: one reduction a step costs at most a sixteenth of the card. Red with room taken for granted."""
+    device_bytes = None if device_gb is None else int(device_gb * 1e9)
+    assert defers_reduction(int(4 * parameters), device_bytes) is once
