@@ -132,6 +132,15 @@ async def test_a_peer_that_does_not_join(made: list[Communicator], way: str, sai
         await send(link, [Peer(made[1])])
 
 
+async def test_one_engine_fails_while_another_hangs(made: list[Communicator]) -> None:
+    """Goal: the failure ends the broadcast soon, and its engine's words are kept. Red with a wait for all answers."""
+    made.append(Communicator(3))
+    link = BroadcastLink(device_type="cpu", timeout_s=60.0)
+    with anyio.fail_after(8), pytest.raises(EngineError, match="connection closed"):
+        await send(link, [Peer(made[0], way="never"), Peer(made[0], way="dies")])
+    assert "aborted" in made[0].log
+
+
 async def test_a_wait_that_is_called_off(made: list[Communicator]) -> None:
     """Goal: a stop from outside, too, aborts the group. Red with the abort after time-outs and failures alone."""
     made.append(Communicator(2))

@@ -28,9 +28,10 @@ from torch.distributed.distributed_c10d import Backend, GroupName, PrefixStore, 
 from rollouts.training.devices import poll, run_on
 from rollouts.training.inference.http import EngineError, EngineLost, WeightSyncError
 from rollouts.training.stores import BoundStore
-from rollouts.training.weight_transfer.fanout import each
+from rollouts.training.weight_transfer.fanout import each, name_of
 from rollouts.training.weight_transfer.payload import Buffer, Entry
 
+_OTHERS_S = 1.0  # after one engine failed, for the others to say why they did
 _LEAVE_S = 10.0  # for leaving a group; NCCL may wait for members that are gone
 
 
@@ -120,6 +121,7 @@ class BroadcastLink:
     async def _together(self, what: str, engines: Sequence[Any], theirs: Any, ours: Any) -> None:
         """Both sides of a collective, theirs first. When one fails the other is called off, and the group is left."""
         failures: list[EngineError] = []
+        first: list[EngineError] = []  # of an engine, while others have not answered
         ended = False
         try:
             with anyio.move_on_after(self._timeout_s) as limit:
@@ -136,7 +138,12 @@ class BroadcastLink:
 
                     async def asked(engine: Any) -> None:
                         started.one_more()
-                        await theirs(engine)
+                        try:
+                            await theirs(engine)
+                        except EngineError as error:
+                            first.append(WeightSyncError(f"{what} failed at {name_of(engine)}: {error}"))
+                            limit.deadline = min(limit.deadline, anyio.current_time() + _OTHERS_S)
+                            raise
 
                     group.start_soon(run, each, engines, what, asked)
                     await started.event.wait()
@@ -146,8 +153,8 @@ class BroadcastLink:
         finally:
             if not ended:
                 await self._abandon()
-        if failures:
-            raise failures[0]
+        if failures or first:
+            raise (failures or first)[0]
         if not ended:
             problem = f"not over after {self._timeout_s:g} s; an engine hangs, or cannot reach the trainer"
             raise EngineLost(f"{what}: {problem}")
