@@ -50,7 +50,8 @@ RUN --remote gpu-7); from here it is followed, stopped and pulled, never launche
 Options of deploy CONFIG:
   --remote [USER@]HOST[:PORT]  the host, as `ssh` knows it (ssh://... too); this machine without it
   --plan                       print every step and every reason against it, and stop
-  --json                       for programs: with --plan, ls, status, stop, pull, logs one JSON document;
+  --show                       print the whole config as a file that derives from no other, and stop
+  --json                       for programs: with --plan, --show, ls, status, stop, pull, logs one JSON document;
                                while following, one object a line: {"type": "progress" | "event" | "metrics" |
                                "eval", ...}, last {"type": "result", ...} or {"type": "error", ...}
   --detach                     launch and return
@@ -81,6 +82,7 @@ OPTIONS = (
     *OPTIONS_WITH_VALUE,
     *(
         "--plan",
+        "--show",
         "--json",
         "--detach",
         "--busy-ok",
@@ -202,7 +204,7 @@ def _do(verb: Callable[[Any], int], *, as_json: bool, launching: bool = False) -
     """
     try:
         from rollouts import remote
-        from rollouts.remote import commands, looks  # noqa: F401
+        from rollouts.remote import commands, looks, read_config  # noqa: F401
         from rollouts.remote.errors import DeployError
         from rollouts.remote.escape import tolerate_odd_text
         from rollouts.remote.local_faults import standing
@@ -237,6 +239,7 @@ def run_config(
     *,
     remote: Remote = None,
     plan: Annotated[bool, typer.Option("--plan", help="Print what would happen, and touch nothing.")] = False,
+    show: Annotated[bool, typer.Option("--show", help="Print the whole config, and stop.")] = False,
     as_json: Json = False,
     detach: Annotated[bool, typer.Option("--detach", help="Launch and return.")] = False,
     run_id: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the run and its tmux session.")] = None,
@@ -244,6 +247,8 @@ def run_config(
     busy_ok: Annotated[bool, typer.Option("--busy-ok", help="Start on GPUs that others use too.")] = False,
 ) -> None:
     """Run the job that CONFIG describes, and follow it."""
+    if show:
+        _do(lambda here: here.read_config.show_config(config, as_json=as_json), as_json=as_json)
     _do(
         lambda here: here.commands.deploy(
             config,

@@ -12,13 +12,22 @@ OURS = ("base_config", "deploy", "rollouts")
 
 # module prefix -> which of our modules it may import; the longest prefix that fits decides
 ALLOWED: dict[str, tuple[str, ...]] = {
-    "base_config": (),
-    "deploy": ("base_config", "rollouts.run_dir", "rollouts.remote"),
+    "base_config": ("rollouts.config",),
+    "rollouts.config": ("rollouts.config", "rollouts.run_dir"),
+    "rollouts.config.schema": ("rollouts.config.schema",),
+    "rollouts.config.checks": (
+        "rollouts.config.checks",
+        "rollouts.config.schema",
+        "rollouts.config.types",
+        "rollouts.run_dir",
+    ),
+    "rollouts.config.types": (),
+    "deploy": ("rollouts.config", "rollouts.run_dir", "rollouts.remote"),
     "rollouts": ("rollouts.agents",),
     "rollouts.__main__": ("deploy",),
     "rollouts.manifest": (),
     "rollouts.plain_files": (),
-    "rollouts.run_dir": ("base_config", "rollouts.plain_files"),
+    "rollouts.run_dir": ("rollouts.run_dir", "rollouts.plain_files"),
     "rollouts.agents": (
         "rollouts.agents",
         "rollouts.training.calculator",
@@ -30,7 +39,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "rollouts.engines": ("rollouts.engines",),
     "rollouts.engines.keys": (),
-    "rollouts.engines.command": ("base_config",),
+    "rollouts.engines.command": ("rollouts.config",),
     "rollouts.engines.embedded.__main__": (
         "rollouts.engines",
         "rollouts.training.host_memory",
@@ -50,9 +59,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.training.forward",
         "rollouts.training.loops.packing",
     ),
-    "rollouts.engines.launch": ("base_config", "rollouts.engines"),
+    "rollouts.engines.launch": ("rollouts.config", "rollouts.engines"),
     "rollouts.remote": (
-        "base_config",
+        "rollouts.config",
         "rollouts.run_dir",
         "rollouts.plain_files",
         "rollouts.manifest",
@@ -60,7 +69,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.remote",
     ),
     "rollouts.worker": (
-        "base_config",
+        "rollouts.config",
         "rollouts.run_dir",
         "rollouts.plain_files",
         "rollouts.manifest",
@@ -69,7 +78,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.worker",
     ),
     "rollouts.worker.trainer": (
-        "base_config",
+        "rollouts.config",
         "rollouts.run_dir",
         "rollouts.manifest",
         "rollouts.engines.keys",
@@ -80,9 +89,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.worker.trainer_wiring",
     ),
     "rollouts.worker.trainer_hub": (),
-    "rollouts.worker.trainer_job": ("base_config", "rollouts.run_dir", "rollouts.training"),
-    "rollouts.worker.trainer_data": ("base_config", "rollouts.training"),
-    "rollouts.worker.trainer_wiring": ("base_config", "rollouts.run_dir", "rollouts.agents", "rollouts.training"),
+    "rollouts.worker.trainer_job": ("rollouts.config", "rollouts.run_dir", "rollouts.training"),
+    "rollouts.worker.trainer_data": ("rollouts.config", "rollouts.training"),
+    "rollouts.worker.trainer_wiring": ("rollouts.config", "rollouts.run_dir", "rollouts.agents", "rollouts.training"),
     "rollouts.training": ("rollouts.training", "rollouts.manifest"),
     "rollouts.training.agent_integration": ("rollouts.training", "rollouts.agents"),
     "rollouts.training.calculator": (),
@@ -160,6 +169,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 }
 STANDARD_LIBRARY_ONLY = (
     "base_config",
+    "rollouts.config",
     "rollouts.run_dir",
     "rollouts.manifest",
     "rollouts.engines.command",
@@ -236,8 +246,10 @@ def test_imports_point_one_way(file: Path) -> None:
         ("rollouts.remote.plan", "def f():\n    import torch"),
         ("rollouts.worker.supervisor", "from rollouts.remote import plan"),
         ("rollouts.worker.supervisor", "import httpx"),
-        ("rollouts.training.rl_losses", "from base_config import Config"),
-        ("base_config", "import rich"),
+        ("rollouts.training.rl_losses", "from rollouts.config import Config"),
+        ("rollouts.config.load", "import rich"),
+        ("rollouts.config.schema.rl", "from rollouts.config.checks import config_problems"),
+        ("rollouts.run_dir", "from rollouts.config import Config"),
     ],
 )
 def test_the_check_can_fail(module: str, source: str) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from base_config import EngineConfig, ModelConfig
+from rollouts.config import EngineConfig, ModelConfig
 
 DeviceType = Literal["cuda", "cpu", "mps"]
 

@@ -6,7 +6,7 @@ Each kind has a `command` module: READY_PATH, `argv(server)` and `env(device_typ
 from collections.abc import Mapping
 from types import ModuleType
 
-from base_config import EngineConfig, ModelConfig
+from rollouts.config import EngineConfig, ModelConfig
 from rollouts.engines.command import DeviceType, Server
 from rollouts.engines.embedded import command as embedded
 from rollouts.engines.sglang import command as sglang

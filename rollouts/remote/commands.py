@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from base_config import Config, ConfigError, load_config
+from rollouts.config import Config
 from rollouts.plain_files import read_plain
 from rollouts.remote import registry
 from rollouts.remote.answers import read_answer
@@ -25,8 +25,9 @@ from rollouts.remote.execute import execute
 from rollouts.remote.facts import HostFacts, gather_facts
 from rollouts.remote.local_faults import Interrupted, Standing, standing
 from rollouts.remote.mirror import Mirror
-from rollouts.remote.open_run import known, open_run, read_note, write_note
+from rollouts.remote.open_run import known, open_run, write_note
 from rollouts.remote.plan import Plan, asked_paths, asked_ports, make_plan
+from rollouts.remote.read_config import read_config
 from rollouts.remote.registry import Entry
 from rollouts.remote.repository import find_repository, read_code
 from rollouts.remote.sending import sent_program
@@ -45,7 +46,6 @@ from rollouts.remote.watch import (
     tail,
     watch,
 )
-from rollouts.run_dir import RunDir
 
 DETACHED = 130  # as a shell says of Ctrl-C
 STOP_MARGIN_S = 60.0
@@ -333,37 +333,6 @@ def forget(run_id: str, *, as_json: bool) -> int:
 
 
 # --- what a deploy starts from --------------------------------------------------------------------------------------
-
-
-def read_config(path: str) -> Config:
-    """The config, checked; every problem at once. A run directory stands for its config.json."""
-    file = Path(path)
-    if file.is_dir():
-        file = file / "config.json"
-    if file.name == "config.json" and read_note(RunDir(file.parent)).get("started_here") is False:
-        raise DeployError(
-            f"{file} came from a host, with a run that was started elsewhere.",
-            found="it names the files to read, the code to run and the secrets to send",
-            fix="read it, copy it to a place of your own, and deploy the copy",
-        )
-    try:
-        config = load_config(file)
-    except ConfigError as error:
-        raise DeployError(str(error)) from None
-    problems = [*config.problems(), *_nul_bytes(config.to_json())]
-    if problems:
-        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        raise DeployError(f"{path}: {count} in the config.", found="\n".join(problems))
-    return config
-
-
-def _nul_bytes(value: object, place: str = "") -> Iterator[str]:
-    """Name the texts of a config with a zero byte: no path, variable or command line can hold one."""
-    if isinstance(value, str) and "\0" in value:
-        yield f"{place}={value!r}: needs a text without a zero byte"
-    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, part in parts:
-        yield from _nul_bytes(part, f"{place}.{key}" if place else str(key))
 
 
 def mirror_dir(config: Config, root: Path, run_id: str) -> Path:

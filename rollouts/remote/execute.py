@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from base_config import Config
+from rollouts.config import Config
 from rollouts.plain_files import read_plain
 from rollouts.remote.answers import MalformedError, checked, malformed, read_answer
 from rollouts.remote.errors import DeployError

@@ -4,12 +4,9 @@ A POSIX shell script over stdin prints `key=value` lines, so a host without Pyth
 finds a Python that will do, the script runs host_probe.py there, whose source travels along.
 """
 
-import base64
-import importlib.util
 import json
 import shlex
 import sys
-import zlib
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +14,7 @@ from rollouts.remote import gpus
 from rollouts.remote.answers import checked, malformed
 from rollouts.remote.errors import DeployError, Problem
 from rollouts.remote.gpus import CudaHost, Gpu, GpuProcess
+from rollouts.remote.sending import modules_program
 from rollouts.remote.transport import LOCAL_TARGET, Transport
 from rollouts.remote.way_check import shown, way_problems
 
@@ -24,7 +22,7 @@ PYTHON_MIN = (3, 10)  # of the supervisor; environments have a newer one of thei
 FACTS_TIMEOUT_S = 60
 # Where installers put uv; a login shell would have it on its PATH, the command of an SSH session does not.
 EXTRA_PATH = "$HOME/.local/bin:$HOME/.cargo/bin"
-_PROBE_MODULES = ("base_config", "rollouts.plain_files", "rollouts.run_dir", "rollouts.remote.host_probe")
+_PROBE = "rollouts.remote.host_probe"
 
 # What host_probe answers, and its rows of runs: both are checked, so that whoever reads them need not
 _PROBE_FIELDS = {
@@ -208,21 +206,9 @@ def _pairs(lines: list[str]) -> list[tuple[str, str]]:
 
 def _probe_source(question: dict[str, Any]) -> str:
     """A program that holds our modules' source and answers `question` about $rollouts_home."""
-    sources = {}
-    for name in _PROBE_MODULES:
-        spec = importlib.util.find_spec(name)
-        assert spec is not None and spec.origin is not None
-        with open(spec.origin, encoding="utf-8") as stream:
-            sources[name] = stream.read()
-    packed = base64.b64encode(zlib.compress(json.dumps(sources).encode())).decode()
     return f"""
-import base64, json, os, sys, types, zlib
-for name in ("rollouts", "rollouts.remote"):
-    sys.modules[name] = types.ModuleType(name)
-    sys.modules[name].__path__ = []
-for name, source in json.loads(zlib.decompress(base64.b64decode("{packed}"))).items():
-    module = sys.modules[name] = types.ModuleType(name)
-    exec(compile(source, name, "exec"), module.__dict__)
+{modules_program(_PROBE)}
+import os
 question = json.loads({json.dumps(question)!r})
-module.main(json.dumps({{"home": os.environ["rollouts_home"], **question}}))
+sys.modules["{_PROBE}"].main(json.dumps({{"home": os.environ["rollouts_home"], **question}}))
 """

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from base_config import EXPERIMENT_NAME_PATTERN
 from rollouts.plain_files import read_plain
 from rollouts.remote import registry
 from rollouts.remote.errors import DeployError
@@ -25,7 +24,7 @@ from rollouts.remote.mirror_files import make_mirror, replace, size_of
 from rollouts.remote.registry import Entry
 from rollouts.remote.repository import find_repository
 from rollouts.remote.transport import LOCAL_TARGET, Transport, open_transport
-from rollouts.run_dir import FINAL_STATES, RunDir, valid_run_id
+from rollouts.run_dir import EXPERIMENT_NAME_PATTERN, FINAL_STATES, RunDir, valid_run_id
 
 LAST = "last"  # names the run that this machine knows of most recently
 ADOPTED_DIR = "runs"  # where mirrors of runs that were started elsewhere lie, under the working directory

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from base_config import Config, ConfigError
+from rollouts.config import Config, ConfigError
 from rollouts.plain_files import read_plain
 from rollouts.remote.errors import DeployError
 from rollouts.remote.mirror_files import make_mirror, replace

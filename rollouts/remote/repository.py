@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from base_config import Config
+from rollouts.config import Config
 from rollouts.manifest import Tree, read_tree, tree_digest
 from rollouts.plain_files import read_plain
 from rollouts.remote.errors import DeployError
@@ -108,7 +108,7 @@ def find_repository(start: Path) -> Path:
             fix="cd into your clone of rollouts, or `git init` there",
         )
     root = Path(os.fsdecode(done.stdout[:-1]))
-    if not (root / "rollouts" / "run_dir.py").is_file():
+    if not (root / "rollouts" / "run_dir").is_dir():
         raise DeployError(
             f"{root} is a git repository without rollouts/.",
             needed="the rollouts repository: its worker code runs on the host",

@@ -11,20 +11,21 @@ import json
 import zlib
 from collections.abc import Sequence
 
-_OURS = ("rollouts", "base_config")
+_OURS = ("rollouts",)
 _START = "import base64, sys, zlib; exec(zlib.decompress(base64.b64decode(sys.stdin.buffer.readline())))"
-_PROGRAM = """
-import json, sys, types
-sources = json.loads({sources!r})
-for name, source in sources.items():
+_MODULES = """
+import base64, json, sys, types, zlib
+sources = json.loads(zlib.decompress(base64.b64decode("{packed}")))
+for name in sources:
     sys.modules[name] = types.ModuleType(name)
-    if source is None:
-        sys.modules[name].__path__ = []
+    sys.modules[name].__path__ = []
+for name in sources:
+    parent, _, own = name.rpartition(".")
+    if parent:
+        setattr(sys.modules[parent], own, sys.modules[name])
 for name, source in sources.items():
     if source is not None:
         exec(compile(source, name, "exec"), sys.modules[name].__dict__)
-sys.argv = json.loads({argv!r})
-sys.modules[sys.argv[0]].main()
 """
 
 
@@ -33,48 +34,59 @@ def sent_program(python: str, module: str, *arguments: str) -> tuple[list[str], 
 
     `module` and all that it imports of ours may use the standard library alone.
     """
-    program = _PROGRAM.format(sources=_sources(module), argv=json.dumps([module, *arguments]))
+    argv = json.dumps([module, *arguments])
+    program = f"{modules_program(module)}\nsys.argv = json.loads({argv!r})\nsys.modules[sys.argv[0]].main()\n"
     return [python, "-I", "-c", _START], base64.b64encode(zlib.compress(program.encode())) + b"\n"
 
 
+def modules_program(module: str) -> str:
+    """A program that makes `module`, and all that it imports of ours, importable on a host that has none of it."""
+    return _MODULES.format(packed=base64.b64encode(zlib.compress(sources(module).encode())).decode())
+
+
 @functools.cache
-def _sources(module: str) -> str:
-    """{module: source, or null for a package} of it and all that it imports of ours, each after what it imports."""
+def sources(module: str) -> str:
+    """JSON of {module: source} of `module` and all that it imports of ours, each after what it imports.
+
+    A package that is imported for its modules alone stands with null in place of its source.
+    """
     found: dict[str, str | None] = {}
-    _collect(module, found)
+    _collect(module, found, set())
     return json.dumps(found)
 
 
-def _collect(module: str, found: dict[str, str | None]) -> None:
+def _collect(module: str, found: dict[str, str | None], begun: set[str]) -> None:
+    spec = importlib.util.find_spec(module)
+    if module in begun or spec is None or spec.origin is None:
+        return
+    begun.add(module)
     for at, letter in enumerate(module):
         if letter == ".":
             found.setdefault(module[:at], None)
-    spec = importlib.util.find_spec(module)
-    if module in found or spec is None or spec.origin is None:
-        return
-    if spec.submodule_search_locations is not None:
-        found[module] = None
-        return
     with open(spec.origin, encoding="utf-8") as stream:
         source = stream.read()
     for name in _imported(source):
-        _collect(name, found)
+        _collect(name, found, begun)
+    found.pop(module, None)  # a package stood there for its modules: its own source runs after theirs
     found[module] = source
 
 
 def _imported(source: str) -> Sequence[str]:
-    """Names that may be modules of ours; `from rollouts import run_dir` names two."""
+    """Modules of ours that are imported; `from rollouts import run_dir` imports one, not `rollouts` itself."""
     names: list[str] = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    ours = [name for name in names if name.split(".")[0] in _OURS]
-    return [name for name in dict.fromkeys(ours) if _is_module(name)]
+            below = [f"{node.module}.{alias.name}" for alias in node.names]
+            names += [name if _is_module(name) else node.module for name in below]
+    return [name for name in dict.fromkeys(names) if _is_module(name)]
 
 
 def _is_module(name: str) -> bool:
+    """Whether it is a module of ours."""
+    if name.partition(".")[0] not in _OURS:
+        return False
     try:
         return importlib.util.find_spec(name) is not None
     except (ModuleNotFoundError, AttributeError):  # a name in a module that is no package

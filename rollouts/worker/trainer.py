@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from base_config import Config, EngineConfig, RLConfig, SFTConfig
+from rollouts.config import Config, EngineConfig, RLConfig, SFTConfig
 from rollouts.engines.keys import read_keys
 from rollouts.run_dir import FULL_DISK, RunDir, append_event, record_process
 from rollouts.worker.trainer_data import (

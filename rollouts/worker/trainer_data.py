@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from base_config import Config, DatasetSpec, RLConfig, SFTConfig
+from rollouts.config import Config, DatasetSpec, RLConfig, SFTConfig
 
 if TYPE_CHECKING:
     from rollouts.training.datasets.report import Report, SFTReport

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from base_config import Config
+from rollouts.config import Config
 from rollouts.run_dir import RunDir, append_event, append_jsonl, iter_jsonl, read_jsonl
 
 if TYPE_CHECKING:

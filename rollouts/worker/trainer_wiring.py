@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from base_config import AgentConfig, Config, EngineConfig, ModelConfig, RLConfig, SFTConfig
+from rollouts.config import AgentConfig, Config, EngineConfig, ModelConfig, RLConfig, SFTConfig
 from rollouts.run_dir import RunDir, append_event
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import deploy
+from base_config import load_config
 from rollouts import run_dir
 from tests.example_config import example_config
 from tests.remote.hosts import ROOT, Laptop, write_config
@@ -94,6 +95,16 @@ def test_a_plan_touches_nothing(laptop: Laptop) -> None:
     plan = laptop.json(config, "--plan")
     assert plan["type"] == "plan" and plan["problems"] == [] and len(plan["launch"]["stages"]) == 2
     assert files() == before
+
+
+def test_a_config_is_shown_whole(laptop: Laptop, tmp_path: Path) -> None:
+    """Goal: --show prints a config file, with --json its JSON, and needs no repository. Red with the look for one."""
+    config = write_config(laptop.project)
+    done = laptop.deploy(str(config), "--show", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "shown.py").write_text(done.stdout)
+    assert load_config(tmp_path / "shown.py") == load_config(config)
+    assert laptop.json(str(config), "--show") == json.loads(config.read_text())
 
 
 def test_a_plan_with_problems_shows_both(laptop: Laptop) -> None:

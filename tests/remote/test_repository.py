@@ -127,7 +127,7 @@ def test_the_record_is_of_one_state(tmp_path: Path) -> None:
 def test_git_s_own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Goal: where git refuses a repository (another owner, a broken .git), its own words are shown, and no advice to
     make one. Red with every failure called "not in a git repository"."""
-    repository = make_repository(tmp_path / "p", {"rollouts/run_dir.py": ""})
+    repository = make_repository(tmp_path / "p", {"rollouts/run_dir/__init__.py": ""})
     monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
     monkeypatch.setenv("LANGUAGE", "de")
     with pytest.raises(DeployError, match="git cannot read the repository") as caught:

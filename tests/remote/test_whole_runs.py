@@ -108,7 +108,7 @@ def test_the_second_run_builds_and_sends_nothing_again(laptop: Laptop, make_host
         assert laptop.deploy(config, "--remote", host.target, "--run-id", run_id).returncode == 0
     actions = [e["action"] for e in read_jsonl(mirror(laptop, "second").events) if e["kind"] == "environment"]
     assert actions == ["reused"]
-    files = [host.run_path(r) / "code/tree/rollouts/run_dir.py" for r in ("first", "second")]
+    files = [host.run_path(r) / "code/tree/rollouts/run_dir/layout.py" for r in ("first", "second")]
     assert files[0].stat().st_ino == files[1].stat().st_ino
 
 

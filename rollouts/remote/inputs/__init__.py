@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from base_config import Config, DatasetSpec
+from rollouts.config import Config, DatasetSpec
 from rollouts.remote.errors import Problem
 from rollouts.remote.inputs.code import look_at_code
 from rollouts.remote.inputs.data import (

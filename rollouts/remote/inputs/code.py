@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from base_config import Config
+from rollouts.config import Config
 from rollouts.remote.errors import Problem
 from rollouts.remote.inputs.modules import Module, read_module, required_keys
 from rollouts.remote.inputs.paths import Located, SentFiles, path_problem

@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
-from base_config import DatasetSpec
+from rollouts.config import DatasetSpec
 from rollouts.plain_files import read_plain, reading
 from rollouts.remote.errors import Problem
 from rollouts.remote.inputs.paths import SentFiles, path_problem, pointer_problem

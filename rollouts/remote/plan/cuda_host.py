@@ -6,7 +6,7 @@ gpu_problems.py asks these rules for a config, and for a host alone.
 import re
 from collections.abc import Iterator
 
-from base_config import Config, EngineConfig
+from rollouts.config import Config, EngineConfig
 from rollouts.remote.errors import Problem
 from rollouts.remote.facts import HostFacts
 from rollouts.remote.plan.torch_build import (

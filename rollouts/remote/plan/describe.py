@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from base_config import Config
+from rollouts.config import Config
 from rollouts.remote.facts import HostFacts
 from rollouts.remote.plan.torch_build import base_python, build_words, engine_build, trainer_build
 from rollouts.remote.repository import Code

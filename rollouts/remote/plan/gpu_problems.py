@@ -6,7 +6,7 @@ cuda_host.py has those of the host beside its cards. Rules for one card and for 
 
 from collections.abc import Iterator, Sequence
 
-from base_config import Config
+from rollouts.config import Config
 from rollouts.remote.errors import Problem
 from rollouts.remote.facts import HostFacts
 from rollouts.remote.gpus import Gpu, describe_gpu, holders, is_broken

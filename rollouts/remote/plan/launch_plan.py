@@ -6,7 +6,7 @@ import posixpath
 from collections.abc import Collection
 from pathlib import Path
 
-from base_config import Config, EngineConfig
+from rollouts.config import Config, EngineConfig
 from rollouts.engines.launch import (
     LOOPBACK_ONLY,
     engine_argv,

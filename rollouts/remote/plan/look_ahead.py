@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from base_config import Config, RLConfig, SFTConfig
+from rollouts.config import Config, RLConfig, SFTConfig
 from rollouts.remote.errors import Problem
 from rollouts.remote.facts import HostFacts
 from rollouts.remote.inputs.data import RowCount

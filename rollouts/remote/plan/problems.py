@@ -4,7 +4,7 @@ import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from base_config import Config
+from rollouts.config import Config
 from rollouts.remote.errors import Problem
 from rollouts.remote.facts import PYTHON_MIN, HostFacts
 from rollouts.remote.plan.launch_plan import read_lock

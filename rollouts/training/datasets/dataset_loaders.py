@@ -26,7 +26,7 @@ WORKERS_PAY_FROM = 20_000  # examples: about half a minute in one process; start
 
 
 class MixtureSpec(Protocol):
-    """One data set of a mixture; `base_config.DatasetSpec` is one."""
+    """One data set of a mixture; `rollouts.config.DatasetSpec` is one."""
 
     @property
     def name(self) -> str: ...  # hub id, directory or .jsonl file; of synthetic formats just a label

@@ -1,0 +1,44 @@
+"""Every reason a config cannot run. Pure: nothing is read, nothing is asked."""
+
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from rollouts.config.checks.across import cross_checks
+from rollouts.config.checks.common import Checks
+from rollouts.config.checks.data import data_checks, eval_checks
+from rollouts.config.checks.engine import engine_checks
+from rollouts.config.checks.model import model_checks
+from rollouts.config.checks.run import host_checks, limits_checks, output_checks, target_checks
+from rollouts.config.checks.training import rl_checks, sft_checks
+from rollouts.config.schema import Sections
+from rollouts.config.types import type_problems
+
+_GROUP_CHECKS: Mapping[str, typing.Callable[[Any], Checks]] = {
+    "target": target_checks,
+    "host": host_checks,
+    "model": model_checks,
+    "data": data_checks,
+    "sft": sft_checks,
+    "rl": rl_checks,
+    "eval": eval_checks,
+    "engine": engine_checks,
+    "limits": limits_checks,
+    "output": output_checks,
+}
+
+
+def config_problems(config: Sections) -> tuple[str, ...]:
+    """Every reason this config cannot run; empty when it can."""
+    bad_paths: set[str] = set()
+    messages = []
+    for path, message in type_problems(config, Sections, ""):
+        bad_paths.add(path.split(".")[0].split("[")[0])
+        messages.append(message)
+    for group, checks in _GROUP_CHECKS.items():
+        value = getattr(config, group)
+        if group not in bad_paths and value is not None:
+            messages += [message for ok, message in checks(value) if not ok]
+    if not bad_paths:
+        messages += [message for ok, message in cross_checks(config) if not ok]
+    return tuple(messages)

@@ -1,0 +1,45 @@
+"""What the checks of all sections share. A check is (whether it holds, what to say where it does not)."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+DOTTED_NAME_PATTERN = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+"
+ENV_NAME_PATTERN = r"[A-Za-z_][A-Za-z0-9_]*"
+Check = tuple[bool, str]
+Checks = Iterable[Check]
+
+
+def must(ok: bool, path: str, value: Any, need: str) -> Check:
+    return ok, f"{path}={value!r}: needs {need}"
+
+
+def at_least_one(group: Any, path: str, *names: str) -> Checks:
+    for name in names:
+        yield must(getattr(group, name) >= 1, f"{path}.{name}", getattr(group, name), ">= 1")
+
+
+def one_or_off(group: Any, path: str, **off_means: str) -> Checks:
+    for name, meaning in off_means.items():
+        value = getattr(group, name)
+        yield must(value >= 1 or value == -1, f"{path}.{name}", value, f">= 1, or -1 for {meaning}")
+
+
+def seed_check(value: int, path: str) -> Check:
+    return must(0 <= value < 2**32, path, value, "0 to 2**32 - 1")
+
+
+def rank_checks(ranks: list[int], path: str) -> Checks:
+    yield must(len(ranks) >= 1, path, ranks, "at least one device")
+    yield must(len(set(ranks)) == len(ranks), path, ranks, "each device once")
+    yield must(all(rank >= 0 for rank in ranks), path, ranks, "device indices, which start at 0")
+
+
+def is_inside(file: str | None) -> bool:
+    """None, or a relative path that stays in the repository."""
+    return file is None or (bool(file.strip()) and not file.startswith("/") and ".." not in Path(file).parts)
+
+
+def matches(pattern: str, text: str) -> bool:
+    return re.fullmatch(pattern, text) is not None

@@ -1,0 +1,76 @@
+"""Checks of the target, the host, limits and output."""
+
+import dataclasses
+
+from rollouts.config.checks.common import (
+    ENV_NAME_PATTERN,
+    Checks,
+    at_least_one,
+    is_inside,
+    matches,
+    must,
+    one_or_off,
+    rank_checks,
+)
+from rollouts.config.schema import HostConfig, LimitsConfig, OutputConfig, TargetConfig
+from rollouts.run_dir import EXPERIMENT_NAME_PATTERN
+
+BEST_PATTERN = r"(min|max) \S+"
+
+
+def target_checks(target: TargetConfig) -> Checks:
+    yield from rank_checks(target.gpu_ranks, "target.gpu_ranks")
+    sharded, ranks = target.sharding != "none", len(target.gpu_ranks)
+    yield must(
+        target.device_type != "mps" or not sharded, "target.sharding", target.sharding, "'none': mps has one device"
+    )
+    yield must(
+        sharded or not target.cpu_offload, "target.cpu_offload", target.cpu_offload, "False where sharding='none'"
+    )
+    size, hybrid = target.shard_group_size, target.sharding == "hybrid_shard"
+    size_ok = (size >= 1 and ranks % size == 0) if hybrid else size == -1
+    need = f"a divisor of the {ranks} ranks" if hybrid else "-1: only sharding='hybrid_shard' has groups"
+    yield must(size_ok, "target.shard_group_size", size, need)
+    one_mps = target.device_type != "mps" or len(target.gpu_ranks) == 1
+    yield must(one_mps, "target.gpu_ranks", target.gpu_ranks, "one entry: device_type='mps' has one device")
+
+
+def host_checks(host: HostConfig) -> Checks:
+    file = host.constraints_file
+    yield must(is_inside(file), "host.constraints_file", file, "a path inside the repository, or None")
+    for name in host.env:
+        yield matches(ENV_NAME_PATTERN, name), f"host.env[{name!r}]: not the name of an environment variable"
+    for name in host.secrets:
+        ok = matches(ENV_NAME_PATTERN, name)
+        yield must(ok, "host.secrets", host.secrets, f"names of environment variables; {name!r} is none")
+        ok = name not in host.env
+        yield must(
+            ok, "host.secrets", host.secrets, f"{name!r} here or in host.env, which is shown and saved, not both"
+        )
+    yield must(host.disk_free_gib_min >= 0, "host.disk_free_gib_min", host.disk_free_gib_min, ">= 0")
+    yield from at_least_one(host, "host", "threads_per_process")
+
+
+def limits_checks(limits: LimitsConfig) -> Checks:
+    for field in dataclasses.fields(limits):
+        value = getattr(limits, field.name)
+        yield must(value > 0, f"limits.{field.name}", value, "> 0 seconds")
+
+
+def output_checks(output: OutputConfig) -> Checks:
+    yield must(bool(output.save_dir.strip()), "output.save_dir", output.save_dir, "a directory")
+    name_ok = matches(EXPERIMENT_NAME_PATTERN, output.experiment_name)
+    yield must(name_ok, "output.experiment_name", output.experiment_name, "1 to 48 letters, digits, '-' or '_'")
+    project_ok = bool(output.wandb_project.strip()) or not output.use_wandb
+    yield must(project_ok, "output.wandb_project", output.wandb_project, "a name, since use_wandb=True")
+    source = output.source_checkpoint
+    source_ok = source is None or bool(source.strip())
+    yield must(source_ok, "output.source_checkpoint", source, "a directory on the host, or None")
+    yield from one_or_off(output, "output", checkpoints_keep="all of them")
+    for stage, best in output.checkpoint_best.items():
+        yield must(stage in ("sft", "rl"), "output.checkpoint_best", output.checkpoint_best, "keys 'sft' and 'rl'")
+        ok = matches(BEST_PATTERN, best)
+        path = f"output.checkpoint_best[{stage!r}]"
+        yield must(ok, path, best, "'min <metric>' or 'max <metric>', a metric of metrics.jsonl")
+        kept = output.checkpoints_keep != -1
+        yield must(kept, path, best, "checkpoints_keep >= 1: with -1 all are kept, the best among them")

@@ -1,0 +1,63 @@
+"""`Config`: a job as one value, with its checks and its JSON round trip."""
+
+import dataclasses
+import json
+import os
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rollouts.config.checks import config_problems
+from rollouts.config.json_form import from_json, json_lines, line_of
+from rollouts.config.schema import Sections
+from rollouts.config.types import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Sections):
+    """A whole job. `problems()` lists every reason it cannot run; `save` and `load` are a JSON round trip."""
+
+    def problems(self) -> tuple[str, ...]:
+        """Every reason this config cannot run; empty when it can."""
+        return config_problems(self)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Any) -> "Config":
+        """The inverse of `to_json`. Raises ConfigError naming every missing and unknown key."""
+        errors: list[tuple[str, str]] = []
+        config = from_json(cls, data, "config", errors)
+        if errors:
+            raise ConfigError("\n".join(f"{path}: {message}" for path, message in errors))
+        return typing.cast(Config, config)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        text = json.dumps(self.to_json(), indent=2) + "\n"
+        temporary = Path(f"{os.fspath(path)}.tmp")
+        temporary.write_text(text)
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Config":
+        try:
+            text = Path(path).read_text()
+            data = json.loads(text)
+        except FileNotFoundError:
+            raise ConfigError(f"{path}: no such file") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: cannot be read: {error}") from None
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+        except (ValueError, RecursionError) as error:  # a number of too many digits; brackets too deep
+            raise ConfigError(f"{path}: cannot be read as a config: {error}") from None
+        errors: list[tuple[str, str]] = []
+        config = from_json(cls, data, "config", errors)
+        lines, twice = json_lines(text)
+        errors += [(key, "given twice") for key in twice]
+        if errors:
+            shown = [(line_of(key, lines), f"{key}: {message}") for key, message in errors]
+            raise ConfigError("\n".join(f"{path}:{line}: {message}" for line, message in sorted(shown)))
+        return typing.cast(Config, config)

@@ -1,0 +1,42 @@
+"""Data sets and how they are mixed."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSpec:
+    """One data set of a mixture: rows shuffled by shuffle_seed, of those [start:stop:step], the first max_samples."""
+
+    name: str  # hub id, a directory laid out as on the hub, or a .jsonl file (relative to the repository's root)
+    format: Literal[  # how a row becomes a conversation: docs/data.md
+        "messages",
+        "question_answer",
+        "gsm8k",
+        "gsm8k_calculator",
+        "multiple_choice",
+        "smoltalk",
+        "custom_json",
+        "spelling_bee",  # made here, without end; `name` is a label
+        "simple_spelling",  # likewise
+        "text",  # no conversation: for sft_mixture and eval_mixture's validation loss
+    ]
+    split: str
+    subset: str | None  # the hub's configuration name
+    shuffle_seed: int | None  # as datasets' shuffle; None: rows as they stand. Streamed: in windows of 10,000 rows
+    start: int
+    stop: int  # -1: to the end
+    step: int
+    max_samples: int  # -1: all
+    streaming: bool  # fetch rows one by one and only those needed; for sets too large to download
+    repeat: int  # how often the rows stand in the mixture
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    sft_mixture: list[DatasetSpec]
+    sft_order: Literal["shuffled", "sequence"]  # sequence: the mixture as listed, every epoch; a curriculum
+    rl_mixture: list[DatasetSpec]
+    eval_mixture: list[DatasetSpec]  # held out: validation loss and exact match; [] turns evaluation off
+    max_length: int  # tokens; a longer conversation is left out and counted, a longer text split into pieces
+    shuffle_seed: int

@@ -1,0 +1,27 @@
+"""The model, and adapters on it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters on frozen weights (peft); matrix_lr is their learning rate. docs/optimization.md."""
+
+    rank: int
+    alpha: float  # the adapter's output is multiplied by alpha / rank
+    dropout: float  # on the adapter's input; 0: none
+    target_modules: list[str] | Literal["all-linear"]  # linear layers by name, e.g. ["q_proj"]; all: but for the head
+    init_seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    name: str  # hub id, or a directory: absolute on the host, or relative to the repository's root
+    init: Literal["pretrained", "random"]  # random: architecture and tokenizer of `name`, weights drawn from init_seed
+    init_seed: int
+    dtype: Literal["float32", "bfloat16"]
+    compile: bool
+    activation_checkpointing: bool  # recompute each layer in the backward pass: less memory, about 1.3 x the time
+    lora: LoraConfig | None  # None: all weights are trained
+    trust_remote_code: bool

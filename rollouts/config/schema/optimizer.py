@@ -1,0 +1,28 @@
+"""The optimizer of a stage."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class MuonConfig:
+    momentum: float
+    nesterov: bool
+    ns_steps: int  # Newton-Schulz iterations
+    adjust_lr: Literal[
+        "original", "match_rms_adamw"
+    ]  # matrix_lr's factor by shape: nanochat's, or to use AdamW's rates
+    vector_lr: float  # of norms and biases, by AdamW
+    width_reference: int  # AdamW groups' rates x (hidden_size / this) ** -0.5, in nanochat 768; -1: as they stand
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    kind: Literal["adamw", "muon"]  # muon: Muon for matrices, AdamW for embeddings, head, norms and biases
+    muon: MuonConfig | None  # None only with kind="adamw"
+    beta1: float  # this and the next two are AdamW's
+    beta2: float
+    eps: float
+    max_grad_norm: float  # global L2 norm at which gradients are clipped
+    warmup_frac: float  # share of the stage's steps over which the rate rises linearly from 0
+    schedule: Literal["constant", "linear", "cosine"]  # after warm-up; linear and cosine end at 0

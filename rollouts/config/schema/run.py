@@ -1,0 +1,56 @@
+"""Where a run takes place, how long it may take, and where its results land."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetConfig:
+    """Which devices train, and how the model is spread over them."""
+
+    gpu_ranks: list[int]  # device indices; their number is the trainer's world size. On cpu: one process per entry
+    device_type: Literal["cuda", "cpu", "mps"]
+    sharding: Literal[
+        "none", "full_shard", "shard_grad_op", "hybrid_shard"
+    ]  # docs/sharding.md; none: a whole copy each
+    shard_group_size: int  # hybrid_shard: ranks that share one copy, usually those of a node; -1: unused
+    cpu_offload: bool  # parameters, gradients and optimizer state wait in host memory; needs sharding
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostConfig:
+    """How the host is made ready."""
+
+    installer: Literal["uv", "pip"]  # what fills the virtual environments
+    constraints_file: str | None  # path in this repository of a pip constraints file; None installs unconstrained
+    torch_build: Literal["auto", "cpu", "cu126", "cu128", "cu130", "index"]  # auto: by device and driver; index: pip's
+    env: dict[str, str]  # set for every process of the run; shown in plans and saved: no secrets here
+    secrets: list[str]  # names of variables read here and handed to the run over stdin; never stored here
+    disk_free_gib_min: float  # refuse to start with less room than this on the host
+    threads_per_process: int  # OMP_NUM_THREADS of each trainer rank and of the engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitsConfig:
+    """How long things may take, in seconds, before the run fails with a message."""
+
+    bootstrap_timeout_s: float
+    engine_ready_timeout_s: float
+    stage_timeout_s: float  # one stage, sft or rl, as a whole
+    engine_hang_timeout_s: float  # an engine that lives and does not answer for so long is hung
+    sample_timeout_s: float  # one generation request
+    reward_timeout_s: float  # one sample's reward; a group with one that took longer is left out and counted
+    stop_grace_s: float  # between asking a process to end and killing it
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    save_dir: str  # where results land on this machine: <save_dir>/<experiment_name>/<run_id>/
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"]
+    experiment_name: str
+    use_wandb: bool
+    wandb_project: str
+    mode: Literal["sft", "rl", "sft+rl"]
+    source_checkpoint: str | None  # a checkpoint directory on the host: the first stage starts from it, or resumes it
+    checkpoints_keep: int  # of each stage on the host, the last ones; -1: all. What a run resumed from stays too
+    checkpoint_best: dict[str, str]  # stage -> "min <metric>" or "max <metric>": kept too; {}: by age alone

@@ -1,0 +1,48 @@
+"""The config that a command line names: read, checked, shown."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from rollouts.config import Config, ConfigError, as_source, load_config
+from rollouts.remote.display import print_json
+from rollouts.remote.errors import DeployError
+from rollouts.remote.open_run import read_note
+from rollouts.run_dir import RunDir
+
+
+def show_config(path: str, *, as_json: bool) -> int:
+    """`deploy CONFIG --show`: the whole config, as a file that derives from no other one."""
+    config = read_config(path)
+    print_json(config.to_json()) if as_json else print(as_source(config), end="")
+    return 0
+
+
+def read_config(path: str) -> Config:
+    """The config, checked; every problem at once. A run directory stands for its config.json."""
+    file = Path(path)
+    if file.is_dir():
+        file = file / "config.json"
+    if file.name == "config.json" and read_note(RunDir(file.parent)).get("started_here") is False:
+        raise DeployError(
+            f"{file} came from a host, with a run that was started elsewhere.",
+            found="it names the files to read, the code to run and the secrets to send",
+            fix="read it, copy it to a place of your own, and deploy the copy",
+        )
+    try:
+        config = load_config(file)
+    except ConfigError as error:
+        raise DeployError(str(error)) from None
+    problems = [*config.problems(), *_nul_bytes(config.to_json())]
+    if problems:
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        raise DeployError(f"{path}: {count} in the config.", found="\n".join(problems))
+    return config
+
+
+def _nul_bytes(value: object, place: str = "") -> Iterator[str]:
+    """Name the texts of a config with a zero byte: no path, variable or command line can hold one."""
+    if isinstance(value, str) and "\0" in value:
+        yield f"{place}={value!r}: needs a text without a zero byte"
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in parts:
+        yield from _nul_bytes(part, f"{place}.{key}" if place else str(key))

@@ -1,0 +1,183 @@
+"""Names inside a run directory: the same on the host and in the mirror here."""
+
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+State = Literal["starting", "running", "done", "failed", "stopped", "died"]
+FINAL_STATES: tuple[State, ...] = ("done", "failed", "stopped", "died")  # died: seen by readers, never written
+StageName = Literal["bootstrap", "sft", "rl"]
+EXPERIMENT_NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_-]{0,47}"  # a tmux session name: no dot, no colon
+RUN_ID_VARIABLE = "ROLLOUTS_RUN_ID"
+RUN_PATH_VARIABLE = "ROLLOUTS_RUN_PATH"
+GPUS_VARIABLE = "ROLLOUTS_GPUS"  # a process's cards by nvidia-smi's index, however CUDA_VISIBLE_DEVICES names them
+HOME_VARIABLE = "ROLLOUTS_HOME"  # where a host (or this machine) keeps its rollouts files; ~/.rollouts without it
+STREAMED_FILES = (
+    "events.jsonl",
+    "metrics.jsonl",
+    "eval.jsonl",
+    "eval_samples.jsonl",
+    "rollouts.jsonl",
+)  # they only grow
+ENVIRONMENT_GLOB = "code/environment-*.txt"
+SNAPSHOT_GLOBS = ("status.json", "exit/*.json", ENVIRONMENT_GLOB)  # small, replaced as a whole
+LOG_GLOB = "logs/*.log"
+SNAPSHOT_BYTES_MAX = 1 << 20
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The names inside one run directory; the same on the host and in the mirror here."""
+
+    path: Path
+
+    @property
+    def run_id(self) -> str:
+        return self.path.name
+
+    @property
+    def real_path(self) -> str:
+        """Absolute, without links on the way: one spelling of the run's directory, also once it is removed."""
+        return os.path.realpath(self.path)
+
+    @property
+    def memory_name(self) -> str:
+        """What the run's files in /dev/shm go by, which all homes of a machine share."""
+        return f"{self.run_id}-{hashlib.sha256(os.fsencode(self.real_path)).hexdigest()[:12]}"
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def code(self) -> Path:
+        return self.path / "code"
+
+    @property
+    def code_tree(self) -> Path:
+        return self.code / "tree"
+
+    def environment(self, name: str) -> Path:
+        """What was installed in the environment of this name ("trainer", "engine"): `name==version` lines."""
+        return self.code / f"environment-{name}.txt"
+
+    @property
+    def code_manifest(self) -> Path:
+        """{"digest", "files": {name: {"mode", "size", "sha256"}}}: what code/tree has to be before a launch."""
+        return self.code / "manifest.json"
+
+    @property
+    def secrets(self) -> Path:
+        """{"inherited": the launcher's environment, "secrets", "engine_keys": {NAME: value}}; 0600, gone at the end.
+
+        Where the machine has a tmpfs it is a link to `secrets_in_memory`, which no reboot outlives.
+        """
+        return self.path / "secrets.json"
+
+    @property
+    def secrets_in_memory(self) -> Path:
+        name = hashlib.sha256(os.fsencode(self.path)).hexdigest()[:16]  # known when the directory is gone, too
+        return Path("/dev/shm") / f"rollouts-secrets-{os.getuid()}-{name}" / "secrets.json"
+
+    @property
+    def reserve(self) -> Path:
+        """Room on the disk, given up when it is full, so that the run's end can still be written."""
+        return self.path / ".reserve.tmp"
+
+    @property
+    def launch(self) -> Path:
+        """{"launch_id", "host"}: which `deploy` started the run, and on which machine (`host_identity`)."""
+        return self.path / "launch.json"
+
+    @property
+    def status(self) -> Path:
+        return self.path / "status.json"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / "supervisor.lock"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def rollouts(self) -> Path:
+        return self.path / "rollouts.jsonl"
+
+    @property
+    def eval(self) -> Path:
+        return self.path / "eval.jsonl"
+
+    @property
+    def eval_samples(self) -> Path:
+        """The answers to held-out rows, one a line."""
+        return self.path / "eval_samples.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def weights(self) -> Path:
+        """Weights on their way to the engines; rewritten at every sync, never pulled."""
+        return self.path / "weights"
+
+    @property
+    def weights_in_memory(self) -> Path:
+        """The same on tmpfs (engine.weights_on_tmpfs). Removed by the trainer, else by `remove_transient`."""
+        return Path("/dev/shm") / f"rollouts-{self.memory_name}-weights"
+
+    def buckets_in_memory(self) -> list[Path]:
+        """Files that the trainer's weights are in on their way to the engines (engine.weight_sync="tensor")."""
+        return list(Path("/dev/shm").glob(f"rollouts-bucket-{self.memory_name}-{'[0-9a-f]' * 32}"))
+
+    def log(self, window: str) -> Path:
+        return self.path / "logs" / f"{window}.log"
+
+    def exit(self, stage: str, window: str) -> Path:
+        return self.path / "exit" / f"{stage}-{window}.json"
+
+    def rendezvous(self, stage: str) -> Path:
+        """Where torchrun's agent keeps its state. Hidden, like `ranks`: neither is a result, so neither is pulled."""
+        return self.path / f".rendezvous-{stage}.tmp"
+
+    def ranks(self, stage: str) -> Path:
+        """Where the trainer's ranks find each other."""
+        return self.path / f".ranks-{stage}.tmp"
+
+    def process(self, name: str) -> Path:
+        return self.path / "processes" / f"{name}.json"
+
+    def latest_checkpoint(self, stage: str) -> Path:
+        """A relative symlink to the newest completed checkpoint of the stage."""
+        return self.checkpoints / stage / "latest"
+
+
+def home_dir() -> Path:
+    """This machine's rollouts home."""
+    return Path(os.environ.get(HOME_VARIABLE) or "~/.rollouts").expanduser()
+
+
+def run_path(home: str | os.PathLike[str], run_id: str) -> Path:
+    return Path(home) / "runs" / run_id
+
+
+def life_name(window: str, life: int) -> str:
+    """What the exit record of an engine's earlier life goes by: "engine-0.life-1"."""
+    return f"{window}.life-{life}"
+
+
+def valid_run_id(run_id: str) -> bool:
+    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}", run_id) is not None

@@ -1,0 +1,96 @@
+"""Who is alive, by locks that the kernel frees with their holder."""
+
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO
+
+from rollouts.plain_files import NotPlainFileError, appending, reading
+from rollouts.run_dir.layout import FINAL_STATES, RunDir, State
+from rollouts.run_dir.records import Status, read_status
+
+
+def hold_lock(run: RunDir) -> IO[bytes] | None:
+    """Take the supervisor's lock for as long as the returned file stays open; None when another process holds it.
+
+    The kernel releases it when the holder dies, however it dies: it is the truth about whether a run is live.
+    """
+    run.path.mkdir(parents=True, exist_ok=True)
+    stream = appending(run.lock)
+    for _ in range(20):  # a reader in is_live() holds it for an instant
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return stream
+        except BlockingIOError:
+            time.sleep(0.05)
+    stream.close()
+    return None
+
+
+def is_live(run: RunDir) -> bool:
+    """Is the supervisor of this run alive on this machine?"""
+    try:
+        stream = reading(run.lock)
+    except (FileNotFoundError, NotPlainFileError):  # a pipe in its place: nobody holds that
+        return False
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
+
+
+def wait_until_dead(run: RunDir) -> None:
+    """Block until no supervisor holds the lock. Without polling: for a thread of its own."""
+    with reading(run.lock) as stream:
+        fcntl.flock(stream, fcntl.LOCK_SH)
+
+
+@contextlib.contextmanager
+def launching(run: RunDir, *, wait: bool = True) -> Iterator[bool]:
+    """Hold a run's directory while it is launched, or looked at by somebody who must not do so meanwhile.
+
+    False without `wait` where another has it. The kernel frees it with its holder.
+    """
+    descriptor = os.open(run.path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield True
+    except BlockingIOError:
+        yield False
+    finally:
+        os.close(descriptor)
+
+
+START_WAIT_S = 30.0  # between the launcher's first status and the supervisor's lock
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What a run looks like from outside, on its own machine, now."""
+
+    state: State  # "died" when it never reached a final state and nobody supervises it
+    exit_code: int | None
+    live: bool  # a supervisor holds the lock, or is about to
+    status: Status | None  # None for a file that is missing or damaged
+
+
+def observe(run: RunDir) -> Observed:
+    """The lock is read before the status: a supervisor writes its final status before it lets go."""
+    live = is_live(run)
+    try:
+        status = read_status(run)
+    except (ValueError, TypeError):  # damaged by something else than us: writes are atomic
+        status = None
+    if status is None:
+        return Observed("starting" if live else "died", None, live, None)
+    if status.state in FINAL_STATES:
+        return Observed(status.state, status.exit_code, live, status)
+    waiting = not run.lock.exists() and time.time() - status.updated_at < START_WAIT_S
+    if live or waiting:
+        return Observed(status.state, None, True, status)
+    return Observed("died", None, False, status)

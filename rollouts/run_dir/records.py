@@ -1,0 +1,244 @@
+"""What the files of a run hold, as dataclasses, and reading them."""
+
+import dataclasses
+import json
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from rollouts.plain_files import read_plain
+from rollouts.run_dir.files import append_jsonl, write_json_atomic
+from rollouts.run_dir.layout import RunDir, StageName, State
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """status.json: where the run is. By the supervisor; before it by `launch`, after it by `stop`."""
+
+    run_id: str
+    experiment_name: str
+    state: State
+    stage: StageName | None
+    message: str  # one line for people: what is happening, or why it ended
+    started_at: float  # seconds since the epoch, as all times here
+    updated_at: float  # also the heartbeat: rewritten at least every HEARTBEAT_S while the run lives
+    exit_code: int | None  # None until the run ended
+
+
+HEARTBEAT_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitRecord:
+    """exit/<stage>-<window>.json: how a window's process ended. No file means unknown, never success."""
+
+    window: str
+    exit_code: int | None  # None when a signal ended it
+    signal: int | None
+    started_at: float
+    ended_at: float
+    message: str = ""  # why it failed, as far as its last lines tell; of the supervisor: how the run ended
+
+    @property
+    def code(self) -> int:
+        """The exit code as a shell would give it."""
+        return self.exit_code if self.exit_code is not None else 128 + (self.signal or 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessRecord:
+    """processes/<name>.json: the leader of a process group that the run may signal."""
+
+    name: str
+    pid: int
+    pgid: int
+    started_at: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvironmentSpec:
+    """A virtual environment on the host, named by what it holds: equal key, equal content."""
+
+    name: str  # "trainer", "engine"
+    path: str  # <home>/envs/<key>
+    installer: Literal["uv", "pip"]
+    base_python: str  # the host's interpreter that makes it; "": python_version is installed for it
+    requirements: list[str]
+    requirements_no_deps: list[str]  # installed after those, without what they require in turn
+    constraints: str  # the text of the constraints file; "" for none
+    torch_build: str = "index"  # "cpu", "cu126", …: from PyTorch's own index; "index": as the installer is configured
+    torch_fallback: bool = False  # take the configured index where PyTorch's cannot be reached
+    python_version: str = ""  # of base_python, or of the one to be installed ("3.11")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubModel:
+    """A model of the hub that the host downloads before the first stage."""
+
+    name: str
+    weights: bool  # False: configuration and tokenizer alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessSpec:
+    """One tmux window's process."""
+
+    window: str  # "trainer", "engine-0", "router"
+    argv: list[str]
+    env: dict[str, str]
+    ready_url: str | None  # answers 200 once the process serves; None: nothing waits for it
+    ready_timeout_s: float
+    tools_of: str = ""  # the environment whose programs and CUDA libraries the process finds; "": the host's alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSpec:
+    name: Literal["sft", "rl"]
+    engines: list[ProcessSpec]  # started first, all ready before the trainer starts
+    trainer: ProcessSpec  # its end is the stage's end
+    timeout_s: float
+    needs_checkpoint: str | None  # a checkpoint directory whose manifest must hold before the stage starts
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchPlan:
+    """plan.json: all that the supervisor does, decided beforehand. Paths are the host's, absolute."""
+
+    run_id: str
+    experiment_name: str
+    home: str
+    run_path: str
+    base_python: str  # runs the supervisor: the host's own, >= 3.10, standard library only
+    environments: list[EnvironmentSpec]
+    stages: list[StageSpec]
+    bootstrap_timeout_s: float
+    stop_grace_s: float
+    engine_restarts_max: int  # in the whole run
+    engine_hang_timeout_s: float
+    models: list[HubModel] = dataclasses.field(
+        default_factory=list
+    )  # downloaded once the trainer's environment is made
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "LaunchPlan":
+        environments = [EnvironmentSpec(**item) for item in data["environments"]]
+        stages = [
+            StageSpec(
+                **{
+                    **item,
+                    "engines": [ProcessSpec(**engine) for engine in item["engines"]],
+                    "trainer": ProcessSpec(**item["trainer"]),
+                }
+            )
+            for item in data["stages"]
+        ]
+        models = [HubModel(**item) for item in data.get("models", [])]
+        return cls(**{**data, "environments": environments, "stages": stages, "models": models})
+
+
+def read_status(run: RunDir) -> Status | None:
+    return _read_record(run.status, Status)
+
+
+def read_exit(run: RunDir, stage: str, window: str) -> ExitRecord | None:
+    return _read_record(run.exit(stage, window), ExitRecord)
+
+
+def read_launch_id(run: RunDir) -> str | None:
+    """Which `deploy` started the run; None where an older version of this program did, or nobody yet."""
+    found = _launch_record(run).get("launch_id")
+    return None if found is None else str(found)
+
+
+def read_launch_host(run: RunDir) -> dict[str, str] | None:
+    """Which machine runs it, as `host_identity`; None where an older version of this program started it, or nobody."""
+    found = _launch_record(run).get("host")
+    if not isinstance(found, dict) or not all(isinstance(found.get(key), str) for key in ("name", "boot")):
+        return None
+    return {key: found[key] for key in ("name", "boot")}
+
+
+def is_elsewhere(run: RunDir) -> bool:
+    """Was the run started on another machine that has the same files? What it uses is none of this machine's."""
+    return read_launch_host(run) not in (None, host_identity())
+
+
+def other_host(run: RunDir) -> str | None:
+    """The name of the machine that the run was started on, if this one has another; it may have booted since."""
+    host = read_launch_host(run)
+    return host["name"] if host is not None and host["name"] != host_identity()["name"] else None
+
+
+def _launch_record(run: RunDir) -> dict[str, Any]:
+    try:
+        found = json.loads(read_plain(run.launch))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def host_identity() -> dict[str, str]:
+    """Return what tells this machine from others that share its files, until it boots again: no run outlives that.
+
+    Both parts are needed: containers of one machine share its boot, and images of one template may share a name.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:  # no Linux: nothing is launched there
+        boot = ""
+    return {"name": os.uname().nodename, "boot": boot}
+
+
+def read_plan(run: RunDir) -> LaunchPlan | None:
+    try:
+        return LaunchPlan.from_json(json.loads(read_plain(run.plan)))
+    except FileNotFoundError:
+        return None
+
+
+def _read_record(path: Path, record: type[Any]) -> Any:
+    """Fields of later versions are passed over. Raises ValueError or TypeError for a damaged file."""
+    try:
+        values = json.loads(read_plain(path))
+    except FileNotFoundError:
+        return None
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply") from None
+    if not isinstance(values, dict):
+        raise TypeError(f"{path}: not an object")
+    kinds = get_type_hints(record)
+    for name in kinds.keys() & values.keys():
+        if not _fits(values[name], kinds[name]):
+            raise TypeError(f"{path}: {name} is {values[name]!r:.100}, not {kinds[name]}")
+    return record(**{name: value for name, value in values.items() if name in kinds})
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Is a JSON value of the type that a record's field has: a simple one, a union of them, one of some words?"""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind) and isinstance(value, str)
+    if get_origin(kind) in (Union, UnionType):
+        return any(_fits(value, part) for part in get_args(kind))
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def append_event(run: RunDir, kind: str, **fields: Any) -> None:
+    """One line of events.jsonl: {"time", "kind", ...}. The kinds and their fields: docs/run-directory.md."""
+    append_jsonl(run.events, {"time": time.time(), "kind": kind, **fields})
+
+
+def record_process(run: RunDir, name: str) -> None:
+    """Called by a process that leads its own group, before anything slow: what `stop` may signal."""
+    record = ProcessRecord(name=name, pid=os.getpid(), pgid=os.getpgid(0), started_at=time.time())
+    write_json_atomic(run.process(name), record)

@@ -1,0 +1,69 @@
+"""What must not outlive a run: its secrets, and files in memory."""
+
+import contextlib
+import errno
+import os
+import shutil
+import stat
+from pathlib import Path
+from typing import Any
+
+from rollouts.run_dir.files import write_json_atomic
+from rollouts.run_dir.layout import RunDir
+from rollouts.run_dir.liveness import launching, observe
+from rollouts.run_dir.records import other_host
+
+
+def write_secrets(run: RunDir, value: dict[str, Any]) -> None:
+    """Write the run's secrets, 0600: on a tmpfs where this machine has one, else into the run directory."""
+    memory = run.secrets_in_memory
+    try:
+        memory.parent.mkdir(mode=0o700, exist_ok=True)
+        found = memory.parent.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+            raise PermissionError(errno.EPERM, "made by somebody else", str(memory.parent))
+        write_json_atomic(memory, value, mode=0o600)
+        run.secrets.unlink(missing_ok=True)
+        run.secrets.symlink_to(memory)
+    except OSError:  # no tmpfs there, a full one, or a file of another user's in its place
+        run.secrets.unlink(missing_ok=True)
+        write_json_atomic(run.secrets, value, mode=0o600)
+
+
+def remove_transient(run: RunDir) -> None:
+    """Remove what must not outlive a run's processes: its secrets, weights that a killed trainer left in memory, and
+    files by which its processes found each other."""
+    places = {run.secrets_in_memory}
+    if run.secrets.is_symlink():  # the directory may go by another name now
+        places.add(Path(os.readlink(run.secrets)))
+    run.secrets.unlink(missing_ok=True)
+    for place in places:
+        if place.match("/dev/shm/rollouts-secrets-*/secrets.json"):
+            with contextlib.suppress(OSError):  # gone, or another user's of that name
+                shutil.rmtree(place.parent)
+    temporary = (run.reserve, *_left_secrets(run), *map(run.rendezvous, ("sft", "rl")), *map(run.ranks, ("sft", "rl")))
+    for file in temporary:
+        file.unlink(missing_ok=True)
+    shutil.rmtree(run.weights_in_memory, ignore_errors=True)
+    for file in run.buckets_in_memory():
+        file.unlink(missing_ok=True)
+
+
+def _left_secrets(run: RunDir) -> list[Path]:
+    """What a writer that was killed left of the secrets."""
+    directories = (run.path, run.secrets_in_memory.parent)
+    return [file for directory in directories for file in directory.glob(".secrets.json.*.tmp")]
+
+
+def clean_up(home: Path) -> None:
+    """Remove what runs under `home` left that died without their own end: a reboot, or SIGKILL of everything."""
+    for path in home.glob("runs/*"):
+        with contextlib.suppress(OSError):  # another user's, or removed meanwhile: it stands in nobody's way
+            _clean_up_run(RunDir(path))
+
+
+def _clean_up_run(run: RunDir) -> None:
+    if run.secrets.is_symlink() or run.secrets.exists() or _left_secrets(run):
+        with launching(run, wait=False) as alone:
+            if alone and other_host(run) is None and not observe(run).live:
+                remove_transient(run)
