@@ -3,7 +3,8 @@ problems, sampled by SGLang on the same GPU. Small enough to see a whole run on 
 
     deploy configs/01_debug_sft_rl.py --remote user@host --plan
 
-Needs the hub. The engine gets half of the GPU; trainer and engine together fit 24 GiB.
+Needs the hub. By docs/gpu.md's sums trainer and engine together fit 24 GiB: layers are computed again in the backward
+pass, and the engine gets a third of the GPU. With 48 GiB both may be as usual.
 """
 
 from base_config import (
@@ -90,7 +91,7 @@ config = Config(
         dtype="bfloat16",
         compile=False,
         trust_remote_code=False,
-        activation_checkpointing=False,
+        activation_checkpointing=True,
         lora=None,
     ),
     data=DataConfig(
@@ -177,7 +178,7 @@ config = Config(
         replicas=1,
         router_port=None,
         tensor_parallel_size=1,
-        mem_fraction=0.5,
+        mem_fraction=0.35,
         context_length=2048,
         max_total_tokens=-1,
         max_running_requests=256,

@@ -46,7 +46,7 @@ def test_the_debug_config_in_full() -> None:
         f"sft: trainer: {torchrun(trainer, run, 'sft', 1)} {module} --run-dir {run} --stage sft",
         f"rl: engine-0: {engine} -m rollouts.engines.sglang.launcher --model-path {run}/checkpoints/sft/latest"
         " --host 127.0.0.1 --port 30180 --dtype bfloat16 --device cuda --tensor-parallel-size 1"
-        " --mem-fraction-static 0.5 --context-length 2048 --max-running-requests 256 --random-seed 42"
+        " --mem-fraction-static 0.35 --context-length 2048 --max-running-requests 256 --random-seed 42"
         " --log-level-http warning --sleep-on-idle --cuda-graph-max-bs-decode 256",
         f"rl: trainer: {torchrun(trainer, run, 'rl', 1)} {module} --run-dir {run} --stage rl --engine-url http://127.0.0.1:30180",
     ]
