@@ -113,8 +113,11 @@ def test_a_bug_is_one_line_and_a_file(tmp_path: Path, monkeypatch: pytest.Monkey
         ("ended", 1, "the run has ended, and its results are on gpu-7"),
     ],
 )
-def test_errors_say_where_the_run_stands(reached: Any, code: int, expected: str) -> None:
+def test_errors_say_where_the_run_stands(
+    reached: Any, code: int, expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Goal: "Nothing was started." only where that is so; else what goes on, and how. Red with it constant."""
+    monkeypatch.setenv("ROLLOUTS_HOME", str(tmp_path))  # where tracebacks go
     for error in (OSError(28, "No space left on device", "/x/y"), DeployError("odd"), RuntimeError("odd")):
         with pytest.raises(DeployError) as caught, standing("r", "gpu-7", reached):
             raise error
