@@ -5,8 +5,10 @@ import contextlib
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,13 +27,18 @@ DOWNLOAD = re.compile(r"\s*Downloading (\S+) \(([\d.]+) ?([kKMG]?)i?B\)")  # pip
 COLLECT = re.compile(r"(?:Collecting|Processing) ([^\s;(]+)")
 INSTALL = re.compile(r"Installing collected packages: (.*)|Prepared (\d+) packages?")
 UNITS = {"": 1e-6, "k": 1e-3, "K": 1e-3, "M": 1.0, "G": 1e3}
-PR_SET_PDEATHSIG = 1
+# Runs the installer in its own place, once the kernel is told to end it with its parent. A program, and no preexec_fn:
+# that runs Python in a fork of a process with threads, where it may crash.
+ENDS_WITH_PARENT = """
+import os, sys
 try:
     from ctypes import CDLL
-
-    PRCTL: Callable[..., object] | None = CDLL(None).prctl
-except (ImportError, OSError):  # a Python that was built without libffi
-    PRCTL = None
+    CDLL(None).prctl(1, 9, 0, 0, 0)  # PR_SET_PDEATHSIG, SIGKILL
+except (ImportError, OSError):  # a Python that was built without libffi: the lock has to do
+    pass
+if os.getppid() == int(sys.argv[1]):  # else it ended before the kernel was told
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 
 class BootstrapError(Exception):
@@ -132,18 +139,18 @@ def run_installer(
     while it lives.
     """
     say(f"$ {shlex.join(argv)}")
-    try:
-        process = subprocess.Popen(
-            argv,
-            env=dict(environment),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            pass_fds=(lock,),
-            preexec_fn=_end_with_parent,  # noqa: PLW1509  one call into libc, of which no other thread holds a lock
-        )
-    except OSError as error:
-        raise BootstrapError(f"environment {spec.name!r}: cannot start {argv[0]}: {error}") from None
+    program = shutil.which(argv[0], path=environment.get("PATH", os.defpath))
+    if program is None:
+        raise BootstrapError(f"environment {spec.name!r}: cannot start {argv[0]}: no such program")
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", ENDS_WITH_PARENT, str(os.getpid()), program, *argv[1:]],
+        env=dict(environment),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        pass_fds=(lock,),
+        start_new_session=True,  # a group of its own, from the start
+    )
     tail: collections.deque[str] = collections.deque(maxlen=LOG_TAIL_LINES)
     reader = threading.Thread(target=_pass_on, args=(process, tail, progress), daemon=True)
     reader.start()
@@ -166,12 +173,6 @@ def inputs_of(spec: EnvironmentSpec) -> str:
     trainers = "host.constraints_file, the requirements in pyproject.toml"
     inputs = "engine.requirements_file" if spec.name == "engine" else trainers
     return inputs if spec.torch_build == "index" else f"{inputs}, host.torch_build={spec.torch_build!r}"
-
-
-def _end_with_parent() -> None:
-    os.setpgid(0, 0)  # a group of its own; Popen's process_group came with Python 3.11
-    if PRCTL is not None:  # else the lock has to do
-        PRCTL(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _pass_on(process: subprocess.Popen[bytes], tail: collections.deque[str], progress: Progress) -> None:
