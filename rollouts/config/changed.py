@@ -10,7 +10,7 @@ from rollouts.config.types import ConfigError, nearest
 
 
 def changed(base: Config, fields: Mapping[str, Any]) -> Config:
-    """`base` with the value at each path, such as "rl.seed" or "data.rl_mixture.0.max_samples", replaced.
+    """`base` with the value at each path, such as "rl.sampling.seed" or "data.rl_mixture.0.max_samples", replaced.
 
     Raises ConfigError for a path that leads nowhere, with the nearest name.
     """

@@ -2,6 +2,7 @@
 
 import os
 import runpy
+from collections.abc import Callable
 from pathlib import Path
 
 from rollouts.config.config import Config
@@ -9,16 +10,17 @@ from rollouts.config.mistakes import describe_exception, field_mistakes
 from rollouts.config.types import ConfigError
 
 
-def load_config(path: str | os.PathLike[str]) -> Config:
+def load_config(path: str | os.PathLike[str], say: Callable[[str], None] | None = None) -> Config:
     """Execute a config file once (or read a run's config.json) and return its `config`.
 
     Raises ConfigError for a missing file, a syntax error (with its line), an exception in the file (with its line),
     unknown and missing fields (all at once, each with its line and the nearest name), a file without `config`, or one
-    whose `config` is no Config. It does not check `problems()`.
+    whose `config` is no Config. It does not check `problems()`. `say` is told of a config.json of an
+    earlier version.
     """
     file = Path(path)
     if file.suffix == ".json":
-        return Config.load(file)
+        return Config.load(file, say)
     if not file.is_file():
         raise ConfigError(f"{file}: no such file. Shipped configs are in configs/.")
     try:

@@ -1,5 +1,6 @@
 """The config that a command line names: read, checked, shown."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def read_config(path: str) -> Config:
             fix="read it, copy it to a place of your own, and deploy the copy",
         )
     try:
-        config = load_config(file)
+        config = load_config(file, say=lambda text: print(f"note: {text}", file=sys.stderr))
     except ConfigError as error:
         raise DeployError(str(error)) from None
     problems = [*config.problems(), *_nul_bytes(config.to_json())]

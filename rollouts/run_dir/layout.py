@@ -136,11 +136,11 @@ class RunDir:
 
     @property
     def weights_in_memory(self) -> Path:
-        """The same on tmpfs (engine.weights_on_tmpfs). Removed by the trainer, else by `remove_transient`."""
+        """The same on tmpfs (engine.weight_sync.on_tmpfs). Removed by the trainer, else by `remove_transient`."""
         return Path("/dev/shm") / f"rollouts-{self.memory_name}-weights"
 
     def buckets_in_memory(self) -> list[Path]:
-        """Files that the trainer's weights are in on their way to the engines (engine.weight_sync="tensor")."""
+        """Files that the trainer's weights are in on their way to the engines (engine.weight_sync=TensorSync)."""
         return list(Path("/dev/shm").glob(f"rollouts-bucket-{self.memory_name}-{'[0-9a-f]' * 32}"))
 
     def log(self, window: str) -> Path:

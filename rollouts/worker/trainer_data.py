@@ -46,12 +46,12 @@ def load_data(config: Config, tokenizer: Any, stage: str) -> Data:
     )
     if "rl" in left and config.rl is not None:
         agent = config.rl.agent
-        for path in (config.rl.reward_fn, config.rl.filter_fn, agent.environment if agent else None):
+        for path in (config.rl.reward_fn, config.rl.sampling.filter_fn, agent.environment if agent else None):
             if path is not None:
                 resolve(path)
     saved = None
     if "rl" in left and config.rl is not None and not config.uses_engine:
-        saved = ReplayRollouts(config.rl.source, temperature=config.rl.temperature)
+        saved = ReplayRollouts(config.rl.sampling.source, temperature=config.rl.temperature)
     sft, report = load_samples(data.sft_mixture, seed=sft_seed(config)) if "sft" in left else ((), None)
     reports: list[tuple[str, Report]] = [] if report is None else [("sft_mixture", report)]
     fit: dict[str, Any] = {

@@ -3,7 +3,7 @@
 from rollouts.config.checks.common import Checks, must
 from rollouts.config.checks.engine import engine_fits, weight_sync_checks
 from rollouts.config.checks.training import rate_checks
-from rollouts.config.schema import Sections
+from rollouts.config.schema import Sections, ValueModel
 
 
 def cross_checks(config: Sections) -> Checks:
@@ -44,12 +44,11 @@ def cross_checks(config: Sections) -> Checks:
     compiled = config.model.compile and config.target.sharding != "none"
     yield must(not compiled, "model.compile", config.model.compile, "False: a sharded model runs uncompiled")
     if config.rl is not None and "rl" in config.stages and config.target.sharding != "none":
-        valued = config.rl.baseline == "value"
-        yield must(
-            not valued, "rl.baseline", "value", "another with target.sharding: a sharded model has no value head"
-        )
+        valued = isinstance(config.rl.baseline, ValueModel)
+        need = "a number, 'group_mean' or 'leave_one_out' with target.sharding: a sharded model has no value head"
+        yield must(not valued, "rl.baseline", config.rl.baseline, need)
         replayed = not config.uses_engine and bool(data.eval_mixture)
-        need = "[] with target.sharding and rl.source a file: without an engine, a sharded model answers no questions"
+        need = "[] with target.sharding where rl.sampling.source is a file: without an engine it answers no questions"
         yield not replayed, f"data.eval_mixture: needs {need}"
     for name in config.stages:
         if getattr(config, name) is not None:

@@ -31,7 +31,11 @@ def dotted_names(config: Config) -> dict[str, str]:
     if rl is None or "rl" not in config.stages or not config.uses_engine:
         return {}
     agent = rl.agent.environment if rl.agent else None
-    named = {"rl.reward_fn": rl.reward_fn, "rl.filter_fn": rl.filter_fn, "rl.agent.environment": agent}
+    named = {
+        "rl.reward.fn": rl.reward_fn,
+        "rl.sampling.filter_fn": rl.sampling.filter_fn,
+        "rl.agent.environment": agent,
+    }
     return {name: path for name, path in named.items() if path is not None}
 
 
@@ -42,7 +46,7 @@ def look_at_code(config: Config, sent: SentFiles, requirements: Sequence[str]) -
     reader = _Reader(sent, _search_path(config), requirements, found, searches_host=on_host)
     for name, path in dotted_names(config).items():
         reader.check(name, path)
-    reward = config.rl.reward_fn if config.rl and "rl.reward_fn" in dotted_names(config) else None
+    reward = config.rl.reward_fn if config.rl and "rl.reward.fn" in dotted_names(config) else None
     if reward is not None:
         found.reward_keys = BUILT_IN_KEYS.get(reward) or reader.keys_of(reward)
     return found

@@ -113,7 +113,7 @@ def host_advice(facts: HostFacts, target: str) -> Iterator[Problem]:
         yield no_headers(target, facts.python, facts.python_version, "SGLang, vLLM and model.compile=True")
     total = facts.cuda.shm_total_mib
     if total is not None and total <= SHM_DOCKER_MIB:
-        yield small_shm(facts, target, "engine.weights_on_tmpfs=True: two copies of the model", "8g")
+        yield small_shm(facts, target, "engine.weight_sync.on_tmpfs=True: two copies of the model", "8g")
     if facts.cuda.visible_devices is not None:
         yield Problem(
             f"{target} sets CUDA_VISIBLE_DEVICES by itself.",

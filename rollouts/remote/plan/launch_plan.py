@@ -140,8 +140,8 @@ def _hub_models(config: Config, code: Code) -> list[HubModel]:
     rl = config.rl if "rl" in config.stages else None
     weights = config.model.init == "pretrained" and config.output.source_checkpoint is None
     named = {config.model.name: weights}
-    if rl is not None and rl.kl_coef > 0 and rl.kl_reference is not None:
-        named[rl.kl_reference] = True
+    if rl is not None and rl.kl is not None and rl.kl.reference is not None:
+        named[rl.kl.reference] = True
     return [HubModel(name=name, weights=whole) for name, whole in named.items() if code.named.get(name) == "missing"]
 
 
@@ -202,7 +202,7 @@ def _engine(
         python=python,
         model_path=_start_model(config, code, run, after_sft=after_sft),
         device_type=device_type,
-        seed=config.rl.seed,
+        seed=config.rl.sampling.seed,
         replica=replica,
     )
     own = engine_env(engine, device_type=device_type, tree=str(run.code_tree))

@@ -88,9 +88,9 @@ def _rate_problems(config: Config) -> Iterator[Problem]:
             if rate >= limit:
                 yield Problem(
                     f"{name}.{field}={getattr(stage, field)} cannot be meant for random weights.",
-                    found=f"model.init='random', optimizer.kind={stage.optimizer.kind!r}, a rate of {rate:g} with "
+                    found=f"model.init='random', {stage.optimizer.kind}, a rate of {rate:g} with "
                     f"init_lr_frac={stage.init_lr_frac}",
-                    needed=f"less than {limit:g}: about 1e-3 for AdamW; 0.02 and 0.2 are for optimizer.kind='muon'",
+                    needed=f"less than {limit:g}: about 1e-3 for AdamW; 0.02 and 0.2 are for Muon",
                     fix="lower the rate, or set init_lr_frac",
                 )
 
@@ -169,7 +169,7 @@ def _sft_words(config: Config, sft: SFTConfig, rows: Rows) -> str:
 
 def _rl_words(config: Config, rl: RLConfig, rows: Rows) -> str:
     if not config.uses_engine:
-        return f"rl: the steps recorded in {rl.source} x {rl.num_epochs}"
+        return f"rl: the steps recorded in {rl.sampling.source} x {rl.num_epochs}"
     samples = rl.examples_per_step * rl.num_samples
     epochs = f" x {rl.num_epochs} epoch{'s' if rl.num_epochs > 1 else ''}"
     tokens = rl.agent.tokens_max if rl.agent is not None else rl.max_new_tokens

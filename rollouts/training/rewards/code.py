@@ -1,4 +1,4 @@
-"""Rewards for programs: the response's is run on the row's "tests", in `sandbox`. Blocking: use rl.reward_workers.
+"""Rewards for programs: the response's is run on the row's "tests", in `sandbox`. Blocking: use rl.reward.workers.
 
 A test is `{"stdin": text, "stdout": text}`, where the program prints what is expected, white space at the ends of lines
 apart; or `{"code": text}`, statements that run after the program in the same process and must not raise.

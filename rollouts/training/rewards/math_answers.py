@@ -18,7 +18,7 @@ def math_verify(sample: Sample) -> float:
 
     The row's answer is read to its end or not at all, and so is what the response boxes: no part of either counts for
     the whole. A few words that are no mathematics are compared as text. Comparing can take long (sympy): run it in
-    `rl.reward_workers`, where `limits.reward_timeout_s` cuts it off; the library's own alarm is off, for it works in a
+    `rl.reward.workers`, where `limits.reward_timeout_s` cuts it off; the library's own alarm is off, for it works in a
     main thread alone. Raises RewardError for an answer that cannot be read to its end, and where the library is not
     installed.
     """
