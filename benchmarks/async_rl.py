@@ -3,11 +3,12 @@
     python -m benchmarks.async_rl [--steps 300] [--repeats 3] [--lags 0 1 2]
 
 `configs/00_cpu_sft_rl.py` as it is, but for `rl.loss.importance` on every side ("token_truncate"; on policy its
-weight is exactly 1) and evaluations before and after alone. All start from one SFT checkpoint; each is the real trainer and the
-real engine, in processes of their own with one thread, the trainer pinned to one core and the engine to another. A lag
-above 1 has in-flight updates. The sides take turns within each repeat, so that a busy machine slows all; a ratio is the
-median over repeats. Steps/s are of the time in steps (`step_s`) without the first `WARM_UP`; CPU time is of the same
-steps, of either process: where they take turns a step lasts the sum, where they do not at least the larger.
+weight is exactly 1) and evaluations before and after alone. All start from one SFT checkpoint; each is the real
+trainer and the real engine, in processes of their own with one thread, the trainer pinned to one core and the engine
+to another. A lag above 1 has in-flight updates. The sides take turns within each repeat, so that a busy machine slows
+all; a ratio is the median over repeats. Steps/s are of the time in steps (`step_s`) without the first `WARM_UP`; CPU
+time is of the same steps, of either process: where they take turns a step lasts the sum, where they do not at least
+the larger.
 """
 
 import argparse

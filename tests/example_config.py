@@ -5,6 +5,9 @@ from typing import Any
 
 from base_config import (
     GRPO,
+    GSPO,
+    PPO,
+    AheadConfig,
     Config,
     DataConfig,
     DatasetSpec,
@@ -12,6 +15,8 @@ from base_config import (
     Embedded,
     EvalConfig,
     HostConfig,
+    ImportanceConfig,
+    KLConfig,
     LimitsConfig,
     ModelConfig,
     OptimizerConfig,
@@ -20,7 +25,9 @@ from base_config import (
     RLConfig,
     SamplingConfig,
     SFTConfig,
+    SGLang,
     TargetConfig,
+    ValueModel,
 )
 
 
@@ -170,3 +177,44 @@ def replace_at(value: Any, path: str, new: Any) -> Any:
         return [*value[:index], replace_at(value[index], rest, new) if rest else new, *value[index + 1 :]]
     inner = replace_at(getattr(value, head), rest, new) if rest else new
     return dataclasses.replace(value, **{head: inner})
+
+
+def like_example(kind: type, whole: Any, **changes: Any) -> Any:
+    """Return a `kind` with the fields that `whole` has too; `changes` give the others."""
+    shared = {
+        field.name: getattr(whole, field.name) for field in dataclasses.fields(kind) if hasattr(whole, field.name)
+    }
+    return kind(**{**shared, **changes})
+
+
+def policy_loss(kind: type = PPO, **changes: Any) -> Any:
+    """A loss like the example's: PPO, GSPO, CISPO, or GRPO itself."""
+    clipped = {} if kind is GRPO else {"clip_low": 0.2, "clip_high": 0.2, "updates_per_batch": 1}
+    clipped |= {"dual_clip": None} if kind in (PPO, GSPO) else {}
+    rl = example_config().rl
+    assert rl is not None
+    return like_example(kind, rl.loss, **{**clipped, **changes})
+
+
+def sglang(**changes: Any) -> SGLang:
+    """An SGLang on a CPU, in the place of the example's engine."""
+    own = {"requirements_file": "requirements/sglang-cpu.txt", "max_total_tokens": 4096}
+    made = like_example(SGLang, example_config().engine, **{**own, **changes})
+    assert isinstance(made, SGLang)
+    return made
+
+
+def value_model(**changes: Any) -> ValueModel:
+    return ValueModel(**{"gamma": 1.0, "gae_lambda": 0.95, "coef": 0.5, "clip": None, "lr": 1e-3, **changes})
+
+
+def kl(**changes: Any) -> KLConfig:
+    return KLConfig(**{"coef": 0.1, "kind": "k3", "reference": None, **changes})
+
+
+def ahead(policy_lag_steps_max: int = 1, *, in_flight_updates: bool = False) -> AheadConfig:
+    return AheadConfig(policy_lag_steps_max=policy_lag_steps_max, in_flight_updates=in_flight_updates)
+
+
+def importance(kind: str = "token_truncate", cap: float = 2.0) -> ImportanceConfig:
+    return ImportanceConfig(kind=kind, cap=cap)  # type: ignore[arg-type]  (tests try kinds that there are none of)

@@ -47,7 +47,7 @@ def is_flat(data: Any) -> bool:
     stages = [rl, data.get("sft")] if isinstance(data, dict) else []
     optimizers = [stage.get("optimizer") for stage in stages if isinstance(stage, dict)]
     return (
-        (isinstance(rl, dict) and isinstance(rl.get("loss"), str))
+        (isinstance(rl, dict) and isinstance(rl.get("loss"), str) and "sampling" not in rl)
         or (isinstance(engine, dict) and isinstance(engine.get("weight_sync"), str))
         or any(isinstance(optimizer, dict) and "kind" in optimizer for optimizer in optimizers)
     )

@@ -42,7 +42,7 @@ def from_json(expected: Any, data: Any, path: str, errors: list[tuple[str, str]]
 
 
 def _one_of(choices: tuple[Any, ...], data: Any, path: str, errors: list[tuple[str, str]]) -> Any:
-    """An object becomes the dataclass among `choices`, of several the one that its "kind" names; the rest are leaves."""
+    """Build the dataclass among `choices` out of an object: of several the one that "kind" names. Others are leaves."""
     classes = [choice for choice in choices if dataclasses.is_dataclass(choice)]
     plain = len(classes) < len([choice for choice in choices if choice is not type(None)])
     if data is None or not classes or (plain and not isinstance(data, dict)):

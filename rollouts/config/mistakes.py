@@ -17,10 +17,8 @@ from rollouts.config.config import Config
 from rollouts.config.earlier import MOVED, MOVED_CLASSES
 from rollouts.config.types import nearest
 
-_CLASSES: tuple[type, ...] = (
-    Config,
-    *(item for name in schema.__all__ if isinstance(item := getattr(schema, name), type) and name != "Sections"),
-)
+_SECTIONS = [item for name in schema.__all__ if isinstance(item := getattr(schema, name), type)]
+_CLASSES: tuple[type, ...] = (Config, *(item for item in _SECTIONS if item is not schema.Sections))
 
 
 def describe_exception(file: Path, error: BaseException) -> str:

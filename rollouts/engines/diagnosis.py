@@ -64,8 +64,8 @@ CUDA_RULES: Sequence[tuple[str, str]] = (
     (
         r"Invalid device_uuid=?(?P<uuid>\S*)",
         "The trainer's weights lie on a GPU that the engine does not see ({uuid}): weight_sync=TensorSync(...) shares"
-        " memory of"
-        " one device. Put the trainer's first rank and the engine on the same GPU, or set engine.weight_sync=DiskSync(...).",
+        " memory of one device. Put the trainer's first rank and the engine on the same GPU, or set"
+        " engine.weight_sync=DiskSync(...).",
     ),
     (
         r"memory capacity is unbalanced",

@@ -98,8 +98,8 @@ def far(tmp_path_factory: pytest.TempPathFactory, environments: Path, tool_path:
 
 
 def save_config(config: Config, changes: Mapping[str, Any], file: Path) -> Config:
-    """`config` with changes by field path ({"rl.seed": 1}), a free port and its results beside `file`, where it is
-    saved."""
+    """`config` with changes by field path ({"rl.num_epochs": 1}), a free port and its results beside
+    `file`, where it is saved."""
     own = {
         "engine.sglang_port": free_port(),
         "output.save_dir": str(file.parent / "results"),

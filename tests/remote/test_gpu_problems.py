@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from rollouts.config import DiskSync
 from rollouts.remote import gpus
 from rollouts.remote.facts import HostFacts, gather_facts, parse_facts
 from rollouts.remote.gpus import CudaHost, Gpu, GpuProcess
@@ -20,7 +21,7 @@ UUID = "GPU-52a3a85d-3c55-ca3a-a955-82c69ed360fc"
 GEFORCE = dataclasses.replace(H200, name="NVIDIA GeForce RTX 4090", memory_total_mib=24564, memory_free_mib=24080)
 LOCK_13 = {"code": {"engine_requirements": f"{LOCK}nvidia-nccl-cu13==2.29.7\n"}}
 ENGINE: dict[str, Any] = {**CUDA, **HALF, **SGLANG, **LOCK_13}
-SHM = {"engine__weights_on_tmpfs": True, "model__name": "Qwen/Qwen2.5-1.5B-Instruct"}
+SHM = {"engine__weight_sync": DiskSync(on_tmpfs=True), "model__name": "Qwen/Qwen2.5-1.5B-Instruct"}
 
 
 def gpu(**changes: Any) -> dict[str, Any]:
@@ -64,7 +65,7 @@ PROBLEMS: list[tuple[str, dict[str, Any], list[str]]] = [
     (
         "no cuda-compat for GeForce",
         {**ENGINE, "facts": {"driver": "550.1", "gpus": (GEFORCE,)}},
-        ["NVIDIA GeForce RTX 4090", "for data-centre cards alone", "engine.kind='embedded'"],
+        ["NVIDIA GeForce RTX 4090", "for data-centre cards alone", "engine=Embedded(...)"],
     ),
     (
         "the trainer's CUDA",

@@ -15,9 +15,9 @@ from rollouts.remote.inputs.data import RowCount, count_rows
 from rollouts.remote.inputs.paths import SentFiles
 from rollouts.remote.texts import plan_text
 from rollouts.run_dir import RunDir, Status, hold_lock, write_json_atomic
-from tests.example_config import example_config
+from tests.example_config import example_config, sglang
 from tests.remote.hosts import Laptop, git, write_config
-from tests.remote.test_plan import RUN_ROW, plan_for
+from tests.remote.test_plan import LOCK, RUN_ROW, plan_for
 
 
 def inputs(**changes: Any) -> dict[str, Inputs]:
@@ -38,7 +38,8 @@ PROBLEMS: list[tuple[str, dict[str, Any], list[str]]] = [
     (
         "a router's port of a live run",
         {
-            "engine__router_port": 31000,
+            "engine": sglang(router_port=31000, replicas=2, gpu_ranks=[0, 1]),
+            "code": {"engine_requirements": LOCK},
             "facts": {"runs": ({**RUN_ROW, "experiment_name": "other", "live": True, "ports": [31000]},)},
         },
         ["port 31000 is what the live run"],
@@ -46,7 +47,7 @@ PROBLEMS: list[tuple[str, dict[str, Any], list[str]]] = [
     ("fewer prompts than a step takes", {"code": rows(8, 3)}, ["rl.examples_per_step=4", "3 prompts", "to 3 or less"]),
     ("at most so many prompts", {"code": rows(8, 2, "at most")}, ["rl.examples_per_step=4", "at most 2 prompts"]),
     ("no prompt at all", {"code": rows(8, 0)}, ["rl.examples_per_step=4", "0 prompts", "fix     add prompts"]),
-    ("nanochat's rate on random weights", {"sft__embedding_lr": 0.2}, ["sft.embedding_lr=0.2", "'muon'", "random"]),
+    ("nanochat's rate on random weights", {"sft__embedding_lr": 0.2}, ["sft.embedding_lr=0.2", "Muon", "random"]),
     ("a rate of a typing error", {"sft__matrix_lr": 30.0, "sft__init_lr_frac": 0.5}, ["sft.matrix_lr=30.0", "15"]),
     ("a name that is not sent", {"code": inputs(problems=(Problem("x is not sent"),))}, ["x is not sent"]),
     ("a line that no Python parses", {"code": inputs(syntax=(Problem("a.py:3: invalid"),))}, ["a.py:3"]),
@@ -115,7 +116,7 @@ def test_the_summary_in_a_researcher_s_words() -> None:
     assert all(line in plan_text(plan) for line in plan.summary)
     unknown = plan_for(code=rows(None, None, "unknown")).summary
     assert "prompts not counted" in unknown[1] and "parameters not counted" in unknown[3]
-    replay = plan_for(output__mode="rl", rl__source="/r.jsonl", facts={"paths": {"/r.jsonl": True}}).summary
+    replay = plan_for(output__mode="rl", rl__sampling__source="/r.jsonl", facts={"paths": {"/r.jsonl": True}}).summary
     assert replay[0] == "rl: the steps recorded in /r.jsonl x 1"
     assert json.loads(json.dumps(plan.to_json()))["summary"] == list(plan.summary)
 
@@ -159,7 +160,7 @@ def test_a_plan_of_a_real_repository(laptop: Laptop, make_host: Callable[..., An
     (project.parent / "train.jsonl").write_text('{"question": "q", "answer": "a"}\n')
     (project / "configs/data/letters/train_rl.jsonl").unlink()
     (project / "configs/data/letters/train_rl.jsonl").symlink_to("../../../../train.jsonl")
-    file = str(write_config(project, rl__reward_fn="local_rewards.score"))
+    file = str(write_config(project, rl__reward__fn="local_rewards.score"))
     done = laptop.deploy(file, "--plan")
     assert done.returncode == 2 and done.stderr.count("error: ") == 2, done.stderr
     assert "train_rl.jsonl -> ../../../../train.jsonl" in done.stderr

@@ -248,7 +248,7 @@ for kind in ("recorded", "silent"):
 
 
 def test_weights_that_a_killed_trainer_left_in_memory(host: Host) -> None:
-    """Goal: what a trainer had on tmpfs (engine.weights_on_tmpfs) goes with its stage, also when SIGKILL kept it from
+    """Goal: what a trainer had on tmpfs (weight_sync.on_tmpfs) goes with its stage, also when SIGKILL kept it from
     removing it: memory that nothing else gives back. Red with the supervisor's removal left out."""
     leaving = """
 import os, pathlib, sys

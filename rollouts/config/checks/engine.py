@@ -85,10 +85,8 @@ def weight_sync_checks(config: Sections, engine: EngineConfig) -> Checks:
     need = f"BroadcastSync or DiskSync: CUDA memory is shared on one GPU, and {where}"
     yield must(shared or not tensor, "engine.weight_sync", sync, need)
     single = engine.replicas == 1
-    need = (
-        f"BroadcastSync or DiskSync with engine.replicas={engine.replicas}: CUDA memory is shared on one GPU, and only"
-    )
-    need = f"{need} one replica has target.gpu_ranks[0]"
+    need = f"BroadcastSync or DiskSync with engine.replicas={engine.replicas}: CUDA memory is shared on one GPU, and"
+    need = f"{need} only one replica has target.gpu_ranks[0]"
     yield must(single or not shared or not tensor, "engine.weight_sync", sync, need)
     grows = [name for name in ALLOCATOR_SETTINGS if _grows_segments(config.host.env.get(name, ""))]
     need = "without expandable_segments:True for engine.weight_sync=TensorSync: such memory has no handles to share"

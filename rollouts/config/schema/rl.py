@@ -68,9 +68,7 @@ class RLConfig:
     eval_examples: int  # rows of eval_mixture in those; -1: all. The ones before and after always take all
     save_every: int  # steps; -1: only after the last step
     log_every: int
-    baseline: (
-        float | Literal["group_mean", "leave_one_out"] | ValueModel
-    )  # taken from each reward; a group: one prompt's
+    baseline: float | Literal["group_mean", "leave_one_out"] | ValueModel  # taken from a reward; a group: one prompt's
     loss: GRPO | PPO | GSPO | CISPO
     kl: KLConfig | None  # None: no reference model is loaded
     reward: RewardConfig | None  # None: the environment of `agent` gives rewards
