@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from base_config import AgentConfig, load_config
+from base_config import AgentConfig, RewardConfig, load_config
 from rollouts.run_dir import RunDir, read_jsonl
 from rollouts.training.rl_losses import sft_loss
 from tests.engines.serving import serving
@@ -121,7 +121,7 @@ def test_evaluation_plays_episodes(run: RunDir) -> None:
 
 def test_a_reward_function_stands_in_for_the_environments(job: Any) -> None:
     """Goal: rl.reward.fn in rl.reward.workers processes, which are gone after. Red with reward_fn not passed on."""
-    changes = {**OWN, "rl.reward.fn": "tests.training.slow_rewards.process_id", "rl.reward.workers": 2}
+    changes = {**OWN, "rl.reward": RewardConfig(fn="tests.training.slow_rewards.process_id", workers=2)}
     run = job(changes)
     ids = {int(sample["reward"]) for sample in read_jsonl(run.rollouts)}
     assert 1 <= len(ids) <= 2
