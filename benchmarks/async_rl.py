@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from base_config import Config, load_config
+from base_config import AheadConfig, Config, ImportanceConfig, load_config
 from rollouts.run_dir import RunDir, iter_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,9 +54,9 @@ def demo(steps: int, lag: int, source: str) -> Config:
     config = load_config(ROOT / "configs" / "00_cpu_sft_rl.py")
     assert config.rl is not None
     prompts = config.rl.examples_per_step * (steps // config.rl.num_epochs)
-    rl = replace(
-        config.rl, importance="token_truncate", policy_lag_steps_max=lag, in_flight_updates=lag > 1, eval_every=-1
-    )
+    loss = replace(config.rl.loss, importance=ImportanceConfig(kind="token_truncate", cap=2.0))
+    ahead = AheadConfig(policy_lag_steps_max=lag, in_flight_updates=lag > 1) if lag else None
+    rl = replace(config.rl, loss=loss, ahead=ahead, eval_every=-1)
     mixture = [replace(spec, max_samples=prompts) for spec in config.data.rl_mixture]
     output = replace(config.output, mode="rl", source_checkpoint=source)
     config = replace(config, rl=rl, data=replace(config.data, rl_mixture=mixture), output=output)
