@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo import config as dynamo
+from torch.fx.experimental import _config as symbolic_shapes
 
 logger = logging.getLogger(__name__)
 # Versions of the code in a process: kinds of layers, with and without gradients, windows that documents reach or not.
@@ -32,7 +34,8 @@ def compile_layers(model: nn.Module, *, backend: str | Callable[..., Any] = "ind
     layers = layers_of(model)
     if not layers:
         logger.warning("%s runs uncompiled: it does not say which of its modules are layers", type(model).__name__)
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VERSIONS_MAX)
+    dynamo.recompile_limit = max(dynamo.recompile_limit, _VERSIONS_MAX)
+    symbolic_shapes.use_duck_shape = False  # else as many tokens as the hidden size has would stand for that alone
     shared = _Code(type(model).__name__, backend)
     for layer in layers:
         layer.forward = _Forward(layer, shared)

@@ -41,8 +41,6 @@ def cross_checks(config: Sections) -> Checks:
             yield must(tokens <= room, "rl.agent.tokens_max", tokens, need)
         need = f"less than data.max_length={data.max_length}"
         yield must(config.rl.max_new_tokens < data.max_length, "rl.max_new_tokens", config.rl.max_new_tokens, need)
-    compiled = config.model.compile and config.target.sharding != "none"
-    yield must(not compiled, "model.compile", config.model.compile, "False: a sharded model runs uncompiled")
     if config.rl is not None and "rl" in config.stages and config.target.sharding != "none":
         valued = config.rl.baseline == "value"
         yield must(
