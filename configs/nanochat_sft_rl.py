@@ -186,7 +186,16 @@ config = Config(
         seed=SEED,
         optimizer=adamw(beta2=0.95),
     ),
-    eval=EvalConfig(num_samples=8, pass_at=[1, 8], temperature=1.0, top_k=50, seed=SEED),
+    eval=EvalConfig(
+        num_samples=8,
+        pass_at=[1, 8],
+        temperature=1.0,
+        top_k=50,
+        seed=SEED,
+        in_process_rows=1000,
+        in_process_new_tokens=256,
+        in_process_batch_tokens=131072,
+    ),
     engine=EngineConfig(
         kind="embedded",
         requirements_file=None,

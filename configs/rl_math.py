@@ -136,7 +136,16 @@ config = Config(
         seed=SEED,
         optimizer=adamw(warmup_frac=0.05),
     ),
-    eval=EvalConfig(num_samples=4, pass_at=[1, 4], temperature=1.0, top_k=-1, seed=SEED),
+    eval=EvalConfig(
+        num_samples=4,
+        pass_at=[1, 4],
+        temperature=1.0,
+        top_k=-1,
+        seed=SEED,
+        in_process_rows=0,  # the engine answers
+        in_process_new_tokens=512,
+        in_process_batch_tokens=65536,
+    ),
     engine=EngineConfig(
         kind="sglang",
         requirements_file="requirements/sglang-cuda.txt",

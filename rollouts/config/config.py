@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rollouts.config.checks import config_problems
+from rollouts.config.earlier import with_added_fields
 from rollouts.config.json_form import from_json, json_lines, line_of
 from rollouts.config.schema import Sections
 from rollouts.config.types import ConfigError
@@ -54,7 +55,7 @@ class Config(Sections):
         except (ValueError, RecursionError) as error:  # a number of too many digits; brackets too deep
             raise ConfigError(f"{path}: cannot be read as a config: {error}") from None
         errors: list[tuple[str, str]] = []
-        config = from_json(cls, data, "config", errors)
+        config = from_json(cls, with_added_fields(data, os.fspath(path)), "config", errors)
         lines, twice = json_lines(text)
         errors += [(key, "given twice") for key in twice]
         if errors:

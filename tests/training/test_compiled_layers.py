@@ -107,7 +107,7 @@ def train(backend: PyTorchTrainingBackend, steps: int) -> list[float]:
     ],
     ids=["plain", "checkpointing", "lora", "bfloat16 copies"],
 )
-def test_packs_of_any_lengths(
+def test_packs_of_any_lengths(  # noqa: PLR0917 — the four are a case
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     change: Callable[[nn.Module], nn.Module],
