@@ -7,6 +7,7 @@ after adapters, checkpointing and sharding.
 """
 
 import logging
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.fx.experimental import _config as symbolic_shapes
 logger = logging.getLogger(__name__)
 # Versions of the code in a process: kinds of layers, with and without gradients, windows that documents reach or not.
 _VERSIONS_MAX = 32
+_thread = threading.local()  # torch's settings are each thread's own, and so is `ready`
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
@@ -34,8 +36,6 @@ def compile_layers(model: nn.Module, *, backend: str | Callable[..., Any] = "ind
     layers = layers_of(model)
     if not layers:
         logger.warning("%s runs uncompiled: it does not say which of its modules are layers", type(model).__name__)
-    dynamo.recompile_limit = max(dynamo.recompile_limit, _VERSIONS_MAX)
-    symbolic_shapes.use_duck_shape = False  # else as many tokens as the hidden size has would stand for that alone
     shared = _Code(type(model).__name__, backend)
     for layer in layers:
         layer.forward = _Forward(layer, shared)
@@ -57,6 +57,7 @@ class _Code:
     def __call__(self, layer: nn.Module, *arguments: Any, **options: Any) -> Any:
         from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
+        _set_up_thread()
         try:
             return self._compiled(layer, *arguments, **options)
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:  # before anything ran
@@ -64,6 +65,14 @@ class _Code:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             logger.warning("the layers of %s run uncompiled from here on: %s", self._model_name, reason)
             return _run(layer, *arguments, **options)
+
+
+def _set_up_thread() -> None:
+    """Let this thread compile all versions, and take sizes that are equal by chance for different ones."""
+    if not getattr(_thread, "ready", False):
+        dynamo.recompile_limit = max(dynamo.recompile_limit, _VERSIONS_MAX)
+        symbolic_shapes.use_duck_shape = False
+        _thread.ready = True
 
 
 class _Forward:

@@ -111,8 +111,8 @@ def test_the_summary_in_a_researcher_s_words() -> None:
     assert rl.endswith("3,840 samples; the last 40 of these prompts fill no step")
     assert held_out == "held out: 8 rows"
     assert answers == (
-        "sft answers in its own process, each time: all rows, an answer of at most 8 tokens to each, 64 in all; at most "
-        "256 answers and 131,072 tokens at once"
+        "sft answers in its own process, each time: all rows, an answer of at most 8 tokens to each, 64 in all; at "
+        "most 256 answers and 131,072 tokens at once"
     )
     assert "494.0 M parameters, weights 2.0 GB" in model and "7.9 GB on each rank" in model
     assert model.endswith("a checkpoint takes 5.9 GB")
