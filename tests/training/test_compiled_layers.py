@@ -105,7 +105,7 @@ def adapted(model: nn.Module) -> nn.Module:
     [(plain, STEPS, "eager", 1), (adapted, 4, "eager", 2), (checkpointed, 4, "aot_eager", 1)],
     ids=["plain", "lora", "checkpointing in bfloat16"],
 )
-def test_packs_of_any_lengths(
+def test_packs_of_any_lengths(  # noqa: PLR0917 — four make up a case
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     change: Callable[[nn.Module], nn.Module],
