@@ -161,7 +161,16 @@ config = Config(
         ),
         ahead=None,
     ),
-    eval=EvalConfig(num_samples=0, pass_at=[], temperature=1.0, top_k=-1, seed=SEED),
+    eval=EvalConfig(
+        num_samples=0,
+        pass_at=[],
+        temperature=1.0,
+        top_k=-1,
+        seed=SEED,
+        in_process_rows=200,
+        in_process_new_tokens=256,
+        in_process_batch_tokens=65536,
+    ),
     engine=SGLang(
         requirements_file="requirements/sglang-cuda.txt",
         gpu_ranks=[0],  # the trainer's: colocated

@@ -178,7 +178,16 @@ config = Config(
         ),
         ahead=None,
     ),
-    eval=EvalConfig(num_samples=8, pass_at=[1, 8], temperature=1.0, top_k=50, seed=SEED),
+    eval=EvalConfig(
+        num_samples=8,
+        pass_at=[1, 8],
+        temperature=1.0,
+        top_k=50,
+        seed=SEED,
+        in_process_rows=1000,
+        in_process_new_tokens=256,
+        in_process_batch_tokens=131072,
+    ),
     engine=Embedded(
         requirements_file=None,
         gpu_ranks=[0],

@@ -130,7 +130,16 @@ config = Config(
         ),
         ahead=AheadConfig(policy_lag_steps_max=1, in_flight_updates=False),
     ),
-    eval=EvalConfig(num_samples=4, pass_at=[1, 4], temperature=1.0, top_k=-1, seed=SEED),
+    eval=EvalConfig(
+        num_samples=4,
+        pass_at=[1, 4],
+        temperature=1.0,
+        top_k=-1,
+        seed=SEED,
+        in_process_rows=0,  # the engine answers
+        in_process_new_tokens=512,
+        in_process_batch_tokens=65536,
+    ),
     engine=SGLang(
         requirements_file="requirements/sglang-cuda.txt",
         gpu_ranks=[2, 3],

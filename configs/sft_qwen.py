@@ -98,7 +98,16 @@ config = Config(
         optimizer=adamw(warmup_frac=0.1),
     ),
     rl=None,
-    eval=EvalConfig(num_samples=0, pass_at=[], temperature=1.0, top_k=-1, seed=SEED),
+    eval=EvalConfig(
+        num_samples=0,
+        pass_at=[],
+        temperature=1.0,
+        top_k=-1,
+        seed=SEED,
+        in_process_rows=100,
+        in_process_new_tokens=512,
+        in_process_batch_tokens=65536,
+    ),
     engine=None,
     limits=LimitsConfig(
         bootstrap_timeout_s=1800.0,

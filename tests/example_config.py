@@ -134,7 +134,16 @@ def example_config() -> Config:
             ),
             ahead=None,
         ),
-        eval=EvalConfig(num_samples=0, pass_at=[], temperature=1.0, top_k=-1, seed=0),
+        eval=EvalConfig(
+            num_samples=0,
+            pass_at=[],
+            temperature=1.0,
+            top_k=-1,
+            seed=0,
+            in_process_rows=-1,
+            in_process_new_tokens=8,
+            in_process_batch_tokens=131072,
+        ),
         engine=Embedded(
             requirements_file=None,
             gpu_ranks=[0],

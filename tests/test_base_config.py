@@ -200,6 +200,10 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("eval.temperature", 0.0, "eval.temperature=0.0: needs > 0"),
     ("eval.top_k", 0, "eval.top_k=0: needs >= 1, or -1 for all tokens"),
     ("eval.seed", -1, "eval.seed=-1: needs 0 to 2**32 - 1"),
+    ("eval.in_process_rows", -2, "eval.in_process_rows=-2: needs >= 1, 0 for none, or -1 for all of eval_mixture"),
+    ("eval.in_process_new_tokens", 0, "eval.in_process_new_tokens=0: needs >= 1"),
+    ("eval.in_process_batch_tokens", 0, "eval.in_process_batch_tokens=0: needs >= 1"),
+    ("eval.in_process_batch_tokens", 63, "eval.in_process_batch_tokens=63: needs >= 64: as many tokens as one row"),
     ("engine", "tgi", "engine='tgi': needs one of Embedded, SGLang, VLLM"),
     ("engine.sglang_port", 80, "engine.sglang_port=80: needs 1024 to 65535"),
     ("engine", sglang(tensor_parallel_size=0), "engine.tensor_parallel_size=0: needs >= 1"),
@@ -323,10 +327,10 @@ def test_what_running_ahead_needs(changes: dict[str, Any], reason: str | None) -
     assert [problem[: len(reason or "")] for problem in problems] == ([reason] if reason else []), problems
 
 
-def test_sharding_and_compilation_exclude_each_other() -> None:
-    """Goal: what is not proven together is refused. Red with the check left out."""
+def test_a_sharded_model_may_be_compiled() -> None:
+    """Goal: both together are a config. Red with the check that refused it, from when the body was compiled whole."""
     config = replace_at(replace_at(example_config(), "target.sharding", "full_shard"), "model.compile", True)
-    assert config.problems() == ("model.compile=True: needs False: a sharded model runs uncompiled",)
+    assert config.problems() == ()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rollouts.config.checks import config_problems
-from rollouts.config.earlier import is_flat, regrouped
+from rollouts.config.earlier import in_todays_form
 from rollouts.config.json_form import from_json, json_lines, line_of, to_json
 from rollouts.config.schema import Sections
 from rollouts.config.types import ConfigError
@@ -59,10 +59,9 @@ class Config(Sections):
         except (ValueError, RecursionError) as error:  # a number of too many digits; brackets too deep
             raise ConfigError(f"{path}: cannot be read as a config: {error}") from None
         errors: list[tuple[str, str]] = []
-        if is_flat(data):
-            data = regrouped(data)
-            if say is not None:
-                say(f"{path}: was written by an earlier version, and is read in today's form; --show prints that")
+        data, of_earlier = in_todays_form(data)
+        if of_earlier and say is not None:
+            say(f"{path}: was written by an earlier version, and is read in today's form; --show prints that")
         config = from_json(cls, data, "config", errors)
         lines, twice = json_lines(text)
         errors += [(key, "given twice") for key in twice]

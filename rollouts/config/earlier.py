@@ -1,4 +1,5 @@
-"""A config.json of the flat form, before losses, engines and the like were values of their own, in today's form."""
+"""What earlier versions saved, in today's form: fields that came later, and the flat form, before losses, engines and
+the like were values of their own."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -41,7 +42,28 @@ MOVED: Mapping[str, Mapping[str, str]] = {
 MOVED_CLASSES = {"EngineConfig": "Embedded(…), SGLang(…) or VLLM(…)"}
 
 
-def is_flat(data: Any) -> bool:
+def in_todays_form(data: Any) -> tuple[Any, bool]:
+    """The JSON of a config as today's schema has it, and whether that changed anything."""
+    changed = _with_added_fields(data)
+    changed = _regrouped(changed) if _is_flat(changed) else changed
+    return changed, changed is not data
+
+
+def _with_added_fields(data: Any) -> Any:
+    """`data` with the fields that came after it, as its run behaved.
+
+    A section that lacks only some of them was not written by an earlier version, and stays as it is.
+    """
+    if not isinstance(data, dict) or not isinstance(data.get("eval"), dict):
+        return data
+    rl, of_data = data.get("rl"), data.get("data")
+    length = of_data.get("max_length") if isinstance(of_data, dict) else None
+    longest = rl.get("max_new_tokens") if isinstance(rl, dict) else length
+    answers = {"in_process_rows": -1, "in_process_new_tokens": longest, "in_process_batch_tokens": 2**17}  # no limit
+    return data if answers.keys() & data["eval"] else {**data, "eval": {**data["eval"], **answers}}
+
+
+def _is_flat(data: Any) -> bool:
     """Whether `data` is a config of the flat form."""
     rl, engine = (data.get(name) for name in ("rl", "engine")) if isinstance(data, dict) else (None, None)
     stages = [rl, data.get("sft")] if isinstance(data, dict) else []
@@ -53,7 +75,7 @@ def is_flat(data: Any) -> bool:
     )
 
 
-def regrouped(data: dict[str, Any]) -> dict[str, Any]:
+def _regrouped(data: dict[str, Any]) -> dict[str, Any]:
     """`data`, of the flat form, in today's. What is missing or unknown in it stays so: reading it says which."""
     out = dict(data)
     for name in ("sft", "rl"):

@@ -192,7 +192,7 @@ def value_head(config: Config, stage: str, model: Any) -> "ValueHead | None":
 
 def build_model(model: ModelConfig, path: str) -> Any:
     """The model that is trained, on the CPU: the one at `path`, as the config wants it wrapped."""
-    from rollouts.training import forward
+    from rollouts.training.compiled_layers import compile_layers
     from rollouts.training.lora import LoraSettings, apply_lora
     from rollouts.training.model_loading import enable_activation_checkpointing, load_model
 
@@ -203,7 +203,7 @@ def build_model(model: ModelConfig, path: str) -> Any:
     if model.activation_checkpointing:
         enable_activation_checkpointing(built)
     if model.compile:
-        forward.body(built).compile(dynamic=True)
+        compile_layers(built)
     return built
 
 

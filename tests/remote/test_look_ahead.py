@@ -106,16 +106,20 @@ def test_the_summary_in_a_researcher_s_words() -> None:
     said to be unknown where not. Red with steps of whole epochs alone (10 where 15 fit)."""
     known = {**rows(64, 100), **inputs(rows=rows(64, 100)["inputs"].rows, parameters=494_032_768)}
     plan = plan_for(code=known, rl__num_epochs=10, rl__examples_per_step=64, sft__num_iterations=-1, sft__num_epochs=3)
-    sft, rl, held_out, model = plan.summary
+    sft, rl, held_out, answers, model = plan.summary
     assert sft.startswith("sft: 64 rows x 3 epochs, 16 a step (at most 1,024 tokens): about 12 steps")
     assert "rl: 100 prompts x 10 epochs, 64 prompts x 4 samples a step (at most 2,048 tokens): 15 steps" in rl
     assert rl.endswith("3,840 samples; the last 40 of these prompts fill no step")
     assert held_out == "held out: 8 rows"
+    assert answers == (
+        "sft answers in its own process, each time: all rows, an answer of at most 8 tokens to each, 64 in all; at "
+        "most 256 answers and 131,072 tokens at once"
+    )
     assert "494.0 M parameters, weights 2.0 GB" in model and "7.9 GB on each rank" in model
     assert model.endswith("a checkpoint takes 5.9 GB")
     assert all(line in plan_text(plan) for line in plan.summary)
     unknown = plan_for(code=rows(None, None, "unknown")).summary
-    assert "prompts not counted" in unknown[1] and "parameters not counted" in unknown[3]
+    assert "prompts not counted" in unknown[1] and "parameters not counted" in unknown[4]
     replay = plan_for(output__mode="rl", rl__sampling__source="/r.jsonl", facts={"paths": {"/r.jsonl": True}}).summary
     assert replay[0] == "rl: the steps recorded in /r.jsonl x 1"
     assert json.loads(json.dumps(plan.to_json()))["summary"] == list(plan.summary)

@@ -10,11 +10,13 @@ from typing import Any
 import anyio
 import torch
 import torch.distributed as dist
+from torch._dynamo.testing import CompileCounter
 from torch.distributed.tensor import DTensor
 
 from rollouts.training import distributed
 from rollouts.training.backends import FSDPConfig, FSDPTrainingBackend, PyTorchTrainingBackend
 from rollouts.training.backends.pytorch import PyTorchTrainingBackend as Backend
+from rollouts.training.compiled_layers import compile_layers, layers_of
 from rollouts.training.loops import run_rl_training, run_sft_training, validation_loss
 from rollouts.training.loops.common import train_step
 from rollouts.training.lora import LoraSettings, apply_lora
@@ -208,6 +210,16 @@ def counted(directory: Path) -> dict:
     return {"reductions": sum(calls.values()), "metrics": metrics}
 
 
+def compiled(directory: Path) -> dict:
+    """Three steps of compiled layers, whose activations are computed again, and what was compiled."""
+    counter = CompileCounter()
+    model = model_of(5 * distributed.rank())
+    compile_layers(model, backend=counter)
+    metrics = anyio.run(sft, sharded(directory, config=STRATEGIES["recompute"], model=model))
+    works = [layer.forward._code.works for layer in layers_of(model)]
+    return {"metrics": metrics, "compilations": counter.frame_count, "works": works}
+
+
 def main(directory: Path) -> None:
     distributed.initialize("cpu", timeout_s=60.0)
     if distributed.world_size() == 4:
@@ -215,6 +227,7 @@ def main(directory: Path) -> None:
     else:
         results = work(sharded, directory, STRATEGIES)
         results["logits"] = anyio.run(sft, sharded(directory / "logits", loss_fn=logits_loss))
+        results["compiled"] = compiled(directory / "compiled")
         results["counted"] = counted(directory / "counted")
         results["exact"] = anyio.run(exact_resume, directory)
         results["uneven"] = anyio.run(uneven, sharded(directory / "uneven"))

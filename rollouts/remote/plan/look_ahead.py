@@ -4,8 +4,10 @@ meant. Pure: config + facts + code → problems, warnings, a summary."""
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from rollouts.config import Config, RLConfig, SFTConfig
+from rollouts.config.answers import answer_limits
 from rollouts.remote.errors import Problem
 from rollouts.remote.facts import HostFacts
 from rollouts.remote.inputs.data import RowCount
@@ -141,6 +143,7 @@ def plan_summary(config: Config, code: Code) -> Iterator[str]:
     if config.data.eval_mixture:
         rows = mixture_rows(code, "eval_mixture")
         yield f"held out: {_rows_words(rows, 'rows')}"
+        yield from (_answers_words(config, stage, rows) for stage in config.stages if answer_limits(config, stage))
     yield _model_words(config, code.inputs.parameters)
 
 
@@ -150,6 +153,20 @@ def _rows_words(rows: Rows, what: str) -> str:
             f"{what} not counted (known for .jsonl files here, and folders of .jsonl or parquet files named by split)"
         )
     return f"{'' if rows.exact else 'at most '}{rows.count:,} {what}"
+
+
+def _answers_words(config: Config, stage: Literal["sft", "rl"], rows: Rows) -> str:
+    """Say what answering held-out rows without an engine may take."""
+    limits = answer_limits(config, stage)
+    assert limits is not None
+    count = rows.count if limits.rows == -1 else limits.rows
+    which = "all rows" if limits.rows == -1 else f"at most {limits.rows:,} rows"
+    each = f"{1 + limits.samples} answers of" if limits.samples else "an answer of"
+    total = "" if count is None else f", {limits.new_tokens_max(count):,} in all"
+    return (
+        f"{stage} answers in its own process, each time: {which}, {each} at most {limits.new_tokens:,} tokens to each"
+        f"{total}; at most {limits.batch_rows} answers and {limits.batch_tokens:,} tokens at once"
+    )
 
 
 def _sft_words(config: Config, sft: SFTConfig, rows: Rows) -> str:

@@ -107,6 +107,17 @@ def test_a_step_reduces_once(two, one):
         assert_same_training(rank["counted"]["metrics"], one[1]["sft"])
 
 
+def test_compiled_layers_train_as_one(two, one):
+    """Goal: compiled, sharded and computed again, two ranks have one plain rank's losses; training and validation are
+    compiled once each. Red with the layer's class taken before it was sharded: nothing is computed again, and what
+    FSDP's own class does is lost.
+    """
+    for rank in two[1]:
+        assert_same_training(rank["compiled"]["metrics"], one[1]["sft"])
+        assert rank["compiled"]["works"] == [True, True]
+        assert rank["compiled"]["compilations"] <= 3
+
+
 def test_hybrid_sharding_is_two_copies_in_halves(tmp_path, one):
     """Goal: four ranks, two per copy, give the one rank's numbers, and a checkpoint that goes on plain.
 
