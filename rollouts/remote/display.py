@@ -12,7 +12,17 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from rollouts.remote.escape import escaped, one_line
-from rollouts.remote.view import View, duration, eval_line, event_line, finished, metric_pairs, metrics_line, time_of
+from rollouts.remote.view import (
+    View,
+    duration,
+    eval_line,
+    event_line,
+    finished,
+    is_repeated,
+    metric_pairs,
+    metrics_line,
+    time_of,
+)
 from rollouts.remote.watch import Reporter
 
 if TYPE_CHECKING:
@@ -65,6 +75,7 @@ class PlainReporter:
 
     def __init__(self) -> None:
         self._started = self._printed = time.monotonic()
+        self._view = View()
 
     def _print(self, text: str) -> None:
         self._printed = time.monotonic()
@@ -74,7 +85,9 @@ class PlainReporter:
         self._print(f"{phase}: {text}")
 
     def row(self, file: str, row: dict[str, Any], view: View) -> None:
-        self._print(row_line(file, row, view))
+        if not is_repeated(self._view, row):
+            self._print(row_line(file, row, view))
+        self._view = view
 
     def alive(self, doing: str) -> None:
         if time.monotonic() - self._printed >= QUIET_S:
@@ -121,13 +134,13 @@ class LiveReporter:
 
     def row(self, file: str, row: dict[str, Any], view: View) -> None:
         with self._lock:
-            self._view = view
+            before, self._view = self._view, view
             if (at := time_of(row)) is not None:
                 ahead = at - time.monotonic()  # rows of a while ago come late: the latest tells the clock
                 self._host_ahead = ahead if self._host_ahead is None else max(ahead, self._host_ahead)
             if file != "events.jsonl":
                 self._do("")
-            if file == "eval.jsonl" or row.get("kind") in SHOWN_EVENTS:
+            if file == "eval.jsonl" or (row.get("kind") in SHOWN_EVENTS and not is_repeated(before, row)):
                 self._keep(row_line(file, row, view))
             self._draw()
 

@@ -196,6 +196,12 @@ def event_line(row: dict[str, Any]) -> str:
     return " ".join([one_line(row.get("kind")), *fields])
 
 
+def is_repeated(view: View, row: dict[str, Any]) -> bool:
+    """Is it the last error once more? The supervisor's has the trainer's message, and the end of its log."""
+    message = row.get("message")
+    return row.get("kind") == "error" and view.error is not None and view.error.get("message") == message
+
+
 def eval_line(row: dict[str, Any]) -> str:
     stage, step, split, metric, value = (number(row.get(n)) for n in ("stage", "step", "split", "metric", "value"))
     task = "" if row.get("task", ALL_TASKS) == ALL_TASKS else f" task={number(row['task'])}"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rollouts.remote.display import live_lines, pair_lines
+from rollouts.remote.display import PlainReporter, live_lines, pair_lines
 from rollouts.remote.view import View, fold
 from tests.remote.hosts import kill_tmux
 
@@ -161,3 +161,15 @@ def test_every_phase_under_way_has_its_clock() -> None:
     again = {"kind": "engine_restarted", "window": "engine-0", "reason": "it died", "restarts_left": 2}
     view = fold(view, "events.jsonl", {"time": 40.0, **again})
     assert _shown(view, host_now=45.0)[1].endswith("2 more left, 5s")
+
+
+def test_an_error_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """Goal: the trainer's error and the supervisor's, of the same words, are one line; another error is another. Red
+    with each event shown."""
+    shown, view = PlainReporter(), View()
+    for number, message in enumerate(("no row is left", "no row is left", "its engine died", "no row is left")):
+        row = {"time": float(number), "kind": "error", "message": message, "window": "trainer"}
+        view = fold(view, "events.jsonl", row)
+        shown.row("events.jsonl", row, view)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["error: no row is left", "error: its engine died", "error: no row is left"]
