@@ -3,13 +3,18 @@
 `deploy --help` is the documentation. Nothing slow is imported until a verb needs it.
 """
 
+import signal
+import sys
+
+if sys.argv[0].rpartition("/")[2] in ("deploy", "deploy.py"):  # not where a test imports this
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main`: interrupted while it is read, it just ends
+
 import contextlib
 import difflib
 import importlib.metadata
 import os
 import pathlib
 import subprocess
-import sys
 import tomllib
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -357,6 +362,8 @@ def forget(run: Run, as_json: Json = False) -> None:
 
 def main() -> None:
     """The console script's entry point."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     app(prog_name="deploy")
 
 
