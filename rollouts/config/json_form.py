@@ -76,7 +76,7 @@ def to_json(value: Any, expected: Any) -> Any:
 
 
 def json_lines(text: str) -> tuple[dict[str, int], list[str]]:
-    """The line of each key of a JSON text that parses, by path ("config.rl.seed"), and the keys that stand twice."""
+    """The line of each key of a JSON text that parses, by path ("config.rl.loss"), and the keys that stand twice."""
     lines: dict[str, int] = {"config": 1}
     twice: list[str] = []
     levels: list[dict[str, Any]] = []  # {"path", "key" (None: one comes next), "index" (None: an object)}

@@ -15,7 +15,7 @@ from typing import Any
 from rollouts.config import schema
 from rollouts.config.config import Config
 from rollouts.config.earlier import MOVED, MOVED_CLASSES
-from rollouts.config.types import nearest
+from rollouts.config.types import ConfigError, nearest
 
 _SECTIONS = [item for name in schema.__all__ if isinstance(item := getattr(schema, name), type)]
 _CLASSES: tuple[type, ...] = (Config, *(item for item in _SECTIONS if item is not schema.Sections))
@@ -23,7 +23,7 @@ _CLASSES: tuple[type, ...] = (Config, *(item for item in _SECTIONS if item is no
 
 def describe_exception(file: Path, error: BaseException) -> str:
     own = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == file]
-    text = f"{type(error).__name__}: {error}"
+    text = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
     wanted = re.match(
         r"cannot import name '(\w+)' from '(?:base_config|rollouts\.config)'|name '(\w+)' is not defined", str(error)
     )

@@ -18,7 +18,7 @@ class ModelError(ValueError):
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a hub id or directory. Raises ModelError; also for one without an end token."""
+    """The tokenizer of a hub id or directory. Raises ModelError; also for one without a vocabulary or an end token."""
     from transformers import AutoTokenizer
 
     require_model(name)
@@ -26,6 +26,11 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises a dozen unrelated kinds (HTTP, JSON, its own)
         raise ModelError(_message("tokenizer", name, error, trust_remote_code)) from error
+    if len(tokenizer) <= len(tokenizer.get_added_vocab()):  # transformers makes one up where the files are missing
+        raise ModelError(
+            f"{name}: its tokenizer has no vocabulary: no tokenizer.json (or vocab.json, tokenizer.model) is there. "
+            "Fix: put the model's own tokenizer files beside its config.json."
+        )
     if tokenizer.eos_token_id is None:
         raise ModelError(f"tokenizer of {name!r} has no eos_token: nothing would end an answer; set it in its config")
     return tokenizer

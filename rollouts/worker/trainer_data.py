@@ -146,10 +146,11 @@ def _row_problem(config: Config) -> "Callable[[Prompt], str | None] | None":
 def _episode_tools(environment: str) -> Any:
     """What an agent's environment offers the model; nothing where it cannot say so before an episode starts."""
     from rollouts.training.rewards import resolve
+    from rollouts.training.user_code import USER_ERRORS
 
     try:
         return resolve(environment)().tools() or None
-    except Exception as error:  # a user's code may raise anything; an episode that it ends says so
+    except USER_ERRORS as error:  # an episode that it ends says so
         logger.info("%s: cannot say its tools before an episode: %s", environment, error)
         return None
 

@@ -97,9 +97,10 @@ class OpenWindow:
 
     def last_words(self) -> list[str]:
         """The end of this life's log, without torchrun's own traceback."""
-        return without_torchrun(
-            run_dir.tail_lines(self.run.log(self.spec.window), DIAGNOSED_LINES, start=self.log_start)
-        )
+        return without_torchrun(self._log_end())
+
+    def _log_end(self) -> list[str]:
+        return run_dir.tail_lines(self.run.log(self.spec.window), DIAGNOSED_LINES, start=self.log_start)
 
     def cause(self) -> tuple[str, bool]:
         """(why this trainer ended, in its own words or "", whether it is a sentence made for people)."""
@@ -112,7 +113,7 @@ class OpenWindow:
                 of_stage.append(row)
         if of_stage:
             return str(of_stage[-1].get("message") or ""), True
-        lines = self.last_words()
+        lines = self._log_end()
         return cause_of(lines) or "", any(line.startswith(SENTENCE) for line in lines)
 
     def _end(self) -> str:

@@ -46,7 +46,13 @@ PROBLEMS: list[tuple[str, dict[str, Any], list[str]]] = [
     ),
     ("fewer prompts than a step takes", {"code": rows(8, 3)}, ["rl.examples_per_step=4", "3 prompts", "to 3 or less"]),
     ("at most so many prompts", {"code": rows(8, 2, "at most")}, ["rl.examples_per_step=4", "at most 2 prompts"]),
-    ("no prompt at all", {"code": rows(8, 0)}, ["rl.examples_per_step=4", "0 prompts", "fix     add prompts"]),
+    ("no prompt at all", {"code": rows(8, 0)}, ["data.rl_mixture: no row of", "start=0", "put rows into it"]),
+    ("no row to train on", {"code": rows(0, 8)}, ["data.sft_mixture: no row of", "0 rows with start=0, stop=-1"]),
+    (
+        "nothing held out is left",
+        {"code": inputs(rows={"eval_mixture": (RowCount("eval", 0, "counted"),)})},
+        ["data.eval_mixture: no row of"],
+    ),
     ("nanochat's rate on random weights", {"sft__embedding_lr": 0.2}, ["sft.embedding_lr=0.2", "Muon", "random"]),
     ("a rate of a typing error", {"sft__matrix_lr": 30.0, "sft__init_lr_frac": 0.5}, ["sft.matrix_lr=30.0", "15"]),
     ("a name that is not sent", {"code": inputs(problems=(Problem("x is not sent"),))}, ["x is not sent"]),
@@ -93,6 +99,8 @@ def test_warnings() -> None:
     low = {f"sft__{name}": 1e-6 for name in ("matrix_lr", "embedding_lr", "unembedding_lr")}
     assert "random ones hardly move" in plan_for(**low).warnings[0]
     assert "sft.matrix_lr=0.02 is high" in plan_for(sft__matrix_lr=0.02).warnings[0]
+    (later,) = plan_for(rl__matrix_lr=5.0).warnings
+    assert later.startswith("rl.matrix_lr=5 is very high for AdamW")
     many = {"untracked": ("a.bin", "b.bin", "c.bin", "d.bin"), "untracked_bytes": 1_200_000_000}
     plan = plan_for(code=many)
     assert "4 files that git does not track would be sent, 1200 MB: a.bin, b.bin, c.bin, …" in plan.warnings[0]
@@ -109,7 +117,7 @@ def test_the_summary_in_a_researcher_s_words() -> None:
     sft, rl, held_out, answers, model = plan.summary
     assert sft.startswith("sft: 64 rows x 3 epochs, 16 a step (at most 1,024 tokens): about 12 steps")
     assert "rl: 100 prompts x 10 epochs, 64 prompts x 4 samples a step (at most 2,048 tokens): 15 steps" in rl
-    assert rl.endswith("3,840 samples; the last 40 of these prompts fill no step")
+    assert rl.endswith("3,840 samples; 40 prompts at the end fill no step")
     assert held_out == "held out: 8 rows"
     assert answers == (
         "sft answers in its own process, each time: all rows, an answer of at most 8 tokens to each, 64 in all; at "
@@ -172,7 +180,7 @@ def test_a_plan_of_a_real_repository(laptop: Laptop, make_host: Callable[..., An
     git(project, "checkout", "-q", "configs/data")
     (project / ".git/info/exclude").write_text("")
     plan = laptop.json(file, "--plan")
-    assert any(line.startswith("sft: 1 rows") for line in plan["summary"])
+    assert any(line.startswith("sft: 1 row") for line in plan["summary"])
     assert any("there is one prompt" in warning for warning in plan["warnings"])
     done = laptop.deploy(file, "--run-id", "warned")
     assert done.returncode == 0 and "warning: rl.examples_per_step=4" in done.stdout, done.stdout + done.stderr

@@ -180,6 +180,16 @@ def test_a_pickle_in_place_of_weights_is_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "attacked").exists()
 
 
+def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    """Goal: a model whose tokenizer files were not copied says so. Red without the check: transformers makes up a
+    tokenizer of one token, and the run ended at its first row, with advice about the chat template."""
+    shutil.copytree(TINY_MODEL, tmp_path / "m")
+    for file in (tmp_path / "m").glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ModelError, match=r"/m: its tokenizer has no vocabulary: no tokenizer\.json"):
+        load_tokenizer(str(tmp_path / "m"))
+
+
 def test_a_tokenizer_without_an_end_token_is_refused(tmp_path: Path) -> None:
     """Goal: nothing would ever stop. Red without the check."""
     shutil.copytree(TINY_MODEL, tmp_path / "m")

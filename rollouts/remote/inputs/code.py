@@ -1,5 +1,6 @@
 """The functions that a config names by dotted path: is their module sent, and does it define them?"""
 
+import ast
 import difflib
 import re
 import sys
@@ -9,12 +10,15 @@ from pathlib import Path
 
 from rollouts.config import Config
 from rollouts.remote.errors import Problem
-from rollouts.remote.inputs.modules import Module, read_module, required_keys
+from rollouts.remote.inputs.modules import Module, read_module, required_keys, takes_one_argument
 from rollouts.remote.inputs.paths import Located, SentFiles, path_problem
 
 OWN_PACKAGE = "rollouts"
 MODULES_MAX = 500  # read while following imports
 BUILT_IN_KEYS = {f"rollouts.training.rewards.{name}": {"tests": 0} for name in ("code_tests", "code_tests_all")}
+
+
+TAKES_ONE = {"rl.reward.fn": "a Sample", "rl.sampling.filter_fn": "a group of Samples"}  # what each is called with
 
 
 @dataclass
@@ -103,7 +107,19 @@ class _Reader:
         elif attribute in module.constants:
             line = module.names[attribute]
             self._add(f"{config_field}={dotted!r} is no function.", found=f"{file}:{line}: it is a plain value")
+        elif config_field in TAKES_ONE and source is module and attribute in module.functions:
+            self._check_arguments(config_field, dotted, file, module.functions[attribute])
         self._follow(file, name)
+
+    def _check_arguments(
+        self, config_field: str, dotted: str, file: str, function: ast.FunctionDef | ast.AsyncFunctionDef
+    ) -> None:
+        if not function.decorator_list and not takes_one_argument(function):
+            self._add(
+                f"{config_field}={dotted!r} cannot be called with {TAKES_ONE[config_field]} alone.",
+                found=f"{file}:{function.lineno}: {function.name}({ast.unparse(function.args)})",
+                fix="give its other arguments defaults, or name a function of one argument",
+            )
 
     def _defines(self, module: Module, attribute: str, seen: set[str]) -> Module | None:
         """The module that makes `attribute`; re-exported names are looked up where they come from."""
