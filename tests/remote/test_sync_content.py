@@ -22,7 +22,7 @@ FIXED_TIME = 1_700_000_000
 
 def make_repository(directory: Path, files: dict[str, str]) -> Path:
     directory.mkdir(parents=True)
-    (directory / "pyproject.toml").write_text("[project.optional-dependencies]\ntrain=[]\n")
+    files = {"pyproject.toml": "[project.optional-dependencies]\ntrain=[]\n", **files}
     for name, text in files.items():
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_text(text)
