@@ -225,7 +225,7 @@ def test_a_pipe_whose_reader_has_enough(laptop: Laptop, monkeypatch: pytest.Monk
     for arguments in (["--help"], ["ls"], ["ls", "--json"], ["--remote", "local"], ["status", "r"]):
         reading, writing = os.pipe()
         os.close(reading)
-        process = laptop.start(*arguments, stdout=writing)
+        process = laptop.start(*arguments, stdout=writing, env={"PYTHONUNBUFFERED": ""})  # as most people have it
         os.close(writing)
         _, said = process.communicate(timeout=60)
         assert said == "" and process.returncode == (1 if arguments == ["--help"] else 0), (arguments, said)

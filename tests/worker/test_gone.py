@@ -150,6 +150,23 @@ def test_secrets_go_when_everything_was_killed(host: Host, who: str) -> None:
     assert run_dir.observe(run).state == "died"
 
 
+def test_secrets_go_when_everything_was_killed_and_removed(host: Host) -> None:
+    """Goal: after SIGKILL of all of a run, and the removal of its directory, the next look at the host removes what it
+    had in memory, secrets and weights; another home's look does not. Red with the directories of runs alone looked at:
+    both stayed until the next boot."""
+    run = started(host)
+    run.weights_in_memory.mkdir()
+    supervisor, child = recorded_pid(run, "supervisor"), recorded_pid(run, "trainer")
+    for pid in (parent_of(supervisor), parent_of(child), supervisor, child):
+        os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not alive(supervisor) and not survivors(run), "their end")
+    shutil.rmtree(run.path)
+    probe(host.home.with_name("another-home"), [], [], None)
+    assert run.secrets_in_memory.exists() and run.weights_in_memory.exists()
+    probe(host.home, [], [], None)
+    assert not run.secrets_in_memory.parent.exists() and not run.weights_in_memory.exists()
+
+
 def test_a_killed_writers_secrets_go(tmp_path: Path) -> None:
     """Goal: what a writer of the secrets that was killed left under its temporary name goes at the next look. Red with
     the final name alone known."""
