@@ -245,7 +245,10 @@ def test_a_command_whose_line_has_no_end(
 @pytest.mark.parametrize(
     "message",
     [
-        *({"file": "metrics.jsonl", "offset": offset, "data": "e30="} for offset in (True, "0", None, 0.0, [0], 1e400)),
+        *(
+            {"file": "metrics.jsonl", "offset": offset, "data": "e30="}
+            for offset in (True, "0", None, 0.0, [0], 1e400, -1)
+        ),
         *({"file": "metrics.jsonl", "offset": 0, "data": data} for data in (None, 7, ["e30="], "e30", "é")),
         *({"file": "status.json", "snapshot": text} for text in (None, 7, {"a": 1})),
         {"file": "metrics.jsonl"},

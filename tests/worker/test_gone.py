@@ -204,6 +204,28 @@ def test_secrets_do_not_outlive_a_reboot(host: Host) -> None:
     module("stop", str(run.path))
 
 
+@pytest.mark.parametrize("how", ["missing", "open to others", "a link", "a file"])
+def test_secrets_where_no_tmpfs_can_be_trusted(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Goal: without a tmpfs, or with something of another's in the place there, secrets are a 0600 file in the run
+    directory, and nothing is written into that. Red with the place taken as it is."""
+    run, place = RunDir(tmp_path / "run"), tmp_path / "memory/place"
+    monkeypatch.setattr(RunDir, "secrets_in_memory", property(lambda self: place / "secrets.json"))
+    run.path.mkdir()
+    if how != "missing":
+        place.parent.mkdir()
+        (tmp_path / "elsewhere").mkdir(0o700)
+        if how == "open to others":
+            place.mkdir()
+            place.chmod(0o755)
+        elif how == "a link":
+            place.symlink_to(tmp_path / "elsewhere")
+        else:
+            place.write_text("theirs")
+    run_dir.write_secrets(run, {"secrets": {"TOKEN": "a-secret"}})
+    assert not run.secrets.is_symlink() and run.secrets.stat().st_mode & 0o777 == 0o600
+    assert "a-secret" in run.secrets.read_text() and not (place.is_dir() and list(place.iterdir()))
+
+
 def test_launches_are_told_apart(host: Host) -> None:
     """Goal: a launch that finds its run started says whether it was this very one. Red with one answer for both: the
     loser of two deploys followed another's job, and said done."""

@@ -68,7 +68,7 @@ def test_a_data_set_runs_nothing(make: Any, tmp_path: Path, monkeypatch: pytest.
 )
 def test_a_chat_template_runs_nothing(template: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Goal: a template of somebody else's checkpoint reaches neither Python's own objects nor the rows. Red with a
-    plain jinja2.Environment: it listed the classes of this process, and emptied the messages."""
+    plain jinja2.Environment: it listed the classes of this process, and made the directory."""
     monkeypatch.chdir(tmp_path)
     tokenizer = SimpleNamespace(get_chat_template=lambda tools: template, special_tokens_map={}, name_or_path="evil")
     messages = [{"role": "user", "content": "hello"}]
