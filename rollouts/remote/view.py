@@ -53,7 +53,8 @@ class View:
         if self.first is None or self.last_time is None or not self.steps_total or self.step <= self.first[0]:
             return None
         step_s = (self.last_time - self.first[1]) / (self.step - self.first[0])
-        return max(0.0, step_s * (self.steps_total - self.step))
+        left_s = max(0.0, step_s * (self.steps_total - self.step))
+        return left_s if math.isfinite(left_s) else None  # of times that no clock tells
 
 
 class MalformedRowError(ValueError):

@@ -52,6 +52,7 @@ from rollouts.run_dir.layout import (
     valid_run_id,
 )
 from rollouts.run_dir.liveness import (
+    SILENT_S,
     START_WAIT_S,
     Observed,
     hold_lock,
@@ -99,6 +100,7 @@ __all__ = [
     "RESERVE_BYTES",
     "RUN_ID_VARIABLE",
     "RUN_PATH_VARIABLE",
+    "SILENT_S",
     "SNAPSHOT_BYTES_MAX",
     "SNAPSHOT_GLOBS",
     "START_WAIT_S",

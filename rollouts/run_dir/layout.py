@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-State = Literal["starting", "running", "done", "failed", "stopped", "died"]
-FINAL_STATES: tuple[State, ...] = ("done", "failed", "stopped", "died")  # died: seen by readers, never written
+# died: seen by readers, never written; so is silent, a run of another machine of which nothing is heard
+State = Literal["starting", "running", "done", "failed", "stopped", "died", "silent"]
+FINAL_STATES: tuple[State, ...] = ("done", "failed", "stopped", "died")
 StageName = Literal["bootstrap", "sft", "rl"]
 EXPERIMENT_NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_-]{0,47}"  # a tmux session name: no dot, no colon
 RUN_ID_VARIABLE = "ROLLOUTS_RUN_ID"

@@ -176,6 +176,12 @@ def other_host(run: RunDir) -> str | None:
     return host["name"] if host is not None and host["name"] != host_identity()["name"] else None
 
 
+def out_of_sight(run: RunDir) -> bool:
+    """Does another kernel run it? Its locks may not be seen from here, nor are its processes."""
+    host, here = read_launch_host(run), host_identity()
+    return host is not None and host["name"] != here["name"] and host["boot"] != here["boot"]
+
+
 def _launch_record(run: RunDir) -> dict[str, Any]:
     try:
         found = json.loads(read_plain(run.launch))

@@ -282,9 +282,10 @@ def test_the_heartbeat(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_environment_of_the_processes(host: Host) -> None:
-    """Goal: a process gets the launcher's environment, the plan's, the secrets and the run's mark, unbuffered; secrets
-    stand in no command line, log or file afterwards. Red with the secrets left out, and with secrets.json kept."""
-    show = "import json, os; print(json.dumps(dict(os.environ)))"
+    """Goal: a process gets the launcher's environment, the plan's, the secrets and the run's mark, unbuffered, and
+    writes files for this user alone; secrets stand in no command line, log or file afterwards. Red with the secrets
+    left out, with secrets.json kept, and without the umask."""
+    show = "import json, os; print(json.dumps({**os.environ, 'umask': oct(os.umask(0))}))"
     os.environ["FROM_LAUNCHER"] = "yes"
     try:
         run = host.finish(
@@ -299,6 +300,7 @@ def test_environment_of_the_processes(host: Host) -> None:
         "API_TOKEN": "hunter2-in-secret",
         "PYTHONUNBUFFERED": "1",
         "ROLLOUTS_RUN_ID": run.run_id,
+        "umask": "0o77",
     }
     assert {name: seen.get(name) for name in expected} == expected
     assert "TMUX" not in seen
