@@ -77,7 +77,7 @@ def with_every_weight(auto_class: Any, name: str, **options: Any) -> Any:
 
     transformers draws random values for a tensor that the files lack, and says so in a log alone. Here that is a
     ModelError, and so is a tensor of another shape; a tied one needs only one of its names. Tensors of the files that
-    the model does not have are named in a warning.
+    the model does not have are named in a warning, and by `tensors_left_out`.
     """
     model, info = auto_class.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     missing, unknown = set(info["missing_keys"]), set(info["unexpected_keys"])
@@ -95,8 +95,14 @@ def with_every_weight(auto_class: Any, name: str, **options: Any) -> Any:
             f"{_prefix_fix(missing, unknown)}"
         )
     if unknown:
-        logger.warning("%s: its files hold tensors that the model does not have: %s", name, _some(unknown))
+        model.tensors_left_out = f"{name}: its files hold tensors that the model does not have: {_some(unknown)}"
+        logger.warning("%s", model.tensors_left_out)
     return model
+
+
+def tensors_left_out(model: Any) -> str:
+    """The sentence about tensors of the model's files that the model does not have; "" where there are none."""
+    return getattr(model, "tensors_left_out", "")
 
 
 def _some(names: Collection[str]) -> str:
@@ -141,6 +147,12 @@ def require_weights(name: str) -> None:
     path = Path(name)
     if path.is_dir() and not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
         raise ModelError(f"{name}: the directory holds no weights (*.safetensors); set init='random' to draw new ones")
+    whole = ("model*.safetensors", "pytorch_model*.bin")
+    if (path / "adapter_config.json").is_file() and not any(found for part in whole for found in path.glob(part)):
+        raise ModelError(
+            f"{name}: the directory holds an adapter (adapter_config.json) without its model. Fix: merge it into its "
+            "base model (peft: merge_and_unload, save_pretrained), or name that one"
+        )
 
 
 def _message(what: str, name: str, error: Exception, trust_remote_code: bool) -> str:

@@ -126,7 +126,7 @@ async def _train(config: Config, run: RunDir, stage: str, urls: Urls) -> None:
     import torch
 
     from rollouts.training import distributed
-    from rollouts.training.model_loading import load_tokenizer
+    from rollouts.training.model_loading import load_tokenizer, tensors_left_out
 
     limit_s = config.limits.stage_timeout_s
     device = distributed.initialize(config.target.device_type, timeout_s=limit_s, store_file=run.ranks(stage))
@@ -161,8 +161,9 @@ async def _train(config: Config, run: RunDir, stage: str, urls: Urls) -> None:
         alarms = alarms_of(run, logged_steps(config, stage, steps))
         job = Job(config, run, stage, tokenizer, backend, steps, resume, pad_token_id, alarms)
         if _rank() == 0:
-            if report := report_of(data):
-                append_event(run, "note", message=report)
+            notes = [report_of(data), "" if backend is None else tensors_left_out(backend.model)]
+            for note in filter(None, notes):
+                append_event(run, "note", message=note)
             append_event(run, "training_started", stage=stage, step=job.first_step, steps_total=steps)
         await (train_sft(job, data) if stage == "sft" else train_rl(job, data, urls))
 

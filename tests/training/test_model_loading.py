@@ -165,6 +165,15 @@ def test_tied_and_unknown_tensors_are_no_reason_to_refuse(tmp_path: Path, caplog
     ]
 
 
+def test_an_adapter_alone_is_named(tmp_path: Path) -> None:
+    """Goal: the fix, which is to merge it. Red without the check: no file named model.safetensors."""
+    shutil.copytree(TINY_MODEL, tmp_path / "m")
+    (tmp_path / "m" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    save_file({"x": torch.ones(1)}, tmp_path / "m" / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=r"holds an adapter .* merge it into its base model"):
+        load_model(str(tmp_path / "m"))
+
+
 def test_a_pickle_in_place_of_weights_is_not_run(tmp_path: Path) -> None:
     """Goal: an older checkpoint's pytorch_model.bin is data. Red with weights_only=False: the file is written."""
     tiny.tiny_model().save_pretrained(tmp_path)

@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from base_config import Config
 from rollouts.run_dir import RunDir, read_jsonl
@@ -226,8 +229,14 @@ def test_rollouts_alone(live: RunDir, model: Path, engine_url: str, tmp_path: Pa
 
 
 def test_sft_evaluates_the_same_way(model: Path, tmp_path: Path) -> None:
-    """Goal: validation loss of each task, and answers before and after, in the SFT stage. Red with one task alone."""
-    run = train(tmp_path / "sft", "sft", config(model, "sft", {**SAMPLED, "sft.eval_every": 1, "sft.eval_steps": 1}))
+    """Goal: validation loss of each task, and answers before and after, in the SFT stage; a tensor of the model's files
+    that the model does not have is in a note. Red with one task alone, and with the tensor named in a log alone."""
+    own = Path(shutil.copytree(model, tmp_path / "model"))
+    tensors = load_file(own / "model.safetensors") | {"v_head.weight": torch.ones(2)}
+    save_file(tensors, own / "model.safetensors", metadata={"format": "pt"})
+    run = train(tmp_path / "sft", "sft", config(own, "sft", {**SAMPLED, "sft.eval_every": 1, "sft.eval_steps": 1}))
+    notes = [event["message"] for event in read_jsonl(run.events) if event["kind"] == "note"]
+    assert [note for note in notes if note.endswith("tensors that the model does not have: v_head.weight")]
     losses = rows(run, metric="validation_loss")
     assert {(row["stage"], row["step"]) for row in losses} == {("base", 0), ("sft", 1), ("sft", 2)}
     assert len({row["task"] for row in losses}) == 3

@@ -249,7 +249,10 @@ def _check(config: RolloutConfig) -> None:
         (config.generate_fn is not None, "generate_fn=None: needs a function of a list of prompts"),
         (config.batch_size >= 1, f"batch_size={config.batch_size}: needs >= 1"),
         (config.n_samples_per_prompt >= 1, f"n_samples_per_prompt={config.n_samples_per_prompt}: needs >= 1"),
-        (config.over_sampling_factor >= 1, f"over_sampling_factor={config.over_sampling_factor}: needs >= 1"),
+        (
+            1 <= config.over_sampling_factor < math.inf,
+            f"over_sampling_factor={config.over_sampling_factor}: needs >= 1",
+        ),
         (config.retries_max >= 0, f"retries_max={config.retries_max}: needs >= 0"),
     )
     problems = [message for ok, message in checks if not ok]

@@ -40,6 +40,7 @@ def parquet(directory: Path, **columns: Any) -> str:
         (datetime.time(12, 30, 1), pyarrow.time64("us"), "12:30:01"),
         (datetime.timedelta(minutes=2), pyarrow.duration("s"), 120.0),
         (decimal.Decimal("72.50"), pyarrow.decimal128(10, 2), "72.50"),
+        (decimal.Decimal("72.00"), pyarrow.decimal128(10, 2), "72"),
         ({"when": [datetime.date(2024, 5, 1)]}, None, {"when": ["2024-05-01"]}),
         ({"a": None, "b": [{"c": None, "d": 1}]}, None, {"b": [{"d": 1}]}),
     ],
