@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from xdist.scheduler import LoadFileScheduling
 
 TESTS = Path(__file__).parent
 # A minute and more each, the longest first: what begins late ends late. The rest follows in the order of collection.
@@ -19,18 +18,20 @@ LONG = (
 SHARING = {f"tests/weight_transfer/{name}.py": "weight_transfer" for name in ("test_sync", "test_async_rl")}
 
 
-class WholeFiles(LoadFileScheduling):
-    def _split_scope(self, nodeid: str) -> str:
-        file = super()._split_scope(nodeid)
-        return SHARING.get(file, file)
-
-
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> WholeFiles:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadFileScheduling
+
+    class WholeFiles(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return SHARING.get(file, file)
+
     config.option.loadscopereorder = False  # it would begin with the files of the most tests
     return WholeFiles(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     first = {TESTS / name: place for place, name in enumerate(LONG)}
+    assert all(file.is_file() for file in first), f"{__file__} names a file that is gone"
     items.sort(key=lambda item: first.get(item.path, len(LONG)))
