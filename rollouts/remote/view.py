@@ -134,6 +134,8 @@ def _fold_event(view: View, row: dict[str, Any]) -> View:
 PHASES: dict[str, tuple[str, str]] = {
     "environment": ("environment {name}", "{action} after {seconds:.1f} s"),
     "environment_progress": ("environment {name}", "{doing}, {packages} packages, {seconds:.0f} s"),
+    "smoke_test_started": ("smoke test", "running"),
+    "smoke_test_ended": ("smoke test", "{action} after {seconds:.1f} s"),
     "stage_started": ("{stage}", "starting"),
     "training_started": ("{stage}", "training"),
     "engine_ready": ("{window}", "ready after {seconds:.1f} s"),
