@@ -33,8 +33,8 @@ def check_attention(device: torch.device, head_dim: int, *, packed: bool) -> Non
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     generator = _seeded()
     inputs = [torch.randn(1, heads, sum(LENGTHS), head_dim, generator=generator).to(dtype) for heads in HEADS]
-    ours = [tensor.to(device).requires_grad_() for tensor in inputs]
-    theirs = [tensor.float().requires_grad_() for tensor in inputs]
+    ours = [tensor.to(device, copy=True).requires_grad_() for tensor in inputs]
+    theirs = [tensor.to(torch.float32, copy=True).requires_grad_() for tensor in inputs]  # gradients of their own
     found = _packed(*ours) if packed else _by_document(_by_torch, *ours)
     expected = _by_document(_by_formula, *theirs)
     found.float().square().sum().backward()

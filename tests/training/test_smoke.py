@@ -39,7 +39,9 @@ def test_attention_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(smoke_checks.WrongResultError, match=r"attention, head_dim 64 is wrong by .*needs at most"):
             smoke_checks.check_attention(CPU, 64, packed=True)
     plain = smoke_checks._by_torch
-    monkeypatch.setattr(smoke_checks, "_by_torch", lambda query, key, value: plain(query, key.detach() + 0 * key, value))
+    monkeypatch.setattr(
+        smoke_checks, "_by_torch", lambda query, key, value: plain(query, key.detach() + 0 * key, value)
+    )
     with pytest.raises(smoke_checks.WrongResultError, match="gradient of k, head_dim 128 is wrong"):
         smoke_checks.check_attention(CPU, 128, packed=False)
 
