@@ -20,6 +20,8 @@ UUID = "GPU-52a3a85d-3c55-ca3a-a955-82c69ed360fc"
 GEFORCE = dataclasses.replace(H200, name="NVIDIA GeForce RTX 4090", memory_total_mib=24564, memory_free_mib=24080)
 LOCK_13 = {"code": {"engine_requirements": f"{LOCK}nvidia-nccl-cu13==2.29.7\n"}}
 ENGINE: dict[str, Any] = {**CUDA, **HALF, **SGLANG, **LOCK_13}
+TENSOR: dict[str, Any] = {**CUDA, "engine__weight_sync": "tensor"}
+GROWING = ("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 SHM = {"engine__weights_on_tmpfs": True, "model__name": "Qwen/Qwen2.5-1.5B-Instruct"}
 
 
@@ -100,6 +102,11 @@ PROBLEMS: list[tuple[str, dict[str, Any], list[str]]] = [
         ["/dev/shm is too small", "64 of 64 MiB free: Docker's default", "by the model's name", "--shm-size=14g"],
     ),
     (
+        "growing segments by the host's own files",
+        {**TENSOR, "facts": cuda(allocator=(GROWING,))},
+        ["sets PYTORCH_CUDA_ALLOC_CONF='expandable_segments:True' by itself", "have no handles", "weight_sync='disk'"],
+    ),
+    (
         "a model of unknown size",
         {**SHM, "model__name": "own/model", "facts": cuda(shm_total_mib=64, shm_free_mib=64)},
         ["/dev/shm is too small", "--shm-size=8g"],
@@ -138,6 +145,10 @@ FINE: list[tuple[str, dict[str, Any]]] = [
     ("no compiler, nothing to compile", {**CUDA, "facts": {"python_headers": (), **cuda(compilers=())}}),
     ("room in /dev/shm", {**SHM, "facts": cuda(shm_total_mib=12000, shm_free_mib=12000)}),
     ("small /dev/shm, unused", {"facts": cuda(shm_total_mib=64, shm_free_mib=64)}),
+    ("growing segments, disk", {**CUDA, "facts": cuda(allocator=(GROWING,))}),
+    ("growing segments, unset by the config", {**TENSOR, "host__env": {GROWING[0]: ""}, "facts": cuda(
+        allocator=(GROWING,))}),
+    ("another setting of the allocator", {**TENSOR, "facts": cuda(allocator=((GROWING[0], "max_split_size_mb:64"),))}),
     ("a CPU run", {"facts": {**gpu(mig="Enabled"), **cuda(visible_devices="7", compilers=())}}),
 ]  # fmt: skip
 
@@ -145,7 +156,7 @@ FINE: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize("changes", [changes for _, changes in FINE], ids=[name for name, _ in FINE])
 def test_what_is_no_problem(changes: dict[str, Any]) -> None:
     """Goal: a rule stops at what it is about. Red with MPS's server counted as a user, MIG asked of all cards, a
-    driver held against 580 for every build."""
+    driver held against 580 for every build, any setting of the allocator refused."""
     assert plan_for(**changes).problems == ()
 
 
@@ -234,6 +245,7 @@ def test_an_older_nvidia_smi(
 ) -> None:
     """Goal: a field that this nvidia-smi does not know is left out, and no other. Red with one query: no card."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.setenv(*GROWING)
     facts = ask(tmp_path, monkeypatch, NVIDIA_SMI.replace("@UNKNOWN@", unknown).replace("@UUID@", UUID))
     (card,) = facts.gpus
     assert card == Gpu(
@@ -246,6 +258,7 @@ def test_an_older_nvidia_smi(
         **told,  # type: ignore[arg-type]
     )
     assert facts.driver == "470.182.03" and facts.gpu_problem == "" and facts.gpu_processes[0].pid == 7
+    assert facts.cuda.allocator == (GROWING,)
     assert facts.cuda.visible_devices == "3" and facts.cuda.machine == os.uname().machine
     assert facts.cuda.compilers is not None and facts.python_headers is not None and "libc" in facts.cuda.libc
 
