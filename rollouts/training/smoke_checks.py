@@ -1,5 +1,6 @@
 """The computations that a device has to get right: a bf16 product, attention, an all-reduce over the ranks."""
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -24,19 +25,20 @@ def check_product(device: torch.device) -> None:
     _require_close("the bf16 product", (left.to(device) @ right.to(device)), left.float() @ right.float())
 
 
-def check_attention(device: torch.device, head_dim: int, *, packed: bool) -> None:
+def check_attention(device: torch.device, head_dim: int, *, packed: bool, window: int | None = None) -> None:
     """Attention with shared heads is near its formula in float32, forward and backward.
 
-    `packed`: as training attends to documents in one row, on CUDA by the variable-length kernel. Else torch's own
-    function, a document at a time.
+    `packed`: as training attends to documents in one row, on CUDA by the variable-length kernel, and with `window` to
+    the last so many tokens. Else torch's own function, a document at a time.
     """
+    assert packed or window is None
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     generator = _seeded()
     inputs = [torch.randn(1, heads, sum(LENGTHS), head_dim, generator=generator).to(dtype) for heads in HEADS]
     ours = [tensor.to(device, copy=True).requires_grad_() for tensor in inputs]
     theirs = [tensor.to(torch.float32, copy=True).requires_grad_() for tensor in inputs]  # gradients of their own
-    found = _packed(*ours) if packed else _by_document(_by_torch, *ours)
-    expected = _by_document(_by_formula, *theirs)
+    found = _packed(*ours, window) if packed else _by_document(_by_torch, *ours)
+    expected = _by_document(functools.partial(_by_formula, window=window), *theirs)
     found.float().square().sum().backward()
     expected.square().sum().backward()
     _require_close(f"attention, head_dim {head_dim}", found, expected)
@@ -45,11 +47,11 @@ def check_attention(device: torch.device, head_dim: int, *, packed: bool) -> Non
         _require_close(f"attention's gradient of {name}, head_dim {head_dim}", mine.grad, reference.grad)
 
 
-def _packed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _packed(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
     from rollouts.training.packed_attention import Documents, attention  # a second of imports that a CPU does not need
 
     documents = Documents.of(LENGTHS, query.device)
-    return attention(nn.Identity(), query, key, value, None, documents=documents)[0]
+    return attention(nn.Identity(), query, key, value, None, sliding_window=window, documents=documents)[0]
 
 
 def _by_document(attend: Callable[[Tensor, Tensor, Tensor], Tensor], *inputs: Tensor) -> Tensor:
@@ -61,13 +63,14 @@ def _by_torch(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
 
-def _by_formula(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(Q K^T / sqrt(D)) V, causal, as in arXiv 1706.03762, eq. 1."""
+def _by_formula(query: Tensor, key: Tensor, value: Tensor, *, window: int | None = None) -> Tensor:
+    """softmax(Q K^T / sqrt(D)) V, causal, as in arXiv 1706.03762, eq. 1; of the last `window` tokens, if given."""
     shared = query.shape[1] // key.shape[1]
     key, value = (tensor.repeat_interleave(shared, 1) for tensor in (key, value))
     scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-    return scores.masked_fill(future, float("-inf")).softmax(-1) @ value
+    ones = torch.ones(scores.shape[-2:], dtype=torch.bool)
+    unseen = ones.triu(1) if window is None else ones.triu(1) | ones.tril(-window)
+    return scores.masked_fill(unseen, float("-inf")).softmax(-1) @ value
 
 
 def check_all_reduce(device: torch.device) -> None:

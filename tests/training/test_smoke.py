@@ -25,7 +25,8 @@ def test_a_sound_machine(tmp_path: Path) -> None:
     found = json.loads(report.read_text())
     assert [*found["parts"]] == ["torch", "bf16 product", "attention", "all-reduce over 1 ranks", "engine package"]
     assert found["doing"] == ""
-    smoke_checks.check_attention(CPU, 64, packed=True)
+    for window in (None, 7):
+        smoke_checks.check_attention(CPU, 64, packed=True, window=window)
 
 
 def test_attention_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
