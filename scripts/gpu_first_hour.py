@@ -69,7 +69,7 @@ LINES = (
          step("profile"), limit_s=600),
     Line(22, "SGLang's environment alone", "the lock: Python, glibc, an index that cannot be reached",
          step("engine-environment"), dry=("config", "whole"), limit_s=1800),
-    Line(27, "SGLang alone, started twice", "ninja, nvcc, Python.h: no kernels can be built; out of memory: the fraction",
+    Line(27, "SGLang alone, started twice", "ninja, nvcc or Python.h: kernels cannot be built; memory: its fraction",
          tests("test_sglang.py", "-k", "starts", "-s"), limit_s=1800),
     Line(33, "SGLang's log-probs, and disk sync by hand and under load",
          "more than 0.25: weights, dtype or backend; a flush refused: requests that are retracted",

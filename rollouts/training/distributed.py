@@ -59,7 +59,7 @@ def local_device(device_type: str, local_rank: int) -> torch.device:
     if device_type != "cuda":
         return torch.device(device_type)
     seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if not seen:
+    if local_rank >= seen:
         chosen = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
         raise DeviceError(
             f"torch sees no CUDA device {local_rank} here: it sees {seen}. Found {describe_build()}, "

@@ -146,8 +146,10 @@ def _smoke(config: Config, facts: HostFacts, run: RunDir, environments: list[Env
     trainer, python = environments[0], f"{environments[0].path}/bin/python"
     start = _torchrun(config, run, SMOKE_STAGE, python) if _world_size(config) > 1 else (python,)
     env = _process_env(config, facts, config.target.gpu_ranks)
-    checks = [trainer_check(config, facts, run, trainer, start=start, env=env)]
-    if len(environments) > 1 and config.engine is not None and config.uses_engine:
+    samples = config.engine is not None and config.uses_engine
+    has_engine = samples and len(environments) == 1
+    checks = [trainer_check(config, facts, run, trainer, start=start, env=env, has_engine=has_engine)]
+    if config.engine is not None and samples and len(environments) > 1:
         devices = sorted(set(config.engine.gpu_ranks))
         checks.append(engine_check(config, facts, run, environments[1], env=_engine_env(config, facts, run, devices)))
     return checks

@@ -25,11 +25,13 @@ def trainer_check(
     *,
     start: Sequence[str],
     env: Mapping[str, str],
+    has_engine: bool,
 ) -> SmokeCheck:
-    """Try the trainer's environment on its ranks' devices. `start` runs a module on each rank."""
+    """Try the trainer's environment on its ranks' devices. `start` runs a module on each rank; `has_engine`: the engine
+    runs in this environment too."""
     modules: tuple[str, ...] = ()
-    if config.engine is not None and config.uses_engine and config.engine.requirements_file is None:
-        modules = engine_modules(config.engine, device_type=config.target.device_type)  # it runs in this environment
+    if config.engine is not None and has_engine:
+        modules = engine_modules(config.engine, device_type=config.target.device_type)
     argv = [
         *(*start, "-m", "rollouts.training.smoke", "trainer", "--device", config.target.device_type),
         *("--store", str(run.ranks("bootstrap")), "--report", str(run.smoke_report("smoke"))),
@@ -50,9 +52,10 @@ def engine_check(
     modules = engine_modules(engine, device_type=device_type)
     compiles = device_type == "cuda" and engine.kind in COMPILING
     ranks = sorted(set(engine.gpu_ranks)) if device_type == "cuda" else []
+    cards = engine.tensor_parallel_size if "CUDA_VISIBLE_DEVICES" in config.host.env else len(ranks) or 1
     argv = [
         *(f"{environment.path}/bin/python", "-m", "rollouts.training.smoke", "engine", "--device", device_type),
-        *("--cards", str(len(ranks) or 1), "--report", str(run.smoke_report("smoke-engine"))),
+        *("--cards", str(cards), "--report", str(run.smoke_report("smoke-engine"))),
         *(part for module in modules for part in ("--module", module)),
         *(("--compilers", "ninja", "nvcc", "c++", "Python.h") if compiles else ()),
     ]
