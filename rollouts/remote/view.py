@@ -145,6 +145,8 @@ def _fold_event(view: View, row: dict[str, Any]) -> View:
 PHASES: dict[str, tuple[str, str]] = {
     "environment": ("environment {name}", "{action} after {seconds:.1f} s"),
     "environment_progress": ("environment {name}", "{doing}, {installed_mb:.0f} MB on disk"),
+    "smoke_test_started": ("smoke test", "running"),
+    "smoke_test_ended": ("smoke test", "{action} after {seconds:.1f} s"),
     "stage_started": ("{stage}", "starting"),
     "training_started": ("{stage}", "training"),
     "engine_ready": ("{window}", "ready after {seconds:.1f} s"),

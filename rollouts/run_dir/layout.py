@@ -11,6 +11,7 @@ from typing import Literal
 State = Literal["starting", "running", "done", "failed", "stopped", "died", "silent"]
 FINAL_STATES: tuple[State, ...] = ("done", "failed", "stopped", "died")
 StageName = Literal["bootstrap", "sft", "rl"]
+SMOKE_STAGE: StageName = "bootstrap"  # whose windows try the devices
 EXPERIMENT_NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_-]{0,47}"  # a tmux session name: no dot, no colon
 RUN_ID_VARIABLE = "ROLLOUTS_RUN_ID"
 RUN_PATH_VARIABLE = "ROLLOUTS_RUN_PATH"
@@ -157,6 +158,10 @@ class RunDir:
     def ranks(self, stage: str) -> Path:
         """Where the trainer's ranks find each other."""
         return self.path / f".ranks-{stage}.tmp"
+
+    def smoke_report(self, window: str) -> Path:
+        """How far a smoke test's window is: {"doing", "parts": {name: seconds}}. Hidden, and gone with the run."""
+        return self.path / f".smoke-{window}.tmp"
 
     def process(self, name: str) -> Path:
         return self.path / "processes" / f"{name}.json"

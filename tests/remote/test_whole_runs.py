@@ -148,7 +148,7 @@ def test_detach_look_stop_and_pull(laptop: Laptop, make_host: Callable[..., Host
     assert laptop.deploy("logs", "live").stdout == "stage=sft step=1\n"
     assert laptop.json("logs", "live", "--window", "trainer")["text"] == "stage=sft step=1\n"
     no_window = laptop.deploy("logs", "live", "--window", "nope")
-    assert no_window.returncode == 1 and "windows: supervisor, trainer" in no_window.stderr
+    assert no_window.returncode == 1 and "supervisor, trainer" in no_window.stderr
     second = laptop.deploy(config, "--remote", host.target, "--run-id", "other")
     assert second.returncode == 2 and "a run of experiment 'example' is live" in second.stderr
     assert "deploy stop live" in second.stderr and "Nothing was started." in second.stderr

@@ -138,7 +138,7 @@ def test_an_earlier_stages_cause_is_not_this_ones(tmp_path: Path) -> None:
     """Goal: an `error` event from before the stage is not why its trainer ended. Red with all events looked at."""
     run = RunDir(tmp_path)
     spec = process("trainer", [])
-    window = OpenWindow(run, "rl", spec, is_trainer=True, wrapper=0, wrapper_ticks=None, log_start=0)
+    window = OpenWindow(run, "rl", spec, may_end=True, wrapper=0, wrapper_ticks=None, log_start=0)
     run_dir.append_event(run, "error", message="of sft", window="trainer")
     assert window.cause() == ("of sft", True)
     run_dir.append_event(run, "stage_started", stage="rl")

@@ -88,7 +88,7 @@ def weight_sync_checks(config: Sections, engine: EngineConfig) -> Checks:
     need = f"BroadcastSync or DiskSync with engine.replicas={engine.replicas}: CUDA memory is shared on one GPU, and"
     need = f"{need} only one replica has target.gpu_ranks[0]"
     yield must(single or not shared or not tensor, "engine.weight_sync", sync, need)
-    grows = [name for name in ALLOCATOR_SETTINGS if _grows_segments(config.host.env.get(name, ""))]
+    grows = [name for name in ALLOCATOR_SETTINGS if grows_segments(config.host.env.get(name, ""))]
     need = "without expandable_segments:True for engine.weight_sync=TensorSync: such memory has no handles to share"
     for name in grows:
         yield must(not tensor, f"host.env[{name!r}]", config.host.env[name], need)
@@ -99,7 +99,7 @@ def weight_sync_checks(config: Sections, engine: EngineConfig) -> Checks:
     yield must(shared or not sleeps, "engine.sleep_while_training", sleeps, need)
 
 
-def _grows_segments(settings: str) -> bool:
+def grows_segments(settings: str) -> bool:
     """Whether these settings of torch's allocator make segments that can grow."""
     pairs = (part.partition(":") for part in settings.replace(" ", "").lower().split(","))
     return any(name == "expandable_segments" and value in ("true", "1") for name, _, value in pairs)

@@ -62,6 +62,12 @@ def argv(server: Server) -> tuple[str, ...]:
     )
 
 
+def modules(device_type: DeviceType) -> tuple[str, ...]:
+    """Name what has to import before a server can start: ours first, which puts in place what a CPU lacks."""
+    ours = f"rollouts.engines.sglang.{'cpu_launcher' if device_type == 'cpu' else 'launcher'}"
+    return (ours, "sglang.launch_server", "sglang.srt.entrypoints.http_server")
+
+
 def _graph_flags(server: Server) -> tuple[str, ...]:
     """Return flags for decode graphs of every batch that the config samples.
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 
 from rollouts.config import Config, EngineConfig
+from rollouts.config.checks.engine import grows_segments
 from rollouts.remote.errors import Problem
 from rollouts.remote.facts import HostFacts
 from rollouts.remote.plan.torch_build import (
@@ -167,6 +168,21 @@ def small_shm(facts: HostFacts, target: str, needed: str, size: str) -> Problem:
         needed=needed,
         fix=f"start the container with --shm-size={size} (or --ipc=host), or set engine.weight_sync.on_tmpfs=False",
     )
+
+
+def allocator_problems(config: Config, facts: HostFacts, target: str) -> Iterator[Problem]:
+    """Refuse growing segments that the host's own variables ask for; the config's checks refuse its own."""
+    engine = engine_of(config)
+    if engine is None or engine.weight_sync.kind != "tensor":
+        return
+    for name, value in facts.cuda.allocator:
+        if grows_segments(value) and name not in config.host.env:
+            yield Problem(
+                f"{target} sets {name}={value!r} by itself, and engine.weight_sync is a TensorSync.",
+                found=f"{name}={value!r} in a command's environment there: start-up files, or a container's image",
+                needed="memory that another process can open: segments that grow have no handles",
+                fix=f"set host.env={{{name!r}: 'expandable_segments:False'}}, or engine.weight_sync=DiskSync(...)",
+            )
 
 
 def dtype_problems(config: Config) -> Iterator[Problem]:

@@ -12,6 +12,7 @@ from rollouts.remote.facts import HostFacts
 from rollouts.remote.gpus import Gpu, describe_gpu, holders, is_broken
 from rollouts.remote.plan.cuda_host import (
     SHM_DOCKER_MIB,
+    allocator_problems,
     compiler_problems,
     driver_problems,
     dtype_problems,
@@ -52,6 +53,7 @@ def gpu_problems(
     yield from driver_problems(config, facts, code, target)
     yield from toolchain_problems(config, facts, target)
     yield from dtype_problems(config)
+    yield from allocator_problems(config, facts, target)
 
 
 def gpu_warnings(config: Config, facts: HostFacts, *, busy_ok: bool = False) -> Iterator[str]:
