@@ -105,7 +105,11 @@ PROBLEMS: list[tuple[str, dict[str, Any], list[str]]] = [
     (
         "growing segments by the host's own files",
         {**TENSOR, "facts": cuda(allocator=(GROWING,))},
-        ["sets PYTORCH_CUDA_ALLOC_CONF='expandable_segments:True' by itself", "have no handles", "weight_sync=DiskSync(...)"],
+        [
+            "sets PYTORCH_CUDA_ALLOC_CONF='expandable_segments:True' by itself",
+            "have no handles",
+            "weight_sync=DiskSync(...)",
+        ],
     ),
     (
         "a model of unknown size",

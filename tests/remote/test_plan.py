@@ -52,7 +52,15 @@ CODE = Code(
         "configs/data/letters/test.jsonl": "sent",
     },
 )
-RUN_ROW = {"run_id": "old", "experiment_name": "example", "state": "running", "stage": "rl", "step": 7, "live": True}
+RUN_ROW = {
+    "run_id": "old",
+    "experiment_name": "example",
+    "state": "running",
+    "stage": "rl",
+    "step": 7,
+    "live": True,
+    "host": None,
+}
 
 
 def plan_for(

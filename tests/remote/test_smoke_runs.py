@@ -101,12 +101,22 @@ def test_what_is_tried_again(changes: dict[str, Any], same: bool) -> None:
 def test_the_live_view_shows_one_step() -> None:
     """Goal: one line, at first running and then done. Red with a phase for each of the two events."""
     view = View()
-    started = {"kind": "smoke_test_started", "windows": ["smoke"]}
-    ended = {"kind": "smoke_test_ended", "action": "done", "seconds": 3.21, "parts": {"smoke": {"torch": 2.0}}}
+    started = {"kind": "smoke_test_started", "time": 10.0, "windows": ["smoke"]}
+    ended = {
+        "kind": "smoke_test_ended",
+        "time": 13.2,
+        "action": "done",
+        "seconds": 3.21,
+        "parts": {"smoke": {"torch": 2.0}},
+    }
     view = fold(view, "events.jsonl", started)
-    assert live_lines(view, "", width=80, utf8=True, elapsed_s=2.0) == ["• smoke test            running, 2s"]
+    assert live_lines(view, "", width=80, utf8=True, doing_s=2.0, host_now=12.0) == [
+        "• smoke test            running, 2s"
+    ]
     view = fold(view, "events.jsonl", ended)
-    assert live_lines(view, "", width=80, utf8=True, elapsed_s=0.0) == ["✓ smoke test            done after 3.2 s"]
+    assert live_lines(view, "", width=80, utf8=True, doing_s=0.0, host_now=14.0) == [
+        "✓ smoke test            done after 3.2 s"
+    ]
 
 
 def test_a_failure_is_the_runs_error(laptop: Laptop) -> None:
