@@ -214,9 +214,10 @@ def compiled(directory: Path) -> dict:
     """Three steps of compiled layers, whose activations are computed again, and what was compiled."""
     counter = CompileCounter()
     model = model_of(5 * distributed.rank())
+    layers = layers_of(model)  # sharding renames their class
     compile_layers(model, backend=counter)
     metrics = anyio.run(sft, sharded(directory, config=STRATEGIES["recompute"], model=model))
-    works = [layer.forward._code.works for layer in layers_of(model)]
+    works = [layer.forward._code.works for layer in layers]
     return {"metrics": metrics, "compilations": counter.frame_count, "works": works}
 
 

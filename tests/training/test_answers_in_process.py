@@ -35,15 +35,15 @@ def job_of(directory: Path, model: Any, **changes: Any) -> Job:
     return Job(config, RunDir(directory), "sft", tiny_tokenizer(), backend, 1, None, 0, Alarms(1))
 
 
-def batches_of(job: Job, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[tuple[int, int]]]:
-    """The evaluation, and of each batch its answers and the tokens of one, prompt and answer."""
+def batches_of(job: Job, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[tuple[int, int, int]]]:
+    """The evaluation, and of each batch its answers, the tokens of a prompt, and those of an answer at most."""
     assert job.backend is not None
     model, seen = job.backend.model, []
     generate: Any = model.generate
 
     def watched(**options: Any) -> torch.Tensor:
         output = generate(**options)
-        seen.append((len(output), options["input_ids"].shape[1] + options["max_new_tokens"]))
+        seen.append((len(output), options["input_ids"].shape[1], options["max_new_tokens"]))
         return output
 
     monkeypatch.setattr(model, "generate", watched)
@@ -62,10 +62,10 @@ def test_answers_stay_within_the_limits(
     job = job_of(tmp_path, model, **limits, num_samples=samples, pass_at=[1] if samples else [])
     found, batches = batches_of(job, monkeypatch)
     assert found.num_rows == 7 and found.num_samples == samples
-    assert all(count * tokens <= 64 for count, tokens in batches) and len(batches) > 1
+    assert all(new == 2 and count * (prompt + new) <= 64 for count, prompt, new in batches) and len(batches) > 1
     own = answer_limits(job.config, "sft")
     assert own is not None and own.new_tokens_max(len(QUESTIONS)) == 7 * (1 + samples) * 2
-    assert sum(count for count, _ in batches) * 2 == own.new_tokens_max(len(QUESTIONS))
+    assert sum(count for count, _, _ in batches) * 2 == own.new_tokens_max(len(QUESTIONS))
     notes = [event["message"] for event in read_jsonl(job.run.events)]
     assert notes == ["7 of 12 held-out rows are answered in the sft stage: eval.in_process_rows=7"]
 

@@ -108,9 +108,8 @@ def test_a_step_reduces_once(two, one):
 
 
 def test_compiled_layers_train_as_one(two, one):
-    """Goal: compiled, sharded and computed again, two ranks have one plain rank's losses; training and validation are
-    compiled once each. Red with the layer's class taken before it was sharded: nothing is computed again, and what
-    FSDP's own class does is lost.
+    """Goal: compiled, sharded and computed again, two ranks have one plain rank's losses; training and validation
+    compile once each. Red with the sizes of a pack compiled in (`dynamic=False`).
     """
     for rank in two[1]:
         assert_same_training(rank["compiled"]["metrics"], one[1]["sft"])
