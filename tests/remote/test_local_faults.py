@@ -18,7 +18,7 @@ from rollouts.remote.errors import DeployError
 from rollouts.remote.escape import escaped, one_line
 from rollouts.remote.local_faults import standing
 from rollouts.run_dir import RunDir, append_jsonl
-from tests.remote.hosts import Host, Laptop, wait_for, write_config
+from tests.remote.hosts import WAIT_S, Host, Laptop, wait_for, write_config
 from tests.remote.test_sync import small_disk
 
 
@@ -138,7 +138,7 @@ def test_ctrl_c_before_the_launch(laptop: Laptop) -> None:
         connection, _ = silent.accept()
         with connection:
             os.killpg(process.pid, signal.SIGINT)
-            _, err = process.communicate(timeout=30)
+            _, err = process.communicate(timeout=WAIT_S)
     assert process.returncode == 130 and "Nothing was started." in err and "Traceback" not in err
 
 
