@@ -13,9 +13,14 @@ LONG = (
     "worker/test_chaos.py",
     "engines/test_contract.py",
     "e2e/test_faults.py",
+    "worker/test_base_python.py",
 )
-# Files that share a server which takes half a minute to start: one process's too.
-SHARING = {f"tests/weight_transfer/{name}.py": "weight_transfer" for name in ("test_sync", "test_async_rl")}
+# Files that share what takes long to make stay together too: SGLang's server, an environment with pip.
+TOGETHER = {
+    "sglang": ("weight_transfer/test_sync.py", "weight_transfer/test_async_rl.py"),
+    "prepared": ("worker/test_base_python.py", "worker/test_bootstrap.py", "worker/test_isolation.py"),
+}
+UNITS = {f"tests/{file}": unit for unit, files in TOGETHER.items() for file in files}
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -25,7 +30,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class WholeFiles(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
-            return SHARING.get(file, file)
+            return UNITS.get(file, file)
 
     config.option.loadscopereorder = False  # it would begin with the files of the most tests
     return WholeFiles(config, log)
