@@ -29,6 +29,7 @@ def rows(sft: int | None, rl: int | None, how: str = "counted") -> dict[str, Any
     return inputs(rows={name: (RowCount(name, count, how),) for name, count in counts.items()})  # type: ignore[arg-type]
 
 
+KEEP = "rollouts.training.filters.check_reward_nonzero_std"
 PROBLEMS: list[tuple[str, dict[str, Any], list[str]]] = [
     (
         "a port of a live run",
@@ -46,6 +47,11 @@ PROBLEMS: list[tuple[str, dict[str, Any], list[str]]] = [
     ),
     ("fewer prompts than a step takes", {"code": rows(8, 3)}, ["rl.examples_per_step=4", "3 prompts", "to 3 or less"]),
     ("at most so many prompts", {"code": rows(8, 2, "at most")}, ["rl.examples_per_step=4", "at most 2 prompts"]),
+    (
+        "fewer prompts than a step takes, some of them filtered out",
+        {"code": rows(8, 3), "rl__sampling__over_sampling_factor": 2.0, "rl__sampling__filter_fn": KEEP},
+        ["rl.examples_per_step=4", "3 prompts"],
+    ),
     ("no prompt at all", {"code": rows(8, 0)}, ["data.rl_mixture: no row of", "start=0", "put rows into it"]),
     ("no row to train on", {"code": rows(0, 8)}, ["data.sft_mixture: no row of", "0 rows with start=0, stop=-1"]),
     (
@@ -76,7 +82,8 @@ def test_each_problem_ahead(changes: dict[str, Any], expected: list[str]) -> Non
 
 def test_what_is_no_problem_ahead() -> None:
     """Goal: nothing that may be right is refused: an ended run's port, a newer host's syntax, one prompt to overfit on,
-    counts that are unknown, rates after a checkpoint, of pretrained weights or another stage. Red with any refused."""
+    prompts begun more than once (over-sampling goes on into the next epoch), counts that are unknown, rates after a
+    checkpoint, of pretrained weights or another stage. Red with any refused."""
     fine: list[dict[str, Any]] = [
         {"facts": {"runs": ({**RUN_ROW, "experiment_name": "other", "live": False, "ports": [30180]},)}},
         {"facts": {"runs": ({**RUN_ROW, "experiment_name": "other", "live": True},)}},
@@ -84,6 +91,7 @@ def test_what_is_no_problem_ahead() -> None:
         {"code": rows(8, 1)},
         {"code": rows(8, None, "unknown")},
         {"code": rows(8, 4)},
+        {"code": rows(8, 4), "rl__over_sampling_factor": 4.0, "rl__filter_fn": KEEP},
         {"rl__matrix_lr": 0.5},
         {"sft__embedding_lr": 0.2, "sft__init_lr_frac": 0.02},
         {"sft__embedding_lr": 0.2, "output__source_checkpoint": "/x", "facts": {"paths": {"/x": True}}},

@@ -176,7 +176,8 @@ def plan_summary(config: Config, code: Code) -> Iterator[str]:
 def _rows_words(rows: Rows, what: str) -> str:
     if rows.count is None:
         return (
-            f"{what} not counted (known for .jsonl files here, and folders of .jsonl or parquet files named by split)"
+            f"{what} not counted (known for .jsonl files here, and folders of .jsonl or parquet files whose names, or "
+            "whose README.md, tell their split)"
         )
     return f"{'' if rows.exact else 'at most '}{_count(rows.count, what.removesuffix('s'))}"
 

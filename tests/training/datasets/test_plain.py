@@ -7,6 +7,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pandas
 import pyarrow
@@ -195,3 +196,13 @@ def test_arrows_padding_goes(tmp_path: Path) -> None:
         tokenizer.apply_chat_template(messages, return_dict=False) for messages in rows
     ]
     assert TOOLS
+
+
+def test_a_set_that_was_saved_to_disk_says_what_to_do(tmp_path: Path) -> None:
+    """Goal: the fix is another way to save it. Red: "check split and subset"; and so for a type that nobody reads."""
+    datasets.Dataset.from_list([{"question": "q", "answer": "a"}]).save_to_disk(tmp_path / "saved")
+    with pytest.raises(DataError, match=r"load_from_disk.*Fix: write it with to_parquet"):
+        read_rows(str(tmp_path / "saved"))
+    pairs = pyarrow.array([[("a", 1)]], pyarrow.map_(pyarrow.string(), pyarrow.int64()))
+    with pytest.raises(DataError, match="Fix: leave the column of that type out"):
+        read_rows(parquet(tmp_path / "set", question=["q"], extra=pairs))
