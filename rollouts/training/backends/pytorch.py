@@ -293,8 +293,8 @@ class PyTorchTrainingBackend:
             )
         if not all(map(math.isfinite, value_norm)):
             raise FloatingPointError(
-                f"grad_norm={value_norm[0]} of the value head at step {self.step + 1} (loss={loss}): not applied. Lower "
-                "its learning rate, or look at this step's rewards and returns."
+                f"grad_norm={value_norm[0]} of the value head at step {self.step + 1} (loss={loss}): not applied. "
+                "Lower its learning rate, or look at this step's rewards and returns."
             )
         torch.nn.utils.clip_grads_with_norm_(parameters, self._max_grad_norm, norms[0])
         factor = self._lr_schedule(self.step) if self._lr_schedule else 1.0
