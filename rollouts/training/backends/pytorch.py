@@ -30,6 +30,7 @@ from rollouts.training.devices import set_current
 from rollouts.training.forward import Layout
 from rollouts.training.host_memory import keep_freed_memory
 from rollouts.training.host_to_device import to_device
+from rollouts.training.known_gradients import known_gradient
 from rollouts.training.reference import Reference
 from rollouts.training.rl_losses import (
     STATISTICS,
@@ -460,8 +461,11 @@ class PyTorchTrainingBackend:
         is_rl = "advantages" in inputs
         with self._computing(model), self._autocasting(model):
             if layout is not None and layout.packed is not None and forward.packs(model):
-                head = self._value_head if model is self.model else None
-                return forward.token_log_probs(model, inputs, with_entropy=is_rl, value_head=head, layout=layout)
+                options: dict[str, Any] = {"with_entropy": is_rl, "layout": layout}
+                if model is self.model:
+                    options["value_head"] = self._value_head
+                    options["known_gradient"] = None if is_rl else known_gradient(self._loss_fn, inputs)
+                return forward.token_log_probs(model, inputs, **options)
             logits = forward.padded_logits(model, inputs)
         if layout is None:
             return logits
