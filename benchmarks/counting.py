@@ -24,7 +24,16 @@ _BLOCKS_A_LAUNCH, _ELEMENTS_A_BLOCK = 320, 65_536
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 _WAITING = ("_local_scalar_dense", "nonzero", "masked_select")
 _GIVING_AS_MUCH = ("index_select", "gather", "index", "embedding")  # they read as much as they give
-_NOT_READING = ("zero_", "fill_", "copy_", "index_copy_", "index_put_", "slice_scatter", "select_scatter")
+_NOT_READING = (
+    "zero_",
+    "fill_",
+    "copy_",
+    "_foreach_copy_",
+    "index_copy_",
+    "index_put_",
+    "slice_scatter",
+    "select_scatter",
+)
 _COLLECTIVES = ("c10d", "_c10d_functional")
 
 
@@ -66,6 +75,18 @@ class Counts:
 
         return tolist
 
+    def start_over(self) -> None:
+        """Forget what was counted."""
+        self.kernels, self.waits, self.collectives, self.operations = [], [], Counter(), 0
+
+    def taken(self) -> "Counts":
+        """What was counted, by itself; counting starts over."""
+        found = Counts(self.lengths)
+        found.kernels, found.waits, found.operations = self.kernels, self.waits, self.operations
+        found.collectives = self.collectives
+        self.start_over()
+        return found
+
     @contextmanager
     def of(self, part: str) -> Iterator[None]:
         before, self.part = self.part, part
@@ -84,9 +105,6 @@ class Counts:
 
     def add(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Count one operation as the kernels that it is."""
-        if func.namespace in _COLLECTIVES:
-            self.collectives[func._opname] += 1
-            return
         self.operations += 1
         moved = bytes_of(func, args, kwargs, out)
         if moved:
@@ -127,7 +145,9 @@ class _Operations(TorchDispatchMode):
             if func._opname == "_local_scalar_dense":
                 return 1.0
         out = func(*args, **kwargs)
-        if any(isinstance(tensor, FakeTensor) for tensor in tensors_in((args, kwargs, out))):
+        if func.namespace in _COLLECTIVES:
+            self._counts.collectives[func._opname] += 1
+        elif any(isinstance(tensor, FakeTensor) for tensor in tensors_in((args, kwargs, out))):
             self._counts.add(func, args, kwargs, out)
         return out
 

@@ -13,13 +13,14 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 from benchmarks import fusion
 from benchmarks.counting import OTHER, Counts, Kernel, nbytes
-from rollouts.training import forward, head_ways, log_probs, packed_attention
+from rollouts.training import distributed, forward, head_ways, log_probs, packed_attention
 from rollouts.training.backends import pytorch
 from rollouts.training.backends.pytorch import PyTorchTrainingBackend
 from rollouts.training.loops.batching import collate
@@ -124,38 +125,73 @@ class _InPlace(PyTorchTrainingBackend):
 
 
 def count_step(
-    config: Any, work: Work, *, memory_gib: float = 141, compiled: bool = True, checkpointing: bool = False
+    config: Any,
+    work: Work,
+    *,
+    memory_gib: float = 141,
+    compiled: bool = True,
+    compiled_head: bool | None = None,
+    checkpointing: bool = False,
+    ranks: int = 1,
 ) -> StepCounts:
-    """The counts of one micro-batch and of one optimizer step; one step goes before, which compiles and makes state.
+    """The counts of a step's second micro-batch, and of what comes once a step.
 
-    `config` is a transformers config, `memory_gib` the card's, which says how large the head's chunks are.
+    A micro-batch goes before where something is compiled. `config` is a transformers config, `memory_gib` the card's,
+    which says how large the head's chunks are. `compiled_head`: None: as the rest. `ranks`: whole copies of the model.
     """
-    counts = Counts()
-    graphs: list[str] = []
+    counts, graphs = Counts(), list[str]()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    options = {"memory_bytes": int(memory_gib * GIB), "compiled_head": compiled}
-    with as_on_a_card(counts, mode, **options), torch.random.fork_rng():  # type: ignore[arg-type]
+    compiled_head = compiled if compiled_head is None else compiled_head
+    card = as_on_a_card(counts, mode, memory_bytes=int(memory_gib * GIB), compiled_head=compiled_head)
+    with card, _fake_ranks(ranks), torch.random.fork_rng():
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if compiled:
             compile_body(model, fusion.compiler(counts, graphs))
         backend = make_backend(model, work)
         batch = make_batch(work, config.vocab_size)
-        found = []
-        for _ in range(2):
-            backend._expect(1)
-            found = []
-            for run in (partial(backend._forward_backward, batch), backend._optim_step):
-                fresh = Counts(counts.lengths)
-                counts.__dict__.update(fresh.__dict__)
-                with counts.counting(), counts.of("optimizer" if run == backend._optim_step else "blocks"):
-                    run()
-                found.append(Counts())
-                found[-1].__dict__.update(counts.__dict__)
+        _make_state(backend.optimizer)
+        if compiled:
+            backend._forward_backward(batch)
+        backend._expect(2)
+        with counts.counting():
+            backend._forward_backward(batch)
+            counts.start_over()
+            backend._forward_backward(batch)
+            micro_batch = counts.taken()
+            with counts.of("optimizer"):
+                backend._optim_step()
+                with backend._copies.in_place():  # type: ignore[union-attr] — made again once a step
+                    pass
     breaks = torch._dynamo.utils.counters["graph_break"] if compiled else {}
-    return StepCounts(found[0], found[1], tuple(graphs), sum(breaks.values()))
+    return StepCounts(micro_batch, counts, tuple(graphs), sum(breaks.values()))
+
+
+def _make_state(optimizer: torch.optim.Optimizer) -> None:
+    """Have the optimizer's state, as after a step."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def _fake_ranks(ranks: int) -> Iterator[None]:
+    """A process group of so many ranks, of which only this one is there: collectives return at once."""
+    if ranks == 1:
+        yield
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    try:
+        with mock.patch.object(distributed, "new_group", lambda: None):
+            yield
+    finally:
+        dist.destroy_process_group()
 
 
 def compile_body(model: nn.Module, backend: Any) -> None:

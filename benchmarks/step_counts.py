@@ -8,7 +8,7 @@ turns them into time. Not in the time: gaps between kernels, NCCL, clocks that f
 import argparse
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def show_terms(found: StepCounts, name: str) -> None:
         print(f"  {part:10} {kind:12} {1e3 * taken:6.1f}")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description="Count a training step of the Qwen3-0.6B shape on fake tensors and estimate its time on cards."
     )
@@ -117,7 +117,8 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--checkpointing", action="store_true", help="with activation checkpointing")
     parser.add_argument("--card", choices=CARDS, default="H200 SXM", help="whose terms are listed (default H200 SXM)")
-    arguments = parser.parse_args()
+    parser.add_argument("--ranks", type=int, default=1, help="that hold whole copies of the model (default 1)")
+    arguments = parser.parse_args(argv)
     config = qwen3_600m()
     config.num_hidden_layers = arguments.layers
     work = Work(tokens=arguments.tokens, document=arguments.document, kind=arguments.kind)
@@ -127,6 +128,7 @@ def main() -> None:
         memory_gib=CARDS[arguments.card].memory_gib,
         compiled=not arguments.eager,
         checkpointing=arguments.checkpointing,
+        ranks=arguments.ranks,
     )
     print(f"{arguments.kind}, {arguments.layers} layers, {work.tokens} tokens in documents of {work.document}")
     show_counts(found)
