@@ -91,7 +91,7 @@ def test_what_is_no_problem_ahead() -> None:
         {"code": rows(8, 1)},
         {"code": rows(8, None, "unknown")},
         {"code": rows(8, 4)},
-        {"code": rows(8, 4), "rl__over_sampling_factor": 4.0, "rl__filter_fn": KEEP},
+        {"code": rows(8, 4), "rl__sampling__over_sampling_factor": 4.0, "rl__sampling__filter_fn": KEEP},
         {"rl__matrix_lr": 0.5},
         {"sft__embedding_lr": 0.2, "sft__init_lr_frac": 0.02},
         {"sft__embedding_lr": 0.2, "output__source_checkpoint": "/x", "facts": {"paths": {"/x": True}}},
