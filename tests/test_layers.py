@@ -145,6 +145,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts.training.backends": (
         "rollouts.training.host_memory",
         "rollouts.training.host_to_device",
+        "rollouts.training.known_gradients",
         "rollouts.training.backends",
         "rollouts.training.compiled_layers",
         "rollouts.training.devices",
