@@ -18,6 +18,7 @@ from rollouts.training.datasets.chat import render_prompt
 from rollouts.training.datasets.lost_text import LostTool
 from rollouts.training.datasets.rows import DataError
 from rollouts.training.datasets.turn_end import TurnEnds
+from rollouts.training.seams import Tokenizer
 from rollouts.training.types import Prompt
 from rollouts.training.user_code import USER_ERRORS, describe
 
@@ -152,7 +153,7 @@ def _spans(generation: Any, start: int) -> list[dict[str, Any]]:
 
 
 def between_turns(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     messages: list[Message],
     answers: list[Message],
     tools: list[dict[str, Any]] | None,
@@ -173,7 +174,7 @@ def between_turns(
     return after[end:]
 
 
-def _opening(tokenizer: Any, messages: list[Message], tools: list[dict[str, Any]] | None) -> list[int]:
+def _opening(tokenizer: Tokenizer, messages: list[Message], tools: list[dict[str, Any]] | None) -> list[int]:
     """Tokens of the messages that an episode begins with. Raises AgentError for one that the template leaves out.
 
     A template without tools is no error here: the messages may describe them, or the policy know them.
@@ -186,7 +187,7 @@ def _opening(tokenizer: Any, messages: list[Message], tools: list[dict[str, Any]
         raise AgentError(str(error)) from error
 
 
-def _render(tokenizer: Any, messages: list[Message], tools: Any, **options: Any) -> list[int]:
+def _render(tokenizer: Tokenizer, messages: list[Message], tools: Any, **options: Any) -> list[int]:
     from jinja2 import TemplateError
 
     try:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from rollouts.config import Config, DatasetSpec, RLConfig, SFTConfig
+from rollouts.training.seams import Tokenizer
 
 if TYPE_CHECKING:
     from rollouts.training.datasets.report import Report, SFTReport
@@ -30,7 +31,7 @@ class Data:
     eval_rows: Sequence["Prompt"]
 
 
-def load_data(config: Config, tokenizer: Any, stage: str) -> Data:
+def load_data(config: Config, tokenizer: Tokenizer, stage: str) -> Data:
     from rollouts.training.datasets.dataset_loaders import load_fitting_prompts, load_sft_mixture
     from rollouts.training.evaluation import mix_tasks
     from rollouts.training.replay import ReplayRollouts
@@ -86,7 +87,7 @@ def load_data(config: Config, tokenizer: Any, stage: str) -> Data:
     )
 
 
-def prompt_tokens_max(config: Config, tokenizer: Any) -> int:
+def prompt_tokens_max(config: Config, tokenizer: Tokenizer) -> int:
     """How long a prompt may be, so that an answer of rl.max_new_tokens fits behind it.
 
     Room is data.max_length, and where an engine samples no more than engine.context_length (of the embedded one, the
@@ -104,7 +105,7 @@ def prompt_tokens_max(config: Config, tokenizer: Any) -> int:
     return room if rl.agent is None else min(room, rl.agent.tokens_max - 1)
 
 
-def _positions(tokenizer: Any, trust_remote_code: bool) -> int | None:
+def _positions(tokenizer: Tokenizer, trust_remote_code: bool) -> int | None:
     """How many positions the model has that lies beside the tokenizer; None where no config says it."""
     from transformers import AutoConfig
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rollouts.config import Config
 from rollouts.run_dir import RunDir, append_event, append_jsonl, iter_jsonl, read_jsonl
+from rollouts.training.seams import Tokenizer
 
 if TYPE_CHECKING:
     from rollouts.training.alarms import Alarm, Alarms
@@ -54,7 +55,7 @@ class Job:
     config: Config
     run: RunDir
     stage: str
-    tokenizer: Any
+    tokenizer: Tokenizer
     backend: "PyTorchTrainingBackend | None"  # None where nothing is trained
     num_steps: int
     resume: Mapping[str, Any] | None  # what load_checkpoint returned, when this stage goes on from its own checkpoint

@@ -22,6 +22,7 @@ from rollouts.config import (
     ValueModel,
 )
 from rollouts.run_dir import RunDir, append_event
+from rollouts.training.seams import Tokenizer
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -74,7 +75,7 @@ def base_model(config: Config, model_path: str, *, resumes: bool) -> str:
     return model_path if base is None else base["name"]
 
 
-def generate_fn(rl: RLConfig, tokenizer: Any, engines: Sequence[Any], reward_fn: Any) -> Callable[..., Any]:
+def generate_fn(rl: RLConfig, tokenizer: Tokenizer, engines: Sequence[Any], reward_fn: Any) -> Callable[..., Any]:
     """What samples a group: single answers, or an agent's episodes. Rewards that wait for something, or updates that
     find groups at different points, want each group to come back by itself.
     """
@@ -94,7 +95,7 @@ def generate_fn(rl: RLConfig, tokenizer: Any, engines: Sequence[Any], reward_fn:
 
 
 def agent_parts(
-    rl: RLConfig, tokenizer: Any, engines: Sequence[Any]
+    rl: RLConfig, tokenizer: Tokenizer, engines: Sequence[Any]
 ) -> tuple[list["Endpoint"], Callable[..., Any], "Limits"]:
     """An agent job's endpoints, one per engine, what makes its environment, and the limits of an episode."""
     from rollouts.agents.endpoint import Endpoint
@@ -250,7 +251,7 @@ def build_backend(
     *,
     checkpoint_dir: Path,
     model_path: str,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     device: Any,
     num_steps: int,
     reference: str | None,

@@ -41,6 +41,7 @@ from rollouts.training.rl_losses import (
     token_log_probs,
     trained_tokens,
 )
+from rollouts.training.seams import Tokenizer
 from rollouts.training.value_head import ValueHead
 
 __all__ = ["BackendFailedError", "PyTorchTrainingBackend"]
@@ -75,7 +76,7 @@ class PyTorchTrainingBackend:
         checkpoint_dir: Path | str,
         device: torch.device | str = "cpu",
         *,
-        tokenizer: Any | None = None,
+        tokenizer: Tokenizer | None = None,
         max_grad_norm: float = 1.0,
         lr_schedule: Callable[[int], float] | None = None,
         compute_dtype: str = "float32",
