@@ -26,13 +26,14 @@ from rollouts.remote.facts import HostFacts, gather_facts
 from rollouts.remote.local_faults import Interrupted, Standing, standing
 from rollouts.remote.mirror import Mirror
 from rollouts.remote.open_run import known, open_run, write_note
+from rollouts.remote.open_transport import open_transport
 from rollouts.remote.plan import Plan, asked_paths, asked_ports, make_plan
 from rollouts.remote.read_config import read_config
 from rollouts.remote.registry import Entry
 from rollouts.remote.repository import find_repository, read_code
 from rollouts.remote.sending import sent_program
 from rollouts.remote.texts import failure_message, how_to_go_on, plan_text, result_text
-from rollouts.remote.transport import LOCAL_TARGET, Transport, open_transport
+from rollouts.remote.transport import LOCAL_TARGET, Transport
 from rollouts.remote.watch import (
     Link,
     Patience,

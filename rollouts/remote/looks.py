@@ -13,10 +13,11 @@ from rollouts.remote.facts import gather_facts
 from rollouts.remote.host_probe import run_row
 from rollouts.remote.local_faults import standing
 from rollouts.remote.open_run import OpenRun, open_run, read_note, was_launched
+from rollouts.remote.open_transport import open_transport
 from rollouts.remote.plan.gpu_problems import host_advice
 from rollouts.remote.registry import Entry
 from rollouts.remote.texts import cause, facts_text, run_text, runs_text
-from rollouts.remote.transport import LOCAL_TARGET, open_transport
+from rollouts.remote.transport import LOCAL_TARGET
 from rollouts.run_dir import FINAL_STATES, RunDir, iter_jsonl, read_status
 
 

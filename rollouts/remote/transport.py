@@ -113,15 +113,6 @@ def parse_target(text: str) -> Target:
     return Target(host=match["v6"] or match["host"], user=match["user"], port=port)
 
 
-def open_transport(target: str | None, *, accept_new_host_key: bool = False) -> Transport:
-    """The transport for `--remote target`; this machine for None. Nothing is connected yet."""
-    if target is None or target == LOCAL_TARGET:
-        return LocalTransport()
-    from rollouts.remote.ssh import SSHTransport  # paramiko is slow to import: only who goes remote pays
-
-    return SSHTransport(target, parse_target(target), accept_new_host_key=accept_new_host_key)
-
-
 def in_directory(argv: Sequence[str], cwd: str | None) -> list[str]:
     """`argv`, run in `cwd`, as one command."""
     if cwd is None:
