@@ -37,7 +37,8 @@ def check_attention(device: torch.device, head_dim: int, *, packed: bool, window
     inputs = [torch.randn(1, heads, sum(LENGTHS), head_dim, generator=generator).to(dtype) for heads in HEADS]
     ours = [tensor.to(device, copy=True).requires_grad_() for tensor in inputs]
     theirs = [tensor.to(torch.float32, copy=True).requires_grad_() for tensor in inputs]  # gradients of their own
-    found = _packed(*ours, window) if packed else _by_document(_by_torch, *ours)
+    query, key, value = ours
+    found = _packed(query, key, value, window) if packed else _by_document(_by_torch, *ours)
     expected = _by_document(functools.partial(_by_formula, window=window), *theirs)
     found.float().square().sum().backward()
     expected.square().sum().backward()
