@@ -66,7 +66,7 @@ def test_what_is_tried_on_several_cards() -> None:
 
 def test_on_a_cpu() -> None:
     """Goal: an engine that runs in the trainer's environment is tried there, in one process; no card is asked for. Red
-    with a process of its own for it."""
+    without its import."""
     (one,) = checks()
     argv = " ".join(one.process.argv)
     assert "trainer --device cpu" in argv and argv.endswith("--module rollouts.engines.embedded.__main__")
@@ -90,7 +90,8 @@ def test_on_a_cpu() -> None:
 )
 def test_what_is_tried_again(changes: dict[str, Any], same: bool) -> None:
     """Goal: a marker stands for environment, devices, driver and what acts on them, and for nothing else: a run id in
-    it would repeat the test in each run. Red with the driver left out, and with all variables in it."""
+    it would repeat the test in each run. Red with the driver left out, with all variables in it, and with paths of the
+    run's directory."""
     base: dict[str, Any] = {**CUDA, **HALF, **SGLANG}
     before, after = ([check.marker for check in checks(**options)] for options in (base, {**base, **changes}))
     assert (before[0] == after[0]) is same
