@@ -86,7 +86,7 @@ async def run_rl_training(
     options: dict[str, Any] = {"pad_token_id": pad_token_id, "temperature": temperature, "clip_range": clip_range}
     estimate = _value_estimator(backend, config)
     throughput = Throughput.of(backend, peak_flops)
-    history = []
+    history: list[dict[str, float]] = []
     stream = open_stream(rollout_manager, reward_fn, engines, first, config)
     async with Checkpoints(backend, on_checkpoint) as checkpoints, stream as rollouts:
         for step in range(first + 1, config.num_steps + 1):

@@ -71,7 +71,7 @@ async def run_sft_training(
     steps = range(check_resume(resume, data) + 1, config.num_steps + 1)
     collective = getattr(backend, "collective", False)
     prepare = partial(_prepare_step, samples, config, seed, pad_token_id, collective)
-    history = []
+    history: list[dict[str, float]] = []
     prefetched = prefetch(prepare, steps, depth=PREFETCH_STEPS)
     async with Checkpoints(backend, on_checkpoint) as checkpoints, prefetched as prepared:
         started = time.monotonic()
