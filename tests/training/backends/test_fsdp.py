@@ -108,8 +108,8 @@ def test_a_step_reduces_once(two, one):
 
 
 def test_compiled_layers_train_as_one(two, one):
-    """Goal: compiled, sharded and computed again, two ranks have one plain rank's losses; training and validation
-    compile once each. Red with the sizes of a pack compiled in (`dynamic=False`).
+    """Goal: compiled, sharded and computed again, two ranks have one plain rank's losses; at most two compilations
+    after the first, in training and validation. Red with layers that are looked for once sharding has renamed them.
     """
     for rank in two[1]:
         assert_same_training(rank["compiled"]["metrics"], one[1]["sft"])
