@@ -109,6 +109,8 @@ def _cuda_rows(facts: HostFacts) -> Iterator[tuple[str, str]]:
         yield "headers", f"Python.h beside {', '.join(headers)}" if headers else "no Python.h"
     if cuda.visible_devices is not None:
         yield "visible", f"CUDA_VISIBLE_DEVICES={cuda.visible_devices!r} is set there"
+    for name, value in cuda.allocator:
+        yield "memory", f"{name}={value!r} is set there"
     if cuda.mps:
         yield "mps", "an MPS server shares the cards"
 

@@ -8,11 +8,11 @@ import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rollouts.plain_files import read_plain
 from rollouts.run_dir.files import write_json_atomic
-from rollouts.run_dir.layout import RunDir
+from rollouts.run_dir.layout import RunDir, StageName
 from rollouts.run_dir.liveness import launching, observe
 from rollouts.run_dir.records import host_identity, other_host
 
@@ -47,8 +47,8 @@ def remove_transient(run: RunDir) -> None:
         if place.match("/dev/shm/rollouts-secrets-*/secrets.json"):
             with contextlib.suppress(OSError):  # gone, or another user's of that name
                 shutil.rmtree(place.parent)
-    temporary = (run.reserve, *_left_secrets(run), *map(run.rendezvous, ("sft", "rl")), *map(run.ranks, ("sft", "rl")))
-    for file in temporary:
+    meetings = [place(stage) for place in (run.rendezvous, run.ranks) for stage in get_args(StageName)]
+    for file in (run.reserve, *_left_secrets(run), *meetings, *run.path.glob(run.smoke_report("*").name)):
         file.unlink(missing_ok=True)
     shutil.rmtree(run.weights_in_memory, ignore_errors=True)
     for file in run.buckets_in_memory():

@@ -110,19 +110,19 @@ def test_a_run_that_was_never_launched(laptop: Laptop) -> None:
     (tools / "rsync").unlink()
     (tools / "rsync").write_text("#!/bin/sh\necho 'it is broken' >&2\nexit 5\n")
     (tools / "rsync").chmod(0o755)
-    failed = laptop.deploy(config, "--run-id", "k", env={"PATH": f"{tools}:{os.environ['PATH']}"})
+    failed = laptop.deploy(config, "--run-id", "later", env={"PATH": f"{tools}:{os.environ['PATH']}"})
     assert failed.returncode == 2 and "it is broken" in failed.stderr and "deploy attach k" in failed.stderr
     row = laptop.json("ls")[0]
     assert row["state"] == "not launched" and "it is broken" in row["message"] and "\\n" not in row["message"]
     assert "  error: " in laptop.deploy("ls").stdout
-    status = laptop.json("status", "k")
+    status = laptop.json("status", "later")
     assert status["state"] == "not launched" and "deploy attach k" in status["message"]
     for verb in ("pull", "stop", "logs"):
-        done = laptop.deploy(verb, "k")
+        done = laptop.deploy(verb, "later")
         assert done.returncode == 2 and "was never launched on local" in done.stderr
         assert "Nothing was started" not in done.stderr
-    assert not (laptop.rollouts_home / "runs/k/status.json").exists()
-    assert laptop.deploy("attach", "k").returncode == 0 and laptop.json("ls")[0]["state"] == "done"
+    assert not (laptop.rollouts_home / "runs/later/status.json").exists()
+    assert laptop.deploy("attach", "later").returncode == 0 and laptop.json("ls")[0]["state"] == "done"
 
 
 def test_names_by_prefix_and_last(laptop: Laptop, monkeypatch: pytest.MonkeyPatch) -> None:

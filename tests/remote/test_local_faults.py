@@ -20,7 +20,7 @@ from rollouts.remote.escape import escaped, one_line
 from rollouts.remote.local_faults import standing
 from rollouts.remote.mirror import pull_checkpoint
 from rollouts.run_dir import RunDir, append_jsonl
-from tests.remote.hosts import Laptop, wait_for, write_config
+from tests.remote.hosts import WAIT_S, Laptop, wait_for, write_config
 from tests.remote.test_sync import small_disk
 from tests.remote.test_watch import make_link
 
@@ -155,7 +155,7 @@ def test_ctrl_c_before_the_launch(laptop: Laptop) -> None:
         connection, _ = silent.accept()
         with connection:
             os.killpg(process.pid, signal.SIGINT)
-            _, err = process.communicate(timeout=30)
+            _, err = process.communicate(timeout=WAIT_S)
     assert process.returncode == 130 and "Nothing was started." in err and "Traceback" not in err
 
 

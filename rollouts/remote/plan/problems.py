@@ -180,7 +180,7 @@ def _lock_problems(config: Config, code: Code) -> Iterator[Problem]:
         yield Problem(
             f"{field} lists no package.",
             needed="a lock of the engine's whole environment",
-            fix="name another; with engine.kind='embedded' None runs it in the trainer's environment",
+            fix="name another; with engine=Embedded(...) None runs it in the trainer's environment",
         )
     elif engine.kind != "embedded" and not any(engine.kind in line.lower() for line in requirements):
         yield Problem(
