@@ -95,6 +95,11 @@ PROBLEMS: list[tuple[str, dict[str, Any], list[str]]] = [
     ("run id in use", {"facts": {"run_exists": True}}, ["run id 'r1' is in use", "deploy attach r1"]),
     ("bad run id", {"run_id": "a.b"}, ["--run-id 'a.b'", "1 to 80 letters"]),
     ("live experiment", {"facts": {"runs": (RUN_ROW,)}}, ["old, running, stage rl, step 7", "deploy stop old"]),
+    (
+        "live on another machine",
+        {"facts": {"runs": ({**RUN_ROW, "host": "gpu-8"},)}},
+        ["step 7, on gpu-8, which shares this home", "deploy stop old --remote gpu-8"],
+    ),
     ("no tmux", {"facts": {"tools": {"rsync": "r"}}}, ["gpu-7 has no tmux.", "apt-get install tmux"]),
     ("no rsync", {"facts": {"tools": {"tmux": "t"}}}, ["gpu-7 has no rsync.", "apt-get install rsync"]),
     ("no python", {"facts": {"python": None}}, ["no Python 3.10 or newer", "python3 3.11.2", "python3.11-venv"]),

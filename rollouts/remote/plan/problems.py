@@ -1,6 +1,7 @@
 """Every reason why a run cannot start on its host. Pure: config + facts + code → problems."""
 
 import os
+import shlex
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -68,13 +69,16 @@ def _run_problems(config: Config, facts: HostFacts, target: str, run_id: str) ->
         if row["live"] and row["experiment_name"] == name and row["run_id"] != run_id:
             yield Problem(
                 f"a run of experiment {name!r} is live on {target}.",
-                found=f"{row['run_id']}, {row['state']}, stage {row['stage']}, step {row['step']}{_on_host(row)}",
-                fix=f"wait for it, `deploy stop {row['run_id']}`, or set another output.experiment_name",
+                found=f"{row['run_id']}, {row['state']}, stage {row['stage']}, step {row['step']}"
+                + (f", on {row['host']}, which shares this home" if row["host"] else ""),
+                fix=f"wait for it, `{_stop(row)}`, or set another output.experiment_name",
             )
 
 
-def _on_host(row: dict[str, Any]) -> str:
-    return f", on {row['host']}, which shares this home" if row["host"] else ""
+def _stop(row: dict[str, Any]) -> str:
+    """The command that ends a run, on the machine that it is on."""
+    on = f" --remote {shlex.quote(row['host'])}" if row["host"] else ""
+    return f"deploy stop {row['run_id']}{on}"
 
 
 def _tool_problems(config: Config, facts: HostFacts, target: str) -> Iterator[Problem]:
