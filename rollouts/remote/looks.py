@@ -123,7 +123,8 @@ def last_seen(entry: Entry) -> dict[str, Any]:
     row = _row_here(entry)
     shown = list_row(entry.target, entry.experiment_name, entry.run_id, row)
     if row is None and not was_launched(entry):
-        return shown | {"state": "not launched", "message": one_line(entry.reason) or "deploy was interrupted"}
+        reason = one_line(entry.reason) or "deploy was interrupted, or is sending it"
+        return shown | {"state": "not launched", "message": reason}
     if shown["state"] in ("failed", "died"):
         return shown | {"message": _cause(entry.mirror, str(row["message"]) if row else "")}
     return shown
