@@ -24,6 +24,7 @@ from rollouts.remote.escape import escaped
 from rollouts.remote.execute import execute
 from rollouts.remote.facts import HostFacts, gather_facts
 from rollouts.remote.local_faults import Interrupted, Standing, standing
+from rollouts.remote.looks import last_seen
 from rollouts.remote.mirror import Mirror
 from rollouts.remote.open_run import known, open_run, write_note
 from rollouts.remote.open_transport import open_transport
@@ -32,7 +33,7 @@ from rollouts.remote.read_config import read_config
 from rollouts.remote.registry import Entry
 from rollouts.remote.repository import find_repository, read_code
 from rollouts.remote.sending import sent_program
-from rollouts.remote.texts import failure_message, how_to_go_on, plan_text, result_text
+from rollouts.remote.texts import failure_message, forgotten_text, how_to_go_on, plan_text, result_text
 from rollouts.remote.transport import LOCAL_TARGET, Transport
 from rollouts.remote.watch import (
     Link,
@@ -288,7 +289,11 @@ def logs(run_id: str, *, remote: str | None, window: str, follow_on: bool, as_js
                     on_file(changed)
         for note in left_out_notes(mirror):
             _say_on_stderr("note", note)
-        windows = sorted(path.stem for path in entry.mirror.path.glob("logs/*.log"))
+        logged = {path.stem for path in entry.mirror.path.glob("logs/*.log")}
+        named = {row["window"] for row in mirror.rows("events.jsonl") if isinstance(row.get("window"), str)}
+        windows = sorted(logged | named)
+        if window in windows and window not in logged:
+            _say_on_stderr("note", f"{window} has printed nothing so far")
         if window not in windows:
             raise DeployError(
                 f"{entry.run_id} has no window {window!r}.",
@@ -296,7 +301,7 @@ def logs(run_id: str, *, remote: str | None, window: str, follow_on: bool, as_js
                 started=True,
             )
     if as_json:
-        text = read_plain(entry.mirror.log(window)).decode(errors="replace")
+        text = read_plain(entry.mirror.log(window)).decode(errors="replace") if window in logged else ""
         print_json({"run_id": entry.run_id, "window": window, "windows": windows, "text": text})
     return 0
 
@@ -326,12 +331,12 @@ def forget(run_id: str, *, as_json: bool) -> int:
     """`deploy forget RUN`: drop this machine's record of it. Its host and the results here stay as they are."""
     with standing():
         entry = known(run_id)
+        seen = last_seen(entry)
         registry.forget(entry)
         if as_json:
             print_json({"run_id": entry.run_id, "local_dir": entry.local_dir, "run_path": entry.run_path})
         else:
-            kept = f"kept: {entry.run_path} on {entry.target}, {entry.local_dir} here"
-            show(f"{entry.run_id} is forgotten here.\n{kept}")
+            show(forgotten_text(entry, seen["state"]))
     return 0
 
 

@@ -5,6 +5,7 @@ Whatever comes from a host goes through escape.py first.
 
 import json
 import os
+import shutil
 import sys
 import threading
 import time
@@ -46,6 +47,11 @@ def make_reporter(*, as_json: bool) -> Reporter:
 
 def print_json(value: Any) -> None:
     print(json.dumps(value), flush=True)
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal that stdout is; None where it is none, and width does not matter."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def show(text: str) -> None:

@@ -2,12 +2,13 @@
 
 import contextlib
 import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from rollouts.remote import registry
-from rollouts.remote.display import print_json, show
+from rollouts.remote.display import print_json, show, terminal_width
 from rollouts.remote.escape import escaped, one_line
 from rollouts.remote.facts import gather_facts
 from rollouts.remote.host_probe import run_row
@@ -27,11 +28,30 @@ def status(run_id: str, *, remote: str | None, as_json: bool) -> int:
         entry = run.entry
         shown = list_row(entry.target, entry.experiment_name, entry.run_id, run.row)
         shown |= {"message": _message(run), "run_path": entry.run_path, "local_dir": entry.local_dir}
-        shown["here"] = read_note(entry.mirror).get("message", "nothing was pulled")
+        shown["here"] = what_lies_here(entry)
         if run.row is None:
             shown["state"] = {"gone": "gone", "never launched": "not launched"}.get(run.trace, "unreadable")
     print_json(shown) if as_json else show(run_text(shown))
     return 0
+
+
+def what_lies_here(entry: Entry) -> str:
+    """The mirror's note; that a process follows counts only while there is one of its number."""
+    note = read_note(entry.mirror)
+    pid = note.get("followed_by")
+    if isinstance(pid, int) and not _is_alive(pid):
+        return f"not followed any more: `deploy attach {entry.run_id}` follows, `deploy pull {entry.run_id}` brings all"
+    return str(note.get("message", "nothing was pulled"))
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _message(run: OpenRun) -> str:
@@ -55,10 +75,10 @@ def list_runs(*, remote: str | None, as_json: bool) -> int:
                 found = gather_facts(transport).runs
             rows = [_host_row(remote, row) for row in found]
         else:
-            rows = [_last_seen(entry) for entry in registry.entries()]
+            rows = [last_seen(entry) for entry in registry.entries()]
         for file in registry.damaged_entries():
             print(f"note: {file} cannot be read, and is left out", file=sys.stderr)
-        print_json(rows) if as_json else show(runs_text(rows))
+        print_json(rows) if as_json else show(runs_text(rows, width=terminal_width()))
     return 0
 
 
@@ -75,7 +95,8 @@ def check_host(remote: str | None, *, as_json: bool, accept_new_host_key: bool) 
             found = {"lacking": lacking, "advice": list(map(dataclasses.asdict, advice))}
             print_json({"target": target, **found, "facts": dataclasses.asdict(facts)})
         else:
-            show(f"{facts_text(target, facts, lacking)}\n\n{runs_text([_host_row(target, row) for row in facts.runs])}")
+            runs = runs_text([_host_row(target, row) for row in facts.runs], width=terminal_width())
+            show(f"{facts_text(target, facts, lacking)}\n\n{runs}")
             for problem in advice:
                 show(f"\nfor GPU runs: {escaped(problem.text())}")
             for problem in facts.way_problems:
@@ -109,13 +130,14 @@ def _host_row(target: str, row: dict[str, Any]) -> dict[str, Any]:
     return list_row(target, row["experiment_name"], row["run_id"], row | {"message": _with_host(row)})
 
 
-def _last_seen(entry: Entry) -> dict[str, Any]:
+def last_seen(entry: Entry) -> dict[str, Any]:
     """A run from what lies on this machine; with a `message` where it failed, or was not launched."""
     row = _row_here(entry)
     shown = list_row(entry.target, entry.experiment_name, entry.run_id, row)
     shown |= {"message": _with_host(row)} if row else {}
     if row is None and not was_launched(entry):
-        return shown | {"state": "not launched", "message": one_line(entry.reason) or "deploy was interrupted"}
+        reason = one_line(entry.reason) or "deploy was interrupted, or is sending it"
+        return shown | {"state": "not launched", "message": reason}
     if shown["state"] in ("failed", "died"):
         return shown | {"message": _cause(entry.mirror, str(row["message"]) if row else "")}
     return shown

@@ -270,6 +270,7 @@ def write_note(entry: Entry, *, now: float, followed_by: int | None, complete: b
         "run_path": entry.run_path,
         "started_here": not entry.adopted,
         "followed": followed_by is not None,
+        "followed_by": followed_by,
         "complete": complete,
         "updated_at": now,
         "message": message,

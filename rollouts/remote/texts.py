@@ -1,5 +1,6 @@
 """What the verbs print, as text for people. Pure, but for the local time zone and the mirror's logs."""
 
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from rollouts.remote.facts import HostFacts
 from rollouts.remote.gpus import describe_gpu
 from rollouts.remote.plan import Plan
 from rollouts.remote.registry import Entry
+from rollouts.remote.transport import LOCAL_TARGET
 from rollouts.remote.view import evaluation_table
 from rollouts.remote.watch import Result
 from rollouts.run_dir import FINAL_STATES, read_status, tail_lines
@@ -48,13 +50,19 @@ def cell(name: str, value: Any) -> str:
     return one_line(value)
 
 
-def runs_text(rows: Sequence[dict[str, Any]]) -> str:
-    """A table, and under a run why it failed or was not launched, or on which other machine it is."""
+def runs_text(rows: Sequence[dict[str, Any]], *, width: int | None = None) -> str:
+    """A table, and under it why runs failed or were not launched, or on which other machine they are.
+
+    Where its lines are wider than `width` (None: no matter), a run's name has a line of its own, and the rest follows.
+    """
     if not rows:
         return "no runs"
     header = ["run_id", "target", "state", "stage", "step", "started_at", "exit_code"]
-    table = columns([header, *([cell(name, row[name]) for name in header] for row in rows)])
-    heading, *lines = table.splitlines()
+    cells = [header, *([cell(name, row[name]) for name in header] for row in rows)]
+    heading, *lines = columns(cells).splitlines()
+    if width is not None and max(map(len, (heading, *lines))) > width:
+        rest = columns([line[1:] for line in cells]).splitlines()
+        heading, *lines = [f"{line[0]}\n  {more}" for line, more in zip(cells, rest, strict=True)]
     return "\n".join([heading, *(f"{line}{_reason(row)}" for line, row in zip(lines, rows, strict=True))])
 
 
@@ -124,6 +132,19 @@ def _readiness(facts: HostFacts, lacking: Sequence[str]) -> str:
 def how_to_go_on(entry: Entry) -> str:
     verbs = "\n".join(f"  {verb:<7} deploy {verb} {entry.run_id}" for verb in ("attach", "stop", "pull"))
     return f"{entry.run_id} goes on, on {one_line(entry.target)}.\n{verbs}"
+
+
+def forgotten_text(entry: Entry, state: str) -> str:
+    """What is left of a run that this machine has no record of any more; how to find one that goes on."""
+    lines = [
+        f"{entry.run_id} is forgotten here.",
+        f"kept: {entry.run_path} on {one_line(entry.target)}, {entry.local_dir} here",
+    ]
+    if state not in (*FINAL_STATES, "not launched", "unknown"):
+        remote = "" if entry.target == LOCAL_TARGET else f" --remote {shlex.quote(entry.target)}"
+        verbs = " or ".join(f"`deploy {verb} {entry.run_id}{remote}`" for verb in ("attach", "stop"))
+        lines.append(f"warning: it was {one_line(state)} when last seen, and goes on: {verbs}")
+    return "\n".join(lines)
 
 
 def result_text(entry: Entry, result: Result, code: int, pull_error: DeployError | None, notes: Sequence[str]) -> str:

@@ -153,7 +153,7 @@ class Supervisor:
             for spec in stage.engines:
                 self.engines.append(Engine(self._open(stage, spec), time.monotonic()))
             self._await_engines(stage, deadline)
-            self._announce(stage.name, f"{stage.name}: training")
+            self._announce(stage.name, f"{stage.name}: the trainer runs: data and model first, then steps")
             self.trainer = self._open(stage, stage.trainer)
             self._await_trainer(stage, deadline, self.trainer)
         finally:

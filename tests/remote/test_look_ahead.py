@@ -37,6 +37,16 @@ PROBLEMS: list[tuple[str, dict[str, Any], list[str]]] = [
         ["port 30180 is what the live run", "engine.sglang_port"],
     ),
     (
+        "a port that a live run listens on",
+        {
+            "facts": {
+                "ports_in_use": (30180,),
+                "runs": ({**RUN_ROW, "experiment_name": "other", "live": True, "ports": [30180]},),
+            }
+        },
+        ["port 30180 is in use", f"the live run {RUN_ROW['run_id']} has it"],
+    ),
+    (
         "a router's port of a live run",
         {
             "engine": sglang(router_port=31000, replicas=2, gpu_ranks=[0, 1]),

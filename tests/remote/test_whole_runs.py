@@ -68,7 +68,8 @@ def assert_complete(run: RunDir, host_path: Path) -> None:
 def test_a_run_from_config_to_results(where: str, laptop: Laptop, make_host: Callable[..., Host]) -> None:
     """Goal: one command goes from config to verified results, here and over SSH.
 
-    Red with checkpoints left under their hidden name.
+    Red with checkpoints left under their hidden name, and (the logs of a silent window) with the windows of log files
+    alone: "has no window 'engine-0'".
     """
     config = str(write_config(laptop.project))
     host = make_host() if where == "remote" else None
@@ -98,6 +99,9 @@ def test_a_run_from_config_to_results(where: str, laptop: Laptop, make_host: Cal
     again = laptop.deploy("attach", "whole")
     assert again.returncode == 0 and "whole: done, exit code 0" in again.stdout
     assert "step=1/3" not in again.stdout, "rows that were seen before are shown again"
+    if host is None:
+        silent = laptop.deploy("logs", "whole", "--window", "engine-0")  # this stand-in prints nothing
+        assert (silent.returncode, silent.stdout) == (0, "") and "engine-0 has printed nothing" in silent.stderr
 
 
 def test_the_second_run_builds_and_sends_nothing_again(laptop: Laptop, make_host: Callable[..., Host]) -> None:

@@ -112,9 +112,10 @@ def _room_problems(config: Config, facts: HostFacts, target: str) -> Iterator[Pr
     for port in facts.ports_in_use:
         routes = config.engine is not None and port == config.engine.router_port
         field = "router_port" if routes else "sglang_port"
+        holders = [row["run_id"] for row in facts.runs if row["live"] and port in (row.get("ports") or [])]
         yield Problem(
             f"{target}: port {port} is in use.",
-            found=f"something listens on {port} there",
+            found=f"the live run {holders[0]} has it" if holders else f"something listens on {port} there",
             needed=f"engine.router_port={port}, for the router" if routes else _ports_wanted(config),
             fix=f"set another engine.{field}, or end what listens there",
         )
