@@ -221,7 +221,7 @@ ROWS = st.tuples(
 )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(rows=st.lists(ROWS, max_size=8))
 def test_no_row_is_too_odd(rows: list[tuple[str, dict[str, Any]]]) -> None:
     """Goal: rows without their fields, or with other types, are folded and shown without errors. Red with row["x"]."""
