@@ -1,9 +1,16 @@
-"""How `scripts/test` shares the tests out over its processes: a file stays in one of them, the longest begin first."""
+"""How `scripts/test` shares the tests out over its processes: a file stays in one of them, the longest begin first.
+
+No test has a limit on how long it takes but pytest's own, those of hypothesis neither.
+"""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any speed")
 
 TESTS = Path(__file__).parent
 # A minute and more each, the longest first: what begins late ends late. The rest follows in the order of collection.

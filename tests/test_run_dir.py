@@ -203,7 +203,7 @@ def test_several_writers_never_mix_lines(run: RunDir) -> None:
         assert [row["index"] for row in rows if row["from"] == name] == list(range(300))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rows=st.lists(st.text(max_size=30), max_size=12), torn=st.integers(0, 40))
 def test_a_torn_last_line_is_left_out(tmp_path_factory: pytest.TempPathFactory, rows: list[str], torn: int) -> None:
     """Goal: cut anywhere, a file gives its complete lines, and `last_jsonl_row` the last of them. Red with the last

@@ -234,7 +234,7 @@ def show(rows: list[tuple[str, dict[str, Any]]]) -> None:
     view = View()
     for file, row in in_order(rows):
         view = fold(view, file, row)
-        shown = [row_line(file, row, view), *live_lines(view, "", width=80, utf8=True, elapsed_s=1.0)]
+        shown = [row_line(file, row, view), *live_lines(view, "", width=80, utf8=True, doing_s=1.0, host_now=9.0)]
         assert all("\x1b" not in text and "\n" not in text for text in shown)
         assert view.eta_s is None or view.eta_s >= 0
     evaluation_table(view.evals)

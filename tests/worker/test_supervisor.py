@@ -119,7 +119,13 @@ def test_an_engine_that_dies_before_it_is_ready(host: Host) -> None:
 def test_an_engine_that_dies_during_the_stage(host: Host, ending: str, code: int) -> None:
     """Goal: an engine's end, with 0 too, ends the stage and its trainer, and never counts as success. Red with the
     engines left out of the check, and with the engine's 0 passed on."""
-    dying = ENGINE.replace("server.serve_forever()", f"import os; server.handle_request(); time.sleep(0.7); {ending}")
+    waiting = """
+import os, pathlib
+server.handle_request()
+log = pathlib.Path(os.environ["ROLLOUTS_RUN_PATH"], "logs", "trainer.log")
+while not (log.exists() and "up" in log.read_text()): time.sleep(0.02)
+"""
+    dying = ENGINE.replace("server.serve_forever()", waiting + ending)
     run = host.finish(stage("rl", trainer(SLEEP), engine(free_port(), dying)))
     assert_failed(run, code, "engine-0")
     assert run_dir.read_exit(run, "rl", "trainer").signal == signal.SIGTERM
@@ -145,8 +151,8 @@ finally:
 
 def test_an_engine_that_never_gets_ready(host: Host) -> None:
     """Goal: the engine's own time limit ends the run, naming the limit; the process is gone. Red without the limit."""
-    run = host.finish(stage("rl", trainer("print('never')"), engine(free_port(), SLEEP, ready_timeout_s=0.5)))
-    error = assert_failed(run, 1, "engine-0", "limits.engine_ready_timeout_s=0.5", "/ready")
+    run = host.finish(stage("rl", trainer("print('never')"), engine(free_port(), SLEEP, ready_timeout_s=3.0)))
+    error = assert_failed(run, 1, "engine-0", "limits.engine_ready_timeout_s=3", "/ready")
     assert error["log_tail"] == ["up"]
 
 
