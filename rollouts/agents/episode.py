@@ -19,6 +19,7 @@ from rollouts.training.datasets.lost_text import LostTool
 from rollouts.training.datasets.rows import DataError
 from rollouts.training.datasets.turn_end import TurnEnds
 from rollouts.training.types import Prompt
+from rollouts.training.user_code import USER_ERRORS, describe
 
 
 class AgentError(RuntimeError):
@@ -95,14 +96,9 @@ def _blamed_on(environment: Environment, method: str, prompt: Prompt) -> Iterato
     """What a user's environment raises becomes an AgentError that says where, and for which prompt."""
     try:
         yield
-    except Exception as error:  # a user's code may raise anything
-        trace = error.__traceback__
-        while trace is not None and trace.tb_next is not None:
-            trace = trace.tb_next
-        place = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace is not None else "?"
+    except USER_ERRORS as error:
         raise AgentError(
-            f"{type(environment).__name__}.{method}() raised {type(error).__name__}: {error} ({place}) "
-            f"for prompt {str(prompt)[:200]}"
+            f"{type(environment).__name__}.{method}() raised {describe(error)} for prompt {str(prompt)[:200]}"
         ) from error
 
 

@@ -46,6 +46,7 @@ from rollouts.remote.watch import (
     tail,
     watch,
 )
+from rollouts.run_dir import FINAL_STATES
 
 DETACHED = 130  # as a shell says of Ctrl-C
 STOP_MARGIN_S = 60.0
@@ -204,7 +205,8 @@ def _watch_to_end(link: Link, reporter: Reporter, now: Standing, *, as_json: boo
         pull_error.started = True
     reporter.close()
     with contextlib.suppress(OSError, DeployError):
-        write_note(entry, now=time.time(), followed_by=None, complete=pull_error is None)
+        complete = pull_error is None and result.state in FINAL_STATES
+        write_note(entry, now=time.time(), followed_by=None, complete=complete)
     code = result.exit_code if result.exit_code is not None else 1
     if pull_error is not None and code == 0:
         code = 1
@@ -252,7 +254,7 @@ def pull_run(run_id: str, *, remote: str | None, as_json: bool) -> int:
         finally:
             for note in notes:
                 print(f"note: {escaped(note)}", file=sys.stderr)
-        write_note(entry, now=time.time(), followed_by=None, complete=state != "live")
+        write_note(entry, now=time.time(), followed_by=None, complete=state in FINAL_STATES)
     checkpoints = sorted(str(path.parent) for path in entry.mirror.checkpoints.glob("*/step_*/manifest.json"))
     if as_json:
         found = {"state": state, "local_dir": entry.local_dir, "checkpoints": checkpoints, "notes": notes}

@@ -17,7 +17,7 @@ from rollouts.remote.plan.gpu_problems import host_advice
 from rollouts.remote.registry import Entry
 from rollouts.remote.texts import cause, facts_text, run_text, runs_text
 from rollouts.remote.transport import LOCAL_TARGET, open_transport
-from rollouts.run_dir import RunDir, iter_jsonl, read_status
+from rollouts.run_dir import FINAL_STATES, RunDir, iter_jsonl, read_status
 
 
 def status(run_id: str, *, remote: str | None, as_json: bool) -> int:
@@ -36,7 +36,7 @@ def status(run_id: str, *, remote: str | None, as_json: bool) -> int:
 def _message(run: OpenRun) -> str:
     entry = run.entry
     if run.row is not None:
-        message = str(run.row["message"])
+        message = _with_host(run.row)
         return message if run.row["state"] != "failed" else _cause(entry.mirror, message)
     if run.trace == "unreadable":
         return f"its status on {entry.target} cannot be read: `deploy pull {entry.run_id}` brings what can"
@@ -82,25 +82,37 @@ def check_host(remote: str | None, *, as_json: bool, accept_new_host_key: bool) 
         return 2 if lacking or facts.way_problems else 0
 
 
+def _with_host(row: dict[str, Any]) -> str:
+    """A run's message, with the machine that it runs on where that only shares its files with the host."""
+    message, host = str(row["message"]), row["host"]
+    if not host or row["state"] in FINAL_STATES:
+        return message
+    if row["live"]:
+        return f"runs on {host}, which shares this home: {message}"
+    ask = f"whether it lives is known there: `deploy status {row['run_id']} --remote {host}`"
+    return f"ran on {host}, which shares this home, and nothing was heard of it for minutes; {ask}"
+
+
 # --- rows -----------------------------------------------------------------------------------------------------------
 
 
 def list_row(target: str, experiment_name: str, run_id: str, row: dict[str, Any] | None) -> dict[str, Any]:
     """A run as `ls` and `status` show it, from a host_probe.run_row; `state` is "unknown" without one."""
-    names = ("state", "stage", "step", "started_at", "exit_code", "message")
+    names = ("state", "stage", "step", "started_at", "exit_code", "message", "host")
     values = {name: row.get(name) if row else None for name in names}
     values["state"] = values["state"] or "unknown"
     return {"run_id": run_id, "experiment_name": experiment_name, "target": target, **values}
 
 
 def _host_row(target: str, row: dict[str, Any]) -> dict[str, Any]:
-    return list_row(target, row["experiment_name"], row["run_id"], row)
+    return list_row(target, row["experiment_name"], row["run_id"], row | {"message": _with_host(row)})
 
 
 def _last_seen(entry: Entry) -> dict[str, Any]:
     """A run from what lies on this machine; with a `message` where it failed, or was not launched."""
     row = _row_here(entry)
     shown = list_row(entry.target, entry.experiment_name, entry.run_id, row)
+    shown |= {"message": _with_host(row)} if row else {}
     if row is None and not was_launched(entry):
         return shown | {"state": "not launched", "message": one_line(entry.reason) or "deploy was interrupted"}
     if shown["state"] in ("failed", "died"):

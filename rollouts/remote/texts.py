@@ -12,7 +12,7 @@ from rollouts.remote.plan import Plan
 from rollouts.remote.registry import Entry
 from rollouts.remote.view import evaluation_table
 from rollouts.remote.watch import Result
-from rollouts.run_dir import read_status, tail_lines
+from rollouts.run_dir import FINAL_STATES, read_status, tail_lines
 
 LOG_TAIL_LINES = 50
 LINE_CHARS_MAX = 1000
@@ -49,7 +49,7 @@ def cell(name: str, value: Any) -> str:
 
 
 def runs_text(rows: Sequence[dict[str, Any]]) -> str:
-    """A table, and under it why runs failed or were not launched."""
+    """A table, and under a run why it failed or was not launched, or on which other machine it is."""
     if not rows:
         return "no runs"
     header = ["run_id", "target", "state", "stage", "step", "started_at", "exit_code"]
@@ -59,9 +59,11 @@ def runs_text(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _reason(row: dict[str, Any]) -> str:
-    """Why a run failed or was not launched, as a line under its own; "" for any other."""
+    """Why a run failed or was not launched, or where it is, as a line under its own; "" for any other."""
     message = row.get("message") or ""
-    return f"\n  error: {one_line(message)}" if row["state"] in ("failed", "died", "not launched") and message else ""
+    if row["state"] in ("failed", "died", "not launched") and message:
+        return f"\n  error: {one_line(message)}"
+    return f"\n  note: {one_line(message)}" if row.get("host") and row["state"] not in FINAL_STATES else ""
 
 
 def run_text(row: dict[str, Any]) -> str:
@@ -107,6 +109,8 @@ def _cuda_rows(facts: HostFacts) -> Iterator[tuple[str, str]]:
         yield "headers", f"Python.h beside {', '.join(headers)}" if headers else "no Python.h"
     if cuda.visible_devices is not None:
         yield "visible", f"CUDA_VISIBLE_DEVICES={cuda.visible_devices!r} is set there"
+    for name, value in cuda.allocator:
+        yield "memory", f"{name}={value!r} is set there"
     if cuda.mps:
         yield "mps", "an MPS server shares the cards"
 
@@ -146,6 +150,11 @@ def failure_message(entry: Entry, result: Result) -> str:
         return cause(result.view.error)
     if result.state == "died":
         return "the run died: its supervisor was killed, or the host went down."
+    if result.state == "silent":
+        return (
+            f"the run is on another machine with {entry.target}'s files, and nothing was heard of it for minutes."
+            f" Whether it lives is known there alone: `deploy status {entry.run_id} --remote {entry.target}` names it."
+        )
     try:
         status = read_status(entry.mirror)
     except (ValueError, TypeError, OSError):

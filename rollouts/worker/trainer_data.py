@@ -46,12 +46,12 @@ def load_data(config: Config, tokenizer: Any, stage: str) -> Data:
     )
     if "rl" in left and config.rl is not None:
         agent = config.rl.agent
-        for path in (config.rl.reward_fn, config.rl.filter_fn, agent.environment if agent else None):
+        for path in (config.rl.reward_fn, config.rl.sampling.filter_fn, agent.environment if agent else None):
             if path is not None:
                 resolve(path)
     saved = None
     if "rl" in left and config.rl is not None and not config.uses_engine:
-        saved = ReplayRollouts(config.rl.source, temperature=config.rl.temperature)
+        saved = ReplayRollouts(config.rl.sampling.source, temperature=config.rl.temperature)
     sft, report = load_samples(data.sft_mixture, seed=sft_seed(config)) if "sft" in left else ((), None)
     reports: list[tuple[str, Report]] = [] if report is None else [("sft_mixture", report)]
     fit: dict[str, Any] = {
@@ -146,10 +146,11 @@ def _row_problem(config: Config) -> "Callable[[Prompt], str | None] | None":
 def _episode_tools(environment: str) -> Any:
     """What an agent's environment offers the model; nothing where it cannot say so before an episode starts."""
     from rollouts.training.rewards import resolve
+    from rollouts.training.user_code import USER_ERRORS
 
     try:
         return resolve(environment)().tools() or None
-    except Exception as error:  # a user's code may raise anything; an episode that it ends says so
+    except USER_ERRORS as error:  # an episode that it ends says so
         logger.info("%s: cannot say its tools before an episode: %s", environment, error)
         return None
 

@@ -30,7 +30,7 @@ def rank() -> int:
 def logged_steps(config: Config, stage: str, steps: int) -> int:
     """How many of a stage's `steps` are logged: each `log_every`th, and the last; all where nothing is trained."""
     of_stage = config.sft if stage == "sft" else config.rl
-    if of_stage is None or (config.rl is not None and stage == "rl" and config.rl.source == "engine_only"):
+    if of_stage is None or (config.rl is not None and stage == "rl" and config.rl.sampling.source == "engine_only"):
         return steps
     return math.ceil(steps / of_stage.log_every)
 

@@ -12,11 +12,13 @@ from unittest import mock
 import anyio
 import torch
 import torch.distributed as dist
+from torch._dynamo.testing import CompileCounter
 from torch.distributed.tensor import DTensor
 
 from rollouts.training import distributed
 from rollouts.training.backends import FSDPConfig, FSDPTrainingBackend, PyTorchTrainingBackend
 from rollouts.training.backends.pytorch import PyTorchTrainingBackend as Backend
+from rollouts.training.compiled_layers import compile_layers, layers_of
 from rollouts.training.loops import run_rl_training, run_sft_training, validation_loss
 from rollouts.training.loops.common import train_step
 from rollouts.training.lora import LoraSettings, apply_lora
@@ -210,6 +212,17 @@ def counted(directory: Path) -> dict:
     return {"reductions": sum(calls.values()), "metrics": metrics}
 
 
+def compiled(directory: Path) -> dict:
+    """Three steps of compiled layers, whose activations are computed again, and what was compiled."""
+    counter = CompileCounter()
+    model = model_of(5 * distributed.rank())
+    layers = layers_of(model)  # sharding renames their class
+    compile_layers(model, backend=counter)
+    metrics = anyio.run(sft, sharded(directory, config=STRATEGIES["recompute"], model=model))
+    works = [layer.forward._code.works for layer in layers]
+    return {"metrics": metrics, "compilations": counter.frame_count, "works": works}
+
+
 def gathered_ahead(directory: Path, config: FSDPConfig) -> list[int]:
     """How many gathers a backward pass has begun when the MLP of each layer has its turn: last layer first."""
     names = [name for name in ("all_gather_single", "all_gather_into_tensor") if hasattr(dist, name)]
@@ -240,6 +253,7 @@ def main(directory: Path) -> None:
     else:
         results = work(sharded, directory, STRATEGIES)
         results["logits"] = anyio.run(sft, sharded(directory / "logits", loss_fn=logits_loss))
+        results["compiled"] = compiled(directory / "compiled")
         results["counted"] = counted(directory / "counted")
         for name in ("full", "recompute"):
             results[f"{name} gathered"] = gathered_ahead(directory / "gathered", STRATEGIES[name])

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 from rollouts.config import Config
 from rollouts.remote.errors import Problem
@@ -67,9 +68,13 @@ def _run_problems(config: Config, facts: HostFacts, target: str, run_id: str) ->
         if row["live"] and row["experiment_name"] == name and row["run_id"] != run_id:
             yield Problem(
                 f"a run of experiment {name!r} is live on {target}.",
-                found=f"{row['run_id']}, {row['state']}, stage {row['stage']}, step {row['step']}",
+                found=f"{row['run_id']}, {row['state']}, stage {row['stage']}, step {row['step']}{_on_host(row)}",
                 fix=f"wait for it, `deploy stop {row['run_id']}`, or set another output.experiment_name",
             )
+
+
+def _on_host(row: dict[str, Any]) -> str:
+    return f", on {row['host']}, which shares this home" if row["host"] else ""
 
 
 def _tool_problems(config: Config, facts: HostFacts, target: str) -> Iterator[Problem]:
@@ -171,7 +176,7 @@ def _lock_problems(config: Config, code: Code) -> Iterator[Problem]:
         yield Problem(
             f"{field} lists no package.",
             needed="a lock of the engine's whole environment",
-            fix="name another; with engine.kind='embedded' None runs it in the trainer's environment",
+            fix="name another; with engine=Embedded(...) None runs it in the trainer's environment",
         )
     elif engine.kind != "embedded" and not any(engine.kind in line.lower() for line in requirements):
         yield Problem(

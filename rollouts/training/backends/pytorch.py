@@ -26,7 +26,7 @@ from rollouts.training import checkpoint, distributed, forward, optimizer_state
 from rollouts.training.backends.compute_copies import ComputeCopies, hold_in, use_copies
 from rollouts.training.backends.futures import BackendFailedError, ThreadFuture, Worker
 from rollouts.training.checkpoint import Retention
-from rollouts.training.devices import set_current
+from rollouts.training.devices import give_cache_back, set_current
 from rollouts.training.forward import Layout
 from rollouts.training.host_memory import keep_freed_memory
 from rollouts.training.host_to_device import to_device
@@ -173,6 +173,10 @@ class PyTorchTrainingBackend:
     def on_model(self, function: Callable[[nn.Module], T]) -> ThreadFuture[T]:
         """`function(model)`, in turn with other work and with parameters sharded as at rest; every rank calls it."""
         return self._worker.submit("on_model", self._on_model, function)
+
+    def give_cache_back(self) -> ThreadFuture[None]:
+        """Return the device memory that is kept and not used, in turn with other work. One rank may call it alone."""
+        return self._worker.submit("give_cache_back", give_cache_back, self.device)
 
     @contextmanager
     def computing(self) -> Iterator[None]:

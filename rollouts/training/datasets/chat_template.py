@@ -212,7 +212,7 @@ def _check_tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
 
 def _clean(message: Message, where: str) -> Message:
     untrained(message, where)  # raises for a value that it does not know
-    clean = {key: value for key, value in message.items() if value is not None and key not in TRAIN_KEYS}
+    clean = {key: value for key, value in message.items() if value is not None and key.lower() not in TRAIN_KEYS}
     if clean.get("tool_calls"):
         clean["tool_calls"] = [_clean_call(call, where) for call in clean["tool_calls"]]
     return clean

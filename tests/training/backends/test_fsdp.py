@@ -107,6 +107,16 @@ def test_a_step_reduces_once(two, one):
         assert_same_training(rank["counted"]["metrics"], one[1]["sft"])
 
 
+def test_compiled_layers_train_as_one(two, one):
+    """Goal: compiled, sharded and computed again, two ranks have one plain rank's losses; training and validation
+    compile once each. Red with the sizes of a pack compiled in (`dynamic=False`).
+    """
+    for rank in two[1]:
+        assert_same_training(rank["compiled"]["metrics"], one[1]["sft"])
+        assert rank["compiled"]["works"] == [True, True]
+        assert rank["compiled"]["compilations"] <= 3
+
+
 def test_the_backward_pass_gathers_a_layer_ahead(two):
     """Goal: when a layer computes its gradient, the layer before it is being gathered, recomputed or not.
 
