@@ -23,6 +23,7 @@ from benchmarks.counting import OTHER, Counts, Kernel, nbytes
 from rollouts.training import distributed, forward, head_ways, log_probs, packed_attention
 from rollouts.training.backends import pytorch
 from rollouts.training.backends.pytorch import PyTorchTrainingBackend
+from rollouts.training.compiled_layers import compile_layers
 from rollouts.training.loops.batching import collate
 from rollouts.training.loops.rl_loop import prepare_grpo_batch
 from rollouts.training.optim import build_optimizer
@@ -149,7 +150,9 @@ def count_step(
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if compiled:
-            compile_body(model, fusion.compiler(counts, graphs))
+            torch.compiler.reset()
+            torch._dynamo.utils.counters.clear()
+            compile_layers(model, backend=fusion.compiler(counts, graphs))
         backend = make_backend(model, work)
         batch = make_batch(work, config.vocab_size)
         _make_state(backend.optimizer)
@@ -192,14 +195,6 @@ def _fake_ranks(ranks: int) -> Iterator[None]:
             yield
     finally:
         dist.destroy_process_group()
-
-
-def compile_body(model: nn.Module, backend: Any) -> None:
-    """Compile what runs on every token, layer by layer."""
-    torch.compiler.reset()
-    torch._dynamo.utils.counters.clear()
-    for layer in forward.body(model).layers:  # type: ignore[union-attr]
-        layer.compile(dynamic=True, backend=backend)  # type: ignore[operator]
 
 
 def make_backend(model: nn.Module, work: Work) -> PyTorchTrainingBackend:

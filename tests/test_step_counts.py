@@ -66,7 +66,7 @@ def test_attention_is_one_kernel_a_layer(sft: StepCounts) -> None:
 
 @pytest.mark.parametrize(("kind", "most_GB"), [("sft", 46), ("rl", 46)])
 def test_bytes_of_the_head(sft: StepCounts, rl: StepCounts, kind: str, most_GB: int) -> None:
-    """Goal: the head of a micro-batch of 8,192 tokens moves no more. Red with chunks of 2^24: 110 GB and more."""
+    """Goal: the head of a micro-batch of 8,192 tokens moves no more. Red with chunks of 2^24: 167 GB."""
     assert moved({"sft": sft, "rl": rl}[kind].micro_batch, "head") <= most_GB * GB
 
 
@@ -156,4 +156,5 @@ def test_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     """Goal: counts, every card and the terms of one, from a call with the fewest words. Red with a card left out."""
     main(["--layers", "1", "--eager", "--tokens", "2048", "--card", "L40S"])
     printed = capsys.readouterr().out
-    assert all(name in printed for name in (*cards.CARDS, "graph breaks: 0", "collectives: 0", "goes on L40S"))
+    assert all(name in printed for name in ("4090", "L40S", "A100", "H100", "H200", "B200"))
+    assert all(words in printed for words in ("graph breaks: 0", "collectives: 0", "goes on L40S"))
