@@ -86,7 +86,6 @@ config = Config(
         checkpoint_every=200,
         log_every=10,
         optimizer=OptimizerConfig(
-            kind="adamw",
             beta1=0.9,
             beta2=0.95,
             eps=1e-8,

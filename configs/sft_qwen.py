@@ -39,7 +39,6 @@ def smoltalk(split: str, *, max_samples: int) -> DatasetSpec:
 
 def adamw(*, warmup_frac: float) -> OptimizerConfig:
     return OptimizerConfig(
-        kind="adamw",
         muon=None,
         beta1=0.9,
         beta2=0.95,

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from rollouts.config import Config, EngineConfig, RLConfig, SFTConfig
+from rollouts.config import CISPO, PPO, Config, EngineConfig, RLConfig, SFTConfig
 from rollouts.engines.keys import read_keys
 from rollouts.run_dir import FULL_DISK, RunDir, append_event, record_process
 from rollouts.worker.trainer_answers import answers, rl_evaluation, rows_in_process
@@ -126,12 +126,12 @@ async def _train(config: Config, run: RunDir, stage: str, urls: Urls) -> None:
     import torch
 
     from rollouts.training import distributed
-    from rollouts.training.model_loading import load_tokenizer
+    from rollouts.training.model_loading import load_tokenizer, tensors_left_out
 
     limit_s = config.limits.stage_timeout_s
     device = distributed.initialize(config.target.device_type, timeout_s=limit_s, store_file=run.ranks(stage))
     torch.manual_seed(
-        (config.rl.seed if stage == "rl" and config.rl else config.data.shuffle_seed) + _rank()
+        (config.rl.sampling.seed if stage == "rl" and config.rl else config.data.shuffle_seed) + _rank()
     )  # dropout
     with contextlib.ExitStack() as ends:
         ends.callback(distributed.shutdown)
@@ -142,7 +142,7 @@ async def _train(config: Config, run: RunDir, stage: str, urls: Urls) -> None:
         if resumes:
             _check_left(stage, Path(model_path), steps)
         backend, resume = None, None
-        if stage == "sft" or (config.rl and config.rl.source != "engine_only"):
+        if stage == "sft" or (config.rl and config.rl.sampling.source != "engine_only"):
             backend = build_backend(
                 config,
                 stage,
@@ -150,7 +150,7 @@ async def _train(config: Config, run: RunDir, stage: str, urls: Urls) -> None:
                 model_path=base_model(config, model_path, resumes=resumes),
                 tokenizer=tokenizer,
                 device=device,
-                num_steps=steps * (config.rl.updates_per_batch if stage == "rl" and config.rl else 1),
+                num_steps=steps * (config.rl.loss.updates_per_batch if stage == "rl" and config.rl else 1),
                 reference=reference_name(config, stage, model_path, resumes=resumes),
                 retention=retention(config, run, stage),
             )
@@ -161,8 +161,9 @@ async def _train(config: Config, run: RunDir, stage: str, urls: Urls) -> None:
         alarms = alarms_of(run, logged_steps(config, stage, steps))
         job = Job(config, run, stage, tokenizer, backend, steps, resume, pad_token_id, alarms)
         if _rank() == 0:
-            if report := report_of(data):
-                append_event(run, "note", message=report)
+            notes = [report_of(data), "" if backend is None else tensors_left_out(backend.model)]
+            for note in filter(None, notes):
+                append_event(run, "note", message=note)
             append_event(run, "training_started", stage=stage, step=job.first_step, steps_total=steps)
         await (train_sft(job, data) if stage == "sft" else train_rl(job, data, urls))
 
@@ -264,7 +265,8 @@ async def train_rl(job: Job, data: Data, urls: Urls) -> None:
     from rollouts.training.metrics import JSONLLogger
 
     rl = cast(RLConfig, job.config.rl)
-    buffer = DataBuffer(data.prompts, seed=rl.seed) if data.saved is None else None
+    loss = rl.loss
+    buffer = DataBuffer(data.prompts, seed=rl.sampling.seed) if data.saved is None else None
     rollouts_logger = JSONLLogger(job.run.rollouts) if _rank() == 0 and data.saved is None else None
     async with _engines(job, urls) as engines, _reward(job) as reward_fn:
         manager: Any = data.saved or _rollout_manager(job, buffer, engines, reward_fn) if _rank() == 0 else None
@@ -285,7 +287,7 @@ async def train_rl(job: Job, data: Data, urls: Urls) -> None:
                     weight_sync=sync,
                     rollouts_logger=rollouts_logger,
                     temperature=rl.temperature,
-                    clip_range=(rl.clip_low, rl.clip_high) if rl.loss in ("ppo", "cispo") else None,
+                    clip_range=(loss.clip_low, loss.clip_high) if isinstance(loss, PPO | CISPO) else None,
                     pad_token_id=job.pad_token_id,
                     resume=job.resume,
                     eval_fn=evaluate,
@@ -364,10 +366,10 @@ async def _reward(job: Job) -> AsyncIterator[Any]:
     from rollouts.training.rewards.scoring import scoring
 
     config, rl = job.config, cast(RLConfig, job.config.rl)
-    if _rank() != 0 or not config.uses_engine or rl.reward_fn is None:
+    if _rank() != 0 or not config.uses_engine or rl.reward is None:
         yield None
         return
-    with scoring(rl.reward_fn, workers=rl.reward_workers, timeout_s=config.limits.reward_timeout_s) as reward_fn:
+    with scoring(rl.reward.fn, workers=rl.reward.workers, timeout_s=config.limits.reward_timeout_s) as reward_fn:
         yield reward_fn
 
 
@@ -380,12 +382,12 @@ def _rollout_manager(job: Job, buffer: Any, engines: Sequence["SGLangEngine"], r
     config = RolloutConfig(
         batch_size=rl.examples_per_step,
         n_samples_per_prompt=rl.num_samples,
-        over_sampling_factor=rl.over_sampling_factor,
+        over_sampling_factor=rl.sampling.over_sampling_factor,
         generate_fn=generate_fn(rl, job.tokenizer, engines, reward_fn),
         reward_fn=reward_fn,
-        filter_fn=resolve(rl.filter_fn) if rl.filter_fn else None,
-        retries_max=rl.retries_max,
-        seed=rl.seed,
+        filter_fn=resolve(rl.sampling.filter_fn) if rl.sampling.filter_fn else None,
+        retries_max=rl.sampling.retries_max,
+        seed=rl.sampling.seed,
     )
     return AsyncRolloutManager(buffer, config)
 

@@ -4,7 +4,7 @@ from rollouts.config.answers import answer_limits, row_tokens_max
 from rollouts.config.checks.common import Checks, must
 from rollouts.config.checks.engine import engine_fits, weight_sync_checks
 from rollouts.config.checks.training import rate_checks
-from rollouts.config.schema import Sections
+from rollouts.config.schema import Sections, ValueModel
 
 
 def cross_checks(config: Sections) -> Checks:
@@ -44,12 +44,11 @@ def cross_checks(config: Sections) -> Checks:
         need = f"less than data.max_length={data.max_length}"
         yield must(config.rl.max_new_tokens < data.max_length, "rl.max_new_tokens", config.rl.max_new_tokens, need)
     if config.rl is not None and "rl" in config.stages and config.target.sharding != "none":
-        valued = config.rl.baseline == "value"
-        yield must(
-            not valued, "rl.baseline", "value", "another with target.sharding: a sharded model has no value head"
-        )
+        valued = isinstance(config.rl.baseline, ValueModel)
+        need = "a number, 'group_mean' or 'leave_one_out' with target.sharding: a sharded model has no value head"
+        yield must(not valued, "rl.baseline", config.rl.baseline, need)
         replayed = not config.uses_engine and bool(data.eval_mixture)
-        need = "[] with target.sharding and rl.source a file: without an engine, a sharded model answers no questions"
+        need = "[] with target.sharding where rl.sampling.source is a file: without an engine it answers no questions"
         yield not replayed, f"data.eval_mixture: needs {need}"
     for name in config.stages:
         if getattr(config, name) is not None:

@@ -23,8 +23,20 @@ class StepsError(ValueError):
 
 
 def check_steps(num_steps: int, first: int = 0, **sizes: int | None) -> None:
-    """Raise StepsError unless steps are left after `first`, and each of `sizes` that is not None is at least 1."""
-    problems = [f"{name}={size}: needs >= 1" for name, size in sizes.items() if size is not None and size < 1]
+    """Raise StepsError unless steps are left after `first`, and each of `sizes` that is not None is at least 1.
+
+    Of those named "…_every" -1 is allowed too: only after the last step.
+    """
+    whole = {"num_steps": num_steps, **sizes}
+    problems = [f"{name}={size!r}: needs a whole number" for name, size in whole.items() if type(size) in (bool, float)]
+    if problems:
+        raise StepsError("; ".join(problems))
+    last_alone = {name for name, size in sizes.items() if name.endswith("_every") and name != "sync_every"}
+    problems = [
+        f"{name}={size}: needs >= 1{', or -1: only after the last step' if name in last_alone else ''}"
+        for name, size in sizes.items()
+        if size is not None and size < 1 and not (size == -1 and name in last_alone)
+    ]
     if num_steps < 1:
         problems.append(f"num_steps={num_steps}: needs >= 1, or nothing is done")
     elif first >= num_steps:

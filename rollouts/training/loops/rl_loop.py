@@ -77,6 +77,8 @@ async def run_rl_training(
     """
     sizes = {"micro_batch_size": config.micro_batch_size, "micro_batch_tokens": config.micro_batch_tokens}
     steps_done = int(resume["step"]) if resume else 0
+    sizes |= {"log_every": config.log_every, "checkpoint_every": config.checkpoint_every, "eval_every": eval_every}
+    sizes |= {"sync_every": config.sync_every}
     check_steps(config.num_steps, steps_done, updates_per_batch=config.updates_per_batch, **sizes)
     first = _restore(buffer, rollout_manager, resume)
     sync = weight_sync or WeightSync(backend, engines, DiskTransfer(backend, weights_dir))
