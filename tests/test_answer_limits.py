@@ -34,7 +34,7 @@ def config_with(**changes: Any) -> Config:
     ],
 )
 def test_who_answers_in_process(changes: dict[str, Any], stage: Any, answers: bool) -> None:
-    """Goal: limits exist where a stage answers without an engine, and only there. Red with each condition left out."""
+    """Goal: limits exist where a stage answers without an engine, and only there. Red with the engine left out."""
     assert (answer_limits(config_with(**changes), stage) is not None) is answers
 
 

@@ -1,6 +1,6 @@
-"""torchrun's entry: config.json → `trainer_data`, `trainer_wiring`, `trainer_job` → loops.
+"""torchrun's entry: config.json → `trainer_data`, `trainer_wiring`, `trainer_job`, `trainer_answers` → loops.
 
-These four alone see both the whole config and the library.
+These five alone see both the whole config and the library.
 
     torchrun -m rollouts.worker.trainer --run-dir RUN_DIRECTORY --stage sft|rl [--engine-url URL ...] [--router-url URL]
 

@@ -21,7 +21,7 @@ class ModelConfig:
     init: Literal["pretrained", "random"]  # random: architecture and tokenizer of `name`, weights drawn from init_seed
     init_seed: int
     dtype: Literal["float32", "bfloat16"]
-    compile: bool
+    compile: bool  # each layer by itself, once for all of a kind; docs/optimization.md
     activation_checkpointing: bool  # recompute each layer in the backward pass: less memory, about 1.3 x the time
     lora: LoraConfig | None  # None: all weights are trained
     trust_remote_code: bool
