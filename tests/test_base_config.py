@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -519,6 +520,15 @@ def test_a_broken_config_file_is_shown_with_its_line(tmp_path: Path, text: str, 
     with pytest.raises(ConfigError) as caught:
         load_config(file)
     assert reason in str(caught.value) and str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["pipe.json", "device.json", "pipe.py"])
+def test_a_config_that_is_no_plain_file(name: str, tmp_path: Path) -> None:
+    """Goal: a pipe or a device is named, not waited for. Hung without the look at what it is."""
+    file = tmp_path / name
+    os.mkfifo(file) if name.startswith("pipe") else file.symlink_to("/dev/zero")
+    with pytest.raises(ConfigError, match="is no plain file"):
+        load_config(file)
 
 
 def test_a_missing_config_file_is_named(tmp_path: Path) -> None:

@@ -47,8 +47,11 @@ class Config(Sections):
 
         Raises ConfigError naming the file and the line of every missing, unknown and doubled key.
         """
+        file = Path(path)
+        if file.exists() and not (file.is_file() or file.is_dir()):  # a pipe waits for its other end, a device has none
+            raise ConfigError(f"{path}: is no plain file")
         try:
-            text = Path(path).read_text()
+            text = file.read_text()
             data = json.loads(text)
         except FileNotFoundError:
             raise ConfigError(f"{path}: no such file") from None

@@ -274,7 +274,8 @@ def _run_told(
     on_line: Callable[[str], None] | None,
 ) -> Completed:
     """Run rsync with its output kept, or told line by line while it runs."""
-    english = {**os.environ, "LC_ALL": "C"}  # its words are read
+    # Without what a user has set for rsyncs of their own (RSYNC_ICONV, …); its words are read, so English
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("RSYNC_")} | {"LC_ALL": "C"}
     stdout, rest = Collected(transport.target), b""
 
     def tell(data: bytes) -> None:
@@ -285,7 +286,7 @@ def _run_told(
             on_line(line.decode(errors="replace"))
 
     on_stdout = stdout.add if on_line is None else tell
-    code, stderr = run_here(argv, on_stdout, stdin=stdin, timeout_s=timeout_s, environment=english)
+    code, stderr = run_here(argv, on_stdout, stdin=stdin, timeout_s=timeout_s, environment=variables)
     return Completed(code, stdout.all(), stderr)
 
 

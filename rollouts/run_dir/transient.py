@@ -75,7 +75,8 @@ def clean_up(home: Path) -> None:
 
 
 def _clean_up_run(run: RunDir) -> None:
-    if run.secrets.is_symlink() or run.secrets.exists() or _left_secrets(run):
+    places = (run.secrets, run.secrets_in_memory.parent)
+    if any(map(os.path.lexists, places)) or _left_secrets(run):
         with launching(run, wait=False) as alone:
             if alone and other_host(run) is None and not observe(run).live:
                 remove_transient(run)

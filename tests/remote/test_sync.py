@@ -96,6 +96,19 @@ def test_every_name_arrives(repository: Path, tmp_path: Path) -> None:
     assert not (tree / ".git").exists()
 
 
+@pytest.mark.parametrize("name", ["RSYNC_ICONV=utf-8,utf-16", "RSYNC_MAX_ALLOC=1", "RSYNC_CHECKSUM_LIST=none"])
+def test_what_is_set_for_a_user_s_own_rsync(
+    name: str, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Goal: variables that change what rsync does, set for the user's own copies, do not act on ours. Red with the
+    whole environment handed on: names in another encoding, no memory, no checksum in common."""
+    variable, _, value = name.partition("=")
+    monkeypatch.setenv(variable, value)
+    (repository / "é.txt").write_text("x")
+    tree = send(repository, tmp_path / "home", "r")
+    assert contents(tree) == contents(repository)
+
+
 def test_a_name_that_is_no_text(repository: Path, tmp_path: Path) -> None:
     """Goal: a file name that is not UTF-8 arrives. Red with names decoded strictly."""
     (Path(os.fsdecode(os.fsencode(repository) + b"/latin-\xe9.txt"))).write_text("x")

@@ -6,10 +6,12 @@ import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rollouts.manifest import read_tree, tree_differences, tree_digest, tree_names
+from rollouts.remote import sync
 from rollouts.remote.errors import DeployError, TransportError
 from rollouts.remote.repository import list_files, read_code
 from rollouts.remote.sync import sync_code
@@ -157,8 +159,8 @@ def test_the_host_s_own_digest_is_compared(
 @pytest.mark.parametrize("moment", ["files, ", "checking "])
 def test_two_deploys_of_one_name_that_send_at_once(moment: str, sender: Sender, tmp_path: Path) -> None:
     """Goal: of two that pass the check in the same moment and send other code, the faster one's lies there whole, and
-    the slower one is refused before its launch. Red with one place to build for both (what was checked was written into
-    after), and with a tree that is there in the end taken for one's own: it launched the other's code."""
+    the slower one is refused before its launch. Red with a tree that is there in the end taken for one's own: it
+    launched the other's code."""
     one = make_repository(tmp_path / "a/p", {"my_reward.py": "RATE = 0.1\n", "only_a.py": "", "x.bin": "a" * 2_000_000})
     two = make_repository(tmp_path / "b/p", {"my_reward.py": "RATE = 0.9\n", "only_b.py": ""})
     sent: list[Path] = []
@@ -174,6 +176,29 @@ def test_two_deploys_of_one_name_that_send_at_once(moment: str, sender: Sender, 
     assert (sent[0] / "my_reward.py").read_text() == "RATE = 0.9\n"
     assert [path.name for path in sent[0].parent.iterdir()] == ["tree"]
     assert sender.send(two, "same", launch_id="two") == sent[0], "its own deploy goes on"
+
+
+def test_what_was_checked_is_not_written_into(
+    sender: Sender, rsync_as: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Goal: another deploy of the same name that still sends cannot change a tree between its check and its launch. Red
+    with one place to build for both: the other's files lay in the tree that was launched."""
+    one = make_repository(tmp_path / "a/p", {"my_reward.py": "RATE = 0.1\n"})
+    two = make_repository(tmp_path / "b/p", {"my_reward.py": "RATE = 0.9\n", "only_b.py": ""})
+    check, checks = sync._check, []
+
+    def and_then_the_other(*arguments: Any, **options: Any) -> None:
+        check(*arguments, **options)
+        checks.append(arguments)
+        if len(checks) == 1:
+            rsync_as('"$REAL" "$@"; exit 5')  # it has sent all, and goes no further
+            with pytest.raises(DeployError):
+                sender.send(two, "same", launch_id="two")
+
+    monkeypatch.setattr(sync, "_check", and_then_the_other)
+    tree = sender.send(one, "same", launch_id="one")
+    assert len(checks) == 1 and tree_names(tree) == ["my_reward.py", "pyproject.toml"]
+    assert (tree / "my_reward.py").read_text() == "RATE = 0.1\n"
 
 
 def test_files_that_change_while_they_are_sent(sender: Sender, rsync_as: Callable[[str], None], tmp_path: Path) -> None:

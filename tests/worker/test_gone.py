@@ -167,15 +167,21 @@ def test_secrets_go_when_everything_was_killed_and_removed(host: Host) -> None:
     assert not run.secrets_in_memory.parent.exists() and not run.weights_in_memory.exists()
 
 
-def test_a_killed_writers_secrets_go(tmp_path: Path) -> None:
-    """Goal: what a writer of the secrets that was killed left under its temporary name goes at the next look. Red with
-    the final name alone known."""
+@pytest.mark.parametrize("where", ["on the disk", "in memory", "in memory, whole, without the link to it"])
+def test_a_killed_writers_secrets_go(where: str, tmp_path: Path) -> None:
+    """Goal: what a writer of the secrets that was killed left, under its temporary name or before the run knew of it,
+    goes at the next look. Red with the final name alone known, and with the link alone looked for."""
     run = RunDir(run_dir.run_path(tmp_path, "r"))
     run.path.mkdir(parents=True)
-    left = run.path / ".secrets.json.4711.tmp"
+    directory = run.path if where == "on the disk" else run.secrets_in_memory.parent
+    directory.mkdir(mode=0o700, exist_ok=True)
+    left = directory / ("secrets.json" if "whole" in where else ".secrets.json.4711.tmp")
     left.write_text("a-secret")
-    clean_up(tmp_path)
-    assert not left.exists()
+    try:
+        clean_up(tmp_path)
+        assert not left.exists()
+    finally:
+        shutil.rmtree(run.secrets_in_memory.parent, ignore_errors=True)
 
 
 def test_a_directory_in_a_runs_place_is_not_its_own(tmp_path: Path) -> None:
