@@ -53,7 +53,7 @@ def with_config(laptop: Laptop) -> None:
 
 def test_the_commands_of_the_readme_run(laptop: Laptop, make_host: Callable[..., Host]) -> None:
     """Goal: each line that people copy works, and leaves what the page says. Red with an option that deploy does not
-    have, a verb misspelt, and a file in the page's list that no run writes."""
+    have."""
     assert len(SHELL) == 3, "a new block needs a line here"
     target = make_host().target
     with_config(laptop)
