@@ -10,7 +10,7 @@ import anyio.to_thread
 import httpx
 import pytest
 
-from base_config import EngineConfig
+from base_config import SGLang
 from rollouts.engines.keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 from rollouts.engines.launch import router_argv, router_ready_url, router_url
 from rollouts.training.inference.client import RequestError
@@ -21,7 +21,7 @@ from rollouts.training.weight_sync import SGLangEngine, sync_weights_to_engines
 from tests.engines.environments import interpreter
 from tests.engines.lives import WAIT_S, Server, meanwhile, wait_for
 from tests.engines.serving import PROMPT, free_port, free_ports, make_model, start
-from tests.example_config import example_config, replace_at
+from tests.example_config import sglang
 
 pytestmark = pytest.mark.anyio
 API, ADMIN = "the-api-key", "the-admin-key"
@@ -49,7 +49,7 @@ class Counting(Router):
 class RouterProcess:
     """The router's process, started as a run starts it; it can be killed and started again."""
 
-    def __init__(self, engine: EngineConfig) -> None:
+    def __init__(self, engine: SGLang) -> None:
         url = router_url(engine)
         assert url is not None
         self.url, self._ready_url = url, router_ready_url(engine)
@@ -86,18 +86,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def config() -> EngineConfig:
-    engine = example_config().engine
-    assert engine is not None
-    changes = {"replicas": 2, "sglang_port": free_ports(2), "router_port": free_port()}
-    for name, value in changes.items():
-        engine = replace_at(engine, name, value)
-    return engine
+def config() -> SGLang:
+    return sglang(replicas=2, sglang_port=free_ports(2), router_port=free_port())
 
 
 @pytest.fixture(scope="module")
 def replicas(
-    config: EngineConfig, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+    config: SGLang, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[list[Server]]:
     logs, ports = tmp_path_factory.mktemp("logs"), (config.sglang_port, config.sglang_port + 1)
     made = [Server(models["old"], logs, port=port, keys=KEYS) for port in ports]
@@ -107,7 +102,7 @@ def replicas(
 
 
 @pytest.fixture(scope="module")
-def running(config: EngineConfig, replicas: Sequence[Server]) -> Iterator[RouterProcess]:
+def running(config: SGLang, replicas: Sequence[Server]) -> Iterator[RouterProcess]:
     made = RouterProcess(config)
     yield made
     made.kill()
