@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 PRODUCTS_SHARE = 0.78  # of the measured rate: products 1,024 to 3,072 wide, below the best shape. An assumption
 BANDWIDTH_SHARE = 0.81  # of the stated bandwidth, for elementwise kernels. An assumption
-LAUNCH_S = 6.5e-6  # of the host's time, for an operation dispatched by PyTorch; of a compiled part's kernel half
-COMPILED_LAUNCH_S = 3e-6
+LAUNCH_S, COMPILED_LAUNCH_S = 6.5e-6, 3e-6  # of the host's time for a kernel: PyTorch's, and a compiled part's. Assumed
 
 
 @dataclass(frozen=True)
@@ -55,9 +54,9 @@ def kernel_s(card: Card, kind: str, moved: float, flops: float, *, best_products
     return memory_s
 
 
-def host_s(operations: int, compiled_kernels: int) -> float:
-    """Seconds that the host takes to launch them. The device waits for it only where this is more than its own."""
-    return operations * LAUNCH_S + compiled_kernels * COMPILED_LAUNCH_S
+def host_s(dispatched: int, compiled: int) -> float:
+    """Seconds that the host takes to launch kernels. The device waits for it only where this is more than its own."""
+    return dispatched * LAUNCH_S + compiled * COMPILED_LAUNCH_S
 
 
 def mfu(flops: float, seconds: float, peak: float) -> float:

@@ -56,7 +56,8 @@ class Counts:
         self.kernels: list[Kernel] = []
         self.waits: list[str] = []
         self.collectives: Counter[str] = Counter()
-        self.operations = 0  # that the host dispatches one by one: those inside of compiled parts are not among them
+        self.operations = 0  # that the host dispatches one by one, views among them, those in compiled parts not
+        self.dispatched = 0  # and kernels that these launch
         self.part = "blocks"
         self.paused = False
         self.lengths = attention_lengths  # of the documents that attention runs over
@@ -77,13 +78,14 @@ class Counts:
 
     def start_over(self) -> None:
         """Forget what was counted."""
-        self.kernels, self.waits, self.collectives, self.operations = [], [], Counter(), 0
+        self.kernels, self.waits, self.collectives = [], [], Counter()
+        self.operations = self.dispatched = 0
 
     def taken(self) -> "Counts":
         """What was counted, by itself; counting starts over."""
         found = Counts(self.lengths)
-        found.kernels, found.waits, found.operations = self.kernels, self.waits, self.operations
-        found.collectives = self.collectives
+        found.kernels, found.waits, found.collectives = self.kernels, self.waits, self.collectives
+        found.operations, found.dispatched = self.operations, self.dispatched
         self.start_over()
         return found
 
@@ -110,6 +112,7 @@ class Counts:
         if moved:
             kind, flops = self.work(func, args)
             self.kernels.append(Kernel(self.part, kind, func._opname, moved, flops, launches_of(args)))
+            self.dispatched += self.kernels[-1].launches
 
     def work(self, func: Any, args: tuple[Any, ...]) -> tuple[str, int]:
         """The kind of an operation, and its FLOPs in matrix products."""

@@ -80,8 +80,8 @@ def show_arithmetic(config: Any, work: Work, found: StepCounts, micro_batches: i
     print("best: products at the measured rate, not 0.78 of it. host: its time to launch, which may be what counts")
     print(f"  {'card':16} {'ms':>6} {'host ms':>8} {'causal':>13} {'full':>13} {'best ms':>8} {'causal':>7}")
     counts = found.micro_batch
-    compiled = max(0, launches_of(counts) - counts.operations)
-    launching_s = host_s(counts.operations, compiled) + host_s(found.optimizer.operations, 0) / micro_batches
+    launching_s = host_s(counts.dispatched, launches_of(counts) - counts.dispatched)
+    launching_s += host_s(found.optimizer.dispatched, 0) / micro_batches
     for name, card in CARDS.items():
         total_s = max(launching_s, device_s(card, found, micro_batches))
         best_s = max(launching_s, device_s(card, found, micro_batches, best_products=True))

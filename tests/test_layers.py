@@ -127,6 +127,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.training.packed_attention",
     ),
     "rollouts.training.rl_losses": ("rollouts.training.log_probs", "rollouts.training.loss_terms"),
+    "rollouts.training.known_gradients": ("rollouts.training.loss_terms", "rollouts.training.rl_losses"),
     "rollouts.training.reference": ("rollouts.training.model_loading",),
     "rollouts.training.checkpoint": (
         "rollouts.manifest",
@@ -158,6 +159,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.training.checkpoint",
         "rollouts.training.distributed",
         "rollouts.training.forward",
+        "rollouts.training.known_gradients",
         "rollouts.training.log_probs",
         "rollouts.training.lora",
         "rollouts.training.optim",
