@@ -26,7 +26,6 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.run_dir",
     ),
     "rollouts.config.types": (),
-    "rollouts.config.answers": ("rollouts.config.schema",),
     "deploy": ("rollouts.config", "rollouts.run_dir", "rollouts.remote"),
     "rollouts": ("rollouts.agents",),
     "rollouts.__main__": ("deploy",),
@@ -147,7 +146,6 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts.training.filters": ("rollouts.training.advantages", "rollouts.training.types"),
     "rollouts.training.flops": (),
     "rollouts.training.metrics": (),
-    "rollouts.training.compiled_layers": (),
     "rollouts.training.backends": (
         "rollouts.training.compiled_layers",
         "rollouts.training.host_memory",
