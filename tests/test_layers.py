@@ -15,10 +15,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "base_config": ("rollouts.config",),
     "rollouts.config": ("rollouts.config", "rollouts.run_dir"),
     "rollouts.config.schema": ("rollouts.config.schema",),
-    "rollouts.config.answers": ("rollouts.config.schema",),
-    "rollouts.config.earlier": (),
     "rollouts.config.checks": (
-        "rollouts.config.answers",
         "rollouts.config.checks",
         "rollouts.config.answers",
         "rollouts.config.schema",
@@ -147,7 +144,6 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts.training.flops": (),
     "rollouts.training.metrics": (),
     "rollouts.training.backends": (
-        "rollouts.training.compiled_layers",
         "rollouts.training.host_memory",
         "rollouts.training.host_to_device",
         "rollouts.training.known_gradients",
@@ -207,7 +203,7 @@ STANDARD_LIBRARY_ONLY = (
     "rollouts.engines.launch",
     "rollouts.worker",  # under the host's own Python; the trainer alone runs in the environment
 )
-EXCEPT = tuple(f"rollouts.worker.trainer{part}" for part in ("", "_answers", "_data", "_hub", "_job", "_wiring"))
+EXCEPT = tuple(f"rollouts.worker.trainer{part}" for part in ("", "_data", "_hub", "_job", "_wiring"))
 
 
 THE_LIBRARY = ("rollouts.training", "rollouts.agents", "rollouts.engines.embedded")
