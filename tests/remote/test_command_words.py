@@ -49,8 +49,8 @@ def test_words_that_are_near_to_something(line: str, expected: str, monkeypatch:
     ],
 )
 def test_lines_that_go_through(line: str, expected: str) -> None:
-    """Goal: options with their values, help, and a file whose name begins with a dash. Red with every word of the line
-    held against the options."""
+    """Goal: options with their values, help, and a file whose name begins with a dash. Red (help) with the page of
+    `run-config`, which nobody has heard of."""
     assert deploy.with_verb(line.split(), VERBS) == expected.split()
 
 

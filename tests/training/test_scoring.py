@@ -182,7 +182,7 @@ def test_a_module_that_cannot_be_imported_says_why(
     line: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Goal: what a reward's module does when it is imported is the user's to mend: one sentence with the place. Red
-    with a missing module alone told: `sys.exit(0)` ended a stage as done."""
+    with Exception caught alone: `sys.exit` came through."""
     (tmp_path / "on_import_of_a_reward.py").write_text(f"{line}\n")
     monkeypatch.syspath_prepend(tmp_path)
     kind = {"import": "SystemExit: 0", "raise": "ValueError: no key", "1": "SyntaxError: invalid syntax"}[

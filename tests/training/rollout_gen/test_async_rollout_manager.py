@@ -149,7 +149,8 @@ async def test_what_to_do_fits_what_dropped_the_groups() -> None:
 @pytest.mark.anyio
 @pytest.mark.parametrize("error", [KeyError("tests"), SystemExit(3)])
 async def test_a_filter_that_raises_is_named(error: BaseException) -> None:
-    """Goal: as of a reward: which function, what, where, which prompt. Red with it let through."""
+    """Goal: as of a reward: which function, what, where, which prompt. Red with Exception caught alone: `sys.exit` came
+    through."""
 
     def broken(group: list[Sample]) -> bool:
         raise error
