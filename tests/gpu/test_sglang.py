@@ -123,7 +123,7 @@ def test_starts_twice(models: dict[str, Path]) -> None:
 
 
 def test_scores_as_the_trainer_does(url: str, models: dict[str, Path]) -> None:
-    """Goal: log-probs of the weights that it started with are the trainer's, to bfloat16. Red with the other model."""
+    """Goal: log-probs of the weights that it started with are the trainer's, to bfloat16."""
     model = AutoModelForCausalLM.from_pretrained(models["old"], dtype=torch.float32).to(DEVICE)
 
     async def ask() -> list[float]:
@@ -137,7 +137,7 @@ def test_scores_as_the_trainer_does(url: str, models: dict[str, Path]) -> None:
 @pytest.mark.parametrize("in_flight", [0, 64])
 def test_sync(url: str, backend: PyTorchTrainingBackend, tmp_path: Path, kind: str, in_flight: int) -> None:
     """Goal: pause, update, flush, version and proof, twice, also with requests under way: each of them is answered,
-    and the engine then scores as the trainer does. Red with the second sync left out."""
+    and the engine then scores as the trainer does."""
 
     async def work() -> tuple[list[float], list[Any]]:
         rows: list[Any] = []

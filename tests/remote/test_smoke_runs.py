@@ -30,7 +30,7 @@ def checks(**changes: Any) -> list[SmokeCheck]:
 
 def test_what_is_tried_on_one_card() -> None:
     """Goal: the trainer's environment on its card without torchrun, the engine's with its modules and compilers, and
-    `--plan` shows both with device, driver and build. Red with either check left out, and with the engine's tools."""
+    `--plan` shows both with device, driver and build. Red without the engine's compilers."""
     shown = plan("01_debug_sft_rl")
     assert shown.launch is not None
     trainer, engine = shown.launch.smoke
@@ -122,7 +122,7 @@ def test_the_live_view_shows_one_step() -> None:
 
 def test_a_failure_is_the_runs_error(laptop: Laptop) -> None:
     """Goal: it ends the run before any stage, exit code not 0, and is what `status` and `ls` say, and the last on the
-    screen. Red with a run that goes on."""
+    screen."""
     config = str(write_config(laptop.project, env={"STAND_IN_SMOKE": "fail", **OWN}))
     done = laptop.deploy(config, "--run-id", "smoke-fails")
     said = "smoke test: bf16 product: wrong by 3, on device cuda:0 (NVIDIA H200) with torch 2.13.0, driver 580"
@@ -136,8 +136,8 @@ def test_a_failure_is_the_runs_error(laptop: Laptop) -> None:
 
 
 def test_ctrl_c_and_stop_in_the_middle(laptop: Laptop, tmp_path: Path) -> None:
-    """Goal: Ctrl-C detaches from a smoke test that hangs and ends nothing; `deploy stop` leaves nothing. Red with a
-    supervisor that does not look for a stop meanwhile: `stop` then says that it had to be killed."""
+    """Goal: Ctrl-C detaches from a smoke test that hangs and ends nothing; `deploy stop` leaves nothing, and the
+    supervisor ends by itself."""
     reached = tmp_path / "reached"
     config = str(write_config(laptop.project, env={"STAND_IN_SMOKE": str(reached), **OWN}))
     process = laptop.start(config, "--run-id", "smoke-hangs", start_new_session=True)

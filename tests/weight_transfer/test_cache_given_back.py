@@ -106,7 +106,7 @@ async def test_at_the_death_of_an_engine_in_mid_step() -> None:
     """Goal: an engine that dies while the trainer steps starts beside as little of the trainer's memory as can be: it
     is asked for at once, before anybody asks the engine again, and no one waits for the step. Once for a death.
 
-    Red without `when_lost`, and with the wait for the result.
+    Red without `when_lost`.
     """
     log: list[str] = []
     client = Client(log)

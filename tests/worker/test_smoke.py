@@ -72,7 +72,7 @@ def test_once_on_a_host_before_any_stage(host: Host, tmp_path: Path, monkeypatch
     """Goal: checks run side by side before the stage, their seconds are in an event; the next run does not repeat them,
     but for one whose marker names something else. Another driver is another marker.
 
-    Red with the call after the stages; with no marker written; and with the driver left out of the marker's name.
+    Red without the call; with no marker written; and with the driver left out of the marker's name.
     """
     first = finish(host, check(host, PASSES), check(host, PASSES, window="smoke-engine"))
     kinds = [row["kind"] for row in events(first)]
@@ -132,8 +132,8 @@ def test_a_check_that_hangs_is_bounded(host: Host) -> None:
 @pytest.mark.parametrize("way", ["stop", "interrupt", "kill"])
 def test_an_end_in_the_middle_leaves_nothing(host: Host, way: str) -> None:
     """Goal: `deploy stop`, a Ctrl-C in the supervisor's window and its death end the checks, with what they started in
-    sessions of their own. Red without the tick in the wait (a stop is not noticed); after a kill, with wrappers that
-    neither follow the supervisor nor end what it leaves: one of both would do."""
+    sessions of their own. Red without the tick in the wait (a stop is not noticed). After a kill each wrapper ends its
+    own, and the supervisor's what is left: one of both would do."""
     run = start(host, check(host, HANGS))
     wait_for(lambda: log(run, "smoke") == "in it\n", "the check")
     if way == "stop":
