@@ -143,5 +143,5 @@ def test_a_pipe_hears_how_long_nothing_happened(monkeypatch: pytest.MonkeyPatch,
     lines = capsys.readouterr().out.splitlines()
     seconds = (display.duration(display.QUIET_S), display.duration(2 * display.QUIET_S))
     assert lines == [f"alive: installing torch (200 MB) ({text} since deploy began to follow)" for text in seconds]
-    early = display.live_lines(rows_view.View(), "", width=80, utf8=True, elapsed_s=75.0)
+    early = display.live_lines(rows_view.View(), "", width=80, utf8=True, doing_s=75.0, host_now=0.0)
     assert early == ["starting (1m15s)"]
