@@ -57,9 +57,8 @@ REDIRECTING = {
 
 def test_variables_of_the_host(host: Host, spec: EnvironmentSpec, tmp_path: Path) -> None:
     """Goal: whatever the launcher's environment has set, the environment holds what was required, the trainer imports
-    that, and a note names each variable. One run for all: any of them alone, let through, fails it, and none makes good
-    what another does. Red with all that the launcher had handed on: no tiny-thing, or the other one; and with each of
-    the thirteen alone let through."""
+    that, and a note names each variable. Red with all that the launcher had handed on; and with PYTHONPATH,
+    PIP_DRY_RUN, PIP_CONSTRAINT or PIP_TARGET alone let through: no tiny-thing, or the other one."""
     elsewhere, constraint = tmp_path / "elsewhere", tmp_path / "constraint.txt"
     elsewhere.mkdir()
     (elsewhere / "tiny_thing.py").write_text("version = 'of another place'\n")
