@@ -1,7 +1,7 @@
 """Every reason why a run on NVIDIA GPUs would fail on its host. Pure: config + facts + code → problems, and so on.
 
 cuda_host.py has those of the host beside its cards. Rules for one card and for a host take no config, so that
-`deploy --remote HOST` shows them too. Whether a config fits into a card's memory is not decided here.
+`deploy --remote HOST` shows them too. Whether a config fits into a card's memory: memory/.
 """
 
 from collections.abc import Iterator, Sequence
