@@ -112,7 +112,8 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
         _size(config, name) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")
     )
     has_experts = kind in EXPERTS
-    experts = _size(config, "num_experts") if has_experts else 0
+    count = "num_experts" if config.get("num_experts") is not None else "num_local_experts"  # transformers' newer name
+    experts = _size(config, count) if has_experts else 0
     dense_layers = _dense_layers(config, layers) if has_experts else 0
     return Shape(
         kind=kind,

@@ -14,7 +14,7 @@ from rollouts.remote.gpus import Gpu, is_broken
 from rollouts.remote.inputs.shapes import Shape, shape_named
 from rollouts.remote.plan.memory.engine import Card
 from rollouts.remote.plan.memory.fit import misfits, nearest_change
-from rollouts.remote.plan.memory.uses import Models, uses
+from rollouts.remote.plan.memory.uses import Models, gpu_uses
 from rollouts.remote.plan.memory.words import gib, memory_lines, memory_notes, misfit_problems
 from rollouts.remote.repository import Code
 
@@ -38,7 +38,7 @@ def memory_plan(config: Config, facts: HostFacts, code: Code, target: str, *, bu
     spare = {gpu.index: _card(gpu, busy_ok=busy_ok) for gpu in facts.gpus if not is_broken(gpu)}
     named = {*config.target.gpu_ranks, *(config.engine.gpu_ranks if config.engine and config.uses_engine else ())}
     cards = {index: card for index, card in spare.items() if index in named}
-    found = list(uses(config, models, cards))
+    found = list(gpu_uses(config, models, cards))
     lacking = misfits(config, models, cards)
     change = nearest_change(config, models, cards, spare) if lacking else None
     names = {gpu.index: gpu.name for gpu in facts.gpus}
@@ -75,7 +75,8 @@ def _host_note(config: Config, facts: HostFacts, models: Models) -> tuple[str, .
     have, ranks = facts.ram_mib * MIB, _positions(config)
     cards = {index: Card(have=have, total=have) for index in ranks}
     stages: Mapping[str, int] = {
-        stage: sum(use.needed for use in uses(config, models, cards) if use.stage == stage) for stage in config.stages
+        stage: sum(use.needed for use in gpu_uses(config, models, cards) if use.stage == stage)
+        for stage in config.stages
     }
     return tuple(
         f"memory in the {stage} stage: about {gib(needed)} GiB, and the host has {gib(have)} in all"

@@ -7,9 +7,10 @@ from typing import Any
 
 from rollouts.config import Config, changed
 from rollouts.remote.plan.memory.engine import GIB, Card
-from rollouts.remote.plan.memory.uses import Models, Use, largest_micro_batch, longest_sequence, uses
+from rollouts.remote.plan.memory.uses import Models, Use, gpu_uses, largest_micro_batch, longest_sequence
 
 CHANGES_MAX = 3  # made together
+TIGHT_SHARE = 0.95  # of what there is: beyond it a sum of this kind may be wrong by what is left
 CACHE_SEQUENCES_MIN = 8  # of the longest that a smaller engine must have room for at once
 FRACTION_MIN, FRACTION_MAX, FRACTION_STEP = 10, 90, 5  # percent
 ROWS_MIN = 32  # of an embedded engine at once
@@ -36,7 +37,7 @@ class Change:
 def misfits(config: Config, models: Models, cards: Mapping[int, Card]) -> list[Misfit]:
     """List them; a card that tells no memory is in none."""
     found = []
-    for use in uses(config, models, cards):
+    for use in gpu_uses(config, models, cards):
         have = cards[use.gpu].have
         if have is None:
             continue
@@ -72,17 +73,22 @@ def nearest_change(
 ) -> Change | None:
     """Return the first change that fits: one kind of change before two together, the cheapest kinds first.
 
-    `cards` are those that the config names, `spare` all that it could name.
+    One that fits tightly is taken where no other does. `cards` are those that the config names, `spare` all that it
+    could name.
     """
     options = [option for option in _options(config, models, cards, spare) if option]
-    everything = {**spare, **cards}
+    tight: Change | None = None
     for count in range(1, CHANGES_MAX + 1):
         for chosen in itertools.combinations(options, count):
             for values in itertools.product(*chosen):
                 fields = {path: value for part in values for path, value in part.items()}
-                if len(fields) == sum(map(len, values)) and (found := _fitting(config, fields, models, everything)):
+                if len(fields) < sum(map(len, values)):
+                    continue  # one field twice
+                found = _fitting(config, fields, models, {**spare, **cards})
+                if found is not None and found.needed <= TIGHT_SHARE * found.have:
                     return found
-    return None
+                tight = tight or found
+    return tight
 
 
 def _fitting(config: Config, fields: Mapping[str, Any], models: Models, cards: Mapping[int, Card]) -> Change | None:
@@ -90,7 +96,7 @@ def _fitting(config: Config, fields: Mapping[str, Any], models: Models, cards: M
     if misfits(candidate, models, cards) or not _has_cache(candidate, models, cards) or candidate.problems():
         return None
     fullest = max(
-        (use for use in uses(candidate, models, cards) if cards[use.gpu].have),
+        (use for use in gpu_uses(candidate, models, cards) if cards[use.gpu].have),
         key=lambda use: use.needed / (cards[use.gpu].have or 1),
     )
     return Change(fields=dict(fields), needed=fullest.needed, have=cards[fullest.gpu].have or 0)
@@ -102,7 +108,7 @@ def _has_cache(config: Config, models: Models, cards: Mapping[int, Card]) -> boo
     if engine is None:
         return True
     least = min(CACHE_SEQUENCES_MIN, engine.max_running_requests) * engine.context_length
-    found = [one.cache_tokens for use in uses(config, models, cards) for one in use.engines]
+    found = [one.cache_tokens for use in gpu_uses(config, models, cards) for one in use.engines]
     return all(tokens >= least for tokens in found)
 
 
@@ -110,12 +116,13 @@ def _options(config: Config, models: Models, cards: Mapping[int, Card], spare: M
     """Return the kinds of changes: those that change the least of a run, or of its speed, first."""
     failing = misfits(config, models, cards)
     stages = list(dict.fromkeys(misfit.use.stage for misfit in failing if _trains(misfit.use)))
-    if any(misfit.use.engines for misfit in failing):
-        yield list(_smaller_engines(config))
-    smaller = [_smaller_micro_batches(config, stage) for stage in stages]
-    yield [part for part in _zipped(smaller) if _is_half(config, part)]
+    engines = list(_other_engines(config)) if any(misfit.use.engines for misfit in failing) else []
+    batches = list(_zipped([_smaller_micro_batches(config, stage) for stage in stages]))
+    yield [fields for fields in engines if _is_half(config, fields)]
+    yield [fields for fields in batches if _is_half(config, fields)]
     yield [{"model.activation_checkpointing": True}] if stages and not config.model.activation_checkpointing else []
-    yield [part for part in _zipped(smaller) if not _is_half(config, part)]
+    yield [fields for fields in batches if not _is_half(config, fields)]
+    yield [fields for fields in engines if not _is_half(config, fields)]
     engine = config.engine
     colocated = engine is not None and any(_trains(misfit.use) and misfit.use.engines for misfit in failing)
     if engine is not None and colocated:
@@ -135,7 +142,7 @@ def _trains(use: Use) -> bool:
     return "weights" in use.parts
 
 
-def _smaller_engines(config: Config) -> Iterator[dict[str, Any]]:
+def _other_engines(config: Config) -> Iterator[dict[str, Any]]:
     """Return smaller shares of an engine, then larger ones; of an embedded one, whose cache grows, fewer rows."""
     engine = config.engine
     if engine is None:
@@ -168,11 +175,15 @@ def _zipped(stages: list[list[tuple[str, int]]]) -> Iterator[dict[str, int]]:
         yield dict(values[min(place, len(values) - 1)] for values in stages if values)
 
 
-def _is_half(config: Config, fields: Mapping[str, int]) -> bool:
-    """Return whether no micro-batch is less than half of what it was."""
+def _is_half(config: Config, fields: Mapping[str, Any]) -> bool:
+    """Return whether nothing is less than half of what it was."""
     for path, value in fields.items():
-        stage, _, field = path.partition(".")
-        was = getattr(config, stage).batch_size if field == "batch_size" else largest_micro_batch(config, stage)
+        section, _, name = path.partition(".")
+        was = (
+            largest_micro_batch(config, section)
+            if name == "micro_batch_tokens"
+            else getattr(getattr(config, section), name)
+        )
         if 2 * value < was:
             return False
     return True

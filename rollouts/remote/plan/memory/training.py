@@ -125,7 +125,7 @@ def head_chunk(shape: Shape, step: Step) -> int:
 
 def training_peaks(shape: Shape, step: Step) -> dict[str, Parts]:
     """Return, for each moment that may be a step's peak, what is held then."""
-    rest, trained = at_rest(shape, step), _trained(shape, step)
+    rest = at_rest(shape, step)
     width, tokens = step.width, step.tokens
     input_bytes = width * shape.hidden * tokens
     layer = layer_activations(shape, step)
@@ -135,11 +135,10 @@ def training_peaks(shape: Shape, step: Step) -> dict[str, Parts]:
     table = shape.table if full else 0
     head = MASTER * table + 2 * width * head_chunk(shape, step) + input_bytes
     held_table = width * table if shape.is_tied or step.is_sharded else 0  # the head's gradient, until the embeddings'
-    backward = width * (2 * shape.mlp + 3 * shape.hidden) * tokens
-    backward += width * (shape.layer if full else trained // shape.layers) + held_table
+    backward = width * (2 * shape.mlp + shape.hidden) * tokens + held_table  # of the MLP: gradients of gate and up
     gathered = _gathered_layers(shape, step)
-    if step.is_sharded:
-        backward += MASTER * shape.layer if full else 0  # what is reduced
+    if step.is_sharded and full and shape.layers > 1:
+        backward += (width + MASTER) * shape.layer  # of the layer before, on its way to be reduced
     rest_of_layers = kept * (shape.layers if step.checkpointing else shape.layers - 1)
     peaks: dict[str, Parts] = {
         "head": {**rest, "activations": kept * shape.layers + ends, "head": head},

@@ -60,7 +60,7 @@ class Use:
         return sum(self.parts.values())
 
 
-def uses(config: Config, models: Models, cards: Mapping[int, Card]) -> Iterator[Use]:
+def gpu_uses(config: Config, models: Models, cards: Mapping[int, Card]) -> Iterator[Use]:
     """Return every use, GPU by GPU, of those in `cards`."""
     for stage in config.stages:
         engine = config.engine if stage == "rl" and config.uses_engine else None
@@ -84,11 +84,11 @@ def _use(config: Config, stage: str, models: Models, gpu: int, card: Card) -> Us
             found = engine_uses(config, engine, models.policy, gpu, card)
         else:
             unknown.append(f"the engine's weights ({models.policy})")
-    moments = dict(_trainer_moments(config, stage, models, card, unknown)) if trains else {}
+    moments: dict[str, Parts] = dict(_trainer_moments(config, stage, models, card, unknown)) if trains else {}
     sleeps = engine is not None and engine.sleep_while_training and bool(moments)
     awake = engine_parts(found, asleep=False) if found else {}
     asleep = engine_parts(found, asleep=True) if found else {}
-    combined = {name: {**parts, **(asleep if sleeps else awake)} for name, parts in moments.items()}
+    combined: dict[str, Parts] = {name: {**parts, **(asleep if sleeps else awake)} for name, parts in moments.items()}
     if sleeps and isinstance(models.policy, Shape):
         resting = _resting(config, stage, models.policy, card)
         combined["sampling"] = {**resting, **awake}
@@ -121,14 +121,16 @@ def _trainer_moments(
     reference = _reference_bytes(config, stage, models, step, unknown)
     if not shape.has_known_activations:
         unknown.append(f"activations (those of model_type={shape.kind!r} are not counted here)")
-        peaks = {"training": {**at_rest(shape, step), "head": 2 * step.width * head_chunk(shape, step)}}
+        peaks: dict[str, Parts] = {
+            "training": {**at_rest(shape, step), "head": 2 * step.width * head_chunk(shape, step)}
+        }
     else:
-        peaks = {f"training: {name}": dict(parts) for name, parts in training_peaks(shape, step).items()}
+        peaks = {f"training: {name}": parts for name, parts in training_peaks(shape, step).items()}
         if _answers_in_process(config, stage):
             new = config.rl.max_new_tokens if config.rl else config.data.max_length
             limits = {"rows_max": ANSWER_ROWS, "tokens_max": ANSWER_TOKENS}
             parts = answering_peak(shape, step, prompt=config.data.max_length, new=new, **limits)
-            peaks["answering held-out rows"] = dict(parts)
+            peaks["answering held-out rows"] = parts
     for name, parts in peaks.items():
         yield name, _with_overhead(config, {**parts, **({"reference": reference} if reference else {})})
 

@@ -6,12 +6,11 @@ from typing import Any
 from rollouts.config import Config
 from rollouts.remote.errors import Problem
 from rollouts.remote.plan.memory.engine import GIB, Card
-from rollouts.remote.plan.memory.fit import Change, Misfit
+from rollouts.remote.plan.memory.fit import TIGHT_SHARE, Change, Misfit
 from rollouts.remote.plan.memory.uses import Use
 
 COLUMNS = ("weights", "gradients", "optimizer", "activations", "head", "answers", "reference", "buckets", "other")
 ENGINE_COLUMNS = ("engine", "engine's graphs", "engine, asleep")
-TIGHT_SHARE = 0.95  # of what there is: beyond it a sum of this kind may be wrong by what is left
 
 
 def gib(count: float) -> str:
