@@ -1,6 +1,6 @@
 """The memory plan beside torch's own tracker, for the training step of every shipped GPU config.
 
-    python benchmarks/memory_plan.py [--layers 4] [--compiled]
+    python -m benchmarks.memory_plan [--layers 4] [--compiled]
 
 Our backend, losses and head, and transformers' model, run two steps on fake tensors: nothing is computed or allocated,
 and `torch.distributed._tools.mem_tracker.MemTracker` counts what would be. Fake CUDA tensors need a torch with CUDA, so

@@ -12,6 +12,7 @@ from rollouts.remote.errors import Problem
 from rollouts.remote.facts import HostFacts
 from rollouts.remote.gpus import Gpu, is_broken
 from rollouts.remote.inputs.shapes import Shape, shape_named
+from rollouts.remote.plan.gpu_problems import GPU_FREE_SHARE_MIN, is_free
 from rollouts.remote.plan.memory.engine import Card
 from rollouts.remote.plan.memory.fit import misfits, nearest_change
 from rollouts.remote.plan.memory.uses import Models, gpu_uses
@@ -20,7 +21,6 @@ from rollouts.remote.repository import Code
 
 __all__ = ["Card", "MemoryPlan", "Models", "memory_plan", "models_of"]
 MIB = 2**20
-FREE_SHARE_MIN = 0.9  # a card with less free memory is someone's: another rule's matter
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,13 @@ def memory_plan(config: Config, facts: HostFacts, code: Code, target: str, *, bu
     models = models_of(config, code)
     if config.target.device_type != "cuda":
         return MemoryPlan(notes=_host_note(config, facts, models))
-    spare = {gpu.index: _card(gpu, busy_ok=busy_ok) for gpu in facts.gpus if not is_broken(gpu)}
+    there = {gpu.index: _card(gpu, busy_ok=busy_ok) for gpu in facts.gpus if not is_broken(gpu)}
     named = {*config.target.gpu_ranks, *(config.engine.gpu_ranks if config.engine and config.uses_engine else ())}
-    cards = {index: card for index, card in spare.items() if index in named}
+    cards = {index: card for index, card in there.items() if index in named}
     found = list(gpu_uses(config, models, cards))
     lacking = misfits(config, models, cards)
+    free = {gpu.index for gpu in facts.gpus if is_free(gpu, facts)}
+    spare = {index: card for index, card in there.items() if index in free and card.have is not None}
     change = nearest_change(config, models, cards, spare) if lacking else None
     names = {gpu.index: gpu.name for gpu in facts.gpus}
     return MemoryPlan(
@@ -63,8 +65,8 @@ def _card(gpu: Gpu, *, busy_ok: bool) -> Card:
     """Return what a job can have of a card. A slice of MIG tells no size: nvidia-smi's figures are the whole card's."""
     if gpu.mig == "Enabled" or not gpu.memory_total_mib:
         return Card(have=None, total=None)
-    is_free = gpu.memory_free_mib >= FREE_SHARE_MIN * gpu.memory_total_mib
-    have = gpu.memory_free_mib if is_free or busy_ok else gpu.memory_total_mib
+    is_whole = gpu.memory_free_mib >= GPU_FREE_SHARE_MIN * gpu.memory_total_mib  # else it is busy: another problem
+    have = gpu.memory_free_mib if is_whole or busy_ok else gpu.memory_total_mib
     return Card(have=have * MIB, total=gpu.memory_total_mib * MIB)
 
 

@@ -95,11 +95,11 @@ def _fitting(config: Config, fields: Mapping[str, Any], models: Models, cards: M
     candidate = changed(config, fields)
     if misfits(candidate, models, cards) or not _has_cache(candidate, models, cards) or candidate.problems():
         return None
-    fullest = max(
-        (use for use in gpu_uses(candidate, models, cards) if cards[use.gpu].have),
-        key=lambda use: use.needed / (cards[use.gpu].have or 1),
-    )
-    return Change(fields=dict(fields), needed=fullest.needed, have=cards[fullest.gpu].have or 0)
+    sums = [(use.needed, cards[use.gpu].have or 0) for use in gpu_uses(candidate, models, cards) if cards[use.gpu].have]
+    if not sums:
+        return None
+    needed, have = max(sums, key=lambda pair: pair[0] / pair[1])
+    return Change(fields=dict(fields), needed=needed, have=have)
 
 
 def _has_cache(config: Config, models: Models, cards: Mapping[int, Card]) -> bool:
@@ -131,7 +131,7 @@ def _options(config: Config, models: Models, cards: Mapping[int, Card], spare: M
         alone = engine.replicas * engine.tensor_parallel_size == 1
         yield [{"engine.gpu_ranks": [gpu]} for gpu in free[:1]] if alone else []
     taken = {*engine.gpu_ranks} if engine is not None and not colocated and config.uses_engine else set()
-    present = [gpu for gpu in sorted(spare) if gpu not in taken]
+    present = [gpu for gpu in sorted({*spare, *config.target.gpu_ranks} & {*spare, *cards}) if gpu not in taken]
     if stages and len(present) > len(config.target.gpu_ranks):
         yield [{"target.gpu_ranks": present, "target.sharding": "full_shard"}]
     elif stages and config.target.sharding == "none" and len(config.target.gpu_ranks) > 1:

@@ -27,8 +27,8 @@ def memory_lines(found: Sequence[Use], cards: Mapping[int, Card]) -> Iterator[st
     for gpus, use in rows:
         have = cards[use.gpu].have
         cells = [gib(use.parts[name]) if name in use.parts else "" for name in names]
-        least = ">= " if use.unknown else ""
-        table.append([gpus, use.stage, *cells, f"{least}{gib(use.needed)}", "?" if have is None else gib(have)])
+        needed = f">= {gib(use.needed)}" if use.unknown and use.parts else gib(use.needed) if use.parts else "?"
+        table.append([gpus, use.stage, *cells, needed, "?" if have is None else gib(have)])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     yield "memory in GiB at the fullest moment, by arithmetic (docs/gpu.md#memory):"
     for row in table:
@@ -98,7 +98,7 @@ def memory_notes(found: Sequence[Use], cards: Mapping[int, Card]) -> Iterator[st
         where = f"memory of GPU {gpus} in the {use.stage} stage"
         if use.unknown:
             yield f"{where}: not known: {'; '.join(use.unknown)}"
-        if have is None:
-            yield f"{where}: {gib(use.needed)} GiB are needed, and the card tells none"
-        elif TIGHT_SHARE * have < use.needed <= have:
+        if have is None and use.parts:
+            yield f"{where}: {gib(use.needed)} GiB are needed; what the card, or its slice, has is not told"
+        elif have is not None and TIGHT_SHARE * have < use.needed <= have:
             yield f"{where} is tight: {gib(use.needed)} of {gib(have)} GiB, by sums that may be off by a tenth"
