@@ -206,6 +206,9 @@ def test_each_setting_counts() -> None:
             for path, value in fields.items():
                 other = replace_at(other, path, value)
             assert sign * (in_all(planned(other, card(0, 80))) - base) > 0.1, name
+    asleep = replace_at(replace_at(config, "engine.sleep_while_training", True), "engine.mem_fraction", 0.8)
+    plain, penalty = (in_all(planned(replace_at(asleep, "rl.kl_coef", coef), card(0, 80))) for coef in (0.0, 0.1))
+    assert penalty - plain > 0.9, "the reference stays while the engine samples"
     sharded = replace_at(shipped("sft_qwen"), "target.sharding", "none")
     cards = [card(0, 80), card(1, 80)]
     offloaded = replace_at(shipped("sft_qwen"), "target.cpu_offload", True)

@@ -90,8 +90,7 @@ def _use(config: Config, stage: str, models: Models, gpu: int, card: Card) -> Us
     asleep = engine_parts(found, asleep=True) if found else {}
     combined: dict[str, Parts] = {name: {**parts, **(asleep if sleeps else awake)} for name, parts in moments.items()}
     if sleeps and isinstance(models.policy, Shape):
-        resting = _resting(config, stage, models.policy, card)
-        combined["sampling"] = {**resting, **awake}
+        combined["sampling"] = {**_resting(config, stage, models, card), **awake}
     combined = combined or {"sampling": awake}
     moment = max(combined, key=lambda name: sum(combined[name].values()))
     return Use(
@@ -141,12 +140,18 @@ def _with_overhead(config: Config, parts: Parts) -> Parts:
     return {**parts, "other": sum(parts.values()) // FRAGMENTS_SHARE + CONTEXT_BYTES + nccl}
 
 
-def _resting(config: Config, stage: str, shape: Shape, card: Card) -> Parts:
+def _resting(config: Config, stage: str, models: Models, card: Card) -> Parts:
     """Return what the trainer holds while the engine samples, and while weights are sent."""
-    rest = at_rest(shape, step_of(config, stage, shape, card))
-    sends = config.engine is not None and config.engine.weight_sync in ("tensor", "broadcast")
-    bucket = 2 * config.engine.weight_sync_bucket_mib * 2**20 if config.engine and sends else 0
-    return _with_overhead(config, {**rest, "gradients": 0, **({"buckets": bucket} if bucket else {})})
+    assert isinstance(models.policy, Shape)
+    step = step_of(config, stage, models.policy, card)
+    engine = config.engine
+    sends = engine is not None and engine.weight_sync in ("tensor", "broadcast")
+    more = {
+        "reference": _reference_bytes(config, stage, models, step, []),
+        "buckets": 2 * engine.weight_sync_bucket_mib * 2**20 if engine is not None and sends else 0,
+    }
+    parts = {**at_rest(models.policy, step), "gradients": 0}
+    return _with_overhead(config, {**parts, **{name: count for name, count in more.items() if count}})
 
 
 def step_of(config: Config, stage: str, shape: Shape, card: Card) -> Step:
