@@ -3,13 +3,18 @@
 `deploy --help` is the documentation. Nothing slow is imported until a verb needs it.
 """
 
+import signal
+import sys
+
+if sys.argv[0].rpartition("/")[2] in ("deploy", "deploy.py"):  # not where a test imports this
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main`: interrupted while it is read, it just ends
+
 import contextlib
 import difflib
 import importlib.metadata
 import os
 import pathlib
 import subprocess
-import sys
 import tomllib
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -22,76 +27,79 @@ Train a language model from one config file: SFT, then RL, here or on a GPU host
 
 \b
   deploy configs/00_cpu_sft_rl.py                          on this machine
-  deploy configs/00_cpu_sft_rl.py --remote gpu-7           on a host of ~/.ssh/config
+  deploy configs/00_cpu_sft_rl.py --remote gpu-7           on an SSH host
   deploy configs/00_cpu_sft_rl.py --remote ubuntu@203.0.113.7:22
-  deploy configs/00_cpu_sft_rl.py --remote gpu-7 --plan    what would happen; touches nothing
-  deploy runs/cpu_sft_rl/RUN                               what an earlier run did, again
-  deploy --remote gpu-7                                    is this host ready, and what runs there?
+  deploy configs/00_cpu_sft_rl.py --remote gpu-7 --plan    what would happen
+  deploy runs/cpu_sft_rl/RUN                               a run once more
+  deploy --remote gpu-7                                    a look at it
 
 The config is checked first, every problem at once. Then: exactly git's files, with your uncommitted changes, go to
 the host; it makes a virtual environment (or reuses the same one); one tmux session runs the stages, with a window per
 process; results come back while it runs. Ctrl-C detaches, the run goes on, and a killed deploy loses nothing:
 
 \b
-  deploy ls                             runs started here, as last seen
-  deploy ls --remote gpu-7              all runs on that host
-  deploy status RUN                     one look
-  deploy attach RUN                     follow again, from where you left off
-  deploy logs RUN -f --window trainer   what the tmux window shows (windows: supervisor, engine-0, trainer)
-  deploy stop RUN                       end its processes, keep its results
-  deploy pull RUN                       bring all results here, verified
-  deploy forget RUN                     drop this machine's record of it; host and results stay
-  ssh HOST -t tmux attach -t RUN        the live processes
+  deploy ls                      runs started here, as last seen
+  deploy ls --remote gpu-7       all runs on that host
+  deploy status RUN              one look
+  deploy attach RUN              follow again, from where you left off
+  deploy logs RUN -f             what a process prints, with --window NAME
+                                 another (supervisor, trainer, engine-0)
+  deploy stop RUN                end its processes, keep its results
+  deploy pull RUN                bring all results here, verified
+  deploy forget RUN              drop this machine's record; the results stay
+  ssh HOST -t tmux attach -t RUN the live processes
 
 RUN is a name, the beginning of one, or `last`. A run started on another machine is found with --remote (deploy attach
 RUN --remote gpu-7); from here it is followed, stopped and pulled, never launched.
 
 \b
 Options of deploy CONFIG:
-  --remote [USER@]HOST[:PORT]  the host, as `ssh` knows it (ssh://... too); this machine without it
-  --plan                       print every step and every reason against it, and stop
-  --show                       print the whole config as a file that derives from no other, and stop
-  --json                       for programs: with --plan, --show, ls, status, stop, pull, logs one JSON document;
-                               while following, one object a line: {"type": "progress" | "event" | "metrics" |
-                               "eval", ...}, last {"type": "result", ...} or {"type": "error", ...}
+  --remote [USER@]HOST[:PORT]  the host, as `ssh` knows it (ssh://... too);
+                               this machine without it
+  --plan                       print every step and every reason against it,
+                               and stop
+  --show                       print the whole config as a file that derives
+                               from no other, and stop
+  --json                       for programs: one JSON document for --plan,
+                               --show, ls, status, stop, pull, logs; while
+                               following, one object a line: {"type":
+                               "progress" | "event" | "metrics" | "eval", …},
+                               last {"type": "result" | "error", …}
   --detach                     launch and return
-  --run-id NAME                name of the run and its tmux session; default <experiment_name>-<date>-<time>-<random>
-  --busy-ok                    start on GPUs that others use too: a display, an idle notebook; memory is not checked
-  --accept-new-host-key        add the host's key to ~/.ssh/known_hosts if none is known; a changed key never passes
+  --run-id NAME                name of the run and its tmux session; default
+                               <experiment_name>-<date>-<time>-<random>
+  --busy-ok                    start on GPUs that others use too (a display,
+                               an idle notebook); memory is not checked
+  --accept-new-host-key        add the host's key to ~/.ssh/known_hosts if
+                               none is known; a changed key never passes
 
 \b
 Files:
-  <save_dir>/<experiment_name>/<run_id>/  here: config, metrics, rollouts, evaluations, logs, checkpoints
-  ~/.rollouts/runs/<run_id>/              the same on the host ($ROLLOUTS_HOME in place of ~/.rollouts)
-  ~/.rollouts/registry/                   here: the runs that this machine knows, and what a launch of them uses
-  docs/run-directory.md                   every file and its format
+  <save_dir>/<experiment_name>/<run_id>/
+                               here: config, metrics, rollouts, evaluations,
+                               logs, checkpoints
+  ~/.rollouts/runs/<run_id>/   the same on the host
+                               ($ROLLOUTS_HOME in place of ~/.rollouts)
+  ~/.rollouts/registry/        here: the runs that this machine knows, and
+                               what a launch of them uses
+  docs/run-directory.md        every file and its format
 
 \b
 Exit codes:
   0     the job is done (or what was asked is)
-  2     it could not start, and nothing was started; the message says why, and what to do
-  130   Ctrl-C: detached, and the run goes on; or, before its launch, nothing was started. The message says which
-  other the job's own exit code; 1 when it died, when its results could not be pulled, or when it was launched (or may
-        have been) and deploy failed
+  2     it could not start, and nothing was started; the message says why,
+        and what to do
+  130   Ctrl-C: detached, and the run goes on; or, before its launch, nothing
+        was started. The message says which
+  other the job's own exit code; 1 when it died, when its results could not
+        be pulled, or when deploy failed after it was (or may be) launched
 """
 
 INTERRUPTED = 130
 HOST_VERB, CONFIG_VERB = "check-host", "run-config"  # what a line without a verb means
 OPTIONS_WITH_VALUE = ("--remote", "--run-id", "--window")
-OPTIONS = (
-    *OPTIONS_WITH_VALUE,
-    *(
-        "--plan",
-        "--show",
-        "--json",
-        "--detach",
-        "--busy-ok",
-        "--accept-new-host-key",
-        "--no-accept-new-host-key",
-        "--follow",
-        "--help",
-    ),
-)
+HOST_OPTIONS = ("--remote", "--json", "--accept-new-host-key", "--no-accept-new-host-key", "--help", "-h")
+CONFIG_OPTIONS = (*HOST_OPTIONS, "--run-id", "--plan", "--show", "--detach", "--busy-ok")
 
 
 class ConfigOrVerb(TyperGroup):
@@ -108,28 +116,48 @@ class ConfigOrVerb(TyperGroup):
 def with_verb(args: list[str], verbs: Any) -> list[str]:
     """`args` with the verb first: `x.py --plan` → `run-config x.py --plan`, `--remote h ls` → `ls --remote h`.
 
-    Raises ValueError for a word that can be neither a verb nor a config.
+    Raises ValueError for a word that can be neither a verb nor a config, and for an option that neither of the two
+    verbs without a name has.
     """
     if "--version" in args:
         return ["--version"]
     position = _first_word(args)
     if position is None:
-        asks_host = any(arg == "--remote" or arg.startswith("--remote=") for arg in args) and "--help" not in args
-        return [HOST_VERB, *args] if asks_host else (args or ["--help"])
+        asks_host = any(arg == "--remote" or arg.startswith("--remote=") for arg in args)
+        if not asks_host or "--help" in args or "-h" in args:
+            return args or ["--help"]
+        _check_options(args, HOST_OPTIONS, "deploy --remote HOST")
+        return [HOST_VERB, *args]
     word, others = args[position], [*args[:position], *args[position + 1 :]]
     if word == "help":
         about = next((other for other in others if not other.startswith("-")), "")
         if about and about not in verbs and (problem := _no_such_verb(about, verbs)):
             raise ValueError(problem)
         return [about, "--help"] if about in verbs else ["--help"]
-    if word in verbs:
-        return [word, *others]
-    known = all(arg.split("=")[0] in OPTIONS for arg in args if arg.startswith("--") and len(arg) > 2)
-    if known and (problem := _no_such_verb(word, verbs)):  # what follows an unknown option may be its value
+    return [word, *others] if word in verbs else _with_config(args, word, others, verbs)
+
+
+def _with_config(args: list[str], word: str, others: list[str], verbs: Any) -> list[str]:
+    """The line of `deploy CONFIG`, whose first word is no verb. Raises ValueError."""
+    _check_options(args, CONFIG_OPTIONS, "deploy CONFIG")
+    if "--help" in args or "-h" in args:
+        return ["--help"]
+    if problem := _no_such_verb(word, verbs):
         raise ValueError(problem)
-    if known and (others := [word for word in others if word.endswith((".py", ".json"))]):
-        raise ValueError(f"one config at a time: {word}, then {' and '.join(others)}.")
+    if more := [word for word in others if word.endswith((".py", ".json"))]:
+        raise ValueError(f"one config at a time: {word}, then {' and '.join(more)}.")
     return [CONFIG_VERB, *args]
+
+
+def _check_options(args: list[str], known: tuple[str, ...], whose: str) -> None:
+    """Raise ValueError for the first option that is not among `known`."""
+    for arg in args[: args.index("--")] if "--" in args else args:
+        name = arg.partition("=")[0]
+        if arg.startswith("-") and name not in known:
+            near = difflib.get_close_matches(name, (*known, *OPTIONS_WITH_VALUE, "--follow"), n=1, cutoff=0.6)
+            meant = f" Did you mean {near[0]}?" if near and near[0] != name else ""
+            meant = " It belongs to `deploy CONFIG`." if name in CONFIG_OPTIONS else meant
+            raise ValueError(f"`{whose}` has no option {name}.{meant} Options: {', '.join(known)}.")
 
 
 def _no_such_verb(word: str, verbs: Any) -> str:
@@ -137,8 +165,11 @@ def _no_such_verb(word: str, verbs: Any) -> str:
     if os.path.exists(word) or os.sep in word or word.endswith((".py", ".json")):
         return ""
     shown = sorted(verb for verb in verbs if verb not in (HOST_VERB, CONFIG_VERB))
-    near = difflib.get_close_matches(word.lower(), shown, n=1, cutoff=0.5)
-    meant = f" Did you mean `deploy {near[0]}`?" if near else ""
+    near = [f"deploy {verb}" for verb in difflib.get_close_matches(word.lower(), shown, n=1, cutoff=0.5)]
+    configs = {path.stem: f"deploy {path}" for path in pathlib.Path().glob("configs/*.py")}
+    near += [configs[stem] for stem in configs if word in (stem, stem.partition("_")[2])]
+    near = ["deploy attach last", "deploy status last"] if word == "last" else near  # as RUN is written elsewhere
+    meant = f" Did you mean {' or '.join(f'`{line}`' for line in near)}?" if near else ""
     return f"there is no verb and no config file {word!r}.{meant} Verbs: {', '.join(shown)}."
 
 
@@ -162,7 +193,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 118, "terminal_width": 118},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 118},
     subcommand_metavar="CONFIG | VERB RUN [OPTIONS]",
 )
 
@@ -331,6 +362,8 @@ def forget(run: Run, as_json: Json = False) -> None:
 
 def main() -> None:
     """The console script's entry point."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     app(prog_name="deploy")
 
 

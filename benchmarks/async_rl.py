@@ -2,12 +2,13 @@
 
     python -m benchmarks.async_rl [--steps 300] [--repeats 3] [--lags 0 1 2]
 
-`configs/00_cpu_sft_rl.py` as it is, but for `rl.importance` "token_truncate" on every side (on policy its weight is
-exactly 1) and evaluations before and after alone. All start from one SFT checkpoint; each is the real trainer and the
-real engine, in processes of their own with one thread, the trainer pinned to one core and the engine to another. A lag
-above 1 has in-flight updates. The sides take turns within each repeat, so that a busy machine slows all; a ratio is the
-median over repeats. Steps/s are of the time in steps (`step_s`) without the first `WARM_UP`; CPU time is of the same
-steps, of either process: where they take turns a step lasts the sum, where they do not at least the larger.
+`configs/00_cpu_sft_rl.py` as it is, but for `rl.loss.importance` on every side ("token_truncate"; on policy its
+weight is exactly 1) and evaluations before and after alone. All start from one SFT checkpoint; each is the real
+trainer and the real engine, in processes of their own with one thread, the trainer pinned to one core and the engine
+to another. A lag above 1 has in-flight updates. The sides take turns within each repeat, so that a busy machine slows
+all; a ratio is the median over repeats. Steps/s are of the time in steps (`step_s`) without the first `WARM_UP`; CPU
+time is of the same steps, of either process: where they take turns a step lasts the sum, where they do not at least
+the larger.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from base_config import Config, load_config
+from base_config import AheadConfig, Config, ImportanceConfig, load_config
 from rollouts.run_dir import RunDir, iter_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,9 +54,9 @@ def demo(steps: int, lag: int, source: str) -> Config:
     config = load_config(ROOT / "configs" / "00_cpu_sft_rl.py")
     assert config.rl is not None
     prompts = config.rl.examples_per_step * (steps // config.rl.num_epochs)
-    rl = replace(
-        config.rl, importance="token_truncate", policy_lag_steps_max=lag, in_flight_updates=lag > 1, eval_every=-1
-    )
+    loss = replace(config.rl.loss, importance=ImportanceConfig(kind="token_truncate", cap=2.0))
+    ahead = AheadConfig(policy_lag_steps_max=lag, in_flight_updates=lag > 1) if lag else None
+    rl = replace(config.rl, loss=loss, ahead=ahead, eval_every=-1)
     mixture = [replace(spec, max_samples=prompts) for spec in config.data.rl_mixture]
     output = replace(config.output, mode="rl", source_checkpoint=source)
     config = replace(config, rl=rl, data=replace(config.data, rl_mixture=mixture), output=output)

@@ -14,8 +14,8 @@ import anyio
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from rollouts.training import forward
 from rollouts.training.backends.pytorch import PyTorchTrainingBackend
+from rollouts.training.compiled_layers import compile_layers
 from rollouts.training.flops import attended_length, flops_per_token
 from rollouts.training.loops.batching import collate
 from rollouts.training.loops.common import train_step
@@ -99,7 +99,7 @@ def make_backend(
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device)
     if compiled:
-        forward.body(model).compile(dynamic=True)
+        compile_layers(model)
     rates = {"matrix_lr": 1e-4, "embedding_lr": 1e-4, "unembedding_lr": 1e-4}
     return PyTorchTrainingBackend(
         model=model,

@@ -120,7 +120,7 @@ def as_on_a_card(mode: FakeTensorMode, card_bytes: int, ranks: int) -> Iterator[
     answers: list[tuple[Any, str, Any]] = [
         (nn.Module, "_apply", lambda self, fn, recurse=True: self),  # all is where it belongs
         (pytorch, "use_copies", lambda device: True),
-        (pytorch.PyTorchTrainingBackend, "_read", lambda self, norm, sums: [1.0] * (1 + len(sums))),
+        (pytorch.PyTorchTrainingBackend, "_read", lambda self, norms, sums: [1.0] * (len(norms) + len(sums))),
         (packed_attention, "has_kernel", lambda device: True),
         (head_ways, "fused_on", lambda kind: CompiledHead()),
         (head_ways, "has_wide_products", lambda device: True),

@@ -26,7 +26,7 @@ config = changed(
             tokens_max=64,
             timeout_s=600.0,
         ),
-        "rl.reward_fn": None,
+        "rl.reward": None,
         "rl.num_epochs": 1,  # of 1,600 prompts: 100 steps
         "rl.examples_per_step": 16,
         "rl.batch_size": 128,

@@ -86,7 +86,6 @@ config = Config(
         checkpoint_every=200,
         log_every=10,
         optimizer=OptimizerConfig(
-            kind="adamw",
             beta1=0.9,
             beta2=0.95,
             eps=1e-8,
@@ -97,7 +96,16 @@ config = Config(
         ),
     ),
     rl=None,
-    eval=EvalConfig(num_samples=0, pass_at=[], temperature=1.0, top_k=-1, seed=SEED),
+    eval=EvalConfig(
+        num_samples=0,
+        pass_at=[],
+        temperature=1.0,
+        top_k=-1,
+        seed=SEED,
+        in_process_rows=0,  # plain text asks nothing
+        in_process_new_tokens=1,
+        in_process_batch_tokens=131072,
+    ),
     engine=None,
     limits=LimitsConfig(
         bootstrap_timeout_s=1800.0,

@@ -39,7 +39,6 @@ def smoltalk(split: str, *, max_samples: int) -> DatasetSpec:
 
 def adamw(*, warmup_frac: float) -> OptimizerConfig:
     return OptimizerConfig(
-        kind="adamw",
         muon=None,
         beta1=0.9,
         beta2=0.95,
@@ -99,7 +98,16 @@ config = Config(
         optimizer=adamw(warmup_frac=0.1),
     ),
     rl=None,
-    eval=EvalConfig(num_samples=0, pass_at=[], temperature=1.0, top_k=-1, seed=SEED),
+    eval=EvalConfig(
+        num_samples=0,
+        pass_at=[],
+        temperature=1.0,
+        top_k=-1,
+        seed=SEED,
+        in_process_rows=100,
+        in_process_new_tokens=512,
+        in_process_batch_tokens=65536,
+    ),
     engine=None,
     limits=LimitsConfig(
         bootstrap_timeout_s=1800.0,

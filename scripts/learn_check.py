@@ -4,7 +4,6 @@ Called by scripts/learn_check and scripts/agent_learn_check, which say what gain
 """
 
 import argparse
-import dataclasses
 import json
 import subprocess
 import sys
@@ -15,19 +14,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from base_config import Config, load_config  # noqa: E402  (the path above makes it importable)
+from base_config import Config, changed, load_config  # noqa: E402  (the path above makes it importable)
 from rollouts.run_dir import RunDir, read_jsonl  # noqa: E402
 
 
 def with_seed(config: Config, seed: int, save_dir: str) -> Config:
-    assert config.rl is not None, "learn_check needs a config with an rl stage"
-    return dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, init_seed=seed),
-        data=dataclasses.replace(config.data, shuffle_seed=seed),
-        rl=dataclasses.replace(config.rl, seed=seed),
-        output=dataclasses.replace(config.output, save_dir=save_dir),
-    )
+    """The config with another seed of everything, and results in `save_dir`."""
+    seeds = dict.fromkeys(("model.init_seed", "data.shuffle_seed", "rl.sampling.seed"), seed)
+    return changed(config, {**seeds, "output.save_dir": save_dir})
 
 
 def exact_match(run: RunDir) -> dict[str, float]:

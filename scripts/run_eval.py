@@ -38,10 +38,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda", "mps"), help="in process (default: cpu)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="in process")
     parser.add_argument("--batch-size", type=int, default=256, help="in process: sequences at once (default: 256)")
+    parser.add_argument(
+        "--batch-tokens", type=int, default=2**17, help="in process: tokens of those, with padding and answers (131072)"
+    )
     parser.add_argument("--trust-remote-code", action="store_true")
     parser.add_argument("--out", type=Path, help="write the numbers and every greedy answer here, as JSON")
     arguments = parser.parse_args(argv)
-    for option, value in (("--max-new-tokens", arguments.max_new_tokens), ("--batch-size", arguments.batch_size)):
+    for option in ("--max-new-tokens", "--batch-size", "--batch-tokens"):
+        value = getattr(arguments, option.removeprefix("--").replace("-", "_"))
         if value < 1:
             parser.error(f"{option} {value}: needs >= 1")
     if arguments.num_samples < 0 or arguments.temperature <= 0:
@@ -119,6 +123,7 @@ def evaluate(arguments: argparse.Namespace, rows: Sequence[Any]) -> "Evaluation"
         rows,
         max_new_tokens=arguments.max_new_tokens,
         batch_size=arguments.batch_size,
+        batch_tokens=arguments.batch_tokens,
         sampling=sampling,
     )
 

@@ -4,19 +4,30 @@ import dataclasses
 from typing import Any
 
 from base_config import (
+    GRPO,
+    GSPO,
+    PPO,
+    AheadConfig,
     Config,
     DataConfig,
     DatasetSpec,
-    EngineConfig,
+    DiskSync,
+    Embedded,
     EvalConfig,
     HostConfig,
+    ImportanceConfig,
+    KLConfig,
     LimitsConfig,
     ModelConfig,
     OptimizerConfig,
     OutputConfig,
+    RewardConfig,
     RLConfig,
+    SamplingConfig,
     SFTConfig,
+    SGLang,
     TargetConfig,
+    ValueModel,
 )
 
 
@@ -35,7 +46,6 @@ def example_config() -> Config:
         repeat=1,
     )
     optimizer = OptimizerConfig(
-        kind="adamw",
         muon=None,
         beta1=0.9,
         beta2=0.95,
@@ -90,7 +100,6 @@ def example_config() -> Config:
         ),
         rl=RLConfig(
             num_epochs=1,
-            source="engine",
             examples_per_step=4,
             num_samples=4,
             batch_size=16,
@@ -100,58 +109,50 @@ def example_config() -> Config:
             top_k=-1,
             **rates,
             init_lr_frac=1.0,
+            optimizer=optimizer,
             eval_every=-1,
             eval_examples=-1,
             save_every=-1,
             log_every=1,
             baseline="group_mean",
-            gamma=1.0,
-            gae_lambda=0.95,
-            value_coef=0.5,
-            value_clip=-1.0,
-            value_lr=1e-3,
-            updates_per_batch=1,
-            advantage_norm="group_std",
-            loss="grpo",
-            clip_low=0.2,
-            clip_high=0.2,
-            dual_clip=-1.0,
-            importance="none",
-            importance_cap=2.0,
-            aggregation="token_mean",
-            kl_coef=0.0,
-            kl_kind="k3",
-            kl_reference=None,
-            entropy_coef=0.0,
+            loss=GRPO(
+                advantage_norm="group_std",
+                aggregation="token_mean",
+                entropy_coef=0.0,
+                importance=None,
+            ),
+            kl=None,
+            reward=RewardConfig(fn="rollouts.training.rewards.per_letter", workers=0),
             agent=None,
-            reward_fn="rollouts.training.rewards.per_letter",
-            reward_workers=0,
-            filter_fn=None,
-            over_sampling_factor=1.0,
-            retries_max=2,
-            sync_every=1,
-            policy_lag_steps_max=0,
-            in_flight_updates=False,
-            seed=0,
-            optimizer=optimizer,
+            sampling=SamplingConfig(
+                source="engine",
+                seed=0,
+                sync_every=1,
+                filter_fn=None,
+                over_sampling_factor=1.0,
+                retries_max=2,
+            ),
+            ahead=None,
         ),
-        eval=EvalConfig(num_samples=0, pass_at=[], temperature=1.0, top_k=-1, seed=0),
-        engine=EngineConfig(
-            kind="embedded",
+        eval=EvalConfig(
+            num_samples=0,
+            pass_at=[],
+            temperature=1.0,
+            top_k=-1,
+            seed=0,
+            in_process_rows=-1,
+            in_process_new_tokens=8,
+            in_process_batch_tokens=131072,
+        ),
+        engine=Embedded(
             requirements_file=None,
             gpu_ranks=[0],
             sglang_port=30180,
             replicas=1,
-            router_port=None,
-            tensor_parallel_size=1,
             mem_fraction=0.5,
             context_length=2048,
-            max_total_tokens=-1,
             max_running_requests=256,
-            weight_sync="disk",
-            weight_sync_bucket_mib=256,
-            weights_on_tmpfs=False,
-            sleep_while_training=False,
+            weight_sync=DiskSync(on_tmpfs=False),
             restarts_max=0,
         ),
         limits=LimitsConfig(
@@ -185,3 +186,44 @@ def replace_at(value: Any, path: str, new: Any) -> Any:
         return [*value[:index], replace_at(value[index], rest, new) if rest else new, *value[index + 1 :]]
     inner = replace_at(getattr(value, head), rest, new) if rest else new
     return dataclasses.replace(value, **{head: inner})
+
+
+def like_example(kind: type, whole: Any, **changes: Any) -> Any:
+    """Return a `kind` with the fields that `whole` has too; `changes` give the others."""
+    shared = {
+        field.name: getattr(whole, field.name) for field in dataclasses.fields(kind) if hasattr(whole, field.name)
+    }
+    return kind(**{**shared, **changes})
+
+
+def policy_loss(kind: type = PPO, **changes: Any) -> Any:
+    """A loss like the example's: PPO, GSPO, CISPO, or GRPO itself."""
+    clipped = {} if kind is GRPO else {"clip_low": 0.2, "clip_high": 0.2, "updates_per_batch": 1}
+    clipped |= {"dual_clip": None} if kind in (PPO, GSPO) else {}
+    rl = example_config().rl
+    assert rl is not None
+    return like_example(kind, rl.loss, **{**clipped, **changes})
+
+
+def sglang(**changes: Any) -> SGLang:
+    """An SGLang on a CPU, in the place of the example's engine."""
+    own = {"requirements_file": "requirements/sglang-cpu.txt", "max_total_tokens": 4096}
+    made = like_example(SGLang, example_config().engine, **{**own, **changes})
+    assert isinstance(made, SGLang)
+    return made
+
+
+def value_model(**changes: Any) -> ValueModel:
+    return ValueModel(**{"gamma": 1.0, "gae_lambda": 0.95, "coef": 0.5, "clip": None, "lr": 1e-3, **changes})
+
+
+def kl(**changes: Any) -> KLConfig:
+    return KLConfig(**{"coef": 0.1, "kind": "k3", "reference": None, **changes})
+
+
+def ahead(policy_lag_steps_max: int = 1, *, in_flight_updates: bool = False) -> AheadConfig:
+    return AheadConfig(policy_lag_steps_max=policy_lag_steps_max, in_flight_updates=in_flight_updates)
+
+
+def importance(kind: str = "token_truncate", cap: float = 2.0) -> ImportanceConfig:
+    return ImportanceConfig(kind=kind, cap=cap)  # type: ignore[arg-type]  (tests try kinds that there are none of)

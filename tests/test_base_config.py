@@ -11,16 +11,33 @@ import pytest
 
 import base_config
 from base_config import (
+    CISPO,
+    GRPO,
+    GSPO,
+    PPO,
+    VLLM,
     AgentConfig,
     Config,
     ConfigError,
     LimitsConfig,
     LoraConfig,
+    LoraSync,
     MuonConfig,
     OptimizerConfig,
+    TensorSync,
     load_config,
 )
-from tests.example_config import example_config, replace_at
+from tests.example_config import (
+    ahead,
+    example_config,
+    importance,
+    kl,
+    like_example,
+    policy_loss,
+    replace_at,
+    sglang,
+    value_model,
+)
 
 DATACLASSES = [item for _, item in inspect.getmembers(base_config, dataclasses.is_dataclass)]
 
@@ -59,7 +76,7 @@ def a_muon(**changes: Any) -> MuonConfig:
 
 def muon_optimizer(**changes: Any) -> OptimizerConfig:
     optimizer = example_config().sft.optimizer  # type: ignore[union-attr]
-    return dataclasses.replace(optimizer, kind="muon", muon=a_muon(**changes))
+    return dataclasses.replace(optimizer, muon=a_muon(**changes))
 
 
 BROKEN: list[tuple[str, Any, str]] = [
@@ -94,8 +111,6 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("model.lora", a_lora(target_modules=[]), "model.lora.target_modules=[]: needs names of linear layers"),
     ("model.lora", a_lora(target_modules="q_proj"), "='q_proj': needs one of 'all-linear', list[str]"),
     ("model.lora", a_lora(), "rl.embedding_lr=0.001: needs 0: with model.lora only adapters are trained"),
-    ("sft.optimizer.muon", a_muon(), "sft.optimizer.muon=MuonConfig(momentum=0.95"),
-    ("sft.optimizer.kind", "muon", "sft.optimizer.muon=None: needs a MuonConfig with kind='muon'"),
     ("sft.optimizer", muon_optimizer(momentum=1.0), "sft.optimizer.muon.momentum=1.0: needs 0 <= momentum < 1"),
     ("sft.optimizer", muon_optimizer(ns_steps=0), "sft.optimizer.muon.ns_steps=0: needs 1 to 99"),
     ("sft.optimizer", muon_optimizer(vector_lr=-1.0), "sft.optimizer.muon.vector_lr=-1.0: needs >= 0"),
@@ -136,67 +151,75 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("sft.optimizer.schedule", "step", "sft.optimizer.schedule='step': needs one of"),
     ("sft.optimizer.warmup_frac", 1.0, "sft.optimizer.warmup_frac=1.0: needs 0 <= warmup_frac < 1"),
     (
-        "rl.source",
+        "rl.sampling.source",
         "rollouts",
-        "rl.source='rollouts': needs 'engine', 'engine_only' or the path of a run's rollouts.jsonl",
+        "rl.sampling.source='rollouts': needs 'engine', 'engine_only' or the path of a run's rollouts.jsonl",
     ),
-    ("rl.source", ".jsonl", "rl.source='.jsonl': needs 'engine'"),
+    ("rl.sampling.source", ".jsonl", "rl.sampling.source='.jsonl': needs 'engine'"),
     ("rl.num_samples", 1, "rl.num_samples=1: needs >= 2, else every advantage is 0"),
     ("rl.temperature", 0.0, "rl.temperature=0.0: needs > 0"),
     ("rl.top_k", 0, "rl.top_k=0: needs >= 1, or -1 for all tokens"),
     ("rl.max_new_tokens", 64, "rl.max_new_tokens=64: needs less than data.max_length=64"),
-    ("rl.clip_low", 1.1, "rl.clip_low=1.1: needs 0 < clip_low <= 1; 1 sets no lower bound"),
-    ("rl.clip_high", 0.0, "rl.clip_high=0.0: needs > 0"),
-    ("rl.dual_clip", 3.0, "rl.dual_clip=3.0: needs > 1 + clip_high with loss 'ppo' or 'gspo', or -1"),
-    ("rl.importance_cap", 0.0, "rl.importance_cap=0.0: needs > 0"),
-    ("rl.advantage_norm", "std", "rl.advantage_norm='std': needs one of 'none', 'group_std', 'batch'"),
-    ("rl.aggregation", "mean", "rl.aggregation='mean': needs one of 'token_mean', "),
-    ("rl.kl_coef", -0.1, "rl.kl_coef=-0.1: needs >= 0"),
-    ("rl.kl_reference", " ", "rl.kl_reference=' ': needs a hub id, a directory or None"),
-    ("rl.entropy_coef", -1e-3, "rl.entropy_coef=-0.001: needs >= 0"),
-    ("rl.reward_fn", "per_letter", "rl.reward_fn='per_letter': needs a dotted path"),
-    ("rl.reward_fn", None, "rl.reward_fn=None: needs a dotted path, package.module.function: only an agent's"),
-    ("rl.reward_workers", -1, "rl.reward_workers=-1: needs >= 0"),
+    ("rl.loss", policy_loss(clip_low=1.1), "rl.loss.clip_low=1.1: needs 0 < clip_low <= 1; 1 sets no lower bound"),
+    ("rl.loss", policy_loss(GSPO, clip_high=0.0), "rl.loss.clip_high=0.0: needs > 0"),
+    ("rl.loss", policy_loss(dual_clip=1.2), "rl.loss.dual_clip=1.2: needs > 1 + clip_high, or None for no bound"),
+    ("rl.loss", "ppo", "rl.loss='ppo': needs one of GRPO, PPO, GSPO, CISPO"),
+    ("rl.loss.importance", importance(cap=0.0), "rl.loss.importance.cap=0.0: needs > 0"),
+    ("rl.loss.importance", importance("none"), "rl.loss.importance.kind='none': needs one of 'token_truncate'"),
+    ("rl.loss.advantage_norm", "std", "rl.loss.advantage_norm='std': needs one of 'none', 'group_std', 'batch'"),
+    ("rl.loss.aggregation", "mean", "rl.loss.aggregation='mean': needs one of 'token_mean', "),
+    ("rl.kl", kl(coef=0.0), "rl.kl.coef=0.0: needs > 0; rl.kl=None has no penalty"),
+    ("rl.kl", kl(reference=" "), "rl.kl.reference=' ': needs a hub id, a directory or None"),
+    ("rl.loss.entropy_coef", -1e-3, "rl.loss.entropy_coef=-0.001: needs >= 0"),
+    ("rl.reward.fn", "per_letter", "rl.reward.fn='per_letter': needs a dotted path"),
+    ("rl.reward", None, "rl.reward=None: needs a RewardConfig: only an agent's"),
+    ("rl.reward.workers", -1, "rl.reward.workers=-1: needs >= 0"),
     ("rl.agent", agent(environment="Environment"), "rl.agent.environment='Environment': needs a dotted path"),
     ("rl.agent", agent(tool_format="xml"), "rl.agent.tool_format='xml': needs one of 'hermes', 'json'"),
     ("rl.agent", agent(turns_max=0), "rl.agent.turns_max=0: needs >= 1"),
     ("rl.agent", agent(tokens_max=4096), "rl.agent.tokens_max=4096: needs at most engine.context_length=2048"),
     ("rl.agent", agent(timeout_s=0.0), "rl.agent.timeout_s=0.0: needs > 0 seconds"),
     ("limits.reward_timeout_s", 0.0, "limits.reward_timeout_s=0.0: needs > 0 seconds"),
-    ("rl.filter_fn", "", "rl.filter_fn='': needs a dotted path"),
-    ("rl.over_sampling_factor", 0.5, "rl.over_sampling_factor=0.5: needs 1 to 16"),
-    ("rl.retries_max", -1, "rl.retries_max=-1: needs >= 0"),
-    ("rl.sync_every", 0, "rl.sync_every=0: needs >= 1"),
-    ("rl.policy_lag_steps_max", -1, "rl.policy_lag_steps_max=-1: needs >= 0"),
-    ("rl.policy_lag_steps_max", 1, "rl.importance='none': needs another than 'none' with policy_lag_steps_max > 0"),
-    ("rl.in_flight_updates", True, "rl.in_flight_updates=True: needs False: with policy_lag_steps_max=0 nothing"),
-    ("rl.baseline", "median", "rl.baseline='median': needs one of 'group_mean', 'leave_one_out', 'value', float"),
-    ("rl.gamma", 0.0, "rl.gamma=0.0: needs 0 < gamma <= 1"),
-    ("rl.gae_lambda", 1.1, "rl.gae_lambda=1.1: needs 0 <= gae_lambda <= 1"),
-    ("rl.value_coef", 0.0, "rl.value_coef=0.0: needs > 0, else no value is learned"),
-    ("rl.value_clip", 0.0, "rl.value_clip=0.0: needs > 0, or -1 for no bound"),
-    ("rl.value_lr", 0.0, "rl.value_lr=0.0: needs > 0"),
-    ("rl.baseline", "value", "rl.advantage_norm='group_std': needs 'none' or 'batch': baseline='value'"),
-    ("rl.updates_per_batch", 0, "rl.updates_per_batch=0: needs >= 1"),
-    ("rl.updates_per_batch", 2, "rl.updates_per_batch=2: needs 1 with loss='grpo', which has no bound"),
+    ("rl.sampling.filter_fn", "", "rl.sampling.filter_fn='': needs a dotted path"),
+    ("rl.sampling.over_sampling_factor", 0.5, "rl.sampling.over_sampling_factor=0.5: needs 1 to 16"),
+    ("rl.sampling.retries_max", -1, "rl.sampling.retries_max=-1: needs >= 0"),
+    ("rl.sampling.sync_every", 0, "rl.sampling.sync_every=0: needs >= 1"),
+    ("rl.ahead", ahead(0), "rl.ahead.policy_lag_steps_max=0: needs >= 1; rl.ahead=None takes turns"),
+    ("rl.ahead", ahead(1), "rl.loss.importance=None: needs an ImportanceConfig with rl.ahead"),
+    ("rl.baseline", "median", "rl.baseline='median': needs one of 'group_mean', 'leave_one_out', float, ValueModel"),
+    ("rl.baseline", value_model(gamma=0.0), "rl.baseline.gamma=0.0: needs 0 < gamma <= 1"),
+    ("rl.baseline", value_model(gae_lambda=1.1), "rl.baseline.gae_lambda=1.1: needs 0 <= gae_lambda <= 1"),
+    ("rl.baseline", value_model(coef=0.0), "rl.baseline.coef=0.0: needs > 0, else no value is learned"),
+    ("rl.baseline", value_model(clip=0.0), "rl.baseline.clip=0.0: needs > 0, or None for no bound"),
+    ("rl.baseline", value_model(lr=0.0), "rl.baseline.lr=0.0: needs > 0"),
+    ("rl.baseline", value_model(), "rl.loss.advantage_norm='group_std': needs 'none' or 'batch': rl.baseline is a"),
+    ("rl.loss", policy_loss(CISPO, updates_per_batch=0), "rl.loss.updates_per_batch=0: needs >= 1"),
     ("eval.num_samples", -1, "eval.num_samples=-1: needs >= 0; 0 samples nothing"),
     ("eval.num_samples", 4, "eval.pass_at=[]: needs at least one k, or num_samples=4 is for nothing"),
     ("eval.pass_at", [1], "eval.pass_at=[1]: needs [], since num_samples=0 samples nothing"),
     ("eval.temperature", 0.0, "eval.temperature=0.0: needs > 0"),
     ("eval.top_k", 0, "eval.top_k=0: needs >= 1, or -1 for all tokens"),
     ("eval.seed", -1, "eval.seed=-1: needs 0 to 2**32 - 1"),
-    ("engine.kind", "tgi", "engine.kind='tgi': needs one of 'embedded'"),
+    ("eval.in_process_rows", -2, "eval.in_process_rows=-2: needs >= 1, 0 for none, or -1 for all of eval_mixture"),
+    ("eval.in_process_new_tokens", 0, "eval.in_process_new_tokens=0: needs >= 1"),
+    ("eval.in_process_batch_tokens", 0, "eval.in_process_batch_tokens=0: needs >= 1"),
+    ("eval.in_process_batch_tokens", 63, "eval.in_process_batch_tokens=63: needs >= 64: as many tokens as one row"),
+    ("engine", "tgi", "engine='tgi': needs one of Embedded, SGLang, VLLM"),
     ("engine.sglang_port", 80, "engine.sglang_port=80: needs 1024 to 65535"),
-    ("engine.tensor_parallel_size", 0, "engine.tensor_parallel_size=0: needs >= 1"),
+    ("engine", sglang(tensor_parallel_size=0), "engine.tensor_parallel_size=0: needs >= 1"),
     ("engine.gpu_ranks", [0, 1], "engine.gpu_ranks=[0, 1]: needs length 1"),
     ("engine.replicas", 0, "engine.replicas=0: needs >= 1"),
     ("engine.replicas", 2, "engine.gpu_ranks=[0]: needs length 2: replicas=2 x tensor_parallel_size=1"),
-    ("engine.router_port", 31000, "engine.router_port=31000: needs None: engine.kind='embedded' has no router"),
     ("engine.context_length", 8, "engine.context_length=8: needs more than rl.max_new_tokens=8"),
-    ("engine.max_total_tokens", 100, "engine.max_total_tokens=100: needs -1: kind='embedded' has no such bound"),
     ("engine.requirements_file", "../x.txt", "engine.requirements_file='../x.txt': needs a path inside"),
-    ("engine.kind", "vllm", "engine.requirements_file=None: needs a lock, such as 'requirements/vllm-cuda.txt'"),
-    ("engine.kind", "sglang", "engine.max_total_tokens=-1: needs a number with kind='sglang' on a cpu"),
+    ("engine", sglang(requirements_file=None), "engine.requirements_file=None: needs str, found NoneType"),
+    ("engine", sglang(max_total_tokens=None), "engine.max_total_tokens=None: needs a number for SGLang on a cpu"),
+    ("engine.weight_sync", TensorSync(bucket_mib=0), "engine.weight_sync.bucket_mib=0: needs >= 1"),
+    (
+        "engine.weight_sync",
+        LoraSync(on_tmpfs=False),
+        "engine.weight_sync=LoraSync(on_tmpfs=False): needs one of Disk",
+    ),
     ("engine.mem_fraction", 0.0, "engine.mem_fraction=0.0: needs 0 < mem_fraction <= 1"),
     ("limits.stage_timeout_s", 0.0, "limits.stage_timeout_s=0.0: needs > 0 seconds"),
     ("output.experiment_name", "a.b", "output.experiment_name='a.b': needs 1 to 48 letters"),
@@ -228,21 +251,12 @@ def test_all_problems_at_once() -> None:
     assert all(name in text for name in ("rl.num_samples=1", "sft.batch_size='8'", "limits.stop_grace_s=-1.0")), text
 
 
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"rl.loss": "cispo", "rl.importance": "token_mask"}, "rl.importance='token_mask': needs 'none': loss='cispo'"),
-        ({"rl.loss": "ppo", "rl.dual_clip": 1.2}, "rl.dual_clip=1.2: needs > 1 + clip_high"),
-        ({"rl.loss": "ppo", "rl.dual_clip": 3.0}, None),
-        ({"rl.importance": "sequence_mask"}, None),
-    ],
-)
-def test_loss_settings_that_another_one_would_ignore(changes: dict[str, Any], reason: str | None) -> None:
-    """Goal: a setting without effect is an error, not a surprise. Red with the loss left out of the two checks."""
-    config = example_config()
-    for path, value in changes.items():
-        config = replace_at(config, path, value)
-    assert [problem[: len(reason or "")] for problem in config.problems()] == ([reason] if reason else [])
+@pytest.mark.parametrize("name", ["clip_low", "updates_per_batch", "importance", "dual_clip"])
+def test_a_loss_has_the_fields_that_it_uses(name: str) -> None:
+    """Goal: a setting without effect cannot be written. Red with `dual_clip` a field of every clipped loss."""
+    has = {kind.__name__ for kind in (GRPO, PPO, GSPO, CISPO) if name in {f.name for f in dataclasses.fields(kind)}}
+    expected = {"importance": {"GRPO"}, "dual_clip": {"PPO", "GSPO"}}
+    assert has == expected.get(name, {"PPO", "GSPO", "CISPO"})
 
 
 @pytest.mark.parametrize(
@@ -258,37 +272,35 @@ def test_loss_settings_that_another_one_would_ignore(changes: dict[str, Any], re
 def test_what_a_router_needs(changes: dict[str, Any], reason: str | None) -> None:
     """Goal: a router stands in front of several SGLang replicas, on a port of its own, or is refused with the reason.
     Red with each check left out."""
-    config = example_config()
-    sglang = {"kind": "sglang", "requirements_file": "l.txt", "max_total_tokens": 4096, "restarts_max": 1}
-    routed = {**sglang, "replicas": 2, "gpu_ranks": [0, 1], "router_port": 31000}
-    for path, value in {**{f"engine.{name}": value for name, value in routed.items()}, **changes}.items():
+    routed = sglang(restarts_max=1, replicas=2, gpu_ranks=[0, 1], router_port=31000)
+    config = replace_at(example_config(), "engine", routed)
+    for path, value in changes.items():
         config = replace_at(config, path, value)
     assert [problem[: len(reason or "")] for problem in config.problems()] == ([reason] if reason else [])
 
 
 def test_vllm_samples_from_the_whole_distribution() -> None:
     """Goal: a sampler's log-probs are the model's, or the config is refused."""
-    config = replace_at(replace_at(example_config(), "engine.kind", "vllm"), "engine.requirements_file", "locks/v.txt")
+    engine = like_example(VLLM, example_config().engine, requirements_file="locks/v.txt")
+    config = replace_at(example_config(), "engine", engine)
     assert config.problems() == ()
     (problem,) = replace_at(config, "rl.top_k", 20).problems()
-    assert problem.startswith("rl.top_k=20: needs -1 with engine.kind='vllm'")
+    assert problem.startswith("rl.top_k=20: needs -1 with engine=VLLM")
 
 
 def test_sglangs_cache_holds_a_whole_sequence() -> None:
     """Goal: engine.context_length tokens fit, since SGLang cuts answers short without a word where they do not. Red
     without the check."""
-    config = replace_at(
-        replace_at(example_config(), "engine.kind", "sglang"), "engine.requirements_file", "locks/s.txt"
-    )
+    config = replace_at(example_config(), "engine", sglang())
     assert replace_at(config, "engine.max_total_tokens", 2048).problems() == ()
     (problem,) = replace_at(config, "engine.max_total_tokens", 2047).problems()
-    assert problem.startswith("engine.max_total_tokens=2047: needs at least engine.context_length=2048, or -1")
+    assert problem.startswith("engine.max_total_tokens=2047: needs at least engine.context_length=2048, or None")
 
 
 @pytest.mark.parametrize("field", ["replicas", "tensor_parallel_size"])
 def test_no_devices_are_asked_for_nothing(field: str) -> None:
     """Goal: a count of 0 is told as that, not as devices that are too many. Red with `needs length 0` beside it."""
-    problems = replace_at(example_config(), f"engine.{field}", 0).problems()
+    problems = replace_at(example_config(), "engine", sglang(**{field: 0})).problems()
     assert not any("engine.gpu_ranks" in problem for problem in problems), problems
 
 
@@ -296,38 +308,41 @@ def test_no_devices_are_asked_for_nothing(field: str) -> None:
     ("changes", "reason"),
     [
         ({}, None),
-        ({"rl.in_flight_updates": True}, None),
-        ({"rl.importance": "none", "rl.loss": "ppo"}, None),
-        ({"rl.sync_every": 2}, "rl.policy_lag_steps_max=1: needs 0, or >= sync_every=2"),
-        ({"rl.source": "engine_only"}, "rl.policy_lag_steps_max=1: needs 0: rl.source='engine_only'"),
-        ({"engine.sleep_while_training": True}, "engine.sleep_while_training=True: needs False: with rl.policy_lag"),
+        ({"rl.ahead.in_flight_updates": True}, None),
+        ({"rl.loss": policy_loss(dual_clip=None)}, None),
+        ({"rl.sampling.sync_every": 2}, "rl.ahead.policy_lag_steps_max=1: needs >= rl.sampling.sync_every=2"),
+        ({"rl.sampling.source": "engine_only"}, "rl.ahead.policy_lag_steps_max=1: needs rl.ahead=None: rl.sampling.so"),
+        (
+            {"engine": sglang(sleep_while_training=True)},
+            "engine.sleep_while_training=True: needs False: with rl.ahead.policy_lag",
+        ),
     ],
 )
 def test_what_running_ahead_needs(changes: dict[str, Any], reason: str | None) -> None:
     """Goal: a lag without correction, source or room is refused before a launch. Red with each check left out."""
     config = example_config()
-    for path, value in {"rl.policy_lag_steps_max": 1, "rl.importance": "token_truncate", **changes}.items():
+    for path, value in {"rl.ahead": ahead(), "rl.loss.importance": importance(), **changes}.items():
         config = replace_at(config, path, value)
     problems = [problem for problem in config.problems() if "lag" in problem]
     assert [problem[: len(reason or "")] for problem in problems] == ([reason] if reason else []), problems
 
 
-def test_sharding_and_compilation_exclude_each_other() -> None:
-    """Goal: what is not proven together is refused. Red with the check left out."""
+def test_a_sharded_model_may_be_compiled() -> None:
+    """Goal: both together are a config. Red with the check that refused it, from when the body was compiled whole."""
     config = replace_at(replace_at(example_config(), "target.sharding", "full_shard"), "model.compile", True)
-    assert config.problems() == ("model.compile=True: needs False: a sharded model runs uncompiled",)
+    assert config.problems() == ()
 
 
 @pytest.mark.parametrize(
     ("path", "value", "problem"),
     [
-        ("rl.baseline", "value", "rl.baseline='value': needs another with target.sharding"),
-        ("rl.source", "/runs/a/rollouts.jsonl", "data.eval_mixture: needs [] with target.sharding"),
+        ("rl.baseline", value_model(), "rl.baseline=ValueModel(gamma=1.0, gae_lambda=0.95, coef=0.5, clip=None"),
+        ("rl.sampling.source", "/runs/a/rollouts.jsonl", "data.eval_mixture: needs [] with target.sharding"),
     ],
 )
 def test_what_a_sharded_model_cannot_do_in_rl(path: str, value: str, problem: str) -> None:
     """Goal: it is refused before a launch, and only with sharding. Red with each check left out."""
-    config = replace_at(replace_at(example_config(), "rl.advantage_norm", "none"), path, value)
+    config = replace_at(replace_at(example_config(), "rl.loss.advantage_norm", "none"), path, value)
     assert config.problems() == ()
     (found,) = replace_at(config, "target.sharding", "full_shard").problems()
     assert found.startswith(problem)
@@ -337,7 +352,7 @@ def test_only_what_samples_needs_an_engine_and_prompts() -> None:
     """Goal: a replay asks for no engine and no prompts, anything else does. Red with uses_engine always True."""
     config = replace_at(replace_at(example_config(), "engine", None), "data.rl_mixture", [])
     reasons = {
-        source: [problem.split(":")[0] for problem in replace_at(config, "rl.source", source).problems()]
+        source: [problem.split(":")[0] for problem in replace_at(config, "rl.sampling.source", source).problems()]
         for source in ("engine", "engine_only", "/runs/a/rollouts.jsonl")
     }
     missing = ["data.rl_mixture=[]", "engine=None"]
@@ -405,7 +420,7 @@ def test_nanochat_s_rates_are_not_for_adamw_on_a_pretrained_model(changes: dict[
     """Goal: refused with the fix where it is certain, and nowhere else. Red with any of its conditions left out."""
     problems = with_changes(changes).problems()
     assert [problem.split(":")[0] for problem in problems] == wrong
-    assert all("about 1e-5" in problem and "optimizer.kind='muon'" in problem for problem in problems)
+    assert all("about 1e-5" in problem and "an optimizer with muon" in problem for problem in problems)
 
 
 def test_lora_trains_its_adapters_at_matrix_lr_alone() -> None:
@@ -425,15 +440,24 @@ def test_divisibility_counts_ranks(ranks: list[int]) -> None:
 
 
 def test_an_environment_may_reward_instead_of_a_function() -> None:
-    """Goal: reward_fn=None goes with an agent. Red with the check for any rl stage."""
-    config = replace_at(replace_at(example_config(), "rl.agent", agent()), "rl.reward_fn", None)
+    """Goal: reward=None goes with an agent. Red with the check for any rl stage."""
+    config = replace_at(replace_at(example_config(), "rl.agent", agent()), "rl.reward", None)
     assert config.problems() == () and Config.from_json(config.to_json()) == config
 
 
 def test_json_round_trip_ends_equal(tmp_path: Path) -> None:
     """Goal: config.json of a run is the config that ran. Red when from_json left nested records as dicts."""
     lora, muon = {"model.lora": a_lora(target_modules=["q_proj"])}, {"sft.optimizer": muon_optimizer()}
-    for config in (with_changes({**lora, **muon}), dataclasses.replace(example_config(), sft=None)):
+    kinds = {
+        "engine": sglang(weight_sync=LoraSync(on_tmpfs=True)),
+        "rl.loss": policy_loss(dual_clip=3.0),
+        "rl.baseline": value_model(clip=0.2),
+        "rl.kl": kl(reference="a/b"),
+        "rl.ahead": ahead(2, in_flight_updates=True),
+    }
+    weighted = {"rl.loss.importance": importance(), "engine.weight_sync": TensorSync(bucket_mib=7), "rl.baseline": 0.5}
+    for changes in ({**lora, **muon}, kinds, weighted, {"sft": None}):
+        config = with_changes(changes)
         config.save(tmp_path / "config.json")
         assert Config.load(tmp_path / "config.json") == config
         assert load_config(tmp_path / "config.json") == config
@@ -444,6 +468,17 @@ def test_json_round_trip_ends_equal(tmp_path: Path) -> None:
     [
         (lambda data: data["rl"].pop("num_samples"), "config.rl.num_samples: missing; RLConfig has no defaults"),
         (lambda data: data["rl"].update(n_samples=4), "config.rl.n_samples: unknown; RLConfig has num_epochs, "),
+        (lambda data: data["rl"].update(loss="grpo"), "config.rl.loss: needs an object with \"kind\" (one of 'grpo', "),
+        (lambda data: data["rl"]["loss"].pop("kind"), "config.rl.loss.kind: missing; needs one of 'grpo', 'ppo', "),
+        (
+            lambda data: data["engine"].update(kind="sglan"),
+            "config.engine.kind: 'sglan': needs one of 'embedded', ",
+        ),
+        (lambda data: data["engine"].update(kind="vllm"), "config.engine.tensor_parallel_size: missing; VLLM has no"),
+        (
+            lambda data: data["rl"]["loss"].update(clip_low=1),
+            "config.rl.loss.clip_low: unknown; GRPO has advantage",
+        ),
         (lambda data: data.update(sft=3), "config.sft: needs an object with the fields of SFTConfig, found int"),
         (lambda data: data["data"]["sft_mixture"][0].pop("split"), "config.data.sft_mixture[0].split: missing"),
     ],

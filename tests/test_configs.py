@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from base_config import Config, ConfigError, changed, load_config
+from base_config import Config, ConfigError, Embedded, changed, load_config
 from rollouts.config import as_source
 from rollouts.training.datasets.dataset_loaders import load_prompt_mixture, load_sft_mixture
 from rollouts.training.model_loading import load_tokenizer
@@ -42,19 +42,21 @@ def test_a_config_is_shown_as_a_file_that_derives_from_no_other(file: Path, tmp_
 def test_a_config_made_by_changing_another() -> None:
     """Goal: what is named changes, at any depth, and nothing else. Red with the list's other items dropped."""
     demo = load_config(ROOT / "configs/00_cpu_sft_rl.py")
-    config = changed(demo, {"rl.seed": 7, "data.rl_mixture.0.max_samples": 5, "rl.optimizer.eps": 1e-6, "sft": None})
-    assert differences(demo, config) == {"rl.seed", "data.rl_mixture", "rl.optimizer.eps", "sft"}
-    assert config.rl and config.rl.seed == 7 and config.data.rl_mixture[0].max_samples == 5
-    assert demo.rl and demo.rl.seed != 7
+    config = changed(
+        demo, {"rl.sampling.seed": 7, "data.rl_mixture.0.max_samples": 5, "rl.optimizer.eps": 1e-6, "sft": None}
+    )
+    assert differences(demo, config) == {"rl.sampling.seed", "data.rl_mixture", "rl.optimizer.eps", "sft"}
+    assert config.rl and config.rl.sampling.seed == 7 and config.data.rl_mixture[0].max_samples == 5
+    assert demo.rl and demo.rl.sampling.seed != 7
 
 
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("rl.sed", "'rl.sed': RLConfig has no field 'sed'; did you mean 'seed'?"),
+        ("rl.sampling.sed", "'rl.sampling.sed': SamplingConfig has no field 'sed'; did you mean 'seed'?"),
         ("engin.kind", "'engin.kind': Config has no field 'engin'; did you mean 'engine'?"),
         ("data.rl_mixture.3.name", "'3' is no index of a list of 1"),
-        ("rl.seed.x", "'rl.seed.x': int has no field 'x'"),
+        ("rl.sampling.seed.x", "'rl.sampling.seed.x': int has no field 'x'"),
         ("", "'': Config has no field ''"),
     ],
 )
@@ -97,9 +99,10 @@ def test_the_demo_on_sglang_is_the_demo() -> None:
     steps, and what a larger environment needs. Red with another seed in one of them."""
     demo, on_sglang = (load_config(ROOT / "configs" / f"00_cpu_sft_rl{name}.py") for name in ("", "_sglang"))
     steps = {"rl.num_epochs", "rl.matrix_lr", "rl.embedding_lr", "rl.unembedding_lr"}
-    engine = {"engine.kind", "engine.requirements_file", "engine.context_length", "engine.max_total_tokens"}
     host = {"host.disk_free_gib_min", "limits.engine_ready_timeout_s", "output.experiment_name"}
-    assert differences(demo, on_sglang) == steps | engine | host
+    assert differences(demo, on_sglang) == steps | host | {"engine"}
+    shared = {field.name for field in dataclasses.fields(Embedded)} - {"requirements_file", "context_length"}
+    assert all(getattr(demo.engine, name) == getattr(on_sglang.engine, name) for name in shared)
 
 
 def test_the_demo_as_an_agent_is_the_demo() -> None:
@@ -109,7 +112,7 @@ def test_the_demo_as_an_agent_is_the_demo() -> None:
     steps = {"data.rl_mixture", "rl.num_epochs", "rl.examples_per_step", "rl.batch_size"}
     longer_sft = {"sft.num_iterations", "sft.eval_every"}
     rates = {"rl.matrix_lr", "rl.embedding_lr", "rl.unembedding_lr", "rl.optimizer.warmup_frac", "rl.temperature"}
-    own = {"rl.agent", "rl.reward_fn", "output.experiment_name"}
+    own = {"rl.agent", "rl.reward", "output.experiment_name"}
     assert differences(demo, agent) == steps | longer_sft | rates | own
 
 

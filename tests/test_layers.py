@@ -17,11 +17,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts.config.schema": ("rollouts.config.schema",),
     "rollouts.config.checks": (
         "rollouts.config.checks",
+        "rollouts.config.answers",
         "rollouts.config.schema",
         "rollouts.config.types",
         "rollouts.run_dir",
     ),
     "rollouts.config.types": (),
+    "rollouts.config.answers": ("rollouts.config.schema",),
     "deploy": ("rollouts.config", "rollouts.run_dir", "rollouts.remote"),
     "rollouts": ("rollouts.agents",),
     "rollouts.__main__": ("deploy",),
@@ -35,6 +37,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.training.inference",
         "rollouts.training.rewards.common",
         "rollouts.training.types",
+        "rollouts.training.user_code",
         "rollouts.training.weight_sync",
     ),
     "rollouts.engines": ("rollouts.engines",),
@@ -84,6 +87,15 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.engines.keys",
         "rollouts.agents",
         "rollouts.training",
+        "rollouts.worker.trainer_answers",
+        "rollouts.worker.trainer_data",
+        "rollouts.worker.trainer_job",
+        "rollouts.worker.trainer_wiring",
+    ),
+    "rollouts.worker.trainer_answers": (
+        "rollouts.config",
+        "rollouts.run_dir",
+        "rollouts.training",
         "rollouts.worker.trainer_data",
         "rollouts.worker.trainer_job",
         "rollouts.worker.trainer_wiring",
@@ -95,13 +107,16 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts.training": ("rollouts.training", "rollouts.manifest"),
     "rollouts.training.agent_integration": ("rollouts.training", "rollouts.agents"),
     "rollouts.training.calculator": (),
+    "rollouts.training.user_code": (),
     "rollouts.training.types": (),
+    "rollouts.training.seams": (),
     "rollouts.training.advantages": (),
     "rollouts.training.loss_terms": (),
     "rollouts.training.head_ways": (),
     "rollouts.training.log_probs": ("rollouts.training.head_ways",),
     "rollouts.training.packed_attention": (),
     "rollouts.training.host_to_device": (),
+    "rollouts.training.compiled_layers": (),
     "rollouts.training.forward": (
         "rollouts.training.host_to_device",
         "rollouts.training.log_probs",
@@ -118,7 +133,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.training.metrics",
         "rollouts.training.optimizer_state",
     ),
-    "rollouts.training.devices": (),
+    "rollouts.training.devices": ("rollouts.training.nvidia_driver",),
+    "rollouts.training.nvidia_driver": (),
+    "rollouts.training.compilers": (),
     "rollouts.training.distributed": ("rollouts.training.devices",),
     "rollouts.training.optimizer_state": ("rollouts.training.sharded_reader",),
     "rollouts.training.sharded_reader": (),
@@ -129,7 +146,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts.training.backends": (
         "rollouts.training.host_memory",
         "rollouts.training.host_to_device",
+        "rollouts.training.known_gradients",
         "rollouts.training.backends",
+        "rollouts.training.compiled_layers",
         "rollouts.training.devices",
         "rollouts.training.checkpoint",
         "rollouts.training.distributed",
@@ -149,6 +168,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.training.advantages",
         "rollouts.training.rewards",
         "rollouts.training.types",
+        "rollouts.training.user_code",
         "rollouts.training.datasets",
         "rollouts.training.inference",
         "rollouts.training.weight_sync",
@@ -159,7 +179,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.engines.keys",
     ),
     "rollouts.training.open_files": (),
-    "rollouts.training.rewards": ("rollouts.training.rewards", "rollouts.training.types"),
+    "rollouts.training.rewards": (
+        "rollouts.training.rewards",
+        "rollouts.training.types",
+        "rollouts.training.user_code",
+    ),
     "rollouts.training.datasets": (
         "rollouts.training.calculator",
         "rollouts.training.datasets",
@@ -179,6 +203,9 @@ STANDARD_LIBRARY_ONLY = (
     "rollouts.worker",  # under the host's own Python; the trainer alone runs in the environment
 )
 EXCEPT = tuple(f"rollouts.worker.trainer{part}" for part in ("", "_data", "_hub", "_job", "_wiring"))
+
+
+THE_LIBRARY = ("rollouts.training", "rollouts.agents", "rollouts.engines.embedded")
 
 
 def module_name(file: Path) -> str:
@@ -211,7 +238,8 @@ def under(module: str, prefixes: tuple[str, ...]) -> bool:
 
 def allowed_for(module: str) -> tuple[str, ...]:
     fitting = [prefix for prefix in ALLOWED if under(module, (prefix,))]
-    return ALLOWED[max(fitting, key=len)]
+    seams = ("rollouts.training.seams",) if under(module, THE_LIBRARY) else ()  # types of what is handed over
+    return (*ALLOWED[max(fitting, key=len)], *seams)
 
 
 def violations(source: str, module: str, is_package: bool = False) -> list[str]:

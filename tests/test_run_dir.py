@@ -17,9 +17,11 @@ from rollouts import run_dir
 from rollouts.run_dir import (
     EnvironmentSpec,
     ExitRecord,
+    HubModel,
     LaunchPlan,
     ProcessSpec,
     RunDir,
+    SmokeCheck,
     StageSpec,
     Status,
     append_jsonl,
@@ -73,7 +75,8 @@ def test_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_the_plan_survives_json() -> None:
-    """Goal: the launch plan is data: what was planned is what the host reads. Red with a nested record left a dict."""
+    """Goal: the launch plan is data: what was planned is what the host reads. Red with a nested record left a dict,
+    also in `smoke`."""
     process = ProcessSpec(window="trainer", argv=["a"], env={"B": "c"}, ready_url=None, ready_timeout_s=1.5)
     stage = StageSpec(name="rl", engines=[process], trainer=process, timeout_s=9.0, needs_checkpoint="/x")
     environment = EnvironmentSpec(
@@ -97,6 +100,8 @@ def test_the_plan_survives_json() -> None:
         stop_grace_s=2.0,
         engine_restarts_max=3,
         engine_hang_timeout_s=4.0,
+        models=[HubModel(name="a/b", weights=True)],
+        smoke=[SmokeCheck(process=process, timeout_s=5.0, marker="/e/.smoke-1", subject="cpu")],
     )
     assert LaunchPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
@@ -198,7 +203,7 @@ def test_several_writers_never_mix_lines(run: RunDir) -> None:
         assert [row["index"] for row in rows if row["from"] == name] == list(range(300))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rows=st.lists(st.text(max_size=30), max_size=12), torn=st.integers(0, 40))
 def test_a_torn_last_line_is_left_out(tmp_path_factory: pytest.TempPathFactory, rows: list[str], torn: int) -> None:
     """Goal: cut anywhere, a file gives its complete lines, and `last_jsonl_row` the last of them. Red with the last

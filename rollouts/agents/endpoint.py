@@ -7,6 +7,7 @@ from typing import Any
 
 from rollouts.training.datasets.turn_end import TurnEnds, end_of_turn_ids
 from rollouts.training.inference.sglang import SGLangEngine
+from rollouts.training.seams import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +18,7 @@ class Endpoint:
     """
 
     engine: Any
-    tokenizer: Any
+    tokenizer: Tokenizer
     max_new_tokens: int
     temperature: float = 1.0
     top_k: int = -1

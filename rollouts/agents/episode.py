@@ -18,7 +18,9 @@ from rollouts.training.datasets.chat import render_prompt
 from rollouts.training.datasets.lost_text import LostTool
 from rollouts.training.datasets.rows import DataError
 from rollouts.training.datasets.turn_end import TurnEnds
+from rollouts.training.seams import Tokenizer
 from rollouts.training.types import Prompt
+from rollouts.training.user_code import USER_ERRORS, describe
 
 
 class AgentError(RuntimeError):
@@ -95,14 +97,9 @@ def _blamed_on(environment: Environment, method: str, prompt: Prompt) -> Iterato
     """What a user's environment raises becomes an AgentError that says where, and for which prompt."""
     try:
         yield
-    except Exception as error:  # a user's code may raise anything
-        trace = error.__traceback__
-        while trace is not None and trace.tb_next is not None:
-            trace = trace.tb_next
-        place = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace is not None else "?"
+    except USER_ERRORS as error:
         raise AgentError(
-            f"{type(environment).__name__}.{method}() raised {type(error).__name__}: {error} ({place}) "
-            f"for prompt {str(prompt)[:200]}"
+            f"{type(environment).__name__}.{method}() raised {describe(error)} for prompt {str(prompt)[:200]}"
         ) from error
 
 
@@ -156,7 +153,7 @@ def _spans(generation: Any, start: int) -> list[dict[str, Any]]:
 
 
 def between_turns(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     messages: list[Message],
     answers: list[Message],
     tools: list[dict[str, Any]] | None,
@@ -177,7 +174,7 @@ def between_turns(
     return after[end:]
 
 
-def _opening(tokenizer: Any, messages: list[Message], tools: list[dict[str, Any]] | None) -> list[int]:
+def _opening(tokenizer: Tokenizer, messages: list[Message], tools: list[dict[str, Any]] | None) -> list[int]:
     """Tokens of the messages that an episode begins with. Raises AgentError for one that the template leaves out.
 
     A template without tools is no error here: the messages may describe them, or the policy know them.
@@ -190,7 +187,7 @@ def _opening(tokenizer: Any, messages: list[Message], tools: list[dict[str, Any]
         raise AgentError(str(error)) from error
 
 
-def _render(tokenizer: Any, messages: list[Message], tools: Any, **options: Any) -> list[int]:
+def _render(tokenizer: Tokenizer, messages: list[Message], tools: Any, **options: Any) -> list[int]:
     from jinja2 import TemplateError
 
     try:

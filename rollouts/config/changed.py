@@ -10,13 +10,19 @@ from rollouts.config.types import ConfigError, nearest
 
 
 def changed(base: Config, fields: Mapping[str, Any]) -> Config:
-    """`base` with the value at each path, such as "rl.seed" or "data.rl_mixture.0.max_samples", replaced.
+    """`base` with the value at each path, such as "rl.sampling.seed" or "data.rl_mixture.0.max_samples", replaced.
 
-    Raises ConfigError for a path that leads nowhere, with the nearest name.
+    Raises ConfigError for every path that leads nowhere, each with the nearest name.
     """
     result: Any = base
+    errors: list[str] = []
     for path, value in fields.items():
-        result = _replaced(result, path, path, value)
+        try:
+            result = _replaced(result, path, path, value)
+        except ConfigError as error:
+            errors.append(str(error))
+    if errors:
+        raise ConfigError("\n".join(errors))
     return typing.cast(Config, result)
 
 

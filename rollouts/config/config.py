@@ -1,15 +1,16 @@
 """`Config`: a job as one value, with its checks and its JSON round trip."""
 
-import dataclasses
 import json
 import os
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rollouts.config.checks import config_problems
-from rollouts.config.json_form import from_json, json_lines, line_of
+from rollouts.config.earlier import in_todays_form
+from rollouts.config.json_form import from_json, json_lines, line_of, to_json
 from rollouts.config.schema import Sections
 from rollouts.config.types import ConfigError
 
@@ -23,7 +24,7 @@ class Config(Sections):
         return config_problems(self)
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return typing.cast(dict[str, Any], to_json(self, Config))
 
     @classmethod
     def from_json(cls, data: Any) -> "Config":
@@ -41,7 +42,11 @@ class Config(Sections):
         temporary.replace(path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "Config":
+    def load(cls, path: str | os.PathLike[str], say: Callable[[str], None] | None = None) -> "Config":
+        """Read what `save` wrote, in the flat form of earlier versions too; `say` is told so once.
+
+        Raises ConfigError naming the file and the line of every missing, unknown and doubled key.
+        """
         try:
             text = Path(path).read_text()
             data = json.loads(text)
@@ -54,6 +59,9 @@ class Config(Sections):
         except (ValueError, RecursionError) as error:  # a number of too many digits; brackets too deep
             raise ConfigError(f"{path}: cannot be read as a config: {error}") from None
         errors: list[tuple[str, str]] = []
+        data, of_earlier = in_todays_form(data)
+        if of_earlier and say is not None:
+            say(f"{path}: was written by an earlier version, and is read in today's form; --show prints that")
         config = from_json(cls, data, "config", errors)
         lines, twice = json_lines(text)
         errors += [(key, "given twice") for key in twice]

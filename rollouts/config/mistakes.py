@@ -14,19 +14,23 @@ from typing import Any
 
 from rollouts.config import schema
 from rollouts.config.config import Config
-from rollouts.config.types import nearest
+from rollouts.config.earlier import MOVED, MOVED_CLASSES
+from rollouts.config.types import ConfigError, nearest
 
-_CLASSES: tuple[type, ...] = (Config, *(getattr(schema, name) for name in schema.__all__ if name != "Sections"))
+_SECTIONS = [item for name in schema.__all__ if isinstance(item := getattr(schema, name), type)]
+_CLASSES: tuple[type, ...] = (Config, *(item for item in _SECTIONS if item is not schema.Sections))
 
 
 def describe_exception(file: Path, error: BaseException) -> str:
     own = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == file]
-    text = f"{type(error).__name__}: {error}"
+    text = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
     wanted = re.match(
         r"cannot import name '(\w+)' from '(?:base_config|rollouts\.config)'|name '(\w+)' is not defined", str(error)
     )
     if wanted:
-        text += nearest(wanted[1] or wanted[2], [item.__name__ for item in _CLASSES])
+        name = wanted[1] or wanted[2]
+        moved = MOVED_CLASSES.get(name)
+        text += f"; it is {moved} now" if moved else nearest(name, [item.__name__ for item in _CLASSES])
     return f"{file}:{own[-1].lineno}: {text}" if own else f"{file}: {text}"
 
 
@@ -59,7 +63,9 @@ def _noting_init(found: list[tuple[str, int, str]]) -> typing.Callable[..., None
         if args:
             found.append((file, line, f"{name} takes its fields by name: {len(args)} came without one"))
         for key in given.keys() - set(known):
-            message = f"{name} has no field {key!r}{nearest(key, [k for k in known if k not in given] or known)}"
+            moved = MOVED.get(name, {}).get(key)
+            near = f"; it is {moved} now" if moved else nearest(key, [k for k in known if k not in given] or known)
+            message = f"{name} has no field {key!r}{near}"
             found.append((file, lines.get(key, line), message))
         missing = [key for key in known if key not in given]
         if missing and not args:

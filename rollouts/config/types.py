@@ -46,8 +46,9 @@ def _union_problems(value: Any, choices: tuple[Any, ...], path: str) -> Iterator
     if value is None and type(None) in choices:
         return
     others = [choice for choice in choices if choice is not type(None)]
-    if len(others) == 1:
-        yield from type_problems(value, others[0], path)
+    of_its_class = [choice for choice in others if dataclasses.is_dataclass(choice) and type(value) is choice]
+    if of_its_class or len(others) == 1:
+        yield from type_problems(value, (of_its_class or others)[0], path)
         return
     if all(any(True for _ in type_problems(value, choice, path)) for choice in others):
         names = [repr(a) for c in others if typing.get_origin(c) is Literal for a in typing.get_args(c)]

@@ -59,13 +59,13 @@ CUDA_RULES: Sequence[tuple[str, str]] = (
     (
         r"Mismatched NCCL version detected[^\n]*",
         "Trainer and engine have different versions of NCCL, which refuses that. Give both the same torch:"
-        " host.constraints_file='requirements/trainer-cuda.txt', or set engine.weight_sync='disk'.",
+        " host.constraints_file='requirements/trainer-cuda.txt', or set engine.weight_sync=DiskSync(...).",
     ),
     (
         r"Invalid device_uuid=?(?P<uuid>\S*)",
-        "The trainer's weights lie on a GPU that the engine does not see ({uuid}): weight_sync='tensor' shares"
-        " memory of"
-        " one device. Put the trainer's first rank and the engine on the same GPU, or set engine.weight_sync='disk'.",
+        "The trainer's weights lie on a GPU that the engine does not see ({uuid}): weight_sync=TensorSync(...) shares"
+        " memory of one device. Put the trainer's first rank and the engine on the same GPU, or set"
+        " engine.weight_sync=DiskSync(...).",
     ),
     (
         r"memory capacity is unbalanced",
@@ -183,7 +183,7 @@ RULES: Sequence[tuple[str, str]] = (
         r"(?P<arch>model type `[^`]+`) but Transformers does not recognize|Model architectures (?P<archs>\[[^\]]*\])"
         r" (?:are not supported|failed to be inspected)|'(?P<module_class>\w+)' is not a registered model in the Trans",
         "This engine does not know the model's architecture ({arch}{archs}{module_class}). Serve another model.name,"
-        " pin a newer engine in engine.requirements_file, or set engine.kind='embedded', which serves what transformers"
+        " pin a newer engine in engine.requirements_file, or set engine=Embedded(...), which serves what transformers"
         " has.",
     ),
     (

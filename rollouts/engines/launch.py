@@ -1,6 +1,6 @@
 """Command lines of the inference servers, by `engine.kind`. Pure, standard library only: a plan prints them.
 
-Each kind has a `command` module: READY_PATH, `argv(server)` and `env(device_type, tree)`.
+Each kind has a `command` module: READY_PATH, `argv(server)`, `env(device_type, tree)` and `modules(device_type)`.
 """
 
 from collections.abc import Mapping
@@ -82,6 +82,12 @@ def engine_env(engine: EngineConfig, *, device_type: DeviceType, tree: str) -> d
     """Variables that the engine's process needs; `tree` is the repository's root on the host."""
     env: dict[str, str] = COMMANDS[engine.kind].env(device_type, tree)
     return env
+
+
+def engine_modules(engine: EngineConfig, *, device_type: DeviceType) -> tuple[str, ...]:
+    """Name what the engine's environment has to import before a server can start."""
+    names: tuple[str, ...] = COMMANDS[engine.kind].modules(device_type)
+    return names
 
 
 def engine_devices(engine: EngineConfig, replica: int) -> list[int]:

@@ -24,15 +24,17 @@ from rollouts.remote.escape import escaped
 from rollouts.remote.execute import execute
 from rollouts.remote.facts import HostFacts, gather_facts
 from rollouts.remote.local_faults import Interrupted, Standing, standing
+from rollouts.remote.looks import last_seen
 from rollouts.remote.mirror import Mirror
 from rollouts.remote.open_run import known, open_run, write_note
+from rollouts.remote.open_transport import open_transport
 from rollouts.remote.plan import Plan, asked_paths, asked_ports, make_plan
 from rollouts.remote.read_config import read_config
 from rollouts.remote.registry import Entry
 from rollouts.remote.repository import find_repository, read_code
 from rollouts.remote.sending import sent_program
-from rollouts.remote.texts import failure_message, how_to_go_on, plan_text, result_text
-from rollouts.remote.transport import LOCAL_TARGET, Transport, open_transport
+from rollouts.remote.texts import failure_message, forgotten_text, how_to_go_on, plan_text, result_text
+from rollouts.remote.transport import LOCAL_TARGET, Transport
 from rollouts.remote.watch import (
     Link,
     Patience,
@@ -46,6 +48,7 @@ from rollouts.remote.watch import (
     tail,
     watch,
 )
+from rollouts.run_dir import FINAL_STATES
 
 DETACHED = 130  # as a shell says of Ctrl-C
 STOP_MARGIN_S = 60.0
@@ -204,7 +207,8 @@ def _watch_to_end(link: Link, reporter: Reporter, now: Standing, *, as_json: boo
         pull_error.started = True
     reporter.close()
     with contextlib.suppress(OSError, DeployError):
-        write_note(entry, now=time.time(), followed_by=None, complete=pull_error is None)
+        complete = pull_error is None and result.state in FINAL_STATES
+        write_note(entry, now=time.time(), followed_by=None, complete=complete)
     code = result.exit_code if result.exit_code is not None else 1
     if pull_error is not None and code == 0:
         code = 1
@@ -252,7 +256,7 @@ def pull_run(run_id: str, *, remote: str | None, as_json: bool) -> int:
         finally:
             for note in notes:
                 print(f"note: {escaped(note)}", file=sys.stderr)
-        write_note(entry, now=time.time(), followed_by=None, complete=state != "live")
+        write_note(entry, now=time.time(), followed_by=None, complete=state in FINAL_STATES)
     checkpoints = sorted(str(path.parent) for path in entry.mirror.checkpoints.glob("*/step_*/manifest.json"))
     if as_json:
         found = {"state": state, "local_dir": entry.local_dir, "checkpoints": checkpoints, "notes": notes}
@@ -285,7 +289,11 @@ def logs(run_id: str, *, remote: str | None, window: str, follow_on: bool, as_js
                     on_file(changed)
         for note in left_out_notes(mirror):
             _say_on_stderr("note", note)
-        windows = sorted(path.stem for path in entry.mirror.path.glob("logs/*.log"))
+        logged = {path.stem for path in entry.mirror.path.glob("logs/*.log")}
+        named = {row["window"] for row in mirror.rows("events.jsonl") if isinstance(row.get("window"), str)}
+        windows = sorted(logged | named)
+        if window in windows and window not in logged:
+            _say_on_stderr("note", f"{window} has printed nothing so far")
         if window not in windows:
             raise DeployError(
                 f"{entry.run_id} has no window {window!r}.",
@@ -293,7 +301,7 @@ def logs(run_id: str, *, remote: str | None, window: str, follow_on: bool, as_js
                 started=True,
             )
     if as_json:
-        text = read_plain(entry.mirror.log(window)).decode(errors="replace")
+        text = read_plain(entry.mirror.log(window)).decode(errors="replace") if window in logged else ""
         print_json({"run_id": entry.run_id, "window": window, "windows": windows, "text": text})
     return 0
 
@@ -323,12 +331,12 @@ def forget(run_id: str, *, as_json: bool) -> int:
     """`deploy forget RUN`: drop this machine's record of it. Its host and the results here stay as they are."""
     with standing():
         entry = known(run_id)
+        seen = last_seen(entry)
         registry.forget(entry)
         if as_json:
             print_json({"run_id": entry.run_id, "local_dir": entry.local_dir, "run_path": entry.run_path})
         else:
-            kept = f"kept: {entry.run_path} on {entry.target}, {entry.local_dir} here"
-            show(f"{entry.run_id} is forgotten here.\n{kept}")
+            show(forgotten_text(entry, seen["state"]))
     return 0
 
 

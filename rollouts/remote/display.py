@@ -5,6 +5,7 @@ Whatever comes from a host goes through escape.py first.
 
 import json
 import os
+import shutil
 import sys
 import threading
 import time
@@ -12,13 +13,24 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from rollouts.remote.escape import escaped, one_line
-from rollouts.remote.view import View, duration, eval_line, event_line, metric_pairs, metrics_line
+from rollouts.remote.view import (
+    View,
+    duration,
+    eval_line,
+    event_line,
+    finished,
+    is_repeated,
+    metric_pairs,
+    metrics_line,
+    time_of,
+)
 from rollouts.remote.watch import Reporter
 
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.live import Live
 
+KEPT_PHASES = ("run", "note", "pull")  # of what deploy itself says: these stay on the screen
 QUIET_S = 30.0  # plain lines: after so long without one, say that it goes on
 TICK_S = 0.25
 SHOWN_EVENTS = ("checkpoint", "note", "warning", "error", "engine_restarted", "engine_recovered")
@@ -35,6 +47,11 @@ def make_reporter(*, as_json: bool) -> Reporter:
 
 def print_json(value: Any) -> None:
     print(json.dumps(value), flush=True)
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal that stdout is; None where it is none, and width does not matter."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def show(text: str) -> None:
@@ -64,6 +81,7 @@ class PlainReporter:
 
     def __init__(self) -> None:
         self._started = self._printed = time.monotonic()
+        self._view = View()
 
     def _print(self, text: str) -> None:
         self._printed = time.monotonic()
@@ -73,7 +91,9 @@ class PlainReporter:
         self._print(f"{phase}: {text}")
 
     def row(self, file: str, row: dict[str, Any], view: View) -> None:
-        self._print(row_line(file, row, view))
+        if not is_repeated(self._view, row):
+            self._print(row_line(file, row, view))
+        self._view = view
 
     def alive(self, doing: str) -> None:
         if time.monotonic() - self._printed >= QUIET_S:
@@ -102,7 +122,8 @@ class LiveReporter:
 
         self._lock = threading.RLock()
         self._console = Console(markup=False, highlight=False, emoji=False)
-        self._view, self._doing, self._phase_since = View(), "", time.monotonic()
+        self._view, self._doing, self._doing_since = View(), "", time.monotonic()
+        self._host_ahead: float | None = None  # the host's clock less ours, as far as its rows tell
         self._kept: deque[str] = deque(maxlen=200)  # the last lines that stay
         self._size = self._console.size
         self._live = self._new_live()
@@ -112,25 +133,31 @@ class LiveReporter:
 
     def say(self, phase: str, text: str) -> None:
         with self._lock:
-            if phase in ("note", "pull"):
+            if phase in KEPT_PHASES:
                 self._keep(f"{phase}: {text}")
-            self._doing = f"{phase}: {text}"
+            self._do(f"{phase}: {text}")
             self._draw()
 
     def row(self, file: str, row: dict[str, Any], view: View) -> None:
         with self._lock:
-            if view.phases != self._view.phases:
-                self._phase_since = time.monotonic()
-            self._view = view
+            before, self._view = self._view, view
+            if (at := time_of(row)) is not None:
+                ahead = at - time.monotonic()  # rows of a while ago come late: the latest tells the clock
+                self._host_ahead = ahead if self._host_ahead is None else max(ahead, self._host_ahead)
             if file != "events.jsonl":
-                self._doing = ""
-            if file == "eval.jsonl" or row.get("kind") in SHOWN_EVENTS:
+                self._do("")
+            if file == "eval.jsonl" or (row.get("kind") in SHOWN_EVENTS and not is_repeated(before, row)):
                 self._keep(row_line(file, row, view))
             self._draw()
 
     def alive(self, doing: str) -> None:
         with self._lock:
-            self._doing = "" if self._view.metrics else doing
+            self._do("" if self._view.metrics else doing)
+
+    def _do(self, doing: str) -> None:
+        """What is under way: its time starts anew where it is something else."""
+        if doing != self._doing:
+            self._doing, self._doing_since = doing, time.monotonic()
 
     def close(self) -> None:
         if self._closed.is_set():
@@ -177,7 +204,8 @@ class LiveReporter:
             self._doing,
             width=self._size.width,
             utf8=not self._console.options.ascii_only,
-            elapsed_s=time.monotonic() - self._phase_since,
+            doing_s=time.monotonic() - self._doing_since,
+            host_now=time.monotonic() + (self._host_ahead or 0.0),
         )
 
     def _rendered(self) -> "Group":
@@ -200,12 +228,13 @@ def wrapped_tail(lines: list[str], width: int, room: int) -> list[str]:
     return taken[::-1]
 
 
-def live_lines(view: View, doing: str, *, width: int, utf8: bool, elapsed_s: float) -> list[str]:
-    """What is redrawn, line by line, none longer than the terminal is wide."""
-    lines = [
-        _phase_line(name, detail, utf8=utf8, elapsed_s=elapsed_s if last and not view.metrics else None)
-        for last, (name, detail) in ((index == len(view.phases) - 1, p) for index, p in enumerate(view.phases))
-    ]
+def live_lines(view: View, doing: str, *, width: int, utf8: bool, doing_s: float, host_now: float) -> list[str]:
+    """What is redrawn, line by line, none longer than the terminal is wide.
+
+    Until the first metrics each phase under way says how long it has taken; what deploy does says so where none is.
+    """
+    clocks = {} if view.metrics else {name: host_now - begun for name, begun in view.begun.items()}
+    lines = [_phase_line(name, detail, width - 1, utf8, clocks.get(name)) for name, detail in view.phases]
     if view.steps_total:
         filled = max(0, min(32, 32 * view.step // view.steps_total))
         full, empty = ("━", "╌") if utf8 else ("=", "-")
@@ -214,14 +243,16 @@ def live_lines(view: View, doing: str, *, width: int, utf8: bool, elapsed_s: flo
         lines.append(f"  {one_line(view.stage)} {bar} {view.step}/{view.steps_total}{eta}")
         lines += pair_lines([f"{name} {text}" for name, text in metric_pairs(view.metrics)], width - 1)
     if doing or not view.phases:
-        lines.append(one_line(doing or "starting") + ("" if view.metrics else f" ({duration(elapsed_s)})"))
+        timed = clocks and not all(finished(detail) for _, detail in view.phases)
+        lines.append(one_line(doing or "starting") + ("" if timed else f" ({duration(doing_s)})"))
     return [cut_to_width(line, width - 1) for line in lines]
 
 
-def _phase_line(name: str, detail: str, *, utf8: bool, elapsed_s: float | None) -> str:
-    finished = detail.startswith(("done", "ready", "reused"))
-    mark = ("✓" if finished else "•") if utf8 else ("+" if finished else "*")
-    return f"{mark} {name:<22}{detail}" + ("" if finished or elapsed_s is None else f", {duration(elapsed_s)}")
+def _phase_line(name: str, detail: str, width: int, utf8: bool, seconds: float | None) -> str:
+    over = finished(detail)
+    mark = ("✓" if over else "•") if utf8 else ("+" if over else "*")
+    clock = "" if over or seconds is None else f", {duration(max(0.0, seconds))}"
+    return cut_to_width(f"{mark} {name:<22}{detail}", width - len(clock)).rstrip() + clock
 
 
 def cut_to_width(text: str, width: int) -> str:

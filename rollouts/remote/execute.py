@@ -36,6 +36,7 @@ def execute(entry: Entry, config: Config, transport: Transport, path: str, say: 
         run_path=entry.run_path,
         python=launch.base_python,
         expected=read_recorded_tree(entry.record),
+        launch_id=entry.launch_id,
         say=say,
     )
     say("launch", f"tmux session {entry.run_id}")

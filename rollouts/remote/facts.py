@@ -183,7 +183,7 @@ def parse_facts(lines: list[tuple[str, str]]) -> HostFacts:
         gpus=cards,
         gpu_problem=gpu_problem,
         gpu_processes=gpus.read_processes(several.get("gpu_process", [])),
-        cuda=gpus.read_cuda_host(values, several.get("compiler", [])),
+        cuda=gpus.read_cuda_host(values, several.get("compiler", []), several.get("allocator", [])),
         pythons_seen=tuple(several.get("python_seen", [])),
         ram_mib=int(values["ram_kib"]) // 1024 if values.get("ram_kib", "").isdigit() else None,
         python=probe.pop("python", None),

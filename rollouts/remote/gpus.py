@@ -41,6 +41,9 @@ echo "machine=$(uname -m)"
 echo "libc=$(getconf GNU_LIBC_VERSION 2>/dev/null || ldd --version 2>&1 | sed 1q)"
 [ -d /dev/shm ] && echo "shm=$(df -Pk /dev/shm 2>/dev/null | sed -n 2p)"
 [ -n "${CUDA_VISIBLE_DEVICES+set}" ] && echo "visible_devices=$CUDA_VISIBLE_DEVICES"
+for setting in PYTORCH_ALLOC_CONF PYTORCH_CUDA_ALLOC_CONF; do
+  value=$(printenv "$setting") && echo "allocator=$setting $value"
+done
 for compiler in c++ g++ gcc cc; do
   where=$(command -v "$compiler") && echo "compiler=$compiler $where"
 done
@@ -90,6 +93,7 @@ class CudaHost:
     shm_total_mib: int | None = None  # of /dev/shm
     shm_free_mib: int | None = None
     visible_devices: str | None = None  # CUDA_VISIBLE_DEVICES as the host's own start-up files or scheduler set it
+    allocator: tuple[tuple[str, str], ...] = ()  # settings of torch's allocator that the host's own files set
     compilers: tuple[str, ...] | None = None  # of c++, g++, gcc and cc those found
     mps: bool = False  # an NVIDIA MPS server shares the cards
 
@@ -144,8 +148,8 @@ def read_processes(lines: Iterable[str]) -> tuple[GpuProcess, ...]:
     return tuple(found)
 
 
-def read_cuda_host(values: Mapping[str, str], compilers: Iterable[str]) -> CudaHost:
-    """Return what the script printed of the host itself. `compilers`: "c++ /usr/bin/c++"."""
+def read_cuda_host(values: Mapping[str, str], compilers: Iterable[str], allocator: Iterable[str] = ()) -> CudaHost:
+    """Return what the script printed of the host itself. `compilers`: "c++ /usr/bin/c++"; `allocator`: name, value."""
     shm = [int(cell) // 1024 for cell in values.get("shm", "").split()[1:4] if cell.isdigit()]
     return CudaHost(
         machine=values.get("machine", ""),
@@ -153,6 +157,7 @@ def read_cuda_host(values: Mapping[str, str], compilers: Iterable[str]) -> CudaH
         shm_total_mib=shm[0] if len(shm) == 3 else None,
         shm_free_mib=shm[2] if len(shm) == 3 else None,
         visible_devices=values.get("visible_devices"),
+        allocator=tuple((line.partition(" ")[0], line.partition(" ")[2]) for line in allocator),
         compilers=tuple(line.split(" ")[0] for line in compilers) if "compilers_asked" in values else None,
         mps="mps" in values,
     )

@@ -6,6 +6,7 @@ line are matched as OpenSSH does: patterns, negation, [host]:port, hashes.
 
 import base64
 import binascii
+import contextlib
 import fnmatch
 import hashlib
 import hmac
@@ -74,6 +75,26 @@ def read_known_keys(files: Iterable[Path], name: str) -> KnownKeys:
         if kind and kind.encode() == rest[1]:
             groups[marker].append(KnownKey(kind, blob, where))
     return found
+
+
+def read_revoked(file: Path) -> list[KnownKey]:
+    """Return the keys of a RevokedHostKeys file, one a line. Raises OSError: unread, ssh trusts no key.
+
+    A KRL, which holds more than keys, has none here: `is_krl`.
+    """
+    found = []
+    for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
+        for word in line.split()[:2]:
+            with contextlib.suppress(binascii.Error, ValueError):
+                blob = base64.b64decode(word, validate=True)
+                if kind := key_kind(blob):
+                    found.append(KnownKey(kind, blob, f"{file}:{number}"))
+    return found
+
+
+def is_krl(file: Path) -> bool:
+    """Tell whether a RevokedHostKeys file is one of ssh-keygen -k. Raises OSError."""
+    return file.read_bytes()[:8] == b"SSHKRL\n\0"
 
 
 def key_kind(blob: bytes) -> str:

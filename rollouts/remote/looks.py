@@ -2,22 +2,24 @@
 
 import contextlib
 import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from rollouts.remote import registry
-from rollouts.remote.display import print_json, show
+from rollouts.remote.display import print_json, show, terminal_width
 from rollouts.remote.escape import escaped, one_line
 from rollouts.remote.facts import gather_facts
 from rollouts.remote.host_probe import run_row
 from rollouts.remote.local_faults import standing
 from rollouts.remote.open_run import OpenRun, open_run, read_note, was_launched
+from rollouts.remote.open_transport import open_transport
 from rollouts.remote.plan.gpu_problems import host_advice
 from rollouts.remote.registry import Entry
 from rollouts.remote.texts import cause, facts_text, run_text, runs_text
-from rollouts.remote.transport import LOCAL_TARGET, open_transport
-from rollouts.run_dir import RunDir, iter_jsonl, read_status
+from rollouts.remote.transport import LOCAL_TARGET
+from rollouts.run_dir import FINAL_STATES, RunDir, iter_jsonl, read_status
 
 
 def status(run_id: str, *, remote: str | None, as_json: bool) -> int:
@@ -26,17 +28,36 @@ def status(run_id: str, *, remote: str | None, as_json: bool) -> int:
         entry = run.entry
         shown = list_row(entry.target, entry.experiment_name, entry.run_id, run.row)
         shown |= {"message": _message(run), "run_path": entry.run_path, "local_dir": entry.local_dir}
-        shown["here"] = read_note(entry.mirror).get("message", "nothing was pulled")
+        shown["here"] = what_lies_here(entry)
         if run.row is None:
             shown["state"] = {"gone": "gone", "never launched": "not launched"}.get(run.trace, "unreadable")
     print_json(shown) if as_json else show(run_text(shown))
     return 0
 
 
+def what_lies_here(entry: Entry) -> str:
+    """The mirror's note; that a process follows counts only while there is one of its number."""
+    note = read_note(entry.mirror)
+    pid = note.get("followed_by")
+    if isinstance(pid, int) and not _is_alive(pid):
+        return f"not followed any more: `deploy attach {entry.run_id}` follows, `deploy pull {entry.run_id}` brings all"
+    return str(note.get("message", "nothing was pulled"))
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def _message(run: OpenRun) -> str:
     entry = run.entry
     if run.row is not None:
-        message = str(run.row["message"])
+        message = _with_host(run.row)
         return message if run.row["state"] != "failed" else _cause(entry.mirror, message)
     if run.trace == "unreadable":
         return f"its status on {entry.target} cannot be read: `deploy pull {entry.run_id}` brings what can"
@@ -54,10 +75,10 @@ def list_runs(*, remote: str | None, as_json: bool) -> int:
                 found = gather_facts(transport).runs
             rows = [_host_row(remote, row) for row in found]
         else:
-            rows = [_last_seen(entry) for entry in registry.entries()]
+            rows = [last_seen(entry) for entry in registry.entries()]
         for file in registry.damaged_entries():
             print(f"note: {file} cannot be read, and is left out", file=sys.stderr)
-        print_json(rows) if as_json else show(runs_text(rows))
+        print_json(rows) if as_json else show(runs_text(rows, width=terminal_width()))
     return 0
 
 
@@ -74,7 +95,8 @@ def check_host(remote: str | None, *, as_json: bool, accept_new_host_key: bool) 
             found = {"lacking": lacking, "advice": list(map(dataclasses.asdict, advice))}
             print_json({"target": target, **found, "facts": dataclasses.asdict(facts)})
         else:
-            show(f"{facts_text(target, facts, lacking)}\n\n{runs_text([_host_row(target, row) for row in facts.runs])}")
+            runs = runs_text([_host_row(target, row) for row in facts.runs], width=terminal_width())
+            show(f"{facts_text(target, facts, lacking)}\n\n{runs}")
             for problem in advice:
                 show(f"\nfor GPU runs: {escaped(problem.text())}")
             for problem in facts.way_problems:
@@ -82,27 +104,40 @@ def check_host(remote: str | None, *, as_json: bool, accept_new_host_key: bool) 
         return 2 if lacking or facts.way_problems else 0
 
 
+def _with_host(row: dict[str, Any]) -> str:
+    """A run's message, with the machine that it runs on where that only shares its files with the host."""
+    message, host = str(row["message"]), row["host"]
+    if not host or row["state"] in FINAL_STATES:
+        return message
+    if row["live"]:
+        return f"runs on {host}, which shares this home: {message}"
+    ask = f"whether it lives is known there: `deploy status {row['run_id']} --remote {host}`"
+    return f"ran on {host}, which shares this home, and nothing was heard of it for minutes; {ask}"
+
+
 # --- rows -----------------------------------------------------------------------------------------------------------
 
 
 def list_row(target: str, experiment_name: str, run_id: str, row: dict[str, Any] | None) -> dict[str, Any]:
     """A run as `ls` and `status` show it, from a host_probe.run_row; `state` is "unknown" without one."""
-    names = ("state", "stage", "step", "started_at", "exit_code", "message")
+    names = ("state", "stage", "step", "started_at", "exit_code", "message", "host")
     values = {name: row.get(name) if row else None for name in names}
     values["state"] = values["state"] or "unknown"
     return {"run_id": run_id, "experiment_name": experiment_name, "target": target, **values}
 
 
 def _host_row(target: str, row: dict[str, Any]) -> dict[str, Any]:
-    return list_row(target, row["experiment_name"], row["run_id"], row)
+    return list_row(target, row["experiment_name"], row["run_id"], row | {"message": _with_host(row)})
 
 
-def _last_seen(entry: Entry) -> dict[str, Any]:
+def last_seen(entry: Entry) -> dict[str, Any]:
     """A run from what lies on this machine; with a `message` where it failed, or was not launched."""
     row = _row_here(entry)
     shown = list_row(entry.target, entry.experiment_name, entry.run_id, row)
+    shown |= {"message": _with_host(row)} if row else {}
     if row is None and not was_launched(entry):
-        return shown | {"state": "not launched", "message": one_line(entry.reason) or "deploy was interrupted"}
+        reason = one_line(entry.reason) or "deploy was interrupted, or is sending it"
+        return shown | {"state": "not launched", "message": reason}
     if shown["state"] in ("failed", "died"):
         return shown | {"message": _cause(entry.mirror, str(row["message"]) if row else "")}
     return shown

@@ -21,9 +21,10 @@ from rollouts.remote.errors import DeployError
 from rollouts.remote.facts import HostFacts, gather_facts
 from rollouts.remote.local_faults import Standing, standing
 from rollouts.remote.mirror_files import make_mirror, replace, size_of
+from rollouts.remote.open_transport import open_transport
 from rollouts.remote.registry import Entry
 from rollouts.remote.repository import find_repository
-from rollouts.remote.transport import LOCAL_TARGET, Transport, open_transport
+from rollouts.remote.transport import LOCAL_TARGET, Transport
 from rollouts.run_dir import EXPERIMENT_NAME_PATTERN, FINAL_STATES, RunDir, valid_run_id
 
 LAST = "last"  # names the run that this machine knows of most recently
@@ -269,6 +270,7 @@ def write_note(entry: Entry, *, now: float, followed_by: int | None, complete: b
         "run_path": entry.run_path,
         "started_here": not entry.adopted,
         "followed": followed_by is not None,
+        "followed_by": followed_by,
         "complete": complete,
         "updated_at": now,
         "message": message,

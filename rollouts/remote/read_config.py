@@ -1,5 +1,6 @@
 """The config that a command line names: read, checked, shown."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def read_config(path: str) -> Config:
     """The config, checked; every problem at once. A run directory stands for its config.json."""
     file = Path(path)
     if file.is_dir():
-        file = file / "config.json"
+        file = _config_of(file)
     if file.name == "config.json" and read_note(RunDir(file.parent)).get("started_here") is False:
         raise DeployError(
             f"{file} came from a host, with a run that was started elsewhere.",
@@ -29,7 +30,7 @@ def read_config(path: str) -> Config:
             fix="read it, copy it to a place of your own, and deploy the copy",
         )
     try:
-        config = load_config(file)
+        config = load_config(file, say=lambda text: print(f"note: {text}", file=sys.stderr))
     except ConfigError as error:
         raise DeployError(str(error)) from None
     problems = [*config.problems(), *_nul_bytes(config.to_json())]
@@ -37,6 +38,20 @@ def read_config(path: str) -> Config:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         raise DeployError(f"{path}: {count} in the config.", found="\n".join(problems))
     return config
+
+
+def _config_of(directory: Path) -> Path:
+    """The config.json of a run directory. Raises DeployError for another directory."""
+    if (directory / "config.json").is_file():
+        return directory / "config.json"
+    runs = sorted((file.parent for file in directory.glob("*/config.json")), reverse=True)  # the newest first
+    configs = (sorted(directory.glob("*.py")) or runs)[:8]
+    raise DeployError(
+        f"{directory} is a directory, and no run's: it has no config.json.",
+        found="\n".join(map(str, configs)),
+        needed="a config file, a run's config.json, or a run directory",
+        fix=f"name the file, for example: deploy {configs[0]}" if configs else "check the path",
+    )
 
 
 def _nul_bytes(value: object, place: str = "") -> Iterator[str]:

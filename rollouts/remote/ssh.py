@@ -20,15 +20,9 @@ import fabric
 import paramiko
 from paramiko.ssh_exception import ChannelException, IncompatiblePeer, SSHException
 
+from rollouts.remote.bounded import Collected
 from rollouts.remote.errors import TransportError
-from rollouts.remote.framing import (
-    OUTPUT_BYTES_MAX,
-    SHELL_COMMAND,
-    SHOWN_BYTES,
-    EndlessLineError,
-    framed_line,
-    new_frame,
-)
+from rollouts.remote.framing import SHELL_COMMAND, framed_line, new_frame
 from rollouts.remote.ssh_auth import LOGIN_TIMEOUT_S, KeyLogin, LoginFailed
 from rollouts.remote.ssh_channel import ChannelOutput, SSHStream
 from rollouts.remote.ssh_config import CONNECT_TIMEOUT_S, Hop, read_hops
@@ -36,7 +30,7 @@ from rollouts.remote.ssh_errors import explain
 from rollouts.remote.ssh_host_key import HostKeyError, HostKeyPolicy, Trust, plain, read_trust
 from rollouts.remote.ssh_rsync import HOST_ALIAS, write_settings
 from rollouts.remote.ssh_socket import Proxy, open_tcp, open_through
-from rollouts.remote.transport import Completed, Stream, Target, endless
+from rollouts.remote.transport import Completed, Stream, Target
 
 KEEPALIVE_S = 15
 
@@ -145,7 +139,7 @@ class SSHTransport:
     def run(self, argv: Sequence[str], *, stdin: bytes = b"", cwd: str | None = None, timeout_s: float) -> Completed:
         channel, output = self._start(argv, cwd, stdin, close_stdin=True)
         deadline = time.monotonic() + timeout_s
-        chunks, held = [], 0
+        stdout = Collected(self.target)
         try:
             while (data := output.next(deadline - time.monotonic())) != b"":
                 if data is None:
@@ -154,12 +148,9 @@ class SSHTransport:
                         found=output.noise.decode(errors="replace")[-500:],
                         lost=True,
                     )
-                chunks.append(data)
-                held += len(data)
-                if held > OUTPUT_BYTES_MAX:
-                    raise endless(self.target, EndlessLineError(chunks[0][:SHOWN_BYTES], OUTPUT_BYTES_MAX))
+                stdout.add(data)
             code, stderr = output.end(self.target)
-            return Completed(code, b"".join(chunks), stderr, output.noise)
+            return Completed(code, stdout.all(), stderr, output.noise)
         finally:
             channel.close()
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 
 import paramiko
 
+from rollouts.remote.bounded import READ_BYTES, STDERR_BYTES_MAX, bounded
 from rollouts.remote.errors import TransportError
 from rollouts.remote.framing import Frame, FrameReader, LineSplitter
-from rollouts.remote.transport import STDERR_BYTES_MAX, Completed, bounded
+from rollouts.remote.transport import Completed
 
-READ_BYTES = 1 << 18
 END_WAIT_S = 10.0  # for the other output, and the exit code, after stdout's end
 
 

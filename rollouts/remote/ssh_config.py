@@ -52,10 +52,16 @@ NOT_FOLLOWED = (
     ("bindinterface", ("", "none"), "connections leave by the interface that the system chooses"),
     ("hostbasedauthentication", ("no", "false"), "login is by key alone"),
     ("knownhostscommand", ("", "none"), "known_hosts files alone are read"),
+    (
+        "nohostauthenticationforlocalhost",
+        ("no", "false"),
+        "the key of a host on this machine is checked like any other",
+    ),
     ("pkcs11provider", ("", "none"), "keys on smart cards work through an agent"),
     ("proxyusefdpass", ("no", "false"), "the proxy's own input and output are used"),
     ("stricthostkeychecking", ("ask", "yes", "true"), "a new key needs --accept-new-host-key"),
     ("securitykeyprovider", ("", "internal", "none"), "security keys work through an agent"),
+    ("verifyhostkeydns", ("no", "false"), "keys that DNS vouches for are new keys like any other"),
 )
 
 
@@ -74,6 +80,7 @@ class Hop:
     known_as: tuple[str, ...]  # names in known_hosts; the first counts, others where it is not found
     known_hosts: tuple[Path, ...]  # the user's; a new key goes into the first
     global_known_hosts: tuple[Path, ...]
+    revoked_keys: tuple[Path, ...]  # RevokedHostKeys: at most one
     proxy_command: str | None
     is_jump: bool
     connect_timeout_s: float
@@ -173,6 +180,7 @@ def _hop(name: str, values: dict[str, list[str]], *, is_jump: bool) -> Hop:
         known_as=fallback if alias == "none" else (alias.lower(),),
         known_hosts=_files(first.get("userknownhostsfile", ""), tokens) or (OWN_KNOWN_HOSTS.expanduser(),),
         global_known_hosts=_files(first.get("globalknownhostsfile", ""), tokens),
+        revoked_keys=_files(first.get("revokedhostkeys", "none"), tokens),
         proxy_command=None if proxy_command == "none" else expand(proxy_command, tokens, tilde=False),
         is_jump=is_jump,
         connect_timeout_s=float(timeout) if timeout.isdigit() and int(timeout) > 0 else CONNECT_TIMEOUT_S,

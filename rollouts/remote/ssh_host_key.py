@@ -7,6 +7,8 @@ import base64
 import fnmatch
 import hashlib
 import os
+import subprocess
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_ssh_public_identity,
 )
 
-from rollouts.remote.known_hosts import KnownKey, KnownKeys, algorithms, read_known_keys
+from rollouts.remote.known_hosts import KnownKey, KnownKeys, algorithms, is_krl, read_known_keys, read_revoked
 from rollouts.remote.ssh_config import Hop
 
 CERTIFICATE = "-cert-v01@openssh.com"
@@ -52,7 +54,7 @@ class OtherHostKey(ChangedHostKey):
 
 
 class RevokedHostKey(HostKeyError):
-    """A @revoked line names the key, or the authority that signed it."""
+    """A @revoked line or RevokedHostKeys names the key, or the authority that signed it."""
 
     def __init__(self, key: paramiko.PKey, where: str) -> None:
         super().__init__(key)
@@ -75,6 +77,7 @@ class Trust:
     without_port: KnownKeys  # under its name alone: such a key passes, and says nothing against another
     authorities: list[KnownKey]
     revoked: list[KnownKey]
+    revocation_lists: tuple[Path, ...] = ()  # KRLs: ssh-keygen knows what they say
 
     def key_types(self, possible: list[str]) -> list[str]:
         """Return those of the `possible` algorithms that are offered: of the known keys alone, where any is known."""
@@ -100,7 +103,9 @@ def read_trust(hop: Hop) -> Trust:
         known,
         without_port,
         authorities=[key for found in both for key in found.authorities],
-        revoked=[key for found in both for key in found.revoked],
+        revoked=[key for found in both for key in found.revoked]
+        + [key for file in hop.revoked_keys for key in read_revoked(file)],
+        revocation_lists=tuple(file for file in hop.revoked_keys if is_krl(file)),
     )
 
 
@@ -121,6 +126,8 @@ class HostKeyPolicy(paramiko.MissingHostKeyPolicy):
         for revoked in trust.revoked:
             if revoked.blob == blob:
                 raise RevokedHostKey(key, revoked.where)
+        for file in trust.revocation_lists:
+            _check_revocation(file, key)
         if any(known.blob == blob for known in (*trust.known.keys, *trust.without_port.keys)):
             return
         if key.public_blob is not None and trust.authorities:
@@ -156,6 +163,22 @@ class HostKeyPolicy(paramiko.MissingHostKeyPolicy):
             reason = "another authority signed its certificate"
         if reason:
             raise BadHostCertificate(key, reason)
+
+
+def _check_revocation(file: Path, key: paramiko.PKey) -> None:
+    """Raise RevokedHostKey for a key, or a certificate, that a KRL names, or where ssh-keygen cannot tell."""
+    shown = [(key.get_name(), key.asbytes())]
+    if key.public_blob is not None:
+        shown.append((key.public_blob.key_type, key.public_blob.key_blob))
+    with tempfile.NamedTemporaryFile("w", suffix=".pub") as asked:
+        for kind, blob in shown:
+            asked.seek(0)
+            asked.truncate()
+            asked.write(f"{kind} {base64.b64encode(blob).decode()}\n")
+            asked.flush()
+            command = ["ssh-keygen", "-Q", "-f", str(file), asked.name]
+            if subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode != 0:
+                raise RevokedHostKey(key, str(file))
 
 
 def _certificate_problem(certificate: SSHCertificate, name: str) -> str:

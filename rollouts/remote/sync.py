@@ -34,20 +34,20 @@ Say = Callable[[str, str], None]  # phase, what is happening
 _PREPARE = """
 umask 077; mkdir -p "$1/code" "$(dirname "$2")" || exit 1
 [ -d "$1/code/tree" ] && { echo "state=complete"; exit 0; }
-for old in "$1"/code/.tree-*; do [ "$old" = "$3" ] || rm -rf "$old"; done
+for old in "$1"/code/.tree-*; do case $old in */.tree-build*) ;; *) rm -rf "$old" ;; esac; done
 [ -d "$3" ] && echo "state=resumed"
 mkdir -p "$3" || exit 1
 find "$3" -type f -links +1 -exec rm -f {} +
 [ -d "$2/." ] && echo "link=$(cd "$2" && pwd -P)"
-for other in "$4"/runs/*/code/.tree-build; do [ "$other" = "$3" ] || [ ! -d "$other" ] || echo "link=$other"; done
+for other in "$4"/runs/*/code/.tree-build*; do [ "$other" = "$3" ] || [ ! -d "$other" ] || echo "link=$other"; done
 exit 0
 """
 # $1 run path, $2 the link, $3 the finished build, $4 the rollouts home; uploads that nobody resumed for a week go too
 _FINISH = """
-[ -d "$1/code/tree" ] || mv "$3" "$1/code/tree" || exit 1
+if [ -d "$1/code/tree" ]; then [ -d "$3" ] && echo "state=another's"; else mv "$3" "$1/code/tree" || exit 1; fi
 rm -rf "$1"/code/.tree-*
 ln -sfn "$1/code/tree" "$2"
-find "$4"/runs/*/code -maxdepth 1 -name '.tree-*' -mtime +7 -print -exec rm -rf {} + 2>/dev/null
+find "$4"/runs/*/code -maxdepth 1 -name '.tree-*' -mtime +7 -exec echo old={} \\; -exec rm -rf {} + 2>/dev/null
 exit 0
 """
 
@@ -63,14 +63,17 @@ def sync_code(
     timeout_s: float = IDLE_TIMEOUT_S,
     python: str = "python3",
     expected: Tree | None = None,
+    launch_id: str = "",
     say: Say = lambda phase, text: None,
 ) -> bool:
     """Bring `files` of `root` to `<run_path>/code/tree`. False when a whole tree was there already: it stays.
 
     `expected`: the tree that the run was planned with; None: as the files are now, and a whole tree that is there stays
     unchecked. Raises DeployError unless exactly that lies on the host. The transfer may stand still for `timeout_s`.
+    Each deploy, by its `launch_id`, builds in a place of its own, so that nobody writes into what was checked.
     """
-    places = _Places(run_path, f"{home}/code/{project}", f"{run_path}/code/.tree-build", home)
+    build = f"{run_path}/code/.tree-build{'-' if launch_id else ''}{launch_id}"
+    places = _Places(run_path, f"{home}/code/{project}", build, home)
     answers = _Answers.parse(_shell(transport, _PREPARE, *places.arguments))
     complete = answers.state == "complete"
     if not complete:
@@ -81,19 +84,13 @@ def sync_code(
         _transfer(transport, root, expected, places, answers=answers, timeout_s=timeout_s, say=say)
     if expected is not None:
         say("sync", f"checking {len(expected)} files on {transport.target} by content")
-        tree = f"{run_path}/code/tree" if complete else places.build
-        found = _check_there(transport, python, tree, expected, prune=not complete)
-        if found.digest != tree_digest(expected):
-            if not complete:
-                _refuse_changed_files(root, expected, CHANGED_MEANWHILE)
-            raise DeployError(
-                f"{transport.target}: what lies there is not the code that was planned.",
-                found="\n".join([tree, *found.differences]),
-                needed=f"the tree with the digest {tree_digest(expected)}",
-                fix="start it anew: deploy CONFIG",
-            )
-    for old in _shell(transport, _FINISH, *places.arguments).splitlines():
-        say("sync", f"removed {old}: an upload that nobody resumed for a week")
+        _check(transport, python, places, expected, root=None if complete else root)
+    for line in _shell(transport, _FINISH, *places.arguments).splitlines():
+        key, _, value = line.partition("=")
+        if key == "state" and expected is not None:  # another deploy of this name was faster: what it sent lies there
+            _check(transport, python, places, expected, root=None)
+        if key == "old":
+            say("sync", f"removed {value}: an upload that nobody resumed for a week")
     return not complete
 
 
@@ -204,6 +201,24 @@ def _refuse_changed_files(root: os.PathLike[str], planned: Tree, message: str) -
             needed="the files as they were when they were hashed: a run's record says what ran",
             fix="deploy CONFIG sends them as they are now; let git ignore files that programs keep rewriting",
         )
+
+
+def _check(
+    transport: Transport, python: str, places: "_Places", expected: Tree, *, root: os.PathLike[str] | None
+) -> None:
+    """Raise unless the host's finished tree, or with `root` what was built there from those files, is `expected`."""
+    tree = f"{places.run_path}/code/tree" if root is None else places.build
+    found = _check_there(transport, python, tree, expected, prune=root is not None)
+    if found.digest == tree_digest(expected):
+        return
+    if root is not None:
+        _refuse_changed_files(root, expected, CHANGED_MEANWHILE)
+    raise DeployError(
+        f"{transport.target}: what lies there is not the code that was planned.",
+        found="\n".join([tree, *found.differences]),
+        needed=f"the tree with the digest {tree_digest(expected)}",
+        fix="start it anew: deploy CONFIG",
+    )
 
 
 @dataclass(frozen=True)

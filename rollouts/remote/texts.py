@@ -1,5 +1,6 @@
 """What the verbs print, as text for people. Pure, but for the local time zone and the mirror's logs."""
 
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,9 +11,10 @@ from rollouts.remote.facts import HostFacts
 from rollouts.remote.gpus import describe_gpu
 from rollouts.remote.plan import Plan
 from rollouts.remote.registry import Entry
+from rollouts.remote.transport import LOCAL_TARGET
 from rollouts.remote.view import evaluation_table
 from rollouts.remote.watch import Result
-from rollouts.run_dir import read_status, tail_lines
+from rollouts.run_dir import FINAL_STATES, read_status, tail_lines
 
 LOG_TAIL_LINES = 50
 LINE_CHARS_MAX = 1000
@@ -48,20 +50,28 @@ def cell(name: str, value: Any) -> str:
     return one_line(value)
 
 
-def runs_text(rows: Sequence[dict[str, Any]]) -> str:
-    """A table, and under it why runs failed or were not launched."""
+def runs_text(rows: Sequence[dict[str, Any]], *, width: int | None = None) -> str:
+    """A table, and under it why runs failed or were not launched, or on which other machine they are.
+
+    Where its lines are wider than `width` (None: no matter), a run's name has a line of its own, and the rest follows.
+    """
     if not rows:
         return "no runs"
     header = ["run_id", "target", "state", "stage", "step", "started_at", "exit_code"]
-    table = columns([header, *([cell(name, row[name]) for name in header] for row in rows)])
-    heading, *lines = table.splitlines()
+    cells = [header, *([cell(name, row[name]) for name in header] for row in rows)]
+    heading, *lines = columns(cells).splitlines()
+    if width is not None and max(map(len, (heading, *lines))) > width:
+        rest = columns([line[1:] for line in cells]).splitlines()
+        heading, *lines = [f"{line[0]}\n  {more}" for line, more in zip(cells, rest, strict=True)]
     return "\n".join([heading, *(f"{line}{_reason(row)}" for line, row in zip(lines, rows, strict=True))])
 
 
 def _reason(row: dict[str, Any]) -> str:
-    """Why a run failed or was not launched, as a line under its own; "" for any other."""
+    """Why a run failed or was not launched, or where it is, as a line under its own; "" for any other."""
     message = row.get("message") or ""
-    return f"\n  error: {one_line(message)}" if row["state"] in ("failed", "died", "not launched") and message else ""
+    if row["state"] in ("failed", "died", "not launched") and message:
+        return f"\n  error: {one_line(message)}"
+    return f"\n  note: {one_line(message)}" if row.get("host") and row["state"] not in FINAL_STATES else ""
 
 
 def run_text(row: dict[str, Any]) -> str:
@@ -107,6 +117,8 @@ def _cuda_rows(facts: HostFacts) -> Iterator[tuple[str, str]]:
         yield "headers", f"Python.h beside {', '.join(headers)}" if headers else "no Python.h"
     if cuda.visible_devices is not None:
         yield "visible", f"CUDA_VISIBLE_DEVICES={cuda.visible_devices!r} is set there"
+    for name, value in cuda.allocator:
+        yield "memory", f"{name}={value!r} is set there"
     if cuda.mps:
         yield "mps", "an MPS server shares the cards"
 
@@ -120,6 +132,19 @@ def _readiness(facts: HostFacts, lacking: Sequence[str]) -> str:
 def how_to_go_on(entry: Entry) -> str:
     verbs = "\n".join(f"  {verb:<7} deploy {verb} {entry.run_id}" for verb in ("attach", "stop", "pull"))
     return f"{entry.run_id} goes on, on {one_line(entry.target)}.\n{verbs}"
+
+
+def forgotten_text(entry: Entry, state: str) -> str:
+    """What is left of a run that this machine has no record of any more; how to find one that goes on."""
+    lines = [
+        f"{entry.run_id} is forgotten here.",
+        f"kept: {entry.run_path} on {one_line(entry.target)}, {entry.local_dir} here",
+    ]
+    if state not in (*FINAL_STATES, "not launched", "unknown"):
+        remote = "" if entry.target == LOCAL_TARGET else f" --remote {shlex.quote(entry.target)}"
+        verbs = " or ".join(f"`deploy {verb} {entry.run_id}{remote}`" for verb in ("attach", "stop"))
+        lines.append(f"warning: it was {one_line(state)} when last seen, and goes on: {verbs}")
+    return "\n".join(lines)
 
 
 def result_text(entry: Entry, result: Result, code: int, pull_error: DeployError | None, notes: Sequence[str]) -> str:
@@ -146,6 +171,11 @@ def failure_message(entry: Entry, result: Result) -> str:
         return cause(result.view.error)
     if result.state == "died":
         return "the run died: its supervisor was killed, or the host went down."
+    if result.state == "silent":
+        return (
+            f"the run is on another machine with {entry.target}'s files, and nothing was heard of it for minutes."
+            f" Whether it lives is known there alone: `deploy status {entry.run_id} --remote {entry.target}` names it."
+        )
     try:
         status = read_status(entry.mirror)
     except (ValueError, TypeError, OSError):

@@ -11,19 +11,18 @@ import select
 import shlex
 import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from rollouts.remote.bounded import STDERR_BYTES_MAX, Collected, bounded, run_here
 from rollouts.remote.errors import DeployError, TransportError
-from rollouts.remote.framing import EndlessLineError, LineSplitter
+from rollouts.remote.framing import LineSplitter
 from rollouts.remote.rsync_version import PROTECTS_ARGUMENTS, TELLS_PROGRESS, rsync_version
 from rollouts.remote.ssh_words import explain_words, shell_speaks
 
 LOCAL_TARGET = "local"
-STDERR_BYTES_MAX = 64 * 1024  # of a followed command, the last ones are kept
 PROGRESS_BYTES_MAX = 64 * 1024  # of a line of rsync's progress, the last ones are kept
 
 
@@ -114,40 +113,11 @@ def parse_target(text: str) -> Target:
     return Target(host=match["v6"] or match["host"], user=match["user"], port=port)
 
 
-def open_transport(target: str | None, *, accept_new_host_key: bool = False) -> Transport:
-    """The transport for `--remote target`; this machine for None. Nothing is connected yet."""
-    if target is None or target == LOCAL_TARGET:
-        return LocalTransport()
-    from rollouts.remote.ssh import SSHTransport  # paramiko is slow to import: only who goes remote pays
-
-    return SSHTransport(target, parse_target(target), accept_new_host_key=accept_new_host_key)
-
-
 def in_directory(argv: Sequence[str], cwd: str | None) -> list[str]:
     """`argv`, run in `cwd`, as one command."""
     if cwd is None:
         return list(argv)
     return ["sh", "-c", 'cd "$0" && exec "$@"', cwd, *argv]
-
-
-def bounded(target: str, feed: Callable[[bytes], list[bytes]], data: bytes) -> list[bytes]:
-    """`feed(data)`. Raises DeployError for a line without an end: it is not tried again."""
-    try:
-        return feed(data)
-    except EndlessLineError as error:
-        raise endless(target, error) from None
-
-
-def endless(target: str, error: EndlessLineError) -> DeployError:
-    """What to say of output that is longer than anything of ours."""
-    shown = error.begin.decode(errors="backslashreplace")
-    return DeployError(
-        f"{target}: what comes from the host has no end.",
-        found=f"more than {error.limit / 2**20:.0f} MiB without an end, which begins: {shown}",
-        needed="what deploy's own programs write there",
-        fix="see what the host's shell or its Python writes into every command",
-        started=True,
-    )
 
 
 class LocalTransport:
@@ -156,14 +126,14 @@ class LocalTransport:
     target = LOCAL_TARGET
 
     def run(self, argv: Sequence[str], *, stdin: bytes = b"", cwd: str | None = None, timeout_s: float) -> Completed:
-        command = in_directory(argv, cwd)
+        stdout = Collected(self.target)
         try:
-            done = subprocess.run(command, input=stdin, capture_output=True, timeout=timeout_s, check=False)
+            code, stderr = run_here(in_directory(argv, cwd), stdout.add, stdin=stdin, timeout_s=timeout_s)
         except FileNotFoundError as error:
             return Completed(127, b"", f"{error.filename}: not found".encode())
         except subprocess.TimeoutExpired:
             raise TransportError(f"{shlex.join(argv)[:200]}: no end after {timeout_s:.0f} s, given up") from None
-        return Completed(done.returncode, done.stdout, done.stderr)
+        return Completed(code, stdout.all(), stderr)
 
     def stream(self, argv: Sequence[str], *, first_line: bytes, cwd: str | None = None) -> Stream:
         process = subprocess.Popen(
@@ -262,10 +232,9 @@ def run_rsync(
         arguments = [_quoted_path(argument, prefix) for argument in arguments]
     argv = [rsync, *progress, *transport.rsync_options(), *arguments]
     try:
-        done = _run_told(argv, stdin, timeout_s, on_output)
+        result = _run_told(argv, transport, stdin, timeout_s, on_output)
     except subprocess.TimeoutExpired:
         raise TransportError(f"rsync with {transport.target}: no end after {timeout_s:.0f} s", lost=True) from None
-    result = Completed(done.returncode, done.stdout, done.stderr)
     if result.returncode == 0:
         return result
     if result.returncode == 1 and (
@@ -298,28 +267,26 @@ def _quoted_path(argument: str, prefix: str) -> str:
 
 
 def _run_told(
-    argv: Sequence[str], stdin: bytes, timeout_s: float | None, on_output: Callable[[str], None] | None
-) -> subprocess.CompletedProcess[bytes]:
-    """subprocess.run with its output captured, or told line by line while it runs."""
+    argv: Sequence[str],
+    transport: Transport,
+    stdin: bytes,
+    timeout_s: float | None,
+    on_line: Callable[[str], None] | None,
+) -> Completed:
+    """Run rsync with its output kept, or told line by line while it runs."""
     english = {**os.environ, "LC_ALL": "C"}  # its words are read
-    if on_output is None:
-        return subprocess.run(argv, input=stdin, capture_output=True, timeout=timeout_s, env=english, check=False)
-    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as errors:
-        given.write(stdin)
-        given.seek(0)
-        with subprocess.Popen(argv, stdin=given, stdout=subprocess.PIPE, stderr=errors, env=english) as process:
-            try:
-                assert process.stdout is not None
-                rest = b""
-                while data := os.read(process.stdout.fileno(), 1 << 16):
-                    *lines, rest = re.split(rb"[\r\n]", rest[-PROGRESS_BYTES_MAX:] + data)
-                    for line in lines:
-                        on_output(line.decode(errors="replace"))
-            except BaseException:
-                process.terminate()  # Ctrl-C: a part of a file stays, for the next try
-                raise
-        errors.seek(0)
-        return subprocess.CompletedProcess(argv, process.returncode, b"", errors.read())
+    stdout, rest = Collected(transport.target), b""
+
+    def tell(data: bytes) -> None:
+        nonlocal rest
+        assert on_line is not None
+        *lines, rest = re.split(rb"[\r\n]", rest[-PROGRESS_BYTES_MAX:] + data)
+        for line in lines:
+            on_line(line.decode(errors="replace"))
+
+    on_stdout = stdout.add if on_line is None else tell
+    code, stderr = run_here(argv, on_stdout, stdin=stdin, timeout_s=timeout_s, environment=english)
+    return Completed(code, stdout.all(), stderr)
 
 
 def disk_full(target: str, detail: str) -> DeployError:

@@ -10,6 +10,7 @@ from typing import Any
 from rollouts.remote.escape import one_line
 
 ALL_TASKS = "all"  # the task of an eval.jsonl row that counts every held-out row
+SAYING = ("note", "warning", "error")  # events that are a message, and little else
 METRICS_SHOWN = (
     "loss",
     "reward_mean",
@@ -35,6 +36,7 @@ class View:
     first: tuple[int, float] | None = None  # step and time of the stage's first row: for the rate
     last_time: float | None = None
     phases: tuple[tuple[str, str], ...] = ()  # (name, how it went), in order
+    begun: dict[str, float] = field(default_factory=dict)  # when each phase began, by its name
     checkpoints: tuple[str, ...] = ()  # that stand on the host; paths relative to the run directory
     evals: tuple[dict[str, Any], ...] = ()
     error: dict[str, Any] | None = None  # the last error event
@@ -51,7 +53,8 @@ class View:
         if self.first is None or self.last_time is None or not self.steps_total or self.step <= self.first[0]:
             return None
         step_s = (self.last_time - self.first[1]) / (self.step - self.first[0])
-        return max(0.0, step_s * (self.steps_total - self.step))
+        left_s = max(0.0, step_s * (self.steps_total - self.step))
+        return left_s if math.isfinite(left_s) else None  # of times that no clock tells
 
 
 class MalformedRowError(ValueError):
@@ -70,6 +73,14 @@ def _number(row: dict[str, Any], name: str) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
         raise MalformedRowError(name)
     return value
+
+
+def time_of(row: dict[str, Any]) -> float | None:
+    """When the host wrote a row; None where it does not say."""
+    try:
+        return float(_number(row, "time"))
+    except (MalformedRowError, OverflowError):
+        return None
 
 
 def fold(view: View, file: str, row: dict[str, Any]) -> View:
@@ -133,7 +144,9 @@ def _fold_event(view: View, row: dict[str, Any]) -> View:
 # event kind -> name and progress of the phase that it shows, filled from its fields
 PHASES: dict[str, tuple[str, str]] = {
     "environment": ("environment {name}", "{action} after {seconds:.1f} s"),
-    "environment_progress": ("environment {name}", "{doing}, {packages} packages, {seconds:.0f} s"),
+    "environment_progress": ("environment {name}", "{doing}, {installed_mb:.0f} MB on disk"),
+    "smoke_test_started": ("smoke test", "running"),
+    "smoke_test_ended": ("smoke test", "{action} after {seconds:.1f} s"),
     "stage_started": ("{stage}", "starting"),
     "training_started": ("{stage}", "training"),
     "engine_ready": ("{window}", "ready after {seconds:.1f} s"),
@@ -145,10 +158,19 @@ PHASES: dict[str, tuple[str, str]] = {
 def _phase(view: View, row: dict[str, Any], texts: tuple[str, str]) -> View:
     try:
         name, detail = (one_line(text.format(**row)) for text in texts)
+        detail = "building" if row.get("action") == "building" else detail  # its time is shown beside it
     except (KeyError, ValueError, TypeError) as error:
         raise MalformedRowError(str(error)) from None
     others = tuple(phase for phase in view.phases if phase[0] != name)
+    going_on = name in view.begun and any(phase[0] == name and not finished(phase[1]) for phase in view.phases)
+    if not going_on and (at := time_of(row)) is not None:
+        view = replace(view, begun={**view.begun, name: at})
     return replace(view, phases=(*others, (name, detail)))
+
+
+def finished(detail: str) -> bool:
+    """Is a phase over, by how it went?"""
+    return detail.startswith(("done", "ready", "reused"))
 
 
 def metrics_line(view: View, row: dict[str, Any]) -> str:
@@ -166,12 +188,21 @@ def metric_pairs(row: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def event_line(row: dict[str, Any]) -> str:
-    """`environment name=trainer action=reused`: an event as one plain line."""
+    """`environment name=trainer action=reused`, `note: a message`: an event as one plain line."""
+    kind, message = row.get("kind"), row.get("message")
+    if kind in SAYING and isinstance(message, str):
+        return f"{kind}: {one_line(message)}"
     hidden = ("time", "kind", "log_tail")
     fields = [
         f"{one_line(key)}={number(value)}" for key, value in row.items() if key not in hidden and value is not None
     ]
     return " ".join([one_line(row.get("kind")), *fields])
+
+
+def is_repeated(view: View, row: dict[str, Any]) -> bool:
+    """Is it the last error once more? The supervisor's has the trainer's message, and the end of its log."""
+    message = row.get("message")
+    return row.get("kind") == "error" and view.error is not None and view.error.get("message") == message
 
 
 def eval_line(row: dict[str, Any]) -> str:

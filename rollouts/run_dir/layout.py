@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-State = Literal["starting", "running", "done", "failed", "stopped", "died"]
-FINAL_STATES: tuple[State, ...] = ("done", "failed", "stopped", "died")  # died: seen by readers, never written
+# died: seen by readers, never written; so is silent, a run of another machine of which nothing is heard
+State = Literal["starting", "running", "done", "failed", "stopped", "died", "silent"]
+FINAL_STATES: tuple[State, ...] = ("done", "failed", "stopped", "died")
 StageName = Literal["bootstrap", "sft", "rl"]
+SMOKE_STAGE: StageName = "bootstrap"  # whose windows try the devices
 EXPERIMENT_NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_-]{0,47}"  # a tmux session name: no dot, no colon
 RUN_ID_VARIABLE = "ROLLOUTS_RUN_ID"
 RUN_PATH_VARIABLE = "ROLLOUTS_RUN_PATH"
@@ -136,11 +138,11 @@ class RunDir:
 
     @property
     def weights_in_memory(self) -> Path:
-        """The same on tmpfs (engine.weights_on_tmpfs). Removed by the trainer, else by `remove_transient`."""
+        """The same on tmpfs (engine.weight_sync.on_tmpfs). Removed by the trainer, else by `remove_transient`."""
         return Path("/dev/shm") / f"rollouts-{self.memory_name}-weights"
 
     def buckets_in_memory(self) -> list[Path]:
-        """Files that the trainer's weights are in on their way to the engines (engine.weight_sync="tensor")."""
+        """Files that the trainer's weights are in on their way to the engines (engine.weight_sync=TensorSync)."""
         return list(Path("/dev/shm").glob(f"rollouts-bucket-{self.memory_name}-{'[0-9a-f]' * 32}"))
 
     def log(self, window: str) -> Path:
@@ -156,6 +158,10 @@ class RunDir:
     def ranks(self, stage: str) -> Path:
         """Where the trainer's ranks find each other."""
         return self.path / f".ranks-{stage}.tmp"
+
+    def smoke_report(self, window: str) -> Path:
+        """How far a smoke test's window is: {"doing", "parts": {name: seconds}}. Hidden, and gone with the run."""
+        return self.path / f".smoke-{window}.tmp"
 
     def process(self, name: str) -> Path:
         return self.path / "processes" / f"{name}.json"

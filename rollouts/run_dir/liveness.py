@@ -10,7 +10,7 @@ from typing import IO
 
 from rollouts.plain_files import NotPlainFileError, appending, reading
 from rollouts.run_dir.layout import FINAL_STATES, RunDir, State
-from rollouts.run_dir.records import Status, read_status
+from rollouts.run_dir.records import Status, out_of_sight, read_status
 
 
 def hold_lock(run: RunDir) -> IO[bytes] | None:
@@ -67,20 +67,24 @@ def launching(run: RunDir, *, wait: bool = True) -> Iterator[bool]:
 
 
 START_WAIT_S = 30.0  # between the launcher's first status and the supervisor's lock
+SILENT_S = 300.0  # 60 heartbeats, late by a network's cache and by clocks that differ
 
 
 @dataclass(frozen=True)
 class Observed:
     """What a run looks like from outside, on its own machine, now."""
 
-    state: State  # "died" when it never reached a final state and nobody supervises it
+    state: State  # "died" when it never reached a final state and nobody supervises it, as far as can be seen from here
     exit_code: int | None
     live: bool  # a supervisor holds the lock, or is about to
     status: Status | None  # None for a file that is missing or damaged
 
 
 def observe(run: RunDir) -> Observed:
-    """The lock is read before the status: a supervisor writes its final status before it lets go."""
+    """The lock is read before the status: a supervisor writes its final status before it lets go.
+
+    A run that another machine with the same files started goes by its heartbeat: whether it has died is not known here.
+    """
     live = is_live(run)
     try:
         status = read_status(run)
@@ -93,4 +97,7 @@ def observe(run: RunDir) -> Observed:
     waiting = not run.lock.exists() and time.time() - status.updated_at < START_WAIT_S
     if live or waiting:
         return Observed(status.state, None, True, status)
+    if out_of_sight(run):
+        heard = time.time() - status.updated_at < SILENT_S
+        return Observed(status.state if heard else "silent", None, heard, status)
     return Observed("died", None, False, status)

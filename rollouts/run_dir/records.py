@@ -5,6 +5,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
@@ -12,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from rollouts.plain_files import read_plain
 from rollouts.run_dir.files import append_jsonl, write_json_atomic
-from rollouts.run_dir.layout import RunDir, StageName, State
+from rollouts.run_dir.layout import SMOKE_STAGE, RunDir, StageName, State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +106,16 @@ class StageSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SmokeCheck:
+    """What is tried on the host in one environment, before the first stage."""
+
+    process: ProcessSpec  # ends with 0, else with an `error:` line
+    timeout_s: float
+    marker: str  # how the file begins that says that it passed: <environment>/.smoke-<of what>
+    subject: str  # for people: devices, driver and build
+
+
+@dataclass(frozen=True, kw_only=True)
 class LaunchPlan:
     """plan.json: all that the supervisor does, decided beforehand. Paths are the host's, absolute."""
 
@@ -122,6 +133,15 @@ class LaunchPlan:
     models: list[HubModel] = dataclasses.field(
         default_factory=list
     )  # downloaded once the trainer's environment is made
+    smoke: list[SmokeCheck] = dataclasses.field(default_factory=list)  # side by side, once all of that is there
+
+    def processes(self) -> Iterator[tuple[str, ProcessSpec]]:
+        """List what has a window, with its stage."""
+        for check in self.smoke:
+            yield SMOKE_STAGE, check.process
+        for stage in self.stages:
+            for spec in (*stage.engines, stage.trainer):
+                yield stage.name, spec
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -140,7 +160,8 @@ class LaunchPlan:
             for item in data["stages"]
         ]
         models = [HubModel(**item) for item in data.get("models", [])]
-        return cls(**{**data, "environments": environments, "stages": stages, "models": models})
+        smoke = [SmokeCheck(**{**item, "process": ProcessSpec(**item["process"])}) for item in data.get("smoke", [])]
+        return cls(**{**data, "environments": environments, "stages": stages, "models": models, "smoke": smoke})
 
 
 def read_status(run: RunDir) -> Status | None:
@@ -174,6 +195,12 @@ def other_host(run: RunDir) -> str | None:
     """The name of the machine that the run was started on, if this one has another; it may have booted since."""
     host = read_launch_host(run)
     return host["name"] if host is not None and host["name"] != host_identity()["name"] else None
+
+
+def out_of_sight(run: RunDir) -> bool:
+    """Does another kernel run it? Its locks may not be seen from here, nor are its processes."""
+    host, here = read_launch_host(run), host_identity()
+    return host is not None and host["name"] != here["name"] and host["boot"] != here["boot"]
 
 
 def _launch_record(run: RunDir) -> dict[str, Any]:

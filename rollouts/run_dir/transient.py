@@ -2,16 +2,21 @@
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import stat
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from rollouts.plain_files import read_plain
 from rollouts.run_dir.files import write_json_atomic
-from rollouts.run_dir.layout import RunDir
+from rollouts.run_dir.layout import RunDir, StageName
 from rollouts.run_dir.liveness import launching, observe
-from rollouts.run_dir.records import other_host
+from rollouts.run_dir.records import host_identity, other_host
+
+WHOSE = "run.json"  # beside secrets in memory: whose they are, for when the run's directory is gone
 
 
 def write_secrets(run: RunDir, value: dict[str, Any]) -> None:
@@ -22,6 +27,7 @@ def write_secrets(run: RunDir, value: dict[str, Any]) -> None:
         found = memory.parent.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
             raise PermissionError(errno.EPERM, "made by somebody else", str(memory.parent))
+        write_json_atomic(memory.with_name(WHOSE), {"run_path": str(run.path), "host": host_identity()}, mode=0o600)
         write_json_atomic(memory, value, mode=0o600)
         run.secrets.unlink(missing_ok=True)
         run.secrets.symlink_to(memory)
@@ -41,8 +47,8 @@ def remove_transient(run: RunDir) -> None:
         if place.match("/dev/shm/rollouts-secrets-*/secrets.json"):
             with contextlib.suppress(OSError):  # gone, or another user's of that name
                 shutil.rmtree(place.parent)
-    temporary = (run.reserve, *_left_secrets(run), *map(run.rendezvous, ("sft", "rl")), *map(run.ranks, ("sft", "rl")))
-    for file in temporary:
+    meetings = [place(stage) for place in (run.rendezvous, run.ranks) for stage in get_args(StageName)]
+    for file in (run.reserve, *_left_secrets(run), *meetings, *run.path.glob(run.smoke_report("*").name)):
         file.unlink(missing_ok=True)
     shutil.rmtree(run.weights_in_memory, ignore_errors=True)
     for file in run.buckets_in_memory():
@@ -56,10 +62,16 @@ def _left_secrets(run: RunDir) -> list[Path]:
 
 
 def clean_up(home: Path) -> None:
-    """Remove what runs under `home` left that died without their own end: a reboot, or SIGKILL of everything."""
+    """Remove what runs under `home` left that died without their own end: a reboot, or SIGKILL of everything.
+
+    Also of runs whose directory was removed since: what they have in memory would stay until the next boot.
+    """
     for path in home.glob("runs/*"):
         with contextlib.suppress(OSError):  # another user's, or removed meanwhile: it stands in nobody's way
             _clean_up_run(RunDir(path))
+    for run in _removed_runs(home):
+        with contextlib.suppress(OSError):
+            remove_transient(run)
 
 
 def _clean_up_run(run: RunDir) -> None:
@@ -67,3 +79,16 @@ def _clean_up_run(run: RunDir) -> None:
         with launching(run, wait=False) as alone:
             if alone and other_host(run) is None and not observe(run).live:
                 remove_transient(run)
+
+
+def _removed_runs(home: Path) -> Iterator[RunDir]:
+    """Runs of this home and machine that have something in memory, and no directory any more."""
+    for file in Path("/dev/shm").glob(f"rollouts-secrets-{os.getuid()}-*/{WHOSE}"):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            whose = json.loads(read_plain(file))
+            run = RunDir(Path(whose["run_path"]))
+            ours = (
+                whose["host"] == host_identity() and run.path.parent == home / "runs"
+            )  # containers may share /dev/shm
+            if ours and run.secrets_in_memory.parent == file.parent and not os.path.lexists(run.path):
+                yield run

@@ -39,9 +39,10 @@ def compute_advantages(
     ids = [0] * len(rewards) if group_ids is None else list(group_ids)
     if len(ids) != len(rewards):
         raise ValueError(f"{len(ids)} group_ids for {len(rewards)} rewards: needs one each")
-    not_finite = [f"rewards[{place}]={reward}" for place, reward in enumerate(rewards) if not math.isfinite(reward)]
+    not_finite = [f"rewards[{place}]={str(value)[:40]}" for place, value in enumerate(rewards) if not _finite(value)]
+    not_finite += [] if isinstance(baseline, str) or _finite(baseline) else [f"baseline={str(baseline)[:40]}"]
     if not_finite:
-        raise ValueError(f"{', '.join(not_finite[:5])}: needs finite rewards")
+        raise ValueError(f"{', '.join(not_finite[:5])}: needs finite rewards, and a finite baseline")
     places: dict[int, list[int]] = {}
     for place, group in enumerate(ids):
         places.setdefault(group, []).append(place)
@@ -54,10 +55,20 @@ def compute_advantages(
         of_group = _of_group([rewards[place] for place in members], baseline, divide=norm == "group_std")
         for place, advantage in zip(members, of_group, strict=True):
             advantages[place] = advantage
+    if not all(map(math.isfinite, advantages)):
+        raise ValueError(f"rewards of up to {max(map(abs, rewards))}: what is left of the baseline is beyond any float")
     if norm != "batch":
         return advantages
     beside = () if isinstance(baseline, str) else (*rewards, baseline)  # what the differences were rounded at
     return _standardised(advantages, beside)
+
+
+def _finite(value: float) -> bool:
+    """Whether a number fits into a float, and is one: an integer may be too large."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def has_contrast(values: Sequence[float], beside: Iterable[float] = ()) -> bool:

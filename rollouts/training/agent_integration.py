@@ -17,6 +17,7 @@ from rollouts.training.rollout_gen.async_rollout_manager import group_seed
 from rollouts.training.rollout_gen.concurrency import gather_in_order
 from rollouts.training.rollout_gen.engine_generate import prompt_id
 from rollouts.training.types import Prompt, RewardFn, Sample
+from rollouts.training.user_code import USER_ERRORS, describe
 
 _TURNS_APART = 1_000  # seeds of an episode's turns follow one another; episodes keep this distance
 
@@ -93,9 +94,9 @@ async def _episode(
 ) -> Trajectory:
     try:
         environment = make_environment()
-    except Exception as error:  # a user's code may raise anything
+    except USER_ERRORS as error:
         name = getattr(make_environment, "__name__", repr(make_environment))
-        raise AgentError(f"{name}() raised {type(error).__name__}: {error} for prompt {str(prompt)[:200]}") from error
+        raise AgentError(f"{name}() raised {describe(error)} for prompt {str(prompt)[:200]}") from error
     return await run_episode(endpoint, environment, prompt, **options)
 
 

@@ -41,6 +41,7 @@ from rollouts.training import distributed, lora, optimizer_state
 from rollouts.training.datasets.turn_end import end_of_turn_ids, own_generation_config
 from rollouts.training.metrics import json_text
 from rollouts.training.optimizer_state import CheckpointError
+from rollouts.training.seams import Tokenizer
 
 __all__ = ["CheckpointError", "Retention", "Snapshot", "list_checkpoints", "read_metadata", "write_checkpoint"]
 METADATA_FILE = "metadata.json"
@@ -105,7 +106,7 @@ def write_checkpoint(
     snapshot: Snapshot,
     *,
     model: nn.Module,
-    tokenizer: Any | None,
+    tokenizer: Tokenizer | None,
     retention: Retention,
     protected: Collection[Path] = (),
     group: dist.ProcessGroup | None = None,
@@ -172,7 +173,9 @@ def read_training_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def write_model(model: nn.Module, directory: Path, weights: Mapping[str, Tensor], tokenizer: Any = None) -> None:
+def write_model(
+    model: nn.Module, directory: Path, weights: Mapping[str, Tensor], tokenizer: Tokenizer | None = None
+) -> None:
     """`weights` (safetensors; tied ones once), config.json and generation_config.json into `directory`.
 
     With a tokenizer, the generation config names every token that ends a turn, so that engines which load the directory

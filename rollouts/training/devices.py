@@ -3,16 +3,16 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Generic, TypeVar
 
 import anyio
 import torch
 
+from rollouts.training.nvidia_driver import driver_version
+
 T = TypeVar("T")
 _POLL_S = 0.0005  # between looks at whether a thread is done; a broadcast of some hundred KB takes that long
 _POLL_MAX_S = 0.01
-_DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
 class DeviceError(ValueError):
@@ -34,17 +34,7 @@ def give_cache_back(device: torch.device) -> None:
 def describe_build() -> str:
     """Name this process's torch, the CUDA it was built for, and the host's driver, for messages."""
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA (a build for CPUs)"
-    return f"torch {torch.__version__} built for {cuda}, {driver_version(_DRIVER_FILE)}"
-
-
-def driver_version(path: Path) -> str:
-    """Return the first line that the kernel's module says of itself, in short."""
-    try:
-        words = path.read_text().partition("\n")[0].split()
-    except OSError:
-        return f"no NVIDIA driver loaded ({path} is missing)"
-    numbers = [word for word in words if word[:1].isdigit() and "." in word]
-    return f"NVIDIA driver {numbers[0]}" if numbers else "an NVIDIA driver of unknown version"
+    return f"torch {torch.__version__} built for {cuda}, {driver_version()}"
 
 
 class DeviceThread(Generic[T]):

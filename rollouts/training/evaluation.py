@@ -21,6 +21,7 @@ from rollouts.training.model_limits import limits_of
 from rollouts.training.rollout_gen.async_rollout_manager import group_seed
 from rollouts.training.rollout_gen.concurrency import gather_in_order
 from rollouts.training.rollout_gen.engine_generate import prompt_id, refuse_abort, response_text, stop_ids
+from rollouts.training.seams import Tokenizer
 from rollouts.training.types import Prompt, Sample
 
 ALL_TASKS = "all"  # the name under which the rows of every task are counted together
@@ -159,7 +160,7 @@ def exact_match(responses: Sequence[str], answers: Sequence[str]) -> float:
 
 async def evaluate_with_engine(
     engines: Sequence[Any],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     rows: Sequence[Prompt],
     *,
     max_new_tokens: int,
@@ -203,7 +204,7 @@ async def evaluate_with_engine(
 
 def evaluate_with_model(
     model: Any,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     rows: Sequence[Prompt],
     *,
     max_new_tokens: int,
@@ -276,7 +277,7 @@ def _seeded(seed: int, model: Any) -> Iterator[None]:
 
 def _generate(
     model: Any,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     rows: Sequence[Prompt],
     limits: tuple[int, int],
     *,
@@ -361,7 +362,7 @@ def _left_pad(prompts: list[list[int]], pad: int) -> tuple[list[list[int]], list
     return input_ids, attention_mask
 
 
-def _decode(tokenizer: Any, rows: list[list[int]], stops: list[int]) -> list[str]:
+def _decode(tokenizer: Tokenizer, rows: list[list[int]], stops: list[int]) -> list[str]:
     """Text up to the first stop token; what follows it is padding."""
     cut = [list(itertools.takewhile(lambda token: token not in stops, row)) for row in rows]
     return tokenizer.batch_decode(cut, skip_special_tokens=True)

@@ -7,7 +7,7 @@ the device: the host would otherwise wait for the device to say how many there a
 way; others padded, by the model's own forward.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -239,12 +239,14 @@ def token_log_probs(
     value_head: nn.Module | None = None,
     share_prompts: bool = False,
     layout: Layout | None = None,
+    known_gradient: Callable[[torch.dtype], Tensor] | None = None,
 ) -> TokenLogProbs:
     """Log-probs of the trained tokens of a batch, by a prepared model; keys as in `backends.pytorch`.
 
     `share_prompts`: what documents have in common before their first trained token is computed once. Worth it for the
     samples of a prompt. `value_head` maps hidden states [N, D] to values [N]: those of the states in which the trained
     tokens were chosen. `layout`: that of the batch, where it is known; `share_prompts` then counts no more.
+    `known_gradient` makes d loss / d log-probs [B, T] in a dtype, where the loss knows it (`known_gradients`).
     """
     if layout is None:
         layout, inputs = _laid_out(inputs, share_prompts)
@@ -253,6 +255,10 @@ def token_log_probs(
     hidden_MD = hidden_states(model, layout.packed)
     head = causal_model(model).get_output_embeddings()  # type: ignore[operator]
     temperature = inputs.get("temperature", 1.0)
+    known_grad_N = None
+    if known_gradient is not None and torch.is_grad_enabled():
+        known_BT = known_gradient(torch.float64 if hidden_MD.dtype is torch.float64 else torch.float32)
+        known_grad_N = take(known_BT[:, 1:], layout.keep, layout.places_N)
     log_probs_N, entropy_N = selected_log_probs(
         hidden_MD,
         layout.rows_N,
@@ -261,6 +267,7 @@ def token_log_probs(
         head.bias,
         temperature=temperature,
         with_entropy=with_entropy,
+        known_grad_N=known_grad_N,
     )
     values_N = None if value_head is None else value_head(hidden_MD.index_select(0, layout.rows_N))
     return TokenLogProbs(layout.keep, log_probs_N, entropy_N, temperature, values_N, layout.places_N)

@@ -2,7 +2,8 @@
 
 B sequences, T tokens, V vocabulary entries, M rows of hidden states (or of logits), N chosen rows of them. Log-probs
 are natural logs in float32 (float64 where the input is): never more than a chunk of [N, V] of them at once, forward or
-backward. The gradient is written out, so that a chunk's softmax is computed again, unless it is the only one.
+backward. The gradient is written out, so that a chunk's softmax is computed again, unless it is the only one or the
+loss says beforehand what it will bring.
 How large a chunk is, and what is compiled, is the device's (`head_ways`).
 """
 
@@ -46,16 +47,22 @@ def selected_log_probs(
     *,
     temperature: float = 1.0,
     with_entropy: bool = False,
+    known_grad_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs [N] of `targets_N`, each under the distribution of its own row of `source`, and those's entropies [N].
 
     `source` [M, V] are logits, or with `weight` [V, D] (and `bias` [V]) hidden states [M, D]; no row is chosen twice.
     `temperature` divides the logits. Under autocast the matrix products run in its dtype, everything else in float32.
     Rows that are not chosen are never read. A token that cannot be drawn (logit -inf) adds 0 to the entropy.
+    `known_grad_N`: what a backward pass will bring for the log-probs, to the bit, where a loss can say so. The gradient
+    is then made beside the log-probs, from the same logits. Another gradient raises (on CUDA: a device-side assertion).
     """
     if temperature <= 0:
         raise ValueError(f"temperature={temperature}: needs > 0; greedy samples have no distribution to learn from")
-    log_probs_N, entropy_N = _SelectedLogProbs.apply(source, weight, bias, rows_N, targets_N, temperature, with_entropy)
+    if known_grad_N is not None and with_entropy:
+        raise ValueError("known_grad_N: of log-probs alone; entropies have gradients of their own")
+    options = (temperature, with_entropy, known_grad_N)
+    log_probs_N, entropy_N = _SelectedLogProbs.apply(source, weight, bias, rows_N, targets_N, *options)
     return log_probs_N, entropy_N
 
 
@@ -70,6 +77,7 @@ class _SelectedLogProbs(torch.autograd.Function):
         targets_N: Tensor,
         temperature: float,
         with_entropy: bool,
+        known_N: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         vocabulary = source.shape[1] if weight is None else weight.shape[0]
         ctx.temperature, ctx.matmul_dtype = temperature, _matmul_dtype(source)
@@ -80,53 +88,100 @@ class _SelectedLogProbs(torch.autograd.Function):
         entropy_N = torch.empty_like(log_probs_N) if with_entropy else None
         only = len(rows_N) <= ctx.chunk
         kept = None
+        ctx.made = None if only or known_N is None else _Gradients(source, weight, bias, ctx)
         for part in _parts(len(rows_N), ctx.chunk):
             logits_nV = _logits(source, rows_N[part], head)
             log_probs_n, entropy_n, log_probs_nV = _chosen(logits_nV, targets_N[part], temperature, with_entropy, only)
             log_probs_N[part] = log_probs_n
             if entropy_N is not None and entropy_n is not None:
                 entropy_N[part] = entropy_n
-            if only:
-                kept = logits_nV if log_probs_nV is None else log_probs_nV
-                ctx.kept_logits = log_probs_nV is None
+            is_log_probs = log_probs_nV is not None
+            chunk_nV = logits_nV if log_probs_nV is None else log_probs_nV
             del logits_nV, log_probs_nV
+            if only:
+                kept, ctx.kept_log_probs = chunk_nV, is_log_probs
+            elif ctx.made is not None and known_N is not None:
+                grads_n = known_N[part], None
+                ctx.made.add(chunk_nV, rows_N[part], targets_N[part], *grads_n, is_log_probs=is_log_probs, own=True)
+            del chunk_nV
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(source, weight, bias, rows_N, targets_N, entropy_N, kept)
+        ctx.save_for_backward(source, weight, bias, rows_N, targets_N, entropy_N, kept, known_N)
         return log_probs_N, entropy_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor | None, entropy_grad_N: Tensor | None) -> tuple[Tensor | None, ...]:
-        source, weight, bias, rows_N, targets_N, entropy_N, kept = ctx.saved_tensors
-        head = _head(weight, bias, ctx.matmul_dtype)
-        accumulate = torch.promote_types(source.dtype, torch.float32)
-        grad_source = torch.zeros_like(source)
-        _, weight_trained, bias_trained, *_ = ctx.needs_input_grad  # with LoRA the head is frozen
-        grad_weight = torch.zeros_like(weight, dtype=accumulate) if weight_trained else None
-        grad_bias = torch.zeros_like(bias, dtype=accumulate) if bias_trained else None
+        source, weight, bias, rows_N, targets_N, entropy_N, kept, known_N = ctx.saved_tensors
+        made, ctx.made = ctx.made, None
+        if made is not None:
+            same = torch.zeros((), dtype=torch.bool) if grad_N is None else (grad_N == known_N).all()
+            torch._assert_async(same, "the loss's gradient is not the known one that the output head's was made from")
+            return made.results()
+        made = _Gradients(source, weight, bias, ctx)
         for part in _parts(len(rows_N), ctx.chunk):
-            grad_nV = _chunk_gradient(
-                kept if kept is not None else _logits(source, rows_N[part], head),
+            made.add(
+                kept if kept is not None else _logits(source, rows_N[part], made.head),
+                rows_N[part],
                 targets_N[part],
                 None if grad_N is None else grad_N[part],
                 None if entropy_grad_N is None else (entropy_N[part], entropy_grad_N[part]),
-                temperature=ctx.temperature,
-                kept_log_probs=kept is not None and not ctx.kept_logits,
-                kept_logits=kept is not None and ctx.kept_logits,
-                dtype=source.dtype if head is None else ctx.matmul_dtype,
+                is_log_probs=kept is not None and ctx.kept_log_probs,
+                own=kept is None,
             )
-            if grad_bias is not None:
-                grad_bias += grad_nV.sum(0, dtype=accumulate)
-            if grad_weight is not None:
-                head_ways.add_product(grad_weight, grad_nV, source.index_select(0, rows_N[part]).to(grad_nV.dtype))
+        return made.results()
+
+
+class _Gradients:
+    """Of source, weight and bias, a chunk at a time."""
+
+    def __init__(self, source: Tensor, weight: Tensor | None, bias: Tensor | None, ctx: Any) -> None:
+        self.head = _head(weight, bias, ctx.matmul_dtype)
+        self._of = source, weight, bias
+        self._temperature = ctx.temperature
+        self._accumulate = accumulate = torch.promote_types(source.dtype, torch.float32)
+        self._source = torch.zeros_like(source)
+        _, weight_trained, bias_trained, *_ = ctx.needs_input_grad  # with LoRA the head is frozen
+        self._weight = torch.zeros_like(weight, dtype=accumulate) if weight is not None and weight_trained else None
+        self._bias = torch.zeros_like(bias, dtype=accumulate) if bias is not None and bias_trained else None
+
+    def add(
+        self,
+        chunk_nV: Tensor,
+        rows_n: Tensor,
+        targets_n: Tensor,
+        grad_n: Tensor | None,
+        entropy: tuple[Tensor, Tensor] | None,
+        *,
+        is_log_probs: bool,
+        own: bool,
+    ) -> None:
+        """Add those of a chunk of logits, or of log-probs; `own`: it may be used up."""
+        source, head = self._of[0], self.head
+        with torch.autocast(source.device.type, enabled=False):
+            grad_nV = _chunk_gradient(
+                chunk_nV,
+                targets_n,
+                grad_n,
+                entropy,
+                temperature=self._temperature,
+                is_log_probs=is_log_probs,
+                own=own,
+                dtype=source.dtype if head is None else head[0].dtype,
+            )
+            del chunk_nV
+            if self._bias is not None:
+                self._bias += grad_nV.sum(0, dtype=self._accumulate)
+            if self._weight is not None:
+                head_ways.add_product(self._weight, grad_nV, source.index_select(0, rows_n).to(grad_nV.dtype))
             if head is not None:
                 grad_nV = grad_nV @ head[0]
-            grad_source.index_copy_(0, rows_N[part], grad_nV.to(source.dtype))
-            del grad_nV  # before the next chunk's
-        grads = [
-            None if grad is None else grad.to(like.dtype) for grad, like in ((grad_weight, weight), (grad_bias, bias))
-        ]
-        return grad_source, *grads, None, None, None, None
+            self._source.index_copy_(0, rows_n, grad_nV.to(source.dtype))
+
+    def results(self) -> tuple[Tensor | None, ...]:
+        """The gradients in the order of the inputs."""
+        pairs = ((self._weight, self._of[1]), (self._bias, self._of[2]))
+        grads = [None if grad is None or like is None else grad.to(like.dtype) for grad, like in pairs]
+        return self._source, *grads, None, None, None, None, None
 
 
 def _chosen(
@@ -155,21 +210,21 @@ def _chunk_gradient(
     entropy: tuple[Tensor, Tensor] | None,
     *,
     temperature: float,
-    kept_log_probs: bool,
-    kept_logits: bool,
+    is_log_probs: bool,
+    own: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    """d/d logits [n, V] in `dtype`, from log-probs that were kept, or from logits: used up unless they were kept."""
+    """d/d logits [n, V] in `dtype`, from log-probs or from logits; `own`: they may be used up."""
     fused = head_ways.fused_on(chunk_nV.device.type)
-    if fused is not None and not kept_log_probs:
+    if fused is not None and not is_log_probs:
         parts = (grad_n, *(entropy or (None, None)))
         if (gradient := fused(head_ways.logits_gradient, chunk_nV, targets_n, temperature, *parts)) is not None:
             return gradient.to(dtype)
-    if not kept_log_probs:
-        chunk_nV = _log_softmax(chunk_nV.clone() if kept_logits else chunk_nV, temperature)
+    if not is_log_probs:
+        chunk_nV, own = _log_softmax(chunk_nV if own else chunk_nV.clone(), temperature), True
     if temperature == 1.0:
-        return _logits_gradient(chunk_nV, targets_n, grad_n, entropy, own=not kept_log_probs, dtype=dtype)
-    gradient = _logits_gradient(chunk_nV, targets_n, grad_n, entropy, own=not kept_log_probs, dtype=chunk_nV.dtype)
+        return _logits_gradient(chunk_nV, targets_n, grad_n, entropy, own=own, dtype=dtype)
+    gradient = _logits_gradient(chunk_nV, targets_n, grad_n, entropy, own=own, dtype=chunk_nV.dtype)
     return gradient.div_(temperature).to(dtype)
 
 

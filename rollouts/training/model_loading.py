@@ -18,7 +18,7 @@ class ModelError(ValueError):
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a hub id or directory. Raises ModelError; also for one without an end token."""
+    """The tokenizer of a hub id or directory. Raises ModelError; also for one without a vocabulary or an end token."""
     from transformers import AutoTokenizer
 
     require_model(name)
@@ -26,6 +26,11 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises a dozen unrelated kinds (HTTP, JSON, its own)
         raise ModelError(_message("tokenizer", name, error, trust_remote_code)) from error
+    if len(tokenizer) <= len(tokenizer.get_added_vocab()):  # transformers makes one up where the files are missing
+        raise ModelError(
+            f"{name}: its tokenizer has no vocabulary: no tokenizer.json (or vocab.json, tokenizer.model) is there. "
+            "Fix: put the model's own tokenizer files beside its config.json."
+        )
     if tokenizer.eos_token_id is None:
         raise ModelError(f"tokenizer of {name!r} has no eos_token: nothing would end an answer; set it in its config")
     return tokenizer
@@ -72,7 +77,7 @@ def with_every_weight(auto_class: Any, name: str, **options: Any) -> Any:
 
     transformers draws random values for a tensor that the files lack, and says so in a log alone. Here that is a
     ModelError, and so is a tensor of another shape; a tied one needs only one of its names. Tensors of the files that
-    the model does not have are named in a warning.
+    the model does not have are named in a warning, and by `tensors_left_out`.
     """
     model, info = auto_class.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     missing, unknown = set(info["missing_keys"]), set(info["unexpected_keys"])
@@ -90,8 +95,14 @@ def with_every_weight(auto_class: Any, name: str, **options: Any) -> Any:
             f"{_prefix_fix(missing, unknown)}"
         )
     if unknown:
-        logger.warning("%s: its files hold tensors that the model does not have: %s", name, _some(unknown))
+        model.tensors_left_out = f"{name}: its files hold tensors that the model does not have: {_some(unknown)}"
+        logger.warning("%s", model.tensors_left_out)
     return model
+
+
+def tensors_left_out(model: Any) -> str:
+    """The sentence about tensors of the model's files that the model does not have; "" where there are none."""
+    return getattr(model, "tensors_left_out", "")
 
 
 def _some(names: Collection[str]) -> str:
@@ -136,6 +147,12 @@ def require_weights(name: str) -> None:
     path = Path(name)
     if path.is_dir() and not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
         raise ModelError(f"{name}: the directory holds no weights (*.safetensors); set init='random' to draw new ones")
+    whole = ("model*.safetensors", "pytorch_model*.bin")
+    if (path / "adapter_config.json").is_file() and not any(found for part in whole for found in path.glob(part)):
+        raise ModelError(
+            f"{name}: the directory holds an adapter (adapter_config.json) without its model. Fix: merge it into its "
+            "base model (peft: merge_and_unload, save_pretrained), or name that one"
+        )
 
 
 def _message(what: str, name: str, error: Exception, trust_remote_code: bool) -> str:

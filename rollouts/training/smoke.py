@@ -1,108 +1,155 @@
-"""Checks of a device before anything trains on it, in seconds: a bf16 product, packed attention, an all-reduce.
+"""Try a host in one of its environments before a stage starts there, in seconds. The supervisor runs it, see smoke.py
+of rollouts/worker; by hand:
 
-    torchrun ... -m rollouts.training.smoke --device cuda --store NEW_FILE
+    .venv/bin/python -m rollouts.training.smoke trainer --device cuda
+    torchrun … -m rollouts.training.smoke trainer --device cuda --store NEW_FILE
+    <engine's environment>/bin/python -m rollouts.training.smoke engine --device cuda --cards 2 \
+        --module sglang.launch_server --compilers ninja nvcc c++ Python.h
 
-Each check raises SmokeError, whose message names build, driver and device. A CPU runs the same checks.
+A part that fails ends it with one `error:` line, which names build, driver and device. A CPU runs the same parts, but
+for the variable-length kernel.
 """
 
 import argparse
+import contextlib
+import importlib
+import json
+import os
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from rollouts.training import compilers
+from rollouts.training.nvidia_driver import driver_version
 
-from rollouts.training import distributed
-from rollouts.training.devices import DeviceError, describe_build
-from rollouts.training.packed_attention import Documents, attention
-
-HEAD_DIMS = (64, 128)
-WITHIN = 0.03  # of the largest value; bf16 keeps 8 bits
+COLLECTIVE_TIMEOUT_S = 60.0
+_CARD = "Look at the card (`nvidia-smi`, `NVRM: Xid` in `dmesg`), or take another"
+_HOST = "Try another host, or another build in host.torch_build"
+_BUILD = "Remove the environment there, so that it is made anew; or name a build that fits in host.torch_build"
+_LOCK = "The environment does not fit this host: check engine.requirements_file, the driver and the host's libraries"
 
 
 class SmokeError(RuntimeError):
-    """A device computes wrongly, or not at all."""
+    """A part failed. The message names it, the build, the driver and the device."""
 
 
-def check_product(device: torch.device) -> None:
-    """A bf16 matrix product is near the one in float32 on the CPU."""
-    left, right = (torch.randn(256, 256, generator=_seeded()).bfloat16() for _ in range(2))
-    _require_close("the bf16 product", device, (left.to(device) @ right.to(device)), left.float() @ right.float())
+class Report:
+    """The parts, one after another, timed. Where `path` is given, how far they are is there, for who waits."""
+
+    def __init__(self, device: str, path: Path | None = None) -> None:
+        self.where = f"device {device}, {driver_version()}"
+        self.parts: dict[str, float] = {}
+        self._path = path
+
+    @contextlib.contextmanager
+    def part(self, name: str, fix: str) -> Iterator[None]:
+        """Run a block as a part. What it raises of torch's errors, or of the system's, becomes a SmokeError."""
+        started = time.perf_counter()
+        print(f"smoke test: {name}", flush=True)
+        self._write(name)
+        try:
+            yield
+        except compilers.CompilerError as error:
+            raise SmokeError(f"{name}: {error} ({self.where})") from error
+        except ValueError as error:  # a DeviceError: it names build, driver and device, and has its fix
+            raise SmokeError(f"{name}: {error}") from error
+        except (ImportError, OSError, RuntimeError) as error:
+            said = str(error).strip() or type(error).__name__
+            raise SmokeError(f"{name}: {said}, on {self.where}. {fix}.") from error
+        self.parts[name] = round(time.perf_counter() - started, 3)
+        self._write("")
+
+    def _write(self, doing: str) -> None:
+        if self._path is not None:
+            temporary = self._path.with_name(f"{self._path.name}.new")
+            temporary.write_text(json.dumps({"doing": doing, "parts": self.parts}))
+            temporary.replace(self._path)
 
 
-def check_attention(device: torch.device, head_dim: int) -> None:
-    """Packed attention with grouped heads is near SDPA per document in float32, forward and backward."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    lengths, generator = [5, 33, 26], _seeded()
-    inputs = [torch.randn(1, heads, 64, head_dim, generator=generator).to(dtype) for heads in (4, 2, 2)]
-    ours = [tensor.to(device).requires_grad_() for tensor in inputs]
-    query, key, value = ours
-    packed, _ = attention(nn.Identity(), query, key, value, None, documents=Documents.of(lengths, device))
-    theirs = [tensor.float().requires_grad_() for tensor in inputs]
-    parts = zip(*(tensor.split(lengths, 2) for tensor in theirs), strict=True)
-    alone = [F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True) for q, k, v in parts]
-    expected = torch.cat(alone, 2).transpose(1, 2)
-    packed.float().square().sum().backward()
-    expected.square().sum().backward()
-    _require_close(f"attention, head_dim {head_dim}", device, packed, expected)
-    for name, mine, reference in zip("qkv", ours, theirs, strict=True):
-        assert mine.grad is not None and reference.grad is not None
-        _require_close(f"attention's gradient of {name}, head_dim {head_dim}", device, mine.grad, reference.grad)
+def try_trainer(report: Report, device_type: str, *, store: Path | None) -> None:
+    """Run the parts of a trainer's rank on its device. Raises SmokeError."""
+    fix = _CARD if device_type == "cuda" else _HOST
+    with report.part("torch", _BUILD):
+        from rollouts.training import distributed, smoke_checks
+        from rollouts.training.devices import describe_build
 
-
-def check_all_reduce(device: torch.device) -> None:
-    """The ranks' numbers add up, on the device."""
-    total = torch.tensor([float(distributed.rank() + 1)], device=device)
-    distributed.all_reduce_sum([total])
-    ranks = distributed.world_size()
-    _require_close(f"an all-reduce over {ranks} ranks", device, total, torch.tensor([ranks * (ranks + 1) / 2]))
-
-
-def run_all(device_type: str, *, store_file: Path | None, timeout_s: float = 60.0) -> None:
-    """Run every check on this rank's device. Raises SmokeError or DeviceError."""
-    device = distributed.initialize(device_type, timeout_s=timeout_s, store_file=store_file)
-    try:
-        check_product(device)
-        for head_dim in HEAD_DIMS:
-            check_attention(device, head_dim)
-        check_all_reduce(device)
-    except RuntimeError as error:
-        if isinstance(error, SmokeError):
-            raise
-        raise SmokeError(f"{_where(device)}: {error}") from error
-    finally:
+        report.where = f"device {device_type}:{os.environ.get('LOCAL_RANK', '0')} with {describe_build()}"
+        device = distributed.initialize(device_type, timeout_s=COLLECTIVE_TIMEOUT_S, store_file=store)
+        report.where = f"device {smoke_checks.name_of(device)} with {describe_build()}"
+    with report.part("bf16 product", fix):
+        smoke_checks.check_product(device)
+    with report.part("attention", fix):
+        for head_dim in smoke_checks.HEAD_DIMS:
+            smoke_checks.check_attention(device, head_dim, packed=device_type == "cuda")
+    with report.part(f"all-reduce over {distributed.world_size()} ranks", fix):
+        smoke_checks.check_all_reduce(device)
         distributed.shutdown()
 
 
-def _seeded() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
+def try_cards(report: Report, device_type: str, *, cards: int) -> None:
+    """Run the parts of an engine on its devices: its own torch sees each, and computes there. Raises SmokeError."""
+    with report.part("torch", _BUILD):
+        from rollouts.training import distributed, smoke_checks
+        from rollouts.training.devices import describe_build
+
+        report.where = f"device {device_type} with {describe_build()}"
+        devices = [distributed.local_device(device_type, index) for index in range(cards)]
+    for device in devices:
+        report.where = f"device {smoke_checks.name_of(device)} with {describe_build()}"
+        with report.part(f"bf16 product on {device}", _CARD if device_type == "cuda" else _HOST):
+            smoke_checks.check_product(device)
 
 
-def _require_close(what: str, device: torch.device, found: Tensor, expected: Tensor) -> None:
-    apart = (found.detach().float().cpu() - expected.detach()).abs().max().item()
-    limit = WITHIN * expected.detach().abs().max().item()
-    if not apart <= limit:
-        raise SmokeError(f"{what} is wrong by {apart:.3g}, needs at most {limit:.3g}, on {_where(device)}")
+def try_modules(report: Report, names: list[str]) -> None:
+    """Import what a server starts with. Raises SmokeError."""
+    with report.part("engine package", _LOCK):
+        for name in names:
+            try:
+                importlib.import_module(name)
+            except (ImportError, OSError, RuntimeError) as error:
+                raise RuntimeError(f"{name} cannot be imported: {type(error).__name__}: {error}") from error
 
 
-def _where(device: torch.device) -> str:
-    name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
-    return f"device {device}{name} with {describe_build()}"
+def try_compilers(report: Report, names: list[str]) -> None:
+    """Find what kernels are compiled with. Raises SmokeError."""
+    with report.part("compilers", ""):
+        for name in names:
+            compilers.require(name)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Check this machine's devices before anything trains on them.")
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Try this host before anything trains or serves on it.")
+    parser.add_argument("who", choices=("trainer", "engine"))
     parser.add_argument("--device", required=True, choices=("cpu", "cuda"))
-    parser.add_argument("--store", type=Path, help="a file that does not exist, where the ranks find each other")
-    arguments = parser.parse_args()
+    parser.add_argument("--store", type=Path, help="a file that does not exist, where the trainer's ranks meet")
+    parser.add_argument("--cards", type=int, default=1, help="how many devices an engine has to see")
+    parser.add_argument("--module", action="append", default=[], help="what has to import")
+    parser.add_argument("--compilers", nargs="*", default=[], choices=compilers.NAMES)
+    parser.add_argument("--report", type=Path, help="where rank 0 writes how far it is")
+    arguments = parser.parse_args(argv)
+    is_first = os.environ.get("RANK", "0") == "0"
+    report = Report(arguments.device, arguments.report if is_first else None)
     try:
-        run_all(arguments.device, store_file=arguments.store)
-    except (SmokeError, DeviceError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if arguments.who == "trainer":
+            try_trainer(report, arguments.device, store=arguments.store)
+        else:
+            try_cards(report, arguments.device, cards=arguments.cards)
+        if arguments.module:
+            try_modules(report, arguments.module)
+        if arguments.compilers:
+            try_compilers(report, arguments.compilers)
+    except SmokeError as error:
+        print(f"error: smoke test: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+    if is_first:
+        print(f"smoke test: passed, {json.dumps(report.parts)}", flush=True)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code:
+        sys.stderr.flush()
+        os._exit(code)  # a broken communicator may hang where Python takes it apart
+    sys.exit(code)

@@ -34,13 +34,18 @@ class ValueHead(nn.Module):
         with torch.autocast(hidden_MD.device.type, enabled=False):
             return hidden_MD.to(self.weight.dtype) @ self.weight + self.bias
 
-    def step(self, lr_factor: float, max_grad_norm: float) -> None:
-        """Sum the gradients over ranks, clip, step, clear. Every rank calls it."""
+    def gradient_norm(self) -> Tensor:
+        """Sum the gradients over ranks; return their L2 norm, a scalar that nobody has read. Every rank calls it."""
         for parameter in self.parameters():
             if parameter.grad is None:  # no sequence on this rank
                 parameter.grad = torch.zeros_like(parameter)
-        distributed.all_reduce_sum([self.weight.grad, self.bias.grad])  # type: ignore[list-item]
-        nn.utils.clip_grad_norm_(self.parameters(), max_grad_norm, error_if_nonfinite=True)
+        gradients = [self.weight.grad, self.bias.grad]
+        distributed.all_reduce_sum(gradients)  # type: ignore[arg-type]
+        return nn.utils.get_total_norm(gradients)  # type: ignore[arg-type]
+
+    def step(self, lr_factor: float, max_grad_norm: float, norm: Tensor) -> None:
+        """Clip gradients of this `norm`, which is finite; step, clear."""
+        nn.utils.clip_grads_with_norm_(self.parameters(), max_grad_norm, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr * lr_factor
         self.optimizer.step()

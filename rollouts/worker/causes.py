@@ -1,6 +1,7 @@
 """Why a trainer ended, as its last lines tell. Pure, standard library only."""
 
 import re
+import signal
 from collections.abc import Sequence
 
 SENTENCE = "error: "  # what a mistake of the user's ends with: one line, and indented ones under it
@@ -9,6 +10,12 @@ _TRACEBACK = re.compile(
 )
 _TORCHRUN_ENDS = "torch.distributed.elastic.multiprocessing.errors.ChildFailedError"
 _TORCHRUN_SAYS = re.compile(r"^[EWI]\d{4} .*torch/distributed/(elastic|run)")
+_RANK_ENDED = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")
+_KILLED_BY = {
+    signal.SIGKILL: "the kernel does that when the host's memory runs out (`dmesg` shows it there)",
+    signal.SIGBUS: "the host's shared memory may be full (`df /dev/shm` there)",
+}
+_CRASHED = "a crash in compiled code, whose own words are in the log"
 
 
 def without_torchrun(lines: Sequence[str]) -> list[str]:
@@ -22,7 +29,13 @@ def without_torchrun(lines: Sequence[str]) -> list[str]:
 
 
 def cause_of(lines: Sequence[str]) -> str | None:
-    """The last `error:` sentence, else the exception of the last traceback; None where neither is there."""
+    """The signal that ended a rank, else the last `error:` sentence, else the exception of the last traceback.
+
+    Else the exit code of a rank that ended without a word; None where none of these is there.
+    """
+    rank, code = _first_end(lines)
+    if code < 0:
+        return _killed(rank, -code)
     kept = without_torchrun(lines)
     for at in range(len(kept) - 1, -1, -1):
         if kept[at].startswith(SENTENCE):
@@ -30,7 +43,21 @@ def cause_of(lines: Sequence[str]) -> str | None:
     for at in range(len(kept) - 1, -1, -1):
         if found := _TRACEBACK.match(kept[at]):
             return _exception(kept[at + 1 :], found["prefix"].replace("+", "|"))
-    return None
+    return f"rank {rank} ended with exit code {code} without a word: something called exit" if code else None
+
+
+def _first_end(lines: Sequence[str]) -> tuple[int, int]:
+    """The local rank that torchrun saw failing first, and its exit code, negative for a signal; (0, 0) for none."""
+    ends = [found for line in lines if _TORCHRUN_SAYS.match(line) and (found := _RANK_ENDED.search(line))]
+    return (int(ends[0][2]), int(ends[0][1])) if ends else (0, 0)
+
+
+def _killed(rank: int, number: int) -> str:
+    try:
+        name = signal.Signals(number)
+    except ValueError:
+        return f"rank {rank} was ended by signal {number}"
+    return f"rank {rank} was ended by {name.name}: {_KILLED_BY.get(name, _CRASHED)}"
 
 
 def _indented(lines: Sequence[str]) -> list[str]:

@@ -18,6 +18,7 @@ from rollouts import run_dir
 from rollouts.engines.diagnosis import diagnose_installation
 from rollouts.run_dir import EnvironmentSpec, RunDir
 from rollouts.worker.console import say
+from rollouts.worker.processes import SUPERVISOR_WINDOW
 
 LOG_TAIL_LINES = 50
 POLL_S = 0.1
@@ -42,11 +43,11 @@ if os.getppid() == int(sys.argv[1]):  # else it ended before the kernel was told
 
 
 class BootstrapError(Exception):
-    """An environment could not be made. The message names the fix; `log_tail` is what the installer said last."""
+    """The host could not be made ready. The message names the fix; `log_tail` is what `window` said last."""
 
-    def __init__(self, message: str, log_tail: Sequence[str] = ()) -> None:
+    def __init__(self, message: str, log_tail: Sequence[str] = (), *, window: str = SUPERVISOR_WINDOW) -> None:
         super().__init__(message)
-        self.log_tail = list(log_tail)
+        self.log_tail, self.window = list(log_tail), window
 
 
 class InstallerFailed(BootstrapError):

@@ -38,11 +38,13 @@ RECORD_WAIT_S = 5.0  # from the session's start to the supervisor's process reco
 def stop(run: RunDir) -> dict[str, Any]:
     """Have nothing of the run left on return. Returns {"state", "exit_code"} as they are then."""
     grace_s = _grace_s(run)
-    was_live = observe(run).live
-    if was_live and (host := run_dir.other_host(run)) is not None:
+    seen = observe(run)
+    was_live = seen.live
+    if (was_live or seen.state == "silent") and (host := run_dir.other_host(run)) is not None:
+        gone = "" if was_live else f" If that machine is no more, remove {run.path}."
         sys.exit(
             f"error: run {run.run_id} runs on {host}, whose files this host shares; this is {os.uname().nodename}."
-            f" From here its processes cannot be ended: `deploy stop {run.run_id} --remote {host}`."
+            f" From here its processes cannot be ended: `deploy stop {run.run_id} --remote {host}`.{gone}"
         )
     if was_live:
         _ask_supervisor(run, within_s=2 * grace_s + SUPERVISOR_MARGIN_S)

@@ -39,6 +39,7 @@ from rollouts.worker.processes import (
     scan,
     window_mark,
 )
+from rollouts.worker.smoke import smoke_test
 from rollouts.worker.windows import OpenWindow, close_windows, open_window
 
 POLL_S = 0.1
@@ -105,23 +106,21 @@ class Supervisor:
     def _bootstrap(self) -> None:
         self._announce("bootstrap", "making the environments")
         patience = Patience(self.plan.bootstrap_timeout_s, tick=self._tick)
-        for spec in self.plan.environments:
-            try:
+        try:
+            for spec in self.plan.environments:
                 ensure_environment(spec, self.run, patience)
-            except BootstrapError as error:
-                raise RunFailed(str(error), window=SUPERVISOR_WINDOW, log_tail=error.log_tail) from None
-        for model in self.plan.models:
-            self._announce("bootstrap", f"downloading {model.name}")
-            try:
+            for model in self.plan.models:
+                self._announce("bootstrap", f"downloading {model.name}")
                 fetch_model(model, self.plan.environments[0], self.run, patience)
-            except BootstrapError as error:
-                raise RunFailed(str(error), window=SUPERVISOR_WINDOW, log_tail=error.log_tail) from None
+            self._announce("bootstrap", "trying devices and environments")
+            smoke_test(self.run, self.plan, event=self._event, tick=self._tick, beat=self._beat)
+        except BootstrapError as error:
+            raise RunFailed(str(error), window=error.window, log_tail=error.log_tail) from None
 
     def _finish(self, state: State, code: int, message: str) -> None:
         """End what is left of any window, then say how it ended: event, then status, then (by exiting) the lock."""
         marks = {window_mark(SUPERVISOR_STAGE, SUPERVISOR_WINDOW)}
-        for stage in self.plan.stages:
-            marks |= {window_mark(stage.name, spec.window) for spec in (*stage.engines, stage.trainer)}
+        marks |= {window_mark(stage, spec.window) for stage, spec in self.plan.processes()}
         left = end_marked(self.run, marks, grace_s=self.plan.stop_grace_s, tick=self._beat)
         if left:
             message += f" (still there after SIGKILL: processes {left})"
@@ -154,7 +153,7 @@ class Supervisor:
             for spec in stage.engines:
                 self.engines.append(Engine(self._open(stage, spec), time.monotonic()))
             self._await_engines(stage, deadline)
-            self._announce(stage.name, f"{stage.name}: training")
+            self._announce(stage.name, f"{stage.name}: the trainer runs: data and model first, then steps")
             self.trainer = self._open(stage, stage.trainer)
             self._await_trainer(stage, deadline, self.trainer)
         finally:
@@ -187,7 +186,7 @@ class Supervisor:
     def _open(self, stage: StageSpec, spec: ProcessSpec) -> OpenWindow:
         say(f"stage={stage.name} window={spec.window}: starting")
         try:
-            return open_window(self.run, self.plan, stage, spec)
+            return open_window(self.run, self.plan, stage.name, spec, may_end=spec is stage.trainer)
         except tmux.TmuxError as error:
             message = f"stage {stage.name}: cannot open a window for {spec.window}: {error}"
             raise RunFailed(message, window=SUPERVISOR_WINDOW) from None
@@ -248,7 +247,7 @@ class Supervisor:
     def _failure(self, stage: StageSpec, window: OpenWindow) -> RunFailed:
         """Why this window's end ends the run: for a trainer the sentence that it ended with, where it has one."""
         end = f"stage {stage.name}: {window.describe_end()}"
-        if window.is_trainer:
+        if window.may_end:
             said, event = window.cause()
             end = said if event else f"{end}: {said}" if said else end
         else:

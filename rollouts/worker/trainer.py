@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from rollouts.config import Config, EngineConfig, RLConfig, SFTConfig
+from rollouts.config import CISPO, PPO, Config, EngineConfig, RLConfig, SFTConfig
 from rollouts.engines.keys import read_keys
 from rollouts.run_dir import FULL_DISK, RunDir, append_event, record_process
+from rollouts.worker.trainer_answers import answers, rl_evaluation, rows_in_process
 from rollouts.worker.trainer_data import (
     Data,
     load_data,
@@ -34,7 +35,6 @@ from rollouts.worker.trainer_data import (
 )
 from rollouts.worker.trainer_job import Job, alarms_of, logged_steps, metrics_of
 from rollouts.worker.trainer_wiring import (
-    agent_parts,
     base_model,
     build_backend,
     generate_fn,
@@ -46,9 +46,7 @@ from rollouts.worker.trainer_wiring import (
 
 if TYPE_CHECKING:
     from rollouts.training.backends.pytorch import PyTorchTrainingBackend
-    from rollouts.training.evaluation import Evaluation
     from rollouts.training.metrics import MetricsLogger
-    from rollouts.training.types import Prompt
     from rollouts.training.weight_sync import SGLangEngine
 
 logger = logging.getLogger("rollouts.trainer")
@@ -128,12 +126,12 @@ async def _train(config: Config, run: RunDir, stage: str, urls: Urls) -> None:
     import torch
 
     from rollouts.training import distributed
-    from rollouts.training.model_loading import load_tokenizer
+    from rollouts.training.model_loading import load_tokenizer, tensors_left_out
 
     limit_s = config.limits.stage_timeout_s
     device = distributed.initialize(config.target.device_type, timeout_s=limit_s, store_file=run.ranks(stage))
     torch.manual_seed(
-        (config.rl.seed if stage == "rl" and config.rl else config.data.shuffle_seed) + _rank()
+        (config.rl.sampling.seed if stage == "rl" and config.rl else config.data.shuffle_seed) + _rank()
     )  # dropout
     with contextlib.ExitStack() as ends:
         ends.callback(distributed.shutdown)
@@ -144,7 +142,7 @@ async def _train(config: Config, run: RunDir, stage: str, urls: Urls) -> None:
         if resumes:
             _check_left(stage, Path(model_path), steps)
         backend, resume = None, None
-        if stage == "sft" or (config.rl and config.rl.source != "engine_only"):
+        if stage == "sft" or (config.rl and config.rl.sampling.source != "engine_only"):
             backend = build_backend(
                 config,
                 stage,
@@ -152,7 +150,7 @@ async def _train(config: Config, run: RunDir, stage: str, urls: Urls) -> None:
                 model_path=base_model(config, model_path, resumes=resumes),
                 tokenizer=tokenizer,
                 device=device,
-                num_steps=steps * (config.rl.updates_per_batch if stage == "rl" and config.rl else 1),
+                num_steps=steps * (config.rl.loss.updates_per_batch if stage == "rl" and config.rl else 1),
                 reference=reference_name(config, stage, model_path, resumes=resumes),
                 retention=retention(config, run, stage),
             )
@@ -163,8 +161,9 @@ async def _train(config: Config, run: RunDir, stage: str, urls: Urls) -> None:
         alarms = alarms_of(run, logged_steps(config, stage, steps))
         job = Job(config, run, stage, tokenizer, backend, steps, resume, pad_token_id, alarms)
         if _rank() == 0:
-            if report := report_of(data):
-                append_event(run, "note", message=report)
+            notes = [report_of(data), "" if backend is None else tensors_left_out(backend.model)]
+            for note in filter(None, notes):
+                append_event(run, "note", message=note)
             append_event(run, "training_started", stage=stage, step=job.first_step, steps_total=steps)
         await (train_sft(job, data) if stage == "sft" else train_rl(job, data, urls))
 
@@ -198,31 +197,6 @@ def _check_left(stage: str, source: Path, steps: int) -> None:
 # --- stages ---------------------------------------------------------------------------------------------------------
 
 
-async def _answers(
-    job: Job, rows: Sequence["Prompt"], engines: Sequence["SGLangEngine"] | None, reward_fn: Any = None
-) -> "Evaluation":
-    """The model's answers to held-out rows: through the engines, or in process where there are none.
-
-    An agent's are episodes, judged by the job's own reward, where there are engines.
-    """
-    from rollouts.training.agent_integration import evaluate_agent
-    from rollouts.training.evaluation import Sampling, evaluate_with_engine, evaluate_with_model
-
-    config = job.config
-    drawn = config.eval
-    sampling = Sampling(drawn.num_samples, drawn.temperature, drawn.top_k, drawn.seed) if drawn.num_samples else None
-    max_new_tokens = config.rl.max_new_tokens if config.rl else config.data.max_length
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling}
-    if engines and config.rl and config.rl.agent:
-        endpoints, environment, limits = agent_parts(config.rl, job.tokenizer, engines)
-        return await evaluate_agent(endpoints, environment, rows, reward_fn=reward_fn, limits=limits, sampling=sampling)
-    if engines:
-        return await evaluate_with_engine(engines, job.tokenizer, rows, **options)
-    assert job.backend is not None, "without engines there is a model in this process"
-    with job.backend.computing():
-        return evaluate_with_model(job.backend.model, job.tokenizer, rows, **options)
-
-
 async def train_sft(job: Job, data: Data) -> None:
     from rollouts.training import distributed
     from rollouts.training.evaluation import ALL_TASKS
@@ -231,6 +205,7 @@ async def train_sft(job: Job, data: Data) -> None:
 
     sft = cast(SFTConfig, job.config.sft)
     backend = cast("PyTorchTrainingBackend", job.backend)
+    rows = rows_in_process(job, data.eval_rows)
 
     async def evaluate(step: int, stage: str = "sft") -> dict[str, float]:
         """Validation loss, before the first step and after the last over all held-out rows."""
@@ -249,11 +224,11 @@ async def train_sft(job: Job, data: Data) -> None:
         return {"validation_loss": losses[ALL_TASKS]["loss"]}
 
     async def answer(step: int, stage: str = "sft") -> None:
-        """Answers to all held-out rows, before the first step, and after the last once its checkpoint is written."""
-        if data.eval_samples and data.eval_rows and (_rank() == 0 or backend.collective):  # sharded: all ranks or none
-            found = await _answers(job, data.eval_rows, None)
+        """Answers to held-out rows, before the first step, and after the last once its checkpoint is written."""
+        if data.eval_samples and rows and (_rank() == 0 or backend.collective):  # sharded: all ranks or none
+            found = await answers(job, rows, None)
             if _rank() == 0:
-                job.log_answers(stage, step, data.eval_rows, found)
+                job.log_answers(stage, step, rows, found)
                 job.log_eval(stage, step, found.metrics(job.config.eval.pass_at))
         distributed.barrier()
 
@@ -290,11 +265,12 @@ async def train_rl(job: Job, data: Data, urls: Urls) -> None:
     from rollouts.training.metrics import JSONLLogger
 
     rl = cast(RLConfig, job.config.rl)
-    buffer = DataBuffer(data.prompts, seed=rl.seed) if data.saved is None else None
+    loss = rl.loss
+    buffer = DataBuffer(data.prompts, seed=rl.sampling.seed) if data.saved is None else None
     rollouts_logger = JSONLLogger(job.run.rollouts) if _rank() == 0 and data.saved is None else None
     async with _engines(job, urls) as engines, _reward(job) as reward_fn:
         manager: Any = data.saved or _rollout_manager(job, buffer, engines, reward_fn) if _rank() == 0 else None
-        evaluate = _rl_evaluation(job, data, engines, reward_fn) if data.eval_rows else None
+        evaluate = rl_evaluation(job, data, engines, reward_fn)
         with metrics_of(job) as metrics_logger:
             if job.backend is None:
                 if rollouts_logger is not None:
@@ -311,7 +287,7 @@ async def train_rl(job: Job, data: Data, urls: Urls) -> None:
                     weight_sync=sync,
                     rollouts_logger=rollouts_logger,
                     temperature=rl.temperature,
-                    clip_range=(rl.clip_low, rl.clip_high) if rl.loss in ("ppo", "cispo") else None,
+                    clip_range=(loss.clip_low, loss.clip_high) if isinstance(loss, PPO | CISPO) else None,
                     pad_token_id=job.pad_token_id,
                     resume=job.resume,
                     eval_fn=evaluate,
@@ -390,10 +366,10 @@ async def _reward(job: Job) -> AsyncIterator[Any]:
     from rollouts.training.rewards.scoring import scoring
 
     config, rl = job.config, cast(RLConfig, job.config.rl)
-    if _rank() != 0 or not config.uses_engine or rl.reward_fn is None:
+    if _rank() != 0 or not config.uses_engine or rl.reward is None:
         yield None
         return
-    with scoring(rl.reward_fn, workers=rl.reward_workers, timeout_s=config.limits.reward_timeout_s) as reward_fn:
+    with scoring(rl.reward.fn, workers=rl.reward.workers, timeout_s=config.limits.reward_timeout_s) as reward_fn:
         yield reward_fn
 
 
@@ -406,34 +382,14 @@ def _rollout_manager(job: Job, buffer: Any, engines: Sequence["SGLangEngine"], r
     config = RolloutConfig(
         batch_size=rl.examples_per_step,
         n_samples_per_prompt=rl.num_samples,
-        over_sampling_factor=rl.over_sampling_factor,
+        over_sampling_factor=rl.sampling.over_sampling_factor,
         generate_fn=generate_fn(rl, job.tokenizer, engines, reward_fn),
         reward_fn=reward_fn,
-        filter_fn=resolve(rl.filter_fn) if rl.filter_fn else None,
-        retries_max=rl.retries_max,
-        seed=rl.seed,
+        filter_fn=resolve(rl.sampling.filter_fn) if rl.sampling.filter_fn else None,
+        retries_max=rl.sampling.retries_max,
+        seed=rl.sampling.seed,
     )
     return AsyncRolloutManager(buffer, config)
-
-
-def _rl_evaluation(job: Job, data: Data, engines: Sequence["SGLangEngine"], reward_fn: Any) -> Any:
-    from rollouts.training.evaluation import ALL_TASKS
-
-    rl = cast(RLConfig, job.config.rl)
-    trained_before = len(job.config.stages) > 1 or job.config.output.source_checkpoint is not None
-
-    async def evaluate(step: int) -> dict[str, float]:
-        """Exact match and pass@k: over all rows before the first step and after the last, else rl.eval_examples."""
-        whole = step in (0, job.num_steps) or rl.eval_examples == -1
-        rows = data.eval_rows if whole else data.eval_rows[: rl.eval_examples]
-        found = await _answers(job, rows, engines, reward_fn)
-        by_task = found.metrics(job.config.eval.pass_at)
-        stage = "rl" if step or trained_before else "base"
-        job.log_answers(stage, step, rows, found)
-        job.log_eval(stage, step, by_task)
-        return by_task[ALL_TASKS]
-
-    return evaluate
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from rollouts.config import Config, DatasetSpec, RLConfig, SFTConfig
+from rollouts.training.seams import Tokenizer
 
 if TYPE_CHECKING:
     from rollouts.training.datasets.report import Report, SFTReport
@@ -30,7 +31,7 @@ class Data:
     eval_rows: Sequence["Prompt"]
 
 
-def load_data(config: Config, tokenizer: Any, stage: str) -> Data:
+def load_data(config: Config, tokenizer: Tokenizer, stage: str) -> Data:
     from rollouts.training.datasets.dataset_loaders import load_fitting_prompts, load_sft_mixture
     from rollouts.training.evaluation import mix_tasks
     from rollouts.training.replay import ReplayRollouts
@@ -46,12 +47,12 @@ def load_data(config: Config, tokenizer: Any, stage: str) -> Data:
     )
     if "rl" in left and config.rl is not None:
         agent = config.rl.agent
-        for path in (config.rl.reward_fn, config.rl.filter_fn, agent.environment if agent else None):
+        for path in (config.rl.reward_fn, config.rl.sampling.filter_fn, agent.environment if agent else None):
             if path is not None:
                 resolve(path)
     saved = None
     if "rl" in left and config.rl is not None and not config.uses_engine:
-        saved = ReplayRollouts(config.rl.source, temperature=config.rl.temperature)
+        saved = ReplayRollouts(config.rl.sampling.source, temperature=config.rl.temperature)
     sft, report = load_samples(data.sft_mixture, seed=sft_seed(config)) if "sft" in left else ((), None)
     reports: list[tuple[str, Report]] = [] if report is None else [("sft_mixture", report)]
     fit: dict[str, Any] = {
@@ -86,7 +87,7 @@ def load_data(config: Config, tokenizer: Any, stage: str) -> Data:
     )
 
 
-def prompt_tokens_max(config: Config, tokenizer: Any) -> int:
+def prompt_tokens_max(config: Config, tokenizer: Tokenizer) -> int:
     """How long a prompt may be, so that an answer of rl.max_new_tokens fits behind it.
 
     Room is data.max_length, and where an engine samples no more than engine.context_length (of the embedded one, the
@@ -104,7 +105,7 @@ def prompt_tokens_max(config: Config, tokenizer: Any) -> int:
     return room if rl.agent is None else min(room, rl.agent.tokens_max - 1)
 
 
-def _positions(tokenizer: Any, trust_remote_code: bool) -> int | None:
+def _positions(tokenizer: Tokenizer, trust_remote_code: bool) -> int | None:
     """How many positions the model has that lies beside the tokenizer; None where no config says it."""
     from transformers import AutoConfig
 
@@ -146,10 +147,11 @@ def _row_problem(config: Config) -> "Callable[[Prompt], str | None] | None":
 def _episode_tools(environment: str) -> Any:
     """What an agent's environment offers the model; nothing where it cannot say so before an episode starts."""
     from rollouts.training.rewards import resolve
+    from rollouts.training.user_code import USER_ERRORS
 
     try:
         return resolve(environment)().tools() or None
-    except Exception as error:  # a user's code may raise anything; an episode that it ends says so
+    except USER_ERRORS as error:  # an episode that it ends says so
         logger.info("%s: cannot say its tools before an episode: %s", environment, error)
         return None
 

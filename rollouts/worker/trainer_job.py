@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rollouts.config import Config
 from rollouts.run_dir import RunDir, append_event, append_jsonl, iter_jsonl, read_jsonl
+from rollouts.training.seams import Tokenizer
 
 if TYPE_CHECKING:
     from rollouts.training.alarms import Alarm, Alarms
@@ -30,7 +31,7 @@ def rank() -> int:
 def logged_steps(config: Config, stage: str, steps: int) -> int:
     """How many of a stage's `steps` are logged: each `log_every`th, and the last; all where nothing is trained."""
     of_stage = config.sft if stage == "sft" else config.rl
-    if of_stage is None or (config.rl is not None and stage == "rl" and config.rl.source == "engine_only"):
+    if of_stage is None or (config.rl is not None and stage == "rl" and config.rl.sampling.source == "engine_only"):
         return steps
     return math.ceil(steps / of_stage.log_every)
 
@@ -54,7 +55,7 @@ class Job:
     config: Config
     run: RunDir
     stage: str
-    tokenizer: Any
+    tokenizer: Tokenizer
     backend: "PyTorchTrainingBackend | None"  # None where nothing is trained
     num_steps: int
     resume: Mapping[str, Any] | None  # what load_checkpoint returned, when this stage goes on from its own checkpoint

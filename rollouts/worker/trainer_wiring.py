@@ -8,8 +8,21 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from rollouts.config import AgentConfig, Config, EngineConfig, ModelConfig, RLConfig, SFTConfig
+from rollouts.config import (
+    GRPO,
+    AgentConfig,
+    BroadcastSync,
+    Config,
+    DiskSync,
+    EngineConfig,
+    LoraSync,
+    ModelConfig,
+    RLConfig,
+    SFTConfig,
+    ValueModel,
+)
 from rollouts.run_dir import RunDir, append_event
+from rollouts.training.seams import Tokenizer
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -36,17 +49,17 @@ def reference_name(config: Config, stage: str, model_path: str, *, resumes: bool
     from rollouts.training.checkpoint import CheckpointError, read_metadata
 
     rl = config.rl
-    if stage != "rl" or rl is None or rl.kl_coef == 0:
+    if stage != "rl" or rl is None or rl.kl is None:
         return None
-    if rl.kl_reference is not None:
-        return rl.kl_reference
+    if rl.kl.reference is not None:
+        return rl.kl.reference
     if not resumes:
         return model_path
     recorded = read_metadata(Path(model_path)).get("reference")
     if recorded is None:
         raise CheckpointError(
-            f"{model_path}: was trained without a KL reference, and rl.kl_coef={rl.kl_coef} needs one: set "
-            "rl.kl_reference to the model that run started from, or rl.kl_coef=0"
+            f"{model_path}: was trained without a KL reference, and rl.kl.coef={rl.kl.coef} needs one: set "
+            "rl.kl.reference to the model that run started from, or rl.kl=None"
         )
     return recorded["name"]
 
@@ -62,7 +75,7 @@ def base_model(config: Config, model_path: str, *, resumes: bool) -> str:
     return model_path if base is None else base["name"]
 
 
-def generate_fn(rl: RLConfig, tokenizer: Any, engines: Sequence[Any], reward_fn: Any) -> Callable[..., Any]:
+def generate_fn(rl: RLConfig, tokenizer: Tokenizer, engines: Sequence[Any], reward_fn: Any) -> Callable[..., Any]:
     """What samples a group: single answers, or an agent's episodes. Rewards that wait for something, or updates that
     find groups at different points, want each group to come back by itself.
     """
@@ -71,14 +84,18 @@ def generate_fn(rl: RLConfig, tokenizer: Any, engines: Sequence[Any], reward_fn:
 
     if rl.agent is None:
         drawn: dict[str, Any] = {"max_new_tokens": rl.max_new_tokens, "temperature": rl.temperature, "top_k": rl.top_k}
-        apart = rl.in_flight_updates or rl.reward_workers > 0 or inspect.iscoroutinefunction(reward_fn)
+        apart = (
+            rl.in_flight_updates
+            or (rl.reward is not None and rl.reward.workers > 0)
+            or inspect.iscoroutinefunction(reward_fn)
+        )
         return make_generate_fn(engines, tokenizer, **drawn, apart=apart)
     endpoints, environment, limits = agent_parts(rl, tokenizer, engines)
     return make_agent_generate_fn(endpoints, environment, limits=limits)
 
 
 def agent_parts(
-    rl: RLConfig, tokenizer: Any, engines: Sequence[Any]
+    rl: RLConfig, tokenizer: Tokenizer, engines: Sequence[Any]
 ) -> tuple[list["Endpoint"], Callable[..., Any], "Limits"]:
     """An agent job's endpoints, one per engine, what makes its environment, and the limits of an episode."""
     from rollouts.agents.endpoint import Endpoint
@@ -104,20 +121,21 @@ def agent_parts(
 def rl_training_config(rl: RLConfig, num_steps: int) -> "RLTrainingConfig":
     from rollouts.training.types import RLTrainingConfig
 
+    value = rl.baseline if isinstance(rl.baseline, ValueModel) else None
+    gae = {"gamma": value.gamma, "gae_lambda": value.gae_lambda} if value is not None else {}
     return RLTrainingConfig(
         num_steps=num_steps,
-        sync_every=rl.sync_every,
+        sync_every=rl.sampling.sync_every,
         policy_lag_steps_max=rl.policy_lag_steps_max,
         in_flight_updates=rl.in_flight_updates,
-        baseline=rl.baseline,
+        baseline="value" if isinstance(rl.baseline, ValueModel) else rl.baseline,
         log_every=rl.log_every,
         checkpoint_every=rl.save_every,
-        advantage_norm=rl.advantage_norm,
+        advantage_norm=rl.loss.advantage_norm,
         micro_batch_size=rl.batch_size,
         micro_batch_tokens=None if rl.micro_batch_tokens == -1 else rl.micro_batch_tokens,
-        updates_per_batch=rl.updates_per_batch,
-        gamma=rl.gamma,
-        gae_lambda=rl.gae_lambda,
+        updates_per_batch=rl.loss.updates_per_batch,
+        **gae,
     )
 
 
@@ -125,20 +143,22 @@ def rl_loss(rl: RLConfig) -> Callable[..., Any]:
     """The loss that the config describes: a function of logits and a batch's keys."""
     from rollouts.training.rl_losses import policy_loss
 
+    loss, options = rl.loss, dict[str, Any]()
+    if not isinstance(loss, GRPO):
+        options |= {"clip_range": (loss.clip_low, loss.clip_high), "dual_clip": loss.dual_clip}
+    elif loss.importance is not None:
+        options |= {"importance": loss.importance.kind, "importance_cap": loss.importance.cap}
+    if rl.kl is not None:
+        options |= {"kl_coef": rl.kl.coef, "kl_kind": rl.kl.kind}
+    if isinstance(rl.baseline, ValueModel):
+        options |= {"value_coef": rl.baseline.coef, "value_clip": rl.baseline.clip}
     return partial(
         policy_loss,
-        loss=rl.loss,
-        clip_range=(rl.clip_low, rl.clip_high),
-        dual_clip=None if rl.dual_clip == -1 else rl.dual_clip,
-        importance=rl.importance,
-        importance_cap=rl.importance_cap,
-        aggregation=rl.aggregation,
+        loss=loss.kind,
+        aggregation=loss.aggregation,
         length_norm=rl.max_new_tokens,
-        kl_coef=rl.kl_coef,
-        kl_kind=rl.kl_kind,
-        entropy_coef=rl.entropy_coef,
-        value_coef=rl.value_coef if rl.baseline == "value" else 0.0,
-        value_clip=None if rl.value_clip == -1 else rl.value_clip,
+        entropy_coef=loss.entropy_coef,
+        **options,
     )
 
 
@@ -160,20 +180,20 @@ def retention(config: Config, run: RunDir, stage: str) -> "Retention":
 
 
 def value_head(config: Config, stage: str, model: Any) -> "ValueHead | None":
-    """The value model of rl.baseline "value"; None without."""
+    """The value model that rl.baseline asks for; None without."""
     from rollouts.training.value_head import ValueHead
 
     rl = config.rl
-    if stage != "rl" or rl is None or rl.baseline != "value":
+    if stage != "rl" or rl is None or not isinstance(rl.baseline, ValueModel):
         return None
     optimizer = rl.optimizer
     width = model.config.get_text_config().hidden_size
-    return ValueHead(width, lr=rl.value_lr, beta1=optimizer.beta1, beta2=optimizer.beta2, eps=optimizer.eps)
+    return ValueHead(width, lr=rl.baseline.lr, beta1=optimizer.beta1, beta2=optimizer.beta2, eps=optimizer.eps)
 
 
 def build_model(model: ModelConfig, path: str) -> Any:
     """The model that is trained, on the CPU: the one at `path`, as the config wants it wrapped."""
-    from rollouts.training import forward
+    from rollouts.training.compiled_layers import compile_layers
     from rollouts.training.lora import LoraSettings, apply_lora
     from rollouts.training.model_loading import enable_activation_checkpointing, load_model
 
@@ -184,7 +204,7 @@ def build_model(model: ModelConfig, path: str) -> Any:
     if model.activation_checkpointing:
         enable_activation_checkpointing(built)
     if model.compile:
-        forward.body(built).compile(dynamic=True)
+        compile_layers(built)
     return built
 
 
@@ -231,7 +251,7 @@ def build_backend(
     *,
     checkpoint_dir: Path,
     model_path: str,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     device: Any,
     num_steps: int,
     reference: str | None,
@@ -303,19 +323,20 @@ def weight_transfer(config: Config, run: RunDir, backend: "PyTorchTrainingBacken
 
     engine = cast(EngineConfig, config.engine)
     dtype = None if config.model.dtype == "float32" else getattr(torch, config.model.dtype)
-    if engine.weight_sync in ("disk", "lora"):
-        directory = run.weights_in_memory if engine.weights_on_tmpfs else run.weights
-        kind = AdapterTransfer if engine.weight_sync == "lora" else DiskTransfer
-        return kind(backend, directory, dtype=dtype, temporary=engine.weights_on_tmpfs)
+    settings = engine.weight_sync
+    if isinstance(settings, DiskSync | LoraSync):
+        directory = run.weights_in_memory if settings.on_tmpfs else run.weights
+        kind = AdapterTransfer if isinstance(settings, LoraSync) else DiskTransfer
+        return kind(backend, directory, dtype=dtype, temporary=settings.on_tmpfs)
     readers = engine.tensor_parallel_size
     link: Any = SharedMemoryLink(tensor_parallel_size=readers, owner=f"{run.memory_name}-")
-    if engine.weight_sync == "broadcast":
+    if isinstance(settings, BroadcastSync):
         timeout_s = config.limits.sample_timeout_s
         link = BroadcastLink(device_type=config.target.device_type, tensor_parallel_size=readers, timeout_s=timeout_s)
     rl = cast(RLConfig, config.rl)
-    steps_meanwhile = rl.policy_lag_steps_max > 0 or rl.sync_every != 1
+    steps_meanwhile = rl.policy_lag_steps_max > 0 or rl.sampling.sync_every != 1
     keep = engine.restarts_max > 0 and (steps_meanwhile or config.target.sharding != "none")
-    return BucketTransfer(backend, link, dtype=dtype, bucket_bytes=engine.weight_sync_bucket_mib * 2**20, keep=keep)
+    return BucketTransfer(backend, link, dtype=dtype, bucket_bytes=settings.bucket_mib * 2**20, keep=keep)
 
 
 def fsdp_config(config: Config) -> "FSDPConfig":

@@ -205,8 +205,8 @@ class Window:
             argv = [self.plan.base_python, "-E", "-u", "-m", "rollouts.worker.supervisor", str(self.run.path)]
             environment = json.loads(read_plain(self.run.config))["host"]["env"]
             return ProcessSpec(window=self.window, argv=argv, env=environment, ready_url=None, ready_timeout_s=0)
-        stage = next(stage for stage in self.plan.stages if stage.name == self.stage)
-        return next(spec for spec in (*stage.engines, stage.trainer) if spec.window == self.window)
+        wanted = (self.stage, self.window)
+        return next(spec for stage, spec in self.plan.processes() if (stage, spec.window) == wanted)
 
     def _environment(self, spec: ProcessSpec) -> dict[str, str]:
         """What the launcher had, then the plan's, then the secrets and engine keys, then the run's mark."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from rollouts import run_dir
 from rollouts.engines.diagnosis import diagnose
-from rollouts.run_dir import ExitRecord, LaunchPlan, ProcessSpec, RunDir, StageSpec
+from rollouts.run_dir import ExitRecord, LaunchPlan, ProcessSpec, RunDir
 from rollouts.worker import tmux
 from rollouts.worker.causes import SENTENCE, cause_of, without_torchrun
 from rollouts.worker.health import answers_ready
@@ -37,7 +37,7 @@ class OpenWindow:
     run: RunDir
     stage: str
     spec: ProcessSpec
-    is_trainer: bool  # its end with 0 is what the stage is for; an engine is never to end by itself
+    may_end: bool  # its end with 0 is what it is for; an engine is never to end by itself
     wrapper: int
     wrapper_ticks: int | None
     log_start: int  # bytes that its log had before: of an engine's earlier lives
@@ -79,7 +79,7 @@ class OpenWindow:
 
     def has_succeeded(self) -> bool:
         record = self.record()
-        return self.is_trainer and record is not None and record.code == 0
+        return self.may_end and record is not None and record.code == 0
 
     def failure_code(self) -> int:
         """The exit code of a run that failed because this window ended: never 0."""
@@ -88,7 +88,7 @@ class OpenWindow:
 
     def diagnosis(self) -> str:
         """Why this engine died or is not ready, as far as this life's log tells; else, and for a trainer, ""."""
-        if self.is_trainer:
+        if self.may_end:
             return ""
         return diagnose(run_dir.tail_lines(self.run.log(self.spec.window), DIAGNOSED_LINES, start=self.log_start)) or ""
 
@@ -97,9 +97,10 @@ class OpenWindow:
 
     def last_words(self) -> list[str]:
         """The end of this life's log, without torchrun's own traceback."""
-        return without_torchrun(
-            run_dir.tail_lines(self.run.log(self.spec.window), DIAGNOSED_LINES, start=self.log_start)
-        )
+        return without_torchrun(self._log_end())
+
+    def _log_end(self) -> list[str]:
+        return run_dir.tail_lines(self.run.log(self.spec.window), DIAGNOSED_LINES, start=self.log_start)
 
     def cause(self) -> tuple[str, bool]:
         """(why this trainer ended, in its own words or "", whether it is a sentence made for people)."""
@@ -112,7 +113,7 @@ class OpenWindow:
                 of_stage.append(row)
         if of_stage:
             return str(of_stage[-1].get("message") or ""), True
-        lines = self.last_words()
+        lines = self._log_end()
         return cause_of(lines) or "", any(line.startswith(SENTENCE) for line in lines)
 
     def _end(self) -> str:
@@ -124,17 +125,17 @@ class OpenWindow:
         return f"{name} ended with exit code {record.exit_code}"
 
 
-def open_window(run: RunDir, plan: LaunchPlan, stage: StageSpec, spec: ProcessSpec) -> OpenWindow:
+def open_window(run: RunDir, plan: LaunchPlan, stage: str, spec: ProcessSpec, *, may_end: bool) -> OpenWindow:
     """Start a window of the plan in the run's session. Raises TmuxError."""
-    command = window_command(plan.base_python, run, stage.name, spec.window)
+    command = window_command(plan.base_python, run, stage, spec.window)
     log = run.log(spec.window)
     log_start = log.stat().st_size if log.exists() else 0
     pid = tmux.open_window(run.run_id, spec.window, command, cwd=run.code_tree)
     return OpenWindow(
         run=run,
-        stage=stage.name,
+        stage=stage,
         spec=spec,
-        is_trainer=spec is stage.trainer,
+        may_end=may_end,
         wrapper=pid,
         wrapper_ticks=start_ticks(pid),
         log_start=log_start,

@@ -1,23 +1,27 @@
-"""The adapter against the real verifiers library; skipped where it is not installed."""
+"""The adapter against the real verifiers library; skipped where it is not installed.
 
+The library takes seconds to import, so only its tests do, not the collection of all others.
+"""
+
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-pytest.importorskip("verifiers.v1")
-
 from rollouts.agents.endpoint import Endpoint
 from rollouts.agents.episode import Trajectory, run_episode
 from rollouts.agents.verifiers_tasks import VerifiersError
 from rollouts.training.datasets.dataset_loaders import load_prompts_from_jsonl
 from rollouts.training.rewards import resolve
-from tests.agents import verifiers_taskset
 from tests.agents.test_episode import TEMPLATE
 from tests.training.tiny_task import InProcessEngine, tiny_model, tiny_tokenizer
 
-pytestmark = pytest.mark.parametrize("anyio_backend", ["asyncio"])  # the library's own
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("verifiers") is None, reason="verifiers is not installed"),
+    pytest.mark.parametrize("anyio_backend", ["asyncio"]),  # the library's own
+]
 
 
 class Reciting(InProcessEngine):
@@ -83,6 +87,8 @@ async def test_the_tasks_stop_ends_the_episode() -> None:
 
 def test_prompts_are_rows_of_a_data_set(tmp_path: Path, anyio_backend: str) -> None:
     """Goal: what write_prompts writes is read as rl_mixture reads it, and finds its task. Red without the key."""
+    from tests.agents import verifiers_taskset
+
     tasks = verifiers_taskset.sums
     tasks.write_prompts(tmp_path / "sums.jsonl")
     rows = load_prompts_from_jsonl(tmp_path / "sums.jsonl")
@@ -105,5 +111,7 @@ def test_prompts_are_rows_of_a_data_set(tmp_path: Path, anyio_backend: str) -> N
 )
 def test_what_needs_a_harness_is_refused(kind: str, reason: str, anyio_backend: str) -> None:
     """Goal: never a task without the half of its rewards. Each was red, and played on, without its check."""
+    from tests.agents import verifiers_taskset
+
     with pytest.raises(VerifiersError, match=f"{kind}: .*{reason}"):
         verifiers_taskset.of(getattr(verifiers_taskset, kind)).prompts()

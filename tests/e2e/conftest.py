@@ -1,6 +1,7 @@
 """The real thing from end to end: the real repository, environment, torchrun, engine server, sshd, rsync and tmux."""
 
 import os
+import shutil
 import sys
 import tempfile
 import threading
@@ -15,7 +16,7 @@ import pytest
 from base_config import Config, load_config
 from rollouts.run_dir import RunDir
 from tests.example_config import replace_at
-from tests.remote.hosts import Host, Laptop, free_port, host, kill_tmux, make_laptop
+from tests.remote.hosts import Host, Laptop, free_port, git, host, kill_tmux, make_laptop
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DEMO = ROOT / "configs" / "00_cpu_sft_rl.py"
@@ -75,6 +76,18 @@ def laptop(tmp_path: Path, environments: Path, tool_path: str) -> Iterator[Lapto
         yield made
 
 
+def copy_of_repository(directory: Path) -> Path:
+    """This repository as it stands, for a test that changes it: other tests send it to their hosts meanwhile."""
+    for name in git(ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0"):
+        if (ROOT / name).is_file():
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, directory / name)
+    git(directory, "init", "-q")
+    git(directory, "add", "-A")
+    git(directory, "commit", "-qm", "a copy")
+    return directory
+
+
 @dataclass(frozen=True)
 class Far:
     """A laptop and a host that it reaches over SSH, for tests that look at one run from several sides."""
@@ -98,8 +111,8 @@ def far(tmp_path_factory: pytest.TempPathFactory, environments: Path, tool_path:
 
 
 def save_config(config: Config, changes: Mapping[str, Any], file: Path) -> Config:
-    """`config` with changes by field path ({"rl.seed": 1}), a free port and its results beside `file`, where it is
-    saved."""
+    """`config` with changes by field path ({"rl.num_epochs": 1}), a free port and its results beside
+    `file`, where it is saved."""
     own = {
         "engine.sglang_port": free_port(),
         "output.save_dir": str(file.parent / "results"),

@@ -14,6 +14,7 @@ from base_config import Config, load_config
 from rollouts.manifest import manifest_problems
 from rollouts.run_dir import RunDir, read_jsonl
 from tests.e2e.conftest import DEMO, Far, beyond_loopback, processes_of, save_config, short_demo, sockets_seen
+from tests.example_config import policy_loss
 from tests.remote.hosts import Laptop, wait_for
 
 SEED = 1
@@ -23,7 +24,7 @@ SEED = 1
 def test_the_demo_learns_here(laptop: Laptop, tmp_path: Path) -> None:
     """Goal: held-out exact match rises by >= 0.30 from the end of SFT to the end of one epoch of RL, of the two that
     the demo has. Red with matrix_lr=0 in RL."""
-    changes = {"model.init_seed": SEED, "data.shuffle_seed": SEED, "rl.seed": SEED, "rl.num_epochs": 1}
+    changes = {"model.init_seed": SEED, "data.shuffle_seed": SEED, "rl.sampling.seed": SEED, "rl.num_epochs": 1}
     config = save_config(load_config(DEMO), changes, tmp_path / "demo.json")
     with sockets_seen("demo") as sockets:
         done = laptop.deploy(str(tmp_path / "demo.json"), "--run-id", "demo", timeout_s=1400)
@@ -49,7 +50,7 @@ TWO_RANKS = {
     "sft.eval_every": 30,
     "sft.checkpoint_every": 30,
     "sft.log_every": 1,
-    "rl.loss": "ppo",
+    "rl.loss": policy_loss(),
 }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from rollouts.run_dir import RunDir
-from tests.e2e.conftest import ROOT, processes_of, save_config, short_demo
+from tests.e2e.conftest import copy_of_repository, processes_of, save_config, short_demo
 from tests.remote.hosts import Laptop, wait_for
 from tests.training import tiny_task
 
@@ -33,24 +33,18 @@ def rl_alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"output.mode": "rl", "model.name": str(model), "model.init": "pretrained"}
 
 
-@pytest.fixture
-def broken_data() -> Any:
-    """A data file in the repository whose third row does not parse; removed afterwards."""
-    file = ROOT / "configs" / "data" / "letters" / "broken_for_test.jsonl"
-    rows = ['{"question": "abc", "answer": "cba"}', '{"question": "abd", "answer": "dba"}', '{"question": "abe", "ans']
-    file.write_text("\n".join(rows + rows[:2]) + "\n")
-    yield file.relative_to(ROOT)
-    file.unlink()
-
-
 @pytest.mark.timeout(900)
-def test_a_data_row_that_does_not_parse(laptop: Laptop, tmp_path: Path, broken_data: Path) -> None:
+def test_a_data_row_that_does_not_parse(laptop: Laptop, tmp_path: Path) -> None:
     """Goal: an RL row that is broken stops the run before SFT trains, and is one error line at the laptop, naming file
     and line. Red when load_data read only its own stage's mixture: SFT ran first; and when only torchrun's report
     arrived."""
-    save_config(short_demo(), {"data.rl_mixture.0.name": str(broken_data)}, tmp_path / "job.json")
+    laptop.project = copy_of_repository(tmp_path / "project")
+    rows = ['{"question": "abc", "answer": "cba"}', '{"question": "abd", "answer": "dba"}', '{"question": "abe", "ans']
+    broken = "configs/data/letters/broken.jsonl"
+    (laptop.project / broken).write_text("\n".join(rows + rows[:2]) + "\n")
+    save_config(short_demo(), {"data.rl_mixture.0.name": broken}, tmp_path / "job.json")
     text = deploy_fails(laptop, tmp_path / "job.json", "badrow")
-    assert f"{broken_data}:3" in text
+    assert f"{broken}:3" in text
     assert not (RunDir(laptop.rollouts_home / "runs" / "badrow").metrics).exists()
 
 

@@ -88,7 +88,7 @@ def run(far: Far) -> Killed:
     changes = {
         "model.init_seed": SEED,
         "data.shuffle_seed": SEED,
-        "rl.seed": SEED,
+        "rl.sampling.seed": SEED,
         "data.rl_mixture.0.max_samples": 32 * STEPS,
         "data.eval_mixture.0.max_samples": 250,
         "sft.eval_every": -1,
@@ -120,7 +120,7 @@ def scheduler_of(run: RunDir) -> int:
 
 def test_the_demo_learns_on_sglang(run: Killed) -> None:
     """Goal: held-out exact match rises by >= 0.30 from the end of SFT to step 100 of RL, sampled by SGLang with the
-    weights of each step. Red with rl.sync_every=1000 (log-probs 0.45 apart at step 2), and with the trainer's
+    weights of each step. Red with rl.sampling.sync_every=1000 (log-probs 0.45 apart at step 2), and with the trainer's
     environment taken for the engine's ("The engine's environment has no package sglang")."""
     values = {row["stage"]: row["value"] for row in read_jsonl(run.here.eval) if row["metric"] == "exact_match"}
     print(values)

@@ -33,9 +33,9 @@ def _as_it_was(request: pytest.FixtureRequest) -> Iterator[None]:
             assert engine.post("/update_weights_from_disk", body).status_code == 200
 
 
-@pytest.fixture(scope="session", params=["embedded", "sglang", pytest.param("vllm", marks=pytest.mark.vllm)])
+@pytest.fixture(scope="module", params=["embedded", "sglang", pytest.param("vllm", marks=pytest.mark.vllm)])
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """One server of each kind for the whole session: SGLang takes half a minute to start."""
+    """One server of each kind for the whole contract: SGLang takes half a minute to start, and 2.4 GB."""
     root, model = tmp_path_factory.mktemp(request.param), FACTS[request.param].model
     old, new, broken = (make_model(model, root / name, seed=s) for s, name in enumerate(("old", "new", "broken")))
     weights = broken / "model.safetensors"

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import anyio
 
-from base_config import LoraConfig
+from base_config import VLLM, DiskSync, Embedded, LoraConfig, LoraSync
+from rollouts.config import EngineConfig
 from rollouts.engines.launch import engine_argv, engine_env, engine_url
 from rollouts.training.inference.client import EngineClient
 from rollouts.training.weight_sync import SGLangEngine, VLLMEngine
 from tests.engines.environments import interpreter
 from tests.engines.serving import CONTEXT, REPOSITORY, ROWS_MAX, await_health, free_port, start
-from tests.example_config import example_config
+from tests.example_config import example_config, like_example, sglang
 
 # A host that reaches the world through a proxy, which cannot reach the host's own servers. Red with SGLang's requests
 # to itself left to it: it was never ready.
@@ -90,17 +91,15 @@ class Running:
 def running(kind: str, old: Path, new: Path, broken: Path, *, lora: LoraConfig | None = None) -> Iterator[Running]:
     """A server of this kind over `old`, started as a run starts it; ended afterwards. `lora`: for adapters alone."""
     example = example_config()
-    assert example.engine is not None
     model = dataclasses.replace(example.model, lora=lora)
-    engine = dataclasses.replace(
-        example.engine,
-        kind=kind,
-        sglang_port=free_port(),
-        context_length=CONTEXT,
-        max_total_tokens=65_536,
-        max_running_requests=ROWS_MAX,
-        weight_sync="disk" if lora is None else "lora",
-    )
+    sizes = {"sglang_port": free_port(), "context_length": CONTEXT, "max_running_requests": ROWS_MAX}
+    engine: EngineConfig
+    if kind == "sglang":
+        sync = DiskSync(on_tmpfs=False) if lora is None else LoraSync(on_tmpfs=False)
+        engine = sglang(max_total_tokens=65_536, weight_sync=sync, **sizes)
+    else:
+        own = {"requirements_file": "l.txt", "tensor_parallel_size": 1} if kind == "vllm" else {}
+        engine = like_example(VLLM if kind == "vllm" else Embedded, example.engine, **own, **sizes)
     python = sys.executable if kind == "embedded" else interpreter(kind)
     argv = engine_argv(engine, model, python=python, model_path=str(old), device_type="cpu", seed=0)
     env = {**engine_env(engine, device_type="cpu", tree=str(REPOSITORY)), **PROXY}

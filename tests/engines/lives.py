@@ -13,7 +13,7 @@ from rollouts.engines.keys import API_KEY_VARIABLE
 from tests.engines.serving import free_port
 from tests.training.process_nursery import shared
 
-WAIT_S = 60.0
+WAIT_S = 200.0
 
 
 class Server:

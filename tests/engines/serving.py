@@ -216,7 +216,7 @@ def logprobs(answer: Any) -> list[float]:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 200
     while not condition():
         assert time.monotonic() < deadline, "the condition never held"
         time.sleep(0.005)

@@ -53,7 +53,7 @@ CASES: list[tuple[str, str, list[str]]] = [
         "architecture (seen, SGLang)",
         "ValueError: The checkpoint you are trying to load has model type `nowhere` but Transformers does not recognize"
         " this architecture. This could be because of an issue with the checkpoint",
-        ["does not know the model's architecture (model type `nowhere`)", "engine.kind='embedded'"],
+        ["does not know the model's architecture (model type `nowhere`)", "engine=Embedded(...)"],
     ),
     (
         "model class (seen, SGLang)",
@@ -177,13 +177,13 @@ CASES: list[tuple[str, str, list[str]]] = [
         "NCCL (NCCL's format string)",
         "gpu-7:4711:4711 [0] NCCL WARN Mismatched NCCL version detected : rank 1 version 22907 rank 0 version 23007\n"
         "torch.distributed.DistBackendError: NCCL error: invalid usage (run with NCCL_DEBUG=WARN for details)",
-        ["different versions of NCCL", "requirements/trainer-cuda.txt", "weight_sync='disk'"],
+        ["different versions of NCCL", "requirements/trainer-cuda.txt", "weight_sync=DiskSync(...)"],
     ),
     (
         "a GPU that is not the engine's (SGLang's words)",
         '  File "/srt/utils/patch_torch.py", line 97, in _device_from_maybe_uuid\nException: Invalid'
         " device_uuid=GPU-5f2c1d0a-1111-2222-3333-444455556666",
-        ["(GPU-5f2c1d0a-1111-2222-3333-444455556666)", "weight_sync='disk'"],
+        ["(GPU-5f2c1d0a-1111-2222-3333-444455556666)", "weight_sync=DiskSync(...)"],
     ),
     (
         "unbalanced (public report, SGLang)",

@@ -124,7 +124,8 @@ def test_an_update_waits_for_what_runs(engine: Engine) -> None:
 def test_retract_update_continue_finishes_the_same_request(engine: Engine) -> None:
     """Goal: one answer, its tokens attributed to both versions, each with its own weights' log-probs.
 
-    Red with the old keys and values kept over the update (mode in_place).
+    Red with the old keys and values kept over the update (mode in_place), and with the whole budget of tokens given
+    anew after it.
     """
     thread, results = start_long(engine)
     engine.post("/pause_generation", {"mode": "retract"})

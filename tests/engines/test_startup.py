@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from base_config import EngineConfig, ModelConfig
+from base_config import DiskSync, Embedded, ModelConfig
 from rollouts.engines.launch import engine_argv, engine_url
 from tests.engines.serving import REPOSITORY, await_health, embedded_argv, free_port, make_model, start, stderr_of
 from tests.training.process_nursery import shared
@@ -21,23 +21,16 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model("llama", tmp_path_factory.mktemp("model"), seed=0, tokenizer=False)
 
 
-def configs(port: int) -> tuple[EngineConfig, ModelConfig]:
-    engine = EngineConfig(
-        kind="embedded",
+def configs(port: int) -> tuple[Embedded, ModelConfig]:
+    engine = Embedded(
         requirements_file=None,
         gpu_ranks=[0],
         sglang_port=port,
         replicas=1,
-        router_port=None,
-        tensor_parallel_size=1,
         mem_fraction=0.5,
         context_length=2048,
-        max_total_tokens=-1,
         max_running_requests=3,
-        weight_sync="disk",
-        weight_sync_bucket_mib=256,
-        weights_on_tmpfs=False,
-        sleep_while_training=False,
+        weight_sync=DiskSync(on_tmpfs=False),
         restarts_max=0,
     )
     model = ModelConfig(

@@ -12,6 +12,7 @@ import torch
 
 from rollouts.training import forward, packed_attention
 from rollouts.training.backends.pytorch import PyTorchTrainingBackend
+from rollouts.training.compiled_layers import compile_layers
 from rollouts.training.log_probs import selected_log_probs
 from rollouts.training.loops.sft_loop import run_sft_training
 from rollouts.training.rl_losses import sft_loss
@@ -30,7 +31,7 @@ def sft_run(directory: Path, device: str, compute_dtype: str, *, compiled: bool 
     """The loss of every step, packed, from the same weights on any device."""
     backend = tiny_backend(directory, seed=0, compute_dtype=compute_dtype)
     if compiled:
-        backend.model.model.compile(dynamic=True)  # type: ignore[operator, union-attr]
+        compile_layers(backend.model)
     moved = PyTorchTrainingBackend(
         model=backend.model.to(device),
         optimizer=backend.optimizer,

@@ -26,7 +26,7 @@ from tests.example_config import example_config, replace_at
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STAND_INS = Path(__file__).parent / "stand_ins"
-WAIT_S = 60.0
+WAIT_S = 200.0
 
 
 def free_port() -> int:
@@ -256,7 +256,7 @@ class Laptop:
         return subprocess.Popen(command, env=self._environment(env or {}), text=True, **settings)
 
     def deploy(
-        self, *arguments: str, env: Mapping[str, str] | None = None, timeout_s: float = 120, **options: Any
+        self, *arguments: str, env: Mapping[str, str] | None = None, timeout_s: float = 250, **options: Any
     ) -> subprocess.CompletedProcess[str]:
         process = self.start(*arguments, env=env, **options)
         try:

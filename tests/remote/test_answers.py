@@ -1,6 +1,7 @@
 """What a host answers: found among noise, its fields checked, bounded; anything else is one message about that host."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from rollouts.remote.execute import read_launch_answer
 from rollouts.remote.facts import gather_facts, parse_facts
 from rollouts.remote.framing import EndlessLineError, FrameReader, LineSplitter, new_frame
 from rollouts.remote.mirror import Mirror
-from rollouts.remote.transport import Completed, LocalTransport
+from rollouts.remote.transport import Completed, LocalTransport, run_rsync
 from rollouts.remote.watch import _message
 from rollouts.run_dir import RunDir
 from tests.remote.hosts import Host, Laptop
@@ -216,12 +217,13 @@ ENDLESS = "import sys\nwhile True: sys.stdout.write('x' * 65536)"
 
 
 def test_a_command_whose_line_has_no_end(
-    make_host: Callable[..., Host], laptop: Laptop, monkeypatch: pytest.MonkeyPatch
+    make_host: Callable[..., Host], laptop: Laptop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Goal: a host that writes without a line's end, or without any end, is given up with its name, and not tried
-    again. Red with the bytes collected: this machine's memory filled."""
+    again; this machine as the host too, and its rsync. Red with a bound of 128 MiB in place of the test's: both the
+    commands and rsync then wrote on to their time limit."""
     monkeypatch.setattr(framing, "LINE_BYTES_MAX", 1 << 20)
-    monkeypatch.setattr("rollouts.remote.ssh.OUTPUT_BYTES_MAX", 1 << 20)
+    monkeypatch.setattr(framing, "OUTPUT_BYTES_MAX", 1 << 20)
     with transport_to(make_host(), laptop, monkeypatch) as ssh:
         for transport in (LocalTransport(), ssh):
             stream = transport.stream([sys.executable, "-c", ENDLESS], first_line=b"")
@@ -230,14 +232,23 @@ def test_a_command_whose_line_has_no_end(
             stream.close()
             assert transport.target in caught.value.text() and "begins: xxx" in caught.value.text()
             assert not isinstance(caught.value, TransportError), "which would be tried again"
-        with pytest.raises(DeployError, match="has no end"):
-            ssh.run([sys.executable, "-c", ENDLESS], timeout_s=60)
+            with pytest.raises(DeployError, match="has no end"):
+                transport.run([sys.executable, "-c", ENDLESS], timeout_s=60)
+    rsync = tmp_path / "rsync"
+    rsync.write_text(f'#!/bin/sh\n[ "$1" = --version ] || exec {sys.executable} -c "{ENDLESS}"\n')
+    rsync.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(DeployError, match="has no end"):
+        run_rsync(LocalTransport(), [], timeout_s=60)
 
 
 @pytest.mark.parametrize(
     "message",
     [
-        *({"file": "metrics.jsonl", "offset": offset, "data": "e30="} for offset in (True, "0", None, 0.0, [0], 1e400)),
+        *(
+            {"file": "metrics.jsonl", "offset": offset, "data": "e30="}
+            for offset in (True, "0", None, 0.0, [0], 1e400, -1)
+        ),
         *({"file": "metrics.jsonl", "offset": 0, "data": data} for data in (None, 7, ["e30="], "e30", "é")),
         *({"file": "status.json", "snapshot": text} for text in (None, 7, {"a": 1})),
         {"file": "metrics.jsonl"},

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rollouts.remote.display import live_lines, pair_lines
+from rollouts.remote.display import PlainReporter, live_lines, pair_lines
 from rollouts.remote.view import View, fold
 from tests.remote.hosts import kill_tmux
 
@@ -114,11 +114,62 @@ def test_pairs_are_never_broken(width: int) -> None:
 
 
 def test_the_first_minutes_show_elapsed_time() -> None:
-    """Goal: until the first metrics the last phase says how long it has taken. Red without it: nothing moved."""
+    """Goal: until the first metrics a phase under way says how long it has taken. Red without it: nothing moved."""
     view = View()
     for event in EVENTS:
         view = fold(view, "events.jsonl", event)
-    early = live_lines(view, "", width=80, utf8=True, elapsed_s=75.0)
+    early = _shown(view, host_now=77.0)
     assert any("training, 1m15s" in line for line in early), early
-    later = live_lines(fold(view, "metrics.jsonl", METRICS), "", width=80, utf8=True, elapsed_s=75.0)
+    later = _shown(fold(view, "metrics.jsonl", METRICS), host_now=77.0)
     assert not any("1m15s" in line for line in later), later
+
+
+def _shown(view: View, *, host_now: float, doing: str = "", width: int = 80) -> list[str]:
+    return live_lines(view, doing, width=width, utf8=True, doing_s=0.0, host_now=host_now)
+
+
+@pytest.mark.parametrize(
+    "doing", ["installing 51 packages", "downloading typing_extensions-4.16.0 (0.0 MB) " + "x" * 60]
+)
+def test_a_phase_has_one_clock_that_only_grows(doing: str) -> None:
+    """Goal: while an environment is built its line says the time since it began, whole, at 80 columns too. Red with the
+    time since the last event (it went back to 0 every ten seconds), and with the line cut at its end (no time)."""
+    begun = {"time": 100.0, "kind": "environment", "name": "trainer", "action": "building", "seconds": 0.0}
+    view = fold(View(), "events.jsonl", begun)
+    shown = [_shown(view, host_now=108.0)]
+    sizes = {"packages": 51, "downloaded_mb": 126.4, "installed_mb": 1155.8}
+    progress = {"kind": "environment_progress", "name": "trainer", "seconds": 40.0, "doing": doing, **sizes}
+    view = fold(view, "events.jsonl", {"time": 140.0, **progress})
+    shown += [_shown(view, host_now=140.0), _shown(view, host_now=149.0)]
+    assert [lines[0].rpartition(", ")[2] for lines in shown] == ["8s", "40s", "49s"], shown
+    assert shown[0] == ["• environment trainer   building, 8s"]
+    assert all(len(line) < 80 for lines in shown for line in lines)
+    assert (" 1156 MB on disk" in shown[1][0]) == (len(doing) < 40), shown[1]
+
+
+def test_every_phase_under_way_has_its_clock() -> None:
+    """Goal: a stage that waits for its engine shows its own time. Red with a clock on the last phase alone."""
+    view = fold(View(), "events.jsonl", {"time": 10.0, "kind": "stage_started", "stage": "rl"})
+    ready = {"kind": "engine_ready", "window": "engine-0", "seconds": 4.0}
+    view = fold(view, "events.jsonl", {"time": 14.0, **ready})
+    lines = _shown(view, host_now=45.0, doing="rl: the trainer starts")
+    assert lines == [
+        "• rl                    starting, 35s",
+        "✓ engine-0              ready after 4.0 s",
+        "rl: the trainer starts",
+    ]
+    again = {"kind": "engine_restarted", "window": "engine-0", "reason": "it died", "restarts_left": 2}
+    view = fold(view, "events.jsonl", {"time": 40.0, **again})
+    assert _shown(view, host_now=45.0)[1].endswith("2 more left, 5s")
+
+
+def test_an_error_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """Goal: the trainer's error and the supervisor's, of the same words, are one line; another error is another. Red
+    with each event shown."""
+    shown, view = PlainReporter(), View()
+    for number, message in enumerate(("no row is left", "no row is left", "its engine died", "no row is left")):
+        row = {"time": float(number), "kind": "error", "message": message, "window": "trainer"}
+        view = fold(view, "events.jsonl", row)
+        shown.row("events.jsonl", row, view)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["error: no row is left", "error: its engine died", "error: no row is left"]

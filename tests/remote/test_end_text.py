@@ -1,7 +1,16 @@
-"""What the end of a followed run shows."""
+"""What verbs print of runs: the end of a followed one, the table of `ls`, what is left of a forgotten one."""
 
+import dataclasses
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from rollouts.remote import open_run
+from rollouts.remote.looks import what_lies_here
 from rollouts.remote.registry import Entry
-from rollouts.remote.texts import result_text
+from rollouts.remote.texts import forgotten_text, result_text, runs_text
 from rollouts.remote.view import View, fold
 from rollouts.remote.watch import Result
 
@@ -34,3 +43,46 @@ def test_warnings_are_shown_again_at_the_end() -> None:
     ]
     assert end.startswith("r: done, exit code 0")
     assert "warning" not in result_text(ENTRY, Result("done", 0, View()), 0, None, [])
+
+
+RUN = {"run_id": "cpu_sft_rl-20261129-095625-0c52", "target": "local", "state": "running", "stage": "rl", "step": 300}
+RUN |= {"started_at": 1795946187.5, "exit_code": None, "message": ""}
+
+
+def test_the_table_of_runs_fits_its_terminal() -> None:
+    """Goal: at 80 columns no line of `ls` wraps, and each value is there; at 120 and in a pipe a run is one line. Red
+    with one shape for all widths: 93 columns, broken in the middle of a time."""
+    failed = {**RUN, "run_id": "x-1", "state": "failed", "exit_code": 1, "message": "why"}
+    narrow = runs_text([RUN, failed], width=80).splitlines()
+    assert max(map(len, narrow)) <= 80 and narrow[0] == "run_id" and narrow[2] == RUN["run_id"]
+    assert narrow[1].split() == ["target", "state", "stage", "step", "started_at", "exit_code"]
+    assert narrow[3].split()[:4] == ["local", "running", "rl", "300"] and narrow[-1] == "  error: why"
+    for width in (None, 120):
+        wide = runs_text([RUN, failed], width=width).splitlines()
+        assert len(wide) == 4 and wide[1].split()[:4] == [RUN["run_id"], "local", "running", "rl"]
+    assert len(runs_text([failed], width=80).splitlines()) == 3, "a short name fits"
+
+
+@pytest.mark.parametrize(
+    ("state", "goes_on"), [("running", True), ("starting", True), ("done", False), ("unknown", False)]
+)
+def test_a_run_that_is_forgotten_while_it_goes_on(state: str, goes_on: bool) -> None:
+    """Goal: dropping the record of a live run says so, and how it is found. Red without: it trained on, unseen."""
+    host = dataclasses.replace(ENTRY, target="me@gpu:22")
+    for entry, options in ((ENTRY, ""), (host, " --remote me@gpu:22")):
+        text = forgotten_text(entry, state)
+        assert ("goes on" in text) == goes_on
+        assert (f"`deploy attach r{options}` or `deploy stop r{options}`" in text) == goes_on
+
+
+def test_a_mirror_whose_follower_is_gone(tmp_path: Path) -> None:
+    """Goal: `status` says that nobody follows where the process that did has gone. Red with the note's own words, which
+    leave it to the reader to find out."""
+    entry = dataclasses.replace(ENTRY, local_dir=str(tmp_path / "r"))
+    assert what_lies_here(entry) == "nothing was pulled"
+    open_run.write_note(entry, now=1.0, followed_by=os.getpid())
+    assert what_lies_here(entry).startswith(f"followed by process {os.getpid()}")
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    open_run.write_note(entry, now=1.0, followed_by=ended.pid)
+    assert what_lies_here(entry).startswith("not followed any more: `deploy attach r`")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from rollouts.config import DiskSync, TensorSync
 from rollouts.remote import gpus
 from rollouts.remote.facts import HostFacts, gather_facts, parse_facts
 from rollouts.remote.gpus import CudaHost, Gpu, GpuProcess
@@ -20,7 +21,9 @@ UUID = "GPU-52a3a85d-3c55-ca3a-a955-82c69ed360fc"
 GEFORCE = dataclasses.replace(H200, name="NVIDIA GeForce RTX 4090", memory_total_mib=24564, memory_free_mib=24080)
 LOCK_13 = {"code": {"engine_requirements": f"{LOCK}nvidia-nccl-cu13==2.29.7\n"}}
 ENGINE: dict[str, Any] = {**CUDA, **HALF, **SGLANG, **LOCK_13}
-SHM = {"engine__weights_on_tmpfs": True, "model__name": "Qwen/Qwen2.5-1.5B-Instruct"}
+SHM = {"engine__weight_sync": DiskSync(on_tmpfs=True), "model__name": "Qwen/Qwen2.5-1.5B-Instruct"}
+TENSOR: dict[str, Any] = {**CUDA, "engine__weight_sync": TensorSync(bucket_mib=256)}
+GROWING = ("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 def gpu(**changes: Any) -> dict[str, Any]:
@@ -64,7 +67,7 @@ PROBLEMS: list[tuple[str, dict[str, Any], list[str]]] = [
     (
         "no cuda-compat for GeForce",
         {**ENGINE, "facts": {"driver": "550.1", "gpus": (GEFORCE,)}},
-        ["NVIDIA GeForce RTX 4090", "for data-centre cards alone", "engine.kind='embedded'"],
+        ["NVIDIA GeForce RTX 4090", "for data-centre cards alone", "engine=Embedded(...)"],
     ),
     (
         "the trainer's CUDA",
@@ -98,6 +101,15 @@ PROBLEMS: list[tuple[str, dict[str, Any], list[str]]] = [
         "Docker's /dev/shm",
         {**SHM, "facts": cuda(shm_total_mib=64, shm_free_mib=64)},
         ["/dev/shm is too small", "64 of 64 MiB free: Docker's default", "by the model's name", "--shm-size=14g"],
+    ),
+    (
+        "growing segments by the host's own files",
+        {**TENSOR, "facts": cuda(allocator=(GROWING,))},
+        [
+            "sets PYTORCH_CUDA_ALLOC_CONF='expandable_segments:True' by itself",
+            "have no handles",
+            "weight_sync=DiskSync(...)",
+        ],
     ),
     (
         "a model of unknown size",
@@ -138,6 +150,10 @@ FINE: list[tuple[str, dict[str, Any]]] = [
     ("no compiler, nothing to compile", {**CUDA, "facts": {"python_headers": (), **cuda(compilers=())}}),
     ("room in /dev/shm", {**SHM, "facts": cuda(shm_total_mib=12000, shm_free_mib=12000)}),
     ("small /dev/shm, unused", {"facts": cuda(shm_total_mib=64, shm_free_mib=64)}),
+    ("growing segments, disk", {**CUDA, "facts": cuda(allocator=(GROWING,))}),
+    ("growing segments, unset by the config", {**TENSOR, "host__env": {GROWING[0]: ""}, "facts": cuda(
+        allocator=(GROWING,))}),
+    ("another setting of the allocator", {**TENSOR, "facts": cuda(allocator=((GROWING[0], "max_split_size_mb:64"),))}),
     ("a CPU run", {"facts": {**gpu(mig="Enabled"), **cuda(visible_devices="7", compilers=())}}),
 ]  # fmt: skip
 
@@ -145,7 +161,7 @@ FINE: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize("changes", [changes for _, changes in FINE], ids=[name for name, _ in FINE])
 def test_what_is_no_problem(changes: dict[str, Any]) -> None:
     """Goal: a rule stops at what it is about. Red with MPS's server counted as a user, MIG asked of all cards, a
-    driver held against 580 for every build."""
+    driver held against 580 for every build, any setting of the allocator refused."""
     assert plan_for(**changes).problems == ()
 
 
@@ -234,6 +250,7 @@ def test_an_older_nvidia_smi(
 ) -> None:
     """Goal: a field that this nvidia-smi does not know is left out, and no other. Red with one query: no card."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.setenv(*GROWING)
     facts = ask(tmp_path, monkeypatch, NVIDIA_SMI.replace("@UNKNOWN@", unknown).replace("@UUID@", UUID))
     (card,) = facts.gpus
     assert card == Gpu(
@@ -246,6 +263,7 @@ def test_an_older_nvidia_smi(
         **told,  # type: ignore[arg-type]
     )
     assert facts.driver == "470.182.03" and facts.gpu_problem == "" and facts.gpu_processes[0].pid == 7
+    assert facts.cuda.allocator == (GROWING,)
     assert facts.cuda.visible_devices == "3" and facts.cuda.machine == os.uname().machine
     assert facts.cuda.compilers is not None and facts.python_headers is not None and "libc" in facts.cuda.libc
 

@@ -341,13 +341,13 @@ def test_a_launch_uses_this_machines_record(laptop: Laptop) -> None:
     tools.mkdir()
     (tools / "rsync").write_text("#!/bin/sh\nexit 5\n")
     (tools / "rsync").chmod(0o755)
-    failed = laptop.deploy(config, "--run-id", "k", env={"PATH": f"{tools}:{os.environ['PATH']}"})
+    failed = laptop.deploy(config, "--run-id", "kept", env={"PATH": f"{tools}:{os.environ['PATH']}"})
     assert failed.returncode == 2, failed.stdout + failed.stderr
-    mirror, run = RunDir(laptop.project / "runs/example/k"), laptop.rollouts_home / "runs/k"
+    mirror, run = RunDir(laptop.project / "runs/example/kept"), laptop.rollouts_home / "runs/kept"
     evil = config_with({"host.secrets": ["GITHUB_TOKEN"], "output.mode": "sft"})
     write_json_atomic(mirror.config, evil.to_json())
     (mirror.path / "code/dirty.diff").write_text("evil")
-    done = laptop.deploy("attach", "k", env={"GITHUB_TOKEN": "s3cr3t-17"})
+    done = laptop.deploy("attach", "kept", env={"GITHUB_TOKEN": "s3cr3t-17"})
     assert done.returncode == 0, done.stdout + done.stderr
     ran = json.loads((run / "config.json").read_text())
     assert ran["host"]["secrets"] == [] and "evil" not in (run / "code/dirty.diff").read_text()

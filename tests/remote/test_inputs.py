@@ -240,7 +240,7 @@ def test_names_that_are_defined(source: str, repository: Path) -> None:
     write(repository, "my/__init__.py", source)
     write(repository, "mine.py", source.replace("from .sub", "from my.sub"))
     for name in ("mine.score", "my.score"):
-        inputs = look(repository, rl__reward_fn=name, rl__filter_fn="my.sub.score")
+        inputs = look(repository, rl__reward__fn=name, rl__sampling__filter_fn="my.sub.score")
         assert not inputs.problems and not inputs.syntax, texts(inputs)
 
 
@@ -281,7 +281,7 @@ def test_dotted_names_that_would_fail(files: dict[str, str], named: str, said: l
     imported for it. Red without the look: it failed after the environments were built."""
     for name, text in files.items():
         write(repository, name, f"{text}\nopen('executed', 'w')\n" if text else text)
-    for changes in ({"rl__reward_fn": named}, {"rl__filter_fn": named}, {"rl__agent": agent(named)}):
+    for changes in ({"rl__reward__fn": named}, {"rl__sampling__filter_fn": named}, {"rl__agent": agent(named)}):
         inputs = look(repository, **changes)
         assert len(inputs.problems) == 1, texts(inputs)
         for part in said:
@@ -297,20 +297,20 @@ def test_dotted_names_that_cannot_be_known(repository: Path) -> None:
     """Goal: a module of another package is a note, one that is required is none, host.env's PYTHONPATH is searched, a
     linked module is read where it leads, and what this Python cannot parse is kept apart for a newer host. Red with any
     module that is not in the repository refused."""
-    (note,) = look(repository, rl__reward_fn="verifiers_hub.rewards.score").notes
+    (note,) = look(repository, rl__reward__fn="verifiers_hub.rewards.score").notes
     assert "verifiers_hub.rewards is not in the repository" in note
-    assert not look(repository, ("math-verify==0.8",), rl__reward_fn="math_verify.parse").notes
+    assert not look(repository, ("math-verify==0.8",), rl__reward__fn="math_verify.parse").notes
     write(repository, "src/own/reward.py", REWARD)
     path = {"host__env": {"PYTHONPATH": "/site:src"}}
-    assert not look(repository, rl__reward_fn="own.reward.score", **path).problems
-    (note,) = look(repository, rl__reward_fn="own.rewards.score", **path).notes
+    assert not look(repository, rl__reward__fn="own.reward.score", **path).problems
+    (note,) = look(repository, rl__reward__fn="own.rewards.score", **path).notes
     assert "own.rewards is not in the repository" in note, "it may lie in /site"
     (repository / "linked.py").symlink_to("src/own/reward.py")
-    assert "defines no 'skore'" in texts(look(repository, rl__reward_fn="linked.skore"))
+    assert "defines no 'skore'" in texts(look(repository, rl__reward__fn="linked.skore"))
     write(repository, "newer.py", "type A = int\ndef score(s:\n")
-    inputs = look(repository, rl__reward_fn="newer.score")
+    inputs = look(repository, rl__reward__fn="newer.score")
     assert not inputs.problems and "newer.py:" in inputs.syntax[0].message
-    assert not look(repository, rl__reward_fn="gone.score", output__mode="sft").problems, "not used by this run"
+    assert not look(repository, rl__reward__fn="gone.score", output__mode="sft").problems, "not used by this run"
 
 
 def test_what_an_installed_package_brings(repository: Path) -> None:
@@ -321,11 +321,11 @@ def test_what_an_installed_package_brings(repository: Path) -> None:
     write(repository, "mine.py", f"import ignored_kit\n{REWARD}")
     required = ("evaluate>=0.4", "ignored-kit")
     for name in ("evaluate.combine", "evaluate.metrics.f1", "ignored_kit.score", "mine.score"):
-        inputs = look(repository, required, rl__reward_fn=name)
+        inputs = look(repository, required, rl__reward__fn=name)
         assert not inputs.problems and not inputs.notes, texts(inputs)
-        assert look(repository, rl__reward_fn=name).problems, f"{name}: nothing requires it"
+        assert look(repository, rl__reward__fn=name).problems, f"{name}: nothing requires it"
     write(repository, "evaluate/__init__.py", "")
-    assert look(repository, required, rl__reward_fn="evaluate.combine").problems, "now it is ours"
+    assert look(repository, required, rl__reward__fn="evaluate.combine").problems, "now it is ours"
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------
@@ -400,20 +400,20 @@ def test_a_reward_without_its_column(repository: Path) -> None:
     write(
         repository, "mine.py", "def score(sample):\n    return sample.prompt['level'] + len(sample.prompt['answer'])\n"
     )
-    (problem,) = look(repository, rl__reward_fn="mine.score").problems
+    (problem,) = look(repository, rl__reward__fn="mine.score").problems
     assert "needs the column 'level', which no row has" in problem.message and "line 2" in problem.found
     write(repository, "mine2.py", "def score(sample):\n    return len(sample.prompt['question'])\n")
-    taken = look(repository, rl__reward_fn="mine2.score")
+    taken = look(repository, rl__reward__fn="mine2.score")
     assert "needs the column 'question', which no row has" in texts(taken), "the format made messages of it"
     write(repository, "mine3.py", "def score(sample):\n    return sample.prompt['letters']\n")
     choices = [dataclasses.replace(example_config().data.rl_mixture[0], format="multiple_choice")]
-    assert not look(repository, rl__reward_fn="mine3.score", data__rl_mixture=choices).problems
-    tests = look(repository, rl__reward_fn="rollouts.training.rewards.code_tests")
+    assert not look(repository, rl__reward__fn="mine3.score", data__rl_mixture=choices).problems
+    tests = look(repository, rl__reward__fn="rollouts.training.rewards.code_tests")
     assert "needs the column 'tests'" in texts(tests)
     hub = [*example_config().data.rl_mixture, *with_data("some/hub")]
-    assert not look(repository, rl__reward_fn="mine.score", data__rl_mixture=hub).problems
+    assert not look(repository, rl__reward__fn="mine.score", data__rl_mixture=hub).problems
     write(repository, DATA.format("train_rl"), '{"answer": "a"}\n{"answer": "b", "level": 2}\n')
-    assert not look(repository, rl__reward_fn="mine.score").problems
+    assert not look(repository, rl__reward__fn="mine.score").problems
 
 
 def test_parameters_of_a_local_model(repository: Path, tmp_path: Path) -> None:

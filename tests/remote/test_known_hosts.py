@@ -147,6 +147,29 @@ def test_a_revoked_key(here: Laptop, make_host: MakeHost, tmp_path: Path) -> Non
     assert f"{here.known_hosts}:2" in caught.value.text()
 
 
+@pytest.mark.parametrize("form", ["a list of keys", "a KRL", "missing"])
+def test_a_key_that_a_file_revokes(form: str, here: Laptop, make_host: MakeHost, tmp_path: Path) -> None:
+    """Goal: RevokedHostKeys, as an administrator hands it out, refuses before the first command, in both of its forms;
+    one that names others changes nothing, and one that cannot be read lets nobody in, as with ssh. Red with the setting
+    given to rsync's ssh alone: every command before the first rsync ran."""
+    host = make_host()
+    other, file = keygen(tmp_path / "other"), tmp_path / "revoked"
+    here.ssh_config(f"Host gpu-7\n HostName 127.0.0.1\n Port {host.port}\n RevokedHostKeys {file}\n")
+
+    def write(key: Path) -> None:
+        if form == "a KRL":
+            subprocess.run(["ssh-keygen", "-q", "-k", "-f", str(file), f"{key}.pub"], check=True)
+        elif form == "a list of keys":
+            file.write_text(f"# gone\n\n{public(key)} a comment\n")
+
+    if form != "missing":
+        write(other)
+        reach("gpu-7", tmp_path)
+    write(host.host_key)
+    with pytest.raises(TransportError, match="revoked"), transport_to("gpu-7") as transport:
+        transport.run(["true"], timeout_s=30)
+
+
 def test_a_certificate_of_the_host(here: Laptop, make_host: MakeHost, tmp_path: Path) -> None:
     """Goal: a host that a @cert-authority vouches for gets in, for both clients; for another name it does not, nor
     when the authority is revoked. Red with @cert-authority skipped (the host is unknown), with the principals not

@@ -1,12 +1,12 @@
 """What goes wrong on this machine: its disk, its files, its locale, Ctrl-C, a bug. One message each, no traceback."""
 
+import errno
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,15 @@ import pytest
 import typer
 
 import deploy
+from rollouts.manifest import write_manifest
 from rollouts.remote.errors import DeployError
 from rollouts.remote.escape import escaped, one_line
 from rollouts.remote.local_faults import standing
+from rollouts.remote.mirror import pull_checkpoint
 from rollouts.run_dir import RunDir, append_jsonl
-from tests.remote.hosts import Host, Laptop, wait_for, write_config
+from tests.remote.hosts import WAIT_S, Laptop, wait_for, write_config
 from tests.remote.test_sync import small_disk
+from tests.remote.test_watch import make_link
 
 
 @pytest.mark.parametrize("size", ["16k", "56k", "200k"])
@@ -41,6 +44,20 @@ def test_a_full_disk_here(size: str, laptop: Laptop, tmp_path: Path) -> None:
             pulled = laptop.deploy("pull", "full")
             assert pulled.returncode == 1 and "this machine's disk is full" in pulled.stderr
             assert "Nothing was started" not in pulled.stderr and "Traceback" not in pulled.stderr
+
+
+def test_a_full_disk_here_while_rsync_receives(tmp_path: Path) -> None:
+    """Goal: where it is rsync that finds this machine's disk full, that is told of this machine, with the path. Red
+    with rsync's words taken for the host's: "local: its disk is full"."""
+    link = make_link(tmp_path)
+    checkpoint = Path(link.entry.run_path) / "checkpoints/sft/step_000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "model.safetensors").write_bytes(os.urandom(600_000))
+    write_manifest(checkpoint)
+    with small_disk(tmp_path / "small", "200k") as disk:
+        with pytest.raises(OSError, match="No space left") as caught:
+            pull_checkpoint(link.transport, link.entry.run_path, RunDir(disk / "m"), "checkpoints/sft/step_000001")
+        assert caught.value.errno == errno.ENOSPC and str(caught.value.filename).startswith(str(disk))
 
 
 @pytest.mark.parametrize("place", ["/proc/nowhere", "{file}/out", "/dev/null/x", "{home}/nul\x00l"])
@@ -138,7 +155,7 @@ def test_ctrl_c_before_the_launch(laptop: Laptop) -> None:
         connection, _ = silent.accept()
         with connection:
             os.killpg(process.pid, signal.SIGINT)
-            _, err = process.communicate(timeout=30)
+            _, err = process.communicate(timeout=WAIT_S)
     assert process.returncode == 130 and "Nothing was started." in err and "Traceback" not in err
 
 
@@ -153,6 +170,13 @@ STEERING = [
     "\u2066x\u2069",
     "\udc80",
     "\x00",
+    "\x0b\x0c\x0e\x1f",
+    "\u061c\u180e",
+    "\u200b\u200d\u200f",
+    "\u2028\u2029",
+    "\u2060\u2064",
+    "\ufeff\ufff9",
+    "\U000e0001\U000e0041",
 ]
 
 
@@ -166,8 +190,13 @@ def test_steering_characters_are_spelled_out(text: str) -> None:
     assert "\n" not in one_line(f"a{text}\nb") and escaped(shown) == shown
 
 
-def test_text_of_hosts_and_models_is_escaped(laptop: Laptop, make_host: Callable[..., Host]) -> None:
-    """Goal: an event, a status, a log and a name that a host wrote steer no terminal. Red with print."""
+def test_text_of_hosts_and_models_is_escaped(laptop: Laptop, tmp_path: Path) -> None:
+    """Goal: an event, a status, a log, and what a host says of itself steer no terminal. Red with `show` and with
+    `one_line` left to print what comes, and with a log written as it is to a terminal."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/uv").write_text("#!/bin/sh\nprintf 'uv \\033]52;c;ZXZpbA==\\007'\n")
+    (tmp_path / "bin/uv").chmod(0o755)
+    asked = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
     config = str(write_config(laptop.project, output__mode="sft"))
     assert laptop.deploy(config, "--run-id", "r").returncode == 0
     run = RunDir(laptop.rollouts_home / "runs/r")
@@ -180,9 +209,9 @@ def test_text_of_hosts_and_models_is_escaped(laptop: Laptop, make_host: Callable
     with (run.path / "logs/trainer.log").open("a") as log:
         log.write(f"{evil}\n")
     for arguments in (("attach", "r"), ("ls",), ("status", "r"), ("ls", "--remote", "local"), ("--remote", "local")):
-        done = laptop.deploy(*arguments)
+        done = laptop.deploy(*arguments, env=asked)
         text = done.stdout + done.stderr
-        assert "\\x1b]52" in text or arguments[0] == "--remote", arguments
+        assert "\\x1b]52" in text, arguments
         assert not set("\x1b\x07\x9b\u202e") & set(text), arguments
     assert evil in laptop.deploy("logs", "r").stdout, "a pipe gets the log's own bytes"
     on_terminal = subprocess.run(

@@ -15,9 +15,9 @@ from rollouts.remote.inputs.data import RowCount, count_rows
 from rollouts.remote.inputs.paths import SentFiles
 from rollouts.remote.texts import plan_text
 from rollouts.run_dir import RunDir, Status, hold_lock, write_json_atomic
-from tests.example_config import example_config
+from tests.example_config import example_config, sglang
 from tests.remote.hosts import Laptop, git, write_config
-from tests.remote.test_plan import RUN_ROW, plan_for
+from tests.remote.test_plan import LOCK, RUN_ROW, plan_for
 
 
 def inputs(**changes: Any) -> dict[str, Inputs]:
@@ -29,6 +29,7 @@ def rows(sft: int | None, rl: int | None, how: str = "counted") -> dict[str, Any
     return inputs(rows={name: (RowCount(name, count, how),) for name, count in counts.items()})  # type: ignore[arg-type]
 
 
+KEEP = "rollouts.training.filters.check_reward_nonzero_std"
 PROBLEMS: list[tuple[str, dict[str, Any], list[str]]] = [
     (
         "a port of a live run",
@@ -36,17 +37,39 @@ PROBLEMS: list[tuple[str, dict[str, Any], list[str]]] = [
         ["port 30180 is what the live run", "engine.sglang_port"],
     ),
     (
+        "a port that a live run listens on",
+        {
+            "facts": {
+                "ports_in_use": (30180,),
+                "runs": ({**RUN_ROW, "experiment_name": "other", "live": True, "ports": [30180]},),
+            }
+        },
+        ["port 30180 is in use", f"the live run {RUN_ROW['run_id']} has it"],
+    ),
+    (
         "a router's port of a live run",
         {
-            "engine__router_port": 31000,
+            "engine": sglang(router_port=31000, replicas=2, gpu_ranks=[0, 1]),
+            "code": {"engine_requirements": LOCK},
             "facts": {"runs": ({**RUN_ROW, "experiment_name": "other", "live": True, "ports": [31000]},)},
         },
         ["port 31000 is what the live run"],
     ),
     ("fewer prompts than a step takes", {"code": rows(8, 3)}, ["rl.examples_per_step=4", "3 prompts", "to 3 or less"]),
     ("at most so many prompts", {"code": rows(8, 2, "at most")}, ["rl.examples_per_step=4", "at most 2 prompts"]),
-    ("no prompt at all", {"code": rows(8, 0)}, ["rl.examples_per_step=4", "0 prompts", "fix     add prompts"]),
-    ("nanochat's rate on random weights", {"sft__embedding_lr": 0.2}, ["sft.embedding_lr=0.2", "'muon'", "random"]),
+    (
+        "fewer prompts than a step takes, some of them filtered out",
+        {"code": rows(8, 3), "rl__sampling__over_sampling_factor": 2.0, "rl__sampling__filter_fn": KEEP},
+        ["rl.examples_per_step=4", "3 prompts"],
+    ),
+    ("no prompt at all", {"code": rows(8, 0)}, ["data.rl_mixture: no row of", "start=0", "put rows into it"]),
+    ("no row to train on", {"code": rows(0, 8)}, ["data.sft_mixture: no row of", "0 rows with start=0, stop=-1"]),
+    (
+        "nothing held out is left",
+        {"code": inputs(rows={"eval_mixture": (RowCount("eval", 0, "counted"),)})},
+        ["data.eval_mixture: no row of"],
+    ),
+    ("nanochat's rate on random weights", {"sft__embedding_lr": 0.2}, ["sft.embedding_lr=0.2", "Muon", "random"]),
     ("a rate of a typing error", {"sft__matrix_lr": 30.0, "sft__init_lr_frac": 0.5}, ["sft.matrix_lr=30.0", "15"]),
     ("a name that is not sent", {"code": inputs(problems=(Problem("x is not sent"),))}, ["x is not sent"]),
     ("a line that no Python parses", {"code": inputs(syntax=(Problem("a.py:3: invalid"),))}, ["a.py:3"]),
@@ -69,7 +92,8 @@ def test_each_problem_ahead(changes: dict[str, Any], expected: list[str]) -> Non
 
 def test_what_is_no_problem_ahead() -> None:
     """Goal: nothing that may be right is refused: an ended run's port, a newer host's syntax, one prompt to overfit on,
-    counts that are unknown, rates after a checkpoint, of pretrained weights or another stage. Red with any refused."""
+    prompts begun more than once (over-sampling goes on into the next epoch), counts that are unknown, rates after a
+    checkpoint, of pretrained weights or another stage. Red with any refused."""
     fine: list[dict[str, Any]] = [
         {"facts": {"runs": ({**RUN_ROW, "experiment_name": "other", "live": False, "ports": [30180]},)}},
         {"facts": {"runs": ({**RUN_ROW, "experiment_name": "other", "live": True},)}},
@@ -77,6 +101,7 @@ def test_what_is_no_problem_ahead() -> None:
         {"code": rows(8, 1)},
         {"code": rows(8, None, "unknown")},
         {"code": rows(8, 4)},
+        {"code": rows(8, 4), "rl__sampling__over_sampling_factor": 4.0, "rl__sampling__filter_fn": KEEP},
         {"rl__matrix_lr": 0.5},
         {"sft__embedding_lr": 0.2, "sft__init_lr_frac": 0.02},
         {"sft__embedding_lr": 0.2, "output__source_checkpoint": "/x", "facts": {"paths": {"/x": True}}},
@@ -92,6 +117,8 @@ def test_warnings() -> None:
     low = {f"sft__{name}": 1e-6 for name in ("matrix_lr", "embedding_lr", "unembedding_lr")}
     assert "random ones hardly move" in plan_for(**low).warnings[0]
     assert "sft.matrix_lr=0.02 is high" in plan_for(sft__matrix_lr=0.02).warnings[0]
+    (later,) = plan_for(rl__matrix_lr=5.0).warnings
+    assert later.startswith("rl.matrix_lr=5 is very high for AdamW")
     many = {"untracked": ("a.bin", "b.bin", "c.bin", "d.bin"), "untracked_bytes": 1_200_000_000}
     plan = plan_for(code=many)
     assert "4 files that git does not track would be sent, 1200 MB: a.bin, b.bin, c.bin, …" in plan.warnings[0]
@@ -105,17 +132,21 @@ def test_the_summary_in_a_researcher_s_words() -> None:
     said to be unknown where not. Red with steps of whole epochs alone (10 where 15 fit)."""
     known = {**rows(64, 100), **inputs(rows=rows(64, 100)["inputs"].rows, parameters=494_032_768)}
     plan = plan_for(code=known, rl__num_epochs=10, rl__examples_per_step=64, sft__num_iterations=-1, sft__num_epochs=3)
-    sft, rl, held_out, model = plan.summary
+    sft, rl, held_out, answers, model = plan.summary
     assert sft.startswith("sft: 64 rows x 3 epochs, 16 a step (at most 1,024 tokens): about 12 steps")
     assert "rl: 100 prompts x 10 epochs, 64 prompts x 4 samples a step (at most 2,048 tokens): 15 steps" in rl
-    assert rl.endswith("3,840 samples; the last 40 of these prompts fill no step")
+    assert rl.endswith("3,840 samples; 40 prompts at the end fill no step")
     assert held_out == "held out: 8 rows"
+    assert answers == (
+        "sft answers in its own process, each time: all rows, an answer of at most 8 tokens to each, 64 in all; at "
+        "most 256 answers and 131,072 tokens at once"
+    )
     assert "494.0 M parameters, weights 2.0 GB" in model and "7.9 GB on each rank" in model
     assert model.endswith("a checkpoint takes 5.9 GB")
     assert all(line in plan_text(plan) for line in plan.summary)
     unknown = plan_for(code=rows(None, None, "unknown")).summary
-    assert "prompts not counted" in unknown[1] and "parameters not counted" in unknown[3]
-    replay = plan_for(output__mode="rl", rl__source="/r.jsonl", facts={"paths": {"/r.jsonl": True}}).summary
+    assert "prompts not counted" in unknown[1] and "parameters not counted" in unknown[4]
+    replay = plan_for(output__mode="rl", rl__sampling__source="/r.jsonl", facts={"paths": {"/r.jsonl": True}}).summary
     assert replay[0] == "rl: the steps recorded in /r.jsonl x 1"
     assert json.loads(json.dumps(plan.to_json()))["summary"] == list(plan.summary)
 
@@ -159,7 +190,7 @@ def test_a_plan_of_a_real_repository(laptop: Laptop, make_host: Callable[..., An
     (project.parent / "train.jsonl").write_text('{"question": "q", "answer": "a"}\n')
     (project / "configs/data/letters/train_rl.jsonl").unlink()
     (project / "configs/data/letters/train_rl.jsonl").symlink_to("../../../../train.jsonl")
-    file = str(write_config(project, rl__reward_fn="local_rewards.score"))
+    file = str(write_config(project, rl__reward__fn="local_rewards.score"))
     done = laptop.deploy(file, "--plan")
     assert done.returncode == 2 and done.stderr.count("error: ") == 2, done.stderr
     assert "train_rl.jsonl -> ../../../../train.jsonl" in done.stderr
@@ -167,7 +198,7 @@ def test_a_plan_of_a_real_repository(laptop: Laptop, make_host: Callable[..., An
     git(project, "checkout", "-q", "configs/data")
     (project / ".git/info/exclude").write_text("")
     plan = laptop.json(file, "--plan")
-    assert any(line.startswith("sft: 1 rows") for line in plan["summary"])
+    assert any(line.startswith("sft: 1 row") for line in plan["summary"])
     assert any("there is one prompt" in warning for warning in plan["warnings"])
     done = laptop.deploy(file, "--run-id", "warned")
     assert done.returncode == 0 and "warning: rl.examples_per_step=4" in done.stdout, done.stdout + done.stderr

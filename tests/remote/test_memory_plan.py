@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from base_config import Config, LoraConfig, load_config
+from base_config import VLLM, Config, DiskSync, KLConfig, LoraConfig, load_config
 from rollouts.remote.facts import gather_facts, parse_facts
 from rollouts.remote.gpus import Gpu
 from rollouts.remote.inputs import NO_INPUTS
@@ -23,6 +23,7 @@ from tests.remote.test_gpu_configs import GPU_CONFIGS, ROOT
 from tests.remote.test_plan import CODE, FACTS, plan_for
 
 CARDS_GIB = (16, 24, 40, 48, 80)  # sizes that a docstring may name, smallest first
+PENALTY = KLConfig(coef=0.1, kind="k3", reference=None)
 LORA = LoraConfig(rank=16, alpha=32.0, dropout=0.0, target_modules="all-linear", init_seed=0)
 
 
@@ -196,7 +197,7 @@ def test_each_setting_counts() -> None:
         "a fixed cache": {"engine.max_total_tokens": 100_000},
     }
     dearer: dict[str, dict[str, Any]] = {
-        "reference": {"rl.kl_coef": 0.1},
+        "reference": {"rl.kl": PENALTY},
         "float32": {"model.dtype": "float32"},
         "a larger engine": {"engine.mem_fraction": 0.5},
     }
@@ -207,7 +208,7 @@ def test_each_setting_counts() -> None:
                 other = replace_at(other, path, value)
             assert sign * (in_all(planned(other, card(0, 80))) - base) > 0.1, name
     asleep = replace_at(replace_at(config, "engine.sleep_while_training", True), "engine.mem_fraction", 0.8)
-    plain, penalty = (in_all(planned(replace_at(asleep, "rl.kl_coef", coef), card(0, 80))) for coef in (0.0, 0.1))
+    plain, penalty = (in_all(planned(replace_at(asleep, "rl.kl", kl), card(0, 80))) for kl in (None, PENALTY))
     assert penalty - plain > 0.9, "the reference stays while the engine samples"
     sharded = replace_at(shipped("sft_qwen"), "target.sharding", "none")
     cards = [card(0, 80), card(1, 80)]
@@ -232,7 +233,7 @@ ODD: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     ),
     "experts": (OWN, {"configs": {"own": MOE}}, ["activations (those of model_type='qwen3_moe'"]),
     "a reference that is not here": (
-        {"rl__kl_coef": 0.1, "rl__kl_reference": "own/model"},
+        {"rl__kl": KLConfig(coef=0.1, kind="k3", reference="own/model")},
         {},
         ["the reference model (own/model"],
     ),
@@ -248,8 +249,7 @@ def test_what_is_not_known_is_said(name: str) -> None:
     notes = "\n".join(plan.notes)
     assert plan.problems == () and "not known: " in notes and all(words in notes for words in texts), notes
     assert all(
-        ">= " in row or row.split()[2:] == ["?", "3920.0"]
-        for row in plan.table[2 if "rl__kl_coef" not in changes else 3 :]
+        ">= " in row or row.split()[2:] == ["?", "3920.0"] for row in plan.table[2 if "rl__kl" not in changes else 3 :]
     )
 
 
@@ -280,12 +280,11 @@ def test_odd_cards_and_layouts() -> None:
     wide = shipped("rl_math", engine__gpu_ranks=[2, 3, 4, 5], engine__tensor_parallel_size=2)
     plan = planned(wide, *(card(index, 24) for index in range(6)))
     assert plan.problems == () and plan.table[3].split()[:4] == ["2,", "3,", "4,", "5"]
-    vllm = shipped(
-        "01_debug_sft_rl",
-        engine__kind="vllm",
-        engine__requirements_file="requirements/vllm-cuda.txt",
-        engine__mem_fraction=0.99,
-    )
+    assert config.engine is not None
+    shared = {name: getattr(config.engine, name) for name in ("gpu_ranks", "sglang_port", "replicas", "context_length")}
+    shared |= {"max_running_requests": 256, "restarts_max": 0, "tensor_parallel_size": 1, "mem_fraction": 0.99}
+    lock, sync = "requirements/vllm-cuda.txt", DiskSync(on_tmpfs=False)
+    vllm = shipped("01_debug_sft_rl", engine=VLLM(**shared, requirements_file=lock, weight_sync=sync))
     (problem,) = planned(vllm, card(0, 80)).problems
     assert "vLLM wants 79.2 GiB free" in problem.needed and "set engine.mem_fraction=0.75:" in problem.fix
 

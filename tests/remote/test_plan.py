@@ -12,7 +12,7 @@ from rollouts.remote.facts import Gpu, GpuProcess, HostFacts
 from rollouts.remote.plan import Plan, asked_paths, asked_ports, environment_key, make_plan, read_lock
 from rollouts.remote.repository import Code
 from rollouts.run_dir import LaunchPlan
-from tests.example_config import example_config, replace_at
+from tests.example_config import example_config, kl, replace_at, sglang
 
 H200 = Gpu(index=0, uuid="GPU-a", name="NVIDIA H200", memory_total_mib=143771, memory_free_mib=143000)
 FACTS = HostFacts(
@@ -52,15 +52,23 @@ CODE = Code(
         "configs/data/letters/test.jsonl": "sent",
     },
 )
-RUN_ROW = {"run_id": "old", "experiment_name": "example", "state": "running", "stage": "rl", "step": 7, "live": True}
+RUN_ROW = {
+    "run_id": "old",
+    "experiment_name": "example",
+    "state": "running",
+    "stage": "rl",
+    "step": 7,
+    "live": True,
+    "host": None,
+}
 
 
 def plan_for(
     *, facts: dict[str, Any] | None = None, code: dict[str, Any] | None = None, run_id: str = "r1", **changes: Any
 ) -> Plan:
-    """A plan of the example config; `changes` are its fields, with __ for the dots."""
+    """A plan of the example config; `changes` are its fields, with __ for the dots. A whole engine comes first."""
     config = example_config()
-    for path, value in changes.items():
+    for path, value in sorted(changes.items(), key=lambda change: change[0] != "engine"):
         config = replace_at(config, path.replace("__", "."), value)
     return make_plan(
         config,
@@ -80,14 +88,18 @@ HOLDER = GpuProcess(gpu_uuid="GPU-a", pid=4711, memory_mib=1000, name="python")
 LOCK = "# a comment\nfastapi==1.0\n\nsglang==0.5.21  # no-deps: its CUDA kernels\ntorch==2.13.0 # of the CPU\n"
 HALF = {"model__dtype": "bfloat16"}
 SGLANG: dict[str, Any] = {
-    "engine__kind": "sglang",
-    "engine__requirements_file": "requirements/sglang-cuda.txt",
+    "engine": sglang(requirements_file="requirements/sglang-cuda.txt", max_total_tokens=None),
     "code": {"engine_requirements": LOCK},
 }
 PROBLEMS: list[tuple[str, dict[str, Any], list[str]]] = [
     ("run id in use", {"facts": {"run_exists": True}}, ["run id 'r1' is in use", "deploy attach r1"]),
     ("bad run id", {"run_id": "a.b"}, ["--run-id 'a.b'", "1 to 80 letters"]),
     ("live experiment", {"facts": {"runs": (RUN_ROW,)}}, ["old, running, stage rl, step 7", "deploy stop old"]),
+    (
+        "live on another machine",
+        {"facts": {"runs": ({**RUN_ROW, "host": "gpu-8"},)}},
+        ["step 7, on gpu-8, which shares this home", "deploy stop old --remote gpu-8"],
+    ),
     ("no tmux", {"facts": {"tools": {"rsync": "r"}}}, ["gpu-7 has no tmux.", "apt-get install tmux"]),
     ("no rsync", {"facts": {"tools": {"tmux": "t"}}}, ["gpu-7 has no rsync.", "apt-get install rsync"]),
     ("no python", {"facts": {"python": None}}, ["no Python 3.10 or newer", "python3 3.11.2", "python3.11-venv"]),
@@ -140,7 +152,7 @@ PROBLEMS: list[tuple[str, dict[str, Any], list[str]]] = [
     ),
     (
         "router's port",
-        {"engine__router_port": 31000, "facts": {"ports_in_use": (31000,)}},
+        {**SGLANG, "engine__router_port": 31000, "facts": {"ports_in_use": (31000,)}},
         ["port 31000 is in use", "engine.router_port=31000, for the router", "another engine.router_port"],
     ),
     ("constraints", {"code": {"constraints": None}}, ["requirements/constraints.txt", "is not in /repo"]),
@@ -340,7 +352,7 @@ def test_a_router_stands_in_front_of_the_replicas() -> None:
     assert line in step.what and step.why.startswith("on no GPU of ")
     assert rl.trainer.argv[-2:] == ["--router-url", "http://127.0.0.1:31000"]
     assert rl.trainer.argv.count("--engine-url") == 2
-    assert asked_ports(replace_at(example_config(), "engine.router_port", 31000)) == [30180, 31000]
+    assert asked_ports(replace_at(example_config(), "engine", sglang(router_port=31000))) == [30180, 31000]
 
 
 def test_the_environment_key() -> None:
@@ -375,16 +387,16 @@ def test_what_is_asked_of_the_host() -> None:
 def test_a_replay_starts_no_engine() -> None:
     """Goal: saved rollouts need no engine, port or engine device, and must be there. Red with the engine launched."""
     source = "/runs/a/rollouts.jsonl"
-    config = replace_at(replace_at(example_config(), "output.mode", "rl"), "rl.source", source)
+    config = replace_at(replace_at(example_config(), "output.mode", "rl"), "rl.sampling.source", source)
     assert asked_ports(config) == [] and asked_paths(config) == [source]
-    changes: dict[str, Any] = {**CUDA, "output__mode": "rl", "rl__source": source, "engine__gpu_ranks": [7]}
+    changes: dict[str, Any] = {**CUDA, "output__mode": "rl", "rl__sampling__source": source, "engine__gpu_ranks": [7]}
     plan = plan_for(**changes, facts={"gpus": (H200,), "paths": {source: True}})
     assert plan.problems == () and plan.launch is not None
     (stage,) = plan.launch.stages
     assert stage.engines == [] and "--engine-url" not in stage.trainer.argv
     missing = plan_for(**changes, facts={"gpus": (H200,)})
     assert any(source in problem.message for problem in missing.problems)
-    engine_only = plan_for(output__mode="rl", rl__source="engine_only").launch
+    engine_only = plan_for(output__mode="rl", rl__sampling__source="engine_only").launch
     assert engine_only is not None and len(engine_only.stages[0].engines) == 1
 
 
@@ -402,8 +414,8 @@ def test_a_hubs_model_is_downloaded_first() -> None:
         (hub, [("Qwen/Q", True)]),
         ({**hub, "model__init": "random"}, [("Qwen/Q", False)]),
         ({**hub, "output__source_checkpoint": "/x", "facts": {"paths": {"/x": True}}}, [("Qwen/Q", False)]),
-        ({**hub, "rl__kl_coef": 0.1, "rl__kl_reference": "K/r"}, [("Qwen/Q", True), ("K/r", True)]),
-        ({**hub, "rl__kl_coef": 0.1, "rl__kl_reference": "K/r", "output__mode": "sft"}, [("Qwen/Q", True)]),
+        ({**hub, "rl__kl": kl(reference="K/r")}, [("Qwen/Q", True), ("K/r", True)]),
+        ({**hub, "rl__kl": kl(reference="K/r"), "output__mode": "sft"}, [("Qwen/Q", True)]),
     ):
         plan = plan_for(**changes)  # type: ignore[arg-type]
         assert plan.launch is not None

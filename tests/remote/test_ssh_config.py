@@ -289,10 +289,16 @@ def test_what_is_not_followed_is_said(here: Laptop, make_host: MakeHost) -> None
     host = make_host()
     here.ssh_config(
         f"Host gpu-7\n HostName 127.0.0.1\n Port {host.port}\n BindInterface lo\n HostbasedAuthentication yes\n"
+        " VerifyHostKeyDNS yes\n NoHostAuthenticationForLocalhost yes\n GSSAPIAuthentication yes\n ControlPath ~/c-%C\n"
     )
     done = here.deploy("--remote", "gpu-7")
     assert done.returncode == 0, done.stderr
-    assert "bindinterface lo: not followed" in done.stdout and "hostbasedauthentication yes: not foll" in done.stdout
+    for said in ("bindinterface lo", "hostbasedauthentication yes", "verifyhostkeydns true", "nohostauthentication"):
+        assert done.stdout.count(said) == 1 and "not followed" in done.stdout, done.stdout
+    assert "GSSAPI" not in done.stdout and "ControlMaster" not in done.stdout, "the key was enough"
+    (host.directory / "authorized_keys").write_text("")
+    refused = here.deploy("--remote", "gpu-7")
+    assert refused.returncode == 2 and refused.stderr.count("an open ControlMaster connection is not used") == 1
 
 
 def test_the_readme_names_what_is_not_followed() -> None:

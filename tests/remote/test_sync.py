@@ -201,9 +201,9 @@ def test_what_a_plan_learns_of_the_repository(repository: Path) -> None:
     assert read_code(repository, config(model__name="./tracked.txt")).named["./tracked.txt"] == "sent"
     wandb = read_code(repository, config(output__use_wandb=True, output__wandb_project="p"))
     assert wandb.requirements == ("torch", "wandb")
-    math = read_code(repository, config(rl__reward_fn="rollouts.training.rewards.math_verify"))
+    math = read_code(repository, config(rl__reward__fn="rollouts.training.rewards.math_verify"))
     assert math.requirements == ("torch", "math")
-    assert read_code(repository, config(rl__reward_fn=None)).requirements == ("torch",)
+    assert read_code(repository, config(rl__reward=None)).requirements == ("torch",)
     assert read_code(repository, config(host__constraints_file="no.txt")).constraints is None
 
 

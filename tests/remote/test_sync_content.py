@@ -22,7 +22,7 @@ FIXED_TIME = 1_700_000_000
 
 def make_repository(directory: Path, files: dict[str, str]) -> Path:
     directory.mkdir(parents=True)
-    (directory / "pyproject.toml").write_text("[project.optional-dependencies]\ntrain=[]\n")
+    files = {"pyproject.toml": "[project.optional-dependencies]\ntrain=[]\n", **files}
     for name, text in files.items():
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_text(text)
@@ -39,7 +39,15 @@ class Sender:
     def __init__(self, home: Path) -> None:
         self.home, self.said = home, list[str]()
 
-    def send(self, repository: Path, run_id: str, *, transport: LocalTransport | None = None) -> Path:
+    def send(
+        self,
+        repository: Path,
+        run_id: str,
+        *,
+        transport: LocalTransport | None = None,
+        launch_id: str = "",
+        on_said: Callable[[str], None] = lambda text: None,
+    ) -> Path:
         run_path = self.home / "runs" / run_id
         record = read_code(repository, config()).record()
         sync_code(
@@ -50,7 +58,8 @@ class Sender:
             home=str(self.home),
             run_path=str(run_path),
             expected=json.loads(record["code/manifest.json"])["files"],
-            say=lambda _, text: self.said.append(text),
+            launch_id=launch_id,
+            say=lambda _, text: (self.said.append(text), on_said(text)),
         )
         return run_path / "code" / "tree"
 
@@ -143,6 +152,28 @@ def test_the_host_s_own_digest_is_compared(
     with pytest.raises(DeployError, match="what lies there is not the code that was planned") as caught:
         sender.send(repository, "r")
     assert said in caught.value.text() and not (sender.home / "runs/r/code/tree").exists()
+
+
+@pytest.mark.parametrize("moment", ["files, ", "checking "])
+def test_two_deploys_of_one_name_that_send_at_once(moment: str, sender: Sender, tmp_path: Path) -> None:
+    """Goal: of two that pass the check in the same moment and send other code, the faster one's lies there whole, and
+    the slower one is refused before its launch. Red with one place to build for both (what was checked was written into
+    after), and with a tree that is there in the end taken for one's own: it launched the other's code."""
+    one = make_repository(tmp_path / "a/p", {"my_reward.py": "RATE = 0.1\n", "only_a.py": "", "x.bin": "a" * 2_000_000})
+    two = make_repository(tmp_path / "b/p", {"my_reward.py": "RATE = 0.9\n", "only_b.py": ""})
+    sent: list[Path] = []
+
+    def the_other(text: str) -> None:
+        if moment in text and not sent:
+            sent.append(sender.send(two, "same", launch_id="two"))
+
+    with pytest.raises(DeployError, match="not the code that was planned") as caught:
+        sender.send(one, "same", launch_id="one", on_said=the_other)
+    assert "my_reward.py" in caught.value.text()
+    assert tree_names(sent[0]) == ["my_reward.py", "only_b.py", "pyproject.toml"]
+    assert (sent[0] / "my_reward.py").read_text() == "RATE = 0.9\n"
+    assert [path.name for path in sent[0].parent.iterdir()] == ["tree"]
+    assert sender.send(two, "same", launch_id="two") == sent[0], "its own deploy goes on"
 
 
 def test_files_that_change_while_they_are_sent(sender: Sender, rsync_as: Callable[[str], None], tmp_path: Path) -> None:

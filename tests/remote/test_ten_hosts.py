@@ -56,16 +56,16 @@ TABLE: dict[str, dict[str, list[str]]] = {
 }
 # The memory that each config needs there, in GiB: of each stage, and of the engines' GPUs where they have their own
 MEMORY = {
-    "rtx4090": {"01_debug_sft_rl": "14.2 21.2", "nanochat_sft_rl": "21.3 30.5", "sft_openwebtext": "32.5"},
-    "l40s": {"01_debug_sft_rl": "14.2 28.5", "rl_math": "18.1 39.8", "sft_qwen": "19.6"},
-    "a100-40": {"01_debug_sft_rl": "14.2 26.7", "rl_math": "18.1 35.5"},
-    "a100-80": {"01_debug_sft_rl": "14.2 40.7", "nanochat_sft_rl": "21.3 30.5"},
-    "h100": {"01_debug_sft_rl": "14.2 40.6", "rl_math": "18.1 69.3"},
-    "h200": {"01_debug_sft_rl": "14.2 61.9", "sft_qwen": "21.0"},  # whole gradients are kept, to reduce once a step
-    "gb10": {"01_debug_sft_rl": "14.2 21.4", "sft_openwebtext": "32.5"},  # of a card that tells no memory
-    "mig": {"01_debug_sft_rl": "14.2 21.4", "rl_math": "18.1 22.5"},  # of a slice that tells none
+    "rtx4090": {"01_debug_sft_rl": "10.7 21.2", "nanochat_sft_rl": "21.3 30.5", "sft_openwebtext": "32.5"},
+    "l40s": {"01_debug_sft_rl": "10.7 28.5", "rl_math": "18.1 39.8", "sft_qwen": "17.9"},
+    "a100-40": {"01_debug_sft_rl": "10.7 26.7", "rl_math": "18.1 35.5"},
+    "a100-80": {"01_debug_sft_rl": "10.7 40.7", "nanochat_sft_rl": "21.3 30.5"},
+    "h100": {"01_debug_sft_rl": "10.7 40.6", "rl_math": "18.1 69.3"},
+    "h200": {"01_debug_sft_rl": "10.7 61.9", "sft_qwen": "21.0"},  # whole gradients are kept, to reduce once a step
+    "gb10": {"01_debug_sft_rl": "10.7 21.4", "sft_openwebtext": "32.5"},  # of a card that tells no memory
+    "mig": {"01_debug_sft_rl": "10.7 21.4", "rl_math": "18.1 22.5"},  # of a slice that tells none
     "container": {"nanochat_sft_rl": "21.3 30.5", "sft_openwebtext": "32.5"},
-    "driver550": {"01_debug_sft_rl": "14.2 40.7", "sft_qwen": "19.6"},
+    "driver550": {"01_debug_sft_rl": "10.7 40.7", "sft_qwen": "17.9"},
 }
 CODES: dict[str, Code] = {}
 

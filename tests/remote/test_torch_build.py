@@ -5,14 +5,16 @@ from typing import Any
 
 import pytest
 
+from rollouts.config import BroadcastSync, DiskSync
 from rollouts.remote.plan import Plan
 from tests.remote.test_plan import CUDA, FACTS, H200, LOCK, SGLANG, plan_for
 
+DISK = DiskSync(on_tmpfs=False)
 CUDA_LOCK = f"{LOCK}nvidia-nccl-cu13==2.29.7\n"
 SHARED: dict[str, Any] = {
     **CUDA,
     **SGLANG,
-    "engine__weight_sync": "broadcast",
+    "engine__weight_sync": BroadcastSync(bucket_mib=256),
     "engine__gpu_ranks": [1],
     "model__dtype": "bfloat16",
 }
@@ -91,7 +93,10 @@ PROBLEMS: list[tuple[str, dict[str, Any], list[str]]] = [
     ("a CPU build", {"host__torch_build": "cpu"}, ["'cpu' is a build without CUDA", "host.torch_build='auto'"]),
     (
         "an old torch",
-        {"engine__weight_sync": "disk", "code": {"engine_requirements": CUDA_LOCK, "constraints": "torch==2.11.0\n"}},
+        {
+            "engine__weight_sync": DISK,
+            "code": {"engine_requirements": CUDA_LOCK, "constraints": "torch==2.11.0\n"},
+        },
         ["torch 2.11.0 is too old", "2.12 or newer"],
     ),
 ]
@@ -115,7 +120,11 @@ def test_the_same_torch_is_no_problem() -> None:
     own: dict[str, Any] = {**SHARED, "facts": {"gpus": TWO, "driver": "580.1"}, "host__torch_build": "auto"}
     for pin in ("torch==2.13\n", "numpy==2.0\nTorch == 2.13.0+cu130 # by hand\n"):
         assert plan_for(**{**own, "code": {"engine_requirements": CUDA_LOCK, "constraints": pin}}).problems == ()
-    apart = {**own, "engine__weight_sync": "disk", "code": {"engine_requirements": CUDA_LOCK, "constraints": ""}}
+    apart = {
+        **own,
+        "engine__weight_sync": DISK,
+        "code": {"engine_requirements": CUDA_LOCK, "constraints": ""},
+    }
     assert plan_for(**apart).problems == ()
 
 

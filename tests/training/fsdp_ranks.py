@@ -3,18 +3,22 @@
 import json
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import anyio
 import torch
 import torch.distributed as dist
+from torch._dynamo.testing import CompileCounter
 from torch.distributed.tensor import DTensor
 
 from rollouts.training import distributed
 from rollouts.training.backends import FSDPConfig, FSDPTrainingBackend, PyTorchTrainingBackend
 from rollouts.training.backends.pytorch import PyTorchTrainingBackend as Backend
+from rollouts.training.compiled_layers import compile_layers, layers_of
 from rollouts.training.loops import run_rl_training, run_sft_training, validation_loss
 from rollouts.training.loops.common import train_step
 from rollouts.training.lora import LoraSettings, apply_lora
@@ -208,6 +212,40 @@ def counted(directory: Path) -> dict:
     return {"reductions": sum(calls.values()), "metrics": metrics}
 
 
+def compiled(directory: Path) -> dict:
+    """Three steps of compiled layers, whose activations are computed again, and what was compiled."""
+    counter = CompileCounter()
+    model = model_of(5 * distributed.rank())
+    layers = layers_of(model)  # sharding renames their class
+    compile_layers(model, backend=counter)
+    metrics = anyio.run(sft, sharded(directory, config=STRATEGIES["recompute"], model=model))
+    works = [layer.forward._code.works for layer in layers]
+    return {"metrics": metrics, "compilations": counter.frame_count, "works": works}
+
+
+def gathered_ahead(directory: Path, config: FSDPConfig) -> list[int]:
+    """How many gathers a backward pass has begun when the MLP of each layer has its turn: last layer first."""
+    names = [name for name in ("all_gather_single", "all_gather_into_tensor") if hasattr(dist, name)]
+    begun, seen = [0], []
+    backend = sharded(directory, config=config)
+
+    def gather(own: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        begun[0] += 1
+        return own(*arguments, **options)
+
+    def turn(*hook: Any) -> None:
+        seen.append(begun[0])
+
+    for layer in backend.model.model.layers:
+        layer.mlp.register_full_backward_pre_hook(turn)
+    backend.model.model.norm.register_forward_hook(lambda *hook: begun.__setitem__(0, 0))
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(mock.patch.object(dist, name, partial(gather, getattr(dist, name))))
+        backend.forward_backward({**sft_batch(), "tokens_global": 10.0}).wait()
+    return seen
+
+
 def main(directory: Path) -> None:
     distributed.initialize("cpu", timeout_s=60.0)
     if distributed.world_size() == 4:
@@ -215,7 +253,10 @@ def main(directory: Path) -> None:
     else:
         results = work(sharded, directory, STRATEGIES)
         results["logits"] = anyio.run(sft, sharded(directory / "logits", loss_fn=logits_loss))
+        results["compiled"] = compiled(directory / "compiled")
         results["counted"] = counted(directory / "counted")
+        for name in ("full", "recompute"):
+            results[f"{name} gathered"] = gathered_ahead(directory / "gathered", STRATEGIES[name])
         results["exact"] = anyio.run(exact_resume, directory)
         results["uneven"] = anyio.run(uneven, sharded(directory / "uneven"))
         results["lora"] = anyio.run(lora, sharded, directory / "lora")

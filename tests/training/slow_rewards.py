@@ -24,6 +24,8 @@ def by_text(sample: Sample) -> Any:
         os.kill(os.getpid(), signal.SIGKILL)
     if word == "raise":
         raise KeyError(rest)
+    if word == "exit":
+        sys.exit(rest)
     if word == "text":
         return "much"
     if word == "none":
@@ -50,12 +52,14 @@ async def slow_async(sample: Sample) -> float:
 
 
 async def raises_async(sample: Sample) -> float:
+    if sample.response.startswith("exit"):
+        sys.exit(sample.response.removeprefix("exit "))
     raise KeyError(sample.response.removeprefix("raise "))
 
 
 def handed_on(sample: Sample) -> Any:
     """A plain function that gives what another one, an async one, is to be awaited for."""
-    return (raises_async if sample.response.startswith("raise") else slow_async)(sample)
+    return (raises_async if sample.response.startswith(("raise", "exit")) else slow_async)(sample)
 
 
 class Constant:

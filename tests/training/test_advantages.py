@@ -182,3 +182,18 @@ def test_a_reward_that_is_not_finite_is_named(reward):
     """Goal: the place, not NaN for the whole group. Red without the check."""
     with pytest.raises(ValueError, match=rf"rewards\[1\]={reward}: needs finite"):
         compute_advantages([0.0, reward], "group_mean", norm="group_std")
+
+
+@pytest.mark.parametrize(
+    ("rewards", "baseline", "named"),
+    [
+        ([10**400, 0.0], "group_mean", r"rewards\[0\]=1000"),
+        ([1.0, 2.0], math.nan, "baseline=nan"),
+        ([1.0, 2.0], math.inf, "baseline=inf"),
+        ([1.7e308, -1.7e308], -1.7e308, r"rewards of up to 1.7e\+308: .* beyond any float"),
+    ],
+)
+def test_what_no_float_holds_is_named(rewards, baseline, named):
+    """Goal: no NaN or infinity into a loss. Red as it was: OverflowError without a name, NaN, infinity."""
+    with pytest.raises(ValueError, match=named):
+        compute_advantages(rewards, baseline)

@@ -25,7 +25,8 @@ from rollouts.training.rewards.scoring import scoring
 from rollouts.training.rollout_gen.concurrency import gather_in_order
 from rollouts.training.types import Sample
 from rollouts.worker import trainer, trainer_job, trainer_wiring
-from tests.example_config import example_config, replace_at
+from tests import example_config as example
+from tests.example_config import example_config, importance, kl, replace_at
 from tests.training.backends.test_pytorch import rl_batch, sft_batch
 from tests.training.tiny_task import TINY_MODEL, InProcessEngine, tiny_tokenizer
 
@@ -44,7 +45,7 @@ def changed(changes: dict[str, Any], config: Config | None = None) -> Config:
 def with_muon() -> Config:
     config = changed({})
     assert config.sft is not None
-    return changed({"sft.optimizer": dataclasses.replace(config.sft.optimizer, kind="muon", muon=MUON)})
+    return changed({"sft.optimizer": dataclasses.replace(config.sft.optimizer, muon=MUON)})
 
 
 BASES = {"adamw": changed({}), "muon": with_muon(), "lora": changed({"model.lora": LORA})}
@@ -154,7 +155,7 @@ def test_a_lora_run_resumes_over_its_own_base(tmp_path: Path) -> None:
     """Goal: 2 + resume + 2 steps of RL with a KL penalty equal 4, over the frozen weights that the checkpoint names,
     which are the reference, too. Red with the checkpoint's merged weights as the base: refused."""
     load_model(TINY_MODEL, init="random").save_pretrained(tmp_path / "start")
-    start = {"model.name": str(tmp_path / "start"), "model.init": "pretrained", "rl.kl_coef": 0.1}
+    start = {"model.name": str(tmp_path / "start"), "model.init": "pretrained", "rl.kl": kl()}
     config = changed(start, BASES["lora"])
 
     def make(path: str, *, resumes: bool) -> Any:
@@ -445,14 +446,14 @@ def test_alarms_know_how_many_steps_are_logged() -> None:
     config = changed({"rl.log_every": 10, "sft.log_every": 1})
     found = [trainer_job.logged_steps(config, "rl", steps) for steps in (1, 10, 12, 50)]
     assert (found, trainer_job.logged_steps(config, "sft", 12)) == ([1, 1, 2, 5], 12)
-    alone = changed({"output.mode": "rl", "rl.log_every": 10, "rl.source": "engine_only"})
+    alone = changed({"output.mode": "rl", "rl.log_every": 10, "rl.sampling.source": "engine_only"})
     assert trainer_job.logged_steps(alone, "rl", 12) == 12  # nothing trains: each step is logged
 
 
 def test_running_ahead_reaches_the_loop() -> None:
     """Goal: policy_lag_steps_max and in_flight_updates are the loop's; what they do there: loops/test_async_rl.py. Red
     with either left out of `rl_training_config`."""
-    ahead = {"rl.policy_lag_steps_max": 2, "rl.in_flight_updates": True, "rl.importance": "token_truncate"}
+    ahead = {"rl.ahead": example.ahead(2, in_flight_updates=True), "rl.loss.importance": importance()}
     config = changed(ahead)
     assert config.problems() == () and config.rl is not None
     found = trainer_wiring.rl_training_config(config.rl, STEPS)
@@ -469,8 +470,8 @@ async def asks_somebody(sample: Sample) -> float:
     [
         ({}, "rollouts.training.rewards.exact_match", 1),
         ({}, f"{__name__}.asks_somebody", 2),
-        ({"rl.reward_workers": 1}, "rollouts.training.rewards.exact_match", 2),
-        ({"rl.policy_lag_steps_max": 1, "rl.in_flight_updates": True}, "rollouts.training.rewards.exact_match", 2),
+        ({"rl.reward.workers": 1}, "rollouts.training.rewards.exact_match", 2),
+        ({"rl.ahead": example.ahead(in_flight_updates=True)}, "rollouts.training.rewards.exact_match", 2),
     ],
 )
 def test_groups_go_apart_where_that_saves_waiting(changes: dict[str, Any], reward_fn: str, requests: int) -> None:
@@ -479,7 +480,7 @@ def test_groups_go_apart_where_that_saves_waiting(changes: dict[str, Any], rewar
     rl = changed(changes).rl
     assert rl is not None
     engine = InProcessEngine(load_model(TINY_MODEL, init="random"), tiny_tokenizer())
-    with scoring(reward_fn, workers=rl.reward_workers, timeout_s=60.0) as reward:
+    with scoring(reward_fn, workers=rl.reward.workers, timeout_s=60.0) as reward:
         generate = trainer_wiring.generate_fn(rl, tiny_tokenizer(), [engine], reward)
         anyio.run(gather_in_order, [partial(generate, ["ab"] * 2, seed=seed) for seed in range(2)])
     assert len(engine.requests) == requests

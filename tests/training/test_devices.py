@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rollouts.training import devices, distributed
+from rollouts.training import devices, distributed, nvidia_driver
 from rollouts.training.backends.futures import Worker
 
 
@@ -71,4 +71,4 @@ def test_the_drivers_version(tmp_path: Path, text: str | None, said: str) -> Non
     file = tmp_path / "version"
     if text is not None:
         file.write_text(text)
-    assert said in devices.driver_version(file)
+    assert said in nvidia_driver.driver_version(file)

@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from base_config import Config, LoraConfig, MuonConfig
 from rollouts.run_dir import RunDir
 from tests.engines.serving import free_port
-from tests.example_config import example_config, replace_at
+from tests.example_config import example_config, kl, replace_at
 from tests.training.process_nursery import has_ended, shared
 
 WAIT_S = 120.0
@@ -51,8 +51,8 @@ RL = {
     "output.mode": "rl",
     "model.init": "pretrained",
     "data.rl_mixture.0.max_samples": 4 * RL_STEPS,
-    "rl.over_sampling_factor": 1.5,  # surplus groups are carried from step to step, and over a resume
-    "rl.kl_coef": 0.05,
+    "rl.sampling.over_sampling_factor": 1.5,  # surplus groups are carried from step to step, and over a resume
+    "rl.kl": kl(coef=0.05),
     "rl.save_every": CHECKPOINT_EVERY["rl"],
 }
 LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.1, target_modules="all-linear", init_seed=0)
@@ -61,7 +61,7 @@ MUON = MuonConfig(
 )
 SFT_KINDS = {
     "adamw": SFT,
-    "muon": changed(SFT, {"sft.optimizer": replace(SFT.sft.optimizer, kind="muon", muon=MUON)}),
+    "muon": changed(SFT, {"sft.optimizer": replace(SFT.sft.optimizer, muon=MUON)}),
     "lora": changed(
         SFT,
         {"model.lora": LORA}

@@ -28,12 +28,14 @@ F, PROGRAM = "```", "print(1)\n"
         f"{F}python\nprint(1)\n",  # cut off, or never closed
         "print(1)\n",
         f"Use `{F}`.\n{F}python\nprint(1)\n{F}",
+        f"<think>Say {F}python\nprint(0)\n{F}</think>\n{F}python\nprint(1)\n{F}",
+        f"- so:\n  {F}py3\n  print(1)\n  {F}\n",
         f"{F}inline{F} is a span\n{F}python\nprint(1)\n{F}",
     ],
 )
 def test_the_program_is_the_last_python_block(response: str) -> None:
     """Goal: the block that a reader would run. Red with a pattern that knew some fences as openers, all as closers:
-    prose between two blocks was run."""
+    prose between two blocks was run. Red for the closing tag behind a fence, and py3, without their rules."""
     assert program_of(response) == PROGRAM
 
 

@@ -160,7 +160,7 @@ CANNOT_BE_COMPARED = [
 ]
 
 
-@pytest.mark.parametrize("answer", [*CANNOT_BE_COMPARED, None, [r"\frac12", "3 4"]])
+@pytest.mark.parametrize("answer", [*CANNOT_BE_COMPARED, None, [r"\sqrt{", "3 4"]])
 def test_a_row_that_no_response_can_answer_is_told_beforehand(answer: object) -> None:
     """Goal: the reward says it of the row alone. Red: it raised at the first response, in the middle of training."""
     check = row_check_of(math_verify)

@@ -165,6 +165,15 @@ def test_tied_and_unknown_tensors_are_no_reason_to_refuse(tmp_path: Path, caplog
     ]
 
 
+def test_an_adapter_alone_is_named(tmp_path: Path) -> None:
+    """Goal: the fix, which is to merge it. Red without the check: no file named model.safetensors."""
+    shutil.copytree(TINY_MODEL, tmp_path / "m")
+    (tmp_path / "m" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    save_file({"x": torch.ones(1)}, tmp_path / "m" / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=r"holds an adapter .* merge it into its base model"):
+        load_model(str(tmp_path / "m"))
+
+
 def test_a_pickle_in_place_of_weights_is_not_run(tmp_path: Path) -> None:
     """Goal: an older checkpoint's pytorch_model.bin is data. Red with weights_only=False: the file is written."""
     tiny.tiny_model().save_pretrained(tmp_path)
@@ -178,6 +187,16 @@ def test_a_pickle_in_place_of_weights_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot load the model"):
         load_model(str(tmp_path))
     assert not (tmp_path / "attacked").exists()
+
+
+def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    """Goal: a model whose tokenizer files were not copied says so. Red without the check: transformers makes up a
+    tokenizer of one token, and the run ended at its first row, with advice about the chat template."""
+    shutil.copytree(TINY_MODEL, tmp_path / "m")
+    for file in (tmp_path / "m").glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ModelError, match=r"/m: its tokenizer has no vocabulary: no tokenizer\.json"):
+        load_tokenizer(str(tmp_path / "m"))
 
 
 def test_a_tokenizer_without_an_end_token_is_refused(tmp_path: Path) -> None:

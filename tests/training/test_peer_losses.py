@@ -106,7 +106,7 @@ def peer_options(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
     return theirs, ours
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@settings(max_examples=200, derandomize=True, database=None)
 @given(seed=st.integers(0, 2**31), options=peer_options())
 def test_loss_and_gradient_are_trls_on_random_inputs(seed: int, options: tuple[dict, dict]) -> None:
     """Goal: TRL's own `_compute_loss`, run here, gives our loss and gradient for any inputs and any common options.

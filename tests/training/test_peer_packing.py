@@ -28,7 +28,7 @@ def documents(lengths: list[int]) -> list[list[int]]:
     return [[rng.randrange(1, 1000) for _ in range(length)] for length in lengths]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=60, derandomize=True, database=None)
 @given(lengths_and_capacity())
 def test_rows_are_filled_as_trl_fills_them(drawn: tuple[list[int], int]) -> None:
     """Goal: the same number of rows, each as full, and every document whole in one of them.

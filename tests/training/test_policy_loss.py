@@ -163,7 +163,7 @@ def by_constant_weights(batch: dict[str, Any], options: dict[str, Any], own: tor
 
 
 @FORM
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 3), st.integers(0, 4)), min_size=2, max_size=7).filter(
         lambda rows: any(response for _, response in rows) and max(map(sum, rows)) > 1

@@ -1,6 +1,5 @@
 """The frozen reference: not trained, not moved by a resume, and what the trainer makes of the config's loss fields."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +7,14 @@ import anyio
 import pytest
 import torch
 
-from base_config import Config
+from base_config import CISPO, GSPO, PPO, Config
 from rollouts.training.checkpoint import CheckpointError, Retention, read_metadata
 from rollouts.training.loops.common import train_step
 from rollouts.training.loops.rl_loop import prepare_grpo_batch
 from rollouts.training.reference import as_reference, load_reference, weights_sha256
 from rollouts.training.rl_losses import trained_sequences
 from rollouts.worker.trainer_wiring import build_backend, reference_name, rl_loss, rl_training_config
-from tests.example_config import example_config, replace_at
+from tests.example_config import example_config, importance, kl, policy_loss, replace_at
 from tests.training import tiny_task
 from tests.training.test_policy_loss import inputs
 from tests.training.tiny import PAD, rollout_batch, tiny_backend, tiny_model
@@ -30,7 +29,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def kl_config(**changes: Any) -> Config:
-    config = replace_at(example_config(), "rl.kl_coef", 0.1)
+    config = replace_at(example_config(), "rl.kl", kl())
     for field, value in changes.items():
         config = replace_at(config, f"rl.{field}", value)
     return config
@@ -94,7 +93,7 @@ def test_another_reference_is_refused(tmp_path: Path, start: Path) -> None:
         first = backend_of(config, tmp_path, start)
         await steps(first, 1)
         path = await first.save_checkpoint(1, {})
-        second = backend_of(kl_config(kl_reference=str(other)), tmp_path, path, resumes=True)
+        second = backend_of(kl_config(kl=kl(reference=str(other))), tmp_path, path, resumes=True)
         with pytest.raises(CheckpointError, match=r"penalty towards .*start.*; the reference is now .*other"):
             await second.load_checkpoint(path)
 
@@ -102,23 +101,23 @@ def test_another_reference_is_refused(tmp_path: Path, start: Path) -> None:
 
 
 def test_which_model_is_the_reference(tmp_path: Path, start: Path) -> None:
-    """Goal: none for SFT or kl_coef 0, the start by default, the named one if named, and an error where unknown.
+    """Goal: none for SFT or kl=None, the start by default, the named one if named, and an error where unknown.
 
     Red with model_path in place of the error.
     """
     assert reference_name(kl_config(), "sft", str(start), resumes=False) is None
-    assert reference_name(kl_config(kl_coef=0.0), "rl", str(start), resumes=False) is None
+    assert reference_name(kl_config(kl=None), "rl", str(start), resumes=False) is None
     assert reference_name(kl_config(), "rl", str(start), resumes=False) == str(start)
-    assert reference_name(kl_config(kl_reference="/models/base"), "rl", str(start), resumes=True) == "/models/base"
+    assert reference_name(kl_config(kl=kl(reference="/models/base")), "rl", str(start), resumes=True) == "/models/base"
 
     async def without() -> Path:
-        backend = backend_of(kl_config(kl_coef=0.0), tmp_path, start)
+        backend = backend_of(kl_config(kl=None), tmp_path, start)
         assert "kl_reference" not in (await steps(backend, 1))[0]
         return await backend.save_checkpoint(1, {})
 
     path = anyio.run(without)
     with pytest.raises(
-        CheckpointError, match=r"trained without a KL reference, and rl.kl_coef=0.1 needs one: set rl\."
+        CheckpointError, match=r"trained without a KL reference, and rl.kl.coef=0.1 needs one: set rl\."
     ):
         reference_name(kl_config(), "rl", str(path), resumes=True)
 
@@ -128,7 +127,7 @@ def test_the_reference_is_frozen_and_cut_with_the_step(tmp_path: Path) -> None:
 
     Red with its parameters left to require gradients, and with sequences_global left out of the prepared batch.
     """
-    loss_fn = rl_loss(kl_config(loss="ppo", entropy_coef=0.01, aggregation="sequence_mean_token_mean").rl)
+    loss_fn = rl_loss(kl_config(loss=policy_loss(entropy_coef=0.01, aggregation="sequence_mean_token_mean")).rl)
     results = []
     for micro_batch_size in (None, 1, 5):
         reference = as_reference(tiny_model(seed=3, dtype=torch.float64), "seed 3")
@@ -153,29 +152,29 @@ def test_the_hash_sees_a_single_weight(start: Path) -> None:
 
 
 EFFECTS: list[tuple[str, Any, dict[str, Any]]] = [
-    ("loss", "ppo", {}),
-    ("loss", "gspo", {}),
-    ("loss", "cispo", {}),
-    ("clip_low", 0.05, {"loss": "ppo"}),
-    ("clip_high", 0.05, {"loss": "ppo"}),
-    ("clip_low", 0.01, {"loss": "gspo"}),
-    ("clip_high", 0.01, {"loss": "gspo"}),
-    ("clip_low", 0.05, {"loss": "cispo"}),
-    ("clip_high", 0.05, {"loss": "cispo"}),
-    ("dual_clip", 1.3, {"loss": "ppo"}),
-    ("importance", "token_truncate", {}),
-    ("importance", "token_mask", {}),
-    ("importance", "sequence_truncate", {}),
-    ("importance", "sequence_mask", {}),
-    ("importance_cap", 1.1, {"importance": "token_truncate"}),
-    ("aggregation", "sequence_mean_token_sum", {}),
-    ("aggregation", "sequence_mean_token_mean", {}),
-    ("aggregation", "constant_length", {}),
-    ("max_new_tokens", 9, {"aggregation": "constant_length"}),
-    ("kl_coef", 0.1, {}),
-    ("kl_kind", "k1", {"kl_coef": 0.1}),
-    ("kl_kind", "k2", {"kl_coef": 0.1}),
-    ("entropy_coef", 0.1, {}),
+    ("loss", policy_loss(PPO), {}),
+    ("loss", policy_loss(GSPO), {}),
+    ("loss", policy_loss(CISPO), {}),
+    ("loss.clip_low", 0.05, {"loss": policy_loss(PPO)}),
+    ("loss.clip_high", 0.05, {"loss": policy_loss(PPO)}),
+    ("loss.clip_low", 0.01, {"loss": policy_loss(GSPO)}),
+    ("loss.clip_high", 0.01, {"loss": policy_loss(GSPO)}),
+    ("loss.clip_low", 0.05, {"loss": policy_loss(CISPO)}),
+    ("loss.clip_high", 0.05, {"loss": policy_loss(CISPO)}),
+    ("loss.dual_clip", 1.3, {"loss": policy_loss(PPO)}),
+    ("loss.importance", importance("token_truncate"), {}),
+    ("loss.importance", importance("token_mask"), {}),
+    ("loss.importance", importance("sequence_truncate"), {}),
+    ("loss.importance", importance("sequence_mask"), {}),
+    ("loss.importance.cap", 1.1, {"loss.importance": importance("token_truncate")}),
+    ("loss.aggregation", "sequence_mean_token_sum", {}),
+    ("loss.aggregation", "sequence_mean_token_mean", {}),
+    ("loss.aggregation", "constant_length", {}),
+    ("max_new_tokens", 9, {"loss.aggregation": "constant_length"}),
+    ("kl", kl(), {}),
+    ("kl.kind", "k1", {"kl": kl()}),
+    ("kl.kind", "k2", {"kl": kl()}),
+    ("loss.entropy_coef", 0.1, {}),
 ]
 
 
@@ -186,19 +185,21 @@ def test_every_loss_field_changes_the_loss(field: str, value: Any, where: dict[s
     batch["advantages"] = torch.tensor([1.0, -1.0, -0.5], dtype=torch.float64)
     batch["old_log_probs"] = batch["old_log_probs"] * 1.2
     batch["sequences_global"] = trained_sequences(batch["loss_mask"])
-    rl = dataclasses.replace(example_config().rl, **where)
+    rl: Any = example_config().rl
+    for path, setting in where.items():
+        rl = replace_at(rl, path, setting)
     before = rl_loss(rl)(**batch)
-    after = rl_loss(dataclasses.replace(rl, **{field: value}))(**batch)
+    after = rl_loss(replace_at(rl, field, value))(**batch)
     assert abs(before.item() - after.item()) > 1e-6
 
 
-@pytest.mark.parametrize(("field", "value"), [("baseline", "leave_one_out"), ("advantage_norm", "batch")])
+@pytest.mark.parametrize(("field", "value"), [("baseline", "leave_one_out"), ("loss.advantage_norm", "batch")])
 def test_every_advantage_field_changes_the_batch(field: str, value: str) -> None:
     """Goal: they reach `compute_advantages`. Red with either left out of `rl_training_config`."""
     rollouts = rollout_batch(3, 4)
     rl = example_config().rl
     advantages = [
         prepare_grpo_batch(rollouts, rollouts.rewards, rl_training_config(changed, 1))["advantages"]
-        for changed in (rl, dataclasses.replace(rl, **{field: value}))
+        for changed in (rl, replace_at(rl, field, value))
     ]
     assert (advantages[0] - advantages[1]).abs().max() > 1e-3

@@ -10,14 +10,14 @@ import anyio
 import pytest
 
 from rollouts.training.datasets.data_buffer import DataBuffer
-from rollouts.training.rewards import RewardError
+from rollouts.training.rewards import RewardError, resolve
 from rollouts.training.rewards.scoring import RewardWorkers, scoring
 from rollouts.training.rollout_gen.async_rollout_manager import AsyncRolloutManager, RolloutError
 from rollouts.training.rollout_gen.concurrency import gather_in_order
 from rollouts.training.types import REWARD_FAILURE, RolloutConfig, Sample
 
 BY_TEXT = "tests.training.slow_rewards.by_text"
-PATIENCE_S = 60.0
+PATIENCE_S = 200.0
 
 
 def sample(response: str) -> Sample:
@@ -152,6 +152,44 @@ async def test_what_a_reward_raises_in_this_process_names_it_too(name: str) -> N
         value = reward(sample("raise x"))
         await value
     assert isinstance(caught.value.__cause__, KeyError)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("name", ["by_text", "raises_async", "handed_on"])
+async def test_a_reward_that_exits_is_a_mistake_as_any(name: str, workers: RewardWorkers) -> None:
+    """Goal: `sys.exit` in a reward is told with its place, here and in a worker. Red with Exception caught alone: the
+    event loop ended, a thread of the trainer did not, and a run stood still until its time was up."""
+    told = rf"slow_rewards.{name} raised SystemExit: 3 \(.*slow_rewards.py:\d+\).*'row': 7"
+    with (
+        scoring(f"tests.training.slow_rewards.{name}", workers=0, timeout_s=30.0) as reward,
+        pytest.raises(RewardError, match=told),
+    ):
+        await score(reward, "exit 3")
+    if name == "by_text":
+        with pytest.raises(RewardError, match=told):
+            await score(workers, "exit 3")
+
+
+@pytest.mark.parametrize(
+    ("line", "kind"),
+    [
+        ("import sys; sys.exit(0)", "SystemExit: 0"),
+        ("raise ValueError('no key')", "ValueError: no key"),
+        ("1 +", "SyntaxError: invalid syntax"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_says_why(
+    line: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Goal: what a reward's module does when it is imported is the user's to mend: one sentence with the place. Red
+    with a missing module alone told: `sys.exit(0)` ended a stage as done."""
+    (tmp_path / "on_import_of_a_reward.py").write_text(f"{line}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    kind = {"import": "SystemExit: 0", "raise": "ValueError: no key", "1": "SyntaxError: invalid syntax"}[
+        line.split(maxsplit=1)[0]
+    ]
+    with pytest.raises(RewardError, match=rf"importing on_import_of_a_reward raised {kind}"):
+        resolve("on_import_of_a_reward.reward")
 
 
 @pytest.mark.anyio

@@ -215,6 +215,22 @@ def test_resume_is_bit_for_bit_and_asks_for_the_same_baseline(tmp_path):
         anyio.run(without.load_checkpoint, tmp_path / "half" / "latest")
 
 
+def test_a_head_that_is_not_finite_moves_nothing(tmp_path):
+    """Goal: a head's gradient of inf stops the step by name, and the policy stays too. Red with the norm unchecked."""
+    critic = backend_with(tmp_path, head(seed=1))
+    rollouts = rollout_batch(2, 2)
+    batch = prepare_grpo_batch(rollouts, rollouts.rewards, RLTrainingConfig(num_steps=1, **CRITIC), pad_token_id=PAD)
+    shape = batch["input_ids"].shape
+    batch |= {"advantages": torch.ones(shape), "returns": torch.ones(shape), "old_values": torch.zeros(shape)}
+    before = parameters(critic)
+    critic.forward_backward(batch).wait()
+    critic._value_head.bias.grad.fill_(torch.inf)
+    with pytest.raises(FloatingPointError, match="of the value head at step 1"):
+        critic.optim_step().wait()
+    assert critic.step == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, parameters(critic), strict=True))
+
+
 def test_several_updates_use_the_values_from_before_the_first(tmp_path):
     """Goal: each update is an optimizer step, and the clip holds values near those before the batch.
 

@@ -12,7 +12,7 @@ from rollouts.training import devices
 from rollouts.training.inference.http import EngineError, EngineLost, WeightSyncError
 from rollouts.training.weight_transfer import broadcast
 from rollouts.training.weight_transfer.broadcast import BroadcastLink
-from rollouts.training.weight_transfer.payload import Entry
+from rollouts.training.weight_transfer.payload import Buffer, Entry
 
 pytestmark = pytest.mark.anyio
 ENTRY = Entry("weight", (2,), torch.float32)
@@ -105,7 +105,7 @@ async def send(link: BroadcastLink, peers: list[Peer]) -> None:
 async def test_a_collective_that_blocks_its_thread(made: list[Communicator], late_s: float) -> None:
     """Goal: whoever comes first, the broadcast is over, the loop runs on meanwhile, and the request came first.
 
-    Red with dist.broadcast called on the event loop: the request is never begun, and nothing ends it.
+    Red with dist.broadcast called on the event loop: the loop's own thread is among those that waited.
     """
     made.append(Communicator(2))
     link = BroadcastLink(device_type="cpu", timeout_s=10.0)
@@ -150,9 +150,32 @@ async def test_a_wait_that_is_called_off(made: list[Communicator]) -> None:
     assert made[0].log[-1] == "aborted"
 
 
+class OnCard:
+    """Stands in for a tensor on a card: what the link asks of one."""
+
+    device = torch.device("cuda", 3)
+
+    def __getitem__(self, part: slice) -> "OnCard":
+        return self
+
+
 async def test_every_call_has_the_groups_device(made: list[Communicator], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Goal: the thread of a collective has its tensor's device current. Red with a plain thread, whose device is 0."""
+    """Goal: the collective, and the wait for it, run where the tensor's device is current. Red with `run_on(None, …)`
+    for either, and with a thread that does not set its device: device 0 in every rank."""
     where: dict[int, torch.device] = {}
+    seen: list[torch.device | None] = []
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: where.update({threading.get_ident(): device}))
-    seen = await devices.run_on(torch.device("cuda", 3), lambda: where[threading.get_ident()])
-    assert seen == torch.device("cuda", 3) and threading.get_ident() not in where
+
+    class Noting(Communicator):
+        def broadcast(self, flat: torch.Tensor, source: int, **options: Any) -> Done:
+            seen.append(where.get(threading.get_ident()))
+            done = super().broadcast(flat, source, **options)
+            monkeypatch.setattr(done, "wait", lambda: seen.append(where.get(threading.get_ident())), raising=False)
+            return done
+
+    made.append(Noting(2))
+    link = BroadcastLink(device_type="cpu", timeout_s=10.0)
+    peers = [Peer(made[0])]
+    await link.open(peers)
+    await link.send(peers, Buffer(OnCard(), None), [ENTRY], "1")  # type: ignore[arg-type]
+    assert seen == [OnCard.device] * 2 and threading.get_ident() not in where

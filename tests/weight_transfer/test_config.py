@@ -7,7 +7,7 @@ import anyio
 import pytest
 import torch
 
-from base_config import Config
+from base_config import BroadcastSync, Config, DiskSync, LoraSync, TensorSync
 from rollouts.run_dir import RunDir
 from rollouts.training.weight_sync import SGLangEngine
 from rollouts.training.weight_transfer.adapter import AdapterTransfer
@@ -16,78 +16,76 @@ from rollouts.training.weight_transfer.buckets import BucketTransfer
 from rollouts.training.weight_transfer.disk import DiskTransfer
 from rollouts.training.weight_transfer.tensor import SharedMemoryLink
 from rollouts.worker.trainer_wiring import weight_sync, weight_transfer
-from tests.example_config import example_config, replace_at
+from tests.example_config import ahead, example_config, replace_at, sglang
 from tests.weight_transfer.sending import LORA, backend_over
 
-SGLANG = {"engine.kind": "sglang", "engine.requirements_file": "requirements/sglang-cpu.txt"}
-GPU = {**SGLANG, "target.device_type": "cuda", "target.gpu_ranks": [0], "engine.gpu_ranks": [0]}
+DISK, ON_TMPFS = DiskSync(on_tmpfs=False), DiskSync(on_tmpfs=True)
+TENSOR, BROADCAST, ADAPTER = TensorSync(bucket_mib=256), BroadcastSync(bucket_mib=256), LoraSync(on_tmpfs=False)
 GROWING = {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64, expandable_segments:True"}
-APART = {**GPU, "engine.gpu_ranks": [1]}
-
-
+GPU = {"target.device_type": "cuda", "target.gpu_ranks": [0]}
 ADAPTED = {"model.lora": LORA}
-ADAPTERS = {**SGLANG, **ADAPTED, "engine.weight_sync": "lora"}
 
 
-def config_with(changes: dict[str, Any]) -> Config:
-    config = example_config()
-    for path, value in {"engine.max_total_tokens": 4096 if "engine.kind" in changes else -1, **changes}.items():
+def config_with(changes: dict[str, Any], **engine: Any) -> Config:
+    """The example with `changes`; with fields of `engine`, SGLang with those in the place of its engine."""
+    config = replace_at(example_config(), "engine", sglang(**engine)) if engine else example_config()
+    for path, value in changes.items():
         config = replace_at(config, path, value)
     return config
 
 
+def apart(**engine: Any) -> dict[str, Any]:
+    return {"gpu_ranks": [1], **engine}
+
+
 @pytest.mark.parametrize(
-    ("changes", "refused"),
+    ("changes", "engine", "refused"),
     [
-        ({}, None),
-        ({"engine.weight_sync": "tensor"}, None),
-        ({"engine.weight_sync": "broadcast"}, "engine.weight_sync='broadcast': needs 'disk' or 'tensor'"),
-        ({"engine.weights_on_tmpfs": True}, None),
+        ({}, {}, None),
+        ({"engine.weight_sync": TENSOR}, {}, None),
+        ({"engine.weight_sync": BROADCAST}, {}, "(bucket_mib=256): needs one of DiskSync, TensorSync"),
+        ({"engine.weight_sync": ON_TMPFS}, {}, None),
+        ({}, {"weight_sync": BROADCAST}, None),
+        ({}, {"sleep_while_training": True}, "there is no GPU to share"),
+        (GPU, {"sleep_while_training": True}, None),
+        ({**GPU, "rl.ahead": ahead()}, {"sleep_while_training": True}, "engine.sleep_while_training=True"),
+        (GPU, apart(sleep_while_training=True), "where a GPU is shared"),
+        (GPU, {"weight_sync": TENSOR}, None),
+        (GPU, {"weight_sync": TENSOR, "replicas": 2, "gpu_ranks": [0, 1]}, "only one replica"),
+        (GPU, {"weight_sync": DISK, "replicas": 2, "gpu_ranks": [0, 1]}, None),
+        ({**GPU, "host.env": GROWING}, {"weight_sync": TENSOR}, "host.env['PYTORCH_CUDA_ALLOC_CONF']="),
         (
-            {"engine.weight_sync": "tensor", "engine.weights_on_tmpfs": True},
-            "engine.weights_on_tmpfs=True: needs False",
-        ),
-        ({"engine.sleep_while_training": True}, "only engine.kind='sglang' gives its memory back"),
-        ({**SGLANG, "engine.weight_sync": "broadcast"}, None),
-        ({**SGLANG, "engine.sleep_while_training": True}, "there is no GPU to share"),
-        ({**GPU, "engine.sleep_while_training": True}, None),
-        (
-            {**GPU, "engine.sleep_while_training": True, "rl.policy_lag_steps_max": 1},
-            "engine.sleep_while_training=True",
-        ),
-        ({**APART, "engine.sleep_while_training": True}, "where a GPU is shared"),
-        ({**GPU, "engine.weight_sync": "tensor"}, None),
-        ({**GPU, "engine.weight_sync": "tensor", "engine.replicas": 2, "engine.gpu_ranks": [0, 1]}, "only one replica"),
-        ({**GPU, "engine.replicas": 2, "engine.gpu_ranks": [0, 1]}, None),
-        ({**GPU, "engine.weight_sync": "tensor", "host.env": GROWING}, "host.env['PYTORCH_CUDA_ALLOC_CONF']="),
-        (
-            {**GPU, "engine.weight_sync": "tensor", "host.env": {"PYTORCH_ALLOC_CONF": "expandable_segments:False"}},
+            {**GPU, "host.env": {"PYTORCH_ALLOC_CONF": "expandable_segments:False"}},
+            {"weight_sync": TENSOR},
             None,
         ),
-        ({**GPU, "host.env": GROWING}, None),
-        ({**GPU, "engine.weight_sync": "broadcast"}, "NCCL wants a GPU of its own for each side"),
-        ({**APART, "engine.weight_sync": "broadcast"}, None),
-        ({**APART, "engine.weight_sync": "tensor"}, "CUDA memory is shared on one GPU"),
-        ({"engine.weight_sync": "tensor", "engine.restarts_max": 1, "rl.policy_lag_steps_max": 1}, None),
-        ({"engine.weight_sync": "lora", **ADAPTED}, "engine.weight_sync='lora': needs 'disk' or 'tensor'"),
-        ({**ADAPTERS, "engine.weights_on_tmpfs": True, "engine.restarts_max": 1, "rl.policy_lag_steps_max": 1}, None),
-        ({**ADAPTERS, "model.lora": None}, "engine.weight_sync='lora': needs 'disk', 'tensor' or 'broadcast' with"),
-        ({**ADAPTERS, **APART}, None),
+        ({**GPU, "host.env": GROWING}, {"weight_sync": DISK}, None),
+        (GPU, {"weight_sync": BROADCAST}, "NCCL wants a GPU of its own for each side"),
+        (GPU, apart(weight_sync=BROADCAST), None),
+        (GPU, apart(weight_sync=TENSOR), "CUDA memory is shared on one GPU"),
+        ({"engine.weight_sync": TENSOR, "engine.restarts_max": 1, "rl.ahead": ahead()}, {}, None),
+        ({"engine.weight_sync": ADAPTER, **ADAPTED}, {}, "(on_tmpfs=False): needs one of DiskSync, TensorSync"),
+        ({**ADAPTED, "rl.ahead": ahead()}, {"weight_sync": LoraSync(on_tmpfs=True), "restarts_max": 1}, None),
+        ({}, {"weight_sync": ADAPTER}, "LoraSync(on_tmpfs=False): needs DiskSync, TensorSync or BroadcastSync with"),
+        ({**ADAPTED, **GPU}, apart(weight_sync=ADAPTER), None),
         (
-            {**ADAPTERS, "engine.replicas": 2, "engine.gpu_ranks": [0, 1], "engine.router_port": 31000},
-            "engine.router_port=31000: needs None with engine.weight_sync='lora'",
+            ADAPTED,
+            {"weight_sync": ADAPTER, "replicas": 2, "gpu_ranks": [0, 1], "router_port": 31000},
+            "engine.router_port=31000: needs None with engine.weight_sync=LoraSync",
         ),
         (
-            {**ADAPTERS, **GPU, "engine.sleep_while_training": True},
+            {**ADAPTED, **GPU},
+            {"weight_sync": ADAPTER, "sleep_while_training": True},
             "sleep_while_training=True: needs False with engine",
         ),
     ],
 )
-def test_what_is_refused(changes: dict[str, Any], refused: str | None) -> None:
+def test_what_is_refused(changes: dict[str, Any], engine: dict[str, Any], refused: str | None) -> None:
     """Goal: each setting that cannot work is refused with the reason, and its neighbours are not. Red with the checks
-    of kinds, tmpfs, shared GPUs and NCCL left out.
+    of kinds, shared GPUs and NCCL left out.
     """
-    found = [problem for problem in config_with(changes).problems() if "weight" in problem or "sleep" in problem]
+    problems = config_with(changes, **engine).problems()
+    found = [problem for problem in problems if "weight" in problem or "sleep" in problem]
     if refused is None:
         assert found == []
     else:
@@ -97,7 +95,7 @@ def test_what_is_refused(changes: dict[str, Any], refused: str | None) -> None:
 @pytest.mark.parametrize(
     ("changes", "refused"),
     [
-        ({"rl.policy_lag_steps_max": 1, "rl.in_flight_updates": True}, "rl.in_flight_updates=True: needs False with"),
+        ({"rl.ahead": ahead(in_flight_updates=True)}, "rl.ahead.in_flight_updates=True: needs False with"),
         ({"model.lora.target_modules": ["q_proj", "c_attn"]}, "model.lora.target_modules=['c_attn']: needs names that"),
         ({"model.lora.target_modules": ["layers.0.mlp.up_proj"]}, None),
     ],
@@ -106,7 +104,8 @@ def test_what_else_adapters_alone_refuse(changes: dict[str, Any], refused: str |
     """Goal: what would sample with an older adapter than it says, and layers that SGLang cannot adapt, are refused.
     Red with each of the two checks left out.
     """
-    found = [p for p in config_with({**ADAPTERS, **changes}).problems() if "in_flight" in p or "target_modules" in p]
+    problems = config_with({**ADAPTED, **changes}, weight_sync=ADAPTER).problems()
+    found = [problem for problem in problems if "in_flight" in problem or "target_modules" in problem]
     assert found == [] if refused is None else len(found) == 1 and refused in found[0]
 
 
@@ -116,21 +115,21 @@ def test_each_kind_is_wired(models: dict[str, Path], tmp_path: Path) -> None:
     run, backend = RunDir(tmp_path / "some-run"), backend_over(models["old"], tmp_path)
     disk = weight_transfer(config_with({}), run, backend)
     assert isinstance(disk, DiskTransfer) and disk.directory == run.weights and not disk._temporary
-    memory = weight_transfer(config_with({"engine.weights_on_tmpfs": True, "model.dtype": "bfloat16"}), run, backend)
+    memory = weight_transfer(config_with({"engine.weight_sync": ON_TMPFS, "model.dtype": "bfloat16"}), run, backend)
     assert isinstance(memory, DiskTransfer) and memory._temporary
     assert str(memory.directory) == str(run.weights_in_memory)
     assert memory._options == {"dtype": torch.bfloat16}
-    lora = weight_transfer(config_with({**ADAPTERS, "engine.weights_on_tmpfs": True}), run, backend)
+    lora = weight_transfer(config_with(ADAPTED, weight_sync=LoraSync(on_tmpfs=True)), run, backend)
     assert isinstance(lora, AdapterTransfer) and lora._temporary and lora._directory == run.weights_in_memory
-    sized = {"engine.weight_sync_bucket_mib": 7, "engine.tensor_parallel_size": 2}
-    tensor = weight_transfer(config_with({"engine.weight_sync": "tensor", **sized}), run, backend)
+    two = config_with({}, weight_sync=TensorSync(bucket_mib=7), tensor_parallel_size=2)
+    tensor = weight_transfer(two, run, backend)
     assert isinstance(tensor, BucketTransfer) and tensor._bucket_bytes == 7 * 2**20 and tensor._dtype is None
     assert isinstance(tensor._link, SharedMemoryLink) and tensor._link._readers == 2
     buffer = tensor._link.buffer(8, torch.device("cpu"))
     assert run.buckets_in_memory() == [buffer.file]
     buffer.close()
     limits = {"limits.sample_timeout_s": 12.0}
-    broadcast = weight_transfer(config_with({**SGLANG, "engine.weight_sync": "broadcast", **limits}), run, backend)
+    broadcast = weight_transfer(config_with(limits, weight_sync=BROADCAST), run, backend)
     assert isinstance(broadcast, BucketTransfer) and isinstance(broadcast._link, BroadcastLink)
     assert (broadcast._link._backend, broadcast._link._timeout_s) == ("gloo", 12.0)
 
@@ -140,16 +139,16 @@ def test_each_kind_is_wired(models: dict[str, Path], tmp_path: Path) -> None:
     [
         ({}, False),
         ({"target.sharding": "full_shard"}, True),
-        ({"rl.policy_lag_steps_max": 1}, True),
-        ({"rl.sync_every": 2}, True),
-        ({"rl.policy_lag_steps_max": 1, "engine.restarts_max": 0}, False),
+        ({"rl.ahead": ahead()}, True),
+        ({"rl.sampling.sync_every": 2}, True),
+        ({"rl.ahead": ahead(), "engine.restarts_max": 0}, False),
     ],
 )
 def test_what_was_sent_is_kept_where_it_may_be_needed(
     changes: dict[str, Any], keep: bool, models: dict[str, Path], tmp_path: Path
 ) -> None:
     """Goal: a copy in the host's memory where an engine may start again and the model does not have it. Red without."""
-    config = config_with({"engine.weight_sync": "tensor", "engine.restarts_max": 1, **changes})
+    config = config_with({"engine.weight_sync": TENSOR, "engine.restarts_max": 1, **changes})
     transfer = weight_transfer(config, RunDir(tmp_path / "run"), backend_over(models["old"], tmp_path))
     assert isinstance(transfer, BucketTransfer) and transfer._keep == keep
 
@@ -159,7 +158,7 @@ def test_weights_in_memory_go_even_after_a_failure(embedded_url: str, models: di
     with the removal after the `yield` instead of in its `finally`.
     """
     run, backend = RunDir(tmp_path / "failing-run"), backend_over(models["new"], tmp_path)
-    config = config_with({"engine.weights_on_tmpfs": True})
+    config = config_with({"engine.weight_sync.on_tmpfs": True})
 
     async def fail() -> None:
         async with SGLangEngine(embedded_url) as engine, weight_sync(config, run, backend, [engine]) as sync:

@@ -123,7 +123,7 @@ def test_no_room_is_told_before_a_byte_is_written() -> None:
     """
     before = files()
     room = os.statvfs(payload.SHARED_MEMORY)
-    with pytest.raises(SharedMemoryError, match=r"no room for a bucket of \d+ MiB .*weight_sync_bucket_mib"):
+    with pytest.raises(SharedMemoryError, match=r"no room for a bucket of \d+ MiB .*weight_sync\.bucket_mib"):
         shared_buffer(room.f_blocks * room.f_frsize + 2**30, CPU)
     assert files() == before
 

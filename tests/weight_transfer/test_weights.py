@@ -76,5 +76,5 @@ def test_names_that_engines_do_not_know(tmp_path: Path) -> None:
     """
     sizes = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     config = MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, num_local_experts=2)
-    with pytest.raises(UnsendableModel, match=r"MixtralForCausalLM keeps .*experts.*weight_sync='disk'"):
+    with pytest.raises(UnsendableModel, match=r"MixtralForCausalLM keeps .*experts.*weight_sync=DiskSync"):
         plan_buckets(MixtralForCausalLM(config), None, 2**20)

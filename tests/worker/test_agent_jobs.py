@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from base_config import AgentConfig, load_config
+from base_config import AgentConfig, RewardConfig, load_config
 from rollouts.run_dir import RunDir, read_jsonl
 from rollouts.training.rl_losses import sft_loss
 from tests.engines.serving import serving
@@ -23,7 +23,7 @@ AGENT = AgentConfig(
     tokens_max=60,
     timeout_s=60.0,
 )
-OWN = {"rl.agent": AGENT, "rl.reward_fn": None}
+OWN = {"rl.agent": AGENT, "rl.reward": None}
 SAMPLED = {"eval.num_samples": 2, "eval.pass_at": [1]}
 
 
@@ -120,8 +120,8 @@ def test_evaluation_plays_episodes(run: RunDir) -> None:
 
 
 def test_a_reward_function_stands_in_for_the_environments(job: Any) -> None:
-    """Goal: rl.reward_fn in rl.reward_workers processes, which are gone after. Red with reward_fn not passed on."""
-    changes = {**OWN, "rl.reward_fn": "tests.training.slow_rewards.process_id", "rl.reward_workers": 2}
+    """Goal: rl.reward.fn in rl.reward.workers processes, which are gone after. Red with reward_fn not passed on."""
+    changes = {**OWN, "rl.reward": RewardConfig(fn="tests.training.slow_rewards.process_id", workers=2)}
     run = job(changes)
     ids = {int(sample["reward"]) for sample in read_jsonl(run.rollouts)}
     assert 1 <= len(ids) <= 2
@@ -130,9 +130,9 @@ def test_a_reward_function_stands_in_for_the_environments(job: Any) -> None:
 
 def test_rewards_over_the_time_limit_are_counted(job: Any, tmp_path: Path) -> None:
     """Goal: limits.reward_timeout_s reaches the run, and the error says what dropped the groups. Hung with 1e6 s."""
-    slow = {"rl.reward_fn": "tests.training.slow_rewards.hangs", "limits.reward_timeout_s": 0.1}
+    slow = {"rl.reward.fn": "tests.training.slow_rewards.hangs", "limits.reward_timeout_s": 0.1}
     with pytest.raises(SystemExit):
-        job({**slow, "rl.retries_max": 0})
+        job({**slow, "rl.sampling.retries_max": 0})
     (event,) = [event for event in read_jsonl(RunDir(tmp_path / "run").events) if event["kind"] == "error"]
     assert "reward_timeout dropped 4" in event["message"]
 

@@ -58,7 +58,7 @@ def test_built_once_then_reused(spec: EnvironmentSpec, run: RunDir, tmp_path: Pa
     assert marker["requirements"] == spec.requirements and marker["constraints"] == spec.constraints
     ensure_environment(spec, run, patience())
     assert actions(run) == ["building", "ready", "reused"]
-    assert events(run, "environment")[-1]["seconds"] < events(run, "environment")[-2]["seconds"]
+    assert events(run, "environment")[1]["seconds"] >= 0.3  # quick_python sleeps so long
     assert times_made(tmp_path) == 1
 
 

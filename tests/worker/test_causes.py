@@ -20,6 +20,12 @@ torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
 ============================================================
 rollouts.worker.trainer FAILED
 """
+
+
+def killed(number: int) -> str:
+    return TORCHRUN.replace("exitcode: 1)", f"exitcode: -{number})")
+
+
 TRACEBACK = 'Traceback (most recent call last):\n  File "x.py", line 1, in <module>\n    f()\n'
 GROUP = """\
   + Exception Group Traceback (most recent call last):
@@ -51,13 +57,27 @@ RANKS = """\
         (f"{TRACEBACK}ValueError: many\nlines\nwarning: leaked objects\n{TORCHRUN}", "ValueError: many"),
         (f"{GROUP}{TORCHRUN}", "ValueError: the inner one"),
         (f"{RANKS}{TORCHRUN}", "ValueError: of rank 0"),
-        (f"step=1\n{TORCHRUN}", None),
+        (f"step=1\n{TORCHRUN}", "rank 0 ended with exit code 1 without a word: something called exit"),
         ("Killed\n", None),
+        (
+            f"error: caught\n{TRACEBACK}KeyError: 'caught too'\n{killed(9)}",
+            "rank 0 was ended by SIGKILL: the kernel does "
+            "that when the host's memory runs out (`dmesg` shows it there)",
+        ),
+        (killed(7), "rank 0 was ended by SIGBUS: the host's shared memory may be full (`df /dev/shm` there)"),
+        (killed(11), "rank 0 was ended by SIGSEGV: a crash in compiled code, whose own words are in the log"),
+        (killed(63), "rank 0 was ended by signal 63"),
+        (
+            f"{killed(9).splitlines()[0]}\n{TORCHRUN}",
+            "rank 0 was ended by SIGKILL: the kernel does "
+            "that when the host's memory runs out (`dmesg` shows it there)",
+        ),
     ],
 )
 def test_the_cause_is_found(text: str, cause: str | None) -> None:
-    """Goal: the sentence or the exception of the trainer itself, never torchrun's. Red with the last traceback of all:
-    "ChildFailedError"."""
+    """Goal: the sentence or the exception of the trainer itself, never torchrun's; where a signal or an exit ended it,
+    that, though the log holds older words. Red with the last traceback of all ("ChildFailedError"), and with what
+    torchrun says of a rank's end left out (no cause at all)."""
     assert cause_of(text.splitlines()) == cause
     kept = "\n".join(without_torchrun(text.splitlines()))
     assert not any(word in kept for word in ("ChildFailedError", "FAILED", "torch/distributed"))
@@ -75,8 +95,13 @@ def real_torchrun(text: str) -> list[str]:
     [
         ("import sys; print('error: the data has no rows'); sys.exit(1)", "the data has no rows"),
         ("raise ValueError('of ours')", "stage sft: trainer ended with exit code 1: ValueError: of ours"),
+        (
+            "import os; os.kill(os.getpid(), 9)",
+            "stage sft: trainer ended with exit code 1: rank 0 was ended by SIGKILL: the kernel does that when the "
+            "host's memory runs out (`dmesg` shows it there)",
+        ),
     ],
-    ids=["a sentence", "a traceback"],
+    ids=["a sentence", "a traceback", "a signal"],
 )
 def test_the_cause_is_the_runs_message(host: Host, text: str, message: str) -> None:
     """Goal: under the real torchrun the trainer's own words are the run's message, everywhere that one is kept, and
@@ -113,7 +138,7 @@ def test_an_earlier_stages_cause_is_not_this_ones(tmp_path: Path) -> None:
     """Goal: an `error` event from before the stage is not why its trainer ended. Red with all events looked at."""
     run = RunDir(tmp_path)
     spec = process("trainer", [])
-    window = OpenWindow(run, "rl", spec, is_trainer=True, wrapper=0, wrapper_ticks=None, log_start=0)
+    window = OpenWindow(run, "rl", spec, may_end=True, wrapper=0, wrapper_ticks=None, log_start=0)
     run_dir.append_event(run, "error", message="of sft", window="trainer")
     assert window.cause() == ("of sft", True)
     run_dir.append_event(run, "stage_started", stage="rl")

@@ -35,7 +35,7 @@ from tests.worker.stands import (
 
 STEPS, KILLS = 60, 10
 KILLS_AT_START = 2  # of them: the life that follows a kill, before it is ready
-WAIT_S = 300.0
+WAIT_S = 1200.0  # a minute where nothing else runs
 MEASURED = re.compile(r"time|.*_s|mfu|peak_memory_gib")  # of this machine and moment, not of the run
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -143,7 +143,7 @@ def numbers(path: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if not MEASURED.fullmatch(key)} for row in read_jsonl(path)]
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(2 * WAIT_S)
 def test_the_loss_curve_does_not_depend_on_the_engines_deaths(host: Host, model: Path) -> None:
     """Goal: an engine killed 10 times in 60 steps, while it generates, loads weights, idles or starts, changes no
     number of the run: every metric, sample, evaluation and final weight is that of the undisturbed run, to the bit.

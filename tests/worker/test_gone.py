@@ -150,6 +150,23 @@ def test_secrets_go_when_everything_was_killed(host: Host, who: str) -> None:
     assert run_dir.observe(run).state == "died"
 
 
+def test_secrets_go_when_everything_was_killed_and_removed(host: Host) -> None:
+    """Goal: after SIGKILL of all of a run, and the removal of its directory, the next look at the host removes what it
+    had in memory, secrets and weights; another home's look does not. Red with the directories of runs alone looked at:
+    both stayed until the next boot."""
+    run = started(host)
+    run.weights_in_memory.mkdir()
+    supervisor, child = recorded_pid(run, "supervisor"), recorded_pid(run, "trainer")
+    for pid in (parent_of(supervisor), parent_of(child), supervisor, child):
+        os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not alive(supervisor) and not survivors(run), "their end")
+    shutil.rmtree(run.path)
+    probe(host.home.with_name("another-home"), [], [], None)
+    assert run.secrets_in_memory.exists() and run.weights_in_memory.exists()
+    probe(host.home, [], [], None)
+    assert not run.secrets_in_memory.parent.exists() and not run.weights_in_memory.exists()
+
+
 def test_a_killed_writers_secrets_go(tmp_path: Path) -> None:
     """Goal: what a writer of the secrets that was killed left under its temporary name goes at the next look. Red with
     the final name alone known."""
@@ -185,6 +202,28 @@ def test_secrets_do_not_outlive_a_reboot(host: Host) -> None:
     on_disk = [file for file in run.path.iterdir() if file.is_file() and not file.is_symlink()]
     assert not any(b"a-secret" in file.read_bytes() for file in on_disk)
     module("stop", str(run.path))
+
+
+@pytest.mark.parametrize("how", ["missing", "open to others", "a link", "a file"])
+def test_secrets_where_no_tmpfs_can_be_trusted(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Goal: without a tmpfs, or with something of another's in the place there, secrets are a 0600 file in the run
+    directory, and nothing is written into that. Red with the place taken as it is."""
+    run, place = RunDir(tmp_path / "run"), tmp_path / "memory/place"
+    monkeypatch.setattr(RunDir, "secrets_in_memory", property(lambda self: place / "secrets.json"))
+    run.path.mkdir()
+    if how != "missing":
+        place.parent.mkdir()
+        (tmp_path / "elsewhere").mkdir(0o700)
+        if how == "open to others":
+            place.mkdir()
+            place.chmod(0o755)
+        elif how == "a link":
+            place.symlink_to(tmp_path / "elsewhere")
+        else:
+            place.write_text("theirs")
+    run_dir.write_secrets(run, {"secrets": {"TOKEN": "a-secret"}})
+    assert not run.secrets.is_symlink() and run.secrets.stat().st_mode & 0o777 == 0o600
+    assert "a-secret" in run.secrets.read_text() and not (place.is_dir() and list(place.iterdir()))
 
 
 def test_launches_are_told_apart(host: Host) -> None:

@@ -21,7 +21,7 @@ VERSIONS = st.tuples(
 OPERATORS = st.sampled_from(["==", "!=", "<", "<=", ">", ">=", "~="])
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=2000)
 @given(VERSIONS, OPERATORS, VERSIONS | RELEASES.map("{}.*".format))
 def test_specifiers(version: str, operator: str, limit: str) -> None:
     """Goal: the answer is packaging's, local parts (2.13.0+cpu) and pre-releases included. Red with the local part

@@ -17,6 +17,7 @@ from rollouts.training.weight_sync import SGLangEngine
 from rollouts.worker.trainer import Job, _resilient
 from tests.example_config import example_config, replace_at
 from tests.worker.stands import (
+    PATIENCE_S,
     Host,
     alive,
     as_status,
@@ -34,7 +35,7 @@ from tests.worker.stands import (
     wait_for_end,
 )
 
-HANG_S = 1.0
+HANG_S = 3.0  # for what hangs; all else has PATIENCE_S to answer
 ENGINE = """
 import http.server, os, sys, time
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -53,12 +54,13 @@ import subprocess
 child = subprocess.Popen(["sleep", "600"], start_new_session=True)
 print("child", child.pid, flush=True)
 """
-# Ends with 0 once that many lives of the engine have answered it: a trainer that outlives its engine. A life that is
-# killed while it answers leaves half an answer, which counts for none.
+# Ends with 0 once that many lives of the engine have answered it, and the supervisor has met as many as it should: a
+# trainer that outlives its engine. A life that is killed while it answers leaves half an answer, which counts for none.
 OUTLIVING = """
-import http.client, sys, time, urllib.request
+import http.client, os, pathlib, sys, time, urllib.request
 seen = []
-while len(seen) < int(sys.argv[2]):
+events = pathlib.Path(os.environ["ROLLOUTS_RUN_PATH"], "events.jsonl")
+while len(seen) < int(sys.argv[2]) or events.read_text().count('"engine_ready"') < int(sys.argv[3]):
     time.sleep(0.02)
     try:
         life = urllib.request.urlopen(sys.argv[1], timeout=0.5).read()
@@ -67,21 +69,27 @@ while len(seen) < int(sys.argv[2]):
     if life not in seen:
         seen.append(life)
         print("met", life.decode(), flush=True)
-time.sleep(0.7)  # the supervisor meets it too
 """
 
 
-def outliving(port: int, lives: int) -> Any:
-    return process("trainer", script(OUTLIVING, f"http://127.0.0.1:{port}/", str(lives)))
+def outliving(port: int, lives: int, *, ready: int) -> Any:
+    return process("trainer", script(OUTLIVING, f"http://127.0.0.1:{port}/", str(lives), str(ready)))
 
 
 def start(
-    host: Host, port: int, text: str = ENGINE, *, lives: int = 2, restarts_max: int = 3, **options: Any
+    host: Host,
+    port: int,
+    text: str = ENGINE,
+    *,
+    lives: int = 2,
+    restarts_max: int = 3,
+    hang_s: float = PATIENCE_S,
+    **options: Any,
 ) -> RunDir:
     return host.start(
-        stage("rl", outliving(port, lives), engine(port, text, **options)),
+        stage("rl", outliving(port, lives, ready=lives), engine(port, text, **options)),
         engine_restarts_max=restarts_max,
-        engine_hang_timeout_s=HANG_S,
+        engine_hang_timeout_s=hang_s,
     )
 
 
@@ -130,7 +138,7 @@ def test_a_killed_engine_is_started_again(host: Host) -> None:
 def test_a_stopped_engine_is_killed_and_started_again(host: Host, stopped: str) -> None:
     """Goal: SIGSTOP of the server, or of a child alone behind a server that still answers, is known by its silence and
     ends in SIGKILL and a restart. Red with heartbeats off, and with processes not looked at (child)."""
-    run = start(host, free_port(), WITH_CHILD + ENGINE)
+    run = start(host, free_port(), WITH_CHILD + ENGINE, hang_s=HANG_S)
     child = child_of(run)
     server = await_life(run, 1)
     os.kill(server if stopped == "server" else child, signal.SIGSTOP)
@@ -144,12 +152,18 @@ def test_a_stopped_engine_is_killed_and_started_again(host: Host, stopped: str) 
 def test_an_engine_that_is_slow_or_paused_is_left_alone(host: Host) -> None:
     """Goal: an answer that takes less than the limit, every time, is no hang, nor is 503, which SGLang's /ready gives
     while it is paused. Red with heartbeats of 0.1 s, and with only 200 an answer."""
-    paused = "self.send_response(200 if time.time() - born < 1 else 503)"
-    slow = ENGINE.replace("self.send_response(200)", f"time.sleep({HANG_S * 0.3}); {paused}")
-    slow = f"import time; born = time.time()\n{slow}"
-    port = free_port()
-    waiting = trainer("import time; time.sleep(3)")
-    run = host.finish(stage("rl", waiting, engine(port, slow)), engine_restarts_max=3, engine_hang_timeout_s=HANG_S)
+    paused = "Handler.asked += 1; self.send_response(200 if Handler.asked < 3 else 503)"
+    slow = ENGINE.replace(
+        "self.send_response(200)", f"time.sleep({HANG_S * 0.3}); print('asked', flush=True); {paused}"
+    )
+    slow = slow.replace("def do_GET", "asked = 0\n    def do_GET")
+    waiting = """
+import os, pathlib, time
+log = pathlib.Path(os.environ["ROLLOUTS_RUN_PATH"], "logs", "engine-0.log")
+while log.read_text().count("asked") < 5: time.sleep(0.05)
+"""
+    spec = engine(free_port(), slow)
+    run = host.finish(stage("rl", trainer(waiting), spec), engine_restarts_max=3, engine_hang_timeout_s=HANG_S)
     assert as_status(run)["state"] == "done"
     assert events(run, "engine_restarted") == []
 
@@ -174,7 +188,7 @@ def test_the_budget(host: Host) -> None:
 def test_a_hang_without_budget(host: Host) -> None:
     """Goal: with restarts_max=0 a hung engine ends the run, naming the limit, instead of waiting for the stage's. Red
     with heartbeats only where there is a budget."""
-    run = start(host, free_port(), restarts_max=0)
+    run = start(host, free_port(), restarts_max=0, hang_s=HANG_S)
     os.kill(await_life(run, 1), signal.SIGSTOP)
     assert await_end(run)["state"] == "failed"
     assert "engine-0 hung" in events(run, "error")[0]["message"]
@@ -209,12 +223,12 @@ lives.open("a").write("x")
 if is_second:
     time.sleep(600)
 {ENGINE}"""
-    run = start(host, free_port(), stuck, ready_timeout_s=4.0)
+    run = start(host, free_port(), stuck, ready_timeout_s=8.0)
     os.kill(await_life(run, 1), signal.SIGKILL)
     await_life(run, 2)
     assert await_end(run)["state"] == "done"
     reasons = [row["reason"] for row in events(run, "engine_restarted")]
-    assert len(reasons) == 2 and "limits.engine_ready_timeout_s=4" in reasons[1]
+    assert len(reasons) == 2 and "limits.engine_ready_timeout_s=8" in reasons[1]
 
 
 def test_the_wrapper_dies(host: Host) -> None:
@@ -277,7 +291,9 @@ def test_replicas_share_the_budget(host: Host) -> None:
     replicas = [engine(port, ENGINE) for port in ports]
     replicas[1] = process("engine-1", replicas[1].argv, ready_url=replicas[1].ready_url)
     run = host.start(
-        stage("rl", outliving(ports[1], 2), *replicas), engine_restarts_max=2, engine_hang_timeout_s=HANG_S
+        stage("rl", outliving(ports[1], 2, ready=4), *replicas),
+        engine_restarts_max=2,
+        engine_hang_timeout_s=PATIENCE_S,
     )
     second = await_life(run, 1)
     os.kill(recorded_pid(run, "engine-0"), signal.SIGKILL)

@@ -13,11 +13,13 @@ import pytest
 
 from rollouts import run_dir
 from rollouts.remote.host_probe import run_row
+from rollouts.remote.looks import _host_row
+from rollouts.remote.texts import runs_text
 from rollouts.run_dir import LaunchPlan, RunDir, Status
 from rollouts.worker import launch, processes, supervisor, tmux
 from rollouts.worker.journal import Journal
 from rollouts.worker.windows import OpenWindow
-from tests.worker.stands import Host, alive, module, process, recorded_pid, stage, trainer, wait_for
+from tests.worker.stands import Host, alive, as_status, module, process, recorded_pid, stage, trainer, wait_for
 
 SLEEP = "import time; time.sleep(600)"
 
@@ -57,6 +59,20 @@ def other(tmp_path: Path) -> Iterator[RunDir]:
 
 
 HERE = run_dir.host_identity()
+
+
+def run_elsewhere(home: Path, *, heard_s: float) -> RunDir:
+    """A run of gpu-8 in a home that this machine shares, whose lock is not seen here; its heartbeat's age."""
+    run = RunDir(home / "runs/other")
+    run_dir.write_json_atomic(run.plan, plan_in(home, "other"))
+    run_dir.write_json_atomic(run.launch, {"launch_id": "x", "host": {"name": "gpu-8", "boot": "b"}})
+    write_status(run, "running")
+    run.lock.touch()
+    heartbeat = {"updated_at": time.time() - heard_s, "message": "training"}
+    run_dir.write_json_atomic(run.status, {**as_status(run), **heartbeat})
+    return run
+
+
 ELSEWHERE = [{**HERE, "name": "gpu-8"}, {**HERE, "boot": "another"}, {"name": "gpu-8", "boot": "another"}]
 UNKNOWN = [None, "gpu-8", {}, {"name": 7, "boot": "x"}, ["gpu-8"]]
 
@@ -100,6 +116,54 @@ def test_stop_on_the_wrong_machine(other: RunDir) -> None:
     done = module("stop", str(other.path))
     assert done.returncode == 1 and "runs on gpu-8" in done.stderr and "--remote gpu-8" in done.stderr
     assert other.status.read_bytes() == before
+
+
+@pytest.mark.parametrize("heard_s", [-3600.0, 2.0, 200.0])
+def test_a_live_run_of_another_machine_is_not_dead(heard_s: float, tmp_path: Path) -> None:
+    """Goal: where locks do not reach over the network, a run that writes its heartbeat there is live, its machine is
+    named, and its name stays taken. Red with the lock alone asked: `died`, from every host but its own."""
+    run = run_elsewhere(tmp_path, heard_s=heard_s)
+    seen = run_dir.observe(run)
+    assert (seen.state, seen.live, seen.exit_code) == ("running", True, None)
+    assert json.loads(module("tail", str(run.path), stdin="{}\n").stdout.splitlines()[-1]) == {"live": True}
+    row = run_row(run)
+    assert row is not None and "runs on gpu-8, which shares this home: training" in runs_text([_host_row("gpu-7", row)])
+    assert "the experiment name 'test'" in launch._taken(plan_in(tmp_path, "new"))
+
+
+def test_a_silent_run_of_another_machine_is_neither_dead_nor_live(tmp_path: Path) -> None:
+    """Goal: of a run of another machine that has written nothing for minutes nothing is claimed: it is not called died,
+    blocks nobody's name, keeps its files, and whoever follows it is told where to ask. Red with `died`, and with stop
+    removing its secrets."""
+    run = run_elsewhere(tmp_path, heard_s=run_dir.SILENT_S + 60)
+    run.secrets.write_text("{}")
+    seen = run_dir.observe(run)
+    assert (seen.state, seen.live, seen.exit_code) == ("silent", False, None)
+    last = json.loads(module("tail", str(run.path), stdin="{}\n").stdout.splitlines()[-1])
+    assert last == {"ended": True, "state": "silent", "exit_code": None}
+    row = run_row(run)
+    assert row is not None and "nothing was heard of it for minutes" in runs_text([_host_row("gpu-7", row)])
+    assert "deploy status other --remote gpu-8" in runs_text([_host_row("gpu-7", row)])
+    assert launch._taken(plan_in(tmp_path, "new")) == ""
+    stopped = module("stop", str(run.path))
+    assert stopped.returncode == 1 and f"If that machine is no more, remove {run.path}" in stopped.stderr
+    assert run.secrets.exists() and as_status(run)["state"] == "running"
+
+
+@pytest.mark.parametrize("changes", [{}, {"name": "the-same-kernels-container"}, {"boot": "before the reboot"}])
+def test_a_dead_run_of_this_kernel_is_dead(changes: dict[str, str], tmp_path: Path) -> None:
+    """Goal: where this kernel's own locks tell, they tell: containers of one machine, this machine before it
+    booted. Red with every run of another name or boot judged by its heartbeat."""
+    run = run_elsewhere(tmp_path, heard_s=2.0)
+    run_dir.write_json_atomic(run.launch, {"launch_id": "x", "host": {**HERE, **changes}})
+    assert (run_dir.observe(run).state, run_dir.observe(run).live) == ("died", False)
+
+
+def test_a_lock_that_reaches_over_the_network_counts(other: RunDir) -> None:
+    """Goal: a held lock is a live run, however old its heartbeat. Red with the heartbeat asked first."""
+    run_dir.write_json_atomic(other.launch, {"launch_id": "x", "host": {"name": "gpu-8", "boot": "b"}})
+    run_dir.write_json_atomic(other.status, {**as_status(other), "updated_at": 1.0})
+    assert run_dir.observe(other).live
 
 
 def test_secrets_of_another_machines_run_stay(tmp_path: Path) -> None:

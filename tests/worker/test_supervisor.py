@@ -6,12 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from rollouts import run_dir
 from rollouts.manifest import write_manifest
-from rollouts.run_dir import RunDir
+from rollouts.run_dir import LaunchPlan, RunDir
+from rollouts.worker import supervisor
+from rollouts.worker.journal import Journal
 from tests.worker.stands import (
     ENGINE,
     Host,
@@ -115,7 +119,13 @@ def test_an_engine_that_dies_before_it_is_ready(host: Host) -> None:
 def test_an_engine_that_dies_during_the_stage(host: Host, ending: str, code: int) -> None:
     """Goal: an engine's end, with 0 too, ends the stage and its trainer, and never counts as success. Red with the
     engines left out of the check, and with the engine's 0 passed on."""
-    dying = ENGINE.replace("server.serve_forever()", f"import os; server.handle_request(); time.sleep(0.7); {ending}")
+    waiting = """
+import os, pathlib
+server.handle_request()
+log = pathlib.Path(os.environ["ROLLOUTS_RUN_PATH"], "logs", "trainer.log")
+while not (log.exists() and "up" in log.read_text()): time.sleep(0.02)
+"""
+    dying = ENGINE.replace("server.serve_forever()", waiting + ending)
     run = host.finish(stage("rl", trainer(SLEEP), engine(free_port(), dying)))
     assert_failed(run, code, "engine-0")
     assert run_dir.read_exit(run, "rl", "trainer").signal == signal.SIGTERM
@@ -141,8 +151,8 @@ finally:
 
 def test_an_engine_that_never_gets_ready(host: Host) -> None:
     """Goal: the engine's own time limit ends the run, naming the limit; the process is gone. Red without the limit."""
-    run = host.finish(stage("rl", trainer("print('never')"), engine(free_port(), SLEEP, ready_timeout_s=0.5)))
-    error = assert_failed(run, 1, "engine-0", "limits.engine_ready_timeout_s=0.5", "/ready")
+    run = host.finish(stage("rl", trainer("print('never')"), engine(free_port(), SLEEP, ready_timeout_s=3.0)))
+    error = assert_failed(run, 1, "engine-0", "limits.engine_ready_timeout_s=3", "/ready")
     assert error["log_tail"] == ["up"]
 
 
@@ -248,7 +258,7 @@ for kind in ("recorded", "silent"):
 
 
 def test_weights_that_a_killed_trainer_left_in_memory(host: Host) -> None:
-    """Goal: what a trainer had on tmpfs (engine.weights_on_tmpfs) goes with its stage, also when SIGKILL kept it from
+    """Goal: what a trainer had on tmpfs (weight_sync.on_tmpfs) goes with its stage, also when SIGKILL kept it from
     removing it: memory that nothing else gives back. Red with the supervisor's removal left out."""
     leaving = """
 import os, pathlib, sys
@@ -268,23 +278,41 @@ os.kill(os.getpid(), 9)
     assert not run.weights_in_memory.exists()
 
 
-def test_the_heartbeat(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Goal: status.json is rewritten at least every HEARTBEAT_S while a trainer works in silence. Red with the beat
-    written only on changes."""
+def test_the_heartbeat(host: Host) -> None:
+    """Goal: status.json is rewritten while a trainer works in silence. Red with it written only on changes."""
     run = host.start(stage("sft", trainer(SLEEP)))
     recorded_pid(run, "trainer")
-    wait_for(lambda: as_status(run)["message"] == "sft: training", "training")
+    wait_for(lambda: as_status(run)["message"].startswith("sft: the trainer runs"), "training")
     first = as_status(run)["updated_at"]
-    second = wait_for(lambda: as_status(run)["updated_at"] > first and as_status(run)["updated_at"], "a beat")
-    assert second - first <= run_dir.HEARTBEAT_S
+    wait_for(lambda: as_status(run)["updated_at"] > first, "a beat")
     os.kill(recorded_pid(run, "supervisor"), signal.SIGTERM)
     wait_for_end(run)
 
 
+def test_the_beat_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Goal: with a look every POLL_S, no two rewritings of status.json lie more than HEARTBEAT_S apart. Red with a beat
+    every 2 * HEARTBEAT_S."""
+    run = RunDir(tmp_path)
+    plan = LaunchPlan.from_json(Host(tmp_path).job(stage("sft", trainer(SLEEP)))["plan"])
+    lock = run_dir.hold_lock(run)
+    assert lock is not None
+    now, written = 1000.0, []
+    monkeypatch.setattr(supervisor, "time", SimpleNamespace(monotonic=lambda: now, time=lambda: now))
+    with lock:
+        beating = supervisor.Supervisor(run, plan, Journal(run, lock))
+        for _ in range(200):
+            beating._tick()
+            written.append(as_status(run)["updated_at"])
+            now += supervisor.POLL_S
+    ages = [1000.0 + number * supervisor.POLL_S - at for number, at in enumerate(written)]
+    assert max(ages) <= run_dir.HEARTBEAT_S and len(set(written)) > 1
+
+
 def test_environment_of_the_processes(host: Host) -> None:
-    """Goal: a process gets the launcher's environment, the plan's, the secrets and the run's mark, unbuffered; secrets
-    stand in no command line, log or file afterwards. Red with the secrets left out, and with secrets.json kept."""
-    show = "import json, os; print(json.dumps(dict(os.environ)))"
+    """Goal: a process gets the launcher's environment, the plan's, the secrets and the run's mark, unbuffered, and
+    writes files for this user alone; secrets stand in no command line, log or file afterwards. Red with the secrets
+    left out, with secrets.json kept, and without the umask."""
+    show = "import json, os; print(json.dumps({**os.environ, 'umask': oct(os.umask(0))}))"
     os.environ["FROM_LAUNCHER"] = "yes"
     try:
         run = host.finish(
@@ -299,6 +327,7 @@ def test_environment_of_the_processes(host: Host) -> None:
         "API_TOKEN": "hunter2-in-secret",
         "PYTHONUNBUFFERED": "1",
         "ROLLOUTS_RUN_ID": run.run_id,
+        "umask": "0o77",
     }
     assert {name: seen.get(name) for name in expected} == expected
     assert "TMUX" not in seen
@@ -313,6 +342,7 @@ def test_a_second_supervisor_keeps_out(host: Host) -> None:
     import subprocess
     import sys
 
+    began = time.time()
     run = host.start(stage("sft", trainer(SLEEP)))
     done = subprocess.run(
         [sys.executable, "-m", "rollouts.worker.supervisor", str(run.path)], capture_output=True, text=True, check=False
@@ -321,7 +351,7 @@ def test_a_second_supervisor_keeps_out(host: Host) -> None:
     assert run_dir.is_live(run)
     os.kill(recorded_pid(run, "supervisor"), signal.SIGTERM)
     wait_for_end(run)
-    assert time.time() - as_status(run)["updated_at"] < 60
+    assert as_status(run)["updated_at"] >= began
 
 
 def test_events_that_cannot_be_written(host: Host) -> None:

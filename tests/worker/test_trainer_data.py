@@ -138,7 +138,7 @@ def test_a_stage_over_plain_text_alone(tmp_path: Path) -> None:
 def test_rows_that_the_reward_cannot_score_are_left_out_before_training(tmp_path: Path, tokenizer: Any) -> None:
     """Goal: counted by reason, with file and line; none left is an error. Red: RewardError when one was sampled."""
     pytest.importorskip("math_verify")
-    config = replace_at(config_over(tmp_path), "rl.reward_fn", "rollouts.training.rewards.math_verify")
+    config = replace_at(config_over(tmp_path), "rl.reward.fn", "rollouts.training.rewards.math_verify")
     answers = ["72", r"\frac12", r"\begin{cases} x \\ 0 \end{cases}", "3 4", "Yes"]
     file = tmp_path / "r.jsonl"
     file.write_text("".join(json.dumps({"question": f"r{n}", "answer": one}) + "\n" for n, one in enumerate(answers)))

@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from base_config import Config
 from rollouts.run_dir import RunDir, read_jsonl
@@ -16,16 +19,13 @@ from rollouts.training.types import Sample
 from rollouts.worker import trainer
 from tests.engines.scripted import Scripted
 from tests.engines.serving import serving
-from tests.example_config import example_config, replace_at
+from tests.example_config import example_config, policy_loss, replace_at, value_model
 from tests.training import tiny_task
 
 ROOT = Path(__file__).resolve().parents[2]
 CRITIC = {
-    "rl.baseline": "value",
-    "rl.advantage_norm": "batch",
-    "rl.loss": "ppo",
-    "rl.updates_per_batch": 2,
-    "rl.value_clip": 0.2,
+    "rl.baseline": value_model(clip=0.2),
+    "rl.loss": policy_loss(advantage_norm="batch", updates_per_batch=2),
 }
 SAMPLED = {"eval.num_samples": 3, "eval.pass_at": [1, 3]}
 
@@ -86,7 +86,7 @@ def rows(run: RunDir, **fields: Any) -> list[dict[str, Any]]:
 
 
 def test_a_value_head_is_trained_by_the_job(live: RunDir) -> None:
-    """Goal: rl.baseline 'value' and its fields reach the run. Red with value_head=None in build_backend.
+    """Goal: a ValueModel as rl.baseline and its fields reach the run. Red with value_head=None in build_backend.
 
     Red also with updates_per_batch not passed on.
     """
@@ -128,7 +128,7 @@ def test_every_answer_is_kept(live: RunDir) -> None:
 def test_a_run_that_learns_nothing_says_so(model: Path, engine_url: str, tmp_path: Path) -> None:
     """Goal: `warning` events with a cause and a sentence, and the share of groups without contrast in the metrics.
     Red with the alarms left out of the loggers."""
-    changes = {"rl.reward_fn": f"{__name__}.never", "rl.eval_every": -1, "data.eval_mixture": []}
+    changes = {"rl.reward.fn": f"{__name__}.never", "rl.eval_every": -1, "data.eval_mixture": []}
     run = train(tmp_path / "nothing", "rl", config(model, "rl", changes), engine_url)
     assert [row["groups_zero_std_frac"] for row in read_jsonl(run.metrics)] == [1.0] * 3
     warnings = [event for event in read_jsonl(run.events) if event["kind"] == "warning"]
@@ -171,11 +171,18 @@ def test_the_engine_says_who_it_is_before_it_is_used(
 
 
 def test_a_replay_needs_no_engine_and_gives_the_same_run(live: RunDir, model: Path, tmp_path: Path) -> None:
-    """Goal: rl.source = the run's rollouts.jsonl: its losses bit for bit, evaluated in process. Red with a shuffle.
+    """Goal: sampling.source = the run's rollouts.jsonl: its losses bit for bit, evaluated in process.
+    Red with a shuffle.
 
     The same weights give the same greedy number by engine and in process. Two epochs are twice the steps.
     """
-    changes = {**CRITIC, "rl.source": str(live.rollouts), "rl.num_epochs": 2, "engine": None, "data.rl_mixture": []}
+    changes = {
+        **CRITIC,
+        "rl.sampling.source": str(live.rollouts),
+        "rl.num_epochs": 2,
+        "engine": None,
+        "data.rl_mixture": [],
+    }
     run = train(tmp_path / "replay", "rl", config(model, "rl", changes))
     found, expected = read_jsonl(run.metrics), read_jsonl(live.metrics)
     assert len(found) == 6
@@ -194,7 +201,7 @@ def test_a_replay_at_another_temperature_is_one_error_line(
     live: RunDir, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """Goal: the user's mistake in one line, with file and line number. Red with DataError passed through."""
-    changes = {"rl.source": str(live.rollouts), "rl.temperature": 0.5, "engine": None}
+    changes = {"rl.sampling.source": str(live.rollouts), "rl.temperature": 0.5, "engine": None}
     with pytest.raises(SystemExit) as end:
         train(tmp_path / "replay", "rl", config(model, "rl", changes))
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -207,21 +214,29 @@ def test_rollouts_alone(live: RunDir, model: Path, engine_url: str, tmp_path: Pa
 
     Red with a backend built all the same.
     """
-    run = train(tmp_path / "collect", "rl", config(model, "rl", {"rl.source": "engine_only", **SAMPLED}), engine_url)
+    run = train(
+        tmp_path / "collect", "rl", config(model, "rl", {"rl.sampling.source": "engine_only", **SAMPLED}), engine_url
+    )
     assert not (run.checkpoints / "rl").exists() and not run.weights.exists()
     metrics, samples = read_jsonl(run.metrics), read_jsonl(run.rollouts)
     assert [row["step"] for row in metrics] == [1, 2, 3] and len(samples) == 48
     assert metrics[0]["reward_mean"] == pytest.approx(sum(row["reward"] for row in samples[:16]) / 16)
     assert "loss" not in metrics[0]
     assert {(row["step"], row["metric"]) for row in rows(run)} == {(0, "exact_match"), (0, "pass@1"), (0, "pass@3")}
-    changes = {"rl.source": str(run.rollouts), "engine": None, "rl.eval_every": -1, "data.eval_mixture": []}
+    changes = {"rl.sampling.source": str(run.rollouts), "engine": None, "rl.eval_every": -1, "data.eval_mixture": []}
     later = train(tmp_path / "later", "rl", config(model, "rl", changes))
     assert [row["reward_mean"] for row in read_jsonl(later.metrics)] == [row["reward_mean"] for row in metrics]
 
 
 def test_sft_evaluates_the_same_way(model: Path, tmp_path: Path) -> None:
-    """Goal: validation loss of each task, and answers before and after, in the SFT stage. Red with one task alone."""
-    run = train(tmp_path / "sft", "sft", config(model, "sft", {**SAMPLED, "sft.eval_every": 1, "sft.eval_steps": 1}))
+    """Goal: validation loss of each task, and answers before and after, in the SFT stage; a tensor of the model's files
+    that the model does not have is in a note. Red with one task alone, and with the tensor named in a log alone."""
+    own = Path(shutil.copytree(model, tmp_path / "model"))
+    tensors = load_file(own / "model.safetensors") | {"v_head.weight": torch.ones(2)}
+    save_file(tensors, own / "model.safetensors", metadata={"format": "pt"})
+    run = train(tmp_path / "sft", "sft", config(own, "sft", {**SAMPLED, "sft.eval_every": 1, "sft.eval_steps": 1}))
+    notes = [event["message"] for event in read_jsonl(run.events) if event["kind"] == "note"]
+    assert [note for note in notes if note.endswith("tensors that the model does not have: v_head.weight")]
     losses = rows(run, metric="validation_loss")
     assert {(row["stage"], row["step"]) for row in losses} == {("base", 0), ("sft", 1), ("sft", 2)}
     assert len({row["task"] for row in losses}) == 3
@@ -233,8 +248,8 @@ def test_sft_evaluates_the_same_way(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"rl.reward_fn": "rollouts.training.rewards.no_such"}, "has no 'no_such'"),
-        ({"rl.filter_fn": "no_such_package.keep"}, "no module 'no_such_package'"),
+        ({"rl.reward.fn": "rollouts.training.rewards.no_such"}, "has no 'no_such'"),
+        ({"rl.sampling.filter_fn": "no_such_package.keep"}, "no module 'no_such_package'"),
         ({"model.init": "random", "sft.matrix_lr": 1e30, "sft.num_iterations": 8}, "not applied"),
     ],
     ids=["reward", "filter", "diverges"],

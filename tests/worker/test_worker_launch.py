@@ -45,8 +45,8 @@ def fresh_server() -> Iterator[Path]:
 
 
 def test_what_it_writes_and_prints(host: Host) -> None:
-    """Goal: config, plan, code files and status are there before anything runs; secrets are 0600; windows have the
-    size of a terminal. Red with secrets written at the default mode."""
+    """Goal: config, plan, code files and status are there before anything runs; the directory is 0700, secrets are
+    0600; windows have the size of a terminal. Red with either at the default mode."""
     job = host.job(stage("sft", trainer(UP)), secrets={"API_TOKEN": "hunter2"})
     done = host.launch(job)
     run = host.launched[-1]
@@ -55,7 +55,7 @@ def test_what_it_writes_and_prints(host: Host) -> None:
     assert json.loads(run.config.read_text()) == job["config"]
     assert json.loads(run.plan.read_text()) == job["plan"]
     assert (run.code / "commit.txt").read_text() == "0123abc\n"
-    assert stat.S_IMODE(run.secrets.stat().st_mode) == 0o600
+    assert stat.S_IMODE(run.secrets.stat().st_mode) == 0o600 and stat.S_IMODE(run.path.stat().st_mode) == 0o700
     assert run_dir.is_live(run)
     pid = recorded_pid(run, "trainer")
     listing = subprocess.run(

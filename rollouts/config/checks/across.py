@@ -1,9 +1,10 @@
 """Checks that no section can make alone."""
 
+from rollouts.config.answers import answer_limits, row_tokens_max
 from rollouts.config.checks.common import Checks, must
 from rollouts.config.checks.engine import engine_fits, weight_sync_checks
 from rollouts.config.checks.training import rate_checks
-from rollouts.config.schema import Sections
+from rollouts.config.schema import Sections, ValueModel
 
 
 def cross_checks(config: Sections) -> Checks:
@@ -18,6 +19,7 @@ def cross_checks(config: Sections) -> Checks:
         if stage is not None and stage.eval_every != -1:
             need = "-1, or rows in data.eval_mixture, which is empty"
             yield must(bool(data.eval_mixture), f"{name}.eval_every", stage.eval_every, need)
+    yield from _answer_checks(config)
     if config.rl is not None and "rl" in config.stages and config.rl.eval_every != -1 and data.eval_mixture:
         need = "-1, or rows with prompts in data.eval_mixture, which has plain text alone"
         asked = any(spec.format != "text" for spec in data.eval_mixture)
@@ -41,15 +43,12 @@ def cross_checks(config: Sections) -> Checks:
             yield must(tokens <= room, "rl.agent.tokens_max", tokens, need)
         need = f"less than data.max_length={data.max_length}"
         yield must(config.rl.max_new_tokens < data.max_length, "rl.max_new_tokens", config.rl.max_new_tokens, need)
-    compiled = config.model.compile and config.target.sharding != "none"
-    yield must(not compiled, "model.compile", config.model.compile, "False: a sharded model runs uncompiled")
     if config.rl is not None and "rl" in config.stages and config.target.sharding != "none":
-        valued = config.rl.baseline == "value"
-        yield must(
-            not valued, "rl.baseline", "value", "another with target.sharding: a sharded model has no value head"
-        )
+        valued = isinstance(config.rl.baseline, ValueModel)
+        need = "a number, 'group_mean' or 'leave_one_out' with target.sharding: a sharded model has no value head"
+        yield must(not valued, "rl.baseline", config.rl.baseline, need)
         replayed = not config.uses_engine and bool(data.eval_mixture)
-        need = "[] with target.sharding and rl.source a file: without an engine, a sharded model answers no questions"
+        need = "[] with target.sharding where rl.sampling.source is a file: without an engine it answers no questions"
         yield not replayed, f"data.eval_mixture: needs {need}"
     for name in config.stages:
         if getattr(config, name) is not None:
@@ -57,3 +56,11 @@ def cross_checks(config: Sections) -> Checks:
     starts_rl = mode == "rl" and config.uses_engine and config.output.source_checkpoint is None
     noise = config.model.init == "random" and starts_rl
     yield not noise, "model.init='random': output.mode='rl' would sample from noise; use 'sft+rl' or source_checkpoint"
+
+
+def _answer_checks(config: Sections) -> Checks:
+    """Answers in process: what is held at once is a limit only if one row stays within it."""
+    if any(answer_limits(config, stage) for stage in config.stages):
+        room, held = config.eval.in_process_batch_tokens, row_tokens_max(config)
+        need = f">= {held}: as many tokens as one row's answers may hold at once (data.max_length, eval.num_samples)"
+        yield must(room >= held, "eval.in_process_batch_tokens", room, need)

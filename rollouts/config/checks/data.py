@@ -49,3 +49,6 @@ def eval_checks(evaluation: EvalConfig) -> Checks:
     )
     yield from one_or_off(evaluation, "eval", top_k="all tokens")
     yield seed_check(evaluation.seed, "eval.seed")
+    rows = evaluation.in_process_rows
+    yield must(rows >= -1, "eval.in_process_rows", rows, ">= 1, 0 for none, or -1 for all of eval_mixture")
+    yield from at_least_one(evaluation, "eval", "in_process_new_tokens", "in_process_batch_tokens")

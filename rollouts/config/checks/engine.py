@@ -1,9 +1,8 @@
 """Checks of the engine, and of how weights reach it."""
 
-from rollouts.config.checks.common import Checks, at_least_one, is_inside, must, one_or_off, rank_checks
-from rollouts.config.schema import EngineConfig, Sections
+from rollouts.config.checks.common import Checks, at_least_one, is_inside, must, rank_checks
+from rollouts.config.schema import VLLM, BroadcastSync, Embedded, EngineConfig, LoraSync, Sections, SGLang, TensorSync
 
-WEIGHT_SYNCS = {"embedded": ("disk", "tensor"), "sglang": ("disk", "tensor", "broadcast", "lora"), "vllm": ("disk",)}
 SGLANG_LORA_TARGETS = (  # linear layers that SGLang has adapters for
     *("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "gate_proj", "up_proj", "down_proj", "gate_up_proj"),
     *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
@@ -18,71 +17,50 @@ def engine_checks(engine: EngineConfig) -> Checks:
     counts_ok = needed < 1 or len(engine.gpu_ranks) == needed
     yield must(counts_ok, "engine.gpu_ranks", engine.gpu_ranks, need)
     yield from at_least_one(
-        engine,
-        "engine",
-        *("tensor_parallel_size", "replicas", "context_length", "max_running_requests", "weight_sync_bucket_mib"),
+        engine, "engine", "tensor_parallel_size", "replicas", "context_length", "max_running_requests"
     )
+    if isinstance(engine.weight_sync, TensorSync | BroadcastSync):
+        yield from at_least_one(engine.weight_sync, "engine.weight_sync", "bucket_mib")
     last = 65535 - (engine.replicas - 1)
     need = f"1024 to {last}: each of the {engine.replicas} replicas has a port of its own, from this one on"
     need = need if engine.replicas > 1 else "1024 to 65535"
     yield must(1024 <= engine.sglang_port <= last, "engine.sglang_port", engine.sglang_port, need)
     yield from _router_checks(engine)
-    if engine.kind == "embedded":
-        one = "1: the embedded engine runs on one device"
-        yield must(engine.tensor_parallel_size == 1, "engine.tensor_parallel_size", engine.tensor_parallel_size, one)
-    else:
-        need = f"a lock, such as 'requirements/{engine.kind}-cuda.txt': the trainer's environment has no {engine.kind}"
-        yield must(engine.requirements_file is not None, "engine.requirements_file", None, need)
     file = engine.requirements_file
     yield must(is_inside(file), "engine.requirements_file", file, "a path inside the repository, or None")
     yield must(0 < engine.mem_fraction <= 1, "engine.mem_fraction", engine.mem_fraction, "0 < mem_fraction <= 1")
-    yield from one_or_off(engine, "engine", max_total_tokens="as mem_fraction allows")
-    tokens_ok = engine.kind == "sglang" or engine.max_total_tokens == -1
-    yield must(
-        tokens_ok, "engine.max_total_tokens", engine.max_total_tokens, f"-1: kind={engine.kind!r} has no such bound"
-    )
     most = engine.max_total_tokens
-    holds = engine.kind != "sglang" or most < 1 or most >= engine.context_length
-    need = f"at least engine.context_length={engine.context_length}, or -1: answers that do not fit are cut short"
-    yield must(holds, "engine.max_total_tokens", most, need)
+    need = f"at least engine.context_length={engine.context_length}, or None: answers that do not fit are cut short"
+    yield must(most is None or most >= engine.context_length, "engine.max_total_tokens", most, need)
     yield must(engine.restarts_max >= 0, "engine.restarts_max", engine.restarts_max, ">= 0")
-    kinds = WEIGHT_SYNCS[engine.kind]
-    need = f"{' or '.join(map(repr, kinds))} with engine.kind={engine.kind!r}"
-    yield must(engine.weight_sync in kinds, "engine.weight_sync", engine.weight_sync, need)
-    on_disk = engine.weight_sync in ("disk", "lora") or not engine.weights_on_tmpfs
-    need = f"False: engine.weight_sync={engine.weight_sync!r} writes no weights to disk"
-    yield must(on_disk, "engine.weights_on_tmpfs", engine.weights_on_tmpfs, need)
-    sleeps = engine.sleep_while_training
-    need = "False: only engine.kind='sglang' gives its memory back"
-    yield must(not sleeps or engine.kind == "sglang", "engine.sleep_while_training", sleeps, need)
 
 
 def _router_checks(engine: EngineConfig) -> Checks:
     port, path, replicas = engine.router_port, "engine.router_port", engine.replicas
     if port is None:
         return
-    yield must(engine.kind == "sglang", path, port, f"None: engine.kind={engine.kind!r} has no router, 'sglang' has")
     yield must(replicas > 1, path, port, f"None, or more replicas: with replicas={replicas} there is nothing to route")
     yield must(1024 <= port <= 65535, path, port, "1024 to 65535, or None for no router")
     first, last = engine.sglang_port, engine.sglang_port + replicas - 1
     yield must(not first <= port <= last, path, port, f"a port of its own: {first} to {last} are the replicas'")
-    need = "None with engine.weight_sync='lora': each replica has a name of its own for the adapter that is asked for"
-    yield must(engine.weight_sync != "lora", path, port, need)
+    need = "None with engine.weight_sync=LoraSync: each replica has a name of its own for the adapter that is asked for"
+    yield must(not isinstance(engine.weight_sync, LoraSync), path, port, need)
 
 
 def engine_fits(config: Sections, engine: EngineConfig) -> Checks:
     """What the engine's settings mean on this kind of device, and for what is asked of it."""
-    device, kind = config.target.device_type, engine.kind
+    device = config.target.device_type
     if device == "mps":
-        yield must(kind == "embedded", "engine.kind", kind, "'embedded' with target.device_type='mps'")
+        ok = isinstance(engine, Embedded)
+        yield must(ok, "engine", type(engine).__name__, "Embedded with target.device_type='mps'")
     if device == "cpu":
         size = engine.tensor_parallel_size
         yield must(size == 1, "engine.tensor_parallel_size", size, "1 with target.device_type='cpu'")
-        bounded = kind != "sglang" or engine.max_total_tokens != -1
-        need = "a number with kind='sglang' on a cpu, such as 65536: else the cache takes most of the host's memory"
-        yield must(bounded, "engine.max_total_tokens", -1, need)
-    if kind == "vllm" and config.rl is not None:
-        need = "-1 with engine.kind='vllm', whose log-probs beside top_k are of the filtered distribution"
+        bounded = not isinstance(engine, SGLang) or engine.max_total_tokens is not None
+        need = "a number for SGLang on a cpu, such as 65536: else the cache takes most of the host's memory"
+        yield must(bounded, "engine.max_total_tokens", None, need)
+    if isinstance(engine, VLLM) and config.rl is not None:
+        need = "-1 with engine=VLLM, whose log-probs beside top_k are of the filtered distribution"
         yield must(config.rl.top_k == -1, "rl.top_k", config.rl.top_k, need)
     need = f"more than rl.max_new_tokens={config.rl.max_new_tokens if config.rl else 0}: the prompt counts too"
     room = config.rl is None or engine.context_length > config.rl.max_new_tokens
@@ -91,52 +69,52 @@ def engine_fits(config: Sections, engine: EngineConfig) -> Checks:
 
 def weight_sync_checks(config: Sections, engine: EngineConfig) -> Checks:
     """Whether the engine can be reached in the way that its weights are to come."""
-    target, lag = config.target, config.rl.policy_lag_steps_max if config.rl else 0
-    if engine.weight_sync == "lora":
+    target, lag, sync = config.target, config.rl.policy_lag_steps_max if config.rl else 0, engine.weight_sync
+    if isinstance(engine, SGLang) and isinstance(sync, LoraSync):
         yield from _adapter_checks(config, engine)
     ahead = engine.sleep_while_training and lag > 0
-    need = f"False: with rl.policy_lag_steps_max={lag} the engine samples while the trainer steps"
+    need = f"False: with rl.ahead.policy_lag_steps_max={lag} the engine samples while the trainer steps"
     yield must(not ahead, "engine.sleep_while_training", engine.sleep_while_training, need)
     if target.device_type != "cuda":
-        sleeps = engine.sleep_while_training and engine.kind == "sglang"
         need = "False without target.device_type='cuda': there is no GPU to share"
-        yield must(not sleeps, "engine.sleep_while_training", True, need)
+        yield must(not engine.sleep_while_training, "engine.sleep_while_training", True, need)
         return
     shared = bool(target.gpu_ranks) and target.gpu_ranks[0] in engine.gpu_ranks
     where = f"target.gpu_ranks[0] {'is' if shared else 'is not'} among engine.gpu_ranks={engine.gpu_ranks}"
-    need = f"'broadcast' or 'disk': CUDA memory is shared on one GPU, and {where}"
-    yield must(shared or engine.weight_sync != "tensor", "engine.weight_sync", engine.weight_sync, need)
+    tensor = isinstance(sync, TensorSync)
+    need = f"BroadcastSync or DiskSync: CUDA memory is shared on one GPU, and {where}"
+    yield must(shared or not tensor, "engine.weight_sync", sync, need)
     single = engine.replicas == 1
-    need = f"'broadcast' or 'disk' with engine.replicas={engine.replicas}: CUDA memory is shared on one GPU, and only"
-    need = f"{need} one replica has target.gpu_ranks[0]"
-    yield must(single or not shared or engine.weight_sync != "tensor", "engine.weight_sync", "tensor", need)
-    grows = [name for name in ALLOCATOR_SETTINGS if _grows_segments(config.host.env.get(name, ""))]
-    need = "without expandable_segments:True for engine.weight_sync='tensor': such memory has no handles to share"
+    need = f"BroadcastSync or DiskSync with engine.replicas={engine.replicas}: CUDA memory is shared on one GPU, and"
+    need = f"{need} only one replica has target.gpu_ranks[0]"
+    yield must(single or not shared or not tensor, "engine.weight_sync", sync, need)
+    grows = [name for name in ALLOCATOR_SETTINGS if grows_segments(config.host.env.get(name, ""))]
+    need = "without expandable_segments:True for engine.weight_sync=TensorSync: such memory has no handles to share"
     for name in grows:
-        yield must(engine.weight_sync != "tensor", f"host.env[{name!r}]", config.host.env[name], need)
-    need = f"'tensor' or 'disk': NCCL wants a GPU of its own for each side, and {where}"
-    yield must(not shared or engine.weight_sync != "broadcast", "engine.weight_sync", engine.weight_sync, need)
+        yield must(not tensor, f"host.env[{name!r}]", config.host.env[name], need)
+    need = f"TensorSync or DiskSync: NCCL wants a GPU of its own for each side, and {where}"
+    yield must(not shared or not isinstance(sync, BroadcastSync), "engine.weight_sync", sync, need)
     sleeps = engine.sleep_while_training
     need = f"False: there is memory to give back where a GPU is shared, and {where}"
     yield must(shared or not sleeps, "engine.sleep_while_training", sleeps, need)
 
 
-def _grows_segments(settings: str) -> bool:
+def grows_segments(settings: str) -> bool:
     """Whether these settings of torch's allocator make segments that can grow."""
     pairs = (part.partition(":") for part in settings.replace(" ", "").lower().split(","))
     return any(name == "expandable_segments" and value in ("true", "1") for name, _, value in pairs)
 
 
-def _adapter_checks(config: Sections, engine: EngineConfig) -> Checks:
-    """Whether adapters alone can be sent: weight_sync="lora"."""
+def _adapter_checks(config: Sections, engine: SGLang) -> Checks:
+    """Whether adapters alone can be sent."""
     lora, rl = config.model.lora, config.rl
-    need = "'disk', 'tensor' or 'broadcast' with model.lora=None: there are no adapters to send"
-    yield must(lora is not None, "engine.weight_sync", "lora", need)
+    need = "DiskSync, TensorSync or BroadcastSync with model.lora=None: there are no adapters to send"
+    yield must(lora is not None, "engine.weight_sync", engine.weight_sync, need)
     if lora is not None and lora.target_modules != "all-linear":
         others = [name for name in lora.target_modules if name.rpartition(".")[2] not in SGLANG_LORA_TARGETS]
-        need = f"names that SGLang has adapters for ({', '.join(SGLANG_LORA_TARGETS)}), or weight_sync='disk'"
+        need = f"names that SGLang has adapters for ({', '.join(SGLANG_LORA_TARGETS)}), or weight_sync=DiskSync(...)"
         yield must(not others, "model.lora.target_modules", others, need)
-    need = "False with engine.weight_sync='lora': a request keeps the adapter that it started with"
-    yield must(not (rl and rl.in_flight_updates), "rl.in_flight_updates", True, need)
-    need = "False with engine.weight_sync='lora': the engine's own weights, which nobody sends again, would be lost"
+    need = "False with engine.weight_sync=LoraSync: a request keeps the adapter that it started with"
+    yield must(not (rl and rl.in_flight_updates), "rl.ahead.in_flight_updates", True, need)
+    need = "False with engine.weight_sync=LoraSync: the engine's own weights, which nobody sends again, would be lost"
     yield must(not engine.sleep_while_training, "engine.sleep_while_training", True, need)

@@ -1,28 +1,98 @@
-"""The inference server of the RL stage."""
+"""The inference server of the RL stage, and how new weights reach it."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-    """The inference server of the RL stage."""
+class DiskSync:
+    """Weights are written as a checkpoint that the engine loads. docs/engines.md."""
 
-    kind: Literal["embedded", "sglang", "vllm"]
-    requirements_file: str | None  # lock of the engine's own environment; None: it runs in the trainer's (embedded)
+    kind: ClassVar[Literal["disk"]] = "disk"
+
+    on_tmpfs: bool  # in memory (/dev/shm), where trainer and engine share a host
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSync:
+    """Weights go through shared memory, on a GPU without a copy through the host."""
+
+    kind: ClassVar[Literal["tensor"]] = "tensor"
+    on_tmpfs: ClassVar[bool] = False
+
+    bucket_mib: int  # weights are sent in pieces of about this size
+
+
+@dataclass(frozen=True, kw_only=True)
+class BroadcastSync:
+    """Weights go through a collective (NCCL, gloo) that trainer and engine share."""
+
+    kind: ClassVar[Literal["broadcast"]] = "broadcast"
+    on_tmpfs: ClassVar[bool] = False
+
+    bucket_mib: int  # weights are sent in pieces of about this size
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSync:
+    """The adapters alone are written, and loaded beside the engine's own weights."""
+
+    kind: ClassVar[Literal["lora"]] = "lora"
+
+    on_tmpfs: bool  # in memory (/dev/shm), where trainer and engine share a host
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Engine:
     gpu_ranks: list[int]  # may equal target.gpu_ranks: colocated
     sglang_port: int  # of the first replica; the others follow it
     replicas: int  # copies that share the requests, each on tensor_parallel_size devices
-    router_port: int | None  # of SGLang's router, through which they get them; None: the trainer deals them out in turn
-    tensor_parallel_size: int
     mem_fraction: float  # of what is free on each device at the engine's start (vLLM: of the whole device)
     context_length: int  # tokens, prompt and answer together
-    max_total_tokens: (
-        int  # of the key-value cache; -1: what mem_fraction leaves, less for a colocated engine started again
-    )
     max_running_requests: int  # sequences decoded at once; more wait in line
-    weight_sync: Literal["disk", "tensor", "broadcast", "lora"]  # how new weights get there: docs/engines.md
-    weight_sync_bucket_mib: int  # tensor, broadcast: weights are sent in pieces of about this size
-    weights_on_tmpfs: bool  # disk, lora: in memory (/dev/shm), where trainer and engine share a host
-    sleep_while_training: bool  # colocated on a GPU: the engine gives its memory back while the trainer steps
     restarts_max: int  # how often in a run an engine that died or hangs is started again; 0: never
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedded(_Engine):
+    """Our own server, on transformers' models. docs/engines.md."""
+
+    kind: ClassVar[Literal["embedded"]] = "embedded"
+    tensor_parallel_size: ClassVar[int] = 1
+    router_port: ClassVar[None] = None
+    max_total_tokens: ClassVar[None] = None
+    sleep_while_training: ClassVar[bool] = False
+
+    requirements_file: str | None  # lock of an environment of its own; None: it runs in the trainer's
+    weight_sync: DiskSync | TensorSync
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGLang(_Engine):
+    """SGLang's server. docs/engines.md."""
+
+    kind: ClassVar[Literal["sglang"]] = "sglang"
+
+    requirements_file: str  # lock of the engine's own environment
+    tensor_parallel_size: int
+    router_port: int | None  # of SGLang's router, which deals out requests; None: the trainer does, in turn
+    max_total_tokens: int | None  # of the key-value cache; None: what mem_fraction leaves, less after a restart
+    sleep_while_training: bool  # colocated on a GPU: the engine gives its memory back while the trainer steps
+    weight_sync: DiskSync | TensorSync | BroadcastSync | LoraSync
+
+
+@dataclass(frozen=True, kw_only=True)
+class VLLM(_Engine):
+    """vLLM's server. docs/engines.md."""
+
+    kind: ClassVar[Literal["vllm"]] = "vllm"
+    router_port: ClassVar[None] = None
+    max_total_tokens: ClassVar[None] = None
+    sleep_while_training: ClassVar[bool] = False
+
+    requirements_file: str  # lock of the engine's own environment
+    tensor_parallel_size: int
+    weight_sync: DiskSync
+
+
+EngineConfig = Embedded | SGLang | VLLM

@@ -18,11 +18,14 @@ class MuonConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    kind: Literal["adamw", "muon"]  # muon: Muon for matrices, AdamW for embeddings, head, norms and biases
-    muon: MuonConfig | None  # None only with kind="adamw"
+    muon: MuonConfig | None  # Muon for matrices, AdamW for embeddings, head, norms and biases; None: AdamW for all
     beta1: float  # this and the next two are AdamW's
     beta2: float
     eps: float
     max_grad_norm: float  # global L2 norm at which gradients are clipped
     warmup_frac: float  # share of the stage's steps over which the rate rises linearly from 0
     schedule: Literal["constant", "linear", "cosine"]  # after warm-up; linear and cosine end at 0
+
+    @property
+    def kind(self) -> Literal["adamw", "muon"]:
+        return "adamw" if self.muon is None else "muon"

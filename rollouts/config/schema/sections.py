@@ -35,4 +35,4 @@ class Sections:
     @property
     def uses_engine(self) -> bool:
         """Whether the run samples from an inference engine."""
-        return "rl" in self.stages and self.rl is not None and self.rl.source in ENGINE_SOURCES
+        return "rl" in self.stages and self.rl is not None and self.rl.sampling.source in ENGINE_SOURCES

@@ -5,6 +5,11 @@ from rollouts.engines.command import DeviceType, Server
 READY_PATH = "/ready"
 
 
+def modules(device_type: DeviceType) -> tuple[str, ...]:
+    """Name what has to import before a server can start."""
+    return ("rollouts.engines.embedded.__main__",)
+
+
 def argv(server: Server) -> tuple[str, ...]:
     """What follows the interpreter, from the repository's root."""
     engine = server.engine

@@ -20,6 +20,7 @@ from rollouts.engines.embedded import attention
 from rollouts.engines.embedded.fast_decode import FastDecode
 from rollouts.training.model_loading import ModelError as WeightsError
 from rollouts.training.model_loading import with_every_weight
+from rollouts.training.seams import Tokenizer
 
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -34,7 +35,7 @@ class Served:
     """A loaded model and what the server needs to know about it."""
 
     model: Any  # AutoModelForCausalLM, in eval mode, on `device`
-    tokenizer: Any  # None where the directory has none
+    tokenizer: Tokenizer  # None where the directory has none
     path: str
     device: torch.device
     dtype: torch.dtype
@@ -194,7 +195,7 @@ def _tokenizer(path: str, trust_remote_code: bool) -> Any:
         raise ModelError(f"{path}: the tokenizer cannot be loaded: {_first_line(error)}") from error
 
 
-def _eos_ids(model: Any, path: str, tokenizer: Any) -> frozenset[int]:
+def _eos_ids(model: Any, path: str, tokenizer: Tokenizer) -> frozenset[int]:
     """Every id that ends a sequence: of the configs and the tokenizer, as SGLang joins them.
 
     A chat template's own end is in the generation config of our checkpoints, and in our requests' stop_token_ids.

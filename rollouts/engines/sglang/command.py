@@ -50,7 +50,7 @@ def argv(server: Server) -> tuple[str, ...]:
         *("--tensor-parallel-size", str(engine.tensor_parallel_size)),
         *("--mem-fraction-static", str(engine.mem_fraction)),
         *("--context-length", str(engine.context_length)),
-        *(("--max-total-tokens", str(engine.max_total_tokens)) if engine.max_total_tokens != -1 else ()),
+        *(("--max-total-tokens", str(engine.max_total_tokens)) if engine.max_total_tokens is not None else ()),
         *("--max-running-requests", str(engine.max_running_requests)),
         *("--random-seed", str(server.seed)),
         *("--log-level-http", "warning"),  # else a line per request
@@ -60,6 +60,12 @@ def argv(server: Server) -> tuple[str, ...]:
         *(("--enable-memory-saver",) if engine.sleep_while_training else ()),
         *(("--trust-remote-code",) if model.trust_remote_code else ()),
     )
+
+
+def modules(device_type: DeviceType) -> tuple[str, ...]:
+    """Name what has to import before a server can start: ours first, which puts in place what a CPU lacks."""
+    ours = f"rollouts.engines.sglang.{'cpu_launcher' if device_type == 'cpu' else 'launcher'}"
+    return (ours, "sglang.launch_server", "sglang.srt.entrypoints.http_server")
 
 
 def _graph_flags(server: Server) -> tuple[str, ...]:
@@ -73,7 +79,7 @@ def _graph_flags(server: Server) -> tuple[str, ...]:
 def _adapter_flags(server: Server) -> tuple[str, ...]:
     """Room for one adapter at a time. The kernels that SGLang takes by itself are Triton's."""
     lora = server.model.lora
-    if server.engine.weight_sync != "lora" or lora is None:
+    if server.engine.weight_sync.kind != "lora" or lora is None:
         return ()
     names = ALL_LINEAR if lora.target_modules == "all-linear" else lora.target_modules
     return (

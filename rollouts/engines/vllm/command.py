@@ -29,6 +29,11 @@ def argv(server: Server) -> tuple[str, ...]:
     )
 
 
+def modules(device_type: DeviceType) -> tuple[str, ...]:
+    """Name what has to import before a server can start."""
+    return ("vllm.entrypoints.cli.main", "rollouts.engines.vllm.guard")
+
+
 def env(device_type: DeviceType, tree: str) -> dict[str, str]:
     """Variables of the process: weight updates and pauses are routes of the development mode."""
     cpu = {"VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": str(CPU_KV_CACHE_GIB)}

@@ -41,8 +41,8 @@ def named_paths(config: Config) -> list[str]:
     """The model and data names of a config: hub ids, or paths; a replay's rollouts.jsonl too."""
     data, rl = config.data, config.rl if "rl" in config.stages else None
     specs = [s for s in (*data.sft_mixture, *data.rl_mixture, *data.eval_mixture) if s.format not in MADE_HERE]
-    replayed = [rl.source] if rl and not config.uses_engine else []
-    reference = [rl.kl_reference] if rl and rl.kl_coef > 0 and rl.kl_reference else []
+    replayed = [rl.sampling.source] if rl and not config.uses_engine else []
+    reference = [rl.kl.reference] if rl and rl.kl and rl.kl.reference else []
     return list(dict.fromkeys([config.model.name, *(spec.name for spec in specs), *replayed, *reference]))
 
 
@@ -80,7 +80,7 @@ def _columns(config: Config, reward: str | None, keys: dict[str, int], sent: Sen
     for key in absent_columns(config.data.rl_mixture, keys, sent):
         line = f"line {keys[key]} of its module reads it; " if keys[key] else ""
         yield Problem(
-            f"rl.reward_fn={reward!r} needs the column {key!r}, which no row has.",
+            f"rl.reward.fn={reward!r} needs the column {key!r}, which no row has.",
             found=f"{line}rows of {data}",
             fix="add the column to the rows, or name another reward",
         )
@@ -91,7 +91,7 @@ def _contents(config: Config, sent: SentFiles, names: Sequence[str]) -> Iterator
         if name == config.model.name:
             pretrained = config.model.init == "pretrained"
             yield from contents_problems(sent, name, kind="model", weights=pretrained)
-        elif config.rl and name == config.rl.kl_reference:
+        elif config.rl and config.rl.kl and name == config.rl.kl.reference:
             yield from contents_problems(sent, name, kind="model", weights=True)
         else:
             yield from contents_problems(sent, name, kind="data", weights=False)
@@ -120,7 +120,7 @@ def _parameters(config: Config, sent: SentFiles) -> int | None:
 
 
 def _model_configs(config: Config, sent: SentFiles) -> Iterator[tuple[str, Mapping[str, Any] | None]]:
-    reference = config.rl.kl_reference if config.rl else None
+    reference = config.rl.kl.reference if config.rl and config.rl.kl else None
     for name in filter(None, (config.model.name, reference)):
         folder = _model_folder(name, sent)
         if folder is not None:

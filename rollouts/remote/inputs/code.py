@@ -1,5 +1,6 @@
 """The functions that a config names by dotted path: is their module sent, and does it define them?"""
 
+import ast
 import difflib
 import re
 import sys
@@ -9,12 +10,15 @@ from pathlib import Path
 
 from rollouts.config import Config
 from rollouts.remote.errors import Problem
-from rollouts.remote.inputs.modules import Module, read_module, required_keys
+from rollouts.remote.inputs.modules import Module, read_module, required_keys, takes_one_argument
 from rollouts.remote.inputs.paths import Located, SentFiles, path_problem
 
 OWN_PACKAGE = "rollouts"
 MODULES_MAX = 500  # read while following imports
 BUILT_IN_KEYS = {f"rollouts.training.rewards.{name}": {"tests": 0} for name in ("code_tests", "code_tests_all")}
+
+
+TAKES_ONE = {"rl.reward.fn": "a Sample", "rl.sampling.filter_fn": "a group of Samples"}  # what each is called with
 
 
 @dataclass
@@ -31,7 +35,11 @@ def dotted_names(config: Config) -> dict[str, str]:
     if rl is None or "rl" not in config.stages or not config.uses_engine:
         return {}
     agent = rl.agent.environment if rl.agent else None
-    named = {"rl.reward_fn": rl.reward_fn, "rl.filter_fn": rl.filter_fn, "rl.agent.environment": agent}
+    named = {
+        "rl.reward.fn": rl.reward_fn,
+        "rl.sampling.filter_fn": rl.sampling.filter_fn,
+        "rl.agent.environment": agent,
+    }
     return {name: path for name, path in named.items() if path is not None}
 
 
@@ -42,7 +50,7 @@ def look_at_code(config: Config, sent: SentFiles, requirements: Sequence[str]) -
     reader = _Reader(sent, _search_path(config), requirements, found, searches_host=on_host)
     for name, path in dotted_names(config).items():
         reader.check(name, path)
-    reward = config.rl.reward_fn if config.rl and "rl.reward_fn" in dotted_names(config) else None
+    reward = config.rl.reward_fn if config.rl and "rl.reward.fn" in dotted_names(config) else None
     if reward is not None:
         found.reward_keys = BUILT_IN_KEYS.get(reward) or reader.keys_of(reward)
     return found
@@ -99,7 +107,19 @@ class _Reader:
         elif attribute in module.constants:
             line = module.names[attribute]
             self._add(f"{config_field}={dotted!r} is no function.", found=f"{file}:{line}: it is a plain value")
+        elif config_field in TAKES_ONE and source is module and attribute in module.functions:
+            self._check_arguments(config_field, dotted, file, module.functions[attribute])
         self._follow(file, name)
+
+    def _check_arguments(
+        self, config_field: str, dotted: str, file: str, function: ast.FunctionDef | ast.AsyncFunctionDef
+    ) -> None:
+        if not function.decorator_list and not takes_one_argument(function):
+            self._add(
+                f"{config_field}={dotted!r} cannot be called with {TAKES_ONE[config_field]} alone.",
+                found=f"{file}:{function.lineno}: {function.name}({ast.unparse(function.args)})",
+                fix="give its other arguments defaults, or name a function of one argument",
+            )
 
     def _defines(self, module: Module, attribute: str, seen: set[str]) -> Module | None:
         """The module that makes `attribute`; re-exported names are looked up where they come from."""

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from rollouts.config import DatasetSpec
 from rollouts.plain_files import read_plain, reading
 from rollouts.remote.errors import Problem
+from rollouts.remote.inputs.hub_card import files_by_card, has_configs
 from rollouts.remote.inputs.paths import SentFiles, path_problem, pointer_problem
 from rollouts.remote.inputs.row_counts import READ_BYTES_MAX, files_of_split, rows_of_file
 from rollouts.remote.inputs.shapes import ShapeError, shape_of
@@ -25,7 +26,6 @@ HEADER_BYTES_MAX = 64 * 2**20
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 MODEL_FILES_MORE = ("tokenizer_config.json", "generation_config.json", "special_tokens_map.json", "chat_template.jinja")
-SPLIT_RULES = ("README.md", "dataset_info.json", "state.json")
 DATA_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".zst", ".gz", ".xz", ".bz2", ".tar")
 
 
@@ -65,12 +65,27 @@ def _rows_here(spec: DatasetSpec, sent: SentFiles) -> int | None:
     if where.file in sent.files:
         return rows_of_file(sent.root / where.file) if spec.name.endswith(".jsonl") else None
     below = list(sent.below(where.file))
-    if spec.subset is not None or any(Path(file).name in SPLIT_RULES for file in below):
-        return None  # a card, or a loader's own files, may say which files are whose
-    files = files_of_split([file for file in below if file.endswith(DATA_FILES)], spec.split)
+    prefix = f"{where.file}/" if where.file else ""
+    card = _card(sent.root / where.file) if f"{prefix}README.md" in below else ""
+    data = [file for file in below if file.endswith(DATA_FILES)]
+    if card is None or (spec.subset is not None and not has_configs(card)):
+        return None
+    if has_configs(card):
+        inner = {file.removeprefix(prefix): file for file in data}
+        files = [inner[file] for file in files_by_card(card, list(inner), spec.subset, spec.split)]
+    else:
+        files = files_of_split(data, spec.split)
     counts = [rows_of_file(sent.root / file) for file in files]
     known = [count for count in counts if count is not None]
     return sum(known) if known and len(known) == len(counts) else None
+
+
+def _card(folder: Path) -> str | None:
+    """The text of a folder's README.md; None for one that cannot be read."""
+    try:
+        return read_plain(folder / "README.md").decode("utf-8")
+    except (OSError, ValueError):
+        return None
 
 
 def absent_columns(specs: Sequence[DatasetSpec], keys: Iterable[str], sent: SentFiles) -> list[str]:

@@ -123,6 +123,15 @@ def _read_constant(module: Module, node: ast.stmt) -> None:
         module.made |= {name for name, _ in _stored(node)}
 
 
+def takes_one_argument(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Can it be called with one positional argument and nothing else?"""
+    arguments = function.args
+    positional = len(arguments.posonlyargs) + len(arguments.args)
+    needed = positional - len(arguments.defaults)
+    named = sum(default is None for default in arguments.kw_defaults)
+    return needed <= 1 and named == 0 and (positional > 0 or arguments.vararg is not None)
+
+
 # --- what a reward reads --------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 
 from rollouts.config import Config, EngineConfig
+from rollouts.config.checks.engine import grows_segments
 from rollouts.remote.errors import Problem
 from rollouts.remote.facts import HostFacts
 from rollouts.remote.plan.torch_build import (
@@ -50,7 +51,7 @@ def driver_problems(config: Config, facts: HostFacts, code: Code, target: str) -
     needed = {"cu12": DRIVER_MIN["cu126"], "cu13": DRIVER_MIN["cu130"]}.get(cuda)
     if engine and needed is not None and have < needed:
         why = f"{engine.requirements_file} pins torch for CUDA {cuda[2:]}"
-        fix = "take engine.kind='embedded' with requirements_file=None, which runs in the trainer's environment"
+        fix = "take engine=Embedded(...) with requirements_file=None, which runs in the trainer's environment"
         can = have >= DRIVER_MIN["cu126"]
         yield old_driver(facts, target, "the engine's environment", needed, why, fix=fix if can else "")
 
@@ -112,7 +113,7 @@ def libc_problems(facts: HostFacts, target: str, kind: str) -> Iterator[Problem]
             found=libc,
             needed=f"glibc {'.'.join(map(str, least))} or newer: Ubuntu 22.04, Debian 12, RHEL 9 have it",
             fix="run in a container of a newer distribution, or choose another --remote"
-            + ("; engine.kind='embedded' needs glibc 2.28" if kind == "sglang" and found else ""),
+            + ("; engine=Embedded(...) needs glibc 2.28" if kind == "sglang" and found else ""),
         )
 
 
@@ -143,7 +144,7 @@ def no_headers(target: str, python: str, version: str, users: str) -> Problem:
 def weights_shm_problems(config: Config, facts: HostFacts, code: Code, target: str) -> Iterator[Problem]:
     """Hold /dev/shm against two copies of the weights, by the model's files or its name."""
     engine, free = engine_of(config), facts.cuda.shm_free_mib
-    if engine is None or not engine.weights_on_tmpfs or engine.weight_sync != "disk" or free is None:
+    if engine is None or not engine.weight_sync.on_tmpfs or engine.weight_sync.kind != "disk" or free is None:
         return
     count, guessed = code.inputs.parameters, False
     if count is None and (named := re.search(r"(\d+(?:\.\d+)?)B\b", config.model.name, re.IGNORECASE)):
@@ -154,7 +155,7 @@ def weights_shm_problems(config: Config, facts: HostFacts, code: Code, target: s
         return
     how = "by the model's name" if guessed else "by the model's files"
     size = f"{needed} MiB, {how}" if count is not None else "their size is not known here"
-    wanted = f"engine.weights_on_tmpfs=True: two copies of the weights, {size}"
+    wanted = f"engine.weight_sync.on_tmpfs=True: two copies of the weights, {size}"
     yield small_shm(facts, target, wanted, f"{-(-needed * 5 // 4 // 1024)}g" if count is not None else "8g")
 
 
@@ -165,8 +166,23 @@ def small_shm(facts: HostFacts, target: str, needed: str, size: str) -> Problem:
         found=f"{facts.cuda.shm_free_mib} of {facts.cuda.shm_total_mib} MiB free"
         + (": Docker's default" if facts.cuda.shm_total_mib == SHM_DOCKER_MIB else ""),
         needed=needed,
-        fix=f"start the container with --shm-size={size} (or --ipc=host), or set engine.weights_on_tmpfs=False",
+        fix=f"start the container with --shm-size={size} (or --ipc=host), or set engine.weight_sync.on_tmpfs=False",
     )
+
+
+def allocator_problems(config: Config, facts: HostFacts, target: str) -> Iterator[Problem]:
+    """Refuse growing segments that the host's own variables ask for; the config's checks refuse its own."""
+    engine = engine_of(config)
+    if engine is None or engine.weight_sync.kind != "tensor":
+        return
+    for name, value in facts.cuda.allocator:
+        if grows_segments(value) and name not in config.host.env:
+            yield Problem(
+                f"{target} sets {name}={value!r} by itself, and engine.weight_sync is a TensorSync.",
+                found=f"{name}={value!r} in a command's environment there: start-up files, or a container's image",
+                needed="memory that another process can open: segments that grow have no handles",
+                fix=f"set host.env={{{name!r}: 'expandable_segments:False'}}, or engine.weight_sync=DiskSync(...)",
+            )
 
 
 def dtype_problems(config: Config) -> Iterator[Problem]:
@@ -176,5 +192,5 @@ def dtype_problems(config: Config) -> Iterator[Problem]:
         yield Problem(
             f"model.dtype='float32' with engine.kind={engine.kind!r} on CUDA.",
             needed="half precision: its attention kernels (FlashAttention, FlashInfer) take nothing else",
-            fix="set model.dtype='bfloat16', or engine.kind='embedded'",
+            fix="set model.dtype='bfloat16', or take engine=Embedded(...)",
         )

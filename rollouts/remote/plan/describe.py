@@ -77,6 +77,11 @@ def plan_steps(config: Config, facts: HostFacts, code: Code, launch: LaunchPlan,
         f"start tmux session {launch.run_id} with a window per process",
         "the run goes on when this machine is switched off",
     )
+    for check in launch.smoke:
+        yield Step(
+            f"{check.process.window}: {shlex.join(check.process.argv)}",
+            f"on {check.subject}: seconds, unless it passed there before; within {check.timeout_s:.0f} s",
+        )
     for stage in launch.stages:
         for engine in stage.engines:
             yield Step(f"{stage.name}: {engine.window}: {shlex.join(engine.argv)}", _placed(config, engine, facts))

@@ -12,6 +12,7 @@ from rollouts.remote.facts import HostFacts
 from rollouts.remote.gpus import Gpu, describe_gpu, holders, is_broken
 from rollouts.remote.plan.cuda_host import (
     SHM_DOCKER_MIB,
+    allocator_problems,
     compiler_problems,
     driver_problems,
     dtype_problems,
@@ -52,6 +53,7 @@ def gpu_problems(
     yield from driver_problems(config, facts, code, target)
     yield from toolchain_problems(config, facts, target)
     yield from dtype_problems(config)
+    yield from allocator_problems(config, facts, target)
 
 
 def gpu_warnings(config: Config, facts: HostFacts, *, busy_ok: bool = False) -> Iterator[str]:
@@ -113,7 +115,7 @@ def host_advice(facts: HostFacts, target: str) -> Iterator[Problem]:
         yield no_headers(target, facts.python, facts.python_version, "SGLang, vLLM and model.compile=True")
     total = facts.cuda.shm_total_mib
     if total is not None and total <= SHM_DOCKER_MIB:
-        yield small_shm(facts, target, "engine.weights_on_tmpfs=True: two copies of the model", "8g")
+        yield small_shm(facts, target, "engine.weight_sync.on_tmpfs=True: two copies of the model", "8g")
     if facts.cuda.visible_devices is not None:
         yield Problem(
             f"{target} sets CUDA_VISIBLE_DEVICES by itself.",

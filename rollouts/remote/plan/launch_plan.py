@@ -19,15 +19,18 @@ from rollouts.engines.launch import (
     router_url,
 )
 from rollouts.remote.facts import HostFacts
+from rollouts.remote.plan.smoke import engine_check, trainer_check
 from rollouts.remote.plan.torch_build import base_python, engine_build, trainer_build
 from rollouts.remote.repository import Code
 from rollouts.run_dir import (
     GPUS_VARIABLE,
+    SMOKE_STAGE,
     EnvironmentSpec,
     HubModel,
     LaunchPlan,
     ProcessSpec,
     RunDir,
+    SmokeCheck,
     StageSpec,
     run_path,
 )
@@ -132,7 +135,24 @@ def launch_plan(config: Config, facts: HostFacts, code: Code, run_id: str) -> La
         engine_restarts_max=config.engine.restarts_max if config.engine else 0,
         engine_hang_timeout_s=config.limits.engine_hang_timeout_s,
         models=_hub_models(config, code),
+        smoke=_smoke(config, facts, RunDir(Path(path)), environments),
     )
+
+
+def _smoke(config: Config, facts: HostFacts, run: RunDir, environments: list[EnvironmentSpec]) -> list[SmokeCheck]:
+    """Try each environment that a stage uses, on the devices that it gets there."""
+    if config.target.device_type == "mps":  # no Linux: nothing runs there
+        return []
+    trainer, python = environments[0], f"{environments[0].path}/bin/python"
+    start = _torchrun(config, run, SMOKE_STAGE, python) if _world_size(config) > 1 else (python,)
+    env = _process_env(config, facts, config.target.gpu_ranks)
+    samples = config.engine is not None and config.uses_engine
+    has_engine = samples and len(environments) == 1
+    checks = [trainer_check(config, facts, run, trainer, start=start, env=env, has_engine=has_engine)]
+    if config.engine is not None and samples and len(environments) > 1:
+        devices = sorted(set(config.engine.gpu_ranks))
+        checks.append(engine_check(config, facts, run, environments[1], env=_engine_env(config, facts, run, devices)))
+    return checks
 
 
 def _hub_models(config: Config, code: Code) -> list[HubModel]:
@@ -140,8 +160,8 @@ def _hub_models(config: Config, code: Code) -> list[HubModel]:
     rl = config.rl if "rl" in config.stages else None
     weights = config.model.init == "pretrained" and config.output.source_checkpoint is None
     named = {config.model.name: weights}
-    if rl is not None and rl.kl_coef > 0 and rl.kl_reference is not None:
-        named[rl.kl_reference] = True
+    if rl is not None and rl.kl is not None and rl.kl.reference is not None:
+        named[rl.kl.reference] = True
     return [HubModel(name=name, weights=whole) for name, whole in named.items() if code.named.get(name) == "missing"]
 
 
@@ -202,22 +222,28 @@ def _engine(
         python=python,
         model_path=_start_model(config, code, run, after_sft=after_sft),
         device_type=device_type,
-        seed=config.rl.seed,
+        seed=config.rl.sampling.seed,
         replica=replica,
     )
-    own = engine_env(engine, device_type=device_type, tree=str(run.code_tree))
-    by_index = engine.kind != "embedded"  # SGLang's all-reduce and vLLM read the variable as integers
-    env = {**own, **_process_env(config, facts, engine_devices(engine, replica), by_index=by_index)}
-    if "PYTHONPATH" in own and "PYTHONPATH" in config.host.env:
-        env["PYTHONPATH"] = f"{own['PYTHONPATH']}:{config.host.env['PYTHONPATH']}"
     return ProcessSpec(
         window=f"engine-{replica}",
         argv=list(argv),
-        env=env,
+        env=_engine_env(config, facts, run, engine_devices(engine, replica)),
         ready_url=ready_url(engine, replica),
         ready_timeout_s=config.limits.engine_ready_timeout_s,
         tools_of=posixpath.dirname(posixpath.dirname(python)),
     )
+
+
+def _engine_env(config: Config, facts: HostFacts, run: RunDir, devices: list[int]) -> dict[str, str]:
+    engine = config.engine
+    assert engine is not None
+    own = engine_env(engine, device_type=config.target.device_type, tree=str(run.code_tree))
+    by_index = engine.kind != "embedded"  # SGLang's all-reduce and vLLM read the variable as integers
+    env = {**own, **_process_env(config, facts, devices, by_index=by_index)}
+    if "PYTHONPATH" in own and "PYTHONPATH" in config.host.env:
+        env["PYTHONPATH"] = f"{own['PYTHONPATH']}:{config.host.env['PYTHONPATH']}"
+    return env
 
 
 def _router(config: Config, facts: HostFacts, engine: EngineConfig, python: str) -> ProcessSpec:

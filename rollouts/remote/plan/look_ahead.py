@@ -4,8 +4,10 @@ meant. Pure: config + facts + code → problems, warnings, a summary."""
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from rollouts.config import Config, RLConfig, SFTConfig
+from rollouts.config.answers import answer_limits
 from rollouts.remote.errors import Problem
 from rollouts.remote.facts import HostFacts
 from rollouts.remote.inputs.data import RowCount
@@ -47,6 +49,7 @@ def ahead_problems(config: Config, facts: HostFacts, code: Code, target: str) ->
     version = [int(part) for part in facts.python_version.split(".")[:2] if part.isdigit()]
     if version <= [*sys.version_info[:2]]:  # else a line that this Python cannot parse may be right there
         yield from code.inputs.syntax
+    yield from _empty_data_problems(config, code)
     yield from _prompt_problems(config, code)
     yield from _rate_problems(config)
 
@@ -64,9 +67,23 @@ def _port_problems(config: Config, facts: HostFacts, target: str) -> Iterator[Pr
             )
 
 
+def _empty_data_problems(config: Config, code: Code) -> Iterator[Problem]:
+    """Data sets of which no row is left to read: the trainer ends at each of them."""
+    read = {"sft_mixture": "sft" in config.stages, "rl_mixture": "rl" in config.stages and config.uses_engine}
+    for name in ("sft_mixture", "rl_mixture", "eval_mixture"):
+        for spec, count in zip(getattr(config.data, name), code.inputs.rows.get(name, ()), strict=False):
+            if count.rows == 0 and read.get(name, True):
+                yield Problem(
+                    f"data.{name}: no row of {spec.name!r} is read.",
+                    found=f"0 rows with start={spec.start}, stop={spec.stop}, step={spec.step}, "
+                    f"max_samples={spec.max_samples}",
+                    fix="put rows into it, correct that selection, or take it out of the mixture",
+                )
+
+
 def _prompt_problems(config: Config, code: Code) -> Iterator[Problem]:
     rl, rows = config.rl, mixture_rows(code, "rl_mixture")
-    if rl is None or not config.uses_engine or rows.count is None or rows.count >= rl.examples_per_step:
+    if rl is None or not config.uses_engine or not rows.count or rows.count >= rl.examples_per_step:
         return
     # A single prompt, taken over and over, is how one checks that a loop can learn at all: that is only said
     if rows.count != 1:
@@ -74,7 +91,7 @@ def _prompt_problems(config: Config, code: Code) -> Iterator[Problem]:
             f"rl.examples_per_step={rl.examples_per_step} is more than data.rl_mixture has.",
             found=f"{'' if rows.exact else 'at most '}{rows.count} prompts",
             needed="a step's prompts, each once",
-            fix=f"set rl.examples_per_step to {rows.count} or less, or add prompts" if rows.count else "add prompts",
+            fix=f"set rl.examples_per_step to {rows.count} or less, or add prompts",
         )
 
 
@@ -88,9 +105,9 @@ def _rate_problems(config: Config) -> Iterator[Problem]:
             if rate >= limit:
                 yield Problem(
                     f"{name}.{field}={getattr(stage, field)} cannot be meant for random weights.",
-                    found=f"model.init='random', optimizer.kind={stage.optimizer.kind!r}, a rate of {rate:g} with "
+                    found=f"model.init='random', {stage.optimizer.kind}, a rate of {rate:g} with "
                     f"init_lr_frac={stage.init_lr_frac}",
-                    needed=f"less than {limit:g}: about 1e-3 for AdamW; 0.02 and 0.2 are for optimizer.kind='muon'",
+                    needed=f"less than {limit:g}: about 1e-3 for AdamW; 0.02 and 0.2 are for Muon",
                     fix="lower the rate, or set init_lr_frac",
                 )
 
@@ -121,12 +138,23 @@ def plan_warnings(config: Config, code: Code) -> Iterator[str]:
         for field, rate in rates.items():
             if stage.optimizer.kind == "adamw" and RANDOM_RATE_HIGH <= rate < RANDOM_RATE_PROBLEM:
                 yield f"{name}.{field}={rate:g} is high for AdamW on random weights: about 1e-3 is usual"
+    random = [name for name, _ in _random_stages(config)]
+    for name in config.stages if config.model.lora is None else ():
+        for field, rate in _adamw_rates(getattr(config, name)).items():
+            if name not in random and rate >= RANDOM_RATE_PROBLEM:
+                yield f"{name}.{field}={rate:g} is very high for AdamW: each weight moves by about that in every step"
     if code.untracked_bytes > UNTRACKED_MB_LARGE * 1e6:
         yield (
             f"{len(code.untracked)} files that git does not track would be sent, {code.untracked_bytes / 1e6:.0f} MB: "
             f"{', '.join(code.untracked[:3])}{', …' if len(code.untracked) > 3 else ''} (git status shows them all; "
             "what is not needed belongs into .gitignore)"
         )
+
+
+def _adamw_rates(stage: SFTConfig | RLConfig | None) -> dict[str, float]:
+    if stage is None or stage.optimizer.kind != "adamw":
+        return {}
+    return {field: getattr(stage, field) * stage.init_lr_frac for field in RATES}
 
 
 # --- in a researcher's words ----------------------------------------------------------------------------------------
@@ -141,26 +169,43 @@ def plan_summary(config: Config, code: Code) -> Iterator[str]:
     if config.data.eval_mixture:
         rows = mixture_rows(code, "eval_mixture")
         yield f"held out: {_rows_words(rows, 'rows')}"
+        yield from (_answers_words(config, stage, rows) for stage in config.stages if answer_limits(config, stage))
     yield _model_words(config, code.inputs.parameters)
 
 
 def _rows_words(rows: Rows, what: str) -> str:
     if rows.count is None:
         return (
-            f"{what} not counted (known for .jsonl files here, and folders of .jsonl or parquet files named by split)"
+            f"{what} not counted (known for .jsonl files here, and folders of .jsonl or parquet files whose names, or "
+            "whose README.md, tell their split)"
         )
-    return f"{'' if rows.exact else 'at most '}{rows.count:,} {what}"
+    return f"{'' if rows.exact else 'at most '}{_count(rows.count, what.removesuffix('s'))}"
+
+
+def _answers_words(config: Config, stage: Literal["sft", "rl"], rows: Rows) -> str:
+    """Say what answering held-out rows without an engine may take."""
+    limits = answer_limits(config, stage)
+    assert limits is not None
+    count = rows.count if limits.rows == -1 else limits.rows
+    which = "all rows" if limits.rows == -1 else f"at most {limits.rows:,} rows"
+    each = f"{1 + limits.samples} answers of" if limits.samples else "an answer of"
+    total = "" if count is None else f", {limits.new_tokens_max(count):,} in all"
+    return (
+        f"{stage} answers in its own process, each time: {which}, {each} at most {limits.new_tokens:,} tokens to each"
+        f"{total}; at most {limits.batch_rows} answers and {limits.batch_tokens:,} tokens at once"
+    )
 
 
 def _sft_words(config: Config, sft: SFTConfig, rows: Rows) -> str:
     per_step, length = sft.target_examples_per_step, config.data.max_length
     epochs = f" x {sft.num_epochs} epoch{'s' if sft.num_epochs > 1 else ''}"
     if sft.num_iterations != -1:
-        steps = f"{sft.num_iterations:,} steps (sft.num_iterations)"
+        steps = f"{_count(sft.num_iterations, 'step')} (sft.num_iterations)"
     elif rows.count is None:
         steps = f"rows{epochs} / {per_step} steps"
     else:
-        steps = f"about {max(1, rows.count * sft.num_epochs // per_step):,} steps (rows that are too long are left out)"
+        whole = rows.count * sft.num_epochs // per_step
+        steps = f"about {_count(max(1, whole), 'step')} (rows that are too long are left out)"
     return (
         f"sft: {_rows_words(rows, 'rows')}{epochs if sft.num_iterations == -1 else ''}, {per_step} a step"
         f" (at most {per_step * length:,} tokens): {steps}"
@@ -169,7 +214,7 @@ def _sft_words(config: Config, sft: SFTConfig, rows: Rows) -> str:
 
 def _rl_words(config: Config, rl: RLConfig, rows: Rows) -> str:
     if not config.uses_engine:
-        return f"rl: the steps recorded in {rl.source} x {rl.num_epochs}"
+        return f"rl: the steps recorded in {rl.sampling.source} x {rl.num_epochs}"
     samples = rl.examples_per_step * rl.num_samples
     epochs = f" x {rl.num_epochs} epoch{'s' if rl.num_epochs > 1 else ''}"
     tokens = rl.agent.tokens_max if rl.agent is not None else rl.max_new_tokens
@@ -179,10 +224,10 @@ def _rl_words(config: Config, rl: RLConfig, rows: Rows) -> str:
     steps = max(1, rows.count * rl.num_epochs // rl.examples_per_step)
     at_most = "" if rows.exact else "at most "
     left = rows.count * rl.num_epochs - steps * rl.examples_per_step
-    rest = f"; the last {left} of these prompts fill no step" if rows.exact and left > 0 else ""
+    rest = f"; {_count(left, 'prompt')} at the end fill no step" if rows.exact and left > 0 else ""
     return (
-        f"rl: {_rows_words(rows, 'prompts')}{epochs}, {a_step}: {at_most}{steps:,} steps, "
-        f"{at_most}{steps * samples:,} samples{rest}"
+        f"rl: {_rows_words(rows, 'prompts')}{epochs}, {a_step}: {at_most}{_count(steps, 'step')}, "
+        f"{at_most}{_count(steps * samples, 'sample')}{rest}"
     )
 
 
@@ -200,6 +245,10 @@ def _model_words(config: Config, parameters: int | None) -> str:
         f"{words}; with gradients and optimizer state {at_most}{_bytes(parameters * BYTES_FLOAT32 * 4)}{sharded}, "
         f"activations apart; a checkpoint takes {at_most}{_bytes(parameters * BYTES_FLOAT32 * 3)}"
     )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _short(count: int) -> str:

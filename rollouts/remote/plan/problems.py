@@ -1,8 +1,10 @@
 """Every reason why a run cannot start on its host. Pure: config + facts + code → problems."""
 
 import os
+import shlex
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 from rollouts.config import Config
 from rollouts.remote.errors import Problem
@@ -67,9 +69,16 @@ def _run_problems(config: Config, facts: HostFacts, target: str, run_id: str) ->
         if row["live"] and row["experiment_name"] == name and row["run_id"] != run_id:
             yield Problem(
                 f"a run of experiment {name!r} is live on {target}.",
-                found=f"{row['run_id']}, {row['state']}, stage {row['stage']}, step {row['step']}",
-                fix=f"wait for it, `deploy stop {row['run_id']}`, or set another output.experiment_name",
+                found=f"{row['run_id']}, {row['state']}, stage {row['stage']}, step {row['step']}"
+                + (f", on {row['host']}, which shares this home" if row["host"] else ""),
+                fix=f"wait for it, `{_stop(row)}`, or set another output.experiment_name",
             )
+
+
+def _stop(row: dict[str, Any]) -> str:
+    """The command that ends a run, on the machine that it is on."""
+    on = f" --remote {shlex.quote(row['host'])}" if row["host"] else ""
+    return f"deploy stop {row['run_id']}{on}"
 
 
 def _tool_problems(config: Config, facts: HostFacts, target: str) -> Iterator[Problem]:
@@ -103,9 +112,10 @@ def _room_problems(config: Config, facts: HostFacts, target: str) -> Iterator[Pr
     for port in facts.ports_in_use:
         routes = config.engine is not None and port == config.engine.router_port
         field = "router_port" if routes else "sglang_port"
+        holders = [row["run_id"] for row in facts.runs if row["live"] and port in (row.get("ports") or [])]
         yield Problem(
             f"{target}: port {port} is in use.",
-            found=f"something listens on {port} there",
+            found=f"the live run {holders[0]} has it" if holders else f"something listens on {port} there",
             needed=f"engine.router_port={port}, for the router" if routes else _ports_wanted(config),
             fix=f"set another engine.{field}, or end what listens there",
         )
@@ -171,7 +181,7 @@ def _lock_problems(config: Config, code: Code) -> Iterator[Problem]:
         yield Problem(
             f"{field} lists no package.",
             needed="a lock of the engine's whole environment",
-            fix="name another; with engine.kind='embedded' None runs it in the trainer's environment",
+            fix="name another; with engine=Embedded(...) None runs it in the trainer's environment",
         )
     elif engine.kind != "embedded" and not any(engine.kind in line.lower() for line in requirements):
         yield Problem(

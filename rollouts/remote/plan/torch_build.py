@@ -24,7 +24,7 @@ TRAINER_PYTHON_MIN = (3, 11)  # requires-python of pyproject.toml
 # The Pythons for which the locks' packages have wheels: outlines-core has none for newer ones.
 ENGINE_PYTHONS = {"sglang": ((3, 11), (3, 12)), "vllm": ((3, 11), (3, 12))}
 MADE_PYTHON = "3.11"  # what is installed where the host has none that fits: the one that the locks were resolved for
-SHARED_BY = ("broadcast", "tensor")  # ways of engine.weight_sync that need one torch on both sides
+SHARED_BY = ("broadcast", "tensor")  # kinds of engine.weight_sync that need one torch on both sides
 
 
 @dataclass(frozen=True)
@@ -142,24 +142,29 @@ def _build_problems(config: Config, facts: HostFacts, build: TorchBuild, target:
 
 def _shared_torch_problems(config: Config, code: Code, build: TorchBuild, pinned: str) -> Iterator[Problem]:
     engine = config.engine
-    if engine is None or not config.uses_engine or engine.weight_sync not in SHARED_BY or not code.engine_requirements:
+    if (
+        engine is None
+        or not config.uses_engine
+        or engine.weight_sync.kind not in SHARED_BY
+        or not code.engine_requirements
+    ):
         return
     lines = code.engine_requirements.splitlines()
     theirs, cuda = pinned_torch(lines), lock_cuda(lines)
     if theirs and _release(theirs) != _release(pinned):
         yield Problem(
-            f"trainer and engine would have different versions of torch, and weight_sync={engine.weight_sync!r}.",
+            f"trainer and engine would have different versions of torch, and weight_sync={engine.weight_sync.kind!r}.",
             found=f"trainer: {pinned or 'whatever is newest, host.constraints_file pins none'};"
             f" engine: {theirs}, by {engine.requirements_file}",
             needed="the same torch: they share a communicator or memory",
-            fix="name host.constraints_file='requirements/trainer-cuda.txt', or set weight_sync='disk'",
+            fix="name host.constraints_file='requirements/trainer-cuda.txt', or set weight_sync=DiskSync(...)",
         )
     elif cuda and build.build.startswith("cu") and build.build[:4] != cuda:
         yield Problem(
-            f"trainer and engine would have different CUDAs, and weight_sync={engine.weight_sync!r}.",
+            f"trainer and engine would have different CUDAs, and weight_sync={engine.weight_sync.kind!r}.",
             found=f"trainer: {build.build} ({build.reason}); engine: {cuda}, by {engine.requirements_file}",
             needed="the same CUDA and NCCL: they share a communicator or memory",
-            fix="update the NVIDIA driver there, or set weight_sync='disk' with an engine that the driver runs",
+            fix="update the NVIDIA driver there, or set weight_sync=DiskSync(...) with an engine that the driver runs",
         )
 
 

@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor
 
 from rollouts.training import checkpoint, distributed
 from rollouts.training.backends.pytorch import PyTorchTrainingBackend
+from rollouts.training.compiled_layers import layers_of
 from rollouts.training.forward import Layout
 from rollouts.training.log_probs import TokenLogProbs
 from rollouts.training.rl_losses import Logits
@@ -233,8 +234,7 @@ def _mesh(config: FSDPConfig, device_type: str) -> DeviceMesh:
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
-    names = set(getattr(model, "_no_split_modules", None) or ())
-    layers = [module for module in model.modules() if type(module).__name__ in names]
+    layers = layers_of(model)
     if not layers:
         raise ValueError(
             f"{type(model).__name__} does not say which of its modules are layers (_no_split_modules), so it cannot be "

@@ -26,10 +26,11 @@ from rollouts.training import checkpoint, distributed, forward, optimizer_state
 from rollouts.training.backends.compute_copies import ComputeCopies, hold_in, use_copies
 from rollouts.training.backends.futures import BackendFailedError, ThreadFuture, Worker
 from rollouts.training.checkpoint import Retention
-from rollouts.training.devices import set_current
+from rollouts.training.devices import give_cache_back, set_current
 from rollouts.training.forward import Layout
 from rollouts.training.host_memory import keep_freed_memory
 from rollouts.training.host_to_device import to_device
+from rollouts.training.known_gradients import known_gradient
 from rollouts.training.reference import Reference
 from rollouts.training.rl_losses import (
     STATISTICS,
@@ -40,6 +41,7 @@ from rollouts.training.rl_losses import (
     token_log_probs,
     trained_tokens,
 )
+from rollouts.training.seams import Tokenizer
 from rollouts.training.value_head import ValueHead
 
 __all__ = ["BackendFailedError", "PyTorchTrainingBackend"]
@@ -74,7 +76,7 @@ class PyTorchTrainingBackend:
         checkpoint_dir: Path | str,
         device: torch.device | str = "cpu",
         *,
-        tokenizer: Any | None = None,
+        tokenizer: Tokenizer | None = None,
         max_grad_norm: float = 1.0,
         lr_schedule: Callable[[int], float] | None = None,
         compute_dtype: str = "float32",
@@ -173,6 +175,10 @@ class PyTorchTrainingBackend:
         """`function(model)`, in turn with other work and with parameters sharded as at rest; every rank calls it."""
         return self._worker.submit("on_model", self._on_model, function)
 
+    def give_cache_back(self) -> ThreadFuture[None]:
+        """Return the device memory that is kept and not used, in turn with other work. One rank may call it alone."""
+        return self._worker.submit("give_cache_back", give_cache_back, self.device)
+
     @contextmanager
     def computing(self) -> Iterator[None]:
         """Have the model compute as in training, for a caller that runs it by itself; no work may be in flight."""
@@ -263,13 +269,13 @@ class PyTorchTrainingBackend:
         if announced:
             return {}
         norm = _total_norm([p.grad for p in self._parameters() if p.grad is not None])
-        grad_norm, loss_value, *statistics = self._read(norm, found)
+        grad_norm, loss_value, *statistics = self._read([norm], found)
         named = dict(zip(self._statistics, statistics, strict=False))
         return {"loss": loss_value, "grad_norm": grad_norm, **(_means(named) if named else {})}
 
-    def _read(self, norm: Tensor, sums: Tensor) -> list[float]:
-        """Both, in one wait for the device."""
-        return torch.cat([norm.detach().to(self.device, torch.float64).reshape(1), sums]).tolist()
+    def _read(self, norms: list[Tensor], sums: Tensor) -> list[float]:
+        """All of them, in one wait for the device."""
+        return torch.cat([*(norm.detach().to(self.device, torch.float64).reshape(1) for norm in norms), sums]).tolist()
 
     def _optim_step(self) -> dict[str, float]:
         parameters = self._parameters()
@@ -278,8 +284,11 @@ class PyTorchTrainingBackend:
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [p.grad for p in parameters if p.grad is not None]
         self._sum_over_ranks(gradients)
-        norm = _total_norm(gradients)
-        grad_norm, *totals = self._read(norm, self._totals)
+        norms = [_total_norm(gradients)]
+        if self._value_head is not None:
+            norms.append(self._value_head.gradient_norm())
+        numbers = self._read(norms, self._totals)
+        (grad_norm, *value_norm), totals = numbers[: len(norms)], numbers[len(norms) :]
         micro_batches, loss, *statistics = distributed.all_reduce_floats([self._micro_batches, *totals])
         if not micro_batches:
             raise ValueError("optim_step: no forward_backward since the last one, so there is nothing to apply")
@@ -288,7 +297,12 @@ class PyTorchTrainingBackend:
                 f"grad_norm={grad_norm} at step {self.step + 1} (loss={loss}): not applied. Lower the "
                 "learning rate, or look at this step's batch and at the sampler's log-probs."
             )
-        torch.nn.utils.clip_grads_with_norm_(parameters, self._max_grad_norm, norm)
+        if not all(map(math.isfinite, value_norm)):
+            raise FloatingPointError(
+                f"grad_norm={value_norm[0]} of the value head at step {self.step + 1} (loss={loss}): not applied. "
+                "Lower its learning rate, or look at this step's rewards and returns."
+            )
+        torch.nn.utils.clip_grads_with_norm_(parameters, self._max_grad_norm, norms[0])
         factor = self._lr_schedule(self.step) if self._lr_schedule else 1.0
         for group, base_lr in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
             group["lr"] = base_lr * factor
@@ -296,7 +310,7 @@ class PyTorchTrainingBackend:
         self._weights_changed()
         self.optimizer.zero_grad(set_to_none=True)
         if self._value_head is not None:
-            self._value_head.step(factor, self._max_grad_norm)
+            self._value_head.step(factor, self._max_grad_norm, norms[1])
         self.step += 1
         self._start_over()
         first = {"step": self.step, "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": grad_norm}
@@ -452,8 +466,11 @@ class PyTorchTrainingBackend:
         is_rl = "advantages" in inputs
         with self._computing(model), self._autocasting(model):
             if layout is not None and layout.packed is not None and forward.packs(model):
-                head = self._value_head if model is self.model else None
-                return forward.token_log_probs(model, inputs, with_entropy=is_rl, value_head=head, layout=layout)
+                options: dict[str, Any] = {"with_entropy": is_rl, "layout": layout}
+                if model is self.model:
+                    options["value_head"] = self._value_head
+                    options["known_gradient"] = None if is_rl else known_gradient(self._loss_fn, inputs)
+                return forward.token_log_probs(model, inputs, **options)
             logits = forward.padded_logits(model, inputs)
         if layout is None:
             return logits

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rollouts.training import forward
 from rollouts.training.backends.pytorch import PyTorchTrainingBackend
+from rollouts.training.compiled_layers import compile_layers
 from rollouts.training.lora import LoraSettings, apply_lora
 from rollouts.training.model_loading import enable_activation_checkpointing, load_model, load_tokenizer
 from rollouts.training.optim import MuonSettings, build_optimizer
@@ -60,7 +60,7 @@ def create_pytorch_backend(
     if activation_checkpointing:
         enable_activation_checkpointing(model)
     if compile_model:
-        forward.body(model).compile(dynamic=True)
+        compile_layers(model)
     built = build_optimizer(
         model,
         kind=optimizer,

@@ -20,6 +20,7 @@ from rollouts.training.datasets.lost_text import refuse_lost_context
 from rollouts.training.datasets.plain import NotPlain, to_plain
 from rollouts.training.datasets.rows import DataError
 from rollouts.training.datasets.turn_end import TurnEnds
+from rollouts.training.seams import Tokenizer
 
 __all__ = [
     "Conversation",
@@ -40,7 +41,7 @@ class Rendering:
     turns: tuple[int, ...]
 
 
-def render_prompt(tokenizer: Any, prompt: str | dict[str, Any]) -> list[int]:
+def render_prompt(tokenizer: Tokenizer, prompt: str | dict[str, Any]) -> list[int]:
     """Token ids of a prompt up to where the assistant begins. A bare string is one user message.
 
     A row's "tools" are offered to the model. Raises DataError where there is no template, it refuses the messages, or
@@ -49,13 +50,13 @@ def render_prompt(tokenizer: Any, prompt: str | dict[str, Any]) -> list[int]:
     return render_prompts(tokenizer, [(prompt, "prompt")])[0]
 
 
-def render_prompts(tokenizer: Any, prompts: Sequence[tuple[str | dict[str, Any], str]]) -> list[list[int]]:
+def render_prompts(tokenizer: Tokenizer, prompts: Sequence[tuple[str | dict[str, Any], str]]) -> list[list[int]]:
     """`render_prompt` of each (prompt, where), all tokenized in one call; errors name the row by its `where`."""
     texts = [_prompt_text(tokenizer, prompt, where) for prompt, where in prompts]
     return [ids for ids, _ in _encode(tokenizer, texts)] if texts else []
 
 
-def _prompt_text(tokenizer: Any, prompt: str | dict[str, Any], where: str) -> str:
+def _prompt_text(tokenizer: Tokenizer, prompt: str | dict[str, Any], where: str) -> str:
     row = {"messages": [{"role": "user", "content": prompt}]} if isinstance(prompt, str) else prompt
     template = ChatTemplate(tokenizer, row.get("tools"), where)
     messages = clean_messages(row.get("messages"), where)
@@ -66,13 +67,13 @@ def _prompt_text(tokenizer: Any, prompt: str | dict[str, Any], where: str) -> st
 
 
 def render_conversation(
-    tokenizer: Any, messages: Sequence[Message], where: str, *, tools: Any = None
+    tokenizer: Tokenizer, messages: Sequence[Message], where: str, *, tools: Any = None
 ) -> list[Rendering]:
     """One conversation: see `render_conversations`."""
     return render_conversations(tokenizer, [Conversation(messages, where, tools)])[0]
 
 
-def render_conversations(tokenizer: Any, conversations: Sequence[Conversation]) -> list[list[Rendering]]:
+def render_conversations(tokenizer: Tokenizer, conversations: Sequence[Conversation]) -> list[list[Rendering]]:
     """Token ids and masks of each conversation; all are tokenized in one call, each text once.
 
     The last rendering of a conversation is `tokenizer.apply_chat_template` of all of it. Earlier ones come only where
@@ -105,7 +106,7 @@ def refuse_half_characters(text: str, where: str) -> None:
         raise DataError(f"{where}: {error}") from None
 
 
-def _encode(tokenizer: Any, texts: list[str]) -> list[tuple[list[int], list[int] | None]]:
+def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[tuple[list[int], list[int] | None]]:
     """Exactly the ids that `apply_chat_template(tokenize=True)` makes of these texts, and where each token ends.
 
     An end is the character after the token's last; None where the tokenizer does not tell.
@@ -122,7 +123,7 @@ def _encode(tokenizer: Any, texts: list[str]) -> list[tuple[list[int], list[int]
 class _Masker:
     """Finds the tokens of a piece's spans."""
 
-    tokenizer: Any
+    tokenizer: Tokenizer
     turn_ends: TurnEnds
     where: str
     piece: Piece

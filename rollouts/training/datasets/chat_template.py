@@ -16,6 +16,7 @@ from rollouts.training.datasets.lost_text import refuse_lost_context, refuse_los
 from rollouts.training.datasets.message_keys import TRAIN_KEYS, untrained
 from rollouts.training.datasets.plain import NotPlain, parse_json
 from rollouts.training.datasets.rows import DataError
+from rollouts.training.seams import Tokenizer
 
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 Message = dict[str, Any]
@@ -48,7 +49,7 @@ class Piece:
     marked: bool  # spans come from {% generation %} markers, which may end before the end-of-turn token
 
 
-def split_conversation(tokenizer: Any, conversation: Conversation) -> list[Piece]:
+def split_conversation(tokenizer: Tokenizer, conversation: Conversation) -> list[Piece]:
     """The pieces that train each assistant turn once, in order; one piece wherever the prefixes nest.
 
     Without an assistant turn: one piece with no turns. Raises DataError naming the row where the template refuses the
@@ -83,7 +84,7 @@ class Rendered:
 class ChatTemplate:
     """A tokenizer's template, with the tools of one row; errors name the row by `where`."""
 
-    def __init__(self, tokenizer: Any, tools: Any, where: str) -> None:
+    def __init__(self, tokenizer: Tokenizer, tools: Any, where: str) -> None:
         self.tools = _check_tools(tools, where)
         try:
             self._template = tokenizer.get_chat_template(tools=self.tools)
@@ -212,7 +213,7 @@ def _check_tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
 
 def _clean(message: Message, where: str) -> Message:
     untrained(message, where)  # raises for a value that it does not know
-    clean = {key: value for key, value in message.items() if value is not None and key not in TRAIN_KEYS}
+    clean = {key: value for key, value in message.items() if value is not None and key.lower() not in TRAIN_KEYS}
     if clean.get("tool_calls"):
         clean["tool_calls"] = [_clean_call(call, where) for call in clean["tool_calls"]]
     return clean

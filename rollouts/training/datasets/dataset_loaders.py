@@ -19,6 +19,7 @@ from rollouts.training.datasets.rows import DataError, Row, read_rows
 from rollouts.training.datasets.selection import Selection
 from rollouts.training.datasets.sft import build_sft_samples
 from rollouts.training.datasets.spelling import spelling_rows
+from rollouts.training.seams import Tokenizer
 from rollouts.training.types import Prompt, Sample
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class DatasetEntry:
 def load_sft_dataset(
     name: str,
     *,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     split: str = "train",
     subset: str | None = None,
     max_samples: int = -1,
@@ -93,7 +94,7 @@ def load_sft_dataset(
 
 
 def load_sft_mixture(
-    specs: Sequence[MixtureSpec], *, tokenizer: Any, max_length: int, seed: int | None, num_workers: int = 0
+    specs: Sequence[MixtureSpec], *, tokenizer: Tokenizer, max_length: int, seed: int | None, num_workers: int = 0
 ) -> tuple[list[Sample], SFTReport]:
     """All SFT samples of a mixture and the report over all of it (a repeated row counts each time).
 
@@ -119,7 +120,7 @@ def load_fitting_prompts(
     specs: Sequence[MixtureSpec],
     *,
     seed: int,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     tokens_max: int = -1,
     tools: Any = OWN_TOOLS,
     row_problem: Callable[[Prompt], str | None] | None = None,

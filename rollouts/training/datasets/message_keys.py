@@ -5,8 +5,21 @@ from typing import Any
 
 from rollouts.training.datasets.rows import DataError
 
-TRAIN_KEYS = ("weight", "train", "training", "trainable", "loss")  # 0 or 1, false or true
-_REFUSED = ("loss_weight", "loss_mask", "mask", "masked", "train_detail", "training_detail")  # would change the loss
+TRAIN_KEYS = (
+    "weight",
+    "train",
+    "training",
+    "trainable",
+    "loss",
+    "do_train",
+    "train_on",
+    "is_trainable",
+    "learn",
+)  # 0, 1
+_REFUSED = (  # would change the loss
+    *("loss_weight", "loss_mask", "mask", "masked", "is_masked", "train_detail", "training_detail", "train_on_turn"),
+    *("ignore", "ignored", "ignore_loss", "no_loss", "skip", "skip_loss", "exclude", "excluded"),
+)
 THINKING_KEYS = ("reasoning_content", "thinking", "reasoning")
 WEIGHT_0 = "marked as not to be trained"
 EMPTY = "empty"
@@ -18,14 +31,15 @@ def untrained(message: Mapping[str, Any], where: str) -> str | None:
     Raises DataError, naming `where`, for keys and values that would change the loss in a way that is not known here,
     and for a message of another role that asks to be trained.
     """
-    said = {key: message[key] for key in TRAIN_KEYS if message.get(key) is not None}
+    named = {key.lower(): value for key, value in message.items() if isinstance(key, str) and value is not None}
+    said = {key: named[key] for key in TRAIN_KEYS if key in named}
     values = {_switch(key, value, where) for key, value in said.items()}
     if len(values) > 1:
         raise DataError(f"{where} has {said}, which contradict each other; needs one of them")
     for key in _REFUSED:
-        if message.get(key) is not None:
+        if key in named:
             raise DataError(
-                f"{where}.{key}={message[key]!r} would change what is trained, and is not known here. Fix: "
+                f"{where}.{key}={named[key]!r} would change what is trained, and is not known here. Fix: "
                 "'weight': 0 or 1 on an assistant's message, or leave the key out"
             )
     if message.get("role") != "assistant":

@@ -76,8 +76,8 @@ def _plain_of_other(value: Any, place: tuple[str | int, ...], depth: int) -> Any
         return value.isoformat()
     if isinstance(value, datetime.timedelta):
         return value.total_seconds()
-    if isinstance(value, Decimal):
-        return format(value, "f")
+    if isinstance(value, Decimal):  # a whole number as such: an answer 72.00 is "72"
+        return format(value.to_integral_value() if value == value.to_integral_value() else value, "f")
     if isinstance(value, UUID):
         return str(value)
     if type(value).__module__ == "numpy" and hasattr(value, "tolist"):

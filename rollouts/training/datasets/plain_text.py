@@ -2,14 +2,14 @@
 tokenizer it is given."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from rollouts.training.datasets.examples import Example
 from rollouts.training.datasets.rows import DataError
+from rollouts.training.seams import Tokenizer
 from rollouts.training.types import Sample
 
 
-def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """Ids of each text with whatever the tokenizer puts before it, and one EOS at its end; [] for a blank text."""
     eos = tokenizer.eos_token_id
     if eos is None:

@@ -9,6 +9,7 @@ from rollouts.training.datasets.lost_text import LostTool
 from rollouts.training.datasets.report import PromptReport
 from rollouts.training.datasets.rows import DataError
 from rollouts.training.datasets.turn_end import end_of_turn_ids, template_end_ids
+from rollouts.training.seams import Tokenizer
 from rollouts.training.types import Prompt
 
 PROMPTS_PER_CALL = 256  # tokenized together
@@ -17,7 +18,7 @@ OWN_TOOLS: list[dict[str, Any]] = []  # as `tools`: what each row offers
 
 def fitting_prompts(
     examples: Sequence[Example],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     tokens_max: int = -1,
     tools: Any = OWN_TOOLS,
@@ -62,7 +63,7 @@ def fitting_prompts(
     return kept, report
 
 
-def _measures(examples: dict[int, Example], tokenizer: Any, tools: Any) -> dict[int, tuple[int, int]]:
+def _measures(examples: dict[int, Example], tokenizer: Tokenizer, tools: Any) -> dict[int, tuple[int, int]]:
     """(tokens, largest token id) of each distinct example's prompt; a repeated one is rendered once."""
     items = list(examples.items())
     found = {}

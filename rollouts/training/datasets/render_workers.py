@@ -8,13 +8,14 @@ from multiprocessing import get_context
 from typing import Any
 
 from rollouts.training.datasets.chat import Conversation, Rendering, render_conversations
+from rollouts.training.seams import Tokenizer
 
 CHUNKS_PER_WORKER = 2  # under way: one is rendered, the next is there when it is done
 _kept: dict[str, Any] = {}  # by a worker process, for all its chunks
 
 
 def render_chunks(
-    tokenizer: Any, chunks: Iterable[Sequence[Conversation]], *, num_workers: int
+    tokenizer: Tokenizer, chunks: Iterable[Sequence[Conversation]], *, num_workers: int
 ) -> Iterator[list[list[Rendering]]]:
     """`render_conversations` of each chunk, in order; with 0 workers in this process.
 
@@ -38,7 +39,7 @@ def render_chunks(
         pool.shutdown(cancel_futures=True)
 
 
-def _start(tokenizer: Any) -> None:
+def _start(tokenizer: Tokenizer) -> None:
     _kept["tokenizer"] = tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
 

@@ -212,6 +212,10 @@ def _errors_named(name: str, split: str, subset: str | None) -> Iterator[None]:
         kind, fix = "hub data set", "check the name, split, subset, network, HF_TOKEN (no directory here has that name)"
         if Path(name).is_dir():
             kind, fix = "directory", "check split and subset"
+            if "load_from_disk" in str(error):
+                fix = "write it with to_parquet or to_json, into files that are named after their split"
+            elif "Arrow type" in str(error):
+                fix = "leave the column of that type out, or store it as text"
         elif config.HF_HUB_OFFLINE:
             fix = "fetch it once without HF_DATASETS_OFFLINE and HF_HUB_OFFLINE, or name a local directory"
         reason = _reason(error)[:600]

@@ -10,6 +10,7 @@ from rollouts.training.datasets.plain_text import encode_texts, text_samples
 from rollouts.training.datasets.render_workers import render_chunks
 from rollouts.training.datasets.report import SFTReport
 from rollouts.training.datasets.rows import DataError
+from rollouts.training.seams import Tokenizer
 from rollouts.training.types import Sample
 
 __all__ = ["SFTReport", "build_sft_samples"]
@@ -17,7 +18,7 @@ EXAMPLES_PER_CALL = 256  # rendered together: the tokenizer works on them in par
 
 
 def build_sft_samples(
-    examples: Iterable[Example], tokenizer: Any, *, max_length: int, num_workers: int = 0
+    examples: Iterable[Example], tokenizer: Tokenizer, *, max_length: int, num_workers: int = 0
 ) -> tuple[list[Sample], SFTReport]:
     """Samples with tokens and mask, in the order of the examples; `max_length` in tokens, -1 for no limit.
 
@@ -47,7 +48,7 @@ def build_sft_samples(
     return samples, report
 
 
-def _rendered(examples: Iterable[Example], tokenizer: Any, num_workers: int) -> Iterator[tuple[Example, Any]]:
+def _rendered(examples: Iterable[Example], tokenizer: Tokenizer, num_workers: int) -> Iterator[tuple[Example, Any]]:
     """Each example with a conversation's list of Renderings, or a plain text's token ids."""
     remaining = iter(examples)
     chunks, again = itertools.tee(iter(lambda: list(itertools.islice(remaining, EXAMPLES_PER_CALL)), []))

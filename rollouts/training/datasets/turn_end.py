@@ -13,6 +13,7 @@ from typing import Any
 
 from rollouts.training.datasets.chat_template import ChatTemplate
 from rollouts.training.datasets.rows import DataError
+from rollouts.training.seams import Tokenizer
 
 _WORD, _NAME = "Zqxjword", "zqxj_tool"  # in no template
 _TOOL = {
@@ -31,7 +32,7 @@ _CALLED = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
 _CONFIG_FILES = ("generation_config.json", "config.json")
 
 
-def end_of_turn_ids(tokenizer: Any, model: Any = None) -> list[int]:
+def end_of_turn_ids(tokenizer: Tokenizer, model: Any = None) -> list[int]:
     """Every token that ends an assistant's turn: the tokenizer's eos_token first, then the others by id.
 
     Those of the tokenizer, of the chat template (after text, and after a tool call where that is another), and of the
@@ -48,12 +49,12 @@ def end_of_turn_ids(tokenizer: Any, model: Any = None) -> list[int]:
 class TurnEnds:
     """Finds where turns end in token ids."""
 
-    tokenizer: Any
+    tokenizer: Tokenizer
     ids: frozenset[int]  # the tokens that end a turn
     specials: frozenset[int]  # those, and all that no text holds
 
     @classmethod
-    def of(cls, tokenizer: Any) -> "TurnEnds":
+    def of(cls, tokenizer: Tokenizer) -> "TurnEnds":
         ids = frozenset(end_of_turn_ids(tokenizer))
         return cls(tokenizer, ids, ids | _special_ids(tokenizer))
 
@@ -77,13 +78,13 @@ class TurnEnds:
         return bool(self.tokenizer.decode(list(ids)).strip())
 
 
-def _special_ids(tokenizer: Any) -> frozenset[int]:
+def _special_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """ "</tool_call>" is an added token too, but not special: no turn ends there."""
     added = tokenizer.added_tokens_decoder
     return frozenset({*tokenizer.all_special_ids, *(index for index, token in added.items() if token.special)})
 
 
-def template_end_ids(tokenizer: Any, named: Set[int] = frozenset()) -> set[int]:
+def template_end_ids(tokenizer: Tokenizer, named: Set[int] = frozenset()) -> set[int]:
     """The tokens that the chat template writes after an answer and after a tool call; empty where it writes none.
 
     `named`: tokens that end turns by other sources, special or not.
@@ -104,7 +105,7 @@ def template_end_ids(tokenizer: Any, named: Set[int] = frozenset()) -> set[int]:
     return found
 
 
-def _rendered(tokenizer: Any, messages: list[dict[str, Any]], tools: Any) -> str | None:
+def _rendered(tokenizer: Tokenizer, messages: list[dict[str, Any]], tools: Any) -> str | None:
     """The template's text of a conversation; None where there is no template, or it refuses such conversations."""
     try:
         return ChatTemplate(tokenizer, tools, "").render([messages])[0].text

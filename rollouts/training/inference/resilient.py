@@ -84,6 +84,7 @@ class ResilientEngine:
         self.peers: Sequence[ResilientEngine] = ()
         self.router: Router | None = None
         self._on_recovered = on_recovered
+        self._on_lost: Callable[[], object] | None = None
         self._is_up = True
         self._recoveries = 0
         self._give: Give | None = None  # of the newest of the versions
@@ -167,7 +168,7 @@ class ResilientEngine:
                 if not left:
                     raise
                 logger.warning("%s; the request is run again, at most %d more times", error, left)
-                engine._is_up = engine._is_up and engine._recoveries != recoveries
+                engine._is_lost_since(recoveries)
                 if here or not any(one._is_up for one in (self, *self.peers)):
                     await engine._recover(recoveries, str(error))
         raise AssertionError("the last round returns or raises")
@@ -256,7 +257,7 @@ class ResilientEngine:
             with anyio.fail_after(REJOIN_TIMEOUT_S):
                 served = await self._served_version()
         except (EngineLost, TimeoutError):
-            self._is_up = self._is_up and self._recoveries != recoveries
+            self._is_lost_since(recoveries)
             return
         if self._versions and served not in self._versions[self._settled :]:
             await self._recover(recoveries, reason)
@@ -308,7 +309,7 @@ class ResilientEngine:
         """Within `receiving`: wait for an engine that was lost, and give it the weights. Raises any other `error`."""
         if not self.reruns_max or not (_is_lost(error) or await self._began_anew()):
             raise error
-        self._is_up = False
+        self._is_lost_since(self._recoveries)
         logger.warning("%s; the weights are sent again", error)
         return await self._bring_back(str(error), again=True)
 
@@ -317,6 +318,17 @@ class ResilientEngine:
         self._give = give
 
     # --- recovery -----------------------------------------------------------------------------------------------------
+
+    def when_lost(self, act: Callable[[], object]) -> None:
+        """From now on call `act` each time the engine is found lost, before it is waited for: it starts meanwhile."""
+        self._on_lost = act
+
+    def _is_lost_since(self, recoveries: int) -> None:
+        """What failed was asked after so many recoveries: the engine is down, unless it has come back meanwhile."""
+        if self._is_up and self._recoveries == recoveries:
+            self._is_up = False
+            if self._on_lost is not None:
+                self._on_lost()
 
     async def _recover(self, recoveries: int, reason: str) -> None:
         """Bring the engine back, once for all requests that saw it fail."""

@@ -9,6 +9,8 @@ from typing import Any
 from rollouts.training import distributed
 from rollouts.training.backends.protocol import TrainFuture, TrainingBackend
 from rollouts.training.loops.batching import split_batch
+from rollouts.training.metrics import MetricsLogger
+from rollouts.training.types import RLTrainingConfig, SFTTrainingConfig
 
 logger = logging.getLogger(__name__)
 EvalFn = Callable[[int], Mapping[str, float] | Awaitable[Mapping[str, float] | None] | None]
@@ -21,8 +23,20 @@ class StepsError(ValueError):
 
 
 def check_steps(num_steps: int, first: int = 0, **sizes: int | None) -> None:
-    """Raise StepsError unless steps are left after `first`, and each of `sizes` that is not None is at least 1."""
-    problems = [f"{name}={size}: needs >= 1" for name, size in sizes.items() if size is not None and size < 1]
+    """Raise StepsError unless steps are left after `first`, and each of `sizes` that is not None is at least 1.
+
+    Of those named "…_every" -1 is allowed too: only after the last step.
+    """
+    whole = {"num_steps": num_steps, **sizes}
+    problems = [f"{name}={size!r}: needs a whole number" for name, size in whole.items() if type(size) in (bool, float)]
+    if problems:
+        raise StepsError("; ".join(problems))
+    last_alone = {name for name, size in sizes.items() if name.endswith("_every") and name != "sync_every"}
+    problems = [
+        f"{name}={size}: needs >= 1{', or -1: only after the last step' if name in last_alone else ''}"
+        for name, size in sizes.items()
+        if size is not None and size < 1 and not (size == -1 and name in last_alone)
+    ]
     if num_steps < 1:
         problems.append(f"num_steps={num_steps}: needs >= 1, or nothing is done")
     elif first >= num_steps:
@@ -127,6 +141,46 @@ class Checkpoints:
     async def _report(self, path: Path, step: int) -> None:
         if self._on_checkpoint is not None and distributed.rank() == 0:
             await call(self._on_checkpoint, path, step)
+
+
+def log_step(
+    history: list[dict[str, float]], metrics_logger: MetricsLogger | None, step: int, metrics: dict[str, float]
+) -> None:
+    """Keep the metrics of `step`, and log them on rank 0."""
+    history.append(metrics)
+    if metrics_logger is not None and distributed.rank() == 0:
+        metrics_logger.log(metrics, step=step)
+
+
+async def finish_step(
+    step: int,
+    metrics: dict[str, Any],
+    config: SFTTrainingConfig | RLTrainingConfig,
+    checkpoints: Checkpoints,
+    extra: Callable[[], dict[str, Any]],
+    *,
+    eval_fn: EvalFn | None,
+    eval_every: int,
+    log: Callable[[dict[str, Any]], None],
+) -> None:
+    """Evaluate, log and save after `step`, each where it is due; what was evaluated is added to `metrics`.
+
+    A checkpoint holds its step's evaluation, so it comes last. Not so the stage's last one: it is complete before the
+    evaluation begins, which may need more memory or time than there is, and all of the training would go with it.
+    """
+    last = step == config.num_steps
+    if last:
+        await checkpoints.save(step, metrics, extra=extra())
+        await checkpoints.finish()
+    try:
+        if eval_fn is not None and due(step, eval_every, config.num_steps):
+            metrics |= {f"eval_{key}": value for key, value in (await call(eval_fn, step) or {}).items()}
+    finally:
+        if due(step, config.log_every, config.num_steps):
+            log(metrics)
+    if not last and due(step, config.checkpoint_every, config.num_steps):
+        await checkpoints.save(step, metrics, extra=extra())
+    await checkpoints.poll()
 
 
 def due(step: int, every: int, last: int) -> bool:

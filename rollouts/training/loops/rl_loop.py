@@ -23,6 +23,8 @@ from rollouts.training.loops.common import (
     call,
     check_steps,
     due,
+    finish_step,
+    log_step,
     train_step,
 )
 from rollouts.training.loops.throughput import Throughput
@@ -75,6 +77,8 @@ async def run_rl_training(
     """
     sizes = {"micro_batch_size": config.micro_batch_size, "micro_batch_tokens": config.micro_batch_tokens}
     steps_done = int(resume["step"]) if resume else 0
+    sizes |= {"log_every": config.log_every, "checkpoint_every": config.checkpoint_every, "eval_every": eval_every}
+    sizes |= {"sync_every": config.sync_every}
     check_steps(config.num_steps, steps_done, updates_per_batch=config.updates_per_batch, **sizes)
     first = _restore(buffer, rollout_manager, resume)
     sync = weight_sync or WeightSync(backend, engines, DiskTransfer(backend, weights_dir))
@@ -84,7 +88,7 @@ async def run_rl_training(
     options: dict[str, Any] = {"pad_token_id": pad_token_id, "temperature": temperature, "clip_range": clip_range}
     estimate = _value_estimator(backend, config)
     throughput = Throughput.of(backend, peak_flops)
-    history = []
+    history: list[dict[str, float]] = []
     stream = open_stream(rollout_manager, reward_fn, engines, first, config)
     async with Checkpoints(backend, on_checkpoint) as checkpoints, stream as rollouts:
         for step in range(first + 1, config.num_steps + 1):
@@ -117,15 +121,17 @@ async def run_rl_training(
             metrics |= times | throughput.metrics(
                 lengths, batch["tokens_global"], passes=config.updates_per_batch, **seconds
             )
-            if eval_fn is not None and distributed.rank() == 0 and due(step, eval_every, config.num_steps):
-                metrics |= {f"eval_{key}": value for key, value in (await call(eval_fn, step) or {}).items()}
-            if due(step, config.log_every, config.num_steps):
-                history.append(metrics)
-                if metrics_logger is not None and distributed.rank() == 0:
-                    metrics_logger.log(metrics, step=step)
-            if due(step, config.checkpoint_every, config.num_steps):
-                await checkpoints.save(step, metrics, extra=_state(buffer, rollout_manager))
-            await checkpoints.poll()
+            await finish_step(
+                step,
+                metrics,
+                config,
+                checkpoints,
+                partial(_state, buffer, rollout_manager),
+                eval_fn=eval_fn if distributed.rank() == 0 else None,
+                eval_every=eval_every,
+                log=partial(log_step, history, metrics_logger, step),
+            )
+    distributed.barrier()  # the other ranks wait for the last evaluation
     return history
 
 

@@ -8,17 +8,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from rollouts.training import distributed
 from rollouts.training.backends.protocol import TrainingBackend
 from rollouts.training.loops.batching import collate, step_indices
 from rollouts.training.loops.common import (
     CheckpointFn,
     Checkpoints,
     EvalFn,
-    call,
     check_resume,
     check_steps,
-    due,
+    finish_step,
+    log_step,
     own_micro_batches,
     train_micro_batches,
 )
@@ -64,6 +63,7 @@ async def run_sft_training(
     step is left.
     """
     sizes = {"micro_batch_size": config.micro_batch_size, "micro_batch_tokens": config.micro_batch_tokens}
+    sizes |= {"log_every": config.log_every, "checkpoint_every": config.checkpoint_every, "eval_every": eval_every}
     check_steps(config.num_steps, int(resume["step"]) if resume else 0, batch_size=config.batch_size, **sizes)
     _check_samples(samples)
     require_fit(getattr(backend, "model", None), samples)
@@ -72,7 +72,7 @@ async def run_sft_training(
     steps = range(check_resume(resume, data) + 1, config.num_steps + 1)
     collective = getattr(backend, "collective", False)
     prepare = partial(_prepare_step, samples, config, seed, pad_token_id, collective)
-    history = []
+    history: list[dict[str, float]] = []
     prefetched = prefetch(prepare, steps, depth=PREFETCH_STEPS)
     async with Checkpoints(backend, on_checkpoint) as checkpoints, prefetched as prepared:
         started = time.monotonic()
@@ -82,15 +82,16 @@ async def run_sft_training(
             step_s = time.monotonic() - started
             metrics |= {"data_s": data_s, "train_s": step_s - data_s, "step_s": step_s}
             metrics |= throughput.metrics(batch.lengths, batch.trained_tokens, train_s=step_s - data_s, step_s=step_s)
-            if eval_fn is not None and due(step, eval_every, config.num_steps):
-                metrics |= {f"eval_{key}": value for key, value in (await call(eval_fn, step) or {}).items()}
-            if due(step, config.log_every, config.num_steps):
-                history.append(metrics)
-                if metrics_logger is not None and distributed.rank() == 0:
-                    metrics_logger.log(metrics, step=step)
-            if due(step, config.checkpoint_every, config.num_steps):
-                await checkpoints.save(step, metrics, extra={"data": data})
-            await checkpoints.poll()
+            await finish_step(
+                step,
+                metrics,
+                config,
+                checkpoints,
+                lambda: {"data": data},
+                eval_fn=eval_fn,
+                eval_every=eval_every,
+                log=partial(log_step, history, metrics_logger, step),
+            )
             started = time.monotonic()  # waiting for the next batch counts, what came after this step does not
     return history
 

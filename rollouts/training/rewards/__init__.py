@@ -1,6 +1,6 @@
 """Rewards: functions Sample -> float, or None for not scorable, that a job names by dotted path. docs/rewards.md.
 
-`rl.reward_fn="rollouts.training.rewards.exact_match"`; `resolve` finds it. Only the
+`rl.reward.fn="rollouts.training.rewards.exact_match"`; `resolve` finds it. Only the
 standard library is loaded here.
 """
 

@@ -62,7 +62,7 @@ def choice_letter(sample: Sample) -> float:
 def is_correct(sample: Sample) -> float:
     """What evaluation counts, by the row's format: `gsm8k_answer`, `choice_letter`, else `exact_match`.
 
-    As `rl.reward_fn` it judges a mixture of tasks, each by its own rule.
+    As `rl.reward.fn` it judges a mixture of tasks, each by its own rule.
     """
     format = sample.prompt.get("format") if isinstance(sample.prompt, dict) else None
     return _JUDGES.get(str(format), exact_match)(sample)
@@ -72,7 +72,7 @@ def regex_answer(pattern: str, *, flags: int = re.DOTALL) -> Callable[[Sample], 
     """A reward: 1.0 when the last match of `pattern` in the response holds the answer in its first group; else 0.0.
 
     White space around it is passed over, and so is an opening tag that is only spoken of before it. Put it into a
-    module of your own and name that in `rl.reward_fn`:
+    module of your own and name that in `rl.reward.fn`:
     `tagged = regex_answer(r"<answer>(.*?)</answer>")`. Raises ValueError for a pattern without a group.
     """
     compiled = re.compile(pattern, flags)

@@ -1,4 +1,4 @@
-"""Rewards for programs: the response's is run on the row's "tests", in `sandbox`. Blocking: use rl.reward_workers.
+"""Rewards for programs: the response's is run on the row's "tests", in `sandbox`. Blocking: use rl.reward.workers.
 
 A test is `{"stdin": text, "stdout": text}`, where the program prints what is expected, white space at the ends of lines
 apart; or `{"code": text}`, statements that run after the program in the same process and must not raise.
@@ -16,7 +16,7 @@ from rollouts.training.types import Sample
 
 _OPENS = re.compile(r"(?P<indent>[ \t]*)(?P<fence>`{3,}|~{3,})[ \t]*(?P<info>.*)")
 _OPENS_LATE = re.compile(r"[^`~]*(?P<fence>`{3,}|~{3,})(?P<info>python3?|py)", re.IGNORECASE)  # "Here it is: ```python"
-_PYTHON = ("python", "py", "python3")
+_PYTHON = ("python", "py", "python3", "py3")
 
 
 def code_reward(*, limits: SandboxLimits | None = None, every: bool = False) -> Callable[[Sample], float]:
@@ -43,7 +43,7 @@ code_tests_all = code_reward(every=True)
 
 
 def program_of(response: str) -> str:
-    """The last fenced block marked as Python (python, py, python3); else the last without a mark; else all of it.
+    """The last fenced block marked as Python (python, py, python3, py3); else the last without a mark; else all of it.
 
     Fences are found line by line, as CommonMark has them: three or more backticks or tildes begin a block with whatever
     follows them, and the next fence of the kind, at least as long and alone on its line, ends it; or else the end of
@@ -79,8 +79,8 @@ def _blocks(text: str) -> Iterator[tuple[str, str]]:
 
 def _closes(line: str, fence: str, indent: str) -> bool:
     """Whether `line` is a fence that ends a block: of its sign, as long, and at most three columns further in."""
-    sign = line.strip()
-    return len(sign) >= len(fence) and set(sign) == {fence[0]} and len(line) - len(sign) <= len(indent) + 3
+    sign = re.sub(r"</\w+>$", "", line.strip())  # "</think>" may follow
+    return len(sign) >= len(fence) and set(sign) == {fence[0]} and len(line) - len(line.lstrip()) <= len(indent) + 3
 
 
 def tests_of(sample: Sample) -> list[Mapping[str, str]]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from rollouts.training.types import Prompt, Sample
+from rollouts.training.user_code import USER_ERRORS, describe
 
 ROUNDING = 1e-6
 
@@ -86,6 +87,8 @@ def resolve(dotted_path: str) -> Callable[..., Any]:
         raise RewardError(
             f"{dotted_path!r}: no module {error.name!r}; it must be importable where the trainer runs"
         ) from None
+    except USER_ERRORS as error:
+        raise RewardError(f"{dotted_path!r}: importing {module_name} raised {describe(error)}") from error
     if not hasattr(module, attribute):
         names = [name for name in vars(module) if not name.startswith("_") and callable(getattr(module, name))]
         raise RewardError(f"{dotted_path!r}: module {module_name!r} has no {attribute!r}; it has {', '.join(names)}")

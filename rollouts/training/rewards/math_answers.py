@@ -1,32 +1,73 @@
 """Rewards for mathematics by the library math-verify (extra `math`): answers that mean the same, however written."""
 
-import importlib.util
+import functools
 import re
+from dataclasses import replace
 from typing import Any
 
-from rollouts.training.rewards import math_text
-from rollouts.training.rewards.common import RewardError, answer_of, answers_of, any_answer, set_row_check
+from rollouts.training.rewards import math_text, math_units
+from rollouts.training.rewards.common import RewardError, answers_of, set_row_check
 from rollouts.training.types import Prompt, Sample
 
-_PLAIN_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+_SURELY_READ = re.compile(  # most answers are so: reading one takes the parser some milliseconds
+    r"-?(?:\d{1,12}(?:\.\d{1,12})?(?:\\?%|\^\\circ)?|\d{1,3}(?:,\d{3})+|\\[dt]?frac\{[1-9]\d{0,8}\}\{[1-9]\d{0,8}\}"
+    r"|[1-9]\d{0,8}/[1-9]\d{0,8}|(?:[1-9]\d{0,8})?(?:\\pi|\\sqrt\{[1-9]\d{0,8}\}))"
+)
 
 
-@any_answer
 def math_verify(sample: Sample) -> float:
     r"""1.0 when the response's final answer means the row's, else 0.0: LaTeX, bare or in `\boxed{}` or `$...$`, numbers
     or words.
 
     The row's answer is read to its end or not at all, and so is what the response boxes: no part of either counts for
     the whole. A few words that are no mathematics are compared as text. Comparing can take long (sympy): run it in
-    `rl.reward_workers`, where `limits.reward_timeout_s` cuts it off; the library's own alarm is off, for it works in a
+    `rl.reward.workers`, where `limits.reward_timeout_s` cuts it off; the library's own alarm is off, for it works in a
     main thread alone. Raises RewardError for an answer that cannot be read to its end, and where the library is not
     installed.
     """
+    golds = answers_of(sample)
+    found = [_score(sample, gold) for gold in golds]
+    unreadable = [gold for gold, score in zip(golds, found, strict=True) if score is None]
+    if len(unreadable) == len(golds):
+        raise RewardError(
+            f"answer={unreadable[0][:80]!r}: cannot be read to its end as mathematics. Fix: write the final answer "
+            r"alone, as LaTeX, a number or words, or put it into \boxed{}"
+        )
+    scores = zip(golds, found, strict=True)
+    return max(_same_text(sample.response, gold) if score is None else score for gold, score in scores)
+
+
+def unreadable_answer(prompt: Prompt) -> str | None:
+    """Return why `math_verify` cannot compare with a row's answer, whatever the response; None where it can.
+
+    Of several accepted answers one that it can compare with is enough.
+    """
+    if not isinstance(prompt, dict) or prompt.get("answer") is None:
+        return "no answer"
+    if any(_can_read(answer) for answer in answers_of(Sample(prompt=prompt))):
+        return None
+    return "answer cannot be read to its end as mathematics"
+
+
+def _can_read(answer: str) -> bool:
+    if _SURELY_READ.fullmatch(answer.strip()):
+        return True
+    _library()
+    gold = _row_answer(answer)
+    return _same_by_text(gold, None) is not None or _as_text(gold, "") is not None or _read(gold) is not None
+
+
+def _library() -> Any:
     try:
         import math_verify as library
     except ModuleNotFoundError as error:
         raise RewardError(f"math_verify: needs the package math-verify (no module {error.name!r})") from None
-    answer = answer_of(sample)
+    return library
+
+
+def _score(sample: Sample, answer: str) -> float | None:
+    """1.0 where the response means `answer`, else 0.0; None where `answer` cannot be read to its end."""
+    library = _library()
     gold = _row_answer(answer)
     said = _said(sample.response)
     exact = _same_by_text(gold, said)
@@ -34,15 +75,10 @@ def math_verify(sample: Sample) -> float:
         return float(exact)
     expected = _read(gold)
     if expected is None:
-        if math_text.words_of(gold) is not None:
-            return 0.0
-        formula = math_text.chemical_formula(gold)
-        if formula is not None:
-            return float(formula == math_text.chemical_formula(said or sample.response))
-        raise RewardError(
-            f"answer={answer[:80]!r}: cannot be read to its end as mathematics. Fix: write the final answer alone, "
-            r"as LaTeX, a number or words, or put it into \boxed{}"
-        )
+        same = _as_text(gold, said or sample.response)
+        return None if same is None else float(same)
+    if math_units.units_differ(gold, said or ""):
+        return 0.0
     found = _read(said) if said is not None else None
     if found is None and math_text.boxed(sample.response) is None:
         found = _in_prose(library, sample.response)
@@ -54,20 +90,18 @@ def math_verify(sample: Sample) -> float:
     return float(library.verify(meant, [found], allow_set_relation_comp=True, timeout_seconds=None))
 
 
-def unreadable_answer(prompt: Prompt) -> str | None:
-    """Return why `math_verify` cannot compare with a row's answer, whatever the response; None where it can."""
-    if not isinstance(prompt, dict) or prompt.get("answer") is None:
-        return "no answer"
-    for answer in answers_of(Sample(prompt=prompt)):
-        if _PLAIN_NUMBER.fullmatch(answer.strip()):
-            continue  # most answers are: reading one takes the parser some milliseconds
-        try:
-            math_verify(Sample(prompt={**prompt, "answer": answer}, response=""))
-        except RewardError as error:
-            if error.__cause__ is None and importlib.util.find_spec("math_verify") is None:
-                raise
-            return "answer cannot be read to its end as mathematics"
-    return None
+def _as_text(gold: str, said: str) -> bool | None:
+    """Compare what the parser does not read: words among symbols, formulas of chemistry. None for anything else."""
+    if math_text.words_of(gold) is not None:
+        return False
+    formula = math_text.chemical_formula(gold)
+    return None if formula is None else formula == math_text.chemical_formula(said)
+
+
+def _same_text(response: str, gold: str) -> float:
+    """Of an accepted answer that cannot be read, beside others that can: 1.0 for the same text, spaces apart."""
+    said = _said(response) or response
+    return float("".join(said.split()) == "".join(_row_answer(gold).split()))
 
 
 set_row_check(math_verify, unreadable_answer)
@@ -95,7 +129,7 @@ def _said(response: str) -> str | None:
 
 def _same_by_text(gold: str, said: str | None) -> bool | None:
     """Compare what is no mathematics: times, numbers with a base, words. None where mathematics must decide."""
-    time, based = math_text.time_of(gold), math_text.based_number(gold)
+    time, based, congruent = math_text.time_of(gold), math_text.based_number(gold), math_text.congruence(gold)
     words = math_text.words_of(gold)
     if time is not None and (time[1] or time[0].endswith(":00")):
         other = math_text.time_of(said or "")
@@ -104,6 +138,8 @@ def _same_by_text(gold: str, said: str | None) -> bool | None:
         other = math_text.based_number(said or "")
         plain = (said or "").strip().upper().lstrip("0")
         return other == based if other is not None else plain == based[0]  # the base left out is not another one
+    if congruent is not None and congruent[1] is not None:
+        return math_text.congruence(said or "") in (congruent, (congruent[0], None))
     if words is not None:
         same = words == math_text.words_of(said or "")
         return same if same or math_text.is_only_words(gold) else None
@@ -114,17 +150,28 @@ def _is_percent(text: str) -> bool:
     return math_text.without_percent(text)[1]
 
 
+@functools.lru_cache(maxsize=4096)  # a row's answer is compared with each of its samples, in every epoch
 def _read(text: str) -> Any:
     """What `text` means, read to its end; None for what the parser cannot read so."""
+    latex, percent = math_text.without_percent(math_text.in_latex(text))
+    if not latex or math_text.is_prose(latex):
+        return None
+    value = _parse(latex, percent)
+    if value is None and re.search(r"\\(?:pm|mp)(?![A-Za-z])", latex):  # within a fraction, say
+        import sympy
+
+        both = [_parse(math_text.with_sign(latex, sign), percent) for sign in "+-"]
+        value = None if None in both else sympy.FiniteSet(*both)
+    return value
+
+
+def _parse(latex: str, percent: bool) -> Any:
     from latex2sympy2_extended import latex2sympy
     from latex2sympy2_extended.latex2sympy2 import convert_to_pct
     from math_verify.grader import should_treat_as_complex
     from math_verify.parser import LatexExtractionConfig
 
-    latex, percent = math_text.without_percent(math_text.in_latex(text))
-    if not latex or math_text.is_prose(latex):
-        return None
-    settings = LatexExtractionConfig().normalization_config
+    settings = replace(LatexExtractionConfig().normalization_config, units=False)  # its units have "ab" among them
     try:
         value = latex2sympy(
             latex, is_real=not should_treat_as_complex(latex), convert_degrees=False, normalization_config=settings

@@ -6,6 +6,8 @@ r"""The text of a mathematical answer, made plain before it is parsed. Pure; sta
 
 import re
 
+from rollouts.training.rewards.math_units import without_unit
+
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _ENVIRONMENTS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
 _FORMULA = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
@@ -53,6 +55,8 @@ _REWRITES = tuple(
         (r"(\d)\s*\*\*\s*", r"\1^"),
         (r"([A-Za-z)])\*\*\{?(-?\d+)\}?", r"\1^{\2}"),
         (r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi "),
+        (r"(?<![A-Za-z\\])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+        (r"(?<![A-Za-z\\])(arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|log|ln|sqrt)(?![A-Za-z])", r"\\\1 "),
         (rf"(?<![\w.])({_NUMBER})[eE]([+-]?\d+)(?!\w)", r"\1 \\times 10^{\2}"),
         (r"(?<![\d/}])(-?)(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d/])", r"\1\2\\frac{\3}{\4}"),  # 2 1/3, a mixed number
         (r"(?<![\d}])-(\d+)\s*\\[dt]?frac\s*\{(\d+)\}\s*\{(\d+)\}", r"-(\1+\\frac{\2}{\3})"),
@@ -63,12 +67,23 @@ _REWRITES = tuple(
         ),  # 5 km/h
         (r"^m?\s*\\angle\s*[A-Z]{1,3}\s*=", ""),
         (r"^\\approx\s*|(?<=\.\d)(\d*)\s*(?:\.\.\.|\\l?dots)$", r"\1"),
-        (r"(?<=\d)\s*\^\s*\{?\s*(?:\\(?:text|mathrm)\s*)?\{?(?:st|nd|rd|th)\}?\s*\}?$", ""),  # 7^{th}
-        (r"^\\\{\s*([A-Za-z])\s*(?:\\mid|:|\|)\s*(.*\1.*)\\\}$", r"\2"),  # the set of x that fulfil a relation
+        (r"(?<=\d)\s*\^?\s*\{?\s*(?:\\(?:text|mathrm)\s*)?\{?(?:st|nd|rd|th)\}?\s*\}?$", ""),  # 7^{th}
+        (  # the set of x that fulfil a relation
+            r"^\\\{\s*([A-Za-z])\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?:\\mid|:|\|)\s*(.*\1.*)\\\}$",
+            r"\2",
+        ),
+        (  # what runs through the whole numbers is said, or understood
+            r"(?<=\S)(?:\\[,;: ]|\\q?quad|[\s,(])+(?:\\text\s*\{\s*)?(?:for|where|with|any)?[\s}]*[a-z]\s*\\in\s*"
+            r"(?:\\mathbb\s*\{?[ZN]\}?|\\Z)\)?$",
+            "",
+        ),
+        (r"(?<![A-Za-z\\])([A-Za-z])''(?!\w)", r"\1_{dd}"),
+        (r"(?<![A-Za-z\\])([A-Za-z])(?:'|\^\{?\\prime\}?)(?!\w)", r"\1_{d}"),  # the parser would pass over it
         (
             rf"\\(sin|cos|tan|cot|sec|csc)\s*[({{]?({_NUMBER})\s*\^\s*\{{?\\circ\}}?\s*[)}}]?",
             r"\\\1(\\frac{\2\\pi}{180})",
         ),
+        (rf"^\\(?:text|mbox)\s*\{{\s*(-?{_NUMBER} [A-Za-z ]+)\}}$", r"\1"),  # 2 hours, all of it as text
         (r"\\langle\b", "("),
         (r"\\rangle\b", ")"),
     )
@@ -76,17 +91,18 @@ _REWRITES = tuple(
 _SEPARATED_THOUSANDS = re.compile(rf"(?<![\d.])\d{{1,3}}(?:{_SPACE}\d{{3}})+(?!\d)")
 _REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?")
 _PERCENT = re.compile(r"\s*(?:\\?%|\\text\s*\{\s*percent\s*\}|\bpercent\b)\s*$", re.IGNORECASE)
-_UNIT_AT_END = re.compile(
-    r"(?:(?<=[\d})])|(?<=\\pi))(?:\\[,;:! ]|~|\s)*\\(?:text|mathrm|mbox)\s*\{[^{}]*\}\s*(?:\^\s*\{?\d\}?)?$"
-)
 _NUMBER_AND_WORDS = re.compile(
     rf"(-?{_NUMBER}(?:/\d+)?|-?\d{{1,3}}(?:,\d{{3}})+(?:\.\d+)?)\s+(?:[A-Za-z]{{3,}}|in)(?: [A-Za-z]+)*"
 )
+_HOUR = re.compile(r"(\d{1,2})\s*([ap])\.?\s*m\.?", re.IGNORECASE)
 _TIME = re.compile(r"(\d{1,2}):(\d\d)\s*([ap])?\.?\s*(?:m\.?)?", re.IGNORECASE)
 _SHORT_WORD = re.compile(r"(?:^|\s)(?:it|it's|is|so|we|he|of)(?=\s)", re.IGNORECASE)  # "it" in "e^{it}" is none
 _FORMULA_MARKS = re.compile(r"\\(?:text|mathrm|ce|mbox|rm)\b|\\[,;:! ]|[\s{}_$^]")
 _CHEMICAL = re.compile(r"(?:[A-Z][a-z]?\d*|\((?:[A-Z][a-z]?\d*)+\)\d*){2,}(?:\d*[+-])?")
 _BASED = re.compile(r"([0-9A-Za-z]+)_\{?(\d{1,2})\}?")
+_PREFIXED = re.compile(r"0(?:x(?P<b16>[0-9A-Fa-f]+)|b(?P<b2>[01]+)|o(?P<b8>[0-7]+))")
+_CONGRUENT = re.compile(r"(?:[A-Za-z]\w*(?:\\equiv|≡|=))?(-?\d+(?:(?:,|or|and)-?\d+)*)(?:\\?[pb]?mod(\d+))?")
+_NAMES = re.compile(r"[A-Z]{3,}|[IVX]{2,}|[A-Z][a-z]{2,}")
 
 
 def final_answer(text: str) -> str | None:
@@ -143,7 +159,7 @@ def in_latex(text: str) -> str:
     text = text.translate(_SIGNS).replace("{,}", ",").replace("{:}", ":")
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text.strip())
-    text = _UNIT_AT_END.sub("", text) if without_percent(text) == (text, False) else text
+    text = without_unit(text) if without_percent(text) == (text, False) else text
     text = _SEPARATED_THOUSANDS.sub(lambda match: re.sub(_SPACE, "", match[0]), text)
     text = _REPEATING.sub(_as_fraction, text)
     number = _NUMBER_AND_WORDS.fullmatch(text)
@@ -154,6 +170,12 @@ def without_percent(text: str) -> tuple[str, bool]:
     """Return `text` without a percent sign at its end, and whether there was one."""
     shorter = _PERCENT.sub("", text)
     return shorter, shorter != text
+
+
+def with_sign(latex: str, sign: str) -> str:
+    r"""Return `latex` with `sign` for each \pm, and the other one for each \mp."""
+    other = {"+": "-", "-": "+"}[sign]
+    return re.sub(r"\\mp(?![A-Za-z])", other, re.sub(r"\\pm(?![A-Za-z])", sign, latex))
 
 
 def words_of(text: str) -> str | None:
@@ -167,7 +189,8 @@ def words_of(text: str) -> str | None:
 
 def is_only_words(text: str) -> bool:
     r"""Say whether an answer of words cannot be mathematics: all of it is marked as text, or it is a phrase."""
-    return bool(_TEXT.fullmatch(text)) or (
+    marked = _TEXT.fullmatch(text)
+    return bool((marked and not _NUMBER_AND_WORDS.fullmatch(marked[1].strip())) or _NAMES.fullmatch(text.strip())) or (
         not re.search(r"\d", text) and bool(_TEXT.search(text) or re.search(r"[A-Za-z]{2,}[ -][A-Za-z]{2,}", text))
     )
 
@@ -187,16 +210,33 @@ def is_prose(text: str) -> bool:
 def time_of(text: str) -> tuple[str, str] | None:
     """Return a time of day as (hours and minutes, "a", "p" or ""); None for anything else."""
     plain = " ".join(_TEXT.sub(lambda match: match[1], text).replace("{:}", ":").replace("\\", " ").split())
+    hour = _HOUR.fullmatch(plain)
+    if hour is not None:
+        return f"{int(hour[1])}:00", hour[2].lower()
     match = _TIME.fullmatch(plain)
     return (f"{int(match[1])}:{match[2]}", (match[3] or "").lower()) if match else None
 
 
 def based_number(text: str) -> tuple[str, str] | None:
     """Return a number with its base, "1011_2", as (digits, base); None for anything else."""
-    match = _BASED.fullmatch(re.sub(r"[\s$]|\\text|\\mathrm", "", text))
+    bare = re.sub(r"[\s$]|\\text|\\mathrm", "", text)
+    prefixed = _PREFIXED.fullmatch(bare)
+    if prefixed is not None:
+        return (prefixed[prefixed.lastindex or 1].upper().lstrip("0") or "0"), (prefixed.lastgroup or "").lstrip("b")
+    match = _BASED.fullmatch(bare)
     if match is None or not re.search(r"\d", match[1]):
         return None
     return match[1].upper().lstrip("0") or "0", match[2]
+
+
+def congruence(text: str) -> tuple[frozenset[int], int | None] | None:
+    r"""Return residues with their modulus: "3 \pmod{7}", "x \equiv 1, 3 \pmod 8"; of whole numbers alone with None."""
+    bare = re.sub(r"\\(?:text|mathrm|operatorname)\b|\\[,;:! ]|\\q?quad|[\s{}()$~]", "", text)
+    match = _CONGRUENT.fullmatch(bare)
+    if match is None:
+        return None
+    numbers, modulus = {int(number) for number in re.findall(r"-?\d+", match[1])}, int(match[2] or 0)
+    return frozenset(number % modulus if modulus else number for number in numbers), modulus or None
 
 
 def chemical_formula(text: str) -> str | None:

@@ -17,7 +17,7 @@ REQUEST_TIMEOUT_S = 600.0  # the job's own limit, limits.reward_timeout_s, comes
 class RewardModel:
     """An async reward: the score of the conversation, prompt and response, under a reward model.
 
-    Make one in a module of your own and name it in `rl.reward_fn`:
+    Make one in a module of your own and name it in `rl.reward.fn`:
     `score = RewardModel("http://127.0.0.1:30500", tokenizer="Skywork/Skywork-Reward-V2-Qwen3-0.6B")`.
     `tokenizer`: hub id or directory of the reward model's own, whose chat template renders the conversation.
     `api_key_variable`: the environment variable that holds the server's key, if it wants one. An agent's whole

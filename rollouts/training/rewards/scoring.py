@@ -22,6 +22,7 @@ from anyio.lowlevel import RunVar
 
 from rollouts.training.rewards.common import RewardError, resolve
 from rollouts.training.types import REWARD_FAILURE, RewardFn, Sample
+from rollouts.training.user_code import USER_ERRORS, describe
 
 START_TIMEOUT_S = 300.0  # a worker's imports; torch's take a minute on a slow disk
 
@@ -81,7 +82,7 @@ class _InThisProcess:
             yield
         except RewardError:  # says all there is to say
             raise
-        except Exception as error:  # a user's function may raise anything
+        except USER_ERRORS as error:
             raise _raised(self._path, describe(error), sample) from error
 
 
@@ -240,7 +241,7 @@ def serve(dotted_path: str, connection: Connection) -> None:
     """A worker's life: until the other end is closed."""
     try:
         function = resolve(dotted_path)
-    except Exception as error:  # whatever importing a user's module raises is told, not lost with this process
+    except USER_ERRORS as error:  # told, not lost with this process
         connection.send(("error", describe(error)))
         return
     connection.send(("ready", None))
@@ -252,18 +253,9 @@ def serve(dotted_path: str, connection: Connection) -> None:
         try:
             value = function(sample)
             reply: tuple[str, Any] = ("value", None if value is None else float(value))
-        except Exception as error:  # a user's function may raise anything
+        except USER_ERRORS as error:
             reply = ("error", describe(error))
         connection.send(reply)
-
-
-def describe(error: BaseException) -> str:
-    """`ValueError: what (file.py:12)`, the place being the innermost."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    place = f" ({trace.tb_frame.f_code.co_filename}:{trace.tb_lineno})" if trace is not None else ""
-    return f"{type(error).__name__}: {error}{place}"
 
 
 def _raised(dotted_path: str, what: str, sample: Sample) -> RewardError:

@@ -20,13 +20,24 @@ from rollouts.training.datasets.data_buffer import DataBuffer
 from rollouts.training.rewards.common import finite_or_none
 from rollouts.training.rollout_gen.concurrency import gather_in_order
 from rollouts.training.types import REWARD_FAILURE, Prompt, RewardFn, RolloutBatch, RolloutConfig, Sample
+from rollouts.training.user_code import USER_ERRORS, describe
 
 Group = list[Sample]
 UNSCORABLE = "unscorable"  # the drop reason of a group for which the reward function returned None
 
+_FIX_OF_FILTERS = (
+    "Fix: a filter that lets more through, prompts the model sometimes gets right, or larger over_sampling_factor / "
+    "retries_max."
+)
+_FIXES = {  # by what dropped most
+    UNSCORABLE: "The reward returned None for them. Fix: a reward that returns a number for each answer.",
+    "reward_timeout": "Fix: a larger limits.reward_timeout_s, more rl.reward.workers, or a quicker reward.",
+    "reward_death": "The reward's process was killed. Fix: a reward of less memory, or fewer rl.reward.workers.",
+}
+
 
 class RolloutError(RuntimeError):
-    """Not enough groups passed the filter within the retries. The message counts what each filter dropped."""
+    """Not enough groups passed the filter within the retries (the message counts what dropped them), or it raised."""
 
 
 @dataclass
@@ -218,9 +229,14 @@ class AsyncRolloutManager:
         self._scored += 1
         self._flat += not has_contrast([sample.reward for sample in group if sample.reward is not None])
         filter_fn = self.config.filter_fn
-        if filter_fn is None or await _call(filter_fn, group):
+        if filter_fn is None:
             return None
-        return getattr(filter_fn, "__name__", type(filter_fn).__name__)
+        name = getattr(filter_fn, "__name__", type(filter_fn).__name__)
+        try:
+            return None if await _call(filter_fn, group) else name
+        except USER_ERRORS as error:
+            prompt = str(group[0].prompt)[:200]
+            raise RolloutError(f"filter_fn {name} raised {describe(error)} for the group of prompt {prompt}") from error
 
 
 def group_seed(seed: int, group_number: int) -> int:
@@ -233,7 +249,10 @@ def _check(config: RolloutConfig) -> None:
         (config.generate_fn is not None, "generate_fn=None: needs a function of a list of prompts"),
         (config.batch_size >= 1, f"batch_size={config.batch_size}: needs >= 1"),
         (config.n_samples_per_prompt >= 1, f"n_samples_per_prompt={config.n_samples_per_prompt}: needs >= 1"),
-        (config.over_sampling_factor >= 1, f"over_sampling_factor={config.over_sampling_factor}: needs >= 1"),
+        (
+            1 <= config.over_sampling_factor < math.inf,
+            f"over_sampling_factor={config.over_sampling_factor}: needs >= 1",
+        ),
         (config.retries_max >= 0, f"retries_max={config.retries_max}: needs >= 0"),
     )
     problems = [message for ok, message in checks if not ok]
@@ -287,10 +306,9 @@ def _flatten(groups: list[Group], counts: dict[str, Any]) -> RolloutBatch:
 
 
 def _too_few(kept: int, rounds: int, started: int, dropped: Counter[str], config: RolloutConfig) -> str:
-    reasons = ", ".join(f"{name} dropped {count}" for name, count in dropped.most_common()) or "nothing was dropped"
+    most = dropped.most_common()
+    reasons = ", ".join(f"{name} dropped {count}" for name, count in most) or "nothing was dropped"
     return (
-        f"{kept} of {config.batch_size} groups after {rounds} rounds, {started} groups started: "
-        f"{reasons}. "
-        "Fix: a filter that lets more through, prompts the model sometimes gets right, or larger "
-        "over_sampling_factor / retries_max."
+        f"{kept} of {config.batch_size} groups after {rounds} round{'s' if rounds > 1 else ''}, {started} groups "
+        f"started: {reasons}. {_FIXES.get(most[0][0] if most else '', _FIX_OF_FILTERS)}"
     )

@@ -15,6 +15,7 @@ import anyio.lowlevel
 
 from rollouts.training.datasets.chat import render_prompt
 from rollouts.training.datasets.turn_end import end_of_turn_ids
+from rollouts.training.seams import Tokenizer
 from rollouts.training.types import Prompt, Sample
 
 
@@ -24,7 +25,7 @@ class GenerationError(RuntimeError):
 
 def make_generate_fn(
     engines: Sequence[Any],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     max_new_tokens: int,
     temperature: float,
@@ -122,7 +123,7 @@ class Together:
             ask.generations = generations
 
 
-def stop_ids(tokenizer: Any, given: Sequence[int] | None, model: Any = None) -> list[int]:
+def stop_ids(tokenizer: Tokenizer, given: Sequence[int] | None, model: Any = None) -> list[int]:
     """`given`, or else every token that ends a turn: `end_of_turn_ids`, of `model` in memory or as it was saved.
 
     Raises ValueError for a tokenizer without an eos_token: whoever serves such a model may know no end at all.
@@ -147,7 +148,7 @@ def refuse_abort(generation: Any, engine: Any) -> None:
         raise GenerationError(f"{engine}: generation aborted after {count} tokens: {why}")
 
 
-def response_text(generation: Any, tokenizer: Any) -> str:
+def response_text(generation: Any, tokenizer: Tokenizer) -> str:
     """The engine's text, or what its tokens decode to where the engine has no tokenizer; without special tokens."""
     if generation.text is not None:
         return generation.text
@@ -161,7 +162,7 @@ def version_spans(generation: Any) -> dict[str, Any]:
 
 
 def _sample(  # noqa: PLR0917
-    prompt: Prompt, own_id: str, input_ids: list[int], generation: Any, engine: Any, tokenizer: Any
+    prompt: Prompt, own_id: str, input_ids: list[int], generation: Any, engine: Any, tokenizer: Tokenizer
 ) -> Sample:
     output_ids, logprobs = list(generation.output_ids), list(generation.logprobs or ())
     refuse_abort(generation, engine)

@@ -25,7 +25,7 @@ from rollouts.training.weight_transfer.weights import buffer_bytes, fill, plan_b
 Buckets = Sequence[tuple[Entry, ...]]
 Loading = Callable[[], Awaitable[None]]  # waits for it; raises what failed
 Load = Callable[[int, Tensor], Loading]  # begins to bring the bucket of this index into a buffer
-FIX = "give BucketTransfer keep=True, or set engine.weight_sync='disk', where an engine reads them from disk"
+FIX = "give BucketTransfer keep=True, or set engine.weight_sync=DiskSync(...), where an engine reads them from disk"
 
 
 class BucketTransfer:

@@ -49,7 +49,7 @@ class DiskTransfer:
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            fix = "; or set engine.weights_on_tmpfs=False" if self._temporary else ""
+            fix = "; or set engine.weight_sync.on_tmpfs=False" if self._temporary else ""
             room = f"no room in {self.directory} for two versions of the weights{fix}"
             raise WeightSyncError(f"weight sync of version {version}: {room}") from error
         if distributed.rank() == 0:

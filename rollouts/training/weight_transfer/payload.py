@@ -109,8 +109,8 @@ def shared_buffer(nbytes: int, device: torch.device, *, owner: str = "") -> Buff
         os.close(descriptor)
         raise SharedMemoryError(
             f"{SHARED_MEMORY} has no room for a bucket of {nbytes / 2**20:.0f} MiB ({error.strerror}): lower "
-            "engine.weight_sync_bucket_mib, give the container more (docker run --shm-size), or set "
-            "engine.weight_sync='disk'"
+            "engine.weight_sync.bucket_mib, give the container more (docker run --shm-size), or set "
+            "engine.weight_sync=DiskSync(...)"
         ) from error
     mapping[:4] = struct.pack("i", _USERS)
     return Buffer(torch.frombuffer(mapping, dtype=torch.uint8, offset=_HEADER_BYTES), file, descriptor)

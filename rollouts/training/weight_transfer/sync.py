@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from rollouts.training import devices, distributed
+from rollouts.training import distributed
 from rollouts.training.inference.http import WeightSyncError, require
 from rollouts.training.inference.resilient import ResilientEngine
 from rollouts.training.weight_transfer.disk import DiskTransfer
@@ -50,6 +50,9 @@ class WeightSync:
         self._expected: list[float] = []
         self._proven: dict[int, tuple[list[float], list[float]]] = {}  # by engine: the trainer's and its own log-probs
         self._asleep: tuple[str, ...] = ()
+        for engine in engines:
+            if isinstance(engine, ResilientEngine):
+                engine.when_lost(self._start_giving_back)
 
     async def __call__(self, version: int) -> None:
         """All engines serve the weights of now, as `version`. Raises WeightSyncError: no step trains on less."""
@@ -125,9 +128,13 @@ class WeightSync:
 
     async def _give_cache_back(self) -> None:
         """Return the memory of the step's peak, which engines on the same card need: to wake, and to start again."""
+        if (returned := self._start_giving_back()) is not None:
+            await returned.result()
+
+    def _start_giving_back(self) -> Any:
+        """The same in turn with the backend's work, not waited for: an engine that died in a step starts meanwhile."""
         device = getattr(self._backend, "device", None)
-        if device is not None and device.type == "cuda":
-            await self._backend.on_model(lambda model: devices.give_cache_back(device)).result()
+        return self._backend.give_cache_back() if device is not None and device.type == "cuda" else None
 
     async def aclose(self) -> None:
         """Undo what the transfer left: groups, directories in memory, buffers."""

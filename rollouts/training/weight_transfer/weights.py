@@ -110,5 +110,5 @@ def _check_names(model: nn.Module, entries: Sequence[Entry]) -> None:
         other = next(iter(sorted(set(here) - set(stored)) or sorted(here)))
         raise UnsendableModel(
             f"{type(model).__name__} keeps {other} otherwise in memory than in a checkpoint, so engines do not know "
-            "it: set engine.weight_sync='disk', which writes a checkpoint"
+            "it: set engine.weight_sync=DiskSync(...), which writes a checkpoint"
         )

@@ -107,6 +107,25 @@ def test_a_step_reduces_once(two, one):
         assert_same_training(rank["counted"]["metrics"], one[1]["sft"])
 
 
+def test_compiled_layers_train_as_one(two, one):
+    """Goal: compiled, sharded and computed again, two ranks have one plain rank's losses; at most two compilations
+    after the first, in training and validation. Red with layers that are looked for once sharding has renamed them.
+    """
+    for rank in two[1]:
+        assert_same_training(rank["compiled"]["metrics"], one[1]["sft"])
+        assert rank["compiled"]["works"] == [True, True]
+        assert rank["compiled"]["compilations"] <= 3
+
+
+def test_the_backward_pass_gathers_a_layer_ahead(two):
+    """Goal: when a layer computes its gradient, the layer before it is being gathered, recomputed or not.
+
+    FSDP2 does so by itself. Red with set_modules_to_backward_prefetch([itself]) for each layer: 1, then 2.
+    """
+    for rank in two[1]:
+        assert rank["full gathered"] == rank["recompute gathered"] == [2, 2]
+
+
 def test_hybrid_sharding_is_two_copies_in_halves(tmp_path, one):
     """Goal: four ranks, two per copy, give the one rank's numbers, and a checkpoint that goes on plain.
 

@@ -14,10 +14,12 @@ from rollouts.training.loops.rl_loop import prepare_grpo_batch
 from rollouts.training.reference import as_reference
 from rollouts.training.rl_losses import policy_loss, sft_loss
 from rollouts.training.types import RLTrainingConfig
+from rollouts.training.value_head import ValueHead
 from tests.training.backends.test_pytorch import sft_batch
 from tests.training.tiny import PAD, rollout_batch, tiny_backend, tiny_model
 
 _WAITING = ("_local_scalar_dense", "nonzero", "masked_select")
+_READING = ("tolist", "cpu")
 
 
 class _Operations(TorchDispatchMode):
@@ -43,8 +45,8 @@ class _Methods(TorchFunctionMode):
         self.seen = seen
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") == "tolist":
-            self.seen.append("tolist")
+        if (name := getattr(func, "__name__", "")) in _READING:
+            self.seen.append(name)
         return func(*args, **kwargs or {})
 
 
@@ -91,6 +93,25 @@ def test_a_step_waits_once(tmp_path, case):
     assert waits(backend._optim_step) == ["tolist"]
 
 
+def test_a_value_head_waits_no_more(tmp_path):
+    """Goal: with a value head one wait for each micro-batch's estimates, none to train on it, one for the step.
+
+    Red with the head's gradient clipped by itself (error_if_nonfinite reads its norm).
+    """
+    backend = tiny_backend(
+        tmp_path, loss_fn=partial(policy_loss, loss="ppo", value_coef=0.5), value_head=ValueHead(16, lr=1e-2)
+    )
+    batches = rl_batches()
+    for batch in batches:
+        assert waits(backend._values, batch) == ["cpu"]
+        batch["returns"] = torch.ones(batch["input_ids"].shape)
+    backend._expect(len(batches))
+    for batch in batches:
+        assert waits(backend._forward_backward, batch) == []
+    backend._value_head.optimizer.step = lambda: None  # reads its step counts, which lie on the host on a card too
+    assert waits(backend._optim_step) == ["tolist"]
+
+
 def test_what_counts_as_a_wait():
     """Goal: the count sees what it is for. Red with an operation's name left out."""
     mask, values = torch.tensor([True, False]), torch.ones(2)
@@ -99,6 +120,7 @@ def test_what_counts_as_a_wait():
     assert waits(lambda: (mask.nonzero(), values.masked_select(mask))) == ["nonzero", "masked_select"]
     assert waits(lambda: bool(mask.any())) == ["_local_scalar_dense"]
     assert waits(values.tolist) == ["tolist"]
+    assert waits(values.cpu) == ["cpu"]
 
 
 def test_announced_micro_batches_change_no_number(tmp_path):

@@ -244,6 +244,8 @@ def conversation(**keys: Any) -> list[dict[str, Any]]:
         {"train": False},
         {"trainable": 0},
         {"loss": False},
+        {"do_train": False},
+        {"Weight": 0},
         {"content": ""},
         {"content": " \n"},
     ],
@@ -301,10 +303,12 @@ def test_a_conversation_with_nothing_to_train_is_left_out_by_reason(tmp_path: Pa
         ({"weight": 1, "train": False}, "contradict each other"),
         ({"train_detail": []}, r"train_detail=\[\] would change what is trained"),
         ({"loss_mask": 1}, "loss_mask=1 would change what is trained"),
+        ({"ignore": True}, "ignore=True would change what is trained"),
+        ({"Masked": True}, "masked=True would change what is trained"),
     ],
 )
 def test_a_weight_that_is_not_understood_is_named(keys: dict[str, Any], message: str) -> None:
-    """Goal: nothing that would change the loss is passed over. Red: all of these were trained."""
+    """Goal: nothing that would change the loss is passed over, however it is spelt. Red: all of these were trained."""
     with pytest.raises(DataError, match=r"f.jsonl:7: messages\[1\].*" + message):
         parse_row(row(messages=conversation(**keys)), "messages")
     with pytest.raises(DataError, match=r"f:1: messages\[1\].*" + message):

@@ -178,7 +178,7 @@ def thoughts(family: Family) -> st.SearchStrategy[dict[str, str]]:
 
 
 @every_family
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(data=st.data())
 def test_random_conversations(family: Family, data: st.DataObject) -> None:
     """Goal: trained text is the assistants' text with its ends, once, and tokens are the template's, in every family.

@@ -31,7 +31,7 @@ def test_the_seed_decides() -> None:
     assert DataBuffer(PROMPTS, seed=1).get_prompts(7) != DataBuffer(PROMPTS, seed=2).get_prompts(7)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     sizes=st.lists(st.integers(0, 20), max_size=8),
     rest=st.integers(0, 30),
@@ -77,7 +77,7 @@ def test_batch_sizes_do_not_matter() -> None:
 ROWS = st.one_of(st.text(max_size=3), st.fixed_dictionaries({"messages": st.lists(st.text(max_size=2), max_size=2)}))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(prompts=st.lists(ROWS, min_size=1, max_size=5), data=st.data())
 def test_a_swapped_edited_or_reordered_data_set_is_noticed(prompts: list, data: st.DataObject) -> None:
     """Goal: NeMo-RL#2519, for any two data sets. Red with a fingerprint of the length alone, or of sorted prompts.

@@ -7,6 +7,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pandas
 import pyarrow
@@ -40,6 +41,7 @@ def parquet(directory: Path, **columns: Any) -> str:
         (datetime.time(12, 30, 1), pyarrow.time64("us"), "12:30:01"),
         (datetime.timedelta(minutes=2), pyarrow.duration("s"), 120.0),
         (decimal.Decimal("72.50"), pyarrow.decimal128(10, 2), "72.50"),
+        (decimal.Decimal("72.00"), pyarrow.decimal128(10, 2), "72"),
         ({"when": [datetime.date(2024, 5, 1)]}, None, {"when": ["2024-05-01"]}),
         ({"a": None, "b": [{"c": None, "d": 1}]}, None, {"b": [{"d": 1}]}),
     ],
@@ -194,3 +196,13 @@ def test_arrows_padding_goes(tmp_path: Path) -> None:
         tokenizer.apply_chat_template(messages, return_dict=False) for messages in rows
     ]
     assert TOOLS
+
+
+def test_a_set_that_was_saved_to_disk_says_what_to_do(tmp_path: Path) -> None:
+    """Goal: the fix is another way to save it. Red: "check split and subset"; and so for a type that nobody reads."""
+    datasets.Dataset.from_list([{"question": "q", "answer": "a"}]).save_to_disk(tmp_path / "saved")
+    with pytest.raises(DataError, match=r"load_from_disk.*Fix: write it with to_parquet"):
+        read_rows(str(tmp_path / "saved"))
+    pairs = pyarrow.array([[("a", 1)]], pyarrow.map_(pyarrow.string(), pyarrow.int64()))
+    with pytest.raises(DataError, match="Fix: leave the column of that type out"):
+        read_rows(parquet(tmp_path / "set", question=["q"], extra=pairs))

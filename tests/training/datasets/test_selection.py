@@ -13,7 +13,7 @@ from rollouts.training.datasets import selection
 from rollouts.training.datasets.selection import Selection
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     count=st.integers(0, 40),
     start=st.integers(0, 12),

@@ -32,7 +32,7 @@ def test_every_token_after_the_first_is_trained_and_eos_ends_it(tokenizer: Any) 
     assert (report.kept, report.trained_tokens, report.total_tokens, report.texts_split) == (1, 4, 5, 0)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(length=st.integers(2, 60), max_length=st.integers(2, 20))
 def test_a_split_text_is_trained_whole_and_once(length: int, max_length: int) -> None:
     """Goal: lossless: each token but the first is predicted once, after the one before it. Red without the overlap

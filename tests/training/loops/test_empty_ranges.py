@@ -47,6 +47,11 @@ async def collect(directory: Path, **options: Any) -> Any:
         ),
         *((train, {"micro_batch_size": 0}, "micro_batch_size=0: needs >= 1") for train in (sft, rl)),
         *((train, {"micro_batch_tokens": -5}, "micro_batch_tokens=-5: needs >= 1") for train in (sft, rl)),
+        *((train, {"log_every": 0}, "log_every=0: needs >= 1, or -1") for train in (sft, rl)),
+        *((train, {"checkpoint_every": -2}, "checkpoint_every=-2: needs >= 1, or -1") for train in (sft, rl)),
+        *((train, {"num_steps": 1.5}, "num_steps=1.5: needs a whole number") for train in (sft, rl)),
+        (rl, {"sync_every": 0}, "sync_every=0: needs >= 1"),
+        (sft, {"batch_size": 2.0}, "batch_size=2.0: needs a whole number"),
         (sft, {"batch_size": 0}, "batch_size=0: needs >= 1"),
         (rl, {"updates_per_batch": 0}, "updates_per_batch=0: needs >= 1"),
     ],
@@ -54,6 +59,7 @@ async def collect(directory: Path, **options: Any) -> Any:
 def test_nothing_to_do_is_an_error(
     tmp_path: Path, train: Callable[..., Any], options: dict[str, Any], message: str
 ) -> None:
-    """Goal: an error before any work. Red without the check: [] came back, 0 counted as None, or max() of nothing."""
+    """Goal: an error before any work. Red without the check: [] came back, 0 counted as None, as -1, or max() of
+    nothing."""
     with pytest.raises(StepsError, match=message):
         anyio.run(lambda: train(tmp_path, **options))

@@ -135,6 +135,31 @@ async def test_retries_are_bounded_and_the_error_counts() -> None:
 
 
 @pytest.mark.anyio
+async def test_what_to_do_fits_what_dropped_the_groups() -> None:
+    """Goal: a reward that gives None is told to give numbers, not to pass a filter that nobody set. Red with one advice
+    for all."""
+
+    async def unsure(sample: Sample) -> float | None:
+        return None
+
+    with pytest.raises(RolloutError, match=r"unscorable dropped 4. The reward returned None for them. Fix: a reward"):
+        await manager(reward_fn=unsure, retries_max=0).generate_batch()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("error", [KeyError("tests"), SystemExit(3)])
+async def test_a_filter_that_raises_is_named(error: BaseException) -> None:
+    """Goal: as of a reward: which function, what, where, which prompt. Red with it let through."""
+
+    def broken(group: list[Sample]) -> bool:
+        raise error
+
+    told = rf"filter_fn broken raised {type(error).__name__}: .*test_async_rollout_manager.py:\d+\) for the group of"
+    with pytest.raises(RolloutError, match=told):
+        await manager(filter_fn=broken).generate_batch()
+
+
+@pytest.mark.anyio
 async def test_what_cannot_be_scored_is_dropped_and_counted() -> None:
     """Goal: None means not scorable, never 0. Red when None became 0.0."""
     target = DataBuffer(PROMPTS, seed=1).get_prompts(1)[0]

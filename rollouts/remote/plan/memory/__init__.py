@@ -56,8 +56,8 @@ def models_of(config: Config, code: Code) -> Models:
     rl, inputs = config.rl, code.inputs
     policy = shape_named(config.model.name, inputs.model_configs)
     reference: Shape | str | None = None
-    if rl is not None and "rl" in config.stages and rl.kl_coef > 0:
-        reference = shape_named(rl.kl_reference, inputs.model_configs) if rl.kl_reference else policy
+    if rl is not None and "rl" in config.stages and rl.kl is not None:
+        reference = shape_named(rl.kl.reference, inputs.model_configs) if rl.kl.reference else policy
     return Models(policy=policy, reference=reference, parameters=inputs.parameters)
 
 

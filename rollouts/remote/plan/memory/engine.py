@@ -76,7 +76,7 @@ def _use(config: Config, engine: EngineConfig, shape: Shape, free: int, total: i
         cache = int(engine.mem_fraction * total) - weights - CONTEXT_BYTES
     else:
         cache = int(engine.mem_fraction * max(0, free - CONTEXT_BYTES)) - weights
-    if engine.max_total_tokens != -1:
+    if engine.max_total_tokens is not None:
         cache = min(cache, engine.max_total_tokens * token)
     return EngineUse(weights=weights, cache=cache, outside=outside, cache_tokens=max(0, cache) // token)
 

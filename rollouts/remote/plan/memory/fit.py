@@ -3,11 +3,11 @@
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from rollouts.config import Config, changed
 from rollouts.remote.plan.memory.engine import GIB, Card
-from rollouts.remote.plan.memory.uses import Models, Use, gpu_uses, largest_micro_batch, longest_sequence
+from rollouts.remote.plan.memory.uses import Models, Stage, Use, gpu_uses, largest_micro_batch, longest_sequence
 
 CHANGES_MAX = 3  # made together
 TIGHT_SHARE = 0.95  # of what there is: beyond it a sum of this kind may be wrong by what is left
@@ -126,7 +126,8 @@ def _options(config: Config, models: Models, cards: Mapping[int, Card], spare: M
     engine = config.engine
     colocated = engine is not None and any(_trains(misfit.use) and misfit.use.engines for misfit in failing)
     if engine is not None and colocated:
-        yield [] if engine.sleep_while_training else [{"engine.sleep_while_training": True}]
+        can_sleep = engine.kind == "sglang" and not engine.sleep_while_training
+        yield [{"engine.sleep_while_training": True}] if can_sleep else []
         free = [gpu for gpu in sorted(spare) if gpu not in config.target.gpu_ranks]
         alone = engine.replicas * engine.tensor_parallel_size == 1
         yield [{"engine.gpu_ranks": [gpu]} for gpu in free[:1]] if alone else []
@@ -158,7 +159,7 @@ def _other_engines(config: Config) -> Iterator[dict[str, Any]]:
     yield from ({"engine.mem_fraction": percent / 100} for percent in (*smaller, *larger))
 
 
-def _smaller_micro_batches(config: Config, stage: str) -> list[tuple[str, int]]:
+def _smaller_micro_batches(config: Config, stage: Stage) -> list[tuple[str, int]]:
     """Return (field, value) of smaller micro-batches, down to one sequence of the longest."""
     settings = getattr(config, stage)
     if settings.micro_batch_tokens == -1:
@@ -180,7 +181,7 @@ def _is_half(config: Config, fields: Mapping[str, Any]) -> bool:
     for path, value in fields.items():
         section, _, name = path.partition(".")
         was = (
-            largest_micro_batch(config, section)
+            largest_micro_batch(config, cast(Stage, section))
             if name == "micro_batch_tokens"
             else getattr(getattr(config, section), name)
         )

@@ -6,8 +6,10 @@ What is not known is named in `Use.unknown`, and the sum is then the least that 
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
-from rollouts.config import Config, RLConfig, SFTConfig
+from rollouts.config import BroadcastSync, Config, RLConfig, SFTConfig, TensorSync
+from rollouts.config.answers import answer_limits
 from rollouts.remote.inputs.shapes import Shape
 from rollouts.remote.plan.memory.engine import (
     CARD_BYTES_UNKNOWN,
@@ -30,9 +32,9 @@ from rollouts.remote.plan.memory.training import (
     training_peaks,
 )
 
+Stage = Literal["sft", "rl"]
 FRAGMENTS_SHARE = 20  # 1/20 of what torch's allocator holds is lost to fragments
 NCCL_BYTES = GIB // 4  # buffers of the communicators between ranks
-ANSWER_ROWS, ANSWER_TOKENS = 256, 2**17  # rollouts.training.evaluation's; a test holds the two against each other
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +51,7 @@ class Use:
     """One GPU in one stage."""
 
     gpu: int
-    stage: str
+    stage: Stage
     moment: str  # when it is fullest
     parts: Parts
     unknown: tuple[str, ...]
@@ -68,13 +70,13 @@ def gpu_uses(config: Config, models: Models, cards: Mapping[int, Card]) -> Itera
             yield _use(config, stage, models, gpu, cards[gpu])
 
 
-def _trainer_ranks(config: Config, stage: str) -> list[int]:
+def _trainer_ranks(config: Config, stage: Stage) -> list[int]:
     """Return the GPUs that hold a trainer in the stage: none where samples are only collected."""
-    collects = stage == "rl" and config.rl is not None and config.rl.source == "engine_only"
+    collects = stage == "rl" and config.rl is not None and config.rl.sampling.source == "engine_only"
     return [] if collects else config.target.gpu_ranks
 
 
-def _use(config: Config, stage: str, models: Models, gpu: int, card: Card) -> Use:
+def _use(config: Config, stage: Stage, models: Models, gpu: int, card: Card) -> Use:
     unknown: list[str] = []
     found: list[EngineUse] = []
     engine = config.engine if stage == "rl" and config.uses_engine else None
@@ -107,7 +109,7 @@ def _use(config: Config, stage: str, models: Models, gpu: int, card: Card) -> Us
 
 
 def _trainer_moments(
-    config: Config, stage: str, models: Models, card: Card, unknown: list[str]
+    config: Config, stage: Stage, models: Models, card: Card, unknown: list[str]
 ) -> Iterator[tuple[str, Parts]]:
     """Return what a trainer's rank holds at each moment that may be its peak; to `unknown` goes what is not counted."""
     shape = models.policy
@@ -125,11 +127,12 @@ def _trainer_moments(
         }
     else:
         peaks = {f"training: {name}": parts for name, parts in training_peaks(shape, step).items()}
-        if _answers_in_process(config, stage):
-            new = config.rl.max_new_tokens if config.rl else config.data.max_length
-            limits = {"rows_max": ANSWER_ROWS, "tokens_max": ANSWER_TOKENS}
-            parts = answering_peak(shape, step, prompt=config.data.max_length, new=new, **limits)
-            peaks["answering held-out rows"] = parts
+        limits = answer_limits(config, stage)
+        if limits is not None:
+            new, longest = limits.new_tokens, config.data.max_length  # in RL the answer is of the longest, too
+            prompt = max(1, longest - new) if config.rl is not None else longest
+            sizes = {"rows_max": limits.batch_rows, "tokens_max": limits.batch_tokens}
+            peaks["answering held-out rows"] = answering_peak(shape, step, prompt=prompt, new=new, **sizes)
     for name, parts in peaks.items():
         yield name, _with_overhead(config, {**parts, **({"reference": reference} if reference else {})})
 
@@ -140,21 +143,20 @@ def _with_overhead(config: Config, parts: Parts) -> Parts:
     return {**parts, "other": sum(parts.values()) // FRAGMENTS_SHARE + CONTEXT_BYTES + nccl}
 
 
-def _resting(config: Config, stage: str, models: Models, card: Card) -> Parts:
+def _resting(config: Config, stage: Stage, models: Models, card: Card) -> Parts:
     """Return what the trainer holds while the engine samples, and while weights are sent."""
     assert isinstance(models.policy, Shape)
     step = step_of(config, stage, models.policy, card)
-    engine = config.engine
-    sends = engine is not None and engine.weight_sync in ("tensor", "broadcast")
+    sync = config.engine.weight_sync if config.engine is not None else None
     more = {
         "reference": _reference_bytes(config, stage, models, step, []),
-        "buckets": 2 * engine.weight_sync_bucket_mib * 2**20 if engine is not None and sends else 0,
+        "buckets": 2 * sync.bucket_mib * 2**20 if isinstance(sync, TensorSync | BroadcastSync) else 0,
     }
     parts = {**at_rest(models.policy, step), "gradients": 0}
     return _with_overhead(config, {**parts, **{name: count for name, count in more.items() if count}})
 
 
-def step_of(config: Config, stage: str, shape: Shape, card: Card) -> Step:
+def step_of(config: Config, stage: Stage, shape: Shape, card: Card) -> Step:
     """Return what the memory of a stage's training step depends on."""
     settings, target, model = _stage(config, stage), config.target, config.model
     tokens = largest_micro_batch(config, stage)
@@ -181,13 +183,13 @@ def step_of(config: Config, stage: str, shape: Shape, card: Card) -> Step:
     )
 
 
-def _stage(config: Config, stage: str) -> SFTConfig | RLConfig:
+def _stage(config: Config, stage: Stage) -> SFTConfig | RLConfig:
     settings: SFTConfig | RLConfig | None = getattr(config, stage)
     assert settings is not None, f"a config with a stage {stage}"
     return settings
 
 
-def longest_sequence(config: Config, stage: str) -> int:
+def longest_sequence(config: Config, stage: Stage) -> int:
     """Return the most tokens that one sequence of the stage may have."""
     if stage == "rl" and config.rl is not None:
         if config.rl.agent is not None:
@@ -197,7 +199,7 @@ def longest_sequence(config: Config, stage: str) -> int:
     return config.data.max_length
 
 
-def largest_micro_batch(config: Config, stage: str) -> int:
+def largest_micro_batch(config: Config, stage: Stage) -> int:
     """Return the tokens of a rank's largest micro-batch, with no prompt shared."""
     settings, longest = _stage(config, stage), longest_sequence(config, stage)
     if isinstance(settings, RLConfig):
@@ -218,7 +220,7 @@ def _shards(config: Config) -> int:
     return target.shard_group_size if hybrid else max(1, len(target.gpu_ranks))
 
 
-def _reference_bytes(config: Config, stage: str, models: Models, step: Step, unknown: list[str]) -> int:
+def _reference_bytes(config: Config, stage: Stage, models: Models, step: Step, unknown: list[str]) -> int:
     """Return the bytes of the KL penalty's frozen model: in the dtype of computing, float32 where it is sharded."""
     rl = config.rl
     if stage != "rl" or rl is None or models.reference is None or _is_own_reference(config, rl):
@@ -234,17 +236,11 @@ def _reference_bytes(config: Config, stage: str, models: Models, step: Step, unk
 def _is_own_reference(config: Config, rl: RLConfig) -> bool:
     """Return whether the reference is the policy with its adapters off."""
     alone = config.model.lora is not None and config.target.sharding == "none"
-    from_the_start = config.stages[0] == "rl" and rl.kl_reference == config.model.name
-    return alone and (rl.kl_reference is None or from_the_start)
+    from_the_start = config.stages[0] == "rl" and rl.kl is not None and rl.kl.reference == config.model.name
+    return alone and rl.kl is not None and (rl.kl.reference is None or from_the_start)
 
 
-def _answers_in_process(config: Config, stage: str) -> bool:
-    """Return whether held-out rows are answered without an engine. Plain text has no answers."""
-    asked = any(spec.format != "text" for spec in config.data.eval_mixture)
-    return asked and (stage == "sft" or not config.uses_engine)
-
-
-def _counted_at_rest(config: Config, stage: str, count: int) -> Parts:
+def _counted_at_rest(config: Config, stage: Stage, count: int) -> Parts:
     """Return weights, gradients and state of a model of which the number of parameters alone is known: the least."""
     shards = _shards(config)
     if config.target.cpu_offload and config.target.sharding != "none":
