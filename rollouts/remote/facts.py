@@ -60,6 +60,7 @@ home=${ROLLOUTS_HOME:-$HOME/.rollouts}
 case $home in /*) ;; *) home=$PWD/$home ;; esac
 PATH="$PATH:@EXTRA_PATH@"; export PATH
 printf '%s\\n' "home=$home" "path=$PATH" "user=$(id -un)" "host=$(uname -n)" "system=$(uname -sr)"
+ram=$(sed -n 's/^MemTotal: *\\([0-9]*\\) kB$/\\1/p' /proc/meminfo 2>/dev/null); [ -n "$ram" ] && echo "ram_kib=$ram"
 for tool in tmux rsync uv git; do
   where=$(command -v "$tool") && echo "tool=$tool $where"
 done
@@ -104,6 +105,7 @@ class HostFacts:
     pythons: tuple[tuple[str, str], ...] = ()  # (path, version) of all that can make environments by themselves
     python_headers: tuple[str, ...] | None = None  # of `python` and `pythons` those that have Python.h; None: not asked
     cuda: CudaHost = field(default_factory=CudaHost)
+    ram_mib: int | None = None  # the host's memory; None: not told
     disk_free_bytes: int = 0
     ports_in_use: tuple[int, ...] = ()
     paths: dict[str, bool] = field(
@@ -183,6 +185,7 @@ def parse_facts(lines: list[tuple[str, str]]) -> HostFacts:
         gpu_processes=gpus.read_processes(several.get("gpu_process", [])),
         cuda=gpus.read_cuda_host(values, several.get("compiler", []), several.get("allocator", [])),
         pythons_seen=tuple(several.get("python_seen", [])),
+        ram_mib=int(values["ram_kib"]) // 1024 if values.get("ram_kib", "").isdigit() else None,
         python=probe.pop("python", None),
         **probe,
     )

@@ -85,7 +85,7 @@ def plan_text(plan: Plan) -> str:
     lines = [f"plan for {plan.run_id} on {plan.target} (nothing is touched)"]
     for number, step in enumerate(plan.steps, 1):
         lines += [f"{number:>3}. {step.what}", f"     because: {step.why}"]
-    lines += [*plan.summary, *(f"warning: {warning}" for warning in plan.warnings)]
+    lines += [*plan.summary, *plan.memory, *(f"warning: {warning}" for warning in plan.warnings)]
     return "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])
 
 

@@ -1,7 +1,7 @@
 """The shipped configs, planned on ten kinds of hosts with GPUs.
 
 hosts_seen/ has what the facts' script prints on each, with nvidia-smi's words as its documentation and public reports
-have them. Whether a config fits a card's memory is another table.
+have them.
 """
 
 from pathlib import Path
@@ -19,7 +19,12 @@ from tests.remote.test_gpu_configs import GPU_CONFIGS, ROOT
 SEEN = Path(__file__).parent / "hosts_seen"
 # For each host: the configs that are refused there, with the words of each problem; the others start.
 TABLE: dict[str, dict[str, list[str]]] = {
-    "rtx4090": {"rl_math": ["has 1 GPU; this config needs 4"], "sft_qwen": ["has 1 GPU; this config needs 2"]},
+    "rtx4090": {
+        "nanochat_sft_rl": ["GPU 0 is too small for the rl stage"],
+        "rl_math": ["has 1 GPU; this config needs 4"],
+        "sft_openwebtext": ["GPU 0 is too small for the sft stage"],
+        "sft_qwen": ["has 1 GPU; this config needs 2"],
+    },
     "l40s": {},
     "a100-40": {},
     "a100-80": {"rl_math": ["has 2 GPUs; this config needs 4, [2, 3] are not there"]},  # an MPS server shares its cards
@@ -48,6 +53,19 @@ TABLE: dict[str, dict[str, list[str]]] = {
         name: ["driver 550.54.14 is too old for the engine's environment", "glibc 2.31 is too old"]
         for name in ("01_debug_sft_rl", "rl_math")
     },
+}
+# The memory that each config needs there, in GiB: of each stage, and of the engines' GPUs where they have their own
+MEMORY = {
+    "rtx4090": {"01_debug_sft_rl": "10.7 21.2", "nanochat_sft_rl": "21.3 30.5", "sft_openwebtext": "32.5"},
+    "l40s": {"01_debug_sft_rl": "10.7 28.5", "rl_math": "18.1 39.8", "sft_qwen": "17.9"},
+    "a100-40": {"01_debug_sft_rl": "10.7 26.7", "rl_math": "18.1 35.5"},
+    "a100-80": {"01_debug_sft_rl": "10.7 40.7", "nanochat_sft_rl": "21.3 30.5"},
+    "h100": {"01_debug_sft_rl": "10.7 40.6", "rl_math": "18.1 69.3"},
+    "h200": {"01_debug_sft_rl": "10.7 61.9", "sft_qwen": "21.0"},  # whole gradients are kept, to reduce once a step
+    "gb10": {"01_debug_sft_rl": "10.7 21.4", "sft_openwebtext": "32.5"},  # of a card that tells no memory
+    "mig": {"01_debug_sft_rl": "10.7 21.4", "rl_math": "18.1 22.5"},  # of a slice that tells none
+    "container": {"nanochat_sft_rl": "21.3 30.5", "sft_openwebtext": "32.5"},
+    "driver550": {"01_debug_sft_rl": "10.7 40.7", "sft_qwen": "17.9"},
 }
 CODES: dict[str, Code] = {}
 
@@ -78,9 +96,21 @@ def test_what_each_host_is_told(host: str, name: str) -> None:
         assert problem.found and problem.needed and problem.fix
 
 
+@pytest.mark.parametrize("host", MEMORY)
+def test_the_memory_of_each_host(host: str) -> None:
+    """Goal: what a config needs follows the card, and nothing is tight on these hosts; a card or a slice that tells no
+    memory is said. Red with the engine's share of another card, and without the rule for whole gradients."""
+    for name, needed in MEMORY[host].items():
+        found = plan(host, name)
+        cells = [line.split()[-2] for line in found.memory[2:]]
+        assert " ".join(cells) == needed
+        unknown = [note for note in found.notes if note.startswith("memory of GPU")]
+        assert len(unknown) == (len(cells) if host in ("gb10", "mig") else 0) and not any("tight" in n for n in unknown)
+
+
 def test_the_table_is_whole() -> None:
     """Goal: every recorded host has its row. Red with a file that no row names."""
-    assert sorted(TABLE) == sorted(path.stem for path in SEEN.iterdir()) and len(TABLE) == 10
+    assert sorted(TABLE) == sorted(MEMORY) == sorted(path.stem for path in SEEN.iterdir()) and len(TABLE) == 10
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,10 @@
 """What a config names, looked through before anything is built: paths, dotted names, rows. Nothing is imported."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rollouts.config import Config, DatasetSpec
 from rollouts.remote.errors import Problem
@@ -15,6 +16,7 @@ from rollouts.remote.inputs.data import (
     contents_problems,
     count_parameters,
     count_rows,
+    read_model_config,
 )
 from rollouts.remote.inputs.paths import Located, SentFiles, path_problem, pointer_problem
 
@@ -29,9 +31,10 @@ class Inputs:
     notes: tuple[str, ...]
     rows: dict[str, tuple[RowCount, ...]]  # "sft_mixture" -> of each of its data sets
     parameters: int | None  # of a model whose files are here
+    model_configs: Mapping[str, Mapping[str, Any] | None]  # config.json of those; None: it cannot be read
 
 
-NO_INPUTS = Inputs(paths={}, problems=(), syntax=(), notes=(), rows={}, parameters=None)
+NO_INPUTS = Inputs(paths={}, problems=(), syntax=(), notes=(), rows={}, parameters=None, model_configs={})
 
 
 def named_paths(config: Config) -> list[str]:
@@ -64,6 +67,7 @@ def look_through(root: Path, config: Config, files: Sequence[str], requirements:
         notes=tuple(code.notes),
         rows={name: tuple(count_rows(spec, sent) for spec in specs) for name, specs in _mixtures(config)},
         parameters=_parameters(config, sent),
+        model_configs=dict(_model_configs(config, sent)),
     )
 
 
@@ -102,8 +106,22 @@ def _pins(config: Config, root: Path) -> Iterator[Problem]:
             yield problem
 
 
-def _parameters(config: Config, sent: SentFiles) -> int | None:
-    where = sent.locate(config.model.name)
-    if os.path.isabs(config.model.name) or where.state != "sent" or where.file not in sent.folders:
+def _model_folder(name: str, sent: SentFiles) -> Path | None:
+    """Return where a model's files lie here; None for one of the hub or of the host."""
+    if os.path.isabs(name):
         return None
-    return count_parameters(sent.root / where.file, from_weights=config.model.init == "pretrained")
+    where = sent.locate(name)
+    return sent.root / where.file if where.state == "sent" and where.file in sent.folders else None
+
+
+def _parameters(config: Config, sent: SentFiles) -> int | None:
+    folder = _model_folder(config.model.name, sent)
+    return None if folder is None else count_parameters(folder, from_weights=config.model.init == "pretrained")
+
+
+def _model_configs(config: Config, sent: SentFiles) -> Iterator[tuple[str, Mapping[str, Any] | None]]:
+    reference = config.rl.kl.reference if config.rl and config.rl.kl else None
+    for name in filter(None, (config.model.name, reference)):
+        folder = _model_folder(name, sent)
+        if folder is not None:
+            yield name, read_model_config(folder)

@@ -2,7 +2,7 @@
 
 import json
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -14,6 +14,7 @@ from rollouts.remote.errors import Problem
 from rollouts.remote.inputs.hub_card import files_by_card, has_configs
 from rollouts.remote.inputs.paths import SentFiles, path_problem, pointer_problem
 from rollouts.remote.inputs.row_counts import READ_BYTES_MAX, files_of_split, rows_of_file
+from rollouts.remote.inputs.shapes import ShapeError, shape_of
 
 MADE_HERE = ("spelling_bee", "simple_spelling")  # formats whose rows are made by the trainer; their name is a label
 COLUMNS_MADE = {"messages", "answer", "format", "task", "tools", "letters"}  # a prompt's, beside the file's own
@@ -182,10 +183,20 @@ def count_parameters(folder: Path, *, from_weights: bool) -> int | None:
     counts = [_tensor_elements(file) for file in sorted(folder.glob("*.safetensors"))] if from_weights else []
     if counts and None not in counts:
         return sum(filter(None, counts))
+    config = read_model_config(folder)
     try:
-        return _parameters_of(json.loads(read_plain(folder / "config.json")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None if config is None else shape_of(config).parameters
+    except ShapeError:
         return None
+
+
+def read_model_config(folder: Path) -> dict[str, Any] | None:
+    """Return a local model's config.json; None for one that cannot be read."""
+    try:
+        config = json.loads(read_plain(folder / "config.json"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return config if isinstance(config, dict) else None
 
 
 def _tensor_elements(file: Path) -> int | None:
@@ -196,18 +207,3 @@ def _tensor_elements(file: Path) -> int | None:
         return sum(prod(value["shape"]) for key, value in header.items() if key != "__metadata__")
     except (OSError, ValueError, KeyError, TypeError, struct.error, AttributeError):
         return None
-
-
-def _parameters_of(config: Mapping[str, Any]) -> int | None:
-    """Of the dense families whose layers are alike: Llama, Mistral, Qwen2, Qwen3."""
-    kind = config["model_type"]
-    if kind not in ("llama", "mistral", "qwen2", "qwen3"):
-        return None
-    hidden, layers, heads = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
-    head = config.get("head_dim") or hidden // heads
-    queries, keys = heads * head, (config.get("num_key_value_heads") or heads) * head
-    attention = hidden * queries * 2 + hidden * keys * 2
-    attention += queries + 2 * keys if kind == "qwen2" else 2 * head if kind == "qwen3" else 0
-    layer = attention + 3 * hidden * config["intermediate_size"] + 2 * hidden
-    copies = 1 if config.get("tie_word_embeddings", False) else 2
-    return int(config["vocab_size"] * hidden * copies + layers * layer + hidden)

@@ -1,8 +1,8 @@
 """What a deploy would do, decided. Pure: config + facts + code → Plan. No clock, network or disk.
 
 `--plan` prints the value made here; execute.py does it and decides nothing. A plan with problems is never executed.
-problems.py and gpu_problems.py have the reasons against it, look_ahead.py what the run would come to, launch_plan.py
-the part that the host carries out, describe.py the words.
+problems.py and gpu_problems.py have the reasons against it, memory/ whether it fits into its GPUs, look_ahead.py what
+the run would come to, launch_plan.py the part that the host carries out, describe.py the words.
 """
 
 from collections.abc import Collection
@@ -16,6 +16,7 @@ from rollouts.remote.plan.describe import Step, plan_notes, plan_steps, watch_st
 from rollouts.remote.plan.gpu_problems import gpu_notes, gpu_problems, gpu_warnings
 from rollouts.remote.plan.launch_plan import environment_key, launch_plan, read_lock
 from rollouts.remote.plan.look_ahead import ahead_problems, plan_summary, plan_warnings
+from rollouts.remote.plan.memory import memory_plan
 from rollouts.remote.plan.problems import asked_paths, asked_ports, host_problems, input_problems
 from rollouts.remote.plan.torch_build import torch_problems, torch_warnings
 from rollouts.remote.repository import Code
@@ -41,6 +42,7 @@ class Plan:
     notes: tuple[str, ...]
     steps: tuple[Step, ...]
     summary: tuple[str, ...] = ()  # what each stage reads, does and writes
+    memory: tuple[str, ...] = ()  # a table of what each GPU holds in each stage
     warnings: tuple[str, ...] = ()  # what may be meant, and usually is not
     launch: LaunchPlan | None  # None where the host lacks what the plan rests on (a Python)
 
@@ -60,12 +62,14 @@ def make_plan(
     busy_ok: bool = False,
 ) -> Plan:
     """Decide everything. `secrets_set`: those of host.secrets that have a value here; `busy_ok`: take busy GPUs too."""
+    memory = memory_plan(config, facts, code, target, busy_ok=busy_ok)
     problems = (
         *host_problems(config, facts, target, run_id),
         *input_problems(config, facts, code, target, secrets_set),
         *ahead_problems(config, facts, code, target),
         *gpu_problems(config, facts, code, target, busy_ok=busy_ok),
         *torch_problems(config, facts, code, target),
+        *memory.problems,
     )
     locks = code.constraints is not None and code.engine_requirements is not None
     launch = launch_plan(config, facts, code, run_id) if facts.python and locks else None
@@ -74,7 +78,8 @@ def make_plan(
         run_id=run_id,
         local_dir=local_dir,
         problems=problems,
-        notes=(*plan_notes(config, facts, code), *gpu_notes(config, facts)),
+        notes=(*plan_notes(config, facts, code), *gpu_notes(config, facts), *memory.notes),
+        memory=memory.table,
         summary=tuple(plan_summary(config, code)),
         warnings=(*plan_warnings(config, code), *torch_warnings(config), *gpu_warnings(config, facts, busy_ok=busy_ok)),
         steps=(*plan_steps(config, facts, code, launch, target), watch_step(local_dir)) if launch else (),

@@ -1,7 +1,7 @@
 """Every reason why a run on NVIDIA GPUs would fail on its host. Pure: config + facts + code → problems, and so on.
 
 cuda_host.py has those of the host beside its cards. Rules for one card and for a host take no config, so that
-`deploy --remote HOST` shows them too. Whether a config fits into a card's memory is not decided here.
+`deploy --remote HOST` shows them too. Whether a config fits into a card's memory: memory/.
 """
 
 from collections.abc import Iterator, Sequence
@@ -61,7 +61,7 @@ def gpu_warnings(config: Config, facts: HostFacts, *, busy_ok: bool = False) -> 
     if config.target.device_type != "cuda":
         return
     for gpu in _named(config, facts) if busy_ok else ():
-        if not _is_free(gpu, facts):
+        if not is_free(gpu, facts):
             yield f"GPU {gpu.index} is busy, and --busy-ok takes it: {describe_gpu(gpu)}"
     if "CUDA_VISIBLE_DEVICES" in config.host.env:
         yield "host.env sets CUDA_VISIBLE_DEVICES: it replaces target.gpu_ranks and engine.gpu_ranks in every process"
@@ -218,7 +218,7 @@ def _driver_fix(said: str) -> str:
 
 
 def _busy_problem(config: Config, facts: HostFacts, gpu: Gpu, target: str) -> Problem | None:
-    if _is_free(gpu, facts):
+    if is_free(gpu, facts):
         return None
     who = [
         f"pid {p.pid} {p.name}" + (f", {p.memory_mib} MiB" if p.memory_mib is not None else "")
@@ -226,7 +226,7 @@ def _busy_problem(config: Config, facts: HostFacts, gpu: Gpu, target: str) -> Pr
         if p.name != "[Not Found]"
     ]
     unseen = "" if who else "who uses it is not seen from here: a display, or processes outside this container"
-    free = [other.index for other in facts.gpus if _is_free(other, facts) and not [*card_problems(other, target)]]
+    free = [other.index for other in facts.gpus if is_free(other, facts) and not [*card_problems(other, target)]]
     fix = f"free are {free}: name those, or end what runs there" if free else "end what runs there, or wait"
     return Problem(
         f"{target}: GPU {gpu.index} is busy.",
@@ -236,7 +236,8 @@ def _busy_problem(config: Config, facts: HostFacts, gpu: Gpu, target: str) -> Pr
     )
 
 
-def _is_free(gpu: Gpu, facts: HostFacts) -> bool:
+def is_free(gpu: Gpu, facts: HostFacts) -> bool:
+    """Return whether nobody else seems to use a card."""
     enough = gpu.memory_free_mib >= GPU_FREE_SHARE_MIN * gpu.memory_total_mib
     return enough and not holders(gpu, facts.gpu_processes)
 
