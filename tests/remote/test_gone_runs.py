@@ -111,7 +111,7 @@ def test_a_run_that_was_never_launched(laptop: Laptop) -> None:
     (tools / "rsync").write_text("#!/bin/sh\necho 'it is broken' >&2\nexit 5\n")
     (tools / "rsync").chmod(0o755)
     failed = laptop.deploy(config, "--run-id", "later", env={"PATH": f"{tools}:{os.environ['PATH']}"})
-    assert failed.returncode == 2 and "it is broken" in failed.stderr and "deploy attach k" in failed.stderr
+    assert failed.returncode == 2 and "it is broken" in failed.stderr and "deploy attach later" in failed.stderr
     row = laptop.json("ls")[0]
     assert row["state"] == "not launched" and "it is broken" in row["message"] and "\\n" not in row["message"]
     assert "  error: " in laptop.deploy("ls").stdout
