@@ -116,7 +116,7 @@ def test_a_run_that_was_never_launched(laptop: Laptop) -> None:
     assert row["state"] == "not launched" and "it is broken" in row["message"] and "\\n" not in row["message"]
     assert "  error: " in laptop.deploy("ls").stdout
     status = laptop.json("status", "later")
-    assert status["state"] == "not launched" and "deploy attach k" in status["message"]
+    assert status["state"] == "not launched" and "deploy attach later" in status["message"]
     for verb in ("pull", "stop", "logs"):
         done = laptop.deploy(verb, "later")
         assert done.returncode == 2 and "was never launched on local" in done.stderr
