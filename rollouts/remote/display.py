@@ -121,7 +121,9 @@ class LiveReporter:
         from rich.console import Console
 
         self._lock = threading.RLock()
-        self._console = Console(markup=False, highlight=False, emoji=False)
+        # The terminal's own size: COLUMNS and LINES of a shell that exports them stay as they were on a resize.
+        environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+        self._console = Console(markup=False, highlight=False, emoji=False, _environ=environment)
         self._view, self._doing, self._doing_since = View(), "", time.monotonic()
         self._host_ahead: float | None = None  # the host's clock less ours, as far as its rows tell
         self._kept: deque[str] = deque(maxlen=200)  # the last lines that stay

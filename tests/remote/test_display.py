@@ -56,7 +56,8 @@ class Terminal:
         self._directory = directory
 
     def tmux(self, *words: str) -> str:
-        environment = {**os.environ, "TMUX_TMPDIR": str(self._directory), "LC_ALL": "C.UTF-8"}
+        exported = {"COLUMNS": "80", "LINES": "24"}  # as some shells do: they are not the window's size
+        environment = {**os.environ, **exported, "TMUX_TMPDIR": str(self._directory), "LC_ALL": "C.UTF-8"}
         environment.pop("TMUX", None)
         return subprocess.run(["tmux", *words], env=environment, capture_output=True, text=True, check=True).stdout
 
@@ -84,7 +85,8 @@ def terminal() -> Iterator[Terminal]:
 
 def test_a_resized_terminal_shows_each_line_once(terminal: Terminal) -> None:
     """Goal: narrower and wider again, the screen holds each phase, the bar and the kept lines once, and no pair of name
-    and value is broken. Red with rich's Live left alone on a resize: wrapped lines of the old width stayed."""
+    and value is broken. Red with rich's Live left alone on a resize: wrapped lines of the old width stayed. Red with
+    COLUMNS and LINES of the shell in the place of the window's size."""
     for width in ("80", "44", "100"):
         terminal.tmux("resize-window", "-t", "t", "-x", width, "-y", "24")
         time.sleep(0.6)  # two ticks of the display: what was there before the resize counts for nothing
