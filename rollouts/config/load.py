@@ -50,6 +50,8 @@ def _names_of(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file}: loads itself: {chain}. A config derives from another file.")
     _LOADING.append(file.resolve())
     try:
+        if b"\0" in file.read_bytes():
+            raise SyntaxError("it has zero bytes, as no text has")  # Python 3.11.3 and older raise ValueError
         return runpy.run_path(str(file))
     except SyntaxError as error:
         line = (error.text or "").rstrip()

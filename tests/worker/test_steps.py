@@ -38,4 +38,5 @@ def test_steps(rows: int, per_step: int, epochs: int, steps: int) -> None:
     assert rl_steps(config, data(rows, rows)) == sft_steps(config, data(rows, rows)) == steps
     counts = {name: (RowCount(name, rows, "counted"),) for name in ("sft_mixture", "rl_mixture")}
     plan = plan_for(code=inputs(rows=counts), **{path.replace(".", "__"): value for path, value in changes.items()})
-    assert f"about {steps} steps" in plan.summary[0] and f": {steps} steps, " in plan.summary[1]
+    shown = f"{steps} step{'' if steps == 1 else 's'}"
+    assert f"about {shown} " in plan.summary[0] and f": {shown}, " in plan.summary[1]
