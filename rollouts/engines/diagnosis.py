@@ -200,7 +200,7 @@ RULES: Sequence[tuple[str, str]] = (
     (
         r"ModuleNotFoundError: No module named '(?P<module>[^']+)'",
         "The engine's environment has no package {module}. Check that engine.requirements_file is the lock for this"
-        " engine.kind and target.device_type.",
+        " kind of engine and target.device_type.",
     ),
 )
 

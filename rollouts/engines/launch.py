@@ -1,4 +1,4 @@
-"""Command lines of the inference servers, by `engine.kind`. Pure, standard library only: a plan prints them.
+"""Command lines of the inference servers, by the engine's kind. Pure, standard library only: a plan prints them.
 
 Each kind has a `command` module: READY_PATH, `argv(server)`, `env(device_type, tree)` and `modules(device_type)`.
 """

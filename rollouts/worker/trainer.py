@@ -337,7 +337,7 @@ async def _greet(job: Job, client: Any) -> None:
 
     server = await client.server()
     expected = job.config.engine.kind if job.config.engine else server.kind
-    need = f"engine.kind={expected!r}: set that, or end what listens there and choose another engine.sglang_port"
+    need = f"{expected}, as the config's engine: change that, or end what listens and choose another engine.sglang_port"
     require(server.kind == expected, f"{client.base_url}: is {server.kind} {server.version}, needs {need}")
     message = f"engine {client.base_url}: {server.kind} {server.version}"
     if not server.seeds:

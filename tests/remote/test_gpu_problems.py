@@ -84,12 +84,12 @@ PROBLEMS: list[tuple[str, dict[str, Any], list[str]]] = [
     (
         "float32",
         {**CUDA, **SGLANG},
-        ["model.dtype='float32' with engine.kind='sglang'", "half precision", "model.dtype='bfloat16'"],
+        ["model.dtype='float32' with engine=SGLang", "half precision", "model.dtype='bfloat16'"],
     ),
     (
         "no compiler",
         {**CUDA, **HALF, **SGLANG, "facts": cuda(compilers=("gcc", "cc"))},
-        ["no C++ compiler", "engine.kind='sglang' compile", "apt-get install g++"],
+        ["no C++ compiler", "engine=SGLang compile", "apt-get install g++"],
     ),
     ("compiled", {**CUDA, "model__compile": True, "facts": cuda(compilers=())}, ["model.compile=True compile kernels"]),
     (

@@ -142,7 +142,7 @@ PROBLEMS: list[tuple[str, dict[str, Any], list[str]]] = [
         [
             "engine.requirements_file='requirements/sglang-cuda.txt' does not install sglang",
             "2 requirements",
-            "'sglang'",
+            "engine=SGLang",
         ],
     ),
     (

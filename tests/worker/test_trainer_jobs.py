@@ -166,7 +166,7 @@ def test_the_engine_says_who_it_is_before_it_is_used(
         pytest.raises(SystemExit),
     ):
         train(tmp_path / "other", "rl", config(model, "rl", {}), server.url)
-    assert "is sglang 0.5.21, needs engine.kind='embedded'" in capsys.readouterr().err
+    assert "is sglang 0.5.21, needs embedded, as the config's engine" in capsys.readouterr().err
     assert server.calls == ["/server_info"]
 
 

@@ -27,7 +27,8 @@ def engine_checks(engine: EngineConfig) -> Checks:
     yield must(1024 <= engine.sglang_port <= last, "engine.sglang_port", engine.sglang_port, need)
     yield from _router_checks(engine)
     file = engine.requirements_file
-    yield must(is_inside(file), "engine.requirements_file", file, "a path inside the repository, or None")
+    need = "a path inside the repository" + (", or None" if isinstance(engine, Embedded) else "")
+    yield must(is_inside(file), "engine.requirements_file", file, need)
     yield must(0 < engine.mem_fraction <= 1, "engine.mem_fraction", engine.mem_fraction, "0 < mem_fraction <= 1")
     most = engine.max_total_tokens
     need = f"at least engine.context_length={engine.context_length}, or None: answers that do not fit are cut short"

@@ -86,7 +86,7 @@ def toolchain_problems(config: Config, facts: HostFacts, target: str) -> Iterato
     kind = engine.kind if engine else ""
     yield from libc_problems(facts, target, kind)
     compiling = kind in COMPILING_ENGINES
-    users = [f"engine.kind={kind!r}"] if compiling else []
+    users = [f"engine={type(engine).__name__}"] if compiling else []
     users += ["model.compile=True"] if config.model.compile else []
     if not users:
         return
@@ -190,7 +190,7 @@ def dtype_problems(config: Config) -> Iterator[Problem]:
     engine = engine_of(config)
     if engine is not None and engine.kind in COMPILING_ENGINES and config.model.dtype == "float32":
         yield Problem(
-            f"model.dtype='float32' with engine.kind={engine.kind!r} on CUDA.",
+            f"model.dtype='float32' with engine={type(engine).__name__} on CUDA.",
             needed="half precision: its attention kernels (FlashAttention, FlashInfer) take nothing else",
             fix="set model.dtype='bfloat16', or take engine=Embedded(...)",
         )

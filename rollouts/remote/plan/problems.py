@@ -187,7 +187,7 @@ def _lock_problems(config: Config, code: Code) -> Iterator[Problem]:
         yield Problem(
             f"{field} does not install {engine.kind}.",
             found=f"{len(requirements)} requirements, none of which names it",
-            needed=f"a lock that has engine.kind={engine.kind!r}",
+            needed=f"a lock that has {engine.kind}, for engine={type(engine).__name__}",
             fix=f"name a lock of {engine.kind}; the locks that come with this repository are in requirements/",
         )
 
