@@ -237,8 +237,8 @@ def _do(verb: Callable[[Any], int], *, as_json: bool, launching: bool = False) -
         from rollouts import remote
         from rollouts.remote import commands, looks, read_config  # noqa: F401
         from rollouts.remote.errors import DeployError
-        from rollouts.remote.escape import tolerate_odd_text
         from rollouts.remote.local_faults import standing
+        from rollouts.view.escape import tolerate_odd_text
     except KeyboardInterrupt:
         sys.stderr.write("interrupted." + (" Nothing was started.\n" if launching else "\n"))
         raise typer.Exit(INTERRUPTED) from None

@@ -70,10 +70,10 @@ def host(_: argparse.Namespace) -> None:
 
 def facts(_: argparse.Namespace) -> None:
     """Look at this host as `deploy --remote` does; fail where GPU configs would meet a lack."""
-    from rollouts.remote.facts import gather_facts
+    from rollouts.remote.host.facts import gather_facts
+    from rollouts.remote.host.local import LocalTransport
     from rollouts.remote.plan.gpu_problems import host_advice
     from rollouts.remote.texts import facts_text
-    from rollouts.remote.transport import LocalTransport
 
     found = gather_facts(LocalTransport())
     print(facts_text("local", found, []))

@@ -23,7 +23,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.run_dir",
     ),
     "rollouts.config.types": (),
-    "deploy": ("rollouts.config", "rollouts.run_dir", "rollouts.remote"),
+    "deploy": ("rollouts.remote", "rollouts.view"),
     "rollouts": ("rollouts.agents",),
     "rollouts.__main__": ("deploy",),
     "rollouts.manifest": (),
@@ -62,13 +62,51 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.training.loops.packing",
     ),
     "rollouts.engines.launch": ("rollouts.config", "rollouts.engines"),
+    "rollouts.view": ("rollouts.view", "rollouts.run_dir", "rollouts.plain_files"),
     "rollouts.remote": (
         "rollouts.config",
         "rollouts.run_dir",
         "rollouts.plain_files",
         "rollouts.manifest",
-        "rollouts.engines.launch",
         "rollouts.remote",
+        "rollouts.view",
+    ),
+    "rollouts.remote.errors": ("rollouts.view.escape",),
+    "rollouts.remote.host": (
+        "rollouts.remote.errors",
+        "rollouts.remote.host",
+        "rollouts.run_dir",
+        "rollouts.plain_files",
+    ),
+    "rollouts.remote.inputs": (
+        "rollouts.config",
+        "rollouts.plain_files",
+        "rollouts.remote.errors",
+        "rollouts.remote.inputs",
+    ),
+    "rollouts.remote.plan": (
+        "rollouts.config",
+        "rollouts.engines.launch",
+        "rollouts.run_dir",
+        "rollouts.remote.errors",
+        "rollouts.remote.host.facts",  # of a host only what was learned there: a plan reaches none
+        "rollouts.remote.host.gpus",
+        "rollouts.remote.inputs",
+        "rollouts.remote.plan",
+        "rollouts.remote.repository",
+    ),
+    "rollouts.remote.run": (
+        "rollouts.config",
+        "rollouts.manifest",
+        "rollouts.plain_files",
+        "rollouts.run_dir",
+        "rollouts.remote.errors",
+        "rollouts.remote.host",
+        "rollouts.remote.local_faults",
+        "rollouts.remote.plan",
+        "rollouts.remote.repository",
+        "rollouts.remote.run",
+        "rollouts.view",
     ),
     "rollouts.worker": (
         "rollouts.config",
@@ -252,7 +290,7 @@ def violations(source: str, module: str, is_package: bool = False) -> list[str]:
         elif under(module, STANDARD_LIBRARY_ONLY) and not under(module, EXCEPT):
             if name.split(".")[0] not in sys.stdlib_module_names:
                 found.append(f"{module} imports {name}: it has the standard library alone")
-        elif under(module, ("deploy", "rollouts.remote")) and name.split(".")[0] in (
+        elif under(module, ("deploy", "rollouts.remote", "rollouts.view")) and name.split(".")[0] in (
             "torch",
             "transformers",
             "datasets",
@@ -279,6 +317,12 @@ def test_imports_point_one_way(file: Path) -> None:
         ("rollouts.config.load", "import rich"),
         ("rollouts.config.schema.rl", "from rollouts.config.checks import config_problems"),
         ("rollouts.run_dir", "from rollouts.config import Config"),
+        ("rollouts.view.fold", "from rollouts.remote.errors import Problem"),
+        ("rollouts.view.fold", "import datasets"),
+        ("rollouts.remote.host.ssh", "from rollouts.remote.run import registry"),
+        ("rollouts.remote.host.facts", "from rollouts.remote.plan import Plan"),
+        ("rollouts.remote.plan.problems", "from rollouts.remote.host.transport import Transport"),
+        ("rollouts.remote.inputs.code", "from rollouts.remote.repository import Code"),
     ],
 )
 def test_the_check_can_fail(module: str, source: str) -> None:
@@ -293,8 +337,9 @@ def test_control_side_works_where_torch_is_missing() -> None:
         "import sys\n"
         f"for name in {blocked!r}: sys.modules[name] = None\n"  # importing it now raises ImportError
         "import deploy, base_config, rollouts, rollouts.run_dir, rollouts.engines.launch, rollouts.worker.supervisor\n"
-        "import pkgutil, importlib, rollouts.remote\n"
-        "for item in pkgutil.walk_packages(rollouts.remote.__path__, 'rollouts.remote.'):\n"
-        "    importlib.import_module(item.name)\n"
+        "import pkgutil, importlib, rollouts.remote, rollouts.view\n"
+        "for room in (rollouts.remote, rollouts.view):\n"
+        "    for item in pkgutil.walk_packages(room.__path__, room.__name__ + '.'):\n"
+        "        importlib.import_module(item.name)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -16,29 +16,25 @@ from typing import Any
 
 from rollouts.config import Config
 from rollouts.plain_files import read_plain
-from rollouts.remote import registry
-from rollouts.remote.answers import read_answer
-from rollouts.remote.display import make_reporter, print_json, show
 from rollouts.remote.errors import DeployError, Problem, TransportError
-from rollouts.remote.escape import escaped
-from rollouts.remote.execute import execute
-from rollouts.remote.facts import HostFacts, gather_facts
+from rollouts.remote.host.facts import HostFacts, gather_facts
+from rollouts.remote.host.open import open_transport
+from rollouts.remote.host.read_answer import read_answer
+from rollouts.remote.host.sending import sent_program
+from rollouts.remote.host.transport import LOCAL_TARGET, Transport
 from rollouts.remote.local_faults import Interrupted, Standing, standing
 from rollouts.remote.looks import last_seen
-from rollouts.remote.mirror import Mirror
-from rollouts.remote.open_run import known, open_run, write_note
-from rollouts.remote.open_transport import open_transport
 from rollouts.remote.plan import Plan, asked_paths, asked_ports, make_plan
 from rollouts.remote.read_config import read_config
-from rollouts.remote.registry import Entry
 from rollouts.remote.repository import find_repository, read_code
-from rollouts.remote.sending import sent_program
-from rollouts.remote.texts import failure_message, forgotten_text, how_to_go_on, plan_text, result_text
-from rollouts.remote.transport import LOCAL_TARGET, Transport
-from rollouts.remote.watch import (
+from rollouts.remote.run import registry
+from rollouts.remote.run.execute import execute
+from rollouts.remote.run.mirror import Mirror
+from rollouts.remote.run.open_run import known, open_run, write_note
+from rollouts.remote.run.registry import Entry
+from rollouts.remote.run.watch import (
     Link,
     Patience,
-    Reporter,
     Result,
     apply,
     final_pull,
@@ -48,7 +44,11 @@ from rollouts.remote.watch import (
     tail,
     watch,
 )
+from rollouts.remote.texts import failure_message, forgotten_text, how_to_go_on, plan_text, result_text
 from rollouts.run_dir import FINAL_STATES
+from rollouts.view.display import make_reporter, print_json, show
+from rollouts.view.escape import escaped
+from rollouts.view.reporter import Reporter
 
 DETACHED = 130  # as a shell says of Ctrl-C
 STOP_MARGIN_S = 60.0

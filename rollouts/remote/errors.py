@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rollouts.remote.escape import escaped
+from rollouts.view.escape import escaped
 
 
 @dataclass(frozen=True)

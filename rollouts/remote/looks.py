@@ -7,19 +7,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rollouts.remote import registry
-from rollouts.remote.display import print_json, show, terminal_width
-from rollouts.remote.escape import escaped, one_line
-from rollouts.remote.facts import gather_facts
-from rollouts.remote.host_probe import run_row
+from rollouts.remote.host.facts import gather_facts
+from rollouts.remote.host.host_probe import run_row
+from rollouts.remote.host.open import open_transport
+from rollouts.remote.host.transport import LOCAL_TARGET
 from rollouts.remote.local_faults import standing
-from rollouts.remote.open_run import OpenRun, open_run, read_note, was_launched
-from rollouts.remote.open_transport import open_transport
 from rollouts.remote.plan.gpu_problems import host_advice
-from rollouts.remote.registry import Entry
+from rollouts.remote.run import registry
+from rollouts.remote.run.open_run import OpenRun, open_run, read_note, was_launched
+from rollouts.remote.run.registry import Entry
 from rollouts.remote.texts import cause, facts_text, run_text, runs_text
-from rollouts.remote.transport import LOCAL_TARGET
 from rollouts.run_dir import FINAL_STATES, RunDir, iter_jsonl, read_status
+from rollouts.view.display import print_json, show, terminal_width
+from rollouts.view.escape import escaped, one_line
 
 
 def status(run_id: str, *, remote: str | None, as_json: bool) -> int:

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rollouts.config import Config, ConfigError, as_source, load_config
-from rollouts.remote.display import print_json
 from rollouts.remote.errors import DeployError
-from rollouts.remote.open_run import read_note
+from rollouts.remote.run.open_run import read_note
 from rollouts.run_dir import RunDir
+from rollouts.view.display import print_json
 
 
 def show_config(path: str, *, as_json: bool) -> int:

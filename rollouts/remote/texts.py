@@ -6,15 +6,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rollouts.remote.errors import DeployError
-from rollouts.remote.escape import escaped, one_line
-from rollouts.remote.facts import HostFacts
-from rollouts.remote.gpus import describe_gpu
+from rollouts.remote.host.facts import HostFacts
+from rollouts.remote.host.gpus import describe_gpu
+from rollouts.remote.host.transport import LOCAL_TARGET
 from rollouts.remote.plan import Plan
-from rollouts.remote.registry import Entry
-from rollouts.remote.transport import LOCAL_TARGET
-from rollouts.remote.view import evaluation_table
-from rollouts.remote.watch import Result
+from rollouts.remote.run.registry import Entry
+from rollouts.remote.run.watch import Result
 from rollouts.run_dir import FINAL_STATES, read_status, tail_lines
+from rollouts.view.escape import escaped, one_line
+from rollouts.view.fold import evaluation_table
 
 LOG_TAIL_LINES = 50
 LINE_CHARS_MAX = 1000

@@ -4,7 +4,7 @@
 
 Asks the supervisor, which ends everything itself; where it cannot, ends everything here. Prints one JSON line
 {"state", "exit_code"}; a run that had ended stays as it is. The run is known by its processes: it is ended where its
-directory was removed, too, so `deploy` sends this program along (remote/sending.py). Standard library only.
+directory was removed, too, so `deploy` sends this program along (remote/host/sending.py). Standard library only.
 """
 
 import dataclasses

@@ -2,7 +2,7 @@
 
     python3 -m rollouts.worker.tail <run_path> [--follow]
 
-`deploy` sends this program along (remote/sending.py), and needs no code of the run's. stdin's first line is
+`deploy` sends this program along (remote/host/sending.py), and needs no code of the run's. stdin's first line is
 {relative file: bytes already held}; stdin then stays open while following, and its end ends this
 process, so a laptop that vanished leaves nothing here. Lines written:
 

@@ -10,15 +10,18 @@ from typing import Any
 import pytest
 
 from rollouts.manifest import read_tree
-from rollouts.remote import framing, sync
-from rollouts.remote.answers import MalformedError, checked, read_answer, read_count
 from rollouts.remote.errors import DeployError, TransportError
-from rollouts.remote.execute import read_launch_answer
-from rollouts.remote.facts import gather_facts, parse_facts
-from rollouts.remote.framing import EndlessLineError, FrameReader, LineSplitter, new_frame
-from rollouts.remote.mirror import Mirror
-from rollouts.remote.transport import Completed, LocalTransport, run_rsync
-from rollouts.remote.watch import _message
+from rollouts.remote.host import framing
+from rollouts.remote.host.facts import gather_facts, parse_facts
+from rollouts.remote.host.framing import EndlessLineError, FrameReader, LineSplitter, new_frame
+from rollouts.remote.host.local import LocalTransport
+from rollouts.remote.host.read_answer import MalformedError, checked, read_answer, read_count
+from rollouts.remote.host.rsync import run_rsync
+from rollouts.remote.host.transport import Completed
+from rollouts.remote.run import sync_code as sync
+from rollouts.remote.run.execute import read_launch_answer
+from rollouts.remote.run.mirror import Mirror
+from rollouts.remote.run.watch import _message
 from rollouts.run_dir import RunDir
 from tests.remote.hosts import Host, Laptop
 from tests.remote.test_ssh import transport_to

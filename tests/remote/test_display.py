@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from rollouts.remote.display import PlainReporter, live_lines, pair_lines
-from rollouts.remote.view import View, fold
+from rollouts.view.display import PlainReporter, live_lines, pair_lines
+from rollouts.view.fold import View, fold
 from tests.remote.hosts import kill_tmux
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,8 +35,8 @@ METRICS = {
 CHECKPOINT = {"time": 5.0, "kind": "checkpoint", "stage": "sft", "step": 7, "path": "checkpoints/sft/step_000007"}
 PROGRAM = """
 import sys
-from rollouts.remote.display import LiveReporter
-from rollouts.remote.view import View, fold
+from rollouts.view.display import LiveReporter
+from rollouts.view.fold import View, fold
 from tests.remote.test_display import CHECKPOINT, EVENTS, METRICS
 shown, view = LiveReporter(), View()
 for file, row in [*(("events.jsonl", e) for e in EVENTS), ("metrics.jsonl", METRICS), ("events.jsonl", CHECKPOINT)]:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from rollouts.remote import open_run
 from rollouts.remote.looks import what_lies_here
-from rollouts.remote.registry import Entry
+from rollouts.remote.run import open_run
+from rollouts.remote.run.registry import Entry
+from rollouts.remote.run.watch import Result
 from rollouts.remote.texts import forgotten_text, result_text, runs_text
-from rollouts.remote.view import View, fold
-from rollouts.remote.watch import Result
+from rollouts.view.fold import View, fold
 
 ENTRY = Entry(
     run_id="r",

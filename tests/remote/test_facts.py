@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from rollouts.remote.facts import gather_facts, parse_facts
-from rollouts.remote.host_probe import run_row, run_rows
-from rollouts.remote.transport import LocalTransport
+from rollouts.remote.host.facts import gather_facts, parse_facts
+from rollouts.remote.host.host_probe import run_row, run_rows
+from rollouts.remote.host.local import LocalTransport
 from rollouts.run_dir import RunDir, Status, append_jsonl, hold_lock, run_path, write_json_atomic
 from tests.remote.hosts import tool_directory
 

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from rollouts.remote.framing import FrameReader, framed_line, new_frame
+from rollouts.remote.host.framing import FrameReader, framed_line, new_frame
 
 OWN = b"first\nsecond without an end"
 

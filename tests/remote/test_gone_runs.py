@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from base_config import Config
-from rollouts.remote import registry
 from rollouts.remote.errors import DeployError
 from rollouts.remote.plan import Plan
+from rollouts.remote.run import registry
 from rollouts.run_dir import LaunchPlan, RunDir
 from tests.remote.hosts import Laptop, config_with, git, write_config
 

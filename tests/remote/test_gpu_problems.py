@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from rollouts.config import DiskSync, TensorSync
-from rollouts.remote import gpus
-from rollouts.remote.facts import HostFacts, gather_facts, parse_facts
-from rollouts.remote.gpus import CudaHost, Gpu, GpuProcess
+from rollouts.remote.host import gpus
+from rollouts.remote.host.facts import HostFacts, gather_facts, parse_facts
+from rollouts.remote.host.gpus import CudaHost, Gpu, GpuProcess
+from rollouts.remote.host.local import LocalTransport
 from rollouts.remote.plan import make_plan
-from rollouts.remote.transport import LocalTransport
 from tests.example_config import example_config, replace_at
 from tests.remote.hosts import tool_directory
 from tests.remote.test_plan import CODE, CUDA, FACTS, H200, HALF, LOCK, SECOND, SGLANG, plan_for

@@ -14,9 +14,9 @@ import pytest
 
 from rollouts.manifest import manifest_problems, write_manifest
 from rollouts.remote.errors import DeployError, TransportError
-from rollouts.remote.mirror import Mirror, pull_checkpoint, pull_files
-from rollouts.remote.transport import LocalTransport
-from rollouts.remote.watch import Patience, final_pull, follow, pull
+from rollouts.remote.host.local import LocalTransport
+from rollouts.remote.run.mirror import Mirror, pull_checkpoint, pull_files
+from rollouts.remote.run.watch import Patience, final_pull, follow, pull
 from rollouts.run_dir import RunDir, append_jsonl, write_json_atomic
 from tests.remote.hosts import ROOT, Laptop, config_with, git, write_config
 from tests.remote.test_watch import make_link

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rollouts.remote.errors import TransportError
-from rollouts.remote.known_hosts import read_known_keys
+from rollouts.remote.host.known_hosts import read_known_keys
 from tests.remote.hosts import Host, Laptop, keygen, public
 from tests.remote.test_ssh_config import here, reach, transport_to
 

@@ -16,10 +16,10 @@ import typer
 import deploy
 from rollouts.manifest import write_manifest
 from rollouts.remote.errors import DeployError
-from rollouts.remote.escape import escaped, one_line
 from rollouts.remote.local_faults import standing
-from rollouts.remote.mirror import pull_checkpoint
+from rollouts.remote.run.mirror import pull_checkpoint
 from rollouts.run_dir import RunDir, append_jsonl
+from rollouts.view.escape import escaped, one_line
 from tests.remote.hosts import WAIT_S, Laptop, wait_for, write_config
 from tests.remote.test_sync import small_disk
 from tests.remote.test_watch import make_link

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rollouts.remote.errors import Problem
-from rollouts.remote.host_probe import run_row
+from rollouts.remote.host.host_probe import run_row
 from rollouts.remote.inputs import NO_INPUTS, Inputs
 from rollouts.remote.inputs.data import RowCount, count_rows
 from rollouts.remote.inputs.paths import SentFiles

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from base_config import VLLM, Config, DiskSync, KLConfig, LoraConfig, load_config
-from rollouts.remote.facts import gather_facts, parse_facts
-from rollouts.remote.gpus import Gpu
+from rollouts.remote.host.facts import gather_facts, parse_facts
+from rollouts.remote.host.gpus import Gpu
+from rollouts.remote.host.local import LocalTransport
 from rollouts.remote.inputs import NO_INPUTS
 from rollouts.remote.inputs.shapes import HUB, shape_of
 from rollouts.remote.plan.memory import Card, MemoryPlan, Models, memory_plan
@@ -17,7 +18,6 @@ from rollouts.remote.plan.memory.engine import GIB
 from rollouts.remote.plan.memory.fit import TIGHT_SHARE, misfits
 from rollouts.remote.plan.memory.uses import gpu_uses
 from rollouts.remote.texts import plan_text
-from rollouts.remote.transport import LocalTransport
 from tests.example_config import replace_at
 from tests.remote.test_gpu_configs import GPU_CONFIGS, ROOT
 from tests.remote.test_plan import CODE, FACTS, plan_for

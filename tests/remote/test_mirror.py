@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from rollouts.manifest import manifest_problems, write_manifest
 from rollouts.remote.errors import DeployError, TransportError
-from rollouts.remote.mirror import Mirror, pull_checkpoint
-from rollouts.remote.registry import Entry
+from rollouts.remote.host.local import LocalTransport
+from rollouts.remote.run.mirror import Mirror, pull_checkpoint
+from rollouts.remote.run.registry import Entry
+from rollouts.remote.run.watch import Link, Patience, pull_checkpoints
 from rollouts.remote.texts import columns
-from rollouts.remote.transport import LocalTransport
-from rollouts.remote.view import View, duration, eval_line, evaluation_table, event_line, fold, metrics_line
-from rollouts.remote.watch import Link, Patience, pull_checkpoints
 from rollouts.run_dir import RunDir, append_jsonl
+from rollouts.view.fold import View, duration, eval_line, evaluation_table, event_line, fold, metrics_line
 
 
 def chunk(name: str, offset: int, data: bytes) -> dict[str, Any]:

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
-from rollouts.remote import registry, rsync_version
 from rollouts.remote.errors import DeployError
-from rollouts.remote.mirror import pull_files
-from rollouts.remote.ssh import SSHTransport
-from rollouts.remote.transport import LocalTransport, run_rsync
+from rollouts.remote.host import rsync_version
+from rollouts.remote.host.local import LocalTransport
+from rollouts.remote.host.rsync import run_rsync
+from rollouts.remote.host.ssh import SSHTransport
+from rollouts.remote.run import registry
+from rollouts.remote.run.mirror import pull_files
 from rollouts.run_dir import RunDir
 from tests.remote.hosts import Host, Laptop
 from tests.remote.test_gone_runs import register

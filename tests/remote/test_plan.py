@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rollouts.remote.errors import DeployError
-from rollouts.remote.facts import Gpu, GpuProcess, HostFacts
+from rollouts.remote.host.facts import Gpu, GpuProcess, HostFacts
 from rollouts.remote.plan import Plan, asked_paths, asked_ports, environment_key, make_plan, read_lock
 from rollouts.remote.repository import Code
 from rollouts.run_dir import LaunchPlan

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rollouts import run_dir
-from rollouts.remote import host_probe
+from rollouts.remote.host import host_probe
 from rollouts.run_dir import RunDir
 from rollouts.worker import launch
 from tests.remote.hosts import Laptop, write_config

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from rollouts.remote import display
-from rollouts.remote import rows as rows_module
-from rollouts.remote import view as rows_view
-from rollouts.remote.rows import Row, in_order
-from rollouts.remote.view import evaluation_table
+from rollouts.view import display
+from rollouts.view import fold as rows_view
+from rollouts.view import row_order as rows_module
+from rollouts.view.fold import evaluation_table
+from rollouts.view.row_order import Row, in_order
 
 STARTED: Row = ("events.jsonl", {"time": 1.0, "kind": "training_started", "stage": "rl"})
 STEP_1: Row = ("metrics.jsonl", {"time": 2.0, "stage": "rl", "step": 1})

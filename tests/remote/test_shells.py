@@ -6,8 +6,8 @@ from collections.abc import Callable
 import pytest
 
 from rollouts.remote.errors import DeployError
-from rollouts.remote.facts import gather_facts
-from rollouts.remote.transport import run_rsync
+from rollouts.remote.host.facts import gather_facts
+from rollouts.remote.host.rsync import run_rsync
 from tests.remote.hosts import Host, Laptop, write_config
 from tests.remote.test_ssh_config import here, transport_to
 

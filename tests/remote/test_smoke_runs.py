@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from rollouts.remote.display import live_lines
-from rollouts.remote.view import View, fold
 from rollouts.run_dir import RunDir, SmokeCheck, read_jsonl
+from rollouts.view.display import live_lines
+from rollouts.view.fold import View, fold
 from tests.remote.hosts import Laptop, wait_for, write_config
 from tests.remote.test_gpu_configs import plan
 from tests.remote.test_plan import CUDA, H200, HALF, SECOND, SGLANG, plan_for

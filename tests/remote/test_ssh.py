@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from rollouts.remote.errors import DeployError, TransportError
-from rollouts.remote.ssh import SSHTransport
-from rollouts.remote.transport import Target, parse_target, run_rsync
+from rollouts.remote.host.rsync import run_rsync
+from rollouts.remote.host.ssh import SSHTransport
+from rollouts.remote.host.transport import Target, parse_target
 from tests.remote.hosts import Host, Laptop, free_port, keygen, tool_directory, write_config
 
 MakeHost = Callable[..., Host]

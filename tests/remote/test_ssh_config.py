@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from rollouts.remote.errors import TransportError
-from rollouts.remote.ssh import SSHTransport
-from rollouts.remote.ssh_config import NOT_FOLLOWED, read_hops
-from rollouts.remote.transport import parse_target, run_rsync
+from rollouts.remote.host.rsync import run_rsync
+from rollouts.remote.host.ssh import SSHTransport
+from rollouts.remote.host.ssh_config import NOT_FOLLOWED, read_hops
+from rollouts.remote.host.transport import parse_target
 from tests.remote.hosts import ROOT, Host, Laptop, free_port, keygen, public
 
 MakeHost = Callable[..., Host]

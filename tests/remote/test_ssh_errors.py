@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from rollouts.remote.errors import TransportError
-from rollouts.remote.ssh_config import read_hops
-from rollouts.remote.ssh_errors import explain
-from rollouts.remote.ssh_words import explain_words
-from rollouts.remote.transport import Target, parse_target
+from rollouts.remote.host.ssh_config import read_hops
+from rollouts.remote.host.ssh_errors import explain
+from rollouts.remote.host.ssh_words import explain_words
+from rollouts.remote.host.transport import Target, parse_target
 from tests.remote.hosts import Host, Laptop, keygen, public
 from tests.remote.test_ssh_config import here, transport_to
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from rollouts.remote.errors import DeployError
+from rollouts.remote.host.local import LocalTransport
 from rollouts.remote.repository import find_repository, list_files, read_code
-from rollouts.remote.sync import sync_code
-from rollouts.remote.transport import LocalTransport
+from rollouts.remote.run.sync_code import sync_code
 from tests.example_config import example_config, replace_at
 from tests.remote.hosts import Host, Laptop, git, write_config
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from rollouts.manifest import read_tree, tree_differences, tree_digest, tree_names
-from rollouts.remote import sync
 from rollouts.remote.errors import DeployError, TransportError
+from rollouts.remote.host.local import LocalTransport
 from rollouts.remote.repository import list_files, read_code
-from rollouts.remote.sync import sync_code
-from rollouts.remote.transport import LocalTransport
+from rollouts.remote.run import sync_code as sync
+from rollouts.remote.run.sync_code import sync_code
 from tests.remote.hosts import Host, Laptop, git, write_config
 from tests.remote.test_sync import config
 

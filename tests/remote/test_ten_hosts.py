@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from base_config import load_config
-from rollouts.remote.facts import HostFacts, parse_facts
+from rollouts.remote.host.facts import HostFacts, parse_facts
 from rollouts.remote.plan import Plan, make_plan
 from rollouts.remote.plan.gpu_problems import host_advice
 from rollouts.remote.repository import Code, read_code

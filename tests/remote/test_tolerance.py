@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 
 from rollouts.manifest import manifest_problems, write_manifest
-from rollouts.remote import checkpoints
-from rollouts.remote.display import live_lines, row_line
 from rollouts.remote.errors import DeployError
-from rollouts.remote.execute import read_launch_answer
-from rollouts.remote.mirror import CheckpointPuller, Mirror
-from rollouts.remote.rows import in_order
-from rollouts.remote.transport import LocalTransport
-from rollouts.remote.view import View, evaluation_table, fold
-from rollouts.remote.watch import Link, Patience, final_pull, pull, watch
+from rollouts.remote.host.local import LocalTransport
+from rollouts.remote.run import checkpoints
+from rollouts.remote.run.execute import read_launch_answer
+from rollouts.remote.run.mirror import CheckpointPuller, Mirror
+from rollouts.remote.run.watch import Link, Patience, final_pull, pull, watch
 from rollouts.run_dir import RunDir, append_jsonl
+from rollouts.view.display import live_lines, row_line
+from rollouts.view.fold import View, evaluation_table, fold
+from rollouts.view.row_order import in_order
 from tests.remote.hosts import wait_for
 from tests.remote.test_watch import make_link
 

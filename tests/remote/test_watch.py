@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from rollouts.remote.errors import DeployError
-from rollouts.remote.mirror import Mirror
-from rollouts.remote.registry import Entry
-from rollouts.remote.transport import LocalTransport
-from rollouts.remote.watch import Link, Patience, follow
+from rollouts.remote.host.local import LocalTransport
+from rollouts.remote.run.mirror import Mirror
+from rollouts.remote.run.registry import Entry
+from rollouts.remote.run.watch import Link, Patience, follow
 from rollouts.run_dir import RunDir, Status, append_jsonl, write_json_atomic
 from tests.remote.hosts import ROOT
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from rollouts import run_dir
-from rollouts.remote.host_probe import probe
-from rollouts.remote.sending import sent_program
+from rollouts.remote.host.host_probe import probe
+from rollouts.remote.host.sending import sent_program
 from rollouts.run_dir import RunDir, clean_up
 from rollouts.worker.journal import Journal
 from rollouts.worker.processes import listeners

@@ -80,7 +80,7 @@ READERS = """
 import sys
 from pathlib import Path
 from rollouts import run_dir
-from rollouts.remote.host_probe import run_rows
+from rollouts.remote.host.host_probe import run_rows
 run = run_dir.RunDir(Path(sys.argv[1]))
 for look in (run_dir.is_live, run_dir.observe, run_dir.read_launch_id, run_dir.read_plan, run_dir.read_status,
              lambda run: run_dir.read_exit(run, "rl", "trainer"), lambda run: run_dir.last_jsonl_row(run.metrics),

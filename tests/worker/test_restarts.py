@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from rollouts import run_dir
-from rollouts.remote.view import View, fold
 from rollouts.run_dir import RunDir
 from rollouts.training.alarms import Alarms
 from rollouts.training.weight_sync import SGLangEngine
+from rollouts.view.fold import View, fold
 from rollouts.worker.trainer import Job, _resilient
 from tests.example_config import example_config, replace_at
 from tests.worker.stands import (

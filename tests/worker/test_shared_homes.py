@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from rollouts import run_dir
-from rollouts.remote.host_probe import run_row
+from rollouts.remote.host.host_probe import run_row
 from rollouts.remote.looks import _host_row
 from rollouts.remote.texts import runs_text
 from rollouts.run_dir import LaunchPlan, RunDir, Status

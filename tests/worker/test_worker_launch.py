@@ -270,7 +270,7 @@ def test_the_bootstrap_sees_the_configs_environment(host: Host) -> None:
         *(file.relative_to(REPOSITORY).as_posix() for file in sorted(REPOSITORY.glob("rollouts/worker/[!t]*.py"))),
         *("rollouts/worker/tail.py", "rollouts/worker/tmux.py", "rollouts/worker/torch_index.py"),
         *(file.relative_to(REPOSITORY).as_posix() for file in sorted(REPOSITORY.glob("rollouts/run_dir/*.py"))),
-        *("rollouts/plain_files.py", "rollouts/manifest.py", "rollouts/remote/host_probe.py"),
+        *("rollouts/plain_files.py", "rollouts/manifest.py", "rollouts/remote/host/host_probe.py"),
         *("rollouts/engines/keys.py", "rollouts/engines/diagnosis.py"),
     ],
 )

@@ -11,7 +11,7 @@ from typing import Any
 
 from rollouts.config import Config
 from rollouts.remote.errors import Problem
-from rollouts.remote.facts import HostFacts
+from rollouts.remote.host.facts import HostFacts
 from rollouts.remote.plan.describe import Step, plan_notes, plan_steps, watch_step
 from rollouts.remote.plan.gpu_problems import gpu_notes, gpu_problems, gpu_warnings
 from rollouts.remote.plan.launch_plan import environment_key, launch_plan, read_lock

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from rollouts.config import Config, EngineConfig
 from rollouts.config.checks.engine import grows_segments
 from rollouts.remote.errors import Problem
-from rollouts.remote.facts import HostFacts
+from rollouts.remote.host.facts import HostFacts
 from rollouts.remote.plan.torch_build import (
     AUTO_BUILDS,
     DRIVER_MIN,

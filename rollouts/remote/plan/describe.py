@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rollouts.config import Config
-from rollouts.remote.facts import HostFacts
+from rollouts.remote.host.facts import HostFacts
 from rollouts.remote.plan.torch_build import base_python, build_words, engine_build, trainer_build
 from rollouts.remote.repository import Code
 from rollouts.run_dir import GPUS_VARIABLE, EnvironmentSpec, LaunchPlan, ProcessSpec

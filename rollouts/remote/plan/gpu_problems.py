@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 
 from rollouts.config import Config
 from rollouts.remote.errors import Problem
-from rollouts.remote.facts import HostFacts
-from rollouts.remote.gpus import Gpu, describe_gpu, holders, is_broken
+from rollouts.remote.host.facts import HostFacts
+from rollouts.remote.host.gpus import Gpu, describe_gpu, holders, is_broken
 from rollouts.remote.plan.cuda_host import (
     SHM_DOCKER_MIB,
     allocator_problems,

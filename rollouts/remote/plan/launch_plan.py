@@ -18,7 +18,7 @@ from rollouts.engines.launch import (
     router_ready_url,
     router_url,
 )
-from rollouts.remote.facts import HostFacts
+from rollouts.remote.host.facts import HostFacts
 from rollouts.remote.plan.smoke import engine_check, trainer_check
 from rollouts.remote.plan.torch_build import base_python, engine_build, trainer_build
 from rollouts.remote.repository import Code

@@ -9,7 +9,7 @@ from typing import Literal
 from rollouts.config import Config, RLConfig, SFTConfig
 from rollouts.config.answers import answer_limits
 from rollouts.remote.errors import Problem
-from rollouts.remote.facts import HostFacts
+from rollouts.remote.host.facts import HostFacts
 from rollouts.remote.inputs.data import RowCount
 from rollouts.remote.plan.problems import asked_ports
 from rollouts.remote.repository import Code

@@ -8,7 +8,7 @@ from typing import Any
 
 from rollouts.config import Config
 from rollouts.remote.errors import Problem
-from rollouts.remote.facts import PYTHON_MIN, HostFacts
+from rollouts.remote.host.facts import PYTHON_MIN, HostFacts
 from rollouts.remote.plan.launch_plan import read_lock
 from rollouts.remote.repository import Code, named_paths
 from rollouts.run_dir import run_path, valid_run_id

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from rollouts.config import Config
 from rollouts.remote.errors import Problem
-from rollouts.remote.facts import HostFacts
+from rollouts.remote.host.facts import HostFacts
 from rollouts.remote.repository import Code
 
 # The least NVIDIA driver of each CUDA: a minor version runs on its major version's driver.

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from rollouts.config import Config
 from rollouts.remote.errors import Problem
-from rollouts.remote.facts import HostFacts
-from rollouts.remote.gpus import Gpu, is_broken
+from rollouts.remote.host.facts import HostFacts
+from rollouts.remote.host.gpus import Gpu, is_broken
 from rollouts.remote.inputs.shapes import Shape, shape_named
 from rollouts.remote.plan.gpu_problems import GPU_FREE_SHARE_MIN, is_free
 from rollouts.remote.plan.memory.engine import Card

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 
 from rollouts import manifest
 from rollouts.manifest import Tree, read_tree, tree_differences, tree_digest
-from rollouts.remote.answers import read_answer, read_count
 from rollouts.remote.errors import DeployError
+from rollouts.remote.host.read_answer import read_answer, read_count
+from rollouts.remote.host.rsync import disk_full, run_rsync
+from rollouts.remote.host.transport import Transport
 from rollouts.remote.repository import unreadable
-from rollouts.remote.transport import Transport, disk_full, run_rsync
 
 RSYNC_FILE_ERROR = 11  # reading or writing a file failed, on either side
 IDLE_TIMEOUT_S = 300.0  # a transfer in which no byte moves for so long is given up; it may take as long as it needs

@@ -12,8 +12,8 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from rollouts.remote.escape import escaped, one_line
-from rollouts.remote.view import (
+from rollouts.view.escape import escaped, one_line
+from rollouts.view.fold import (
     View,
     duration,
     eval_line,
@@ -24,7 +24,7 @@ from rollouts.remote.view import (
     metrics_line,
     time_of,
 )
-from rollouts.remote.watch import Reporter
+from rollouts.view.reporter import Reporter
 
 if TYPE_CHECKING:
     from rich.console import Group

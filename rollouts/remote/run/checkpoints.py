@@ -11,10 +11,11 @@ from pathlib import Path, PurePosixPath
 
 from rollouts.manifest import MANIFEST_FILE, manifest_problems, read_manifest, sha256
 from rollouts.remote.errors import DeployError, TransportError
+from rollouts.remote.host.local import LocalTransport
+from rollouts.remote.host.rsync_here import pull_rsync
+from rollouts.remote.host.transport import Transport
 from rollouts.remote.local_faults import os_problem, unexpected
-from rollouts.remote.mirror_files import check_checkpoint, directory, make_mirror, remove_tree
-from rollouts.remote.rsync_here import pull_rsync
-from rollouts.remote.transport import LocalTransport, Transport
+from rollouts.remote.run.mirror_files import check_checkpoint, directory, make_mirror, remove_tree
 from rollouts.run_dir import RunDir
 
 HASH_TIMEOUT_S = 3600.0

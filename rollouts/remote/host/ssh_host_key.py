@@ -23,8 +23,8 @@ from cryptography.hazmat.primitives.serialization import (
     load_ssh_public_identity,
 )
 
-from rollouts.remote.known_hosts import KnownKey, KnownKeys, algorithms, is_krl, read_known_keys, read_revoked
-from rollouts.remote.ssh_config import Hop
+from rollouts.remote.host.known_hosts import KnownKey, KnownKeys, algorithms, is_krl, read_known_keys, read_revoked
+from rollouts.remote.host.ssh_config import Hop
 
 CERTIFICATE = "-cert-v01@openssh.com"
 

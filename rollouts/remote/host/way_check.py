@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from rollouts.remote.errors import DeployError, Problem
-from rollouts.remote.ssh_words import shell_speaks
-from rollouts.remote.transport import LOCAL_TARGET, Transport, run_rsync
+from rollouts.remote.host.rsync import run_rsync
+from rollouts.remote.host.ssh_words import shell_speaks
+from rollouts.remote.host.transport import LOCAL_TARGET, Transport
 
 CHECK_TIMEOUT_S = 60
 NOISE_SHOWN_CHARS = 300

@@ -7,9 +7,9 @@ from pathlib import Path
 from paramiko.ssh_exception import ChannelException, IncompatiblePeer, SSHException
 
 from rollouts.remote.errors import TransportError
-from rollouts.remote.ssh_auth import LoginFailed, LoginTimeout
-from rollouts.remote.ssh_config import Hop
-from rollouts.remote.ssh_host_key import (
+from rollouts.remote.host.ssh_auth import LoginFailed, LoginTimeout
+from rollouts.remote.host.ssh_config import Hop
+from rollouts.remote.host.ssh_host_key import (
     BadHostCertificate,
     ChangedHostKey,
     HostKeyError,

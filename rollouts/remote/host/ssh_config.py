@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rollouts.remote.errors import DeployError, TransportError
-from rollouts.remote.known_hosts import lookup_name
-from rollouts.remote.ssh_home import config_for_home, home
-from rollouts.remote.transport import Target, parse_target
+from rollouts.remote.host.known_hosts import lookup_name
+from rollouts.remote.host.ssh_home import config_for_home, home
+from rollouts.remote.host.transport import Target, parse_target
 
 CONNECT_TIMEOUT_S = 20.0  # ConnectTimeout overrides it. Generous: a loaded host is slow, not gone
 OWN_KNOWN_HOSTS = Path("~/.rollouts/known_hosts")  # where the configuration names no file that keeps anything

@@ -8,12 +8,13 @@ from typing import Any
 
 from rollouts.config import Config
 from rollouts.plain_files import read_plain
-from rollouts.remote.answers import MalformedError, checked, malformed, read_answer
 from rollouts.remote.errors import DeployError
-from rollouts.remote.registry import Entry
+from rollouts.remote.host.read_answer import MalformedError, checked, malformed, read_answer
+from rollouts.remote.host.rsync import disk_full
+from rollouts.remote.host.transport import Transport
 from rollouts.remote.repository import list_files, read_recorded_tree
-from rollouts.remote.sync import sync_code
-from rollouts.remote.transport import Transport, disk_full
+from rollouts.remote.run.registry import Entry
+from rollouts.remote.run.sync_code import sync_code
 
 LAUNCH_TIMEOUT_S = 60
 Say = Callable[[str, str], None]  # phase ("sync", "launch"), what is happening

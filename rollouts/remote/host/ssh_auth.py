@@ -25,8 +25,8 @@ from paramiko.agent import AgentKey, AgentSSH
 from paramiko.auth_strategy import AuthStrategy
 from paramiko.ssh_exception import AuthenticationException, SSHException
 
-from rollouts.remote.known_hosts import key_kind
-from rollouts.remote.ssh_config import Hop
+from rollouts.remote.host.known_hosts import key_kind
+from rollouts.remote.host.ssh_config import Hop
 
 LOGIN_TIMEOUT_S = 60.0  # for each key: an agent may ask its user to confirm
 

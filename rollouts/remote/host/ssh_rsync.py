@@ -5,8 +5,8 @@ Commands, forwardings, terminals and shared connections of interactive sessions 
 
 from pathlib import Path
 
-from rollouts.remote.ssh_config import PASSED_ON, Hop
-from rollouts.remote.ssh_host_key import known_hosts_lines, read_trust
+from rollouts.remote.host.ssh_config import PASSED_ON, Hop
+from rollouts.remote.host.ssh_host_key import known_hosts_lines, read_trust
 
 HOST_ALIAS = "rollouts-host"
 

@@ -8,8 +8,8 @@ import tempfile
 
 import paramiko
 
-from rollouts.remote.ssh_config import Hop
-from rollouts.remote.ssh_errors import ProxyEnded
+from rollouts.remote.host.ssh_config import Hop
+from rollouts.remote.host.ssh_errors import ProxyEnded
 
 FAMILIES = {"inet": socket.AF_INET, "inet6": socket.AF_INET6}
 

@@ -19,8 +19,8 @@ from typing import Any
 from rollouts.config import Config, ConfigError
 from rollouts.plain_files import read_plain
 from rollouts.remote.errors import DeployError
-from rollouts.remote.mirror_files import make_mirror, replace
 from rollouts.remote.plan import Plan
+from rollouts.remote.run.mirror_files import make_mirror, replace
 from rollouts.run_dir import LaunchPlan, RunDir, home_dir, valid_run_id, write_json_atomic, write_text_atomic
 
 STOP_GRACE_MAX_S = 3600.0  # of a plan that a host wrote

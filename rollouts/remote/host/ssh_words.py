@@ -3,7 +3,7 @@
 import re
 
 from rollouts.remote.errors import TransportError
-from rollouts.remote.framing import NOISE_BYTES_MAX
+from rollouts.remote.host.framing import NOISE_BYTES_MAX
 
 # its words, what they mean, the fix. None of these gets better by trying again.
 CAUSES = (

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 
 import paramiko
 
-from rollouts.remote.bounded import READ_BYTES, STDERR_BYTES_MAX, bounded
 from rollouts.remote.errors import TransportError
-from rollouts.remote.framing import Frame, FrameReader, LineSplitter
-from rollouts.remote.transport import Completed
+from rollouts.remote.host.bounded import READ_BYTES, STDERR_BYTES_MAX, bounded
+from rollouts.remote.host.framing import Frame, FrameReader, LineSplitter
+from rollouts.remote.host.transport import Completed
 
 END_WAIT_S = 10.0  # for the other output, and the exit code, after stdout's end
 

@@ -10,19 +10,19 @@ import sys
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rollouts.remote import gpus
-from rollouts.remote.answers import checked, malformed
 from rollouts.remote.errors import DeployError, Problem
-from rollouts.remote.gpus import CudaHost, Gpu, GpuProcess
-from rollouts.remote.sending import modules_program
-from rollouts.remote.transport import LOCAL_TARGET, Transport
-from rollouts.remote.way_check import shown, way_problems
+from rollouts.remote.host import gpus
+from rollouts.remote.host.gpus import CudaHost, Gpu, GpuProcess
+from rollouts.remote.host.read_answer import checked, malformed
+from rollouts.remote.host.sending import modules_program
+from rollouts.remote.host.transport import LOCAL_TARGET, Transport
+from rollouts.remote.host.way_check import shown, way_problems
 
 PYTHON_MIN = (3, 10)  # of the supervisor; environments have a newer one of their own where they need it
 FACTS_TIMEOUT_S = 60
 # Where installers put uv; a login shell would have it on its PATH, the command of an SSH session does not.
 EXTRA_PATH = "$HOME/.local/bin:$HOME/.cargo/bin"
-_PROBE = "rollouts.remote.host_probe"
+_PROBE = "rollouts.remote.host.host_probe"
 
 # What host_probe answers, and its rows of runs: both are checked, so that whoever reads them need not
 _PROBE_FIELDS = {

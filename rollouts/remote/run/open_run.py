@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rollouts.plain_files import read_plain
-from rollouts.remote import registry
 from rollouts.remote.errors import DeployError
-from rollouts.remote.facts import HostFacts, gather_facts
+from rollouts.remote.host.facts import HostFacts, gather_facts
+from rollouts.remote.host.open import open_transport
+from rollouts.remote.host.transport import LOCAL_TARGET, Transport
 from rollouts.remote.local_faults import Standing, standing
-from rollouts.remote.mirror_files import make_mirror, replace, size_of
-from rollouts.remote.open_transport import open_transport
-from rollouts.remote.registry import Entry
 from rollouts.remote.repository import find_repository
-from rollouts.remote.transport import LOCAL_TARGET, Transport
+from rollouts.remote.run import registry
+from rollouts.remote.run.mirror_files import make_mirror, replace, size_of
+from rollouts.remote.run.registry import Entry
 from rollouts.run_dir import EXPERIMENT_NAME_PATTERN, FINAL_STATES, RunDir, valid_run_id
 
 LAST = "last"  # names the run that this machine knows of most recently

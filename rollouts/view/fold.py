@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rollouts.remote.escape import one_line
+from rollouts.view.escape import one_line
 
 ALL_TASKS = "all"  # the task of an eval.jsonl row that counts every held-out row
 SAYING = ("note", "warning", "error")  # events that are a message, and little else

@@ -13,10 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rollouts.remote.answers import checked
-from rollouts.remote.checkpoints import CheckpointPuller, drop_partial, pull_checkpoint
 from rollouts.remote.errors import DeployError, TransportError
-from rollouts.remote.mirror_files import (
+from rollouts.remote.host.read_answer import checked
+from rollouts.remote.host.rsync_here import pull_rsync
+from rollouts.remote.host.transport import Transport
+from rollouts.remote.run.checkpoints import CheckpointPuller, drop_partial, pull_checkpoint
+from rollouts.remote.run.mirror_files import (
     PULLED_PATTERNS,
     RefusedNameError,
     admit,
@@ -29,8 +31,6 @@ from rollouts.remote.mirror_files import (
     size_of,
     write_at,
 )
-from rollouts.remote.rsync_here import pull_rsync
-from rollouts.remote.transport import Transport
 from rollouts.run_dir import LOG_GLOB, SNAPSHOT_BYTES_MAX, STREAMED_FILES, RunDir, parse_row
 
 LINE_BYTES_MAX = 64 << 20

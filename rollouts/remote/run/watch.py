@@ -11,18 +11,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from rollouts.remote.errors import DeployError, MismatchError, Problem, TransportError, UnreachableError
+from rollouts.remote.host.sending import sent_program
+from rollouts.remote.host.transport import Transport
 from rollouts.remote.local_faults import os_problem
-from rollouts.remote.mirror import CheckpointPuller, Mirror, drop_partial, pull_checkpoint, pull_files
-from rollouts.remote.mirror_files import RefusedNameError, is_checkpoint
-from rollouts.remote.registry import Entry
-from rollouts.remote.rows import RowOrder
-from rollouts.remote.sending import sent_program
-from rollouts.remote.transport import Transport
-from rollouts.remote.view import View, fold
+from rollouts.remote.run.mirror import CheckpointPuller, Mirror, drop_partial, pull_checkpoint, pull_files
+from rollouts.remote.run.mirror_files import RefusedNameError, is_checkpoint
+from rollouts.remote.run.registry import Entry
 from rollouts.run_dir import read_status
+from rollouts.view.fold import View, fold
+from rollouts.view.reporter import Reporter
+from rollouts.view.row_order import RowOrder
 
 IDLE_TIMEOUT_S = 30.0  # the host says something every 5 s
 LINE_FILES = ("events.jsonl", "metrics.jsonl", "eval.jsonl")
@@ -52,26 +53,6 @@ class Link:
     entry: Entry
     python: str  # the host's
     transport: Transport
-
-
-class Reporter(Protocol):
-    """Where what happens is shown."""
-
-    def say(self, phase: str, text: str) -> None:
-        """Something that deploy itself does, or a notice."""
-        ...
-
-    def row(self, file: str, row: dict[str, Any], view: View) -> None:
-        """A new row of one of LINE_FILES, and the view after it."""
-        ...
-
-    def alive(self, doing: str) -> None:
-        """The host is there; `doing` is what its run says that it does."""
-        ...
-
-    def close(self) -> None:
-        """The display is over; plain printing may follow."""
-        ...
 
 
 Say = Callable[[str, str], None]  # a reporter's `say`

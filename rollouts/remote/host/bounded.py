@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO
 
-from rollouts.remote import framing
 from rollouts.remote.errors import DeployError
-from rollouts.remote.framing import EndlessLineError
+from rollouts.remote.host import framing
+from rollouts.remote.host.framing import EndlessLineError
 
 STDERR_BYTES_MAX = 64 * 1024  # the last ones are kept
 READ_BYTES = 1 << 18

@@ -1,12 +1,13 @@
 """Open the way to where a run takes place."""
 
-from rollouts.remote.transport import LOCAL_TARGET, LocalTransport, Transport, parse_target
+from rollouts.remote.host.local import LocalTransport
+from rollouts.remote.host.transport import LOCAL_TARGET, Transport, parse_target
 
 
 def open_transport(target: str | None, *, accept_new_host_key: bool = False) -> Transport:
     """The transport for `--remote target`; this machine for None. Nothing is connected yet."""
     if target is None or target == LOCAL_TARGET:
         return LocalTransport()
-    from rollouts.remote.ssh import SSHTransport  # paramiko is slow to import: only who goes remote pays
+    from rollouts.remote.host.ssh import SSHTransport  # paramiko is slow to import: only who goes remote pays
 
     return SSHTransport(target, parse_target(target), accept_new_host_key=accept_new_host_key)

@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 from rollouts.remote.errors import DeployError, TransportError
-from rollouts.remote.transport import Completed, Transport, run_rsync
+from rollouts.remote.host.rsync import run_rsync
+from rollouts.remote.host.transport import Completed, Transport
 
 PULL_TIMEOUT_S = 6 * 3600
 

@@ -20,17 +20,17 @@ import fabric
 import paramiko
 from paramiko.ssh_exception import ChannelException, IncompatiblePeer, SSHException
 
-from rollouts.remote.bounded import Collected
 from rollouts.remote.errors import TransportError
-from rollouts.remote.framing import SHELL_COMMAND, framed_line, new_frame
-from rollouts.remote.ssh_auth import LOGIN_TIMEOUT_S, KeyLogin, LoginFailed
-from rollouts.remote.ssh_channel import ChannelOutput, SSHStream
-from rollouts.remote.ssh_config import CONNECT_TIMEOUT_S, Hop, read_hops
-from rollouts.remote.ssh_errors import explain
-from rollouts.remote.ssh_host_key import HostKeyError, HostKeyPolicy, Trust, plain, read_trust
-from rollouts.remote.ssh_rsync import HOST_ALIAS, write_settings
-from rollouts.remote.ssh_socket import Proxy, open_tcp, open_through
-from rollouts.remote.transport import Completed, Stream, Target
+from rollouts.remote.host.bounded import Collected
+from rollouts.remote.host.framing import SHELL_COMMAND, framed_line, new_frame
+from rollouts.remote.host.ssh_auth import LOGIN_TIMEOUT_S, KeyLogin, LoginFailed
+from rollouts.remote.host.ssh_channel import ChannelOutput, SSHStream
+from rollouts.remote.host.ssh_config import CONNECT_TIMEOUT_S, Hop, read_hops
+from rollouts.remote.host.ssh_errors import explain
+from rollouts.remote.host.ssh_host_key import HostKeyError, HostKeyPolicy, Trust, plain, read_trust
+from rollouts.remote.host.ssh_rsync import HOST_ALIAS, write_settings
+from rollouts.remote.host.ssh_socket import Proxy, open_tcp, open_through
+from rollouts.remote.host.transport import Completed, Stream, Target
 
 KEEPALIVE_S = 15
 
