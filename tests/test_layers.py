@@ -146,7 +146,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts.training.calculator": (),
     "rollouts.training.user_code": (),
     "rollouts.training.types": (),
-    "rollouts.training.seams": (),
+    "rollouts.training.seams": ("rollouts.training.types",),
     "rollouts.training.advantages": (),
     "rollouts.training.loss_terms": (),
     "rollouts.training.head_ways": (),

@@ -33,6 +33,8 @@ class Later:
 class Backend:
     """A backend on a card, whose thread is in the middle of a step: work that is not waited for stays in the queue."""
 
+    has_log_probs = False
+
     def __init__(self, log: list[str], device: str = "cuda") -> None:
         self.device, self._log = torch.device(device), log
 

@@ -66,6 +66,7 @@ class PyTorchTrainingBackend:
     """
 
     collective = False  # whether every rank must run as many forward passes as the others
+    has_log_probs = True
     _sharded = False  # whether ranks hold parts of parameters and state, not whole copies
 
     def __init__(

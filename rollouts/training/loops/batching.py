@@ -6,18 +6,17 @@ B sequences, T tokens of the longest. A batch holds [B, T] and [B] tensors, and 
 import random
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from rollouts.training.loops.packing import pack_best_fit
 from rollouts.training.rl_losses import trained_tokens
+from rollouts.training.seams import Batch
 
 
-def collate(
-    tokens: Sequence[Sequence[int]], loss_masks: Sequence[Sequence[float]], *, pad_token_id: int
-) -> dict[str, Any]:
+def collate(tokens: Sequence[Sequence[int]], loss_masks: Sequence[Sequence[float]], *, pad_token_id: int) -> Batch:
     """Right-padded "input_ids", "labels", "attention_mask", "loss_mask" [B, T], and "tokens_global".
 
     What is padding follows from lengths alone: a real token that equals `pad_token_id`, the end of a turn say, stays.
@@ -41,14 +40,14 @@ def pad(rows: Sequence[Sequence[float]], width: int, value: float, dtype: torch.
 
 
 def split_batch(
-    batch: dict[str, Any],
+    batch: Batch,
     *,
     rank: int,
     world_size: int,
     micro_batch_size: int | None,
     micro_batch_tokens: int | None = None,
     equal_counts: bool = False,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Batch]:
     """This rank's micro-batches of a step's batch, each trimmed to its longest sequence.
 
     Sequences are dealt to ranks in order of length, so that ranks get equal work. `micro_batch_tokens`: as many as fit
@@ -68,20 +67,20 @@ def split_batch(
     chosen = deal(rank)
     for rows in chosen:
         width = int(lengths[rows[0]])
-        yield {key: _take(value, rows, width) for key, value in batch.items()}
+        yield _rows_of(batch, rows, width)
     if equal_counts:
         most = max(len(deal(other)) for other in range(world_size))
         yield from [blank_batch(batch)] * (most - len(chosen))
 
 
-def blank_batch(batch: dict[str, Any]) -> dict[str, Any]:
+def blank_batch(batch: Batch) -> Batch:
     """The shortest sequence of `batch`, with nothing trained on: what a rank runs that has no micro-batch left.
 
     Where a model is sharded, every forward pass needs all ranks. Its loss and its gradient are 0.
     """
     lengths = batch["attention_mask"].sum(1)
     row = lengths.argmin()[None]
-    blank = {key: _take(value, row, int(lengths[row])) for key, value in batch.items()}
+    blank = _rows_of(batch, row, int(lengths[row]))
     return {**blank, "loss_mask": torch.zeros_like(blank["loss_mask"])}
 
 
@@ -103,6 +102,11 @@ def _epoch_order(count: int, epoch: int, seed: int | None) -> tuple[int, ...]:
     if seed is not None:
         random.Random(f"{seed}/{epoch}").shuffle(order)
     return tuple(order)
+
+
+def _rows_of(batch: Batch, rows: Tensor, width: int) -> Batch:
+    """Return the chosen rows of every tensor, cut to `width` tokens; numbers as they are."""
+    return cast(Batch, {key: _take(value, rows, width) for key, value in batch.items()})
 
 
 def _take(value: Any, rows: Tensor, width: int) -> Any:

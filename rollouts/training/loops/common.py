@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from rollouts.training import distributed
-from rollouts.training.backends.protocol import TrainFuture, TrainingBackend
 from rollouts.training.loops.batching import split_batch
 from rollouts.training.metrics import MetricsLogger
+from rollouts.training.seams import Batch, TrainFuture, TrainingBackend
 from rollouts.training.types import RLTrainingConfig, SFTTrainingConfig
 
 logger = logging.getLogger(__name__)
 EvalFn = Callable[[int], Mapping[str, float] | Awaitable[Mapping[str, float] | None] | None]
-PrepareFn = Callable[[list[dict[str, Any]]], Awaitable[dict[str, float]]]
+PrepareFn = Callable[[list[Batch]], Awaitable[dict[str, float]]]
 CheckpointFn = Callable[[Path, int], Awaitable[None] | None]
 
 
@@ -50,7 +50,7 @@ def check_steps(num_steps: int, first: int = 0, **sizes: int | None) -> None:
 
 async def train_step(
     backend: TrainingBackend,
-    batch: dict[str, Any],
+    batch: Batch,
     micro_batch_size: int | None,
     micro_batch_tokens: int | None = None,
     *,
@@ -62,8 +62,9 @@ async def train_step(
     `prepare` gets this rank's micro-batches first, may add to them, and returns metrics. Of several updates "step" and
     "lr" are the last one's, the other numbers their means.
     """
-    collective = getattr(backend, "collective", False)
-    micro_batches = list(own_micro_batches(batch, micro_batch_size, micro_batch_tokens, equal_counts=collective))
+    micro_batches = list(
+        own_micro_batches(batch, micro_batch_size, micro_batch_tokens, equal_counts=backend.collective)
+    )
     prepared = {} if prepare is None else await prepare(micro_batches)
     found = [await train_micro_batches(backend, micro_batches) for _ in range(updates)]
     if updates == 1:
@@ -73,8 +74,8 @@ async def train_step(
 
 
 def own_micro_batches(
-    batch: dict[str, Any], micro_batch_size: int | None, micro_batch_tokens: int | None, *, equal_counts: bool
-) -> Iterator[dict[str, Any]]:
+    batch: Batch, micro_batch_size: int | None, micro_batch_tokens: int | None, *, equal_counts: bool
+) -> Iterator[Batch]:
     """This process's share of a step's `batch`: see `split_batch`."""
     return split_batch(
         batch,
@@ -86,11 +87,10 @@ def own_micro_batches(
     )
 
 
-async def train_micro_batches(backend: TrainingBackend, micro_batches: Iterable[dict[str, Any]]) -> dict[str, float]:
+async def train_micro_batches(backend: TrainingBackend, micro_batches: Iterable[Batch]) -> dict[str, float]:
     """One optimizer step over this process's share of it: its loss and the backend's metrics."""
     micro_batches = list(micro_batches)
-    if hasattr(backend, "expect"):
-        backend.expect(len(micro_batches))
+    backend.expect(len(micro_batches))
     pending = [backend.forward_backward(micro_batch) for micro_batch in micro_batches]
     update = backend.optim_step()
     losses = [(await future.result()).get("loss", 0.0) for future in pending]  # the first that failed says why
@@ -122,10 +122,7 @@ class Checkpoints:
     async def save(self, step: int, metrics: dict[str, Any], extra: dict[str, Any]) -> None:
         """Start to save the state after `step`; waits for the save before."""
         await self.finish()
-        if hasattr(self._backend, "start_checkpoint"):
-            self._pending = step, await self._backend.start_checkpoint(step, metrics, extra=extra)
-        else:
-            await self._report(await self._backend.save_checkpoint(step, metrics, extra=extra), step)
+        self._pending = step, await self._backend.start_checkpoint(step, metrics, extra=extra)
 
     async def poll(self) -> None:
         """Report the save that has completed since the last call, if one has; raises what made it fail."""

@@ -2,23 +2,23 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
 
 from rollouts.training import distributed
-from rollouts.training.backends.protocol import TrainFuture
+from rollouts.training.backends.minimal import complete
 from rollouts.training.evaluation import ALL_TASKS, by_task, task_of
 from rollouts.training.loops.batching import blank_batch, collate
 from rollouts.training.model_limits import require_fit
+from rollouts.training.seams import TrainingBackend
 from rollouts.training.types import Sample
 
 
-class ForwardBackend(Protocol):
-    def forward(self, batch: dict[str, Any]) -> TrainFuture[dict[str, float]]:
-        """{"loss", "tokens"} of a batch, without a gradient."""
-
-
 async def validation_loss(
-    backend: ForwardBackend, samples: Sequence[Sample], *, batch_size: int, batches_max: int = -1, pad_token_id: int = 0
+    backend: TrainingBackend,
+    samples: Sequence[Sample],
+    *,
+    batch_size: int,
+    batches_max: int = -1,
+    pad_token_id: int = 0,
 ) -> dict[str, float]:
     """{"loss", "tokens", "examples"}: the backend's loss, averaged over all trained tokens of `samples` in order.
 
@@ -29,13 +29,13 @@ async def validation_loss(
     chunks = chunks if batches_max == -1 else chunks[:batches_max]
     loss_sum, tokens, examples = 0.0, 0.0, 0
     own = chunks[distributed.rank() :: distributed.world_size()]
-    collective = getattr(backend, "collective", False)
-    if collective:  # all ranks run the same number of forward passes; an empty chunk stands for none
+    backend = complete(backend)
+    if backend.collective:  # all ranks run the same number of forward passes; an empty chunk stands for none
         own += [[]] * (math.ceil(len(chunks) / distributed.world_size()) - len(own))
     for chunk in own:
         rows = chunk or chunks[0]
         batch = collate([s.tokens for s in rows], [s.loss_mask for s in rows], pad_token_id=pad_token_id)
-        if collective and not (chunk and batch["tokens_global"]):
+        if backend.collective and not (chunk and batch["tokens_global"]):
             batch = blank_batch({**batch, "tokens_global": 1.0})
         if batch["tokens_global"]:
             result = await backend.forward(batch).result()
@@ -49,7 +49,12 @@ async def validation_loss(
 
 
 async def validation_losses(
-    backend: ForwardBackend, samples: Sequence[Sample], *, batch_size: int, batches_max: int = -1, pad_token_id: int = 0
+    backend: TrainingBackend,
+    samples: Sequence[Sample],
+    *,
+    batch_size: int,
+    batches_max: int = -1,
+    pad_token_id: int = 0,
 ) -> dict[str, dict[str, float]]:
     """By task what `validation_loss` gives of its samples, after "all", the mean over the tokens of every task.
 
@@ -58,7 +63,8 @@ async def validation_losses(
     """
     if batches_max != -1:
         samples = samples[: batches_max * batch_size]
-    require_fit(getattr(backend, "model", None), samples)
+    backend = complete(backend)
+    require_fit(backend.model, samples)
     groups = by_task(samples, [task_of(sample) for sample in samples])
     whole = groups.pop(ALL_TASKS)
     options = {"batch_size": batch_size, "pad_token_id": pad_token_id}

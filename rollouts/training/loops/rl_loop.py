@@ -13,7 +13,7 @@ import torch
 
 from rollouts.training import distributed
 from rollouts.training.advantages import compute_advantages, has_contrast, mean, standard_deviation
-from rollouts.training.backends.protocol import TrainingBackend
+from rollouts.training.backends.minimal import complete
 from rollouts.training.loops.batching import collate, pad
 from rollouts.training.loops.common import (
     CheckpointFn,
@@ -34,6 +34,7 @@ from rollouts.training.replay import sample_records
 from rollouts.training.rewards.common import RewardError
 from rollouts.training.rl_losses import ClipRange, trained_sequences
 from rollouts.training.rollout_gen.rollout_stream import open_stream
+from rollouts.training.seams import Batch, MinimalBackend, TrainingBackend
 from rollouts.training.types import RewardFn, RLTrainingConfig, RolloutBatch, Sample
 from rollouts.training.weight_transfer.disk import DiskTransfer
 from rollouts.training.weight_transfer.sync import WeightSync
@@ -42,7 +43,7 @@ REWARD_MAX = 1e30  # sums and squares of a step's advantages stay within float32
 
 
 async def run_rl_training(
-    backend: TrainingBackend,
+    backend: MinimalBackend,
     buffer: Any,
     rollout_manager: Any,
     engines: Sequence[Any],
@@ -80,6 +81,7 @@ async def run_rl_training(
     sizes |= {"log_every": config.log_every, "checkpoint_every": config.checkpoint_every, "eval_every": eval_every}
     sizes |= {"sync_every": config.sync_every}
     check_steps(config.num_steps, steps_done, updates_per_batch=config.updates_per_batch, **sizes)
+    backend = complete(backend)
     first = _restore(buffer, rollout_manager, resume)
     sync = weight_sync or WeightSync(backend, engines, DiskTransfer(backend, weights_dir))
     await sync(first)
@@ -141,7 +143,7 @@ def _prepare(
     config: RLTrainingConfig,
     logger: MetricsLogger | None,
     options: Mapping[str, Any],
-) -> tuple[dict[str, Any], dict[str, float]]:
+) -> tuple[Batch, dict[str, float]]:
     """The batch of a step, and the metrics of its rollouts; the samples are logged."""
     batch = prepare_grpo_batch(rollouts, rollouts.rewards, config, **options)
     if logger is not None:
@@ -165,7 +167,7 @@ def prepare_grpo_batch(
     pad_token_id: int = 0,
     temperature: float = 1.0,
     clip_range: ClipRange | None = None,
-) -> dict[str, Any]:
+) -> Batch:
     """The whole step's batch for a backend: `collate`'s, "sequences_global", "advantages" [B], "temperature", and where
     they are known "old_log_probs" [B, T], the sampler's, aligned to tokens (0 outside the response), and "clip_range".
     With baseline "value" it has "rewards" [B] in place of advantages, which take the value head's estimates.
@@ -179,7 +181,8 @@ def prepare_grpo_batch(
     if not prepared["tokens_global"]:
         raise ValueError(f"rollout batch: no trained token in {len(batch.tokens)} samples: were all responses empty?")
     _check_rewards(rewards, batch.samples)
-    prepared |= {"temperature": temperature, **_scores(rewards, batch.group_ids or None, config)}
+    prepared["temperature"] = temperature
+    prepared |= _scores(rewards, batch.group_ids or None, config)
     prepared["sequences_global"] = trained_sequences(prepared["loss_mask"])
     known = [sample.rollout_log_probs is not None for sample in batch.samples]
     if any(known):
@@ -202,14 +205,14 @@ def _check_rewards(rewards: Sequence[float], samples: Sequence[Sample]) -> None:
             )
 
 
-def _scores(rewards: Sequence[float], group_ids: Sequence[int] | None, config: RLTrainingConfig) -> dict[str, Any]:
+def _scores(rewards: Sequence[float], group_ids: Sequence[int] | None, config: RLTrainingConfig) -> Batch:
     if config.baseline == "value":
         return {"rewards": torch.tensor(rewards, dtype=torch.float32)}
     advantages = compute_advantages(rewards, config.baseline, group_ids=group_ids, norm=config.advantage_norm)
     return {"advantages": torch.tensor(advantages, dtype=torch.float32)}
 
 
-def _value_estimator(backend: Any, config: RLTrainingConfig) -> PrepareFn | None:
+def _value_estimator(backend: TrainingBackend, config: RLTrainingConfig) -> PrepareFn | None:
     if config.baseline != "value":
         return None
     if config.advantage_norm not in ("none", "batch"):

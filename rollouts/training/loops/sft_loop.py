@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from rollouts.training.backends.protocol import TrainingBackend
+from rollouts.training.backends.minimal import complete
 from rollouts.training.loops.batching import collate, step_indices
 from rollouts.training.loops.common import (
     CheckpointFn,
@@ -25,13 +25,14 @@ from rollouts.training.loops.prefetch import prefetch
 from rollouts.training.loops.throughput import Throughput
 from rollouts.training.metrics import MetricsLogger
 from rollouts.training.model_limits import require_fit
+from rollouts.training.seams import Batch, MinimalBackend
 from rollouts.training.types import Sample, SFTTrainingConfig
 
 PREFETCH_STEPS = 2  # batches ready beyond the one that trains: preparing one is far shorter than training on it
 
 
 async def run_sft_training(
-    backend: TrainingBackend,
+    backend: MinimalBackend,
     samples: Sequence[Sample],
     config: SFTTrainingConfig,
     metrics_logger: MetricsLogger | None = None,
@@ -66,12 +67,12 @@ async def run_sft_training(
     sizes |= {"log_every": config.log_every, "checkpoint_every": config.checkpoint_every, "eval_every": eval_every}
     check_steps(config.num_steps, int(resume["step"]) if resume else 0, batch_size=config.batch_size, **sizes)
     _check_samples(samples)
-    require_fit(getattr(backend, "model", None), samples)
+    backend = complete(backend)
+    require_fit(backend.model, samples)
     data = {"fingerprint": _fingerprint(samples), "seed": seed, "batch_size": config.batch_size}
     throughput = Throughput.of(backend, peak_flops)
     steps = range(check_resume(resume, data) + 1, config.num_steps + 1)
-    collective = getattr(backend, "collective", False)
-    prepare = partial(_prepare_step, samples, config, seed, pad_token_id, collective)
+    prepare = partial(_prepare_step, samples, config, seed, pad_token_id, backend.collective)
     history: list[dict[str, float]] = []
     prefetched = prefetch(prepare, steps, depth=PREFETCH_STEPS)
     async with Checkpoints(backend, on_checkpoint) as checkpoints, prefetched as prepared:
@@ -98,7 +99,7 @@ async def run_sft_training(
 
 @dataclass(frozen=True)
 class _Step:
-    micro_batches: list[dict[str, Any]]  # this rank's
+    micro_batches: list[Batch]  # this rank's
     trained_tokens: float  # on all ranks, as are `lengths`
     lengths: list[int]  # tokens of each example
 

@@ -10,6 +10,7 @@ import torch
 
 from rollouts.training import distributed
 from rollouts.training.flops import attended_length, flops_per_token, peak_flops
+from rollouts.training.seams import TrainingBackend
 
 GIB = 2**30
 
@@ -23,12 +24,12 @@ class Throughput:
     peak: float | None  # FLOP/s of one rank's device, in the dtype that it trains in
 
     @classmethod
-    def of(cls, backend: Any, peak: float | None = None) -> "Throughput":
-        """Of a backend with a `model` and a `device`. `peak` None: what the maker states for the card, where listed."""
-        device = torch.device(getattr(backend, "device", "cpu"))
+    def of(cls, backend: TrainingBackend, peak: float | None = None) -> "Throughput":
+        """Return that of a backend. `peak` None: what the maker states for the card, where listed."""
+        device = backend.device
         if peak is None and device.type == "cuda":
             peak = peak_flops(torch.cuda.get_device_name(device))
-        config = getattr(getattr(backend, "model", None), "config", None)
+        config = getattr(backend.model, "config", None)
         try:
             flops_per_token(config, 1)
         except (ValueError, AttributeError):  # an architecture that cannot be counted, or no transformers model

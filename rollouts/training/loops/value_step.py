@@ -5,23 +5,20 @@ that are not trained on (a tool's output) are no actions: GAE passes over them.
 """
 
 import math
-from typing import Any, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from rollouts.training import distributed
 from rollouts.training.advantages import CONTRAST_MIN, gae
-from rollouts.training.backends.protocol import TrainFuture
+from rollouts.training.seams import Batch, TrainingBackend
 
-
-class ValueBackend(Protocol):
-    def values(self, batch: dict[str, Any]) -> TrainFuture[Tensor]:
-        """[B, T] on the CPU: the value of the state in which each trained token was chosen; 0 elsewhere."""
+Estimate = Literal["returns", "old_values", "advantages"]
 
 
 async def add_value_advantages(
-    backend: ValueBackend, micro_batches: list[dict[str, Any]], *, gamma: float, gae_lambda: float, norm: str
+    backend: TrainingBackend, micro_batches: list[Batch], *, gamma: float, gae_lambda: float, norm: str
 ) -> dict[str, float]:
     """Give each micro-batch, which has "rewards" [B], its "old_values", "returns" and "advantages" [B, T].
 
@@ -35,7 +32,7 @@ async def add_value_advantages(
         batch["advantages"], batch["returns"] = _estimates(batch, gamma, gae_lambda)
     kept = [batch["loss_mask"][:, 1:] != 0 for batch in micro_batches]
 
-    def trained(key: str) -> Tensor:
+    def trained(key: Estimate) -> Tensor:
         parts = [batch[key][:, 1:][keep] for batch, keep in zip(micro_batches, kept, strict=True)]
         return torch.cat(parts or [torch.zeros(0)]).double()
 
@@ -57,7 +54,7 @@ def _has_contrast(variance: float, square: float) -> bool:
     return variance > CONTRAST_MIN**2 * square
 
 
-def _estimates(batch: dict[str, Any], gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
+def _estimates(batch: Batch, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
     advantages_BT, returns_BT = (torch.zeros_like(batch["old_values"]) for _ in range(2))
     keep = batch["loss_mask"] != 0
     keep[:, 0] = False  # predicted by nothing

@@ -45,7 +45,7 @@ class WeightSync:
         self._dtype = dtype
         self._sleeps = sleep_while_training
         self._active = distributed.broadcast_object(bool(engines))  # other ranks need not know the engines
-        self._ids = probe_ids(_vocab_size(backend)) if hasattr(backend, "log_probs") else None
+        self._ids = probe_ids(_vocab_size(backend)) if backend.has_log_probs else None
         self._version: int | None = None
         self._expected: list[float] = []
         self._proven: dict[int, tuple[list[float], list[float]]] = {}  # by engine: the trainer's and its own log-probs
