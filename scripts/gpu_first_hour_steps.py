@@ -294,14 +294,15 @@ def engine_plan() -> LaunchPlan:
 
 def engine_environment(_: argparse.Namespace) -> None:
     """Make SGLang's environment by its lock, by the plan of configs/01, and try it. Prints its directory."""
-    from rollouts.worker.bootstrap import Patience, ensure_environment
     from rollouts.worker.engine_tools import with_tools
+    from rollouts.worker.environments.environment import ensure_environment
+    from rollouts.worker.environments.installer import BootstrapDeadline
 
     launch = engine_plan()
     with tempfile.TemporaryDirectory() as name:
         scratch, started = RunDir(Path(name)), time.monotonic()
         scratch.code.mkdir()
-        ensure_environment(launch.environments[1], scratch, Patience(1700, tick=lambda: None))
+        ensure_environment(launch.environments[1], scratch, BootstrapDeadline(1700, tick=lambda: None))
         print(f"> {launch.environments[1].path} after {time.monotonic() - started:.0f} s")
         check = launch.smoke[1].process
         argv = [*check.argv]

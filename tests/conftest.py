@@ -3,6 +3,7 @@
 No test has a limit on how long it takes but pytest's own, those of hypothesis neither.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,12 @@ from hypothesis import HealthCheck, settings
 
 settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any speed")
+
+for name in (
+    "VIRTUAL_ENV",
+    "VIRTUAL_ENV_PROMPT",
+):  # of an activated environment: runs would note that they leave it out
+    os.environ.pop(name, None)
 
 TESTS = Path(__file__).parent
 # A minute and more each, the longest first: what begins late ends late. The rest follows in the order of collection.

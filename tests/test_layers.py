@@ -311,8 +311,8 @@ def test_imports_point_one_way(file: Path) -> None:
         ("rollouts.training.loops.rl_loop", "import rollouts.remote.plan"),
         ("rollouts.remote.plan", "from rollouts.training import types"),
         ("rollouts.remote.plan", "def f():\n    import torch"),
-        ("rollouts.worker.supervisor", "from rollouts.remote import plan"),
-        ("rollouts.worker.supervisor", "import httpx"),
+        ("rollouts.worker.supervise.supervisor", "from rollouts.remote import plan"),
+        ("rollouts.worker.supervise.supervisor", "import httpx"),
         ("rollouts.training.rl_losses", "from rollouts.config import Config"),
         ("rollouts.config.load", "import rich"),
         ("rollouts.config.schema.rl", "from rollouts.config.checks import config_problems"),
@@ -336,7 +336,8 @@ def test_control_side_works_where_torch_is_missing() -> None:
     code = (
         "import sys\n"
         f"for name in {blocked!r}: sys.modules[name] = None\n"  # importing it now raises ImportError
-        "import deploy, base_config, rollouts, rollouts.run_dir, rollouts.engines.launch, rollouts.worker.supervisor\n"
+        "import deploy, base_config, rollouts, rollouts.run_dir, rollouts.engines.launch\n"
+        "import rollouts.worker.supervise.supervisor\n"
         "import pkgutil, importlib, rollouts.remote, rollouts.view\n"
         "for room in (rollouts.remote, rollouts.view):\n"
         "    for item in pkgutil.walk_packages(room.__path__, room.__name__ + '.'):\n"

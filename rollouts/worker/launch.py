@@ -28,9 +28,10 @@ from rollouts import run_dir
 from rollouts.engines.keys import new_keys
 from rollouts.plain_files import open_plain
 from rollouts.run_dir import LaunchPlan, RunDir, Status, observe
-from rollouts.worker import isolation, tmux
+from rollouts.worker import tmux
+from rollouts.worker.environments import isolation
 from rollouts.worker.processes import POLL_S, SUPERVISOR_STAGE, SUPERVISOR_WINDOW, WINDOW_VARIABLE, marked_processes
-from rollouts.worker.window import window_command
+from rollouts.worker.supervise.window import window_command
 
 SUPERVISOR_START_S = 15.0
 # Of another run, where one launches from inside of it
@@ -188,8 +189,8 @@ def _await_supervisor(run: RunDir, plan: LaunchPlan) -> None:
             said = "\n".join(run_dir.tail_lines(run.log(SUPERVISOR_WINDOW), 20)) or "(nothing)"
             how = "ended at once" if gone else f"did not start within {SUPERVISOR_START_S:g} s"
             raise LaunchError(
-                f"the supervisor ({plan.base_python} -m rollouts.worker.supervisor, in {run.code_tree}) {how}."
-                f" It needs Python >= 3.10 and the synced code there. It said:\n{said}"
+                f"the supervisor ({plan.base_python} -m rollouts.worker.supervise.supervisor, in {run.code_tree})"
+                f" {how}. It needs Python >= 3.10 and the synced code there. It said:\n{said}"
             )
         time.sleep(POLL_S)
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from rollouts.remote.plan import environment_key, read_lock
 from rollouts.run_dir import EnvironmentSpec, RunDir
-from rollouts.worker.bootstrap import Patience, ensure_environment
+from rollouts.worker.environments.environment import ensure_environment
+from rollouts.worker.environments.installer import BootstrapDeadline
 
 REPOSITORY = Path(__file__).parents[2]
 ENVIRONMENTS_VARIABLE = "ROLLOUTS_TEST_ENVIRONMENTS"  # as in tests/e2e
@@ -41,5 +42,5 @@ def interpreter(kind: str) -> str:
         constraints="",
     )
     with tempfile.TemporaryDirectory() as events:
-        ensure_environment(spec, RunDir(Path(events)), Patience(BUILD_TIMEOUT_S, tick=lambda: None))
+        ensure_environment(spec, RunDir(Path(events)), BootstrapDeadline(BUILD_TIMEOUT_S, tick=lambda: None))
     return f"{spec.path}/bin/python"

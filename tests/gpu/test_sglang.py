@@ -20,8 +20,8 @@ from rollouts.training.backends.pytorch import PyTorchTrainingBackend
 from rollouts.training.rl_losses import grpo_loss
 from rollouts.training.weight_sync import SGLangEngine
 from rollouts.training.weight_transfer.sync import WeightSync
-from rollouts.worker.bootstrap import is_complete
 from rollouts.worker.engine_tools import with_tools
+from rollouts.worker.environments.environment import is_complete
 from scripts.gpu_first_hour_steps import engine_plan
 from tests.engines.serving import EOS, VOCAB, await_health, free_port, make_tokenizer, serving, start
 from tests.weight_transfer.sending import IDS, transfer_of

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from rollouts.run_dir import EnvironmentSpec, RunDir
-from rollouts.worker.bootstrap import ensure_environment
-from tests.worker.environments import patience, write_wheel
+from rollouts.worker.environments.environment import ensure_environment
+from tests.worker.environments import deadline, write_wheel
 from tests.worker.stands import Host, private_tmux, survivors
 
 
@@ -58,7 +58,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         requirements_no_deps=[],
         constraints="",
     )
-    ensure_environment(spec, RunDir(directory / "run"), patience())
+    ensure_environment(spec, RunDir(directory / "run"), deadline())
     (directory / "env" / ".complete").rename(directory / "marker")
     return directory / "env"
 

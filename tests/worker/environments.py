@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rollouts.run_dir import EnvironmentSpec, RunDir
-from rollouts.worker.bootstrap import Patience
+from rollouts.worker.environments.installer import BootstrapDeadline
 from tests.worker.stands import PATIENCE_S, events
 
 
@@ -22,8 +22,8 @@ def write_wheel(directory: Path, name: str, version: str, *, requires: str = "")
         wheel.writestr(f"{info}/RECORD", "")
 
 
-def patience(timeout_s: float = PATIENCE_S, tick: Callable[[], None] = lambda: None) -> Patience:
-    return Patience(timeout_s, tick=tick)
+def deadline(timeout_s: float = PATIENCE_S, tick: Callable[[], None] = lambda: None) -> BootstrapDeadline:
+    return BootstrapDeadline(timeout_s, tick=tick)
 
 
 def actions(run: RunDir) -> list[str]:

@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 
 from rollouts.run_dir import EnvironmentSpec, RunDir
-from rollouts.worker import fetch_uv
-from rollouts.worker.bootstrap import BootstrapError, ensure_environment
-from tests.worker.environments import patience, version_in
+from rollouts.worker.environments import fetch_uv
+from rollouts.worker.environments.environment import ensure_environment
+from rollouts.worker.environments.installer import BootstrapError
+from tests.worker.environments import deadline, version_in
 from tests.worker.indexes import served, write_page
 
 UV = Path(sys.executable).with_name("uv")
@@ -60,9 +61,9 @@ def test_uv_comes_from_the_index(
     with served(tmp_path / "index") as (url, asked):
         monkeypatch.setenv("PIP_INDEX_URL", url)
         wanted = replace(spec, installer="uv", base_python=sys.executable)
-        ensure_environment(wanted, run, patience())
+        ensure_environment(wanted, run, deadline())
         again = replace(wanted, path=f"{wanted.path}-2")
-        ensure_environment(again, run, patience())
+        ensure_environment(again, run, deadline())
     assert version_in(spec) == version_in(again) == "1.0"
     assert (bare / "uv").stat().st_mode & 0o111 and sorted(os.listdir(bare)) == ["uv"]
     assert len([path for path in asked if path.endswith(".whl")]) == 1
@@ -91,7 +92,7 @@ def test_uv_that_cannot_be_had(  # noqa: PLR0917
     with served(tmp_path / "index") as (url, _):
         monkeypatch.setenv("PIP_INDEX_URL", url if damage != "gone" else f"{url}/nowhere")
         with pytest.raises(BootstrapError) as refused:
-            ensure_environment(replace(spec, installer="uv", base_python=sys.executable), run, patience())
+            ensure_environment(replace(spec, installer="uv", base_python=sys.executable), run, deadline())
     assert expected in "\n".join(refused.value.log_tail)
     assert not bare.exists() or os.listdir(bare) == []
 
@@ -178,8 +179,8 @@ def test_a_python_from_a_mirror(  # noqa: PLR0917
     with served(tmp_path / "mirror") as (url, asked):
         monkeypatch.setenv("UV_PYTHON_INSTALL_MIRROR", url)
         monkeypatch.setenv("UV_PYTHON_DOWNLOADS_JSON_URL", str(listed))
-        ensure_environment(wanted, run, patience())
-        ensure_environment(replace(wanted, path=f"{wanted.path}-2"), run, patience())
+        ensure_environment(wanted, run, deadline())
+        ensure_environment(replace(wanted, path=f"{wanted.path}-2"), run, deadline())
     assert version_in(wanted) == "1.0"
     assert len([path for path in asked if path.endswith(".tar.gz")]) == 1
     installed = [path for path in (bare / "python").iterdir() if path.name.endswith("-gnu")]
@@ -197,4 +198,4 @@ def test_no_python_to_be_had(
     monkeypatch.setenv("UV_HTTP_RETRIES", "0")
     expected = r"needs Python 3\.12, which this host lacks.*Install python3\.12.*UV_PYTHON_INSTALL_MIRROR"
     with pytest.raises(BootstrapError, match=expected):
-        ensure_environment(replace(spec, base_python="", python_version="3.12"), run, patience())
+        ensure_environment(replace(spec, base_python="", python_version="3.12"), run, deadline())

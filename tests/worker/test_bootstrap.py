@@ -14,8 +14,9 @@ import pytest
 
 from rollouts import run_dir
 from rollouts.run_dir import EnvironmentSpec, RunDir
-from rollouts.worker.bootstrap import BootstrapError, ensure_environment, is_complete
-from tests.worker.environments import actions, patience, version_in, write_wheel
+from rollouts.worker.environments.environment import ensure_environment, is_complete
+from rollouts.worker.environments.installer import BootstrapError
+from tests.worker.environments import actions, deadline, version_in, write_wheel
 from tests.worker.stands import (
     Host,
     alive,
@@ -42,7 +43,7 @@ def test_what_is_marked_comes_without_its_dependencies(
     be had. Red with `--no-deps` left out (pip finds no nowhere-to-be-found)."""
     write_wheel(tmp_path, "needy", "1.0", requires="nowhere-to-be-found")
     own = replace(spec, requirements_no_deps=["--no-index", f"--find-links {tmp_path}", "needy==1.0"])
-    ensure_environment(own, run, patience())
+    ensure_environment(own, run, deadline())
     subprocess.run([f"{spec.path}/bin/python", "-c", "import needy, tiny_thing"], check=True)
     marker = json.loads((Path(spec.path) / ".complete").read_text())
     assert marker["requirements_no_deps"] == own.requirements_no_deps
@@ -51,12 +52,12 @@ def test_what_is_marked_comes_without_its_dependencies(
 def test_built_once_then_reused(spec: EnvironmentSpec, run: RunDir, tmp_path: Path) -> None:
     """Goal: the constraint decides the version; the second time nothing is run. Red with `-c` left out (2.0), and with
     the marker not looked at (made twice)."""
-    ensure_environment(spec, run, patience())
+    ensure_environment(spec, run, deadline())
     assert version_in(spec) == "1.0"
     assert actions(run) == ["building", "ready"]
     marker = json.loads((Path(spec.path) / ".complete").read_text())
     assert marker["requirements"] == spec.requirements and marker["constraints"] == spec.constraints
-    ensure_environment(spec, run, patience())
+    ensure_environment(spec, run, deadline())
     assert actions(run) == ["building", "ready", "reused"]
     assert events(run, "environment")[1]["seconds"] >= 0.3  # quick_python sleeps so long
     assert times_made(tmp_path) == 1
@@ -75,17 +76,17 @@ def test_uv(run: RunDir, tmp_path: Path, wheels: Path, spec: EnvironmentSpec, mo
     """Goal: the same through uv, which the dev extra brings. Red with uv's `--python` left out."""
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     spec = replace(spec, installer="uv", base_python=sys.executable)
-    ensure_environment(spec, run, patience())
+    ensure_environment(spec, run, deadline())
     assert version_in(spec) == "1.0"
 
 
 def test_half_built_is_rebuilt(spec: EnvironmentSpec, run: RunDir, tmp_path: Path) -> None:
     """Goal: without the marker, which is written last, everything is made anew and old files go. Red with an existing
     directory taken for complete."""
-    ensure_environment(spec, run, patience())
+    ensure_environment(spec, run, deadline())
     (Path(spec.path) / ".complete").unlink()
     (Path(spec.path) / "stale").touch()
-    ensure_environment(spec, run, patience())
+    ensure_environment(spec, run, deadline())
     assert actions(run) == ["building", "ready"] * 2
     assert not (Path(spec.path) / "stale").exists() and is_complete(Path(spec.path))
     assert times_made(tmp_path) == 2
@@ -94,18 +95,18 @@ def test_half_built_is_rebuilt(spec: EnvironmentSpec, run: RunDir, tmp_path: Pat
 def test_an_environment_whose_base_python_went_is_rebuilt(spec: EnvironmentSpec, run: RunDir) -> None:
     """Goal: bin/python is a link to the host's Python; where that was removed, the marker does not count. Red with the
     marker alone looked at."""
-    ensure_environment(spec, run, patience())
+    ensure_environment(spec, run, deadline())
     python = Path(spec.path) / "bin" / "python"
     python.unlink()
     python.symlink_to("/nowhere/python3.11")
-    ensure_environment(spec, run, patience())
+    ensure_environment(spec, run, deadline())
     assert version_in(spec) == "1.0"
 
 
 def test_two_runs_at_once_build_it_once(spec: EnvironmentSpec, run: RunDir, tmp_path: Path) -> None:
     """Goal: one builds, the other waits and reuses. Red without the lock, and without the second look under it."""
     other = RunDir(tmp_path / "runs" / "r2")
-    threads = [threading.Thread(target=ensure_environment, args=(spec, each, patience())) for each in (run, other)]
+    threads = [threading.Thread(target=ensure_environment, args=(spec, each, deadline())) for each in (run, other)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -127,7 +128,7 @@ def test_a_failing_installation(spec: EnvironmentSpec, run: RunDir, name: str, i
     the engine's environment."""
     spec = replace(spec, name=name, requirements=["--no-index", "tiny-thing"])
     with pytest.raises(BootstrapError, match=rf"pip install .* failed with exit code 1.*{re.escape(inputs)}") as caught:
-        ensure_environment(spec, run, patience())
+        ensure_environment(spec, run, deadline())
     assert any(line.startswith("ERROR: ") and "tiny-thing" in line for line in caught.value.log_tail)
     assert not is_complete(Path(spec.path))
     assert actions(run) == ["building"]
@@ -136,7 +137,7 @@ def test_a_failing_installation(spec: EnvironmentSpec, run: RunDir, name: str, i
 def test_a_missing_base_python(spec: EnvironmentSpec, run: RunDir) -> None:
     """Goal: named as such. Red with the error not caught."""
     with pytest.raises(BootstrapError, match="cannot start /nowhere/python3"):
-        ensure_environment(replace(spec, base_python="/nowhere/python3"), run, patience())
+        ensure_environment(replace(spec, base_python="/nowhere/python3"), run, deadline())
 
 
 def test_uv_outside_the_path(
@@ -154,7 +155,7 @@ def test_uv_outside_the_path(
     uv.chmod(0o755)
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     monkeypatch.setenv("HOME", str(tmp_path))
-    ensure_environment(replace(spec, installer="uv"), run, patience())
+    ensure_environment(replace(spec, installer="uv"), run, deadline())
     assert (tmp_path / "calls").read_text().splitlines() == [
         f"venv --python {spec.base_python} {spec.path}",
         f"pip install --python {spec.path}/bin/python -c {spec.path}/constraints.txt -r {spec.path}/requirements.txt",
@@ -173,7 +174,7 @@ def test_the_time_limit(spec: EnvironmentSpec, run: RunDir, tmp_path: Path) -> N
     only the installer itself ended."""
     slow = replace(spec, base_python=slow_python(tmp_path))
     with pytest.raises(BootstrapError, match=r"limits\.bootstrap_timeout_s=0.5; .* was still running") as caught:
-        ensure_environment(slow, run, patience(0.5))
+        ensure_environment(slow, run, deadline(0.5))
     assert caught.value.log_tail == ["working"]
     child = int((Path(spec.path) / "child").read_text())
     wait_for(lambda: not alive(child), "the installer's child's end")
@@ -188,7 +189,7 @@ def test_the_time_limit_while_another_builds(spec: EnvironmentSpec, run: RunDir)
     with Path(spec.path).with_name(".key1.lock").open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         with pytest.raises(BootstrapError, match="another run was still building it"):
-            ensure_environment(spec, run, patience(0.3))
+            ensure_environment(spec, run, deadline(0.3))
 
 
 def test_whatever_tick_raises_ends_the_build(spec: EnvironmentSpec, run: RunDir, tmp_path: Path) -> None:
@@ -202,7 +203,7 @@ def test_whatever_tick_raises_ends_the_build(spec: EnvironmentSpec, run: RunDir,
             raise Stopped
 
     with pytest.raises(Stopped):
-        ensure_environment(replace(spec, base_python=slow_python(tmp_path)), run, patience(tick=tick))
+        ensure_environment(replace(spec, base_python=slow_python(tmp_path)), run, deadline(tick=tick))
     child = int((Path(spec.path) / "child").read_text())
     wait_for(lambda: not alive(child), "the installer's child's end")
 

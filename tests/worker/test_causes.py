@@ -7,8 +7,8 @@ import pytest
 
 from rollouts import run_dir
 from rollouts.run_dir import RunDir
-from rollouts.worker.causes import cause_of, without_torchrun
-from rollouts.worker.windows import OpenWindow
+from rollouts.worker.supervise.causes import cause_of, without_torchrun
+from rollouts.worker.supervise.open_window import OpenWindow
 from tests.worker.stands import Host, as_status, events, process, stage, trainer, wait_for_end
 
 TORCHRUN = """\

@@ -67,8 +67,8 @@ def test_survivors_can_see(training: RunDir) -> None:
     Red with the scan looking for another variable."""
     seen = "\n".join(survivors(training))
     for part in (
-        "rollouts.worker.supervisor",
-        "rollouts.worker.window",
+        "rollouts.worker.supervise.supervisor",
+        "rollouts.worker.supervise.window",
         "serve_forever",
         "start_new_session",
         "SIG_IGN",

@@ -11,7 +11,7 @@ import pytest
 
 from rollouts import run_dir
 from rollouts.run_dir import RunDir, append_jsonl, last_jsonl_row, read_jsonl, read_rows, write_json_atomic
-from rollouts.worker.journal import Journal
+from rollouts.worker.supervise.journal import Journal
 from tests.worker.stands import Host, as_status, events, log, stage, trainer
 
 FILLING = """

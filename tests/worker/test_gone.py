@@ -15,8 +15,8 @@ from rollouts import run_dir
 from rollouts.remote.host.host_probe import probe
 from rollouts.remote.host.sending import sent_program
 from rollouts.run_dir import RunDir, clean_up
-from rollouts.worker.journal import Journal
 from rollouts.worker.processes import listeners
+from rollouts.worker.supervise.journal import Journal
 from tests.worker.stands import (
     REPOSITORY,
     Host,

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from rollouts.run_dir import EnvironmentSpec, RunDir
-from rollouts.worker import installer
-from rollouts.worker.installer import Progress
+from rollouts.worker.environments import installer
+from rollouts.worker.environments.installer import Progress
 from tests.worker.stands import events
 
 

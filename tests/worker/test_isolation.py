@@ -13,9 +13,10 @@ import pytest
 
 from rollouts import run_dir
 from rollouts.run_dir import EnvironmentSpec, RunDir
-from rollouts.worker import isolation
-from rollouts.worker.bootstrap import BootstrapError, ensure_environment, is_complete
-from tests.worker.environments import actions, patience, version_in, write_wheel
+from rollouts.worker.environments import isolation
+from rollouts.worker.environments.environment import ensure_environment, is_complete
+from rollouts.worker.environments.installer import BootstrapError
+from tests.worker.environments import actions, deadline, version_in, write_wheel
 from tests.worker.stands import (
     Host,
     alive,
@@ -142,7 +143,7 @@ def test_a_setting_of_pips_configuration(
     (home / ".config" / "pip" / "pip.conf").write_text(found + settings)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
-    ensure_environment(replace(spec, requirements=["tiny-thing"]), run, patience())
+    ensure_environment(replace(spec, requirements=["tiny-thing"]), run, deadline())
     assert version_in(spec) == "1.0" and sorted(path.name for path in elsewhere.iterdir()) == ["other.txt"]
     assert text.splitlines()[1].split(" ")[0] in events(run, "environment")[-1]["pip_settings_left_out"]
 
@@ -160,28 +161,28 @@ def test_an_installer_that_put_it_elsewhere(spec: EnvironmentSpec, run: RunDir, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", f"{lying.parent}:/usr/bin:/bin")
         with pytest.raises(BootstrapError, match=r"tiny-thing is not installed .*sent the packages elsewhere"):
-            ensure_environment(replace(spec, installer="uv"), run, patience())
+            ensure_environment(replace(spec, installer="uv"), run, deadline())
     assert not is_complete(Path(spec.path)) and not run.environment("trainer").exists()
 
 
 def test_a_complete_one_that_was_changed(spec: EnvironmentSpec, run: RunDir) -> None:
     """Goal: a reused environment that no longer holds what it is named for is refused, with what to do. Red with the
     marker alone looked at."""
-    ensure_environment(spec, run, patience())
+    ensure_environment(spec, run, deadline())
     for requirement in ("tiny-thing>=1.5", "tiny-thing[extra]==2.*", "tiny_thing>1; python_version>'3'"):
         changed = replace(spec, requirements=[requirement], constraints="")
         refused = r"tiny-thing is 1\.0, needs .*; remove .* while no run uses it"
         with pytest.raises(BootstrapError, match=refused) as caught:
-            ensure_environment(changed, run, patience())
+            ensure_environment(changed, run, deadline())
         assert len(caught.value.log_tail) == 1 and is_complete(Path(spec.path))
 
 
 def test_what_was_installed_is_recorded(spec: EnvironmentSpec, run: RunDir, wheels: Path, tmp_path: Path) -> None:
     """Goal: code/environment-<name>.txt has each package at its version, as the environment's own interpreter sees it;
     also of one that is reused. Red with the record left out on reuse."""
-    ensure_environment(spec, run, patience())
+    ensure_environment(spec, run, deadline())
     other = RunDir(tmp_path / "runs" / "r2")
-    ensure_environment(replace(spec, name="engine"), other, patience())
+    ensure_environment(replace(spec, name="engine"), other, deadline())
     assert actions(other) == ["reused"]
     listed = run.environment("trainer").read_text()
     assert listed == other.environment("engine").read_text()
@@ -203,7 +204,7 @@ def test_what_lies_on_the_path_is_not_taken_for_installed(
     write_wheel(tmp_path, "stray", "1.0")
     shutil.unpack_archive(tmp_path / "stray-1.0-py3-none-any.whl", tmp_path / "site", "zip")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
-    ensure_environment(spec, run, patience())
+    ensure_environment(spec, run, deadline())
     assert "stray" not in run.environment("trainer").read_text()
 
 
@@ -230,12 +231,12 @@ def test_an_installer_holds_the_lock_itself(spec: EnvironmentSpec, run: RunDir, 
     lingering.write_text(f"#!/bin/sh\nsetsid sleep 600 &\necho $! > {tmp_path}/left\nexit 3\n")
     lingering.chmod(0o755)
     with pytest.raises(BootstrapError, match="failed with exit code 3"):
-        ensure_environment(replace(spec, base_python=str(lingering)), run, patience())
+        ensure_environment(replace(spec, base_python=str(lingering)), run, deadline())
     left = int((tmp_path / "left").read_text())
     try:
         with pytest.raises(BootstrapError, match="another run was still building it"):
-            ensure_environment(spec, run, patience(0.5))
+            ensure_environment(spec, run, deadline(0.5))
     finally:
         os.kill(left, signal.SIGKILL)
-    ensure_environment(spec, run, patience())
+    ensure_environment(spec, run, deadline())
     assert version_in(spec) == "1.0"

@@ -7,7 +7,7 @@ from packaging.markers import Marker, default_environment
 from packaging.requirements import Requirement
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
-from rollouts.worker.requirement import applies, parse, problems, satisfies
+from rollouts.worker.environments.requirement import applies, parse, problems, satisfies
 
 NUMBERS = st.lists(st.integers(0, 3).map(str), min_size=1, max_size=3).map(".".join)
 RELEASES = st.tuples(st.sampled_from(["", "", "1!"]), NUMBERS).map("".join)

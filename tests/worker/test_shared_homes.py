@@ -16,9 +16,10 @@ from rollouts.remote.host.host_probe import run_row
 from rollouts.remote.looks import _host_row
 from rollouts.remote.texts import runs_text
 from rollouts.run_dir import LaunchPlan, RunDir, Status
-from rollouts.worker import launch, processes, supervisor, tmux
-from rollouts.worker.journal import Journal
-from rollouts.worker.windows import OpenWindow
+from rollouts.worker import launch, processes, tmux
+from rollouts.worker.supervise.journal import Journal
+from rollouts.worker.supervise.open_window import OpenWindow
+from rollouts.worker.supervise.pulse import Pulse
 from tests.worker.stands import Host, alive, as_status, module, process, recorded_pid, stage, trainer, wait_for
 
 SLEEP = "import time; time.sleep(600)"
@@ -217,8 +218,8 @@ def test_one_look_around_reads_proc_once(tmp_path: Path, monkeypatch: pytest.Mon
             OpenWindow(run, "rl", plan.stages[0].engines[0], False, child.pid, processes.start_ticks(child.pid), 0)
             for child in children
         ]
-        watching = supervisor.Supervisor(run, plan, Journal(run, lock))
-        monkeypatch.setattr(watching, "engines", [type("E", (), {"window": window}) for window in windows])
+        watching = Pulse(run, plan, Journal(run, lock))
+        watching.windows = lambda: windows
         scans, listdir = [], os.listdir
         monkeypatch.setattr(processes.os, "listdir", lambda path: scans.append(path) or listdir(path))
         watching._look_around()

@@ -14,8 +14,8 @@ import pytest
 from rollouts import run_dir
 from rollouts.manifest import write_manifest
 from rollouts.run_dir import LaunchPlan, RunDir
-from rollouts.worker import supervisor
-from rollouts.worker.journal import Journal
+from rollouts.worker.supervise import pulse
+from rollouts.worker.supervise.journal import Journal
 from tests.worker.stands import (
     ENGINE,
     Host,
@@ -297,14 +297,14 @@ def test_the_beat_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     lock = run_dir.hold_lock(run)
     assert lock is not None
     now, written = 1000.0, []
-    monkeypatch.setattr(supervisor, "time", SimpleNamespace(monotonic=lambda: now, time=lambda: now))
+    monkeypatch.setattr(pulse, "time", SimpleNamespace(monotonic=lambda: now, time=lambda: now))
     with lock:
-        beating = supervisor.Supervisor(run, plan, Journal(run, lock))
+        beating = pulse.Pulse(run, plan, Journal(run, lock))
         for _ in range(200):
-            beating._tick()
+            beating.tick()
             written.append(as_status(run)["updated_at"])
-            now += supervisor.POLL_S
-    ages = [1000.0 + number * supervisor.POLL_S - at for number, at in enumerate(written)]
+            now += pulse.POLL_S
+    ages = [1000.0 + number * pulse.POLL_S - at for number, at in enumerate(written)]
     assert max(ages) <= run_dir.HEARTBEAT_S and len(set(written)) > 1
 
 
@@ -345,7 +345,10 @@ def test_a_second_supervisor_keeps_out(host: Host) -> None:
     began = time.time()
     run = host.start(stage("sft", trainer(SLEEP)))
     done = subprocess.run(
-        [sys.executable, "-m", "rollouts.worker.supervisor", str(run.path)], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "rollouts.worker.supervise.supervisor", str(run.path)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode != 0 and "has a supervisor already" in done.stderr
     assert run_dir.is_live(run)

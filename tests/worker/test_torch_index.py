@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from rollouts.run_dir import EnvironmentSpec, RunDir
-from rollouts.worker import torch_index
-from rollouts.worker.bootstrap import BootstrapError, ensure_environment
-from tests.worker.environments import patience
+from rollouts.worker.environments import torch_index
+from rollouts.worker.environments.environment import ensure_environment
+from rollouts.worker.environments.installer import BootstrapError
+from tests.worker.environments import deadline
 from tests.worker.indexes import served, write_page, write_torch
 from tests.worker.stands import events
 
@@ -61,7 +62,7 @@ def test_each_build(  # noqa: PLR0917
     the build's own index: 9.1.0 in each case."""
     base = sys.executable if installer == "uv" else asks.base_python
     spec = replace(asks, installer=installer, base_python=base, torch_build=build, constraints=pin)  # type: ignore[arg-type]
-    ensure_environment(spec, run, patience())
+    ensure_environment(spec, run, deadline())
     assert torch_in(run) == f"torch=={found}"
     assert events(run, "environment")[-1]["torch_build"] == build
     assert json.loads((Path(spec.path) / ".complete").read_text())["built"]["torch_build"] == build
@@ -75,8 +76,8 @@ def test_an_index_that_cannot_be_reached(  # noqa: PLR0917
     also by a later run. Red without the fallback: pip's own error there, or nothing said."""
     monkeypatch.setenv(torch_index.BASE_VARIABLE, address.format(index))
     spec = replace(asks, torch_build="cpu", torch_fallback=True)
-    ensure_environment(spec, run, patience())
-    ensure_environment(spec, run, patience())
+    ensure_environment(spec, run, deadline())
+    ensure_environment(spec, run, deadline())
     assert torch_in(run) == "torch==9.1.0"
     _, ready, reused = events(run, "environment")
     for event in (ready, reused):
@@ -90,10 +91,10 @@ def test_a_build_that_the_version_lacks(asks: EnvironmentSpec, run: RunDir) -> N
     with pytest.raises(
         BootstrapError, match=r"torch is 9\.1\.0, and host\.torch_build asks for \+cu126.*Pin a version"
     ):
-        ensure_environment(replace(asks, torch_build="cu126"), run, patience())
+        ensure_environment(replace(asks, torch_build="cu126"), run, deadline())
     assert [row["action"] for row in events(run, "environment")] == ["building"]
     # Where the plan has a fallback, as for a CPU, which runs any build, it is said and taken
-    ensure_environment(replace(asks, torch_build="cu126", torch_fallback=True), run, patience())
+    ensure_environment(replace(asks, torch_build="cu126", torch_fallback=True), run, deadline())
     assert torch_in(run) == "torch==9.1.0"
     ready = events(run, "environment")[-1]
     assert ready["torch_build"] == "index" and "has no such build of this version" in ready["torch_note"]

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from rollouts.run_dir import EnvironmentSpec, HubModel, RunDir
-from rollouts.worker.bootstrap import BootstrapError, fetch_model
+from rollouts.worker.environments.hub_model import fetch_model
+from rollouts.worker.environments.installer import BootstrapError
 from rollouts.worker.trainer_hub import is_whole, wanted
-from tests.worker.environments import patience
+from tests.worker.environments import deadline
 from tests.worker.stands import events
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -114,15 +115,15 @@ def test_downloaded_once(
     model = HubModel(name="some/tiny", weights=True)
     with hub() as (url, downloaded):
         monkeypatch.setenv("HF_ENDPOINT", url)
-        fetch_model(HubModel(name="some/tiny", weights=False), trainer, run, patience())
+        fetch_model(HubModel(name="some/tiny", weights=False), trainer, run, deadline())
         assert cached(tmp_path) == ["config.json", "tokenizer.json"]
-        fetch_model(model, trainer, run, patience())
-        fetch_model(model, trainer, run, patience())
+        fetch_model(model, trainer, run, deadline())
+        fetch_model(model, trainer, run, deadline())
     assert sorted(downloaded) == cached(tmp_path) == ["config.json", "model.safetensors", "tokenizer.json"]
     said = capfd.readouterr().out
     assert "some/tiny: 3 files, 1 to download" in said and "Downloading model.safetensors (0.0 MB)" in said
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    fetch_model(model, trainer, run, patience())
+    fetch_model(model, trainer, run, deadline())
     assert "taken from this host's cache (HF_HUB_OFFLINE is set)" in capfd.readouterr().out
     assert [row["name"] for row in events(run, "model")] == ["some/tiny"] * 4
 
@@ -143,7 +144,7 @@ def test_what_the_hub_does_not_give(  # noqa: PLR0917
     with hub() as (url, _):
         monkeypatch.setenv("HF_ENDPOINT", endpoint or url)
         with pytest.raises(BootstrapError, match=expected):
-            fetch_model(HubModel(name=name, weights=True), trainer, run, patience())
+            fetch_model(HubModel(name=name, weights=True), trainer, run, deadline())
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_what_it_writes_and_prints(host: Host) -> None:
     assert listing.stdout == "supervisor 200\ntrainer 200\n"
     assert b"API_TOKEN=hunter2" in Path(f"/proc/{pid}/environ").read_bytes()
     commands = subprocess.run(["ps", "-eww", "-o", "args"], capture_output=True, text=True, check=True).stdout
-    assert "rollouts.worker.window" in commands and "hunter2" not in commands
+    assert "rollouts.worker.supervise.window" in commands and "hunter2" not in commands
     assert module("stop", str(run.path)).returncode == 0
     assert not run.secrets.exists()
 
@@ -268,7 +268,7 @@ def test_the_bootstrap_sees_the_configs_environment(host: Host) -> None:
     "file",
     [
         *(file.relative_to(REPOSITORY).as_posix() for file in sorted(REPOSITORY.glob("rollouts/worker/[!t]*.py"))),
-        *("rollouts/worker/tail.py", "rollouts/worker/tmux.py", "rollouts/worker/torch_index.py"),
+        *("rollouts/worker/tail.py", "rollouts/worker/tmux.py", "rollouts/worker/environments/torch_index.py"),
         *(file.relative_to(REPOSITORY).as_posix() for file in sorted(REPOSITORY.glob("rollouts/run_dir/*.py"))),
         *("rollouts/plain_files.py", "rollouts/manifest.py", "rollouts/remote/host/host_probe.py"),
         *("rollouts/engines/keys.py", "rollouts/engines/diagnosis.py"),

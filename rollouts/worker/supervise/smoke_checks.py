@@ -15,10 +15,10 @@ from rollouts import run_dir
 from rollouts.plain_files import read_plain
 from rollouts.run_dir import SMOKE_STAGE, LaunchPlan, RunDir, SmokeCheck
 from rollouts.worker import tmux
-from rollouts.worker.console import say
-from rollouts.worker.installer import BootstrapError
+from rollouts.worker.environments.installer import BootstrapError
 from rollouts.worker.processes import POLL_S
-from rollouts.worker.windows import OpenWindow, close_windows, open_window
+from rollouts.worker.supervise.console import say
+from rollouts.worker.supervise.open_window import OpenWindow, close_windows, open_window
 
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 LOG_TAIL_LINES = 50

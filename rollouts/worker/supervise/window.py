@@ -1,6 +1,6 @@
 """The wrapper around each tmux window's process: output to pane and log, the true exit code to a file.
 
-    python3 -m rollouts.worker.window --run <run_path> --stage rl --window engine-0
+    python3 -m rollouts.worker.supervise.window --run <run_path> --stage rl --window engine-0
 
 What runs, and with which environment, stands in plan.json under that stage and window, so that nothing of it goes
 through command lines. The process leads a session of its own; the wrapper stays between it and tmux: it forwards
@@ -26,7 +26,6 @@ from pathlib import Path
 from rollouts import run_dir
 from rollouts.plain_files import appending, read_plain
 from rollouts.run_dir import ExitRecord, LaunchPlan, ProcessRecord, ProcessSpec, RunDir
-from rollouts.worker.causes import cause_of
 from rollouts.worker.engine_tools import with_tools
 from rollouts.worker.processes import (
     SUPERVISOR_MARGIN_S,
@@ -40,6 +39,7 @@ from rollouts.worker.processes import (
     run_marks,
     window_mark,
 )
+from rollouts.worker.supervise.causes import cause_of
 
 READ_BYTES = 1 << 16
 PANE_BACKLOG_BYTES = 1 << 20  # what a slow pane may owe; the log has everything
@@ -202,7 +202,7 @@ class Window:
 
     def _spec(self) -> ProcessSpec:
         if self.is_supervisor:
-            argv = [self.plan.base_python, "-E", "-u", "-m", "rollouts.worker.supervisor", str(self.run.path)]
+            argv = [self.plan.base_python, "-E", "-u", "-m", "rollouts.worker.supervise.supervisor", str(self.run.path)]
             environment = json.loads(read_plain(self.run.config))["host"]["env"]
             return ProcessSpec(window=self.window, argv=argv, env=environment, ready_url=None, ready_timeout_s=0)
         wanted = (self.stage, self.window)
@@ -282,13 +282,13 @@ class Window:
 
 def window_command(python: str, run: RunDir, stage: str, window: str) -> list[str]:
     """The command line of a window. `env` gives the wrapper the mark: the tmux server's environment is not ours."""
-    module = [python, "-E", "-m", "rollouts.worker.window"]
+    module = [python, "-E", "-m", "rollouts.worker.supervise.window"]
     marks = [f"{name}={value}" for name, value in run_marks(run).items()]
     return ["/usr/bin/env", *marks, *module, "--run", str(run.path), "--stage", stage, "--window", window]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="rollouts.worker.window", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="rollouts.worker.supervise.window", description=__doc__.split("\n")[0])
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--stage", required=True)
     parser.add_argument("--window", required=True)

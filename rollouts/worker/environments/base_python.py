@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rollouts.run_dir import EnvironmentSpec
-from rollouts.worker import fetch_uv
-from rollouts.worker.console import say
-from rollouts.worker.installer import BootstrapError, InstallerFailed
+from rollouts.worker.environments import fetch_uv
+from rollouts.worker.environments.installer import BootstrapError, InstallerFailed
+from rollouts.worker.supervise.console import say
 
 UV_PLACES = ("~/.local/bin/uv", "~/.cargo/bin/uv")  # where its installer puts it; not on PATH in a bare ssh command
 FIND_TIMEOUT_S = 60.0

@@ -1,4 +1,4 @@
-"""The supervisor's view of a stage's engines: does one still answer, and its end before it is started again.
+"""One engine through all its lives: does it still answer, and its end before it is started again.
 
 An engine that ended has an exit record; one that hangs has none, and is known by its silence. Standard library only.
 """
@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from rollouts import run_dir
 from rollouts.run_dir import RunDir
 from rollouts.worker import tmux
-from rollouts.worker.health import answers
 from rollouts.worker.processes import POLL_S, end_marked, is_stopped, marked_processes
-from rollouts.worker.windows import WRAPPER_MARGIN_S, OpenWindow, close_windows
+from rollouts.worker.supervise.health import answers
+from rollouts.worker.supervise.open_window import WRAPPER_MARGIN_S, OpenWindow, close_windows
 
 ATTEMPTS = 2  # at least so many unanswered heartbeats make a hung engine
 PERIOD_MAX_S = 2.0  # between two heartbeats
 
 
 class Heartbeat:
-    """Asks one engine whether it is there, from a thread of its own: one that hangs must not hold up the supervisor.
+    """Asks one engine in a thread whether it answers, so that one that hangs does not hold up the supervisor.
 
     Any answer counts: SGLang's /ready is 503 for as long as sampling is paused. The ready URL has to be one that is
     answered while the model is busy (a long prefill, a weight load), which a route that samples a token would not be.
@@ -29,7 +29,7 @@ class Heartbeat:
     """
 
     def __init__(self, window: OpenWindow, *, hang_timeout_s: float) -> None:
-        self.silent_s = 0.0  # since it last answered, less the time in which nobody asked
+        self.silent_s = 0.0  # since it last answered, less the time between questions
         self._window = window
         self._attempt_s = hang_timeout_s / ATTEMPTS
         self._period_s = min(PERIOD_MAX_S, self._attempt_s / 2)
@@ -56,7 +56,7 @@ class Heartbeat:
 
 
 @dataclass
-class Engine:
+class EngineLives:
     """One engine of the stage under way, through all its lives."""
 
     window: OpenWindow  # of the life it is in
@@ -77,23 +77,23 @@ class Engine:
     def silent_s(self) -> float:
         return self.heartbeat.silent_s if self.heartbeat else 0.0
 
-    def serves(self, *, hang_timeout_s: float) -> None:
-        """It is ready: from now on it has to answer."""
+    def mark_ready(self, *, hang_timeout_s: float) -> None:
+        """Begin to check that this engine answers."""
         self.has_served = True
         self.heartbeat = Heartbeat(self.window, hang_timeout_s=hang_timeout_s)
 
-    def reopened(self, window: OpenWindow) -> None:
-        """Its next life has begun."""
+    def start_next_life(self, window: OpenWindow) -> None:
+        """Take the window of the engine's next life."""
         self.window, self.opened_at, self.life = window, time.monotonic(), self.life + 1
 
-    def rests(self) -> None:
-        """Nobody asks it any more."""
+    def stop_heartbeat(self) -> None:
+        """Stop checking this engine."""
         if self.heartbeat is not None:
             self.heartbeat.stop()
         self.heartbeat = None
 
     def may_restart(self) -> bool:
-        """Could another life go better? Not when it gave up by itself before it ever served: nothing has changed.
+        """Return whether another life could go better: not where it gave up by itself before it ever served.
 
         SGLang gives up with SIGKILL, as a stranger would end it: then its log tells.
         """
@@ -102,13 +102,13 @@ class Engine:
         return self.has_served or (killed and not self.window.diagnosis())
 
 
-def end_life(run: RunDir, engine: Engine, *, grace_s: float, tick: Callable[[], None]) -> list[int]:
+def end_life(run: RunDir, engine: EngineLives, *, grace_s: float, tick: Callable[[], None]) -> list[int]:
     """SIGKILL all that is left of the engine's life, those of its children that hold a GPU too, and wait until it,
     its wrapper and its tmux window are gone. Its exit record, if there is one, gets the life's number.
 
     Returns the ids that survived.
     """
-    engine.rests()
+    engine.stop_heartbeat()
     window = engine.window
     left = end_marked(run, {window.mark}, grace_s=0, tick=tick)
     left += close_windows(run, [window], grace_s=grace_s, tick=tick)
@@ -119,8 +119,8 @@ def end_life(run: RunDir, engine: Engine, *, grace_s: float, tick: Callable[[], 
     return left
 
 
-def keep_record(run: RunDir, engine: Engine) -> None:
-    """Set the exit record of the life that ended aside, so that the next life has none until it ends."""
+def keep_record(run: RunDir, engine: EngineLives) -> None:
+    """Rename the exit record of the life that ended, so that the next life has none until it ends."""
     stage, name = engine.window.stage, engine.name
-    with contextlib.suppress(FileNotFoundError):  # its wrapper was killed: how it ended is unknown
+    with contextlib.suppress(FileNotFoundError):  # its wrapper was killed: how the engine ended is unknown
         run.exit(stage, name).replace(run.exit(stage, run_dir.life_name(name, engine.life)))

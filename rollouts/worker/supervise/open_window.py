@@ -11,8 +11,6 @@ from rollouts import run_dir
 from rollouts.engines.diagnosis import diagnose
 from rollouts.run_dir import ExitRecord, LaunchPlan, ProcessSpec, RunDir
 from rollouts.worker import tmux
-from rollouts.worker.causes import SENTENCE, cause_of, without_torchrun
-from rollouts.worker.health import answers_ready
 from rollouts.worker.processes import (
     POLL_S,
     Scan,
@@ -24,7 +22,9 @@ from rollouts.worker.processes import (
     start_ticks,
     window_mark,
 )
-from rollouts.worker.window import DRAIN_S, window_command
+from rollouts.worker.supervise.causes import SENTENCE, cause_of, without_torchrun
+from rollouts.worker.supervise.health import answers_ready
+from rollouts.worker.supervise.window import DRAIN_S, window_command
 
 DIAGNOSED_LINES = 400  # of an engine's log, from its end: a chain of tracebacks is that long
 WRAPPER_MARGIN_S = 2 * DRAIN_S + 2.0  # a wrapper's own work after its process's grace

@@ -21,14 +21,18 @@ from pathlib import Path
 
 from rollouts import run_dir
 from rollouts.plain_files import open_plain
-from rollouts.run_dir import EnvironmentSpec, HubModel, RunDir
-from rollouts.worker import isolation, requirement
-from rollouts.worker.base_python import base_python, find_uv
-from rollouts.worker.console import say
-from rollouts.worker.installer import BootstrapError, InstallerFailed, Patience, Progress, inputs_of, run_installer
-from rollouts.worker.torch_index import TorchSource, build_problem, torch_source
-
-__all__ = ["BootstrapError", "Patience", "ensure_environment", "fetch_model", "is_complete"]
+from rollouts.run_dir import EnvironmentSpec, RunDir
+from rollouts.worker.environments import isolation, requirement
+from rollouts.worker.environments.base_python import base_python, find_uv
+from rollouts.worker.environments.installer import (
+    BootstrapDeadline,
+    BootstrapError,
+    Progress,
+    inputs_of,
+    run_installer,
+)
+from rollouts.worker.environments.torch_index import TorchSource, build_problem, torch_source
+from rollouts.worker.supervise.console import say
 
 MARKER_FILE = ".complete"
 QUERY_TIMEOUT_S = 120.0  # a cold network file system
@@ -77,31 +81,11 @@ class Built:
         return said
 
 
-def fetch_model(model: HubModel, trainer: EnvironmentSpec, run: RunDir, patience: Patience) -> None:
-    """Have a model in this host's cache of the hub, by the trainer's environment.
-
-    Raises BootstrapError where the hub does not give it, or when patience runs out; and whatever its `tick` raises.
-    """
-    started = time.monotonic()
-    spec = dataclasses.replace(trainer, name=f"model {model.name}")
-    options = [] if model.weights else ["--no-weights"]
-    argv = [f"{trainer.path}/bin/python", "-m", "rollouts.worker.trainer_hub", model.name, *options]
-    progress = Progress(run, spec)
-    progress.doing = "asking the hub"
-    with open(os.devnull, "rb") as nothing:  # the hub's own locks keep two runs apart
-        try:
-            run_installer(argv, spec, patience, progress, environment=os.environ, lock=nothing.fileno())
-        except InstallerFailed as error:
-            said = [line.removeprefix("error: ") for line in error.log_tail if line.startswith("error: ")]
-            raise BootstrapError(said[-1] if said else str(error), error.log_tail) from None
-    run_dir.append_event(run, "model", name=model.name, seconds=round(time.monotonic() - started, 3))
-
-
-def ensure_environment(spec: EnvironmentSpec, run: RunDir, patience: Patience) -> None:
+def ensure_environment(spec: EnvironmentSpec, run: RunDir, deadline: BootstrapDeadline) -> None:
     """Have `spec` complete at its path on return, and recorded in `run`.
 
     Raises BootstrapError for a failing or missing installer, for an environment that lacks what was required, or when
-    patience runs out; and whatever its `tick` raises.
+    deadline runs out; and whatever its `tick` raises.
     """
     started = time.monotonic()
 
@@ -113,7 +97,7 @@ def ensure_environment(spec: EnvironmentSpec, run: RunDir, patience: Patience) -
     path = Path(spec.path)
     path.parent.mkdir(parents=True, exist_ok=True)
     progress = Progress(run, spec)
-    with _locked(path.with_name(f".{path.name}.lock"), spec, patience, progress) as lock:
+    with _locked(path.with_name(f".{path.name}.lock"), spec, deadline, progress) as lock:
         if is_complete(path):
             content = content_of(spec)
             _check(spec, content, f"It was complete once; remove {path} while no run uses it, and run again.")
@@ -124,7 +108,7 @@ def ensure_environment(spec: EnvironmentSpec, run: RunDir, patience: Patience) -
         if path.exists():
             say(f"environment {spec.name}: {path} was left half-built; starting over")
             shutil.rmtree(path)
-        built = _build(spec, patience, progress, lock)
+        built = _build(spec, deadline, progress, lock)
         content = content_of(spec)
         built = _checked_torch(spec, built, content)
         _check(
@@ -205,11 +189,11 @@ def _record(run: RunDir, spec: EnvironmentSpec, content: Content) -> None:
     run_dir.write_text_atomic(run.environment(spec.name), "".join(lines))
 
 
-def _build(spec: EnvironmentSpec, patience: Patience, progress: Progress, lock: int) -> Built:
+def _build(spec: EnvironmentSpec, deadline: BootstrapDeadline, progress: Progress, lock: int) -> Built:
     """Create the environment and install into it; its input files lie in it afterwards."""
 
     def run(argv: Sequence[str], environment: Mapping[str, str]) -> None:
-        run_installer(argv, spec, patience, progress, environment=environment, lock=lock)
+        run_installer(argv, spec, deadline, progress, environment=environment, lock=lock)
 
     path = Path(spec.path)
     python = str(path / "bin" / "python")
@@ -251,7 +235,7 @@ def _pip_environment(spec: EnvironmentSpec, python: str) -> tuple[dict[str, str]
 
 
 @contextlib.contextmanager
-def _locked(path: Path, spec: EnvironmentSpec, patience: Patience, progress: Progress) -> Iterator[int]:
+def _locked(path: Path, spec: EnvironmentSpec, deadline: BootstrapDeadline, progress: Progress) -> Iterator[int]:
     """Hold the lock file; gives its descriptor, with which a child holds it too."""
     descriptor = open_plain(path, os.O_RDWR | os.O_CREAT)
     try:
@@ -262,7 +246,7 @@ def _locked(path: Path, spec: EnvironmentSpec, patience: Patience, progress: Pro
                 waiting = True
             progress.doing = "waiting for another run, which is building it"
             progress.tell()
-            patience.wait(spec, "another run was still building it")
+            deadline.wait(spec, "another run was still building it")
         yield descriptor
     finally:
         os.close(descriptor)

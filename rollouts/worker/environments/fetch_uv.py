@@ -1,6 +1,6 @@
 """Fetch uv from the host's package index, without pip: a bare Python 3.10 of a distribution has none.
 
-    python3 -I .../rollouts/worker/fetch_uv.py <file to write>
+    python3 -I .../rollouts/worker/environments/fetch_uv.py <file to write>
 
 Asks the index that the host's variables or pip's configuration files name, else the public one, and puts the program
 of the newest wheel that fits this machine at the path given, whole or not at all. A program of its own, which imports

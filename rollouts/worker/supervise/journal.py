@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from rollouts import run_dir
 from rollouts.run_dir import RunDir, Status
-from rollouts.worker.console import say
+from rollouts.worker.supervise.console import say
 
 FREE_BYTES_MIN = 1 << 20  # with less on its disk a run fails for want of room, whatever it says
 

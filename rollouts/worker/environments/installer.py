@@ -17,8 +17,8 @@ from pathlib import Path
 from rollouts import run_dir
 from rollouts.engines.diagnosis import diagnose_installation
 from rollouts.run_dir import EnvironmentSpec, RunDir
-from rollouts.worker.console import say
 from rollouts.worker.processes import SUPERVISOR_WINDOW
+from rollouts.worker.supervise.console import say
 
 LOG_TAIL_LINES = 50
 POLL_S = 0.1
@@ -54,8 +54,8 @@ class InstallerFailed(BootstrapError):
     """An installer ended with another exit code than 0."""
 
 
-class Patience:
-    """How long the bootstrap as a whole may take, and what to do meanwhile."""
+class BootstrapDeadline:
+    """The time limit of the whole bootstrap; calls `tick` in every wait."""
 
     def __init__(self, timeout_s: float, *, tick: Callable[[], None]) -> None:
         self.timeout_s, self.tick = timeout_s, tick
@@ -128,7 +128,7 @@ def _megabytes(directory: Path) -> float:
 def run_installer(
     argv: Sequence[str],
     spec: EnvironmentSpec,
-    patience: Patience,
+    deadline: BootstrapDeadline,
     progress: Progress,
     *,
     environment: Mapping[str, str],
@@ -158,7 +158,7 @@ def run_installer(
     try:
         while process.poll() is None:
             progress.tell()
-            patience.wait(spec, f"`{argv[0]}` was still running", tail)
+            deadline.wait(spec, f"`{argv[0]}` was still running", tail)
     finally:
         _end_group(process)
     reader.join(END_GRACE_S)

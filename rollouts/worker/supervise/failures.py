@@ -1,0 +1,15 @@
+"""How a run ends other than by success."""
+
+from collections.abc import Sequence
+
+
+class StopRequested(Exception):
+    """A signal asked the run to end, or its directory was removed."""
+
+
+class RunFailed(Exception):
+    """The run cannot go on. Carries the fields of the `error` event."""
+
+    def __init__(self, message: str, *, window: str, exit_code: int = 1, log_tail: Sequence[str] | None = None) -> None:
+        super().__init__(message)
+        self.window, self.exit_code, self.log_tail = window, exit_code, log_tail

@@ -1,0 +1,121 @@
+"""The run's supervisor: environments, then each stage's engines and trainer, then the end of every process.
+
+    python3 -m rollouts.worker.supervise.supervisor <run_path>
+
+It decides nothing: plan.json says what runs, and how often an engine that died or hangs is started again. It holds
+supervisor.lock for as long as it lives, and every window ends its process when that lock falls free. The exit code is
+the run's: 0 only if every trainer ended with 0; else that of the process that failed first; STOPPED_CODE after a stop.
+Standard library only.
+"""
+
+import json
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+from rollouts import run_dir
+from rollouts.plain_files import read_plain
+from rollouts.run_dir import LaunchPlan, RunDir, State
+from rollouts.worker.environments.environment import ensure_environment
+from rollouts.worker.environments.hub_model import fetch_model
+from rollouts.worker.environments.installer import BootstrapDeadline, BootstrapError
+from rollouts.worker.processes import STOPPED_CODE, SUPERVISOR_STAGE, SUPERVISOR_WINDOW, end_marked, window_mark
+from rollouts.worker.supervise.console import say
+from rollouts.worker.supervise.engine_watch import RestartBudget
+from rollouts.worker.supervise.failures import RunFailed, StopRequested
+from rollouts.worker.supervise.journal import Journal
+from rollouts.worker.supervise.pulse import Pulse
+from rollouts.worker.supervise.smoke_checks import smoke_test
+from rollouts.worker.supervise.stage_run import StageRun
+
+LOG_TAIL_LINES = 50
+
+
+class Supervisor:
+    """One run from bootstrap to its final status."""
+
+    def __init__(self, run: RunDir, plan: LaunchPlan, journal: Journal) -> None:
+        self._run, self._plan, self._journal = run, plan, journal
+        self._pulse = Pulse(run, plan, journal)
+
+    def main(self) -> int:
+        """Carry out the plan and return the run's exit code; the final status is written by then."""
+        for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            signal.signal(signum, self._pulse.request_stop)
+        mode = json.loads(read_plain(self._run.config))["output"]["mode"]
+        self._journal.event("run_started", mode=mode)
+        state: State = "failed"
+        try:
+            self._bootstrap()
+            budget = RestartBudget(self._plan.engine_restarts_max)
+            for stage in self._plan.stages:
+                StageRun(self._pulse, stage, budget).main()
+            state, code, message = "done", 0, "all stages done"
+        except StopRequested as error:
+            state, code, message = "stopped", STOPPED_CODE, str(error)
+        except RunFailed as error:
+            code, message = error.exit_code, f"{error}{self._journal.full_disk()}"
+            self._report(RunFailed(message, window=error.window, log_tail=error.log_tail))
+        except Exception as error:  # a full disk, a mistake of ours: the run must end as failed, with nothing left
+            say(traceback.format_exc())
+            code, message = 1, f"the supervisor failed: {error!r}{self._journal.full_disk()}"
+            self._report(RunFailed(message, window=SUPERVISOR_WINDOW, log_tail=traceback.format_exc().splitlines()))
+        self._finish(state, code, message)
+        return code
+
+    def _bootstrap(self) -> None:
+        """Make the environments, download models, and try the devices. Raises RunFailed."""
+        self._announce("making the environments")
+        deadline = BootstrapDeadline(self._plan.bootstrap_timeout_s, tick=self._pulse.tick)
+        try:
+            for spec in self._plan.environments:
+                ensure_environment(spec, self._run, deadline)
+            for model in self._plan.models:
+                self._announce(f"downloading {model.name}")
+                fetch_model(model, self._plan.environments[0], self._run, deadline)
+            self._announce("trying devices and environments")
+            pulse = self._pulse
+            smoke_test(self._run, self._plan, event=self._journal.event, tick=pulse.tick, beat=pulse.beat)
+        except BootstrapError as error:
+            raise RunFailed(str(error), window=error.window, log_tail=error.log_tail) from None
+
+    def _announce(self, message: str) -> None:
+        self._pulse.announce("bootstrap", message)
+
+    def _finish(self, state: State, code: int, message: str) -> None:
+        """End what is left of any window, then say how it ended: event, then status, then (by exiting) the lock."""
+        marks = {window_mark(SUPERVISOR_STAGE, SUPERVISOR_WINDOW)}
+        marks |= {window_mark(stage, spec.window) for stage, spec in self._plan.processes()}
+        left = end_marked(self._run, marks, grace_s=self._plan.stop_grace_s, tick=self._pulse.beat)
+        if left:
+            message += f" (still there after SIGKILL: processes {left})"
+        run_dir.remove_transient(self._run)
+        say(f"run {self._run.run_id} {state}: {message} (exit code {code})")
+        self._journal.event("run_ended", last=True, state=state, exit_code=code, message=message)
+        self._pulse.finish(state, message, code)
+
+    def _report(self, error: RunFailed) -> None:
+        """Write the `error` event, and the same into the supervisor's window and log."""
+        tail = error.log_tail
+        if tail is None:
+            tail = run_dir.tail_lines(self._run.log(error.window), LOG_TAIL_LINES)
+        tail = list(tail)[-LOG_TAIL_LINES:]
+        say(f"--- the last lines of {error.window}:", *tail, "---", f"error: {error}")
+        self._journal.event("error", message=str(error), window=error.window, log_tail=tail)
+
+
+def main() -> None:
+    run = RunDir(Path(sys.argv[1]))
+    plan = run_dir.read_plan(run)
+    assert plan is not None, f"{run.plan} is missing: the launcher writes it first"
+    lock = run_dir.hold_lock(run)
+    if lock is None:
+        sys.exit(f"error: run {run.run_id} has a supervisor already")
+    with lock:
+        code = Supervisor(run, plan, Journal(run, lock)).main()
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
