@@ -126,13 +126,39 @@ def fingerprint(run: Path) -> dict[str, Any]:
     return {"metrics": lines["metrics"], "eval": lines["eval"]} | {
         "samples": {name: [digest(json.dumps(line, sort_keys=True)) for line in lines[name]] for name in files[2:]},
         "checkpoints": {
-            str(path.relative_to(run / "checkpoints")): digest(path.read_bytes())
+            str(path.relative_to(run / "checkpoints")): of_file(path)
             for path in sorted((run / "checkpoints").rglob("*"))
             if path.is_file()
             and path.suffix in (".safetensors", ".distcp", ".pt")
             and not any(part.is_symlink() for part in path.parents)
         },
     }
+
+
+def of_file(path: Path) -> str:
+    """Return the digest of a file of a checkpoint; of the training state less what the trainer does not seed."""
+    if path.name != "training_state.pt":
+        return digest(path.read_bytes())
+    import torch
+
+    state = torch.load(path, weights_only=False)
+    for rng in state["rng"]:  # of Python's and numpy's own generators, which nothing of ours draws from
+        rng.pop("python"), rng.pop("numpy")
+    parts: list[str] = []
+    flatten(state, parts)
+    return digest("\n".join(parts))
+
+
+def flatten(value: Any, parts: list[str]) -> None:
+    """Append every number, text and tensor of a nested state to `parts`, in order."""
+    if isinstance(value, dict | list | tuple):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            parts.append(str(key))
+            flatten(part, parts)
+    elif hasattr(value, "numpy"):
+        parts.append(digest(value.cpu().contiguous().view(-1).numpy().tobytes()))
+    else:
+        parts.append(repr(value))
 
 
 def read(path: Path) -> list[dict[str, Any]]:
