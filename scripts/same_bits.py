@@ -95,7 +95,8 @@ def record(out: Path, jobs: list[str]) -> None:
             ),
         )
         if name == "plain":
-            shutil.copy(run / "rollouts.jsonl", rollouts)
+            lines = [json.dumps(kept(line)) + "\n" for line in read(run / "rollouts.jsonl")]
+            Path(rollouts).write_text("".join(lines))  # without times: the replay's checkpoint has the file's digest
         found[name] = fingerprint(run)
         out.write_text(json.dumps(found, indent=1))
         print(f"{name}: {len(found[name]['metrics'])} lines of metrics recorded", flush=True)
@@ -167,7 +168,9 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def kept(line: dict[str, Any]) -> dict[str, Any]:
     """A line without what differs from one run to the next: times, memory, names of requests."""
-    return {key: value for key, value in line.items() if key not in TIMES and not key.endswith("_s")}
+    return {
+        key: value for key, value in line.items() if key not in TIMES and not key.endswith("_s") and "_s_" not in key
+    }
 
 
 def digest(content: str | bytes) -> str:

@@ -24,7 +24,8 @@ from rollouts.worker.processes import (
 )
 from rollouts.worker.supervise.causes import SENTENCE, cause_of, without_torchrun
 from rollouts.worker.supervise.health import answers_ready
-from rollouts.worker.supervise.window import DRAIN_S, window_command
+from rollouts.worker.supervise.output import DRAIN_S
+from rollouts.worker.supervise.window import window_command
 
 DIAGNOSED_LINES = 400  # of an engine's log, from its end: a chain of tracebacks is that long
 WRAPPER_MARGIN_S = 2 * DRAIN_S + 2.0  # a wrapper's own work after its process's grace
