@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from rollouts.engines.embedded.batch import Batch, Job, Row
-from rollouts.engines.embedded.model import Served, load
-from rollouts.engines.embedded.protocol import PromptRequest, SamplingParams
+from rollouts.engines.embedded.batch import BatchRow, PromptJob, RunningBatch
+from rollouts.engines.embedded.generate_request import PromptRequest, SamplingParams
 from rollouts.engines.embedded.sampling import row_keys
+from rollouts.engines.embedded.served_model import Served, load
 
 
 def make_model(path: str) -> None:
@@ -46,10 +46,14 @@ def make_model(path: str) -> None:
 def ours(served: Served, prompts: list[list[int]], new_tokens: int) -> None:
     params = SamplingParams(temperature=1.0, ignore_eos=True)
     with torch.inference_mode():
-        batch = Batch(served, len(prompts))
+        batch = RunningBatch(served, len(prompts))
         batch.join(
             [
-                Row(Job(PromptRequest(str(i), tuple(ids), params, new_tokens, True, len(ids)), len, [None]), 0, key)
+                BatchRow(
+                    PromptJob(PromptRequest(str(i), tuple(ids), params, new_tokens, True, len(ids)), len, [None]),
+                    0,
+                    key,
+                )
                 for i, (ids, key) in enumerate(zip(prompts, row_keys(0, len(prompts)), strict=True))
             ],
             "benchmark",

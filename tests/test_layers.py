@@ -48,15 +48,15 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.training.open_files",
     ),
     "rollouts.engines.embedded.attention": ("rollouts.training.packed_attention",),
-    "rollouts.engines.embedded.model": ("rollouts.engines", "rollouts.training.model_loading"),
-    "rollouts.engines.embedded.server": ("rollouts.engines", "rollouts.training.weight_transfer.payload"),
+    "rollouts.engines.embedded.served_model": ("rollouts.engines", "rollouts.training.model_loading"),
+    "rollouts.engines.embedded.routes": ("rollouts.engines", "rollouts.training.weight_transfer.payload"),
     "rollouts.engines.sglang.cpu_launcher": (
         "rollouts.engines",
         "rollouts.training.stores",
         "rollouts.training.weight_transfer.payload",
     ),
     "rollouts.engines.sglang.launcher": ("rollouts.engines", "rollouts.training.stores"),
-    "rollouts.engines.embedded.scoring": (
+    "rollouts.engines.embedded.finisher": (
         "rollouts.engines.embedded",
         "rollouts.training.forward",
         "rollouts.training.loops.packing",

@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel, MambaConfig, MambaForCausalLM
 
 from rollouts.engines.embedded.attention import decode_attention
-from rollouts.engines.embedded.batch import Batch, Job, Row
-from rollouts.engines.embedded.model import ModelError, Served, load, load_weights
-from rollouts.engines.embedded.protocol import PromptRequest, SamplingParams
-from rollouts.engines.embedded.sampling import row_keys, sample, uniforms
-from rollouts.engines.embedded.scheduler import check_decode
+from rollouts.engines.embedded.batch import BatchRow, PromptJob, RunningBatch
+from rollouts.engines.embedded.decode_check import check_decode
+from rollouts.engines.embedded.generate_request import PromptRequest, SamplingParams
+from rollouts.engines.embedded.sampling import RowFilters, RowSampling, row_keys, sample, uniforms
+from rollouts.engines.embedded.served_model import Served, ServedModelError, load, load_weights
 from tests.engines.serving import logprobs_of, make_model
 
 torch.set_num_threads(1)
@@ -26,15 +26,15 @@ def load_tiny(kind: str, path: Path, *, seed: int = 0) -> Served:
     return load(str(directory), dtype="float32", device="cpu", trust_remote_code=False)
 
 
-def decode(served: Served, prompts: list[list[int]], *, new_tokens: list[int], rows_max: int) -> list[Row]:
-    """All prompts through one Batch, joining as places come free."""
+def decode(served: Served, prompts: list[list[int]], *, new_tokens: list[int], rows_max: int) -> list[BatchRow]:
+    """All prompts through one batch, joining as places come free."""
     rows = []
     for index, (prompt, count) in enumerate(zip(prompts, new_tokens, strict=True)):
         params = SamplingParams(ignore_eos=True)
         request = PromptRequest(str(index), tuple(prompt), params, count, True, len(prompt))
-        rows.append(Row(Job(request, len, [None]), 0, row_keys(index, 1)[0]))
+        rows.append(BatchRow(PromptJob(request, len, [None]), 0, row_keys(index, 1)[0]))
     with torch.inference_mode():
-        batch, waiting = Batch(served, rows_max), list(rows)
+        batch, waiting = RunningBatch(served, rows_max), list(rows)
         while waiting or batch.rows:
             joining, waiting = waiting[: batch.free], waiting[batch.free :]
             if joining:
@@ -99,7 +99,7 @@ def test_a_recurrent_model_is_refused(tmp_path: Path) -> None:
     """Goal: what the cache cannot hold is said at start, not decoded wrongly. Red without `_cache_argument`."""
     config = MambaConfig(vocab_size=32, hidden_size=32, num_hidden_layers=1)
     MambaForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="plain attention only"):
+    with pytest.raises(ServedModelError, match="plain attention only"):
         load(str(tmp_path), dtype="float32", device="cpu", trust_remote_code=False)
 
 
@@ -116,15 +116,15 @@ def test_decoding_that_is_wrong_is_found_at_start(tmp_path: Path) -> None:
         return forward(*args, **kwargs)
 
     with torch.inference_mode():
-        check_decode(served, Batch(served, 1))
+        check_decode(served, RunningBatch(served, 1))
         served.model.forward = forgets_positions
-        with pytest.raises(ModelError, match="log-probs off by"):
-            check_decode(served, Batch(served, 1))
+        with pytest.raises(ServedModelError, match="log-probs off by"):
+            check_decode(served, RunningBatch(served, 1))
         llama = load_tiny("llama", tmp_path)
         assert llama.fast_decode is not None
         llama.fast_decode._sin.neg_()
-        with pytest.raises(ModelError, match="log-probs off by"):
-            check_decode(llama, Batch(llama, 1))
+        with pytest.raises(ServedModelError, match="log-probs off by"):
+            check_decode(llama, RunningBatch(llama, 1))
 
 
 @pytest.mark.parametrize("kind", ["qwen2-tied", "llama", "mistral-sliding", "qwen2-mixed", "qwen3"])
@@ -136,7 +136,7 @@ def test_plain_models_decode_without_their_modules_and_keep_their_logprobs(kind:
     served, new = load_tiny(kind, tmp_path), load_tiny(kind, tmp_path, seed=1)
     assert served.fast_decode is not None
     with torch.inference_mode():
-        check_decode(served, Batch(served, 1))
+        check_decode(served, RunningBatch(served, 1))
     load_weights(served, new.path)
     (row,) = decode(served, [[3, 4, 5]], new_tokens=[20], rows_max=1)
     assert row.logprobs == pytest.approx(logprobs_of(new.model, [3, 4, 5], row.output_ids, 1.0), abs=1e-5)
@@ -179,7 +179,7 @@ def test_a_bad_checkpoint_changes_nothing(tmp_path: Path, damage: Any) -> None:
         tensors = load_file(file)
         damage(tensors)
         save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=str(bad)):
+    with pytest.raises(ServedModelError, match=str(bad)):
         load_weights(served, str(bad))
     assert all(torch.equal(before[name], tensor) for name, tensor in served.model.state_dict().items())
 
@@ -188,9 +188,9 @@ def test_another_architecture_is_no_update(tmp_path: Path) -> None:
     """Goal: a loadable checkpoint of another model is refused, naming the first difference."""
     served = load_tiny("llama", tmp_path)
     other = make_model("gpt2", tmp_path / "other", seed=0, tokenizer=False)
-    with pytest.raises(ModelError, match=r"has no .*differences"):
+    with pytest.raises(ServedModelError, match=r"has no .*differences"):
         load_weights(served, str(other))
-    with pytest.raises(ModelError, match="no such directory"):
+    with pytest.raises(ServedModelError, match="no such directory"):
         load_weights(served, str(tmp_path / "nowhere"))
 
 
@@ -215,19 +215,17 @@ def test_a_row_is_sampled_alike_with_filtered_neighbours() -> None:
     logits = torch.randn(512, 40, generator=torch.Generator().manual_seed(0)) * 3
     draws = torch.from_numpy(uniforms(row_keys(0, 512), np.zeros(512, dtype=np.int64)))
     ones = torch.ones(512, 1)
-    plain = sample(
-        logits, temperature_B1=ones, uniforms_B=draws, greedy_B=None, top_k_B1=None, top_p_B1=None, min_p_B1=None
-    )
+    plain = sample(logits, draws, RowSampling(temperature_B1=ones))
     top_p = ones.clone()
     top_p[::2] = 0.3
     mixed = sample(
         logits,
-        temperature_B1=ones,
-        uniforms_B=draws,
-        greedy_B=torch.zeros(512, dtype=torch.bool),
-        top_k_B1=ones * 40,
-        top_p_B1=top_p,
-        min_p_B1=ones * 0,
+        draws,
+        RowSampling(
+            temperature_B1=ones,
+            greedy_B=torch.zeros(512, dtype=torch.bool),
+            filters=RowFilters(top_k_B1=ones * 40, top_p_B1=top_p, min_p_B1=ones * 0),
+        ),
     )
     assert torch.equal(plain[0][1::2], mixed[0][1::2])
     assert not torch.equal(plain[0][::2], mixed[0][::2])
@@ -240,15 +238,7 @@ def test_a_token_without_weight_is_never_drawn() -> None:
     logits = torch.full((3, 6), -torch.inf)
     logits[:, 2:4] = 0.0
     ends = torch.tensor([0.0, 0.5 * 2.0**-32, 1 - 0.5 * 2.0**-32], dtype=torch.float64)
-    tokens, logprobs = sample(
-        logits,
-        temperature_B1=torch.ones(3, 1),
-        uniforms_B=ends,
-        greedy_B=None,
-        top_k_B1=None,
-        top_p_B1=None,
-        min_p_B1=None,
-    )
+    tokens, logprobs = sample(logits, ends, RowSampling(temperature_B1=torch.ones(3, 1)))
     assert tokens.tolist() == [2, 2, 3]
     assert logprobs.tolist() == pytest.approx([np.log(0.5)] * 3)
 

@@ -107,7 +107,7 @@ def test_an_update_changes_what_is_sampled_from(engine: Engine) -> None:
 def test_an_update_waits_for_what_runs(engine: Engine) -> None:
     """Goal: unpaused, a request is sampled with one version only; those that come later get the new one.
 
-    Red with `_run_commands` updating at once.
+    Red with `Line.run_updates` updating at once.
     """
     thread, results = start_long(engine)
     body = {"model_path": str(engine.new), "weight_version": "v2"}

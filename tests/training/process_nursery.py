@@ -31,7 +31,7 @@ PRELOADED = (
     "peft",
     "uvicorn",
     "rollouts.engines.embedded.server",
-    "rollouts.engines.embedded.model",
+    "rollouts.engines.embedded.served_model",
     "rollouts.training.backends.pytorch",
     "rollouts.training.datasets.dataset_loaders",
     "rollouts.training.evaluation",

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rollouts.engines.embedded import model as embedded
-from rollouts.engines.embedded.model import ModelError as EmbeddedError
+from rollouts.engines.embedded import served_model as embedded
+from rollouts.engines.embedded.served_model import ServedModelError
 from rollouts.training.datasets.chat import render_conversation
 from rollouts.training.model_loading import ModelError, load_model, load_tokenizer
 from rollouts.training.reference import load_reference
@@ -139,7 +139,7 @@ def test_weights_that_are_missing_are_refused(
 ) -> None:
     """Goal: no tensor is ever random: an error that names it, wherever models are loaded: to train, as the reference,
     to serve. Red with the report of from_pretrained left in its log: the model came, with other weights each time."""
-    with pytest.raises((ModelError, EmbeddedError), match=message):
+    with pytest.raises((ModelError, ServedModelError), match=message):
         load(saved(tmp_path / "m", change, tied=tied))
 
 

@@ -12,9 +12,12 @@ import socket
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import uvicorn
+
+if TYPE_CHECKING:
+    from rollouts.engines.embedded.served_model import Served
 
 STOP_GRACE_S = 2.0
 
@@ -29,17 +32,18 @@ def main() -> int:
     except OSError as error:
         return _fail(f"cannot listen on {args.host}:{args.port}: {error.strerror}. Set another engine.sglang_port")
 
-    from rollouts.engines.embedded import model
-    from rollouts.engines.embedded.scheduler import Scheduler
-    from rollouts.engines.embedded.server import Server
+    from rollouts.engines.embedded import scheduler
+    from rollouts.engines.embedded.mailbox import Mailbox
+    from rollouts.engines.embedded.served_model import ServedModelError
+    from rollouts.engines.embedded.server import EmbeddedServer
     from rollouts.engines.keys import read_keys
     from rollouts.training import open_files
 
     open_files.allow_all()  # a connection for each request
-    info = vars(args)
-    scheduler = Scheduler(lambda: _load(args), rows_max=args.max_running_requests, seed=args.random_seed)
+    mailbox = Mailbox()
+    routes = EmbeddedServer(mailbox, vars(args), read_keys())
     config = uvicorn.Config(
-        Server(scheduler, info, read_keys()).app(),
+        routes.app(),
         log_level="warning",
         access_log=False,
         lifespan="off",
@@ -52,10 +56,11 @@ def main() -> int:
 
     def serve_model() -> None:
         try:
-            scheduler.run()
-        except model.ModelError as error:
+            rows_max, seed = args.max_running_requests, args.random_seed
+            scheduler.serve(lambda: _load(args), mailbox, rows_max=rows_max, seed=seed, ready=routes.open)
+        except ServedModelError as error:
             failure.append(str(error))
-        except BaseException as error:  # the process must not outlive its model thread, whatever ended it
+        except BaseException as error:  # the process must not outlive its model thread, whatever its error
             failure.append(f"the model thread died: {type(error).__name__}: {error}")
             raise
         finally:
@@ -63,23 +68,25 @@ def main() -> int:
 
     thread = threading.Thread(target=serve_model, name="model", daemon=True)
     thread.start()
-    # uvicorn shuts down on these signals, then raises them again for whoever was there before: nobody, so we end
-    # with 0.
+    # uvicorn shuts down on these signals, then raises them again for the handlers before its own. These do nothing, so
+    # we end with 0.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     server.run(sockets=[listener])
-    scheduler.stop()
+    mailbox.stop()
     thread.join(timeout=STOP_GRACE_S)
     return _fail(failure[0]) if failure else 0
 
 
-def _load(args: argparse.Namespace) -> Any:
-    from rollouts.engines.embedded import model
+def _load(args: argparse.Namespace) -> "Served":
+    from rollouts.engines.embedded import served_model
     from rollouts.training.host_memory import keep_freed_memory
 
     if args.device == "cpu":
         keep_freed_memory()
-    served = model.load(args.model_path, dtype=args.dtype, device=args.device, trust_remote_code=args.trust_remote_code)
+    served = served_model.load(
+        args.model_path, dtype=args.dtype, device=args.device, trust_remote_code=args.trust_remote_code
+    )
     if served.device.type == "cuda":
         import torch
 
@@ -88,8 +95,8 @@ def _load(args: argparse.Namespace) -> Any:
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    """Take the port: before the slow imports, so that a port in use is known at once."""
-    # With the protocol named, asyncio sets TCP_NODELAY on what it accepts; without, answers wait 40 ms for an ACK.
+    """Take the port before the slow imports: a port in use is then reported at once."""
+    # With the protocol named, asyncio sets TCP_NODELAY on accepted sockets; without, answers wait 40 ms for an ACK.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -120,7 +127,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--mem-fraction-static", type=float, default=0.9, help="of the GPU's memory, for all of the process"
     )
-    parser.add_argument("--random-seed", type=int, default=0, help="for requests that bring no sampling_seed")
+    parser.add_argument("--random-seed", type=int, default=0, help="for requests without sampling_seed")
     parser.add_argument("--trust-remote-code", action="store_true")
     return parser.parse_args(argv)
 

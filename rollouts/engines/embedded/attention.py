@@ -1,15 +1,15 @@
 """Attention of one new token per row on a CPU, as an attention function of transformers.
 
 R rows, G query heads of each of H key/value heads, K cache columns, D head size. For a single query token torch's CPU
-kernel spends most of its time on set-up; two batched matrix products over the cache as it lies take a third to two
-thirds as long. A row's bits must not depend on how many columns its neighbours need: columns beyond its length weigh
+kernel spends most of its time on set-up; two batched matrix products over the cache in place take a third to two thirds
+as long. A row's bits must not depend on how many columns its neighbours need: columns beyond its length weigh
 exactly 0, and the products run over fixed blocks of columns, so that sums are always formed in the same order.
 """
 
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
 from rollouts.training import packed_attention
@@ -22,7 +22,7 @@ PRODUCT_SIZE_MIN = 16
 _KNOWN = {"is_causal", "position_ids", "sliding_window", "use_cache", "output_attentions"}
 
 
-def use_for(model: Any) -> None:
+def use_for(model: PreTrainedModel) -> None:
     """Let `model`, where it runs torch's attention, decode with `decode_attention`; other passes stay as they are."""
     if model.config._attn_implementation in ("sdpa", packed_attention.ATTENTION):
         AttentionInterface.register(ATTENTION, decode_attention)
@@ -40,9 +40,10 @@ def decode_attention(  # noqa: PLR0917 — the order in which models call it
     scaling: float | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Softmax attention. query [R, H*G, T, D], key and value [R, H, K, D], mask additive [R, 1, 1, K]; [R, T, H*G, D].
+    """Return softmax attention [R, T, H*G, D] of query [R, H*G, T, D], key and value [R, H, K, D].
 
-    Anything but one token per row over a masked cache, T = 1, is left to `packed_attention`: prefills, scoring.
+    The mask is additive, [R, 1, 1, K]. Anything but one token per row over a masked cache, T = 1, is left to
+    `packed_attention`: prefills, scoring.
     """
     rows, heads, columns, size = key.shape
     group = query.shape[1] // heads

@@ -2,14 +2,14 @@
 
 R rows, H key/value heads, K columns, D head size, G prompts of a prefill. A row's new token is written at that row's
 own length, so rows of different lengths decode together, none is ever shifted, and a row's numbers do not depend on
-how long its neighbours are. What lies beyond a row's length is stale and masked out by `Served.decode_mask`.
+how long its neighbours are. Columns beyond a row's length are stale and masked out by `Served.decode_mask`.
 """
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 COLUMNS_STEP = 32  # columns are allocated in multiples of this
-COLUMNS_AHEAD_MAX = 1024  # at most so many columns more than are needed yet
+COLUMNS_AHEAD_MAX = 1024  # at most so many columns more than are needed now
 
 Prefilled = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values [G, H, K, D] of each layer
 
@@ -35,19 +35,19 @@ class RowLayer(CacheLayerMixin):
         self.lazy_initialization(keys, values)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Take head count, head sizes, dtype and device from states of this layer; no rows, no columns yet."""
+        """Take head count, head sizes, dtype and device from states of this layer; without rows and columns."""
         self.keys = key_states.new_zeros((0, key_states.shape[1], 0, key_states.shape[3]))
         self.values = value_states.new_zeros((0, value_states.shape[1], 0, value_states.shape[3]))
         self.is_initialized = True
 
     def reserve(self, rows: int, columns: int) -> None:
-        """Grow to at least this many rows and columns; what is there stays."""
+        """Grow to at least this many rows and columns; the contents stay."""
         self.keys, self.values = _grown(self.keys, rows, columns), _grown(self.values, rows, columns)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write one new token per row [R, H, 1, D] at its length; all of the rows' columns up to the step's width."""
+        """Write one new token per row [R, H, 1, D] at its length; return the rows' columns up to the step's width."""
         at = self.cursor
         for cached, new in ((self.keys, key_states), (self.values, value_states)):
             cached.view(-1, cached.shape[3]).index_copy_(0, at.places_N[new.shape[1]], new.reshape(-1, cached.shape[3]))
@@ -64,10 +64,10 @@ class RowLayer(CacheLayerMixin):
 
 
 class RowCache:
-    """All layers of a batch. The caller decides which row is whose; nothing here knows of requests."""
+    """All layers of a batch. The caller decides which request has which row."""
 
     def __init__(self, prefilled: Prefilled, device: torch.device) -> None:
-        """Empty, shaped like the layers of any prefill of the same model."""
+        """Make an empty cache, shaped like the layers of any prefill of the same model."""
         self._cursor = _Cursor()
         self._device = device
         self._rows, self._columns = 0, 0
@@ -76,7 +76,7 @@ class RowCache:
         self.cache = Cache(layers=list(self.layers))
 
     def reserve(self, rows: int, columns: int, columns_later: int) -> None:
-        """Make room for rows that need `columns` now and may come to need `columns_later`; growing copies all."""
+        """Make room for rows that need `columns` now and may need `columns_later`; growing copies all."""
         if rows <= self._rows and columns <= self._columns:
             return
         if columns > self._columns:
@@ -110,7 +110,7 @@ class RowCache:
             self._cursor.places_N[heads] = (lines_RH * self._columns + lengths_R[:, None]).flatten()
 
     def drop(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._rows, self._columns = 0, 0
         for layer in self.layers:
             layer.lazy_initialization(layer.keys, layer.values)

@@ -1,22 +1,23 @@
 """One token per row through a plain decoder-only model, without its modules: for small models on a CPU.
 
-R rows, E hidden size, H query heads, G key/value heads, D head size, K cache columns, V vocabulary. A module's call,
-its norms in several passes and its rotations in ten are most of the time of a small model's step. Here the projections
-of a layer that share their input are one product, norms are torch's, and residuals are added by the product before.
-Numbers differ from the model's own by rounding; `scheduler.check_decode` proves them at start, as any decode.
+R rows, E hidden size, H query heads, G key/value heads, D head size, K cache columns, V vocabulary. In a small model
+most of a step is overhead: module calls, multi-pass norms, ten-pass rotary embeddings. Here the projections of a layer
+that share their input are one product, norms are torch's, and residuals are added by the product before. Numbers
+differ from the model's own by rounding; `decode_check` proves them at start, as for any model.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from rollouts.engines.embedded import attention
 from rollouts.engines.embedded.cache import RowCache
 
-# model_type of those that are: x += o(attention(rotated q, k, v of norm(x))); x += down(silu(gate) up of norm(x))
+# by model_type; each layer is x += o(attention(rotated q, k, v of norm(x))); x += down(silu(gate) up of norm(x))
 PLAIN = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 _FIXED_ROPES = frozenset({"default", "linear", "llama3"})  # their rotations depend on the position alone
 
@@ -36,26 +37,26 @@ class _Layer:
 
 
 class FastDecode:
-    """The forward pass of `model`'s running rows. It shares the model's weights: written in place, they count here."""
+    """The forward pass of `model`'s running rows. It shares the model's weights, and sees them replaced in place."""
 
-    def __init__(self, model: Any) -> None:
-        config = model.config
+    def __init__(self, model: PreTrainedModel) -> None:
+        config, plain = model.config, cast(Any, model)  # all of PLAIN have these parts
         self._head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
         self._eps = config.rms_norm_eps
-        self._embedding, self._head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-        self._norm = model.model.norm.weight
-        kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(model.model.layers)
-        self._layers = [_layer(layer, kind) for layer, kind in zip(model.model.layers, kinds, strict=True)]
+        self._embedding, self._head = plain.get_input_embeddings().weight, plain.get_output_embeddings().weight
+        self._norm = plain.model.norm.weight
+        kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(plain.model.layers)
+        self._layers = [_layer(layer, kind) for layer, kind in zip(plain.model.layers, kinds, strict=True)]
         positions = torch.arange(config.max_position_embeddings)[None]
-        cos, sin = model.model.rotary_emb(self._embedding[:1], positions)
+        cos, sin = plain.model.rotary_emb(self._embedding[:1], positions)
         half = self._head_size // 2
         self._cos, self._sin = cos[0], torch.cat((-sin[0, :, :half], sin[0, :, half:]), -1)  # [positions, D]
 
     @classmethod
-    def of(cls, model: Any) -> "FastDecode | None":
-        """None where `model` is not plain, not float32 on a CPU, or does not decode with `attention.ATTENTION`."""
-        config, weight = model.config, model.get_input_embeddings().weight
+    def from_model(cls, model: PreTrainedModel) -> "FastDecode | None":
+        """Return None for a `model` that is not plain, not float32 on a CPU, or decodes by another attention."""
+        config, weight = model.config, cast(Tensor, model.get_input_embeddings().weight)
         rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
         plain = config.model_type in PLAIN and rope in _FIXED_ROPES and config.hidden_act == "silu"
         here = weight.device.type == "cpu" and weight.dtype is torch.float32
@@ -66,7 +67,7 @@ class FastDecode:
         return cls(model) if unbiased else None
 
     def __call__(self, tokens_R: Tensor, lengths_R: Tensor, masks: Any, cache: RowCache) -> Tensor:
-        """Logits [R, V] of the tokens that stand at `lengths_R`; `masks` as `Served.decode_mask` gives them."""
+        """Return logits [R, V] after `tokens_R` at positions `lengths_R`; `masks` are `Served.decode_mask`'s."""
         rows, queries, keys = len(tokens_R), self._heads, self._kv_heads
         hidden_RE = F.embedding(tokens_R, self._embedding)
         cos_R1D, sin_R1D = self._cos[lengths_R][:, None], self._sin[lengths_R][:, None]
@@ -113,7 +114,7 @@ def _layer(layer: Any, kind: str) -> _Layer:
 
 
 def _joined(parameters: list[nn.Parameter]) -> Tensor:
-    """The parameters under one another in one tensor, which holds them from now on: they become its slices."""
+    """Move the parameters into one tensor, one below the other, and return it: they become its slices."""
     whole = torch.cat([parameter.detach() for parameter in parameters])
     for parameter, part in zip(parameters, whole.split([len(parameter) for parameter in parameters]), strict=True):
         parameter.data = part

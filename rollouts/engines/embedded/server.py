@@ -1,307 +1,77 @@
-"""The HTTP side: SGLang's routes over the scheduler. Starlette on one event loop; the model has its own thread."""
+"""The HTTP application: which route is answered by which method of `Routes`, and what is said before they exist."""
 
-import asyncio
-import json
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Future
-from contextlib import suppress
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from rollouts.engines.embedded.protocol import (
-    VERSION,
-    BadRequest,
-    Limits,
-    PromptRequest,
-    RowResult,
-    parse_generate,
-    row_to_json,
-)
-from rollouts.engines.embedded.scheduler import PauseMode, Scheduler, UpdateRefused
+from rollouts.engines.embedded.generate_request import BadRequest
+from rollouts.engines.embedded.mailbox import Mailbox
+from rollouts.engines.embedded.routes import Routes
+from rollouts.engines.embedded.scheduler import Scheduler
 from rollouts.engines.keys import is_allowed
-from rollouts.training.weight_transfer import payload
 
-CLIENT_CLOSED = 499  # nobody is left to read it
-PAUSE_MODES: tuple[PauseMode, ...] = ("abort", "retract", "in_place")
-HEALTH_TIMEOUT_S = 20.0  # SGLang's
-LOAD_FORMATS = (None, "auto", "safetensors")
-TENSOR_FORMAT = "flattened_bucket"
-Handler = Callable[[Request], Awaitable[Response]]
+GET, POST, BOTH = ["GET"], ["POST"], ["GET", "POST"]
+TABLE: tuple[tuple[str, Callable[[Routes, Request], Awaitable[Response]], list[str]], ...] = (
+    ("/health", Routes.health, GET),
+    ("/health_generate", Routes.health_generate, GET),
+    ("/ready", Routes.health, GET),
+    ("/model_info", Routes.model_info, GET),
+    ("/get_model_info", Routes.model_info, GET),
+    ("/server_info", Routes.server_info, GET),
+    ("/get_server_info", Routes.server_info, GET),
+    ("/generate", Routes.generate, ["POST", "PUT"]),
+    ("/abort_request", Routes.abort_request, POST),
+    ("/pause_generation", Routes.pause_generation, POST),
+    ("/continue_generation", Routes.continue_generation, POST),
+    ("/flush_cache", Routes.flush_cache, BOTH),
+    ("/update_weights_from_disk", Routes.update_weights_from_disk, POST),
+    ("/begin_weight_update", Routes.begin_weight_update, POST),
+    ("/update_weights_from_tensor", Routes.update_weights_from_tensor, POST),
+    ("/end_weight_update", Routes.end_weight_update, POST),
+    ("/update_weight_version", Routes.update_weight_version, POST),
+)
 
 
-class Server:
-    """Routes as methods. `info` is what /server_info shows of the command line; `keys` the api and the admin key."""
+class EmbeddedServer:
+    """Answers 503 until `open`. `info` is shown by /server_info; `keys` are the api and the admin key."""
 
     def __init__(
-        self, scheduler: Scheduler, info: dict[str, Any], keys: tuple[str | None, str | None] = (None, None)
+        self, mailbox: Mailbox, info: dict[str, Any], keys: tuple[str | None, str | None] = (None, None)
     ) -> None:
-        self._scheduler = scheduler
+        self._mailbox = mailbox
         self._info = info
         self._keys = keys
-        self._rids: set[str] = set()
+        self._routes: Routes | None = None
+
+    def open(self, scheduler: Scheduler) -> None:
+        """Answer requests from now on. Called on the model thread, once the model is loaded."""
+        self._routes = Routes(scheduler, self._mailbox, self._info)
 
     def app(self) -> Starlette:
-        get, post, both = ["GET"], ["POST"], ["GET", "POST"]
-        table: tuple[tuple[str, Handler, list[str]], ...] = (
-            ("/health", self.health, get),
-            ("/health_generate", self.health_generate, get),
-            ("/ready", self.health, get),
-            ("/model_info", self.model_info, get),
-            ("/get_model_info", self.model_info, get),
-            ("/server_info", self.server_info, get),
-            ("/get_server_info", self.server_info, get),
-            ("/generate", self.generate, ["POST", "PUT"]),
-            ("/abort_request", self.abort_request, post),
-            ("/pause_generation", self.pause_generation, post),
-            ("/continue_generation", self.continue_generation, post),
-            ("/flush_cache", self.flush_cache, both),
-            ("/update_weights_from_disk", self.update_weights_from_disk, post),
-            ("/begin_weight_update", self.begin_weight_update, post),
-            ("/update_weights_from_tensor", self.update_weights_from_tensor, post),
-            ("/end_weight_update", self.end_weight_update, post),
-            ("/update_weight_version", self.update_weight_version, post),
+        return Starlette(
+            routes=[Route(path, self._answering(handler), methods=methods) for path, handler, methods in TABLE]
         )
-        routes = [Route(path, self._answering(handler), methods=methods) for path, handler, methods in table]
-        return Starlette(routes=routes)
 
-    def _answering(self, handler: Handler) -> Handler:
+    def _answering(
+        self, handler: Callable[[Routes, Request], Awaitable[Response]]
+    ) -> Callable[[Request], Awaitable[Response]]:
         async def answer(request: Request) -> Response:
             if not is_allowed(request.url.path, request.headers.get("authorization", ""), *self._keys):
                 return error_response("Unauthorized", 401)
-            if self._scheduler.served is None:
+            if self._routes is None:
                 return error_response("the model is still loading", 503)
             try:
-                return await handler(request)
+                return await handler(self._routes, request)
             except BadRequest as error:
                 return error_response(str(error), 400)
 
         return answer
 
-    # --- state ---
-
-    async def health(self, request: Request) -> Response:
-        return Response(status_code=200)
-
-    async def health_generate(self, request: Request) -> Response:
-        """Whether a token can be had. A paused engine is healthy without one: it is doing as it was told."""
-        if self._scheduler.paused:
-            return Response(status_code=200)
-        body = {"input_ids": [0], "sampling_params": {"max_new_tokens": 1, "temperature": 0}}
-        parsed = parse_generate(body, self._limits())
-        try:
-            async with asyncio.timeout(HEALTH_TIMEOUT_S):
-                await asyncio.gather(*self._submit(parsed.prompts))
-        except TimeoutError:
-            return Response(status_code=503)
-        return Response(status_code=200)
-
-    async def model_info(self, request: Request) -> Response:
-        scheduler = self._scheduler
-        return JSONResponse(
-            {
-                "model_path": scheduler.model_path,
-                "tokenizer_path": self._info["model_path"],
-                "is_generation": True,
-                "weight_version": scheduler.weight_version,
-            }
-        )
-
-    async def server_info(self, request: Request) -> Response:
-        served = self._scheduler.served
-        assert served is not None
-        about = {"engine": "embedded", "version": VERSION}
-        more = {"context_length": served.context_length, "vocab_size": served.vocab_size}
-        state = {"paused": self._scheduler.paused, **self._scheduler.counts()}
-        return JSONResponse({**self._info, **about, **more, "internal_states": [state]})
-
-    # --- generation ---
-
-    async def generate(self, request: Request) -> Response:
-        parsed = parse_generate(await _json(request), self._limits())
-        rids = [prompt.rid for prompt in parsed.prompts]
-        taken = sorted(self._rids.intersection(rids))
-        if taken:
-            raise BadRequest(f"rid={taken[0]!r}: a request with this id is still running")
-        self._rids.update(rids)
-        try:
-            results = await self._results_or_gone(request, parsed.prompts)
-        finally:
-            self._rids.difference_update(rids)
-        if results is None:
-            return Response(status_code=CLIENT_CLOSED)
-        served = self._scheduler.served
-        assert served is not None
-        decode = None if served.tokenizer is None else served.decode
-        answers = [
-            row_to_json(prompt, row, result, decode)
-            for prompt, rows in zip(parsed.prompts, results, strict=True)
-            for row, result in enumerate(rows)
-        ]
-        return JSONResponse(answers[0] if parsed.single else answers)
-
-    async def _results_or_gone(
-        self, request: Request, prompts: tuple[PromptRequest, ...]
-    ) -> list[list[RowResult]] | None:
-        """The rows of each prompt; None when the client hung up first, and then they are aborted."""
-        results = asyncio.gather(*self._submit(prompts))
-        hung_up = asyncio.ensure_future(request.receive())  # the body is read: all that can come is a disconnect
-        try:
-            await asyncio.wait((results, hung_up), return_when=asyncio.FIRST_COMPLETED)
-            if results.done():
-                return list(results.result())
-            self._scheduler.abort([prompt.rid for prompt in prompts])
-            results.cancel()
-            return None
-        finally:
-            hung_up.cancel()
-            with suppress(asyncio.CancelledError):
-                await hung_up
-
-    def _submit(self, prompts: tuple[PromptRequest, ...]) -> list["asyncio.Future[list[RowResult]]"]:
-        loop = asyncio.get_running_loop()
-        futures: list[asyncio.Future[list[RowResult]]] = [loop.create_future() for _ in prompts]
-
-        def settle(index: int, rows: list[RowResult]) -> None:
-            if not futures[index].done():
-                futures[index].set_result(rows)
-
-        self._scheduler.submit(prompts, lambda index, rows: loop.call_soon_threadsafe(settle, index, rows))
-        return futures
-
-    def _limits(self) -> Limits:
-        served = self._scheduler.served
-        assert served is not None
-        encode = None if served.tokenizer is None else served.encode
-        return Limits(served.context_length, served.vocab_size, encode)
-
-    async def abort_request(self, request: Request) -> Response:
-        body = await _json(request)
-        rid, everything = body.get("rid") or "", _flag(body, "abort_all", False)
-        if not isinstance(rid, str) or not (rid or everything):
-            raise BadRequest("needs `rid`, the id of a request, or `abort_all`: true")
-        await _of(self._scheduler.abort(None if everything else [rid]))
-        return Response(status_code=200)
-
-    async def pause_generation(self, request: Request) -> Response:
-        body = await _json(request, empty_is={})
-        given = body.get("mode") or "abort"
-        mode = next((mode for mode in PAUSE_MODES if mode == given), None)
-        if mode is None:
-            raise BadRequest(f"mode={given!r}: needs one of {', '.join(PAUSE_MODES)}")
-        await _of(self._scheduler.pause(mode))
-        return JSONResponse({"message": "Generation paused successfully.", "status": "ok"})
-
-    async def continue_generation(self, request: Request) -> Response:
-        await _of(self._scheduler.resume())
-        return JSONResponse({"message": "Generation continued successfully.", "status": "ok"})
-
-    async def flush_cache(self, request: Request) -> Response:
-        """200 when the cache is empty. With ?timeout=S it waits that long for the running requests to end."""
-        try:
-            timeout_s = float(request.query_params.get("timeout") or 0)
-        except ValueError:
-            raise BadRequest(f"timeout={request.query_params['timeout']!r}: needs seconds") from None
-        flushed = await _of(self._scheduler.flush())
-        if not flushed and timeout_s > 0:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(timeout_s):
-                    await _of(self._scheduler.when_idle())
-            flushed = await _of(self._scheduler.flush())
-        if flushed:
-            return PlainTextResponse("Cache flushed.\n")
-        return PlainTextResponse("Cache not flushed: requests are running in it.\n", status_code=400)
-
-    # --- weights ---
-
-    async def update_weights_from_disk(self, request: Request) -> Response:
-        body = await _json(request)
-        path, version = body.get("model_path"), _version(body)
-        if not isinstance(path, str) or not path:
-            raise BadRequest(f"model_path={path!r}: needs the path of a Hugging Face directory")
-        if body.get("load_format") not in LOAD_FORMATS:
-            raise BadRequest(f"load_format={body['load_format']!r}: needs one of {LOAD_FORMATS[1:]}, or null")
-        abort_all, flush = _flag(body, "abort_all_requests", False), _flag(body, "flush_cache", True)
-        return await _updated(
-            self._scheduler.update_weights(path, version=version, abort_all=abort_all, flush_cache=flush)
-        )
-
-    async def begin_weight_update(self, request: Request) -> Response:
-        return await _updated(self._scheduler.begin_update())
-
-    async def update_weights_from_tensor(self, request: Request) -> Response:
-        """One bucket of tensors, in the sender's memory on this host: `weight_transfer.payload`."""
-        body = await _json(request)
-        messages, version = body.get("serialized_named_tensors"), _version(body)
-        if not (isinstance(messages, list) and len(messages) == 1 and isinstance(messages[0], str)):
-            raise BadRequest("serialized_named_tensors: needs a list of one text, since one process serves the model")
-        if body.get("load_format") != TENSOR_FORMAT:
-            raise BadRequest(f"load_format={body.get('load_format')!r}: needs {TENSOR_FORMAT!r}")
-        abort_all, flush = _flag(body, "abort_all_requests", False), _flag(body, "flush_cache", True)
-        try:
-            named = payload.loads(messages[0])
-        except ValueError as error:
-            raise BadRequest(f"serialized_named_tensors: {error}") from None
-        update = self._scheduler.update_tensors(named, version=version, abort_all=abort_all, flush_cache=flush)
-        del named  # the model thread has them, for as long as it copies
-        return await _updated(update)
-
-    async def end_weight_update(self, request: Request) -> Response:
-        return await _updated(self._scheduler.end_update())
-
-    async def update_weight_version(self, request: Request) -> Response:
-        body = await _json(request)
-        version = body.get("new_version")
-        if not isinstance(version, str) or not version:
-            raise BadRequest(f"new_version={version!r}: needs a string")
-        await _of(self._scheduler.set_version(version, _flag(body, "abort_all_requests", True)))
-        message = f"Weight version updated to {version}"
-        return JSONResponse({"success": True, "message": message, "new_version": version})
-
 
 def error_response(message: str, status: int) -> Response:
-    """An error as SGLang's native routes shape it."""
+    """Return an error in the shape of SGLang's native routes."""
     return JSONResponse({"error": {"message": message}}, status_code=status)
-
-
-async def _json(request: Request, *, empty_is: dict[str, Any] | None = None) -> dict[str, Any]:
-    raw = await request.body()
-    if not raw and empty_is is not None:
-        return empty_is
-    try:
-        body = json.loads(raw)
-    except ValueError as error:
-        raise BadRequest(f"the body is not JSON: {error}") from None
-    if not isinstance(body, dict):
-        raise BadRequest(f"the body needs to be a JSON object, found {type(body).__name__}")
-    return body
-
-
-def _version(body: dict[str, Any]) -> str | None:
-    version = body.get("weight_version")
-    if version is not None and not isinstance(version, str):
-        raise BadRequest(f"weight_version={version!r}: needs a string")
-    return version
-
-
-async def _updated(update: "Future[Any]") -> Response:
-    """How a weight update ended: (message, rows that were held), or None where there is nothing to tell."""
-    try:
-        message, held = await _of(update) or ("Success", 0)
-    except UpdateRefused as error:
-        return JSONResponse({"success": False, "message": str(error), "num_paused_requests": 0}, status_code=400)
-    return JSONResponse({"success": True, "message": message, "num_paused_requests": held})
-
-
-def _flag(body: dict[str, Any], name: str, default: bool) -> bool:
-    value = body.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise BadRequest(f"{name}={value!r}: needs true or false")
-    return default if value is None else value
-
-
-async def _of(future: "Future[Any]") -> Any:
-    return await asyncio.wrap_future(future)

@@ -15,7 +15,7 @@ PauseMode = Literal["abort", "retract", "in_place"]
 
 # The one place. The contract suite (scripts/contract) ran on each of these; SGLang's and vLLM's on a CPU.
 KNOWN_VERSIONS: Mapping[ServerKind, tuple[str, ...]] = {
-    "embedded": ("1",),  # rollouts.engines.embedded.protocol.VERSION
+    "embedded": ("1",),  # rollouts.engines.embedded.generate_request.VERSION
     "sglang": ("0.5.21",),
     "vllm": ("0.32.0",),
 }

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from rollouts.agents.endpoint import Endpoint
 from rollouts.agents.episode import between_turns
-from rollouts.engines.embedded.model import load
+from rollouts.engines.embedded.served_model import load
 from rollouts.training.backends import create_pytorch_backend
 from rollouts.training.checkpoint import write_model
 from rollouts.training.datasets.chat import render_conversation, render_prompt

@@ -1,4 +1,4 @@
-"""The wire format: /generate bodies to typed requests, and finished rows back to JSON. Pure; no torch, no I/O.
+"""Parse /generate bodies into typed requests, and write finished rows as JSON. Pure; no torch, no I/O.
 
 Names, defaults and answers follow SGLang 0.5 (`sglang/srt/sampling/sampling_params.py`, `managers/io_struct.py`).
 What the embedded engine cannot do is refused with a 400, never ignored, unless SGLang itself ignores it.
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-VERSION = "1"  # of the routes, for clients that ask: a change that old clients would misread is a new one
+VERSION = "1"  # of the routes, for clients that ask; new with every change that old clients would misread
 GREEDY_BELOW_TEMPERATURE = 1e-6
 SEEDS = 2**63
 N_MAX = 65536
@@ -66,18 +66,18 @@ class SamplingParams:
 
     @property
     def scale(self) -> float:
-        """What logits are divided by before log-probs are taken; at temperature 0 they are raw, as in SGLang."""
+        """Return the divisor of logits before log-probs are taken; at temperature 0 they are raw, as in SGLang."""
         return self.temperature if self.temperature >= GREEDY_BELOW_TEMPERATURE else 1.0
 
 
 @dataclass(frozen=True)
 class PromptRequest:
-    """One prompt of a /generate body; `params.n` rows come of it."""
+    """One prompt of a /generate body, sampled as `params.n` rows."""
 
     rid: str
     input_ids: tuple[int, ...]
     params: SamplingParams
-    max_new_tokens: int  # params.max_new_tokens, or what the context leaves
+    max_new_tokens: int  # params.max_new_tokens, or the room left in the context
     return_logprob: bool
     logprob_start: int  # first prompt position whose log-prob is asked for; len(input_ids): none
 
@@ -101,7 +101,7 @@ class RowResult:
 
 
 @dataclass(frozen=True)
-class Limits:
+class ServedLimits:
     """What the served model allows."""
 
     context_length: int
@@ -112,8 +112,8 @@ class Limits:
 # --- in -------------------------------------------------------------------------------------------------------------
 
 
-def parse_generate(body: Any, limits: Limits) -> GenerateRequest:
-    """A decoded /generate body as requests. Raises BadRequest with what is wrong, what is allowed."""
+def parse_generate(body: Any, limits: ServedLimits) -> GenerateRequest:
+    """Return a decoded /generate body as requests. Raises BadRequest with what is wrong and what is allowed."""
     if not isinstance(body, dict):
         raise BadRequest(f"the body needs to be a JSON object, found {type(body).__name__}")
     _refuse_unsupported(body)
@@ -136,7 +136,7 @@ def parse_generate(body: Any, limits: Limits) -> GenerateRequest:
 
 
 def parse_sampling_params(data: Any) -> SamplingParams:
-    """`sampling_params` of one prompt. null stands for the default, as in SGLang. Raises BadRequest."""
+    """Return the `sampling_params` of one prompt. null means the default, as in SGLang. Raises BadRequest."""
     if not isinstance(data, dict):
         raise BadRequest(f"sampling_params: needs an object, found {type(data).__name__}")
     unknown = sorted(set(data) - set(_SUPPORTED_PARAMS) - set(_UNSUPPORTED_PARAMS))
@@ -196,8 +196,8 @@ def _refuse_unsupported(body: Mapping[str, Any]) -> None:
             raise BadRequest(f"{key}: the embedded engine does not support it")
 
 
-def _prompts(body: Mapping[str, Any], limits: Limits) -> tuple[list[list[int]], bool]:
-    """The prompts' ids, and whether the body held one prompt rather than a batch."""
+def _prompts(body: Mapping[str, Any], limits: ServedLimits) -> tuple[list[list[int]], bool]:
+    """Return the prompts' ids, and whether the body holds one prompt rather than a batch."""
     text, ids = body.get("text"), body.get("input_ids")
     if (text is None) == (ids is None):
         raise BadRequest("needs exactly one of `text` and `input_ids`")
@@ -221,8 +221,8 @@ def _prompts(body: Mapping[str, Any], limits: Limits) -> tuple[list[list[int]], 
     return prompts, single
 
 
-def _check_prompt(ids: Sequence[int], params: SamplingParams, limits: Limits) -> int:
-    """Bounds of one prompt; returns how many tokens it may grow by."""
+def _check_prompt(ids: Sequence[int], params: SamplingParams, limits: ServedLimits) -> int:
+    """Check the bounds of one prompt; return how many tokens it may grow by."""
     if not ids:
         raise BadRequest("input_ids: empty; a prompt needs at least one token")
     if min(ids) < 0 or max(ids) >= limits.vocab_size:
@@ -241,7 +241,7 @@ def _check_prompt(ids: Sequence[int], params: SamplingParams, limits: Limits) ->
 
 
 def _per_prompt(value: Any, count: int, name: str) -> list[Any]:
-    """A value for all prompts, or a list with one for each."""
+    """Return a list with one value for each prompt; `value` is such a list, or the value of all."""
     if not isinstance(value, list):
         return [value] * count
     if len(value) != count:
@@ -291,7 +291,7 @@ Decode = Callable[[list[int], bool], str]  # (ids, skip_special_tokens) -> text
 
 
 def row_to_json(request: PromptRequest, row: int, result: RowResult, decode: Decode | None) -> dict[str, Any]:
-    """One entry of the answer. `text` is left out where the model directory has no tokenizer."""
+    """Return one entry of the answer. It lacks `text` where the model directory has no tokenizer."""
     params, count = request.params, len(result.output_ids)
     starts = [start for _, start in result.versions]
     meta: dict[str, Any] = {
@@ -317,7 +317,7 @@ def row_to_json(request: PromptRequest, row: int, result: RowResult, decode: Dec
 
 
 def _text(params: SamplingParams, result: RowResult, decode: Decode) -> str:
-    """The decoded output, up to what it stopped at (unless no_stop_trim); `output_ids` always keep all of it."""
+    """Return the decoded output, up to its stop (unless no_stop_trim); `output_ids` always keep all of it."""
     matched = result.finish_reason.get("matched")
     trim = not params.no_stop_trim
     ids = result.output_ids[:-1] if trim and isinstance(matched, int) else result.output_ids

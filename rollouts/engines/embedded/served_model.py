@@ -1,4 +1,4 @@
-"""Loading: a Hugging Face directory into a served model, and new weights into one that is running.
+"""Load a Hugging Face directory into a served model, and new weights into one that is running.
 
 B rows, K cache columns, T tokens, V vocabulary. Log-probs are natural logs, fp32.
 """
@@ -8,13 +8,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from rollouts.engines.embedded import attention
 from rollouts.engines.embedded.fast_decode import FastDecode
@@ -26,7 +26,7 @@ DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch
 _SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
-class ModelError(Exception):
+class ServedModelError(Exception):
     """A model directory that cannot be served. One line: the path, what is wrong, what is needed."""
 
 
@@ -34,8 +34,8 @@ class ModelError(Exception):
 class Served:
     """A loaded model and what the server needs to know about it."""
 
-    model: Any  # AutoModelForCausalLM, in eval mode, on `device`
-    tokenizer: Tokenizer  # None where the directory has none
+    model: PreTrainedModel  # in eval mode, on `device`
+    tokenizer: Tokenizer | None  # None where the directory has none
     path: str
     device: torch.device
     dtype: torch.dtype
@@ -47,16 +47,18 @@ class Served:
     fast_decode: FastDecode | None  # for running rows, in place of the model's own forward pass
 
     def encode(self, text: str) -> list[int]:
+        assert self.tokenizer is not None
         return list(self.tokenizer(text)["input_ids"])
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        assert self.tokenizer is not None
         return str(self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
 
     def decode_mask(self, lengths_B: torch.Tensor, width: int) -> Any:
-        """Additive masks for one new token per row, in the shape the model's forward takes them.
+        """Return additive masks for one new token per row, in the shape that the model's forward takes.
 
-        lengths_B [B]: where each row's new token stands; columns 0 to lengths_B[b] are its own, of `width` K.
-        Returns [B, 1, 1, K], or a dict of such by layer type where the config has layer types
+        lengths_B [B]: the column of each row's new token; columns 0 to lengths_B[b] are its own, of `width` K.
+        The result is [B, 1, 1, K], or a dict of such by layer type where the config has layer types
         (as `transformers.masking_utils.create_masks_for_generate` does).
         """
         text_config = self.model.config.get_text_config()
@@ -81,7 +83,7 @@ class Served:
 
     @torch.inference_mode()
     def input_logprobs(self, ids: tuple[int, ...]) -> list[float]:
-        """[T-1] log-prob of each prompt token but the first, at temperature 1, as SGLang reports them."""
+        """Return [T-1] the log-prob of each prompt token but the first, at temperature 1, as SGLang reports them."""
         ids_T = torch.tensor([ids], device=self.device)
         logits_TV = self.model(input_ids=ids_T, use_cache=False).logits[0, :-1].float()
         chosen_T1 = logits_TV.log_softmax(dim=-1).gather(1, ids_T[0, 1:, None])
@@ -89,18 +91,18 @@ class Served:
 
 
 def load(path: str, *, dtype: str, device: str, trust_remote_code: bool) -> Served:
-    """The model in `path`, ready to serve. Raises ModelError."""
+    """Load the model in `path`, ready to serve. Raises ServedModelError."""
     transformers.utils.logging.disable_progress_bar()
     where = torch.device(device)
     if where.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError("--device cuda: torch sees no CUDA device here; use --device cpu, or check the driver")
+        raise ServedModelError("--device cuda: torch sees no CUDA device here; use --device cpu, or check the driver")
     model = _read(path, DTYPES[dtype], trust_remote_code)
     cache_argument = _cache_argument(model, path)
     if where.type == "cpu":
         attention.use_for(model)
     text_config = model.config.get_text_config()
     tokenizer = _tokenizer(path, trust_remote_code)
-    model = model.to(where).eval()
+    model.to(where).eval()  # type: ignore[arg-type]  # transformers' wrapper hides the signature
     return Served(
         model=model,
         tokenizer=tokenizer,
@@ -112,38 +114,40 @@ def load(path: str, *, dtype: str, device: str, trust_remote_code: bool) -> Serv
         eos_ids=_eos_ids(model, path, tokenizer),
         trust_remote_code=trust_remote_code,
         cache_argument=cache_argument,
-        fast_decode=FastDecode.of(model),
+        fast_decode=FastDecode.from_model(model),
     )
 
 
 def load_weights(served: Served, path: str) -> None:
     """Replace the served weights, in place, by those of the checkpoint directory `path`. All or nothing.
 
-    Everything that can be wrong with the files is found before the first tensor is written. Raises ModelError.
+    Everything that can be wrong with the files is found before the first tensor is written. Raises ServedModelError.
     """
     state = served.model.state_dict()
     new_state = _read_plain(path, served.model) or _read(path, served.dtype, served.trust_remote_code).state_dict()
     problems = [f"has no {name}" for name in state if name not in new_state]
-    problems += [f"has {name}, which the served model has not" for name in new_state if name not in state]
+    problems += [f"has {name}, which the served model lacks" for name in new_state if name not in state]
     problems += [
         f"{name} has shape {list(new_state[name].shape)}, the served model {list(tensor.shape)}"
         for name, tensor in state.items()
         if name in new_state and new_state[name].shape != tensor.shape
     ]
     if problems:
-        raise ModelError(f"{path}: {problems[0]}" + (f" ({len(problems)} differences)" if len(problems) > 1 else ""))
+        raise ServedModelError(
+            f"{path}: {problems[0]}" + (f" ({len(problems)} differences)" if len(problems) > 1 else "")
+        )
     with torch.no_grad():
         for name, tensor in state.items():
             tensor.copy_(new_state[name])
 
 
-def _read_plain(path: str, model: Any) -> dict[str, torch.Tensor] | None:
-    """The state of `model` as it stands in the one safetensors file of `path`; None where there is more to it.
+def _read_plain(path: str, model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
+    """Return the state of `model` as the one safetensors file of `path` holds it; None where there is more to it.
 
-    Building a model to read a checkpoint takes twelve times as long as reading a small one. Whatever does not fit name
-    by name and shape by shape (shards, converted names, damage) is for `_read`, which says what is wrong.
+    Building a model to read a checkpoint takes twelve times as long as reading a small one. What does not fit name by
+    name and shape by shape (shards, converted names, damage) is left to `_read`, which says what is wrong.
     """
-    names: dict[int, list[str]] = {}  # tied tensors are one tensor with several names, and stand in the file once
+    names: dict[int, list[str]] = {}  # tied tensors are one tensor with several names; the file has it once
     state = model.state_dict()
     for name, tensor in state.items():
         names.setdefault(tensor.data_ptr(), []).append(name)
@@ -156,22 +160,24 @@ def _read_plain(path: str, model: Any) -> dict[str, torch.Tensor] | None:
     return found if len(known) == len(stored) == len(names) and found.keys() == state.keys() else None
 
 
-def _read(path: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    """The model in the directory `path`, on the CPU. Raises ModelError; a tensor that is missing is an error."""
+def _read(path: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    """Return the model in the directory `path`, on the CPU. Raises ServedModelError, also for a missing tensor."""
     if not Path(path).is_dir():
-        raise ModelError(f"{path}: no such directory; needs a Hugging Face directory with config.json and weights")
+        raise ServedModelError(
+            f"{path}: no such directory; needs a Hugging Face directory with config.json and weights"
+        )
     try:
         return with_every_weight(
             AutoModelForCausalLM, path, dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True
         )
     except WeightsError as error:
-        raise ModelError(str(error)) from error
-    except Exception as error:  # from_pretrained raises many kinds for bad files; the caller needs the one line
-        raise ModelError(f"{path}: cannot be loaded: {_first_line(error)}") from error
+        raise ServedModelError(str(error)) from error
+    except Exception as error:  # from_pretrained raises many kinds for bad files; the caller needs one line
+        raise ServedModelError(f"{path}: cannot be loaded: {_first_line(error)}") from error
 
 
-def _cache_argument(model: Any, path: str) -> str:
-    """The name of the cache's argument. Raises ModelError for an architecture that the engine does not serve."""
+def _cache_argument(model: PreTrainedModel, path: str) -> str:
+    """Return the name of the cache's argument. Raises ServedModelError for an architecture that is not served."""
     accepted = inspect.signature(model.forward).parameters
     cache = "cache" if "cache" in accepted else "past_key_values"
     lacking = [name for name in (cache, "position_ids", "attention_mask") if name not in accepted]
@@ -181,22 +187,25 @@ def _cache_argument(model: Any, path: str) -> str:
         found = (
             f"layers of type {sorted(layer_types)}" if layer_types else f"a forward without {lacking or 'positions'}"
         )
-        raise ModelError(f"{path}: {type(model).__name__} has {found}; the embedded engine serves plain attention only")
+        raise ServedModelError(
+            f"{path}: {type(model).__name__} has {found}; the embedded engine serves plain attention only"
+        )
     return cache
 
 
-def _tokenizer(path: str, trust_remote_code: bool) -> Any:
+def _tokenizer(path: str, trust_remote_code: bool) -> Tokenizer | None:
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
     if not any((Path(path) / name).is_file() for name in names):
         return None
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
-    except Exception as error:  # as above: one line for whatever is wrong with the files
-        raise ModelError(f"{path}: the tokenizer cannot be loaded: {_first_line(error)}") from error
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:  # as above: one line, whatever is wrong with the files
+        raise ServedModelError(f"{path}: the tokenizer cannot be loaded: {_first_line(error)}") from error
+    return cast(Tokenizer, tokenizer)
 
 
-def _eos_ids(model: Any, path: str, tokenizer: Tokenizer) -> frozenset[int]:
-    """Every id that ends a sequence: of the configs and the tokenizer, as SGLang joins them.
+def _eos_ids(model: PreTrainedModel, path: str, tokenizer: Tokenizer | None) -> frozenset[int]:
+    """Return every id that ends a sequence, of the configs and the tokenizer together, as SGLang does.
 
     A chat template's own end is in the generation config of our checkpoints, and in our requests' stop_token_ids.
     """
