@@ -41,7 +41,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "rollouts.engines": ("rollouts.engines",),
     "rollouts.engines.keys": (),
-    "rollouts.engines.command": ("rollouts.config",),
+    "rollouts.engines.server_spec": ("rollouts.config",),
     "rollouts.engines.embedded.__main__": (
         "rollouts.engines",
         "rollouts.training.host_memory",
@@ -61,7 +61,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.training.forward",
         "rollouts.training.loops.packing",
     ),
-    "rollouts.engines.launch": ("rollouts.config", "rollouts.engines"),
+    "rollouts.engines.command_lines": ("rollouts.config", "rollouts.engines"),
     "rollouts.view": ("rollouts.view", "rollouts.run_dir", "rollouts.plain_files"),
     "rollouts.remote": (
         "rollouts.config",
@@ -86,7 +86,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "rollouts.remote.plan": (
         "rollouts.config",
-        "rollouts.engines.launch",
+        "rollouts.engines.command_lines",
         "rollouts.run_dir",
         "rollouts.remote.errors",
         "rollouts.remote.host.facts",  # of a host only what was learned there: a plan reaches none
@@ -235,10 +235,10 @@ STANDARD_LIBRARY_ONLY = (
     "rollouts.config",
     "rollouts.run_dir",
     "rollouts.manifest",
-    "rollouts.engines.command",
+    "rollouts.engines.server_spec",
     "rollouts.engines.diagnosis",
     "rollouts.engines.keys",
-    "rollouts.engines.launch",
+    "rollouts.engines.command_lines",
     "rollouts.worker",  # under the host's own Python; the trainer alone runs in the environment
 )
 EXCEPT = tuple(f"rollouts.worker.trainer{part}" for part in ("", "_data", "_hub", "_job", "_wiring"))
@@ -336,7 +336,7 @@ def test_control_side_works_where_torch_is_missing() -> None:
     code = (
         "import sys\n"
         f"for name in {blocked!r}: sys.modules[name] = None\n"  # importing it now raises ImportError
-        "import deploy, base_config, rollouts, rollouts.run_dir, rollouts.engines.launch\n"
+        "import deploy, base_config, rollouts, rollouts.run_dir, rollouts.engines.command_lines\n"
         "import rollouts.worker.supervise.supervisor\n"
         "import pkgutil, importlib, rollouts.remote, rollouts.view\n"
         "for room in (rollouts.remote, rollouts.view):\n"

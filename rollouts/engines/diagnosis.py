@@ -1,16 +1,16 @@
-"""Why an engine died, from what it logged: one sentence with the fix. Pure, standard library only.
+"""Why an engine died, read from its log: one sentence with the fix. Pure, standard library only.
 
-The patterns are what SGLang 0.5.2x, vLLM 0.3x, transformers, huggingface_hub and torch print. The first rule that the
-log's last lines meet decides, so what is specific stands before what is general.
+The patterns are what SGLang 0.5.2x, vLLM 0.3x, transformers, huggingface_hub and torch print. The first rule
+that matches the log's last lines decides, so specific rules come before general ones.
 """
 
 import re
 from collections.abc import Sequence
 
-# SGLang tries every model file that it has when it starts, and says which ones this environment cannot import.
+# SGLang tries all of its model files when it starts, and logs which of them this environment cannot import.
 HARMLESS = re.compile(r"Ignore import error when loading")
 
-# What engines need to compile their kernels when they start, and what CUDA's libraries refuse.
+# Tools that are missing for compiling kernels at the start, and mistakes that CUDA's libraries refuse.
 CUDA_RULES: Sequence[tuple[str, str]] = (
     (
         r"fatal error: Python\.h: No such file|include file 'Python\.h' not found",
@@ -51,19 +51,18 @@ CUDA_RULES: Sequence[tuple[str, str]] = (
     (
         r"(?P<library>libcudart\.so\.\d+|libcublas\.so\.\d+|libnvrtc\.so\.\d+): cannot open shared object file"
         r"|cannot find -l(?P<linked>cudart|cuda|cublas)\b",
-        "A CUDA library was not found ({library}{linked}): its wheel is not in the engine's environment, or of another"
-        " CUDA than the package that wants it. Check that engine.requirements_file is a lock of one CUDA version,"
-        " and that"
-        " host.env sets no LD_LIBRARY_PATH, LD_PRELOAD or CUDA_HOME of another.",
+        "A CUDA library was not found ({library}{linked}): the engine's environment lacks its wheel, or has one of"
+        " another CUDA than the package that needs it. Check that engine.requirements_file is a lock of one CUDA"
+        " version, and that host.env sets no LD_LIBRARY_PATH, LD_PRELOAD or CUDA_HOME of another.",
     ),
     (
         r"Mismatched NCCL version detected[^\n]*",
-        "Trainer and engine have different versions of NCCL, which refuses that. Give both the same torch:"
+        "Trainer and engine have different versions of NCCL, and NCCL refuses that. Give both the same torch:"
         " host.constraints_file='requirements/trainer-cuda.txt', or set engine.weight_sync=DiskSync(...).",
     ),
     (
         r"Invalid device_uuid=?(?P<uuid>\S*)",
-        "The trainer's weights lie on a GPU that the engine does not see ({uuid}): weight_sync=TensorSync(...) shares"
+        "The trainer's weights are on a GPU that the engine does not see ({uuid}): weight_sync=TensorSync(...) shares"
         " memory of one device. Put the trainer's first rank and the engine on the same GPU, or set"
         " engine.weight_sync=DiskSync(...).",
     ),
@@ -77,8 +76,8 @@ CUDA_RULES: Sequence[tuple[str, str]] = (
         r"no kernel image is available for execution on the device|not compatible with the current PyTorch installation"
         r"|Unsupported gpu architecture '(?P<arch>[^']+)'",
         "The engine's kernels were not built for this GPU's generation {arch}. A newer card needs a build for a"
-        " newer CUDA"
-        " (and its driver), one before Ampere an older engine: choose another lock in engine.requirements_file.",
+        " newer CUDA (and its driver), a card before Ampere an older engine: choose another lock in"
+        " engine.requirements_file.",
     ),
     (
         r"version `(?P<glibc>GLIBC_[\d.]+)' not found",
@@ -87,12 +86,12 @@ CUDA_RULES: Sequence[tuple[str, str]] = (
     ),
 )
 
-# What installers print, where a lock does not fit the host.
+# What installers print when a lock does not fit the host.
 INSTALL_RULES: Sequence[tuple[str, str]] = (
     (
         r"wheel_stub|special placeholder package|The installation of (?P<stub>\S+) for version \S+ failed",
-        "A package of NVIDIA's is a placeholder on the public index, and downloads itself from NVIDIA's own when it is"
-        " installed, which this host does not reach. Pin a version that has a wheel, or mark what requires it `#"
+        "A package of NVIDIA's is a placeholder on the public index: its installation downloads it from NVIDIA's index,"
+        " which this host does not reach. Pin a version that has a wheel, or mark what requires it `#"
         " no-deps`"
         " (requirements/README.md).",
     ),
@@ -128,13 +127,13 @@ RULES: Sequence[tuple[str, str]] = (
     *CUDA_RULES,
     (
         r"gated repo|GatedRepoError|Access to model (?P<gated>\S+) is restricted",
-        "The model {gated} is gated, and the hub was asked without a token that may have it. Accept its licence on its"
+        "The model {gated} is gated, and the hub was asked without a token that has access. Accept its licence on its"
         " page, export HF_TOKEN here and put 'HF_TOKEN' into host.secrets.",
     ),
     (
         r"couldn't connect to 'https?://[^']+' to load|LocalEntryNotFoundError|OfflineModeIsEnabled"
         r"|Cannot reach \S+: offline mode is enabled",
-        "The model is not in this host's cache, and the hub could not be asked (no connection, or HF_HUB_OFFLINE=1 in"
+        "The model is not in this host's cache, and the hub was not reached (no connection, or HF_HUB_OFFLINE=1 in"
         " host.env). Check model.name, take HF_HUB_OFFLINE out, or copy the model to the host and name its directory.",
     ),
     (
@@ -148,7 +147,7 @@ RULES: Sequence[tuple[str, str]] = (
     ),
     (
         r"(?i:address already in use)|Errno 98\b|Port (?P<port>\d+ )?is already in use",
-        "Another process has the port. Set another engine.sglang_port, or end that process (`ss -ltnp` shows it).",
+        "Another process uses the port. Set another engine.sglang_port, or end that process (`ss -ltnp` shows it).",
     ),
     (
         r"NVIDIA driver on your system is too old"
@@ -156,13 +155,13 @@ RULES: Sequence[tuple[str, str]] = (
         r"|forward compatibility was attempted on non supported HW"
         r"|Driver/library version mismatch",
         "The host's NVIDIA driver does not fit the CUDA that the engine was built for. Update the driver"
-        " (`nvidia-smi` shows what it can run), or choose an older engine in engine.requirements_file.",
+        " (`nvidia-smi` shows the newest CUDA that it runs), or choose an older engine in engine.requirements_file.",
     ),
     (
         r"Found no NVIDIA driver on your system|Torch not compiled with CUDA enabled|No CUDA GPUs are available"
         r"|libcuda\.so\.1: cannot open shared object file|No accelerator \(CUDA",
-        "The engine sees no CUDA device. Check `nvidia-smi` on the host and engine.gpu_ranks; its environment has to"
-        " hold a CUDA build of torch (engine.requirements_file).",
+        "The engine sees no CUDA device. Check `nvidia-smi` on the host and engine.gpu_ranks; its environment"
+        " needs a CUDA build of torch (engine.requirements_file).",
     ),
     (
         r"OutOfMemoryError|(?i:CUDA(?: error:)? out of memory)|Not enough memory\. Please try to increase"
@@ -183,23 +182,24 @@ RULES: Sequence[tuple[str, str]] = (
         r"(?P<arch>model type `[^`]+`) but Transformers does not recognize|Model architectures (?P<archs>\[[^\]]*\])"
         r" (?:are not supported|failed to be inspected)|'(?P<module_class>\w+)' is not a registered model in the Trans",
         "This engine does not know the model's architecture ({arch}{archs}{module_class}). Serve another model.name,"
-        " pin a newer engine in engine.requirements_file, or set engine=Embedded(...), which serves what transformers"
-        " has.",
+        " pin a newer engine in engine.requirements_file, or set engine=Embedded(...), which serves models of"
+        " transformers.",
     ),
     (
         r"attention heads \((?P<heads>\d+)\) must be divisible by tensor parallel size"
         r"|AssertionError: (?P<number>\d+) is not divisible by \d+",
-        "The model cannot be split over so many devices: {heads}{number} is no multiple of engine.tensor_parallel_size."
+        "The model cannot be split over so many devices: {heads}{number} is not a multiple of"
+        " engine.tensor_parallel_size."
         " Set one that divides its attention heads.",
     ),
     (
         r"error: (?P<flags>unrecognized arguments: .+|argument --\S+: invalid .+)",
-        "The engine does not take its command line ({flags}): it is another release than those in requirements/. Set"
+        "The engine rejects its command line ({flags}): its release is not one of those in requirements/. Set"
         " engine.requirements_file to one of these locks.",
     ),
     (
         r"ModuleNotFoundError: No module named '(?P<module>[^']+)'",
-        "The engine's environment has no package {module}. Check that engine.requirements_file is the lock for this"
+        "The engine's environment lacks the package {module}. Check that engine.requirements_file is the lock for this"
         " kind of engine and target.device_type.",
     ),
 )

@@ -1,8 +1,8 @@
 """The two passwords of a run's engines: who sets them, who reads them. Standard library only.
 
 They are made on the host when the run is launched, kept in its 0600 secrets file, and reach engines and trainer through
-these variables: no command line, plan, tmux variable, log or config has them. Whoever may not read the variables may
-not sample (api key) or change weights (admin key), on a host with other users too.
+these variables: no command line, plan, tmux variable, log or config has them. Other users of the host cannot read the
+variables, so they can neither sample (api key) nor change weights (admin key).
 """
 
 import os
@@ -25,9 +25,9 @@ class Key(str):
 
 
 def key_for(path: str, api_key: str | None, admin_key: str | None) -> str | None:
-    """The key that a request to `path` needs; None: it needs none. SGLang's rules (srt/utils/auth.py), both ways.
+    """Return the key that a request to `path` needs, or None. The rules are SGLang's (srt/utils/auth.py).
 
-    Sampling and asking take the api key alone, all else the admin key alone; being alive is no secret.
+    Sampling and asking take the api key alone, all else the admin key alone; health needs no key.
     """
     if path.startswith(OPEN_ROUTES):
         return None
@@ -37,17 +37,17 @@ def key_for(path: str, api_key: str | None, admin_key: str | None) -> str | None
 
 
 def is_allowed(path: str, authorization: str, api_key: str | None, admin_key: str | None) -> bool:
-    """Whether a request with this Authorization header ("" for none) may have `path`."""
+    """Return whether a request with this Authorization header ("" for none) is allowed `path`."""
     needed = key_for(path, api_key, admin_key)
     return needed is None or secrets.compare_digest(authorization.encode(), f"Bearer {needed}".encode())
 
 
 def new_keys() -> dict[str, str]:
-    """Fresh keys, by variable."""
+    """Return fresh keys, by variable."""
     return {API_KEY_VARIABLE: secrets.token_urlsafe(32), ADMIN_KEY_VARIABLE: secrets.token_urlsafe(32)}
 
 
 def read_keys() -> tuple[Key | None, Key | None]:
-    """(api key, admin key) of this process's environment; None where there is none, as for a server in a test."""
+    """Return (api key, admin key) of this process's environment; None for a key that is not set, as in some tests."""
     api_key, admin_key = os.environ.get(API_KEY_VARIABLE), os.environ.get(ADMIN_KEY_VARIABLE)
     return Key(api_key) if api_key else None, Key(admin_key) if admin_key else None

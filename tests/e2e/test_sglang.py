@@ -17,8 +17,8 @@ import httpx
 import pytest
 
 from base_config import Config, load_config
+from rollouts.engines.command_lines import engine_url
 from rollouts.engines.keys import API_KEY_VARIABLE
-from rollouts.engines.launch import engine_url
 from rollouts.run_dir import RunDir, read_jsonl
 from rollouts.worker.processes import marked_processes
 from tests.e2e.conftest import ROOT, Far, beyond_loopback, processes_of, save_config, short_demo, sockets_seen
@@ -121,7 +121,7 @@ def scheduler_of(run: RunDir) -> int:
 def test_the_demo_learns_on_sglang(run: Killed) -> None:
     """Goal: held-out exact match rises by >= 0.30 from the end of SFT to step 100 of RL, sampled by SGLang with the
     weights of each step. Red with rl.sampling.sync_every=1000 (log-probs 0.45 apart at step 2), and with the trainer's
-    environment taken for the engine's ("The engine's environment has no package sglang")."""
+    environment taken for the engine's ("The engine's environment lacks the package sglang")."""
     values = {row["stage"]: row["value"] for row in read_jsonl(run.here.eval) if row["metric"] == "exact_match"}
     print(values)
     assert values["rl"] - values["sft"] >= 0.30, values

@@ -15,7 +15,7 @@ import anyio
 
 from base_config import VLLM, DiskSync, Embedded, LoraConfig, LoraSync
 from rollouts.config import EngineConfig
-from rollouts.engines.launch import engine_argv, engine_env, engine_url
+from rollouts.engines.command_lines import engine_argv, engine_env, engine_url
 from rollouts.training.inference.client import EngineClient
 from rollouts.training.weight_sync import SGLangEngine, VLLMEngine
 from tests.engines.environments import interpreter

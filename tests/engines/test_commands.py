@@ -7,7 +7,7 @@ import pytest
 
 from base_config import VLLM, DiskSync, Embedded, LoraConfig, LoraSync, SGLang
 from rollouts.config import EngineConfig
-from rollouts.engines.launch import engine_argv, engine_devices, engine_env, ready_url
+from rollouts.engines.command_lines import engine_argv, engine_devices, engine_env, ready_url
 from tests.example_config import example_config, like_example, replace_at, sglang
 
 DISK = DiskSync(on_tmpfs=False)

@@ -21,7 +21,7 @@ CASES: list[tuple[str, str, list[str]]] = [
         "port (seen, SGLang)",
         "[2026-11-21 01:30:01] ERROR:    [Errno 98] error while attempting to bind on address ('127.0.0.1', 30771): "
         "address already in use",
-        ["Another process has the port", "engine.sglang_port"],
+        ["Another process uses the port", "engine.sglang_port"],
     ),
     (
         "no such directory (seen, SGLang)",
@@ -33,7 +33,7 @@ CASES: list[tuple[str, str, list[str]]] = [
         "hub not reached (seen, SGLang)",
         "OSError: We couldn't connect to 'https://huggingface.co' to load the files, and couldn't find them in the cached"
         " files.\nCheck your internet connection or see how to run the library in offline mode at",
-        ["could not be asked", "HF_HUB_OFFLINE"],
+        ["hub was not reached", "HF_HUB_OFFLINE"],
     ),
     (
         "no such model",
@@ -215,17 +215,17 @@ CASES: list[tuple[str, str, list[str]]] = [
     (
         "heads, vLLM",
         "ValueError: Total number of attention heads (14) must be divisible by tensor parallel size (4).",
-        ["14 is no multiple of engine.tensor_parallel_size"],
+        ["14 is not a multiple of engine.tensor_parallel_size"],
     ),
     (
         "an unknown flag (seen, SGLang)",
         "usage: sglang serve [-h] --model-path MODEL_PATH\nsglang serve: error: unrecognized arguments: --new-flag 1",
-        ["unrecognized arguments: --new-flag 1", "another release"],
+        ["unrecognized arguments: --new-flag 1", "is not one of those in requirements"],
     ),
     (
         "a package (seen, SGLang in the trainer's environment)",
         "    from sglang.launch_server import run_server\nModuleNotFoundError: No module named 'sglang'",
-        ["has no package sglang", "engine.requirements_file"],
+        ["lacks the package sglang", "engine.requirements_file"],
     ),
 ]
 
@@ -252,7 +252,7 @@ INSTALLATIONS: list[tuple[str, str, list[str]]] = [
         '  File "/tmp/pip-build-env/overlay/lib/python3.11/site-packages/wheel_stub/error.py", line 67, in'
         " report_install_failure\nInstallFailedError: The installation of cuda-tile for version 1.6.0rc5 failed.\n"
         "This is a special placeholder package which downloads a real wheel package from NVIDIA's index.",
-        ["NVIDIA's own", "requirements/README.md"],
+        ["NVIDIA's index", "requirements/README.md"],
     ),
     (
         "Rust (public report, pip)",

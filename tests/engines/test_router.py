@@ -11,8 +11,8 @@ import httpx
 import pytest
 
 from base_config import SGLang
+from rollouts.engines.command_lines import router_argv, router_ready_url, router_url
 from rollouts.engines.keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
-from rollouts.engines.launch import router_argv, router_ready_url, router_url
 from rollouts.training.inference.client import RequestError
 from rollouts.training.inference.http import EngineError, EngineLost
 from rollouts.training.inference.resilient import Recovered, resilient

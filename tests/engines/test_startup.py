@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from base_config import DiskSync, Embedded, ModelConfig
-from rollouts.engines.launch import engine_argv, engine_url
+from rollouts.engines.command_lines import engine_argv, engine_url
 from tests.engines.serving import REPOSITORY, await_health, embedded_argv, free_port, make_model, start, stderr_of
 from tests.training.process_nursery import shared
 
@@ -137,7 +137,7 @@ def test_cuda_where_there_is_none(model_path: Path, tmp_path: Path) -> None:
 def test_launch_needs_the_standard_library_only() -> None:
     """Goal: the control side plans without torch or starlette. Red with an import of the server in launch.py."""
     slow = {"torch", "transformers", "starlette", "uvicorn", "httpx"}
-    code = f"import sys, rollouts.engines.launch; print(sorted({slow} & set(sys.modules)))"
+    code = f"import sys, rollouts.engines.command_lines; print(sorted({slow} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 

@@ -346,7 +346,9 @@ def test_a_router_stands_in_front_of_the_replicas() -> None:
     router = rl.engines[-1]
     assert router.argv[0] == rl.engines[0].argv[0] and router.env["CUDA_VISIBLE_DEVICES"] == ""
     assert router.ready_url == "http://127.0.0.1:31000/readiness"
-    line = "-m rollouts.engines.sglang.router --host 127.0.0.1 --port 31000 --worker-urls http://127.0.0.1:30180"
+    line = (
+        "-m rollouts.engines.sglang.router_launcher --host 127.0.0.1 --port 31000 --worker-urls http://127.0.0.1:30180"
+    )
     assert f"{line} http://127.0.0.1:30181 --request-timeout-secs 8 --policy cache_aware" in " ".join(router.argv)
     (step,) = (step for step in plan.steps if step.what.startswith("rl: router: "))
     assert line in step.what and step.why.startswith("on no GPU of ")

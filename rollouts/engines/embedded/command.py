@@ -1,17 +1,17 @@
 """The embedded engine's command line. Pure, standard library only. docs/engines.md has the flags."""
 
-from rollouts.engines.command import DeviceType, Server
+from rollouts.engines.server_spec import DeviceType, ServerSpec
 
 READY_PATH = "/ready"
 
 
 def modules(device_type: DeviceType) -> tuple[str, ...]:
-    """Name what has to import before a server can start."""
+    """Name the modules that a server needs."""
     return ("rollouts.engines.embedded.__main__",)
 
 
-def argv(server: Server) -> tuple[str, ...]:
-    """What follows the interpreter, from the repository's root."""
+def argv(server: ServerSpec) -> tuple[str, ...]:
+    """Return the arguments after the interpreter, run from the repository's root."""
     engine = server.engine
     flags = (
         *("-m", "rollouts.engines.embedded"),
@@ -29,4 +29,5 @@ def argv(server: Server) -> tuple[str, ...]:
 
 
 def env(device_type: DeviceType, tree: str) -> dict[str, str]:
+    """Return variables of the process: none."""
     return {}

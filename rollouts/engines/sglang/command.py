@@ -1,14 +1,14 @@
 """SGLang's command line, on CUDA and without a GPU. Pure, standard library only.
 
-Flags as in `python -m sglang.launch_server --help` of the releases that requirements/sglang-*.txt pin. The module that
-is started is ours (launcher.py), for the keys; all flags are SGLang's.
+Flags as in `python -m sglang.launch_server --help` of the releases that requirements/sglang-*.txt pin. The started
+module is ours (launcher.py), for the keys; all flags are SGLang's.
 """
 
 import math
 import posixpath
 from collections.abc import Sequence
 
-from rollouts.engines.command import DeviceType, Server
+from rollouts.engines.server_spec import DeviceType, ServerSpec
 
 READY_PATH = "/ready"  # cheap; /health samples a token
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # fused ones included
@@ -17,28 +17,28 @@ CPU_FLAGS = (
     *("--sampling-backend", "pytorch"),
     "--disable-cuda-graph",
     "--disable-overlap-schedule",
-    "--enable-deterministic-inference",  # requests' seeds count; the kernels that make it slow are a GPU's
+    "--enable-deterministic-inference",  # else requests' seeds are ignored; it is slow only with a GPU's kernels
 )
-GRAPH_BATCH_MAX = 256  # the most that SGLang captures graphs for by itself, on cards of 60 GiB and more
+GRAPH_BATCH_MAX = 256  # the largest batch that SGLang captures graphs for by default, on cards of 60 GiB and more
 
 ROUTER_READY_PATH = "/readiness"  # 200 once one replica can serve
 ROUTER_FLAGS = (
-    # The rows of a prompt, and an agent's next turn, go where their prefix is in the cache, unless another replica has
-    # so much less to do: the defaults would let 64 requests pile up on one.
+    # The rows of a prompt, and an agent's next turn, go to the replica that has their prefix in its cache, unless
+    # another has so much less to do. The defaults would let 64 requests pile up on one.
     *("--policy", "cache_aware", "--balance-abs-threshold", "4", "--balance-rel-threshold", "1.2"),
-    "--disable-retries",  # the trainer runs a request again itself, once it knows which weights will answer
-    # A replica that refused one request gets no other before it answers again, a second later at the earliest.
+    "--disable-retries",  # the trainer retries a request itself, once it knows which weights will answer
+    # After refusing one request a replica gets the next when it answers again, a second later at the earliest.
     *("--cb-failure-threshold", "1", "--cb-success-threshold", "1", "--cb-timeout-duration-secs", "1"),
     *("--health-failure-threshold", "1", "--health-success-threshold", "1", "--health-check-interval-secs", "1"),
-    *("--health-check-endpoint", "/model_info"),  # answered during a pause too, when /health and /ready are not
+    *("--health-check-endpoint", "/model_info"),  # answered during a pause too, unlike /health and /ready
     *("--health-check-timeout-secs", "10"),
     *("--shutdown-grace-period-secs", "1"),
     *("--log-level", "warn"),
 )
 
 
-def argv(server: Server) -> tuple[str, ...]:
-    """What follows the interpreter, from the repository's root."""
+def argv(server: ServerSpec) -> tuple[str, ...]:
+    """Return the arguments after the interpreter, run from the repository's root."""
     engine, model, cpu = server.engine, server.model, server.device_type == "cpu"
     return (
         *("-m", f"rollouts.engines.sglang.{'cpu_launcher' if cpu else 'launcher'}"),
@@ -63,21 +63,21 @@ def argv(server: Server) -> tuple[str, ...]:
 
 
 def modules(device_type: DeviceType) -> tuple[str, ...]:
-    """Name what has to import before a server can start: ours first, which puts in place what a CPU lacks."""
+    """Name the modules that a server needs: ours first, which puts in place what a CPU lacks."""
     ours = f"rollouts.engines.sglang.{'cpu_launcher' if device_type == 'cpu' else 'launcher'}"
     return (ours, "sglang.launch_server", "sglang.srt.entrypoints.http_server")
 
 
-def _graph_flags(server: Server) -> tuple[str, ...]:
-    """Return flags for decode graphs of every batch that the config samples.
+def _graph_flags(server: ServerSpec) -> tuple[str, ...]:
+    """Return flags for decode graphs of every batch size that the config samples.
 
-    By itself SGLang stops at a batch of 32 or 48 on cards below 60 GiB, and decodes larger ones step by step.
+    By default SGLang stops at a batch of 32 or 48 on cards below 60 GiB, and decodes larger ones step by step.
     """
     return ("--cuda-graph-max-bs-decode", str(min(server.engine.max_running_requests, GRAPH_BATCH_MAX)))
 
 
-def _adapter_flags(server: Server) -> tuple[str, ...]:
-    """Room for one adapter at a time. The kernels that SGLang takes by itself are Triton's."""
+def _adapter_flags(server: ServerSpec) -> tuple[str, ...]:
+    """Return flags for one adapter at a time. By default SGLang takes Triton's kernels."""
     lora = server.model.lora
     if server.engine.weight_sync.kind != "lora" or lora is None:
         return ()
@@ -92,9 +92,9 @@ def _adapter_flags(server: Server) -> tuple[str, ...]:
 
 
 def router_argv(host: str, port: int, replica_urls: Sequence[str], *, timeout_s: float) -> tuple[str, ...]:
-    """What follows the interpreter for the router in front of `replica_urls`; `timeout_s` bounds each request."""
+    """Return the arguments of the router in front of `replica_urls`; `timeout_s` bounds each request."""
     return (
-        *("-m", "rollouts.engines.sglang.router"),
+        *("-m", "rollouts.engines.sglang.router_launcher"),
         *("--host", host),
         *("--port", str(port)),
         *("--worker-urls", *replica_urls),
@@ -104,7 +104,7 @@ def router_argv(host: str, port: int, replica_urls: Sequence[str], *, timeout_s:
 
 
 def env(device_type: DeviceType, tree: str) -> dict[str, str]:
-    """Variables of the process; `tree` is the repository on the host."""
+    """Return variables of the process; `tree` is the repository on the host."""
     if device_type != "cpu":
         return {}
     stubs = posixpath.join(tree, "rollouts/engines/sglang/cpu_stubs")

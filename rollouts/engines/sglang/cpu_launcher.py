@@ -1,7 +1,7 @@
 """SGLang's server for a machine without a GPU: python -m rollouts.engines.sglang.cpu_launcher <the server's flags>.
 
-What SGLang 0.5.21 lacks there is put in place at module level, since the server's processes import this file again. The
-environment must have `cpu_stubs` on its PYTHONPATH and SGLANG_USE_CPU_ENGINE=1. The rest is launcher.py.
+The parts that SGLang 0.5.21 lacks there are put in place at module level, since the server's processes import this file
+again. The environment must have `cpu_stubs` on its PYTHONPATH and SGLANG_USE_CPU_ENGINE=1. The rest is launcher.py.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ def _torchvision_without_cuda() -> None:
     """Let torchvision be imported beside a CPU build of torch.
 
     The wheel of the public index is a CUDA build. Beside a CUDA build of torch its library loads, GPU or not. Beside a
-    CPU build it does not, and the import of torchvision then stops at two operators that the library would define.
+    CPU build it does not load, and the import of torchvision then stops at two operators that the library would define.
     """
     found = importlib.util.find_spec("torchvision")
     for directory in (found and found.submodule_search_locations) or ():
@@ -36,10 +36,10 @@ def _torchvision_without_cuda() -> None:
 
 
 def _seeds_without_a_gpu() -> None:
-    """Let --enable-deterministic-inference, without which requests' seeds are ignored, start on a CPU.
+    """Let --enable-deterministic-inference start on a CPU: without it requests' seeds are ignored.
 
-    Of what it turns on, the sampler that heeds seeds works here (its hash is in `cpu_stubs`), and torch's attention
-    over one sequence after another needs no change; the batch-invariant matrix kernels are for GPUs, and left out.
+    It turns on a sampler that uses seeds, which works here (its hash is in `cpu_stubs`). torch's attention, over one
+    sequence after another, needs no change. The batch-invariant matrix kernels are for GPUs, and left out.
     """
     from sglang.srt import batch_invariant_ops
     from sglang.srt.arg_groups import choices
@@ -50,7 +50,7 @@ def _seeds_without_a_gpu() -> None:
 
 
 class _Unpinned(ModuleType):
-    """torch for modules that make pinned tensors: plain memory, since nothing is copied to a GPU from it."""
+    """torch for modules that make pinned tensors, with plain memory instead: nothing is copied to a GPU from it."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -63,9 +63,9 @@ class _Unpinned(ModuleType):
 
 
 def _adapters_without_a_gpu() -> None:
-    """Let --enable-lora start on a CPU: SGLang's own torch backend computes there, but pins what it makes.
+    """Let --enable-lora start on a CPU: SGLang's torch backend computes there, but pins its tensors.
 
-    Without a GPU torch has nothing to pin for: a RuntimeError as the first layer is wrapped.
+    Without a GPU torch cannot pin memory: a RuntimeError as the first layer is wrapped.
     """
     from sglang.srt.lora import layers
     from sglang.srt.lora.backend import torch_backend

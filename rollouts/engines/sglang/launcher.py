@@ -1,9 +1,9 @@
 """SGLang's server with the run's keys: python -m rollouts.engines.sglang.launcher <sglang.launch_server's flags>.
 
 SGLang takes its keys from the command line or from a file that it turns into one, and prints all its arguments when it
-starts. Here they come from the environment (rollouts/engines/keys.py), and print as '***'. Without them the server asks
-for none. /server_info, which takes the api key, would answer with both: it hides them too. Its stores listen on
-loopback alone. Runs in the engine's environment, from the repository's root.
+starts. Here they come from the environment (rollouts/engines/keys.py), and print as '***'. Without them the server
+needs none. /server_info, which takes the api key, would answer with both: they are hidden there too. Its stores listen
+on loopback alone. Runs in the engine's environment, from the repository's root.
 """
 
 import os
@@ -19,7 +19,7 @@ if __name__ in ("__main__", "__mp_main__"):  # the server, and the processes tha
 
 
 def hidden(value: Any, keys: Collection[str]) -> Any:
-    """`value`, made of JSON's types, with '***' wherever it has one of the keys."""
+    """Return `value`, made of JSON's types, with '***' in place of each of the keys."""
     if isinstance(value, dict):
         return {name: hidden(part, keys) for name, part in value.items()}
     if isinstance(value, list):
@@ -28,7 +28,7 @@ def hidden(value: Any, keys: Collection[str]) -> Any:
 
 
 def _hide(keys: Collection[str]) -> None:
-    """Let what the server answers about itself, from all of its processes, not have them."""
+    """Hide the keys in what the server answers about itself, from all of its processes."""
     from sglang.srt.entrypoints import http_server
 
     plain = http_server.msgspec_to_builtins
@@ -36,13 +36,13 @@ def _hide(keys: Collection[str]) -> None:
 
 
 def _reach_itself() -> None:
-    """SGLang asks itself for a first token before it is ready, through a proxy where the host's variables name one."""
+    """Except loopback from the host's proxies: SGLang asks itself for a first token before it is ready."""
     without = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, (without, "127.0.0.1")))
 
 
 def main(argv: list[str]) -> None:
-    """Serve until a signal ends it; its child processes end with it."""
+    """Serve until a signal ends the process; its child processes end with it."""
     from sglang.launch_server import run_server
     from sglang.srt.plugins import load_plugins
     from sglang.srt.server_args import prepare_server_args

@@ -1,13 +1,13 @@
 """vLLM's command line. Pure, standard library only. `python -m vllm.entrypoints.cli.main` is what `vllm` runs."""
 
-from rollouts.engines.command import DeviceType, Server
+from rollouts.engines.server_spec import DeviceType, ServerSpec
 
 READY_PATH = "/health"
-CPU_KV_CACHE_GIB = 1  # vLLM's own default takes a share of the host's memory
+CPU_KV_CACHE_GIB = 1  # vLLM's default takes a share of the host's memory
 
 
-def argv(server: Server) -> tuple[str, ...]:
-    """What follows the interpreter, from the repository's root."""
+def argv(server: ServerSpec) -> tuple[str, ...]:
+    """Return the arguments after the interpreter, run from the repository's root."""
     engine, model, cpu = server.engine, server.model, server.device_type == "cpu"
     return (
         *("-m", "vllm.entrypoints.cli.main", "serve", server.model_path),
@@ -19,9 +19,9 @@ def argv(server: Server) -> tuple[str, ...]:
         *("--max-model-len", str(engine.context_length)),
         *("--max-num-seqs", str(engine.max_running_requests)),
         *("--seed", str(server.seed)),
-        *("--logprobs-mode", "processed_logprobs"),  # at the sampling temperature: what the loss's ratio needs
+        *("--logprobs-mode", "processed_logprobs"),  # at the sampling temperature, as the loss's ratio needs them
         "--enable-scale-out",  # /inference/v1/generate: token ids in and out
-        "--enable-prompt-tokens-details",  # else an answer does not say what the prefix cache had
+        "--enable-prompt-tokens-details",  # else an answer does not say how much the prefix cache had
         *(("--enforce-eager",) if cpu else ()),
         *(("--trust-remote-code",) if model.trust_remote_code else ()),
         *("--middleware", "rollouts.engines.vllm.guard.KeyGuard"),
@@ -30,11 +30,11 @@ def argv(server: Server) -> tuple[str, ...]:
 
 
 def modules(device_type: DeviceType) -> tuple[str, ...]:
-    """Name what has to import before a server can start."""
+    """Name the modules that a server needs."""
     return ("vllm.entrypoints.cli.main", "rollouts.engines.vllm.guard")
 
 
 def env(device_type: DeviceType, tree: str) -> dict[str, str]:
-    """Variables of the process: weight updates and pauses are routes of the development mode."""
+    """Return variables of the process: weight updates and pauses are routes of the development mode."""
     cpu = {"VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": str(CPU_KV_CACHE_GIB)}
     return {"VLLM_SERVER_DEV_MODE": "1", **(cpu if device_type == "cpu" else {})}

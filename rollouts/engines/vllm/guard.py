@@ -1,7 +1,7 @@
 """The run's keys before vLLM's routes: `vllm serve --middleware rollouts.engines.vllm.guard.KeyGuard`.
 
-vLLM's own --api-key stands on the command line and leaves the development routes open: pauses and weight updates. Here
-the keys come from the environment (rollouts/engines/keys.py) and each route wants its own, as with SGLang. Runs in the
+vLLM's own --api-key is on the command line and leaves the development routes open: pauses and weight updates. Here the
+keys come from the environment (rollouts/engines/keys.py) and each route needs its own key, as with SGLang. Runs in the
 engine's environment; plain ASGI.
 """
 
@@ -16,7 +16,7 @@ REFUSAL = b'{"error": {"message": "Unauthorized"}}'
 
 
 class KeyGuard:
-    """401 for a request without the key that its route needs, its end for such a websocket; all else goes to `app`."""
+    """Answers 401 to a request without its route's key, and closes such a websocket; all else goes to `app`."""
 
     def __init__(self, app: App) -> None:
         self._app = app

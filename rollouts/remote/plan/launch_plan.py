@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from rollouts.config import Config, EngineConfig
-from rollouts.engines.launch import (
+from rollouts.engines.command_lines import (
     LOOPBACK_ONLY,
     engine_argv,
     engine_devices,

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 from rollouts.config import Config
-from rollouts.engines.launch import engine_modules
+from rollouts.engines.command_lines import engine_modules
 from rollouts.remote.host.facts import HostFacts
 from rollouts.remote.plan.torch_build import TorchBuild, build_words, engine_build, trainer_build
 from rollouts.run_dir import EnvironmentSpec, ProcessSpec, RunDir, SmokeCheck

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rollouts.config import Config, EngineConfig
-from rollouts.engines.launch import engine_devices
+from rollouts.engines.command_lines import engine_devices
 from rollouts.remote.inputs.shapes import Shape
 
 GIB = 2**30

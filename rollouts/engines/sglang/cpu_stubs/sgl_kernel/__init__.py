@@ -1,4 +1,4 @@
-"""Stands in for SGLang's kernel package, which no plain CPU has: one operator, and names that are never called."""
+"""A stub of SGLang's kernel package, which needs a GPU: one operator, and names that are never called."""
 
 from typing import Any, NoReturn
 
@@ -17,10 +17,10 @@ def _rotate(x: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def murmur_hash32(seed: torch.Tensor, positions: torch.Tensor, col_indices: torch.Tensor) -> torch.Tensor:
-    """MurmurHash3 (32 bits) of (seed [n], 64 bits; position [n]; column [m]) -> [n, m] uint32: the randomness of
-    seeded sampling, bit for bit as `sglang.kernels.ops.sampling.murmur_hash` has it on a GPU.
+    """Return MurmurHash3 (32 bits) of (seed [n], 64 bits; position [n]; column [m]) as [n, m] uint32.
 
-    In int64: products wrap at 2**64, which leaves their low 32 bits right.
+    It is the randomness of seeded sampling, with the bits of `sglang.kernels.ops.sampling.murmur_hash` on a GPU.
+    Computed in int64: products wrap at 2**64, which leaves their low 32 bits right.
     """
     seed, positions, columns = (x.to(torch.int64) for x in (seed, positions, col_indices))
     state = _mix(torch.zeros_like(seed), seed & _MASK)

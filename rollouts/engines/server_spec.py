@@ -1,4 +1,4 @@
-"""What every engine's command line is made of. Pure, standard library only."""
+"""A server to start, as every engine's command line needs it. Pure, standard library only."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,7 +9,7 @@ DeviceType = Literal["cuda", "cpu", "mps"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Server:
+class ServerSpec:
     """One inference server to start: what it serves, on which kind of device, and where it listens."""
 
     engine: EngineConfig
@@ -18,4 +18,4 @@ class Server:
     device_type: DeviceType  # its index comes from CUDA_VISIBLE_DEVICES
     host: str
     port: int
-    seed: int  # of the sampling of requests that bring none of their own
+    seed: int  # for the sampling of requests without a seed

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from types import ModuleType
 
 from rollouts.config import EngineConfig, ModelConfig
-from rollouts.engines.command import DeviceType, Server
 from rollouts.engines.embedded import command as embedded
+from rollouts.engines.server_spec import DeviceType, ServerSpec
 from rollouts.engines.sglang import command as sglang
 from rollouts.engines.vllm import command as vllm
 
-HOST = "127.0.0.1"  # loopback only: whoever may change weights has to be on the host, and to have the run's key
-# What torch, gloo and NCCL listen on: by themselves the address of the host's name, or all of them.
+HOST = "127.0.0.1"  # loopback only: changing weights takes access to the host, and the run's key
+# Where torch, gloo and NCCL listen; by default at the address of the host's name, or at all addresses.
 LOOPBACK_ONLY = {
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # torchrun's second store; the ranks' own is a file (distributed.py)
     "GLOO_SOCKET_IFNAME": "lo",
@@ -24,27 +24,27 @@ COMMANDS: Mapping[str, ModuleType] = {"embedded": embedded, "sglang": sglang, "v
 
 
 def engine_url(engine: EngineConfig, replica: int = 0) -> str:
-    """Where a replica answers, without a trailing slash."""
+    """Return the URL of a replica, without a trailing slash."""
     return f"http://{HOST}:{engine.sglang_port + replica}"
 
 
 def ready_url(engine: EngineConfig, replica: int = 0) -> str:
-    """Answers 200 once that replica serves; needs no key."""
+    """Return the URL that answers 200 once that replica serves; needs no key."""
     return f"{engine_url(engine, replica)}{COMMANDS[engine.kind].READY_PATH}"
 
 
 def router_url(engine: EngineConfig) -> str | None:
-    """Where the router in front of the replicas answers; None without one."""
+    """Return the URL of the router in front of the replicas; None without one."""
     return None if engine.router_port is None else f"http://{HOST}:{engine.router_port}"
 
 
 def router_ready_url(engine: EngineConfig) -> str:
-    """Answers 200 once it has a replica to send requests to; needs no key."""
+    """Return the URL that answers 200 once the router has a replica to send requests to; needs no key."""
     return f"{router_url(engine)}{sglang.ROUTER_READY_PATH}"
 
 
 def router_argv(engine: EngineConfig, *, python: str, request_timeout_s: float) -> tuple[str, ...]:
-    """The command line of the router at `router_url`, in the engines' environment, from the repository's root."""
+    """Return the command line of the router, in the engines' environment, from the repository's root."""
     assert engine.router_port is not None, "a config with a router"
     urls = [engine_url(engine, replica) for replica in range(engine.replicas)]
     return (python, *sglang.router_argv(HOST, engine.router_port, urls, timeout_s=request_timeout_s))
@@ -60,13 +60,13 @@ def engine_argv(
     seed: int,
     replica: int = 0,
 ) -> tuple[str, ...]:
-    """The command line that serves `model_path` (a Hugging Face directory with weights) at `engine_url`.
+    """Return the command line that serves `model_path` (a Hugging Face directory with weights) at `engine_url`.
 
-    `python` is the interpreter of the environment that holds the engine; run it from the repository's root, with
-    `engine_env` in the environment. `seed` feeds the sampling of requests that bring none of their own. The device's
-    index is not chosen here: the caller sets CUDA_VISIBLE_DEVICES to `engine_devices`.
+    `python` is the interpreter of the engine's environment; run it from the repository's root, with the variables of
+    `engine_env`. `seed` is for the sampling of requests without a seed. The caller chooses the device's index: it sets
+    CUDA_VISIBLE_DEVICES to `engine_devices`.
     """
-    server = Server(
+    server = ServerSpec(
         engine=engine,
         model=model,
         model_path=model_path,
@@ -79,18 +79,18 @@ def engine_argv(
 
 
 def engine_env(engine: EngineConfig, *, device_type: DeviceType, tree: str) -> dict[str, str]:
-    """Variables that the engine's process needs; `tree` is the repository's root on the host."""
+    """Return variables that the engine's process needs; `tree` is the repository's root on the host."""
     env: dict[str, str] = COMMANDS[engine.kind].env(device_type, tree)
     return env
 
 
 def engine_modules(engine: EngineConfig, *, device_type: DeviceType) -> tuple[str, ...]:
-    """Name what the engine's environment has to import before a server can start."""
+    """Name the modules that a server needs from the engine's environment."""
     names: tuple[str, ...] = COMMANDS[engine.kind].modules(device_type)
     return names
 
 
 def engine_devices(engine: EngineConfig, replica: int) -> list[int]:
-    """The devices of one replica: `engine.gpu_ranks` in slices of `tensor_parallel_size`."""
+    """Return the devices of one replica: `engine.gpu_ranks` in slices of `tensor_parallel_size`."""
     size = engine.tensor_parallel_size
     return engine.gpu_ranks[replica * size : (replica + 1) * size]

@@ -1,10 +1,11 @@
-"""SGLang's router with the run's key: python -m rollouts.engines.sglang.router <sglang_router.launch_router's flags>.
+"""SGLang's router with the run's key: python -m rollouts.engines.sglang.router_launcher <its own flags>.
 
-Its own launcher imports all of SGLang, which it does not need, and which a CPU cannot do unprepared (cpu_launcher.py).
+The flags are those of sglang_router.launch_router. That launcher imports all of SGLang, which the router does not need,
+and which fails on a CPU without cpu_launcher.py.
 
-It samples for whoever has the api key, which it also gives to the replicas; the key comes from the environment
-(rollouts/engines/keys.py), since on a command line everybody could read it. Runs in the engine's environment, from the
-repository's root.
+The router samples for callers with the api key, and sends the same key to the replicas. It reads the key from the
+environment (rollouts/engines/keys.py), since every user of the host can read a command line. Runs in the engine's
+environment, from the repository's root.
 """
 
 import argparse
@@ -22,15 +23,15 @@ ASK_TIMEOUT_S = 2.0
 
 
 def main(argv: list[str]) -> None:
-    """Serve until a signal ends it, from when all replicas answer."""
+    """Wait until all replicas answer, then serve until a signal ends the process."""
     from sglang_router.router import Router
     from sglang_router.router_args import RouterArgs
 
-    parser = argparse.ArgumentParser(prog="rollouts.engines.sglang.router")
+    parser = argparse.ArgumentParser(prog="rollouts.engines.sglang.router_launcher")
     RouterArgs.add_cli_args(parser, use_router_prefix=False)
     arguments = RouterArgs.from_cli_args(parser.parse_args(argv), use_router_prefix=False)
     arguments.api_key, _ = read_keys()
-    # Its figures cannot be turned off, and would be on port 29000 of all addresses.
+    # Its metrics cannot be turned off; by default they are served on port 29000 of all addresses.
     arguments.prometheus_host, arguments.prometheus_port = arguments.host, _free_port(arguments.host)
     _allow_many_connections()
     for url in arguments.worker_urls:
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> None:
 
 
 def _await_replica(url: str) -> None:
-    """Return once it is ready. The router asks for itself, but ever less often: every ten seconds after a minute."""
+    """Return once it is ready. The router polls too, but ever less often: every ten seconds after a minute."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # http_proxy is not for our own host
     while True:
         try:
@@ -56,7 +57,7 @@ def _free_port(host: str) -> int:
 
 
 def _allow_many_connections() -> None:
-    """Two for each request under way: more than the 1,024 files that a process may often open."""
+    """Raise the limit of open files: a request takes two, and hosts often allow a process 1,024."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
