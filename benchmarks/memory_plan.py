@@ -36,7 +36,7 @@ from rollouts.training import distributed, forward, head_ways, lora, optim, pack
 from rollouts.training.backends import fsdp, pytorch
 from rollouts.training.checkpoint import Retention
 from rollouts.training.loops.batching import collate
-from rollouts.worker import trainer_wiring
+from rollouts.worker.builders.backend import build_backend
 
 ROOT = Path(__file__).resolve().parent.parent
 GPU_CONFIGS = ("01_debug_sft_rl", "nanochat_sft_rl", "rl_math", "sft_openwebtext", "sft_qwen")
@@ -174,7 +174,7 @@ def tracked(config: Config, stage: str, model: Mapping[str, Any], *, card: Card 
         (Path(directory) / "config.json").write_text(json.dumps(model))
         here = dataclasses.replace(config, model=dataclasses.replace(config.model, name=directory, init="random"))
         with as_on_a_card(mode, card.total, len(config.target.gpu_ranks)), mode:
-            backend = trainer_wiring.build_backend(
+            backend = build_backend(
                 here,
                 stage,
                 checkpoint_dir=Path(directory),

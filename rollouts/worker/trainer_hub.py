@@ -8,11 +8,13 @@ cache already is not downloaded again; with HF_HUB_OFFLINE nothing is asked. Pri
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
+
+from huggingface_hub import HfApi, constants, errors, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub.utils import disable_progress_bars
 
 SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
 WEIGHTS = ("*.safetensors", "*.bin")  # the first of them that a model has
@@ -20,7 +22,7 @@ NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")
 
 
 class HubError(Exception):
-    """The model cannot be had. The message names the fix."""
+    """The model cannot be downloaded, and the cache lacks it. The message names the fix."""
 
 
 def wanted(files: Iterable[str], *, weights: bool) -> list[str]:
@@ -34,12 +36,11 @@ def wanted(files: Iterable[str], *, weights: bool) -> list[str]:
 
 
 def fetch(name: str, *, weights: bool) -> None:
-    """Have the model in the cache on return. Raises HubError."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from huggingface_hub import HfApi, constants, errors, hf_hub_download, try_to_load_from_cache
-
+    """Download what the cache lacks of the model. Raises HubError."""
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:  # the environment may ask for them
+        disable_progress_bars()
     if constants.HF_HUB_OFFLINE:
-        _look(name, weights=weights)
+        _require_cached(name, weights=weights)
         return
     try:
         found = HfApi().model_info(name, files_metadata=True)
@@ -56,28 +57,26 @@ def fetch(name: str, *, weights: bool) -> None:
     except (errors.GatedRepoError, errors.RepositoryNotFoundError) as error:
         raise HubError(_refused(name, gated=isinstance(error, errors.GatedRepoError))) from None
     except errors.HFValidationError as error:
-        raise HubError(f"model.name={name!r} is no hub id: {error}") from None
+        raise HubError(f"model.name={name!r} is not a valid hub id: {error}") from None
     except Exception as error:  # of the client's HTTP library, which differs between its versions
-        _look(name, weights=weights, why=str(error).strip().partition("\n")[0] or type(error).__name__)
+        _require_cached(name, weights=weights, why=str(error).strip().partition("\n")[0] or type(error).__name__)
 
 
 def _refused(name: str, *, gated: bool) -> str:
     if gated:
         return (
-            f"the model {name} is gated, and the hub was asked without a token that may have it. Accept its licence on"
+            f"the model {name} is gated, and the hub was asked without a token that may read it. Accept its licence on"
             " its page, export HF_TOKEN here and put 'HF_TOKEN' into host.secrets."
         )
     return (
-        f"the hub has no model {name}, or not for this account. Check model.name; for a private one export HF_TOKEN"
-        " here and put 'HF_TOKEN' into host.secrets."
+        f"the hub lacks a model {name}, or this account may not read it. Check model.name; for a private one export"
+        " HF_TOKEN here and put 'HF_TOKEN' into host.secrets."
     )
 
 
-def _look(name: str, *, weights: bool, why: str = "") -> None:
-    """Take what the cache has, where the hub is not asked or cannot be. Raises HubError where it is not whole."""
-    from huggingface_hub import errors, snapshot_download
-
-    asked = f"the hub cannot be asked ({why})" if why else "HF_HUB_OFFLINE is set"
+def _require_cached(name: str, *, weights: bool, why: str = "") -> None:
+    """Raise HubError unless the cache holds the whole model: for when the hub is not asked, or does not answer."""
+    asked = f"the hub does not answer ({why})" if why else "HF_HUB_OFFLINE is set"
     try:
         directory = snapshot_download(name, local_files_only=True)
     except (errors.LocalEntryNotFoundError, OSError):
@@ -92,7 +91,7 @@ def _look(name: str, *, weights: bool, why: str = "") -> None:
 
 def is_whole(directory: Path, *, weights: bool) -> bool:
     """Return whether a snapshot has its configuration and, if asked, all files of one format of weights."""
-    names = {path.name for path in directory.iterdir() if path.exists()}  # a link to a file that is not there is none
+    names = {path.name for path in directory.iterdir() if path.exists()}  # without links whose file is missing
     if "config.json" not in names:
         return False
     indexes = [name for name in names if name.endswith((".safetensors.index.json", ".bin.index.json"))]

@@ -24,7 +24,14 @@ from rollouts.training.model_loading import ModelError, load_model
 from rollouts.training.rewards.scoring import scoring
 from rollouts.training.rollout_gen.concurrency import gather_in_order
 from rollouts.training.types import Sample
-from rollouts.worker import trainer, trainer_job, trainer_wiring
+from rollouts.worker import trainer
+from rollouts.worker.builders import EngineUrls
+from rollouts.worker.builders.backend import build_backend
+from rollouts.worker.builders.loss import rl_training_config
+from rollouts.worker.builders.model import base_model, reference_name
+from rollouts.worker.builders.rollout_source import build_generate_fn
+from rollouts.worker.stages import sft
+from rollouts.worker.stages.log import StageLog, WandbTables, logged_steps, open_metrics
 from tests import example_config as example
 from tests.example_config import example_config, importance, kl, replace_at
 from tests.training.backends.test_pytorch import rl_batch, sft_batch
@@ -55,7 +62,7 @@ def backend_of(
     config: Config, directory: Path, stage: str = "sft", model_path: str | None = None, reference: str | None = None
 ) -> Any:
     torch.manual_seed(0)  # as the trainer does
-    return trainer_wiring.build_backend(
+    return build_backend(
         config,
         stage,
         checkpoint_dir=directory / stage,
@@ -159,8 +166,8 @@ def test_a_lora_run_resumes_over_its_own_base(tmp_path: Path) -> None:
     config = changed(start, BASES["lora"])
 
     def make(path: str, *, resumes: bool) -> Any:
-        base = trainer_wiring.base_model(config, path, resumes=resumes)
-        reference = trainer_wiring.reference_name(config, "rl", path, resumes=resumes)
+        base = base_model(config, path, resumes=resumes)
+        reference = reference_name(config, "rl", path, resumes=resumes)
         backend = backend_of(config, tmp_path, "rl", base, reference)
         assert backend._reference.model is backend.model
         return backend
@@ -373,7 +380,7 @@ def test_use_wandb(tmp_path: Path, wandb_calls: Path, use_wandb: bool, monkeypat
     run.path.mkdir()
     for variable in ("WANDB_DIR", "WANDB_RUN_GROUP"):
         monkeypatch.setenv(variable, "")
-    anyio.run(trainer._train, config, run, "sft", [])
+    anyio.run(trainer._train, sft, config, run, EngineUrls())
     if not use_wandb:
         assert not wandb_calls.exists() and "wandb" not in sys.modules
         return
@@ -411,9 +418,9 @@ def test_a_table_whose_values_differ_in_type(values: list[Any], shown: list[Any]
 def test_a_failed_stage_is_failed_at_wandb(tmp_path: Path, wandb_calls: Path) -> None:
     """Goal: a stage that raises is no finished run at W&B. Red with finish() alone, which means exit code 0."""
     config = changed({"output.use_wandb": True, "output.wandb_project": "letters"})
-    warn = SimpleNamespace(of_step=lambda metrics: [])
-    job: Any = SimpleNamespace(config=config, run=RunDir(tmp_path), stage="sft", num_steps=1, alarms=warn)
-    with pytest.raises(RuntimeError, match="odd"), trainer_job.metrics_of(job):
+    alarms: Any = SimpleNamespace(of_step=lambda metrics: [])
+    stage_log = StageLog(config, RunDir(tmp_path), "sft", alarms)
+    with pytest.raises(RuntimeError, match="odd"), open_metrics(stage_log, 1):
         raise RuntimeError("odd")
     assert json.loads(wandb_calls.read_text().splitlines()[-1]) == {"call": "finish", "exit_code": 1}
 
@@ -426,8 +433,7 @@ def test_wandb_gets_samples_as_tables(tmp_path: Path) -> None:
     answers = [{"stage": stage, "step": step, "row": 0, "answer": stage} for stage in ("rl", "sft") for step in (2, 3)]
     run.eval_samples.write_text("".join(json.dumps(row) + "\n" for row in answers))
     wandb: Any = SimpleNamespace(log_table=lambda name, rows, step: tables.append((name, rows, step)))
-    job: Any = SimpleNamespace(run=run, stage="rl")
-    samples = trainer_job._WandbSamples(wandb, job)
+    samples = WandbTables(wandb, run, "rl")
     for step, metrics in ((1, {}), (2, {"eval_exact_match": 0.5}), (3, {})):
         samples.log({"loss": 1.0, **metrics}, step)
     samples.finish()
@@ -444,10 +450,10 @@ def test_alarms_know_how_many_steps_are_logged() -> None:
     """Goal: a stage that logs fewer than five steps tells what was so in all of them. Red with the steps themselves:
     12 steps, logged at 10 and 12, were never five in a row."""
     config = changed({"rl.log_every": 10, "sft.log_every": 1})
-    found = [trainer_job.logged_steps(config, "rl", steps) for steps in (1, 10, 12, 50)]
-    assert (found, trainer_job.logged_steps(config, "sft", 12)) == ([1, 1, 2, 5], 12)
+    found = [logged_steps(config, "rl", steps) for steps in (1, 10, 12, 50)]
+    assert (found, logged_steps(config, "sft", 12)) == ([1, 1, 2, 5], 12)
     alone = changed({"output.mode": "rl", "rl.log_every": 10, "rl.sampling.source": "engine_only"})
-    assert trainer_job.logged_steps(alone, "rl", 12) == 12  # nothing trains: each step is logged
+    assert logged_steps(alone, "rl", 12) == 12  # nothing trains: each step is logged
 
 
 def test_running_ahead_reaches_the_loop() -> None:
@@ -456,7 +462,7 @@ def test_running_ahead_reaches_the_loop() -> None:
     ahead = {"rl.ahead": example.ahead(2, in_flight_updates=True), "rl.loss.importance": importance()}
     config = changed(ahead)
     assert config.problems() == () and config.rl is not None
-    found = trainer_wiring.rl_training_config(config.rl, STEPS)
+    found = rl_training_config(config.rl, STEPS)
     assert (found.policy_lag_steps_max, found.in_flight_updates) == (2, True)
 
 
@@ -481,6 +487,6 @@ def test_groups_go_apart_where_that_saves_waiting(changes: dict[str, Any], rewar
     assert rl is not None
     engine = InProcessEngine(load_model(TINY_MODEL, init="random"), tiny_tokenizer())
     with scoring(reward_fn, workers=rl.reward.workers, timeout_s=60.0) as reward:
-        generate = trainer_wiring.generate_fn(rl, tiny_tokenizer(), [engine], reward)
+        generate = build_generate_fn(rl, tiny_tokenizer(), [engine], reward)
         anyio.run(gather_in_order, [partial(generate, ["ab"] * 2, seed=seed) for seed in range(2)])
     assert len(engine.requests) == requests

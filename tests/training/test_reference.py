@@ -13,7 +13,9 @@ from rollouts.training.loops.common import train_step
 from rollouts.training.loops.rl_loop import prepare_grpo_batch
 from rollouts.training.reference import as_reference, load_reference, weights_sha256
 from rollouts.training.rl_losses import trained_sequences
-from rollouts.worker.trainer_wiring import build_backend, reference_name, rl_loss, rl_training_config
+from rollouts.worker.builders.backend import build_backend
+from rollouts.worker.builders.loss import rl_loss, rl_training_config
+from rollouts.worker.builders.model import reference_name
 from tests.example_config import example_config, importance, kl, policy_loss, replace_at
 from tests.training import tiny_task
 from tests.training.test_policy_loss import inputs

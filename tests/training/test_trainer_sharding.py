@@ -10,7 +10,7 @@ from rollouts.manifest import manifest_problems
 from rollouts.run_dir import RunDir, read_jsonl
 from rollouts.training.backends import FSDPConfig, FSDPTrainingBackend, PyTorchTrainingBackend
 from rollouts.training.checkpoint import Retention
-from rollouts.worker.trainer_wiring import build_backend, retention
+from rollouts.worker.builders.backend import build_backend, build_retention
 from tests.example_config import example_config, replace_at
 from tests.training import tiny_task
 from tests.training.process_nursery import shared
@@ -114,6 +114,6 @@ def test_the_config_decides_what_stays(tmp_path):
     """Goal: the two output fields reach each stage's retention. Red with the other stage's best."""
     config = config_with(output__checkpoints_keep=3, output__checkpoint_best={"rl": "max reward_mean"})
     run = RunDir(tmp_path)
-    sft, rl = (retention(config, run, stage) for stage in ("sft", "rl"))
+    sft, rl = (build_retention(config, run, stage) for stage in ("sft", "rl"))
     assert (sft.keep_last, sft.best_metric) == (3, None)
     assert (rl.keep_last, rl.best_metric, rl.best_mode) == (3, "reward_mean", "max")

@@ -15,7 +15,7 @@ from rollouts.training.weight_transfer.broadcast import BroadcastLink
 from rollouts.training.weight_transfer.buckets import BucketTransfer
 from rollouts.training.weight_transfer.disk import DiskTransfer
 from rollouts.training.weight_transfer.tensor import SharedMemoryLink
-from rollouts.worker.trainer_wiring import weight_sync, weight_transfer
+from rollouts.worker.builders.weights import build_transfer, open_weight_sync
 from tests.example_config import ahead, example_config, replace_at, sglang
 from tests.weight_transfer.sending import LORA, backend_over
 
@@ -113,23 +113,23 @@ def test_each_kind_is_wired(models: dict[str, Path], tmp_path: Path) -> None:
     """Goal: kind, bucket size, place and dtype come from the config. Red with a bucket size of its own, and
     with buckets that do not name the run."""
     run, backend = RunDir(tmp_path / "some-run"), backend_over(models["old"], tmp_path)
-    disk = weight_transfer(config_with({}), run, backend)
+    disk = build_transfer(config_with({}), run, backend)
     assert isinstance(disk, DiskTransfer) and disk.directory == run.weights and not disk._temporary
-    memory = weight_transfer(config_with({"engine.weight_sync": ON_TMPFS, "model.dtype": "bfloat16"}), run, backend)
+    memory = build_transfer(config_with({"engine.weight_sync": ON_TMPFS, "model.dtype": "bfloat16"}), run, backend)
     assert isinstance(memory, DiskTransfer) and memory._temporary
     assert str(memory.directory) == str(run.weights_in_memory)
     assert memory._options == {"dtype": torch.bfloat16}
-    lora = weight_transfer(config_with(ADAPTED, weight_sync=LoraSync(on_tmpfs=True)), run, backend)
+    lora = build_transfer(config_with(ADAPTED, weight_sync=LoraSync(on_tmpfs=True)), run, backend)
     assert isinstance(lora, AdapterTransfer) and lora._temporary and lora._directory == run.weights_in_memory
     two = config_with({}, weight_sync=TensorSync(bucket_mib=7), tensor_parallel_size=2)
-    tensor = weight_transfer(two, run, backend)
+    tensor = build_transfer(two, run, backend)
     assert isinstance(tensor, BucketTransfer) and tensor._bucket_bytes == 7 * 2**20 and tensor._dtype is None
     assert isinstance(tensor._link, SharedMemoryLink) and tensor._link._readers == 2
     buffer = tensor._link.buffer(8, torch.device("cpu"))
     assert run.buckets_in_memory() == [buffer.file]
     buffer.close()
     limits = {"limits.sample_timeout_s": 12.0}
-    broadcast = weight_transfer(config_with(limits, weight_sync=BROADCAST), run, backend)
+    broadcast = build_transfer(config_with(limits, weight_sync=BROADCAST), run, backend)
     assert isinstance(broadcast, BucketTransfer) and isinstance(broadcast._link, BroadcastLink)
     assert (broadcast._link._backend, broadcast._link._timeout_s) == ("gloo", 12.0)
 
@@ -149,7 +149,7 @@ def test_what_was_sent_is_kept_where_it_may_be_needed(
 ) -> None:
     """Goal: a copy in the host's memory where an engine may start again and the model does not have it. Red without."""
     config = config_with({"engine.weight_sync": TENSOR, "engine.restarts_max": 1, **changes})
-    transfer = weight_transfer(config, RunDir(tmp_path / "run"), backend_over(models["old"], tmp_path))
+    transfer = build_transfer(config, RunDir(tmp_path / "run"), backend_over(models["old"], tmp_path))
     assert isinstance(transfer, BucketTransfer) and transfer._keep == keep
 
 
@@ -161,7 +161,7 @@ def test_weights_in_memory_go_even_after_a_failure(embedded_url: str, models: di
     config = config_with({"engine.weight_sync.on_tmpfs": True})
 
     async def fail() -> None:
-        async with SGLangEngine(embedded_url) as engine, weight_sync(config, run, backend, [engine]) as sync:
+        async with SGLangEngine(embedded_url) as engine, open_weight_sync(config, run, backend, [engine]) as sync:
             assert sync is not None
             await sync(1)
             assert [path.name for path in run.weights_in_memory.glob("version_*")] == ["version_000001"]

@@ -11,10 +11,9 @@ import pytest
 
 from rollouts import run_dir
 from rollouts.run_dir import RunDir
-from rollouts.training.alarms import Alarms
 from rollouts.training.weight_sync import SGLangEngine
 from rollouts.view.fold import View, fold
-from rollouts.worker.trainer import Job, _resilient
+from rollouts.worker.builders.engines import outliving_restarts
 from tests.example_config import example_config, replace_at
 from tests.worker.stands import (
     PATIENCE_S,
@@ -311,8 +310,7 @@ def test_the_trainer_waits_for_as_many_lives(tmp_path: Path, restarts_max: int, 
     changes = {"limits.engine_hang_timeout_s": 10.0, "limits.engine_ready_timeout_s": 20.0}
     for path, value in {**changes, "engine.restarts_max": restarts_max}.items():
         config = replace_at(config, path, value)
-    job = Job(config, RunDir(tmp_path), "rl", None, None, 1, None, 0, Alarms(1))
-    (engine,) = _resilient(job, [SGLangEngine("http://127.0.0.1:1")])
+    (engine,) = outliving_restarts(config, RunDir(tmp_path), [SGLangEngine("http://127.0.0.1:1")])
     assert (engine.reruns_max, engine.recover_timeout_s) == (restarts_max, timeout_s)
 
 

@@ -6,15 +6,15 @@ from typing import Any
 import pytest
 
 from rollouts.remote.inputs.data import RowCount
-from rollouts.worker.trainer_data import Data, rl_steps, sft_steps
+from rollouts.worker.builders.data import StageData, rl_steps, sft_steps
 from tests.example_config import example_config, replace_at
 from tests.remote.test_look_ahead import inputs
 from tests.remote.test_plan import plan_for
 
 
-def data(sft: int, prompts: int) -> Data:
-    empty: dict[str, Any] = {field.name: () for field in dataclasses.fields(Data)}
-    return Data(**{**empty, "sft": [None] * sft, "prompts": [None] * prompts, "saved": None})
+def data(sft: int, prompts: int) -> StageData:
+    empty: dict[str, Any] = {field.name: () for field in dataclasses.fields(StageData)}
+    return StageData(**{**empty, "sft": [None] * sft, "prompts": [None] * prompts, "saved": None})
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,8 @@ def test_steps(rows: int, per_step: int, epochs: int, steps: int) -> None:
     config = example_config()
     for path, value in changes.items():
         config = replace_at(config, path, value)
-    assert rl_steps(config, data(rows, rows)) == sft_steps(config, data(rows, rows)) == steps
+    assert config.rl is not None and config.sft is not None
+    assert rl_steps(config.rl, data(rows, rows)) == sft_steps(config.sft, data(rows, rows)) == steps
     counts = {name: (RowCount(name, rows, "counted"),) for name in ("sft_mixture", "rl_mixture")}
     plan = plan_for(code=inputs(rows=counts), **{path.replace(".", "__"): value for path, value in changes.items()})
     shown = f"{steps} step{'' if steps == 1 else 's'}"

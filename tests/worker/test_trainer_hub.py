@@ -131,10 +131,10 @@ def test_downloaded_once(
 @pytest.mark.parametrize(
     ("name", "endpoint", "expected"),
     [
-        ("some/nothing", "", "the hub has no model some/nothing"),
+        ("some/nothing", "", "the hub lacks a model some/nothing"),
         ("gated/tiny", "", "is gated.*HF_TOKEN.*host\\.secrets"),
-        ("some/tiny", "http://127.0.0.1:9", "not in this host's cache, and the hub cannot be asked.*HF_ENDPOINT"),
-        ("a/b/c", "", "is no hub id"),
+        ("some/tiny", "http://127.0.0.1:9", "not in this host's cache, and the hub does not answer.*HF_ENDPOINT"),
+        ("a/b/c", "", "is not a valid hub id"),
     ],
 )
 def test_what_the_hub_does_not_give(  # noqa: PLR0917

@@ -17,6 +17,7 @@ from rollouts.run_dir import RunDir, read_jsonl
 from rollouts.training.loops.common import StepsError
 from rollouts.training.types import Sample
 from rollouts.worker import trainer
+from rollouts.worker.stages.parts import require_steps_left
 from tests.engines.scripted import Scripted
 from tests.engines.serving import serving
 from tests.example_config import example_config, policy_loss, replace_at, value_model
@@ -146,8 +147,8 @@ def test_resuming_beyond_the_end_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "metadata.json").write_text(json.dumps({"stage": "sft", "step": 104}))
     for steps in (52, 104):
         with pytest.raises(StepsError, match=rf"is of sft step 104, .* {steps} steps.*Fix: raise sft.num_iterations"):
-            trainer._check_left("sft", tmp_path, steps)
-    trainer._check_left("sft", tmp_path, 105)
+            require_steps_left("sft", tmp_path, steps)
+    require_steps_left("sft", tmp_path, 105)
 
 
 def test_the_engine_says_who_it_is_before_it_is_used(

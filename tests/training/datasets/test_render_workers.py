@@ -11,7 +11,7 @@ from rollouts.training.datasets.examples import Example
 from rollouts.training.datasets.render_workers import CHUNKS_PER_WORKER
 from rollouts.training.datasets.rows import DataError
 from rollouts.training.datasets.sft import build_sft_samples
-from rollouts.worker import trainer_data
+from rollouts.worker.builders.data import _spare_cores
 from tests.training.datasets.families import FAMILIES
 from tests.training.datasets.test_chat_families import CHAT
 from tests.training.datasets.test_chat_sft import example
@@ -76,4 +76,4 @@ def test_ranks_share_the_hosts_cores(monkeypatch: pytest.MonkeyPatch, cores: int
     """Goal: eight ranks that render at once do not start eight times too many. Red without LOCAL_WORLD_SIZE."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-    assert trainer_data._spare_cores() == expected
+    assert _spare_cores() == expected

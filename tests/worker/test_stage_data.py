@@ -9,7 +9,7 @@ import pytest
 
 from base_config import AgentConfig, Config
 from rollouts.training.datasets.rows import DataError
-from rollouts.worker.trainer_data import load_data, prompt_tokens_max, report_of, sft_seed
+from rollouts.worker.builders.data import load_data, prompt_tokens_max, report_of, sft_seed
 from tests.example_config import example_config, replace_at
 from tests.training.process_nursery import shared
 from tests.training.tiny_task import tiny_tokenizer
@@ -64,10 +64,10 @@ def test_the_report_of_what_was_left_out(tmp_path: Path, tokenizer: Any) -> None
     config = config_over(tmp_path, max_length=24)
     with (tmp_path / "q.jsonl").open("a") as file:
         file.write(json.dumps({"question": "long" * 9, "answer": "x"}) + "\n")
-    report = load_data(config, tokenizer, "sft").sft_report
-    assert report is not None and report.kept == 6
+    report = dict(load_data(config, tokenizer, "sft").reports)["sft_mixture"]
+    assert report.kept == 6
     assert report.left_out == {"longer than max_length=24 tokens": 1} and "q.jsonl:7" in str(report)
-    assert load_data(config, tokenizer, "rl").sft_report is None
+    assert "sft_mixture" not in dict(load_data(config, tokenizer, "rl").reports)
 
 
 def test_prompts_leave_room_for_an_answer(tmp_path: Path, tokenizer: Any) -> None:
