@@ -21,12 +21,12 @@ class DatasetSpec:
         "simple_spelling",  # likewise
         "text",  # no conversation: for sft_mixture and eval_mixture's validation loss
     ]
-    split: str
+    split: str  # of a hub data set or directory, such as "train"
     subset: str | None  # the hub's configuration name
     shuffle_seed: int | None  # as datasets' shuffle; None: rows as they stand. Streamed: in windows of 10,000 rows
-    start: int
+    start: int  # the first row, counted from 0
     stop: int  # -1: to the end
-    step: int
+    step: int  # take every step-th row
     max_samples: int  # -1: all
     streaming: bool  # fetch rows one by one and only those needed; for sets too large to download
     repeat: int  # how often the rows stand in the mixture
@@ -34,9 +34,11 @@ class DatasetSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    sft_mixture: list[DatasetSpec]
+    """What the stages train on, and what is held out."""
+
+    sft_mixture: list[DatasetSpec]  # conversations that SFT trains on; [] without an sft stage
     sft_order: Literal["shuffled", "sequence"]  # sequence: the mixture as listed, every epoch; a curriculum
-    rl_mixture: list[DatasetSpec]
+    rl_mixture: list[DatasetSpec]  # prompts that RL samples for; [] without an rl stage
     eval_mixture: list[DatasetSpec]  # held out: validation loss and exact match; [] turns evaluation off
     max_length: int  # tokens; a longer conversation is left out and counted, a longer text split into pieces
-    shuffle_seed: int
+    shuffle_seed: int  # of the order of the mixture

@@ -64,7 +64,7 @@ class Embedded(_Engine):
     sleep_while_training: ClassVar[bool] = False
 
     requirements_file: str | None  # lock of an environment of its own; None: it runs in the trainer's
-    weight_sync: DiskSync | TensorSync
+    weight_sync: DiskSync | TensorSync  # how new weights reach the engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +74,11 @@ class SGLang(_Engine):
     kind: ClassVar[Literal["sglang"]] = "sglang"
 
     requirements_file: str  # lock of the engine's own environment
-    tensor_parallel_size: int
+    tensor_parallel_size: int  # devices that one replica is spread over
     router_port: int | None  # of SGLang's router, which deals out requests; None: the trainer does, in turn
     max_total_tokens: int | None  # of the key-value cache; None: what mem_fraction leaves, less after a restart
     sleep_while_training: bool  # colocated on a GPU: the engine gives its memory back while the trainer steps
-    weight_sync: DiskSync | TensorSync | BroadcastSync | LoraSync
+    weight_sync: DiskSync | TensorSync | BroadcastSync | LoraSync  # how new weights reach the engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +91,8 @@ class VLLM(_Engine):
     sleep_while_training: ClassVar[bool] = False
 
     requirements_file: str  # lock of the engine's own environment
-    tensor_parallel_size: int
-    weight_sync: DiskSync
+    tensor_parallel_size: int  # devices that one replica is spread over
+    weight_sync: DiskSync  # how new weights reach the engine
 
 
 EngineConfig = Embedded | SGLang | VLLM

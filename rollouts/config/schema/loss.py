@@ -9,7 +9,9 @@ class _PolicyLoss:
     """What every loss has. docs/losses.md: all methods, and how to set them."""
 
     advantage_norm: Literal["none", "group_std", "batch"]  # what advantages are divided by; batch: standardised over it
-    aggregation: Literal["token_mean", "sequence_mean_token_sum", "sequence_mean_token_mean", "constant_length"]
+    aggregation: Literal[
+        "token_mean", "sequence_mean_token_sum", "sequence_mean_token_mean", "constant_length"
+    ]  # how token losses become one: docs/losses.md
     entropy_coef: float  # of a bonus for the policy's entropy; 0: none
 
 
@@ -17,7 +19,9 @@ class _PolicyLoss:
 class ImportanceConfig:
     """Weights for samples of older or other weights than those in training: TIS and MIS."""
 
-    kind: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+    kind: Literal[
+        "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
+    ]  # what the ratio is of, and what happens above cap
     cap: float  # the ratio to the sampler above which a token or a sequence is truncated or masked
 
 
@@ -84,6 +88,6 @@ class ValueModel:
 class KLConfig:
     """A penalty for leaving a frozen reference model."""
 
-    coef: float
+    coef: float  # the penalty's weight in the loss
     kind: Literal["k1", "k2", "k3"]  # which estimate of the divergence is the loss's term
     reference: str | None  # hub id or directory on the host; None: the model that the run's rl stage started from

@@ -6,8 +6,10 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class MuonConfig:
-    momentum: float
-    nesterov: bool
+    """Muon, the optimizer of hidden matrices. docs/optimization.md."""
+
+    momentum: float  # of the update's running sum
+    nesterov: bool  # look one step ahead with the momentum
     ns_steps: int  # Newton-Schulz iterations
     adjust_lr: Literal[
         "original", "match_rms_adamw"
@@ -18,10 +20,12 @@ class MuonConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
+    """The optimizer of a stage; its rates are the stage's."""
+
     muon: MuonConfig | None  # Muon for matrices, AdamW for embeddings, head, norms and biases; None: AdamW for all
-    beta1: float  # this and the next two are AdamW's
-    beta2: float
-    eps: float
+    beta1: float  # AdamW's: of the first moment
+    beta2: float  # of the second moment
+    eps: float  # added to the second moment's root
     max_grad_norm: float  # global L2 norm at which gradients are clipped
     warmup_frac: float  # share of the stage's steps over which the rate rises linearly from 0
     schedule: Literal["constant", "linear", "cosine"]  # after warm-up; linear and cosine end at 0

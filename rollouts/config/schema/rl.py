@@ -50,30 +50,32 @@ class AheadConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RLConfig:
+    """Reinforcement learning: what is sampled, how it is rewarded, and how it is trained on."""
+
     num_epochs: int  # steps = prompts * num_epochs // examples_per_step; of saved rollouts, their steps * num_epochs
     examples_per_step: int  # prompts per optimizer step
     num_samples: int  # per prompt; one sample has no baseline
     batch_size: int  # sequences per rank and forward pass, where micro_batch_tokens is -1
     micro_batch_tokens: int  # tokens per rank and forward pass, filled best-fit with whole sequences; -1: batch_size
-    max_new_tokens: int
-    temperature: float
+    max_new_tokens: int  # of an answer; of a turn with rl.agent
+    temperature: float  # of sampling; log-probs of the loss use the same
     top_k: int  # sample among the k likeliest tokens; -1: all
-    unembedding_lr: float
-    embedding_lr: float
-    matrix_lr: float
-    weight_decay: float
-    init_lr_frac: float
-    optimizer: OptimizerConfig
+    unembedding_lr: float  # learning rate of the output head
+    embedding_lr: float  # learning rate of the token embeddings
+    matrix_lr: float  # learning rate of all other weights, and of LoRA adapters
+    weight_decay: float  # decoupled; norms and biases have none
+    init_lr_frac: float  # factor on all learning rates
+    optimizer: OptimizerConfig  # its constants and its schedule
     eval_every: int  # steps between exact-match evaluations; -1: only before and after the stage
     eval_examples: int  # rows of eval_mixture in those; -1: all. The ones before and after always take all
     save_every: int  # steps; -1: only after the last step
-    log_every: int
+    log_every: int  # steps between lines of metrics.jsonl
     baseline: float | Literal["group_mean", "leave_one_out"] | ValueModel  # taken from a reward; a group: one prompt's
-    loss: GRPO | PPO | GSPO | CISPO
+    loss: GRPO | PPO | GSPO | CISPO  # the policy's loss: docs/losses.md
     kl: KLConfig | None  # None: no reference model is loaded
     reward: RewardConfig | None  # None: the environment of `agent` gives rewards
     agent: AgentConfig | None  # None: one answer a prompt
-    sampling: SamplingConfig
+    sampling: SamplingConfig  # where rollouts come from
     ahead: AheadConfig | None  # None: generation and training take turns
 
     @property

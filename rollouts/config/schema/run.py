@@ -9,7 +9,7 @@ class TargetConfig:
     """Which devices train, and how the model is spread over them."""
 
     gpu_ranks: list[int]  # device indices; their number is the trainer's world size. On cpu: one process per entry
-    device_type: Literal["cuda", "cpu", "mps"]
+    device_type: Literal["cuda", "cpu", "mps"]  # where the trainer runs; mps: Apple's GPUs, one process
     sharding: Literal[
         "none", "full_shard", "shard_grad_op", "hybrid_shard"
     ]  # docs/sharding.md; none: a whole copy each
@@ -34,8 +34,8 @@ class HostConfig:
 class LimitsConfig:
     """How long things may take, in seconds, before the run fails with a message."""
 
-    bootstrap_timeout_s: float
-    engine_ready_timeout_s: float
+    bootstrap_timeout_s: float  # environments and models, before the first stage
+    engine_ready_timeout_s: float  # from an engine's start to its first answer
     stage_timeout_s: float  # one stage, sft or rl, as a whole
     engine_hang_timeout_s: float  # an engine that lives and does not answer for so long is hung
     sample_timeout_s: float  # one generation request
@@ -45,12 +45,14 @@ class LimitsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputConfig:
+    """What is run, what it is called, and where results land."""
+
     save_dir: str  # where results land on this machine: <save_dir>/<experiment_name>/<run_id>/
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"]
-    experiment_name: str
-    use_wandb: bool
-    wandb_project: str
-    mode: Literal["sft", "rl", "sft+rl"]
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"]  # of the trainer's log
+    experiment_name: str  # runs of one name lie in one folder; at most one of them is live on a host
+    use_wandb: bool  # log to Weights & Biases as well
+    wandb_project: str  # of Weights & Biases, where use_wandb is True
+    mode: Literal["sft", "rl", "sft+rl"]  # the stages, in order
     source_checkpoint: str | None  # a checkpoint directory on the host: the first stage starts from it, or resumes it
     checkpoints_keep: int  # of each stage on the host, the last ones; -1: all. What a run resumed from stays too
     checkpoint_best: dict[str, str]  # stage -> "min <metric>" or "max <metric>": kept too; {}: by age alone
