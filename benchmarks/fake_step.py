@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM
 from benchmarks import fusion
 from benchmarks.counting import OTHER, Counts, Kernel, nbytes
 from rollouts.training import distributed, forward, head_ways, log_probs, packed_attention
-from rollouts.training.backends import pytorch
+from rollouts.training.backends import precision
+from rollouts.training.backends.placement import WholeCopy
 from rollouts.training.backends.pytorch import PyTorchTrainingBackend
 from rollouts.training.compiled_layers import compile_layers
 from rollouts.training.loops.batching import collate
@@ -102,7 +103,7 @@ def as_on_a_card(counts: Counts, mode: FakeTensorMode, *, memory_bytes: int, com
     chunk = head_ways.cuda_chunk_elements(memory_bytes, compiled_head)
     stand_ins: list[tuple[Any, str, Any]] = [
         (packed_attention, "has_kernel", lambda device: True),
-        (pytorch, "use_copies", lambda device: True),
+        (precision, "use_copies", lambda device: True),
         (head_ways, "has_wide_products", lambda device: True),
         (head_ways, "chunk_elements", lambda device, on_cpu: chunk),
         (head_ways, "fused_on", lambda kind: OnePass(counts) if compiled_head else None),
@@ -118,10 +119,10 @@ def as_on_a_card(counts: Counts, mode: FakeTensorMode, *, memory_bytes: int, com
         yield
 
 
-class _InPlace(PyTorchTrainingBackend):
-    """A backend whose model stays where it is: fake parameters cannot be moved."""
+class _InPlace(WholeCopy):
+    """A model that stays where it is: fake parameters cannot be moved."""
 
-    def _place(self, model: nn.Module) -> None:
+    def place(self, model: nn.Module) -> None:
         pass
 
 
@@ -156,17 +157,17 @@ def count_step(
         backend = make_backend(model, work)
         batch = make_batch(work, config.vocab_size)
         _make_state(backend.optimizer)
-        backend._expect(3 if compiled else 2)
+        backend._steps.sums.announce(3 if compiled else 2)
         with counts.counting():
             if compiled:
-                backend._forward_backward(batch)
-            backend._forward_backward(batch)
+                backend._steps.forward_backward(batch)
+            backend._steps.forward_backward(batch)
             counts.start_over()
-            backend._forward_backward(batch)
+            backend._steps.forward_backward(batch)
             micro_batch = counts.taken()
             with counts.of("optimizer"):
-                backend._optim_step()
-                with backend._copies.in_place():  # type: ignore[union-attr] — made again once a step
+                backend._steps.optim_step()
+                with backend._trained.precision.copies.in_place():  # type: ignore[union-attr] — made again once a step
                     pass
     breaks = torch._dynamo.utils.counters["graph_break"] if compiled else {}
     return StepCounts(micro_batch, counts, tuple(graphs), sum(breaks.values()))
@@ -200,12 +201,13 @@ def _fake_ranks(ranks: int) -> Iterator[None]:
 def make_backend(model: nn.Module, work: Work) -> PyTorchTrainingBackend:
     rates = {"matrix_lr": 1e-4, "embedding_lr": 1e-4, "unembedding_lr": 1e-4}
     loss = sft_loss if work.kind == "sft" else partial(policy_loss, loss="grpo", importance="token_truncate")
-    return _InPlace(
+    return PyTorchTrainingBackend(
         model=model,
         optimizer=build_optimizer(model, **rates, weight_decay=0.0, beta1=0.9, beta2=0.95, eps=1e-8),
         loss_fn=loss,
         checkpoint_dir=Path("unused"),
         compute_dtype="bfloat16",
+        placement=_InPlace(torch.device("cpu")),
     )
 
 

@@ -33,7 +33,7 @@ from rollouts.remote.plan.memory.engine import Card
 from rollouts.remote.plan.memory.training import Step, layer_activations, training_peaks
 from rollouts.remote.plan.memory.uses import step_of
 from rollouts.training import distributed, forward, head_ways, lora, optim, packed_attention, reference
-from rollouts.training.backends import fsdp, pytorch
+from rollouts.training.backends import precision, sharded, step_sums, steps
 from rollouts.training.checkpoint import Retention
 from rollouts.training.loops.batching import collate
 from rollouts.worker.builders.backend import build_backend
@@ -111,7 +111,7 @@ def fake_batches(mode: FakeTensorMode) -> Any:
 def as_on_a_card(mode: FakeTensorMode, card_bytes: int, ranks: int) -> Iterator[None]:
     """Answer what our code asks of its device, and of other ranks, as a card and a process group would."""
     chunk = head_ways.cuda_chunk_elements(card_bytes, compiled=True)
-    mesh, defers = fsdp._mesh, fsdp.defers_reduction
+    mesh, defers = sharded._mesh, sharded.defers_reduction
 
     def real_mesh(*arguments: Any) -> Any:
         with unset_fake_temporarily():
@@ -119,8 +119,8 @@ def as_on_a_card(mode: FakeTensorMode, card_bytes: int, ranks: int) -> Iterator[
 
     answers: list[tuple[Any, str, Any]] = [
         (nn.Module, "_apply", lambda self, fn, recurse=True: self),  # all is where it belongs
-        (pytorch, "use_copies", lambda device: True),
-        (pytorch.PyTorchTrainingBackend, "_read", lambda self, norms, sums: [1.0] * (len(norms) + len(sums))),
+        (precision, "use_copies", lambda device: True),
+        (step_sums.StepSums, "_read", lambda self, norms, sums: [1.0] * (len(norms) + len(sums))),
         (packed_attention, "has_kernel", lambda device: True),
         (head_ways, "fused_on", lambda kind: CompiledHead()),
         (head_ways, "has_wide_products", lambda device: True),
@@ -129,8 +129,8 @@ def as_on_a_card(mode: FakeTensorMode, card_bytes: int, ranks: int) -> Iterator[
         (optim, "_together", lambda parameter: not isinstance(parameter, DTensor)),
         (reference, "weights_sha256", lambda model: ""),
         (lora, "weights_sha256", lambda model: ""),
-        (fsdp, "_mesh", real_mesh),
-        (fsdp, "defers_reduction", lambda count, device_bytes: defers(count, card_bytes)),
+        (sharded, "_mesh", real_mesh),
+        (sharded, "defers_reduction", lambda count, device_bytes: defers(count, card_bytes)),
         (distributed, "broadcast_tensors", lambda tensors: None),
         (distributed, "all_reduce_floats", list),
         (distributed, "new_group", lambda: None),
@@ -138,7 +138,7 @@ def as_on_a_card(mode: FakeTensorMode, card_bytes: int, ranks: int) -> Iterator[
     if ranks > 1:
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
-        answers.append((pytorch, "_total_norm", lambda gradients: torch.ones(())))
+        answers.append((steps, "_total_norm", lambda gradients: torch.ones(())))
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
         with contextlib.ExitStack() as stack:
@@ -190,18 +190,18 @@ def tracked(config: Config, stage: str, model: Mapping[str, Any], *, card: Card 
 
 def _peaks(backend: Any, batch: Mapping[str, Any]) -> tuple[int, int]:
     tracker = Tracker()
-    copies = backend._copies._copies if backend._copies else ()
-    tracker.track_external(backend.model, backend.optimizer, *copies)
+    copies = backend._trained.precision.copies
+    tracker.track_external(backend.model, backend.optimizer, *(copies._copies if copies else ()))
     with tracker:
-        backend._micro_batches = 1
-        backend._optim_step()  # on gradients of 0: makes the state
+        backend._steps.sums.micro_batches = 1
+        backend._steps.optim_step()  # on gradients of 0: makes the state
         tracker.start_over()
-        backend._expect(2)
+        backend._steps.sums.announce(2)
         for _ in range(2):
-            backend._forward_backward(batch)
+            backend._steps.forward_backward(batch)
         training = tracker.peak
         tracker.start_over()
-        backend._optim_step()
+        backend._steps.optim_step()
         return training, tracker.peak
 
 

@@ -42,13 +42,13 @@ def test_kl_to_the_sampler_is_exactly_zero(kind: str, temperature: float, tmp_pa
     """
     model = make_model(kind, tmp_path / "model", seed=0, spread=1.0)
     backend = create_pytorch_backend(model, tmp_path / "checkpoints", "cpu", 1e-2, loss_fn=ppo_loss)
-    backend._tokenizer.chat_template = (
+    backend._saver.tokenizer.chat_template = (
         "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %} {% endif %}"
     )
 
     async def main(url: str) -> list[dict[str, Any]]:
         engine = SGLangEngine(url)
-        generate_fn = make_generate_fn([engine], backend._tokenizer, max_new_tokens=40, temperature=temperature)
+        generate_fn = make_generate_fn([engine], backend._saver.tokenizer, max_new_tokens=40, temperature=temperature)
         config = RolloutConfig(batch_size=5, n_samples_per_prompt=4, generate_fn=generate_fn, reward_fn=vowels)
         buffer = DataBuffer(["ab", "hello there", "what is it?", "a much longer prompt", "x"] * 3, seed=0)
         async with AsyncRolloutManager(buffer, config) as manager:

@@ -169,7 +169,7 @@ def test_a_lora_run_resumes_over_its_own_base(tmp_path: Path) -> None:
         base = base_model(config, path, resumes=resumes)
         reference = reference_name(config, "rl", path, resumes=resumes)
         backend = backend_of(config, tmp_path, "rl", base, reference)
-        assert backend._reference.model is backend.model
+        assert backend._trained.reference.model is backend.model
         return backend
 
     def steps(backend: Any, seeds: range) -> list[dict[str, float]]:
@@ -221,7 +221,7 @@ def test_activation_checkpointing_keeps_less_and_changes_nothing(tmp_path: Path)
                 return tensor
 
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                metrics = backend._forward_backward(sft_batch())
+                metrics = backend._steps.forward_backward(sft_batch())
             gradients = [p.grad for p in backend.model.parameters() if p.requires_grad]
             assert all(gradient is not None for gradient in gradients)
             results.append((metrics, gradients, sum(kept.values())))

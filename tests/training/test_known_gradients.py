@@ -92,12 +92,12 @@ def test_a_backend_uses_what_is_known(tmp_path: Any, monkeypatch: pytest.MonkeyP
     """Goal: an SFT step takes one product less for each of the head's chunks. Red with the backend not asking."""
     counted = []
     for known in (None, known_gradient):
-        monkeypatch.setattr("rollouts.training.backends.pytorch.known_gradient", known or (lambda *_: None))
+        monkeypatch.setattr("rollouts.training.backends.passes.known_gradient", known or (lambda *_: None))
         monkeypatch.setattr(log_probs, "_CHUNK_ELEMENTS", 24 * 4)
         backend = tiny_backend(tmp_path)
         batch = {**sft_batch(), "tokens_global": 9.0}
         with Products() as products:
-            backend._forward_backward(batch)
+            backend._steps.forward_backward(batch)
         counted.append(products.count)
     chunks = -(-int((batch["loss_mask"][:, 1:] != 0).sum()) // 4)
     assert chunks > 1 and counted[0] - counted[1] == chunks

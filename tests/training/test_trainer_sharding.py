@@ -100,7 +100,7 @@ def test_the_config_decides_the_backend(tmp_path, alone, changes, expected):
         retention=Retention(),
     )
     assert isinstance(backend, FSDPTrainingBackend if expected else PyTorchTrainingBackend)
-    assert getattr(backend, "_config", None) == expected
+    assert getattr(backend._trained.placement, "config", None) == expected
     ids = torch.tensor([[3, 4, 5]])
     batch = {"input_ids": ids, "labels": ids, "loss_mask": torch.ones(1, 3)}
 

@@ -64,7 +64,7 @@ def train(backend: Any, num_steps: int = 2, *, resume: dict | None = None, **opt
 
 
 def parameters(backend: Any) -> list[torch.Tensor]:
-    modules = [backend.model, *([backend._value_head] if backend._value_head else [])]
+    modules = [backend.model, *([backend._trained.value_head] if backend._trained.value_head else [])]
     return [parameter.detach().clone() for module in modules for parameter in module.parameters()]
 
 
@@ -142,7 +142,7 @@ def test_with_values_of_0_it_is_reinforce(tmp_path):
     ]
     assert found[0]["value_loss"] == pytest.approx(sum(rewards) / len(rewards))
     assert found[0]["explained_variance"] == pytest.approx(0.0, abs=1e-9)
-    assert critic._value_head.weight.abs().sum() > 0  # it has begun to learn
+    assert critic._trained.value_head.weight.abs().sum() > 0  # it has begun to learn
 
 
 @pytest.mark.parametrize("cut", [{"micro_batch_size": 1}, {"micro_batch_size": 4}, {"micro_batch_tokens": 17}])
@@ -224,7 +224,7 @@ def test_a_head_that_is_not_finite_moves_nothing(tmp_path):
     batch |= {"advantages": torch.ones(shape), "returns": torch.ones(shape), "old_values": torch.zeros(shape)}
     before = parameters(critic)
     critic.forward_backward(batch).wait()
-    critic._value_head.bias.grad.fill_(torch.inf)
+    critic._trained.value_head.bias.grad.fill_(torch.inf)
     with pytest.raises(FloatingPointError, match="of the value head at step 1"):
         critic.optim_step().wait()
     assert critic.step == 0
@@ -245,7 +245,7 @@ def test_several_updates_use_the_values_from_before_the_first(tmp_path):
     one = backend_with(tmp_path / "one", head())
     train(one, 1)
     free, held, single = (
-        b._value_head.weight.detach().norm().item() for b in (backends["free"], backends["held"], one)
+        b._trained.value_head.weight.detach().norm().item() for b in (backends["free"], backends["held"], one)
     )
     assert free > 2 * single > 0 and held < free
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from rollouts.training import checkpoint
-from rollouts.training.backends import pytorch
+from rollouts.training.backends import precision
 from rollouts.training.backends.compute_copies import ComputeCopies
 from rollouts.training.backends.pytorch import PyTorchTrainingBackend
 from rollouts.training.loops.batching import split_batch
@@ -55,7 +55,7 @@ def checkpointed(model: nn.Module) -> nn.Module:
 @pytest.fixture
 def as_on_a_card(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     """Choose: copies, as on CUDA, or autocast, as on the CPU."""
-    return lambda copies: monkeypatch.setattr(pytorch, "use_copies", lambda device: copies)
+    return lambda copies: monkeypatch.setattr(precision, "use_copies", lambda device: copies)
 
 
 @pytest.mark.parametrize(

@@ -85,12 +85,12 @@ def test_a_step_waits_once(tmp_path, case):
         options["reference"] = as_reference(tiny_model(7), "seven")
     backend = tiny_backend(tmp_path, loss_fn=loss_fn, **options)
     batches = [sft_batch(seed=0), sft_batch(seed=1)] if loss_fn is sft_loss else rl_batches()
-    backend._expect(len(batches))
+    backend._steps.sums.announce(len(batches))
     for batch in batches:
-        assert waits(backend._forward_backward, batch) == []
-    assert waits(backend._optim_step) == ["tolist"]
-    assert waits(backend._forward_backward, batches[0]) == ["tolist"]
-    assert waits(backend._optim_step) == ["tolist"]
+        assert waits(backend._steps.forward_backward, batch) == []
+    assert waits(backend._steps.optim_step) == ["tolist"]
+    assert waits(backend._steps.forward_backward, batches[0]) == ["tolist"]
+    assert waits(backend._steps.optim_step) == ["tolist"]
 
 
 def test_a_value_head_waits_no_more(tmp_path):
@@ -103,13 +103,15 @@ def test_a_value_head_waits_no_more(tmp_path):
     )
     batches = rl_batches()
     for batch in batches:
-        assert waits(backend._values, batch) == ["cpu"]
+        assert waits(backend._passes.values, batch) == ["cpu"]
         batch["returns"] = torch.ones(batch["input_ids"].shape)
-    backend._expect(len(batches))
+    backend._steps.sums.announce(len(batches))
     for batch in batches:
-        assert waits(backend._forward_backward, batch) == []
-    backend._value_head.optimizer.step = lambda: None  # reads its step counts, which lie on the host on a card too
-    assert waits(backend._optim_step) == ["tolist"]
+        assert waits(backend._steps.forward_backward, batch) == []
+    backend._trained.value_head.optimizer.step = lambda: (
+        None
+    )  # reads its step counts, which lie on the host on a card too
+    assert waits(backend._steps.optim_step) == ["tolist"]
 
 
 def test_what_counts_as_a_wait():

@@ -340,7 +340,7 @@ def test_factory_makes_a_trainable_backend(tmp_path):
 
     path = anyio.run(main)
     again = create_pytorch_backend(path, tmp_path, device_type="cpu")
-    assert again._tokenizer.get_vocab() == backend._tokenizer.get_vocab()
+    assert again._saver.tokenizer.get_vocab() == backend._saver.tokenizer.get_vocab()
     assert backend.model.config.vocab_size == VOCAB
 
 

@@ -195,9 +195,12 @@ def test_generation_goes_on_while_a_step_trains(engine_url: str, tmp_path: Path)
         return small_letters(sample)
 
     class Waiting(PyTorchTrainingBackend):
-        def _forward_backward(self, batch: Any) -> dict[str, float]:
+        def forward_backward(self, batch: Any) -> Any:
+            self.on_model(self.wait)  # in turn, on the thread of the work
+            return super().forward_backward(batch)
+
+        def wait(self, model: Any) -> None:
             assert self.step != 1 or scored.wait(timeout=20), "nothing was generated meanwhile"
-            return super()._forward_backward(batch)
 
     run = Run(engine_url, tmp_path, training_config(3, 1), backend=make_backend(tmp_path, Waiting), reward_fn=reward_fn)
     assert len(run.metrics) == 3

@@ -1,0 +1,35 @@
+"""Calls a loss function: with `logits`, and by keyword with every key of a batch that its signature names."""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+
+from torch import Tensor
+
+from rollouts.training.rl_losses import Logits, is_log_prob_loss
+from rollouts.training.seams import Batch
+
+MODEL_KEYS = ("input_ids", "labels", "loss_mask")
+
+
+class LossFunction:
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        parameters = inspect.signature(function).parameters.values()
+        self.function = function
+        self.reads_log_probs = is_log_prob_loss(function)
+        self.required = frozenset(p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD)
+        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        self._keys = None if takes_all else frozenset(p.name for p in parameters)
+
+    def __call__(self, logits: Logits, inputs: Batch) -> Tensor:
+        """Return the loss, a scalar; `inputs` are a batch on the device, with what a user has added to it."""
+        named = {key: value for key, value in inputs.items() if self._keys is None or key in self._keys}
+        return self.function(logits=logits, **named)
+
+    def check(self, batch: Mapping[str, object], required: Iterable[str]) -> None:
+        """Raise ValueError unless `batch` has what the model needs, and all of `required`."""
+        missing = sorted({*MODEL_KEYS, *required} - {*batch, "logits"})
+        if missing:
+            name = getattr(self.function, "__name__", repr(self.function))
+            raise ValueError(
+                f"batch has no {', '.join(missing)}: needed by the model and {name}; it has {sorted(batch)}"
+            )
