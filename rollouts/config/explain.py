@@ -63,7 +63,7 @@ def section_docs() -> dict[str, str]:
 
 
 def _fields_of(schema: type, prefix: str) -> Iterator[FieldDoc]:
-    comments = _comments(schema)
+    comments = field_comments(schema)
     for name, expected in field_types(schema).items():
         path = f"{prefix}{name}"
         parts = list(_dataclasses(expected))
@@ -108,8 +108,8 @@ def _docstring(schema: type) -> str:
 
 
 @functools.cache
-def _comments(schema: type) -> dict[str, str]:
-    """Return {field: the comments on its lines} of a class and of those that it inherits from."""
+def field_comments(schema: type) -> dict[str, str]:
+    """Return {field: the comments on its lines} of a class of the schema and of those that it inherits from."""
     found: dict[str, str] = {}
     for item in reversed(schema.__mro__):
         if dataclasses.is_dataclass(item):

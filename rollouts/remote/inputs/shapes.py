@@ -1,7 +1,7 @@
 """The shape of a model: its widths, layers and parameters, from its config.json. Pure.
 
-Where a config names a model of the hub, whose config.json is not on this machine, HUB has those of the models that the
-shipped configs name. Nothing is guessed: a model that is neither here nor there has no shape, with the reason.
+Where a config names a model of the hub, whose config.json is not on this machine, HUB has those of the families of
+`rollouts.config.families`. Nothing is guessed: a model that is neither here nor there has no shape, with the reason.
 """
 
 from collections.abc import Mapping
@@ -9,19 +9,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from rollouts.config.families import known_models
+
 DENSE = ("llama", "mistral", "qwen2", "qwen3", "smollm3")  # gated MLP, norm before attention and before the MLP
 EXPERTS = ("qwen2_moe", "qwen3_moe")
+OTHERS = ("gemma3_text", "olmo2")  # counted; what their layers keep for the backward pass is not
 
-_QWEN2 = {"model_type": "qwen2", "num_key_value_heads": 2, "vocab_size": 151_936, "tie_word_embeddings": True}
-_QWEN2_05B = {**_QWEN2, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
-_QWEN2_15B = {**_QWEN2, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28}
-# As in the config.json of the hub's repositories: the fields that a shape is made of.
-HUB: Mapping[str, Mapping[str, Any]] = {
-    "Qwen/Qwen2.5-0.5B": {**_QWEN2_05B, "num_attention_heads": 14},
-    "Qwen/Qwen2.5-0.5B-Instruct": {**_QWEN2_05B, "num_attention_heads": 14},
-    "Qwen/Qwen2.5-1.5B": {**_QWEN2_15B, "num_attention_heads": 12},
-    "Qwen/Qwen2.5-1.5B-Instruct": {**_QWEN2_15B, "num_attention_heads": 12},
-}
+HUB: Mapping[str, Mapping[str, Any]] = known_models()
 
 
 class ShapeError(ValueError):
@@ -47,6 +41,7 @@ class Shape:
     is_tied: bool  # embeddings and output head are one
     has_qkv_bias: bool
     has_head_norms: bool  # norms of each head's queries and keys
+    layer_norms: int  # elements of a layer's other norms
 
     @property
     def queries(self) -> int:
@@ -82,7 +77,7 @@ class Shape:
     def vectors(self) -> int:
         """Elements of norms and biases."""
         biases = self.queries + 2 * self.keys if self.has_qkv_bias else 0
-        norms = 2 * self.hidden + (2 * self.head if self.has_head_norms else 0)
+        norms = self.layer_norms + (2 * self.head if self.has_head_norms else 0)
         return self.layers * (biases + norms) + self.hidden
 
     @property
@@ -102,8 +97,8 @@ class Shape:
 def shape_of(config: Mapping[str, Any]) -> Shape:
     """Return the shape that a config.json describes. Raises ShapeError."""
     kind = config.get("model_type")
-    if kind not in (*DENSE, *EXPERTS):
-        known = ", ".join((*DENSE, *EXPERTS))
+    if kind not in (*DENSE, *EXPERTS, *OTHERS):
+        known = ", ".join((*DENSE, *EXPERTS, *OTHERS))
         raise ShapeError(f"model_type={kind!r} is none whose parameters are counted here ({known})")
     biased = [name for name in ("attention_bias", "mlp_bias") if config.get(name) and kind != "qwen2_moe"]
     if biased:
@@ -115,23 +110,35 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
     count = "num_experts" if config.get("num_experts") is not None else "num_local_experts"  # transformers' newer name
     experts = _size(config, count) if has_experts else 0
     dense_layers = _dense_layers(config, layers) if has_experts else 0
+    key_heads = _size(config, "num_key_value_heads") if config.get("num_key_value_heads") else heads
+    head = _size(config, "head_dim") if config.get("head_dim") else hidden // heads
     return Shape(
         kind=kind,
         vocabulary=_size(config, "vocab_size"),
         hidden=hidden,
         layers=layers,
         heads=heads,
-        key_heads=_size(config, "num_key_value_heads") if config.get("num_key_value_heads") else heads,
-        head=_size(config, "head_dim") if config.get("head_dim") else hidden // heads,
+        key_heads=key_heads,
+        head=head,
         mlp=_size(config, "moe_intermediate_size" if has_experts else "intermediate_size"),
         experts=experts,
         shared_mlp=_size(config, "shared_expert_intermediate_size") if kind == "qwen2_moe" else 0,
         dense_layers=dense_layers,
         dense_mlp=_size(config, "intermediate_size") if dense_layers else 0,
-        is_tied=bool(config.get("tie_word_embeddings", kind == "smollm3")),
+        is_tied=bool(config.get("tie_word_embeddings", kind in ("smollm3", "gemma3_text"))),
         has_qkv_bias=kind == "qwen2" or (kind == "qwen2_moe" and bool(config.get("qkv_bias", True))),
-        has_head_norms=kind in ("qwen3", "qwen3_moe"),
+        has_head_norms=kind in ("qwen3", "qwen3_moe", "gemma3_text"),
+        layer_norms=_layer_norms(kind, hidden, heads * head, key_heads * head),
     )
+
+
+def _layer_norms(kind: str, hidden: int, queries: int, keys: int) -> int:
+    """Count the elements of a layer's norms, those of single heads aside. Source: transformers' models."""
+    if kind == "gemma3_text":  # before and after attention and MLP
+        return 4 * hidden
+    if kind == "olmo2":  # after both, and of all queries and all keys together
+        return 2 * hidden + queries + keys
+    return 2 * hidden
 
 
 def shape_named(name: str, configs: Mapping[str, Mapping[str, Any] | None]) -> Shape | str:

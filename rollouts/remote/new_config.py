@@ -1,0 +1,212 @@
+"""`deploy new`: a complete config from a few choices, fitted to the memory of its GPUs. Reads the data file's rows."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast, get_args, get_type_hints
+
+from rollouts.config import Config, DatasetSpec, changed
+from rollouts.config.scaffold import Choices, DataChoice, scaffold
+from rollouts.config.source import commented_source
+from rollouts.config.types import ConfigError, nearest
+from rollouts.plain_files import reading
+from rollouts.remote.errors import DeployError
+from rollouts.remote.inputs.shapes import shape_named
+from rollouts.remote.plan.memory import Card, Models
+from rollouts.remote.plan.memory.engine import GIB
+from rollouts.remote.plan.memory.fit import misfits, nearest_change
+from rollouts.remote.plan.memory.uses import gpu_uses
+from rollouts.remote.plan.memory.words import memory_lines
+
+FORMATS = cast(tuple[str, ...], get_args(get_type_hints(DatasetSpec)["format"]))
+USABLE_SHARE = 0.98  # of a card, as driver and display leave it
+ROWS_LOOKED_AT = 100  # for the format
+# Data sets of the hub whose form is known here: (format, subset, split to train on, split to hold out)
+HUB_DATA: Mapping[str, tuple[str, str | None, str, str | None]] = {
+    "openai/gsm8k": ("gsm8k", "main", "train", "test"),
+    "gsm8k": ("gsm8k", "main", "train", "test"),
+    "HuggingFaceTB/smol-smoltalk": ("smoltalk", None, "train", "test"),
+    "HuggingFaceTB/smoltalk": ("smoltalk", "all", "train", "test"),
+    "allenai/ai2_arc": ("multiple_choice", "ARC-Challenge", "train", "test"),
+}
+OWN_REWARDS = {  # of formats whose answers tell how to judge them
+    "gsm8k": "rollouts.training.rewards.math_verify",
+    "multiple_choice": "rollouts.training.rewards.exact_match",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """The command's options."""
+
+    file: Path
+    mode: Literal["sft", "rl", "sft+rl"]
+    model: str
+    data: str
+    rl_data: str | None  # None: `data` for both stages
+    format: str | None  # None: found out from the first rows
+    reward: str | None
+    gpus: int
+    gpu_memory_gib: float
+    lora: bool
+    max_length: int
+    max_new_tokens: int
+    package_files: str
+
+
+@dataclass(frozen=True)
+class NewConfig:
+    """A config that was written down, and what is known of its memory."""
+
+    config: Config
+    text: str
+    memory: tuple[str, ...]  # a table for people; () on a CPU
+    changes: Mapping[str, Any]  # what the memory of the GPUs changed of the usual values
+
+
+def new_config(asked: Asked) -> NewConfig:
+    """Return a config for these choices that has no problems and fits. Raises DeployError."""
+    if asked.file.suffix != ".py":
+        raise DeployError(f"{asked.file}: a config is a .py file.")
+    if asked.file.exists():
+        raise DeployError(
+            f"{asked.file} exists already, and is left as it is.", fix="choose another name, or remove it"
+        )
+    first = data_choice(asked.data, asked.format)
+    second = data_choice(asked.rl_data, None) if asked.rl_data else first
+    reward = asked.reward or (OWN_REWARDS.get(second.format) if "rl" in asked.mode else None)
+    if "rl" in asked.mode and reward is None:
+        raise DeployError(
+            f"--reward is missing: nothing says what an answer to a row of {second.name} earns.",
+            fix="name a function of yours (--reward my_rewards.score), or one of rollouts.training.rewards",
+        )
+    choices = Choices(
+        experiment_name=_experiment_name(asked.file),
+        mode=asked.mode,
+        model=asked.model,
+        sft_data=first if "sft" in asked.mode else None,
+        rl_data=second if "rl" in asked.mode else None,
+        reward=reward,
+        gpus=asked.gpus,
+        gpu_memory_gib=asked.gpu_memory_gib,
+        lora=asked.lora,
+        colocated=asked.gpus == 1,
+        max_length=asked.max_length,
+        max_new_tokens=asked.max_new_tokens,
+        package_files=asked.package_files,
+    )
+    config, changes, memory = _first_that_fits(choices)
+    if problems := config.problems():
+        raise DeployError(f"{asked.file}: {problems[0]}")
+    heading = f"{asked.mode.upper()} of {asked.model}. Made by `deploy new`; every value is yours to change.\n\n"
+    heading += f"    deploy {asked.file} --plan\n"
+    return NewConfig(config, commented_source(config, heading), memory, changes)
+
+
+def data_choice(name: str, format_asked: str | None) -> DataChoice:
+    """Return how to read a data set: of a .jsonl file its rows are counted, and its format found out.
+
+    Raises DeployError for a file that is missing, empty or of no known format, and for an unknown data set of the hub
+    without a format.
+    """
+    if format_asked is not None and format_asked not in FORMATS:
+        raise DeployError(f"--format {format_asked!r} is not known{nearest(format_asked, FORMATS)}", fix=_formats())
+    path = Path(name)
+    if path.suffix == ".jsonl" or path.is_file():
+        rows = list(_rows(path))
+        if not rows:
+            raise DeployError(f"{name}: has no rows.")
+        found = format_asked or _format_of(name, rows[:ROWS_LOOKED_AT])
+        return DataChoice(name=name, format=found, split="train", subset=None, rows=len(rows), test_split=None)
+    if name in HUB_DATA:
+        known, subset, split, test = HUB_DATA[name]
+        return DataChoice(
+            name=name, format=format_asked or known, split=split, subset=subset, rows=None, test_split=test
+        )
+    if format_asked is None:
+        raise DeployError(f"--data {name}: is no .jsonl file here, and its form is not known.", fix=_formats())
+    return DataChoice(name=name, format=format_asked, split="train", subset=None, rows=None, test_split=None)
+
+
+def _rows(path: Path) -> list[Any]:
+    try:
+        with reading(path) as stream:
+            lines = stream.read().decode("utf-8-sig").splitlines()
+    except FileNotFoundError:
+        raise DeployError(f"--data {path}: no such file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DeployError(f"--data {path}: cannot be read: {error}") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise DeployError(f"{path}:{number}: not JSON: {error}") from None
+    return rows
+
+
+def _format_of(name: str, rows: list[Any]) -> str:
+    """Return the format that these rows have by their keys. Raises DeployError where none fits."""
+    if all(isinstance(row, list) for row in rows):
+        return "custom_json"
+    keys = set.intersection(*(set(row) if isinstance(row, dict) else set() for row in rows))
+    if "messages" in keys:
+        return "messages"
+    if {"question", "answer"} <= keys:
+        return "gsm8k" if all("#### " in str(row["answer"]) for row in rows) else "question_answer"
+    if {"question", "choices", "answerKey"} <= keys:
+        return "multiple_choice"
+    if "text" in keys:
+        return "text"
+    raise DeployError(
+        f"{name}: its rows have {', '.join(sorted(keys)) or 'no keys in common'}, which is none of the known formats.",
+        fix=_formats(),
+    )
+
+
+def _formats() -> str:
+    return f"give --format one of {', '.join(FORMATS)}, and see docs/guide/your-data.md for the keys of each"
+
+
+def _experiment_name(file: Path) -> str:
+    letters = "".join(letter if letter.isalnum() and letter.isascii() else "_" for letter in file.stem)
+    return letters.strip("_")[:48] or "run"
+
+
+def _first_that_fits(choices: Choices) -> tuple[Config, Mapping[str, Any], tuple[str, ...]]:
+    """Fit the config; where trainer and engine apart do not fit, let them share all GPUs. Raises DeployError."""
+    try:
+        return _fitted(choices)
+    except DeployError:
+        if choices.gpus < 2 or choices.mode == "sft":
+            raise
+    return _fitted(dataclasses.replace(choices, colocated=True))
+
+
+def _fitted(choices: Choices) -> tuple[Config, Mapping[str, Any], tuple[str, ...]]:
+    """Return (a config that fits, what memory changed of its values, the table of its memory). Raises DeployError."""
+    try:
+        config = scaffold(choices)
+    except ConfigError as error:
+        raise DeployError(str(error)) from None
+    if not choices.gpus:
+        return config, {}, ()
+    whole = int(choices.gpu_memory_gib * GIB)
+    cards = {gpu: Card(have=int(USABLE_SHARE * whole), total=whole) for gpu in range(choices.gpus)}
+    models = Models(policy=shape_named(choices.model, {}), reference=None, parameters=None)
+    fields: Mapping[str, Any] = {}
+    if misfits(config, models, cards):
+        change = nearest_change(config, models, cards, cards)
+        if change is None:
+            needed = max(use.needed for use in gpu_uses(config, models, cards)) / GIB
+            raise DeployError(
+                f"{choices.model} does not fit: it needs about {needed:.0f} GiB on a GPU of"
+                f" {choices.gpu_memory_gib:g} GiB.",
+                fix="more GPUs (--gpus), larger ones (--gpu-memory-gib)" + ("" if choices.lora else ", or --lora"),
+            )
+        fields = change.fields
+    fitted = changed(config, fields)
+    return fitted, fields, tuple(memory_lines(list(gpu_uses(fitted, models, cards)), cards))
