@@ -1,0 +1,177 @@
+"""`--set rl.matrix_lr=1e-6,3e-6 --set rl.seed=0,1`: the runs that they ask for, each a whole config. Pure."""
+
+import ast
+import dataclasses
+import itertools
+import re
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rollouts.config import schema
+from rollouts.config.changed import changed
+from rollouts.config.config import Config
+from rollouts.config.json_form import field_types
+from rollouts.config.types import ConfigError, nearest, type_problems
+
+SHORT_MAX = 40  # letters of a run's name that say what differs
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One run of a sweep."""
+
+    config: Config
+    label: str  # what differs from the others: "matrix_lr-1e-6_seed-0"; "" where there is one run alone
+    values: dict[str, Any]  # by the whole path
+
+
+def variants(base: Config, settings: Sequence[str]) -> list[Variant]:
+    """Return the runs that `path=value[,value…]` settings ask for: all combinations, the first setting slowest.
+
+    A value is written as in the config file; one of a text needs no quotes. A value with a comma of its own stands in
+    brackets, quotes or parentheses. A field of one name in one section alone may be named without it ("seed").
+    Raises ConfigError naming every setting that is wrong.
+    """
+    problems: list[str] = []
+    choices: dict[str, list[Any]] = {}
+    for setting in settings:
+        try:
+            path, values = _setting(base, setting)
+        except ConfigError as error:
+            problems.append(str(error))
+            continue
+        if path in choices:
+            problems.append(f"--set {setting}: {path} is set twice")
+        choices[path] = values
+    if problems:
+        raise ConfigError("\n".join(problems))
+    many = [path for path, values in choices.items() if len(values) > 1]
+    found = []
+    for combination in itertools.product(*choices.values()):
+        fields = dict(zip(choices, combination, strict=True))
+        found.append(Variant(changed(base, fields), _label({path: fields[path] for path in many}), fields))
+    return found
+
+
+def _setting(base: Config, setting: str) -> tuple[str, list[Any]]:
+    path, sign, text = setting.partition("=")
+    if not sign or not path:
+        raise ConfigError(f"--set {setting}: needs field=value, such as rl.matrix_lr=1e-6")
+    path = _whole_path(base, path.strip(), setting)
+    expected = _type_at(base, path)
+    try:
+        values = [_value(part.strip(), expected) for part in _split(text)]
+    except ConfigError as error:
+        raise ConfigError(f"--set {setting}: {error}") from None
+    for value in values:
+        found = [message for _, message in type_problems(value, expected, path)]
+        if found:
+            raise ConfigError(f"--set {setting}: {found[0]}")
+    return path, values
+
+
+def _whole_path(base: Config, path: str, setting: str) -> str:
+    """Return the path of a field that this config has. Raises ConfigError with the nearest one."""
+    known = list(_paths(base, ""))
+    if path in known:
+        return path
+    same_end = [other for other in known if other.endswith(f".{path}")]
+    if len(same_end) == 1:
+        return same_end[0]
+    if same_end:
+        raise ConfigError(f"--set {setting}: {path!r} may be {' or '.join(same_end)}: name one")
+    raise ConfigError(f"--set {setting}: this config has no field {path!r}{nearest(path, known)}")
+
+
+def _paths(value: Any, prefix: str) -> Iterator[str]:
+    """Return the path of every field under a value, those of groups too."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield f"{prefix}{field.name}"
+            yield from _paths(getattr(value, field.name), f"{prefix}{field.name}.")
+    elif isinstance(value, list):
+        for at, item in enumerate(value):
+            if dataclasses.is_dataclass(item):
+                yield f"{prefix}{at}"
+                yield from _paths(item, f"{prefix}{at}.")
+
+
+def _type_at(value: Any, path: str) -> Any:
+    """Return the declared type of the field at a path that exists."""
+    expected: Any = type(value)
+    for name in path.split("."):
+        if isinstance(value, list):
+            expected, value = typing.get_args(expected)[0], value[int(name)]
+        else:
+            expected, value = field_types(type(value))[name], getattr(value, name)
+    return expected
+
+
+def _split(text: str) -> list[str]:
+    """Return the parts between commas that stand in no brackets or quotes."""
+    parts, depth, quote, start = [], 0, "", 0
+    for at, letter in enumerate(text):
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"":
+            quote = letter
+        elif letter in "([{":
+            depth += 1
+        elif letter in ")]}":
+            depth -= 1
+        elif letter == "," and depth == 0:
+            parts.append(text[start:at])
+            start = at + 1
+    return [*parts, text[start:]]
+
+
+def _value(text: str, expected: Any) -> Any:
+    """Return a value as the config file would have it: a group by its call, a text with or without quotes."""
+    called = re.match(r"(\w+)\(", text)
+    if called and called[1] in schema.__all__:
+        return _called(text, called[1])
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+    if _takes_text(expected) and not _fits(value, expected):
+        return text  # such as the name 0.5B or 1
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) and expected is float else value
+
+
+def _called(text: str, name: str) -> Any:
+    """Return a group of the schema out of its call with plain values. Raises ConfigError."""
+    try:
+        call = typing.cast(ast.Call, ast.parse(text, mode="eval").body)
+        fields = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
+        return getattr(schema, name)(**fields)
+    except (ValueError, AttributeError):
+        raise ConfigError(f"{text}: needs plain values: numbers, texts, True, False, None, lists") from None
+    except (SyntaxError, TypeError) as error:
+        raise ConfigError(str(error)) from None
+
+
+def _takes_text(expected: Any) -> bool:
+    if typing.get_origin(expected) in (typing.Union, types.UnionType):
+        return any(map(_takes_text, typing.get_args(expected)))
+    return expected is str or typing.get_origin(expected) is Literal
+
+
+def _fits(value: Any, expected: Any) -> bool:
+    return not any(True for _ in type_problems(value, expected, ""))
+
+
+def _label(values: dict[str, Any]) -> str:
+    """Return what differs, as a part of a run's name."""
+    words = [f"{path.rpartition('.')[2]}-{_word(value)}" for path, value in values.items()]
+    return "_".join(words)[:SHORT_MAX].strip("-_")
+
+
+def _word(value: Any) -> str:
+    if dataclasses.is_dataclass(value):
+        return type(value).__name__
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return re.sub(r"[^A-Za-z0-9-]+", "-", text).strip("-") or "none"
