@@ -1,7 +1,7 @@
 """How fast weights move into an engine, by kind and size, beside a plain copy of the same bytes, which is the limit.
 
 `python benchmarks/weight_sync.py [--sglang-python PYTHON]` prints, for a random Qwen2, seconds, GB/s and the ratio to
-the copy: of each kind of transfer (pause → transfer → flush → version → continue), and in the last column the seconds
+the copy: of each kind of delivery (pause → delivery → flush → version → continue), and in the last column the seconds
 of a whole sync with its proof by log-probs; beside it what a sync was without any of that: `save_pretrained`, then
 /update_weights_from_disk. The engine is the real SGLang on a CPU where its interpreter is given (or in
 ROLLOUTS_TEST_SGLANG_PYTHON), else the embedded one, which has no broadcast. fp32, one thread each: at least two cores.
@@ -34,15 +34,16 @@ sys.path.insert(0, str(ROOT))
 
 from base_config import LoraConfig  # noqa: E402
 from rollouts.training.backends.pytorch import PyTorchTrainingBackend  # noqa: E402
+from rollouts.training.inference.pool.engine_pool import EnginePool  # noqa: E402
 from rollouts.training.lora import LoraSettings, apply_lora  # noqa: E402
 from rollouts.training.rl_losses import grpo_loss  # noqa: E402
 from rollouts.training.weight_sync import SGLangEngine  # noqa: E402
-from rollouts.training.weight_transfer.adapter import AdapterTransfer  # noqa: E402
-from rollouts.training.weight_transfer.broadcast import BroadcastLink  # noqa: E402
-from rollouts.training.weight_transfer.buckets import BucketTransfer  # noqa: E402
-from rollouts.training.weight_transfer.disk import DiskTransfer  # noqa: E402
-from rollouts.training.weight_transfer.sync import WeightSync  # noqa: E402
-from rollouts.training.weight_transfer.tensor import SharedMemoryLink  # noqa: E402
+from rollouts.training.weights.channel.process_group import ProcessGroupChannel  # noqa: E402
+from rollouts.training.weights.channel.shared_memory import SharedMemoryChannel  # noqa: E402
+from rollouts.training.weights.deliver.adapter import AdapterDelivery  # noqa: E402
+from rollouts.training.weights.deliver.buckets import BucketDelivery  # noqa: E402
+from rollouts.training.weights.deliver.disk import DiskDelivery  # noqa: E402
+from rollouts.training.weights.publish import WeightPublisher  # noqa: E402
 from tests.engines.contract_servers import running  # noqa: E402
 from tests.engines.serving import make_tokenizer  # noqa: E402
 
@@ -124,29 +125,31 @@ def copy_to_file_s(model: Any, repeats: int) -> float:
         file.unlink(missing_ok=True)
 
 
-def transfer_of(kind: str, backend: Any, directory: Path, bucket_mib: int) -> Any:
+def delivery_of(kind: str, backend: Any, directory: Path, bucket_mib: int) -> Any:
     place = SHARED_MEMORY / f"rollouts-benchmark-{os.getpid()}-weights"
     if kind == "lora":
-        return AdapterTransfer(backend, place, temporary=True)
+        return AdapterDelivery(backend, place, temporary=True)
     if kind in ("disk", "tmpfs"):
         place = directory / "weights" if kind == "disk" else place
-        return DiskTransfer(backend, place, temporary=True)
-    link: Any = SharedMemoryLink() if kind == "tensor" else BroadcastLink(device_type="cpu", timeout_s=120.0)
-    return BucketTransfer(backend, link, dtype=None, bucket_bytes=bucket_mib * 2**20)
+        return DiskDelivery(backend, place, temporary=True)
+    channel: Any = (
+        SharedMemoryChannel() if kind == "tensor" else ProcessGroupChannel(device_type="cpu", timeout_s=120.0)
+    )
+    return BucketDelivery(backend, channel, dtype=None, bucket_bytes=bucket_mib * 2**20)
 
 
 async def sync_s(
     kind: str, backend: Any, url: str, directory: Path, options: argparse.Namespace
 ) -> tuple[float, float]:
-    """Of the transfer alone, and of the whole sync."""
+    """Of the delivery alone, and of the whole sync."""
     async with SGLangEngine(url, timeout_s=300) as engine:
-        transfer = transfer_of(kind, backend, directory, options.bucket_mib)
-        sync = WeightSync(backend, [engine], transfer, dtype="float32")
+        delivery = delivery_of(kind, backend, directory, options.bucket_mib)
+        publisher = WeightPublisher(backend, EnginePool.of([engine]), delivery, dtype="float32")
         try:
-            alone = await median_async_s(lambda index: transfer([engine], str(index)), options.repeats)
-            return alone, await median_async_s(lambda index: sync(100 + index), options.repeats)
+            alone = await median_async_s(lambda index: delivery.deliver([engine], str(index)), options.repeats)
+            return alone, await median_async_s(lambda index: publisher.publish(100 + index), options.repeats)
         finally:
-            await sync.aclose()
+            await publisher.aclose()
 
 
 async def plain_s(model: Any, url: str, directory: Path, repeats: int) -> float:
@@ -157,7 +160,7 @@ async def plain_s(model: Any, url: str, directory: Path, repeats: int) -> float:
             path = directory / f"plain_{version % 2}"
             shutil.rmtree(path, ignore_errors=True)
             model.save_pretrained(path)
-            await engine._request("POST", "/update_weights_from_disk", {"model_path": str(path)})
+            await engine.request("POST", "/update_weights_from_disk", {"model_path": str(path)})
 
         return await median_async_s(sync, repeats)
 

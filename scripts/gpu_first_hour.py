@@ -75,7 +75,7 @@ LINES = (
          "more than 0.25: weights, dtype or backend; a flush refused: requests that are retracted",
          tests("test_sglang.py", "-k", "scores or disk"), limit_s=900),
     Line(38, "weights over CUDA IPC, to the embedded engine", "CUDA IPC on this host: ptrace, a container, segments",
-         tests("test_weight_transfer.py"), limit_s=600),
+         tests("test_weight_delivery.py"), limit_s=600),
     Line(40, "weights over CUDA IPC, to SGLang", "only this one fails: torch's versions differ, or the card's UUID",
          tests("test_sglang.py", "-k", "tensor"), limit_s=900),
     Line(44, "configs/01 whole, with the cards' peak of memory", "wiring; a peak above docs/gpu.md: its sums are off",

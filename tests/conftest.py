@@ -31,7 +31,7 @@ LONG = (
 )
 # Files that share what takes long to make stay together too: SGLang's server, an environment with pip.
 TOGETHER = {
-    "sglang": ("weight_transfer/test_sync.py", "weight_transfer/test_async_rl.py"),
+    "sglang": ("weights/test_publish.py", "weights/test_async_rl.py"),
     "prepared": ("worker/test_base_python.py", "worker/test_bootstrap.py", "worker/test_isolation.py"),
 }
 UNITS = {f"tests/{file}": unit for unit, files in TOGETHER.items() for file in files}

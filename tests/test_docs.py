@@ -30,7 +30,7 @@ NOT_RUN: dict[tuple[str, str], str] = {}  # (page, first line) -> why
 CHECKS = {
     "README.md": "len(metrics) == 20 and metrics[-1]['loss'] < metrics[0]['loss']",
     "docs/agents.md": "len(batch.samples) == 16 and agent.turns_max == 4 and len(tasks.prompts()) == 9",
-    "docs/engines.md": "[engine.base_url for engine in engines][1] == urls[1] and engines[0].reruns_max == 3",
+    "docs/engines.md": "[client.base_url for client in pool.clients][1] == urls[1] and pool.reruns.times_max == 3",
     "docs/rewards.md": "tagged(sample) == 1.0 and preferred.base_url.endswith(':30500')",
     "docs/sharding.md": "backend.is_main if hasattr(backend, 'is_main') else backend is not None",
 }

@@ -49,11 +49,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "rollouts.engines.embedded.attention": ("rollouts.training.packed_attention",),
     "rollouts.engines.embedded.served_model": ("rollouts.engines", "rollouts.training.model_loading"),
-    "rollouts.engines.embedded.routes": ("rollouts.engines", "rollouts.training.weight_transfer.payload"),
+    "rollouts.engines.embedded.routes": ("rollouts.engines", "rollouts.training.weights.wire"),
     "rollouts.engines.sglang.cpu_launcher": (
         "rollouts.engines",
         "rollouts.training.stores",
-        "rollouts.training.weight_transfer.payload",
+        "rollouts.training.weights.wire",
     ),
     "rollouts.engines.sglang.launcher": ("rollouts.engines", "rollouts.training.stores"),
     "rollouts.engines.embedded.finisher": (
@@ -217,6 +217,25 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.training.open_files",
         "rollouts.engines.keys",
     ),
+    "rollouts.training.weight_sync": ("rollouts.training.inference",),  # a face: names, without torch
+    "rollouts.training.weights": (
+        "rollouts.training.weights",
+        "rollouts.training.inference",
+        "rollouts.training.checkpoint",
+        "rollouts.training.devices",
+        "rollouts.training.distributed",
+        "rollouts.training.lora",
+        "rollouts.training.stores",
+    ),
+    "rollouts.training.weights.channel": (
+        "rollouts.training.weights.channel",
+        "rollouts.training.weights.wire",
+        "rollouts.training.inference",
+        "rollouts.training.devices",
+        "rollouts.training.stores",
+    ),
+    "rollouts.training.weights.wire": (),
+    "rollouts.training.weights.proof": (),
     "rollouts.training.open_files": (),
     "rollouts.training.rewards": (
         "rollouts.training.rewards",

@@ -17,6 +17,7 @@ import anyio
 
 from rollouts.training import rewards
 from rollouts.training.datasets.chat import render_prompt
+from rollouts.training.inference.pool.engine_pool import EnginePool
 from rollouts.training.model_limits import limits_of
 from rollouts.training.rollout_gen.async_rollout_manager import group_seed
 from rollouts.training.rollout_gen.concurrency import gather_in_order
@@ -159,7 +160,7 @@ def exact_match(responses: Sequence[str], answers: Sequence[str]) -> float:
 
 
 async def evaluate_with_engine(
-    engines: Sequence[Any],
+    engines: EnginePool | Sequence[object],
     tokenizer: Tokenizer,
     rows: Sequence[Prompt],
     *,
@@ -169,23 +170,24 @@ async def evaluate_with_engine(
     rows_per_request: int = 128,
     sampling: Sampling | None = None,
 ) -> Evaluation:
-    """Through engine clients (`weight_sync.SGLangEngine`), chunks of rows in turn over them.
+    """Answer through a pool, or clients such as `weight_sync.SGLangEngine`; chunks of rows go to them in turn.
 
     An answer is right when score_fn gives 1.0. Each engine has one request in flight. A row's sampled answers follow
     from `sampling.seed` and its place alone. Raises ValueError for no rows, and what the client raises.
     """
-    _require(rows, sampling, engines=engines)
+    pool = EnginePool.of(engines)
+    _require(rows, sampling, pool)
     greedy = {"max_new_tokens": max_new_tokens, "stop_token_ids": stop_ids(tokenizer, stop_token_ids)}
     prompts = [render_prompt(tokenizer, row) for row in rows]
-    limiters = [anyio.CapacityLimiter(1) for _ in engines]
+    limiters = [anyio.CapacityLimiter(1) for _ in range(len(pool))]
 
     async def answer(chunk: int, params: Sequence[Mapping[str, Any]], n: int) -> list[list[str]]:
-        engine = engines[chunk % len(engines)]
+        place = chunk % len(pool)
         part = slice(chunk * rows_per_request, (chunk + 1) * rows_per_request)
-        async with limiters[chunk % len(engines)]:
-            groups = await engine.generate_batch(prompts[part], params[part], n=n, return_logprob=False)
+        async with limiters[place]:
+            groups = await pool.generate_batch(prompts[part], params[part], n=n, return_logprob=False, first=place)
         for generation in itertools.chain.from_iterable(groups):
-            refuse_abort(generation, engine)
+            refuse_abort(generation, pool)
         return [[response_text(generation, tokenizer) for generation in group] for group in groups]
 
     async def answers(params: Sequence[Mapping[str, Any]], n: int) -> list[list[str]]:
@@ -331,10 +333,10 @@ def _batches(order: Sequence[int], tokens: Callable[[int], int], size_max: int, 
         yield batch
 
 
-def _require(rows: Sequence[Prompt], sampling: Sampling | None, engines: Sequence[Any] | None = None) -> None:
+def _require(rows: Sequence[Prompt], sampling: Sampling | None, pool: EnginePool | None = None) -> None:
     if not rows:
         raise ValueError("evaluation: no rows; needs at least one")
-    if engines is not None and not engines:
+    if pool is not None and not pool:
         raise ValueError("evaluation: engines is empty; needs at least one")
     if sampling is not None and (sampling.num_samples < 1 or sampling.temperature <= 0):
         raise ValueError(f"{sampling}: needs num_samples >= 1 and temperature > 0; None for the greedy answer alone")

@@ -1,4 +1,4 @@
-"""Run under torchrun by test_resilient_sync.py: two ranks, a sharded model, one engine, reached by two URLs.
+"""Run under torchrun by test_pool_publishing.py: two ranks, a sharded model, one engine, reached by two URLs.
 
 sharded_ranks MODEL URL URL_WITH_FAULTS DIRECTORY
 """
@@ -16,16 +16,17 @@ from transformers import AutoModelForCausalLM
 from rollouts.training import distributed
 from rollouts.training.backends import FSDPConfig, FSDPTrainingBackend
 from rollouts.training.datasets.data_buffer import DataBuffer
-from rollouts.training.inference.resilient import Recovered, resilient
+from rollouts.training.inference.pool.engine_pool import EnginePool
+from rollouts.training.inference.pool.recovery import Recovered
 from rollouts.training.loops import run_rl_training
 from rollouts.training.rl_losses import policy_loss
 from rollouts.training.rollout_gen.async_rollout_manager import AsyncRolloutManager
 from rollouts.training.types import RLTrainingConfig, RolloutConfig, Sample
 from rollouts.training.weight_sync import SGLangEngine
-from rollouts.training.weight_transfer.buckets import BucketTransfer
-from rollouts.training.weight_transfer.disk import DiskTransfer
-from rollouts.training.weight_transfer.sync import WeightSync
-from rollouts.training.weight_transfer.tensor import SharedMemoryLink
+from rollouts.training.weights.channel.shared_memory import SharedMemoryChannel
+from rollouts.training.weights.deliver.buckets import BucketDelivery
+from rollouts.training.weights.deliver.disk import DiskDelivery
+from rollouts.training.weights.publish import WeightPublisher
 
 IDS = [2, 9, 4, 17, 5, 6, 23, 8]
 STEPS, GROUPS, SAMPLES, NEW_TOKENS = 4, 2, 4, 6
@@ -44,25 +45,25 @@ def make_backend(model: str, directory: Path) -> FSDPTrainingBackend:
     )
 
 
-def tensors(backend: Any, **options: Any) -> BucketTransfer:
-    return BucketTransfer(backend, SharedMemoryLink(), dtype=None, bucket_bytes=BUCKET_BYTES, **options)
+def tensors(backend: Any, **options: Any) -> BucketDelivery:
+    return BucketDelivery(backend, SharedMemoryChannel(), dtype=None, bucket_bytes=BUCKET_BYTES, **options)
 
 
 async def served(model: str, url: str, directory: Path) -> dict[str, object]:
     """By kind of sync: the version that the engine then serves, and its log-probs."""
     backend, found = make_backend(model, directory), dict[str, object]()
     engines = [SGLangEngine(url, timeout_s=60)] if distributed.rank() == 0 else []
-    for version, transfer in enumerate((tensors(backend), DiskTransfer(backend, directory / "weights")), start=1):
-        sync = WeightSync(backend, engines, transfer, dtype="float32")
-        await sync(version)
+    for version, delivery in enumerate((tensors(backend), DiskDelivery(backend, directory / "weights")), start=1):
+        publisher = WeightPublisher(backend, EnginePool.of(engines), delivery, dtype="float32")
+        await publisher.publish(version)
         if engines:
             info = await engines[0].model_info()
-            found[type(transfer).__name__] = [info["weight_version"], await engines[0].input_logprobs(IDS)]
-        await sync.aclose()
+            found[type(delivery).__name__] = [info["weight_version"], await engines[0].input_logprobs(IDS)]
+        await publisher.aclose()
     return found
 
 
-def make_manager(engine: Any) -> AsyncRolloutManager:
+def make_manager(pool: EnginePool) -> AsyncRolloutManager:
     async def generate(prompts: list[str], *, seed: int) -> list[Sample]:
         ids = [2 + int(digit) for digit in prompts[0]]
         params = {"max_new_tokens": NEW_TOKENS, "temperature": 1.0, "ignore_eos": True, "sampling_seed": seed}
@@ -76,7 +77,7 @@ def make_manager(engine: Any) -> AsyncRolloutManager:
                 response_length=NEW_TOKENS,
                 reward=sum(token < 12 for token in answer.output_ids) / NEW_TOKENS,
             )
-            for answer in await engine.generate(ids, params, n=len(prompts))
+            for answer in await pool.generate(ids, params, n=len(prompts))
         ]
 
     config = RolloutConfig(batch_size=GROUPS, n_samples_per_prompt=SAMPLES, generate_fn=generate, seed=3)
@@ -86,16 +87,15 @@ def make_manager(engine: Any) -> AsyncRolloutManager:
 async def train(model: str, url: str, directory: Path, lag: int) -> list[Any]:
     """The metrics of each step, and how often the engine was brought back."""
     backend, recovered = make_backend(model, directory), list[Recovered]()
-    client = SGLangEngine(url, timeout_s=60)
-    options: dict[str, Any] = {"reruns_max": 9, "recover_timeout_s": 60.0, "on_recovered": recovered.append}
-    engines = resilient([client], **options) if distributed.rank() == 0 else []
-    manager: Any = make_manager(engines[0]) if engines else None
-    sync = WeightSync(backend, engines, tensors(backend, keep=True), dtype="float32")
+    clients = [SGLangEngine(url, timeout_s=60)] if distributed.rank() == 0 else []
+    pool = EnginePool(clients, reruns_max=9, recover_timeout_s=60.0, on_recovered=recovered.append)
+    manager: Any = make_manager(pool) if pool else None
+    publisher = WeightPublisher(backend, pool, tensors(backend, keep=True), dtype="float32")
     advantages = {"baseline": "group_mean", "advantage_norm": "group_std"}
     config = RLTrainingConfig(num_steps=STEPS, policy_lag_steps_max=lag, **advantages)
-    metrics = await run_rl_training(backend, manager and manager.buffer, manager, engines, config, weight_sync=sync)
-    await sync.aclose()
-    await client.aclose()
+    metrics = await run_rl_training(backend, manager and manager.buffer, manager, pool, config, weight_sync=publisher)
+    await publisher.aclose()
+    await pool.aclose()
     return [metrics, len(recovered)]
 
 

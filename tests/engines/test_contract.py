@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rollouts.training.inference.client import EngineClient, RequestError
-from rollouts.training.inference.protocol import KNOWN_VERSIONS
+from rollouts.training.inference.known_versions import KNOWN_VERSIONS
 from rollouts.training.weight_sync import EngineError, Generation, WeightSyncError, sync_weights_to_engines
 from tests.engines.contract_servers import Running
 from tests.engines.serving import CONTEXT, EOS, PROMPT, VOCAB, logprobs_of, make_tokenizer

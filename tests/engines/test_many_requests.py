@@ -86,7 +86,7 @@ async def test_connections_are_kept() -> None:
     Red with 64 of them kept alive at most: each round then opened the others again."""
     with Scripted({"/generate": (200, "[]")}, together=100) as server:
         client = SGLangEngine(server.url)
-        calls = [partial(client._request, "POST", "/generate", {})] * 100
+        calls = [partial(client.request, "POST", "/generate", {})] * 100
         for _ in range(3):
             await gather_in_order(calls)
             assert server.connections == 100
@@ -179,5 +179,5 @@ async def test_few_open_files_are_enough(engine: Engine, anyio_backend: str) -> 
 async def running(client: SGLangEngine, rows: int) -> None:
     """Return once so many rows run."""
     with anyio.fail_after(60):
-        while (await client._request("GET", "/server_info"))["internal_states"][0]["running"] != rows:
+        while (await client.request("GET", "/server_info"))["internal_states"][0]["running"] != rows:
             await anyio.sleep(0.01)

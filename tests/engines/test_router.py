@@ -15,9 +15,10 @@ from rollouts.engines.command_lines import router_argv, router_ready_url, router
 from rollouts.engines.keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 from rollouts.training.inference.client import RequestError
 from rollouts.training.inference.http import EngineError, EngineLost
-from rollouts.training.inference.resilient import Recovered, resilient
-from rollouts.training.inference.router import Router
-from rollouts.training.weight_sync import SGLangEngine, sync_weights_to_engines
+from rollouts.training.inference.pool.engine_pool import EnginePool
+from rollouts.training.inference.pool.recovery import Recovered
+from rollouts.training.inference.pool.router_client import RouterClient
+from rollouts.training.weight_sync import SGLangEngine
 from tests.engines.environments import interpreter
 from tests.engines.lives import WAIT_S, Server, meanwhile, wait_for
 from tests.engines.serving import PROMPT, free_port, free_ports, make_model, start
@@ -35,7 +36,7 @@ LONG = {"temperature": 0.9, "max_new_tokens": 400, "ignore_eos": True}  # time t
 ANSWER_S = 600.0  # on a machine where much else runs
 
 
-class Counting(Router):
+class Counting(RouterClient):
     """Knows how many answers came through it."""
 
     answers = 0
@@ -117,10 +118,10 @@ class Stack:
         self.clients = [SGLangEngine(one.url, **keys) for one in replicas]
         self.router = Counting(running.url, self.clients[0], requests_max=64, **keys)
         options: dict[str, Any] = {"reruns_max": 3, "recover_timeout_s": WAIT_S}
-        self.engines = resilient(self.clients, router=self.router, on_recovered=self.recovered.append, **options)
+        self.pool = EnginePool(self.clients, router=self.router, on_recovered=self.recovered.append, **options)
 
-    async def ask(self, index: int = 0, params: dict[str, Any] = PARAMS) -> list[Any]:
-        return rows(await self.engines[index].generate_batch(PROMPTS, with_seeds(params), n=2))
+    async def ask(self, first: int = 0, params: dict[str, Any] = PARAMS) -> list[Any]:
+        return rows(await self.pool.generate_batch(PROMPTS, with_seeds(params), n=2, first=first))
 
     async def ask_directly(self, params: dict[str, Any] = PARAMS) -> list[Any]:
         return rows(await self.clients[0].generate_batch(PROMPTS, with_seeds(params), n=2))
@@ -173,7 +174,7 @@ def prefilled(server: Server) -> int:
 async def test_a_replica_dies(stack: Stack, replicas: Sequence[Server], models: dict[str, Path]) -> None:
     """Goal: kill -9 of a replica under requests costs those alone, which the other answers, with the same results; back
     with its start model, it serves nobody before it has the current weights. Red with answers by any weights taken."""
-    await sync_weights_to_engines(stack.engines, str(models["new"]), weight_version="7")
+    await stack.pool.update_weights_from_checkpoint(str(models["new"]), weight_version="7")
     expected = await stack.ask()
     dead = replicas[1]
     long = await stack.ask(0, LONG)
@@ -217,32 +218,32 @@ async def test_the_router_dies(stack: Stack, running: RouterProcess, replicas: S
 
 async def test_without_reruns_nothing_is_run_again(stack: Stack, running: RouterProcess) -> None:
     """Goal: reruns_max 0 raises what the router gave, and a caller's mistake is raised with any."""
-    (engine,) = resilient(stack.clients[:1], reruns_max=0, recover_timeout_s=1.0, router=stack.router)
+    pool = EnginePool(stack.clients[:1], reruns_max=0, recover_timeout_s=1.0, router=stack.router)
     running.kill()
     with pytest.raises(EngineLost, match="/generate"):
-        await engine.generate(PROMPT, PARAMS)
+        await pool.generate(PROMPT, PARAMS)
     running.start()
     running.await_replicas()
     with pytest.raises(RequestError, match="outside the vocabulary"):
-        await stack.engines[0].generate([10**6], PARAMS)
+        await stack.pool.generate([10**6], PARAMS)
     with pytest.raises(EngineError, match="400"):
-        await stack.router._request("POST", "/generate", {"input_ids": PROMPT * 400, "sampling_params": {}})
+        await stack.router.request("POST", "/generate", {"input_ids": PROMPT * 400, "sampling_params": {}})
 
 
 async def test_weights_change_under_requests(stack: Stack, replicas: Sequence[Server], models: dict[str, Path]) -> None:
     """Goal: an update in flight, given to each replica itself: routed requests go on, by two versions, none run
     again."""
-    await sync_weights_to_engines(stack.engines, str(models["old"]), weight_version="20")
+    await stack.pool.update_weights_from_checkpoint(str(models["old"]), weight_version="20")
     through = stack.router.answers
     found: list[Any] = []
 
     async def ask() -> None:
-        found.extend(await stack.engines[0].generate_batch(PROMPTS[:4], {**LONG, "max_new_tokens": 1500}))
+        found.extend(await stack.pool.generate_batch(PROMPTS[:4], {**LONG, "max_new_tokens": 1500}))
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(ask)
         await anyio.to_thread.run_sync(lambda: wait_for(lambda: sum(one.running() for one in replicas) == 4))
-        await sync_weights_to_engines(stack.engines, str(models["new"]), weight_version="21")
+        await stack.pool.update_weights_from_checkpoint(str(models["new"]), weight_version="21")
     versions = [[span["version"] for span in row.weight_versions] for group in found for row in group]
     assert versions == [["20", "21"]] * 4
     assert stack.router.answers == through + 4 and stack.recovered == []
@@ -259,12 +260,12 @@ async def test_aborts_and_hang_ups_reach_the_replica(stack: Stack, replicas: Seq
     answers: list[Any] = []
 
     async def ask() -> None:
-        answers.extend(await stack.engines[0].generate(PROMPT, LONG, n=2, rid="some"))
+        answers.extend(await stack.pool.generate(PROMPT, LONG, n=2, rid="some"))
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(ask)
         await until_one_runs()
-        await stack.engines[1].abort("some")
+        await stack.pool.abort("some")
     assert [row.finish_reason for row in answers] == ["abort"] * 2
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(ask)

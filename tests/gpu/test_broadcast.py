@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from rollouts.training.inference.http import EngineError
-from rollouts.training.weight_transfer.broadcast import BroadcastLink
-from rollouts.training.weight_transfer.payload import Entry
+from rollouts.training.weights.channel.process_group import ProcessGroupChannel
+from rollouts.training.weights.wire import WireTensor
 
 ON_CPU = os.environ.get("ROLLOUTS_TEST_BROADCAST") == "gloo"
 KIND = "cpu" if ON_CPU else "cuda"
@@ -27,7 +27,7 @@ pytestmark = [
     *([] if ON_CPU else [pytest.mark.gpu]),
     pytest.mark.skipif(not ON_CPU and torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
 ]
-ENTRY = Entry("weight", (1 << 18,), torch.float32)
+ENTRY = WireTensor("weight", (1 << 18,), torch.float32)
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -37,7 +37,7 @@ def anyio_backend() -> str:
 
 
 class Peer:
-    """An engine, as the link calls it, over a process that has the second card."""
+    """An engine, as the channel calls it, over a process that has the second card."""
 
     base_url = "http://127.0.0.1:9"
 
@@ -48,6 +48,7 @@ class Peer:
         )
         self.comes = True
         self.sums: list[int] = []
+        self.weights = self  # its routes
 
     async def _ask(self, **asked: Any) -> dict[str, Any]:
         assert self.process.stdin is not None and self.process.stdout is not None
@@ -84,8 +85,8 @@ async def test_over_the_real_communicator(peers: list[Peer]) -> None:
     """Goal: two broadcasts arrive whole; a member that never comes is given up in time and its group aborted, so that
     the next engine gets a group that works. The event loop runs on all the while."""
     device = torch.device(KIND, 0) if not ON_CPU else torch.device("cpu")
-    link = BroadcastLink(device_type=KIND, timeout_s=60.0)
-    buffer = link.buffer(ENTRY.nbytes, device)
+    channel = ProcessGroupChannel(device_type=KIND, timeout_s=60.0)
+    buffer = channel.buffer(ENTRY.nbytes, device)
     ticks: list[None] = []
 
     async def tick() -> None:
@@ -98,18 +99,18 @@ async def test_over_the_real_communicator(peers: list[Peer]) -> None:
             group.start_soon(tick)
             for value in (1, 2):
                 buffer.flat.fill_(value)
-                await link.open(peers[:1])
-                await link.send(peers[:1], buffer, [ENTRY], str(value))
+                await channel.open(peers[:1])
+                await channel.put(peers[:1], buffer, [ENTRY], str(value))
             assert peers[0].sums == [ENTRY.nbytes, 2 * ENTRY.nbytes]
             peers[0].comes = False
-            impatient = BroadcastLink(device_type=KIND, timeout_s=5.0)
-            impatient._joined, link._joined = link._joined, None
+            impatient = ProcessGroupChannel(device_type=KIND, timeout_s=5.0)
+            impatient._joined, channel._joined = channel._joined, None
             before = len(ticks)
             with pytest.raises(EngineError, match="not over after 5 s"):
                 await impatient.send(peers[:1], buffer, [ENTRY], "3")
             assert len(ticks) > before + 100, "the event loop was blocked"
-            await link.open(peers[1:])
-            await link.send(peers[1:], buffer, [ENTRY], "3")
+            await channel.open(peers[1:])
+            await channel.put(peers[1:], buffer, [ENTRY], "3")
             assert peers[1].sums == [2 * ENTRY.nbytes]
             group.cancel_scope.cancel()
-        await link.aclose(peers[1:])
+        await channel.aclose(peers[1:])

@@ -17,14 +17,15 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from rollouts.training.backends.pytorch import PyTorchTrainingBackend
+from rollouts.training.inference.pool.engine_pool import EnginePool
 from rollouts.training.rl_losses import grpo_loss
 from rollouts.training.weight_sync import SGLangEngine
-from rollouts.training.weight_transfer.sync import WeightSync
+from rollouts.training.weights.publish import WeightPublisher
 from rollouts.worker.engine_tools import with_tools
 from rollouts.worker.environments.environment import is_complete
 from scripts.gpu_first_hour_steps import engine_plan
 from tests.engines.serving import EOS, VOCAB, await_health, free_port, make_tokenizer, serving, start
-from tests.weight_transfer.sending import IDS, transfer_of
+from tests.weights.deliveries import IDS, delivery_of
 
 ON_CPU = os.environ.get("ROLLOUTS_TEST_SGLANG") == "embedded"
 DEVICE = torch.device("cpu" if ON_CPU else "cuda")
@@ -142,8 +143,10 @@ def test_sync(url: str, backend: PyTorchTrainingBackend, tmp_path: Path, kind: s
     async def work() -> tuple[list[float], list[Any]]:
         rows: list[Any] = []
         async with SGLangEngine(url, timeout_s=120) as engine:
-            sync = WeightSync(backend, [engine], transfer_of(kind, backend, tmp_path / "weights"), dtype="bfloat16")
-            await sync(1)
+            publisher = WeightPublisher(
+                backend, EnginePool.of([engine]), delivery_of(kind, backend, tmp_path / "weights"), dtype="bfloat16"
+            )
+            await publisher.publish(1)
 
             async def ask() -> None:
                 rows.extend(await engine.generate(IDS, {"max_new_tokens": 400, "ignore_eos": True}))
@@ -153,9 +156,9 @@ def test_sync(url: str, backend: PyTorchTrainingBackend, tmp_path: Path, kind: s
                     group.start_soon(ask)
                 await anyio.sleep(0.3)
                 shift(backend.model, seed=1)
-                await sync(2)
+                await publisher.publish(2)
             served = await engine.input_logprobs(IDS)
-            await sync.aclose()
+            await publisher.aclose()
             return served, rows
 
     served, rows = anyio.run(work)

@@ -9,7 +9,8 @@ import pytest
 
 from rollouts.training.inference.client import read_vocab_size
 from rollouts.training.inference.connect import engine_client
-from rollouts.training.inference.protocol import KNOWN_VERSIONS, ServerKind
+from rollouts.training.inference.inference_engine import ServerKind
+from rollouts.training.inference.known_versions import KNOWN_VERSIONS
 from rollouts.training.inference.requests import param_problems, prompt_problems, row_seed
 from rollouts.training.inference.vllm import vllm_params
 from rollouts.training.inference.weights_on_disk import damage

@@ -148,7 +148,7 @@ def test_the_loss_curve_does_not_depend_on_the_engines_deaths(host: Host, model:
     """Goal: an engine killed 10 times in 60 steps, while it generates, loads weights, idles or starts, changes no
     number of the run: every metric, sample, evaluation and final weight is that of the undisturbed run, to the bit.
 
-    Not seen red as a whole: what it rests on is, piece by piece, in tests/engines/test_resilient.py.
+    Not seen red as a whole: what it rests on is, piece by piece, in tests/engines/test_engine_pool.py.
     """
     seed = random.SystemRandom().randrange(1 << 32)
     print(f"seed={seed}")

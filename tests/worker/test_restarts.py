@@ -13,7 +13,7 @@ from rollouts import run_dir
 from rollouts.run_dir import RunDir
 from rollouts.training.weight_sync import SGLangEngine
 from rollouts.view.fold import View, fold
-from rollouts.worker.builders.engines import outliving_restarts
+from rollouts.worker.builders.engines import build_pool
 from tests.example_config import example_config, replace_at
 from tests.worker.stands import (
     PATIENCE_S,
@@ -310,8 +310,8 @@ def test_the_trainer_waits_for_as_many_lives(tmp_path: Path, restarts_max: int, 
     changes = {"limits.engine_hang_timeout_s": 10.0, "limits.engine_ready_timeout_s": 20.0}
     for path, value in {**changes, "engine.restarts_max": restarts_max}.items():
         config = replace_at(config, path, value)
-    (engine,) = outliving_restarts(config, RunDir(tmp_path), [SGLangEngine("http://127.0.0.1:1")])
-    assert (engine.reruns_max, engine.recover_timeout_s) == (restarts_max, timeout_s)
+    reruns = build_pool(config, RunDir(tmp_path), [SGLangEngine("http://127.0.0.1:1")]).reruns
+    assert reruns is not None and (reruns.times_max, reruns.recover_timeout_s) == (restarts_max, timeout_s)
 
 
 def test_a_life_is_not_blamed_for_the_one_before(host: Host) -> None:

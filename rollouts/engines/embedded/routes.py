@@ -22,7 +22,7 @@ from rollouts.engines.embedded.generate_request import (
 )
 from rollouts.engines.embedded.mailbox import CommandRefused, Mailbox
 from rollouts.engines.embedded.scheduler import PauseMode, Scheduler
-from rollouts.training.weight_transfer import payload
+from rollouts.training.weights import wire
 
 T = TypeVar("T")
 CLIENT_CLOSED = 499  # no client is left to read it
@@ -198,7 +198,7 @@ class Routes:
         return await _updated(self._queue_update(self._scheduler.weights.begin))
 
     async def update_weights_from_tensor(self, request: Request) -> Response:
-        """Copy one bucket of tensors from the sender's memory on this host: see `weight_transfer.payload`."""
+        """Copy one bucket of tensors from the sender's memory on this host: see `weights.wire`."""
         body = await _json(request)
         messages, version = body.get("serialized_named_tensors"), _version(body)
         if not (isinstance(messages, list) and len(messages) == 1 and isinstance(messages[0], str)):
@@ -207,7 +207,7 @@ class Routes:
             raise BadRequest(f"load_format={body.get('load_format')!r}: needs {TENSOR_FORMAT!r}")
         abort_all, flush = _flag(body, "abort_all_requests", False), _flag(body, "flush_cache", True)
         try:
-            named = payload.loads(messages[0])
+            named = wire.loads(messages[0])
         except ValueError as error:
             raise BadRequest(f"serialized_named_tensors: {error}") from None
         copy = partial(self._scheduler.weights.copy, named, version=version, flush_cache=flush)

@@ -83,7 +83,7 @@ _seeds_without_a_gpu()
 if "--enable-lora" in sys.argv:
     _adapters_without_a_gpu()
 
-from rollouts.training.weight_transfer.payload import keep_mappings  # noqa: E402
+from rollouts.training.weights.wire import keep_mappings  # noqa: E402
 
 keep_mappings()  # SGLang would map a bucket of weights anew each time
 

@@ -1,4 +1,4 @@
-"""Connections to one server, kept open between requests: a request costs the same, however many run beside it."""
+"""Keep connections to one server open between requests: a request costs the same, however many run beside it."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -10,32 +10,25 @@ CONNECT_TIMEOUT_S = 10.0
 KEEP_IDLE_S = 300.0  # an idle connection that is older is not used again
 IDLE_MAX = 512  # connections that are kept open without a request
 
-_TIMEOUTS = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S).as_dict()
+TIMEOUTS = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S).as_dict()  # of a request: only connecting has a limit here
 
 
 class Connections:
-    """Sends requests to one server, from one event loop, each over a connection of its own.
+    """Lend connections to one server, within one event loop, to one request each.
 
-    A pool of httpx looks at all of its connections several times a request: with 128 of them, 13 ms of CPU each time.
-    So every connection here is a pool of one, and those that are idle lie on a stack.
+    A pool of httpx looks at all its connections several times a request: with 128 of them, 13 ms of CPU each time.
+    So every connection here is an httpx pool of one, and the idle ones are kept on a stack.
     """
 
     def __init__(self, *, secure: bool) -> None:
-        """`secure`: for https. Without, no certificate store is read, which takes 20 ms."""
+        """`secure`: for https. Without it no certificate store is read, which takes 20 ms."""
         self._verify = httpx.create_ssl_context(trust_env=False) if secure else False
         self._idle: list[httpx.AsyncHTTPTransport] = []  # the one used last is used next
         self._closed = False
 
-    async def send(self, request: httpx.Request) -> httpx.Response:
-        """Return the answer, read whole. Raises httpx.HTTPError; only connecting has a time limit."""
-        request.extensions["timeout"] = _TIMEOUTS
-        async with self._connection() as connection:
-            response = await connection.handle_async_request(request)
-            await response.aread()
-            return response
-
     @asynccontextmanager
-    async def _connection(self) -> AsyncIterator[httpx.AsyncHTTPTransport]:
+    async def one(self) -> AsyncIterator[httpx.AsyncHTTPTransport]:
+        """Lend a connection for one request. It is closed if that fails, else kept for another."""
         connection = self._idle.pop() if self._idle else self._new()
         kept = False
         try:

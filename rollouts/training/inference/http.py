@@ -1,4 +1,4 @@
-"""An inference engine over HTTP: connections that are kept, bounded waits, errors with the server's words."""
+"""Speak JSON over HTTP to one engine: connections are kept, waits bounded, errors carry the server's words."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,46 +10,46 @@ import anyio.lowlevel
 import httpx
 
 from rollouts.engines.keys import key_for
-from rollouts.training.inference.connections import Connections
+from rollouts.training.inference.connections import TIMEOUTS, Connections
 
 REQUEST_TIMEOUT_S = 600.0
 READY_POLL_S = 0.1
 
 
 class EngineError(Exception):
-    """An engine that cannot be reached, or that refused. The message has its URL, the route and what it answered."""
+    """An engine that cannot be reached, or that refused. The message has its URL, the route and its answer."""
 
 
 class EngineLost(EngineError):
-    """No answer, a broken connection, or a 5xx: the engine's failure, so that the same request may yet succeed."""
+    """No answer, a broken connection, or a 5xx: the engine failed, so retrying the same request may succeed."""
 
 
 class WeightSyncError(EngineError):
-    """New weights that did not arrive, or that could not be proven to serve. Its cause may be an EngineLost."""
+    """New weights that did not arrive, or that no engine was proven to serve. Its cause may be an EngineLost."""
 
 
 @dataclass(frozen=True)
 class Generation:
     """One sampled continuation: T output ids, and their natural log-probs at the sampling temperature.
 
-    `finish_reason` is "stop" (the stop token is the last id), "length" or "abort" (the ids are what there was).
+    `finish_reason` is "stop" (the stop token is the last id), "length" or "abort" (the ids are those sampled so far).
     """
 
     output_ids: list[int]
     logprobs: list[float] | None  # None when not asked for
     finish_reason: str
     finish_detail: dict[str, Any]  # as the server sent it: type, and matched, length or message
-    weight_version: str  # of the newest weights that sampled a token of this
-    weight_versions: list[dict[str, Any]]  # [{version, start, end}]: more than one when weights changed midway
+    weight_version: str  # of the newest weights that sampled one of these tokens
+    weight_versions: list[dict[str, Any]]  # [{version, start, end}]: several when weights changed midway
     text: str | None  # None where the server has no tokenizer
     prompt_tokens: int
     cached_tokens: int
 
 
-class HTTPEngine:
-    """A JSON-over-HTTP engine: connections per event loop it is used from, errors with the server's words.
+class HTTPClient:
+    """Sends requests to one server. It may be used from one event loop after another: each has its own connections.
 
-    `timeout_s` bounds each request as a whole: an answer that drips in byte by byte does not outlive it either.
+    `timeout_s` bounds each request as a whole, an answer that drips in byte by byte too.
     """
 
     ready_route = "/health"
@@ -80,13 +80,13 @@ class HTTPEngine:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close the connections. The engine may be used again; it opens new ones."""
+        """Close the connections. The client may be used again; it opens new ones."""
         connections, self._connections = self._connections, None
         if connections is not None and self._connections_loop == anyio.lowlevel.current_token():
             await connections.aclose()
 
     async def health(self) -> bool:
-        """Whether the engine answers and says it can serve. Never raises for an engine that is down."""
+        """Return whether the engine answers and says it can serve. Never raises for an engine that is down."""
         try:
             return (await self._send("GET", "/health")).status_code == 200
         except EngineError:
@@ -107,8 +107,8 @@ class HTTPEngine:
                 await anyio.sleep(READY_POLL_S)
         raise EngineError(f"{self.base_url}: not ready after {timeout_s:g} s; last seen: {last}")
 
-    async def _request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """The decoded answer (JSON where it is JSON, else text). Raises EngineError unless the status is 200."""
+    async def request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """Return the decoded answer: JSON if it is JSON, else text. Raises EngineError unless the status is 200."""
         response = await self._send(method, path, body)
         if response.status_code != 200:
             kind = EngineLost if response.status_code >= 500 else EngineError
@@ -119,11 +119,17 @@ class HTTPEngine:
             return response.text
 
     async def _send(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> httpx.Response:
-        """The answer, whatever its status. Raises EngineLost where there is none, whole, within `timeout_s`."""
+        """Return the answer, whatever its status. Raises EngineLost unless it is there, whole, within `timeout_s`."""
+        timeouts = {"timeout": TIMEOUTS}
         try:
-            request = httpx.Request(method, self.base_url + path, json=body, headers=self._headers(path))
+            request = httpx.Request(
+                method, self.base_url + path, json=body, headers=self._headers(path), extensions=timeouts
+            )
             with anyio.fail_after(self.timeout_s):
-                return await self._connected().send(request)
+                async with self._connected().one() as connection:
+                    response = await connection.handle_async_request(request)
+                    await response.aread()
+                    return response
         except TimeoutError as error:
             raise EngineLost(f"{self.base_url}{path}: no whole answer within {self.timeout_s:g} s") from error
         except (httpx.HTTPError, OSError) as error:
@@ -148,7 +154,7 @@ def require(ok: bool, message: str) -> None:
 
 
 def _server_message(response: httpx.Response) -> str:
-    """What the server said was wrong: SGLang's {"error": {"message"}} or {"message"}, else the body's beginning."""
+    """Return the server's reason: SGLang's {"error": {"message"}} or {"message"}, else the body's beginning."""
     try:
         body = response.json()
     except ValueError:

@@ -1,4 +1,4 @@
-"""Locks and lines for what one event loop after another may use: `anyio.run` makes a new loop each time."""
+"""Lock and limit what one event loop after another may use: `anyio.run` makes a new loop each time."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ import anyio.lowlevel
 
 
 class LoopLock:
-    """`async with lock.here():` — holds within the event loop that runs; one that is left has nothing to wait for."""
+    """`async with lock.here():` holds within the running event loop; locks of loops that ended are dropped."""
 
     def __init__(self) -> None:
         self._lock: anyio.Lock | None = None
@@ -21,7 +21,7 @@ class LoopLock:
 
 
 class LoopLimiter:
-    """`async with limiter.here():` — at most `places()` at once within the event loop that runs; more wait."""
+    """`async with limiter.here():` admits at most `places()` at once within the running event loop; others wait."""
 
     def __init__(self, places: Callable[[], int]) -> None:
         self._places = places

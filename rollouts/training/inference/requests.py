@@ -1,7 +1,7 @@
-"""What a generation request may say, checked before it is sent. Pure.
+"""Check a generation request before it is sent. Pure.
 
-Servers differ in what they refuse, and some die of what they do not: an id outside the vocabulary, an empty prompt, or
-min_p beside a seed ends an SGLang 0.5.21 process.
+Servers differ in what they refuse, and some die instead: an id outside the vocabulary, an empty prompt, or min_p beside
+a seed ends an SGLang 0.5.21 process.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from typing import Any
 
 SEEDS = 2**63
 
-# Of SGLang's sampling_params, those that every server has. All may be left out.
+# Those of SGLang's sampling_params that every server has. Each may be left out.
 PARAMS = (
     *("temperature", "top_p", "top_k", "min_p", "max_new_tokens", "sampling_seed"),
     *("stop_token_ids", "ignore_eos", "skip_special_tokens"),
@@ -20,7 +20,7 @@ PARAMS = (
 
 
 def prompt_problems(prompts: Sequence[Sequence[int]], vocab_size: int | None) -> list[str]:
-    """What is wrong with each bad prompt. `vocab_size` None: not known, and only negative ids are found."""
+    """Return what is wrong with each bad prompt. `vocab_size` None: unknown, so only negative ids are found."""
     problems = []
     for index, prompt in enumerate(prompts):
         if not prompt:
@@ -35,7 +35,7 @@ def prompt_problems(prompts: Sequence[Sequence[int]], vocab_size: int | None) ->
 
 
 def param_problems(params: Mapping[str, Any], n: int) -> list[str]:
-    """What is wrong with one prompt's sampling_params, or with `n`."""
+    """Return what is wrong with one prompt's sampling_params, or with `n`."""
     unknown = sorted(set(params) - set(PARAMS))
     problems = [f"{name}: not known; known are {', '.join(PARAMS)}" for name in unknown]
     if type(n) is not int or n < 1:
@@ -68,9 +68,9 @@ def _ids(value: Any) -> bool:
 
 
 def row_seed(seed: int | None, row: int) -> int:
-    """The seed of one of a group's rows, for servers that give rows with the same seed the same tokens.
+    """Return the seed of one of a group's rows, for servers that give rows of one seed the same tokens.
 
-    63 bits; row 0 has `seed` itself, and neighbours share nothing. None: a random one.
+    It has 63 bits. Row 0 gets `seed` itself; the seeds of neighbouring rows are independent. None: a random one.
     """
     if seed is None:
         return secrets.randbits(63)
@@ -82,7 +82,7 @@ def row_seed(seed: int | None, row: int) -> int:
 def per_prompt(
     sampling_params: Mapping[str, Any] | Sequence[Mapping[str, Any]], count: int
 ) -> Sequence[Mapping[str, Any]]:
-    """One set of params for each of `count` prompts. Raises ValueError for another number of them."""
+    """Return a set of params for each of `count` prompts. Raises ValueError if their numbers differ."""
     if isinstance(sampling_params, Mapping):
         return [sampling_params] * count
     if len(sampling_params) != count:

@@ -14,8 +14,9 @@ import anyio
 
 from rollouts.training.inference.client import EngineClient, RequestError, read_vocab_size, sampling
 from rollouts.training.inference.http import EngineError, Generation, WeightSyncError, require
-from rollouts.training.inference.protocol import Server, check_version
-from rollouts.training.inference.requests import row_seed
+from rollouts.training.inference.inference_engine import ServerInfo
+from rollouts.training.inference.known_versions import check_version
+from rollouts.training.inference.requests import per_prompt, row_seed
 
 PAUSE_MODES = {"abort": "abort", "retract": "keep", "in_place": "keep"}
 NEW_TOKENS_DEFAULT = 128  # SGLang's; vLLM's own is 16
@@ -25,20 +26,25 @@ REQUEST_ID_PREFIX = "generate-tokens-"  # what the server puts before a request_
 class VLLMEngine(EngineClient):
     """Client of a vLLM server: token ids in and out, and the same calls as `SGLangEngine` has.
 
-    Log-probs are of the distribution that is sampled from, so they cannot be had beside top_k, top_p or min_p: others'
-    would be of the whole one.
+    vLLM's log-probs are of the distribution that it samples from. So it refuses them beside top_k, top_p or min_p,
+    where other servers' log-probs are of the whole distribution.
     """
 
-    async def _ask_server(self) -> Server:
-        answer = await self._request("GET", "/version")
+    def __init__(self, base_url: str, **options: Any) -> None:
+        """`options` as HTTPClient has them: timeout_s, api_key, admin_key."""
+        super().__init__(base_url, **options)
+        self._given = ("", "")  # the newest version that this client gave, and its directory
+
+    async def _ask_server(self) -> ServerInfo:
+        answer = await self.request("GET", "/version")
         version = answer.get("version") if isinstance(answer, dict) else answer
         known = check_version(self.base_url, "vllm", version)
         started = await self._started_with()
-        return Server("vllm", known, True, await read_vocab_size(started["root"]), started.get("max_model_len"))
+        return ServerInfo("vllm", known, True, await read_vocab_size(started["root"]), started.get("max_model_len"))
 
     async def _started_with(self) -> dict[str, Any]:
-        """{root, the model that the server was started with, max_model_len, ...}: it never changes."""
-        answer = await self._request("GET", "/v1/models")
+        """Return {root, the model that the server was started with, max_model_len, ...}: it never changes."""
+        answer = await self.request("GET", "/v1/models")
         try:
             found: dict[str, Any] = answer["data"][0]
             require(isinstance(found["root"], str), f"{self.base_url}/v1/models: root={found['root']!r}")
@@ -48,15 +54,22 @@ class VLLMEngine(EngineClient):
 
     # --- sampling ---
 
-    async def _sample(
+    async def generate_batch(
         self,
         prompts: Sequence[Sequence[int]],
-        params: Sequence[Mapping[str, Any]],
-        n: int,
-        return_logprob: bool,
-        rid: str | None,
+        sampling_params: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        *,
+        n: int = 1,
+        return_logprob: bool = True,
+        rid: str | None = None,
     ) -> list[list[Generation]]:
-        """A request for each row, all at once: one takes a single prompt, and no more rows than the server runs."""
+        """Return `n` continuations of each prompt, by an HTTP request for each row: it takes a single prompt, and no
+        more rows than the server runs. See `EngineClient`.
+        """
+        if not prompts:
+            return []
+        params = per_prompt(sampling_params, len(prompts))
+        await self.check(prompts, params, n)
         if return_logprob and any(_filters(item) for item in params):
             raise RequestError(
                 f"{self.base_url}: not sent: vLLM's log-probs beside top_k, top_p or min_p are of the filtered "
@@ -72,7 +85,7 @@ class VLLMEngine(EngineClient):
             prompt, item, row = rows[index]
             try:
                 found[index] = await self._ask(prompt, vllm_params(item, row, return_logprob), rids[index])
-            except EngineError as error:  # told as it is, not in an exception group
+            except EngineError as error:  # raised below as it is, not in an exception group
                 errors.append(error)
                 tasks.cancel_scope.cancel()
 
@@ -90,7 +103,7 @@ class VLLMEngine(EngineClient):
     async def _ask(self, prompt: Sequence[int], params: Mapping[str, Any], rid: str) -> Generation:
         body = {"request_id": rid, "token_ids": list(prompt), "sampling_params": params}
         async with sampling.here():
-            answer = await self._request("POST", "/inference/v1/generate", body)
+            answer = await self.request("POST", "/inference/v1/generate", body)
         try:
             (choice,) = answer["choices"]
             return _generation(choice, answer["usage"], params["logprobs"] is not None, self.base_url)
@@ -99,10 +112,10 @@ class VLLMEngine(EngineClient):
             raise EngineError(f"{self.base_url}/inference/v1/generate: an answer without {error}: {shown}") from error
 
     async def input_logprobs(self, input_ids: Sequence[int]) -> list[float]:
-        """[T-1] natural log-probs of all but the first of T tokens, at temperature 1. One token is sampled too."""
+        """Return [T-1] natural log-probs of all but the first of T tokens, at temperature 1. It samples a token too."""
         params = {**vllm_params({"max_new_tokens": 1}, 0, False), "prompt_logprobs": 0}
         body = {"token_ids": list(input_ids), "sampling_params": params}
-        answer = await self._request("POST", "/inference/v1/generate", body)
+        answer = await self.request("POST", "/inference/v1/generate", body)
         try:
             entries = answer["prompt_logprobs"]
             pairs = zip(input_ids[1:], entries[1:], strict=True)
@@ -112,13 +125,13 @@ class VLLMEngine(EngineClient):
 
     async def pause(self, mode: str = "retract") -> None:
         """Stop sampling: "abort" ends what runs, "in_place" freezes it with its cache, "retract" drops that."""
-        await self._request("POST", f"/pause?mode={PAUSE_MODES[mode]}&clear_cache=false")
+        await self.request("POST", f"/pause?mode={PAUSE_MODES[mode]}&clear_cache=false")
         if mode == "retract":
             await self._reset_prefix_cache(running=True)
 
     async def resume(self) -> None:
         """Sample again after `pause`."""
-        await self._request("POST", "/resume")
+        await self.request("POST", "/resume")
 
     async def flush_cache(self) -> None:
         """Empty the prefix cache. Raises EngineError when the server refuses, which it does while requests hold it."""
@@ -126,19 +139,19 @@ class VLLMEngine(EngineClient):
 
     async def _reset_prefix_cache(self, *, running: bool) -> None:
         flag = str(running).lower()
-        answer = await self._request("POST", f"/reset_prefix_cache?reset_running_requests={flag}")
+        answer = await self.request("POST", f"/reset_prefix_cache?reset_running_requests={flag}")
         done = isinstance(answer, dict) and answer.get("success") is True
         require(done, f"{self.base_url}/reset_prefix_cache: refused to flush: requests hold it ({answer!r})")
 
     async def abort(self, rid: str | None = None) -> None:
-        """End one request, or all of them when `rid` is None, with the tokens they have."""
+        """End one request, or all if `rid` is None. They answer with the tokens sampled so far."""
         ids = [] if rid is None else [REQUEST_ID_PREFIX + one for one in self._row_rids.get(rid, [rid])]
-        await self._request("POST", "/abort_requests", {"request_ids": ids})
+        await self.request("POST", "/abort_requests", {"request_ids": ids})
 
     # --- weights ---
 
     async def model_info(self) -> dict[str, Any]:
-        """`model_path`, what the server was started with or this client gave it last, and `weight_version`."""
+        """Return `model_path`, started with or given last by this client, and `weight_version`."""
         version = await self._weight_version()
         given, path = self._given
         return {
@@ -147,19 +160,18 @@ class VLLMEngine(EngineClient):
         }
 
     async def _weight_version(self) -> str:
-        info = await self._request("GET", "/weight_info")
+        info = await self.request("GET", "/weight_info")
         require(isinstance(info, dict) and bool(info.get("weight_version")), f"{self.base_url}/weight_info: {info!r}")
         return str(info["weight_version"])
-
-    _given: tuple[str, str] = ("", "")  # the newest version that this client gave, and its directory
 
     async def update_weights_from_checkpoint(
         self, checkpoint_path: str, weight_version: str | None = None
     ) -> dict[str, Any]:
-        """As `SGLangEngine`'s. vLLM has no disk route: its workers are told to reload, and then what to call it.
+        """Serve a checkpoint's weights, as `SGLangEngine` does. vLLM lacks a disk route: its workers reload, and then
+        get the version's name.
 
-        Raises WeightSyncError; the engine is then left paused, unless the checkpoint cannot be read, which is seen
-        before. Proof is that every worker's reload returned, and that the version is read back.
+        Raises WeightSyncError. The engine is then left paused, unless the checkpoint is damaged, which is checked
+        first. The proof is that every worker's reload returned, and that the version is read back.
         """
         path = str(Path(checkpoint_path).absolute())
         version = weight_version or f"{Path(path).name}-{uuid.uuid4().hex[:8]}"
@@ -167,9 +179,9 @@ class VLLMEngine(EngineClient):
         reload = {"method": "reload_weights", "kwargs": {"weights_path": path}, "timeout": self.timeout_s}
         try:
             await self.pause("retract")
-            await self._request("POST", "/collective_rpc", reload)
+            await self.request("POST", "/collective_rpc", reload)
             await self.flush_cache()
-            await self._request("POST", "/update_weight_version", {"new_version": version})
+            await self.request("POST", "/update_weight_version", {"new_version": version})
             served = await self._weight_version()
             require(served == version, f"{self.base_url} serves version {served!r}, needs {version!r}")
             await self.resume()
@@ -180,8 +192,10 @@ class VLLMEngine(EngineClient):
 
 
 def vllm_params(params: Mapping[str, Any], row: int, return_logprob: bool) -> dict[str, Any]:
-    """SGLang's sampling_params in vLLM's words, for one row of n. All is said that a model's generation_config decides
-    otherwise."""
+    """Translate SGLang's sampling_params into vLLM's, for one row of n.
+
+    It sets every field that the model's generation_config would otherwise override.
+    """
     given = {name: value for name, value in params.items() if value is not None}
     top_k = given.get("top_k", -1)
     return {
@@ -205,7 +219,7 @@ def _filters(params: Mapping[str, Any]) -> bool:
 
 
 def _generation(choice: Mapping[str, Any], usage: Mapping[str, Any], return_logprob: bool, where: str) -> Generation:
-    """One choice of an answer. Raises EngineError when ids and log-probs do not belong together."""
+    """Return one choice of an answer. Raises EngineError if ids and log-probs do not belong together."""
     output_ids = list(choice["token_ids"] or ())
     logprobs = None
     if return_logprob:
@@ -230,7 +244,7 @@ def _generation(choice: Mapping[str, Any], usage: Mapping[str, Any], return_logp
         finish_detail=detail,
         weight_version=str(spans[-1]["version"]) if spans else "",
         weight_versions=spans,
-        text=None,  # the route speaks tokens; who needs text has the tokenizer
+        text=None,  # the route speaks tokens alone; the caller may decode them
         prompt_tokens=usage["prompt_tokens"],
         cached_tokens=cached,
     )

@@ -1,13 +1,13 @@
-"""Whether a directory's weights can be read, before a server is sent there: SGLang 0.5.21 dies of a damaged file."""
+"""Check a checkpoint directory before a server loads it: SGLang 0.5.21 dies of a damaged file."""
 
 import json
 from pathlib import Path
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a Hugging Face directory of this machine, of its files' headers alone; None: nothing is.
+    """Return what is wrong with a Hugging Face directory, by its files' headers alone; None if nothing is.
 
-    A directory that this machine does not have is the server's to judge.
+    A directory that this machine lacks passes: the server will judge it.
     """
     from safetensors import SafetensorError, safe_open
 

@@ -14,6 +14,7 @@ import torch
 from rollouts.training import distributed
 from rollouts.training.advantages import compute_advantages, has_contrast, mean, standard_deviation
 from rollouts.training.backends.minimal import complete
+from rollouts.training.inference.pool.engine_pool import EnginePool
 from rollouts.training.loops.batching import collate, pad
 from rollouts.training.loops.common import (
     CheckpointFn,
@@ -36,8 +37,8 @@ from rollouts.training.rl_losses import ClipRange, trained_sequences
 from rollouts.training.rollout_gen.rollout_stream import open_stream
 from rollouts.training.seams import Batch, MinimalBackend, TrainingBackend
 from rollouts.training.types import RewardFn, RLTrainingConfig, RolloutBatch, Sample
-from rollouts.training.weight_transfer.disk import DiskTransfer
-from rollouts.training.weight_transfer.sync import WeightSync
+from rollouts.training.weights.deliver.disk import DiskDelivery
+from rollouts.training.weights.publish import WeightPublisher
 
 REWARD_MAX = 1e30  # sums and squares of a step's advantages stay within float32's range of 3e38
 
@@ -46,7 +47,7 @@ async def run_rl_training(
     backend: MinimalBackend,
     buffer: Any,
     rollout_manager: Any,
-    engines: Sequence[Any],
+    engines: EnginePool | Sequence[object],
     config: RLTrainingConfig,
     *,
     metrics_logger: MetricsLogger | None = None,
@@ -61,7 +62,7 @@ async def run_rl_training(
     eval_every: int = -1,
     on_checkpoint: CheckpointFn | None = None,
     peak_flops: float | None = None,
-    weight_sync: WeightSync | None = None,
+    weight_sync: WeightPublisher | None = None,
 ) -> list[dict[str, float]]:
     """Train on what the engines sample and return one dict per logged step. Steps count from 1.
 
@@ -83,15 +84,16 @@ async def run_rl_training(
     check_steps(config.num_steps, steps_done, updates_per_batch=config.updates_per_batch, **sizes)
     backend = complete(backend)
     first = _restore(buffer, rollout_manager, resume)
-    sync = weight_sync or WeightSync(backend, engines, DiskTransfer(backend, weights_dir))
-    await sync(first)
+    pool = EnginePool.of(engines)
+    weights = weight_sync or WeightPublisher(backend, pool, DiskDelivery(backend, weights_dir))
+    await weights.publish(first)
     if eval_fn is not None and first == 0 and distributed.rank() == 0:
         await call(eval_fn, 0)
     options: dict[str, Any] = {"pad_token_id": pad_token_id, "temperature": temperature, "clip_range": clip_range}
     estimate = _value_estimator(backend, config)
     throughput = Throughput.of(backend, peak_flops)
     history: list[dict[str, float]] = []
-    stream = open_stream(rollout_manager, reward_fn, engines, first, config)
+    stream = open_stream(rollout_manager, reward_fn, pool, first, config)
     async with Checkpoints(backend, on_checkpoint) as checkpoints, stream as rollouts:
         for step in range(first + 1, config.num_steps + 1):
             clock = [time.monotonic()]
@@ -101,7 +103,7 @@ async def run_rl_training(
             batch, metrics = await _from_rank_0(prepared)
             clock.append(time.monotonic())
             sync_follows = due(step, config.sync_every, config.num_steps)
-            await sync.sleep(weights=sync_follows)
+            await weights.sleep(weights=sync_follows)
             metrics |= await train_step(
                 backend,
                 batch,
@@ -113,9 +115,9 @@ async def run_rl_training(
             clock.append(time.monotonic())
             if sync_follows:
                 async with rollouts.updating(step):
-                    await sync(step)
+                    await weights.publish(step)
             else:
-                await sync.wake()
+                await weights.wake()
             times = _times([*clock, time.monotonic()])
             lengths = batch["attention_mask"].sum(1).tolist()
             seconds = {key: times[key] for key in ("train_s", "step_s")}

@@ -16,10 +16,11 @@ from typing import Any
 
 import anyio
 
+from rollouts.training.inference.http import EngineError
+from rollouts.training.inference.pool.engine_pool import EnginePool
 from rollouts.training.rollout_gen.async_rollout_manager import AsyncRolloutManager, PendingGroup
 from rollouts.training.rollout_gen.concurrency import representative
 from rollouts.training.types import RewardFn, RLTrainingConfig, RolloutBatch
-from rollouts.training.weight_sync import EngineError
 
 ABORT_TIMEOUT_S = 5.0
 
@@ -124,14 +125,14 @@ class RolloutStream:
 
 @asynccontextmanager
 async def open_stream(
-    manager: Any, reward_fn: RewardFn | None, engines: Sequence[Any], first: int, config: RLTrainingConfig
+    manager: Any, reward_fn: RewardFn | None, pool: EnginePool, first: int, config: RLTrainingConfig
 ) -> AsyncIterator[InTurn | RolloutStream]:
     """The batches of the steps after `first`, generated at most `policy_lag_steps_max` steps ahead of the weights.
 
     `manager` None: of another rank than 0, which asks for none. `reward_fn` stands in for the manager's. However the
     context is left, nothing is generated any more afterwards, and
     the manager stands before the groups that had not finished; left by an error, or cancelled, the requests that still
-    run at `engines` are aborted. Raises ValueError for a lag that cannot be.
+    run at the engines of `pool` are aborted. Raises ValueError for a lag that cannot be.
     """
     lag = config.policy_lag_steps_max if manager is not None else 0
     if lag > 0 and not isinstance(manager, AsyncRolloutManager):
@@ -151,7 +152,7 @@ async def open_stream(
             async with _running(RolloutStream(manager, reward_fn, first, config)) as stream:
                 yield stream
     except BaseException:
-        await _abort_all(engines)
+        await _abort_all(pool)
         raise
 
 
@@ -172,18 +173,10 @@ async def _running(stream: RolloutStream) -> AsyncIterator[RolloutStream]:
         stream.manager.roll_back()
 
 
-async def _abort_all(engines: Sequence[Any]) -> None:
-    """End what runs at the engines: they may not see that its client is gone, behind a router say."""
-
-    async def abort(engine: Any) -> None:
-        with suppress(EngineError):  # what brought us here matters more
-            await engine.abort()
-
-    with anyio.move_on_after(ABORT_TIMEOUT_S, shield=True):
-        async with anyio.create_task_group() as tasks:
-            for engine in engines:
-                if hasattr(engine, "abort"):  # engines are duck-typed
-                    tasks.start_soon(abort, engine)
+async def _abort_all(pool: EnginePool) -> None:
+    """End what runs at the engines: behind a router, say, they may not notice that the client is gone."""
+    with anyio.move_on_after(ABORT_TIMEOUT_S, shield=True), suppress(EngineError):  # the first error matters more
+        await pool.abort()
 
 
 def _ages(groups: Sequence[PendingGroup]) -> dict[str, float]:

@@ -9,7 +9,8 @@ from rollouts.agents.episode import Limits
 from rollouts.config import AgentConfig, RLConfig
 from rollouts.training.agent_integration import make_agent_generate_fn
 from rollouts.training.datasets.data_buffer import DataBuffer
-from rollouts.training.inference.resilient import ResilientEngine
+from rollouts.training.inference.pool.engine_pool import EnginePool
+from rollouts.training.inference.pool.replica_sampler import samplers
 from rollouts.training.rewards import resolve
 from rollouts.training.rollout_gen.async_rollout_manager import AsyncRolloutManager
 from rollouts.training.rollout_gen.engine_generate import make_generate_fn
@@ -21,7 +22,7 @@ def build_rollout_manager(
     rl: RLConfig,
     prompts: Sequence[Prompt],
     tokenizer: Tokenizer,
-    engines: Sequence[ResilientEngine],
+    pool: EnginePool,
     reward_fn: RewardFn | None,
 ) -> AsyncRolloutManager:
     """Return what makes a batch of groups for each step, out of the stage's prompts."""
@@ -29,7 +30,7 @@ def build_rollout_manager(
         batch_size=rl.examples_per_step,
         n_samples_per_prompt=rl.num_samples,
         over_sampling_factor=rl.sampling.over_sampling_factor,
-        generate_fn=build_generate_fn(rl, tokenizer, engines, reward_fn),
+        generate_fn=build_generate_fn(rl, tokenizer, pool, reward_fn),
         reward_fn=reward_fn,
         filter_fn=resolve(rl.sampling.filter_fn) if rl.sampling.filter_fn else None,
         retries_max=rl.sampling.retries_max,
@@ -38,46 +39,42 @@ def build_rollout_manager(
     return AsyncRolloutManager(DataBuffer(prompts, seed=rl.sampling.seed), config)
 
 
-def build_generate_fn(
-    rl: RLConfig, tokenizer: Tokenizer, engines: Sequence[ResilientEngine], reward_fn: RewardFn | None
-) -> GenerateFn:
+def build_generate_fn(rl: RLConfig, tokenizer: Tokenizer, pool: EnginePool, reward_fn: RewardFn | None) -> GenerateFn:
     """Return the function that samples a group.
 
     Groups of one moment share a request, unless rewards wait for something, or updates find groups at different
     points: each group then returns by itself.
     """
     if rl.agent is not None:
-        endpoints = agent_endpoints(rl, rl.agent, tokenizer, engines)
+        endpoints = agent_endpoints(rl, rl.agent, tokenizer, pool)
         return make_agent_generate_fn(endpoints, agent_environment(rl.agent), limits=episode_limits(rl.agent))
-    apart = (
+    one_request_per_group = (
         rl.in_flight_updates
         or (rl.reward is not None and rl.reward.workers > 0)
         or inspect.iscoroutinefunction(reward_fn)
     )
     return make_generate_fn(
-        engines,
+        pool,
         tokenizer,
         max_new_tokens=rl.max_new_tokens,
         temperature=rl.temperature,
         top_k=rl.top_k,
-        apart=apart,
+        one_request_per_group=one_request_per_group,
     )
 
 
-def agent_endpoints(
-    rl: RLConfig, agent: AgentConfig, tokenizer: Tokenizer, engines: Sequence[ResilientEngine]
-) -> list[Endpoint]:
+def agent_endpoints(rl: RLConfig, agent: AgentConfig, tokenizer: Tokenizer, pool: EnginePool) -> list[Endpoint]:
     """Return where an agent's policy answers: one endpoint per engine."""
     return [
         Endpoint(
-            engine=engine,
+            engine=sampler,
             tokenizer=tokenizer,
             max_new_tokens=rl.max_new_tokens,
             temperature=rl.temperature,
             top_k=rl.top_k,
             tool_format=agent.tool_format,
         )
-        for engine in engines
+        for sampler in samplers(pool)
     ]
 
 

@@ -8,7 +8,7 @@ from rollouts.run_dir import append_event
 from rollouts.training import distributed
 from rollouts.training.agent_integration import evaluate_agent
 from rollouts.training.evaluation import ALL_TASKS, Evaluation, Sampling, evaluate_with_engine, evaluate_with_model
-from rollouts.training.inference.resilient import ResilientEngine
+from rollouts.training.inference.pool.engine_pool import EnginePool
 from rollouts.training.types import Prompt, RewardFn
 from rollouts.worker.builders.rollout_source import agent_endpoints, agent_environment, episode_limits
 from rollouts.worker.stages.parts import StageParts
@@ -45,16 +45,16 @@ async def answers_of_engines(
     parts: StageParts,
     rl: RLConfig,
     rows: Sequence[Prompt],
-    engines: Sequence[ResilientEngine],
+    pool: EnginePool,
     reward_fn: RewardFn | None,
 ) -> Evaluation:
     """Return the engines' answers to `rows`; an agent's are episodes, judged by the job's own reward."""
     if rl.agent is None:
         return await evaluate_with_engine(
-            engines, parts.tokenizer, rows, max_new_tokens=rl.max_new_tokens, sampling=_sampling(parts)
+            pool, parts.tokenizer, rows, max_new_tokens=rl.max_new_tokens, sampling=_sampling(parts)
         )
     return await evaluate_agent(
-        agent_endpoints(rl, rl.agent, parts.tokenizer, engines),
+        agent_endpoints(rl, rl.agent, parts.tokenizer, pool),
         agent_environment(rl.agent),
         rows,
         reward_fn=reward_fn,
@@ -72,7 +72,7 @@ def rl_evaluation(
     parts: StageParts,
     rl: RLConfig,
     held_out: Sequence[Prompt],
-    engines: Sequence[ResilientEngine],
+    pool: EnginePool,
     reward_fn: RewardFn | None,
 ) -> Callable[[int], Awaitable[dict[str, float]]] | None:
     """Return what evaluates a step of RL; None where no held-out row is to be answered."""
@@ -86,8 +86,8 @@ def rl_evaluation(
         """Return exact match and pass@k: before the first step and after the last over all rows."""
         whole = step in (0, parts.num_steps) or rl.eval_examples == -1
         rows = own if whole else own[: rl.eval_examples]
-        if engines:
-            found = await answers_of_engines(parts, rl, rows, engines, reward_fn)
+        if pool:
+            found = await answers_of_engines(parts, rl, rows, pool, reward_fn)
         else:
             found = answers_in_process(parts, rows)
         by_task = found.metrics(config.eval.pass_at)

@@ -4,11 +4,11 @@ from rollouts.agents.episode import AgentError
 from rollouts.training.checkpoint import CheckpointError
 from rollouts.training.datasets.rows import DataError
 from rollouts.training.devices import DeviceError
+from rollouts.training.inference.http import EngineError
 from rollouts.training.loops.common import StepsError
 from rollouts.training.model_loading import ModelError
 from rollouts.training.rewards import RewardError
 from rollouts.training.rollout_gen.async_rollout_manager import RolloutError
-from rollouts.training.weight_sync import EngineError
 
 MISTAKES: tuple[type[Exception], ...] = (
     StepsError,

@@ -1,28 +1,28 @@
 """The rl stage: train on what the engines sample, or on saved rollouts; or sample and score alone."""
 
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from rollouts.config import Config, RLConfig
 from rollouts.run_dir import RunDir
 from rollouts.training import distributed
 from rollouts.training.backends.pytorch import PyTorchTrainingBackend
-from rollouts.training.inference.resilient import ResilientEngine
+from rollouts.training.inference.pool.engine_pool import EnginePool
 from rollouts.training.loops import collect_rollouts, run_rl_training
 from rollouts.training.loops.common import EvalFn
 from rollouts.training.metrics import JSONLLogger, MetricsLogger
 from rollouts.training.replay import ReplayRollouts
 from rollouts.training.rollout_gen.async_rollout_manager import AsyncRolloutManager
 from rollouts.training.types import RewardFn
-from rollouts.training.weight_transfer.sync import WeightSync
+from rollouts.training.weights.publish import WeightPublisher
 from rollouts.worker.builders import EngineUrls
 from rollouts.worker.builders.data import StageData
-from rollouts.worker.builders.engines import open_engines
+from rollouts.worker.builders.engines import open_pool
 from rollouts.worker.builders.loss import batch_clip_range, rl_training_config
 from rollouts.worker.builders.reward import open_reward
 from rollouts.worker.builders.rollout_source import build_rollout_manager
-from rollouts.worker.builders.weights import open_weight_sync
+from rollouts.worker.builders.weights import open_publisher
 from rollouts.worker.stages.held_out import rl_evaluation
 from rollouts.worker.stages.log import open_metrics
 from rollouts.worker.stages.mistakes import MISTAKES
@@ -48,18 +48,18 @@ class RLStage:
 
     async def run(self) -> None:
         parts, config = self.parts, self.parts.config
-        async with open_engines(config, parts.run, self.urls) as engines:
+        async with open_pool(config, parts.run, self.urls) as pool:
             with open_reward(config) as reward_fn:
-                source = self._rollout_source(engines, reward_fn)
-                evaluate = rl_evaluation(parts, self.rl, self.data.eval_rows, engines, reward_fn)
+                source = self._rollout_source(pool, reward_fn)
+                evaluate = rl_evaluation(parts, self.rl, self.data.eval_rows, pool, reward_fn)
                 with open_metrics(parts.log, parts.num_steps) as metrics_logger:
                     if parts.backend is not None:
-                        async with open_weight_sync(config, parts.run, parts.backend, engines) as sync:
+                        async with open_publisher(config, parts.run, parts.backend, pool) as publisher:
                             await self._train(
                                 parts.backend,
                                 source=source,
-                                engines=engines,
-                                sync=sync,
+                                pool=pool,
+                                publisher=publisher,
                                 metrics_logger=metrics_logger,
                                 evaluate=evaluate,
                             )
@@ -67,22 +67,22 @@ class RLStage:
                         await self._collect(source, metrics_logger, evaluate)
 
     def _rollout_source(
-        self, engines: Sequence[ResilientEngine], reward_fn: RewardFn | None
+        self, pool: EnginePool, reward_fn: RewardFn | None
     ) -> AsyncRolloutManager | ReplayRollouts | None:
         """Return where batches come from, on rank 0, which hands them to the other ranks."""
         if distributed.rank() != 0:
             return None
         if self.data.saved is not None:
             return self.data.saved
-        return build_rollout_manager(self.rl, self.data.prompts, self.parts.tokenizer, engines, reward_fn)
+        return build_rollout_manager(self.rl, self.data.prompts, self.parts.tokenizer, pool, reward_fn)
 
     async def _train(
         self,
         backend: PyTorchTrainingBackend,
         *,
         source: AsyncRolloutManager | ReplayRollouts | None,
-        engines: Sequence[ResilientEngine],
-        sync: WeightSync | None,
+        pool: EnginePool,
+        publisher: WeightPublisher | None,
         metrics_logger: MetricsLogger,
         evaluate: EvalFn | None,
     ) -> None:
@@ -91,10 +91,10 @@ class RLStage:
             backend,
             source.buffer if isinstance(source, AsyncRolloutManager) else None,
             source,
-            engines,
+            pool,
             rl_training_config(rl, parts.num_steps),
             metrics_logger=metrics_logger,
-            weight_sync=sync,
+            weight_sync=publisher,
             rollouts_logger=JSONLLogger(parts.run.rollouts) if samples else None,
             temperature=rl.temperature,
             clip_range=batch_clip_range(rl),

@@ -163,7 +163,7 @@ async def test_groups_asked_for_apart_come_back_by_themselves(engine: InProcessE
     alone, shared = (dataclasses.replace(engine, requests=[]) for _ in range(2))
     found = []
     for target, apart in ((alone, True), (shared, False)):
-        generate = generate_fn(target, apart=apart)
+        generate = generate_fn(target, one_request_per_group=apart)
         groups = await gather_in_order([partial(generate, [ROW] * 2, seed=seed) for seed in range(3)])
         found.append([[sample.tokens for sample in group] for group in groups])
     assert found[0] == found[1]

@@ -12,6 +12,7 @@ import anyio
 import pytest
 
 from rollouts.training.datasets.data_buffer import DataBuffer
+from rollouts.training.inference.pool.engine_pool import EnginePool
 from rollouts.training.rollout_gen import rollout_stream
 from rollouts.training.rollout_gen.async_rollout_manager import AsyncRolloutManager, RolloutError
 from rollouts.training.rollout_gen.rollout_stream import open_stream
@@ -81,7 +82,7 @@ class World:
         self.version = first
         batches = []
         with anyio.fail_after(FAIL_S):
-            async with open_stream(self.manager, None, [], first, config) as rollouts:
+            async with open_stream(self.manager, None, EnginePool.of([]), first, config) as rollouts:
                 for step in range(first + 1, steps + 1):
                     batches.append(await rollouts.next_batch())
                     await train_pause()
@@ -356,7 +357,7 @@ async def test_a_lag_that_cannot_be_is_refused(manager: Any, options: dict[str, 
     """Goal: a message before anything starts. Red without the checks: an AttributeError, and a run that hangs."""
     config = RLTrainingConfig(num_steps=4, policy_lag_steps_max=1, **options)
     with pytest.raises(ValueError, match=message):
-        async with open_stream(manager or World().manager, None, [], 0, config):
+        async with open_stream(manager or World().manager, None, EnginePool.of([]), 0, config):
             pass
 
 
@@ -374,11 +375,13 @@ async def test_what_runs_at_the_engines_is_aborted_on_the_way_out(lag: int) -> N
             aborted.append("all")
 
     config = RLTrainingConfig(num_steps=1, policy_lag_steps_max=lag)
-    async with open_stream(World().manager, None, [Engine()], 0, config) as rollouts:
+    async with open_stream(World().manager, None, EnginePool.of([Engine()]), 0, config) as rollouts:
         await rollouts.next_batch()
     assert aborted == []
     with anyio.move_on_after(0.05):
-        async with open_stream(World(pause=anyio.sleep_forever).manager, None, [Engine()], 0, config) as rollouts:
+        async with open_stream(
+            World(pause=anyio.sleep_forever).manager, None, EnginePool.of([Engine()]), 0, config
+        ) as rollouts:
             await rollouts.next_batch()
     assert aborted == ["all"]
 
@@ -398,6 +401,8 @@ async def test_an_engine_that_hangs_keeps_no_other_from_being_told(monkeypatch: 
             await anyio.sleep_forever()
 
     with pytest.raises(ZeroDivisionError):
-        async with open_stream(World().manager, None, [Hanging(), Engine()], 0, RLTrainingConfig(num_steps=1)):
+        async with open_stream(
+            World().manager, None, EnginePool.of([Hanging(), Engine()]), 0, RLTrainingConfig(num_steps=1)
+        ):
             raise ZeroDivisionError
     assert aborted == ["healthy"]

@@ -1,0 +1,145 @@
+"""`Replica`: the state of one engine of a pool. It waits for an engine that died, and gives it its weights again."""
+
+import contextlib
+import logging
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from rollouts.training.inference.http import EngineError, EngineLost
+from rollouts.training.inference.inference_engine import InferenceEngine, PauseMode
+from rollouts.training.inference.loop_lock import LoopLock
+from rollouts.training.inference.pool.given_weights import Give, GivenWeights
+from rollouts.training.inference.pool.recovery import Recovered, Reruns, bring_back, is_lost, served_version
+
+logger = logging.getLogger(__name__)
+
+
+class Replica:
+    """One engine's client, and what the pool knows of the engine. `reruns` None: its failures are raised as they come.
+
+    Something else, the supervisor, starts a dead engine again. It then serves its start model.
+    """
+
+    def __init__(self, client: InferenceEngine, reruns: Reruns | None) -> None:
+        self.client = client
+        self.given = GivenWeights()
+        self.is_up = True
+        self.recoveries = 0
+        self.aborts = 0  # that the caller asked for
+        self.on_lost: Callable[[], object] | None = (
+            None  # called when the engine is found lost, before it is waited for
+        )
+        self._reruns = reruns
+        self._lock = LoopLock()
+
+    def __repr__(self) -> str:
+        return repr(self.client)
+
+    @property
+    def base_url(self) -> str:
+        return self.client.base_url
+
+    async def input_logprobs(self, input_ids: Sequence[int]) -> list[float] | None:
+        """Return this engine's own log-probs, under the weights that it was given. See `InferenceEngine`."""
+        if self._reruns is None:
+            return await self.client.input_logprobs(input_ids)
+        for left in range(self._reruns.times_max, -1, -1):
+            recoveries = self.recoveries
+            try:
+                found = await self.client.input_logprobs(input_ids)
+                served = await served_version(self.client)
+                if not self.given.explain(served):
+                    raise EngineLost(f"{self}: serves weights {served}; was given {self.given.newest}")
+                return found
+            except EngineLost as error:
+                if not left:
+                    raise
+                logger.warning("%s; the request is run again, at most %d more times", error, left)
+                self.note_lost(recoveries)
+                await self.recover(recoveries, str(error))
+        raise AssertionError("the last round returns or raises")
+
+    async def update_weights_from_checkpoint(
+        self, checkpoint_path: str, weight_version: str | None = None
+    ) -> dict[str, Any]:
+        """As the client's; repeated if the engine dies meanwhile, and whenever it comes back. The directory has to
+        stay until the next update. Raises EngineError if the engine does not come back."""
+        version = weight_version or f"{Path(checkpoint_path).name}-{uuid.uuid4().hex[:8]}"
+
+        async def give(client: InferenceEngine) -> dict[str, Any]:
+            return await client.update_weights_from_checkpoint(checkpoint_path, weight_version=version)
+
+        async with self.receiving(version, give):
+            try:
+                return await give(self.client)
+            except EngineError as error:
+                return cast(dict[str, Any], await self.receive_again(error))
+
+    @contextlib.asynccontextmanager
+    async def receiving(self, version: str, give: Give) -> AsyncIterator[None]:
+        """Within it, the caller brings the engine to `version`. `give(client)` does it for this engine alone.
+
+        Either version may answer requests meanwhile, and none is run again before the end. After an error the engine
+        counts as having the version before.
+        """
+        async with self._lock.here():
+            with self.given.receiving(version, give):
+                yield
+            self.is_up = True
+
+    async def receive_again(self, error: EngineError) -> object:
+        """Within `receiving`: wait for an engine that was lost, and give it the weights. Raises any other `error`."""
+        if (
+            self._reruns is None
+            or not self._reruns.times_max
+            or not (is_lost(error) or await self._was_started_again())
+        ):
+            raise error
+        self.note_lost(self.recoveries)
+        logger.warning("%s; the weights are sent again", error)
+        return await self._bring_back(self._reruns, str(error), again=True)
+
+    def note_lost(self, recoveries: int) -> None:
+        """A request failed that was sent after so many recoveries: count the engine as down if it has had no more."""
+        if self.is_up and self.recoveries == recoveries:
+            self.is_up = False
+            if self.on_lost is not None:
+                self.on_lost()
+
+    async def recover(self, recoveries: int, reason: str) -> None:
+        """Bring the engine back, once for all requests that saw it fail."""
+        async with self._lock.here():
+            if self.recoveries == recoveries and self._reruns is not None:
+                await self._bring_back(self._reruns, reason, again=False)
+
+    async def abort(self, rids: Sequence[str | None]) -> None:
+        """End these requests; None: all. An engine that is gone has none."""
+        self.aborts += 1
+        with contextlib.suppress(EngineLost):
+            for rid in rids:
+                await self.client.abort(rid)
+
+    async def pause(self, mode: PauseMode) -> None:
+        """Pause as the client does. What "abort" ends was the caller's wish."""
+        self.aborts += mode == "abort"
+        await self.client.pause(mode)
+
+    async def _bring_back(self, reruns: Reruns, reason: str, *, again: bool) -> object:
+        timeout_s = reruns.recover_timeout_s
+        answer, seconds = await bring_back(self.client, self.given, timeout_s, reason=reason, again=again)
+        self.recoveries += 1
+        self.is_up = True
+        version = self.given.newest
+        logger.warning("%s: is back with weights %s after %.1f s (%s)", self, version, seconds, reason)
+        if reruns.on_recovered:
+            reruns.on_recovered(Recovered(self.base_url, reason, version, seconds))
+        return answer
+
+    async def _was_started_again(self) -> bool:
+        """Return whether it serves weights that it was never given here. Its refusals are then of its new life."""
+        try:
+            return len(self.given.versions) > 1 and await served_version(self.client) not in self.given.versions
+        except EngineError:
+            return True

@@ -1,0 +1,1 @@
+"""Publish a trainer's weights to inference engines, by one of several deliveries, and prove that they serve them."""
