@@ -11,6 +11,7 @@ if sys.argv[0].rpartition("/")[2] in ("deploy", "deploy.py"):  # not where a tes
 
 import contextlib
 import difflib
+import functools
 import importlib.metadata
 import os
 import pathlib
@@ -21,6 +22,8 @@ from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
+
+from rollouts.view.screen import Screen
 
 PAGE = """
 Train a language model from one config file: SFT, then RL, here or on a GPU host over SSH.
@@ -96,6 +99,7 @@ Exit codes:
 """
 
 INTERRUPTED = 130
+Function = Callable[..., Any]
 HOST_VERB, CONFIG_VERB = "check-host", "run-config"  # what a line without a verb means
 OPTIONS_WITH_VALUE = ("--remote", "--run-id", "--window")
 HOST_OPTIONS = ("--remote", "--json", "--accept-new-host-key", "--no-accept-new-host-key", "--help", "-h")
@@ -228,32 +232,51 @@ def version_text() -> str:
     return version
 
 
-def _do(verb: Callable[[Any], int], *, as_json: bool, launching: bool = False) -> None:
-    """Run one verb of rollouts.remote, and exit with its code.
+def verb(
+    name: str, *, hidden: bool = False, launches: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make a function a verb: what it returns is printed, and the command ends with its exit code; so with an error.
 
-    `launching`: it was to start a run, so that an error says whether it did.
+    The function returns an Answer or, having printed it, an exit code, and imports what it needs of rollouts.remote.
+    `launches`: it is to start a run, so that an error says whether it did.
     """
-    try:
-        from rollouts import remote
-        from rollouts.remote import commands, looks, read_config  # noqa: F401
-        from rollouts.remote.errors import DeployError
-        from rollouts.remote.local_faults import standing
-        from rollouts.view.escape import tolerate_odd_text
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted." + (" Nothing was started.\n" if launching else "\n"))
-        raise typer.Exit(INTERRUPTED) from None
+
+    def register(function: Function) -> Function:
+        @app.command(name, hidden=hidden)
+        @functools.wraps(function)
+        def command(**options: Any) -> None:
+            to_launch = launches and not options.get("show")
+            try:
+                code = _exit_code(function, options, to_launch=to_launch)
+                sys.stdout.flush()
+            except BrokenPipeError:  # `deploy logs RUN | head`: its reader has enough
+                _drop_output()
+                code = 0 if not to_launch else 1
+            except KeyboardInterrupt:  # while modules are imported
+                sys.stderr.write("interrupted." + (" Nothing was started.\n" if to_launch else "\n"))
+                code = INTERRUPTED
+            raise typer.Exit(code)
+
+        return function
+
+    return register
+
+
+def _exit_code(function: Function, options: dict[str, Any], *, to_launch: bool) -> int:
+    """Run a verb and print its answer, or its error."""
+    from rollouts.remote.errors import DeployError
+    from rollouts.remote.local_faults import standing
+    from rollouts.view.escape import tolerate_odd_text
+
     tolerate_odd_text()
+    screen = Screen(as_json=options["as_json"])
     try:
-        try:
-            with standing():
-                code = verb(remote)
-        except DeployError as error:
-            code = commands.fail(error, as_json=as_json, launching=launching)
-        sys.stdout.flush()
-    except BrokenPipeError:  # `deploy logs RUN | head`: whoever read it has enough
-        _drop_output()
-        code = 0 if not launching else 1
-    raise typer.Exit(code)
+        with standing():
+            answer = function(**options)
+            return answer if isinstance(answer, int) else screen.show(answer)
+    except DeployError as error:
+        screen.error(error.to_json(), error.text(launching=to_launch))
+        return error.exit_code
 
 
 def _drop_output() -> None:
@@ -264,7 +287,7 @@ def _drop_output() -> None:
             os.dup2(nowhere, stream.fileno())
 
 
-@app.command(CONFIG_VERB, hidden=True)
+@verb(CONFIG_VERB, hidden=True, launches=True)
 def run_config(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="A file that builds `config = Config(...)`.")],
     *,
@@ -276,88 +299,92 @@ def run_config(
     run_id: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the run and its tmux session.")] = None,
     accept_new_host_key: AcceptKey = False,
     busy_ok: Annotated[bool, typer.Option("--busy-ok", help="Start on GPUs that others use too.")] = False,
-) -> None:
+) -> Any:
     """Run the job that CONFIG describes, and follow it."""
+    from rollouts.remote import commands, read_config
+
     if show:
-        _do(lambda here: here.read_config.show_config(config, as_json=as_json), as_json=as_json)
-    _do(
-        lambda here: here.commands.deploy(
-            config,
-            remote=remote,
-            plan_only=plan,
-            as_json=as_json,
-            detach=detach,
-            run_id=run_id,
-            accept_new_host_key=accept_new_host_key,
-            busy_ok=busy_ok,
-        ),
-        as_json=as_json,
-        launching=True,
+        return read_config.show_config(config)
+    return commands.deploy(
+        config,
+        Screen(as_json=as_json),
+        remote=remote,
+        plan_only=plan,
+        detach=detach,
+        run_id=run_id,
+        accept_new_host_key=accept_new_host_key,
+        busy_ok=busy_ok,
     )
 
 
-@app.command(HOST_VERB, hidden=True)
-def check_host(remote: Remote = None, as_json: Json = False, accept_new_host_key: AcceptKey = False) -> None:
+@verb(HOST_VERB, hidden=True)
+def check_host(remote: Remote = None, as_json: Json = False, accept_new_host_key: AcceptKey = False) -> Any:
     """Check a host, and list the runs on it."""
-    _do(
-        lambda here: here.looks.check_host(remote, as_json=as_json, accept_new_host_key=accept_new_host_key),
-        as_json=as_json,
-    )
+    from rollouts.remote import looks
+
+    return looks.check_host(remote, accept_new_host_key=accept_new_host_key)
 
 
-@app.command("ls")
-def ls(remote: Remote = None, as_json: Json = False) -> None:
+@verb("ls")
+def ls(remote: Remote = None, as_json: Json = False) -> Any:
     """List the runs started here, or with --remote those of a host."""
-    _do(lambda here: here.looks.list_runs(remote=remote, as_json=as_json), as_json=as_json)
+    from rollouts.remote import looks
+
+    return looks.list_runs(remote=remote)
 
 
-@app.command("status")
-def status(run: Run, remote: Remote = None, as_json: Json = False) -> None:
+@verb("status")
+def status(run: Run, remote: Remote = None, as_json: Json = False) -> Any:
     """Ask the host where a run is."""
-    _do(lambda here: here.looks.status(run, remote=remote, as_json=as_json), as_json=as_json)
+    from rollouts.remote import looks
+
+    return looks.status(run, remote=remote)
 
 
-@app.command("attach")
-def attach(run: Run, remote: Remote = None, as_json: Json = False, accept_new_host_key: AcceptKey = False) -> None:
+@verb("attach", launches=True)
+def attach(run: Run, remote: Remote = None, as_json: Json = False, accept_new_host_key: AcceptKey = False) -> Any:
     """Follow a run to its end; go on with a deploy that was interrupted."""
-    _do(
-        lambda here: here.commands.attach(run, remote=remote, as_json=as_json, accept_new_host_key=accept_new_host_key),
-        as_json=as_json,
-        launching=True,
-    )
+    from rollouts.remote import commands
+
+    return commands.attach(run, Screen(as_json=as_json), remote=remote, accept_new_host_key=accept_new_host_key)
 
 
-@app.command("logs")
+@verb("logs")
 def logs(
     run: Run,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends.")] = False,
     window: Annotated[str, typer.Option(metavar="NAME", help="supervisor, engine-0 or trainer.")] = "trainer",
     remote: Remote = None,
     as_json: Json = False,
-) -> None:
+) -> Any:
     """Print what a window of the run's tmux session shows."""
-    _do(
-        lambda here: here.commands.logs(run, remote=remote, window=window, follow_on=follow, as_json=as_json),
-        as_json=as_json,
-    )
+    from rollouts.remote import commands
+
+    return commands.logs(run, Screen(as_json=as_json), remote=remote, window=window, until_end=follow)
 
 
-@app.command("stop")
-def stop(run: Run, remote: Remote = None, as_json: Json = False) -> None:
+@verb("stop")
+def stop(run: Run, remote: Remote = None, as_json: Json = False) -> Any:
     """End a run's processes; its results stay."""
-    _do(lambda here: here.commands.stop(run, remote=remote, as_json=as_json), as_json=as_json)
+    from rollouts.remote import commands
+
+    return commands.stop(run, remote=remote)
 
 
-@app.command("pull")
-def pull(run: Run, remote: Remote = None, as_json: Json = False) -> None:
+@verb("pull")
+def pull(run: Run, remote: Remote = None, as_json: Json = False) -> Any:
     """Bring all results of a run here, verified."""
-    _do(lambda here: here.commands.pull_run(run, remote=remote, as_json=as_json), as_json=as_json)
+    from rollouts.remote import commands
+
+    return commands.pull_run(run, Screen(as_json=as_json), remote=remote)
 
 
-@app.command("forget")
-def forget(run: Run, as_json: Json = False) -> None:
+@verb("forget")
+def forget(run: Run, as_json: Json = False) -> Any:
     """Drop this machine's record of a run; its host and the results here stay as they are."""
-    _do(lambda here: here.commands.forget(run, as_json=as_json), as_json=as_json)
+    from rollouts.remote import commands
+
+    return commands.forget(run)
 
 
 def main() -> None:

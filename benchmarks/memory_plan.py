@@ -29,8 +29,8 @@ from torch.distributed.tensor import DTensor
 
 from rollouts.config import Config, load_config
 from rollouts.remote.inputs.shapes import HUB, Shape, shape_of
-from rollouts.remote.plan.memory.engine import Card
-from rollouts.remote.plan.memory.training import Step, layer_activations, training_peaks
+from rollouts.remote.plan.memory.engine_memory import Card
+from rollouts.remote.plan.memory.training_memory import StepLoad, layer_activations, training_peaks
 from rollouts.remote.plan.memory.uses import step_of
 from rollouts.training import distributed, forward, head_ways, lora, optim, packed_attention, reference
 from rollouts.training.backends import precision, sharded, step_sums, steps
@@ -215,7 +215,7 @@ def planned(config: Config, stage: str, model: Mapping[str, Any], *, card: Card 
     return max(peaks.values()), optimizer
 
 
-def _drawn(config: Config, stage: str, shape: Shape, card: Card) -> Step:
+def _drawn(config: Config, stage: str, shape: Shape, card: Card) -> StepLoad:
     """The step of `batch_of`: in RL its prompts are not trained."""
     step = step_of(config, stage, shape, card)
     return dataclasses.replace(step, trained=step.tokens // 2) if stage == "rl" else step

@@ -16,6 +16,10 @@ CODE = ("base_config.py", "deploy.py", "rollouts")
 SEAM_NAMES = frozenset(
     ("engine", "engines", "client", "backend", "tokenizer", "manager", "buffer", "model", "reward_fn")
 )
+# Where one name in several places is one meaning. Files of these packages are named after the config's sections: each
+# declares, checks, builds or runs what the section of its name configures.
+BY_SECTION = ("rollouts.config.schema", "rollouts.config.checks", "rollouts.worker.builders", "rollouts.worker.stages")
+BY_KIND = re.compile(r"^rollouts\.engines\.(embedded|sglang|vllm)\b")  # one layout for each kind of server
 CODE_BLOCK = re.compile(r"```.*?```", re.DOTALL)
 
 Found = list[tuple[int, str]]  # a count and whose it is, largest first
@@ -142,14 +146,15 @@ def _reachable(graph: Mapping[str, set[str]], start: str) -> set[str]:
 
 
 def doubled_names(modules: Mapping[str, ast.Module]) -> Found:
-    """Classes and files of one name in several places, private ones apart."""
+    """Classes and files of one name in several places, private ones and mirrored layouts apart."""
     places: dict[str, set[str]] = defaultdict(set)
     for where, node in _classes(modules):
         if not node.name.startswith("_"):
             places[node.name].add(where.rpartition(".")[0])
     for name in modules:
-        if "." in name and not name.endswith("__main__"):
-            places[name.rpartition(".")[2] + ".py"].add(name.rpartition(".")[0])
+        package, _, own = name.rpartition(".")
+        if package and own != "__main__" and package not in BY_SECTION:
+            places[f"{own}.py"].add(BY_KIND.sub("rollouts.engines.<kind>", package))
     return _sorted(
         (len(found), f"{name}: {', '.join(sorted(found))}") for name, found in places.items() if len(found) > 1
     )

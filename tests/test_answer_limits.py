@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from rollouts.config import Config, ConfigError
-from rollouts.config.answers import AnswerLimits, answer_limits, row_tokens_max
+from rollouts.config.answer_limits import AnswerLimits, answer_limits, row_tokens_max
 from tests.example_config import example_config, replace_at
 
 SAVED = "/runs/a/rollouts.jsonl"

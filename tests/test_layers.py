@@ -17,12 +17,12 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts.config.schema": ("rollouts.config.schema",),
     "rollouts.config.checks": (
         "rollouts.config.checks",
-        "rollouts.config.answers",
+        "rollouts.config.answer_limits",
         "rollouts.config.schema",
-        "rollouts.config.types",
+        "rollouts.config.field_types",
         "rollouts.run_dir",
     ),
-    "rollouts.config.types": (),
+    "rollouts.config.field_types": (),
     "deploy": ("rollouts.remote", "rollouts.view"),
     "rollouts": ("rollouts.agents",),
     "rollouts.__main__": ("deploy",),
@@ -345,7 +345,7 @@ def test_imports_point_one_way(file: Path) -> None:
         ("rollouts.remote.host.ssh", "from rollouts.remote.run import registry"),
         ("rollouts.remote.host.facts", "from rollouts.remote.plan import Plan"),
         ("rollouts.remote.plan.problems", "from rollouts.remote.host.transport import Transport"),
-        ("rollouts.remote.inputs.code", "from rollouts.remote.repository import Code"),
+        ("rollouts.remote.inputs.code_files", "from rollouts.remote.repository import Code"),
     ],
 )
 def test_the_check_can_fail(module: str, source: str) -> None:

@@ -5,7 +5,8 @@ exactly what runs. Where a number may be switched off, -1 says so, and the field
 """
 
 from rollouts.config.changed import changed
-from rollouts.config.config import Config
+from rollouts.config.field_types import ConfigError
+from rollouts.config.job import Config
 from rollouts.config.load import load_config
 from rollouts.config.schema import (
     CISPO,
@@ -42,7 +43,6 @@ from rollouts.config.schema import (
     ValueModel,
 )
 from rollouts.config.source import as_source
-from rollouts.config.types import ConfigError
 
 __all__ = [
     "CISPO",

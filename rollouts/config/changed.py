@@ -5,8 +5,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from rollouts.config.config import Config
-from rollouts.config.types import ConfigError, nearest
+from rollouts.config.field_types import ConfigError, nearest
+from rollouts.config.job import Config
 
 
 def changed(base: Config, fields: Mapping[str, Any]) -> Config:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from rollouts.config.config import Config
+from rollouts.config.job import Config
 
 MISSING = "(has no such field)"
 

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from rollouts.config.types import nearest
+from rollouts.config.field_types import nearest
 
 
 def field_types(schema: Any) -> dict[str, Any]:

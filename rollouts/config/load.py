@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rollouts.config.config import Config
+from rollouts.config.field_types import ConfigError
+from rollouts.config.job import Config
 from rollouts.config.mistakes import describe_exception, field_mistakes
-from rollouts.config.types import ConfigError
 
 _LOADING: list[Path] = []  # files that are being executed: one may load another
 NO_CONFIGS = (".md", ".txt", ".yaml", ".yml", ".toml", ".ini", ".sh", ".jsonl", ".ipynb", ".log")

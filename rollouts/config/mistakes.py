@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from rollouts.config import schema
-from rollouts.config.config import Config
 from rollouts.config.earlier import MOVED, MOVED_CLASSES
-from rollouts.config.types import ConfigError, nearest
+from rollouts.config.field_types import ConfigError, nearest
+from rollouts.config.job import Config
 
 _SECTIONS = [item for name in schema.__all__ if isinstance(item := getattr(schema, name), type)]
 _CLASSES: tuple[type, ...] = (Config, *(item for item in _SECTIONS if item is not schema.Sections))

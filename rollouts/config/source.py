@@ -5,8 +5,8 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-from rollouts.config.config import Config
 from rollouts.config.explain import field_comments
+from rollouts.config.job import Config
 
 INDENT = 4 * " "
 WIDTH = 120

@@ -51,6 +51,9 @@ class Standing:
 class Interrupted(DeployError):
     """Ctrl-C, before a run was launched or where none is: ends the command with 130."""
 
+    def text(self, *, launching: bool = True) -> str:
+        return super().text(launching=launching).removeprefix("error: ")
+
     @property
     def exit_code(self) -> int:
         return 130

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,18 @@ from rollouts.remote.host.transport import LOCAL_TARGET
 from rollouts.remote.local_faults import standing
 from rollouts.remote.plan.gpu_problems import host_advice
 from rollouts.remote.run import registry
-from rollouts.remote.run.open_run import OpenRun, open_run, read_note, was_launched
-from rollouts.remote.run.registry import Entry
-from rollouts.remote.texts import cause, facts_text, run_text, runs_text
+from rollouts.remote.run.mirror_note import read_note
+from rollouts.remote.run.open_run import OpenRun, open_run, was_launched
+from rollouts.remote.run.registry import RunEntry
+from rollouts.remote.texts import facts_text
 from rollouts.run_dir import FINAL_STATES, RunDir, iter_jsonl, read_status
-from rollouts.view.display import print_json, show, terminal_width
-from rollouts.view.escape import escaped, one_line
+from rollouts.view.answer import Answer
+from rollouts.view.escape import one_line
+from rollouts.view.screen import terminal_width
+from rollouts.view.tables import cause, run_text, runs_text
 
 
-def status(run_id: str, *, remote: str | None, as_json: bool) -> int:
+def status(run_id: str, *, remote: str | None) -> Answer:
     """`deploy status RUN`: one look at the host."""
     with open_run(run_id, remote, adopt=False) as run:
         entry = run.entry
@@ -31,11 +33,10 @@ def status(run_id: str, *, remote: str | None, as_json: bool) -> int:
         shown["here"] = what_lies_here(entry)
         if run.row is None:
             shown["state"] = {"gone": "gone", "never launched": "not launched"}.get(run.trace, "unreadable")
-    print_json(shown) if as_json else show(run_text(shown))
-    return 0
+    return Answer(shown, run_text(shown))
 
 
-def what_lies_here(entry: Entry) -> str:
+def what_lies_here(entry: RunEntry) -> str:
     """The mirror's note; that a process follows counts only while there is one of its number."""
     note = read_note(entry.mirror)
     pid = note.get("followed_by")
@@ -67,7 +68,7 @@ def _message(run: OpenRun) -> str:
     return f"not launched yet: `deploy attach {entry.run_id}` goes on with it{reason}"
 
 
-def list_runs(*, remote: str | None, as_json: bool) -> int:
+def list_runs(*, remote: str | None) -> Answer:
     """`deploy ls`: the runs known here, as last seen; with --remote all runs on that host, as they are."""
     with standing():
         if remote is not None:
@@ -76,14 +77,12 @@ def list_runs(*, remote: str | None, as_json: bool) -> int:
             rows = [_host_row(remote, row) for row in found]
         else:
             rows = [last_seen(entry) for entry in registry.entries()]
-        for file in registry.damaged_entries():
-            print(f"note: {file} cannot be read, and is left out", file=sys.stderr)
-        print_json(rows) if as_json else show(runs_text(rows, width=terminal_width()))
-    return 0
+        damaged = (f"note: {file} cannot be read, and is left out" for file in registry.damaged_entries())
+        return Answer(rows, runs_text(rows, width=terminal_width()), remarks=tuple(damaged))
 
 
-def check_host(remote: str | None, *, as_json: bool, accept_new_host_key: bool) -> int:
-    """`deploy --remote T`: what the host has, what it lacks, and its runs. 2 when it cannot run a job."""
+def check_host(remote: str | None, *, accept_new_host_key: bool) -> Answer:
+    """`deploy --remote T`: what the host has, what it lacks, and its runs. Exit code 2 when it cannot run a job."""
     with standing():
         with contextlib.closing(open_transport(remote, accept_new_host_key=accept_new_host_key)) as transport:
             facts = gather_facts(transport, check_way=True)
@@ -91,17 +90,15 @@ def check_host(remote: str | None, *, as_json: bool, accept_new_host_key: bool) 
         lacking = [tool for tool in ("tmux", "rsync") if tool not in facts.tools]
         lacking += ["python3 >= 3.10"] if facts.python is None else []
         advice = [*host_advice(facts, target)]
-        if as_json:
-            found = {"lacking": lacking, "advice": list(map(dataclasses.asdict, advice))}
-            print_json({"target": target, **found, "facts": dataclasses.asdict(facts)})
-        else:
-            runs = runs_text([_host_row(target, row) for row in facts.runs], width=terminal_width())
-            show(f"{facts_text(target, facts, lacking)}\n\n{runs}")
-            for problem in advice:
-                show(f"\nfor GPU runs: {escaped(problem.text())}")
-            for problem in facts.way_problems:
-                print(f"error: {escaped(problem.text())}", file=sys.stderr)
-        return 2 if lacking or facts.way_problems else 0
+        found = {"lacking": lacking, "advice": list(map(dataclasses.asdict, advice))}
+        runs = runs_text([_host_row(target, row) for row in facts.runs], width=terminal_width())
+        text = f"{facts_text(target, facts, lacking)}\n\n{runs}"
+        return Answer(
+            {"target": target, **found, "facts": dataclasses.asdict(facts)},
+            "".join([text, *(f"\n\nfor GPU runs: {problem.text()}" for problem in advice)]),
+            exit_code=2 if lacking or facts.way_problems else 0,
+            remarks=tuple(f"error: {problem.text()}" for problem in facts.way_problems),
+        )
 
 
 def _with_host(row: dict[str, Any]) -> str:
@@ -130,7 +127,7 @@ def _host_row(target: str, row: dict[str, Any]) -> dict[str, Any]:
     return list_row(target, row["experiment_name"], row["run_id"], row | {"message": _with_host(row)})
 
 
-def last_seen(entry: Entry) -> dict[str, Any]:
+def last_seen(entry: RunEntry) -> dict[str, Any]:
     """A run from what lies on this machine; with a `message` where it failed, or was not launched."""
     row = _row_here(entry)
     shown = list_row(entry.target, entry.experiment_name, entry.run_id, row)
@@ -143,7 +140,7 @@ def last_seen(entry: Entry) -> dict[str, Any]:
     return shown
 
 
-def _row_here(entry: Entry) -> dict[str, Any] | None:
+def _row_here(entry: RunEntry) -> dict[str, Any] | None:
     try:
         if entry.target == LOCAL_TARGET:
             return run_row(RunDir(Path(entry.run_path)))

@@ -6,16 +6,17 @@ from pathlib import Path
 
 from rollouts.config import Config, ConfigError, as_source, load_config
 from rollouts.remote.errors import DeployError
-from rollouts.remote.run.open_run import read_note
+from rollouts.remote.local_faults import standing
+from rollouts.remote.run.mirror_note import read_note
 from rollouts.run_dir import RunDir
-from rollouts.view.display import print_json
+from rollouts.view.answer import Answer
 
 
-def show_config(path: str, *, as_json: bool) -> int:
+def show_config(path: str) -> Answer:
     """`deploy CONFIG --show`: the whole config, as a file that derives from no other one."""
-    config = read_config(path)
-    print_json(config.to_json()) if as_json else print(as_source(config), end="")
-    return 0
+    with standing():
+        config = read_config(path)
+        return Answer(config.to_json(), as_source(config).removesuffix("\n"))
 
 
 def read_config(path: str) -> Config:

@@ -1,84 +1,23 @@
 """What the verbs print, as text for people. Pure, but for the local time zone and the mirror's logs."""
 
 import shlex
-import time
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from rollouts.remote.errors import DeployError
 from rollouts.remote.host.facts import HostFacts
 from rollouts.remote.host.gpus import describe_gpu
 from rollouts.remote.host.transport import LOCAL_TARGET
 from rollouts.remote.plan import Plan
-from rollouts.remote.run.registry import Entry
-from rollouts.remote.run.watch import Result
+from rollouts.remote.run.registry import RunEntry
+from rollouts.remote.run.watch import RunResult
 from rollouts.run_dir import FINAL_STATES, read_status, tail_lines
+from rollouts.view.answer import Answer
 from rollouts.view.escape import escaped, one_line
 from rollouts.view.fold import evaluation_table
+from rollouts.view.tables import cause, columns, cut_text
 
 LOG_TAIL_LINES = 50
 LINE_CHARS_MAX = 1000
-MESSAGE_CHARS_MAX = 1200  # 15 lines of 80 columns
-
-
-def columns(table: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as aligned text, columns of numbers to the right; "" for no rows."""
-    if not table:
-        return ""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    right = [i > 0 and all(_is_number(row[i]) for row in table[1:]) for i in range(len(widths))]
-    lines = []
-    for row in table:
-        cells = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
-def _is_number(cell: str) -> bool:
-    return cell in ("", "-") or cell.replace(".", "", 1).removeprefix("-").isdigit()
-
-
-def cell(name: str, value: Any) -> str:
-    """A field of a run as shown in tables; times in this machine's zone."""
-    if value is None:
-        return "-"
-    if name.endswith("_at") and isinstance(value, int | float):
-        try:
-            return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value))
-        except (ValueError, OverflowError, OSError):
-            return one_line(value)
-    return one_line(value)
-
-
-def runs_text(rows: Sequence[dict[str, Any]], *, width: int | None = None) -> str:
-    """A table, and under it why runs failed or were not launched, or on which other machine they are.
-
-    Where its lines are wider than `width` (None: no matter), a run's name has a line of its own, and the rest follows.
-    """
-    if not rows:
-        return "no runs"
-    header = ["run_id", "target", "state", "stage", "step", "started_at", "exit_code"]
-    cells = [header, *([cell(name, row[name]) for name in header] for row in rows)]
-    heading, *lines = columns(cells).splitlines()
-    if width is not None and max(map(len, (heading, *lines))) > width:
-        rest = columns([line[1:] for line in cells]).splitlines()
-        heading, *lines = [f"{line[0]}\n  {more}" for line, more in zip(cells, rest, strict=True)]
-    return "\n".join([heading, *(f"{line}{_reason(row)}" for line, row in zip(lines, rows, strict=True))])
-
-
-def _reason(row: dict[str, Any]) -> str:
-    """Why a run failed or was not launched, or where it is, as a line under its own; "" for any other."""
-    message = row.get("message") or ""
-    if row["state"] in ("failed", "died", "not launched") and message:
-        return f"\n  error: {one_line(message)}"
-    return f"\n  note: {one_line(message)}" if row.get("host") and row["state"] not in FINAL_STATES else ""
-
-
-def run_text(row: dict[str, Any]) -> str:
-    """A line a field, the message last: that is what one looks for."""
-    width = max(map(len, row))
-    names = sorted(row, key=lambda name: name == "message")
-    return "\n".join(f"{name:<{width}}  {cell(name, row[name])}" for name in names)
 
 
 def plan_text(plan: Plan) -> str:
@@ -129,12 +68,12 @@ def _readiness(facts: HostFacts, lacking: Sequence[str]) -> str:
     return f"no: {'; '.join(reasons)}" if reasons else "yes"
 
 
-def how_to_go_on(entry: Entry) -> str:
+def how_to_go_on(entry: RunEntry) -> str:
     verbs = "\n".join(f"  {verb:<7} deploy {verb} {entry.run_id}" for verb in ("attach", "stop", "pull"))
     return f"{entry.run_id} goes on, on {one_line(entry.target)}.\n{verbs}"
 
 
-def forgotten_text(entry: Entry, state: str) -> str:
+def forgotten_text(entry: RunEntry, state: str) -> str:
     """What is left of a run that this machine has no record of any more; how to find one that goes on."""
     lines = [
         f"{entry.run_id} is forgotten here.",
@@ -147,7 +86,30 @@ def forgotten_text(entry: Entry, state: str) -> str:
     return "\n".join(lines)
 
 
-def result_text(entry: Entry, result: Result, code: int, pull_error: DeployError | None, notes: Sequence[str]) -> str:
+def end_answer(entry: RunEntry, result: RunResult, pull_error: DeployError | None, notes: Sequence[str]) -> Answer:
+    """Return the end of a followed run, with the job's exit code; 1 where its results could not be pulled."""
+    code = result.exit_code if result.exit_code is not None else 1
+    if pull_error is not None and code == 0:
+        code = 1
+    document = {
+        "type": "result",
+        "run_id": entry.run_id,
+        "state": result.state,
+        "exit_code": code,
+        "message": failure_message(entry, result) or None,
+        "local_dir": entry.local_dir,
+        "evaluations": list(result.view.evals),
+        "error": result.view.error,
+        "warnings": list(result.view.warnings),
+        "notes": list(notes),
+        "pull_error": str(pull_error) if pull_error else None,
+    }
+    return Answer(document, result_text(entry, result, code, pull_error, notes), exit_code=code)
+
+
+def result_text(
+    entry: RunEntry, result: RunResult, code: int, pull_error: DeployError | None, notes: Sequence[str]
+) -> str:
     """The end of a followed run: before and after, where everything lies, and last of all what failed."""
     parts = [
         _log_text(entry, result),
@@ -163,7 +125,7 @@ def result_text(entry: Entry, result: Result, code: int, pull_error: DeployError
     return "\n\n".join(part for part in parts if part)
 
 
-def failure_message(entry: Entry, result: Result) -> str:
+def failure_message(entry: RunEntry, result: RunResult) -> str:
     """Why the run did not get done; "" when it did."""
     if result.state == "done":
         return ""
@@ -183,21 +145,7 @@ def failure_message(entry: Entry, result: Result) -> str:
     return str(status.message) if status else result.state
 
 
-def cause(error: dict[str, Any]) -> str:
-    """An error event's message; with the process's own `error:` line where the message lacks it."""
-    message, lines = str(error.get("message")), error.get("log_tail")
-    said = [str(line) for line in lines if str(line).startswith("error: ")] if isinstance(lines, list) else []
-    own = said[-1].removeprefix("error: ").strip() if said else ""
-    return message if not own or own in message else f"{message}: {own}"
-
-
-def cut_text(text: str) -> str:
-    """Escaped, and no more of it than a small screen holds."""
-    shown = escaped(text).strip()
-    return shown if len(shown) <= MESSAGE_CHARS_MAX else f"{shown[:MESSAGE_CHARS_MAX]}… (all of it: events.jsonl)"
-
-
-def _log_text(entry: Entry, result: Result) -> str:
+def _log_text(entry: RunEntry, result: RunResult) -> str:
     """The last lines of the window that failed."""
     error = result.view.error
     window: object = None

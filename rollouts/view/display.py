@@ -3,16 +3,14 @@
 Whatever comes from a host goes through escape.py first.
 """
 
-import json
 import os
-import shutil
 import sys
 import threading
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from rollouts.view.escape import escaped, one_line
+from rollouts.view.escape import one_line
 from rollouts.view.fold import (
     View,
     duration,
@@ -25,6 +23,7 @@ from rollouts.view.fold import (
     time_of,
 )
 from rollouts.view.reporter import Reporter
+from rollouts.view.screen import print_json, show
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -43,20 +42,6 @@ def make_reporter(*, as_json: bool) -> Reporter:
         return JsonReporter()
     live = sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
     return LiveReporter() if live else PlainReporter()
-
-
-def print_json(value: Any) -> None:
-    print(json.dumps(value), flush=True)
-
-
-def terminal_width() -> int | None:
-    """Columns of the terminal that stdout is; None where it is none, and width does not matter."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-
-
-def show(text: str) -> None:
-    """Print text that may hold what a host or a model wrote."""
-    print(escaped(text), flush=True)
 
 
 class JsonReporter:

@@ -1,25 +1,32 @@
 """What a verb that follows a run tells its screen, whichever that is."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from rollouts.view.fold import View
+
+Say = Callable[[str, str], None]  # phase ("sync", "launch", …), what is happening
+
+
+def silent(phase: str, text: str) -> None:
+    """Say nothing."""
 
 
 class Reporter(Protocol):
     """Where what happens is shown."""
 
     def say(self, phase: str, text: str) -> None:
-        """Something that deploy itself does, or a notice."""
+        """Show what deploy itself does, or a notice."""
         ...
 
     def row(self, file: str, row: dict[str, Any], view: View) -> None:
-        """A new row of one of LINE_FILES, and the view after it."""
+        """Show a new row of events.jsonl, metrics.jsonl or eval.jsonl; `view` is the run after it."""
         ...
 
     def alive(self, doing: str) -> None:
-        """The host is there; `doing` is what its run says that it does."""
+        """Note a sign of life; `doing` is what the run says that it does."""
         ...
 
     def close(self) -> None:
-        """The display is over; plain printing may follow."""
+        """End the display; plain printing may follow."""
         ...

@@ -6,7 +6,7 @@ import pytest
 
 from rollouts.config import schema
 from rollouts.config.explain import all_fields, explain, section_docs
-from rollouts.config.types import ConfigError
+from rollouts.config.field_types import ConfigError
 
 
 def test_every_field_has_a_meaning() -> None:

@@ -20,8 +20,8 @@ from rollouts.remote.host.rsync import run_rsync
 from rollouts.remote.host.transport import Completed
 from rollouts.remote.run import sync_code as sync
 from rollouts.remote.run.execute import read_launch_answer
+from rollouts.remote.run.follow import read_message
 from rollouts.remote.run.mirror import Mirror
-from rollouts.remote.run.watch import _message
 from rollouts.run_dir import RunDir
 from tests.remote.hosts import Host, Laptop
 from tests.remote.test_ssh import transport_to
@@ -269,5 +269,5 @@ def test_a_followed_file_s_message_with_another_field(message: dict[str, Any], t
 @pytest.mark.parametrize("code", [True, "0", -1, 256, 1.0, None, [0]])
 def test_a_last_message_with_another_exit_code(code: Any) -> None:
     """Goal: an exit code is a number from 0 to 255 or not known; true is none. Red with isinstance(code, int)."""
-    message = _message(json.dumps({"ended": True, "state": ["done"], "exit_code": code}).encode())
+    message = read_message(json.dumps({"ended": True, "state": ["done"], "exit_code": code}).encode())
     assert message == {"ended": True, "state": "died", "exit_code": None}

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from rollouts.remote.looks import what_lies_here
-from rollouts.remote.run import open_run
-from rollouts.remote.run.registry import Entry
-from rollouts.remote.run.watch import Result
-from rollouts.remote.texts import forgotten_text, result_text, runs_text
+from rollouts.remote.run import mirror_note
+from rollouts.remote.run.registry import RunEntry
+from rollouts.remote.run.watch import RunResult
+from rollouts.remote.texts import forgotten_text, result_text
 from rollouts.view.fold import View, fold
+from rollouts.view.tables import runs_text
 
-ENTRY = Entry(
+ENTRY = RunEntry(
     run_id="r",
     experiment_name="example",
     target="local",
@@ -35,14 +36,14 @@ def test_warnings_are_shown_again_at_the_end() -> None:
         view, "events.jsonl", {**event, "step": 9, "message": "no group had contrast\x1b[2J. Fix: more samples"}
     )
     view = fold(view, "events.jsonl", {**event, "message": "the model does not stop"})
-    text = result_text(ENTRY, Result("done", 0, view), 0, None, [])
+    text = result_text(ENTRY, RunResult("done", 0, view), 0, None, [])
     warnings, end = text.split("\n\n")
     assert warnings.splitlines() == [
         r"warning: no group had contrast\x1b[2J. Fix: more samples",
         "warning: the model does not stop",
     ]
     assert end.startswith("r: done, exit code 0")
-    assert "warning" not in result_text(ENTRY, Result("done", 0, View()), 0, None, [])
+    assert "warning" not in result_text(ENTRY, RunResult("done", 0, View()), 0, None, [])
 
 
 RUN = {"run_id": "cpu_sft_rl-20261129-095625-0c52", "target": "local", "state": "running", "stage": "rl", "step": 300}
@@ -80,9 +81,9 @@ def test_a_mirror_whose_follower_is_gone(tmp_path: Path) -> None:
     leave it to the reader to find out."""
     entry = dataclasses.replace(ENTRY, local_dir=str(tmp_path / "r"))
     assert what_lies_here(entry) == "nothing was pulled"
-    open_run.write_note(entry, now=1.0, followed_by=os.getpid())
+    mirror_note.write_note(entry, now=1.0, followed_by=os.getpid())
     assert what_lies_here(entry).startswith(f"followed by process {os.getpid()}")
     ended = subprocess.Popen(["true"])
     ended.wait()
-    open_run.write_note(entry, now=1.0, followed_by=ended.pid)
+    mirror_note.write_note(entry, now=1.0, followed_by=ended.pid)
     assert what_lies_here(entry).startswith("not followed any more: `deploy attach r`")

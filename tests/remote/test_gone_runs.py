@@ -31,7 +31,7 @@ def launch_plan(home: Path, run_id: str) -> LaunchPlan:
     )
 
 
-def register(home: Path, results: Path, run_id: str, config: Config | None = None) -> registry.Entry:
+def register(home: Path, results: Path, run_id: str, config: Config | None = None) -> registry.RunEntry:
     plan = Plan(
         target="local",
         run_id=run_id,

@@ -15,11 +15,14 @@ import pytest
 from rollouts.manifest import manifest_problems, write_manifest
 from rollouts.remote.errors import DeployError, TransportError
 from rollouts.remote.host.local import LocalTransport
-from rollouts.remote.run.mirror import Mirror, pull_checkpoint, pull_files
-from rollouts.remote.run.watch import Patience, final_pull, follow, pull
+from rollouts.remote.run.checkpoints import pull_checkpoint
+from rollouts.remote.run.connection import RetryPolicy
+from rollouts.remote.run.follow import follow
+from rollouts.remote.run.mirror import Mirror, pull_files
+from rollouts.remote.run.pull import final_pull, pull
 from rollouts.run_dir import RunDir, append_jsonl, write_json_atomic
 from tests.remote.hosts import ROOT, Laptop, config_with, git, write_config
-from tests.remote.test_watch import make_link
+from tests.remote.test_watch import make_connection
 
 NAMES = [
     *("config.json", "plan.json", "mirror.json", ".gitignore", "secrets.json", "code/commit.txt", "code/tree/x.py"),
@@ -258,13 +261,13 @@ def test_a_stream_of_lies_costs_what_it_touches(tmp_path: Path) -> None:
         json.dumps(chunk("metrics.jsonl", b'{"step":1}\n')),
         json.dumps({"ended": True, "state": "\x1b[2J" * 100, "exit_code": "0"}),
     ]
-    link = make_link(tmp_path, lying_python(tmp_path, rows))
-    mirror = Mirror(link.entry.mirror)
-    ended = follow(link, mirror, lambda file: None, lambda phase, text: None, Patience())
+    connection = make_connection(tmp_path, lying_python(tmp_path, rows))
+    mirror = Mirror(connection.entry.mirror)
+    ended = follow(connection, mirror, lambda file: None, lambda phase, text: None, RetryPolicy())
     assert ended["exit_code"] is None and len(ended["state"]) <= 40
     assert (
-        link.entry.mirror.metrics.read_text() == '{"step":1}\n'
-        and not (link.entry.mirror.path / "config.json").exists()
+        connection.entry.mirror.metrics.read_text() == '{"step":1}\n'
+        and not (connection.entry.mirror.path / "config.json").exists()
     )
     assert mirror.left_out["lines of the connection that are no message"] == 7
     assert sum(count for what, count in mirror.left_out.items() if what.startswith("pieces")) == 4
@@ -369,8 +372,8 @@ def test_mirror_and_registry_are_for_this_user_alone(laptop: Laptop) -> None:
 def test_pull_and_last_pull_go_by_the_same_list(tmp_path: Path) -> None:
     """Goal: a hostile run that has ended is pulled, with one note of what was left out. Red with a traceback of the
     first odd thing."""
-    link = make_link(tmp_path)
-    run = Path(link.entry.run_path)
+    connection = make_connection(tmp_path)
+    run = Path(connection.entry.run_path)
     (tmp_path / "outside").mkdir()
     shutil.rmtree(run / "code")
     hostile_run(run, tmp_path / "outside")
@@ -379,9 +382,9 @@ def test_pull_and_last_pull_go_by_the_same_list(tmp_path: Path) -> None:
     make_checkpoint(run / "checkpoints/sft/step_000001")
     append_jsonl(run / "events.jsonl", {"kind": "checkpoint", "path": "checkpoints/sft/step_000001"})
     said: list[str] = []
-    assert pull(link, lambda phase, text: said.append(text)) == "done"
-    final_pull(link, lambda phase, text: said.append(text))
-    assert (link.entry.mirror.checkpoints / "sft/step_000001/manifest.json").exists()
+    assert pull(connection, lambda phase, text: said.append(text)) == "done"
+    final_pull(connection, lambda phase, text: said.append(text))
+    assert (connection.entry.mirror.checkpoints / "sft/step_000001/manifest.json").exists()
     assert (
         len(said) == 2
         and "no plain files" in said[0]

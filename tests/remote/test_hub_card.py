@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rollouts.remote.inputs.data import count_rows
+from rollouts.remote.inputs.data_files import count_rows
 from rollouts.remote.inputs.paths import SentFiles
 from tests.example_config import example_config
 

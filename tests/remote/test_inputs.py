@@ -10,7 +10,7 @@ import pytest
 
 from base_config import AgentConfig
 from rollouts.remote.inputs import Inputs, look_through
-from rollouts.remote.inputs.data import count_parameters, count_rows
+from rollouts.remote.inputs.data_files import count_parameters, count_rows
 from rollouts.remote.inputs.modules import read_module, required_keys
 from rollouts.remote.inputs.paths import SentFiles
 from rollouts.remote.repository import list_files

@@ -17,12 +17,12 @@ import deploy
 from rollouts.manifest import write_manifest
 from rollouts.remote.errors import DeployError
 from rollouts.remote.local_faults import standing
-from rollouts.remote.run.mirror import pull_checkpoint
+from rollouts.remote.run.checkpoints import pull_checkpoint
 from rollouts.run_dir import RunDir, append_jsonl
 from rollouts.view.escape import escaped, one_line
 from tests.remote.hosts import WAIT_S, Laptop, wait_for, write_config
 from tests.remote.test_sync import small_disk
-from tests.remote.test_watch import make_link
+from tests.remote.test_watch import make_connection
 
 
 @pytest.mark.parametrize("size", ["16k", "56k", "200k"])
@@ -49,14 +49,16 @@ def test_a_full_disk_here(size: str, laptop: Laptop, tmp_path: Path) -> None:
 def test_a_full_disk_here_while_rsync_receives(tmp_path: Path) -> None:
     """Goal: where it is rsync that finds this machine's disk full, that is told of this machine, with the path. Red
     with rsync's words taken for the host's: "local: its disk is full"."""
-    link = make_link(tmp_path)
-    checkpoint = Path(link.entry.run_path) / "checkpoints/sft/step_000001"
+    connection = make_connection(tmp_path)
+    checkpoint = Path(connection.entry.run_path) / "checkpoints/sft/step_000001"
     checkpoint.mkdir(parents=True)
     (checkpoint / "model.safetensors").write_bytes(os.urandom(600_000))
     write_manifest(checkpoint)
     with small_disk(tmp_path / "small", "200k") as disk:
         with pytest.raises(OSError, match="No space left") as caught:
-            pull_checkpoint(link.transport, link.entry.run_path, RunDir(disk / "m"), "checkpoints/sft/step_000001")
+            pull_checkpoint(
+                connection.transport, connection.entry.run_path, RunDir(disk / "m"), "checkpoints/sft/step_000001"
+            )
         assert caught.value.errno == errno.ENOSPC and str(caught.value.filename).startswith(str(disk))
 
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from rollouts.remote.commands import _LogWriter
+from rollouts.view.log_writer import LogWriter
 
 TEXT = "é ✓ \U0001f600 日本\n"
 
@@ -21,7 +21,7 @@ def test_characters_are_not_cut_where_pieces_end(size: int, monkeypatch: pytest.
     each piece decoded alone: replacement characters in the middle of words."""
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
-    write, data = _LogWriter(), TEXT.encode() + b"\xff\x1b[2J" + TEXT.encode()
+    write, data = LogWriter(), TEXT.encode() + b"\xff\x1b[2J" + TEXT.encode()
     for at in range(0, len(data), size):
         write(data[at : at + size])
     assert terminal.getvalue() == f"{TEXT}\ufffd\\x1b[2J{TEXT}"

@@ -11,7 +11,7 @@ import pytest
 from rollouts.remote.errors import Problem
 from rollouts.remote.host.host_probe import run_row
 from rollouts.remote.inputs import NO_INPUTS, Inputs
-from rollouts.remote.inputs.data import RowCount, count_rows
+from rollouts.remote.inputs.data_files import RowCount, count_rows
 from rollouts.remote.inputs.paths import SentFiles
 from rollouts.remote.texts import plan_text
 from rollouts.run_dir import RunDir, Status, hold_lock, write_json_atomic

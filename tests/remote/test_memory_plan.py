@@ -14,7 +14,7 @@ from rollouts.remote.host.local import LocalTransport
 from rollouts.remote.inputs import NO_INPUTS
 from rollouts.remote.inputs.shapes import HUB, shape_of
 from rollouts.remote.plan.memory import Card, MemoryPlan, Models, memory_plan
-from rollouts.remote.plan.memory.engine import GIB
+from rollouts.remote.plan.memory.engine_memory import GIB
 from rollouts.remote.plan.memory.fit import TIGHT_SHARE, misfits
 from rollouts.remote.plan.memory.uses import gpu_uses
 from rollouts.remote.texts import plan_text

@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from rollouts.manifest import manifest_problems, write_manifest
 from rollouts.remote.errors import DeployError, TransportError
 from rollouts.remote.host.local import LocalTransport
-from rollouts.remote.run.mirror import Mirror, pull_checkpoint
-from rollouts.remote.run.registry import Entry
-from rollouts.remote.run.watch import Link, Patience, pull_checkpoints
-from rollouts.remote.texts import columns
+from rollouts.remote.run.checkpoints import pull_checkpoint
+from rollouts.remote.run.connection import RetryPolicy, RunConnection
+from rollouts.remote.run.mirror import Mirror
+from rollouts.remote.run.pull import pull_checkpoints
+from rollouts.remote.run.registry import RunEntry
 from rollouts.run_dir import RunDir, append_jsonl
 from rollouts.view.fold import View, duration, eval_line, evaluation_table, event_line, fold, metrics_line
+from rollouts.view.tables import columns
 
 
 def chunk(name: str, offset: int, data: bytes) -> dict[str, Any]:
@@ -113,7 +115,7 @@ def test_a_checkpoint_that_the_run_removed_is_not_waited_for(tmp_path: Path) -> 
     rows = [{"kind": "checkpoint", "path": path} for path in paths]
     rows += [{"kind": "checkpoint_removed", "path": path} for path in paths[:3]]
     append_jsonl(mirror.events, *rows)
-    entry = Entry(
+    entry = RunEntry(
         run_id="r",
         experiment_name="e",
         target="local",
@@ -123,12 +125,12 @@ def test_a_checkpoint_that_the_run_removed_is_not_waited_for(tmp_path: Path) -> 
         repository="",
         created_at=0.0,
     )
-    pull_checkpoints(Link(entry, "python3", LocalTransport()))
+    pull_checkpoints(RunConnection(entry, "python3", LocalTransport()))
     here = sorted(path.name for path in (mirror.checkpoints / "sft").iterdir())
     assert here == ["latest", "step_000000", "step_000003"]
     make_checkpoint(host, paths[1])
     append_jsonl(mirror.events, {"kind": "checkpoint", "path": paths[1]})  # a resumed run wrote the step again
-    pull_checkpoints(Link(entry, "python3", LocalTransport()))
+    pull_checkpoints(RunConnection(entry, "python3", LocalTransport()))
     assert manifest_problems(mirror.path / paths[1]) == ()
 
 
@@ -202,6 +204,6 @@ def test_text_of_numbers() -> None:
 
 def test_patience_grows_and_is_bounded() -> None:
     """Goal: pauses double up to a bound, spread by jitter. Red with no bound (2**60 s)."""
-    low, high = Patience(jitter=lambda: 0.0), Patience(jitter=lambda: 0.999)
+    low, high = RetryPolicy(jitter=lambda: 0.0), RetryPolicy(jitter=lambda: 0.999)
     assert [low.pause_s(n) for n in (1, 2, 3, 60)] == [0.5, 1.0, 2.0, 15.0]
     assert high.pause_s(60) < 45.0 and json.dumps(high.pause_s(1))

@@ -9,7 +9,7 @@ import pytest
 
 from rollouts.remote.errors import DeployError
 from rollouts.remote.host.facts import Gpu, GpuProcess, HostFacts
-from rollouts.remote.plan import Plan, asked_paths, asked_ports, environment_key, make_plan, read_lock
+from rollouts.remote.plan import Plan, environment_key, make_plan, read_lock, required_paths, required_ports
 from rollouts.remote.repository import Code
 from rollouts.run_dir import LaunchPlan
 from tests.example_config import example_config, kl, replace_at, sglang
@@ -331,7 +331,7 @@ def test_replicas_have_ports_and_devices_of_their_own() -> None:
     assert [engine.ready_url for engine in rl.engines] == [f"http://127.0.0.1:{port}/ready" for port in (30180, 30181)]
     assert rl.trainer.argv[-4:] == ["--engine-url", "http://127.0.0.1:30180", "--engine-url", "http://127.0.0.1:30181"]
     config = replace_at(replace_at(example_config(), "engine.replicas", 2), "engine.gpu_ranks", [0, 1])
-    assert asked_ports(config) == [30180, 30181]
+    assert required_ports(config) == [30180, 30181]
 
 
 def test_a_router_stands_in_front_of_the_replicas() -> None:
@@ -354,7 +354,7 @@ def test_a_router_stands_in_front_of_the_replicas() -> None:
     assert line in step.what and step.why.startswith("on no GPU of ")
     assert rl.trainer.argv[-2:] == ["--router-url", "http://127.0.0.1:31000"]
     assert rl.trainer.argv.count("--engine-url") == 2
-    assert asked_ports(replace_at(example_config(), "engine", sglang(router_port=31000))) == [30180, 31000]
+    assert required_ports(replace_at(example_config(), "engine", sglang(router_port=31000))) == [30180, 31000]
 
 
 def test_the_environment_key() -> None:
@@ -382,15 +382,15 @@ def test_steps_say_why() -> None:
 def test_what_is_asked_of_the_host() -> None:
     """Goal: only what matters to this config is asked. Red with the port asked for an sft run."""
     config = replace_at(example_config(), "output.source_checkpoint", "/x")
-    assert asked_ports(config) == [30180] and asked_paths(config) == ["/x"]
-    assert asked_ports(replace_at(config, "output.mode", "sft")) == []
+    assert required_ports(config) == [30180] and required_paths(config) == ["/x"]
+    assert required_ports(replace_at(config, "output.mode", "sft")) == []
 
 
 def test_a_replay_starts_no_engine() -> None:
     """Goal: saved rollouts need no engine, port or engine device, and must be there. Red with the engine launched."""
     source = "/runs/a/rollouts.jsonl"
     config = replace_at(replace_at(example_config(), "output.mode", "rl"), "rl.sampling.source", source)
-    assert asked_ports(config) == [] and asked_paths(config) == [source]
+    assert required_ports(config) == [] and required_paths(config) == [source]
     changes: dict[str, Any] = {**CUDA, "output__mode": "rl", "rl__sampling__source": source, "engine__gpu_ranks": [7]}
     plan = plan_for(**changes, facts={"gpus": (H200,), "paths": {source: True}})
     assert plan.problems == () and plan.launch is not None

@@ -13,7 +13,7 @@ import pytest
 from rollouts.remote.errors import DeployError
 from rollouts.remote.host.local import LocalTransport
 from rollouts.remote.repository import find_repository, list_files, read_code
-from rollouts.remote.run.sync_code import sync_code
+from rollouts.remote.run.sync_code import CodePlace, sync_code
 from tests.example_config import example_config, replace_at
 from tests.remote.hosts import Host, Laptop, git, write_config
 
@@ -38,11 +38,9 @@ def send(repository: Path, home: Path, run_id: str) -> Path:
     run_path = home / "runs" / run_id
     sync_code(
         LocalTransport(),
+        CodePlace(home=str(home), run_path=str(run_path), project=repository.name),
         root=repository,
         files=tuple(list_files(repository)),
-        project=repository.name,
-        home=str(home),
-        run_path=str(run_path),
         timeout_s=60,
     )
     return run_path / "code" / "tree"

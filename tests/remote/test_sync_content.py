@@ -15,7 +15,7 @@ from rollouts.remote.errors import DeployError, TransportError
 from rollouts.remote.host.local import LocalTransport
 from rollouts.remote.repository import list_files, read_code
 from rollouts.remote.run import sync_code as sync
-from rollouts.remote.run.sync_code import sync_code
+from rollouts.remote.run.sync_code import CodePlace, sync_code
 from tests.remote.hosts import Host, Laptop, git, write_config
 from tests.remote.test_sync import config
 
@@ -54,13 +54,10 @@ class Sender:
         record = read_code(repository, config()).record()
         sync_code(
             transport or LocalTransport(),
+            CodePlace(home=str(self.home), run_path=str(run_path), project=repository.name, launch_id=launch_id),
             root=repository,
             files=tuple(list_files(repository)),
-            project=repository.name,
-            home=str(self.home),
-            run_path=str(run_path),
             expected=json.loads(record["code/manifest.json"])["files"],
-            launch_id=launch_id,
             say=lambda _, text: (self.said.append(text), on_said(text)),
         )
         return run_path / "code" / "tree"
@@ -292,11 +289,9 @@ def test_a_transfer_that_stands_still_ends(tmp_path: Path) -> None:
     with pytest.raises(TransportError) as caught:
         sync_code(
             Silent(),
+            CodePlace(home=str(tmp_path / "home"), run_path=str(tmp_path / "home/runs/r"), project="p"),
             root=repository,
             files=("a.txt",),
-            project="p",
-            home=str(tmp_path / "home"),
-            run_path=str(tmp_path / "home/runs/r"),
             timeout_s=1,
         )
     assert caught.value.lost

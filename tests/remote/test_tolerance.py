@@ -12,15 +12,18 @@ from rollouts.manifest import manifest_problems, write_manifest
 from rollouts.remote.errors import DeployError
 from rollouts.remote.host.local import LocalTransport
 from rollouts.remote.run import checkpoints
+from rollouts.remote.run.checkpoints import CheckpointPuller
+from rollouts.remote.run.connection import RetryPolicy, RunConnection
 from rollouts.remote.run.execute import read_launch_answer
-from rollouts.remote.run.mirror import CheckpointPuller, Mirror
-from rollouts.remote.run.watch import Link, Patience, final_pull, pull, watch
+from rollouts.remote.run.mirror import Mirror
+from rollouts.remote.run.pull import final_pull, pull
+from rollouts.remote.run.watch import watch
 from rollouts.run_dir import RunDir, append_jsonl
 from rollouts.view.display import live_lines, row_line
 from rollouts.view.fold import View, evaluation_table, fold
 from rollouts.view.row_order import in_order
 from tests.remote.hosts import wait_for
-from tests.remote.test_watch import make_link
+from tests.remote.test_watch import make_connection
 
 
 class Told:
@@ -43,8 +46,8 @@ class Told:
         return None
 
 
-def host_run(link: Link) -> RunDir:
-    return RunDir(Path(link.entry.run_path))
+def host_run(connection: RunConnection) -> RunDir:
+    return RunDir(Path(connection.entry.run_path))
 
 
 def make_checkpoint(run: RunDir, path: str) -> Path:
@@ -74,8 +77,8 @@ def test_torn_lines_cost_themselves(torn: bytes, tmp_path: Path) -> None:
     """Goal: following and pulling leave a torn line out, say so once, and bring every checkpoint, also one whose own
     line is torn. Red with json.loads of every line: JSONDecodeError, and nothing was pulled; and without the look at
     what lies on the host: the checkpoint whose line is torn did not come."""
-    link = make_link(tmp_path)
-    run = host_run(link)
+    connection = make_connection(tmp_path)
+    run = host_run(connection)
     make_checkpoint(run, step(1))
     for file in (run.events, run.metrics, run.eval):
         with file.open("ab") as stream:
@@ -86,43 +89,43 @@ def test_torn_lines_cost_themselves(torn: bytes, tmp_path: Path) -> None:
     os.truncate(run.events, run.events.stat().st_size - 20)  # its own line is torn
     append_jsonl(run.events, {"time": 3.0, "kind": "note"})
     told = Told()
-    result = watch(link, told, Patience())
+    result = watch(connection, told, RetryPolicy())
     assert result.state == "done" and "events.jsonl that are not JSON objects" in result.notes[0]
-    final_pull(link, told.say)
-    assert pull(link, told.say) == "done"
-    assert all(manifest_problems(link.entry.mirror.path / step(number)) == () for number in (1, 2, 3, 4))
+    final_pull(connection, told.say)
+    assert pull(connection, told.say) == "done"
+    assert all(manifest_problems(connection.entry.mirror.path / step(number)) == () for number in (1, 2, 3, 4))
     assert sum("events.jsonl that are not JSON" in text for text in told.said) == 2, told.said
 
 
 def test_one_damaged_checkpoint_stops_no_other(tmp_path: Path) -> None:
     """Goal: each is tried; all that failed is told at the end, and whose fault it was. Red with the first raised."""
-    link = make_link(tmp_path)
-    run = host_run(link)
+    connection = make_connection(tmp_path)
+    run = host_run(connection)
     for number in (1, 2, 3, 4):
         make_checkpoint(run, step(number))
     (run.path / step(1) / "model.safetensors").write_bytes(b"x" * 700)
     (run.path / step(3) / "model.safetensors").unlink()
     for action in (final_pull, pull):
         with pytest.raises(DeployError) as caught:
-            action(link)
+            action(connection)
         text = caught.value.text()
         assert text.count("damaged on the host") == 2 and "Nothing was started" not in text
         assert "model.safetensors: its bytes differ" in text and "model.safetensors: missing" in text
-    here = link.entry.mirror.checkpoints / "sft"
+    here = connection.entry.mirror.checkpoints / "sft"
     assert sorted(path.name for path in here.iterdir()) == ["latest", "step_000002", "step_000004"]
 
 
 def test_files_that_cannot_be_followed_are_pulled_all_the_same(tmp_path: Path) -> None:
     """Goal: where `tail` fails on the host, results still come. Red with the pull ended by it."""
-    link = make_link(tmp_path)
-    make_checkpoint(host_run(link), step(1))
+    connection = make_connection(tmp_path)
+    make_checkpoint(host_run(connection), step(1))
     broken = tmp_path / "python"
     broken.write_text("#!/bin/sh\necho broken >&2; exit 3\n")
     broken.chmod(0o755)
     with pytest.raises(DeployError, match="cannot be followed"):
-        pull(Link(link.entry, str(broken), link.transport))
-    assert link.entry.mirror.metrics.exists()
-    assert manifest_problems(link.entry.mirror.path / step(1)) == ()
+        pull(RunConnection(connection.entry, str(broken), connection.transport))
+    assert connection.entry.mirror.metrics.exists()
+    assert manifest_problems(connection.entry.mirror.path / step(1)) == ()
 
 
 def failing_rsync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int, code: int) -> None:
@@ -137,33 +140,35 @@ def failing_rsync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
 
 
-def patience(**more: Any) -> Patience:
-    return Patience(sleep=lambda seconds: None, jitter=lambda: 0.5, **more)
+def patience(**more: Any) -> RetryPolicy:
+    return RetryPolicy(sleep=lambda seconds: None, jitter=lambda: 0.5, **more)
 
 
 @pytest.mark.parametrize("code", [255, 12, 30])
 def test_the_last_pull_is_tried_again(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Goal: a connection lost while pulling is made again, as while following. Red with one try."""
-    link = make_link(tmp_path)
-    make_checkpoint(host_run(link), step(1))
-    Mirror(link.entry.mirror)
-    append_jsonl(link.entry.mirror.events, {"kind": "checkpoint", "path": step(1)})
+    connection = make_connection(tmp_path)
+    make_checkpoint(host_run(connection), step(1))
+    Mirror(connection.entry.mirror)
+    append_jsonl(connection.entry.mirror.events, {"kind": "checkpoint", "path": step(1)})
     failing_rsync(tmp_path, monkeypatch, 3, code)
     told = Told()
-    final_pull(link, told.say, patience())
+    final_pull(connection, told.say, patience())
     assert sum("Next try in" in text for text in told.said) == 3 and "with local again" not in told.said
-    assert manifest_problems(link.entry.mirror.path / step(1)) == ()
+    assert manifest_problems(connection.entry.mirror.path / step(1)) == ()
 
 
 def test_the_search_for_a_lost_host_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Goal: once a host is given up, the other files are not tried for as long each. Red with each of them tried."""
-    link, now = make_link(tmp_path), [0.0]
-    Mirror(link.entry.mirror)
-    append_jsonl(link.entry.mirror.events, *({"kind": "checkpoint", "path": step(number)} for number in (1, 2, 3)))
+    connection, now = make_connection(tmp_path), [0.0]
+    Mirror(connection.entry.mirror)
+    append_jsonl(
+        connection.entry.mirror.events, *({"kind": "checkpoint", "path": step(number)} for number in (1, 2, 3))
+    )
     failing_rsync(tmp_path, monkeypatch, 10**6, 255)
-    clock = Patience(total_s=100.0, sleep=lambda s: now.__setitem__(0, now[0] + s), clock=lambda: now[0])
+    clock = RetryPolicy(total_s=100.0, sleep=lambda s: now.__setitem__(0, now[0] + s), clock=lambda: now[0])
     with pytest.raises(DeployError, match="cannot be reached") as caught:
-        final_pull(link, patience=clock)
+        final_pull(connection, policy=clock)
     assert "Nothing was started" not in caught.value.text() and caught.value.exit_code == 1 and now[0] < 200
 
 
@@ -171,8 +176,8 @@ def test_background_pulls_are_tried_again_and_told(tmp_path: Path, monkeypatch: 
     """Goal: a checkpoint that could not come is tried again meanwhile, and no failure is silent. Red with one try, and
     with errors that are not ours ending the thread."""
     monkeypatch.setenv("ROLLOUTS_HOME", str(tmp_path / "home"))
-    link, said = make_link(tmp_path), []
-    run = host_run(link)
+    connection, said = make_connection(tmp_path), []
+    run = host_run(connection)
     make_checkpoint(run, step(1))
     failing_rsync(tmp_path, monkeypatch, 2, 255)
     real = checkpoints.pull_checkpoint
@@ -182,18 +187,22 @@ def test_background_pulls_are_tried_again_and_told(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(checkpoints, "pull_checkpoint", with_a_bug)
     puller = CheckpointPuller(
-        LocalTransport(), str(run.path), link.entry.mirror, lambda phase, text: said.append(text), lambda failures: 0.0
+        LocalTransport(),
+        str(run.path),
+        connection.entry.mirror,
+        lambda phase, text: said.append(text),
+        lambda failures: 0.0,
     )
     puller.add(step(1))
     puller.add("checkpoints/../x")
-    (link.entry.mirror.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-    (link.entry.mirror.path / "checkpoints/rl").write_text("a file is in the way")
+    (connection.entry.mirror.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (connection.entry.mirror.path / "checkpoints/rl").write_text("a file is in the way")
     puller.add("checkpoints/rl/step_000001")
     puller.add(step(9))
     make_checkpoint(run, step(2))
     puller.add(step(2))
     for number in (1, 2):
-        wait_for((link.entry.mirror.path / step(number)).exists, f"step {number}")
+        wait_for((connection.entry.mirror.path / step(number)).exists, f"step {number}")
     puller.finish()
     assert sum("cut off" in text for text in said) == 2
     assert len(said) == 5 and any("a link or no directory" in text for text in said)

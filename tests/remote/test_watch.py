@@ -8,14 +8,15 @@ import pytest
 
 from rollouts.remote.errors import DeployError
 from rollouts.remote.host.local import LocalTransport
+from rollouts.remote.run.connection import RetryPolicy, RunConnection
+from rollouts.remote.run.follow import follow
 from rollouts.remote.run.mirror import Mirror
-from rollouts.remote.run.registry import Entry
-from rollouts.remote.run.watch import Link, Patience, follow
+from rollouts.remote.run.registry import RunEntry
 from rollouts.run_dir import RunDir, Status, append_jsonl, write_json_atomic
 from tests.remote.hosts import ROOT
 
 
-def make_link(tmp_path: Path, python: str = sys.executable) -> Link:
+def make_connection(tmp_path: Path, python: str = sys.executable) -> RunConnection:
     """A run that ended on this machine, whose code tree is this repository."""
     run = RunDir(tmp_path / "home/runs/r")
     run.code.mkdir(parents=True)
@@ -24,7 +25,7 @@ def make_link(tmp_path: Path, python: str = sys.executable) -> Link:
     fields: dict[str, Any] = {"run_id": "r", "experiment_name": "e", "state": "done", "stage": "rl", "message": "m"}
     write_json_atomic(run.status, Status(**fields, started_at=1.0, updated_at=1.0, exit_code=0))
     append_jsonl(run.metrics, {"step": 1}, {"step": 2})
-    entry = Entry(
+    entry = RunEntry(
         run_id="r",
         experiment_name="e",
         target="local",
@@ -34,7 +35,7 @@ def make_link(tmp_path: Path, python: str = sys.executable) -> Link:
         repository=str(ROOT),
         created_at=0.0,
     )
-    return Link(entry, python, LocalTransport())
+    return RunConnection(entry, python, LocalTransport())
 
 
 class Clock:
@@ -47,10 +48,12 @@ class Clock:
         self.now += seconds
 
 
-def run_follow(link: Link, said: list[str], **patience: Any) -> dict[str, Any]:
+def run_follow(connection: RunConnection, said: list[str], **patience: Any) -> dict[str, Any]:
     clock = Clock()
-    settings = Patience(sleep=clock.sleep, clock=lambda: clock.now, jitter=lambda: 0.5, **patience)
-    return follow(link, Mirror(link.entry.mirror), lambda file: None, lambda phase, text: said.append(text), settings)
+    settings = RetryPolicy(sleep=clock.sleep, clock=lambda: clock.now, jitter=lambda: 0.5, **patience)
+    return follow(
+        connection, Mirror(connection.entry.mirror), lambda file: None, lambda phase, text: said.append(text), settings
+    )
 
 
 def failing_python(tmp_path: Path, failures: int, how: str) -> str:
@@ -67,35 +70,35 @@ def failing_python(tmp_path: Path, failures: int, how: str) -> str:
 def test_reconnecting_until_it_works(tmp_path: Path) -> None:
     """Goal: connections cut before and within a message are made again; the mirror is whole. Red with one try."""
     torn = """printf '{"alive":true}\\n{"file": "metr'; kill -9 $$"""
-    link = make_link(tmp_path, failing_python(tmp_path, 3, torn))
+    connection = make_connection(tmp_path, failing_python(tmp_path, 3, torn))
     said: list[str] = []
-    assert run_follow(link, said) == {"ended": True, "state": "done", "exit_code": 0}
+    assert run_follow(connection, said) == {"ended": True, "state": "done", "exit_code": 0}
     assert sum("Next try in" in text for text in said) == 3 and any("again" in text for text in said)
-    assert link.entry.mirror.metrics.read_text() == '{"step":1}\n{"step":2}\n'
+    assert connection.entry.mirror.metrics.read_text() == '{"step":1}\n{"step":2}\n'
 
 
 def test_giving_up_says_how_to_attach(tmp_path: Path) -> None:
     """Goal: the search for a lost host is bounded, and ends with what to do. Red with no bound: it never returns."""
-    link = make_link(tmp_path, failing_python(tmp_path, 10**6, "kill -9 $$"))
+    connection = make_connection(tmp_path, failing_python(tmp_path, 10**6, "kill -9 $$"))
     with pytest.raises(DeployError) as caught:
-        run_follow(link, [], total_s=100.0)
+        run_follow(connection, [], total_s=100.0)
     assert "the run goes on there" in caught.value.text() and "deploy attach r" in caught.value.text()
     assert "Nothing was started." not in caught.value.text() and caught.value.exit_code == 1
 
 
 def test_a_worker_that_cannot_follow(tmp_path: Path) -> None:
     """Goal: an error of the host's own is shown at once, not tried for minutes. Red with every end taken for a cut."""
-    link = make_link(tmp_path, failing_python(tmp_path, 10**6, "echo broken >&2; exit 3"))
+    connection = make_connection(tmp_path, failing_python(tmp_path, 10**6, "echo broken >&2; exit 3"))
     with pytest.raises(DeployError, match="cannot be followed") as caught:
-        run_follow(link, [])
+        run_follow(connection, [])
     assert "broken" in caught.value.text()
 
 
 def test_a_mirror_of_something_else(tmp_path: Path) -> None:
     """Goal: a mirror that is ahead of the host is not written over. Red with `error` messages passed over."""
-    link = make_link(tmp_path)
-    link.entry.mirror.path.mkdir()
-    link.entry.mirror.metrics.write_text("x" * 1000)
+    connection = make_connection(tmp_path)
+    connection.entry.mirror.path.mkdir()
+    connection.entry.mirror.metrics.write_text("x" * 1000)
     with pytest.raises(DeployError, match="does not fit") as caught:
-        run_follow(link, [])
+        run_follow(connection, [])
     assert "move" in caught.value.text()

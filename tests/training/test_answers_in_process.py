@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rollouts.config import Config
-from rollouts.config.answers import answer_limits
+from rollouts.config.answer_limits import answer_limits
 from rollouts.run_dir import RunDir, read_jsonl
 from rollouts.training.alarms import Alarms
 from rollouts.worker.stages.held_out import answers_in_process, rows_in_process

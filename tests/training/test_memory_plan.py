@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from base_config import Config, LoraConfig, MuonConfig, load_config
 from benchmarks.memory_plan import CARD, GIB, ROOT, planned, stages, tracked
 from rollouts.remote.inputs.shapes import DENSE, EXPERTS, HUB, shape_of
-from rollouts.remote.plan.memory import training
+from rollouts.remote.plan.memory import training_memory as training
 from rollouts.training import head_ways, optim
 from rollouts.training.backends.fsdp import defers_reduction
 from tests.example_config import replace_at

@@ -14,8 +14,8 @@ import pytest
 from rollouts import run_dir
 from rollouts.remote.host.host_probe import run_row
 from rollouts.remote.looks import _host_row
-from rollouts.remote.texts import runs_text
 from rollouts.run_dir import LaunchPlan, RunDir, Status
+from rollouts.view.tables import runs_text
 from rollouts.worker import launch, processes, tmux
 from rollouts.worker.supervise.journal import Journal
 from rollouts.worker.supervise.open_window import OpenWindow

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from rollouts.remote.inputs.data import RowCount
+from rollouts.remote.inputs.data_files import RowCount
 from rollouts.worker.builders.data import StageData, rl_steps, sft_steps
 from tests.example_config import example_config, replace_at
 from tests.remote.test_look_ahead import inputs

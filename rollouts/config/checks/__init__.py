@@ -5,14 +5,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from rollouts.config.checks.across import cross_checks
-from rollouts.config.checks.common import Checks
 from rollouts.config.checks.data import data_checks, eval_checks
 from rollouts.config.checks.engine import engine_checks
 from rollouts.config.checks.model import model_checks
+from rollouts.config.checks.needs import Checks
 from rollouts.config.checks.run import host_checks, limits_checks, output_checks, target_checks
-from rollouts.config.checks.training import rl_checks, sft_checks
+from rollouts.config.checks.stage_checks import rl_checks, sft_checks
+from rollouts.config.field_types import type_problems
 from rollouts.config.schema import Sections
-from rollouts.config.types import type_problems
 
 _GROUP_CHECKS: Mapping[str, typing.Callable[[Any], Checks]] = {
     "target": target_checks,

@@ -1,9 +1,9 @@
 """Checks that no section can make alone."""
 
-from rollouts.config.answers import answer_limits, row_tokens_max
-from rollouts.config.checks.common import Checks, must
+from rollouts.config.answer_limits import answer_limits, row_tokens_max
 from rollouts.config.checks.engine import engine_fits, weight_sync_checks
-from rollouts.config.checks.training import rate_checks
+from rollouts.config.checks.needs import Checks, must
+from rollouts.config.checks.stage_checks import rate_checks
 from rollouts.config.schema import Sections, ValueModel
 
 

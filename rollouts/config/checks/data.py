@@ -1,6 +1,6 @@
 """Checks of data sets, mixtures and evaluation."""
 
-from rollouts.config.checks.common import Checks, at_least_one, must, one_or_off, seed_check
+from rollouts.config.checks.needs import Checks, at_least_one, must, one_or_off, seed_check
 from rollouts.config.schema import DataConfig, DatasetSpec, EvalConfig
 
 

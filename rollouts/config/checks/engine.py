@@ -1,6 +1,6 @@
 """Checks of the engine, and of how weights reach it."""
 
-from rollouts.config.checks.common import Checks, at_least_one, is_inside, must, rank_checks
+from rollouts.config.checks.needs import Checks, at_least_one, is_inside, must, rank_checks
 from rollouts.config.schema import VLLM, BroadcastSync, Embedded, EngineConfig, LoraSync, Sections, SGLang, TensorSync
 
 SGLANG_LORA_TARGETS = (  # linear layers that SGLang has adapters for

@@ -1,6 +1,6 @@
 """Checks of what RL minimises, and of generation that runs ahead."""
 
-from rollouts.config.checks.common import Checks, at_least_one, must
+from rollouts.config.checks.needs import Checks, at_least_one, must
 from rollouts.config.schema import CISPO, GRPO, GSPO, PPO, KLConfig, RLConfig, ValueModel
 
 

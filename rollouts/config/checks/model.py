@@ -1,6 +1,6 @@
 """Checks of the model and its adapters."""
 
-from rollouts.config.checks.common import Checks, at_least_one, matches, must, seed_check
+from rollouts.config.checks.needs import Checks, at_least_one, matches, must, seed_check
 from rollouts.config.schema import ModelConfig
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from rollouts.config.checks.common import (
+from rollouts.config.checks.needs import (
     ENV_NAME_PATTERN,
     Checks,
     at_least_one,

@@ -8,8 +8,8 @@ from typing import Any
 
 from rollouts.config import Config, DatasetSpec
 from rollouts.remote.errors import Problem
-from rollouts.remote.inputs.code import look_at_code
-from rollouts.remote.inputs.data import (
+from rollouts.remote.inputs.code_files import look_at_code
+from rollouts.remote.inputs.data_files import (
     MADE_HERE,
     RowCount,
     absent_columns,

@@ -12,24 +12,24 @@ from typing import Any
 from rollouts.config import Config
 from rollouts.remote.errors import Problem
 from rollouts.remote.host.facts import HostFacts
-from rollouts.remote.plan.describe import Step, plan_notes, plan_steps, watch_step
+from rollouts.remote.plan.describe import PlanStep, plan_notes, plan_steps, watch_step
 from rollouts.remote.plan.gpu_problems import gpu_notes, gpu_problems, gpu_warnings
 from rollouts.remote.plan.launch_plan import environment_key, launch_plan, read_lock
 from rollouts.remote.plan.look_ahead import ahead_problems, plan_summary, plan_warnings
 from rollouts.remote.plan.memory import memory_plan
-from rollouts.remote.plan.problems import asked_paths, asked_ports, host_problems, input_problems
+from rollouts.remote.plan.problems import host_problems, input_problems, required_paths, required_ports
 from rollouts.remote.plan.torch_build import torch_problems, torch_warnings
 from rollouts.remote.repository import Code
 from rollouts.run_dir import LaunchPlan
 
 __all__ = [
     "Plan",
-    "Step",
-    "asked_paths",
-    "asked_ports",
+    "PlanStep",
     "environment_key",
     "make_plan",
     "read_lock",
+    "required_paths",
+    "required_ports",
 ]
 
 
@@ -40,7 +40,7 @@ class Plan:
     local_dir: str  # the mirror here
     problems: tuple[Problem, ...]  # every reason why it cannot be executed
     notes: tuple[str, ...]
-    steps: tuple[Step, ...]
+    steps: tuple[PlanStep, ...]
     summary: tuple[str, ...] = ()  # what each stage reads, does and writes
     memory: tuple[str, ...] = ()  # a table of what each GPU holds in each stage
     warnings: tuple[str, ...] = ()  # what may be meant, and usually is not

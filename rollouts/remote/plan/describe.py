@@ -13,7 +13,7 @@ from rollouts.run_dir import GPUS_VARIABLE, EnvironmentSpec, LaunchPlan, Process
 
 
 @dataclass(frozen=True)
-class Step:
+class PlanStep:
     """One thing that would be done, and why."""
 
     what: str
@@ -49,9 +49,9 @@ def _makes_python(config: Config, facts: HostFacts) -> bool:
     return facts.python is not None and any(not base_python(config, facts, engine=kind).path for kind in kinds)
 
 
-def plan_steps(config: Config, facts: HostFacts, code: Code, launch: LaunchPlan, target: str) -> Iterator[Step]:
+def plan_steps(config: Config, facts: HostFacts, code: Code, launch: LaunchPlan, target: str) -> Iterator[PlanStep]:
     commit = code.commit[:10] or "no commit"
-    yield Step(
+    yield PlanStep(
         f"sync {len(code.files)} files, {code.size_bytes / 1e6:.1f} MB, to {target}:{launch.run_path}/code/tree",
         f"git's files at {commit}" + (f" with {code.changed} uncommitted changes" if code.changed else ", unchanged"),
     )
@@ -63,7 +63,7 @@ def plan_steps(config: Config, facts: HostFacts, code: Code, launch: LaunchPlan,
             content = f"{count} requirements of {config.engine.requirements_file}"
         else:
             content = f"{count} requirements, constraints {config.host.constraints_file or 'none'}"
-        yield Step(
+        yield PlanStep(
             f"{'reuse' if complete else 'build'} the {environment.name} environment {environment.path}"
             f"{'' if complete else f' with {environment.installer}'}",
             f"{content}, {_python_words(environment)}, {build_words(builds[environment.name])}: "
@@ -72,20 +72,22 @@ def plan_steps(config: Config, facts: HostFacts, code: Code, launch: LaunchPlan,
     for model in launch.models:
         what = "" if model.weights else ", without its weights"
         why = "the hub's files, unless this host's cache has them; no engine's time limit counts it"
-        yield Step(f"download {model.name}{what}", why)
-    yield Step(
+        yield PlanStep(f"download {model.name}{what}", why)
+    yield PlanStep(
         f"start tmux session {launch.run_id} with a window per process",
         "the run goes on when this machine is switched off",
     )
     for check in launch.smoke:
-        yield Step(
+        yield PlanStep(
             f"{check.process.window}: {shlex.join(check.process.argv)}",
             f"on {check.subject}: seconds, unless it passed there before; within {check.timeout_s:.0f} s",
         )
     for stage in launch.stages:
         for engine in stage.engines:
-            yield Step(f"{stage.name}: {engine.window}: {shlex.join(engine.argv)}", _placed(config, engine, facts))
-        yield Step(f"{stage.name}: trainer: {shlex.join(stage.trainer.argv)}", _placed(config, stage.trainer, facts))
+            yield PlanStep(f"{stage.name}: {engine.window}: {shlex.join(engine.argv)}", _placed(config, engine, facts))
+        yield PlanStep(
+            f"{stage.name}: trainer: {shlex.join(stage.trainer.argv)}", _placed(config, stage.trainer, facts)
+        )
 
 
 def _python_words(environment: EnvironmentSpec) -> str:
@@ -94,9 +96,9 @@ def _python_words(environment: EnvironmentSpec) -> str:
     return f"Python {environment.python_version}, installed there by uv, since the host has none that fits"
 
 
-def watch_step(local_dir: str) -> Step:
+def watch_step(local_dir: str) -> PlanStep:
     why = "metrics as they grow, each completed checkpoint, verified"
-    return Step(f"watch, and pull results into {local_dir}", why)
+    return PlanStep(f"watch, and pull results into {local_dir}", why)
 
 
 def _placed(config: Config, process: ProcessSpec, facts: HostFacts) -> str:

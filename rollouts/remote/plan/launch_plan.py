@@ -19,7 +19,7 @@ from rollouts.engines.command_lines import (
     router_url,
 )
 from rollouts.remote.host.facts import HostFacts
-from rollouts.remote.plan.smoke import engine_check, trainer_check
+from rollouts.remote.plan.smoke_specs import engine_check, trainer_check
 from rollouts.remote.plan.torch_build import base_python, engine_build, trainer_build
 from rollouts.remote.repository import Code
 from rollouts.run_dir import (

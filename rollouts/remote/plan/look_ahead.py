@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rollouts.config import Config, RLConfig, SFTConfig
-from rollouts.config.answers import answer_limits
+from rollouts.config.answer_limits import answer_limits
 from rollouts.remote.errors import Problem
 from rollouts.remote.host.facts import HostFacts
-from rollouts.remote.inputs.data import RowCount
-from rollouts.remote.plan.problems import asked_ports
+from rollouts.remote.inputs.data_files import RowCount
+from rollouts.remote.plan.problems import required_ports
 from rollouts.remote.repository import Code
 
 RATES = ("unembedding_lr", "embedding_lr", "matrix_lr")
@@ -55,14 +55,14 @@ def ahead_problems(config: Config, facts: HostFacts, code: Code, target: str) ->
 
 
 def _port_problems(config: Config, facts: HostFacts, target: str) -> Iterator[Problem]:
-    wanted = [port for port in asked_ports(config) if port not in facts.ports_in_use]
+    wanted = [port for port in required_ports(config) if port not in facts.ports_in_use]
     for row in facts.runs:
         shared = [port for port in row.get("ports") or [] if port in wanted] if row["live"] else []
         if shared:
             yield Problem(
                 f"{target}: port {shared[0]} is what the live run {row['run_id']} will use.",
                 found=f"{row['run_id']}, {row['state']}, stage {row['stage']}; its engines' ports: {row['ports']}",
-                needed=f"ports of its own: {asked_ports(config)}",
+                needed=f"ports of its own: {required_ports(config)}",
                 fix="set another engine.sglang_port (or engine.router_port), or wait for that run",
             )
 

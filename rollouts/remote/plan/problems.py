@@ -20,7 +20,7 @@ INSTALL_HINTS = {
 }
 
 
-def asked_ports(config: Config) -> list[int]:
+def required_ports(config: Config) -> list[int]:
     """Ports that must be free on the host."""
     engine = config.engine
     if engine is None or not config.uses_engine:
@@ -29,7 +29,7 @@ def asked_ports(config: Config) -> list[int]:
     return [*range(engine.sglang_port, engine.sglang_port + engine.replicas), *router]
 
 
-def asked_paths(config: Config) -> list[str]:
+def required_paths(config: Config) -> list[str]:
     """Absolute paths that must exist on the host."""
     names = [*named_paths(config), config.output.source_checkpoint or ""]
     return [name for name in dict.fromkeys(names) if os.path.isabs(name)]
@@ -149,7 +149,7 @@ def _path_problems(config: Config, facts: HostFacts, code: Code, target: str) ->
                 needed="a path relative to the repository, an absolute path on the host, or a hub id",
                 fix="check the spelling",
             )
-    for path in asked_paths(config) if facts.python else ():
+    for path in required_paths(config) if facts.python else ():
         if path not in facts.paths:
             field = "output.source_checkpoint" if path == config.output.source_checkpoint else "model or data"
             yield Problem(

@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,14 @@ from rollouts.remote.host.read_answer import MalformedError, checked, malformed,
 from rollouts.remote.host.rsync import disk_full
 from rollouts.remote.host.transport import Transport
 from rollouts.remote.repository import list_files, read_recorded_tree
-from rollouts.remote.run.registry import Entry
-from rollouts.remote.run.sync_code import sync_code
+from rollouts.remote.run.registry import RunEntry
+from rollouts.remote.run.sync_code import CodePlace, sync_code
+from rollouts.view.reporter import Say
 
 LAUNCH_TIMEOUT_S = 60
-Say = Callable[[str, str], None]  # phase ("sync", "launch"), what is happening
 
 
-def execute(entry: Entry, config: Config, transport: Transport, path: str, say: Say) -> None:
+def execute(entry: RunEntry, config: Config, transport: Transport, path: str, say: Say) -> None:
     """Bring the run of `entry` to life on its host; `path` is the PATH it gets there. Raises DeployError.
 
     Done twice, the second time changes nothing. All that is used is this machine's own record: what lies on the host is
@@ -30,14 +29,11 @@ def execute(entry: Entry, config: Config, transport: Transport, path: str, say: 
     root = Path(entry.repository)
     sync_code(
         transport,
+        CodePlace(home=entry.home, run_path=entry.run_path, project=root.name, launch_id=entry.launch_id),
         root=root,
         files=tuple(list_files(root)),
-        project=root.name,
-        home=entry.home,
-        run_path=entry.run_path,
         python=launch.base_python,
         expected=read_recorded_tree(entry.record),
-        launch_id=entry.launch_id,
         say=say,
     )
     say("launch", f"tmux session {entry.run_id}")
@@ -75,7 +71,7 @@ def read_launch_answer(target: str, out: str) -> dict[str, Any]:
         raise malformed(target, "the launch", str(error), out, started=True) from None
 
 
-def _heed(entry: Entry, answer: dict[str, Any]) -> None:
+def _heed(entry: RunEntry, answer: dict[str, Any]) -> None:
     """Raise DeployError for a launch that the host refused; one that was made before goes on."""
     if answer["started"] or answer.get("same", True):  # a tree of an older version does not tell
         return

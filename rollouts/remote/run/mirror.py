@@ -17,7 +17,6 @@ from rollouts.remote.errors import DeployError, TransportError
 from rollouts.remote.host.read_answer import checked
 from rollouts.remote.host.rsync_here import pull_rsync
 from rollouts.remote.host.transport import Transport
-from rollouts.remote.run.checkpoints import CheckpointPuller, drop_partial, pull_checkpoint
 from rollouts.remote.run.mirror_files import (
     PULLED_PATTERNS,
     RefusedNameError,
@@ -37,8 +36,6 @@ LINE_BYTES_MAX = 64 << 20
 FILES_MAX = 2000  # logs and exit records: a run has a handful
 STAGING = ".pull-"
 
-__all__ = ["CheckpointPuller", "Mirror", "drop_partial", "pull_checkpoint", "pull_files"]
-
 
 class Mirror:
     """What `tail` sends, written down; and the new rows of the line files, in order.
@@ -52,6 +49,13 @@ class Mirror:
         self._read: dict[str, int] = {}  # how far rows() has come, by file
         self._written: set[str] = set()
         make_mirror(run.path)
+
+    def left_out_notes(self, *, rows: int = 0) -> tuple[str, ...]:
+        """Return one note of all that could not be used, with counts, or () for nothing. `rows`: malformed ones."""
+        counts = self.left_out + Counter({"rows that lack a field, or have a wrong one": rows})
+        if not counts:
+            return ()
+        return ("left out of what the host sent: " + "; ".join(f"{count} {what}" for what, count in counts.items()),)
 
     def offsets(self) -> dict[str, int]:
         """Bytes held, by file: where `tail` goes on."""

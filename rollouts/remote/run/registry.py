@@ -28,7 +28,7 @@ LAUNCHED, REASON = "launched", "not_launched.txt"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class RunEntry:
     """<home>/registry/<run_id>.json"""
 
     run_id: str
@@ -87,10 +87,10 @@ def registry_dir() -> Path:
     return path
 
 
-def register(plan: Plan, config: Config, repository: Path, record: dict[str, str], *, now: float) -> Entry:
+def register(plan: Plan, config: Config, repository: Path, record: dict[str, str], *, now: float) -> RunEntry:
     """Write the record, then the entry, then the mirror's copies. Raises DeployError for a run id that is taken."""
     assert plan.launch is not None and not plan.problems
-    entry = Entry(
+    entry = RunEntry(
         run_id=plan.run_id,
         experiment_name=config.output.experiment_name,
         target=plan.target,
@@ -120,7 +120,7 @@ def write_code_record(run: RunDir, record: dict[str, str]) -> None:
         write_text_atomic(run.path / name, text)
 
 
-def fill_mirror(entry: Entry) -> None:
+def fill_mirror(entry: RunEntry) -> None:
     """Copies of the record, for people, where the results will lie."""
     make_mirror(entry.mirror.path)
     for file in sorted(entry.record.path.rglob("*")):
@@ -129,7 +129,7 @@ def fill_mirror(entry: Entry) -> None:
             replace(entry.mirror.path, name, read_plain(file))
 
 
-def _claim(entry: Entry) -> None:
+def _claim(entry: RunEntry) -> None:
     """Give the entry its name, unless another deploy was faster."""
     text = json.dumps(dataclasses.asdict(entry), indent=1) + "\n"
     try:
@@ -161,39 +161,39 @@ def _write_new(file: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def save(entry: Entry) -> None:
+def save(entry: RunEntry) -> None:
     registry_dir()
     write_json_atomic(_file(entry.run_id), entry, mode=0o600)
 
 
-def forget(entry: Entry) -> None:
+def forget(entry: RunEntry) -> None:
     """Drop what this machine knows of a run: entry and record. The host, and the results here, stay as they are."""
     _file(entry.run_id).unlink(missing_ok=True)
     forget_record(entry)
 
 
-def forget_record(entry: Entry) -> None:
+def forget_record(entry: RunEntry) -> None:
     if entry.launch_id and entry.record.path.is_dir():
         for file in sorted(entry.record.path.rglob("*"), reverse=True):
             file.rmdir() if file.is_dir() else file.unlink()
         entry.record.path.rmdir()
 
 
-def mark_launched(entry: Entry) -> None:
+def mark_launched(entry: RunEntry) -> None:
     """From now on a run that is not on its host is gone, not yet to come."""
     if entry.launch_id:
         (entry.record.path / LAUNCHED).touch(mode=0o600)
         (entry.record.path / REASON).unlink(missing_ok=True)
 
 
-def note_reason(entry: Entry, text: str) -> None:
+def note_reason(entry: RunEntry, text: str) -> None:
     """Record in one line why it was not launched, for `deploy ls`."""
     if entry.launch_id and entry.record.path.is_dir():
         line = "; ".join(part.strip() for part in text.splitlines() if part.strip())
         write_text_atomic(entry.record.path / REASON, line, mode=0o600)
 
 
-def planned(entry: Entry) -> Config:
+def planned(entry: RunEntry) -> Config:
     """The config that this machine recorded for a launch. Raises DeployError where it may not, or cannot, launch."""
     if entry.adopted:
         raise DeployError(
@@ -212,7 +212,7 @@ def planned(entry: Entry) -> Config:
     return config
 
 
-def find(run_id: str) -> Entry | None:
+def find(run_id: str) -> RunEntry | None:
     """The run of exactly that name. Raises DeployError for an entry that cannot be read."""
     if not valid_run_id(run_id):
         return None
@@ -229,7 +229,7 @@ def find(run_id: str) -> Entry | None:
         ) from None
 
 
-def entries() -> list[Entry]:
+def entries() -> list[RunEntry]:
     """Every run known here, oldest first. Entries that cannot be read are left out: `damaged_entries` names them."""
     found = []
     for file in _files():
@@ -253,11 +253,11 @@ def _files() -> list[Path]:
     return sorted((home_dir() / "registry").glob("[!.]*.json"), key=lambda file: file.stat().st_mtime)
 
 
-def _read(file: Path) -> Entry:
+def _read(file: Path) -> RunEntry:
     """Fields of a later version are passed over. Raises ValueError or TypeError for a damaged one."""
     data: dict[str, Any] = json.loads(read_plain(file))
-    names = {field.name for field in dataclasses.fields(Entry)}
-    entry = Entry(**{name: value for name, value in data.items() if name in names})
+    names = {field.name for field in dataclasses.fields(RunEntry)}
+    entry = RunEntry(**{name: value for name, value in data.items() if name in names})
     texts = (entry.run_id, entry.experiment_name, entry.target, entry.home, entry.run_path, entry.local_dir)
     if not all(isinstance(text, str) for text in texts) or not valid_run_id(entry.run_id):
         raise ValueError("a field has the wrong type")

@@ -9,7 +9,7 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rollouts import manifest
@@ -19,6 +19,7 @@ from rollouts.remote.host.read_answer import read_answer, read_count
 from rollouts.remote.host.rsync import disk_full, run_rsync
 from rollouts.remote.host.transport import Transport
 from rollouts.remote.repository import unreadable
+from rollouts.view.reporter import Say, silent
 
 RSYNC_FILE_ERROR = 11  # reading or writing a file failed, on either side
 IDLE_TIMEOUT_S = 300.0  # a transfer in which no byte moves for so long is given up; it may take as long as it needs
@@ -27,8 +28,6 @@ CHANGED_MEANWHILE = "the code changed while it was being sent."
 SHELL_TIMEOUT_S = 300.0  # leftovers of gigabytes may have to go
 PROGRESS_BYTES_MIN = 20e6  # less is sent before anybody asks
 LINK_TREES_MAX = 4  # earlier uploads that were cut off, whose files are taken over
-
-Say = Callable[[str, str], None]  # phase, what is happening
 
 # $1 run path, $2 the link to the project's last tree, $3 where this one is built, $4 the rollouts home.
 # Files in $3 that are links to other trees go: they come back as links, and nothing of another run is touched.
@@ -53,60 +52,63 @@ exit 0
 """
 
 
+@dataclass(frozen=True, kw_only=True)
+class CodePlace:
+    """Where a run's code lies on the host. Each deploy builds in a directory named by its `launch_id`."""
+
+    home: str  # the rollouts home
+    run_path: str
+    project: str
+    launch_id: str = ""
+
+    @property
+    def link(self) -> str:
+        """Return the path of the link to the project's last tree."""
+        return f"{self.home}/code/{self.project}"
+
+    @property
+    def build(self) -> str:
+        return f"{self.run_path}/code/.tree-build{'-' if self.launch_id else ''}{self.launch_id}"
+
+    @property
+    def arguments(self) -> tuple[str, str, str, str]:
+        return self.run_path, self.link, self.build, self.home
+
+
 def sync_code(
     transport: Transport,
+    place: CodePlace,
     *,
     root: os.PathLike[str],
     files: tuple[str, ...],
-    project: str,
-    home: str,
-    run_path: str,
     timeout_s: float = IDLE_TIMEOUT_S,
     python: str = "python3",
     expected: Tree | None = None,
-    launch_id: str = "",
-    say: Say = lambda phase, text: None,
+    say: Say = silent,
 ) -> bool:
     """Bring `files` of `root` to `<run_path>/code/tree`. False when a whole tree was there already: it stays.
 
     `expected`: the tree that the run was planned with; None: as the files are now, and a whole tree that is there stays
-    unchecked. Raises DeployError unless exactly that lies on the host. The transfer may stand still for `timeout_s`.
-    Each deploy, by its `launch_id`, builds in a place of its own, so that nobody writes into what was checked.
+    unchecked. Raises DeployError unless exactly that lies on the host. A transfer may be idle for `timeout_s`.
     """
-    build = f"{run_path}/code/.tree-build{'-' if launch_id else ''}{launch_id}"
-    places = _Places(run_path, f"{home}/code/{project}", build, home)
-    answers = _Answers.parse(_shell(transport, _PREPARE, *places.arguments))
+    answers = _Answers.parse(_shell(transport, _PREPARE, *place.arguments))
     complete = answers.state == "complete"
     if not complete:
         if expected is None:
             expected = _hash_files(root, files)
         else:
             _refuse_changed_files(root, expected, "the code here is not the code that this run was planned with.")
-        _transfer(transport, root, expected, places, answers=answers, timeout_s=timeout_s, say=say)
+        _transfer(transport, root, expected, place, answers=answers, timeout_s=timeout_s, say=say)
     if expected is not None:
         say("sync", f"checking {len(expected)} files on {transport.target} by content")
-        _check(transport, python, places, expected, root=None if complete else root)
-    for line in _shell(transport, _FINISH, *places.arguments).splitlines():
+        _check(transport, python, place, expected, root=None if complete else root)
+    for line in _shell(transport, _FINISH, *place.arguments).splitlines():
         key, _, value = line.partition("=")
         if key == "state" and expected is not None:  # another deploy of this name was faster: what it sent lies there
-            _check(transport, python, places, expected, root=None)
+            _check(transport, python, place, expected, root=None)
         if key == "old":
-            say("sync", f"removed {value}: an upload that nobody resumed for a week")
+            say("sync", f"removed {value}: an upload that was not resumed for a week")
     return not complete
-
-
-@dataclass(frozen=True)
-class _Places:
-    """Paths on the host."""
-
-    run_path: str
-    link: str  # to the project's last tree
-    build: str
-    home: str
-
-    @property
-    def arguments(self) -> tuple[str, str, str, str]:
-        return self.run_path, self.link, self.build, self.home
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def _transfer(
     transport: Transport,
     root: os.PathLike[str],
     tree: Tree,
-    places: _Places,
+    place: CodePlace,
     *,
     answers: _Answers,
     timeout_s: float,
@@ -136,17 +138,17 @@ def _transfer(
     """One rsync of `tree` into the build directory. A part of a file stays there, for the next try."""
     size = sum(file["size"] for file in tree.values())
     kept = ", going on with what an earlier try sent" if answers.state == "resumed" else ""
-    say("sync", f"{len(tree)} files, {size / 1e6:.1f} MB, to {transport.target}:{places.run_path}/code/tree{kept}")
+    say("sync", f"{len(tree)} files, {size / 1e6:.1f} MB, to {transport.target}:{place.run_path}/code/tree{kept}")
     links = [f"--link-dest={link}" for link in answers.links[:LINK_TREES_MAX]]
     options = ["-lptc", "--partial", "--force", f"--timeout={timeout_s:.0f}"]
     # "./": a name that starts with # or ; would be taken for a comment
     names = b"".join(b"./" + name.encode(errors="surrogateescape") + b"\0" for name in sorted(tree))
-    source = [f"{os.fspath(root)}/", transport.rsync_path(f"{places.build}/")]
+    source = [f"{os.fspath(root)}/", transport.rsync_path(f"{place.build}/")]
     progress = _Progress(size, say)
     arguments = [*options, *links, "--from0", "--files-from=-", *source]
     done = run_rsync(transport, arguments, stdin=names, timeout_s=None, on_output=progress.read)
     if done.returncode == RSYNC_FILE_ERROR:
-        _refuse_full_disk(transport, places.build, size)
+        _refuse_full_disk(transport, place.build, size)
     if done.returncode != 0:
         _refuse_changed_files(root, tree, CHANGED_MEANWHILE)
         raise DeployError(
@@ -205,10 +207,10 @@ def _refuse_changed_files(root: os.PathLike[str], planned: Tree, message: str) -
 
 
 def _check(
-    transport: Transport, python: str, places: "_Places", expected: Tree, *, root: os.PathLike[str] | None
+    transport: Transport, python: str, place: CodePlace, expected: Tree, *, root: os.PathLike[str] | None
 ) -> None:
     """Raise unless the host's finished tree, or with `root` what was built there from those files, is `expected`."""
-    tree = f"{places.run_path}/code/tree" if root is None else places.build
+    tree = f"{place.run_path}/code/tree" if root is None else place.build
     found = _check_there(transport, python, tree, expected, prune=root is not None)
     if found.digest == tree_digest(expected):
         return

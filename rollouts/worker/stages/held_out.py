@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Callable, Sequence
 
 from rollouts.config import RLConfig
-from rollouts.config.answers import answer_limits
+from rollouts.config.answer_limits import answer_limits
 from rollouts.run_dir import append_event
 from rollouts.training import distributed
 from rollouts.training.agent_integration import evaluate_agent

@@ -1,7 +1,7 @@
 """Whether a job fits into its GPUs' memory, before it starts. Pure: config + facts + code → table, problems, notes.
 
-training.py and engine.py have the sums, uses.py puts them together for each GPU and stage, fit.py finds what does not
-fit and the nearest change that does, words.py says it. No card is asked: what is free there comes with the facts.
+training_memory.py and engine_memory.py have the sums, uses.py puts them together for each GPU and stage, fit.py finds
+what does not fit and the nearest change that does, words.py says it. No card is asked: the facts tell what is free.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from rollouts.remote.host.facts import HostFacts
 from rollouts.remote.host.gpus import Gpu, is_broken
 from rollouts.remote.inputs.shapes import Shape, shape_named
 from rollouts.remote.plan.gpu_problems import GPU_FREE_SHARE_MIN, is_free
-from rollouts.remote.plan.memory.engine import Card
+from rollouts.remote.plan.memory.engine_memory import Card
 from rollouts.remote.plan.memory.fit import misfits, nearest_change
 from rollouts.remote.plan.memory.uses import Models, gpu_uses
 from rollouts.remote.plan.memory.words import gib, memory_lines, memory_notes, misfit_problems

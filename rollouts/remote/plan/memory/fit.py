@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from rollouts.config import Config, changed
-from rollouts.remote.plan.memory.engine import GIB, Card
+from rollouts.remote.plan.memory.engine_memory import GIB, Card
 from rollouts.remote.plan.memory.uses import Models, Stage, Use, gpu_uses, largest_micro_batch, longest_sequence
 
 CHANGES_MAX = 3  # made together

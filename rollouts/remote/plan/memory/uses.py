@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rollouts.config import BroadcastSync, Config, RLConfig, SFTConfig, TensorSync
-from rollouts.config.answers import answer_limits
+from rollouts.config.answer_limits import answer_limits
 from rollouts.remote.inputs.shapes import Shape
-from rollouts.remote.plan.memory.engine import (
+from rollouts.remote.plan.memory.engine_memory import (
     CARD_BYTES_UNKNOWN,
     CONTEXT_BYTES,
     GIB,
@@ -20,11 +20,11 @@ from rollouts.remote.plan.memory.engine import (
     engine_parts,
     engine_uses,
 )
-from rollouts.remote.plan.memory.training import (
+from rollouts.remote.plan.memory.training_memory import (
     MASTER,
     Adapters,
     Parts,
-    Step,
+    StepLoad,
     answering_peak,
     at_rest,
     head_chunk,
@@ -156,7 +156,7 @@ def _resting(config: Config, stage: Stage, models: Models, card: Card) -> Parts:
     return _with_overhead(config, {**parts, **{name: count for name, count in more.items() if count}})
 
 
-def step_of(config: Config, stage: Stage, shape: Shape, card: Card) -> Step:
+def step_of(config: Config, stage: Stage, shape: Shape, card: Card) -> StepLoad:
     """Return what the memory of a stage's training step depends on."""
     settings, target, model = _stage(config, stage), config.target, config.model
     tokens = largest_micro_batch(config, stage)
@@ -165,7 +165,7 @@ def step_of(config: Config, stage: Stage, shape: Shape, card: Card) -> Step:
         tuple(linears(shape)) if lora and lora.target_modules == "all-linear" else lora.target_modules if lora else ()
     )
     names = tuple(dict.fromkeys(name.rpartition(".")[2] for name in targets))
-    return Step(
+    return StepLoad(
         tokens=tokens,
         # RL: each prompt's beginning is a document beside its samples'. Prompts are taken for half of the tokens.
         attended=tokens + tokens // 2 if stage == "rl" else tokens,
@@ -220,7 +220,7 @@ def _shards(config: Config) -> int:
     return target.shard_group_size if hybrid else max(1, len(target.gpu_ranks))
 
 
-def _reference_bytes(config: Config, stage: Stage, models: Models, step: Step, unknown: list[str]) -> int:
+def _reference_bytes(config: Config, stage: Stage, models: Models, step: StepLoad, unknown: list[str]) -> int:
     """Return the bytes of the KL penalty's frozen model: in the dtype of computing, float32 where it is sharded."""
     rl = config.rl
     if stage != "rl" or rl is None or models.reference is None or _is_own_reference(config, rl):

@@ -5,7 +5,7 @@ from typing import Any
 
 from rollouts.config import Config
 from rollouts.remote.errors import Problem
-from rollouts.remote.plan.memory.engine import GIB, Card
+from rollouts.remote.plan.memory.engine_memory import GIB, Card
 from rollouts.remote.plan.memory.fit import TIGHT_SHARE, Change, Misfit
 from rollouts.remote.plan.memory.uses import Use
 

@@ -1,6 +1,7 @@
 """Checks of the stages: rates, optimizer, loss, lag."""
 
-from rollouts.config.checks.common import (
+from rollouts.config.checks.loss import lag_checks, loss_checks
+from rollouts.config.checks.needs import (
     DOTTED_NAME_PATTERN,
     Checks,
     at_least_one,
@@ -9,7 +10,6 @@ from rollouts.config.checks.common import (
     one_or_off,
     seed_check,
 )
-from rollouts.config.checks.loss import lag_checks, loss_checks
 from rollouts.config.schema import AgentConfig, RLConfig, SamplingConfig, Sections, SFTConfig
 from rollouts.config.schema.rl import ENGINE_SOURCES
 

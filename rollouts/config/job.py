@@ -10,9 +10,9 @@ from typing import Any
 
 from rollouts.config.checks import config_problems
 from rollouts.config.earlier import in_todays_form
+from rollouts.config.field_types import ConfigError
 from rollouts.config.json_form import from_json, json_lines, line_of, to_json
 from rollouts.config.schema import Sections
-from rollouts.config.types import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ class Adapters:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class StepLoad:
     """What a training step's memory depends on beside the model's shape."""
 
     tokens: int  # M, of the largest micro-batch
@@ -71,7 +71,7 @@ def adapter_parameters(shape: Shape, adapters: Adapters) -> int:
     return shape.layers * adapters.rank * sum(sum(found[name]) for name in adapters.targets if name in found)
 
 
-def layer_activations(shape: Shape, step: Step) -> int:
+def layer_activations(shape: Shape, step: StepLoad) -> int:
     """Return the bytes that one layer saves for its backward pass."""
     if step.compiled:
         return _compiled_layer(shape, step)
@@ -89,7 +89,7 @@ def layer_activations(shape: Shape, step: Step) -> int:
     return step.tokens * (token + shared) + step.attended * attention
 
 
-def _linear_inputs(shape: Shape, step: Step) -> int:
+def _linear_inputs(shape: Shape, step: StepLoad) -> int:
     """Return the bytes a token of what linear modules save of their inputs, the attention's output aside."""
     width, hidden, mlp, adapters = step.width, shape.hidden, shape.mlp, step.adapters
     if adapters is None:
@@ -103,7 +103,7 @@ def _linear_inputs(shape: Shape, step: Step) -> int:
     return inner + width * (inputs + mlp * ("down_proj" in adapters.targets))
 
 
-def _compiled_layer(shape: Shape, step: Step) -> int:
+def _compiled_layer(shape: Shape, step: StepLoad) -> int:
     """Return what one layer saves under torch.compile: inputs of products and of attention, the rest computed again."""
     width = step.width
     token = width * (4 * shape.hidden + 3 * shape.mlp) + 2 * MASTER
@@ -115,7 +115,7 @@ def _compiled_layer(shape: Shape, step: Step) -> int:
     return step.tokens * token + step.attended * attention
 
 
-def head_chunk(shape: Shape, step: Step) -> int:
+def head_chunk(shape: Shape, step: StepLoad) -> int:
     """Return the elements of one chunk of the output head, forward and backward: as `log_probs` cuts them."""
     fitting = max(1, step.card_bytes // HEAD_SHARE)
     rows = max(1, min(HEAD_ELEMENTS, 2 ** (fitting.bit_length() - 1)) // shape.vocabulary)
@@ -123,7 +123,7 @@ def head_chunk(shape: Shape, step: Step) -> int:
     return math.ceil(step.trained / chunks) * shape.vocabulary
 
 
-def training_peaks(shape: Shape, step: Step) -> dict[str, Parts]:
+def training_peaks(shape: Shape, step: StepLoad) -> dict[str, Parts]:
     """Return, for each moment that may be a step's peak, what is held then."""
     rest = at_rest(shape, step)
     width, tokens = step.width, step.tokens
@@ -151,7 +151,7 @@ def training_peaks(shape: Shape, step: Step) -> dict[str, Parts]:
     return peaks
 
 
-def at_rest(shape: Shape, step: Step) -> dict[str, int]:
+def at_rest(shape: Shape, step: StepLoad) -> dict[str, int]:
     """Return what stands between two micro-batches: master weights and copies, gradients, the optimizer's state."""
     trained = _trained(shape, step)
     whole = shape.parameters + (trained if step.adapters is not None else 0)
@@ -168,31 +168,31 @@ def at_rest(shape: Shape, step: Step) -> dict[str, int]:
     return {"weights": MASTER * whole // shards + root, "gradients": gradients, "optimizer": states // shards}
 
 
-def _trained(shape: Shape, step: Step) -> int:
+def _trained(shape: Shape, step: StepLoad) -> int:
     return shape.parameters if step.adapters is None else adapter_parameters(shape, step.adapters)
 
 
-def _by_muon(shape: Shape, step: Step) -> int:
+def _by_muon(shape: Shape, step: StepLoad) -> int:
     """Count the parameters that have one number of state rather than two."""
     if not step.muon:
         return 0
     return shape.matrices if step.adapters is None else adapter_parameters(shape, step.adapters)
 
 
-def _gathered_layers(shape: Shape, step: Step) -> int:
+def _gathered_layers(shape: Shape, step: StepLoad) -> int:
     if not step.is_sharded:
         return 0
     return step.width * shape.layer * (shape.layers if step.keeps_gathered else min(LAYERS_GATHERED, shape.layers))
 
 
-def _table_gradients(shape: Shape, step: Step, table: int) -> int:
+def _table_gradients(shape: Shape, step: StepLoad, table: int) -> int:
     """Return the gradients of the embeddings, where the backward pass ends; sharded ones are reduced in float32."""
     if not step.is_sharded:
         return 2 * step.width * table
     return (step.width + MASTER) * table + MASTER * table // step.shards
 
 
-def _muon_work(shape: Shape, step: Step) -> int:
+def _muon_work(shape: Shape, step: StepLoad) -> int:
     """Return what an iteration holds: updates in float32, and matrices of one shape in bfloat16, four times."""
     if not step.muon:
         return 0
@@ -202,7 +202,7 @@ def _muon_work(shape: Shape, step: Step) -> int:
     return together * (MASTER + 4 * 2)
 
 
-def answering_peak(shape: Shape, step: Step, *, prompt: int, new: int, rows_max: int, tokens_max: int) -> Parts:
+def answering_peak(shape: Shape, step: StepLoad, *, prompt: int, new: int, rows_max: int, tokens_max: int) -> Parts:
     """Return what answering held-out rows in process takes at most: a batch of prompts of `prompt` tokens each."""
     rest, width = at_rest(shape, step), step.width
     rows = max(1, min(rows_max, tokens_max // (prompt + new)))

@@ -1,0 +1,79 @@
+"""The connection to a run's files, and how long a lost one is made again."""
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from rollouts.remote.errors import TransportError, UnreachableError
+from rollouts.remote.host.transport import Transport
+from rollouts.remote.run.registry import RunEntry
+from rollouts.view.reporter import Say
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """How long a lost connection is tried again, with growing pauses."""
+
+    total_s: float = 900.0
+    pause_max_s: float = 30.0
+    sleep: Callable[[float], None] = time.sleep
+    clock: Callable[[], float] = time.monotonic
+    jitter: Callable[[], float] = field(default=random.random)  # [0, 1): many watchers do not come back as one
+
+    def pause_s(self, failures: int) -> float:
+        return float(min(self.pause_max_s, 0.5 * 2 ** min(failures, 20)) * (0.5 + self.jitter()))
+
+
+@dataclass(frozen=True)
+class RunConnection:
+    """A run, and the way to its files."""
+
+    entry: RunEntry
+    python: str  # the host's
+    transport: Transport
+
+
+class Retries:
+    """Count failures since the last success, and pause before the next try."""
+
+    def __init__(self, connection: RunConnection, say: Say, policy: RetryPolicy) -> None:
+        self._connection, self._say, self._policy = connection, say, policy
+        self._failures, self._last_success = 0, policy.clock()
+
+    def worked(self) -> None:
+        if self._failures:
+            self._say("reconnect", f"connected with {self._connection.entry.target} again")
+        self._failures, self._last_success = 0, self._policy.clock()
+
+    def wait_after(self, error: TransportError) -> None:
+        """Pause before another try. Raises DeployError once failures have lasted for the policy's `total_s`."""
+        if not error.lost:
+            raise error
+        entry = self._connection.entry
+        self._failures += 1
+        silent_s = self._policy.clock() - self._last_success
+        if silent_s > self._policy.total_s:
+            raise UnreachableError(
+                f"{entry.target} cannot be reached for {silent_s:.0f} s; the run goes on there.",
+                found=str(error),
+                fix=f"deploy attach {entry.run_id}",
+                started=True,
+            ) from None
+        pause_s = self._policy.pause_s(self._failures)
+        self._say("reconnect", f"{str(error).rstrip('.')}. Next try in {pause_s:.1f} s")
+        self._connection.transport.close()
+        self._policy.sleep(pause_s)
+
+
+def with_retries(action: Callable[[], T], connection: RunConnection, say: Say, policy: RetryPolicy) -> T:
+    """Return what `action` returns, repeating it after each lost connection. Raises DeployError for the last one."""
+    retries = Retries(connection, say, policy)
+    while True:
+        try:
+            return action()
+        except TransportError as error:
+            retries.wait_after(error)

@@ -1,0 +1,60 @@
+"""Which run a name means: a whole name, the beginning of one, or `last`."""
+
+from rollouts.remote.errors import DeployError
+from rollouts.remote.host.facts import HostFacts
+from rollouts.remote.run import registry
+from rollouts.remote.run.registry import RunEntry
+from rollouts.run_dir import valid_run_id
+
+LAST = "last"  # names the run that this machine knows of most recently
+
+
+def known_run(name: str) -> RunEntry:
+    """Return the run of the registry that `name` means. Raises DeployError."""
+    entry = registry.find(name) or find_known(name)
+    if entry is None:
+        raise no_run(name, "this machine", [entry.run_id for entry in registry.entries()])
+    return entry
+
+
+def find_known(name: str) -> RunEntry | None:
+    """Return `last`, or the one run that begins with `name`, of those that this machine knows."""
+    entries = registry.entries()
+    if name == LAST:
+        return entries[-1] if entries else None
+    run_id = _by_prefix(name, [entry.run_id for entry in entries])
+    return next((entry for entry in entries if entry.run_id == run_id), None)
+
+
+def find_on_host(name: str, facts: HostFacts, target: str) -> str:
+    """Return the id of the host's run that `name` means. Raises DeployError."""
+    names = [row["run_id"] for row in facts.runs if valid_run_id(str(row["run_id"]))]
+    if name in names:
+        return name
+    if name == LAST and names:
+        return str(names[-1])
+    found = _by_prefix(name, names)
+    if found is None:
+        raise no_run(name, target, [*(entry.run_id for entry in registry.entries()), *names])
+    return found
+
+
+def _by_prefix(name: str, run_ids: list[str]) -> str | None:
+    """Return the one run id that begins with `name`, or None. Raises DeployError for several."""
+    found = [run_id for run_id in run_ids if name and run_id.startswith(name)]
+    if len(found) > 1 and name not in found:
+        raise DeployError(
+            f"{name!r} begins the names of {len(found)} runs.",
+            found="\n".join(found[-8:]),
+            fix="write more of the name, or `last` for the newest",
+        )
+    return name if name in found else found[0] if found else None
+
+
+def no_run(name: str, target: str, known: list[str]) -> DeployError:
+    """Return the error for a name that means none of the known runs."""
+    return DeployError(
+        f"there is no run {name!r} on {target}.",
+        found=f"runs: {', '.join(sorted(set(known))[-8:]) or 'none'}",
+        fix="deploy ls shows the runs started here, deploy ls --remote T those of a host",
+    )

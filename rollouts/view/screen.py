@@ -1,0 +1,60 @@
+"""Where a verb's words go: as text for people or as JSON for programs, by one setting. Only prints.
+
+Text that a host wrote goes through escape.py first.
+"""
+
+import json
+import shutil
+import sys
+from typing import Any
+
+from rollouts.view.answer import Answer
+from rollouts.view.escape import escaped
+
+
+class Screen:
+    """stdout and stderr of one verb. `as_json`: stdout is for programs."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self.as_json = as_json
+
+    def show(self, answer: Answer) -> int:
+        """Print an answer. Returns its exit code."""
+        if self.as_json:
+            print_json(answer.document)
+        elif answer.text is not None:
+            show(answer.text)
+        for remark in answer.remarks:
+            self.remark(remark)
+        return answer.exit_code
+
+    def warn(self, text: str) -> None:
+        """Print a warning among the words of a launch."""
+        if self.as_json:
+            print_json({"type": "progress", "phase": "warning", "message": text})
+        else:
+            show(f"warning: {text}")
+
+    def remark(self, text: str) -> None:
+        """Print a line beside the answer, to stderr."""
+        print(escaped(text), file=sys.stderr, flush=True)
+
+    def error(self, document: dict[str, Any], text: str) -> None:
+        """Print an error: its text to stderr, and its document where programs read."""
+        if self.as_json:
+            print_json(document)
+        print(text, file=sys.stderr)
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value), flush=True)
+
+
+def show(text: str) -> None:
+    """Print text that may hold what a host or a model wrote."""
+    print(escaped(text), flush=True)
+
+
+def terminal_width() -> int | None:
+    """Return the columns of the terminal that stdout is; None for a pipe or a file, where width does not matter."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None

@@ -1,0 +1,84 @@
+"""Runs and tables as text for people. Pure, but for the local time zone."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rollouts.run_dir import FINAL_STATES
+from rollouts.view.escape import escaped, one_line
+
+MESSAGE_CHARS_MAX = 1200  # 15 lines of 80 columns
+
+
+def columns(table: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as aligned text, columns of numbers to the right; "" for no rows."""
+    if not table:
+        return ""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    right = [i > 0 and all(_is_number(row[i]) for row in table[1:]) for i in range(len(widths))]
+    lines = []
+    for row in table:
+        cells = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _is_number(cell: str) -> bool:
+    return cell in ("", "-") or cell.replace(".", "", 1).removeprefix("-").isdigit()
+
+
+def cell(name: str, value: Any) -> str:
+    """A field of a run as shown in tables; times in this machine's zone."""
+    if value is None:
+        return "-"
+    if name.endswith("_at") and isinstance(value, int | float):
+        try:
+            return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value))
+        except (ValueError, OverflowError, OSError):
+            return one_line(value)
+    return one_line(value)
+
+
+def runs_text(rows: Sequence[dict[str, Any]], *, width: int | None = None) -> str:
+    """A table, and under it why runs failed or were not launched, or on which other machine they are.
+
+    Where its lines are wider than `width` (None: no matter), a run's name has a line of its own, and the rest follows.
+    """
+    if not rows:
+        return "no runs"
+    header = ["run_id", "target", "state", "stage", "step", "started_at", "exit_code"]
+    cells = [header, *([cell(name, row[name]) for name in header] for row in rows)]
+    heading, *lines = columns(cells).splitlines()
+    if width is not None and max(map(len, (heading, *lines))) > width:
+        rest = columns([line[1:] for line in cells]).splitlines()
+        heading, *lines = [f"{line[0]}\n  {more}" for line, more in zip(cells, rest, strict=True)]
+    return "\n".join([heading, *(f"{line}{_reason(row)}" for line, row in zip(lines, rows, strict=True))])
+
+
+def _reason(row: dict[str, Any]) -> str:
+    """Why a run failed or was not launched, or where it is, as a line under its own; "" for any other."""
+    message = row.get("message") or ""
+    if row["state"] in ("failed", "died", "not launched") and message:
+        return f"\n  error: {one_line(message)}"
+    return f"\n  note: {one_line(message)}" if row.get("host") and row["state"] not in FINAL_STATES else ""
+
+
+def run_text(row: dict[str, Any]) -> str:
+    """A line a field, the message last: that is what one looks for."""
+    width = max(map(len, row))
+    names = sorted(row, key=lambda name: name == "message")
+    return "\n".join(f"{name:<{width}}  {cell(name, row[name])}" for name in names)
+
+
+def cause(error: dict[str, Any]) -> str:
+    """An error event's message; with the process's own `error:` line where the message lacks it."""
+    message, lines = str(error.get("message")), error.get("log_tail")
+    said = [str(line) for line in lines if str(line).startswith("error: ")] if isinstance(lines, list) else []
+    own = said[-1].removeprefix("error: ").strip() if said else ""
+    return message if not own or own in message else f"{message}: {own}"
+
+
+def cut_text(text: str) -> str:
+    """Escaped, and no more of it than a small screen holds."""
+    shown = escaped(text).strip()
+    return shown if len(shown) <= MESSAGE_CHARS_MAX else f"{shown[:MESSAGE_CHARS_MAX]}… (all of it: events.jsonl)"
