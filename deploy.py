@@ -107,7 +107,7 @@ CONFIG_OPTIONS = (*HOST_OPTIONS, "--run-id", "--plan", "--show", "--detach", "--
 
 
 class ConfigOrVerb(TyperGroup):
-    """The first word is a verb or a config file; options may stand before it."""
+    """The first word is a verb or a config file; options may come before it."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         try:
@@ -118,7 +118,7 @@ class ConfigOrVerb(TyperGroup):
 
 
 def with_verb(args: list[str], verbs: Any) -> list[str]:
-    """`args` with the verb first: `x.py --plan` → `run-config x.py --plan`, `--remote h ls` → `ls --remote h`.
+    """Return `args` with the verb first: `x.py --plan` → `run-config x.py --plan`, `--remote h ls` → `ls --remote h`.
 
     Raises ValueError for a word that can be neither a verb nor a config, and for an option that neither of the two
     verbs without a name has.
@@ -142,7 +142,7 @@ def with_verb(args: list[str], verbs: Any) -> list[str]:
 
 
 def _with_config(args: list[str], word: str, others: list[str], verbs: Any) -> list[str]:
-    """The line of `deploy CONFIG`, whose first word is no verb. Raises ValueError."""
+    """Return the line of `deploy CONFIG`, whose first word is not a verb. Raises ValueError."""
     _check_options(args, CONFIG_OPTIONS, "deploy CONFIG")
     if "--help" in args or "-h" in args:
         return ["--help"]
@@ -165,7 +165,7 @@ def _check_options(args: list[str], known: tuple[str, ...], whose: str) -> None:
 
 
 def _no_such_verb(word: str, verbs: Any) -> str:
-    """What is wrong with a first word that is no verb; "" where it is, or may be, a config."""
+    """Return what is wrong with a first word that is not a verb; "" if it is, or may be, a config."""
     if os.path.exists(word) or os.sep in word or word.endswith((".py", ".json")):
         return ""
     shown = sorted(verb for verb in verbs if verb not in (HOST_VERB, CONFIG_VERB))
@@ -174,7 +174,7 @@ def _no_such_verb(word: str, verbs: Any) -> str:
     near += [configs[stem] for stem in configs if word in (stem, stem.partition("_")[2])]
     near = ["deploy attach last", "deploy status last"] if word == "last" else near  # as RUN is written elsewhere
     meant = f" Did you mean {' or '.join(f'`{line}`' for line in near)}?" if near else ""
-    return f"there is no verb and no config file {word!r}.{meant} Verbs: {', '.join(shown)}."
+    return f"{word!r} is neither a verb nor a config file.{meant} Verbs: {', '.join(shown)}."
 
 
 def _first_word(args: list[str]) -> int | None:
@@ -219,7 +219,7 @@ def options(
 
 
 def version_text() -> str:
-    """The version in pyproject.toml (else of the installed package), and the commit of a clone."""
+    """Return the version in pyproject.toml (else of the installed package), and the commit of a clone."""
     root = pathlib.Path(__file__).resolve().parent
     try:
         version = str(tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"])
@@ -388,7 +388,7 @@ def forget(run: Run, as_json: Json = False) -> Any:
 
 
 def main() -> None:
-    """The console script's entry point."""
+    """Run the command line (the console script's entry point)."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     app(prog_name="deploy")

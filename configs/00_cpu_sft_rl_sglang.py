@@ -1,6 +1,6 @@
 """configs/00_cpu_sft_rl.py with its engine switched to the real SGLang, on a CPU: the path that a GPU host takes.
 
-SGLang gets an environment of its own (2.7 GB, made once per host). Half the RL steps, at higher rates: a step takes
+SGLang gets a separate environment (2.7 GB, made once per host). Half the RL steps, at higher rates: a step takes
 longer here, since SGLang is made for other sizes. `--show` prints every field of the config.
 
     deploy configs/00_cpu_sft_rl_sglang.py

@@ -1,10 +1,10 @@
 """Manifests: the files of a directory with their SHA-256, so that content decides what it is. Standard library only.
 
-A checkpoint's manifest is written last by whoever completes it and checked by whoever uses or copies it: a directory
+A checkpoint's manifest is written last, and checked before the checkpoint is used or copied: a directory
 without a manifest, or one that disagrees with it, is not a checkpoint.
 
 A code tree's manifest has modes and links too. It is made here of the working tree and on the host of what lies there,
-and the two are compared before a launch. The control side sends this file's source to the host: it stands alone.
+and the two are compared before a launch. Its source is sent to the host, so it imports nothing of ours.
 """
 
 import errno
@@ -35,7 +35,7 @@ def write_manifest(directory: Path) -> Path:
 
 
 def manifest_problems(directory: Path) -> tuple[str, ...]:
-    """Why `directory` is not what its manifest says; empty when it is. A missing manifest is a problem.
+    """Return why `directory` is not what its manifest says; () if it is. A missing manifest is a problem.
 
     Links, devices and files that it does not list are problems too: a manifest vouches for all that is there.
     """
@@ -60,7 +60,7 @@ def manifest_problems(directory: Path) -> tuple[str, ...]:
 
 
 def read_manifest(manifest: Path) -> dict[str, tuple[int, str]]:
-    """{name: (size, sha256)}. Raises FileNotFoundError, or ValueError for no manifest, or one that leads outside."""
+    """Return {name: (size, sha256)}. Raises FileNotFoundError, or ValueError if it is bad or leads outside."""
     if manifest.is_symlink():
         raise ValueError(f"{manifest}: a link, not a manifest")
     try:
@@ -72,12 +72,12 @@ def read_manifest(manifest: Path) -> dict[str, tuple[int, str]]:
     for name in listed:
         parts = name.split("/")
         if name == MANIFEST_FILE or "\0" in name or any(part in ("", ".", "..") for part in parts):
-            raise ValueError(f"{manifest}: names {name!r}, which is no file inside of it")
+            raise ValueError(f"{manifest}: names {name!r}, which is not a file inside of it")
     return listed
 
 
 def plain_files(directory: Path) -> set[str]:
-    """Every file under `directory` but its manifest. Raises ValueError for a link, or anything else that is no file."""
+    """Return every file under `directory` but its manifest. Raises ValueError for a link, or any other non-file."""
     found = set()
     for folder, folders, files in os.walk(directory):
         for name in (*folders, *files):
@@ -92,7 +92,7 @@ def plain_files(directory: Path) -> set[str]:
 
 
 def sha256(file: Path) -> str:
-    """Raises OSError, also where another process has put a pipe or the like in the file's place."""
+    """Return a file's digest. Raises OSError, also if another process has put a pipe or the like in its place."""
     digest = hashlib.sha256()
     with _opened(file) as stream:  # not hashlib.file_digest: a host's Python may be 3.10
         while block := stream.read(BLOCK_BYTES):
@@ -101,7 +101,7 @@ def sha256(file: Path) -> str:
 
 
 def _opened(file: Path | bytes) -> BufferedReader:
-    """As plain_files.reading, which this file, sent on its own, cannot import."""
+    """Open it as plain_files.reading does, which this file, sent on its own, cannot import."""
     descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -124,7 +124,7 @@ Tree = dict[str, TreeFile]  # name, with / between folders; bytes that are not U
 
 
 def tree_names(root: str | os.PathLike[str]) -> list[str]:
-    """Every file and link below `root`."""
+    """Return every file and link below `root`."""
     top, found = os.fsencode(root), []
     for directory, folders, files in os.walk(top):
         links = [name for name in folders if os.path.islink(os.path.join(directory, name))]
@@ -153,7 +153,7 @@ def _tree_file(path: bytes, earlier: TreeFile | None) -> TreeFile:
         leads_to = os.readlink(path)
         return {"mode": "120000", "size": len(leads_to), "sha256": hashlib.sha256(leads_to).hexdigest()}
     if not stat.S_ISREG(status.st_mode):
-        raise OSError(0, "is no file and no link", os.fsdecode(path))
+        raise OSError(0, "is neither a file nor a link", os.fsdecode(path))
     mode = "100755" if status.st_mode & stat.S_IXUSR else "100644"
     if earlier is not None and earlier["mode"] == mode and _has_grown(path, status.st_size, earlier):
         return earlier
@@ -161,7 +161,7 @@ def _tree_file(path: bytes, earlier: TreeFile | None) -> TreeFile:
 
 
 def _has_grown(path: bytes, size: int, earlier: TreeFile) -> bool:
-    """Is the beginning of the file all that it was?"""
+    """Return whether the file begins with all that it was."""
     return size > earlier["size"] > 0 and _sha256_of_start(path, earlier["size"]) == earlier["sha256"]
 
 
@@ -175,7 +175,7 @@ def _sha256_of_start(path: bytes, size: int) -> str:
 
 
 def tree_digest(tree: Mapping[str, TreeFile]) -> str:
-    """The SHA-256 of "<mode> <sha256> <name>", each with a zero byte at its end, in the order of the names' bytes."""
+    """Return the SHA-256 of all "<mode> <sha256> <name>", each ended by a zero byte, sorted by the names' bytes."""
     rows = sorted((name.encode(errors="surrogateescape"), file) for name, file in tree.items())
     total = hashlib.sha256()
     for name, file in rows:
@@ -184,7 +184,7 @@ def tree_digest(tree: Mapping[str, TreeFile]) -> str:
 
 
 def tree_differences(expected: Mapping[str, TreeFile], found: Mapping[str, TreeFile]) -> list[str]:
-    """How `found` differs from `expected`: a line a file, the first ones by name."""
+    """Return how `found` differs from `expected`: a line a file, the first ones by name."""
     lines = []
     for name in sorted(set(expected) | set(found)):
         one, other = expected.get(name), found.get(name)
@@ -201,7 +201,7 @@ def tree_differences(expected: Mapping[str, TreeFile], found: Mapping[str, TreeF
 
 
 def check_tree(root: str, expected: Tree, *, prune: bool) -> dict[str, str | list[str]]:
-    """What lies under `root`: its digest, and how it differs from `expected`.
+    """Return the digest of what is under `root`, and how it differs from `expected`.
 
     `prune`, for a tree that was just sent: files not expected go, and one that grew while it was sent is cut to what it
     was when it was hashed.

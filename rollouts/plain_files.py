@@ -37,7 +37,7 @@ def open_plain(
     try:
         descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, mode, dir_fd=dir_fd)
     except OSError as error:
-        if error.errno == errno.ENXIO:  # a socket, or a pipe that nobody reads
+        if error.errno == errno.ENXIO:  # a socket, or a pipe without a reader
             raise NotPlainFileError(path, "a pipe or a socket") from None
         if error.errno == errno.EISDIR:
             raise NotPlainFileError(path, "a directory") from None
@@ -67,7 +67,7 @@ def read_plain(path: str | os.PathLike[str]) -> bytes:
 
 
 def is_plain(path: Path) -> bool:
-    """Is there a plain file, or a link to one?"""
+    """Return whether there is a plain file, or a link to one."""
     try:
         return stat.S_ISREG(path.stat().st_mode)
     except OSError:

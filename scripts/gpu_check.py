@@ -24,7 +24,7 @@ PACKED_TOKENS = (8192, 16384)
 def record(
     *, command: str, card: str, versions: str, commit: str, date: str, matmul: float, speeds: list[Speed], losses: tuple
 ) -> str:
-    """One run as a section of docs/benchmarks.md."""
+    """Return one run as a section of docs/benchmarks.md."""
     stated = peak_flops(card)
     against = f"; the maker states {stated / 1e12:.0f}" if stated else ""
     lines = [
@@ -46,7 +46,7 @@ def record(
 
 
 def problems(speeds: list[Speed], losses: tuple[float, float]) -> list[str]:
-    """What is wrong, rather than slow."""
+    """Return what is wrong, rather than slow."""
     found = [f"loss not finite at {s.micro_batch_tokens} tokens: {s.losses}" for s in speeds if not _finite(s.losses)]
     if not abs(losses[1] - losses[0]) <= LOSS_WITHIN * abs(losses[0]):
         found.append(

@@ -109,7 +109,7 @@ def run_line(line: Line, log: Path) -> tuple[bool, list[str]]:
         file.write(f"\n=== {line.name}: {' '.join(line.command)}\n")
         file.flush()
         before = log.stat().st_size
-        # A group of its own, so that nothing of a line that took too long is left for the next
+        # Its own process group, so that nothing of a line that took too long is left for the next
         process = subprocess.Popen(
             line.command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -125,7 +125,7 @@ def run_line(line: Line, log: Path) -> tuple[bool, list[str]]:
 
 
 def run_dry(line: Line, log: Path) -> tuple[bool, list[str]]:
-    """The same for what a CPU can do of it, in this process: torch is imported once."""
+    """Run what a CPU can do of it, in this process: torch is imported once."""
     from scripts import gpu_first_hour_steps
 
     said = io.StringIO()

@@ -1,4 +1,4 @@
-"""The steps of scripts/gpu_first_hour that are no tests: python scripts/gpu_first_hour_steps.py NAME [--cpu].
+"""The steps of scripts/gpu_first_hour that are not tests: python scripts/gpu_first_hour_steps.py NAME [--cpu].
 
 A line of output that begins with "> " is a figure, which the checklist shows. Exit 1 where a step fails.
 """
@@ -108,7 +108,7 @@ def lines_of(lines: Sequence[str], start: str) -> Iterator[str]:
 
 
 def smoke(_: argparse.Namespace) -> None:
-    """The smoke test of a run, on the CPU."""
+    """Run the smoke test of a run, on the CPU."""
     from rollouts.training.smoke import main as smoke_main
 
     if smoke_main(["trainer", "--device", "cpu"]):
@@ -116,7 +116,7 @@ def smoke(_: argparse.Namespace) -> None:
 
 
 def product(_: argparse.Namespace) -> None:
-    """The rate of a large bf16 product."""
+    """Measure the rate of a large bf16 product."""
     import torch
 
     from benchmarks.gpu_sft import matmul_flops_per_s
@@ -130,7 +130,7 @@ def product(_: argparse.Namespace) -> None:
 
 
 def attention(arguments: argparse.Namespace) -> None:
-    """Packed attention against its formula: heads of 64 and 128, shared heads, a window; forward and backward."""
+    """Compare packed attention with its formula: heads of 64 and 128, shared heads, a window; both passes."""
     import torch
 
     from rollouts.training import packed_attention, smoke_checks
@@ -154,7 +154,7 @@ def attention(arguments: argparse.Namespace) -> None:
 
 
 def profile(_: argparse.Namespace) -> None:
-    """Where the time of a packed step of 8,192 tokens goes."""
+    """Profile a packed step of 8,192 tokens."""
     import torch
 
     from benchmarks.gpu_sft import measure, qwen3_600m
@@ -190,7 +190,7 @@ def deploy(name: str, *arguments: str) -> tuple[int, RunDir]:
 
 @contextmanager
 def memory_peaks() -> Iterator[dict[str, int]]:
-    """The most memory that each card had in use meanwhile, in MiB, as nvidia-smi tells it once a second."""
+    """Return the most memory that each card had in use, in MiB, as nvidia-smi tells it once a second."""
     peaks: dict[str, int] = {}
     done = threading.Event()
 
@@ -250,7 +250,7 @@ def await_true(condition: Callable[[], bool], what: str, limit_s: float) -> None
 
 
 def ranks(_: argparse.Namespace) -> None:
-    """Ten SFT steps on one card and sharded over two: equal losses; no second process on the first card meanwhile."""
+    """Run ten SFT steps on one card and sharded over two: equal losses; no second process on the first card."""
     (code, one), crowded = deploy("one-rank"), set()
     if code:
         raise StepError(f"one rank: the run ended with {code}")
@@ -283,7 +283,7 @@ def losses_apart(one: Sequence[float], two: Sequence[float]) -> float:
 
 
 def engine_plan() -> LaunchPlan:
-    """What the host would do for configs/01."""
+    """Return what the host would do for configs/01."""
     with tempfile.TemporaryDirectory() as name:
         file = Path(name) / "config.json"
         derived("whole").save(file)
@@ -313,7 +313,7 @@ def engine_environment(_: argparse.Namespace) -> None:
 
 
 def broadcast(_: argparse.Namespace) -> None:
-    """The broadcast over NCCL; where it is not over in time, the stacks of all that wait."""
+    """Test the broadcast over NCCL; if it is not over in time, print the stacks of all that wait."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "gpu", "tests/gpu/test_broadcast.py"]
     process = subprocess.Popen(command, cwd=ROOT)
     try:

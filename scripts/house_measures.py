@@ -42,7 +42,7 @@ class Measure:
 
 
 def parse(root: Path = ROOT) -> dict[str, ast.Module]:
-    """Every module of ours: dotted name -> its tree."""
+    """Parse every module of ours: dotted name -> its tree."""
     files = [file for name in CODE for file in ([root / name] if name.endswith(".py") else (root / name).rglob("*.py"))]
     return {_dotted(file.relative_to(root)): ast.parse(file.read_text(), str(file)) for file in sorted(files)}
 
@@ -62,12 +62,12 @@ def function_lines(modules: Mapping[str, ast.Module]) -> Found:
 
 
 def parameters(modules: Mapping[str, ast.Module]) -> Found:
-    """Parameters of each function, `self` and `cls` apart."""
+    """Count the parameters of each function, `self` and `cls` apart."""
     return _sorted((len(_arguments(node)), where) for where, node in _functions(modules))
 
 
 def config_fields(modules: Mapping[str, ast.Module]) -> Found:
-    """Fields of each class of the config's schema."""
+    """Count the fields of each class of the config's schema."""
     return _sorted(
         (sum(isinstance(line, ast.AnnAssign) for line in node.body), where)
         for where, node in _classes(modules)
@@ -76,7 +76,7 @@ def config_fields(modules: Mapping[str, ast.Module]) -> Found:
 
 
 def attributes(modules: Mapping[str, ast.Module]) -> Found:
-    """Attributes that a class sets on `self`, or declares."""
+    """Count the attributes that a class sets on `self`, or declares."""
     return _sorted((len(_attributes(node)), where) for where, node in _classes(modules))
 
 
@@ -94,7 +94,7 @@ def _attributes(node: ast.ClassDef) -> set[str]:
 
 
 def open_seams(modules: Mapping[str, ast.Module]) -> Found:
-    """Parameters that connect two rooms and are typed Any, wholly or as an item."""
+    """Find parameters that connect two rooms and are typed Any, wholly or as an item."""
     return [
         (1, f"{where}({argument.arg})")
         for where, node in _functions(modules)
@@ -105,7 +105,7 @@ def open_seams(modules: Mapping[str, ast.Module]) -> Found:
 
 
 def circles(modules: Mapping[str, ast.Module]) -> Found:
-    """Groups of files that import one another, late imports included."""
+    """Find groups of files that import one another, late imports included."""
     return [(len(group), " ".join(sorted(group))) for group in _knots(_import_graph(modules)) if len(group) > 1]
 
 
@@ -125,7 +125,7 @@ def _import_graph(modules: Mapping[str, ast.Module]) -> dict[str, set[str]]:
 
 
 def _knots(graph: Mapping[str, set[str]]) -> list[set[str]]:
-    """Strongly connected parts, by reachability: the graph is small."""
+    """Return strongly connected parts, by reachability: the graph is small."""
     reached = {name: _reachable(graph, name) for name in graph}
     parts: list[set[str]] = []
     for name in graph:
@@ -146,7 +146,7 @@ def _reachable(graph: Mapping[str, set[str]], start: str) -> set[str]:
 
 
 def doubled_names(modules: Mapping[str, ast.Module]) -> Found:
-    """Classes and files of one name in several places, private ones and mirrored layouts apart."""
+    """Find classes and files of one name in several places, private ones and mirrored layouts apart."""
     places: dict[str, set[str]] = defaultdict(set)
     for where, node in _classes(modules):
         if not node.name.startswith("_"):
@@ -161,7 +161,7 @@ def doubled_names(modules: Mapping[str, ast.Module]) -> Found:
 
 
 def probes(modules: Mapping[str, ast.Module]) -> Found:
-    """`hasattr` and string `getattr` on a seam: a protocol that is not complete."""
+    """Find `hasattr` and string `getattr` on a seam: a sign of an incomplete protocol."""
     return [
         (1, f"{name}:{node.lineno} {ast.unparse(node)}")
         for name, tree in modules.items()
@@ -183,7 +183,7 @@ class Page:
 
 
 def pages(root: Path = ROOT) -> list[Page]:
-    """README and docs, code blocks counted apart from prose."""
+    """Measure README and docs, code blocks counted apart from prose."""
     files = [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
     return [_page(str(file.relative_to(root)), file.read_text()) for file in files]
 

@@ -19,24 +19,24 @@ from rollouts.run_dir import RunDir, read_jsonl  # noqa: E402
 
 
 def with_seed(config: Config, seed: int, save_dir: str) -> Config:
-    """The config with another seed of everything, and results in `save_dir`."""
+    """Return the config with another seed of everything, and results in `save_dir`."""
     seeds = dict.fromkeys(("model.init_seed", "data.shuffle_seed", "rl.sampling.seed"), seed)
     return changed(config, {**seeds, "output.save_dir": save_dir})
 
 
 def exact_match(run: RunDir) -> dict[str, float]:
-    """The last exact match of each stage: {"base": ..., "sft": ..., "rl": ...}."""
+    """Return the last exact match of each stage: {"base": ..., "sft": ..., "rl": ...}."""
     rows = [row for row in read_jsonl(run.eval) if (row["metric"], row["task"]) == ("exact_match", "all")]
     return {row["stage"]: row["value"] for row in rows}
 
 
 def stage_seconds(run: RunDir) -> float:
-    """How long the stages took together, without the installation before them."""
+    """Return how long the stages took together, without the installation before them."""
     return sum(event["seconds"] for event in read_jsonl(run.events) if event["kind"] == "stage_ended")
 
 
 def run_seed(config: Config, seed: int, directory: Path) -> tuple[dict[str, float], float]:
-    """Exact match by stage, and the seconds that the stages took."""
+    """Run one seed. Returns exact match by stage, and the seconds that the stages took."""
     file = directory / f"seed{seed}.json"
     seeded = with_seed(config, seed, str(directory / "runs"))
     seeded.save(file)

@@ -76,7 +76,7 @@ TOPICS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 def conversation(generator: random.Random) -> list[dict[str, str]]:
-    """One to three different topics, a question and an answer each; only the first question is greeted."""
+    """Make a conversation of one to three questions and answers; only the first one begins with a greeting."""
     messages: list[dict[str, str]] = []
     for topic in generator.sample(sorted(TOPICS), generator.choice((1, 2, 2, 3))):
         questions, answers = TOPICS[topic]

@@ -22,7 +22,7 @@ COUNTS = {
 
 
 def draw(generator: random.Random, length: int, count: int, taken: set[str]) -> list[str]:
-    """`count` strings of `length` different letters that are not in `taken`, which grows by them."""
+    """Draw `count` strings of `length` different letters that are not in `taken`, which grows by them."""
     strings: list[str] = []
     while len(strings) < count:
         text = "".join(generator.sample(LETTERS, length))

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 TARGET = Path(__file__).resolve().parents[1] / "configs" / "models" / "tiny_qwen2"
 PAD, END, USER, ASSISTANT, SYSTEM = SPECIALS = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>")
 
-# The end-of-turn token stands inside {% generation %}: stopping is trained.
+# The end-of-turn token is inside {% generation %}: stopping is trained.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {%- if message['role'] == 'assistant' -%}
@@ -35,7 +35,7 @@ CHAT_TEMPLATE = """\
 
 
 def build_tokenizer() -> Tokenizer:
-    """One token per byte, after the specials: byte-level BPE without a merge, so that any text has ids.
+    """Build a tokenizer of one token per byte, after the specials: byte-level BPE without a merge, for any text.
 
     It is BPE because transformers rebuilds the tokenizer of every model of type qwen2 as Qwen2Tokenizer, which is
     byte-level BPE over this file's vocabulary; another kind of tokenizer would silently become something else.
@@ -49,7 +49,7 @@ def build_tokenizer() -> Tokenizer:
 
 
 def model_config(vocab_size: int) -> dict[str, object]:
-    """Qwen2: 2 layers of width 64, about 0.17M parameters. Ids follow SPECIALS."""
+    """Return Qwen2 with 2 layers of width 64, about 0.17M parameters. Ids follow SPECIALS."""
     return {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
@@ -79,7 +79,7 @@ def tokenizer_config() -> dict[str, object]:
         "tokenizer_class": "Qwen2Tokenizer",
         "pad_token": PAD,
         "eos_token": END,
-        "unk_token": PAD,  # every byte has an id; left out, Qwen2Tokenizer would append a token of its own
+        "unk_token": PAD,  # every byte has an id; left out, Qwen2Tokenizer would append its own token
         "additional_special_tokens": [USER, ASSISTANT, SYSTEM],
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",

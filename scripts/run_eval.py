@@ -78,7 +78,7 @@ def check_paths(arguments: argparse.Namespace) -> None:
 
 
 def load_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows of all --data, each with its task: the data set's name, where the row names none.
+    """Load the rows of all --data, each with its task: the data set's name if the row names none.
 
     What a row would lose to the model's chat template is found here, before the model is loaded.
     """
@@ -144,7 +144,7 @@ async def _by_engine(
 
 
 def table(by_task: Mapping[str, Mapping[str, float]], counts: Mapping[str, int]) -> str:
-    """A line a task: its rows and its metrics, to four places."""
+    """Return a line a task: its rows and its metrics, to four places."""
     width = max(map(len, by_task))
     metrics = list(next(iter(by_task.values())))
     lines = [" ".join([f"{'task':<{width}}", f"{'rows':>6}", *(f"{name:>11}" for name in metrics)])]

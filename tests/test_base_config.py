@@ -97,7 +97,7 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("host.env", {"A B": "1"}, "host.env['A B']: not the name of an environment variable"),
     ("host.env", {"A": 1}, "host.env={'A': 1}: needs a dict of str to str"),
     ("host.secrets", ["HF_HUB_OFFLINE"], "'HF_HUB_OFFLINE' here or in host.env, which is shown and saved, not both"),
-    ("host.secrets", ["my token"], "'my token' is none"),
+    ("host.secrets", ["my token"], "'my token' is not one"),
     ("host.disk_free_gib_min", -1.0, "host.disk_free_gib_min=-1.0: needs >= 0"),
     ("host.threads_per_process", 0, "host.threads_per_process=0: needs >= 1"),
     ("model.name", " ", "model.name=' ': needs a hub id or a directory"),
@@ -196,7 +196,7 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("rl.baseline", value_model(), "rl.loss.advantage_norm='group_std': needs 'none' or 'batch': rl.baseline is a"),
     ("rl.loss", policy_loss(CISPO, updates_per_batch=0), "rl.loss.updates_per_batch=0: needs >= 1"),
     ("eval.num_samples", -1, "eval.num_samples=-1: needs >= 0; 0 samples nothing"),
-    ("eval.num_samples", 4, "eval.pass_at=[]: needs at least one k, or num_samples=4 is for nothing"),
+    ("eval.num_samples", 4, "eval.pass_at=[]: needs at least one k, or num_samples=4 has no effect"),
     ("eval.pass_at", [1], "eval.pass_at=[1]: needs [], since num_samples=0 samples nothing"),
     ("eval.temperature", 0.0, "eval.temperature=0.0: needs > 0"),
     ("eval.top_k", 0, "eval.top_k=0: needs >= 1, or -1 for all tokens"),
@@ -267,11 +267,11 @@ def test_a_loss_has_the_fields_that_it_uses(name: str) -> None:
         ({"engine.router_port": None}, None),
         ({"engine.replicas": 1, "engine.gpu_ranks": [0]}, "engine.router_port=31000: needs None, or more replicas"),
         ({"engine.router_port": 80}, "engine.router_port=80: needs 1024 to 65535, or None"),
-        ({"engine.router_port": 30181}, "engine.router_port=30181: needs a port of its own: 30180 to 30181 are the"),
+        ({"engine.router_port": 30181}, "engine.router_port=30181: needs another port: 30180 to 30181 are the"),
     ],
 )
 def test_what_a_router_needs(changes: dict[str, Any], reason: str | None) -> None:
-    """Goal: a router stands in front of several SGLang replicas, on a port of its own, or is refused with the reason.
+    """Goal: a router is in front of several SGLang replicas, on its own port, or is refused with the reason.
     Red with each check left out."""
     routed = sglang(restarts_max=1, replicas=2, gpu_ranks=[0, 1], router_port=31000)
     config = replace_at(example_config(), "engine", routed)
@@ -527,7 +527,7 @@ def test_a_config_that_is_no_plain_file(name: str, tmp_path: Path) -> None:
     """Goal: a pipe or a device is named, not waited for. Hung without the look at what it is."""
     file = tmp_path / name
     os.mkfifo(file) if name.startswith("pipe") else file.symlink_to("/dev/zero")
-    with pytest.raises(ConfigError, match="is no plain file"):
+    with pytest.raises(ConfigError, match="is not a plain file"):
         load_config(file)
 
 

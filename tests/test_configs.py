@@ -55,7 +55,7 @@ def test_a_config_made_by_changing_another() -> None:
     [
         ("rl.sampling.sed", "'rl.sampling.sed': SamplingConfig has no field 'sed'; did you mean 'seed'?"),
         ("engin.kind", "'engin.kind': Config has no field 'engin'; did you mean 'engine'?"),
-        ("data.rl_mixture.3.name", "'3' is no index of a list of 1"),
+        ("data.rl_mixture.3.name", "'3' is not an index of a list of 1"),
         ("rl.sampling.seed.x", "'rl.sampling.seed.x': int has no field 'x'"),
         ("", "'': Config has no field ''"),
     ],

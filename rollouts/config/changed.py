@@ -10,7 +10,7 @@ from rollouts.config.job import Config
 
 
 def changed(base: Config, fields: Mapping[str, Any]) -> Config:
-    """`base` with the value at each path, such as "rl.sampling.seed" or "data.rl_mixture.0.max_samples", replaced.
+    """Return `base` with new values at paths such as "rl.sampling.seed" or "data.rl_mixture.0.max_samples".
 
     Raises ConfigError for every path that leads nowhere, each with the nearest name.
     """
@@ -30,7 +30,7 @@ def _replaced(value: Any, path: str, whole: str, new: Any) -> Any:
     head, _, rest = path.partition(".")
     if isinstance(value, list):
         if not (head.isdecimal() and int(head) < len(value)):
-            raise ConfigError(f"changed: {whole!r}: {head!r} is no index of a list of {len(value)}")
+            raise ConfigError(f"changed: {whole!r}: {head!r} is not an index of a list of {len(value)}")
         at = int(head)
         return [*value[:at], _replaced(value[at], rest, whole, new) if rest else new, *value[at + 1 :]]
     known = [field.name for field in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else []

@@ -43,14 +43,14 @@ MOVED_CLASSES = {"EngineConfig": "Embedded(…), SGLang(…) or VLLM(…)"}
 
 
 def in_todays_form(data: Any) -> tuple[Any, bool]:
-    """The JSON of a config as today's schema has it, and whether that changed anything."""
+    """Return a config's JSON as today's schema has it, and whether that changed anything."""
     changed = _with_added_fields(data)
     changed = _regrouped(changed) if _is_flat(changed) else changed
     return changed, changed is not data
 
 
 def _with_added_fields(data: Any) -> Any:
-    """`data` with the fields that came after it, as its run behaved.
+    """Return `data` with the fields that came after it, as its run behaved.
 
     A section that lacks only some of them was not written by an earlier version, and stays as it is.
     """
@@ -64,7 +64,7 @@ def _with_added_fields(data: Any) -> Any:
 
 
 def _is_flat(data: Any) -> bool:
-    """Whether `data` is a config of the flat form."""
+    """Return whether `data` is a config of the flat form."""
     rl, engine = (data.get(name) for name in ("rl", "engine")) if isinstance(data, dict) else (None, None)
     stages = [rl, data.get("sft")] if isinstance(data, dict) else []
     optimizers = [stage.get("optimizer") for stage in stages if isinstance(stage, dict)]
@@ -76,7 +76,7 @@ def _is_flat(data: Any) -> bool:
 
 
 def _regrouped(data: dict[str, Any]) -> dict[str, Any]:
-    """`data`, of the flat form, in today's. What is missing or unknown in it stays so: reading it says which."""
+    """Return `data`, of the flat form, in today's. What is missing or unknown in it stays so: reading it says which."""
     out = dict(data)
     for name in ("sft", "rl"):
         stage = out.get(name)
@@ -92,7 +92,7 @@ def _regrouped(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _picked(data: Mapping[str, Any], **names: str) -> dict[str, Any]:
-    """New name -> value, of the old names that are there."""
+    """Return the values of the old names that are there, by their new names."""
     return {new: data[old] for new, old in names.items() if old in data}
 
 
@@ -126,9 +126,9 @@ def _rl(rl: Mapping[str, Any]) -> dict[str, Any]:
     return {**{name: field for name, field in rl.items() if name not in _FLAT_RL}, **grouped}
 
 
-def _engine(engine: Mapping[str, Any]) -> dict[str, Any]:
-    kind, sync = engine.get("kind"), engine["weight_sync"]
-    fields = {name: value for name, value in engine.items() if name not in _FLAT_ENGINE}
+def _engine(saved: Mapping[str, Any]) -> dict[str, Any]:
+    kind, sync = saved.get("kind"), saved["weight_sync"]
+    fields = {name: value for name, value in saved.items() if name not in _FLAT_ENGINE}
     fields = _off_is_none(fields, "max_total_tokens")
     if kind != "sglang":
         fields = {name: value for name, value in fields.items() if name not in _ONLY_SGLANG}
@@ -139,5 +139,5 @@ def _engine(engine: Mapping[str, Any]) -> dict[str, Any]:
         if sync in ("tensor", "broadcast")
         else {"on_tmpfs": "weights_on_tmpfs"}
     )
-    only = _picked(engine, **how)
+    only = _picked(saved, **how)
     return {**fields, "weight_sync": only if kind == "vllm" else {"kind": sync, **only}}

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rollouts.config.field_types import ConfigError, nearest
 from rollouts.config.job import Config
 from rollouts.config.json_form import field_types
-from rollouts.config.field_types import ConfigError, nearest
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ class ConfigError(Exception):
 
 
 def type_problems(value: Any, expected: Any, path: str) -> Iterator[tuple[str, str]]:
-    """(path, message) for each place under `value` whose type is not what the schema says."""
+    """Yield (path, message) for each place under `value` whose type is not what the schema says."""
     origin = typing.get_origin(expected)
     if dataclasses.is_dataclass(expected):
         if not isinstance(value, typing.cast(type, expected)):
@@ -66,6 +66,6 @@ def _scalar_problems(value: Any, expected: type, path: str) -> Iterator[tuple[st
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean 'x'?", or "" where nothing is near."""
+    """Return "; did you mean 'x'?", or "" if no name is near."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else ""

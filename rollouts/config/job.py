@@ -20,7 +20,7 @@ class Config(Sections):
     """A whole job. `problems()` lists every reason it cannot run; `save` and `load` are a JSON round trip."""
 
     def problems(self) -> tuple[str, ...]:
-        """Every reason this config cannot run; empty when it can."""
+        """Return every reason this config cannot run; empty when it can."""
         return config_problems(self)
 
     def to_json(self) -> dict[str, Any]:
@@ -28,7 +28,7 @@ class Config(Sections):
 
     @classmethod
     def from_json(cls, data: Any) -> "Config":
-        """The inverse of `to_json`. Raises ConfigError naming every missing and unknown key."""
+        """Invert `to_json`. Raises ConfigError naming every missing and unknown key."""
         errors: list[tuple[str, str]] = []
         config = from_json(cls, data, "config", errors)
         if errors:
@@ -48,8 +48,10 @@ class Config(Sections):
         Raises ConfigError naming the file and the line of every missing, unknown and doubled key.
         """
         file = Path(path)
-        if file.exists() and not (file.is_file() or file.is_dir()):  # a pipe waits for its other end, a device has none
-            raise ConfigError(f"{path}: is no plain file")
+        if file.exists() and not (
+            file.is_file() or file.is_dir()
+        ):  # a pipe waits for its other end, a device has no end
+            raise ConfigError(f"{path}: is not a plain file")
         try:
             text = file.read_text()
             data = json.loads(text)

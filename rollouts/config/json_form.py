@@ -12,7 +12,7 @@ from rollouts.config.field_types import nearest
 
 
 def field_types(schema: Any) -> dict[str, Any]:
-    """The fields of a dataclass with their types; class variables are none."""
+    """Return the fields of a dataclass with their types, without class variables."""
     hints = typing.get_type_hints(schema)
     return {field.name: hints[field.name] for field in dataclasses.fields(schema)}
 
@@ -64,7 +64,7 @@ def _one_of(choices: tuple[Any, ...], data: Any, path: str, errors: list[tuple[s
 
 
 def to_json(value: Any, expected: Any) -> Any:
-    """The inverse of `from_json`: where `expected` allows several dataclasses, "kind" says which one `value` is."""
+    """Invert `from_json`: if `expected` allows several dataclasses, "kind" says which one `value` is."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {name: to_json(getattr(value, name), hint) for name, hint in field_types(type(value)).items()}
         choices = [choice for choice in typing.get_args(expected) if dataclasses.is_dataclass(choice)]
@@ -76,7 +76,7 @@ def to_json(value: Any, expected: Any) -> Any:
 
 
 def json_lines(text: str) -> tuple[dict[str, int], list[str]]:
-    """The line of each key of a JSON text that parses, by path ("config.rl.loss"), and the keys that stand twice."""
+    """Return the line of each key of a valid JSON text, by path ("config.rl.loss"), and the keys given twice."""
     lines: dict[str, int] = {"config": 1}
     twice: list[str] = []
     levels: list[dict[str, Any]] = []  # {"path", "key" (None: one comes next), "index" (None: an object)}
@@ -101,7 +101,7 @@ def json_lines(text: str) -> tuple[dict[str, int], list[str]]:
 
 
 def line_of(path: str, lines: Mapping[str, int]) -> int:
-    """Of a key, or of what it is missing in."""
+    """Return the line of a key, or of what it is missing in."""
     while path not in lines:
         path = path[: max(path.rfind("."), path.rfind("["))]
     return lines[path]

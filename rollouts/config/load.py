@@ -20,7 +20,7 @@ def load_config(path: str | os.PathLike[str], say: Callable[[str], None] | None 
 
     Raises ConfigError for a missing file, a syntax error (with its line), an exception in the file (with its line),
     unknown and missing fields (all at once, each with its line and the nearest name), a file without `config`, or one
-    whose `config` is no Config. It does not check `problems()`. `say` is told of a config.json of an
+    whose `config` is not a Config. It does not check `problems()`. `say` is told of a config.json of an
     earlier version.
     """
     file = Path(path)
@@ -31,9 +31,9 @@ def load_config(path: str | os.PathLike[str], say: Callable[[str], None] | None 
     if not file.exists():
         raise ConfigError(f"{file}: no such file.{_near_file(file)} Shipped configs are in configs/.")
     if not file.is_file():
-        raise ConfigError(f"{file}: is no plain file.")
+        raise ConfigError(f"{file}: is not a plain file.")
     if file.suffix in NO_CONFIGS:
-        raise ConfigError(f"{file}: is no config: that is a .py file that ends with `config = Config(...)`.")
+        raise ConfigError(f"{file}: is not a config: that is a .py file that ends with `config = Config(...)`.")
     names = _names_of(file)
     if "config" not in names:
         raise ConfigError(f"{file}: defines no `config`. A config file ends with `config = Config(...)`.")
@@ -44,7 +44,7 @@ def load_config(path: str | os.PathLike[str], say: Callable[[str], None] | None 
 
 
 def _names_of(file: Path) -> dict[str, Any]:
-    """What executing a config file defines."""
+    """Return what executing a config file defines."""
     if file.resolve() in _LOADING:
         chain = " -> ".join(path.name for path in (*_LOADING, file))
         raise ConfigError(f"{file}: loads itself: {chain}. A config derives from another file.")
@@ -56,7 +56,7 @@ def _names_of(file: Path) -> dict[str, Any]:
     except SyntaxError as error:
         line = (error.text or "").rstrip()
         if error.filename is None:  # not text at all
-            raise ConfigError(f"{file}: is no config: {error.msg}") from None
+            raise ConfigError(f"{file}: is not a config: {error.msg}") from None
         raise ConfigError(f"{error.filename}:{error.lineno}: {error.msg}\n    {line.strip()}") from None
     except (Exception, SystemExit) as error:  # whatever a user's file raises is shown with its line, not our traceback
         mistakes = field_mistakes(file) if isinstance(error, TypeError) and "__init__() " in str(error) else []

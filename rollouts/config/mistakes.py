@@ -77,7 +77,7 @@ def _noting_init(found: list[tuple[str, int, str]]) -> typing.Callable[..., None
 
 
 def _calling_line(class_name: str) -> tuple[str, int, dict[str, int]]:
-    """(file, line) of the call that makes an object of the schema, and the line of each field in it."""
+    """Return (file, line) of the call that makes an object of the schema, and the line of each field in it."""
     frame = sys._getframe(2)
     while frame.f_back is not None and frame.f_code.co_filename in (__file__, dataclasses.__file__):
         frame = frame.f_back

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from rollouts.config import schema
 from rollouts.config.changed import changed
-from rollouts.config.config import Config
+from rollouts.config.field_types import ConfigError, nearest, type_problems
+from rollouts.config.job import Config
 from rollouts.config.json_form import field_types
-from rollouts.config.types import ConfigError, nearest, type_problems
 
 SHORT_MAX = 40  # letters of a run's name that say what differs
 

@@ -6,8 +6,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from rollouts.config.config import Config
 from rollouts.config.families import family_of, known_models
+from rollouts.config.field_types import ConfigError
+from rollouts.config.job import Config
 from rollouts.config.schema import (
     GRPO,
     DataConfig,
@@ -29,7 +30,6 @@ from rollouts.config.schema import (
     SGLang,
     TargetConfig,
 )
-from rollouts.config.types import ConfigError
 
 SEED = 42
 PORT = 30180

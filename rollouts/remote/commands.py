@@ -56,7 +56,7 @@ def deploy(
     accept_new_host_key: bool,
     busy_ok: bool = False,
 ) -> int:
-    """`deploy CONFIG`: plan, send, launch, watch; the job's exit code."""
+    """Plan, send, launch and watch (`deploy CONFIG`). Returns the job's exit code."""
     with standing() as now:
         config = read_config(config_path)
         root = find_repository(Path.cwd())
@@ -131,7 +131,7 @@ def _launch(run: OpenRun, config: Config, reporter: Reporter) -> None:
 
 
 def attach(run_id: str, screen: Screen, *, remote: str | None, accept_new_host_key: bool) -> int:
-    """`deploy attach RUN`: resume from wherever the last deploy stopped."""
+    """Resume from wherever the last deploy stopped (`deploy attach RUN`)."""
     with open_run(run_id, remote, accept_new_host_key=accept_new_host_key) as run:
         entry = run.entry
         if run.trace == "gone":
@@ -189,7 +189,7 @@ def _watch_to_end(run: OpenRun, reporter: Reporter) -> Answer:
 
 
 def stop(run_id: str, *, remote: str | None) -> Answer:
-    """`deploy stop RUN`: end its processes on the host. The exit code is 0 however the run ended."""
+    """End a run's processes on its host (`deploy stop RUN`). The exit code is 0 however the run ended."""
     with open_run(run_id, remote) as run:
         entry = run.entry
         argv, program = sent_program(run.python, "rollouts.worker.stop", entry.run_path)
@@ -210,7 +210,7 @@ def stop(run_id: str, *, remote: str | None) -> Answer:
 
 
 def pull_run(run_id: str, screen: Screen, *, remote: str | None) -> Answer:
-    """`deploy pull RUN`: all results that there are now, verified."""
+    """Bring all results that there are now, verified (`deploy pull RUN`)."""
     with open_run(run_id, remote, needs_files=True) as run:
         entry, notes = run.entry, []
 
@@ -232,7 +232,7 @@ def pull_run(run_id: str, screen: Screen, *, remote: str | None) -> Answer:
 
 
 def logs(run_id: str, screen: Screen, *, remote: str | None, window: str, until_end: bool) -> Answer:
-    """`deploy logs RUN`: what a tmux window showed, from its beginning; with -f on to the run's end."""
+    """Print what a tmux window showed, from its beginning (`deploy logs RUN`); with -f until the run's end."""
     if screen.as_json and until_end:
         raise DeployError("--json prints one document, and -f has no end.", fix="leave out one of the two")
     file = f"logs/{window}.log"
@@ -271,7 +271,7 @@ def logs(run_id: str, screen: Screen, *, remote: str | None, window: str, until_
 
 
 def forget(run_id: str) -> Answer:
-    """`deploy forget RUN`: drop this machine's record of it. Its host and the results here stay as they are."""
+    """Drop this machine's record of a run (`deploy forget RUN`). Its host and the results here stay as they are."""
     with standing():
         entry = known_run(run_id)
         seen = last_seen(entry)

@@ -57,7 +57,7 @@ class DeployError(Exception):
         return 1 if self.started else 2
 
     def text(self, *, launching: bool = True) -> str:
-        """As printed: style.md's form, every problem, and where the run stands.
+        """Return it as printed: every problem in the form message, found, needed, fix; and where the run is.
 
         `launching`: the command was to start a run, so that "Nothing was started." answers a question.
         """

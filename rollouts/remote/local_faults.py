@@ -1,6 +1,6 @@
 """What goes wrong on this machine, told like any other error: a full disk, a file that cannot be written, a bug.
 
-One place turns every exception that is none of ours into one message, with what it means for the run. `Standing` is
+One place turns every exception that is not ours into one message, with what it means for the run. `Standing` is
 how far the run has come; whatever leaves `standing()` says so.
 """
 
@@ -36,7 +36,7 @@ class Standing:
         return self.reached in ("launching", "launched", "ended")
 
     def sentence(self) -> str:
-        """What is true of the run now, and what goes on with it; "" where there is none."""
+        """Return what is true of the run now, and what goes on with it; "" if there is no run."""
         run, target = self.run_id, self.target
         go_on = f"`deploy attach {run}` goes on with it, `deploy forget {run}` drops it"
         return {
@@ -61,7 +61,7 @@ class Interrupted(DeployError):
 
 @contextlib.contextmanager
 def standing(run_id: str = "", target: str = "", reached: Reached = "nothing") -> Iterator[Standing]:
-    """Let nothing out but DeployError, SystemExit and a broken pipe, each with where the run stands."""
+    """Let nothing out but DeployError, SystemExit and a broken pipe, each with the run's state."""
     now = Standing(run_id, target, reached)
     try:
         yield now
@@ -86,7 +86,7 @@ def _with(error: DeployError, now: Standing) -> DeployError:
 
 
 def os_problem(error: OSError) -> Problem:
-    """An error of this machine's own files, with the path and the room there."""
+    """Return an error of this machine's own files as a problem, with the path and the room there."""
     path = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""
     words = error.strerror or str(error) or type(error).__name__
     where = f": {path}" if path else "."
@@ -107,7 +107,7 @@ def os_problem(error: OSError) -> Problem:
 
 
 def _room(path: str) -> str:
-    """`, 0.0 MiB free in /small`: of the nearest directory that exists."""
+    """Return `, 0.0 MiB free in /small`, for the nearest directory that exists."""
     place = Path(path)
     try:
         while not place.is_dir() and place != place.parent:
@@ -119,7 +119,7 @@ def _room(path: str) -> str:
 
 
 def unexpected(error: BaseException) -> DeployError:
-    """Any exception that nobody expected, in one line; its traceback goes to a file."""
+    """Return the error for an exception that was not expected, in one line; its traceback goes to a file."""
     last = traceback.extract_tb(error.__traceback__)[-1:]
     place = f" ({Path(last[0].filename).name}:{last[0].lineno})" if last else ""
     what = " ".join(str(error).split())[:500]

@@ -25,7 +25,7 @@ from rollouts.view.tables import cause, run_text, runs_text
 
 
 def status(run_id: str, *, remote: str | None) -> Answer:
-    """`deploy status RUN`: one look at the host."""
+    """Look at the host once (`deploy status RUN`)."""
     with open_run(run_id, remote, adopt=False) as run:
         entry = run.entry
         shown = list_row(entry.target, entry.experiment_name, entry.run_id, run.row)
@@ -37,7 +37,7 @@ def status(run_id: str, *, remote: str | None) -> Answer:
 
 
 def what_lies_here(entry: RunEntry) -> str:
-    """The mirror's note; that a process follows counts only while there is one of its number."""
+    """Return the mirror's note. That a process follows counts only while one with its number exists."""
     note = read_note(entry.mirror)
     pid = note.get("followed_by")
     if isinstance(pid, int) and not _is_alive(pid):
@@ -69,7 +69,7 @@ def _message(run: OpenRun) -> str:
 
 
 def list_runs(*, remote: str | None) -> Answer:
-    """`deploy ls`: the runs known here, as last seen; with --remote all runs on that host, as they are."""
+    """List the runs known here, as last seen (`deploy ls`); with --remote all runs on that host, as they are."""
     with standing():
         if remote is not None:
             with contextlib.closing(open_transport(remote)) as transport:
@@ -82,7 +82,7 @@ def list_runs(*, remote: str | None) -> Answer:
 
 
 def check_host(remote: str | None, *, accept_new_host_key: bool) -> Answer:
-    """`deploy --remote T`: what the host has, what it lacks, and its runs. Exit code 2 when it cannot run a job."""
+    """Check what a host has and lacks, and list its runs (`deploy --remote T`). Exit code 2: it cannot run a job."""
     with standing():
         with contextlib.closing(open_transport(remote, accept_new_host_key=accept_new_host_key)) as transport:
             facts = gather_facts(transport, check_way=True)
@@ -102,7 +102,7 @@ def check_host(remote: str | None, *, accept_new_host_key: bool) -> Answer:
 
 
 def _with_host(row: dict[str, Any]) -> str:
-    """A run's message, with the machine that it runs on where that only shares its files with the host."""
+    """Return a run's message, with the machine that it runs on if that only shares its files with the host."""
     message, host = str(row["message"]), row["host"]
     if not host or row["state"] in FINAL_STATES:
         return message
@@ -116,7 +116,7 @@ def _with_host(row: dict[str, Any]) -> str:
 
 
 def list_row(target: str, experiment_name: str, run_id: str, row: dict[str, Any] | None) -> dict[str, Any]:
-    """A run as `ls` and `status` show it, from a host_probe.run_row; `state` is "unknown" without one."""
+    """Return a run as `ls` and `status` show it, from a host_probe.run_row; `state` is "unknown" without one."""
     names = ("state", "stage", "step", "started_at", "exit_code", "message", "host")
     values = {name: row.get(name) if row else None for name in names}
     values["state"] = values["state"] or "unknown"
@@ -128,7 +128,7 @@ def _host_row(target: str, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def last_seen(entry: RunEntry) -> dict[str, Any]:
-    """A run from what lies on this machine; with a `message` where it failed, or was not launched."""
+    """Return a run from what lies on this machine; with a `message` where it failed, or was not launched."""
     row = _row_here(entry)
     shown = list_row(entry.target, entry.experiment_name, entry.run_id, row)
     shown |= {"message": _with_host(row)} if row else {}
@@ -153,7 +153,7 @@ def _row_here(entry: RunEntry) -> dict[str, Any] | None:
 
 
 def _cause(mirror: RunDir, message: str) -> str:
-    """The last error that the pulled events tell, else `message`."""
+    """Return the last error that the pulled events tell, else `message`."""
     try:
         errors = [row for row in iter_jsonl(mirror.events) if row.get("kind") == "error"]
     except (ValueError, AttributeError, OSError, RecursionError):

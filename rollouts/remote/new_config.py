@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args, get_type_hints
 
 from rollouts.config import Config, DatasetSpec, changed
+from rollouts.config.field_types import ConfigError, nearest
 from rollouts.config.scaffold import Choices, DataChoice, scaffold
 from rollouts.config.source import commented_source
-from rollouts.config.types import ConfigError, nearest
 from rollouts.plain_files import reading
 from rollouts.remote.errors import DeployError
 from rollouts.remote.inputs.shapes import shape_named
 from rollouts.remote.plan.memory import Card, Models
-from rollouts.remote.plan.memory.engine import GIB
+from rollouts.remote.plan.memory.engine_memory import GIB
 from rollouts.remote.plan.memory.fit import misfits, nearest_change
 from rollouts.remote.plan.memory.uses import gpu_uses
 from rollouts.remote.plan.memory.words import memory_lines

@@ -13,14 +13,14 @@ from rollouts.view.answer import Answer
 
 
 def show_config(path: str) -> Answer:
-    """`deploy CONFIG --show`: the whole config, as a file that derives from no other one."""
+    """Return the whole config, as a file that derives from no other one (`deploy CONFIG --show`)."""
     with standing():
         config = read_config(path)
         return Answer(config.to_json(), as_source(config).removesuffix("\n"))
 
 
 def read_config(path: str) -> Config:
-    """The config, checked; every problem at once. A run directory stands for its config.json."""
+    """Read the config and check it: every problem at once. A run directory means its config.json."""
     file = Path(path)
     if file.is_dir():
         file = _config_of(file)
@@ -42,7 +42,7 @@ def read_config(path: str) -> Config:
 
 
 def _config_of(directory: Path) -> Path:
-    """The config.json of a run directory. Raises DeployError for another directory."""
+    """Return the config.json of a run directory. Raises DeployError for another directory."""
     if (directory / "config.json").is_file():
         return directory / "config.json"
     runs = sorted((file.parent for file in directory.glob("*/config.json")), reverse=True)  # the newest first

@@ -45,7 +45,7 @@ class Code:
     inputs: Inputs = NO_INPUTS  # what was found behind the names in the config
 
     def record(self) -> dict[str, str]:
-        """The files of the run directory that say what code ran. Raises DeployError if files change meanwhile."""
+        """Return the files of the run directory that say what code ran. Raises DeployError if they change."""
         try:
             tree = read_tree(self.root, self.files)
         except OSError as error:
@@ -66,7 +66,7 @@ class Code:
 
 
 def read_recorded_tree(run: RunDir) -> Tree:
-    """The code that a run was planned with, file by file. Raises DeployError where its record has no such list."""
+    """Return the code that a run was planned with, file by file. Raises DeployError if its record has no such list."""
     try:
         files: Tree = json.loads(read_plain(run.code_manifest))["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -79,7 +79,7 @@ def read_recorded_tree(run: RunDir) -> Tree:
 
 
 def unreadable(error: OSError) -> DeployError:
-    """A file of the repository that cannot be read, in words."""
+    """Return the error for a file of the repository that cannot be read."""
     if isinstance(error, FileNotFoundError):
         message, fix = f"{error.filename!r} went away while the code was read.", "run the same command again"
     else:
@@ -90,7 +90,7 @@ def unreadable(error: OSError) -> DeployError:
 
 
 def find_repository(start: Path) -> Path:
-    """The root of the git repository around `start`, checked to be one that a host can run."""
+    """Return the root of the git repository around `start`, checked to be one that a host can run."""
     done = _git(start, "rev-parse", "--show-toplevel", check=False)
     said = done.stderr.decode(errors="replace").strip()
     if done.returncode != 0 and "not a git repository" not in said:
@@ -118,7 +118,7 @@ def find_repository(start: Path) -> Path:
 
 
 def read_code(root: Path, config: Config) -> Code:
-    """Everything about the repository at `root` that a plan needs."""
+    """Return everything about the repository at `root` that a plan needs."""
     files = tuple(list_files(root))
     untracked = tuple(_untracked(root, files))
     requirements = tuple(_requirements(root, _extras(config)))
@@ -153,7 +153,7 @@ def _size(root: Path, files: Sequence[str]) -> int:
 
 
 def list_files(root: Path) -> list[str]:
-    """git's files as they are in the working tree: tracked or untracked, not ignored, not deleted; submodules' too."""
+    """List git's files in the working tree: tracked or untracked, not ignored, not deleted; submodules' too."""
     tracked = _git(root, "ls-files", "-z", "--cached", "--recurse-submodules").stdout
     names = [*_names(tracked), *_list_untracked(root)]
     for submodule in _submodules(root):
@@ -176,7 +176,7 @@ def _untracked(root: Path, files: Sequence[str]) -> list[str]:
 
 
 def _gitlinks(root: Path) -> list[str]:
-    """Submodules as the index has them, from the repository's root, those inside of others too."""
+    """Return the submodules in the index, by paths from the repository's root; those inside of others too."""
     lines = _names(_git(root, "ls-files", "-z", "--stage").stdout)
     found = [line.partition("\t")[2] for line in lines if line.startswith("160000 ")]
     return [name for own in found for name in (own, *(f"{own}/{inner}" for inner in _inner_gitlinks(root / own)))]
@@ -187,7 +187,7 @@ def _inner_gitlinks(directory: Path) -> list[str]:
 
 
 def _submodules(root: Path) -> list[str]:
-    """Those that are checked out."""
+    """Return the submodules that are checked out."""
     return [name for name in _gitlinks(root) if (root / name / ".git").exists()]
 
 
@@ -215,12 +215,12 @@ def _submodule_notes(root: Path) -> list[str]:
             )
     notes += _overlooked(root)
     stray = [name for name in _list_untracked(root) if name.endswith("/")]
-    notes += [f"{name} is a git repository of its own, and no submodule: nothing of it is sent" for name in stray]
+    notes += [f"{name} is a separate git repository, not a submodule: nothing of it is sent" for name in stray]
     return notes
 
 
 def _overlooked(root: Path) -> list[str]:
-    """Files that git was told to overlook: their changes are sent but not in the diff, or they are not here."""
+    """Return notes on files that git was told to overlook: their changes are sent, but are not in the diff."""
     tagged = [line.partition(" ")[::2] for line in _names(_git(root, "ls-files", "-z", "-v").stdout)]
     silent = [name for tag, name in tagged if tag.islower() or (tag == "S" and os.path.lexists(root / name))]
     absent = [name for tag, name in tagged if tag == "S" and not os.path.lexists(root / name)]
@@ -243,7 +243,7 @@ def _is_gitlink(path: Path) -> bool:
 
 
 def _count_changed(status: bytes) -> int:
-    """Entries of `git status --porcelain -z`; a rename's second entry, its old name, is not one."""
+    """Count entries of `git status --porcelain -z`; a rename's second entry, its old name, does not count."""
     count, entries = 0, iter(entry for entry in status.split(b"\0") if entry)
     for entry in entries:
         count += 1
@@ -253,7 +253,7 @@ def _count_changed(status: bytes) -> int:
 
 
 def read_diff(root: Path) -> str:
-    """Uncommitted changes as text that `git apply` takes, submodules' too. Binary files stand in it encoded.
+    """Return uncommitted changes as text that `git apply` takes, submodules' too. Binary files are encoded in it.
 
     A text file that is not UTF-8 would not survive as JSON: then every file is treated as binary.
     """
@@ -281,7 +281,7 @@ def _diff(root: Path, prefix: str) -> str:
 
 
 def _extras(config: Config) -> list[str]:
-    """What this config's trainer needs of pyproject.toml's extras."""
+    """Return what this config's trainer needs of pyproject.toml's extras."""
     wanted = {
         "train": True,
         "lora": config.model.lora is not None,
@@ -317,7 +317,7 @@ def _text_or_none(file: Path, field: str) -> str | None:
 
 
 def _git_environment() -> dict[str, str]:
-    """Without what a hook or an alias of git sets, which names another repository; in English, since it is read."""
+    """Return our variables without those of a git hook or alias, which name another repository; messages in English."""
     kept = {name: value for name, value in os.environ.items() if name not in GIT_REPOSITORY_VARIABLES}
     return {**kept, "LC_ALL": "C"}
 

@@ -45,7 +45,7 @@ def facts_text(target: str, facts: HostFacts, lacking: Sequence[str]) -> str:
 
 
 def _cuda_rows(facts: HostFacts) -> Iterator[tuple[str, str]]:
-    """What GPU programs need of the host beside its cards."""
+    """Return what GPU programs need of the host beside its cards."""
     cuda, headers = facts.cuda, facts.python_headers
     yield "libc", f"{cuda.libc or 'not known'}, {cuda.machine}"
     if cuda.shm_total_mib is not None:
@@ -74,7 +74,7 @@ def how_to_go_on(entry: RunEntry) -> str:
 
 
 def forgotten_text(entry: RunEntry, state: str) -> str:
-    """What is left of a run that this machine has no record of any more; how to find one that goes on."""
+    """Say what is left of a run that this machine has no record of any more, and how to find one that goes on."""
     lines = [
         f"{entry.run_id} is forgotten here.",
         f"kept: {entry.run_path} on {one_line(entry.target)}, {entry.local_dir} here",
@@ -110,7 +110,7 @@ def end_answer(entry: RunEntry, result: RunResult, pull_error: DeployError | Non
 def result_text(
     entry: RunEntry, result: RunResult, code: int, pull_error: DeployError | None, notes: Sequence[str]
 ) -> str:
-    """The end of a followed run: before and after, where everything lies, and last of all what failed."""
+    """Return the end of a followed run: before and after, where everything lies, and last of all what failed."""
     parts = [
         _log_text(entry, result),
         columns(evaluation_table(result.view.evals)),
@@ -126,7 +126,7 @@ def result_text(
 
 
 def failure_message(entry: RunEntry, result: RunResult) -> str:
-    """Why the run did not get done; "" when it did."""
+    """Return why the run did not succeed; "" if it did."""
     if result.state == "done":
         return ""
     if result.view.error is not None:
@@ -146,7 +146,7 @@ def failure_message(entry: RunEntry, result: RunResult) -> str:
 
 
 def _log_text(entry: RunEntry, result: RunResult) -> str:
-    """The last lines of the window that failed."""
+    """Return the last lines of the window that failed."""
     error = result.view.error
     window: object = None
     lines: object = []

@@ -16,7 +16,7 @@ from rollouts.run_dir.layout import RunDir
 
 
 def write_text_atomic(path: Path, text: str, *, mode: int = 0o644) -> None:
-    """Readers see the old file or the new one, whole; after a crash too. An error leaves nothing behind."""
+    """Write a whole file: readers see the old one or the new one, after a crash too. An error leaves nothing behind."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -40,7 +40,7 @@ def write_json_atomic(path: Path, value: Any, *, mode: int = 0o644) -> None:
 def append_jsonl(path: Path, *rows: dict[str, Any]) -> None:
     """Append whole lines, one writer at a time. Raises OSError; nothing of a line that did not fit stays then.
 
-    What another writer tore, killed in the middle of a line, stays a line of its own, which readers leave out.
+    What another writer tore, killed in the middle of a line, stays on its own line, which readers leave out.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(_line(row) for row in rows)
@@ -81,12 +81,12 @@ def _write_lines(descriptor: int, begin: int, data: bytes) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file; [] where it is missing. `read_rows` also tells how many lines are none."""
+    """Return the rows of a file; [] if it is missing. `read_rows` also counts lines that are not rows."""
     return list(iter_jsonl(path))
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """(rows, complete lines that are none: torn by a full disk or a crash, or written by something else)."""
+    """Return (rows, complete lines that are not rows: torn by a full disk or a crash, or not ours)."""
     lines = list(_complete_lines(path))
     rows = [row for row in map(parse_row, lines) if row is not None]
     return rows, len(lines) - len(rows)
@@ -99,7 +99,7 @@ def iter_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def parse_row(line: bytes) -> dict[str, Any] | None:
-    """A line's JSON object; None for a line that is none."""
+    """Return a line's JSON object; None if it holds none."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -108,7 +108,7 @@ def parse_row(line: bytes) -> dict[str, Any] | None:
 
 
 def _complete_lines(path: Path) -> Iterator[bytes]:
-    """A torn last line (a crash, a pull under way) is left out."""
+    """Return the complete lines. A torn last line (a crash, a pull under way) is left out."""
     try:
         stream = reading(path)
     except FileNotFoundError:
@@ -120,7 +120,7 @@ def _complete_lines(path: Path) -> Iterator[bytes]:
 
 
 def last_jsonl_row(path: Path) -> dict[str, Any] | None:
-    """The last row, found from the file's end; None for an empty or missing file."""
+    """Return the last row, found from the file's end; None for an empty or missing file."""
     try:
         with reading(path) as stream:
             size = stream.seek(0, os.SEEK_END)
@@ -136,7 +136,7 @@ def last_jsonl_row(path: Path) -> dict[str, Any] | None:
 
 
 def tail_lines(path: Path, count: int, *, start: int = 0) -> list[str]:
-    """The last `count` lines of a log from byte `start` on, without their ends; [] for a missing file, or none."""
+    """Return the last `count` lines of a log from byte `start` on, without their ends; [] for no file."""
     try:
         with reading(path) as stream:
             size = stream.seek(0, os.SEEK_END)

@@ -42,12 +42,12 @@ class RunDir:
 
     @property
     def real_path(self) -> str:
-        """Absolute, without links on the way: one spelling of the run's directory, also once it is removed."""
+        """Return it absolute, without links on the way: one spelling of the run's directory, even once removed."""
         return os.path.realpath(self.path)
 
     @property
     def memory_name(self) -> str:
-        """What the run's files in /dev/shm go by, which all homes of a machine share."""
+        """Return the prefix of the run's files in /dev/shm, which all homes of a machine share."""
         return f"{self.run_id}-{hashlib.sha256(os.fsencode(self.real_path)).hexdigest()[:12]}"
 
     @property
@@ -67,17 +67,17 @@ class RunDir:
         return self.code / "tree"
 
     def environment(self, name: str) -> Path:
-        """What was installed in the environment of this name ("trainer", "engine"): `name==version` lines."""
+        """Name the list of what was installed in this environment ("trainer", "engine"): `name==version` lines."""
         return self.code / f"environment-{name}.txt"
 
     @property
     def code_manifest(self) -> Path:
-        """{"digest", "files": {name: {"mode", "size", "sha256"}}}: what code/tree has to be before a launch."""
+        """Name {"digest", "files": {name: {"mode", "size", "sha256"}}}: what code/tree has to be at a launch."""
         return self.code / "manifest.json"
 
     @property
     def secrets(self) -> Path:
-        """{"inherited": the launcher's environment, "secrets", "engine_keys": {NAME: value}}; 0600, gone at the end.
+        """Name {"inherited": the launcher's environment, "secrets", "engine_keys": {NAME: value}}; 0600, transient.
 
         Where the machine has a tmpfs it is a link to `secrets_in_memory`, which no reboot outlives.
         """
@@ -90,12 +90,12 @@ class RunDir:
 
     @property
     def reserve(self) -> Path:
-        """Room on the disk, given up when it is full, so that the run's end can still be written."""
+        """Name the file whose room is given up when the disk is full, so that the run's end can still be written."""
         return self.path / ".reserve.tmp"
 
     @property
     def launch(self) -> Path:
-        """{"launch_id", "host"}: which `deploy` started the run, and on which machine (`host_identity`)."""
+        """Name {"launch_id", "host"}: which `deploy` started the run, and on which machine (`host_identity`)."""
         return self.path / "launch.json"
 
     @property
@@ -124,7 +124,7 @@ class RunDir:
 
     @property
     def eval_samples(self) -> Path:
-        """The answers to held-out rows, one a line."""
+        """Name the file of answers to held-out rows, one a line."""
         return self.path / "eval_samples.jsonl"
 
     @property
@@ -133,16 +133,16 @@ class RunDir:
 
     @property
     def weights(self) -> Path:
-        """Weights on their way to the engines; rewritten at every sync, never pulled."""
+        """Name the directory of weights on their way to the engines; rewritten at every sync, never pulled."""
         return self.path / "weights"
 
     @property
     def weights_in_memory(self) -> Path:
-        """The same on tmpfs (engine.weight_sync.on_tmpfs). Removed by the trainer, else by `remove_transient`."""
+        """Name the same on tmpfs (engine.weight_sync.on_tmpfs). Removed by the trainer, else by `remove_transient`."""
         return Path("/dev/shm") / f"rollouts-{self.memory_name}-weights"
 
     def buckets_in_memory(self) -> list[Path]:
-        """Files that the trainer's weights are in on their way to the engines (engine.weight_sync=TensorSync)."""
+        """Name the files that hold weights on their way to the engines (engine.weight_sync=TensorSync)."""
         return list(Path("/dev/shm").glob(f"rollouts-bucket-{self.memory_name}-{'[0-9a-f]' * 32}"))
 
     def log(self, window: str) -> Path:
@@ -152,27 +152,27 @@ class RunDir:
         return self.path / "exit" / f"{stage}-{window}.json"
 
     def rendezvous(self, stage: str) -> Path:
-        """Where torchrun's agent keeps its state. Hidden, like `ranks`: neither is a result, so neither is pulled."""
+        """Name where torchrun's agent keeps its state. Hidden, like `ranks`: not results, so not pulled."""
         return self.path / f".rendezvous-{stage}.tmp"
 
     def ranks(self, stage: str) -> Path:
-        """Where the trainer's ranks find each other."""
+        """Name where the trainer's ranks find each other."""
         return self.path / f".ranks-{stage}.tmp"
 
     def smoke_report(self, window: str) -> Path:
-        """How far a smoke test's window is: {"doing", "parts": {name: seconds}}. Hidden, and gone with the run."""
+        """Name a smoke test's progress: {"doing", "parts": {name: seconds}}. Hidden, and gone with the run."""
         return self.path / f".smoke-{window}.tmp"
 
     def process(self, name: str) -> Path:
         return self.path / "processes" / f"{name}.json"
 
     def latest_checkpoint(self, stage: str) -> Path:
-        """A relative symlink to the newest completed checkpoint of the stage."""
+        """Name the relative symlink to the newest completed checkpoint of the stage."""
         return self.checkpoints / stage / "latest"
 
 
 def home_dir() -> Path:
-    """This machine's rollouts home."""
+    """Return this machine's rollouts home."""
     return Path(os.environ.get(HOME_VARIABLE) or "~/.rollouts").expanduser()
 
 
@@ -181,7 +181,7 @@ def run_path(home: str | os.PathLike[str], run_id: str) -> Path:
 
 
 def life_name(window: str, life: int) -> str:
-    """What the exit record of an engine's earlier life goes by: "engine-0.life-1"."""
+    """Return the name of the exit record of an engine's earlier life: "engine-0.life-1"."""
     return f"{window}.life-{life}"
 
 

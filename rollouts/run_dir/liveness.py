@@ -31,10 +31,10 @@ def hold_lock(run: RunDir) -> IO[bytes] | None:
 
 
 def is_live(run: RunDir) -> bool:
-    """Is the supervisor of this run alive on this machine?"""
+    """Return whether the supervisor of this run is alive on this machine."""
     try:
         stream = reading(run.lock)
-    except (FileNotFoundError, NotPlainFileError):  # a pipe in its place: nobody holds that
+    except (FileNotFoundError, NotPlainFileError):  # a pipe in its place: it is not held
         return False
     with stream:
         try:
@@ -45,14 +45,14 @@ def is_live(run: RunDir) -> bool:
 
 
 def wait_until_dead(run: RunDir) -> None:
-    """Block until no supervisor holds the lock. Without polling: for a thread of its own."""
+    """Wait until no supervisor holds the lock. It does not poll: run it in a separate thread."""
     with reading(run.lock) as stream:
         fcntl.flock(stream, fcntl.LOCK_SH)
 
 
 @contextlib.contextmanager
 def launching(run: RunDir, *, wait: bool = True) -> Iterator[bool]:
-    """Hold a run's directory while it is launched, or looked at by somebody who must not do so meanwhile.
+    """Hold a run's directory while it is launched, or looked at by a process that must not do so meanwhile.
 
     False without `wait` where another has it. The kernel frees it with its holder.
     """
@@ -74,14 +74,14 @@ SILENT_S = 300.0  # 60 heartbeats, late by a network's cache and by clocks that 
 class Observed:
     """What a run looks like from outside, on its own machine, now."""
 
-    state: State  # "died" when it never reached a final state and nobody supervises it, as far as can be seen from here
+    state: State  # "died" when it never reached a final state and has no supervisor, as far as can be seen from here
     exit_code: int | None
     live: bool  # a supervisor holds the lock, or is about to
     status: Status | None  # None for a file that is missing or damaged
 
 
 def observe(run: RunDir) -> Observed:
-    """The lock is read before the status: a supervisor writes its final status before it lets go.
+    """Read a run's state, the lock before the status: a supervisor writes its last status while it holds the lock.
 
     A run that another machine with the same files started goes by its heartbeat: whether it has died is not known here.
     """

@@ -46,7 +46,7 @@ class ExitRecord:
 
     @property
     def code(self) -> int:
-        """The exit code as a shell would give it."""
+        """Return the exit code as a shell would give it."""
         return self.exit_code if self.exit_code is not None else 128 + (self.signal or 0)
 
 
@@ -173,13 +173,13 @@ def read_exit(run: RunDir, stage: str, window: str) -> ExitRecord | None:
 
 
 def read_launch_id(run: RunDir) -> str | None:
-    """Which `deploy` started the run; None where an older version of this program did, or nobody yet."""
+    """Return which `deploy` started the run; None if an older version of this program did, or none has yet."""
     found = _launch_record(run).get("launch_id")
     return None if found is None else str(found)
 
 
 def read_launch_host(run: RunDir) -> dict[str, str] | None:
-    """Which machine runs it, as `host_identity`; None where an older version of this program started it, or nobody."""
+    """Return which machine runs it, as `host_identity`; None if an older version started it, or it did not start."""
     found = _launch_record(run).get("host")
     if not isinstance(found, dict) or not all(isinstance(found.get(key), str) for key in ("name", "boot")):
         return None
@@ -187,18 +187,18 @@ def read_launch_host(run: RunDir) -> dict[str, str] | None:
 
 
 def is_elsewhere(run: RunDir) -> bool:
-    """Was the run started on another machine that has the same files? What it uses is none of this machine's."""
+    """Return whether the run was started on another machine with the same files: it uses nothing of this machine."""
     return read_launch_host(run) not in (None, host_identity())
 
 
 def other_host(run: RunDir) -> str | None:
-    """The name of the machine that the run was started on, if this one has another; it may have booted since."""
+    """Return the name of the machine that the run was started on, if this one has another; it may have booted since."""
     host = read_launch_host(run)
     return host["name"] if host is not None and host["name"] != host_identity()["name"] else None
 
 
 def out_of_sight(run: RunDir) -> bool:
-    """Does another kernel run it? Its locks may not be seen from here, nor are its processes."""
+    """Return whether another kernel runs it: its locks may not be seen from here, nor are its processes."""
     host, here = read_launch_host(run), host_identity()
     return host is not None and host["name"] != here["name"] and host["boot"] != here["boot"]
 
@@ -231,7 +231,7 @@ def read_plan(run: RunDir) -> LaunchPlan | None:
 
 
 def _read_record(path: Path, record: type[Any]) -> Any:
-    """Fields of later versions are passed over. Raises ValueError or TypeError for a damaged file."""
+    """Read a record; fields of later versions are ignored. Raises ValueError or TypeError for a damaged file."""
     try:
         values = json.loads(read_plain(path))
     except FileNotFoundError:
@@ -248,7 +248,7 @@ def _read_record(path: Path, record: type[Any]) -> Any:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Is a JSON value of the type that a record's field has: a simple one, a union of them, one of some words?"""
+    """Return whether a JSON value has the type of a record's field: simple, a union, or one of some words."""
     if get_origin(kind) is Literal:
         return value in get_args(kind) and isinstance(value, str)
     if get_origin(kind) in (Union, UnionType):
@@ -261,11 +261,11 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def append_event(run: RunDir, kind: str, **fields: Any) -> None:
-    """One line of events.jsonl: {"time", "kind", ...}. The kinds and their fields: docs/run-directory.md."""
+    """Append one line to events.jsonl: {"time", "kind", ...}. The kinds and their fields: docs/run-directory.md."""
     append_jsonl(run.events, {"time": time.time(), "kind": kind, **fields})
 
 
 def record_process(run: RunDir, name: str) -> None:
-    """Called by a process that leads its own group, before anything slow: what `stop` may signal."""
+    """Record a process that leads its own group, for `stop` to signal. It calls this before anything slow."""
     record = ProcessRecord(name=name, pid=os.getpid(), pgid=os.getpgid(0), started_at=time.time())
     write_json_atomic(run.process(name), record)

@@ -26,7 +26,7 @@ def write_secrets(run: RunDir, value: dict[str, Any]) -> None:
         memory.parent.mkdir(mode=0o700, exist_ok=True)
         found = memory.parent.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-            raise PermissionError(errno.EPERM, "made by somebody else", str(memory.parent))
+            raise PermissionError(errno.EPERM, "made by another user", str(memory.parent))
         write_json_atomic(memory.with_name(WHOSE), {"run_path": str(run.path), "host": host_identity()}, mode=0o600)
         write_json_atomic(memory, value, mode=0o600)
         run.secrets.unlink(missing_ok=True)
@@ -56,7 +56,7 @@ def remove_transient(run: RunDir) -> None:
 
 
 def _left_secrets(run: RunDir) -> list[Path]:
-    """What a writer that was killed left of the secrets."""
+    """Return what a writer that was killed left of the secrets."""
     directories = (run.path, run.secrets_in_memory.parent)
     return [file for directory in directories for file in directory.glob(".secrets.json.*.tmp")]
 
@@ -67,7 +67,7 @@ def clean_up(home: Path) -> None:
     Also of runs whose directory was removed since: what they have in memory would stay until the next boot.
     """
     for path in home.glob("runs/*"):
-        with contextlib.suppress(OSError):  # another user's, or removed meanwhile: it stands in nobody's way
+        with contextlib.suppress(OSError):  # another user's, or removed meanwhile: it does no harm
             _clean_up_run(RunDir(path))
     for run in _removed_runs(home):
         with contextlib.suppress(OSError):
@@ -83,7 +83,7 @@ def _clean_up_run(run: RunDir) -> None:
 
 
 def _removed_runs(home: Path) -> Iterator[RunDir]:
-    """Runs of this home and machine that have something in memory, and no directory any more."""
+    """Return runs of this home and machine that have files in memory, and no directory any more."""
     for file in Path("/dev/shm").glob(f"rollouts-secrets-{os.getuid()}-*/{WHOSE}"):
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             whose = json.loads(read_plain(file))

@@ -37,7 +37,7 @@ STYLES = {"✓": "green", "+": "green", "•": "yellow", "*": "yellow", " ": "cy
 
 
 def make_reporter(*, as_json: bool) -> Reporter:
-    """The one that fits where stdout goes."""
+    """Return the reporter that fits where stdout goes."""
     if as_json:
         return JsonReporter()
     live = sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
@@ -142,7 +142,7 @@ class LiveReporter:
             self._do("" if self._view.metrics else doing)
 
     def _do(self, doing: str) -> None:
-        """What is under way: its time starts anew where it is something else."""
+        """Note what is under way. Its time starts anew when it changes."""
         if doing != self._doing:
             self._doing, self._doing_since = doing, time.monotonic()
 
@@ -203,7 +203,7 @@ class LiveReporter:
 
 
 def wrapped_tail(lines: list[str], width: int, room: int) -> list[str]:
-    """The last of `lines` that fit into `room` lines of a terminal."""
+    """Return the last of `lines` that fit into `room` lines of a terminal."""
     from rich.cells import cell_len
 
     taken: list[str] = []
@@ -216,7 +216,7 @@ def wrapped_tail(lines: list[str], width: int, room: int) -> list[str]:
 
 
 def live_lines(view: View, doing: str, *, width: int, utf8: bool, doing_s: float, host_now: float) -> list[str]:
-    """What is redrawn, line by line, none longer than the terminal is wide.
+    """Return what is redrawn, line by line, none wider than the terminal.
 
     Until the first metrics each phase under way says how long it has taken; what deploy does says so where none is.
     """
@@ -243,14 +243,14 @@ def _phase_line(name: str, detail: str, width: int, utf8: bool, seconds: float |
 
 
 def cut_to_width(text: str, width: int) -> str:
-    """As much of `text` as `width` columns hold; characters of East Asian scripts take two."""
+    """Return as much of `text` as `width` columns hold; characters of East Asian scripts take two."""
     from rich.cells import cell_len, set_cell_size
 
     return text if cell_len(text) <= width else set_cell_size(text, max(0, width))
 
 
 def pair_lines(pairs: list[str], width: int) -> list[str]:
-    """Pairs of name and value on as few lines as hold them, none of them broken in two."""
+    """Return pairs of name and value on as few lines as hold them, none of them broken in two."""
     lines: list[str] = []
     for pair in pairs:
         if lines and len(lines[-1]) + 3 + len(pair) <= width:

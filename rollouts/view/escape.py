@@ -14,12 +14,12 @@ _STEERING = re.compile(
 
 
 def escaped(text: str) -> str:
-    """`text` with every character that steers a terminal as `\\x1b`; newlines and tabs stay."""
+    """Return `text` with every character that steers a terminal as `\\x1b`; newlines and tabs stay."""
     return _STEERING.sub(_spelled, text.replace("\r\n", "\n"))
 
 
 def one_line(value: Any, *, limit: int = 400) -> str:
-    """`value` as escaped text on one line, cut after `limit` characters."""
+    """Return `value` as escaped text on one line, cut after `limit` characters."""
     text = escaped(str(value)).replace("\n", "\\n").replace("\t", " ")
     return text if len(text) <= limit else text[: limit - 1] + "…"
 

@@ -37,7 +37,7 @@ class View:
     last_time: float | None = None
     phases: tuple[tuple[str, str], ...] = ()  # (name, how it went), in order
     begun: dict[str, float] = field(default_factory=dict)  # when each phase began, by its name
-    checkpoints: tuple[str, ...] = ()  # that stand on the host; paths relative to the run directory
+    checkpoints: tuple[str, ...] = ()  # that exist on the host; paths relative to the run directory
     evals: tuple[dict[str, Any], ...] = ()
     error: dict[str, Any] | None = None  # the last error event
     warnings: tuple[str, ...] = ()  # messages of warning events, each once
@@ -49,7 +49,7 @@ class View:
 
     @property
     def eta_s(self) -> float | None:
-        """Seconds to the end of the stage, at its rate so far."""
+        """Return seconds to the end of the stage, at its rate so far."""
         if self.first is None or self.last_time is None or not self.steps_total or self.step <= self.first[0]:
             return None
         step_s = (self.last_time - self.first[1]) / (self.step - self.first[0])
@@ -76,7 +76,7 @@ def _number(row: dict[str, Any], name: str) -> float:
 
 
 def time_of(row: dict[str, Any]) -> float | None:
-    """When the host wrote a row; None where it does not say."""
+    """Return when the host wrote a row; None if the row does not say."""
     try:
         return float(_number(row, "time"))
     except (MalformedRowError, OverflowError):
@@ -84,7 +84,7 @@ def time_of(row: dict[str, Any]) -> float | None:
 
 
 def fold(view: View, file: str, row: dict[str, Any]) -> View:
-    """`view` after one more row of `file` (events.jsonl, metrics.jsonl or eval.jsonl)."""
+    """Return `view` after one more row of `file` (events.jsonl, metrics.jsonl or eval.jsonl)."""
     try:
         if file == "metrics.jsonl":
             return _fold_metrics(view, row)
@@ -169,12 +169,12 @@ def _phase(view: View, row: dict[str, Any], texts: tuple[str, str]) -> View:
 
 
 def finished(detail: str) -> bool:
-    """Is a phase over, by how it went?"""
+    """Return whether a phase is over, by its text."""
     return detail.startswith(("done", "ready", "reused"))
 
 
 def metrics_line(view: View, row: dict[str, Any]) -> str:
-    """A row of metrics.jsonl: `stage=rl step=12/50 loss=0.0312 reward_mean=0.41 eta=3m20s`."""
+    """Return a row of metrics.jsonl: `stage=rl step=12/50 loss=0.0312 reward_mean=0.41 eta=3m20s`."""
     stage = row.get("stage")
     total = f"/{view.totals[stage]}" if isinstance(stage, str) and stage in view.totals else ""
     eta = [f"eta={duration(view.eta_s)}"] if view.eta_s is not None and stage == view.stage else []
@@ -183,12 +183,12 @@ def metrics_line(view: View, row: dict[str, Any]) -> str:
 
 
 def metric_pairs(row: dict[str, Any]) -> list[tuple[str, str]]:
-    """The names and values of a row that people are shown."""
+    """Return the names and values of a row that people are shown."""
     return [(name, number(row[name])) for name in METRICS_SHOWN if name in row]
 
 
 def event_line(row: dict[str, Any]) -> str:
-    """`environment name=trainer action=reused`, `note: a message`: an event as one plain line."""
+    """Return an event as one plain line: `environment name=trainer action=reused`, `note: a message`."""
     kind, message = row.get("kind"), row.get("message")
     if kind in SAYING and isinstance(message, str):
         return f"{kind}: {one_line(message)}"
@@ -200,7 +200,7 @@ def event_line(row: dict[str, Any]) -> str:
 
 
 def is_repeated(view: View, row: dict[str, Any]) -> bool:
-    """Is it the last error once more? The supervisor's has the trainer's message, and the end of its log."""
+    """Return whether it is the last error once more: the supervisor repeats the trainer's, with the end of its log."""
     message = row.get("message")
     return row.get("kind") == "error" and view.error is not None and view.error.get("message") == message
 
@@ -229,7 +229,7 @@ BEFORE = "before"
 
 
 def evaluation_table(evals: tuple[dict[str, Any], ...]) -> list[list[str]]:
-    """Header, then a row per metric, split and task: its last value in each of the stages base, sft and rl.
+    """Return a header, then a row per metric, split and task: its last value in each of the stages base, sft and rl.
 
     A run whose first values are of a stage itself (it went on from a checkpoint) has them in a column `before`.
     """
@@ -252,7 +252,7 @@ def _shown(value: float | None) -> str:
 
 
 def _with_before(evals: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
-    """`evals`, with those that a stage made at its step 0 moved to what came before it: they are no result of it.
+    """Return `evals` with those of a stage's step 0 moved to what came before it: the stage did not make them.
 
     That is the stage before, else the column `before`.
     """

@@ -13,7 +13,7 @@ Row = tuple[str, dict[str, Any]]
 class RowOrder:
     """Holds the rows of one look over the host's files, and hands them on in order once no more come.
 
-    They are handed on by a thread of its own where nothing else happens meanwhile, one at a time; what fails there is
+    A separate thread hands them on, one at a time, if nothing else happens meanwhile; what fails there is
     raised by the next call.
     """
 
@@ -66,7 +66,7 @@ class RowOrder:
 
 
 def in_order(rows: list[Row]) -> list[Row]:
-    """By their times; an evaluation, which has none, right after the metrics of the step that it was made at."""
+    """Sort by time; an evaluation, which has no time, comes right after the metrics of its step."""
     timed = sorted((item for item in rows if _time(item) is not None), key=lambda item: _time(item) or 0.0)
     after: dict[int, list[Row]] = {}
     for item in rows:
@@ -79,7 +79,7 @@ def in_order(rows: list[Row]) -> list[Row]:
 
 
 def _place(timed: list[Row], item: Row) -> int:
-    """The index in `timed` after which it stands; -1: before all of them."""
+    """Return the index in `timed` that it comes after; -1: before all of them."""
     stage, step = item[1].get("stage"), item[1].get("step")
     starts = [index for index, (_, row) in enumerate(timed) if row.get("kind") == "training_started"]
     if stage == "base":  # before this run trained anything

@@ -11,7 +11,7 @@ MESSAGE_CHARS_MAX = 1200  # 15 lines of 80 columns
 
 
 def columns(table: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as aligned text, columns of numbers to the right; "" for no rows."""
+    """Return rows of cells as aligned text, columns of numbers to the right; "" for no rows."""
     if not table:
         return ""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -28,7 +28,7 @@ def _is_number(cell: str) -> bool:
 
 
 def cell(name: str, value: Any) -> str:
-    """A field of a run as shown in tables; times in this machine's zone."""
+    """Return a field of a run as shown in tables; times in this machine's zone."""
     if value is None:
         return "-"
     if name.endswith("_at") and isinstance(value, int | float):
@@ -40,9 +40,9 @@ def cell(name: str, value: Any) -> str:
 
 
 def runs_text(rows: Sequence[dict[str, Any]], *, width: int | None = None) -> str:
-    """A table, and under it why runs failed or were not launched, or on which other machine they are.
+    """Return a table, and under it why runs failed or were not launched, or on which other machine they are.
 
-    Where its lines are wider than `width` (None: no matter), a run's name has a line of its own, and the rest follows.
+    Where its lines are wider than `width` (None: no matter), a run's name has its own line, and the rest follows.
     """
     if not rows:
         return "no runs"
@@ -56,7 +56,7 @@ def runs_text(rows: Sequence[dict[str, Any]], *, width: int | None = None) -> st
 
 
 def _reason(row: dict[str, Any]) -> str:
-    """Why a run failed or was not launched, or where it is, as a line under its own; "" for any other."""
+    """Return why a run failed or was not launched, or where it is, as a line under its own; "" for any other."""
     message = row.get("message") or ""
     if row["state"] in ("failed", "died", "not launched") and message:
         return f"\n  error: {one_line(message)}"
@@ -64,14 +64,14 @@ def _reason(row: dict[str, Any]) -> str:
 
 
 def run_text(row: dict[str, Any]) -> str:
-    """A line a field, the message last: that is what one looks for."""
+    """Return a line a field, the message last: that is what one looks for."""
     width = max(map(len, row))
     names = sorted(row, key=lambda name: name == "message")
     return "\n".join(f"{name:<{width}}  {cell(name, row[name])}" for name in names)
 
 
 def cause(error: dict[str, Any]) -> str:
-    """An error event's message; with the process's own `error:` line where the message lacks it."""
+    """Return an error event's message; with the process's own `error:` line where the message lacks it."""
     message, lines = str(error.get("message")), error.get("log_tail")
     said = [str(line) for line in lines if str(line).startswith("error: ")] if isinstance(lines, list) else []
     own = said[-1].removeprefix("error: ").strip() if said else ""
@@ -79,6 +79,6 @@ def cause(error: dict[str, Any]) -> str:
 
 
 def cut_text(text: str) -> str:
-    """Escaped, and no more of it than a small screen holds."""
+    """Return it escaped, and no more of it than a small screen holds."""
     shown = escaped(text).strip()
     return shown if len(shown) <= MESSAGE_CHARS_MAX else f"{shown[:MESSAGE_CHARS_MAX]}… (all of it: events.jsonl)"

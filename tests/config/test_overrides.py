@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
+from rollouts.config.field_types import ConfigError
 from rollouts.config.overrides import variants
 from rollouts.config.schema import KLConfig
-from rollouts.config.types import ConfigError
 from tests.example_config import example_config
 
 

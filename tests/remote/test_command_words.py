@@ -73,10 +73,10 @@ def test_help_fits_its_terminal(columns: int) -> None:
     [
         ("configs/00_cpu_sft_rl.p", f"no such file. Did you mean {DEMO}?"),
         ("config/00_cpu_sft_rl.py", f"no such file. Did you mean {DEMO}?"),
-        ("README.md", "README.md: is no config: that is a .py file"),
-        ("configs/data/letters/test.jsonl", "is no config"),
-        ("/bin/ls", "/bin/ls: is no config: "),
-        ("/dev/null", "/dev/null: is no plain file"),
+        ("README.md", "README.md: is not a config: that is a .py file"),
+        ("configs/data/letters/test.jsonl", "is not a config"),
+        ("/bin/ls", "/bin/ls: is not a config: "),
+        ("/dev/null", "/dev/null: is not a plain file"),
         ("configs", "configs: is a directory; a config is a .py file"),
     ],
 )

@@ -135,7 +135,7 @@ def test_each_problem(changes: dict[str, Any], texts: list[str]) -> None:
 COMPAT = {"host__env": {"LD_LIBRARY_PATH": "/usr/local/cuda-13.0/compat"}}
 MPS = GpuProcess(gpu_uuid="GPU-a", pid=7, memory_mib=30, name="nvidia-cuda-mps-server")
 FINE: list[tuple[str, dict[str, Any]]] = [
-    ("GB10 tells no memory", {**CUDA, "facts": gpu(memory_total_mib=0, memory_free_mib=0, unreadable="[N/A]")}),
+    ("GB10 reports no memory", {**CUDA, "facts": gpu(memory_total_mib=0, memory_free_mib=0, unreadable="[N/A]")}),
     ("exclusive, shared by MPS", {**CUDA, "facts": {**gpu(compute_mode="Exclusive_Process"), **cuda(mps=True)}}),
     ("exclusive, apart", {**CUDA, "engine__gpu_ranks": [1], "facts": {"gpus": (
         dataclasses.replace(H200, compute_mode="Exclusive_Process"), SECOND)}}),

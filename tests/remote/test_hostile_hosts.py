@@ -87,7 +87,7 @@ def test_nothing_is_written_through_a_link(name: str, make: Callable[[Path, Path
     (outside / "f").write_text("mine")
     make(here, outside)
     message = {"file": name, "snapshot": "x"} if name.startswith("exit") else chunk(name, b"theirs")
-    with pytest.raises(DeployError, match=r"no plain file|a link or no directory"):
+    with pytest.raises(DeployError, match=r"not a plain file|a link or not a directory"):
         mirror.apply(message)
     assert [path.name for path in outside.iterdir()] == ["f"] and (outside / "f").read_text() == "mine"
     mirror.offsets(), list(mirror.rows(name)), mirror.new_text(name)
@@ -232,7 +232,7 @@ def test_a_checkpoint_whose_stage_is_a_link_here(tmp_path: Path) -> None:
     (here.path / "checkpoints").mkdir(parents=True)
     outside.mkdir()
     (here.path / "checkpoints/sft").symlink_to(outside)
-    with pytest.raises(DeployError, match="a link or no directory"):
+    with pytest.raises(DeployError, match="a link or not a directory"):
         pull_checkpoint(LocalTransport(), str(host), here, "checkpoints/sft/step_000001")
     assert list(outside.iterdir()) == []
 
@@ -269,7 +269,7 @@ def test_a_stream_of_lies_costs_what_it_touches(tmp_path: Path) -> None:
         connection.entry.mirror.metrics.read_text() == '{"step":1}\n'
         and not (connection.entry.mirror.path / "config.json").exists()
     )
-    assert mirror.left_out["lines of the connection that are no message"] == 7
+    assert mirror.left_out["lines of the connection that are not messages"] == 7
     assert sum(count for what, count in mirror.left_out.items() if what.startswith("pieces")) == 4
 
 
@@ -387,7 +387,7 @@ def test_pull_and_last_pull_go_by_the_same_list(tmp_path: Path) -> None:
     assert (connection.entry.mirror.checkpoints / "sft/step_000001/manifest.json").exists()
     assert (
         len(said) == 2
-        and "no plain files" in said[0]
+        and "not plain files" in said[0]
         and "lack a field" in said[0]
         and "1 checkpoints outside" in said[1]
     )

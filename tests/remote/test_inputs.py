@@ -263,7 +263,7 @@ WRONG_NAMES: list[tuple[dict[str, str], str, list[str]]] = [
     ({"mine.py": "def f():\n    score = print\n"}, "mine.score", ["mine.py defines no 'score'"]),
     ({"mine.py": "class A:\n    def score(self): pass\n"}, "mine.score", ["mine.py defines no 'score'"]),
     (REEXPORTING, "mine.score", ["defines no 'score'"]),
-    ({"mine.py": "score = 0.5\n"}, "mine.score", ["is no function", "mine.py:1"]),
+    ({"mine.py": "score = 0.5\n"}, "mine.score", ["is not a function", "mine.py:1"]),
     ({"mine.py": ""}, "mine.score", ["mine.py defines no 'score'", "nothing"]),
     ({"my_rewards.py": REWARD}, "my_reward.score", ["no module 'my_reward'", "write my_rewards.score"]),
     (PACKAGE, "pkg.reward.score", ["no module 'pkg.reward'", "near: pkg.rewards"]),

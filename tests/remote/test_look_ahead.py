@@ -34,7 +34,7 @@ PROBLEMS: list[tuple[str, dict[str, Any], list[str]]] = [
     (
         "a port of a live run",
         {"facts": {"runs": ({**RUN_ROW, "experiment_name": "other", "live": True, "ports": [30179, 30180]},)}},
-        ["port 30180 is what the live run", "engine.sglang_port"],
+        ["will use port 30180.", "engine.sglang_port"],
     ),
     (
         "a port that a live run listens on",
@@ -53,7 +53,7 @@ PROBLEMS: list[tuple[str, dict[str, Any], list[str]]] = [
             "code": {"engine_requirements": LOCK},
             "facts": {"runs": ({**RUN_ROW, "experiment_name": "other", "live": True, "ports": [31000]},)},
         },
-        ["port 31000 is what the live run"],
+        ["will use port 31000."],
     ),
     ("fewer prompts than a step takes", {"code": rows(8, 3)}, ["rl.examples_per_step=4", "3 prompts", "to 3 or less"]),
     ("at most so many prompts", {"code": rows(8, 2, "at most")}, ["rl.examples_per_step=4", "at most 2 prompts"]),
@@ -135,7 +135,7 @@ def test_the_summary_in_a_researcher_s_words() -> None:
     sft, rl, held_out, answers, model = plan.summary
     assert sft.startswith("sft: 64 rows x 3 epochs, 16 a step (at most 1,024 tokens): about 12 steps")
     assert "rl: 100 prompts x 10 epochs, 64 prompts x 4 samples a step (at most 2,048 tokens): 15 steps" in rl
-    assert rl.endswith("3,840 samples; 40 prompts at the end fill no step")
+    assert rl.endswith("3,840 samples; 40 prompts at the end do not fill a step")
     assert held_out == "held out: 8 rows"
     assert answers == (
         "sft answers in its own process, each time: all rows, an answer of at most 8 tokens to each, 64 in all; at "

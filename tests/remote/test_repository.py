@@ -52,7 +52,7 @@ def test_submodules_that_are_elsewhere(with_submodule: Path, tmp_path: Path) -> 
     git(sub, "commit", "-q", "--allow-empty", "-m", "further")
     make_repository(with_submodule / "stray", {"x.txt": "x"})
     notes = "\n".join(read_code(with_submodule, config()).notes)
-    assert "libs/sub has another commit checked out" in notes and "stray/ is a git repository of its own" in notes
+    assert "libs/sub has another commit checked out" in notes and "stray/ is a separate git repository" in notes
     clone = tmp_path / "clone"
     git(tmp_path, "clone", "-q", str(with_submodule), str(clone))
     code = read_code(clone, config())

@@ -62,7 +62,7 @@ MEMORY = {
     "a100-80": {"01_debug_sft_rl": "10.7 40.7", "nanochat_sft_rl": "21.3 30.5"},
     "h100": {"01_debug_sft_rl": "10.7 40.6", "rl_math": "18.1 69.3"},
     "h200": {"01_debug_sft_rl": "10.7 61.9", "sft_qwen": "21.0"},  # whole gradients are kept, to reduce once a step
-    "gb10": {"01_debug_sft_rl": "10.7 21.4", "sft_openwebtext": "32.5"},  # of a card that tells no memory
+    "gb10": {"01_debug_sft_rl": "10.7 21.4", "sft_openwebtext": "32.5"},  # of a card that reports no memory
     "mig": {"01_debug_sft_rl": "10.7 21.4", "rl_math": "18.1 22.5"},  # of a slice that tells none
     "container": {"nanochat_sft_rl": "21.3 30.5", "sft_openwebtext": "32.5"},
     "driver550": {"01_debug_sft_rl": "10.7 40.7", "sft_qwen": "17.9"},
@@ -147,5 +147,7 @@ def test_a_look_at_a_host_shows_what_gpu_runs_need() -> None:
 
 def test_what_is_taken_for_granted_is_said() -> None:
     """Goal: unknown memory and a shared exclusive card are notes. Red with either silent."""
-    assert any("GPU 0 (NVIDIA GB10) tells no memory ([N/A])" in note for note in plan("gb10", "01_debug_sft_rl").notes)
+    assert any(
+        "GPU 0 (NVIDIA GB10) reports no memory ([N/A])" in note for note in plan("gb10", "01_debug_sft_rl").notes
+    )
     assert any("an MPS server shares it" in note for note in plan("a100-80", "01_debug_sft_rl").notes)

@@ -205,7 +205,7 @@ def test_background_pulls_are_tried_again_and_told(tmp_path: Path, monkeypatch: 
         wait_for((connection.entry.mirror.path / step(number)).exists, f"step {number}")
     puller.finish()
     assert sum("cut off" in text for text in said) == 2
-    assert len(said) == 5 and any("a link or no directory" in text for text in said)
+    assert len(said) == 5 and any("a link or not a directory" in text for text in said)
     assert any("deploy itself failed: ZeroDivisionError" in text for text in said)
 
 

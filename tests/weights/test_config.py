@@ -61,7 +61,7 @@ def apart(**engine: Any) -> dict[str, Any]:
             None,
         ),
         ({**GPU, "host.env": GROWING}, {"weight_sync": DISK}, None),
-        (GPU, {"weight_sync": BROADCAST}, "NCCL wants a GPU of its own for each side"),
+        (GPU, {"weight_sync": BROADCAST}, "NCCL wants a separate GPU for each side"),
         (GPU, apart(weight_sync=BROADCAST), None),
         (GPU, apart(weight_sync=TENSOR), "CUDA memory is shared on one GPU"),
         ({"engine.weight_sync": TENSOR, "engine.restarts_max": 1, "rl.ahead": ahead()}, {}, None),

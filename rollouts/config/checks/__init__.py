@@ -29,7 +29,7 @@ _GROUP_CHECKS: Mapping[str, typing.Callable[[Any], Checks]] = {
 
 
 def config_problems(config: Sections) -> tuple[str, ...]:
-    """Every reason this config cannot run; empty when it can."""
+    """Return every reason this config cannot run; empty when it can."""
     bad_paths: set[str] = set()
     messages = []
     for path, message in type_problems(config, Sections, ""):

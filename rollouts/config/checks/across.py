@@ -8,7 +8,7 @@ from rollouts.config.schema import Sections, ValueModel
 
 
 def cross_checks(config: Sections) -> Checks:
-    """What no group can see alone. Runs only when every type is right."""
+    """Check what no group can see alone. Runs only when every type is right."""
     mode, ranks, data = config.output.mode, max(1, len(config.target.gpu_ranks)), config.data
     for name in config.stages:
         yield getattr(config, name) is not None, f"{name}=None: output.mode={mode!r} has this stage, which needs it"
@@ -59,7 +59,7 @@ def cross_checks(config: Sections) -> Checks:
 
 
 def _answer_checks(config: Sections) -> Checks:
-    """Answers in process: what is held at once is a limit only if one row stays within it."""
+    """Check answers in process: what is held at once is a limit only if one row stays within it."""
     if any(answer_limits(config, stage) for stage in config.stages):
         room, held = config.eval.in_process_batch_tokens, row_tokens_max(config)
         need = f">= {held}: as many tokens as one row's answers may hold at once (data.max_length, eval.num_samples)"

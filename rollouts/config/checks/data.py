@@ -43,7 +43,7 @@ def eval_checks(evaluation: EvalConfig) -> Checks:
     yield must(samples >= 0, "eval.num_samples", samples, ">= 0; 0 samples nothing")
     need = f"each k within 1 and num_samples={samples}" if samples else "[], since num_samples=0 samples nothing"
     yield must(all(1 <= k <= samples for k in ks), "eval.pass_at", ks, need)
-    yield must(bool(ks) or samples <= 0, "eval.pass_at", ks, f"at least one k, or num_samples={samples} is for nothing")
+    yield must(bool(ks) or samples <= 0, "eval.pass_at", ks, f"at least one k, or num_samples={samples} has no effect")
     yield must(
         evaluation.temperature > 0, "eval.temperature", evaluation.temperature, "> 0: the greedy answer is extra"
     )

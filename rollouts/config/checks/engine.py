@@ -22,7 +22,7 @@ def engine_checks(engine: EngineConfig) -> Checks:
     if isinstance(engine.weight_sync, TensorSync | BroadcastSync):
         yield from at_least_one(engine.weight_sync, "engine.weight_sync", "bucket_mib")
     last = 65535 - (engine.replicas - 1)
-    need = f"1024 to {last}: each of the {engine.replicas} replicas has a port of its own, from this one on"
+    need = f"1024 to {last}: each of the {engine.replicas} replicas has its own port, from this one on"
     need = need if engine.replicas > 1 else "1024 to 65535"
     yield must(1024 <= engine.sglang_port <= last, "engine.sglang_port", engine.sglang_port, need)
     yield from _router_checks(engine)
@@ -43,13 +43,13 @@ def _router_checks(engine: EngineConfig) -> Checks:
     yield must(replicas > 1, path, port, f"None, or more replicas: with replicas={replicas} there is nothing to route")
     yield must(1024 <= port <= 65535, path, port, "1024 to 65535, or None for no router")
     first, last = engine.sglang_port, engine.sglang_port + replicas - 1
-    yield must(not first <= port <= last, path, port, f"a port of its own: {first} to {last} are the replicas'")
-    need = "None with engine.weight_sync=LoraSync: each replica has a name of its own for the adapter that is asked for"
+    yield must(not first <= port <= last, path, port, f"another port: {first} to {last} are the replicas'")
+    need = "None with engine.weight_sync=LoraSync: each replica has its own name for the adapter of a request"
     yield must(not isinstance(engine.weight_sync, LoraSync), path, port, need)
 
 
 def engine_fits(config: Sections, engine: EngineConfig) -> Checks:
-    """What the engine's settings mean on this kind of device, and for what is asked of it."""
+    """Check the engine's settings against this kind of device, and against what is asked of it."""
     device = config.target.device_type
     if device == "mps":
         ok = isinstance(engine, Embedded)
@@ -69,7 +69,7 @@ def engine_fits(config: Sections, engine: EngineConfig) -> Checks:
 
 
 def weight_sync_checks(config: Sections, engine: EngineConfig) -> Checks:
-    """Whether the engine can be reached in the way that its weights are to come."""
+    """Check that the engine can be reached in the way that its weights are to come."""
     target, lag, sync = config.target, config.rl.policy_lag_steps_max if config.rl else 0, engine.weight_sync
     if isinstance(engine, SGLang) and isinstance(sync, LoraSync):
         yield from _adapter_checks(config, engine)
@@ -93,7 +93,7 @@ def weight_sync_checks(config: Sections, engine: EngineConfig) -> Checks:
     need = "without expandable_segments:True for engine.weight_sync=TensorSync: such memory has no handles to share"
     for name in grows:
         yield must(not tensor, f"host.env[{name!r}]", config.host.env[name], need)
-    need = f"TensorSync or DiskSync: NCCL wants a GPU of its own for each side, and {where}"
+    need = f"TensorSync or DiskSync: NCCL wants a separate GPU for each side, and {where}"
     yield must(not shared or not isinstance(sync, BroadcastSync), "engine.weight_sync", sync, need)
     sleeps = engine.sleep_while_training
     need = f"False: there is memory to give back where a GPU is shared, and {where}"
@@ -101,13 +101,13 @@ def weight_sync_checks(config: Sections, engine: EngineConfig) -> Checks:
 
 
 def grows_segments(settings: str) -> bool:
-    """Whether these settings of torch's allocator make segments that can grow."""
+    """Return whether these settings of torch's allocator make segments that can grow."""
     pairs = (part.partition(":") for part in settings.replace(" ", "").lower().split(","))
     return any(name == "expandable_segments" and value in ("true", "1") for name, _, value in pairs)
 
 
 def _adapter_checks(config: Sections, engine: SGLang) -> Checks:
-    """Whether adapters alone can be sent."""
+    """Check that adapters alone can be sent."""
     lora, rl = config.model.lora, config.rl
     need = "DiskSync, TensorSync or BroadcastSync with model.lora=None: there are no adapters to send"
     yield must(lora is not None, "engine.weight_sync", engine.weight_sync, need)
@@ -117,5 +117,5 @@ def _adapter_checks(config: Sections, engine: SGLang) -> Checks:
         yield must(not others, "model.lora.target_modules", others, need)
     need = "False with engine.weight_sync=LoraSync: a request keeps the adapter that it started with"
     yield must(not (rl and rl.in_flight_updates), "rl.ahead.in_flight_updates", True, need)
-    need = "False with engine.weight_sync=LoraSync: the engine's own weights, which nobody sends again, would be lost"
+    need = "False with engine.weight_sync=LoraSync: the engine's own weights, which are not sent again, would be lost"
     yield must(not engine.sleep_while_training, "engine.sleep_while_training", True, need)

@@ -45,7 +45,7 @@ def _kl_checks(kl: KLConfig) -> Checks:
 
 
 def lag_checks(rl: RLConfig) -> Checks:
-    """Generation that runs ahead of training."""
+    """Check generation that runs ahead of training."""
     if rl.ahead is None:
         return
     lag, path, sampling = rl.ahead.policy_lag_steps_max, "rl.ahead.policy_lag_steps_max", rl.sampling

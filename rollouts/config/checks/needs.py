@@ -37,7 +37,7 @@ def rank_checks(ranks: list[int], path: str) -> Checks:
 
 
 def is_inside(file: str | None) -> bool:
-    """None, or a relative path that stays in the repository."""
+    """Return whether it is None, or a relative path that stays in the repository."""
     return file is None or (bool(file.strip()) and not file.startswith("/") and ".." not in Path(file).parts)
 
 

@@ -42,7 +42,7 @@ def host_checks(host: HostConfig) -> Checks:
         yield matches(ENV_NAME_PATTERN, name), f"host.env[{name!r}]: not the name of an environment variable"
     for name in host.secrets:
         ok = matches(ENV_NAME_PATTERN, name)
-        yield must(ok, "host.secrets", host.secrets, f"names of environment variables; {name!r} is none")
+        yield must(ok, "host.secrets", host.secrets, f"names of environment variables; {name!r} is not one")
         ok = name not in host.env
         yield must(
             ok, "host.secrets", host.secrets, f"{name!r} here or in host.env, which is shown and saved, not both"

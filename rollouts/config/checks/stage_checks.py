@@ -15,7 +15,7 @@ from rollouts.config.schema.rl import ENGINE_SOURCES
 
 
 def stage_checks(stage: SFTConfig | RLConfig, path: str) -> Checks:
-    """What both stages have: learning rates and the optimizer."""
+    """Check what both stages have: learning rates and the optimizer."""
     rates = {name: getattr(stage, name) for name in ("unembedding_lr", "embedding_lr", "matrix_lr")}
     for name, rate in (*rates.items(), ("weight_decay", stage.weight_decay)):
         yield must(rate >= 0, f"{path}.{name}", rate, ">= 0")
@@ -32,7 +32,7 @@ def stage_checks(stage: SFTConfig | RLConfig, path: str) -> Checks:
         yield must(0 <= muon.momentum < 1, f"{path}.muon.momentum", muon.momentum, "0 <= momentum < 1")
         yield must(1 <= muon.ns_steps < 100, f"{path}.muon.ns_steps", muon.ns_steps, "1 to 99; 5 is usual")
         yield must(muon.vector_lr >= 0, f"{path}.muon.vector_lr", muon.vector_lr, ">= 0")
-        yield from one_or_off(muon, f"{path}.muon", width_reference="rates as they stand")
+        yield from one_or_off(muon, f"{path}.muon", width_reference="unchanged rates")
 
 
 def sft_checks(sft: SFTConfig) -> Checks:
@@ -72,7 +72,7 @@ def rl_checks(rl: RLConfig) -> Checks:
     yield must(rl.temperature > 0, "rl.temperature", rl.temperature, "> 0: sampling is what RL learns from")
     yield from loss_checks(rl)
     if rl.reward is None:
-        need = "a RewardConfig: only an agent's environment has rewards of its own"
+        need = "a RewardConfig: only an agent's environment gives rewards itself"
         yield must(rl.agent is not None, "rl.reward", None, need)
     else:
         reward, path_ok = rl.reward, matches(DOTTED_NAME_PATTERN, rl.reward.fn)
@@ -107,7 +107,7 @@ def _agent_checks(agent: AgentConfig) -> Checks:
 
 
 def rate_checks(config: Sections, name: str) -> Checks:
-    """Learning rates that cannot be meant, given the model and the optimizer."""
+    """Refuse learning rates that cannot be meant, given the model and the optimizer."""
     stage = getattr(config, name)
     lora = config.model.lora is not None
     if lora:

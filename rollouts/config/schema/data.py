@@ -23,13 +23,13 @@ class DatasetSpec:
     ]
     split: str  # of a hub data set or directory, such as "train"
     subset: str | None  # the hub's configuration name
-    shuffle_seed: int | None  # as datasets' shuffle; None: rows as they stand. Streamed: in windows of 10,000 rows
+    shuffle_seed: int | None  # as datasets' shuffle; None: rows in their order. Streamed: in windows of 10,000 rows
     start: int  # the first row, counted from 0
     stop: int  # -1: to the end
     step: int  # take every step-th row
     max_samples: int  # -1: all
     streaming: bool  # fetch rows one by one and only those needed; for sets too large to download
-    repeat: int  # how often the rows stand in the mixture
+    repeat: int  # how often the rows are in the mixture
 
 
 @dataclass(frozen=True, kw_only=True)

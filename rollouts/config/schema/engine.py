@@ -63,7 +63,7 @@ class Embedded(_Engine):
     max_total_tokens: ClassVar[None] = None
     sleep_while_training: ClassVar[bool] = False
 
-    requirements_file: str | None  # lock of an environment of its own; None: it runs in the trainer's
+    requirements_file: str | None  # lock of the engine's own environment; None: it runs in the trainer's
     weight_sync: DiskSync | TensorSync  # how new weights reach the engine
 
 

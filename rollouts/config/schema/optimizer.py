@@ -15,7 +15,7 @@ class MuonConfig:
         "original", "match_rms_adamw"
     ]  # matrix_lr's factor by shape: nanochat's, or to use AdamW's rates
     vector_lr: float  # of norms and biases, by AdamW
-    width_reference: int  # AdamW groups' rates x (hidden_size / this) ** -0.5, in nanochat 768; -1: as they stand
+    width_reference: int  # AdamW groups' rates x (hidden_size / this) ** -0.5, in nanochat 768; -1: unchanged
 
 
 @dataclass(frozen=True, kw_only=True)

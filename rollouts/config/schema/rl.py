@@ -80,15 +80,15 @@ class RLConfig:
 
     @property
     def policy_lag_steps_max(self) -> int:
-        """How many optimizer steps generation may run ahead; 0 where they take turns."""
+        """Return how many optimizer steps generation may run ahead; 0 if they take turns."""
         return self.ahead.policy_lag_steps_max if self.ahead is not None else 0
 
     @property
     def in_flight_updates(self) -> bool:
-        """Whether weights change under running requests."""
+        """Return whether weights change under running requests."""
         return self.ahead is not None and self.ahead.in_flight_updates
 
     @property
     def reward_fn(self) -> str | None:
-        """Dotted path of the reward; None where an environment gives rewards."""
+        """Return the dotted path of the reward; None if an environment gives rewards."""
         return self.reward.fn if self.reward is not None else None

@@ -29,10 +29,10 @@ class Sections:
 
     @property
     def stages(self) -> tuple[Literal["sft", "rl"], ...]:
-        """The stages that `output.mode` selects, in order."""
+        """Return the stages that `output.mode` selects, in order."""
         return tuple(stage for stage in ("sft", "rl") if stage in self.output.mode.split("+"))
 
     @property
     def uses_engine(self) -> bool:
-        """Whether the run samples from an inference engine."""
+        """Return whether the run samples from an inference engine."""
         return "rl" in self.stages and self.rl is not None and self.rl.sampling.source in ENGINE_SOURCES

@@ -36,7 +36,7 @@ class Collected:
 
 
 def bounded(target: str, feed: Callable[[bytes], list[bytes]], data: bytes) -> list[bytes]:
-    """`feed(data)`. Raises DeployError for a line without an end: it is not tried again."""
+    """Return `feed(data)`. Raises DeployError for a line without an end: it is not tried again."""
     try:
         return feed(data)
     except EndlessLineError as error:
@@ -44,7 +44,7 @@ def bounded(target: str, feed: Callable[[bytes], list[bytes]], data: bytes) -> l
 
 
 def _endless(target: str, error: EndlessLineError) -> DeployError:
-    """What to say of output that is longer than anything of ours."""
+    """Return the error for output that is longer than anything of ours."""
     shown = error.begin.decode(errors="backslashreplace")
     return DeployError(
         f"{target}: what comes from the host has no end.",
@@ -98,7 +98,7 @@ def _feed(pipe: IO[bytes], data: bytes) -> None:
 
 
 def _read(process: subprocess.Popen[bytes], on_stdout: Callable[[bytes], None], deadline: float | None) -> bytes:
-    """Both outputs to their ends; the last of stderr. Raises subprocess.TimeoutExpired."""
+    """Read both outputs to their ends. Returns the last of stderr. Raises subprocess.TimeoutExpired."""
     stderr = b""
     with selectors.DefaultSelector() as open_pipes:
         for pipe in (process.stdout, process.stderr):

@@ -18,13 +18,13 @@ from rollouts.remote.host.sending import modules_program
 from rollouts.remote.host.transport import LOCAL_TARGET, Transport
 from rollouts.remote.host.way_check import shown, way_problems
 
-PYTHON_MIN = (3, 10)  # of the supervisor; environments have a newer one of their own where they need it
+PYTHON_MIN = (3, 10)  # of the supervisor; environments have a newer one if they need it
 FACTS_TIMEOUT_S = 60
 # Where installers put uv; a login shell would have it on its PATH, the command of an SSH session does not.
 EXTRA_PATH = "$HOME/.local/bin:$HOME/.cargo/bin"
 _PROBE = "rollouts.remote.host.host_probe"
 
-# What host_probe answers, and its rows of runs: both are checked, so that whoever reads them need not
+# What host_probe answers, and its rows of runs: both are checked, so that their readers need not
 _PROBE_FIELDS = {
     "python": str,
     "python_version": str,
@@ -163,7 +163,7 @@ def gather_facts(
 
 
 def parse_facts(lines: list[tuple[str, str]]) -> HostFacts:
-    """The script's output, as (key, value) lines, as HostFacts. Raises ValueError for a damaged answer."""
+    """Parse the script's output, (key, value) lines, into HostFacts. Raises ValueError for a damaged answer."""
     values = dict(lines)
     several: dict[str, list[str]] = {}
     for key, value in lines:
@@ -192,7 +192,7 @@ def parse_facts(lines: list[tuple[str, str]]) -> HostFacts:
 
 
 def _probe(text: str) -> dict[str, Any]:
-    """host_probe's answer as fields of HostFacts. Raises ValueError, or RecursionError, for one that is damaged."""
+    """Return host_probe's answer as fields of HostFacts. Raises ValueError or RecursionError for a damaged one."""
     answer = checked(json.loads(text), _PROBE_FIELDS, where="probe")
     for index, row in enumerate(answer["runs"]):
         checked(row, _ROW_FIELDS, where=f"probe.runs[{index}]")
@@ -208,7 +208,7 @@ def _pairs(lines: list[str]) -> list[tuple[str, str]]:
 
 
 def _probe_source(question: dict[str, Any]) -> str:
-    """A program that holds our modules' source and answers `question` about $rollouts_home."""
+    """Return a program that holds our modules' source and answers `question` about $rollouts_home."""
     return f"""
 {modules_program(_PROBE)}
 import os

@@ -71,7 +71,7 @@ class Gpu:
     compute_capability: str = ""  # "9.0"
     compute_mode: str = ""  # "Default", "Exclusive_Process", "Prohibited"
     mig: str = ""  # "Enabled", "Disabled"
-    unreadable: str = ""  # what stands in place of its memory: "[N/A]", "[Unknown Error]"
+    unreadable: str = ""  # what is printed in place of its memory: "[N/A]", "[Unknown Error]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ class GpuProcess:
 
 @dataclass(frozen=True, kw_only=True)
 class CudaHost:
-    """What CUDA programs need of a host beside its cards. None and "" stand for what is not known."""
+    """What CUDA programs need of a host beside its cards. None and "" mean not known."""
 
     machine: str = ""  # "x86_64", "aarch64"
     libc: str = ""  # "glibc 2.35"

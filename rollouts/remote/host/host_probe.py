@@ -28,7 +28,7 @@ ASK_PYTHON = (
 
 
 def run_row(run: RunDir) -> dict[str, Any] | None:
-    """One run as `deploy ls` shows it; None when nothing was launched there.
+    """Return one run as `deploy ls` shows it; None when nothing was launched there.
 
     {run_id, experiment_name, state, stage, step, started_at, updated_at, exit_code, message, live (supervised, or about
     to be), launched (a supervisor held the lock once), launch_id (of the deploy that started it; None: not known),
@@ -60,7 +60,7 @@ def run_row(run: RunDir) -> dict[str, Any] | None:
 
 
 def _ports(run: RunDir) -> list[int]:
-    """Where the engines and the router of the run's plan listen, now or later."""
+    """Return where the engines and the router of the run's plan listen, now or later."""
     try:
         plan = json.loads(read_plain(run.plan))
         urls = [engine["ready_url"] for stage in plan["stages"] for engine in stage["engines"]]
@@ -79,7 +79,7 @@ def _last_step(run: RunDir) -> int | None:
 
 
 def run_rows(home: Path) -> list[dict[str, Any]]:
-    """Every run under `home`, oldest first."""
+    """Return every run under `home`, oldest first."""
     try:
         names = sorted(entry.name for entry in os.scandir(home / "runs") if entry.is_dir())
     except (FileNotFoundError, NotADirectoryError):
@@ -89,7 +89,7 @@ def run_rows(home: Path) -> list[dict[str, Any]]:
 
 
 def port_is_free(port: int) -> bool:
-    """Could a server listen on loopback at this port now?"""
+    """Return whether a server could listen on loopback at this port now."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -139,7 +139,7 @@ def _has_headers(include: str) -> bool:
 
 
 def probe(home: Path, ports: list[int], paths: list[str], run_id: str | None) -> dict[str, Any]:
-    """The answers that need Python: see facts.HostFacts for their meaning."""
+    """Answer what needs Python: facts.HostFacts says what each field means."""
     clean_up(home)
     pythons = _pythons()
     own_headers = _has_headers(sysconfig.get_paths()["include"])
@@ -162,5 +162,5 @@ def probe(home: Path, ports: list[int], paths: list[str], run_id: str | None) ->
 def main(argument: str) -> None:
     question = json.loads(argument)
     home = Path(question.pop("home"))
-    # On a line of its own, whatever was printed before without a line's end
+    # On its own line, even after output without a line's end
     print("\nprobe=" + json.dumps(probe(home, **question)))

@@ -44,7 +44,7 @@ class KnownKeys:
         return [key for key in self.keys if key.kind == kind]
 
     def lines(self, name: str) -> bytes:
-        """Return these keys as a known_hosts file of their own, under `name`."""
+        """Return these keys as a separate known_hosts file, under `name`."""
         groups = (("", self.keys), ("@cert-authority ", self.authorities), ("@revoked ", self.revoked))
         lines = [
             f"{marker}{name} {key.kind} {base64.b64encode(key.blob).decode()}\n"
@@ -143,7 +143,7 @@ def _matches(patterns: bytes, name: str) -> bool:
 
 
 def _pattern_matches(pattern: str, name: str) -> bool:
-    # only * and ? are special in known_hosts: [ stands for itself
+    # only * and ? are special in known_hosts: [ is literal
     return fnmatch.fnmatchcase(name, pattern.replace("[", "[[]"))
 
 

@@ -15,7 +15,7 @@ from rollouts.remote.host.transport import LOCAL_TARGET, Completed, Stream
 
 
 def in_directory(argv: Sequence[str], cwd: str | None) -> list[str]:
-    """`argv`, run in `cwd`, as one command."""
+    """Return `argv`, run in `cwd`, as one command."""
     if cwd is None:
         return list(argv)
     return ["sh", "-c", 'cd "$0" && exec "$@"', cwd, *argv]

@@ -5,7 +5,7 @@ from rollouts.remote.host.transport import LOCAL_TARGET, Transport, parse_target
 
 
 def open_transport(target: str | None, *, accept_new_host_key: bool = False) -> Transport:
-    """The transport for `--remote target`; this machine for None. Nothing is connected yet."""
+    """Return the transport for `--remote target`; this machine's for None. Nothing is connected yet."""
     if target is None or target == LOCAL_TARGET:
         return LocalTransport()
     from rollouts.remote.host.ssh import SSHTransport  # paramiko is slow to import: only who goes remote pays

@@ -1,6 +1,6 @@
 """What a host answers, read in one place: found among other output, its fields and their types checked.
 
-A host is trusted with no more than what was asked of it. An answer that is none, or has a field of another type, is an
+A host is trusted with no more than what was asked of it. A malformed answer, or one with a field of another type, is an
 error that names the host, shows what it said and tells what to do; never a traceback. Pure.
 """
 
@@ -30,7 +30,7 @@ def read_answer(
     prefix: str = "",
     started: bool = False,
 ) -> dict[str, Any]:
-    """Return the last JSON object of `out` that has all of `fields`, each on a line of its own after `prefix`.
+    """Return the last JSON object of `out` that has all of `fields`, each on its own line after `prefix`.
 
     What Python's own start and end print around it is passed over. Raises DeployError for none: `question` says what
     the host was asked, `started` whether something may run there now.
@@ -69,7 +69,7 @@ def checked(value: object, fields: Fields, *, where: str = "") -> dict[str, Any]
 
 
 def fits(value: object, kind: Any) -> bool:
-    """Is a JSON value of this type? A number is finite; true and false are no numbers."""
+    """Return whether a JSON value is of this type. A number is finite; true and false are not numbers."""
     origin, parts = get_origin(kind), get_args(kind)
     if isinstance(kind, UnionType):
         return any(fits(value, part) for part in parts)
@@ -84,7 +84,7 @@ def fits(value: object, kind: Any) -> bool:
 
 
 def malformed(target: str, question: str, problem: str, said: str, *, started: bool = False) -> DeployError:
-    """The error for an answer that cannot be used."""
+    """Return the error for an answer that cannot be used."""
     shown = said if len(said) <= SAID_CHARS_MAX else "…" + said[-SAID_CHARS_MAX:]
     return DeployError(
         f"{target}: the host's answer to {question} cannot be read.",
@@ -98,7 +98,7 @@ def read_count(target: str, question: str, out: str) -> int:
     """Return the one whole number, 0 or more, that `out` is. Raises DeployError."""
     text = out.strip()
     if not (text.isascii() and text.isdigit() and len(text) < 25):
-        raise malformed(target, question, "it is no whole number", out)
+        raise malformed(target, question, "it is not a whole number", out)
     return int(text)
 
 

@@ -24,9 +24,9 @@ def run_rsync(
     timeout_s: float | None,
     on_output: Callable[[str], None] | None = None,
 ) -> Completed:
-    """One rsync to or from the host. Raises for a lost connection, a full disk, a missing rsync; returns the rest.
+    """Run one rsync to or from the host. Raises for a lost connection, a full disk, no rsync; returns the rest.
 
-    `timeout_s` None: it may take as long as it needs; rsync's own --timeout ends one that stands still. `on_output`
+    `timeout_s` None: it may take as long as it needs; rsync's own --timeout ends an idle one. `on_output`
     gets each line of stdout as it comes, those that end in a carriage return too; where this machine's rsync tells its
     progress at all.
     """
@@ -70,7 +70,7 @@ def run_rsync(
 
 
 def _quoted_path(argument: str, prefix: str) -> str:
-    """A path on the host in words of its shell; anything else as it is."""
+    """Return a path on the host quoted for its shell; anything else as it is."""
     if not prefix or not argument.startswith(prefix):
         return argument
     return prefix + shlex.quote(argument.removeprefix(prefix))
@@ -84,7 +84,7 @@ def _run_told(
     on_line: Callable[[str], None] | None,
 ) -> Completed:
     """Run rsync with its output kept, or told line by line while it runs."""
-    # Without what a user has set for rsyncs of their own (RSYNC_ICONV, …); its words are read, so English
+    # Without the user's own rsync settings (RSYNC_ICONV, …); in English, since its words are read
     variables = {name: value for name, value in os.environ.items() if not name.startswith("RSYNC_")} | {"LC_ALL": "C"}
     stdout, rest = Collected(transport.target), b""
 

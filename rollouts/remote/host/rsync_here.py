@@ -13,7 +13,7 @@ PULL_TIMEOUT_S = 6 * 3600
 
 
 def pull_rsync(transport: Transport, arguments: list[str], into: Path) -> Completed:
-    """One rsync to this machine. Raises OSError where this machine's own files are what failed."""
+    """Run one rsync to this machine. Raises OSError where this machine's own files are what failed."""
     try:
         done = run_rsync(transport, arguments, timeout_s=PULL_TIMEOUT_S)
     except TransportError:
@@ -28,7 +28,7 @@ def pull_rsync(transport: Transport, arguments: list[str], into: Path) -> Comple
 
 
 def _own_fault(said: str, into: Path) -> OSError | None:
-    """The error of the receiving side, which is here: rsync names a path of ours, and the system's number."""
+    """Return the receiving side's error: it is this machine, so rsync names a local path and an error number."""
     path = re.search(rf'"({re.escape(str(into))}[^"\n]*)"', said) or re.search(rf"({re.escape(str(into))}\S*)", said)
     if path is None:
         return None

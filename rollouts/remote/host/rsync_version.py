@@ -22,6 +22,6 @@ def rsync_version(rsync: str) -> tuple[int, int]:
 
 
 def parse_version(text: str) -> tuple[int, int]:
-    """Of "rsync  version 3.2.7  protocol version 31"; of openrsync's "rsync version 2.6.9 compatible"."""
+    """Parse "rsync  version 3.2.7  protocol version 31", or openrsync's "rsync version 2.6.9 compatible"."""
     found = re.search(r"^rsync\s+version\s+v?(\d{1,4})\.(\d{1,4})", text, flags=re.MULTILINE)
     return (int(found[1]), int(found[2])) if found else TELLS_PROGRESS

@@ -30,7 +30,7 @@ for name, source in sources.items():
 
 
 def sent_program(python: str, module: str, *arguments: str) -> tuple[list[str], bytes]:
-    """(a command line, the first line of its stdin) that run `module`'s main() with these arguments on a host.
+    """Return a command line, and the first line of its stdin: they run `module`'s main() on a host.
 
     `module` and all that it imports of ours may use the standard library alone.
     """
@@ -40,15 +40,15 @@ def sent_program(python: str, module: str, *arguments: str) -> tuple[list[str], 
 
 
 def modules_program(module: str) -> str:
-    """A program that makes `module`, and all that it imports of ours, importable on a host that has none of it."""
+    """Return a program that makes `module`, and what it imports of ours, importable on a host that lacks it."""
     return _MODULES.format(packed=base64.b64encode(zlib.compress(sources(module).encode())).decode())
 
 
 @functools.cache
 def sources(module: str) -> str:
-    """JSON of {module: source} of `module` and all that it imports of ours, each after what it imports.
+    """Return JSON of {module: source} for `module` and all that it imports of ours, each after what it imports.
 
-    A package that is imported for its modules alone stands with null in place of its source.
+    A package that is imported for its modules alone has null in place of its source.
     """
     found: dict[str, str | None] = {}
     _collect(module, found, set())
@@ -67,12 +67,12 @@ def _collect(module: str, found: dict[str, str | None], begun: set[str]) -> None
         source = stream.read()
     for name in _imported(source):
         _collect(name, found, begun)
-    found.pop(module, None)  # a package stood there for its modules: its own source runs after theirs
+    found.pop(module, None)  # a package was listed for its modules: its own source runs after theirs
     found[module] = source
 
 
 def _imported(source: str) -> Sequence[str]:
-    """Modules of ours that are imported; `from rollouts import run_dir` imports one, not `rollouts` itself."""
+    """Return the imported modules of ours; `from rollouts import run_dir` imports one, not `rollouts` itself."""
     names: list[str] = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -84,10 +84,10 @@ def _imported(source: str) -> Sequence[str]:
 
 
 def _is_module(name: str) -> bool:
-    """Whether it is a module of ours."""
+    """Return whether it is a module of ours."""
     if name.partition(".")[0] not in _OURS:
         return False
     try:
         return importlib.util.find_spec(name) is not None
-    except (ModuleNotFoundError, AttributeError):  # a name in a module that is no package
+    except (ModuleNotFoundError, AttributeError):  # a name in a module that is not a package
         return False

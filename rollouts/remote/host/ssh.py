@@ -169,7 +169,7 @@ class SSHTransport:
     # --- rsync ------------------------------------------------------------------------------------------------------
 
     def rsync_options(self) -> list[str]:
-        """The same settings for rsync's ssh, in a file of their own: nothing else is read by it."""
+        """Write the same settings into a file for rsync's ssh, which reads nothing else. Returns its options."""
         with self._lock:
             if self._settings is None:
                 self._settings = Path(tempfile.mkdtemp(prefix="rollouts-ssh-"))
@@ -182,7 +182,7 @@ class SSHTransport:
 
 
 def _connection(hop: Hop, way: object, trust: Trust, *, any_key: bool) -> fabric.Connection:
-    """A connection over `way` that reads no configuration of its own."""
+    """Return a connection over `way` that reads no configuration file."""
     timeout_s = hop.connect_timeout_s
 
     def transport(sock: object, **options: object) -> paramiko.Transport:

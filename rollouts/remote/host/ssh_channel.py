@@ -1,4 +1,4 @@
-"""A command on an SSH channel: its framed output, and what it reads, each in a thread of its own."""
+"""A command on an SSH channel: its framed output, and what it reads, each in its own thread."""
 
 import contextlib
 import queue
@@ -18,8 +18,8 @@ END_WAIT_S = 10.0  # for the other output, and the exit code, after stdout's end
 class ChannelOutput:
     """stdout, stderr and stdin of a channel.
 
-    Both outputs share the channel's flow control: whoever reads one to its end before the other waits for ever once
-    the other has filled the window (paramiko#1778), and so does whoever waits for the exit status first.
+    Both outputs share the channel's flow control: reading one to its end before the other waits for ever once
+    the other has filled the window (paramiko#1778), and so does waiting for the exit status first.
 
     The command's input follows its first mark: until then a shell may read ahead.
     """
@@ -60,7 +60,7 @@ class ChannelOutput:
 
     @property
     def noise(self) -> bytes:
-        """What was printed before the command began; all, where it never did."""
+        """Return what was printed before the command began; all of it, if the command never began."""
         return self._out.noise
 
     def next(self, timeout_s: float) -> bytes | None:

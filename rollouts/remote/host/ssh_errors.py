@@ -52,7 +52,7 @@ def _host_key(who: str, hop: Hop, error: Exception) -> TransportError | None:
             f"{who}: the host's certificate does not count.",
             found=f"{shows}\n{error.reason}",
             needed=f"a certificate for {hop.known_as[-1]} by a @cert-authority of {files}",
-            fix="ask whoever runs the host",
+            fix="ask the host's administrator",
         )
     if isinstance(error, ChangedHostKey):
         known = "\n".join(f"{fingerprint(key)}, as in {key.where}" for key in error.expected)

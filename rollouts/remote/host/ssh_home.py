@@ -27,7 +27,7 @@ def account_home() -> Path:
 
 
 def config_for_home(directory: Path) -> tuple[list[str], dict[str, str]]:
-    """Return the options that make ssh read this HOME's configuration, and what the files in `directory` stand for."""
+    """Return the options that make ssh read this HOME's configuration, and what the files in `directory` replace."""
     if os.path.realpath(home()) == os.path.realpath(account_home()):
         return [], {}
     names: dict[str, str] = {}

@@ -15,7 +15,7 @@ FAMILIES = {"inet": socket.AF_INET, "inet6": socket.AF_INET6}
 
 
 def open_tcp(hop: Hop) -> socket.socket:
-    """Connect, trying every address. Raises OSError: the first one's, as it is the one that is meant."""
+    """Connect, trying every address. Raises OSError: the first address's, since that one is meant."""
     family = FAMILIES.get(hop.values.get("addressfamily", ""), socket.AF_UNSPEC)
     source = hop.values.get("bindaddress")
     first_error: OSError | None = None

@@ -1,7 +1,7 @@
 """How the control side reaches a host: run a command, follow a command's lines, copy with rsync.
 
 Two transports behind one protocol: `LocalTransport` here, `SSHTransport` in ssh.py. A command is always a list of
-words; where a shell stands in between, it is one line that framing.py makes. `cwd` is entered on the host.
+words; where a shell is in between, it is one line that framing.py makes. `cwd` is entered on the host.
 """
 
 import re
@@ -36,11 +36,11 @@ class Stream(Protocol):
     """A running command whose output is read line by line, and whose stdin stays open until `close`."""
 
     def lines(self, *, idle_timeout_s: float) -> Iterator[bytes]:
-        """Each line with its end, until the command ends. TransportError(lost) when none came for that long."""
+        """Yield each line with its end, until the command ends. TransportError(lost) when none came for that long."""
         ...
 
     def end(self) -> Completed:
-        """After `lines` is exhausted: the exit code and the last of stderr (stdout is empty)."""
+        """Return the exit code and the last of stderr, after `lines` is exhausted (stdout is empty)."""
         ...
 
     def close(self) -> None:
@@ -54,21 +54,21 @@ class Transport(Protocol):
     target: str  # as the user typed it
 
     def run(self, argv: Sequence[str], *, stdin: bytes = b"", cwd: str | None = None, timeout_s: float) -> Completed:
-        """Ends within timeout_s or raises TransportError."""
+        """Run a command. It ends within timeout_s, or TransportError is raised."""
         ...
 
     def stream(self, argv: Sequence[str], *, first_line: bytes, cwd: str | None = None) -> Stream: ...
 
     def notes(self) -> tuple[str, ...]:
-        """Settings for the way to the host that are not followed. Raises DeployError where they cannot be read."""
+        """Return settings for the way to the host that are not followed. Raises DeployError if they cannot be read."""
         ...
 
     def rsync_options(self) -> list[str]:
-        """What an rsync command needs to reach the host."""
+        """Return what an rsync command needs to reach the host."""
         ...
 
     def rsync_path(self, path: str) -> str:
-        """`path` on the host, as rsync's source or destination."""
+        """Return `path` on the host, as rsync's source or destination."""
         ...
 
     def close(self) -> None: ...
@@ -84,14 +84,14 @@ class Target:
 
 
 def parse_target(text: str) -> Target:
-    """Take `[ssh://][user@]host[:port]` apart; an IPv6 address with a port stands in brackets. Raises DeployError."""
+    """Take `[ssh://][user@]host[:port]` apart; an IPv6 address with a port is in brackets. Raises DeployError."""
     match = re.fullmatch(
         r"(?:(?P<user>[^@\s:/]+)@)?(?:\[(?P<v6>[0-9A-Fa-f:.%\w]+)\]|(?P<host>[^\s:@\[\]/-][^\s:@\[\]/]*))(?::(?P<port>\d+))?",
         re.sub(r"^ssh://(.*?)/?$", r"\1", text),
     )
     if match is None:
         raise DeployError(
-            f"--remote {text!r} is no host.",
+            f"--remote {text!r} is not a valid host.",
             needed="[user@]host[:port], ssh://[user@]host[:port], or the name of a Host in ~/.ssh/config",
             fix="for example --remote ubuntu@203.0.113.7:2222",
         )

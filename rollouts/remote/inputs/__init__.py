@@ -38,7 +38,7 @@ NO_INPUTS = Inputs(paths={}, problems=(), syntax=(), notes=(), rows={}, paramete
 
 
 def named_paths(config: Config) -> list[str]:
-    """The model and data names of a config: hub ids, or paths; a replay's rollouts.jsonl too."""
+    """Return the model and data names of a config: hub ids, or paths; a replay's rollouts.jsonl too."""
     data, rl = config.data, config.rl if "rl" in config.stages else None
     specs = [s for s in (*data.sft_mixture, *data.rl_mixture, *data.eval_mixture) if s.format not in MADE_HERE]
     replayed = [rl.sampling.source] if rl and not config.uses_engine else []
@@ -47,7 +47,7 @@ def named_paths(config: Config) -> list[str]:
 
 
 def locate(root: Path, name: str, files: Sequence[str]) -> Located:
-    """Where `name` leads among `files` of the repository at `root`."""
+    """Return where `name` leads among `files` of the repository at `root`."""
     return SentFiles(root, files).locate(name)
 
 
@@ -98,7 +98,7 @@ def _contents(config: Config, sent: SentFiles, names: Sequence[str]) -> Iterator
 
 
 def _pins(config: Config, root: Path) -> Iterator[Problem]:
-    """Files whose text goes along in the plan: pointers have none."""
+    """Return the files whose text goes along in the plan: pointers have none."""
     lock = config.engine.requirements_file if config.engine and config.uses_engine else None
     for file in (config.host.constraints_file, lock):
         problem = pointer_problem(root, file) if file else None

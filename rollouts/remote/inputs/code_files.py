@@ -30,7 +30,7 @@ class CodeFindings:
 
 
 def dotted_names(config: Config) -> dict[str, str]:
-    """Field -> dotted path, of those that the run will use."""
+    """Return the dotted paths that the run will use, by field."""
     rl = config.rl
     if rl is None or "rl" not in config.stages or not config.uses_engine:
         return {}
@@ -44,7 +44,7 @@ def dotted_names(config: Config) -> dict[str, str]:
 
 
 def look_at_code(config: Config, sent: SentFiles, requirements: Sequence[str]) -> CodeFindings:
-    """Everything that can be known of the config's dotted names without importing anything."""
+    """Return everything that can be known of the config's dotted names without importing anything."""
     found = CodeFindings()
     on_host = any(part.startswith("/") for part in config.host.env.get("PYTHONPATH", "").split(":"))
     reader = _Reader(sent, _search_path(config), requirements, found, searches_host=on_host)
@@ -57,7 +57,7 @@ def look_at_code(config: Config, sent: SentFiles, requirements: Sequence[str]) -
 
 
 def _search_path(config: Config) -> list[str]:
-    """Folders of the tree that the trainer imports from: its root, and what host.env's PYTHONPATH adds."""
+    """Return folders of the tree that the trainer imports from: its root, and what host.env's PYTHONPATH adds."""
     more = config.host.env.get("PYTHONPATH", "").split(":")
     return ["", *(part.strip("/").removeprefix("./") for part in more if part and not part.startswith("/"))]
 
@@ -72,7 +72,7 @@ class _Reader:
     modules: dict[str, Module | None] = field(default_factory=dict)  # by file
 
     def check(self, config_field: str, dotted: str) -> None:
-        """One dotted path: a problem, a note, or nothing."""
+        """Check one dotted path: it adds a problem, a note, or nothing."""
         name, _, attribute = dotted.rpartition(".")
         where = self._find(name)
         if self._is_installed(name):
@@ -106,7 +106,7 @@ class _Reader:
             )
         elif attribute in module.constants:
             line = module.names[attribute]
-            self._add(f"{config_field}={dotted!r} is no function.", found=f"{file}:{line}: it is a plain value")
+            self._add(f"{config_field}={dotted!r} is not a function.", found=f"{file}:{line}: it is a plain value")
         elif config_field in TAKES_ONE and source is module and attribute in module.functions:
             self._check_arguments(config_field, dotted, file, module.functions[attribute])
         self._follow(file, name)
@@ -122,7 +122,7 @@ class _Reader:
             )
 
     def _defines(self, module: Module, attribute: str, seen: set[str]) -> Module | None:
-        """The module that makes `attribute`; re-exported names are looked up where they come from."""
+        """Return the module that makes `attribute`; re-exported names are looked up where they come from."""
         if attribute not in module.names:
             return module if module.is_open else None
         source, original = module.imported.get(attribute, ("", ""))
@@ -135,7 +135,7 @@ class _Reader:
         return module if inner is None else self._defines(inner, original, seen | {where.file})
 
     def keys_of(self, dotted: str) -> dict[str, int]:
-        """The columns that a reward function takes from its prompt's row."""
+        """Return the columns that a reward function takes from its prompt's row."""
         name, _, attribute = dotted.rpartition(".")
         where = self._find(name)
         if where is None or where.state != "sent" or where.file in self.sent.folders:
@@ -145,7 +145,7 @@ class _Reader:
         return required_keys(function) if function else {}
 
     def _follow(self, file: str, name: str) -> None:
-        """Modules that are imported from here on, and lie here without being sent."""
+        """Return modules that are imported from here on, and lie here without being sent."""
         todo, seen = [(file, name)], set[str]()
         while todo and len(seen) < MODULES_MAX:
             file, name = todo.pop()
@@ -163,7 +163,7 @@ class _Reader:
     # --- finding and reading ----------------------------------------------------------------------------------------
 
     def _find(self, name: str) -> Located | None:
-        """The file of a module in the tree, sent or not; None where there is none here."""
+        """Return the file of a module in the tree, sent or not; None if it is not here."""
         folder: Located | None = None
         for base in self.search:
             path = "/".join(filter(None, [base, *name.split(".")]))
@@ -177,8 +177,10 @@ class _Reader:
         return folder
 
     def _is_installed(self, name: str) -> bool:
-        """Is it of a required package? A folder here without an __init__.py does not hide that, nor does a file that
-        is not sent."""
+        """Return whether it belongs to a required package.
+
+        A folder without an __init__.py does not hide that, nor does a file that is not sent.
+        """
         top = name.partition(".")[0]
         required = {re.split(r"[^\w.-]", line.strip())[0].lower().replace("-", "_") for line in self.requirements}
         where = self._find(top)
@@ -242,6 +244,6 @@ class _Reader:
 
 
 def _ships_with_us(name: str) -> bool:
-    """Is it a module of the rollouts package that this program is part of?"""
+    """Return whether it is a module of the rollouts package that this program is part of."""
     path = Path(__file__).resolve().parents[3].joinpath(*name.split("."))
     return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()

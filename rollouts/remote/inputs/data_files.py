@@ -50,7 +50,7 @@ def count_rows(spec: DatasetSpec, sent: SentFiles) -> RowCount:
 
 
 def _selected(spec: DatasetSpec, rows: int | None) -> int | None:
-    """How many of `rows` (None: without end) the slice, the maximum and the repetitions leave."""
+    """Return how many of `rows` (None: without end) the slice, the maximum and the repetitions leave."""
     ends = [end for end in (rows, None if spec.stop == -1 else spec.stop) if end is not None]
     counts = [len(range(spec.start, max(spec.start, min(ends)), spec.step))] if ends else []
     counts += [spec.max_samples] if spec.max_samples != -1 else []
@@ -58,7 +58,7 @@ def _selected(spec: DatasetSpec, rows: int | None) -> int | None:
 
 
 def _rows_here(spec: DatasetSpec, sent: SentFiles) -> int | None:
-    """Rows of a .jsonl file or a data folder that is sent; None where its files leave a doubt."""
+    """Return rows of a .jsonl file or a data folder that is sent; None where its files leave a doubt."""
     where = sent.locate(spec.name)
     if spec.name.startswith("/") or where.state != "sent":
         return None
@@ -81,7 +81,7 @@ def _rows_here(spec: DatasetSpec, sent: SentFiles) -> int | None:
 
 
 def _card(folder: Path) -> str | None:
-    """The text of a folder's README.md; None for one that cannot be read."""
+    """Return the text of a folder's README.md; None for one that cannot be read."""
     try:
         return read_plain(folder / "README.md").decode("utf-8")
     except (OSError, ValueError):
@@ -89,7 +89,7 @@ def _card(folder: Path) -> str | None:
 
 
 def absent_columns(specs: Sequence[DatasetSpec], keys: Iterable[str], sent: SentFiles) -> list[str]:
-    """Of `keys`, those that no prompt of these data sets has; [] where any of the data is not a file here."""
+    """Return those of `keys` that no prompt of these data sets has; [] if any of the data is not a file here."""
     wanted = [key for key in keys if key not in COLUMNS_MADE]
     for spec in specs:
         where = sent.locate(spec.name)
@@ -104,7 +104,7 @@ def absent_columns(specs: Sequence[DatasetSpec], keys: Iterable[str], sent: Sent
 
 
 def _columns(file: Path, wanted: set[str]) -> set[str] | None:
-    """Which of `wanted` some row of a .jsonl file has. None for a file that cannot be told: too large, damaged."""
+    """Return which of `wanted` some row of a .jsonl file has. None if that cannot be told: too large, damaged."""
     present = set[str]()
     try:
         if file.stat().st_size > READ_BYTES_MAX:
@@ -127,7 +127,7 @@ def _columns(file: Path, wanted: set[str]) -> set[str] | None:
 def contents_problems(
     sent: SentFiles, name: str, *, kind: Literal["model", "data"], weights: bool
 ) -> Iterator[Problem]:
-    """Why a file or folder that is sent would be another on the host: links out, pointers, ignored parts."""
+    """Return why a file or folder that is sent would be another on the host: links out, pointers, ignored parts."""
     where = sent.locate(name)
     if where.state != "sent":
         return
@@ -179,7 +179,7 @@ def _shards(folder: Path) -> set[str]:
 
 
 def count_parameters(folder: Path, *, from_weights: bool) -> int | None:
-    """A local model's parameters: of its safetensors' headers, else of its config.json; None where neither tells."""
+    """Count a local model's parameters, by its safetensors' headers or its config.json; None if neither tells."""
     counts = [_tensor_elements(file) for file in sorted(folder.glob("*.safetensors"))] if from_weights else []
     if counts and None not in counts:
         return sum(filter(None, counts))

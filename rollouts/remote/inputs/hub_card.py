@@ -15,7 +15,7 @@ class _NotPlainError(ValueError):
 
 
 def has_configs(card: str) -> bool:
-    """Whether the card says which files are whose; else their names do."""
+    """Return whether the card says which files belong to which config; else the files' names do."""
     front = _FRONT.match(card)
     return front is not None and re.search(r"^configs\s*:", front[1], re.MULTILINE) is not None
 
@@ -54,7 +54,7 @@ def _listed(value: Any) -> list[str]:
 
 
 def _matches(file: str, pattern: str) -> bool:
-    """Folder by folder; "**" is not read here."""
+    """Match folder by folder; "**" is not read here."""
     if "**" in pattern:
         raise _NotPlainError(pattern)
     names, parts = file.split("/"), pattern.removeprefix("./").split("/")
@@ -65,7 +65,7 @@ def _matches(file: str, pattern: str) -> bool:
 
 
 def _section(text: str, name: str) -> Lines:
-    """The lines below a key of the outermost level."""
+    """Return the lines below a key of the outermost level."""
     lines = [(len(line) - len(line.lstrip()), line.strip()) for line in text.splitlines()]
     lines = [(indent, line) for indent, line in lines if line and not line.startswith("#")]
     start = next((at for at, line in enumerate(lines) if line == (0, f"{name}:")), None)
@@ -92,7 +92,7 @@ def _value(lines: Lines) -> Any:
 
 
 def _item(part: Lines) -> Any:
-    """An item of a list, without its dash."""
+    """Return an item of a list, without its dash."""
     indent, head = part[0]
     bare = head[1:].lstrip()
     if not bare:
@@ -102,7 +102,7 @@ def _item(part: Lines) -> Any:
 
 
 def _parts(lines: Lines) -> Iterator[Lines]:
-    """Lines cut at each that is as far in as the first; a list may stand as far in as the key that it belongs to."""
+    """Cut lines at each that is indented like the first; a list may be indented like the key that it belongs to."""
     first, is_list = lines[0][0], lines[0][1].startswith("-")
     part: Lines = []
     for indent, text in lines:

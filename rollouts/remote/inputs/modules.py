@@ -90,7 +90,7 @@ def _absolute(node: ast.ImportFrom, package: str) -> str:
 
 
 def _never_here(test: ast.expr) -> bool:
-    """`if TYPE_CHECKING:` and `if __name__ == "__main__":` do not run when the module is imported."""
+    """Return whether it is `if TYPE_CHECKING:` or `if __name__ == "__main__":`, which an import does not run."""
     if isinstance(test, ast.Name | ast.Attribute):
         return (test.id if isinstance(test, ast.Name) else test.attr) == "TYPE_CHECKING"
     return isinstance(test, ast.Compare) and isinstance(test.left, ast.Name) and test.left.id == "__name__"
@@ -104,7 +104,7 @@ def _blocks(node: ast.stmt) -> Iterator[Sequence[ast.stmt]]:
 
 
 def _stored(node: ast.AST) -> Iterator[tuple[str, int]]:
-    """Names that a statement binds. Inner scopes bind their own; the blocks of `if` are read apart."""
+    """Return the names that a statement binds. Inner scopes bind their own; the blocks of `if` are read apart."""
     if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
         yield node.id, node.lineno
     elif isinstance(node, ast.MatchAs | ast.MatchStar) and node.name:
@@ -124,7 +124,7 @@ def _read_constant(module: Module, node: ast.stmt) -> None:
 
 
 def takes_one_argument(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """Can it be called with one positional argument and nothing else?"""
+    """Return whether it can be called with one positional argument and nothing else."""
     arguments = function.args
     positional = len(arguments.posonlyargs) + len(arguments.args)
     needed = positional - len(arguments.defaults)
@@ -136,7 +136,7 @@ def takes_one_argument(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool
 
 
 def required_keys(function: ast.FunctionDef | ast.AsyncFunctionDef) -> dict[str, int]:
-    """The keys that a reward takes from `sample.prompt` by subscript, with lines.
+    """Return the keys that a reward takes from `sample.prompt` by subscript, with lines.
 
     Left out: those it asks for first, writes itself, or reads only where the row's other columns say so.
     """
@@ -164,7 +164,7 @@ def required_keys(function: ast.FunctionDef | ast.AsyncFunctionDef) -> dict[str,
 def _first_guard(
     function: ast.AST, nodes: Sequence[ast.AST], sample: str, rows: set[str]
 ) -> tuple[float, list[ast.AST]]:
-    """The line of the first choice that the row alone decides, and what its question is made of.
+    """Return the line of the first choice that the row alone decides, and what its question is made of.
 
     From there on, what is read depends on what kind of row it is.
     """
@@ -188,7 +188,7 @@ def _questions(node: ast.AST) -> list[ast.expr]:
 
 
 def _of_the_row(test: ast.expr, sample: str, rows: set[str], others: set[str]) -> bool:
-    """Does it read the row, and none of the function's other values?"""
+    """Return whether it reads the row, and none of the function's other values."""
     prompts = [node for node in ast.walk(test) if isinstance(node, ast.expr) and _is_prompt(node, sample, rows)]
     if (
         isinstance(test, ast.Compare)
@@ -217,7 +217,7 @@ def _is_prompt(node: ast.expr, sample: str, rows: set[str]) -> bool:
 
 
 def _is_question(node: ast.Compare | ast.Call, part: ast.AST) -> bool:
-    """A text in `"tests" in row`, `row.get("tests")` or `row.setdefault("tests", [])`."""
+    """Return whether it is a text in `"tests" in row`, `row.get("tests")` or `row.setdefault("tests", [])`."""
     if not (isinstance(part, ast.Constant) and isinstance(part.value, str)):
         return False
     if isinstance(node, ast.Compare):

@@ -12,7 +12,7 @@ from rollouts.remote.errors import Problem
 Locality = Literal["sent", "not sent", "missing"]
 LINKS_MAX = 40  # in a row, as in the kernel
 POINTER_BYTES_MAX = 1024
-POINTERS = {  # how a file begins that only stands for the real one, and what brings that
+POINTERS = {  # how a pointer to the real file begins, and what fetches that file
     b"version https://git-lfs": "git lfs pull",
     b"version https://hawser": "git lfs pull",
     b"/annex/objects/": "git annex get",
@@ -21,7 +21,7 @@ POINTERS = {  # how a file begins that only stands for the real one, and what br
 
 @dataclass(frozen=True)
 class Located:
-    """What stands behind a name."""
+    """What a name leads to."""
 
     name: str  # as the config has it
     state: Locality
@@ -73,11 +73,11 @@ class SentFiles:
         return "not sent" if (self.root / name).exists() else "missing"
 
     def below(self, folder: str) -> Iterator[str]:
-        """The files that are sent in `folder`, at any depth; those behind a link to a folder are not among them."""
+        """Return the files that are sent in `folder`, at any depth; not those behind a link to a folder."""
         return (file for file in sorted(self.files) if not folder or file.startswith(folder + "/"))
 
     def left_behind(self, folder: str) -> Iterator[str]:
-        """Files in `folder` here that are not sent."""
+        """Return files in `folder` here that are not sent."""
         for directory, _, names in os.walk(self.root / folder):
             for name in sorted(names):
                 file = os.path.relpath(os.path.join(directory, name), self.root)
@@ -91,7 +91,7 @@ def _folders(file: str) -> Iterator[str]:
 
 
 def path_problem(found: Located) -> Problem | None:
-    """Why what `found` names would not reach the host; None where it would, or where it is not here at all."""
+    """Return why what `found` names would not reach the host; None if it would, or is not here at all."""
     name, links = found.name, "\n".join(found.links)
     needed = "a path that git lists, an absolute path on the host, or a hub id"
     copy = f"copy it to the host and name it there: /…/{Path(name).name}"
@@ -112,7 +112,7 @@ def path_problem(found: Located) -> Problem | None:
 
 
 def pointer_problem(root: Path, file: str) -> Problem | None:
-    """Why `file` is not what it seems to be: a pointer of git-lfs or git-annex; None where it is."""
+    """Return why `file` is not what it seems to be, a pointer of git-lfs or git-annex; None if it is."""
     try:
         if (root / file).stat().st_size > POINTER_BYTES_MAX:
             return None

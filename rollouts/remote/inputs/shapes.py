@@ -53,7 +53,7 @@ class Shape:
 
     @property
     def table(self) -> int:
-        """Elements of the embeddings; of an output head of its own there are as many."""
+        """Return the elements of the embeddings; a separate output head has as many."""
         return self.vocabulary * self.hidden
 
     @property
@@ -62,7 +62,7 @@ class Shape:
 
     @cached_property
     def matrices(self) -> int:
-        """Elements of all layers' matrices: what Muon moves."""
+        """Return the elements of all layers' matrices: what Muon moves."""
         attention = self.hidden * (2 * self.queries + 2 * self.keys)
         dense = 3 * self.hidden * self.dense_mlp
         if not self.experts:
@@ -75,7 +75,7 @@ class Shape:
 
     @cached_property
     def vectors(self) -> int:
-        """Elements of norms and biases."""
+        """Return elements of norms and biases."""
         biases = self.queries + 2 * self.keys if self.has_qkv_bias else 0
         norms = self.layer_norms + (2 * self.head if self.has_head_norms else 0)
         return self.layers * (biases + norms) + self.hidden
@@ -86,11 +86,11 @@ class Shape:
 
     @property
     def layer(self) -> int:
-        """Parameters of one layer, on average."""
+        """Return parameters of one layer, on average."""
         return (self.matrices + self.vectors) // self.layers
 
     def cache_bytes(self, width: int) -> int:
-        """Bytes of a token's keys and values in all layers; `width`: of one number."""
+        """Return the bytes of a token's keys and values in all layers; `width`: bytes of one number."""
         return 2 * self.layers * self.keys * width
 
 
@@ -99,7 +99,7 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
     kind = config.get("model_type")
     if kind not in (*DENSE, *EXPERTS, *OTHERS):
         known = ", ".join((*DENSE, *EXPERTS, *OTHERS))
-        raise ShapeError(f"model_type={kind!r} is none whose parameters are counted here ({known})")
+        raise ShapeError(f"model_type={kind!r} is not one of those whose parameters are counted here ({known})")
     biased = [name for name in ("attention_bias", "mlp_bias") if config.get(name) and kind != "qwen2_moe"]
     if biased:
         raise ShapeError(f"{biased[0]}=true of model_type={kind!r} is not counted here")

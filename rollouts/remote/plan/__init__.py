@@ -44,7 +44,7 @@ class Plan:
     summary: tuple[str, ...] = ()  # what each stage reads, does and writes
     memory: tuple[str, ...] = ()  # a table of what each GPU holds in each stage
     warnings: tuple[str, ...] = ()  # what may be meant, and usually is not
-    launch: LaunchPlan | None  # None where the host lacks what the plan rests on (a Python)
+    launch: LaunchPlan | None  # None if the host lacks what the plan needs (a Python)
 
     def to_json(self) -> dict[str, Any]:
         return {"type": "plan", **asdict(self)}

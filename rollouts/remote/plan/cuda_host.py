@@ -29,12 +29,12 @@ DATA_CENTRE = re.compile(r"^(NVIDIA |Tesla )?(Tesla\b|[ABHLTV]\d+S?\b|GH\d+|GB[2
 
 
 def engine_of(config: Config) -> EngineConfig | None:
-    """Return the engine that the run starts; None for none."""
+    """Return the engine that the run starts; None if it starts none."""
     return config.engine if config.uses_engine else None
 
 
 def driver_problems(config: Config, facts: HostFacts, code: Code, target: str) -> Iterator[Problem]:
-    """Hold the driver against the CUDA of each environment."""
+    """Compare the driver with the CUDA of each environment."""
     have = version_numbers(facts.driver or "")
     if not have or has_compat(config, facts):
         return
@@ -75,7 +75,7 @@ def old_driver(facts: HostFacts, target: str, what: str, needed: tuple[int, ...]
 
 
 def has_compat(config: Config, facts: HostFacts) -> bool:
-    """Return whether the config says that cuda-compat stands in for a newer driver."""
+    """Return whether the config says that cuda-compat replaces a newer driver."""
     named = "compat" in config.host.env.get("LD_LIBRARY_PATH", "")
     return named and all(DATA_CENTRE.match(gpu.name) for gpu in facts.gpus)
 
@@ -102,7 +102,7 @@ def toolchain_problems(config: Config, facts: HostFacts, target: str) -> Iterato
 
 
 def libc_problems(facts: HostFacts, target: str, kind: str) -> Iterator[Problem]:
-    """Hold the host's C library against the wheels of an engine, or of torch."""
+    """Compare the host's C library with the wheels of an engine, or of torch."""
     libc = facts.cuda.libc
     found = re.search(r"(?:glibc|GLIBC|GNU libc)\D*(\d+\.\d+)", libc)
     least = GLIBC_MIN.get(kind, GLIBC_MIN[""])
@@ -142,7 +142,7 @@ def no_headers(target: str, python: str, version: str, users: str) -> Problem:
 
 
 def weights_shm_problems(config: Config, facts: HostFacts, code: Code, target: str) -> Iterator[Problem]:
-    """Hold /dev/shm against two copies of the weights, by the model's files or its name."""
+    """Compare /dev/shm with two copies of the weights, by the model's files or its name."""
     engine, free = engine_of(config), facts.cuda.shm_free_mib
     if engine is None or not engine.weight_sync.on_tmpfs or engine.weight_sync.kind != "disk" or free is None:
         return
@@ -171,7 +171,7 @@ def small_shm(facts: HostFacts, target: str, needed: str, size: str) -> Problem:
 
 
 def allocator_problems(config: Config, facts: HostFacts, target: str) -> Iterator[Problem]:
-    """Refuse growing segments that the host's own variables ask for; the config's checks refuse its own."""
+    """Refuse growing segments that the host's own variables ask for; the config's checks refuse the config's."""
     engine = engine_of(config)
     if engine is None or engine.weight_sync.kind != "tensor":
         return
@@ -186,7 +186,7 @@ def allocator_problems(config: Config, facts: HostFacts, target: str) -> Iterato
 
 
 def dtype_problems(config: Config) -> Iterator[Problem]:
-    """Refuse float32 where the engine's kernels have half precision alone."""
+    """Refuse float32 if the engine's kernels have half precision alone."""
     engine = engine_of(config)
     if engine is not None and engine.kind in COMPILING_ENGINES and config.model.dtype == "float32":
         yield Problem(

@@ -93,7 +93,7 @@ def plan_steps(config: Config, facts: HostFacts, code: Code, launch: LaunchPlan,
 def _python_words(environment: EnvironmentSpec) -> str:
     if environment.base_python:
         return f"Python {environment.python_version}"
-    return f"Python {environment.python_version}, installed there by uv, since the host has none that fits"
+    return f"Python {environment.python_version}, installed there by uv, since no Python of the host fits"
 
 
 def watch_step(local_dir: str) -> PlanStep:

@@ -28,7 +28,7 @@ from rollouts.remote.plan.cuda_host import (
 from rollouts.remote.plan.torch_build import DRIVER_MIN, version_numbers
 from rollouts.remote.repository import Code
 
-GPU_FREE_SHARE_MIN = 0.9  # a device with less free memory is someone's
+GPU_FREE_SHARE_MIN = 0.9  # a device with less free memory is in use
 SHM_NCCL_MIB = 512  # NCCL's own segments between ranks take less
 UNREACHED = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES that name no card
 
@@ -36,7 +36,7 @@ UNREACHED = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES that name
 def gpu_problems(
     config: Config, facts: HostFacts, code: Code, target: str, *, busy_ok: bool = False
 ) -> Iterator[Problem]:
-    """List what is known to fail: missing cards, cards in no state to be used, and what the host lacks for CUDA."""
+    """List what is known to fail: missing cards, cards that cannot be used, and what the host lacks for CUDA."""
     yield from weights_shm_problems(config, facts, code, target)
     if config.target.device_type != "cuda":
         return
@@ -86,13 +86,13 @@ def gpu_notes(config: Config, facts: HostFacts) -> Iterator[str]:
         return
     for gpu in _named(config, facts):
         if gpu.unreadable and not is_broken(gpu):
-            yield f"GPU {gpu.index} ({gpu.name}) tells no memory ({gpu.unreadable}): whether it is free is not known"
+            yield f"GPU {gpu.index} ({gpu.name}) reports no memory ({gpu.unreadable}): whether it is free is not known"
         if _exclusive(gpu) and facts.cuda.mps:
             yield f"GPU {gpu.index} is in {gpu.compute_mode} mode, and an MPS server shares it"
     if facts.gpus and facts.gpu_problem:
         yield f"nvidia-smi also said: {facts.gpu_problem}"
     if facts.driver and has_compat(config, facts):
-        yield "host.env names cuda-compat: the driver is not held against the CUDA of the environments"
+        yield "host.env names cuda-compat: the driver is not compared with the CUDA of the environments"
 
 
 def host_advice(facts: HostFacts, target: str) -> Iterator[Problem]:
@@ -134,7 +134,7 @@ def card_problems(gpu: Gpu, target: str) -> Iterator[Problem]:
         yield Problem(
             f"{target}: GPU {gpu.index} cannot be read.",
             found=f"{describe_gpu(gpu)} (nvidia-smi)",
-            needed="a card that tells its memory: this one may have fallen off the bus",
+            needed="a card that reports its memory: this one may have fallen off the bus",
             fix="look for `NVRM: Xid` in `dmesg` there, and reboot the host; or name another card",
         )
     if gpu.mig == "Enabled":
@@ -162,7 +162,7 @@ def _exclusive_problem(gpu: Gpu, target: str, needed: str) -> Problem:
         f"{target}: GPU {gpu.index} takes one process at a time.",
         found=describe_gpu(gpu),
         needed=needed,
-        fix=f"on the host, as root: nvidia-smi -i {gpu.index} -c DEFAULT; or give each a card of its own",
+        fix=f"on the host, as root: nvidia-smi -i {gpu.index} -c DEFAULT; or give each its own card",
     )
 
 
@@ -237,7 +237,7 @@ def _busy_problem(config: Config, facts: HostFacts, gpu: Gpu, target: str) -> Pr
 
 
 def is_free(gpu: Gpu, facts: HostFacts) -> bool:
-    """Return whether nobody else seems to use a card."""
+    """Return whether a card seems to be unused."""
     enough = gpu.memory_free_mib >= GPU_FREE_SHARE_MIN * gpu.memory_total_mib
     return enough and not holders(gpu, facts.gpu_processes)
 
@@ -258,7 +258,7 @@ def _visible_problems(config: Config, facts: HostFacts, target: str) -> Iterator
             f"{target} gives this user other GPUs than {outside}.",
             found=f"CUDA_VISIBLE_DEVICES={value!r} is set there, by a scheduler or the shell's start-up files",
             needed=_wanted(config),
-            fix="name those cards, by nvidia-smi's index, or unset it there if all cards are yours",
+            fix="name those cards, by nvidia-smi's index, or unset it there if you may use all cards",
         )
 
 

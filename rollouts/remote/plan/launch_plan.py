@@ -57,7 +57,7 @@ def environment_key(
 
 
 def read_lock(text: str) -> tuple[list[str], list[str]]:
-    """(requirements, those marked `# no-deps`) of a requirements file; comments and empty lines left out."""
+    """Return (requirements, those marked `# no-deps`) of a requirements file, without comments and empty lines."""
     plain: list[str] = []
     no_deps: list[str] = []
     for line in text.splitlines():
@@ -104,7 +104,7 @@ def _environment(
 
 
 def _environments(config: Config, facts: HostFacts, code: Code) -> list[EnvironmentSpec]:
-    """The trainer's, and the engine's own where it has a lock."""
+    """Return the trainer's environment, and the engine's if it has a lock."""
     assert code.constraints is not None and code.engine_requirements is not None
     trainer = _environment("trainer", config, facts, list(code.requirements), constraints=code.constraints, no_deps=[])
     requirements, no_deps = read_lock(code.engine_requirements)
@@ -114,7 +114,7 @@ def _environments(config: Config, facts: HostFacts, code: Code) -> list[Environm
 
 
 def launch_plan(config: Config, facts: HostFacts, code: Code, run_id: str) -> LaunchPlan:
-    """Environments, command lines and time limits of the run."""
+    """Decide environments, command lines and time limits of the run."""
     assert facts.python is not None
     path = str(run_path(facts.home, run_id))
     environments = _environments(config, facts, code)
@@ -156,7 +156,7 @@ def _smoke(config: Config, facts: HostFacts, run: RunDir, environments: list[Env
 
 
 def _hub_models(config: Config, code: Code) -> list[HubModel]:
-    """List what the hub is asked for: names that are no path, of the model and of a KL reference that is used."""
+    """List what the hub is asked for: names that are not paths, of the model and of a KL reference that is used."""
     rl = config.rl if "rl" in config.stages else None
     weights = config.model.init == "pretrained" and config.output.source_checkpoint is None
     named = {config.model.name: weights}
@@ -199,9 +199,9 @@ def _stage(
 
 
 def _torchrun(config: Config, run: RunDir, stage: str, python: str) -> tuple[str, ...]:
-    """Ranks that find each other through files of the run directory.
+    """Start ranks that find each other through files of the run directory.
 
-    torchrun's own store (`--standalone`) listens on every address, and unpickles what anybody writes into it.
+    torchrun's own store (`--standalone`) listens on every address, and unpickles whatever is written into it.
     """
     return (
         *(python, "-m", "torch.distributed.run"),
@@ -247,7 +247,7 @@ def _engine_env(config: Config, facts: HostFacts, run: RunDir, devices: list[int
 
 
 def _router(config: Config, facts: HostFacts, engine: EngineConfig, python: str) -> ProcessSpec:
-    """Started and watched like the engines that it stands in front of; it is ready once they are."""
+    """Return the router's process. It is started and watched like the engines, and is ready once they are."""
     return ProcessSpec(
         window="router",
         argv=list(router_argv(engine, python=python, request_timeout_s=config.limits.sample_timeout_s)),
@@ -258,7 +258,7 @@ def _router(config: Config, facts: HostFacts, engine: EngineConfig, python: str)
 
 
 def _start_model(config: Config, code: Code, run: RunDir, *, after_sft: bool) -> str:
-    """What the engine of the RL stage serves first: the policy that RL starts from."""
+    """Return what the engine of the RL stage serves first: the policy that RL starts from."""
     if after_sft:
         return str(run.latest_checkpoint("sft"))
     if config.output.source_checkpoint:

@@ -1,5 +1,7 @@
-"""What a run would come to, as far as it can be known beforehand: sizes in a researcher's words, and what cannot be
-meant. Pure: config + facts + code → problems, warnings, a summary."""
+"""What a run would do, as far as it is known beforehand: its sizes in a researcher's words, and likely mistakes.
+
+Pure: config + facts + code → problems, warnings, a summary.
+"""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -32,7 +34,7 @@ class Rows:
 
 
 def mixture_rows(code: Code, name: str) -> Rows:
-    """Of data.<name>, as they were counted here."""
+    """Return the rows of data.<name>, as they were counted here."""
     counts: Sequence[RowCount] = code.inputs.rows.get(name, ())
     known = [count.rows for count in counts if count.rows is not None]
     whole = 0 < len(known) == len(counts)
@@ -43,7 +45,7 @@ def mixture_rows(code: Code, name: str) -> Rows:
 
 
 def ahead_problems(config: Config, facts: HostFacts, code: Code, target: str) -> Iterator[Problem]:
-    """What would end or spoil the run later, known already now."""
+    """Return what would end or spoil the run later, and is known already now."""
     yield from _port_problems(config, facts, target)
     yield from code.inputs.problems
     version = [int(part) for part in facts.python_version.split(".")[:2] if part.isdigit()]
@@ -60,15 +62,15 @@ def _port_problems(config: Config, facts: HostFacts, target: str) -> Iterator[Pr
         shared = [port for port in row.get("ports") or [] if port in wanted] if row["live"] else []
         if shared:
             yield Problem(
-                f"{target}: port {shared[0]} is what the live run {row['run_id']} will use.",
+                f"{target}: the live run {row['run_id']} will use port {shared[0]}.",
                 found=f"{row['run_id']}, {row['state']}, stage {row['stage']}; its engines' ports: {row['ports']}",
-                needed=f"ports of its own: {required_ports(config)}",
+                needed=f"ports that no other run uses: {required_ports(config)}",
                 fix="set another engine.sglang_port (or engine.router_port), or wait for that run",
             )
 
 
 def _empty_data_problems(config: Config, code: Code) -> Iterator[Problem]:
-    """Data sets of which no row is left to read: the trainer ends at each of them."""
+    """Name data sets of which no row is left to read: the trainer ends at each of them."""
     read = {"sft_mixture": "sft" in config.stages, "rl_mixture": "rl" in config.stages and config.uses_engine}
     for name in ("sft_mixture", "rl_mixture", "eval_mixture"):
         for spec, count in zip(getattr(config.data, name), code.inputs.rows.get(name, ()), strict=False):
@@ -96,7 +98,7 @@ def _prompt_problems(config: Config, code: Code) -> Iterator[Problem]:
 
 
 def _rate_problems(config: Config) -> Iterator[Problem]:
-    """Rates that blow up weights which were drawn at random."""
+    """Name learning rates that blow up weights which were drawn at random."""
     for name, stage in _random_stages(config):
         muon = stage.optimizer.kind == "muon"
         for field in RATES:
@@ -113,7 +115,7 @@ def _rate_problems(config: Config) -> Iterator[Problem]:
 
 
 def _random_stages(config: Config) -> list[tuple[str, SFTConfig | RLConfig]]:
-    """The stage that begins with random weights, if there is one."""
+    """Return the stage that begins with random weights, if there is one."""
     first = config.stages[0] if config.stages else ""
     stage = getattr(config, first, None) if first else None
     random = config.model.init == "random" and config.output.source_checkpoint is None and config.model.lora is None
@@ -124,7 +126,7 @@ def _random_stages(config: Config) -> list[tuple[str, SFTConfig | RLConfig]]:
 
 
 def plan_warnings(config: Config, code: Code) -> Iterator[str]:
-    """What may be meant, and usually is not."""
+    """Warn of what may be meant, and usually is not."""
     rl, rows = config.rl, mixture_rows(code, "rl_mixture")
     if rl is not None and config.uses_engine and rows.count == 1 < rl.examples_per_step:
         yield f"rl.examples_per_step={rl.examples_per_step}, and there is one prompt: each step takes it over and over"
@@ -161,7 +163,7 @@ def _adamw_rates(stage: SFTConfig | RLConfig | None) -> dict[str, float]:
 
 
 def plan_summary(config: Config, code: Code) -> Iterator[str]:
-    """What each stage reads, does and writes."""
+    """Say what each stage reads, does and writes."""
     if config.sft is not None and "sft" in config.stages:
         yield _sft_words(config, config.sft, mixture_rows(code, "sft_mixture"))
     if config.rl is not None and "rl" in config.stages:
@@ -224,7 +226,7 @@ def _rl_words(config: Config, rl: RLConfig, rows: Rows) -> str:
     steps = max(1, rows.count * rl.num_epochs // rl.examples_per_step)
     at_most = "" if rows.exact else "at most "
     left = rows.count * rl.num_epochs - steps * rl.examples_per_step
-    rest = f"; {_count(left, 'prompt')} at the end fill no step" if rows.exact and left > 0 else ""
+    rest = f"; {_count(left, 'prompt')} at the end do not fill a step" if rows.exact and left > 0 else ""
     return (
         f"rl: {_rows_words(rows, 'prompts')}{epochs}, {a_step}: {at_most}{_count(steps, 'step')}, "
         f"{at_most}{_count(steps * samples, 'sample')}{rest}"

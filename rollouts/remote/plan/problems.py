@@ -21,7 +21,7 @@ INSTALL_HINTS = {
 
 
 def required_ports(config: Config) -> list[int]:
-    """Ports that must be free on the host."""
+    """Return ports that must be free on the host."""
     engine = config.engine
     if engine is None or not config.uses_engine:
         return []
@@ -30,13 +30,13 @@ def required_ports(config: Config) -> list[int]:
 
 
 def required_paths(config: Config) -> list[str]:
-    """Absolute paths that must exist on the host."""
+    """Return absolute paths that must exist on the host."""
     names = [*named_paths(config), config.output.source_checkpoint or ""]
     return [name for name in dict.fromkeys(names) if os.path.isabs(name)]
 
 
 def host_problems(config: Config, facts: HostFacts, target: str, run_id: str) -> Iterator[Problem]:
-    """What the host lacks, or is busy with."""
+    """Return what the host lacks, or is busy with."""
     yield from facts.way_problems
     yield from _run_problems(config, facts, target, run_id)
     yield from _tool_problems(config, facts, target)
@@ -46,7 +46,7 @@ def host_problems(config: Config, facts: HostFacts, target: str, run_id: str) ->
 def input_problems(
     config: Config, facts: HostFacts, code: Code, target: str, secrets_set: Collection[str]
 ) -> Iterator[Problem]:
-    """What the config names and is not where it has to be."""
+    """Name what the config names and is not where it has to be."""
     yield from _path_problems(config, facts, code, target)
     yield from _lock_problems(config, code)
     yield from _secret_problems(config, secrets_set)
@@ -76,7 +76,7 @@ def _run_problems(config: Config, facts: HostFacts, target: str, run_id: str) ->
 
 
 def _stop(row: dict[str, Any]) -> str:
-    """The command that ends a run, on the machine that it is on."""
+    """Return the command that ends a run, on the machine that it is on."""
     on = f" --remote {shlex.quote(row['host'])}" if row["host"] else ""
     return f"deploy stop {row['run_id']}{on}"
 
@@ -167,7 +167,7 @@ def _path_problems(config: Config, facts: HostFacts, code: Code, target: str) ->
 
 
 def _lock_problems(config: Config, code: Code) -> Iterator[Problem]:
-    """Is the engine's lock there, and one that installs that engine? Else it is known after gigabytes of packages."""
+    """Check the engine's lock: it is there, and installs that engine. Else that shows after gigabytes of packages."""
     engine = config.engine
     if engine is None or not config.uses_engine or engine.requirements_file is None:
         return
@@ -193,7 +193,7 @@ def _lock_problems(config: Config, code: Code) -> Iterator[Problem]:
 
 
 def _looks_like_path(name: str) -> bool:
-    """Not a hub id, which is `name` or `owner/name`."""
+    """Return whether it is a path rather than a hub id, which is `name` or `owner/name`."""
     return name.startswith(".") or name.endswith((".jsonl", "/")) or name.count("/") > 1
 
 

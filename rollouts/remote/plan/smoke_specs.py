@@ -81,7 +81,7 @@ def _check(
     ranks: Sequence[int],
     tried: Sequence[object],
 ) -> SmokeCheck:
-    """`tried`: what else tells one check from another."""
+    """Return the check. `tried`: what else tells one check from another."""
     on_cuda = config.target.device_type == "cuda"
     cards = [gpu for gpu in facts.gpus if gpu.index in ranks] if on_cuda else []
     acting = sorted(

@@ -23,7 +23,7 @@ BLACKWELL = re.compile(r"\bB[123]00\b|\bGB\d+|RTX 50\d\d|RTX PRO|\bThor\b")
 TRAINER_PYTHON_MIN = (3, 11)  # requires-python of pyproject.toml
 # The Pythons for which the locks' packages have wheels: outlines-core has none for newer ones.
 ENGINE_PYTHONS = {"sglang": ((3, 11), (3, 12)), "vllm": ((3, 11), (3, 12))}
-MADE_PYTHON = "3.11"  # what is installed where the host has none that fits: the one that the locks were resolved for
+MADE_PYTHON = "3.11"  # installed if the host has none that fits: the locks were resolved for this one
 SHARED_BY = ("broadcast", "tensor")  # kinds of engine.weight_sync that need one torch on both sides
 
 
@@ -191,7 +191,7 @@ def lock_cuda(lines: Iterable[str]) -> str:
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """2.13 and 2.13.0 are one release."""
+    """Return a version without trailing zeros: 2.13 and 2.13.0 are one release."""
     numbers = list(version_numbers(version))
     while numbers and numbers[-1] == 0:
         numbers.pop()

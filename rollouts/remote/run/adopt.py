@@ -23,7 +23,7 @@ CONFIG_BYTES_MAX = 1 << 20
 
 
 def adopt_run(run_id: str, target: str, facts: HostFacts, transport: Transport, *, keep: bool) -> RunEntry:
-    """An entry for a run that another machine started; registered, with a mirror, if it is to be kept.
+    """Return an entry for a run that another machine started; `keep`: register it, and make its mirror.
 
     Only its name and its experiment's come from the host, checked; where the mirror lies is decided here.
     """
@@ -65,7 +65,7 @@ def _here() -> Path:
 
 
 def _copy_descriptions(entry: RunEntry, transport: Transport) -> None:
-    """The host's config.json and plan.json, to be read by people: nothing is launched from them."""
+    """Copy the host's config.json and plan.json, for people to read: nothing is launched from them."""
     for name in ("config.json", "plan.json"):
         file = f"{entry.run_path}/{name}"
         done = transport.run(["head", "-c", str(CONFIG_BYTES_MAX + 1), file], timeout_s=30)

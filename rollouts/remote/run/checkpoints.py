@@ -51,7 +51,7 @@ def pull_checkpoint(transport: Transport, run_path: str, run: RunDir, path: str)
 
 
 def _damaged(transport: Transport, source: str, partial: Path, run: RunDir, problems: tuple[str, ...]) -> DeployError:
-    """Why what came is not what the manifest says: the host's own files, or the way here. Drops what was wrong."""
+    """Return why what came is not what the manifest says: the host's own files, or the way here. Drops it."""
     path = "/".join(PurePosixPath(source).parts[-3:])
     found = "\n".join(problem.replace(f"{partial}/", "") for problem in problems)
     there = _same_on_host(transport, source, partial)
@@ -67,7 +67,7 @@ def _damaged(transport: Transport, source: str, partial: Path, run: RunDir, prob
 
 
 def _same_on_host(transport: Transport, source: str, partial: Path) -> bool:
-    """Does the host hold exactly what arrived? False also where it does not answer."""
+    """Return whether the host holds exactly what arrived; False also if it does not answer."""
     names = sorted(file.relative_to(partial).as_posix() for file in partial.rglob("*") if file.is_file())
     if any("\n" in name or "\\" in name for name in names):
         return False
@@ -99,7 +99,7 @@ def _partial(final: Path) -> Path:
 
 
 def _point_latest(checkpoint: Path) -> None:
-    """`latest` names the newest checkpoint that is here; step numbers are compared as numbers."""
+    """Point `latest` to the newest checkpoint that is here; step numbers are compared as numbers."""
     latest = checkpoint.parent / "latest"
     steps = [p for p in checkpoint.parent.glob("step_*") if p.is_dir() and re.fullmatch(r"step_[0-9]{1,12}", p.name)]
     newest = max(steps, key=lambda path: int(path.name.removeprefix("step_")))
@@ -147,7 +147,7 @@ class CheckpointPuller:
                     break
 
     def _try(self, path: str) -> bool:
-        """Returns whether the connection was lost, so that another try may help."""
+        """Try to pull one. Returns whether the connection was lost, so that another try may help."""
         try:
             pull_checkpoint(self._transport, self._run_path, self._run, path)
         except TransportError as error:

@@ -62,7 +62,7 @@ def execute(entry: RunEntry, config: Config, transport: Transport, path: str, sa
 
 
 def read_launch_answer(target: str, out: str) -> dict[str, Any]:
-    """The launcher's last word. Raises DeployError for none: whether it started something is not known then."""
+    """Return the launcher's last word. Raises DeployError for none: then it is not known whether a run started."""
     answer = read_answer(target, "the launch", out, {"started": bool}, started=True)
     more = {name: kind for name, kind in (("same", bool), ("reason", str)) if name in answer}
     try:
@@ -83,7 +83,7 @@ def _heed(entry: RunEntry, answer: dict[str, Any]) -> None:
 
 
 def read_secrets(config: Config) -> dict[str, str]:
-    """The values of host.secrets, from this process's environment. Raises DeployError naming the missing ones."""
+    """Return the values of host.secrets, from this process's environment. Raises DeployError for missing ones."""
     missing = [name for name in config.host.secrets if not os.environ.get(name)]
     if missing:
         raise DeployError(

@@ -63,7 +63,7 @@ def tail(connection: RunConnection, mirror: Mirror, *, until_end: bool) -> Itera
         for line in stream.lines(idle_timeout_s=IDLE_TIMEOUT_S):
             message = read_message(line)
             if message is None:
-                mirror.left_out["lines of the connection that are no message"] += 1
+                mirror.left_out["lines of the connection that are not messages"] += 1
                 continue
             if "error" in message:
                 raise MismatchError(

@@ -58,7 +58,7 @@ class Mirror:
         return ("left out of what the host sent: " + "; ".join(f"{count} {what}" for what, count in counts.items()),)
 
     def offsets(self) -> dict[str, int]:
-        """Bytes held, by file: where `tail` goes on."""
+        """Return the bytes held, by file: `tail` goes on from there."""
         names = [*STREAMED_FILES, *(path.relative_to(self.run.path).as_posix() for path in self._logs())]
         sizes = {name: size_of(self.run.path, name) for name in names}
         return {name: size for name, size in sizes.items() if size is not None}
@@ -73,7 +73,7 @@ class Mirror:
         message is damaged.
         """
         if "unusable" in message:
-            self.left_out["files of the host that are no plain files, or too large"] += 1
+            self.left_out["files of the host that are not plain files, or too large"] += 1
         if "file" not in message:
             return None
         snapshot = "snapshot" in message
@@ -98,7 +98,7 @@ class Mirror:
         return name
 
     def rows(self, name: str) -> Iterator[dict[str, Any]]:
-        """Complete lines of a .jsonl file that were not handed out yet; one that is no JSON object is counted."""
+        """Yield new complete lines of a .jsonl file; one that is not a JSON object is counted."""
         with reading(self.run.path, name) as stream:
             if stream is None:
                 return
@@ -115,7 +115,7 @@ class Mirror:
                     self.left_out[f"lines of {name} that are not JSON objects"] += 1
 
     def new_text(self, name: str) -> bytes:
-        """Bytes of a log that were not handed out yet."""
+        """Return the bytes of a log that were not handed out yet."""
         with reading(self.run.path, name) as stream:
             if stream is None:
                 return b""
@@ -137,17 +137,17 @@ def _chunk(message: dict[str, Any]) -> tuple[int, bytes]:
 
 
 def pull_files(transport: Transport, run_path: str, run: RunDir) -> list[str]:
-    """Everything small, compared by checksum: afterwards the mirror holds what the host holds.
+    """Bring everything small, compared by checksum: afterwards the mirror holds what the host holds.
 
-    Returns the names that were left out: no run has them, or they are no plain files. What arrives lies in a directory
-    of its own first, from where only plain files with a run's names get on.
+    Returns the names that were left out: no run has them, or they are not plain files. What arrives is put into a
+    separate directory first, from which only plain files with a run's names are moved on.
     """
     make_mirror(run.path)
     for left in run.path.glob(f"{STAGING}*"):  # of a deploy that was killed
         remove_tree(left)
     staged = run.path / f"{STAGING}{secrets.token_hex(4)}"
     staged.mkdir(0o700)
-    # W&B's link to a log of its own in the host's cache: left out in every job, so it is not worth a note
+    # W&B's link to its own log in the host's cache: left out in every job, so no note
     patterns = ["--exclude=/wandb/*/logs/debug-core.log"]
     patterns += [*(f"--include={pattern}" for pattern in PULLED_PATTERNS), "--exclude=*"]
     options = ["-r", "--no-links", "--checksum", "--prune-empty-dirs", "--chmod=D700,F600"]

@@ -1,7 +1,7 @@
 """Writing what a host sends: names of a closed list, plain files, inside one directory, no link ever followed.
 
 A name is checked as text, then by where it leads: every directory on the way is opened under the one before it and
-must be a real directory, and the file itself must be a plain one. Whoever made a link in a mirror, nothing is written
+must be a real directory, and the file itself must be a plain one. Even if a mirror holds a link, nothing is written
 through it.
 """
 
@@ -43,7 +43,7 @@ class RefusedNameError(DeployError):
 
 
 def check_streamed(name: str, *, snapshot: bool) -> str:
-    """`name`, if it is one that `tail` sends in that way. Raises RefusedNameError."""
+    """Return `name` if it is one that `tail` sends in that way. Raises RefusedNameError."""
     if (_SNAPSHOT if snapshot else _GROWING).fullmatch(name) is None:
         raise RefusedNameError(name, "outside of the files that a run has")
     return name
@@ -58,16 +58,16 @@ def is_checkpoint(path: object) -> bool:
 
 
 def check_checkpoint(path: str) -> str:
-    """`path`, if it is a checkpoint's: checkpoints/<stage>/step_<number>. Raises RefusedNameError."""
+    """Return `path` if it is a checkpoint's: checkpoints/<stage>/step_<number>. Raises RefusedNameError."""
     if not is_checkpoint(path):
         raise RefusedNameError(str(path), "outside of checkpoints/<stage>/step_<number>")
     return path
 
 
 def make_mirror(path: Path) -> None:
-    """The mirror's own directory: for this user alone, and ignored by git wherever it lies.
+    """Make the mirror's directory: for this user alone, and ignored by git wherever it is.
 
-    Results are no code: they would go along with the next run.
+    Results are not code, and would otherwise be sent with the next run.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileExistsError):
@@ -80,7 +80,7 @@ def make_mirror(path: Path) -> None:
 
 @contextlib.contextmanager
 def directory(root: Path, parts: Sequence[str], *, create: bool = True) -> Iterator[int]:
-    """A descriptor of the directory `root`/`parts`. Only `root` itself may be reached over links.
+    """Yield a descriptor of the directory `root`/`parts`. Only `root` itself may be reached over links.
 
     Raises RefusedNameError where something else than a directory is in the way.
     """
@@ -96,7 +96,7 @@ def directory(root: Path, parts: Sequence[str], *, create: bool = True) -> Itera
         yield descriptor
     except OSError as error:
         if error.errno in (errno.ENOTDIR, errno.ELOOP):
-            raise RefusedNameError("/".join(parts), f"which is a link or no directory in {root}") from None
+            raise RefusedNameError("/".join(parts), f"which is a link or not a directory in {root}") from None
         raise _named(error, root.joinpath(*parts)) from None
     finally:
         os.close(descriptor)
@@ -104,7 +104,7 @@ def directory(root: Path, parts: Sequence[str], *, create: bool = True) -> Itera
 
 @contextlib.contextmanager
 def plain_file(root: Path, name: str, flags: int) -> Iterator[int]:
-    """A descriptor of the plain file `root`/`name`. Raises RefusedNameError for a link, a directory, a pipe."""
+    """Yield a descriptor of the plain file `root`/`name`. Raises RefusedNameError for a link, a directory, a pipe."""
     *parts, last = PurePosixPath(name).parts
     create = bool(flags & os.O_CREAT)
     with directory(root, parts, create=create) as parent:
@@ -112,7 +112,7 @@ def plain_file(root: Path, name: str, flags: int) -> Iterator[int]:
             descriptor = open_plain(last, flags | os.O_NOFOLLOW, MODE, dir_fd=parent)
         except OSError as error:
             if isinstance(error, NotPlainFileError) or error.errno == errno.ELOOP:
-                raise RefusedNameError(name, f"which is no plain file in {root}") from None
+                raise RefusedNameError(name, f"which is not a plain file in {root}") from None
             raise _named(error, root / name) from None
     try:
         yield descriptor
@@ -123,7 +123,7 @@ def plain_file(root: Path, name: str, flags: int) -> Iterator[int]:
 
 
 def size_of(root: Path, name: str) -> int | None:
-    """Bytes of the plain file `root`/`name`; None where there is none."""
+    """Return the bytes of the plain file `root`/`name`; None if there is none."""
     try:
         with plain_file(root, name, os.O_RDONLY) as descriptor:
             return os.fstat(descriptor).st_size
@@ -133,7 +133,7 @@ def size_of(root: Path, name: str) -> int | None:
 
 @contextlib.contextmanager
 def reading(root: Path, name: str) -> Iterator[IO[bytes] | None]:
-    """The plain file `root`/`name`, open for reading; None where there is none."""
+    """Yield the plain file `root`/`name`, open for reading; None if there is none."""
     try:
         with plain_file(root, name, os.O_RDONLY) as descriptor, os.fdopen(os.dup(descriptor), "rb") as stream:
             yield stream
@@ -197,7 +197,7 @@ def remove_tree(path: Path) -> None:
 
 
 def _named(error: OSError, path: Path) -> OSError:
-    """The same error with the path that it is about: the system tells it only of calls that took one."""
+    """Return the same error with its path: the system tells it only for calls that took one."""
     if not isinstance(error.filename, str) or not os.path.isabs(error.filename):
         error.filename = str(path)
     return error

@@ -72,7 +72,7 @@ def _pull_once(connection: RunConnection, mirror: Mirror) -> str:
 
 
 def final_pull(connection: RunConnection, say: Say = silent, policy: RetryPolicy | None = None) -> None:
-    """After the run's end: compare by checksum, and bring what is missing. Raises DeployError with all that failed."""
+    """Compare by checksum after the run's end, and bring what is missing. Raises DeployError with all that failed."""
     pulling = _Pulling(connection, say, policy or RetryPolicy())
     mirror = Mirror(connection.entry.mirror)
     _pull_files(pulling, mirror)
@@ -88,7 +88,7 @@ def _pull_files(pulling: _Pulling, mirror: Mirror) -> None:
     connection = pulling.connection
     bring = partial(pull_files, connection.transport, connection.entry.run_path, mirror.run)
     if refused := pulling.attempt(bring):
-        mirror.left_out["files that no run has, or that are no plain files"] += len(refused)
+        mirror.left_out["files that no run has, or that are not plain files"] += len(refused)
 
 
 def _pull_checkpoints(pulling: _Pulling, mirror: Mirror) -> None:

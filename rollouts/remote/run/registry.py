@@ -48,17 +48,17 @@ class RunEntry:
 
     @property
     def record(self) -> RunDir:
-        """This machine's own config, plan and code record of the run: all that a launch uses."""
+        """Return this machine's own config, plan and code record of the run: all that a launch uses."""
         return RunDir(home_dir() / "registry" / f"{self.run_id}.{self.launch_id or 'none'}")
 
     @property
     def launch(self) -> LaunchPlan:
-        """Raises FileNotFoundError, KeyError or TypeError where no record is here, or one of another version."""
+        """Return the recorded plan. Raises FileNotFoundError, KeyError or TypeError for none of this version."""
         return LaunchPlan.from_json(json.loads(read_plain(self.record.plan)))
 
     @property
     def stop_grace_s(self) -> float | None:
-        """Of its plan, whichever version of this program wrote that: a live run may be older than we are."""
+        """Return its plan's grace, whichever version of this program wrote it: a live run may be older."""
         for run in (self.record, self.mirror):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 return min(STOP_GRACE_MAX_S, max(0.0, float(json.loads(read_plain(run.plan))["stop_grace_s"])))
@@ -66,12 +66,12 @@ class RunEntry:
 
     @property
     def was_launched(self) -> bool:
-        """Did a launch from here succeed once?"""
+        """Return whether a launch from here succeeded once."""
         return (self.record.path / LAUNCHED).exists()
 
     @property
     def reason(self) -> str:
-        """Why the launch failed; "" where it did not, or was not tried."""
+        """Return why the launch failed; "" if it did not, or was not tried."""
         try:
             return read_plain(self.record.path / REASON).decode(errors="replace")
         except FileNotFoundError:
@@ -79,7 +79,7 @@ class RunEntry:
 
 
 def registry_dir() -> Path:
-    """This machine's registry, for its user alone."""
+    """Return this machine's registry, for its user alone."""
     path = home_dir() / "registry"
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     if stat.S_IMODE(path.stat().st_mode) & 0o077:
@@ -121,7 +121,7 @@ def write_code_record(run: RunDir, record: dict[str, str]) -> None:
 
 
 def fill_mirror(entry: RunEntry) -> None:
-    """Copies of the record, for people, where the results will lie."""
+    """Copy the record, for people, to where the results will be."""
     make_mirror(entry.mirror.path)
     for file in sorted(entry.record.path.rglob("*")):
         name = file.relative_to(entry.record.path).as_posix()
@@ -180,7 +180,7 @@ def forget_record(entry: RunEntry) -> None:
 
 
 def mark_launched(entry: RunEntry) -> None:
-    """From now on a run that is not on its host is gone, not yet to come."""
+    """Record the launch: from now on a run that is not on its host is gone, not yet to come."""
     if entry.launch_id:
         (entry.record.path / LAUNCHED).touch(mode=0o600)
         (entry.record.path / REASON).unlink(missing_ok=True)
@@ -194,7 +194,7 @@ def note_reason(entry: RunEntry, text: str) -> None:
 
 
 def planned(entry: RunEntry) -> Config:
-    """The config that this machine recorded for a launch. Raises DeployError where it may not, or cannot, launch."""
+    """Return the config recorded here for a launch. Raises DeployError if it may not, or cannot, be launched."""
     if entry.adopted:
         raise DeployError(
             f"{entry.run_id} was started elsewhere, and is launched from there alone.",
@@ -213,7 +213,7 @@ def planned(entry: RunEntry) -> Config:
 
 
 def find(run_id: str) -> RunEntry | None:
-    """The run of exactly that name. Raises DeployError for an entry that cannot be read."""
+    """Return the run of exactly that name. Raises DeployError for an entry that cannot be read."""
     if not valid_run_id(run_id):
         return None
     file = _file(run_id)
@@ -230,7 +230,7 @@ def find(run_id: str) -> RunEntry | None:
 
 
 def entries() -> list[RunEntry]:
-    """Every run known here, oldest first. Entries that cannot be read are left out: `damaged_entries` names them."""
+    """Return every run known here, oldest first, but for damaged entries: `damaged_entries` names them."""
     found = []
     for file in _files():
         with contextlib.suppress(ValueError, TypeError, AttributeError, FileNotFoundError):
@@ -249,12 +249,12 @@ def damaged_entries() -> Iterator[Path]:
 
 
 def _files() -> list[Path]:
-    """By when this machine wrote them: the times inside may be a host's."""
+    """Return the entries' files by when this machine wrote them: the times inside may be a host's."""
     return sorted((home_dir() / "registry").glob("[!.]*.json"), key=lambda file: file.stat().st_mtime)
 
 
 def _read(file: Path) -> RunEntry:
-    """Fields of a later version are passed over. Raises ValueError or TypeError for a damaged one."""
+    """Read an entry; fields of a later version are ignored. Raises ValueError or TypeError for a damaged one."""
     data: dict[str, Any] = json.loads(read_plain(file))
     names = {field.name for field in dataclasses.fields(RunEntry)}
     entry = RunEntry(**{name: value for name, value in data.items() if name in names})
@@ -262,7 +262,7 @@ def _read(file: Path) -> RunEntry:
     if not all(isinstance(text, str) for text in texts) or not valid_run_id(entry.run_id):
         raise ValueError("a field has the wrong type")
     if not isinstance(entry.created_at, (int, float)):
-        raise ValueError("created_at is no number")
+        raise ValueError("created_at is not a number")
     return entry
 
 

@@ -26,7 +26,7 @@ IDLE_TIMEOUT_S = 300.0  # a transfer in which no byte moves for so long is given
 HASH_BYTES_PER_S = 10e6  # a slow disk's
 CHANGED_MEANWHILE = "the code changed while it was being sent."
 SHELL_TIMEOUT_S = 300.0  # leftovers of gigabytes may have to go
-PROGRESS_BYTES_MIN = 20e6  # less is sent before anybody asks
+PROGRESS_BYTES_MIN = 20e6  # less is sent within seconds
 LINK_TREES_MAX = 4  # earlier uploads that were cut off, whose files are taken over
 
 # $1 run path, $2 the link to the project's last tree, $3 where this one is built, $4 the rollouts home.
@@ -42,7 +42,7 @@ find "$3" -type f -links +1 -exec rm -f {} +
 for other in "$4"/runs/*/code/.tree-build*; do [ "$other" = "$3" ] || [ ! -d "$other" ] || echo "link=$other"; done
 exit 0
 """
-# $1 run path, $2 the link, $3 the finished build, $4 the rollouts home; uploads that nobody resumed for a week go too
+# $1 run path, $2 the link, $3 the finished build, $4 the rollouts home; uploads that were not resumed for a week go too
 _FINISH = """
 if [ -d "$1/code/tree" ]; then [ -d "$3" ] && echo "state=another's"; else mv "$3" "$1/code/tree" || exit 1; fi
 rm -rf "$1"/code/.tree-*
@@ -135,7 +135,7 @@ def _transfer(
     timeout_s: float,
     say: Say,
 ) -> None:
-    """One rsync of `tree` into the build directory. A part of a file stays there, for the next try."""
+    """Send `tree` into the build directory with one rsync. A part of a file stays there, for the next try."""
     size = sum(file["size"] for file in tree.values())
     kept = ", going on with what an earlier try sent" if answers.state == "resumed" else ""
     say("sync", f"{len(tree)} files, {size / 1e6:.1f} MB, to {transport.target}:{place.run_path}/code/tree{kept}")
@@ -169,7 +169,7 @@ class _Progress:
         self._last: tuple[str, str] | None = None  # (bytes, rate) that rsync told last
 
     def read(self, text: str) -> None:
-        """A line of rsync's, such as `  12,345,678  45%  11.22MB/s  0:00:10`."""
+        """Read a line of rsync's, such as `  12,345,678  45%  11.22MB/s  0:00:10`."""
         if (match := self._LINE.match(text)) is None:
             return
         sent, rate = re.sub(r"\D", "", match[1]), match[3]

@@ -43,7 +43,7 @@ class EngineUse:
 
     @property
     def asleep(self) -> int:
-        """What stays while the trainer steps, with sleep_while_training."""
+        """Return what stays while the trainer steps, with sleep_while_training."""
         return self.outside
 
 

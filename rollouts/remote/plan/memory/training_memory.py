@@ -152,7 +152,7 @@ def training_peaks(shape: Shape, step: StepLoad) -> dict[str, Parts]:
 
 
 def at_rest(shape: Shape, step: StepLoad) -> dict[str, int]:
-    """Return what stands between two micro-batches: master weights and copies, gradients, the optimizer's state."""
+    """Return what is held between two micro-batches: master weights and copies, gradients, the optimizer's state."""
     trained = _trained(shape, step)
     whole = shape.parameters + (trained if step.adapters is not None else 0)
     states = MASTER * (2 * trained - _by_muon(shape, step))
