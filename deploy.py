@@ -35,6 +35,8 @@ Train a language model from one config file: SFT, then RL, here or on a GPU host
   deploy configs/00_cpu_sft_rl.py --remote gpu-7 --plan    what would happen
   deploy runs/cpu_sft_rl/RUN                               a run once more
   deploy --remote gpu-7                                    a look at it
+  deploy new my_run.py                                     write a config
+  deploy explain rl.baseline                               what a field means
 
 The config is checked first, every problem at once. Then: exactly git's files, with your uncommitted changes, go to
 the host; it makes a virtual environment (or reuses the same one); one tmux session runs the stages, with a window per
@@ -50,6 +52,7 @@ process; results come back while it runs. Ctrl-C detaches, the run goes on, and 
   deploy stop RUN                end its processes, keep its results
   deploy pull RUN                bring all results here, verified
   deploy forget RUN              drop this machine's record; the results stay
+  deploy diff A B                two configs or runs, field by field
   ssh HOST -t tmux attach -t RUN the live processes
 
 RUN is a name, the beginning of one, or `last`. A run started on another machine is found with --remote (deploy attach
@@ -385,6 +388,71 @@ def forget(run: Run, as_json: Json = False) -> Any:
     from rollouts.remote import commands
 
     return commands.forget(run)
+
+
+@verb("new")
+def new(
+    file: Annotated[pathlib.Path, typer.Argument(metavar="FILE.py", help="The config file to write.")],
+    *,
+    mode: Annotated[str | None, typer.Option(metavar="sft|rl|sft+rl", help="The stages.")] = None,
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="A hub id, or a directory.")] = None,
+    data: Annotated[str | None, typer.Option(metavar="NAME", help="A .jsonl file, or a hub id.")] = None,
+    rl_data: Annotated[str | None, typer.Option(metavar="NAME", help="For rl, where it has data of its own.")] = None,
+    data_format: Annotated[str | None, typer.Option("--format", help="Of its rows; else found by their keys.")] = None,
+    reward: Annotated[str | None, typer.Option(metavar="MODULE.FUNCTION", help="What an answer earns, for rl.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=0, max=64, help="GPUs of the host; 0: its CPU.")] = None,
+    gpu_memory_gib: Annotated[float | None, typer.Option(min=1, help="Memory of each.")] = None,
+    lora: Annotated[bool, typer.Option("--lora", help="Train low-rank adapters alone.")] = False,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a conversation.")] = 2048,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, for rl.")] = 512,
+    as_json: Json = False,
+) -> Any:
+    """Write a config: every field spelled out, fitted to the memory of the GPUs."""
+    from rollouts.remote import config_verbs
+    from rollouts.remote.new_config import Asked, package_files
+
+    given = {"mode": mode, "model": model, "data": data, "gpus": gpus, "gpu_memory_gib": gpu_memory_gib}
+    ask = _ask if sys.stdin.isatty() and not as_json else None
+    return config_verbs.new(
+        Asked(
+            file=file,
+            rl_data=rl_data,
+            format=data_format,
+            reward=reward,
+            lora=lora,
+            max_length=max_length,
+            max_new_tokens=max_new_tokens,
+            package_files=package_files(),
+            **config_verbs.answered(given, ask=ask),
+        )
+    )
+
+
+def _ask(question: str, default: str | None) -> str:
+    return str(typer.prompt(question, default=default))
+
+
+@verb("explain")
+def explain(
+    field: Annotated[str | None, typer.Argument(metavar="[FIELD]", help="Such as rl.baseline; else all.")] = None,
+    as_json: Json = False,
+) -> Any:
+    """Explain a field of the config, or all of them: type, choices, meaning."""
+    from rollouts.remote import config_verbs
+
+    return config_verbs.explain_fields(field)
+
+
+@verb("diff")
+def diff(
+    before: Annotated[str, typer.Argument(metavar="A", help="A config file, a run, or a run's directory.")],
+    after: Annotated[str, typer.Argument(metavar="B", help="Another.")],
+    as_json: Json = False,
+) -> Any:
+    """Compare two configs or runs, field by field; of runs their code and environments too."""
+    from rollouts.remote import config_verbs
+
+    return config_verbs.diff(before, after)
 
 
 def main() -> None:

@@ -105,6 +105,11 @@ def new_config(asked: Asked) -> NewConfig:
     return NewConfig(config, commented_source(config, heading), memory, changes)
 
 
+def package_files() -> str:
+    """Return what the package's lock files are named by in this repository: in a clone they are its own files."""
+    return "" if Path("requirements/trainer-cuda.txt").is_file() else "rollouts:"
+
+
 def data_choice(name: str, format_asked: str | None) -> DataChoice:
     """Return how to read a data set: of a .jsonl file its rows are counted, and its format found out.
 
