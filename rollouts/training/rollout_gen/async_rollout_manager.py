@@ -138,7 +138,8 @@ class AsyncRolloutManager:
 
     async def finish(self, group: PendingGroup, reward_fn: RewardFn | None = None) -> None:
         """Generate, score and filter a group that was begun; `ready` or dropped afterwards."""
-        samples = await self._generate_group(group.prompt, group.number)
+        generating = self._generate(group.prompt, group.number)
+        samples = self._checked(await generating if inspect.isawaitable(generating) else generating)
         await _score(samples, reward_fn or self.config.reward_fn)
         reason = await self._drop_reason(samples)
         if reason is None:
@@ -209,12 +210,16 @@ class AsyncRolloutManager:
         self._scored = self._flat = 0  # groups, and those of them without contrast, before any filter
         self._dropped: Counter[str] = Counter()
 
-    async def _generate_group(self, prompt: Prompt, number: int) -> Group:
-        config = self.config
-        generate_fn, wanted = config.generate_fn, config.n_samples_per_prompt
+    def _generate(self, prompt: Prompt, number: int) -> Any:
+        """Call the plain or async `generate_fn`."""
+        generate_fn = self.config.generate_fn
         assert generate_fn is not None  # _check
-        extra = {"seed": group_seed(config.seed, number)} if _takes_seed(generate_fn) else {}
-        group = await _call(generate_fn, [prompt] * wanted, **extra)
+        extra = {"seed": group_seed(self.config.seed, number)} if _takes_seed(generate_fn) else {}
+        return generate_fn([prompt] * self.config.n_samples_per_prompt, **extra)
+
+    def _checked(self, group: Any) -> Group:
+        """Return what `generate_fn` gave. Raises ValueError unless it is a Sample for each prompt."""
+        wanted = self.config.n_samples_per_prompt
         if not isinstance(group, list) or not all(isinstance(sample, Sample) for sample in group):
             raise ValueError(f"generate_fn returned {type(group).__name__}; needs a list of Sample")
         if len(group) != wanted:
@@ -233,7 +238,7 @@ class AsyncRolloutManager:
             return None
         name = getattr(filter_fn, "__name__", type(filter_fn).__name__)
         try:
-            return None if await _call(filter_fn, group) else name
+            return None if await _awaited(filter_fn(group)) else name
         except USER_ERRORS as error:
             prompt = str(group[0].prompt)[:200]
             raise RolloutError(f"filter_fn {name} raised {describe(error)} for the group of prompt {prompt}") from error
@@ -281,11 +286,6 @@ async def _score(group: Group, reward_fn: RewardFn | None) -> None:
         rewards = await gather_in_order([partial(_awaited, reward) for reward in rewards])
     for sample, reward in zip(group, rewards, strict=True):
         sample.reward = finite_or_none(reward, sample)
-
-
-async def _call(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-    """Call a plain or an async function."""
-    return await _awaited(function(*arguments, **keywords))
 
 
 async def _awaited(value: Any) -> Any:
