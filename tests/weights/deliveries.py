@@ -49,9 +49,9 @@ def delivery_of(kind: str, backend: PyTorchTrainingBackend, directory: Path, *, 
 
 
 def publisher_of(
-    backend: PyTorchTrainingBackend, engines: EnginePool | Sequence[Any], delivery: Any
+    backend: PyTorchTrainingBackend, engines: EnginePool | Sequence[Any], delivery: Any, **options: Any
 ) -> WeightPublisher:
-    return WeightPublisher(backend, EnginePool.of(engines), delivery, dtype="float32")
+    return WeightPublisher(backend, EnginePool.of(engines), delivery, dtype="float32", **options)
 
 
 def change(backend: PyTorchTrainingBackend, seed: int) -> None:

@@ -200,7 +200,7 @@ class SGLangEngine(EngineClient):
 
 @dataclass(frozen=True)
 class RequestEntry:
-    """One prompt of a /generate request, or a request of its own. The server answers it with `rows` continuations."""
+    """One prompt of a /generate request, or a request by itself. The server answers it with `rows` continuations."""
 
     input_ids: list[int]
     sampling_params: dict[str, Any]

@@ -6,7 +6,7 @@ Nothing is re-encoded: tokens, log-probs, finish reason and weight version trave
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rollouts.training.datasets.chat import render_prompt
 from rollouts.training.datasets.turn_end import end_of_turn_ids
@@ -15,6 +15,9 @@ from rollouts.training.inference.pool.engine_pool import EnginePool
 from rollouts.training.inference.pool.group_batcher import GenerationError, GroupBatcher
 from rollouts.training.seams import Tokenizer
 from rollouts.training.types import Prompt, Sample
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def make_generate_fn(
@@ -59,7 +62,7 @@ def make_generate_fn(
     return generate_fn
 
 
-def stop_ids(tokenizer: Tokenizer, given: Sequence[int] | None, model: Any = None) -> list[int]:
+def stop_ids(tokenizer: Tokenizer, given: Sequence[int] | None, model: "nn.Module | None" = None) -> list[int]:
     """Return `given`, or else every token that ends a turn: `end_of_turn_ids`, of `model` in memory or as it was saved.
 
     Raises ValueError for a tokenizer without an eos_token: an engine may then never stop.

@@ -56,7 +56,7 @@ def fill(model: nn.Module, entries: Sequence[WireTensor], flat: Tensor | None) -
         if view is not None:
             _copy(view, whole.detach())
     if flat is not None and flat.is_cuda:
-        torch.cuda.current_stream(flat.device).synchronize()  # the receiver reads on a stream of its own
+        torch.cuda.current_stream(flat.device).synchronize()  # the receiver reads on another stream
 
 
 def _copy(into: Tensor, source: Tensor) -> None:

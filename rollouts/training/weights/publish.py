@@ -77,13 +77,8 @@ class WeightPublisher:
         if distributed.rank() == 0:
             await self._prove(self._pool.replicas)
 
-    async def restore(self, client: InferenceEngine) -> None:
-        """Give an engine that was started again the newest weights, and prove it. On rank 0. Raises WeightSyncError."""
-        if self._published is None:
-            raise WeightSyncError("no weights have been published yet, so none can be restored")
-        await self._restore(client, self._published)
-
     async def _restore(self, client: InferenceEngine, version: str) -> None:
+        """Give an engine that was started again `version`, and prove it. On rank 0. Raises WeightSyncError."""
         self._proven.pop(client.base_url, None)
         await self._delivery.restore(client, version)
         if version == self._published:  # else `publish` is under way, and proves all engines at its end

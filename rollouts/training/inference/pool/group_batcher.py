@@ -70,6 +70,6 @@ class GroupBatcher:
         return group.generations
 
     def _close(self, place: int, groups: list[_Group]) -> None:
-        """Let the next group at `place` begin a request of its own."""
+        """Let the next group at `place` begin a new request."""
         if self._waiting[place] is groups:
             self._waiting[place] = []
