@@ -34,7 +34,7 @@ class EngineClient(HTTPClient, ABC):
 
     @cached_property
     def weights(self) -> WeightRoutes | None:
-        """Its routes for weights sent piece by piece. None: it takes new weights from a checkpoint directory alone."""
+        """Return its routes for weights sent piece by piece. None: it takes new weights from checkpoints alone."""
         return None
 
     @cached_property
@@ -43,7 +43,7 @@ class EngineClient(HTTPClient, ABC):
 
     @cached_property
     def _row_rids(self) -> dict[str, list[str]]:
-        """By rid of a request in flight: the names of its rows at the server."""
+        """Return the names of the rows of each request in flight, by its rid."""
         return {}
 
     async def server(self) -> ServerInfo:

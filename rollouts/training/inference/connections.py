@@ -21,7 +21,7 @@ class Connections:
     """
 
     def __init__(self, *, secure: bool) -> None:
-        """`secure`: for https. Without it no certificate store is read, which takes 20 ms."""
+        """Read the certificate store, which takes 20 ms, if `secure`: for https."""
         self._verify = httpx.create_ssl_context(trust_env=False) if secure else False
         self._idle: list[httpx.AsyncHTTPTransport] = []  # the one used last is used next
         self._closed = False

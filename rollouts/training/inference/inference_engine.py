@@ -34,7 +34,7 @@ class InferenceEngine(Protocol):
 
     @property
     def weights(self) -> WeightRoutes | None:
-        """Its routes for weights sent piece by piece. None: it takes new weights from a checkpoint directory alone."""
+        """Return its routes for weights sent piece by piece. None: it takes new weights from checkpoints alone."""
         ...
 
     async def server(self) -> ServerInfo:

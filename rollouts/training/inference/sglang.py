@@ -213,8 +213,8 @@ def entries_of(
 ) -> list[RequestEntry]:
     """Return the entries of a request for n continuations of a prompt.
 
-    The embedded engine gets one entry for n rows. SGLang gets an entry a row: it gives rows of one seed the same tokens
-    (rows without a seed too, once it uses seeds), and prefills an n-fold prompt n times, one after another.
+    The embedded engine gets one entry for n rows. SGLang gets an entry a row: it gives rows of one seed the same
+    tokens, and once it uses seeds also rows without one. It prefills an n-fold prompt n times, one after another.
     """
     if kind == "embedded":
         return [RequestEntry(list(prompt), {**params, "n": n}, rid, n)]

@@ -31,7 +31,7 @@ class VLLMEngine(EngineClient):
     """
 
     def __init__(self, base_url: str, **options: Any) -> None:
-        """`options` as HTTPClient has them: timeout_s, api_key, admin_key."""
+        """Take `options` as HTTPClient does: timeout_s, api_key, admin_key."""
         super().__init__(base_url, **options)
         self._given = ("", "")  # the newest version that this client gave, and its directory
 

@@ -85,7 +85,7 @@ class WeightPublisher:
             await self._prove([client])
 
     async def sleep(self, *, weights: bool) -> None:
-        """With `sleep_while_training`: have the engines free their GPU memory, until `wake` or `publish`.
+        """Have the engines free their GPU memory until `wake` or `publish`, if they sleep while training.
 
         Running requests are re-queued. `weights`: free theirs too; they must be published before engines sample again.
         """

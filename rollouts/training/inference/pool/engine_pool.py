@@ -2,8 +2,8 @@
 
     pool = EnginePool([SGLangEngine(url) for url in urls], reruns_max=3, recover_timeout_s=180)
 
-Interrupted requests are retried with the same seed and weights. So an engine whose answers follow from weights, request
-and seed (the embedded one, on a CPU) gives a run the same results with its deaths as without.
+Interrupted requests are retried with the same seed and weights. So deaths do not change a run's results, if an engine's
+answers follow from weights, request and seed alone (the embedded engine's do, on a CPU).
 """
 
 import itertools
@@ -28,11 +28,12 @@ logger = logging.getLogger(__name__)
 class EnginePool:
     """The engines of a run, each a `Replica`. On ranks that do not talk to engines it is empty.
 
-    A request is run again after EngineLost (a broken connection, 5xx, no answer in time), after an abort that the
-    caller did not ask for, and after an answer by other weights than the engine was given. It is run again at most
-    `reruns_max` times, at another replica that is up, else once an engine is back, for at most `recover_timeout_s`.
-    Other errors are the caller's (4xx) and raised as they come. With `reruns_max` 0 nothing is run again. With None
-    every answer is taken, too. A `router` is asked once a request; what it fails is run again at the engines.
+    A request is run again after EngineLost: a broken connection, 5xx, or no answer in time. It is also run again after
+    an abort that the caller did not ask for, and after an answer by other weights than the engine was given.
+
+    It is run again at most `reruns_max` times: at another replica that is up, else at an engine that is back within
+    `recover_timeout_s`. Other errors (4xx) are the caller's, and raised as they come. With `reruns_max` 0 nothing is
+    run again. With None every answer is taken, too. A `router` is asked once a request; the engines get what it fails.
     """
 
     def __init__(

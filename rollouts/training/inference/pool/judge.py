@@ -15,8 +15,10 @@ class Judge:
         self._aborts = self._aborts_now()
 
     def check(self, rows: Iterable[Generation]) -> None:
-        """Raise EngineLost for rows by other weights than the engines had been given, or were given meanwhile, and for
-        an abort that the caller did not ask for."""
+        """Raise EngineLost for rows by other weights than the engines had, or were given meanwhile.
+
+        Raise it too for an abort that the caller did not ask for.
+        """
         who = " or ".join(map(str, self._replicas))
         pairs = zip(self._replicas, self._settled, strict=True)
         allowed = [version for replica, settled in pairs for version in replica.given.since(settled)]

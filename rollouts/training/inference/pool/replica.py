@@ -64,8 +64,10 @@ class Replica:
     async def update_weights_from_checkpoint(
         self, checkpoint_path: str, weight_version: str | None = None
     ) -> dict[str, Any]:
-        """As the client's; repeated if the engine dies meanwhile, and whenever it comes back. The directory has to
-        stay until the next update. Raises EngineError if the engine does not come back."""
+        """Have the client do it; repeat it if the engine dies meanwhile, and whenever it comes back.
+
+        The directory has to stay until the next update. Raises EngineError if the engine does not come back.
+        """
         version = weight_version or f"{Path(checkpoint_path).name}-{uuid.uuid4().hex[:8]}"
 
         async def give(client: InferenceEngine) -> dict[str, Any]:
@@ -79,7 +81,7 @@ class Replica:
 
     @contextlib.asynccontextmanager
     async def receiving(self, version: str, give: Give) -> AsyncIterator[None]:
-        """Within it, the caller brings the engine to `version`. `give(client)` does it for this engine alone.
+        """Let the caller bring the engine to `version` within. `give(client)` does it for this engine alone.
 
         Either version may answer requests meanwhile, and none is run again before the end. After an error the engine
         counts as having the version before.
@@ -90,7 +92,7 @@ class Replica:
             self.is_up = True
 
     async def receive_again(self, error: EngineError) -> object:
-        """Within `receiving`: wait for an engine that was lost, and give it the weights. Raises any other `error`."""
+        """Wait, within `receiving`, for an engine that was lost, and give it the weights. Raises any other `error`."""
         if (
             self._reruns is None
             or not self._reruns.times_max
@@ -102,7 +104,7 @@ class Replica:
         return await self._bring_back(self._reruns, str(error), again=True)
 
     def note_lost(self, recoveries: int) -> None:
-        """A request failed that was sent after so many recoveries: count the engine as down if it has had no more."""
+        """Count the engine as down, since a request failed, unless it has recovered after that was sent."""
         if self.is_up and self.recoveries == recoveries:
             self.is_up = False
             if self.on_lost is not None:
