@@ -37,6 +37,7 @@ Train a language model from one config file: SFT, then RL, here or on a GPU host
   deploy --remote gpu-7                                    a look at it
   deploy new my_run.py                                     write a config
   deploy explain rl.baseline                               what a field means
+  deploy data my_run.py                                    its rows, as trained
 
 The config is checked first, every problem at once. Then: exactly git's files, with your uncommitted changes, go to
 the host; it makes a virtual environment (or reuses the same one); one tmux session runs the stages, with a window per
@@ -441,6 +442,18 @@ def explain(
     from rollouts.remote import config_verbs
 
     return config_verbs.explain_fields(field)
+
+
+@verb("data")
+def data(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A config file.")],
+    rows: Annotated[int, typer.Option(min=0, max=1000, help="Rows shown of each mixture.")] = 3,
+    as_json: Json = False,
+) -> Any:
+    """Show the data as the model will see it: first rows, lengths, and what is left out."""
+    from rollouts.remote import data_verb
+
+    return data_verb.show_data(config, rows=rows)
 
 
 @verb("diff")

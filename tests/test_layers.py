@@ -125,6 +125,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.worker.stages",
     ),
     "rollouts.worker.trainer_hub": (),
+    "rollouts.worker.data_preview": ("rollouts.config", "rollouts.training"),
     "rollouts.worker.stages": (
         "rollouts.config",
         "rollouts.run_dir",

@@ -65,7 +65,7 @@ def test_help_fits_its_terminal(columns: int) -> None:
             verb = command.commands[name]  # type: ignore[attr-defined]
             pages.append(verb.get_help(type(context)(verb, info_name=name, parent=context)))
     wide = [line for page in pages for line in page.splitlines() if len(line) > columns]
-    assert len(pages) == 8 and wide == []
+    assert len(pages) > 8 and wide == []
 
 
 @pytest.mark.parametrize(

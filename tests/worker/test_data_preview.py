@@ -1,0 +1,89 @@
+"""`deploy data`: rows as the model will see them, without torch."""
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rollouts.remote import data_verb
+from rollouts.remote.errors import DeployError
+from rollouts.training.datasets.preview import Bin, histogram, spans_of
+from rollouts.training.types import Sample
+from rollouts.view.samples import mixtures_text
+from tests.example_config import example_config, replace_at
+from tests.training import tiny_task
+
+ROOT = Path(__file__).resolve().parents[2]
+WITHOUT_TORCH = (
+    "import sys; sys.modules['torch'] = None; from rollouts.worker.data_preview import main; sys.exit(main())"
+)
+
+
+def run_preview(tmp_path: Path, **changes: Any) -> subprocess.CompletedProcess[str]:
+    config = example_config()
+    for path, value in changes.items():
+        config = replace_at(config, path.replace("__", "."), value)
+    config.save(tmp_path / "config.json")
+    argv = [sys.executable, "-c", WITHOUT_TORCH, str(tmp_path / "config.json"), "--rows", "2"]
+    return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_every_mixture_without_torch(tmp_path: Path) -> None:
+    """Goal: counts, lengths and the first rows of each mixture come without torch; what is too long is left out by
+    reason, and the lengths add up to what is kept. Red with torch imported by the loaders."""
+    done = run_preview(tmp_path, data__max_length=14)
+    assert done.returncode == 0, done.stderr
+    sft, rl, held = json.loads(done.stdout)
+    assert [part["mixture"] for part in (sft, rl, held)] == ["sft_mixture", "rl_mixture", "eval_mixture"]
+    kept = sum(part["count"] for part in sft["lengths"])
+    assert sft["left_out"] == {"longer than max_length=14 tokens": 4000 - kept} and 0 < kept < 4000
+    assert max(part["end"] for part in sft["lengths"]) == 14
+    assert len(sft["rows"]) == 2 and [span["trained"] for span in sft["rows"][0]["spans"]] == [False, True]
+    assert rl["rows"][0]["where"].startswith("answer: ") and rl["rows"][0]["spans"][0]["trained"] is False
+
+
+def test_rows_that_cannot_be_read(tmp_path: Path) -> None:
+    """Goal: a broken row ends it with one line that names the place. Red with the traceback of the loader."""
+    done = run_preview(tmp_path, model__name="configs/models/nowhere")
+    assert (
+        done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
+    )
+
+
+def test_spans_and_histogram() -> None:
+    """Goal: spans join to the whole text, special tokens too, and change where training does; every length is in one
+    bin. Red with one span a token."""
+    tokenizer = tiny_task.tiny_tokenizer()
+    ids = tokenizer("abc")["input_ids"]
+    sample = Sample(prompt="", response="", tokens=[*ids, tokenizer.eos_token_id], loss_mask=[0.0, 1.0, 1.0, 0.0])
+    assert [span.trained for span in spans_of(sample, tokenizer)] == [False, True, False]
+    assert "".join(span.text for span in spans_of(sample, tokenizer)) == tokenizer.decode(sample.tokens)
+    assert histogram([]) == [] and histogram([5]) == [Bin(5, 5, 1)]
+    bins = histogram(list(range(1, 100)))
+    assert sum(part.count for part in bins) == 99 and (bins[0].start, bins[-1].end >= 99) == (1, True)
+    assert all(before.end + 1 == after.start for before, after in itertools.pairwise(bins))
+
+
+def test_the_text() -> None:
+    """Goal: trained text stands in brackets, bars follow the counts. Red with brackets around all."""
+    spans = [{"text": "ask ", "trained": False}, {"text": "answer", "trained": True}]
+    mixture = {
+        "mixture": "sft_mixture",
+        "summary": "2 examples",
+        "lengths": [{"start": 1, "end": 4, "count": 2}, {"start": 5, "end": 8, "count": 1}],
+        "rows": [{"where": "rows.jsonl:1", "spans": spans}],
+    }
+    lines = mixtures_text([mixture]).splitlines()
+    assert "    ask [answer]" in lines and lines[1].count("#") == 2 * lines[2].count("#") == 40
+
+
+def test_what_is_missing_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Goal: a laptop without the packages is told what to install, before anything runs. Red with ImportError."""
+    example_config().save(tmp_path / "config.json")
+    monkeypatch.setattr(data_verb.importlib.util, "find_spec", lambda name: None if name == "datasets" else name)
+    with pytest.raises(DeployError, match="missing here: datasets"):
+        data_verb.show_data(str(tmp_path / "config.json"), rows=1)
