@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import base_config
 import deploy
 from base_config import load_config
+from rollouts.remote.command_line import with_verb
 from rollouts.training.advantages import compute_advantages
 from rollouts.training.rl_losses import policy_loss
 from tests.docs_blocks import PAGES, ROOT, Block, blocks_of, shell_commands, spoken_commands
@@ -147,7 +148,7 @@ def _deploy_problems(words: list[str]) -> list[str]:
     group: Any = typer.main.get_command(deploy.app)
     named = ["configs/00_cpu_sft_rl.py" if word == "CONFIG" else word for word in words]  # any config will do
     try:
-        verb, *rest = deploy.with_verb(named, group.commands)
+        verb, *rest = with_verb(named, group.commands)
     except ValueError as error:
         return [f"deploy {' '.join(words)}: {error}"]
     if verb.startswith("-"):

@@ -7,6 +7,7 @@ import typer.main
 
 import deploy
 from rollouts.config import ConfigError, changed, load_config
+from rollouts.remote.command_line import with_verb
 from rollouts.remote.errors import DeployError
 from rollouts.remote.read_config import read_config
 from tests.remote.hosts import ROOT
@@ -34,7 +35,7 @@ def test_words_that_are_near_to_something(line: str, expected: str, monkeypatch:
     message is of `deploy run-config`, a verb that nobody has heard of, and of no config."""
     monkeypatch.chdir(ROOT)
     with pytest.raises(ValueError) as caught:
-        deploy.with_verb(line.split(), VERBS)
+        with_verb(line.split(), VERBS)
     assert expected in str(caught.value)
     assert "run-config" not in str(caught.value) and "check-host" not in str(caught.value)
 
@@ -51,7 +52,7 @@ def test_words_that_are_near_to_something(line: str, expected: str, monkeypatch:
 def test_lines_that_go_through(line: str, expected: str) -> None:
     """Goal: options with their values, help, and a file whose name begins with a dash. Red (help) with the page of
     `run-config`, which nobody has heard of."""
-    assert deploy.with_verb(line.split(), VERBS) == expected.split()
+    assert with_verb(line.split(), VERBS) == expected.split()
 
 
 @pytest.mark.parametrize("columns", [80, 120])

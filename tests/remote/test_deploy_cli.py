@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-import deploy
 from base_config import load_config
 from rollouts import run_dir
+from rollouts.remote.command_line import with_verb
 from tests.example_config import example_config
 from tests.remote.hosts import ROOT, Laptop, write_config
 
@@ -42,7 +42,7 @@ VERBS = {"ls", "status", "attach", "logs", "stop", "pull", "run-config", "check-
 )
 def test_config_or_verb(line: str, expected: str) -> None:
     """Goal: the first word decides, wherever options stand. Red with an option's value taken for the first word."""
-    assert deploy.with_verb(line.split(), VERBS) == expected.split()
+    assert with_verb(line.split(), VERBS) == expected.split()
 
 
 BAD_CONFIGS = [

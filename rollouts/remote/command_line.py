@@ -1,0 +1,98 @@
+"""What a command line means: its first word is a verb or a config file; options may stand before it."""
+
+import difflib
+import os
+import pathlib
+from typing import Any
+
+from typer.core import TyperGroup
+
+HOST_VERB, CONFIG_VERB = "check-host", "run-config"  # what a line without a verb means
+OPTIONS_WITH_VALUE = ("--remote", "--run-id", "--window")
+HOST_OPTIONS = ("--remote", "--json", "--accept-new-host-key", "--no-accept-new-host-key", "--help", "-h")
+CONFIG_OPTIONS = (*HOST_OPTIONS, "--run-id", "--plan", "--show", "--detach", "--busy-ok")
+
+
+class ConfigOrVerb(TyperGroup):
+    """The first word is a verb or a config file; options may come before it."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            line = with_verb(args, self.commands)
+        except ValueError as error:
+            ctx.fail(str(error))
+        return super().parse_args(ctx, line)
+
+
+def with_verb(args: list[str], verbs: Any) -> list[str]:
+    """Return `args` with the verb first: `x.py --plan` → `run-config x.py --plan`, `--remote h ls` → `ls --remote h`.
+
+    Raises ValueError for a word that can be neither a verb nor a config, and for an option that neither of the two
+    verbs without a name has.
+    """
+    if "--version" in args:
+        return ["--version"]
+    position = _first_word(args)
+    if position is None:
+        asks_host = any(arg == "--remote" or arg.startswith("--remote=") for arg in args)
+        if not asks_host or "--help" in args or "-h" in args:
+            return args or ["--help"]
+        _check_options(args, HOST_OPTIONS, "deploy --remote HOST")
+        return [HOST_VERB, *args]
+    word, others = args[position], [*args[:position], *args[position + 1 :]]
+    if word == "help":
+        about = next((other for other in others if not other.startswith("-")), "")
+        if about and about not in verbs and (problem := _no_such_verb(about, verbs)):
+            raise ValueError(problem)
+        return [about, "--help"] if about in verbs else ["--help"]
+    return [word, *others] if word in verbs else _with_config(args, word, others, verbs)
+
+
+def _with_config(args: list[str], word: str, others: list[str], verbs: Any) -> list[str]:
+    """Return the line of `deploy CONFIG`, whose first word is not a verb. Raises ValueError."""
+    _check_options(args, CONFIG_OPTIONS, "deploy CONFIG")
+    if "--help" in args or "-h" in args:
+        return ["--help"]
+    if problem := _no_such_verb(word, verbs):
+        raise ValueError(problem)
+    if more := [word for word in others if word.endswith((".py", ".json"))]:
+        raise ValueError(f"one config at a time: {word}, then {' and '.join(more)}.")
+    return [CONFIG_VERB, *args]
+
+
+def _check_options(args: list[str], known: tuple[str, ...], whose: str) -> None:
+    """Raise ValueError for the first option that is not among `known`."""
+    for arg in args[: args.index("--")] if "--" in args else args:
+        name = arg.partition("=")[0]
+        if arg.startswith("-") and name not in known:
+            near = difflib.get_close_matches(name, (*known, *OPTIONS_WITH_VALUE, "--follow"), n=1, cutoff=0.6)
+            meant = f" Did you mean {near[0]}?" if near and near[0] != name else ""
+            meant = " It belongs to `deploy CONFIG`." if name in CONFIG_OPTIONS else meant
+            raise ValueError(f"`{whose}` has no option {name}.{meant} Options: {', '.join(known)}.")
+
+
+def _no_such_verb(word: str, verbs: Any) -> str:
+    """Return what is wrong with a first word that is not a verb; "" if it is, or may be, a config."""
+    if os.path.exists(word) or os.sep in word or word.endswith((".py", ".json")):
+        return ""
+    shown = sorted(verb for verb in verbs if verb not in (HOST_VERB, CONFIG_VERB))
+    near = [f"deploy {verb}" for verb in difflib.get_close_matches(word.lower(), shown, n=1, cutoff=0.5)]
+    configs = {path.stem: f"deploy {path}" for path in pathlib.Path().glob("configs/*.py")}
+    near += [configs[stem] for stem in configs if word in (stem, stem.partition("_")[2])]
+    near = ["deploy attach last", "deploy status last"] if word == "last" else near  # as RUN is written elsewhere
+    meant = f" Did you mean {' or '.join(f'`{line}`' for line in near)}?" if near else ""
+    return f"{word!r} is neither a verb nor a config file.{meant} Verbs: {', '.join(shown)}."
+
+
+def _first_word(args: list[str]) -> int | None:
+    skip = False
+    for index, arg in enumerate(args):
+        if skip:
+            skip = False
+        elif arg in OPTIONS_WITH_VALUE:
+            skip = True
+        elif arg == "--":
+            return index + 1 if index + 1 < len(args) else None
+        elif not arg.startswith("-"):
+            return index
+    return None
