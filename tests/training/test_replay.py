@@ -10,7 +10,7 @@ import torch
 
 from rollouts.training.datasets.rows import DataError
 from rollouts.training.loops import collect_rollouts, run_rl_training
-from rollouts.training.loops.rl_loop import log_samples
+from rollouts.training.loops.rollout_metrics import log_samples
 from rollouts.training.metrics import JSONLLogger
 from rollouts.training.replay import ReplayRollouts
 from rollouts.training.rl_losses import ppo_loss
@@ -105,7 +105,7 @@ def test_a_checkpoint_of_a_replay_is_no_checkpoint_of_a_live_run(tmp_path):
     buffer, engine = CountingBuffer(), PolicyEngine()
     manager = PolicyManager(buffer, engine)
     with pytest.raises(
-        ValueError, match="step 1 has no state of a buffer: it was saved by a run that sampled otherwise"
+        ValueError, match="the checkpoint has no state of a buffer: it was saved by a run that sampled otherwise"
     ):
         anyio.run(lambda: run_rl_training(backend, buffer, manager, [], RLTrainingConfig(num_steps=2), resume=state))
 

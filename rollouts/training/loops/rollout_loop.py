@@ -1,28 +1,29 @@
 """Rollouts without training: generate → score → write, to look at or to train on later (`replay`)."""
 
 import time
-from typing import Any
 
-from rollouts.training.loops.common import call, check_steps
-from rollouts.training.loops.rl_loop import log_samples, rollout_metrics
+from rollouts.training.loops.after_step import EvalFn, call
+from rollouts.training.loops.rollout_metrics import log_samples, rollout_metrics
+from rollouts.training.loops.steps import check_steps
 from rollouts.training.metrics import MetricsLogger
+from rollouts.training.seams import RolloutManager
 from rollouts.training.types import RewardFn
 
 
 async def collect_rollouts(
-    rollout_manager: Any,
+    rollout_manager: RolloutManager,
     num_steps: int,
     rollouts_logger: MetricsLogger,
     *,
     temperature: float = 1.0,
     reward_fn: RewardFn | None = None,
     metrics_logger: MetricsLogger | None = None,
-    eval_fn: Any = None,
+    eval_fn: EvalFn | None = None,
 ) -> list[dict[str, float]]:
-    """Write `num_steps` batches of `rollout_manager` to `rollouts_logger`; one dict of metrics for each.
+    """Write `num_steps` batches of `rollout_manager` to `rollouts_logger`; return one dict of metrics for each.
 
     `temperature` is the one that the manager samples at. The engines serve what they serve: nothing is trained and no
-    weights are sent. `eval_fn(0)` is called first. One process calls this, not every rank of a trainer. The caller
+    weights are published. `eval_fn(0)` is called first. One process calls this, not every rank of a trainer. The caller
     finishes the loggers.
     """
     check_steps(num_steps)

@@ -9,26 +9,28 @@ from functools import partial
 from typing import Any
 
 from rollouts.training.backends.minimal import complete
+from rollouts.training.loops.after_step import AfterStep, CheckpointFn, EvalFn, Hooks
 from rollouts.training.loops.batching import collate, step_indices
-from rollouts.training.loops.common import (
-    CheckpointFn,
-    Checkpoints,
-    EvalFn,
-    check_resume,
-    check_steps,
-    finish_step,
-    log_step,
-    own_micro_batches,
-    train_micro_batches,
-)
 from rollouts.training.loops.prefetch import prefetch
+from rollouts.training.loops.steps import check_steps, own_micro_batches, train_micro_batches
 from rollouts.training.loops.throughput import Throughput
 from rollouts.training.metrics import MetricsLogger
 from rollouts.training.model_limits import require_fit
-from rollouts.training.seams import Batch, MinimalBackend
+from rollouts.training.seams import Batch, MinimalBackend, TrainingBackend
 from rollouts.training.types import Sample, SFTTrainingConfig
 
 PREFETCH_STEPS = 2  # batches ready beyond the one that trains: preparing one is far shorter than training on it
+
+
+@dataclass(frozen=True)
+class SFTSteps:
+    """The steps that the loop takes, and the order of the examples."""
+
+    config: SFTTrainingConfig
+    seed: int | None = 0  # of every epoch's order; None: the samples' own
+    pad_token_id: int = 0
+    resume: Mapping[str, Any] | None = None  # what `load_checkpoint` returned; the loop continues after its step
+    peak_flops: float | None = None  # FLOP/s of one rank's device, for "mfu"; None: what the maker states for the card
 
 
 async def run_sft_training(
@@ -56,26 +58,31 @@ async def run_sft_training(
     training goes on; once it is complete, `on_checkpoint(path, step)` is called on rank 0, as `metrics_logger` is. The
     caller finishes the logger.
 
-    What is in each dict: docs/metrics.md. `peak_flops` is the FLOP/s of one rank's device, for "mfu"; None: what the
+    The keys of each dict: docs/metrics.md. `peak_flops` is the FLOP/s of one rank's device, for "mfu"; None: what the
     maker states for the card.
 
     Raises ValueError for an example with nothing to train on, or that the model has no room for (a token id beyond its
     embeddings, more tokens than learned positions), for data that is not what `resume` was saved with, and where no
     step is left.
     """
-    sizes = {"micro_batch_size": config.micro_batch_size, "micro_batch_tokens": config.micro_batch_tokens}
-    sizes |= {"log_every": config.log_every, "checkpoint_every": config.checkpoint_every, "eval_every": eval_every}
-    check_steps(config.num_steps, int(resume["step"]) if resume else 0, batch_size=config.batch_size, **sizes)
+    steps = SFTSteps(config, seed, pad_token_id, resume, peak_flops)
+    hooks = Hooks(log=metrics_logger, evaluate=eval_fn, eval_every=eval_every, on_checkpoint=on_checkpoint)
+    return await run_sft(complete(backend), samples, steps, hooks)
+
+
+async def run_sft(
+    backend: TrainingBackend, samples: Sequence[Sample], steps: SFTSteps, hooks: Hooks
+) -> list[dict[str, float]]:
+    """Train on `samples` and return one dict per logged step: see `run_sft_training`."""
+    config = steps.config
+    _check(steps, hooks)
     _check_samples(samples)
-    backend = complete(backend)
     require_fit(backend.model, samples)
-    data = {"fingerprint": _fingerprint(samples), "seed": seed, "batch_size": config.batch_size}
-    throughput = Throughput.of(backend, peak_flops)
-    steps = range(check_resume(resume, data) + 1, config.num_steps + 1)
-    prepare = partial(_prepare_step, samples, config, seed, pad_token_id, backend.collective)
-    history: list[dict[str, float]] = []
-    prefetched = prefetch(prepare, steps, depth=PREFETCH_STEPS)
-    async with Checkpoints(backend, on_checkpoint) as checkpoints, prefetched as prepared:
+    data = {"fingerprint": _fingerprint(samples), "seed": steps.seed, "batch_size": config.batch_size}
+    throughput = Throughput.of(backend, steps.peak_flops)
+    left = range(_check_resume(steps.resume, data) + 1, config.num_steps + 1)
+    prefetched = prefetch(partial(_prepare_step, samples, steps, backend.collective), left, depth=PREFETCH_STEPS)
+    async with AfterStep(backend, config, hooks, lambda: {"data": data}) as after, prefetched as prepared:
         started = time.monotonic()
         async for step, batch in prepared:
             data_s = time.monotonic() - started
@@ -83,18 +90,9 @@ async def run_sft_training(
             step_s = time.monotonic() - started
             metrics |= {"data_s": data_s, "train_s": step_s - data_s, "step_s": step_s}
             metrics |= throughput.metrics(batch.lengths, batch.trained_tokens, train_s=step_s - data_s, step_s=step_s)
-            await finish_step(
-                step,
-                metrics,
-                config,
-                checkpoints,
-                lambda: {"data": data},
-                eval_fn=eval_fn,
-                eval_every=eval_every,
-                log=partial(log_step, history, metrics_logger, step),
-            )
+            await after.finish(step, metrics)
             started = time.monotonic()  # waiting for the next batch counts, what came after this step does not
-    return history
+    return after.history
 
 
 @dataclass(frozen=True)
@@ -104,20 +102,28 @@ class _Step:
     lengths: list[int]  # tokens of each example
 
 
-def _prepare_step(  # noqa: PLR0917 — the last alone varies
-    samples: Sequence[Sample],
-    config: SFTTrainingConfig,
-    seed: int | None,
-    pad_token_id: int,
-    collective: bool,
-    step: int,
-) -> _Step:
-    """What step `step` (from 1) trains on: a function of its arguments and this process's rank."""
-    chosen = [samples[index] for index in step_indices(len(samples), config.batch_size, step - 1, seed)]
-    batch = collate([s.tokens for s in chosen], [s.loss_mask for s in chosen], pad_token_id=pad_token_id)
+def _prepare_step(samples: Sequence[Sample], steps: SFTSteps, collective: bool, step: int) -> _Step:
+    """Return what step `step` (from 1) trains on: a function of the arguments and this process's rank."""
+    config = steps.config
+    chosen = [samples[index] for index in step_indices(len(samples), config.batch_size, step - 1, steps.seed)]
+    batch = collate([s.tokens for s in chosen], [s.loss_mask for s in chosen], pad_token_id=steps.pad_token_id)
     sizes = config.micro_batch_size, config.micro_batch_tokens
     micro_batches = list(own_micro_batches(batch, *sizes, equal_counts=collective))
     return _Step(micro_batches, batch["tokens_global"], [len(sample.tokens) for sample in chosen])
+
+
+def _check(steps: SFTSteps, hooks: Hooks) -> None:
+    config = steps.config
+    check_steps(
+        config.num_steps,
+        int(steps.resume["step"]) if steps.resume else 0,
+        batch_size=config.batch_size,
+        micro_batch_size=config.micro_batch_size,
+        micro_batch_tokens=config.micro_batch_tokens,
+        log_every=config.log_every,
+        checkpoint_every=config.checkpoint_every,
+        eval_every=hooks.eval_every,
+    )
 
 
 def _check_samples(samples: Sequence[Sample]) -> None:
@@ -132,9 +138,30 @@ def _check_samples(samples: Sequence[Sample]) -> None:
 
 
 def _fingerprint(samples: Sequence[Sample]) -> str:
-    """Changes when any token, mask or the order of the samples does."""
+    """Return a digest that changes when any token, mask or the order of the samples does."""
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(array("q", [len(sample.tokens), *sample.tokens]).tobytes())
         digest.update(array("d", sample.loss_mask).tobytes())
     return digest.hexdigest()
+
+
+def _check_resume(resume: Mapping[str, Any] | None, data: Mapping[str, Any]) -> int:
+    """Return the step to continue after: 0 without `resume`, else the checkpoint's, if the data is the same.
+
+    The order of examples depends on what `data` describes. Raises ValueError naming each entry that changed.
+    """
+    if resume is None:
+        return 0
+    saved = resume["extra"].get("data")
+    if saved is None:
+        raise ValueError(f"the checkpoint of step {resume['step']} was not written by this loop: it has no data cursor")
+    changed = [
+        f"{key}={data[key]!r}, the checkpoint has {saved.get(key)!r}" for key in data if data[key] != saved.get(key)
+    ]
+    if changed:
+        raise ValueError(
+            f"cannot resume after step {resume['step']}: {'; '.join(changed)}. Resume with what the run began with, or "
+            "start a new run from the checkpoint's weights."
+        )
+    return int(resume["step"])

@@ -1,18 +1,18 @@
 """Batches of rollouts made ahead of training, by a bounded number of optimizer steps. asyncio and trio alike.
 
-Groups stand in one line, in prompt order, and every batch is the next `batch_size` of it that were kept: nobody is
+Groups wait in one queue, in prompt order, and every batch is the next `batch_size` of it that were kept. No group is
 overtaken, so long answers are not starved. A group may start only if the step that will consume it is at most
-`lag_steps_max` optimizer steps ahead of the weights that the engines serve.
+`policy_lag_steps_max` optimizer steps ahead of the weights that the engines serve.
 
-Without in-flight updates a weight update waits until all that may start under the old weights has finished. Who was
-sampled with which weights is then a function of the seeds alone, and so is the whole run.
+Without in-flight updates a weight update waits until all groups that may start under the old weights have finished. The
+weights that sampled a group are then a function of the seeds alone, and so is the whole run.
 """
 
 import statistics
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import anyio
 
@@ -20,46 +20,80 @@ from rollouts.training.inference.http import EngineError
 from rollouts.training.inference.pool.engine_pool import EnginePool
 from rollouts.training.rollout_gen.async_rollout_manager import AsyncRolloutManager, PendingGroup
 from rollouts.training.rollout_gen.concurrency import representative
+from rollouts.training.seams import PromptSource, RolloutManager, RolloutSource
 from rollouts.training.types import RewardFn, RLTrainingConfig, RolloutBatch
 
 ABORT_TIMEOUT_S = 5.0
 
 
-class InTurn:
-    """Generation and training take turns: a batch is begun when it is asked for. Any rollout manager will do."""
+@runtime_checkable
+class Resumable(Protocol):
+    """What a saved run continues exactly."""
 
-    def __init__(self, manager: Any, reward_fn: RewardFn | None) -> None:
+    def save_state(self) -> dict[str, Any]: ...
+
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
+
+class InTurn:
+    """Generation and training take turns: a batch is begun when it is asked for. Any rollout manager will do.
+
+    `buffer` holds the prompts of a manager that does not save their position itself. `reward_fn` replaces the
+    manager's own.
+    """
+
+    def __init__(
+        self, manager: RolloutManager, buffer: PromptSource | None = None, reward_fn: RewardFn | None = None
+    ) -> None:
         self._manager, self._reward_fn = manager, reward_fn
+        parts = {"buffer": buffer, "rollout_manager": manager}
+        self._parts = {name: part for name, part in parts.items() if isinstance(part, Resumable)}
 
     async def next_batch(self) -> RolloutBatch:
-        """The batch of the next step."""
+        """Return the batch of the next step."""
         return await self._manager.generate_batch(reward_fn=self._reward_fn)
 
     @asynccontextmanager
     async def updating(self, version: int) -> AsyncIterator[None]:
-        """Stand around an update of the engines' weights, to those after step `version`."""
+        """Wrap an update of the engines' weights, to those after step `version`: nothing runs meanwhile."""
         yield
+
+    def save_state(self) -> dict[str, Any]:
+        """Return the state of the manager and of its prompts, as far as they have one."""
+        return {name: part.save_state() for name, part in self._parts.items()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from what `save_state` returned. Raises ValueError for the state of another kind of run."""
+        for name, part in self._parts.items():
+            part.load_state(_part_of(state, name))
+
+
+def _part_of(state: dict[str, Any], name: str) -> dict[str, Any]:
+    if name not in state:
+        raise ValueError(
+            f"the checkpoint has no state of a {name}: it was saved by a run that sampled otherwise (from an engine, "
+            "or from saved rollouts), or by another loop. Resume as that run began."
+        )
+    found: dict[str, Any] = state[name]
+    return found
 
 
 class RolloutStream:
-    """What `open_stream` gives where generation runs ahead. One task trains, and calls it."""
+    """Batches that one task generates ahead, while another trains on them and calls this.
 
-    def __init__(
-        self,
-        manager: AsyncRolloutManager,
-        reward_fn: RewardFn | None,
-        first: int,
-        config: RLTrainingConfig,
-    ) -> None:
+    Nothing is generated before the first `updating`, which says the version of the weights that training starts from.
+    """
+
+    def __init__(self, manager: AsyncRolloutManager, config: RLTrainingConfig, reward_fn: RewardFn | None) -> None:
         self.manager, self._reward_fn, self._config = manager, reward_fn, config
-        self._taken = first  # steps that have their batch
-        self._version = first  # of the weights that the engines serve: steps they were trained for
+        self._version: int | None = None  # of the weights that the engines serve: steps they were trained for
+        self._taken = 0  # steps that have their batch
         self._is_new = True  # whether the version has changed since groups were last started
         self._failure: BaseException | None = None
         self._changed = anyio.Event()
 
     async def next_batch(self) -> RolloutBatch:
-        """The batch of the next step, once its groups are there; what made generation fail is raised here.
+        """Return the batch of the next step, once its groups are there; raise what made generation fail.
 
         Its metadata also has "age_s_mean" and "age_s_max": seconds since its groups were started.
         """
@@ -71,19 +105,31 @@ class RolloutStream:
 
     @asynccontextmanager
     async def updating(self, version: int) -> AsyncIterator[None]:
-        """Stand around an update of the engines' weights, to those after step `version`.
+        """Wrap an update of the engines' weights, to those after step `version`.
 
-        Waits for what may start under the old weights to finish, unless updates are in flight.
+        Unless updates are in flight, it first waits for the groups that may start under the old weights to finish.
         """
         if not self._config.in_flight_updates:
             await self._until(lambda: not self.manager.running and not self._missing())
         yield
+        if self._version is None:
+            self._taken = version
         self._version, self._is_new = version, True
         self._notify()
 
+    def save_state(self) -> dict[str, Any]:
+        """Return the manager's state: groups that still run are started again by a resumed run."""
+        return {"rollout_manager": self.manager.save_state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from what `save_state` returned. Raises ValueError for the state of another kind of run."""
+        self.manager.load_state(_part_of(state, "rollout_manager"))
+
     async def produce(self) -> None:
-        """Start groups as they may start, until cancelled. A failure ends it and waits in `next_batch`."""
+        """Start groups as they may start, until cancelled. `next_batch` raises the failure that ends it."""
         rounds = 0
+        while self._version is None:
+            await self._changed.wait()
         try:
             async with anyio.create_task_group() as tasks:
                 for group in self.manager.begin_again():
@@ -107,7 +153,9 @@ class RolloutStream:
         self._notify()
 
     def _missing(self) -> int:
-        """Groups that may start now: of the steps within reach of the weights, what is neither there nor running."""
+        """Return how many groups may start now: those of the steps within reach that neither exist nor run."""
+        if self._version is None:
+            return 0
         reach = min(self._config.num_steps, self._version + 1 + self._config.policy_lag_steps_max) - self._taken
         return max(0, reach * self.manager.config.batch_size - self.manager.ready - self.manager.running)
 
@@ -124,41 +172,56 @@ class RolloutStream:
 
 
 @asynccontextmanager
-async def open_stream(
-    manager: Any, reward_fn: RewardFn | None, pool: EnginePool, first: int, config: RLTrainingConfig
-) -> AsyncIterator[InTurn | RolloutStream]:
-    """The batches of the steps after `first`, generated at most `policy_lag_steps_max` steps ahead of the weights.
+async def open_rollouts(
+    manager: RolloutManager | None,
+    config: RLTrainingConfig,
+    pool: EnginePool,
+    *,
+    buffer: PromptSource | None = None,
+    reward_fn: RewardFn | None = None,
+) -> AsyncIterator[RolloutSource | None]:
+    """Yield the batches of `manager`, generated at most `policy_lag_steps_max` steps ahead of the weights.
 
-    `manager` None: of another rank than 0, which asks for none. `reward_fn` stands in for the manager's. However the
-    context is left, nothing is generated any more afterwards, and
-    the manager stands before the groups that had not finished; left by an error, or cancelled, the requests that still
-    run at the engines of `pool` are aborted. Raises ValueError for a lag that cannot be.
+    None without a manager: on other ranks than 0. `buffer` holds the prompts of a manager of the user's own;
+    `reward_fn` replaces the manager's. However the context is left, nothing is generated afterwards, and the manager is
+    where it was before the groups that had not finished. If an error or a cancellation leaves it, the requests that
+    still run at the engines of `pool` are aborted. Raises ValueError for a lag that cannot work.
     """
-    lag = config.policy_lag_steps_max if manager is not None else 0
-    if lag > 0 and not isinstance(manager, AsyncRolloutManager):
-        kind = type(manager).__name__
-        raise ValueError(
-            f"policy_lag_steps_max={lag}: needs an AsyncRolloutManager to generate ahead with, got {kind}; 0 takes any"
-        )
-    if 0 < lag < config.sync_every:
-        raise ValueError(
-            f"policy_lag_steps_max={lag}: needs 0, or >= sync_every={config.sync_every}: the weights are as old as "
-            "that in any case"
-        )
+    ahead = _ahead(manager, config)
     try:
-        if lag == 0:
-            yield InTurn(manager, reward_fn)
-        else:
-            async with _running(RolloutStream(manager, reward_fn, first, config)) as stream:
+        if manager is None:
+            yield None
+        elif ahead is not None:
+            async with _producing(RolloutStream(ahead, config, reward_fn)) as stream:
                 yield stream
+        else:  # our own manager saves the position of its prompts itself
+            yield InTurn(manager, None if isinstance(manager, AsyncRolloutManager) else buffer, reward_fn)
     except BaseException:
         await _abort_all(pool)
         raise
 
 
+def _ahead(manager: RolloutManager | None, config: RLTrainingConfig) -> AsyncRolloutManager | None:
+    """Return the manager that generates ahead; None where generation and training take turns."""
+    lag = config.policy_lag_steps_max
+    if manager is None or lag == 0:
+        return None
+    if not isinstance(manager, AsyncRolloutManager):
+        kind = type(manager).__name__
+        raise ValueError(
+            f"policy_lag_steps_max={lag}: needs an AsyncRolloutManager to generate ahead with, got {kind}; 0 takes any"
+        )
+    if lag < config.sync_every:
+        raise ValueError(
+            f"policy_lag_steps_max={lag}: needs 0, or >= sync_every={config.sync_every}: the weights are as old as "
+            "that in any case"
+        )
+    return manager
+
+
 @asynccontextmanager
-async def _running(stream: RolloutStream) -> AsyncIterator[RolloutStream]:
-    """The stream with its producer at work; an error comes out as it is, not in a group."""
+async def _producing(stream: RolloutStream) -> AsyncIterator[RolloutStream]:
+    """Yield the stream with its producer at work; an error is raised as it is, not in a group."""
     try:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(stream.produce)

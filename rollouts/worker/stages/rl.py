@@ -9,11 +9,14 @@ from rollouts.run_dir import RunDir
 from rollouts.training import distributed
 from rollouts.training.backends.pytorch import PyTorchTrainingBackend
 from rollouts.training.inference.pool.engine_pool import EnginePool
-from rollouts.training.loops import collect_rollouts, run_rl_training
-from rollouts.training.loops.common import EvalFn
+from rollouts.training.loops import collect_rollouts
+from rollouts.training.loops.after_step import EvalFn, Hooks
+from rollouts.training.loops.rl_loop import RLSteps, run_rl
+from rollouts.training.loops.rollout_batch import BatchOptions
 from rollouts.training.metrics import JSONLLogger, MetricsLogger
 from rollouts.training.replay import ReplayRollouts
 from rollouts.training.rollout_gen.async_rollout_manager import AsyncRolloutManager
+from rollouts.training.rollout_gen.rollout_stream import open_rollouts
 from rollouts.training.types import RewardFn
 from rollouts.training.weights.publish import WeightPublisher
 from rollouts.worker.builders import EngineUrls
@@ -86,24 +89,18 @@ class RLStage:
         metrics_logger: MetricsLogger,
         evaluate: EvalFn | None,
     ) -> None:
-        parts, rl, samples = self.parts, self.rl, isinstance(source, AsyncRolloutManager)
-        await run_rl_training(
-            backend,
-            source.buffer if isinstance(source, AsyncRolloutManager) else None,
-            source,
-            pool,
-            rl_training_config(rl, parts.num_steps),
-            metrics_logger=metrics_logger,
-            weight_sync=publisher,
-            rollouts_logger=JSONLLogger(parts.run.rollouts) if samples else None,
-            temperature=rl.temperature,
-            clip_range=batch_clip_range(rl),
-            pad_token_id=parts.pad_token_id,
-            resume=parts.resume,
-            eval_fn=evaluate,
+        parts, rl = self.parts, self.rl
+        config = rl_training_config(rl, parts.num_steps)
+        hooks = Hooks(
+            log=metrics_logger,
+            log_samples=JSONLLogger(parts.run.rollouts) if isinstance(source, AsyncRolloutManager) else None,
+            evaluate=evaluate,
             eval_every=rl.eval_every,
             on_checkpoint=parts.log.checkpoint,
         )
+        batches = BatchOptions(parts.pad_token_id, rl.temperature, batch_clip_range(rl))
+        async with open_rollouts(source, config, pool) as rollouts:
+            await run_rl(backend, rollouts, publisher, RLSteps(config, batches, parts.resume), hooks)
 
     async def _collect(
         self, source: AsyncRolloutManager | ReplayRollouts, metrics_logger: MetricsLogger, evaluate: EvalFn | None

@@ -9,7 +9,9 @@ from rollouts.run_dir import RunDir
 from rollouts.training import distributed
 from rollouts.training.backends.pytorch import PyTorchTrainingBackend
 from rollouts.training.evaluation import ALL_TASKS
-from rollouts.training.loops import run_sft_training, validation_losses
+from rollouts.training.loops import validation_losses
+from rollouts.training.loops.after_step import Hooks
+from rollouts.training.loops.sft_loop import SFTSteps, run_sft
 from rollouts.training.types import Prompt, SFTTrainingConfig
 from rollouts.worker.builders import EngineUrls
 from rollouts.worker.builders.data import StageData, sft_seed
@@ -50,19 +52,15 @@ class SFTStage:
             micro_batch_size=sft.batch_size,
             micro_batch_tokens=None if sft.micro_batch_tokens == -1 else sft.micro_batch_tokens,
         )
+        steps = SFTSteps(config, sft_seed(parts.config), parts.pad_token_id, parts.resume)
         with open_metrics(parts.log, parts.num_steps) as metrics_logger:
-            await run_sft_training(
-                self.backend,
-                self.data.sft,
-                config,
-                metrics_logger,
-                seed=sft_seed(parts.config),
-                pad_token_id=parts.pad_token_id,
-                resume=parts.resume,
-                eval_fn=self._evaluate if evaluates else None,
+            hooks = Hooks(
+                log=metrics_logger,
+                evaluate=self._evaluate if evaluates else None,
                 eval_every=sft.eval_every,
                 on_checkpoint=parts.log.checkpoint,
             )
+            await run_sft(self.backend, self.data.sft, steps, hooks)
             self._answer(parts.num_steps)
 
     async def _evaluate(self, step: int, stage: str = "sft") -> dict[str, float]:

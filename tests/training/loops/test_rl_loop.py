@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rollouts.training.loops import compute_advantages, prepare_grpo_batch, run_rl_training
-from rollouts.training.loops.rl_loop import rollout_metrics
+from rollouts.training.loops.rollout_metrics import rollout_metrics
 from rollouts.training.metrics import JSONLLogger
 from rollouts.training.rewards import RewardError
 from rollouts.training.rl_losses import grpo_loss, ppo_loss

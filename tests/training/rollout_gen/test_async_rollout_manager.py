@@ -9,7 +9,7 @@ import pytest
 
 from rollouts.training.datasets.data_buffer import DataBuffer
 from rollouts.training.filters import check_reward_nonzero_std
-from rollouts.training.loops.rl_loop import rollout_metrics
+from rollouts.training.loops.rollout_metrics import rollout_metrics
 from rollouts.training.rollout_gen.async_rollout_manager import AsyncRolloutManager, RolloutError, group_seed
 from rollouts.training.rollout_gen.rollout_generation import generate_rollout_batches
 from rollouts.training.types import RolloutConfig, Sample

@@ -15,7 +15,7 @@ from rollouts.training.datasets.data_buffer import DataBuffer
 from rollouts.training.inference.pool.engine_pool import EnginePool
 from rollouts.training.rollout_gen import rollout_stream
 from rollouts.training.rollout_gen.async_rollout_manager import AsyncRolloutManager, RolloutError
-from rollouts.training.rollout_gen.rollout_stream import open_stream
+from rollouts.training.rollout_gen.rollout_stream import open_rollouts
 from rollouts.training.types import RLTrainingConfig, RolloutBatch, RolloutConfig, Sample
 
 PROMPTS = [f"p{index:02d}" for index in range(20)]
@@ -82,7 +82,9 @@ class World:
         self.version = first
         batches = []
         with anyio.fail_after(FAIL_S):
-            async with open_stream(self.manager, None, EnginePool.of([]), first, config) as rollouts:
+            async with open_rollouts(self.manager, config, EnginePool.of([])) as rollouts:
+                async with rollouts.updating(first):
+                    pass
                 for step in range(first + 1, steps + 1):
                     batches.append(await rollouts.next_batch())
                     await train_pause()
@@ -357,7 +359,7 @@ async def test_a_lag_that_cannot_be_is_refused(manager: Any, options: dict[str, 
     """Goal: a message before anything starts. Red without the checks: an AttributeError, and a run that hangs."""
     config = RLTrainingConfig(num_steps=4, policy_lag_steps_max=1, **options)
     with pytest.raises(ValueError, match=message):
-        async with open_stream(manager or World().manager, None, EnginePool.of([]), 0, config):
+        async with open_rollouts(manager or World().manager, config, EnginePool.of([])):
             pass
 
 
@@ -375,14 +377,17 @@ async def test_what_runs_at_the_engines_is_aborted_on_the_way_out(lag: int) -> N
             aborted.append("all")
 
     config = RLTrainingConfig(num_steps=1, policy_lag_steps_max=lag)
-    async with open_stream(World().manager, None, EnginePool.of([Engine()]), 0, config) as rollouts:
-        await rollouts.next_batch()
+
+    async def one_batch(world: World) -> None:
+        async with open_rollouts(world.manager, config, EnginePool.of([Engine()])) as rollouts:
+            async with rollouts.updating(0):
+                pass
+            await rollouts.next_batch()
+
+    await one_batch(World())
     assert aborted == []
     with anyio.move_on_after(0.05):
-        async with open_stream(
-            World(pause=anyio.sleep_forever).manager, None, EnginePool.of([Engine()]), 0, config
-        ) as rollouts:
-            await rollouts.next_batch()
+        await one_batch(World(pause=anyio.sleep_forever))
     assert aborted == ["all"]
 
 
@@ -401,8 +406,6 @@ async def test_an_engine_that_hangs_keeps_no_other_from_being_told(monkeypatch: 
             await anyio.sleep_forever()
 
     with pytest.raises(ZeroDivisionError):
-        async with open_stream(
-            World().manager, None, EnginePool.of([Hanging(), Engine()]), 0, RLTrainingConfig(num_steps=1)
-        ):
+        async with open_rollouts(World().manager, RLTrainingConfig(num_steps=1), EnginePool.of([Hanging(), Engine()])):
             raise ZeroDivisionError
     assert aborted == ["healthy"]
