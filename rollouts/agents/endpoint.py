@@ -1,13 +1,28 @@
 """Where an agent's policy answers: an engine, its tokenizer, and how it is sampled. Tokens in, tokens out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 from rollouts.training.datasets.turn_end import TurnEnds, end_of_turn_ids
+from rollouts.training.inference.http import Generation
 from rollouts.training.inference.sglang import SGLangEngine
 from rollouts.training.seams import Tokenizer
+
+
+class Sampler(Protocol):
+    """The one method that an endpoint calls of an engine's client, or of a pool."""
+
+    async def generate_batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling_params: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        *,
+        n: int = 1,
+        return_logprob: bool = True,
+    ) -> list[list[Generation]]:
+        """Return `n` continuations of each prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +32,7 @@ class Endpoint:
     `max_new_tokens` bounds one turn. `tool_format`: how the model writes its tool calls (`tool_calls.FORMATS`).
     """
 
-    engine: Any
+    engine: str | Sampler
     tokenizer: Tokenizer
     max_new_tokens: int
     temperature: float = 1.0
@@ -26,7 +41,7 @@ class Endpoint:
     stop_token_ids: Sequence[int] | None = None  # None: every token that ends a turn
 
     @cached_property
-    def client(self) -> Any:
+    def client(self) -> Sampler:
         return SGLangEngine(self.engine) if isinstance(self.engine, str) else self.engine
 
     @cached_property
@@ -39,10 +54,10 @@ class Endpoint:
 
     @cached_property
     def turn_ends(self) -> TurnEnds:
-        return TurnEnds.of(self.tokenizer)
+        return TurnEnds.from_tokenizer(self.tokenizer)
 
-    async def sample(self, token_ids: Sequence[int], *, seed: int, max_new_tokens: int | None = None) -> Any:
-        """One `weight_sync.Generation` that continues `token_ids`; `max_new_tokens` None: the endpoint's."""
+    async def sample(self, token_ids: Sequence[int], *, seed: int, max_new_tokens: int | None = None) -> Generation:
+        """Sample one continuation of `token_ids`; `max_new_tokens` None: the endpoint's."""
         params = {
             "temperature": self.temperature,
             "top_k": self.top_k,

@@ -1,10 +1,10 @@
-"""What an agent acts in: the interface, a calculator, and a second try. No engine, no tokens: messages alone."""
+"""Environments of agents: the interface, a calculator, and a second try. They see messages alone, no tokens."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rollouts.training.calculator import CALCULATOR_TOOL, calculate
-from rollouts.training.rewards.common import answers_of
+from rollouts.training.rewards.row_answer import answers_of
 from rollouts.training.types import Prompt, Sample
 
 Message = dict[str, Any]  # {"role", "content"}, and "tool_calls" on an assistant's, as chat templates take them
@@ -12,7 +12,7 @@ Message = dict[str, Any]  # {"role", "content"}, and "tool_calls" on an assistan
 
 @dataclass(frozen=True)
 class Reply:
-    """What an environment says to one message of the assistant's: the messages that follow it, for the next turn."""
+    """An environment's answer to one message of the assistant: the messages that follow it, for the next turn."""
 
     messages: list[Message]
     done: bool  # the episode ends here; `messages` are then ignored
@@ -20,18 +20,18 @@ class Reply:
 
 
 class Environment(Protocol):
-    """One episode's surroundings: made anew for each, it may keep state. What it raises ends the rollout."""
+    """One episode's surroundings: made anew for each, so it may keep state. An exception from it ends the rollout."""
 
     def tools(self) -> list[dict[str, Any]]:
-        """JSON schemas of the tools, as chat templates take them; [] for none."""
+        """Return JSON schemas of the tools, as chat templates take them; [] for none."""
         ...
 
     async def start(self, prompt: Prompt) -> list[Message]:
-        """The messages that the episode begins with."""
+        """Return the messages that the episode begins with."""
         ...
 
     async def respond(self, message: Message) -> Reply:
-        """The answer to an assistant's message. A call that cannot be carried out is answered, not raised."""
+        """Answer an assistant's message. Answer a call that cannot be carried out, too, rather than raise."""
         ...
 
 
@@ -39,7 +39,7 @@ class CalculatorEnvironment:
     """A question, and a tool `calculator(expression)`: the episode goes on while the assistant calls it.
 
     The prompt is text, or a row with "messages". The tool answers with the value as text, or with an error that says
-    what is allowed. No reward of its own: a reward function looks at the finished sample.
+    what is allowed. It gives no reward: a reward function looks at the finished sample.
     """
 
     def tools(self) -> list[dict[str, Any]]:
@@ -55,9 +55,9 @@ class CalculatorEnvironment:
 
 
 class AskAgain:
-    """A row with a question and its "answer": after a wrong one the question comes again, for half the reward.
+    """A row with a question and its "answer": after a wrong answer the question is asked again, for half the reward.
 
-    It never ends an episode that is not right: `turns_max` does. Raises ValueError for a row without an answer.
+    Only a right answer ends the episode here, else `turns_max` does. Raises ValueError for a row without an answer.
     """
 
     def __init__(self) -> None:

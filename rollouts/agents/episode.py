@@ -1,12 +1,13 @@
 """An episode: the policy speaks, the environment answers, until one of them ends it or a limit does. Token-exact.
 
-The tokens of a turn are the engine's own and are never encoded again; what the environment says is encoded as what the
-chat template adds after the assistant's turn.
+The tokens of a turn are the engine's own and are never encoded again. The environment's messages are encoded as the
+text that the chat template adds after the assistant's turn.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 import anyio
@@ -18,6 +19,7 @@ from rollouts.training.datasets.chat import render_prompt
 from rollouts.training.datasets.lost_text import LostTool
 from rollouts.training.datasets.rows import DataError
 from rollouts.training.datasets.turn_end import TurnEnds
+from rollouts.training.inference.http import Generation
 from rollouts.training.seams import Tokenizer
 from rollouts.training.types import Prompt
 from rollouts.training.user_code import USER_ERRORS, describe
@@ -27,9 +29,19 @@ class AgentError(RuntimeError):
     """An episode that must not be trained on, or a chat template that cannot be continued turn by turn."""
 
 
+class Ended(StrEnum):
+    """Why an episode ended: by the environment, or at which limit."""
+
+    DONE = "done"
+    TURNS = "turns"
+    TOKENS = "tokens"
+    LENGTH = "length"  # of a turn
+    TIMEOUT = "timeout"
+
+
 @dataclass(frozen=True, kw_only=True)
-class Limits:
-    """When an episode is cut off; it then counts as truncated, and keeps what there is."""
+class EpisodeLimits:
+    """When an episode is cut off; it then counts as truncated, and keeps the turns so far."""
 
     turns_max: int = 8
     tokens_max: int = 4096  # of the whole episode, prompt included
@@ -38,8 +50,11 @@ class Limits:
 
 @dataclass
 class Trajectory:
-    """What happened. `tokens` and `mask` (1.0: sampled) have one entry per token, prompt first; `log_probs` too, from
-    the end of the prompt on, 0.0 for what was not sampled."""
+    """A played episode.
+
+    `tokens` and `mask` (1.0: sampled) have one entry per token, prompt first. `log_probs` has one per token after the
+    prompt, 0.0 for those that were not sampled.
+    """
 
     prompt: Prompt
     prompt_length: int
@@ -50,51 +65,52 @@ class Trajectory:
     turn_rewards: list[float] = field(default_factory=list)
     weight_versions: list[dict[str, Any]] = field(default_factory=list)  # [{version, start, end}] after the prompt
     turns: int = 0  # of the policy
-    ended: str = ""  # "done", or which limit: "turns", "tokens", "length" (of a turn), "timeout"
+    ended: Ended | None = None  # None: it goes on
 
     def add(self, tokens: list[int], log_probs: list[float] | None = None) -> None:
-        """Sampled tokens with their log-probs, or the environment's without."""
+        """Append sampled tokens with their log-probs, or the environment's without."""
         self.tokens += tokens
         self.mask += [0.0 if log_probs is None else 1.0] * len(tokens)
         self.log_probs += [0.0] * len(tokens) if log_probs is None else log_probs
 
 
 async def run_episode(
-    endpoint: Endpoint, environment: Environment, prompt: Prompt, *, seed: int, limits: Limits | None = None
+    endpoint: Endpoint, environment: Environment, prompt: Prompt, *, seed: int, limits: EpisodeLimits | None = None
 ) -> Trajectory:
-    """One episode of `environment` from `prompt`. A turn's seed is a function of `seed` and its number.
+    """Play one episode of `environment` from `prompt`. A turn's seed is a function of `seed` and its number.
 
-    A call that cannot be read is answered with what is wrong with it, for the model to do better. What is under way
-    when the time is up, a request or the environment's `respond`, is cancelled. Raises AgentError for what the
-    environment raises, naming it and the prompt, for one that does not start in time, and for an aborted answer.
+    A call that cannot be read is answered with its mistake, for the model to do better. When the time is up, the
+    request or the environment's `respond` that is under way is cancelled. Raises AgentError for what the environment
+    raises, naming it and the prompt, for one that does not start in time, and for an aborted answer.
     """
-    limits = limits or Limits()
-    episode = None
+    limits = limits or EpisodeLimits()
+    played: Trajectory | None = None
     with anyio.move_on_after(limits.timeout_s) as scope:
         with _blamed_on(environment, "start", prompt):
             messages = await environment.start(prompt)
         with _blamed_on(environment, "tools", prompt):
             tools = environment.tools() or None
         opening = _opening(endpoint.tokenizer, messages, tools)
-        episode = Trajectory(prompt, len(opening), list(opening), [0.0] * len(opening), messages=list(messages))
+        played = Trajectory(prompt, len(opening), list(opening), [0.0] * len(opening), messages=list(messages))
+        episode = _Episode(endpoint, environment, tools, limits, played)
         for turn in range(limits.turns_max):
-            episode.ended = await _turn(endpoint, environment, episode, tools, limits, seed + turn)
-            if episode.ended:
-                return episode
-        episode.ended = "turns"
-    if episode is None:
+            played.ended = await episode.turn(seed + turn)
+            if played.ended is not None:
+                return played
+        played.ended = Ended.TURNS
+    if played is None:
         raise AgentError(
             f"{type(environment).__name__}.start() took more than {limits.timeout_s:g} s, the episode's limit, "
             f"for prompt {str(prompt)[:200]}"
         )
     if scope.cancelled_caught:
-        episode.ended = "timeout"
-    return episode
+        played.ended = Ended.TIMEOUT
+    return played
 
 
 @contextmanager
 def _blamed_on(environment: Environment, method: str, prompt: Prompt) -> Iterator[None]:
-    """What a user's environment raises becomes an AgentError that says where, and for which prompt."""
+    """Turn what a user's environment raises into an AgentError that names the method and the prompt."""
     try:
         yield
     except USER_ERRORS as error:
@@ -103,52 +119,63 @@ def _blamed_on(environment: Environment, method: str, prompt: Prompt) -> Iterato
         ) from error
 
 
-async def _turn(  # noqa: PLR0917 — the parts of an episode, passed on
-    endpoint: Endpoint,
-    environment: Environment,
-    episode: Trajectory,
-    tools: list[dict[str, Any]] | None,
-    limits: Limits,
-    seed: int,
-) -> str:
-    """The assistant's turn and the answer to it; why the episode ended, or "" while it goes on."""
-    room = limits.tokens_max - len(episode.tokens)
-    if room <= 0:
-        return "tokens"
-    generation = await endpoint.sample(episode.tokens, seed=seed, max_new_tokens=min(room, endpoint.max_new_tokens))
-    output = list(generation.output_ids)
-    if generation.finish_reason == "abort" or len(generation.logprobs or ()) != len(output):
-        raise AgentError(f"{endpoint.client}: turn {episode.turns} came back incomplete: {generation}")
-    episode.weight_versions += _spans(generation, len(episode.log_probs))
-    episode.add(output, list(generation.logprobs))
-    episode.turns += 1
-    said = output[:-1] if output and output[-1] in endpoint.stops else output
-    message, problems = parse_message(endpoint.tokenizer.decode(said), endpoint.tool_format)
-    episode.messages.append(message)
-    if generation.finish_reason == "length":
-        episode.turn_rewards.append(0.0)
-        return "tokens" if room <= endpoint.max_new_tokens else "length"
-    if problems and "tool_calls" not in message:  # it meant to call, and does not know yet that it did not
-        reply = Reply([], done=False)
-    else:
-        with _blamed_on(environment, "respond", episode.prompt):
-            reply = await environment.respond(message)
-    episode.turn_rewards.append(reply.reward)
-    answers = [*reply.messages, *({"role": "tool", "content": problem} for problem in problems)]
-    if reply.done:
-        return "done"
-    follows = between_turns(endpoint.tokenizer, episode.messages, answers, tools, ends=endpoint.turn_ends)
-    episode.messages += answers
-    if len(episode.tokens) + len(follows) >= limits.tokens_max:  # no turn can follow, so nobody reads them
-        return "tokens"
-    episode.add(follows)
-    return ""
+@dataclass(frozen=True)
+class _Episode:
+    """The parts of an episode that is being played."""
+
+    endpoint: Endpoint
+    environment: Environment
+    tools: list[dict[str, Any]] | None
+    limits: EpisodeLimits
+    played: Trajectory
+
+    async def turn(self, seed: int) -> Ended | None:
+        """Sample the assistant's turn and add the answer to it. Return why the episode ended, or None."""
+        played, endpoint = self.played, self.endpoint
+        room = self.limits.tokens_max - len(played.tokens)
+        if room <= 0:
+            return Ended.TOKENS
+        generation = await self._sample(seed, min(room, endpoint.max_new_tokens))
+        said = generation.output_ids
+        spoken = said[:-1] if said and said[-1] in endpoint.stops else said
+        message, problems = parse_message(endpoint.tokenizer.decode(spoken), endpoint.tool_format)
+        played.messages.append(message)
+        if generation.finish_reason == "length":
+            played.turn_rewards.append(0.0)
+            return Ended.TOKENS if room <= endpoint.max_new_tokens else Ended.LENGTH
+        if problems and "tool_calls" not in message:  # all of its calls are broken: tell it, before the environment
+            reply = Reply([], done=False)
+        else:
+            with _blamed_on(self.environment, "respond", played.prompt):
+                reply = await self.environment.respond(message)
+        played.turn_rewards.append(reply.reward)
+        answers = [*reply.messages, *({"role": "tool", "content": problem} for problem in problems)]
+        if reply.done:
+            return Ended.DONE
+        follows = between_turns(endpoint.tokenizer, played.messages, answers, self.tools, ends=endpoint.turn_ends)
+        played.messages += answers
+        if len(played.tokens) + len(follows) >= self.limits.tokens_max:  # no turn can follow to read them
+            return Ended.TOKENS
+        played.add(follows)
+        return None
+
+    async def _sample(self, seed: int, max_new_tokens: int) -> Generation:
+        """Sample one turn and add its tokens. Raises AgentError for an answer that is not complete."""
+        played = self.played
+        generation = await self.endpoint.sample(played.tokens, seed=seed, max_new_tokens=max_new_tokens)
+        log_probs = list(generation.logprobs or ())
+        if generation.finish_reason == "abort" or len(log_probs) != len(generation.output_ids):
+            raise AgentError(f"{self.endpoint.client}: turn {played.turns} came back incomplete: {generation}")
+        played.weight_versions += _spans(generation, len(played.log_probs))
+        played.add(list(generation.output_ids), log_probs)
+        played.turns += 1
+        return generation
 
 
-def _spans(generation: Any, start: int) -> list[dict[str, Any]]:
-    """Which weights sampled which tokens of a turn that begins `start` tokens after the prompt."""
+def _spans(generation: Generation, start: int) -> list[dict[str, Any]]:
+    """Return which weights sampled which tokens of a turn that begins `start` tokens after the prompt."""
     whole = {"version": generation.weight_version, "start": 0, "end": len(generation.output_ids)}
-    spans = getattr(generation, "weight_versions", None) or [whole]
+    spans = generation.weight_versions or [whole]
     return [{**span, "start": start + span["start"], "end": start + span["end"]} for span in spans]
 
 
@@ -160,13 +187,13 @@ def between_turns(
     *,
     ends: TurnEnds | None = None,
 ) -> list[int]:
-    """Tokens from after the end of the last of `messages`, an assistant's, to where the next turn of its begins.
+    """Return the tokens between the end of the last of `messages`, an assistant's, and its next turn.
 
     Raises AgentError where the template renders the turns before differently once `answers` follow.
     """
     before = _render(tokenizer, messages, tools)
     after = _render(tokenizer, [*messages, *answers], tools, add_generation_prompt=True)
-    end = (ends or TurnEnds.of(tokenizer)).after_turn(before, 0, len(before))
+    end = (ends or TurnEnds.from_tokenizer(tokenizer)).after_turn(before, 0, len(before))
     if end is None:
         raise AgentError("the chat template ends an assistant's turn without a special token: a turn cannot follow it")
     if after[:end] != before[:end]:
@@ -175,9 +202,9 @@ def between_turns(
 
 
 def _opening(tokenizer: Tokenizer, messages: list[Message], tools: list[dict[str, Any]] | None) -> list[int]:
-    """Tokens of the messages that an episode begins with. Raises AgentError for one that the template leaves out.
+    """Return the tokens of an episode's first messages. Raises AgentError for one that the template leaves out.
 
-    A template without tools is no error here: the messages may describe them, or the policy know them.
+    A template without tools is accepted: the messages may describe them, or the policy know them.
     """
     try:
         return render_prompt(tokenizer, {"messages": messages, "tools": tools})

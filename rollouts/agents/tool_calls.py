@@ -1,4 +1,4 @@
-"""Tool calls in what a model wrote. Pure: text in, a message as chat templates take it out."""
+"""Tool calls in a model's text. Pure: text in, a message as chat templates take it out."""
 
 import json
 import re
@@ -13,12 +13,12 @@ _WHOLE_CALL = re.compile(
 
 
 def parse_message(text: str, tool_format: str) -> tuple[dict[str, Any], list[str]]:
-    """The assistant's message in `text`, and what was wrong with each call that could not be read.
+    """Return the assistant's message in `text`, and the mistake of each call that could not be read.
 
     "hermes": any number of `<tool_call>{"name": ..., "arguments": {...}}</tool_call>` (Qwen, Hermes). "json": the text
     as a whole is one such object, "parameters" in place of "arguments" too (Llama 3). Without calls all is content.
-    A call ends where its JSON does, whatever its texts hold; a tag that is only spoken of is content; a call that the
-    text ends in counts without its closing tag.
+    A call ends where its JSON does, whatever its strings hold. A tag that is only mentioned is content. A call at the
+    text's end counts without its closing tag.
     """
     if tool_format == "hermes":
         content, bodies = _hermes(text)
@@ -36,7 +36,7 @@ def parse_message(text: str, tool_format: str) -> tuple[dict[str, Any], list[str
 
 
 def _hermes(text: str) -> tuple[str, list[str]]:
-    """What stands outside of the tagged calls, and the text of each call."""
+    """Return the text outside of the tagged calls, and the text of each call."""
     outside, bodies, place = list[str](), list[str](), 0
     while (opened := text.find(_OPEN, place)) >= 0:
         begin = opened + len(_OPEN)
@@ -44,7 +44,7 @@ def _hermes(text: str) -> tuple[str, list[str]]:
         closed, again = (text.find(tag, begin if end is None else end) for tag in (_CLOSE, _OPEN))
         unclosed = closed < 0 or 0 <= again < closed
         if unclosed and end is None and (again >= 0 or not text[begin:].lstrip().startswith("{")):
-            outside.append(text[place:begin])  # the tag is only spoken of
+            outside.append(text[place:begin])  # the tag is only mentioned
             place = begin
             continue
         stop = (len(text) if end is None else end) if unclosed else closed
@@ -55,7 +55,7 @@ def _hermes(text: str) -> tuple[str, list[str]]:
 
 
 def _end_of_json(text: str, begin: int) -> int | None:
-    """Where the JSON value that begins at `begin` ends; None where none can be read."""
+    """Return where the JSON value that begins at `begin` ends; None where none can be read."""
     start = begin + len(text[begin:]) - len(text[begin:].lstrip())
     try:
         return json.JSONDecoder().raw_decode(text, start)[1]
@@ -64,7 +64,7 @@ def _end_of_json(text: str, begin: int) -> int | None:
 
 
 def _read_call(body: str) -> dict[str, Any] | str:
-    """{"name", "arguments"}, or what is wrong."""
+    """Return {"name", "arguments"}, or the mistake."""
     try:
         value = json.loads(body)
     except json.JSONDecodeError as error:

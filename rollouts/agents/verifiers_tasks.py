@@ -1,8 +1,8 @@
 """Tasks of the `verifiers` library (0.4, extra `verifiers`) as environments: its prompts, tools, stops and rewards.
 
-The episode is ours, token-exact; verifiers' harnesses and sandboxes take no part. So a task that needs one is refused:
-a container, a `setup` or `finalize` of its own, a reward or metric that asks for a runtime, tools that keep state or
-run elsewhere. asyncio alone, as the library.
+The episode is ours, token-exact, without verifiers' harnesses and sandboxes. So a task that needs one is refused: a
+container, its own `setup` or `finalize`, a reward or metric that takes a runtime, tools that keep state or run
+elsewhere. asyncio alone, as the library.
 """
 
 import inspect
@@ -15,17 +15,17 @@ from typing import Any
 from rollouts.agents.environment import Message, Reply
 from rollouts.training.types import Prompt
 
-TASK, KEY = "verifiers_task", "verifiers_key"  # columns of a prompt row: which task, and what it must be
+TASK, KEY = "verifiers_task", "verifiers_key"  # columns of a prompt row: the task's index, and its key
 
 
 class VerifiersError(ValueError):
-    """A taskset that cannot be played here, or a prompt row of another one. Says what is missing."""
+    """A taskset that cannot be played here, or a prompt row of another one. The message says what is missing."""
 
 
 class VerifiersTasks:
     """A `verifiers.v1.Taskset`: its prompts, and, called, an environment. `rl.agent.environment` names an instance.
 
-    `tasks = VerifiersTasks(MyTaskset(MyConfig(id="mine")))` in a module of your own;
+    `tasks = VerifiersTasks(MyTaskset(MyConfig(id="mine")))` in your own module;
     `tasks.write_prompts("data/mine.jsonl")` makes the rows of `data.rl_mixture`, format "messages".
     """
 
@@ -34,7 +34,7 @@ class VerifiersTasks:
 
     @cached_property
     def tasks(self) -> list[Any]:
-        """Every task, in order. Raises VerifiersError for one that cannot be played here."""
+        """Return every task, in order. Raises VerifiersError for one that cannot be played here."""
         if not self.taskset.bounded:
             raise VerifiersError(f"{_name(self.taskset)}: has no end; bound it with take(n)")
         tasks = list(self.taskset)
@@ -45,21 +45,21 @@ class VerifiersTasks:
         return tasks
 
     def prompts(self) -> list[dict[str, Any]]:
-        """A prompt row of each task: its messages, and which task it is."""
+        """Return a prompt row of each task: its messages, and which task it is."""
         return [
             {"messages": _opening(task), "answer": "", TASK: index, KEY: task.key}
             for index, task in enumerate(self.tasks)
         ]
 
     def write_prompts(self, path: Path | str) -> None:
-        """The rows as a .jsonl file."""
+        """Write the rows as a .jsonl file."""
         Path(path).write_text("".join(json.dumps(row) + "\n" for row in self.prompts()))
 
     def __call__(self) -> "VerifiersEnvironment":
         return VerifiersEnvironment(self)
 
     def task_of(self, prompt: Prompt) -> Any:
-        """The task of a prompt row. Raises VerifiersError for a row of another taskset, or of one that changed."""
+        """Return the task of a prompt row. Raises VerifiersError for a row of another or of a changed taskset."""
         index = prompt.get(TASK) if isinstance(prompt, dict) else None
         if not isinstance(index, int) or not 0 <= index < len(self.tasks):
             need = f"needs {TASK!r}, 0 to {len(self.tasks) - 1}: rows that write_prompts wrote"
@@ -67,14 +67,14 @@ class VerifiersTasks:
         task = self.tasks[index]
         if isinstance(prompt, dict) and prompt.get(KEY) != task.key:
             raise VerifiersError(
-                f"{_name(self.taskset)}: task {index} is not what it was when the row was written (key {task.key}, the "
-                f"row has {prompt.get(KEY)}): write the prompts anew"
+                f"{_name(self.taskset)}: task {index} has changed since the row was written (key {task.key}, the "
+                f"row has {prompt.get(KEY)}): write the prompts again"
             )
         return task
 
 
 class VerifiersEnvironment:
-    """One episode of a task. The turn that ends it has the task's reward; one that a limit cuts off has none."""
+    """One episode of a task. The turn that ends it has the task's reward; an episode cut off at a limit has none."""
 
     def __init__(self, source: VerifiersTasks) -> None:
         self._source = source
@@ -132,7 +132,7 @@ class VerifiersEnvironment:
         return Reply(answers, done=False)
 
     def _record(self, message: Message, calls: list[dict[str, Any]], ids: list[str]) -> None:
-        """The turn in the library's trace, which its rewards read."""
+        """Add the turn to the library's trace, which its rewards read."""
         import verifiers.v1 as vf
         from verifiers.v1.graph import prepare_turn
 
@@ -162,18 +162,18 @@ class VerifiersEnvironment:
         server, name = self._servers[call["name"]]
         try:
             result = await server.call_tool(name, call["arguments"])
-        except Exception as error:  # a tool may raise anything, wrong arguments among it: the model is told
+        except Exception as error:  # a tool may raise anything, also for wrong arguments: the model gets the message
             return {**answer, "content": f"error: {error}"}
         return {**answer, "content": "\n".join(part.text for part in result.content if hasattr(part, "text"))}
 
 
 def _opening(task: Any) -> list[Message]:
-    """The messages that the episode begins with."""
+    """Return the messages that the episode begins with."""
     data = task.data
     system = [{"role": "system", "content": data.system_prompt}] if data.system_prompt else []
     if isinstance(data.prompt, str):
         return [*system, {"role": "user", "content": data.prompt}]
-    return [*system, *({"role": each.role, "content": _text(each.content)} for each in data.prompt)]
+    return [*system, *({"role": said.role, "content": _text(said.content)} for said in data.prompt)]
 
 
 def _text(content: Any) -> str:
@@ -183,7 +183,7 @@ def _text(content: Any) -> str:
 
 
 def _problems(taskset: Any, task: Any) -> Iterator[str]:
-    """Why tasks like this one cannot be played without verifiers' own harness."""
+    """Yield each reason why tasks like this one cannot be played without verifiers' own harness."""
     import verifiers.v1 as vf
 
     kind = type(task)
@@ -191,14 +191,14 @@ def _problems(taskset: Any, task: Any) -> Iterator[str]:
         yield "needs a container"
     for name in ("setup", "finalize"):
         if getattr(kind, name) is not getattr(vf.Task, name):
-            yield f"has a {name} of its own, which needs a runtime"
+            yield f"has its own {name}, which needs a runtime"
     if task.data.prompt is None:
-        yield "has no prompt: a user is to open the conversation"
+        yield "has no prompt: a user opens the conversation"
     if task.config.judges:
-        yield "has judges plugged in by its config; call them from a reward of the task's"
+        yield "has judges plugged in by its config; call them from a reward of the task"
     for hook in (hook for name in ("reward", "metric", "stop") for hook in task.hooks(name)):
         if not {"task", "trace"} >= set(_required(hook)):
-            yield f"{hook.__name__} asks for {', '.join(_required(hook))}; here there are task and trace"
+            yield f"{hook.__name__} takes {', '.join(_required(hook))}; only task and trace exist here"
     for toolset in (*type(taskset).toolsets(taskset.config), *kind.toolsets(task.config)):
         if toolset._state_cls is not vf.State:
             yield f"tools {_name(toolset)} keep state, which they share with a harness"

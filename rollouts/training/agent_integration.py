@@ -1,5 +1,6 @@
-"""Agents as a source of rollouts: a trajectory becomes a Sample, episodes a `generate_fn`, and an evaluation."""
+"""Agents as a source of rollouts: trajectories as Samples, episodes as a `generate_fn` and as an evaluation."""
 
+import inspect
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,9 +11,9 @@ import anyio
 
 from rollouts.agents.endpoint import Endpoint
 from rollouts.agents.environment import Environment
-from rollouts.agents.episode import AgentError, Limits, Trajectory, run_episode
+from rollouts.agents.episode import AgentError, Ended, EpisodeLimits, Trajectory, run_episode
 from rollouts.training.evaluation import Evaluation, Sampling, task_of
-from rollouts.training.rewards.common import finite_or_none, is_full
+from rollouts.training.rewards.reward_fn import finite_or_none, is_full
 from rollouts.training.rollout_gen.async_rollout_manager import group_seed
 from rollouts.training.rollout_gen.concurrency import gather_in_order
 from rollouts.training.rollout_gen.engine_generate import prompt_id
@@ -23,11 +24,11 @@ _TURNS_APART = 1_000  # seeds of an episode's turns follow one another; episodes
 
 
 def trajectory_to_sample(trajectory: Trajectory) -> Sample:
-    """All after the prompt is the response: what the policy sampled is trained on, what the environment said is not.
+    """Return the episode as a sample: all after the prompt is the response, of which sampled tokens are trained on.
 
     `reward` is the sum of the turns'; a reward function may replace it. metadata: "messages", "turns", "turn_rewards",
-    "finish_reason" ("stop", or "length" for an episode that a limit cut off), "ended", "prompt_id", "weight_version",
-    the newest, and "weight_versions" [{version, start, end}] by response token where there was more than one.
+    "finish_reason" ("stop", or "length" for an episode that a limit cut off), "ended", "prompt_id", "weight_version"
+    (the newest), and "weight_versions" [{version, start, end}] by response token where there was more than one.
     """
     last = next((m for m in reversed(trajectory.messages) if m["role"] == "assistant"), {"content": ""})
     spans = _joined(trajectory.weight_versions)
@@ -42,8 +43,8 @@ def trajectory_to_sample(trajectory: Trajectory) -> Sample:
             "messages": trajectory.messages,
             "turns": trajectory.turns,
             "turn_rewards": trajectory.turn_rewards,
-            "finish_reason": "stop" if trajectory.ended == "done" else "length",
-            "ended": trajectory.ended,
+            "finish_reason": "stop" if trajectory.ended == Ended.DONE else "length",
+            "ended": str(trajectory.ended or ""),
             "prompt_id": prompt_id(trajectory.prompt),
             "weight_version": spans[-1]["version"] if spans else None,
             **({"weight_versions": spans} if len(spans) > 1 else {}),
@@ -53,7 +54,7 @@ def trajectory_to_sample(trajectory: Trajectory) -> Sample:
 
 
 def _joined(spans: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Neighbours of one version as one span, from the first's beginning to the last's end."""
+    """Join neighbouring spans of one version into one, from the first's beginning to the last's end."""
     joined: list[dict[str, Any]] = []
     for span in spans:
         if joined and joined[-1]["version"] == span["version"]:
@@ -67,11 +68,11 @@ def make_agent_generate_fn(
     endpoint: Endpoint | Sequence[Endpoint],
     make_environment: Callable[[], Environment],
     *,
-    limits: Limits | None = None,
+    limits: EpisodeLimits | None = None,
 ) -> Callable[..., Any]:
-    """An async `generate_fn(prompts, *, seed)` for RolloutConfig: one episode per prompt, all at once, in order.
+    """Return an async `generate_fn(prompts, *, seed)` for RolloutConfig: one episode per prompt, all at once, in order.
 
-    Groups go to the endpoints in turn; an episode stays with one, whose prefix cache knows it.
+    Groups go to the endpoints in turn; an episode stays with one, which has its prefix in the cache.
     """
     endpoints = [endpoint] if isinstance(endpoint, Endpoint) else list(endpoint)
     if not endpoints:
@@ -106,11 +107,11 @@ async def evaluate_agent(
     rows: Sequence[Prompt],
     *,
     reward_fn: RewardFn | None = None,
-    limits: Limits | None = None,
+    limits: EpisodeLimits | None = None,
     sampling: Sampling | None = None,
     episodes_at_once: int = 128,
 ) -> Evaluation:
-    """Held-out rows as episodes: a greedy one each, and `sampling.num_samples` sampled ones.
+    """Play held-out rows as episodes: a greedy one each, and `sampling.num_samples` sampled ones.
 
     The reward is `reward_fn`'s, plain or async, or without one the environment's; None (not scorable) counts as 0. An
     episode is right when its reward is 1.0. Raises ValueError for no rows, and what an episode raises.
@@ -125,7 +126,7 @@ async def evaluate_agent(
         async with limiter:
             sample = trajectory_to_sample(await _episode(chosen, make_environment, row, seed=seed, limits=limits))
             value: Any = sample.reward if reward_fn is None else reward_fn(sample)
-            if hasattr(value, "__await__"):
+            if inspect.isawaitable(value):
                 value = await value
         return finite_or_none(value, sample) or 0.0, sample.response
 

@@ -9,7 +9,7 @@ import torch
 
 from rollouts import CalculatorEnvironment, Endpoint
 from rollouts.agents.environment import AskAgain, Reply
-from rollouts.agents.episode import AgentError, Limits, between_turns, run_episode
+from rollouts.agents.episode import AgentError, EpisodeLimits, between_turns, run_episode
 from rollouts.training.agent_integration import make_agent_generate_fn, trajectory_to_sample
 from rollouts.training.datasets.data_buffer import DataBuffer
 from rollouts.training.rl_losses import sft_loss
@@ -102,7 +102,7 @@ async def test_log_probs_are_those_of_one_forward_pass(taught: InProcessEngine) 
 async def test_limits_end_an_episode_and_are_named(taught: InProcessEngine) -> None:
     """Goal: each limit keeps what there is and says which it was. Red with the turn's own bound ignored."""
 
-    async def ended(limits: Limits, **changes: Any) -> tuple[str, int, str]:
+    async def ended(limits: EpisodeLimits, **changes: Any) -> tuple[str, int, str]:
         episode = await run_episode(
             endpoint(taught, **changes), CalculatorEnvironment(), QUESTION, seed=0, limits=limits
         )
@@ -110,10 +110,10 @@ async def test_limits_end_an_episode_and_are_named(taught: InProcessEngine) -> N
         return episode.ended, len(episode.tokens), sample.metadata["finish_reason"]
 
     opening = len(taught.tokenizer(SPOKEN[: SPOKEN.index("<tool_call>")])["input_ids"])
-    assert (await ended(Limits(turns_max=1)))[::2] == ("turns", "length")
-    assert await ended(Limits(), max_new_tokens=10) == ("length", opening + 10, "length")
-    assert await ended(Limits(tokens_max=opening + 5)) == ("tokens", opening + 5, "length")
-    assert await ended(Limits(tokens_max=opening)) == ("tokens", opening, "length")
+    assert (await ended(EpisodeLimits(turns_max=1)))[::2] == ("turns", "length")
+    assert await ended(EpisodeLimits(), max_new_tokens=10) == ("length", opening + 10, "length")
+    assert await ended(EpisodeLimits(tokens_max=opening + 5)) == ("tokens", opening + 5, "length")
+    assert await ended(EpisodeLimits(tokens_max=opening)) == ("tokens", opening, "length")
 
 
 @pytest.mark.anyio
@@ -125,7 +125,7 @@ async def test_a_long_answer_of_the_environment_does_not_exceed_the_limit(taught
         async def respond(self, message: dict[str, Any]) -> Reply:
             return Reply([{"role": "tool", "content": "x" * 5000}], done=False, reward=0.25)
 
-    limits = Limits(tokens_max=200)
+    limits = EpisodeLimits(tokens_max=200)
     episode = await run_episode(endpoint(taught), Page(), QUESTION, seed=0, limits=limits)
     sample = trajectory_to_sample(episode)
     assert episode.ended == "tokens" and len(sample.tokens) <= 200 and sum(sample.loss_mask) > 0
@@ -156,7 +156,7 @@ async def test_a_slow_environment_is_cut_off(taught: InProcessEngine) -> None:
             raise AssertionError
 
     with anyio.fail_after(60):
-        episode = await run_episode(endpoint(taught), Slow(), QUESTION, seed=0, limits=Limits(timeout_s=3.0))
+        episode = await run_episode(endpoint(taught), Slow(), QUESTION, seed=0, limits=EpisodeLimits(timeout_s=3.0))
     assert episode.ended == "timeout" and sum(episode.mask) > 0
 
 
@@ -175,8 +175,7 @@ async def test_broken_and_impossible_calls_are_answered(tokenizer: Any) -> None:
         async def generate_batch(self, prompts, sampling_params, *, n=1, return_logprob=True):
             [[generation]] = await super().generate_batch(prompts, [{**sampling_params[0], "max_new_tokens": 1}], n=n)
             ids = [*tokenizer(said[len(self.requests) - 1])["input_ids"], tokenizer.eos_token_id]
-            generation.output_ids, generation.logprobs, generation.finish_reason = ids, [-1.0] * len(ids), "stop"
-            return [[generation]]
+            return [[replace(generation, output_ids=ids, logprobs=[-1.0] * len(ids), finish_reason="stop")]]
 
     episode = await run_episode(endpoint(Reciting(tiny_model(), tokenizer)), environment, "?", seed=0)
     answers = [message["content"] for message in episode.messages if message["role"] == "tool"]
@@ -209,7 +208,9 @@ async def test_episodes_are_rollouts(taught: InProcessEngine, tokenizer: Any) ->
             return Reply(reply.messages, reply.done, reward=0.5 if reply.messages else 1.0)
 
     async def batch() -> Any:
-        generate_fn = make_agent_generate_fn(endpoint(taught, temperature=1.5), Rewarding, limits=Limits(turns_max=2))
+        generate_fn = make_agent_generate_fn(
+            endpoint(taught, temperature=1.5), Rewarding, limits=EpisodeLimits(turns_max=2)
+        )
         config = RolloutConfig(batch_size=2, n_samples_per_prompt=3, generate_fn=generate_fn)
         async with AsyncRolloutManager(DataBuffer([QUESTION, "1+1?"], seed=0), config) as manager:
             return await manager.generate_batch()
@@ -235,9 +236,8 @@ async def test_every_span_of_tokens_knows_its_weights(taught: InProcessEngine) -
             [[generation]] = await super().generate_batch(*arguments, **options)
             end, first = len(generation.output_ids), len(self.requests) == 1
             spans = [("3", 0, end - 1), ("4", end - 1, end)] if first else [("4", 0, end)]
-            generation.weight_version = "4"
-            generation.weight_versions = [{"version": v, "start": a, "end": b} for v, a, b in spans]
-            return [[generation]]
+            versions = [{"version": v, "start": a, "end": b} for v, a, b in spans]
+            return [[replace(generation, weight_version="4", weight_versions=versions)]]
 
     changing = Changing(taught.model, taught.tokenizer)
     episode = await run_episode(endpoint(changing), CalculatorEnvironment(), QUESTION, seed=0)

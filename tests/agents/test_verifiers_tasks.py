@@ -5,6 +5,7 @@ The library takes seconds to import, so only its tests do, not the collection of
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,7 @@ class Reciting(InProcessEngine):
     async def generate_batch(self, prompts: Any, sampling_params: Any, **options: Any) -> Any:
         [[generation]] = await super().generate_batch(prompts, [{**sampling_params[0], "max_new_tokens": 1}])
         ids = [*self.tokenizer(self.said.pop(0))["input_ids"], self.tokenizer.eos_token_id]
-        generation.output_ids, generation.logprobs, generation.finish_reason = ids, [-1.0] * len(ids), "stop"
-        return [[generation]]
+        return [[replace(generation, output_ids=ids, logprobs=[-1.0] * len(ids), finish_reason="stop")]]
 
 
 def call(**arguments: Any) -> str:
@@ -94,7 +94,7 @@ def test_prompts_are_rows_of_a_data_set(tmp_path: Path, anyio_backend: str) -> N
     rows = load_prompts_from_jsonl(tmp_path / "sums.jsonl")
     assert [tasks.task_of(row).data.b for row in rows] == [8, 2]
     assert rows[0]["messages"] == [{"role": "system", "content": "Add."}, {"role": "user", "content": "7+8?"}]
-    with pytest.raises(VerifiersError, match="task 0 is not what it was"):
+    with pytest.raises(VerifiersError, match="task 0 has changed"):
         tasks.task_of({**rows[0], "verifiers_key": "other"})
     with pytest.raises(VerifiersError, match="verifiers_task=None; needs"):
         tasks.task_of("text")
@@ -103,8 +103,8 @@ def test_prompts_are_rows_of_a_data_set(tmp_path: Path, anyio_backend: str) -> N
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("NeedsSetup", "has a setup of its own"),
-        ("NeedsRuntime", "files asks for runtime"),
+        ("NeedsSetup", "has its own setup"),
+        ("NeedsRuntime", "files takes runtime"),
         ("Contained", "needs a container"),
         ("Stateful", "StatefulToolset keep state"),
     ],

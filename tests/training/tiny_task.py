@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from rollouts.training.inference.http import Generation
 from rollouts.training.model_loading import load_model, load_tokenizer
 
 TINY_MODEL = str(Path(__file__).resolve().parents[2] / "configs" / "models" / "tiny_qwen2")
@@ -20,17 +21,6 @@ def tiny_tokenizer(chat_template: str | None = None) -> Any:
 
 def tiny_model(seed: int = 0) -> Any:
     return load_model(TINY_MODEL, init="random", init_seed=seed)
-
-
-@dataclass
-class Generation:
-    output_ids: list[int]
-    logprobs: list[float] | None
-    finish_reason: str
-    finish_detail: dict[str, Any]
-    weight_version: str
-    text: str | None
-    weight_versions: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
@@ -70,4 +60,14 @@ class InProcessEngine:
             logprobs.append(float(logprobs_V[token]))
         reason = "stop" if output[-1] in params["stop_token_ids"] else "length"
         text = self.tokenizer.decode(output, skip_special_tokens=True)
-        return Generation(output, logprobs if return_logprob else None, reason, {"type": reason}, "3", text)
+        return Generation(
+            output_ids=output,
+            logprobs=logprobs if return_logprob else None,
+            finish_reason=reason,
+            finish_detail={"type": reason},
+            weight_version="3",
+            weight_versions=[],
+            text=text,
+            prompt_tokens=len(ids),
+            cached_tokens=0,
+        )

@@ -60,7 +60,7 @@ class _Composition:
     """What depends on which rows run."""
 
     sampling: RowSampling
-    watched: list[int]  # rows whose newest token may be a stop of their own
+    watched: list[int]  # rows with stops other than EOS: their newest token is looked at
     columns_later: int  # of the longest row once it has all its tokens
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from rollouts.agents.endpoint import Endpoint
 from rollouts.agents.environment import Environment
-from rollouts.agents.episode import Limits
+from rollouts.agents.episode import EpisodeLimits
 from rollouts.config import AgentConfig, RLConfig
 from rollouts.training.agent_integration import make_agent_generate_fn
 from rollouts.training.datasets.data_buffer import DataBuffer
@@ -83,5 +83,5 @@ def agent_environment(agent: AgentConfig) -> Callable[[], Environment]:
     return resolve(agent.environment)
 
 
-def episode_limits(agent: AgentConfig) -> Limits:
-    return Limits(turns_max=agent.turns_max, tokens_max=agent.tokens_max, timeout_s=agent.timeout_s)
+def episode_limits(agent: AgentConfig) -> EpisodeLimits:
+    return EpisodeLimits(turns_max=agent.turns_max, tokens_max=agent.tokens_max, timeout_s=agent.timeout_s)
