@@ -34,7 +34,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.training.calculator",
         "rollouts.training.datasets",
         "rollouts.training.inference",
-        "rollouts.training.rewards.common",
+        "rollouts.training.rewards.row_answer",
         "rollouts.training.types",
         "rollouts.training.user_code",
         "rollouts.training.weight_sync",

@@ -19,7 +19,7 @@ from rollouts.config import Config, DatasetSpec
 from rollouts.training.datasets.chat import render_prompts
 from rollouts.training.datasets.dataset_loaders import load_fitting_prompts, load_sft_mixture
 from rollouts.training.datasets.preview import Span, histogram, spans_of
-from rollouts.training.datasets.report import Report
+from rollouts.training.datasets.report import MixtureReport
 from rollouts.training.datasets.rows import DataError
 from rollouts.training.model_loading import ModelError, load_tokenizer
 from rollouts.training.seams import Tokenizer

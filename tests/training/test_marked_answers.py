@@ -3,7 +3,7 @@
 import pytest
 
 from rollouts.training import rewards
-from rollouts.training.rewards.code import program_of
+from rollouts.training.rewards.code_rewards import program_of
 from rollouts.training.types import Sample
 
 F, PROGRAM = "```", "print(1)\n"

@@ -6,7 +6,7 @@ Right values by hand. Each gold is answered in four ways: boxed in `$`, boxed al
 import pytest
 
 from rollouts.training.rewards import RewardError, math_verify
-from rollouts.training.rewards.common import row_check_of
+from rollouts.training.rewards.reward_fn import row_check_of
 from rollouts.training.types import Sample
 
 pytest.importorskip("math_verify")

@@ -3,8 +3,8 @@ r"""Expected answers with units, congruences, bases, both signs at once: what a 
 import pytest
 
 from rollouts.training.rewards import math_answers, math_verify
-from rollouts.training.rewards.common import row_check_of
 from rollouts.training.rewards.math_units import units_differ, without_unit
+from rollouts.training.rewards.reward_fn import row_check_of
 from rollouts.training.types import Sample
 
 pytest.importorskip("math_verify")

@@ -203,7 +203,7 @@ def test_code_rewards(response: str, tests: Any, share: float) -> None:
 
 @pytest.mark.parametrize(
     ("tests", "message"),
-    [(None, "has no 'tests'"), ([], "needs a list"), ("[", "no JSON"), ([{"stdin": "a"}], "needs a list")],
+    [(None, "has no 'tests'"), ([], "needs a list"), ("[", "not JSON"), ([{"stdin": "a"}], "needs a list")],
 )
 def test_a_row_without_tests_is_an_error(tests: Any, message: str) -> None:
     """Goal: never a silent 0 that would train on nothing. Red without the check of their shape."""

@@ -11,7 +11,8 @@ import pytest
 
 from rollouts.training.datasets.data_buffer import DataBuffer
 from rollouts.training.rewards import RewardError, resolve
-from rollouts.training.rewards.scoring import RewardWorkers, scoring
+from rollouts.training.rewards.scoring import scoring
+from rollouts.training.rewards.worker_pool import RewardWorkers
 from rollouts.training.rollout_gen.async_rollout_manager import AsyncRolloutManager, RolloutError
 from rollouts.training.rollout_gen.concurrency import gather_in_order
 from rollouts.training.types import REWARD_FAILURE, RolloutConfig, Sample

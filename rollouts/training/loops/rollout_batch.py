@@ -10,7 +10,7 @@ import torch
 
 from rollouts.training.advantages import compute_advantages
 from rollouts.training.loops.batching import collate, pad
-from rollouts.training.rewards.common import RewardError
+from rollouts.training.rewards.reward_fn import RewardError
 from rollouts.training.rl_losses import ClipRange, trained_sequences
 from rollouts.training.seams import Batch
 from rollouts.training.types import RLTrainingConfig, RolloutBatch, Sample

@@ -4,7 +4,7 @@
 standard library is loaded here.
 """
 
-from rollouts.training.rewards.answers import (
+from rollouts.training.rewards.answer_rewards import (
     GSM8K_ANSWER,
     choice_letter,
     exact_match,
@@ -16,9 +16,9 @@ from rollouts.training.rewards.answers import (
     regex_answer,
     regex_format,
 )
-from rollouts.training.rewards.code import code_reward, code_tests, code_tests_all
-from rollouts.training.rewards.common import RewardError, finite_or_none, is_full, resolve
+from rollouts.training.rewards.code_rewards import code_reward, code_tests, code_tests_all
 from rollouts.training.rewards.math_answers import math_verify
+from rollouts.training.rewards.reward_fn import RewardError, finite_or_none, is_full, resolve
 
 __all__ = [
     "GSM8K_ANSWER",

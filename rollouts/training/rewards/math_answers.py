@@ -6,24 +6,24 @@ from dataclasses import replace
 from typing import Any
 
 from rollouts.training.rewards import math_text, math_units
-from rollouts.training.rewards.common import RewardError, answers_of, set_row_check
+from rollouts.training.rewards.reward_fn import RewardError, set_row_check
+from rollouts.training.rewards.row_answer import answers_of
 from rollouts.training.types import Prompt, Sample
 
-_SURELY_READ = re.compile(  # most answers are so: reading one takes the parser some milliseconds
+_SURELY_READ = re.compile(  # most answers match: reading one takes the parser some milliseconds
     r"-?(?:\d{1,12}(?:\.\d{1,12})?(?:\\?%|\^\\circ)?|\d{1,3}(?:,\d{3})+|\\[dt]?frac\{[1-9]\d{0,8}\}\{[1-9]\d{0,8}\}"
     r"|[1-9]\d{0,8}/[1-9]\d{0,8}|(?:[1-9]\d{0,8})?(?:\\pi|\\sqrt\{[1-9]\d{0,8}\}))"
 )
 
 
 def math_verify(sample: Sample) -> float:
-    r"""1.0 when the response's final answer means the row's, else 0.0: LaTeX, bare or in `\boxed{}` or `$...$`, numbers
-    or words.
+    r"""Return 1.0 when the response's final answer means the row's, else 0.0.
 
-    The row's answer is read to its end or not at all, and so is what the response boxes: no part of either counts for
-    the whole. A few words that are no mathematics are compared as text. Comparing can take long (sympy): run it in
-    `rl.reward.workers`, where `limits.reward_timeout_s` cuts it off; the library's own alarm is off, for it works in a
-    main thread alone. Raises RewardError for an answer that cannot be read to its end, and where the library is not
-    installed.
+    Answers are LaTeX, bare or in `\boxed{}` or `$...$`, numbers or words. The row's answer is read to its end or not at
+    all, and so is the response's box: no part of either counts for the whole. Short phrases are compared as text.
+    Comparing can take long (sympy): run it in `rl.reward.workers`, where `limits.reward_timeout_s` cuts it off. The
+    library's alarm is off, since it works in a main thread alone. Raises RewardError for an answer that cannot be read
+    to its end, and where the library is not installed.
     """
     golds = answers_of(sample)
     found = [_score(sample, gold) for gold in golds]
@@ -66,7 +66,7 @@ def _library() -> Any:
 
 
 def _score(sample: Sample, answer: str) -> float | None:
-    """1.0 where the response means `answer`, else 0.0; None where `answer` cannot be read to its end."""
+    """Return 1.0 where the response means `answer`, else 0.0; None where `answer` cannot be read to its end."""
     library = _library()
     gold = _row_answer(answer)
     said = _said(sample.response)
@@ -91,7 +91,7 @@ def _score(sample: Sample, answer: str) -> float | None:
 
 
 def _as_text(gold: str, said: str) -> bool | None:
-    """Compare what the parser does not read: words among symbols, formulas of chemistry. None for anything else."""
+    """Compare texts that the parser does not read: words among symbols, chemical formulas. None for anything else."""
     if math_text.words_of(gold) is not None:
         return False
     formula = math_text.chemical_formula(gold)
@@ -99,7 +99,7 @@ def _as_text(gold: str, said: str) -> bool | None:
 
 
 def _same_text(response: str, gold: str) -> float:
-    """Of an accepted answer that cannot be read, beside others that can: 1.0 for the same text, spaces apart."""
+    """Compare with an answer that cannot be read, beside others that can: 1.0 for the same text, up to spaces."""
     said = _said(response) or response
     return float("".join(said.split()) == "".join(_row_answer(gold).split()))
 
@@ -108,7 +108,7 @@ set_row_check(math_verify, unreadable_answer)
 
 
 def _row_answer(text: str) -> str:
-    """The row's answer by itself; of prose what it states, else its last formula."""
+    """Return the row's answer by itself; for prose the answer that it states, else its last formula."""
     inner = math_text.final_answer(text)
     if inner is not None and not math_text.is_prose(math_text.in_latex(inner)):
         return inner
@@ -119,7 +119,7 @@ def _row_answer(text: str) -> str:
 
 
 def _said(response: str) -> str | None:
-    """The response's final answer, where it marks or states one, or is one."""
+    """Return the response's final answer, where it marks or states one, or is one."""
     stated = None if math_text.boxed(response) else math_text.stated(response)
     inner = math_text.final_answer(response if stated is None else stated)
     if inner is None or stated is not None or math_text.boxed(response) or math_text.words_of(inner):
@@ -128,7 +128,7 @@ def _said(response: str) -> str | None:
 
 
 def _same_by_text(gold: str, said: str | None) -> bool | None:
-    """Compare what is no mathematics: times, numbers with a base, words. None where mathematics must decide."""
+    """Compare answers other than mathematics: times, numbers with a base, words. None where mathematics must decide."""
     time, based, congruent = math_text.time_of(gold), math_text.based_number(gold), math_text.congruence(gold)
     words = math_text.words_of(gold)
     if time is not None and (time[1] or time[0].endswith(":00")):
@@ -137,7 +137,7 @@ def _same_by_text(gold: str, said: str | None) -> bool | None:
     if based is not None:
         other = math_text.based_number(said or "")
         plain = (said or "").strip().upper().lstrip("0")
-        return other == based if other is not None else plain == based[0]  # the base left out is not another one
+        return other == based if other is not None else plain == based[0]  # a base that is left out may be the same
     if congruent is not None and congruent[1] is not None:
         return math_text.congruence(said or "") in (congruent, (congruent[0], None))
     if words is not None:
@@ -152,7 +152,7 @@ def _is_percent(text: str) -> bool:
 
 @functools.lru_cache(maxsize=4096)  # a row's answer is compared with each of its samples, in every epoch
 def _read(text: str) -> Any:
-    """What `text` means, read to its end; None for what the parser cannot read so."""
+    """Return the meaning of `text`, read to its end; None where the parser cannot do so."""
     latex, percent = math_text.without_percent(math_text.in_latex(text))
     if not latex or math_text.is_prose(latex):
         return None
@@ -171,18 +171,18 @@ def _parse(latex: str, percent: bool) -> Any:
     from math_verify.grader import should_treat_as_complex
     from math_verify.parser import LatexExtractionConfig
 
-    settings = replace(LatexExtractionConfig().normalization_config, units=False)  # its units have "ab" among them
+    settings = replace(LatexExtractionConfig().normalization_config, units=False)  # its units contain "ab"
     try:
         value = latex2sympy(
             latex, is_real=not should_treat_as_complex(latex), convert_degrees=False, normalization_config=settings
         )
         return convert_to_pct(value) if percent else value
-    except Exception:  # its parser raises plain Exception, sympy whatever it comes to
+    except Exception:  # its parser raises plain Exception, sympy many kinds
         return None
 
 
 def _in_prose(library: Any, response: str) -> Any:
-    """The answer that math-verify finds in a response that marks none. A number that goes on as LaTeX is no answer."""
+    """Return the answer that math-verify finds in an unmarked response. Numbers that go on as LaTeX do not count."""
     latex = library.parse(
         response, [library.LatexExtractionConfig()], parsing_timeout=None, fallback_mode="no_fallback"
     )

@@ -1,7 +1,7 @@
 r"""The text of a mathematical answer, made plain before it is parsed. Pure; standard library only.
 
-`final_answer` finds an answer's own text in a longer one, `in_latex` writes it as the parser reads it, `words_of` and
-`time_of` tell answers that are no mathematics. Whatever is not known here is left as it stands: the parser refuses it.
+`final_answer` finds the answer in a longer text, `in_latex` writes it as the parser reads it, `words_of` and `time_of`
+recognise answers that are not mathematics. Unknown notation stays as it is: the parser refuses it.
 """
 
 import re
@@ -72,7 +72,7 @@ _REWRITES = tuple(
             r"^\\\{\s*([A-Za-z])\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?:\\mid|:|\|)\s*(.*\1.*)\\\}$",
             r"\2",
         ),
-        (  # what runs through the whole numbers is said, or understood
+        (  # "for n in the whole numbers" may be written or understood
             r"(?<=\S)(?:\\[,;: ]|\\q?quad|[\s,(])+(?:\\text\s*\{\s*)?(?:for|where|with|any)?[\s}]*[a-z]\s*\\in\s*"
             r"(?:\\mathbb\s*\{?[ZN]\}?|\\Z)\)?$",
             "",
@@ -96,7 +96,7 @@ _NUMBER_AND_WORDS = re.compile(
 )
 _HOUR = re.compile(r"(\d{1,2})\s*([ap])\.?\s*m\.?", re.IGNORECASE)
 _TIME = re.compile(r"(\d{1,2}):(\d\d)\s*([ap])?\.?\s*(?:m\.?)?", re.IGNORECASE)
-_SHORT_WORD = re.compile(r"(?:^|\s)(?:it|it's|is|so|we|he|of)(?=\s)", re.IGNORECASE)  # "it" in "e^{it}" is none
+_SHORT_WORD = re.compile(r"(?:^|\s)(?:it|it's|is|so|we|he|of)(?=\s)", re.IGNORECASE)  # not the "it" of "e^{it}"
 _FORMULA_MARKS = re.compile(r"\\(?:text|mathrm|ce|mbox|rm)\b|\\[,;:! ]|[\s{}_$^]")
 _CHEMICAL = re.compile(r"(?:[A-Z][a-z]?\d*|\((?:[A-Z][a-z]?\d*)+\)\d*){2,}(?:\d*[+-])?")
 _BASED = re.compile(r"([0-9A-Za-z]+)_\{?(\d{1,2})\}?")
@@ -106,8 +106,8 @@ _NAMES = re.compile(r"[A-Z]{3,}|[IVX]{2,}|[A-Z][a-z]{2,}")
 
 
 def final_answer(text: str) -> str | None:
-    r"""Return the answer that `text` marks as such: the last `\boxed{}`, what follows the last `####`, or all of it
-    where it is one formula; None where it is prose, in which an answer has still to be found.
+    r"""Return the answer that `text` marks as such: the last `\boxed{}`, the text after the last `####`, or all of
+    it where it is one formula. Return None for prose, in which an answer must still be found.
 
     Boxes that follow each other closely ("\boxed{2} and \boxed{3}") are one answer.
     """
@@ -124,7 +124,7 @@ def final_answer(text: str) -> str | None:
 
 
 def boxed(text: str) -> str | None:
-    """Return what the last box holds, braces matched, with those right before it, joined by commas; None without."""
+    """Return the last box's content, with the boxes right before it joined by commas; None without a box."""
     found: list[tuple[int, int, str]] = []  # start, end, content
     for match in _BOX.finditer(text):
         end = _closing_brace(text, match.end())
@@ -139,7 +139,7 @@ def boxed(text: str) -> str | None:
 
 
 def stated(text: str) -> str | None:
-    """Return what stands after the last "answer is" of a prose answer, to the end of its line; None without one."""
+    """Return the text after the last "answer is" of a prose answer, to the end of its line; None without one."""
     places = list(_ANSWER_IS.finditer(text))
     if not places:
         return None
@@ -148,7 +148,7 @@ def stated(text: str) -> str | None:
 
 
 def last_formula(text: str) -> str | None:
-    r"""Return what stands in the last `$...$`, `\(...\)` or `\[...\]` of `text`; None without one."""
+    r"""Return the content of the last `$...$`, `\(...\)` or `\[...\]` of `text`; None without one."""
     found = list(_FORMULA.finditer(text))
     return next((group for group in found[-1].groups() if group), None) if found else None
 
@@ -188,7 +188,7 @@ def words_of(text: str) -> str | None:
 
 
 def is_only_words(text: str) -> bool:
-    r"""Say whether an answer of words cannot be mathematics: all of it is marked as text, or it is a phrase."""
+    r"""Return whether an answer of words cannot be mathematics: all of it is marked as text, or it is a phrase."""
     marked = _TEXT.fullmatch(text)
     return bool((marked and not _NUMBER_AND_WORDS.fullmatch(marked[1].strip())) or _NAMES.fullmatch(text.strip())) or (
         not re.search(r"\d", text) and bool(_TEXT.search(text) or re.search(r"[A-Za-z]{2,}[ -][A-Za-z]{2,}", text))
@@ -196,7 +196,7 @@ def is_only_words(text: str) -> bool:
 
 
 def is_prose(text: str) -> bool:
-    """Say whether words stand among the numbers of `text`, which a parser would multiply letter by letter."""
+    """Return whether `text` mixes words with numbers: a parser would multiply their letters."""
     bare = re.sub(r"\\[A-Za-z]+", " ", _TEXT.sub(" ", text))
     names = {"and", "or", "sin", "cos", "tan", "cot", "sec", "csc", "log", "exp", "max", "min", "mod", "gcd", "lcm"}
     names |= {"sqrt", "arcsin", "arccos", "arctan", "det", "infinity", "deg", "pmatrix", "bmatrix", "vmatrix", "matrix"}
@@ -246,12 +246,12 @@ def chemical_formula(text: str) -> str | None:
 
 
 def _digits_apart(text: str) -> bool:
-    """Say whether two numbers stand side by side, which a parser would add or multiply: "3 4"."""
+    """Return whether two numbers are side by side, "3 4": a parser would add or multiply them."""
     return "\\" not in text and bool(re.search(r"\d\s+\d", text))
 
 
 def _as_fraction(match: re.Match[str]) -> str:
-    """0.1\\overline{6} is 15/90: all digits less those that do not repeat, over as many nines and zeros."""
+    """Return 15/90 for 0.1\\overline{6}: all digits less those that do not repeat, over as many nines and zeros."""
     whole, fixed, repeated = match.groups()
     numerator = int(f"{whole}{fixed}{repeated}") - int(f"{whole}{fixed}" or "0")
     return rf"\frac{{{numerator}}}{{{'9' * len(repeated)}{'0' * len(fixed)}}}"
@@ -268,5 +268,5 @@ def _closing_brace(text: str, start: int) -> int | None:
 
 
 def _has_dollar(text: str) -> bool:
-    r"""Say whether a `$` that opens or closes a formula stands in `text`; of "$5", which is money, it does not."""
+    r"""Return whether `text` has a `$` that opens or closes a formula; "$5" is money."""
     return bool(re.search(r"(?<!\\)\$(?!\d[\d,.]*\s*$)", text))

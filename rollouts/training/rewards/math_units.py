@@ -1,7 +1,7 @@
 r"""Units behind a mathematical answer: "10^{-3} mol/L", "\pi/4 rad", "5\text{ cm}^2". Pure; standard library only.
 
-A unit that is left out is no other answer, so `without_unit` drops it before the parser would multiply its letters. Two
-units that are both known and differ are: `units_differ`.
+An answer without its unit is the same answer, so `without_unit` drops units before the parser would multiply their
+letters. Answers with two known units that differ are different: `units_differ`.
 """
 
 import re
@@ -70,7 +70,7 @@ _SYMBOLS = {
 
 
 def without_unit(text: str) -> str:
-    """Return `text` without the unit, or the counted things ("apples"), that stand behind its value."""
+    """Return `text` without the unit, or the counted things ("apples"), after its value."""
     match = _DEGREES.search(text)
     if match is not None and match["scale"]:
         return text[: match.start()].rstrip() + r"^\circ"
@@ -83,13 +83,13 @@ def without_unit(text: str) -> str:
 
 
 def units_differ(one: str, other: str) -> bool:
-    """Say whether two answers have units that are both known, and are not the same: 5 km and 5 cm."""
+    """Return whether two answers have known units that differ: 5 km and 5 cm."""
     units = _known_unit(one), _known_unit(other)
     return None not in units and units[0] != units[1]
 
 
 def _known_unit(text: str) -> str | None:
-    """The one unit behind a value, as its symbol; None for none, several, and one that is not known here."""
+    """Return the one unit after a value, as its symbol; None for none, several, and an unknown one."""
     text = text.strip().rstrip(".")
     degrees = _DEGREES.search(text)
     if degrees is not None:

@@ -1,14 +1,15 @@
-"""A reward model served over HTTP: SGLang with `--is-embedding`, or what answers `POST /classify` as it does."""
+"""A reward model served over HTTP: SGLang with `--is-embedding`, or a server with the same `POST /classify`."""
 
 import os
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import anyio.lowlevel
 import httpx
 
-from rollouts.training.rewards.common import RewardError
+from rollouts.training.rewards.reward_fn import RewardError
+from rollouts.training.seams import Tokenizer
 from rollouts.training.types import Sample
 
 REQUEST_TIMEOUT_S = 600.0  # the job's own limit, limits.reward_timeout_s, comes first
@@ -17,24 +18,24 @@ REQUEST_TIMEOUT_S = 600.0  # the job's own limit, limits.reward_timeout_s, comes
 class RewardModel:
     """An async reward: the score of the conversation, prompt and response, under a reward model.
 
-    Make one in a module of your own and name it in `rl.reward.fn`:
+    Make one in your own module and name it in `rl.reward.fn`:
     `score = RewardModel("http://127.0.0.1:30500", tokenizer="Skywork/Skywork-Reward-V2-Qwen3-0.6B")`.
-    `tokenizer`: hub id or directory of the reward model's own, whose chat template renders the conversation.
-    `api_key_variable`: the environment variable that holds the server's key, if it wants one. An agent's whole
-    conversation is scored. Raises RewardError for a server that cannot be reached, refuses, or answers no number.
+    `tokenizer`: hub id or directory of the reward model's, whose chat template renders the conversation.
+    `api_key_variable`: the environment variable with the server's key, if it needs one. An agent's whole
+    conversation is scored. Raises RewardError for a server that is not reached, refuses, or answers without a number.
     """
 
     def __init__(self, base_url: str, *, tokenizer: str, api_key_variable: str | None = None) -> None:
         self.base_url = base_url.rstrip("/")
         self._tokenizer_name = tokenizer
         self._api_key_variable = api_key_variable
-        self._clients: dict[object, httpx.AsyncClient] = {}  # the one event loop it is used from now
+        self._clients: dict[object, httpx.AsyncClient] = {}  # of the event loop that uses it now
 
     @cached_property
-    def _tokenizer(self) -> Any:
+    def _tokenizer(self) -> Tokenizer:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self._tokenizer_name, trust_remote_code=False)
+        return cast(Tokenizer, AutoTokenizer.from_pretrained(self._tokenizer_name, trust_remote_code=False))
 
     async def __call__(self, sample: Sample) -> float:
         messages = conversation_of(sample)
@@ -76,7 +77,7 @@ def conversation_of(sample: Sample) -> list[Mapping[str, Any]]:
         asked = list(prompt["messages"])
     else:
         raise RewardError(
-            f"a reward model needs a conversation: the prompt row has {', '.join(map(repr, prompt)) or 'nothing'}, "
-            "and no 'messages'. Give rows as docs/data.md has them, or the prompt as text"
+            f"a reward model needs a conversation: the prompt row has {', '.join(map(repr, prompt)) or 'nothing'} "
+            "and no 'messages'. Use rows as in docs/data.md, or the prompt as text"
         )
     return [*asked, {"role": "assistant", "content": sample.response}]

@@ -1,8 +1,8 @@
 """Runs a Python program that a model wrote, with few rights and hard limits. Blocking; Linux on x86_64 or aarch64.
 
-The program is one process in a directory of its own, deleted after. The kernel refuses it new processes, sockets,
-signals to others and, where it has Landlock (Linux 5.13), every file outside that directory but Python's own. Time,
-memory and output are bounded. docs/rewards.md says what this does not stop.
+The program is one process in its own directory, deleted after. The kernel refuses it new processes, sockets, signals to
+others and, with Landlock (Linux 5.13), every file outside that directory but Python's. Time, memory and output are
+bounded. docs/rewards.md says what this does not stop.
 """
 
 import contextlib
@@ -15,22 +15,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rollouts.training.rewards.common import RewardError
+from rollouts.training.rewards.reward_fn import RewardError
 
 CHILD = Path(__file__).with_name("sandbox_child.py")
 MIB = 1 << 20
 
 
 class SandboxError(RewardError):
-    """The sandbox could not be put in place: nothing was run."""
+    """The sandbox could not be put in place; the program did not run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SandboxLimits:
-    timeout_s: float = 10.0  # of the wall clock; CPU time has the same bound, rounded up
+    timeout_s: float = 10.0  # of the wall clock; CPU time has the same limit, rounded up
     memory_mib: int = 1024  # address space, all threads together
     file_mib: int = 16  # of one file, and of the output and of the errors each
-    output_characters: int = 1 << 20  # what is read of each
+    output_characters: int = 1 << 20  # read of each
 
 
 @dataclass(frozen=True)
@@ -80,15 +80,17 @@ def run_python(program: str, *, stdin: str = "", limits: SandboxLimits | None = 
                 process.kill()  # it has no children
                 process.wait()
         stdout, stderr, confined = (_read(file, limits.output_characters) for file in files[1:])
-    if not confined and exit_code is not None:  # told by the child itself: a program can end in any way
+    if not confined and exit_code is not None:  # the child itself writes it: a program can end in any way
         raise SandboxError(f"cannot run a program safely on this machine: {stderr.strip()}")
     return Execution(exit_code, stdout, stderr)
 
 
 @contextlib.contextmanager
 def _directory() -> Iterator[Path]:
-    """A fresh one, removed after by programs that, other than shutil, can do so whatever was made in it: a tree deeper
-    than Python's recursion limit, or directories that their owner may not read."""
+    """Yield a fresh directory and remove it after.
+
+    Programs remove it: shutil fails at trees deeper than Python's recursion limit, and at unreadable directories.
+    """
     directory = Path(tempfile.mkdtemp(prefix="rollouts-sandbox-"))
     try:
         yield directory

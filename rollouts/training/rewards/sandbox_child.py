@@ -1,9 +1,9 @@
-"""In the child: gives up every right that a test program does not need, then runs it. Linux; standard library only.
+"""In the child: give up every right that a test program does not need, then run it. Linux; standard library only.
 
     python -I sandbox_child.py '{"memory_bytes": ..., "cpu_s": ..., "file_bytes": ...}' FD    program: ./program.py
 
-Prints nothing itself. Once every restriction is in place, and before the program runs, it writes a byte into file
-descriptor FD and closes it; where one cannot be, it ends with the reason on stderr instead.
+It prints nothing itself. Once every restriction is in place, and before the program runs, it writes a byte into file
+descriptor FD and closes it. Where a restriction fails, it ends with the reason on stderr instead.
 """
 
 import ctypes
@@ -196,19 +196,22 @@ def limit_resources(*, memory_bytes: int, cpu_s: int, file_bytes: int) -> None:
         resource.RLIMIT_CORE: 0,
     }
     for which, value in limits.items():
-        _, hard = resource.getrlimit(which)  # the user's own may be lower, and cannot be raised
+        _, hard = resource.getrlimit(which)  # the user's limit may be lower, and cannot be raised
         allowed = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(which, (allowed, allowed))
 
 
 def drop_capabilities(machine: str) -> None:
-    """What makes root more than the owner of its files."""
+    """Drop the rights that make root more than the owner of its files."""
     header = struct.pack("Ii", 0x20080522, 0)  # version 3, this process
     check(LIBC.syscall(MACHINES[machine][1]["capset"], header, bytes(24)), "capset")
 
 
 def restrict_files(writable: str) -> int:
-    """Landlock: read Python and the system's libraries, write into `writable`. Returns the kernel's level; 0: none."""
+    """Allow (by Landlock) to read Python and the system's libraries, and to write into `writable`.
+
+    Return the kernel's level; 0: none.
+    """
     create, add, restrict = 444, 445, 446
     version = LIBC.syscall(create, None, ctypes.c_size_t(0), 1)
     if version < 1:
@@ -232,14 +235,17 @@ def restrict_files(writable: str) -> int:
 
 
 def filter_system_calls(machine: str, landlock: int) -> None:
-    """seccomp: no new processes, sockets, signals to others or looks into them, no memory, queues or keys that outlive
-    the process or escape its limit, no watching of files, and no change of rights, priorities or files' attributes. On
-    a kernel whose `landlock` level does not know truncate(2), not that either. Threads may be."""
+    """Refuse (by seccomp) system calls that reach beyond the process, or change rights, priorities or attributes.
+
+    Refused are new processes, sockets, signals to others and reading them, watching files, and memory, queues or keys
+    that outlive the process or escape its limit; truncate(2) too where the `landlock` level does not know it. Threads
+    are allowed.
+    """
     audit, calls, denied = MACHINES[machine]
     load, equal, any_bit, at_least, answer = 0x20, 0x15, 0x45, 0x35, 0x06  # BPF: LD|W|ABS, JEQ, JSET, JGE, RET
     allow, kill, refuse = 0x7FFF0000, 0x80000000, 0x00050000
     program = [(load, 0, 0, 4), (equal, 1, 0, audit), (answer, 0, 0, kill), (load, 0, 0, 0)]
-    if machine == "x86_64":  # the x32 interface has numbers of its own
+    if machine == "x86_64":  # the x32 interface has other numbers
         program += [(at_least, 0, 1, 0x40000000), (answer, 0, 0, refuse | EPERM)]
     shortening = (calls["truncate"],) if 0 < landlock < TRUNCATE_ABI else ()
     for number in (*denied.values(), *EVERYWHERE.values(), *shortening):
@@ -253,7 +259,7 @@ def filter_system_calls(machine: str, landlock: int) -> None:
     for request in IOCTL_ALLOWED:
         program += [(equal, 0, 1, request), (answer, 0, 0, allow)]
     program += [(answer, 0, 0, refuse | EPERM)]
-    # The parent's death stays this process's own
+    # The signal at the parent's death stays set
     program += [(equal, 0, 4, calls["prctl"]), (load, 0, 0, 16), (equal, 0, 1, PR_SET_PDEATHSIG)]
     program += [(answer, 0, 0, refuse | EPERM), (answer, 0, 0, allow)]
     program += [(equal, 0, 3, calls["clone"]), (load, 0, 0, 16), (any_bit, 1, 0, CLONE_THREAD)]

@@ -17,7 +17,7 @@ from typing import Any
 
 from rollouts.training.advantages import has_contrast
 from rollouts.training.datasets.data_buffer import DataBuffer
-from rollouts.training.rewards.common import finite_or_none
+from rollouts.training.rewards.reward_fn import finite_or_none
 from rollouts.training.rollout_gen.concurrency import gather_in_order
 from rollouts.training.types import REWARD_FAILURE, Prompt, RewardFn, RolloutBatch, RolloutConfig, Sample
 from rollouts.training.user_code import USER_ERRORS, describe

@@ -18,7 +18,7 @@ from rollouts.training.evaluation import mix_tasks
 from rollouts.training.model_limits import limits_of, require_fit
 from rollouts.training.replay import ReplayRollouts
 from rollouts.training.rewards import resolve
-from rollouts.training.rewards.common import row_check_of
+from rollouts.training.rewards.reward_fn import row_check_of
 from rollouts.training.seams import Tokenizer
 from rollouts.training.types import Prompt, Sample
 from rollouts.training.user_code import USER_ERRORS

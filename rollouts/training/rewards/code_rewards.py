@@ -1,7 +1,7 @@
-"""Rewards for programs: the response's is run on the row's "tests", in `sandbox`. Blocking: use rl.reward.workers.
+"""Rewards for programs: the response's program is run on the row's "tests", in `sandbox`. Blocking: use workers.
 
-A test is `{"stdin": text, "stdout": text}`, where the program prints what is expected, white space at the ends of lines
-apart; or `{"code": text}`, statements that run after the program in the same process and must not raise.
+A test is `{"stdin": text, "stdout": text}`, where the program prints the expected text, up to white space at
+lines' ends; or `{"code": text}`, statements that run after the program in the same process and must not raise.
 """
 
 import json
@@ -10,7 +10,8 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from rollouts.training.rewards.common import RewardError, column_of
+from rollouts.training.rewards.reward_fn import RewardError
+from rollouts.training.rewards.row_answer import column_of
 from rollouts.training.rewards.sandbox import SandboxLimits, run_python
 from rollouts.training.types import Sample
 
@@ -20,10 +21,10 @@ _PYTHON = ("python", "py", "python3", "py3")
 
 
 def code_reward(*, limits: SandboxLimits | None = None, every: bool = False) -> Callable[[Sample], float]:
-    """A reward: the share of the row's tests that the program passes; with `every` 1.0 for all of them, else 0.0.
+    """Return a reward: the share of the row's tests that pass; with `every` 1.0 if all of them pass, else 0.0.
 
-    `limits` are of one test. The first failure ends it where `every` counts. Raises RewardError for a row without tests
-    or with one that is none, SandboxError where programs cannot be confined.
+    `limits` are of one test. With `every` the first failure is the last test. Raises RewardError for a row without
+    tests or with one that is not valid, SandboxError where programs cannot be confined.
     """
 
     def reward(sample: Sample) -> float:
@@ -43,11 +44,10 @@ code_tests_all = code_reward(every=True)
 
 
 def program_of(response: str) -> str:
-    """The last fenced block marked as Python (python, py, python3, py3); else the last without a mark; else all of it.
+    """Return the last fenced block marked as Python (python, py, python3, py3); else the last unmarked one; else all.
 
-    Fences are found line by line, as CommonMark has them: three or more backticks or tildes begin a block with whatever
-    follows them, and the next fence of the kind, at least as long and alone on its line, ends it; or else the end of
-    the text does.
+    Fences are found line by line, as in CommonMark: three or more backticks or tildes begin a block. The next fence of
+    the kind, at least as long and alone on its line, ends it, or else the end of the text.
     """
     blocks = list(_blocks(response))
     for marks in (_PYTHON, ("",)):
@@ -58,7 +58,7 @@ def program_of(response: str) -> str:
 
 
 def _blocks(text: str) -> Iterator[tuple[str, str]]:
-    """Each fenced block: the first word after its fence in lower case, and what stands between its fences."""
+    """Yield each fenced block: the first word after its fence in lower case, and the text between its fences."""
     fence, indent, mark, held = "", "", "", list[str]()
     for line in re.findall(r".*\n|.+", text.replace("\r\n", "\n")):
         bare = line.rstrip()
@@ -78,18 +78,18 @@ def _blocks(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _closes(line: str, fence: str, indent: str) -> bool:
-    """Whether `line` is a fence that ends a block: of its sign, as long, and at most three columns further in."""
+    """Return whether `line` is a fence that ends a block: its sign, as long, at most three columns further in."""
     sign = re.sub(r"</\w+>$", "", line.strip())  # "</think>" may follow
     return len(sign) >= len(fence) and set(sign) == {fence[0]} and len(line) - len(line.lstrip()) <= len(indent) + 3
 
 
 def tests_of(sample: Sample) -> list[Mapping[str, str]]:
-    """The row's "tests", a list or its JSON text."""
+    """Return the row's "tests", a list or its JSON text."""
     value = column_of(sample, "tests")
     try:
         tests = json.loads(value) if isinstance(value, str) else value
     except json.JSONDecodeError as error:
-        raise RewardError(f"tests={str(value)[:80]!r}: is text and no JSON: {error}") from None
+        raise RewardError(f"tests={str(value)[:80]!r}: is text but not JSON: {error}") from None
     if not isinstance(tests, list) or not tests or not all(map(_is_test, tests)):
         raise RewardError(
             f"tests={str(tests)[:120]!r}: needs a list of {{'stdin': text, 'stdout': text}} or {{'code': text}}"

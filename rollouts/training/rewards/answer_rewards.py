@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 
-from rollouts.training.rewards.common import answer_of, any_answer
+from rollouts.training.rewards.row_answer import answer_of, any_answer
 from rollouts.training.types import Sample
 
 GSM8K_ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")  # nanochat's, and how data sets write it
@@ -12,15 +12,15 @@ _SAID = re.compile(r"####[ \t]*\**[ \t]*(-?\$?-?[0-9.,]*[0-9][0-9.,]*)")  # how 
 
 @any_answer
 def exact_match(sample: Sample) -> float:
-    """1.0 when the response is the answer, apart from white space around it; else 0.0."""
+    """Return 1.0 when the response is the answer, apart from white space around it; else 0.0."""
     return float(sample.response.strip() == answer_of(sample).strip())
 
 
 @any_answer
 def per_letter(sample: Sample) -> float:
-    """Share of positions that hold the answer's letter, 0 to 1, over the longer of the two; the end is a position too.
+    """Return the share of positions with the answer's letter, over the longer of the two; the end is a position too.
 
-    Without it, stopping early would cost no more than a wrong last letter, and policies settle on never trying one.
+    Without it, stopping early would cost no more than a wrong last letter, and policies learn never to try one.
     """
     response, answer = [*sample.response.strip(), None], [*answer_of(sample).strip(), None]
     right = sum(a == b for a, b in zip(response, answer, strict=False))
@@ -28,15 +28,15 @@ def per_letter(sample: Sample) -> float:
 
 
 def per_letter_and_exact(sample: Sample) -> float:
-    """Mean of `per_letter` and `exact_match`: partial credit to start from, a reason to get the last letter right."""
+    """Return the mean of `per_letter` and `exact_match`: partial credit, and a reason to get the last letter right."""
     return (per_letter(sample) + exact_match(sample)) / 2
 
 
 @any_answer
 def gsm8k_answer(sample: Sample) -> float:
-    """1.0 when the number after `####` equals the answer's, as text without commas; else 0.0.
+    """Return 1.0 when the number after `####` equals the answer's, as text without commas; else 0.0.
 
-    As in lm-evaluation-harness a dollar sign and a full stop at the end are no part of it; the space may be missing.
+    As in lm-evaluation-harness a dollar sign and a full stop at the end are ignored; the space may be missing.
     """
     expected, said = answer_of(sample), _SAID.search(sample.response)
     right = gsm8k_number(expected) or _plain_number(expected)
@@ -44,7 +44,7 @@ def gsm8k_answer(sample: Sample) -> float:
 
 
 def gsm8k_number(text: str) -> str | None:
-    """The number after the first `#### `, without commas and a full stop at its end; None without one."""
+    """Return the number after the first `#### `, without commas and a full stop at its end; None without one."""
     found = GSM8K_ANSWER.search(text)
     return _plain_number(found[1]) if found else None
 
@@ -55,12 +55,12 @@ def _plain_number(text: str) -> str:
 
 @any_answer
 def choice_letter(sample: Sample) -> float:
-    """1.0 when the response is the letter of the right choice: alone, or with a bracket or full stop; else 0.0."""
+    """Return 1.0 when the response is the right choice's letter, alone or with a bracket or full stop; else 0.0."""
     return float(sample.response.strip().strip("().") == answer_of(sample).strip())
 
 
 def is_correct(sample: Sample) -> float:
-    """What evaluation counts, by the row's format: `gsm8k_answer`, `choice_letter`, else `exact_match`.
+    """Score as evaluation does, by the row's format: `gsm8k_answer`, `choice_letter`, else `exact_match`.
 
     As `rl.reward.fn` it judges a mixture of tasks, each by its own rule.
     """
@@ -69,10 +69,10 @@ def is_correct(sample: Sample) -> float:
 
 
 def regex_answer(pattern: str, *, flags: int = re.DOTALL) -> Callable[[Sample], float]:
-    """A reward: 1.0 when the last match of `pattern` in the response holds the answer in its first group; else 0.0.
+    """Return a reward: 1.0 when the last match of `pattern` has the answer in its first group; else 0.0.
 
-    White space around it is passed over, and so is an opening tag that is only spoken of before it. Put it into a
-    module of your own and name that in `rl.reward.fn`:
+    White space around it is ignored, and so is an opening tag that is only mentioned before it. Put it into your own
+    module and name that in `rl.reward.fn`:
     `tagged = regex_answer(r"<answer>(.*?)</answer>")`. Raises ValueError for a pattern without a group.
     """
     compiled = re.compile(pattern, flags)
@@ -89,7 +89,7 @@ def regex_answer(pattern: str, *, flags: int = re.DOTALL) -> Callable[[Sample], 
 
 
 def _last_group(compiled: re.Pattern[str], text: str) -> str | None:
-    """The first group of the last match; of an opener that stands twice before its end, what follows the second.
+    """Return the first group of the last match; if its opener occurs twice, the text after the second.
 
     "I answer in <answer> tags: <answer>42</answer>" means 42, though a search from the left finds more.
     """
@@ -105,7 +105,7 @@ def _last_group(compiled: re.Pattern[str], text: str) -> str | None:
 
 
 def regex_format(pattern: str, *, flags: int = re.DOTALL) -> Callable[[Sample], float]:
-    """A reward: 1.0 when the whole response, white space around it apart, matches `pattern`; else 0.0."""
+    """Return a reward: 1.0 when the whole response, white space around it apart, matches `pattern`; else 0.0."""
     compiled = re.compile(pattern, flags)
 
     def reward(sample: Sample) -> float:
