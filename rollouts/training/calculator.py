@@ -1,8 +1,8 @@
 """A calculator that is safe to hand to a model. Pure; standard library only.
 
-It knows nanochat's two kinds of expressions: numbers with + - * / // and brackets, and how often one string holds
-another, `'strawberry'.count('r')`. The text is parsed and its tree walked; nothing is ever executed. nanochat bounds
-the time to 3 s; here the length bounds it: without powers, MAX_CHARACTERS make no number of more digits than that.
+It knows nanochat's two kinds of expressions: numbers with + - * / // and brackets, and how often one string occurs in
+another, `'strawberry'.count('r')`. The text is parsed and its tree walked; nothing is ever executed. nanochat limits
+the time to 3 s. Here the length does: without powers, MAX_CHARACTERS cannot make a number of more digits than that.
 """
 
 import ast
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 MAX_CHARACTERS = 256
-CALCULATOR_TOOL: dict[str, Any] = {  # what a model is told of it, in SFT data and by environments alike
+CALCULATOR_TOOL: dict[str, Any] = {  # its description for models, in SFT data and environments alike
     "type": "function",
     "function": {
         "name": "calculator",
@@ -43,13 +43,13 @@ _UNARY: dict[type[ast.unaryop], Callable[[Any], Any]] = {ast.UAdd: operator.pos,
 
 
 class _NotAllowed(ValueError):
-    """A part of an expression that this calculator does not know."""
+    """A part of an expression that this calculator does not support."""
 
 
 def calculate(expression: str) -> str | None:
-    """The value as text: "24" for "48/2", "0.3" for "0.1+0.2" (10 digits), "1200" for "1,000 + 200". None on failure.
+    """Return the value as text: "24" for "48/2", "0.3" for "0.1+0.2" (10 digits), "1200" for "1,000 + 200".
 
-    Commas in numbers are dropped. Anything else than the above, a division by zero and an overflow give None.
+    Commas in numbers are dropped. Other expressions than the above, a division by zero and an overflow give None.
     """
     text = expression.strip()
     if not text or len(text) > MAX_CHARACTERS:

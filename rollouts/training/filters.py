@@ -1,8 +1,8 @@
-"""Group filters: `list[Sample]`, the samples of one prompt with their rewards, to whether the group is trained on.
+"""Group filters: they take the samples of one prompt with their rewards, and return whether the group is trained on.
 
-Pure. Rewards are compared but for rounding (`advantages.CONTRAST_MIN`): parts that add up to 0.9999999999999999 are 1.
-They run after rewards: a sample without one is an error, for a filter that quietly kept or dropped it would
-either train on noise or drop every group.
+Pure. Rewards are compared up to rounding (`advantages.CONTRAST_MIN`): parts that add up to 0.9999999999999999 are 1.
+Filters run after rewards, so a sample without one is an error: keeping it would train on noise, dropping it would drop
+every group.
 """
 
 from rollouts.training.advantages import CONTRAST_MIN, has_contrast
@@ -10,9 +10,9 @@ from rollouts.training.types import Sample
 
 
 def check_reward_nonzero_std(samples: list[Sample]) -> bool:
-    """Keep a group whose rewards differ (DAPO, arXiv 2503.14476); those of one that does not have advantages of 0.
+    """Keep a group whose rewards differ (DAPO, arXiv 2503.14476); with equal rewards all advantages are 0.
 
-    By `advantages.has_contrast`: rounding noise is no difference.
+    By `advantages.has_contrast`: rounding noise is not a difference.
     """
     return has_contrast(_rewards(samples))
 
@@ -25,7 +25,7 @@ def check_min_reward(samples: list[Sample], threshold: float = 0.5) -> bool:
 def check_response_diversity(samples: list[Sample], min_unique_ratio: float = 0.5) -> bool:
     """Keep a group of which at least the share `min_unique_ratio` of the responses are different ones.
 
-    Responses are compared by their tokens, or by their text where a sample carries no tokens.
+    Responses are compared by their tokens, or by their text where a sample has no tokens.
     """
     if not samples:
         raise ValueError("a filter got an empty group; it needs the samples of one prompt")

@@ -83,7 +83,7 @@ def _prompts(
 
 
 def _document(
-    name: str, report: Report, lengths: Sequence[int], shown: Sequence[tuple[str, Sequence[Span]]]
+    name: str, report: MixtureReport, lengths: Sequence[int], shown: Sequence[tuple[str, Sequence[Span]]]
 ) -> dict[str, Any]:
     return {
         "mixture": name,

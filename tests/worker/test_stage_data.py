@@ -102,7 +102,7 @@ def test_prompts_leave_room_for_an_answer(tmp_path: Path, tokenizer: Any) -> Non
         config, "rl.agent", replace(agent, environment="rollouts.agents.environment.CalculatorEnvironment")
     )
     told = report_of(load_data(offered, tokenizer, "rl"))
-    assert "the model is not told of the environment's tools: " in told and "leaves out the tool 'calculator'" in told
+    assert "the model does not see the environment's tools: " in told and "leaves out the tool 'calculator'" in told
 
 
 def test_a_stage_over_plain_text_alone(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Chat templates to token ids and a mask of what is trained. Pure but for the tokenizer it is given.
+"""Chat templates to token ids and a mask of the trained ones. Pure, apart from the tokenizer.
 
 Trained: the assistant's text and the special token that ends its turn. Not trained: everything before and between.
 """
@@ -42,16 +42,16 @@ class Rendering:
 
 
 def render_prompt(tokenizer: Tokenizer, prompt: str | dict[str, Any]) -> list[int]:
-    """Token ids of a prompt up to where the assistant begins. A bare string is one user message.
+    """Return the token ids of a prompt up to where the assistant begins. A bare string is one user message.
 
-    A row's "tools" are offered to the model. Raises DataError where there is no template, it refuses the messages, or
-    leaves out what they, or the tools, say.
+    A row's "tools" are offered to the model. Raises DataError without a template, and where it refuses the
+    messages or leaves out a part of them or of the tools.
     """
     return render_prompts(tokenizer, [(prompt, "prompt")])[0]
 
 
 def render_prompts(tokenizer: Tokenizer, prompts: Sequence[tuple[str | dict[str, Any], str]]) -> list[list[int]]:
-    """`render_prompt` of each (prompt, where), all tokenized in one call; errors name the row by its `where`."""
+    """Return `render_prompt` of each (prompt, where), all tokenized in one call; errors name the row by its `where`."""
     texts = [_prompt_text(tokenizer, prompt, where) for prompt, where in prompts]
     return [ids for ids, _ in _encode(tokenizer, texts)] if texts else []
 
@@ -69,20 +69,21 @@ def _prompt_text(tokenizer: Tokenizer, prompt: str | dict[str, Any], where: str)
 def render_conversation(
     tokenizer: Tokenizer, messages: Sequence[Message], where: str, *, tools: Any = None
 ) -> list[Rendering]:
-    """One conversation: see `render_conversations`."""
+    """Render one conversation: see `render_conversations`."""
     return render_conversations(tokenizer, [Conversation(messages, where, tools)])[0]
 
 
 def render_conversations(tokenizer: Tokenizer, conversations: Sequence[Conversation]) -> list[list[Rendering]]:
-    """Token ids and masks of each conversation; all are tokenized in one call, each text once.
+    """Return token ids and masks of each conversation; all are tokenized in one call, each text once.
 
     The last rendering of a conversation is `tokenizer.apply_chat_template` of all of it. Earlier ones come only where
     the template would render earlier turns differently than they were spoken (it strips their thinking, say): they are
     beginnings of the conversation, and every assistant turn is trained in one rendering alone. Spans come from the
     template's {% generation %} markers, else from the difference that each assistant message makes.
 
-    An example without any assistant turn comes back with an all-zero mask. Raises DataError naming `where` for what
-    cannot be masked: see `split_conversation`; a turn that no special token ends; a token across a turn's beginning.
+    An example without any assistant turn gets an all-zero mask. Raises DataError naming `where` for a conversation that
+    cannot be masked: see `split_conversation`; a turn without a special token at its end; a token across a turn's
+    beginning.
     """
     if not conversations:
         return []  # the tokenizer refuses an empty list
@@ -91,7 +92,7 @@ def render_conversations(tokenizer: Tokenizer, conversations: Sequence[Conversat
         for piece in own:
             refuse_half_characters(piece.text, conversation.where)
     encoded = iter(_encode(tokenizer, [piece.text for own in pieces for piece in own]))
-    ends = TurnEnds.of(tokenizer)
+    ends = TurnEnds.from_tokenizer(tokenizer)
     return [
         [_Masker(tokenizer, ends, conversation.where, piece, *next(encoded)).rendering() for piece in own]
         for conversation, own in zip(conversations, pieces, strict=True)
@@ -107,9 +108,9 @@ def refuse_half_characters(text: str, where: str) -> None:
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[tuple[list[int], list[int] | None]]:
-    """Exactly the ids that `apply_chat_template(tokenize=True)` makes of these texts, and where each token ends.
+    """Return exactly the ids that `apply_chat_template(tokenize=True)` makes of these texts, and where each token ends.
 
-    An end is the character after the token's last; None where the tokenizer does not tell.
+    An end is the character after the token's last; None where the tokenizer does not give it.
     """
     fast = tokenizer.is_fast
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
@@ -141,15 +142,15 @@ class _Masker:
         return Rendering(self.token_ids, mask, tuple(turn.message for turn in self.piece.turns))
 
     def _first_token(self, start: int) -> int:
-        """The first token of what begins at character `start`.
+        """Return the first token of the text that begins at character `start`.
 
-        A token may stand across it, where an answer opens with a line break, say, which merges with the header's: then
-        it belongs to the prompt, if no more than white space is lost to it.
+        A token may lie across it, where an answer opens with a line break, say, which merges with the header's. It then
+        belongs to the prompt, if only white space is lost to it.
         """
         count, text = self._count_tokens(start), self.piece.text
         if self.ends is not None and (start == 0 or (count and self.ends[count - 1] == start)):
             return count
-        # Some tokenizers leave white space out of their offsets, so what a gap belongs to shows only in tokens.
+        # Some tokenizers leave white space out of their offsets, so only tokens show what a gap belongs to.
         if _encode(self.tokenizer, [text[:start]])[0][0] == self.token_ids[:count]:
             return count
         inside = text[start:] if self.ends is None else text[start : self.ends[count]]
@@ -162,15 +163,15 @@ class _Masker:
         return count + 1
 
     def _count_tokens(self, stop: int) -> int:
-        """How many tokens end by character `stop`."""
+        """Return how many tokens end by character `stop`."""
         if self.ends is None:
             return len(_encode(self.tokenizer, [self.piece.text[:stop]])[0][0])
         return bisect_right(self.ends, stop)
 
     def _end_of_turn(self, start: int, stop: int) -> int:
-        """Where training of tokens [start, stop) ends: after the token that ends the turn.
+        """Return where training of tokens [start, stop) ends: after the token that ends the turn.
 
-        A template may write white space after that token, which nobody samples, or close its markers before it.
+        A template may write white space after that token, which is never sampled, or close its markers before it.
         """
         ids = self.token_ids
         end = self.turn_ends.after_turn(ids, start, stop)

@@ -1,8 +1,8 @@
-"""Conversations to text through the tokenizer's own chat template, and which characters the assistant speaks. Pure.
+"""Conversations to text through the tokenizer's chat template, and the assistant's characters in it. Pure.
 
 A template may render the beginning of a conversation differently once more follows: it strips earlier thinking, say,
-or moves the system message to the last user turn. What the model sees when it speaks is the rendering up to its turn,
-so such a conversation becomes several pieces; each trains the turns that stand in it as they stood when spoken.
+or moves the system message to the last user turn. A model that speaks sees the rendering up to its turn, so such a
+conversation becomes several pieces. Each trains the turns whose rendering is still the one of when they were spoken.
 """
 
 import contextlib
@@ -50,10 +50,10 @@ class Piece:
 
 
 def split_conversation(tokenizer: Tokenizer, conversation: Conversation) -> list[Piece]:
-    """The pieces that train each assistant turn once, in order; one piece wherever the prefixes nest.
+    """Return the pieces that train each assistant turn once, in order; one piece wherever the prefixes nest.
 
-    Without an assistant turn: one piece with no turns. Raises DataError naming the row where the template refuses the
-    messages, leaves out some of their text, or where a turn cannot be told from what stands before it.
+    Without an assistant turn it is one piece with no turns. Raises DataError naming the row where the template refuses
+    the messages or leaves out some of their text, or where a turn's beginning cannot be found.
     """
     template = ChatTemplate(tokenizer, conversation.tools, conversation.where)
     messages = clean_messages(conversation.messages, conversation.where)
@@ -92,11 +92,11 @@ class ChatTemplate:
             raise DataError(f"tokenizer {tokenizer.name_or_path!r} has no chat template: {error}") from None
         self._special_tokens = tokenizer.special_tokens_map
         self._where = where
-        self.words = [self._template, *map(str, self._special_tokens.values())]  # what it may write of its own
+        self.words = [self._template, *map(str, self._special_tokens.values())]  # texts that it may write itself
         self.marked = GENERATION_TAG.search(self._template) is not None
 
     def text_with(self, messages: Sequence[Message], tools: Any, *, add_generation_prompt: bool) -> str | None:
-        """The text of other messages and tools; None where the template refuses them."""
+        """Return the text of other messages and tools; None where the template refuses them."""
         other = copy.copy(self)
         other.tools = tools or None
         try:
@@ -107,7 +107,7 @@ class ChatTemplate:
     def render(
         self, conversations: Sequence[Sequence[Message]], *, add_generation_prompt: bool = False
     ) -> list[Rendered]:
-        """Texts exactly as `tokenizer.apply_chat_template` makes them."""
+        """Return texts exactly as `tokenizer.apply_chat_template` makes them."""
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -120,7 +120,7 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,
             )
-        except (TemplateError, TypeError) as error:  # a TypeError: the template adds a string to what is not there
+        except (TemplateError, TypeError) as error:  # a TypeError: the template adds a string to a missing value
             roles = [message["role"] for message in conversations[-1]]
             raise DataError(
                 f"{self._where}: the chat template refuses these messages (roles {roles}): {error}"
@@ -129,18 +129,20 @@ class ChatTemplate:
         return [Rendered(*pair) for pair in zip(texts, marks if self.marked else [[]] * len(texts), strict=True)]
 
     def prompts(self, messages: Sequence[Message], indices: Sequence[int]) -> list[Rendered]:
-        """What the model sees before each of the assistant messages, its header included."""
+        """Return what the model sees before each of the assistant messages, its header included."""
         beginnings = [messages[:index] for index in indices]
-        if self.marked and indices and indices[0] == 0:  # many templates cannot render nothing; marks need no header
+        if (
+            self.marked and indices and indices[0] == 0
+        ):  # many templates cannot render an empty list; marks need no header
             return [Rendered("", []), *(self.render(beginnings[1:], add_generation_prompt=True) if indices[1:] else [])]
         return self.render(beginnings, add_generation_prompt=True) if indices else []
 
     def turn_spans(
         self, beginning: Sequence[Message], before: Rendered, after: Rendered, where: str
     ) -> tuple[Span, ...]:
-        """The characters of the turn that `after` ends with: what is marked anew, or else all after its header.
+        """Return the characters of the turn at the end of `after`: the new marks, or else all after its header.
 
-        Markers that take in the header, as some do, are cut to what follows it.
+        Some markers include the header; they are cut to what follows it.
         """
         header_end = self._header_end(beginning, before.text, after.text)
         count = len(before.marks)
@@ -150,7 +152,7 @@ class ChatTemplate:
             marks = [(header_end, len(after.text))]
         else:
             raise DataError(
-                f"{where}: the chat template renders what stands before this turn differently once the turn follows, "
+                f"{where}: the chat template renders the text before this turn differently once the turn follows, "
                 "so the assistant's tokens cannot be told apart. Fix: a template whose generation prompt is the "
                 "beginning of the assistant's turn."
             )
@@ -160,14 +162,14 @@ class ChatTemplate:
             raise DataError(
                 f"{where}: the chat template renders nothing for this assistant message"
                 + (" between {% generation %} and {% endgeneration %}" if self.marked else "")
-                + ", so nothing of it could be trained"
+                + ", so no part of it could be trained"
             )
         return spans
 
     def _header_end(self, beginning: Sequence[Message], before: str, after: str) -> int | None:
-        """Where `after` leaves the generation prompt that `before` ends with; None if it does so even earlier.
+        """Return where `after` departs from the generation prompt at the end of `before`; None if even earlier.
 
-        It may leave it early: some prompts open a thought, which an answer without one does not go on with.
+        It may depart within it: some prompts open a thought, which an answer without one does not continue.
         """
         if after.startswith(before):
             return len(before)
@@ -177,7 +179,7 @@ class ChatTemplate:
 
 
 def _group(whole: str, spoken: Sequence[tuple[str, Turn]]) -> list[tuple[str, tuple[Turn, ...]]]:
-    """Each turn goes to the longest text that begins as the turn's own text does."""
+    """Assign each turn to the longest text that begins as the turn's text does."""
     groups: list[tuple[str, list[Turn]]] = [(whole, [])]
     for text, turn in reversed(spoken):
         if not groups[-1][0].startswith(text):
@@ -188,11 +190,11 @@ def _group(whole: str, spoken: Sequence[tuple[str, Turn]]) -> list[tuple[str, tu
 
 
 def clean_messages(messages: object, where: str) -> list[Message]:
-    """As templates want them: keys that are null left out, arguments of calls as objects, not text.
+    """Return messages as templates need them: without null keys, arguments of calls as objects, not text.
 
-    Nulls within calls stay: rows of Arrow's lost its padding when they were read. Keys that say what is trained
-    (`message_keys`) are not the template's. Raises DataError for a tool call that has no name, or arguments that are
-    no object.
+    Nulls within calls stay: Arrow's padding was removed when rows were read. Keys that say what is trained
+    (`message_keys`) are removed. Raises DataError for a tool call without a name, or with arguments other than an
+    object.
     """
     if not isinstance(messages, list | tuple) or not all(
         isinstance(message, dict) and "role" in message for message in messages
@@ -202,7 +204,7 @@ def clean_messages(messages: object, where: str) -> list[Message]:
 
 
 def _check_tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
-    """A row's tools as a list of schemas, or None. Raises DataError for anything but a list of objects, or its JSON."""
+    """Return a row's tools as a list of schemas, or None. Raises DataError for other values than that or its JSON."""
     parsed = _parse(tools)
     if parsed is None or parsed == []:
         return None
@@ -212,7 +214,7 @@ def _check_tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
 
 
 def _clean(message: Message, where: str) -> Message:
-    untrained(message, where)  # raises for a value that it does not know
+    untrained(message, where)  # raises for an unknown value
     clean = {key: value for key, value in message.items() if value is not None and key.lower() not in TRAIN_KEYS}
     if clean.get("tool_calls"):
         clean["tool_calls"] = [_clean_call(call, where) for call in clean["tool_calls"]]
@@ -223,7 +225,7 @@ def _clean_call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise DataError(f"{where}.tool_calls has {call!r}; needs {{'function': {{'name': ..., 'arguments': ...}}}}")
-    arguments = _parse(function.get("arguments"))  # JSON text is OpenAI's form; templates would encode it once more
+    arguments = _parse(function.get("arguments"))  # JSON text is OpenAI's form; templates would encode it again
     if not isinstance(arguments, dict | None):
         shown = str(arguments) if len(str(arguments)) <= 120 else str(arguments)[:117] + "..."
         raise DataError(f"{where}.tool_calls: arguments={shown!r}; needs an object, or the JSON text of one")
@@ -232,7 +234,7 @@ def _clean_call(call: Any, where: str) -> dict[str, Any]:
 
 
 def _parse(value: Any) -> Any:
-    """What the JSON text holds; anything else, other text and what `parse_json` refuses among it, as it is."""
+    """Return the value of a JSON text; other values, and text that `parse_json` refuses, as they are."""
     if isinstance(value, str):
         with contextlib.suppress(NotPlain):
             return parse_json(value)
@@ -240,9 +242,9 @@ def _parse(value: Any) -> Any:
 
 
 def _without_null_properties(schema: Any) -> Any:
-    """Without properties whose definition is null, which is no schema: Arrow's padding, kept in a file.
+    """Return a schema without properties whose definition is null: Arrow's padding, kept in a file.
 
-    Every other null stays: "default": null says something.
+    Every other null stays: "default": null has a meaning.
     """
     if isinstance(schema, list):
         return [_without_null_properties(item) for item in schema]

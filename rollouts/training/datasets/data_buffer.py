@@ -1,4 +1,4 @@
-"""DataBuffer: prompts in a seeded order that wraps for ever, and resumes exactly. No I/O."""
+"""DataBuffer: prompts in a seeded order that wraps for ever and resumes exactly. No I/O."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from rollouts.training.types import Prompt
 class DataBuffer:
     """Epoch e goes through all prompts in the order that `random.Random(seed + e)` shuffles them into.
 
-    seed None: 0, or that of the state which is loaded.
+    seed None: 0, or the seed of the loaded state.
     """
 
     def __init__(self, prompts: Sequence[Prompt], seed: int | None = None) -> None:
@@ -30,11 +30,11 @@ class DataBuffer:
 
     @property
     def epoch(self) -> int:
-        """Of the next prompt, from 0."""
+        """Return the epoch of the next prompt, from 0."""
         return self._epoch
 
     def get_prompts(self, count: int) -> list[Prompt]:
-        """The next `count` prompts. Wraps at the end of an epoch, as often as needed."""
+        """Return the next `count` prompts. Wraps at the end of an epoch, as often as needed."""
         if count < 0:
             raise ValueError(f"get_prompts({count}): needs >= 0")
         taken: list[Prompt] = []
@@ -47,14 +47,14 @@ class DataBuffer:
         return taken
 
     def save_state(self) -> dict[str, Any]:
-        """JSON-able: where the buffer stands, and a fingerprint of what it stands in."""
+        """Return the position, and a fingerprint of the prompts, as plain data."""
         return {"seed": self.seed, "epoch": self._epoch, "offset": self._offset, "fingerprint": self.fingerprint}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue with exactly the prompts that would have come.
 
-        Raises DataError when the state belongs to other prompts, to the same ones edited or in another order, or to
-        another seed than the one given here; the buffer then stands where it stood.
+        Raises DataError when the state is of other prompts, of the same ones edited or in another order, or of another
+        seed than the one given here; the buffer is then unchanged.
         """
         missing = [key for key in ("seed", "epoch", "offset", "fingerprint") if key not in state]
         if missing:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from rollouts.training.datasets.examples import Example, check_answer
 from rollouts.training.datasets.formats import Format, parse_row
 from rollouts.training.datasets.prompts import OWN_TOOLS, fitting_prompts
-from rollouts.training.datasets.report import PromptReport, Report, SFTReport
+from rollouts.training.datasets.report import MixtureReport, PromptReport, SFTReport
 from rollouts.training.datasets.rows import DataError, Row, read_rows
 from rollouts.training.datasets.selection import Selection
 from rollouts.training.datasets.sft import build_sft_samples
@@ -38,7 +38,7 @@ class MixtureSpec(Protocol):
     @property
     def subset(self) -> str | None: ...
     @property
-    def shuffle_seed(self) -> int | None: ...  # of a shuffle before all else; None: rows as they stand
+    def shuffle_seed(self) -> int | None: ...  # of a shuffle before all else; None: rows in file order
     @property
     def start(self) -> int: ...
     @property
@@ -50,7 +50,7 @@ class MixtureSpec(Protocol):
     @property
     def streaming(self) -> bool: ...  # pull rows one by one, only as many as are needed
     @property
-    def repeat(self) -> int: ...  # how often the rows stand in the mixture
+    def repeat(self) -> int: ...  # how often the rows occur in the mixture
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class DatasetEntry:
     """A MixtureSpec for those who use the library without a job config."""
 
     name: str
-    format: Format | None  # None: what the columns show
+    format: Format | None  # None: by the columns
     split: str = "train"
     subset: str | None = None
     shuffle_seed: int | None = None
@@ -81,10 +81,10 @@ def load_sft_dataset(
     format: Format | None = None,
     streaming: bool = False,
 ) -> list[Sample]:
-    """SFT samples of one data set, in its order; what was left out is logged as a warning.
+    """Return SFT samples of one data set, in its order; rows left out are logged as a warning.
 
-    name: "gsm8k" or another hub id, a local directory laid out as on the hub, or a .jsonl file. format None: what the
-    columns show. max_samples rows are read (-1: all), with `streaming` no more than those are fetched. Conversations
+    name: "gsm8k" or another hub id, a local directory laid out as on the hub, or a .jsonl file. format None: by the
+    columns. max_samples rows are read (-1: all), with `streaming` no more than those are fetched. Conversations
     over max_length tokens (-1: no limit) are left out. Raises DataError naming the file and line (or the row).
     """
     entry = DatasetEntry(name, format, split, subset, max_samples=max_samples, streaming=streaming)
@@ -96,7 +96,7 @@ def load_sft_dataset(
 def load_sft_mixture(
     specs: Sequence[MixtureSpec], *, tokenizer: Tokenizer, max_length: int, seed: int | None, num_workers: int = 0
 ) -> tuple[list[Sample], SFTReport]:
-    """All SFT samples of a mixture and the report over all of it (a repeated row counts each time).
+    """Return all SFT samples of a mixture and the report over all of it (a repeated row counts each time).
 
     seed: of the one shuffle; None: one data set after the other, a curriculum. num_workers: processes that may render
     chat templates, where there are examples enough that starting them pays; the samples are the same.
@@ -109,9 +109,9 @@ def load_sft_mixture(
 
 
 def load_prompt_mixture(specs: Sequence[MixtureSpec], *, seed: int) -> list[dict[str, Any]]:
-    """All prompt rows of a mixture, shuffled: {"messages", "answer", "format", other columns}.
+    """Return all prompt rows of a mixture, shuffled: {"messages", "answer", "format", other columns}.
 
-    Raises DataError for plain text, which asks nothing.
+    Raises DataError for plain text, which has no question.
     """
     return [_prompt_of(example) for example in _mix(specs, seed)]
 
@@ -125,8 +125,10 @@ def load_fitting_prompts(
     tools: Any = OWN_TOOLS,
     row_problem: Callable[[Prompt], str | None] | None = None,
 ) -> tuple[list[dict[str, Any]], PromptReport]:
-    """`load_prompt_mixture` without prompts over `tokens_max` tokens or of no use to the reward, and the report: see
-    `fitting_prompts`."""
+    """Return `load_prompt_mixture` without prompts that are too long or that the reward cannot use, and the report.
+
+    See `fitting_prompts`.
+    """
     examples = _mix(specs, seed)
     for example in examples:
         _prompt_of(example)
@@ -136,7 +138,7 @@ def load_fitting_prompts(
 
 
 def load_examples(spec: MixtureSpec) -> list[Example]:
-    """The selected rows of one data set, once. Raises DataError naming the file and line (or the row)."""
+    """Return the selected rows of one data set, once. Raises DataError naming the file and line (or the row)."""
     selection = Selection(spec.shuffle_seed, spec.start, spec.stop, spec.step, spec.max_samples)
     if spec.format in ("spelling_bee", "simple_spelling"):
         rows = spelling_rows(spec.format, split=spec.split, selection=selection)
@@ -153,9 +155,9 @@ def load_examples(spec: MixtureSpec) -> list[Example]:
 
 
 def load_prompts_from_jsonl(path: str | Path, format: Format | None = None) -> list[dict[str, Any]]:
-    """Prompt rows of a .jsonl file, in file order: {"messages", other columns} with "answer" where the row has one.
+    """Return prompt rows of a .jsonl file, in file order: {"messages", "answer" if the row has one, other columns}.
 
-    A line is what `format` says, or holds a "prompt" string, or what its columns show. Raises DataError with file and
+    A line is in `format`, or has a "prompt" string, or is read by its columns. Raises DataError with file and
     line.
     """
     if Path(path).suffix.lower() != ".jsonl":
@@ -192,7 +194,7 @@ def _plain_prompt(row: Row) -> dict[str, Any]:
 
 
 def _mix(specs: Sequence[MixtureSpec], seed: int | None) -> list[Example]:
-    """Examples of all specs, each `repeat` times: in one seeded order, or with seed None as they are listed."""
+    """Return examples of all specs, each `repeat` times: in one seeded order, or with seed None as they are listed."""
     if not specs:
         raise DataError("the mixture is empty: needs at least one data set")
     for spec in specs:
@@ -210,5 +212,5 @@ def _mix(specs: Sequence[MixtureSpec], seed: int | None) -> list[Example]:
     return [loaded[task][index] for task, index in order]
 
 
-def _log(name: str, report: Report) -> None:
+def _log(name: str, report: MixtureReport) -> None:
     logger.log(logging.WARNING if report.noteworthy else logging.INFO, "%s: %s", name, report)

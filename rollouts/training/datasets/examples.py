@@ -19,11 +19,11 @@ class Example:
     messages: list[Message]  # the whole conversation; [] for plain text
     prompt: dict[str, Any]  # "messages" up to where the answer begins, "answer" where known, "format", other columns
     text: str | None = None  # plain text, trained on whole and without a chat template
-    replaced: tuple[str, ...] = ()  # columns of the row that a key of the prompt's own stands in place of
+    replaced: tuple[str, ...] = ()  # columns of the row that are replaced by a key of the prompt
 
 
 def check_message(message: Any, where: str) -> Message:
-    """A message without keys that Arrow filled with null. An assistant that calls tools may leave its content out."""
+    """Return a message without null keys, which Arrow adds. An assistant that calls tools may leave its content out."""
     if not isinstance(message, dict):
         raise DataError(f"{where}={message!r}; needs an object with 'role' and 'content'")
     clean = {key: value for key, value in message.items() if value is not None}
@@ -38,7 +38,7 @@ def check_message(message: Any, where: str) -> Message:
 
 
 def check_turns(messages: Any, where: str) -> list[Message]:
-    """Messages that begin with the user and strictly alternate with the assistant: at least one turn of each."""
+    """Return messages that begin with the user and strictly alternate: at least one turn of user and assistant."""
     if not isinstance(messages, list) or len(messages) < 2:
         raise DataError(f"{where}: messages={messages!r}; needs at least two, a user's and an assistant's")
     clean = [check_message(message, f"{where}: messages[{index}]") for index, message in enumerate(messages)]
@@ -54,9 +54,9 @@ def check_turns(messages: Any, where: str) -> list[Message]:
 def conversation_example(
     where: str, messages: list[Message], others: dict[str, Any], *, format: str, answer: str | None = None
 ) -> Example:
-    """An example of whole conversations: the prompt is what stands before a final assistant turn, its answer that turn.
+    """Return an example of a whole conversation: a final assistant turn is the answer, all before it the prompt.
 
-    `answer`, or a column of that name, goes before the turn's own text.
+    `answer`, or a column of that name, replaces the turn's text as the answer.
     """
     ends_with_answer = messages[-1]["role"] == "assistant"
     if len(messages) == 1 and ends_with_answer:
@@ -66,7 +66,7 @@ def conversation_example(
         own["answer"] = answer
     elif "answer" in others:
         check_answer(others["answer"], where)
-    elif ends_with_answer and messages[-1]["content"].strip():  # an empty turn is no answer to compare with
+    elif ends_with_answer and messages[-1]["content"].strip():  # an empty turn is not an answer to compare with
         own["answer"] = messages[-1]["content"]
     return example(where, messages, others, own)
 
@@ -74,7 +74,7 @@ def conversation_example(
 def example(
     where: str, messages: list[Message], others: dict[str, Any], own: dict[str, Any], *, text: str | None = None
 ) -> Example:
-    """An example whose prompt is the row's `others` columns with `own` keys, which go before columns of their names."""
+    """Return an example whose prompt is the row's `others` columns and `own` keys, which win over such columns."""
     replaced = tuple(sorted(key for key in others if key in own and others[key] != own[key]))
     return Example(where, messages, {**others, **own}, text, replaced)
 

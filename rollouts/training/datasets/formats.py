@@ -1,4 +1,4 @@
-"""What a row means: from columns to a conversation to train on, and to a prompt to answer. Pure; no tokenizer.
+"""Formats of rows: from columns to a conversation to train on, and to a prompt to answer. Pure; no tokenizer.
 
 messages          {"messages": [{"role", "content"}, ...]}      roles system, user, assistant, tool
 question_answer   {"question", "answer"}                        strings
@@ -16,9 +16,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 from rollouts.training.calculator import CALCULATOR_TOOL
+from rollouts.training.datasets.calculator_turns import solution_turns
 from rollouts.training.datasets.examples import Example, check_message, check_turns, conversation_example, example
 from rollouts.training.datasets.rows import DataError, Row
-from rollouts.training.datasets.tool_calls import solution_turns
 from rollouts.training.rewards import gsm8k_number
 
 Format = Literal[
@@ -36,7 +36,7 @@ Format = Literal[
 
 
 def parse_row(row: Row, format: Format | None = None) -> Example:
-    """Read a row in `format`, or in the one its columns show. Raises DataError naming row, value and need."""
+    """Read a row in `format`, or by its columns. Raises DataError naming row, value and need."""
     chosen = format or infer_format(row)
     if chosen not in _PARSERS:
         raise DataError(f"format={chosen!r}: needs one of {', '.join(map(repr, get_args(Format)))}")
@@ -44,7 +44,7 @@ def parse_row(row: Row, format: Format | None = None) -> Example:
 
 
 def infer_format(row: Row) -> Format:
-    """The format that the columns alone show; "gsm8k" is told from "question_answer" by its `####`."""
+    """Return the format that the columns show; `####` tells "gsm8k" from "question_answer"."""
     values = row.values
     if "messages" in values:
         return "messages"
@@ -113,7 +113,7 @@ def _gsm8k_parts(row: Row, format: Format) -> tuple[str, str, str]:
 
 
 def _multiple_choice(row: Row) -> Example:
-    """The letter stands after its choice, without a space: small models bind it better, and `A` is one token."""
+    """Put the letter after its choice, without a space: small models bind it better, and `A` is one token."""
     (question,) = _strings(row, "multiple_choice", "question")
     choices, key = row.values.get("choices"), row.values.get("answerKey")
     columns = [choices.get(name) if isinstance(choices, dict) else None for name in ("text", "label")]

@@ -1,4 +1,4 @@
-"""Find what a chat template leaves out of a row without a word: a system message, tools, a thought, a call. Pure."""
+"""Find parts of a row that a chat template silently leaves out: a system message, tools, a thought, a call. Pure."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from rollouts.training.datasets.rows import DataError
 
 THINK_TAG = re.compile(r"</?think>")
 Message = dict[str, Any]
-_MARK, _TOOL_MARK = "Zq{}xj", "zt{}xj_tool"  # stand in for a text and a tool's name; in no template and no row
+_MARK, _TOOL_MARK = "Zq{}xj", "zt{}xj_tool"  # in place of a text and a tool's name; in no template and no row
 
 
 class LostTool(DataError):
@@ -21,19 +21,19 @@ class Renderer(Protocol):
     """A `ChatTemplate`."""
 
     tools: list[dict[str, Any]] | None
-    words: list[str]  # what the template may write of its own
+    words: list[str]  # texts that the template may write itself
 
     def text_with(self, messages: Sequence[Message], tools: Any, *, add_generation_prompt: bool) -> str | None:
-        """The text of other messages and tools; None where the template refuses them."""
+        """Return the text of other messages and tools; None where the template refuses them."""
 
 
 def refuse_lost_context(
     template: Renderer, messages: Sequence[Message], text: str, where: str, *, add_generation_prompt: bool = False
 ) -> None:
-    """Raise DataError where the template drops a message that is not the assistant's, or a tool, without a word.
+    """Raise DataError where the template silently drops a message that is not the assistant's, or a tool.
 
-    `text` is its rendering of them. A text may also stand there for another reason, since another message or the
-    template itself says the same: then it is rendered once more with a mark in its place, which nobody else says.
+    `text` is its rendering of them. A text may also occur there for another reason: another message or the template has
+    the same text. It is then rendered again with a unique mark in its place.
     """
     contents = {index: _content(message) for index, message in enumerate(messages) if message["role"] != "assistant"}
     names = {index: _tool_name(tool) for index, tool in enumerate(template.tools or ())}
@@ -62,7 +62,7 @@ def refuse_lost_context(
         [_renamed(tool, _TOOL_MARK.format(at)) if at in unsure_tools else tool for at, tool in enumerate(tools)],
         add_generation_prompt=add_generation_prompt,
     )
-    if marked is None:  # it reads this content: no other can stand in its place
+    if marked is None:  # it reads this content: a mark cannot replace it
         return
     for index in unsure:
         if _MARK.format(index) not in marked:
@@ -73,7 +73,7 @@ def refuse_lost_context(
 
 
 def refuse_lost_text(message: Message, text: str, where: str) -> None:
-    """Raise DataError where the template drops part of what the assistant says, when it is the last to speak."""
+    """Raise DataError where the template drops part of the assistant's message, when it is the last one."""
     thinking = next((key for key in THINKING_KEYS if message.get(key)), None)
     for key in ("content", thinking):
         parts = THINK_TAG.split(message[key]) if key and isinstance(message.get(key), str) else []
@@ -101,7 +101,7 @@ def _renamed(tool: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Every text in plain data."""
+    """Yield every text in plain data."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -114,7 +114,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _appears(content: str, text: str) -> bool:
-    """Whether `text` holds `content`, but for white space around it, as it stands or as JSON. True for none."""
+    """Return whether `text` has `content`, up to white space around it, as it is or as JSON. True for empty content."""
     bare = content.strip()
     return bare in text or json.dumps(bare, ensure_ascii=False)[1:-1] in text
 

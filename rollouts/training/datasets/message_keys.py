@@ -28,8 +28,8 @@ EMPTY = "empty"
 def untrained(message: Mapping[str, Any], where: str) -> str | None:
     """Return why an assistant's message is not trained: WEIGHT_0 or EMPTY; None for one that is.
 
-    Raises DataError, naming `where`, for keys and values that would change the loss in a way that is not known here,
-    and for a message of another role that asks to be trained.
+    Raises DataError, naming `where`, for keys and values that would change the loss in a way that is not supported,
+    and for a message of another role that is marked as trained.
     """
     named = {key.lower(): value for key, value in message.items() if isinstance(key, str) and value is not None}
     said = {key: named[key] for key in TRAIN_KEYS if key in named}
@@ -39,11 +39,11 @@ def untrained(message: Mapping[str, Any], where: str) -> str | None:
     for key in _REFUSED:
         if key in named:
             raise DataError(
-                f"{where}.{key}={named[key]!r} would change what is trained, and is not known here. Fix: "
+                f"{where}.{key}={named[key]!r} would change the loss, and is not supported. Fix: "
                 "'weight': 0 or 1 on an assistant's message, or leave the key out"
             )
     if message.get("role") != "assistant":
-        if True in values and set(said) != {"weight"}:  # OpenAI's weight speaks of the assistant's messages alone
+        if True in values and set(said) != {"weight"}:  # OpenAI's weight is about the assistant's messages alone
             raise DataError(
                 f"{where} has {said}, and its role is {message.get('role')!r}; only the assistant's turns are trained. "
                 "Fix: leave the key out"
@@ -61,6 +61,6 @@ def _switch(key: str, value: Any, where: str) -> bool:
 
 
 def _is_empty(message: Mapping[str, Any]) -> bool:
-    """Whether nothing is said, thought or called: only the end of the turn could be trained."""
+    """Return whether a message lacks text, thoughts and calls: only the end of the turn could be trained."""
     said = [message.get(key) for key in ("content", *THINKING_KEYS)]
     return not message.get("tool_calls") and not any(text for text in said if not isinstance(text, str) or text.strip())

@@ -1,6 +1,7 @@
 """Rows as plain data: null, booleans, numbers, text, lists and objects, as JSON holds them. Pure.
 
-Prompts are written as JSON later (samples, checkpoints, evaluations), so what JSON cannot hold is found as rows load.
+Prompts are written as JSON later (samples, checkpoints, evaluations), so values that JSON cannot hold are refused as
+rows load.
 """
 
 import datetime
@@ -10,7 +11,7 @@ from decimal import Decimal
 from typing import Any, cast
 from uuid import UUID
 
-DEPTH_MAX = 100  # lists and objects within each other; deeper ones break JSON writers at depths of their own
+DEPTH_MAX = 100  # lists and objects within each other; deeper ones break JSON writers, each at another depth
 
 
 class NotPlain(ValueError):
@@ -18,9 +19,9 @@ class NotPlain(ValueError):
 
 
 def parse_json(text: str) -> Any:
-    """What the JSON text holds. Raises NotPlain where it is not JSON, or where a reader would have to guess.
+    """Return the value of the JSON text. Raises NotPlain where it is not JSON, or where a reader would have to guess.
 
-    NaN, which Python's and pandas' writers put for a gap, becomes null, as in `to_plain`. Refused beyond the syntax:
+    NaN, which Python's and pandas' writers use for a gap, becomes null, as in `to_plain`. Refused beyond the syntax:
     Infinity, a key that an object has twice, integers of more digits than Python converts (4,300), numbers beyond a
     float, half of a surrogate pair, more than DEPTH_MAX levels.
     """
@@ -39,16 +40,16 @@ def parse_json(text: str) -> Any:
 
 
 def to_plain(value: Any) -> Any:
-    """`value` as plain data; columns of a row are its keys. Raises NotPlain for what has no plain form.
+    """Return `value` as plain data; columns of a row are its keys. Raises NotPlain for a value without a plain form.
 
     Dates and times become ISO text, durations seconds, Decimal and UUID text, numpy's scalars and arrays Python's; NaN
-    becomes null, as which pandas writes it. Bytes, images and infinite numbers are refused.
+    becomes null: pandas writes null as NaN. Bytes, images and infinite numbers are refused.
     """
     return _plain(value, (), 0)
 
 
 def without_padding(value: Any) -> Any:
-    """Without keys that hold null, at any level: Arrow gives every object of a column the keys of all of them."""
+    """Return `value` without null keys, at any level: Arrow gives every object of a column the keys of all of them."""
     if isinstance(value, dict):
         return {key: without_padding(item) for key, item in value.items() if item is not None}
     return [without_padding(item) for item in value] if isinstance(value, list) else value
@@ -71,7 +72,7 @@ def _plain(value: Any, place: tuple[str | int, ...], depth: int) -> Any:
 
 
 def _plain_of_other(value: Any, place: tuple[str | int, ...], depth: int) -> Any:
-    """What data sets hold beyond JSON's own kinds."""
+    """Return plain data for the kinds of values that JSON lacks."""
     if isinstance(value, datetime.datetime | datetime.date | datetime.time):
         return value.isoformat()
     if isinstance(value, datetime.timedelta):
@@ -86,7 +87,7 @@ def _plain_of_other(value: Any, place: tuple[str | int, ...], depth: int) -> Any
             return _plain(listed, place, depth)
     kind = f"{len(value)} bytes" if isinstance(value, bytes | bytearray | memoryview) else type(value).__name__
     raise NotPlain(
-        f"{_name(place)} holds {kind}, which no text or number stands for. "
+        f"{_name(place)} holds {kind}, which has no form as text or number. "
         "Fix: leave the column out, or store it as text"
     )
 
@@ -99,7 +100,7 @@ def _text(value: str, place: tuple[str | int, ...]) -> str:
             found = value[error.start]
             raise NotPlain(
                 f"{_name(place)} has half of a surrogate pair, \\u{ord(found):04x}, at character {error.start}, "
-                "which is no text. Fix: write the whole pair, or the character itself"
+                "which is not text. Fix: write the whole pair, or the character itself"
             ) from None
     return str(value)
 
@@ -111,7 +112,7 @@ def _finite(value: float, place: tuple[str | int, ...]) -> float | None:
 
 
 def _name(place: tuple[str | int, ...]) -> str:
-    """`column['key'][3]` as messages name it."""
+    """Return the place as messages name it: `column['key'][3]`."""
     if not place:
         return "the row"
     return f"column {place[0]!r}" + "".join(f"[{part!r}]" for part in place[1:])
@@ -124,7 +125,7 @@ def _too_deep() -> str:
 def _constant(name: str) -> None:
     if name == "NaN":
         return
-    raise NotPlain(f"not JSON: {name} is no number there. Fix: null, or leave the key out")
+    raise NotPlain(f"not JSON: {name} is not a number there. Fix: null, or leave the key out")
 
 
 def _parse_float(text: str) -> float:
@@ -139,5 +140,5 @@ def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise NotPlain(f"the key {twice!r} stands twice in one object, and only one of its values could count")
+        raise NotPlain(f"the key {twice!r} occurs twice in one object, and only one of its values could count")
     return cast(dict[str, Any], found)

@@ -1,5 +1,7 @@
-"""Plain text to samples: no chat template; every token after a text's first is trained exactly once. Pure but for the
-tokenizer it is given."""
+"""Plain text to samples: no chat template; every token after a text's first is trained exactly once.
+
+Pure, apart from the tokenizer.
+"""
 
 from collections.abc import Iterator, Sequence
 
@@ -10,7 +12,7 @@ from rollouts.training.types import Sample
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of each text with whatever the tokenizer puts before it, and one EOS at its end; [] for a blank text."""
+    """Return the ids of each text with the tokenizer's beginning, and one EOS at its end; [] for a blank text."""
     eos = tokenizer.eos_token_id
     if eos is None:
         raise DataError(f"tokenizer {tokenizer.name_or_path!r} has no eos_token, and plain text needs one at its end")
@@ -20,7 +22,7 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
 
 
 def text_samples(example: Example, tokens: list[int], *, max_length: int) -> list[Sample]:
-    """The pieces of a text's tokens that fit `max_length` (-1: one piece), in order; [] where nothing is to predict."""
+    """Return a text's tokens in pieces that fit `max_length` (-1: one piece); [] without a token to predict."""
     if max_length != -1 and max_length < 2:
         raise DataError(f"max_length={max_length}: needs >= 2, a token to read and one to predict, or -1 for no limit")
     pieces = list(split_tokens(tokens, max_length)) if len(tokens) > 1 else []
@@ -39,7 +41,7 @@ def text_samples(example: Example, tokens: list[int], *, max_length: int) -> lis
 
 
 def split_tokens(tokens: list[int], max_length: int) -> Iterator[list[int]]:
-    """Pieces of at most `max_length` tokens (-1: one piece). Each begins with the last token of the one before.
+    """Yield pieces of at most `max_length` tokens (-1: one piece). Each begins with the last token of the one before.
 
     A piece's first token is read, not predicted, so that overlap lets every token but the very first be predicted once.
     """

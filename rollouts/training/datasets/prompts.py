@@ -1,4 +1,4 @@
-"""Prompt rows that fit: each is rendered before anything trains, and one that no answer fits behind is left out."""
+"""Prompt rows that fit: each is rendered before training, and left out if it leaves no room for an answer."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from rollouts.training.seams import Tokenizer
 from rollouts.training.types import Prompt
 
 PROMPTS_PER_CALL = 256  # tokenized together
-OWN_TOOLS: list[dict[str, Any]] = []  # as `tools`: what each row offers
+OWN_TOOLS: list[dict[str, Any]] = []  # as `tools`: those of each row
 
 
 def fitting_prompts(
@@ -24,11 +24,11 @@ def fitting_prompts(
     tools: Any = OWN_TOOLS,
     row_problem: Callable[[Prompt], str | None] | None = None,
 ) -> tuple[list[dict[str, Any]], PromptReport]:
-    """The prompt rows of at most `tokens_max` tokens (-1: all), in order, and the report over all of them.
+    """Return the prompt rows of at most `tokens_max` tokens (-1: all), in order, and the report over all of them.
 
-    `tools`: what an environment offers in place of a row's own; a template without tools is then noted, for a system
-    message may describe them. `row_problem`: why the reward cannot use a row. Raises DataError for a row that
-    the chat template refuses or leaves something of out, naming it, and when no row is left.
+    `tools`: those of an environment, in place of a row's. A template without tools is then only reported, since a
+    system message may describe them. `row_problem`: why the reward cannot use a row. Raises DataError, naming the row,
+    where the chat template refuses it or leaves out a part, and when no row is left.
     """
     report = PromptReport()
     report.see_columns(examples)
@@ -58,13 +58,13 @@ def fitting_prompts(
         report.ends = ", ".join(map(str, tokenizer.convert_ids_to_tokens(ends))) or "max_new_tokens alone"
     if not kept:
         longest = max((length for length, _ in measures.values()), default=0)
-        what = "can be used" if any(unusable.values()) else "an answer fits behind"
+        what = "can be used" if any(unusable.values()) else "leaves room for an answer"
         raise DataError(f"no prompt is left that {what}: {report}; the longest has {longest} tokens")
     return kept, report
 
 
 def _measures(examples: dict[int, Example], tokenizer: Tokenizer, tools: Any) -> dict[int, tuple[int, int]]:
-    """(tokens, largest token id) of each distinct example's prompt; a repeated one is rendered once."""
+    """Return (tokens, largest token id) of each distinct example's prompt; a repeated one is rendered once."""
     items = list(examples.items())
     found = {}
     for start in range(0, len(items), PROMPTS_PER_CALL):

@@ -10,18 +10,18 @@ from typing import Any
 from rollouts.training.datasets.chat import Conversation, Rendering, render_conversations
 from rollouts.training.seams import Tokenizer
 
-CHUNKS_PER_WORKER = 2  # under way: one is rendered, the next is there when it is done
-_kept: dict[str, Any] = {}  # by a worker process, for all its chunks
+CHUNKS_PER_WORKER = 2  # under way: one is rendered, the next waits for it
+_kept: dict[str, Any] = {}  # in a worker process, for all its chunks
 
 
 def render_chunks(
     tokenizer: Tokenizer, chunks: Iterable[Sequence[Conversation]], *, num_workers: int
 ) -> Iterator[list[list[Rendering]]]:
-    """`render_conversations` of each chunk, in order; with 0 workers in this process.
+    """Yield `render_conversations` of each chunk, in order; with 0 workers in this process.
 
     A stream is read no further ahead than the workers need. They are new interpreters (spawn: a fork of a process with
     threads can hang), so a script that asks for them runs under `if __name__ == "__main__":`. Raises what a chunk's
-    rendering raises, at its turn; however the iteration ends, the workers end with it.
+    rendering raises, in its turn. The workers end with the iteration, however it ends.
     """
     if num_workers == 0:
         yield from (render_conversations(tokenizer, chunk) for chunk in chunks)

@@ -1,4 +1,4 @@
-"""What became of a mixture's rows before training: how many are used, which were left out, and why."""
+"""Reports on a mixture's rows before training: how many are used, which were left out, and why."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -11,16 +11,16 @@ EXAMPLES_SHOWN = 3  # rows named per reason; the report counts the rest
 
 
 @dataclass
-class Report:
+class MixtureReport:
     """Counts by reason, each with the first few rows."""
 
     left_out: dict[str, int] = field(default_factory=dict)  # reason -> how many
     left_out_where: dict[str, list[str]] = field(default_factory=dict)  # reason -> the first few rows
-    replaced: dict[str, int] = field(default_factory=dict)  # column -> in how many rows a key of ours stands for it
+    replaced: dict[str, int] = field(default_factory=dict)  # column -> the rows in which a key of ours replaces it
 
     @property
     def noteworthy(self) -> bool:
-        """Whether anything of the rows is not used."""
+        """Return whether a part of the rows is not used."""
         return bool(self.left_out or self.replaced)
 
     def leave_out(self, reason: str, where: str) -> None:
@@ -47,7 +47,7 @@ class Report:
 
 
 @dataclass
-class SFTReport(Report):
+class SFTReport(MixtureReport):
     """How many examples were kept, and which were left out, by reason."""
 
     kept: int = 0  # samples
@@ -83,20 +83,20 @@ class SFTReport(Report):
 
 
 @dataclass
-class PromptReport(Report):
+class PromptReport(MixtureReport):
     """How many prompt rows are used, and which were left out, by reason."""
 
     kept: int = 0
     longest: int = 0  # tokens, of those kept
     largest_id: int = 0  # of their tokens
-    tools_lost: str = ""  # of an environment: why the model is not told of them
-    ends: str = ""  # the tokens that answers end at, where the chat template writes none of its own
+    tools_lost: str = ""  # of an environment: why the model does not see them
+    ends: str = ""  # the tokens that answers end at, where the chat template writes none
 
     @property
     def noteworthy(self) -> bool:
         return super().noteworthy or bool(self.tools_lost or self.ends)
 
     def __str__(self) -> str:
-        lost = f"; the model is not told of the environment's tools: {self.tools_lost}" if self.tools_lost else ""
+        lost = f"; the model does not see the environment's tools: {self.tools_lost}" if self.tools_lost else ""
         ends = f"; the chat template writes no token after an answer, which ends at {self.ends}" if self.ends else ""
         return f"{self.kept} prompts" + super().__str__() + lost + ends

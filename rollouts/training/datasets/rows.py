@@ -1,7 +1,7 @@
 """Read rows: from a .jsonl file, a local directory laid out as on the hub, or the hub.
 
-Effects: disk, and the network for hub names (none where HF_DATASETS_OFFLINE or HF_HUB_OFFLINE is set). What a row means
-is decided in formats.py.
+Effects: disk, and the network for hub names (unless HF_DATASETS_OFFLINE or HF_HUB_OFFLINE is set). formats.py decides
+what a row means.
 """
 
 import bisect
@@ -15,7 +15,7 @@ from typing import Any
 from rollouts.training.datasets.plain import NotPlain, parse_json, to_plain, without_padding
 from rollouts.training.datasets.selection import Selection
 
-HUB_ALIASES = {"gsm8k": "openai/gsm8k"}  # the name papers use
+HUB_ALIASES = {"gsm8k": "openai/gsm8k"}  # the name in papers
 ALL = Selection()
 
 
@@ -38,12 +38,12 @@ def read_rows(
     streaming: bool = False,
     array_column: str | None = None,
 ) -> list[Row]:
-    """The selected rows of one split, in the selection's order.
+    """Return the selected rows of one split, in the selection's order.
 
-    A .jsonl file is one split: `split` only labels it, and `subset` has no meaning. `streaming` pulls rows one by one
-    and stops at the last one needed; else the whole split is fetched and, from the hub, cached. With `array_column`
-    each line of a .jsonl file is a JSON array, which becomes that column. Raises DataError for a name that does not
-    exist, a line that cannot be read, an unknown split or subset, and for no rows at all.
+    A .jsonl file is one split: `split` only labels it, and `subset` has no effect. `streaming` pulls rows one by one
+    and stops at the last one needed; otherwise the whole split is fetched and, from the hub, cached. With
+    `array_column` each line of a .jsonl file is a JSON array, which becomes that column. Raises DataError for a name
+    that does not exist, a line that cannot be read, an unknown split or subset, and for no rows at all.
     """
     if problem := selection.problem():
         raise DataError(f"{name}: {problem}")
@@ -59,19 +59,19 @@ def read_rows(
 
 
 def _local_files(name: str, split: str, subset: str | None) -> list[Path]:
-    """The files behind a name: itself, or those that `datasets` resolves for a directory's split. [] on the hub."""
+    """Return the files of a name: itself, or those that `datasets` resolves for a directory's split. [] on the hub."""
     path = Path(name)
     if _is_lines(path) and not path.is_dir():
         if subset is not None:
             raise DataError(f"{name}: subset={subset!r}, but a .jsonl file has no subsets; needs None")
         return [path]
     if path.is_file():
-        raise DataError(f"{name}: is a file of a kind that is not read by itself. {_KINDS}")
+        raise DataError(f"{name}: is a file of a kind that is not read directly. {_KINDS}")
     if not path.is_dir():
         if path.suffix.lower() in _FILE_ENDINGS:
             raise DataError(f"{name}: no such file (looked in {Path.cwd()}). {_KINDS}")
         if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-            raise DataError(f"{name}: no such directory (looked in {Path.cwd()}), and no hub id either")
+            raise DataError(f"{name}: no such directory (looked in {Path.cwd()}), and not a hub id")
         return []
     import datasets
 
@@ -97,14 +97,14 @@ def _is_lines(path: Path) -> bool:
 
 
 def _read_lines(files: Sequence[Path], array_column: str | None) -> Iterator[Row]:
-    """Rows in the files' order; blank lines are skipped.
+    """Yield rows in the files' order; blank lines are skipped.
 
     Parsed here, not by the loader of `datasets`: that one names no line, turns strings that look like dates into
     timestamps, gives every message the keys of all others, and caches.
     """
     for path in files:
         try:
-            with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:  # a byte order mark is no text
+            with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:  # without a byte order mark
                 for number, line in enumerate(lines, start=1):
                     _refuse_other_encodings(line, path, number)
                     if line.strip():
@@ -116,7 +116,7 @@ def _read_lines(files: Sequence[Path], array_column: str | None) -> Iterator[Row
 
 
 def _refuse_other_encodings(line: str, path: Path, number: int) -> None:
-    """Raise DataError for bytes that are not UTF-8; "surrogateescape" has put them where no text could be."""
+    """Raise DataError for bytes that are not UTF-8; "surrogateescape" has turned them into half surrogates."""
     if not line.isascii():
         wrong = next((at for at, char in enumerate(line) if "\udc80" <= char <= "\udcff"), None)
         if wrong is not None:
@@ -170,7 +170,7 @@ def _read_with_datasets(
 
 
 def _plain_values(values: dict[str, Any], where: str) -> dict[str, Any]:
-    """A row of Arrow's as plain data, without the keys that Arrow filled with null. Raises DataError."""
+    """Return a row of Arrow's as plain data, without the keys that Arrow filled with null. Raises DataError."""
     try:
         return without_padding(to_plain(values))
     except NotPlain as error:
@@ -178,7 +178,7 @@ def _plain_values(values: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _places(label: str, files: Sequence[Path]) -> Callable[[int], str]:
-    """What to call row `index` of a split: its file and row where the files are parquet, else the split's own count."""
+    """Return a function that names row `index` of a split: by file and row if the files are parquet, else by count."""
     if not files or any(file.suffix != ".parquet" for file in files):
         return lambda index: f"{label} row {index}"
     ends = list(itertools.accumulate(_parquet_rows(file) for file in files))
@@ -201,7 +201,7 @@ def _parquet_rows(file: Path) -> int:
 
 @contextlib.contextmanager
 def _errors_named(name: str, split: str, subset: str | None) -> Iterator[None]:
-    """Whatever `datasets` raises as a DataError with the data set, the cause and the fix."""
+    """Turn what `datasets` raises into a DataError with the data set, the cause and the fix."""
     try:
         yield
     except DataError:
@@ -225,7 +225,7 @@ def _errors_named(name: str, split: str, subset: str | None) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """The messages of an exception and of what caused it, the loader's own being "An error occurred"."""
+    """Return the messages of an exception and of its causes: the loader's is only "An error occurred"."""
     texts = []
     cause: BaseException | None = error
     while cause is not None:

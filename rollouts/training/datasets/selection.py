@@ -1,4 +1,4 @@
-"""Which rows of a split are used. Pure."""
+"""The rows of a split that are used. Pure."""
 
 import itertools
 import random
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
-STREAM_WINDOW_ROWS = 10_000  # a streamed shuffle draws from the next this many rows: all that has to be held at once
+STREAM_WINDOW_ROWS = 10_000  # a streamed shuffle draws from this many next rows, all that it holds in memory
 
 T = TypeVar("T")
 
@@ -15,18 +15,18 @@ T = TypeVar("T")
 class Selection:
     """Rows shuffled by `shuffle_seed`, of those [start:stop:step], of those the first `max_samples`.
 
-    The shuffle is that of `datasets.Dataset.shuffle(seed=...)`, so that a slice holds the rows that it holds elsewhere.
-    A stream cannot be shuffled as a whole: it is within a window of STREAM_WINDOW_ROWS, by `random.Random(seed)`.
+    The shuffle is that of `datasets.Dataset.shuffle(seed=...)`, so that a slice has the same rows as elsewhere.
+    A stream cannot be shuffled as a whole: it is shuffled within STREAM_WINDOW_ROWS, by `random.Random(seed)`.
     """
 
-    shuffle_seed: int | None = None  # None: as they stand
+    shuffle_seed: int | None = None  # None: in file order
     start: int = 0
     stop: int = -1  # -1: to the end
     step: int = 1
     max_samples: int = -1  # -1: all of them
 
     def problem(self) -> str | None:
-        """What is wrong with these numbers; None when nothing is."""
+        """Return the mistake in these numbers, or None."""
         checks = (
             (self.start >= 0, f"start={self.start}, needs >= 0"),
             (self.stop == -1 or self.stop > self.start, f"stop={self.stop}, needs > start={self.start}, or -1"),
@@ -36,7 +36,7 @@ class Selection:
         return next((message for ok, message in checks if not ok), None)
 
     def of(self, count: int) -> list[int]:
-        """The chosen ones of `count` rows, by index, in order."""
+        """Return the chosen ones of `count` rows, by index, in order."""
         order: Iterable[int] = range(count)
         if self.shuffle_seed is not None:
             import numpy
@@ -45,7 +45,7 @@ class Selection:
         return list(self._cut(order))
 
     def of_stream(self, rows: Iterable[T]) -> Iterator[T]:
-        """The chosen ones of a stream. No row is pulled after the last one needed, the shuffle's window apart."""
+        """Yield the chosen ones of a stream. Except for the shuffle's window, no row after the last one is pulled."""
         return self._cut(rows if self.shuffle_seed is None else _shuffled_within_window(rows, self.shuffle_seed))
 
     def _cut(self, rows: Iterable[T]) -> Iterator[T]:
@@ -58,7 +58,7 @@ class Selection:
 
 
 def _shuffled_within_window(rows: Iterable[T], seed: int) -> Iterator[T]:
-    """As `datasets.IterableDataset.shuffle`, which would lose each row's number and with it the names in messages."""
+    """Shuffle as `datasets.IterableDataset.shuffle` does: that one loses rows' numbers, which messages name."""
     generator, iterator = random.Random(seed), iter(rows)
     window = list(itertools.islice(iterator, STREAM_WINDOW_ROWS))
     for row in iterator:

@@ -20,12 +20,12 @@ EXAMPLES_PER_CALL = 256  # rendered together: the tokenizer works on them in par
 def build_sft_samples(
     examples: Iterable[Example], tokenizer: Tokenizer, *, max_length: int, num_workers: int = 0
 ) -> tuple[list[Sample], SFTReport]:
-    """Samples with tokens and mask, in the order of the examples; `max_length` in tokens, -1 for no limit.
+    """Return samples with tokens and mask, in the order of the examples; `max_length` in tokens, -1 for no limit.
 
-    One Sample per conversation, or several where the chat template renders earlier turns differently than they were
-    spoken; together those train each assistant turn once. Nothing of it is cut: a sample that is longer, or has no
-    trained token, is left out and counted. A plain text becomes as many samples as it takes. Raises DataError when
-    none is left, and for a conversation that the template cannot render. num_workers: see `render_chunks`.
+    A conversation is one Sample, or several where the chat template renders earlier turns differently than they were
+    spoken; together those train each assistant turn once. Samples are never cut: a longer one, or one without a trained
+    token, is left out and counted. A plain text becomes as many samples as it needs. Raises DataError when none is
+    left, and for a conversation that the template cannot render. num_workers: see `render_chunks`.
     """
     samples: list[Sample] = []
     report = SFTReport()
@@ -49,7 +49,7 @@ def build_sft_samples(
 
 
 def _rendered(examples: Iterable[Example], tokenizer: Tokenizer, num_workers: int) -> Iterator[tuple[Example, Any]]:
-    """Each example with a conversation's list of Renderings, or a plain text's token ids."""
+    """Yield each example with a conversation's list of Renderings, or a plain text's token ids."""
     remaining = iter(examples)
     chunks, again = itertools.tee(iter(lambda: list(itertools.islice(remaining, EXAMPLES_PER_CALL)), []))
     rendered_chunks = render_chunks(tokenizer, map(_conversations, again), num_workers=num_workers)

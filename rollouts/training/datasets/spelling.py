@@ -1,7 +1,7 @@
 """Synthetic rows: count a letter in a word, and spell a word. Pure: a row is a function of its split and index.
 
-Row i of "train" is drawn from the seed i, row i of "test" from -(i + 1). The sign counts because a seed goes into the
-generator as text: `random.Random(-1)` and `random.Random(1)` draw the same numbers. The splits share no word.
+Row i of "train" is drawn from the seed i, row i of "test" from -(i + 1). The seed goes into the generator as text, for
+the sign to count: `random.Random(-1)` and `random.Random(1)` draw the same numbers. The splits share no word.
 """
 
 import random
@@ -9,14 +9,14 @@ import string
 from collections.abc import Sequence
 from typing import Literal
 
+from rollouts.training.datasets.calculator_turns import calculator_turns
 from rollouts.training.datasets.rows import DataError, Row
 from rollouts.training.datasets.selection import Selection
-from rollouts.training.datasets.tool_calls import calculator_turns
 from rollouts.training.datasets.word_list import WORDS
 
 SPLITS = ("train", "test")
 TEST_EVERY = 10  # each tenth word of the list is kept for "test"
-ABSENT_LETTER_SHARE = 0.1  # of questions that ask for any letter, not one of the word's
+ABSENT_LETTER_SHARE = 0.1  # of questions for a random letter, not one of the word's
 QUESTIONS = (
     "How many times does {letter} occur in {word}",
     "How many {letter} are there in the word {word}",
@@ -35,7 +35,7 @@ QUOTES = ("", "'", '"')
 def spelling_rows(
     task: Literal["spelling_bee", "simple_spelling"], *, split: str, selection: Selection, words: Sequence[str] = WORDS
 ) -> list[Row]:
-    """The selected rows of an endless data set: `selection` says where it ends, and shuffles nothing.
+    """Return the selected rows of an endless data set: `selection` ends it, and must not shuffle.
 
     Raises DataError for another split than "train" and "test", and for a selection without an end.
     """
@@ -44,7 +44,7 @@ def spelling_rows(
     if split not in SPLITS:
         raise DataError(f"{task}: split={split!r}, needs 'train' or 'test'")
     if selection.stop == -1 and selection.max_samples == -1:
-        raise DataError(f"{task}: the rows are made without end; needs max_samples or stop")
+        raise DataError(f"{task}: the rows are endless; needs max_samples or stop")
     if selection.shuffle_seed is not None:
         raise DataError(f"{task}: shuffle_seed={selection.shuffle_seed}, but the rows are random already; needs None")
     last = selection.stop if selection.stop != -1 else selection.start + selection.max_samples * selection.step
@@ -75,7 +75,7 @@ def _count_row(generator: random.Random, words: Sequence[str], where: str) -> Ro
 
 
 def _count_by_hand(word: str, letter: str) -> str:
-    """No space before a letter: " a" and "a" are different tokens, and it is "a" that is asked about."""
+    """Return the count step by step. A letter has no space before it: " a" and "a" are different tokens."""
     lines, found = [], 0
     for position, char in enumerate(word, start=1):
         found += char == letter

@@ -1,19 +1,23 @@
-"""What ends an assistant's turn: one answer for masks, engines' stop tokens, evaluation, agents and checkpoints.
+"""The tokens that end an assistant's turn: the same for masks, stop tokens, evaluation, agents and checkpoints.
 
 Three places name such tokens, and models disagree on which of them is right: the tokenizer's eos_token (of a base model
-the end of a document), the generation config (a list in Llama 3, Gemma and Phi-3), and the chat template, whose end is
-what SFT trains. All of them count. Effects: config files beside the tokenizer are read.
+the end of a document), the generation config (a list in Llama 3, Gemma and Phi-3), and the chat template, whose end SFT
+trains. All of them count. Effects: config files beside the tokenizer are read.
 """
 
 import json
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rollouts.training.datasets.chat_template import ChatTemplate
 from rollouts.training.datasets.rows import DataError
 from rollouts.training.seams import Tokenizer
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import GenerationConfig
 
 _WORD, _NAME = "Zqxjword", "zqxj_tool"  # in no template
 _TOOL = {
@@ -32,11 +36,11 @@ _CALLED = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
 _CONFIG_FILES = ("generation_config.json", "config.json")
 
 
-def end_of_turn_ids(tokenizer: Tokenizer, model: Any = None) -> list[int]:
-    """Every token that ends an assistant's turn: the tokenizer's eos_token first, then the others by id.
+def end_of_turn_ids(tokenizer: Tokenizer, model: "nn.Module | None" = None) -> list[int]:
+    """Return every token that ends an assistant's turn: the tokenizer's eos_token first, then the others by id.
 
-    Those of the tokenizer, of the chat template (after text, and after a tool call where that is another), and of the
-    configs: `model`'s own, or without one those that lie beside the tokenizer. [] where nothing names any.
+    They are named by the tokenizer, by the chat template (after text, and after a tool call if that differs), and by
+    the configs: `model`'s, or without one those beside the tokenizer. The list may be empty.
     """
     named = _of_model(model) if model is not None else _saved_beside(str(tokenizer.name_or_path or ""))
     found = {*named, *_ids(tokenizer.eos_token_id)}
@@ -51,19 +55,19 @@ class TurnEnds:
 
     tokenizer: Tokenizer
     ids: frozenset[int]  # the tokens that end a turn
-    specials: frozenset[int]  # those, and all that no text holds
+    specials: frozenset[int]  # those, and all special tokens
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer) -> "TurnEnds":
+    def from_tokenizer(cls, tokenizer: Tokenizer) -> "TurnEnds":
         ids = frozenset(end_of_turn_ids(tokenizer))
         return cls(tokenizer, ids, ids | _special_ids(tokenizer))
 
     def after_turn(self, ids: Sequence[int], start: int, stop: int) -> int | None:
-        """Where the turn whose tokens are ids[start:stop] ends: after the first token at its end that ends turns.
+        """Return where the turn with tokens ids[start:stop] ends: after the first token at its end that ends turns.
 
-        A template may write more there, which nobody samples: white space, or a second special token (Phi-3's ends the
-        whole conversation). Where no such token ends turns: after the last special one. None where text follows that,
-        or there is none.
+        A template may write more there, which is never sampled: white space, or a second special token (Phi-3's ends
+        the whole conversation). If no token there ends turns, it is after the last special one. Return None if text
+        follows that, or if there is none.
         """
         last = next((end for end in range(stop, start, -1) if ids[end - 1] in self.specials), None)
         if last is None or self._is_text(ids[last:stop]):
@@ -74,18 +78,18 @@ class TurnEnds:
         return next((at + 1 for at in range(first, last) if ids[at] in self.ids), last)
 
     def _is_text(self, ids: Sequence[int]) -> bool:
-        """Whether the tokens are more than white space. Half a character decodes to a mark that counts as text."""
+        """Return whether the tokens are more than white space. Half a character decodes to a mark: text."""
         return bool(self.tokenizer.decode(list(ids)).strip())
 
 
 def _special_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    """ "</tool_call>" is an added token too, but not special: no turn ends there."""
+    """Return the special ids. "</tool_call>" is an added token too, but not special: no turn ends there."""
     added = tokenizer.added_tokens_decoder
     return frozenset({*tokenizer.all_special_ids, *(index for index, token in added.items() if token.special)})
 
 
 def template_end_ids(tokenizer: Tokenizer, named: Set[int] = frozenset()) -> set[int]:
-    """The tokens that the chat template writes after an answer and after a tool call; empty where it writes none.
+    """Return the tokens that the chat template writes after an answer and after a tool call; it may write none.
 
     `named`: tokens that end turns by other sources, special or not.
     """
@@ -106,28 +110,29 @@ def template_end_ids(tokenizer: Tokenizer, named: Set[int] = frozenset()) -> set
 
 
 def _rendered(tokenizer: Tokenizer, messages: list[dict[str, Any]], tools: Any) -> str | None:
-    """The template's text of a conversation; None where there is no template, or it refuses such conversations."""
+    """Return the template's text of a conversation; None without a template, or where it refuses the messages."""
     try:
         return ChatTemplate(tokenizer, tools, "").render([messages])[0].text
     except DataError:
         return None
 
 
-def _of_model(model: Any) -> set[int]:
-    """What the configs of a model in memory name. `evaluating` sets its generation config aside meanwhile."""
+def _of_model(model: "nn.Module") -> set[int]:
+    """Return the ids in the configs of a model in memory. `evaluating` sets its generation config aside meanwhile."""
     generation = own_generation_config(model)
-    configs = [model.config, model.config.get_text_config(), generation]
+    config = cast(Any, model.config)
+    configs = [config, config.get_text_config(), generation]
     return {token for config in configs for token in _ids(getattr(config, "eos_token_id", None))}
 
 
-def own_generation_config(model: Any) -> Any:
-    """The model's generation config, also while an evaluation has put another in its place; None without."""
+def own_generation_config(model: "nn.Module") -> "GenerationConfig | None":
+    """Return the model's generation config, also while an evaluation has put another in its place; None without."""
     aside = getattr(model, "_own_generation_config", None)
     return getattr(model, "generation_config", None) if aside is None else aside
 
 
 def _saved_beside(name: str) -> set[int]:
-    """What the config files of a model directory, or of a hub model that was fetched before, name."""
+    """Return the ids in the config files of a model directory, or of a hub model that was fetched before."""
     from transformers.utils import cached_file
 
     found: set[int] = set()
@@ -142,7 +147,7 @@ def _saved_beside(name: str) -> set[int]:
                 _raise_exceptions_for_gated_repo=False,
             )
             config = {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # neither a directory nor a hub id, or no JSON: loading the model says so
+        except (OSError, ValueError):  # neither a directory nor a hub id, or not JSON: loading the model reports it
             continue
         nested = config.get("text_config")
         for one in (config, nested if isinstance(nested, dict) else {}):
@@ -151,6 +156,6 @@ def _saved_beside(name: str) -> set[int]:
 
 
 def _ids(value: Any) -> list[int]:
-    """An eos_token_id of any config: None, one id, or several."""
+    """Return an eos_token_id of any config as a list: it is None, one id, or several."""
     several: Iterable[Any] = value if isinstance(value, list | tuple) else [value]
     return [int(token) for token in several if token is not None]

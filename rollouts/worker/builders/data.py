@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from rollouts.config import Config, DatasetSpec, RLConfig, SFTConfig
 from rollouts.training.datasets.dataset_loaders import load_fitting_prompts, load_sft_mixture
 from rollouts.training.datasets.prompts import OWN_TOOLS
-from rollouts.training.datasets.report import PromptReport, Report, SFTReport
+from rollouts.training.datasets.report import MixtureReport, PromptReport, SFTReport
 from rollouts.training.evaluation import mix_tasks
 from rollouts.training.model_limits import limits_of, require_fit
 from rollouts.training.replay import ReplayRollouts
@@ -32,7 +32,7 @@ class StageData:
     """All that the run's stages from this one on will read: a broken row stops the run before anything trains."""
 
     sft: Sequence[Sample]
-    reports: Sequence[tuple[str, Report]]  # (mixture, what was kept and left out of it), of all that is read
+    reports: Sequence[tuple[str, MixtureReport]]  # (mixture, what was kept and left out of it), of all that is read
     prompts: Sequence[Prompt]
     saved: ReplayRollouts | None  # in place of prompts and an engine
     eval_samples: Sequence[Sample]
@@ -48,7 +48,7 @@ def load_data(config: Config, tokenizer: Tokenizer, stage: StageName) -> StageDa
     replays = rl is not None and not config.uses_engine
     saved = ReplayRollouts(rl.sampling.source, temperature=rl.temperature) if rl is not None and replays else None
     load_samples, load_rows = _loaders(config, tokenizer, rl)
-    reports: list[tuple[str, Report]] = []
+    reports: list[tuple[str, MixtureReport]] = []
     sft: Sequence[Sample] = ()
     if "sft" in left:
         sft, report = load_samples(config.data.sft_mixture, seed=sft_seed(config))

@@ -301,10 +301,10 @@ def test_a_conversation_with_nothing_to_train_is_left_out_by_reason(tmp_path: Pa
         ({"weight": "0"}, "weight='0'; needs 0 or 1"),
         ({"train": [1]}, r"train=\[1\]; needs 0 or 1"),
         ({"weight": 1, "train": False}, "contradict each other"),
-        ({"train_detail": []}, r"train_detail=\[\] would change what is trained"),
-        ({"loss_mask": 1}, "loss_mask=1 would change what is trained"),
-        ({"ignore": True}, "ignore=True would change what is trained"),
-        ({"Masked": True}, "masked=True would change what is trained"),
+        ({"train_detail": []}, r"train_detail=\[\] would change the loss"),
+        ({"loss_mask": 1}, "loss_mask=1 would change the loss"),
+        ({"ignore": True}, "ignore=True would change the loss"),
+        ({"Masked": True}, "masked=True would change the loss"),
     ],
 )
 def test_a_weight_that_is_not_understood_is_named(keys: dict[str, Any], message: str) -> None:
@@ -337,9 +337,7 @@ def test_a_file_of_another_kind_says_what_is_read(tmp_path: Path, monkeypatch: p
     (tmp_path / name).write_text("{}")
     monkeypatch.chdir(tmp_path)
     for path in (str(tmp_path / name), name, f"./{name}"):
-        with pytest.raises(
-            DataError, match=r"is a file of a kind that is not read by itself.*a \.jsonl file, a direct"
-        ):
+        with pytest.raises(DataError, match=r"is a file of a kind that is not read directly.*a \.jsonl file, a direct"):
             read_rows(path)
     if "." in name:
         with pytest.raises(DataError, match=r"no such file \(looked in"):

@@ -136,8 +136,8 @@ def test_no_assistant_turn_gives_an_empty_mask() -> None:
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (CHANGES_WITH_THE_TURN, r"f:1: messages\[2\]: the chat template renders what stands before this turn diff"),
-        (MARKS_MOVE, r"f:1: messages\[4\]: the chat template renders what stands before this turn differently"),
+        (CHANGES_WITH_THE_TURN, r"f:1: messages\[2\]: the chat template renders the text before this turn diff"),
+        (MARKS_MOVE, r"f:1: messages\[4\]: the chat template renders the text before this turn differently"),
         (WRITES_NOTHING, r"f:1: messages\[2\]: the chat template renders nothing for this assistant message, so"),
         (MARKS_NOTHING, r"f:1: messages\[2\]: .*nothing for this assistant message between \{% generation %\}"),
         (HEADER_RUNS_ON, r"f:1: the tokenizer makes one token of the end of the assistant's header and 'yo"),

@@ -106,7 +106,7 @@ def test_numpys_and_others_values_are_plain() -> None:
         ('{"n": ' + "[" * 100_000 + "]" * 100_000 + "}", ":2: lists and objects within each"),
         ('{"question": "q", "answer": "x", "n": [-Infinity]}', ":2: not JSON: -Infinity"),
         ('{"question": "q", "answer": "x", "n": 1e999}', ":2: the number 1e999 is too large"),
-        ('{"question": "q", "answer": "x", "answer": "y"}', ":2: the key 'answer' stands twice"),
+        ('{"question": "q", "answer": "x", "answer": "y"}', ":2: the key 'answer' occurs twice"),
         ('{"question": "q", "answer": "x"} {}', ":2: not JSON: Extra data"),
     ],
 )

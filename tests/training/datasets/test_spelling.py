@@ -83,7 +83,7 @@ def test_the_sign_of_a_seed_counts() -> None:
     ("split", "selection", "message"),
     [
         ("dev", Selection(max_samples=1), "split='dev', needs 'train' or 'test'"),
-        ("train", Selection(), "made without end; needs max_samples or stop"),
+        ("train", Selection(), "are endless; needs max_samples or stop"),
         ("train", Selection(shuffle_seed=1, stop=3), "shuffle_seed=1, but the rows are random already"),
         ("train", Selection(step=0), "step=0, needs >= 1"),
     ],

@@ -8,7 +8,7 @@ ANNOTATION = re.compile(r"<<([^<>]+)=([^<>=]*)>>")  # GSM8K's: <<48/2=24>>
 
 
 def calculator_turns(text: str, expression: str, result: str, number: int) -> list[Message]:
-    """The assistant's text and call, then the tool's answer. `number` counts a conversation's calls from 0."""
+    """Return the assistant's text and call, then the tool's answer. `number` counts a conversation's calls from 0."""
     call_id = f"call{number:05d}"  # nine letters or digits: Mistral's templates insist
     function = {"name": "calculator", "arguments": {"expression": expression}}
     call = {"id": call_id, "type": "function", "function": function}
@@ -19,7 +19,7 @@ def calculator_turns(text: str, expression: str, result: str, number: int) -> li
 
 
 def solution_turns(solution: str) -> list[Message]:
-    """A GSM8K solution as turns: text, call, result, text, ...; the last turn is text with the answer in it."""
+    """Return a GSM8K solution as turns: text, call, result, text, ...; the last turn is text with the answer in it."""
     *parts, last = ANNOTATION.split(solution)  # text, expression, result, text, expression, result, ..., text
     turns: list[Message] = []
     for number in range(len(parts) // 3):
