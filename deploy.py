@@ -88,7 +88,8 @@ Files:
                                ($ROLLOUTS_HOME in place of ~/.rollouts)
   ~/.rollouts/registry/        here: the runs that this machine knows, and
                                what a launch of them uses
-  docs/run-directory.md        every file and its format
+  docs/reference/run-directory.md
+                               every file and its format
 
 \b
 Exit codes:

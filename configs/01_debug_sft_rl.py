@@ -3,8 +3,8 @@ problems, sampled by SGLang on the same GPU. Small enough to see a whole run on 
 
     deploy configs/01_debug_sft_rl.py --remote user@host --plan
 
-Needs the hub and a GPU of 24 GiB (docs/gpu.md), which trainer and engine share: layers are computed again in the
-backward pass, and the engine gets a third of the GPU. On a larger one both may be as usual.
+Needs the hub and a GPU of 24 GiB (docs/reference/gpu-hosts.md), which trainer and engine share: layers are computed
+again in the backward pass, and the engine gets a third of the GPU. On a larger one both may be as usual.
 """
 
 from base_config import (

@@ -8,8 +8,8 @@ Nor are these, on purpose: a conversation over 2,048 tokens is left out and coun
 tokens, since the loss is that of the full softmax; the end of a turn is trained in RL too. RL answers GSM8K in words:
 its prompts offer no calculator, so the model is not stopped by a call that nobody answers.
 
-Needs the hub and one GPU of 40 GiB (docs/gpu.md). Set HF_DATASETS_OFFLINE=1 in host.env once the data sets are in the
-host's cache.
+Needs the hub and one GPU of 40 GiB (docs/reference/gpu-hosts.md). Set HF_DATASETS_OFFLINE=1 in host.env
+once the data sets are in the host's cache.
 """
 
 from base_config import (

@@ -1,7 +1,7 @@
 """GRPO on GSM8K with Qwen2.5-1.5B-Instruct: two GPUs train, two SGLang replicas sample on two others.
 
 Generation runs one step ahead of training; samples of older weights are corrected by a truncated ratio. math-verify
-judges the answers in processes of their own. Needs the hub and four GPUs of 24 GiB (docs/gpu.md).
+judges the answers in processes of their own. Needs the hub and four GPUs of 24 GiB (docs/reference/gpu-hosts.md).
 
     deploy configs/rl_math.py --remote user@host --plan
 """

@@ -3,7 +3,7 @@
 Documents are not conversations: every token after the first is trained, EOS ends each, and one over 1,024 tokens
 becomes several examples. The held-out documents are the first 500 of the same stream; training begins after them.
 
-Needs the hub and one GPU of 40 GiB (docs/gpu.md).
+Needs the hub and one GPU of 40 GiB (docs/reference/gpu-hosts.md).
 """
 
 from base_config import (

@@ -1,6 +1,6 @@
 """SFT of Qwen2.5-1.5B on 100,000 SmolTalk conversations: one pass, sharded over two GPUs.
 
-Needs the hub and two GPUs of 24 GiB (docs/gpu.md).
+Needs the hub and two GPUs of 24 GiB (docs/reference/gpu-hosts.md).
 """
 
 from base_config import (

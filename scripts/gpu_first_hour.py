@@ -78,7 +78,7 @@ LINES = (
          tests("test_weight_delivery.py"), limit_s=600),
     Line(40, "weights over CUDA IPC, to SGLang", "only this one fails: torch's versions differ, or the card's UUID",
          tests("test_sglang.py", "-k", "tensor"), limit_s=900),
-    Line(44, "configs/01 whole, with the cards' peak of memory", "wiring; a peak above docs/gpu.md: its sums are off",
+    Line(44, "configs/01 whole, with the cards' peak of memory", "wiring; a peak above the plan: its sums are off",
          step("run", "whole"), dry=("config", "whole"), limit_s=3600),
     Line(50, "SGLang's scheduler killed in mid-RL", "a restart beside the trainer's memory: engine.max_total_tokens",
          step("kill"), dry=("config", "killed"), limit_s=1800),

@@ -24,7 +24,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a checkpoint directory or hub id; with --engine-url, its tokenizer alone")
     parser.add_argument("--data", action="append", required=True, metavar="NAME", help=".jsonl, directory or hub id")
-    parser.add_argument("--format", help="how a row reads (docs/data.md); without it: what its columns show")
+    parser.add_argument(
+        "--format", help="how a row reads (docs/reference/data-formats.md); without it: what its columns show"
+    )
     parser.add_argument("--split", default="test", help="of a directory or hub data set (default: test)")
     parser.add_argument("--subset", help="the hub's configuration name")
     parser.add_argument("--max-samples", type=int, default=-1, help="the first N rows of each; -1: all (default)")

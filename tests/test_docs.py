@@ -19,24 +19,34 @@ from base_config import load_config
 from rollouts.remote.command_line import with_verb
 from rollouts.training.advantages import compute_advantages
 from rollouts.training.rl_losses import policy_loss
-from tests.docs_blocks import PAGES, ROOT, Block, blocks_of, shell_commands, spoken_commands
+from tests.docs_blocks import GUIDE, PAGES, ROOT, Block, blocks_of, is_run, shell_commands, spoken_commands
 from tests.engines.serving import serving
 from tests.training.datasets.families import family_tokenizer
 from tests.training.process_nursery import shared
 
-LANGUAGES = ("python", "sh", "json", "jsonl", "text")
+LANGUAGES = (
+    "python",
+    "sh",
+    "json",
+    "jsonl",
+    "output",
+    "text",
+)  # output: what the block before printed; text: a drawing
 # Blocks with the marker <!-- not run: why -->: there is none, and a new one has to stand here too.
 NOT_RUN: dict[tuple[str, str], str] = {}  # (page, first line) -> why
-# What a page's python blocks have to leave behind.
+OTHER_PROGRAMS = ("cmp", "git", "cd", "cat", "echo", "ls", "tail", "head", "jq", "curl", "mkdir", "grep")
+# What must be true after a page's python blocks, where the page itself does not print it.
 CHECKS = {
     "README.md": "len(metrics) == 20 and metrics[-1]['loss'] < metrics[0]['loss']",
-    "docs/agents.md": "len(batch.samples) == 16 and agent.turns_max == 4 and len(tasks.prompts()) == 9",
-    "docs/engines.md": "[client.base_url for client in pool.clients][1] == urls[1] and pool.reruns.times_max == 3",
-    "docs/rewards.md": "tagged(sample) == 1.0 and preferred.base_url.endswith(':30500')",
-    "docs/sharding.md": "backend.is_main if hasattr(backend, 'is_main') else backend is not None",
+    "docs/reference/agents.md": "len(batch.samples) == 16 and agent.turns_max == 4 and len(tasks.prompts()) == 9",
+    "docs/reference/config.md": "config.problems() == ()",
+    "docs/reference/data-formats.md": "len(samples) == 50",
+    "docs/reference/rewards.md": "preferred.base_url.endswith(':30500')",
+    "docs/reference/sharding.md": "backend is not None",
+    "docs/design/restarts.md": "pool.clients[1].base_url == urls[1] and pool.reruns.times_max == 3",
 }
 BLOCKS = [block for page in PAGES for block in blocks_of(page, (ROOT / page).read_text(encoding="utf-8"))]
-PYTHON_PAGES = sorted({block.page for block in BLOCKS if block.language == "python"})
+PYTHON_PAGES = sorted({block.page for block in BLOCKS if block.language == "python" or is_run(block)} - {*GUIDE})
 
 
 # --- blocks -----------------------------------------------------------------------------------------------------------
@@ -49,7 +59,7 @@ def test_every_block_says_what_it_is() -> None:
     assert unknown == []
     marked = {(block.page, block.text.split("\n")[0]): block.not_run for block in BLOCKS if block.not_run}
     assert marked == NOT_RUN
-    assert sorted(CHECKS) == PYTHON_PAGES
+    assert [page for page in CHECKS if page not in PYTHON_PAGES] == []
 
 
 def test_fences_are_read_as_commonmark_reads_them() -> None:
@@ -84,6 +94,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (data / "main").mkdir()
     rows = [{"question": f"{n} + 1?", "answer": f"It is {n + 1}. #### {n + 1}"} for n in range(64)]
     (data / "main" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (work / "configs").symlink_to(ROOT / "configs")
     return work
 
 
@@ -96,11 +107,11 @@ def engine_url(stand_ins: Path) -> Iterator[str]:
 @pytest.mark.parametrize("page", PYTHON_PAGES)
 def test_python_blocks_run(page: str, stand_ins: Path, engine_url: str, tmp_path: Path) -> None:
     """Goal: what a page shows runs as it stands, block after block, with nothing but what the page imported; a tiny
-    model has the place of the named one. Red with docs/agents.md as it was: NameError."""
+    model has the place of the named one. Red with docs/reference/agents.md as it was: NameError."""
     work = tmp_path / "work"
-    shutil.copytree(stand_ins, work)
+    shutil.copytree(stand_ins, work, symlinks=True)
     log = tmp_path / "log"
-    arguments = [str(work), page, engine_url, CHECKS[page]]
+    arguments = [str(work), page, engine_url, CHECKS.get(page, "True")]
     code = shared().wait(shared().start("tests.docs_blocks", arguments, log))
     assert code == 0, log.read_text()[-4000:]
 
@@ -111,6 +122,32 @@ def test_json_blocks_parse() -> None:
         if block.language in ("json", "jsonl"):
             for text in block.text.splitlines() if block.language == "jsonl" else [block.text]:
                 json.loads(text)
+
+
+def test_links_lead_somewhere() -> None:
+    """Goal: no page points at a file or a heading that is gone. Red with a heading renamed."""
+    anchors = {page: set(_anchors((ROOT / page).read_text(encoding="utf-8"))) for page in PAGES}
+    lost = []
+    for page in PAGES:
+        prose = re.sub(r"```.*?```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([\w-]+))?\)", prose):
+            file = (ROOT / page).parent / target if target else ROOT / page
+            known = anchors.get(str(file.resolve().relative_to(ROOT)), set())
+            if not file.exists() or (anchor and anchor not in known):
+                lost.append(f"{page}: {target}#{anchor}")
+    assert lost == []
+
+
+def _anchors(text: str) -> Iterator[str]:
+    for heading in re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE):
+        yield re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_files_that_pages_name_exist() -> None:
+    """Goal: a page never sends one to a file that was moved. Red with a module renamed."""
+    spans = [(page, span) for page in PAGES for span in re.findall(r"`([^`\n]+)`", (ROOT / page).read_text())]
+    named = [(page, span) for page, span in spans if re.fullmatch(r"(rollouts|scripts|tests|configs)/[\w./-]+", span)]
+    assert named and [(page, span) for page, span in named if not (ROOT / span).exists()] == []
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
@@ -132,7 +169,7 @@ def problems_of(words: list[str]) -> list[str]:
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         asked = re.findall(r"[\w-]+", " ".join(re.findall(r"\[(.*?)\]", " ".join(rest))))
         return [f"no extra {name!r}" for name in asked if name not in extras]
-    return [] if program in ("git", "cd") else [f"{program}: what is this?"]
+    return [] if program in OTHER_PROGRAMS else [f"{program}: what is this?"]
 
 
 def _is_ours(module: str) -> bool:
@@ -218,13 +255,13 @@ def test_a_command_that_does_not_exist_is_found(command: str) -> None:
 
 def test_trees_of_names() -> None:
     """Goal: blocks that are no code name what there is: files of a run, and modules. Red with a module renamed."""
-    texts = {block.page: block.text for block in BLOCKS if block.language == "text"}
-    assert sorted(texts) == ["README.md", "docs/architecture.md"]
-    documented = (ROOT / "docs" / "run-directory.md").read_text()
-    names = [line.split("  ")[0] for line in texts["README.md"].splitlines()]
+    texts = [block for block in BLOCKS if block.language == "text"]
+    documented = (ROOT / "docs" / "reference" / "run-directory.md").read_text()
+    (tree,) = (block.text for block in texts if block.page == "README.md" and block.text.startswith("config.json"))
+    names = [line.split("  ")[0] for line in tree.splitlines()]
     missing = [name for line in names for name in re.findall(r"[\w.]+(?=[ /]|$)", line) if name not in documented]
     assert missing in ([], ["sft", "rl"])
-    for name in re.findall(r"rollouts(?:\.\w+)+", texts["docs/architecture.md"]):
+    for name in re.findall(r"rollouts(?:\.(?!jsonl)\w+)+", "\n".join(block.text for block in texts)):
         path = ROOT / name.replace(".", "/")
         assert path.is_dir() or path.with_suffix(".py").is_file(), name
 
@@ -233,9 +270,14 @@ def test_trees_of_names() -> None:
 
 
 def test_published_methods_can_be_set_as_their_table_says() -> None:
-    """Goal: each row of docs/losses.md gives a loss with a gradient, with no option but those that it names. Red with
-    the table as it was: Dr. GRPO's needs `length_norm`."""
-    table = (ROOT / "docs" / "losses.md").read_text().split("## How to set the published methods")[1].split("##")[0]
+    """Goal: each row of docs/reference/losses.md gives a loss with a gradient, with no option but those that it
+    names. Red with the table as it was: Dr. GRPO's needs `length_norm`."""
+    table = (
+        (ROOT / "docs" / "reference" / "losses.md")
+        .read_text()
+        .split("## How to set the published methods")[1]
+        .split("##")[0]
+    )
     rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in table.splitlines() if "|" in line][2:]
     assert len(rows) >= 8
     torch.manual_seed(0)

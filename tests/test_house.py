@@ -26,3 +26,16 @@ def test_measures_that_hold_go_on_holding(house: ModuleType) -> None:
     modules = house.parse()
     assert [found for found in house.config_fields(modules) if found[0] > 25] == []
     assert house.circles(modules) == []
+
+
+def test_docs_stay_readable(house: ModuleType) -> None:
+    """Goal: pages teach by code, in short pieces and short sentences. Red with README's old page on engines: one block
+    in 4,854 words."""
+    pages = house.pages()
+    words = sum(page.words for page in pages)
+    assert 1000 * sum(page.blocks for page in pages) / words >= 6
+    assert 1000 * sum(page.headings for page in pages) / words >= 10
+    assert sum(page.sentence * page.words for page in pages) / words <= 15
+    assert [page.path for page in pages if page.words > 1500] == []
+    assert [page.path for page in pages if page.path.startswith("docs/guide/") and page.words > 600] == []
+    assert [page.path for page in pages if page.path == "README.md" and page.words > 900] == []

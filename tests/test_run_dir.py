@@ -42,7 +42,7 @@ def run(tmp_path: Path) -> RunDir:
 
 
 def test_names(run: RunDir) -> None:
-    """Goal: the names that docs/run-directory.md gives. Red with any of them changed."""
+    """Goal: the names that docs/reference/run-directory.md gives. Red with any of them changed."""
     paths = [run.config, run.plan, run.code_tree, run.status, run.events, run.metrics, run.rollouts, run.eval]
     paths += [run.log("engine-0"), run.exit("rl", "trainer"), run.process("rank-1"), run.latest_checkpoint("sft")]
     assert [path.relative_to(run.path).as_posix() for path in paths] == [

@@ -1,7 +1,7 @@
 """The run directory: every file name and format that the two sides share, and atomic writes. Standard library only.
 
 On the host it is `<home>/runs/<run_id>/`; what the control side pulls is a mirror of the same layout at
-`<save_dir>/<experiment_name>/<run_id>/`. docs/run-directory.md describes the formats for people.
+`<save_dir>/<experiment_name>/<run_id>/`. docs/reference/run-directory.md describes the formats for people.
 
 ```
 config.json  plan.json  code/{tree/,manifest.json,commit.txt,dirty.diff,…}   what ran

@@ -261,7 +261,7 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def append_event(run: RunDir, kind: str, **fields: Any) -> None:
-    """Append one line to events.jsonl: {"time", "kind", ...}. The kinds and their fields: docs/run-directory.md."""
+    """Append one line to events.jsonl: {"time", "kind", ...}. Kinds and fields: docs/reference/events.md."""
     append_jsonl(run.events, {"time": time.time(), "kind": kind, **fields})
 
 

@@ -1,6 +1,7 @@
 """Advantages: rewards in, one number per sample out, or with values one per token. Pure Python in double precision.
 
-Two choices make the published methods (docs/losses.md). `baseline`, what is subtracted from a reward: a constant,
+Two choices make the published methods (docs/reference/losses.md). `baseline`, what is subtracted from a reward: a
+constant,
 "group_mean" (the mean of the prompt's samples), or "leave_one_out" (the mean of the prompt's *other* samples). `norm`,
 what the difference is divided by: "none", "group_std", or "batch", which standardises over the whole step.
 """

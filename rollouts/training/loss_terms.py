@@ -1,8 +1,8 @@
 """The parts that RL losses are made of: pure functions of tensors, elementwise unless they say otherwise.
 
 B sequences, T tokens, N trained tokens. `rl_losses` selects the tokens and puts the parts
-together; docs/losses.md has the table of methods. `keep` [B, T] bool marks the trained tokens; `places` [N] are their
-places in it, flattened. None: they are looked for, for which a GPU's host has to wait.
+together; docs/reference/losses.md has the table of methods. `keep` [B, T] bool marks the trained tokens; `places`
+[N] are their places in it, flattened. None: they are looked for, for which a GPU's host has to wait.
 """
 
 from collections.abc import Collection

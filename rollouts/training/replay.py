@@ -1,7 +1,7 @@
 """rollouts.jsonl, one line per sample: how the RL loop writes it, and how it is trained on again without an engine.
 
 A step's samples stand together, its groups in order. Numbers are written so that they read back as the same floats.
-docs/run-directory.md lists the fields. Effects: `ReplayRollouts` reads its file.
+docs/reference/run-directory.md lists the fields. Effects: `ReplayRollouts` reads its file.
 """
 
 import hashlib

@@ -14,7 +14,7 @@ and ranks of the optimizer step (`trained_tokens`, `trained_sequences`). A loss 
 losses and gradients of micro-batches add up to the same step however it was cut. None: this batch is the whole step.
 
 `policy_loss` is every RL loss; `grpo_loss`, `ppo_loss`, `gspo_loss` and `cispo_loss` are its plain forms. What each
-computes, with its source: docs/losses.md.
+computes, with its source: docs/reference/losses.md.
 """
 
 import functools

@@ -15,7 +15,7 @@ from tests.remote.hosts import Host, Laptop, git, write_config
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHELL = [block for block in blocks_of("README.md", README) if block.language == "sh"]
-TREE = next(block for block in blocks_of("README.md", README) if block.language == "text")
+TREE = next(block for block in blocks_of("README.md", README) if block.text.startswith("config.json"))
 RUN_BLOCK, CLONE_BLOCK, HOST_BLOCK = range(3)
 
 
@@ -88,7 +88,7 @@ sed -i "s#{ROOT}/deploy.py#$PWD/deploy.py#" .venv/bin/deploy
 eval "$(grep '^want=' scripts/setup)"; printf '%s' "$want" > .venv/.setup; PATH={laptop.home}:$PATH
 scripts/demo --plan"""
     lines = SHELL[CLONE_BLOCK].text.splitlines()
-    assert lines[1] == "scripts/demo"
+    assert lines[1:] == ["scripts/setup", "scripts/demo", "scripts/test"]
     block = Block("README.md", 0, "sh", lines[0] + ready, None)
     done = run_block(block, laptop, laptop.home, "", this_repository=str(ROOT))
     assert done.returncode == 0, done.stdout + done.stderr

@@ -138,7 +138,7 @@ def fits(name: str, gib: int) -> bool:
 
 
 def documented() -> str:
-    """The table of docs/gpu.md, of the plan."""
+    """The table of docs/reference/gpu-hosts.md, of the plan."""
     rows = ["| config | GPUs | sft: GiB | rl: GiB | card |", "|---|---|---|---|---|"]
     for name in GPU_CONFIGS:
         config = shipped(name)
@@ -157,8 +157,8 @@ def documented() -> str:
 
 
 def test_the_documented_table_is_the_plans() -> None:
-    """Goal: docs/gpu.md has the numbers that the plan gives today. Red with any of them changed."""
-    assert documented() in (ROOT / "docs" / "gpu.md").read_text(), documented()
+    """Goal: docs/reference/gpu-hosts.md has the numbers that the plan gives today. Red with any of them changed."""
+    assert documented() in (ROOT / "docs" / "reference" / "gpu-hosts.md").read_text(), documented()
 
 
 def test_a_tight_fit_is_a_note() -> None:

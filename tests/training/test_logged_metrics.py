@@ -1,4 +1,4 @@
-"""docs/metrics.md against what real runs log: every documented key, and no other."""
+"""docs/reference/metrics.md against what real runs log: every documented key, and no other."""
 
 import json
 import math
@@ -27,7 +27,7 @@ from rollouts.training.value_head import ValueHead
 from tests.training import tiny_task
 from tests.training.tiny import PAD, sft_samples, tiny_backend, tiny_model
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "metrics.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "metrics.md"
 PEAK = 1e12
 
 
@@ -66,8 +66,8 @@ def many_letters(sample: Sample) -> float:
 
 
 def test_an_rl_run_logs_what_is_documented(tmp_path):
-    """Goal: docs/metrics.md is true of RL, with filters, reference, value head and evaluation. Red with lag_mean's row
-    taken out of the page, and with the metric taken out of the loop.
+    """Goal: docs/reference/metrics.md is true of RL, with filters, reference, value head and evaluation. Red with
+    lag_mean's row taken out of the page, and with the metric taken out of the loop.
     """
     tokenizer, model = tiny_task.tiny_tokenizer(), tiny_task.tiny_model(seed=3)
     width = model.config.hidden_size
@@ -109,7 +109,8 @@ def test_an_rl_run_logs_what_is_documented(tmp_path):
 
 
 def test_an_sft_run_logs_what_is_documented(tmp_path):
-    """Goal: docs/metrics.md is true of SFT; times add up; MFU is flops.py's. Red with step_s in place of train_s."""
+    """Goal: docs/reference/metrics.md is true of SFT; times add up; MFU is flops.py's. Red with step_s in place of
+    train_s."""
     logger = JSONLLogger(tmp_path / "metrics.jsonl", stage="sft")
     samples = sft_samples(6)
     config = SFTTrainingConfig(num_steps=2, batch_size=6, log_every=1)

@@ -288,7 +288,8 @@ def test_what_is_missing_or_ignored_is_named(options: dict[str, Any], message: s
 
 
 def test_truncated_importance_is_decoupled_ppo_where_every_batch_is_used_once():
-    """Goal: what docs/async.md says of samples from older weights: the gradient of AReaL's objective (2505.24298),
+    """Goal: what docs/design/asynchronous.md says of samples from older weights: the gradient of AReaL's objective
+    (2505.24298),
     E[w min(r A, clip(r) A)] with r to the policy that is trained and w from that to the sampler, is "token_truncate"'s.
 
     Red with the weight left out, and with a clip around the sampler in its place (`ppo`): samples here are far off.

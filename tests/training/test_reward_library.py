@@ -156,7 +156,7 @@ async def test_a_reward_models_refusal_is_told(server: Any, monkeypatch: pytest.
 async def test_a_row_without_a_conversation_is_told(row: dict[str, Any]) -> None:
     """Goal: what the row has, what a reward model needs, and the fix, before any server is asked. Red: KeyError."""
     reward = RewardModel("http://127.0.0.1:9", tokenizer=str(Path("/no/such")))
-    with pytest.raises(rewards.RewardError, match=r"no 'messages'.*docs/data.md") as caught:
+    with pytest.raises(rewards.RewardError, match=r"no 'messages'.*docs/reference/data-formats.md") as caught:
         await reward(Sample(prompt=row, response="42"))
     assert all(repr(name) in str(caught.value) for name in row)
 

@@ -9,7 +9,7 @@ class DatasetSpec:
     """One data set of a mixture: rows shuffled by shuffle_seed, of those [start:stop:step], the first max_samples."""
 
     name: str  # hub id, a directory laid out as on the hub, or a .jsonl file (relative to the repository's root)
-    format: Literal[  # how a row becomes a conversation: docs/data.md
+    format: Literal[  # how a row becomes a conversation: docs/reference/data-formats.md
         "messages",
         "question_answer",
         "gsm8k",

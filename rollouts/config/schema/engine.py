@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 @dataclass(frozen=True, kw_only=True)
 class DiskSync:
-    """Weights are written as a checkpoint that the engine loads. docs/engines.md."""
+    """Weights are written as a checkpoint that the engine loads. docs/reference/engines.md."""
 
     kind: ClassVar[Literal["disk"]] = "disk"
 
@@ -55,7 +55,7 @@ class _Engine:
 
 @dataclass(frozen=True, kw_only=True)
 class Embedded(_Engine):
-    """Our own server, on transformers' models. docs/engines.md."""
+    """Our own server, on transformers' models. docs/reference/engines.md."""
 
     kind: ClassVar[Literal["embedded"]] = "embedded"
     tensor_parallel_size: ClassVar[int] = 1
@@ -69,7 +69,7 @@ class Embedded(_Engine):
 
 @dataclass(frozen=True, kw_only=True)
 class SGLang(_Engine):
-    """SGLang's server. docs/engines.md."""
+    """SGLang's server. docs/reference/engines.md."""
 
     kind: ClassVar[Literal["sglang"]] = "sglang"
 
@@ -83,7 +83,7 @@ class SGLang(_Engine):
 
 @dataclass(frozen=True, kw_only=True)
 class VLLM(_Engine):
-    """vLLM's server. docs/engines.md."""
+    """vLLM's server. docs/reference/engines.md."""
 
     kind: ClassVar[Literal["vllm"]] = "vllm"
     router_port: ClassVar[None] = None

@@ -6,12 +6,12 @@ from typing import ClassVar, Literal
 
 @dataclass(frozen=True, kw_only=True)
 class _PolicyLoss:
-    """What every loss has. docs/losses.md: all methods, and how to set them."""
+    """What every loss has. docs/reference/losses.md: all methods, and how to set them."""
 
     advantage_norm: Literal["none", "group_std", "batch"]  # what advantages are divided by; batch: standardised over it
     aggregation: Literal[
         "token_mean", "sequence_mean_token_sum", "sequence_mean_token_mean", "constant_length"
-    ]  # how token losses become one: docs/losses.md
+    ]  # how token losses become one: docs/reference/losses.md
     entropy_coef: float  # of a bonus for the policy's entropy; 0: none
 
 

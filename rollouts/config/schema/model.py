@@ -6,7 +6,7 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Low-rank adapters on frozen weights (peft); matrix_lr is their learning rate. docs/optimization.md."""
+    """Low-rank adapters on frozen weights (peft); matrix_lr is their learning rate. docs/reference/optimization.md."""
 
     rank: int  # of each adapter: the width between its two matrices
     alpha: float  # the adapter's output is multiplied by alpha / rank
@@ -23,7 +23,7 @@ class ModelConfig:
     init: Literal["pretrained", "random"]  # random: architecture and tokenizer of `name`, weights drawn from init_seed
     init_seed: int  # of the weights that init draws at random
     dtype: Literal["float32", "bfloat16"]  # of the weights and of the computation
-    compile: bool  # each layer by itself, once for all of a kind; docs/optimization.md
+    compile: bool  # each layer by itself, once for all of a kind; docs/reference/optimization.md
     activation_checkpointing: bool  # recompute each layer in the backward pass: less memory, about 1.3 x the time
     lora: LoraConfig | None  # None: all weights are trained
     trust_remote_code: bool  # run the Python code that the model's repository brings

@@ -6,7 +6,7 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class MuonConfig:
-    """Muon, the optimizer of hidden matrices. docs/optimization.md."""
+    """Muon, the optimizer of hidden matrices. docs/reference/optimization.md."""
 
     momentum: float  # of the update's running sum
     nesterov: bool  # look one step ahead with the momentum

@@ -11,7 +11,7 @@ ENGINE_SOURCES = ("engine", "engine_only")  # sampling.source where rollouts com
 
 @dataclass(frozen=True, kw_only=True)
 class AgentConfig:
-    """Rollouts of several turns in an environment with tools. docs/agents.md."""
+    """Rollouts of several turns in an environment with tools. docs/reference/agents.md."""
 
     environment: str  # dotted path of a class, or of a function without arguments that makes one
     tool_format: Literal["hermes", "json"]  # how the model writes its calls: <tool_call>, or all of a turn one object
@@ -22,7 +22,7 @@ class AgentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
-    """What a sample earns. docs/rewards.md."""
+    """What a sample earns. docs/reference/rewards.md."""
 
     fn: str  # dotted path of a function: Sample -> float, or None for not scorable
     workers: int  # processes that a plain function runs in; 0: the trainer's, where none is cut off
@@ -42,7 +42,7 @@ class SamplingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AheadConfig:
-    """Generation that runs ahead of training. docs/async.md."""
+    """Generation that runs ahead of training. docs/design/asynchronous.md."""
 
     policy_lag_steps_max: int  # how many optimizer steps ahead, at most
     in_flight_updates: bool  # weights change under running requests, which go on; False: they are waited for
@@ -71,7 +71,7 @@ class RLConfig:
     save_every: int  # steps; -1: only after the last step
     log_every: int  # steps between lines of metrics.jsonl
     baseline: float | Literal["group_mean", "leave_one_out"] | ValueModel  # taken from a reward; a group: one prompt's
-    loss: GRPO | PPO | GSPO | CISPO  # the policy's loss: docs/losses.md
+    loss: GRPO | PPO | GSPO | CISPO  # the policy's loss: docs/reference/losses.md
     kl: KLConfig | None  # None: no reference model is loaded
     reward: RewardConfig | None  # None: the environment of `agent` gives rewards
     agent: AgentConfig | None  # None: one answer a prompt

@@ -12,7 +12,7 @@ class TargetConfig:
     device_type: Literal["cuda", "cpu", "mps"]  # where the trainer runs; mps: Apple's GPUs, one process
     sharding: Literal[
         "none", "full_shard", "shard_grad_op", "hybrid_shard"
-    ]  # docs/sharding.md; none: a whole copy each
+    ]  # docs/reference/sharding.md; none: a whole copy each
     shard_group_size: int  # hybrid_shard: ranks that share one copy, usually those of a node; -1: unused
     cpu_offload: bool  # parameters, gradients and optimizer state wait in host memory; needs sharding
 

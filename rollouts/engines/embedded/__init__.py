@@ -1,1 +1,2 @@
-"""A small inference server over transformers that speaks the SGLang HTTP subset RL needs. See docs/engines.md."""
+"""A small inference server over transformers that speaks the SGLang HTTP subset RL needs. See
+docs/reference/engines.md."""

@@ -1,4 +1,4 @@
-"""`python -m rollouts.engines.embedded --model-path DIR --port N`: serve until SIGTERM. See docs/engines.md.
+"""`python -m rollouts.engines.embedded --model-path DIR --port N`: serve until SIGTERM. See docs/reference/engines.md.
 
 Exit codes: 0 after SIGTERM or SIGINT, 1 when it cannot start or its model thread died (one line on stderr says why),
 2 for a bad command line.

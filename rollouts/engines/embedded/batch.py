@@ -21,7 +21,8 @@ from rollouts.engines.embedded.served_model import Served
 
 PREFILL_TOKENS_MAX = 16384  # padded tokens of one prefill forward pass: bounds its memory
 # CPU matrix products take other kernels, with other rounding, for few rows; and attention for other widths. Padding
-# both keeps a row's numbers the same whatever runs beside it, so a seed gives the same tokens (docs/engines.md).
+# both keeps a row's numbers the same whatever runs beside it, so a seed gives the same tokens:
+# docs/design/embedded-engine.md.
 CPU_ROWS_MIN = 16
 WIDTH_STEP = 32
 

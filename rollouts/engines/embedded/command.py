@@ -1,4 +1,4 @@
-"""The embedded engine's command line. Pure, standard library only. docs/engines.md has the flags."""
+"""The embedded engine's command line. Pure, standard library only. docs/reference/engines.md has the flags."""
 
 from rollouts.engines.server_spec import DeviceType, ServerSpec
 

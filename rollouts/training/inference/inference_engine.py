@@ -1,7 +1,7 @@
 """`InferenceEngine`: what a pool needs of a client, whichever server it speaks to.
 
 `SGLangEngine` (SGLang and the embedded engine) and `VLLMEngine` meet it. Where servers differ, the client evens it out.
-docs/engines.md lists the remaining differences, and tests/engines/contract_servers.py tests them.
+docs/reference/engines.md lists the remaining differences, and tests/engines/contract_servers.py tests them.
 """
 
 from collections.abc import Mapping, Sequence

@@ -58,8 +58,8 @@ async def run_sft_training(
     training goes on; once it is complete, `on_checkpoint(path, step)` is called on rank 0, as `metrics_logger` is. The
     caller finishes the logger.
 
-    The keys of each dict: docs/metrics.md. `peak_flops` is the FLOP/s of one rank's device, for "mfu"; None: what the
-    maker states for the card.
+    The keys of each dict: docs/reference/metrics.md. `peak_flops` is the FLOP/s of one rank's device, for "mfu"; None:
+    what the maker states for the card.
 
     Raises ValueError for an example with nothing to train on, or that the model has no room for (a token id beyond its
     embeddings, more tokens than learned positions), for data that is not what `resume` was saved with, and where no

@@ -39,7 +39,8 @@ class Throughput:
     def metrics(
         self, lengths: Sequence[int], trained_tokens: float, *, train_s: float, step_s: float, passes: int = 1
     ) -> dict[str, float]:
-        """Rates of a step over documents of `lengths` tokens, memory, and "mfu" where it is known: docs/metrics.md.
+        """Rates of a step over documents of `lengths` tokens, memory, and "mfu" where it is known:
+        docs/reference/metrics.md.
 
         `passes` is how often each token went forward and backward within `train_s`. The numbers are all ranks', but for
         the memory, which is this one's.

@@ -1,4 +1,5 @@
-"""Rewards: functions Sample -> float, or None for not scorable, that a job names by dotted path. docs/rewards.md.
+"""Rewards: functions Sample -> float, or None for not scorable, that a job names by dotted path.
+docs/reference/rewards.md.
 
 `rl.reward.fn="rollouts.training.rewards.exact_match"`; `resolve` finds it. Only the
 standard library is loaded here.

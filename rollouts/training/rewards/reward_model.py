@@ -78,6 +78,6 @@ def conversation_of(sample: Sample) -> list[Mapping[str, Any]]:
     else:
         raise RewardError(
             f"a reward model needs a conversation: the prompt row has {', '.join(map(repr, prompt)) or 'nothing'} "
-            "and no 'messages'. Use rows as in docs/data.md, or the prompt as text"
+            "and no 'messages'. Use rows as in docs/reference/data-formats.md, or the prompt as text"
         )
     return [*asked, {"role": "assistant", "content": sample.response}]

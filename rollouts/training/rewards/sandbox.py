@@ -2,7 +2,7 @@
 
 The program is one process in its own directory, deleted after. The kernel refuses it new processes, sockets, signals to
 others and, with Landlock (Linux 5.13), every file outside that directory but Python's. Time, memory and output are
-bounded. docs/rewards.md says what this does not stop.
+bounded. docs/reference/rewards.md says what this does not stop.
 """
 
 import contextlib

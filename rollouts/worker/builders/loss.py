@@ -35,7 +35,7 @@ def rl_loss(rl: RLConfig) -> Callable[..., Tensor]:
 def batch_clip_range(rl: RLConfig) -> ClipRange | None:
     """Return the range that each batch carries, by which the backend counts clipped tokens; None: it counts none.
 
-    GRPO has no range, and GSPO's bounds the ratio of a sequence, not of a token: docs/losses.md.
+    GRPO has no range, and GSPO's bounds the ratio of a sequence, not of a token: docs/reference/losses.md.
     """
     return (rl.loss.clip_low, rl.loss.clip_high) if isinstance(rl.loss, PPO | CISPO) else None
 

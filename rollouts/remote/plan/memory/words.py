@@ -30,7 +30,7 @@ def memory_lines(found: Sequence[Use], cards: Mapping[int, Card]) -> Iterator[st
         needed = f">= {gib(use.needed)}" if use.unknown and use.parts else gib(use.needed) if use.parts else "?"
         table.append([gpus, use.stage, *cells, needed, "?" if have is None else gib(have)])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    yield "memory in GiB at the fullest moment, by arithmetic (docs/gpu.md#memory):"
+    yield "memory in GiB at the fullest moment, by arithmetic (docs/reference/gpu-hosts.md#memory):"
     for row in table:
         cells = [
             cell.ljust(width) if at < 2 else cell.rjust(width)
