@@ -179,13 +179,13 @@ def verb(
 def _exit_code(function: Function, options: dict[str, Any], *, to_launch: bool) -> int:
     """Run a verb and print its answer, or its error."""
     from rollouts.remote.errors import DeployError
-    from rollouts.remote.local_faults import standing
+    from rollouts.remote.local_faults import as_deploy_errors
     from rollouts.view.escape import tolerate_odd_text
 
     tolerate_odd_text()
     screen = Screen(as_json=options["as_json"])
     try:
-        with standing():
+        with as_deploy_errors():
             answer = function(**options)
             return answer if isinstance(answer, int) else screen.show(answer)
     except DeployError as error:

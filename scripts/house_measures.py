@@ -62,8 +62,12 @@ def function_lines(modules: Mapping[str, ast.Module]) -> Found:
 
 
 def parameters(modules: Mapping[str, ast.Module]) -> Found:
-    """Count the parameters of each function, `self` and `cls` apart."""
-    return _sorted((len(_arguments(node)), where) for where, node in _functions(modules))
+    """Count the parameters of each function, `self` and `cls` apart; a verb's are the options of its command line."""
+    return _sorted(
+        (len(_arguments(node)), where)
+        for where, node in _functions(modules)
+        if not any(ast.unparse(decorator).startswith("verb(") for decorator in node.decorator_list)
+    )
 
 
 def config_fields(modules: Mapping[str, ast.Module]) -> Found:

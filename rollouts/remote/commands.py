@@ -19,7 +19,7 @@ from rollouts.remote.host.open import open_transport
 from rollouts.remote.host.read_answer import read_answer
 from rollouts.remote.host.sending import sent_program
 from rollouts.remote.host.transport import LOCAL_TARGET
-from rollouts.remote.local_faults import standing
+from rollouts.remote.local_faults import as_deploy_errors
 from rollouts.remote.looks import last_seen
 from rollouts.remote.plan import Plan, make_plan, required_paths, required_ports
 from rollouts.remote.read_config import read_config
@@ -57,7 +57,7 @@ def deploy(
     busy_ok: bool = False,
 ) -> int:
     """Plan, send, launch and watch (`deploy CONFIG`). Returns the job's exit code."""
-    with standing() as now:
+    with as_deploy_errors() as progress:
         config = read_config(config_path)
         root = find_repository(Path.cwd())
         run_id = run_id or f"{config.output.experiment_name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
@@ -86,8 +86,8 @@ def deploy(
             for warning in plan.warnings:
                 screen.warn(warning)
             entry = registry.register(plan, config, root, code.record(), now=time.time())
-            now.run_id, now.target, now.reached = entry.run_id, entry.target, "registered"
-            run = OpenRun(entry, facts, transport, None, "never launched", now)
+            progress.run_id, progress.target, progress.reached = entry.run_id, entry.target, "registered"
+            run = OpenRun(entry, facts, transport, None, "never launched", progress)
             return _launch_and_watch(run, config, screen, detach=detach)
 
 
@@ -108,26 +108,26 @@ def _launch_and_watch(run: OpenRun, config: Config, screen: Screen, *, detach: b
 def _launch(run: OpenRun, config: Config, reporter: Reporter) -> None:
     """Send and start it. Raises DeployError, and keeps the reason for `deploy ls`.
 
-    `run.now` says whether it may have started.
+    `run.progress` says whether it may have started.
     """
-    entry, now = run.entry, run.now
+    entry, progress = run.entry, run.progress
 
     def say(phase: str, text: str) -> None:
         if phase == "launch":
-            now.reached = "launching"
+            progress.reached = "launching"
         reporter.say(phase, text)
 
     try:
         execute(entry, config, run.transport, run.facts.path, say)
     except DeployError as error:
         if not isinstance(error, TransportError) and not error.started:
-            now.reached = "registered"  # the launcher answered that it started nothing
-        if now.reached == "registered":
+            progress.reached = "registered"  # the launcher answered that it started nothing
+        if progress.reached == "registered":
             with contextlib.suppress(OSError):
                 registry.note_reason(entry, "\n".join(problem.text() for problem in error.problems)[:3000])
         raise
     registry.mark_launched(entry)
-    now.reached = "launched"
+    progress.reached = "launched"
 
 
 def attach(run_id: str, screen: Screen, *, remote: str | None, accept_new_host_key: bool) -> int:
@@ -137,7 +137,7 @@ def attach(run_id: str, screen: Screen, *, remote: str | None, accept_new_host_k
         if run.trace == "gone":
             raise run.missing()
         if run.trace in ("never launched", "being launched"):
-            run.now.reached = "nothing" if entry.adopted else "registered"
+            run.progress.reached = "nothing" if entry.adopted else "registered"
             config = registry.planned(entry)
             registry.fill_mirror(entry)
             return _launch_and_watch(run, config, screen, detach=False)
@@ -154,7 +154,7 @@ def _reporting(run: OpenRun, screen: Screen) -> Iterator[Reporter]:
         yield reporter
     except KeyboardInterrupt:
         reporter.close()
-        if run.now.reached != "launched":
+        if run.progress.reached != "launched":
             raise
         with contextlib.suppress(OSError, DeployError):
             write_note(entry, now=time.time(), followed_by=None)
@@ -168,9 +168,9 @@ def _reporting(run: OpenRun, screen: Screen) -> Iterator[Reporter]:
 def _watch_to_end(run: OpenRun, reporter: Reporter) -> Answer:
     entry = run.entry
     write_note(entry, now=time.time(), followed_by=os.getpid())
-    run.now.reached = "launched"
+    run.progress.reached = "launched"
     result = run.watch(reporter)
-    run.now.reached = "ended"
+    run.progress.reached = "ended"
     notes, pull_error = list(result.notes), None
 
     def say(phase: str, text: str) -> None:
@@ -272,7 +272,7 @@ def logs(run_id: str, screen: Screen, *, remote: str | None, window: str, until_
 
 def forget(run_id: str) -> Answer:
     """Drop this machine's record of a run (`deploy forget RUN`). Its host and the results here stay as they are."""
-    with standing():
+    with as_deploy_errors():
         entry = known_run(run_id)
         seen = last_seen(entry)
         registry.forget(entry)

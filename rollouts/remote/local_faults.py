@@ -1,7 +1,7 @@
 """What goes wrong on this machine, told like any other error: a full disk, a file that cannot be written, a bug.
 
-One place turns every exception that is not ours into one message, with what it means for the run. `Standing` is
-how far the run has come; whatever leaves `standing()` says so.
+One place turns every exception that is not ours into one message, with what it means for the run. `RunProgress` is
+how far the run has come; whatever leaves `as_deploy_errors()` says so.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ Reached = Literal["nothing", "registered", "launching", "launched", "ended"]
 
 
 @dataclass
-class Standing:
+class RunProgress:
     """How far a verb's run has come: set as it goes, told when something interrupts it."""
 
     run_id: str = ""
@@ -60,28 +60,28 @@ class Interrupted(DeployError):
 
 
 @contextlib.contextmanager
-def standing(run_id: str = "", target: str = "", reached: Reached = "nothing") -> Iterator[Standing]:
+def as_deploy_errors(run_id: str = "", target: str = "", reached: Reached = "nothing") -> Iterator[RunProgress]:
     """Let nothing out but DeployError, SystemExit and a broken pipe, each with the run's state."""
-    now = Standing(run_id, target, reached)
+    progress = RunProgress(run_id, target, reached)
     try:
-        yield now
+        yield progress
     except (BrokenPipeError, SystemExit):
         raise
     except DeployError as error:
-        error.started = error.started or now.started
-        error.standing = error.standing or now.sentence()
+        error.started = error.started or progress.started
+        error.standing = error.standing or progress.sentence()
         raise
     except KeyboardInterrupt:
-        raise _with(Interrupted("interrupted."), now) from None
+        raise _with(Interrupted("interrupted."), progress) from None
     except OSError as error:
         problem = os_problem(error)
-        raise _with(DeployError.of([problem]), now) from None
+        raise _with(DeployError.of([problem]), progress) from None
     except Exception as error:
-        raise _with(unexpected(error), now) from error
+        raise _with(unexpected(error), progress) from error
 
 
-def _with(error: DeployError, now: Standing) -> DeployError:
-    error.started, error.standing = now.started, now.sentence()
+def _with(error: DeployError, progress: RunProgress) -> DeployError:
+    error.started, error.standing = progress.started, progress.sentence()
     return error
 
 

@@ -10,7 +10,7 @@ from rollouts.remote.host.facts import gather_facts
 from rollouts.remote.host.host_probe import run_row
 from rollouts.remote.host.open import open_transport
 from rollouts.remote.host.transport import LOCAL_TARGET
-from rollouts.remote.local_faults import standing
+from rollouts.remote.local_faults import as_deploy_errors
 from rollouts.remote.plan.gpu_problems import host_advice
 from rollouts.remote.run import registry
 from rollouts.remote.run.mirror_note import read_note
@@ -70,7 +70,7 @@ def _message(run: OpenRun) -> str:
 
 def list_runs(*, remote: str | None) -> Answer:
     """List the runs known here, as last seen (`deploy ls`); with --remote all runs on that host, as they are."""
-    with standing():
+    with as_deploy_errors():
         if remote is not None:
             with contextlib.closing(open_transport(remote)) as transport:
                 found = gather_facts(transport).runs
@@ -83,7 +83,7 @@ def list_runs(*, remote: str | None) -> Answer:
 
 def check_host(remote: str | None, *, accept_new_host_key: bool) -> Answer:
     """Check what a host has and lacks, and list its runs (`deploy --remote T`). Exit code 2: it cannot run a job."""
-    with standing():
+    with as_deploy_errors():
         with contextlib.closing(open_transport(remote, accept_new_host_key=accept_new_host_key)) as transport:
             facts = gather_facts(transport, check_way=True)
         target = remote or LOCAL_TARGET

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rollouts.config import Config, ConfigError, as_source, load_config
 from rollouts.remote.errors import DeployError
-from rollouts.remote.local_faults import standing
+from rollouts.remote.local_faults import as_deploy_errors
 from rollouts.remote.run.mirror_note import read_note
 from rollouts.run_dir import RunDir
 from rollouts.view.answer import Answer
@@ -14,7 +14,7 @@ from rollouts.view.answer import Answer
 
 def show_config(path: str) -> Answer:
     """Return the whole config, as a file that derives from no other one (`deploy CONFIG --show`)."""
-    with standing():
+    with as_deploy_errors():
         config = read_config(path)
         return Answer(config.to_json(), as_source(config).removesuffix("\n"))
 

@@ -22,7 +22,7 @@ from rollouts.remote.run.mirror import Mirror, pull_files
 from rollouts.remote.run.pull import final_pull, pull
 from rollouts.run_dir import RunDir, append_jsonl, write_json_atomic
 from tests.remote.hosts import ROOT, Laptop, config_with, git, write_config
-from tests.remote.test_watch import make_connection
+from tests.remote.test_follow import make_connection
 
 NAMES = [
     *("config.json", "plan.json", "mirror.json", ".gitignore", "secrets.json", "code/commit.txt", "code/tree/x.py"),

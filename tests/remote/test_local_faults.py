@@ -11,18 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 
 import deploy
 from rollouts.manifest import write_manifest
 from rollouts.remote.errors import DeployError
-from rollouts.remote.local_faults import standing
+from rollouts.remote.local_faults import as_deploy_errors
 from rollouts.remote.run.checkpoints import pull_checkpoint
 from rollouts.run_dir import RunDir, append_jsonl
 from rollouts.view.escape import escaped, one_line
 from tests.remote.hosts import WAIT_S, Laptop, wait_for, write_config
-from tests.remote.test_sync import small_disk
-from tests.remote.test_watch import make_connection
+from tests.remote.test_follow import make_connection
+from tests.remote.test_sync_code import small_disk
 
 
 @pytest.mark.parametrize("size", ["16k", "56k", "200k"])
@@ -111,13 +110,12 @@ def test_a_bug_is_one_line_and_a_file(tmp_path: Path, monkeypatch: pytest.Monkey
     caught."""
     monkeypatch.setenv("ROLLOUTS_HOME", str(tmp_path))
 
-    def broken(here: Any) -> int:
+    def broken(as_json: bool) -> int:
         raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "odd byte")
 
-    with pytest.raises(typer.Exit) as caught:
-        deploy._do(broken, as_json=False, launching=True)
+    code = deploy._exit_code(broken, {"as_json": False}, to_launch=True)
     said = capsys.readouterr().err
-    assert caught.value.exit_code == 2 and said.startswith("error: deploy itself failed: UnicodeDecodeError")
+    assert code == 2 and said.startswith("error: deploy itself failed: UnicodeDecodeError")
     file = Path(said.split("traceback: ")[1].splitlines()[0])
     assert file.parent == tmp_path / "tracebacks" and "odd byte" in file.read_text() and file.stat().st_mode & 0o77 == 0
 
@@ -138,13 +136,13 @@ def test_errors_say_where_the_run_stands(
     """Goal: "Nothing was started." only where that is so; else what goes on, and how. Red with it constant."""
     monkeypatch.setenv("ROLLOUTS_HOME", str(tmp_path))  # where tracebacks go
     for error in (OSError(28, "No space left on device", "/x/y"), DeployError("odd"), RuntimeError("odd")):
-        with pytest.raises(DeployError) as caught, standing("r", "gpu-7", reached):
+        with pytest.raises(DeployError) as caught, as_deploy_errors("r", "gpu-7", reached):
             raise error
         assert caught.value.exit_code == code and expected in caught.value.text()
         assert ("Nothing was started." in caught.value.text()) == (code == 2)
         bug = isinstance(error, RuntimeError)
         assert ("deploy itself failed" in caught.value.text()) is bug, "a fault of this machine is none of deploy's"
-    with pytest.raises(DeployError) as caught, standing("r", "gpu-7", reached):
+    with pytest.raises(DeployError) as caught, as_deploy_errors("r", "gpu-7", reached):
         raise KeyboardInterrupt
     assert caught.value.exit_code == 130 and expected in caught.value.text()
 

@@ -9,7 +9,7 @@ import pytest
 from rollouts.remote.errors import DeployError
 from rollouts.remote.repository import find_repository, list_files, read_code
 from tests.remote.hosts import git
-from tests.remote.test_sync import config
+from tests.remote.test_sync_code import config
 from tests.remote.test_sync_content import make_repository
 
 

@@ -17,7 +17,7 @@ from rollouts.remote.repository import list_files, read_code
 from rollouts.remote.run import sync_code as sync
 from rollouts.remote.run.sync_code import CodePlace, sync_code
 from tests.remote.hosts import Host, Laptop, git, write_config
-from tests.remote.test_sync import config
+from tests.remote.test_sync_code import config
 
 FIXED_TIME = 1_700_000_000
 

@@ -23,7 +23,7 @@ from rollouts.view.display import live_lines, row_line
 from rollouts.view.fold import View, evaluation_table, fold
 from rollouts.view.row_order import in_order
 from tests.remote.hosts import wait_for
-from tests.remote.test_watch import make_connection
+from tests.remote.test_follow import make_connection
 
 
 class Told:

@@ -14,7 +14,7 @@ from rollouts.remote.errors import DeployError
 from rollouts.remote.host.facts import HostFacts, gather_facts
 from rollouts.remote.host.open import open_transport
 from rollouts.remote.host.transport import LOCAL_TARGET, Transport
-from rollouts.remote.local_faults import Standing, standing
+from rollouts.remote.local_faults import RunProgress, as_deploy_errors
 from rollouts.remote.run import registry
 from rollouts.remote.run.adopt import adopt_run
 from rollouts.remote.run.connection import RetryPolicy, RunConnection
@@ -38,7 +38,7 @@ class OpenRun:
     transport: Transport
     row: dict[str, Any] | None  # host_probe.run_row
     trace: Trace
-    now: Standing
+    progress: RunProgress
 
     @property
     def python(self) -> str:
@@ -91,11 +91,11 @@ def open_run(
 
     `adopt`: register one that was started elsewhere. `needs_files`: raise DeployError for one without files there.
     """
-    with standing() as now:
+    with as_deploy_errors() as progress:
         entry = registry.find(name) or (None if remote else find_known(name))
         target = remote or (entry.target if entry else LOCAL_TARGET)
         if entry is not None:
-            now.run_id, now.target = entry.run_id, target
+            progress.run_id, progress.target = entry.run_id, target
         with contextlib.closing(open_transport(target, accept_new_host_key=accept_new_host_key)) as transport:
             facts = gather_facts(transport, run_id=entry.run_id if entry else name)
             if entry is None:
@@ -108,10 +108,10 @@ def open_run(
             entry = dataclasses.replace(entry, target=target)  # one host may have several names
             _check_ours(entry, row)
             trace = _trace(entry, facts, transport, row)
-            now.run_id, now.target = run_id, target
+            progress.run_id, progress.target = run_id, target
             if row is not None and trace == "on its host":
-                now.reached = "ended" if row["state"] in FINAL_STATES else "launched"
-            opened = OpenRun(entry, facts, transport, row, trace, now)
+                progress.reached = "ended" if row["state"] in FINAL_STATES else "launched"
+            opened = OpenRun(entry, facts, transport, row, trace, progress)
             if needs_files and trace in ("gone", "never launched"):
                 raise opened.missing()
             yield opened
