@@ -61,6 +61,7 @@ config = Config(
     target=TargetConfig(gpu_ranks=[0], device_type="cpu", sharding="none", shard_group_size=-1, cpu_offload=False),
     host=HostConfig(
         installer="pip",
+        requirements=[],
         constraints_file="requirements/constraints.txt",
         torch_build="auto",
         env={"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},

@@ -80,6 +80,7 @@ config = Config(
     target=TargetConfig(gpu_ranks=[0], device_type="cuda", sharding="none", shard_group_size=-1, cpu_offload=False),
     host=HostConfig(
         installer="uv",
+        requirements=[],
         constraints_file="requirements/trainer-cuda.txt",
         torch_build="auto",
         env={"TOKENIZERS_PARALLELISM": "false"},

@@ -65,6 +65,7 @@ config = Config(
     ),
     host=HostConfig(
         installer="uv",
+        requirements=[],
         constraints_file="requirements/trainer-cuda.txt",
         torch_build="auto",
         env={"TOKENIZERS_PARALLELISM": "false"},

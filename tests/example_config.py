@@ -59,6 +59,7 @@ def example_config() -> Config:
         target=TargetConfig(gpu_ranks=[0], device_type="cpu", sharding="none", shard_group_size=-1, cpu_offload=False),
         host=HostConfig(
             installer="pip",
+            requirements=[],
             constraints_file="requirements/constraints.txt",
             torch_build="index",
             env={"HF_HUB_OFFLINE": "1"},

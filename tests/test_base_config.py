@@ -94,6 +94,12 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("host.installer", "conda", "host.installer='conda': needs one of 'uv', 'pip'"),
     ("host.constraints_file", "/etc/pins.txt", "host.constraints_file='/etc/pins.txt': needs a path inside"),
     ("host.constraints_file", "../pins.txt", "host.constraints_file='../pins.txt': needs a path inside"),
+    ("host.requirements", ["-r more.txt"], "such as 'levenshtein>=0.26'; '-r more.txt' is none"),
+    ("host.requirements", ["./vendored"], "'./vendored' is none"),
+    ("host.requirements", ["a >= "], "'a >= ' is none"),
+    ("host.requirements", ["a==1 # pinned"], "'a==1 # pinned' is none"),
+    ("host.requirements", "a", "host.requirements='a': needs a list"),
+    ("host.constraints_file", "rollouts:../x", "host.constraints_file='rollouts:../x': needs a path inside"),
     ("host.env", {"A B": "1"}, "host.env['A B']: not the name of an environment variable"),
     ("host.env", {"A": 1}, "host.env={'A': 1}: needs a dict of str to str"),
     ("host.secrets", ["HF_HUB_OFFLINE"], "'HF_HUB_OFFLINE' here or in host.env, which is shown and saved, not both"),
@@ -499,7 +505,7 @@ def test_json_with_missing_or_unknown_keys_names_them(tmp_path: Path, edit: Any,
     ("text", "reason"),
     [
         ("x = 1\n", "defines no `config`"),
-        ("config = 3\n", "`config` is int, needs to be base_config.Config"),
+        ("config = 3\n", "`config` is int, needs to be a Config of rollouts.config"),
         ("a = 1\nconfig = Config(\n  x=,\n)\n", ":3: "),
         ("import os\n\nraise KeyError('HF')\n", ":3: KeyError: 'HF'"),
         ("import no_such_module\n", ":1: ModuleNotFoundError: No module named 'no_such_module'"),
@@ -627,3 +633,11 @@ def test_every_field_mistake_of_a_config_json_has_its_line(tmp_path: Path) -> No
         assert f'"{word}"' in text.splitlines()[number - 1] and "; did you mean" in shown[number]
     assert any("config.output.mode: given twice" in line for line in messages)
     assert any("config.rl.num_samples: missing" in line for line in messages)
+
+
+@pytest.mark.parametrize(
+    "line", ["a", "levenshtein>=0.26", "a-b[c,d]~=1.0,!=1.3.*; python_version < '3.13'", "a @ https://x.org/a.whl"]
+)
+def test_requirements_as_pip_names_them(line: str) -> None:
+    """Goal: extras, bounds, markers and addresses pass. Red with names alone."""
+    assert replace_at(example_config(), "host.requirements", [line]).problems() == ()

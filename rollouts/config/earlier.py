@@ -54,7 +54,12 @@ def _with_added_fields(data: Any) -> Any:
 
     A section that lacks only some of them was not written by an earlier version, and stays as it is.
     """
-    if not isinstance(data, dict) or not isinstance(data.get("eval"), dict):
+    if not isinstance(data, dict):
+        return data
+    host = data.get("host")
+    if isinstance(host, dict) and "requirements" not in host:
+        data = {**data, "host": {**host, "requirements": []}}
+    if not isinstance(data.get("eval"), dict):
         return data
     rl, of_data = data.get("rl"), data.get("data")
     length = of_data.get("max_length") if isinstance(of_data, dict) else None

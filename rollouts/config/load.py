@@ -29,7 +29,8 @@ def load_config(path: str | os.PathLike[str], say: Callable[[str], None] | None 
     if file.is_dir():
         raise ConfigError(f"{file}: is a directory; a config is a .py file.{_near_file(file)}")
     if not file.exists():
-        raise ConfigError(f"{file}: no such file.{_near_file(file)} Shipped configs are in configs/.")
+        shipped = " Shipped configs are in configs/." if Path("configs/00_cpu_sft_rl.py").is_file() else ""
+        raise ConfigError(f"{file}: no such file.{_near_file(file)}{shipped}")
     if not file.is_file():
         raise ConfigError(f"{file}: is not a plain file.")
     if file.suffix in NO_CONFIGS:
@@ -39,7 +40,7 @@ def load_config(path: str | os.PathLike[str], say: Callable[[str], None] | None 
         raise ConfigError(f"{file}: defines no `config`. A config file ends with `config = Config(...)`.")
     config = names["config"]
     if not isinstance(config, Config):
-        raise ConfigError(f"{file}: `config` is {type(config).__name__}, needs to be base_config.Config.")
+        raise ConfigError(f"{file}: `config` is {type(config).__name__}, needs to be a Config of rollouts.config.")
     return config
 
 

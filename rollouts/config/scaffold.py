@@ -89,6 +89,7 @@ def scaffold(choices: Choices) -> Config:
         ),
         host=HostConfig(
             installer="uv" if on_gpu else "pip",
+            requirements=[],
             constraints_file=f"{prefix}requirements/{'trainer-cuda' if on_gpu else 'constraints'}.txt",
             torch_build="auto",
             env={"TOKENIZERS_PARALLELISM": "false"},

@@ -14,7 +14,7 @@ WIDTH = 120
 
 def as_source(config: Config) -> str:
     """Return a config file that builds `config` and derives from no other one."""
-    return f"from base_config import *\n\nconfig = {_call(config, '', {})}\n"
+    return f"from rollouts.config import *\n\nconfig = {_call(config, '', {})}\n"
 
 
 def commented_source(config: Config, heading: str) -> str:

@@ -137,5 +137,5 @@ def test_deploy_says_so_once(tmp_path: Path) -> None:
     file.write_text((SAVED / "00_cpu_sft_rl.json").read_text())
     command = [sys.executable, str(ROOT / "deploy.py"), str(file), "--show"]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60, cwd=ROOT)
-    assert done.returncode == 0 and done.stdout.startswith("from base_config import *"), done.stderr
+    assert done.returncode == 0 and done.stdout.startswith("from rollouts.config import *"), done.stderr
     assert done.stderr.count("was written by an earlier version") == 1

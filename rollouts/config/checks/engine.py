@@ -1,6 +1,6 @@
 """Checks of the engine, and of how weights reach it."""
 
-from rollouts.config.checks.needs import Checks, at_least_one, is_inside, must, rank_checks
+from rollouts.config.checks.needs import Checks, at_least_one, must, names_file, rank_checks
 from rollouts.config.schema import VLLM, BroadcastSync, Embedded, EngineConfig, LoraSync, Sections, SGLang, TensorSync
 
 SGLANG_LORA_TARGETS = (  # linear layers that SGLang has adapters for
@@ -27,8 +27,10 @@ def engine_checks(engine: EngineConfig) -> Checks:
     yield must(1024 <= engine.sglang_port <= last, "engine.sglang_port", engine.sglang_port, need)
     yield from _router_checks(engine)
     file = engine.requirements_file
-    need = "a path inside the repository" + (", or None" if isinstance(engine, Embedded) else "")
-    yield must(is_inside(file), "engine.requirements_file", file, need)
+    need = "a path inside the repository, or 'rollouts:requirements/…'" + (
+        ", or None" if isinstance(engine, Embedded) else ""
+    )
+    yield must(names_file(file), "engine.requirements_file", file, need)
     yield must(0 < engine.mem_fraction <= 1, "engine.mem_fraction", engine.mem_fraction, "0 < mem_fraction <= 1")
     most = engine.max_total_tokens
     need = f"at least engine.context_length={engine.context_length}, or None: answers that do not fit are cut short"

@@ -7,6 +7,7 @@ from typing import Any
 
 DOTTED_NAME_PATTERN = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+"
 ENV_NAME_PATTERN = r"[A-Za-z_][A-Za-z0-9_]*"
+PACKAGE_PREFIX = "rollouts:"  # of a name: a file that comes with rollouts, "rollouts:requirements/sglang-cuda.txt"
 Check = tuple[bool, str]
 Checks = Iterable[Check]
 
@@ -39,6 +40,11 @@ def rank_checks(ranks: list[int], path: str) -> Checks:
 def is_inside(file: str | None) -> bool:
     """Return whether it is None, or a relative path that stays in the repository."""
     return file is None or (bool(file.strip()) and not file.startswith("/") and ".." not in Path(file).parts)
+
+
+def names_file(file: str | None) -> bool:
+    """Return whether it can name a file whose text goes along: of the repository, or of the package ("rollouts:…")."""
+    return is_inside(None if file is None else file.removeprefix(PACKAGE_PREFIX))
 
 
 def matches(pattern: str, text: str) -> bool:

@@ -6,15 +6,21 @@ from rollouts.config.checks.needs import (
     ENV_NAME_PATTERN,
     Checks,
     at_least_one,
-    is_inside,
     matches,
     must,
+    names_file,
     one_or_off,
     rank_checks,
 )
 from rollouts.config.schema import HostConfig, LimitsConfig, OutputConfig, TargetConfig
 from rollouts.run_dir import EXPERIMENT_NAME_PATTERN
 
+# PEP 508, less what a plan cannot carry: options, paths, comments. A URL may follow "@".
+_NAME, _SPECIFIER = r"[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9])?", r"(?:===|==|!=|~=|<=|>=|<|>)\s*[\w.*+!-]+"
+REQUIREMENT_PATTERN = (
+    rf"{_NAME}\s*(?:\[\s*{_NAME}(?:\s*,\s*{_NAME})*\s*\])?\s*"
+    rf"(?:@\s*[\w+.-]+://\S+|(?:{_SPECIFIER}(?:\s*,\s*{_SPECIFIER})*)?)\s*(?:;[^\n#]+)?"
+)
 BEST_PATTERN = r"(min|max) \S+"
 
 
@@ -37,7 +43,11 @@ def target_checks(target: TargetConfig) -> Checks:
 
 def host_checks(host: HostConfig) -> Checks:
     file = host.constraints_file
-    yield must(is_inside(file), "host.constraints_file", file, "a path inside the repository, or None")
+    need = "a path inside the repository, 'rollouts:requirements/…', or None"
+    yield must(names_file(file), "host.constraints_file", file, need)
+    for line in host.requirements:
+        need = f"packages as pip names them, such as 'levenshtein>=0.26'; {line!r} is none"
+        yield must(matches(REQUIREMENT_PATTERN, line), "host.requirements", host.requirements, need)
     for name in host.env:
         yield matches(ENV_NAME_PATTERN, name), f"host.env[{name!r}]: not the name of an environment variable"
     for name in host.secrets:

@@ -73,7 +73,7 @@ class SGLang(_Engine):
 
     kind: ClassVar[Literal["sglang"]] = "sglang"
 
-    requirements_file: str  # lock of the engine's own environment
+    requirements_file: str  # lock of the engine's own environment: a path, or "rollouts:requirements/…"
     tensor_parallel_size: int  # devices that one replica is spread over
     router_port: int | None  # of SGLang's router, which deals out requests; None: the trainer does, in turn
     max_total_tokens: int | None  # of the key-value cache; None: what mem_fraction leaves, less after a restart
@@ -90,7 +90,7 @@ class VLLM(_Engine):
     max_total_tokens: ClassVar[None] = None
     sleep_while_training: ClassVar[bool] = False
 
-    requirements_file: str  # lock of the engine's own environment
+    requirements_file: str  # lock of the engine's own environment: a path, or "rollouts:requirements/…"
     tensor_parallel_size: int  # devices that one replica is spread over
     weight_sync: DiskSync  # how new weights reach the engine
 

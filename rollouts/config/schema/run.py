@@ -22,7 +22,8 @@ class HostConfig:
     """How the host is made ready."""
 
     installer: Literal["uv", "pip"]  # what fills the virtual environments
-    constraints_file: str | None  # path in this repository of a pip constraints file; None installs unconstrained
+    requirements: list[str]  # more packages for the trainer's environment, for your rewards: ["levenshtein>=0.26"]
+    constraints_file: str | None  # pip constraints: a path, or "rollouts:requirements/…"; None installs unconstrained
     torch_build: Literal["auto", "cpu", "cu126", "cu128", "cu130", "index"]  # auto: by device and driver; index: pip's
     env: dict[str, str]  # set for every process of the run; shown in plans and saved: no secrets here
     secrets: list[str]  # names of variables read here and handed to the run over stdin; never stored here
