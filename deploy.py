@@ -6,7 +6,7 @@
 import signal
 import sys
 
-if sys.argv[0].rpartition("/")[2] in ("deploy", "deploy.py"):  # not where a test imports this
+if sys.argv[0].rpartition("/")[2] in ("deploy", "deploy.py", "rollouts"):  # not where a test imports this
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main`: interrupted while it is read, it just ends
 
 import contextlib
@@ -38,9 +38,10 @@ Train a language model from one config file: SFT, then RL, here or on a GPU host
   deploy explain rl.baseline                               what a field means
   deploy data my_run.py                                    its rows, as read
 
-The config is checked first, every problem at once. Then: exactly git's files, with your uncommitted changes, go to
-the host; it makes a virtual environment (or reuses the same one); one tmux session runs the stages, with a window per
-process; results come back while it runs. Ctrl-C detaches, the run goes on, and a killed deploy loses nothing:
+The config is checked first, every problem at once. Then: exactly the files that git lists in the repository where
+you are, with your uncommitted changes, go to the host; it makes a virtual environment (or reuses the same one); one
+tmux session runs the stages, with a window per process; results come back while it runs. Ctrl-C detaches, the run
+goes on, and a killed deploy loses nothing:
 
 \b
   deploy ls                      runs started here, as last seen
@@ -137,8 +138,8 @@ def version_text() -> str:
     root = pathlib.Path(__file__).resolve().parent
     try:
         version = str(tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"])
-    except (OSError, ValueError, KeyError):
-        version = importlib.metadata.version("rollouts")
+    except (OSError, ValueError, KeyError):  # installed: git would tell of a repository that the environment lies in
+        return importlib.metadata.version("rollouts")
     git = ["git", "-C", str(root), "describe", "--always", "--dirty"]
     with contextlib.suppress(OSError):
         commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()

@@ -27,6 +27,7 @@ LONG = (
     "worker/test_chaos.py",
     "engines/test_contract.py",
     "e2e/test_faults.py",
+    "e2e/test_installed.py",
     "worker/test_base_python.py",
 )
 # Files that share what takes long to make stay together too: SGLang's server, an environment with pip.

@@ -58,7 +58,7 @@ CUDA_RULES: Sequence[tuple[str, str]] = (
     (
         r"Mismatched NCCL version detected[^\n]*",
         "Trainer and engine have different versions of NCCL, and NCCL refuses that. Give both the same torch:"
-        " host.constraints_file='requirements/trainer-cuda.txt', or set engine.weight_sync=DiskSync(...).",
+        " host.constraints_file='rollouts:requirements/trainer-cuda.txt', or set engine.weight_sync=DiskSync(...).",
     ),
     (
         r"Invalid device_uuid=?(?P<uuid>\S*)",
@@ -194,8 +194,8 @@ RULES: Sequence[tuple[str, str]] = (
     ),
     (
         r"error: (?P<flags>unrecognized arguments: .+|argument --\S+: invalid .+)",
-        "The engine rejects its command line ({flags}): its release is not one of those in requirements/. Set"
-        " engine.requirements_file to one of these locks.",
+        "The engine rejects its command line ({flags}): its release is not one of those in 'rollouts:requirements/…'."
+        " Set engine.requirements_file to one of these locks.",
     ),
     (
         r"ModuleNotFoundError: No module named '(?P<module>[^']+)'",

@@ -23,7 +23,7 @@ from rollouts.remote.local_faults import as_deploy_errors
 from rollouts.remote.looks import last_seen
 from rollouts.remote.plan import Plan, make_plan, required_paths, required_ports
 from rollouts.remote.read_config import read_config
-from rollouts.remote.repository import find_repository, read_code
+from rollouts.remote.repository import find_repository, read_code, refuse_stray_config
 from rollouts.remote.run import registry
 from rollouts.remote.run.connection import RetryPolicy
 from rollouts.remote.run.execute import execute
@@ -60,6 +60,7 @@ def deploy(
     with as_deploy_errors() as progress:
         config = read_config(config_path)
         root = find_repository(Path.cwd())
+        refuse_stray_config(root, Path(config_path))
         run_id = run_id or f"{config.output.experiment_name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         with contextlib.closing(open_transport(remote, accept_new_host_key=accept_new_host_key)) as transport:
             facts = gather_facts(

@@ -90,3 +90,14 @@ class UnreachableError(DeployError):
 
 class MismatchError(DeployError):
     """What is here and what is on the host are not copies of the same run: neither is written over the other."""
+
+
+def unreadable(error: OSError) -> DeployError:
+    """A file of the repository that cannot be read, in words."""
+    if isinstance(error, FileNotFoundError):
+        message, fix = f"{error.filename!r} went away while the code was read.", "run the same command again"
+    else:
+        message, fix = f"{error.filename!r} cannot be read.", "make it readable, or let git ignore it"
+    return DeployError(
+        message, found=error.strerror or "", needed="every file that git lists goes to the host", fix=fix
+    )

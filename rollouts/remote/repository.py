@@ -4,18 +4,26 @@ import json
 import os
 import subprocess
 import tempfile
-import tomllib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rollouts.config import Config
 from rollouts.manifest import Tree, read_tree, tree_digest
 from rollouts.plain_files import read_plain
-from rollouts.remote.errors import DeployError
-from rollouts.remote.inputs import NO_INPUTS, Inputs, locate, look_through, named_paths
-from rollouts.remote.inputs.paths import Locality
+from rollouts.remote.errors import DeployError, unreadable
+from rollouts.remote.inputs import NO_INPUTS, Inputs, look_through, named_paths
+from rollouts.remote.inputs.paths import Locality, SentFiles
+from rollouts.remote.package import (
+    CLONE_FILES,
+    Package,
+    clone_requirements,
+    installed,
+    is_clone,
+    named_file,
+    package_file_hint,
+    package_requirements,
+)
 from rollouts.run_dir import RunDir
 
 GIT_REPOSITORY_VARIABLES = {
@@ -35,14 +43,17 @@ class Code:
     size_bytes: int
     commit: str  # "" before the first commit
     dirty_diff: str  # git diff --binary HEAD
-    requirements: tuple[str, ...]  # of the trainer's environment
+    requirements: tuple[str, ...]  # of the trainer's environment, those of host.requirements last
     constraints: str | None  # text of host.constraints_file; None: it is not there
     engine_requirements: str | None  # text of engine.requirements_file, "" where none is named; None: it is not there
     named: dict[str, Locality]  # relative paths that the config names: are they among the files?
     untracked: tuple[str, ...] = ()  # of the files, those that git does not track
     untracked_bytes: int = 0
     notes: tuple[str, ...] = ()  # what the record or the tree lacks, in words
+    warnings: tuple[str, ...] = ()  # of it, what is seldom meant
     inputs: Inputs = NO_INPUTS  # what was found behind the names in the config
+    near_files: dict[str, str] = field(default_factory=dict)  # missing lock or constraints -> the package's like it
+    package: Package | None = None  # rollouts itself, which is sent too; None: the repository is a clone of it
 
     def record(self) -> dict[str, str]:
         """Return the files of the run directory that say what code ran. Raises DeployError if they change."""
@@ -58,6 +69,7 @@ class Code:
             )
         return {
             "code/manifest.json": json.dumps({"digest": tree_digest(tree), "files": tree}, indent=1) + "\n",
+            **({"code/manifest-package.json": self.package.manifest()} if self.package else {}),
             "code/commit.txt": f"{self.commit}\n",
             "code/dirty.diff": self.dirty_diff,
             "code/constraints.txt": self.constraints or "",
@@ -65,32 +77,25 @@ class Code:
         }
 
 
-def read_recorded_tree(run: RunDir) -> Tree:
-    """Return the code that a run was planned with, file by file. Raises DeployError if its record has no such list."""
+def read_recorded_tree(run: RunDir, manifest: Path | None = None) -> Tree:
+    """Return the code that a run was planned with, file by file; `manifest`: another list than code/manifest.json.
+
+    Raises DeployError where its record has no such list.
+    """
+    manifest = manifest or run.code_manifest
     try:
-        files: Tree = json.loads(read_plain(run.code_manifest))["files"]
+        files: Tree = json.loads(read_plain(manifest))["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DeployError(
             f"{run.run_id}: what code it was planned with is not recorded here.",
-            found=f"{run.code_manifest}: {error}",
+            found=f"{manifest}: {error}",
             fix="start it anew: deploy CONFIG",
         ) from None
     return files
 
 
-def unreadable(error: OSError) -> DeployError:
-    """Return the error for a file of the repository that cannot be read."""
-    if isinstance(error, FileNotFoundError):
-        message, fix = f"{error.filename!r} went away while the code was read.", "run the same command again"
-    else:
-        message, fix = f"{error.filename!r} cannot be read.", "make it readable, or let git ignore it"
-    return DeployError(
-        message, found=error.strerror or "", needed="every file that git lists goes to the host", fix=fix
-    )
-
-
 def find_repository(start: Path) -> Path:
-    """Return the root of the git repository around `start`, checked to be one that a host can run."""
+    """Return the root of the git repository around `start`: what a host runs. Raises DeployError where git has none."""
     done = _git(start, "rev-parse", "--show-toplevel", check=False)
     said = done.stderr.decode(errors="replace").strip()
     if done.returncode != 0 and "not a git repository" not in said:
@@ -105,23 +110,43 @@ def find_repository(start: Path) -> Path:
             f"{start} is not in a git repository.",
             found=said,
             needed="the repository to run: exactly git's files go to the host, with your uncommitted changes",
-            fix="cd into your clone of rollouts, or `git init` there",
+            fix="cd into the repository of your configs, rewards and data, or `git init` there",
         )
-    root = Path(os.fsdecode(done.stdout[:-1]))
-    if not (root / "rollouts" / "run_dir").is_dir():
+    return Path(os.fsdecode(done.stdout[:-1]))
+
+
+def refuse_stray_config(root: Path, file: Path) -> None:
+    """Raise DeployError for a config that is not of the repository at `root`, where that is one of the user's own.
+
+    A saved config.json may lie anywhere: it spells out every field. So may a config, where a clone of rollouts runs.
+    """
+    place = file.parent.resolve() / file.name
+    if file.suffix != ".py" or is_clone(_names(_git(root, "ls-files", "-zco", "--", *CLONE_FILES).stdout)):
+        return
+    if not place.is_relative_to(root.resolve()):
         raise DeployError(
-            f"{root} is a git repository without rollouts/.",
-            needed="the rollouts repository: its worker code runs on the host",
-            fix="cd into your clone of rollouts; a config may lie anywhere",
+            f"{file} lies outside of the repository {root}.",
+            needed="a config of the repository whose code is sent: its data and its rewards are looked up there",
+            fix=f"cd into the repository that it belongs to, or move it into {root}",
         )
-    return root
+    if _git(root, "check-ignore", "-q", "--", str(place), check=False).returncode == 0:
+        raise DeployError(
+            f"git ignores {file}, so no record of the code would have it.",
+            needed="a config that git lists",
+            fix=f"remove it from .gitignore, or: git add -f {file}",
+        )
 
 
 def read_code(root: Path, config: Config) -> Code:
     """Return everything about the repository at `root` that a plan needs."""
     files = tuple(list_files(root))
     untracked = tuple(_untracked(root, files))
-    requirements = tuple(_requirements(root, _extras(config)))
+    absent = _absent_submodules(root)
+    sent = SentFiles(root, files, absent=absent)
+    package = None if is_clone(files) else installed()
+    extras = _extras(config)
+    required = clone_requirements(root, extras) if package is None else package_requirements(extras)
+    requirements = (*required, *config.host.requirements)
     head = _git(root, "rev-parse", "--verify", "-q", "HEAD", check=False).stdout.decode().strip()
     status = _git(root, "status", "--porcelain=v1", "-z", "--untracked-files=all").stdout
     pins = config.host.constraints_file
@@ -135,13 +160,16 @@ def read_code(root: Path, config: Config) -> Code:
         commit=head,
         dirty_diff=read_diff(root) if head else "",
         requirements=requirements,
-        constraints="" if pins is None else _text_or_none(root / pins, "host.constraints_file"),
-        engine_requirements="" if lock is None else _text_or_none(root / lock, "engine.requirements_file"),
-        named={name: locate(root, name, files).state for name in named_paths(config) if not os.path.isabs(name)},
+        constraints="" if pins is None else _text_or_none(named_file(root, pins), "host.constraints_file"),
+        engine_requirements="" if lock is None else _text_or_none(named_file(root, lock), "engine.requirements_file"),
+        named={name: sent.locate(name).state for name in named_paths(config) if not os.path.isabs(name)},
         untracked=untracked,
         untracked_bytes=_size(root, untracked),
         notes=tuple(_submodule_notes(root)),
-        inputs=look_through(root, config, files, requirements),
+        warnings=tuple(_warnings(head, absent)),
+        inputs=look_through(config, sent, requirements, SentFiles(package.root, package.files) if package else None),
+        near_files={name: package_file_hint(name) for name in (pins, lock) if name},
+        package=package,
     )
 
 
@@ -191,14 +219,25 @@ def _submodules(root: Path) -> list[str]:
     return [name for name in _gitlinks(root) if (root / name / ".git").exists()]
 
 
+def _absent_submodules(root: Path) -> list[str]:
+    present = _submodules(root)
+    return [name for name in _gitlinks(root) if name not in present]
+
+
+def _warnings(commit: str, absent: Sequence[str]) -> Iterator[str]:
+    if not commit:
+        yield (
+            "the repository has no commit yet: the code is sent, and code/manifest.json has its digests, but nothing"
+            " here records its text (git add -A && git commit)"
+        )
+    for name in absent:
+        fix = "git submodule update --init --recursive"
+        yield f"the submodule {name} is not checked out: nothing of it is sent ({fix})"
+
+
 def _submodule_notes(root: Path) -> list[str]:
-    notes, present = [], _submodules(root)
-    notes += [
-        f"the submodule {name} is not checked out: nothing of it is sent (git submodule update --init --recursive)"
-        for name in _gitlinks(root)
-        if name not in present
-    ]
-    for name in present:
+    notes = []
+    for name in _submodules(root):
         status = _git(root / name, "status", "--porcelain=v1", "-z", "--untracked-files=all").stdout
         recorded = _git(root, "ls-files", "--stage", "--", name).stdout.split()[1:2]
         head = _git(root / name, "rev-parse", "--verify", "-q", "HEAD", check=False).stdout.split()
@@ -289,22 +328,6 @@ def _extras(config: Config) -> list[str]:
         "wandb": config.output.use_wandb,
     }
     return [name for name, needed in wanted.items() if needed]
-
-
-def _requirements(root: Path, names: Sequence[str]) -> list[str]:
-    file = root / "pyproject.toml"
-    try:
-        extras: dict[str, Any] = tomllib.loads(file.read_text())["project"]["optional-dependencies"]
-        return [requirement for name in names for requirement in extras[name]]
-    except FileNotFoundError:
-        raise DeployError(f"{file}: missing.", needed="its extra `train`, the trainer's requirements") from None
-    except tomllib.TOMLDecodeError as error:
-        raise DeployError(f"{file}: not TOML: {error}", fix="correct that file") from None
-    except KeyError as error:
-        raise DeployError(
-            f"{file}: no {error} in project.optional-dependencies.",
-            needed=f"the extras {', '.join(names)}: what this config's trainer environment holds",
-        ) from None
 
 
 def _text_or_none(file: Path, field: str) -> str | None:

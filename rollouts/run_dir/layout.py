@@ -76,6 +76,16 @@ class RunDir:
         return self.code / "manifest.json"
 
     @property
+    def code_package(self) -> Path:
+        """rollouts itself, where the repository in code/tree is not a clone of it."""
+        return self.code / "package"
+
+    @property
+    def package_manifest(self) -> Path:
+        """{"version", "digest", "files"}: what code/package has to be; missing where code/tree is a clone."""
+        return self.code / "manifest-package.json"
+
+    @property
     def secrets(self) -> Path:
         """Name {"inherited": the launcher's environment, "secrets", "engine_keys": {NAME: value}}; 0600, transient.
 

@@ -134,6 +134,12 @@ class LaunchPlan:
         default_factory=list
     )  # downloaded once the trainer's environment is made
     smoke: list[SmokeCheck] = dataclasses.field(default_factory=list)  # side by side, once all of that is there
+    package_path: str = ""  # where rollouts lies, beside the user's repository; "": in code/tree, a clone
+
+    @property
+    def program_path(self) -> str:
+        """Where the run's own programs are imported from: `python -m rollouts.worker...` runs in this directory."""
+        return self.package_path or str(RunDir(Path(self.run_path)).code_tree)
 
     def processes(self) -> Iterator[tuple[str, ProcessSpec]]:
         """List what has a window, with its stage."""

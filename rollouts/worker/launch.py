@@ -1,6 +1,6 @@
 """Start a run on this host: its files, then a detached tmux session with the supervisor in it.
 
-    python3 -m rollouts.worker.launch < job.json          (in the run's code tree)
+    python3 -m rollouts.worker.launch < job.json          (in code/package, or in code/tree of a clone)
 
 job.json is one object: {"config", "plan", "files": {"code/commit.txt": text, ...}, "secrets": {NAME: value},
 "launch_id": text}. Prints one JSON line and exits 0:
@@ -91,7 +91,7 @@ def launch(job: dict[str, Any]) -> dict[str, Any]:
 def _start_session(run: RunDir, plan: LaunchPlan, job: dict[str, Any]) -> None:
     command = window_command(plan.base_python, run, SUPERVISOR_STAGE, SUPERVISOR_WINDOW)
     hide = MARK_VARIABLES | set(job["secrets"])
-    tmux.start_session(plan.run_id, SUPERVISOR_WINDOW, command, cwd=run.code_tree, hide=hide)
+    tmux.start_session(plan.run_id, SUPERVISOR_WINDOW, command, cwd=Path(plan.program_path), hide=hide)
     _await_supervisor(run, plan)
 
 
@@ -189,7 +189,7 @@ def _await_supervisor(run: RunDir, plan: LaunchPlan) -> None:
             said = "\n".join(run_dir.tail_lines(run.log(SUPERVISOR_WINDOW), 20)) or "(nothing)"
             how = "ended at once" if gone else f"did not start within {SUPERVISOR_START_S:g} s"
             raise LaunchError(
-                f"the supervisor ({plan.base_python} -m rollouts.worker.supervise.supervisor, in {run.code_tree})"
+                f"the supervisor ({plan.base_python} -m rollouts.worker.supervise.supervisor, in {plan.program_path})"
                 f" {how}. It needs Python >= 3.10 and the synced code there. It said:\n{said}"
             )
         time.sleep(POLL_S)

@@ -19,6 +19,7 @@ import anyio
 from rollouts.config import Config
 from rollouts.run_dir import FULL_DISK, RunDir, append_event, record_process
 from rollouts.training import open_files
+from rollouts.training.user_code import find_user_code
 from rollouts.worker.builders import EngineUrls, StageName
 from rollouts.worker.stages import StageModule
 
@@ -30,6 +31,7 @@ def main() -> int:
     parser.add_argument("--engine-url", action="append", default=[], help="an inference server; rl needs at least one")
     parser.add_argument("--router-url", help="SGLang's router in front of them, through which they get their requests")
     arguments = parser.parse_args()
+    find_user_code()
     run = RunDir(arguments.run_dir)
     record_process(run, f"{arguments.stage}-trainer-rank{_rank()}")
     config = Config.load(run.config)

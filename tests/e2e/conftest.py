@@ -79,9 +79,9 @@ def laptop(tmp_path: Path, environments: Path, tool_path: str) -> Iterator[Lapto
 def copy_of_repository(directory: Path) -> Path:
     """This repository as it stands, for a test that changes it: other tests send it to their hosts meanwhile."""
     for name in git(ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0"):
-        if (ROOT / name).is_file():
+        if (ROOT / name).is_file() or (ROOT / name).is_symlink():
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, directory / name)
+            shutil.copy2(ROOT / name, directory / name, follow_symlinks=False)
     git(directory, "init", "-q")
     git(directory, "add", "-A")
     git(directory, "commit", "-qm", "a copy")

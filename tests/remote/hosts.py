@@ -217,6 +217,7 @@ class Laptop:
     project: Path
     tmux_dir: Path
     environment: dict[str, str] = field(default_factory=dict)
+    command: tuple[str, ...] = (sys.executable, str(ROOT / "deploy.py"))
 
     @property
     def key(self) -> Path:
@@ -245,7 +246,7 @@ class Laptop:
 
     def start(self, *arguments: str, env: Mapping[str, str] | None = None, **options: Any) -> subprocess.Popen[str]:
         """`deploy ARGUMENTS` as a process; stdout and stderr are pipes."""
-        command = [sys.executable, str(ROOT / "deploy.py"), *arguments]
+        command = [*self.command, *arguments]
         settings: dict[str, Any] = {
             "stdout": subprocess.PIPE,
             "stderr": subprocess.PIPE,

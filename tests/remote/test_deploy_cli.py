@@ -48,7 +48,7 @@ def test_config_or_verb(line: str, expected: str) -> None:
 BAD_CONFIGS = [
     ("missing", None, ["no such file", "configs/"]),
     ("empty", "", ["defines no `config`"]),
-    ("wrong type", "config = 3\n", ["`config` is int, needs to be base_config.Config"]),
+    ("wrong type", "config = 3\n", ["`config` is int, needs to be a Config of rollouts.config"]),
     ("syntax", "a = 1\nconfig = (\n", ["bad.py:2: ", "config = ("]),
     ("raises", "x = 1\nraise ValueError('boom')\n", ["bad.py:2: ValueError: boom"]),
     (

@@ -44,7 +44,7 @@ def look(repository: Path, requirements: tuple[str, ...] = (), **changes: Any) -
     config = example_config()
     for path, value in changes.items():
         config = replace_at(config, path.replace("__", "."), value)
-    return look_through(repository, config, list_files(repository), requirements)
+    return look_through(config, SentFiles(repository, list_files(repository)), requirements)
 
 
 def with_data(config_name: str) -> list[Any]:

@@ -56,7 +56,7 @@ def test_submodules_that_are_elsewhere(with_submodule: Path, tmp_path: Path) -> 
     clone = tmp_path / "clone"
     git(tmp_path, "clone", "-q", str(with_submodule), str(clone))
     code = read_code(clone, config())
-    assert any("libs/sub is not checked out" in note for note in code.notes)
+    assert any("libs/sub is not checked out" in warning for warning in code.warnings)
     assert not any(file.startswith("libs/sub") for file in code.files)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from rollouts.remote.inputs import look_through
+from rollouts.remote.inputs.paths import SentFiles
 from rollouts.remote.repository import list_files
 from tests.example_config import example_config, replace_at
 from tests.remote.hosts import git
@@ -39,7 +40,7 @@ def test_functions_of_one_argument(field: str, name: str, repository: Path) -> N
     """Goal: what is called with a Sample alone can be; the message shows the function as it is. Red without the look:
     a TypeError after the whole of SFT. Red too with decorated functions refused."""
     config = replace_at(example_config(), field, f"mine.{name}")
-    problems = look_through(repository, config, list_files(repository), ()).problems
+    problems = look_through(config, SentFiles(repository, list_files(repository)), ()).problems
     shown = [problem.text() for problem in problems if field in problem.text()]
     assert len(shown) == (name not in FINE), shown
     if name == "two":

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rollouts.config import Config, DatasetSpec
+from rollouts.config.checks.needs import PACKAGE_PREFIX
 from rollouts.remote.errors import Problem
 from rollouts.remote.inputs.code_files import look_at_code
 from rollouts.remote.inputs.data_files import (
@@ -18,7 +19,7 @@ from rollouts.remote.inputs.data_files import (
     count_rows,
     read_model_config,
 )
-from rollouts.remote.inputs.paths import Located, SentFiles, path_problem, pointer_problem
+from rollouts.remote.inputs.paths import SentFiles, path_problem, pointer_problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,18 +47,17 @@ def named_paths(config: Config) -> list[str]:
     return list(dict.fromkeys([config.model.name, *(spec.name for spec in specs), *replayed, *reference]))
 
 
-def locate(root: Path, name: str, files: Sequence[str]) -> Located:
-    """Return where `name` leads among `files` of the repository at `root`."""
-    return SentFiles(root, files).locate(name)
+def look_through(
+    config: Config, sent: SentFiles, requirements: Sequence[str], package: SentFiles | None = None
+) -> Inputs:
+    """Look at everything that the config names, as it lies here.
 
-
-def look_through(root: Path, config: Config, files: Sequence[str], requirements: Sequence[str]) -> Inputs:
-    """Look at everything that the config names, as it lies here."""
-    sent = SentFiles(root, files)
+    `package`: the files of rollouts itself, where they are not among those of the repository.
+    """
     names = [name for name in named_paths(config) if not os.path.isabs(name)]
-    code = look_at_code(config, sent, requirements)
+    code = look_at_code(config, sent, requirements, package)
     paths = {name: problem for name in names if (problem := path_problem(sent.locate(name)))}
-    problems = [*code.problems, *_contents(config, sent, names), *_pins(config, root)]
+    problems = [*code.problems, *_contents(config, sent, names), *_pins(config, sent.root)]
     if config.rl is not None:
         problems += _columns(config, config.rl.reward_fn, code.reward_keys, sent)
     return Inputs(
@@ -101,7 +101,7 @@ def _pins(config: Config, root: Path) -> Iterator[Problem]:
     """Return the files whose text goes along in the plan: pointers have none."""
     lock = config.engine.requirements_file if config.engine and config.uses_engine else None
     for file in (config.host.constraints_file, lock):
-        problem = pointer_problem(root, file) if file else None
+        problem = pointer_problem(root, file) if file and not file.startswith(PACKAGE_PREFIX) else None
         if problem is not None:
             yield problem
 

@@ -2,7 +2,6 @@
 
 import ast
 import difflib
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,8 +11,8 @@ from rollouts.config import Config
 from rollouts.remote.errors import Problem
 from rollouts.remote.inputs.modules import Module, read_module, required_keys, takes_one_argument
 from rollouts.remote.inputs.paths import Located, SentFiles, path_problem
+from rollouts.remote.inputs.same_names import OWN_PACKAGE, distribution_names, same_name_problem
 
-OWN_PACKAGE = "rollouts"
 MODULES_MAX = 500  # read while following imports
 BUILT_IN_KEYS = {f"rollouts.training.rewards.{name}": {"tests": 0} for name in ("code_tests", "code_tests_all")}
 
@@ -43,17 +42,31 @@ def dotted_names(config: Config) -> dict[str, str]:
     return {name: path for name, path in named.items() if path is not None}
 
 
-def look_at_code(config: Config, sent: SentFiles, requirements: Sequence[str]) -> CodeFindings:
-    """Return everything that can be known of the config's dotted names without importing anything."""
+def look_at_code(
+    config: Config, sent: SentFiles, requirements: Sequence[str], package: SentFiles | None = None
+) -> CodeFindings:
+    """Return everything that can be known of the config's dotted names without importing anything.
+
+    `package`: the files of rollouts itself, where they are not among those of the repository.
+    """
     found = CodeFindings()
     on_host = any(part.startswith("/") for part in config.host.env.get("PYTHONPATH", "").split(":"))
     reader = _Reader(sent, _search_path(config), requirements, found, searches_host=on_host)
+    ours = reader
+    if package is not None:
+        reader.comes_last, reader.may_install = True, bool(config.host.requirements)
+        ours = _Reader(package, [""], requirements, found, searches_host=False, place="rollouts")
     for name, path in dotted_names(config).items():
-        reader.check(name, path)
+        if not reader.refuse_same_name(name, path):
+            (ours if _is_ours(path) else reader).check(name, path)
     reward = config.rl.reward_fn if config.rl and "rl.reward.fn" in dotted_names(config) else None
     if reward is not None:
-        found.reward_keys = BUILT_IN_KEYS.get(reward) or reader.keys_of(reward)
+        found.reward_keys = BUILT_IN_KEYS.get(reward) or (ours if _is_ours(reward) else reader).keys_of(reward)
     return found
+
+
+def _is_ours(dotted: str) -> bool:
+    return dotted.partition(".")[0] == OWN_PACKAGE
 
 
 def _search_path(config: Config) -> list[str]:
@@ -69,7 +82,18 @@ class _Reader:
     requirements: Sequence[str]
     found: CodeFindings
     searches_host: bool  # host.env's PYTHONPATH has folders of the host, which cannot be looked at from here
+    place: str = "the repository"  # what `sent` are the files of
+    comes_last: bool = False  # modules of the same name that are installed, or Python's own, come first
+    may_install: bool = True  # the environment may hold modules that no requirement tells the name of
     modules: dict[str, Module | None] = field(default_factory=dict)  # by file
+
+    def refuse_same_name(self, config_field: str, dotted: str) -> bool:
+        """Note a problem where another module than the repository's would be imported; return whether it is so."""
+        name = dotted.rpartition(".")[0]
+        where = self._find(name) if self.comes_last else None
+        problem = where and same_name_problem(f"{config_field}={dotted!r}", name, where, self.requirements)
+        self.found.problems += [problem] if problem else []
+        return problem is not None
 
     def check(self, config_field: str, dotted: str) -> None:
         """Check one dotted path: it adds a problem, a note, or nothing."""
@@ -155,10 +179,22 @@ class _Reader:
             seen.add(file)
             for imported, line in module.imports:
                 where = self._find(imported)
+                if self.comes_last and where and self._is_hidden(f"{file}:{line} imports {imported}", imported, where):
+                    continue
                 if where is not None and where.state == "not sent" and not self._is_installed(imported):
                     self._add_unsent(f"{file}:{line} imports {imported}:", where)
                 elif where is not None and where.state == "sent" and where.file not in self.sent.folders:
                     todo.append((where.file, imported))
+
+    def _is_hidden(self, who: str, name: str, where: Located) -> bool:
+        """Return whether another module than the repository's is imported. It is said: as a problem where rollouts has
+        no such module, else as a note: `import random` mostly means Python's."""
+        problem = same_name_problem(who, name, where, self.requirements)
+        if problem is not None and _is_ours(name) and not _ships_with_us(name):
+            self.found.problems.append(problem)
+        elif problem is not None:
+            self.found.notes.append(f"{problem.message} {problem.found}")
+        return problem is not None
 
     # --- finding and reading ----------------------------------------------------------------------------------------
 
@@ -182,10 +218,9 @@ class _Reader:
         A folder without an __init__.py does not hide that, nor does a file that is not sent.
         """
         top = name.partition(".")[0]
-        required = {re.split(r"[^\w.-]", line.strip())[0].lower().replace("-", "_") for line in self.requirements}
         where = self._find(top)
         hidden = where is not None and where.state == "sent" and where.file not in self.sent.folders
-        return top.lower() in required and not hidden
+        return top.lower() in distribution_names(self.requirements) and (self.comes_last or not hidden)
 
     def _read(self, file: str, name: str) -> Module | None:
         if file not in self.modules:
@@ -216,24 +251,29 @@ class _Reader:
 
     def _missing_module(self, config_field: str, dotted: str, name: str) -> None:
         top = name.partition(".")[0]
-        if top in sys.stdlib_module_names or (top == OWN_PACKAGE and _ships_with_us(name)):
+        if top in sys.stdlib_module_names or (_is_ours(top) and _ships_with_us(name)):
             return
         known = sorted(self._module_names())
         is_ours = any(module.split(".")[0] == top for module in known)
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.75)
-        if (is_ours or near) and not self.searches_host:
+        if (is_ours or near or not self.may_install) and not self.searches_host:
             self._add(
-                f"{config_field}={dotted!r}: there is no module {name!r} in the repository.",
+                f"{config_field}={dotted!r}: there is no module {name!r} in {self.place}.",
                 found=f"near: {', '.join(near)}"
                 if near
                 else f"looked in {self.sent.root} for {name.replace('.', '/')}.py",
                 needed="a module among the files that git lists, or one of an installed package",
-                fix=f"write {near[0]}.{dotted.rpartition('.')[2]}" if near else "correct the path",
+                fix=f"write {near[0]}.{dotted.rpartition('.')[2]}" if near else self._fix(is_ours=is_ours),
             )
         else:
             self.found.notes.append(
                 f"{config_field}={dotted!r}: {name} is not in the repository; the trainer's environment must have it"
             )
+
+    def _fix(self, *, is_ours: bool) -> str:
+        return "correct the path" + (
+            "" if is_ours or self.may_install else ", or name its package in host.requirements"
+        )
 
     def _module_names(self) -> Iterator[str]:
         for base in self.search:

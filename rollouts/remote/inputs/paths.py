@@ -27,14 +27,15 @@ class Located:
     state: Locality
     file: str = ""  # where it leads to, from the repository's root; "" where that is outside
     links: tuple[str, ...] = ()  # "configs/mine.jsonl -> ../outside.jsonl", each link on the way
-    why: Literal["", "ignored", "outside", "dangling"] = ""  # it would not reach the host
+    why: Literal["", "ignored", "outside", "dangling", "submodule"] = ""  # it would not reach the host
 
 
 class SentFiles:
     """The files that are sent, as a tree to walk in."""
 
-    def __init__(self, root: Path, files: Iterable[str]) -> None:
-        self.root, self.files = root, frozenset(files)
+    def __init__(self, root: Path, files: Iterable[str], *, absent: Iterable[str] = ()) -> None:
+        """`absent`: submodules that are not checked out, so that their files are not here."""
+        self.root, self.files, self.absent = root, frozenset(files), tuple(absent)
         self.folders = {folder for file in self.files for folder in _folders(file)}
 
     def locate(self, name: str) -> Located:
@@ -63,6 +64,8 @@ class SentFiles:
         return self._found(name, "/".join(done), tuple(links))
 
     def _found(self, name: str, file: str, links: tuple[str, ...]) -> Located:
+        if within := [folder for folder in self.absent if f"{file}/".startswith(f"{folder}/")]:
+            return Located(name, "not sent", within[0], links, "submodule")
         if file in self.files or file in self.folders:
             return Located(name, "sent", file, links)
         if (self.root / file).exists():
@@ -101,6 +104,9 @@ def path_problem(found: Located) -> Problem | None:
     if found.why == "outside" and found.state == "not sent":
         fix = f"move it into the repository, or {copy}"
         return Problem(f"{name!r} lies outside of the repository, so it would not reach the host.", "", needed, fix)
+    if found.why == "submodule":
+        message = f"{name!r} lies in the submodule {found.file}, which is not checked out."
+        return Problem(message, links, needed, f"git submodule update --init --recursive -- {found.file}")
     if found.why == "dangling":
         return Problem(f"{name!r} is a link that leads nowhere.", links, needed, "correct the link")
     if found.why == "ignored":

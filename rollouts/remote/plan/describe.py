@@ -22,8 +22,6 @@ class PlanStep:
 
 def plan_notes(config: Config, facts: HostFacts, code: Code) -> Iterator[str]:
     yield from facts.way_notes
-    if not code.commit:
-        yield "the repository has no commit yet: the code is sent, but no commit can be recorded"
     yield from code.notes
     yield from code.inputs.notes
     if code.untracked:
@@ -55,6 +53,12 @@ def plan_steps(config: Config, facts: HostFacts, code: Code, launch: LaunchPlan,
         f"sync {len(code.files)} files, {code.size_bytes / 1e6:.1f} MB, to {target}:{launch.run_path}/code/tree",
         f"git's files at {commit}" + (f" with {code.changed} uncommitted changes" if code.changed else ", unchanged"),
     )
+    if code.package is not None:
+        what = f"{len(code.package.files)} files of rollouts {code.package.version}"
+        yield PlanStep(
+            f"sync {what} to {target}:{launch.package_path}",
+            "the package that this command is part of runs there, beside your repository",
+        )
     builds = {"trainer": trainer_build(config, facts), "engine": engine_build(config, facts)}
     for environment in launch.environments:
         complete = posixpath.basename(environment.path) in facts.environments

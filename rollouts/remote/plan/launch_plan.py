@@ -6,7 +6,7 @@ import posixpath
 from collections.abc import Collection
 from pathlib import Path
 
-from rollouts.config import Config, EngineConfig
+from rollouts.config import Config
 from rollouts.engines.command_lines import (
     LOOPBACK_ONLY,
     engine_argv,
@@ -34,6 +34,8 @@ from rollouts.run_dir import (
     StageSpec,
     run_path,
 )
+
+PYTHONPATH = "PYTHONPATH"
 
 
 def environment_key(
@@ -135,23 +137,32 @@ def launch_plan(config: Config, facts: HostFacts, code: Code, run_id: str) -> La
         engine_restarts_max=config.engine.restarts_max if config.engine else 0,
         engine_hang_timeout_s=config.limits.engine_hang_timeout_s,
         models=_hub_models(config, code),
-        smoke=_smoke(config, facts, RunDir(Path(path)), environments),
+        smoke=_smoke(config, facts, code, RunDir(Path(path)), environments),
+        package_path=_package_path(code, RunDir(Path(path))),
     )
 
 
-def _smoke(config: Config, facts: HostFacts, run: RunDir, environments: list[EnvironmentSpec]) -> list[SmokeCheck]:
+def _package_path(code: Code, run: RunDir) -> str:
+    return str(run.code_package) if code.package is not None else ""
+
+
+def _smoke(
+    config: Config, facts: HostFacts, code: Code, run: RunDir, environments: list[EnvironmentSpec]
+) -> list[SmokeCheck]:
     """Try each environment that a stage uses, on the devices that it gets there."""
     if config.target.device_type == "mps":  # no Linux: nothing runs there
         return []
     trainer, python = environments[0], f"{environments[0].path}/bin/python"
     start = _torchrun(config, run, SMOKE_STAGE, python) if _world_size(config) > 1 else (python,)
-    env = _process_env(config, facts, config.target.gpu_ranks)
+    env = _process_env(config, facts, code, run, config.target.gpu_ranks)
     samples = config.engine is not None and config.uses_engine
     has_engine = samples and len(environments) == 1
     checks = [trainer_check(config, facts, run, trainer, start=start, env=env, has_engine=has_engine)]
     if config.engine is not None and samples and len(environments) > 1:
         devices = sorted(set(config.engine.gpu_ranks))
-        checks.append(engine_check(config, facts, run, environments[1], env=_engine_env(config, facts, run, devices)))
+        checks.append(
+            engine_check(config, facts, run, environments[1], env=_engine_env(config, facts, code, run, devices))
+        )
     return checks
 
 
@@ -180,12 +191,12 @@ def _stage(
     ]
     urls = [part for replica in replicas if engine for part in ("--engine-url", engine_url(engine, replica))]
     if engine is not None and (router := router_url(engine)) is not None:
-        engines.append(_router(config, facts, engine, engine_python))
+        engines.append(_router(config, facts, code, run, python=engine_python))
         urls += ["--router-url", router]
     trainer = ProcessSpec(
         window="trainer",
         argv=[*torchrun, "-m", "rollouts.worker.trainer", "--run-dir", path, "--stage", stage, *urls],
-        env=_process_env(config, facts, config.target.gpu_ranks),
+        env=_process_env(config, facts, code, run, config.target.gpu_ranks),
         ready_url=None,
         ready_timeout_s=0.0,
     )
@@ -228,30 +239,34 @@ def _engine(
     return ProcessSpec(
         window=f"engine-{replica}",
         argv=list(argv),
-        env=_engine_env(config, facts, run, engine_devices(engine, replica)),
+        env=_engine_env(config, facts, code, run, engine_devices(engine, replica)),
         ready_url=ready_url(engine, replica),
         ready_timeout_s=config.limits.engine_ready_timeout_s,
         tools_of=posixpath.dirname(posixpath.dirname(python)),
     )
 
 
-def _engine_env(config: Config, facts: HostFacts, run: RunDir, devices: list[int]) -> dict[str, str]:
+def _engine_env(config: Config, facts: HostFacts, code: Code, run: RunDir, devices: list[int]) -> dict[str, str]:
     engine = config.engine
     assert engine is not None
-    own = engine_env(engine, device_type=config.target.device_type, tree=str(run.code_tree))
+    program = _package_path(code, run) or str(run.code_tree)
+    own = engine_env(engine, device_type=config.target.device_type, tree=program)
     by_index = engine.kind != "embedded"  # SGLang's all-reduce and vLLM read the variable as integers
-    env = {**own, **_process_env(config, facts, devices, by_index=by_index)}
-    if "PYTHONPATH" in own and "PYTHONPATH" in config.host.env:
-        env["PYTHONPATH"] = f"{own['PYTHONPATH']}:{config.host.env['PYTHONPATH']}"
+    env = {**own, **_process_env(config, facts, code, run, devices, by_index=by_index)}
+    if PYTHONPATH in own:
+        shared = _search_path(config, code, run).get(PYTHONPATH, "")
+        env[PYTHONPATH] = ":".join(filter(None, (own[PYTHONPATH], shared)))
     return env
 
 
-def _router(config: Config, facts: HostFacts, engine: EngineConfig, python: str) -> ProcessSpec:
+def _router(config: Config, facts: HostFacts, code: Code, run: RunDir, *, python: str) -> ProcessSpec:
     """Return the router's process. It is started and watched like the engines, and is ready once they are."""
+    engine = config.engine
+    assert engine is not None
     return ProcessSpec(
         window="router",
         argv=list(router_argv(engine, python=python, request_timeout_s=config.limits.sample_timeout_s)),
-        env=_process_env(config, facts, []),
+        env=_process_env(config, facts, code, run, []),
         ready_url=router_ready_url(engine),
         ready_timeout_s=config.limits.engine_ready_timeout_s,
     )
@@ -271,14 +286,28 @@ def _world_size(config: Config) -> int:
     return len(config.target.gpu_ranks)
 
 
-def _process_env(config: Config, facts: HostFacts, ranks: list[int], *, by_index: bool = False) -> dict[str, str]:
+def _process_env(
+    config: Config, facts: HostFacts, code: Code, run: RunDir, ranks: list[int], *, by_index: bool = False
+) -> dict[str, str]:
     return {
         "OMP_NUM_THREADS": str(config.host.threads_per_process),
         "TOKENIZERS_PARALLELISM": "false",
         **LOOPBACK_ONLY,
         **(_devices(facts, ranks, by_index=by_index) if config.target.device_type == "cuda" else {}),
         **config.host.env,
+        **_search_path(config, code, run),
     }
+
+
+def _search_path(config: Config, code: Code, run: RunDir) -> dict[str, str]:
+    """Return the variables by which a process in code/tree finds our modules: in a clone host.env's alone.
+
+    PYTHONSAFEPATH keeps Python from looking into code/tree first: the trainer adds it last (`find_user_code`).
+    """
+    wanted = config.host.env.get(PYTHONPATH, "")
+    if package := _package_path(code, run):
+        return {PYTHONPATH: ":".join(filter(None, (package, wanted))), "PYTHONSAFEPATH": "1"}
+    return {PYTHONPATH: wanted} if wanted else {}
 
 
 def _devices(facts: HostFacts, ranks: list[int], *, by_index: bool) -> dict[str, str]:

@@ -127,6 +127,7 @@ def _random_stages(config: Config) -> list[tuple[str, SFTConfig | RLConfig]]:
 
 def plan_warnings(config: Config, code: Code) -> Iterator[str]:
     """Warn of what may be meant, and usually is not."""
+    yield from code.warnings
     rl, rows = config.rl, mixture_rows(code, "rl_mixture")
     if rl is not None and config.uses_engine and rows.count == 1 < rl.examples_per_step:
         yield f"rl.examples_per_step={rl.examples_per_step}, and there is one prompt: each step takes it over and over"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rollouts.config import Config
+from rollouts.config.checks.needs import PACKAGE_PREFIX
 from rollouts.remote.errors import Problem
 from rollouts.remote.host.facts import PYTHON_MIN, HostFacts
 from rollouts.remote.plan.launch_plan import read_lock
@@ -14,6 +15,7 @@ from rollouts.remote.repository import Code, named_paths
 from rollouts.run_dir import run_path, valid_run_id
 
 GIB = 2**30
+LOCKS = "the locks that come with rollouts are 'rollouts:requirements/…'"
 INSTALL_HINTS = {
     "tmux": "on the host: apt-get install tmux",
     "rsync": "on the host: apt-get install rsync",
@@ -131,8 +133,9 @@ def _ports_wanted(config: Config) -> str:
 def _path_problems(config: Config, facts: HostFacts, code: Code, target: str) -> Iterator[Problem]:
     if code.constraints is None:
         yield Problem(
-            f"host.constraints_file={config.host.constraints_file!r} is not in {code.root}.",
-            fix="correct the path, or set None to install unconstrained",
+            f"host.constraints_file={config.host.constraints_file!r} is not in "
+            f"{_place(config.host.constraints_file, code)}.",
+            fix=_nearest_file(config.host.constraints_file, code) + ", or set None to install unconstrained",
         )
     for name, locality in code.named.items():
         if name in code.inputs.paths:
@@ -173,8 +176,8 @@ def _lock_problems(config: Config, code: Code) -> Iterator[Problem]:
         return
     field = f"engine.requirements_file={engine.requirements_file!r}"
     if code.engine_requirements is None:
-        fix = "correct the path; the locks that come with this repository are in requirements/"
-        yield Problem(f"{field} is not in {code.root}.", fix=fix)
+        place, fix = _place(engine.requirements_file, code), _nearest_file(engine.requirements_file, code)
+        yield Problem(f"{field} is not in {place}.", fix=f"{fix}; {LOCKS}")
         return
     requirements = [line for lines in read_lock(code.engine_requirements) for line in lines]
     if not requirements:
@@ -188,8 +191,18 @@ def _lock_problems(config: Config, code: Code) -> Iterator[Problem]:
             f"{field} does not install {engine.kind}.",
             found=f"{len(requirements)} requirements, none of which names it",
             needed=f"a lock that has {engine.kind}, for engine={type(engine).__name__}",
-            fix=f"name a lock of {engine.kind}; the locks that come with this repository are in requirements/",
+            fix=f"name a lock of {engine.kind}; {LOCKS}",
         )
+
+
+def _place(file: str | None, code: Code) -> str:
+    """Return where a file was looked for, in words."""
+    return "the package" if (file or "").startswith(PACKAGE_PREFIX) else str(code.root)
+
+
+def _nearest_file(file: str | None, code: Code) -> str:
+    near = code.near_files.get(file or "", "")
+    return f"write {near!r}, which comes with rollouts" if near not in ("", file) else "correct the path"
 
 
 def _looks_like_path(name: str) -> bool:

@@ -118,7 +118,7 @@ def torch_problems(config: Config, facts: HostFacts, code: Code, target: str) ->
             f"torch {pinned} is too old for training on CUDA.",
             found=f"torch=={pinned} in host.constraints_file={config.host.constraints_file!r} or the requirements",
             needed=f"{'.'.join(map(str, TORCH_MIN_CUDA))} or newer: its kernel for packed documents",
-            fix="name host.constraints_file='requirements/trainer-cuda.txt'",
+            fix="name host.constraints_file='rollouts:requirements/trainer-cuda.txt'",
         )
     yield from _shared_torch_problems(config, code, build, pinned)
 
@@ -157,7 +157,7 @@ def _shared_torch_problems(config: Config, code: Code, build: TorchBuild, pinned
             found=f"trainer: {pinned or 'whatever is newest, host.constraints_file pins none'};"
             f" engine: {theirs}, by {engine.requirements_file}",
             needed="the same torch: they share a communicator or memory",
-            fix="name host.constraints_file='requirements/trainer-cuda.txt', or set weight_sync=DiskSync(...)",
+            fix="name host.constraints_file='rollouts:requirements/trainer-cuda.txt', or set weight_sync=DiskSync(...)",
         )
     elif cuda and build.build.startswith("cu") and build.build[:4] != cuda:
         yield Problem(

@@ -11,12 +11,14 @@ from rollouts.remote.errors import DeployError
 from rollouts.remote.host.read_answer import MalformedError, checked, malformed, read_answer
 from rollouts.remote.host.rsync import disk_full
 from rollouts.remote.host.transport import Transport
+from rollouts.remote.package import installed
 from rollouts.remote.repository import list_files, read_recorded_tree
 from rollouts.remote.run.registry import RunEntry
 from rollouts.remote.run.sync_code import CodePlace, sync_code
 from rollouts.view.reporter import Say
 
 LAUNCH_TIMEOUT_S = 60
+PACKAGE_LINK = ".rollouts-package"  # beside the links to projects' last trees
 
 
 def execute(entry: RunEntry, config: Config, transport: Transport, path: str, say: Say) -> None:
@@ -26,6 +28,8 @@ def execute(entry: RunEntry, config: Config, transport: Transport, path: str, sa
     the code that it tells of.
     """
     launch = entry.launch
+    if launch.package_path:
+        _sync_package(entry, transport, say)
     root = Path(entry.repository)
     sync_code(
         transport,
@@ -48,7 +52,7 @@ def execute(entry: RunEntry, config: Config, transport: Transport, path: str, sa
     done = transport.run(
         ["env", f"PATH={path}", launch.base_python, "-E", "-m", "rollouts.worker.launch"],
         stdin=json.dumps(job).encode(),
-        cwd=f"{entry.run_path}/code/tree",
+        cwd=launch.program_path,
         timeout_s=LAUNCH_TIMEOUT_S,
     )
     if "No space left on device" in done.err:
@@ -59,6 +63,23 @@ def execute(entry: RunEntry, config: Config, transport: Transport, path: str, sa
             found=done.err.removeprefix("error: ")[-3000:] or f"exit code {done.returncode}, no message",
         )
     _heed(entry, read_launch_answer(entry.target, done.out))
+
+
+def _sync_package(entry: RunEntry, transport: Transport, say: Say) -> None:
+    """Bring rollouts itself to `code/package`, as it was when the run was planned."""
+    package = installed()
+    place = CodePlace(
+        home=entry.home, run_path=entry.run_path, project=PACKAGE_LINK, launch_id=entry.launch_id, name="package"
+    )
+    sync_code(
+        transport,
+        place,
+        root=package.root,
+        files=package.files,
+        python=entry.launch.base_python,
+        expected=read_recorded_tree(entry.record, entry.record.package_manifest),
+        say=say,
+    )
 
 
 def read_launch_answer(target: str, out: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The code on its way to the host: exactly git's files, into a fresh directory of the run.
+"""The code on its way to the host: exactly git's files, into a fresh directory of the run; so rollouts itself.
 
 Content decides. Files that the last run of this project has there, byte for byte, become hard links to it, so they cost
 neither time nor space; what was deleted here is simply not there. Before the tree gets its name, the host hashes what
@@ -11,14 +11,14 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from rollouts import manifest
 from rollouts.manifest import Tree, read_tree, tree_differences, tree_digest
-from rollouts.remote.errors import DeployError
+from rollouts.remote.errors import DeployError, unreadable
 from rollouts.remote.host.read_answer import read_answer, read_count
 from rollouts.remote.host.rsync import disk_full, run_rsync
 from rollouts.remote.host.transport import Transport
-from rollouts.remote.repository import unreadable
 from rollouts.view.reporter import Say, silent
 
 RSYNC_FILE_ERROR = 11  # reading or writing a file failed, on either side
@@ -29,25 +29,26 @@ SHELL_TIMEOUT_S = 300.0  # leftovers of gigabytes may have to go
 PROGRESS_BYTES_MIN = 20e6  # less is sent within seconds
 LINK_TREES_MAX = 4  # earlier uploads that were cut off, whose files are taken over
 
-# $1 run path, $2 the link to the project's last tree, $3 where this one is built, $4 the rollouts home.
+# $1 run path, $2 the link to the project's last tree, $3 where this one is built, $4 the rollouts home, $5 "tree"
+# or "package".
 # Files in $3 that are links to other trees go: they come back as links, and nothing of another run is touched.
 _PREPARE = """
 umask 077; mkdir -p "$1/code" "$(dirname "$2")" || exit 1
-[ -d "$1/code/tree" ] && { echo "state=complete"; exit 0; }
-for old in "$1"/code/.tree-*; do case $old in */.tree-build*) ;; *) rm -rf "$old" ;; esac; done
+[ -d "$1/code/$5" ] && { echo "state=complete"; exit 0; }
+for old in "$1"/code/."$5"-*; do case $old in */."$5"-build*) ;; *) rm -rf "$old" ;; esac; done
 [ -d "$3" ] && echo "state=resumed"
 mkdir -p "$3" || exit 1
 find "$3" -type f -links +1 -exec rm -f {} +
 [ -d "$2/." ] && echo "link=$(cd "$2" && pwd -P)"
-for other in "$4"/runs/*/code/.tree-build*; do [ "$other" = "$3" ] || [ ! -d "$other" ] || echo "link=$other"; done
+for other in "$4"/runs/*/code/."$5"-build*; do [ "$other" = "$3" ] || [ ! -d "$other" ] || echo "link=$other"; done
 exit 0
 """
-# $1 run path, $2 the link, $3 the finished build, $4 the rollouts home; uploads that were not resumed for a week go too
+# The same arguments; uploads that were not resumed for a week go too
 _FINISH = """
-if [ -d "$1/code/tree" ]; then [ -d "$3" ] && echo "state=another's"; else mv "$3" "$1/code/tree" || exit 1; fi
-rm -rf "$1"/code/.tree-*
-ln -sfn "$1/code/tree" "$2"
-find "$4"/runs/*/code -maxdepth 1 -name '.tree-*' -mtime +7 -exec echo old={} \\; -exec rm -rf {} + 2>/dev/null
+if [ -d "$1/code/$5" ]; then [ -d "$3" ] && echo "state=another's"; else mv "$3" "$1/code/$5" || exit 1; fi
+rm -rf "$1"/code/."$5"-*
+ln -sfn "$1/code/$5" "$2"
+find "$4"/runs/*/code -maxdepth 1 -name ".$5-*" -mtime +7 -exec echo old={} \\; -exec rm -rf {} + 2>/dev/null
 exit 0
 """
 
@@ -60,6 +61,11 @@ class CodePlace:
     run_path: str
     project: str
     launch_id: str = ""
+    name: Literal["tree", "package"] = "tree"  # package: rollouts itself, beside the user's repository
+
+    @property
+    def whole(self) -> str:
+        return f"{self.run_path}/code/{self.name}"
 
     @property
     def link(self) -> str:
@@ -68,11 +74,11 @@ class CodePlace:
 
     @property
     def build(self) -> str:
-        return f"{self.run_path}/code/.tree-build{'-' if self.launch_id else ''}{self.launch_id}"
+        return f"{self.run_path}/code/.{self.name}-build{'-' if self.launch_id else ''}{self.launch_id}"
 
     @property
-    def arguments(self) -> tuple[str, str, str, str]:
-        return self.run_path, self.link, self.build, self.home
+    def arguments(self) -> tuple[str, str, str, str, str]:
+        return self.run_path, self.link, self.build, self.home, self.name
 
 
 def sync_code(
@@ -86,7 +92,7 @@ def sync_code(
     expected: Tree | None = None,
     say: Say = silent,
 ) -> bool:
-    """Bring `files` of `root` to `<run_path>/code/tree`. False when a whole tree was there already: it stays.
+    """Bring `files` of `root` to `place`. False when a whole tree was there already: it stays.
 
     `expected`: the tree that the run was planned with; None: as the files are now, and a whole tree that is there stays
     unchecked. Raises DeployError unless exactly that lies on the host. A transfer may be idle for `timeout_s`.
@@ -138,7 +144,7 @@ def _transfer(
     """Send `tree` into the build directory with one rsync. A part of a file stays there, for the next try."""
     size = sum(file["size"] for file in tree.values())
     kept = ", going on with what an earlier try sent" if answers.state == "resumed" else ""
-    say("sync", f"{len(tree)} files, {size / 1e6:.1f} MB, to {transport.target}:{place.run_path}/code/tree{kept}")
+    say("sync", f"{len(tree)} files, {size / 1e6:.1f} MB, to {transport.target}:{place.whole}{kept}")
     links = [f"--link-dest={link}" for link in answers.links[:LINK_TREES_MAX]]
     options = ["-lptc", "--partial", "--force", f"--timeout={timeout_s:.0f}"]
     # "./": a name that starts with # or ; would be taken for a comment
@@ -210,7 +216,7 @@ def _check(
     transport: Transport, python: str, place: CodePlace, expected: Tree, *, root: os.PathLike[str] | None
 ) -> None:
     """Raise unless the host's finished tree, or with `root` what was built there from those files, is `expected`."""
-    tree = f"{place.run_path}/code/tree" if root is None else place.build
+    tree = place.whole if root is None else place.build
     found = _check_there(transport, python, tree, expected, prune=root is not None)
     if found.digest == tree_digest(expected):
         return

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rollouts.training.types import Prompt, Sample
-from rollouts.training.user_code import USER_ERRORS, describe
+from rollouts.training.user_code import USER_ERRORS, describe, hiding_module
 
 ROUNDING = 1e-6
 
@@ -34,18 +34,29 @@ def resolve(dotted_path: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
+        _refuse_hidden(dotted_path)
         raise RewardError(
             f"{dotted_path!r}: no module {error.name!r}; it must be importable where the trainer runs"
         ) from None
     except USER_ERRORS as error:
         raise RewardError(f"{dotted_path!r}: importing {module_name} raised {describe(error)}") from error
     if not hasattr(module, attribute):
+        _refuse_hidden(dotted_path)
         names = [name for name in vars(module) if not name.startswith("_") and callable(getattr(module, name))]
         raise RewardError(f"{dotted_path!r}: module {module_name!r} has no {attribute!r}; it has {', '.join(names)}")
     function = getattr(module, attribute)
     if not callable(function):
         raise RewardError(f"{dotted_path!r}: is {type(function).__name__}, needs to be a function")
     return function
+
+
+def _refuse_hidden(dotted_path: str) -> None:
+    """Raise RewardError where another module was imported than the one in the user's repository."""
+    if file := hiding_module(dotted_path):
+        raise RewardError(
+            f"{dotted_path!r}: {file} is imported in place of the module in your repository, which has the same name;"
+            " rename yours"
+        )
 
 
 def finite_or_none(value: Any, sample: Sample, *, source: str = "reward_fn") -> float | None:

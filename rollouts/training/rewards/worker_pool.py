@@ -134,7 +134,7 @@ class _Worker:
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)},
+                env={**os.environ, **_same_search_path()},
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,  # its children are killed with it, and Ctrl-C reaches this process alone
             )
@@ -178,3 +178,9 @@ def raised(dotted_path: str, what: str, sample: Sample) -> RewardError:
 def mark_failed(sample: Sample, how: str) -> None:
     """Note why a sample is not scorable, for the rollout manager to count."""
     sample.metadata[REWARD_FAILURE] = how
+
+
+def _same_search_path() -> dict[str, str]:
+    """Return the variables with which a Python finds the modules that this one does."""
+    safe = {"PYTHONSAFEPATH": "1"} if sys.flags.safe_path else {}
+    return {"PYTHONPATH": os.pathsep.join(path or "." for path in sys.path), **safe}

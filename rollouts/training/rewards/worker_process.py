@@ -5,7 +5,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from rollouts.training.rewards.reward_fn import resolve
-from rollouts.training.user_code import USER_ERRORS, describe
+from rollouts.training.user_code import USER_ERRORS, describe, find_user_code
 
 
 def serve(dotted_path: str, connection: Connection) -> None:
@@ -30,4 +30,5 @@ def serve(dotted_path: str, connection: Connection) -> None:
 
 
 if __name__ == "__main__":
+    find_user_code()
     serve(sys.argv[1], Connection(int(sys.argv[2])))

@@ -5,6 +5,7 @@ import time
 import urllib.parse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rollouts import run_dir
@@ -131,7 +132,7 @@ def open_window(run: RunDir, plan: LaunchPlan, stage: str, spec: ProcessSpec, *,
     command = window_command(plan.base_python, run, stage, spec.window)
     log = run.log(spec.window)
     log_start = log.stat().st_size if log.exists() else 0
-    pid = tmux.open_window(run.run_id, spec.window, command, cwd=run.code_tree)
+    pid = tmux.open_window(run.run_id, spec.window, command, cwd=Path(plan.program_path))
     return OpenWindow(
         run=run,
         stage=stage,

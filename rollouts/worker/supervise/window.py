@@ -104,6 +104,7 @@ class Window:
         child = subprocess.Popen(
             spec.argv,
             env=self._environment(spec),
+            cwd=self._directory(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -119,6 +120,10 @@ class Window:
         self.output.follow(child.stdout.fileno())
         self._follow_supervisor()
         return child
+
+    def _directory(self) -> Path | None:
+        """Return where the process starts: in the user's repository. None: where this wrapper runs, in a clone."""
+        return self.run.code_tree if self.plan.package_path else None
 
     def _spec(self) -> ProcessSpec:
         wanted = (self.stage, self.window)
@@ -190,6 +195,9 @@ class SupervisorWindow(Window):
         self.output.close()
         status = None if was_removed(self.run) else run_dir.read_status(self.run)
         self._write_record(dataclasses.replace(record, message=status.message if status else ""))
+
+    def _directory(self) -> None:
+        """Return None: the supervisor runs where this wrapper does, beside the user's repository."""
 
     def _spec(self) -> ProcessSpec:
         argv = [self.plan.base_python, "-E", "-u", "-m", "rollouts.worker.supervise.supervisor", str(self.run.path)]
