@@ -10,6 +10,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ("base_config", "deploy", "rollouts")
 
+CLIENTS = tuple(  # of inference servers: they know nothing of the pool
+    f"rollouts.training.inference.{name}"
+    for name in (
+        *("adapted_engine", "client", "connections", "fan_out", "http", "inference_engine", "known_versions"),
+        *("loop_lock", "requests", "sglang", "vllm", "weight_routes", "weights_on_disk"),
+    )
+)
+
 # module prefix -> which of our modules it may import; the longest prefix that fits decides
 ALLOWED: dict[str, tuple[str, ...]] = {
     "base_config": ("rollouts.config",),
@@ -215,11 +223,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.training.inference",
         "rollouts.training.weight_sync",
     ),
-    "rollouts.training.inference": (
-        "rollouts.training.inference",
-        "rollouts.training.open_files",
-        "rollouts.engines.keys",
-    ),
+    "rollouts.training.inference": (*CLIENTS, "rollouts.training.open_files", "rollouts.engines.keys"),
+    "rollouts.training.inference.pool": ("rollouts.training.inference", "rollouts.training.open_files"),
     "rollouts.training.weight_sync": ("rollouts.training.inference",),  # a face: names, without torch
     "rollouts.training.weights": (
         "rollouts.training.weights",
@@ -343,6 +348,8 @@ def test_imports_point_one_way(file: Path) -> None:
         ("rollouts.config.load", "import rich"),
         ("rollouts.config.schema.rl", "from rollouts.config.checks import config_problems"),
         ("rollouts.run_dir", "from rollouts.config import Config"),
+        ("rollouts.training.inference.sglang", "from rollouts.training.inference.pool.engine_pool import EnginePool"),
+        ("rollouts.training.weights.channel.process_group", "from rollouts.training.weights import publish"),
         ("rollouts.view.fold", "from rollouts.remote.errors import Problem"),
         ("rollouts.view.fold", "import datasets"),
         ("rollouts.remote.host.ssh", "from rollouts.remote.run import registry"),
