@@ -86,7 +86,7 @@ def train(backend: Any) -> None:
     with torch.no_grad():
         for parameter in backend.model.parameters():
             parameter.mul_(1.25)
-    backend.step += 1
+    backend._trained.step += 1
 
 
 @pytest.mark.parametrize(("kind", "route", "fault"), CASES)
