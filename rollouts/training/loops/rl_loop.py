@@ -25,7 +25,7 @@ from rollouts.training.metrics import MetricsLogger
 from rollouts.training.rl_losses import ClipRange
 from rollouts.training.rollout_gen.rollout_stream import open_rollouts
 from rollouts.training.seams import Batch, MinimalBackend, PromptSource, RolloutManager, RolloutSource, TrainingBackend
-from rollouts.training.types import RewardFn, RLTrainingConfig
+from rollouts.training.types import RewardFn, RLTrainingConfig, RolloutBatch
 from rollouts.training.weights.deliver.disk import DiskDelivery
 from rollouts.training.weights.publish import WeightPublisher
 
@@ -114,7 +114,7 @@ async def run_rl(
         for step in range(first + 1, config.num_steps + 1):
             clock = [time.monotonic()]
             batch, metrics = await _from_rank_0(
-                None if rollouts is None else await _next_batch(rollouts, step, steps, hooks)
+                None if rollouts is None else _prepared(await rollouts.next_batch(), step, steps, hooks)
             )
             clock.append(time.monotonic())
             publishes = due(step, config.sync_every, config.num_steps)
@@ -172,11 +172,9 @@ def _updating(rollouts: RolloutSource | None, version: int) -> AbstractAsyncCont
     return nullcontext() if rollouts is None else rollouts.updating(version)
 
 
-async def _next_batch(
-    rollouts: RolloutSource, step: int, steps: RLSteps, hooks: Hooks
-) -> tuple[Batch, dict[str, float]]:
+def _prepared(found: RolloutBatch, step: int, steps: RLSteps, hooks: Hooks) -> tuple[Batch, dict[str, float]]:
     """Return the batch of a step, and the metrics of its rollouts; the samples are logged."""
-    found, options = await rollouts.next_batch(), steps.batches
+    options = steps.batches
     batch = prepare_grpo_batch(
         found,
         found.rewards,
