@@ -529,7 +529,7 @@ def test_a_broken_config_file_is_shown_with_its_line(tmp_path: Path, text: str, 
 
 
 @pytest.mark.parametrize("name", ["pipe.json", "device.json", "pipe.py"])
-def test_a_config_that_is_no_plain_file(name: str, tmp_path: Path) -> None:
+def test_a_config_that_is_not_a_plain_file(name: str, tmp_path: Path) -> None:
     """Goal: a pipe or a device is named, not waited for. Hung without the look at what it is."""
     file = tmp_path / name
     os.mkfifo(file) if name.startswith("pipe") else file.symlink_to("/dev/zero")
@@ -605,7 +605,7 @@ def test_a_mistyped_class_has_its_nearest(tmp_path: Path, text: str, nearest: st
         ("exit.py", "import sys\nsys.exit(3)\n", "exit.py:2: SystemExit: 3"),
     ],
 )
-def test_a_file_that_is_no_config_is_told(name: str, text: str, said: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_config_is_told(name: str, text: str, said: str, tmp_path: Path) -> None:
     """Goal: every such file is a ConfigError. Red with RecursionError and ValueError let out, and with a config that
     exits ending the program without a word."""
     (tmp_path / name).write_text(text)

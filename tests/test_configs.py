@@ -30,7 +30,7 @@ def test_a_shipped_config_loads_validates_and_round_trips(file: Path) -> None:
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
 def test_a_config_is_shown_as_a_file_that_derives_from_no_other(file: Path, tmp_path: Path) -> None:
-    """Goal: what `--show` prints is a config file of its own, equal to the one it shows. Red with a field left out, and
+    """Goal: what `--show` prints is a complete config file, equal to the one it shows. Red with a field left out, and
     with a nested list's items not spelled out."""
     config = load_config(file)
     shown = tmp_path / "shown.py"

@@ -1,4 +1,4 @@
-"""Hold values against the types that the schema declares."""
+"""Check values against the types that the schema declares."""
 
 import dataclasses
 import difflib

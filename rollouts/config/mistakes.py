@@ -35,7 +35,7 @@ def describe_exception(file: Path, error: BaseException) -> str:
 
 
 class _Unset:
-    """Stands in a field that a config file left out, so that its other mistakes are found too."""
+    """The value of a field that a config file left out, so that its other mistakes are found too."""
 
 
 def field_mistakes(file: Path) -> list[str]:

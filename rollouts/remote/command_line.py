@@ -1,4 +1,4 @@
-"""What a command line means: its first word is a verb or a config file; options may stand before it."""
+"""What a command line means: its first word is a verb or a config file; options may come before it."""
 
 import difflib
 import os

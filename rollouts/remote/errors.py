@@ -85,7 +85,7 @@ class TransportError(DeployError):
 
 
 class UnreachableError(DeployError):
-    """The host was tried for as long as it is worth; nothing else that needs it will work either."""
+    """The host was tried for as long as the retry policy allows; nothing else that needs it will work either."""
 
 
 class MismatchError(DeployError):

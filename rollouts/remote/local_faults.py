@@ -25,7 +25,7 @@ Reached = Literal["nothing", "registered", "launching", "launched", "ended"]
 
 @dataclass
 class RunProgress:
-    """How far a verb's run has come: set as it goes, told when something interrupts it."""
+    """How far a verb's run has come: set on the way, told when something interrupts it."""
 
     run_id: str = ""
     target: str = ""
@@ -49,7 +49,7 @@ class RunProgress:
 
 
 class Interrupted(DeployError):
-    """Ctrl-C, before a run was launched or where none is: ends the command with 130."""
+    """Ctrl-C without a launched run: ends the command with 130."""
 
     def text(self, *, launching: bool = True) -> str:
         return super().text(launching=launching).removeprefix("error: ")

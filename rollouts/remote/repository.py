@@ -13,7 +13,7 @@ from rollouts.manifest import Tree, read_tree, tree_digest
 from rollouts.plain_files import read_plain
 from rollouts.remote.errors import DeployError, unreadable
 from rollouts.remote.inputs import NO_INPUTS, Inputs, look_through, named_paths
-from rollouts.remote.inputs.paths import Locality, SentFiles
+from rollouts.remote.inputs.paths import PathState, SentFiles
 from rollouts.remote.package import (
     CLONE_FILES,
     Package,
@@ -46,7 +46,7 @@ class Code:
     requirements: tuple[str, ...]  # of the trainer's environment, those of host.requirements last
     constraints: str | None  # text of host.constraints_file; None: it is not there
     engine_requirements: str | None  # text of engine.requirements_file, "" where none is named; None: it is not there
-    named: dict[str, Locality]  # relative paths that the config names: are they among the files?
+    named: dict[str, PathState]  # relative paths that the config names: are they among the files?
     untracked: tuple[str, ...] = ()  # of the files, those that git does not track
     untracked_bytes: int = 0
     notes: tuple[str, ...] = ()  # what the record or the tree lacks, in words

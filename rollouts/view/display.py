@@ -1,4 +1,4 @@
-"""Showing a run: a live display on a terminal, plain lines elsewhere, JSON lines for programs. Only prints.
+"""Show a run: a live display on a terminal, plain lines elsewhere, JSON lines for programs.
 
 Whatever comes from a host goes through escape.py first.
 """

@@ -1,4 +1,4 @@
-"""Text that a host or a model wrote, made fit to be shown: what steers a terminal is spelled out instead."""
+"""Make text of a host or a model safe to show: characters that steer a terminal are spelled out."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""What a verb that follows a run tells its screen, whichever that is."""
+"""What a verb that follows a run tells its display."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -13,7 +13,7 @@ def silent(phase: str, text: str) -> None:
 
 
 class Reporter(Protocol):
-    """Where what happens is shown."""
+    """A display of what happens."""
 
     def say(self, phase: str, text: str) -> None:
         """Show what deploy itself does, or a notice."""

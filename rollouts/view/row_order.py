@@ -11,7 +11,7 @@ Row = tuple[str, dict[str, Any]]
 
 
 class RowOrder:
-    """Holds the rows of one look over the host's files, and hands them on in order once no more come.
+    """Collect the rows of one look over the host's files, and hand them on in order once no more come.
 
     A separate thread hands them on, one at a time, if nothing else happens meanwhile; what fails there is
     raised by the next call.

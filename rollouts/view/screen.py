@@ -1,4 +1,4 @@
-"""Where a verb's words go: as text for people or as JSON for programs, by one setting. Only prints.
+"""Print a verb's output: text for people or JSON for programs, by one setting.
 
 Text that a host wrote goes through escape.py first.
 """

@@ -21,7 +21,7 @@ def test_a_sweep_is_every_combination() -> None:
     assert found[5].values == {"rl.matrix_lr": 3e-6, "rl.sampling.seed": 2}
 
 
-def test_one_value_is_no_part_of_the_name() -> None:
+def test_one_value_is_not_part_of_the_name() -> None:
     """Goal: what all runs have in common is not in their names. Red with every setting in the label."""
     assert variants(example_config(), [])[0].config == example_config()
     (one,) = variants(example_config(), ["rl.matrix_lr=1e-6"])

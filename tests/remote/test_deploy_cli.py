@@ -41,7 +41,7 @@ VERBS = {"ls", "status", "attach", "logs", "stop", "pull", "run-config", "check-
     ],
 )
 def test_config_or_verb(line: str, expected: str) -> None:
-    """Goal: the first word decides, wherever options stand. Red with an option's value taken for the first word."""
+    """Goal: the first word decides, wherever options are. Red with an option's value taken for the first word."""
     assert with_verb(line.split(), VERBS) == expected.split()
 
 
@@ -242,5 +242,5 @@ def test_a_live_display_on_a_terminal(laptop: Laptop, terminal: tuple[int, int])
 
 
 def test_the_example_config_is_plannable() -> None:
-    """Goal: what these tests build on has no problem of its own. Red with a field of it broken."""
+    """Goal: what these tests build on has no problem itself. Red with a field of it broken."""
     assert example_config().problems() == ()

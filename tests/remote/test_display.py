@@ -98,7 +98,7 @@ def test_a_resized_terminal_shows_each_line_once(terminal: Terminal) -> None:
 
 
 def test_what_is_said_after_the_end_is_last(terminal: Terminal) -> None:
-    """Goal: the last words stand below the display at 80x24. Red with a display that is never closed."""
+    """Goal: the last words are below the display at 80x24. Red with a display that is never closed."""
     terminal.screen_with("7/50")
     terminal.tmux("send-keys", "-t", "t", "", "Enter")
     lines = [line for line in terminal.screen_with("the last word") if line.strip()]

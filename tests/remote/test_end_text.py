@@ -77,7 +77,7 @@ def test_a_run_that_is_forgotten_while_it_goes_on(state: str, goes_on: bool) -> 
 
 
 def test_a_mirror_whose_follower_is_gone(tmp_path: Path) -> None:
-    """Goal: `status` says that nobody follows where the process that did has gone. Red with the note's own words, which
+    """Goal: `status` says that the run is not followed once its process is gone. Red with the note's own words, which
     leave it to the reader to find out."""
     entry = dataclasses.replace(ENTRY, local_dir=str(tmp_path / "r"))
     assert what_lies_here(entry) == "nothing was pulled"

@@ -142,7 +142,7 @@ def made(home: Path, run_id: str, state: Any, started_at: float, *, exit_code: i
 
 
 def test_every_state_of_a_run(tmp_path: Path) -> None:
-    """Goal: every state, with `died` for an unfinished run that nobody supervises; oldest first. Red with the status
+    """Goal: every state, with `died` for an unfinished run without a supervisor; oldest first. Red with the status
     believed, and with the rows in the file system's order."""
     made(tmp_path, "b-done", "done", 20.0, exit_code=0)
     append_jsonl(made(tmp_path, "a-failed", "failed", 30.0, exit_code=7).metrics, {"step": 3}, {"step": 12})

@@ -19,7 +19,7 @@ def read(chunks: list[bytes], reader: FrameReader) -> bytes:
     "noise", [b"", b"Welcome\n", b"\x1b]0;title\x07", b"rollouts-begin-\nrollouts-end- 0\n\xff\x00"]
 )
 def test_what_lies_between_the_marks(noise: bytes, size: int) -> None:
-    """Goal: exactly the command's bytes come out, whatever stands around them and wherever the pieces are cut.
+    """Goal: exactly the command's bytes come out, whatever is around them and wherever the pieces are cut.
 
     Red with a mark sought in each piece alone (size 1 to 7), and with a line's end expected before the first mark.
     """

@@ -165,7 +165,7 @@ def test_a_damaged_entry(text: str, laptop: Laptop) -> None:
 
 
 def test_a_mirror_that_is_pulled_again(laptop: Laptop) -> None:
-    """Goal: it is ignored by git wherever it is made, and says that nobody follows it. Red with .gitignore written at
+    """Goal: it is ignored by git wherever it is made, and says that it is not followed. Red with .gitignore written at
     the start alone."""
     config = str(write_config(laptop.project, output__mode="sft", output__save_dir="out"))
     assert laptop.deploy(config, "--run-id", "r", "--detach").returncode == 0

@@ -159,7 +159,7 @@ FINE: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize("changes", [changes for _, changes in FINE], ids=[name for name, _ in FINE])
-def test_what_is_no_problem(changes: dict[str, Any]) -> None:
+def test_what_is_not_a_problem(changes: dict[str, Any]) -> None:
     """Goal: a rule stops at what it is about. Red with MPS's server counted as a user, MIG asked of all cards, a
     driver held against 580 for every build, any setting of the allocator refused."""
     assert plan_for(**changes).problems == ()

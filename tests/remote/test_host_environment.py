@@ -7,7 +7,7 @@ from rollouts.run_dir import RunDir, read_jsonl
 from tests.remote.hosts import Host, Laptop, write_config
 
 
-def test_a_run_on_a_host_with_an_environment_of_its_own(
+def test_a_run_on_a_host_with_its_own_environment(
     laptop: Laptop, make_host: Callable[..., Host], tmp_path: Path
 ) -> None:
     """Goal: variables that keep Python from finding the sent code, or send packages elsewhere, do not act on any step

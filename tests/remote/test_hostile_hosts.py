@@ -77,7 +77,7 @@ def test_names_that_no_run_has(name: str, snapshot: bool, tmp_path: Path) -> Non
     ],
 )
 def test_nothing_is_written_through_a_link(name: str, make: Callable[[Path, Path], Any], tmp_path: Path) -> None:
-    """Goal: links, pipes and directories in a mirror are neither followed nor waited for, whoever made them.
+    """Goal: links, pipes and directories in a mirror are neither followed nor waited for.
 
     Red with the path opened as text: the files outside were written, and the pipe was waited for.
     """
@@ -337,7 +337,7 @@ def test_an_adopted_mirror_lies_under_this_machines_own_directory(laptop: Laptop
 
 
 def test_a_launch_uses_this_machines_record(laptop: Laptop) -> None:
-    """Goal: what lies in the mirror, whoever put it there, does not reach a launch. Red with the mirror's config read:
+    """Goal: what lies in the mirror does not reach a launch. Red with the mirror's config read:
     the variable's value arrived."""
     config = str(write_config(laptop.project, output__mode="sft"))
     tools = laptop.home / "tools"

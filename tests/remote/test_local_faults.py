@@ -130,7 +130,7 @@ def test_a_bug_is_one_line_and_a_file(tmp_path: Path, monkeypatch: pytest.Monkey
         ("ended", 1, "the run has ended, and its results are on gpu-7"),
     ],
 )
-def test_errors_say_where_the_run_stands(
+def test_errors_say_how_far_the_run_has_come(
     reached: Any, code: int, expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Goal: "Nothing was started." only where that is so; else what goes on, and how. Red with it constant."""

@@ -90,7 +90,7 @@ def test_each_problem_ahead(changes: dict[str, Any], expected: list[str]) -> Non
         assert part in problems[0].text()
 
 
-def test_what_is_no_problem_ahead() -> None:
+def test_what_is_not_a_problem_ahead() -> None:
     """Goal: nothing that may be right is refused: an ended run's port, a newer host's syntax, one prompt to overfit on,
     prompts begun more than once (over-sampling goes on into the next epoch), counts that are unknown, rates after a
     checkpoint, of pretrained weights or another stage. Red with any refused."""

@@ -197,7 +197,7 @@ def test_evaluations_by_task() -> None:
 
 
 def test_text_of_numbers() -> None:
-    """Goal: columns of numbers stand to the right, durations read well. Red with ljust throughout."""
+    """Goal: columns of numbers are aligned right, durations read well. Red with ljust throughout."""
     assert columns([["a", "n"], ["x", "1.5"], ["y", "10.25"]]) == "a      n\nx    1.5\ny  10.25"
     assert [duration(s) for s in (5, 65, 3725)] == ["5s", "1m05s", "1h02m"]
 

@@ -201,7 +201,7 @@ def test_all_problems_at_once() -> None:
 
 
 def test_the_form_of_an_error() -> None:
-    """Goal: the form that style.md gives. Red with the fix before what was found."""
+    """Goal: message, found, needed, fix, in this order. Red with the fix before what was found."""
     plan = plan_for(**CUDA, engine__gpu_ranks=[1])
     first, found, needed, fix, last = DeployError.of(plan.problems).text().splitlines()
     assert first.startswith("error: gpu-7 has 1 GPU")
@@ -334,7 +334,7 @@ def test_replicas_have_ports_and_devices_of_their_own() -> None:
     assert required_ports(config) == [30180, 30181]
 
 
-def test_a_router_stands_in_front_of_the_replicas() -> None:
+def test_a_router_is_in_front_of_the_replicas() -> None:
     """Goal: a window more, after the replicas', in their environment and without a GPU; --plan shows its command line;
     the trainer gets its URL beside theirs, and its port must be free. Red with the router's window left out."""
     routed: dict[str, Any] = {"engine__replicas": 2, "engine__gpu_ranks": [0, 1], "engine__router_port": 31000}

@@ -142,12 +142,12 @@ def test_a_row_with_another_field(name: str, value: Any) -> None:
 
 @pytest.mark.parametrize("said", ODD)
 def test_a_probe_that_is_none(said: str) -> None:
-    """Goal: a probe that is no JSON object is an error about the host. Red with a RecursionError let through."""
+    """Goal: a probe that is not a JSON object is an error about the host. Red with a RecursionError let through."""
     refused(lambda: gather_facts(Answering(f"home=/h\nprobe={said}\n")))
 
 
 def test_fields_of_a_later_version_are_passed_over() -> None:
-    """Goal: a field that nobody asked for does no harm. Red with HostFacts(**probe): TypeError."""
+    """Goal: a field that was not asked for does no harm. Red with HostFacts(**probe): TypeError."""
     facts = parse_facts([("home", "/h"), ("probe", json.dumps({**PROBE, "new": 1, "runs": [{**ROW, "new": 1}]}))])
     assert facts.python == "/p" and facts.runs[0]["run_id"] == "r"
 
@@ -176,7 +176,7 @@ def test_output_without_a_line_s_end_before_the_probe(monkeypatch: pytest.Monkey
     ],
 )
 def test_types(value: object, kind: Any, good: bool) -> None:
-    """Goal: true is no number, a number is finite, lists and objects are looked into. Red with isinstance alone."""
+    """Goal: true is not a number, a number is finite, lists and objects are looked into. Red with isinstance alone."""
     if good:
         assert checked({"a": value}, {"a": kind}) == {"a": value}
     else:

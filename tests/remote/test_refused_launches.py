@@ -62,7 +62,7 @@ def test_a_launch_that_comes_second(laptop: Laptop, other: str) -> None:
         assert run_dir.observe(theirs).state == "running"
 
 
-def test_what_another_user_left_is_no_obstacle() -> None:
+def test_what_another_user_left_does_not_matter() -> None:
     """Goal: a directory among the runs that may not be read, here another user's, and a file in a directory's place,
     stop no look, no clean-up and no launch. Red with PermissionError let through in any of the three."""
     with tempfile.TemporaryDirectory() as directory:

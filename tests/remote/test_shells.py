@@ -57,7 +57,7 @@ def test_a_shell_that_speaks(kind: str, here: Laptop, make_host: MakeHost) -> No
     ],
 )
 def test_start_up_files_that_do_no_harm(text: str, here: Laptop, make_host: MakeHost) -> None:
-    """Goal: what does not get in rsync's way is no problem, and changes no answer. Red without python -I."""
+    """Goal: output that rsync can take is not a problem, and changes no answer. Red without python -I."""
     host = make_host(start_up={".bashrc": text, "json.py": "raise SystemExit('shadowed')\n"})
     with transport_to(host.target) as transport:
         facts = gather_facts(transport, check_way=True)

@@ -89,7 +89,7 @@ def test_on_a_cpu() -> None:
     ids=["nothing", "driver", "card", "libraries", "what does not act", "two ranks", "compiled"],
 )
 def test_what_is_tried_again(changes: dict[str, Any], same: bool) -> None:
-    """Goal: a marker stands for environment, devices, driver and what acts on them, and for nothing else: a run id in
+    """Goal: a marker names environment, devices, driver and what acts on them, and nothing else: a run id in
     it would repeat the test in each run. Red with the driver left out, with all variables in it, and with paths of the
     run's directory."""
     base: dict[str, Any] = {**CUDA, **HALF, **SGLANG}

@@ -48,7 +48,7 @@ def test_targets(text: str, target: Target) -> None:
     "text", ["", "a b", "host:port", "host:0", "host:70000", "-oProxyCommand=x", "a@b@c", "x/y", "::1"]
 )
 def test_no_targets(text: str) -> None:
-    """Goal: what is no host is refused before ssh sees it. Red with a leading dash let through."""
+    """Goal: an invalid host is refused before ssh sees it. Red with a leading dash let through."""
     with pytest.raises(DeployError, match="--remote"):
         parse_target(text)
 

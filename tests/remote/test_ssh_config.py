@@ -199,7 +199,7 @@ def test_known_hosts_that_keep_nothing(here: Laptop, make_host: MakeHost, tmp_pa
         assert any("stricthostkeychecking" in note for note in transport.notes())
 
 
-def test_an_agent_of_its_own(here: Laptop, make_host: MakeHost, tmp_path: Path) -> None:
+def test_an_agent_at_another_socket(here: Laptop, make_host: MakeHost, tmp_path: Path) -> None:
     """Goal: IdentityAgent, as 1Password writes it, is where the keys are. Red with $SSH_AUTH_SOCK alone asked."""
     host = make_host()
     socket = tmp_path / "Group Containers/a.sock"
@@ -251,7 +251,7 @@ def test_a_certificate_as_the_key(here: Laptop, make_host: MakeHost, tmp_path: P
     reach("gpu-7", tmp_path)
 
 
-def test_jump_hosts_each_with_settings_of_its_own(here: Laptop, make_host: MakeHost, tmp_path: Path) -> None:
+def test_jump_hosts_each_with_its_own_settings(here: Laptop, make_host: MakeHost, tmp_path: Path) -> None:
     """Goal: every hop is asked of the configuration by itself: alias, port, key, the hop's own jump; both clients.
 
     Red with the jump hosts' settings taken from the host's.

@@ -111,7 +111,7 @@ def test_what_is_set_for_a_user_s_own_rsync(
     assert contents(tree) == contents(repository)
 
 
-def test_a_name_that_is_no_text(repository: Path, tmp_path: Path) -> None:
+def test_a_name_that_is_not_text(repository: Path, tmp_path: Path) -> None:
     """Goal: a file name that is not UTF-8 arrives. Red with names decoded strictly."""
     (Path(os.fsdecode(os.fsencode(repository) + b"/latin-\xe9.txt"))).write_text("x")
     assert os.fsencode("latin-\udce9.txt") in os.listdir(os.fsencode(send(repository, tmp_path / "home", "r")))

@@ -283,7 +283,7 @@ class Silent(LocalTransport):
         return f"host:{path}"
 
 
-def test_a_transfer_that_stands_still_ends(tmp_path: Path) -> None:
+def test_an_idle_transfer_ends(tmp_path: Path) -> None:
     """Goal: the time-out is for silence, not for the whole transfer. Red without rsync's --timeout: it never ended."""
     repository = make_repository(tmp_path / "p", {"a.txt": "x"})
     with pytest.raises(TransportError) as caught:

@@ -262,7 +262,7 @@ def test_no_row_is_too_odd(file: str, row: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("first", [-1.7e308, 0.0, 10**300])
 def test_times_that_no_clock_tells(first: float) -> None:
-    """Goal: a rate that no number holds is no rate. Red with the time to the end shown all the same: OverflowError,
+    """Goal: a rate that no number holds is left out. Red with the time to the end shown all the same: OverflowError,
     "deploy itself failed"."""
     for odd in ODD:
         metrics = {"stage": "sft", "step": 1, "time": first}
@@ -282,8 +282,8 @@ def test_rows_that_lack_a_field_are_counted() -> None:
 
 
 def test_an_evaluation_without_a_finite_value() -> None:
-    """Goal: a loss that was no number, null in the file, is shown as such and is no damage; one that no float holds is.
-    Red with the null counted as a row with a wrong field."""
+    """Goal: a loss that was not a number, null in the file, is shown as such and is not damage; one that no float holds
+    is. Red with the null counted as a row with a wrong field."""
     row = {"stage": "sft", "step": 3, "split": "test", "metric": "validation_loss", "value": None}
     view = fold(fold(View(), "eval.jsonl", row), "eval.jsonl", {**row, "value": 10**400})
     assert view.malformed == 1

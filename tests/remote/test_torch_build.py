@@ -64,7 +64,7 @@ def test_the_build_names_the_environment() -> None:
 
 
 def test_an_engines_lock_has_its_torch() -> None:
-    """Goal: a CUDA lock pins torch's packages, so it is installed as it stands; a CPU's lock gets a CPU build. Red with
+    """Goal: a CUDA lock pins torch's packages, so it is installed unchanged; a CPU's lock gets a CPU build. Red with
     the trainer's build for both: cu126 beside packages of CUDA 13."""
     facts = {"driver": "550.54.14"}
     assert builds(plan_for(**CUDA, **SGLANG, facts=facts, host__torch_build="auto")) == [
@@ -114,7 +114,7 @@ def test_each_problem(changes: dict[str, Any], expected: list[str]) -> None:
     assert any(all(part in text for part in expected) for text in problems), problems
 
 
-def test_the_same_torch_is_no_problem() -> None:
+def test_the_same_torch_is_not_a_problem() -> None:
     """Goal: 2.13 and 2.13.0 are one version, with any build; a way that shares nothing may have two. Red with the texts
     compared."""
     own: dict[str, Any] = {**SHARED, "facts": {"gpus": TWO, "driver": "580.1"}, "host__torch_build": "auto"}
@@ -164,7 +164,7 @@ def test_the_python_of_each_environment(facts: dict[str, Any], expected: list[tu
 
 
 def test_a_host_without_uv() -> None:
-    """Goal: host.installer='uv' is no problem on a host that lacks it; it is brought, and the plan says so. Red with a
-    problem of it."""
+    """Goal: host.installer='uv' is not a problem on a host that lacks it; it is brought, and the plan says so. Red with
+    a problem of it."""
     plan = plan_for(host__installer="uv", facts={"tools": {"tmux": "t", "rsync": "r"}})
     assert plan.problems == () and any("the host has no uv" in note for note in plan.notes)

@@ -1,4 +1,4 @@
-"""What comes from a host, and is kept here: never more than anything of ours is long, whichever way it came."""
+"""Limits on what a host sends: no output or line that is kept here is longer than any of ours can be."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ END_WAIT_S = 5.0  # for a program that was asked to end
 
 
 class Collected:
-    """A command's whole stdout as it comes. Raises DeployError once it is longer than anything of ours."""
+    """Collect a command's whole stdout. Raises DeployError once it is longer than any of ours can be."""
 
     def __init__(self, target: str) -> None:
         self._target = target

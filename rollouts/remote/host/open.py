@@ -1,4 +1,4 @@
-"""Open the way to where a run takes place."""
+"""Open a transport to the host that a run takes place on."""
 
 from rollouts.remote.host.local import LocalTransport
 from rollouts.remote.host.transport import LOCAL_TARGET, Transport, parse_target

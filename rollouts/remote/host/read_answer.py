@@ -1,7 +1,7 @@
-"""What a host answers, read in one place: found among other output, its fields and their types checked.
+"""Read what a host answers: find it among other output, and check its fields and their types.
 
-A host is trusted with no more than what was asked of it. A malformed answer, or one with a field of another type, is an
-error that names the host, shows what it said and tells what to do; never a traceback. Pure.
+A host's answer is data: nothing in it is trusted beyond what was asked. A malformed answer, or one with a field of
+another type, is an error that names the host, shows what it said and tells what to do; never a traceback. Pure.
 """
 
 import json

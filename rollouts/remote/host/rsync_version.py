@@ -1,4 +1,4 @@
-"""What this machine's rsync knows. macOS has one of 2006, or openrsync, which calls itself as old."""
+"""The version of this machine's rsync. macOS has one of 2006, or openrsync, which reports as old a version."""
 
 import functools
 import re

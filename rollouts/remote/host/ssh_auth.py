@@ -37,7 +37,7 @@ class LoginTimeout(TimeoutError):
 
 @dataclass(eq=False)
 class LoginFailed(Exception):
-    """No key opened the door; what was learned on the way."""
+    """No key was accepted; the fields say what was learned."""
 
     allowed: list[str] = field(default_factory=list)  # what the host accepts; [] when it did not say
     tried: list[str] = field(default_factory=list)
@@ -52,7 +52,7 @@ class LoginFailed(Exception):
 
 
 class Agent(AgentSSH):
-    """An SSH agent at any socket: paramiko's own knows $SSH_AUTH_SOCK alone."""
+    """An SSH agent at any socket: paramiko's agent class knows only $SSH_AUTH_SOCK."""
 
     def __init__(self, path: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The error that a user can act on, for whatever connecting raised: by the machine that failed, for the cause seen."""
+"""Turn what connecting raised into an error that a user can act on: which machine failed, why, and the fix."""
 
 import shlex
 import socket

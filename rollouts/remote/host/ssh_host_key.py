@@ -1,4 +1,4 @@
-"""Deciding whether a host's key is the one that is known here. Strict: no key passes that no file vouches for.
+"""Check a host's key against known_hosts files. Strict: a key passes only if one of these files has it.
 
 A new key is added only when told to, once, before anything is sent; a changed, other or revoked key never passes.
 """
@@ -30,7 +30,7 @@ CERTIFICATE = "-cert-v01@openssh.com"
 
 
 class HostKeyError(Exception):
-    """The host's key does not pass. `key` is what it showed."""
+    """The host's key is refused. `key` is what it showed."""
 
     def __init__(self, key: paramiko.PKey) -> None:
         super().__init__(fingerprint(key))
@@ -62,7 +62,7 @@ class RevokedHostKey(HostKeyError):
 
 
 class BadHostCertificate(HostKeyError):
-    """A @cert-authority is known, and it does not vouch for what the host showed."""
+    """A @cert-authority is known, and the host's certificate is not valid by it."""
 
     def __init__(self, key: paramiko.PKey, reason: str) -> None:
         super().__init__(key)

@@ -1,4 +1,4 @@
-"""The bytes' way to a machine: TCP, a jump host's channel, or a ProxyCommand."""
+"""A socket to a machine: over TCP, a jump host's channel, or a ProxyCommand."""
 
 import contextlib
 import os

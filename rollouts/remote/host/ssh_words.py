@@ -1,4 +1,4 @@
-"""What the OpenSSH client said before it gave up (exit code 255), as an error with its fix. Pure."""
+"""Turn the OpenSSH client's last words (exit code 255) into an error with its fix. Pure."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Does all that a run needs get through to a host? Commands do, once facts were gathered; this asks for rsync."""
+"""Check that rsync gets through to a host; commands do, once facts were gathered."""
 
 from pathlib import Path
 

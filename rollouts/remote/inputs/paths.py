@@ -9,7 +9,7 @@ from typing import Literal
 from rollouts.plain_files import reading
 from rollouts.remote.errors import Problem
 
-Locality = Literal["sent", "not sent", "missing"]
+PathState = Literal["sent", "not sent", "missing"]
 LINKS_MAX = 40  # in a row, as in the kernel
 POINTER_BYTES_MAX = 1024
 POINTERS = {  # how a pointer to the real file begins, and what fetches that file
@@ -24,7 +24,7 @@ class Located:
     """What a name leads to."""
 
     name: str  # as the config has it
-    state: Locality
+    state: PathState
     file: str = ""  # where it leads to, from the repository's root; "" where that is outside
     links: tuple[str, ...] = ()  # "configs/mine.jsonl -> ../outside.jsonl", each link on the way
     why: Literal["", "ignored", "outside", "dangling", "submodule"] = ""  # it would not reach the host
@@ -72,7 +72,7 @@ class SentFiles:
             return Located(name, "not sent", file, links, "ignored")
         return Located(name, "missing", file, links, "dangling" if links else "")
 
-    def _outside(self, name: str) -> Locality:
+    def _outside(self, name: str) -> PathState:
         return "not sent" if (self.root / name).exists() else "missing"
 
     def below(self, folder: str) -> Iterator[str]:

@@ -19,7 +19,7 @@ HUB: Mapping[str, Mapping[str, Any]] = known_models()
 
 
 class ShapeError(ValueError):
-    """A config.json that tells no shape. The message says why."""
+    """A config.json without a shape that can be read. The message says why."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -137,16 +137,16 @@ def _path_problems(config: Config, facts: HostFacts, code: Code, target: str) ->
             f"{_place(config.host.constraints_file, code)}.",
             fix=_nearest_file(config.host.constraints_file, code) + ", or set None to install unconstrained",
         )
-    for name, locality in code.named.items():
+    for name, state in code.named.items():
         if name in code.inputs.paths:
             yield code.inputs.paths[name]
-        elif locality == "not sent":
+        elif state == "not sent":
             yield Problem(
                 f"{name!r} is here, but git ignores it, so it would not reach the host.",
                 needed="a path that git lists, an absolute path on the host, or a hub id",
                 fix=f"remove it from .gitignore, or copy it to the host and name it there: /…/{Path(name).name}",
             )
-        elif locality == "missing" and _looks_like_path(name):
+        elif state == "missing" and _looks_like_path(name):
             yield Problem(
                 f"{name!r} does not exist in {code.root}.",
                 needed="a path relative to the repository, an absolute path on the host, or a hub id",

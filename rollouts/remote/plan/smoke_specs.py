@@ -1,4 +1,4 @@
-"""What is tried on the host before the first stage: which checks, with which environment, named by what. Pure."""
+"""The smoke tests of a run: what is tried on the host before the first stage, in which environment. Pure."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Writing what a host sends: names of a closed list, plain files, inside one directory, no link ever followed.
+"""Write what a host sends: only names of a closed list, plain files, inside one directory, and through no link.
 
 A name is checked as text, then by where it leads: every directory on the way is opened under the one before it and
 must be a real directory, and the file itself must be a plain one. Even if a mirror holds a link, nothing is written
@@ -35,7 +35,7 @@ MODE, DIRECTORY_MODE = 0o600, 0o700
 
 
 class RefusedNameError(DeployError):
-    """What a host names is not written. `kind` says why, for a count of them."""
+    """A name from a host that is not written. `kind` says why, for counting."""
 
     def __init__(self, name: str, kind: str) -> None:
         super().__init__(f"the host names the file {name[:200]!r}, {kind}.", started=True)

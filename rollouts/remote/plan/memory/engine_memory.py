@@ -22,7 +22,7 @@ CARD_BYTES_UNKNOWN = 24 * GIB  # what rules that ask for a card's size get where
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """A card, in bytes. `have`: what a job can take; None: it tells no memory."""
+    """A card, in bytes. `have`: what a job can take; None: it reports no memory."""
 
     have: int | None
     total: int | None

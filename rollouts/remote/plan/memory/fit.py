@@ -1,4 +1,4 @@
-"""Which GPUs a config does not fit, and the nearest change with which it does. Pure."""
+"""Which GPUs a config does not fit into, and the nearest change with which it fits. Pure."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
