@@ -143,6 +143,12 @@ def _anchors(text: str) -> Iterator[str]:
         yield re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
+def test_no_page_has_two_versions_of_a_line() -> None:
+    """Goal: a merge is finished before it lands. Red with the marks of one left in docs/architecture.md."""
+    marks = re.compile(r"^(<{7} |={7}$|>{7} )", re.MULTILINE)
+    assert [page for page in PAGES if marks.search((ROOT / page).read_text(encoding="utf-8"))] == []
+
+
 def test_files_that_pages_name_exist() -> None:
     """Goal: a page never sends one to a file that was moved. Red with a module renamed."""
     spans = [(page, span) for page in PAGES for span in re.findall(r"`([^`\n]+)`", (ROOT / page).read_text())]
