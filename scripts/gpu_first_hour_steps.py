@@ -295,8 +295,8 @@ def engine_plan() -> LaunchPlan:
 def engine_environment(_: argparse.Namespace) -> None:
     """Make SGLang's environment by its lock, by the plan of configs/01, and try it. Prints its directory."""
     from rollouts.worker.engine_tools import with_tools
-    from rollouts.worker.environments.environment import ensure_environment
     from rollouts.worker.environments.installer import BootstrapDeadline
+    from rollouts.worker.environments.virtual_environment import ensure_environment
 
     launch = engine_plan()
     with tempfile.TemporaryDirectory() as name:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from rollouts.remote.plan import environment_key, read_lock
 from rollouts.run_dir import EnvironmentSpec, RunDir
-from rollouts.worker.environments.environment import ensure_environment
 from rollouts.worker.environments.installer import BootstrapDeadline
+from rollouts.worker.environments.virtual_environment import ensure_environment
 
 REPOSITORY = Path(__file__).parents[2]
 ENVIRONMENTS_VARIABLE = "ROLLOUTS_TEST_ENVIRONMENTS"  # as in tests/e2e

@@ -22,7 +22,7 @@ from rollouts.training.rl_losses import grpo_loss
 from rollouts.training.weight_sync import SGLangEngine
 from rollouts.training.weights.publish import WeightPublisher
 from rollouts.worker.engine_tools import with_tools
-from rollouts.worker.environments.environment import is_complete
+from rollouts.worker.environments.virtual_environment import is_complete
 from scripts.gpu_first_hour_steps import engine_plan
 from tests.engines.serving import EOS, VOCAB, await_health, free_port, make_tokenizer, serving, start
 from tests.weights.deliveries import IDS, delivery_of

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from rollouts.run_dir import EnvironmentSpec, RunDir
-from rollouts.worker.environments.environment import ensure_environment
+from rollouts.worker.environments.virtual_environment import ensure_environment
 from tests.worker.environments import deadline, write_wheel
 from tests.worker.stands import Host, private_tmux, survivors
 

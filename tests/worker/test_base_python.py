@@ -17,8 +17,8 @@ import pytest
 
 from rollouts.run_dir import EnvironmentSpec, RunDir
 from rollouts.worker.environments import fetch_uv
-from rollouts.worker.environments.environment import ensure_environment
 from rollouts.worker.environments.installer import BootstrapError
+from rollouts.worker.environments.virtual_environment import ensure_environment
 from tests.worker.environments import deadline, version_in
 from tests.worker.indexes import served, write_page
 

@@ -14,8 +14,8 @@ import pytest
 
 from rollouts import run_dir
 from rollouts.run_dir import EnvironmentSpec, RunDir
-from rollouts.worker.environments.environment import ensure_environment, is_complete
 from rollouts.worker.environments.installer import BootstrapError
+from rollouts.worker.environments.virtual_environment import ensure_environment, is_complete
 from tests.worker.environments import actions, deadline, version_in, write_wheel
 from tests.worker.stands import (
     Host,

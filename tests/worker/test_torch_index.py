@@ -10,8 +10,8 @@ import pytest
 
 from rollouts.run_dir import EnvironmentSpec, RunDir
 from rollouts.worker.environments import torch_index
-from rollouts.worker.environments.environment import ensure_environment
 from rollouts.worker.environments.installer import BootstrapError
+from rollouts.worker.environments.virtual_environment import ensure_environment
 from tests.worker.environments import deadline
 from tests.worker.indexes import served, write_page, write_torch
 from tests.worker.stands import events

@@ -17,16 +17,16 @@ from pathlib import Path
 from rollouts import run_dir
 from rollouts.plain_files import read_plain
 from rollouts.run_dir import LaunchPlan, RunDir, State
-from rollouts.worker.environments.environment import ensure_environment
 from rollouts.worker.environments.hub_model import fetch_model
 from rollouts.worker.environments.installer import BootstrapDeadline, BootstrapError
+from rollouts.worker.environments.virtual_environment import ensure_environment
 from rollouts.worker.processes import STOPPED_CODE, SUPERVISOR_STAGE, SUPERVISOR_WINDOW, end_marked, window_mark
 from rollouts.worker.supervise.console import say
 from rollouts.worker.supervise.engine_watch import RestartBudget
 from rollouts.worker.supervise.failures import RunFailed, StopRequested
 from rollouts.worker.supervise.journal import Journal
 from rollouts.worker.supervise.pulse import Pulse
-from rollouts.worker.supervise.smoke_checks import smoke_test
+from rollouts.worker.supervise.smoke_windows import smoke_test
 from rollouts.worker.supervise.stage_run import StageRun
 
 LOG_TAIL_LINES = 50

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rollouts.run_dir import RunDir, SmokeCheck, StageSpec
-from rollouts.worker.supervise import smoke_checks
+from rollouts.worker.supervise import smoke_windows
 from tests.worker.stands import (
     Host,
     as_status,
@@ -90,9 +90,9 @@ def test_once_on_a_host_before_any_stage(host: Host, tmp_path: Path, monkeypatch
     assert (ended["action"], ended["parts"]) == ("reused", {"smoke": {"torch": 0.5}})
     driver = tmp_path / "version"
     driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06\n")
-    assert smoke_checks._marker(changed).is_file()
-    monkeypatch.setattr(smoke_checks, "DRIVER_FILE", driver)
-    assert not smoke_checks._marker(changed).is_file()
+    assert smoke_windows._marker(changed).is_file()
+    monkeypatch.setattr(smoke_windows, "DRIVER_FILE", driver)
+    assert not smoke_windows._marker(changed).is_file()
 
 
 FAILS = [
