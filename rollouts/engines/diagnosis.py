@@ -118,6 +118,12 @@ INSTALL_RULES: Sequence[tuple[str, str]] = (
         " Debian 12.",
     ),
     (
+        r"ResolutionImpossible|conflicting dependencies|No solution found[^\n]*\n[^\n]*Because you require",
+        "Two of the requirements contradict each other, or the constraints: the lines before name both. Change"
+        " host.requirements so that it fits host.constraints_file, whose versions are one tested set; or name other"
+        " constraints.",
+    ),
+    (
         r"No space left on device|Errno 28\b",
         "The host's disk is full. Free some space there, or set ROLLOUTS_HOME on the host to a larger disk.",
     ),

@@ -220,7 +220,7 @@ CASES: list[tuple[str, str, list[str]]] = [
     (
         "an unknown flag (seen, SGLang)",
         "usage: sglang serve [-h] --model-path MODEL_PATH\nsglang serve: error: unrecognized arguments: --new-flag 1",
-        ["unrecognized arguments: --new-flag 1", "is not one of those in requirements"],
+        ["unrecognized arguments: --new-flag 1", "is not one of those in 'rollouts:requirements"],
     ),
     (
         "a package (seen, SGLang in the trainer's environment)",
@@ -276,6 +276,18 @@ INSTALLATIONS: list[tuple[str, str, list[str]]] = [
         "Because sglang==0.5.21 has no wheels with a matching platform tag (e.g., `manylinux_2_31_x86_64`) and you require"
         " sglang==0.5.21, we can conclude that your requirements are unsatisfiable.",
         ["C library is older", "glibc 2.34"],
+    ),
+    (
+        "a pin of the constraints (seen, pip)",
+        "    The user requested idna==3.10\n    The user requested (constraint) idna==3.20\n\nTo fix this you could try to:\n"
+        "ERROR: ResolutionImpossible: for help visit https://pip.pypa.io/en/latest/topics/dependency-resolution/",
+        ["contradict each other", "host.requirements"],
+    ),
+    (
+        "a pin of the constraints (seen, uv)",
+        "error: No solution found when resolving dependencies\n  cause: Because you require idna==3.10 and idna==3.20, we"
+        " can conclude that your requirements are unsatisfiable.",
+        ["contradict each other", "host.constraints_file"],
     ),
     (
         "a full disk",

@@ -46,7 +46,7 @@ def test_config_or_verb(line: str, expected: str) -> None:
 
 
 BAD_CONFIGS = [
-    ("missing", None, ["no such file", "configs/"]),
+    ("missing", None, ["bad.py: no such file"]),
     ("empty", "", ["defines no `config`"]),
     ("wrong type", "config = 3\n", ["`config` is int, needs to be a Config of rollouts.config"]),
     ("syntax", "a = 1\nconfig = (\n", ["bad.py:2: ", "config = ("]),

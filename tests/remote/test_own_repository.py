@@ -202,6 +202,13 @@ def test_requirements_of_the_user_s_rewards(tmp_path: Path) -> None:
     assert with_one.requirements == [*without.requirements, "levenshtein>=0.26"] and with_one.path != without.path
 
 
+@pytest.mark.parametrize(("line", "is_problem"), [("Torch==2.9.0", True), ("torch", False), ("torch==2.*", False)])
+def test_a_requirement_against_the_constraints(line: str, is_problem: bool, tmp_path: Path) -> None:
+    """Goal: two pins of one package are refused before anything is installed. Red with names compared as written."""
+    found = problems_of(make_own(tmp_path), host__requirements=[line])
+    assert bool(found) == is_problem == ("the constraints pin torch==2.13.0" in found), found
+
+
 def test_a_repository_without_commits(tmp_path: Path) -> None:
     """Goal: it runs, and one warning says what its record lacks. Red with the note that only --plan shows."""
     (tmp_path / "my_rewards.py").write_text(OWN["my_rewards.py"])

@@ -118,7 +118,7 @@ def test_two_runs_at_once_build_it_once(spec: EnvironmentSpec, run: RunDir, tmp_
 @pytest.mark.parametrize(
     ("name", "inputs"),
     [
-        ("trainer", "check host.constraints_file, the requirements in pyproject.toml, and that the host"),
+        ("trainer", "check host.constraints_file, host.requirements, and that the host"),
         ("engine", "check engine.requirements_file, and that the host"),
     ],
 )

@@ -1,6 +1,7 @@
 """Every reason why a run cannot start on its host. Pure: config + facts + code → problems."""
 
 import os
+import re
 import shlex
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -51,6 +52,7 @@ def input_problems(
     """Name what the config names and is not where it has to be."""
     yield from _path_problems(config, facts, code, target)
     yield from _lock_problems(config, code)
+    yield from _pin_problems(config, code)
     yield from _secret_problems(config, secrets_set)
 
 
@@ -193,6 +195,26 @@ def _lock_problems(config: Config, code: Code) -> Iterator[Problem]:
             needed=f"a lock that has {engine.kind}, for engine={type(engine).__name__}",
             fix=f"name a lock of {engine.kind}; {LOCKS}",
         )
+
+
+def _pin_problems(config: Config, code: Code) -> Iterator[Problem]:
+    """Find packages that host.requirements and the constraints pin to two versions: no installer can have both."""
+    pins = dict(_pinned(line) for line in (code.constraints or "").splitlines())
+    for line in config.host.requirements:
+        name, wanted = _pinned(line)
+        if wanted and "*" not in wanted and pins.get(name, wanted) not in ("", wanted):
+            yield Problem(
+                f"host.requirements asks for {line!r}, and the constraints pin {name}=={pins[name]}.",
+                found=f"host.constraints_file={config.host.constraints_file!r}",
+                needed="one version of a package in an environment",
+                fix=f"write {name!r} without a version, or name other constraints",
+            )
+
+
+def _pinned(line: str) -> tuple[str, str]:
+    """Return (name, version) of `name==version`, ("", "") of another line."""
+    found = re.match(r"\s*([\w.-]+)\s*(?:\[[^]]*\])?\s*==\s*([\w.*+!-]+)", line)
+    return (re.sub(r"[-_.]+", "-", found[1]).lower(), found[2]) if found else ("", "")
 
 
 def _place(file: str | None, code: Code) -> str:

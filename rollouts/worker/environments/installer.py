@@ -171,7 +171,7 @@ def run_installer(
 
 def inputs_of(spec: EnvironmentSpec) -> str:
     """What decides an environment's content, in the config's words."""
-    trainers = "host.constraints_file, the requirements in pyproject.toml"
+    trainers = "host.constraints_file, host.requirements"
     inputs = "engine.requirements_file" if spec.name == "engine" else trainers
     return inputs if spec.torch_build == "index" else f"{inputs}, host.torch_build={spec.torch_build!r}"
 
