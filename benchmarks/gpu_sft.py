@@ -18,7 +18,7 @@ from rollouts.training.backends.pytorch import PyTorchTrainingBackend
 from rollouts.training.compiled_layers import compile_layers
 from rollouts.training.flops import attended_length, flops_per_token
 from rollouts.training.loops.batching import collate
-from rollouts.training.loops.steps import train_step
+from rollouts.training.loops.train_step import train_step
 from rollouts.training.optim import build_optimizer
 from rollouts.training.rl_losses import sft_loss
 

@@ -53,7 +53,14 @@ FINISHED = (
     "rollouts.plain_files",
     "rollouts.remote",
     "rollouts.run_dir",
+    "rollouts.training.evaluation",
+    "rollouts.training.rollout_gen",
+    "rollouts.training.types",
     "rollouts.view",
+    "rollouts.worker.builders",
+    "rollouts.worker.stages",
+    "rollouts.worker.trainer",
+    "rollouts.worker.trainer_hub",
 )
 
 
@@ -102,3 +109,14 @@ def test_a_measure_of_a_finished_room_can_fail(
         (tmp_path / name).write_text(text)
     found = offenders(house.measures(tmp_path))
     assert [text[: len(measure)] for text in found] == ([measure] if measure else [])
+
+
+TYPED = ("rollouts.training.loops.", "rollouts.training.rollout_gen.", "rollouts.worker.")
+
+
+def test_loops_and_trainer_say_what_they_take(house: ModuleType) -> None:
+    """Goal: a backend, pool or reward that a loop or a stage takes has a type, and is not asked for its methods. Red
+    with `backend: Any` in run_rl, and with hasattr(backend, "expect")."""
+    modules = house.parse()
+    assert [where for _, where in house.open_seams(modules) if where.startswith(TYPED)] == []
+    assert [where for _, where in house.probes(modules) if where.startswith(TYPED)] == []

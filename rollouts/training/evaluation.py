@@ -1,4 +1,4 @@
-"""Greedy accuracy and pass@k on held-out rows, per task, through an engine or in process. Losses: loops/evaluation.py.
+"""Greedy accuracy and pass@k on held-out rows, per task, through engines or in process. Losses: loops/validation.py.
 
 Both ways decode and count the same thing, so the same weights give the same greedy number. Every row and every last
 partial batch counts. Sampled answers are drawn from seeds of their own: an evaluation changes no training run.
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 
@@ -25,6 +25,9 @@ from rollouts.training.rollout_gen.engine_generate import prompt_id, refuse_abor
 from rollouts.training.seams import Tokenizer
 from rollouts.training.types import Prompt, Sample
 
+if TYPE_CHECKING:
+    from torch import nn
+
 ALL_TASKS = "all"  # the name under which the rows of every task are counted together
 
 ScoreFn = Callable[[Sample], float]
@@ -33,7 +36,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Sampling:
-    """Answers that are sampled for each row, beside the greedy one: what pass@k is estimated from."""
+    """How answers are sampled for each row, beside the greedy one; pass@k is estimated from them."""
 
     num_samples: int  # per row
     temperature: float = 1.0
@@ -43,9 +46,9 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was answered, row by row, in the order of the rows."""
+    """The answers and their verdicts, in the order of the rows."""
 
-    tasks: list[str]  # which task each row belongs to
+    tasks: list[str]  # of each row
     responses: list[str]  # the greedy answers
     right: list[bool]  # whether each of those is right
     num_samples: int  # sampled answers per row; 0 without sampling
@@ -58,11 +61,11 @@ class Evaluation:
 
     @property
     def exact_match(self) -> float:
-        """Share of all rows whose greedy answer is right, 0 to 1."""
+        """Return the share of all rows whose greedy answer is right, 0 to 1."""
         return statistics.fmean(self.right)
 
     def metrics(self, ks: Sequence[int] = ()) -> dict[str, dict[str, float]]:
-        """By task: "exact_match", "pass@k" for each of `ks`, means over the task's rows, 0 to 1; "reward" of agents.
+        """Return by task: "exact_match" and "pass@k" for each of `ks`, means over its rows, 0 to 1; "reward" of agents.
 
         "all" counts every row once and comes first; the tasks follow where there is more than one. Raises ValueError
         for a k that is not within 1 and the number of sampled answers.
@@ -82,10 +85,10 @@ class Evaluation:
 
 
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
-    """Unbiased estimate of the chance that at least one of `k` answers is right: 1 - C(n - c, k) / C(n, k).
+    """Return an unbiased estimate of the chance that one of `k` answers is right: 1 - C(n - c, k) / C(n, k).
 
     n = `num_samples` were drawn, of which c = `num_right` are right (Chen et al. 2021, arXiv 2107.03374 eq. 1). The
-    binomials are taken as a product of ratios, which neither overflows nor cancels. Raises ValueError unless
+    binomials are a product of ratios here, which neither overflows nor cancels. Raises ValueError unless
     1 <= k <= n and 0 <= c <= n.
     """
     if not 1 <= k <= num_samples or not 0 <= num_right <= num_samples:
@@ -97,7 +100,7 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
 
 
 def task_of(item: Prompt | Sample) -> str:
-    """The task of a row, or of a Sample (its metadata first): its "task", else its format, else "all"."""
+    """Return the task of a row, or of a Sample (its metadata first): its "task", else its format, else "all"."""
     if isinstance(item, Sample):
         return str(item.metadata.get("task") or task_of(item.prompt))
     row = {} if isinstance(item, str) else item
@@ -105,20 +108,20 @@ def task_of(item: Prompt | Sample) -> str:
 
 
 def by_task(items: Sequence[T], tasks: Sequence[str]) -> dict[str, list[T]]:
-    """`items` by the task of each, tasks in the order of their names; all of them first, under "all".
+    """Return `items` by task, tasks in the order of their names; first all of them, under "all".
 
-    Where all belong to one task, "all" is that task and stands alone.
+    Where all belong to one task, "all" is the only key.
     """
     groups: dict[str, list[T]] = {ALL_TASKS: list(items)}
     if len(set(tasks)) > 1:
         for task in sorted(set(tasks)):
-            name = f"{task} (task)" if task == ALL_TASKS else task  # a row's own column may say anything
+            name = f"{task} (task)" if task == ALL_TASKS else task  # a row's own column may have that name
             groups[name] = [item for item, its_task in zip(items, tasks, strict=True) if its_task == task]
     return groups
 
 
 def mix_tasks(loaded: Sequence[tuple[str, Sequence[T]]], *, seed: int) -> list[T]:
-    """The prompt rows, or the Samples, of several (task, items) in one seeded order, each with its task.
+    """Return the prompt rows, or the Samples, of several (task, items) in one seeded order, each with its task.
 
     A row's own "task" stays. The order mixes the tasks, so that the first N items are a sample of all of them.
     """
@@ -134,7 +137,7 @@ def _with_task(item: Any, task: str) -> Any:
 
 
 def answer_records(rows: Sequence[Prompt], found: Evaluation) -> Iterator[dict[str, Any]]:
-    """A plain row for each held-out row: its place and id, the same at every step, the answer, the verdict."""
+    """Yield a plain record for each held-out row: place and id, the same at every step, the answer, the verdict."""
     for place, (row, task) in enumerate(zip(rows, found.tasks, strict=True)):
         expected = row.get("answer") if isinstance(row, Mapping) else None
         yield {
@@ -151,7 +154,7 @@ def answer_records(rows: Sequence[Prompt], found: Evaluation) -> Iterator[dict[s
 
 
 def exact_match(responses: Sequence[str], answers: Sequence[str]) -> float:
-    """Share of responses equal to their answer, white space around them apart. Raises ValueError on no rows."""
+    """Return the share of responses equal to their answer, but for white space. Raises ValueError for no rows."""
     if len(responses) != len(answers) or not responses:
         raise ValueError(
             f"exact_match: {len(responses)} responses for {len(answers)} answers; needs as many, at least one"
@@ -170,7 +173,7 @@ async def evaluate_with_engine(
     rows_per_request: int = 128,
     sampling: Sampling | None = None,
 ) -> Evaluation:
-    """Answer through a pool, or clients such as `weight_sync.SGLangEngine`; chunks of rows go to them in turn.
+    """Return the answers of a pool, or of clients like `weight_sync.SGLangEngine`; chunks of rows go to them in turn.
 
     An answer is right when score_fn gives 1.0. Each engine has one request in flight. A row's sampled answers follow
     from `sampling.seed` and its place alone. Raises ValueError for no rows, and what the client raises.
@@ -205,7 +208,7 @@ async def evaluate_with_engine(
 
 
 def evaluate_with_model(
-    model: Any,
+    model: "nn.Module",
     tokenizer: Tokenizer,
     rows: Sequence[Prompt],
     *,
@@ -216,8 +219,9 @@ def evaluate_with_model(
     batch_tokens: int = 2**17,
     sampling: Sampling | None = None,
 ) -> Evaluation:
-    """In process: left-padded `model.generate` of at most `batch_size` sequences at once, which with their padding and
-    the longest answers are at most `batch_tokens` tokens (a single one may be more).
+    """Return the answers of a model in this process: left-padded `model.generate` of `batch_size` sequences at once.
+
+    With padding and the longest answers, a batch has at most `batch_tokens` tokens (a single sequence may have more).
 
     Of the model's own generation_config only the tokens that end a turn count (Qwen's penalises repetition). The
     model's training mode and the global random state stay. Sampled answers follow from `sampling.seed`, `batch_size`
@@ -243,14 +247,14 @@ def evaluate_with_model(
 
 
 @contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Without gradients, dropout and the model's own generation_config; training mode and config come back after."""
+def evaluating(model: "nn.Module") -> Iterator[None]:
+    """Turn gradients, dropout and the model's own generation_config off within the context."""
     import torch
     from transformers import GenerationConfig
 
     was_training = model.training
     unwrap = getattr(model, "get_base_model", None)  # adapters (peft) wrap a model, and both have a config
-    models = [model] if unwrap is None else [model, unwrap()]
+    models: list[Any] = [model] if unwrap is None else [model, unwrap()]
     own_configs = [each.generation_config for each in models]
     model.eval()
     for each, own_config in zip(models, own_configs, strict=True):
@@ -267,8 +271,8 @@ def evaluating(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _seeded(seed: int, model: Any) -> Iterator[None]:
-    """The global generators seeded, and put back after."""
+def _seeded(seed: int, model: "nn.Module") -> Iterator[None]:
+    """Seed the global generators within the context, and restore them after."""
     import torch
 
     device = next(model.parameters()).device
@@ -278,7 +282,7 @@ def _seeded(seed: int, model: Any) -> Iterator[None]:
 
 
 def _generate(
-    model: Any,
+    model: "nn.Module",
     tokenizer: Tokenizer,
     rows: Sequence[Prompt],
     limits: tuple[int, int],
@@ -288,11 +292,10 @@ def _generate(
     max_new_tokens: int,
     **options: Any,
 ) -> list[list[str]]:
-    """`n` answers to each row, in the order of the rows; rows of like length share a batch, for little padding.
+    """Return `n` answers to each row, in the order of the rows; rows of like length share a batch, for little padding.
 
-    `limits` are the most rows of a batch and the most tokens.
-
-    An answer ends where the model's learned positions do, if it has a table of them.
+    `limits` are the most rows of a batch and the most tokens. An answer ends where the
+    model's learned positions do, if it has a table of them.
     """
     import torch
 
@@ -302,10 +305,11 @@ def _generate(
     room.require(max(map(max, prompts)), max(map(len, prompts)) + 1, "a prompt and the first token of its answer")
     order = sorted(range(len(rows)), key=lambda index: len(prompts[index]))
     answers: list[list[str]] = [[] for _ in rows]
+    generate: Any = model.generate  # a method of transformers' models, which torch's types do not know
     device = next(model.parameters()).device
     for chosen in _batches(order, lambda index: len(prompts[index]) + max_new_tokens, *limits):
         input_ids, attention_mask = _left_pad([prompts[index] for index in chosen], pad)
-        output = model.generate(
+        output = generate(
             input_ids=torch.tensor(input_ids, device=device),
             attention_mask=torch.tensor(attention_mask, device=device),
             num_beams=1,
@@ -322,7 +326,7 @@ def _generate(
 
 
 def _batches(order: Sequence[int], tokens: Callable[[int], int], size_max: int, tokens_max: int) -> Iterator[list[int]]:
-    """Cut `order`, shortest first, into batches of at most so many rows and tokens, each row as long as the longest."""
+    """Cut `order`, shortest first, into batches of at most `size_max` rows, and `tokens_max` tokens with padding."""
     batch: list[int] = []
     for index in order:
         if batch and (len(batch) == size_max or (len(batch) + 1) * tokens(index) > tokens_max):
@@ -365,6 +369,6 @@ def _left_pad(prompts: list[list[int]], pad: int) -> tuple[list[list[int]], list
 
 
 def _decode(tokenizer: Tokenizer, rows: list[list[int]], stops: list[int]) -> list[str]:
-    """Text up to the first stop token; what follows it is padding."""
+    """Return the text up to the first stop token; padding follows it."""
     cut = [list(itertools.takewhile(lambda token: token not in stops, row)) for row in rows]
     return tokenizer.batch_decode(cut, skip_special_tokens=True)

@@ -1,6 +1,6 @@
-"""The records that travel through the library. Plain data: no torch, no I/O.
+"""The records that all of the library shares. Plain data: no torch, no I/O.
 
-Tokens, mask, log-probs and weight version travel together from the engine; nothing here is ever re-encoded from text.
+Tokens, mask, log-probs and weight version stay together from the engine on; no text is encoded again.
 """
 
 from collections.abc import Awaitable, Callable
@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 REWARD_FAILURE = "reward_failure"  # in metadata: why a sample is not scorable, "reward_timeout" or "reward_death"
-Prompt = str | dict[str, Any]  # text, or a row with "messages" and whatever its reward needs
+Prompt = str | dict[str, Any]  # text, or a row with "messages" and the columns that its reward needs
 
 
 @dataclass
 class Sample:
-    """One prompt and what the policy said to it.
+    """One prompt and the policy's response.
 
-    `tokens` are the prompt's then the response's ids. `loss_mask` has one entry per token, 0.0 for what is not trained
-    on (the prompt, tool output). `rollout_log_probs` has one natural log-probability per *response* token, taken by the
-    sampler at the sampling temperature; 0.0 where the token was not sampled. Both stay empty for text-only samples.
+    `tokens` are the prompt's then the response's ids. `loss_mask` has one entry per token, 0.0 for tokens that are not
+    trained on (the prompt, tool output). `rollout_log_probs` has one natural log-probability per *response* token, the
+    sampler's at the sampling temperature; 0.0 where the token was not sampled. Both stay empty for text-only samples.
     """
 
     prompt: Prompt
@@ -42,7 +42,7 @@ class Sample:
 
 @dataclass
 class RolloutBatch:
-    """The groups kept for one optimizer step, flattened; the samples of a prompt stand together, in sampling order."""
+    """The groups kept for one optimizer step, flattened: the samples of a prompt in a row, in sampling order."""
 
     tokens: list[list[int]]
     loss_masks: list[list[float]]
@@ -74,10 +74,10 @@ class RLTrainingConfig:
     micro_batch_size: int | None = None  # sequences per rank and forward pass; None: all of a step's at once
     micro_batch_tokens: int | None = None  # instead: tokens per rank and forward pass, filled with whole sequences
     updates_per_batch: int = 1  # optimizer steps on each batch of rollouts
-    gamma: float = 1.0  # of baseline "value": the discount of what comes a token later
-    gae_lambda: float = 0.95  # of baseline "value": 1: the reward itself less the value, 0: one step's surprise alone
-    policy_lag_steps_max: int = 0  # generation runs ahead of training by at most so many; 0: in turn
-    in_flight_updates: bool = False  # weights change under running requests; False: an update waits for them
+    gamma: float = 1.0  # of baseline "value": the discount of a reward that comes a token later
+    gae_lambda: float = 0.95  # of baseline "value": 1: return minus value; 0: one-step TD error
+    policy_lag_steps_max: int = 0  # how many steps generation may run ahead of training; 0: they take turns
+    in_flight_updates: bool = False  # weights change under running requests; False: an update waits for those
 
 
 GenerateFn = Callable[..., list[Sample] | Awaitable[list[Sample]]]
@@ -87,7 +87,7 @@ FilterFn = Callable[[list[Sample]], bool | Awaitable[bool]]
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """How a batch of groups is made.
+    """The sizes and functions that make a batch of groups.
 
     `generate_fn(prompts)` gets one prompt's `n_samples_per_prompt` copies and returns as many Samples, in order;
     a `seed` keyword, where its signature has one, gets an int that is a function of the run's seed and the group.

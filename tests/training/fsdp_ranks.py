@@ -20,7 +20,7 @@ from rollouts.training.backends import FSDPConfig, FSDPTrainingBackend, PyTorchT
 from rollouts.training.backends.pytorch import PyTorchTrainingBackend as Backend
 from rollouts.training.compiled_layers import compile_layers, layers_of
 from rollouts.training.loops import run_rl_training, run_sft_training, validation_loss
-from rollouts.training.loops.steps import train_step
+from rollouts.training.loops.train_step import train_step
 from rollouts.training.lora import LoraSettings, apply_lora
 from rollouts.training.reference import as_reference
 from rollouts.training.rl_losses import policy_loss, sft_loss

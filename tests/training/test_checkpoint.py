@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rollouts.manifest import manifest_problems
 from rollouts.training import checkpoint
 from rollouts.training.checkpoint import CheckpointError, latest_checkpoint, list_checkpoints
-from rollouts.training.loops.steps import train_step
+from rollouts.training.loops.train_step import train_step
 from rollouts.training.optimizer_state import Staging
 from tests.training.backends.test_pytorch import sft_batch
 from tests.training.tiny import tiny_backend, tiny_model

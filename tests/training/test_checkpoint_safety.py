@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from rollouts.manifest import write_manifest
 from rollouts.training import optimizer_state
 from rollouts.training.checkpoint import CheckpointError
-from rollouts.training.loops.steps import train_step
+from rollouts.training.loops.train_step import train_step
 from rollouts.training.model_loading import ModelError, load_model, load_tokenizer
 from rollouts.training.reference import load_reference
 from rollouts.training.sharded_reader import UnsafeIndexError, read_index

@@ -17,7 +17,7 @@ import torch
 from base_config import Config, LoraConfig, MuonConfig
 from rollouts.run_dir import RunDir
 from rollouts.training.checkpoint import Retention
-from rollouts.training.loops.steps import train_step
+from rollouts.training.loops.train_step import train_step
 from rollouts.training.lora import is_lora, merged_state_dict
 from rollouts.training.metrics import WandbLogger
 from rollouts.training.model_loading import ModelError, load_model

@@ -140,11 +140,11 @@ def test_an_sft_run_logs_what_is_documented(tmp_path):
 def test_mfu_is_left_out_where_it_is_not_known(tmp_path):
     """Goal: no made-up utilisation, and no error. Red with a peak of 1.0 for cards that are not listed."""
     backend = tiny_backend(tmp_path)
-    unknown = Throughput.of(backend)
+    unknown = Throughput.of_backend(backend)
     assert unknown.peak is None and "mfu" not in unknown.metrics([4], 2.0, train_s=1.0, step_s=1.0)
     backend.model.config.model_type = "mamba"
-    assert "mfu" not in Throughput.of(backend, PEAK).metrics([4], 2.0, train_s=1.0, step_s=1.0)
-    assert set(Throughput.of(object(), PEAK).metrics([4], 2.0, train_s=1.0, step_s=1.0)) == {
+    assert "mfu" not in Throughput.of_backend(backend, PEAK).metrics([4], 2.0, train_s=1.0, step_s=1.0)
+    assert set(Throughput.of_backend(object(), PEAK).metrics([4], 2.0, train_s=1.0, step_s=1.0)) == {
         "trained_tokens",
         "tokens_per_s",
         "peak_memory_gib",
@@ -153,7 +153,7 @@ def test_mfu_is_left_out_where_it_is_not_known(tmp_path):
 
 def test_several_passes_and_peak_memory(tmp_path):
     """Goal: each update of a batch counts as work done; memory grows with what is held. Red with KiB read as bytes."""
-    throughput = Throughput.of(tiny_backend(tmp_path), PEAK)
+    throughput = Throughput.of_backend(tiny_backend(tmp_path), PEAK)
     once, twice = (throughput.metrics([4], 2.0, train_s=1.0, step_s=1.0, passes=n)["mfu"] for n in (1, 2))
     assert twice == pytest.approx(2 * once)
     before = peak_memory_gib(torch.device("cpu"))

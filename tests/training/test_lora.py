@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from rollouts.training.backends import create_pytorch_backend
 from rollouts.training.checkpoint import CheckpointError
 from rollouts.training.log_probs import selected_log_probs
-from rollouts.training.loops.steps import train_step
+from rollouts.training.loops.train_step import train_step
 from rollouts.training.lora import LoraSettings, apply_lora, base_as_reference, merged_state_dict, read_base
 from rollouts.training.model_loading import ModelError
 from rollouts.training.optim import build_optimizer

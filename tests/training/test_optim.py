@@ -10,7 +10,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from rollouts.training.checkpoint import CheckpointError
-from rollouts.training.loops.steps import train_step
+from rollouts.training.loops.train_step import train_step
 from rollouts.training.optim import (
     NS_COEFFICIENTS,
     NS_EPS,

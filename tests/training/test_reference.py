@@ -10,7 +10,7 @@ import torch
 from base_config import CISPO, GSPO, PPO, Config
 from rollouts.training.checkpoint import CheckpointError, Retention, read_metadata
 from rollouts.training.loops.rl_loop import prepare_grpo_batch
-from rollouts.training.loops.steps import train_step
+from rollouts.training.loops.train_step import train_step
 from rollouts.training.reference import as_reference, load_reference, weights_sha256
 from rollouts.training.rl_losses import trained_sequences
 from rollouts.worker.builders.backend import build_backend

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from base_config import Config
 from rollouts.run_dir import RunDir, read_jsonl
-from rollouts.training.loops.steps import StepsError
+from rollouts.training.loops.train_step import StepsError
 from rollouts.training.types import Sample
 from rollouts.worker import trainer
 from rollouts.worker.stages.parts import require_steps_left

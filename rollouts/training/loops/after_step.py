@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from rollouts.training import distributed
-from rollouts.training.loops.steps import due
+from rollouts.training.loops.train_step import due
 from rollouts.training.metrics import MetricsLogger
 from rollouts.training.seams import TrainFuture, TrainingBackend
 from rollouts.training.types import RLTrainingConfig, SFTTrainingConfig

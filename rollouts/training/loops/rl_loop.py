@@ -18,8 +18,8 @@ from rollouts.training.inference.pool.engine_pool import EnginePool
 from rollouts.training.loops.after_step import AfterStep, CheckpointFn, EvalFn, Hooks, call
 from rollouts.training.loops.rollout_batch import BatchOptions, prepare_grpo_batch
 from rollouts.training.loops.rollout_metrics import log_samples, rollout_metrics
-from rollouts.training.loops.steps import PrepareFn, check_steps, due, train_step
 from rollouts.training.loops.throughput import Throughput
+from rollouts.training.loops.train_step import PrepareFn, check_steps, due, train_step
 from rollouts.training.loops.value_step import add_value_advantages
 from rollouts.training.metrics import MetricsLogger
 from rollouts.training.rl_losses import ClipRange
@@ -108,7 +108,7 @@ async def run_rl(
         if hooks.evaluate is not None and first == 0:
             await call(hooks.evaluate, 0)
     estimate = _value_estimator(backend, config)
-    throughput = Throughput.of(backend, steps.peak_flops)
+    throughput = Throughput.of_backend(backend, steps.peak_flops)
     state = partial(dict[str, Any]) if rollouts is None else rollouts.save_state
     async with AfterStep(backend, config, hooks, state) as after:
         for step in range(first + 1, config.num_steps + 1):

@@ -4,7 +4,7 @@ import time
 
 from rollouts.training.loops.after_step import EvalFn, call
 from rollouts.training.loops.rollout_metrics import log_samples, rollout_metrics
-from rollouts.training.loops.steps import check_steps
+from rollouts.training.loops.train_step import check_steps
 from rollouts.training.metrics import MetricsLogger
 from rollouts.training.seams import RolloutManager
 from rollouts.training.types import RewardFn

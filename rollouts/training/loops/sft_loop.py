@@ -12,8 +12,8 @@ from rollouts.training.backends.minimal import complete
 from rollouts.training.loops.after_step import AfterStep, CheckpointFn, EvalFn, Hooks
 from rollouts.training.loops.batching import collate, step_indices
 from rollouts.training.loops.prefetch import prefetch
-from rollouts.training.loops.steps import check_steps, own_micro_batches, train_micro_batches
 from rollouts.training.loops.throughput import Throughput
+from rollouts.training.loops.train_step import check_steps, own_micro_batches, train_micro_batches
 from rollouts.training.metrics import MetricsLogger
 from rollouts.training.model_limits import require_fit
 from rollouts.training.seams import Batch, MinimalBackend, TrainingBackend
@@ -79,7 +79,7 @@ async def run_sft(
     _check_samples(samples)
     require_fit(backend.model, samples)
     data = {"fingerprint": _fingerprint(samples), "seed": steps.seed, "batch_size": config.batch_size}
-    throughput = Throughput.of(backend, steps.peak_flops)
+    throughput = Throughput.of_backend(backend, steps.peak_flops)
     left = range(_check_resume(steps.resume, data) + 1, config.num_steps + 1)
     prefetched = prefetch(partial(_prepare_step, samples, steps, backend.collective), left, depth=PREFETCH_STEPS)
     async with AfterStep(backend, config, hooks, lambda: {"data": data}) as after, prefetched as prepared:

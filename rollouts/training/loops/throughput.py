@@ -1,4 +1,4 @@
-"""What a step's tokens and seconds say about speed, and how much memory the process has needed so far."""
+"""Speed, from a step's tokens and seconds, and the most memory that the process has needed so far."""
 
 import resource
 import sys
@@ -17,15 +17,15 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Throughput:
-    """Of one run: on what it trains. `config` is None where the model's FLOPs are not known, `peak` likewise."""
+    """The device and model that a run trains on. `config` is None if the model's FLOPs are unknown, `peak` likewise."""
 
     device: torch.device
     config: Any | None  # a transformers config
     peak: float | None  # FLOP/s of one rank's device, in the dtype that it trains in
 
     @classmethod
-    def of(cls, backend: TrainingBackend, peak: float | None = None) -> "Throughput":
-        """Return that of a backend. `peak` None: what the maker states for the card, where listed."""
+    def of_backend(cls, backend: TrainingBackend, peak: float | None = None) -> "Throughput":
+        """Return the throughput of a backend. `peak` None: what the maker states for the card, where listed."""
         device = backend.device
         if peak is None and device.type == "cuda":
             peak = peak_flops(torch.cuda.get_device_name(device))
@@ -39,11 +39,10 @@ class Throughput:
     def metrics(
         self, lengths: Sequence[int], trained_tokens: float, *, train_s: float, step_s: float, passes: int = 1
     ) -> dict[str, float]:
-        """Rates of a step over documents of `lengths` tokens, memory, and "mfu" where it is known:
-        docs/reference/metrics.md.
+        """Return the rates of a step over documents of `lengths` tokens, memory, and "mfu" where it is known.
 
-        `passes` is how often each token went forward and backward within `train_s`. The numbers are all ranks', but for
-        the memory, which is this one's.
+        `passes` is how often each token went forward and backward within `train_s`. The numbers are all ranks';
+        the memory is this rank's. docs/reference/metrics.md has them all.
         """
         tokens = sum(lengths)
         found = {
@@ -59,7 +58,7 @@ class Throughput:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most that tensors have held on a CUDA device; elsewhere the most that this process has held of memory."""
+    """Return the most memory that tensors have held on a CUDA device; elsewhere, that this process has held."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere

@@ -20,7 +20,7 @@ async def validation_loss(
     batches_max: int = -1,
     pad_token_id: int = 0,
 ) -> dict[str, float]:
-    """{"loss", "tokens", "examples"}: the backend's loss, averaged over all trained tokens of `samples` in order.
+    """Return {"loss", "tokens", "examples"}: the backend's loss, averaged over all trained tokens of `samples`.
 
     `batch_size` examples per rank and forward pass; at most `batches_max` batches over all ranks (-1: all). Every rank
     calls this with the same samples. Raises ValueError when there is nothing to evaluate.
@@ -30,7 +30,7 @@ async def validation_loss(
     loss_sum, tokens, examples = 0.0, 0.0, 0
     own = chunks[distributed.rank() :: distributed.world_size()]
     backend = complete(backend)
-    if backend.collective:  # all ranks run the same number of forward passes; an empty chunk stands for none
+    if backend.collective:  # all ranks run the same number of forward passes; an empty chunk runs a blank batch
         own += [[]] * (math.ceil(len(chunks) / distributed.world_size()) - len(own))
     for chunk in own:
         rows = chunk or chunks[0]
@@ -56,7 +56,7 @@ async def validation_losses(
     batches_max: int = -1,
     pad_token_id: int = 0,
 ) -> dict[str, dict[str, float]]:
-    """By task what `validation_loss` gives of its samples, after "all", the mean over the tokens of every task.
+    """Return the `validation_loss` of each task, after "all", the mean over the tokens of every task.
 
     At most `batches_max` x `batch_size` samples are taken, from the front (-1: all). Every rank calls this with the
     same samples.

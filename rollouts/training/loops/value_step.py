@@ -1,7 +1,7 @@
 """Advantages from a value model: per token, by GAE over the trained tokens of each sequence.
 
 B sequences, T tokens. The reward comes with a sequence's last trained token, after which the episode is over. Tokens
-that are not trained on (a tool's output) are no actions: GAE passes over them.
+that are not trained on (a tool's output) are not actions: GAE skips them.
 """
 
 import math
@@ -20,7 +20,7 @@ Estimate = Literal["returns", "old_values", "advantages"]
 async def add_value_advantages(
     backend: TrainingBackend, micro_batches: list[Batch], *, gamma: float, gae_lambda: float, norm: str
 ) -> dict[str, float]:
-    """Give each micro-batch, which has "rewards" [B], its "old_values", "returns" and "advantages" [B, T].
+    """Add "old_values", "returns" and "advantages" [B, T] to each micro-batch, which has "rewards" [B].
 
     `norm` "batch" standardises the advantages over all trained tokens of the step; "none" leaves them. The numbers are
     the step's, over all ranks: "explained_variance" = 1 - Var(return - value) / Var(return), and "value_loss", half the
@@ -41,7 +41,7 @@ async def add_value_advantages(
     _, error_variance, square = _moments(errors_N)
     if norm == "batch":
         mean, variance, advantage_square = _moments(trained("advantages"))
-        contrast = _has_contrast(variance, max(advantage_square, return_square))  # returns less values were rounded
+        contrast = _has_contrast(variance, max(advantage_square, return_square))  # returns minus values were rounded
         for batch, keep in zip(micro_batches, kept, strict=True):
             standard = (batch["advantages"][:, 1:] - mean) / math.sqrt(variance) if contrast else 0.0
             batch["advantages"][:, 1:] = torch.where(keep, standard, 0.0)

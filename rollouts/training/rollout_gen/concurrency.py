@@ -7,9 +7,9 @@ import anyio
 
 
 async def gather_in_order(calls: Sequence[Callable[[], Awaitable[Any]]]) -> list[Any]:
-    """Results in the order of `calls`, all run at once; returns when the slowest is done.
+    """Run all `calls` at once and return their results, in order, when the slowest is done.
 
-    The first error cancels the rest and is raised as it is, not in a group; others stand in its notes.
+    The first error cancels the rest and is raised as it is, not in a group; its notes name the others.
     """
     results: list[Any] = [None] * len(calls)
 
@@ -27,7 +27,7 @@ async def gather_in_order(calls: Sequence[Callable[[], Awaitable[Any]]]) -> list
 
 
 def representative(group: BaseExceptionGroup) -> BaseException:
-    """The one to raise: what is no ordinary error (KeyboardInterrupt) goes before what is."""
+    """Choose which exception to raise: KeyboardInterrupt and the like before ordinary errors."""
     first, *others = sorted(group.exceptions, key=lambda error: isinstance(error, Exception))
     for other in others[:3]:
         first.add_note(f"at the same time: {type(other).__name__}: {other}")

@@ -12,7 +12,7 @@ from rollouts.training.types import RewardFn, RolloutBatch, RolloutConfig
 def generate_rollout_batches(
     buffer: DataBuffer, config: RolloutConfig, *, reward_fn: RewardFn | None = None
 ) -> Iterator[RolloutBatch]:
-    """Endless batches, as `AsyncRolloutManager.generate_batch` makes them; the caller stops.
+    """Yield batches without end, as `AsyncRolloutManager.generate_batch` makes them; the caller stops.
 
     Each batch runs its own event loop, so async functions given here must not keep connections between calls. Inside
     a running event loop use AsyncRolloutManager.

@@ -18,8 +18,9 @@ import anyio
 
 from rollouts.training.inference.http import EngineError
 from rollouts.training.inference.pool.engine_pool import EnginePool
-from rollouts.training.rollout_gen.async_rollout_manager import AsyncRolloutManager, PendingGroup
+from rollouts.training.rollout_gen.async_rollout_manager import AsyncRolloutManager
 from rollouts.training.rollout_gen.concurrency import representative
+from rollouts.training.rollout_gen.group_queue import PendingGroup
 from rollouts.training.seams import PromptSource, RolloutManager, RolloutSource
 from rollouts.training.types import RewardFn, RLTrainingConfig, RolloutBatch
 
@@ -85,7 +86,8 @@ class RolloutStream:
     """
 
     def __init__(self, manager: AsyncRolloutManager, config: RLTrainingConfig, reward_fn: RewardFn | None) -> None:
-        self.manager, self._reward_fn, self._config = manager, reward_fn, config
+        self.queue = manager.queue
+        self._manager, self._reward_fn, self._config = manager, reward_fn, config
         self._version: int | None = None  # of the weights that the engines serve: steps they were trained for
         self._taken = 0  # steps that have their batch
         self._is_new = True  # whether the version has changed since groups were last started
@@ -97,8 +99,8 @@ class RolloutStream:
 
         Its metadata also has "age_s_mean" and "age_s_max": seconds since its groups were started.
         """
-        await self._until(lambda: self.manager.head_is_ready)
-        batch, groups = self.manager.take()
+        await self._until(lambda: self.queue.has_batch)
+        batch, groups = self.queue.pop_batch()
         self._taken += 1
         batch.metadata |= _ages(groups)
         return batch
@@ -110,7 +112,7 @@ class RolloutStream:
         Unless updates are in flight, it first waits for the groups that may start under the old weights to finish.
         """
         if not self._config.in_flight_updates:
-            await self._until(lambda: not self.manager.running and not self._missing())
+            await self._until(lambda: not self.queue.running and not self._missing())
         yield
         if self._version is None:
             self._taken = version
@@ -119,11 +121,11 @@ class RolloutStream:
 
     def save_state(self) -> dict[str, Any]:
         """Return the manager's state: groups that still run are started again by a resumed run."""
-        return {"rollout_manager": self.manager.save_state()}
+        return {"rollout_manager": self.queue.save_state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from what `save_state` returned. Raises ValueError for the state of another kind of run."""
-        self.manager.load_state(_part_of(state, "rollout_manager"))
+        self.queue.load_state(_part_of(state, "rollout_manager"))
 
     async def produce(self) -> None:
         """Start groups as they may start, until cancelled. `next_batch` raises the failure that ends it."""
@@ -132,15 +134,15 @@ class RolloutStream:
             await self._changed.wait()
         try:
             async with anyio.create_task_group() as tasks:
-                for group in self.manager.begin_again():
+                for group in self.queue.start_unfinished():
                     tasks.start_soon(self._finish, group)
                 while True:
                     rounds = 0 if self._is_new else rounds
                     missing = self._missing()
-                    if missing and (self._is_new or not self.manager.running):
-                        self.manager.check_rounds(rounds)
+                    if missing and (self._is_new or not self.queue.running):
+                        self.queue.check_rounds(rounds)
                         rounds += 1
-                        for group in self.manager.begin(missing):
+                        for group in self.queue.start_round(missing):
                             tasks.start_soon(self._finish, group)
                     self._is_new = False
                     await self._changed.wait()
@@ -149,7 +151,7 @@ class RolloutStream:
             self._notify()
 
     async def _finish(self, group: PendingGroup) -> None:
-        await self.manager.finish(group, self._reward_fn)
+        await self._manager.finish(group, self._reward_fn)
         self._notify()
 
     def _missing(self) -> int:
@@ -157,7 +159,7 @@ class RolloutStream:
         if self._version is None:
             return 0
         reach = min(self._config.num_steps, self._version + 1 + self._config.policy_lag_steps_max) - self._taken
-        return max(0, reach * self.manager.config.batch_size - self.manager.ready - self.manager.running)
+        return max(0, reach * self._manager.config.batch_size - self.queue.ready - self.queue.running)
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         """Return once `condition` holds. Raises what made generation fail."""
@@ -233,7 +235,7 @@ async def _producing(stream: RolloutStream) -> AsyncIterator[RolloutStream]:
         error = representative(group)
         raise error from error.__cause__
     finally:
-        stream.manager.roll_back()
+        stream.queue.forget_running()
 
 
 async def _abort_all(pool: EnginePool) -> None:

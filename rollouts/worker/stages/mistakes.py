@@ -5,7 +5,7 @@ from rollouts.training.checkpoint import CheckpointError
 from rollouts.training.datasets.rows import DataError
 from rollouts.training.devices import DeviceError
 from rollouts.training.inference.http import EngineError
-from rollouts.training.loops.steps import StepsError
+from rollouts.training.loops.train_step import StepsError
 from rollouts.training.model_loading import ModelError
 from rollouts.training.rewards import RewardError
 from rollouts.training.rollout_gen.async_rollout_manager import RolloutError

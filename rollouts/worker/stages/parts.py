@@ -13,7 +13,7 @@ from rollouts.config import Config, RLConfig
 from rollouts.run_dir import RunDir, append_event
 from rollouts.training import distributed
 from rollouts.training.backends.pytorch import PyTorchTrainingBackend
-from rollouts.training.loops.steps import StepsError
+from rollouts.training.loops.train_step import StepsError
 from rollouts.training.model_loading import load_tokenizer, tensors_left_out
 from rollouts.training.seams import Tokenizer
 from rollouts.worker.builders import StageName

@@ -11,7 +11,7 @@ import torch
 from rollouts.training.backends import BackendFailedError, create_pytorch_backend
 from rollouts.training.loops.batching import collate, split_batch
 from rollouts.training.loops.rl_loop import prepare_grpo_batch
-from rollouts.training.loops.steps import train_step
+from rollouts.training.loops.train_step import train_step
 from rollouts.training.rl_losses import grpo_loss, ppo_loss, sft_loss
 from rollouts.training.types import RLTrainingConfig
 from tests.training.tiny import PAD, VOCAB, rollout_batch, sft_samples, tiny_backend, tiny_model, tiny_tokenizer

@@ -23,7 +23,7 @@ import torch
 from rollouts.training.backends.pytorch import PyTorchTrainingBackend
 from rollouts.training.datasets.data_buffer import DataBuffer
 from rollouts.training.loops import prepare_grpo_batch, run_rl_training
-from rollouts.training.loops.steps import train_step
+from rollouts.training.loops.train_step import train_step
 from rollouts.training.model_loading import load_model
 from rollouts.training.rl_losses import policy_loss
 from rollouts.training.rollout_gen.async_rollout_manager import AsyncRolloutManager

@@ -8,7 +8,7 @@ import anyio
 import pytest
 
 from rollouts.training.loops import collect_rollouts, run_rl_training, run_sft_training
-from rollouts.training.loops.steps import StepsError
+from rollouts.training.loops.train_step import StepsError
 from rollouts.training.metrics import CompositeLogger
 from rollouts.training.types import RLTrainingConfig, SFTTrainingConfig
 from tests.training.tiny import sft_samples, tiny_backend

@@ -168,7 +168,7 @@ async def test_lag_0_is_the_plain_loop() -> None:
     filters = {"filter_fn": even_seeds, "retries_max": 60, "over_sampling_factor": 1.5}
     world, plain = World(**filters), World(**filters)
     started: list[int] = []
-    batches = await world.train(5, 0, after_step=lambda step: started.append(world.manager._groups_started))
+    batches = await world.train(5, 0, after_step=lambda step: started.append(world.manager.queue.groups_started))
     expected = []
     for step in range(5):
         plain.version = step
@@ -234,7 +234,7 @@ async def test_a_failure_comes_to_the_trainer_as_itself() -> None:
     with pytest.raises(ZeroDivisionError, match="boom") as caught:
         await world.train(6, 1)
     assert isinstance(caught.value.__cause__, KeyError)
-    assert world.running == world.manager.running == 0
+    assert world.running == world.manager.queue.running == 0
 
 
 @pytest.mark.anyio
@@ -254,7 +254,7 @@ async def test_a_failure_of_training_ends_generation_and_loses_no_prompt() -> No
     world = World(pause=forever)
     with pytest.raises(FloatingPointError, match="nan"):
         await world.train(6, 1, train_pause=fail)
-    assert world.running == world.manager.running == 0
+    assert world.running == world.manager.queue.running == 0
     world.pause = no_pause
     assert prompts_of([await world.manager.generate_batch()]) == stream_of_prompts(3 * BATCH)[2 * BATCH :]
 
@@ -266,7 +266,7 @@ async def test_cancelling_from_outside_leaves_nothing_running(in_flight_updates:
     world = World(pause=anyio.sleep_forever)
     with anyio.move_on_after(0.05) as scope:
         await world.train(3, 1, in_flight_updates=in_flight_updates)
-    assert scope.cancelled_caught and world.running == world.manager.running == 0
+    assert scope.cancelled_caught and world.running == world.manager.queue.running == 0
     assert world.manager.buffer.get_prompts(BATCH) == stream_of_prompts(BATCH)
 
 
