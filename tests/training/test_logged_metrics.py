@@ -5,6 +5,7 @@ import math
 import re
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from rollouts.training import flops
+from rollouts.training.backends.minimal import complete
 from rollouts.training.backends.pytorch import PyTorchTrainingBackend
 from rollouts.training.datasets.data_buffer import DataBuffer
 from rollouts.training.loops import run_rl_training, run_sft_training
@@ -144,7 +146,8 @@ def test_mfu_is_left_out_where_it_is_not_known(tmp_path):
     assert unknown.peak is None and "mfu" not in unknown.metrics([4], 2.0, train_s=1.0, step_s=1.0)
     backend.model.config.model_type = "mamba"
     assert "mfu" not in Throughput.of_backend(backend, PEAK).metrics([4], 2.0, train_s=1.0, step_s=1.0)
-    assert set(Throughput.of_backend(object(), PEAK).metrics([4], 2.0, train_s=1.0, step_s=1.0)) == {
+    bare: Any = SimpleNamespace(forward_backward=None, optim_step=None)  # of a user's own: no device, no model
+    assert set(Throughput.of_backend(complete(bare), PEAK).metrics([4], 2.0, train_s=1.0, step_s=1.0)) == {
         "trained_tokens",
         "tokens_per_s",
         "peak_memory_gib",
