@@ -35,7 +35,7 @@ def collate(tokens: Sequence[Sequence[int]], loss_masks: Sequence[Sequence[float
 
 
 def pad(rows: Sequence[Sequence[float]], width: int, value: float, dtype: torch.dtype) -> Tensor:
-    """Rows of any lengths to [B, width], filled up on the right."""
+    """Return rows of any lengths as [B, width], filled up on the right."""
     return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], dtype=dtype)
 
 
@@ -74,7 +74,7 @@ def split_batch(
 
 
 def blank_batch(batch: Batch) -> Batch:
-    """The shortest sequence of `batch`, with nothing trained on: what a rank runs that has no micro-batch left.
+    """Return the shortest sequence of `batch`, none of it trained on: for a rank without a micro-batch left.
 
     Where a model is sharded, every forward pass needs all ranks. Its loss and its gradient are 0.
     """
@@ -85,7 +85,7 @@ def blank_batch(batch: Batch) -> Batch:
 
 
 def step_indices(count: int, batch_size: int, step: int, seed: int | None) -> list[int]:
-    """Which of `count` examples make up step `step` (from 0): positions in an endless run of epochs.
+    """Return which of `count` examples make up step `step` (from 0): positions in an endless run of epochs.
 
     Each epoch is shuffled by (`seed`, epoch); with seed None every one keeps the examples' own order, a curriculum.
 

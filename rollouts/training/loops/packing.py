@@ -8,7 +8,7 @@ def pack_best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Bins of indices into `lengths`, each bin's lengths summing to at most `capacity`; the fullest that fits is taken.
 
     Longest first, so that few bins are needed (best-fit decreasing: at most 11/9 of the optimum, Johnson 1973). Nothing
-    is cut or left out: a sequence longer than `capacity` gets a bin of its own. Ties keep the order given.
+    is cut or left out: a sequence longer than `capacity` gets its own bin. Ties keep the order given.
     """
     if capacity < 1:
         raise ValueError(f"capacity={capacity}: needs >= 1 token")

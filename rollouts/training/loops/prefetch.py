@@ -21,7 +21,7 @@ async def prefetch(
 ) -> AsyncIterator["AsyncIterator[tuple[int, T]]"]:
     """`async with prefetch(...) as prepared: async for step, batch in prepared: ...`, in the order of `steps`.
 
-    `prepare(step)` runs in one thread of its own, one step after another, at most `depth` (>= 1) steps ahead of what
+    `prepare(step)` runs in a separate thread, one step after another, at most `depth` (>= 1) steps ahead of what
     was taken; it must be a function of `step` alone (no global RNG, no event loop). What it raises is raised where
     that step's batch is taken, after all those before it. Nothing counts as done until it is taken: a run that dies
     here resumes from its own count of steps. However the block is left, the thread has ended when it is.
@@ -64,7 +64,7 @@ class _Prepared(Generic[T]):
 
 
 def _unless(closed: Event, prepare: Callable[[int], T], step: int) -> T:
-    """Steps that nobody will take end at once. They are not cancelled: that would not wake a thread that waits."""
+    """Run `prepare`, unless the block is left: then the step ends at once. A cancel would not wake a waiting thread."""
     if closed.is_set():
         raise RuntimeError(f"step {step} was taken after the end of its prefetch block")
     return prepare(step)

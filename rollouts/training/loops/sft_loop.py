@@ -52,7 +52,7 @@ async def run_sft_training(
     The order is a pure function of (`seed`, epoch), or with seed None the samples' own; each step takes the next
     `config.batch_size` examples, going on into the next epoch, and its result depends neither on the ranks nor on how
     micro-batches are cut.
-    `resume`: what `backend.load_checkpoint` returned; training goes on after its step, up to `config.num_steps`.
+    `resume`: what `backend.load_checkpoint` returned; training continues after its step, up to `config.num_steps`.
     `eval_fn(step)`, plain or async, runs on every rank each `eval_every` steps and after the last; the floats it
     returns are logged as "eval_…". A checkpoint is saved each `config.checkpoint_every` steps and after the last, while
     training goes on; once it is complete, `on_checkpoint(path, step)` is called on rank 0, as `metrics_logger` is. The
@@ -91,7 +91,7 @@ async def run_sft(
             metrics |= {"data_s": data_s, "train_s": step_s - data_s, "step_s": step_s}
             metrics |= throughput.metrics(batch.lengths, batch.trained_tokens, train_s=step_s - data_s, step_s=step_s)
             await after.finish(step, metrics)
-            started = time.monotonic()  # waiting for the next batch counts, what came after this step does not
+            started = time.monotonic()  # waiting for the next batch counts; evaluation and saving do not
     return after.history
 
 

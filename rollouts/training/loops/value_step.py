@@ -1,6 +1,6 @@
 """Advantages from a value model: per token, by GAE over the trained tokens of each sequence.
 
-B sequences, T tokens. The reward comes with a sequence's last trained token, after which the episode is over. Tokens
+B sequences, T tokens. The reward comes with a sequence's last trained token, where the episode ends. Tokens
 that are not trained on (a tool's output) are not actions: GAE skips them.
 """
 
@@ -50,7 +50,7 @@ async def add_value_advantages(
 
 
 def _has_contrast(variance: float, square: float) -> bool:
-    """Whether numbers of this variance differ by more than rounding at numbers of this mean square would make them."""
+    """Return whether numbers of this variance differ by more than rounding explains, at this mean square."""
     return variance > CONTRAST_MIN**2 * square
 
 
@@ -68,7 +68,7 @@ def _estimates(batch: Batch, gamma: float, gae_lambda: float) -> tuple[Tensor, T
 
 
 def _moments(values_N: Tensor) -> tuple[float, float, float]:
-    """Mean, variance (ddof 1; 0 where all are equal) and mean square of a step's numbers, over all ranks."""
+    """Return mean, variance (ddof 1; 0 if all are equal) and mean square of a step's numbers, over all ranks."""
     count, total = distributed.all_reduce_floats([float(len(values_N)), values_N.sum().item()])
     mean = total / max(1.0, count)
     spread, square = distributed.all_reduce_floats(
