@@ -12,7 +12,6 @@ if sys.argv[0].rpartition("/")[2] in ("deploy", "deploy.py", "rollouts"):  # not
 import contextlib
 import functools
 import importlib.metadata
-import inspect
 import os
 import pathlib
 import subprocess
@@ -20,10 +19,9 @@ import tomllib
 from collections.abc import Callable
 from typing import Annotated, Any
 
-import click
+import typer
 
 from rollouts.remote.command_line import CONFIG_VERB, HOST_VERB, ConfigOrVerb
-from rollouts.remote.verb_options import Argument, Option, params_of
 from rollouts.view.screen import Screen
 
 PAGE = """
@@ -108,26 +106,31 @@ Exit codes:
 INTERRUPTED = 130
 Function = Callable[..., Any]
 
-Remote = Annotated[str | None, Option(metavar="[USER@]HOST[:PORT]", help="The host; this machine without it.")]
-Json = Annotated[bool, Option("--json", help="Print JSON, for programs.")]
-AcceptKey = Annotated[bool, Option(help="Add the host's key to ~/.ssh/known_hosts if none is known.")]
-Run = Annotated[str, Argument(metavar="RUN", help="A run's name, as `deploy ls` shows it.")]
-
-
-def options(version: bool) -> None:
-    if version:
-        click.echo(f"rollouts {version_text()}")
-        raise click.exceptions.Exit(0)
-
-
-app = ConfigOrVerb(
+app = typer.Typer(
+    cls=ConfigOrVerb,
     help=PAGE,
-    callback=options,
-    invoke_without_command=True,
-    params=[click.Option(["--version"], is_flag=True, help="Print the version of this program, and its commit.")],
+    rich_markup_mode=None,
+    add_completion=False,
+    pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 118},
     subcommand_metavar="CONFIG | VERB RUN [OPTIONS]",
 )
+
+Remote = Annotated[str | None, typer.Option(metavar="[USER@]HOST[:PORT]", help="The host; this machine without it.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+AcceptKey = Annotated[bool, typer.Option(help="Add the host's key to ~/.ssh/known_hosts if none is known.")]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, as `deploy ls` shows it.")]
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version of this program, and its commit.")
+    ] = False,
+) -> None:
+    if version:
+        typer.echo(f"rollouts {version_text()}")
+        raise typer.Exit(0)
 
 
 def version_text() -> str:
@@ -154,6 +157,7 @@ def verb(
     """
 
     def register(function: Function) -> Function:
+        @app.command(name, hidden=hidden)
         @functools.wraps(function)
         def command(**options: Any) -> None:
             to_launch = launches and not options.get("show")
@@ -166,10 +170,8 @@ def verb(
             except KeyboardInterrupt:  # while modules are imported
                 sys.stderr.write("interrupted." + (" Nothing was started.\n" if to_launch else "\n"))
                 code = INTERRUPTED
-            raise click.exceptions.Exit(code)
+            raise typer.Exit(code)
 
-        params, text = params_of(function), inspect.getdoc(function)
-        app.add_command(click.Command(name, callback=command, params=params, help=text, hidden=hidden))
         return function
 
     return register
@@ -202,16 +204,16 @@ def _drop_output() -> None:
 
 @verb(CONFIG_VERB, hidden=True, launches=True)
 def run_config(
-    config: Annotated[str, Argument(metavar="CONFIG", help="A file that builds `config = Config(...)`.")],
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A file that builds `config = Config(...)`.")],
     *,
     remote: Remote = None,
-    plan: Annotated[bool, Option("--plan", help="Print what would happen, and touch nothing.")] = False,
-    show: Annotated[bool, Option("--show", help="Print the whole config, and stop.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Print what would happen, and touch nothing.")] = False,
+    show: Annotated[bool, typer.Option("--show", help="Print the whole config, and stop.")] = False,
     as_json: Json = False,
-    detach: Annotated[bool, Option("--detach", help="Launch and return.")] = False,
-    run_id: Annotated[str | None, Option(metavar="NAME", help="Name of the run and its tmux session.")] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Launch and return.")] = False,
+    run_id: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the run and its tmux session.")] = None,
     accept_new_host_key: AcceptKey = False,
-    busy_ok: Annotated[bool, Option("--busy-ok", help="Start on GPUs that others use too.")] = False,
+    busy_ok: Annotated[bool, typer.Option("--busy-ok", help="Start on GPUs that others use too.")] = False,
 ) -> Any:
     """Run the job that CONFIG describes, and follow it."""
     from rollouts.remote import commands, read_config
@@ -265,8 +267,8 @@ def attach(run: Run, remote: Remote = None, as_json: Json = False, accept_new_ho
 @verb("logs")
 def logs(
     run: Run,
-    follow: Annotated[bool, Option("--follow", "-f", help="Go on until the run ends.")] = False,
-    window: Annotated[str, Option(metavar="NAME", help="supervisor, engine-0 or trainer.")] = "trainer",
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends.")] = False,
+    window: Annotated[str, typer.Option(metavar="NAME", help="supervisor, engine-0 or trainer.")] = "trainer",
     remote: Remote = None,
     as_json: Json = False,
 ) -> Any:
@@ -302,19 +304,19 @@ def forget(run: Run, as_json: Json = False) -> Any:
 
 @verb("new")
 def new(
-    file: Annotated[pathlib.Path, Argument(metavar="FILE.py", help="The config file to write.")],
+    file: Annotated[pathlib.Path, typer.Argument(metavar="FILE.py", help="The config file to write.")],
     *,
-    mode: Annotated[str | None, Option(metavar="sft|rl|sft+rl", help="The stages.")] = None,
-    model: Annotated[str | None, Option(metavar="NAME", help="A hub id, or a directory.")] = None,
-    data: Annotated[str | None, Option(metavar="NAME", help="A .jsonl file, or a hub id.")] = None,
-    rl_data: Annotated[str | None, Option(metavar="NAME", help="For rl, where it has data of its own.")] = None,
-    data_format: Annotated[str | None, Option("--format", help="Of its rows; else found by their keys.")] = None,
-    reward: Annotated[str | None, Option(metavar="MODULE.FUNCTION", help="What an answer earns, for rl.")] = None,
-    gpus: Annotated[int | None, Option(min=0, max=64, help="GPUs of the host; 0: its CPU.")] = None,
-    gpu_memory_gib: Annotated[float | None, Option(min=1, help="Memory of each.")] = None,
-    lora: Annotated[bool, Option("--lora", help="Train low-rank adapters alone.")] = False,
-    max_length: Annotated[int, Option(min=2, help="Tokens of a conversation.")] = 2048,
-    max_new_tokens: Annotated[int, Option(min=1, help="Tokens of an answer, for rl.")] = 512,
+    mode: Annotated[str | None, typer.Option(metavar="sft|rl|sft+rl", help="The stages.")] = None,
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="A hub id, or a directory.")] = None,
+    data: Annotated[str | None, typer.Option(metavar="NAME", help="A .jsonl file, or a hub id.")] = None,
+    rl_data: Annotated[str | None, typer.Option(metavar="NAME", help="For rl, where it has data of its own.")] = None,
+    data_format: Annotated[str | None, typer.Option("--format", help="Of its rows; else found by their keys.")] = None,
+    reward: Annotated[str | None, typer.Option(metavar="MODULE.FUNCTION", help="What an answer earns, for rl.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=0, max=64, help="GPUs of the host; 0: its CPU.")] = None,
+    gpu_memory_gib: Annotated[float | None, typer.Option(min=1, help="Memory of each.")] = None,
+    lora: Annotated[bool, typer.Option("--lora", help="Train low-rank adapters alone.")] = False,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a conversation.")] = 2048,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, for rl.")] = 512,
     as_json: Json = False,
 ) -> Any:
     """Write a config: every field spelled out, fitted to the memory of the GPUs."""
@@ -339,12 +341,12 @@ def new(
 
 
 def _ask(question: str, default: str | None) -> str:
-    return str(click.prompt(question, default=default))
+    return str(typer.prompt(question, default=default))
 
 
 @verb("explain")
 def explain(
-    field: Annotated[str | None, Argument(metavar="[FIELD]", help="Such as rl.baseline; else all.")] = None,
+    field: Annotated[str | None, typer.Argument(metavar="[FIELD]", help="Such as rl.baseline; else all.")] = None,
     as_json: Json = False,
 ) -> Any:
     """Explain a field of the config, or all of them: type, choices, meaning."""
@@ -355,8 +357,8 @@ def explain(
 
 @verb("data")
 def data(
-    config: Annotated[str, Argument(metavar="CONFIG", help="A config file.")],
-    rows: Annotated[int, Option(min=0, max=1000, help="Rows shown of each mixture.")] = 3,
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A config file.")],
+    rows: Annotated[int, typer.Option(min=0, max=1000, help="Rows shown of each mixture.")] = 3,
     as_json: Json = False,
 ) -> Any:
     """Show the data as the model will see it: first rows, lengths, and what is left out."""
@@ -367,8 +369,8 @@ def data(
 
 @verb("diff")
 def diff(
-    before: Annotated[str, Argument(metavar="A", help="A config file, a run, or a run's directory.")],
-    after: Annotated[str, Argument(metavar="B", help="Another.")],
+    before: Annotated[str, typer.Argument(metavar="A", help="A config file, a run, or a run's directory.")],
+    after: Annotated[str, typer.Argument(metavar="B", help="Another.")],
     as_json: Json = False,
 ) -> Any:
     """Compare two configs or runs, field by field; of runs their code and environments too."""

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import typer
+
 import base_config as c
 import deploy
 
@@ -269,14 +271,14 @@ TITLES = {deploy.CONFIG_VERB: "deploy CONFIG", deploy.HOST_VERB: "deploy --remot
 
 def title_of(verb: str) -> str:
     """A verb as it is typed, with its arguments."""
-    command = deploy.app.commands[verb]  # type: ignore[attr-defined]
+    command = typer.main.get_command(deploy.app).commands[verb]  # type: ignore[attr-defined]
     arguments = [param.metavar or param.name.upper() for param in command.params if param.param_type_name == "argument"]
     return TITLES.get(verb, " ".join(["deploy", verb, *arguments]))
 
 
 def cli_page() -> str:
     """The page on the command: what `deploy --help` says, then each verb with its options."""
-    group: Any = deploy.app
+    group: Any = typer.main.get_command(deploy.app)
     about = deploy.PAGE.replace("\b\n", "").strip()
     parts = [
         "# The command\n\n" + MADE + "\n",

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import base_config
@@ -187,7 +188,7 @@ def _module_file(module: str) -> str:
 
 
 def _deploy_problems(words: list[str]) -> list[str]:
-    group: Any = deploy.app
+    group: Any = typer.main.get_command(deploy.app)
     named = ["configs/00_cpu_sft_rl.py" if word == "CONFIG" else word for word in words]  # any config will do
     try:
         verb, *rest = with_verb(named, group.commands)
@@ -199,7 +200,7 @@ def _deploy_problems(words: list[str]) -> list[str]:
         return [f"deploy has no verb {verb!r}"]
     try:
         context = group.commands[verb].make_context(verb, rest)
-    except Exception as error:  # click has its errors under several classes
+    except Exception as error:  # typer brings a click of its own: its errors are known by what they can say
         if not hasattr(error, "format_message"):
             raise
         return [f"deploy {' '.join(words)}: {error.format_message()}"]

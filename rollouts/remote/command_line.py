@@ -5,7 +5,7 @@ import os
 import pathlib
 from typing import Any
 
-import click
+from typer.core import TyperGroup
 
 HOST_VERB, CONFIG_VERB = "check-host", "run-config"  # what a line without a verb means
 OPTIONS_WITH_VALUE = ("--remote", "--run-id", "--window")
@@ -13,12 +13,8 @@ HOST_OPTIONS = ("--remote", "--json", "--accept-new-host-key", "--no-accept-new-
 CONFIG_OPTIONS = (*HOST_OPTIONS, "--run-id", "--plan", "--show", "--detach", "--busy-ok")
 
 
-class ConfigOrVerb(click.Group):
+class ConfigOrVerb(TyperGroup):
     """The first word is a verb or a config file; options may come before it."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the verbs in the order in which deploy.py has them."""
-        return list(self.commands)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         try:

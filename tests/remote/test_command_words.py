@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import typer.main
 
 import deploy
 from rollouts.config import ConfigError, changed, load_config
@@ -57,7 +58,7 @@ def test_lines_that_go_through(line: str, expected: str) -> None:
 @pytest.mark.parametrize("columns", [80, 120])
 def test_help_fits_its_terminal(columns: int) -> None:
     """Goal: no line of a help page wraps at 80 columns. Red with a page that is always 118 wide."""
-    command = deploy.app
+    command = typer.main.get_command(deploy.app)
     names: list[str] = [name for name, verb in command.commands.items() if not verb.hidden]  # type: ignore[attr-defined]
     with command.make_context("deploy", ["ls"], terminal_width=columns) as context:
         pages = [command.get_help(context)]

@@ -140,7 +140,7 @@ def test_a_port_that_hangs(laptop: Laptop) -> None:
 def test_a_new_key_is_accepted_once_and_strict_from_then_on(laptop: Laptop, make_host: MakeHost) -> None:
     """Goal: --accept-new-host-key adds the key for both clients; a later change is refused even with the option.
 
-    Red with paramiko's AutoAddPolicy, which accepts whatever comes.
+    Red with fabric's own policy, which accepts whatever comes.
     """
     host = make_host(known=False)
     laptop.known_hosts.write_text("other.example ssh-ed25519 AAAA")  # without its line's end
@@ -168,9 +168,9 @@ def test_an_alias_of_ssh_config(laptop: Laptop, make_host: MakeHost) -> None:
 
 
 def test_a_jump_host(laptop: Laptop, make_host: MakeHost) -> None:
-    """Goal: ProxyJump leads to the host, and the jump host's key is checked too. Red with AutoAddPolicy for it."""
+    """Goal: ProxyJump leads to the host, and the jump host's key is checked too. Red with fabric's policy for it."""
     jump, host = make_host(), make_host()
-    # localhost: a jump host of another name than the host
+    # localhost: fabric takes a jump host of the same name as the host for no jump at all
     laptop.ssh_config(f"Host inner\n  HostName 127.0.0.1\n  Port {host.port}\n  ProxyJump localhost:{jump.port}\n")
     laptop.know(host)
     stranger = laptop.deploy("--remote", "inner")

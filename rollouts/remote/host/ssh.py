@@ -1,4 +1,4 @@
-"""A host over SSH: paramiko for commands, the OpenSSH client under rsync for bulk.
+"""A host over SSH: fabric/paramiko for commands, the OpenSSH client under rsync for bulk.
 
 Both get the same settings, those of `ssh -G` (ssh_config.py), and both are strict about host keys (ssh_host_key.py).
 A new key is added only with --accept-new-host-key, once, before anything is sent; a changed key is never accepted.
@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
+import fabric
 import paramiko
 from paramiko.ssh_exception import ChannelException, IncompatiblePeer, SSHException
 
@@ -42,7 +43,7 @@ class SSHTransport:
         self._target = target
         self._accept_new = accept_new_host_key
         self._hops: tuple[Hop, ...] | None = None
-        self._client: paramiko.SSHClient | None = None
+        self._connection: fabric.Connection | None = None
         self._open = contextlib.ExitStack()  # what belongs to the connection, jump hosts included
         self._lock = threading.Lock()
         self._settings: Path | None = None
@@ -61,27 +62,27 @@ class SSHTransport:
 
     def _transport(self) -> paramiko.Transport:
         with self._lock:
-            transport = self._client.get_transport() if self._client else None
-            if transport is None or not transport.active:
+            if self._connection is None or not self._connection.is_connected:
                 self._close()
-                transport = self._connect()
+                self._connect()
+            assert self._connection is not None
+            transport = self._connection.transport
+            assert transport is not None
             return transport
 
-    def _connect(self) -> paramiko.Transport:
+    def _connect(self) -> None:
         """Open every hop in turn, so that a fault is that of the machine which has it."""
-        client: paramiko.SSHClient | None = None
+        connection: fabric.Connection | None = None
         with contextlib.ExitStack() as opened:
             for hop in self.hops():
-                client = self._open_hop(hop, client, opened)
-            assert client is not None
-            transport = _transport_of(client)
-            transport.set_keepalive(KEEPALIVE_S)
-            self._client, self._open = client, opened.pop_all()
-            return transport
+                connection = self._open_hop(hop, connection, opened)
+            assert connection is not None
+            connection.transport.set_keepalive(KEEPALIVE_S)
+            self._connection, self._open = connection, opened.pop_all()
 
     def _open_hop(
-        self, hop: Hop, via: paramiko.SSHClient | None, opened: contextlib.ExitStack, *, any_key: bool = False
-    ) -> paramiko.SSHClient:
+        self, hop: Hop, via: fabric.Connection | None, opened: contextlib.ExitStack, *, any_key: bool = False
+    ) -> fabric.Connection:
         started, proxy = time.monotonic(), None
         try:
             trust = read_trust(hop)
@@ -91,12 +92,12 @@ class SSHTransport:
             if proxy is not None:
                 way = proxy.socket
             else:
-                way = open_tcp(hop) if via is None else open_through(_transport_of(via), hop)
+                way = open_tcp(hop) if via is None else open_through(via.transport, hop)
             opened.callback(way.close)
-            client = paramiko.SSHClient()
-            opened.callback(client.close)
-            client.set_missing_host_key_policy(HostKeyPolicy(hop, trust, accept_new=self._accept_new))
-            _log_in(client, hop, way, trust, any_key=any_key)
+            connection = _connection(hop, way, trust, any_key=any_key)
+            opened.callback(connection.close)
+            connection.client.set_missing_host_key_policy(HostKeyPolicy(hop, trust, accept_new=self._accept_new))
+            connection.open()
         except IncompatiblePeer as error:
             if trust.known.keys and not any_key and "host key" in str(error):  # it has no key of a known type
                 return self._open_hop(hop, via, opened, any_key=True)  # shows which one it has, and is refused
@@ -106,7 +107,7 @@ class SSHTransport:
                 proxy.ended() if proxy is not None and not isinstance(error, LoginFailed | HostKeyError) else None
             ) or error
             raise explain(self.target, hop, cause, waited_s=time.monotonic() - started) from None
-        return client
+        return connection
 
     # --- commands ---------------------------------------------------------------------------------------------------
 
@@ -162,7 +163,7 @@ class SSHTransport:
             self._close()
 
     def _close(self) -> None:
-        self._client = None
+        self._connection = None
         self._open.close()
 
     # --- rsync ------------------------------------------------------------------------------------------------------
@@ -180,14 +181,8 @@ class SSHTransport:
         return f"{HOST_ALIAS}:{path}"
 
 
-def _transport_of(client: paramiko.SSHClient) -> paramiko.Transport:
-    transport = client.get_transport()
-    assert transport is not None, "it is logged in"
-    return transport
-
-
-def _log_in(client: paramiko.SSHClient, hop: Hop, way: object, trust: Trust, *, any_key: bool) -> None:
-    """Log in over `way`. No configuration file is read."""
+def _connection(hop: Hop, way: object, trust: Trust, *, any_key: bool) -> fabric.Connection:
+    """Return a connection over `way` that reads no configuration file."""
     timeout_s = hop.connect_timeout_s
 
     def transport(sock: object, **options: object) -> paramiko.Transport:
@@ -201,17 +196,20 @@ def _log_in(client: paramiko.SSHClient, hop: Hop, way: object, trust: Trust, *, 
         security.key_types = tuple((not any_key and trust.key_types(possible)) or plain(possible))
         return made
 
-    client.connect(
+    return fabric.Connection(
         hop.host,
+        user=hop.user,
         port=hop.port,
-        username=hop.user,
-        sock=way,
-        timeout=timeout_s,
-        auth_strategy=KeyLogin(hop),
-        transport_factory=transport,
-        banner_timeout=timeout_s,
-        auth_timeout=LOGIN_TIMEOUT_S,
-        channel_timeout=max(timeout_s, CONNECT_TIMEOUT_S),
+        config=fabric.Config(lazy=True, ssh_config=paramiko.SSHConfig()),
+        connect_timeout=timeout_s,
+        connect_kwargs={
+            "sock": way,
+            "auth_strategy": KeyLogin(hop),
+            "transport_factory": transport,
+            "banner_timeout": timeout_s,
+            "auth_timeout": LOGIN_TIMEOUT_S,
+            "channel_timeout": max(timeout_s, CONNECT_TIMEOUT_S),
+        },
     )
 
 
