@@ -24,6 +24,7 @@ TESTS = Path(__file__).parent
 LONG = (
     "e2e/test_demo.py",
     "e2e/test_sglang.py",
+    "e2e/test_guide.py",
     "worker/test_chaos.py",
     "engines/test_contract.py",
     "e2e/test_faults.py",

@@ -127,7 +127,7 @@ def masked(line: str) -> str:
     """`line` without what differs from run to run: numbers with their units, paths, signs of a bar, space."""
     line = re.sub(r"(?<![\w.])[~.]?(?:/[\w.+-]+)+/?", "PATH", line)
     line = re.sub(r"\b(?=[0-9a-f]*[a-f])(?=[0-9a-f]*\d)[0-9a-f]{8,}\b", "#", line)
-    line = re.sub(r"[-+]?\d[\d.,:e-]*(?: ?(?:s|ms|min|m|h|MB|GiB|MB/s)\b)?", "#", line)
+    line = re.sub(r"[-+]?\d[\d.,:]*(?:e[-+]?\d+)?(?: ?(?:s|ms|min|m|h|MB|GiB|MB/s)\b)?", "#", line)
     line = re.sub(r"#(?:\s+#)+", "#", line)
     return " ".join(re.sub(r"[━╸╺─]+", " ", line).split())
 

@@ -4,13 +4,14 @@ The demo is cut to a few steps there. The first page's run is real; the pages af
 """
 
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.docs_blocks import GUIDE, ROOT, blocks_of
+from tests.docs_blocks import GUIDE, PAGES, ROOT, Block, blocks_of
 from tests.e2e.conftest import a_laptop, copy_of_repository
 from tests.remote.hosts import Laptop, free_port, git
 from tests.training.process_nursery import shared
@@ -86,6 +87,35 @@ def test_the_first_run() -> None:
 def test_a_page_of_the_guide(page: str, reader: Laptop, tmp_path: Path) -> None:
     """Goal: likewise for each other page. Red with a verb, a field or a printed line that is another today."""
     follow(page, reader, tmp_path / "log")
+
+
+LOOKS = [
+    block
+    for page in PAGES
+    if page not in GUIDE
+    for block in blocks_of(page, (ROOT / page).read_text(encoding="utf-8"))
+    if block.language == "sh" and block.text.split()[0] in ("jq", "tail", "ls", "git")
+]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("first_run")
+@pytest.mark.parametrize("block", [b for b in LOOKS if "clone" not in b.text], ids=lambda b: f"{b.page}:{b.line}")
+def test_a_look_at_a_run(block: Block, reader: Laptop) -> None:
+    """Goal: what other pages ask of a run's files is answered by a real run. Red with a field of an event renamed in a
+    page, where jq then fails, and with a file that no run has."""
+    results = reader.project / "runs" / "cpu_sft_rl" / "first"
+    here = reader.project if "runs/cpu" in block.text or block.text.startswith("git") else results
+    done = subprocess.run(
+        ["bash", "-euc", block.text],
+        check=False,
+        cwd=here,
+        env=reader._environment({}),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0 and done.stderr == "", done.stderr
 
 
 @pytest.mark.parametrize("page", GUIDE)
