@@ -22,86 +22,8 @@ from typing import Annotated, Any
 import typer
 
 from rollouts.remote.command_line import CONFIG_VERB, HOST_VERB, ConfigOrVerb
+from rollouts.remote.help_page import PAGE
 from rollouts.view.screen import Screen
-
-PAGE = """
-Train a language model from one config file: SFT, then RL, here or on a GPU host over SSH.
-
-\b
-  deploy configs/00_cpu_sft_rl.py                          on this machine
-  deploy configs/00_cpu_sft_rl.py --remote gpu-7           on an SSH host
-  deploy configs/00_cpu_sft_rl.py --remote ubuntu@203.0.113.7:22
-  deploy configs/00_cpu_sft_rl.py --remote gpu-7 --plan    what would happen
-  deploy runs/cpu_sft_rl/RUN                               a run once more
-  deploy --remote gpu-7                                    a look at it
-  deploy new my_run.py                                     write a config
-  deploy explain rl.baseline                               what a field means
-  deploy data my_run.py                                    its rows, as read
-
-The config is checked first, every problem at once. Then: exactly the files that git lists in the repository where
-you are, with your uncommitted changes, go to the host; it makes a virtual environment (or reuses the same one); one
-tmux session runs the stages, with a window per process; results come back while it runs. Ctrl-C detaches, the run
-goes on, and a killed deploy loses nothing:
-
-\b
-  deploy ls                      runs started here, as last seen
-  deploy ls --remote gpu-7       all runs on that host
-  deploy status RUN              one look
-  deploy attach RUN              follow again, from where you left off
-  deploy logs RUN -f             what a process prints, with --window NAME
-                                 another (supervisor, trainer, engine-0)
-  deploy stop RUN                end its processes, keep its results
-  deploy pull RUN                bring all results here, verified
-  deploy forget RUN              drop this machine's record; the results stay
-  deploy diff A B                two configs or runs, field by field
-  ssh HOST -t tmux attach -t RUN the live processes
-
-RUN is a name, the beginning of one, or `last`. A run started on another machine is found with --remote (deploy attach
-RUN --remote gpu-7); from here it is followed, stopped and pulled, never launched.
-
-\b
-Options of deploy CONFIG:
-  --remote [USER@]HOST[:PORT]  the host, as `ssh` knows it (ssh://... too);
-                               this machine without it
-  --plan                       print every step and every reason against it,
-                               and stop
-  --show                       print the whole config as a file that derives
-                               from no other, and stop
-  --json                       for programs: one JSON document for --plan,
-                               --show, ls, status, stop, pull, logs; while
-                               following, one object a line: {"type":
-                               "progress" | "event" | "metrics" | "eval", …},
-                               last {"type": "result" | "error", …}
-  --detach                     launch and return
-  --run-id NAME                name of the run and its tmux session; default
-                               <experiment_name>-<date>-<time>-<random>
-  --busy-ok                    start on GPUs that others use too (a display,
-                               an idle notebook); memory is not checked
-  --accept-new-host-key        add the host's key to ~/.ssh/known_hosts if
-                               none is known; a changed key never passes
-
-\b
-Files:
-  <save_dir>/<experiment_name>/<run_id>/
-                               here: config, metrics, rollouts, evaluations,
-                               logs, checkpoints
-  ~/.rollouts/runs/<run_id>/   the same on the host
-                               ($ROLLOUTS_HOME in place of ~/.rollouts)
-  ~/.rollouts/registry/        here: the runs that this machine knows, and
-                               what a launch of them uses
-  docs/reference/run-directory.md
-                               every file and its format
-
-\b
-Exit codes:
-  0     the job is done (or what was asked is)
-  2     it could not start, and nothing was started; the message says why,
-        and what to do
-  130   Ctrl-C: detached, and the run goes on; or, before its launch, nothing
-        was started. The message says which
-  other the job's own exit code; 1 when it died, when its results could not
-        be pulled, or when deploy failed after it was (or may be) launched
-"""
 
 INTERRUPTED = 130
 Function = Callable[..., Any]
@@ -119,6 +41,10 @@ app = typer.Typer(
 Remote = Annotated[str | None, typer.Option(metavar="[USER@]HOST[:PORT]", help="The host; this machine without it.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 AcceptKey = Annotated[bool, typer.Option(help="Add the host's key to ~/.ssh/known_hosts if none is known.")]
+BusyOk = Annotated[bool, typer.Option("--busy-ok", help="Start on GPUs that others use too.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Another value for a field; V1,V2: a sweep.")
+]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, as `deploy ls` shows it.")]
 
 
@@ -213,13 +139,22 @@ def run_config(
     detach: Annotated[bool, typer.Option("--detach", help="Launch and return.")] = False,
     run_id: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the run and its tmux session.")] = None,
     accept_new_host_key: AcceptKey = False,
-    busy_ok: Annotated[bool, typer.Option("--busy-ok", help="Start on GPUs that others use too.")] = False,
+    busy_ok: BusyOk = False,
+    settings: Settings = None,
+    skip: Annotated[int, typer.Option(min=0, metavar="N", help="Leave out the first N runs of a sweep.")] = 0,
+    yes: Annotated[bool, typer.Option("--yes", help="Start a sweep of more than 20 runs.")] = False,
 ) -> Any:
     """Run the job that CONFIG describes, and follow it."""
-    from rollouts.remote import commands, read_config
+    from rollouts.remote import commands, read_config, sweep
 
     if show:
-        return read_config.show_config(config)
+        return read_config.show_config(config, settings or ())
+    if sweep.asks_for_several(settings or ()):
+        sweep.check_options(detach=detach, run_id=run_id)
+        options = sweep.SweepOptions(
+            remote=remote, skip=skip, yes=yes, accept_new_host_key=accept_new_host_key, busy_ok=busy_ok
+        )
+        return sweep.sweep(config, Screen(as_json=as_json), settings or (), options, plan_only=plan)
     return commands.deploy(
         config,
         Screen(as_json=as_json),
@@ -229,6 +164,7 @@ def run_config(
         run_id=run_id,
         accept_new_host_key=accept_new_host_key,
         busy_ok=busy_ok,
+        settings=settings or (),
     )
 
 
@@ -262,6 +198,33 @@ def attach(run: Run, remote: Remote = None, as_json: Json = False, accept_new_ho
     from rollouts.remote import commands
 
     return commands.attach(run, Screen(as_json=as_json), remote=remote, accept_new_host_key=accept_new_host_key)
+
+
+@verb("resume", launches=True)
+def resume(
+    run: Run,
+    remote: Remote = None,
+    *,
+    settings: Settings = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Print what would happen, and touch nothing.")] = False,
+    as_json: Json = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Launch and return.")] = False,
+    run_id: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the new run.")] = None,
+    accept_new_host_key: AcceptKey = False,
+    busy_ok: BusyOk = False,
+) -> Any:
+    """Go on from the last checkpoint of a run that ended early, as a new run, here or on another host."""
+    from rollouts.remote import resume as verb_resume
+
+    options = verb_resume.ResumeOptions(
+        remote=remote,
+        run_id=run_id,
+        plan_only=plan,
+        detach=detach,
+        accept_new_host_key=accept_new_host_key,
+        busy_ok=busy_ok,
+    )
+    return verb_resume.resume(run, Screen(as_json=as_json), settings or (), options)
 
 
 @verb("logs")

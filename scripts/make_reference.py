@@ -257,6 +257,7 @@ EXAMPLES = {
     "ls": "deploy ls --remote gpu-7",
     "status": "deploy status last --json",
     "attach": "deploy attach last",
+    "resume": "deploy resume first --remote user@host --set rl.matrix_lr=1e-6",
     "logs": "deploy logs last --follow --window engine-0",
     "stop": "deploy stop last",
     "pull": "deploy pull last",

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import itertools
+import math
 import re
 import types
 import typing
@@ -26,6 +27,11 @@ class Variant:
     config: Config
     label: str  # what differs from the others: "matrix_lr-1e-6_seed-0"; "" where there is one run alone
     values: dict[str, Any]  # by the whole path
+
+
+def combinations(settings: Sequence[str]) -> int:
+    """Return how many runs the settings ask for, without making any."""
+    return math.prod(len(_split(setting.partition("=")[2])) for setting in settings)
 
 
 def variants(base: Config, settings: Sequence[str]) -> list[Variant]:
@@ -66,6 +72,8 @@ def _setting(base: Config, setting: str) -> tuple[str, list[Any]]:
         values = [_value(part.strip(), expected) for part in _split(text)]
     except ConfigError as error:
         raise ConfigError(f"--set {setting}: {error}") from None
+    if len({repr(value) for value in values}) < len(values):
+        raise ConfigError(f"--set {setting}: names a value twice")
     for value in values:
         found = [message for _, message in type_problems(value, expected, path)]
         if found:

@@ -5,25 +5,26 @@ to a screen and return the exit code: an error while they print says how far the
 """
 
 import contextlib
+import dataclasses
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rollouts.config import Config
 from rollouts.plain_files import read_plain
 from rollouts.remote.errors import DeployError, Problem, TransportError
-from rollouts.remote.host.facts import gather_facts
+from rollouts.remote.host.facts import HostFacts, gather_facts
 from rollouts.remote.host.open import open_transport
 from rollouts.remote.host.read_answer import read_answer
 from rollouts.remote.host.sending import sent_program
-from rollouts.remote.host.transport import LOCAL_TARGET
+from rollouts.remote.host.transport import LOCAL_TARGET, Transport
 from rollouts.remote.local_faults import as_deploy_errors
 from rollouts.remote.looks import last_seen
-from rollouts.remote.plan import Plan, make_plan, required_paths, required_ports
-from rollouts.remote.read_config import read_config
-from rollouts.remote.repository import find_repository, read_code, refuse_stray_config
+from rollouts.remote.plan import Plan, free_ports_wanted, make_plan, required_paths, required_ports
+from rollouts.remote.read_config import read_variants
+from rollouts.remote.repository import Code, find_repository, read_code, refuse_stray_config
 from rollouts.remote.run import registry
 from rollouts.remote.run.connection import RetryPolicy
 from rollouts.remote.run.execute import execute
@@ -43,6 +44,7 @@ from rollouts.view.screen import Screen
 
 DETACHED = 130  # as a shell says of Ctrl-C
 STOP_MARGIN_S = 60.0
+RUN_ID_CHARS_MAX = 80  # run_dir.valid_run_id
 
 
 def deploy(
@@ -55,33 +57,48 @@ def deploy(
     run_id: str | None,
     accept_new_host_key: bool,
     busy_ok: bool = False,
+    settings: Sequence[str] = (),
 ) -> int:
-    """Plan, send, launch and watch (`deploy CONFIG`). Returns the job's exit code."""
+    """Plan, send, launch and watch (`deploy CONFIG`). Returns the job's exit code.
+
+    `settings` are those of `--set`: one run's. sweep.py has those of several.
+    """
+    with as_deploy_errors():
+        config = read_variants(config_path, settings)[0].config
+        refuse_stray_config(find_repository(Path.cwd()), Path(config_path))
+    return start(
+        config,
+        screen,
+        remote=remote,
+        plan_only=plan_only,
+        detach=detach,
+        run_id=run_id or new_run_id(config),
+        accept_new_host_key=accept_new_host_key,
+        busy_ok=busy_ok,
+    )
+
+
+def start(
+    config: Config,
+    screen: Screen,
+    *,
+    remote: str | None,
+    run_id: str,
+    accept_new_host_key: bool,
+    busy_ok: bool,
+    plan_only: bool = False,
+    detach: bool = False,
+) -> int:
+    """Plan, send, launch and watch a run of a config that is checked. Returns the job's exit code."""
     with as_deploy_errors() as progress:
-        config = read_config(config_path)
         root = find_repository(Path.cwd())
-        refuse_stray_config(root, Path(config_path))
-        run_id = run_id or f"{config.output.experiment_name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         with contextlib.closing(open_transport(remote, accept_new_host_key=accept_new_host_key)) as transport:
-            facts = gather_facts(
-                transport, ports=required_ports(config), paths=required_paths(config), run_id=run_id, check_way=True
-            )
-            code = read_code(root, config)
-            plan = make_plan(
-                config,
-                facts,
-                code,
-                target=remote or LOCAL_TARGET,
-                run_id=run_id,
-                local_dir=str(mirror_dir(config, root, run_id)),
-                secrets_set=[name for name in config.host.secrets if os.environ.get(name)],
-                busy_ok=busy_ok,
-            )
-            problems = [*plan.problems, *_local_problems(plan)]
+            facts = look_at_host(transport, [config], run_id=run_id)
+            plan, code = plan_run(config, root, facts, run_id, target=remote or LOCAL_TARGET, busy_ok=busy_ok)
             if plan_only:
                 screen.show(Answer(plan.to_json(), plan_text(plan)))
-            if problems:
-                raise DeployError.of(problems)
+            if plan.problems:
+                raise DeployError.of(plan.problems)
             if plan_only:
                 return 0
             for warning in plan.warnings:
@@ -89,10 +106,47 @@ def deploy(
             entry = registry.register(plan, config, root, code.record(), now=time.time())
             progress.run_id, progress.target, progress.reached = entry.run_id, entry.target, "registered"
             run = OpenRun(entry, facts, transport, None, "never launched", progress)
-            return _launch_and_watch(run, config, screen, detach=detach)
+            return launch_and_watch(run, config, screen, detach=detach)
 
 
-def _launch_and_watch(run: OpenRun, config: Config, screen: Screen, *, detach: bool) -> int:
+def new_run_id(config: Config, label: str = "") -> str:
+    """Return <experiment>-<date>-<time>-<random>, and in a sweep what differs from its other runs."""
+    name = f"{config.output.experiment_name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    return f"{name}-{label}"[:RUN_ID_CHARS_MAX].rstrip("-_") if label else name
+
+
+def look_at_host(transport: Transport, configs: Sequence[Config], *, run_id: str | None) -> HostFacts:
+    """Ask the host all that plans of these configs need to know, at once."""
+    return gather_facts(
+        transport,
+        ports=sorted({port for config in configs for port in required_ports(config)}),
+        paths=sorted({path for config in configs for path in required_paths(config)}),
+        run_id=run_id,
+        free_ports=max(map(free_ports_wanted, configs)),
+        check_way=True,
+    )
+
+
+def plan_run(
+    config: Config, root: Path, facts: HostFacts, run_id: str, *, target: str, busy_ok: bool
+) -> tuple[Plan, Code]:
+    """Return the plan of a new run, with every reason against it, and the code that it would run."""
+    code = read_code(root, config)
+    wanted = required_ports(config)
+    plan = make_plan(
+        config,
+        dataclasses.replace(facts, ports_in_use=tuple(port for port in facts.ports_in_use if port in wanted)),
+        code,
+        target=target,
+        run_id=run_id,
+        local_dir=str(mirror_dir(config, root, run_id)),
+        secrets_set=[name for name in config.host.secrets if os.environ.get(name)],
+        busy_ok=busy_ok,
+    )
+    return dataclasses.replace(plan, problems=(*plan.problems, *_local_problems(plan))), code
+
+
+def launch_and_watch(run: OpenRun, config: Config, screen: Screen, *, detach: bool) -> int:
     """Take a registered run to its end, or to where the user detaches."""
     entry = run.entry
     with _reporting(run, screen) as reporter:
@@ -128,6 +182,7 @@ def _launch(run: OpenRun, config: Config, reporter: Reporter) -> None:
                 registry.note_reason(entry, "\n".join(problem.text() for problem in error.problems)[:3000])
         raise
     registry.mark_launched(entry)
+    registry.fill_rows(entry)
     progress.reached = "launched"
 
 
@@ -141,7 +196,7 @@ def attach(run_id: str, screen: Screen, *, remote: str | None, accept_new_host_k
             run.progress.reached = "nothing" if entry.adopted else "registered"
             config = registry.planned(entry)
             registry.fill_mirror(entry)
-            return _launch_and_watch(run, config, screen, detach=False)
+            return launch_and_watch(run, config, screen, detach=False)
         with _reporting(run, screen) as reporter:
             return screen.show(_watch_to_end(run, reporter))
 

@@ -1,10 +1,11 @@
 """The config that a command line names: read, checked, shown."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rollouts.config import Config, ConfigError, as_source, load_config
+from rollouts.config.overrides import Variant, combinations, variants
 from rollouts.remote.errors import DeployError
 from rollouts.remote.local_faults import as_deploy_errors
 from rollouts.remote.run.mirror_note import read_note
@@ -12,15 +13,47 @@ from rollouts.run_dir import RunDir
 from rollouts.view.answer import Answer
 
 
-def show_config(path: str) -> Answer:
+def show_config(path: str, settings: Sequence[str] = ()) -> Answer:
     """Return the whole config, as a file that derives from no other one (`deploy CONFIG --show`)."""
     with as_deploy_errors():
-        config = read_config(path)
+        if combinations(settings) > 1:
+            raise DeployError("--show prints one config, and --set asks for several.", fix="name one value a field")
+        config = read_variants(path, settings)[0].config
         return Answer(config.to_json(), as_source(config).removesuffix("\n"))
 
 
 def read_config(path: str) -> Config:
     """Read the config and check it: every problem at once. A run directory means its config.json."""
+    return read_variants(path, ())[0].config
+
+
+def read_variants(path: str, settings: Sequence[str]) -> list[Variant]:
+    """Return the runs that a config and its `--set` settings ask for, each checked: every problem at once."""
+    try:
+        found = variants(_load(path), settings)
+    except ConfigError as error:
+        raise DeployError(str(error)) from None
+    problems: dict[str, list[str]] = {}  # of which runs, by its text
+    for variant in found:
+        for problem in (*variant.config.problems(), *_nul_bytes(variant.config.to_json())):
+            problems.setdefault(problem, []).append(variant.label)
+    if problems:
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        lines = [_of_runs(labels, len(found)) + problem for problem, labels in problems.items()]
+        raise DeployError(f"{path}: {count} in the config.", found="\n".join(lines))
+    return found
+
+
+def _of_runs(labels: list[str], of: int) -> str:
+    """Return of which runs of a sweep something is said; "" where it is of all."""
+    if len(labels) == of:
+        return ""
+    more = f" and {len(labels) - 3} more" if len(labels) > 3 else ""
+    return f"{', '.join(labels[:3])}{more}: "
+
+
+def _load(path: str) -> Config:
+    """Return the config at a path, unchecked."""
     file = Path(path)
     if file.is_dir():
         file = _config_of(file)
@@ -31,14 +64,9 @@ def read_config(path: str) -> Config:
             fix="read it, copy it to a place of your own, and deploy the copy",
         )
     try:
-        config = load_config(file, say=lambda text: print(f"note: {text}", file=sys.stderr))
+        return load_config(file, say=lambda text: print(f"note: {text}", file=sys.stderr))
     except ConfigError as error:
         raise DeployError(str(error)) from None
-    problems = [*config.problems(), *_nul_bytes(config.to_json())]
-    if problems:
-        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        raise DeployError(f"{path}: {count} in the config.", found="\n".join(problems))
-    return config
 
 
 def _config_of(directory: Path) -> Path:

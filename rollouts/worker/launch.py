@@ -3,7 +3,8 @@
     python3 -m rollouts.worker.launch < job.json          (in code/package, or in code/tree of a clone)
 
 job.json is one object: {"config", "plan", "files": {"code/commit.txt": text, ...}, "secrets": {NAME: value},
-"launch_id": text}. Prints one JSON line and exits 0:
+"launch_id": text, "begins": {"metrics.jsonl": text, ...}, "resumed_from": {...} or null}, the last two of a run that
+goes on from another's checkpoint. Prints one JSON line and exits 0:
 
     {"started": true, "run_id", "run_path"}
     {"started": false, "same": true, "reason"}      this very launch was made before: its run goes on
@@ -108,18 +109,16 @@ def _one_at_a_time(plan: LaunchPlan) -> Iterator[None]:
 
 def _taken(plan: LaunchPlan) -> str:
     """What a live run of this home has that the plan needs, in words; "" for nothing."""
-    wanted, name = _needs(plan), {_experiment(plan)}
+    wanted = _needs(plan)
     for path in sorted(Path(plan.home).glob("runs/*")):
         other = RunDir(path)
         try:
             theirs = run_dir.read_plan(other) if path.name != plan.run_id and observe(other).live else None
         except (OSError, ValueError, TypeError, KeyError):  # another user's, or of another version of this program
             continue
-        if theirs is None:
+        if theirs is None or run_dir.is_elsewhere(other):  # machines may share a home: GPUs and ports are one machine's
             continue
-        # Machines may share a home: GPUs and ports are one machine's, the name is the home's
-        shared = name & {_experiment(theirs)} if run_dir.is_elsewhere(other) else wanted & _needs(theirs)
-        if shared:
+        if shared := wanted & _needs(theirs):
             return (
                 f"run {other.run_id} is live and has {', '.join(sorted(shared))}; `deploy stop {other.run_id}` ends it"
             )
@@ -127,18 +126,14 @@ def _taken(plan: LaunchPlan) -> str:
 
 
 def _needs(plan: LaunchPlan) -> set[str]:
-    """What one run alone can have: its experiment's name, GPUs, ports."""
-    found = {_experiment(plan)}
+    """What one run alone can have: GPUs and ports."""
+    found: set[str] = set()
     for spec in (spec for stage in plan.stages for spec in (*stage.engines, stage.trainer)):
         devices = spec.env.get(run_dir.GPUS_VARIABLE, spec.env.get("CUDA_VISIBLE_DEVICES", ""))
         found |= {f"GPU {device.strip()}" for device in devices.split(",") if device.strip()}
         if spec.ready_url is not None:
             found.add(f"port {urllib.parse.urlsplit(spec.ready_url).port}")
     return found
-
-
-def _experiment(plan: LaunchPlan) -> str:
-    return f"the experiment name {plan.experiment_name!r}"
 
 
 def _write_files(run: RunDir, plan: LaunchPlan, job: dict[str, Any]) -> None:
@@ -153,7 +148,15 @@ def _write_files(run: RunDir, plan: LaunchPlan, job: dict[str, Any]) -> None:
     secrets = {"inherited": inherited, "secrets": job["secrets"], "engine_keys": new_keys()}
     run_dir.write_secrets(run, secrets)
     run_dir.make_reserve(run)
-    run_dir.write_json_atomic(run.launch, {"launch_id": job.get("launch_id"), "host": run_dir.host_identity()})
+    launched = {"launch_id": job.get("launch_id"), "host": run_dir.host_identity()}
+    if came := job.get("resumed_from"):
+        launched["resumed_from"] = came
+        message = f"goes on from {came['checkpoint']} of the run {came['run_id']}"
+        run_dir.append_event(run, "note", message=message)
+    run_dir.write_json_atomic(run.launch, launched)
+    for name, text in job.get("begins", {}).items():
+        assert name in run_dir.STREAMED_FILES, f"begins[{name!r}]: needs to be a file that grows"
+        run_dir.write_text_atomic(run.path / name, text)
     run_dir.write_json_atomic(run.config, job["config"])
     run_dir.write_json_atomic(run.plan, job["plan"])
     for name, text in job["files"].items():

@@ -94,11 +94,10 @@ SGLANG: dict[str, Any] = {
 PROBLEMS: list[tuple[str, dict[str, Any], list[str]]] = [
     ("run id in use", {"facts": {"run_exists": True}}, ["run id 'r1' is in use", "deploy attach r1"]),
     ("bad run id", {"run_id": "a.b"}, ["--run-id 'a.b'", "1 to 80 letters"]),
-    ("live experiment", {"facts": {"runs": (RUN_ROW,)}}, ["old, running, stage rl, step 7", "deploy stop old"]),
     (
-        "live on another machine",
-        {"facts": {"runs": ({**RUN_ROW, "host": "gpu-8"},)}},
-        ["step 7, on gpu-8, which shares this home", "deploy stop old --remote gpu-8"],
+        "no free port",
+        {"engine__sglang_port": 0},
+        ["gpu-7: no 1 free ports in a row were found", "set engine.sglang_port to a port that is free there"],
     ),
     ("no tmux", {"facts": {"tools": {"rsync": "r"}}}, ["gpu-7 has no tmux.", "apt-get install tmux"]),
     ("no rsync", {"facts": {"tools": {"tmux": "t"}}}, ["gpu-7 has no rsync.", "apt-get install rsync"]),
@@ -188,7 +187,7 @@ def test_no_problem() -> None:
     assert plan_for().problems == ()
     hub = {"named": {"Qwen/Qwen2.5-0.5B-Instruct": "missing", "gsm8k": "missing"}}
     assert plan_for(code=hub).problems == ()
-    assert plan_for(facts={"runs": ({**RUN_ROW, "live": False},)}).problems == ()
+    assert plan_for(facts={"runs": (RUN_ROW,)}).problems == ()  # live, of the same experiment: it has its own port
     assert plan_for(facts={"gpus": (BUSY,)}).problems == (), "a cpu config does not care for GPUs"
 
 

@@ -104,7 +104,15 @@ def test_the_answer_to_a_stop(said: str) -> None:
 
 PROBE = {
     **{"python": "/p", "python_version": "3.11.2", "platform": "linux", "has_venv": True, "disk_free_bytes": 1},
-    **{"ports_in_use": [], "paths": {}, "environments": [], "run_exists": False, "runs": [], "pythons": []},
+    **{
+        "ports_in_use": [],
+        "paths": {},
+        "environments": [],
+        "run_exists": False,
+        "runs": [],
+        "pythons": [],
+        "free_port": None,
+    },
 }
 ROW = {
     **{"run_id": "r", "experiment_name": "e", "state": "done", "stage": None, "step": None, "started_at": 1.0},

@@ -1,6 +1,7 @@
 """A launch that the host refuses: what `deploy` makes of the answer."""
 
 import contextlib
+import dataclasses
 import os
 import tempfile
 import time
@@ -13,17 +14,20 @@ from rollouts import run_dir
 from rollouts.remote.host import host_probe
 from rollouts.run_dir import RunDir
 from rollouts.worker import launch
-from tests.remote.hosts import Laptop, write_config
+from tests.remote.hosts import Laptop, free_port, write_config
 from tests.remote.test_gone_runs import launch_plan
+from tests.worker.stands import process, stage
 
 
 @contextlib.contextmanager
-def live(home: Path, run_id: str) -> Iterator[RunDir]:
-    """Another deploy's run: its files, and a supervisor's lock, which this process holds."""
+def live(home: Path, run_id: str, port: int = 1) -> Iterator[RunDir]:
+    """Another deploy's run: its files, and a supervisor's lock, which this process holds; its engine has `port`."""
     run = RunDir(run_dir.run_path(home, run_id))
     run.path.mkdir(parents=True, exist_ok=True)
     run_dir.write_json_atomic(run.launch, {"launch_id": "another"})
-    run_dir.write_json_atomic(run.plan, launch_plan(home, run_id))
+    engine = process("engine-0", ["x"], ready_url=f"http://127.0.0.1:{port}/health")
+    stages = [stage("rl", process("trainer", ["x"]), engine)]
+    run_dir.write_json_atomic(run.plan, dataclasses.replace(launch_plan(home, run_id), stages=stages))
     now = time.time()
     status = run_dir.Status(
         run_id=run_id,
@@ -42,19 +46,19 @@ def live(home: Path, run_id: str) -> Iterator[RunDir]:
         yield run
 
 
-@pytest.mark.parametrize("other", ["mine", "other"], ids=["of the same name", "of the same experiment"])
+@pytest.mark.parametrize("other", ["mine", "other"], ids=["of the same name", "with the same port"])
 def test_a_launch_that_comes_second(laptop: Laptop, other: str) -> None:
     """Goal: of two deploys that pass the check in the same moment the second is told that its run was not started, with
     exit 2, and no verb of its name then acts on the first one's. Red with the launcher's answer ignored: it followed
     the first one's run, and said done."""
-    config = str(write_config(laptop.project, output__mode="sft"))
-    process = laptop.start(config, "--run-id", "mine")
+    config = str(write_config(laptop.project, engine__sglang_port=(port := free_port())))
+    deploying = laptop.start(config, "--run-id", "mine")
     deadline = time.monotonic() + 60
     while not (laptop.rollouts_home / "registry" / "mine.json").exists() and time.monotonic() < deadline:
         time.sleep(0.005)
-    with live(laptop.rollouts_home, other) as theirs:
-        out, error = process.communicate(timeout=120)
-        assert process.returncode == 2, out + error
+    with live(laptop.rollouts_home, other, port) as theirs:
+        out, error = deploying.communicate(timeout=120)
+        assert deploying.returncode == 2, out + error
         assert "mine was not started" in error and error.endswith("Nothing was started.\n")
         done = laptop.deploy("stop" if other == "mine" else "attach", "mine", timeout_s=60)
         expected = "another deploy had the name first" if other == "mine" else "mine was not started"

@@ -155,8 +155,8 @@ def test_detach_look_stop_and_pull(laptop: Laptop, make_host: Callable[..., Host
     no_window = laptop.deploy("logs", "live", "--window", "nope")
     assert no_window.returncode == 1 and "supervisor, trainer" in no_window.stderr
     second = laptop.deploy(config, "--remote", host.target, "--run-id", "other")
-    assert second.returncode == 2 and "a run of experiment 'example' is live" in second.stderr
-    assert "deploy stop live" in second.stderr and "Nothing was started." in second.stderr
+    assert second.returncode == 2 and "the live run live will use port" in second.stderr
+    assert "0: free ones" in second.stderr and "Nothing was started." in second.stderr
     assert not host.run_path("other").exists()
     assert laptop.json("pull", "live")["state"] == "live"
     plan = mirror(laptop, "live").plan

@@ -243,14 +243,13 @@ def test_launches_are_told_apart(host: Host) -> None:
     module("stop", job["plan"]["run_path"])
 
 
-@pytest.mark.parametrize("shared", ["experiment", "GPU", "GPU by UUID", "port"])
+@pytest.mark.parametrize("shared", ["GPU", "GPU by UUID", "port"])
 def test_of_two_launches_at_once_one_starts(host: Host, shared: str) -> None:
-    """Goal: what one run alone can have, an experiment's name, a GPU, a port, is given to one of two launches in the
-    same moment. Red without the lock of the home and the look under it: both started."""
+    """Goal: what one run alone can have, a GPU or a port, is given to one of two launches in the same moment.
+    Red without the lock of the home and the look under it: both started."""
     jobs = [{**host.job(stage("sft", trainer(SLEEP))), "launch_id": name} for name in ("one", "two")]
     for number, job in enumerate(jobs):
         spec = job["plan"]["stages"][0]["trainer"]
-        job["plan"]["experiment_name"] = "same" if shared == "experiment" else f"other-{number}"
         spec["env"] = {"CUDA_VISIBLE_DEVICES": f"{number},7" if shared == "GPU" else str(number)}
         if shared == "GPU by UUID":  # which a trainer's card has, and an engine's has not
             spec["env"] = {"CUDA_VISIBLE_DEVICES": ("GPU-52a3a85d", "7")[number], "ROLLOUTS_GPUS": "7"}

@@ -31,12 +31,12 @@ def write_status(run: RunDir, state: Any) -> None:
     run_dir.write_json_atomic(run.status, Status(run_id=run.run_id, experiment_name="test", state=state, **fields))
 
 
-def plan_in(home: Path, run_id: str, experiment: str = "test", gpus: str = "0,1") -> LaunchPlan:
+def plan_in(home: Path, run_id: str, gpus: str = "0,1") -> LaunchPlan:
     engine = process("engine-0", ["x"], ready_url="http://127.0.0.1:30000/health")
     rl = stage("rl", process("trainer", ["x"], env={"CUDA_VISIBLE_DEVICES": gpus}), engine)
     return LaunchPlan(
         run_id=run_id,
-        experiment_name=experiment,
+        experiment_name="test",
         home=str(home),
         run_path=str(home / "runs" / run_id),
         base_python="python3",
@@ -84,7 +84,7 @@ def test_what_a_run_of_this_machine_has_is_taken(host: Any, other: RunDir) -> No
     with a machine that is not known taken for another."""
     run_dir.write_json_atomic(other.launch, {"launch_id": "x", "host": host})
     home = other.path.parent.parent
-    taken = launch._taken(plan_in(home, "new", "another"))
+    taken = launch._taken(plan_in(home, "new"))
     assert "GPU 0, GPU 1, port 30000" in taken and "test" not in taken
     row = run_row(other)
     assert row is not None and row["ports"] == [30000] and row["host"] is None
@@ -92,12 +92,11 @@ def test_what_a_run_of_this_machine_has_is_taken(host: Any, other: RunDir) -> No
 
 @pytest.mark.parametrize("host", ELSEWHERE)
 def test_what_a_run_of_another_machine_has_is_free_here(host: dict[str, str], other: RunDir) -> None:
-    """Goal: machines that share a home each have their own GPUs and ports; the experiment's name is the home's. Red
-    with the machine not looked at: a launch was refused for the other's GPUs."""
+    """Goal: machines that share a home each have their own GPUs and ports. Red with
+    the machine not looked at: a launch was refused for the other's GPUs."""
     run_dir.write_json_atomic(other.launch, {"launch_id": "x", "host": host})
     home = other.path.parent.parent
-    assert launch._taken(plan_in(home, "new", "another")) == ""
-    assert "the experiment name 'test'" in launch._taken(plan_in(home, "new"))
+    assert launch._taken(plan_in(home, "new")) == ""
     row = run_row(other)
     assert row is not None and row["ports"] == [] and row["host"] == (None if host["name"] == HERE["name"] else "gpu-8")
 
@@ -121,15 +120,14 @@ def test_stop_on_the_wrong_machine(other: RunDir) -> None:
 
 @pytest.mark.parametrize("heard_s", [-3600.0, 2.0, 200.0])
 def test_a_live_run_of_another_machine_is_not_dead(heard_s: float, tmp_path: Path) -> None:
-    """Goal: where locks do not reach over the network, a run that writes its heartbeat there is live, its machine is
-    named, and its name stays taken. Red with the lock alone asked: `died`, from every host but its own."""
+    """Goal: where locks do not reach over the network, a run that writes its heartbeat there is live, and its
+    machine is named. Red with the lock alone asked: `died`, from every host but its own."""
     run = run_elsewhere(tmp_path, heard_s=heard_s)
     seen = run_dir.observe(run)
     assert (seen.state, seen.live, seen.exit_code) == ("running", True, None)
     assert json.loads(module("tail", str(run.path), stdin="{}\n").stdout.splitlines()[-1]) == {"live": True}
     row = run_row(run)
     assert row is not None and "runs on gpu-8, which shares this home: training" in runs_text([_host_row("gpu-7", row)])
-    assert "the experiment name 'test'" in launch._taken(plan_in(tmp_path, "new"))
 
 
 def test_a_silent_run_of_another_machine_is_neither_dead_nor_live(tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ def engine_checks(engine: EngineConfig) -> Checks:
     last = 65535 - (engine.replicas - 1)
     need = f"1024 to {last}: each of the {engine.replicas} replicas has its own port, from this one on"
     need = need if engine.replicas > 1 else "1024 to 65535"
-    yield must(1024 <= engine.sglang_port <= last, "engine.sglang_port", engine.sglang_port, need)
+    port_ok = engine.sglang_port == 0 or 1024 <= engine.sglang_port <= last
+    yield must(port_ok, "engine.sglang_port", engine.sglang_port, f"{need}; or 0 for free ones of the host")
     yield from _router_checks(engine)
     file = engine.requirements_file
     need = "a path inside the repository, or 'rollouts:requirements/…'" + (
@@ -45,7 +46,9 @@ def _router_checks(engine: EngineConfig) -> Checks:
     yield must(replicas > 1, path, port, f"None, or more replicas: with replicas={replicas} there is nothing to route")
     yield must(1024 <= port <= 65535, path, port, "1024 to 65535, or None for no router")
     first, last = engine.sglang_port, engine.sglang_port + replicas - 1
-    yield must(not first <= port <= last, path, port, f"another port: {first} to {last} are the replicas'")
+    yield must(
+        first == 0 or not first <= port <= last, path, port, f"another port: {first} to {last} are the replicas'"
+    )
     need = "None with engine.weight_sync=LoraSync: each replica has its own name for the adapter of a request"
     yield must(not isinstance(engine.weight_sync, LoraSync), path, port, need)
 

@@ -45,7 +45,7 @@ class LoraSync:
 @dataclass(frozen=True, kw_only=True)
 class _Engine:
     gpu_ranks: list[int]  # may equal target.gpu_ranks: colocated
-    sglang_port: int  # of the first replica; the others follow it
+    sglang_port: int  # of the first replica; the others follow it. 0: free ones, which the host chooses
     replicas: int  # copies that share the requests, each on tensor_parallel_size devices
     mem_fraction: float  # of what is free on each device at the engine's start (vLLM: of the whole device)
     context_length: int  # tokens, prompt and answer together

@@ -50,7 +50,7 @@ class OutputConfig:
 
     save_dir: str  # where results land on this machine: <save_dir>/<experiment_name>/<run_id>/
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"]  # of the trainer's log
-    experiment_name: str  # runs of one name lie in one folder; at most one of them is live on a host
+    experiment_name: str  # runs of one name lie in one folder
     use_wandb: bool  # log to Weights & Biases as well
     wandb_project: str  # of Weights & Biases, where use_wandb is True
     mode: Literal["sft", "rl", "sft+rl"]  # the stages, in order

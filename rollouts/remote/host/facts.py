@@ -37,6 +37,7 @@ _PROBE_FIELDS = {
     "run_exists": bool,
     "runs": list[dict[str, Any]],
     "pythons": list[list[str]],
+    "free_port": int | None,
 }
 _ROW_FIELDS = {
     "run_id": str,
@@ -108,6 +109,7 @@ class HostFacts:
     ram_mib: int | None = None  # the host's memory; None: not told
     disk_free_bytes: int = 0
     ports_in_use: tuple[int, ...] = ()
+    free_port: int | None = None  # the first of as many free ones in a row as were asked for
     paths: dict[str, bool] = field(
         default_factory=dict
     )  # of the paths asked about those that exist: is it a directory?
@@ -127,6 +129,7 @@ def gather_facts(
     ports: list[int] | None = None,
     paths: list[str] | None = None,
     run_id: str | None = None,
+    free_ports: int = 0,
     check_way: bool = False,
 ) -> HostFacts:
     """Ask the host everything at once; with `check_way`, also whether files get through to it.
@@ -134,6 +137,7 @@ def gather_facts(
     Raises TransportError, or DeployError when it has no POSIX shell.
     """
     question = {"ports": ports or [], "paths": paths or [], "run_id": run_id}
+    question |= {"free_ports_wanted": free_ports} if free_ports else {}
     script = (
         _SCRIPT.replace("@GPUS@", gpus.SCRIPT)
         .replace("@EXTRA_PATH@", EXTRA_PATH)

@@ -8,6 +8,7 @@ left which died without its own end.
 import json
 import os
 import platform
+import random
 import shutil
 import socket
 import subprocess
@@ -22,6 +23,7 @@ from rollouts.run_dir import RunDir, clean_up, is_elsewhere, last_jsonl_row, obs
 
 PYTHON_NAMES = ("python3.11", "python3.12", "python3.13", "python3.14", "python3")  # the locks' own Python first
 PYTHON_TIMEOUT_S = 10.0
+PORTS_FROM, PORTS_BEFORE, PORT_TRIES = 20_000, 32_000, 200  # below those that Linux gives to outgoing connections
 ASK_PYTHON = (
     "import ensurepip, sys, sysconfig, venv; print('%d.%d.%d' % sys.version_info[:3], sysconfig.get_paths()['include'])"
 )
@@ -100,6 +102,18 @@ def port_is_free(port: int) -> bool:
     return True
 
 
+def free_ports(count: int, taken: set[int]) -> int | None:
+    """Return the first of `count` ports in a row that are free now and not among `taken`; None if none were found.
+
+    Drawn at random, so that two who look at once rarely choose the same; the launch refuses the second of them.
+    """
+    for _ in range(PORT_TRIES):
+        first = random.randint(PORTS_FROM, PORTS_BEFORE - count)
+        if all(port not in taken and port_is_free(port) for port in range(first, first + count)):
+            return first
+    return None
+
+
 def _disk_free_bytes(home: Path) -> int:
     while not home.exists():
         home = home.parent
@@ -138,10 +152,14 @@ def _has_headers(include: str) -> bool:
     return os.path.exists(os.path.join(include, "Python.h"))
 
 
-def probe(home: Path, ports: list[int], paths: list[str], run_id: str | None) -> dict[str, Any]:
+def probe(
+    home: Path, ports: list[int], paths: list[str], run_id: str | None, free_ports_wanted: int = 0
+) -> dict[str, Any]:
     """Answer what needs Python: facts.HostFacts says what each field means."""
     clean_up(home)
     pythons = _pythons()
+    runs = run_rows(home)
+    taken = {*ports, *(port for row in runs for port in row["ports"])}
     own_headers = _has_headers(sysconfig.get_paths()["include"])
     return {
         "python": sys.executable,
@@ -155,7 +173,8 @@ def probe(home: Path, ports: list[int], paths: list[str], run_id: str | None) ->
         "paths": {path: os.path.isdir(path) for path in paths if os.path.exists(path)},
         "environments": sorted(marker.parent.name for marker in home.glob("envs/*/.complete")),
         "run_exists": run_id is not None and (home / "runs" / run_id).exists(),
-        "runs": run_rows(home),
+        "runs": runs,
+        "free_port": free_ports(free_ports_wanted, taken) if free_ports_wanted else None,
     }
 
 

@@ -17,6 +17,7 @@ from rollouts.remote.plan.gpu_problems import gpu_notes, gpu_problems, gpu_warni
 from rollouts.remote.plan.launch_plan import environment_key, launch_plan, read_lock
 from rollouts.remote.plan.look_ahead import ahead_problems, plan_summary, plan_warnings
 from rollouts.remote.plan.memory import memory_plan
+from rollouts.remote.plan.ports import free_port_notes, free_port_problems, free_ports_wanted, with_free_ports
 from rollouts.remote.plan.problems import host_problems, input_problems, required_paths, required_ports
 from rollouts.remote.plan.torch_build import torch_problems, torch_warnings
 from rollouts.remote.repository import Code
@@ -26,6 +27,7 @@ __all__ = [
     "Plan",
     "PlanStep",
     "environment_key",
+    "free_ports_wanted",
     "make_plan",
     "read_lock",
     "required_paths",
@@ -62,9 +64,12 @@ def make_plan(
     busy_ok: bool = False,
 ) -> Plan:
     """Decide everything. `secrets_set`: those of host.secrets that have a value here; `busy_ok`: take busy GPUs too."""
+    port_notes, port_problems = free_port_notes(config, facts), free_port_problems(config, facts, target)
+    config = with_free_ports(config, facts)
     memory = memory_plan(config, facts, code, target, busy_ok=busy_ok)
     problems = (
         *host_problems(config, facts, target, run_id),
+        *port_problems,
         *input_problems(config, facts, code, target, secrets_set),
         *ahead_problems(config, facts, code, target),
         *gpu_problems(config, facts, code, target, busy_ok=busy_ok),
@@ -78,7 +83,7 @@ def make_plan(
         run_id=run_id,
         local_dir=local_dir,
         problems=problems,
-        notes=(*plan_notes(config, facts, code), *gpu_notes(config, facts), *memory.notes),
+        notes=(*plan_notes(config, facts, code), *gpu_notes(config, facts), *memory.notes, *port_notes),
         memory=memory.table,
         summary=tuple(plan_summary(config, code)),
         warnings=(*plan_warnings(config, code), *torch_warnings(config), *gpu_warnings(config, facts, busy_ok=busy_ok)),

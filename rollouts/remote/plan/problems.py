@@ -2,10 +2,8 @@
 
 import os
 import re
-import shlex
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
 
 from rollouts.config import Config
 from rollouts.config.checks.needs import PACKAGE_PREFIX
@@ -29,7 +27,8 @@ def required_ports(config: Config) -> list[int]:
     if engine is None or not config.uses_engine:
         return []
     router = [] if engine.router_port is None else [engine.router_port]
-    return [*range(engine.sglang_port, engine.sglang_port + engine.replicas), *router]
+    replicas = range(engine.sglang_port, engine.sglang_port + engine.replicas) if engine.sglang_port else ()
+    return [*replicas, *router]
 
 
 def required_paths(config: Config) -> list[str]:
@@ -68,21 +67,6 @@ def _run_problems(config: Config, facts: HostFacts, target: str, run_id: str) ->
             found=f"{run_path(facts.home, run_id)}" + (f", {found['state']}" if found else ""),
             fix=f"choose another --run-id, or leave it out; `deploy attach {run_id}` goes on with that run",
         )
-    name = config.output.experiment_name
-    for row in facts.runs:
-        if row["live"] and row["experiment_name"] == name and row["run_id"] != run_id:
-            yield Problem(
-                f"a run of experiment {name!r} is live on {target}.",
-                found=f"{row['run_id']}, {row['state']}, stage {row['stage']}, step {row['step']}"
-                + (f", on {row['host']}, which shares this home" if row["host"] else ""),
-                fix=f"wait for it, `{_stop(row)}`, or set another output.experiment_name",
-            )
-
-
-def _stop(row: dict[str, Any]) -> str:
-    """Return the command that ends a run, on the machine that it is on."""
-    on = f" --remote {shlex.quote(row['host'])}" if row["host"] else ""
-    return f"deploy stop {row['run_id']}{on}"
 
 
 def _tool_problems(config: Config, facts: HostFacts, target: str) -> Iterator[Problem]:
@@ -116,12 +100,13 @@ def _room_problems(config: Config, facts: HostFacts, target: str) -> Iterator[Pr
     for port in facts.ports_in_use:
         routes = config.engine is not None and port == config.engine.router_port
         field = "router_port" if routes else "sglang_port"
+        or_free = "" if routes else " (0: a free one)"
         holders = [row["run_id"] for row in facts.runs if row["live"] and port in (row.get("ports") or [])]
         yield Problem(
             f"{target}: port {port} is in use.",
             found=f"the live run {holders[0]} has it" if holders else f"something listens on {port} there",
             needed=f"engine.router_port={port}, for the router" if routes else _ports_wanted(config),
-            fix=f"set another engine.{field}, or end what listens there",
+            fix=f"set another engine.{field}{or_free}, or end what listens there",
         )
 
 

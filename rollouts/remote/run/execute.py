@@ -13,7 +13,8 @@ from rollouts.remote.host.rsync import disk_full
 from rollouts.remote.host.transport import Transport
 from rollouts.remote.package import installed
 from rollouts.remote.repository import list_files, read_recorded_tree
-from rollouts.remote.run.registry import RunEntry
+from rollouts.remote.run.place import place_all
+from rollouts.remote.run.registry import RunEntry, begins
 from rollouts.remote.run.sync_code import CodePlace, sync_code
 from rollouts.view.reporter import Say
 
@@ -40,6 +41,7 @@ def execute(entry: RunEntry, config: Config, transport: Transport, path: str, sa
         expected=read_recorded_tree(entry.record),
         say=say,
     )
+    place_all(entry, transport, launch.base_python, say)
     say("launch", f"tmux session {entry.run_id}")
     code = entry.record.code
     job = {
@@ -48,6 +50,8 @@ def execute(entry: RunEntry, config: Config, transport: Transport, path: str, sa
         "files": {f"code/{file.name}": read_plain(file).decode() for file in sorted(code.iterdir()) if file.is_file()},
         "secrets": read_secrets(config),
         "launch_id": entry.launch_id,
+        "begins": begins(entry),
+        "resumed_from": entry.resumed_from,
     }
     done = transport.run(
         ["env", f"PATH={path}", launch.base_python, "-E", "-m", "rollouts.worker.launch"],
@@ -99,7 +103,7 @@ def _heed(entry: RunEntry, answer: dict[str, Any]) -> None:
     raise DeployError(
         f"{entry.run_id} was not started: the host has given to another run what it needs.",
         found=f"in use on {entry.target}: {answer.get('reason')}",
-        fix="choose another --run-id or output.experiment_name, other GPUs or ports, or wait for that run",
+        fix="choose another --run-id, other GPUs or ports (engine.sglang_port=0 takes free ones), or wait for that run",
     )
 
 

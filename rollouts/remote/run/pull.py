@@ -104,14 +104,14 @@ def _pull_checkpoints(pulling: _Pulling, mirror: Mirror) -> None:
     if odd := len(view.checkpoints) - len(paths):
         mirror.left_out[ODD_CHECKPOINTS] += odd
     if mirror.left_out or view.malformed:  # a line that cannot be read may have named one
-        listed = pulling.attempt(partial(_listed_checkpoints, connection)) or []
+        listed = pulling.attempt(partial(listed_checkpoints, connection)) or []
         paths += [path for path in listed if path not in paths and path not in removed]
     for path in paths:
         pulling.attempt(partial(pull_checkpoint, connection.transport, connection.entry.run_path, mirror.run, path))
     pulling.finish(mirror, view)
 
 
-def _listed_checkpoints(connection: RunConnection) -> list[str]:
+def listed_checkpoints(connection: RunConnection) -> list[str]:
     """Return the completed checkpoints that the host lists."""
     script = 'for m in checkpoints/*/step_*/manifest.json; do [ -f "$m" ] && echo "${m%/manifest.json}"; done; true'
     done = connection.transport.run(["sh", "-c", script], cwd=connection.entry.run_path, timeout_s=60)

@@ -25,6 +25,7 @@ from rollouts.run_dir import LaunchPlan, RunDir, home_dir, valid_run_id, write_j
 
 STOP_GRACE_MAX_S = 3600.0  # of a plan that a host wrote
 LAUNCHED, REASON = "launched", "not_launched.txt"
+START, BEGINS = "start.json", "begins"  # of a run that goes on from another's checkpoint: place.py, resumable.py
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,7 @@ class RunEntry:
     repository: str  # whose code runs
     created_at: float
     adopted: bool = False  # started on another machine: never launched from here
+    resumed_from: dict[str, Any] | None = None  # {run_id, stage, step, checkpoint} of the run that it goes on from
     launch_id: str = ""  # tells this deploy's run from another's of the same name; names the record too
 
     @property
@@ -87,7 +89,15 @@ def registry_dir() -> Path:
     return path
 
 
-def register(plan: Plan, config: Config, repository: Path, record: dict[str, str], *, now: float) -> RunEntry:
+def register(
+    plan: Plan,
+    config: Config,
+    repository: Path,
+    record: dict[str, str],
+    *,
+    now: float,
+    resumed_from: dict[str, Any] | None = None,
+) -> RunEntry:
     """Write the record, then the entry, then the mirror's copies. Raises DeployError for a run id that is taken."""
     assert plan.launch is not None and not plan.problems
     entry = RunEntry(
@@ -100,6 +110,7 @@ def register(plan: Plan, config: Config, repository: Path, record: dict[str, str
         repository=str(repository),
         created_at=now,
         launch_id=secrets.token_hex(8),
+        resumed_from=resumed_from,
     )
     registry_dir()
     entry.record.path.mkdir(mode=0o700)
@@ -125,8 +136,21 @@ def fill_mirror(entry: RunEntry) -> None:
     make_mirror(entry.mirror.path)
     for file in sorted(entry.record.path.rglob("*")):
         name = file.relative_to(entry.record.path).as_posix()
-        if file.is_file() and name not in (LAUNCHED, REASON):
+        if file.is_file() and name.split("/")[0] not in (LAUNCHED, REASON, START, BEGINS):
             replace(entry.mirror.path, name, read_plain(file))
+
+
+def begins(entry: RunEntry) -> dict[str, str]:
+    """Return what files of the run begin with, by their names: the rows of the run that it goes on from."""
+    files = sorted((entry.record.path / BEGINS).glob("*.jsonl"))
+    return {file.name: read_plain(file).decode() for file in files}
+
+
+def fill_rows(entry: RunEntry) -> None:
+    """Write to the mirror, after the launch, what the host's files begin with: rows that were shown before."""
+    for name, text in begins(entry).items():
+        if not (entry.mirror.path / name).exists():
+            replace(entry.mirror.path, name, text.encode())
 
 
 def _claim(entry: RunEntry) -> None:
