@@ -222,10 +222,10 @@ def test_configs_that_are_not_the_repository_s(tmp_path: Path) -> None:
     config where a clone runs. Red with paths compared through links: /tmp may be one."""
     own = make_own(tmp_path / "own", {".gitignore": "drafts/\n"})
     (own / "drafts").mkdir()
-    (own / "link").symlink_to(own)
+    (tmp_path / "link").symlink_to(own)
     for name in ("own/run.py", "own/drafts/run.py", "run.py", "run.json"):
         (tmp_path / name).write_text("")
-    refuse_stray_config(own, own / "link/run.py")
+    refuse_stray_config(own, tmp_path / "link/run.py")
     refuse_stray_config(own, tmp_path / "run.json")
     refuse_stray_config(ROOT, tmp_path / "run.py")
     with pytest.raises(DeployError, match="lies outside of the repository"):
