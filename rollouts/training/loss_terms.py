@@ -76,7 +76,7 @@ def importance_weights(
     if kind.startswith("sequence"):
         sums_B = spread(log_ratio_N, keep, places).sum(1)
         log_ratio_N = take(sums_B[:, None].expand(keep.shape), keep, places)
-    ratio_N = held_exp(log_ratio_N)
+    ratio_N = clamped_exp(log_ratio_N)
     if kind.endswith("truncate"):
         return ratio_N.clamp(max=cap)
     return torch.where(ratio_N <= cap, ratio_N, 0.0)
@@ -132,7 +132,7 @@ def k3(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
     return torch.expm1(log_ratio) - log_ratio
 
 
-def held_exp(log_ratio: Tensor) -> Tensor:
+def clamped_exp(log_ratio: Tensor) -> Tensor:
     return torch.exp(log_ratio.clamp(max=_LOG_RATIO_MAX))
 
 

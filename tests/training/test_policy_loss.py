@@ -8,7 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rollouts.training.backends.loss_function import LossFunction
 from rollouts.training.loops.batching import split_batch
+from rollouts.training.policy_loss import ClippedRatio, KLPenalty, RLLoss
 from rollouts.training.rl_losses import (
     cispo_loss,
     grpo_loss,
@@ -311,3 +313,20 @@ def test_truncated_importance_is_decoupled_ppo_where_every_batch_is_used_once():
     (-(weight * surrogate * mask[:, 1:]).sum() / mask[:, 1:].sum()).backward()
     assert (weight * mask[:, 1:] >= 1.5).any() and ((weight != 1.5) & (mask[:, 1:] > 0)).any()
     assert torch.allclose(found.grad, decoupled.grad, rtol=0, atol=1e-14)
+
+
+def test_a_composed_loss_reads_the_keys_that_it_names() -> None:
+    """Goal: a backend hands a composed loss what it takes of a batch, and a mistyped key is no silent default.
+
+    Red with `**inputs` taken for any key: a batch's input_ids reached the loss.
+    """
+    loss = RLLoss(ClippedRatio(0.1), kl=KLPenalty(0.3))
+    batch: Any = {**inputs(), "input_ids": None, "attention_mask": None}
+    logits = batch.pop("logits")
+    assert torch.equal(
+        LossFunction(loss)(logits, batch), policy_loss(**inputs(), loss="ppo", clip_range=0.1, kl_coef=0.3)
+    )
+    with pytest.raises(TypeError, match="RLLoss: takes no old_logprobs"):
+        loss(logits, batch["labels"], batch["loss_mask"], batch["advantages"], old_logprobs=None)  # type: ignore
+    with pytest.raises(TypeError, match="policy_loss: unknown options entropy"):
+        policy_loss(**inputs(), entropy=0.1)

@@ -2,11 +2,13 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from typing import Unpack, get_args, get_origin
 
 from torch import Tensor
 
-from rollouts.training.rl_losses import Logits, is_log_prob_loss
+from rollouts.training.rl_losses import is_log_prob_loss
 from rollouts.training.seams import Batch
+from rollouts.training.token_selection import Logits
 
 MODEL_KEYS = ("input_ids", "labels", "loss_mask")
 
@@ -17,8 +19,7 @@ class LossFunction:
         self.function = function
         self.reads_log_probs = is_log_prob_loss(function)
         self.required = frozenset(p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD)
-        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        self._keys = None if takes_all else frozenset(p.name for p in parameters)
+        self._keys = _keys(parameters)
 
     def __call__(self, logits: Logits, inputs: Batch) -> Tensor:
         """Return the loss, a scalar; `inputs` are a batch on the device, with what a user has added to it."""
@@ -33,3 +34,16 @@ class LossFunction:
             raise ValueError(
                 f"batch has no {', '.join(missing)}: needed by the model and {name}; it has {sorted(batch)}"
             )
+
+
+def _keys(parameters: Iterable[inspect.Parameter]) -> frozenset[str] | None:
+    """Return the keywords that a signature names, those of its `**x: Unpack[SomeTypedDict]` too; None: it takes any."""
+    keys: set[str] = set()
+    for parameter in parameters:
+        if parameter.kind is not parameter.VAR_KEYWORD:
+            keys.add(parameter.name)
+        elif get_origin(parameter.annotation) is Unpack:
+            keys |= set(get_args(parameter.annotation)[0].__annotations__)
+        else:
+            return None
+    return frozenset(keys)

@@ -12,8 +12,9 @@ from rollouts.training.backends.trained import Trained
 from rollouts.training.forward import Layout
 from rollouts.training.host_to_device import to_device
 from rollouts.training.known_gradients import known_gradient
-from rollouts.training.rl_losses import Logits, of_logits, policy_sums, token_log_probs, trained_tokens
+from rollouts.training.policy_statistics import policy_sums
 from rollouts.training.seams import Batch
+from rollouts.training.token_selection import Logits, select_from_logits, token_log_probs, trained_tokens
 
 
 class Passes:
@@ -123,4 +124,4 @@ class Passes:
             return logits
         where = layout.keep, layout.places_N
         temperature = inputs.get("temperature", 1.0)
-        return of_logits(logits, inputs["labels"], *where, temperature=temperature, with_entropy=is_rl)
+        return select_from_logits(logits, inputs["labels"], *where, temperature=temperature, with_entropy=is_rl)

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from rollouts.training import distributed
 from rollouts.training.forward import Layout
-from rollouts.training.rl_losses import Logits
 from rollouts.training.seams import Batch
+from rollouts.training.token_selection import Logits
 
 Compute = Callable[[nn.Module, Batch, Layout | None], Logits]
 

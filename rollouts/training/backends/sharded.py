@@ -29,8 +29,8 @@ from rollouts.training.backends.placement import Compute
 from rollouts.training.compiled_layers import layers_of
 from rollouts.training.forward import Layout
 from rollouts.training.log_probs import TokenLogProbs
-from rollouts.training.rl_losses import Logits
 from rollouts.training.seams import Batch
+from rollouts.training.token_selection import Logits
 
 STRATEGIES = ("FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "NO_SHARD")
 _FORWARD = "training_forward"  # the method of a sharded model that gathers the root's parameters while it runs

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rollouts.training import distributed
-from rollouts.training.rl_losses import STATISTICS
+from rollouts.training.policy_statistics import STATISTICS
 
 
 class StepSums:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from rollouts.training.loops.packing import pack_best_fit
-from rollouts.training.rl_losses import trained_tokens
 from rollouts.training.seams import Batch
+from rollouts.training.token_selection import trained_tokens
 
 
 def collate(tokens: Sequence[Sequence[int]], loss_masks: Sequence[Sequence[float]], *, pad_token_id: int) -> Batch:

@@ -1,35 +1,43 @@
 """The RL loss and the loop's settings that the config describes."""
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
-
-from torch import Tensor
-
 from rollouts.config import CISPO, GRPO, PPO, RLConfig, ValueModel
-from rollouts.training.rl_losses import ClipRange, policy_loss
+from rollouts.training.loss_terms import ClipRange
+from rollouts.training.policy_loss import (
+    ClippedRatio,
+    ClippedSequenceRatio,
+    ClippedWeight,
+    KLPenalty,
+    PolicyGradient,
+    PolicyTerm,
+    RLLoss,
+    Shares,
+    ValueTerm,
+    WeightedGradient,
+)
 from rollouts.training.types import RLTrainingConfig
 
 
-def rl_loss(rl: RLConfig) -> Callable[..., Tensor]:
+def rl_loss(rl: RLConfig) -> RLLoss:
     """Return the loss that the config describes: a function of logits and a batch's keys."""
-    loss, options = rl.loss, dict[str, Any]()
-    if not isinstance(loss, GRPO):
-        options |= {"clip_range": (loss.clip_low, loss.clip_high), "dual_clip": loss.dual_clip}
-    elif loss.importance is not None:
-        options |= {"importance": loss.importance.kind, "importance_cap": loss.importance.cap}
-    if rl.kl is not None:
-        options |= {"kl_coef": rl.kl.coef, "kl_kind": rl.kl.kind}
-    if isinstance(rl.baseline, ValueModel):
-        options |= {"value_coef": rl.baseline.coef, "value_clip": rl.baseline.clip}
-    return partial(
-        policy_loss,
-        loss=loss.kind,
-        aggregation=loss.aggregation,
-        length_norm=rl.max_new_tokens,
-        entropy_coef=loss.entropy_coef,
-        **options,
+    value = rl.baseline if isinstance(rl.baseline, ValueModel) else None
+    return RLLoss(
+        policy=_policy_term(rl),
+        shares=Shares(rl.loss.aggregation, length_norm=rl.max_new_tokens),
+        kl=None if rl.kl is None else KLPenalty(rl.kl.coef, rl.kl.kind),
+        entropy_coef=rl.loss.entropy_coef,
+        value=None if value is None else ValueTerm(value.coef, value.clip),
     )
+
+
+def _policy_term(rl: RLConfig) -> PolicyTerm:
+    loss = rl.loss
+    if isinstance(loss, GRPO):
+        weights = loss.importance
+        return PolicyGradient() if weights is None else WeightedGradient(weights.kind, weights.cap)
+    clip_range = (loss.clip_low, loss.clip_high)
+    if isinstance(loss, CISPO):
+        return ClippedWeight(clip_range)
+    return (ClippedRatio if isinstance(loss, PPO) else ClippedSequenceRatio)(clip_range, loss.dual_clip)
 
 
 def batch_clip_range(rl: RLConfig) -> ClipRange | None:
