@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from rollouts.training.checkpoint import CheckpointError
+from rollouts.training.optimizer_state import CheckpointError
 
 SCHEDULES = ("constant", "linear", "cosine")
 # Of Muon's Newton-Schulz iteration: the quintic of Keller Jordan's Muon, as in nanochat and torch, and its epsilon.

@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 
 from rollouts.training import checkpoint
 from rollouts.training.backends import BackendFailedError, PyTorchTrainingBackend
-from rollouts.training.checkpoint import CheckpointError, Retention, expired, latest_checkpoint, list_checkpoints
+from rollouts.training.checkpoint import CheckpointError, Retention, latest_checkpoint, list_checkpoints
 from rollouts.training.loops import run_sft_training
 from rollouts.training.loops.train_step import train_step
+from rollouts.training.retention import expired
 from rollouts.training.rl_losses import sft_loss
 from rollouts.training.types import SFTTrainingConfig
 from tests.training.backends.test_pytorch import sft_batch

@@ -19,6 +19,7 @@ from rollouts.manifest import manifest_problems
 from rollouts.training import checkpoint
 from rollouts.training.checkpoint import CheckpointError, latest_checkpoint, list_checkpoints
 from rollouts.training.loops.train_step import train_step
+from rollouts.training.model_files import read_model
 from rollouts.training.optimizer_state import Staging
 from tests.training.backends.test_pytorch import sft_batch
 from tests.training.tiny import tiny_backend, tiny_model
@@ -113,11 +114,11 @@ def test_weights_of_another_architecture_are_refused(tmp_path):
     """Goal: every tensor of the model comes from the file. Red with strict=False: the head keeps its random start."""
     path = save(tiny_backend(tmp_path), 1)
     with pytest.raises(CheckpointError, match=r"no tensor for lm_head.weight: saved from another"):
-        checkpoint.read_model(tiny_model(tied=False), path)
+        read_model(tiny_model(tied=False), path)
     deeper = tiny_model()
     deeper.resize_token_embeddings(30)
     with pytest.raises(CheckpointError, match=r"model.embed_tokens.weight \(24, 16\), this model has shape \(30, 16\)"):
-        checkpoint.read_model(deeper, path)
+        read_model(deeper, path)
 
 
 def test_sharded_weights_load(tmp_path):
@@ -126,7 +127,7 @@ def test_sharded_weights_load(tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="5KB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
     other = tiny_model(seed=6)
-    checkpoint.read_model(other, tmp_path)
+    read_model(other, tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 

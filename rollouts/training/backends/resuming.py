@@ -6,6 +6,8 @@ from typing import Any
 
 from rollouts.training import checkpoint, distributed, optimizer_state
 from rollouts.training.backends.trained import Trained
+from rollouts.training.model_files import read_model
+from rollouts.training.random_state import restore_rng_state
 from rollouts.training.reference import Reference
 from rollouts.training.value_head import ValueHead
 
@@ -19,7 +21,7 @@ def resume(trained: Trained, path: Path) -> dict[str, Any]:
     metadata = distributed.on_rank_0(lambda: checkpoint.read_metadata(path))
     _check_reference(path, trained.reference, metadata.get("reference"))
     state = checkpoint.read_training_state(path)
-    checkpoint.read_model(trained.model, path)
+    read_model(trained.model, path)
     trained.precision.weights_changed()
     optimizer_directory = path / checkpoint.OPTIMIZER_DIRECTORY
     optimizer_state.restore(trained.model, trained.optimizer, optimizer_directory, state["optimizer"])
@@ -27,7 +29,7 @@ def resume(trained: Trained, path: Path) -> dict[str, Any]:
     _load_value_head(path, trained.value_head, state.get("value_head"))
     trained.step = state["optimizer_steps"]
     own = distributed.rank() if len(state["rng"]) == distributed.world_size() else 0
-    checkpoint.restore_rng_state(state["rng"][own], trained.device)
+    restore_rng_state(state["rng"][own], trained.device)
     return {**metadata, "extra": state["extra"]}
 
 

@@ -13,7 +13,10 @@ from rollouts.training.backends.futures import ThreadFuture, Worker
 from rollouts.training.backends.trained import Trained
 from rollouts.training.checkpoint import Retention
 from rollouts.training.devices import set_current
+from rollouts.training.model_files import write_weights
+from rollouts.training.random_state import rng_state
 from rollouts.training.seams import Tokenizer
+from rollouts.training.whole_tensors import whole_adapter, whole_weights
 
 
 class Saver:
@@ -63,8 +66,8 @@ class Saver:
         """Write weights and config to the directory `path`; rank 0 writes. In turn with other work."""
         model = self._trained.model
         self._trained.placement.at_rest(model)
-        weights = checkpoint.whole_weights(model, copy=False, dtype=dtype)
-        return distributed.on_rank_0(lambda: checkpoint.write_weights(model, path, weights))
+        weights = whole_weights(model, copy=False, dtype=dtype)
+        return distributed.on_rank_0(lambda: write_weights(model, path, weights))
 
     def _snapshot(
         self, step: int, metrics: dict[str, Any], extra: dict[str, Any], before: ThreadFuture[Path] | None
@@ -74,13 +77,13 @@ class Saver:
         if before is not None:
             before.wait()  # one copy in memory at a time; and a save that failed ends the run, seen or not
         tensors, plain = optimizer_state.collect(trained.model, trained.optimizer)
-        rng = distributed.gather_objects(checkpoint.rng_state(trained.device))
+        rng = distributed.gather_objects(rng_state(trained.device))
         own_part = trained.placement.collective or distributed.rank() == 0
         value = {"value_head": copy.deepcopy(trained.value_head.state())} if trained.value_head else {}
         return checkpoint.Snapshot(
             step=step,
-            weights=checkpoint.whole_weights(trained.model, copy=True),
-            adapter=checkpoint.whole_adapter(trained.model),
+            weights=whole_weights(trained.model, copy=True),
+            adapter=whole_adapter(trained.model),
             optimizer=self._staging.copy(tensors) if own_part else {},
             training_state={"optimizer": plain, "optimizer_steps": trained.step, "rng": rng, "extra": extra, **value},
             metadata={

@@ -9,16 +9,17 @@ import pytest
 import torch
 from torch import nn
 
-from rollouts.training import checkpoint
 from rollouts.training.backends import precision
 from rollouts.training.backends.compute_copies import ComputeCopies
 from rollouts.training.backends.pytorch import PyTorchTrainingBackend
 from rollouts.training.loops.batching import split_batch
 from rollouts.training.lora import LoraSettings, apply_lora
+from rollouts.training.model_files import write_weights
 from rollouts.training.model_loading import enable_activation_checkpointing
 from rollouts.training.reference import as_reference
 from rollouts.training.rl_losses import ppo_loss
 from rollouts.training.value_head import ValueHead
+from rollouts.training.whole_tensors import whole_weights
 from tests.flash_stand_in import flash_on_cpu
 from tests.training.backends.test_pytorch import rl_batch, sft_batch
 from tests.training.tiny import tiny_backend, tiny_model
@@ -154,10 +155,10 @@ def test_checkpoints_and_weights_are_the_masters(tmp_path: Path, as_on_a_card: C
     anyio.run(again.load_checkpoint, path)
     assert train(again, 3) == rest
     assert json.loads((path / "config.json").read_text())["dtype"] == "float32"
-    weights = checkpoint.whole_weights(backend.model, copy=False)
+    weights = whole_weights(backend.model, copy=False)
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     with ComputeCopies(backend.model, torch.bfloat16).in_place():
-        checkpoint.write_weights(backend.model, tmp_path / "weights", weights)
+        write_weights(backend.model, tmp_path / "weights", weights)
     assert json.loads((tmp_path / "weights" / "config.json").read_text())["dtype"] == "float32"
 
 

@@ -14,11 +14,11 @@ from rollouts.agents.endpoint import Endpoint
 from rollouts.agents.episode import between_turns
 from rollouts.engines.embedded.served_model import load
 from rollouts.training.backends import create_pytorch_backend
-from rollouts.training.checkpoint import write_model
 from rollouts.training.datasets.chat import render_conversation, render_prompt
 from rollouts.training.datasets.rows import DataError
 from rollouts.training.datasets.turn_end import end_of_turn_ids
 from rollouts.training.evaluation import evaluate_with_engine, evaluate_with_model, evaluating
+from rollouts.training.model_files import write_model
 from rollouts.training.model_loading import load_model, load_tokenizer
 from rollouts.training.rollout_gen.engine_generate import make_generate_fn, stop_ids
 from tests.training.datasets.families import TEMPLATES, byte_level

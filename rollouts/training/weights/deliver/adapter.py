@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from rollouts.training import checkpoint, distributed, lora
+from rollouts.training import distributed, lora
 from rollouts.training.inference.fan_out import on_all_engines
 from rollouts.training.inference.http import WeightSyncError, require
 from rollouts.training.inference.inference_engine import InferenceEngine, routes_of
 from rollouts.training.inference.weight_routes import Adapter
 from rollouts.training.seams import TrainingBackend
+from rollouts.training.whole_tensors import whole_adapter
 
 PREFIX = "rollouts-"  # of our adapters' names at engines
 
@@ -90,7 +91,7 @@ class AdapterDelivery:
 def _write(model: nn.Module, *, path: Path, dtype: torch.dtype | None) -> str:
     """Write the adapter, on rank 0. Return where the frozen weights are from. Every rank calls it, on the thread that
     works on the model."""
-    tensors = checkpoint.whole_adapter(model, dtype=dtype)
+    tensors = whole_adapter(model, dtype=dtype)
     if distributed.rank() == 0:
         unfinished = path.with_name(".writing")
         for left in (unfinished, path):
