@@ -133,7 +133,7 @@ def attention(arguments: argparse.Namespace) -> None:
     """Compare packed attention with its formula: heads of 64 and 128, shared heads, a window; both passes."""
     import torch
 
-    from rollouts.training import packed_attention, smoke_checks
+    from rollouts.training import device_checks, packed_attention
 
     device, calls = torch.device("cpu" if arguments.cpu else "cuda"), 0
     if not arguments.cpu:
@@ -145,9 +145,9 @@ def attention(arguments: argparse.Namespace) -> None:
             return kernel(*given, **options)
 
         packed_attention.varlen.varlen_attn = counted
-    for head_dim in smoke_checks.HEAD_DIMS:
+    for head_dim in device_checks.HEAD_DIMS:
         for window in (None, 7):
-            smoke_checks.check_attention(device, head_dim, packed=True, window=window)
+            device_checks.check_attention(device, head_dim, packed=True, window=window)
     print(f"> {calls} calls of the kernel")
     if not arguments.cpu and calls == 0:
         raise StepError("the variable-length kernel was never called")

@@ -17,6 +17,7 @@ from torch._dynamo import config as dynamo
 from torch.fx.experimental import _config as symbolic_shapes
 
 logger = logging.getLogger(__name__)
+Compiler = str | Callable[[torch.fx.GraphModule, list[torch.Tensor]], Callable[..., object]]  # torch.compile's backend
 # Versions of the code in a process: kinds of layers, with and without gradients, windows that documents reach or not.
 _VERSIONS_MAX = 32
 _thread = threading.local()  # torch's settings are each thread's own, and so is `ready`
@@ -28,7 +29,7 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
-def compile_layers(model: nn.Module, *, backend: str | Callable[..., Any] = "inductor") -> None:
+def compile_layers(model: nn.Module, *, backend: Compiler = "inductor") -> None:
     """Compile each decoder layer of `model`, in place, when it first runs.
 
     `backend` is torch.compile's. Where a layer cannot be compiled, the model runs uncompiled and a warning says why.
@@ -49,7 +50,7 @@ def _run(layer: nn.Module, *arguments: Any, **options: Any) -> Any:
 class _Code:
     """What all layers of a model run; where that fails, `works` is False from then on."""
 
-    def __init__(self, model_name: str, backend: str | Callable[..., Any]) -> None:
+    def __init__(self, model_name: str, backend: Compiler) -> None:
         self.works = True
         self._model_name = model_name
         self._compiled = torch.compile(_run, backend=backend, dynamic=True, fullgraph=True)

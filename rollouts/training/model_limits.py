@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rollouts.training.datasets.rows import DataError
 from rollouts.training.types import Sample
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -32,16 +35,16 @@ class ModelLimits:
         return wanted if self.positions is None else min(wanted, self.positions - used)
 
 
-def limits_of(model: Any) -> ModelLimits:
-    """The limits that a model's own tables set. None is a model whose limits are not known."""
-    embedding = None if model is None else getattr(model, "get_input_embeddings", lambda: None)()
+def limits_of(model: "nn.Module") -> ModelLimits:
+    """Return the limits that a model's own tables set."""
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
     weight = getattr(embedding, "weight", None)
     rows = None if weight is None else int(weight.shape[0])
-    return ModelLimits(rows, None if model is None else _learned_positions(model, embedding))
+    return ModelLimits(rows, _learned_positions(model, embedding))
 
 
-def require_fit(model: Any, samples: Sequence[Sample]) -> None:
-    """Raise DataError, naming the row, for the sample that goes furthest beyond `model`'s limits. None: no model."""
+def require_fit(model: "nn.Module", samples: Sequence[Sample]) -> None:
+    """Raise DataError, naming the row, for the sample that goes furthest beyond `model`'s limits."""
     limits = limits_of(model)
     if limits == ModelLimits(None, None) or not samples:
         return
@@ -59,7 +62,7 @@ def _length(sample: Sample) -> int:
     return len(sample.tokens)
 
 
-def _learned_positions(model: Any, embedding: Any) -> int | None:
+def _learned_positions(model: "nn.Module", embedding: object) -> int | None:
     """Rows of the smallest table of learned positions: GPT-2's `wpe`, OPT's `embed_positions` (two rows are spare)."""
     from torch import nn
 

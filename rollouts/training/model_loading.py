@@ -3,11 +3,14 @@
 import logging
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
+    from transformers import PreTrainedModel
 
+    from rollouts.training.seams import Tokenizer
 
 logger = logging.getLogger(__name__)
 NAMES_SHOWN = 5
@@ -17,8 +20,8 @@ class ModelError(ValueError):
     """A model or tokenizer that cannot be loaded. The message names it, what was found, and the fix."""
 
 
-def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a hub id or directory. Raises ModelError; also for one without a vocabulary or an end token."""
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> "Tokenizer":
+    """Load the tokenizer of a hub id or directory. Raises ModelError, also where it lacks a vocabulary or end token."""
     from transformers import AutoTokenizer
 
     require_model(name)
@@ -28,12 +31,12 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
         raise ModelError(_message("tokenizer", name, error, trust_remote_code)) from error
     if len(tokenizer) <= len(tokenizer.get_added_vocab()):  # transformers makes one up where the files are missing
         raise ModelError(
-            f"{name}: its tokenizer has no vocabulary: no tokenizer.json (or vocab.json, tokenizer.model) is there. "
+            f"{name}: its tokenizer lacks a vocabulary: there is no tokenizer.json (or vocab.json, tokenizer.model). "
             "Fix: put the model's own tokenizer files beside its config.json."
         )
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"tokenizer of {name!r} has no eos_token: nothing would end an answer; set it in its config")
-    return tokenizer
+        raise ModelError(f"tokenizer of {name!r} lacks an eos_token: nothing would end an answer; set it in its config")
+    return cast("Tokenizer", tokenizer)
 
 
 def load_model(
@@ -43,8 +46,8 @@ def load_model(
     init_seed: int = 0,
     dtype: "torch.dtype | None" = None,
     trust_remote_code: bool = False,
-) -> Any:
-    """A causal language model on the CPU, in training mode. dtype None: float32, the master weights.
+) -> "PreTrainedModel":
+    """Load a causal language model on the CPU, in training mode. dtype None: float32, the master weights.
 
     init "random" needs only the architecture (config.json) and draws weights from init_seed: the same every time, with
     the global random state left as found. Raises ModelError.
@@ -72,12 +75,12 @@ def load_model(
     return model.train()
 
 
-def with_every_weight(auto_class: Any, name: str, **options: Any) -> Any:
-    """Return `auto_class.from_pretrained(name, **options)`, with each of its tensors out of the files.
+def with_every_weight(auto_class: Any, name: str, **options: Any) -> "PreTrainedModel":
+    """Return `auto_class.from_pretrained(name, **options)`, after checking that the files have each of its tensors.
 
     transformers draws random values for a tensor that the files lack, and says so in a log alone. Here that is a
     ModelError, and so is a tensor of another shape; a tied one needs only one of its names. Tensors of the files that
-    the model does not have are named in a warning, and by `tensors_left_out`.
+    the model lacks are named in a warning, and by `tensors_left_out`.
     """
     model, info = auto_class.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     missing, unknown = set(info["missing_keys"]), set(info["unexpected_keys"])
@@ -95,13 +98,13 @@ def with_every_weight(auto_class: Any, name: str, **options: Any) -> Any:
             f"{_prefix_fix(missing, unknown)}"
         )
     if unknown:
-        model.tensors_left_out = f"{name}: its files hold tensors that the model does not have: {_some(unknown)}"
+        model.tensors_left_out = f"{name}: its files hold tensors that the model lacks: {_some(unknown)}"
         logger.warning("%s", model.tensors_left_out)
     return model
 
 
-def tensors_left_out(model: Any) -> str:
-    """The sentence about tensors of the model's files that the model does not have; "" where there are none."""
+def tensors_left_out(model: "nn.Module") -> str:
+    """Return a sentence about tensors of the model's files that the model lacks; "" without any."""
     return getattr(model, "tensors_left_out", "")
 
 
@@ -121,32 +124,32 @@ def _prefix_fix(missing: Collection[str], unknown: Collection[str]) -> str:
     return "save all of the model's weights, or set init='random' to draw new ones."
 
 
-def enable_activation_checkpointing(model: Any) -> None:
+def enable_activation_checkpointing(model: "PreTrainedModel") -> None:
     """Keep only each layer's input for the backward pass, which computes the rest again: same numbers, less memory.
 
-    Works with frozen weights below trained ones. Raises ModelError for an architecture that has no support for it.
+    Works with frozen weights below trained ones. Raises ModelError for an architecture that lacks support for it.
     """
     if not model.supports_gradient_checkpointing:
-        raise ModelError(f"{type(model).__name__} has no activation checkpointing; set activation_checkpointing=False")
+        raise ModelError(f"{type(model).__name__} lacks activation checkpointing; set activation_checkpointing=False")
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # < 5.20
     enable({"use_reentrant": False})
 
 
 def require_model(name: str) -> None:
-    """Raise ModelError for a name that can only be a directory and is none, or has no config.json."""
+    """Raise ModelError for a name that can only be a directory but does not exist, or one that lacks config.json."""
     path = Path(name)
     if not path.is_dir():
         if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-            raise ModelError(f"{name}: no such directory (looked in {Path.cwd()}), and no hub id either")
+            raise ModelError(f"{name}: no such directory (looked in {Path.cwd()}), and not a valid hub id")
     elif not (path / "config.json").is_file():
-        raise ModelError(f"{name}: the directory has no config.json, so it is no Hugging Face model")
+        raise ModelError(f"{name}: the directory lacks config.json, so it is not a Hugging Face model")
 
 
 def require_weights(name: str) -> None:
     """Raise ModelError for a directory without weights."""
     path = Path(name)
     if path.is_dir() and not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
-        raise ModelError(f"{name}: the directory holds no weights (*.safetensors); set init='random' to draw new ones")
+        raise ModelError(f"{name}: the directory lacks weights (*.safetensors); set init='random' to draw new ones")
     whole = ("model*.safetensors", "pytorch_model*.bin")
     if (path / "adapter_config.json").is_file() and not any(found for part in whole for found in path.glob(part)):
         raise ModelError(

@@ -1,5 +1,4 @@
-"""Try a host in one of its environments before a stage starts there, in seconds. The supervisor runs it, see smoke.py
-of rollouts/worker; by hand:
+"""Try a host in one of its environments before a stage starts there, in seconds. The supervisor runs it; by hand:
 
     .venv/bin/python -m rollouts.training.smoke trainer --device cuda
     torchrun … -m rollouts.training.smoke trainer --device cuda --store NEW_FILE
@@ -34,7 +33,7 @@ class SmokeError(RuntimeError):
     """A part failed. The message names it, the build, the driver and the device."""
 
 
-class Report:
+class SmokeReport:
     """The parts, one after another, timed. Where `path` is given, how far they are is there, for who waits."""
 
     def __init__(self, device: str, path: Path | None = None) -> None:
@@ -67,41 +66,41 @@ class Report:
             temporary.replace(self._path)
 
 
-def try_trainer(report: Report, device_type: str, *, store: Path | None) -> None:
+def try_trainer(report: SmokeReport, device_type: str, *, store: Path | None) -> None:
     """Run the parts of a trainer's rank on its device. Raises SmokeError."""
     fix = _CARD if device_type == "cuda" else _HOST
     with report.part("torch", _BUILD):
-        from rollouts.training import distributed, smoke_checks
+        from rollouts.training import device_checks, distributed
         from rollouts.training.devices import describe_build
 
         report.where = f"device {device_type}:{os.environ.get('LOCAL_RANK', '0')} with {describe_build()}"
         device = distributed.initialize(device_type, timeout_s=COLLECTIVE_TIMEOUT_S, store_file=store)
-        report.where = f"device {smoke_checks.name_of(device)} with {describe_build()}"
+        report.where = f"device {device_checks.name_of(device)} with {describe_build()}"
     with report.part("bf16 product", fix):
-        smoke_checks.check_product(device)
+        device_checks.check_product(device)
     with report.part("attention", fix):
-        for head_dim in smoke_checks.HEAD_DIMS:
-            smoke_checks.check_attention(device, head_dim, packed=device_type == "cuda")
+        for head_dim in device_checks.HEAD_DIMS:
+            device_checks.check_attention(device, head_dim, packed=device_type == "cuda")
     with report.part(f"all-reduce over {distributed.world_size()} ranks", fix):
-        smoke_checks.check_all_reduce(device)
+        device_checks.check_all_reduce(device)
         distributed.shutdown()
 
 
-def try_cards(report: Report, device_type: str, *, cards: int) -> None:
+def try_cards(report: SmokeReport, device_type: str, *, cards: int) -> None:
     """Run the parts of an engine on its devices: its own torch sees each, and computes there. Raises SmokeError."""
     with report.part("torch", _BUILD):
-        from rollouts.training import distributed, smoke_checks
+        from rollouts.training import device_checks, distributed
         from rollouts.training.devices import describe_build
 
         report.where = f"device {device_type} with {describe_build()}"
         devices = [distributed.local_device(device_type, index) for index in range(cards)]
     for device in devices:
-        report.where = f"device {smoke_checks.name_of(device)} with {describe_build()}"
+        report.where = f"device {device_checks.name_of(device)} with {describe_build()}"
         with report.part(f"bf16 product on {device}", _CARD if device_type == "cuda" else _HOST):
-            smoke_checks.check_product(device)
+            device_checks.check_product(device)
 
 
-def try_modules(report: Report, names: list[str]) -> None:
+def try_modules(report: SmokeReport, names: list[str]) -> None:
     """Import what a server starts with. Raises SmokeError."""
     with report.part("engine package", _LOCK):
         for name in names:
@@ -111,7 +110,7 @@ def try_modules(report: Report, names: list[str]) -> None:
                 raise RuntimeError(f"{name} cannot be imported: {type(error).__name__}: {error}") from error
 
 
-def try_compilers(report: Report, names: list[str]) -> None:
+def try_compilers(report: SmokeReport, names: list[str]) -> None:
     """Find what kernels are compiled with. Raises SmokeError."""
     with report.part("compilers", ""):
         for name in names:
@@ -129,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--report", type=Path, help="where rank 0 writes how far it is")
     arguments = parser.parse_args(argv)
     is_first = os.environ.get("RANK", "0") == "0"
-    report = Report(arguments.device, arguments.report if is_first else None)
+    report = SmokeReport(arguments.device, arguments.report if is_first else None)
     try:
         if arguments.who == "trainer":
             try_trainer(report, arguments.device, store=arguments.store)

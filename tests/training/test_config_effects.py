@@ -237,7 +237,7 @@ def test_an_architecture_without_checkpointing_is_named(tmp_path: Path) -> None:
     model.supports_gradient_checkpointing = False
     from rollouts.training.model_loading import enable_activation_checkpointing
 
-    with pytest.raises(ModelError, match="Qwen2ForCausalLM has no activation checkpointing; set activation_check"):
+    with pytest.raises(ModelError, match="Qwen2ForCausalLM lacks activation checkpointing; set activation_check"):
         enable_activation_checkpointing(model)
 
 

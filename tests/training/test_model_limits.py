@@ -44,15 +44,14 @@ def sample(*tokens: int, where: str = "f.jsonl:7") -> Sample:
         (tiny_model(), ModelLimits(261, None)),
         (AutoModelForCausalLM.from_config(GPT2), ModelLimits(261, POSITIONS)),
         (AutoModelForCausalLM.from_config(OPT), ModelLimits(261, POSITIONS)),
-        (None, ModelLimits(None, None)),
-        (object(), ModelLimits(None, None)),
+        (torch.nn.Module(), ModelLimits(None, None)),
+        (torch.nn.Linear(2, 2), ModelLimits(None, None)),
     ],
-    ids=["Qwen2", "GPT-2", "OPT", "none", "no model"],
+    ids=["Qwen2", "GPT-2", "OPT", "no module", "no embedding"],
 )
 def test_limits_are_those_of_the_models_tables(model: Any, expected: ModelLimits) -> None:
     """Goal: rotary positions have no end, learned ones have, spare rows apart. Red with OPT's two counted."""
-    if isinstance(model, torch.nn.Module) or model is None:
-        assert limits_of(model) == expected
+    assert limits_of(model) == expected
 
 
 @pytest.mark.parametrize(

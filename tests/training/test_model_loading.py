@@ -73,9 +73,9 @@ def test_a_missing_directory_is_named(load: object, name: str) -> None:
 
 def test_a_directory_that_is_no_model_is_named(tmp_path: Path) -> None:
     """Goal: what is missing, and the fix. Red when transformers' own message came through."""
-    with pytest.raises(ModelError, match=r"has no config\.json"):
+    with pytest.raises(ModelError, match=r"lacks config\.json"):
         load_model(str(tmp_path))
-    with pytest.raises(ModelError, match=r"holds no weights .*; set init='random'"):
+    with pytest.raises(ModelError, match=r"lacks weights .*; set init='random'"):
         load_model(TINY_MODEL)
     with pytest.raises(ModelError, match="init='zeros': needs 'pretrained' or 'random'"):
         load_model(TINY_MODEL, init="zeros")  # type: ignore[arg-type]
@@ -161,7 +161,7 @@ def test_tied_and_unknown_tensors_are_no_reason_to_refuse(tmp_path: Path, caplog
         loaded = load_model(saved(tmp_path / str(number), change, tied=True))
         assert torch.equal(parameters(loaded), parameters(tiny.tiny_model(tied=True)))
     assert [record.getMessage() for record in caplog.records if record.name == "rollouts.training.model_loading"] == [
-        f"{tmp_path / '1'}: its files hold tensors that the model does not have: v_head.weight"
+        f"{tmp_path / '1'}: its files hold tensors that the model lacks: v_head.weight"
     ]
 
 
@@ -195,7 +195,7 @@ def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     shutil.copytree(TINY_MODEL, tmp_path / "m")
     for file in (tmp_path / "m").glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(ModelError, match=r"/m: its tokenizer has no vocabulary: no tokenizer\.json"):
+    with pytest.raises(ModelError, match=r"/m: its tokenizer lacks a vocabulary: there is no tokenizer\.json"):
         load_tokenizer(str(tmp_path / "m"))
 
 
@@ -206,5 +206,5 @@ def test_a_tokenizer_without_an_end_token_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "m" / "tokenizer_config.json"
     changes = {"eos_token": None, "tokenizer_class": "TokenizersBackend"}
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-    with pytest.raises(ModelError, match="has no eos_token"):
+    with pytest.raises(ModelError, match="lacks an eos_token"):
         load_tokenizer(str(tmp_path / "m"))

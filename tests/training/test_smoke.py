@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rollouts.training import compilers, packed_attention, smoke, smoke_checks
+from rollouts.training import compilers, device_checks, packed_attention, smoke
 
 CPU = torch.device("cpu")
 
@@ -23,7 +23,7 @@ def test_a_sound_machine(tmp_path: Path) -> None:
     assert [*found["parts"]] == ["torch", "bf16 product", "attention", "all-reduce over 1 ranks", "engine package"]
     assert found["doing"] == ""
     for window in (None, 7):
-        smoke_checks.check_attention(CPU, 64, packed=True, window=window)
+        device_checks.check_attention(CPU, 64, packed=True, window=window)
 
 
 def test_attention_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,14 +34,14 @@ def test_attention_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     right = packed_attention.Documents.of
     with monkeypatch.context() as patch:
         patch.setattr(packed_attention.Documents, "of", lambda lengths, device: right([sum(lengths)], device))
-        with pytest.raises(smoke_checks.WrongResultError, match=r"attention, head_dim 64 is wrong by .*needs at most"):
-            smoke_checks.check_attention(CPU, 64, packed=True)
-    plain = smoke_checks._by_torch
+        with pytest.raises(device_checks.WrongResultError, match=r"attention, head_dim 64 is wrong by .*needs at most"):
+            device_checks.check_attention(CPU, 64, packed=True)
+    plain = device_checks._by_torch
     monkeypatch.setattr(
-        smoke_checks, "_by_torch", lambda query, key, value: plain(query, key.detach() + 0 * key, value)
+        device_checks, "_by_torch", lambda query, key, value: plain(query, key.detach() + 0 * key, value)
     )
-    with pytest.raises(smoke_checks.WrongResultError, match="gradient of k, head_dim 128 is wrong"):
-        smoke_checks.check_attention(CPU, 128, packed=False)
+    with pytest.raises(device_checks.WrongResultError, match="gradient of k, head_dim 128 is wrong"):
+        device_checks.check_attention(CPU, 128, packed=False)
 
 
 def test_a_part_that_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +51,7 @@ def test_a_part_that_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     def fault(device: torch.device) -> None:
         raise RuntimeError("CUDA error: an illegal memory access\nwas encountered")
 
-    monkeypatch.setattr(smoke_checks, "check_product", fault)
+    monkeypatch.setattr(device_checks, "check_product", fault)
     assert smoke.main(["trainer", "--device", "cpu"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: smoke test: bf16 product: CUDA error: an illegal memory access was encountered, on")

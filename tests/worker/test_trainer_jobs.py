@@ -237,7 +237,7 @@ def test_sft_evaluates_the_same_way(model: Path, tmp_path: Path) -> None:
     save_file(tensors, own / "model.safetensors", metadata={"format": "pt"})
     run = train(tmp_path / "sft", "sft", config(own, "sft", {**SAMPLED, "sft.eval_every": 1, "sft.eval_steps": 1}))
     notes = [event["message"] for event in read_jsonl(run.events) if event["kind"] == "note"]
-    assert [note for note in notes if note.endswith("tensors that the model does not have: v_head.weight")]
+    assert [note for note in notes if note.endswith("tensors that the model lacks: v_head.weight")]
     losses = rows(run, metric="validation_loss")
     assert {(row["stage"], row["step"]) for row in losses} == {("base", 0), ("sft", 1), ("sft", 2)}
     assert len({row["task"] for row in losses}) == 3
