@@ -111,12 +111,31 @@ def test_a_measure_of_a_finished_room_can_fail(
     assert [text[: len(measure)] for text in found] == ([measure] if measure else [])
 
 
-TYPED = ("rollouts.training.loops.", "rollouts.training.rollout_gen.", "rollouts.worker.")
+# Public library calls take what users know them by
+PUBLIC_CALLS = frozenset(
+    (
+        "rollouts.training.backends.pytorch.__init__",
+        "rollouts.training.backends.pytorch_factory.create_pytorch_backend",
+        "rollouts.training.loops.rl_loop.run_rl_training",
+        "rollouts.training.loops.sft_loop.run_sft_training",
+    )
+)
 
 
-def test_loops_and_trainer_say_what_they_take(house: ModuleType) -> None:
-    """Goal: a backend, pool or reward that a loop or a stage takes has a type, and is not asked for its methods. Red
-    with `backend: Any` in run_rl, and with hasattr(backend, "expect")."""
+def test_sizes_stay_small(house: ModuleType) -> None:
+    """Goal: files, classes and calls that one can hold in mind. Red with the tree in which one backend had 29
+    attributes in 526 lines, and `policy_loss` 23 parameters."""
     modules = house.parse()
-    assert [where for _, where in house.open_seams(modules) if where.startswith(TYPED)] == []
-    assert [where for _, where in house.probes(modules) if where.startswith(TYPED)] == []
+    assert [found for found in house.file_lines() if found[0] > 400] == []
+    assert [found for found in house.attributes(modules) if found[0] > 12] == []
+    assert [found for found in house.parameters(modules) if found[0] > 10 and found[1] not in PUBLIC_CALLS] == []
+    assert [found for found in house.function_lines(modules) if found[0] > 70 and found[1] not in PUBLIC_CALLS] == []
+
+
+def test_seams_are_typed_and_not_probed(house: ModuleType) -> None:
+    """Goal: what a part asks of another is in a protocol. Red with `backend: Any` in the loops' throughput, and with
+    `hasattr(backend, "expect")`."""
+    modules = house.parse()
+    assert house.probes(modules) == []
+    others = {name: tree for name, tree in modules.items() if name != "rollouts.training.evaluation"}
+    assert house.open_seams(others) == []
