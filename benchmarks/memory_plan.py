@@ -33,7 +33,7 @@ from rollouts.remote.plan.memory.engine_memory import Card
 from rollouts.remote.plan.memory.training_memory import StepLoad, layer_activations, training_peaks
 from rollouts.remote.plan.memory.uses import step_of
 from rollouts.training import distributed, forward, head_ways, lora, optim, packed_attention, reference
-from rollouts.training.backends import precision, sharded, step_sums, steps
+from rollouts.training.backends import optimizer_steps, precision, sharded, step_sums
 from rollouts.training.checkpoint import Retention
 from rollouts.training.loops.batching import collate
 from rollouts.worker.builders.backend import build_backend
@@ -138,7 +138,7 @@ def as_on_a_card(mode: FakeTensorMode, card_bytes: int, ranks: int) -> Iterator[
     if ranks > 1:
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
-        answers.append((steps, "_total_norm", lambda gradients: torch.ones(())))
+        answers.append((optimizer_steps, "_total_norm", lambda gradients: torch.ones(())))
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
         with contextlib.ExitStack() as stack:

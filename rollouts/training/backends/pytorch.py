@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from rollouts.training import distributed, forward
 from rollouts.training.backends.futures import BackendFailedError, ThreadFuture, Worker
 from rollouts.training.backends.loss_function import LossFunction
+from rollouts.training.backends.optimizer_steps import OptimizerSteps
 from rollouts.training.backends.passes import Passes
 from rollouts.training.backends.placement import Placement, WholeCopy
 from rollouts.training.backends.precision import Precision
 from rollouts.training.backends.resuming import resume
 from rollouts.training.backends.saving import Saver
-from rollouts.training.backends.steps import Steps
 from rollouts.training.backends.trained import Trained
 from rollouts.training.checkpoint import Retention
 from rollouts.training.devices import give_cache_back
@@ -86,7 +86,7 @@ class PyTorchTrainingBackend:
             value_head = value_head.to(placement.device)
         self._trained = Trained(model, optimizer, placement, precision, reference, value_head)
         self._passes = Passes(self._trained, loss, packed=packed)
-        self._steps = Steps(self._trained, self._passes, max_grad_norm=max_grad_norm, lr_schedule=lr_schedule)
+        self._steps = OptimizerSteps(self._trained, self._passes, max_grad_norm=max_grad_norm, lr_schedule=lr_schedule)
         self._worker = Worker(type(self).__name__, placement.device)
         self._saver = Saver(self._trained, Path(checkpoint_dir), tokenizer, retention)
         model.train()

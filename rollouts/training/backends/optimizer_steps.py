@@ -13,7 +13,7 @@ from rollouts.training.backends.trained import Trained
 from rollouts.training.seams import Batch
 
 
-class Steps:
+class OptimizerSteps:
     """On one thread at a time, in order. Gradients are clipped to the global L2 norm `max_grad_norm`."""
 
     def __init__(
