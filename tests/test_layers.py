@@ -71,6 +71,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "rollouts.engines.command_lines": ("rollouts.config", "rollouts.engines"),
     "rollouts.view": ("rollouts.view", "rollouts.run_dir", "rollouts.plain_files"),
+    "rollouts.api": ("rollouts.config", "rollouts.remote", "rollouts.run_dir", "rollouts.view"),
     "rollouts.remote": (
         "rollouts.config",
         "rollouts.run_dir",
