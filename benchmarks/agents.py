@@ -27,7 +27,7 @@ from base_config import Config, load_config
 from benchmarks.async_rl import cpu_s, engine, train
 from rollouts.run_dir import RunDir, iter_jsonl
 from rollouts.training.inference.http import Generation
-from rollouts.training.inference.sglang import SGLangEngine
+from rollouts.training.inference.sglang_client import SGLangEngine
 from rollouts.training.rollout_gen.concurrency import gather_in_order
 
 ROOT = Path(__file__).resolve().parent.parent

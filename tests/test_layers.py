@@ -14,7 +14,7 @@ CLIENTS = tuple(  # of inference servers: they know nothing of the pool
     f"rollouts.training.inference.{name}"
     for name in (
         *("adapted_engine", "client", "connections", "fan_out", "http", "inference_engine", "known_versions"),
-        *("loop_lock", "requests", "sglang", "vllm", "weight_routes", "weights_on_disk"),
+        *("loop_lock", "requests", "sglang_client", "vllm_client", "weight_routes", "weights_on_disk"),
     )
 )
 
@@ -378,7 +378,10 @@ def test_imports_point_one_way(file: Path) -> None:
         ("rollouts.config.load", "import rich"),
         ("rollouts.config.schema.rl", "from rollouts.config.checks import config_problems"),
         ("rollouts.run_dir", "from rollouts.config import Config"),
-        ("rollouts.training.inference.sglang", "from rollouts.training.inference.pool.engine_pool import EnginePool"),
+        (
+            "rollouts.training.inference.sglang_client",
+            "from rollouts.training.inference.pool.engine_pool import EnginePool",
+        ),
         ("rollouts.training.weights.channel.process_group", "from rollouts.training.weights import publish"),
         ("rollouts.view.fold", "from rollouts.remote.errors import Problem"),
         ("rollouts.view.fold", "import datasets"),

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from rollouts.training.datasets.turn_end import TurnEnds, end_of_turn_ids
 from rollouts.training.inference.http import Generation
-from rollouts.training.inference.sglang import SGLangEngine
+from rollouts.training.inference.sglang_client import SGLangEngine
 from rollouts.training.seams import Tokenizer
 
 

@@ -10,8 +10,8 @@ from typing import Any
 from rollouts.training.inference.adapted_engine import as_client
 from rollouts.training.inference.fan_out import update_all
 from rollouts.training.inference.http import EngineError, Generation, WeightSyncError
-from rollouts.training.inference.sglang import SGLangEngine
-from rollouts.training.inference.vllm import VLLMEngine
+from rollouts.training.inference.sglang_client import SGLangEngine
+from rollouts.training.inference.vllm_client import VLLMEngine
 
 __all__ = [
     "EngineError",

@@ -10,7 +10,7 @@ import anyio
 import pytest
 
 from rollouts.training.inference.http import Generation
-from rollouts.training.inference.sglang import SGLangEngine
+from rollouts.training.inference.sglang_client import SGLangEngine
 from rollouts.training.rollout_gen.concurrency import gather_in_order
 from tests.engines.scripted import Scripted
 from tests.engines.serving import LONG, PROMPT, REPOSITORY, Engine
@@ -143,7 +143,7 @@ async def test_a_thousand_single_requests(client: SGLangEngine) -> None:
 FEW_FILES = """
 import resource, sys
 import anyio
-from rollouts.training.inference.sglang import SGLangEngine
+from rollouts.training.inference.sglang_client import SGLangEngine
 
 resource.setrlimit(resource.RLIMIT_NOFILE, (80, 80))
 

@@ -12,7 +12,7 @@ from rollouts.training.inference.connect import engine_client
 from rollouts.training.inference.inference_engine import ServerKind
 from rollouts.training.inference.known_versions import KNOWN_VERSIONS
 from rollouts.training.inference.requests import param_problems, prompt_problems, row_seed
-from rollouts.training.inference.vllm import vllm_params
+from rollouts.training.inference.vllm_client import vllm_params
 from rollouts.training.inference.weights_on_disk import damage
 from rollouts.training.weight_sync import EngineError
 from tests.engines.scripted import Scripted

@@ -6,8 +6,8 @@ from typing import Any, cast
 
 from rollouts.training.inference.http import EngineError, Generation
 from rollouts.training.inference.inference_engine import InferenceEngine, PauseMode, ServerInfo
-from rollouts.training.inference.sglang import SGLangEngine
-from rollouts.training.inference.vllm import VLLMEngine
+from rollouts.training.inference.sglang_client import SGLangEngine
+from rollouts.training.inference.vllm_client import VLLMEngine
 from rollouts.training.inference.weight_routes import WeightRoutes
 
 

@@ -3,8 +3,8 @@
 from typing import Any
 
 from rollouts.training.inference.inference_engine import ServerKind
-from rollouts.training.inference.sglang import SGLangEngine
-from rollouts.training.inference.vllm import VLLMEngine
+from rollouts.training.inference.sglang_client import SGLangEngine
+from rollouts.training.inference.vllm_client import VLLMEngine
 
 CLIENTS: dict[ServerKind, type[SGLangEngine] | type[VLLMEngine]] = {
     "embedded": SGLangEngine,  # speaks SGLang's routes

@@ -14,7 +14,7 @@ from rollouts.training.inference.inference_engine import InferenceEngine
 from rollouts.training.inference.pool.engine_pool import EnginePool
 from rollouts.training.inference.pool.recovery import Recovered
 from rollouts.training.inference.pool.router_client import RouterClient
-from rollouts.training.inference.sglang import SGLangEngine
+from rollouts.training.inference.sglang_client import SGLangEngine
 from rollouts.worker.builders import EngineUrls
 
 

@@ -13,7 +13,7 @@ import anyio
 from rollouts.training import open_files
 from rollouts.training.inference.http import EngineError, EngineLost, Generation, HTTPClient
 from rollouts.training.inference.loop_lock import LoopLimiter
-from rollouts.training.inference.sglang import RequestEntry, SGLangEngine, entries_of, generations
+from rollouts.training.inference.sglang_client import RequestEntry, SGLangEngine, entries_of, generations
 
 Check = Callable[[Sequence[Generation]], None]  # raises EngineLost for an answer that does not count
 
