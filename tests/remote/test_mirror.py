@@ -16,7 +16,7 @@ from rollouts.remote.host.local import LocalTransport
 from rollouts.remote.run.checkpoints import pull_checkpoint
 from rollouts.remote.run.connection import RetryPolicy, RunConnection
 from rollouts.remote.run.mirror import Mirror
-from rollouts.remote.run.pull import pull_checkpoints
+from rollouts.remote.run.pull import final_pull
 from rollouts.remote.run.registry import RunEntry
 from rollouts.run_dir import RunDir, append_jsonl
 from rollouts.view.fold import View, duration, eval_line, evaluation_table, event_line, fold, metrics_line
@@ -125,12 +125,12 @@ def test_a_checkpoint_that_the_run_removed_is_not_waited_for(tmp_path: Path) -> 
         repository="",
         created_at=0.0,
     )
-    pull_checkpoints(RunConnection(entry, "python3", LocalTransport()))
+    final_pull(RunConnection(entry, "python3", LocalTransport()))
     here = sorted(path.name for path in (mirror.checkpoints / "sft").iterdir())
     assert here == ["latest", "step_000000", "step_000003"]
     make_checkpoint(host, paths[1])
     append_jsonl(mirror.events, {"kind": "checkpoint", "path": paths[1]})  # a resumed run wrote the step again
-    pull_checkpoints(RunConnection(entry, "python3", LocalTransport()))
+    final_pull(RunConnection(entry, "python3", LocalTransport()))
     assert manifest_problems(mirror.path / paths[1]) == ()
 
 

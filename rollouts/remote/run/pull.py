@@ -79,11 +79,6 @@ def final_pull(connection: RunConnection, say: Say = silent, policy: RetryPolicy
     _pull_checkpoints(pulling, mirror)
 
 
-def pull_checkpoints(connection: RunConnection) -> None:
-    """Bring every checkpoint that the mirror's events name, verified, but those that the run has removed since."""
-    _pull_checkpoints(_Pulling(connection, silent, RetryPolicy()), Mirror(connection.entry.mirror))
-
-
 def _pull_files(pulling: _Pulling, mirror: Mirror) -> None:
     connection = pulling.connection
     bring = partial(pull_files, connection.transport, connection.entry.run_path, mirror.run)
