@@ -14,6 +14,7 @@ TRANSFORMERS = "a method or argument of transformers' cache protocol"
 SGLANG = "SGLang reads it"
 PARAMIKO = "paramiko reads or calls it"
 LIBRARY = "the library's public surface: users call it"
+OPTION = "an option of policy_loss, read by its name"
 CONFIGS = "configs name it by its dotted path"
 ALLOWED = {
     "_": "torch calls it: the shapes of a custom operator",
@@ -32,22 +33,21 @@ ALLOWED = {
     "check_min_reward": LIBRARY,
     "check_quality_and_diversity": LIBRARY,
     "check_tree": "called by the program that a sync sends to the host",
-    "cispo_loss": LIBRARY,
     "copy_all_layer_kv_cache_cpu": SGLANG,
     "enable_batch_invariant_mode": SGLANG,
+    "evaluations": LIBRARY,
     "fill_accept_out_cache_loc_cpu": SGLANG,
     "fill_bonus_tokens_cpu": SGLANG,
     "get_mask_sizes": TRANSFORMERS,
     "get_max_length": TRANSFORMERS,
     "get_seq_length": TRANSFORMERS,
-    "gspo_loss": LIBRARY,
     "handshake_timeout": PARAMIKO,
+    "importance_cap": OPTION,
+    "kl_kind": OPTION,
     "ls": TYPER,
     "missing_host_key": PARAMIKO,
     "pgid": "a field of a record on disk, for people",
     "pin_memory": "an argument and a method of torch, replaced for SGLang",
-    "policy_statistics": LIBRARY,
-    "ppo_loss": LIBRARY,
     "prometheus_host": SGLANG,
     "prometheus_port": SGLANG,
     "query_length": TRANSFORMERS,
@@ -56,6 +56,7 @@ ALLOWED = {
     "should_exit": "uvicorn reads it",
     "timed_out": LIBRARY,
     "use_duck_shape": "torch reads it",
+    "value_clip": OPTION,
     "verify_tree_greedy_cpu": SGLANG,
     "write_prompts": LIBRARY,
 }

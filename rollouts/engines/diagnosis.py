@@ -118,7 +118,10 @@ INSTALL_RULES: Sequence[tuple[str, str]] = (
         " Debian 12.",
     ),
     (
-        r"ResolutionImpossible|conflicting dependencies|No solution found[^\n]*\n[^\n]*Because you require",
+        # Not where pip alone cannot find the pinned version: it calls that a conflict with the constraint too.
+        r"\A(?![\s\S]*The user requested (?P<alone>[\w.-]+)\s+The user requested \(constraint\) (?P=alone)==)"
+        r"[\s\S]*(?:ResolutionImpossible|conflicting dependencies)"
+        r"|No solution found[^\n]*\n[^\n]*Because you require",
         "Two of the requirements contradict each other, or the constraints: the lines before name both. Change"
         " host.requirements so that it fits host.constraints_file, whose versions are one tested set; or name other"
         " constraints.",

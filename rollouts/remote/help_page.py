@@ -49,9 +49,9 @@ Options of deploy CONFIG:
                                following, one object a line: {"type":
                                "progress" | "event" | "metrics" | "eval", …},
                                last {"type": "result" | "error", …}
-  --set FIELD=VALUE            another value for a field of the config, such as
+  --set FIELD=VALUE            another value for a field of the config, as
                                rl.matrix_lr=1e-6; may be given several times.
-                               FIELD=V1,V2 runs a sweep: every combination, one
+                               FIELD=V1,V2 runs a sweep: each combination, one
                                run after another, and a table at the end
   --skip N                     leave out the first N runs of a sweep
   --yes                        start a sweep of more than 20 runs

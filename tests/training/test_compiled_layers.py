@@ -13,7 +13,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from rollouts.training import forward
-from rollouts.training.backends import pytorch
+from rollouts.training.backends import precision
 from rollouts.training.backends.pytorch import PyTorchTrainingBackend
 from rollouts.training.compiled_layers import compile_layers, layers_of
 from rollouts.training.lora import LoraSettings, apply_lora
@@ -117,7 +117,7 @@ def test_packs_of_any_lengths(  # noqa: PLR0917 — four make up a case
 
     Red with torch's settings made in another thread than the backend's: one more, for the first pack's 8 alone.
     """
-    monkeypatch.setattr(pytorch, "use_copies", lambda device: True)
+    monkeypatch.setattr(precision, "use_copies", lambda device: True)
     dtype = "bfloat16" if change is checkpointed else "float32"
     make = partial(tiny_backend, tmp_path, compute_dtype=dtype)
     expected = train(make(model=change(tiny_model())), steps)

@@ -4,6 +4,7 @@ A group is one prompt's samples. Order is always prompt order, never completion 
 group: dropping the groups that finish last would starve long answers.
 """
 
+import inspect
 import math
 from functools import partial
 from types import TracebackType
@@ -12,10 +13,11 @@ from typing import Any
 from rollouts.training.rollout_gen.concurrency import gather_in_order
 from rollouts.training.rollout_gen.group_queue import GroupQueue, PendingGroup, RolloutError
 from rollouts.training.rollout_gen.group_work import (
+    checked_group,
     filter_reason,
-    generate,
     group_seed,
     score,
+    start_generating,
     unscorable_reason,
 )
 from rollouts.training.seams import PromptSource
@@ -67,7 +69,8 @@ class AsyncRolloutManager:
 
     async def finish(self, group: PendingGroup, reward_fn: RewardFn | None = None) -> None:
         """Generate, score and filter a group that was started. Afterwards it is ready, or dropped."""
-        samples = await generate(self.config, group.prompt, group.number)
+        made = start_generating(self.config, group.prompt, group.number)
+        samples = checked_group(self.config, await made if inspect.isawaitable(made) else made)
         await score(samples, reward_fn or self.config.reward_fn)
         reason = unscorable_reason(samples)
         if reason is None:

@@ -13,12 +13,16 @@ from rollouts.training.types import REWARD_FAILURE, FilterFn, Prompt, RewardFn, 
 from rollouts.training.user_code import USER_ERRORS, describe
 
 
-async def generate(config: RolloutConfig, prompt: Prompt, number: int) -> Group:
-    """Return the samples of the group with this number. Raises ValueError for a wrong value of `generate_fn`."""
-    generate_fn, wanted = config.generate_fn, config.n_samples_per_prompt
-    assert generate_fn is not None, "the manager has checked its config"
-    extra = {"seed": group_seed(config.seed, number)} if _takes_seed(generate_fn) else {}
-    group = await _call(generate_fn, [prompt] * wanted, **extra)
+def start_generating(config: RolloutConfig, prompt: Prompt, number: int) -> Any:
+    """Call `generate_fn` for the group with this number, and return what it returns: samples, or what to await."""
+    assert config.generate_fn is not None, "the manager has checked its config"
+    extra = {"seed": group_seed(config.seed, number)} if _takes_seed(config.generate_fn) else {}
+    return config.generate_fn([prompt] * config.n_samples_per_prompt, **extra)
+
+
+def checked_group(config: RolloutConfig, group: Any) -> Group:
+    """Return the samples that `generate_fn` made. Raises ValueError for anything else, or too few or many."""
+    wanted = config.n_samples_per_prompt
     if not isinstance(group, list) or not all(isinstance(sample, Sample) for sample in group):
         raise ValueError(f"generate_fn returned {type(group).__name__}; needs a list of Sample")
     if len(group) != wanted:
