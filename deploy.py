@@ -304,7 +304,10 @@ def new(
 
 
 def _ask(question: str, default: str | None) -> str:
-    return str(typer.prompt(question, default=default))
+    try:
+        return str(typer.prompt(question, default=default))
+    except typer.Abort:  # Ctrl-C or Ctrl-D
+        raise KeyboardInterrupt from None
 
 
 @verb("explain")

@@ -20,6 +20,7 @@ from typing import Any
 from rollouts.config import Config
 from rollouts.remote import commands, looks
 from rollouts.remote.errors import DeployError
+from rollouts.remote.read_config import read_config
 from rollouts.remote.run import registry
 from rollouts.remote.run.run_names import known_run
 from rollouts.run_dir import RunDir, iter_jsonl
@@ -88,17 +89,19 @@ class Run:
 
 
 def deploy(
-    config: Config,
+    config: Config | str | Path,
     *,
     remote: str | None = None,
     run_id: str | None = None,
     busy_ok: bool = False,
     accept_new_host_key: bool = False,
 ) -> Run:
-    """Launch the job on this machine, or on the `remote` that `ssh` knows, and return the run.
+    """Launch a job, or a config file's, on this machine or on the `remote` that `ssh` knows; return the run.
 
     Raises DeployError with every reason where it cannot start; nothing was started then.
     """
+    if not isinstance(config, Config):
+        config = read_config(str(config))
     if problems := config.problems():
         raise DeployError(f"{len(problems)} problem(s) in the config.", found="\n".join(problems))
     name = run_id or commands.new_run_id(config)

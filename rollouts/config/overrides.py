@@ -17,6 +17,7 @@ from rollouts.config.field_types import ConfigError, nearest, type_problems
 from rollouts.config.job import Config
 from rollouts.config.json_form import field_types
 
+SETTING_CHARS_MAX = 4000
 SHORT_MAX = 40  # letters of a run's name that say what differs
 
 
@@ -63,6 +64,8 @@ def variants(base: Config, settings: Sequence[str]) -> list[Variant]:
 
 
 def _setting(base: Config, setting: str) -> tuple[str, list[Any]]:
+    if len(setting) > SETTING_CHARS_MAX:
+        raise ConfigError(f"--set {setting[:60]}…: has {len(setting)} characters; {SETTING_CHARS_MAX} at most")
     path, sign, text = setting.partition("=")
     if not sign or not path:
         raise ConfigError(f"--set {setting}: needs field=value, such as rl.matrix_lr=1e-6")
@@ -154,6 +157,8 @@ def _called(text: str, name: str) -> Any:
     """Return a group of the schema out of its call with plain values. Raises ConfigError."""
     try:
         call = typing.cast(ast.Call, ast.parse(text, mode="eval").body)
+        if call.args:
+            raise ConfigError(f"{text}: {name} takes its fields by name")
         fields = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
         return getattr(schema, name)(**fields)
     except (ValueError, AttributeError):

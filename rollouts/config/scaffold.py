@@ -3,10 +3,11 @@
 `deploy new` writes the result as a file that spells out every field; nothing is filled in later.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from rollouts.config.families import family_of, known_models
+from rollouts.config.families import family_of
 from rollouts.config.field_types import ConfigError
 from rollouts.config.job import Config
 from rollouts.config.schema import (
@@ -55,12 +56,27 @@ class DataChoice:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModelChoice:
+    """A model, and what is known of it."""
+
+    name: str  # hub id, or a directory
+    parameters: int | None  # None: unknown
+    has_weights: bool  # False: a directory of architecture and tokenizer alone
+    config: Mapping[str, Any] | None = None  # of a directory here: its config.json
+
+    @property
+    def billions(self) -> float:
+        """Parameters in billions; an unknown model counts as 1."""
+        return 1.0 if self.parameters is None else self.parameters / 1e9
+
+
+@dataclass(frozen=True, kw_only=True)
 class Choices:
     """What `deploy new` is told."""
 
     experiment_name: str
     mode: Literal["sft", "rl", "sft+rl"]
-    model: str
+    model: ModelChoice
     sft_data: DataChoice | None
     rl_data: DataChoice | None
     reward: str | None  # dotted name; None without an rl stage
@@ -78,7 +94,7 @@ def scaffold(choices: Choices) -> Config:
     trainers, engine = _layout(choices)
     on_gpu = choices.gpus > 0
     prefix = choices.package_files
-    family = family_of(choices.model)
+    family = family_of(choices.model.name)
     return Config(
         target=TargetConfig(
             gpu_ranks=trainers,
@@ -98,8 +114,8 @@ def scaffold(choices: Choices) -> Config:
             threads_per_process=4 if on_gpu else 1,
         ),
         model=ModelConfig(
-            name=choices.model,
-            init="pretrained",
+            name=choices.model.name,
+            init="pretrained" if choices.model.has_weights else "random",
             init_seed=SEED,
             dtype="bfloat16" if on_gpu else "float32",
             compile=False,
@@ -144,18 +160,6 @@ def scaffold(choices: Choices) -> Config:
     )
 
 
-def parameters_billion(model: str) -> float:
-    """Return about how many parameters a model of the families has, from its shape; 1 for an unknown one."""
-    fields = known_models().get(model)
-    if fields is None:
-        return 1.0
-    hidden, layers = fields["hidden_size"], fields["num_hidden_layers"]
-    head = fields.get("head_dim") or hidden // fields["num_attention_heads"]
-    attention = 2 * hidden * head * (fields["num_attention_heads"] + fields["num_key_value_heads"])
-    tables = fields["vocab_size"] * hidden * (1 if fields["tie_word_embeddings"] else 2)
-    return float(layers * (attention + 3 * hidden * fields["intermediate_size"]) + tables) / 1e9
-
-
 def _layout(choices: Choices) -> tuple[list[int], EngineConfig | None]:
     """Return the trainer's GPUs, and the engine on the others or, colocated, on the same."""
     gpus = list(range(choices.gpus))
@@ -197,19 +201,19 @@ def _tensor_parallel(choices: Choices, engines: int) -> int:
 
     Raises ConfigError where all of them are too few.
     """
-    weights = GIB_PER_BILLION * parameters_billion(choices.model)
+    weights = GIB_PER_BILLION * choices.model.billions
     for size in (1, 2, 4, 8):
         if size <= engines and weights / size <= 0.5 * ENGINE_SHARE * choices.gpu_memory_gib:
             return size
     raise ConfigError(
-        f"{choices.model}: its weights take {weights:.0f} GiB, and the engine has {engines} GPU(s) of"
+        f"{choices.model.name}: its weights take {weights:.0f} GiB, and the engine has {engines} GPU(s) of"
         f" {choices.gpu_memory_gib:g} GiB. Give --gpus a larger number, or choose a smaller model."
     )
 
 
 def _disk_gib(choices: Choices) -> float:
     """Return room for environments, the model and three checkpoints with optimizer state (16 bytes a parameter)."""
-    billions = parameters_billion(choices.model)
+    billions = choices.model.billions
     kept = 3 * (2 if choices.lora else 16) * billions
     return float(round((40 if choices.gpus else 5) + 3 * billions + kept))
 
@@ -277,7 +281,7 @@ def _examples(rows: int | None, most: int, ranks: int) -> int:
 
 
 def _rate(stage: Literal["sft", "rl"], choices: Choices) -> float:
-    billions = parameters_billion(choices.model)
+    billions = choices.model.billions
     rate = next(rate for most, rate in RATES[stage] if billions <= most)
     return rate * LORA_FACTOR if choices.lora else rate
 

@@ -26,7 +26,8 @@ def commented_source(config: Config, heading: str) -> str:
     names = sorted((item.__name__ for item in classes), key=lambda name: (not name.isupper(), name))
     imports = "".join(f"{INDENT}{name},\n" for name in names)
     value = _call(config, "", {item.__name__: field_comments(item) for item in classes})
-    return f'"""{heading}"""\n\nfrom rollouts.config import (\n{imports})\n\nconfig = {value}\n'
+    escaped = heading.replace("\\", "\\\\").replace('"', '\\"')  # a name may hold anything
+    return f'"""{escaped}"""\n\nfrom rollouts.config import (\n{imports})\n\nconfig = {value}\n'
 
 
 def _parts(value: Any) -> Iterator[Any]:

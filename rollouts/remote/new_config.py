@@ -9,10 +9,11 @@ from typing import Any, Literal, cast, get_args, get_type_hints
 
 from rollouts.config import Config, DatasetSpec, changed
 from rollouts.config.field_types import ConfigError, nearest
-from rollouts.config.scaffold import Choices, DataChoice, scaffold
+from rollouts.config.scaffold import Choices, DataChoice, ModelChoice, scaffold
 from rollouts.config.source import commented_source
 from rollouts.plain_files import reading
 from rollouts.remote.errors import DeployError
+from rollouts.remote.inputs.data_files import WEIGHTS, count_parameters, read_model_config
 from rollouts.remote.inputs.shapes import shape_named
 from rollouts.remote.plan.memory import Card, Models
 from rollouts.remote.plan.memory.engine_memory import GIB
@@ -21,6 +22,11 @@ from rollouts.remote.plan.memory.uses import gpu_uses
 from rollouts.remote.plan.memory.words import memory_lines
 
 FORMATS = cast(tuple[str, ...], get_args(get_type_hints(DatasetSpec)["format"]))
+GPUS_MAX, GPU_MEMORY_GIB_MAX = 64, 4096
+TEXTS = {  # what a row's format reads as text
+    **{name: ("question", "answer") for name in ("question_answer", "gsm8k", "gsm8k_calculator")},
+    "text": ("text",),
+}
 USABLE_SHARE = 0.98  # of a card, as driver and display leave it
 ROWS_LOOKED_AT = 100  # for the format
 # Data sets of the hub whose form is known here: (format, subset, split to train on, split to hold out)
@@ -74,6 +80,8 @@ def new_config(asked: Asked) -> NewConfig:
         raise DeployError(
             f"{asked.file} exists already, and is left as it is.", fix="choose another name, or remove it"
         )
+    _check_numbers(asked)
+    model = model_choice(asked.model)
     first = data_choice(asked.data, asked.format)
     second = data_choice(asked.rl_data, None) if asked.rl_data else first
     reward = asked.reward or (OWN_REWARDS.get(second.format) if "rl" in asked.mode else None)
@@ -85,7 +93,7 @@ def new_config(asked: Asked) -> NewConfig:
     choices = Choices(
         experiment_name=_experiment_name(asked.file),
         mode=asked.mode,
-        model=asked.model,
+        model=model,
         sft_data=first if "sft" in asked.mode else None,
         rl_data=second if "rl" in asked.mode else None,
         reward=reward,
@@ -100,7 +108,7 @@ def new_config(asked: Asked) -> NewConfig:
     config, changes, memory = _first_that_fits(choices)
     if problems := config.problems():
         raise DeployError(f"{asked.file}: {problems[0]}")
-    heading = f"{asked.mode.upper()} of {asked.model}. Made by `deploy new`; every value is yours to change.\n\n"
+    heading = f"{asked.mode.upper()} of {model.name}. Made by `deploy new`; every value is yours to change.\n\n"
     heading += f"    deploy {asked.file} --plan\n"
     return NewConfig(config, commented_source(config, heading), memory, changes)
 
@@ -108,6 +116,38 @@ def new_config(asked: Asked) -> NewConfig:
 def package_files() -> str:
     """Return what the package's lock files are named by in this repository: in a clone they are its own files."""
     return "" if Path("requirements/trainer-cuda.txt").is_file() else "rollouts:"
+
+
+def _check_numbers(asked: Asked) -> None:
+    """Raise DeployError for numbers that are no sizes: those that a person types are checked nowhere else."""
+    if not 0 <= asked.gpus <= GPUS_MAX:
+        raise DeployError(f"--gpus {asked.gpus}: needs 0 (the host's CPU) to {GPUS_MAX}.")
+    if asked.gpus and not 1 <= asked.gpu_memory_gib <= GPU_MEMORY_GIB_MAX:  # NaN is not either
+        raise DeployError(f"--gpu-memory-gib {asked.gpu_memory_gib:g}: needs 1 to {GPU_MEMORY_GIB_MAX}.")
+    if "rl" in asked.mode and asked.max_new_tokens >= asked.max_length:
+        raise DeployError(
+            f"--max-new-tokens {asked.max_new_tokens} leaves no room for a prompt in --max-length {asked.max_length}.",
+            fix="raise --max-length, or lower --max-new-tokens",
+        )
+
+
+def model_choice(name: str) -> ModelChoice:
+    """Return a model with its size, as far as its directory here or the table of families tells it.
+
+    Raises DeployError for a path that is no model's directory.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise DeployError(f"--model {name}: no such directory.")
+        shape = shape_named(name, {})
+        return ModelChoice(name=name, parameters=None if isinstance(shape, str) else shape.parameters, has_weights=True)
+    config = read_model_config(folder)
+    if config is None:
+        raise DeployError(f"--model {name}: its config.json is missing, or is not JSON.")
+    has_weights = any(file.suffix in WEIGHTS for file in folder.iterdir())
+    parameters = count_parameters(folder, from_weights=has_weights)
+    return ModelChoice(name=name, parameters=parameters, has_weights=has_weights, config=config)
 
 
 def data_choice(name: str, format_asked: str | None) -> DataChoice:
@@ -124,6 +164,7 @@ def data_choice(name: str, format_asked: str | None) -> DataChoice:
         if not rows:
             raise DeployError(f"{name}: has no rows.")
         found = format_asked or _format_of(name, rows[:ROWS_LOOKED_AT])
+        _check_rows(name, found, rows)
         return DataChoice(name=name, format=found, split="train", subset=None, rows=len(rows), test_split=None)
     if name in HUB_DATA:
         known, subset, split, test = HUB_DATA[name]
@@ -138,7 +179,7 @@ def data_choice(name: str, format_asked: str | None) -> DataChoice:
 def _rows(path: Path) -> list[Any]:
     try:
         with reading(path) as stream:
-            lines = stream.read().decode("utf-8-sig").splitlines()
+            lines = stream.read().decode("utf-8-sig").split("\n")  # a row may hold U+2028 and its like
     except FileNotFoundError:
         raise DeployError(f"--data {path}: no such file.") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -148,9 +189,24 @@ def _rows(path: Path) -> list[Any]:
         if line.strip():
             try:
                 rows.append(json.loads(line))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DeployError(f"{path}:{number}: not JSON: {error}") from None
     return rows
+
+
+def _check_rows(name: str, row_format: str, rows: list[Any]) -> None:
+    """Raise DeployError for the first row that lacks what its format reads, with its number among the rows."""
+    wanted = TEXTS.get(row_format, ())
+    for number, row in enumerate(rows, 1):
+        for key in wanted:
+            value = row.get(key) if isinstance(row, dict) else None
+            if not (isinstance(value, str) and value):
+                raise DeployError(
+                    f"{name}: row {number} has {key}={str(value)[:80]!r}; format {row_format!r} needs a text.",
+                    fix="mend the row, or give another --format",
+                )
+        if row_format == "messages" and not isinstance(row.get("messages") if isinstance(row, dict) else None, list):
+            raise DeployError(f"{name}: row {number} has no list of messages.", fix="mend it, or give another --format")
 
 
 def _format_of(name: str, rows: list[Any]) -> str:
@@ -201,15 +257,16 @@ def _fitted(choices: Choices) -> tuple[Config, Mapping[str, Any], tuple[str, ...
         return config, {}, ()
     whole = int(choices.gpu_memory_gib * GIB)
     cards = {gpu: Card(have=int(USABLE_SHARE * whole), total=whole) for gpu in range(choices.gpus)}
-    models = Models(policy=shape_named(choices.model, {}), reference=None, parameters=None)
+    name = choices.model.name
+    known = {name: choices.model.config} if choices.model.config else {}
+    models = Models(policy=shape_named(name, known), reference=None, parameters=choices.model.parameters)
     fields: Mapping[str, Any] = {}
     if misfits(config, models, cards):
         change = nearest_change(config, models, cards, cards)
         if change is None:
             needed = max(use.needed for use in gpu_uses(config, models, cards)) / GIB
             raise DeployError(
-                f"{choices.model} does not fit: it needs about {needed:.0f} GiB on a GPU of"
-                f" {choices.gpu_memory_gib:g} GiB.",
+                f"{name} does not fit: it needs about {needed:.0f} GiB on a GPU of {choices.gpu_memory_gib:g} GiB.",
                 fix="more GPUs (--gpus), larger ones (--gpu-memory-gib)" + ("" if choices.lora else ", or --lora"),
             )
         fields = change.fields

@@ -40,6 +40,8 @@ FIXED = (
     "data.sft_mixture",
     "data.rl_mixture",
     "data.shuffle_seed",
+    "data.sft_order",
+    "data.max_length",
     "output.mode",
     "output.source_checkpoint",
 )

@@ -74,6 +74,8 @@ def test_values_as_one_writes_them(setting: str, path: str, value: Any) -> None:
         ("rl.kl=KLConfig(coef=open('x'))", "needs plain values"),
         ("data.rl_mixture.7.start=1", "has no field 'data.rl_mixture.7.start'"),
         ("rl.matrix_lr=", "rl.matrix_lr='': needs float"),
+        ("rl.kl=KLConfig(0.1, kind='k3', reference=None)", "takes its fields by name"),
+        ("rl.temperature=" + "-" * 100_000 + "1", "has 100016 characters; 4000 at most"),
     ],
 )
 def test_settings_that_are_wrong(setting: str, says: str) -> None:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
+import deploy as command
 from base_config import changed, load_config
 from rollouts.remote import config_verbs
 from rollouts.remote.errors import DeployError
@@ -67,6 +69,17 @@ def test_questions() -> None:
         config_verbs.answered({**given, "mode": "both"}, ask=None)
     with pytest.raises(DeployError, match="'many' is not a number"):
         config_verbs.answered({**given, "mode": "rl", "gpus": None}, ask=lambda question, default: "many")
+
+
+def test_ctrl_c_at_a_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Goal: Ctrl-C or Ctrl-D at a question is an interruption. Red with typer's Abort, which was told as a crash."""
+
+    def abort(question: str, default: str | None = None) -> str:
+        raise typer.Abort
+
+    monkeypatch.setattr(typer, "prompt", abort)
+    with pytest.raises(KeyboardInterrupt):
+        command._ask("Model", None)
 
 
 def test_explain(tmp_path: Path) -> None:

@@ -174,6 +174,18 @@ def test_pointers_are_not_files(text: str, repository: Path) -> None:
         assert f"{file!r} is a pointer" in problem.message and problem.fix == f"{command} {file}"
 
 
+def test_a_pretrained_model_without_weights(repository: Path) -> None:
+    """Goal: a folder of architecture and tokenizer alone is no pretrained model: told before an environment is built.
+    Red with the weights left to the trainer."""
+    write(repository, "shape/config.json", "{}")
+    pretrained = {"model__name": "shape", "model__init": "pretrained"}
+    (problem,) = look(repository, **pretrained).problems
+    assert problem.message == "model.name='shape' has no weights." and "model.init='random'" in problem.fix
+    assert not look(repository, model__name="shape").problems
+    write(repository, "shape/model.safetensors", "x")
+    assert "has no weights" not in texts(look(repository, **pretrained))
+
+
 def test_what_git_ignores_inside_of_a_folder(repository: Path) -> None:
     """Goal: a model without its ignored weights, one without a listed shard, a data set without a part: a problem each;
     random weights, junk and weights in another form are none. Red with a folder sent as soon as one file of it is."""

@@ -155,11 +155,19 @@ def test_the_format_of_rows(tmp_path: Path, row: Any, found: str) -> None:
         ({"data": "empty.jsonl"}, "has no rows"),
         ({"data": "bad.jsonl"}, "bad.jsonl:2: not JSON"),
         ({"data": "odd.jsonl"}, "its rows have prompt, which is none"),
-        ({"data": "odd.jsonl", "format": "question_answer", "reward": None}, "--reward is missing"),
+        ({"data": "fine.jsonl", "reward": None}, "--reward is missing"),
+        ({"data": "odd.jsonl", "format": "question_answer"}, "odd.jsonl: row 1 has question='None'"),
+        ({"data": "odd.jsonl", "format": "messages"}, "row 1 has no list of messages"),
+        ({"data": "deep.jsonl"}, "deep.jsonl:1: not JSON"),
+        ({"model": "./mdel"}, "./mdel: no such directory"),
+        ({"model": "./empty"}, "./empty: its config.json is missing"),
+        ({"gpus": -3}, "--gpus -3: needs 0"),
+        ({"gpu_memory_gib": float("nan")}, "--gpu-memory-gib nan: needs 1"),
+        ({"gpu_memory_gib": float("inf")}, "--gpu-memory-gib inf: needs 1"),
         ({"file": Path("there.py")}, "exists already, and is left"),
         ({"file": Path("my_run.yaml")}, "a config is a .py file"),
         ({"model": "Qwen/Qwen3-32B"}, "its weights take"),
-        ({"max_new_tokens": 4096}, "rl.max_new_tokens=4096"),
+        ({"max_new_tokens": 4096}, "--max-new-tokens 4096 leaves no room"),
     ],
 )
 def test_what_cannot_be_made(
@@ -170,6 +178,9 @@ def test_what_cannot_be_made(
     Path("empty.jsonl").write_text("\n")
     Path("bad.jsonl").write_text('{"text": "a"}\n{"text"\n')
     Path("odd.jsonl").write_text('{"prompt": "a"}\n')
+    Path("fine.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n')
+    Path("deep.jsonl").write_text("[" * 100_000 + "\n")
+    Path("empty").mkdir()
     Path("there.py").write_text("mine")
     with pytest.raises(DeployError) as error:
         new_config(asked(tmp_path, **changes))
@@ -185,3 +196,22 @@ def test_the_file_explains_every_field(tmp_path: Path) -> None:
     assert "matrix_lr=2e-05,  # learning rate of all other weights" in text
     assert max(map(len, text.splitlines())) <= 120
     assert "'" not in text.replace("'s", "").replace("s'", ""), "texts stand in double quotes"
+
+
+def test_a_model_here(tmp_path: Path) -> None:
+    """Goal: a directory's own config.json and weights decide: without weights they are drawn, and the disk that is
+    asked for follows its size. Red with every unknown model taken for a billion parameters."""
+    data = write_rows(tmp_path / "rows.jsonl", *({"question": f"{n}?", "answer": "a\u2028b\x85"} for n in range(100)))
+    text = Path(data).read_text()
+    Path(data).write_text(json.dumps({"question": "?", "answer": "a\u2028b\x85"}, ensure_ascii=False) + "\n" + text)
+    tiny = new_config(asked(tmp_path, gpus=0, data=data, model="configs/models/tiny_qwen2")).config
+    assert tiny.model.init == "random" and tiny.host.disk_free_gib_min < 10
+    assert tiny.data.rl_mixture[0].stop == 101 - 5, "a row may hold characters that other readers end lines at"
+
+
+def test_a_name_that_is_no_python(tmp_path: Path) -> None:
+    """Goal: whatever a model is called, the file is Python that builds the config. Red with the heading as it is."""
+    choice = asked(tmp_path, model='a"""\\b', gpus=0)
+    new = new_config(choice)
+    choice.file.write_text(new.text)
+    assert runpy.run_path(str(choice.file))["config"] == new.config

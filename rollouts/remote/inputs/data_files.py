@@ -141,6 +141,14 @@ def contents_problems(
         if problem is not None:
             yield problem
     yield from _left_behind(sent, where.file, kind=kind, weights=weights)
+    everything = [*sent.below(where.file), *sent.left_behind(where.file)]
+    if kind == "model" and weights and not any(file.endswith(WEIGHTS) for file in everything):
+        yield Problem(
+            f"model.name={name!r} has no weights.",
+            found=", ".join(sorted(file.rpartition("/")[2] for file in sent.below(where.file))[:8]),
+            needed="*.safetensors beside its config.json",
+            fix="model.init='random' draws them; or put them there",
+        )
 
 
 def _left_behind(sent: SentFiles, folder: str, *, kind: str, weights: bool) -> Iterator[Problem]:
