@@ -225,11 +225,12 @@ def _lora() -> LoraConfig:
 def _data(choices: Choices) -> DataConfig:
     sft, rl = choices.sft_data, choices.rl_data
     held = rl or sft
+    assert held is not None, "a stage has data"
     return DataConfig(
         sft_mixture=[_train(sft)] if sft else [],
         sft_order="shuffled",
         rl_mixture=[_train(rl)] if rl else [],
-        eval_mixture=[_held_out(held)] if held and _has_held_out(held) else [],
+        eval_mixture=[_held_out(held)] if _holds_out(choices) else [],
         max_length=choices.max_length,
         shuffle_seed=SEED,
     )
@@ -239,8 +240,10 @@ def _held_rows(data: DataChoice) -> int:
     return min(HELD_OUT_MAX, (data.rows or 0) // 20)
 
 
-def _has_held_out(data: DataChoice) -> bool:
-    return data.test_split is not None or _held_rows(data) > 0
+def _holds_out(choices: Choices) -> bool:
+    """Return whether rows are left for evaluation: a file of fewer than 20 rows is trained on whole."""
+    data = choices.rl_data or choices.sft_data
+    return data is not None and (data.test_split is not None or _held_rows(data) > 0)
 
 
 def _train(data: DataChoice) -> DatasetSpec:
@@ -311,7 +314,7 @@ def _sft(choices: Choices) -> SFTConfig:
         matrix_lr=rate,
         weight_decay=0.0,
         init_lr_frac=1.0,
-        eval_every=50,
+        eval_every=50 if _holds_out(choices) else -1,
         eval_steps=-1,
         checkpoint_every=200,
         log_every=1,
@@ -338,7 +341,7 @@ def _rl(choices: Choices) -> RLConfig:
         weight_decay=0.0,
         init_lr_frac=1.0,
         optimizer=_optimizer(),
-        eval_every=25,
+        eval_every=25 if _holds_out(choices) else -1,
         eval_examples=HELD_OUT_MAX,
         save_every=50,
         log_every=1,

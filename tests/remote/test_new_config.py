@@ -215,3 +215,12 @@ def test_a_name_that_is_no_python(tmp_path: Path) -> None:
     new = new_config(choice)
     choice.file.write_text(new.text)
     assert runpy.run_path(str(choice.file))["config"] == new.config
+
+
+@pytest.mark.parametrize("mode", ["sft", "rl", "sft+rl"])
+def test_a_few_rows(tmp_path: Path, mode: str) -> None:
+    """Goal: a file that is too short to hold rows out makes a config too, without evaluations. Red with the usual
+    eval_every, which has no rows."""
+    data = write_rows(tmp_path / "rows.jsonl", {"question": "1+1?", "answer": "2"}, {"question": "2?", "answer": "2"})
+    config = new_config(asked(tmp_path, gpus=0, data=data, mode=mode)).config
+    assert config.data.eval_mixture == [] and config.problems() == ()
