@@ -302,8 +302,7 @@ def logs(run_id: str, screen: Screen, *, remote: str | None, window: str, until_
 
         on_file(file)
         if until_end:
-            say = lambda phase, text: screen.remark(f"{phase}: {text}")  # noqa: E731
-            follow(run.connection, mirror, on_file, say, RetryPolicy())
+            follow(run.connection, mirror, on_file, screen.say, RetryPolicy())
         else:
             for message in tail(run.connection, mirror, until_end=False):
                 if changed := apply(mirror, message):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rollouts.remote.errors import DeployError
 from rollouts.remote.read_config import read_config
+from rollouts.remote.repository import find_repository
 from rollouts.view.answer import Answer
 from rollouts.view.samples import mixtures_text
 
@@ -24,13 +25,14 @@ def show_data(config_path: str, *, rows: int) -> Answer:
     if missing:
         raise DeployError(
             f"rows are read and rendered by {' and '.join(NEEDED)}; missing here: {', '.join(missing)}.",
-            fix="pip install 'rollouts[data]' (no torch; about 300 MB)",
+            fix="pip install 'rollouts[data]' (no torch)",
         )
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "config.json"
         config.save(path)
         done = subprocess.run(
-            [sys.executable, "-m", MODULE, str(path), "--rows", str(rows)],
+            [sys.executable, "-P", "-m", MODULE, str(path), "--rows", str(rows)],
+            cwd=find_repository(Path.cwd()),  # data and models are named from there; -P: its modules hide none of ours
             env={**os.environ, **config.host.env},
             capture_output=True,
             text=True,

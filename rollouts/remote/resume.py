@@ -166,9 +166,8 @@ def _refusal(run: OpenRun) -> DeployError | None:
 
 def _pull(run: OpenRun, screen: Screen) -> None:
     """Pull all that comes whole; what does not is told, and is not gone on from."""
-    say = lambda phase, text: screen.remark(f"{phase}: {text}")  # noqa: E731
     with _told(screen):
-        run.pull(say)
+        run.pull(screen.say)
     for path in listed_checkpoints(run.connection):  # also one that the run completed and did not live to name
         with _told(screen):
             pull_checkpoint(run.transport, run.entry.run_path, run.entry.mirror, path)

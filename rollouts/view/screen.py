@@ -39,6 +39,10 @@ class Screen:
         """Print a line beside the answer, to stderr."""
         print(escaped(text), file=sys.stderr, flush=True)
 
+    def say(self, phase: str, text: str) -> None:
+        """Print what is done beside the answer, to stderr: a `reporter.Say`."""
+        self.remark(f"{phase}: {text}")
+
     def error(self, document: dict[str, Any], text: str) -> None:
         """Print an error: its text to stderr, and its document where programs read."""
         if self.as_json:
