@@ -140,6 +140,16 @@ async def test_a_restart_that_nobody_saw(server: Server, models: dict[str, Path]
     assert "sampled with weights default; was given 8" in recovered[0].reason
 
 
+async def test_an_engine_that_is_gone_at_the_first_look(server: Server, recovered: list[Recovered]) -> None:
+    """Goal: a trainer that asks an engine for its version while that is started again waits for it. Red with the
+    client asked: ConnectError."""
+    async with pool_of(server.url, recovered=recovered) as pool:
+        server.kill()
+        with meanwhile(server.start):
+            assert (await pool.replicas[0].server()).kind == "embedded"
+    assert ["/server_info" in one.reason for one in recovered] == [True]
+
+
 async def test_an_engine_that_ends_properly(
     server: Server, models: dict[str, Path], recovered: list[Recovered]
 ) -> None:

@@ -13,6 +13,7 @@ from rollouts.training.inference.http import require
 from rollouts.training.inference.inference_engine import InferenceEngine
 from rollouts.training.inference.pool.engine_pool import EnginePool
 from rollouts.training.inference.pool.recovery import Recovered
+from rollouts.training.inference.pool.replica import Replica
 from rollouts.training.inference.pool.router_client import RouterClient
 from rollouts.training.inference.sglang_client import SGLangEngine
 from rollouts.worker.builders import EngineUrls
@@ -41,21 +42,21 @@ async def open_pool(config: Config, run: RunDir, urls: EngineUrls) -> AsyncItera
             admin_key=admin_key,
         )
     async with build_pool(config, run, clients, router) as pool:
-        for client in pool.clients:
-            await _check_server(config, run, client)
+        for replica in pool.replicas:
+            await _check_server(config, run, replica)
         yield pool
 
 
-async def _check_server(config: Config, run: RunDir, client: InferenceEngine) -> None:
+async def _check_server(config: Config, run: RunDir, replica: Replica) -> None:
     """Ask a server for its kind and version before anything is sampled, and note them.
 
     Raises EngineError for a version that is not tested, and for another kind than the config's.
     """
-    server = await client.server()
+    server = await replica.server()
     expected = config.engine.kind if config.engine else server.kind
     need = f"{expected}, as the config's engine: change that, or end what listens and choose another engine.sglang_port"
-    require(server.kind == expected, f"{client.base_url}: is {server.kind} {server.version}, needs {need}")
-    message = f"engine {client.base_url}: {server.kind} {server.version}"
+    require(server.kind == expected, f"{replica.base_url}: is {server.kind} {server.version}, needs {need}")
+    message = f"engine {replica.base_url}: {server.kind} {server.version}"
     if not server.seeds:
         message += ", which does not heed seeds: the same run samples other tokens each time"
     append_event(run, "note", message=message)

@@ -3,17 +3,18 @@
 import contextlib
 import logging
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from rollouts.training.inference.http import EngineError, EngineLost
-from rollouts.training.inference.inference_engine import InferenceEngine, PauseMode
+from rollouts.training.inference.inference_engine import InferenceEngine, PauseMode, ServerInfo
 from rollouts.training.inference.loop_lock import LoopLock
 from rollouts.training.inference.pool.given_weights import Give, GivenWeights
 from rollouts.training.inference.pool.recovery import Recovered, Reruns, bring_back, is_lost, served_version
 
 logger = logging.getLogger(__name__)
+Answer = TypeVar("Answer")
 
 
 class Replica:
@@ -41,18 +42,32 @@ class Replica:
     def base_url(self) -> str:
         return self.client.base_url
 
+    async def server(self) -> ServerInfo:
+        """Return this engine's kind and version. See `InferenceEngine`."""
+        return await self._run_again(self.client.server)
+
     async def input_logprobs(self, input_ids: Sequence[int]) -> list[float] | None:
         """Return this engine's own log-probs, under the weights that it was given. See `InferenceEngine`."""
         if self._reruns is None:
             return await self.client.input_logprobs(input_ids)
+
+        async def ask() -> list[float] | None:
+            found = await self.client.input_logprobs(input_ids)
+            served = await served_version(self.client)
+            if not self.given.explain(served):
+                raise EngineLost(f"{self}: serves weights {served}; was given {self.given.newest}")
+            return found
+
+        return await self._run_again(ask)
+
+    async def _run_again(self, ask: Callable[[], Awaitable[Answer]]) -> Answer:
+        """Return what `ask` returns. It is asked again, once the engine is back, if the engine is lost meanwhile."""
+        if self._reruns is None:
+            return await ask()
         for left in range(self._reruns.times_max, -1, -1):
             recoveries = self.recoveries
             try:
-                found = await self.client.input_logprobs(input_ids)
-                served = await served_version(self.client)
-                if not self.given.explain(served):
-                    raise EngineLost(f"{self}: serves weights {served}; was given {self.given.newest}")
-                return found
+                return await ask()
             except EngineLost as error:
                 if not left:
                     raise
