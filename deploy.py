@@ -10,42 +10,15 @@ if sys.argv[0].rpartition("/")[2] in ("deploy", "deploy.py", "rollouts"):  # not
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main`: interrupted while it is read, it just ends
 
 import contextlib
-import functools
-import importlib.metadata
-import os
 import pathlib
-import subprocess
-import tomllib
-from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
-from rollouts.remote.command_line import CONFIG_VERB, HOST_VERB, ConfigOrVerb
-from rollouts.remote.help_page import PAGE
+from rollouts.remote import life_verbs  # noqa: F401  its verbs are the application's from here on
+from rollouts.remote.app import AcceptKey, BusyOk, Json, Remote, Run, Settings, app, verb
+from rollouts.remote.command_line import CONFIG_VERB, HOST_VERB
 from rollouts.view.screen import Screen
-
-INTERRUPTED = 130
-Function = Callable[..., Any]
-
-app = typer.Typer(
-    cls=ConfigOrVerb,
-    help=PAGE,
-    rich_markup_mode=None,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 118},
-    subcommand_metavar="CONFIG | VERB RUN [OPTIONS]",
-)
-
-Remote = Annotated[str | None, typer.Option(metavar="[USER@]HOST[:PORT]", help="The host; this machine without it.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
-AcceptKey = Annotated[bool, typer.Option(help="Add the host's key to ~/.ssh/known_hosts if none is known.")]
-BusyOk = Annotated[bool, typer.Option("--busy-ok", help="Start on GPUs that others use too.")]
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Another value for a field; V1,V2: a sweep.")
-]
-Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, as `deploy ls` shows it.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -61,6 +34,10 @@ def options(
 
 def version_text() -> str:
     """Return the version in pyproject.toml (else of the installed package), and the commit of a clone."""
+    import importlib.metadata
+    import subprocess
+    import tomllib
+
     root = pathlib.Path(__file__).resolve().parent
     try:
         version = str(tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"])
@@ -71,61 +48,6 @@ def version_text() -> str:
         commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
         return f"{version} ({commit})" if commit else version
     return version
-
-
-def verb(
-    name: str, *, hidden: bool = False, launches: bool = False
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make a function a verb: what it returns is printed, and the command ends with its exit code; so with an error.
-
-    The function returns an Answer or, having printed it, an exit code, and imports what it needs of rollouts.remote.
-    `launches`: it is to start a run, so that an error says whether it did.
-    """
-
-    def register(function: Function) -> Function:
-        @app.command(name, hidden=hidden)
-        @functools.wraps(function)
-        def command(**options: Any) -> None:
-            to_launch = launches and not options.get("show")
-            try:
-                code = _exit_code(function, options, to_launch=to_launch)
-                sys.stdout.flush()
-            except BrokenPipeError:  # `deploy logs RUN | head`: its reader has enough
-                _drop_output()
-                code = 0 if not to_launch else 1
-            except KeyboardInterrupt:  # while modules are imported
-                sys.stderr.write("interrupted." + (" Nothing was started.\n" if to_launch else "\n"))
-                code = INTERRUPTED
-            raise typer.Exit(code)
-
-        return function
-
-    return register
-
-
-def _exit_code(function: Function, options: dict[str, Any], *, to_launch: bool) -> int:
-    """Run a verb and print its answer, or its error."""
-    from rollouts.remote.errors import DeployError
-    from rollouts.remote.local_faults import as_deploy_errors
-    from rollouts.view.escape import tolerate_odd_text
-
-    tolerate_odd_text()
-    screen = Screen(as_json=options["as_json"])
-    try:
-        with as_deploy_errors():
-            answer = function(**options)
-            return answer if isinstance(answer, int) else screen.show(answer)
-    except DeployError as error:
-        screen.error(error.to_json(), error.text(launching=to_launch))
-        return error.exit_code
-
-
-def _drop_output() -> None:
-    """Let what is still to be printed go nowhere: the interpreter flushes at its end."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(nowhere, stream.fileno())
 
 
 @verb(CONFIG_VERB, hidden=True, launches=True)
@@ -174,14 +96,6 @@ def check_host(remote: Remote = None, as_json: Json = False, accept_new_host_key
     from rollouts.remote import looks
 
     return looks.check_host(remote, accept_new_host_key=accept_new_host_key)
-
-
-@verb("ls")
-def ls(remote: Remote = None, as_json: Json = False) -> Any:
-    """List the runs started here, or with --remote those of a host."""
-    from rollouts.remote import looks
-
-    return looks.list_runs(remote=remote)
 
 
 @verb("status")

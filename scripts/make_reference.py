@@ -21,6 +21,7 @@ import typer
 
 import base_config as c
 import deploy
+from rollouts.remote.help_page import PAGE
 
 ROOT = Path(__file__).resolve().parent.parent
 MADE = "<!-- made by scripts/make_reference.py -->"
@@ -254,7 +255,7 @@ def _allowed(config: Any, path: str, value: Any) -> str:
 EXAMPLES = {
     deploy.CONFIG_VERB: "deploy configs/00_cpu_sft_rl.py --remote gpu-7 --run-id mine --detach",
     deploy.HOST_VERB: "deploy --remote gpu-7",
-    "ls": "deploy ls --remote gpu-7",
+    "ls": "deploy ls --state failed,died --since 2d",
     "status": "deploy status last --json",
     "attach": "deploy attach last",
     "resume": "deploy resume first --remote user@host --set rl.matrix_lr=1e-6",
@@ -280,14 +281,14 @@ def title_of(verb: str) -> str:
 def cli_page() -> str:
     """The page on the command: what `deploy --help` says, then each verb with its options."""
     group: Any = typer.main.get_command(deploy.app)
-    about = deploy.PAGE.replace("\b\n", "").strip()
+    about = PAGE.replace("\b\n", "").strip()
     parts = [
         "# The command\n\n" + MADE + "\n",
         "```sh\ndeploy --help\n```\n",
         f"```output\n{about}\n```\n",
         "`deploy --version` prints version and commit. `deploy VERB --help` prints the options of one verb.\n",
     ]
-    for verb, command in group.commands.items():
+    for verb, command in sorted(group.commands.items(), key=lambda item: not item[1].hidden):
         parts.append(f"## {title_of(verb)}\n")
         parts.append(" ".join((command.help or "").split()) + "\n")
         parts.append(f"```sh\n{EXAMPLES[verb]}\n```\n")

@@ -21,7 +21,6 @@ from rollouts.remote.host.read_answer import read_answer
 from rollouts.remote.host.sending import sent_program
 from rollouts.remote.host.transport import LOCAL_TARGET, Transport
 from rollouts.remote.local_faults import as_deploy_errors
-from rollouts.remote.looks import last_seen
 from rollouts.remote.plan import Plan, free_ports_wanted, make_plan, required_paths, required_ports
 from rollouts.remote.read_config import read_variants
 from rollouts.remote.repository import Code, find_repository, read_code, refuse_stray_config
@@ -29,6 +28,7 @@ from rollouts.remote.run import registry
 from rollouts.remote.run.connection import RetryPolicy
 from rollouts.remote.run.execute import execute
 from rollouts.remote.run.follow import apply, follow, tail
+from rollouts.remote.run.last_seen import last_seen
 from rollouts.remote.run.mirror import Mirror
 from rollouts.remote.run.mirror_note import write_note
 from rollouts.remote.run.open_run import OpenRun, open_run

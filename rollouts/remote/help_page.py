@@ -21,6 +21,7 @@ goes on, and a killed deploy loses nothing:
 
 \b
   deploy ls                      runs started here, as last seen
+  deploy ls --state failed       some of them; --experiment, --since, --sort
   deploy ls --remote gpu-7       all runs on that host
   deploy status RUN              one look
   deploy attach RUN              follow again, from where you left off

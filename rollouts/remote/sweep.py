@@ -18,11 +18,11 @@ from rollouts.remote.errors import DeployError, Problem
 from rollouts.remote.host.open import open_transport
 from rollouts.remote.host.transport import LOCAL_TARGET
 from rollouts.remote.local_faults import as_deploy_errors
-from rollouts.remote.looks import last_seen
 from rollouts.remote.plan import Plan
 from rollouts.remote.read_config import read_variants
 from rollouts.remote.repository import find_repository, refuse_stray_config
 from rollouts.remote.run import registry
+from rollouts.remote.run.last_seen import last_seen
 from rollouts.run_dir import RunDir, iter_jsonl
 from rollouts.view.answer import Answer
 from rollouts.view.fold import ALL_TASKS, number

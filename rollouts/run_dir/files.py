@@ -92,9 +92,10 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
     return rows, len(lines) - len(rows)
 
 
-def iter_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+def iter_jsonl(path: Path, *, having: bytes = b"") -> Iterator[dict[str, Any]]:
+    """Yield the rows of a file; of lines without `having` none, unread."""
     for line in _complete_lines(path):
-        if (row := parse_row(line)) is not None:
+        if having in line and (row := parse_row(line)) is not None:
             yield row
 
 
@@ -119,20 +120,25 @@ def _complete_lines(path: Path) -> Iterator[bytes]:
                 yield line
 
 
+LAST_ROW_BYTES = (1 << 13, 1 << 16)  # looked through from the end, before the whole file is read
+
+
 def last_jsonl_row(path: Path) -> dict[str, Any] | None:
     """Return the last row, found from the file's end; None for an empty or missing file."""
     try:
         with reading(path) as stream:
             size = stream.seek(0, os.SEEK_END)
-            block = min(size, 1 << 16)
-            stream.seek(size - block)
-            lines = stream.read(block).split(b"\n")[:-1]
+            for limit in (*LAST_ROW_BYTES, size):
+                block = min(size, limit)
+                stream.seek(size - block)
+                lines = stream.read(block).split(b"\n")[:-1]
+                whole = lines if block == size else lines[1:]  # the first began before the block
+                found = next((row for row in map(parse_row, reversed(whole)) if row is not None), None)
+                if found is not None or block == size:
+                    return found
     except FileNotFoundError:
-        return None
-    whole = lines if block == size else lines[1:]  # the first began before the block
-    rows = (row for row in map(parse_row, reversed(whole)) if row is not None)
-    found = next(rows, None)
-    return found if found is not None or block == size else next(reversed(read_jsonl(path)), None)
+        pass
+    return None
 
 
 def tail_lines(path: Path, count: int, *, start: int = 0) -> list[str]:

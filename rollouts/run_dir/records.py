@@ -236,6 +236,9 @@ def read_plan(run: RunDir) -> LaunchPlan | None:
         return None
 
 
+_KINDS: dict[type[Any], dict[str, Any]] = {}  # the types of a record's fields, which are slow to find
+
+
 def _read_record(path: Path, record: type[Any]) -> Any:
     """Read a record; fields of later versions are ignored. Raises ValueError or TypeError for a damaged file."""
     try:
@@ -246,7 +249,7 @@ def _read_record(path: Path, record: type[Any]) -> Any:
         raise ValueError(f"{path}: nested too deeply") from None
     if not isinstance(values, dict):
         raise TypeError(f"{path}: not an object")
-    kinds = get_type_hints(record)
+    kinds = _KINDS.setdefault(record, _KINDS.get(record) or get_type_hints(record))
     for name in kinds.keys() & values.keys():
         if not _fits(values[name], kinds[name]):
             raise TypeError(f"{path}: {name} is {values[name]!r:.100}, not {kinds[name]}")

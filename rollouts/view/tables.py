@@ -7,6 +7,9 @@ from typing import Any
 from rollouts.run_dir import FINAL_STATES
 from rollouts.view.escape import escaped, one_line
 
+ELLIPSIS = "…"
+REASONS_MAX = 40  # runs in a table of a terminal with more lines than one each
+NAME_CHARS_MIN, TARGET_CHARS = 20, 14
 MESSAGE_CHARS_MAX = 1200  # 15 lines of 80 columns
 
 
@@ -42,17 +45,47 @@ def cell(name: str, value: Any) -> str:
 def runs_text(rows: Sequence[dict[str, Any]], *, width: int | None = None) -> str:
     """Return a table, and under it why runs failed or were not launched, or on which other machine they are.
 
-    Where its lines are wider than `width` (None: no matter), a run's name has its own line, and the rest follows.
+    On a terminal of `width` columns (None: no terminal) no line of the table wraps: it is made narrower, and long names
+    lose their middle. Of more than REASONS_MAX runs each is one line there.
     """
     if not rows:
         return "no runs"
     header = ["run_id", "target", "state", "stage", "step", "started_at", "exit_code"]
     cells = [header, *([cell(name, row[name]) for name in header] for row in rows)]
     heading, *lines = columns(cells).splitlines()
+    same_target = ""
     if width is not None and max(map(len, (heading, *lines))) > width:
-        rest = columns([line[1:] for line in cells]).splitlines()
-        heading, *lines = [f"{line[0]}\n  {more}" for line, more in zip(cells, rest, strict=True)]
-    return "\n".join([heading, *(f"{line}{_reason(row)}" for line, row in zip(lines, rows, strict=True))])
+        same_target = cells[1][1] if len({row["target"] for row in rows}) == 1 else ""
+        heading, *lines = _narrow(rows, width, with_target=not same_target)
+    if width is not None and len(rows) > REASONS_MAX:
+        failed = sum(bool(_reason(row)) for row in rows)
+        why = f"; {failed} with a note: `deploy status RUN` says it" if failed else ""
+        return "\n".join([heading, *lines, f"{len(rows)} runs{same_target and f', all on {same_target}'}{why}"])
+    table = [heading, *(f"{line}{_reason(row)}" for line, row in zip(lines, rows, strict=True))]
+    return "\n".join([*table, f"all on {same_target}"] if same_target else table)
+
+
+def _narrow(rows: Sequence[dict[str, Any]], width: int, *, with_target: bool) -> list[str]:
+    """Return the table's lines for a terminal: what matters most of each run, and as much of its name as fits."""
+    header = ["state", "at", "started", *(["target"] if with_target else [])]
+    cells = [header]
+    for row in rows:
+        at = " ".join(str(row[name]) for name in ("stage", "step") if row[name] is not None) or "-"
+        started = cell("started_at", row["started_at"])
+        target = [elided(cell("target", row["target"]), TARGET_CHARS)] if with_target else []
+        cells.append([cell("state", row["state"]), one_line(at), started[5:16] or "-", *target])
+    others = max(map(len, columns([["", *line] for line in cells]).splitlines()))
+    room = max(NAME_CHARS_MIN, width - others)
+    names = ["run_id", *(elided(cell("run_id", row["run_id"]), room) for row in rows)]
+    return columns([[name, *line] for name, line in zip(names, cells, strict=True)]).splitlines()
+
+
+def elided(text: str, width: int) -> str:
+    """Return `text`, or its beginning and its end around `…`: runs of one experiment differ at the end."""
+    if len(text) <= width:
+        return text
+    begin = (width - 1) // 3
+    return f"{text[:begin]}{ELLIPSIS}{text[len(text) - (width - 1 - begin) :]}"
 
 
 def _reason(row: dict[str, Any]) -> str:

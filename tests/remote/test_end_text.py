@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rollouts.remote.looks import what_lies_here
-from rollouts.remote.run import mirror_note
+from rollouts.remote.run import mirror_note, run_names
 from rollouts.remote.run.registry import RunEntry
 from rollouts.remote.run.watch import RunResult
 from rollouts.remote.texts import forgotten_text, result_text
@@ -51,17 +51,31 @@ RUN |= {"started_at": 1795946187.5, "exit_code": None, "message": ""}
 
 
 def test_the_table_of_runs_fits_its_terminal() -> None:
-    """Goal: at 80 columns no line of `ls` wraps, and each value is there; at 120 and in a pipe a run is one line. Red
-    with one shape for all widths: 93 columns, broken in the middle of a time."""
+    """Goal: at 80 columns a run is one line that does not wrap; at 120 and in a pipe each value is there. Red with one
+    shape for all widths: 93 columns, broken in the middle of a time."""
     failed = {**RUN, "run_id": "x-1", "state": "failed", "exit_code": 1, "message": "why"}
     narrow = runs_text([RUN, failed], width=80).splitlines()
-    assert max(map(len, narrow)) <= 80 and narrow[0] == "run_id" and narrow[2] == RUN["run_id"]
-    assert narrow[1].split() == ["target", "state", "stage", "step", "started_at", "exit_code"]
-    assert narrow[3].split()[:4] == ["local", "running", "rl", "300"] and narrow[-1] == "  error: why"
+    assert max(map(len, narrow)) <= 80 and narrow[0].split() == ["run_id", "state", "at", "started"]
+    assert narrow[1].split()[:4] == [RUN["run_id"], "running", "rl", "300"]
+    assert narrow[3:] == ["  error: why", "all on local"]
     for width in (None, 120):
         wide = runs_text([RUN, failed], width=width).splitlines()
         assert len(wide) == 4 and wide[1].split()[:4] == [RUN["run_id"], "local", "running", "rl"]
-    assert len(runs_text([failed], width=80).splitlines()) == 3, "a short name fits"
+    assert runs_text([failed], width=80).splitlines()[1].split()[:2] == ["x-1", "local"], "a short name fits"
+
+
+def test_two_hundred_runs_are_two_hundred_lines() -> None:
+    """Goal: many runs with long names on several hosts stay readable at 80 columns: one line each, no two names the
+    same, and each cut name still means its run. Red with names cut at their end, and with an error under each run."""
+    names = [f"a_sweep_of_many_values_and_a_long_name-20261129-1002{n % 60:02d}-{n:04x}-seed_{n}" for n in range(200)]
+    rows = [RUN | {"run_id": name, "target": f"user@gpu-{n % 3}.lab.example"} for n, name in enumerate(names)]
+    rows = [row | {"state": "failed", "message": "why", "exit_code": 1} for row in rows]
+    heading, *lines, last = runs_text(rows, width=80).splitlines()
+    assert len(lines) == 200 and max(map(len, lines)) <= 80
+    assert heading.split() == ["run_id", "state", "at", "started", "target"]
+    assert last == "200 runs; 200 with a note: `deploy status RUN` says it"
+    for name, line in zip(names, lines, strict=True):
+        assert run_names.find_by_prefix(line.split()[0], names) == name
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 
 import deploy
 from rollouts.manifest import write_manifest
+from rollouts.remote.app import exit_code
 from rollouts.remote.errors import DeployError
 from rollouts.remote.local_faults import as_deploy_errors
 from rollouts.remote.run.checkpoints import pull_checkpoint
@@ -113,7 +114,7 @@ def test_a_bug_is_one_line_and_a_file(tmp_path: Path, monkeypatch: pytest.Monkey
     def broken(as_json: bool) -> int:
         raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "odd byte")
 
-    code = deploy._exit_code(broken, {"as_json": False}, to_launch=True)
+    code = exit_code(broken, {"as_json": False}, to_launch=True)
     said = capsys.readouterr().err
     assert code == 2 and said.startswith("error: deploy itself failed: UnicodeDecodeError")
     file = Path(said.split("traceback: ")[1].splitlines()[0])

@@ -13,7 +13,7 @@ import pytest
 
 from rollouts import run_dir
 from rollouts.remote.host.host_probe import run_row
-from rollouts.remote.looks import _host_row
+from rollouts.remote.list_runs import host_row
 from rollouts.run_dir import LaunchPlan, RunDir, Status
 from rollouts.view.tables import runs_text
 from rollouts.worker import launch, processes, tmux
@@ -127,7 +127,7 @@ def test_a_live_run_of_another_machine_is_not_dead(heard_s: float, tmp_path: Pat
     assert (seen.state, seen.live, seen.exit_code) == ("running", True, None)
     assert json.loads(module("tail", str(run.path), stdin="{}\n").stdout.splitlines()[-1]) == {"live": True}
     row = run_row(run)
-    assert row is not None and "runs on gpu-8, which shares this home: training" in runs_text([_host_row("gpu-7", row)])
+    assert row is not None and "runs on gpu-8, which shares this home: training" in runs_text([host_row("gpu-7", row)])
 
 
 def test_a_silent_run_of_another_machine_is_neither_dead_nor_live(tmp_path: Path) -> None:
@@ -141,8 +141,8 @@ def test_a_silent_run_of_another_machine_is_neither_dead_nor_live(tmp_path: Path
     last = json.loads(module("tail", str(run.path), stdin="{}\n").stdout.splitlines()[-1])
     assert last == {"ended": True, "state": "silent", "exit_code": None}
     row = run_row(run)
-    assert row is not None and "nothing was heard of it for minutes" in runs_text([_host_row("gpu-7", row)])
-    assert "deploy status other --remote gpu-8" in runs_text([_host_row("gpu-7", row)])
+    assert row is not None and "nothing was heard of it for minutes" in runs_text([host_row("gpu-7", row)])
+    assert "deploy status other --remote gpu-8" in runs_text([host_row("gpu-7", row)])
     assert launch._taken(plan_in(tmp_path, "new")) == ""
     stopped = module("stop", str(run.path))
     assert stopped.returncode == 1 and f"If that machine is no more, remove {run.path}" in stopped.stderr

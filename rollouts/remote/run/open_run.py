@@ -18,7 +18,7 @@ from rollouts.remote.local_faults import RunProgress, as_deploy_errors
 from rollouts.remote.run import registry
 from rollouts.remote.run.adopt import adopt_run
 from rollouts.remote.run.connection import RetryPolicy, RunConnection
-from rollouts.remote.run.mirror_files import size_of
+from rollouts.remote.run.last_seen import was_launched
 from rollouts.remote.run.pull import pull
 from rollouts.remote.run.registry import RunEntry
 from rollouts.remote.run.run_names import find_known, find_on_host
@@ -140,10 +140,3 @@ def _trace(entry: RunEntry, facts: HostFacts, transport: Transport, row: dict[st
         if listed.returncode != 0 or marks & set(listed.out.splitlines()):
             return "unreadable"
     return "gone" if was_launched(entry) else "never launched"
-
-
-def was_launched(entry: RunEntry) -> bool:
-    """Return whether anything here shows that the run was alive once."""
-    streamed = ("status.json", "events.jsonl", "metrics.jsonl", "eval.jsonl")
-    here = entry.mirror.path
-    return entry.adopted or entry.was_launched or (here.is_dir() and any(size_of(here, name) for name in streamed))

@@ -11,17 +11,18 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rollouts.config import Config, ConfigError
 from rollouts.plain_files import read_plain
 from rollouts.remote.errors import DeployError
-from rollouts.remote.plan import Plan
 from rollouts.remote.run.mirror_files import make_mirror, replace
 from rollouts.run_dir import LaunchPlan, RunDir, home_dir, valid_run_id, write_json_atomic, write_text_atomic
+
+if TYPE_CHECKING:  # slow to import, and `deploy ls` needs neither
+    from rollouts.config import Config
+    from rollouts.remote.plan import Plan
 
 STOP_GRACE_MAX_S = 3600.0  # of a plan that a host wrote
 LAUNCHED, REASON = "launched", "not_launched.txt"
@@ -90,8 +91,8 @@ def registry_dir() -> Path:
 
 
 def register(
-    plan: Plan,
-    config: Config,
+    plan: "Plan",
+    config: "Config",
     repository: Path,
     record: dict[str, str],
     *,
@@ -217,7 +218,7 @@ def note_reason(entry: RunEntry, text: str) -> None:
         write_text_atomic(entry.record.path / REASON, line, mode=0o600)
 
 
-def planned(entry: RunEntry) -> Config:
+def planned(entry: RunEntry) -> "Config":
     """Return the config recorded here for a launch. Raises DeployError if it may not, or cannot, be launched."""
     if entry.adopted:
         raise DeployError(
@@ -225,6 +226,8 @@ def planned(entry: RunEntry) -> Config:
             needed="a config, a plan and names of secrets that this machine recorded itself",
             fix="start it there; from here it can be followed, stopped and pulled",
         )
+    from rollouts.config import Config, ConfigError
+
     try:
         config, _ = Config.load(entry.record.config), entry.launch
     except (ConfigError, TypeError, KeyError, ValueError, OSError) as error:
@@ -254,22 +257,21 @@ def find(run_id: str) -> RunEntry | None:
 
 
 def entries() -> list[RunEntry]:
-    """Return every run known here, oldest first, but for damaged entries: `damaged_entries` names them."""
-    found = []
-    for file in _files():
-        with contextlib.suppress(ValueError, TypeError, AttributeError, FileNotFoundError):
-            found.append(_read(file))
-    return found
+    """Return every run known here, oldest first, but for damaged entries: `all_entries` names them too."""
+    return all_entries()[0]
 
 
-def damaged_entries() -> Iterator[Path]:
+def all_entries() -> tuple[list[RunEntry], list[Path]]:
+    """Return every run known here, oldest first, and the files of damaged entries."""
+    found, damaged = [], []
     for file in _files():
         try:
-            _read(file)
+            found.append(_read(file))
         except FileNotFoundError:
             continue
         except (ValueError, TypeError, AttributeError):
-            yield file
+            damaged.append(file)
+    return found, damaged
 
 
 def _files() -> list[Path]:

@@ -1,10 +1,15 @@
-"""Which run a name means: a whole name, the beginning of one, or `last`."""
+"""Which run a name means: a whole name, the beginning of one, its beginning and end around `…`, or `last`."""
+
+from typing import TYPE_CHECKING
 
 from rollouts.remote.errors import DeployError
-from rollouts.remote.host.facts import HostFacts
 from rollouts.remote.run import registry
 from rollouts.remote.run.registry import RunEntry
 from rollouts.run_dir import valid_run_id
+from rollouts.view.tables import ELLIPSIS
+
+if TYPE_CHECKING:  # slow to import
+    from rollouts.remote.host.facts import HostFacts
 
 LAST = "last"  # names the run that this machine knows of most recently
 
@@ -22,26 +27,30 @@ def find_known(name: str) -> RunEntry | None:
     entries = registry.entries()
     if name == LAST:
         return entries[-1] if entries else None
-    run_id = _by_prefix(name, [entry.run_id for entry in entries])
+    run_id = find_by_prefix(name, [entry.run_id for entry in entries])
     return next((entry for entry in entries if entry.run_id == run_id), None)
 
 
-def find_on_host(name: str, facts: HostFacts, target: str) -> str:
+def find_on_host(name: str, facts: "HostFacts", target: str) -> str:
     """Return the id of the host's run that `name` means. Raises DeployError."""
     names = [row["run_id"] for row in facts.runs if valid_run_id(str(row["run_id"]))]
     if name in names:
         return name
     if name == LAST and names:
         return str(names[-1])
-    found = _by_prefix(name, names)
+    found = find_by_prefix(name, names)
     if found is None:
         raise no_run(name, target, [*(entry.run_id for entry in registry.entries()), *names])
     return found
 
 
-def _by_prefix(name: str, run_ids: list[str]) -> str | None:
-    """Return the one run id that begins with `name`, or None. Raises DeployError for several."""
-    found = [run_id for run_id in run_ids if name and run_id.startswith(name)]
+def find_by_prefix(name: str, run_ids: list[str]) -> str | None:
+    """Return the one run id that begins with `name`, or None. Raises DeployError for several.
+
+    `begin…end` means one that begins and ends so: a narrow `deploy ls` prints long names in this way.
+    """
+    begin, _, end = name.partition(ELLIPSIS)
+    found = [run_id for run_id in run_ids if name and run_id.startswith(begin) and run_id.endswith(end)]
     if len(found) > 1 and name not in found:
         raise DeployError(
             f"{name!r} begins the names of {len(found)} runs.",

@@ -1,0 +1,94 @@
+"""The command's frame: one application, what options mean wherever they occur, and how a verb's function becomes one.
+
+deploy.py and life_verbs.py hold the verbs. Nothing slow is imported until one of them needs it.
+"""
+
+import contextlib
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from rollouts.remote.command_line import ConfigOrVerb
+from rollouts.remote.help_page import PAGE
+from rollouts.view.screen import Screen
+
+INTERRUPTED = 130
+Function = Callable[..., Any]
+
+app = typer.Typer(
+    cls=ConfigOrVerb,
+    help=PAGE,
+    rich_markup_mode=None,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 118},
+    subcommand_metavar="CONFIG | VERB RUN [OPTIONS]",
+)
+
+Remote = Annotated[str | None, typer.Option(metavar="[USER@]HOST[:PORT]", help="The host; this machine without it.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+AcceptKey = Annotated[bool, typer.Option(help="Add the host's key to ~/.ssh/known_hosts if none is known.")]
+BusyOk = Annotated[bool, typer.Option("--busy-ok", help="Start on GPUs that others use too.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Another value for a field; V1,V2: a sweep.")
+]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, as `deploy ls` shows it.")]
+
+
+def verb(
+    name: str, *, hidden: bool = False, launches: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make a function a verb: what it returns is printed, and the command ends with its exit code; so with an error.
+
+    The function returns an Answer or, having printed it, an exit code, and imports what it needs of rollouts.remote.
+    `launches`: it is to start a run, so that an error says whether it did.
+    """
+
+    def register(function: Function) -> Function:
+        @app.command(name, hidden=hidden)
+        @functools.wraps(function)
+        def command(**options: Any) -> None:
+            to_launch = launches and not options.get("show")
+            try:
+                code = exit_code(function, options, to_launch=to_launch)
+                sys.stdout.flush()
+            except BrokenPipeError:  # `deploy logs RUN | head`: its reader has enough
+                _drop_output()
+                code = 0 if not to_launch else 1
+            except KeyboardInterrupt:  # while modules are imported
+                sys.stderr.write("interrupted." + (" Nothing was started.\n" if to_launch else "\n"))
+                code = INTERRUPTED
+            raise typer.Exit(code)
+
+        return function
+
+    return register
+
+
+def exit_code(function: Function, options: dict[str, Any], *, to_launch: bool) -> int:
+    """Run a verb and print its answer, or its error."""
+    from rollouts.remote.errors import DeployError
+    from rollouts.remote.local_faults import as_deploy_errors
+    from rollouts.view.escape import tolerate_odd_text
+
+    tolerate_odd_text()
+    screen = Screen(as_json=options["as_json"])
+    try:
+        with as_deploy_errors():
+            answer = function(**options)
+            return answer if isinstance(answer, int) else screen.show(answer)
+    except DeployError as error:
+        screen.error(error.to_json(), error.text(launching=to_launch))
+        return error.exit_code
+
+
+def _drop_output() -> None:
+    """Let what is still to be printed go nowhere: the interpreter flushes at its end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(nowhere, stream.fileno())

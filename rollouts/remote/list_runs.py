@@ -1,0 +1,109 @@
+"""`deploy ls`: the runs that this machine knows, or those of a host; which of them, and in which order.
+
+It reads the registry and the mirrors, and imports little: 1,000 runs are listed at once (benchmarks/deploy_ls.py).
+"""
+
+import contextlib
+import fnmatch
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from rollouts.remote.errors import DeployError
+from rollouts.remote.local_faults import as_deploy_errors
+from rollouts.remote.run import registry
+from rollouts.remote.run.last_seen import last_seen, list_row, with_host
+from rollouts.run_dir import State
+from rollouts.view.answer import Answer
+from rollouts.view.screen import terminal_width
+from rollouts.view.tables import runs_text
+
+STATES = (*get_args(State), "not launched", "unknown")
+SORTS = {
+    "started": None,  # as they come
+    "run": "run_id",
+    "experiment": "experiment_name",
+    "state": "state",
+    "target": "target",
+    "stage": "stage",
+    "step": "step",
+}
+UNITS_S = {"m": 60.0, "h": 3600.0, "d": 86_400.0, "w": 604_800.0}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which runs `ls` shows, and in which order. Made by `read_wanted`, which checks the words."""
+
+    states: tuple[str, ...] = ()  # empty: all
+    experiment: str = "*"  # a shell's pattern
+    since: float = 0.0  # seconds since the epoch
+    sort: str = "started"
+
+    def may_fit(self, experiment: str, begun_at: float) -> bool:
+        """Return whether a run of that experiment and age is asked for, before its files are read."""
+        return fnmatch.fnmatchcase(experiment, self.experiment) and begun_at >= self.since
+
+    def chosen(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the rows in a state that is asked for, in order; equal ones as they come."""
+        found = [row for row in rows if not self.states or row["state"] in self.states]
+        field = SORTS[self.sort]
+        if field is None:
+            return found
+        return sorted(found, key=lambda row: (row[field] is not None, 0 if row[field] is None else row[field]))
+
+
+def read_wanted(*, states: Sequence[str], experiment: str | None, since: str | None, sort: str, now: float) -> Wanted:
+    """Return what the options of `ls` ask for. Raises DeployError with every mistake."""
+    named = [part.strip().replace("-", " ") for state in states for part in state.split(",")]
+    if unknown := [state for state in named if state not in STATES]:
+        raise DeployError(
+            f"--state {unknown[0]!r}: there is no such state.",
+            needed=f"one of {', '.join(STATES)}; or several: failed,died",
+        )
+    if sort not in SORTS:
+        raise DeployError(f"--sort {sort!r}: runs cannot be sorted by that.", needed=f"one of {', '.join(SORTS)}")
+    begin = 0.0 if since is None else read_moment(since, now=now)
+    return Wanted(tuple(named), experiment or "*", begin, sort)
+
+
+def read_moment(text: str, *, now: float, option: str = "--since") -> float:
+    """Return the moment that `2d` ago was, or that a date such as 2026-11-01 began here. Raises DeployError."""
+    if ago := re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([mhdw])", text):
+        return now - float(ago[1]) * UNITS_S[ago[2]]
+    with contextlib.suppress(ValueError, OverflowError):
+        return time.mktime(time.strptime(text, "%Y-%m-%d"))
+    raise DeployError(
+        f"{option} {text!r} is not a time.", needed="30m, 12h, 2d or 1w: so long ago; or a date such as 2026-11-01"
+    )
+
+
+def list_runs(*, remote: str | None, wanted: Wanted) -> Answer:
+    """List the runs known here, as last seen (`deploy ls`); with --remote all runs on that host, as they are."""
+    with as_deploy_errors():
+        rows, damaged = _rows_here(wanted) if remote is None else (_rows_there(remote, wanted), [])
+        notes = (f"note: {file} cannot be read, and is left out" for file in damaged)
+        return Answer(rows, runs_text(rows, width=terminal_width()), remarks=tuple(notes))
+
+
+def _rows_here(wanted: Wanted) -> tuple[list[dict[str, Any]], list[Path]]:
+    entries, damaged = registry.all_entries()
+    asked = [entry for entry in entries if wanted.may_fit(entry.experiment_name, entry.created_at)]
+    return wanted.chosen([last_seen(entry) for entry in asked]), damaged
+
+
+def _rows_there(remote: str, wanted: Wanted) -> list[dict[str, Any]]:
+    from rollouts.remote.host.facts import gather_facts
+    from rollouts.remote.host.open import open_transport
+
+    with contextlib.closing(open_transport(remote)) as transport:
+        found = gather_facts(transport).runs
+    asked = [row for row in found if wanted.may_fit(row["experiment_name"], row["started_at"])]
+    return wanted.chosen([host_row(remote, row) for row in asked])
+
+
+def host_row(target: str, row: dict[str, Any]) -> dict[str, Any]:
+    return list_row(target, row["experiment_name"], row["run_id"], row | {"message": with_host(row)})
