@@ -247,6 +247,35 @@ def data(
     return data_verb.show_data(config, rows=rows)
 
 
+@verb("offers")
+def offers(
+    *,
+    gpu: Annotated[list[str] | None, typer.Option(metavar="NAME", help="A part of its name; several: any.")] = None,
+    count: Annotated[int, typer.Option(min=1, max=64, help="GPUs of the machine.")] = 1,
+    vram: Annotated[float | None, typer.Option(min=1, metavar="GB", help="Memory of each GPU, at least.")] = None,
+    max_price: Annotated[float | None, typer.Option(min=0, metavar="USD", help="An hour, for the machine.")] = None,
+    region: Annotated[list[str] | None, typer.Option(metavar="NAME", help="A part of its name; several: any.")] = None,
+    spot: Annotated[bool, typer.Option("--spot", help="Spot machines too, which may be taken away.")] = False,
+    disk: Annotated[int, typer.Option(min=1, metavar="GIB", help="Disk that the price is to hold.")] = 50,
+    as_json: Json = False,
+) -> Any:
+    """List what RunPod, Vast, Lambda and Prime Intellect would rent out, the cheapest first."""
+    from rollouts.cloud.machine_types import Wanted
+    from rollouts.remote import cloud_verbs
+
+    return cloud_verbs.offers(
+        Wanted(
+            gpu_types=tuple(gpu or ()),
+            gpus=count,
+            vram_gb_min=vram,
+            price_per_hour_max=max_price,
+            regions=tuple(region or ()),
+            spot=spot,
+            disk_gib=disk,
+        )
+    )
+
+
 @verb("diff")
 def diff(
     before: Annotated[str, typer.Argument(metavar="A", help="A config file, a run, or a run's directory.")],

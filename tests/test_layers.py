@@ -31,7 +31,12 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.run_dir",
     ),
     "rollouts.config.field_types": (),
-    "deploy": ("rollouts.remote", "rollouts.view"),
+    "deploy": ("rollouts.cloud", "rollouts.remote", "rollouts.view"),
+    "rollouts.cloud": ("rollouts.cloud", "rollouts.remote.errors", "rollouts.run_dir", "rollouts.view"),
+    "rollouts.cloud.machine_types": (),  # values: no network
+    "rollouts.cloud.answer_fields": (),
+    "rollouts.cloud.search_offers": ("rollouts.cloud.machine_types",),
+    "rollouts.cloud.ledger": ("rollouts.cloud.machine_types", "rollouts.run_dir"),
     "rollouts": ("rollouts.agents",),
     "rollouts.__main__": (),
     "rollouts.manifest": (),
@@ -73,6 +78,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts.view": ("rollouts.view", "rollouts.run_dir", "rollouts.plain_files"),
     "rollouts.api": ("rollouts.config", "rollouts.remote", "rollouts.run_dir", "rollouts.view"),
     "rollouts.remote": (
+        "rollouts.cloud",
         "rollouts.config",
         "rollouts.run_dir",
         "rollouts.plain_files",
@@ -348,7 +354,7 @@ def violations(source: str, module: str, is_package: bool = False) -> list[str]:
         elif under(module, STANDARD_LIBRARY_ONLY) and not under(module, EXCEPT):
             if name.split(".")[0] not in sys.stdlib_module_names:
                 found.append(f"{module} imports {name}: it has the standard library alone")
-        elif under(module, ("deploy", "rollouts.remote", "rollouts.view")) and name.split(".")[0] in (
+        elif under(module, ("deploy", "rollouts.cloud", "rollouts.remote", "rollouts.view")) and name.split(".")[0] in (
             "torch",
             "transformers",
             "datasets",
@@ -389,6 +395,9 @@ def test_imports_point_one_way(file: Path) -> None:
         ("rollouts.remote.host.facts", "from rollouts.remote.plan import Plan"),
         ("rollouts.remote.plan.problems", "from rollouts.remote.host.transport import Transport"),
         ("rollouts.remote.inputs.code_files", "from rollouts.remote.repository import Code"),
+        ("rollouts.remote.run.execute", "from rollouts.cloud.renting import rent"),
+        ("rollouts.cloud.renting", "from rollouts.remote.commands import deploy"),
+        ("rollouts.cloud.search_offers", "from rollouts.cloud.provider_api import ProviderApi"),
     ],
 )
 def test_the_check_can_fail(module: str, source: str) -> None:

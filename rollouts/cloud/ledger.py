@@ -1,0 +1,126 @@
+"""What was rented from here: lines on disk, written before the provider is asked, folded into one lease a machine.
+
+`~/.rollouts/cloud/ledger.jsonl` is only ever appended to, and every line is on the disk before the next step is taken.
+No line holds a key.
+"""
+
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from rollouts.cloud.machine_types import PROVIDERS, Machine, Order, ProviderName
+from rollouts.run_dir import append_jsonl, home_dir, read_jsonl
+
+# intent: about to be created. unclear: the answer was lost. created. refused: nothing was made. ending. ended.
+LeaseStep = Literal["intent", "unclear", "created", "refused", "ending", "ended"]
+STEPS = get_args(LeaseStep)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lease:
+    """One name that was, or was about to be, rented."""
+
+    name: str
+    provider: ProviderName
+    step: LeaseStep
+    since: float  # of the intent, by this machine's clock
+    gpu_type: str
+    gpus: int
+    region: str
+    price_per_hour: float
+    machine_id: str | None = None
+    ended_at: float | None = None
+    reason: str = ""  # why it ended, or was refused
+
+
+class Ledger:
+    """The file. Several processes may append to it at once."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path or home_dir() / "cloud" / "ledger.jsonl"
+
+    def intend(self, order: Order, *, now: float) -> None:
+        """Write down that a machine of this name is about to be created."""
+        offer = order.offer
+        fields = {"gpu_type": offer.gpu_type, "gpus": offer.gpus, "region": offer.region}
+        fields["price_per_hour"] = offer.price_per_hour
+        self._append(order.name, "intent", now, provider=offer.provider, **fields)
+
+    def note(self, name: str, step: LeaseStep, **fields: Any) -> None:
+        """Write down a step of a lease."""
+        self._append(name, step, time.time(), **fields)
+
+    def adopt(self, machine: Machine, *, now: float) -> Lease:
+        """Write down a machine that was rented from elsewhere, under a name of ours."""
+        price = machine.price_per_hour or 0.0
+        fields = {"gpu_type": machine.gpu_type, "gpus": 1, "region": machine.region, "price_per_hour": price}
+        self._append(machine.name, "intent", now, provider=machine.provider, **fields)
+        self.note(machine.name, "created", machine_id=machine.machine_id)
+        return self.lease(machine.name)
+
+    def lease(self, name: str) -> Lease:
+        """Return the lease of a name that is in the ledger."""
+        return fold(read_jsonl(self.path))[name]
+
+    def leases(self) -> list[Lease]:
+        """Return all leases, the oldest first."""
+        return list(fold(read_jsonl(self.path)).values())
+
+    def _append(self, name: str, step: LeaseStep, now: float, **fields: Any) -> None:
+        first = not self.path.exists()
+        append_jsonl(self.path, {"time": now, "name": name, "step": step, **fields})
+        _to_disk(self.path)
+        if first:
+            self.path.chmod(0o600)
+            _to_disk(self.path.parent)
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fold(lines: Iterable[dict[str, Any]]) -> dict[str, Lease]:
+    """Return the leases that these lines make. A line that makes no sense changes nothing."""
+    leases: dict[str, Lease] = {}
+    for line in lines:
+        name, step = line.get("name"), line.get("step")
+        if not isinstance(name, str) or step not in STEPS:
+            continue
+        if step == "intent" and line.get("provider") in PROVIDERS:
+            leases[name] = Lease(
+                name=name,
+                provider=line["provider"],
+                step="intent",
+                since=_number(line.get("time")),
+                gpu_type=str(line.get("gpu_type", "")),
+                gpus=int(_number(line.get("gpus"))) or 1,
+                region=str(line.get("region", "")),
+                price_per_hour=_number(line.get("price_per_hour")),
+            )
+        elif name in leases:
+            leases[name] = _after(leases[name], line)
+    return leases
+
+
+def _after(lease: Lease, line: dict[str, Any]) -> Lease:
+    changes: dict[str, Any] = {"step": line["step"]}
+    if isinstance(line.get("machine_id"), str):
+        changes["machine_id"] = line["machine_id"]
+    if line.get("price_per_hour") is not None:
+        changes["price_per_hour"] = _number(line["price_per_hour"])
+    if isinstance(line.get("reason"), str):
+        changes["reason"] = line["reason"]
+    if line["step"] in ("ended", "refused"):
+        changes["ended_at"] = _number(line.get("time"))
+    return replace(lease, **changes)
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else 0.0

@@ -1,0 +1,108 @@
+"""API keys, from where each provider's own tools keep them. They are shown nowhere."""
+
+import json
+import os
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rollouts.cloud.cloud_errors import CloudError
+from rollouts.cloud.machine_types import ProviderName
+
+
+@dataclass(frozen=True)
+class ProviderKey:
+    """An API key. `secret` is not part of its repr; `source` says where it was read."""
+
+    secret: str = field(repr=False)
+    source: str
+    team: str | None = None  # Prime's: whose account pays
+
+    def hidden(self, text: str) -> str:
+        """Return `text` without the key, should a provider repeat it."""
+        return text.replace(self.secret, "[key]") if self.secret else text
+
+
+@dataclass(frozen=True)
+class _Place:
+    variable: str
+    files: tuple[str, ...]
+    read: Callable[[str], str]
+
+
+def _plain(text: str) -> str:
+    return text
+
+
+def _runpod(text: str) -> str:
+    tables = tomllib.loads(text)
+    tables = {**tables, **tables.get("default", {})}
+    return str(tables.get("api_key") or tables.get("apikey") or tables.get("apiKey") or "")
+
+
+def _lambda(text: str) -> str:
+    found = re.search(r"^\s*api_key\s*=\s*(\S+)", text, re.MULTILINE)
+    return found[1].strip("\"'") if found else ""
+
+
+def _prime(text: str) -> str:
+    return str(json.loads(text).get("api_key") or "")
+
+
+PLACES: Mapping[ProviderName, _Place] = {
+    "runpod": _Place("RUNPOD_API_KEY", ("~/.runpod/config.toml",), _runpod),
+    "vast": _Place("VAST_API_KEY", ("$XDG_CONFIG_HOME/vastai/vast_api_key", "~/.vast_api_key"), _plain),
+    "lambda": _Place("LAMBDA_API_KEY", ("~/.lambda_cloud/lambda_keys",), _lambda),
+    "prime": _Place("PRIME_API_KEY", ("~/.prime/config.json",), _prime),
+}
+
+
+def read_key(provider: ProviderName) -> ProviderKey | None:
+    """Return a provider's key from its variable, else its file; None if there is neither. Raises CloudError."""
+    place = PLACES[provider]
+    if secret := os.environ.get(place.variable, "").strip():
+        return _checked(ProviderKey(secret, f"${place.variable}", _team(provider)), provider)
+    for name in place.files:
+        file = _path(name)
+        try:
+            secret = place.read(file.read_text()).strip()
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, AttributeError) as error:
+            problem = type(error).__name__  # its text could hold a part of the key
+            fix = f"write the file again with the provider's own tool, or export {place.variable}"
+            raise CloudError(f"{file}: the key of {provider} cannot be read: {problem}.", kind="key", fix=fix) from None
+        if secret:
+            return _checked(ProviderKey(secret, str(file), _team(provider)), provider)
+    return None
+
+
+def _checked(key: ProviderKey, provider: ProviderName) -> ProviderKey:
+    if re.fullmatch(r"[\x21-\x7e]+", key.secret) is None:
+        needed = "one line of letters, digits and signs, without spaces"
+        raise CloudError(f"{provider}: {key.source} does not hold an API key.", kind="key", needed=needed)
+    return key
+
+
+def _path(name: str) -> Path:
+    config = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    return Path(name.replace("$XDG_CONFIG_HOME", config)).expanduser()
+
+
+def _team(provider: ProviderName) -> str | None:
+    if provider != "prime":
+        return None
+    if team := os.environ.get("PRIME_TEAM_ID"):
+        return team
+    try:
+        return str(json.loads(_path("~/.prime/config.json").read_text()).get("team_id") or "") or None
+    except (OSError, ValueError, AttributeError):
+        return None  # no file: the personal account
+
+
+def where_keys_are(provider: ProviderName) -> str:
+    """Return where a key is looked for, in words."""
+    place = PLACES[provider]
+    return f"${place.variable}, or {' or '.join(str(_path(name)) for name in place.files)}"

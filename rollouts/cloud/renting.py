@@ -1,0 +1,139 @@
+"""From an offer to a machine and to its end, with every step in the ledger before it is taken.
+
+A create call is made once. What a lost answer may have made is looked for by its name; what is known to exist is ended
+until the provider says that it is gone.
+"""
+
+import secrets
+import time
+from dataclasses import dataclass
+
+import anyio
+
+from rollouts.cloud.cloud_errors import CloudError
+from rollouts.cloud.ledger import Lease, Ledger
+from rollouts.cloud.machine_types import Machine, Order
+from rollouts.cloud.provider import Provider
+
+NAME_PREFIX = "rollouts-"
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a provider is given, in seconds."""
+
+    settle_s: float = 60.0  # a machine that a lost answer made shows in the provider's list within this time
+    end_s: float = 180.0  # until a machine that was told to end is gone
+    poll_s: float = 3.0
+    ask_again_s: float = 20.0  # a request to end that changed nothing is made again after this time
+
+
+def new_machine_name() -> str:
+    """Return a name that no other machine has: lists are searched for it."""
+    return f"{NAME_PREFIX}{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
+
+
+async def rent(provider: Provider, order: Order, ledger: Ledger, patience: Patience) -> Machine:
+    """Create one machine. Raises CloudError; what was made in spite of it is ended, or stays in the ledger as unclear.
+
+    Raises CloudError, kind "unclear", where it is not known: then nothing else may be created in its place.
+    """
+    ledger.intend(order, now=time.time())
+    try:
+        machine = await provider.create(order)
+    except CloudError as error:
+        if error.machine_id is not None:
+            ledger.note(order.name, "created", machine_id=error.machine_id)
+            await end(provider, ledger.lease(order.name), ledger, patience, reason=str(error))
+            raise
+        if error.kind != "unclear":
+            ledger.note(order.name, "refused", reason=str(error))
+            raise
+        ledger.note(order.name, "unclear", reason=str(error))
+        machine = await _settled(provider, order, error, patience)
+    ledger.note(order.name, "created", machine_id=machine.machine_id, price_per_hour=machine.price_per_hour)
+    return machine
+
+
+async def _settled(provider: Provider, order: Order, error: CloudError, patience: Patience) -> Machine:
+    """Return the machine that a lost answer made. Raises CloudError where none shows in time."""
+    deadline = time.monotonic() + patience.settle_s
+    while True:
+        found = [machine for machine in await provider.machines() if machine.name == order.name and machine.bills]
+        if found:
+            return found[0]
+        if time.monotonic() > deadline:
+            raise CloudError(
+                str(error),
+                kind="unclear",
+                found=f"{error.problems[0].found}\nno machine {order.name} in its list for {patience.settle_s:.0f} s",
+                needed=f"certainty, since {order.name} would cost ${order.offer.price_per_hour:.2f} an hour",
+                fix="`deploy machines` shows what the provider has; it looks for that name from now on",
+            )
+        await anyio.sleep(patience.poll_s)
+
+
+async def end(provider: Provider, lease: Lease, ledger: Ledger, patience: Patience, *, reason: str) -> None:
+    """End a machine, and return once the provider says that it is gone. Raises CloudError where it does not in time."""
+    assert lease.machine_id is not None, "a machine has an id before it can end"
+    ledger.note(lease.name, "ending", machine_id=lease.machine_id, reason=reason)
+    deadline, asked_at, known, last = time.monotonic() + patience.end_s, None, False, ""
+    while True:
+        try:
+            now = time.monotonic()
+            if asked_at is None or not known or now - asked_at >= patience.ask_again_s:
+                known = await provider.terminate(lease.machine_id) or known
+                asked_at = now
+            settled = known or time.time() - lease.since > patience.settle_s  # a young machine may not show yet
+            if settled and await _is_gone(provider, lease.machine_id):
+                break
+            last = "it is still there" if known else "the provider does not know it yet"
+        except CloudError as error:
+            if error.kind == "key":
+                raise _not_ended(lease, str(error)) from None
+            last = f"{error} {error.problems[0].found}"
+        if time.monotonic() > deadline:
+            raise _not_ended(lease, last)
+        await anyio.sleep(patience.poll_s)
+    ledger.note(lease.name, "ended", reason=reason)
+
+
+async def _is_gone(provider: Provider, machine_id: str) -> bool:
+    """Return whether both ways to ask the provider say so: one of them may lag behind."""
+    machine = await provider.get(machine_id)
+    if machine is not None and machine.bills:
+        return False
+    return not any(other.machine_id == machine_id and other.bills for other in await provider.machines())
+
+
+def _not_ended(lease: Lease, found: str) -> CloudError:
+    machine, price = f"{lease.name} ({lease.machine_id})", f"${lease.price_per_hour:.2f} an hour"
+    return CloudError(
+        f"{lease.provider}: machine {machine} may still bill {price}: its end is not confirmed.",
+        kind="unavailable",
+        found=found,
+        fix=f"deploy machines end {lease.name}; or end it on the provider's web page",
+    )
+
+
+async def settle(provider: Provider, leases: list[Lease], ledger: Ledger, *, unclear_for_s: float) -> list[Machine]:
+    """Bring the ledger to what the provider says of these leases. Returns the provider's whole list.
+
+    A name that is in no list becomes "refused" only after `unclear_for_s`: a list may lag behind a create.
+    """
+    listed = await provider.machines()
+    by_name = {machine.name: machine for machine in listed if machine.bills}
+    by_id = {machine.machine_id: machine for machine in listed if machine.bills}
+    for lease in leases:
+        machine = by_id.get(lease.machine_id or "") or by_name.get(lease.name)
+        is_old = time.time() - lease.since > unclear_for_s
+        if machine is not None:
+            if lease.machine_id != machine.machine_id:
+                ledger.note(lease.name, "created", machine_id=machine.machine_id)
+        elif lease.machine_id is not None:
+            found = await provider.get(lease.machine_id)
+            if is_old and (found is None or not found.bills):
+                ledger.note(lease.name, "ended", reason="the provider no longer has it")
+        elif is_old:
+            ledger.note(lease.name, "refused", reason="the provider has no machine of this name")
+    return listed
