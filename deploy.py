@@ -260,11 +260,11 @@ def offers(
     as_json: Json = False,
 ) -> Any:
     """List what RunPod, Vast, Lambda and Prime Intellect would rent out, the cheapest first."""
-    from rollouts.cloud.machine_types import Wanted
+    from rollouts.cloud.machine_types import MachineNeeds
     from rollouts.remote import cloud_verbs
 
     return cloud_verbs.offers(
-        Wanted(
+        MachineNeeds(
             gpu_types=tuple(gpu or ()),
             gpus=count,
             vram_gb_min=vram,

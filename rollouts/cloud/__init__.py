@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rollouts.cloud.cloud_errors import CloudError
     from rollouts.cloud.gpu_client import AsyncGPUClient, GPUClient
-    from rollouts.cloud.machine_types import Address, Machine, Offer, Wanted
+    from rollouts.cloud.machine_types import Address, Machine, MachineNeeds, Offer
 
 _HOMES = {
     "Address": "machine_types",
@@ -20,9 +20,9 @@ _HOMES = {
     "GPUClient": "gpu_client",
     "Machine": "machine_types",
     "Offer": "machine_types",
-    "Wanted": "machine_types",
+    "MachineNeeds": "machine_types",
 }
-__all__ = ["Address", "AsyncGPUClient", "CloudError", "GPUClient", "Machine", "Offer", "Wanted"]
+__all__ = ["Address", "AsyncGPUClient", "CloudError", "GPUClient", "Machine", "MachineNeeds", "Offer"]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,7 @@ import anyio
 
 from rollouts.cloud.cloud_errors import CloudError
 from rollouts.cloud.lambda_labs import LambdaLabs
-from rollouts.cloud.machine_types import PROVIDERS, Offer, ProviderName, Wanted
+from rollouts.cloud.machine_types import PROVIDERS, MachineNeeds, Offer, ProviderName
 from rollouts.cloud.prime_intellect import PrimeIntellect
 from rollouts.cloud.provider import Provider
 from rollouts.cloud.provider_keys import ProviderKey, read_key, where_keys_are
@@ -84,7 +84,7 @@ async def ask_all(
     return answers, errors
 
 
-async def find_offers(wanted: Wanted, names: Iterable[ProviderName] = PROVIDERS) -> OfferSearch:
+async def find_offers(wanted: MachineNeeds, names: Iterable[ProviderName] = PROVIDERS) -> OfferSearch:
     """Return the offers of every provider that there is a key for, judged and in the order in which to take them."""
     names = tuple(names)
     keys, asked = keys_here(names)

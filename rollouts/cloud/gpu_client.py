@@ -19,7 +19,7 @@ from rollouts.cloud import search_offers
 from rollouts.cloud.accounts import ask_all, keys_here, no_key, open_providers
 from rollouts.cloud.cloud_errors import CloudError
 from rollouts.cloud.ledger import Lease, Ledger
-from rollouts.cloud.machine_types import PROVIDERS, Machine, Offer, Order, ProviderName, Wanted
+from rollouts.cloud.machine_types import PROVIDERS, Machine, MachineNeeds, Offer, Order, ProviderName
 from rollouts.cloud.provider import Provider
 from rollouts.cloud.renting import Patience, end, new_machine_name, rent
 from rollouts.cloud.search_offers import Condition, judged, ordered
@@ -48,9 +48,9 @@ class AsyncGPUClient(_Terms):
         self._patience = patience or Patience()
         self._ledger = Ledger()
 
-    async def search(self, where: Condition | None = None, wanted: Wanted | None = None) -> list[Offer]:
+    async def search(self, where: Condition | None = None, wanted: MachineNeeds | None = None) -> list[Offer]:
         """Return the offers that fit, the cheapest first. A provider that does not answer is an error."""
-        wanted = wanted or Wanted()
+        wanted = wanted or MachineNeeds()
         async with open_providers(self._keys) as providers:
             answers, errors = await ask_all(providers, lambda provider: provider.offers(wanted))
         if errors:
@@ -108,7 +108,7 @@ class GPUClient(_Terms):
     def __init__(self, *providers: ProviderName, patience: Patience | None = None) -> None:
         self._client = AsyncGPUClient(*providers, patience=patience)
 
-    def search(self, where: Condition | None = None, wanted: Wanted | None = None) -> list[Offer]:
+    def search(self, where: Condition | None = None, wanted: MachineNeeds | None = None) -> list[Offer]:
         """Return the offers that fit, the cheapest first. A provider that does not answer is an error."""
         return _wait(lambda: self._client.search(where, wanted))
 

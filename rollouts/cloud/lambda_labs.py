@@ -7,7 +7,7 @@ from typing import Any
 
 from rollouts.cloud.answer_fields import number, row, rows, text, whole
 from rollouts.cloud.cloud_errors import CloudError
-from rollouts.cloud.machine_types import Address, Machine, MachineState, Offer, Order, ProviderName, Wanted
+from rollouts.cloud.machine_types import Address, Machine, MachineNeeds, MachineState, Offer, Order, ProviderName
 from rollouts.cloud.provider_api import HttpReply, ProviderApi, said_by
 from rollouts.cloud.provider_keys import ProviderKey
 
@@ -35,7 +35,7 @@ class LambdaLabs:
     async def close(self) -> None:
         await self._api.close()
 
-    async def offers(self, wanted: Wanted) -> list[Offer]:
+    async def offers(self, wanted: MachineNeeds) -> list[Offer]:
         answer = await self._api.read("/instance-types")
         return [
             offer
@@ -97,7 +97,7 @@ class LambdaLabs:
         return True
 
 
-def _offers(name: str, found: Mapping[str, Any], wanted: Wanted) -> list[Offer]:
+def _offers(name: str, found: Mapping[str, Any], wanted: MachineNeeds) -> list[Offer]:
     kind = row(found.get("instance_type"))
     regions = [text(region.get("name")) for region in rows(found.get("regions_with_capacity_available"))]
     gpus = whole(row(kind.get("specs")).get("gpus")) or 0

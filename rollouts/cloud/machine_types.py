@@ -12,7 +12,7 @@ MachineState = Literal["starting", "ready", "broken", "preempted", "ended"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
+class MachineNeeds:
     """What a machine has to be like. None and empty mean that all will do."""
 
     gpu_types: tuple[str, ...] = ()  # parts of names, in any case: "h100"

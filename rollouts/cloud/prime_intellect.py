@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from rollouts.cloud.answer_fields import number, row, rows, text, whole
 from rollouts.cloud.cloud_errors import CloudError
-from rollouts.cloud.machine_types import Address, Machine, MachineState, Offer, Order, ProviderName, Wanted
+from rollouts.cloud.machine_types import Address, Machine, MachineNeeds, MachineState, Offer, Order, ProviderName
 from rollouts.cloud.provider_api import HttpReply, ProviderApi, pages, said_by
 from rollouts.cloud.provider_keys import ProviderKey
 
@@ -38,7 +38,7 @@ class PrimeIntellect:
     async def close(self) -> None:
         await self._api.close()
 
-    async def offers(self, wanted: Wanted) -> list[Offer]:
+    async def offers(self, wanted: MachineNeeds) -> list[Offer]:
         async def read(page: int | None) -> tuple[list[Mapping[str, Any]], int | None]:
             at = page or 1
             answer = row(await self._api.read("/availability/gpus", page=at, page_size=PAGE_SIZE))
@@ -108,7 +108,7 @@ class PrimeIntellect:
         return True
 
 
-def _offer(item: Mapping[str, Any], wanted: Wanted) -> Offer:
+def _offer(item: Mapping[str, Any], wanted: MachineNeeds) -> Offer:
     prices = row(item.get("prices"))
     price = number(prices.get("onDemand")) or number(prices.get("communityPrice"))
     images = [text(image) for image in item.get("images") or [] if text(image)]

@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from rollouts.cloud.machine_types import Machine, Offer, Order, ProviderName, Wanted
+from rollouts.cloud.machine_types import Machine, MachineNeeds, Offer, Order, ProviderName
 
 
 class Provider(Protocol):
@@ -10,7 +10,7 @@ class Provider(Protocol):
 
     name: ProviderName
 
-    async def offers(self, wanted: Wanted) -> list[Offer]:
+    async def offers(self, wanted: MachineNeeds) -> list[Offer]:
         """Return what could be rented, those that are left out with their reason."""
         ...
 

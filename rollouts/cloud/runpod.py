@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from rollouts.cloud.answer_fields import number, row, rows, text, whole
 from rollouts.cloud.cloud_errors import CloudError
-from rollouts.cloud.machine_types import Address, Machine, MachineState, Offer, Order, ProviderName, Wanted
+from rollouts.cloud.machine_types import Address, Machine, MachineNeeds, MachineState, Offer, Order, ProviderName
 from rollouts.cloud.provider_api import HttpReply, ProviderApi, pages, said_by
 from rollouts.cloud.provider_keys import ProviderKey
 
@@ -37,7 +37,7 @@ class RunPod:
     async def close(self) -> None:
         await self._api.close()
 
-    async def offers(self, wanted: Wanted) -> list[Offer]:
+    async def offers(self, wanted: MachineNeeds) -> list[Offer]:
         answer = await self._api.read("/catalog/gpus", include="AVAILABILITY", product="POD")
         return [
             _offer(gpu, cloud, price, wanted)
@@ -94,7 +94,7 @@ class RunPod:
         return True
 
 
-def _offer(gpu: Mapping[str, Any], cloud: str, price: float, wanted: Wanted) -> Offer:
+def _offer(gpu: Mapping[str, Any], cloud: str, price: float, wanted: MachineNeeds) -> Offer:
     name, stock = text(gpu.get("id")), text(gpu.get("availability"))
     offer = Offer(
         provider="runpod",

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from rollouts.cloud.machine_types import Offer, Wanted
+from rollouts.cloud.machine_types import MachineNeeds, Offer
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _plain(text: str) -> str:
     return "".join(letter for letter in text.lower() if letter.isalnum())
 
 
-def judged(offer: Offer, wanted: Wanted) -> Offer:
+def judged(offer: Offer, wanted: MachineNeeds) -> Offer:
     """Return an offer with the reason why it is left out, if one of these holds."""
     most, memory = wanted.price_per_hour_max, wanted.vram_gb_min
     checks = (

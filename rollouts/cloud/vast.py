@@ -5,7 +5,7 @@ from typing import Any
 
 from rollouts.cloud.answer_fields import number, row, rows, text, whole
 from rollouts.cloud.cloud_errors import CloudError
-from rollouts.cloud.machine_types import Address, Machine, MachineState, Offer, Order, ProviderName, Wanted
+from rollouts.cloud.machine_types import Address, Machine, MachineNeeds, MachineState, Offer, Order, ProviderName
 from rollouts.cloud.provider_api import HttpReply, ProviderApi, pages, said_by
 from rollouts.cloud.provider_keys import ProviderKey
 
@@ -41,7 +41,7 @@ class Vast:
     async def close(self) -> None:
         await self._api.close()
 
-    async def offers(self, wanted: Wanted) -> list[Offer]:
+    async def offers(self, wanted: MachineNeeds) -> list[Offer]:
         asked: dict[str, Any] = {
             "type": "on-demand",
             "num_gpus": {"eq": wanted.gpus},
@@ -124,7 +124,7 @@ class Vast:
         return True
 
 
-def _offer(found: Mapping[str, Any], wanted: Wanted) -> Offer:
+def _offer(found: Mapping[str, Any], wanted: MachineNeeds) -> Offer:
     base, storage = number(found.get("dph_base")), number(found.get("storage_cost"))
     total = number(found.get("dph_total")) or 0.0
     price = total if base is None or storage is None else base + wanted.disk_gib * storage / 30 / 24

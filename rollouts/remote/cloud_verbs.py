@@ -10,7 +10,7 @@ from rollouts.remote.local_faults import as_deploy_errors
 from rollouts.view.answer import Answer
 
 if TYPE_CHECKING:
-    from rollouts.cloud.machine_types import Wanted
+    from rollouts.cloud.machine_types import MachineNeeds
 
 
 @contextlib.contextmanager
@@ -27,7 +27,7 @@ def cloud_verb() -> Iterator[None]:
         yield
 
 
-def offers(wanted: "Wanted") -> Answer:
+def offers(wanted: "MachineNeeds") -> Answer:
     """List what every provider with a key here would rent out (`deploy offers`). Exit code 2: nothing fits."""
     with cloud_verb():
         import anyio

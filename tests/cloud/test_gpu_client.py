@@ -8,7 +8,7 @@ from typing import Any
 import anyio
 import pytest
 
-from rollouts.cloud import AsyncGPUClient, CloudError, GPUClient, Offer, Wanted
+from rollouts.cloud import AsyncGPUClient, CloudError, GPUClient, MachineNeeds, Offer
 from rollouts.cloud.accounts import MAKERS, find_offers
 from rollouts.cloud.ledger import Ledger
 from rollouts.cloud.machine_types import PROVIDERS, ProviderName
@@ -69,7 +69,7 @@ def test_conditions_of_a_search(clouds: Clouds) -> None:
     )
     assert [offer.provider for offer in small][:2] == ["vast", "runpod"] and small[0].price_per_hour < 0.35
     assert {offer.provider for offer in client.search(client.vram_gb > 79)} == {"runpod", "lambda", "prime", "vast"}
-    eight = client.search(client.price_per_hour <= 24, Wanted(gpus=8, gpu_types=("h100",)))
+    eight = client.search(client.price_per_hour <= 24, MachineNeeds(gpus=8, gpu_types=("h100",)))
     assert [offer.provider for offer in eight] == ["runpod", "runpod", "lambda"]
     with pytest.raises(TypeError, match="join conditions with &"):
         client.search(client.vram_gb >= 20 and client.price_per_hour < 1)
@@ -78,7 +78,7 @@ def test_conditions_of_a_search(clouds: Clouds) -> None:
 def test_the_price_of_a_vast_offer_is_with_its_disk(clouds: Clouds) -> None:
     """Goal: an offer is compared by what it will cost. Red with dph_total, which is for another disk."""
     client = GPUClient("vast", patience=QUICK)
-    (cheap,) = client.search(client.gpu_type.contains("4090"), Wanted(disk_gib=720))
+    (cheap,) = client.search(client.gpu_type.contains("4090"), MachineNeeds(disk_gib=720))
     assert cheap.price_per_hour == pytest.approx(0.30 + 0.15)
 
 
@@ -285,7 +285,7 @@ def test_one_provider_that_fails_leaves_the_others(clouds: Clouds, monkeypatch: 
     """Goal: offers of the others come all the same, with why one's are missing. Red with the first error raised."""
     clouds["vast"].key_works = False
     monkeypatch.delenv("LAMBDA_API_KEY")
-    asked = anyio.run(find_offers, Wanted(gpu_types=("H100",)))
+    asked = anyio.run(find_offers, MachineNeeds(gpu_types=("H100",)))
     fitting = [offer.provider for offer in asked.offers if not offer.left_out]
     assert fitting == ["prime", "runpod", "runpod"]
     assert list(asked.problems) == ["vast"] and asked.without_key == ["lambda"]
@@ -293,7 +293,7 @@ def test_one_provider_that_fails_leaves_the_others(clouds: Clouds, monkeypatch: 
 
 def test_reasons_for_leaving_an_offer_out(clouds: Clouds) -> None:
     """Goal: each offer that is not for this search says why. Red with such offers dropped."""
-    wanted = Wanted(gpu_types=("H100", "GH200"), price_per_hour_max=2.5, regions=("us", "Sweden", "any"))
+    wanted = MachineNeeds(gpu_types=("H100", "GH200"), price_per_hour_max=2.5, regions=("us", "Sweden", "any"))
     reasons = {(offer.provider, offer.left_out) for offer in anyio.run(find_offers, wanted).offers}
     assert {
         ("runpod", "over $2.5 an hour"),
@@ -325,5 +325,5 @@ def test_answers_that_are_something_else(clouds: Clouds) -> None:
 
             cloud.do = do  # type: ignore[method-assign]
             assert name in MAKERS
-        asked = anyio.run(find_offers, Wanted())
+        asked = anyio.run(find_offers, MachineNeeds())
         assert [offer for offer in asked.offers if not offer.left_out] == []
