@@ -276,6 +276,25 @@ def offers(
     )
 
 
+@verb("machines")
+def machines(
+    action: Annotated[str | None, typer.Argument(metavar="[end]", help="End a machine; without it, list all.")] = None,
+    machine: Annotated[str | None, typer.Argument(metavar="[MACHINE]", help="Its name.")] = None,
+    *,
+    orphans: Annotated[bool, typer.Option("--orphans", help="End all that were rented here and bill.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="End one that was rented from elsewhere.")] = False,
+    as_json: Json = False,
+) -> Any:
+    """List the machines that were rented from clouds, or end some of them."""
+    from rollouts.remote import cloud_verbs
+
+    if action not in (None, "end"):
+        raise typer.BadParameter(f"{action!r}: only `end` can be done to a machine.")
+    if action is None:
+        return cloud_verbs.machines()
+    return cloud_verbs.end_machines(machine, orphans=orphans, yes=yes)
+
+
 @verb("diff")
 def diff(
     before: Annotated[str, typer.Argument(metavar="A", help="A config file, a run, or a run's directory.")],

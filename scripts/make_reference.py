@@ -266,6 +266,7 @@ EXAMPLES = {
     "new": "deploy new my_job.py --mode sft --model Qwen/Qwen2.5-0.5B --data data/mine.jsonl --gpus 1",
     "explain": "deploy explain rl.baseline",
     "data": "deploy data configs/00_cpu_sft_rl.py --rows 1",
+    "machines": "deploy machines end --orphans",
     "offers": "deploy offers --gpu H100 --max-price 3",
     "diff": "deploy diff configs/00_cpu_sft_rl.py configs/00_cpu_sft_rl_agent.py",
 }

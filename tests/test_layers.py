@@ -36,6 +36,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts.cloud.machine_types": (),  # values: no network
     "rollouts.cloud.answer_fields": (),
     "rollouts.cloud.search_offers": ("rollouts.cloud.machine_types",),
+    "rollouts.cloud.billing_alarm": ("rollouts.cloud.ledger",),  # nobody is asked
     "rollouts.cloud.ledger": ("rollouts.cloud.machine_types", "rollouts.run_dir"),
     "rollouts": ("rollouts.agents",),
     "rollouts.__main__": (),

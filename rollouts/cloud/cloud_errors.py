@@ -1,8 +1,9 @@
 """What goes wrong at a provider, told apart by what is known of the machine afterwards."""
 
+from collections.abc import Sequence
 from typing import Literal
 
-from rollouts.remote.errors import DeployError
+from rollouts.remote.errors import DeployError, Problem
 
 # refused: nothing was made. unclear: something may have been. no capacity: nothing was made, another offer may be.
 Kind = Literal["refused", "unclear", "no capacity", "key", "gone", "unavailable", "unreadable"]
@@ -20,7 +21,8 @@ class CloudError(DeployError):
         needed: str = "",
         fix: str = "",
         machine_id: str | None = None,
+        more: Sequence[Problem] = (),
     ) -> None:
-        super().__init__(message, found=found, needed=needed, fix=fix)
+        super().__init__(message, found=found, needed=needed, fix=fix, more=more)
         self.kind = kind
         self.machine_id = machine_id

@@ -17,6 +17,7 @@ from rollouts.run_dir import append_jsonl, home_dir, read_jsonl
 # intent: about to be created. unclear: the answer was lost. created. refused: nothing was made. ending. ended.
 LeaseStep = Literal["intent", "unclear", "created", "refused", "ending", "ended"]
 STEPS = get_args(LeaseStep)
+OPEN_STEPS = ("intent", "unclear", "created", "ending")  # it may bill
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,17 @@ class Lease:
     machine_id: str | None = None
     ended_at: float | None = None
     reason: str = ""  # why it ended, or was refused
+
+    @property
+    def may_bill(self) -> bool:
+        """Return whether a machine of this name may cost money."""
+        return self.step in OPEN_STEPS
+
+    def spent(self, now: float) -> float:
+        """Return what it cost at most up to `now`, in dollars, from its intent on."""
+        if self.step == "refused":
+            return 0.0
+        return self.price_per_hour * max(0.0, (self.ended_at or now) - self.since) / 3600
 
 
 class Ledger:
@@ -57,9 +69,10 @@ class Ledger:
         """Write down a machine that was rented from elsewhere, under a name of ours."""
         price = machine.price_per_hour or 0.0
         fields = {"gpu_type": machine.gpu_type, "gpus": 1, "region": machine.region, "price_per_hour": price}
-        self._append(machine.name, "intent", now, provider=machine.provider, **fields)
-        self.note(machine.name, "created", machine_id=machine.machine_id)
-        return self.lease(machine.name)
+        name = machine.name or f"{machine.provider}-{machine.machine_id}"
+        self._append(name, "intent", now, provider=machine.provider, **fields)
+        self.note(name, "created", machine_id=machine.machine_id)
+        return self.lease(name)
 
     def lease(self, name: str) -> Lease:
         """Return the lease of a name that is in the ledger."""
@@ -68,6 +81,10 @@ class Ledger:
     def leases(self) -> list[Lease]:
         """Return all leases, the oldest first."""
         return list(fold(read_jsonl(self.path)).values())
+
+    def open_leases(self) -> list[Lease]:
+        """Return those that may cost money."""
+        return [lease for lease in self.leases() if lease.may_bill]
 
     def _append(self, name: str, step: LeaseStep, now: float, **fields: Any) -> None:
         first = not self.path.exists()

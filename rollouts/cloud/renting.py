@@ -116,24 +116,30 @@ def _not_ended(lease: Lease, found: str) -> CloudError:
     )
 
 
-async def settle(provider: Provider, leases: list[Lease], ledger: Ledger, *, unclear_for_s: float) -> list[Machine]:
-    """Bring the ledger to what the provider says of these leases. Returns the provider's whole list.
+async def settle(provider: Provider, leases: list[Lease], ledger: Ledger, *, young_s: float) -> list[Machine]:
+    """Bring the ledger to what the provider says of these leases. Returns the provider's machines that bill.
 
-    A name that is in no list becomes "refused" only after `unclear_for_s`: a list may lag behind a create.
+    What is in no list is closed only when it is older than `young_s`: a list may lag behind a create. What the ledger
+    took for ended, and bills all the same, is open again.
     """
-    listed = await provider.machines()
-    by_name = {machine.name: machine for machine in listed if machine.bills}
-    by_id = {machine.machine_id: machine for machine in listed if machine.bills}
+    billing = [machine for machine in await provider.machines() if machine.bills]
+    by_name = {machine.name: machine for machine in billing}
+    by_id = {machine.machine_id: machine for machine in billing}
     for lease in leases:
         machine = by_id.get(lease.machine_id or "") or by_name.get(lease.name)
-        is_old = time.time() - lease.since > unclear_for_s
         if machine is not None:
-            if lease.machine_id != machine.machine_id:
+            if not lease.may_bill or lease.machine_id != machine.machine_id:
                 ledger.note(lease.name, "created", machine_id=machine.machine_id)
-        elif lease.machine_id is not None:
-            found = await provider.get(lease.machine_id)
-            if is_old and (found is None or not found.bills):
-                ledger.note(lease.name, "ended", reason="the provider no longer has it")
-        elif is_old:
-            ledger.note(lease.name, "refused", reason="the provider has no machine of this name")
-    return listed
+        elif lease.may_bill and time.time() - lease.since > young_s:
+            await _close(provider, lease, ledger)
+    return billing
+
+
+async def _close(provider: Provider, lease: Lease, ledger: Ledger) -> None:
+    """Note the end of a lease whose machine is in no list, unless the provider still knows it by its id."""
+    if lease.machine_id is None:
+        ledger.note(lease.name, "refused", reason="the provider has no machine of this name")
+        return
+    found = await provider.get(lease.machine_id)
+    if found is None or not found.bills:
+        ledger.note(lease.name, "ended", reason="the provider no longer has it")

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from rollouts.cloud.billing_alarm import billing_alarm
 from rollouts.config import Config
 from rollouts.plain_files import read_plain
 from rollouts.remote.errors import DeployError, Problem, TransportError
@@ -92,6 +93,8 @@ def start(
     """Plan, send, launch and watch a run of a config that is checked. Returns the job's exit code."""
     with as_deploy_errors() as progress:
         root = find_repository(Path.cwd())
+        if alarm := billing_alarm():
+            screen.alarm(alarm)
         with contextlib.closing(open_transport(remote, accept_new_host_key=accept_new_host_key)) as transport:
             facts = look_at_host(transport, [config], run_id=run_id)
             plan, code = plan_run(config, root, facts, run_id, target=remote or LOCAL_TARGET, busy_ok=busy_ok)

@@ -33,6 +33,7 @@ goes on, and a killed deploy loses nothing:
   deploy forget RUN              drop this machine's record; the results stay
   deploy diff A B                two configs or runs, field by field
   deploy offers --gpu H100       what clouds would rent out, by price
+  deploy machines                what was rented, and what it costs
   ssh HOST -t tmux attach -t RUN the live processes
 
 RUN is a name, the beginning of one, or `last`. A run started on another machine is found with --remote (deploy attach

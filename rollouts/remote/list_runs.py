@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from rollouts.cloud.billing_alarm import billing_alarm
 from rollouts.remote.errors import DeployError
 from rollouts.remote.local_faults import as_deploy_errors
 from rollouts.remote.run import registry
@@ -86,7 +87,8 @@ def list_runs(*, remote: str | None, wanted: Wanted) -> Answer:
     with as_deploy_errors():
         rows, damaged = _rows_here(wanted) if remote is None else (_rows_there(remote, wanted), [])
         notes = (f"note: {file} cannot be read, and is left out" for file in damaged)
-        return Answer(rows, runs_text(rows, width=terminal_width()), remarks=tuple(notes))
+        text = runs_text(rows, width=terminal_width())
+        return Answer(rows, text, remarks=tuple(notes), alarm=billing_alarm())
 
 
 def _rows_here(wanted: Wanted) -> tuple[list[dict[str, Any]], list[Path]]:

@@ -12,3 +12,4 @@ class Answer:
     text: str | None  # None: it was printed as it came
     exit_code: int = 0
     remarks: tuple[str, ...] = ()  # printed to stderr in both forms
+    alarm: str = ""  # likewise, and red

@@ -26,6 +26,8 @@ class Screen:
             show(answer.text)
         for remark in answer.remarks:
             self.remark(remark)
+        if answer.alarm:
+            self.alarm(answer.alarm)
         return answer.exit_code
 
     def warn(self, text: str) -> None:
@@ -38,6 +40,11 @@ class Screen:
     def remark(self, text: str) -> None:
         """Print a line beside the answer, to stderr."""
         print(escaped(text), file=sys.stderr, flush=True)
+
+    def alarm(self, text: str) -> None:
+        """Print a line to stderr that must not be missed: red on a terminal."""
+        red, plain = ("\x1b[1;31m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
+        print(f"{red}warning: {escaped(text)}{plain}", file=sys.stderr, flush=True)
 
     def say(self, phase: str, text: str) -> None:
         """Print what is done beside the answer, to stderr: a `reporter.Say`."""

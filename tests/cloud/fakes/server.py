@@ -3,6 +3,7 @@
 A machine bills from the moment in which it was made, whatever the caller heard of it, until it is terminated.
 """
 
+import contextlib
 import itertools
 import json
 import socket
@@ -17,6 +18,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 KEY = "sk-secret-of-the-test-account-0123456789"
 BEFORE = ("429 plain", "429 json", "429 retry-after", "500", "lost before")  # nothing is done
 LAG_S = 0.4
+SLOW_S = 20.0  # until an answer that nobody waits for
 AFTER = ("500 after", "lost")  # it is done, and the caller does not hear of it
 
 
@@ -175,7 +177,9 @@ class FakeCloud:
                 return self.accepted()
             done = self.do(operation, path, query, body)
             late = self.take(operation, AFTER)
-            return None if late == "lost" else self.error(500, "internal error") if late else done
+        if self.take(operation, ("slow",)):
+            time.sleep(SLOW_S)
+        return None if late == "lost" else self.error(500, "internal error") if late else done
 
     def accepted(self) -> Answer:
         return Answer(204)
@@ -197,6 +201,10 @@ class FakeCloud:
             protocol_version = "HTTP/1.1"
 
             def do_any(self) -> None:
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the caller was killed meanwhile
+                    self.answer()
+
+            def answer(self) -> None:
                 length = int(self.headers.get("Content-Length") or 0)
                 body = json.loads(self.rfile.read(length)) if length else None
                 answer = cloud.answer(self.command, self.path, self.headers, body)
