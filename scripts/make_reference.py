@@ -256,6 +256,7 @@ EXAMPLES = {
     deploy.CONFIG_VERB: "deploy configs/00_cpu_sft_rl.py --remote gpu-7 --run-id mine --detach",
     deploy.HOST_VERB: "deploy --remote gpu-7",
     "ls": "deploy ls --state failed,died --since 2d",
+    "rm": "deploy rm first second --keep-results",
     "status": "deploy status last --json",
     "attach": "deploy attach last",
     "resume": "deploy resume first --remote user@host --set rl.matrix_lr=1e-6",

@@ -47,6 +47,7 @@ ALLOWED = {
     "importance_cap": OPTION,
     "kl_kind": OPTION,
     "ls": TYPER,
+    "rm": TYPER,
     "missing_host_key": PARAMIKO,
     "pgid": "a field of a record on disk, for people",
     "pin_memory": "an argument and a method of torch, replaced for SGLang",

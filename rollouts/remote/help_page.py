@@ -30,6 +30,7 @@ goes on, and a killed deploy loses nothing:
                                  another (supervisor, trainer, engine-0)
   deploy stop RUN                end its processes, keep its results
   deploy pull RUN                bring all results here, verified
+  deploy rm RUN...               remove runs that are over, here and there
   deploy forget RUN              drop this machine's record; the results stay
   deploy diff A B                two configs or runs, field by field
   deploy offers --gpu H100       what clouds would rent out, by price

@@ -1,6 +1,8 @@
 """The verbs that keep order among runs: which there are, and what becomes of them once they have ended."""
 
+import sys
 import time
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -27,3 +29,27 @@ def ls(
 
     wanted = list_runs.read_wanted(states=state or (), experiment=experiment, since=since, sort=sort, now=time.time())
     return list_runs.list_runs(remote=remote, wanted=wanted)
+
+
+@verb("rm")
+def rm(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Runs that are over.")],
+    remote: Remote = None,
+    *,
+    keep_results: Annotated[bool, typer.Option("--keep-results", help="Leave the results that lie here.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove the only copies of results too.")] = False,
+    as_json: Json = False,
+) -> Any:
+    """Remove runs: their directories on the host, their results here, and the record of them."""
+    from rollouts.remote import remove
+
+    return remove.remove_runs(
+        runs, remote=remote, keep_results=keep_results, yes=yes, confirm=None if as_json else _confirm()
+    )
+
+
+def _confirm() -> Callable[[str], bool] | None:
+    """Return a question to the user; None where nobody sits at a terminal."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return None
+    return lambda text: typer.confirm(text, err=True)

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 
 from rollouts.remote.host.facts import gather_facts
 from rollouts.remote.host.open import open_transport
@@ -11,7 +10,7 @@ from rollouts.remote.list_runs import host_row
 from rollouts.remote.local_faults import as_deploy_errors
 from rollouts.remote.plan.gpu_problems import host_advice
 from rollouts.remote.run.last_seen import last_error, list_row, with_host
-from rollouts.remote.run.mirror_note import read_note
+from rollouts.remote.run.mirror_note import follower, read_note
 from rollouts.remote.run.open_run import OpenRun, open_run
 from rollouts.remote.run.registry import RunEntry
 from rollouts.remote.texts import facts_text
@@ -36,20 +35,9 @@ def status(run_id: str, *, remote: str | None) -> Answer:
 def what_lies_here(entry: RunEntry) -> str:
     """Return the mirror's note. That a process follows counts only while one with its number exists."""
     note = read_note(entry.mirror)
-    pid = note.get("followed_by")
-    if isinstance(pid, int) and not _is_alive(pid):
+    if isinstance(note.get("followed_by"), int) and follower(entry.mirror) is None:
         return f"not followed any more: `deploy attach {entry.run_id}` follows, `deploy pull {entry.run_id}` brings all"
     return str(note.get("message", "nothing was pulled"))
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _message(run: OpenRun) -> str:

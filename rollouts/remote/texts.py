@@ -20,6 +20,14 @@ LOG_TAIL_LINES = 50
 LINE_CHARS_MAX = 1000
 
 
+def size_text(size: float) -> str:
+    """Return bytes for people: `1.5 GiB`."""
+    for unit, limit in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size >= limit:
+            return f"{size / limit:.1f} {unit}"
+    return f"{size:.0f} bytes"
+
+
 def plan_text(plan: Plan) -> str:
     lines = [f"plan for {plan.run_id} on {plan.target} (nothing is touched)"]
     for number, step in enumerate(plan.steps, 1):

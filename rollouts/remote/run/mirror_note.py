@@ -1,6 +1,7 @@
 """`mirror.json`: whether what lies in a mirror is followed, whole, or as old as its last update."""
 
 import json
+import os
 from typing import Any
 
 from rollouts.plain_files import read_plain
@@ -42,3 +43,19 @@ def read_note(run: RunDir) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return note if isinstance(note, dict) else {}
+
+
+def follower(run: RunDir) -> int | None:
+    """Return the process of this machine that follows the run, as its mirror says; None if it is gone, or none does."""
+    pid = read_note(run).get("followed_by")
+    return pid if isinstance(pid, int) and _is_alive(pid) else None
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
