@@ -98,6 +98,21 @@ def check_host(remote: Remote = None, as_json: Json = False, accept_new_host_key
     return looks.check_host(remote, accept_new_host_key=accept_new_host_key)
 
 
+@verb("doctor")
+def doctor(
+    config: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="A config that is to run there.")] = None,
+    *,
+    remote: Remote = None,
+    settings: Settings = None,
+    as_json: Json = False,
+    accept_new_host_key: AcceptKey = False,
+) -> Any:
+    """Examine a host before a run: what stops one there, and what to do. Exit code 1: something does."""
+    from rollouts.remote import doctor as verb_doctor
+
+    return verb_doctor.doctor(config, remote=remote, accept_new_host_key=accept_new_host_key, settings=settings or ())
+
+
 @verb("status")
 def status(run: Run, remote: Remote = None, as_json: Json = False) -> Any:
     """Ask the host where a run is."""

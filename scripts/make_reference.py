@@ -255,6 +255,7 @@ def _allowed(config: Any, path: str, value: Any) -> str:
 EXAMPLES = {
     deploy.CONFIG_VERB: "deploy configs/00_cpu_sft_rl.py --remote gpu-7 --run-id mine --detach",
     deploy.HOST_VERB: "deploy --remote gpu-7",
+    "doctor": "deploy doctor --remote gpu-7 configs/00_cpu_sft_rl.py",
     "ls": "deploy ls --state failed,died --since 2d",
     "rm": "deploy rm first second --keep-results",
     "status": "deploy status last --json",

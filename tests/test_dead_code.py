@@ -54,6 +54,7 @@ ALLOWED = {
     "prometheus_host": SGLANG,
     "prometheus_port": SGLANG,
     "query_length": TRANSFORMERS,
+    "redirect_request": PYTHON,
     "run_config": TYPER,
     "save_directory": "an argument of transformers' tokenizers",
     "should_exit": "uvicorn reads it",

@@ -107,6 +107,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.remote.errors",
         "rollouts.remote.host.facts",  # of a host only what was learned there: a plan reaches none
         "rollouts.remote.host.gpus",
+        "rollouts.remote.host.host_health",
         "rollouts.remote.inputs",
         "rollouts.remote.plan",
         "rollouts.remote.repository",

@@ -10,6 +10,7 @@ Train a language model from one config file: SFT, then RL, here or on a GPU host
   deploy configs/00_cpu_sft_rl.py --remote gpu-7 --plan    what would happen
   deploy runs/cpu_sft_rl/RUN                               a run once more
   deploy --remote gpu-7                                    a look at it
+  deploy doctor --remote gpu-7                             what stops a run
   deploy new my_run.py                                     write a config
   deploy explain rl.baseline                               what a field means
   deploy data my_run.py                                    its rows, as read

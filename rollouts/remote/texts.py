@@ -38,18 +38,26 @@ def plan_text(plan: Plan) -> str:
 
 def facts_text(target: str, facts: HostFacts, lacking: Sequence[str]) -> str:
     rows = [
-        ("host", f"{facts.user}@{facts.host}, {facts.system}"),
-        ("home", facts.home),
-        ("python", f"{facts.python} {facts.python_version}" if facts.python else "none >= 3.10"),
-        *((tool, facts.versions.get(tool) or "missing") for tool in ("tmux", "rsync", "uv")),
-        ("gpus", "; ".join(map(describe_gpu, facts.gpus)) or facts.gpu_problem or "none"),
-        *([("driver", facts.driver)] if facts.driver else []),
-        *(_cuda_rows(facts) if facts.gpus else ()),
+        *fact_rows(facts),
         ("disk", f"{facts.disk_free_bytes / 2**30:.0f} GiB free"),
         ("ready", _readiness(facts, lacking)),
         *(("note", note) for note in facts.way_notes),
     ]
     return "\n".join([target, *(f"  {name:<7} {value}" for name, value in rows)])
+
+
+def fact_rows(facts: HostFacts) -> Iterator[tuple[str, str]]:
+    """Return what a host is and has, name by name."""
+    yield "host", f"{facts.user}@{facts.host}, {facts.system}"
+    yield "home", facts.home
+    yield "python", f"{facts.python} {facts.python_version}" if facts.python else "none >= 3.10"
+    for tool in ("tmux", "rsync", "uv"):  # git is not needed there
+        yield tool, facts.versions.get(tool) or "missing"
+    yield "gpus", "; ".join(map(describe_gpu, facts.gpus)) or facts.gpu_problem or "none"
+    if facts.driver:
+        yield "driver", facts.driver
+    if facts.gpus:
+        yield from _cuda_rows(facts)
 
 
 def _cuda_rows(facts: HostFacts) -> Iterator[tuple[str, str]]:

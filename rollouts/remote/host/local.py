@@ -49,6 +49,9 @@ class LocalTransport:
     def notes(self) -> tuple[str, ...]:
         return ()
 
+    def described(self) -> str:
+        return "this machine"
+
     def rsync_options(self) -> list[str]:
         return []
 

@@ -60,6 +60,10 @@ class SSHTransport:
     def notes(self) -> tuple[str, ...]:
         return tuple(f"{hop.name}: {note}" for hop in self.hops() for note in hop.not_followed)
 
+    def described(self) -> str:
+        way = " via ".join(f"{hop.login} port {hop.port}" for hop in reversed(self.hops()))
+        return f"{way}: paramiko logs in, with the settings of `ssh -G`; rsync has its own ssh, with the same ones"
+
     def _transport(self) -> paramiko.Transport:
         with self._lock:
             if self._connection is None or not self._connection.is_connected:

@@ -63,6 +63,10 @@ class Transport(Protocol):
         """Return settings for the way to the host that are not followed. Raises DeployError if they cannot be read."""
         ...
 
+    def described(self) -> str:
+        """Return how the host is reached, and why so; once a command was run."""
+        ...
+
     def rsync_options(self) -> list[str]:
         """Return what an rsync command needs to reach the host."""
         ...

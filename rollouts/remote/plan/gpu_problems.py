@@ -95,14 +95,20 @@ def gpu_notes(config: Config, facts: HostFacts) -> Iterator[str]:
         yield "host.env names cuda-compat: the driver is not compared with the CUDA of the environments"
 
 
-def host_advice(facts: HostFacts, target: str) -> Iterator[Problem]:
-    """List what the shipped GPU configs would meet on a host that has NVIDIA's tools; each with its fix."""
-    if not facts.gpus and not facts.gpu_problem:
-        return
+def host_stops(facts: HostFacts, target: str) -> Iterator[Problem]:
+    """List why the host's cards, or some of them, can be used by nothing."""
     if facts.gpu_problem:
         yield Problem(f"{target}: nvidia-smi fails.", found=facts.gpu_problem, fix=_driver_fix(facts.gpu_problem))
     for gpu in facts.gpus:
         yield from card_problems(gpu, target)
+
+
+def host_advice(facts: HostFacts, target: str) -> Iterator[Problem]:
+    """List what the shipped GPU configs would meet on a host that has NVIDIA's tools; each with its fix."""
+    if not facts.gpus and not facts.gpu_problem:
+        return
+    yield from host_stops(facts, target)
+    for gpu in facts.gpus:
         if _exclusive(gpu) and not facts.cuda.mps:
             yield _exclusive_problem(gpu, target, "a config that trains and samples on this card")
     if facts.driver:

@@ -41,7 +41,7 @@ def host_problems(config: Config, facts: HostFacts, target: str, run_id: str) ->
     """Return what the host lacks, or is busy with."""
     yield from facts.way_problems
     yield from _run_problems(config, facts, target, run_id)
-    yield from _tool_problems(config, facts, target)
+    yield from tool_problems(facts, target)
     yield from _room_problems(config, facts, target)
 
 
@@ -69,7 +69,8 @@ def _run_problems(config: Config, facts: HostFacts, target: str, run_id: str) ->
         )
 
 
-def _tool_problems(config: Config, facts: HostFacts, target: str) -> Iterator[Problem]:
+def tool_problems(facts: HostFacts, target: str) -> Iterator[Problem]:
+    """Name the programs that every run needs and the host lacks."""
     for tool in ("tmux", "rsync"):
         if tool not in facts.tools:
             why = {

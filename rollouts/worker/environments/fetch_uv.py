@@ -24,6 +24,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 PUBLIC_INDEX = "https://pypi.org/simple"
 INDEX_VARIABLES = ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_INDEX_URL", "UV_EXTRA_INDEX_URL", "PIP_EXTRA_INDEX_URL")
@@ -89,8 +90,8 @@ def fits(name: str, machine: str, libc: tuple[str, str]) -> bool:
     return any((int(major), int(minor)) <= ours for major, minor in needs)
 
 
-def download(url: str, options: dict[str, str]) -> bytes:
-    """Return what an http(s) or file URL holds, with the credentials that it names."""
+def open_url(url: str, options: dict[str, str], *, timeout_s: float) -> IO[bytes]:
+    """Open an http(s) or file URL, with the credentials that it names. Raises OSError or ValueError."""
     parts = urllib.parse.urlsplit(url)
     plain = urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
     request = urllib.request.Request(plain, headers={"Accept": "text/html, */*"})
@@ -99,9 +100,14 @@ def download(url: str, options: dict[str, str]) -> bytes:
         request.add_header("Authorization", f"Basic {base64.b64encode(pair.encode()).decode()}")
     certificates = os.environ.get("PIP_CERT") or options.get("cert") or None
     context = ssl.create_default_context(cafile=certificates) if parts.scheme == "https" else None
-    with urllib.request.urlopen(request, timeout=TIMEOUT_S, context=context) as answer:
-        body: bytes = answer.read()
-    return body
+    opened: IO[bytes] = urllib.request.urlopen(request, timeout=timeout_s, context=context)
+    return opened
+
+
+def download(url: str, options: dict[str, str]) -> bytes:
+    """Return what an http(s) or file URL holds, with the credentials that it names."""
+    with open_url(url, options, timeout_s=TIMEOUT_S) as answer:
+        return answer.read()
 
 
 def newest(urls: list[str], options: dict[str, str]) -> Wheel:
