@@ -16,7 +16,19 @@ from typing import Annotated, Any
 import typer
 
 from rollouts.remote import life_verbs  # noqa: F401  its verbs are the application's from here on
-from rollouts.remote.app import AcceptKey, BusyOk, Json, Remote, Run, Settings, app, verb
+from rollouts.remote.app import (
+    AcceptKey,
+    BusyOk,
+    Bwlimit,
+    Json,
+    NoCheckpoints,
+    Only,
+    Remote,
+    Run,
+    Settings,
+    app,
+    verb,
+)
 from rollouts.remote.command_line import CONFIG_VERB, HOST_VERB
 from rollouts.view.screen import Screen
 
@@ -65,16 +77,22 @@ def run_config(
     settings: Settings = None,
     skip: Annotated[int, typer.Option(min=0, metavar="N", help="Leave out the first N runs of a sweep.")] = 0,
     yes: Annotated[bool, typer.Option("--yes", help="Start a sweep of more than 20 runs.")] = False,
+    no_checkpoints: NoCheckpoints = False,
+    only: Only = None,
+    bwlimit: Bwlimit = None,
 ) -> Any:
     """Run the job that CONFIG describes, and follow it."""
     from rollouts.remote import commands, read_config, sweep
+    from rollouts.remote.run.wanted import Wanted
+
+    wanted = Wanted.parse(no_checkpoints=no_checkpoints, only=only, bwlimit=bwlimit)
 
     if show:
         return read_config.show_config(config, settings or ())
     if sweep.asks_for_several(settings or ()):
         sweep.check_options(detach=detach, run_id=run_id)
         options = sweep.SweepOptions(
-            remote=remote, skip=skip, yes=yes, accept_new_host_key=accept_new_host_key, busy_ok=busy_ok
+            remote=remote, skip=skip, yes=yes, accept_new_host_key=accept_new_host_key, busy_ok=busy_ok, wanted=wanted
         )
         return sweep.sweep(config, Screen(as_json=as_json), settings or (), options, plan_only=plan)
     return commands.deploy(
@@ -87,6 +105,7 @@ def run_config(
         accept_new_host_key=accept_new_host_key,
         busy_ok=busy_ok,
         settings=settings or (),
+        wanted=wanted,
     )
 
 
@@ -122,11 +141,23 @@ def status(run: Run, remote: Remote = None, as_json: Json = False) -> Any:
 
 
 @verb("attach", launches=True)
-def attach(run: Run, remote: Remote = None, as_json: Json = False, accept_new_host_key: AcceptKey = False) -> Any:
+def attach(
+    run: Run,
+    remote: Remote = None,
+    *,
+    as_json: Json = False,
+    accept_new_host_key: AcceptKey = False,
+    no_checkpoints: NoCheckpoints = False,
+    only: Only = None,
+    bwlimit: Bwlimit = None,
+) -> Any:
     """Follow a run to its end; go on with a deploy that was interrupted."""
     from rollouts.remote import commands
+    from rollouts.remote.run.wanted import Wanted
 
-    return commands.attach(run, Screen(as_json=as_json), remote=remote, accept_new_host_key=accept_new_host_key)
+    wanted = Wanted.parse(no_checkpoints=no_checkpoints, only=only, bwlimit=bwlimit)
+    screen = Screen(as_json=as_json)
+    return commands.attach(run, screen, remote=remote, accept_new_host_key=accept_new_host_key, wanted=wanted)
 
 
 @verb("resume", launches=True)
@@ -179,11 +210,21 @@ def stop(run: Run, remote: Remote = None, as_json: Json = False) -> Any:
 
 
 @verb("pull")
-def pull(run: Run, remote: Remote = None, as_json: Json = False) -> Any:
-    """Bring all results of a run here, verified."""
+def pull(
+    run: Run,
+    remote: Remote = None,
+    *,
+    as_json: Json = False,
+    no_checkpoints: NoCheckpoints = False,
+    only: Only = None,
+    bwlimit: Bwlimit = None,
+) -> Any:
+    """Bring all results of a run here, verified; one that was cut off goes on where it broke."""
     from rollouts.remote import commands
+    from rollouts.remote.run.wanted import Wanted
 
-    return commands.pull_run(run, Screen(as_json=as_json), remote=remote)
+    wanted = Wanted.parse(no_checkpoints=no_checkpoints, only=only, bwlimit=bwlimit)
+    return commands.pull_run(run, Screen(as_json=as_json), remote=remote, wanted=wanted)
 
 
 @verb("forget")

@@ -36,6 +36,9 @@ BusyOk = Annotated[bool, typer.Option("--busy-ok", help="Start on GPUs that othe
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Another value for a field; V1,V2: a sweep.")
 ]
+NoCheckpoints = Annotated[bool, typer.Option("--no-checkpoints", help="Leave the checkpoints on the host.")]
+Only = Annotated[str | None, typer.Option(metavar="latest", help="Of the checkpoints, the last of each stage.")]
+Bwlimit = Annotated[str | None, typer.Option(metavar="RATE", help="At most that much a second, as 500K or 2.5M.")]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, as `deploy ls` shows it.")]
 
 

@@ -10,10 +10,15 @@ from typer.core import TyperGroup
 HOST_VERB, CONFIG_VERB = "check-host", "run-config"  # what a line without a verb means
 OPTIONS_WITH_VALUE = (
     *("--remote", "--run-id", "--window", "--set", "--skip"),
-    *("--state", "--experiment", "--since", "--sort"),
+    *("--state", "--experiment", "--since", "--sort", "--only", "--bwlimit"),
 )
 HOST_OPTIONS = ("--remote", "--json", "--accept-new-host-key", "--no-accept-new-host-key", "--help", "-h")
-CONFIG_OPTIONS = (*HOST_OPTIONS, "--run-id", "--plan", "--show", "--detach", "--busy-ok", "--set", "--skip", "--yes")
+PULL_OPTIONS = ("--no-checkpoints", "--only", "--bwlimit")
+CONFIG_OPTIONS = (
+    *HOST_OPTIONS,
+    *("--run-id", "--plan", "--show", "--detach", "--busy-ok", "--set", "--skip", "--yes"),
+    *PULL_OPTIONS,
+)
 
 
 class ConfigOrVerb(TyperGroup):

@@ -35,6 +35,7 @@ from rollouts.remote.run.mirror_note import write_note
 from rollouts.remote.run.open_run import OpenRun, open_run
 from rollouts.remote.run.pull import final_pull
 from rollouts.remote.run.run_names import known_run
+from rollouts.remote.run.wanted import EVERYTHING, Wanted
 from rollouts.remote.texts import end_answer, forgotten_text, how_to_go_on, plan_text
 from rollouts.run_dir import FINAL_STATES
 from rollouts.view.answer import Answer
@@ -59,6 +60,7 @@ def deploy(
     accept_new_host_key: bool,
     busy_ok: bool = False,
     settings: Sequence[str] = (),
+    wanted: Wanted = EVERYTHING,
 ) -> int:
     """Plan, send, launch and watch (`deploy CONFIG`). Returns the job's exit code.
 
@@ -76,6 +78,7 @@ def deploy(
         run_id=run_id or new_run_id(config),
         accept_new_host_key=accept_new_host_key,
         busy_ok=busy_ok,
+        wanted=wanted,
     )
 
 
@@ -89,6 +92,7 @@ def start(
     busy_ok: bool,
     plan_only: bool = False,
     detach: bool = False,
+    wanted: Wanted = EVERYTHING,
 ) -> int:
     """Plan, send, launch and watch a run of a config that is checked. Returns the job's exit code."""
     with as_deploy_errors() as progress:
@@ -108,7 +112,7 @@ def start(
                 screen.warn(warning)
             entry = registry.register(plan, config, root, code.record(), now=time.time())
             progress.run_id, progress.target, progress.reached = entry.run_id, entry.target, "registered"
-            run = OpenRun(entry, facts, transport, None, "never launched", progress)
+            run = OpenRun(entry, facts, transport, None, "never launched", progress, wanted)
             return launch_and_watch(run, config, screen, detach=detach)
 
 
@@ -189,9 +193,11 @@ def _launch(run: OpenRun, config: Config, reporter: Reporter) -> None:
     progress.reached = "launched"
 
 
-def attach(run_id: str, screen: Screen, *, remote: str | None, accept_new_host_key: bool) -> int:
+def attach(
+    run_id: str, screen: Screen, *, remote: str | None, accept_new_host_key: bool, wanted: Wanted = EVERYTHING
+) -> int:
     """Resume from wherever the last deploy stopped (`deploy attach RUN`)."""
-    with open_run(run_id, remote, accept_new_host_key=accept_new_host_key) as run:
+    with open_run(run_id, remote, accept_new_host_key=accept_new_host_key, wanted=wanted) as run:
         entry = run.entry
         if run.trace == "gone":
             raise run.missing()
@@ -231,18 +237,19 @@ def _watch_to_end(run: OpenRun, reporter: Reporter) -> Answer:
     result = run.watch(reporter)
     run.progress.reached = "ended"
     notes, pull_error = list(result.notes), None
+    left: tuple[str, ...] = ()
 
     def say(phase: str, text: str) -> None:
         notes.append(text) if phase == "note" and text not in notes else reporter.say(phase, text)
 
     try:
-        final_pull(run.connection, say)
+        left = final_pull(run.connection, say)
     except DeployError as error:  # the job's end is told first, and the run's files are still on the host
         pull_error = error
         pull_error.started = True
     reporter.close()
     with contextlib.suppress(OSError, DeployError):
-        complete = pull_error is None and result.state in FINAL_STATES
+        complete = pull_error is None and not left and result.state in FINAL_STATES
         write_note(entry, now=time.time(), followed_by=None, complete=complete)
     return end_answer(entry, result, pull_error, notes)
 
@@ -268,22 +275,25 @@ def stop(run_id: str, *, remote: str | None) -> Answer:
     )
 
 
-def pull_run(run_id: str, screen: Screen, *, remote: str | None) -> Answer:
+def pull_run(run_id: str, screen: Screen, *, remote: str | None, wanted: Wanted = EVERYTHING) -> Answer:
     """Bring all results that there are now, verified (`deploy pull RUN`)."""
-    with open_run(run_id, remote, needs_files=True) as run:
+    with open_run(run_id, remote, needs_files=True, wanted=wanted) as run:
         entry, notes = run.entry, []
 
         def say(phase: str, text: str) -> None:
             notes.append(text) if phase == "note" else screen.remark(f"{phase}: {text}")
 
         try:
-            state = run.pull(say)
+            pulled = run.pull(say)
         finally:
             for note in notes:
                 screen.remark(f"note: {note}")
-        write_note(entry, now=time.time(), followed_by=None, complete=state in FINAL_STATES)
+        state = pulled.state
+        complete = state in FINAL_STATES and not pulled.left
+        write_note(entry, now=time.time(), followed_by=None, complete=complete)
     checkpoints = sorted(str(path.parent) for path in entry.mirror.checkpoints.glob("*/step_*/manifest.json"))
     found = {"state": state, "local_dir": entry.local_dir, "checkpoints": checkpoints, "notes": notes}
+    found["left"] = list(pulled.left)
     return Answer(
         {"run_id": entry.run_id, **found},
         f"{entry.run_id} ({state}) is in {entry.local_dir}, with {len(checkpoints)} checkpoints",

@@ -30,7 +30,8 @@ goes on, and a killed deploy loses nothing:
   deploy logs RUN -f             what a process prints, with --window NAME
                                  another (supervisor, trainer, engine-0)
   deploy stop RUN                end its processes, keep its results
-  deploy pull RUN                bring all results here, verified
+  deploy pull RUN                bring all results here, verified; one that
+                                 was cut off goes on where it broke
   deploy rm RUN...               remove runs that are over, here and there
   deploy forget RUN              drop this machine's record; the results stay
   deploy diff A B                two configs or runs, field by field
@@ -67,6 +68,15 @@ Options of deploy CONFIG:
                                an idle notebook); memory is not checked
   --accept-new-host-key        add the host's key to ~/.ssh/known_hosts if
                                none is known; a changed key never passes
+
+\b
+Options of deploy CONFIG, attach and pull:
+  --no-checkpoints             leave the checkpoints on the host
+  --only latest                bring the last one of each stage; while a run
+                               is followed, each that is the last when its
+                               turn comes
+  --bwlimit RATE               use at most that much a second for what is
+                               pulled: 500 or 500K (KiB), 2.5M, 10MB
 
 \b
 Files:

@@ -23,6 +23,7 @@ from rollouts.remote.read_config import read_variants
 from rollouts.remote.repository import find_repository, refuse_stray_config
 from rollouts.remote.run import registry
 from rollouts.remote.run.last_seen import last_seen
+from rollouts.remote.run.wanted import EVERYTHING, Wanted
 from rollouts.run_dir import RunDir, iter_jsonl
 from rollouts.view.answer import Answer
 from rollouts.view.fold import ALL_TASKS, number
@@ -42,6 +43,7 @@ class SweepOptions:
     yes: bool  # more than RUNS_MAX runs are meant
     accept_new_host_key: bool
     busy_ok: bool
+    wanted: Wanted = EVERYTHING
 
 
 @dataclass(frozen=True)
@@ -214,6 +216,7 @@ def _run_one(outcome: Outcome, screen: Screen, options: SweepOptions) -> bool:
             run_id=run.run_id,
             accept_new_host_key=options.accept_new_host_key,
             busy_ok=options.busy_ok,
+            wanted=options.wanted,
         )
     except SystemExit as detached:
         outcome.exit_code = DETACHED if detached.code == DETACHED else 1
@@ -285,4 +288,5 @@ def _command(config_path: str, settings: Sequence[str], options: SweepOptions) -
     """Return the command line of this sweep, without --skip."""
     line = ["deploy", config_path, *(word for setting in settings for word in ("--set", setting))]
     line += ["--remote", options.remote] if options.remote else []
+    line += options.wanted.words
     return [*line, *(["--busy-ok"] if options.busy_ok else []), *(["--yes"] if options.yes else [])]

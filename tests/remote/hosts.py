@@ -236,6 +236,12 @@ class Laptop:
         lines = [f"[127.0.0.1]:{h.port} {(h.directory / 'host_key.pub').read_text().strip()}\n" for h in hosts]
         self.known_hosts.write_text("".join(lines))
 
+    def know_by(self, host: Host, port: int) -> str:
+        """Trust this host's key at another port too, that of a link to it; return the target."""
+        with self.known_hosts.open("a") as stream:
+            stream.write(f"[127.0.0.1]:{port} {(host.directory / 'host_key.pub').read_text().strip()}\n")
+        return f"127.0.0.1:{port}"
+
     def ssh_config(self, text: str) -> None:
         (self.home / ".ssh" / "config").write_text(text)
 

@@ -62,14 +62,17 @@ def run_here(
     stdin: bytes = b"",
     timeout_s: float | None,
     environment: Mapping[str, str] | None = None,
+    keep_open: tuple[int, ...] = (),
 ) -> tuple[int, bytes]:
-    """Run a program of this machine. Returns its exit code and the last of its stderr.
+    """Run a program of this machine, which inherits `keep_open`. Returns its exit code and the last of its stderr.
 
     Raises subprocess.TimeoutExpired, and FileNotFoundError for a program that is not there. Whatever is raised while it
     runs, by `on_stdout` too, ends it: asked first, so that an rsync keeps the part of a file.
     """
     pipe = subprocess.PIPE
-    with subprocess.Popen(argv, env=environment, bufsize=0, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+    with subprocess.Popen(
+        argv, env=environment, bufsize=0, stdin=pipe, stdout=pipe, stderr=pipe, pass_fds=keep_open
+    ) as process:
         assert process.stdin and process.stdout and process.stderr
         feeding = threading.Thread(target=_feed, args=(process.stdin, stdin), daemon=True)
         feeding.start()

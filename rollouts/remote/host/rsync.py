@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Sequence
 
@@ -13,6 +14,7 @@ from rollouts.remote.host.rsync_version import PROTECTS_ARGUMENTS, TELLS_PROGRES
 from rollouts.remote.host.ssh_words import explain_words, shell_speaks
 from rollouts.remote.host.transport import Completed, Transport
 
+ENDED_BY = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)  # somebody's, or the kernel's: rsync itself has no fault
 PROGRESS_BYTES_MAX = 64 * 1024  # of a line of rsync's progress, the last ones are kept
 
 
@@ -23,6 +25,7 @@ def run_rsync(
     stdin: bytes = b"",
     timeout_s: float | None,
     on_output: Callable[[str], None] | None = None,
+    keep_open: tuple[int, ...] = (),
 ) -> Completed:
     """Run one rsync to or from the host. Raises for a lost connection, a full disk, no rsync; returns the rest.
 
@@ -42,7 +45,7 @@ def run_rsync(
         arguments = [_quoted_path(argument, prefix) for argument in arguments]
     argv = [rsync, *progress, *transport.rsync_options(), *arguments]
     try:
-        result = _run_told(argv, transport, stdin, timeout_s, on_output)
+        result = _run_told(argv, transport, stdin, timeout_s, on_line=on_output, keep_open=keep_open)
     except subprocess.TimeoutExpired:
         raise TransportError(f"rsync with {transport.target}: no end after {timeout_s:.0f} s", lost=True) from None
     if result.returncode == 0:
@@ -64,7 +67,8 @@ def run_rsync(
         raise shell_speaks(transport.target, result.err[-500:])
     if result.returncode == 255:
         raise explain_words(transport.target, result.err)
-    if result.returncode in (10, 12, 30, 35):  # socket, protocol stream, time-outs
+    # socket, protocol stream, a signal that rsync told of, time-outs; or killed here
+    if result.returncode in (10, 12, 20, 30, 35) or -result.returncode in ENDED_BY:
         raise TransportError(f"rsync with {transport.target} was cut off.", lost=True, found=result.err[-500:])
     return result
 
@@ -81,7 +85,9 @@ def _run_told(
     transport: Transport,
     stdin: bytes,
     timeout_s: float | None,
+    *,
     on_line: Callable[[str], None] | None,
+    keep_open: tuple[int, ...],
 ) -> Completed:
     """Run rsync with its output kept, or told line by line while it runs."""
     # Without the user's own rsync settings (RSYNC_ICONV, …); in English, since its words are read
@@ -96,7 +102,9 @@ def _run_told(
             on_line(line.decode(errors="replace"))
 
     on_stdout = stdout.add if on_line is None else tell
-    code, stderr = run_here(argv, on_stdout, stdin=stdin, timeout_s=timeout_s, environment=variables)
+    code, stderr = run_here(
+        argv, on_stdout, stdin=stdin, timeout_s=timeout_s, environment=variables, keep_open=keep_open
+    )
     return Completed(code, stdout.all(), stderr)
 
 

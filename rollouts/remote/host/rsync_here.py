@@ -9,13 +9,16 @@ from rollouts.remote.errors import DeployError, TransportError
 from rollouts.remote.host.rsync import run_rsync
 from rollouts.remote.host.transport import Completed, Transport
 
-PULL_TIMEOUT_S = 6 * 3600
+IDLE_TIMEOUT_S = 300  # in which no byte moves; a pull may take as long as it needs
 
 
-def pull_rsync(transport: Transport, arguments: list[str], into: Path) -> Completed:
-    """Run one rsync to this machine. Raises OSError where this machine's own files are what failed."""
+def pull_rsync(transport: Transport, arguments: list[str], into: Path, *, keep_open: tuple[int, ...] = ()) -> Completed:
+    """Run one rsync to this machine, which inherits the descriptors `keep_open`.
+
+    Raises OSError where this machine's own files are what failed.
+    """
     try:
-        done = run_rsync(transport, arguments, timeout_s=PULL_TIMEOUT_S)
+        done = run_rsync(transport, [f"--timeout={IDLE_TIMEOUT_S}", *arguments], timeout_s=None, keep_open=keep_open)
     except TransportError:
         raise
     except DeployError as error:

@@ -9,6 +9,7 @@ from typing import TypeVar
 from rollouts.remote.errors import TransportError, UnreachableError
 from rollouts.remote.host.transport import Transport
 from rollouts.remote.run.registry import RunEntry
+from rollouts.remote.run.wanted import EVERYTHING, Wanted
 from rollouts.view.reporter import Say
 
 T = TypeVar("T")
@@ -35,6 +36,7 @@ class RunConnection:
     entry: RunEntry
     python: str  # the host's
     transport: Transport
+    wanted: Wanted = EVERYTHING
 
 
 class Retries:
@@ -69,11 +71,24 @@ class Retries:
         self._policy.sleep(pause_s)
 
 
-def with_retries(action: Callable[[], T], connection: RunConnection, say: Say, policy: RetryPolicy) -> T:
-    """Return what `action` returns, repeating it after each lost connection. Raises DeployError for the last one."""
+def with_retries(
+    action: Callable[[], T],
+    connection: RunConnection,
+    say: Say,
+    policy: RetryPolicy,
+    *,
+    came: Callable[[], int] = lambda: 0,
+) -> T:
+    """Return what `action` returns, repeating it after each lost connection. Raises DeployError for the last one.
+
+    `came`: how much of what it brings is here; a try that brought some counts as a success, however it ended.
+    """
     retries = Retries(connection, say, policy)
     while True:
+        before = came()
         try:
             return action()
         except TransportError as error:
+            if came() > before:
+                retries.worked()
             retries.wait_after(error)

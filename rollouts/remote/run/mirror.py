@@ -9,7 +9,7 @@ import os
 import re
 import secrets
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,7 @@ def _chunk(message: dict[str, Any]) -> tuple[int, bytes]:
     return offset, data
 
 
-def pull_files(transport: Transport, run_path: str, run: RunDir) -> list[str]:
+def pull_files(transport: Transport, run_path: str, run: RunDir, rsync_options: Sequence[str] = ()) -> list[str]:
     """Bring everything small, compared by checksum: afterwards the mirror holds what the host holds.
 
     Returns the names that were left out: no run has them, or they are not plain files. What arrives is put into a
@@ -151,7 +151,7 @@ def pull_files(transport: Transport, run_path: str, run: RunDir) -> list[str]:
     patterns = ["--exclude=/wandb/*/logs/debug-core.log"]
     patterns += [*(f"--include={pattern}" for pattern in PULLED_PATTERNS), "--exclude=*"]
     options = ["-r", "--no-links", "--checksum", "--prune-empty-dirs", "--chmod=D700,F600"]
-    arguments = [*options, f"--compare-dest={run.path}/", *patterns]
+    arguments = [*options, *rsync_options, f"--compare-dest={run.path}/", *patterns]
     try:
         done = pull_rsync(transport, [*arguments, transport.rsync_path(f"{run_path}/"), f"{staged}/"], staged)
         refused = admit(staged, run.path)  # also of a pull that failed half-way: what came is whole

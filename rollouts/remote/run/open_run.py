@@ -19,9 +19,10 @@ from rollouts.remote.run import registry
 from rollouts.remote.run.adopt import adopt_run
 from rollouts.remote.run.connection import RetryPolicy, RunConnection
 from rollouts.remote.run.last_seen import was_launched
-from rollouts.remote.run.pull import pull
+from rollouts.remote.run.pull import Pulled, pull
 from rollouts.remote.run.registry import RunEntry
 from rollouts.remote.run.run_names import find_known, find_on_host
+from rollouts.remote.run.wanted import EVERYTHING, Wanted
 from rollouts.remote.run.watch import RunResult, watch
 from rollouts.run_dir import FINAL_STATES
 from rollouts.view.reporter import Reporter, Say
@@ -39,6 +40,7 @@ class OpenRun:
     row: dict[str, Any] | None  # host_probe.run_row
     trace: Trace
     progress: RunProgress
+    wanted: Wanted = EVERYTHING
 
     @property
     def python(self) -> str:
@@ -53,14 +55,14 @@ class OpenRun:
 
     @property
     def connection(self) -> RunConnection:
-        return RunConnection(self.entry, self.python, self.transport)
+        return RunConnection(self.entry, self.python, self.transport, self.wanted)
 
     def watch(self, reporter: Reporter) -> RunResult:
         """Follow it to its end. Raises DeployError, or KeyboardInterrupt to detach."""
         return watch(self.connection, reporter, RetryPolicy())
 
-    def pull(self, say: Say) -> str:
-        """Bring everything here that there is now, verified. Returns its state, or "live". Raises DeployError."""
+    def pull(self, say: Say) -> Pulled:
+        """Bring everything here that there is now, verified. Raises DeployError."""
         return pull(self.connection, say)
 
     def missing(self) -> DeployError:
@@ -85,7 +87,13 @@ class OpenRun:
 
 @contextlib.contextmanager
 def open_run(
-    name: str, remote: str | None, *, adopt: bool = True, needs_files: bool = False, accept_new_host_key: bool = False
+    name: str,
+    remote: str | None,
+    *,
+    adopt: bool = True,
+    needs_files: bool = False,
+    accept_new_host_key: bool = False,
+    wanted: Wanted = EVERYTHING,
 ) -> Iterator[OpenRun]:
     """Open a run by name, and its host: from the registry, or, started elsewhere, from the host that --remote names.
 
@@ -111,7 +119,7 @@ def open_run(
             progress.run_id, progress.target = run_id, target
             if row is not None and trace == "on its host":
                 progress.reached = "ended" if row["state"] in FINAL_STATES else "launched"
-            opened = OpenRun(entry, facts, transport, row, trace, progress)
+            opened = OpenRun(entry, facts, transport, row, trace, progress, wanted)
             if needs_files and trace in ("gone", "never launched"):
                 raise opened.missing()
             yield opened

@@ -7,11 +7,12 @@ from typing import TypeVar
 
 from rollouts.remote.errors import DeployError, MismatchError, Problem, TransportError, UnreachableError
 from rollouts.remote.local_faults import os_problem
-from rollouts.remote.run.checkpoints import drop_partial, pull_checkpoint
+from rollouts.remote.run.checkpoints import bytes_here, drop_partial, pull_checkpoint
 from rollouts.remote.run.connection import RetryPolicy, RunConnection, with_retries
 from rollouts.remote.run.follow import apply, tail
 from rollouts.remote.run.mirror import Mirror, pull_files
 from rollouts.remote.run.mirror_files import is_checkpoint
+from rollouts.remote.run.wanted import left_note
 from rollouts.view.fold import View, fold
 from rollouts.view.reporter import Say, silent
 
@@ -29,10 +30,10 @@ class _Pulling:
     policy: RetryPolicy
     problems: list[Problem] = field(default_factory=list)
 
-    def attempt(self, action: Callable[[], T]) -> T | None:
+    def attempt(self, action: Callable[[], T], *, came: Callable[[], int] = lambda: 0) -> T | None:
         """Return what `action` returns, or None where it failed alone. Raises what stops all the others too."""
         try:
-            return with_retries(action, self.connection, self.say, self.policy)
+            return with_retries(action, self.connection, self.say, self.policy, came=came)
         except (TransportError, UnreachableError, MismatchError):
             raise
         except DeployError as error:
@@ -49,8 +50,16 @@ class _Pulling:
             raise DeployError.of(self.problems, started=True)
 
 
-def pull(connection: RunConnection, say: Say = silent, policy: RetryPolicy | None = None) -> str:
-    """Bring everything here that there is now, verified. Returns the run's state, or "live".
+@dataclass(frozen=True)
+class Pulled:
+    """What a pull brought: the run's state, or "live", and the checkpoints that were left on the host, as asked."""
+
+    state: str
+    left: tuple[str, ...]
+
+
+def pull(connection: RunConnection, say: Say = silent, policy: RetryPolicy | None = None) -> Pulled:
+    """Bring everything here that there is now, verified.
 
     Raises DeployError with all that failed, after everything was tried.
     """
@@ -59,8 +68,7 @@ def pull(connection: RunConnection, say: Say = silent, policy: RetryPolicy | Non
     state = pulling.attempt(lambda: _pull_once(connection, mirror)) or ""
     if state != "live":
         _pull_files(pulling, mirror)
-    _pull_checkpoints(pulling, mirror)
-    return state
+    return Pulled(state, _pull_checkpoints(pulling, mirror))
 
 
 def _pull_once(connection: RunConnection, mirror: Mirror) -> str:
@@ -71,22 +79,26 @@ def _pull_once(connection: RunConnection, mirror: Mirror) -> str:
     return state
 
 
-def final_pull(connection: RunConnection, say: Say = silent, policy: RetryPolicy | None = None) -> None:
-    """Compare by checksum after the run's end, and bring what is missing. Raises DeployError with all that failed."""
+def final_pull(connection: RunConnection, say: Say = silent, policy: RetryPolicy | None = None) -> tuple[str, ...]:
+    """Compare by checksum after the run's end, and bring what is missing. Raises DeployError with all that failed.
+
+    Returns the checkpoints that were left on the host, as asked.
+    """
     pulling = _Pulling(connection, say, policy or RetryPolicy())
     mirror = Mirror(connection.entry.mirror)
     _pull_files(pulling, mirror)
-    _pull_checkpoints(pulling, mirror)
+    return _pull_checkpoints(pulling, mirror)
 
 
 def _pull_files(pulling: _Pulling, mirror: Mirror) -> None:
     connection = pulling.connection
-    bring = partial(pull_files, connection.transport, connection.entry.run_path, mirror.run)
+    options = connection.wanted.rsync_options
+    bring = partial(pull_files, connection.transport, connection.entry.run_path, mirror.run, options)
     if refused := pulling.attempt(bring):
         mirror.left_out["files that no run has, or that are not plain files"] += len(refused)
 
 
-def _pull_checkpoints(pulling: _Pulling, mirror: Mirror) -> None:
+def _pull_checkpoints(pulling: _Pulling, mirror: Mirror) -> tuple[str, ...]:
     """Bring the checkpoints; the last part of a pull, which says what was left out and raises for what failed."""
     connection, view, removed = pulling.connection, View(), set()
     for row in mirror.rows("events.jsonl"):
@@ -101,9 +113,16 @@ def _pull_checkpoints(pulling: _Pulling, mirror: Mirror) -> None:
     if mirror.left_out or view.malformed:  # a line that cannot be read may have named one
         listed = pulling.attempt(partial(listed_checkpoints, connection)) or []
         paths += [path for path in listed if path not in paths and path not in removed]
-    for path in paths:
-        pulling.attempt(partial(pull_checkpoint, connection.transport, connection.entry.run_path, mirror.run, path))
+    chosen, left = connection.wanted.choose(paths)
+    for path in chosen:
+        bring = partial(pull_checkpoint, connection.transport, connection.entry.run_path, mirror.run, path)
+        options = connection.wanted.rsync_options
+        pulling.attempt(partial(bring, rsync_options=options), came=partial(bytes_here, mirror.run, path))
+    left = [path for path in left if not (mirror.run.path / path).is_dir()]
+    if left:
+        pulling.say("note", left_note(connection.entry.run_id, left))
     pulling.finish(mirror, view)
+    return tuple(left)
 
 
 def listed_checkpoints(connection: RunConnection) -> list[str]:

@@ -89,7 +89,9 @@ def watch(connection: RunConnection, reporter: Reporter, policy: RetryPolicy) ->
     """Follow a run to its end. Raises DeployError, or KeyboardInterrupt to detach."""
     entry = connection.entry
     mirror = Mirror(entry.mirror)
-    puller = CheckpointPuller(connection.transport, entry.run_path, mirror.run, reporter.say, policy.pause_s)
+    puller = CheckpointPuller(
+        connection.transport, entry.run_path, mirror.run, reporter.say, policy.pause_s, wanted=connection.wanted
+    )
     watching = _Watching(mirror, reporter, puller.add)
     watching.look_back()
     if watching.view.phases:

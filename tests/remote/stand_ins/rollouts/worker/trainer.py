@@ -1,7 +1,8 @@
 """Stands in for the trainer: writes what a trainer writes, in a fraction of a second.
 
 STAND_IN_STEPS steps of STAND_IN_STEP_S seconds; STAND_IN_FAIL=stage exits 7 there after 60 lines; STAND_IN_WAIT=file
-goes on with its second step only once that file exists; STAND_IN_PRINT_HASH_OF=NAME prints that variable's SHA-256.
+goes on with its second step only once that file exists; STAND_IN_PRINT_HASH_OF=NAME prints that variable's SHA-256;
+STAND_IN_CHECKPOINT_BYTES is the size of each checkpoint's weights.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from rollouts.run_dir import RunDir, append_event, append_jsonl
 
 STEPS = int(os.environ.get("STAND_IN_STEPS", "3"))
 STEP_S = float(os.environ.get("STAND_IN_STEP_S", "0.01"))
+CHECKPOINT_BYTES = int(os.environ.get("STAND_IN_CHECKPOINT_BYTES", "100000"))
 
 
 def checkpoint(run: RunDir, stage: str, step: int) -> None:
@@ -23,7 +25,7 @@ def checkpoint(run: RunDir, stage: str, step: int) -> None:
     temporary = directory.with_name(f".{directory.name}.tmp")
     temporary.mkdir(parents=True)
     (temporary / "config.json").write_text("{}")
-    (temporary / "model.safetensors").write_bytes(os.urandom(100_000))
+    (temporary / "model.safetensors").write_bytes(os.urandom(CHECKPOINT_BYTES))
     write_manifest(temporary)
     temporary.rename(directory)
     link = directory.parent / "latest"
