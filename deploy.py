@@ -83,9 +83,9 @@ def run_config(
 ) -> Any:
     """Run the job that CONFIG describes, and follow it."""
     from rollouts.remote import commands, read_config, sweep
-    from rollouts.remote.run.wanted import Wanted
+    from rollouts.remote.run.wanted import ToBring
 
-    wanted = Wanted.parse(no_checkpoints=no_checkpoints, only=only, bwlimit=bwlimit)
+    wanted = ToBring.parse(no_checkpoints=no_checkpoints, only=only, bwlimit=bwlimit)
 
     if show:
         return read_config.show_config(config, settings or ())
@@ -153,9 +153,9 @@ def attach(
 ) -> Any:
     """Follow a run to its end; go on with a deploy that was interrupted."""
     from rollouts.remote import commands
-    from rollouts.remote.run.wanted import Wanted
+    from rollouts.remote.run.wanted import ToBring
 
-    wanted = Wanted.parse(no_checkpoints=no_checkpoints, only=only, bwlimit=bwlimit)
+    wanted = ToBring.parse(no_checkpoints=no_checkpoints, only=only, bwlimit=bwlimit)
     screen = Screen(as_json=as_json)
     return commands.attach(run, screen, remote=remote, accept_new_host_key=accept_new_host_key, wanted=wanted)
 
@@ -221,9 +221,9 @@ def pull(
 ) -> Any:
     """Bring all results of a run here, verified; one that was cut off goes on where it broke."""
     from rollouts.remote import commands
-    from rollouts.remote.run.wanted import Wanted
+    from rollouts.remote.run.wanted import ToBring
 
-    wanted = Wanted.parse(no_checkpoints=no_checkpoints, only=only, bwlimit=bwlimit)
+    wanted = ToBring.parse(no_checkpoints=no_checkpoints, only=only, bwlimit=bwlimit)
     return commands.pull_run(run, Screen(as_json=as_json), remote=remote, wanted=wanted)
 
 

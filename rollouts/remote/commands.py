@@ -35,7 +35,7 @@ from rollouts.remote.run.mirror_note import write_note
 from rollouts.remote.run.open_run import OpenRun, open_run
 from rollouts.remote.run.pull import final_pull
 from rollouts.remote.run.run_names import known_run
-from rollouts.remote.run.wanted import EVERYTHING, Wanted
+from rollouts.remote.run.wanted import EVERYTHING, ToBring
 from rollouts.remote.texts import end_answer, forgotten_text, how_to_go_on, plan_text
 from rollouts.run_dir import FINAL_STATES
 from rollouts.view.answer import Answer
@@ -60,7 +60,7 @@ def deploy(
     accept_new_host_key: bool,
     busy_ok: bool = False,
     settings: Sequence[str] = (),
-    wanted: Wanted = EVERYTHING,
+    wanted: ToBring = EVERYTHING,
 ) -> int:
     """Plan, send, launch and watch (`deploy CONFIG`). Returns the job's exit code.
 
@@ -92,7 +92,7 @@ def start(
     busy_ok: bool,
     plan_only: bool = False,
     detach: bool = False,
-    wanted: Wanted = EVERYTHING,
+    wanted: ToBring = EVERYTHING,
 ) -> int:
     """Plan, send, launch and watch a run of a config that is checked. Returns the job's exit code."""
     with as_deploy_errors() as progress:
@@ -194,7 +194,7 @@ def _launch(run: OpenRun, config: Config, reporter: Reporter) -> None:
 
 
 def attach(
-    run_id: str, screen: Screen, *, remote: str | None, accept_new_host_key: bool, wanted: Wanted = EVERYTHING
+    run_id: str, screen: Screen, *, remote: str | None, accept_new_host_key: bool, wanted: ToBring = EVERYTHING
 ) -> int:
     """Resume from wherever the last deploy stopped (`deploy attach RUN`)."""
     with open_run(run_id, remote, accept_new_host_key=accept_new_host_key, wanted=wanted) as run:
@@ -275,7 +275,7 @@ def stop(run_id: str, *, remote: str | None) -> Answer:
     )
 
 
-def pull_run(run_id: str, screen: Screen, *, remote: str | None, wanted: Wanted = EVERYTHING) -> Answer:
+def pull_run(run_id: str, screen: Screen, *, remote: str | None, wanted: ToBring = EVERYTHING) -> Answer:
     """Bring all results that there are now, verified (`deploy pull RUN`)."""
     with open_run(run_id, remote, needs_files=True, wanted=wanted) as run:
         entry, notes = run.entry, []

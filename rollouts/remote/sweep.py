@@ -23,7 +23,7 @@ from rollouts.remote.read_config import read_variants
 from rollouts.remote.repository import find_repository, refuse_stray_config
 from rollouts.remote.run import registry
 from rollouts.remote.run.last_seen import last_seen
-from rollouts.remote.run.wanted import EVERYTHING, Wanted
+from rollouts.remote.run.wanted import EVERYTHING, ToBring
 from rollouts.run_dir import RunDir, iter_jsonl
 from rollouts.view.answer import Answer
 from rollouts.view.fold import ALL_TASKS, number
@@ -43,7 +43,7 @@ class SweepOptions:
     yes: bool  # more than RUNS_MAX runs are meant
     accept_new_host_key: bool
     busy_ok: bool
-    wanted: Wanted = EVERYTHING
+    wanted: ToBring = EVERYTHING
 
 
 @dataclass(frozen=True)

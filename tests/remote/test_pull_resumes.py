@@ -14,7 +14,7 @@ import pytest
 
 from rollouts.manifest import manifest_problems
 from rollouts.remote.errors import DeployError
-from rollouts.remote.run.wanted import Wanted
+from rollouts.remote.run.wanted import ToBring
 from rollouts.run_dir import RunDir
 from tests.remote.hosts import Host, Laptop, descendants, wait_for, write_config
 from tests.remote.link import Link, link
@@ -145,7 +145,7 @@ def test_what_a_pull_brings(laptop: Laptop, ended: Host) -> None:
 def test_rates(text: str, kib: int) -> None:
     """Goal: rsync's words for a rate, in the form that every rsync knows. Red with the text handed on: macOS's rsync
     takes whole numbers alone."""
-    wanted = Wanted.parse(no_checkpoints=False, only=None, bwlimit=text)
+    wanted = ToBring.parse(no_checkpoints=False, only=None, bwlimit=text)
     assert wanted.rsync_options == (f"--bwlimit={kib}",)
 
 
@@ -165,11 +165,11 @@ def test_what_no_pull_means(options: dict[str, Any]) -> None:
     """Goal: a rate or a choice that means nothing is an error with what is allowed. Red with 0 handed to rsync, for
     which it is no limit."""
     with pytest.raises(DeployError, match=r"--bwlimit|--only"):
-        Wanted.parse(**{"no_checkpoints": False, "only": None, "bwlimit": None, **options})
+        ToBring.parse(**{"no_checkpoints": False, "only": None, "bwlimit": None, **options})
 
 
 def test_the_latest_of_each_stage() -> None:
     """Goal: steps are numbers, and each stage has its last. Red with names compared as text."""
     paths = [f"checkpoints/{name}" for name in ("sft/step_999999", "sft/step_1000000", "rl/step_000004")]
-    assert Wanted("latest").choose(paths) == (paths[1:], paths[:1])
-    assert Wanted("none").choose(paths) == ([], paths)
+    assert ToBring("latest").choose(paths) == (paths[1:], paths[:1])
+    assert ToBring("none").choose(paths) == ([], paths)

@@ -23,7 +23,7 @@ from rollouts.remote.host.rsync_here import pull_rsync
 from rollouts.remote.host.transport import Transport
 from rollouts.remote.local_faults import os_problem, unexpected
 from rollouts.remote.run.mirror_files import check_checkpoint, directory, make_mirror, remove_tree
-from rollouts.remote.run.wanted import EVERYTHING, Wanted, stage_and_step
+from rollouts.remote.run.wanted import EVERYTHING, ToBring, stage_and_step
 from rollouts.run_dir import RunDir
 
 HASH_TIMEOUT_S = 3600.0
@@ -189,7 +189,7 @@ class CheckpointPuller:
         say: Callable[[str, str], None] = lambda phase, text: None,
         pause_s: Callable[[int], float] = lambda failures: 0.0,
         *,
-        wanted: Wanted = EVERYTHING,
+        wanted: ToBring = EVERYTHING,
     ) -> None:
         self._transport, self._run_path, self._run, self._say, self._pause_s = transport, run_path, run, say, pause_s
         self._wanted = wanted

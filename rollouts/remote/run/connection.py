@@ -9,7 +9,7 @@ from typing import TypeVar
 from rollouts.remote.errors import TransportError, UnreachableError
 from rollouts.remote.host.transport import Transport
 from rollouts.remote.run.registry import RunEntry
-from rollouts.remote.run.wanted import EVERYTHING, Wanted
+from rollouts.remote.run.wanted import EVERYTHING, ToBring
 from rollouts.view.reporter import Say
 
 T = TypeVar("T")
@@ -36,7 +36,7 @@ class RunConnection:
     entry: RunEntry
     python: str  # the host's
     transport: Transport
-    wanted: Wanted = EVERYTHING
+    wanted: ToBring = EVERYTHING
 
 
 class Retries:

@@ -22,7 +22,7 @@ from rollouts.remote.run.last_seen import was_launched
 from rollouts.remote.run.pull import Pulled, pull
 from rollouts.remote.run.registry import RunEntry
 from rollouts.remote.run.run_names import find_known, find_on_host
-from rollouts.remote.run.wanted import EVERYTHING, Wanted
+from rollouts.remote.run.wanted import EVERYTHING, ToBring
 from rollouts.remote.run.watch import RunResult, watch
 from rollouts.run_dir import FINAL_STATES
 from rollouts.view.reporter import Reporter, Say
@@ -40,7 +40,7 @@ class OpenRun:
     row: dict[str, Any] | None  # host_probe.run_row
     trace: Trace
     progress: RunProgress
-    wanted: Wanted = EVERYTHING
+    wanted: ToBring = EVERYTHING
 
     @property
     def python(self) -> str:
@@ -93,7 +93,7 @@ def open_run(
     adopt: bool = True,
     needs_files: bool = False,
     accept_new_host_key: bool = False,
-    wanted: Wanted = EVERYTHING,
+    wanted: ToBring = EVERYTHING,
 ) -> Iterator[OpenRun]:
     """Open a run by name, and its host: from the registry, or, started elsewhere, from the host that --remote names.
 

@@ -15,14 +15,14 @@ RATE = re.compile(r"(\d{1,12}(?:\.\d{1,6})?)([a-z]{0,3})", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ToBring:
     """Which of a run's checkpoints are brought, and the bandwidth that rsync may use for them."""
 
     checkpoints: Checkpoints = "all"
     kib_per_s: int | None = None
 
     @classmethod
-    def parse(cls, *, no_checkpoints: bool, only: str | None, bwlimit: str | None) -> "Wanted":
+    def parse(cls, *, no_checkpoints: bool, only: str | None, bwlimit: str | None) -> "ToBring":
         """Read the options of the command line. Raises DeployError."""
         if only not in (None, "latest"):
             raise DeployError(
@@ -55,7 +55,7 @@ class Wanted:
         return chosen, [path for path in listed if path not in chosen]
 
 
-EVERYTHING = Wanted()
+EVERYTHING = ToBring()
 
 
 def stage_and_step(path: str) -> tuple[str, int]:
