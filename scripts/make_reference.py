@@ -272,6 +272,8 @@ EXAMPLES = {
     "offers": "deploy offers --gpu H100 --max-price 3",
     "diff": "deploy diff configs/00_cpu_sft_rl.py configs/00_cpu_sft_rl_agent.py",
 }
+COMMON = 3  # verbs that have an option: it is told once
+HEAD = ("| option | does |", "|---|---|")
 TITLES = {deploy.CONFIG_VERB: "deploy CONFIG", deploy.HOST_VERB: "deploy --remote HOST"}
 
 
@@ -292,12 +294,21 @@ def cli_page() -> str:
         f"```output\n{about}\n```\n",
         "`deploy --version` prints version and commit. `deploy VERB --help` prints the options of one verb.\n",
     ]
+    options = [option for command in group.commands.values() for option in map(_option_row, command.params)]
+    common = [row for row in dict.fromkeys(options) if options.count(row) >= COMMON and "`--help`" not in row]
+    parts.append("Options of many verbs, not told again below:\n")
+    parts.append("\n".join([*HEAD, *common]) + "\n")
     for verb, command in sorted(group.commands.items(), key=lambda item: not item[1].hidden):
         parts.append(f"## {title_of(verb)}\n")
         parts.append(" ".join((command.help or "").split()) + "\n")
         parts.append(f"```sh\n{EXAMPLES[verb]}\n```\n")
         rows = [_option_row(option) for option in command.params if option.name != "help"]
-        parts.append("\n".join(["| option | does |", "|---|---|", *rows]) + "\n")
+        own = [row for row in rows if row not in common]
+        if own:
+            parts.append("\n".join([*HEAD, *own]) + "\n")
+        if shared := [option.opts[0] for option in command.params if _option_row(option) in common]:
+            named = (name if name.startswith("--") else name.upper() for name in shared)
+            parts.append(f"As above: {', '.join(f'`{name}`' for name in named)}.\n")
     return "\n".join(parts)
 
 
