@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rollouts.remote import life_verbs  # noqa: F401  its verbs are the application's from here on
+from rollouts.remote import life_verbs, look_verbs  # noqa: F401  their verbs are the application's from here on
 from rollouts.remote.app import (
     AcceptKey,
     BusyOk,

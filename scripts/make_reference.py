@@ -1,9 +1,9 @@
-"""Make docs/reference/config.md and cli.md out of the code: the schema's comments, its checks, and deploy's verbs.
+"""Make pages of docs/reference out of the code: config.md, cli.md and symptoms.md.
 
     python -m scripts.make_reference
 
 A field's type and meaning are those of rollouts/config/schema; what is allowed is what the checks say of a value that
-is not. tests/test_reference.py holds both pages equal to what this makes.
+is not. tests/test_reference.py holds the pages equal to what this makes.
 """
 
 import ast
@@ -22,6 +22,7 @@ import typer
 import base_config as c
 import deploy
 from rollouts.remote.help_page import PAGE
+from rollouts.view.symptoms import RULES
 
 ROOT = Path(__file__).resolve().parent.parent
 MADE = "<!-- made by scripts/make_reference.py -->"
@@ -271,6 +272,8 @@ EXAMPLES = {
     "machines": "deploy machines end --orphans",
     "offers": "deploy offers --gpu H100 --max-price 3",
     "diff": "deploy diff configs/00_cpu_sft_rl.py configs/00_cpu_sft_rl_agent.py",
+    "report": "deploy report first second -o both.html",
+    "plot": "deploy plot first second --metric reward_mean -o reward.svg",
 }
 COMMON = 3  # verbs that have an option: it is told once
 HEAD = ("| option | does |", "|---|---|")
@@ -320,7 +323,26 @@ def _option_row(option: Any) -> str:
     return f"| {names}{value} | {option.help} |"
 
 
-PAGES = {"docs/reference/config.md": config_page, "docs/reference/cli.md": cli_page}
+def symptoms_page() -> str:
+    """The page on what may look wrong in a run: each rule with its bound, its meaning and what to do."""
+    parts = [
+        "# Symptoms\n\n" + MADE + "\n",
+        "```sh\ndeploy report last\n```\n",
+        "Rules over a run's records, shown by `deploy report`. A rule that finds something is a reason to look, not a "
+        "verdict: a task that is solved has no entropy and no contrast either. A run that has just begun has none. "
+        "The code: `rollouts/view/symptoms.py`; what a trainer says while it runs: "
+        "[metrics](metrics.md#a-run-that-learns-nothing).\n",
+    ]
+    for rule in RULES:
+        parts.append(f"## {rule.cause}\n\nWhen: {rule.when}.\n\n{rule.means}\n\nWhat to do: {rule.fix}\n")
+    return "\n".join(parts)
+
+
+PAGES = {
+    "docs/reference/config.md": config_page,
+    "docs/reference/cli.md": cli_page,
+    "docs/reference/symptoms.md": symptoms_page,
+}
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ SGLANG = "SGLang reads it"
 PARAMIKO = "paramiko reads or calls it"
 LIBRARY = "the library's public surface: users call it"
 OPTION = "an option of policy_loss, read by its name"
+PAGE = "a page's template reads it"
 CONFIGS = "configs name it by its dotted path"
 ALLOWED = {
     "_": "torch calls it: the shapes of a custom operator",
@@ -29,6 +30,7 @@ ALLOWED = {
     "assign_extend_cache_locs_cpu": SGLANG,
     "assign_req_to_token_pool_cpu": SGLANG,
     "authenticate": PARAMIKO,
+    "better_count": PAGE,
     "build_tree_kernel_efficient_cpu": SGLANG,
     "check_any_success": LIBRARY,
     "check_min_reward": LIBRARY,
@@ -37,7 +39,7 @@ ALLOWED = {
     "contains": LIBRARY,
     "copy_all_layer_kv_cache_cpu": SGLANG,
     "enable_batch_invariant_mode": SGLANG,
-    "evaluations": LIBRARY,
+    "end_mean": PAGE,
     "fill_accept_out_cache_loc_cpu": SGLANG,
     "fill_bonus_tokens_cpu": SGLANG,
     "get_mask_sizes": TRANSFORMERS,
@@ -62,6 +64,7 @@ ALLOWED = {
     "use_duck_shape": "torch reads it",
     "value_clip": OPTION,
     "verify_tree_greedy_cpu": SGLANG,
+    "worse_count": PAGE,
     "write_prompts": LIBRARY,
 }
 

@@ -8,6 +8,8 @@ from typing import Any
 from rollouts.config.job import Config
 
 MISSING = "(has no such field)"
+SEEDS = ("seed", "init_seed", "shuffle_seed")
+KEPT_WHERE = ("output.save_dir", "output.experiment_name")
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,12 @@ def differences(before: Config, after: Config) -> tuple[Difference, ...]:
     Where one has another class in a field (GRPO, PPO), that field comes first, then the fields of both.
     """
     return tuple(_differences(before, after, ""))
+
+
+def differ_in_seeds_alone(before: Config, after: Config) -> bool:
+    """Return whether two configs describe one experiment: all that differs is seeds, and where results are kept."""
+    names = (item.path for item in differences(before, after) if not item.path.startswith(KEPT_WHERE))
+    return all(name.rpartition(".")[2] in SEEDS for name in names)
 
 
 def _differences(before: Any, after: Any, path: str) -> Iterator[Difference]:

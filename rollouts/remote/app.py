@@ -1,6 +1,6 @@
 """The command's frame: one application, what options mean wherever they occur, and how a verb's function becomes one.
 
-deploy.py and life_verbs.py hold the verbs. Nothing slow is imported until one of them needs it.
+deploy.py, life_verbs.py and look_verbs.py hold the verbs. Nothing slow is imported until one of them needs it.
 """
 
 import contextlib

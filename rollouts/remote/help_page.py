@@ -35,6 +35,9 @@ goes on, and a killed deploy loses nothing:
   deploy rm RUN...               remove runs that are over, here and there
   deploy forget RUN              drop this machine's record; the results stay
   deploy diff A B                two configs or runs, field by field
+  deploy report RUN RUN          one HTML file: curves, answers, samples
+  deploy plot RUN --metric M -o F.png
+                                 one curve as a picture
   deploy offers --gpu H100       what clouds would rent out, by price
   deploy machines                what was rented, and what it costs
   ssh HOST -t tmux attach -t RUN the live processes

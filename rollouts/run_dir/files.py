@@ -17,12 +17,17 @@ from rollouts.run_dir.layout import RunDir
 
 def write_text_atomic(path: Path, text: str, *, mode: int = 0o644) -> None:
     """Write a whole file: readers see the old one or the new one, after a crash too. An error leaves nothing behind."""
+    write_bytes_atomic(path, text.encode(), mode=mode)
+
+
+def write_bytes_atomic(path: Path, content: bytes, *, mode: int = 0o644) -> None:
+    """Write a whole file, as `write_text_atomic` does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         descriptor = open_plain(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-        with os.fdopen(descriptor, "w") as stream:
-            stream.write(text)
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)
