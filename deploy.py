@@ -87,6 +87,8 @@ def run_config(
 
     wanted = ToBring.parse(no_checkpoints=no_checkpoints, only=only, bwlimit=bwlimit)
 
+    if not sweep.asks_for_several(settings or ()):
+        sweep.check_alone(skip=skip, yes=yes)
     if show:
         return read_config.show_config(config, settings or ())
     if sweep.asks_for_several(settings or ()):
@@ -240,7 +242,9 @@ def new(
     file: Annotated[pathlib.Path, typer.Argument(metavar="FILE.py", help="The config file to write.")],
     *,
     mode: Annotated[str | None, typer.Option(metavar="sft|rl|sft+rl", help="The stages.")] = None,
-    model: Annotated[str | None, typer.Option(metavar="NAME", help="A hub id, or a directory.")] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A hub id, a directory, or tiny, which comes along.")
+    ] = None,
     data: Annotated[str | None, typer.Option(metavar="NAME", help="A .jsonl file, or a hub id.")] = None,
     rl_data: Annotated[str | None, typer.Option(metavar="NAME", help="For rl, where it has data of its own.")] = None,
     data_format: Annotated[str | None, typer.Option("--format", help="Of its rows; else found by their keys.")] = None,
@@ -295,12 +299,15 @@ def explain(
 def data(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="A config file.")],
     rows: Annotated[int, typer.Option(min=0, max=1000, help="Rows shown of each mixture.")] = 3,
+    remote: Remote = None,
     as_json: Json = False,
+    accept_new_host_key: AcceptKey = False,
 ) -> Any:
     """Show the data as the model will see it: first rows, lengths, and what is left out."""
     from rollouts.remote import data_verb
 
-    return data_verb.show_data(config, rows=rows)
+    screen = Screen(as_json=as_json)
+    return data_verb.show_data(config, screen, rows=rows, remote=remote, accept_new_host_key=accept_new_host_key)
 
 
 @verb("offers")

@@ -23,6 +23,7 @@ from rollouts.remote.errors import DeployError
 from rollouts.remote.read_config import read_config
 from rollouts.remote.run import registry
 from rollouts.remote.run.run_names import known_run
+from rollouts.remote.texts import how_to_go_on
 from rollouts.run_dir import RunDir, iter_jsonl
 from rollouts.view.screen import Screen
 
@@ -49,11 +50,14 @@ class Run:
     def wait(self) -> str:
         """Follow the run to its end, pull its results, and return its state: "done", "failed", "stopped" or "died".
 
-        Ctrl-C raises KeyboardInterrupt, and the run goes on. Raises DeployError where the host cannot be reached.
+        Ctrl-C raises KeyboardInterrupt, and the run goes on: what attaches to it or stops it is printed to stderr.
+        Raises DeployError where the host cannot be reached.
         """
         with _unseen(), contextlib.suppress(SystemExit):
             commands.attach(self.run_id, Screen(as_json=True), remote=None, accept_new_host_key=False)
             return str(self.status()["state"])
+        how = f"find({self.run_id!r}).wait() follows it again, .stop() ends it; in a terminal:"
+        Screen(as_json=False).remark(f"{how} {how_to_go_on(known_run(self.run_id))}")
         raise KeyboardInterrupt
 
     def stop(self) -> None:

@@ -34,7 +34,7 @@ LANGUAGES = (
 )  # output: what the block before printed; text: a drawing
 # Blocks with the marker <!-- not run: why -->: there is none, and a new one has to stand here too.
 NOT_RUN: dict[tuple[str, str], str] = {}  # (page, first line) -> why
-OTHER_PROGRAMS = ("cmp", "git", "cd", "cat", "echo", "ls", "tail", "head", "jq", "curl", "mkdir", "grep")
+OTHER_PROGRAMS = ("python3", "cmp", "git", "cd", "cat", "echo", "ls", "tail", "head", "jq", "curl", "mkdir", "grep")
 # What must be true after a page's python blocks, where the page itself does not print it.
 CHECKS = {
     "README.md": "len(metrics) == 20 and metrics[-1]['loss'] < metrics[0]['loss']",

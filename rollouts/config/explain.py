@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import inspect
 import io
+import re
 import tokenize
 import types
 import typing
@@ -18,6 +19,8 @@ from typing import Any, Literal
 from rollouts.config.field_types import ConfigError, nearest
 from rollouts.config.job import Config
 from rollouts.config.json_form import field_types
+
+_ITEM = re.compile(r"\[\d+\]|\.\d+(?=\.|$)")  # the place of an item in a list
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,14 @@ def all_fields() -> tuple[FieldDoc, ...]:
 def explain(path: str) -> tuple[FieldDoc, ...]:
     """Return the field at `path` with all below it; a name alone ("matrix_lr") finds it in every section.
 
-    A path may leave out the class in brackets: "rl.loss.clip_low". Raises ConfigError with the nearest path.
+    A path may leave out the class in brackets ("rl.loss.clip_low"), and name an item of a list
+    ("data.sft_mixture[0].name", as `--set` and messages write it). Raises ConfigError with the nearest path.
     """
     fields = all_fields()
+    path = _ITEM.sub("", path)
     written = str if "[" in path else _plain  # as it stands, or without the classes of all paths
     found = [field for field in fields if f"{written(field.path)}.".startswith(f"{path}.")]
-    found = found or [field for field in fields if field.name == path]
+    found = found or [field for field in fields if path in (field.name, field.section)]
     if not found:
         known = [*(_plain(field.path) for field in fields), *dict.fromkeys(field.name for field in fields)]
         raise ConfigError(f"explain: a config has no field {path!r}{nearest(path, known)}")

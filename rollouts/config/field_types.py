@@ -37,7 +37,8 @@ def type_problems(value: Any, expected: Any, path: str) -> Iterator[tuple[str, s
     elif origin is Literal:
         choices = typing.get_args(expected)
         if not any(type(value) is type(choice) and value == choice for choice in choices):
-            yield path, f"{path}={value!r}: needs one of {', '.join(map(repr, choices))}"
+            near = nearest(str(value), [choice for choice in choices if isinstance(choice, str)])
+            yield path, f"{path}={value!r}: needs one of {', '.join(map(repr, choices))}{near}"
     else:
         yield from _scalar_problems(value, expected, path)
 
@@ -54,7 +55,8 @@ def _union_problems(value: Any, choices: tuple[Any, ...], path: str) -> Iterator
         names = [repr(a) for c in others if typing.get_origin(c) is Literal for a in typing.get_args(c)]
         names += [c.__name__ for c in others if isinstance(c, type)]
         names += [str(c) for c in others if typing.get_origin(c) is list]
-        yield path, f"{path}={value!r}: needs one of {', '.join(names)}"
+        near = nearest(str(value).partition("(")[0], [name.strip("'") for name in names])
+        yield path, f"{path}={value!r}: needs one of {', '.join(names)}{near}"
 
 
 def _scalar_problems(value: Any, expected: type, path: str) -> Iterator[tuple[str, str]]:
@@ -67,5 +69,6 @@ def _scalar_problems(value: Any, expected: type, path: str) -> Iterator[tuple[st
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return "; did you mean 'x'?", or "" if no name is near."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    folded = {other.casefold(): other for other in known}
+    near = difflib.get_close_matches(name.casefold(), list(folded), n=1, cutoff=0.6)
+    return f"; did you mean {folded[near[0]]!r}?" if near and folded[near[0]] != name else ""

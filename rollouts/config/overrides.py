@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import itertools
+import json
 import math
 import re
 import types
@@ -18,6 +19,7 @@ from rollouts.config.job import Config
 from rollouts.config.json_form import field_types
 
 SETTING_CHARS_MAX = 4000
+WORDS: dict[str, Any] = {"true": True, "false": False, "none": None, "null": None}  # by what others write for them
 SHORT_MAX = 40  # letters of a run's name that say what differs
 
 
@@ -80,8 +82,30 @@ def _setting(base: Config, setting: str) -> tuple[str, list[Any]]:
     for value in values:
         found = [message for _, message in type_problems(value, expected, path)]
         if found:
-            raise ConfigError(f"--set {setting}: {found[0]}")
+            swept = "" if len(values) == 1 else "; a comma begins the value of another run"
+            raise ConfigError(f"--set {setting}: {found[0]}{_meant(value, expected)}{swept}")
     return path, values
+
+
+def _meant(value: Any, expected: Any) -> str:
+    """Return "; write …" for a value whose type is wrong, where what was meant can be told."""
+    if isinstance(value, float) and value.is_integer() and _fits(int(value), expected):
+        return f"; write {int(value)}"
+    if value == "":
+        return "; nothing stands where a value should"
+    return _meant_by_text(value, expected) if isinstance(value, str) else ""
+
+
+def _meant_by_text(value: str, expected: Any) -> str:
+    if value.lower() in WORDS and _fits(WORDS[value.lower()], expected):
+        return f"; write {WORDS[value.lower()]}"
+    texts = [part.strip(" '\"") for part in value.strip("[]").split(",")]
+    if _fits(texts, expected):
+        return f"; texts in a list stand in quotes, and all of it in the shell's: {json.dumps(texts)!r}"
+    if value in schema.__all__:
+        return f"; write {value}(…) with all of its fields"
+    odd = sorted({letter for letter in value if not letter.isascii()})
+    return f"; {' '.join(odd)} is not a sign of numbers" if odd else ""
 
 
 def _whole_path(base: Config, path: str, setting: str) -> str:
@@ -160,11 +184,22 @@ def _called(text: str, name: str) -> Any:
         if call.args:
             raise ConfigError(f"{text}: {name} takes its fields by name")
         fields = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
+        _check_names(name, list(fields))
         return getattr(schema, name)(**fields)
     except (ValueError, AttributeError):
         raise ConfigError(f"{text}: needs plain values: numbers, texts, True, False, None, lists") from None
     except (SyntaxError, TypeError) as error:
         raise ConfigError(str(error)) from None
+
+
+def _check_names(name: str, given: Sequence[str]) -> None:
+    """Raise ConfigError for fields that a group of the schema lacks, or that are left out."""
+    known = [field.name for field in dataclasses.fields(getattr(schema, name))]
+    left = [field for field in known if field not in given]
+    if unknown := [field for field in given if field not in known]:
+        raise ConfigError(f"{name} has no field {unknown[0]!r}{nearest(unknown[0], left or known)}")
+    if left:
+        raise ConfigError(f"{name} needs {', '.join(map(repr, left))}: no field has a default")
 
 
 def _takes_text(expected: Any) -> bool:

@@ -40,6 +40,7 @@ GIB_PER_BILLION = 2.0  # of weights in bfloat16
 ENGINE_SHARE = 0.85  # of a card that an engine has for itself
 # Learning rates to start from: full fine-tuning by size, LoRA about ten times as much
 RATES = {"sft": ((1.0, 2e-5), (9.0, 1e-5), (100.0, 5e-6)), "rl": ((9.0, 1e-6), (100.0, 5e-7))}
+RATES_FROM_SCRATCH = {"sft": ((0.01, 3e-3), (100.0, 3e-4)), "rl": ((0.01, 5e-4), (100.0, 1e-5))}  # of random weights
 LORA_FACTOR = 10.0
 
 
@@ -285,7 +286,8 @@ def _examples(rows: int | None, most: int, ranks: int) -> int:
 
 def _rate(stage: Literal["sft", "rl"], choices: Choices) -> float:
     billions = choices.model.billions
-    rate = next(rate for most, rate in RATES[stage] if billions <= most)
+    rates = RATES if choices.model.has_weights else RATES_FROM_SCRATCH
+    rate = next(rate for most, rate in rates[stage] if billions <= most)
     return rate * LORA_FACTOR if choices.lora else rate
 
 

@@ -31,6 +31,11 @@ class ConfigOrVerb(TyperGroup):
             ctx.fail(str(error))
         return super().parse_args(ctx, line)
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Name `deploy CONFIG` as one types it where an option of it is wrong."""
+        name, command, rest = super().resolve_command(ctx, args)
+        return "CONFIG" if name == CONFIG_VERB else name, command, rest
+
 
 def with_verb(args: list[str], verbs: Any) -> list[str]:
     """Return `args` with the verb first: `x.py --plan` → `run-config x.py --plan`, `--remote h ls` → `ls --remote h`.
@@ -63,9 +68,22 @@ def _with_config(args: list[str], word: str, others: list[str], verbs: Any) -> l
         return ["--help"]
     if problem := _no_such_verb(word, verbs):
         raise ValueError(problem)
-    if more := [word for word in others if word.endswith((".py", ".json"))]:
-        raise ValueError(f"one config at a time: {word}, then {' and '.join(more)}.")
+    if more := _words(others):
+        raise ValueError(_stray_words(word, [others[at] for at in more]))
     return [CONFIG_VERB, *args]
+
+
+def _stray_words(config: str, words: list[str]) -> str:
+    """Return what is wrong with words after the config: it is followed by options alone."""
+    if more := [word for word in words if word.endswith((".py", ".json"))]:
+        return f"one config at a time: {config}, then {' and '.join(more)}."
+    if words[0].startswith("=") or any("=" in word for word in words):
+        return (
+            f"{words[0]!r} stands alone. A setting is one word: --set rl.matrix_lr=1e-6, several are each with a --set."
+        )
+    near = difflib.get_close_matches(f"--{words[0]}", CONFIG_OPTIONS, n=1, cutoff=0.8)
+    meant = f" Did you mean {near[0]}?" if near else ""
+    return f"{words[0]!r} after {config} is not an option.{meant} Options: {', '.join(CONFIG_OPTIONS)}."
 
 
 def _check_options(args: list[str], known: tuple[str, ...], whose: str) -> None:
@@ -86,21 +104,28 @@ def _no_such_verb(word: str, verbs: Any) -> str:
     shown = sorted(verb for verb in verbs if verb not in (HOST_VERB, CONFIG_VERB))
     near = [f"deploy {verb}" for verb in difflib.get_close_matches(word.lower(), shown, n=1, cutoff=0.5)]
     configs = {path.stem: f"deploy {path}" for path in pathlib.Path().glob("configs/*.py")}
+    configs |= {path.stem: f"deploy {path}" for path in pathlib.Path().glob("*.py")}
     near += [configs[stem] for stem in configs if word in (stem, stem.partition("_")[2])]
+    near += [] if near else [configs[stem] for stem in difflib.get_close_matches(word, configs, n=1, cutoff=0.75)]
     near = ["deploy attach last", "deploy status last"] if word == "last" else near  # as RUN is written elsewhere
     meant = f" Did you mean {' or '.join(f'`{line}`' for line in near)}?" if near else ""
     return f"{word!r} is neither a verb nor a config file.{meant} Verbs: {', '.join(shown)}."
 
 
 def _first_word(args: list[str]) -> int | None:
-    skip = False
+    return next(iter(_words(args)), None)
+
+
+def _words(args: list[str]) -> list[int]:
+    """Return the places of what is neither an option nor the value of one."""
+    found, skip = list[int](), False
     for index, arg in enumerate(args):
         if skip:
             skip = False
         elif arg in OPTIONS_WITH_VALUE:
             skip = True
         elif arg == "--":
-            return index + 1 if index + 1 < len(args) else None
+            return [*found, *range(index + 1, len(args))]
         elif not arg.startswith("-"):
-            return index
-    return None
+            found.append(index)
+    return found

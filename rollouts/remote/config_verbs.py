@@ -1,6 +1,7 @@
 """The verbs of `deploy` about configs: new, explain, diff. They reach no host."""
 
 import hashlib
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any
 from rollouts.config import Config, ConfigError, load_config
 from rollouts.config.diff import MISSING, differences
 from rollouts.config.explain import FieldDoc, all_fields, explain, section_docs
+from rollouts.config.field_types import nearest
 from rollouts.config.source import literal
 from rollouts.plain_files import read_plain
 from rollouts.remote.errors import DeployError
-from rollouts.remote.new_config import Asked, new_config
+from rollouts.remote.new_config import Asked, new_config, tiny_model, wants_tiny
 from rollouts.remote.run.run_names import known_run
 from rollouts.run_dir import RunDir
 from rollouts.view.answer import Answer
@@ -50,7 +52,7 @@ def answered(given: Mapping[str, Any], *, ask: Callable[[str, str | None], str] 
         elif ask is not None:
             found[name] = _number(name, ask(*QUESTIONS[name]))
     if found["mode"] not in MODES:
-        raise DeployError(f"--mode {found['mode']!r}: needs {', '.join(MODES)}.")
+        raise DeployError(f"--mode {found['mode']!r}: needs {', '.join(MODES)}{nearest(found['mode'], MODES)}")
     return found
 
 
@@ -65,12 +67,16 @@ def _number(name: str, answer: str) -> Any:
 def new(asked: Asked) -> Answer:
     """Write a new config file (`deploy new`)."""
     made = new_config(asked)
+    lines = []
     try:
         with asked.file.open("x", encoding="utf-8") as file:
             file.write(made.text)
+        if wants_tiny(asked.model):
+            shutil.copytree(tiny_model(), asked.model)
+            lines = [f"wrote {asked.model}/: a model of letters with random weights, to try things with"]
     except OSError as error:
-        raise DeployError(f"{asked.file}: cannot be written: {error.strerror}") from None
-    lines = [f"wrote {asked.file}: every field, with what it means", *made.memory]
+        raise DeployError(f"{error.filename or asked.file}: cannot be written: {error.strerror}") from None
+    lines = [f"wrote {asked.file}: every field, with what it means", *lines, *made.memory]
     lines += [f"  {path}={literal(value)}, so that it fits" for path, value in made.changes.items()]
     lines += [f"next: deploy {asked.file} --plan"]
     document = {"file": str(asked.file), "config": made.config.to_json(), "changed_to_fit": dict(made.changes)}

@@ -1,45 +1,123 @@
-"""`deploy data CONFIG`: the first rows of each mixture as the model will see them, made by a process of the library."""
+"""`deploy data CONFIG`: the first rows of each mixture as the model will see them, made by a process of the library.
 
+With --remote it runs on the host, in the environment of this config's trainer: from a copy of the code that goes again.
+"""
+
+import contextlib
 import importlib.util
 import json
 import os
+import secrets
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
+from rollouts.config import Config
+from rollouts.remote.commands import look_at_host
 from rollouts.remote.errors import DeployError
+from rollouts.remote.host.facts import HostFacts
+from rollouts.remote.host.open import open_transport
+from rollouts.remote.host.transport import Transport
+from rollouts.remote.local_faults import as_deploy_errors
+from rollouts.remote.plan.launch_plan import trainer_environment
+from rollouts.remote.plan.problems import input_problems
 from rollouts.remote.read_config import read_config
-from rollouts.remote.repository import find_repository
+from rollouts.remote.repository import Code, find_repository, read_code
+from rollouts.remote.run.execute import PACKAGE_LINK
+from rollouts.remote.run.sync_code import CodePlace, sync_code
 from rollouts.view.answer import Answer
 from rollouts.view.samples import mixtures_text
+from rollouts.view.screen import Screen, takes_colour
 
 NEEDED = ("transformers", "datasets")  # packages; torch is not among them
 MODULE = "rollouts.worker.data_preview"
+TIMEOUT_S = 1800.0  # on a host; data of a hub may have to be downloaded
+# $1 the rollouts home, $2 this preview: those that were killed a day ago go too
+_REMOVE = 'rm -rf "$2"; find "$1/previews" -mindepth 1 -maxdepth 1 -mtime +1 -exec rm -rf {} +; rmdir "$1/previews"; :'
 
 
-def show_data(config_path: str, *, rows: int) -> Answer:
-    """Read and render all rows of a config on this machine. Raises DeployError."""
-    config = read_config(config_path)
+def show_data(config_path: str, screen: Screen, *, rows: int, remote: str | None, accept_new_host_key: bool) -> Answer:
+    """Read and render all rows of a config, on this machine or on `remote`. Raises DeployError."""
+    with as_deploy_errors():
+        config = read_config(config_path)
+        root = find_repository(Path.cwd())  # data and models are named from there
+        if remote is None:
+            printed = _rendered_here(config, root, rows)
+        else:
+            with contextlib.closing(open_transport(remote, accept_new_host_key=accept_new_host_key)) as transport:
+                printed = _rendered_there(config, root, rows, transport, screen)
+    mixtures: list[dict[str, Any]] = json.loads(printed)
+    text = mixtures_text(mixtures, colour=takes_colour())
+    return Answer(mixtures, text, is_escaped=True)
+
+
+def _rendered_here(config: Config, root: Path, rows: int) -> str:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise DeployError(
             f"rows are read and rendered by {' and '.join(NEEDED)}; missing here: {', '.join(missing)}.",
-            fix="pip install 'rollouts[data]' (no torch)",
+            fix="pip install 'rollouts[data]' (no torch); or --remote HOST, where the trainer's environment has them",
         )
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "config.json"
         config.save(path)
         done = subprocess.run(
-            [sys.executable, "-P", "-m", MODULE, str(path), "--rows", str(rows)],
-            cwd=find_repository(Path.cwd()),  # data and models are named from there; -P: its modules hide none of ours
+            [sys.executable, "-P", "-m", MODULE, str(path), "--rows", str(rows)],  # -P: its modules hide none of ours
+            cwd=root,
             env={**os.environ, **config.host.env},
             capture_output=True,
             text=True,
             check=False,
         )
-    if done.returncode:
-        said = [line.removeprefix("error: ") for line in done.stderr.splitlines() if line.startswith("error: ")]
-        raise DeployError(said[-1] if said else f"{MODULE} failed: {done.stderr[-2000:]}")
-    mixtures = json.loads(done.stdout)
-    return Answer(mixtures, mixtures_text(mixtures))
+    return _output(done.returncode, done.stdout, done.stderr)
+
+
+def _rendered_there(config: Config, root: Path, rows: int, transport: Transport, screen: Screen) -> str:
+    facts, code = look_at_host(transport, [config], run_id=None), read_code(root, config)
+    wanted = input_problems(config, facts, code, transport.target, config.host.secrets)  # which rows do not need
+    if problems := [*facts.way_problems, *code.inputs.problems, *wanted]:
+        raise DeployError.of(problems)
+    environment = trainer_environment(config, facts, code)
+    if os.path.basename(environment.path) not in facts.environments:
+        raise DeployError(
+            f"{transport.target} has no environment for this config's trainer yet, which reads rows as they are read.",
+            needed=environment.path,
+            fix="deploy this config there once, which builds it; or leave out --remote",
+        )
+    preview = f"{facts.home}/previews/{secrets.token_hex(4)}"
+    try:
+        program_path = _send(code, transport, facts, preview, screen)
+        script = 'umask 077; cat > "$0/config.json"; exec env "$@" "$0/config.json"'
+        variables = [f"{name}={value}" for name, value in config.host.env.items()]
+        command = [f"{environment.path}/bin/python", "-P", "-m", MODULE, "--rows", str(rows)]
+        done = transport.run(
+            ["sh", "-c", script, preview, *variables, f"PYTHONPATH={program_path}", *command],
+            stdin=json.dumps(config.to_json()).encode(),
+            cwd=f"{preview}/code/tree",
+            timeout_s=TIMEOUT_S,
+        )
+    finally:
+        transport.run(["sh", "-c", _REMOVE, "sh", facts.home, preview], timeout_s=TIMEOUT_S)
+    return _output(done.returncode, done.out, done.err)
+
+
+def _send(code: Code, transport: Transport, facts: HostFacts, preview: str, screen: Screen) -> str:
+    """Bring the repository, and rollouts where it is no part of it; return where rollouts lies there."""
+    assert facts.python is not None, "an environment was made by one"
+    place = CodePlace(home=facts.home, run_path=preview, project=code.project, stays=False)
+    sync_code(transport, place, root=code.root, files=code.files, python=facts.python, say=screen.say)
+    if code.package is None:
+        return place.whole
+    place = CodePlace(home=facts.home, run_path=preview, project=PACKAGE_LINK, name="package", stays=False)
+    package = code.package
+    sync_code(transport, place, root=package.root, files=package.files, python=facts.python, say=screen.say)
+    return place.whole
+
+
+def _output(returncode: int, out: str, err: str) -> str:
+    if returncode:
+        said = [line.removeprefix("error: ") for line in err.splitlines() if line.startswith("error: ")]
+        raise DeployError(said[-1] if said else f"{MODULE} failed: {err[-2000:]}")
+    return out

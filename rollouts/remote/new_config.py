@@ -14,7 +14,9 @@ from rollouts.config.source import commented_source
 from rollouts.plain_files import reading
 from rollouts.remote.errors import DeployError
 from rollouts.remote.inputs.data_files import WEIGHTS, count_parameters, read_model_config
+from rollouts.remote.inputs.row_values import row_problem
 from rollouts.remote.inputs.shapes import shape_named
+from rollouts.remote.package import folder as package_folder
 from rollouts.remote.plan.memory import Card, Models
 from rollouts.remote.plan.memory.engine_memory import GIB
 from rollouts.remote.plan.memory.fit import misfits, nearest_change
@@ -23,10 +25,7 @@ from rollouts.remote.plan.memory.words import memory_lines
 
 FORMATS = cast(tuple[str, ...], get_args(get_type_hints(DatasetSpec)["format"]))
 GPUS_MAX, GPU_MEMORY_GIB_MAX = 64, 4096
-TEXTS = {  # what a row's format reads as text
-    **{name: ("question", "answer") for name in ("question_answer", "gsm8k", "gsm8k_calculator")},
-    "text": ("text",),
-}
+TINY = "tiny"  # `--model tiny`: the model of this name that comes with rollouts, unless a directory has the name
 USABLE_SHARE = 0.98  # of a card, as driver and display leave it
 ROWS_LOOKED_AT = 100  # for the format
 # Data sets of the hub whose form is known here: (format, subset, split to train on, split to hold out)
@@ -75,7 +74,7 @@ class NewConfig:
 def new_config(asked: Asked) -> NewConfig:
     """Return a config for these choices that has no problems and fits. Raises DeployError."""
     if asked.file.suffix != ".py":
-        raise DeployError(f"{asked.file}: a config is a .py file.")
+        raise DeployError(f"{asked.file}: a config is a .py file.", fix=f"deploy new {asked.file.with_suffix('.py')} …")
     if asked.file.exists():
         raise DeployError(
             f"{asked.file} exists already, and is left as it is.", fix="choose another name, or remove it"
@@ -136,10 +135,11 @@ def model_choice(name: str) -> ModelChoice:
 
     Raises DeployError for a path that is no model's directory.
     """
-    folder = Path(name).expanduser()
+    folder = tiny_model() if wants_tiny(name) else Path(name).expanduser()
     if not folder.is_dir():
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
-            raise DeployError(f"--model {name}: no such directory.")
+            near = nearest(name.removeprefix("./"), [path.name for path in Path().iterdir() if path.is_dir()])
+            raise DeployError(f"--model {name}: no such directory{near}", fix="a hub id (owner/name), or a directory")
         shape = shape_named(name, {})
         return ModelChoice(name=name, parameters=None if isinstance(shape, str) else shape.parameters, has_weights=True)
     config = read_model_config(folder)
@@ -148,6 +148,16 @@ def model_choice(name: str) -> ModelChoice:
     has_weights = any(file.suffix in WEIGHTS for file in folder.iterdir())
     parameters = count_parameters(folder, from_weights=has_weights)
     return ModelChoice(name=name, parameters=parameters, has_weights=has_weights, config=config)
+
+
+def wants_tiny(name: str) -> bool:
+    """Return whether the model that comes with rollouts is meant, which is not here yet."""
+    return name == TINY and not Path(name).exists()
+
+
+def tiny_model() -> Path:
+    """Return the folder of the package's tiny model: its architecture and tokenizer, without weights."""
+    return package_folder() / "models" / "tiny_qwen2"
 
 
 def data_choice(name: str, format_asked: str | None) -> DataChoice:
@@ -181,7 +191,8 @@ def _rows(path: Path) -> list[Any]:
         with reading(path) as stream:
             lines = stream.read().decode("utf-8-sig").split("\n")  # a row may hold U+2028 and its like
     except FileNotFoundError:
-        raise DeployError(f"--data {path}: no such file.") from None
+        near = nearest(path.name, [other.name for other in path.parent.glob("*.jsonl")])
+        raise DeployError(f"--data {path}: no such file{near}", fix="a .jsonl file here, or a hub id") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DeployError(f"--data {path}: cannot be read: {error}") from None
     rows = []
@@ -196,17 +207,9 @@ def _rows(path: Path) -> list[Any]:
 
 def _check_rows(name: str, row_format: str, rows: list[Any]) -> None:
     """Raise DeployError for the first row that lacks what its format reads, with its number among the rows."""
-    wanted = TEXTS.get(row_format, ())
     for number, row in enumerate(rows, 1):
-        for key in wanted:
-            value = row.get(key) if isinstance(row, dict) else None
-            if not (isinstance(value, str) and value):
-                raise DeployError(
-                    f"{name}: row {number} has {key}={str(value)[:80]!r}; format {row_format!r} needs a text.",
-                    fix="mend the row, or give another --format",
-                )
-        if row_format == "messages" and not isinstance(row.get("messages") if isinstance(row, dict) else None, list):
-            raise DeployError(f"{name}: row {number} has no list of messages.", fix="mend it, or give another --format")
+        if why := row_problem(row_format, row):
+            raise DeployError(f"{name}: row {number}: {why}.", fix="mend the row, or give another --format")
 
 
 def _format_of(name: str, rows: list[Any]) -> str:

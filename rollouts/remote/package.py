@@ -21,7 +21,8 @@ from rollouts.remote.errors import DeployError, unreadable
 NAME = "rollouts"
 # What a repository holds that is a clone: the package itself, with what builds it. A folder of the name is not enough.
 CLONE_FILES = ("pyproject.toml", "rollouts/run_dir/layout.py", "rollouts/worker/launch.py")
-LEFT_OUT = ("__pycache__", "requirements")  # of the package's folders: the host needs no lock, a plan has its text
+# Of the package's folders: the host needs no lock, a plan has its text; `deploy new` copies a model into the repository
+LEFT_OUT = ("__pycache__", "requirements", "models")
 
 
 @dataclass(frozen=True)

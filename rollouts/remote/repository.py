@@ -129,6 +129,13 @@ def refuse_stray_config(root: Path, file: Path) -> None:
             needed="a config of the repository whose code is sent: its data and its rewards are looked up there",
             fix=f"cd into the repository that it belongs to, or move it into {root}",
         )
+    if file.is_symlink() and not file.resolve().is_relative_to(root.resolve()):
+        raise DeployError(
+            f"{file} is a link that leads out of the repository.",
+            found=f"{file} -> {os.readlink(file)}",
+            needed="a config whose text git lists: of a link it has the name alone",
+            fix="put a copy in the link's place",
+        )
     if _git(root, "check-ignore", "-q", "--", str(place), check=False).returncode == 0:
         raise DeployError(
             f"git ignores {file}, so no record of the code would have it.",

@@ -72,7 +72,7 @@ def resume(name: str, screen: Screen, settings: Sequence[str], options: ResumeOp
         old = known_run(name)
         config = _recorded_config(old)
         target = options.remote or old.target
-        _bring_results(old, screen, elsewhere=target != old.target, accept_new_host_key=options.accept_new_host_key)
+        _bring_results(old, screen, options, elsewhere=target != old.target)
         origin = _origin(old, config)
         for note in origin.notes:
             screen.remark(f"note: {note}")
@@ -124,16 +124,17 @@ def _recorded_config(old: RunEntry) -> Config:
         ) from None
 
 
-def _bring_results(old: RunEntry, screen: Screen, *, elsewhere: bool, accept_new_host_key: bool) -> None:
-    """Pull what the old run has. Raises DeployError for one that lives, is done, or never ran.
+def _bring_results(old: RunEntry, screen: Screen, options: ResumeOptions, *, elsewhere: bool) -> None:
+    """Pull what the old run has; for a plan only look. Raises DeployError for one that lives, is done, or never ran.
 
     To go on on another host, the old one need not answer: then what is here counts.
     """
     try:
-        with open_run(old.run_id, None, accept_new_host_key=accept_new_host_key) as run:
+        with open_run(old.run_id, None, accept_new_host_key=options.accept_new_host_key) as run:
             refusal = _refusal(run)
             if refusal is None and run.trace in ("on its host", "unreadable"):
-                _pull(run, screen)
+                bring = _look if options.plan_only else _pull
+                bring(run, screen)
     except (TransportError, UnreachableError) as error:
         if not elsewhere:
             raise
@@ -171,6 +172,16 @@ def _pull(run: OpenRun, screen: Screen) -> None:
     for path in listed_checkpoints(run.connection):  # also one that the run completed and did not live to name
         with _told(screen):
             pull_checkpoint(run.transport, run.entry.run_path, run.entry.mirror, path)
+
+
+def _look(run: OpenRun, screen: Screen) -> None:
+    """Say what of the run is not here, without pulling it: a plan touches nothing."""
+    name, mirror = run.entry.run_id, run.entry.mirror
+    if absent := [path for path in listed_checkpoints(run.connection) if not (mirror.path / path).is_dir()]:
+        screen.remark(
+            f"note: {', '.join(absent)} of {name} is not here, so this plan leaves it out; without --plan it is pulled"
+            f" first (`deploy pull {name}` brings it)"
+        )
 
 
 @contextlib.contextmanager

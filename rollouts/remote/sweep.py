@@ -91,6 +91,17 @@ def asks_for_several(settings: Sequence[str]) -> bool:
     return combinations(settings) > 1
 
 
+def check_alone(*, skip: int, yes: bool) -> None:
+    """Raise DeployError for options of a sweep where `--set` asks for one run."""
+    given = f"--skip {skip}" if skip else "--yes" if yes else ""
+    if given:
+        raise DeployError(
+            f"{given} without a sweep: there is one run.",
+            needed="--set with several values of a field, such as --set rl.matrix_lr=1e-6,3e-6",
+            fix=f"leave out {given}",
+        )
+
+
 def check_options(*, detach: bool, run_id: str | None) -> None:
     """Raise DeployError for options that have no meaning for several runs."""
     if detach:

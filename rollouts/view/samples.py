@@ -1,22 +1,25 @@
-"""Rows of data as the model will see them, as text. Pure."""
+"""Rows of data as the model will see them, as text that is safe to print. Pure."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rollouts.view.escape import escaped
+
 BAR = 40  # columns of the longest bar
+GREEN, PLAIN = "\x1b[32m", "\x1b[39m"
 
 
-def mixtures_text(mixtures: Sequence[Mapping[str, Any]]) -> str:
-    """Return each mixture's counts, lengths and first rows, trained tokens in [brackets]."""
-    parts = [line for mixture in mixtures for line in _mixture(mixture)]
-    return "\n".join([*parts, "", "trained tokens are in [brackets]"])
+def mixtures_text(mixtures: Sequence[Mapping[str, Any]], *, colour: bool) -> str:
+    """Return each mixture's counts, lengths and first rows, trained tokens in green, or in [brackets]."""
+    parts = [line for mixture in mixtures for line in _mixture(mixture, colour=colour)]
+    return "\n".join([*parts, "", f"trained tokens are {f'{GREEN}green{PLAIN}' if colour else 'in [brackets]'}"])
 
 
-def _mixture(mixture: Mapping[str, Any]) -> list[str]:
-    lines = [f"{mixture['mixture']}: {mixture['summary']}"]
+def _mixture(mixture: Mapping[str, Any], *, colour: bool) -> list[str]:
+    lines = [escaped(f"{mixture['mixture']}: {mixture['summary']}")]
     lines += _bars(mixture["lengths"])
     for row in mixture["rows"]:
-        lines += [f"  {row['where']}", *(f"    {line}" for line in _spans(row["spans"]))]
+        lines += [escaped(f"  {row['where']}"), *(f"    {line}" for line in _spans(row["spans"], colour=colour))]
     return lines
 
 
@@ -31,6 +34,12 @@ def _bars(bins: Sequence[Mapping[str, int]]) -> list[str]:
     return lines
 
 
-def _spans(spans: Sequence[Mapping[str, Any]]) -> list[str]:
-    text = "".join(f"[{span['text']}]" if span["trained"] else span["text"] for span in spans)
-    return text.splitlines()
+def _spans(spans: Sequence[Mapping[str, Any]], *, colour: bool) -> list[str]:
+    marked = _green if colour else "[{}]".format
+    parts = [(escaped(str(span["text"])), span["trained"]) for span in spans]
+    return "".join(marked(text) if trained else text for text, trained in parts).splitlines()
+
+
+def _green(text: str) -> str:
+    """Return text whose every line is green: what is printed before a line keeps its own colour."""
+    return "\n".join(f"{GREEN}{line}{PLAIN}" if line else "" for line in text.split("\n"))

@@ -4,6 +4,7 @@ Text that a host wrote goes through escape.py first.
 """
 
 import json
+import os
 import shutil
 import sys
 from typing import Any
@@ -23,7 +24,7 @@ class Screen:
         if self.as_json:
             print_json(answer.document)
         elif answer.text is not None:
-            show(answer.text)
+            print(answer.text if answer.is_escaped else escaped(answer.text), flush=True)
         for remark in answer.remarks:
             self.remark(remark)
         if answer.alarm:
@@ -64,6 +65,11 @@ def print_json(value: Any) -> None:
 def show(text: str) -> None:
     """Print text that may hold what a host or a model wrote."""
     print(escaped(text), flush=True)
+
+
+def takes_colour() -> bool:
+    """Return whether stdout is a terminal with colours, whose user wants them (no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
 
 
 def terminal_width() -> int | None:

@@ -70,7 +70,7 @@ def test_values_as_one_writes_them(setting: str, path: str, value: Any) -> None:
         ("rl.matrix_lr=fast", "rl.matrix_lr='fast': needs float"),
         ("rl.num_samples=4.5", "rl.num_samples=4.5: needs int"),
         ("model.dtype=float16", "needs one of 'float32', 'bfloat16'"),
-        ("rl.kl=KLConfig(coef=0.1)", "missing 2 required keyword-only arguments"),
+        ("rl.kl=KLConfig(coef=0.1)", "KLConfig needs 'kind', 'reference': no field has a default"),
         ("rl.kl=KLConfig(coef=open('x'))", "needs plain values"),
         ("data.rl_mixture.7.start=1", "has no field 'data.rl_mixture.7.start'"),
         ("rl.matrix_lr=", "rl.matrix_lr='': needs float"),

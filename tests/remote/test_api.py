@@ -2,12 +2,16 @@
 
 import dataclasses
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from tests.remote.hosts import Host, Laptop, write_config
+from rollouts.run_dir import RunDir, read_jsonl
+from tests.remote.hosts import WAIT_S, Host, Laptop, wait_for, write_config
 
 NOTEBOOK = """
 import json, sys
@@ -34,6 +38,35 @@ json.dump({
     "refusals": [refusal, refusal_too],
 }, sys.stdout)
 """
+
+
+INTERRUPTED = """
+import sys
+from base_config import load_config
+from rollouts.api import deploy
+
+try:
+    deploy(load_config(sys.argv[1]), run_id="left").wait()
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_ctrl_c_while_waiting(laptop: Laptop, tmp_path: Path) -> None:
+    """Goal: the run goes on, and what follows or stops it is told, in Python and in a terminal. Red with nothing said,
+    and with the run stopped."""
+    config = str(write_config(laptop.project, env={"STAND_IN_WAIT": str(tmp_path / "go")}))
+    notebook = dataclasses.replace(laptop, command=(sys.executable, "-P", "-c", INTERRUPTED))
+    process = notebook.start(config, start_new_session=True)
+    mirror = RunDir(laptop.project / "runs/example/left")
+    wait_for(lambda: mirror.metrics.exists() and read_jsonl(mirror.metrics), "the first step, followed")
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=WAIT_S)
+    assert (process.returncode, out) == (0, "interrupted\n"), err
+    assert "find('left').wait() follows it again, .stop() ends it" in err and "deploy stop left" in err, err
+    assert laptop.json("status", "left")["state"] == "running"
+    (tmp_path / "go").touch()
+    assert laptop.deploy("attach", "left").returncode == 0
 
 
 @pytest.mark.parametrize("where", ["local", "remote"])

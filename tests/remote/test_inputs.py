@@ -61,7 +61,7 @@ def texts(inputs: Inputs) -> str:
 def test_nothing_is_refused_wrongly(repository: Path) -> None:
     """Goal: plain files, folders, links inside of the tree (chained, through .., to folders) and hub ids pass.
     Red with a file below a linked folder looked up by its name alone."""
-    write(repository, "real/rows.jsonl", "{}\n")
+    write(repository, "real/rows.jsonl", '{"question": "q", "answer": "a"}\n')
     (repository / "linked").symlink_to("real")
     (repository / "again").symlink_to("./linked/../linked")
     (repository / "configs/one.jsonl").symlink_to("../again/rows.jsonl")
@@ -419,12 +419,20 @@ def test_a_reward_without_its_column(repository: Path) -> None:
     assert "needs the column 'question', which no row has" in texts(taken), "the format made messages of it"
     write(repository, "mine3.py", "def score(sample):\n    return sample.prompt['letters']\n")
     choices = [dataclasses.replace(example_config().data.rl_mixture[0], format="multiple_choice")]
+    write(
+        repository, "choices.jsonl", '{"question": "q", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "A"}'
+    )
+    choices = [dataclasses.replace(choices[0], name="choices.jsonl")]
     assert not look(repository, rl__reward__fn="mine3.score", data__rl_mixture=choices).problems
     tests = look(repository, rl__reward__fn="rollouts.training.rewards.code_tests")
     assert "needs the column 'tests'" in texts(tests)
     hub = [*example_config().data.rl_mixture, *with_data("some/hub")]
     assert not look(repository, rl__reward__fn="mine.score", data__rl_mixture=hub).problems
-    write(repository, DATA.format("train_rl"), '{"answer": "a"}\n{"answer": "b", "level": 2}\n')
+    write(
+        repository,
+        DATA.format("train_rl"),
+        '{"question": "q", "answer": "a"}\n{"question": "q", "answer": "b", "level": 2}\n',
+    )
     assert not look(repository, rl__reward__fn="mine.score").problems
 
 
@@ -443,3 +451,29 @@ def test_parameters_of_a_local_model(repository: Path, tmp_path: Path) -> None:
     assert count_parameters(tmp_path, from_weights=False) is None
     (tmp_path / "model.safetensors").write_bytes(b"torn")
     assert count_parameters(tmp_path, from_weights=True) is None
+
+
+@pytest.mark.parametrize(
+    ("selection", "is_told"),
+    [
+        ({}, True),
+        ({"start": 1}, False),
+        ({"max_samples": 2, "start": 1}, False),
+        ({"step": 2}, True),
+        ({"shuffle_seed": 0}, True),
+        ({"shuffle_seed": 0, "stop": 2}, False),
+    ],
+    ids=str,
+)
+def test_a_wrong_row_counts_where_it_is_read(selection: dict[str, Any], is_told: bool, repository: Path) -> None:
+    """Goal: a row that the selection leaves out for certain, or may leave out by its shuffling, is not refused; a line
+    that is not JSON is, since the whole file is read. Red with the selection not looked at."""
+    good = '{"question": "q", "answer": "a"}\n'
+    write(repository, "rows.jsonl", '{"question": 1, "answer": "a"}\n' + 2 * good)
+    spec = dataclasses.replace(with_data("rows.jsonl")[0], **selection)
+    found = texts(look(repository, data__rl_mixture=[spec]))
+    assert ("rows.jsonl:1: question=1" in found) == is_told == bool(found), found
+    write(repository, "rows.jsonl", "{\n" + 2 * good)
+    assert "rows.jsonl:1: is not JSON" in texts(look(repository, data__rl_mixture=[spec]))
+    write(repository, "rows.jsonl", "version https://git-lfs.github.com/spec/v1\n")
+    assert "not JSON" not in texts(look(repository, data__rl_mixture=[spec]))

@@ -132,7 +132,7 @@ def test_on_a_cpu(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "found"),
     [
-        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user", "content": "hi"}]}, "messages"),
         ({"question": "1+1?", "answer": "2"}, "question_answer"),
         ({"question": "1+1?", "answer": "1+1=2 #### 2"}, "gsm8k"),
         ({"question": "?", "choices": {}, "answerKey": "A"}, "multiple_choice"),
@@ -156,8 +156,8 @@ def test_the_format_of_rows(tmp_path: Path, row: Any, found: str) -> None:
         ({"data": "bad.jsonl"}, "bad.jsonl:2: not JSON"),
         ({"data": "odd.jsonl"}, "its rows have prompt, which is none"),
         ({"data": "fine.jsonl", "reward": None}, "--reward is missing"),
-        ({"data": "odd.jsonl", "format": "question_answer"}, "odd.jsonl: row 1 has question='None'"),
-        ({"data": "odd.jsonl", "format": "messages"}, "row 1 has no list of messages"),
+        ({"data": "odd.jsonl", "format": "question_answer"}, "odd.jsonl: row 1: has no 'question' (it has prompt)"),
+        ({"data": "odd.jsonl", "format": "messages"}, "row 1: has no 'messages'"),
         ({"data": "deep.jsonl"}, "deep.jsonl:1: not JSON"),
         ({"model": "./mdel"}, "./mdel: no such directory"),
         ({"model": "./empty"}, "./empty: its config.json is missing"),

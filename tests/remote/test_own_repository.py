@@ -219,7 +219,8 @@ def test_a_repository_without_commits(tmp_path: Path) -> None:
 
 def test_configs_that_are_not_the_repository_s(tmp_path: Path) -> None:
     """Goal: a config of elsewhere, and one that git ignores, are refused; a saved one may lie anywhere, and so may a
-    config where a clone runs. Red with paths compared through links: /tmp may be one."""
+    config where a clone runs; a link out of it is refused. Red with paths compared through links, for /tmp may be one,
+    and with a link's own place alone looked at."""
     own = make_own(tmp_path / "own", {".gitignore": "drafts/\n"})
     (own / "drafts").mkdir()
     (tmp_path / "link").symlink_to(own)
@@ -232,6 +233,11 @@ def test_configs_that_are_not_the_repository_s(tmp_path: Path) -> None:
         refuse_stray_config(own, tmp_path / "run.py")
     with pytest.raises(DeployError, match="git ignores"):
         refuse_stray_config(own, own / "drafts/run.py")
+    for name, target in (("out.py", "../run.py"), ("in.py", "run.py")):
+        (own / name).symlink_to(target)
+    refuse_stray_config(own, own / "in.py")
+    with pytest.raises(DeployError, match="is a link that leads out of the repository"):
+        refuse_stray_config(own, tmp_path / "link/out.py")
 
 
 def package_place(home: Path, run_id: str) -> CodePlace:

@@ -167,7 +167,7 @@ PROBLEMS: list[tuple[str, dict[str, Any], list[str]]] = [
         ["'/x/ckpt' does not exist on gpu-7 (output.source_checkpoint)", "checkpoints/<stage>/latest"],
     ),
     ("relative source", {"output__source_checkpoint": "ckpt"}, ["source_checkpoint='ckpt' is not absolute"]),
-    ("absolute model", {"model__name": "/m"}, ["'/m' does not exist on gpu-7 (model or data)"]),
+    ("absolute model", {"model__name": "/m"}, ["'/m' does not exist on gpu-7 (model.name)"]),
     ("secret", {"host__secrets": ["SET", "UNSET"]}, ["the secret UNSET is not set here", "export UNSET"]),
 ]
 

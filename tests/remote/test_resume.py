@@ -141,9 +141,13 @@ def here(laptop: Laptop, run_id: str) -> RunDir:
 
 def test_a_stopped_run_goes_on_on_another_host(laptop: Laptop, make_host: Callable[..., Host], tmp_path: Path) -> None:
     """Goal: the checkpoint is sent, whole; the record, launch.json and the rows tell of the run before; the old host
-    need not answer. Red with the checkpoint not sent, and with an old host that is gone taken for an error."""
+    need not answer; a plan pulls nothing. Red with the checkpoint not sent, with an old host that is gone taken for
+    an error, and with --plan pulling."""
     old_host, new_host = make_host(), make_host()
     stopped(laptop, tmp_path, "--remote", old_host.target)
+    looked = laptop.deploy("resume", "old", "--plan")
+    assert looked.returncode == 2 and "step_000001 of old is not here, so this plan leaves it out" in looked.stderr
+    assert not here(laptop, "old").checkpoints.exists()
     assert laptop.deploy("pull", "old").returncode == 0
     old_host.stop()
     plan = laptop.json("resume", "old", "--remote", new_host.target, "--plan")

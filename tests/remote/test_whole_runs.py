@@ -6,8 +6,10 @@ Every run ends with nothing of it left on the host: `quiet` looks for its proces
 import hashlib
 import json
 import os
+import random
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -246,6 +248,26 @@ def test_kill_9_loses_nothing(phase: str, laptop: Laptop, make_host: Callable[..
     }
     assert "rollouts/worker/launch.py" in tree and not list((host.run_path("k") / "code").glob(".tree-*"))
     quiet("k")
+
+
+def test_kill_9_at_any_moment_stops_no_later_deploy(laptop: Laptop) -> None:
+    """Goal: deploys that were killed at random moments leave nothing that refuses the next one, and each of them goes
+    on by attach, or is not known."""
+    rng, names = random.Random(7), [f"k{n}" for n in range(4)]
+    config = str(write_config(laptop.project, engine__sglang_port=0))
+    for name in names:
+        process = laptop.start(config, "--run-id", name, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(0.2, 3.0))  # the moment is what is random: nothing is waited for
+        process.kill()
+        process.communicate()
+    done = laptop.deploy(config, "--run-id", "next")
+    assert done.returncode == 0, done.stdout + done.stderr
+    known = {row["run_id"] for row in laptop.json("ls")}
+    for name in names:
+        attached = laptop.deploy("attach", name)
+        assert attached.returncode == (0 if name in known else 2), attached.stderr
+        again = laptop.deploy(config, "--run-id", name, "--plan")
+        assert (again.returncode == 2) == (name in known), again.stderr
 
 
 def test_a_lost_connection_comes_back(laptop: Laptop, make_host: Callable[..., Host], tmp_path: Path) -> None:

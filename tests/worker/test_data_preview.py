@@ -2,6 +2,9 @@
 
 import itertools
 import json
+import os
+import pty
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +12,15 @@ from typing import Any
 
 import pytest
 
+from rollouts.config import as_source
 from rollouts.remote import data_verb
 from rollouts.remote.errors import DeployError
 from rollouts.training.datasets.preview import Bin, histogram, spans_of
 from rollouts.training.types import Sample
 from rollouts.view.samples import mixtures_text
+from rollouts.view.screen import Screen
 from tests.example_config import example_config, replace_at
+from tests.remote.test_own_repository import make_own, own_config
 from tests.training import tiny_task
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,16 +75,20 @@ def test_spans_and_histogram() -> None:
 
 
 def test_the_text() -> None:
-    """Goal: trained text stands in brackets, bars follow the counts. Red with brackets around all."""
-    spans = [{"text": "ask ", "trained": False}, {"text": "answer", "trained": True}]
+    """Goal: trained text stands in brackets, or is green; bars follow the counts; what the data has of a terminal's
+    signs is spelled out in both. Red with brackets around all, and with the colours put on before that."""
+    spans = [{"text": "ask ", "trained": False}, {"text": "answer\n\x1b[31mred", "trained": True}]
     mixture = {
         "mixture": "sft_mixture",
         "summary": "2 examples",
         "lengths": [{"start": 1, "end": 4, "count": 2}, {"start": 5, "end": 8, "count": 1}],
         "rows": [{"where": "rows.jsonl:1", "spans": spans}],
     }
-    lines = mixtures_text([mixture]).splitlines()
-    assert "    ask [answer]" in lines and lines[1].count("#") == 2 * lines[2].count("#") == 40
+    lines = mixtures_text([mixture], colour=False).splitlines()
+    assert "    ask [answer" in lines and "    \\x1b[31mred]" in lines
+    green = mixtures_text([mixture], colour=True).splitlines()
+    assert "    ask \x1b[32manswer\x1b[39m" in green and "    \x1b[32m\\x1b[31mred\x1b[39m" in green
+    assert lines[1].count("#") == 2 * lines[2].count("#") == 40
 
 
 def test_what_is_missing_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,4 +96,25 @@ def test_what_is_missing_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     example_config().save(tmp_path / "config.json")
     monkeypatch.setattr(data_verb.importlib.util, "find_spec", lambda name: None if name == "datasets" else name)
     with pytest.raises(DeployError, match="missing here: datasets"):
-        data_verb.show_data(str(tmp_path / "config.json"), rows=1)
+        path = str(tmp_path / "config.json")
+        data_verb.show_data(path, Screen(as_json=False), rows=1, remote=None, accept_new_host_key=False)
+
+
+@pytest.mark.parametrize(("below", "no_color"), [("", ""), ("notes/deep", "1")], ids=["from its root", "from below"])
+def test_a_repository_with_names_of_python_s(below: str, no_color: str, tmp_path: Path) -> None:
+    """Goal: from any folder of a repository with a types.py and a rollouts/ of its own rows are read, in colour on a
+    terminal, in brackets with NO_COLOR. Red without -P, where its types.py was imported; with the working directory
+    as the place of the data; and with NO_COLOR not looked at."""
+    shutil.copytree(ROOT / "configs/models/tiny_qwen2", tmp_path / "tiny")
+    own = make_own(tmp_path, {"types.py": "raise ImportError\n", "rollouts/__init__.py": "", "notes/deep/n.txt": ""})
+    config = own_config(model__name="tiny", output__mode="sft")
+    (own / "run.py").write_text(as_source(config))
+    ours, theirs = pty.openpty()
+    words = [sys.executable, str(ROOT / "deploy.py"), "data", str(own / "run.py"), "--rows", "1"]
+    environment = {**os.environ, "TERM": "xterm", "NO_COLOR": no_color}
+    done = subprocess.run(words, cwd=own / below, stdout=theirs, stderr=subprocess.PIPE, env=environment, check=False)
+    os.close(theirs)
+    printed = os.read(ours, 65536).decode()
+    os.close(ours)
+    assert done.returncode == 0, done.stderr
+    assert ("\x1b[32m" in printed) == (not no_color) and ("in [brackets]" in printed) == bool(no_color), printed

@@ -16,6 +16,16 @@ def must(ok: bool, path: str, value: Any, need: str) -> Check:
     return ok, f"{path}={value!r}: needs {need}"
 
 
+def dotted_check(value: str, path: str, last: str = "function", *, more: str = "") -> Check:
+    """Check a dotted path, with the one that was probably meant: "my_rewards:score" → my_rewards.score."""
+    meant = re.sub(r"[:/]+", ".", value.removeprefix("./").removesuffix("()")).replace(".py.", ".")
+    is_meant = meant != value and matches(DOTTED_NAME_PATTERN, meant)
+    need = f"a dotted path, package.module.{last}{more}"
+    return must(
+        matches(DOTTED_NAME_PATTERN, value), path, value, need + (f"; did you mean {meant!r}?" if is_meant else "")
+    )
+
+
 def at_least_one(group: Any, path: str, *names: str) -> Checks:
     for name in names:
         yield must(getattr(group, name) >= 1, f"{path}.{name}", getattr(group, name), ">= 1")

@@ -2,10 +2,9 @@
 
 from rollouts.config.checks.loss import lag_checks, loss_checks
 from rollouts.config.checks.needs import (
-    DOTTED_NAME_PATTERN,
     Checks,
     at_least_one,
-    matches,
+    dotted_check,
     must,
     one_or_off,
     seed_check,
@@ -75,8 +74,8 @@ def rl_checks(rl: RLConfig) -> Checks:
         need = "a RewardConfig: only an agent's environment gives rewards itself"
         yield must(rl.agent is not None, "rl.reward", None, need)
     else:
-        reward, path_ok = rl.reward, matches(DOTTED_NAME_PATTERN, rl.reward.fn)
-        yield must(path_ok, "rl.reward.fn", reward.fn, "a dotted path, package.module.function")
+        reward = rl.reward
+        yield dotted_check(reward.fn, "rl.reward.fn")
         yield must(reward.workers >= 0, "rl.reward.workers", reward.workers, ">= 0")
     yield from _sampling_checks(rl.sampling)
     yield from lag_checks(rl)
@@ -91,17 +90,15 @@ def _sampling_checks(sampling: SamplingConfig) -> Checks:
     yield must(source_ok, f"{path}.source", source, "'engine', 'engine_only' or the path of a run's rollouts.jsonl")
     yield seed_check(sampling.seed, f"{path}.seed")
     yield from at_least_one(sampling, path, "sync_every")
-    filter_ok = sampling.filter_fn is None or matches(DOTTED_NAME_PATTERN, sampling.filter_fn)
-    need = "a dotted path, package.module.function, or None"
-    yield must(filter_ok, f"{path}.filter_fn", sampling.filter_fn, need)
+    if sampling.filter_fn is not None:
+        yield dotted_check(sampling.filter_fn, f"{path}.filter_fn", more=", or None")
     factor = sampling.over_sampling_factor
     yield must(1 <= factor <= 16, f"{path}.over_sampling_factor", factor, "1 to 16")
     yield must(sampling.retries_max >= 0, f"{path}.retries_max", sampling.retries_max, ">= 0")
 
 
 def _agent_checks(agent: AgentConfig) -> Checks:
-    path_ok = matches(DOTTED_NAME_PATTERN, agent.environment)
-    yield must(path_ok, "rl.agent.environment", agent.environment, "a dotted path, package.module.Class")
+    yield dotted_check(agent.environment, "rl.agent.environment", "Class")
     yield from at_least_one(agent, "rl.agent", "turns_max", "tokens_max")
     yield must(agent.timeout_s > 0, "rl.agent.timeout_s", agent.timeout_s, "> 0 seconds")
 

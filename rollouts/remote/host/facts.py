@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rollouts.remote.errors import DeployError, Problem
+from rollouts.remote.errors import DeployError, Problem, TransportError
 from rollouts.remote.host import gpus
 from rollouts.remote.host.gpus import CudaHost, Gpu, GpuProcess
 from rollouts.remote.host.read_answer import checked, malformed
@@ -19,7 +19,7 @@ from rollouts.remote.host.transport import LOCAL_TARGET, Transport
 from rollouts.remote.host.way_check import shown, way_problems
 
 PYTHON_MIN = (3, 10)  # of the supervisor; environments have a newer one if they need it
-FACTS_TIMEOUT_S = 60
+FACTS_TIMEOUT_S = 180  # a loaded host answers late
 # Where installers put uv; a login shell would have it on its PATH, the command of an SSH session does not.
 EXTRA_PATH = "$HOME/.local/bin:$HOME/.cargo/bin"
 _PROBE = "rollouts.remote.host.host_probe"
@@ -145,7 +145,10 @@ def gather_facts(
         .replace("@OWN_PYTHON@", shlex.quote(sys.executable) if transport.target == LOCAL_TARGET else "")
         .replace("@PROBE@", _probe_source(question))
     )
-    done = transport.run(["sh", "-s"], stdin=script.encode(), timeout_s=FACTS_TIMEOUT_S)
+    try:
+        done = transport.run(["sh", "-s"], stdin=script.encode(), timeout_s=FACTS_TIMEOUT_S)
+    except TransportError as error:
+        raise late(error, transport.target) from None
     lines = [line.partition("=")[::2] for line in done.out.splitlines()]
     if not any(key == "home" for key, _ in lines):
         raise DeployError(
@@ -164,6 +167,20 @@ def gather_facts(
     if facts.python is None and facts.pythons_seen and done.returncode != 0:
         raise DeployError(f"{transport.target}: the host's Python fails.", found=done.err[-1000:])
     return facts
+
+
+def late(error: TransportError, target: str) -> TransportError:
+    """Return the error of a host that was reached and did not answer in time, with what to do; another as it is."""
+    if "no end after" not in str(error):
+        return error
+    ssh = "" if target == LOCAL_TARGET else f"ssh {target} "
+    return TransportError(
+        f"{target}: the first look at the host did not end within {FACTS_TIMEOUT_S} s.",
+        lost=error.lost,
+        found=str(error)[-300:],
+        needed="sh, python3 and nvidia-smi there to answer; a loaded one, or one whose file system hangs, is late",
+        fix=f"run the same command again; `{ssh}uptime` and `{ssh}df -h` show what it waits for",
+    )
 
 
 def parse_facts(lines: list[tuple[str, str]]) -> HostFacts:

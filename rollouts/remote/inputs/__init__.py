@@ -20,6 +20,7 @@ from rollouts.remote.inputs.data_files import (
     read_model_config,
 )
 from rollouts.remote.inputs.paths import SentFiles, path_problem, pointer_problem
+from rollouts.remote.inputs.row_values import row_problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +41,25 @@ NO_INPUTS = Inputs(paths={}, problems=(), syntax=(), notes=(), rows={}, paramete
 
 def named_paths(config: Config) -> list[str]:
     """Return the model and data names of a config: hub ids, or paths; a replay's rollouts.jsonl too."""
-    data, rl = config.data, config.rl if "rl" in config.stages else None
-    specs = [s for s in (*data.sft_mixture, *data.rl_mixture, *data.eval_mixture) if s.format not in MADE_HERE]
-    replayed = [rl.sampling.source] if rl and not config.uses_engine else []
-    reference = [rl.kl.reference] if rl and rl.kl and rl.kl.reference else []
-    return list(dict.fromkeys([config.model.name, *(spec.name for spec in specs), *replayed, *reference]))
+    return list(dict.fromkeys(name for _, name in _named(config)))
+
+
+def naming_fields(config: Config, name: str) -> str:
+    """Return the fields that name a path, as `--set` writes them: "data.sft_mixture.0.name, model.name"."""
+    return ", ".join(field for field, other in _named(config) if other == name)
+
+
+def _named(config: Config) -> Iterator[tuple[str, str]]:
+    rl = config.rl if "rl" in config.stages else None
+    yield "model.name", config.model.name
+    for mixture, specs in _mixtures(config):
+        for at, spec in enumerate(specs):
+            if spec.format not in MADE_HERE:
+                yield f"data.{mixture}.{at}.name", spec.name
+    if rl and not config.uses_engine:
+        yield "rl.sampling.source", rl.sampling.source
+    if rl and rl.kl and rl.kl.reference:
+        yield "rl.kl.reference", rl.kl.reference
 
 
 def look_through(
@@ -58,6 +73,7 @@ def look_through(
     code = look_at_code(config, sent, requirements, package)
     paths = {name: problem for name in names if (problem := path_problem(sent.locate(name)))}
     problems = [*code.problems, *_contents(config, sent, names), *_pins(config, sent.root)]
+    problems += row_problems(_read_mixtures(config), sent)
     if config.rl is not None:
         problems += _columns(config, config.rl.reward_fn, code.reward_keys, sent)
     return Inputs(
@@ -73,6 +89,13 @@ def look_through(
 
 def _mixtures(config: Config) -> list[tuple[str, list[DatasetSpec]]]:
     return [(name, getattr(config.data, name)) for name in ("sft_mixture", "rl_mixture", "eval_mixture")]
+
+
+def _read_mixtures(config: Config) -> list[tuple[str, list[DatasetSpec]]]:
+    """Return the mixtures that the config's stages read."""
+    unread = [] if "sft" in config.stages else ["sft_mixture"]
+    unread += [] if config.uses_engine else ["rl_mixture"]
+    return [(name, specs) for name, specs in _mixtures(config) if name not in unread]
 
 
 def _columns(config: Config, reward: str | None, keys: dict[str, int], sent: SentFiles) -> Iterator[Problem]:

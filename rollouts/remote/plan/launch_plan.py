@@ -105,10 +105,16 @@ def _environment(
     )
 
 
+def trainer_environment(config: Config, facts: HostFacts, code: Code) -> EnvironmentSpec:
+    """Return the environment that the trainer of this config has on this host."""
+    assert code.constraints is not None, "a plan without problems"
+    return _environment("trainer", config, facts, list(code.requirements), constraints=code.constraints, no_deps=[])
+
+
 def _environments(config: Config, facts: HostFacts, code: Code) -> list[EnvironmentSpec]:
     """Return the trainer's environment, and the engine's if it has a lock."""
-    assert code.constraints is not None and code.engine_requirements is not None
-    trainer = _environment("trainer", config, facts, list(code.requirements), constraints=code.constraints, no_deps=[])
+    assert code.engine_requirements is not None, "a plan without problems"
+    trainer = trainer_environment(config, facts, code)
     requirements, no_deps = read_lock(code.engine_requirements)
     if not requirements and not no_deps:
         return [trainer]

@@ -1,5 +1,7 @@
 """Every reason why a run cannot start on its host. Pure: config + facts + code → problems."""
 
+import dataclasses
+import difflib
 import os
 import re
 from collections.abc import Collection, Iterator
@@ -9,6 +11,7 @@ from rollouts.config import Config
 from rollouts.config.checks.needs import PACKAGE_PREFIX
 from rollouts.remote.errors import Problem
 from rollouts.remote.host.facts import PYTHON_MIN, HostFacts
+from rollouts.remote.inputs import naming_fields
 from rollouts.remote.plan.launch_plan import read_lock
 from rollouts.remote.repository import Code, named_paths
 from rollouts.run_dir import run_path, valid_run_id
@@ -126,23 +129,35 @@ def _path_problems(config: Config, facts: HostFacts, code: Code, target: str) ->
             fix=_nearest_file(config.host.constraints_file, code) + ", or set None to install unconstrained",
         )
     for name, state in code.named.items():
+        fields = naming_fields(config, name)
         if name in code.inputs.paths:
-            yield code.inputs.paths[name]
+            problem = code.inputs.paths[name]
+            yield dataclasses.replace(problem, found="\n".join(filter(None, (fields, problem.found))))
         elif state == "not sent":
             yield Problem(
                 f"{name!r} is here, but git ignores it, so it would not reach the host.",
+                found=fields,
                 needed="a path that git lists, an absolute path on the host, or a hub id",
                 fix=f"remove it from .gitignore, or copy it to the host and name it there: /…/{Path(name).name}",
             )
         elif state == "missing" and _looks_like_path(name):
             yield Problem(
                 f"{name!r} does not exist in {code.root}.",
+                found=fields,
                 needed="a path relative to the repository, an absolute path on the host, or a hub id",
-                fix="check the spelling",
+                fix=_nearest_sent(name, code) or "check the spelling",
+            )
+        elif state == "missing" and "/" not in name and (near := _nearest_sent(name, code)):
+            yield Problem(
+                f"{name!r} is not in {code.root}, and the hub has no such id without an owner.",
+                found=fields,
+                needed="a path relative to the repository, an absolute path on the host, or a hub id, owner/name",
+                fix=near,
             )
     for path in required_paths(config) if facts.python else ():
         if path not in facts.paths:
-            field = "output.source_checkpoint" if path == config.output.source_checkpoint else "model or data"
+            is_start = path == config.output.source_checkpoint
+            field = "output.source_checkpoint" if is_start else naming_fields(config, path)
             yield Problem(
                 f"{path!r} does not exist on {target} ({field}).",
                 fix="check the spelling; checkpoints of earlier runs there are "
@@ -211,6 +226,17 @@ def _place(file: str | None, code: Code) -> str:
 def _nearest_file(file: str | None, code: Code) -> str:
     near = code.near_files.get(file or "", "")
     return f"write {near!r}, which comes with rollouts" if near not in ("", file) else "correct the path"
+
+
+def _nearest_sent(name: str, code: Code) -> str:
+    """Return "write 'train.jsonl'", of the files and folders that are sent; "" where none is near."""
+    if name.startswith("~"):
+        return "~ is not followed: write an absolute path on the host"
+    bare = name.removeprefix("./").rstrip("/")
+    known = [*code.files, *{str(folder) for file in code.files for folder in Path(file).parents} - {"."}]
+    own = [path for path in known if Path(path).name == Path(bare).name or Path(path).stem == bare]
+    near = own or difflib.get_close_matches(bare, known, n=1, cutoff=0.75)
+    return f"write {min(near, key=len)!r}" if near else ""
 
 
 def _looks_like_path(name: str) -> bool:

@@ -30,7 +30,7 @@ PROGRESS_BYTES_MIN = 20e6  # less is sent within seconds
 LINK_TREES_MAX = 4  # earlier uploads that were cut off, whose files are taken over
 
 # $1 run path, $2 the link to the project's last tree, $3 where this one is built, $4 the rollouts home, $5 "tree"
-# or "package".
+# or "package", $6 not empty: the link is to lead to this one.
 # Files in $3 that are links to other trees go: they come back as links, and nothing of another run is touched.
 _PREPARE = """
 umask 077; mkdir -p "$1/code" "$(dirname "$2")" || exit 1
@@ -47,7 +47,7 @@ exit 0
 _FINISH = """
 if [ -d "$1/code/$5" ]; then [ -d "$3" ] && echo "state=another's"; else mv "$3" "$1/code/$5" || exit 1; fi
 rm -rf "$1"/code/."$5"-*
-ln -sfn "$1/code/$5" "$2"
+[ -z "$6" ] || ln -sfn "$1/code/$5" "$2"
 find "$4"/runs/*/code -maxdepth 1 -name ".$5-*" -mtime +7 -exec echo old={} \\; -exec rm -rf {} + 2>/dev/null
 exit 0
 """
@@ -62,6 +62,7 @@ class CodePlace:
     project: str
     launch_id: str = ""
     name: Literal["tree", "package"] = "tree"  # package: rollouts itself, beside the user's repository
+    stays: bool = True  # the next tree of the project may be made of links to this one
 
     @property
     def whole(self) -> str:
@@ -77,8 +78,8 @@ class CodePlace:
         return f"{self.run_path}/code/.{self.name}-build{'-' if self.launch_id else ''}{self.launch_id}"
 
     @property
-    def arguments(self) -> tuple[str, str, str, str, str]:
-        return self.run_path, self.link, self.build, self.home, self.name
+    def arguments(self) -> tuple[str, ...]:
+        return self.run_path, self.link, self.build, self.home, self.name, "1" if self.stays else ""
 
 
 def sync_code(
