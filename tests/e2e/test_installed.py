@@ -1,6 +1,9 @@
 """What one installs: the wheel alone, in an environment without torch, and a repository that is no clone."""
 
+import dataclasses
 import json
+import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,6 +16,7 @@ from base_config import Config
 from rollouts.config import as_source
 from rollouts.manifest import read_tree, tree_digest, tree_names
 from rollouts.run_dir import RunDir, read_jsonl
+from tests.docs_blocks import blocks_of
 from tests.e2e.conftest import (
     ROOT,
     a_laptop,
@@ -23,6 +27,7 @@ from tests.e2e.conftest import (
 )
 from tests.example_config import replace_at
 from tests.remote.hosts import Host, Laptop, free_port, git
+from tests.training.process_nursery import shared
 
 BASE_PACKAGES_MAX = 24  # typer brings pydantic, fabric its own: both are what the project is built on
 LETTERS = ROOT / "configs" / "data" / "letters"
@@ -46,12 +51,13 @@ ODD = ("base_config.py", "deploy.py", "random.py", "types.py", "tests/__init__.p
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment with the wheel that this repository builds, and what that requires."""
+    """An environment with the wheel that `python -m build` makes of the sdist here, and what that requires."""
     directory = tmp_path_factory.mktemp("installed")
-    source = copy_of_repository(directory / "source")
+    source, tools = copy_of_repository(directory / "source"), directory / "tools"
     pip = [sys.executable, "-m", "pip", "--quiet"]
-    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(directory), str(source)]
-    subprocess.run(build, check=True)
+    subprocess.run([*pip, "install", "--target", str(tools), "build"], check=True)
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(directory), str(source)]
+    subprocess.run(build, check=True, env={**os.environ, "PYTHONPATH": str(tools)}, stdout=subprocess.DEVNULL)
     shutil.rmtree(source)
     subprocess.run([sys.executable, "-m", "venv", str(directory / "venv")], check=True)
     (wheel,) = directory.glob("rollouts-*.whl")
@@ -69,8 +75,7 @@ def answer(installed: Path, cwd: Path, *arguments: str) -> str:
 
 
 def test_what_the_wheel_brings(installed: Path, tmp_path: Path) -> None:
-    """Goal: both commands, the config's names, the locks; few packages, and no torch. Red with requirements/ left out,
-    and with `deploy` taken from a deploy.py of the directory."""
+    """Goal: both commands, the config's names, the locks, the tiny model; few packages, and no torch."""
     git(tmp_path, "init", "-q")
     git(tmp_path, "commit", "-q", "--allow-empty", "-m", "of another project")
     for name in ODD[:2]:
@@ -82,6 +87,8 @@ def test_what_the_wheel_brings(installed: Path, tmp_path: Path) -> None:
     assert answer(installed, tmp_path.parent, "python", "-c", program).startswith("True ")
     found = {file.name: file.read_bytes() for file in installed.glob("lib/*/site-packages/rollouts/requirements/*")}
     assert found == {file.name: file.read_bytes() for file in (ROOT / "requirements").iterdir()}
+    model = {file.name: file.read_bytes() for file in installed.glob("lib/*/site-packages/rollouts/models/*/*")}
+    assert model == {file.name: file.read_bytes() for file in (ROOT / "configs/models/tiny_qwen2").iterdir()}
     listed = json.loads(answer(installed, tmp_path, "python", "-m", "pip", "list", "--format", "json"))
     names = {row["name"].lower() for row in listed} - {"pip", "setuptools"}
     assert "rollouts" in names and not names & {"torch", "numpy", "transformers"}
@@ -137,13 +144,12 @@ def write_repository(directory: Path) -> Config:
 
 
 @pytest.mark.timeout(1500)  # the environment may have to be built first
-@pytest.mark.parametrize("where", ["here", "over SSH"])
-def test_a_repository_of_one_s_own(where: str, laptop: Laptop, remote: Host) -> None:
+def test_a_repository_of_one_s_own(laptop: Laptop, remote: Host) -> None:
     """Goal: from an empty directory and the wheel to a trained checkpoint: own config, data, model and reward, names
-    of Python's and of packages in the way; the record has both digests, of what lies on the host. Red with the
-    repository first on the search path, with the trainer started in code/package, and with one tree sent."""
+    of Python's and of packages in the way; the record has both digests, of what lies on the host; `deploy data` there
+    prints what it prints here, and leaves nothing."""
     write_repository(laptop.project)
-    target = ["--remote", remote.target] if where == "over SSH" else []
+    target = ["--remote", remote.target]
     done = laptop.deploy("run.py", *target, "--run-id", "own", timeout_s=1400)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     mirror = RunDir(laptop.project / "runs/mine/own")
@@ -151,7 +157,7 @@ def test_a_repository_of_one_s_own(where: str, laptop: Laptop, remote: Host) -> 
     assert json.loads(laptop.deploy("ls", "--json").stdout)[0]["state"] == "done"
     rewards = [row["reward_mean"] for row in read_jsonl(mirror.metrics) if "reward_mean" in row]
     assert rewards and all(0 <= reward <= 1 for reward in rewards) and any(rewards)
-    home = remote.home if where == "over SSH" else laptop.rollouts_home
+    home = remote.home
     there = RunDir(home / "runs/own")
     for tree, manifest in ((there.code_tree, mirror.code_manifest), (there.code_package, mirror.package_manifest)):
         names = [name for name in tree_names(tree) if "__pycache__" not in name]
@@ -159,3 +165,42 @@ def test_a_repository_of_one_s_own(where: str, laptop: Laptop, remote: Host) -> 
     assert not (there.code_tree / "rollouts/run_dir").exists() and (there.code_package / "rollouts/run_dir").is_dir()
     assert git(laptop.project, "status", "--porcelain").count("runs") == 0, "results are not the repository's"
     assert processes_of("own") == []
+    here = dataclasses.replace(laptop, command=(sys.executable, str(ROOT / "deploy.py")))  # it has the packages
+    wanted, found = here.deploy("data", "run.py"), laptop.deploy("data", "run.py", *target)
+    assert (found.returncode, found.stdout) == (wanted.returncode, wanted.stdout) and wanted.stdout, found.stderr
+    assert not (home / "previews").exists() and (home / "code/mine").resolve() == there.code_tree
+
+
+TUTORIAL = "docs/guide/tutorial.md"
+TYPED_MAX = 15  # lines
+# What this machine needs of each run: its own index for torch, a free port. A stage of RL is cut to one epoch.
+HERE = "--set host.torch_build=index --set engine.sglang_port=0 --set host.disk_free_gib_min=0.1 --set rl.num_epochs=1"
+
+
+def typed_lines() -> list[str]:
+    blocks = blocks_of(TUTORIAL, (ROOT / TUTORIAL).read_text(encoding="utf-8"))
+    lines = [line for block in blocks if block.language in ("sh", "python") for line in block.text.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+@pytest.mark.timeout(1500)  # the environment may have to be built first
+def test_the_tutorial(laptop: Laptop, remote: Host, installed: Path, tmp_path: Path) -> None:
+    """Goal: what the page has one type, in an empty directory with the wheel alone, here and over a real sshd: both
+    runs end with 0, the loss falls, the reward rises."""
+    assert len(typed_lines()) <= TYPED_MAX
+    laptop.ssh_config(f"Host gpu-7\n  HostName 127.0.0.1\n  Port {remote.port}\n")
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin/deploy"
+    real = shlex.quote(str(installed / "bin/deploy"))
+    program.write_text(f'#!/bin/sh\ncase $1 in *.py) exec {real} "$@" {HERE};; *) exec {real} "$@";; esac\n')
+    program.chmod(0o755)
+    laptop.environment["PATH"] = f"{tmp_path / 'bin'}:{laptop.environment['PATH']}"
+    log, arguments = tmp_path / "log", [str(laptop.project), TUTORIAL, "", "True"]
+    started = shared().start("tests.docs_blocks", arguments, log, environment=laptop._environment({}))
+    assert shared().wait(started) == 0, log.read_text()[-6000:]
+    for name in ("here", "there"):
+        rows = read_jsonl(RunDir(laptop.project / "runs/letters" / name).metrics)
+        losses = [row["loss"] for row in rows if row["stage"] == "sft"]
+        rewards = [row["reward_mean"] for row in rows if row["stage"] == "rl"]
+        assert losses[-1] < losses[0] / 4, losses
+        assert sum(rewards[-5:]) > sum(rewards[:5]) + 0.1, rewards

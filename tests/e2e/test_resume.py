@@ -5,6 +5,7 @@ import os
 import random
 import re
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,33 @@ CHANGES: dict[str, Any] = {
     "rl.kl": kl(coef=0.05),  # its reference is the SFT stage's checkpoint, which the other host lacks
     "data.eval_mixture.0.max_samples": 8,
     "engine.sglang_port": 0,
+    "engine.restarts_max": 0,  # an engine that dies ends the run
 }
+PROCESSES = ("rollouts.worker.trainer", "rollouts.worker.supervise.supervisor", "rollouts.engines.embedded")
+KILLS = int(os.environ.get("ROLLOUTS_TEST_KILLS", "3"))  # a campaign has more of them
+
+
+@dataclass(frozen=True)
+class Kill:
+    """Where a run is killed, and where it is resumed."""
+
+    process: str  # the module that it runs
+    stage: str
+    step: int  # of the stage, at least
+    wait_s: float  # from that step's row on: a moment within one of the next steps
+    elsewhere: bool
+
+    @classmethod
+    def drawn(cls, seed: int) -> "Kill":
+        """Draw one; the process and the place take turns, so that each kind is among the first three."""
+        rng, process = random.Random(seed), PROCESSES[seed % 3]
+        stage = "sft" if process == PROCESSES[seed // 3 % 2] else "rl"  # SFT has no engine
+        step = rng.randint(6, 30) if stage == "sft" else rng.randint(3, 5)
+        return cls(process, stage, step, rng.uniform(0, 0.3), elsewhere=seed % 2 == 1)
+
+    def __str__(self) -> str:
+        where = "elsewhere" if self.elsewhere else "here"
+        return f"{self.process.rpartition('.')[2]} in {self.stage} after step {self.step}, resumed {where}"
 
 
 @dataclass(frozen=True)
@@ -58,45 +85,39 @@ def rows(run: RunDir) -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def kill(run: RunDir, what: str) -> None:
-    """kill -9 of the trainer, or of the supervisor, whose end the windows notice."""
+def kill(run: RunDir, module: str) -> None:
+    """kill -9 of every process of the run that runs this module."""
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
         try:
             mark = f"ROLLOUTS_RUN_PATH={run.path}".encode() in (entry / "environ").read_bytes().split(b"\0")
-            if mark and f"rollouts.worker.{what}".encode() in (entry / "cmdline").read_bytes().split(b"\0"):
+            if mark and module.encode() in (entry / "cmdline").read_bytes().split(b"\0"):
                 os.kill(int(entry.name), signal.SIGKILL)
         except OSError:
             continue
 
 
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize(
-    ("stage", "what", "seed", "far_host"),
-    [("sft", "trainer", 1, False), ("rl", "supervise.supervisor", 2, True)],
-    ids=["the trainer in SFT, resumed here", "the supervisor in RL, resumed on another host"],
-)
-def test_killed_and_resumed(  # noqa: PLR0917
-    far: Far, whole: Whole, stage: str, what: str, seed: int, far_host: bool
-) -> None:
-    """Goal: metrics and evaluations of the resumed run are the undisturbed run's from the first row to the last. Red
-    with the old rows left out, with the whole of them taken, and with the reference of the KL penalty not sent."""
-    rng, name = random.Random(seed), f"killed-{stage}"
+@pytest.mark.parametrize("seed", range(KILLS), ids=lambda seed: str(Kill.drawn(seed)))
+def test_killed_and_resumed(far: Far, whole: Whole, seed: int) -> None:
+    """Goal: metrics and evaluations of the resumed run are the undisturbed run's from the first row to the last."""
+    drawn, name = Kill.drawn(seed), f"killed-{seed}"
     config = str(far.directory / "job.json")
     assert far.laptop.deploy(config, "--run-id", name, "--detach").returncode == 0
     run = RunDir(far.laptop.rollouts_home / "runs" / name)
-    steps = rng.randint(6, 30) if stage == "sft" else rng.randint(3, 6)
-    reached = lambda: [row for row in read_jsonl(run.metrics) if row["stage"] == stage and row["step"] >= steps]  # noqa: E731
-    wait_for(lambda: (run.checkpoints / stage / "latest").exists() and reached(), f"{stage} step {steps}")
-    kill(run, what)
+    stage = drawn.stage
+    reached = lambda: [row for row in read_jsonl(run.metrics) if row["stage"] == stage and row["step"] >= drawn.step]  # noqa: E731
+    wait_for(lambda: (run.checkpoints / stage / "latest").exists() and reached(), str(drawn))
+    time.sleep(drawn.wait_s)
+    kill(run, drawn.process)
     wait_for(lambda: not is_live(run), "the end of the run")
-    where = ["--remote", far.remote.target] if far_host else []
-    done = far.laptop.deploy("resume", name, *where, "--run-id", f"again-{stage}", timeout_s=600)
+    where = ["--remote", far.remote.target] if drawn.elsewhere else []
+    done = far.laptop.deploy("resume", name, *where, "--run-id", f"again-{seed}", timeout_s=600)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    resumed = far.mirror(whole.config, f"again-{stage}")
+    resumed = far.mirror(whole.config, f"again-{seed}")
     assert rows(resumed) == whole.rows
-    home = far.remote.home if far_host else far.laptop.rollouts_home
+    home = far.remote.home if drawn.elsewhere else far.laptop.rollouts_home
     launch = json.loads((home / "runs" / resumed.run_id / "launch.json").read_text())
     assert launch["resumed_from"]["run_id"] == name and launch["resumed_from"]["stage"] == stage
     assert launch["resumed_from"]["step"] > 0

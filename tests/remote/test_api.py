@@ -53,8 +53,7 @@ except KeyboardInterrupt:
 
 
 def test_ctrl_c_while_waiting(laptop: Laptop, tmp_path: Path) -> None:
-    """Goal: the run goes on, and what follows or stops it is told, in Python and in a terminal. Red with nothing said,
-    and with the run stopped."""
+    """Goal: the run goes on, and what follows or stops it is told, in Python and in a terminal."""
     config = str(write_config(laptop.project, env={"STAND_IN_WAIT": str(tmp_path / "go")}))
     notebook = dataclasses.replace(laptop, command=(sys.executable, "-P", "-c", INTERRUPTED))
     process = notebook.start(config, start_new_session=True)

@@ -205,8 +205,7 @@ def test_a_mistyping(name: str, run: Callable[[Typed], str]) -> None:
 
 
 def test_what_is_right_is_launched(run: Callable[[Typed], str]) -> None:
-    """Goal: the repository of the table is one that runs, so that only the mistyping refuses it. Red with a row of
-    another format in its data."""
+    """Goal: the repository of the table is one that runs, so that only the mistyping refuses it."""
     with pytest.raises(pytest.fail.Exception, match="it was launched"):
         run(Typed(()))
     with pytest.raises(pytest.fail.Exception, match="it was launched"):
@@ -217,7 +216,7 @@ def test_what_is_right_is_launched(run: Callable[[Typed], str]) -> None:
 def test_nothing_reaches_the_host(
     name: str, source: str, laptop: Laptop, make_host: Callable[..., Host], tmp_path: Path
 ) -> None:
-    """Goal: over a real sshd too, nothing is sent before it is told. Red with the plan's problems only printed."""
+    """Goal: over a real sshd too, nothing is sent before it is told."""
     typed, host = CASES[name], make_host()
     files = {key: text.decode() if isinstance(text, bytes) else text for key, text in typed.files.items()}
     own = make_own(tmp_path / "own", {"run.py": source, "train.jsonl": ROWS, **files})

@@ -58,7 +58,7 @@ def test_a_failed_run_does_not_end_the_sweep(laptop: Laptop) -> None:
 
 def test_ctrl_c_starts_no_further_run(laptop: Laptop, tmp_path: Path) -> None:
     """Goal: Ctrl-C detaches from the run under way, names what was not started, and the command it prints runs just
-    that. Red with the loop going on after the detached run."""
+    that. Red with the loop going on after the detached run: the command did not end."""
     config, go = (
         str(write_config(laptop.project, output__mode="sft", env={"STAND_IN_WAIT": str(tmp_path / "go")})),
         tmp_path / "go",
@@ -115,14 +115,14 @@ REFUSED = [
 
 @pytest.mark.parametrize(("options", "says"), REFUSED, ids=[says[:30] for _, says in REFUSED])
 def test_sweeps_that_are_refused(laptop: Laptop, options: list[str], says: str) -> None:
-    """Goal: each ends with one message that names the fix, and nothing is started or made. Red with the check gone."""
+    """Goal: each ends with one message that names the fix, and nothing is started or made."""
     done = laptop.deploy(str(write_config(laptop.project)), *options)
     assert done.returncode == 2 and says in done.stderr, done.stderr
     assert not (laptop.rollouts_home / "registry").exists() and not (laptop.project / "runs" / "example").exists()
 
 
 def test_one_set_value_is_one_run(laptop: Laptop) -> None:
-    """Goal: the run's config has the value, and a base that is wrong without it may run. Red with the base checked."""
+    """Goal: the run's config has the value, and a base that is wrong without it may run."""
     config = str(write_config(laptop.project, output__mode="sft"))
     broken = json.loads(Path(config).read_text())
     broken["sft"]["batch_size"] = 0
