@@ -259,6 +259,7 @@ EXAMPLES = {
     "doctor": "deploy doctor --remote gpu-7 configs/00_cpu_sft_rl.py",
     "ls": "deploy ls --state failed,died --since 2d",
     "rm": "deploy rm first second --keep-results",
+    "gc": "deploy gc --remote gpu-7 --older-than 30d",
     "status": "deploy status last --json",
     "attach": "deploy attach last",
     "resume": "deploy resume first --remote user@host --set rl.matrix_lr=1e-6",

@@ -42,6 +42,7 @@ ALLOWED = {
     "end_mean": PAGE,
     "fill_accept_out_cache_loc_cpu": SGLANG,
     "fill_bonus_tokens_cpu": SGLANG,
+    "gc": TYPER,
     "get_mask_sizes": TRANSFORMERS,
     "get_max_length": TRANSFORMERS,
     "get_seq_length": TRANSFORMERS,

@@ -33,6 +33,7 @@ goes on, and a killed deploy loses nothing:
   deploy pull RUN                bring all results here, verified; one that
                                  was cut off goes on where it broke
   deploy rm RUN...               remove runs that are over, here and there
+  deploy gc --remote gpu-7       list what takes room there, and remove it
   deploy forget RUN              drop this machine's record; the results stay
   deploy diff A B                two configs or runs, field by field
   deploy report RUN RUN          one HTML file: curves, answers, samples

@@ -48,6 +48,20 @@ def rm(
     )
 
 
+@verb("gc")
+def gc(
+    remote: Remote = None,
+    *,
+    older_than: Annotated[str, typer.Option(metavar="14d", help="Not used since: 12h, 2d, 2w or a date.")] = "14d",
+    yes: Annotated[bool, typer.Option("--yes", help="Remove without a question.")] = False,
+    as_json: Json = False,
+) -> Any:
+    """List what takes room on a host and was not used lately, and remove it."""
+    from rollouts.remote import collect_host
+
+    return collect_host.collect(remote, older_than=older_than, yes=yes, confirm=None if as_json else _confirm())
+
+
 def _confirm() -> Callable[[str], bool] | None:
     """Return a question to the user; None where nobody sits at a terminal."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):

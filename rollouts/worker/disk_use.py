@@ -40,3 +40,8 @@ def freed_bytes(paths: Iterable[Path]) -> int:
             links = 1 if stat.S_ISDIR(found.st_mode) else found.st_nlink
             sizes[key] = (links, found.st_blocks * BLOCK_BYTES)
     return sum(size for key, (links, size) in sizes.items() if names[key] >= links)
+
+
+def changed_at(path: Path) -> float:
+    """Return when anything at or below `path` last changed here: by ctime, since copies keep the times of others."""
+    return max((found.st_ctime for found in entries_below(path)), default=0.0)

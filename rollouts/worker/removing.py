@@ -9,12 +9,12 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rollouts.plain_files import open_plain, read_plain
 from rollouts.run_dir import FINAL_STATES, RunDir, launching, observe, valid_run_id
-from rollouts.worker.processes import marked_processes
+from rollouts.worker.processes import Scan, marked_processes
 
 REMOVED = "removed"
 # What a launch or an upload puts into a run directory: something without any of these is not a run
@@ -52,23 +52,23 @@ def why_not_a_run(run: RunDir) -> str:
     return ""
 
 
-def why_in_use(run: RunDir) -> str:
+def why_in_use(run: RunDir, scanned: Scan | None = None) -> str:
     """Return why a run is not over, as far as can be seen from here; "" if it is."""
     seen = observe(run)
     if seen.live or seen.state == "silent":
         return f"it is {seen.state}"
     if seen.status is not None and seen.state not in FINAL_STATES:
         return f"it is {seen.state}"
-    left = marked_processes(run)
+    left = marked_processes(run, seen=scanned)
     return f"processes of it are still there: {left}" if left else ""
 
 
 @contextlib.contextmanager
-def ended(run: RunDir) -> Iterator[str]:
+def ended(run: RunDir, scanned: Scan | None = None) -> Iterator[str]:
     """Hold a run's directory, as a launch does. Yields why the run may not be touched; "" if it may."""
     try:
         with launching(run, wait=False) as alone:
-            yield why_in_use(run) if alone else "it is being launched"
+            yield why_in_use(run, scanned) if alone else "it is being launched"
     except FileNotFoundError:
         yield "it is gone"
 
@@ -85,16 +85,17 @@ def live_runs(home: Path) -> list[RunDir]:
     return found
 
 
-def users_of(places: list[str], home: Path, *, but: str) -> list[str]:
-    """Return the live runs whose config or plan names a path at or below one of `places`."""
+def users_of(places: list[str], runs: Iterable[RunDir], *, but: str) -> list[str]:
+    """Return those of some live runs whose config or plan names a path at or below one of `places`."""
     return [
         run.run_id
-        for run in live_runs(home)
-        if run.run_id != but and any(_names(file, place) for file in (run.config, run.plan) for place in places)
+        for run in runs
+        if run.run_id != but and any(names(file, place) for file in (run.config, run.plan) for place in places)
     ]
 
 
-def _names(file: Path, place: str) -> bool:
+def names(file: Path, place: str) -> bool:
+    """Return whether a config or a plan names a path at or below `place`."""
     try:
         text = read_plain(file).decode(errors="replace")
     except OSError:

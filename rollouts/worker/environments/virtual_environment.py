@@ -102,6 +102,7 @@ def ensure_environment(spec: EnvironmentSpec, run: RunDir, deadline: BootstrapDe
             content = content_of(spec)
             _check(spec, content, f"It was complete once; remove {path} while no run uses it, and run again.")
             _record(run, spec, content)
+            os.utime(path / MARKER_FILE)  # when it was used last
             announce("reused", **_built_before(path))
             return
         announce("building")
