@@ -76,13 +76,15 @@ def run_config(
     busy_ok: BusyOk = False,
     settings: Settings = None,
     skip: Annotated[int, typer.Option(min=0, metavar="N", help="Leave out the first N runs of a sweep.")] = 0,
-    yes: Annotated[bool, typer.Option("--yes", help="Start a sweep of more than 20 runs.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Rent without asking; start a sweep of more than 20 runs.")
+    ] = False,
     no_checkpoints: NoCheckpoints = False,
     only: Only = None,
     bwlimit: Bwlimit = None,
 ) -> Any:
     """Run the job that CONFIG describes, and follow it."""
-    from rollouts.remote import commands, read_config, sweep
+    from rollouts.remote import read_config, rented, sweep
     from rollouts.remote.run.wanted import ToBring
 
     wanted = ToBring.parse(no_checkpoints=no_checkpoints, only=only, bwlimit=bwlimit)
@@ -97,18 +99,9 @@ def run_config(
             remote=remote, skip=skip, yes=yes, accept_new_host_key=accept_new_host_key, busy_ok=busy_ok, wanted=wanted
         )
         return sweep.sweep(config, Screen(as_json=as_json), settings or (), options, plan_only=plan)
-    return commands.deploy(
-        config,
-        Screen(as_json=as_json),
-        remote=remote,
-        plan_only=plan,
-        detach=detach,
-        run_id=run_id,
-        accept_new_host_key=accept_new_host_key,
-        busy_ok=busy_ok,
-        settings=settings or (),
-        wanted=wanted,
-    )
+    chosen = rented.RentOptions(plan_only=plan, detach=detach, run_id=run_id, busy_ok=busy_ok, yes=yes, wanted=wanted)
+    screen = Screen(as_json=as_json)
+    return rented.deploy(config, screen, settings or (), chosen, remote=remote, accept_new_host_key=accept_new_host_key)
 
 
 @verb(HOST_VERB, hidden=True)
@@ -356,6 +349,14 @@ def machines(
     if action is None:
         return cloud_verbs.machines()
     return cloud_verbs.end_machines(machine, orphans=orphans, yes=yes)
+
+
+@verb("guard")
+def guard(as_json: Json = False) -> Any:
+    """End each rented machine when its time is up; returns when none is left. A deploy starts it by itself."""
+    from rollouts.remote import cloud_verbs
+
+    return cloud_verbs.guard(Screen(as_json=as_json).remark)
 
 
 @verb("diff")

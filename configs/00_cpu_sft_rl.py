@@ -184,4 +184,5 @@ config = Config(
         checkpoints_keep=-1,
         checkpoint_best={},
     ),
+    provision=None,
 )

@@ -220,4 +220,5 @@ config = Config(
         checkpoints_keep=-1,
         checkpoint_best={},
     ),
+    provision=None,
 )

@@ -176,4 +176,5 @@ config = Config(
         checkpoints_keep=2,
         checkpoint_best={},
     ),
+    provision=None,
 )

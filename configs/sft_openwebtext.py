@@ -128,4 +128,5 @@ config = Config(
         checkpoints_keep=-1,
         checkpoint_best={},
     ),
+    provision=None,
 )

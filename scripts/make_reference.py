@@ -130,6 +130,27 @@ BLOCKS = (
     ),
     Block("limits", "limits", "limits: how long things may take"),
     Block("output", "output", "output: stages, names, checkpoints"),
+    Block(
+        "machine",
+        "provision",
+        "provision: a machine to rent",
+        c.ProvisionConfig(
+            providers=["vast", "runpod"],
+            gpu_types=["H100"],
+            gpu_memory_gb_min=80.0,
+            gpus=1,
+            regions=[],
+            spot=False,
+            disk_gib=100,
+            image=None,
+            price_per_hour_max=3.0,
+            hours_max=6.0,
+            spend_max=15.0,
+            ready_timeout_s=1500.0,
+            retries_max=2,
+            when_done="end",
+        ),
+    ),
 )
 
 
@@ -152,10 +173,14 @@ def config_page() -> str:
         parts.append(_fence("\n".join(_class_lines(block, value, config, shown))))
         shown.setdefault(type(value), block.name)
     fields = [field.name for field in dataclasses.fields(c.Config)]
-    names = {"eval": "evaluation", "engine": "embedded"}
+    names = {"eval": "evaluation", "engine": "embedded", "provision": "None"}
     body = "\n".join(f"    {name}={names.get(name, name)}," for name in fields)
     parts.append("## Together\n")
-    parts.append("`sft` or `rl` may be None where `output.mode` has no such stage; `engine` where nothing samples.\n")
+    may_be_none = (
+        "`sft` or `rl` may be None where `output.mode` has no such stage; `engine` where nothing samples.\n",
+        "`provision` is None on a machine of one's own.\n",
+    )
+    parts.append("".join(may_be_none))
     parts.append(_fence(f"config = Config(\n{body}\n)\nprint(config.problems())") + "\n```output\n()\n```\n")
     return "\n".join(parts)
 
@@ -270,6 +295,7 @@ EXAMPLES = {
     "new": "deploy new my_job.py --mode sft --model Qwen/Qwen2.5-0.5B --data data/mine.jsonl --gpus 1",
     "explain": "deploy explain rl.baseline",
     "data": "deploy data configs/00_cpu_sft_rl.py --rows 1",
+    "guard": "deploy guard",
     "machines": "deploy machines end --orphans",
     "offers": "deploy offers --gpu H100 --max-price 3",
     "diff": "deploy diff configs/00_cpu_sft_rl.py configs/00_cpu_sft_rl_agent.py",

@@ -176,6 +176,7 @@ def example_config() -> Config:
             checkpoints_keep=-1,
             checkpoint_best={},
         ),
+        provision=None,
     )
 
 

@@ -43,7 +43,7 @@ def rent_from_stand_ins() -> None:
 
 
 def main() -> None:
-    if {"offers", "machines"} & {*sys.argv}:
+    if {"offers", "machines", "rented.py"} & {*sys.argv}:
         sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
         rent_from_stand_ins()
     for module in (commands, looks):

@@ -25,7 +25,6 @@ ALLOWED = {
     "AskAgain": CONFIGS,
     "KeyGuard": "vLLM's command line names it",
     "RewardModel": LIBRARY,
-    "addresses": LIBRARY,
     "admin_api_key": SGLANG,
     "assign_extend_cache_locs_cpu": SGLANG,
     "assign_req_to_token_pool_cpu": SGLANG,

@@ -6,7 +6,7 @@ No line holds a key.
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -35,6 +35,9 @@ class Lease:
     machine_id: str | None = None
     ended_at: float | None = None
     reason: str = ""  # why it ended, or was refused
+    run_id: str | None = None  # the run that it was rented for
+    until: float | None = None  # when a guard ends it; None: nobody does
+    keep: bool = False  # up to then, when its run is done too
 
     @property
     def may_bill(self) -> bool:
@@ -48,17 +51,29 @@ class Lease:
         return self.price_per_hour * max(0.0, (self.ended_at or now) - self.since) / 3600
 
 
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """What a machine is rented for, how long at most, whether it outlives its run, and what starts its guard."""
+
+    run_id: str
+    hours: float
+    keep: bool
+    arm: Callable[[], None]  # called between the intent and the create call
+
+
 class Ledger:
     """The file. Several processes may append to it at once."""
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path or home_dir() / "cloud" / "ledger.jsonl"
 
-    def intend(self, order: Order, *, now: float) -> None:
-        """Write down that a machine of this name is about to be created."""
+    def intend(self, order: Order, *, now: float, terms: Terms | None = None) -> None:
+        """Write down that a machine of this name is about to be created, for which run and for how long."""
         offer = order.offer
-        fields = {"gpu_type": offer.gpu_type, "gpus": offer.gpus, "region": offer.region}
+        fields: dict[str, Any] = {"gpu_type": offer.gpu_type, "gpus": offer.gpus, "region": offer.region}
         fields["price_per_hour"] = offer.price_per_hour
+        if terms is not None:
+            fields |= {"run_id": terms.run_id, "until": now + terms.hours * 3600, "keep": terms.keep}
         self._append(order.name, "intent", now, provider=offer.provider, **fields)
 
     def note(self, name: str, step: LeaseStep, **fields: Any) -> None:
@@ -120,6 +135,9 @@ def fold(lines: Iterable[dict[str, Any]]) -> dict[str, Lease]:
                 gpus=int(_number(line.get("gpus"))) or 1,
                 region=str(line.get("region", "")),
                 price_per_hour=_number(line.get("price_per_hour")),
+                run_id=line["run_id"] if isinstance(line.get("run_id"), str) else None,
+                until=_number(line["until"]) if line.get("until") is not None else None,
+                keep=line.get("keep") is True,
             )
         elif name in leases:
             leases[name] = _after(leases[name], line)

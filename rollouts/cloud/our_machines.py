@@ -96,7 +96,7 @@ def _unknown_row(machine: Machine) -> MachineRow:
     )
 
 
-async def end_all(leases: Sequence[Lease], ledger: Ledger, patience: Patience) -> list[str]:
+async def end_all(leases: Sequence[Lease], ledger: Ledger, patience: Patience, reason: str) -> list[str]:
     """End these machines, one after another. Returns their names; raises CloudError with all that did not end."""
     ended, errors = [], []
     keys, _ = keys_here(PROVIDERS)
@@ -105,7 +105,7 @@ async def end_all(leases: Sequence[Lease], ledger: Ledger, patience: Patience) -
             try:
                 if lease.provider not in providers:
                     raise no_key((lease.provider,))
-                await end(providers[lease.provider], lease, ledger, patience, reason="deploy machines end")
+                await end(providers[lease.provider], lease, ledger, patience, reason=reason)
                 ended.append(lease.name)
             except CloudError as error:
                 errors.append(error)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import anyio
 
 from rollouts.cloud.cloud_errors import CloudError
-from rollouts.cloud.ledger import Lease, Ledger
+from rollouts.cloud.ledger import Lease, Ledger, Terms
 from rollouts.cloud.machine_types import Machine, Order
 from rollouts.cloud.provider import Provider
 
@@ -33,12 +33,16 @@ def new_machine_name() -> str:
     return f"{NAME_PREFIX}{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
 
 
-async def rent(provider: Provider, order: Order, ledger: Ledger, patience: Patience) -> Machine:
+async def rent(
+    provider: Provider, order: Order, ledger: Ledger, patience: Patience, terms: Terms | None = None
+) -> Machine:
     """Create one machine. Raises CloudError; what was made in spite of it is ended, or stays in the ledger as unclear.
 
     Raises CloudError, kind "unclear", where it is not known: then nothing else may be created in its place.
     """
-    ledger.intend(order, now=time.time())
+    ledger.intend(order, now=time.time(), terms=terms)
+    if terms is not None:
+        terms.arm()
     try:
         machine = await provider.create(order)
     except CloudError as error:

@@ -56,6 +56,8 @@ def _with_added_fields(data: Any) -> Any:
     """
     if not isinstance(data, dict):
         return data
+    if "output" in data and "provision" not in data:
+        data = {**data, "provision": None}
     host = data.get("host")
     if isinstance(host, dict) and "requirements" not in host:
         data = {**data, "host": {**host, "requirements": []}}

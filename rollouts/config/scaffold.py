@@ -158,6 +158,7 @@ def scaffold(choices: Choices) -> Config:
             checkpoints_keep=2,
             checkpoint_best={},
         ),
+        provision=None,
     )
 
 

@@ -1,4 +1,4 @@
-"""The verbs about rented machines: `deploy offers`, `deploy machines`.
+"""The verbs about rented machines: `deploy offers`, `deploy machines`, `deploy guard`.
 
 What they need of rollouts.cloud is imported when they run.
 """
@@ -6,7 +6,7 @@ What they need of rollouts.cloud is imported when they run.
 import contextlib
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from rollouts.remote.errors import DeployError
@@ -69,6 +69,15 @@ def machines() -> Answer:
         )
 
 
+def guard(say: Callable[[str], None]) -> Answer:
+    """Wait for the time of every rented machine, and end it then (`deploy guard`). Returns when none is left."""
+    with cloud_verb():
+        from rollouts.cloud import lease_guard
+
+        lease_guard.guard(say)
+        return Answer({"guarded": 0}, "no machine is left to guard")
+
+
 def end_machines(name: str | None, *, orphans: bool, yes: bool) -> Answer:
     """End one machine, or all of the ledger that bill (`deploy machines end`). Returns when they are gone."""
     if (name is None) != orphans:
@@ -95,7 +104,9 @@ def end_machines(name: str | None, *, orphans: bool, yes: bool) -> Answer:
             known = ", ".join(row.name for row in found.rows) or "none"
             raise DeployError(f"no machine {name} bills.", found=f"those that do: {known}")
         nowhere = [lease.name for lease in leases if lease.machine_id is None]
-        ended = anyio.run(end_all, [lease for lease in leases if lease.machine_id], ledger, Patience())
+        ended = anyio.run(
+            end_all, [lease for lease in leases if lease.machine_id], ledger, Patience(), "deploy machines end"
+        )
         notes = [f"note: no provider shows {name} yet; it is looked for again" for name in nowhere]
         notes += [f"error: {error.problems[0].text()}" for error in found.problems.values()]
         code = 1 if found.problems or nowhere else 0

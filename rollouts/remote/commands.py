@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rollouts.cloud.billing_alarm import billing_alarm
 from rollouts.config import Config
 from rollouts.plain_files import read_plain
 from rollouts.remote.errors import DeployError, Problem, TransportError
@@ -22,9 +21,9 @@ from rollouts.remote.host.read_answer import read_answer
 from rollouts.remote.host.sending import sent_program
 from rollouts.remote.host.transport import LOCAL_TARGET, Transport
 from rollouts.remote.local_faults import as_deploy_errors
+from rollouts.remote.machine_end import after_run, alarm
 from rollouts.remote.plan import Plan, free_ports_wanted, make_plan, required_paths, required_ports
-from rollouts.remote.read_config import read_variants
-from rollouts.remote.repository import Code, find_repository, read_code, refuse_stray_config
+from rollouts.remote.repository import Code, find_repository, read_code
 from rollouts.remote.run import registry
 from rollouts.remote.run.connection import RetryPolicy
 from rollouts.remote.run.execute import execute
@@ -49,39 +48,6 @@ STOP_MARGIN_S = 60.0
 RUN_ID_CHARS_MAX = 80  # run_dir.valid_run_id
 
 
-def deploy(
-    config_path: str,
-    screen: Screen,
-    *,
-    remote: str | None,
-    plan_only: bool,
-    detach: bool,
-    run_id: str | None,
-    accept_new_host_key: bool,
-    busy_ok: bool = False,
-    settings: Sequence[str] = (),
-    wanted: ToBring = EVERYTHING,
-) -> int:
-    """Plan, send, launch and watch (`deploy CONFIG`). Returns the job's exit code.
-
-    `settings` are those of `--set`: one run's. sweep.py has those of several.
-    """
-    with as_deploy_errors():
-        config = read_variants(config_path, settings)[0].config
-        refuse_stray_config(find_repository(Path.cwd()), Path(config_path))
-    return start(
-        config,
-        screen,
-        remote=remote,
-        plan_only=plan_only,
-        detach=detach,
-        run_id=run_id or new_run_id(config),
-        accept_new_host_key=accept_new_host_key,
-        busy_ok=busy_ok,
-        wanted=wanted,
-    )
-
-
 def start(
     config: Config,
     screen: Screen,
@@ -95,10 +61,13 @@ def start(
     wanted: ToBring = EVERYTHING,
 ) -> int:
     """Plan, send, launch and watch a run of a config that is checked. Returns the job's exit code."""
+    if config.provision is not None and remote is None:
+        fix = "`deploy CONFIG` rents it; or set provision=None, or name a host"
+        raise DeployError("the config rents a machine, which is done by the command alone.", fix=fix)
     with as_deploy_errors() as progress:
         root = find_repository(Path.cwd())
-        if alarm := billing_alarm():
-            screen.alarm(alarm)
+        if told := alarm():
+            screen.alarm(told)
         with contextlib.closing(open_transport(remote, accept_new_host_key=accept_new_host_key)) as transport:
             facts = look_at_host(transport, [config], run_id=run_id)
             plan, code = plan_run(config, root, facts, run_id, target=remote or LOCAL_TARGET, busy_ok=busy_ok)
@@ -248,8 +217,10 @@ def _watch_to_end(run: OpenRun, reporter: Reporter) -> Answer:
         pull_error = error
         pull_error.started = True
     reporter.close()
+    complete = pull_error is None and not left and result.state in FINAL_STATES
+    if told := after_run(entry.run_id, complete=complete):
+        notes.append(told)
     with contextlib.suppress(OSError, DeployError):
-        complete = pull_error is None and not left and result.state in FINAL_STATES
         write_note(entry, now=time.time(), followed_by=None, complete=complete)
     return end_answer(entry, result, pull_error, notes)
 

@@ -64,7 +64,8 @@ Options of deploy CONFIG:
                                FIELD=V1,V2 runs a sweep: each combination, one
                                run after another, and a table at the end
   --skip N                     leave out the first N runs of a sweep
-  --yes                        start a sweep of more than 20 runs
+  --yes                        rent without asking; start a sweep of more
+                               than 20 runs
   --detach                     launch and return
   --run-id NAME                name of the run and its tmux session; default
                                <experiment_name>-<date>-<time>-<random>

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from rollouts.cloud.billing_alarm import billing_alarm
 from rollouts.remote.errors import DeployError
 from rollouts.remote.local_faults import as_deploy_errors
+from rollouts.remote.machine_end import alarm
 from rollouts.remote.run import registry
 from rollouts.remote.run.last_seen import last_seen, list_row, with_host
 from rollouts.run_dir import State
@@ -88,7 +88,7 @@ def list_runs(*, remote: str | None, wanted: Wanted) -> Answer:
         rows, damaged = _rows_here(wanted) if remote is None else (_rows_there(remote, wanted), [])
         notes = (f"note: {file} cannot be read, and is left out" for file in damaged)
         text = runs_text(rows, width=terminal_width())
-        return Answer(rows, text, remarks=tuple(notes), alarm=billing_alarm())
+        return Answer(rows, text, remarks=tuple(notes), alarm=alarm())
 
 
 def _rows_here(wanted: Wanted) -> tuple[list[dict[str, Any]], list[Path]]:

@@ -50,6 +50,7 @@ from rollouts.run_dir.layout import (
     State,
     home_dir,
     life_name,
+    machine_dir,
     run_path,
     valid_run_id,
 )
@@ -134,6 +135,7 @@ __all__ = [
     "last_jsonl_row",
     "launching",
     "life_name",
+    "machine_dir",
     "make_reserve",
     "observe",
     "other_host",

@@ -186,6 +186,11 @@ def home_dir() -> Path:
     return Path(os.environ.get(HOME_VARIABLE) or "~/.rollouts").expanduser()
 
 
+def machine_dir(name: str) -> Path:
+    """Return where this machine keeps how to reach a rented one: `ssh_config`, and its pinned key in `known_hosts`."""
+    return home_dir() / "cloud" / "machines" / name
+
+
 def run_path(home: str | os.PathLike[str], run_id: str) -> Path:
     return Path(home) / "runs" / run_id
 

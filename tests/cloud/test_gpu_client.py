@@ -48,6 +48,8 @@ def test_the_life_of_a_machine(name: ProviderName, clouds: Clouds) -> None:
         states.append((found.state, len(found.addresses) > 0))
     assert states[0] == ("starting", False) and states[-1] == ("ready", True)
     assert [state for state, _ in states] == sorted((state for state, _ in states), key=["starting", "ready"].index)
+    assert name != "runpod" or states[2] == ("ready", True), "its address is in `runtime` before it is in `ssh`"
+    assert name != "prime" or states[2] == ("starting", True), "ACTIVE, and its image is on its way"
     assert found.addresses[0].host == "127.0.0.1" and found.addresses[0].port == (22 if name == "lambda" else 9)
     while len(made) < 3 and name != "vast":  # more than a page
         made.append(client.create(offer, public_key=PUBLIC_KEY))
@@ -238,6 +240,9 @@ def test_a_revoked_key(name: ProviderName, clouds: Clouds) -> None:
     text = caught.value.text() + json.dumps(caught.value.to_json()) + repr(caught.value)
     assert machine.name in text and "_API_KEY" in text and "an hour" in text and "deploy machines end" in text
     assert KEY not in text and KEY not in Ledger().path.read_text() and KEY not in repr(vars(client))
+    with pytest.raises(CloudError) as listed:
+        client.list()
+    assert "[key]" in listed.value.text() and KEY not in listed.value.text(), "the stand-in repeats it"
     cloud.key_works = True
     client.terminate(machine)
 

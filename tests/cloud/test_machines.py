@@ -1,23 +1,31 @@
 """The ledger beside the providers: `deploy machines`, ends, crashes at every step, and two laptops with one account."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from rollouts.cloud import GPUClient
+from rollouts.cloud import CloudError, GPUClient, provider_api
 from rollouts.cloud.accounts import keys_here, open_providers
 from rollouts.cloud.ledger import Ledger, fold
 from rollouts.cloud.machine_types import PROVIDERS, ProviderName
 from rollouts.cloud.our_machines import OurMachines, look
+from rollouts.cloud.reaching import reach
 from rollouts.cloud.renting import end
-from tests.cloud.conftest import QUICK
+from tests.cloud.conftest import CLOUDS, QUICK, variables
 from tests.cloud.fakes.server import KEY, FakeCloud
 from tests.cloud.test_cloud_verbs import deploy
 from tests.cloud.test_gpu_client import PUBLIC_KEY, client_of, first_offer
@@ -167,6 +175,91 @@ def test_a_torn_ledger(clouds: Clouds) -> None:
     assert [lease.name for lease in Ledger().open_leases()] == [machine.name]
     assert fold([{"name": "a", "step": "intent", "provider": "nobody"}]) == {}
     client.terminate(machine)
+
+
+def test_a_machine_that_is_stuck(clouds: Clouds) -> None:
+    """Goal: a machine that is never ready, and one that lets nobody log in, are given up after their time, with what
+    was last seen. Red without the deadline."""
+
+    async def reached(name: ProviderName) -> None:
+        lease = Ledger().lease(machine.name)
+        async with open_providers(keys_here([name])[0]) as providers:
+            options = {"timeout_s": 1.0, "price_max": 9.0, "say": print}
+            await reach(providers[name], lease, lambda: "it refuses the key", **options)
+
+    for fault, last in (("stuck", "last: PROVISIONING"), ("closed", "root@127.0.0.1:9: it refuses the key")):
+        clouds["runpod"].fault("create", fault)
+        machine = client_of("runpod").create(first_offer(client_of("runpod")), public_key=PUBLIC_KEY)
+        for _ in range(4):
+            client_of("runpod").get(machine)
+        with pytest.raises(CloudError) as caught:
+            anyio.run(reached, "runpod")
+        assert last in caught.value.text() and machine.name in caught.value.text() and "an hour" in caught.value.text()
+    end_open()
+
+
+ACTIONS = (
+    "create",
+    "lost",
+    "500 after",
+    "500",
+    "capacity",
+    "lag",
+    "killed",
+    "end",
+    "lying end",
+    "ended elsewhere",
+    "look",
+)
+
+
+@settings(max_examples=25)
+@given(name=st.sampled_from(PROVIDERS), actions=st.lists(st.sampled_from(ACTIONS), max_size=7))
+def test_the_ledger_and_the_provider_agree(name: ProviderName, actions: list[str]) -> None:
+    """Goal: whatever happens, in any order, after a look the ledger holds open what bills, each machine was made once,
+    and all of it can be ended. Red with closed leases skipped, and with leases without an id passed over."""
+    cloud = CLOUDS[name]()
+    with tempfile.TemporaryDirectory() as home, pytest.MonkeyPatch.context() as patch:
+        for variable, value in variables({name: cloud}, Path(home)).items():
+            patch.setenv(variable, value)
+        for other in set(PROVIDERS) - {name}:
+            patch.delenv(f"{other.upper()}_API_KEY", raising=False)
+        patch.setattr(provider_api, "FIRST_WAIT_S", 0.01)
+        patch.setattr("rollouts.cloud.lambda_labs.CALL_GAP_S", 0.0)
+        patch.setattr("tests.cloud.fakes.server.LAG_S", 0.05)
+        for action in actions:
+            act(cloud, name, action)
+        time.sleep(0.06)  # until the last machine that lags shows
+        looked()
+        assert {lease.name for lease in Ledger().open_leases()} == cloud.bill().keys()
+        assert all(len(cloud.named(machine.name)) == 1 for machine in cloud.machines.values())
+        end_open()
+        assert cloud.bill() == {} and Ledger().open_leases() == []
+    cloud.stop()
+
+
+def act(cloud: FakeCloud, name: ProviderName, action: str) -> None:
+    """Do one thing to the account. Offers that ran out and faults that were told are as good as done."""
+    client = GPUClient(name, patience=replace(QUICK, settle_s=0.3))
+    ours = [lease for lease in Ledger().open_leases() if lease.machine_id]
+    if action in ("create", "lost", "500 after", "500", "capacity", "lag", "killed"):
+        cloud.fault("create", {"killed": "lost"}.get(action, action)) if action != "create" else None
+        offers = client.search(client.gpu_type.contains("H100"))
+        with contextlib.suppress(CloudError), pytest.MonkeyPatch.context() as patch:
+            if action == "killed":  # nothing after the create call is done
+                patch.setattr("rollouts.cloud.renting._settled", dies)
+            client.create(offers[0], public_key=PUBLIC_KEY) if offers else None
+    elif action == "look":
+        looked()
+    elif ours and action == "ended elsewhere":
+        cloud.end(cloud.machines[ours[0].machine_id or ""])
+    elif ours:
+        cloud.fault("terminate", "does nothing") if action == "lying end" else None
+        end_open()
+
+
+async def dies(*_: Any) -> None:
+    raise CloudError("killed", kind="unclear")
 
 
 def test_what_a_lease_cost() -> None:

@@ -9,6 +9,7 @@ from rollouts.config.checks.data import data_checks, eval_checks
 from rollouts.config.checks.engine import engine_checks
 from rollouts.config.checks.model import model_checks
 from rollouts.config.checks.needs import Checks
+from rollouts.config.checks.provision import provision_checks
 from rollouts.config.checks.run import host_checks, limits_checks, output_checks, target_checks
 from rollouts.config.checks.stage_checks import rl_checks, sft_checks
 from rollouts.config.field_types import type_problems
@@ -25,6 +26,7 @@ _GROUP_CHECKS: Mapping[str, typing.Callable[[Any], Checks]] = {
     "engine": engine_checks,
     "limits": limits_checks,
     "output": output_checks,
+    "provision": provision_checks,
 }
 
 

@@ -15,6 +15,7 @@ from rollouts.config.schema.evaluation import EvalConfig
 from rollouts.config.schema.loss import CISPO, GRPO, GSPO, PPO, ImportanceConfig, KLConfig, ValueModel
 from rollouts.config.schema.model import LoraConfig, ModelConfig
 from rollouts.config.schema.optimizer import MuonConfig, OptimizerConfig
+from rollouts.config.schema.provision import ProvisionConfig
 from rollouts.config.schema.rl import AgentConfig, AheadConfig, RewardConfig, RLConfig, SamplingConfig
 from rollouts.config.schema.run import HostConfig, LimitsConfig, OutputConfig, TargetConfig
 from rollouts.config.schema.sections import Sections
@@ -45,6 +46,7 @@ __all__ = [
     "MuonConfig",
     "OptimizerConfig",
     "OutputConfig",
+    "ProvisionConfig",
     "RLConfig",
     "RewardConfig",
     "SFTConfig",

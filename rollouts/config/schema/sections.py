@@ -7,6 +7,7 @@ from rollouts.config.schema.data import DataConfig
 from rollouts.config.schema.engine import EngineConfig
 from rollouts.config.schema.evaluation import EvalConfig
 from rollouts.config.schema.model import ModelConfig
+from rollouts.config.schema.provision import ProvisionConfig
 from rollouts.config.schema.rl import ENGINE_SOURCES, RLConfig
 from rollouts.config.schema.run import HostConfig, LimitsConfig, OutputConfig, TargetConfig
 from rollouts.config.schema.sft import SFTConfig
@@ -26,6 +27,7 @@ class Sections:
     engine: EngineConfig | None  # None only where nothing samples
     limits: LimitsConfig
     output: OutputConfig
+    provision: ProvisionConfig | None  # a machine to rent; None: this one, or --remote
 
     @property
     def stages(self) -> tuple[Literal["sft", "rl"], ...]:

@@ -17,6 +17,7 @@ from rollouts.remote.errors import DeployError, TransportError
 from rollouts.remote.host.known_hosts import lookup_name
 from rollouts.remote.host.ssh_home import config_for_home, home
 from rollouts.remote.host.transport import Target, parse_target
+from rollouts.run_dir import machine_dir
 
 CONNECT_TIMEOUT_S = 20.0  # ConnectTimeout overrides it. Generous: a loaded host is slow, not gone
 OWN_KNOWN_HOSTS = Path("~/.rollouts/known_hosts")  # where the configuration names no file that keeps anything
@@ -132,7 +133,8 @@ def ask_ssh(target: Target, jumps: str | None) -> dict[str, list[str]]:
     arguments += ["-l", target.user] if target.user else []
     arguments += ["-p", str(target.port)] if target.port else []
     with tempfile.TemporaryDirectory(prefix="rollouts-ssh-") as directory:
-        own, names = config_for_home(Path(directory))
+        rented = machine_dir(target.host) / "ssh_config"
+        own, names = (["-F", str(rented)], {}) if rented.is_file() else config_for_home(Path(directory))
         command = ["ssh", "-G", *own, *arguments, "--", target.host]
         try:
             done = subprocess.run(

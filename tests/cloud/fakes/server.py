@@ -77,6 +77,7 @@ class FakeCloud:
         self.key_works = True
         self.boot: Boot | None = None
         self.shut_down: Callable[[FakeMachine], None] = lambda machine: None
+        self.ended_themselves: list[str] = []
         self.lock = threading.RLock()
         self.ids = itertools.count(1)
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -168,7 +169,10 @@ class FakeCloud:
         time.sleep(self.latency_s)
         with self.lock:
             self.requests.append((method, path, query, body))
-            if headers.get("Authorization") != f"Bearer {KEY}" or not self.key_works:
+            scoped = headers.get("Authorization", "").removeprefix("Bearer scoped-")
+            if scoped in self.machines and f"/{scoped}" in path:  # the machine's own key: for itself alone
+                self.ended_themselves += [scoped] if method == "DELETE" else []
+            elif headers.get("Authorization") != f"Bearer {KEY}" or not self.key_works:
                 return self.error(401, f"invalid key {headers.get('Authorization')}")  # a provider that repeats it
             operation = self.operation(method, path)
             if early := self.take(operation, (*BEFORE, "capacity")):
