@@ -283,6 +283,7 @@ EXAMPLES = {
     deploy.HOST_VERB: "deploy --remote gpu-7",
     "doctor": "deploy doctor --remote gpu-7 configs/00_cpu_sft_rl.py",
     "ls": "deploy ls --state failed,died --since 2d",
+    "tag": "deploy tag last paper-baseline",
     "rm": "deploy rm first second --keep-results",
     "gc": "deploy gc --remote gpu-7 --older-than 30d",
     "status": "deploy status last --json",

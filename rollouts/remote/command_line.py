@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 HOST_VERB, CONFIG_VERB = "check-host", "run-config"  # what a line without a verb means
 OPTIONS_WITH_VALUE = (
     *("--remote", "--run-id", "--window", "--set", "--skip"),
-    *("--state", "--experiment", "--since", "--sort", "--older-than", "--only", "--bwlimit"),
+    *("--state", "--experiment", "--since", "--sort", "--older-than", "--tag", "--only", "--bwlimit"),
 )
 HOST_OPTIONS = ("--remote", "--json", "--accept-new-host-key", "--no-accept-new-host-key", "--help", "-h")
 PULL_OPTIONS = ("--no-checkpoints", "--only", "--bwlimit")

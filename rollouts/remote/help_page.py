@@ -32,6 +32,7 @@ goes on, and a killed deploy loses nothing:
   deploy stop RUN                end its processes, keep its results
   deploy pull RUN                bring all results here, verified; one that
                                  was cut off goes on where it broke
+  deploy tag RUN NAME            another name for a run, of your own
   deploy rm RUN...               remove runs that are over, here and there
   deploy gc --remote gpu-7       list what takes room there, and remove it
   deploy forget RUN              drop this machine's record; the results stay

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rollouts.remote.app import Json, Remote, verb
+from rollouts.remote.app import Json, Remote, Run, verb
 
 
 @verb("ls")
@@ -18,6 +18,7 @@ def ls(
         list[str] | None, typer.Option("--state", metavar="STATE", help="Such as running, or failed,died.")
     ] = None,
     experiment: Annotated[str | None, typer.Option(metavar="NAME", help="Or a pattern: 'sft_*'.")] = None,
+    tag: Annotated[str | None, typer.Option(metavar="TAG", help="Or a pattern: 'paper-*'.")] = None,
     since: Annotated[str | None, typer.Option(metavar="2d", help="Begun since 30m, 12h, 2d, 1w or 2026-11-01.")] = None,
     sort: Annotated[
         str, typer.Option(metavar="KEY", help="started, run, experiment, state, target, stage or step.")
@@ -27,8 +28,24 @@ def ls(
     """List the runs started here, or with --remote those of a host."""
     from rollouts.remote import list_runs
 
-    wanted = list_runs.read_wanted(states=state or (), experiment=experiment, since=since, sort=sort, now=time.time())
+    wanted = list_runs.read_wanted(
+        states=state or (), experiment=experiment, since=since, sort=sort, now=time.time(), tag=tag
+    )
     return list_runs.list_runs(remote=remote, wanted=wanted)
+
+
+@verb("tag")
+def tag(
+    run: Run,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What the run is called from now on, too.")],
+    *,
+    remove: Annotated[bool, typer.Option("--remove", help="Take the tag away.")] = False,
+    as_json: Json = False,
+) -> Any:
+    """Give a run a name of your own, which means it wherever a run is asked for."""
+    from rollouts.remote import list_runs
+
+    return list_runs.tag(run, name, remove=remove)
 
 
 @verb("rm")

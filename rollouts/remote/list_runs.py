@@ -17,6 +17,8 @@ from rollouts.remote.local_faults import as_deploy_errors
 from rollouts.remote.machine_end import alarm
 from rollouts.remote.run import registry
 from rollouts.remote.run.last_seen import last_seen, list_row, with_host
+from rollouts.remote.run.run_names import known_run
+from rollouts.remote.run.tags import tag_run, tags, untag_run
 from rollouts.run_dir import State
 from rollouts.view.answer import Answer
 from rollouts.view.screen import terminal_width
@@ -43,6 +45,7 @@ class Wanted:
     experiment: str = "*"  # a shell's pattern
     since: float = 0.0  # seconds since the epoch
     sort: str = "started"
+    tag: str | None = None  # a shell's pattern; None: tagged or not
 
     def may_fit(self, experiment: str, begun_at: float) -> bool:
         """Return whether a run of that experiment and age is asked for, before its files are read."""
@@ -57,7 +60,9 @@ class Wanted:
         return sorted(found, key=lambda row: (row[field] is not None, 0 if row[field] is None else row[field]))
 
 
-def read_wanted(*, states: Sequence[str], experiment: str | None, since: str | None, sort: str, now: float) -> Wanted:
+def read_wanted(
+    *, states: Sequence[str], experiment: str | None, since: str | None, sort: str, now: float, tag: str | None = None
+) -> Wanted:
     """Return what the options of `ls` ask for. Raises DeployError with every mistake."""
     named = [part.strip().replace("-", " ") for state in states for part in state.split(",")]
     if unknown := [state for state in named if state not in STATES]:
@@ -68,7 +73,7 @@ def read_wanted(*, states: Sequence[str], experiment: str | None, since: str | N
     if sort not in SORTS:
         raise DeployError(f"--sort {sort!r}: runs cannot be sorted by that.", needed=f"one of {', '.join(SORTS)}")
     begin = 0.0 if since is None else read_moment(since, now=now)
-    return Wanted(tuple(named), experiment or "*", begin, sort)
+    return Wanted(tuple(named), experiment or "*", begin, sort, tag)
 
 
 def read_moment(text: str, *, now: float, option: str = "--since") -> float:
@@ -94,7 +99,13 @@ def list_runs(*, remote: str | None, wanted: Wanted) -> Answer:
 def _rows_here(wanted: Wanted) -> tuple[list[dict[str, Any]], list[Path]]:
     entries, damaged = registry.all_entries()
     asked = [entry for entry in entries if wanted.may_fit(entry.experiment_name, entry.created_at)]
-    return wanted.chosen([last_seen(entry) for entry in asked]), damaged
+    named: dict[str, list[str]] = {}
+    for tag, run_id in sorted(tags().items()):
+        named.setdefault(run_id, []).append(tag)
+    rows = [last_seen(entry) | {"tags": named.get(entry.run_id, [])} for entry in asked]
+    if wanted.tag is not None:
+        rows = [row for row in rows if any(fnmatch.fnmatchcase(tag, wanted.tag) for tag in row["tags"])]
+    return wanted.chosen(rows), damaged
 
 
 def _rows_there(remote: str, wanted: Wanted) -> list[dict[str, Any]]:
@@ -109,3 +120,15 @@ def _rows_there(remote: str, wanted: Wanted) -> list[dict[str, Any]]:
 
 def host_row(target: str, row: dict[str, Any]) -> dict[str, Any]:
     return list_row(target, row["experiment_name"], row["run_id"], row | {"message": with_host(row)})
+
+
+def tag(name: str, tag: str, *, remove: bool) -> Answer:
+    """Give a run a name of the user's, or take it away (`deploy tag RUN NAME`). Raises DeployError."""
+    with as_deploy_errors():
+        run_id = known_run(name).run_id
+        if remove:
+            untag_run(run_id, tag)
+        else:
+            tag_run(run_id, tag, run_ids=[entry.run_id for entry in registry.entries()])
+        own = [own for own, run in sorted(tags().items()) if run == run_id]
+        return Answer({"run_id": run_id, "tags": own}, f"{run_id}: {', '.join(own) or 'no tag'}")

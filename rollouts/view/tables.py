@@ -51,7 +51,8 @@ def runs_text(rows: Sequence[dict[str, Any]], *, width: int | None = None) -> st
     if not rows:
         return "no runs"
     header = ["run_id", "target", "state", "stage", "step", "started_at", "exit_code"]
-    cells = [header, *([cell(name, row[name]) for name in header] for row in rows)]
+    header += ["tags"] if any(row.get("tags") for row in rows) else []
+    cells = [header, *([cell(name, _shown(row, name)) for name in header] for row in rows)]
     heading, *lines = columns(cells).splitlines()
     same_target = ""
     if width is not None and max(map(len, (heading, *lines))) > width:
@@ -65,15 +66,21 @@ def runs_text(rows: Sequence[dict[str, Any]], *, width: int | None = None) -> st
     return "\n".join([*table, f"all on {same_target}"] if same_target else table)
 
 
+def _shown(row: dict[str, Any], name: str) -> Any:
+    return " ".join(row.get("tags", ())) if name == "tags" else row[name]
+
+
 def _narrow(rows: Sequence[dict[str, Any]], width: int, *, with_target: bool) -> list[str]:
     """Return the table's lines for a terminal: what matters most of each run, and as much of its name as fits."""
-    header = ["state", "at", "started", *(["target"] if with_target else [])]
+    with_tags = any(row.get("tags") for row in rows)
+    header = ["state", "at", "started", *(["target"] if with_target else []), *(["tags"] if with_tags else [])]
     cells = [header]
     for row in rows:
         at = " ".join(str(row[name]) for name in ("stage", "step") if row[name] is not None) or "-"
         started = cell("started_at", row["started_at"])
         target = [elided(cell("target", row["target"]), TARGET_CHARS)] if with_target else []
         cells.append([cell("state", row["state"]), one_line(at), started[5:16] or "-", *target])
+        cells[-1] += [elided(cell("tags", _shown(row, "tags")), TARGET_CHARS)] if with_tags else []
     others = max(map(len, columns([["", *line] for line in cells]).splitlines()))
     room = max(NAME_CHARS_MIN, width - others)
     names = ["run_id", *(elided(cell("run_id", row["run_id"]), room) for row in rows)]

@@ -12,6 +12,9 @@ from benchmarks.deploy_ls import imports_torch, make_runs
 from rollouts.remote import list_runs
 from rollouts.remote.errors import DeployError
 from rollouts.remote.list_runs import read_moment, read_wanted
+from rollouts.remote.run import registry
+from rollouts.remote.run.run_names import known_run
+from rollouts.remote.run.tags import tags
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -83,3 +86,33 @@ def test_ls_of_many_runs_is_one_process_without_slow_modules(runs_here: Path) ->
     code += "name for name in sys.modules if name.startswith(('rollouts.config', 'rollouts.remote.plan', 'paramiko'))))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_tag_means_its_run(runs_here: Path) -> None:
+    """Goal: a tag names one run wherever a run is asked for, is shown and filtered by, and goes with its run; `last` is
+    still the newest. Red with tags written into the entries, whose times decide what `last` is, and with tags kept when
+    their run was forgotten."""
+    first, second, *_, newest = [row["run_id"] for row in listed()]
+    assert list_runs.tag(first, "best", remove=False).document == {"run_id": first, "tags": ["best"]}
+    list_runs.tag("best", "paper-1", remove=False)
+    assert known_run("best").run_id == known_run("paper-1").run_id == first and known_run("last").run_id == newest
+    assert [row["run_id"] for row in listed(tag="paper-*")] == [first]
+    assert "best paper-1" in (list_runs.list_runs(remote=None, wanted=list_runs.Wanted()).text or "")
+    for name, tag, said in (
+        (second, "best", f"'best' is a tag of {first}"),
+        (second, newest, "is the name of a run"),
+        (second, "last", "is not a tag"),
+        (second, "../x", "is not a tag"),
+        (second, "", "is not a tag"),
+        ("nothing", "x", "there is no run"),
+    ):
+        with pytest.raises(DeployError) as caught:
+            list_runs.tag(name, tag, remove=False)
+        assert said in str(caught.value)
+    with pytest.raises(DeployError, match="has no tag"):
+        list_runs.tag(second, "best", remove=True)
+    list_runs.tag(first, "best", remove=True)
+    registry.forget(known_run("paper-1"))
+    assert tags() == {}
+    with pytest.raises(DeployError, match="there is no run"):
+        known_run("paper-1")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from rollouts.plain_files import read_plain
 from rollouts.remote.errors import DeployError
 from rollouts.remote.run.mirror_files import make_mirror, replace
+from rollouts.remote.run.tags import drop_tags
 from rollouts.run_dir import LaunchPlan, RunDir, home_dir, valid_run_id, write_json_atomic, write_text_atomic
 
 if TYPE_CHECKING:  # slow to import, and `deploy ls` needs neither
@@ -195,6 +196,7 @@ def forget(entry: RunEntry) -> None:
     """Drop what this machine knows of a run: entry and record. The host, and the results here, stay as they are."""
     _file(entry.run_id).unlink(missing_ok=True)
     forget_record(entry)
+    drop_tags(entry.run_id)
 
 
 def forget_record(entry: RunEntry) -> None:

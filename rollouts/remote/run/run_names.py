@@ -1,10 +1,11 @@
-"""Which run a name means: a whole name, the beginning of one, its beginning and end around `…`, or `last`."""
+"""Which run a name means: a whole name, a tag, the beginning of a name, its beginning and end around `…`, or `last`."""
 
 from typing import TYPE_CHECKING
 
 from rollouts.remote.errors import DeployError
 from rollouts.remote.run import registry
 from rollouts.remote.run.registry import RunEntry
+from rollouts.remote.run.tags import tags
 from rollouts.run_dir import valid_run_id
 from rollouts.view.tables import ELLIPSIS
 
@@ -23,11 +24,11 @@ def known_run(name: str) -> RunEntry:
 
 
 def find_known(name: str) -> RunEntry | None:
-    """Return `last`, or the one run that begins with `name`, of those that this machine knows."""
+    """Return `last`, the run with that tag, or the one that begins with `name`, of those that this machine knows."""
     entries = registry.entries()
     if name == LAST:
         return entries[-1] if entries else None
-    run_id = find_by_prefix(name, [entry.run_id for entry in entries])
+    run_id = tags().get(name) or find_by_prefix(name, [entry.run_id for entry in entries])
     return next((entry for entry in entries if entry.run_id == run_id), None)
 
 
