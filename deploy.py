@@ -26,6 +26,7 @@ from rollouts.remote.app import (
     Remote,
     Run,
     Settings,
+    Wait,
     app,
     verb,
 )
@@ -82,9 +83,12 @@ def run_config(
     no_checkpoints: NoCheckpoints = False,
     only: Only = None,
     bwlimit: Bwlimit = None,
+    wait: Wait = False,
+    queue: Annotated[bool, typer.Option("--queue", help="The same, on any GPUs; a sweep's runs all at once.")] = False,
+    at_once: Annotated[int | None, typer.Option(min=1, metavar="N", help="Of queued runs without GPUs.")] = None,
 ) -> Any:
     """Run the job that CONFIG describes, and follow it."""
-    from rollouts.remote import read_config, rented, sweep
+    from rollouts.remote import queue_options, read_config, rented, sweep
     from rollouts.remote.run.wanted import ToBring
 
     wanted = ToBring.parse(no_checkpoints=no_checkpoints, only=only, bwlimit=bwlimit)
@@ -93,13 +97,24 @@ def run_config(
         sweep.check_alone(skip=skip, yes=yes)
     if show:
         return read_config.show_config(config, settings or ())
+    wish = queue_options.queue_wish(wait=wait, queue=queue, at_once=at_once, busy_ok=busy_ok)
     if sweep.asks_for_several(settings or ()):
-        sweep.check_options(detach=detach, run_id=run_id)
+        sweep.check_options(detach=detach, run_id=run_id, all_at_once=queue)
         options = sweep.SweepOptions(
-            remote=remote, skip=skip, yes=yes, accept_new_host_key=accept_new_host_key, busy_ok=busy_ok, wanted=wanted
+            remote=remote,
+            skip=skip,
+            yes=yes,
+            accept_new_host_key=accept_new_host_key,
+            busy_ok=busy_ok,
+            queue=wish,
+            all_at_once=queue,
+            detach=detach,
+            wanted=wanted,
         )
         return sweep.sweep(config, Screen(as_json=as_json), settings or (), options, plan_only=plan)
-    chosen = rented.RentOptions(plan_only=plan, detach=detach, run_id=run_id, busy_ok=busy_ok, yes=yes, wanted=wanted)
+    chosen = rented.RentOptions(
+        plan_only=plan, detach=detach, run_id=run_id, busy_ok=busy_ok, yes=yes, wanted=wanted, queue=wish
+    )
     screen = Screen(as_json=as_json)
     return rented.deploy(config, screen, settings or (), chosen, remote=remote, accept_new_host_key=accept_new_host_key)
 
@@ -167,8 +182,10 @@ def resume(
     run_id: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the new run.")] = None,
     accept_new_host_key: AcceptKey = False,
     busy_ok: BusyOk = False,
+    wait: Wait = False,
 ) -> Any:
     """Go on from the last checkpoint of a run that ended early, as a new run, here or on another host."""
+    from rollouts.remote import queue_options
     from rollouts.remote import resume as verb_resume
 
     options = verb_resume.ResumeOptions(
@@ -178,6 +195,7 @@ def resume(
         detach=detach,
         accept_new_host_key=accept_new_host_key,
         busy_ok=busy_ok,
+        queue=queue_options.queue_wish(wait=wait, queue=False, at_once=None, busy_ok=busy_ok),
     )
     return verb_resume.resume(run, Screen(as_json=as_json), settings or (), options)
 

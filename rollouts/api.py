@@ -20,6 +20,7 @@ from typing import Any
 from rollouts.config import Config
 from rollouts.remote import commands, looks
 from rollouts.remote.errors import DeployError
+from rollouts.remote.queue_options import queue_wish
 from rollouts.remote.read_config import read_config
 from rollouts.remote.run import registry
 from rollouts.remote.run.run_names import known_run
@@ -98,11 +99,13 @@ def deploy(
     remote: str | None = None,
     run_id: str | None = None,
     busy_ok: bool = False,
+    wait: bool = False,
     accept_new_host_key: bool = False,
 ) -> Run:
     """Launch a job, or a config file's, on this machine or on the `remote` that `ssh` knows; return the run.
 
-    Raises DeployError with every reason where it cannot start; nothing was started then.
+    `wait`: it waits in the host's queue until GPUs and ports are free. Raises DeployError with every reason where it
+    cannot start; nothing was started then.
     """
     if not isinstance(config, Config):
         config = read_config(str(config))
@@ -118,6 +121,7 @@ def deploy(
             accept_new_host_key=accept_new_host_key,
             busy_ok=busy_ok,
             detach=True,
+            queue=queue_wish(wait=wait, queue=False, at_once=None, busy_ok=busy_ok),
         )
     return find(name)
 

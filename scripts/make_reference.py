@@ -289,6 +289,7 @@ EXAMPLES = {
     "status": "deploy status last --json",
     "attach": "deploy attach last",
     "resume": "deploy resume first --remote user@host --set rl.matrix_lr=1e-6",
+    "sweep": "deploy sweep last --follow",
     "logs": "deploy logs last --follow --window engine-0",
     "stop": "deploy stop last",
     "pull": "deploy pull last",

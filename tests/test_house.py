@@ -51,6 +51,7 @@ FINISHED = (
     "rollouts.agents",
     "rollouts.config",
     "rollouts.engines",
+    "rollouts.machine",
     "rollouts.manifest",
     "rollouts.plain_files",
     "rollouts.remote",

@@ -42,6 +42,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts.__main__": (),
     "rollouts.manifest": (),
     "rollouts.plain_files": (),
+    "rollouts.machine": ("rollouts.machine",),
     "rollouts.run_dir": ("rollouts.run_dir", "rollouts.plain_files"),
     "rollouts.agents": (
         "rollouts.agents",
@@ -81,6 +82,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts.remote": (
         "rollouts.cloud",
         "rollouts.config",
+        "rollouts.machine",
         "rollouts.run_dir",
         "rollouts.plain_files",
         "rollouts.manifest",
@@ -89,6 +91,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "rollouts.remote.errors": ("rollouts.view.escape",),
     "rollouts.remote.host": (
+        "rollouts.machine",
         "rollouts.remote.errors",
         "rollouts.remote.host",
         "rollouts.run_dir",
@@ -102,6 +105,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "rollouts.remote.plan": (
         "rollouts.config",
+        "rollouts.machine",
         "rollouts.engines.command_lines",
         "rollouts.run_dir",
         "rollouts.remote.errors",
@@ -128,6 +132,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "rollouts.worker": (
         "rollouts.config",
+        "rollouts.machine",
         "rollouts.run_dir",
         "rollouts.plain_files",
         "rollouts.manifest",
@@ -299,6 +304,7 @@ STANDARD_LIBRARY_ONLY = (
     "base_config",
     "rollouts.config",
     "rollouts.run_dir",
+    "rollouts.machine",
     "rollouts.manifest",
     "rollouts.engines.server_spec",
     "rollouts.engines.diagnosis",

@@ -33,6 +33,7 @@ Remote = Annotated[str | None, typer.Option(metavar="[USER@]HOST[:PORT]", help="
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 AcceptKey = Annotated[bool, typer.Option(help="Add the host's key to ~/.ssh/known_hosts if none is known.")]
 BusyOk = Annotated[bool, typer.Option("--busy-ok", help="Start on GPUs that others use too.")]
+Wait = Annotated[bool, typer.Option("--wait", help="Queue on the host until its GPUs and ports are free.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Another value for a field; V1,V2: a sweep.")
 ]

@@ -22,7 +22,7 @@ from rollouts.remote.host.sending import sent_program
 from rollouts.remote.host.transport import LOCAL_TARGET, Transport
 from rollouts.remote.local_faults import as_deploy_errors
 from rollouts.remote.machine_end import after_run, alarm
-from rollouts.remote.plan import Plan, free_ports_wanted, make_plan, required_paths, required_ports
+from rollouts.remote.plan import Plan, QueueWish, free_ports_wanted, make_plan, required_paths, required_ports
 from rollouts.remote.repository import Code, find_repository, read_code
 from rollouts.remote.run import registry
 from rollouts.remote.run.connection import RetryPolicy
@@ -59,8 +59,12 @@ def start(
     plan_only: bool = False,
     detach: bool = False,
     wanted: ToBring = EVERYTHING,
+    queue: QueueWish | None = None,
 ) -> int:
-    """Plan, send, launch and watch a run of a config that is checked. Returns the job's exit code."""
+    """Plan, send, launch and watch a run of a config that is checked. Returns the job's exit code.
+
+    `queue`: it waits for its turn on the host.
+    """
     if config.provision is not None and remote is None:
         fix = "`deploy CONFIG` rents it; or set provision=None, or name a host"
         raise DeployError("the config rents a machine, which is done by the command alone.", fix=fix)
@@ -70,7 +74,8 @@ def start(
             screen.alarm(told)
         with contextlib.closing(open_transport(remote, accept_new_host_key=accept_new_host_key)) as transport:
             facts = look_at_host(transport, [config], run_id=run_id)
-            plan, code = plan_run(config, root, facts, run_id, target=remote or LOCAL_TARGET, busy_ok=busy_ok)
+            target = remote or LOCAL_TARGET
+            plan, code = plan_run(config, root, facts, run_id, target=target, busy_ok=busy_ok, queue=queue)
             if plan_only:
                 screen.show(Answer(plan.to_json(), plan_text(plan)))
             if plan.problems:
@@ -104,7 +109,14 @@ def look_at_host(transport: Transport, configs: Sequence[Config], *, run_id: str
 
 
 def plan_run(
-    config: Config, root: Path, facts: HostFacts, run_id: str, *, target: str, busy_ok: bool
+    config: Config,
+    root: Path,
+    facts: HostFacts,
+    run_id: str,
+    *,
+    target: str,
+    busy_ok: bool,
+    queue: QueueWish | None = None,
 ) -> tuple[Plan, Code]:
     """Return the plan of a new run, with every reason against it, and the code that it would run."""
     code = read_code(root, config)
@@ -118,6 +130,7 @@ def plan_run(
         local_dir=str(mirror_dir(config, root, run_id)),
         secrets_set=[name for name in config.host.secrets if os.environ.get(name)],
         busy_ok=busy_ok,
+        queue=queue,
     )
     return dataclasses.replace(plan, problems=(*plan.problems, *_local_problems(plan))), code
 

@@ -5,9 +5,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from rollouts.machine.nvidia_smi import GpuProcess
 from rollouts.remote.errors import Problem
 from rollouts.remote.host.facts import HostFacts
-from rollouts.remote.host.gpus import GpuProcess
 from rollouts.remote.host.host_health import CardHealth, Disk, HostHealth
 from rollouts.remote.texts import fact_rows
 from rollouts.view.escape import one_line

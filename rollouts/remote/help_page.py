@@ -27,6 +27,7 @@ goes on, and a killed deploy loses nothing:
   deploy status RUN              one look
   deploy attach RUN              follow again, from where you left off
   deploy resume RUN              go on from its last checkpoint, if it died
+  deploy sweep NAME -f           the runs of a sweep to their end, a table
   deploy logs RUN -f             what a process prints, with --window NAME
                                  another (supervisor, trainer, engine-0)
   deploy stop RUN                end its processes, keep its results
@@ -67,6 +68,13 @@ Options of deploy CONFIG:
   --skip N                     leave out the first N runs of a sweep
   --yes                        rent without asking; start a sweep of more
                                than 20 runs
+  --wait                       wait in a queue on the host until the GPUs and
+                               ports of the config are free there; first come,
+                               first served, this machine may be off
+  --queue                      the same, on as many of any such GPUs; all
+                               runs of a sweep are sent at once, and run side
+                               by side where there is room
+  --at-once N                  so many runs without GPUs at a time; default 1
   --detach                     launch and return
   --run-id NAME                name of the run and its tmux session; default
                                <experiment_name>-<date>-<time>-<random>

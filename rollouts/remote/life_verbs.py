@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from rollouts.remote.app import Json, Remote, Run, verb
+from rollouts.view.screen import Screen
 
 
 @verb("ls")
@@ -46,6 +47,18 @@ def tag(
     from rollouts.remote import list_runs
 
     return list_runs.tag(run, name, remove=remove)
+
+
+@verb("sweep")
+def sweep(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A sweep, one of its runs, or `last`.")],
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Follow its runs to their end first.")] = False,
+    as_json: Json = False,
+) -> Any:
+    """Print the table of a sweep that was started here."""
+    from rollouts.remote import sweep_again
+
+    return sweep_again.show_sweep(name, Screen(as_json=as_json), until_end=follow)
 
 
 @verb("rm")

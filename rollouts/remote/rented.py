@@ -18,6 +18,7 @@ from rollouts.remote.host.read_answer import read_answer
 from rollouts.remote.host.sending import sent_program
 from rollouts.remote.local_faults import as_deploy_errors
 from rollouts.remote.machine_end import end_machine
+from rollouts.remote.plan import QueueWish
 from rollouts.remote.read_config import read_variants
 from rollouts.remote.repository import find_repository, read_code, refuse_stray_config
 from rollouts.remote.run import registry
@@ -45,6 +46,7 @@ class RentOptions:
     busy_ok: bool
     yes: bool
     wanted: ToBring  # what is pulled; a machine is kept while something of its run is not here
+    queue: QueueWish | None = None  # the run waits for its turn on the host that --remote names
 
 
 def deploy(
@@ -76,6 +78,7 @@ def deploy(
         accept_new_host_key=accept_new_host_key,
         busy_ok=options.busy_ok,
         wanted=options.wanted,
+        queue=options.queue,
     )
 
 

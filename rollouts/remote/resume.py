@@ -21,6 +21,7 @@ from rollouts.remote.commands import launch_and_watch, look_at_host, new_run_id,
 from rollouts.remote.errors import DeployError, TransportError, UnreachableError
 from rollouts.remote.host.open import open_transport
 from rollouts.remote.local_faults import as_deploy_errors
+from rollouts.remote.plan import QueueWish
 from rollouts.remote.repository import Code, find_repository
 from rollouts.remote.run import registry
 from rollouts.remote.run.checkpoints import pull_checkpoint
@@ -64,6 +65,7 @@ class ResumeOptions:
     detach: bool
     accept_new_host_key: bool
     busy_ok: bool
+    queue: QueueWish | None  # the new run waits for its turn on the host
 
 
 def resume(name: str, screen: Screen, settings: Sequence[str], options: ResumeOptions) -> int:
@@ -87,7 +89,9 @@ def resume(name: str, screen: Screen, settings: Sequence[str], options: ResumeOp
             )
             known = {place.at: True for place in start.places}
             facts = dataclasses.replace(facts, paths={**facts.paths, **known})
-            plan, code = plan_run(start.config, root, facts, run_id, target=target, busy_ok=options.busy_ok)
+            plan, code = plan_run(
+                start.config, root, facts, run_id, target=target, busy_ok=options.busy_ok, queue=options.queue
+            )
             screen.remark(f"note: {old.run_id} goes on from {origin.name} as {run_id}")
             if options.plan_only:
                 screen.show(Answer(plan.to_json() | {"resumed_from": start.resumed_from}, plan_text(plan)))

@@ -5,8 +5,9 @@ end the sweep. Ctrl-C detaches from the run under way and starts no further one.
 """
 
 import contextlib
+import dataclasses
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,25 @@ from rollouts.remote.errors import DeployError, Problem
 from rollouts.remote.host.open import open_transport
 from rollouts.remote.host.transport import LOCAL_TARGET
 from rollouts.remote.local_faults import as_deploy_errors
-from rollouts.remote.plan import Plan
+from rollouts.remote.plan import Plan, QueueWish
 from rollouts.remote.read_config import read_variants
 from rollouts.remote.repository import find_repository, refuse_stray_config
-from rollouts.remote.run import registry
-from rollouts.remote.run.last_seen import last_seen
 from rollouts.remote.run.wanted import EVERYTHING, ToBring
-from rollouts.run_dir import RunDir, iter_jsonl
+from rollouts.remote.sweep_again import end_of_sweep, follow_sweep
+from rollouts.remote.sweep_runs import (
+    NOT_STARTED,
+    Outcome,
+    SweepMember,
+    SweepRecord,
+    as_json_value,
+    outcome_table,
+    remember,
+)
 from rollouts.view.answer import Answer
-from rollouts.view.fold import ALL_TASKS, number
 from rollouts.view.screen import Screen
 from rollouts.view.tables import columns
 
 RUNS_MAX = 20  # of a sweep, without --yes
-NOT_STARTED = "not started"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +49,9 @@ class SweepOptions:
     yes: bool  # more than RUNS_MAX runs are meant
     accept_new_host_key: bool
     busy_ok: bool
+    queue: QueueWish | None  # each run waits for its turn on the host
+    all_at_once: bool  # all of them are sent to the host's queue (--queue)
+    detach: bool  # ... and not followed
     wanted: ToBring = EVERYTHING
 
 
@@ -50,41 +59,8 @@ class SweepOptions:
 class SweepRun:
     """One run of a sweep, before it starts."""
 
-    run_id: str
+    member: SweepMember
     config: Config
-    values: dict[str, Any]  # of the fields that differ between the runs, by their paths
-
-    @property
-    def differs(self) -> str:
-        return " ".join(f"{path.rpartition('.')[2]}={number(value)}" for path, value in self.values.items())
-
-
-@dataclass
-class Outcome:
-    """How a run of a sweep ended, for the table."""
-
-    run: SweepRun
-    state: str = NOT_STARTED
-    exit_code: int | None = None
-    steps: str = "-"
-    last: str = "-"  # reward, or loss
-    exact_match: float | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "run_id": self.run.run_id,
-            "values": {path: repr_json(value) for path, value in self.run.values.items()},
-            "state": self.state,
-            "exit_code": self.exit_code,
-            "steps": self.steps,
-            "last": self.last,
-            "exact_match": self.exact_match,
-        }
-
-
-def repr_json(value: Any) -> Any:
-    """Return a field's value as JSON has it; a group of the schema as its call."""
-    return value if value is None or isinstance(value, bool | int | float | str | list) else repr(value)
 
 
 def asks_for_several(settings: Sequence[str]) -> bool:
@@ -102,12 +78,12 @@ def check_alone(*, skip: int, yes: bool) -> None:
         )
 
 
-def check_options(*, detach: bool, run_id: str | None) -> None:
+def check_options(*, detach: bool, run_id: str | None, all_at_once: bool) -> None:
     """Raise DeployError for options that have no meaning for several runs."""
-    if detach:
+    if detach and not all_at_once:
         raise DeployError(
             "--detach with a sweep: its runs start one after another, from this machine.",
-            fix="leave out --detach, and let the command run (in tmux, say); or deploy the runs one by one",
+            fix="add --queue: then the host starts them; or leave out --detach, and let the command run (in tmux, say)",
         )
     if run_id is not None:
         raise DeployError(
@@ -117,7 +93,7 @@ def check_options(*, detach: bool, run_id: str | None) -> None:
 
 
 def sweep(config_path: str, screen: Screen, settings: Sequence[str], options: SweepOptions, *, plan_only: bool) -> int:
-    """Plan all runs and start none if one of them cannot run; then run one after another.
+    """Plan all runs and start none if one of them cannot run; then run one after another, or send all to the queue.
 
     Returns 0 if all of them ended with 0, else the first other exit code.
     """
@@ -133,13 +109,21 @@ def sweep(config_path: str, screen: Screen, settings: Sequence[str], options: Sw
         refuse_stray_config(find_repository(Path.cwd()), Path(config_path))
         plans = _plans(runs, options)
         if plan_only:
-            screen.show(_plan_answer(runs, plans, options.remote or LOCAL_TARGET))
+            screen.show(_plan_answer(runs, plans, options))
         if problems := _problems(runs, plans):
             raise DeployError.of(problems)
     if plan_only:
         return 0
     again = _command(config_path, settings, options)
-    return _run_all(runs, screen, options, again)
+    target = options.remote or LOCAL_TARGET
+    name = new_run_id(runs[0].config)
+    with as_deploy_errors():
+        record = remember(name, target, [run.member for run in runs])
+    return (
+        _queue_all(runs, record, screen, options, again)
+        if options.all_at_once
+        else _run_all(runs, record, screen, options, again)
+    )
 
 
 def _runs(config_path: str, settings: Sequence[str], skip: int) -> list[SweepRun]:
@@ -150,9 +134,11 @@ def _runs(config_path: str, settings: Sequence[str], skip: int) -> list[SweepRun
     differing = [path for path in first if any(variant.values[path] != first[path] for variant in variants)]
     return [
         SweepRun(
-            new_run_id(variant.config, variant.label),
+            SweepMember(
+                new_run_id(variant.config, variant.label),
+                {path: as_json_value(variant.values[path]) for path in differing},
+            ),
             variant.config,
-            {path: variant.values[path] for path in differing},
         )
         for variant in variants[skip:]
     ]
@@ -164,7 +150,8 @@ def _plans(runs: Sequence[SweepRun], options: SweepOptions) -> list[Plan]:
     key = options.accept_new_host_key
     with contextlib.closing(open_transport(options.remote, accept_new_host_key=key)) as transport:
         facts = look_at_host(transport, [run.config for run in runs], run_id=None)
-    return [plan_run(run.config, root, facts, run.run_id, target=target, busy_ok=options.busy_ok)[0] for run in runs]
+    how: dict[str, Any] = {"target": target, "busy_ok": options.busy_ok, "queue": options.queue}
+    return [plan_run(run.config, root, facts, run.member.run_id, **how)[0] for run in runs]
 
 
 def _problems(runs: Sequence[SweepRun], plans: Sequence[Plan]) -> list[Problem]:
@@ -172,7 +159,7 @@ def _problems(runs: Sequence[SweepRun], plans: Sequence[Plan]) -> list[Problem]:
     whose: dict[Problem, list[str]] = {}
     for run, plan in zip(runs, plans, strict=True):
         for problem in plan.problems:
-            whose.setdefault(problem, []).append(run.differs)
+            whose.setdefault(problem, []).append(run.member.differs)
     found = []
     for problem, names in whose.items():
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -181,17 +168,17 @@ def _problems(runs: Sequence[SweepRun], plans: Sequence[Plan]) -> list[Problem]:
     return found
 
 
-def _plan_answer(runs: Sequence[SweepRun], plans: Sequence[Plan], target: str) -> Answer:
-    rows, documents = [], []
+def _plan_answer(runs: Sequence[SweepRun], plans: Sequence[Plan], options: SweepOptions) -> Answer:
+    rows, documents, target = [], [], options.remote or LOCAL_TARGET
     for at, (run, plan) in enumerate(zip(runs, plans, strict=True), 1):
         count = len(plan.problems)
         fine = "ready" if count == 0 else f"{count} problem{'s' if count > 1 else ''}"
-        rows.append([f"{at}.", run.run_id, run.differs, fine])
+        rows.append([f"{at}.", run.member.run_id, run.member.differs, fine])
         rows += [["", f"  problem: {problem.message}", "", ""] for problem in plan.problems]
-        values = {path: repr_json(value) for path, value in run.values.items()}
-        documents.append({"run_id": run.run_id, "values": values, "plan": plan.to_json()})
+        documents.append({"run_id": run.member.run_id, "values": run.member.values, "plan": plan.to_json()})
     notes = dict.fromkeys(f"warning: {text}" for plan in plans for text in plan.warnings)
-    heading = f"sweep of {len(runs)} runs on {target}, one after another (nothing is touched)"
+    how = "in the host's queue" if options.all_at_once else "one after another"
+    heading = f"sweep of {len(runs)} runs on {target}, {how} (nothing is touched)"
     text = "\n".join([heading, _table(rows), *notes])
     return Answer({"type": "sweep_plan", "target": target, "runs": documents}, text)
 
@@ -202,32 +189,36 @@ def _table(rows: list[list[str]]) -> str:
     return "\n".join(next(listed) if row[0] else f"    {row[1]}" for row in rows)
 
 
-def _run_all(runs: Sequence[SweepRun], screen: Screen, options: SweepOptions, again: Sequence[str]) -> int:
-    outcomes = [Outcome(run) for run in runs]
-    for at, outcome in enumerate(outcomes):
+def _run_all(
+    runs: Sequence[SweepRun], record: SweepRecord, screen: Screen, options: SweepOptions, again: Sequence[str]
+) -> int:
+    outcomes = [Outcome(run.member) for run in runs]
+    for at, (run, outcome) in enumerate(zip(runs, outcomes, strict=True), 1):
         if not screen.as_json:
-            screen.show(Answer(None, f"\nrun {at + 1} of {len(runs)}: {outcome.run.differs}"))
-        goes_on = _run_one(outcome, screen, options)
-        _look_back(outcome)
+            screen.show(Answer(None, f"\nrun {at} of {len(runs)}: {outcome.run.differs}"))
+        goes_on = _run_one(run, outcome, screen, options)
+        outcome.look_back()
         if not goes_on:
             return _stopped(outcomes, screen, options, again)
-    code = next((outcome.exit_code or 0 for outcome in outcomes if outcome.exit_code), 0)
-    document = {"type": "sweep", "runs": [outcome.to_json() for outcome in outcomes], "exit_code": code}
-    return screen.show(Answer(document, f"\n{_outcome_table(outcomes)}", exit_code=code))
+    return screen.show(end_of_sweep(record, outcomes))
 
 
-def _run_one(outcome: Outcome, screen: Screen, options: SweepOptions) -> bool:
-    """Run it to its end. Returns whether the sweep goes on: not after Ctrl-C, nor beside a run that may be live."""
-    run = outcome.run
+def _run_one(run: SweepRun, outcome: Outcome, screen: Screen, options: SweepOptions) -> bool:
+    """Run it to its end, or send it to the queue. Returns whether the sweep goes on.
+
+    It does not after Ctrl-C, nor beside a run that may be live and was not meant to be.
+    """
     try:
         outcome.exit_code = start(
             run.config,
             screen,
             remote=options.remote,
-            run_id=run.run_id,
+            run_id=run.member.run_id,
             accept_new_host_key=options.accept_new_host_key,
             busy_ok=options.busy_ok,
             wanted=options.wanted,
+            detach=options.all_at_once,
+            queue=options.queue,
         )
     except SystemExit as detached:
         outcome.exit_code = DETACHED if detached.code == DETACHED else 1
@@ -239,29 +230,31 @@ def _run_one(outcome: Outcome, screen: Screen, options: SweepOptions) -> bool:
     return True
 
 
-def _look_back(outcome: Outcome) -> None:
-    """Fill in what the run's record and mirror say; a run without them was not started."""
-    entry = registry.find(outcome.run.run_id)
-    if entry is None:
-        return
-    state = str(last_seen(entry)["state"])
-    outcome.state = NOT_STARTED if state == "not launched" else state
-    row = next(iter(_backwards(entry.mirror, "metrics.jsonl")), {})
-    outcome.steps = f"{row.get('stage')} {number(row.get('step'))}" if row else "-"
-    name = "reward_mean" if "reward_mean" in row else "loss"
-    outcome.last = f"{name}={number(row[name])}" if name in row else "-"
-    for row in _backwards(entry.mirror, "eval.jsonl"):
-        if row.get("metric") == "exact_match" and row.get("task", ALL_TASKS) == ALL_TASKS:
-            value = row.get("value")
-            outcome.exact_match = float(value) if isinstance(value, int | float) else None
-            return
+def _queue_all(
+    runs: Sequence[SweepRun], record: SweepRecord, screen: Screen, options: SweepOptions, again: Sequence[str]
+) -> int:
+    """Send all runs to the host's queue; then follow them, unless they are not to be followed."""
+    outcomes = [Outcome(run.member) for run in runs]
+    for run, outcome in zip(runs, outcomes, strict=True):
+        goes_on = _run_one(run, outcome, _Brief(as_json=screen.as_json), options)
+        if not goes_on:
+            outcome.look_back()
+            return _stopped(outcomes, screen, options, again)
+        outcome.exit_code = outcome.exit_code or None  # 0: it was sent
+    sent = [outcome.run.run_id for outcome in outcomes if outcome.exit_code is None]
+    text = f"\n{len(sent)} of {len(runs)} runs are in the queue of {record.target}, also when this machine is off.\n"
+    text += f"  follow  deploy sweep {record.name} -f\n  look    deploy sweep {record.name}"
+    screen.show(Answer({"type": "queued", "sweep": record.name, "target": record.target, "runs": sent}, text))
+    if options.detach:
+        return next((outcome.exit_code for outcome in outcomes if outcome.exit_code), 0)
+    return follow_sweep(record, outcomes, screen, options.wanted)
 
 
-def _backwards(mirror: RunDir, name: str) -> Iterator[dict[str, Any]]:
-    try:
-        yield from reversed(list(iter_jsonl(mirror.path / name)))
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return
+class _Brief(Screen):
+    """A screen that leaves out how to go on with each of many runs."""
+
+    def show(self, answer: Answer) -> int:
+        return super().show(answer if self.as_json else dataclasses.replace(answer, text=None))
 
 
 def _stopped(outcomes: Sequence[Outcome], screen: Screen, options: SweepOptions, again: Sequence[str]) -> int:
@@ -272,7 +265,7 @@ def _stopped(outcomes: Sequence[Outcome], screen: Screen, options: SweepOptions,
     command = shlex.join([*again, "--skip", str(done)])
     code = next((outcome.exit_code for outcome in outcomes if outcome.exit_code), DETACHED)
     code = DETACHED if any(outcome.exit_code == DETACHED for outcome in outcomes) else code
-    lines = [_outcome_table(begun)] if begun else []
+    lines = [outcome_table(begun)] if begun else []
     if left:
         lines += [f"not started: {len(left)} of {len(outcomes)} runs"]
         lines += [f"  {outcome.run.differs}" for outcome in left]
@@ -286,18 +279,13 @@ def _stopped(outcomes: Sequence[Outcome], screen: Screen, options: SweepOptions,
     return screen.show(Answer(document, "\n" + "\n".join(lines), exit_code=code))
 
 
-def _outcome_table(outcomes: Sequence[Outcome]) -> str:
-    header = ["run", "differs", "state", "steps", "last", "exact_match"]
-    rows = []
-    for outcome in outcomes:
-        match = "-" if outcome.exact_match is None else f"{outcome.exact_match:.4f}"
-        rows.append([outcome.run.run_id, outcome.run.differs, outcome.state, outcome.steps, outcome.last, match])
-    return columns([header, *rows])
-
-
 def _command(config_path: str, settings: Sequence[str], options: SweepOptions) -> list[str]:
     """Return the command line of this sweep, without --skip."""
     line = ["deploy", config_path, *(word for setting in settings for word in ("--set", setting))]
     line += ["--remote", options.remote] if options.remote else []
     line += options.wanted.words
+    if options.queue is not None:
+        line += ["--queue" if options.queue.any_gpus else "--wait"]
+        line += ["--at-once", str(options.queue.at_once)] if options.queue.at_once != 1 else []
+    line += ["--detach"] if options.detach else []
     return [*line, *(["--busy-ok"] if options.busy_ok else []), *(["--yes"] if options.yes else [])]

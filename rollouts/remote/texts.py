@@ -3,14 +3,14 @@
 import shlex
 from collections.abc import Iterator, Sequence
 
+from rollouts.machine.nvidia_smi import describe_gpu
 from rollouts.remote.errors import DeployError
 from rollouts.remote.host.facts import HostFacts
-from rollouts.remote.host.gpus import describe_gpu
 from rollouts.remote.host.transport import LOCAL_TARGET
 from rollouts.remote.plan import Plan
 from rollouts.remote.run.registry import RunEntry
 from rollouts.remote.run.watch import RunResult
-from rollouts.run_dir import FINAL_STATES, read_status, tail_lines
+from rollouts.run_dir import FINAL_STATES, Status, read_status, tail_lines
 from rollouts.view.answer import Answer
 from rollouts.view.escape import escaped, one_line
 from rollouts.view.fold import evaluation_table
@@ -85,8 +85,31 @@ def _readiness(facts: HostFacts, lacking: Sequence[str]) -> str:
 
 
 def how_to_go_on(entry: RunEntry) -> str:
+    """Say what a run does that is not followed any more, and how to get back to it."""
     verbs = "\n".join(f"  {verb:<7} deploy {verb} {entry.run_id}" for verb in ("attach", "stop", "pull"))
-    return f"{entry.run_id} goes on, on {one_line(entry.target)}.\n{verbs}"
+    target = one_line(entry.target)
+    doing = f"goes on, on {target}."
+    status = _seen_status(entry)
+    if status is not None and status.state == "queued":
+        doing = f"stays queued on {target}: {one_line(status.message)}."
+    elif status is None and _is_queued(entry):
+        doing = f"is in the queue of {target}, and starts when its turn comes."
+    return f"{entry.run_id} {doing}\n{verbs}"
+
+
+def _seen_status(entry: RunEntry) -> Status | None:
+    try:
+        return read_status(entry.mirror)
+    except (ValueError, TypeError, OSError):
+        return None
+
+
+def _is_queued(entry: RunEntry) -> bool:
+    """Return whether it was launched from here to wait for its turn."""
+    try:
+        return entry.launch.queue is not None
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def forgotten_text(entry: RunEntry, state: str) -> str:
@@ -154,10 +177,7 @@ def failure_message(entry: RunEntry, result: RunResult) -> str:
             f"the run is on another machine with {entry.target}'s files, and nothing was heard of it for minutes."
             f" Whether it lives is known there alone: `deploy status {entry.run_id} --remote {entry.target}` names it."
         )
-    try:
-        status = read_status(entry.mirror)
-    except (ValueError, TypeError, OSError):
-        status = None
+    status = _seen_status(entry)
     return str(status.message) if status else result.state
 
 

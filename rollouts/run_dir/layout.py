@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 # died: seen by readers, never written; so is silent, a run of another machine of which nothing is heard
-State = Literal["starting", "running", "done", "failed", "stopped", "died", "silent"]
+State = Literal["starting", "queued", "running", "done", "failed", "stopped", "died", "silent"]
 FINAL_STATES: tuple[State, ...] = ("done", "failed", "stopped", "died")
 StageName = Literal["bootstrap", "sft", "rl"]
 SMOKE_STAGE: StageName = "bootstrap"  # whose windows try the devices

@@ -116,6 +116,23 @@ class SmokeCheck:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NamedGpu:
+    """A GPU by which a run may be placed."""
+
+    index: int  # nvidia-smi's
+    uuid: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueueSpec:
+    """How a run waits for its turn on its host. plan.json has it until the turn has come."""
+
+    cards: list[NamedGpu]  # as many of them as the plan has GPUs are taken; [] for a run without GPUs
+    at_once: int  # a run without GPUs starts where fewer than so many such runs are under way
+    ports: list[int]  # in a row, chosen by the host (engine.sglang_port=0): others will do where they are taken
+
+
+@dataclass(frozen=True, kw_only=True)
 class LaunchPlan:
     """plan.json: all that the supervisor does, decided beforehand. Paths are the host's, absolute."""
 
@@ -135,6 +152,7 @@ class LaunchPlan:
     )  # downloaded once the trainer's environment is made
     smoke: list[SmokeCheck] = dataclasses.field(default_factory=list)  # side by side, once all of that is there
     package_path: str = ""  # where rollouts lies, beside the user's repository; "": in code/tree, a clone
+    queue: QueueSpec | None = None  # it waits for its turn; None: it starts at once, or its turn has come
 
     @property
     def program_path(self) -> str:
@@ -150,7 +168,9 @@ class LaunchPlan:
                 yield stage.name, spec
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Return the plan's JSON. Without a queue it has no such field: earlier versions read it then."""
+        values = dataclasses.asdict(self)
+        return values if self.queue is not None else {name: values[name] for name in values if name != "queue"}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "LaunchPlan":
@@ -167,7 +187,11 @@ class LaunchPlan:
         ]
         models = [HubModel(**item) for item in data.get("models", [])]
         smoke = [SmokeCheck(**{**item, "process": ProcessSpec(**item["process"])}) for item in data.get("smoke", [])]
-        return cls(**{**data, "environments": environments, "stages": stages, "models": models, "smoke": smoke})
+        queue = data.get("queue")
+        if queue is not None:
+            queue = QueueSpec(**{**queue, "cards": [NamedGpu(**card) for card in queue["cards"]]})
+        parts = {"environments": environments, "stages": stages, "models": models, "smoke": smoke, "queue": queue}
+        return cls(**{**data, **parts})
 
 
 def read_status(run: RunDir) -> Status | None:

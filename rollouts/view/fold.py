@@ -143,6 +143,8 @@ def _fold_event(view: View, row: dict[str, Any]) -> View:
 
 # event kind -> name and progress of the phase that it shows, filled from its fields
 PHASES: dict[str, tuple[str, str]] = {
+    "queued": ("queue", "place {place}, waits for {waits_for}"),
+    "turn": ("queue", "done after {seconds:.0f} s"),
     "environment": ("environment {name}", "{action} after {seconds:.1f} s"),
     "environment_progress": ("environment {name}", "{doing}, {installed_mb:.0f} MB on disk"),
     "smoke_test_started": ("smoke test", "running"),

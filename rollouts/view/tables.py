@@ -43,7 +43,7 @@ def cell(name: str, value: Any) -> str:
 
 
 def runs_text(rows: Sequence[dict[str, Any]], *, width: int | None = None) -> str:
-    """Return a table, and under it why runs failed or were not launched, or on which other machine they are.
+    """Return a table, and under it why runs failed, were not launched, or wait, or on which other machine they are.
 
     On a terminal of `width` columns (None: no terminal) no line of the table wraps: it is made narrower, and long names
     lose their middle. Of more than REASONS_MAX runs each is one line there.
@@ -96,11 +96,12 @@ def elided(text: str, width: int) -> str:
 
 
 def _reason(row: dict[str, Any]) -> str:
-    """Return why a run failed or was not launched, or where it is, as a line under its own; "" for any other."""
+    """Return why a run failed, was not launched or waits, or where it is, as a line under its own; "" for another."""
     message = row.get("message") or ""
     if row["state"] in ("failed", "died", "not launched") and message:
         return f"\n  error: {one_line(message)}"
-    return f"\n  note: {one_line(message)}" if row.get("host") and row["state"] not in FINAL_STATES else ""
+    told = row["state"] == "queued" or (row.get("host") and row["state"] not in FINAL_STATES)
+    return f"\n  note: {one_line(message)}" if told and message else ""
 
 
 def run_text(row: dict[str, Any]) -> str:

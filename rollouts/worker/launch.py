@@ -13,23 +13,19 @@ goes on from another's checkpoint. Prints one JSON line and exits 0:
 An error goes to stderr, exit 1, and can be tried again. Standard library only.
 """
 
-import contextlib
-import fcntl
 import json
 import os
 import shutil
 import sys
 import time
-import urllib.parse
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rollouts import run_dir
 from rollouts.engines.keys import new_keys
-from rollouts.plain_files import open_plain
 from rollouts.run_dir import LaunchPlan, RunDir, Status, observe
 from rollouts.worker import tmux
+from rollouts.worker.claims import one_at_a_time, taken
 from rollouts.worker.environments import isolation
 from rollouts.worker.processes import POLL_S, SUPERVISOR_STAGE, SUPERVISOR_WINDOW, WINDOW_VARIABLE, marked_processes
 from rollouts.worker.supervise.window import window_command
@@ -75,10 +71,10 @@ def launch(job: dict[str, Any]) -> dict[str, Any]:
                 _await_supervisor(run, plan)  # an earlier launch was cut off at this point
             return {"started": False, "same": same, "reason": f"run {plan.run_id} was started before"}
         try:
-            with _one_at_a_time(plan):
+            with one_at_a_time(Path(plan.home)):
                 # A job without an id comes from an older deploy, which looked before, and knows no such answer
-                if job.get("launch_id") and (taken := _taken(plan)):
-                    return {"started": False, "same": False, "reason": taken}
+                if job.get("launch_id") and plan.queue is None and (reason := taken(plan)):
+                    return {"started": False, "same": False, "reason": reason}
                 _write_files(run, plan, job)  # from here on others see this run as live
             _start_session(run, plan, job)
         except BaseException as error:
@@ -94,46 +90,6 @@ def _start_session(run: RunDir, plan: LaunchPlan, job: dict[str, Any]) -> None:
     hide = MARK_VARIABLES | set(job["secrets"])
     tmux.start_session(plan.run_id, SUPERVISOR_WINDOW, command, cwd=Path(plan.program_path), hide=hide)
     _await_supervisor(run, plan)
-
-
-@contextlib.contextmanager
-def _one_at_a_time(plan: LaunchPlan) -> Iterator[None]:
-    """One launch in this home: what two of them want is given to the first. The kernel frees it with its holder."""
-    descriptor = open_plain(Path(plan.home) / "launch.lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _taken(plan: LaunchPlan) -> str:
-    """What a live run of this home has that the plan needs, in words; "" for nothing."""
-    wanted = _needs(plan)
-    for path in sorted(Path(plan.home).glob("runs/*")):
-        other = RunDir(path)
-        try:
-            theirs = run_dir.read_plan(other) if path.name != plan.run_id and observe(other).live else None
-        except (OSError, ValueError, TypeError, KeyError):  # another user's, or of another version of this program
-            continue
-        if theirs is None or run_dir.is_elsewhere(other):  # machines may share a home: GPUs and ports are one machine's
-            continue
-        if shared := wanted & _needs(theirs):
-            return (
-                f"run {other.run_id} is live and has {', '.join(sorted(shared))}; `deploy stop {other.run_id}` ends it"
-            )
-    return ""
-
-
-def _needs(plan: LaunchPlan) -> set[str]:
-    """What one run alone can have: GPUs and ports."""
-    found: set[str] = set()
-    for spec in (spec for stage in plan.stages for spec in (*stage.engines, stage.trainer)):
-        devices = spec.env.get(run_dir.GPUS_VARIABLE, spec.env.get("CUDA_VISIBLE_DEVICES", ""))
-        found |= {f"GPU {device.strip()}" for device in devices.split(",") if device.strip()}
-        if spec.ready_url is not None:
-            found.add(f"port {urllib.parse.urlsplit(spec.ready_url).port}")
-    return found
 
 
 def _write_files(run: RunDir, plan: LaunchPlan, job: dict[str, Any]) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from rollouts.machine.free_ports import PORTS_BEFORE, PORTS_FROM, free_ports
 from rollouts.remote.host.facts import gather_facts
-from rollouts.remote.host.host_probe import PORTS_BEFORE, PORTS_FROM, free_ports
 from rollouts.remote.host.local import LocalTransport
 from tests.remote.test_plan import plan_for
 

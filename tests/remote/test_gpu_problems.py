@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from rollouts.config import DiskSync, TensorSync
+from rollouts.machine.nvidia_smi import Gpu, GpuProcess
 from rollouts.remote.host import gpus
 from rollouts.remote.host.facts import HostFacts, gather_facts, parse_facts
-from rollouts.remote.host.gpus import CudaHost, Gpu, GpuProcess
+from rollouts.remote.host.gpus import CudaHost
 from rollouts.remote.host.local import LocalTransport
 from rollouts.remote.plan import make_plan
 from tests.example_config import example_config, replace_at

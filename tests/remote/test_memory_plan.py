@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from base_config import VLLM, Config, DiskSync, KLConfig, LoraConfig, load_config
+from rollouts.machine.nvidia_smi import Gpu
 from rollouts.remote.host.facts import gather_facts, parse_facts
-from rollouts.remote.host.gpus import Gpu
 from rollouts.remote.host.local import LocalTransport
 from rollouts.remote.inputs import NO_INPUTS
 from rollouts.remote.inputs.shapes import HUB, shape_of

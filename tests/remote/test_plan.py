@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from rollouts.machine.nvidia_smi import Gpu, GpuProcess
 from rollouts.remote.errors import DeployError
-from rollouts.remote.host.facts import Gpu, GpuProcess, HostFacts
+from rollouts.remote.host.facts import HostFacts
 from rollouts.remote.plan import Plan, environment_key, make_plan, read_lock, required_paths, required_ports
 from rollouts.remote.repository import Code
 from rollouts.run_dir import LaunchPlan

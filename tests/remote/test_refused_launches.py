@@ -13,7 +13,7 @@ import pytest
 from rollouts import run_dir
 from rollouts.remote.host import host_probe
 from rollouts.run_dir import RunDir
-from rollouts.worker import launch
+from rollouts.worker import claims
 from tests.remote.hosts import Laptop, free_port, write_config
 from tests.remote.test_gone_runs import launch_plan
 from tests.worker.stands import process, stage
@@ -79,6 +79,6 @@ def test_what_another_user_left_does_not_matter() -> None:
         try:
             run_dir.clean_up(home)
             assert host_probe.run_rows(home) == []
-            assert launch._taken(launch_plan(home, "mine")) == ""
+            assert claims.taken(launch_plan(home, "mine")) == ""
         finally:
             os.seteuid(0)

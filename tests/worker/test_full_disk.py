@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from rollouts import run_dir
-from rollouts.run_dir import RunDir, append_jsonl, last_jsonl_row, read_jsonl, read_rows, write_json_atomic
+from rollouts.run_dir import QueueSpec, RunDir, append_jsonl, last_jsonl_row, read_jsonl, read_rows, write_json_atomic
 from rollouts.worker.supervise.journal import Journal
-from tests.worker.stands import Host, as_status, events, log, stage, trainer
+from rollouts.worker.tickets import draw, in_line
+from tests.worker.stands import Host, as_status, events, log, stage, trainer, wait_for, wait_for_end
 
 FILLING = """
 import os, sys
@@ -117,6 +118,28 @@ def test_a_launch_that_does_not_fit_leaves_no_secret(small_disk: Path) -> None:
     assert not run.secrets_in_memory.exists()
     left = [file for file in run.path.rglob("*") if file.is_file() and run.code_tree not in file.parents]
     assert not any(b"a-secret" in file.read_bytes() for file in left), left
+
+
+def test_a_full_disk_at_a_queued_runs_turn(small_disk: Path, tmp_path: Path) -> None:
+    """Goal: the line is kept on a full disk; the run whose turn comes there fails, says why and leaves the line, and
+    the next one comes. Red with the error taken for something that passes: the run waited for ever."""
+    host, one = Host(small_disk), QueueSpec(cards=[], at_once=1, ports=[])
+    waits = f"import pathlib, time\nwhile not pathlib.Path({str(tmp_path / 'go')!r}).exists(): time.sleep(0.02)"
+    holder = host.start(stage("sft", trainer(waits)), queue=one)
+    wait_for(lambda: as_status(holder)["state"] == "running", "its turn")
+    waiter = host.start(stage("sft", trainer("print('never')")), queue=one)
+    wait_for(lambda: as_status(waiter)["state"] == "queued", "its place")
+    holder.reserve.unlink()  # its end would make room
+    fill(small_disk)
+    ticket = draw(small_disk, "another")
+    assert [found.run_id for found in in_line(small_disk)] == [waiter.run_id, "another"]
+    ticket.drop()
+    (tmp_path / "go").touch()
+    wait_for_end(waiter)
+    assert as_status(waiter)["state"] == "failed" and "No space left on device" in as_status(waiter)["message"]
+    (small_disk / "filler").unlink()
+    next_one = host.finish(stage("sft", trainer("print('trained')")), queue=one)
+    assert as_status(next_one)["state"] == "done" and in_line(small_disk) == []
 
 
 def test_a_reserve_is_given_once(small_disk: Path) -> None:

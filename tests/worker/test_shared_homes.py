@@ -16,7 +16,7 @@ from rollouts.remote.host.host_probe import run_row
 from rollouts.remote.list_runs import host_row
 from rollouts.run_dir import LaunchPlan, RunDir, Status
 from rollouts.view.tables import runs_text
-from rollouts.worker import launch, processes, tmux
+from rollouts.worker import claims, processes, tmux
 from rollouts.worker.supervise.journal import Journal
 from rollouts.worker.supervise.open_window import OpenWindow
 from rollouts.worker.supervise.pulse import Pulse
@@ -84,8 +84,8 @@ def test_what_a_run_of_this_machine_has_is_taken(host: Any, other: RunDir) -> No
     with a machine that is not known taken for another."""
     run_dir.write_json_atomic(other.launch, {"launch_id": "x", "host": host})
     home = other.path.parent.parent
-    taken = launch._taken(plan_in(home, "new"))
-    assert "GPU 0, GPU 1, port 30000" in taken and "test" not in taken
+    found = claims.taken(plan_in(home, "new"))
+    assert "GPU 0, GPU 1, port 30000" in found and "test" not in found
     row = run_row(other)
     assert row is not None and row["ports"] == [30000] and row["host"] is None
 
@@ -96,7 +96,7 @@ def test_what_a_run_of_another_machine_has_is_free_here(host: dict[str, str], ot
     the machine not looked at: a launch was refused for the other's GPUs."""
     run_dir.write_json_atomic(other.launch, {"launch_id": "x", "host": host})
     home = other.path.parent.parent
-    assert launch._taken(plan_in(home, "new")) == ""
+    assert claims.taken(plan_in(home, "new")) == ""
     row = run_row(other)
     assert row is not None and row["ports"] == [] and row["host"] == (None if host["name"] == HERE["name"] else "gpu-8")
 
@@ -143,7 +143,7 @@ def test_a_silent_run_of_another_machine_is_neither_dead_nor_live(tmp_path: Path
     row = run_row(run)
     assert row is not None and "nothing was heard of it for minutes" in runs_text([host_row("gpu-7", row)])
     assert "deploy status other --remote gpu-8" in runs_text([host_row("gpu-7", row)])
-    assert launch._taken(plan_in(tmp_path, "new")) == ""
+    assert claims.taken(plan_in(tmp_path, "new")) == ""
     stopped = module("stop", str(run.path))
     assert stopped.returncode == 1 and f"If that machine is no more, remove {run.path}" in stopped.stderr
     assert run.secrets.exists() and as_status(run)["state"] == "running"

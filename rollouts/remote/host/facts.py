@@ -10,9 +10,10 @@ import sys
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from rollouts.machine.nvidia_smi import Gpu, GpuProcess, read_driver, read_gpus, read_processes
 from rollouts.remote.errors import DeployError, Problem, TransportError
 from rollouts.remote.host import gpus
-from rollouts.remote.host.gpus import CudaHost, Gpu, GpuProcess
+from rollouts.remote.host.gpus import CudaHost
 from rollouts.remote.host.read_answer import checked, malformed
 from rollouts.remote.host.sending import modules_program
 from rollouts.remote.host.transport import LOCAL_TARGET, Transport
@@ -190,7 +191,7 @@ def parse_facts(lines: list[tuple[str, str]]) -> HostFacts:
     for key, value in lines:
         several.setdefault(key, []).append(value)
     gpu_lines, gpu_fields = several.get("gpu", []), values.get("gpu_fields", "")
-    cards, gpu_problem = gpus.read_gpus(gpu_lines, gpu_fields)
+    cards, gpu_problem = read_gpus(gpu_lines, gpu_fields)
     probe = _probe(values["probe"]) if "probe" in values else {}
     return HostFacts(
         home=values["home"],
@@ -200,10 +201,10 @@ def parse_facts(lines: list[tuple[str, str]]) -> HostFacts:
         path=values.get("path", ""),
         tools=dict(_pairs(several.get("tool", []))),
         versions=dict(_pairs(several.get("version", []))),
-        driver=gpus.read_driver(gpu_lines, gpu_fields) or values.get("driver"),
+        driver=read_driver(gpu_lines, gpu_fields) or values.get("driver"),
         gpus=cards,
         gpu_problem=gpu_problem,
-        gpu_processes=gpus.read_processes(several.get("gpu_process", [])),
+        gpu_processes=read_processes(several.get("gpu_process", []), several.get("gpu_owner", [])),
         cuda=gpus.read_cuda_host(values, several.get("compiler", []), several.get("allocator", [])),
         pythons_seen=tuple(several.get("python_seen", [])),
         ram_mib=int(values["ram_kib"]) // 1024 if values.get("ram_kib", "").isdigit() else None,

@@ -1,18 +1,12 @@
-"""A host's GPUs, and what CUDA programs need beside them: a part of the facts' script, and how its lines are read.
+"""What the facts' script asks of a host's GPUs, and of what CUDA programs need beside them.
 
-nvidia-smi writes a word in brackets where it has no figure: [N/A] and [Not Supported] where a card tells none (a GB10
-shares the host's memory), [Insufficient Permissions] in some containers, [Unknown Error] or [GPU is lost] for a card
-that is broken.
+How its lines about cards are read: rollouts/machine/nvidia_smi.py.
 """
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-FIELDS = ("index", "uuid", "name", "memory.total", "memory.free")  # every nvidia-smi has these
-# An nvidia-smi refuses a query over one field that it does not know: compute_cap came with driver 495, MIG with 450
-NEWER_FIELDS = ("driver_version", "compute_mode", "mig.mode.current", "compute_cap")
-NVIDIA_SMI_TIMEOUT_S = 20  # it hangs where the driver waits for a broken card
+from rollouts.machine.nvidia_smi import FIELDS, NEWER_FIELDS, NVIDIA_SMI_TIMEOUT_S, PROCESS_FIELDS
 
 # Part of the script of facts.py, in a POSIX shell; PATH is set there.
 SCRIPT = """
@@ -33,8 +27,10 @@ if command -v nvidia-smi >/dev/null; then
   else
     echo "gpu_fields=$gpu_fields"
     printf '%s\\n' "$gpu_lines" | sed 's/^/gpu=/'
-    smi --query-compute-apps=gpu_uuid,pid,used_memory,process_name --format=csv,noheader,nounits 2>/dev/null |
-      sed 's/^/gpu_process=/'
+    gpu_apps=$(smi --query-compute-apps=@PROCESS_FIELDS@ --format=csv,noheader,nounits 2>/dev/null)
+    printf '%s\\n' "$gpu_apps" | sed 's/^/gpu_process=/'
+    gpu_pids=$(printf '%s\\n' "$gpu_apps" | cut -d, -f2 | tr -d ' ' | grep '^[0-9][0-9]*$' | tr '\\n' ',')
+    [ -n "$gpu_pids" ] && ps -o pid= -o user= -o etime= -p "${gpu_pids%,}" 2>/dev/null | sed 's/^/gpu_owner=/'
   fi
 fi
 echo "machine=$(uname -m)"
@@ -54,34 +50,10 @@ else [ -e "${CUDA_MPS_PIPE_DIRECTORY:-/tmp/nvidia-mps}/control" ] && echo "mps=y
 SCRIPT = (
     SCRIPT.replace("@TIMEOUT@", str(NVIDIA_SMI_TIMEOUT_S))
     .replace("@FIELDS@", ",".join(FIELDS))
+    .replace("@PROCESS_FIELDS@", ",".join(PROCESS_FIELDS))
     .replace("@NEWER_COMMAS@", ",".join(NEWER_FIELDS))
     .replace("@NEWER_SPACES@", " ".join(NEWER_FIELDS))
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gpu:
-    """One card, as nvidia-smi lists it. The last four are "" where it does not tell."""
-
-    index: int  # nvidia-smi's: the order of the PCI bus
-    uuid: str
-    name: str
-    memory_total_mib: int  # 0: not told
-    memory_free_mib: int
-    compute_capability: str = ""  # "9.0"
-    compute_mode: str = ""  # "Default", "Exclusive_Process", "Prohibited"
-    mig: str = ""  # "Enabled", "Disabled"
-    unreadable: str = ""  # what is printed in place of its memory: "[N/A]", "[Unknown Error]"
-
-
-@dataclass(frozen=True, kw_only=True)
-class GpuProcess:
-    """A compute process on a card. In a container it may have no process id or name that means anything there."""
-
-    gpu_uuid: str
-    pid: int
-    memory_mib: int | None
-    name: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,56 +70,6 @@ class CudaHost:
     mps: bool = False  # an NVIDIA MPS server shares the cards
 
 
-def read_gpus(lines: Sequence[str], fields: str) -> tuple[tuple[Gpu, ...], str]:
-    """Return the cards, and what nvidia-smi said instead of listing one. `fields`: the query's, with commas."""
-    names = fields.split(",") if fields else list(FIELDS)
-    gpus, problem = [], ""
-    for line in lines:
-        cells = [cell.strip() for cell in line.split(",")]
-        if len(cells) == len(names) and cells[0].isdigit():
-            gpus.append(_gpu(dict(zip(names, cells, strict=True))))
-        elif line.strip():
-            problem = line
-    return tuple(gpus), problem
-
-
-def read_driver(lines: Sequence[str], fields: str) -> str | None:
-    """Return the driver's version, from the first card that tells it."""
-    names = fields.split(",")
-    position = names.index("driver_version") if "driver_version" in names else None
-    for line in lines if position is not None else ():
-        cells = [cell.strip() for cell in line.split(",")]
-        if len(cells) == len(names) and re.match(r"\d", cells[position or 0]):
-            return cells[position or 0]
-    return None
-
-
-def _gpu(cells: Mapping[str, str]) -> Gpu:
-    total, free = _number(cells["memory.total"]), _number(cells["memory.free"])
-    untold = next((cells[name] for name in ("memory.total", "memory.free") if _number(cells[name]) is None), "")
-    return Gpu(
-        index=int(cells["index"]),
-        uuid=cells["uuid"],
-        name=cells["name"],
-        memory_total_mib=total or 0,
-        memory_free_mib=(total or 0) if free is None else free,
-        compute_capability=_word(cells, "compute_cap"),
-        compute_mode=_word(cells, "compute_mode"),
-        mig=_word(cells, "mig.mode.current"),
-        unreadable=untold,
-    )
-
-
-def read_processes(lines: Iterable[str]) -> tuple[GpuProcess, ...]:
-    """Return the compute processes; a name may hold commas."""
-    found = []
-    for line in lines:
-        if line.count(",") >= 3:
-            uuid, pid, memory, name = (cell.strip() for cell in line.split(",", 3))
-            found.append(GpuProcess(gpu_uuid=uuid, pid=_number(pid) or 0, memory_mib=_number(memory), name=name))
-    return tuple(found)
-
-
 def read_cuda_host(values: Mapping[str, str], compilers: Iterable[str], allocator: Iterable[str] = ()) -> CudaHost:
     """Return what the script printed of the host itself. `compilers`: "c++ /usr/bin/c++"; `allocator`: name, value."""
     shm = [int(cell) // 1024 for cell in values.get("shm", "").split()[1:4] if cell.isdigit()]
@@ -161,35 +83,3 @@ def read_cuda_host(values: Mapping[str, str], compilers: Iterable[str], allocato
         compilers=tuple(line.split(" ")[0] for line in compilers) if "compilers_asked" in values else None,
         mps="mps" in values,
     )
-
-
-def _number(cell: str) -> int | None:
-    return int(cell) if cell.isdigit() else None
-
-
-def _word(cells: Mapping[str, str], name: str) -> str:
-    """Return a cell that tells something; "" for one in brackets, and for a field that was not asked."""
-    cell = cells.get(name, "")
-    return "" if cell.startswith("[") else cell
-
-
-def is_broken(gpu: Gpu) -> bool:
-    """Return whether nvidia-smi cannot read the card: other than where a card, or a container, tells no memory."""
-    return bool(gpu.unreadable) and not re.match(r"\[(N/A|Not Supported|Insufficient Permissions)\]", gpu.unreadable)
-
-
-def holders(gpu: Gpu, processes: Iterable[GpuProcess]) -> list[GpuProcess]:
-    """Return the processes that use a card for themselves: an MPS server only hands it on."""
-    return [found for found in processes if found.gpu_uuid == gpu.uuid and "nvidia-cuda-mps" not in found.name]
-
-
-def describe_gpu(gpu: Gpu) -> str:
-    """Say a card in a line."""
-    memory = f"{gpu.memory_free_mib / 1024:.0f} of {gpu.memory_total_mib / 1024:.0f} GiB free"
-    if gpu.unreadable and not gpu.memory_total_mib:
-        memory = f"memory {gpu.unreadable}"
-    words = [f"{gpu.index}: {gpu.name}, {memory}"]
-    words += [f"compute capability {gpu.compute_capability}"] if gpu.compute_capability else []
-    words += ["MIG on"] if gpu.mig == "Enabled" else []
-    words += [f"compute mode {gpu.compute_mode}"] if gpu.compute_mode not in ("", "Default") else []
-    return ", ".join(words)

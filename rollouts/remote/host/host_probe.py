@@ -8,9 +8,7 @@ left which died without its own end.
 import json
 import os
 import platform
-import random
 import shutil
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -18,12 +16,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from rollouts.machine.free_ports import free_ports, port_is_free
 from rollouts.plain_files import read_plain
 from rollouts.run_dir import RunDir, clean_up, is_elsewhere, last_jsonl_row, observe, other_host, read_launch_id
 
 PYTHON_NAMES = ("python3.11", "python3.12", "python3.13", "python3.14", "python3")  # the locks' own Python first
 PYTHON_TIMEOUT_S = 10.0
-PORTS_FROM, PORTS_BEFORE, PORT_TRIES = 20_000, 32_000, 200  # below those that Linux gives to outgoing connections
 ASK_PYTHON = (
     "import ensurepip, sys, sysconfig, venv; print('%d.%d.%d' % sys.version_info[:3], sysconfig.get_paths()['include'])"
 )
@@ -88,30 +86,6 @@ def run_rows(home: Path) -> list[dict[str, Any]]:
         return []
     rows = [row for name in names if (row := run_row(RunDir(home / "runs" / name)))]
     return sorted(rows, key=lambda row: row["started_at"])
-
-
-def port_is_free(port: int) -> bool:
-    """Return whether a server could listen on loopback at this port now."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-            probe.listen(1)
-        except OSError:
-            return False
-    return True
-
-
-def free_ports(count: int, taken: set[int]) -> int | None:
-    """Return the first of `count` ports in a row that are free now and not among `taken`; None if none were found.
-
-    Drawn at random, so that two who look at once rarely choose the same; the launch refuses the second of them.
-    """
-    for _ in range(PORT_TRIES):
-        first = random.randint(PORTS_FROM, PORTS_BEFORE - count)
-        if all(port not in taken and port_is_free(port) for port in range(first, first + count)):
-            return first
-    return None
 
 
 def _disk_free_bytes(home: Path) -> int:

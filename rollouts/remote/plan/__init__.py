@@ -6,7 +6,7 @@ the run would come to, launch_plan.py the part that the host carries out, descri
 """
 
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rollouts.config import Config
@@ -19,6 +19,7 @@ from rollouts.remote.plan.look_ahead import ahead_problems, plan_summary, plan_w
 from rollouts.remote.plan.memory import memory_plan
 from rollouts.remote.plan.ports import free_port_notes, free_port_problems, free_ports_wanted, with_free_ports
 from rollouts.remote.plan.problems import host_problems, input_problems, required_paths, required_ports
+from rollouts.remote.plan.queue_wish import QueueWish, queue_notes, queue_spec, without_holders
 from rollouts.remote.plan.torch_build import torch_problems, torch_warnings
 from rollouts.remote.repository import Code
 from rollouts.run_dir import LaunchPlan
@@ -26,6 +27,7 @@ from rollouts.run_dir import LaunchPlan
 __all__ = [
     "Plan",
     "PlanStep",
+    "QueueWish",
     "environment_key",
     "free_ports_wanted",
     "make_plan",
@@ -62,8 +64,15 @@ def make_plan(
     local_dir: str,
     secrets_set: Collection[str],
     busy_ok: bool = False,
+    queue: QueueWish | None = None,
 ) -> Plan:
-    """Decide everything. `secrets_set`: those of host.secrets that have a value here; `busy_ok`: take busy GPUs too."""
+    """Decide everything. `secrets_set`: those of host.secrets that have a value here; `busy_ok`: take busy GPUs too.
+
+    `queue`: the run waits on its host for what is in use.
+    """
+    waits = tuple(queue_notes(config, facts, queue)) if queue is not None else ()
+    spec = queue_spec(config, facts, queue) if queue is not None else None
+    facts = without_holders(facts) if queue is not None else facts
     port_notes, port_problems = free_port_notes(config, facts), free_port_problems(config, facts, target)
     config = with_free_ports(config, facts)
     memory = memory_plan(config, facts, code, target, busy_ok=busy_ok)
@@ -72,18 +81,19 @@ def make_plan(
         *port_problems,
         *input_problems(config, facts, code, target, secrets_set),
         *ahead_problems(config, facts, code, target),
-        *gpu_problems(config, facts, code, target, busy_ok=busy_ok),
+        *gpu_problems(config, facts, code, target, busy_ok=busy_ok or queue is not None),
         *torch_problems(config, facts, code, target),
         *memory.problems,
     )
     locks = code.constraints is not None and code.engine_requirements is not None
     launch = launch_plan(config, facts, code, run_id) if facts.python and locks else None
+    launch = replace(launch, queue=spec) if launch is not None else None
     return Plan(
         target=target,
         run_id=run_id,
         local_dir=local_dir,
         problems=problems,
-        notes=(*plan_notes(config, facts, code), *gpu_notes(config, facts), *memory.notes, *port_notes),
+        notes=(*plan_notes(config, facts, code), *gpu_notes(config, facts), *memory.notes, *port_notes, *waits),
         memory=memory.table,
         summary=tuple(plan_summary(config, code)),
         warnings=(*plan_warnings(config, code), *torch_warnings(config), *gpu_warnings(config, facts, busy_ok=busy_ok)),

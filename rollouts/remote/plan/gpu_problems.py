@@ -7,9 +7,9 @@ cuda_host.py has those of the host beside its cards. Rules for one card and for 
 from collections.abc import Iterator, Sequence
 
 from rollouts.config import Config
+from rollouts.machine.nvidia_smi import Gpu, describe_gpu, holders, is_broken, is_free
 from rollouts.remote.errors import Problem
 from rollouts.remote.host.facts import HostFacts
-from rollouts.remote.host.gpus import Gpu, describe_gpu, holders, is_broken
 from rollouts.remote.plan.cuda_host import (
     SHM_DOCKER_MIB,
     allocator_problems,
@@ -28,7 +28,6 @@ from rollouts.remote.plan.cuda_host import (
 from rollouts.remote.plan.torch_build import DRIVER_MIN, version_numbers
 from rollouts.remote.repository import Code
 
-GPU_FREE_SHARE_MIN = 0.9  # a device with less free memory is in use
 SHM_NCCL_MIB = 512  # NCCL's own segments between ranks take less
 UNREACHED = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES that name no card
 
@@ -43,7 +42,7 @@ def gpu_problems(
     yield from _missing_problems(config, facts, target)
     if not facts.gpus:
         return
-    for gpu in _named(config, facts):
+    for gpu in named_gpus(config, facts):
         state = [*card_problems(gpu, target)]
         yield from state
         yield from _sharing_problems(config, facts, gpu, target)
@@ -60,8 +59,8 @@ def gpu_warnings(config: Config, facts: HostFacts, *, busy_ok: bool = False) -> 
     """Say what may work, and usually is not meant."""
     if config.target.device_type != "cuda":
         return
-    for gpu in _named(config, facts) if busy_ok else ():
-        if not is_free(gpu, facts):
+    for gpu in named_gpus(config, facts) if busy_ok else ():
+        if not is_free(gpu, facts.gpu_processes):
             yield f"GPU {gpu.index} is busy, and --busy-ok takes it: {describe_gpu(gpu)}"
     if "CUDA_VISIBLE_DEVICES" in config.host.env:
         yield "host.env sets CUDA_VISIBLE_DEVICES: it replaces target.gpu_ranks and engine.gpu_ranks in every process"
@@ -84,7 +83,7 @@ def gpu_notes(config: Config, facts: HostFacts) -> Iterator[str]:
     """Say what is taken for granted."""
     if config.target.device_type != "cuda":
         return
-    for gpu in _named(config, facts):
+    for gpu in named_gpus(config, facts):
         if gpu.unreadable and not is_broken(gpu):
             yield f"GPU {gpu.index} ({gpu.name}) reports no memory ({gpu.unreadable}): whether it is free is not known"
         if _exclusive(gpu) and facts.cuda.mps:
@@ -224,41 +223,43 @@ def _driver_fix(said: str) -> str:
 
 
 def _busy_problem(config: Config, facts: HostFacts, gpu: Gpu, target: str) -> Problem | None:
-    if is_free(gpu, facts):
+    if is_free(gpu, facts.gpu_processes):
         return None
     who = [
-        f"pid {p.pid} {p.name}" + (f", {p.memory_mib} MiB" if p.memory_mib is not None else "")
+        f"pid {p.pid} {p.name}"
+        + (f", {p.memory_mib} MiB" if p.memory_mib is not None else "")
+        + (f", of {p.owner} for {p.running_for}" if p.owner else "")
         for p in holders(gpu, facts.gpu_processes)
         if p.name != "[Not Found]"
     ]
     unseen = "" if who else "who uses it is not seen from here: a display, or processes outside this container"
-    free = [other.index for other in facts.gpus if is_free(other, facts) and not [*card_problems(other, target)]]
+    free = [
+        other.index
+        for other in facts.gpus
+        if is_free(other, facts.gpu_processes) and not [*card_problems(other, target)]
+    ]
     fix = f"free are {free}: name those, or end what runs there" if free else "end what runs there, or wait"
     return Problem(
         f"{target}: GPU {gpu.index} is busy.",
         found="\n".join(filter(None, (describe_gpu(gpu), *who, unseen))),
         needed=_wanted(config),
-        fix=f"{fix}; --busy-ok starts beside it",
+        fix=f"{fix}; --wait queues on the host until it is free; --busy-ok starts beside it",
     )
 
 
-def is_free(gpu: Gpu, facts: HostFacts) -> bool:
-    """Return whether a card seems to be unused."""
-    enough = gpu.memory_free_mib >= GPU_FREE_SHARE_MIN * gpu.memory_total_mib
-    return enough and not holders(gpu, facts.gpu_processes)
+def is_given(gpu: Gpu, facts: HostFacts) -> bool:
+    """Return whether the host's scheduler or start-up files, if they choose cards, give this one."""
+    value = facts.cuda.visible_devices
+    if value is None:
+        return True
+    entries = [] if value.strip() in UNREACHED else [entry.strip() for entry in value.split(",")]
+    return any(entry == str(gpu.index) or (entry[:4] == "GPU-" and gpu.uuid.startswith(entry)) for entry in entries)
 
 
 def _visible_problems(config: Config, facts: HostFacts, target: str) -> Iterator[Problem]:
     """Compare the cards that the host's scheduler or start-up files give with those that the config names."""
     value = facts.cuda.visible_devices
-    if value is None:
-        return
-    entries = [] if value.strip() in UNREACHED else [entry.strip() for entry in value.split(",")]
-    outside = [
-        gpu.index
-        for gpu in _named(config, facts)
-        if not any(entry == str(gpu.index) or (entry[:4] == "GPU-" and gpu.uuid.startswith(entry)) for entry in entries)
-    ]
+    outside = [gpu.index for gpu in named_gpus(config, facts) if not is_given(gpu, facts)]
     if outside:
         yield Problem(
             f"{target} gives this user other GPUs than {outside}.",
@@ -276,7 +277,8 @@ def _device_ranks(config: Config) -> Sequence[int]:
     return sorted({*config.target.gpu_ranks, *(engine.gpu_ranks if engine else ())})
 
 
-def _named(config: Config, facts: HostFacts) -> list[Gpu]:
+def named_gpus(config: Config, facts: HostFacts) -> list[Gpu]:
+    """Return the cards that the config names, of those that are there."""
     ranks = _device_ranks(config)
     return sorted((gpu for gpu in facts.gpus if gpu.index in ranks), key=lambda gpu: gpu.index)
 

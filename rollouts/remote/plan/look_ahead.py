@@ -65,7 +65,7 @@ def _port_problems(config: Config, facts: HostFacts, target: str) -> Iterator[Pr
                 f"{target}: the live run {row['run_id']} will use port {shared[0]}.",
                 found=f"{row['run_id']}, {row['state']}, stage {row['stage']}; its engines' ports: {row['ports']}",
                 needed=f"ports that no other run uses: {required_ports(config)}",
-                fix="set another engine.sglang_port (0: free ones) or engine.router_port, or wait for that run",
+                fix="set another engine.sglang_port (0: free ones) or engine.router_port, or wait for that run: --wait",
             )
 
 

@@ -103,7 +103,7 @@ def _heed(entry: RunEntry, answer: dict[str, Any]) -> None:
     raise DeployError(
         f"{entry.run_id} was not started: the host has given to another run what it needs.",
         found=f"in use on {entry.target}: {answer.get('reason')}",
-        fix="choose another --run-id, other GPUs or ports (engine.sglang_port=0 takes free ones), or wait for that run",
+        fix="choose another --run-id, other GPUs or ports (engine.sglang_port=0 takes free ones), or wait with --wait",
     )
 
 

@@ -117,7 +117,7 @@ def register(
     registry_dir()
     entry.record.path.mkdir(mode=0o700)
     write_json_atomic(entry.record.config, config.to_json())
-    write_json_atomic(entry.record.plan, plan.launch)
+    write_json_atomic(entry.record.plan, plan.launch.to_json())
     write_code_record(entry.record, record)
     _claim(entry)
     try:

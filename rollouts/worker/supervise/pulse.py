@@ -28,6 +28,7 @@ class Pulse:
         self._stop_signal: int | None = None
         launched = run_dir.read_status(run)
         self._started_at = launched.started_at if launched else time.time()
+        self.state: State = "running"  # or queued
         self._stage: StageName | None = None
         self._message = ""
         self._beat_at = 0.0  # monotonic, of the last status written
@@ -62,12 +63,12 @@ class Pulse:
             raise RunFailed("reading a checkpoint failed; the supervisor's log has the error", window=SUPERVISOR_WINDOW)
         return results[0]
 
-    def announce(self, stage: StageName, message: str) -> None:
+    def announce(self, stage: StageName | None, message: str) -> None:
         """Set the status's stage and message, and write them at once if they changed. Raises as `tick`."""
         self.set_message(stage, message)
         self.tick()
 
-    def set_message(self, stage: StageName, message: str) -> None:
+    def set_message(self, stage: StageName | None, message: str) -> None:
         """Set the status's stage and message; the next beat writes them if they changed."""
         if (stage, message) != (self._stage, self._message):
             self._stage, self._message = stage, message
@@ -77,8 +78,9 @@ class Pulse:
         """Write the status if the last one is old, and look at the run's processes."""
         if time.monotonic() - self._beat_at >= run_dir.HEARTBEAT_S / 2:
             self._beat_at = time.monotonic()
-            self._write_status("running", None)
-            self._look_around()
+            self._write_status(self.state, None)
+            if self.state != "queued":  # a run that waits has no processes but this one
+                self._look_around()
 
     def finish(self, state: State, message: str, exit_code: int) -> None:
         """Write the final status."""

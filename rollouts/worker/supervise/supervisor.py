@@ -1,4 +1,4 @@
-"""The run's supervisor: environments, then each stage's engines and trainer, then the end of every process.
+"""The run's supervisor: its turn, environments, then each stage's engines and trainer, then the end of every process.
 
     python3 -m rollouts.worker.supervise.supervisor <run_path>
 
@@ -28,6 +28,8 @@ from rollouts.worker.supervise.journal import Journal
 from rollouts.worker.supervise.pulse import Pulse
 from rollouts.worker.supervise.smoke_windows import smoke_test
 from rollouts.worker.supervise.stage_run import StageRun
+from rollouts.worker.supervise.turn import await_turn
+from rollouts.worker.tickets import OwnTicket, draw
 
 LOG_TAIL_LINES = 50
 
@@ -35,18 +37,19 @@ LOG_TAIL_LINES = 50
 class Supervisor:
     """One run from bootstrap to its final status."""
 
-    def __init__(self, run: RunDir, plan: LaunchPlan, journal: Journal) -> None:
-        self._run, self._plan, self._journal = run, plan, journal
+    def __init__(self, run: RunDir, plan: LaunchPlan, journal: Journal, ticket: OwnTicket | None) -> None:
+        self._run, self._plan, self._journal, self._ticket = run, plan, journal, ticket
         self._pulse = Pulse(run, plan, journal)
 
     def main(self) -> int:
         """Carry out the plan and return the run's exit code; the final status is written by then."""
         for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
             signal.signal(signum, self._pulse.request_stop)
-        mode = json.loads(read_plain(self._run.config))["output"]["mode"]
-        self._journal.event("run_started", mode=mode)
         state: State = "failed"
         try:
+            self._wait_for_turn()
+            mode = json.loads(read_plain(self._run.config))["output"]["mode"]
+            self._journal.event("run_started", mode=mode)
             self._bootstrap()
             budget = RestartBudget(self._plan.engine_restarts_max)
             for stage in self._plan.stages:
@@ -63,6 +66,11 @@ class Supervisor:
             self._report(RunFailed(message, window=SUPERVISOR_WINDOW, log_tail=traceback.format_exc().splitlines()))
         self._finish(state, code, message)
         return code
+
+    def _wait_for_turn(self) -> None:
+        """Stand in the host's queue, where the plan says so; no time limit counts that. Raises StopRequested."""
+        if self._ticket is not None:
+            self._plan = self._pulse.plan = await_turn(self._pulse, self._ticket)
 
     def _bootstrap(self) -> None:
         """Make the environments, download models, and try the devices. Raises RunFailed."""
@@ -109,11 +117,13 @@ def main() -> None:
     run = RunDir(Path(sys.argv[1]))
     plan = run_dir.read_plan(run)
     assert plan is not None, f"{run.plan} is missing: the launcher writes it first"
+    # Before the lock, for which the launcher waits: who launches next draws a higher number
+    ticket = draw(Path(plan.home), run.run_id) if plan.queue is not None else None
     lock = run_dir.hold_lock(run)
     if lock is None:
         sys.exit(f"error: run {run.run_id} has a supervisor already")
     with lock:
-        code = Supervisor(run, plan, Journal(run, lock)).main()
+        code = Supervisor(run, plan, Journal(run, lock), ticket).main()
     sys.exit(code)
 
 

@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rollouts.config import Config
+from rollouts.machine.nvidia_smi import GPU_FREE_SHARE_MIN, Gpu, is_broken, is_free
 from rollouts.remote.errors import Problem
 from rollouts.remote.host.facts import HostFacts
-from rollouts.remote.host.gpus import Gpu, is_broken
 from rollouts.remote.inputs.shapes import Shape, shape_named
-from rollouts.remote.plan.gpu_problems import GPU_FREE_SHARE_MIN, is_free
 from rollouts.remote.plan.memory.engine_memory import Card
 from rollouts.remote.plan.memory.fit import misfits, nearest_change
 from rollouts.remote.plan.memory.uses import Models, gpu_uses
@@ -40,7 +39,7 @@ def memory_plan(config: Config, facts: HostFacts, code: Code, target: str, *, bu
     cards = {index: card for index, card in there.items() if index in named}
     found = list(gpu_uses(config, models, cards))
     lacking = misfits(config, models, cards)
-    free = {gpu.index for gpu in facts.gpus if is_free(gpu, facts)}
+    free = {gpu.index for gpu in facts.gpus if is_free(gpu, facts.gpu_processes)}
     spare = {index: card for index, card in there.items() if index in free and card.have is not None}
     change = nearest_change(config, models, cards, spare) if lacking else None
     names = {gpu.index: gpu.name for gpu in facts.gpus}
