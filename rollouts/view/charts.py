@@ -10,12 +10,13 @@ from typing import Any
 from rollouts.view.escape import one_line
 from rollouts.view.estimates import Band, band, smoothed, thinned
 from rollouts.view.fold import time_of
-from rollouts.view.run_data import RunData, is_number
+from rollouts.view.json_numbers import is_number
+from rollouts.view.run_data import RunData
+from rollouts.view.step_time import TIME_PARTS, step_parts
 
 Spec = dict[str, Any]
 POINTS_MAX = 500  # of all curves in a chart together
 SPANS = 20  # a curve is smoothed over a 20th of its points
-TIME_PARTS = ("generate_s", "train_s", "sync_s", "data_s")  # of step_s; what is left is "other"
 HEIGHT = 220
 HIDDEN_EVENTS = (
     "checkpoint",
@@ -137,12 +138,6 @@ def time_chart(run: RunData, stage: str) -> Spec | None:
         .properties(width="container", height=HEIGHT, description=f"parts of a step of {stage}, in seconds")
     )
     return _with_data(chart, {"parts": points})
-
-
-def step_parts(row: Mapping[str, Any]) -> dict[str, float]:
-    """Return the seconds of a step's parts that its row has, and `other`: what is left of step_s."""
-    parts = {name: float(row[name]) for name in TIME_PARTS if is_number(row.get(name))}
-    return {**parts, "other": max(0.0, row["step_s"] - sum(parts.values()))}
 
 
 def length_chart(points: Sequence[tuple[int, int, float]]) -> Spec:

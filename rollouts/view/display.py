@@ -24,6 +24,8 @@ from rollouts.view.fold import (
 )
 from rollouts.view.reporter import Reporter
 from rollouts.view.screen import print_json, show
+from rollouts.view.sparklines import trace_lines
+from rollouts.view.step_time import step_time_text
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -229,6 +231,8 @@ def live_lines(view: View, doing: str, *, width: int, utf8: bool, doing_s: float
         bar = full * filled + empty * (32 - filled)
         lines.append(f"  {one_line(view.stage)} {bar} {view.step}/{view.steps_total}{eta}")
         lines += pair_lines([f"{name} {text}" for name, text in metric_pairs(view.metrics)], width - 1)
+        lines += trace_lines(view.traces, width=width - 1, utf8=utf8)
+        lines += [f"  {text}" for text in [step_time_text(view.metrics)] if text]
     if doing or not view.phases:
         timed = clocks and not all(finished(detail) for _, detail in view.phases)
         lines.append(one_line(doing or "starting") + ("" if timed else f" ({duration(doing_s)})"))

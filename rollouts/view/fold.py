@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rollouts.view.escape import one_line
+from rollouts.view.sparklines import Trace, traced
 
 ALL_TASKS = "all"  # the task of an eval.jsonl row that counts every held-out row
 SAYING = ("note", "warning", "error")  # events that are a message, and little else
@@ -33,6 +34,7 @@ class View:
     step: int = 0
     totals: dict[str, int] = field(default_factory=dict)  # steps, by stage
     metrics: dict[str, Any] = field(default_factory=dict)  # the stage's last row
+    traces: dict[str, Trace] = field(default_factory=dict)  # the stage's curves so far, by metric
     first: tuple[int, float] | None = None  # step and time of the stage's first row: for the rate
     last_time: float | None = None
     phases: tuple[tuple[str, str], ...] = ()  # (name, how it went), in order
@@ -99,9 +101,8 @@ def _fold_metrics(view: View, row: dict[str, Any]) -> View:
     stage, step, time = _text(row, "stage"), int(_number(row, "step")), float(_number(row, "time"))
     if stage != view.stage:
         return view  # of the stage before: the files are read side by side
-    return replace(
-        view, step=step, metrics=row, last_time=time, first=(step, time) if view.first is None else view.first
-    )
+    first = (step, time) if view.first is None else view.first
+    return replace(view, step=step, metrics=row, traces=traced(view.traces, row), last_time=time, first=first)
 
 
 def _fold_eval(view: View, row: dict[str, Any]) -> View:
@@ -121,7 +122,7 @@ def _fold_event(view: View, row: dict[str, Any]) -> View:
     if kind == "run_started":
         view = replace(view, state="running")
     elif kind == "stage_started":
-        view = replace(view, stage=_text(row, "stage"), step=0, metrics={}, first=None, last_time=None)
+        view = replace(view, stage=_text(row, "stage"), step=0, metrics={}, traces={}, first=None, last_time=None)
     elif kind == "training_started":
         stage, step = _text(row, "stage"), int(_number(row, "step"))
         view = replace(view, stage=stage, step=step, totals={**view.totals, stage: int(_number(row, "steps_total"))})

@@ -9,7 +9,7 @@ from typing import Any
 
 from rollouts.plain_files import reading
 from rollouts.run_dir import parse_row
-from rollouts.view.run_data import is_number
+from rollouts.view.json_numbers import is_number
 
 BYTES_MAX = 1 << 28  # of a file that is read: of a larger one, as many parts as hold that, evenly spread
 PARTS = 64

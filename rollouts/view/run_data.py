@@ -6,7 +6,6 @@ was left out is counted.
 
 import contextlib
 import json
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 from rollouts.plain_files import read_plain
 from rollouts.run_dir import RunDir, Status, read_rows, read_status
 from rollouts.view.fold import time_of
+from rollouts.view.json_numbers import is_number
 
 Row = dict[str, Any]
 STAGE_ORDER = ("sft", "rl")
@@ -94,16 +94,6 @@ class RunData:
         """Return the numbers that a stage logged, in the order in which they first came."""
         names = (name for row in self.metrics.get(stage, ()) for name in row if is_number(row[name]))
         return tuple(name for name in dict.fromkeys(names) if name not in ("step", "time"))
-
-
-def is_number(value: object) -> bool:
-    """Return whether a JSON value is a finite number that a float holds."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
 
 
 def read_run(path: Path) -> RunData:
