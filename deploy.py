@@ -94,7 +94,7 @@ def run_config(
     wanted = ToBring.parse(no_checkpoints=no_checkpoints, only=only, bwlimit=bwlimit)
 
     if not sweep.asks_for_several(settings or ()):
-        sweep.check_alone(skip=skip, yes=yes)
+        sweep.check_alone(skip=skip, yes=yes and show)
     if show:
         return read_config.show_config(config, settings or ())
     wish = queue_options.queue_wish(wait=wait, queue=queue, at_once=at_once, busy_ok=busy_ok)

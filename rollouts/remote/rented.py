@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rollouts.config import Config
-from rollouts.remote import commands
+from rollouts.remote import commands, sweep
 from rollouts.remote.cloud_verbs import cloud_verb
 from rollouts.remote.errors import DeployError, Problem
 from rollouts.remote.host.facts import gather_facts
@@ -64,7 +64,10 @@ def deploy(
         config = read_variants(config_path, settings)[0].config
         refuse_stray_config(find_repository(Path.cwd()), Path(config_path))
     run_id = options.run_id or commands.new_run_id(config)
-    if config.provision is not None and remote is None:
+    rents = config.provision is not None and remote is None
+    if not rents:
+        sweep.check_alone(skip=0, yes=options.yes)  # --yes is for what is asked: a machine, or many runs
+    if config.provision is not None and rents:
         return rent_and_run(config, config.provision, screen, options, run_id)
     if config.provision is not None:
         screen.remark("note: provision is not used: --remote says where the run takes place")
