@@ -215,11 +215,17 @@ def logs(
 
 
 @verb("stop")
-def stop(run: Run, remote: Remote = None, as_json: Json = False) -> Any:
-    """End a run's processes; its results stay."""
+def stop(
+    run: Run,
+    remote: Remote = None,
+    *,
+    as_json: Json = False,
+    now: Annotated[bool, typer.Option("--now", help="Without the checkpoint of the step under way.")] = False,
+) -> Any:
+    """End a run's processes, after a checkpoint where steps are trained; its results stay."""
     from rollouts.remote import commands
 
-    return commands.stop(run, remote=remote)
+    return commands.stop(run, remote=remote, now=now)
 
 
 @verb("pull")

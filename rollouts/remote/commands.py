@@ -39,12 +39,14 @@ from rollouts.remote.texts import end_answer, forgotten_text, how_to_go_on, plan
 from rollouts.run_dir import FINAL_STATES
 from rollouts.view.answer import Answer
 from rollouts.view.display import make_reporter
+from rollouts.view.escape import one_line
 from rollouts.view.log_writer import LogWriter
 from rollouts.view.reporter import Reporter
 from rollouts.view.screen import Screen
 
 DETACHED = 130  # as a shell says of Ctrl-C
 STOP_MARGIN_S = 60.0
+STOP_WAIT_S = 600.0  # worker.stop's, for the step under way and its checkpoint
 RUN_ID_CHARS_MAX = 80  # run_dir.valid_run_id
 
 
@@ -238,25 +240,31 @@ def _watch_to_end(run: OpenRun, reporter: Reporter) -> Answer:
     return end_answer(entry, result, pull_error, notes)
 
 
-def stop(run_id: str, *, remote: str | None) -> Answer:
-    """End a run's processes on its host (`deploy stop RUN`). The exit code is 0 however the run ended."""
+def stop(run_id: str, *, remote: str | None, now: bool = False) -> Answer:
+    """End a run's processes on its host (`deploy stop RUN`). The exit code is 0 however the run ended.
+
+    Steps that are trained save a checkpoint first, unless `now`.
+    """
     with open_run(run_id, remote) as run:
         entry = run.entry
-        argv, program = sent_program(run.python, "rollouts.worker.stop", entry.run_path)
+        argv, program = sent_program(run.python, "rollouts.worker.stop", entry.run_path, *(["--now"] if now else []))
         grace_s = entry.stop_grace_s
         grace_s = STOP_MARGIN_S if grace_s is None else grace_s
-        done = run.transport.run(argv, stdin=program, timeout_s=2 * grace_s + STOP_MARGIN_S)
+        done = run.transport.run(argv, stdin=program, timeout_s=STOP_WAIT_S + 2 * grace_s + STOP_MARGIN_S)
         if done.returncode != 0 and run.row is None:
             raise run.missing()
         if done.returncode != 0:
             raise DeployError(f"{entry.run_id} could not be stopped.", found=done.err[-2000:], started=True)
-        fields = {"state": str, "exit_code": int | None}
+        fields = {"state": str, "exit_code": int | None, "checkpoint": str | None}
         said = read_answer(entry.target, "the stop", done.out, fields, started=True)
-    state, code = said["state"], said["exit_code"]
-    return Answer(
-        {"run_id": entry.run_id, "state": state, "exit_code": code},
-        f"{entry.run_id}: {state}, exit code {code}\nresults   deploy pull {entry.run_id}",
-    )
+    if said["state"] == "not launched":
+        text = f"{entry.run_id}: not launched, and not to be; `deploy attach {entry.run_id}` would"
+    else:
+        text = (
+            f"{entry.run_id}: {said['state']}, exit code {said['exit_code']}\n"
+            f"last checkpoint   {one_line(said['checkpoint'] or 'none')}\nresults   deploy pull {entry.run_id}"
+        )
+    return Answer({"run_id": entry.run_id, **{name: said[name] for name in fields}}, text)
 
 
 def pull_run(run_id: str, screen: Screen, *, remote: str | None, wanted: ToBring = EVERYTHING) -> Answer:

@@ -30,7 +30,7 @@ goes on, and a killed deploy loses nothing:
   deploy sweep NAME -f           the runs of a sweep to their end, a table
   deploy logs RUN -f             what a process prints, with --window NAME
                                  another (supervisor, trainer, engine-0)
-  deploy stop RUN                end its processes, keep its results
+  deploy stop RUN                end it after a checkpoint; --now: at once
   deploy pull RUN                bring all results here, verified; one that
                                  was cut off goes on where it broke
   deploy tag RUN NAME            another name for a run, of your own

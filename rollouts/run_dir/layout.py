@@ -169,6 +169,16 @@ class RunDir:
         """Name where the trainer's ranks find each other."""
         return self.path / f".ranks-{stage}.tmp"
 
+    @property
+    def heeds_stop(self) -> Path:
+        """Name the file that is there while the stage's steps run: asked to stop, they save a checkpoint first."""
+        return self.path / ".heeds-stop.tmp"
+
+    @property
+    def stop_asked(self) -> Path:
+        """Name the file by which `deploy stop` asks for that; before the launch, for no launch at all."""
+        return self.path / ".stop-asked.tmp"
+
     def smoke_report(self, window: str) -> Path:
         """Name a smoke test's progress: {"doing", "parts": {name: seconds}}. Hidden, and gone with the run."""
         return self.path / f".smoke-{window}.tmp"

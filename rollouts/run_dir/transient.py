@@ -48,7 +48,13 @@ def remove_transient(run: RunDir) -> None:
             with contextlib.suppress(OSError):  # gone, or another user's of that name
                 shutil.rmtree(place.parent)
     meetings = [place(stage) for place in (run.rendezvous, run.ranks) for stage in get_args(StageName)]
-    for file in (run.reserve, *_left_secrets(run), *meetings, *run.path.glob(run.smoke_report("*").name)):
+    meetings += [run.heeds_stop, run.stop_asked]
+    for file in (
+        run.reserve,
+        *_left_secrets(run),
+        *meetings,
+        *run.path.glob(run.smoke_report("*").name),
+    ):
         file.unlink(missing_ok=True)
     shutil.rmtree(run.weights_in_memory, ignore_errors=True)
     for file in run.buckets_in_memory():

@@ -70,6 +70,12 @@ def launch(job: dict[str, Any]) -> dict[str, Any]:
             if same:
                 _await_supervisor(run, plan)  # an earlier launch was cut off at this point
             return {"started": False, "same": same, "reason": f"run {plan.run_id} was started before"}
+        if run.stop_asked.exists():
+            run.stop_asked.unlink()
+            raise LaunchError(
+                f"`deploy stop {plan.run_id}` came before it was launched. `deploy attach {plan.run_id}` launches it"
+                " all the same."
+            )
         try:
             with one_at_a_time(Path(plan.home)):
                 # A job without an id comes from an older deploy, which looked before, and knows no such answer

@@ -1,12 +1,15 @@
 """End a run on this host, whatever state it is in.
 
-    python3 -m rollouts.worker.stop <run_path>
+    python3 -m rollouts.worker.stop <run_path> [--now]
 
-Asks the supervisor, which ends everything itself; where it cannot, ends everything here. Prints one JSON line
-{"state", "exit_code"}; a run that had ended stays as it is. The run is known by its processes: it is ended where its
+Where steps are trained, and without --now: asks for a checkpoint after the step under way, and waits for it. Then asks
+the supervisor, which ends everything itself; where it cannot, ends everything here. A run that is yet to be launched is
+not launched any more. Prints one JSON line {"state", "exit_code", "checkpoint"}, the last being the newest that is
+complete, or null; a run that had ended stays as it is. The run is known by its processes: it is ended where its
 directory was removed, too, so `deploy` sends this program along (remote/host/sending.py). Standard library only.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -32,11 +35,12 @@ from rollouts.worker.processes import (
 )
 
 GRACE_S = 5.0  # where no plan tells
+CHECKPOINT_WAIT_S = 600.0  # for the step under way and its checkpoint
 RECORD_WAIT_S = 5.0  # from the session's start to the supervisor's process record
 
 
-def stop(run: RunDir) -> dict[str, Any]:
-    """Have nothing of the run left on return. Returns {"state", "exit_code"} as they are then."""
+def stop(run: RunDir, *, now: bool = False) -> dict[str, Any]:
+    """Have nothing of the run left on return. Returns {"state", "exit_code", "checkpoint"} as they are then."""
     grace_s = _grace_s(run)
     seen = observe(run)
     was_live = seen.live
@@ -46,6 +50,8 @@ def stop(run: RunDir) -> dict[str, Any]:
             f"error: run {run.run_id} runs on {host}, whose files this host shares; this is {os.uname().nodename}."
             f" From here its processes cannot be ended: `deploy stop {run.run_id} --remote {host}`.{gone}"
         )
+    if was_live and not now:
+        _await_checkpoint(run)
     if was_live:
         _ask_supervisor(run, within_s=2 * grace_s + SUPERVISOR_MARGIN_S)
     _end_session(run)
@@ -59,7 +65,23 @@ def stop(run: RunDir) -> dict[str, Any]:
         seen = dataclasses.replace(seen, state="stopped", exit_code=STOPPED_CODE)
     if left:
         sys.exit(f"error: still there after SIGKILL, the kernel holds them: processes {left}")
-    return {"state": seen.state, "exit_code": seen.exit_code}
+    return {"state": seen.state, "exit_code": seen.exit_code, "checkpoint": _newest_checkpoint(run)}
+
+
+def _await_checkpoint(run: RunDir) -> None:
+    """Ask the steps that are trained now for a checkpoint and their end; return once they ended, or after a while."""
+    deadline = time.monotonic() + CHECKPOINT_WAIT_S
+    if run.heeds_stop.exists():
+        run.stop_asked.touch(mode=0o600)
+    while run.heeds_stop.exists() and run_dir.is_live(run) and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+
+
+def _newest_checkpoint(run: RunDir) -> str | None:
+    with contextlib.suppress(OSError, ValueError):
+        paths = [row.get("path") for row in run_dir.iter_jsonl(run.events) if row.get("kind") == "checkpoint"]
+        return str(paths[-1]) if paths else None
+    return None
 
 
 def _grace_s(run: RunDir) -> float:
@@ -113,10 +135,14 @@ def _write_stopped(run: RunDir, status: Status | None) -> None:
 
 
 def main() -> None:
-    run = RunDir(Path(sys.argv[1]))
+    run, now = RunDir(Path(sys.argv[1])), "--now" in sys.argv[2:]
+    if run.path.is_dir() and not run.status.exists() and not marked_processes(run):
+        run.stop_asked.touch(mode=0o600)  # its deploy is sending it: `launch` looks there
+        print(json.dumps({"state": "not launched", "exit_code": None, "checkpoint": None}), flush=True)
+        return
     if not run.status.exists() and not marked_processes(run):
         sys.exit(f"error: {run.path}: no run was launched there. `deploy ls` lists the runs.")
-    print(json.dumps(stop(run)), flush=True)
+    print(json.dumps(stop(run, now=now)), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import anyio.to_thread
+
 from rollouts.training import distributed
 from rollouts.training.loops.train_step import due
 from rollouts.training.metrics import MetricsLogger
@@ -28,6 +30,7 @@ class Hooks:
     evaluate: EvalFn | None = None  # its floats are logged as "eval_…"; in SFT every rank calls it, in RL rank 0 alone
     eval_every: int = -1  # steps; -1: only after the last
     on_checkpoint: CheckpointFn | None = None  # each complete checkpoint and its step, on rank 0
+    stop: Callable[[], bool] | None = None  # asked on rank 0 after each step; True: save a checkpoint, and end
 
 
 class AfterStep:
@@ -45,6 +48,7 @@ class AfterStep:
         state: Callable[[], dict[str, Any]],
     ) -> None:
         self.history: list[dict[str, float]] = []
+        self.stopped = False  # the caller's `stop` said so, and the step's checkpoint is complete
         self._config, self._hooks, self._state = config, hooks, state
         self._checkpoints = Checkpoints(backend, hooks.on_checkpoint)
 
@@ -73,9 +77,19 @@ class AfterStep:
         finally:
             if due(step, config.log_every, config.num_steps):
                 self._log(step, metrics)
-        if not last and due(step, config.checkpoint_every, config.num_steps):
+        self.stopped = not last and await self._is_asked_to_stop()
+        if not last and (self.stopped or due(step, config.checkpoint_every, config.num_steps)):
             await self._checkpoints.save(step, metrics, self._state())
-        await self._checkpoints.poll()
+        await (self._checkpoints.finish() if self.stopped else self._checkpoints.poll())
+
+    async def _is_asked_to_stop(self) -> bool:
+        """Ask the caller, on rank 0; every rank gets that answer. Waits in a thread: others may be at work here."""
+        if self._hooks.stop is None:
+            return False
+        asked = distributed.rank() == 0 and self._hooks.stop()
+        if distributed.world_size() == 1:
+            return asked
+        return await anyio.to_thread.run_sync(distributed.broadcast_object, asked)
 
     def _log(self, step: int, metrics: dict[str, Any]) -> None:
         self.history.append(metrics)

@@ -138,6 +138,8 @@ async def run_rl(
             metrics["optimizer_steps"] = metrics["step"]
             metrics |= _speed(throughput, batch, [*clock, time.monotonic()], config.updates_per_batch)
             await after.finish(step, metrics)
+            if after.stopped:
+                break
     distributed.barrier()  # the other ranks wait for the last evaluation
     return after.history
 

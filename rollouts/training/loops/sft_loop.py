@@ -91,6 +91,8 @@ async def run_sft(
             metrics |= {"data_s": data_s, "train_s": step_s - data_s, "step_s": step_s}
             metrics |= throughput.metrics(batch.lengths, batch.trained_tokens, train_s=step_s - data_s, step_s=step_s)
             await after.finish(step, metrics)
+            if after.stopped:
+                break
             started = time.monotonic()  # waiting for the next batch counts; evaluation and saving do not
     return after.history
 

@@ -30,6 +30,7 @@ from rollouts.worker.stages.held_out import rl_evaluation
 from rollouts.worker.stages.log import open_metrics
 from rollouts.worker.stages.mistakes import MISTAKES
 from rollouts.worker.stages.parts import StageParts, open_parts
+from rollouts.worker.stages.stop_request import heeding_stop
 
 __all__ = ["MISTAKES", "RLStage", "build"]
 
@@ -91,16 +92,18 @@ class RLStage:
     ) -> None:
         parts, rl = self.parts, self.rl
         config = rl_training_config(rl, parts.num_steps)
-        hooks = Hooks(
-            log=metrics_logger,
-            log_samples=JSONLLogger(parts.run.rollouts) if isinstance(source, AsyncRolloutManager) else None,
-            evaluate=evaluate,
-            eval_every=rl.eval_every,
-            on_checkpoint=parts.log.checkpoint,
-        )
         batches = BatchOptions(parts.pad_token_id, rl.temperature, batch_clip_range(rl))
         async with open_rollouts(source, config, pool) as rollouts:
-            await run_rl(backend, rollouts, publisher, RLSteps(config, batches, parts.resume), hooks)
+            with heeding_stop(parts.run) as stop:
+                hooks = Hooks(
+                    log=metrics_logger,
+                    log_samples=JSONLLogger(parts.run.rollouts) if isinstance(source, AsyncRolloutManager) else None,
+                    evaluate=evaluate,
+                    eval_every=rl.eval_every,
+                    on_checkpoint=parts.log.checkpoint,
+                    stop=stop,
+                )
+                await run_rl(backend, rollouts, publisher, RLSteps(config, batches, parts.resume), hooks)
 
     async def _collect(
         self, source: AsyncRolloutManager | ReplayRollouts, metrics_logger: MetricsLogger, evaluate: EvalFn | None

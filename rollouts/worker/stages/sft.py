@@ -19,6 +19,7 @@ from rollouts.worker.stages.held_out import answers_in_process, rows_in_process
 from rollouts.worker.stages.log import open_metrics
 from rollouts.worker.stages.mistakes import MISTAKES
 from rollouts.worker.stages.parts import StageParts, open_parts
+from rollouts.worker.stages.stop_request import heeding_stop
 
 __all__ = ["MISTAKES", "SFTStage", "build"]
 
@@ -54,14 +55,17 @@ class SFTStage:
         )
         steps = SFTSteps(config, sft_seed(parts.config), parts.pad_token_id, parts.resume)
         with open_metrics(parts.log, parts.num_steps) as metrics_logger:
-            hooks = Hooks(
-                log=metrics_logger,
-                evaluate=self._evaluate if evaluates else None,
-                eval_every=sft.eval_every,
-                on_checkpoint=parts.log.checkpoint,
-            )
-            await run_sft(self.backend, self.data.sft, steps, hooks)
-            self._answer(parts.num_steps)
+            with heeding_stop(parts.run) as stop:
+                hooks = Hooks(
+                    log=metrics_logger,
+                    evaluate=self._evaluate if evaluates else None,
+                    eval_every=sft.eval_every,
+                    on_checkpoint=parts.log.checkpoint,
+                    stop=stop,
+                )
+                await run_sft(self.backend, self.data.sft, steps, hooks)
+            if not stop.ended_the_steps():
+                self._answer(parts.num_steps)
 
     async def _evaluate(self, step: int, stage: str = "sft") -> dict[str, float]:
         """Return the validation loss: over all held-out rows before the first step and after the last."""

@@ -54,6 +54,8 @@ class Supervisor:
             budget = RestartBudget(self._plan.engine_restarts_max)
             for stage in self._plan.stages:
                 StageRun(self._pulse, stage, budget).main()
+                if self._run.stop_asked.exists():
+                    raise StopRequested(f"stopped in stage {stage.name}, on request, after a checkpoint")
             state, code, message = "done", 0, "all stages done"
         except StopRequested as error:
             state, code, message = "stopped", STOPPED_CODE, str(error)

@@ -47,19 +47,24 @@ def main() -> None:
         sys.exit(7)
     if secret := os.environ.get("STAND_IN_PRINT_HASH_OF"):
         print(hashlib.sha256(os.environ[secret].encode()).hexdigest(), flush=True)
+    run.heeds_stop.touch()
     append_event(run, "training_started", stage=stage, step=0, steps_total=STEPS)
     if stage == "sft":
         append_jsonl(run.eval, {"stage": "base", "step": 0, "split": "test", "metric": "exact_match", "value": 0.25})
     for step in range(1, STEPS + 1):
         wait = os.environ.get("STAND_IN_WAIT")
-        while wait and step == 2 and not Path(wait).exists():
+        while wait and step == 2 and not Path(wait).exists() and not run.stop_asked.exists():
             time.sleep(0.02)
         time.sleep(STEP_S)
         row = {"stage": stage, "step": step, "time": time.time(), "loss": 1.0 / step}
         append_jsonl(run.metrics, row if stage == "sft" else {**row, "reward_mean": 0.1 * step})
         print(f"stage={stage} step={step}", flush=True)
-        if step in (1, STEPS):
+        stopped = run.stop_asked.exists()
+        if step in (1, STEPS) or stopped:
             checkpoint(run, stage, step)
+        if stopped:
+            break
+    run.heeds_stop.unlink()
     append_jsonl(run.eval, {"stage": stage, "step": STEPS, "split": "test", "metric": "exact_match", "value": 0.75})
 
 

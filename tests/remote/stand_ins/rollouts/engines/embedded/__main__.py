@@ -1,7 +1,9 @@
-"""Stands in for the engine: answers 200 to everything."""
+"""Stands in for the engine: answers 200 to everything, once the file STAND_IN_ENGINE_WAIT exists."""
 
 import http.server
+import os
 import sys
+import time
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -13,5 +15,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """The embedded engine prints nothing either."""
 
 
+while (wait := os.environ.get("STAND_IN_ENGINE_WAIT")) and not os.path.exists(wait):
+    time.sleep(0.02)
 port = int(sys.argv[sys.argv.index("--port") + 1])
 http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()

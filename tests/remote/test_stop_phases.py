@@ -1,0 +1,84 @@
+"""`deploy stop` in every phase of a run, with the real worker in a real tmux: nothing is left, and what the steps had
+done is in a checkpoint."""
+
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rollouts.manifest import manifest_problems
+from rollouts.run_dir import RunDir, read_jsonl
+from tests.remote.hosts import Host, Laptop, wait_for, write_config
+from tests.remote.test_whole_runs import quiet
+
+
+def events(run: RunDir, kind: str) -> list[dict[str, Any]]:
+    return [row for row in read_jsonl(run.events) if row["kind"] == kind]
+
+
+REACHED: dict[str, Callable[[RunDir], Any]] = {
+    "building": lambda run: any(row.get("action") == "building" for row in events(run, "environment")),
+    "engine starting": lambda run: (
+        any(row["stage"] == "rl" for row in events(run, "stage_started")) and run.process("engine-0").exists()
+    ),
+    "training": lambda run: run.heeds_stop.exists() and read_jsonl(run.metrics),
+    "training, --now": lambda run: run.heeds_stop.exists() and read_jsonl(run.metrics),
+    "directory gone": lambda run: run.heeds_stop.exists() and read_jsonl(run.metrics),
+    "ended": lambda run: run.exit("run", "supervisor").exists(),
+}
+
+
+@pytest.mark.parametrize("phase", REACHED)
+def test_stop(phase: str, laptop: Laptop, tmp_path: Path) -> None:
+    """Goal: whatever the run does, one stop ends all of it, and says what it has. While steps are trained it leaves a
+    whole checkpoint of the last one, and the next stage does not begin. Red with SIGTERM alone: the step's checkpoint
+    was missing; and without the supervisor's look for the request: the run went on to rl, or was called done."""
+    never = str(tmp_path / "never")
+    env = {} if phase == "ended" else {"STAND_IN_STEPS": "9", "STAND_IN_WAIT": never, "STAND_IN_ENGINE_WAIT": never}
+    if phase == "engine starting":
+        del env["STAND_IN_WAIT"]
+    if phase == "building":
+        (laptop.rollouts_home / "envs").unlink()
+    config = str(write_config(laptop.project, env=env))
+    assert laptop.deploy(config, "--run-id", "r", "--detach").returncode == 0
+    run = RunDir(laptop.rollouts_home / "runs/r")
+    wait_for(lambda: REACHED[phase](run), phase)
+    if phase == "directory gone":
+        shutil.rmtree(run.path)
+    said = laptop.json("stop", "r", *(["--now"] if phase.endswith("--now") else []))
+    quiet("r")
+    ended = phase == "ended"
+    assert (said["state"], said["exit_code"]) == (("done", 0) if ended else ("stopped", 143))
+    newest = {
+        "training": "checkpoints/sft/step_000002",
+        "training, --now": "checkpoints/sft/step_000001",
+        "engine starting": "checkpoints/sft/step_000009",
+        "ended": "checkpoints/rl/step_000003",
+    }.get(phase)
+    assert said["checkpoint"] == newest
+    assert newest is None or manifest_problems(run.path / newest) == ()
+    if phase.startswith("training"):
+        assert [row["stage"] for row in events(run, "stage_started")] == ["sft"]
+    if run.path.exists():
+        assert list(run.path.glob(".*.tmp")) == []
+    assert laptop.json("stop", "r")["state"] == said["state"], "a second one finds the same"
+
+
+def test_stop_while_the_code_is_sent(laptop: Laptop, make_host: Callable[..., Host]) -> None:
+    """Goal: a run that is stopped before its launch, by this laptop or another, is not launched; attach does it all the
+    same. Red without the launcher's look: it trained after it was stopped."""
+    host = make_host()
+    config = str(write_config(laptop.project, output__mode="sft"))
+    deploying = laptop.start(config, "--remote", host.target, "--run-id", "r")
+    wait_for(lambda: (host.run_path("r") / "code").exists() or deploying.poll() is not None, "the upload")
+    deploying.send_signal(signal.SIGSTOP)
+    assert laptop.json("stop", "r")["state"] == "not launched"
+    deploying.send_signal(signal.SIGCONT)
+    _, err = deploying.communicate(timeout=250)
+    assert deploying.returncode == 2 and "`deploy stop r` came before" in err and "Nothing was started." in err
+    assert laptop.deploy("attach", "r", stdout=subprocess.DEVNULL).returncode == 0
+    quiet("r")
