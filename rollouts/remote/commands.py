@@ -255,8 +255,9 @@ def stop(run_id: str, *, remote: str | None, now: bool = False) -> Answer:
             raise run.missing()
         if done.returncode != 0:
             raise DeployError(f"{entry.run_id} could not be stopped.", found=done.err[-2000:], started=True)
-        fields = {"state": str, "exit_code": int | None, "checkpoint": str | None}
+        fields = {"state": str, "exit_code": int | None}
         said = read_answer(entry.target, "the stop", done.out, fields, started=True)
+    said = {**{name: said[name] for name in fields}, "checkpoint": said.get("checkpoint")}
     if said["state"] == "not launched":
         text = f"{entry.run_id}: not launched, and not to be; `deploy attach {entry.run_id}` would"
     else:
@@ -264,7 +265,7 @@ def stop(run_id: str, *, remote: str | None, now: bool = False) -> Answer:
             f"{entry.run_id}: {said['state']}, exit code {said['exit_code']}\n"
             f"last checkpoint   {one_line(said['checkpoint'] or 'none')}\nresults   deploy pull {entry.run_id}"
         )
-    return Answer({"run_id": entry.run_id, **{name: said[name] for name in fields}}, text)
+    return Answer({"run_id": entry.run_id, **said}, text)
 
 
 def pull_run(run_id: str, screen: Screen, *, remote: str | None, wanted: ToBring = EVERYTHING) -> Answer:

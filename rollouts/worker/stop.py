@@ -5,7 +5,7 @@
 Where steps are trained, and without --now: asks for a checkpoint after the step under way, and waits for it. Then asks
 the supervisor, which ends everything itself; where it cannot, ends everything here. A run that is yet to be launched is
 not launched any more. Prints one JSON line {"state", "exit_code", "checkpoint"}, the last being the newest that is
-complete, or null; a run that had ended stays as it is. The run is known by its processes: it is ended where its
+complete, if there is one; a run that had ended stays as it is. The run is known by its processes: it is ended where its
 directory was removed, too, so `deploy` sends this program along (remote/host/sending.py). Standard library only.
 """
 
@@ -65,7 +65,8 @@ def stop(run: RunDir, *, now: bool = False) -> dict[str, Any]:
         seen = dataclasses.replace(seen, state="stopped", exit_code=STOPPED_CODE)
     if left:
         sys.exit(f"error: still there after SIGKILL, the kernel holds them: processes {left}")
-    return {"state": seen.state, "exit_code": seen.exit_code, "checkpoint": _newest_checkpoint(run)}
+    checkpoint = _newest_checkpoint(run)
+    return {"state": seen.state, "exit_code": seen.exit_code} | ({"checkpoint": checkpoint} if checkpoint else {})
 
 
 def _await_checkpoint(run: RunDir) -> None:
@@ -138,7 +139,7 @@ def main() -> None:
     run, now = RunDir(Path(sys.argv[1])), "--now" in sys.argv[2:]
     if run.path.is_dir() and not run.status.exists() and not marked_processes(run):
         run.stop_asked.touch(mode=0o600)  # its deploy is sending it: `launch` looks there
-        print(json.dumps({"state": "not launched", "exit_code": None, "checkpoint": None}), flush=True)
+        print(json.dumps({"state": "not launched", "exit_code": None}), flush=True)
         return
     if not run.status.exists() and not marked_processes(run):
         sys.exit(f"error: {run.path}: no run was launched there. `deploy ls` lists the runs.")

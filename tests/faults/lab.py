@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rollouts.manifest import manifest_problems
-from rollouts.run_dir import RunDir, read_jsonl, read_status
+from rollouts.run_dir import RunDir, observe, read_jsonl, read_status
 from tests.remote.conftest import share_environments
 from tests.remote.hosts import (
     Host,
@@ -83,8 +83,7 @@ def check_end(made: World, codes: list[int], *, survives: bool) -> str:
     `codes`: those of every command that followed the run to its end. `survives`: the fault may not end the run.
     """
     wait_for(lambda: not processes_of(made.run_id), "the end of the run's processes")
-    status = read_status(made.there)
-    state = status.state if status else "none"
+    state = observe(made.there).state
     assert (codes[-1] == 0) == (state == "done"), f"reported {codes}, was {state}"
     assert not survives or state == "done", f"the run was lost: {state}"
     for name in ("events.jsonl", "metrics.jsonl", "eval.jsonl", "logs/trainer.log", "logs/supervisor.log"):
