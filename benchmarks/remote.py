@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from rollouts.manifest import write_manifest
@@ -102,8 +103,8 @@ class Bench:
             home = str(self.made.host.home)
             place = CodePlace(home=home, run_path=f"{home}/runs/bench{number}", project="bench", launch_id="b")
             whole = [*self.rsync, "-a", f"{tree}/", f"127.0.0.1:{self.there}/tree/"]
-            ours.append(timed(lambda place=place: sync_code(transport, place, root=tree, files=names)))
-            plain.append(timed(lambda whole=whole: run_command(whole)))
+            ours.append(timed(partial(sync_code, transport, place, root=tree, files=names)))
+            plain.append(timed(partial(run_command, whole)))
         return line_of("sync, 1 of 500 files changed", min(ours[1:]), "rsync -a", min(plain[1:]), "<= 1.3 x")
 
     def pull(self, transport: Transport, megabytes: int) -> str:

@@ -1,6 +1,7 @@
 """`deploy stop` in every phase of a run, with the real worker in a real tmux: nothing is left, and what the steps had
 done is in a checkpoint."""
 
+import secrets
 import shutil
 import signal
 import subprocess
@@ -37,6 +38,7 @@ def test_stop(phase: str, laptop: Laptop, tmp_path: Path) -> None:
     """Goal: whatever the run does, one stop ends all of it, and says what it has. While steps are trained it leaves a
     whole checkpoint of the last one, and the next stage does not begin. Red with SIGTERM alone: the step's checkpoint
     was missing; and without the supervisor's look for the request: the run went on to rl, or was called done."""
+    run_id = f"stop-{secrets.token_hex(4)}"
     never = str(tmp_path / "never")
     env = {} if phase == "ended" else {"STAND_IN_STEPS": "9", "STAND_IN_WAIT": never, "STAND_IN_ENGINE_WAIT": never}
     if phase == "engine starting":
@@ -44,13 +46,13 @@ def test_stop(phase: str, laptop: Laptop, tmp_path: Path) -> None:
     if phase == "building":
         (laptop.rollouts_home / "envs").unlink()
     config = str(write_config(laptop.project, env=env))
-    assert laptop.deploy(config, "--run-id", "r", "--detach").returncode == 0
-    run = RunDir(laptop.rollouts_home / "runs/r")
+    assert laptop.deploy(config, "--run-id", run_id, "--detach").returncode == 0
+    run = RunDir(laptop.rollouts_home / "runs" / run_id)
     wait_for(lambda: REACHED[phase](run), phase)
     if phase == "directory gone":
         shutil.rmtree(run.path)
-    said = laptop.json("stop", "r", *(["--now"] if phase.endswith("--now") else []))
-    quiet("r")
+    said = laptop.json("stop", run_id, *(["--now"] if phase.endswith("--now") else []))
+    quiet(run_id)
     ended = phase == "ended"
     assert (said["state"], said["exit_code"]) == (("done", 0) if ended else ("stopped", 143))
     newest = {
@@ -65,20 +67,20 @@ def test_stop(phase: str, laptop: Laptop, tmp_path: Path) -> None:
         assert [row["stage"] for row in events(run, "stage_started")] == ["sft"]
     if run.path.exists():
         assert list(run.path.glob(".*.tmp")) == []
-    assert laptop.json("stop", "r")["state"] == said["state"], "a second one finds the same"
+    assert laptop.json("stop", run_id)["state"] == said["state"], "a second one finds the same"
 
 
 def test_stop_while_the_code_is_sent(laptop: Laptop, make_host: Callable[..., Host]) -> None:
     """Goal: a run that is stopped before its launch, by this laptop or another, is not launched; attach does it all the
     same. Red without the launcher's look: it trained after it was stopped."""
-    host = make_host()
+    host, run_id = make_host(), f"stop-{secrets.token_hex(4)}"
     config = str(write_config(laptop.project, output__mode="sft"))
-    deploying = laptop.start(config, "--remote", host.target, "--run-id", "r")
-    wait_for(lambda: (host.run_path("r") / "code").exists() or deploying.poll() is not None, "the upload")
+    deploying = laptop.start(config, "--remote", host.target, "--run-id", run_id)
+    wait_for(lambda: (host.run_path(run_id) / "code").exists() or deploying.poll() is not None, "the upload")
     deploying.send_signal(signal.SIGSTOP)
-    assert laptop.json("stop", "r")["state"] == "not launched"
+    assert laptop.json("stop", run_id)["state"] == "not launched"
     deploying.send_signal(signal.SIGCONT)
     _, err = deploying.communicate(timeout=250)
-    assert deploying.returncode == 2 and "`deploy stop r` came before" in err and "Nothing was started." in err
-    assert laptop.deploy("attach", "r", stdout=subprocess.DEVNULL).returncode == 0
-    quiet("r")
+    assert deploying.returncode == 2 and f"`deploy stop {run_id}` came before" in err and "Nothing was started." in err
+    assert laptop.deploy("attach", run_id, stdout=subprocess.DEVNULL).returncode == 0
+    quiet(run_id)
