@@ -79,15 +79,17 @@ class Bench:
         process = self.made.laptop.start("attach", self.made.run_id, "--json", "--no-checkpoints")
         assert process.stdout is not None
         late: list[float] = []
+        first_at = 0.0  # rows of before were there already
         for line in process.stdout:
             row = json.loads(line)
             if row.get("type") == "metrics":
-                late.append(time.time() - row["time"])
-            if len(late) == steps + 5:  # the first ones were there already
+                first_at = first_at or time.time()
+                late += [time.time() - row["time"]] if row["time"] > first_at else []
+            if len(late) == steps:
                 break
         process.kill()
         process.communicate()
-        median, rtt_s = statistics.median(late[5:]), 2 * self.made.link.delay_s
+        median, rtt_s = statistics.median(late), 2 * self.made.link.delay_s
         return line_of("a line, trainer to screen (median)", median, "round trip", rtt_s, f"<= {rtt_s + 0.15:.2f} s")
 
     def sync(self, transport: Transport) -> str:
