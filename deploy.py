@@ -214,20 +214,6 @@ def logs(
     return commands.logs(run, Screen(as_json=as_json), remote=remote, window=window, until_end=follow)
 
 
-@verb("stop")
-def stop(
-    run: Run,
-    remote: Remote = None,
-    *,
-    as_json: Json = False,
-    now: Annotated[bool, typer.Option("--now", help="Without the checkpoint of the step under way.")] = False,
-) -> Any:
-    """End a run's processes, after a checkpoint where steps are trained; its results stay."""
-    from rollouts.remote import commands
-
-    return commands.stop(run, remote=remote, now=now)
-
-
 @verb("pull")
 def pull(
     run: Run,

@@ -328,7 +328,7 @@ def cli_page() -> str:
     ]
     options = [option for command in group.commands.values() for option in map(_option_row, command.params)]
     common = [row for row in dict.fromkeys(options) if options.count(row) >= COMMON and "`--help`" not in row]
-    parts.append("Options of many verbs, not told again below:\n")
+    parts.append("Options of many verbs:\n")
     parts.append("\n".join([*HEAD, *common]) + "\n")
     for verb, command in sorted(group.commands.items(), key=lambda item: not item[1].hidden):
         parts.append(f"## {title_of(verb)}\n")
@@ -340,7 +340,7 @@ def cli_page() -> str:
             parts.append("\n".join([*HEAD, *own]) + "\n")
         if shared := [option.opts[0] for option in command.params if _option_row(option) in common]:
             named = (name if name.startswith("--") else name.upper() for name in shared)
-            parts.append(f"As above: {', '.join(f'`{name}`' for name in named)}.\n")
+            parts.append(f"{', '.join(f'`{name}`' for name in named)}: above.\n")
     return "\n".join(parts)
 
 

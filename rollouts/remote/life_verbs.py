@@ -97,3 +97,17 @@ def _confirm() -> Callable[[str], bool] | None:
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return None
     return lambda text: typer.confirm(text, err=True)
+
+
+@verb("stop")
+def stop(
+    run: Run,
+    remote: Remote = None,
+    *,
+    as_json: Json = False,
+    now: Annotated[bool, typer.Option("--now", help="Without the checkpoint of the step under way.")] = False,
+) -> Any:
+    """End a run's processes, after a checkpoint where steps are trained; its results stay."""
+    from rollouts.remote import commands
+
+    return commands.stop(run, remote=remote, now=now)
