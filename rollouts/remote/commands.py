@@ -308,7 +308,7 @@ def logs(run_id: str, screen: Screen, *, remote: str | None, window: str, until_
 
         on_file(file)
         if until_end:
-            follow(run.connection, mirror, on_file, screen.say, RetryPolicy())
+            follow(run.connection, mirror, on_file, screen.say, RetryPolicy.while_it_lasts())
         else:
             for message in tail(run.connection, mirror, until_end=False):
                 if changed := apply(mirror, message):

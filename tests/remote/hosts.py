@@ -78,6 +78,7 @@ class Host:
     environment: dict[str, str]
     settings: tuple[str, ...] = ()
     host_keys: tuple[Path, ...] = ()  # beside, or in place of, the first
+    wrapper: tuple[str, ...] = ()  # a command that execs sshd
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -111,7 +112,8 @@ class Host:
         config.write_text("\n".join(lines) + "\n")
         log = (self.directory / "sshd.log").open("ab")
         self.process = subprocess.Popen(
-            [shutil.which("sshd", path="/usr/sbin:/usr/bin") or "sshd", "-D", "-e", "-f", str(config)], stderr=log
+            [*self.wrapper, shutil.which("sshd", path="/usr/sbin:/usr/bin") or "sshd", "-D", "-e", "-f", str(config)],
+            stderr=log,
         )
         wait_for(self._answers, "sshd")
 
@@ -163,6 +165,7 @@ def host(
     start_up: Mapping[str, str] | None = None,
     login_shell: str | None = None,
     host_key_kinds: tuple[str, ...] = (),
+    wrapper: tuple[str, ...] = (),
 ) -> Iterator[Host]:
     """A running sshd that lets `key` in; its tmux server and sessions are ended afterwards.
 
@@ -188,7 +191,7 @@ def host(
         **(environment or {}),
     }
     keys = tuple(keygen(directory / f"host_{kind}", kind) for kind in host_key_kinds)
-    made = Host(directory, home, free_port(), tmux_dir, variables, settings, keys)
+    made = Host(directory, home, free_port(), tmux_dir, variables, settings, keys, wrapper)
     made.start()
     try:
         yield made
@@ -258,6 +261,7 @@ class Laptop:
             "stderr": subprocess.PIPE,
             "cwd": self.project,
             "preexec_fn": _heed_ctrl_c,
+            "start_new_session": True,  # no terminal: nobody answers what ssh would ask there
             **options,
         }
         return subprocess.Popen(command, env=self._environment(env or {}), text=True, **settings)

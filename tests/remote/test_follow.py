@@ -1,19 +1,22 @@
 """Following over connections that break, with a host that is a real process on this machine."""
 
+import concurrent.futures
+import dataclasses
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rollouts.remote.errors import DeployError
+from rollouts.remote.errors import DeployError, TransportError
 from rollouts.remote.host.local import LocalTransport
-from rollouts.remote.run.connection import RetryPolicy, RunConnection
+from rollouts.remote.run.connection import Retries, RetryPolicy, RunConnection
 from rollouts.remote.run.follow import follow
 from rollouts.remote.run.mirror import Mirror
 from rollouts.remote.run.registry import RunEntry
-from rollouts.run_dir import RunDir, Status, append_jsonl, write_json_atomic
-from tests.remote.hosts import ROOT
+from rollouts.run_dir import RunDir, Status, append_jsonl, hold_lock, read_status, write_json_atomic
+from tests.remote.hosts import ROOT, WAIT_S, wait_for
 
 
 def make_connection(tmp_path: Path, python: str = sys.executable) -> RunConnection:
@@ -102,3 +105,58 @@ def test_a_mirror_of_something_else(tmp_path: Path) -> None:
     with pytest.raises(DeployError, match="does not fit") as caught:
         run_follow(connection, [])
     assert "move" in caught.value.text()
+
+
+def test_a_laptop_that_slept_for_days_goes_on(tmp_path: Path) -> None:
+    """Goal: following lasts as long as the run: each pause here is a day, and the fourth try goes on at the byte where
+    the first broke. Red with the bound of a pull, 15 minutes."""
+    torn = """printf '{"alive":true}\\n{"file": "metr'; kill -9 $$"""
+    connection, now = make_connection(tmp_path, failing_python(tmp_path, 3, torn)), [0.0]
+    bound = RetryPolicy.while_it_lasts()
+    policy = RetryPolicy(
+        total_s=bound.total_s,
+        pause_max_s=bound.pause_max_s,
+        sleep=lambda seconds: now.__setitem__(0, now[0] + 86_400),
+        clock=lambda: now[0],
+    )
+    ended = follow(connection, Mirror(connection.entry.mirror), lambda file: None, lambda phase, text: None, policy)
+    assert ended["state"] == "done" and now[0] >= 3 * 86_400
+    assert connection.entry.mirror.metrics.read_text() == '{"step":1}\n{"step":2}\n'
+
+
+def test_a_long_search_is_told_now_and_then(tmp_path: Path) -> None:
+    """Goal: hours without a host do not fill the screen: the first ten tries are told, then every thirtieth. Red with
+    each of them told."""
+    said: list[str] = []
+    policy = RetryPolicy(total_s=math.inf, sleep=lambda seconds: None)
+    retries = Retries(make_connection(tmp_path), lambda phase, text: said.append(text), policy)
+    for _ in range(65):
+        retries.wait_after(TransportError("gone", lost=True))
+    assert len(said) == 12 and "(60 tries)" in said[-1]
+
+
+def test_two_laptops_on_one_run(tmp_path: Path) -> None:
+    """Goal: two that follow a live run, one of them over connections that break, both have its bytes, and neither
+    changes the run. Red with the offsets of one mirror kept on the host."""
+    torn = """printf '{"alive":true}\\n'; kill -9 $$"""
+    first = make_connection(tmp_path, failing_python(tmp_path, 2, torn))
+    second = dataclasses.replace(
+        first, entry=dataclasses.replace(first.entry, local_dir=str(tmp_path / "other")), python=sys.executable
+    )
+    run = RunDir(Path(first.entry.run_path))
+    status = read_status(run)
+    assert status is not None
+    write_json_atomic(run.status, dataclasses.replace(status, state="running", exit_code=None))
+    held = hold_lock(run)
+    assert held is not None
+    with held, concurrent.futures.ThreadPoolExecutor() as threads:
+        both = [threads.submit(run_follow, connection, []) for connection in (first, second)]
+        for step in range(3, 200):
+            append_jsonl(run.metrics, {"step": step})
+        mirrors = [connection.entry.mirror.metrics for connection in (first, second)]
+        wait_for(lambda: all(mirror.exists() for mirror in mirrors), "rows on both")
+        write_json_atomic(run.status, status)
+        held.close()
+        assert [following.result(WAIT_S)["state"] for following in both] == ["done", "done"]
+    whole = run.metrics.read_bytes()
+    assert [mirror.read_bytes() for mirror in mirrors] == [whole, whole] and whole.count(b"\n") == 199

@@ -296,10 +296,10 @@ def test_what_is_not_followed_is_said(here: Laptop, make_host: MakeHost) -> None
     assert done.returncode == 0, done.stderr
     for said in ("bindinterface lo", "hostbasedauthentication yes", "verifyhostkeydns true", "nohostauthentication"):
         assert done.stdout.count(said) == 1 and "not followed" in done.stdout, done.stdout
-    assert "GSSAPI" not in done.stdout and "ControlMaster" not in done.stdout, "the key was enough"
+    assert "GSSAPI" not in done.stdout and "ControlPath" not in done.stdout, "the key was enough"
     (host.directory / "authorized_keys").write_text("")
     refused = here.deploy("--remote", "gpu-7")
-    assert refused.returncode == 2 and refused.stderr.count("an open ControlMaster connection is not used") == 1
+    assert refused.returncode == 2 and "accepts none of the keys tried" in refused.stderr
 
 
 def test_the_page_names_what_is_not_followed() -> None:

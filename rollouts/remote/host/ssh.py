@@ -2,7 +2,7 @@
 
 Both get the same settings, those of `ssh -G` (ssh_config.py), and both are strict about host keys (ssh_host_key.py).
 A new key is added only with --accept-new-host-key, once, before anything is sent; a changed key is never accepted.
-There is no password prompt anywhere.
+There is no password prompt here: what paramiko cannot do, openssh.py does.
 """
 
 import contextlib
@@ -21,21 +21,20 @@ import paramiko
 from paramiko.ssh_exception import ChannelException, IncompatiblePeer, SSHException
 
 from rollouts.remote.errors import TransportError
-from rollouts.remote.host.bounded import Collected
-from rollouts.remote.host.framing import SHELL_COMMAND, framed_line, new_frame
+from rollouts.remote.host.framing import SHELL_COMMAND
 from rollouts.remote.host.ssh_auth import LOGIN_TIMEOUT_S, KeyLogin, LoginFailed
-from rollouts.remote.host.ssh_channel import ChannelOutput, SSHStream
-from rollouts.remote.host.ssh_config import CONNECT_TIMEOUT_S, Hop, read_hops
+from rollouts.remote.host.ssh_commands import SSHCommands
+from rollouts.remote.host.ssh_config import CONNECT_TIMEOUT_S, Hop, read_hops, way_words
 from rollouts.remote.host.ssh_errors import explain
 from rollouts.remote.host.ssh_host_key import HostKeyError, HostKeyPolicy, Trust, plain, read_trust
 from rollouts.remote.host.ssh_rsync import HOST_ALIAS, write_settings
 from rollouts.remote.host.ssh_socket import Proxy, open_tcp, open_through
-from rollouts.remote.host.transport import Completed, Stream, Target
+from rollouts.remote.host.transport import Target
 
 KEEPALIVE_S = 15
 
 
-class SSHTransport:
+class SSHTransport(SSHCommands):
     """Transport over one SSH connection, plus one per rsync."""
 
     def __init__(self, text: str, target: Target, *, accept_new_host_key: bool) -> None:
@@ -61,8 +60,14 @@ class SSHTransport:
         return tuple(f"{hop.name}: {note}" for hop in self.hops() for note in hop.not_followed)
 
     def described(self) -> str:
-        way = " via ".join(f"{hop.login} port {hop.port}" for hop in reversed(self.hops()))
-        return f"{way}: paramiko logs in, with the settings of `ssh -G`; rsync has its own ssh, with the same ones"
+        why = "a key or a certificate will do" if self._connection is not None else "not connected"
+        return (
+            f"{way_words(self.hops())}: paramiko logs in ({why}); rsync has an ssh of its own, with the same settings"
+        )
+
+    def connect(self) -> None:
+        """Log in now. Raises TransportError: RefusedLogin where no key will do."""
+        self._transport()
 
     def _transport(self) -> paramiko.Transport:
         with self._lock:
@@ -115,7 +120,7 @@ class SSHTransport:
 
     # --- commands ---------------------------------------------------------------------------------------------------
 
-    def _channel(self) -> paramiko.Channel:
+    def open_channel(self) -> paramiko.Channel:
         for attempt in (1, 2):
             try:
                 channel = self._transport().open_session(timeout=CONNECT_TIMEOUT_S)
@@ -133,34 +138,6 @@ class SSHTransport:
                     words = str(error) or type(error).__name__
                     raise TransportError(f"{self.target}: connection lost: {words}", lost=True) from None
         raise AssertionError("unreachable")
-
-    def _start(
-        self, argv: Sequence[str], cwd: str | None, stdin: bytes, *, close_stdin: bool
-    ) -> tuple[paramiko.Channel, ChannelOutput]:
-        channel, frame = self._channel(), new_frame()
-        return channel, ChannelOutput(channel, framed_line(argv, cwd, frame), frame, stdin, close_stdin=close_stdin)
-
-    def run(self, argv: Sequence[str], *, stdin: bytes = b"", cwd: str | None = None, timeout_s: float) -> Completed:
-        channel, output = self._start(argv, cwd, stdin, close_stdin=True)
-        deadline = time.monotonic() + timeout_s
-        stdout = Collected(self.target)
-        try:
-            while (data := output.next(deadline - time.monotonic())) != b"":
-                if data is None:
-                    raise TransportError(
-                        f"{self.target}: {shlex.join(argv)[:200]}: no end after {timeout_s:.0f} s, given up",
-                        found=output.noise.decode(errors="replace")[-500:],
-                        lost=True,
-                    )
-                stdout.add(data)
-            code, stderr = output.end(self.target)
-            return Completed(code, stdout.all(), stderr, output.noise)
-        finally:
-            channel.close()
-
-    def stream(self, argv: Sequence[str], *, first_line: bytes, cwd: str | None = None) -> Stream:
-        channel, output = self._start(argv, cwd, first_line, close_stdin=False)
-        return SSHStream(self.target, channel, output)
 
     def close(self) -> None:
         with self._lock:

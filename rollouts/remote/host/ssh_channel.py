@@ -4,8 +4,7 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterator
-
-import paramiko
+from typing import Protocol
 
 from rollouts.remote.errors import TransportError
 from rollouts.remote.host.bounded import READ_BYTES, STDERR_BYTES_MAX, bounded
@@ -13,6 +12,32 @@ from rollouts.remote.host.framing import Frame, FrameReader, LineSplitter
 from rollouts.remote.host.transport import Completed
 
 END_WAIT_S = 10.0  # for the other output, and the exit code, after stdout's end
+
+
+class Waitable(Protocol):
+    """An event, such as a command's end."""
+
+    def wait(self, timeout: float | None = None) -> bool: ...
+
+
+class CommandChannel(Protocol):
+    """A command on the host: its outputs, its input and its exit status, -1 where the connection was lost."""
+
+    @property
+    def status_event(self) -> Waitable: ...
+
+    @property
+    def exit_status(self) -> int: ...
+
+    def recv(self, nbytes: int) -> bytes: ...
+
+    def recv_stderr(self, nbytes: int) -> bytes: ...
+
+    def sendall(self, s: bytes) -> None: ...
+
+    def shutdown_write(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class ChannelOutput:
@@ -24,9 +49,7 @@ class ChannelOutput:
     The command's input follows its first mark: until then a shell may read ahead.
     """
 
-    def __init__(
-        self, channel: paramiko.Channel, line: bytes, frame: Frame, stdin: bytes, *, close_stdin: bool
-    ) -> None:
+    def __init__(self, channel: CommandChannel, line: bytes, frame: Frame, stdin: bytes, *, close_stdin: bool) -> None:
         self._channel, self._line, self._stdin, self._close_stdin = channel, line, stdin, close_stdin
         self._stdout: queue.Queue[bytes] = queue.Queue(maxsize=64)  # bounded: a slow reader slows the host down
         self._out, self._err = FrameReader(frame), FrameReader(frame)
@@ -98,7 +121,7 @@ def _received(receive: Callable[[int], bytes]) -> bytes:
 class SSHStream:
     """Stream over a channel."""
 
-    def __init__(self, target: str, channel: paramiko.Channel, output: ChannelOutput) -> None:
+    def __init__(self, target: str, channel: CommandChannel, output: ChannelOutput) -> None:
         self._target, self._channel, self._output = target, channel, output
 
     def lines(self, *, idle_timeout_s: float) -> Iterator[bytes]:

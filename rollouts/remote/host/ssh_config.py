@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +49,15 @@ PASSED_ON = (
     "securitykeyprovider",
     "tcpkeepalive",
 )
+# Taken over besides where the OpenSSH client is what logs in
+OF_LOGINS = (
+    "gssapiauthentication",
+    "gssapidelegatecredentials",
+    "hostbasedauthentication",
+    "kbdinteractiveauthentication",
+    "numberofpasswordprompts",
+    "passwordauthentication",
+)
 # keyword, the values that change nothing, what commands do without it
 NOT_FOLLOWED = (
     ("bindinterface", ("", "none"), "connections leave by the interface that the system chooses"),
@@ -85,9 +95,9 @@ class Hop:
     proxy_command: str | None
     is_jump: bool
     connect_timeout_s: float
-    values: dict[str, str]  # of PASSED_ON, and those of the algorithms
+    values: dict[str, str]  # of PASSED_ON, with those of the algorithms, and of OF_LOGINS
+    control_path: str | None  # where a ControlMaster of the user's listens, if there is one
     not_followed: tuple[str, ...]  # settings that commands go without, and what that means
-    login_notes: tuple[str, ...]  # worth knowing when the login fails
 
     @property
     def login(self) -> str:
@@ -186,23 +196,19 @@ def _hop(name: str, values: dict[str, list[str]], *, is_jump: bool) -> Hop:
         proxy_command=None if proxy_command == "none" else expand(proxy_command, tokens, tilde=False),
         is_jump=is_jump,
         connect_timeout_s=float(timeout) if timeout.isdigit() and int(timeout) > 0 else CONNECT_TIMEOUT_S,
-        values={keyword: first[keyword] for keyword in PASSED_ON if keyword in first},
+        values={keyword: first[keyword] for keyword in (*PASSED_ON, *OF_LOGINS) if keyword in first},
+        control_path=None if first.get("controlpath", "none") == "none" else first["controlpath"],
         not_followed=tuple(
             f"{keyword} {first[keyword]}: not followed, {instead}"
             for keyword, harmless, instead in NOT_FOLLOWED
             if first.get(keyword, harmless[0]).lower() not in harmless
         ),
-        login_notes=_login_notes(first),
     )
 
 
-def _login_notes(first: dict[str, str]) -> tuple[str, ...]:
-    notes = []
-    if first.get("gssapiauthentication") == "yes":
-        notes.append("GSSAPIAuthentication is not used here")
-    if first.get("controlpath", "none") != "none":
-        notes.append("an open ControlMaster connection is not used here")
-    return tuple(notes)
+def way_words(hops: Sequence[Hop]) -> str:
+    """Say the way to the host, the last of `hops`."""
+    return " via ".join(f"{hop.login} port {hop.port}" for hop in reversed(hops))
 
 
 def _tokens(name: str, host: str, port: int, user: str, first: dict[str, str]) -> dict[str, str]:

@@ -25,12 +25,21 @@ class ProxyEnded(Exception):
     """The ProxyCommand ended before the host answered; the message is its exit code and its last words."""
 
 
+class RefusedLogin(TransportError):
+    """No key got in at `hop`; `failure` is what was learned. Another client may get in."""
+
+    def __init__(self, hop: Hop, failure: LoginFailed, said: TransportError) -> None:
+        problem = said.problems[0]
+        super().__init__(problem.message, lost=said.lost, found=problem.found, needed=problem.needed, fix=problem.fix)
+        self.hop, self.failure = hop, failure
+
+
 def explain(target: str, hop: Hop, error: Exception, *, waited_s: float) -> Exception:
     """Return the TransportError for `error`, which `hop` caused after `waited_s`; a bug of ours as it is."""
     who = f"{target}: jump host {hop.name}" if hop.is_jump else target
     return (
         _host_key(who, hop, error)
-        or _login(who, hop, error)
+        or (RefusedLogin(hop, error, _login(who, hop, error)) if isinstance(error, LoginFailed) else None)
         or _login_timeout(who, hop, error)
         or _network(who, hop, error)
         or _protocol(who, hop, error, waited_s)
@@ -83,17 +92,15 @@ def _file_option(error: ChangedHostKey) -> str:
     return "" if file == str(Path("~/.ssh/known_hosts").expanduser()) else f" -f {shlex.quote(file)}"
 
 
-def _login(who: str, hop: Hop, error: Exception) -> TransportError | None:
-    if not isinstance(error, LoginFailed):
-        return None
-    gssapi = "gssapi-with-mic" in error.allowed
-    found = "\n".join([str(error), *(note for note in hop.login_notes if gssapi or "GSSAPI" not in note)])
+def _login(who: str, hop: Hop, error: LoginFailed) -> TransportError:
+    found = str(error)
     if error.second_factor:
         return TransportError(
-            f"{who}: {hop.login} wants a second factor beside the key, and deploy cannot give one.",
+            f"{who}: {hop.login} wants a second factor beside the key, and there is no terminal to ask on.",
             found=f"{found}\nthe key was accepted; the host still wants {', '.join(error.second_factor)}",
-            needed="login by key alone",
-            fix="allow that for this account or this machine: AuthenticationMethods in the host's sshd_config",
+            needed="a terminal, where ssh asks for it once, or SSH_ASKPASS; or login by key alone",
+            fix="run it in a terminal; or allow keys alone for this account: AuthenticationMethods in the host's"
+            " sshd_config",
         )
     if error.hung_up:
         many = f"; the agent holds {error.from_agent} keys" if error.from_agent else ""

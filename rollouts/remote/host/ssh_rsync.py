@@ -1,34 +1,42 @@
 """What rsync's ssh is given: a configuration with the settings that `ssh -G` gave, and nothing else.
 
 Commands, forwardings, terminals and shared connections of interactive sessions are not in it, so none of them acts.
+The OpenSSH client gets the same where it is the one to log in (openssh.py).
 """
 
 from pathlib import Path
 
-from rollouts.remote.host.ssh_config import PASSED_ON, Hop
+from rollouts.remote.host.ssh_config import OF_LOGINS, PASSED_ON, Hop
 from rollouts.remote.host.ssh_host_key import known_hosts_lines, read_trust
 
 HOST_ALIAS = "rollouts-host"
 
 
-def write_settings(directory: Path, hops: tuple[Hop, ...], *, keepalive_s: int) -> Path:
-    """Write the configuration and the known keys of all `hops`; return its path. Raises OSError."""
+def write_settings(
+    directory: Path, hops: tuple[Hop, ...], *, keepalive_s: int, login: bool = False, asks: bool = False
+) -> Path:
+    """Write the configuration and the known keys of all `hops`; return its path. Raises OSError.
+
+    `login`: for the one connection that all commands share, with every way to log in; `asks`: it may ask its user.
+    """
     known_hosts = directory / "known_hosts"
     _replace(known_hosts, b"".join(map(known_hosts_lines, hops)))
     blocks = []
     for index, hop in enumerate(hops):
-        rows = settings(hop, known_hosts, keepalive_s=keepalive_s)
+        rows = settings(hop, known_hosts, keepalive_s=keepalive_s, batch=not asks)
+        rows += [("LogLevel", "ERROR")] if login else []  # else it tells of each key file that is not there
+        rows += [(name, hop.values[name]) for name in OF_LOGINS if login and name in hop.values]
         if hop.proxy_command is not None:
             rows.append(("ProxyCommand", hop.proxy_command.replace("%", "%%")))
         elif index > 0:
             rows.append(("ProxyJump", _alias(hops, index - 1)))
         blocks.append("\n  ".join([f"Host {_alias(hops, index)}", *(f"{name} {value}" for name, value in rows)]))
-    config = directory / "config"
+    config = directory / ("login" if login else "config")
     _replace(config, ("\n".join(blocks) + "\n").encode(errors="surrogateescape"))
     return config
 
 
-def settings(hop: Hop, known_hosts: Path, *, keepalive_s: int) -> list[tuple[str, str]]:
+def settings(hop: Hop, known_hosts: Path, *, keepalive_s: int, batch: bool = True) -> list[tuple[str, str]]:
     """Return the settings for one hop, but for the way to it."""
     alias = [("HostKeyAlias", hop.known_as[0])] if hop.known_as[-1] != hop.host else []
     # in so many words: given a list, ssh does not put the types that are known first
@@ -46,12 +54,25 @@ def settings(hop: Hop, known_hosts: Path, *, keepalive_s: int) -> list[tuple[str
         ("GlobalKnownHostsFile", "/dev/null"),
         ("StrictHostKeyChecking", "yes"),
         ("UpdateHostKeys", "no"),
-        ("BatchMode", "yes"),
+        ("BatchMode", "yes" if batch else "no"),
         ("ConnectTimeout", f"{hop.connect_timeout_s:.0f}"),
         ("ServerAliveInterval", str(keepalive_s)),
         *([("HostKeyAlgorithms", ",".join(key_types))] if key_types else []),
         *((name, hop.values[name]) for name in PASSED_ON if name in hop.values),
     ]
+
+
+def write_shared(directory: Path, socket: str) -> Path:
+    """Write a configuration for commands over a connection that is open already; without it they fail at once."""
+    config = directory / "shared"
+    rows = (
+        ("ControlPath", _quoted(_escaped(socket))),
+        ("ControlMaster", "no"),
+        ("BatchMode", "yes"),
+        ("ProxyCommand", "exec false"),
+    )
+    _replace(config, "\n  ".join([f"Host {HOST_ALIAS}", *(f"{name} {value}" for name, value in rows)]).encode() + b"\n")
+    return config
 
 
 def _alias(hops: tuple[Hop, ...], index: int) -> str:

@@ -45,13 +45,20 @@ CAUSES = (
 )
 
 
-def explain_words(target: str, words: str) -> TransportError:
-    """Return the error for rsync's ssh: by its own words where they are known, else as a lost connection."""
-    found = words[-500:]
+def explain_words(target: str, words: str, *, client: str = "rsync") -> TransportError:
+    """Return the error for rsync's ssh: by its own words where they are known, else as a lost connection.
+
+    `client` "ssh": what failed was the login of the connection that all commands share.
+    """
+    found, what = (
+        words[-500:],
+        f"rsync with {target} was cut off" if client == "rsync" else f"{target}: ssh cannot log in",
+    )
     for pattern, meaning, fix in CAUSES:
         if re.search(pattern, words):
-            return TransportError(f"rsync with {target} was cut off: {meaning}.", found=found, fix=fix)
-    return TransportError(f"rsync with {target} was cut off.", lost=True, found=found)
+            meant = meaning if client == "rsync" else meaning.replace("rsync's ssh", "ssh")
+            return TransportError(f"{what}: {meant}.", found=found, fix=fix)
+    return TransportError(f"{what}.", lost=True, found=found)
 
 
 def shell_speaks(target: str, noise: str, count: int | None = None) -> TransportError:

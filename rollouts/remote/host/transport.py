@@ -1,7 +1,8 @@
 """How the control side reaches a host: run a command, follow a command's lines, copy with rsync.
 
-Two transports behind one protocol: `LocalTransport` here, `SSHTransport` in ssh.py. A command is always a list of
-words; where a shell is in between, it is one line that framing.py makes. `cwd` is entered on the host.
+Transports behind one protocol: this machine (local.py); over SSH paramiko (ssh.py) or the ssh command (openssh.py). A
+command is always a list of words; where a shell is in between, it is one line that framing.py makes. `cwd` is entered
+on the host.
 """
 
 import re

@@ -1,5 +1,6 @@
 """The connection to a run's files, and how long a lost one is made again."""
 
+import math
 import random
 import time
 from collections.abc import Callable
@@ -13,17 +14,28 @@ from rollouts.remote.run.wanted import EVERYTHING, ToBring
 from rollouts.view.reporter import Say
 
 T = TypeVar("T")
+TOLD_FAILURES = 10  # in a row, each of them; then every so many
+TOLD_EVERY = 30
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How long a lost connection is tried again, with growing pauses."""
+    """How long a lost connection is tried again, with growing pauses.
+
+    The clock is monotonic: setting the time of day changes nothing. Following has no bound (`while_it_lasts`): a laptop
+    may sleep for days.
+    """
 
     total_s: float = 900.0
     pause_max_s: float = 30.0
     sleep: Callable[[float], None] = time.sleep
     clock: Callable[[], float] = time.monotonic
     jitter: Callable[[], float] = field(default=random.random)  # [0, 1): many watchers do not come back as one
+
+    @classmethod
+    def while_it_lasts(cls) -> "RetryPolicy":
+        """Return the policy for following a run, which ends when the run does or its user says so."""
+        return cls(total_s=math.inf, pause_max_s=60.0)
 
     def pause_s(self, failures: int) -> float:
         return float(min(self.pause_max_s, 0.5 * 2 ** min(failures, 20)) * (0.5 + self.jitter()))
@@ -66,7 +78,9 @@ class Retries:
                 started=True,
             ) from None
         pause_s = self._policy.pause_s(self._failures)
-        self._say("reconnect", f"{str(error).rstrip('.')}. Next try in {pause_s:.1f} s")
+        if self._failures <= TOLD_FAILURES or self._failures % TOLD_EVERY == 0:
+            tried = f" ({self._failures} tries)" if self._failures > TOLD_FAILURES else ""
+            self._say("reconnect", f"{str(error).rstrip('.')}{tried}. Next try in {pause_s:.1f} s")
         self._connection.transport.close()
         self._policy.sleep(pause_s)
 

@@ -59,7 +59,7 @@ class OpenRun:
 
     def watch(self, reporter: Reporter) -> RunResult:
         """Follow it to its end. Raises DeployError, or KeyboardInterrupt to detach."""
-        return watch(self.connection, reporter, RetryPolicy())
+        return watch(self.connection, reporter, RetryPolicy.while_it_lasts())
 
     def pull(self, say: Say) -> Pulled:
         """Bring everything here that there is now, verified. Raises DeployError."""
