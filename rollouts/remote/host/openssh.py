@@ -21,7 +21,7 @@ from typing import IO
 
 from rollouts.remote.errors import TransportError
 from rollouts.remote.host.framing import SHELL_COMMAND
-from rollouts.remote.host.ssh_choice import Choice
+from rollouts.remote.host.ssh_choice import LoginWay
 from rollouts.remote.host.ssh_commands import SSHCommands
 from rollouts.remote.host.ssh_config import OF_LOGINS, PASSED_ON, Hop, way_words
 from rollouts.remote.host.ssh_process import ProcessChannel
@@ -39,7 +39,7 @@ STDERR_BYTES_MAX = 64 * 1024
 class OpenSSHTransport(SSHCommands):
     """Transport over one connection of the ssh command's. `open_socket`: of one that is open already."""
 
-    def __init__(self, target: str, hops: tuple[Hop, ...], choice: Choice, *, open_socket: str | None = None) -> None:
+    def __init__(self, target: str, hops: tuple[Hop, ...], choice: LoginWay, *, open_socket: str | None = None) -> None:
         self.target = target
         self._hops, self._choice, self._open_socket = hops, choice, open_socket
         self._directory = Path(tempfile.mkdtemp(prefix="rollouts-ssh-"))

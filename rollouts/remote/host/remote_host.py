@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from rollouts.remote.host.openssh import OpenSSHTransport, can_ask, is_open, open_connection
 from rollouts.remote.host.ssh import SSHTransport
-from rollouts.remote.host.ssh_choice import Choice, choose_client
+from rollouts.remote.host.ssh_choice import LoginWay, choose_client
 from rollouts.remote.host.ssh_errors import RefusedLogin
 from rollouts.remote.host.transport import Completed, Stream, Target
 
@@ -34,11 +34,11 @@ class RemoteTransport:
         hops = self._paramiko.hops()
         socket = hops[-1].control_path
         if socket is not None and is_open(socket):
-            choice = Choice(why="your connection to it is open")
+            choice = LoginWay(why="your connection to it is open")
             return OpenSSHTransport(self.target, hops, choice, open_socket=socket)
         if (socket := open_connection(hops)) is not None:
             return OpenSSHTransport(
-                self.target, hops, Choice(why="an earlier login of deploy's is open"), open_socket=socket
+                self.target, hops, LoginWay(why="an earlier login of deploy's is open"), open_socket=socket
             )
         try:
             self._paramiko.connect()

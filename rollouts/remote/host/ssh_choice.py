@@ -7,21 +7,21 @@ from rollouts.remote.host.ssh_config import Hop
 
 
 @dataclass(frozen=True)
-class Choice:
+class LoginWay:
     """Take the ssh command. `asks`: it may ask its user on the terminal."""
 
     why: str
     asks: bool = False
 
 
-def choose_client(hop: Hop, failure: LoginFailed, *, can_ask: bool) -> Choice | None:
+def choose_client(hop: Hop, failure: LoginFailed, *, can_ask: bool) -> LoginWay | None:
     """Return how the ssh command may get in where paramiko's login at `hop` failed; None: it cannot either.
 
     `can_ask`: there is a terminal, or a program, that ssh can ask its user by. A password alone is never asked for.
     """
     if failure.second_factor:
         factors = ", ".join(failure.second_factor)
-        return Choice(f"{hop.login} wants {factors} beside the key", asks=True) if can_ask else None
+        return LoginWay(f"{hop.login} wants {factors} beside the key", asks=True) if can_ask else None
     rules = (
         (_offers(hop, failure, "gssapi-with-mic", "gssapiauthentication"), "takes a Kerberos ticket"),
         (_offers(hop, failure, "hostbased", "hostbasedauthentication"), "trusts this machine (hostbased)"),
@@ -35,7 +35,7 @@ def choose_client(hop: Hop, failure: LoginFailed, *, can_ask: bool) -> Choice | 
         (can_ask and _only_questions(failure), "asks questions in place of a key (keyboard-interactive)"),
     )
     why = next((words for holds, words in rules if holds), None)
-    return None if why is None else Choice(f"{hop.login} {why}", asks=can_ask)
+    return None if why is None else LoginWay(f"{hop.login} {why}", asks=can_ask)
 
 
 def _offers(hop: Hop, failure: LoginFailed, method: str, keyword: str) -> bool:
