@@ -158,9 +158,9 @@ class _Said:
 
 
 def _tell(text: str) -> None:
-    from rollouts.view.escape import escaped
-
-    print(escaped(text), file=sys.stderr, flush=True)
+    """Print to stderr; what steers a terminal is spelled out, since a host may have written it."""
+    readable = "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    print(readable, file=sys.stderr, flush=True)
 
 
 def is_open(socket: str) -> bool:
