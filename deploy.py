@@ -20,10 +20,12 @@ from rollouts.remote.app import (
     AcceptKey,
     BusyOk,
     Bwlimit,
+    Hosts,
     Json,
     NoCheckpoints,
     Only,
     Remote,
+    Remotes,
     Run,
     Settings,
     Wait,
@@ -67,12 +69,13 @@ def version_text() -> str:
 def run_config(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="A file that builds `config = Config(...)`.")],
     *,
-    remote: Remote = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Print what would happen, and touch nothing.")] = False,
-    show: Annotated[bool, typer.Option("--show", help="Print the whole config, and stop.")] = False,
+    remote: Remotes = None,
+    hosts: Hosts = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Print what would happen.")] = False,
+    show: Annotated[bool, typer.Option("--show", help="Print the whole config.")] = False,
     as_json: Json = False,
     detach: Annotated[bool, typer.Option("--detach", help="Launch and return.")] = False,
-    run_id: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the run and its tmux session.")] = None,
+    run_id: Annotated[str | None, typer.Option(metavar="NAME", help="Name of run and tmux session.")] = None,
     accept_new_host_key: AcceptKey = False,
     busy_ok: BusyOk = False,
     settings: Settings = None,
@@ -88,20 +91,26 @@ def run_config(
     at_once: Annotated[int | None, typer.Option(min=1, metavar="N", help="Of queued runs without GPUs.")] = None,
 ) -> Any:
     """Run the job that CONFIG describes, and follow it."""
-    from rollouts.remote import queue_options, read_config, rented, sweep
+    from rollouts.remote import queue_options, read_config, rented, several_hosts, sweep
+    from rollouts.remote.host.named_hosts import named_hosts
     from rollouts.remote.run.wanted import ToBring
 
     wanted = ToBring.parse(no_checkpoints=no_checkpoints, only=only, bwlimit=bwlimit)
-
     if not sweep.asks_for_several(settings or ()):
         sweep.check_alone(skip=skip, yes=yes and show)
     if show:
         return read_config.show_config(config, settings or ())
     wish = queue_options.queue_wish(wait=wait, queue=queue, at_once=at_once, busy_ok=busy_ok)
+    named = named_hosts(remote or (), hosts)
+    if len(named) > 1:
+        key, screen = accept_new_host_key, Screen(as_json=as_json)
+        start = several_hosts.StartOptions(run_id, plan, detach, key, busy_ok, wanted, wish)
+        return several_hosts.deploy_on_several(config, screen, named, settings or (), start)
+    target = named[0].target if named else None
     if sweep.asks_for_several(settings or ()):
         sweep.check_options(detach=detach, run_id=run_id, all_at_once=queue)
         options = sweep.SweepOptions(
-            remote=remote,
+            remote=target,
             skip=skip,
             yes=yes,
             accept_new_host_key=accept_new_host_key,
@@ -116,7 +125,7 @@ def run_config(
         plan_only=plan, detach=detach, run_id=run_id, busy_ok=busy_ok, yes=yes, wanted=wanted, queue=wish
     )
     screen = Screen(as_json=as_json)
-    return rented.deploy(config, screen, settings or (), chosen, remote=remote, accept_new_host_key=accept_new_host_key)
+    return rented.deploy(config, screen, settings or (), chosen, remote=target, accept_new_host_key=accept_new_host_key)
 
 
 @verb(HOST_VERB, hidden=True)
@@ -176,7 +185,7 @@ def resume(
     remote: Remote = None,
     *,
     settings: Settings = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Print what would happen, and touch nothing.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Print what would happen.")] = False,
     as_json: Json = False,
     detach: Annotated[bool, typer.Option("--detach", help="Launch and return.")] = False,
     run_id: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the new run.")] = None,
@@ -204,7 +213,7 @@ def resume(
 def logs(
     run: Run,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends.")] = False,
-    window: Annotated[str, typer.Option(metavar="NAME", help="supervisor, engine-0 or trainer.")] = "trainer",
+    window: Annotated[str, typer.Option(metavar="NAME", help="supervisor, engine-0, trainer; NAME@HOST.")] = "trainer",
     remote: Remote = None,
     as_json: Json = False,
 ) -> Any:
@@ -230,14 +239,6 @@ def pull(
 
     wanted = ToBring.parse(no_checkpoints=no_checkpoints, only=only, bwlimit=bwlimit)
     return commands.pull_run(run, Screen(as_json=as_json), remote=remote, wanted=wanted)
-
-
-@verb("forget")
-def forget(run: Run, as_json: Json = False) -> Any:
-    """Drop this machine's record of a run; its host and the results here stay as they are."""
-    from rollouts.remote import commands
-
-    return commands.forget(run)
 
 
 @verb("new")

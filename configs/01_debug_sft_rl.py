@@ -77,7 +77,9 @@ def adamw(*, warmup_frac: float) -> OptimizerConfig:
 
 
 config = Config(
-    target=TargetConfig(gpu_ranks=[0], device_type="cuda", sharding="none", shard_group_size=-1, cpu_offload=False),
+    target=TargetConfig(
+        hosts=1, gpu_ranks=[0], device_type="cuda", sharding="none", shard_group_size=-1, cpu_offload=False
+    ),
     host=HostConfig(
         installer="uv",
         requirements=[],

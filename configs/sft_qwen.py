@@ -51,7 +51,7 @@ def adamw(*, warmup_frac: float) -> OptimizerConfig:
 
 config = Config(
     target=TargetConfig(
-        gpu_ranks=[0, 1], device_type="cuda", sharding="full_shard", shard_group_size=-1, cpu_offload=False
+        hosts=1, gpu_ranks=[0, 1], device_type="cuda", sharding="full_shard", shard_group_size=-1, cpu_offload=False
     ),
     host=HostConfig(
         installer="uv",

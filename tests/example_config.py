@@ -56,7 +56,9 @@ def example_config() -> Config:
     )
     rates: dict[str, float] = {"unembedding_lr": 1e-3, "embedding_lr": 1e-3, "matrix_lr": 1e-3, "weight_decay": 0.0}
     return Config(
-        target=TargetConfig(gpu_ranks=[0], device_type="cpu", sharding="none", shard_group_size=-1, cpu_offload=False),
+        target=TargetConfig(
+            hosts=1, gpu_ranks=[0], device_type="cpu", sharding="none", shard_group_size=-1, cpu_offload=False
+        ),
         host=HostConfig(
             installer="pip",
             requirements=[],

@@ -6,6 +6,8 @@ Only `--plan` and a look at the host work there: nothing is sent.
 
 import os
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +15,12 @@ from typing import Any
 sys.path.insert(0, str(Path.cwd()))
 
 import deploy
-from rollouts.remote import commands, looks
-from rollouts.remote.host import facts
+from rollouts.remote import commands, looks, several_hosts
+from rollouts.remote.host import facts, reach
 from rollouts.remote.host import open as opening
 
 SEEN = Path(__file__).parent / "remote" / "hosts_seen"
-RECORDED = {"gpu-7": "l40s", "old-gpu": "driver550"}
+RECORDED = {"gpu-7": "l40s", "gpu-8": "l40s", "old-gpu": "driver550"}
 real_transport, real_facts = opening.open_transport, facts.gather_facts
 
 
@@ -31,7 +33,8 @@ def open_transport(remote: str | None, **options: Any) -> Any:
 def gather_facts(transport: Any, **asked: Any) -> facts.HostFacts:
     if transport.target in RECORDED:
         lines = (SEEN / f"{RECORDED[transport.target]}.txt").read_text().splitlines()
-        return facts.parse_facts([line.partition("=")[::2] for line in lines])
+        found = facts.parse_facts([line.partition("=")[::2] for line in lines])
+        return replace(found, host="l40s-2") if transport.target == "gpu-8" else found  # another machine like it
     return real_facts(transport, **asked)
 
 
@@ -42,11 +45,20 @@ def rent_from_stand_ins() -> None:
     os.environ.update(variables(clouds, Path.home()))
 
 
+def find_reach(sides: Sequence[reach.AskedHost]) -> reach.Reach:
+    """What hosts of one private network answer."""
+    listening = [[reach.Place("eth0", f"10.0.0.{n}", (29_100 + n, 29_200 + n))] for n in range(4, 4 + len(sides))]
+    every = {(place.address, port): 0.0 for (place,) in listening for port in place.ports}
+    pairs = [(one, other) for one in range(len(sides)) for other in range(len(sides))]
+    return reach.decide_reach([side.name for side in sides], listening, dict.fromkeys(pairs, every))
+
+
 def main() -> None:
+    vars(several_hosts).update(find_reach=find_reach)
     if {"offers", "machines", "rented.py"} & {*sys.argv}:
         sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
         rent_from_stand_ins()
-    for module in (commands, looks):
+    for module in (commands, looks, several_hosts):
         vars(module).update(open_transport=open_transport, gather_facts=gather_facts)
     deploy.main()
 

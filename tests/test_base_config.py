@@ -511,7 +511,7 @@ def test_json_with_missing_or_unknown_keys_names_them(tmp_path: Path, edit: Any,
         ("import no_such_module\n", ":1: ModuleNotFoundError: No module named 'no_such_module'"),
         (
             "from base_config import TargetConfig\n\nTargetConfig(gpu_ranks=[0])\n",
-            ":3: TargetConfig needs 'device_type', 'sharding', ",
+            ":3: TargetConfig needs 'hosts', 'device_type', 'sharding', ",
         ),
         (
             "from base_config import TargetConfig\nTargetConfig(gpu_ranks=[0], device='cpu')\n",
@@ -551,6 +551,7 @@ from base_config import *
 
 print("executed")
 target = TargetConfig(
+    hosts=1,
     gpu_ranks=[0],
     device_typ="cpu",
     sharding="none",
@@ -573,9 +574,9 @@ def test_every_field_mistake_of_a_config_file_at_once(tmp_path: Path, capsys: An
     lines = str(caught.value).splitlines()
     assert lines == [
         f"{file}:6: TargetConfig needs 'device_type': no field has a default",
-        f"{file}:8: TargetConfig has no field 'device_typ'; did you mean 'device_type'?",
-        f"{file}:13: LimitsConfig takes its fields by name: 1 came without one",
-        f"{file}:14: LimitsConfig has no field 'stop_grace'; did you mean 'stop_grace_s'?",
+        f"{file}:9: TargetConfig has no field 'device_typ'; did you mean 'device_type'?",
+        f"{file}:14: LimitsConfig takes its fields by name: 1 came without one",
+        f"{file}:15: LimitsConfig has no field 'stop_grace'; did you mean 'stop_grace_s'?",
     ]
     assert capsys.readouterr().out == "executed\n", "the second look prints nothing"
     with pytest.raises(TypeError, match="unexpected keyword"):

@@ -203,6 +203,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts.training.checkpoint": (
         "rollouts.manifest",
         "rollouts.training.distributed",
+        "rollouts.training.host_files",
         "rollouts.training.lora",
         "rollouts.training.metrics",
         "rollouts.training.model_files",
@@ -218,6 +219,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "rollouts.training.whole_tensors": ("rollouts.training.distributed", "rollouts.training.lora"),
     "rollouts.training.whole_directories": (),
+    "rollouts.training.host_files": ("rollouts.manifest", "rollouts.training.distributed"),
+    "rollouts.training.bound_torchrun": ("rollouts.training.stores",),
+    "rollouts.training.network_check": ("rollouts.training.distributed", "rollouts.training.nvidia_driver"),
     "rollouts.training.retention": (),
     "rollouts.training.random_state": (),
     "rollouts.training.devices": ("rollouts.training.nvidia_driver",),

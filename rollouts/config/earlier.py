@@ -58,7 +58,9 @@ def _with_added_fields(data: Any) -> Any:
         return data
     if "output" in data and "provision" not in data:
         data = {**data, "provision": None}
-    host = data.get("host")
+    target, host = data.get("target"), data.get("host")
+    if isinstance(target, dict) and "hosts" not in target:
+        data = {**data, "target": {"hosts": 1, **target}}
     if isinstance(host, dict) and "requirements" not in host:
         data = {**data, "host": {**host, "requirements": []}}
     if not isinstance(data.get("eval"), dict):

@@ -93,11 +93,11 @@ class Choices:
 def scaffold(choices: Choices) -> Config:
     """Return a whole config for these choices. Raises ConfigError where no layout of the GPUs can hold the model."""
     trainers, engine = _layout(choices)
-    on_gpu = choices.gpus > 0
-    prefix = choices.package_files
+    on_gpu, prefix = choices.gpus > 0, choices.package_files
     family = family_of(choices.model.name)
     return Config(
         target=TargetConfig(
+            hosts=1,
             gpu_ranks=trainers,
             device_type="cuda" if on_gpu else "cpu",
             sharding="full_shard" if len(trainers) > 1 else "none",

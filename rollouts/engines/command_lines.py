@@ -23,6 +23,11 @@ LOOPBACK_ONLY = {
 COMMANDS: Mapping[str, ModuleType] = {"embedded": embedded, "sglang": sglang, "vllm": vllm}
 
 
+def group_env(interface: str) -> dict[str, str]:
+    """Return the variables by which ranks of several hosts listen on one interface alone, the private one."""
+    return {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}
+
+
 def engine_url(engine: EngineConfig, replica: int = 0) -> str:
     """Return the URL of a replica, without a trailing slash."""
     return f"http://{HOST}:{engine.sglang_port + replica}"

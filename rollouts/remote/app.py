@@ -6,6 +6,7 @@ deploy.py, life_verbs.py and look_verbs.py hold the verbs. Nothing slow is impor
 import contextlib
 import functools
 import os
+import pathlib
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -30,6 +31,11 @@ app = typer.Typer(
 )
 
 Remote = Annotated[str | None, typer.Option(metavar="[USER@]HOST[:PORT]", help="The host; this machine without it.")]
+Remotes = Annotated[
+    list[str] | None,
+    typer.Option("--remote", metavar="[USER@]HOST[:PORT]", help="The host; this machine without it."),
+]
+Hosts = Annotated[pathlib.Path | None, typer.Option(metavar="FILE", help="TARGET [ADDRESS] a line.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 AcceptKey = Annotated[bool, typer.Option(help="Add the host's key to ~/.ssh/known_hosts if none is known.")]
 BusyOk = Annotated[bool, typer.Option("--busy-ok", help="Start on GPUs that others use too.")]

@@ -9,14 +9,14 @@ from typer.core import TyperGroup
 
 HOST_VERB, CONFIG_VERB = "check-host", "run-config"  # what a line without a verb means
 OPTIONS_WITH_VALUE = (
-    *("--remote", "--run-id", "--window", "--set", "--skip", "--at-once"),
+    *("--remote", "--hosts", "--run-id", "--window", "--set", "--skip", "--at-once"),
     *("--state", "--experiment", "--since", "--sort", "--older-than", "--tag", "--only", "--bwlimit"),
 )
 HOST_OPTIONS = ("--remote", "--json", "--accept-new-host-key", "--no-accept-new-host-key", "--help", "-h")
 PULL_OPTIONS = ("--no-checkpoints", "--only", "--bwlimit")
 CONFIG_OPTIONS = (
     *HOST_OPTIONS,
-    *("--run-id", "--plan", "--show", "--detach", "--busy-ok", "--set", "--skip", "--yes"),
+    *("--hosts", "--run-id", "--plan", "--show", "--detach", "--busy-ok", "--set", "--skip", "--yes"),
     *PULL_OPTIONS,
     *("--wait", "--queue", "--at-once"),
 )

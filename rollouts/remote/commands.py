@@ -18,25 +18,25 @@ from rollouts.remote.errors import DeployError, Problem, TransportError
 from rollouts.remote.host.facts import HostFacts, gather_facts
 from rollouts.remote.host.open import open_transport
 from rollouts.remote.host.read_answer import read_answer
-from rollouts.remote.host.sending import sent_program
 from rollouts.remote.host.transport import LOCAL_TARGET, Transport
 from rollouts.remote.local_faults import as_deploy_errors
 from rollouts.remote.machine_end import after_run, alarm
 from rollouts.remote.plan import Plan, QueueWish, free_ports_wanted, make_plan, required_paths, required_ports
+from rollouts.remote.plan.group_plan import count_problems
 from rollouts.remote.repository import Code, find_repository, read_code
 from rollouts.remote.run import registry
-from rollouts.remote.run.connection import RetryPolicy
-from rollouts.remote.run.execute import execute
+from rollouts.remote.run.connection import RetryPolicy, RunConnection
 from rollouts.remote.run.follow import apply, follow, tail
 from rollouts.remote.run.last_seen import last_seen
 from rollouts.remote.run.mirror import Mirror
 from rollouts.remote.run.mirror_note import write_note
 from rollouts.remote.run.open_run import OpenRun, open_run
+from rollouts.remote.run.other_hosts import execute_on_all, on_host, pull_others, stop_on, stop_others
 from rollouts.remote.run.pull import final_pull
 from rollouts.remote.run.run_names import known_run
 from rollouts.remote.run.wanted import EVERYTHING, ToBring
 from rollouts.remote.texts import end_answer, forgotten_text, how_to_go_on, plan_text
-from rollouts.run_dir import FINAL_STATES
+from rollouts.run_dir import FINAL_STATES, HostGroup
 from rollouts.view.answer import Answer
 from rollouts.view.display import make_reporter
 from rollouts.view.escape import one_line
@@ -45,8 +45,6 @@ from rollouts.view.reporter import Reporter
 from rollouts.view.screen import Screen
 
 DETACHED = 130  # as a shell says of Ctrl-C
-STOP_MARGIN_S = 60.0
-STOP_WAIT_S = 600.0  # worker.stop's, for the step under way and its checkpoint
 RUN_ID_CHARS_MAX = 80  # run_dir.valid_run_id
 
 
@@ -119,8 +117,12 @@ def plan_run(
     target: str,
     busy_ok: bool,
     queue: QueueWish | None = None,
+    group: HostGroup | None = None,
 ) -> tuple[Plan, Code]:
-    """Return the plan of a new run, with every reason against it, and the code that it would run."""
+    """Return the plan of a new run, with every reason against it, and the code that it would run.
+
+    `group`: the hosts of a run on several, of which this is one.
+    """
     code = read_code(root, config)
     wanted = required_ports(config)
     plan = make_plan(
@@ -133,8 +135,11 @@ def plan_run(
         secrets_set=[name for name in config.host.secrets if os.environ.get(name)],
         busy_ok=busy_ok,
         queue=queue,
+        group=group,
     )
-    return dataclasses.replace(plan, problems=(*plan.problems, *_local_problems(plan))), code
+    hosts = 1 if group is None else len(group.hosts)
+    problems = (*count_problems(config, hosts), *plan.problems, *_local_problems(plan))
+    return dataclasses.replace(plan, problems=problems), code
 
 
 def launch_and_watch(run: OpenRun, config: Config, screen: Screen, *, detach: bool) -> int:
@@ -164,7 +169,7 @@ def _launch(run: OpenRun, config: Config, reporter: Reporter) -> None:
         reporter.say(phase, text)
 
     try:
-        execute(entry, config, run.transport, run.facts.path, say)
+        execute_on_all(entry, config, run.transport, run.facts.path, say)
     except DeployError as error:
         if not isinstance(error, TransportError) and not error.started:
             progress.reached = "registered"  # the launcher answered that it started nothing
@@ -228,6 +233,7 @@ def _watch_to_end(run: OpenRun, reporter: Reporter) -> Answer:
 
     try:
         left = final_pull(run.connection, say)
+        notes += pull_others(entry)
     except DeployError as error:  # the job's end is told first, and the run's files are still on the host
         pull_error = error
         pull_error.started = True
@@ -247,16 +253,14 @@ def stop(run_id: str, *, remote: str | None, now: bool = False) -> Answer:
     """
     with open_run(run_id, remote) as run:
         entry = run.entry
-        argv, program = sent_program(run.python, "rollouts.worker.stop", entry.run_path, *(["--now"] if now else []))
-        grace_s = entry.stop_grace_s
-        grace_s = STOP_MARGIN_S if grace_s is None else grace_s
-        done = run.transport.run(argv, stdin=program, timeout_s=STOP_WAIT_S + 2 * grace_s + STOP_MARGIN_S)
+        done = stop_on(entry, run.transport, run.python, now=now)
         if done.returncode != 0 and run.row is None:
             raise run.missing()
         if done.returncode != 0:
             raise DeployError(f"{entry.run_id} could not be stopped.", found=done.err[-2000:], started=True)
         fields = {"state": str, "exit_code": int | None}
         said = read_answer(entry.target, "the stop", done.out, fields, started=True)
+        notes = tuple(f"warning: {note}" for note in stop_others(entry))
     said = {**{name: said[name] for name in fields}, "checkpoint": said.get("checkpoint")}
     if said["state"] == "not launched":
         text = f"{entry.run_id}: not launched, and not to be; `deploy attach {entry.run_id}` would"
@@ -265,7 +269,7 @@ def stop(run_id: str, *, remote: str | None, now: bool = False) -> Answer:
             f"{entry.run_id}: {said['state']}, exit code {said['exit_code']}\n"
             f"last checkpoint   {one_line(said['checkpoint'] or 'none')}\nresults   deploy pull {entry.run_id}"
         )
-    return Answer({"run_id": entry.run_id, **said}, text)
+    return Answer({"run_id": entry.run_id, **said}, text, remarks=notes)
 
 
 def pull_run(run_id: str, screen: Screen, *, remote: str | None, wanted: ToBring = EVERYTHING) -> Answer:
@@ -278,6 +282,7 @@ def pull_run(run_id: str, screen: Screen, *, remote: str | None, wanted: ToBring
 
         try:
             pulled = run.pull(say)
+            notes += pull_others(entry)
         finally:
             for note in notes:
                 screen.remark(f"note: {note}")
@@ -294,41 +299,55 @@ def pull_run(run_id: str, screen: Screen, *, remote: str | None, wanted: ToBring
 
 
 def logs(run_id: str, screen: Screen, *, remote: str | None, window: str, until_end: bool) -> Answer:
-    """Print what a tmux window showed, from its beginning (`deploy logs RUN`); with -f until the run's end."""
+    """Print what a tmux window showed, from its beginning (`deploy logs RUN`); with -f until the run's end.
+
+    `window` may be WINDOW@HOST, of a run on several hosts.
+    """
     if screen.as_json and until_end:
         raise DeployError("--json prints one document, and -f has no end.", fix="leave out one of the two")
-    file = f"logs/{window}.log"
-    with open_run(run_id, remote, needs_files=True) as run:
-        entry = run.entry
-        mirror, write_log = Mirror(entry.mirror), LogWriter()
-
-        def on_file(changed: str) -> None:
-            if changed == file and not screen.as_json:
-                write_log(mirror.new_text(file))
-
-        on_file(file)
-        if until_end:
-            follow(run.connection, mirror, on_file, screen.say, RetryPolicy.while_it_lasts())
-        else:
-            for message in tail(run.connection, mirror, until_end=False):
-                if changed := apply(mirror, message):
-                    on_file(changed)
+    window, _, host = window.partition("@")
+    with open_run(run_id, remote, needs_files=True) as run, contextlib.ExitStack() as stack:
+        connection = on_host(run.connection, host, stack) if host else run.connection
+        mirror = _bring_log(connection, screen, f"logs/{window}.log", until_end=until_end)
         for note in mirror.left_out_notes():
             screen.remark(f"note: {note}")
-        logged = {path.stem for path in entry.mirror.path.glob("logs/*.log")}
-        named = {row["window"] for row in mirror.rows("events.jsonl") if isinstance(row.get("window"), str)}
-        windows = sorted(logged | named)
+        windows, logged = _windows(mirror)
         if window in windows and window not in logged:
             screen.remark(f"note: {window} has printed nothing so far")
         if window not in windows:
             raise DeployError(
-                f"{entry.run_id} has no window {window!r}.",
+                f"{run.entry.run_id} has no window {window!r}.",
                 found=f"windows: {', '.join(windows) or 'none yet'}",
                 started=True,
             )
     is_read = screen.as_json and window in logged
-    text = read_plain(entry.mirror.log(window)).decode(errors="replace") if is_read else ""
-    return Answer({"run_id": entry.run_id, "window": window, "windows": windows, "text": text}, None)
+    text = read_plain(mirror.run.log(window)).decode(errors="replace") if is_read else ""
+    return Answer({"run_id": run.entry.run_id, "window": window, "windows": windows, "text": text}, None)
+
+
+def _bring_log(connection: RunConnection, screen: Screen, file: str, *, until_end: bool) -> Mirror:
+    """Bring what the host has, and print the log as it comes, unless JSON is asked for."""
+    mirror, write_log = Mirror(connection.entry.mirror), LogWriter()
+
+    def on_file(changed: str) -> None:
+        if changed == file and not screen.as_json:
+            write_log(mirror.new_text(file))
+
+    on_file(file)
+    if until_end:
+        follow(connection, mirror, on_file, screen.say, RetryPolicy.while_it_lasts())
+        return mirror
+    for message in tail(connection, mirror, until_end=False):
+        if changed := apply(mirror, message):
+            on_file(changed)
+    return mirror
+
+
+def _windows(mirror: Mirror) -> tuple[list[str], set[str]]:
+    """Return the windows that the run has had, and those of them that printed something."""
+    logged = {path.stem for path in mirror.run.path.glob("logs/*.log")}
+    named = {row["window"] for row in mirror.rows("events.jsonl") if isinstance(row.get("window"), str)}
+    return sorted(logged | named), logged
 
 
 def forget(run_id: str) -> Answer:

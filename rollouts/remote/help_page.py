@@ -29,7 +29,8 @@ goes on, and a killed deploy loses nothing:
   deploy resume RUN              go on from its last checkpoint, if it died
   deploy sweep NAME -f           the runs of a sweep to their end, a table
   deploy logs RUN -f             what a process prints, with --window NAME
-                                 another (supervisor, trainer, engine-0)
+                                 another (supervisor, trainer, engine-0);
+                                 NAME@HOST
   deploy stop RUN                end it after a checkpoint; --now: at once
   deploy pull RUN                bring all results here, verified; one that
                                  was cut off goes on where it broke
@@ -51,7 +52,9 @@ RUN --remote gpu-7); from here it is followed, stopped and pulled, never launche
 \b
 Options of deploy CONFIG:
   --remote [USER@]HOST[:PORT]  the host, as `ssh` knows it (ssh://... too);
-                               this machine without it
+                               this machine without it; once for each of
+                               target.hosts
+  --hosts FILE                 the same in a file: TARGET [ADDRESS] a line
   --plan                       print every step and every reason against it,
                                and stop
   --show                       print the whole config as a file that derives

@@ -111,3 +111,11 @@ def stop(
     from rollouts.remote import commands
 
     return commands.stop(run, remote=remote, now=now)
+
+
+@verb("forget")
+def forget(run: Run, as_json: Json = False) -> Any:
+    """Drop this machine's record of a run; its host and the results here stay as they are."""
+    from rollouts.remote import commands
+
+    return commands.forget(run)

@@ -23,6 +23,7 @@ from rollouts.remote.run import registry
 from rollouts.remote.run.mirror_files import remove_tree
 from rollouts.remote.run.mirror_note import NOTE, follower
 from rollouts.remote.run.open_run import OpenRun, open_run
+from rollouts.remote.run.other_hosts import remove_others
 from rollouts.remote.run.registry import RunEntry
 from rollouts.remote.texts import size_text
 from rollouts.run_dir.results import only_in, results_of
@@ -167,6 +168,7 @@ def _remove(condemned: Condemned, *, keep_results: bool) -> dict[str, Any]:
         size, note = answer["bytes"], answer["reason"]
         if not answer["removed"]:
             raise DeployError(f"{entry.run_id} on {entry.target} was not removed: {note}.")
+    note = "; ".join(filter(None, (note, *remove_others(entry))))
     removed_here = False
     if condemned.is_registered:
         path = Path(entry.local_dir)

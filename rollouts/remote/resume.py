@@ -73,6 +73,8 @@ def resume(name: str, screen: Screen, settings: Sequence[str], options: ResumeOp
     with as_deploy_errors() as progress:
         old = known_run(name)
         config = _recorded_config(old)
+        if old.others:
+            raise _on_several(old)
         target = options.remote or old.target
         _bring_results(old, screen, options, elsewhere=target != old.target)
         origin = _origin(old, config)
@@ -109,6 +111,14 @@ def resume(name: str, screen: Screen, settings: Sequence[str], options: ResumeOp
             progress.run_id, progress.target, progress.reached = entry.run_id, entry.target, "registered"
             run = OpenRun(entry, facts, transport, None, "never launched", progress)
             return launch_and_watch(run, start.config, screen, detach=options.detach)
+
+
+def _on_several(old: RunEntry) -> DeployError:
+    hosts = " ".join(f"--remote {shlex.quote(target)}" for target in (old.target, *(o["target"] for o in old.others)))
+    return DeployError(
+        f"{old.run_id} ran on {1 + len(old.others)} hosts: `deploy resume` goes on on one.",
+        fix=f"deploy CONFIG {hosts}, with output.source_checkpoint='{old.run_path}/checkpoints/<stage>/latest'",
+    )
 
 
 def _recorded_config(old: RunEntry) -> Config:

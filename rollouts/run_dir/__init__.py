@@ -32,6 +32,7 @@ from rollouts.run_dir.files import (
     write_on_full_disk,
     write_text_atomic,
 )
+from rollouts.run_dir.group import GroupHost, HostGroup
 from rollouts.run_dir.layout import (
     ENVIRONMENT_GLOB,
     EXPERIMENT_NAME_PATTERN,
@@ -114,6 +115,8 @@ __all__ = [
     "STREAMED_FILES",
     "EnvironmentSpec",
     "ExitRecord",
+    "GroupHost",
+    "HostGroup",
     "HubModel",
     "LaunchPlan",
     "NamedGpu",

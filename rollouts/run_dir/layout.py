@@ -142,6 +142,11 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
+    def start(self) -> Path:
+        """Name the directory of what the run starts from, where that was brought there."""
+        return self.path / "start"
+
+    @property
     def weights(self) -> Path:
         """Name the directory of weights on their way to the engines; rewritten at every sync, never pulled."""
         return self.path / "weights"

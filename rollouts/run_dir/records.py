@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from rollouts.plain_files import read_plain
 from rollouts.run_dir.files import append_jsonl, write_json_atomic
+from rollouts.run_dir.group import HostGroup
 from rollouts.run_dir.layout import SMOKE_STAGE, RunDir, StageName, State
 
 
@@ -111,8 +112,12 @@ class SmokeCheck:
 
     process: ProcessSpec  # ends with 0, else with an `error:` line
     timeout_s: float
-    marker: str  # how the file begins that says that it passed: <environment>/.smoke-<of what>
+    marker: str  # how the file begins that says that it passed: <environment>/.smoke-<of what>; "": tried each time
     subject: str  # for people: devices, driver and build
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "SmokeCheck":
+        return cls(**{**data, "process": ProcessSpec(**data["process"])})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +158,8 @@ class LaunchPlan:
     smoke: list[SmokeCheck] = dataclasses.field(default_factory=list)  # side by side, once all of that is there
     package_path: str = ""  # where rollouts lies, beside the user's repository; "": in code/tree, a clone
     queue: QueueSpec | None = None  # it waits for its turn; None: it starts at once, or its turn has come
+    group: HostGroup | None = None  # the hosts of a job of several; None: this one alone
+    network: SmokeCheck | None = None  # tries the way between them, on all of them at once, before the first stage
 
     @property
     def program_path(self) -> str:
@@ -161,7 +168,7 @@ class LaunchPlan:
 
     def processes(self) -> Iterator[tuple[str, ProcessSpec]]:
         """List what has a window, with its stage."""
-        for check in self.smoke:
+        for check in (*self.smoke, *([self.network] if self.network else [])):
             yield SMOKE_STAGE, check.process
         for stage in self.stages:
             for spec in (*stage.engines, stage.trainer):
@@ -186,11 +193,13 @@ class LaunchPlan:
             for item in data["stages"]
         ]
         models = [HubModel(**item) for item in data.get("models", [])]
-        smoke = [SmokeCheck(**{**item, "process": ProcessSpec(**item["process"])}) for item in data.get("smoke", [])]
-        queue = data.get("queue")
+        smoke = [SmokeCheck.from_json(item) for item in data.get("smoke", [])]
+        queue, group, network = (data.get(name) for name in ("queue", "group", "network"))
         if queue is not None:
             queue = QueueSpec(**{**queue, "cards": [NamedGpu(**card) for card in queue["cards"]]})
         parts = {"environments": environments, "stages": stages, "models": models, "smoke": smoke, "queue": queue}
+        parts["group"] = HostGroup.from_json(group) if group is not None else None
+        parts["network"] = SmokeCheck.from_json(network) if network is not None else None
         return cls(**{**data, **parts})
 
 

@@ -8,8 +8,9 @@
     manifest.json         every file with size and SHA-256, written last
 
 Written to `.tmp-…`, synced to disk, renamed; `latest` is a relative symlink, replaced atomically after that. A reader
-sees a whole checkpoint or none. One run writes a `checkpoint_dir` at a time; on several nodes all of them see it.
-Weights are gathered, the optimizer's state is not: nothing but its own shards of that passes through a rank's memory.
+sees a whole checkpoint or none. One run writes a `checkpoint_dir` at a time. It lies on rank 0's host, where shards are
+brought that ranks of other hosts wrote. Weights are gathered, the optimizer's state is not: nothing but its own shards
+of that passes through a rank's memory, and on rank 0 pieces of what comes from other hosts.
 """
 
 import json
@@ -28,7 +29,7 @@ import transformers
 from torch import Tensor, nn
 
 from rollouts.manifest import MANIFEST_FILE, manifest_problems, write_manifest
-from rollouts.training import distributed, lora, optimizer_state
+from rollouts.training import distributed, host_files, lora, optimizer_state
 from rollouts.training.metrics import json_text
 from rollouts.training.model_files import write_model
 from rollouts.training.optimizer_state import CheckpointError
@@ -90,8 +91,11 @@ def write_checkpoint(
     is complete. Of `model` only the config is read. `protected` directories are never removed.
     """
     final = checkpoint_dir / step_name(snapshot.step)
-    temporary = distributed.on_rank_0(lambda: begin(final), group)
+    temporary = checkpoint_dir / distributed.on_rank_0(lambda: begin(final).name, group)
     optimizer_state.write(snapshot.optimizer, temporary / OPTIMIZER_DIRECTORY, group)
+    host_files.collect(
+        temporary / OPTIMIZER_DIRECTORY, lambda: optimizer_state.absent_files(temporary / OPTIMIZER_DIRECTORY), group
+    )
 
     def finish() -> None:
         optimizer_state.check_complete(temporary / OPTIMIZER_DIRECTORY)

@@ -31,7 +31,8 @@ def initialize(
     A world of one makes no group, unless `alone` says that it needs one (sharding does). `timeout_s` bounds every
     collective of the CPU, so it must exceed the longest that ranks wait for rank 0 (generating a batch, an
     evaluation); those of GPUs have minutes, see `group_arguments`. Ranks of one machine find each other in
-    `store_file`, which must not exist before; without it over a socket of torch's that listens on every address.
+    `store_file`, which must not exist before; without it in the store that the environment names: torchrun's own, or a
+    socket of torch's that listens on every address.
     Raises DeviceError where torch sees no CUDA device for this rank.
     """
     device = local_device(device_type, int(os.environ.get("LOCAL_RANK", "0")))
@@ -117,6 +118,11 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
 
+def is_first_of_host() -> bool:
+    """Whether no rank of this host comes before this one."""
+    return rank() % local_world_size() == 0
+
+
 def barrier() -> None:
     """Returns once every rank has come here."""
     all_reduce_floats([0.0])  # over the CPU's group; dist.barrier would pick a device of its own
@@ -152,12 +158,12 @@ def on_rank_0(function: Callable[[], T], group: dist.ProcessGroup | None = None)
     return value
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """Every rank's `value`, by rank, on every rank."""
+def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Every rank's `value`, by rank, on every rank. `group`: of all ranks; None for the world's own."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 

@@ -71,14 +71,16 @@ def write(tensors: Mapping[str, Tensor], directory: Path, group: dist.ProcessGro
     dcp.save(dict(tensors), checkpoint_id=directory, process_group=group, no_dist=group is None)
 
 
+def absent_files(directory: Path) -> list[str]:
+    """Return the files that ranks wrote and that cannot be seen from here: another host's, without a shared disk."""
+    storage = read_index(directory).storage_data or {}
+    return sorted({item.relative_path for item in storage.values() if not (directory / item.relative_path).is_file()})
+
+
 def check_complete(directory: Path) -> None:
     """Raises CheckpointError where a file that a rank wrote is not to be seen from here."""
-    storage = read_index(directory).storage_data or {}
-    absent = sorted({item.relative_path for item in storage.values() if not (directory / item.relative_path).is_file()})
-    if absent:
-        raise CheckpointError(
-            f"{directory}: rank 0 cannot see {', '.join(absent)}: all nodes must share the checkpoint directory"
-        )
+    if absent := absent_files(directory):
+        raise CheckpointError(f"{directory}: rank 0 does not have {', '.join(absent)}, which no rank's host has either")
 
 
 def restore(model: nn.Module, optimizer: torch.optim.Optimizer, directory: Path, plain: Mapping[str, Any]) -> None:

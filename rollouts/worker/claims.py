@@ -44,6 +44,8 @@ def one_at_a_time(home: Path) -> AbstractContextManager[None]:
 def needs(plan: LaunchPlan) -> set[Need]:
     """Return what the run alone can have."""
     found: set[Need] = set()
+    if plan.group is not None and plan.group.leads:
+        found |= {Need("port", str(port)) for port in (plan.group.supervisor_port, plan.group.trainer_port)}
     for spec in (spec for stage in plan.stages for spec in (*stage.engines, stage.trainer)):
         devices = spec.env.get(run_dir.GPUS_VARIABLE, spec.env.get("CUDA_VISIBLE_DEVICES", ""))
         found |= {Need("GPU", device.strip()) for device in devices.split(",") if device.strip()}

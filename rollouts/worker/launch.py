@@ -4,7 +4,7 @@
 
 job.json is one object: {"config", "plan", "files": {"code/commit.txt": text, ...}, "secrets": {NAME: value},
 "launch_id": text, "begins": {"metrics.jsonl": text, ...}, "resumed_from": {...} or null}, the last two of a run that
-goes on from another's checkpoint. Prints one JSON line and exits 0:
+goes on from another's checkpoint; and "group_key": text of a run on several hosts. Prints one JSON line and exits 0:
 
     {"started": true, "run_id", "run_path"}
     {"started": false, "same": true, "reason"}      this very launch was made before: its run goes on
@@ -108,6 +108,7 @@ def _write_files(run: RunDir, plan: LaunchPlan, job: dict[str, Any]) -> None:
     if undeclared := set(left_out) - set(job["config"]["host"]["env"]) - set(job["secrets"]):
         run_dir.append_event(run, "note", message=isolation.left_out_note(undeclared))
     secrets = {"inherited": inherited, "secrets": job["secrets"], "engine_keys": new_keys()}
+    secrets |= {"group_key": job["group_key"]} if plan.group is not None else {}
     run_dir.write_secrets(run, secrets)
     run_dir.make_reserve(run)
     launched = {"launch_id": job.get("launch_id"), "host": run_dir.host_identity()}

@@ -79,11 +79,12 @@ class Host:
     settings: tuple[str, ...] = ()
     host_keys: tuple[Path, ...] = ()  # beside, or in place of, the first
     wrapper: tuple[str, ...] = ()  # a command that execs sshd
+    address: str = "127.0.0.1"
     process: subprocess.Popen[bytes] | None = None
 
     @property
     def target(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return f"{self.address}:{self.port}"
 
     @property
     def host_key(self) -> Path:
@@ -95,7 +96,7 @@ class Host:
         variables = " ".join(f'"{name}={value}"' for name, value in self.environment.items())
         lines = [
             f"Port {self.port}",
-            "ListenAddress 127.0.0.1",
+            f"ListenAddress {self.address}",
             *(f"HostKey {key}" for key in self.host_keys or (self.host_key,)),
             f"AuthorizedKeysFile {self.directory}/authorized_keys",
             f"PidFile {self.directory}/sshd.pid",
@@ -120,7 +121,7 @@ class Host:
     def _answers(self) -> bool:
         assert self.process is not None and self.process.poll() is None, (self.directory / "sshd.log").read_text()
         with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+            return probe.connect_ex((self.address, self.port)) == 0
 
     def stop(self) -> None:
         """End the listener and every session it serves, as a host does that loses its network."""
@@ -166,6 +167,7 @@ def host(
     login_shell: str | None = None,
     host_key_kinds: tuple[str, ...] = (),
     wrapper: tuple[str, ...] = (),
+    address: str = "127.0.0.1",
 ) -> Iterator[Host]:
     """A running sshd that lets `key` in; its tmux server and sessions are ended afterwards.
 
@@ -191,7 +193,7 @@ def host(
         **(environment or {}),
     }
     keys = tuple(keygen(directory / f"host_{kind}", kind) for kind in host_key_kinds)
-    made = Host(directory, home, free_port(), tmux_dir, variables, settings, keys, wrapper)
+    made = Host(directory, home, free_port(), tmux_dir, variables, settings, keys, wrapper, address)
     made.start()
     try:
         yield made
@@ -236,7 +238,7 @@ class Laptop:
 
     def know(self, *hosts: Host) -> None:
         """Trust these hosts' keys."""
-        lines = [f"[127.0.0.1]:{h.port} {(h.directory / 'host_key.pub').read_text().strip()}\n" for h in hosts]
+        lines = [f"[{h.address}]:{h.port} {(h.directory / 'host_key.pub').read_text().strip()}\n" for h in hosts]
         self.known_hosts.write_text("".join(lines))
 
     def know_by(self, host: Host, port: int) -> str:

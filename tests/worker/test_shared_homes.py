@@ -19,6 +19,7 @@ from rollouts.view.tables import runs_text
 from rollouts.worker import claims, processes, tmux
 from rollouts.worker.supervise.journal import Journal
 from rollouts.worker.supervise.open_window import OpenWindow
+from rollouts.worker.supervise.peers import NoPeers
 from rollouts.worker.supervise.pulse import Pulse
 from tests.worker.stands import Host, alive, as_status, module, process, recorded_pid, stage, trainer, wait_for
 
@@ -216,7 +217,7 @@ def test_one_look_around_reads_proc_once(tmp_path: Path, monkeypatch: pytest.Mon
             OpenWindow(run, "rl", plan.stages[0].engines[0], False, child.pid, processes.start_ticks(child.pid), 0)
             for child in children
         ]
-        watching = Pulse(run, plan, Journal(run, lock))
+        watching = Pulse(run, plan, Journal(run, lock), NoPeers())
         watching.windows = lambda: windows
         scans, listdir = [], os.listdir
         monkeypatch.setattr(processes.os, "listdir", lambda path: scans.append(path) or listdir(path))

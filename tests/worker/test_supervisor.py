@@ -16,6 +16,7 @@ from rollouts.manifest import write_manifest
 from rollouts.run_dir import LaunchPlan, RunDir
 from rollouts.worker.supervise import pulse
 from rollouts.worker.supervise.journal import Journal
+from rollouts.worker.supervise.peers import NoPeers
 from tests.worker.stands import (
     ENGINE,
     Host,
@@ -299,7 +300,7 @@ def test_the_beat_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     now, written = 1000.0, []
     monkeypatch.setattr(pulse, "time", SimpleNamespace(monotonic=lambda: now, time=lambda: now))
     with lock:
-        beating = pulse.Pulse(run, plan, Journal(run, lock))
+        beating = pulse.Pulse(run, plan, Journal(run, lock), NoPeers())
         for _ in range(200):
             beating.tick()
             written.append(as_status(run)["updated_at"])

@@ -9,7 +9,7 @@ from rollouts.config.schema import Sections, ValueModel
 
 def cross_checks(config: Sections) -> Checks:
     """Check what no group can see alone. Runs only when every type is right."""
-    mode, ranks, data = config.output.mode, max(1, len(config.target.gpu_ranks)), config.data
+    mode, ranks, data = config.output.mode, max(1, config.target.world_size), config.data
     for name in config.stages:
         yield getattr(config, name) is not None, f"{name}=None: output.mode={mode!r} has this stage, which needs it"
         mixture = f"{name}_mixture"
@@ -19,6 +19,8 @@ def cross_checks(config: Sections) -> Checks:
         if stage is not None and stage.eval_every != -1:
             need = "-1, or rows in data.eval_mixture, which is empty"
             yield must(bool(data.eval_mixture), f"{name}.eval_every", stage.eval_every, need)
+    one = config.provision is None or config.target.hosts == 1
+    yield must(one, "target.hosts", config.target.hosts, "1, or provision=None: one machine is rented")
     yield from _answer_checks(config)
     if config.rl is not None and "rl" in config.stages and config.rl.eval_every != -1 and data.eval_mixture:
         need = "-1, or rows with prompts in data.eval_mixture, which has plain text alone"

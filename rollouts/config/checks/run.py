@@ -26,7 +26,8 @@ BEST_PATTERN = r"(min|max) \S+"
 
 def target_checks(target: TargetConfig) -> Checks:
     yield from rank_checks(target.gpu_ranks, "target.gpu_ranks")
-    sharded, ranks = target.sharding != "none", len(target.gpu_ranks)
+    yield from at_least_one(target, "target", "hosts")
+    sharded, ranks = target.sharding != "none", target.world_size
     yield must(
         target.device_type != "mps" or not sharded, "target.sharding", target.sharding, "'none': mps has one device"
     )
@@ -39,6 +40,8 @@ def target_checks(target: TargetConfig) -> Checks:
     yield must(size_ok, "target.shard_group_size", size, need)
     one_mps = target.device_type != "mps" or len(target.gpu_ranks) == 1
     yield must(one_mps, "target.gpu_ranks", target.gpu_ranks, "one entry: device_type='mps' has one device")
+    one_mac = target.device_type != "mps" or target.hosts == 1
+    yield must(one_mac, "target.hosts", target.hosts, "1: device_type='mps' has one device")
 
 
 def host_checks(host: HostConfig) -> Checks:

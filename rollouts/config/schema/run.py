@@ -8,13 +8,19 @@ from typing import Literal
 class TargetConfig:
     """Which devices train, and how the model is spread over them."""
 
-    gpu_ranks: list[int]  # device indices; their number is the trainer's world size. On cpu: one process per entry
+    hosts: int  # hosts that train together, as many --remote; more than 1: docs/guide/several-hosts.md
+    gpu_ranks: list[int]  # device indices of each host: a rank of the trainer each. On cpu: one process per entry
     device_type: Literal["cuda", "cpu", "mps"]  # where the trainer runs; mps: Apple's GPUs, one process
     sharding: Literal[
         "none", "full_shard", "shard_grad_op", "hybrid_shard"
     ]  # docs/reference/sharding.md; none: a whole copy each
     shard_group_size: int  # hybrid_shard: ranks that share one copy, usually those of a node; -1: unused
     cpu_offload: bool  # parameters, gradients and optimizer state wait in host memory; needs sharding
+
+    @property
+    def world_size(self) -> int:
+        """Return the number of the trainer's ranks, over all hosts."""
+        return self.hosts * len(self.gpu_ranks)
 
 
 @dataclass(frozen=True, kw_only=True)

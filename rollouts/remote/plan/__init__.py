@@ -22,7 +22,7 @@ from rollouts.remote.plan.problems import host_problems, input_problems, require
 from rollouts.remote.plan.queue_wish import QueueWish, queue_notes, queue_spec, without_holders
 from rollouts.remote.plan.torch_build import torch_problems, torch_warnings
 from rollouts.remote.repository import Code
-from rollouts.run_dir import LaunchPlan
+from rollouts.run_dir import HostGroup, LaunchPlan
 
 __all__ = [
     "Plan",
@@ -65,10 +65,12 @@ def make_plan(
     secrets_set: Collection[str],
     busy_ok: bool = False,
     queue: QueueWish | None = None,
+    group: HostGroup | None = None,
 ) -> Plan:
     """Decide everything. `secrets_set`: those of host.secrets that have a value here; `busy_ok`: take busy GPUs too.
 
-    `queue`: the run waits on its host for what is in use.
+    `queue`: the run waits on its host for what is in use; `group`: the hosts of a job of several, of which this is
+    one's plan.
     """
     waits = tuple(queue_notes(config, facts, queue)) if queue is not None else ()
     spec = queue_spec(config, facts, queue) if queue is not None else None
@@ -86,7 +88,7 @@ def make_plan(
         *memory.problems,
     )
     locks = code.constraints is not None and code.engine_requirements is not None
-    launch = launch_plan(config, facts, code, run_id) if facts.python and locks else None
+    launch = launch_plan(config, facts, code, run_id, group=group) if facts.python and locks else None
     launch = replace(launch, queue=spec) if launch is not None else None
     return Plan(
         target=target,

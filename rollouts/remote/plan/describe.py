@@ -86,6 +86,11 @@ def plan_steps(config: Config, facts: HostFacts, code: Code, launch: LaunchPlan,
             f"{check.process.window}: {shlex.join(check.process.argv)}",
             f"on {check.subject}: seconds, unless it passed there before; within {check.timeout_s:.0f} s",
         )
+    if launch.network is not None:
+        yield PlanStep(
+            f"network: {shlex.join(launch.network.process.argv)}",
+            f"{launch.network.subject}: all ranks meet, and its rate is measured",
+        )
     for stage in launch.stages:
         for engine in stage.engines:
             yield PlanStep(f"{stage.name}: {engine.window}: {shlex.join(engine.argv)}", _placed(config, engine, facts))

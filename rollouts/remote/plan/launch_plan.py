@@ -13,6 +13,7 @@ from rollouts.engines.command_lines import (
     engine_devices,
     engine_env,
     engine_url,
+    group_env,
     ready_url,
     router_argv,
     router_ready_url,
@@ -26,6 +27,7 @@ from rollouts.run_dir import (
     GPUS_VARIABLE,
     SMOKE_STAGE,
     EnvironmentSpec,
+    HostGroup,
     HubModel,
     LaunchPlan,
     ProcessSpec,
@@ -36,6 +38,7 @@ from rollouts.run_dir import (
 )
 
 PYTHONPATH = "PYTHONPATH"
+NETWORK_TIMEOUT_S = 180.0  # seconds are usual; the first start of torch from a slow disk takes a minute or two
 
 
 def environment_key(
@@ -121,11 +124,14 @@ def _environments(config: Config, facts: HostFacts, code: Code) -> list[Environm
     return [trainer, _environment("engine", config, facts, requirements, constraints="", no_deps=no_deps)]
 
 
-def launch_plan(config: Config, facts: HostFacts, code: Code, run_id: str) -> LaunchPlan:
-    """Decide environments, command lines and time limits of the run."""
+def launch_plan(
+    config: Config, facts: HostFacts, code: Code, run_id: str, *, group: HostGroup | None = None
+) -> LaunchPlan:
+    """Decide environments, command lines and time limits of the run; of one host's part, in a `group` of several."""
     assert facts.python is not None
     path = str(run_path(facts.home, run_id))
-    environments = _environments(config, facts, code)
+    leads = group is None or group.leads
+    environments = _environments(config, facts, code)[: None if leads else 1]
     pythons = [f"{environment.path}/bin/python" for environment in environments]
     return LaunchPlan(
         run_id=run_id,
@@ -135,7 +141,7 @@ def launch_plan(config: Config, facts: HostFacts, code: Code, run_id: str) -> La
         base_python=facts.python,
         environments=environments,
         stages=[
-            _stage(config, facts, code, stage, path, python=pythons[0], engine_python=pythons[-1])
+            _stage(config, facts, code, stage, path, python=pythons[0], engine_python=pythons[-1], group=group)
             for stage in config.stages
         ],
         bootstrap_timeout_s=config.limits.bootstrap_timeout_s,
@@ -143,8 +149,12 @@ def launch_plan(config: Config, facts: HostFacts, code: Code, run_id: str) -> La
         engine_restarts_max=config.engine.restarts_max if config.engine else 0,
         engine_hang_timeout_s=config.limits.engine_hang_timeout_s,
         models=_hub_models(config, code),
-        smoke=_smoke(config, facts, code, RunDir(Path(path)), environments),
+        smoke=_smoke(config, facts, code, RunDir(Path(path)), environments, engines=leads),
         package_path=_package_path(code, RunDir(Path(path))),
+        group=group,
+        network=_network_check(config, facts, code, RunDir(Path(path)), group=group, python=pythons[0])
+        if group
+        else None,
     )
 
 
@@ -153,15 +163,16 @@ def _package_path(code: Code, run: RunDir) -> str:
 
 
 def _smoke(
-    config: Config, facts: HostFacts, code: Code, run: RunDir, environments: list[EnvironmentSpec]
+    config: Config, facts: HostFacts, code: Code, run: RunDir, environments: list[EnvironmentSpec], *, engines: bool
 ) -> list[SmokeCheck]:
-    """Try each environment that a stage uses, on the devices that it gets there."""
+    """Try each environment that a stage uses, on the devices that it gets there; `engines`: they run on this host."""
     if config.target.device_type == "mps":  # no Linux: nothing runs there
         return []
     trainer, python = environments[0], f"{environments[0].path}/bin/python"
-    start = _torchrun(config, run, SMOKE_STAGE, python) if _world_size(config) > 1 else (python,)
+    several = len(config.target.gpu_ranks) > 1
+    start = _torchrun(config, run, SMOKE_STAGE, python, None) if several else (python,)
     env = _process_env(config, facts, code, run, config.target.gpu_ranks)
-    samples = config.engine is not None and config.uses_engine
+    samples = config.engine is not None and config.uses_engine and engines
     has_engine = samples and len(environments) == 1
     checks = [trainer_check(config, facts, run, trainer, start=start, env=env, has_engine=has_engine)]
     if config.engine is not None and samples and len(environments) > 1:
@@ -183,12 +194,21 @@ def _hub_models(config: Config, code: Code) -> list[HubModel]:
 
 
 def _stage(
-    config: Config, facts: HostFacts, code: Code, stage: str, path: str, *, python: str, engine_python: str
+    config: Config,
+    facts: HostFacts,
+    code: Code,
+    stage: str,
+    path: str,
+    *,
+    python: str,
+    engine_python: str,
+    group: HostGroup | None,
 ) -> StageSpec:
+    """Return a stage of this host: ranks of the trainer on each host, engines and checkpoints on the first alone."""
     run = RunDir(Path(path))
-    after_sft = stage == "rl" and "sft" in config.stages
-    torchrun = _torchrun(config, run, stage, python)
-    samples = stage == "rl" and config.uses_engine
+    after_sft, leads = stage == "rl" and "sft" in config.stages, group is None or group.leads
+    torchrun = _torchrun(config, run, stage, python, group)
+    samples = stage == "rl" and config.uses_engine and leads
     engine = config.engine if samples else None
     replicas = range(engine.replicas) if engine else ()
     engines = [
@@ -202,7 +222,7 @@ def _stage(
     trainer = ProcessSpec(
         window="trainer",
         argv=[*torchrun, "-m", "rollouts.worker.trainer", "--run-dir", path, "--stage", stage, *urls],
-        env=_process_env(config, facts, code, run, config.target.gpu_ranks),
+        env=_process_env(config, facts, code, run, config.target.gpu_ranks, group=group),
         ready_url=None,
         ready_timeout_s=0.0,
     )
@@ -211,21 +231,45 @@ def _stage(
         engines=engines,
         trainer=trainer,
         timeout_s=config.limits.stage_timeout_s,
-        needs_checkpoint=str(run.latest_checkpoint("sft")) if after_sft else None,
+        needs_checkpoint=str(run.latest_checkpoint("sft")) if after_sft and leads else None,
     )
 
 
-def _torchrun(config: Config, run: RunDir, stage: str, python: str) -> tuple[str, ...]:
-    """Start ranks that find each other through files of the run directory.
+def _torchrun(config: Config, run: RunDir, stage: str, python: str, group: HostGroup | None) -> tuple[str, ...]:
+    """Start ranks that find each other through files of the run directory; on several hosts through a store that
+    listens at the private address of the first alone.
 
     torchrun's own store (`--standalone`) listens on every address, and unpickles whatever is written into it.
     """
+    ranks = str(len(config.target.gpu_ranks))
+    if group is not None:
+        return (
+            *(python, "-m", "rollouts.training.bound_torchrun", "--rdzv-backend", "static", "--rdzv-id", run.run_id),
+            *("--master-addr", group.leader.address, "--master-port", str(group.trainer_port)),
+            *("--nnodes", str(len(group.hosts)), "--node-rank", str(group.rank), "--nproc-per-node", ranks),
+        )
     return (
         *(python, "-m", "torch.distributed.run"),
         *("--rdzv-backend", "c10d", "--rdzv-conf", "store_type=file", "--rdzv-id", run.run_id),
         *("--rdzv-endpoint", str(run.rendezvous(stage)), "--local-addr", "127.0.0.1"),
-        *("--nnodes", "1", "--nproc-per-node", str(_world_size(config))),
+        *("--nnodes", "1", "--nproc-per-node", ranks),
     )
+
+
+def _network_check(
+    config: Config, facts: HostFacts, code: Code, run: RunDir, *, group: HostGroup, python: str
+) -> SmokeCheck:
+    """Have all ranks of all hosts meet once, as a stage's do, and measure the way between them."""
+    argv = [
+        *_torchrun(config, run, SMOKE_STAGE, python, group),
+        *("-m", "rollouts.training.network_check", "--device", config.target.device_type),
+        *("--report", str(run.smoke_report("network"))),
+    ]
+    env = _process_env(config, facts, code, run, config.target.gpu_ranks, group=group)
+    process = ProcessSpec(window="network", argv=argv, env=env, ready_url=None, ready_timeout_s=0.0)
+    names = ", ".join(f"{host.name} at {host.address}" for host in group.hosts)
+    timeout_s = min(NETWORK_TIMEOUT_S, config.limits.bootstrap_timeout_s)
+    return SmokeCheck(process=process, timeout_s=timeout_s, marker="", subject=f"the network between {names}")
 
 
 def _engine(
@@ -288,17 +332,22 @@ def _start_model(config: Config, code: Code, run: RunDir, *, after_sft: bool) ->
     return posixpath.join(str(run.code_tree), posixpath.normpath(name)) if code.named.get(name) == "sent" else name
 
 
-def _world_size(config: Config) -> int:
-    return len(config.target.gpu_ranks)
-
-
 def _process_env(
-    config: Config, facts: HostFacts, code: Code, run: RunDir, ranks: list[int], *, by_index: bool = False
+    config: Config,
+    facts: HostFacts,
+    code: Code,
+    run: RunDir,
+    ranks: list[int],
+    *,
+    by_index: bool = False,
+    group: HostGroup | None = None,
 ) -> dict[str, str]:
+    interface = {} if group is None else group_env(group.hosts[group.rank].interface)
     return {
         "OMP_NUM_THREADS": str(config.host.threads_per_process),
         "TOKENIZERS_PARALLELISM": "false",
         **LOOPBACK_ONLY,
+        **interface,
         **(_devices(facts, ranks, by_index=by_index) if config.target.device_type == "cuda" else {}),
         **config.host.env,
         **_search_path(config, code, run),

@@ -242,7 +242,7 @@ def _model_words(config: Config, parameters: int | None) -> str:
         return f"{words}; only adapters are trained"
     muon = any(getattr(config, stage).optimizer.kind == "muon" for stage in config.stages if getattr(config, stage))
     at_most = "at most " if muon else ""
-    ranks = len(config.target.gpu_ranks)
+    ranks = config.target.world_size
     sharded = f", over {ranks} ranks" if config.target.sharding != "none" else " on each rank"
     return (
         f"{words}; with gradients and optimizer state {at_most}{_bytes(parameters * BYTES_FLOAT32 * 4)}{sharded}, "

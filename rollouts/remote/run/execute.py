@@ -28,6 +28,12 @@ def execute(entry: RunEntry, config: Config, transport: Transport, path: str, sa
     Done twice, the second time changes nothing. All that is used is this machine's own record: what lies on the host is
     the code that it tells of.
     """
+    send(entry, transport, say)
+    launch_there(entry, config, transport, path, say)
+
+
+def send(entry: RunEntry, transport: Transport, say: Say) -> None:
+    """Bring the run's code, and the checkpoints that it goes on from, to its host. Raises DeployError."""
     launch = entry.launch
     if launch.package_path:
         _sync_package(entry, transport, say)
@@ -42,16 +48,22 @@ def execute(entry: RunEntry, config: Config, transport: Transport, path: str, sa
         say=say,
     )
     place_all(entry, transport, launch.base_python, say)
+
+
+def launch_there(entry: RunEntry, config: Config, transport: Transport, path: str, say: Say) -> None:
+    """Start the run on its host, which has its code. Raises DeployError."""
+    launch = entry.launch
     say("launch", f"tmux session {entry.run_id}")
     code = entry.record.code
     job = {
         "config": config.to_json(),
-        "plan": json.loads(read_plain(entry.record.plan)),
+        "plan": json.loads(entry.plan_text),
         "files": {f"code/{file.name}": read_plain(file).decode() for file in sorted(code.iterdir()) if file.is_file()},
         "secrets": read_secrets(config),
         "launch_id": entry.launch_id,
         "begins": begins(entry),
         "resumed_from": entry.resumed_from,
+        **({"group_key": entry.group_key} if launch.group is not None else {}),
     }
     done = transport.run(
         ["env", f"PATH={path}", launch.base_python, "-E", "-m", "rollouts.worker.launch"],

@@ -2,7 +2,8 @@
 
 `<home>/registry/<run_id>.json` is the entry. `<home>/registry/<run_id>.<launch_id>/` is the record of a run that was
 started here: its config, its plan, what code that was. It is written before anything is touched, so that a deploy that
-was killed can go on, and never from what came from a host: the mirror holds copies for people. No secrets are in it.
+was killed can go on, and never from what came from a host: the mirror holds copies for people. No secrets are in it,
+but the key by which the supervisors of one run on several hosts know each other.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import json
 import os
 import secrets
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +29,10 @@ if TYPE_CHECKING:  # slow to import, and `deploy ls` needs neither
 
 STOP_GRACE_MAX_S = 3600.0  # of a plan that a host wrote
 LAUNCHED, REASON = "launched", "not_launched.txt"
+HOSTS, GROUP_KEY = (
+    "hosts",
+    "group-key",
+)  # of a run on several hosts: mirrors of the others; by what they know each other
 START, BEGINS = "start.json", "begins"  # of a run that goes on from another's checkpoint: place.py, resumable.py
 
 
@@ -45,6 +51,14 @@ class RunEntry:
     adopted: bool = False  # started on another machine: never launched from here
     resumed_from: dict[str, Any] | None = None  # {run_id, stage, step, checkpoint} of the run that it goes on from
     launch_id: str = ""  # tells this deploy's run from another's of the same name; names the record too
+    others: list[dict[str, str]] = dataclasses.field(default_factory=list)  # {target, home, run_path} of more hosts
+    rank: int = 0  # of the host that this is about: `on`
+
+    def on(self, rank: int) -> "RunEntry":
+        """Return this run as the host `rank` has it, 1 and up, with a mirror of its own below this one's."""
+        there, local_dir = self.others[rank - 1], f"{self.local_dir}/{HOSTS}/{rank}"
+        own = dataclasses.replace(self, local_dir=local_dir, others=[], rank=rank)
+        return dataclasses.replace(own, target=there["target"], home=there["home"], run_path=there["run_path"])
 
     @property
     def mirror(self) -> RunDir:
@@ -58,7 +72,18 @@ class RunEntry:
     @property
     def launch(self) -> LaunchPlan:
         """Return the recorded plan. Raises FileNotFoundError, KeyError or TypeError for none of this version."""
-        return LaunchPlan.from_json(json.loads(read_plain(self.record.plan)))
+        return LaunchPlan.from_json(json.loads(self.plan_text))
+
+    @property
+    def plan_text(self) -> str:
+        """Return the recorded plan, this host's of several, as it is sent there."""
+        file = self.record.path / f"plan-{self.rank}.json" if self.rank else self.record.plan
+        return read_plain(file).decode()
+
+    @property
+    def group_key(self) -> str:
+        """Return the key by which supervisors of several hosts know each other."""
+        return read_plain(self.record.path / GROUP_KEY).decode()
 
     @property
     def stop_grace_s(self) -> float | None:
@@ -99,8 +124,12 @@ def register(
     *,
     now: float,
     resumed_from: dict[str, Any] | None = None,
+    others: "Sequence[Plan]" = (),
 ) -> RunEntry:
-    """Write the record, then the entry, then the mirror's copies. Raises DeployError for a run id that is taken."""
+    """Write the record, then the entry, then the mirror's copies. Raises DeployError for a run id that is taken.
+
+    `others`: the plans of the hosts beside the first.
+    """
     assert plan.launch is not None and not plan.problems
     entry = RunEntry(
         run_id=plan.run_id,
@@ -113,11 +142,20 @@ def register(
         created_at=now,
         launch_id=secrets.token_hex(8),
         resumed_from=resumed_from,
+        others=[
+            {"target": other.target, "home": other.launch.home, "run_path": other.launch.run_path}
+            for other in others
+            if other.launch is not None
+        ],
     )
     registry_dir()
     entry.record.path.mkdir(mode=0o700)
     write_json_atomic(entry.record.config, config.to_json())
     write_json_atomic(entry.record.plan, plan.launch.to_json())
+    for rank, other in enumerate(others, 1):
+        write_json_atomic(entry.record.path / f"plan-{rank}.json", other.launch.to_json() if other.launch else None)
+    if others:
+        write_text_atomic(entry.record.path / GROUP_KEY, secrets.token_urlsafe(32), mode=0o600)
     write_code_record(entry.record, record)
     _claim(entry)
     try:
@@ -138,7 +176,7 @@ def fill_mirror(entry: RunEntry) -> None:
     make_mirror(entry.mirror.path)
     for file in sorted(entry.record.path.rglob("*")):
         name = file.relative_to(entry.record.path).as_posix()
-        if file.is_file() and name.split("/")[0] not in (LAUNCHED, REASON, START, BEGINS):
+        if file.is_file() and name.split("/")[0] not in (LAUNCHED, REASON, START, BEGINS, GROUP_KEY):
             replace(entry.mirror.path, name, read_plain(file))
 
 
@@ -289,6 +327,9 @@ def _read(file: Path) -> RunEntry:
     texts = (entry.run_id, entry.experiment_name, entry.target, entry.home, entry.run_path, entry.local_dir)
     if not all(isinstance(text, str) for text in texts) or not valid_run_id(entry.run_id):
         raise ValueError("a field has the wrong type")
+    kinds = ("target", "home", "run_path")
+    if not all(isinstance(other, dict) and all(isinstance(other.get(k), str) for k in kinds) for other in entry.others):
+        raise ValueError("others: a host has the wrong form")
     if not isinstance(entry.created_at, (int, float)):
         raise ValueError("created_at is not a number")
     return entry

@@ -11,7 +11,7 @@ import torch
 
 from rollouts.config import Config, RLConfig
 from rollouts.run_dir import RunDir, append_event
-from rollouts.training import distributed
+from rollouts.training import distributed, host_files
 from rollouts.training.backends.pytorch import PyTorchTrainingBackend
 from rollouts.training.loops.train_step import StepsError
 from rollouts.training.model_loading import load_tokenizer, tensors_left_out
@@ -51,7 +51,9 @@ class StageParts:
 async def open_parts(config: Config, run: RunDir, stage: StageName) -> AsyncIterator[tuple[StageParts, StageData]]:
     """Yield what the stage trains with, and on; afterwards the backend is closed and the process group left."""
     device = distributed.initialize(
-        config.target.device_type, timeout_s=config.limits.stage_timeout_s, store_file=run.ranks(stage)
+        config.target.device_type,
+        timeout_s=config.limits.stage_timeout_s,
+        store_file=run.ranks(stage) if config.target.hosts == 1 else None,  # between hosts: torchrun's store
     )
     settings = stage_settings(config, stage)
     seed = settings.sampling.seed if isinstance(settings, RLConfig) else config.data.shuffle_seed
@@ -95,15 +97,21 @@ def _note_start(parts: StageParts, data: StageData) -> None:
 
 
 def _start_model(config: Config, run: RunDir, stage: StageName) -> tuple[str, bool]:
-    """Return where this stage's model is, and whether that is a checkpoint of this very stage, to be resumed."""
-    if stage != config.stages[0]:
-        return str(run.latest_checkpoint(config.stages[0]).resolve()), False
+    """Return where this stage's model is, and whether that is a checkpoint of this very stage, to be resumed.
+
+    A checkpoint lies on rank 0's host; every rank calls this, so that other hosts get it.
+    """
+    before = config.stages[0]
+    if stage != before:
+        path = run.checkpoints / before / distributed.on_rank_0(lambda: run.latest_checkpoint(before).resolve().name)
+        return str(host_files.spread(path, path)), False
     source = config.output.source_checkpoint
     if source is None:
         return config.model.name, False
-    metadata = Path(source) / "metadata.json"
+    place = host_files.spread(Path(source), run.start / "source")
+    metadata = place / "metadata.json"
     resumes = metadata.is_file() and json.loads(metadata.read_text()).get("stage") == stage
-    return source, resumes
+    return str(place), resumes
 
 
 def require_steps_left(stage: StageName, source: Path, steps: int) -> None:

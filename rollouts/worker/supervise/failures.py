@@ -13,3 +13,7 @@ class RunFailed(Exception):
     def __init__(self, message: str, *, window: str, exit_code: int = 1, log_tail: Sequence[str] | None = None) -> None:
         super().__init__(message)
         self.window, self.exit_code, self.log_tail = window, exit_code, log_tail
+
+
+class PeerFailed(RunFailed):
+    """Another host of the run failed, or is gone."""

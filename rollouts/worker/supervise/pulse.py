@@ -13,6 +13,7 @@ from rollouts.worker.processes import SUPERVISOR_WINDOW, listeners, marked_proce
 from rollouts.worker.supervise.failures import RunFailed, StopRequested
 from rollouts.worker.supervise.journal import Journal
 from rollouts.worker.supervise.open_window import OpenWindow
+from rollouts.worker.supervise.peers import Peers
 
 POLL_S = 0.1
 OPEN = "other machines reach it. What belongs to the run alone should listen on 127.0.0.1."
@@ -21,9 +22,9 @@ OPEN = "other machines reach it. What belongs to the run alone should listen on 
 class Pulse:
     """Keeps status.json fresh in every wait, and raises StopRequested once the run is asked to end."""
 
-    def __init__(self, run: RunDir, plan: LaunchPlan, journal: Journal) -> None:
+    def __init__(self, run: RunDir, plan: LaunchPlan, journal: Journal, peers: Peers) -> None:
         self.windows: Callable[[], Sequence[OpenWindow]] = tuple  # those that run now, looked at in each beat
-        self.run, self.plan, self.journal = run, plan, journal
+        self.run, self.plan, self.journal, self.peers = run, plan, journal, peers
         self._reported: set[tuple[str, int]] = set()  # listeners that an event named
         self._stop_signal: int | None = None
         launched = run_dir.read_status(run)
@@ -38,11 +39,13 @@ class Pulse:
         self._stop_signal = self._stop_signal or signum
 
     def tick(self) -> None:
-        """Keep the heartbeat. Raises StopRequested after a signal, or where the run's directory was removed."""
+        """Keep the heartbeat. Raises StopRequested after a signal, or where the run's directory was removed; on several
+        hosts also what `Peers.check` raises."""
         if self._stop_signal is not None:
             raise StopRequested(f"stopped by {signal.Signals(self._stop_signal).name}")
         if self.journal.is_gone():
             raise StopRequested(f"{self.run.path} was removed")
+        self.peers.check()
         self.beat()
 
     def pause(self) -> None:
@@ -50,6 +53,12 @@ class Pulse:
         self.tick()
         time.sleep(POLL_S)
         self.tick()
+
+    def meet(self, stage: StageName, where: str) -> None:
+        """Wait until all hosts of the run have come here. Raises as `tick`."""
+        if self.plan.group is not None:
+            self.announce(stage, f"waiting for the other hosts: {where}")
+            self.peers.meet(self.pause)
 
     def run_in_thread(self, work: Callable[[], Any]) -> Any:
         """Run something slow in a thread and return its result, ticking meanwhile. Raises RunFailed where it raised."""
@@ -90,10 +99,12 @@ class Pulse:
     def _look_around(self) -> None:
         """Remember which processes descend from each window, and report those that other machines can reach."""
         seen = scan()
+        group = self.plan.group  # what is for the other hosts listens at this one's private address
+        own_address = group.hosts[group.rank].address if group is not None else None
         for window in self.windows():
             window.look_around(seen)
         for found in listeners(marked_processes(self.run, seen=seen), beyond_loopback=True):
-            if (found.address, found.port) not in self._reported:
+            if found.address != own_address and (found.address, found.port) not in self._reported:
                 self._reported.add((found.address, found.port))
                 message = f"{_process_name(found.pid)} listens on {found.address} port {found.port}: {OPEN}"
                 self.journal.event("note", message=message)

@@ -49,6 +49,36 @@ def smoke_test(
         return
     started = time.monotonic()
     event("smoke_test_started", windows=[check.process.window for check in due])
+    parts = _run(run, plan, due, event=event, tick=tick, beat=beat)
+    for check in due:
+        _write_marker(check, parts[check.process.window])
+    seconds = round(time.monotonic() - started, 3)
+    event("smoke_test_ended", action="done", seconds=seconds, parts=parts)
+    say(f"smoke test: passed after {seconds:.1f} s: {json.dumps(parts)}")
+
+
+def try_network(
+    run: RunDir, plan: LaunchPlan, *, event: Event, tick: Callable[[], None], beat: Callable[[], None]
+) -> None:
+    """Try the way between the hosts of a run: one process on each, all at once. Raises as `smoke_test`."""
+    assert plan.network is not None and plan.group is not None
+    found = _run(run, plan, [plan.network], event=event, tick=tick, beat=beat)[plan.network.process.window]
+    if plan.group.leads:
+        event("network_tested", hosts=[host.name for host in plan.group.hosts], **found)
+        say(f"network between the hosts: {json.dumps(found)}")
+
+
+def _run(
+    run: RunDir,
+    plan: LaunchPlan,
+    due: list[SmokeCheck],
+    *,
+    event: Event,
+    tick: Callable[[], None],
+    beat: Callable[[], None],
+) -> dict[str, dict[str, Any]]:
+    """Run checks side by side; return what each reports of its parts. Nothing of them is left on return."""
+    started = time.monotonic()
     windows: list[OpenWindow] = []
     try:
         for check in due:
@@ -58,12 +88,7 @@ def smoke_test(
         left = close_windows(run, windows, grace_s=plan.stop_grace_s, tick=beat)
         if left:
             event("note", message=f"smoke test: still there after SIGKILL, the kernel holds them: {left}")
-    parts = {check.process.window: _report(run, check).get("parts", {}) for check in due}
-    for check in due:
-        _write_marker(check, parts[check.process.window])
-    seconds = round(time.monotonic() - started, 3)
-    event("smoke_test_ended", action="done", seconds=seconds, parts=parts)
-    say(f"smoke test: passed after {seconds:.1f} s: {json.dumps(parts)}")
+    return {check.process.window: _report(run, check).get("parts", {}) for check in due}
 
 
 def _open(run: RunDir, plan: LaunchPlan, check: SmokeCheck) -> OpenWindow:

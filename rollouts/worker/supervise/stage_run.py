@@ -35,6 +35,7 @@ class StageRun:
         try:
             self._watch.start()
             self._await_engines()
+            self._pulse.meet(self._stage.name, f"all start {self._stage.name}")
             self._announce(f"{self._stage.name}: the trainer runs: data and model first, then steps")
             self._trainer = self._open(self._stage.trainer)
             self._await_trainer(self._trainer)

@@ -23,10 +23,11 @@ from rollouts.worker.environments.virtual_environment import ensure_environment
 from rollouts.worker.processes import STOPPED_CODE, SUPERVISOR_STAGE, SUPERVISOR_WINDOW, end_marked, window_mark
 from rollouts.worker.supervise.console import say
 from rollouts.worker.supervise.engine_watch import RestartBudget
-from rollouts.worker.supervise.failures import RunFailed, StopRequested
+from rollouts.worker.supervise.failures import PeerFailed, RunFailed, StopRequested
 from rollouts.worker.supervise.journal import Journal
+from rollouts.worker.supervise.peers import GroupPeers, NoPeers, Peers
 from rollouts.worker.supervise.pulse import Pulse
-from rollouts.worker.supervise.smoke_windows import smoke_test
+from rollouts.worker.supervise.smoke_windows import smoke_test, try_network
 from rollouts.worker.supervise.stage_run import StageRun
 from rollouts.worker.supervise.turn import await_turn
 from rollouts.worker.tickets import OwnTicket, draw
@@ -37,35 +38,41 @@ LOG_TAIL_LINES = 50
 class Supervisor:
     """One run from bootstrap to its final status."""
 
-    def __init__(self, run: RunDir, plan: LaunchPlan, journal: Journal, ticket: OwnTicket | None) -> None:
-        self._run, self._plan, self._journal, self._ticket = run, plan, journal, ticket
-        self._pulse = Pulse(run, plan, journal)
+    def __init__(self, run: RunDir, plan: LaunchPlan, journal: Journal, peers: Peers, ticket: OwnTicket | None) -> None:
+        self._run, self._plan, self._journal, self._peers, self._ticket = run, plan, journal, peers, ticket
+        self._pulse = Pulse(run, plan, journal, peers)
 
     def main(self) -> int:
         """Carry out the plan and return the run's exit code; the final status is written by then."""
         for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
             signal.signal(signum, self._pulse.request_stop)
         state: State = "failed"
+        own = True  # not another host's end
         try:
             self._wait_for_turn()
             mode = json.loads(read_plain(self._run.config))["output"]["mode"]
             self._journal.event("run_started", mode=mode)
+            self._pulse.meet("bootstrap", "all start, or none")
             self._bootstrap()
             budget = RestartBudget(self._plan.engine_restarts_max)
             for stage in self._plan.stages:
                 StageRun(self._pulse, stage, budget).main()
                 if self._run.stop_asked.exists():
                     raise StopRequested(f"stopped in stage {stage.name}, on request, after a checkpoint")
+            self._pulse.meet(self._plan.stages[-1].name, "all have done their part")
             state, code, message = "done", 0, "all stages done"
         except StopRequested as error:
             state, code, message = "stopped", STOPPED_CODE, str(error)
         except RunFailed as error:
+            own = not isinstance(error, PeerFailed)
             code, message = error.exit_code, f"{error}{self._journal.full_disk()}"
+            message += self._peers.others_reasons() if own else ""
             self._report(RunFailed(message, window=error.window, log_tail=error.log_tail))
         except Exception as error:  # a full disk, a mistake of ours: the run must end as failed, with nothing left
             say(traceback.format_exc())
             code, message = 1, f"the supervisor failed: {error!r}{self._journal.full_disk()}"
             self._report(RunFailed(message, window=SUPERVISOR_WINDOW, log_tail=traceback.format_exc().splitlines()))
+        self._peers.end(state, message, code, own=own)
         self._finish(state, code, message)
         return code
 
@@ -87,6 +94,10 @@ class Supervisor:
             self._announce("trying devices and environments")
             pulse = self._pulse
             smoke_test(self._run, self._plan, event=self._journal.event, tick=pulse.tick, beat=pulse.beat)
+            if self._plan.network is not None:
+                pulse.meet("bootstrap", "environments are made")
+                self._announce("trying the network between the hosts")
+                try_network(self._run, self._plan, event=self._journal.event, tick=pulse.tick, beat=pulse.beat)
         except BootstrapError as error:
             raise RunFailed(str(error), window=error.window, log_tail=error.log_tail) from None
 
@@ -125,8 +136,14 @@ def main() -> None:
     if lock is None:
         sys.exit(f"error: run {run.run_id} has a supervisor already")
     with lock:
-        code = Supervisor(run, plan, Journal(run, lock), ticket).main()
+        code = Supervisor(run, plan, Journal(run, lock), _peers(run, plan), ticket).main()
     sys.exit(code)
+
+
+def _peers(run: RunDir, plan: LaunchPlan) -> Peers:
+    if plan.group is None:
+        return NoPeers()
+    return GroupPeers(plan.group, json.loads(read_plain(run.secrets))["group_key"].encode())
 
 
 if __name__ == "__main__":

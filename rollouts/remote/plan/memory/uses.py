@@ -139,7 +139,7 @@ def _trainer_moments(
 
 def _with_overhead(config: Config, parts: Parts) -> Parts:
     """Add what torch's allocator and CUDA take beside tensors."""
-    nccl = NCCL_BYTES if len(config.target.gpu_ranks) > 1 else 0
+    nccl = NCCL_BYTES if config.target.world_size > 1 else 0
     return {**parts, "other": sum(parts.values()) // FRAGMENTS_SHARE + CONTEXT_BYTES + nccl}
 
 
@@ -206,7 +206,7 @@ def largest_micro_batch(config: Config, stage: Stage) -> int:
         sequences = settings.examples_per_step * settings.num_samples
     else:
         sequences = settings.target_examples_per_step
-    own = max(1, math.ceil(sequences / max(1, len(config.target.gpu_ranks))))
+    own = max(1, math.ceil(sequences / max(1, config.target.world_size)))
     if settings.micro_batch_tokens == -1:
         return min(settings.batch_size, own) * longest
     return min(max(settings.micro_batch_tokens, longest), own * longest)
@@ -217,7 +217,7 @@ def _shards(config: Config) -> int:
     if target.sharding == "none":
         return 1
     hybrid = target.sharding == "hybrid_shard" and target.shard_group_size > 0
-    return target.shard_group_size if hybrid else max(1, len(target.gpu_ranks))
+    return target.shard_group_size if hybrid else max(1, target.world_size)
 
 
 def _reference_bytes(config: Config, stage: Stage, models: Models, step: StepLoad, unknown: list[str]) -> int:

@@ -3,6 +3,7 @@
 STAND_IN_STEPS steps of STAND_IN_STEP_S seconds; STAND_IN_FAIL=stage exits 7 there after 60 lines; STAND_IN_WAIT=file
 goes on with its second step only once that file exists; STAND_IN_PRINT_HASH_OF=NAME prints that variable's SHA-256;
 STAND_IN_CHECKPOINT_BYTES is the size of each checkpoint's weights.
+On several hosts the ranks beside the first only wait and print; STAND_IN_FAIL_RANK: the one that STAND_IN_FAIL is for.
 """
 
 import argparse
@@ -34,19 +35,30 @@ def checkpoint(run: RunDir, stage: str, step: int) -> None:
     append_event(run, "checkpoint", stage=stage, step=step, path=directory.relative_to(run.path).as_posix())
 
 
+def follow(stage: str) -> None:
+    """Take part in a stage as a rank that writes nothing."""
+    print(f"stage={stage} rank={os.environ['RANK']}", flush=True)
+    wait = os.environ.get("STAND_IN_WAIT")
+    while wait and not Path(wait).exists():
+        time.sleep(0.02)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--run-dir", type=Path)
     parser.add_argument("--stage")
-    parser.add_argument("--engine-url", required="rl" in sys.argv)
+    rank = os.environ.get("RANK", "0")
+    parser.add_argument("--engine-url", required="rl" in sys.argv and rank == "0")
     arguments = parser.parse_args()
     run, stage = RunDir(arguments.run_dir), arguments.stage
-    if os.environ.get("STAND_IN_FAIL") == stage:
+    if os.environ.get("STAND_IN_FAIL") == stage and os.environ.get("STAND_IN_FAIL_RANK", rank) == rank:
         for line in range(60):
             print(f"line {line} of a failing trainer", flush=True)
         sys.exit(7)
     if secret := os.environ.get("STAND_IN_PRINT_HASH_OF"):
         print(hashlib.sha256(os.environ[secret].encode()).hexdigest(), flush=True)
+    if rank != "0":
+        return follow(stage)
     run.heeds_stop.touch()
     append_event(run, "training_started", stage=stage, step=0, steps_total=STEPS)
     if stage == "sft":

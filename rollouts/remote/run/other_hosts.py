@@ -1,0 +1,143 @@
+"""A run on several hosts: the first is the run to all verbs; here is what is done on the others besides.
+
+All start or none: the code goes to every host first, then the others are launched, and the first last. Where one of
+them refuses, those that were launched are stopped. A supervisor that is left alone ends by itself within two minutes.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+from rollouts.config import Config
+from rollouts.remote.errors import DeployError
+from rollouts.remote.host.facts import gather_facts
+from rollouts.remote.host.open import open_transport
+from rollouts.remote.host.read_answer import read_answer
+from rollouts.remote.host.sending import sent_program
+from rollouts.remote.host.transport import Completed, Transport
+from rollouts.remote.run.connection import RetryPolicy, RunConnection
+from rollouts.remote.run.execute import execute, launch_there, send
+from rollouts.remote.run.pull import pull
+from rollouts.remote.run.registry import RunEntry
+from rollouts.view.reporter import Say
+
+STOP_MARGIN_S, REMOVE_TIMEOUT_S = 60.0, 3600.0
+STOP_WAIT_S = 600.0  # worker.stop's, for the step under way and its checkpoint
+ONE_TRY = RetryPolicy(total_s=10.0)  # a host that is gone must not keep the results of the others waiting
+
+
+def execute_on_all(entry: RunEntry, config: Config, transport: Transport, path: str, say: Say) -> None:
+    """Bring the run to life on all of its hosts, or on none; `path` is the PATH it gets on the first.
+
+    Raises DeployError. Done twice, the second time changes nothing.
+    """
+    if not entry.others:
+        return execute(entry, config, transport, path, say)
+    with contextlib.ExitStack() as stack:
+        parts = [(entry.on(rank), _opened(entry, rank, stack)) for rank in _ranks(entry)]
+        paths = [gather_facts(their_transport).path for _, their_transport in parts]
+        for part, their_transport in (*parts, (entry, transport)):
+            send(part, their_transport, say)
+        begun: list[tuple[RunEntry, Transport]] = []
+        try:
+            for (part, their_transport), their_path in zip((*parts, (entry, transport)), (*paths, path), strict=True):
+                begun.append((part, their_transport))
+                say("launch", f"on {part.target}")
+                launch_there(part, config, their_transport, their_path, say)
+        except DeployError:
+            for part, their_transport in begun:
+                with contextlib.suppress(DeployError):
+                    stop_on(part, their_transport)
+            raise
+
+
+def stop_on(entry: RunEntry, transport: Transport, python: str | None = None, *, now: bool = True) -> Completed:
+    """End the run's processes on one host; unless `now`, after a checkpoint. Raises TransportError."""
+    options = ["--now"] if now else []
+    argv, program = sent_program(python or entry.launch.base_python, "rollouts.worker.stop", entry.run_path, *options)
+    grace_s = STOP_MARGIN_S if entry.stop_grace_s is None else entry.stop_grace_s
+    return transport.run(argv, stdin=program, timeout_s=STOP_WAIT_S + 2 * grace_s + STOP_MARGIN_S)
+
+
+def stop_others(entry: RunEntry) -> list[str]:
+    """End the run on the hosts beside the first. Returns what failed, in words."""
+    notes: list[str] = []
+    for part, transport in _others(entry, notes):
+        try:
+            done = stop_on(part, transport)
+        except DeployError as error:
+            notes.append(f"{part.target}: {error}")
+            continue
+        if done.returncode != 0 and "no run was launched there" not in done.err:
+            notes.append(f"{part.target}: the run could not be stopped there: {done.err[-500:]}")
+    return notes
+
+
+def remove_others(entry: RunEntry) -> list[str]:
+    """Remove the run's directories on the hosts beside the first. Returns what failed, in words."""
+    notes: list[str] = []
+    for part, transport in _others(entry, notes):
+        argv, program = sent_program(
+            part.launch.base_python, "rollouts.worker.remove_run", "remove", part.run_path, "[]"
+        )
+        try:
+            done = transport.run(argv, stdin=program, timeout_s=REMOVE_TIMEOUT_S)
+            answer = read_answer(
+                part.target, f"the removal of {part.run_path}", done.out, {"removed": bool, "reason": str}
+            )
+        except DeployError as error:
+            notes.append(f"{part.target}: {part.run_path} was not removed: {error}")
+            continue
+        if answer["reason"]:
+            notes.append(f"{part.target}: {answer['reason']}")
+    return notes
+
+
+def pull_others(entry: RunEntry) -> list[str]:
+    """Bring what the hosts beside the first have of the run, their logs and events. Returns what failed, in words."""
+    notes: list[str] = []
+    for part, transport in _others(entry, notes):
+        try:
+            pull(RunConnection(part, part.launch.base_python, transport), policy=ONE_TRY)
+        except DeployError as error:
+            notes.append(f"{part.target}: what it has of the run was not pulled: {error}")
+    return notes
+
+
+def on_host(first: RunConnection, name: str, stack: contextlib.ExitStack) -> RunConnection:
+    """Return the connection to the run's host of this name, or number. Raises DeployError for none."""
+    entry = first.entry
+    group = entry.launch.group if entry.others else None
+    hosts = group.hosts if group is not None else []
+    for rank, host in enumerate(hosts):
+        if name in (host.name, host.target, str(rank)):
+            return _connection(entry, rank, stack) if rank else first
+    raise DeployError(
+        f"{entry.run_id} has no host {name!r}.",
+        found=f"hosts: {', '.join(host.name for host in hosts) or entry.target}",
+        started=True,
+    )
+
+
+def _others(entry: RunEntry, notes: list[str]) -> Iterator[tuple[RunEntry, Transport]]:
+    """Yield the run on each other host, and the way there; those without one are noted."""
+    for rank in _ranks(entry):
+        with contextlib.ExitStack() as stack:
+            try:
+                transport = _opened(entry, rank, stack)
+            except DeployError as error:
+                notes.append(f"{entry.on(rank).target}: {error}")
+                continue
+            yield entry.on(rank), transport
+
+
+def _connection(entry: RunEntry, rank: int, stack: contextlib.ExitStack) -> RunConnection:
+    part = entry.on(rank)
+    return RunConnection(part, part.launch.base_python, _opened(entry, rank, stack))
+
+
+def _ranks(entry: RunEntry) -> range:
+    return range(1, len(entry.others) + 1)
+
+
+def _opened(entry: RunEntry, rank: int, stack: contextlib.ExitStack) -> Transport:
+    return stack.enter_context(contextlib.closing(open_transport(entry.on(rank).target)))

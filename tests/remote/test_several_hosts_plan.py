@@ -1,0 +1,145 @@
+"""Plans of a job on several hosts, and at which addresses its hosts meet: pure."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rollouts.remote.errors import DeployError
+from rollouts.remote.host.named_hosts import NamedHost, named_hosts
+from rollouts.remote.host.reach import NOWHERE, Answers, Place, decide_reach
+from rollouts.remote.plan import Plan
+from rollouts.remote.plan.group_plan import count_problems, fit_problems
+from rollouts.remote.plan.launch_plan import launch_plan
+from rollouts.run_dir import GroupHost, HostGroup, LaunchPlan
+from tests.remote.hosts import config_with
+from tests.remote.test_plan import CODE, FACTS, plan_for
+
+GROUP = HostGroup(
+    rank=0,
+    hosts=[
+        GroupHost(target="a", name="node-a", address="10.0.0.4", interface="eth1"),
+        GroupHost(target="b", name="node-b", address="10.0.0.5", interface="lan0"),
+    ],
+    supervisor_port=21_000,
+    trainer_port=22_000,
+)
+
+
+def on(rank: int) -> LaunchPlan:
+    group = dataclasses.replace(GROUP, rank=rank)
+    return launch_plan(config_with({"target.hosts": 2, "target.gpu_ranks": [0, 1]}), FACTS, CODE, "r1", group=group)
+
+
+def test_what_each_host_runs() -> None:
+    """Goal: ranks on each host meet at the first one's private address; engines, and the checkpoint that rl starts
+    from, are the first one's. Red with needs_checkpoint on both."""
+    first, second = on(0), on(1)
+    for rank, plan in enumerate((first, second)):
+        assert LaunchPlan.from_json(plan.to_json()) == plan
+        assert plan.network is not None
+        for process in (plan.network.process, *(stage.trainer for stage in plan.stages)):
+            words = " ".join(process.argv)
+            assert "rollouts.training.bound_torchrun --rdzv-backend static --rdzv-id r1" in words
+            assert "--master-addr 10.0.0.4 --master-port 22000" in words
+            assert f"--nnodes 2 --node-rank {rank} --nproc-per-node 2" in words
+            interface = ("eth1", "lan0")[rank]
+            wanted = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}
+            assert wanted.items() <= process.env.items()
+    assert [[engine.window for engine in stage.engines] for stage in first.stages] == [[], ["engine-0"]]
+    assert [[engine.window for engine in stage.engines] for stage in second.stages] == [[], []]
+    assert [stage.needs_checkpoint is None for stage in (*first.stages, *second.stages)] == [True, False, True, True]
+    assert "--engine-url" in first.stages[1].trainer.argv and "--engine-url" not in second.stages[1].trainer.argv
+    (local,) = second.smoke
+    assert "127.0.0.1" in local.process.argv and local.process.env["GLOO_SOCKET_IFNAME"] == "lo"
+
+
+def test_as_many_hosts_as_the_config_says() -> None:
+    """Goal: target.hosts and the command agree. Red with too many let through."""
+    (found,) = count_problems(config_with({"target.hosts": 2}), 3)
+    assert "asks for 2 hosts, and the command names 3" in found.message and "target.hosts=3" in found.fix
+    assert not list(count_problems(config_with({"target.hosts": 2}), 2))
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({"driver": "580.2"}, ["different NVIDIA drivers", "a: 570.1\nb: 580.2"]),
+        ({"python_version": "3.12.1"}, ["different environments for the trainer", "Python 3.12.1"]),
+        ({"host": FACTS.host}, ["a and b are one machine: gpu-7"]),
+        ({}, []),
+    ],
+    ids=["driver", "python", "twice", "alike"],
+)
+def test_hosts_that_do_not_fit(facts: dict[str, Any], words: list[str]) -> None:
+    """Goal: what differs between hosts and must be the same is named for each. Red with each check left out."""
+    their = {"host": "gpu-8", **facts}
+    plans: list[Plan] = [plan_for(), plan_for(facts=their)]
+    text = "\n".join(problem.text() for problem in fit_problems(["a", "b"], [FACTS, of(their)], plans))
+    assert bool(text) == bool(words)
+    assert all(word in text.replace("          ", "") for word in words), text
+
+
+def of(facts: dict[str, Any]) -> Any:
+    return dataclasses.replace(FACTS, **facts)
+
+
+PUBLIC, PRIVATE, SIX = (
+    Place("eth0", "9.9.9.7", (1, 2)),
+    Place("lan0", "10.0.0.4", (1, 2)),
+    Place("lan0", "fd00::4", (1, 2)),
+)
+
+
+def reached(*places: Place, without: tuple[str, int] | None = None, clock: float = 0.0) -> dict[tuple[str, int], float]:
+    pairs = [(place.address, port) for place in places for port in place.ports]
+    return {pair: clock for pair in pairs if pair != without}
+
+
+@pytest.mark.parametrize(
+    ("reaches", "chosen", "warns"),
+    [
+        (reached(PUBLIC, SIX, PRIVATE), PRIVATE, ""),
+        (reached(PUBLIC, SIX, PRIVATE, without=("10.0.0.4", 2)), SIX, ""),
+        (reached(PUBLIC), PUBLIC, "not a private address"),
+        (reached(PRIVATE, clock=-90.0), PRIVATE, "the clocks of b and a are 90 s apart"),
+    ],
+    ids=["private first", "a port is closed", "public alone", "clocks"],
+)
+def test_where_hosts_meet(reaches: dict[tuple[str, int], float], chosen: Place, warns: str) -> None:
+    """Goal: the address of a host is one that the others reach on every port; a private one and IPv4 where there is a
+    choice; a public one, and clocks that differ, are warned of. Red with one port enough."""
+    theirs = Place("eth0", "10.0.0.5", (3,))
+    answers: Answers = {(1, 0): reaches, (0, 1): reached(theirs)}
+    found = decide_reach(["a", "b"], [[PUBLIC, SIX, PRIVATE], [theirs]], answers)
+    assert found.places == (chosen, theirs) and found.problems == ()
+    assert len(found.warnings) == bool(warns) and warns in "".join(found.warnings)
+
+
+def test_hosts_that_nobody_reaches() -> None:
+    """Goal: a closed firewall, and a host without a network, say which host does not reach what. Red with the caller
+    left out."""
+    answers: Answers = {(1, 0): {}, (0, 1): {}}
+    found = decide_reach(["a", "b"], [[PRIVATE], [NOWHERE]], answers)
+    texts = [problem.text() for problem in found.problems]
+    assert "a: the other hosts of the job do not reach it" in texts[0]
+    assert "b does not reach 10.0.0.4 (lan0), port 1, 2" in texts[0]
+    assert "it has no network address but loopback" in texts[1]
+
+
+def test_a_file_of_hosts(tmp_path: Path) -> None:
+    """Goal: a line names a host and, if wanted, its address; a mistake is named with its line. Red with a second word
+    that is not an address taken."""
+    file = tmp_path / "hosts"
+    file.write_text("# ours\ngpu-7\n\nu@gpu-8:22 10.0.0.5  # the second\n")
+    assert named_hosts([], file) == (NamedHost("gpu-7"), NamedHost("u@gpu-8:22", "10.0.0.5"))
+    assert named_hosts(["a", "b"], None) == (NamedHost("a"), NamedHost("b"))
+    file.write_text("gpu-7\ngpu-8 eth0\n")
+    with pytest.raises(DeployError, match=r"hosts:2: 'gpu-8 eth0' does not name a host"):
+        named_hosts([], file)
+    with pytest.raises(DeployError, match="both name hosts"):
+        named_hosts(["a"], file)
+    file.write_text("\n# none\n")
+    with pytest.raises(DeployError, match="names no hosts"):
+        named_hosts([], file)
