@@ -29,6 +29,10 @@ LONG = (
     "engines/test_contract.py",
     "e2e/test_faults.py",
     "e2e/test_installed.py",
+    "several/test_several_hosts.py",
+    "several/test_group_runs.py",
+    "e2e/test_resume.py",
+    "cloud/test_rented_runs.py",
     "worker/test_base_python.py",
 )
 # Files that share what takes long to make stay together too: SGLang's server, an environment with pip.

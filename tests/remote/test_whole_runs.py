@@ -98,6 +98,7 @@ def test_a_run_from_config_to_results(where: str, laptop: Laptop, make_host: Cal
         "exit_code": 0,
         "message": "all stages done",
         "host": None,
+        "tags": [],
     }
     again = laptop.deploy("attach", "whole")
     assert again.returncode == 0 and "whole: done, exit code 0" in again.stdout
