@@ -185,6 +185,7 @@ config = Config(
         source_checkpoint=None,
         checkpoints_keep=-1,
         checkpoint_best={},
+        on_end=None,
     ),
     provision=None,
 )

@@ -129,6 +129,7 @@ config = Config(
         source_checkpoint=None,
         checkpoints_keep=2,
         checkpoint_best={},
+        on_end=None,
     ),
     provision=None,
 )

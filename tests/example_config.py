@@ -177,6 +177,7 @@ def example_config() -> Config:
             source_checkpoint=None,
             checkpoints_keep=-1,
             checkpoint_best={},
+            on_end=None,
         ),
         provision=None,
     )

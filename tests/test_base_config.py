@@ -235,6 +235,7 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("output.use_wandb", True, "output.wandb_project='': needs a name, since use_wandb=True"),
     ("output.source_checkpoint", "", "output.source_checkpoint='': needs a directory on the host, or None"),
     ("output.save_dir", 7, "output.save_dir=7: needs str, found int"),
+    ("output.on_end", " ", "output.on_end=' ': needs a shell command, or None"),
     ("output.checkpoints_keep", 0, "output.checkpoints_keep=0: needs >= 1, or -1 for all of them"),
     ("output.checkpoint_best", {"sft": "loss"}, "output.checkpoint_best['sft']='loss': needs 'min <metric>' or"),
     ("output.checkpoint_best", {"dpo": "min loss"}, "output.checkpoint_best={'dpo': 'min loss'}: needs keys 'sft'"),

@@ -63,6 +63,9 @@ def _with_added_fields(data: Any) -> Any:
         data = {**data, "target": {"hosts": 1, **target}}
     if isinstance(host, dict) and "requirements" not in host:
         data = {**data, "host": {**host, "requirements": []}}
+    output = data.get("output")
+    if isinstance(output, dict) and "on_end" not in output:
+        data = {**data, "output": {**output, "on_end": None}}
     if not isinstance(data.get("eval"), dict):
         return data
     rl, of_data = data.get("rl"), data.get("data")

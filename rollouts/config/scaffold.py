@@ -147,18 +147,23 @@ def scaffold(choices: Choices) -> Config:
             reward_timeout_s=30.0,
             stop_grace_s=30.0,
         ),
-        output=OutputConfig(
-            save_dir="runs",
-            log_level="INFO",
-            experiment_name=choices.experiment_name,
-            use_wandb=False,
-            wandb_project="",
-            mode=choices.mode,
-            source_checkpoint=None,
-            checkpoints_keep=2,
-            checkpoint_best={},
-        ),
+        output=_output(choices),
         provision=None,
+    )
+
+
+def _output(choices: Choices) -> OutputConfig:
+    return OutputConfig(
+        save_dir="runs",
+        log_level="INFO",
+        experiment_name=choices.experiment_name,
+        use_wandb=False,
+        wandb_project="",
+        mode=choices.mode,
+        source_checkpoint=None,
+        checkpoints_keep=2,
+        checkpoint_best={},
+        on_end=None,
     )
 
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 KEPT_PHASES = ("run", "note", "pull")  # of what deploy itself says: these stay on the screen
 QUIET_S = 30.0  # plain lines: after so long without one, say that it goes on
 TICK_S = 0.25
-SHOWN_EVENTS = ("checkpoint", "note", "warning", "error", "engine_restarted", "engine_recovered")
+SHOWN_EVENTS = ("checkpoint", "note", "warning", "error", "engine_restarted", "engine_recovered", "on_end")
 STYLES = {"✓": "green", "+": "green", "•": "yellow", "*": "yellow", " ": "cyan"}  # by the first character of a line
 
 

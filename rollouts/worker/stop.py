@@ -24,6 +24,7 @@ from rollouts import run_dir
 from rollouts.plain_files import read_plain
 from rollouts.run_dir import ProcessRecord, RunDir, Status, observe
 from rollouts.worker import tmux
+from rollouts.worker.on_end import room_s
 from rollouts.worker.processes import (
     POLL_S,
     STOPPED_CODE,
@@ -53,7 +54,7 @@ def stop(run: RunDir, *, now: bool = False) -> dict[str, Any]:
     if was_live and not now:
         _await_checkpoint(run)
     if was_live:
-        _ask_supervisor(run, within_s=2 * grace_s + SUPERVISOR_MARGIN_S)
+        _ask_supervisor(run, within_s=2 * grace_s + SUPERVISOR_MARGIN_S + room_s(run))
     _end_session(run)
     left = end_marked(run, None, grace_s=grace_s)
     run_dir.remove_transient(run)

@@ -79,6 +79,9 @@ def output_checks(output: OutputConfig) -> Checks:
     source = output.source_checkpoint
     source_ok = source is None or bool(source.strip())
     yield must(source_ok, "output.source_checkpoint", source, "a directory on the host, or None")
+    command = output.on_end
+    command_ok = command is None or bool(command.strip())
+    yield must(command_ok, "output.on_end", command, "a shell command, or None")
     yield from one_or_off(output, "output", checkpoints_keep="all of them")
     for stage, best in output.checkpoint_best.items():
         yield must(stage in ("sft", "rl"), "output.checkpoint_best", output.checkpoint_best, "keys 'sft' and 'rl'")

@@ -63,3 +63,4 @@ class OutputConfig:
     source_checkpoint: str | None  # a checkpoint directory on the host: the first stage starts from it, or resumes it
     checkpoints_keep: int  # of each stage on the host, the last ones; -1: all. What a run resumed from stays too
     checkpoint_best: dict[str, str]  # stage -> "min <metric>" or "max <metric>": kept too; {}: by age alone
+    on_end: str | None  # a shell command on the host at the run's end, whatever the end; saved: no secrets in it

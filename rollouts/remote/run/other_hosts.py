@@ -20,7 +20,7 @@ from rollouts.remote.run.pull import pull
 from rollouts.remote.run.registry import RunEntry
 from rollouts.view.reporter import Say
 
-STOP_MARGIN_S, REMOVE_TIMEOUT_S = 60.0, 3600.0
+STOP_MARGIN_S, REMOVE_TIMEOUT_S = 140.0, 3600.0  # of a stop, the run's output.on_end may take 77 s
 STOP_WAIT_S = 600.0  # worker.stop's, for the step under way and its checkpoint
 ONE_TRY = RetryPolicy(total_s=10.0)  # a host that is gone must not keep the results of the others waiting
 

@@ -20,7 +20,9 @@ from rollouts.run_dir import LaunchPlan, RunDir, State
 from rollouts.worker.environments.hub_model import fetch_model
 from rollouts.worker.environments.installer import BootstrapDeadline, BootstrapError
 from rollouts.worker.environments.virtual_environment import ensure_environment
+from rollouts.worker.on_end import on_end_command
 from rollouts.worker.processes import STOPPED_CODE, SUPERVISOR_STAGE, SUPERVISOR_WINDOW, end_marked, window_mark
+from rollouts.worker.supervise.at_end import run_at_end
 from rollouts.worker.supervise.console import say
 from rollouts.worker.supervise.engine_watch import RestartBudget
 from rollouts.worker.supervise.failures import PeerFailed, RunFailed, StopRequested
@@ -111,10 +113,25 @@ class Supervisor:
         left = end_marked(self._run, marks, grace_s=self._plan.stop_grace_s, tick=self._pulse.beat)
         if left:
             message += f" (still there after SIGKILL: processes {left})"
+        self._run_on_end(state, code)
         run_dir.remove_transient(self._run)
         say(f"run {self._run.run_id} {state}: {message} (exit code {code})")
         self._journal.event("run_ended", last=True, state=state, exit_code=code, message=message)
         self._pulse.finish(state, message, code)
+
+    def _run_on_end(self, state: State, code: int) -> None:
+        """Run output.on_end, where there is one, on the first host. What becomes of it is an event, and no more."""
+        another_does = self._plan.group is not None and not self._plan.group.leads
+        command = None if another_does or self._journal.is_gone() else on_end_command(self._run)
+        if command is None:
+            return
+        say(f"output.on_end: {command}")
+        try:
+            fields = run_at_end(self._run, command, state, code, beat=self._pulse.beat)
+        except Exception as error:  # a mistake of ours, or no room: the run has ended as it has
+            say(traceback.format_exc())
+            fields = {"exit_code": None, "seconds": 0.0, "message": f"output.on_end could not be run: {error!r}"}
+        self._journal.event("on_end", **fields)
 
     def _report(self, error: RunFailed) -> None:
         """Write the `error` event, and the same into the supervisor's window and log."""

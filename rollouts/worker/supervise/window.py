@@ -27,6 +27,7 @@ from rollouts import run_dir
 from rollouts.plain_files import read_plain
 from rollouts.run_dir import ExitRecord, LaunchPlan, ProcessRecord, ProcessSpec, RunDir
 from rollouts.worker.engine_tools import with_tools
+from rollouts.worker.on_end import room_s
 from rollouts.worker.processes import (
     SUPERVISOR_MARGIN_S,
     SUPERVISOR_STAGE,
@@ -187,7 +188,8 @@ class SupervisorWindow(Window):
 
     def __init__(self, run: RunDir, plan: LaunchPlan, stage: str, window: str) -> None:
         super().__init__(run, plan, stage, window)
-        self.grace_s = 2 * plan.stop_grace_s + SUPERVISOR_MARGIN_S  # it has to end all the others first
+        # It has to end all the others first, then to run the user's command
+        self.grace_s = 2 * plan.stop_grace_s + SUPERVISOR_MARGIN_S + room_s(run)
 
     def _end(self, record: ExitRecord, code: int) -> None:
         """End everything of the run, then write the record: once it is there, nothing of the run is left."""
