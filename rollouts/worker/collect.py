@@ -28,6 +28,8 @@ from rollouts.worker.processes import Scan, scan
 
 UPLOAD_IDLE_S = 3600.0  # an upload in which nothing changed for so long has ended, whatever --older-than says
 MARKER_FILE = ".complete"  # of an environment
+# What an upload leaves: a directory in runs/ with none of these may be another program's, where the home is shared
+UPLOADED = ("launch.json", "code/tree", "code/package", "code/.tree-*", "code/.package-*", "start/.*.part")
 Have = dict[str, dict[str, str]]
 
 
@@ -57,9 +59,9 @@ class Home:
         found: list[Item] = []
         for run in self._runs():
             found += self._of_run(run, scanned)
-        found += [self._environment(path) for path in _own(self.home / "envs", "[!.]*")]
-        found += [self._item("removed", path, "", 0.0, "") for path in _own(self.home / removing.REMOVED, "*")]
-        return found
+        found += [self._environment(path) for path in _own(self.home / "envs", "[!.]*") if _is_environment(path)]
+        aside = [path for path in _own(self.home / removing.REMOVED, "*") if removing.was_set_aside(path)]
+        return [*found, *(self._item("removed", path, "", 0.0, "") for path in aside)]
 
     def _runs(self) -> Iterator[RunDir]:
         for path in _own(self.home / "runs", "*"):
@@ -75,7 +77,8 @@ class Home:
             yield self._item("run", run.path, run.run_id, self._now - used_at, in_use or "its status cannot be read")
             return
         if never:
-            yield self._upload(run.path, run.run_id)
+            if any(next(run.path.glob(name), None) for name in UPLOADED):
+                yield self._upload(run.path, run.run_id)
             return
         idle_s = self._now - used_at
         for path in (run.code_tree, run.code_package):
@@ -164,10 +167,19 @@ def _free(item: Item, home: Path) -> Iterator[str]:
         yield ""
 
 
+def _is_environment(path: Path) -> bool:
+    """Return whether this program made it, and not a person whose own environments lie in a folder of that name."""
+    return (path / MARKER_FILE).is_file() or _lock_file(path).is_file()
+
+
+def _lock_file(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
+
+
 @contextlib.contextmanager
 def _environment_lock(path: Path) -> Iterator[bool]:
     """Take the lock of an environment's making. False where another has it."""
-    descriptor = open_plain(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT)
+    descriptor = open_plain(_lock_file(path), os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield True

@@ -6,6 +6,7 @@ What goes is first moved to <home>/removed/, in one step, so that nobody ever se
 import contextlib
 import fcntl
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -112,6 +113,11 @@ def set_aside(path: Path, home: Path) -> Path:
     place = aside / f"{path.name}-{secrets.token_hex(4)}"
     path.rename(place)
     return place
+
+
+def was_set_aside(path: Path) -> bool:
+    """Return whether `set_aside` gave it its name."""
+    return re.search(r"-[0-9a-f]{8}$", path.name) is not None
 
 
 def remove_tree(path: Path) -> str:

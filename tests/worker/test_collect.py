@@ -63,6 +63,7 @@ class World:
         (path / "bin").mkdir(parents=True)
         (path / "bin/big").write_bytes(os.urandom(300_000))
         (path / "bin/link").symlink_to("/usr/bin/env")
+        path.with_name(f".{path.name}.lock").touch()
         if shape["whole"]:
             (path / ".complete").write_text("{}")
             moment = time.time() - shape["days"] * DAY_S
@@ -234,3 +235,18 @@ def test_links_lead_nowhere(tmp_path: Path) -> None:
     assert [item.kind for item in free] == ["code"]
     collect.remove(world.home, free)
     assert (tmp_path / "elsewhere/file").exists() and (tmp_path / "shared/key1/bin/big").exists()
+
+
+def test_what_others_keep_in_folders_of_these_names(tmp_path: Path) -> None:
+    """Goal: in a home that is a person's own directory, their environments, the runs of other programs and what they
+    put away stay, and are not even listed. Red with each of the three taken for ours by its folder alone."""
+    places = ("envs/mine/bin/python", "runs/theirs/config.json", "runs/other/code/train.py", "removed/photos/1.jpg")
+    for name in places:
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("{}")
+    items = Home(tmp_path, older_than_s=0.0, have={}, now=time.time() + 99 * DAY_S).items()
+    assert items == [] and not (tmp_path / "envs/.mine.lock").exists()
+    (tmp_path / "runs/other/code/.tree-1").mkdir()
+    (tmp_path / "removed/run-0123abcd").mkdir()
+    items = Home(tmp_path, older_than_s=0.0, have={}, now=time.time() + 99 * DAY_S).items()
+    assert [(item.kind, item.keep) for item in items] == [("upload", ""), ("removed", "")]
