@@ -32,7 +32,7 @@ READ_TIMEOUT_S = 20.0
 RETRY_FOR_S = 45.0  # reads and ends, from the first try
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 15.0
 PAGES_MAX = 200  # of a list; more: a provider whose cursor leads in a circle
-OVERLOADED, SERVER_ERROR = 429, 500
+REFUSED, TIMED_OUT, OVERLOADED, SERVER_ERROR = 400, 408, 429, 500
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,10 @@ class ProviderApi:
         refusal = refused(reply)
         if refusal is not None:
             raise refusal
-        if reply.status == OVERLOADED or reply.status >= SERVER_ERROR:
+        if reply.status in (TIMED_OUT, OVERLOADED) or reply.status >= SERVER_ERROR:
             raise self._unclear(what, f"HTTP {reply.status}: {reply.said}")
+        if reply.status < REFUSED and reply.body is None:  # cut off, or a proxy's page: the call itself may have worked
+            raise self._unclear(what, f"HTTP {reply.status}, and no JSON: {reply.said}")
         return self.checked(reply, what).body
 
     def checked(self, reply: HttpReply, what: str) -> HttpReply:
@@ -124,7 +126,7 @@ class ProviderApi:
                 found=reply.said,
                 fix="make a new key at the provider, and set it there; machines that run go on billing meanwhile",
             )
-        if reply.status >= 400:
+        if reply.status >= REFUSED:
             message = f"{self.provider} refuses {what}: HTTP {reply.status}."
             raise CloudError(message, kind="gone" if reply.status in (404, 410) else "refused", found=reply.said)
         if reply.body is None and reply.said:

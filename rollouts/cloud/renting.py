@@ -4,9 +4,10 @@ A create call is made once. What a lost answer may have made is looked for by it
 until the provider says that it is gone.
 """
 
+import contextlib
 import secrets
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import anyio
 
@@ -38,13 +39,28 @@ async def rent(
 ) -> Machine:
     """Create one machine. Raises CloudError; what was made in spite of it is ended, or stays in the ledger as unclear.
 
-    Raises CloudError, kind "unclear", where it is not known: then nothing else may be created in its place.
+    Raises CloudError, kind "unclear", where it is not known: then nothing else may be created in its place. What cuts
+    it off, such as Ctrl-C or a full disk, is raised once the machine is looked for and ended.
     """
     ledger.intend(order, now=time.time(), terms=terms)
     if terms is not None:
         terms.arm()
     try:
-        machine = await provider.create(order)
+        machine = await _made(provider, order, ledger, patience)
+        ledger.note(order.name, "created", machine_id=machine.machine_id, price_per_hour=machine.price_per_hour)
+    except CloudError:
+        raise
+    except BaseException as error:
+        with anyio.CancelScope(shield=True):
+            await _end_by_name(provider, order, ledger, patience, reason=f"cut off: {type(error).__name__}")
+        raise
+    return machine
+
+
+async def _made(provider: Provider, order: Order, ledger: Ledger, patience: Patience) -> Machine:
+    """Ask once for the machine. Raises CloudError as `rent` does."""
+    try:
+        return await provider.create(order)
     except CloudError as error:
         if error.machine_id is not None:
             ledger.note(order.name, "created", machine_id=error.machine_id)
@@ -54,23 +70,34 @@ async def rent(
             ledger.note(order.name, "refused", reason=str(error))
             raise
         ledger.note(order.name, "unclear", reason=str(error))
-        machine = await _settled(provider, order, error, patience)
-    ledger.note(order.name, "created", machine_id=machine.machine_id, price_per_hour=machine.price_per_hour)
-    return machine
+        return await _settled(provider, order, error, patience)
+
+
+async def _end_by_name(provider: Provider, order: Order, ledger: Ledger, patience: Patience, *, reason: str) -> None:
+    """End what a create that was cut off has made. What cannot be found or ended stays open in the ledger."""
+    unclear = CloudError(f"{order.name} may have been made.", kind="unclear")
+    with contextlib.suppress(CloudError, OSError):
+        machine = await _settled(provider, order, unclear, patience)
+        lease = replace(ledger.lease(order.name), machine_id=machine.machine_id)
+        await end(provider, lease, ledger, patience, reason=reason)
 
 
 async def _settled(provider: Provider, order: Order, error: CloudError, patience: Patience) -> Machine:
     """Return the machine that a lost answer made. Raises CloudError where none shows in time."""
     deadline = time.monotonic() + patience.settle_s
     while True:
-        found = [machine for machine in await provider.machines() if machine.name == order.name and machine.bills]
+        seen = f"no machine {order.name} in its list for {patience.settle_s:.0f} s"
+        try:
+            found = [machine for machine in await provider.machines() if machine.name == order.name and machine.bills]
+        except CloudError as problem:  # whatever its kind: of the machine nothing is known
+            found, seen = [], f"its list cannot be read: {problem}"
         if found:
             return found[0]
         if time.monotonic() > deadline:
             raise CloudError(
                 str(error),
                 kind="unclear",
-                found=f"{error.problems[0].found}\nno machine {order.name} in its list for {patience.settle_s:.0f} s",
+                found=f"{error.problems[0].found}\n{seen}",
                 needed=f"certainty, since {order.name} would cost ${order.offer.price_per_hour:.2f} an hour",
                 fix="`deploy machines` shows what the provider has; it looks for that name from now on",
             )
@@ -80,7 +107,8 @@ async def _settled(provider: Provider, order: Order, error: CloudError, patience
 async def end(provider: Provider, lease: Lease, ledger: Ledger, patience: Patience, *, reason: str) -> None:
     """End a machine, and return once the provider says that it is gone. Raises CloudError where it does not in time."""
     assert lease.machine_id is not None, "a machine has an id before it can end"
-    ledger.note(lease.name, "ending", machine_id=lease.machine_id, reason=reason)
+    with contextlib.suppress(OSError):  # a full disk must not keep a machine billing: the lease is open as it is
+        ledger.note(lease.name, "ending", machine_id=lease.machine_id, reason=reason)
     deadline, asked_at, known, last = time.monotonic() + patience.end_s, None, False, ""
     while True:
         try:
@@ -99,7 +127,11 @@ async def end(provider: Provider, lease: Lease, ledger: Ledger, patience: Patien
         if time.monotonic() > deadline:
             raise _not_ended(lease, last)
         await anyio.sleep(patience.poll_s)
-    ledger.note(lease.name, "ended", reason=reason)
+    try:
+        ledger.note(lease.name, "ended", reason=reason)
+    except OSError as error:
+        message = f"{lease.name} is ended, but the ledger here cannot say so: {error}"
+        raise CloudError(message, kind="unavailable", fix="free some space; `deploy machines` closes it then") from None
 
 
 async def _is_gone(provider: Provider, machine_id: str) -> bool:

@@ -14,7 +14,7 @@ from rollouts.cloud.ledger import Ledger
 from rollouts.cloud.machine_types import PROVIDERS, ProviderName
 from rollouts.cloud.provider_keys import read_key
 from tests.cloud.conftest import QUICK
-from tests.cloud.fakes.server import KEY, FakeCloud
+from tests.cloud.fakes.server import KEY, Answer, FakeCloud
 
 Clouds = dict[str, FakeCloud]
 PUBLIC_KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKey"
@@ -93,7 +93,8 @@ def test_async_works_in_a_running_loop(clouds: Clouds) -> None:
     assert anyio.run(both) == (4, 4)
 
 
-AMBIGUOUS = ("500 after", "lost", "500", "lost before", "429 plain", "429 json", "429 retry-after")
+MADE = ("500 after", "lost", "page after", "408 after")
+AMBIGUOUS = (*MADE, "500", "lost before", "429 plain", "429 json", "429 retry-after")
 
 
 LOST = [(name, kind) for name in PROVIDERS for kind in AMBIGUOUS if name == "vast" or not kind.startswith("429 ")]
@@ -102,11 +103,12 @@ LOST = [(name, kind) for name in PROVIDERS for kind in AMBIGUOUS if name == "vas
 @pytest.mark.parametrize(("name", "kind"), [*LOST, ("prime", "429 json")])
 def test_a_create_without_an_answer(name: ProviderName, kind: str, clouds: Clouds) -> None:
     """Goal: what a lost answer made is found by its name and used; else it is an error, and nothing is made twice.
-    Red with the create call made again, and with the first page of the list alone read."""
+    Red with the create call made again, with the first page of the list alone read, and with an answer of success that
+    is no JSON, as of a proxy, taken for a refusal."""
     cloud, client = clouds[name], client_of(name)
     others = [client.create(first_offer(client), public_key=PUBLIC_KEY) for _ in range(2)]
     cloud.fault("create", kind)
-    if kind in ("500 after", "lost"):
+    if kind in MADE:
         machine = client.create(first_offer(client), public_key=PUBLIC_KEY)
         assert steps(machine.name) == ["intent", "unclear", "created"] and machine.name in cloud.bill()
         others.append(machine)
@@ -324,11 +326,22 @@ def test_answers_that_are_something_else(clouds: Clouds) -> None:
             answer = odd
 
             def do(*_: Any, answer: Any = answer) -> Any:
-                from tests.cloud.fakes.server import Answer
-
                 return Answer(200, answer)
 
             cloud.do = do  # type: ignore[method-assign]
             assert name in MAKERS
         asked = anyio.run(find_offers, MachineNeeds())
         assert [offer for offer in asked.offers if not offer.left_out] == []
+
+
+def test_a_list_that_fails_after_a_lost_answer(clouds: Clouds, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Goal: where the list cannot be read either, the machine stays unclear, so that none is made in its place. Red
+    with the list's own error raised, which reads as a refusal."""
+    client, offer = client_of("runpod"), first_offer(client_of("runpod"))
+    clouds["runpod"].fault("create", "lost")
+    monkeypatch.setattr(clouds["runpod"], "on_list", lambda *_: Answer(404, {"detail": "no such path"}))
+    with pytest.raises(CloudError, match="no clear answer") as caught:
+        client.create(offer, public_key=PUBLIC_KEY)
+    assert caught.value.kind == "unclear" and "its list cannot be read" in caught.value.text()
+    for machine in clouds["runpod"].machines.values():
+        clouds["runpod"].end(machine)

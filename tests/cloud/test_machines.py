@@ -1,6 +1,7 @@
 """The ledger beside the providers: `deploy machines`, ends, crashes at every step, and two laptops with one account."""
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -18,13 +19,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollouts.cloud import CloudError, GPUClient, provider_api
+from rollouts.cloud import CloudError, GPUClient, lease_guard, provider_api
 from rollouts.cloud.accounts import keys_here, open_providers
 from rollouts.cloud.ledger import Ledger, fold
-from rollouts.cloud.machine_types import PROVIDERS, ProviderName
+from rollouts.cloud.machine_types import PROVIDERS, Order, ProviderName
 from rollouts.cloud.our_machines import OurMachines, look
 from rollouts.cloud.reaching import reach
-from rollouts.cloud.renting import end
+from rollouts.cloud.renting import end, rent
 from tests.cloud.conftest import CLOUDS, QUICK, variables
 from tests.cloud.fakes.server import KEY, FakeCloud
 from tests.cloud.test_cloud_verbs import deploy
@@ -286,3 +287,49 @@ def test_no_file_holds_a_key(clouds: Clouds) -> None:
     files = [path for path in Ledger().path.parent.rglob("*") if path.is_file()]
     assert files and [path for path in files if KEY.encode() in path.read_bytes()] == []
     assert time.time() - Ledger().leases()[0].since < 300
+
+
+def test_a_create_that_is_cut_off(clouds: Clouds) -> None:
+    """Goal: Ctrl-C while the provider makes the machine, and a disk that is full when it is made, leave none billing.
+    Red with the error alone passed on."""
+    offer = first_offer(client_of("lambda"))
+    order = Order(name="rollouts-cut-off", offer=offer, public_key=PUBLIC_KEY, disk_gib=50, image=None)
+
+    async def cut_off() -> None:
+        async with open_providers(keys_here(["lambda"])[0]) as providers, anyio.create_task_group() as group:
+
+            async def cut() -> None:
+                while not clouds["lambda"].machines:
+                    await anyio.sleep(0.02)
+                group.cancel_scope.cancel()
+
+            group.start_soon(cut)
+            await rent(providers["lambda"], order, Ledger(), QUICK)
+
+    clouds["lambda"].fault("create", "slow")
+    anyio.run(cut_off)
+    assert clouds["lambda"].machines and clouds["lambda"].bill() == {} and Ledger().open_leases() == []
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(Ledger, "note", full)
+        client_of("lambda").create(offer, public_key=PUBLIC_KEY)
+    assert len(clouds["lambda"].machines) == 2 and clouds["lambda"].bill() == {}
+    looked()
+
+
+def full(self: Ledger, name: str, step: str, **fields: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_guard_on_a_full_disk(clouds: Clouds) -> None:
+    """Goal: machines whose time is up are ended where no line can be written, all of them, and the guard looks again.
+    Red with the line written before the provider is asked, and with the first error ending the guard."""
+    for name in ("rollouts-a", "rollouts-b"):
+        client_of("lambda").create(first_offer(client_of("lambda")), public_key=PUBLIC_KEY, name=name)
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Ledger, "note", full)
+        patch.setattr(lease_guard, "Patience", lambda: QUICK)
+        lease_guard._end(Ledger().open_leases(), Ledger(), said.append)
+    assert clouds["lambda"].bill() == {} and "rollouts-a is ended, but" in said[0] and len(said) == 1
+    looked()
+    assert Ledger().open_leases() == []

@@ -19,7 +19,7 @@ KEY = "sk-secret-of-the-test-account-0123456789"
 BEFORE = ("429 plain", "429 json", "429 retry-after", "500", "lost before")  # nothing is done
 LAG_S = 0.4
 SLOW_S = 20.0  # until an answer that nobody waits for
-AFTER = ("500 after", "lost")  # it is done, and the caller does not hear of it
+AFTER = ("500 after", "lost", "page after", "408 after")  # it is done, and the caller does not hear of it
 
 
 @dataclass
@@ -183,7 +183,13 @@ class FakeCloud:
             late = self.take(operation, AFTER)
         if self.take(operation, ("slow",)):
             time.sleep(SLOW_S)
-        return None if late == "lost" else self.error(500, "internal error") if late else done
+        answers = {
+            "lost": None,
+            "500 after": self.error(500, "internal error"),
+            "page after": Answer(200, "<html>a proxy's page</html>"),
+            "408 after": self.error(408, "timed out"),
+        }
+        return answers.get(late, done)
 
     def accepted(self) -> Answer:
         return Answer(204)
