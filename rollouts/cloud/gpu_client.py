@@ -21,7 +21,7 @@ from rollouts.cloud.cloud_errors import CloudError
 from rollouts.cloud.ledger import Lease, Ledger
 from rollouts.cloud.machine_types import PROVIDERS, Machine, MachineNeeds, Offer, Order, ProviderName
 from rollouts.cloud.provider import Provider
-from rollouts.cloud.renting import Patience, end, new_machine_name, rent
+from rollouts.cloud.renting import NAME_PREFIX, Patience, end, new_machine_name, rent
 from rollouts.cloud.search_offers import Condition, judged, ordered
 
 Found = TypeVar("Found")
@@ -66,6 +66,8 @@ class AsyncGPUClient(_Terms):
         order = Order(name=name, offer=offer, public_key=public_key, disk_gib=disk_gib, image=image)
         if name in [lease.name for lease in self._ledger.leases()]:
             raise CloudError(f"the name {name} was used before: choose another, or leave it out.", kind="refused")
+        if not name.startswith(NAME_PREFIX) and name in [machine.name for machine in await self.list()]:
+            raise CloudError(f"a machine of the account is named {name}: choose another name.", kind="refused")
         return await self._with(offer.provider, lambda provider: rent(provider, order, self._ledger, self._patience))
 
     async def get(self, machine: Machine) -> Machine | None:

@@ -31,6 +31,7 @@ class LambdaLabs:
 
     def __init__(self, key: ProviderKey) -> None:
         self._api = ProviderApi("lambda", key, gap_s=CALL_GAP_S)
+        self.account = key.account
 
     async def close(self) -> None:
         await self._api.close()

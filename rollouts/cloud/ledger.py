@@ -38,6 +38,7 @@ class Lease:
     run_id: str | None = None  # the run that it was rented for
     until: float | None = None  # when a guard ends it; None: nobody does
     keep: bool = False  # up to then, when its run is done too
+    account: str = ""  # ProviderKey.account of whoever rented it; "" is not known
 
     @property
     def may_bill(self) -> bool:
@@ -67,11 +68,11 @@ class Ledger:
     def __init__(self, path: Path | None = None) -> None:
         self.path = path or home_dir() / "cloud" / "ledger.jsonl"
 
-    def intend(self, order: Order, *, now: float, terms: Terms | None = None) -> None:
+    def intend(self, order: Order, *, now: float, account: str = "", terms: Terms | None = None) -> None:
         """Write down that a machine of this name is about to be created, for which run and for how long."""
         offer = order.offer
         fields: dict[str, Any] = {"gpu_type": offer.gpu_type, "gpus": offer.gpus, "region": offer.region}
-        fields["price_per_hour"] = offer.price_per_hour
+        fields |= {"price_per_hour": offer.price_per_hour, "account": account}
         if terms is not None:
             fields |= {"run_id": terms.run_id, "until": now + terms.hours * 3600, "keep": terms.keep}
         self._append(order.name, "intent", now, provider=offer.provider, **fields)
@@ -138,6 +139,7 @@ def fold(lines: Iterable[dict[str, Any]]) -> dict[str, Lease]:
                 run_id=line["run_id"] if isinstance(line.get("run_id"), str) else None,
                 until=_number(line["until"]) if line.get("until") is not None else None,
                 keep=line.get("keep") is True,
+                account=str(line.get("account") or ""),
             )
         elif name in leases:
             leases[name] = _after(leases[name], line)
@@ -152,8 +154,7 @@ def _after(lease: Lease, line: dict[str, Any]) -> Lease:
         changes["price_per_hour"] = _number(line["price_per_hour"])
     if isinstance(line.get("reason"), str):
         changes["reason"] = line["reason"]
-    if line["step"] in ("ended", "refused"):
-        changes["ended_at"] = _number(line.get("time"))
+    changes["ended_at"] = _number(line.get("time")) if line["step"] in ("ended", "refused") else None
     return replace(lease, **changes)
 
 

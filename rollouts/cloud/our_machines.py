@@ -11,7 +11,7 @@ from rollouts.cloud.cloud_errors import CloudError
 from rollouts.cloud.ledger import Lease, Ledger
 from rollouts.cloud.machine_types import PROVIDERS, Machine, ProviderName
 from rollouts.cloud.provider import Provider
-from rollouts.cloud.renting import NAME_PREFIX, Patience, end, settle
+from rollouts.cloud.renting import NAME_PREFIX, OTHER_KEY, Patience, end, may_know, settle
 from rollouts.view.tables import columns
 
 YOUNG_S = 600.0  # so long after its intent, a machine that no list shows may still turn up
@@ -54,11 +54,16 @@ async def look(ledger: Ledger, *, young_s: float = YOUNG_S) -> OurMachines:
 
         listed, errors = await ask_all(providers, one)
     problems = {**asked.problems, **errors}
+    seen = {(name, machine.machine_id): machine for name, machines in listed.items() for machine in machines}
     open_leases = ledger.open_leases()
     for lease in open_leases:
         if lease.provider not in listed and lease.provider not in problems:
             problems[lease.provider] = no_key((lease.provider,))
-    seen = {(name, machine.machine_id): machine for name, machines in listed.items() for machine in machines}
+        elif lease.provider in listed and (lease.provider, lease.machine_id) not in seen:
+            if may_know(providers[lease.provider], lease):
+                continue
+            message = f"{lease.provider}: {lease.name} was rented with another key than the one here."
+            problems[lease.provider] = CloudError(message, kind="key", fix=OTHER_KEY)
     known = {(lease.provider, lease.machine_id) for lease in ledger.leases()}
     unknown = [m for place, m in seen.items() if m.name.startswith(NAME_PREFIX) and place not in known]
     rows = [_row(lease, seen.get((lease.provider, lease.machine_id or ""))) for lease in open_leases]

@@ -34,6 +34,7 @@ class PrimeIntellect:
 
     def __init__(self, key: ProviderKey) -> None:
         self._api = ProviderApi("prime", key)
+        self.account = key.account
 
     async def close(self) -> None:
         await self._api.close()

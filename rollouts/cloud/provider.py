@@ -9,6 +9,7 @@ class Provider(Protocol):
     """One cloud and one account. Every method raises CloudError."""
 
     name: ProviderName
+    account: str  # ProviderKey.account
 
     async def offers(self, wanted: MachineNeeds) -> list[Offer]:
         """Return what could be rented, those that are left out with their reason."""

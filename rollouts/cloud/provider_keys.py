@@ -1,5 +1,6 @@
 """API keys, from where each provider's own tools keep them. They are shown nowhere."""
 
+import hashlib
 import json
 import os
 import re
@@ -19,6 +20,11 @@ class ProviderKey:
     secret: str = field(repr=False)
     source: str
     team: str | None = None  # Prime's: whose account pays
+
+    @property
+    def account(self) -> str:
+        """Return what tells this key's account from another's, and nothing of the key."""
+        return hashlib.sha256(f"{self.secret} {self.team or ''}".encode()).hexdigest()[:16]
 
     def hidden(self, text: str) -> str:
         """Return `text` without the key, should a provider repeat it."""

@@ -17,6 +17,7 @@ from rollouts.cloud.machine_types import Machine, Order
 from rollouts.cloud.provider import Provider
 
 NAME_PREFIX = "rollouts-"
+OTHER_KEY = "set that one again; where its account is the same, `deploy machines end MACHINE --yes` takes its word"
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ async def rent(
     Raises CloudError, kind "unclear", where it is not known: then nothing else may be created in its place. What cuts
     it off, such as Ctrl-C or a full disk, is raised once the machine is looked for and ended.
     """
-    ledger.intend(order, now=time.time(), terms=terms)
+    ledger.intend(order, now=time.time(), account=provider.account, terms=terms)
     if terms is not None:
         terms.arm()
     try:
@@ -116,6 +117,8 @@ async def end(provider: Provider, lease: Lease, ledger: Ledger, patience: Patien
             if asked_at is None or not known or now - asked_at >= patience.ask_again_s:
                 known = await provider.terminate(lease.machine_id) or known
                 asked_at = now
+            if not known and not may_know(provider, lease):
+                raise CloudError(f"the key here is another than the one that rented it: {OTHER_KEY}", kind="key")
             settled = known or time.time() - lease.since > patience.settle_s  # a young machine may not show yet
             if settled and await _is_gone(provider, lease.machine_id):
                 break
@@ -152,21 +155,28 @@ def _not_ended(lease: Lease, found: str) -> CloudError:
     )
 
 
+def may_know(provider: Provider, lease: Lease) -> bool:
+    """Return whether this account is the one that a lease is of. Of a machine of another it knows nothing."""
+    return lease.account in ("", provider.account)
+
+
 async def settle(provider: Provider, leases: list[Lease], ledger: Ledger, *, young_s: float) -> list[Machine]:
     """Bring the ledger to what the provider says of these leases. Returns the provider's machines that bill.
 
-    What is in no list is closed only when it is older than `young_s`: a list may lag behind a create. What the ledger
-    took for ended, and bills all the same, is open again.
+    What is in no list is closed only when it is older than `young_s`: a list may lag behind a create; and never by the
+    list of another account. A name alone, which others may give too, finds no machine but one without an id. What the
+    ledger took for ended, and bills all the same, is open again.
     """
     billing = [machine for machine in await provider.machines() if machine.bills]
     by_name = {machine.name: machine for machine in billing}
     by_id = {machine.machine_id: machine for machine in billing}
     for lease in leases:
-        machine = by_id.get(lease.machine_id or "") or by_name.get(lease.name)
+        named = by_name.get(lease.name) if lease.may_bill or lease.name.startswith(NAME_PREFIX) else None
+        machine = by_id.get(lease.machine_id) if lease.machine_id else named
         if machine is not None:
             if not lease.may_bill or lease.machine_id != machine.machine_id:
                 ledger.note(lease.name, "created", machine_id=machine.machine_id)
-        elif lease.may_bill and time.time() - lease.since > young_s:
+        elif lease.may_bill and may_know(provider, lease) and time.time() - lease.since > young_s:
             await _close(provider, lease, ledger)
     return billing
 

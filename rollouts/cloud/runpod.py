@@ -33,6 +33,7 @@ class RunPod:
 
     def __init__(self, key: ProviderKey) -> None:
         self._api = ProviderApi("runpod", key)
+        self.account = key.account
 
     async def close(self) -> None:
         await self._api.close()

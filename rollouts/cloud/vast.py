@@ -37,6 +37,7 @@ class Vast:
 
     def __init__(self, key: ProviderKey) -> None:
         self._api = ProviderApi("vast", key)
+        self.account = key.account
 
     async def close(self) -> None:
         await self._api.close()

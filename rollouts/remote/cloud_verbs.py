@@ -4,6 +4,7 @@ What they need of rollouts.cloud is imported when they run.
 """
 
 import contextlib
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator
@@ -92,6 +93,8 @@ def end_machines(name: str | None, *, orphans: bool, yes: bool) -> Answer:
         ledger = Ledger()
         found = anyio.run(look, ledger)
         leases = [lease for lease in ledger.open_leases() if orphans or lease.name == name]
+        if yes and name is not None:  # the user knows that this key's account is that machine's
+            leases = [dataclasses.replace(lease, account="") for lease in leases]
         strangers = [machine for machine in found.unknown if machine.name == name]
         if strangers and not yes:
             raise DeployError(

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollouts.cloud import CloudError, GPUClient, lease_guard, provider_api
+from rollouts.cloud import CloudError, GPUClient, lease_guard, provider_api, provider_keys
 from rollouts.cloud.accounts import keys_here, open_providers
 from rollouts.cloud.ledger import Ledger, fold
 from rollouts.cloud.machine_types import PROVIDERS, Order, ProviderName
@@ -333,3 +333,35 @@ def test_a_guard_on_a_full_disk(clouds: Clouds) -> None:
     assert clouds["lambda"].bill() == {} and "rollouts-a is ended, but" in said[0] and len(said) == 1
     looked()
     assert Ledger().open_leases() == []
+
+
+def test_a_key_of_another_account(clouds: Clouds, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Goal: a machine of one account is not taken for gone by the list of another; it stays open, said with the way
+    out. Red with every list believed, and with the other account's 404 taken for the end."""
+    client = client_of("vast")
+    machine = client.create(first_offer(client), public_key=PUBLIC_KEY)
+    made = clouds["vast"].machines
+    monkeypatch.setattr(provider_keys.ProviderKey, "account", "another")
+    clouds["vast"].machines = {}
+    found = looked()
+    assert [row.name for row in found.rows] == [machine.name] and "another key" in found.problems["vast"].text()
+    with pytest.raises(CloudError, match="not confirmed") as caught:
+        end_open()
+    assert "--yes" in caught.value.text() and len(Ledger().open_leases()) == 1
+    clouds["vast"].machines = made
+    assert looked().problems == {}, "a new key of the same account"
+    end_open()
+
+
+def test_a_name_that_somebody_else_gives_too(clouds: Clouds) -> None:
+    """Goal: a colleague's machine with the name of one of ours that has ended is theirs, and a name that the account
+    has is not taken twice. Red with names alone compared."""
+    client, theirs = client_of("runpod"), clouds["runpod"].make
+    client.terminate(client.create(first_offer(client), public_key=PUBLIC_KEY, name="train"))
+    colleague = theirs("train", 1.0, {"gpu": {"id": "H100"}}, "")
+    other = theirs("busy", 1.0, {"gpu": {"id": "H100"}}, "")
+    assert looked().rows == [] and Ledger().open_leases() == []
+    with pytest.raises(CloudError, match="is named busy"):
+        client.create(first_offer(client), public_key=PUBLIC_KEY, name="busy")
+    for machine in (colleague, other):
+        clouds["runpod"].end(machine)
