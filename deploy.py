@@ -349,7 +349,9 @@ def machines(
     machine: Annotated[str | None, typer.Argument(metavar="[MACHINE]", help="Its name.")] = None,
     *,
     orphans: Annotated[bool, typer.Option("--orphans", help="End all that were rented here and bill.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="End one that was rented from elsewhere.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="End one that was rented from elsewhere, or with another key.")
+    ] = False,
     as_json: Json = False,
 ) -> Any:
     """List the machines that were rented from clouds, or end some of them."""
