@@ -48,9 +48,10 @@ def hosts_run(host: Host, run_id: str) -> RunDir:
 
 
 def test_a_run_on_two_hosts(laptop: Laptop, make_hosts: Callable[[int], list[Host]]) -> None:
-    """Goal: one command goes from config to verified results on two hosts; the second's logs are here, too."""
+    """Goal: one command goes from config to verified results on two hosts; the second's logs are here, too; the first
+    alone runs output.on_end. Red with each of them running it."""
     hosts = make_hosts(2)
-    config = str(write_config(laptop.project, target__hosts=2))
+    config = str(write_config(laptop.project, target__hosts=2, output__on_end="echo told; exit 3"))
     done = laptop.deploy(config, *remotes(hosts), "--run-id", "both")
     assert done.returncode == 0, done.stdout + done.stderr
     run = mirror(laptop, "both")
@@ -62,6 +63,8 @@ def test_a_run_on_two_hosts(laptop: Laptop, make_hosts: Callable[[int], list[Hos
     nobody = laptop.deploy("logs", "both", "--window", "trainer@node7")
     assert nobody.returncode == 1 and "hosts: node0, node1" in nobody.stderr
     assert [status.state for host in hosts if (status := read_status(hosts_run(host, "both")))] == ["done", "done"]
+    assert [hosts_run(host, "both").log("on_end").exists() for host in hosts] == [True, False]
+    assert (run.path / "logs" / "on_end.log").read_text() == "told\n"
     digests = {json.loads(hosts_run(host, "both").code_manifest.read_text())["digest"] for host in hosts}
     assert len(digests) == 1
     notes = [row["message"] for host in hosts for row in read_jsonl(hosts_run(host, "both").events) if "message" in row]
