@@ -114,7 +114,7 @@ def holders_of_keys(*places: Path) -> list[Path]:
 @pytest.mark.parametrize("name", ["runpod", "vast", "prime"])
 def test_a_whole_run(name: str, renter: Laptop, clouds: Clouds, tmp_path: Path) -> None:
     """Goal: the machine is rented, guarded, used by the usual path, and ended after the last verified pull; no file
-    holds a provider's key, here or there. Red without the end after the pull."""
+    holds a provider's key, here or there."""
     done = renter.deploy(job(renter, providers=[name]), "--yes", "--run-id", "rented")
     assert done.returncode == 0, done.stdout + done.stderr
     assert clouds[name].bill() == {} and len(clouds[name].machines) == 1
@@ -128,7 +128,7 @@ def test_a_whole_run(name: str, renter: Laptop, clouds: Clouds, tmp_path: Path) 
 
 def test_the_plan_rents_nothing(renter: Laptop, clouds: Clouds) -> None:
     """Goal: --plan names machine, price and the most it can cost, and changes nothing; without --yes nothing is rented
-    where nobody can be asked. Red with the create call before the question."""
+    where nobody can be asked."""
     done = renter.deploy(job(renter, spend_max=4.0), "--plan")
     assert done.returncode == 0 and "at most $4.00: after 1.49 h a guard ends it" in done.stdout, done.stdout
     assert renter.json(job(renter), "--plan")["price_per_hour"] == 2.69
@@ -142,7 +142,7 @@ def test_the_plan_rents_nothing(renter: Laptop, clouds: Clouds) -> None:
 @pytest.mark.parametrize("fault", ["capacity", "broken", "dearer"])
 def test_the_next_offer(fault: str, renter: Laptop, clouds: Clouds) -> None:
     """Goal: without capacity, with a machine that never runs, or that costs more than offered, the next offer is taken,
-    with the reason told; the first machine is ended. Red with the first error raised."""
+    with the reason told; the first machine is ended."""
     clouds["vast"].fault("create", fault)
     done = renter.deploy(job(renter, providers=["vast"]), "--yes", "--run-id", "second")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -152,8 +152,7 @@ def test_the_next_offer(fault: str, renter: Laptop, clouds: Clouds) -> None:
 
 
 def test_an_answer_that_was_lost(renter: Laptop, clouds: Clouds) -> None:
-    """Goal: a machine whose create call had no answer is found and used; one machine is made. Red with a second
-    create call."""
+    """Goal: a machine whose create call had no answer is found and used; one machine is made."""
     clouds["prime"].fault("create", "lost")
     done = renter.deploy(job(renter, providers=["prime"]), "--yes", "--run-id", "found")
     assert done.returncode == 0 and len(clouds["prime"].machines) == 1, done.stderr
@@ -161,7 +160,7 @@ def test_an_answer_that_was_lost(renter: Laptop, clouds: Clouds) -> None:
 
 def test_a_run_that_cannot_start_ends_its_machines(renter: Laptop, clouds: Clouds) -> None:
     """Goal: where the host does not do for the run, its machine is ended and the reasons of all are told; nothing is
-    left to attach to. Red with the machine left to its guard."""
+    left to attach to."""
     config = write_config(
         renter.project, output__mode="sft", host__disk_free_gib_min=10**6, provision=replace(RENTS, retries_max=0)
     )
@@ -172,7 +171,7 @@ def test_a_run_that_cannot_start_ends_its_machines(renter: Laptop, clouds: Cloud
 
 
 def test_the_whole_life_for_whoever_has_a_key(renter: Laptop, clouds: Clouds) -> None:
-    """Goal: scripts/cloud_check goes through a machine's life and ends it. Red with the end left out."""
+    """Goal: scripts/cloud_check goes through a machine's life and ends it."""
     command = [sys.executable, "-m", "scripts.cloud_check", "runpod", "--max-price", "3"]
     environment = renter._environment({})
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=250)
@@ -193,8 +192,7 @@ def rented_and_killed(renter: Laptop, when: str, hours: float) -> None:
 
 
 def test_a_killed_deploy(renter: Laptop, clouds: Clouds) -> None:
-    """Goal: after kill -9 of deploy, a machine without a run is told of in red, and its guard ends it at its time. Red
-    with the guard started after the create call."""
+    """Goal: after kill -9 of deploy, a machine without a run is told of in red, and its guard ends it at its time."""
     rented_and_killed(renter, "created", hours=0.004)
     assert "warning: rented and not ended: rollouts-" in renter.deploy("ls").stderr
     wait_for(lambda: clouds["runpod"].bill() == {}, "the guard")
@@ -202,8 +200,7 @@ def test_a_killed_deploy(renter: Laptop, clouds: Clouds) -> None:
 
 
 def test_the_watchdog_on_the_machine(renter: Laptop, clouds: Clouds) -> None:
-    """Goal: with deploy and this computer's guard gone, the machine ends itself with its own key. Red with a watchdog
-    that dies with its SSH session."""
+    """Goal: with deploy and this computer's guard gone, the machine ends itself with its own key."""
     rented_and_killed(renter, "registered", hours=0.012)
     assert wait_for(lambda: kill_all(f"HOME={renter.home}", "lease_guard"), "the guard here")
     wait_for(lambda: clouds["runpod"].bill() == {}, "the watchdog")

@@ -134,8 +134,7 @@ def too_long(text: str) -> list[str]:
 
 
 def test_this_machine(here: str, tmp_path: Path) -> None:
-    """Goal: without a GPU and a host the answers are true, in 80 columns, and nothing is left. Red with the probe's
-    file given a name and kept."""
+    """Goal: without a GPU and a host the answers are true, in 80 columns, and nothing is left."""
     answer = ask()
     health = answer.document["health"]
     assert answer.exit_code == 0 and answer.document["ready"] and answer.document["stops"] == []
@@ -155,7 +154,7 @@ def test_this_machine(here: str, tmp_path: Path) -> None:
 
 def test_cards_over_ssh(make_host: MakeHost, laptop: Laptop, tmp_path: Path) -> None:
     """Goal: over a real sshd, links, lanes, memory errors and holders with their owner are told, each fault with its
-    fix, and a field that this nvidia-smi lacks costs itself alone. Red with one query of all fields."""
+    fix, and a field that this nvidia-smi lacks costs itself alone."""
     with sites() as url:
         host = make_host(
             path=cards(tmp_path / "tools", os.getpid()),
@@ -182,7 +181,7 @@ def test_cards_over_ssh(make_host: MakeHost, laptop: Laptop, tmp_path: Path) -> 
 
 
 def test_a_host_that_cannot_be_reached(laptop: Laptop) -> None:
-    """Goal: no connection is a finding like any other: exit code 1, with its fix. Red with the error passed on: 2."""
+    """Goal: no connection is a finding like any other: exit code 1, with its fix."""
     done = laptop.deploy("doctor", "--remote", f"127.0.0.1:{free_port()}")
     assert done.returncode == 1 and "refused the connection" in done.stdout and "check the port" in done.stdout
     assert "1 problem stops a run." in done.stdout
@@ -193,8 +192,7 @@ def test_a_host_that_cannot_be_reached(laptop: Laptop) -> None:
     [("org/open", "", "open"), ("org/gated", "", "gated"), ("org/gated", TOKEN, "open"), ("org/none", "", "missing")],
 )
 def test_models_of_the_hub(here: str, model: str, token: str, state: str) -> None:
-    """Goal: a model is asked for with the token, which no index and no other page sees. Red with the token sent to
-    every site."""
+    """Goal: a model is asked for with the token, which no index and no other page sees."""
     environment = {"PIP_INDEX_URL": f"{here}/simple", "HF_ENDPOINT": here, "HF_TOKEN": token}
     (found,) = network_row(environment, [model])["models"]
     assert (found["state"], found["token"]) == (state, bool(token))
@@ -204,7 +202,7 @@ def test_models_of_the_hub(here: str, model: str, token: str, state: str) -> Non
 
 def test_a_gated_model_of_a_config(here: str, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Goal: a config's model is asked for with the secret that its run would have, which no output shows; without the
-    secret it stops the run. Red with host.secrets left out of the question."""
+    secret it stops the run."""
     monkeypatch.chdir(project)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     options: dict[str, Any] = {"model__name": "org/gated", "host__env": {}}
@@ -218,14 +216,14 @@ def test_a_gated_model_of_a_config(here: str, project: Path, monkeypatch: pytest
 
 
 def test_a_config_that_does_not_fit(here: str, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Goal: with a config every reason of its plan counts. Red with the plan's problems left out: exit code 0."""
+    """Goal: with a config every reason of its plan counts."""
     monkeypatch.chdir(project)
     answer = ask(str(write_config(project, target__device_type="cuda")))
     assert answer.exit_code == 1 and "local has 0 GPUs; this config needs 1." in answer.text
 
 
 def test_a_directory_that_cannot_be_written() -> None:
-    """Goal: the reason is kept, and nothing is measured. Red with the error let through."""
+    """Goal: the reason is kept, and nothing is measured."""
     row = disk_row("home", Path("/proc"))
     assert (
         row["problem"] and row["write_mib_s"] is None and row["file_system"] == file_system(Path("/proc/1")) == "proc"
@@ -239,8 +237,7 @@ def test_owners_of_processes() -> None:
 
 
 def test_an_index_that_does_not_answer(here: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Goal: an index that is not there stops a run that has no environment yet, and is shown without its password.
-    Red with the URL shown as it is."""
+    """Goal: an index that is not there stops a run that has no environment yet, and is shown without its password."""
     monkeypatch.setenv("PIP_INDEX_URL", f"http://me:password@127.0.0.1:{free_port()}/simple")
     answer = ask()
     assert answer.exit_code == 1 and "local does not reach the package index" in answer.text
@@ -249,8 +246,8 @@ def test_an_index_that_does_not_answer(here: str, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(("shift_s", "told"), [(-7200.0, "ahead of"), (7200.0, "behind"), (0.0, "")])
 def test_clocks(here: str, monkeypatch: pytest.MonkeyPatch, shift_s: float, told: str) -> None:
-    """Goal: clocks that differ by hours are told apart, whichever is ahead; the way there and back counts as neither.
-    Red with the host's time compared with the answer's alone."""
+    """Goal: clocks that differ by hours are told apart, whichever is ahead; the way there and back counts as
+    neither."""
     real = host_health.time.time
     monkeypatch.setattr(host_health.time, "time", lambda: real() + shift_s)
     assert FACTS.python
@@ -276,7 +273,7 @@ Legend:
 
 
 def test_topologies() -> None:
-    """Goal: each pair once, and one card, or none, is no pair. Red with the header's row read as a card's."""
+    """Goal: each pair once, and one card, or none, is no pair. Red with each pair told both ways."""
     pairs = {"0-1": "NV4", "0-2": "SYS", "0-3": "SYS", "1-2": "SYS", "1-3": "SYS", "2-3": "PHB"}
     assert read_links(TOPOLOGY) == pairs
     assert read_links("\tGPU0\tCPU Affinity\tNUMA Affinity\nGPU0\t X \t0-7\t\tN/A\n") == {} == read_links("")
@@ -389,8 +386,7 @@ RULES: list[tuple[dict[str, Any], bool, str, str]] = [
 
 @pytest.mark.parametrize(("changes", "stops", "message", "fix"), RULES, ids=lambda value: str(value)[:40])
 def test_rules(changes: dict[str, Any], stops: bool, message: str, fix: str) -> None:
-    """Goal: each fault is one problem with its fix, and stops a run or does not. Red with each rule's `if` reversed: a
-    well host has the problem."""
+    """Goal: each fault is one problem with its fix, and stops a run or does not."""
     well = diagnose(FACTS, WELL, "gpu-7", reuses=False)
     assert well.stops == well.warnings == ()
     found = diagnose(FACTS, dataclasses.replace(WELL, **changes), "gpu-7", reuses=False)

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from rollouts.remote.errors import TransportError
+from rollouts.remote.host import facts as facts_module
 from rollouts.remote.host.facts import gather_facts, parse_facts
 from rollouts.remote.host.host_probe import run_row, run_rows
 from rollouts.remote.host.local import LocalTransport
@@ -57,6 +59,20 @@ def test_a_port_that_was_just_left_is_free(monkeypatch: pytest.MonkeyPatch, tmp_
         accepted.close()  # the server's side closes first: its port goes to TIME_WAIT
         client.close()
     assert gather_facts(LocalTransport(), ports=[port]).ports_in_use == ()
+
+
+def test_a_first_look_without_an_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Goal: a host whose tool hangs is told of with how long was waited, and what shows why. Red without `late`: the
+    bare command line and its time."""
+    tools = tool_directory(tmp_path / "bin", without=("tmux",))
+    (tools / "tmux").write_text("#!/bin/sh\nexec sleep 600\n")
+    (tools / "tmux").chmod(0o755)
+    monkeypatch.setenv("ROLLOUTS_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PATH", str(tools))
+    monkeypatch.setattr(facts_module, "FACTS_TIMEOUT_S", 1)
+    with pytest.raises(TransportError, match=r"local: the first look at the host did not end within 1 s\.") as caught:
+        gather_facts(LocalTransport())
+    assert "run the same command again; `uptime` and `df -h` show" in caught.value.text()
 
 
 LINES = """home=/h

@@ -118,7 +118,7 @@ def on_a_terminal(laptop: Laptop, arguments: list[str], env: Mapping[str, str]) 
 @needs_pam
 def test_a_second_factor_is_asked_for_once(guarded: Guarded, laptop: Laptop, runtime: dict[str, str]) -> None:
     """Goal: deploy says what the host wants, ssh asks on the terminal, and commands, rsync and the next verb go over
-    that connection. Red with rsync's ssh logging in by itself, and with the connection ended with the command."""
+    that connection."""
     code, said = on_a_terminal(laptop, ["--remote", guarded.host.target], runtime)
     assert code == 0 and "ready   yes" in said, said
     assert "wants keyboard-interactive beside the key" in said and guarded.times() == 1
@@ -130,7 +130,7 @@ def test_a_second_factor_is_asked_for_once(guarded: Guarded, laptop: Laptop, run
 def test_a_run_over_one_login(
     guarded: Guarded, laptop: Laptop, project: Path, runtime: dict[str, str], tmp_path: Path
 ) -> None:
-    """Goal: a whole run, its code sent, followed and pulled: one question. Red with a login for each rsync."""
+    """Goal: a whole run, its code sent, followed and pulled: one question."""
     arguments = (str(write_config(project)), "--remote", guarded.host.target)
     done = laptop.deploy(*arguments, env=runtime | answering(tmp_path), timeout_s=WAIT_S)
     assert done.returncode == 0 and guarded.times() == 1, done.stdout + done.stderr
@@ -142,8 +142,7 @@ def test_a_run_over_one_login(
 def test_a_jump_host_with_a_second_factor(
     guarded: Guarded, make_host: MakeHost, laptop: Laptop, runtime: dict[str, str], tmp_path: Path
 ) -> None:
-    """Goal: a jump host asks, the host behind it does not, and doctor says who wanted what. Red with the jump's block
-    in batch mode."""
+    """Goal: a jump host asks, the host behind it does not, and doctor says who wanted what."""
     inner = make_host()
     laptop.ssh_config(
         f"Host far\n  HostName 127.0.0.1\n  Port {inner.port}\n  ProxyJump 127.0.0.1:{guarded.host.port}\n"
@@ -155,7 +154,7 @@ def test_a_jump_host_with_a_second_factor(
 
 @needs_pam
 def test_without_a_terminal(guarded: Guarded, laptop: Laptop, runtime: dict[str, str]) -> None:
-    """Goal: where nobody can be asked, the error says so, and how to get in. Red with ssh started all the same."""
+    """Goal: where nobody can be asked, the error says so, and how to get in."""
     done = laptop.deploy("--remote", guarded.host.target, env=runtime)
     assert done.returncode == 2 and "there is no terminal to ask on" in done.stderr
     assert "SSH_ASKPASS" in done.stderr and guarded.times() == 0
@@ -170,7 +169,7 @@ def test_a_connection_that_ended_is_made_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Goal: a command that was cut off is a lost connection, and the next one logs in anew; the exit code and both
-    outputs are the command's own. Red with the socket taken for an open connection, and with 255 for an exit code."""
+    outputs are the command's own."""
     monkeypatch.setenv("HOME", str(laptop.home))
     for name, value in answering(tmp_path).items():
         monkeypatch.setenv(name, value)
@@ -194,8 +193,7 @@ def test_a_connection_that_ended_is_made_again(
 def test_an_open_connection_of_the_users(
     make_host: MakeHost, laptop: Laptop, runtime: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Goal: a ControlMaster that the user opened is used, for rsync as well, and is left open. Red with a login of
-    deploy's own: the host takes no key any more."""
+    """Goal: a ControlMaster that the user opened is used, for rsync as well, and is left open."""
     host = make_host()
     socket = Path(runtime["XDG_RUNTIME_DIR"]) / "own" / "mine-%p"
     socket.parent.mkdir()
@@ -250,7 +248,7 @@ CHOICES = [
 @pytest.mark.parametrize(("values", "failure", "can", "why"), CHOICES)
 def test_the_choice(hop: Hop, values: dict[str, str], failure: LoginFailed, can: bool, why: str | None) -> None:
     """Goal: the ssh command is taken for what it alone can do, and never for a key that the host refuses. Red with
-    each rule left out."""
+    no rule: None for every login."""
     found = choose_client(replace(hop, values={**hop.values, **values}), failure, can_ask=can)
     assert (found is None) == (why is None)
     assert found is None or (why or "") in found.why
@@ -268,7 +266,18 @@ def test_sockets_lie_in_a_directory_of_this_users_alone(monkeypatch: pytest.Monk
     shutil.rmtree(short)
 
 
-def test_who_can_be_asked() -> None:
+def test_who_can_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Goal: a program counts where ssh would use it. Red with SSH_ASKPASS alone: ssh wants a display."""
     assert can_ask({"SSH_ASKPASS": "/x", "SSH_ASKPASS_REQUIRE": "force"}.get)
     assert can_ask({"SSH_ASKPASS": "/x", "DISPLAY": ":0"}.get)
+    real_open = os.open
+
+    def no_terminal(path: str, flags: int) -> int:
+        if path == "/dev/tty":
+            raise OSError
+        return real_open(path, flags)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", no_terminal)
+        alone = can_ask({"SSH_ASKPASS": "/x"}.get)
+    assert not alone

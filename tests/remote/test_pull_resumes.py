@@ -121,8 +121,7 @@ def test_nothing_is_written_through_a_hard_link(laptop: Laptop, ended: Host, tmp
 
 def test_what_a_pull_brings(laptop: Laptop, ended: Host) -> None:
     """Goal: --no-checkpoints and --only latest leave the rest on the host, and say so with the command that brings it,
-    also while a run is followed; --bwlimit reaches rsync. Red with the note left out, and with the mirror called
-    complete."""
+    also while a run is followed; --bwlimit reaches rsync."""
     with_none = laptop.json("pull", "big", "--no-checkpoints")
     assert with_none["checkpoints"] == [] and len(with_none["left"]) == 2
     assert "`deploy pull big` brings" in with_none["notes"][0] and "sft/step_000001" in with_none["notes"][0]

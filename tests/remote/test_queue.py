@@ -28,8 +28,7 @@ def state_on(host: Host, run_id: str) -> str:
 
 def test_a_sweep_in_the_queue(laptop: Laptop, make_host: Callable[..., Host], tmp_path: Path) -> None:
     """Goal: all runs are sent at once and the command is gone; they run one after another; the table comes later, with
-    -f at their end. Red with the runs started from here in turn (one run on the host), and with the sweep not
-    remembered."""
+    -f at their end."""
     host, go = make_host(), tmp_path / "go"
     config = str(write_config(laptop.project, output__mode="sft", env={"STAND_IN_WAIT": str(go)}))
     sent = laptop.deploy(config, *RATES, "--queue", "--detach", "--remote", host.target)
@@ -55,8 +54,7 @@ def test_a_sweep_in_the_queue(laptop: Laptop, make_host: Callable[..., Host], tm
 
 def test_waiting_for_a_turn(laptop: Laptop, make_host: Callable[..., Host], shared: Path, tmp_path: Path) -> None:
     """Goal: --wait queues behind a live run; Ctrl-C says that the run stays queued; another laptop's comes behind it,
-    and leaves by `stop`; `attach` follows from queued to done, and everything is pulled. Red with "goes on" said of a
-    queued run, and with the turn given by the time of the launch alone."""
+    and leaves by `stop`; `attach` follows from queued to done, and everything is pulled."""
     host, go = make_host(), tmp_path / "go"
     holds = str(write_config(laptop.project, "holds", output__mode="sft", env={"STAND_IN_WAIT": str(go)}))
     assert laptop.deploy(holds, "--remote", host.target, "--run-id", "first", "--detach").returncode == 0
@@ -151,7 +149,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("options", "says"), REFUSED, ids=[says[:25] for _, says in REFUSED])
 def test_options_that_contradict(laptop: Laptop, options: list[str], says: str) -> None:
-    """Goal: each ends with one message, and nothing is started. Red with the check gone."""
+    """Goal: each ends with one message, and nothing is started."""
     done = laptop.deploy(str(write_config(laptop.project)), *options)
     assert done.returncode == 2 and says in done.stderr, done.stderr
     missing = laptop.deploy("sweep", "nothing")

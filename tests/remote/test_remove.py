@@ -115,7 +115,8 @@ def test_a_run_that_left_no_results_needs_no_yes(home: Path) -> None:
 @pytest.mark.parametrize("how", ["live", "launched", "followed", "used", "links out", "mirror is a link", "unknown"])
 def test_what_is_refused(how: str, home: Path, tmp_path: Path) -> None:
     """Goal: a run that is live, is being launched or followed, whose files a live run uses, or whose directory is not
-    what deploy made, stays with all of it, and so do the others of the command. Red with each check left out."""
+    what deploy made, stays with all of it, and so do the others of the command. Red with its check left out,
+    seen for each but the last, an unknown name."""
     entry, run = make_run(home, "mine", state="running" if how == "live" else "done")
     other, _ = make_run(home, "other")
     held: list[Any] = []
@@ -130,7 +131,7 @@ def test_what_is_refused(how: str, home: Path, tmp_path: Path) -> None:
         status = {"run_id": "mine", "experiment_name": "example", "state": "starting", "stage": None, "message": ""}
         times = {"started_at": time.time(), "updated_at": time.time(), "exit_code": None}
         write_json_atomic(run.status, status | times)
-        said = "and stays"
+        said = "mine is starting on local, and stays"
     elif how == "followed":
         write_note(entry, now=1.0, followed_by=os.getppid())
         said = f"is followed by process {os.getppid()}"

@@ -105,7 +105,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("setting", "names"), REFUSED, ids=[names for _, names in REFUSED])
 def test_settings_that_a_resume_cannot_follow(tmp_path: Path, setting: str, names: str) -> None:
-    """Goal: each is named with the fix; a learning rate may change. Red with FIXED empty."""
+    """Goal: each is named with the fix; a learning rate may change. Red with FIXED and FIXED_OF_STAGE empty."""
     old = registry.RunEntry(
         run_id="r",
         experiment_name="e",
@@ -141,8 +141,7 @@ def here(laptop: Laptop, run_id: str) -> RunDir:
 
 def test_a_stopped_run_goes_on_on_another_host(laptop: Laptop, make_host: Callable[..., Host], tmp_path: Path) -> None:
     """Goal: the checkpoint is sent, whole; the record, launch.json and the rows tell of the run before; the old host
-    need not answer; a plan pulls nothing. Red with the checkpoint not sent, with an old host that is gone taken for
-    an error, and with --plan pulling."""
+    need not answer; a plan pulls nothing."""
     old_host, new_host = make_host(), make_host()
     stopped(laptop, tmp_path, "--remote", old_host.target)
     looked = laptop.deploy("resume", "old", "--plan")

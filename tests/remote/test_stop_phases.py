@@ -36,8 +36,7 @@ REACHED: dict[str, Callable[[RunDir], Any]] = {
 @pytest.mark.parametrize("phase", REACHED)
 def test_stop(phase: str, laptop: Laptop, tmp_path: Path) -> None:
     """Goal: whatever the run does, one stop ends all of it, and says what it has. While steps are trained it leaves a
-    whole checkpoint of the last one, and the next stage does not begin. Red with SIGTERM alone: the step's checkpoint
-    was missing; and without the supervisor's look for the request: the run went on to rl, or was called done."""
+    whole checkpoint of the last one, and the next stage does not begin."""
     run_id = f"stop-{secrets.token_hex(4)}"
     never = str(tmp_path / "never")
     env = {} if phase == "ended" else {"STAND_IN_STEPS": "9", "STAND_IN_WAIT": never, "STAND_IN_ENGINE_WAIT": never}
@@ -76,7 +75,7 @@ def test_stop(phase: str, laptop: Laptop, tmp_path: Path) -> None:
 
 def test_stop_while_the_code_is_sent(laptop: Laptop, make_host: Callable[..., Host]) -> None:
     """Goal: a run that is stopped before its launch, by this laptop or another, is not launched; attach does it all the
-    same. Red without the launcher's look: it trained after it was stopped."""
+    same."""
     host, run_id = make_host(), f"stop-{secrets.token_hex(4)}"
     config = str(write_config(laptop.project, output__mode="sft"))
     deploying = laptop.start(config, "--remote", host.target, "--run-id", run_id)

@@ -40,7 +40,7 @@ def run_preview(tmp_path: Path, **changes: Any) -> subprocess.CompletedProcess[s
 
 def test_every_mixture_without_torch(tmp_path: Path) -> None:
     """Goal: counts, lengths and the first rows of each mixture come without torch; what is too long is left out by
-    reason, and the lengths add up to what is kept. Red with torch imported by the loaders."""
+    reason, and the lengths add up to what is kept."""
     done = run_preview(tmp_path, data__max_length=14)
     assert done.returncode == 0, done.stderr
     sft, rl, held = json.loads(done.stdout)
@@ -53,7 +53,7 @@ def test_every_mixture_without_torch(tmp_path: Path) -> None:
 
 
 def test_rows_that_cannot_be_read(tmp_path: Path) -> None:
-    """Goal: a broken row ends it with one line that names the place. Red with the traceback of the loader."""
+    """Goal: a broken row ends it with one line that names the place."""
     done = run_preview(tmp_path, model__name="configs/models/nowhere")
     assert (
         done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
@@ -62,7 +62,7 @@ def test_rows_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_spans_and_histogram() -> None:
     """Goal: spans join to the whole text, special tokens too, and change where training does; every length is in one
-    bin. Red with one span a token."""
+    bin."""
     tokenizer = tiny_task.tiny_tokenizer()
     ids = tokenizer("abc")["input_ids"]
     sample = Sample(prompt="", response="", tokens=[*ids, tokenizer.eos_token_id], loss_mask=[0.0, 1.0, 1.0, 0.0])
@@ -76,7 +76,7 @@ def test_spans_and_histogram() -> None:
 
 def test_the_text() -> None:
     """Goal: trained text stands in brackets, or is green; bars follow the counts; what the data has of a terminal's
-    signs is spelled out in both. Red with brackets around all, and with the colours put on before that."""
+    signs is spelled out in both."""
     spans = [{"text": "ask ", "trained": False}, {"text": "answer\n\x1b[31mred", "trained": True}]
     mixture = {
         "mixture": "sft_mixture",
@@ -92,7 +92,7 @@ def test_the_text() -> None:
 
 
 def test_what_is_missing_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Goal: a laptop without the packages is told what to install, before anything runs. Red with ImportError."""
+    """Goal: a laptop without the packages is told what to install, before anything runs."""
     example_config().save(tmp_path / "config.json")
     monkeypatch.setattr(data_verb.importlib.util, "find_spec", lambda name: None if name == "datasets" else name)
     with pytest.raises(DeployError, match="missing here: datasets"):
@@ -103,8 +103,7 @@ def test_what_is_missing_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(("below", "no_color"), [("", ""), ("notes/deep", "1")], ids=["from its root", "from below"])
 def test_a_repository_with_names_of_python_s(below: str, no_color: str, tmp_path: Path) -> None:
     """Goal: from any folder of a repository with a types.py and a rollouts/ of its own rows are read, in colour on a
-    terminal, in brackets with NO_COLOR. Red without -P, where its types.py was imported; with the working directory
-    as the place of the data; and with NO_COLOR not looked at."""
+    terminal, in brackets with NO_COLOR."""
     shutil.copytree(ROOT / "configs/models/tiny_qwen2", tmp_path / "tiny")
     own = make_own(tmp_path, {"types.py": "raise ImportError\n", "rollouts/__init__.py": "", "notes/deep/n.txt": ""})
     config = own_config(model__name="tiny", output__mode="sft")
