@@ -115,8 +115,7 @@ def test_a_run_that_left_no_results_needs_no_yes(home: Path) -> None:
 @pytest.mark.parametrize("how", ["live", "launched", "followed", "used", "links out", "mirror is a link", "unknown"])
 def test_what_is_refused(how: str, home: Path, tmp_path: Path) -> None:
     """Goal: a run that is live, is being launched or followed, whose files a live run uses, or whose directory is not
-    what deploy made, stays with all of it, and so do the others of the command. Red with its check left out,
-    seen for each but the last, an unknown name."""
+    what deploy made, stays with all of it, and so do the others of the command. Red with each check left out."""
     entry, run = make_run(home, "mine", state="running" if how == "live" else "done")
     other, _ = make_run(home, "other")
     held: list[Any] = []

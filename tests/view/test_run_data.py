@@ -15,7 +15,7 @@ from tests.view.runs import rollout_row, write_run
 
 def test_a_run_is_read_whole(tmp_path: Path) -> None:
     """Goal: series, answers, events, packages and commit are those of the files, compared with pandas; nothing is
-    written. Red with a stage's rows in the order of the file, of two stages mixed."""
+    written."""
     run = write_run(tmp_path / "a")
     before = {file: file.stat().st_mtime_ns for file in run.path.rglob("*")}
     data = read_run(run.path)
@@ -33,7 +33,7 @@ def test_a_run_is_read_whole(tmp_path: Path) -> None:
 
 def test_damaged_lines_are_left_out_and_counted(tmp_path: Path) -> None:
     """Goal: a torn line, a row of wrong types and a number that is none cost themselves alone, and are counted; a last
-    line that is still being written is neither. Red with the half-written line counted."""
+    line that is still being written is neither."""
     run = write_run(tmp_path / "a", steps=5)
     with run.metrics.open("a") as file:
         file.write('{"stage": "rl", "st\n[1, 2]\n{"stage": "rl", "step": true, "time": 1}\n')

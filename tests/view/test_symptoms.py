@@ -52,7 +52,7 @@ def test_a_run_that_goes_well_has_none(run: RunDir) -> None:
 
 
 def test_a_run_that_has_just_begun_has_none(tmp_path: Path) -> None:
-    """Goal: a few steps are no evidence. Red with the end and the start of a run of three steps compared."""
+    """Goal: a few steps are no evidence."""
     made = write_run(tmp_path / "run", steps=3)
     made.events.unlink()
     assert symptoms(read_run(made.path)) == ()

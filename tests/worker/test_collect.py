@@ -161,7 +161,7 @@ def test_any_host_gives_back_what_was_said_and_keeps_what_lives(
 ) -> None:
     """Goal: over random hosts the sum told is the room given back, to 1 %; no file of a live run, of the environment
     that it uses or that is being made, nor an only copy changes; a second look finds nothing more. Red with hard links
-    counted as freed."""
+    counted as freed, and with the lock of a launch not asked."""
     with tempfile.TemporaryDirectory() as name:
         world = World(Path(name), runs, environments)
         with world.held:
