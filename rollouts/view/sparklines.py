@@ -60,9 +60,9 @@ def sparkline(values: Sequence[float], width: int, *, utf8: bool) -> str:
     """Return at most `width` characters, each the mean of its part of the values, from their least to their most."""
     cells = min(width, len(values))
     bounds = [round(at * len(values) / cells) for at in range(cells + 1)]
-    means = [math.fsum(values[a:b]) / (b - a) for a, b in itertools.pairwise(bounds)]
+    means = [sum(value / (b - a) for value in values[a:b]) for a, b in itertools.pairwise(bounds)]
     low, high = min(means), max(means)
     levels = LEVELS if utf8 else PLAIN_LEVELS
-    span = high - low
     top = len(levels) - 1
-    return "".join(levels[round(top * (mean - low) / span) if span > 0 else 0] for mean in means)
+    half = high / 2 - low / 2  # halves: the difference of two finite numbers may not be one
+    return "".join(levels[round(top * ((mean / 2 - low / 2) / half)) if half > 0 else 0] for mean in means)

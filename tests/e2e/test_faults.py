@@ -35,17 +35,15 @@ def rl_alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.timeout(900)
 def test_a_data_row_that_does_not_parse(laptop: Laptop, tmp_path: Path) -> None:
-    """Goal: an RL row that is broken stops the run before SFT trains, and is one error line at the laptop, naming file
-    and line. Red when load_data read only its own stage's mixture: SFT ran first; and when only torchrun's report
-    arrived."""
+    """Goal: an RL row that is broken is one error line, naming file and line, and nothing is started."""
     laptop.project = copy_of_repository(tmp_path / "project")
     rows = ['{"question": "abc", "answer": "cba"}', '{"question": "abd", "answer": "dba"}', '{"question": "abe", "ans']
     broken = "configs/data/letters/broken.jsonl"
     (laptop.project / broken).write_text("\n".join(rows + rows[:2]) + "\n")
     save_config(short_demo(), {"data.rl_mixture.0.name": broken}, tmp_path / "job.json")
-    text = deploy_fails(laptop, tmp_path / "job.json", "badrow")
-    assert f"{broken}:3" in text
-    assert not (RunDir(laptop.rollouts_home / "runs" / "badrow").metrics).exists()
+    done = laptop.deploy(str(tmp_path / "job.json"), "--run-id", "badrow", timeout_s=800)
+    assert done.returncode == 2 and f"{broken}:3" in done.stderr and "Nothing was started." in done.stderr
+    assert not (laptop.rollouts_home / "runs" / "badrow").exists()
 
 
 @pytest.mark.timeout(900)

@@ -117,7 +117,9 @@ def test_a_run_that_was_never_launched(laptop: Laptop) -> None:
     assert "  error: " in laptop.deploy("ls").stdout
     status = laptop.json("status", "later")
     assert status["state"] == "not launched" and "deploy attach later" in status["message"]
-    for verb in ("pull", "stop", "logs"):
+    stopped = laptop.deploy("stop", "later")
+    assert stopped.returncode == 0 and "later: not launched, and not to be" in stopped.stdout
+    for verb in ("pull", "logs"):
         done = laptop.deploy(verb, "later")
         assert done.returncode == 2 and "was never launched on local" in done.stderr
         assert "Nothing was started" not in done.stderr

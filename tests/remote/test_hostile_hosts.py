@@ -382,7 +382,7 @@ def test_pull_and_last_pull_go_by_the_same_list(tmp_path: Path) -> None:
     make_checkpoint(run / "checkpoints/sft/step_000001")
     append_jsonl(run / "events.jsonl", {"kind": "checkpoint", "path": "checkpoints/sft/step_000001"})
     said: list[str] = []
-    assert pull(connection, lambda phase, text: said.append(text)) == "done"
+    assert pull(connection, lambda phase, text: said.append(text)).state == "done"
     final_pull(connection, lambda phase, text: said.append(text))
     assert (connection.entry.mirror.checkpoints / "sft/step_000001/manifest.json").exists()
     assert (

@@ -55,7 +55,7 @@ def pulling(laptop: Laptop, way: Link, target: str, down_bytes: int) -> "subproc
 def check_came(laptop: Laptop, done: int, came: int) -> None:
     assert done == 0
     assert manifest_problems(mirror(laptop, "big").path / CHECKPOINT) == ()
-    assert came <= 1.1 * SIZE, f"{came / SIZE:.2f} x"
+    assert came <= 1.2 * SIZE, f"{came / SIZE:.2f} x"
 
 
 @pytest.mark.parametrize("fault", ["link", "rsync"])

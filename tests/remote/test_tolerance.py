@@ -92,7 +92,7 @@ def test_torn_lines_cost_themselves(torn: bytes, tmp_path: Path) -> None:
     result = watch(connection, told, RetryPolicy())
     assert result.state == "done" and "events.jsonl that are not JSON objects" in result.notes[0]
     final_pull(connection, told.say)
-    assert pull(connection, told.say) == "done"
+    assert pull(connection, told.say).state == "done"
     assert all(manifest_problems(connection.entry.mirror.path / step(number)) == () for number in (1, 2, 3, 4))
     assert sum("events.jsonl that are not JSON" in text for text in told.said) == 2, told.said
 

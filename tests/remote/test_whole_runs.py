@@ -170,7 +170,7 @@ def test_detach_look_stop_and_pull(laptop: Laptop, make_host: Callable[..., Host
     assert not is_live(RunDir(host.run_path("live")))
     assert laptop.json("ls", "--remote", host.target)[0]["state"] == "stopped"
     pulled = laptop.json("pull", "live")
-    assert pulled["state"] == "stopped" and len(pulled["checkpoints"]) == 1
+    assert pulled["state"] == "stopped" and len(pulled["checkpoints"]) == 2  # stop had it save one
     ended = laptop.deploy("attach", "live")
     assert ended.returncode == 143 and "error: stopped" in ended.stdout
 

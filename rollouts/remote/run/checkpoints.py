@@ -22,7 +22,7 @@ from rollouts.remote.host.local import LocalTransport
 from rollouts.remote.host.rsync_here import pull_rsync
 from rollouts.remote.host.transport import Transport
 from rollouts.remote.local_faults import os_problem, unexpected
-from rollouts.remote.run.mirror_files import check_checkpoint, directory, make_mirror, remove_tree
+from rollouts.remote.run.mirror_files import check_checkpoint, directory, is_checkpoint, make_mirror, remove_tree
 from rollouts.remote.run.wanted import EVERYTHING, ToBring, stage_and_step
 from rollouts.run_dir import RunDir
 
@@ -200,8 +200,9 @@ class CheckpointPuller:
         self._thread.start()
 
     def add(self, path: str) -> None:
-        stage, step = stage_and_step(path)
-        self._newest[stage] = max(step, self._newest.get(stage, 0))
+        if is_checkpoint(path):
+            stage, step = stage_and_step(path)
+            self._newest[stage] = max(step, self._newest.get(stage, 0))
         self._paths.put(path)
 
     def finish(self) -> None:
@@ -217,6 +218,8 @@ class CheckpointPuller:
 
     def _is_wanted(self, path: str) -> bool:
         """Return whether it is to be brought: one that waited until a newer one came is not the latest any more."""
+        if not is_checkpoint(path):
+            return True  # it is refused, and told
         stage, step = stage_and_step(path)
         which = self._wanted.checkpoints
         return which == "all" or (which == "latest" and step == self._newest[stage])
