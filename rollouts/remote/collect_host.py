@@ -20,7 +20,7 @@ from rollouts.remote.local_faults import as_deploy_errors
 from rollouts.remote.remove import Confirm
 from rollouts.remote.run import registry
 from rollouts.remote.texts import size_text
-from rollouts.run_dir.results import results_of
+from rollouts.run_dir.results import copies_in
 from rollouts.view.answer import Answer
 from rollouts.view.escape import one_line
 from rollouts.view.tables import columns
@@ -62,7 +62,7 @@ def _have(facts: HostFacts) -> dict[str, dict[str, str]]:
     there = {row["run_id"] for row in facts.runs}
     entries = [entry for entry in registry.entries() if entry.run_id in there]
     return {
-        entry.run_id: {name: mark for name, mark in results_of(entry.mirror).items() if name.startswith("checkpoints/")}
+        entry.run_id: {name: mark for name, mark in copies_in(entry.mirror).items() if name.startswith("checkpoints/")}
         for entry in entries
     }
 

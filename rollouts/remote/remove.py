@@ -26,7 +26,7 @@ from rollouts.remote.run.open_run import OpenRun, open_run
 from rollouts.remote.run.other_hosts import remove_others
 from rollouts.remote.run.registry import RunEntry
 from rollouts.remote.texts import size_text
-from rollouts.run_dir.results import only_in, results_of
+from rollouts.run_dir.results import copies_in, only_in
 from rollouts.view.answer import Answer
 from rollouts.view.escape import one_line
 
@@ -131,7 +131,7 @@ def _look(run: OpenRun, *, keep_results: bool) -> Condemned:
         done = run.transport.run(argv, stdin=program, timeout_s=LOOK_TIMEOUT_S)
         answer = read_answer(entry.target, f"what {entry.run_path} holds", done.out, {"results": dict[str, str]})
         there = dict(answer["results"])
-    return Condemned(run, is_registered, there, results_of(entry.mirror) if is_registered else {})
+    return Condemned(run, is_registered, there, copies_in(entry.mirror) if is_registered else {})
 
 
 def why_not_a_mirror(entry: RunEntry) -> str:

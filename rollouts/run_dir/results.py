@@ -26,6 +26,14 @@ def results_of(run: RunDir) -> dict[str, str]:
     return found
 
 
+def copies_in(mirror: RunDir) -> dict[str, str]:
+    """Return the results that lie in a mirror itself: what it only links to may be the one copy on the host."""
+    if mirror.path.is_symlink():
+        return {}
+    here = os.path.join(os.path.realpath(mirror.path), "")
+    return {name: mark for name, mark in results_of(mirror).items() if os.path.realpath(here + name) == here + name}
+
+
 def _files(run: RunDir) -> Iterator[str]:
     for name in STREAMED_FILES:
         if name != EVENTS and is_plain(run.path / name):

@@ -182,8 +182,8 @@ def test_background_pulls_are_tried_again_and_told(tmp_path: Path, monkeypatch: 
     failing_rsync(tmp_path, monkeypatch, 2, 255)
     real = checkpoints.pull_checkpoint
 
-    def with_a_bug(transport: Any, run_path: str, mirror: RunDir, path: str) -> Path:
-        return real(transport, run_path, mirror, path) if path != step(9) else Path(str(1 // 0))
+    def with_a_bug(transport: Any, run_path: str, mirror: RunDir, path: str, **options: Any) -> Path:
+        return real(transport, run_path, mirror, path, **options) if path != step(9) else Path(str(1 // 0))
 
     monkeypatch.setattr(checkpoints, "pull_checkpoint", with_a_bug)
     puller = CheckpointPuller(

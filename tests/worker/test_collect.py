@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from rollouts.manifest import write_manifest
 from rollouts.run_dir import EnvironmentSpec, RunDir, Status, hold_lock, host_identity, write_json_atomic
-from rollouts.run_dir.results import results_of
+from rollouts.run_dir.results import copies_in, results_of
 from rollouts.worker import collect
 from rollouts.worker.collect import Home, Item
 from tests.remote.test_gone_runs import launch_plan
@@ -250,3 +250,19 @@ def test_what_others_keep_in_folders_of_these_names(tmp_path: Path) -> None:
     (tmp_path / "removed/run-0123abcd").mkdir()
     items = Home(tmp_path, older_than_s=0.0, have={}, now=time.time() + 99 * DAY_S).items()
     assert [(item.kind, item.keep) for item in items] == [("upload", ""), ("removed", "")]
+
+
+def test_a_link_is_no_copy(tmp_path: Path) -> None:
+    """Goal: a mirror that only links to the run's own checkpoint holds no second copy of it. Red with `results_of`."""
+    run, mirror = RunDir(tmp_path / "run"), RunDir(tmp_path / "mirror")
+    checkpoint = run.checkpoints / "sft/step_000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "model.safetensors").write_bytes(b"weights")
+    write_manifest(checkpoint)
+    own = list(copies_in(run))
+    assert own == ["checkpoints/sft/step_000001"]
+    mirror.path.mkdir()
+    mirror.checkpoints.symlink_to(run.checkpoints)
+    assert list(results_of(mirror)) == own and copies_in(mirror) == {}
+    (tmp_path / "linked").symlink_to(run.path)
+    assert copies_in(RunDir(tmp_path / "linked")) == {}
