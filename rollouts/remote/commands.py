@@ -36,7 +36,7 @@ from rollouts.remote.run.pull import final_pull
 from rollouts.remote.run.run_names import known_run
 from rollouts.remote.run.wanted import EVERYTHING, ToBring
 from rollouts.remote.texts import end_answer, forgotten_text, how_to_go_on, plan_text
-from rollouts.run_dir import FINAL_STATES, HostGroup
+from rollouts.run_dir import FINAL_STATES, HostGroup, RunDir
 from rollouts.view.answer import Answer
 from rollouts.view.display import make_reporter
 from rollouts.view.escape import one_line
@@ -194,6 +194,8 @@ def attach(
             run.progress.reached = "nothing" if entry.adopted else "registered"
             config = registry.planned(entry)
             registry.fill_mirror(entry)
+            if run.trace == "never launched":  # a stop that was asked for before counts no more
+                run.transport.run(["rm", "-f", str(RunDir(Path(entry.run_path)).stop_asked)], timeout_s=60)
             return launch_and_watch(run, config, screen, detach=False)
         with _reporting(run, screen) as reporter:
             return screen.show(_watch_to_end(run, reporter))

@@ -55,9 +55,9 @@ NEW = "new n.py --gpus 0 --mode"
 HOST = "[user@]host[:port]"
 CASES = {
     # fields and values of the config file
-    "a field": in_config("sft=SFTConfig(", "sft=SFTConfig(matrx_lr=1.0, ", "run.py:81", "'matrx_lr'"),
-    "a field that is left out": in_config("        num_iterations=4,\n", "", "run.py:81", "'num_iterations'"),
-    "a section": in_config("SFTConfig(", "SFTConfg(", "run.py:81", "did you mean 'SFTConfig'"),
+    "a field": in_config("sft=SFTConfig(", "sft=SFTConfig(matrx_lr=1.0, ", "run.py:82", "'matrx_lr'"),
+    "a field that is left out": in_config("        num_iterations=4,\n", "", "run.py:82", "'num_iterations'"),
+    "a section": in_config("SFTConfig(", "SFTConfg(", "run.py:82", "did you mean 'SFTConfig'"),
     "a field without its name": in_config("GRPO(", "GRPO('batch', ", "run.py:", "takes its fields by name"),
     "a bracket": in_config("config = Config(", "config = Config((", "run.py:3", "never closed"),
     "the name config": in_config("config = Config(", "confg = Config(", "defines no `config`", "config = Config(...)"),

@@ -153,23 +153,23 @@ def test_a_stopped_run_goes_on_on_another_host(laptop: Laptop, make_host: Callab
     assert plan["resumed_from"] == {
         "run_id": "old",
         "stage": "sft",
-        "step": 1,
-        "checkpoint": "checkpoints/sft/step_000001",
+        "step": 2,  # stop had it save one
+        "checkpoint": "checkpoints/sft/step_000002",
     }
     done = laptop.deploy("resume", "old", "--remote", new_host.target, "--run-id", "new")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "So whether old ended is not known" in done.stderr
     run = RunDir(new_host.run_path("new"))
-    start = run.path / "start" / "sft-step_000001"
+    start = run.path / "start" / "sft-step_000002"
     config = Config.load(run.config)
     assert config.output.source_checkpoint == str(start) and config.output.mode == "sft+rl"
-    old = here(laptop, "old").checkpoints / "sft" / "step_000001"
+    old = here(laptop, "old").checkpoints / "sft" / "step_000002"
     assert (start / "model.safetensors").read_bytes() == (old / "model.safetensors").read_bytes()
     assert json.loads(run.launch.read_text())["resumed_from"]["run_id"] == "old"
     assert read_jsonl(run.metrics)[0] == read_jsonl(here(laptop, "old").metrics)[0]
     assert here(laptop, "new").metrics.read_bytes() == run.metrics.read_bytes()
     entry = json.loads((laptop.rollouts_home / "registry" / "new.json").read_text())
-    assert entry["resumed_from"]["checkpoint"] == "checkpoints/sft/step_000001"
+    assert entry["resumed_from"]["checkpoint"] == "checkpoints/sft/step_000002"
     assert "stage=sft step=1/3 loss=1.0" not in done.stdout.split("run: new on")[0]
     ended = laptop.deploy("resume", "new")
     assert ended.returncode == 2 and "new is done: nothing is left to resume" in ended.stderr
