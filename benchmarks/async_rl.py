@@ -67,7 +67,12 @@ def demo(steps: int, lag: int, source: str) -> Config:
 @contextlib.contextmanager
 def pinned(core: int, module: str, arguments: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
     """A Python process of one thread on one core, ended afterwards."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     process = subprocess.Popen(
         ["taskset", "-c", str(core), sys.executable, "-m", module, *arguments],
         cwd=ROOT,
@@ -82,7 +87,12 @@ def pinned(core: int, module: str, arguments: Sequence[str]) -> Iterator[subproc
 
 
 def train(
-    config: Config, directory: Path, core: int, stage: str, *arguments: str, engine_pid: int | None = None
+    config: Config,
+    directory: Path,
+    core: int,
+    stage: str,
+    *arguments: str,
+    engine_pid: int | None = None,
 ) -> tuple[RunDir, dict[str, float]]:
     """One stage by the real trainer; and with an engine, the CPU milliseconds a step of both, without the warm-up."""
     directory.mkdir(parents=True)
@@ -101,7 +111,9 @@ def train(
             raise SystemExit(f"the {stage} trainer ended with {trainer.returncode}")
     if not seen:
         return run, {}
-    steps, trainer_s, engine_s = (after - before for after, before in zip(seen[-1], seen[0], strict=True))
+    steps, trainer_s, engine_s = (
+        after - before for after, before in zip(seen[-1], seen[0], strict=True)
+    )
     return run, {"trainer": 1000 * trainer_s / steps, "engine": 1000 * engine_s / steps}
 
 
@@ -121,7 +133,10 @@ def engine(model: str, rows: int, core: int) -> Iterator[tuple[str, int]]:
     with pinned(core, "rollouts.engines.embedded", arguments) as process:
         url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + READY_TIMEOUT_S
         while process.poll() is None and time.monotonic() < deadline:
-            with contextlib.suppress(urllib.error.URLError), urllib.request.urlopen(f"{url}/health", timeout=5):
+            with (
+                contextlib.suppress(urllib.error.URLError),
+                urllib.request.urlopen(f"{url}/health", timeout=5),
+            ):
                 yield url, process.pid
                 return
             time.sleep(0.1)
@@ -136,7 +151,11 @@ def run_side(steps: int, lag: int, source: str, directory: Path, cores: Sequence
     rows: list[dict[str, Any]] = list(iter_jsonl(run.metrics))
     assert len(rows) == steps, f"{len(rows)} steps of {steps} were logged"
     measured, names = rows[WARM_UP:], ("generate_s", "train_s", "sync_s", "step_s")
-    final = [row for row in iter_jsonl(run.eval) if row["step"] == steps and row["metric"] == "exact_match"]
+    final = [
+        row
+        for row in iter_jsonl(run.eval)
+        if row["step"] == steps and row["metric"] == "exact_match"
+    ]
     return Side(
         steps_per_s=len(measured) / sum(row["step_s"] for row in measured),
         cpu_ms=cpu_ms,
@@ -150,9 +169,14 @@ def run_side(steps: int, lag: int, source: str, directory: Path, cores: Sequence
 def report(sides: Mapping[int, Sequence[Side]]) -> None:
     base = min(sides)
     for lag, found in sides.items():
-        ratios = [side.steps_per_s / other.steps_per_s for side, other in zip(found, sides[base], strict=True)]
+        ratios = [
+            side.steps_per_s / other.steps_per_s
+            for side, other in zip(found, sides[base], strict=True)
+        ]
         parts, cpu = (
-            ", ".join(f"{name} {statistics.median(each[name] for each in table):.1f}" for name in table[0])
+            ", ".join(
+                f"{name} {statistics.median(each[name] for each in table):.1f}" for name in table[0]
+            )
             for table in ([side.parts_ms for side in found], [side.cpu_ms for side in found])
         )
         print(
@@ -165,14 +189,18 @@ def report(sides: Mapping[int, Sequence[Side]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--lags", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))[:2]
     if len(cores) < 2 or args.steps <= max(WARM_UP, LAST) or args.steps % 2:
-        parser.error(f"needs two cores, has {len(cores)}; and an even number of steps over {LAST}, got {args.steps}")
+        parser.error(
+            f"needs two cores, has {len(cores)}; and an even number of steps over {LAST}, got {args.steps}"
+        )
     sides: dict[int, list[Side]] = {lag: [] for lag in args.lags}
     with tempfile.TemporaryDirectory() as work:
         shipped = load_config(ROOT / "configs" / "00_cpu_sft_rl.py")

@@ -7,9 +7,12 @@ estimate, good to about 30 %: a record of a card takes its place.
 
 from dataclasses import dataclass
 
-PRODUCTS_SHARE = 0.78  # of the measured rate: products 1,024 to 3,072 wide, below the best shape. An assumption
+PRODUCTS_SHARE = (
+    0.78  # of the measured rate: products 1,024 to 3,072 wide, below the best shape. An assumption
+)
 BANDWIDTH_SHARE = 0.81  # of the stated bandwidth, for elementwise kernels. An assumption
-LAUNCH_S, COMPILED_LAUNCH_S = 6.5e-6, 3e-6  # of the host's time for a kernel: PyTorch's, and a compiled part's. Assumed
+# of the host's time for a kernel: PyTorch's, and a compiled part's. Assumed
+LAUNCH_S, COMPILED_LAUNCH_S = 6.5e-6, 3e-6
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,9 @@ CARDS = {  # bf16 and bandwidth from NVIDIA's data sheets; GeForce: the Ada arch
 }
 
 
-def kernel_s(card: Card, kind: str, moved: float, flops: float, *, best_products: bool = False) -> float:
+def kernel_s(
+    card: Card, kind: str, moved: float, flops: float, *, best_products: bool = False
+) -> float:
     """Seconds of one kernel: as long as its arithmetic or its memory takes, whichever is more.
 
     `best_products`: products run at the rate that was measured, in place of PRODUCTS_SHARE of it.

@@ -56,7 +56,9 @@ class Counts:
         self.kernels: list[Kernel] = []
         self.waits: list[str] = []
         self.collectives: Counter[str] = Counter()
-        self.operations = 0  # that the host dispatches one by one, views among them, those in compiled parts not
+        self.operations = (
+            0  # that the host dispatches one by one, views among them, those in compiled parts not
+        )
         self.dispatched = 0  # and kernels that these launch
         self.part = "blocks"
         self.paused = False
@@ -65,7 +67,11 @@ class Counts:
     @contextmanager
     def counting(self) -> Iterator["Counts"]:
         """Count what runs inside. Numbers that are read come out as 1."""
-        with _Operations(self), _Reads(self), mock.patch.object(FakeTensor, "tolist", self._as_ones):
+        with (
+            _Operations(self),
+            _Reads(self),
+            mock.patch.object(FakeTensor, "tolist", self._as_ones),
+        ):
             yield self
 
     @property
@@ -111,7 +117,9 @@ class Counts:
         moved = bytes_of(func, args, kwargs, out)
         if moved:
             kind, flops = self.work(func, args)
-            self.kernels.append(Kernel(self.part, kind, func._opname, moved, flops, launches_of(args)))
+            self.kernels.append(
+                Kernel(self.part, kind, func._opname, moved, flops, launches_of(args))
+            )
             self.dispatched += self.kernels[-1].launches
 
     def work(self, func: Any, args: tuple[Any, ...]) -> tuple[str, int]:
@@ -204,7 +212,8 @@ def bytes_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any)
     if moves_nothing(func):
         return 0
     name = func._opname
-    if name == "_fused_adamw_":  # reads parameter, gradient and both moments, writes all but the gradient
+    # reads parameter, gradient and both moments, writes all but the gradient
+    if name == "_fused_adamw_":
         return sum(7 * nbytes(tensor) for tensor in args[0])
     written, changed, read = [], [], []
     named = {argument.name: argument for argument in func._schema.arguments}
@@ -219,11 +228,15 @@ def bytes_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any)
             read.extend(tensors)
     if name in _GIVING_AS_MUCH:
         read = [*tensors_in(out), *(tensor for tensor in read[1:])]
-    if name in ("index_copy_", "index_put_", "_unsafe_masked_index_put_accumulate"):  # a part of it is written
+    # a part of it is written
+    if name in ("index_copy_", "index_put_", "_unsafe_masked_index_put_accumulate"):
         return 2 * sum(map(nbytes, read))
     if name not in _NOT_READING:
         read += changed
-    unique = {(tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape): tensor for tensor in read}
+    unique = {
+        (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape): tensor
+        for tensor in read
+    }
     touched = {id(tensor) for tensor in (*written, *changed)}
     made = [tensor for tensor in tensors_in(out) if id(tensor) not in touched]
     return sum(map(nbytes, unique.values())) + sum(map(nbytes, (*written, *changed, *made)))
@@ -231,7 +244,9 @@ def bytes_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any)
 
 def nbytes(tensor: Tensor) -> int:
     """Bytes of the memory behind a tensor; what is expanded counts once."""
-    sizes = [size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride != 0]
+    sizes = [
+        size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride != 0
+    ]
     return math.prod(int(size) for size in sizes) * tensor.element_size()
 
 

@@ -59,9 +59,18 @@ def _fill_mirror(run: RunDir, experiment: str, state: State, started_at: float) 
         updated_at=started_at + 600,
         exit_code=code,
     )
-    metrics = [{"stage": "rl", "step": n + 1, "time": started_at + n, "loss": 0.1} for n in range(METRIC_ROWS)]
-    events: list[dict[str, object]] = [{"time": started_at, "kind": "note", "message": "as usual"}] * EVENT_ROWS
-    events += [{"time": started_at, "kind": "error", "message": "the trainer ended"}] if state == "failed" else []
+    metrics = [
+        {"stage": "rl", "step": n + 1, "time": started_at + n, "loss": 0.1}
+        for n in range(METRIC_ROWS)
+    ]
+    events: list[dict[str, object]] = [
+        {"time": started_at, "kind": "note", "message": "as usual"}
+    ] * EVENT_ROWS
+    events += (
+        [{"time": started_at, "kind": "error", "message": "the trainer ended"}]
+        if state == "failed"
+        else []
+    )
     run.path.mkdir(parents=True)
     write_json_atomic(run.status, status)
     append_jsonl(run.metrics, *metrics)
@@ -76,7 +85,11 @@ def medians_s(arguments: list[str], repeats: int) -> tuple[float, float]:
     by_clock, of_processor = [], []
     for _ in range(repeats + 1):
         before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-        subprocess.run([sys.executable, str(ROOT / "deploy.py"), *arguments], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, str(ROOT / "deploy.py"), *arguments],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
         by_clock.append(time.perf_counter() - started)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         of_processor.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
@@ -86,12 +99,16 @@ def medians_s(arguments: list[str], repeats: int) -> tuple[float, float]:
 def imports_torch(arguments: list[str]) -> bool:
     program = f"import sys; sys.argv = {['deploy', *arguments]!r}; import deploy\ntry: deploy.main()\nfinally: print()"
     program += "; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     return done.stdout.split()[-1] == "True"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=11)
     options = parser.parse_args()

@@ -72,14 +72,18 @@ class OnePass:
     def __call__(self, function: Callable[..., Any], logits_nV: Tensor, *others: Any) -> Any:
         with self._counts.pause():
             out = function(logits_nV, *others)
-        results = [tensor for tensor in (out if isinstance(out, tuple) else (out,)) if tensor is not None]
+        results = [
+            tensor for tensor in (out if isinstance(out, tuple) else (out,)) if tensor is not None
+        ]
         moved = 3 * nbytes(logits_nV) + sum(map(nbytes, results))
         self._counts.kernels.append(Kernel(self._counts.part, OTHER, function.__name__, moved))
         return out
 
 
 @contextmanager
-def as_on_a_card(counts: Counts, mode: FakeTensorMode, *, memory_bytes: int, compiled_head: bool) -> Iterator[None]:
+def as_on_a_card(
+    counts: Counts, mode: FakeTensorMode, *, memory_bytes: int, compiled_head: bool
+) -> Iterator[None]:
     """Have a backend on fake tensors take a card's branches. What it copies to its device becomes fake."""
     own_layout = forward.lay_out
 
@@ -146,7 +150,9 @@ def count_step(
     with mode:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     compiled_head = compiled if compiled_head is None else compiled_head
-    card = as_on_a_card(counts, mode, memory_bytes=int(memory_gib * GIB), compiled_head=compiled_head)
+    card = as_on_a_card(
+        counts, mode, memory_bytes=int(memory_gib * GIB), compiled_head=compiled_head
+    )
     with card, _fake_ranks(ranks), torch.random.fork_rng():
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -200,10 +206,16 @@ def _fake_ranks(ranks: int) -> Iterator[None]:
 
 def make_backend(model: nn.Module, work: Work) -> PyTorchTrainingBackend:
     rates = {"matrix_lr": 1e-4, "embedding_lr": 1e-4, "unembedding_lr": 1e-4}
-    loss = sft_loss if work.kind == "sft" else partial(policy_loss, loss="grpo", importance="token_truncate")
+    loss = (
+        sft_loss
+        if work.kind == "sft"
+        else partial(policy_loss, loss="grpo", importance="token_truncate")
+    )
     return PyTorchTrainingBackend(
         model=model,
-        optimizer=build_optimizer(model, **rates, weight_decay=0.0, beta1=0.9, beta2=0.95, eps=1e-8),
+        optimizer=build_optimizer(
+            model, **rates, weight_decay=0.0, beta1=0.9, beta2=0.95, eps=1e-8
+        ),
         loss_fn=loss,
         checkpoint_dir=Path("unused"),
         compute_dtype="bfloat16",
@@ -214,7 +226,9 @@ def make_backend(model: nn.Module, work: Work) -> PyTorchTrainingBackend:
 def make_batch(work: Work, vocabulary: int) -> dict[str, Any]:
     """One micro-batch that is the whole step, made as the loops make theirs."""
     count = work.tokens // work.document
-    rows = [[(7 * row + place) % vocabulary for place in range(work.document)] for row in range(count)]
+    rows = [
+        [(7 * row + place) % vocabulary for place in range(work.document)] for row in range(count)
+    ]
     if work.kind == "sft":
         batch = collate(rows, [[1.0] * work.document] * count, pad_token_id=0)
         return {**batch, "tokens_global": trained_tokens(batch["loss_mask"])}
@@ -228,6 +242,8 @@ def make_batch(work: Work, vocabulary: int) -> dict[str, Any]:
     ]
     rewards = [float(row % 2) for row in range(count)]
     groups = [row // work.samples for row in range(count)]
-    rollouts = RolloutBatch(rows, masks, rewards, [response] * count, samples=samples, group_ids=groups)
+    rollouts = RolloutBatch(
+        rows, masks, rewards, [response] * count, samples=samples, group_ids=groups
+    )
     settings = RLTrainingConfig(num_steps=1, baseline="group_mean")
     return prepare_grpo_batch(rollouts, rewards, settings, pad_token_id=0, temperature=1.0)

@@ -81,14 +81,19 @@ class Plan:
         self.work: dict[Node, tuple[str, int]] = {}
         nodes = list(graph.graph.nodes)
         self._source = {node: self._behind(node) for node in nodes}
-        self._groups: list[set[Node]] = self._fuse([node for node in nodes if self._is_fusable(node)])
+        self._groups: list[set[Node]] = self._fuse(
+            [node for node in nodes if self._is_fusable(node)]
+        )
         self._externs = [node for node in nodes if self.is_extern(node)]
 
     def is_extern(self, node: Node) -> bool:
         """Whether a node is a kernel of a library's."""
         if not isinstance(node.target, torch._ops.OpOverload):
             return False
-        return node.target._opname in PRODUCTS or node.target.namespace in ("torch_attn", "rollouts")
+        return node.target._opname in PRODUCTS or node.target.namespace in (
+            "torch_attn",
+            "rollouts",
+        )
 
     def is_constant(self, node: Node) -> bool:
         return isinstance(node.target, torch._ops.OpOverload) and not self._sources(node)
@@ -134,18 +139,26 @@ class Plan:
 
     def _leaves(self, node: Node, group: set[Node]) -> bool:
         """Whether something outside of the group reads a node, a sum over its rows aside: that reads what it read."""
-        return any(user not in group and not _sums_over_rows(user) for user in self._users(node)) or (
-            _is_reduction(node) and any(user not in group for user in self._users(node))
-        )
+        return any(
+            user not in group and not _sums_over_rows(user) for user in self._users(node)
+        ) or (_is_reduction(node) and any(user not in group for user in self._users(node)))
 
     def _is_fusable(self, node: Node) -> bool:
         if not isinstance(node.target, torch._ops.OpOverload) or self.is_extern(node):
             return False
-        return bool(tensors_in(node.meta.get("val"))) and not moves_nothing(node.target) and bool(node.all_input_nodes)
+        return (
+            bool(tensors_in(node.meta.get("val")))
+            and not moves_nothing(node.target)
+            and bool(node.all_input_nodes)
+        )
 
     def _behind(self, node: Node) -> Node:
         """The node whose memory this one looks at: itself, unless it is a view."""
-        while isinstance(node.target, torch._ops.OpOverload) and moves_nothing(node.target) and node.all_input_nodes:
+        while (
+            isinstance(node.target, torch._ops.OpOverload)
+            and moves_nothing(node.target)
+            and node.all_input_nodes
+        ):
             node = node.all_input_nodes[0]
         return node
 
@@ -173,7 +186,11 @@ class Plan:
         group = {node: {node} for node in fusable}
         for node in fusable:
             for source in self._sources(node) & members:
-                if level[source] == level[node] and not _scatters(node) and not _sums_over_rows(source):
+                if (
+                    level[source] == level[node]
+                    and not _scatters(node)
+                    and not _sums_over_rows(source)
+                ):
                     merged = group[source] | group[node]
                     for member in merged:
                         group[member] = merged
@@ -188,7 +205,9 @@ class Plan:
         for node in reversed(self._source):
             if node in members and not _scatters(node) and (users := self._users(node)):
                 needed = [
-                    level[user] - (self.is_extern(user) or _scatters(user)) for user in users if user.op != "output"
+                    level[user] - (self.is_extern(user) or _scatters(user))
+                    for user in users
+                    if user.op != "output"
                 ]
                 if len(needed) == len(users):
                     level[node] = min(needed)

@@ -50,7 +50,11 @@ def ours(served: Served, prompts: list[list[int]], new_tokens: int) -> None:
         batch.join(
             [
                 BatchRow(
-                    PromptJob(PromptRequest(str(i), tuple(ids), params, new_tokens, True, len(ids)), len, [None]),
+                    PromptJob(
+                        PromptRequest(str(i), tuple(ids), params, new_tokens, True, len(ids)),
+                        len,
+                        [None],
+                    ),
                     0,
                     key,
                 )
@@ -97,14 +101,19 @@ def main() -> None:
         make_model(path)
         served = load(path, dtype="float32", device="cpu", trust_remote_code=False)
         plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-        prompts = [rng.integers(1, 8192, size=rng.integers(8, 65)).tolist() for _ in range(args.prompts)]
+        prompts = [
+            rng.integers(1, 8192, size=rng.integers(8, 65)).tolist() for _ in range(args.prompts)
+        ]
         sides = (
             lambda: ours(served, prompts, args.new_tokens),
             lambda: plain_generate(plain, prompts, args.new_tokens),
         )
-        rounds = [[seconds(side) for side in sides] for _ in range(args.rounds + 1)][1:]  # the first warms up
+        # the first warms up
+        rounds = [[seconds(side) for side in sides] for _ in range(args.rounds + 1)][1:]
     tokens = args.prompts * args.new_tokens
-    for name, times in zip(("embedded engine", "transformers generate"), zip(*rounds, strict=True), strict=True):
+    for name, times in zip(
+        ("embedded engine", "transformers generate"), zip(*rounds, strict=True), strict=True
+    ):
         print(f"{name:22}{tokens / statistics.median(times):8.0f} tokens/s")
     ratios = sorted(plain_s / ours_s for ours_s, plain_s in rounds)
     print(f"ratio {statistics.median(ratios):.2f} (rounds: {ratios[0]:.2f} to {ratios[-1]:.2f})")

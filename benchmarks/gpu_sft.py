@@ -64,7 +64,13 @@ def matmul_flops_per_s(device: str, size: int = 8192, repeats: int = 20) -> floa
 
 
 def measure(
-    config: Any, *, device: str, micro_batch_tokens: int, directory: Path, compiled: bool, steps: int = 10
+    config: Any,
+    *,
+    device: str,
+    micro_batch_tokens: int,
+    directory: Path,
+    compiled: bool,
+    steps: int = 10,
 ) -> Speed:
     """`steps` optimizer steps of four micro-batches each, full of documents of 32 tokens up to a quarter of one."""
     backend = make_backend(config, device, directory, compiled=compiled)
@@ -73,7 +79,9 @@ def measure(
         torch.cuda.reset_peak_memory_stats()
     losses, seconds, lengths = [], 0.0, []
     for step in range(WARMUP_STEPS + steps):
-        documents = make_documents(rng, 4 * micro_batch_tokens, micro_batch_tokens // 4, config.vocab_size)
+        documents = make_documents(
+            rng, 4 * micro_batch_tokens, micro_batch_tokens // 4, config.vocab_size
+        )
         started = _now(device)
         batch = collate(documents, [[1.0] * len(row) for row in documents], pad_token_id=0)
         losses.append(anyio.run(train_step, backend, batch, None, micro_batch_tokens)["loss"])
@@ -92,7 +100,12 @@ def measure(
 
 
 def make_backend(
-    config: Any, device: str, directory: Path, *, compiled: bool = False, compute_dtype: str = "bfloat16"
+    config: Any,
+    device: str,
+    directory: Path,
+    *,
+    compiled: bool = False,
+    compute_dtype: str = "bfloat16",
 ) -> PyTorchTrainingBackend:
     """Weights drawn on the CPU from one seed, so that every device starts from the same."""
     with torch.random.fork_rng():
@@ -103,7 +116,9 @@ def make_backend(
     rates = {"matrix_lr": 1e-4, "embedding_lr": 1e-4, "unembedding_lr": 1e-4}
     return PyTorchTrainingBackend(
         model=model,
-        optimizer=build_optimizer(model, **rates, weight_decay=0.0, beta1=0.9, beta2=0.95, eps=1e-8),
+        optimizer=build_optimizer(
+            model, **rates, weight_decay=0.0, beta1=0.9, beta2=0.95, eps=1e-8
+        ),
         loss_fn=sft_loss,
         checkpoint_dir=directory,
         device=device,
@@ -111,7 +126,9 @@ def make_backend(
     )
 
 
-def make_documents(rng: random.Random, tokens: int, longest: int, vocabulary: int) -> list[list[int]]:
+def make_documents(
+    rng: random.Random, tokens: int, longest: int, vocabulary: int
+) -> list[list[int]]:
     """Documents of log-normal length, `tokens` in all."""
     documents = []
     while tokens >= 2:
@@ -121,7 +138,9 @@ def make_documents(rng: random.Random, tokens: int, longest: int, vocabulary: in
     return documents
 
 
-def losses_on_both(config: Any, *, device: str, directory: Path, tokens: int = 1024) -> tuple[float, float]:
+def losses_on_both(
+    config: Any, *, device: str, directory: Path, tokens: int = 1024
+) -> tuple[float, float]:
     """The loss of the same weights on the same documents: on the CPU in fp32, and on `device` in bf16."""
     documents = make_documents(random.Random(1), tokens, tokens // 2, config.vocab_size)
     batch = collate(documents, [[1.0] * len(row) for row in documents], pad_token_id=0)

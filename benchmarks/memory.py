@@ -27,12 +27,16 @@ def resident_bytes(entry: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(entry + ":"))
 
 
-def loss_of(way: str, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def loss_of(
+    way: str, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
     if way == "plain":
         return torch.nn.functional.cross_entropy((hidden @ weight.T).float(), targets)
     from rollouts.training.log_probs import selected_log_probs
 
-    log_probs, _ = selected_log_probs(hidden, torch.arange(len(hidden), device=hidden.device), targets, weight)
+    log_probs, _ = selected_log_probs(
+        hidden, torch.arange(len(hidden), device=hidden.device), targets, weight
+    )
     return -log_probs.mean()
 
 
@@ -41,7 +45,9 @@ def measure(way: str, options: argparse.Namespace) -> dict[str, float]:
     torch.manual_seed(0)
     cuda = options.device == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
-    hidden = torch.randn(options.tokens, options.width, device=options.device, dtype=dtype, requires_grad=True)
+    hidden = torch.randn(
+        options.tokens, options.width, device=options.device, dtype=dtype, requires_grad=True
+    )
     weight = torch.randn(options.vocabulary, options.width, device=options.device, dtype=dtype)
     weight = (weight / options.width**0.5).requires_grad_()
     targets = torch.randint(options.vocabulary, (options.tokens,), device=options.device)
@@ -95,7 +101,9 @@ def main() -> None:
         return
     logits_mib = options.tokens * options.vocabulary * 4 / MIB
     gradient_mib = options.vocabulary * options.width * (2 if options.device == "cuda" else 4) / MIB
-    print(f"{options.tokens} tokens x {options.width} wide, vocabulary {options.vocabulary}, {options.device}")
+    print(
+        f"{options.tokens} tokens x {options.width} wide, vocabulary {options.vocabulary}, {options.device}"
+    )
     print(
         f"all logits in fp32: {logits_mib:.0f} MiB; the head's gradient, which both must hold: {gradient_mib:.0f} MiB"
     )

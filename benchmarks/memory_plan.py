@@ -32,7 +32,15 @@ from rollouts.remote.inputs.shapes import HUB, Shape, shape_of
 from rollouts.remote.plan.memory.engine_memory import Card
 from rollouts.remote.plan.memory.training_memory import StepLoad, layer_activations, training_peaks
 from rollouts.remote.plan.memory.uses import step_of
-from rollouts.training import distributed, forward, head_ways, lora, optim, packed_attention, reference
+from rollouts.training import (
+    distributed,
+    forward,
+    head_ways,
+    lora,
+    optim,
+    packed_attention,
+    reference,
+)
 from rollouts.training.backends import optimizer_steps, precision, sharded, step_sums
 from rollouts.training.checkpoint import Retention
 from rollouts.training.loops.batching import collate
@@ -97,7 +105,11 @@ def fake_batches(mode: FakeTensorMode) -> Any:
         if isinstance(value, packed_attention.Documents):
             parts = {name: fake(getattr(value, name)) for name in ("offsets", "copies", "firsts")}
             return dataclasses.replace(value, **parts)
-        return type(value)(*map(fake, value)) if isinstance(value, tuple) and hasattr(value, "_fields") else value
+        return (
+            type(value)(*map(fake, value))
+            if isinstance(value, tuple) and hasattr(value, "_fields")
+            else value
+        )
 
     def lay_out(*arguments: Any, **options: Any) -> Any:
         with unset_fake_temporarily():
@@ -161,7 +173,9 @@ def batch_of(tokens: int, *, rl: bool) -> dict[str, Any]:
     return batch
 
 
-def tracked(config: Config, stage: str, model: Mapping[str, Any], *, card: Card = CARD) -> tuple[int, int]:
+def tracked(
+    config: Config, stage: str, model: Mapping[str, Any], *, card: Card = CARD
+) -> tuple[int, int]:
     """Bytes at the peak of a micro-batch that adds to a gradient, and of the optimizer's step, by the tracker.
 
     `config` as it is, with the model that `model`, a config.json, describes.
@@ -172,7 +186,9 @@ def tracked(config: Config, stage: str, model: Mapping[str, Any], *, card: Card 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "config.json").write_text(json.dumps(model))
-        here = dataclasses.replace(config, model=dataclasses.replace(config.model, name=directory, init="random"))
+        here = dataclasses.replace(
+            config, model=dataclasses.replace(config.model, name=directory, init="random")
+        )
         with as_on_a_card(mode, card.total, len(config.target.gpu_ranks)), mode:
             backend = build_backend(
                 here,
@@ -205,11 +221,14 @@ def _peaks(backend: Any, batch: Mapping[str, Any]) -> tuple[int, int]:
         return training, tracker.peak
 
 
-def planned(config: Config, stage: str, model: Mapping[str, Any], *, card: Card = CARD) -> tuple[int, int]:
+def planned(
+    config: Config, stage: str, model: Mapping[str, Any], *, card: Card = CARD
+) -> tuple[int, int]:
     """Likewise by the plan: tensors alone, without what the allocator and CUDA take."""
     shape = shape_of(model)
     peaks = {
-        name: sum(parts.values()) for name, parts in training_peaks(shape, _drawn(config, stage, shape, card)).items()
+        name: sum(parts.values())
+        for name, parts in training_peaks(shape, _drawn(config, stage, shape, card)).items()
     }
     optimizer = peaks.pop("optimizer step")
     return max(peaks.values()), optimizer
@@ -235,9 +254,16 @@ def saved_under_compile(kind: str, layers: int) -> tuple[float, float]:
 
     from tests.flash_stand_in import flash_on_cpu
 
-    sizes = {"hidden_size": 64, "intermediate_size": 344, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 344,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     fields = {**sizes, "num_hidden_layers": layers, "vocab_size": 256, "head_dim": 16}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields)).to(torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields)).to(
+        torch.bfloat16
+    )
     forward.prepare(model)
     torch.compiler.reset()
     forward.body(model).compile(dynamic=True, backend="aot_eager_decomp_partition")
@@ -253,7 +279,9 @@ def saved_under_compile(kind: str, layers: int) -> tuple[float, float]:
     ids = torch.ones(4, 128, dtype=torch.int64)
     with flash_on_cpu(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         kept = forward.hidden_states(model, forward.pack(ids, None))
-    step = dataclasses.replace(step_of(*_any_step(), CARD), tokens=1, attended=1, trained=1, compiled=True)
+    step = dataclasses.replace(
+        step_of(*_any_step(), CARD), tokens=1, attended=1, trained=1, compiled=True
+    )
     plan = layer_activations(shape_of({"model_type": kind, **fields}), step)
     return sum(size for size, _ in saved.values()) / len(kept), plan
 
@@ -264,14 +292,20 @@ def _any_step() -> tuple[Config, str, Shape]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=0, help="of each model, in place of its own number")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--layers", type=int, default=0, help="of each model, in place of its own number"
+    )
     parser.add_argument("--compiled", action="store_true")
     options = parser.parse_args()
     if options.compiled:
         for kind in ("qwen2", "qwen3"):
             (one, plan), (three, _) = (saved_under_compile(kind, layers) for layers in (1, 3))
-            print(f"{kind}: {(three - one) / 2:.0f} bytes a token and layer, the plan has {plan:.0f}")
+            print(
+                f"{kind}: {(three - one) / 2:.0f} bytes a token and layer, the plan has {plan:.0f}"
+            )
         return
     print(f"{'config':20}{'stage':7}{'peak':12}{'plan':>8}{'tracker':>9}{'ratio':>7}{'seconds':>9}")
     for name, config, stage in stages():

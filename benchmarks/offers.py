@@ -43,7 +43,9 @@ def main() -> int:
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu_s = (used.ru_utime + used.ru_stime) / options.times
     each = ", ".join(f"{seconds:.2f}" for seconds in found)
-    print(f"{median:.2f} s median of {each}; {calls} calls of {options.latency_s:g} s; {cpu_s:.2f} s of CPU")
+    print(
+        f"{median:.2f} s median of {each}; {calls} calls of {options.latency_s:g} s; {cpu_s:.2f} s of CPU"
+    )
     return int(median > LIMIT_S)
 
 

@@ -24,7 +24,7 @@ from rollouts.remote.host.transport import Transport
 from rollouts.remote.run.checkpoints import pull_checkpoint
 from rollouts.remote.run.sync_code import CodePlace, sync_code
 from rollouts.run_dir import RunDir, read_jsonl
-from tests.faults.lab import World, make_shared, world
+from tests.faults.lab import Setting, World, make_shared, world
 from tests.remote.hosts import wait_for, write_config
 
 FILES, FILE_BYTES = 500, 4000
@@ -53,7 +53,14 @@ class Bench:
         self.made = made
         os.environ["HOME"] = str(made.laptop.home)  # whose keys this process's own connections use
         laptop, port = made.laptop, made.link.port
-        options = ["-F", "/dev/null", "-i", str(laptop.key), "-o", f"UserKnownHostsFile={laptop.known_hosts}"]
+        options = [
+            "-F",
+            "/dev/null",
+            "-i",
+            str(laptop.key),
+            "-o",
+            f"UserKnownHostsFile={laptop.known_hosts}",
+        ]
         self.ssh = ["ssh", *options, "-o", "BatchMode=yes", "-p", str(port)]
         self.rsync = ["rsync", "-e", shlex.join(self.ssh)]
         self.there = made.host.directory / "plain"
@@ -66,7 +73,9 @@ class Bench:
             began = time.monotonic()
             process = self.made.laptop.start("attach", self.made.run_id)
             assert process.stdout is not None
-            while (line := process.stdout.readline()) and not line.startswith(("attach:", "stage=")):
+            while (line := process.stdout.readline()) and not line.startswith(
+                ("attach:", "stage=")
+            ):
                 pass
             seconds.append(time.monotonic() - began)
             process.kill()
@@ -90,7 +99,13 @@ class Bench:
         process.kill()
         process.communicate()
         median, rtt_s = statistics.median(late), 2 * self.made.link.delay_s
-        return line_of("a line, trainer to screen (median)", median, "round trip", rtt_s, f"<= {rtt_s + 0.15:.2f} s")
+        return line_of(
+            "a line, trainer to screen (median)",
+            median,
+            "round trip",
+            rtt_s,
+            f"<= {rtt_s + 0.15:.2f} s",
+        )
 
     def sync(self, transport: Transport) -> str:
         """One file of 500 changed since the last run, beside rsync -a of the same."""
@@ -103,11 +118,15 @@ class Bench:
         for number in range(1 + REPEATS):
             (tree / names[number]).write_text(f"changed {number}\n")
             home = str(self.made.host.home)
-            place = CodePlace(home=home, run_path=f"{home}/runs/bench{number}", project="bench", launch_id="b")
+            place = CodePlace(
+                home=home, run_path=f"{home}/runs/bench{number}", project="bench", launch_id="b"
+            )
             whole = [*self.rsync, "-a", f"{tree}/", f"127.0.0.1:{self.there}/tree/"]
             ours.append(timed(partial(sync_code, transport, place, root=tree, files=names)))
             plain.append(timed(partial(run_command, whole)))
-        return line_of("sync, 1 of 500 files changed", min(ours[1:]), "rsync -a", min(plain[1:]), "<= 1.3 x")
+        return line_of(
+            "sync, 1 of 500 files changed", min(ours[1:]), "rsync -a", min(plain[1:]), "<= 1.3 x"
+        )
 
     def pull(self, transport: Transport, megabytes: int) -> str:
         """One checkpoint, verified, beside rsync -a of the same file."""
@@ -119,31 +138,47 @@ class Bench:
                 stream.write(os.urandom(10**6))
         write_manifest(checkpoint)
         into = self.made.laptop.home / "plain"
-        plain = timed(lambda: run_command([*self.rsync, "-a", f"127.0.0.1:{checkpoint}/", f"{into}/"]))
+        plain = timed(
+            lambda: run_command([*self.rsync, "-a", f"127.0.0.1:{checkpoint}/", f"{into}/"])
+        )
         mirror = RunDir(self.made.laptop.home / "mirror")
         ours = timed(lambda: pull_checkpoint(transport, str(run_path), mirror, CHECKPOINT))
-        return line_of(f"pull of {megabytes} MB, verified", ours, "rsync -a", plain, "rate >= 0.9 x: ratio <= 1.11")
+        return line_of(
+            f"pull of {megabytes} MB, verified",
+            ours,
+            "rsync -a",
+            plain,
+            "rate >= 0.9 x: ratio <= 1.11",
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rtt-ms", type=float, default=80.0, help="added to every round trip")
-    parser.add_argument("--megabytes", type=int, default=200, help="of the checkpoint that is pulled")
+    parser.add_argument(
+        "--megabytes", type=int, default=200, help="of the checkpoint that is pulled"
+    )
     parser.add_argument("--steps", type=int, default=40, help="lines whose way is measured")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="remote-") as place:
         shared = Path(place) / "shared"
         shared.mkdir()
         make_shared(shared)
-        with world(shared, Path(place) / "world", "bench", delay_s=arguments.rtt_ms / 2000) as made:
+        with world(
+            shared, Path(place) / "world", "bench", Setting(arguments.rtt_ms / 2000)
+        ) as made:
             env = {"STAND_IN_STEP_S": "0.25", "STAND_IN_STEPS": "100000"}
             config = str(write_config(made.laptop.project, output__mode="sft", env=env))
-            done = made.laptop.deploy(config, "--remote", made.target, "--run-id", made.run_id, "--detach")
+            done = made.laptop.deploy(
+                config, "--remote", made.target, "--run-id", made.run_id, "--detach"
+            )
             assert done.returncode == 0, done.stderr
             wait_for(lambda: read_jsonl(made.there.metrics), "the first step")
             bench = Bench(made)
             transport = open_transport(made.target, accept_new_host_key=False)
-            print(f"+{arguments.rtt_ms:g} ms round trip; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+            print(
+                f"+{arguments.rtt_ms:g} ms round trip; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+            )
             print(bench.redeploy(), flush=True)
             print(bench.delay_of_lines(arguments.steps), flush=True)
             made.laptop.deploy("stop", made.run_id, "--now")

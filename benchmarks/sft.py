@@ -52,7 +52,9 @@ def make_model(path: Path) -> None:
     torch.manual_seed(0)
     Qwen2ForCausalLM(config).save_pretrained(path)
     core = Tokenizer(models.WordLevel({"<pad>": PAD, "<eos>": EOS}, unk_token="<eos>"))
-    PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>").save_pretrained(path)
+    PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>"
+    ).save_pretrained(path)
 
 
 def make_rows(count: int) -> list[dict[str, list[int]]]:
@@ -68,10 +70,14 @@ def make_rows(count: int) -> list[dict[str, list[int]]]:
         tokens = [rng.randrange(2, VOCAB)]
         while len(tokens) < length - 1:
             tokens.append(
-                successors[tokens[-1]] if rng.random() < 0.7 else 2 + int(rng.paretovariate(1.0)) % (VOCAB - 2)
+                successors[tokens[-1]]
+                if rng.random() < 0.7
+                else 2 + int(rng.paretovariate(1.0)) % (VOCAB - 2)
             )
         prompt = rng.randrange(5, length // 2) if index % 2 else 0
-        rows.append({"input_ids": [*tokens, EOS], "completion_mask": [0] * prompt + [1] * (length - prompt)})
+        rows.append(
+            {"input_ids": [*tokens, EOS], "completion_mask": [0] * prompt + [1] * (length - prompt)}
+        )
     return rows
 
 
@@ -93,7 +99,12 @@ def train_ours(
     """(model, time taken, optimizer steps)."""
     import anyio
 
-    from rollouts.training import PyTorchTrainingBackend, Sample, SFTTrainingConfig, run_sft_training
+    from rollouts.training import (
+        PyTorchTrainingBackend,
+        Sample,
+        SFTTrainingConfig,
+        run_sft_training,
+    )
     from rollouts.training.model_loading import load_model
     from rollouts.training.optim import build_optimizer, lr_factor
     from rollouts.training.rl_losses import sft_loss
@@ -114,10 +125,17 @@ def train_ours(
         ),
         loss_fn=sft_loss,
         checkpoint_dir=directory / "checkpoints",
-        lr_schedule=lambda step: lr_factor(step, total_steps=steps, warmup_frac=0.0, schedule="linear"),
+        lr_schedule=lambda step: lr_factor(
+            step, total_steps=steps, warmup_frac=0.0, schedule="linear"
+        ),
     )
-    samples = [Sample(prompt="", tokens=r["input_ids"], loss_mask=list(map(float, r["completion_mask"]))) for r in rows]
-    config = SFTTrainingConfig(num_steps=steps, batch_size=STEP_ROWS, micro_batch_tokens=options.micro_batch_tokens)
+    samples = [
+        Sample(prompt="", tokens=r["input_ids"], loss_mask=list(map(float, r["completion_mask"])))
+        for r in rows
+    ]
+    config = SFTTrainingConfig(
+        num_steps=steps, batch_size=STEP_ROWS, micro_batch_tokens=options.micro_batch_tokens
+    )
     with Clock() as clock:
         anyio.run(run_sft_training, backend, samples, config)
     return model, clock, steps
@@ -175,7 +193,9 @@ def loss_over(model: Any, rows: list[dict[str, list[int]]]) -> float:
             ids = torch.tensor([row["input_ids"]])
             labels = ids.masked_fill(torch.tensor([row["completion_mask"]]) == 0, -100)[0, 1:]
             logits = type(model).forward(model, input_ids=ids, use_cache=False).logits[0, :-1]
-            total += torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()
+            total += torch.nn.functional.cross_entropy(
+                logits, labels, ignore_index=-100, reduction="sum"
+            ).item()
             count += int((labels != -100).sum())
     return total / count
 
@@ -194,7 +214,11 @@ def run_variant(directory: Path, options: argparse.Namespace) -> None:
         )
     tokens = sum(len(row["input_ids"]) for row in rows)
     speed = {"tokens_per_s": tokens / clock.wall_s, "tokens_per_cpu_s": tokens / clock.cpu_s}
-    print(json.dumps({**speed, "wall_s": clock.wall_s, "steps": steps, "loss": loss_over(model, rows)}))
+    print(
+        json.dumps(
+            {**speed, "wall_s": clock.wall_s, "steps": steps, "loss": loss_over(model, rows)}
+        )
+    )
 
 
 def in_own_process(variant: str, directory: Path, options: argparse.Namespace) -> dict[str, float]:
@@ -202,7 +226,12 @@ def in_own_process(variant: str, directory: Path, options: argparse.Namespace) -
         for name in ("model", "rows.json"):
             (Path(scratch) / name).symlink_to(directory / name)
         command = [sys.executable, __file__, "--variant", variant, "--directory", scratch]
-        command += ["--threads", str(options.threads), "--micro-batch-tokens", str(options.micro_batch_tokens)]
+        command += [
+            "--threads",
+            str(options.threads),
+            "--micro-batch-tokens",
+            str(options.micro_batch_tokens),
+        ]
         environment = {
             **os.environ,
             "PYTHONPATH": str(ROOT),
@@ -226,10 +255,16 @@ def report(results: dict[str, list[dict[str, float]]]) -> None:
         speed, cpu, steps, loss = (middle[key][name] for key in middle)
         print(f"{name:18}{speed:10.0f}{cpu:11.0f}{steps:7.0f}{loss:12.4f}")
     for kind in ("as it comes", "tuned"):
-        peers = [name for name in results if name != "ours" and name.endswith("_tuned") == (kind == "tuned")]
+        peers = [
+            name
+            for name in results
+            if name != "ours" and name.endswith("_tuned") == (kind == "tuned")
+        ]
         for key in ("tokens_per_s", "tokens_per_cpu_s") if "ours" in results and peers else ():
             better = max(peers, key=lambda name: middle[key][name])
-            print(f"ratio to TRL {kind} ({better}) in {key}: {middle[key]['ours'] / middle[key][better]:.2f}")
+            print(
+                f"ratio to TRL {kind} ({better}) in {key}: {middle[key]['ours'] / middle[key][better]:.2f}"
+            )
 
 
 def main() -> None:
@@ -237,9 +272,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=600)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--micro-batch-tokens", type=int, default=1280, help="ours: tokens per forward pass")
+    parser.add_argument(
+        "--micro-batch-tokens", type=int, default=1280, help="ours: tokens per forward pass"
+    )
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
-    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)  # this process is a child
+    # this process is a child
+    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.variant:
@@ -252,7 +290,9 @@ def main() -> None:
         (directory / "rows.json").write_text(json.dumps(rows))
         lengths = [len(row["input_ids"]) for row in rows]
         trained = sum(sum(row["completion_mask"]) for row in rows)
-        print(f"{len(rows)} rows, {sum(lengths)} tokens ({min(lengths)}-{max(lengths)}), {trained} trained")
+        print(
+            f"{len(rows)} rows, {sum(lengths)} tokens ({min(lengths)}-{max(lengths)}), {trained} trained"
+        )
         results: dict[str, list[dict[str, float]]] = {variant: [] for variant in options.variants}
         for _ in range(options.rounds):
             for variant in options.variants:

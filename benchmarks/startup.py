@@ -61,7 +61,9 @@ def machines(directory: Path) -> Iterator[tuple[Laptop, Host]]:
     kill_tmux(tmux_dir)
 
 
-def measure(laptop: Laptop, config: Path, run_id: str, home: Path, *remote: str) -> dict[str, float]:
+def measure(
+    laptop: Laptop, config: Path, run_id: str, home: Path, *remote: str
+) -> dict[str, float]:
     """Seconds from the start of `deploy` to each moment, by the clock that both sides share."""
     started = time.time()
     done = laptop.deploy(str(config), "--run-id", run_id, *remote, timeout_s=TIMEOUT_S)
@@ -82,23 +84,37 @@ def measure(laptop: Laptop, config: Path, run_id: str, home: Path, *remote: str)
 def raw_commands(laptop: Laptop, target: Host | None, directory: Path) -> float:
     """Seconds that the same work takes by hand: rsync git's files to a fresh directory, then start a Python there."""
     listed = subprocess.run(
-        ["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
+        ["git", "ls-files", "-z", "-co", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
     )
     there = directory / f"raw{time.monotonic_ns()}"
-    options = ("-i", str(laptop.key), "-o", f"UserKnownHostsFile={laptop.known_hosts}", "-o", "BatchMode=yes")
+    options = (
+        "-i",
+        str(laptop.key),
+        "-o",
+        f"UserKnownHostsFile={laptop.known_hosts}",
+        "-o",
+        "BatchMode=yes",
+    )
     ssh = ["ssh", *options, "-p", str(target.port), "127.0.0.1"] if target else []
     shell = ["-e", shlex.join(ssh[:-1])] if target else []
     to = f"127.0.0.1:{there}/" if target else f"{there}/"
     started = time.monotonic()
     subprocess.run(
-        ["rsync", "-a", "--from0", "--files-from=-", *shell, f"{ROOT}/", to], input=listed.stdout, check=True
+        ["rsync", "-a", "--from0", "--files-from=-", *shell, f"{ROOT}/", to],
+        input=listed.stdout,
+        check=True,
     )
     subprocess.run([*ssh, "python3", "-c", "pass"], check=True)
     return time.monotonic() - started
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=5)
     repeats = parser.parse_args().repeats
     with tempfile.TemporaryDirectory() as name, machines(Path(name)) as (laptop, remote):
@@ -111,8 +127,12 @@ def main() -> None:
         for label, (home, arguments, target) in targets.items():
             short = label.split()[0]
             measure(laptop, config, f"{short}-warmup", home, *arguments)
-            rows = [measure(laptop, config, f"{short}-{n}", home, *arguments) for n in range(repeats)]
-            raw = statistics.median(raw_commands(laptop, target, Path(name)) for _ in range(repeats))
+            rows = [
+                measure(laptop, config, f"{short}-{n}", home, *arguments) for n in range(repeats)
+            ]
+            raw = statistics.median(
+                raw_commands(laptop, target, Path(name)) for _ in range(repeats)
+            )
             medians = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
             print(f"{label}: medians of {repeats}, seconds")
             for key, value in medians.items():

@@ -25,7 +25,8 @@ from rollouts.training.flops import flops_per_token
 def seconds(card: Card, kernels: Iterable[Kernel], *, best_products: bool = False) -> float:
     """Of all `kernels`, one after another without gaps."""
     return sum(
-        kernel_s(card, kernel.kind, kernel.bytes, kernel.flops, best_products=best_products) for kernel in kernels
+        kernel_s(card, kernel.kind, kernel.bytes, kernel.flops, best_products=best_products)
+        for kernel in kernels
     )
 
 
@@ -35,22 +36,34 @@ def model_flops(config: Any, work: Work, *, full_attention: bool) -> float:
     return work.tokens * flops_per_token(config, length, head_share=work.trained / work.tokens)
 
 
-def device_s(card: Card, found: StepCounts, micro_batches: int, *, best_products: bool = False) -> float:
+def device_s(
+    card: Card, found: StepCounts, micro_batches: int, *, best_products: bool = False
+) -> float:
     """Seconds of the device for a micro-batch and its share of the optimizer step."""
     micro_batch = seconds(card, found.micro_batch.kernels, best_products=best_products)
-    return micro_batch + seconds(card, found.optimizer.kernels, best_products=best_products) / micro_batches
+    return (
+        micro_batch
+        + seconds(card, found.optimizer.kernels, best_products=best_products) / micro_batches
+    )
 
 
 def show_counts(found: StepCounts) -> None:
-    for name, counts in (("a micro-batch", found.micro_batch), ("an optimizer step", found.optimizer)):
-        print(f"\n{name}: {counts.operations} operations dispatched, {len(counts.waits)} waits of the host")
+    for name, counts in (
+        ("a micro-batch", found.micro_batch),
+        ("an optimizer step", found.optimizer),
+    ):
+        print(
+            f"\n{name}: {counts.operations} operations dispatched, {len(counts.waits)} waits of the host"
+        )
         print(f"  {'part':10} {'kind':12} {'kernels':>8} {'GB':>8} {'TFLOP':>8}")
         for (part, kind), kernels in grouped(counts).items():
             moved, flops = sum(k.bytes for k in kernels), sum(k.flops for k in kernels)
             launches = sum(kernel.launches for kernel in kernels)
             print(f"  {part:10} {kind:12} {launches:8,} {moved / 1e9:8.1f} {flops / 1e12:8.2f}")
         collectives = sum(counts.collectives.values())
-        print(f"  {'all':23} {launches_of(counts):8,} {moved_of(counts) / 1e9:8.1f}; collectives: {collectives}")
+        print(
+            f"  {'all':23} {launches_of(counts):8,} {moved_of(counts) / 1e9:8.1f}; collectives: {collectives}"
+        )
     print(f"\ncompiled graphs: {len(found.graphs)}, graph breaks: {found.breaks}")
 
 
@@ -76,9 +89,15 @@ def show_arithmetic(config: Any, work: Work, found: StepCounts, micro_batches: i
         f"\nof the model: {causal / 1e12:.1f} TFLOP a micro-batch with causal attention, {full / 1e12:.1f} with full;"
         f" an optimizer step every {micro_batches} micro-batches"
     )
-    print("MFU in % of what is stated, then of what is measured for products (~: assumed 0.8 of what is stated);")
-    print("best: products at the measured rate, not 0.78 of it. host: its time to launch, which may be what counts")
-    print(f"  {'card':16} {'ms':>6} {'host ms':>8} {'causal':>13} {'full':>13} {'best ms':>8} {'causal':>7}")
+    print(
+        "MFU in % of what is stated, then of what is measured for products (~: assumed 0.8 of what is stated);"
+    )
+    print(
+        "best: products at the measured rate, not 0.78 of it. host: its time to launch, which may be what counts"
+    )
+    print(
+        f"  {'card':16} {'ms':>6} {'host ms':>8} {'causal':>13} {'full':>13} {'best ms':>8} {'causal':>7}"
+    )
     counts = found.micro_batch
     launching_s = host_s(counts.dispatched, launches_of(counts) - counts.dispatched)
     launching_s += host_s(found.optimizer.dispatched, 0) / micro_batches
@@ -109,15 +128,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description="Count a training step of the Qwen3-0.6B shape on fake tensors and estimate its time on cards."
     )
-    parser.add_argument("--kind", choices=("sft", "rl"), default="sft", help="sft, or rl: GRPO on sampled groups")
+    parser.add_argument(
+        "--kind", choices=("sft", "rl"), default="sft", help="sft, or rl: GRPO on sampled groups"
+    )
     parser.add_argument("--tokens", type=int, default=8192, help="of a micro-batch (default 8192)")
-    parser.add_argument("--document", type=int, default=1024, help="tokens of each document (default 1024)")
-    parser.add_argument("--micro-batches", type=int, default=4, help="of an optimizer step (default 4)")
-    parser.add_argument("--layers", type=int, default=28, help="of the model (default 28, the whole of it)")
+    parser.add_argument(
+        "--document", type=int, default=1024, help="tokens of each document (default 1024)"
+    )
+    parser.add_argument(
+        "--micro-batches", type=int, default=4, help="of an optimizer step (default 4)"
+    )
+    parser.add_argument(
+        "--layers", type=int, default=28, help="of the model (default 28, the whole of it)"
+    )
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
-    parser.add_argument("--checkpointing", action="store_true", help="with activation checkpointing")
-    parser.add_argument("--card", choices=CARDS, default="H200 SXM", help="whose terms are listed (default H200 SXM)")
-    parser.add_argument("--ranks", type=int, default=1, help="that hold whole copies of the model (default 1)")
+    parser.add_argument(
+        "--checkpointing", action="store_true", help="with activation checkpointing"
+    )
+    parser.add_argument(
+        "--card",
+        choices=CARDS,
+        default="H200 SXM",
+        help="whose terms are listed (default H200 SXM)",
+    )
+    parser.add_argument(
+        "--ranks", type=int, default=1, help="that hold whole copies of the model (default 1)"
+    )
     arguments = parser.parse_args(argv)
     config = qwen3_600m()
     config.num_hidden_layers = arguments.layers
@@ -130,7 +166,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         checkpointing=arguments.checkpointing,
         ranks=arguments.ranks,
     )
-    print(f"{arguments.kind}, {arguments.layers} layers, {work.tokens} tokens in documents of {work.document}")
+    print(
+        f"{arguments.kind}, {arguments.layers} layers, {work.tokens} tokens in documents of {work.document}"
+    )
     show_counts(found)
     show_arithmetic(config, work, found, arguments.micro_batches)
     show_terms(found, arguments.card)

@@ -133,7 +133,9 @@ def delivery_of(kind: str, backend: Any, directory: Path, bucket_mib: int) -> An
         place = directory / "weights" if kind == "disk" else place
         return DiskDelivery(backend, place, temporary=True)
     channel: Any = (
-        SharedMemoryChannel() if kind == "tensor" else ProcessGroupChannel(device_type="cpu", timeout_s=120.0)
+        SharedMemoryChannel()
+        if kind == "tensor"
+        else ProcessGroupChannel(device_type="cpu", timeout_s=120.0)
     )
     return BucketDelivery(backend, channel, dtype=None, bucket_bytes=bucket_mib * 2**20)
 
@@ -146,8 +148,12 @@ async def sync_s(
         delivery = delivery_of(kind, backend, directory, options.bucket_mib)
         publisher = WeightPublisher(backend, EnginePool.of([engine]), delivery, dtype="float32")
         try:
-            alone = await median_async_s(lambda index: delivery.deliver([engine], str(index)), options.repeats)
-            return alone, await median_async_s(lambda index: publisher.publish(100 + index), options.repeats)
+            alone = await median_async_s(
+                lambda index: delivery.deliver([engine], str(index)), options.repeats
+            )
+            return alone, await median_async_s(
+                lambda index: publisher.publish(100 + index), options.repeats
+            )
         finally:
             await publisher.aclose()
 
@@ -190,31 +196,45 @@ def measure(size: str, kind: str, directory: Path, options: argparse.Namespace) 
         "plain copy in memory": (limit_s, None),
         "copy to a file in /dev/shm": (copy_to_file_s(model, options.repeats), None),
     }
-    backend = PyTorchTrainingBackend(model, torch.optim.SGD(model.parameters(), lr=0.1), grpo_loss, directory)
+    backend = PyTorchTrainingBackend(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), grpo_loss, directory
+    )
     with engine_over(kind, directory / "model") as url:
-        rows["save_pretrained + reload"] = anyio.run(plain_s, model, url, directory, options.repeats), None
+        rows["save_pretrained + reload"] = (
+            anyio.run(plain_s, model, url, directory, options.repeats),
+            None,
+        )
         for name in options.kinds:
             if name != "lora" and (name != "broadcast" or kind == "sglang"):
                 rows[name] = anyio.run(sync_s, name, backend, url, directory, options)
     sizes = {}
     if "lora" in options.kinds and kind == "sglang":
         sizes["lora"], rows["lora"] = adapters_s(directory, options)
-    print(f"\n{gigabytes:.3f} GB in {len(list(model.parameters()))} tensors, engine: {kind}, {options.repeats} repeats")
+    print(
+        f"\n{gigabytes:.3f} GB in {len(list(model.parameters()))} tensors, engine: {kind}, {options.repeats} repeats"
+    )
     print(f"{'':30}{'seconds':>10}{'GB/s':>8}{'x copy':>9}{'with proof':>12}")
     for name, (seconds, whole) in rows.items():
         proven = "" if whole is None else f"{whole:12.3f}"
         sent = sizes.get(name, gigabytes)
         share = "" if sent == gigabytes else f"  ({sent / gigabytes:.2%} of the bytes)"
-        print(f"{name:30}{seconds:10.3f}{sent / seconds:8.2f}{seconds / limit_s:9.2f}{proven}{share}", flush=True)
+        print(
+            f"{name:30}{seconds:10.3f}{sent / seconds:8.2f}{seconds / limit_s:9.2f}{proven}{share}",
+            flush=True,
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--bucket-mib", type=int, default=256)
-    parser.add_argument("--sglang-python", default=os.environ.get(SGLANG_PYTHON), help="interpreter with SGLang")
+    parser.add_argument(
+        "--sglang-python", default=os.environ.get(SGLANG_PYTHON), help="interpreter with SGLang"
+    )
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -222,7 +242,9 @@ def main() -> None:
         os.environ[SGLANG_PYTHON] = options.sglang_python
     for size in options.sizes:
         with tempfile.TemporaryDirectory() as directory:
-            measure(size, "sglang" if options.sglang_python else "embedded", Path(directory), options)
+            measure(
+                size, "sglang" if options.sglang_python else "embedded", Path(directory), options
+            )
 
 
 if __name__ == "__main__":

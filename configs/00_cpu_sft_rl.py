@@ -59,7 +59,13 @@ def adamw(*, warmup_frac: float) -> OptimizerConfig:
 
 config = Config(
     target=TargetConfig(
-        hosts=1, gpu_ranks=[0], device_type="cpu", sharding="none", shard_group_size=-1, cpu_offload=False
+        hosts=1,
+        hosts_min=1,
+        gpu_ranks=[0],
+        device_type="cpu",
+        sharding="none",
+        shard_group_size=-1,
+        cpu_offload=False,
     ),
     host=HostConfig(
         installer="pip",
@@ -156,6 +162,7 @@ config = Config(
         in_process_batch_tokens=131072,
     ),
     engine=Embedded(
+        hosts=None,
         requirements_file=None,
         gpu_ranks=[0],
         sglang_port=30180,
@@ -174,6 +181,7 @@ config = Config(
         sample_timeout_s=120.0,
         reward_timeout_s=30.0,
         stop_grace_s=10.0,
+        restarts_max=0,
     ),
     output=OutputConfig(
         save_dir="runs",
@@ -181,11 +189,13 @@ config = Config(
         experiment_name="cpu_sft_rl",
         use_wandb=False,
         wandb_project="",
+        trackers=[],
         mode="sft+rl",
         source_checkpoint=None,
         checkpoints_keep=-1,
         checkpoint_best={},
         on_end=None,
+        on_warning=None,
     ),
     provision=None,
 )

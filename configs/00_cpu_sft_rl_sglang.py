@@ -16,6 +16,7 @@ config = changed(
         "output.experiment_name": "cpu_sft_rl_sglang",
         "host.disk_free_gib_min": 10.0,
         "engine": SGLang(
+            hosts=None,
             requirements_file="requirements/sglang-cpu.txt",
             gpu_ranks=[0],
             sglang_port=30180,

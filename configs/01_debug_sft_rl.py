@@ -78,7 +78,13 @@ def adamw(*, warmup_frac: float) -> OptimizerConfig:
 
 config = Config(
     target=TargetConfig(
-        hosts=1, gpu_ranks=[0], device_type="cuda", sharding="none", shard_group_size=-1, cpu_offload=False
+        hosts=1,
+        hosts_min=1,
+        gpu_ranks=[0],
+        device_type="cuda",
+        sharding="none",
+        shard_group_size=-1,
+        cpu_offload=False,
     ),
     host=HostConfig(
         installer="uv",
@@ -175,6 +181,7 @@ config = Config(
         in_process_batch_tokens=65536,
     ),
     engine=SGLang(
+        hosts=None,
         requirements_file="requirements/sglang-cuda.txt",
         gpu_ranks=[0],  # the trainer's: colocated
         sglang_port=30180,
@@ -197,6 +204,7 @@ config = Config(
         sample_timeout_s=600.0,
         reward_timeout_s=30.0,
         stop_grace_s=30.0,
+        restarts_max=0,
     ),
     output=OutputConfig(
         save_dir="runs",
@@ -204,11 +212,13 @@ config = Config(
         experiment_name="debug_sft_rl",
         use_wandb=False,
         wandb_project="",
+        trackers=[],
         mode="sft+rl",
         source_checkpoint=None,
         checkpoints_keep=-1,
         checkpoint_best={},
         on_end=None,
+        on_warning=None,
     ),
     provision=None,
 )

@@ -69,7 +69,8 @@ SFT_MIXTURE = [
     task(ARC, "multiple_choice", subset="ARC-Challenge"),  # 1.1K
     task(GSM8K, "gsm8k_calculator", subset="main"),  # 7.5K
     task("HuggingFaceTB/smol-smoltalk", "smoltalk", stop=10_000),  # of 460K
-    task("configs/data/identity/train.jsonl", "custom_json", shuffle_seed=None),  # 1K: scripts/make_identity_data.py
+    # 1K: scripts/make_identity_data.py
+    task("configs/data/identity/train.jsonl", "custom_json", shuffle_seed=None),
     task("simple_spelling", "simple_spelling", shuffle_seed=None, stop=300),
     task("spelling_bee", "spelling_bee", shuffle_seed=None, stop=300),
 ]
@@ -95,7 +96,13 @@ def adamw(*, beta2: float) -> OptimizerConfig:
 
 config = Config(
     target=TargetConfig(
-        hosts=1, gpu_ranks=[0], device_type="cuda", sharding="none", shard_group_size=-1, cpu_offload=False
+        hosts=1,
+        hosts_min=1,
+        gpu_ranks=[0],
+        device_type="cuda",
+        sharding="none",
+        shard_group_size=-1,
+        cpu_offload=False,
     ),
     host=HostConfig(
         installer="uv",
@@ -192,6 +199,7 @@ config = Config(
         in_process_batch_tokens=131072,
     ),
     engine=Embedded(
+        hosts=None,
         requirements_file=None,
         gpu_ranks=[0],
         sglang_port=30180,
@@ -210,6 +218,7 @@ config = Config(
         sample_timeout_s=600.0,
         reward_timeout_s=30.0,
         stop_grace_s=30.0,
+        restarts_max=0,
     ),
     output=OutputConfig(
         save_dir="runs",
@@ -217,11 +226,13 @@ config = Config(
         experiment_name="nanochat_sft_rl",
         use_wandb=False,
         wandb_project="",
+        trackers=[],
         mode="sft+rl",
         source_checkpoint=None,
         checkpoints_keep=-1,
         checkpoint_best={},
         on_end=None,
+        on_warning=None,
     ),
     provision=None,
 )

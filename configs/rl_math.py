@@ -61,7 +61,13 @@ def adamw(*, warmup_frac: float) -> OptimizerConfig:
 
 config = Config(
     target=TargetConfig(
-        hosts=1, gpu_ranks=[0, 1], device_type="cuda", sharding="full_shard", shard_group_size=-1, cpu_offload=False
+        hosts=1,
+        hosts_min=1,
+        gpu_ranks=[0, 1],
+        device_type="cuda",
+        sharding="full_shard",
+        shard_group_size=-1,
+        cpu_offload=False,
     ),
     host=HostConfig(
         installer="uv",
@@ -142,6 +148,7 @@ config = Config(
         in_process_batch_tokens=65536,
     ),
     engine=SGLang(
+        hosts=None,
         requirements_file="requirements/sglang-cuda.txt",
         gpu_ranks=[2, 3],
         sglang_port=30180,
@@ -164,6 +171,7 @@ config = Config(
         sample_timeout_s=600.0,
         reward_timeout_s=30.0,
         stop_grace_s=30.0,
+        restarts_max=0,
     ),
     output=OutputConfig(
         save_dir="runs",
@@ -171,11 +179,13 @@ config = Config(
         experiment_name="rl_math",
         use_wandb=False,
         wandb_project="",
+        trackers=[],
         mode="rl",
         source_checkpoint=None,
         checkpoints_keep=2,
         checkpoint_best={},
         on_end=None,
+        on_warning=None,
     ),
     provision=None,
 )

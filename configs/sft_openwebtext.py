@@ -43,7 +43,13 @@ def openwebtext(*, start: int, stop: int) -> DatasetSpec:
 
 config = Config(
     target=TargetConfig(
-        hosts=1, gpu_ranks=[0], device_type="cuda", sharding="none", shard_group_size=-1, cpu_offload=False
+        hosts=1,
+        hosts_min=1,
+        gpu_ranks=[0],
+        device_type="cuda",
+        sharding="none",
+        shard_group_size=-1,
+        cpu_offload=False,
     ),
     host=HostConfig(
         installer="uv",
@@ -118,6 +124,7 @@ config = Config(
         sample_timeout_s=600.0,
         reward_timeout_s=30.0,
         stop_grace_s=30.0,
+        restarts_max=0,
     ),
     output=OutputConfig(
         save_dir="runs",
@@ -125,11 +132,13 @@ config = Config(
         experiment_name="sft_openwebtext",
         use_wandb=False,
         wandb_project="",
+        trackers=[],
         mode="sft",
         source_checkpoint=None,
         checkpoints_keep=-1,
         checkpoint_best={},
         on_end=None,
+        on_warning=None,
     ),
     provision=None,
 )

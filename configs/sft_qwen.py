@@ -51,7 +51,13 @@ def adamw(*, warmup_frac: float) -> OptimizerConfig:
 
 config = Config(
     target=TargetConfig(
-        hosts=1, gpu_ranks=[0, 1], device_type="cuda", sharding="full_shard", shard_group_size=-1, cpu_offload=False
+        hosts=1,
+        hosts_min=1,
+        gpu_ranks=[0, 1],
+        device_type="cuda",
+        sharding="full_shard",
+        shard_group_size=-1,
+        cpu_offload=False,
     ),
     host=HostConfig(
         installer="uv",
@@ -118,6 +124,7 @@ config = Config(
         sample_timeout_s=600.0,
         reward_timeout_s=30.0,
         stop_grace_s=30.0,
+        restarts_max=0,
     ),
     output=OutputConfig(
         save_dir="runs",
@@ -125,11 +132,13 @@ config = Config(
         experiment_name="sft_qwen",
         use_wandb=False,
         wandb_project="",
+        trackers=[],
         mode="sft",
         source_checkpoint=None,
         checkpoints_keep=2,
         checkpoint_best={},
         on_end=None,
+        on_warning=None,
     ),
     provision=None,
 )

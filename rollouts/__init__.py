@@ -7,14 +7,19 @@ if TYPE_CHECKING:
     from rollouts.agents.endpoint import Endpoint
     from rollouts.agents.environment import CalculatorEnvironment
 
-_MODULE_OF = {"CalculatorEnvironment": "rollouts.agents.environment", "Endpoint": "rollouts.agents.endpoint"}
+_MODULE_OF = {
+    "CalculatorEnvironment": "rollouts.agents.environment",
+    "Endpoint": "rollouts.agents.endpoint",
+}
 
 __all__ = ["CalculatorEnvironment", "Endpoint"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}"
+        )
     return getattr(importlib.import_module(_MODULE_OF[name]), name)
 
 

@@ -26,7 +26,10 @@ def write_manifest(directory: Path) -> Path:
     """List every file under `directory` in `manifest.json` there, and return that file's path."""
     manifest = directory / MANIFEST_FILE
     files = {
-        file.relative_to(directory).as_posix(): {"size": file.stat().st_size, "sha256": sha256(file)}
+        file.relative_to(directory).as_posix(): {
+            "size": file.stat().st_size,
+            "sha256": sha256(file),
+        }
         for file in sorted(directory.rglob("*"))
         if file.is_file() and file != manifest
     }
@@ -47,7 +50,11 @@ def manifest_problems(directory: Path) -> tuple[str, ...]:
         return (f"{manifest}: missing, so {directory.name} was never completed",)
     except (ValueError, OSError) as error:
         return (str(error),)
-    found = [f"{directory / name}: the manifest does not list it" for name in present if name not in files]
+    found = [
+        f"{directory / name}: the manifest does not list it"
+        for name in present
+        if name not in files
+    ]
     for name, (size, digest) in files.items():
         file = directory / name
         if name not in present:
@@ -66,8 +73,17 @@ def read_manifest(manifest: Path) -> dict[str, tuple[int, str]]:
     try:
         with _opened(manifest) as stream:
             files = json.loads(stream.read())["files"]
-        listed = {str(name): (int(item["size"]), str(item["sha256"])) for name, item in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        listed = {
+            str(name): (int(item["size"]), str(item["sha256"])) for name, item in files.items()
+        }
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        OverflowError,
+    ) as error:
         raise ValueError(f"{manifest}: not a manifest: {error!r}") from None
     for name in listed:
         parts = name.split("/")
@@ -133,7 +149,10 @@ def tree_names(root: str | os.PathLike[str]) -> list[str]:
 
 
 def read_tree(
-    root: str | os.PathLike[str], names: Iterable[str], *, grown_from: Mapping[str, TreeFile] | None = None
+    root: str | os.PathLike[str],
+    names: Iterable[str],
+    *,
+    grown_from: Mapping[str, TreeFile] | None = None,
 ) -> Tree:
     """Hash `names` under `root`. Raises OSError for one that is gone or cannot be read.
 
@@ -151,18 +170,28 @@ def _tree_file(path: bytes, earlier: TreeFile | None) -> TreeFile:
     status = os.lstat(path)
     if stat.S_ISLNK(status.st_mode):
         leads_to = os.readlink(path)
-        return {"mode": "120000", "size": len(leads_to), "sha256": hashlib.sha256(leads_to).hexdigest()}
+        return {
+            "mode": "120000",
+            "size": len(leads_to),
+            "sha256": hashlib.sha256(leads_to).hexdigest(),
+        }
     if not stat.S_ISREG(status.st_mode):
         raise OSError(0, "is neither a file nor a link", os.fsdecode(path))
     mode = "100755" if status.st_mode & stat.S_IXUSR else "100644"
-    if earlier is not None and earlier["mode"] == mode and _has_grown(path, status.st_size, earlier):
+    if (
+        earlier is not None
+        and earlier["mode"] == mode
+        and _has_grown(path, status.st_size, earlier)
+    ):
         return earlier
     return {"mode": mode, "size": status.st_size, "sha256": sha256(Path(os.fsdecode(path)))}
 
 
 def _has_grown(path: bytes, size: int, earlier: TreeFile) -> bool:
     """Return whether the file begins with all that it was."""
-    return size > earlier["size"] > 0 and _sha256_of_start(path, earlier["size"]) == earlier["sha256"]
+    return (
+        size > earlier["size"] > 0 and _sha256_of_start(path, earlier["size"]) == earlier["sha256"]
+    )
 
 
 def _sha256_of_start(path: bytes, size: int) -> str:

@@ -10,6 +10,8 @@ import stat
 from pathlib import Path
 from typing import IO
 
+READ_BYTES = 1 << 20  # at a time
+
 
 class NotPlainFileError(OSError, ValueError):
     """There is a pipe, a socket, a device or a directory where a file should be."""
@@ -28,7 +30,11 @@ _KINDS = (
 
 
 def open_plain(
-    path: str | os.PathLike[str], flags: int = os.O_RDONLY, mode: int = 0o644, *, dir_fd: int | None = None
+    path: str | os.PathLike[str],
+    flags: int = os.O_RDONLY,
+    mode: int = 0o644,
+    *,
+    dir_fd: int | None = None,
 ) -> int:
     """Return a descriptor of a plain file; for writing also of a device, such as /dev/null.
 
@@ -46,7 +52,9 @@ def open_plain(
     writes = bool(flags & (os.O_WRONLY | os.O_RDWR))
     if not stat.S_ISREG(found) and not (writes and stat.S_ISCHR(found)):
         os.close(descriptor)
-        raise NotPlainFileError(path, next((what for is_it, what in _KINDS if is_it(found)), "something else"))
+        raise NotPlainFileError(
+            path, next((what for is_it, what in _KINDS if is_it(found)), "something else")
+        )
     return descriptor
 
 
@@ -62,8 +70,14 @@ def appending(path: str | os.PathLike[str]) -> IO[bytes]:
 
 def read_plain(path: str | os.PathLike[str]) -> bytes:
     """Return all bytes of a plain file. Raises as `open_plain` does."""
-    with reading(path) as stream:
-        return stream.read()
+    descriptor = open_plain(path)  # thousands are read for a list of runs: no stream around it
+    try:
+        parts = [os.read(descriptor, READ_BYTES)]
+        while parts[-1]:
+            parts.append(os.read(descriptor, READ_BYTES))
+    finally:
+        os.close(descriptor)
+    return b"".join(parts)
 
 
 def is_plain(path: Path) -> bool:

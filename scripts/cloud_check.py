@@ -14,15 +14,15 @@ import time
 import anyio
 
 from rollouts.cloud.accounts import find_offers, keys_here, no_key, open_providers
-from rollouts.cloud.lease_guard import start_guard
-from rollouts.cloud.ledger import Ledger, Terms
+from rollouts.cloud.ledger import Lease, Ledger, Limits, Terms
 from rollouts.cloud.machine_types import PROVIDERS, MachineNeeds, Order
 from rollouts.cloud.reaching import own_public_key, reach
 from rollouts.cloud.renting import Patience, end, new_machine_name, rent
 from rollouts.remote.errors import DeployError
+from rollouts.remote.guards import WATCHDOGS, arm_watchdog, start_guard
 from rollouts.remote.host.facts import gather_facts
 from rollouts.remote.host.open import open_transport
-from rollouts.remote.rented import WATCHDOGS, arm_watchdog, log_in
+from rollouts.remote.rent_machine import log_in
 
 STARTED = time.monotonic()
 
@@ -30,6 +30,12 @@ STARTED = time.monotonic()
 def say(text: str) -> None:
     """Print a step with its time."""
     print(f"{time.monotonic() - STARTED:7.1f} s  {text}", flush=True)
+
+
+def arm(lease: Lease) -> None:
+    """Start the guard of this computer for the machine that is about to be made."""
+    start_guard()
+    say(f"a guard on this computer ends {lease.name} at its time")
 
 
 async def check(provider_name: str, needs: MachineNeeds, minutes: float) -> None:
@@ -45,12 +51,20 @@ async def check(provider_name: str, needs: MachineNeeds, minutes: float) -> None
         raise DeployError(f"{name} offers nothing that fits.", fix="a higher --max-price")
     offer, ledger, patience = fitting[0], Ledger(), Patience()
     order = Order(
-        name=new_machine_name(), offer=offer, public_key=own_public_key(), disk_gib=needs.disk_gib, image=None
+        name=new_machine_name(),
+        offer=offer,
+        public_key=own_public_key(),
+        disk_gib=needs.disk_gib,
+        ends_at=time.time() + 60 * minutes,
+        image=None,
     )
     say(f"{offer.gpu_type}, {offer.region}, ${offer.price_per_hour:.2f} an hour, as {order.name}")
     async with open_providers(keys) as providers:
         provider = providers[name]
-        terms = Terms(run_id="cloud_check", hours=minutes / 60, keep=False, arm=start_guard)
+        limits = Limits(
+            hours_max=minutes / 60, spend_max=(needs.price_per_hour_max or 1.0) * minutes / 60
+        )
+        terms = Terms(run_id="cloud_check", limits=limits, keep=False, arm=arm)
         machine = await rent(provider, order, ledger, patience, terms)
         lease = ledger.lease(order.name)
         try:
@@ -63,15 +77,21 @@ async def check(provider_name: str, needs: MachineNeeds, minutes: float) -> None
                 price_max=needs.price_per_hour_max or 0.0,
                 say=say,
             )
-            say(f"logged in; the provider says ${reached.price_per_hour} an hour")
+            told = reached.price_per_hour
+            price = "no price" if told is None else f"${told:.2f} an hour"
+            say(f"logged in; its status tells {price}")
             if name in WATCHDOGS:
                 await anyio.to_thread.run_sync(arm_watchdog, lease)
                 say("the watchdog on the machine is armed")
             say(await anyio.to_thread.run_sync(what_it_has, order.name))
         finally:
             with anyio.CancelScope(shield=True):
-                await end(provider, ledger.lease(order.name), ledger, patience, reason="cloud_check")
-    say(f"gone; it cost at most ${ledger.lease(order.name).spent(time.time()):.3f}: compare with the provider's bill")
+                await end(
+                    provider, ledger.lease(order.name), ledger, patience, reason="cloud_check"
+                )
+    say(
+        f"gone; it cost at most ${ledger.lease(order.name).spent(time.time()):.3f}: compare with the provider's bill"
+    )
 
 
 def what_it_has(name: str) -> str:

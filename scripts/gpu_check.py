@@ -17,12 +17,22 @@ from benchmarks.gpu_sft import Speed, losses_on_both, matmul_flops_per_s, measur
 from rollouts.training.flops import peak_flops  # noqa: E402
 
 MFU_GOAL = 0.45  # of the measured matrix rate
-LOSS_WITHIN = 0.01  # relative: bf16 keeps 8 bits, 0.4 % of a value; the mean over many tokens is closer
+LOSS_WITHIN = (
+    0.01  # relative: bf16 keeps 8 bits, 0.4 % of a value; the mean over many tokens is closer
+)
 PACKED_TOKENS = (8192, 16384)
 
 
 def record(
-    *, command: str, card: str, versions: str, commit: str, date: str, matmul: float, speeds: list[Speed], losses: tuple
+    *,
+    command: str,
+    card: str,
+    versions: str,
+    commit: str,
+    date: str,
+    matmul: float,
+    speeds: list[Speed],
+    losses: tuple,
 ) -> str:
     """Return one run as a section of docs/benchmarks.md."""
     stated = peak_flops(card)
@@ -47,7 +57,11 @@ def record(
 
 def problems(speeds: list[Speed], losses: tuple[float, float]) -> list[str]:
     """Return what is wrong, rather than slow."""
-    found = [f"loss not finite at {s.micro_batch_tokens} tokens: {s.losses}" for s in speeds if not _finite(s.losses)]
+    found = [
+        f"loss not finite at {s.micro_batch_tokens} tokens: {s.losses}"
+        for s in speeds
+        if not _finite(s.losses)
+    ]
     if not abs(losses[1] - losses[0]) <= LOSS_WITHIN * abs(losses[0]):
         found.append(
             f"loss {losses[1]} on the GPU in bf16, {losses[0]} on the CPU: needs to be within {LOSS_WITHIN:.0%}"
@@ -65,7 +79,9 @@ def _output(*argv: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=10, help="measured optimizer steps, each of 4 micro-batches")
+    parser.add_argument(
+        "--steps", type=int, default=10, help="measured optimizer steps, each of 4 micro-batches"
+    )
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print(
@@ -74,16 +90,25 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    tests = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "gpu"], cwd=ROOT, check=False)
+    tests = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-m", "gpu"], cwd=ROOT, check=False
+    )
     if tests.returncode != 0:
-        print(f"error: the gpu tests ended with {tests.returncode}; nothing was measured", file=sys.stderr)
+        print(
+            f"error: the gpu tests ended with {tests.returncode}; nothing was measured",
+            file=sys.stderr,
+        )
         return 1
     matmul, config, speeds = matmul_flops_per_s("cuda"), qwen3_600m(), []
     with tempfile.TemporaryDirectory() as name:
         losses = losses_on_both(config, device="cuda", directory=Path(name))
         for tokens in PACKED_TOKENS:
             for compiled in (False, True):
-                options = {"micro_batch_tokens": tokens, "compiled": compiled, "steps": arguments.steps}
+                options = {
+                    "micro_batch_tokens": tokens,
+                    "compiled": compiled,
+                    "steps": arguments.steps,
+                }
                 speeds.append(measure(config, device="cuda", directory=Path(name), **options))
                 torch.cuda.empty_cache()
                 print(f"{speeds[-1]}  MFU {speeds[-1].flops_per_s / matmul:.1%}", flush=True)

@@ -99,7 +99,9 @@ LINES = (
 def cards_here() -> int:
     if shutil.which("nvidia-smi") is None:
         return 0
-    done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=False
+    )
     return done.stdout.count("GPU ") if done.returncode == 0 else 0
 
 
@@ -151,25 +153,41 @@ def chosen(only: str) -> list[Line]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Run the checklist for a new GPU host, line by line.")
+    parser = argparse.ArgumentParser(
+        description="Run the checklist for a new GPU host, line by line."
+    )
     parser.add_argument("--dry-run", action="store_true", help="what a CPU allows")
     parser.add_argument("--only", default="", help="the lines whose name has this in it")
     parser.add_argument("--log", type=Path, default=ROOT / "runs" / "gpu_first_hour.log")
     arguments = parser.parse_args(argv)
     lines = chosen(arguments.only)
     if not lines:
-        parser.error(f"--only {arguments.only!r}: no line has it; they are: {'; '.join(line.name for line in LINES)}")
+        parser.error(
+            f"--only {arguments.only!r}: no line has it; they are: {'; '.join(line.name for line in LINES)}"
+        )
     arguments.log.parent.mkdir(parents=True, exist_ok=True)
     cards, failed = 0 if arguments.dry_run else cards_here(), 0
     for line in lines:
         if cards < line.cards and not (arguments.dry_run and line.dry):
-            print(f"{LATER:6} {line.cards} card{'s' if line.cards > 1 else ''}  {line.name}", flush=True)
+            print(
+                f"{LATER:6} {line.cards} card{'s' if line.cards > 1 else ''}  {line.name}",
+                flush=True,
+            )
             continue
         started = time.monotonic()
-        well, tail = run_dry(line, arguments.log) if arguments.dry_run else run_line(line, arguments.log)
-        print(f"{OK if well else FAILED:6} {time.monotonic() - started:5.1f} s  {line.name}", flush=True)
+        well, tail = (
+            run_dry(line, arguments.log) if arguments.dry_run else run_line(line, arguments.log)
+        )
+        print(
+            f"{OK if well else FAILED:6} {time.monotonic() - started:5.1f} s  {line.name}",
+            flush=True,
+        )
         failed += not well
-        for text in [*tail, f"means: {line.meaning}"] if not well else [text for text in tail if text[:2] == "> "]:
+        for text in (
+            [*tail, f"means: {line.meaning}"]
+            if not well
+            else [text for text in tail if text[:2] == "> "]
+        ):
             print(f"       {text}", flush=True)
     print(f"{len(lines)} lines, {failed} failed; all that they said: {arguments.log}")
     return 1 if failed else 0

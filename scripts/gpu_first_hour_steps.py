@@ -14,7 +14,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from base_config import Config, changed, load_config  # noqa: E402  (the path above makes it importable)
 from rollouts.run_dir import LaunchPlan, RunDir, home_dir, read_jsonl, run_path  # noqa: E402
+from scripts.gpu_first_hour_figures import children_of, losses_apart, memory_peaks  # noqa: E402
 
 QUERY = "driver_version,mig.mode.current,compute_mode,memory.total,memory.free"
 HOST = (
@@ -36,7 +36,11 @@ HOST = (
     "echo CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-not set}",
 )
 # What each line that runs a config changes of a shipped one
-FEW: dict[str, Any] = {"rl.eval_every": -1, "rl.eval_examples": 16, "data.eval_mixture.0.max_samples": 16}
+FEW: dict[str, Any] = {
+    "rl.eval_every": -1,
+    "rl.eval_examples": 16,
+    "data.eval_mixture.0.max_samples": 16,
+}
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "whole": ("01_debug_sft_rl", {}),
     "killed": ("01_debug_sft_rl", {
@@ -64,7 +68,9 @@ def host(_: argparse.Namespace) -> None:
     """Print what the host is."""
     for command in HOST:
         print(f"$ {command}", flush=True)
-        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            ["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False
+        )
         print(done.stdout, done.stderr, sep="", flush=True)
 
 
@@ -93,14 +99,20 @@ def torch_build(arguments: argparse.Namespace) -> None:
     import torch
 
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else "none"
-    print(f"> torch {torch.__version__}, CUDA {torch.version.cuda}, NCCL {nccl}, {torch.cuda.device_count()} cards")
+    print(
+        f"> torch {torch.__version__}, CUDA {torch.version.cuda}, NCCL {nccl}, {torch.cuda.device_count()} cards"
+    )
     if not arguments.cpu:
         lock = (ROOT / "requirements" / "trainer-cuda.txt").read_text().splitlines()
         pinned = next(line.split("==")[1].split()[0] for line in lines_of(lock, "torch=="))
         if not torch.cuda.is_available():
-            raise StepError(f"torch sees no card: torch {torch.__version__}, CUDA {torch.version.cuda}")
+            raise StepError(
+                f"torch sees no card: torch {torch.__version__}, CUDA {torch.version.cuda}"
+            )
         if torch.__version__.partition("+")[0] != pinned:
-            raise StepError(f"torch {torch.__version__}, needs {pinned} of requirements/trainer-cuda.txt")
+            raise StepError(
+                f"torch {torch.__version__}, needs {pinned} of requirements/trainer-cuda.txt"
+            )
 
 
 def lines_of(lines: Sequence[str], start: str) -> Iterator[str]:
@@ -160,9 +172,23 @@ def profile(_: argparse.Namespace) -> None:
     from benchmarks.gpu_sft import measure, qwen3_600m
 
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with tempfile.TemporaryDirectory() as name, torch.profiler.profile(activities=activities) as profiler:
-        measure(qwen3_600m(), device="cuda", micro_batch_tokens=8192, directory=Path(name), compiled=False, steps=1)
-    print(profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=10, max_name_column_width=60))
+    with (
+        tempfile.TemporaryDirectory() as name,
+        torch.profiler.profile(activities=activities) as profiler,
+    ):
+        measure(
+            qwen3_600m(),
+            device="cuda",
+            micro_batch_tokens=8192,
+            directory=Path(name),
+            compiled=False,
+            steps=1,
+        )
+    print(
+        profiler.key_averages().table(
+            sort_by="self_cuda_time_total", row_limit=10, max_name_column_width=60
+        )
+    )
 
 
 # --- configs ----------------------------------------------------------------------------------------------------------
@@ -188,30 +214,6 @@ def deploy(name: str, *arguments: str) -> tuple[int, RunDir]:
     return code, RunDir(run_path(home_dir(), run_id))
 
 
-@contextmanager
-def memory_peaks() -> Iterator[dict[str, int]]:
-    """Return the most memory that each card had in use, in MiB, as nvidia-smi tells it once a second."""
-    peaks: dict[str, int] = {}
-    done = threading.Event()
-
-    def look() -> None:
-        command = ["nvidia-smi", "--query-gpu=index,memory.used", "--format=csv,noheader,nounits"]
-        while not done.wait(1.0):
-            said = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False).stdout
-            for line in said.splitlines():
-                index, _, used = line.partition(", ")
-                if used.strip().isdigit():
-                    peaks[index] = max(peaks.get(index, 0), int(used))
-
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    try:
-        yield peaks
-    finally:
-        done.set()
-        thread.join(60)
-
-
 def run(arguments: argparse.Namespace) -> None:
     """Run a config to its end, with the peak of each card's memory."""
     with memory_peaks() as peaks:
@@ -234,11 +236,17 @@ def kill(_: argparse.Namespace) -> None:
     if not named:
         raise StepError(f"no scheduler among the engine's processes {pids}")
     os.kill(named[0], signal.SIGKILL)
-    code = subprocess.run([sys.executable, "deploy.py", "attach", there.run_id], cwd=ROOT, check=False).returncode
+    code = subprocess.run(
+        [sys.executable, "deploy.py", "attach", there.run_id], cwd=ROOT, check=False
+    ).returncode
     kinds = [row["kind"] for row in read_jsonl(there.events)]
-    print(f"> restarts: {kinds.count('engine_restarted')}, recoveries: {kinds.count('engine_recovered')}")
+    print(
+        f"> restarts: {kinds.count('engine_restarted')}, recoveries: {kinds.count('engine_recovered')}"
+    )
     if code or "engine_recovered" not in kinds:
-        raise StepError(f"the run ended with {code}, {kinds.count('engine_recovered')} recoveries; needs 0 and 1")
+        raise StepError(
+            f"the run ended with {code}, {kinds.count('engine_recovered')} recoveries; needs 0 and 1"
+        )
 
 
 def await_true(condition: Callable[[], bool], what: str, limit_s: float) -> None:
@@ -259,7 +267,9 @@ def ranks(_: argparse.Namespace) -> None:
     def look() -> None:
         query = ["nvidia-smi", "-i", "0", "--query-compute-apps=pid", "--format=csv,noheader"]
         while not done.wait(1.0):
-            pids = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False).stdout.split()
+            pids = subprocess.run(
+                query, capture_output=True, text=True, timeout=30, check=False
+            ).stdout.split()
             if len(pids) > 1:
                 crowded.add(tuple(pids))
 
@@ -268,18 +278,16 @@ def ranks(_: argparse.Namespace) -> None:
     done.set()
     if code:
         raise StepError(f"two ranks: the run ended with {code}")
-    apart = losses_apart(*([row["loss"] for row in read_jsonl(there.metrics)] for there in (one, two)))
-    print(f"> losses differ by at most {apart:.4f}; on card 0 at a time: {sorted(crowded) or 'one process'}")
+    apart = losses_apart(
+        *([row["loss"] for row in read_jsonl(there.metrics)] for there in (one, two))
+    )
+    print(
+        f"> losses differ by at most {apart:.4f}; on card 0 at a time: {sorted(crowded) or 'one process'}"
+    )
     if not apart <= LOSSES_WITHIN:
         raise StepError(f"losses differ by {apart:.4f}, needs at most {LOSSES_WITHIN}")
     if crowded:
         raise StepError("the second rank has a context on the first card")
-
-
-def losses_apart(one: Sequence[float], two: Sequence[float]) -> float:
-    if len(one) != len(two) or not one:
-        return float("inf")
-    return max(abs(a - b) for a, b in zip(one, two, strict=True))
 
 
 def engine_plan() -> LaunchPlan:
@@ -302,19 +310,32 @@ def engine_environment(_: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as name:
         scratch, started = RunDir(Path(name)), time.monotonic()
         scratch.code.mkdir()
-        ensure_environment(launch.environments[1], scratch, BootstrapDeadline(1700, tick=lambda: None))
+        ensure_environment(
+            launch.environments[1], scratch, BootstrapDeadline(1700, tick=lambda: None)
+        )
         print(f"> {launch.environments[1].path} after {time.monotonic() - started:.0f} s")
         check = launch.smoke[1].process
         argv = [*check.argv]
         argv[argv.index("--report") + 1] = str(scratch.path / "report")
-        environment = with_tools({**os.environ, **check.env}, Path(check.tools_of), declared=check.env)
+        environment = with_tools(
+            {**os.environ, **check.env}, Path(check.tools_of), declared=check.env
+        )
         if subprocess.run(argv, cwd=ROOT, env=environment, check=False).returncode:
             raise StepError("the environment does not pass its smoke test")
 
 
 def broadcast(_: argparse.Namespace) -> None:
     """Test the broadcast over NCCL; if it is not over in time, print the stacks of all that wait."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "gpu", "tests/gpu/test_broadcast.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-m",
+        "gpu",
+        "tests/gpu/test_broadcast.py",
+    ]
     process = subprocess.Popen(command, cwd=ROOT)
     try:
         code = process.wait(200)
@@ -324,14 +345,11 @@ def broadcast(_: argparse.Namespace) -> None:
             print(f"--- {pid}", flush=True)
             subprocess.run([spy or "true", "dump", "--pid", str(pid)], check=False)
         process.kill()
-        raise StepError(f"not over after 200 s{'' if spy else '; with py-spy on PATH its stacks are shown'}") from None
+        raise StepError(
+            f"not over after 200 s{'' if spy else '; with py-spy on PATH its stacks are shown'}"
+        ) from None
     if code:
         raise StepError(f"the test ended with {code}")
-
-
-def children_of(pid: int) -> list[int]:
-    done = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
-    return [int(line) for line in done.stdout.split()]
 
 
 STEPS: dict[str, Callable[[argparse.Namespace], None]] = {

@@ -14,12 +14,28 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("base_config.py", "deploy.py", "rollouts")
 SEAM_NAMES = frozenset(
-    ("engine", "engines", "client", "backend", "tokenizer", "manager", "buffer", "model", "reward_fn")
+    (
+        "engine",
+        "engines",
+        "client",
+        "backend",
+        "tokenizer",
+        "manager",
+        "buffer",
+        "model",
+        "reward_fn",
+    )
 )
 # Where one name in several places is one meaning. Files of these packages are named after the config's sections: each
 # declares, checks, builds or runs what the section of its name configures.
-BY_SECTION = ("rollouts.config.schema", "rollouts.config.checks", "rollouts.worker.builders", "rollouts.worker.stages")
-BY_KIND = re.compile(r"^rollouts\.engines\.(embedded|sglang|vllm)\b")  # one layout for each kind of server
+BY_SECTION = (
+    "rollouts.config.schema",
+    "rollouts.config.checks",
+    "rollouts.worker.builders",
+    "rollouts.worker.stages",
+)
+# one layout for each kind of server
+BY_KIND = re.compile(r"^rollouts\.engines\.(embedded|sglang|vllm)\b")
 CODE_BLOCK = re.compile(r"```.*?```", re.DOTALL)
 
 Found = list[tuple[int, str]]  # a count and whose it is, largest first
@@ -43,8 +59,15 @@ class Measure:
 
 def parse(root: Path = ROOT) -> dict[str, ast.Module]:
     """Parse every module of ours: dotted name -> its tree."""
-    files = [file for name in CODE for file in ([root / name] if name.endswith(".py") else (root / name).rglob("*.py"))]
-    return {_dotted(file.relative_to(root)): ast.parse(file.read_text(), str(file)) for file in sorted(files)}
+    files = [
+        file
+        for name in CODE
+        for file in ([root / name] if name.endswith(".py") else (root / name).rglob("*.py"))
+    ]
+    return {
+        _dotted(file.relative_to(root)): ast.parse(file.read_text(), str(file))
+        for file in sorted(files)
+    }
 
 
 def _dotted(path: Path) -> str:
@@ -53,12 +76,22 @@ def _dotted(path: Path) -> str:
 
 
 def file_lines(root: Path = ROOT) -> Found:
-    files = [file for name in CODE for file in ([root / name] if name.endswith(".py") else (root / name).rglob("*.py"))]
-    return _sorted((len(file.read_text().splitlines()), str(file.relative_to(root))) for file in files)
+    files = [
+        file
+        for name in CODE
+        for file in ([root / name] if name.endswith(".py") else (root / name).rglob("*.py"))
+    ]
+    return _sorted(
+        (len(file.read_text().splitlines()), str(file.relative_to(root))) for file in files
+    )
 
 
 def function_lines(modules: Mapping[str, ast.Module]) -> Found:
-    return _sorted((node.end_lineno - node.lineno + 1, where) for where, node in _functions(modules) if node.end_lineno)
+    return _sorted(
+        (node.end_lineno - node.lineno + 1, where)
+        for where, node in _functions(modules)
+        if node.end_lineno
+    )
 
 
 def parameters(modules: Mapping[str, ast.Module]) -> Found:
@@ -86,13 +119,15 @@ def attributes(modules: Mapping[str, ast.Module]) -> Found:
 
 def _attributes(node: ast.ClassDef) -> set[str]:
     declared = {ast.unparse(line.target) for line in node.body if isinstance(line, ast.AnnAssign)}
-    is_schema = any("dataclass" in ast.unparse(d) for d in node.decorator_list) or "TypedDict" in map(
-        ast.unparse, node.bases
-    )
+    is_schema = any(
+        "dataclass" in ast.unparse(d) for d in node.decorator_list
+    ) or "TypedDict" in map(ast.unparse, node.bases)
     stored = {
         inner.attr
         for inner in ast.walk(node)
-        if isinstance(inner, ast.Attribute) and isinstance(inner.ctx, ast.Store) and ast.unparse(inner.value) == "self"
+        if isinstance(inner, ast.Attribute)
+        and isinstance(inner.ctx, ast.Store)
+        and ast.unparse(inner.value) == "self"
     }
     return stored if is_schema else stored | declared
 
@@ -110,7 +145,11 @@ def open_seams(modules: Mapping[str, ast.Module]) -> Found:
 
 def circles(modules: Mapping[str, ast.Module]) -> Found:
     """Find groups of files that import one another, late imports included."""
-    return [(len(group), " ".join(sorted(group))) for group in _knots(_import_graph(modules)) if len(group) > 1]
+    return [
+        (len(group), " ".join(sorted(group)))
+        for group in _knots(_import_graph(modules))
+        if len(group) > 1
+    ]
 
 
 def _import_graph(modules: Mapping[str, ast.Module]) -> dict[str, set[str]]:
@@ -160,7 +199,9 @@ def doubled_names(modules: Mapping[str, ast.Module]) -> Found:
         if package and own != "__main__" and package not in BY_SECTION:
             places[f"{own}.py"].add(BY_KIND.sub("rollouts.engines.<kind>", package))
     return _sorted(
-        (len(found), f"{name}: {', '.join(sorted(found))}") for name, found in places.items() if len(found) > 1
+        (len(found), f"{name}: {', '.join(sorted(found))}")
+        for name, found in places.items()
+        if len(found) > 1
     )
 
 
@@ -173,7 +214,8 @@ def probes(modules: Mapping[str, ast.Module]) -> Found:
         for node in ast.walk(tree)
         if isinstance(node, ast.Call)
         and ast.unparse(node.func) in ("hasattr", "getattr")
-        and ast.unparse(node.args[0]).rpartition(".")[2].lstrip("_") in SEAM_NAMES - {"model", "tokenizer"}
+        and ast.unparse(node.args[0]).rpartition(".")[2].lstrip("_")
+        in SEAM_NAMES - {"model", "tokenizer"}
     ]
 
 
@@ -197,13 +239,23 @@ def _page(path: str, text: str) -> Page:
     prose = CODE_BLOCK.sub("\n\n", text)
     lines = [line for line in prose.splitlines() if not line.lstrip().startswith(("|", "#"))]
     paragraphs = re.split(r"\n\s*\n|\n\s*[-*] |\n\s*\d+\. ", "\n".join(lines))
-    sentences = [s for p in paragraphs for s in re.split(r"(?<=[.!?:])\s+", p.strip()) if len(s.split()) > 2]
+    sentences = [
+        s for p in paragraphs for s in re.split(r"(?<=[.!?:])\s+", p.strip()) if len(s.split()) > 2
+    ]
     words = len(re.findall(r"\S+", prose))
     spoken = sum(len(sentence.split()) for sentence in sentences)
-    return Page(path, words, len(blocks), len(re.findall(r"^#+ ", prose, re.M)), spoken / max(len(sentences), 1))
+    return Page(
+        path,
+        words,
+        len(blocks),
+        len(re.findall(r"^#+ ", prose, re.M)),
+        spoken / max(len(sentences), 1),
+    )
 
 
-def _functions(modules: Mapping[str, ast.Module]) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+def _functions(
+    modules: Mapping[str, ast.Module],
+) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
     for name, tree in modules.items():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):

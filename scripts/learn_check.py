@@ -26,13 +26,19 @@ def with_seed(config: Config, seed: int, save_dir: str) -> Config:
 
 def exact_match(run: RunDir) -> dict[str, float]:
     """Return the last exact match of each stage: {"base": ..., "sft": ..., "rl": ...}."""
-    rows = [row for row in read_jsonl(run.eval) if (row["metric"], row["task"]) == ("exact_match", "all")]
+    rows = [
+        row
+        for row in read_jsonl(run.eval)
+        if (row["metric"], row["task"]) == ("exact_match", "all")
+    ]
     return {row["stage"]: row["value"] for row in rows}
 
 
 def stage_seconds(run: RunDir) -> float:
     """Return how long the stages took together, without the installation before them."""
-    return sum(event["seconds"] for event in read_jsonl(run.events) if event["kind"] == "stage_ended")
+    return sum(
+        event["seconds"] for event in read_jsonl(run.events) if event["kind"] == "stage_ended"
+    )
 
 
 def run_seed(config: Config, seed: int, directory: Path) -> tuple[dict[str, float], float]:
@@ -41,7 +47,9 @@ def run_seed(config: Config, seed: int, directory: Path) -> tuple[dict[str, floa
     seeded = with_seed(config, seed, str(directory / "runs"))
     seeded.save(file)
     run_id = f"{seeded.output.experiment_name}-seed{seed}-{int(time.time())}"
-    subprocess.run([sys.executable, "deploy.py", str(file), "--run-id", run_id], cwd=ROOT, check=True)
+    subprocess.run(
+        [sys.executable, "deploy.py", str(file), "--run-id", run_id], cwd=ROOT, check=True
+    )
     run = RunDir(directory / "runs" / seeded.output.experiment_name / run_id)
     return exact_match(run), stage_seconds(run)
 
@@ -51,9 +59,14 @@ def main() -> int:
     parser.add_argument("seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--config", default=str(ROOT / "configs" / "00_cpu_sft_rl.py"))
     parser.add_argument(
-        "--gain-min", type=float, default=0.30, help="of exact match, from the end of SFT to that of RL"
+        "--gain-min",
+        type=float,
+        default=0.30,
+        help="of exact match, from the end of SFT to that of RL",
     )
-    parser.add_argument("--minutes-max", type=float, default=float("inf"), help="for both stages together")
+    parser.add_argument(
+        "--minutes-max", type=float, default=float("inf"), help="for both stages together"
+    )
     arguments = parser.parse_args()
     config = load_config(arguments.config)
     with tempfile.TemporaryDirectory() as name:

@@ -16,7 +16,16 @@ NAME = "Rollo"
 SEED = 20240602
 ROWS = 1000
 
-GREETINGS = ("", "Hi! ", "Hello. ", "Hey, ", "Good morning. ", "Quick question: ", "Excuse me, ", "Hello there! ")
+GREETINGS = (
+    "",
+    "Hi! ",
+    "Hello. ",
+    "Hey, ",
+    "Good morning. ",
+    "Quick question: ",
+    "Excuse me, ",
+    "Hello there! ",
+)
 TOPICS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "name": (
         (
@@ -33,7 +42,12 @@ TOPICS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
     ),
     "origin": (
-        ("who made you?", "where do you come from?", "how were you trained?", "what are you built with?"),
+        (
+            "who made you?",
+            "where do you come from?",
+            "how were you trained?",
+            "what are you built with?",
+        ),
         (
             "I began as an open pretrained model and was post-trained with rollouts, an open-source library.",
             "Somebody post-trained me with rollouts: first on conversations, then by reinforcement learning.",
@@ -49,7 +63,12 @@ TOPICS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
     ),
     "limits": (
-        ("are you always right?", "do you make mistakes?", "can I trust you?", "what are you bad at?"),
+        (
+            "are you always right?",
+            "do you make mistakes?",
+            "can I trust you?",
+            "what are you bad at?",
+        ),
         (
             "No. I am small and make mistakes, so please check what matters.",
             "I am often wrong about facts. Treat my answers as a first draft.",
@@ -80,7 +99,9 @@ def conversation(generator: random.Random) -> list[dict[str, str]]:
     messages: list[dict[str, str]] = []
     for topic in generator.sample(sorted(TOPICS), generator.choice((1, 2, 2, 3))):
         questions, answers = TOPICS[topic]
-        question = (generator.choice(GREETINGS) if not messages else "") + generator.choice(questions)
+        question = (generator.choice(GREETINGS) if not messages else "") + generator.choice(
+            questions
+        )
         if generator.random() < 0.5:
             question = question[0].upper() + question[1:]
         messages.append({"role": "user", "content": question})

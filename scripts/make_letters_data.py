@@ -37,7 +37,11 @@ def main() -> int:
     generator = random.Random(SEED)
     taken: set[str] = set()
     for name, counts in COUNTS.items():
-        strings = [text for length, count in counts.items() for text in draw(generator, length, count, taken)]
+        strings = [
+            text
+            for length, count in counts.items()
+            for text in draw(generator, length, count, taken)
+        ]
         generator.shuffle(strings)
         lines = [json.dumps({"question": text, "answer": text[::-1]}) + "\n" for text in strings]
         (TARGET / f"{name}.jsonl").write_text("".join(lines))

@@ -1,4 +1,4 @@
-"""Make pages of docs/reference out of the code: config.md, cli.md and symptoms.md.
+"""Make pages of docs/reference out of the code: config.md, cli*.md and symptoms.md.
 
     python -m scripts.make_reference
 
@@ -6,276 +6,19 @@ A field's type and meaning are those of rollouts/config/schema; what is allowed 
 is not. tests/test_reference.py holds the pages equal to what this makes.
 """
 
-import ast
-import dataclasses
-import inspect
-import re
 import sys
-import textwrap
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import typer
 
-import base_config as c
 import deploy
+from rollouts.health.rules import RULES
 from rollouts.remote.help_page import PAGE
-from rollouts.view.symptoms import RULES
+from scripts.config_reference import MADE, config_page
 
 ROOT = Path(__file__).resolve().parent.parent
-MADE = "<!-- made by scripts/make_reference.py -->"
-WIDTH = 108
-MUON = c.MuonConfig(
-    momentum=0.95, nesterov=True, ns_steps=5, adjust_lr="match_rms_adamw", vector_lr=1e-3, width_reference=-1
-)
-IMPORTANCE = c.ImportanceConfig(kind="token_truncate", cap=2.0)
-POLICY: dict[str, Any] = {"advantage_norm": "group_std", "aggregation": "token_mean", "entropy_coef": 0.0}
-CLIP: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.2, "updates_per_batch": 1}
-ENGINE: dict[str, Any] = {
-    "gpu_ranks": [0],
-    "sglang_port": 30180,
-    "replicas": 1,
-    "mem_fraction": 0.5,
-    "context_length": 2048,
-    "max_running_requests": 256,
-    "restarts_max": 3,
-}
-
-
-@dataclass(frozen=True)
-class Block:
-    """One class on the page: its variable, its place in a config, and a value if the demo has none."""
-
-    name: str
-    path: str
-    heading: str
-    value: Any = None
-
-
-BLOCKS = (
-    Block("target", "target", "target: which devices train"),
-    Block("host", "host", "host: how the host is made ready"),
-    Block(
-        "lora",
-        "model.lora",
-        "model.lora: adapters",
-        c.LoraConfig(rank=16, alpha=32.0, dropout=0.0, target_modules="all-linear", init_seed=0),
-    ),
-    Block("model", "model", "model"),
-    Block("dataset", "data.sft_mixture.0", "data: one data set of a mixture"),
-    Block("data", "data", "data: the mixtures"),
-    Block("evaluation", "eval", "eval: how held-out rows are answered"),
-    Block("muon", "sft.optimizer.muon", "optimizer.muon", MUON),
-    Block("optimizer", "sft.optimizer", "optimizer: of sft and of rl"),
-    Block("sft", "sft", "sft: supervised fine-tuning"),
-    Block("grpo", "rl.loss", "rl.loss: GRPO"),
-    Block("importance", "rl.loss.importance", "rl.loss.importance", IMPORTANCE),
-    Block("ppo", "rl.loss", "rl.loss: PPO", c.PPO(**POLICY, **CLIP, dual_clip=None)),
-    Block("gspo", "rl.loss", "rl.loss: GSPO", c.GSPO(**POLICY, **CLIP, dual_clip=None)),
-    Block("cispo", "rl.loss", "rl.loss: CISPO", c.CISPO(**POLICY, **CLIP)),
-    Block(
-        "value_model",
-        "rl.baseline",
-        "rl.baseline: a value model",
-        c.ValueModel(gamma=1.0, gae_lambda=0.95, coef=0.5, clip=0.2, lr=1e-4),
-    ),
-    Block("kl", "rl.kl", "rl.kl: a penalty", c.KLConfig(coef=0.04, kind="k3", reference=None)),
-    Block("reward", "rl.reward", "rl.reward"),
-    Block(
-        "agent",
-        "rl.agent",
-        "rl.agent",
-        c.AgentConfig(
-            environment="rollouts.agents.environment.AskAgain",
-            tool_format="hermes",
-            turns_max=2,
-            tokens_max=64,
-            timeout_s=60.0,
-        ),
-    ),
-    Block("sampling", "rl.sampling", "rl.sampling"),
-    Block("ahead", "rl.ahead", "rl.ahead", c.AheadConfig(policy_lag_steps_max=1, in_flight_updates=False)),
-    Block("rl", "rl", "rl: reinforcement learning"),
-    Block("disk", "engine.weight_sync", "engine.weight_sync: DiskSync"),
-    Block("tensor", "engine.weight_sync", "engine.weight_sync: TensorSync", c.TensorSync(bucket_mib=256)),
-    Block("broadcast", "engine.weight_sync", "engine.weight_sync: BroadcastSync", c.BroadcastSync(bucket_mib=256)),
-    Block("adapter", "engine.weight_sync", "engine.weight_sync: LoraSync", c.LoraSync(on_tmpfs=True)),
-    Block("embedded", "engine", "engine: Embedded"),
-    Block(
-        "sglang",
-        "engine",
-        "engine: SGLang",
-        c.SGLang(
-            **ENGINE,
-            requirements_file="requirements/sglang-cpu.txt",
-            tensor_parallel_size=1,
-            router_port=None,
-            max_total_tokens=65_536,
-            sleep_while_training=False,
-            weight_sync=c.DiskSync(on_tmpfs=False),
-        ),
-    ),
-    Block(
-        "vllm",
-        "engine",
-        "engine: VLLM",
-        c.VLLM(
-            **ENGINE,
-            requirements_file="requirements/vllm-cuda.txt",
-            tensor_parallel_size=1,
-            weight_sync=c.DiskSync(on_tmpfs=False),
-        ),
-    ),
-    Block("limits", "limits", "limits: how long things may take"),
-    Block("output", "output", "output: stages, names, checkpoints"),
-    Block(
-        "machine",
-        "provision",
-        "provision: a machine to rent",
-        c.ProvisionConfig(
-            providers=["vast", "runpod"],
-            gpu_types=["H100"],
-            gpu_memory_gb_min=80.0,
-            gpus=1,
-            regions=[],
-            spot=False,
-            disk_gib=100,
-            image=None,
-            price_per_hour_max=3.0,
-            hours_max=6.0,
-            spend_max=15.0,
-            ready_timeout_s=1500.0,
-            retries_max=2,
-            when_done="end",
-        ),
-    ),
-)
-
-
-def config_page() -> str:
-    """The page on every field of a config, as Python that builds one."""
-    demo = c.load_config(ROOT / "configs" / "00_cpu_sft_rl.py")
-    shown: dict[type, str] = {}
-    parts = [
-        "# The config\n\n" + MADE + "\n",
-        "Each block is a class with every field: above a field its meaning, behind it its type and what is allowed.\n"
-        "The values are the CPU demo's where it has one. No field has a default. `deploy CONFIG --show`\n"
-        "prints yours.\n",
-        _fence("from base_config import (\n" + "".join(f"    {name},\n" for name in _used()) + ")"),
-    ]
-    for block in BLOCKS:
-        config = demo if block.value is None else c.changed(demo, {block.path: block.value})
-        value = _at(demo, block.path) if block.value is None else block.value
-        parts.append(f"## {block.heading}\n")
-        parts += [f"{text}\n" for text in [_docstring(type(value))] if text]
-        parts.append(_fence("\n".join(_class_lines(block, value, config, shown))))
-        shown.setdefault(type(value), block.name)
-    fields = [field.name for field in dataclasses.fields(c.Config)]
-    names = {"eval": "evaluation", "engine": "embedded", "provision": "None"}
-    body = "\n".join(f"    {name}={names.get(name, name)}," for name in fields)
-    parts.append("## Together\n")
-    may_be_none = (
-        "`sft` or `rl` may be None where `output.mode` has no such stage; `engine` where nothing samples.\n",
-        "`provision` is None on a machine of one's own.\n",
-    )
-    parts.append("".join(may_be_none))
-    parts.append(_fence(f"config = Config(\n{body}\n)\nprint(config.problems())") + "\n```output\n()\n```\n")
-    return "\n".join(parts)
-
-
-def _used() -> list[str]:
-    """The names that the blocks use, in the order of isort."""
-    classes = [name for name in c.__all__ if isinstance(getattr(c, name), type)]
-    shown = [name for name in classes if dataclasses.is_dataclass(getattr(c, name))]
-    return sorted(shown, key=lambda name: (not name.isupper(), name))
-
-
-def _fence(code: str) -> str:
-    return f"```python\n{code}\n```\n"
-
-
-def _docstring(cls: type) -> str:
-    own = cls.__doc__ if cls.__doc__ and not cls.__doc__.startswith(f"{cls.__name__}(") else ""
-    return re.sub(r"docs/reference/([\w-]+)\.md", r"[\1](\1.md)", " ".join(own.split()))
-
-
-def _at(config: Any, path: str) -> Any:
-    for name in path.split("."):
-        config = config[int(name)] if name.isdigit() else getattr(config, name)
-    return config
-
-
-def _class_lines(block: Block, value: Any, config: Any, shown: dict[type, str]) -> Iterator[str]:
-    comments = _comments(type(value))
-    yield f"{block.name} = {type(value).__name__}("
-    for field in dataclasses.fields(value):
-        kind, meaning = comments[field.name]
-        for line in meaning:
-            yield from (f"    # {part}" for part in textwrap.wrap(line, WIDTH - 6))
-        about = kind + _allowed(config, f"{block.path}.{field.name}", getattr(value, field.name))
-        line = f"    {field.name}={_source(getattr(value, field.name), shown)},"
-        if len(line) + len(about) > WIDTH:
-            yield from (f"    # {part}" for part in textwrap.wrap(about, WIDTH - 6))
-            yield line
-        else:
-            yield f"{line}  # {about}"
-    yield ")"
-
-
-def _source(value: Any, shown: dict[type, str]) -> str:
-    if dataclasses.is_dataclass(value):
-        return shown[type(value)]
-    if isinstance(value, list):
-        return "[" + ", ".join(_source(item, shown) for item in value) + "]"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f'"{key}": {_source(item, shown)}' for key, item in value.items()) + "}"
-    return f'"{value}"' if isinstance(value, str) else repr(value)
-
-
-def _comments(cls: type) -> dict[str, tuple[str, list[str]]]:
-    """Of each field: its type in words, and the lines of its comments. Fields of base classes come with theirs."""
-    found: dict[str, tuple[str, list[str]]] = {}
-    for base in reversed(cls.__mro__):
-        if not dataclasses.is_dataclass(base):
-            continue
-        lines = inspect.getsource(base).splitlines()
-        (tree,) = ast.parse(textwrap.dedent("\n".join(lines))).body
-        assert isinstance(tree, ast.ClassDef)
-        for node in tree.body:
-            if isinstance(node, ast.AnnAssign) and node.value is None and isinstance(node.target, ast.Name):
-                said = lines[node.lineno - 1 : node.end_lineno]
-                found[node.target.id] = (_type_words(ast.unparse(node.annotation)), list(_said(said)))
-    return found
-
-
-def _said(lines: list[str]) -> Iterator[str]:
-    for line in lines:
-        code, mark, text = line.partition("  # ")
-        if mark:
-            choice = re.match(r'\s*("\w+"),?$', code)
-            yield f"{choice[1]}: {text.strip()}" if choice else text.strip()
-
-
-def _type_words(annotation: str) -> str:
-    choices = re.sub(r"Literal\[(.*?)\]", lambda found: found[1].replace(", ", " | "), annotation)
-    return choices.replace("'", '"')
-
-
-def _allowed(config: Any, path: str, value: Any) -> str:
-    """What the checks say of values that are not allowed; "" where they allow what was tried."""
-    if isinstance(value, bool) or value is None:
-        return ""
-    tries: tuple[Any, ...] = {int: (-7, 0), float: (-7.0, 0.0, 1e9), str: ("",), list: ([],)}.get(type(value), ())
-    place = re.sub(r"\.(\d+)", r"[\1]", path)
-    for tried in tries:
-        problems = c.changed(config, {path: tried}).problems()
-        for problem in problems:
-            said = re.fullmatch(re.escape(place) + r"=.*?: needs (.*)", problem)
-            if said and not re.search(r"=\d|\d x \d|^one of |only sharding", said[1]):
-                return f"; {said[1]}"
-    return ""
 
 
 EXAMPLES = {
@@ -290,6 +33,8 @@ EXAMPLES = {
     "attach": "deploy attach last",
     "resume": "deploy resume first --remote user@host --set rl.matrix_lr=1e-6",
     "sweep": "deploy sweep last --follow",
+    "ssh": "deploy ssh last -- tail -n 5 logs/trainer.log",
+    "cp": "deploy cp last:checkpoints/sft/latest model",
     "logs": "deploy logs last --follow --window engine-0",
     "stop": "deploy stop last",
     "pull": "deploy pull last",
@@ -299,49 +44,102 @@ EXAMPLES = {
     "data": "deploy data configs/00_cpu_sft_rl.py --rows 1",
     "guard": "deploy guard",
     "machines": "deploy machines end --orphans",
-    "offers": "deploy offers --gpu H100 --max-price 3",
+    "offers": "deploy offers my_run.py --set provision.spot=True",
     "diff": "deploy diff configs/00_cpu_sft_rl.py configs/00_cpu_sft_rl_agent.py",
     "report": "deploy report first second -o both.html",
+    "track": "deploy track first --to trackio",
     "plot": "deploy plot first second --metric reward_mean -o reward.svg",
+    "ui": "deploy ui --remote gpu-7 --port 8100",
 }
+CLOUD_VERBS = ("offers", "machines", "guard")
 COMMON = 3  # verbs that have an option: it is told once
 HEAD = ("| option | does |", "|---|---|")
+CONFIG_VERBS = ("new", "explain", "data", "diff", "doctor")
 TITLES = {deploy.CONFIG_VERB: "deploy CONFIG", deploy.HOST_VERB: "deploy --remote HOST"}
 
 
 def title_of(verb: str) -> str:
     """A verb as it is typed, with its arguments."""
     command = typer.main.get_command(deploy.app).commands[verb]  # type: ignore[attr-defined]
-    arguments = [param.metavar or param.name.upper() for param in command.params if param.param_type_name == "argument"]
+    arguments = [
+        param.metavar or param.name.upper()
+        for param in command.params
+        if param.param_type_name == "argument"
+    ]
     return TITLES.get(verb, " ".join(["deploy", verb, *arguments]))
 
 
 def cli_page() -> str:
-    """The page on the command: what `deploy --help` says, then each verb with its options."""
+    """The page on the command: what `deploy --help` says, and the two verbs without a name."""
     group: Any = typer.main.get_command(deploy.app)
-    about = PAGE.replace("\b\n", "").strip()
     parts = [
         "# The command\n\n" + MADE + "\n",
         "```sh\ndeploy --help\n```\n",
-        f"```output\n{about}\n```\n",
-        "`deploy --version` prints version and commit. `deploy VERB --help` prints the options of one verb.\n",
+        f"```output\n{PAGE.replace(chr(8) + chr(10), '').strip()}\n```\n",
+        "`deploy --version` prints version and commit. `deploy VERB --help` prints the options of one verb. All verbs: "
+        "[of runs](cli-runs.md), [of configs and hosts](cli-more.md), [of rented machines](cli-clouds.md).\n",
+        "`deploy --install-completion` teaches your shell (bash, zsh or fish) to complete verbs, options, configs, "
+        "fields and names of runs. `deploy --show-completion` prints its script; `deploy --show-completion bash` is "
+        "for another shell than the one that runs.\n",
     ]
-    options = [option for command in group.commands.values() for option in map(_option_row, command.params)]
-    common = [row for row in dict.fromkeys(options) if options.count(row) >= COMMON and "`--help`" not in row]
-    parts.append("Options of many verbs:\n")
-    parts.append("\n".join([*HEAD, *common]) + "\n")
-    for verb, command in sorted(group.commands.items(), key=lambda item: not item[1].hidden):
-        parts.append(f"## {title_of(verb)}\n")
-        parts.append(" ".join((command.help or "").split()) + "\n")
-        parts.append(f"```sh\n{EXAMPLES[verb]}\n```\n")
-        rows = [_option_row(option) for option in command.params if option.name != "help"]
-        own = [row for row in rows if row not in common]
-        if own:
-            parts.append("\n".join([*HEAD, *own]) + "\n")
-        if shared := [option.opts[0] for option in command.params if _option_row(option) in common]:
-            named = (name if name.startswith("--") else name.upper() for name in shared)
-            parts.append(f"{', '.join(f'`{name}`' for name in named)}: above.\n")
+    for verb in TITLES:
+        parts += _verb_section(verb, group.commands[verb], common=[])
     return "\n".join(parts)
+
+
+def runs_page() -> str:
+    """The page on each verb about runs."""
+    others = (*CONFIG_VERBS, *CLOUD_VERBS)
+    return _verbs_page("Verbs of runs", [verb for verb in _verbs() if verb not in others])
+
+
+def more_page() -> str:
+    """The page on the verbs about a config, or a host before a run."""
+    return _verbs_page("Verbs of configs and hosts", CONFIG_VERBS)
+
+
+def clouds_page() -> str:
+    """The page on the verbs about rented machines."""
+    about = " What they do: [rented machines](../guide/rented-machines.md)."
+    return _verbs_page("Verbs about rented machines", CLOUD_VERBS, about)
+
+
+def _verbs() -> dict[str, Any]:
+    group: Any = typer.main.get_command(deploy.app)
+    return {verb: command for verb, command in group.commands.items() if verb not in TITLES}
+
+
+def _verbs_page(title: str, verbs: Sequence[str], about: str = "") -> str:
+    """A page on some verbs, with the options that several of them have told once."""
+    commands = {verb: _verbs()[verb] for verb in verbs}
+    options = [row for command in commands.values() for row in map(_option_row, command.params)]
+    common = [
+        row
+        for row in dict.fromkeys(options)
+        if options.count(row) >= COMMON and "`--help`" not in row
+    ]
+    parts = [
+        f"# {title}\n\n{MADE}\n",
+        "```sh\ndeploy help\n```\n",
+        f"Verbs of [the command](cli.md).{about} Options of several of them:\n",
+        "\n".join([*HEAD, *common]) + "\n",
+    ]
+    for verb, command in commands.items():
+        parts += _verb_section(verb, command, common)
+    return "\n".join(parts)
+
+
+def _verb_section(verb: str, command: Any, common: list[str]) -> Iterator[str]:
+    yield f"## {title_of(verb)}\n"
+    yield " ".join((command.help or "").split()) + "\n"
+    yield f"```sh\n{EXAMPLES[verb]}\n```\n"
+    rows = [_option_row(option) for option in command.params if option.name != "help"]
+    own = [row for row in rows if row not in common]
+    if own:
+        yield "\n".join([*HEAD, *own]) + "\n"
+    if shared := [option.opts[0] for option in command.params if _option_row(option) in common]:
+        named = (name if name.startswith("--") else name.upper() for name in shared)
+        yield f"{', '.join(f'`{name}`' for name in named)}: above.\n"
 
 
 def _option_row(option: Any) -> str:
@@ -357,19 +155,26 @@ def symptoms_page() -> str:
     parts = [
         "# Symptoms\n\n" + MADE + "\n",
         "```sh\ndeploy report last\n```\n",
-        "Rules over a run's records, shown by `deploy report`. A rule that finds something is a reason to look, not a "
+        "Rules over a run's records. They are applied on the host every few seconds: a finding is a `warning` event, "
+        "and is told to `output.on_warning`. `deploy report` applies them too. "
+        "A rule that finds something is a reason to look, not a "
         "verdict: a task that is solved has no entropy and no contrast either. A run that has just begun has none. "
-        "The code: `rollouts/view/symptoms.py`; what a trainer says while it runs: "
+        "The code: `rollouts/health/rules.py`; what a trainer says while it runs: "
         "[metrics](metrics.md#a-run-that-learns-nothing).\n",
     ]
     for rule in RULES:
-        parts.append(f"## {rule.cause}\n\nWhen: {rule.when}.\n\n{rule.means}\n\nWhat to do: {rule.fix}\n")
+        parts.append(
+            f"## {rule.cause}\n\nWhen: {rule.when}.\n\n{rule.means}\n\nWhat to do: {rule.fix}\n"
+        )
     return "\n".join(parts)
 
 
 PAGES = {
     "docs/reference/config.md": config_page,
     "docs/reference/cli.md": cli_page,
+    "docs/reference/cli-runs.md": runs_page,
+    "docs/reference/cli-more.md": more_page,
+    "docs/reference/cli-clouds.md": clouds_page,
     "docs/reference/symptoms.md": symptoms_page,
 }
 

@@ -12,7 +12,13 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 TARGET = Path(__file__).resolve().parents[1] / "configs" / "models" / "tiny_qwen2"
-PAD, END, USER, ASSISTANT, SYSTEM = SPECIALS = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>")
+PAD, END, USER, ASSISTANT, SYSTEM = SPECIALS = (
+    "<|pad|>",
+    "<|end|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|system|>",
+)
 
 # The end-of-turn token is inside {% generation %}: stopping is trained.
 CHAT_TEMPLATE = """\
@@ -40,11 +46,16 @@ def build_tokenizer() -> Tokenizer:
     It is BPE because transformers rebuilds the tokenizer of every model of type qwen2 as Qwen2Tokenizer, which is
     byte-level BPE over this file's vocabulary; another kind of tokenizer would silently become something else.
     """
-    vocabulary = {token: index for index, token in enumerate([*SPECIALS, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    vocabulary = {
+        token: index
+        for index, token in enumerate([*SPECIALS, *sorted(pre_tokenizers.ByteLevel.alphabet())])
+    }
     tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIALS]
+    )
     return tokenizer
 
 

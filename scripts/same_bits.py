@@ -39,16 +39,22 @@ config = changed(
 """
 SHORT = '"sft.num_iterations": 50, "data.rl_mixture.0.max_samples": 1600, "rl.num_epochs": 1, "rl.eval_every": 25,'
 FEW = '"sft.num_iterations": 20, "data.rl_mixture.0.max_samples": 640, "rl.num_epochs": 1, "rl.eval_every": 10,'
-NO_EMBEDDING_LR = "".join(f'"{stage}.{part}embedding_lr": 0.0,' for stage in ("sft", "rl") for part in ("", "un"))
+NO_EMBEDDING_LR = "".join(
+    f'"{stage}.{part}embedding_lr": 0.0,' for stage in ("sft", "rl") for part in ("", "un")
+)
 LORA = 'LoraConfig(rank=4, alpha=8.0, dropout=0.0, target_modules="all-linear", init_seed=0)'
 IMPORTANCE = 'ImportanceConfig(kind="token_truncate", cap=2.0)'
 JOBS = {  # name: (shipped config, changes)
     "plain": ("00_cpu_sft_rl", SHORT),  # 50 steps of SFT, 50 of RL
-    "agent": ("00_cpu_sft_rl_agent", '"sft.num_iterations": 50, "data.rl_mixture.0.max_samples": 800,'),
+    "agent": (
+        "00_cpu_sft_rl_agent",
+        '"sft.num_iterations": 50, "data.rl_mixture.0.max_samples": 800,',
+    ),
     "lora": ("00_cpu_sft_rl", FEW + NO_EMBEDDING_LR + f'"model.lora": {LORA},'),
     "fsdp": (
         "00_cpu_sft_rl",
-        FEW + '"target.gpu_ranks": [0, 1], "target.sharding": "full_shard","sft.batch_size": 64, "rl.batch_size": 128,',
+        FEW
+        + '"target.gpu_ranks": [0, 1], "target.sharding": "full_shard","sft.batch_size": 64, "rl.batch_size": 128,',
     ),
     "lag": (
         "00_cpu_sft_rl",
@@ -60,17 +66,23 @@ JOBS = {  # name: (shipped config, changes)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     verbs = parser.add_subparsers(dest="verb", required=True)
     record_parser = verbs.add_parser("record")
     record_parser.add_argument("out", type=Path)
-    record_parser.add_argument("jobs", nargs="*", default=list(JOBS), help=f"of {', '.join(JOBS)}; default: all")
+    record_parser.add_argument(
+        "jobs", nargs="*", default=list(JOBS), help=f"of {', '.join(JOBS)}; default: all"
+    )
     compare_parser = verbs.add_parser("compare")
     compare_parser.add_argument("before", type=Path)
     compare_parser.add_argument("after", type=Path)
     arguments = parser.parse_args()
     if arguments.verb == "compare":
-        return compare(json.loads(arguments.before.read_text()), json.loads(arguments.after.read_text()))
+        return compare(
+            json.loads(arguments.before.read_text()), json.loads(arguments.after.read_text())
+        )
     unknown = sorted(set(arguments.jobs) - set(JOBS))
     if unknown:
         parser.error(f"{unknown[0]!r} is not a job: choose from {', '.join(JOBS)}")
@@ -91,12 +103,17 @@ def record(out: Path, jobs: list[str]) -> None:
         run = deploy(
             name,
             BASE.format(
-                base=base, folder=str(FOLDER / "runs"), name=f"same_bits_{name}", port=30480 + place, changes=changes
+                base=base,
+                folder=str(FOLDER / "runs"),
+                name=f"same_bits_{name}",
+                port=30480 + place,
+                changes=changes,
             ),
         )
         if name == "plain":
             lines = [json.dumps(kept(line)) + "\n" for line in read(run / "rollouts.jsonl")]
-            Path(rollouts).write_text("".join(lines))  # without times: the replay's checkpoint has the file's digest
+            # without times: the replay's checkpoint has the file's digest
+            Path(rollouts).write_text("".join(lines))
         found[name] = fingerprint(run)
         out.write_text(json.dumps(found, indent=1))
         print(f"{name}: {len(found[name]['metrics'])} lines of metrics recorded", flush=True)
@@ -113,7 +130,9 @@ def deploy(name: str, text: str) -> Path:
     log.parent.mkdir(exist_ok=True)
     command = [str(ROOT / ".venv" / "bin" / "deploy"), str(config)]
     with log.open("w") as lines:
-        ended = subprocess.run(command, cwd=ROOT, stdout=lines, stderr=subprocess.STDOUT, check=False)
+        ended = subprocess.run(
+            command, cwd=ROOT, stdout=lines, stderr=subprocess.STDOUT, check=False
+        )
     if ended.returncode:
         sys.exit(f"{name}: deploy ended with {ended.returncode}\n{log.read_text()[-3000:]}")
     (run,) = (path for path in (FOLDER / "runs" / f"same_bits_{name}").iterdir() if path.is_dir())
@@ -125,7 +144,10 @@ def fingerprint(run: Path) -> dict[str, Any]:
     files = ("metrics", "eval", "rollouts", "eval_samples")
     lines = {name: [kept(line) for line in read(run / f"{name}.jsonl")] for name in files}
     return {"metrics": lines["metrics"], "eval": lines["eval"]} | {
-        "samples": {name: [digest(json.dumps(line, sort_keys=True)) for line in lines[name]] for name in files[2:]},
+        "samples": {
+            name: [digest(json.dumps(line, sort_keys=True)) for line in lines[name]]
+            for name in files[2:]
+        },
         "checkpoints": {
             str(path.relative_to(run / "checkpoints")): of_file(path)
             for path in sorted((run / "checkpoints").rglob("*"))
@@ -143,7 +165,8 @@ def of_file(path: Path) -> str:
     import torch
 
     state = torch.load(path, weights_only=False)
-    for rng in state["rng"]:  # of Python's and numpy's own generators, which nothing of ours draws from
+    # of Python's and numpy's own generators, which nothing of ours draws from
+    for rng in state["rng"]:
         rng.pop("python"), rng.pop("numpy")
     parts: list[str] = []
     flatten(state, parts)
@@ -169,12 +192,16 @@ def read(path: Path) -> list[dict[str, Any]]:
 def kept(line: dict[str, Any]) -> dict[str, Any]:
     """A line without what differs from one run to the next: times, memory, names of requests."""
     return {
-        key: value for key, value in line.items() if key not in TIMES and not key.endswith("_s") and "_s_" not in key
+        key: value
+        for key, value in line.items()
+        if key not in TIMES and not key.endswith("_s") and "_s_" not in key
     }
 
 
 def digest(content: str | bytes) -> str:
-    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[:16]
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[
+        :16
+    ]
 
 
 # --- compare --------------------------------------------------------------------------------------------------------
@@ -197,10 +224,14 @@ def first_difference(before: Any, after: Any, place: str) -> str | None:
     if isinstance(before, dict) and isinstance(after, dict):
         keys = [*before, *(key for key in after if key not in before)]
         missing = object()
-        pairs = ((f"{place}.{key}", before.get(key, missing), after.get(key, missing)) for key in keys)
+        pairs = (
+            (f"{place}.{key}", before.get(key, missing), after.get(key, missing)) for key in keys
+        )
         return next((d for where, a, b in pairs if (d := first_difference(a, b, where))), None)
     if isinstance(before, list) and isinstance(after, list):
-        pairs = ((f"{place}[{i}]", a, b) for i, (a, b) in enumerate(itertools.zip_longest(before, after)))
+        pairs = (
+            (f"{place}[{i}]", a, b) for i, (a, b) in enumerate(itertools.zip_longest(before, after))
+        )
         return next((d for where, a, b in pairs if (d := first_difference(a, b, where))), None)
     return None if repr(before) == repr(after) else f"{place}: {before!r} before, {after!r} after"
 

@@ -13,7 +13,10 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")))
+PAGES = (
+    "README.md",
+    *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")),
+)
 GUIDE = tuple(page for page in PAGES if page.startswith("docs/guide/"))
 _FENCE = re.compile(r" {0,3}(?P<fence>`{3,}|~{3,})(?P<info>.*)")
 _MARKER = re.compile(r"<!-- not run: (?P<reason>.+) -->")
@@ -41,8 +44,13 @@ def blocks_of(page: str, text: str) -> list[Block]:
         if opened is None:
             at += 1
             continue
-        end = next((end for end in range(at + 1, len(lines)) if _closes(lines[end], opened["fence"])), len(lines))
-        marker = _MARKER.fullmatch(next((line for line in reversed(lines[:at]) if line.strip()), ""))
+        end = next(
+            (end for end in range(at + 1, len(lines)) if _closes(lines[end], opened["fence"])),
+            len(lines),
+        )
+        marker = _MARKER.fullmatch(
+            next((line for line in reversed(lines[:at]) if line.strip()), "")
+        )
         language = (opened["info"].split() or [""])[0]
         body = "\n".join(lines[at + 1 : end])
         found.append(Block(page, at + 2, language, body, marker["reason"] if marker else None))
@@ -57,7 +65,9 @@ def _closes(line: str, fence: str) -> bool:
 
 def shell_commands(text: str) -> Iterator[list[str]]:
     """The words of each command of a block; comments and the text of here-documents are left out."""
-    joined = re.sub(r"<<'?(\w+)'?(.*?)\n\1$", "", text, flags=re.DOTALL | re.MULTILINE).replace("\\\n", " ")
+    joined = re.sub(r"<<'?(\w+)'?(.*?)\n\1$", "", text, flags=re.DOTALL | re.MULTILINE).replace(
+        "\\\n", " "
+    )
     for line in joined.splitlines():
         words = shlex.split(line, comments=True)
         while breaks := [word for word in words if word in ("&&", "|")]:
@@ -97,13 +107,20 @@ def run_page(page: str, engine_url: str, check: str) -> None:
                 Path(named[1]).parent.mkdir(parents=True, exist_ok=True)
                 Path(named[1]).write_text(text + "\n")
             with contextlib.redirect_stdout(io.StringIO()) as out:
-                exec(compile("\n" * (block.line - 1) + text, str(ROOT / page), "exec"), module.__dict__)
+                exec(
+                    compile("\n" * (block.line - 1) + text, str(ROOT / page), "exec"),
+                    module.__dict__,
+                )
             printed = out.getvalue()
         elif is_run(block):
-            done = subprocess.run(["bash", "-euc", text], check=False, capture_output=True, text=True, timeout=1400)
+            done = subprocess.run(
+                ["bash", "-euc", text], check=False, capture_output=True, text=True, timeout=1400
+            )
             printed = done.stdout + done.stderr
             wanted = re.findall(r"# exit (\d+)", text)
-            assert done.returncode == int(wanted[0] if wanted else 0), f"{page}:{block.line}\n{printed}"
+            assert done.returncode == int(wanted[0] if wanted else 0), (
+                f"{page}:{block.line}\n{printed}"
+            )
         elif block.language == "output":
             problem = output_problem(block.text, printed)
             assert not problem, f"{page}:{block.line}: {problem}\nprinted was:\n{printed}"
@@ -118,7 +135,9 @@ def output_problem(documented: str, printed: str) -> str:
     left = iter([masked(line) for line in printed.splitlines()])
     for line in documented.splitlines():
         pattern = ".*".join(re.escape(part.strip()) for part in masked(line).split("…"))
-        if line.strip() not in ("", "…") and not any(re.fullmatch(pattern, other) for other in left):
+        if line.strip() not in ("", "…") and not any(
+            re.fullmatch(pattern, other) for other in left
+        ):
             return f"not printed: {line!r}, as {masked(line)!r}"
     return ""
 

@@ -54,10 +54,21 @@ def example_config() -> Config:
         warmup_frac=0.0,
         schedule="constant",
     )
-    rates: dict[str, float] = {"unembedding_lr": 1e-3, "embedding_lr": 1e-3, "matrix_lr": 1e-3, "weight_decay": 0.0}
+    rates: dict[str, float] = {
+        "unembedding_lr": 1e-3,
+        "embedding_lr": 1e-3,
+        "matrix_lr": 1e-3,
+        "weight_decay": 0.0,
+    }
     return Config(
         target=TargetConfig(
-            hosts=1, gpu_ranks=[0], device_type="cpu", sharding="none", shard_group_size=-1, cpu_offload=False
+            hosts=1,
+            hosts_min=1,
+            gpu_ranks=[0],
+            device_type="cpu",
+            sharding="none",
+            shard_group_size=-1,
+            cpu_offload=False,
         ),
         host=HostConfig(
             installer="pip",
@@ -83,7 +94,9 @@ def example_config() -> Config:
             sft_mixture=[spec],
             sft_order="shuffled",
             rl_mixture=[dataclasses.replace(spec, name="configs/data/letters/train_rl.jsonl")],
-            eval_mixture=[dataclasses.replace(spec, name="configs/data/letters/test.jsonl", split="test")],
+            eval_mixture=[
+                dataclasses.replace(spec, name="configs/data/letters/test.jsonl", split="test")
+            ],
             max_length=64,
             shuffle_seed=0,
         ),
@@ -148,6 +161,7 @@ def example_config() -> Config:
             in_process_batch_tokens=131072,
         ),
         engine=Embedded(
+            hosts=None,
             requirements_file=None,
             gpu_ranks=[0],
             sglang_port=30180,
@@ -166,6 +180,7 @@ def example_config() -> Config:
             sample_timeout_s=60.0,
             reward_timeout_s=30.0,
             stop_grace_s=5.0,
+            restarts_max=0,
         ),
         output=OutputConfig(
             save_dir="runs",
@@ -173,11 +188,13 @@ def example_config() -> Config:
             experiment_name="example",
             use_wandb=False,
             wandb_project="",
+            trackers=[],
             mode="sft+rl",
             source_checkpoint=None,
             checkpoints_keep=-1,
             checkpoint_best={},
             on_end=None,
+            on_warning=None,
         ),
         provision=None,
     )
@@ -188,7 +205,11 @@ def replace_at(value: Any, path: str, new: Any) -> Any:
     head, _, rest = path.partition(".")
     if isinstance(value, list):
         index = int(head)
-        return [*value[:index], replace_at(value[index], rest, new) if rest else new, *value[index + 1 :]]
+        return [
+            *value[:index],
+            replace_at(value[index], rest, new) if rest else new,
+            *value[index + 1 :],
+        ]
     inner = replace_at(getattr(value, head), rest, new) if rest else new
     return dataclasses.replace(value, **{head: inner})
 
@@ -196,7 +217,9 @@ def replace_at(value: Any, path: str, new: Any) -> Any:
 def like_example(kind: type, whole: Any, **changes: Any) -> Any:
     """Return a `kind` with the fields that `whole` has too; `changes` give the others."""
     shared = {
-        field.name: getattr(whole, field.name) for field in dataclasses.fields(kind) if hasattr(whole, field.name)
+        field.name: getattr(whole, field.name)
+        for field in dataclasses.fields(kind)
+        if hasattr(whole, field.name)
     }
     return kind(**{**shared, **changes})
 
@@ -219,7 +242,9 @@ def sglang(**changes: Any) -> SGLang:
 
 
 def value_model(**changes: Any) -> ValueModel:
-    return ValueModel(**{"gamma": 1.0, "gae_lambda": 0.95, "coef": 0.5, "clip": None, "lr": 1e-3, **changes})
+    return ValueModel(
+        **{"gamma": 1.0, "gae_lambda": 0.95, "coef": 0.5, "clip": None, "lr": 1e-3, **changes}
+    )
 
 
 def kl(**changes: Any) -> KLConfig:
@@ -227,7 +252,9 @@ def kl(**changes: Any) -> KLConfig:
 
 
 def ahead(policy_lag_steps_max: int = 1, *, in_flight_updates: bool = False) -> AheadConfig:
-    return AheadConfig(policy_lag_steps_max=policy_lag_steps_max, in_flight_updates=in_flight_updates)
+    return AheadConfig(
+        policy_lag_steps_max=policy_lag_steps_max, in_flight_updates=in_flight_updates
+    )
 
 
 def importance(kind: str = "token_truncate", cap: float = 2.0) -> ImportanceConfig:

@@ -47,7 +47,9 @@ def flash_on_cpu() -> Iterator[Calls]:
         _refuse(query, key, value, starts_q, longest_q, dropout)
         assert torch.equal(starts_q, starts_k) and longest_q == longest_k
         assert all(option is None for option in others.values()), others
-        out, lse, *_ = _attend(query, key, value, starts_q, causal, scale, (window_size_left, window_size_right))
+        out, lse, *_ = _attend(
+            query, key, value, starts_q, causal, scale, (window_size_left, window_size_right)
+        )
         nothing = torch.empty(0)
         return out, lse, torch.zeros(2, dtype=torch.uint64), nothing, nothing
 
@@ -72,10 +74,13 @@ def flash_on_cpu() -> Iterator[Calls]:
         calls.backward += 1
         _refuse(query, key, value, starts_q, longest_q, dropout)
         if gradient.dtype != query.dtype or gradient.stride(-1) != 1:
-            raise RuntimeError("FlashAttention backward: the gradient has another dtype, or a strided last dimension")
+            raise RuntimeError(
+                "FlashAttention backward: the gradient has another dtype, or a strided last dimension"
+            )
         window = (window_size_left, window_size_right)
         return tuple(
-            part.to(query.dtype) for part in _gradients(gradient, query, key, value, starts_q, causal, scale, window)
+            part.to(query.dtype)
+            for part in _gradients(gradient, query, key, value, starts_q, causal, scale, window)
         )
 
     library = torch.library.Library("aten", "IMPL")
@@ -94,15 +99,30 @@ def _refuse(  # noqa: PLR0917
     """Raise RuntimeError for what `mha_varlen_fwd` raises for."""
     tensors = (query, key, value)
     checks = (
-        (all(t.dtype in (torch.float16, torch.bfloat16) for t in tensors), "only support fp16 and bf16 data type"),
+        (
+            all(t.dtype in (torch.float16, torch.bfloat16) for t in tensors),
+            "only support fp16 and bf16 data type",
+        ),
         (len({t.dtype for t in tensors}) == 1, "query, key and value must have the same dtype"),
         (all(t.dim() == 3 for t in tensors), "tensors of 3 dimensions: [tokens, heads, width]"),
-        (all(t.stride(-1) == 1 for t in tensors), "Input tensor must have contiguous last dimension"),
+        (
+            all(t.stride(-1) == 1 for t in tensors),
+            "Input tensor must have contiguous last dimension",
+        ),
         (query.shape[-1] % 8 == 0, "head_size should be a multiple of 8"),
         (query.shape[-1] <= 256, "only supports head dimension at most 256"),
-        (query.shape[1] % key.shape[1] == 0, "Number of heads in key/value must divide number of heads in query"),
-        (starts.dtype is torch.int32 and starts.is_contiguous(), "cu_seqlens must have dtype int32, contiguous"),
-        (int(starts[-1]) == query.shape[0] and int(starts[0]) == 0, "offsets from 0 to the number of tokens"),
+        (
+            query.shape[1] % key.shape[1] == 0,
+            "Number of heads in key/value must divide number of heads in query",
+        ),
+        (
+            starts.dtype is torch.int32 and starts.is_contiguous(),
+            "cu_seqlens must have dtype int32, contiguous",
+        ),
+        (
+            int(starts[-1]) == query.shape[0] and int(starts[0]) == 0,
+            "offsets from 0 to the number of tokens",
+        ),
         (int(starts.diff().max()) <= longest, "max_seqlen is the longest document's"),
         (dropout == 0.0, "no dropout here"),
     )

@@ -68,7 +68,9 @@ def written(directory: Path, leave_out: tuple[str, ...], **changes: Any) -> Path
 def test_a_config_of_an_earlier_run_loads(tmp_path: Path) -> None:
     """Goal: it has what that run had, no limit, and says so. Red with the fields missing."""
     said: list[str] = []
-    assert Config.load(written(tmp_path, ADDED), said.append) == config_with(eval__in_process_new_tokens=8)
+    assert Config.load(written(tmp_path, ADDED), said.append) == config_with(
+        eval__in_process_new_tokens=8
+    )
     assert len(said) == 1
     alone = Config.load(written(tmp_path, ADDED, output__mode="sft", rl=None))
     assert alone.eval.in_process_new_tokens == alone.data.max_length
@@ -76,5 +78,7 @@ def test_a_config_of_an_earlier_run_loads(tmp_path: Path) -> None:
 
 def test_a_field_that_was_forgotten_is_named(tmp_path: Path) -> None:
     """Goal: one of the three missing is a mistake, not an earlier version. Red with each filled in by itself."""
-    with pytest.raises(ConfigError, match=r"config.eval.in_process_rows: missing; EvalConfig has no defaults"):
+    with pytest.raises(
+        ConfigError, match=r"config.eval.in_process_rows: missing; EvalConfig has no defaults"
+    ):
         Config.load(written(tmp_path, ADDED[:1]))

@@ -6,9 +6,11 @@ import pytest
 from vulture import Vulture
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE = ("base_config.py", "deploy.py", "rollouts", "scripts", "benchmarks", "configs")  # tests are not a use
+# tests are not a use
+CODE = "base_config.py", "deploy.py", "rollouts", "scripts", "benchmarks", "configs"
 
 PYTHON = "Python calls it"
+SERVER = "Python's HTTP server reads or calls it"
 TYPER = "a verb of the command line: typer calls it"
 TRANSFORMERS = "a method or argument of transformers' cache protocol"
 SGLANG = "SGLang reads it"
@@ -25,11 +27,11 @@ ALLOWED = {
     "AskAgain": CONFIGS,
     "KeyGuard": "vLLM's command line names it",
     "RewardModel": LIBRARY,
+    "WandbLogger": LIBRARY,
     "admin_api_key": SGLANG,
     "assign_extend_cache_locs_cpu": SGLANG,
     "assign_req_to_token_pool_cpu": SGLANG,
     "authenticate": PARAMIKO,
-    "better_count": PAGE,
     "build_tree_kernel_efficient_cpu": SGLANG,
     "check_any_success": LIBRARY,
     "check_min_reward": LIBRARY,
@@ -37,6 +39,7 @@ ALLOWED = {
     "check_tree": "called by the program that a sync sends to the host",
     "contains": LIBRARY,
     "copy_all_layer_kv_cache_cpu": SGLANG,
+    "cp": TYPER,
     "enable_batch_invariant_mode": SGLANG,
     "end_mean": PAGE,
     "fill_accept_out_cache_loc_cpu": SGLANG,
@@ -50,6 +53,7 @@ ALLOWED = {
     "kl_kind": OPTION,
     "ls": TYPER,
     "rm": TYPER,
+    "log_table": LIBRARY,
     "missing_host_key": PARAMIKO,
     "pgid": "a field of a record on disk, for people",
     "pin_memory": "an argument and a method of torch, replaced for SGLang",
@@ -59,13 +63,21 @@ ALLOWED = {
     "redirect_request": PYTHON,
     "run_config": TYPER,
     "save_directory": "an argument of transformers' tokenizers",
-    "should_exit": "uvicorn reads it",
     "timed_out": LIBRARY,
     "use_duck_shape": "torch reads it",
     "value_clip": OPTION,
     "verify_tree_greedy_cpu": SGLANG,
-    "worse_count": PAGE,
     "write_prompts": LIBRARY,
+    "address_family": SERVER,
+    "client_address": SERVER,
+    "close_connection": SERVER,
+    "daemon_threads": SERVER,
+    "do_GET": SERVER,
+    "do_POST": SERVER,
+    "do_PUT": SERVER,
+    "handle_error": SERVER,
+    "log_message": SERVER,
+    "protocol_version": SERVER,
 }
 
 

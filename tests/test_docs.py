@@ -19,22 +19,39 @@ from base_config import load_config
 from rollouts.remote.command_line import with_verb
 from rollouts.training.advantages import compute_advantages
 from rollouts.training.rl_losses import policy_loss
-from tests.docs_blocks import GUIDE, PAGES, ROOT, Block, blocks_of, is_run, shell_commands, spoken_commands
+from tests.docs_blocks import (
+    GUIDE,
+    PAGES,
+    ROOT,
+    Block,
+    blocks_of,
+    is_run,
+    shell_commands,
+    spoken_commands,
+)
 from tests.engines.serving import serving
 from tests.training.datasets.families import family_tokenizer
 from tests.training.process_nursery import shared
 
-LANGUAGES = (
-    "python",
-    "sh",
-    "json",
-    "jsonl",
-    "output",
-    "text",
-)  # output: what the block before printed; text: a drawing
+# output: what the block before printed; text: a drawing
+LANGUAGES = "python", "sh", "json", "jsonl", "output", "text"
 # Blocks with the marker <!-- not run: why -->: there is none, and a new one has to stand here too.
 NOT_RUN: dict[tuple[str, str], str] = {}  # (page, first line) -> why
-OTHER_PROGRAMS = ("python3", "cmp", "git", "cd", "cat", "echo", "ls", "tail", "head", "jq", "curl", "mkdir", "grep")
+OTHER_PROGRAMS = (
+    "python3",
+    "cmp",
+    "git",
+    "cd",
+    "cat",
+    "echo",
+    "ls",
+    "tail",
+    "head",
+    "jq",
+    "curl",
+    "mkdir",
+    "grep",
+)
 # What must be true after a page's python blocks, where the page itself does not print it.
 CHECKS = {
     "README.md": "len(metrics) == 20 and metrics[-1]['loss'] < metrics[0]['loss']",
@@ -45,8 +62,12 @@ CHECKS = {
     "docs/reference/sharding.md": "backend is not None",
     "docs/design/restarts.md": "pool.clients[1].base_url == urls[1] and pool.reruns.times_max == 3",
 }
-BLOCKS = [block for page in PAGES for block in blocks_of(page, (ROOT / page).read_text(encoding="utf-8"))]
-PYTHON_PAGES = sorted({block.page for block in BLOCKS if block.language == "python" or is_run(block)} - {*GUIDE})
+BLOCKS = [
+    block for page in PAGES for block in blocks_of(page, (ROOT / page).read_text(encoding="utf-8"))
+]
+PYTHON_PAGES = sorted(
+    {block.page for block in BLOCKS if block.language == "python" or is_run(block)} - {*GUIDE}
+)
 
 
 # --- blocks -----------------------------------------------------------------------------------------------------------
@@ -55,9 +76,15 @@ PYTHON_PAGES = sorted({block.page for block in BLOCKS if block.language == "pyth
 def test_every_block_says_what_it_is() -> None:
     """Goal: no block is passed over since nobody knows its language, or is marked as not run without standing here.
     Red with a block without a language."""
-    unknown = [f"{block.page}:{block.line}: {block.language!r}" for block in BLOCKS if block.language not in LANGUAGES]
+    unknown = [
+        f"{block.page}:{block.line}: {block.language!r}"
+        for block in BLOCKS
+        if block.language not in LANGUAGES
+    ]
     assert unknown == []
-    marked = {(block.page, block.text.split("\n")[0]): block.not_run for block in BLOCKS if block.not_run}
+    marked = {
+        (block.page, block.text.split("\n")[0]): block.not_run for block in BLOCKS if block.not_run
+    }
     assert marked == NOT_RUN
     assert [page for page in CHECKS if page not in PYTHON_PAGES] == []
 
@@ -65,9 +92,17 @@ def test_every_block_says_what_it_is() -> None:
 def test_fences_are_read_as_commonmark_reads_them() -> None:
     """Goal: a longer fence holds a shorter one, tildes hold backticks, and one that nobody closes ends with the page.
     Red with every line that begins with three backticks taken for a fence."""
-    text = "````md\n```python\n1\n```\n````\n<!-- not run: why -->\n\n~~~sh x\n```\n~~~\n  ```json\n{}"
-    found = [(block.line, block.language, block.text, block.not_run) for block in blocks_of("p", text)]
-    assert found == [(2, "md", "```python\n1\n```", None), (9, "sh", "```", "why"), (12, "json", "{}", None)]
+    text = (
+        "````md\n```python\n1\n```\n````\n<!-- not run: why -->\n\n~~~sh x\n```\n~~~\n  ```json\n{}"
+    )
+    found = [
+        (block.line, block.language, block.text, block.not_run) for block in blocks_of("p", text)
+    ]
+    assert found == [
+        (2, "md", "```python\n1\n```", None),
+        (9, "sh", "```", "why"),
+        (12, "json", "{}", None),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +112,12 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = work / "Qwen" / "Qwen2.5-0.5B"
     tokenizer = family_tokenizer("qwen2_5")
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     config = LlamaConfig(
         **sizes,
         vocab_size=len(tokenizer),
@@ -139,7 +179,9 @@ def test_links_lead_somewhere() -> None:
 
 
 def _anchors(text: str) -> Iterator[str]:
-    for heading in re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE):
+    for heading in re.findall(
+        r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE
+    ):
         yield re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
@@ -151,8 +193,16 @@ def test_no_page_has_two_versions_of_a_line() -> None:
 
 def test_files_that_pages_name_exist() -> None:
     """Goal: a page never sends one to a file that was moved. Red with a module renamed."""
-    spans = [(page, span) for page in PAGES for span in re.findall(r"`([^`\n]+)`", (ROOT / page).read_text())]
-    named = [(page, span) for page, span in spans if re.fullmatch(r"(rollouts|scripts|tests|configs)/[\w./-]+", span)]
+    spans = [
+        (page, span)
+        for page in PAGES
+        for span in re.findall(r"`([^`\n]+)`", (ROOT / page).read_text())
+    ]
+    named = [
+        (page, span)
+        for page, span in spans
+        if re.fullmatch(r"(rollouts|scripts|tests|configs)/[\w./-]+", span)
+    ]
     assert named and [(page, span) for page, span in named if not (ROOT / span).exists()] == []
 
 
@@ -172,7 +222,9 @@ def problems_of(words: list[str]) -> list[str]:
     if program == "python":
         return _script_problems(rest[0], rest[1:])
     if program == "pip":
-        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+            "optional-dependencies"
+        ]
         asked = re.findall(r"[\w-]+", " ".join(re.findall(r"\[(.*?)\]", " ".join(rest))))
         return [f"no extra {name!r}" for name in asked if name not in extras]
     return [] if program in OTHER_PROGRAMS else [f"{program}: what is this?"]
@@ -189,7 +241,8 @@ def _module_file(module: str) -> str:
 
 def _deploy_problems(words: list[str]) -> list[str]:
     group: Any = typer.main.get_command(deploy.app)
-    named = ["configs/00_cpu_sft_rl.py" if word == "CONFIG" else word for word in words]  # any config will do
+    # any config will do
+    named = ["configs/00_cpu_sft_rl.py" if word == "CONFIG" else word for word in words]
     try:
         verb, *rest = with_verb(named, group.commands)
     except ValueError as error:
@@ -200,14 +253,19 @@ def _deploy_problems(words: list[str]) -> list[str]:
         return [f"deploy has no verb {verb!r}"]
     try:
         context = group.commands[verb].make_context(verb, rest)
-    except Exception as error:  # typer brings a click of its own: its errors are known by what they can say
+    except Exception as error:
+        # typer brings a click of its own: its errors are known by what they can say
         if not hasattr(error, "format_message"):
             raise
         return [f"deploy {' '.join(words)}: {error.format_message()}"]
     config = context.params.get("config")
     if config is None or not str(config).startswith("configs/"):
         return []
-    return list(load_config(ROOT / config).problems()) if (ROOT / config).is_file() else [f"no file {config}"]
+    return (
+        list(load_config(ROOT / config).problems())
+        if (ROOT / config).is_file()
+        else [f"no file {config}"]
+    )
 
 
 def _script_problems(script: str, words: list[str]) -> list[str]:
@@ -226,7 +284,9 @@ def _script_problems(script: str, words: list[str]) -> list[str]:
     return [f"{script} has no option {name}" for name in options if f'"{name}"' not in source]
 
 
-@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "sh"], ids=lambda b: f"{b.page}:{b.line}")
+@pytest.mark.parametrize(
+    "block", [b for b in BLOCKS if b.language == "sh"], ids=lambda b: f"{b.page}:{b.line}"
+)
 def test_shell_blocks_name_what_exists(block: Block) -> None:
     """Goal: verbs, options, scripts, extras and configs of every command exist. Red with `deploy launch`."""
     assert [problem for words in shell_commands(block.text) for problem in problems_of(words)] == []
@@ -237,7 +297,8 @@ def test_commands_in_sentences_name_what_exists(page: str) -> None:
     """Goal: likewise for commands in backticks. Red with an option that benchmarks.grpo does not have."""
     text = (ROOT / page).read_text(encoding="utf-8")
     found = [problem for words in spoken_commands(text) for problem in problems_of(words)]
-    assert [problem for problem in found if "Missing argument" not in problem] == []  # `deploy attach`, in passing
+    # `deploy attach`, in passing
+    assert [problem for problem in found if "Missing argument" not in problem] == []
 
 
 @pytest.mark.parametrize(
@@ -263,11 +324,22 @@ def test_trees_of_names() -> None:
     """Goal: blocks that are no code name what there is: files of a run, and modules. Red with a module renamed."""
     texts = [block for block in BLOCKS if block.language == "text"]
     documented = (ROOT / "docs" / "reference" / "run-directory.md").read_text()
-    (tree,) = (block.text for block in texts if block.page == "README.md" and block.text.startswith("config.json"))
+    (tree,) = (
+        block.text
+        for block in texts
+        if block.page == "README.md" and block.text.startswith("config.json")
+    )
     names = [line.split("  ")[0] for line in tree.splitlines()]
-    missing = [name for line in names for name in re.findall(r"[\w.]+(?=[ /]|$)", line) if name not in documented]
+    missing = [
+        name
+        for line in names
+        for name in re.findall(r"[\w.]+(?=[ /]|$)", line)
+        if name not in documented
+    ]
     assert missing in ([], ["sft", "rl"])
-    for name in re.findall(r"rollouts(?:\.(?!jsonl)\w+)+", "\n".join(block.text for block in texts)):
+    for name in re.findall(
+        r"rollouts(?:\.(?!jsonl)\w+)+", "\n".join(block.text for block in texts)
+    ):
         path = ROOT / name.replace(".", "/")
         assert path.is_dir() or path.with_suffix(".py").is_file(), name
 
@@ -284,7 +356,11 @@ def test_published_methods_can_be_set_as_their_table_says() -> None:
         .split("## How to set the published methods")[1]
         .split("##")[0]
     )
-    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in table.splitlines() if "|" in line][2:]
+    rows = [
+        [cell.strip(" `") for cell in line.strip("|").split("|")]
+        for line in table.splitlines()
+        if "|" in line
+    ][2:]
     assert len(rows) >= 8
     torch.manual_seed(0)
     labels, mask = torch.randint(0, 7, (4, 6)), torch.ones(4, 6)
@@ -307,7 +383,9 @@ def test_published_methods_can_be_set_as_their_table_says() -> None:
             advantages = torch.randn(4, 6)
         else:
             given = float(baseline) if baseline == "0.0" else baseline
-            advantages = torch.tensor(compute_advantages([1.0, 0.0, 0.5, 0.0], given, norm=norm, group_ids=[0] * 4))
+            advantages = torch.tensor(
+                compute_advantages([1.0, 0.0, 0.5, 0.0], given, norm=norm, group_ids=[0] * 4)
+            )
         policy_loss(logits, labels, mask, advantages, **options).backward()
         assert logits.grad is not None and logits.grad.abs().sum() > 0, method
 

@@ -12,7 +12,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from benchmarks.gpu_sft import losses_on_both, make_documents, matmul_flops_per_s, measure, qwen3_600m
+from benchmarks.gpu_sft import (
+    losses_on_both,
+    make_documents,
+    matmul_flops_per_s,
+    measure,
+    qwen3_600m,
+)
 from scripts.gpu_check import problems, record
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,7 +42,9 @@ def tiny_qwen3() -> Qwen3Config:
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="has an NVIDIA driver")
 def test_without_a_driver_it_ends_at_once() -> None:
     """Goal: a clear error and exit 2, before anything is installed. Red without the check: it made a .venv."""
-    done = subprocess.run([ROOT / "scripts" / "gpu_check"], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(
+        [ROOT / "scripts" / "gpu_check"], capture_output=True, text=True, check=False, timeout=60
+    )
     assert done.returncode == 2 and done.stdout == ""
     assert "error: no NVIDIA GPU on this machine" in done.stderr and "fix" in done.stderr
 
@@ -63,7 +71,9 @@ def test_the_measurement_runs_through_and_is_recorded(tmp_path: Path) -> None:
     Red with the tokens of the warm-up steps counted too: their seconds are not.
     """
     config = tiny_qwen3()
-    speed = measure(config, device="cpu", micro_batch_tokens=128, directory=tmp_path, compiled=False, steps=2)
+    speed = measure(
+        config, device="cpu", micro_batch_tokens=128, directory=tmp_path, compiled=False, steps=2
+    )
     assert len(speed.losses) == 5 and all(map(math.isfinite, speed.losses))
     assert speed.losses[0] == pytest.approx(math.log(96), rel=0.1)
     assert speed.flops_per_s > speed.tokens_per_s > 0

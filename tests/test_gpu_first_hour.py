@@ -23,7 +23,9 @@ def test_to_the_end_of_what_a_cpu_allows(
     shown = [line for line in said.splitlines() if not line.startswith("  ")]
     assert len(shown) == len(LINES) + 1 and f"{len(LINES)} lines, 0 failed" in shown[-1]
     for line, text in zip(LINES, shown, strict=False):
-        assert text.endswith(f"  {line.name}") and text.startswith("ok " if line.dry else f"needs  {line.cards} card")
+        assert text.endswith(f"  {line.name}") and text.startswith(
+            "ok " if line.dry else f"needs  {line.cards} card"
+        )
     assert "> torch " in said and "glibc" in log.read_text().lower()
 
     def broken(_: object) -> None:
@@ -32,21 +34,34 @@ def test_to_the_end_of_what_a_cpu_allows(
     monkeypatch.setitem(gpu_first_hour_steps.STEPS, "torch", broken)
     monkeypatch.setitem(gpu_first_hour_steps.STEPS, "smoke", lambda _: 1 / 0)
     monkeypatch.setattr(
-        gpu_first_hour, "LINES", [line for line in LINES if line.dry[:1] in (("torch",), ("smoke",), ("config",))]
+        gpu_first_hour,
+        "LINES",
+        [line for line in LINES if line.dry[:1] in (("torch",), ("smoke",), ("config",))],
     )
     assert gpu_first_hour.main(["--dry-run", "--log", str(log)]) == 1
     said = capsys.readouterr().out
-    assert "error: found 1, needs 2" in said and "means: no card seen" in said and "ZeroDivisionError" in said
+    assert (
+        "error: found 1, needs 2" in said
+        and "means: no card seen" in said
+        and "ZeroDivisionError" in said
+    )
     assert "2 failed" in said and "rl_math, three steps" in said
 
 
 def test_a_line_that_fails_or_hangs(tmp_path: Path) -> None:
     """Goal: its last lines are shown, and one that hangs is ended with all that it started. Red without
     `end_group`."""
-    program = "import subprocess, sys; print('so far', flush=True); subprocess.run(['sleep', '617.5'])"
+    program = (
+        "import subprocess, sys; print('so far', flush=True); subprocess.run(['sleep', '617.5'])"
+    )
     line = Line(0, "hangs", "nothing", (sys.executable, "-c", program), limit_s=1.5)
-    assert gpu_first_hour.run_line(line, tmp_path / "log") == (False, ["so far", "not over after 1.5 s"])
-    processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert gpu_first_hour.run_line(line, tmp_path / "log") == (
+        False,
+        ["so far", "not over after 1.5 s"],
+    )
+    processes = subprocess.run(
+        ["ps", "-eo", "args"], capture_output=True, text=True, check=True
+    ).stdout
     assert "sleep 617.5" not in processes.splitlines()
     line = Line(0, "fails", "nothing", (sys.executable, "-c", "raise SystemExit('why')"))
     assert gpu_first_hour.run_line(line, tmp_path / "log") == (False, ["why"])

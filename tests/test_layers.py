@@ -13,26 +13,52 @@ OURS = ("base_config", "deploy", "rollouts")
 CLIENTS = tuple(  # of inference servers: they know nothing of the pool
     f"rollouts.training.inference.{name}"
     for name in (
-        *("adapted_engine", "client", "connections", "fan_out", "http", "inference_engine", "known_versions"),
-        *("loop_lock", "requests", "sglang_client", "vllm_client", "weight_routes", "weights_on_disk"),
+        *(
+            "adapted_engine",
+            "client",
+            "connections",
+            "fan_out",
+            "http",
+            "inference_engine",
+            "known_versions",
+        ),
+        *(
+            "loop_lock",
+            "requests",
+            "sglang_client",
+            "vllm_client",
+            "weight_routes",
+            "weights_on_disk",
+        ),
     )
 )
 
 # module prefix -> which of our modules it may import; the longest prefix that fits decides
 ALLOWED: dict[str, tuple[str, ...]] = {
     "base_config": ("rollouts.config",),
-    "rollouts.config": ("rollouts.config", "rollouts.run_dir"),
-    "rollouts.config.schema": ("rollouts.config.schema",),
+    "rollouts.config": (
+        "rollouts.config",
+        "rollouts.data_formats",
+        "rollouts.python_source",
+        "rollouts.run_dir",
+    ),
+    "rollouts.config.schema": ("rollouts.config.schema", "rollouts.data_formats"),
     "rollouts.config.checks": (
         "rollouts.config.checks",
         "rollouts.config.answer_limits",
         "rollouts.config.schema",
         "rollouts.config.field_types",
+        "rollouts.data_formats",
         "rollouts.run_dir",
     ),
     "rollouts.config.field_types": (),
     "deploy": ("rollouts.cloud", "rollouts.remote", "rollouts.view"),
-    "rollouts.cloud": ("rollouts.cloud", "rollouts.remote.errors", "rollouts.run_dir", "rollouts.view"),
+    "rollouts.cloud": (
+        "rollouts.cloud",
+        "rollouts.remote.errors",
+        "rollouts.run_dir",
+        "rollouts.view",
+    ),
     "rollouts.cloud.machine_types": (),  # values: no network
     "rollouts.cloud.answer_fields": (),
     "rollouts.cloud.search_offers": ("rollouts.cloud.machine_types",),
@@ -40,12 +66,17 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts.cloud.ledger": ("rollouts.cloud.machine_types", "rollouts.run_dir"),
     "rollouts": ("rollouts.agents",),
     "rollouts.__main__": (),
+    "rollouts.data_formats": ("rollouts.data_formats",),
     "rollouts.manifest": (),
     "rollouts.plain_files": (),
+    "rollouts.python_source": (),
     "rollouts.machine": ("rollouts.machine",),
     "rollouts.run_dir": ("rollouts.run_dir", "rollouts.plain_files"),
+    "rollouts.slurm": ("rollouts.run_dir", "rollouts.slurm"),
+    "rollouts.slurm.job_states": (),
     "rollouts.agents": (
         "rollouts.agents",
+        "rollouts.data_formats",
         "rollouts.training.calculator",
         "rollouts.training.datasets",
         "rollouts.training.inference",
@@ -56,6 +87,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "rollouts.engines": ("rollouts.engines",),
     "rollouts.engines.keys": (),
+    "rollouts.engines.send_model": (),
+    "rollouts.engines.receive_model": ("rollouts.engines.keys", "rollouts.engines.send_model"),
     "rollouts.engines.server_spec": ("rollouts.config",),
     "rollouts.engines.embedded.__main__": (
         "rollouts.engines",
@@ -63,7 +96,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.training.open_files",
     ),
     "rollouts.engines.embedded.attention": ("rollouts.training.packed_attention",),
-    "rollouts.engines.embedded.served_model": ("rollouts.engines", "rollouts.training.model_loading"),
+    "rollouts.engines.embedded.served_model": (
+        "rollouts.engines",
+        "rollouts.training.model_loading",
+    ),
     "rollouts.engines.embedded.routes": ("rollouts.engines", "rollouts.training.weights.wire"),
     "rollouts.engines.sglang.cpu_launcher": (
         "rollouts.engines",
@@ -77,11 +113,24 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.training.loops.packing",
     ),
     "rollouts.engines.command_lines": ("rollouts.config", "rollouts.engines"),
-    "rollouts.view": ("rollouts.view", "rollouts.run_dir", "rollouts.plain_files"),
+    "rollouts.health": ("rollouts.health",),  # pure, but for what follows growing files
+    "rollouts.health.live_records": (
+        "rollouts.health",
+        "rollouts.plain_files",
+        "rollouts.run_dir",
+    ),
+    "rollouts.view": (
+        "rollouts.view",
+        "rollouts.health",
+        "rollouts.run_dir",
+        "rollouts.plain_files",
+    ),
     "rollouts.api": ("rollouts.config", "rollouts.remote", "rollouts.run_dir", "rollouts.view"),
     "rollouts.remote": (
         "rollouts.cloud",
         "rollouts.config",
+        "rollouts.data_formats",
+        "rollouts.health",
         "rollouts.machine",
         "rollouts.run_dir",
         "rollouts.plain_files",
@@ -91,14 +140,18 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "rollouts.remote.errors": ("rollouts.view.escape",),
     "rollouts.remote.host": (
+        "rollouts.python_source",
         "rollouts.machine",
         "rollouts.remote.errors",
         "rollouts.remote.host",
         "rollouts.run_dir",
         "rollouts.plain_files",
+        "rollouts.slurm",
     ),
     "rollouts.remote.inputs": (
+        "rollouts.python_source",
         "rollouts.config",
+        "rollouts.data_formats",
         "rollouts.plain_files",
         "rollouts.remote.errors",
         "rollouts.remote.inputs",
@@ -122,6 +175,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.plain_files",
         "rollouts.run_dir",
         "rollouts.remote.errors",
+        "rollouts.remote.git",
         "rollouts.remote.host",
         "rollouts.remote.local_faults",
         "rollouts.remote.package",
@@ -132,12 +186,15 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "rollouts.worker": (
         "rollouts.config",
+        "rollouts.health",
         "rollouts.machine",
         "rollouts.run_dir",
         "rollouts.plain_files",
         "rollouts.manifest",
         "rollouts.engines.keys",
         "rollouts.engines.diagnosis",
+        "rollouts.engines.send_model",
+        "rollouts.slurm",
         "rollouts.worker",
     ),
     "rollouts.worker.trainer": (
@@ -149,9 +206,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.worker.stages",
     ),
     "rollouts.worker.trainer_hub": (),
-    "rollouts.worker.data_preview": ("rollouts.config", "rollouts.training"),
+    "rollouts.worker.data_preview": (
+        "rollouts.config",
+        "rollouts.data_formats",
+        "rollouts.training",
+    ),
     "rollouts.worker.stages": (
         "rollouts.config",
+        "rollouts.data_formats",
         "rollouts.run_dir",
         "rollouts.agents",
         "rollouts.training",
@@ -160,13 +222,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "rollouts.worker.builders": (
         "rollouts.config",
+        "rollouts.data_formats",
         "rollouts.run_dir",
         "rollouts.engines.keys",
         "rollouts.agents",
         "rollouts.training",
         "rollouts.worker.builders",
     ),
-    "rollouts.training": ("rollouts.training", "rollouts.manifest"),
+    "rollouts.training": ("rollouts.training", "rollouts.data_formats", "rollouts.manifest"),
     "rollouts.training.agent_integration": ("rollouts.training", "rollouts.agents"),
     "rollouts.training.calculator": (),
     "rollouts.training.user_code": (),
@@ -185,20 +248,29 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.training.loss_terms",
         "rollouts.training.packed_attention",
     ),
-    "rollouts.training.token_selection": ("rollouts.training.log_probs", "rollouts.training.loss_terms"),
+    "rollouts.training.token_selection": (
+        "rollouts.training.log_probs",
+        "rollouts.training.loss_terms",
+    ),
     "rollouts.training.policy_loss": (
         "rollouts.training.log_probs",
         "rollouts.training.loss_terms",
         "rollouts.training.token_selection",
     ),
-    "rollouts.training.policy_statistics": ("rollouts.training.loss_terms", "rollouts.training.token_selection"),
+    "rollouts.training.policy_statistics": (
+        "rollouts.training.loss_terms",
+        "rollouts.training.token_selection",
+    ),
     "rollouts.training.rl_losses": (
         "rollouts.training.loss_terms",
         "rollouts.training.policy_loss",
         "rollouts.training.policy_statistics",
         "rollouts.training.token_selection",
     ),
-    "rollouts.training.known_gradients": ("rollouts.training.loss_terms", "rollouts.training.rl_losses"),
+    "rollouts.training.known_gradients": (
+        "rollouts.training.loss_terms",
+        "rollouts.training.rl_losses",
+    ),
     "rollouts.training.reference": ("rollouts.training.model_loading",),
     "rollouts.training.checkpoint": (
         "rollouts.manifest",
@@ -221,7 +293,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts.training.whole_directories": (),
     "rollouts.training.host_files": ("rollouts.manifest", "rollouts.training.distributed"),
     "rollouts.training.bound_torchrun": ("rollouts.training.stores",),
-    "rollouts.training.network_check": ("rollouts.training.distributed", "rollouts.training.nvidia_driver"),
+    "rollouts.training.network_check": (
+        "rollouts.training.distributed",
+        "rollouts.training.nvidia_driver",
+    ),
     "rollouts.training.retention": (),
     "rollouts.training.random_state": (),
     "rollouts.training.devices": ("rollouts.training.nvidia_driver",),
@@ -261,6 +336,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "rollouts.training.value_head": ("rollouts.training.distributed",),
     "rollouts.training.rollout_gen": (
+        "rollouts.data_formats",
         "rollouts.training.rollout_gen",
         "rollouts.training.advantages",
         "rollouts.training.rewards",
@@ -270,10 +346,20 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "rollouts.training.inference",
         "rollouts.training.weight_sync",
     ),
-    "rollouts.training.inference": (*CLIENTS, "rollouts.training.open_files", "rollouts.engines.keys"),
-    "rollouts.training.inference.pool": ("rollouts.training.inference", "rollouts.training.open_files"),
-    "rollouts.training.weight_sync": ("rollouts.training.inference",),  # a face: names, without torch
+    "rollouts.training.inference": (
+        *CLIENTS,
+        "rollouts.training.open_files",
+        "rollouts.engines.keys",
+    ),
+    "rollouts.training.inference.pool": (
+        "rollouts.training.inference",
+        "rollouts.training.open_files",
+    ),
+    "rollouts.training.weight_sync": (
+        "rollouts.training.inference",
+    ),  # a face: names, without torch
     "rollouts.training.weights": (
+        "rollouts.engines.send_model",
         "rollouts.training.devices",
         "rollouts.training.distributed",
         "rollouts.training.inference",
@@ -293,30 +379,37 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "rollouts.training.weights.proof": (),
     "rollouts.training.open_files": (),
     "rollouts.training.rewards": (
+        "rollouts.data_formats",
         "rollouts.training.rewards",
         "rollouts.training.types",
         "rollouts.training.user_code",
     ),
     "rollouts.training.datasets": (
-        "rollouts.training.calculator",
+        "rollouts.data_formats",
         "rollouts.training.datasets",
-        "rollouts.training.rewards",
         "rollouts.training.types",
     ),
 }
 STANDARD_LIBRARY_ONLY = (
     "base_config",
     "rollouts.config",
+    "rollouts.data_formats",
     "rollouts.run_dir",
+    "rollouts.health",
     "rollouts.machine",
     "rollouts.manifest",
+    "rollouts.slurm",
     "rollouts.engines.server_spec",
     "rollouts.engines.diagnosis",
     "rollouts.engines.keys",
     "rollouts.engines.command_lines",
+    "rollouts.engines.receive_model",
+    "rollouts.engines.send_model",
     "rollouts.worker",  # under the host's own Python; the trainer alone runs in the environment
 )
-EXCEPT = tuple(f"rollouts.worker.{part}" for part in ("trainer", "trainer_hub", "stages", "builders"))
+EXCEPT = tuple(
+    f"rollouts.worker.{part}" for part in ("trainer", "trainer_hub", "stages", "builders")
+)
 
 
 THE_LIBRARY = ("rollouts.training", "rollouts.agents", "rollouts.engines.embedded")
@@ -352,7 +445,8 @@ def under(module: str, prefixes: tuple[str, ...]) -> bool:
 
 def allowed_for(module: str) -> tuple[str, ...]:
     fitting = [prefix for prefix in ALLOWED if under(module, (prefix,))]
-    seams = ("rollouts.training.seams",) if under(module, THE_LIBRARY) else ()  # types of what is handed over
+    # types of what is handed over
+    seams = ("rollouts.training.seams",) if under(module, THE_LIBRARY) else ()
     return (*ALLOWED[max(fitting, key=len)], *seams)
 
 
@@ -366,7 +460,9 @@ def violations(source: str, module: str, is_package: bool = False) -> list[str]:
         elif under(module, STANDARD_LIBRARY_ONLY) and not under(module, EXCEPT):
             if name.split(".")[0] not in sys.stdlib_module_names:
                 found.append(f"{module} imports {name}: it has the standard library alone")
-        elif under(module, ("deploy", "rollouts.cloud", "rollouts.remote", "rollouts.view")) and name.split(".")[0] in (
+        elif under(
+            module, ("deploy", "rollouts.cloud", "rollouts.remote", "rollouts.view")
+        ) and name.split(".")[0] in (
             "torch",
             "transformers",
             "datasets",
@@ -400,7 +496,10 @@ def test_imports_point_one_way(file: Path) -> None:
             "rollouts.training.inference.sglang_client",
             "from rollouts.training.inference.pool.engine_pool import EnginePool",
         ),
-        ("rollouts.training.weights.channel.process_group", "from rollouts.training.weights import publish"),
+        (
+            "rollouts.training.weights.channel.process_group",
+            "from rollouts.training.weights import publish",
+        ),
         ("rollouts.view.fold", "from rollouts.remote.errors import Problem"),
         ("rollouts.view.fold", "import datasets"),
         ("rollouts.remote.host.ssh", "from rollouts.remote.run import registry"),

@@ -24,7 +24,7 @@ def test_a_made_page_is_as_it_is_made(page: str) -> None:
 
 
 def test_every_field_of_a_config_is_documented() -> None:
-    """Goal: no class and no field of the schema is left out. Red with a block of make_reference.BLOCKS left out."""
+    """Goal: no class and no field of the schema is left out. Red with a block of config_reference.BLOCKS left out."""
     page = (REFERENCE / "config.md").read_text()
     shown = page.split("\n")
     for name in base_config.__all__:
@@ -33,17 +33,24 @@ def test_every_field_of_a_config_is_documented() -> None:
             continue
         assert f"{name}(" in page, name
         block = page.split(f" = {name}(\n")[1].split("\n)\n")[0]
-        missing = [field.name for field in dataclasses.fields(cls) if f"\n    {field.name}=" not in f"\n{block}"]
+        missing = [
+            field.name
+            for field in dataclasses.fields(cls)
+            if f"\n    {field.name}=" not in f"\n{block}"
+        ]
         assert missing == [] and shown, name
 
 
 def test_every_verb_and_option_is_documented() -> None:
     """Goal: no verb and no option of `deploy` is left out. Red with an option added to deploy.py alone."""
-    page = (REFERENCE / "cli.md").read_text()
+    names = ("cli.md", "cli-runs.md", "cli-more.md", "cli-clouds.md")
+    page = "\n".join((REFERENCE / name).read_text() for name in names)
     group = typer.main.get_command(deploy.app)
     for verb, command in group.commands.items():  # type: ignore[attr-defined]
         section = page.split(f"## {make_reference.title_of(verb)}\n")[1].split("\n## ")[0]
-        options = [name for option in command.params for name in option.opts if name.startswith("-")]
+        options = [
+            name for option in command.params for name in option.opts if name.startswith("-")
+        ]
         assert [name for name in options if f"`{name}`" not in section] == [], verb
 
 
@@ -51,7 +58,11 @@ def calls_of(*names: str) -> Iterator[ast.Call]:
     for path in sorted((ROOT / "rollouts").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
-                called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+                called = (
+                    node.func.attr
+                    if isinstance(node.func, ast.Attribute)
+                    else getattr(node.func, "id", "")
+                )
                 if called in names:
                     yield node
 
@@ -71,7 +82,9 @@ def test_every_kind_of_event_is_documented() -> None:
 def test_every_metric_that_the_code_names_is_documented() -> None:
     """Goal: a number that a loop adds is in metrics.md, and each number there is named in the code;
     tests/training/test_logged_metrics.py holds the page against real runs. Red with a key added to rollout_metrics."""
-    documented = set(re.findall(r"^\| `([\w<>]+)` \|", (REFERENCE / "metrics.md").read_text(), re.MULTILINE))
+    documented = set(
+        re.findall(r"^\| `([\w<>]+)` \|", (REFERENCE / "metrics.md").read_text(), re.MULTILINE)
+    )
     named, texts = set(), set()
     for path in sorted((ROOT / "rollouts" / "training").rglob("*.py")):
         tree = ast.parse(path.read_text())
@@ -88,8 +101,12 @@ def metric_names(tree: ast.AST) -> Iterator[str]:
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             for target in targets:
                 if isinstance(target, ast.Subscript) and "metrics" in ast.unparse(target.value):
-                    yield from (key.value for key in [target.slice] if isinstance(key, ast.Constant))
+                    yield from (
+                        key.value for key in [target.slice] if isinstance(key, ast.Constant)
+                    )
                 elif "metrics" in ast.unparse(target) and node.value is not None:
                     for inner in ast.walk(node.value):
                         if isinstance(inner, ast.Dict):
-                            yield from (key.value for key in inner.keys if isinstance(key, ast.Constant))
+                            yield from (
+                                key.value for key in inner.keys if isinstance(key, ast.Constant)
+                            )

@@ -45,15 +45,28 @@ def plain(home: Path) -> dict[str, str]:
     asked = [sys.executable, "-m", "pip", "config", "get", "global.cert"]
     configured = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
     certificates = os.environ.get("PIP_CERT") or configured
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_", "XDG_"))}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PIP_", "UV_", "XDG_"))
+    }
     own = {"HOME": str(home), "PIP_CONFIG_FILE": os.devnull, "UV_NO_CONFIG": "1"}
-    return {**kept, **own, **({"PIP_CERT": certificates, "SSL_CERT_FILE": certificates} if certificates else {})}
+    return {
+        **kept,
+        **own,
+        **({"PIP_CERT": certificates, "SSL_CERT_FILE": certificates} if certificates else {}),
+    }
 
 
 def resolve(arguments: list[str], environment: dict[str, str]) -> str:
     """Run uv; stdout. AssertionError with what it said when it does not resolve."""
     done = subprocess.run(
-        [*UV, *arguments], env=environment, capture_output=True, text=True, timeout=RESOLVE_S, check=False
+        [*UV, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=RESOLVE_S,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -67,7 +80,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     try:
         resolve(["pip", "compile", str(made / "one.txt")], plain(made))
     except AssertionError as error:
-        pytest.fail(f"the public package index cannot be reached from here, and these tests ask it:\n{error}")
+        pytest.fail(
+            f"the public package index cannot be reached from here, and these tests ask it:\n{error}"
+        )
     return made
 
 
@@ -79,7 +94,10 @@ def cpu_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     requires = "".join(f"Requires-Dist: {line}\n" for line in CPU_TORCH)
     tag = "cp311-cp311-manylinux_2_28_x86_64"
     with zipfile.ZipFile(directory / f"torch-2.13.0+cpu-{tag}.whl", "w") as wheel:
-        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: torch\nVersion: 2.13.0+cpu\n{requires}")
+        wheel.writestr(
+            f"{info}/METADATA",
+            f"Metadata-Version: 2.1\nName: torch\nVersion: 2.13.0+cpu\n{requires}",
+        )
         wheel.writestr(f"{info}/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: false\nTag: {tag}\n")
         wheel.writestr(f"{info}/RECORD", "")
     return directory
@@ -97,7 +115,11 @@ def passes(name: str, directory: Path) -> Iterator[list[str]]:
 
 def pins(name: str) -> set[str]:
     """name==version of each line of a file."""
-    return {line.lower().replace("_", "-") for lines in read_lock((REQUIREMENTS / name).read_text()) for line in lines}
+    return {
+        line.lower().replace("_", "-")
+        for lines in read_lock((REQUIREMENTS / name).read_text())
+        for line in lines
+    }
 
 
 @pytest.mark.parametrize("offered", [False, True], ids=["public index", "CPU wheel offered"])
@@ -134,11 +156,38 @@ def pip_resolves(name: str, environment: dict[str, str], directory: Path) -> set
     """`pip install --dry-run` of a file; name==version of all that it would install."""
     directory.mkdir(exist_ok=True)
     found: set[str] = set()
-    pip = ["tool", "run", "--python", sys.executable, "--from", PIP, "python", "-m", "pip", "install", "--dry-run"]
-    pip += ["--ignore-installed", "--use-feature=fast-deps", "--no-cache-dir", "--progress-bar", "off", "--quiet"]
+    pip = [
+        "tool",
+        "run",
+        "--python",
+        sys.executable,
+        "--from",
+        PIP,
+        "python",
+        "-m",
+        "pip",
+        "install",
+        "--dry-run",
+    ]
+    pip += [
+        "--ignore-installed",
+        "--use-feature=fast-deps",
+        "--no-cache-dir",
+        "--progress-bar",
+        "off",
+        "--quiet",
+    ]
     for index, arguments in enumerate(passes(name, directory)):
         report = directory / f"{name}-{index}.json"
-        options = [*arguments[:-1], "--only-binary", ":all:", "--report", str(report), "-r", arguments[-1]]
+        options = [
+            *arguments[:-1],
+            "--only-binary",
+            ":all:",
+            "--report",
+            str(report),
+            "-r",
+            arguments[-1],
+        ]
         resolve([*pip, *options], environment)
         items = [item["metadata"] for item in json.loads(report.read_text())["install"]]
         found |= {f"{item['name'].lower().replace('_', '-')}=={item['version']}" for item in items}
@@ -148,7 +197,9 @@ def pip_resolves(name: str, environment: dict[str, str], directory: Path) -> set
 @pytest.mark.timeout(2 * RESOLVE_S)
 @pytest.mark.parametrize("way", ["account", "public"])
 @pytest.mark.parametrize("name", PIP_FILES)
-def test_pip_resolves(name: str, way: str, pip_answers: dict[tuple[str, str], Future[set[str]]]) -> None:
+def test_pip_resolves(
+    name: str, way: str, pip_answers: dict[tuple[str, str], Future[set[str]]]
+) -> None:
     """Goal: what scripts/setup and the demo on SGLang install resolves with this account's pip configuration, and in an
     empty HOME with none. Red with triton==3.9.0 in sglang-cpu.txt: no solution from the public index alone."""
     found = pip_answers[name, way].result()
@@ -160,7 +211,13 @@ def test_pip_resolves(name: str, way: str, pip_answers: dict[tuple[str, str], Fu
 def test_trainer_and_engines_share_torch_on_cuda() -> None:
     """Goal: the trainer's CUDA pins and the engines' have one torch, one NCCL, and one triton. Red with
     torch==2.15.0 in trainer-cuda.txt."""
-    shared = ("torch==", "triton==", "nvidia-nccl-cu13==", "nvidia-cuda-runtime==", "nvidia-cudnn-cu13==")
+    shared = (
+        "torch==",
+        "triton==",
+        "nvidia-nccl-cu13==",
+        "nvidia-cuda-runtime==",
+        "nvidia-cudnn-cu13==",
+    )
     found = [
         sorted(pin for pin in pins(name) if pin.startswith(shared))
         for name in ("trainer-cuda.txt", "sglang-cuda.txt", "vllm-cuda.txt")
@@ -172,7 +229,13 @@ def test_trainer_and_engines_share_torch_on_cuda() -> None:
 def test_a_locks_compiler_is_its_runtimes(name: str) -> None:
     """Goal: nvcc, its parts and the headers are of one CUDA minor version, and what compiles is there. Red with nvcc
     13.5 beside a runtime of 13.0: "CUDA compiler and CUDA toolkit headers are incompatible"."""
-    parts = ("nvidia-cuda-runtime", "nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-cccl")
+    parts = (
+        "nvidia-cuda-runtime",
+        "nvidia-cuda-nvcc",
+        "nvidia-nvvm",
+        "nvidia-cuda-crt",
+        "nvidia-cuda-cccl",
+    )
     versions = dict(pin.split("==") for pin in pins(name))
     assert {".".join(versions[part].split(".")[:2]) for part in parts} == {"13.0"}
     assert "ninja" in versions

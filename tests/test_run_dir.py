@@ -43,11 +43,39 @@ def run(tmp_path: Path) -> RunDir:
 
 def test_names(run: RunDir) -> None:
     """Goal: the names that docs/reference/run-directory.md gives. Red with any of them changed."""
-    paths = [run.config, run.plan, run.code_tree, run.status, run.events, run.metrics, run.rollouts, run.eval]
-    paths += [run.log("engine-0"), run.exit("rl", "trainer"), run.process("rank-1"), run.latest_checkpoint("sft")]
+    paths = [
+        run.config,
+        run.plan,
+        run.code_tree,
+        run.status,
+        run.events,
+        run.metrics,
+        run.rollouts,
+        run.eval,
+    ]
+    paths += [
+        run.log("engine-0"),
+        run.exit("rl", "trainer"),
+        run.process("rank-1"),
+        run.latest_checkpoint("sft"),
+    ]
     assert [path.relative_to(run.path).as_posix() for path in paths] == [
-        *("config.json", "plan.json", "code/tree", "status.json", "events.jsonl", "metrics.jsonl", "rollouts.jsonl"),
-        *("eval.jsonl", "logs/engine-0.log", "exit/rl-trainer.json", "processes/rank-1.json", "checkpoints/sft/latest"),
+        *(
+            "config.json",
+            "plan.json",
+            "code/tree",
+            "status.json",
+            "events.jsonl",
+            "metrics.jsonl",
+            "rollouts.jsonl",
+        ),
+        *(
+            "eval.jsonl",
+            "logs/engine-0.log",
+            "exit/rl-trainer.json",
+            "processes/rank-1.json",
+            "checkpoints/sft/latest",
+        ),
     ]
     assert run.run_id == "r1"
 
@@ -58,7 +86,9 @@ def test_valid_run_ids(run_id: str) -> None:
     assert valid_run_id(run_id)
 
 
-@pytest.mark.parametrize("run_id", ["", "a.b", "a:b", "-a", "_a", "a b", "../x", "a/b", "a\n", "é", "a" * 81])
+@pytest.mark.parametrize(
+    "run_id", ["", "a.b", "a:b", "-a", "_a", "a b", "../x", "a/b", "a\n", "é", "a" * 81]
+)
 def test_run_ids_that_tmux_or_a_path_would_misread(run_id: str) -> None:
     """Goal: no dot or colon (tmux), no slash, no leading dash, no newline at the end. Red with `match` in place of
     `fullmatch`."""
@@ -77,8 +107,12 @@ def test_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_the_plan_survives_json() -> None:
     """Goal: the launch plan is data: what was planned is what the host reads. Red with a nested record left a dict,
     also in `smoke`."""
-    process = ProcessSpec(window="trainer", argv=["a"], env={"B": "c"}, ready_url=None, ready_timeout_s=1.5)
-    stage = StageSpec(name="rl", engines=[process], trainer=process, timeout_s=9.0, needs_checkpoint="/x")
+    process = ProcessSpec(
+        window="trainer", argv=["a"], env={"B": "c"}, ready_url=None, ready_timeout_s=1.5
+    )
+    stage = StageSpec(
+        name="rl", engines=[process], trainer=process, timeout_s=9.0, needs_checkpoint="/x"
+    )
     environment = EnvironmentSpec(
         name="trainer",
         path="/e",
@@ -140,7 +174,9 @@ def test_records_come_back(run: RunDir) -> None:
 )
 def test_the_code_as_a_shell_gives_it(exit_code: int | None, signum: int | None, code: int) -> None:
     """Goal: a signal is never 0, nor is a record without either. Red with `exit_code or 0`."""
-    record = ExitRecord(window="w", exit_code=exit_code, signal=signum, started_at=0.0, ended_at=1.0)
+    record = ExitRecord(
+        window="w", exit_code=exit_code, signal=signum, started_at=0.0, ended_at=1.0
+    )
     assert record.code == code
 
 
@@ -160,8 +196,14 @@ def test_a_write_replaces_the_file_whole(run: RunDir, monkeypatch: pytest.Monkey
         write_text_atomic(run.status, f"{index}" * 5000)
     thread_done.set()
     reader.join()
-    assert all(text == "old" or (text and len(text) % 5000 == 0 and len(set(text)) <= 3) for text in seen)
-    monkeypatch.setattr(os, "fsync", lambda _descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert all(
+        text == "old" or (text and len(text) % 5000 == 0 and len(set(text)) <= 3) for text in seen
+    )
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda _descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")),
+    )
     with pytest.raises(OSError, match="No space"):
         write_text_atomic(run.status, "new")
     assert run.status.read_text() == "199" * 5000
@@ -205,7 +247,9 @@ def test_several_writers_never_mix_lines(run: RunDir) -> None:
 
 @settings(max_examples=60)
 @given(rows=st.lists(st.text(max_size=30), max_size=12), torn=st.integers(0, 40))
-def test_a_torn_last_line_is_left_out(tmp_path_factory: pytest.TempPathFactory, rows: list[str], torn: int) -> None:
+def test_a_torn_last_line_is_left_out(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[str], torn: int
+) -> None:
     """Goal: cut anywhere, a file gives its complete lines, and `last_jsonl_row` the last of them. Red with the last
     line taken whether or not it ends."""
     path = tmp_path_factory.mktemp("torn") / "x.jsonl"
@@ -241,7 +285,9 @@ def test_record_process(run: RunDir) -> None:
         "import sys; from pathlib import Path; from rollouts import run_dir\n"
         "run_dir.record_process(run_dir.RunDir(Path(sys.argv[1])), 'rank-0')"
     )
-    with subprocess.Popen([sys.executable, "-c", text, str(run.path)], start_new_session=True) as child:
+    with subprocess.Popen(
+        [sys.executable, "-c", text, str(run.path)], start_new_session=True
+    ) as child:
         child.wait()
     record = json.loads(run.process("rank-0").read_text())
     assert (record["name"], record["pid"], record["pgid"]) == ("rank-0", child.pid, child.pid)
@@ -260,11 +306,15 @@ time.sleep(600)
 def test_the_lock_falls_free_with_its_holder(run: RunDir) -> None:
     """Goal: one holder; live while it lives; kill -9 frees it, and wakes whoever waits. Red with a lock file whose
     existence is the lock."""
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(run.path)], stdout=subprocess.PIPE, text=True) as child:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(run.path)], stdout=subprocess.PIPE, text=True
+    ) as child:
         assert child.stdout is not None and child.stdout.readline() == "held\n"
         assert is_live(run) and hold_lock(run) is None
         woken = threading.Event()
-        waiter = threading.Thread(target=lambda: (run_dir.wait_until_dead(run), woken.set()), daemon=True)
+        waiter = threading.Thread(
+            target=lambda: (run_dir.wait_until_dead(run), woken.set()), daemon=True
+        )
         waiter.start()
         assert not woken.wait(0.2)
         child.send_signal(signal.SIGKILL)

@@ -87,20 +87,31 @@ def test_an_optimizer_step_reads_and_writes_so_often(sft: StepCounts) -> None:
     names = {"_fused_adamw_": 28, "_foreach_norm": 4, "_foreach_mul_": 8, "_foreach_copy_": 6}
     for name, per_parameter in names.items():
         kernels = [k for k in sft.optimizer.kernels if k.name == name]
-        assert sum(k.bytes for k in kernels) == pytest.approx(per_parameter * parameters, rel=0.01), name
+        assert sum(k.bytes for k in kernels) == pytest.approx(
+            per_parameter * parameters, rel=0.01
+        ), name
         assert sum(k.launches for k in kernels) <= 15
     assert sft.micro_batch.collectives.total() == 0
-    assert sft.optimizer.collectives == {"allreduce_": 3}  # buckets of 2^25 elements; the embedding is larger than one
+    # buckets of 2^25 elements; the embedding is larger than one
+    assert sft.optimizer.collectives == {"allreduce_": 3}
 
 
 def kernels_of(function: Callable[..., Any], *inputs: Tensor) -> dict[str, int]:
     """Bytes of the elementwise kernels of a graph, by the operations that they hold."""
     graph = make_fx(function, tracing_mode="fake")(*inputs)
     plan = fusion.Plan(graph)
-    made = {node: node.meta["val"] for node in graph.graph.nodes if isinstance(node.meta.get("val"), Tensor)}
+    made = {
+        node: node.meta["val"]
+        for node in graph.graph.nodes
+        if isinstance(node.meta.get("val"), Tensor)
+    }
     plan.work = {node: ("product", 0) for node in made if plan.is_extern(node)}
     sizes = {node: 0 if plan.is_constant(node) else nbytes(value) for node, value in made.items()}
-    return {kernel.name: kernel.bytes for kernel in plan.kernels(sizes, "blocks") if kernel.kind != "product"}
+    return {
+        kernel.name: kernel.bytes
+        for kernel in plan.kernels(sizes, "blocks")
+        if kernel.kind != "product"
+    }
 
 
 def test_what_is_elementwise_between_products_is_one_kernel() -> None:
@@ -110,17 +121,27 @@ def test_what_is_elementwise_between_products_is_one_kernel() -> None:
 
     def forward(x: Tensor, gain: Tensor, weight: Tensor) -> Tensor:
         wide = x.float()
-        return ((wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).bfloat16() * gain) @ weight
+        return (
+            (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).bfloat16() * gain
+        ) @ weight
 
-    def backward(x: Tensor, gain: Tensor, weight: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(
+        x: Tensor, gain: Tensor, weight: Tensor, gradient: Tensor
+    ) -> tuple[Tensor, Tensor]:
         wide, back = x.float(), gradient @ weight.t()
         return back * gain + wide.bfloat16(), (back * wide).sum(0)
 
     mode = FakeTensorMode()
     with mode:
         x, gradient = (torch.empty(64, 32, dtype=torch.bfloat16) for _ in range(2))
-        gain, weight = torch.empty(32, dtype=torch.bfloat16), torch.empty(32, 32, dtype=torch.bfloat16)
-        ahead, back = kernels_of(forward, x, gain, weight), kernels_of(backward, x, gain, weight, gradient)
+        gain, weight = (
+            torch.empty(32, dtype=torch.bfloat16),
+            torch.empty(32, 32, dtype=torch.bfloat16),
+        )
+        ahead, back = (
+            kernels_of(forward, x, gain, weight),
+            kernels_of(backward, x, gain, weight, gradient),
+        )
     row, vector = 64 * 32 * 2, 32 * 2
     assert list(ahead.values()) == [row + vector + row]
     assert back.pop("sum") == row + row + 2 * vector
@@ -130,14 +151,22 @@ def test_what_is_elementwise_between_products_is_one_kernel() -> None:
 def test_the_arithmetic_by_hand() -> None:
     """Goal: a kernel takes its memory's time or its arithmetic's, whichever is more. Red with their sum."""
     card = cards.Card(
-        stated=1000e12, measured=800e12, is_measured=True, bandwidth=4e12, attention=300e12, memory_gib=80
+        stated=1000e12,
+        measured=800e12,
+        is_measured=True,
+        bandwidth=4e12,
+        attention=300e12,
+        memory_gib=80,
     )
     assert cards.kernel_s(card, "elementwise", 3.24e9, 0) == pytest.approx(1e-3)
     assert cards.kernel_s(card, "product", 3.24e9, 0.624e12) == pytest.approx(1e-3)
     assert cards.kernel_s(card, "product", 0, 0.8e12, best_products=True) == pytest.approx(1e-3)
     assert cards.kernel_s(card, "attention", 0, 0.3e12) == pytest.approx(1e-3)
     counts = Counts()
-    counts.kernels = [Kernel("blocks", "product", "mm", 0, int(0.624e12)), Kernel("head", "elementwise", "mul", 324, 0)]
+    counts.kernels = [
+        Kernel("blocks", "product", "mm", 0, int(0.624e12)),
+        Kernel("head", "elementwise", "mul", 324, 0),
+    ]
     optimizer = Counts()
     optimizer.kernels = [Kernel("optimizer", "elementwise", "mul", int(12.96e9), 0)]
     assert device_s(card, StepCounts(counts, optimizer), 4) == pytest.approx(2e-3, rel=1e-3)
@@ -148,7 +177,9 @@ def test_the_arithmetic_by_hand() -> None:
 def test_model_flops_of_the_whole_shape() -> None:
     """Goal: 32.2 TFLOP for 8,192 tokens in documents of 1,024, 35.1 with attention in full. Red with a wrong length."""
     work = Work(document=1024)
-    causal, full = (model_flops(qwen3_600m(), work, full_attention=way) / 1e12 for way in (False, True))
+    causal, full = (
+        model_flops(qwen3_600m(), work, full_attention=way) / 1e12 for way in (False, True)
+    )
     assert (round(causal, 1), round(full, 1)) == (32.2, 35.1)
 
 

@@ -49,14 +49,18 @@ class Endpoint:
         if self.stop_token_ids is not None:
             return list(self.stop_token_ids)
         if self.tokenizer.eos_token_id is None:
-            raise ValueError(f"tokenizer {self.tokenizer.name_or_path!r} has no eos_token; give stop_token_ids")
+            raise ValueError(
+                f"tokenizer {self.tokenizer.name_or_path!r} has no eos_token; give stop_token_ids"
+            )
         return end_of_turn_ids(self.tokenizer)
 
     @cached_property
     def turn_ends(self) -> TurnEnds:
         return TurnEnds.from_tokenizer(self.tokenizer)
 
-    async def sample(self, token_ids: Sequence[int], *, seed: int, max_new_tokens: int | None = None) -> Generation:
+    async def sample(
+        self, token_ids: Sequence[int], *, seed: int, max_new_tokens: int | None = None
+    ) -> Generation:
         """Sample one continuation of `token_ids`; `max_new_tokens` None: the endpoint's."""
         params = {
             "temperature": self.temperature,
@@ -65,5 +69,7 @@ class Endpoint:
             "stop_token_ids": self.stops,
             "sampling_seed": seed,
         }
-        [[generation]] = await self.client.generate_batch([list(token_ids)], [params], n=1, return_logprob=True)
+        [[generation]] = await self.client.generate_batch(
+            [list(token_ids)], [params], n=1, return_logprob=True
+        )
         return generation

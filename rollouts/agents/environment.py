@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from rollouts.training.calculator import CALCULATOR_TOOL, calculate
+from rollouts.data_formats.calculator_turns import CALCULATOR_TOOL
+from rollouts.training.calculator import calculate
 from rollouts.training.rewards.row_answer import answers_of
 from rollouts.training.types import Prompt, Sample
 
-Message = dict[str, Any]  # {"role", "content"}, and "tool_calls" on an assistant's, as chat templates take them
+# {"role", "content"}, and "tool_calls" on an assistant's, as chat templates take them
+Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,17 @@ class CalculatorEnvironment:
         return [CALCULATOR_TOOL]
 
     async def start(self, prompt: Prompt) -> list[Message]:
-        return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt["messages"])
+        return (
+            [{"role": "user", "content": prompt}]
+            if isinstance(prompt, str)
+            else list(prompt["messages"])
+        )
 
     async def respond(self, message: Message) -> Reply:
         calls = [call["function"] for call in message.get("tool_calls", ())]
-        results = [{"role": "tool", "name": call["name"], "content": _answer(call)} for call in calls]
+        results = [
+            {"role": "tool", "name": call["name"], "content": _answer(call)} for call in calls
+        ]
         return Reply(results, done=not calls)
 
 
@@ -87,4 +95,8 @@ def _answer(call: dict[str, Any]) -> str:
     if not isinstance(expression, str):
         return f"error: expression={expression!r}; needs a string"
     value = calculate(expression)
-    return f"error: cannot work out {expression[:80]!r}; needs numbers with + - * / ( )" if value is None else value
+    return (
+        f"error: cannot work out {expression[:80]!r}; needs numbers with + - * / ( )"
+        if value is None
+        else value
+    )

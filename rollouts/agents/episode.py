@@ -15,9 +15,9 @@ import anyio
 from rollouts.agents.endpoint import Endpoint
 from rollouts.agents.environment import Environment, Message, Reply
 from rollouts.agents.tool_calls import parse_message
+from rollouts.data_formats.row import DataError
 from rollouts.training.datasets.chat import render_prompt
 from rollouts.training.datasets.lost_text import LostTool
-from rollouts.training.datasets.rows import DataError
 from rollouts.training.datasets.turn_end import TurnEnds
 from rollouts.training.inference.http import Generation
 from rollouts.training.seams import Tokenizer
@@ -63,7 +63,8 @@ class Trajectory:
     log_probs: list[float] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
     turn_rewards: list[float] = field(default_factory=list)
-    weight_versions: list[dict[str, Any]] = field(default_factory=list)  # [{version, start, end}] after the prompt
+    # [{version, start, end}] after the prompt
+    weight_versions: list[dict[str, Any]] = field(default_factory=list)
     turns: int = 0  # of the policy
     ended: Ended | None = None  # None: it goes on
 
@@ -75,7 +76,12 @@ class Trajectory:
 
 
 async def run_episode(
-    endpoint: Endpoint, environment: Environment, prompt: Prompt, *, seed: int, limits: EpisodeLimits | None = None
+    endpoint: Endpoint,
+    environment: Environment,
+    prompt: Prompt,
+    *,
+    seed: int,
+    limits: EpisodeLimits | None = None,
 ) -> Trajectory:
     """Play one episode of `environment` from `prompt`. A turn's seed is a function of `seed` and its number.
 
@@ -91,7 +97,9 @@ async def run_episode(
         with _blamed_on(environment, "tools", prompt):
             tools = environment.tools() or None
         opening = _opening(endpoint.tokenizer, messages, tools)
-        played = Trajectory(prompt, len(opening), list(opening), [0.0] * len(opening), messages=list(messages))
+        played = Trajectory(
+            prompt, len(opening), list(opening), [0.0] * len(opening), messages=list(messages)
+        )
         episode = _Episode(endpoint, environment, tools, limits, played)
         for turn in range(limits.turns_max):
             played.ended = await episode.turn(seed + turn)
@@ -143,7 +151,8 @@ class _Episode:
         if generation.finish_reason == "length":
             played.turn_rewards.append(0.0)
             return Ended.TOKENS if room <= endpoint.max_new_tokens else Ended.LENGTH
-        if problems and "tool_calls" not in message:  # all of its calls are broken: tell it, before the environment
+        # all of its calls are broken: tell it, before the environment
+        if problems and "tool_calls" not in message:
             reply = Reply([], done=False)
         else:
             with _blamed_on(self.environment, "respond", played.prompt):
@@ -152,9 +161,12 @@ class _Episode:
         answers = [*reply.messages, *({"role": "tool", "content": problem} for problem in problems)]
         if reply.done:
             return Ended.DONE
-        follows = between_turns(endpoint.tokenizer, played.messages, answers, self.tools, ends=endpoint.turn_ends)
+        follows = between_turns(
+            endpoint.tokenizer, played.messages, answers, self.tools, ends=endpoint.turn_ends
+        )
         played.messages += answers
-        if len(played.tokens) + len(follows) >= self.limits.tokens_max:  # no turn can follow to read them
+        # no turn can follow to read them
+        if len(played.tokens) + len(follows) >= self.limits.tokens_max:
             return Ended.TOKENS
         played.add(follows)
         return None
@@ -162,10 +174,14 @@ class _Episode:
     async def _sample(self, seed: int, max_new_tokens: int) -> Generation:
         """Sample one turn and add its tokens. Raises AgentError for an answer that is not complete."""
         played = self.played
-        generation = await self.endpoint.sample(played.tokens, seed=seed, max_new_tokens=max_new_tokens)
+        generation = await self.endpoint.sample(
+            played.tokens, seed=seed, max_new_tokens=max_new_tokens
+        )
         log_probs = list(generation.logprobs or ())
         if generation.finish_reason == "abort" or len(log_probs) != len(generation.output_ids):
-            raise AgentError(f"{self.endpoint.client}: turn {played.turns} came back incomplete: {generation}")
+            raise AgentError(
+                f"{self.endpoint.client}: turn {played.turns} came back incomplete: {generation}"
+            )
         played.weight_versions += _spans(generation, len(played.log_probs))
         played.add(list(generation.output_ids), log_probs)
         played.turns += 1
@@ -195,13 +211,19 @@ def between_turns(
     after = _render(tokenizer, [*messages, *answers], tools, add_generation_prompt=True)
     end = (ends or TurnEnds.from_tokenizer(tokenizer)).after_turn(before, 0, len(before))
     if end is None:
-        raise AgentError("the chat template ends an assistant's turn without a special token: a turn cannot follow it")
+        raise AgentError(
+            "the chat template ends an assistant's turn without a special token: a turn cannot follow it"
+        )
     if after[:end] != before[:end]:
-        raise AgentError("the chat template renders earlier turns differently once more follows: no exact continuation")
+        raise AgentError(
+            "the chat template renders earlier turns differently once more follows: no exact continuation"
+        )
     return after[end:]
 
 
-def _opening(tokenizer: Tokenizer, messages: list[Message], tools: list[dict[str, Any]] | None) -> list[int]:
+def _opening(
+    tokenizer: Tokenizer, messages: list[Message], tools: list[dict[str, Any]] | None
+) -> list[int]:
     """Return the tokens of an episode's first messages. Raises AgentError for one that the template leaves out.
 
     A template without tools is accepted: the messages may describe them, or the policy know them.
@@ -218,7 +240,11 @@ def _render(tokenizer: Tokenizer, messages: list[Message], tools: Any, **options
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=True, return_dict=False, **options)
+        return tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=True, return_dict=False, **options
+        )
     except TemplateError as error:
         roles = [message["role"] for message in messages]
-        raise AgentError(f"the chat template refuses these messages (roles {roles}): {error}") from error
+        raise AgentError(
+            f"the chat template refuses these messages (roles {roles}): {error}"
+        ) from error

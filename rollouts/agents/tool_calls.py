@@ -8,7 +8,8 @@ FORMATS = ("hermes", "json")
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _WHOLE_CALL = re.compile(
-    r'\s*(?:<\|python_tag\|>)?\s*(\{\s*"(?:name|type|parameters|arguments|function)"\s*:.*)', re.DOTALL
+    r'\s*(?:<\|python_tag\|>)?\s*(\{\s*"(?:name|type|parameters|arguments|function)"\s*:.*)',
+    re.DOTALL,
 )
 
 
@@ -26,7 +27,9 @@ def parse_message(text: str, tool_format: str) -> tuple[dict[str, Any], list[str
         whole = _WHOLE_CALL.fullmatch(text)
         content, bodies = ("", [whole[1]]) if whole else (text, [])
     else:
-        raise ValueError(f"tool_format={tool_format!r}: needs one of {', '.join(map(repr, FORMATS))}")
+        raise ValueError(
+            f"tool_format={tool_format!r}: needs one of {', '.join(map(repr, FORMATS))}"
+        )
     read = [_read_call(body) for body in bodies]
     message: dict[str, Any] = {"role": "assistant", "content": content}
     calls = [{"type": "function", "function": call} for call in read if isinstance(call, dict)]

@@ -15,7 +15,8 @@ from typing import Any
 from rollouts.agents.environment import Message, Reply
 from rollouts.training.types import Prompt
 
-TASK, KEY = "verifiers_task", "verifiers_key"  # columns of a prompt row: the task's index, and its key
+# columns of a prompt row: the task's index, and its key
+TASK, KEY = "verifiers_task", "verifiers_key"
 
 
 class VerifiersError(ValueError):
@@ -78,7 +79,8 @@ class VerifiersEnvironment:
 
     def __init__(self, source: VerifiersTasks) -> None:
         self._source = source
-        self._servers: dict[str, tuple[Any, str]] = {}  # the tool's name for the model -> its server, its name there
+        # the tool's name for the model -> its server, its name there
+        self._servers: dict[str, tuple[Any, str]] = {}
         self._schemas: list[dict[str, Any]] = []
 
     def tools(self) -> list[dict[str, Any]]:
@@ -114,7 +116,11 @@ class VerifiersEnvironment:
         toolset.register(server)
         for tool in await server.list_tools():
             name = f"{toolset.server_name}_{tool.name}" if toolset.server_name else tool.name
-            function = {"name": name, "description": tool.description or "", "parameters": tool.input_schema}
+            function = {
+                "name": name,
+                "description": tool.description or "",
+                "parameters": tool.input_schema,
+            }
             self._schemas.append({"type": "function", "function": function})
             self._servers[name] = server, tool.name
 
@@ -143,7 +149,9 @@ class VerifiersEnvironment:
         spoken = vf.AssistantMessage(content=message["content"], tool_calls=own or None)
         reason = "tool_calls" if own else "stop"
         turn = prepare_turn(self._trace, list(self._said))
-        turn.commit(vf.Response(id="", created=0, model="policy", message=spoken, finish_reason=reason))
+        turn.commit(
+            vf.Response(id="", created=0, model="policy", message=spoken, finish_reason=reason)
+        )
         self._said.append(spoken)
 
     async def _stopped(self) -> bool:
@@ -158,13 +166,19 @@ class VerifiersEnvironment:
     async def _call(self, call: dict[str, Any]) -> Message:
         answer: Message = {"role": "tool", "name": call["name"]}
         if call["name"] not in self._servers:
-            return {**answer, "content": f"error: no tool {call['name']!r}; there is {', '.join(self._servers)}"}
+            return {
+                **answer,
+                "content": f"error: no tool {call['name']!r}; there is {', '.join(self._servers)}",
+            }
         server, name = self._servers[call["name"]]
         try:
             result = await server.call_tool(name, call["arguments"])
         except Exception as error:  # a tool may raise anything, also for wrong arguments: the model gets the message
             return {**answer, "content": f"error: {error}"}
-        return {**answer, "content": "\n".join(part.text for part in result.content if hasattr(part, "text"))}
+        return {
+            **answer,
+            "content": "\n".join(part.text for part in result.content if hasattr(part, "text")),
+        }
 
 
 def _opening(task: Any) -> list[Message]:
@@ -237,7 +251,9 @@ def _assistant(message: Message) -> Any:
 def _tool(message: Message) -> Any:
     import verifiers.v1 as vf
 
-    return vf.ToolMessage(tool_call_id=message["tool_call_id"], content=message["content"], name=message["name"])
+    return vf.ToolMessage(
+        tool_call_id=message["tool_call_id"], content=message["content"], name=message["name"]
+    )
 
 
 _MESSAGES = {"system": _system, "user": _user, "assistant": _assistant, "tool": _tool}

@@ -22,7 +22,15 @@ _HOMES = {
     "Offer": "machine_types",
     "MachineNeeds": "machine_types",
 }
-__all__ = ["Address", "AsyncGPUClient", "CloudError", "GPUClient", "Machine", "MachineNeeds", "Offer"]
+__all__ = [
+    "Address",
+    "AsyncGPUClient",
+    "CloudError",
+    "GPUClient",
+    "Machine",
+    "MachineNeeds",
+    "Offer",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,12 +9,14 @@ import anyio
 
 from rollouts.cloud.cloud_errors import CloudError
 from rollouts.cloud.lambda_labs import LambdaLabs
+from rollouts.cloud.ledger import Lease
 from rollouts.cloud.machine_types import PROVIDERS, MachineNeeds, Offer, ProviderName
 from rollouts.cloud.prime_intellect import PrimeIntellect
 from rollouts.cloud.provider import Provider
 from rollouts.cloud.provider_keys import ProviderKey, read_key, where_keys_are
 from rollouts.cloud.runpod import RunPod
 from rollouts.cloud.search_offers import judged, ordered
+from rollouts.cloud.sky_pilot import SkyPilot
 from rollouts.cloud.vast import Vast
 
 MAKERS: Mapping[ProviderName, Callable[[ProviderKey], Provider]] = {
@@ -22,6 +24,7 @@ MAKERS: Mapping[ProviderName, Callable[[ProviderKey], Provider]] = {
     "vast": Vast,
     "lambda": LambdaLabs,
     "prime": PrimeIntellect,
+    "sky": SkyPilot,
 }
 Found = TypeVar("Found")
 
@@ -35,7 +38,15 @@ class OfferSearch:
     without_key: list[ProviderName] = field(default_factory=list)
 
 
-def keys_here(names: Iterable[ProviderName] = PROVIDERS) -> tuple[dict[ProviderName, ProviderKey], OfferSearch]:
+def rented_from(leases: Iterable[Lease]) -> tuple[ProviderName, ...]:
+    """Return the providers to ask about these machines: all, and SkyPilot where one is its."""
+    names = {lease.provider for lease in leases}
+    return (*PROVIDERS, *(name for name in MAKERS if name in names and name not in PROVIDERS))
+
+
+def keys_here(
+    names: Iterable[ProviderName] = PROVIDERS,
+) -> tuple[dict[ProviderName, ProviderKey], OfferSearch]:
     """Return the keys that there are, and which providers have none or an unreadable one."""
     keys, asked = {}, OfferSearch()
     for name in names:
@@ -52,7 +63,9 @@ def keys_here(names: Iterable[ProviderName] = PROVIDERS) -> tuple[dict[ProviderN
 
 
 @contextlib.asynccontextmanager
-async def open_providers(keys: Mapping[ProviderName, ProviderKey]) -> AsyncIterator[dict[ProviderName, Provider]]:
+async def open_providers(
+    keys: Mapping[ProviderName, ProviderKey],
+) -> AsyncIterator[dict[ProviderName, Provider]]:
     """Yield a provider for each key; their connections are closed at the end."""
     made: dict[ProviderName, Provider] = {}
     try:
@@ -84,7 +97,9 @@ async def ask_all(
     return answers, errors
 
 
-async def find_offers(wanted: MachineNeeds, names: Iterable[ProviderName] = PROVIDERS) -> OfferSearch:
+async def find_offers(
+    wanted: MachineNeeds, names: Iterable[ProviderName] = PROVIDERS
+) -> OfferSearch:
     """Return the offers of every provider that there is a key for, judged and in the order in which to take them."""
     names = tuple(names)
     keys, asked = keys_here(names)
@@ -99,4 +114,6 @@ async def find_offers(wanted: MachineNeeds, names: Iterable[ProviderName] = PROV
 def no_key(names: Iterable[ProviderName]) -> CloudError:
     """Return the error that there is no key at all."""
     places = "\n".join(f"{name}: {where_keys_are(name)}" for name in names)
-    return CloudError("no provider has a key here.", kind="key", needed=places, fix="set one of them")
+    return CloudError(
+        "no provider has a key here.", kind="key", needed=places, fix="set one of them"
+    )

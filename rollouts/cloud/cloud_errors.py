@@ -6,7 +6,18 @@ from typing import Literal
 from rollouts.remote.errors import DeployError, Problem
 
 # refused: nothing was made. unclear: something may have been. no capacity: nothing was made, another offer may be.
-Kind = Literal["refused", "unclear", "no capacity", "key", "gone", "unavailable", "unreadable"]
+# unguarded: nothing was made, since no guard would end it. unrecorded: it is ended, and the ledger cannot say so.
+Kind = Literal[
+    "refused",
+    "unclear",
+    "no capacity",
+    "key",
+    "gone",
+    "unavailable",
+    "unreadable",
+    "unguarded",
+    "unrecorded",
+]
 
 
 class CloudError(DeployError):

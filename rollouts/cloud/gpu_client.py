@@ -19,7 +19,14 @@ from rollouts.cloud import search_offers
 from rollouts.cloud.accounts import ask_all, keys_here, no_key, open_providers
 from rollouts.cloud.cloud_errors import CloudError
 from rollouts.cloud.ledger import Lease, Ledger
-from rollouts.cloud.machine_types import PROVIDERS, Machine, MachineNeeds, Offer, Order, ProviderName
+from rollouts.cloud.machine_types import (
+    PROVIDERS,
+    Machine,
+    MachineNeeds,
+    Offer,
+    Order,
+    ProviderName,
+)
 from rollouts.cloud.provider import Provider
 from rollouts.cloud.renting import NAME_PREFIX, Patience, end, new_machine_name, rent
 from rollouts.cloud.search_offers import Condition, judged, ordered
@@ -48,7 +55,9 @@ class AsyncGPUClient(_Terms):
         self._patience = patience or Patience()
         self._ledger = Ledger()
 
-    async def search(self, where: Condition | None = None, wanted: MachineNeeds | None = None) -> list[Offer]:
+    async def search(
+        self, where: Condition | None = None, wanted: MachineNeeds | None = None
+    ) -> list[Offer]:
         """Return the offers that fit, the cheapest first. A provider that does not answer is an error."""
         wanted = wanted or MachineNeeds()
         async with open_providers(self._keys) as providers:
@@ -56,23 +65,43 @@ class AsyncGPUClient(_Terms):
         if errors:
             raise next(iter(errors.values()))
         offers = (judged(offer, wanted) for found in answers.values() for offer in found)
-        return [offer for offer in ordered(offers) if not offer.left_out and (where is None or where.holds(offer))]
+        return [
+            offer
+            for offer in ordered(offers)
+            if not offer.left_out and (where is None or where.holds(offer))
+        ]
 
     async def create(
-        self, offer: Offer, *, public_key: str, name: str | None = None, disk_gib: int = 50, image: str | None = None
+        self,
+        offer: Offer,
+        *,
+        public_key: str,
+        name: str | None = None,
+        disk_gib: int = 50,
+        image: str | None = None,
     ) -> Machine:
         """Rent the machine of an offer: the provider is asked once. It bills until `terminate`."""
         name = name or new_machine_name()
         order = Order(name=name, offer=offer, public_key=public_key, disk_gib=disk_gib, image=image)
         if name in [lease.name for lease in self._ledger.leases()]:
-            raise CloudError(f"the name {name} was used before: choose another, or leave it out.", kind="refused")
-        if not name.startswith(NAME_PREFIX) and name in [machine.name for machine in await self.list()]:
-            raise CloudError(f"a machine of the account is named {name}: choose another name.", kind="refused")
-        return await self._with(offer.provider, lambda provider: rent(provider, order, self._ledger, self._patience))
+            raise CloudError(
+                f"the name {name} was used before: choose another, or leave it out.", kind="refused"
+            )
+        if not name.startswith(NAME_PREFIX) and name in [
+            machine.name for machine in await self.list()
+        ]:
+            raise CloudError(
+                f"a machine of the account is named {name}: choose another name.", kind="refused"
+            )
+        return await self._with(
+            offer.provider, lambda provider: rent(provider, order, self._ledger, self._patience)
+        )
 
     async def get(self, machine: Machine) -> Machine | None:
         """Return a machine as it is now; None where its provider no longer has it."""
-        found = await self._with(machine.provider, lambda provider: provider.get(machine.machine_id))
+        found = await self._with(
+            machine.provider, lambda provider: provider.get(machine.machine_id)
+        )
         return None if found is None else replace(found, name=found.name or machine.name)
 
     async def list(self) -> list[Machine]:
@@ -88,7 +117,9 @@ class AsyncGPUClient(_Terms):
         lease = self._lease(machine)
         await self._with(
             machine.provider,
-            lambda provider: end(provider, lease, self._ledger, self._patience, reason="GPUClient.terminate"),
+            lambda provider: end(
+                provider, lease, self._ledger, self._patience, reason="GPUClient.terminate"
+            ),
         )
 
     def _lease(self, machine: Machine) -> Lease:
@@ -110,16 +141,26 @@ class GPUClient(_Terms):
     def __init__(self, *providers: ProviderName, patience: Patience | None = None) -> None:
         self._client = AsyncGPUClient(*providers, patience=patience)
 
-    def search(self, where: Condition | None = None, wanted: MachineNeeds | None = None) -> list[Offer]:
+    def search(
+        self, where: Condition | None = None, wanted: MachineNeeds | None = None
+    ) -> list[Offer]:
         """Return the offers that fit, the cheapest first. A provider that does not answer is an error."""
         return _wait(lambda: self._client.search(where, wanted))
 
     def create(
-        self, offer: Offer, *, public_key: str, name: str | None = None, disk_gib: int = 50, image: str | None = None
+        self,
+        offer: Offer,
+        *,
+        public_key: str,
+        name: str | None = None,
+        disk_gib: int = 50,
+        image: str | None = None,
     ) -> Machine:
         """Rent the machine of an offer: the provider is asked once. It bills until `terminate`."""
         return _wait(
-            lambda: self._client.create(offer, public_key=public_key, name=name, disk_gib=disk_gib, image=image)
+            lambda: self._client.create(
+                offer, public_key=public_key, name=name, disk_gib=disk_gib, image=image
+            )
         )
 
     def get(self, machine: Machine) -> Machine | None:

@@ -1,17 +1,28 @@
 """Lambda's HTTP interface."""
 
-import hashlib
 import re
+import time
 from collections.abc import Mapping
 from typing import Any
 
+import anyio
+
 from rollouts.cloud.answer_fields import number, row, rows, text, whole
 from rollouts.cloud.cloud_errors import CloudError
-from rollouts.cloud.machine_types import Address, Machine, MachineNeeds, MachineState, Offer, Order, ProviderName
-from rollouts.cloud.provider_api import HttpReply, ProviderApi, said_by
+from rollouts.cloud.machine_types import (
+    Address,
+    Machine,
+    MachineNeeds,
+    MachineState,
+    Offer,
+    Order,
+    ProviderName,
+)
+from rollouts.cloud.provider_api import HttpReply, ProviderApi, key_name, said_by
 from rollouts.cloud.provider_keys import ProviderKey
 
-CALL_GAP_S = 1.05  # at most one call a second; a launch in twelve
+CALL_GAP_S = 1.05  # at most one call a second
+LAUNCH_GAP_S = 12.5  # at most one launch in twelve
 USER = "ubuntu"
 CAPACITY_CODES = ("insufficient-capacity", "insufficient capacity")
 STATES: Mapping[str, MachineState] = {
@@ -32,6 +43,7 @@ class LambdaLabs:
     def __init__(self, key: ProviderKey) -> None:
         self._api = ProviderApi("lambda", key, gap_s=CALL_GAP_S)
         self.account = key.account
+        self._launch_at = 0.0
 
     async def close(self) -> None:
         await self._api.close()
@@ -53,12 +65,12 @@ class LambdaLabs:
             "name": order.name,
             "quantity": 1,
         }
-        answer = await self._api.create("POST", "/instance-operations/launch", json=body, refused=_refusal)
+        await self._pace()
+        answer = await self._api.create(
+            "POST", "/instance-operations/launch", json=body, refused=_refusal
+        )
         made = row(row(answer).get("data")).get("instance_ids")
-        machine_id = text(made)
-        if not machine_id:
-            message = "lambda: the launch answered without an id, so a machine may have been made."
-            raise CloudError(message, kind="unclear", found=str(answer)[:300])
+        machine_id = self._api.made(text(made), answer, "the launch")
         return Machine(
             provider="lambda",
             machine_id=machine_id,
@@ -68,39 +80,40 @@ class LambdaLabs:
             price_per_hour=order.offer.price_per_hour,
         )
 
+    async def _pace(self) -> None:
+        now = time.monotonic()
+        at, self._launch_at = self._launch_at, max(now, self._launch_at) + LAUNCH_GAP_S
+        if at > now:
+            await anyio.sleep(at - now)
+
     async def _registered(self, public_key: str) -> str:
-        """Return the name under which the account holds the key: made from its content, so that it is added once."""
-        name = f"rollouts-{hashlib.sha256(public_key.encode()).hexdigest()[:16]}"
+        """Return the name under which the account holds the key, which is added where it is missing."""
+        name = key_name(public_key)
         answer = await self._api.read("/ssh-keys")
         if name not in [text(key.get("name")) for key in rows(row(answer).get("data"))]:
-            await self._api.read("/ssh-keys", method="POST", json={"name": name, "public_key": public_key})
+            await self._api.read(
+                "/ssh-keys", method="POST", json={"name": name, "public_key": public_key}
+            )
         return name
 
     async def get(self, machine_id: str) -> Machine | None:
-        try:
-            answer = await self._api.read(f"/instances/{machine_id}")
-        except CloudError as error:
-            if error.kind == "gone":
-                return None
-            raise
-        return _machine(row(row(answer).get("data")))
+        answer = await self._api.read_known(f"/instances/{machine_id}")
+        return None if answer is None else _machine(row(row(answer).get("data")))
 
     async def machines(self) -> list[Machine]:
         answer = await self._api.read("/instances")
         return [_machine(found) for found in rows(row(answer).get("data"))]
 
     async def terminate(self, machine_id: str) -> bool:
-        path = "/instance-operations/terminate"
-        reply = await self._api.repeat("POST", path, json={"instance_ids": [machine_id]})
-        if reply.status == 404:
-            return False
-        self._api.checked(reply, f"POST {path}")
-        return True
+        asked = {"instance_ids": [machine_id]}
+        return await self._api.end("POST", "/instance-operations/terminate", json=asked)
 
 
 def _offers(name: str, found: Mapping[str, Any], wanted: MachineNeeds) -> list[Offer]:
     kind = row(found.get("instance_type"))
-    regions = [text(region.get("name")) for region in rows(found.get("regions_with_capacity_available"))]
+    regions = [
+        text(region.get("name")) for region in rows(found.get("regions_with_capacity_available"))
+    ]
     gpus = whole(row(kind.get("specs")).get("gpus")) or 0
     about = text(kind.get("gpu_description")) or name
     memory = re.search(r"(\d+) ?GB", about)
@@ -121,7 +134,6 @@ def _offers(name: str, found: Mapping[str, Any], wanted: MachineNeeds) -> list[O
             creation={"type": name, "region": region},
         )
         checks = (
-            (cents is not None, "no price"),
             (gpus == wanted.gpus, f"{gpus} GPU(s)"),
             ("gh200" not in name.lower(), "an ARM machine"),
             (region != "", "none free"),
@@ -136,7 +148,9 @@ def _offers(name: str, found: Mapping[str, Any], wanted: MachineNeeds) -> list[O
 def _refusal(reply: HttpReply) -> CloudError | None:
     """Return the error of an answer that says that nothing was made."""
     if reply.status == 400 and any(code in said_by(reply) for code in CAPACITY_CODES):
-        return CloudError("lambda has no such machine free now.", kind="no capacity", found=reply.said)
+        return CloudError(
+            "lambda has no such machine free now.", kind="no capacity", found=reply.said
+        )
     return None
 
 

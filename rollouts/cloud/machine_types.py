@@ -4,8 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-ProviderName = Literal["runpod", "vast", "lambda", "prime"]
+ProviderName = Literal["runpod", "vast", "lambda", "prime", "sky"]
+# Those that are asked when none is named. SkyPilot, which asks its clouds in turn, is asked when it is named.
 PROVIDERS: tuple[ProviderName, ...] = ("runpod", "vast", "lambda", "prime")
+# Whose single machines of one region reach each other at private addresses. The others have clusters as an offer of its
+# own, which is not rented here.
+PRIVATE_NETWORKS: tuple[ProviderName, ...] = ("lambda",)
 # starting: on its way. ready: the provider says that it runs. broken: it will never run, and may bill all the same.
 # preempted: a spot machine was taken away. ended: it bills no more.
 MachineState = Literal["starting", "ready", "broken", "preempted", "ended"]
@@ -23,6 +27,7 @@ class MachineNeeds:
     spot: bool = False  # spot machines too
     disk_gib: int = 50
     image: str | None = None  # None: the provider's own
+    hosts: int = 1  # machines, all of one offer, in one private network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +45,8 @@ class Offer:
     reliability: float | None  # 0 to 1; None: the provider does not say
     stock: str  # in the provider's words
     left_out: str = ""  # why it is not for this search; "" if it is
-    creation: Mapping[str, object] = field(default_factory=dict, repr=False)  # what its create call needs beside
+    # what its create call needs beside
+    creation: Mapping[str, object] = field(default_factory=dict, repr=False)
 
     @property
     def price_per_gpu_hour(self) -> float:
@@ -60,6 +66,9 @@ class Order:
     public_key: str  # "ssh-ed25519 AAAA…": who may log in
     disk_gib: int
     image: str | None
+    ends_at: float | None = (
+        None  # by this machine's clock; a provider that can, ends it then by itself
+    )
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,7 @@ class Address:
     host: str
     port: int
     user: str
+    private_key: str = field(default="", repr=False)  # of the provider's own; "": ours is let in
 
 
 @dataclass(frozen=True, kw_only=True)

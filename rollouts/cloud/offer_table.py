@@ -8,7 +8,19 @@ from rollouts.cloud.machine_types import Offer
 from rollouts.view.tables import columns
 
 SHOWN_MAX = 25
-HEADER = ["provider", "gpu", "gpus", "GB each", "$/hour", "$/gpu/hour", "region", "spot", "reliability", "stock"]
+OTHER_KINDS = ("another GPU", "another region", "no price")
+HEADER = [
+    "provider",
+    "gpu",
+    "gpus",
+    "GB each",
+    "$/hour",
+    "$/gpu/hour",
+    "region",
+    "spot",
+    "reliability",
+    "stock",
+]
 
 
 def offer_rows(offers: Sequence[Offer]) -> list[list[str]]:
@@ -30,19 +42,40 @@ def offer_rows(offers: Sequence[Offer]) -> list[list[str]]:
     ]
 
 
-def offers_text(offers: Sequence[Offer]) -> str:
-    """Return the table of what fits, and how many were left out for which reason."""
+def offers_text(offers: Sequence[Offer], *, nearest: int = 0) -> str:
+    """Return the table of what fits, and how many were left out for which reason.
+
+    `nearest`: so many of those that were left out are listed, first those that fit but for their price or stock.
+    """
     fitting = [offer for offer in offers if not offer.left_out]
     lines = [columns([HEADER, *offer_rows(fitting[:SHOWN_MAX])]) if fitting else "no machine fits"]
     if more := len(fitting) - SHOWN_MAX:
         lines += [f"… and {more} more, dearer ones"] if more > 0 else []
     reasons = Counter(f"{offer.provider}: {offer.left_out}" for offer in offers if offer.left_out)
     lines += [f"left out  {count} of {reason}" for reason, count in sorted(reasons.items())]
+    if nearest and (near := _nearest(offers)[:nearest]):
+        cells = [[*offer_rows([offer])[0], offer.left_out] for offer in near]
+        lines += ["nearest, and why each is left out:", columns([[*HEADER, "why not"], *cells])]
     return "\n".join(lines)
+
+
+def _nearest(offers: Sequence[Offer]) -> list[Offer]:
+    """Return what was left out, the right kind of machine first, then by price."""
+    out = [offer for offer in offers if offer.left_out]
+    return sorted(out, key=lambda offer: (offer.left_out in OTHER_KINDS, offer.price_per_hour))
 
 
 def offer_json(offer: Offer) -> dict[str, Any]:
     """Return an offer as a JSON object."""
-    names = ("provider", "offer_id", "gpu_type", "gpus", "vram_gb", "price_per_hour", "price_per_gpu_hour", "region")
+    names = (
+        "provider",
+        "offer_id",
+        "gpu_type",
+        "gpus",
+        "vram_gb",
+        "price_per_hour",
+        "price_per_gpu_hour",
+        "region",
+    )
     more = ("spot", "reliability", "stock", "left_out")
     return {name: getattr(offer, name) for name in (*names, *more)}

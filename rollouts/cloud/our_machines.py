@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rollouts.cloud.accounts import ask_all, keys_here, no_key, open_providers
+from rollouts.cloud.accounts import ask_all, keys_here, no_key, open_providers, rented_from
 from rollouts.cloud.cloud_errors import CloudError
 from rollouts.cloud.ledger import Lease, Ledger
-from rollouts.cloud.machine_types import PROVIDERS, Machine, ProviderName
+from rollouts.cloud.machine_types import Machine, ProviderName
 from rollouts.cloud.provider import Provider
 from rollouts.cloud.renting import NAME_PREFIX, OTHER_KEY, Patience, end, may_know, settle
 from rollouts.view.tables import columns
@@ -38,14 +38,15 @@ class OurMachines:
     """What was found, and which providers could not be asked."""
 
     rows: list[MachineRow] = field(default_factory=list)
-    unknown: list[Machine] = field(default_factory=list)  # of a name like ours, and in no ledger here
+    # of a name like ours, and in no ledger here
+    unknown: list[Machine] = field(default_factory=list)
     problems: dict[ProviderName, CloudError] = field(default_factory=dict)
 
 
 async def look(ledger: Ledger, *, young_s: float = YOUNG_S) -> OurMachines:
     """Ask every provider with a key here, and bring the ledger to what they say."""
     leases = ledger.leases()
-    keys, asked = keys_here()
+    keys, asked = keys_here(rented_from(leases))
     async with open_providers(keys) as providers:
 
         async def one(provider: Provider) -> list[Machine]:
@@ -54,7 +55,11 @@ async def look(ledger: Ledger, *, young_s: float = YOUNG_S) -> OurMachines:
 
         listed, errors = await ask_all(providers, one)
     problems = {**asked.problems, **errors}
-    seen = {(name, machine.machine_id): machine for name, machines in listed.items() for machine in machines}
+    seen = {
+        (name, machine.machine_id): machine
+        for name, machines in listed.items()
+        for machine in machines
+    }
     open_leases = ledger.open_leases()
     for lease in open_leases:
         if lease.provider not in listed and lease.provider not in problems:
@@ -62,18 +67,28 @@ async def look(ledger: Ledger, *, young_s: float = YOUNG_S) -> OurMachines:
         elif lease.provider in listed and (lease.provider, lease.machine_id) not in seen:
             if may_know(providers[lease.provider], lease):
                 continue
-            message = f"{lease.provider}: {lease.name} was rented with another key than the one here."
+            message = (
+                f"{lease.provider}: {lease.name} was rented with another key than the one here."
+            )
             problems[lease.provider] = CloudError(message, kind="key", fix=OTHER_KEY)
     known = {(lease.provider, lease.machine_id) for lease in ledger.leases()}
-    unknown = [m for place, m in seen.items() if m.name.startswith(NAME_PREFIX) and place not in known]
-    rows = [_row(lease, seen.get((lease.provider, lease.machine_id or ""))) for lease in open_leases]
+    unknown = [
+        m for place, m in seen.items() if m.name.startswith(NAME_PREFIX) and place not in known
+    ]
+    rows = [
+        _row(lease, seen.get((lease.provider, lease.machine_id or ""))) for lease in open_leases
+    ]
     return OurMachines([*rows, *map(_unknown_row, unknown)], unknown, problems)
 
 
 def _row(lease: Lease, machine: Machine | None) -> MachineRow:
     now = time.time()
     state = machine.status if machine else f"not seen ({lease.step})"
-    price = machine.price_per_hour if machine and machine.price_per_hour is not None else lease.price_per_hour
+    price = (
+        machine.price_per_hour
+        if machine and machine.price_per_hour is not None
+        else lease.price_per_hour
+    )
     return MachineRow(
         name=lease.name,
         provider=lease.provider,
@@ -101,10 +116,12 @@ def _unknown_row(machine: Machine) -> MachineRow:
     )
 
 
-async def end_all(leases: Sequence[Lease], ledger: Ledger, patience: Patience, reason: str) -> list[str]:
+async def end_all(
+    leases: Sequence[Lease], ledger: Ledger, patience: Patience, reason: str
+) -> list[str]:
     """End these machines, one after another. Returns their names; raises CloudError with all that did not end."""
     ended, errors = [], []
-    keys, _ = keys_here(PROVIDERS)
+    keys, _ = keys_here(rented_from(leases))
     async with open_providers(keys) as providers:
         for lease in leases:
             try:
@@ -117,7 +134,12 @@ async def end_all(leases: Sequence[Lease], ledger: Ledger, patience: Patience, r
     if errors:
         first, *more = (problem for error in errors for problem in error.problems)
         raise CloudError(
-            first.message, kind=errors[0].kind, found=first.found, needed=first.needed, fix=first.fix, more=more
+            first.message,
+            kind=errors[0].kind,
+            found=first.found,
+            needed=first.needed,
+            fix=first.fix,
+            more=more,
         )
     return ended
 

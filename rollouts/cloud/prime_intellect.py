@@ -1,20 +1,44 @@
 """Prime Intellect's HTTP interface, which rents from other clouds."""
 
-import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 from urllib.parse import quote
 
-from rollouts.cloud.answer_fields import number, row, rows, text, whole
+import anyio
+
+from rollouts.cloud.answer_fields import Row, number, row, rows, text, whole
 from rollouts.cloud.cloud_errors import CloudError
-from rollouts.cloud.machine_types import Address, Machine, MachineNeeds, MachineState, Offer, Order, ProviderName
-from rollouts.cloud.provider_api import HttpReply, ProviderApi, pages, said_by
+from rollouts.cloud.machine_types import (
+    Address,
+    Machine,
+    MachineNeeds,
+    MachineState,
+    Offer,
+    Order,
+    ProviderName,
+)
+from rollouts.cloud.provider_api import (
+    PAGES_MAX,
+    HttpReply,
+    ProviderApi,
+    key_name,
+    pages,
+    said_by,
+)
 from rollouts.cloud.provider_keys import ProviderKey
 
 PAGE_SIZE = 100
+PAGES_AT_ONCE = 2  # of offers; most searches have no third one
 DEFAULT_IMAGE = "ubuntu_22_cuda_12"
-NO_CAPACITY = ("no capacity", "capacity", "out of stock", "not available", "unavailable", "sold out")
+NO_CAPACITY = (
+    "no capacity",
+    "capacity",
+    "out of stock",
+    "not available",
+    "unavailable",
+    "sold out",
+)
 STATES: Mapping[str, MachineState] = {
     "PROVISIONING": "starting",
     "PENDING": "starting",
@@ -24,7 +48,9 @@ STATES: Mapping[str, MachineState] = {
     "DELETING": "starting",  # it may bill until it is gone
     "TERMINATED": "ended",
 }
-CONNECTION = re.compile(r"(?:ssh\s+)?(?P<user>[\w.-]+)@(?P<host>[\w.:-]+?)(?:\s+-p\s*(?P<port>\d+))?\s*")
+CONNECTION = re.compile(
+    r"(?:ssh\s+)?(?P<user>[\w.-]+)@(?P<host>[\w.:-]+?)(?:\s+-p\s*(?P<port>\d+))?\s*"
+)
 
 
 class PrimeIntellect:
@@ -40,14 +66,43 @@ class PrimeIntellect:
         await self._api.close()
 
     async def offers(self, wanted: MachineNeeds) -> list[Offer]:
-        async def read(page: int | None) -> tuple[list[Mapping[str, Any]], int | None]:
-            at = page or 1
-            answer = row(await self._api.read("/availability/gpus", page=at, page_size=PAGE_SIZE))
-            items = rows(answer.get("items"))
-            more = bool(items) and at * PAGE_SIZE < (whole(answer.get("totalCount")) or 0)
-            return items, at + 1 if more else None
+        pages_read: dict[int, Row] = {}
+        last = PAGES_AT_ONCE  # only an answer says how many there are
+        while len(pages_read) < last:
+            wants = range(len(pages_read) + 1, last + 1)
+            pages_read |= await self._offer_pages(wants)
+            total = max(whole(page.get("totalCount")) or 0 for page in pages_read.values())
+            last = -(-total // PAGE_SIZE)
+            if last > PAGES_MAX:
+                raise CloudError(
+                    "prime: its list of offers does not end.",
+                    kind="unreadable",
+                    found=f"totalCount {total}",
+                )
+        items = (item for _, page in sorted(pages_read.items()) for item in rows(page.get("items")))
+        return [_offer(item, wanted) for item in items]
 
-        return [_offer(item, wanted) async for page in pages(read, self.name) for item in page]
+    async def _offer_pages(self, numbers: Iterable[int]) -> dict[int, Row]:
+        """Return these pages of the offers, read all at once. Raises CloudError."""
+        found: dict[int, Row] = {}
+        errors: list[CloudError] = []
+
+        async def read(number: int) -> None:
+            try:
+                answer = await self._api.read(
+                    "/availability/gpus", page=number, page_size=PAGE_SIZE
+                )
+            except CloudError as error:
+                errors.append(error)
+            else:
+                found[number] = row(answer)
+
+        async with anyio.create_task_group() as group:
+            for number in numbers:
+                group.start_soon(read, number)
+        if errors:
+            raise errors[0]
+        return found
 
     async def create(self, order: Order) -> Machine:
         made = order.offer.creation
@@ -67,20 +122,20 @@ class PrimeIntellect:
         body = {"pod": pod, "provider": {"type": made["provider"]}, "team": team}
         answer = await self._api.create("POST", "/pods", json=body, refused=_refusal)
         machine = _machine(row(answer))
-        if not machine.machine_id:
-            message = "prime: POST /pods answered without an id, so a machine may have been made."
-            raise CloudError(message, kind="unclear", found=str(answer)[:300])
+        self._api.made(machine.machine_id, answer, "POST /pods")
         return machine
 
     async def _registered(self, public_key: str) -> str:
-        """Return the id of the key in the account, added once under a name made from its content."""
-        name = f"rollouts-{hashlib.sha256(public_key.encode()).hexdigest()[:16]}"
+        """Return the id of the key in the account, where it is added if it is missing."""
+        name = key_name(public_key)
         answer = await self._api.read("/ssh_keys")
         known = rows(row(answer).get("data") if isinstance(answer, dict) else answer)
         for key in known:
             if text(key.get("name")) == name:
                 return text(key.get("id"))
-        added = await self._api.read("/ssh_keys", method="POST", json={"name": name, "publicKey": public_key})
+        added = await self._api.read(
+            "/ssh_keys", method="POST", json={"name": name, "publicKey": public_key}
+        )
         return text(row(added).get("id"))
 
     async def get(self, machine_id: str) -> Machine | None:
@@ -101,12 +156,7 @@ class PrimeIntellect:
         return [machine async for page in pages(read, self.name) for machine in page]
 
     async def terminate(self, machine_id: str) -> bool:
-        path = f"/pods/{quote(machine_id, safe='')}"
-        reply = await self._api.repeat("DELETE", path)
-        if reply.status == 404:
-            return False
-        self._api.checked(reply, f"DELETE {path}")
-        return True
+        return await self._api.end("DELETE", f"/pods/{quote(machine_id, safe='')}")
 
 
 def _offer(item: Mapping[str, Any], wanted: MachineNeeds) -> Offer:
@@ -118,7 +168,9 @@ def _offer(item: Mapping[str, Any], wanted: MachineNeeds) -> Offer:
     provider, stock = text(item.get("provider")), text(item.get("stockStatus"))
     offer = Offer(
         provider="prime",
-        offer_id="/".join(map(text, (item.get(name) for name in ("provider", "cloudId", "dataCenter", "socket")))),
+        offer_id="/".join(
+            map(text, (item.get(name) for name in ("provider", "cloudId", "dataCenter", "socket")))
+        ),
         gpu_type=text(item.get("gpuType")),
         gpus=gpus,
         vram_gb=number(item.get("gpuMemory")),
@@ -136,7 +188,6 @@ def _offer(item: Mapping[str, Any], wanted: MachineNeeds) -> Offer:
         },
     )
     checks = (
-        (price is not None, "no price"),
         (gpus == wanted.gpus, f"{gpus} GPU(s)"),
         (stock.lower() not in ("unavailable", "out of stock"), "none free"),
         (not images or image in images, f"it has no image {image!r}"),
@@ -149,10 +200,17 @@ def _offer(item: Mapping[str, Any], wanted: MachineNeeds) -> Offer:
 def _refusal(reply: HttpReply) -> CloudError | None:
     """Return the error of an answer that says that nothing was made."""
     if reply.status in (400, 404, 409) and any(words in said_by(reply) for words in NO_CAPACITY):
-        return CloudError("prime has no such machine free now.", kind="no capacity", found=reply.said)
+        return CloudError(
+            "prime has no such machine free now.", kind="no capacity", found=reply.said
+        )
     if reply.status == 402:
         fix = "add credit to the account"
-        return CloudError("prime: the account's credit does not cover it.", kind="refused", found=reply.said, fix=fix)
+        return CloudError(
+            "prime: the account's credit does not cover it.",
+            kind="refused",
+            found=reply.said,
+            fix=fix,
+        )
     return None
 
 
@@ -160,7 +218,10 @@ def _machine(pod: Mapping[str, Any]) -> Machine:
     status = text(pod.get("status"))
     state, failure = STATES.get(status, "starting"), text(pod.get("installationFailure"))
     if state == "ready":  # ACTIVE says that it is there; the image may still be on its way
-        installed = text(pod.get("installationStatus")) == "FINISHED" or number(pod.get("installationProgress")) == 100
+        installed = (
+            text(pod.get("installationStatus")) == "FINISHED"
+            or number(pod.get("installationProgress")) == 100
+        )
         state = "broken" if failure else "ready" if installed else "starting"
     return Machine(
         provider="prime",

@@ -5,6 +5,8 @@ A read, or a request to end a machine, may be made again; it is, until its deadl
 
 import contextlib
 import functools
+import hashlib
+import json as json_text
 import os
 import ssl
 import time
@@ -31,26 +33,38 @@ CREATE_TIMEOUT_S = 60.0
 READ_TIMEOUT_S = 20.0
 RETRY_FOR_S = 45.0  # reads and ends, from the first try
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 15.0
+SAID_CHARS_MAX = 600
 PAGES_MAX = 200  # of a list; more: a provider whose cursor leads in a circle
-REFUSED, TIMED_OUT, OVERLOADED, SERVER_ERROR = 400, 408, 429, 500
+REFUSED, NOT_FOUND, TIMED_OUT, OVERLOADED, SERVER_ERROR = 400, 404, 408, 429, 500
+NO_INSTANCE = "no_such_instance"  # Vast's word, with whatever status
 
 
 @dataclass(frozen=True)
 class HttpReply:
-    """An HTTP answer that came whole. `body` is None where it is not JSON."""
+    """An HTTP answer that came whole, without any key. `body` is None where it is not JSON."""
 
     status: int
     body: Any
-    said: str  # its text, cut, without the key
+    said: str  # its text, cut
     retry_after_s: float | None
 
 
 class ProviderApi:
-    """Calls to one provider with one key. `gap_s` is the least time between two calls."""
+    """Calls to one provider with one key. `gap_s` is the least time between two calls.
 
-    def __init__(self, provider: ProviderName, key: ProviderKey, *, gap_s: float = 0.0) -> None:
+    `url` is another address of the provider than the one that `base_url` finds.
+    """
+
+    def __init__(
+        self,
+        provider: ProviderName,
+        key: ProviderKey,
+        *,
+        gap_s: float = 0.0,
+        url: str | None = None,
+    ) -> None:
         self.provider = provider
-        self.base_url = base_url(provider)
+        self.base_url = url or base_url(provider)
         self._key = key
         self._gap_s = gap_s
         self._next_at = 0.0
@@ -60,7 +74,8 @@ class ProviderApi:
             timeout=READ_TIMEOUT_S,
             follow_redirects=False,  # the key goes nowhere else
             verify=_certificates(),
-            trust_env=self.base_url.startswith("https:"),  # a proxy, where the way leads out of this machine
+            # a proxy, where the way leads out of this machine
+            trust_env=self.base_url.startswith("https:"),
         )
 
     @property
@@ -72,7 +87,9 @@ class ProviderApi:
         """Close the connections."""
         await self._client.aclose()
 
-    async def read(self, path: str, *, method: str = "GET", json: object = None, **params: object) -> Any:
+    async def read(
+        self, path: str, *, method: str = "GET", json: object = None, **params: object
+    ) -> Any:
         """Return the JSON that a call answers which changes nothing, tried again where that may help."""
         reply = await self.repeat(method, path, json=json, params=params)
         return self.checked(reply, f"{method} {path}").body
@@ -84,7 +101,9 @@ class ProviderApi:
         deadline, wait_s = time.monotonic() + RETRY_FOR_S, FIRST_WAIT_S
         while True:
             try:
-                reply = await self._once(method, path, json=json, params=params, timeout_s=READ_TIMEOUT_S)
+                reply = await self._once(
+                    method, path, json=json, params=params, timeout_s=READ_TIMEOUT_S
+                )
                 if reply.status != OVERLOADED and reply.status < SERVER_ERROR:
                     return reply
                 problem: HttpReply | str = reply
@@ -97,7 +116,12 @@ class ProviderApi:
             wait_s = min(2 * wait_s, LONGEST_WAIT_S)
 
     async def create(
-        self, method: str, path: str, *, json: object, refused: Callable[[HttpReply], CloudError | None]
+        self,
+        method: str,
+        path: str,
+        *,
+        json: object,
+        refused: Callable[[HttpReply], CloudError | None],
     ) -> Any:
         """Return what a create call answers; it is made once. `refused` says which answers mean that nothing was made.
 
@@ -113,9 +137,36 @@ class ProviderApi:
             raise refusal
         if reply.status in (TIMED_OUT, OVERLOADED) or reply.status >= SERVER_ERROR:
             raise self._unclear(what, f"HTTP {reply.status}: {reply.said}")
-        if reply.status < REFUSED and reply.body is None:  # cut off, or a proxy's page: the call itself may have worked
+        # cut off, or a proxy's page: the call itself may have worked
+        if reply.status < REFUSED and reply.body is None:
             raise self._unclear(what, f"HTTP {reply.status}, and no JSON: {reply.said}")
         return self.checked(reply, what).body
+
+    def made(self, machine_id: str, answer: object, what: str) -> str:
+        """Return the id of the machine that a create call made. Raises CloudError, "unclear", where it names none."""
+        if not machine_id:
+            message = (
+                f"{self.provider}: {what} answered without an id, so a machine may have been made."
+            )
+            raise CloudError(message, kind="unclear", found=str(answer)[:SAID_CHARS_MAX])
+        return machine_id
+
+    async def read_known(self, path: str) -> Any:
+        """Return what the provider says of one thing; None where it knows no such thing."""
+        try:
+            return await self.read(path)
+        except CloudError as error:
+            if error.kind == "gone":
+                return None
+            raise
+
+    async def end(self, method: str, path: str, *, json: object = None) -> bool:
+        """Ask for the end of a machine; return False where the provider knows none of this id."""
+        reply = await self.repeat(method, path, json=json)
+        if reply.status == NOT_FOUND or NO_INSTANCE in reply.said:
+            return False
+        self.checked(reply, f"{method} {path}")
+        return True
 
     def checked(self, reply: HttpReply, what: str) -> HttpReply:
         """Return an answer that is JSON and no error. Raises CloudError."""
@@ -128,14 +179,21 @@ class ProviderApi:
             )
         if reply.status >= REFUSED:
             message = f"{self.provider} refuses {what}: HTTP {reply.status}."
-            raise CloudError(message, kind="gone" if reply.status in (404, 410) else "refused", found=reply.said)
+            gone = reply.status in (NOT_FOUND, 410) or NO_INSTANCE in reply.said
+            raise CloudError(message, kind="gone" if gone else "refused", found=reply.said)
         if reply.body is None and reply.said:
             message = f"{self.provider} answers {what} with something that is not JSON."
             raise CloudError(message, kind="unreadable", found=reply.said)
         return reply
 
     async def _once(
-        self, method: str, path: str, *, json: object, params: Mapping[str, object], timeout_s: float
+        self,
+        method: str,
+        path: str,
+        *,
+        json: object,
+        params: Mapping[str, object],
+        timeout_s: float,
     ) -> HttpReply:
         await self._pace()
         words = {name: str(value) for name, value in params.items() if value is not None}
@@ -143,14 +201,14 @@ class ProviderApi:
             answer = await self._client.request(
                 method, self.base_url + path, json=json, params=words or None, timeout=timeout_s
             )
+        said = self._key.hidden(answer.text)  # nothing that comes from a provider holds a key
         try:
-            body = answer.json()
-        except ValueError:
+            body = json_text.loads(said)
+        except (ValueError, RecursionError):
             body = None
-        return HttpReply(answer.status_code, body, self._said(answer), _retry_after_s(answer))
-
-    def _said(self, answer: httpx.Response) -> str:
-        return self._key.hidden(answer.text)[:600].strip()
+        return HttpReply(
+            answer.status_code, body, said[:SAID_CHARS_MAX].strip(), _retry_after_s(answer)
+        )
 
     async def _pace(self) -> None:
         now = time.monotonic()
@@ -166,7 +224,9 @@ class ProviderApi:
     def _unavailable(self, method: str, path: str, problem: HttpReply | str) -> CloudError:
         found = problem if isinstance(problem, str) else f"HTTP {problem.status}: {problem.said}"
         message = f"{self.provider} does not answer {method} {path} within {RETRY_FOR_S:.0f} s."
-        return CloudError(message, kind="unavailable", found=self._key.hidden(found), fix="try again later")
+        return CloudError(
+            message, kind="unavailable", found=self._key.hidden(found), fix="try again later"
+        )
 
 
 @functools.cache
@@ -190,10 +250,19 @@ def base_url(provider: ProviderName) -> str:
     variable = f"ROLLOUTS_{provider.upper()}_URL"
     url = os.environ.get(variable, "").rstrip("/") or URLS[provider]
     parts = urlsplit(url)
-    if parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in ("127.0.0.1", "::1", "localhost")):
+    if parts.scheme != "https" and not (
+        parts.scheme == "http" and parts.hostname in ("127.0.0.1", "::1", "localhost")
+    ):
         needed = "https://…, since the API key goes there; http:// for this machine alone"
-        raise CloudError(f"{variable}={url!r} is not a place to send a key to.", kind="key", needed=needed)
+        raise CloudError(
+            f"{variable}={url!r} is not a place to send a key to.", kind="key", needed=needed
+        )
     return url
+
+
+def key_name(public_key: str) -> str:
+    """Return the name under which an account holds a public key: made from its content, so that it is added once."""
+    return f"rollouts-{hashlib.sha256(public_key.encode()).hexdigest()[:16]}"
 
 
 def _retry_after_s(answer: httpx.Response) -> float | None:
@@ -219,7 +288,11 @@ async def pages(read: Callable[[Any], Any], provider: ProviderName) -> AsyncIter
         if str(place) in seen:
             break
         seen.add(str(place))
-    raise CloudError(f"{provider}: its list of machines does not end.", kind="unreadable", found=f"place {place!r}")
+    raise CloudError(
+        f"{provider}: its list of machines does not end.",
+        kind="unreadable",
+        found=f"place {place!r}",
+    )
 
 
 def said_by(reply: HttpReply) -> str:

@@ -1,8 +1,6 @@
 """The way to a rented machine: a key of our own, and an ssh_config with the machine's pinned host key."""
 
-import os
 import shutil
-import subprocess
 import time
 from collections.abc import Callable
 
@@ -10,48 +8,34 @@ import anyio
 
 from rollouts.cloud.cloud_errors import CloudError
 from rollouts.cloud.ledger import Lease
+from rollouts.cloud.machine_ssh import key_file, public_key, ssh_config
 from rollouts.cloud.machine_types import Address, Machine
 from rollouts.cloud.provider import Provider
-from rollouts.run_dir import home_dir, machine_dir
+from rollouts.run_dir import machine_dir, write_text_atomic
 
 FIRST_POLL_S, LONGEST_POLL_S = 0.5, 5.0
 
 
 def own_public_key() -> str:
     """Return the public key that machines let in, made once as ~/.rollouts/cloud/id_ed25519. Raises CloudError."""
-    key = home_dir() / "cloud" / "id_ed25519"
-    public = key.with_name(f"{key.name}.pub")
-    if not (key.is_file() and public.is_file()):
-        if shutil.which("ssh-keygen") is None:
-            raise CloudError("ssh-keygen is not installed.", kind="refused", fix="apt-get install openssh-client")
-        key.parent.mkdir(parents=True, exist_ok=True)
-        made = key.with_name(f"{key.name}.{os.getpid()}")
-        command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "rollouts", "-f", str(made)]
-        subprocess.run(command, check=True, stdin=subprocess.DEVNULL, capture_output=True)
-        made.with_name(f"{made.name}.pub").replace(public)
-        made.replace(key)
-    return " ".join(public.read_text().split()[:2])
+    if shutil.which("ssh-keygen") is None and not key_file().is_file():
+        raise CloudError(
+            "ssh-keygen is not installed.", kind="refused", fix="apt-get install openssh-client"
+        )
+    return public_key()
 
 
 def write_ssh_config(name: str, address: Address) -> None:
     """Write how to reach a machine by its name. A host key that was pinned stays."""
     directory = machine_dir(name)
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    lines = [
-        f"Host {name}",
-        f"HostName {address.host}",
-        f"Port {address.port}",
-        f"User {address.user}",
-        f'IdentityFile "{home_dir() / "cloud" / "id_ed25519"}"',
-        "IdentitiesOnly yes",
-        "IdentityAgent none",
-        f"HostKeyAlias {name}",
-        f'UserKnownHostsFile "{directory / "known_hosts"}"',
-        "GlobalKnownHostsFile /dev/null",
-        "StrictHostKeyChecking yes",
-        "ServerAliveInterval 15",
-    ]
-    (directory / "ssh_config").write_text("\n  ".join(lines) + "\n")
+    key = key_file()
+    if address.private_key:
+        key = directory / "key"
+        write_text_atomic(key, address.private_key, mode=0o600)
+    at, port, user = address.host, address.port, address.user
+    text = ssh_config(name, directory, host=at, port=port, user=user, key=key)
+    (directory / "ssh_config").write_text(text)
 
 
 async def reach(
@@ -85,7 +69,9 @@ async def reach(
         await anyio.sleep(pause_s)
         pause_s = min(1.5 * pause_s, LONGEST_POLL_S)
     raise CloudError(
-        f"{_named(lease)} cannot be logged into after {timeout_s:.0f} s.", kind="no capacity", found=f"last: {last}"
+        f"{_named(lease)} cannot be logged into after {timeout_s:.0f} s.",
+        kind="no capacity",
+        found=f"last: {last}",
     )
 
 
@@ -93,10 +79,14 @@ def _refuse(machine: Machine, lease: Lease, price_max: float) -> None:
     """Raise CloudError for a machine that will never run, or that costs more than it may."""
     if machine.price_per_hour is not None and machine.price_per_hour > price_max:
         found = f"${machine.price_per_hour:.2f} an hour; at most ${price_max:.2f} is allowed"
-        raise CloudError(f"{_named(lease)} costs more than it was offered for.", kind="no capacity", found=found)
+        raise CloudError(
+            f"{_named(lease)} costs more than it was offered for.", kind="no capacity", found=found
+        )
     if machine.state in ("broken", "preempted", "ended"):
         found = f"{machine.status} {machine.message}".strip()
-        raise CloudError(f"{_named(lease)} will not run: {machine.state}.", kind="no capacity", found=found)
+        raise CloudError(
+            f"{_named(lease)} will not run: {machine.state}.", kind="no capacity", found=found
+        )
 
 
 def _named(lease: Lease) -> str:

@@ -15,6 +15,7 @@ from rollouts.cloud.cloud_errors import CloudError
 from rollouts.cloud.ledger import Lease, Ledger, Terms
 from rollouts.cloud.machine_types import Machine, Order
 from rollouts.cloud.provider import Provider
+from rollouts.remote.errors import Gone
 
 NAME_PREFIX = "rollouts-"
 OTHER_KEY = "set that one again; where its account is the same, `deploy machines end MACHINE --yes` takes its word"
@@ -24,7 +25,9 @@ OTHER_KEY = "set that one again; where its account is the same, `deploy machines
 class Patience:
     """How long a provider is given, in seconds."""
 
-    settle_s: float = 60.0  # a machine that a lost answer made shows in the provider's list within this time
+    settle_s: float = (
+        60.0  # a machine that a lost answer made shows in the provider's list within this time
+    )
     end_s: float = 180.0  # until a machine that was told to end is gone
     poll_s: float = 3.0
     ask_again_s: float = 20.0  # a request to end that changed nothing is made again after this time
@@ -45,17 +48,30 @@ async def rent(
     """
     ledger.intend(order, now=time.time(), account=provider.account, terms=terms)
     if terms is not None:
-        terms.arm()
+        _arm(order, ledger, terms)
     try:
         machine = await _made(provider, order, ledger, patience)
-        ledger.note(order.name, "created", machine_id=machine.machine_id, price_per_hour=machine.price_per_hour)
+        # the dearer of two prices: a provider may tell one without the disk
+        price = max(order.offer.price_per_hour, machine.price_per_hour or 0.0)
+        ledger.note(order.name, "created", machine_id=machine.machine_id, price_per_hour=price)
     except CloudError:
         raise
     except BaseException as error:
         with anyio.CancelScope(shield=True):
-            await _end_by_name(provider, order, ledger, patience, reason=f"cut off: {type(error).__name__}")
+            await _end_by_name(
+                provider, order, ledger, patience, reason=f"cut off: {type(error).__name__}"
+            )
         raise
     return machine
+
+
+def _arm(order: Order, ledger: Ledger, terms: Terms) -> None:
+    """Start the guards of a machine that is about to be made. Raises CloudError: then none is made."""
+    try:
+        terms.arm(ledger.lease(order.name))
+    except CloudError as error:
+        ledger.note(order.name, "refused", reason=str(error))
+        raise
 
 
 async def _made(provider: Provider, order: Order, ledger: Ledger, patience: Patience) -> Machine:
@@ -74,7 +90,9 @@ async def _made(provider: Provider, order: Order, ledger: Ledger, patience: Pati
         return await _settled(provider, order, error, patience)
 
 
-async def _end_by_name(provider: Provider, order: Order, ledger: Ledger, patience: Patience, *, reason: str) -> None:
+async def _end_by_name(
+    provider: Provider, order: Order, ledger: Ledger, patience: Patience, *, reason: str
+) -> None:
     """End what a create that was cut off has made. What cannot be found or ended stays open in the ledger."""
     unclear = CloudError(f"{order.name} may have been made.", kind="unclear")
     with contextlib.suppress(CloudError, OSError):
@@ -83,13 +101,15 @@ async def _end_by_name(provider: Provider, order: Order, ledger: Ledger, patienc
         await end(provider, lease, ledger, patience, reason=reason)
 
 
-async def _settled(provider: Provider, order: Order, error: CloudError, patience: Patience) -> Machine:
+async def _settled(
+    provider: Provider, order: Order, error: CloudError, patience: Patience
+) -> Machine:
     """Return the machine that a lost answer made. Raises CloudError where none shows in time."""
     deadline = time.monotonic() + patience.settle_s
     while True:
         seen = f"no machine {order.name} in its list for {patience.settle_s:.0f} s"
         try:
-            found = [machine for machine in await provider.machines() if machine.name == order.name and machine.bills]
+            found = await _of_name(provider, order.name)
         except CloudError as problem:  # whatever its kind: of the machine nothing is known
             found, seen = [], f"its list cannot be read: {problem}"
         if found:
@@ -105,10 +125,23 @@ async def _settled(provider: Provider, order: Order, error: CloudError, patience
         await anyio.sleep(patience.poll_s)
 
 
-async def end(provider: Provider, lease: Lease, ledger: Ledger, patience: Patience, *, reason: str) -> None:
+async def _of_name(provider: Provider, name: str) -> list[Machine]:
+    return [one for one in await provider.machines() if one.name == name and one.bills]
+
+
+async def find_by_name(provider: Provider, name: str) -> str | None:
+    """Return the id of the machine of this name; None where no list shows it. Raises CloudError."""
+    found = await _of_name(provider, name)
+    return found[0].machine_id if found else None
+
+
+async def end(
+    provider: Provider, lease: Lease, ledger: Ledger, patience: Patience, *, reason: str
+) -> None:
     """End a machine, and return once the provider says that it is gone. Raises CloudError where it does not in time."""
     assert lease.machine_id is not None, "a machine has an id before it can end"
-    with contextlib.suppress(OSError):  # a full disk must not keep a machine billing: the lease is open as it is
+    # a full disk must not keep a machine billing: the lease is open as it is
+    with contextlib.suppress(OSError):
         ledger.note(lease.name, "ending", machine_id=lease.machine_id, reason=reason)
     deadline, asked_at, known, last = time.monotonic() + patience.end_s, None, False, ""
     while True:
@@ -118,8 +151,11 @@ async def end(provider: Provider, lease: Lease, ledger: Ledger, patience: Patien
                 known = await provider.terminate(lease.machine_id) or known
                 asked_at = now
             if not known and not may_know(provider, lease):
-                raise CloudError(f"the key here is another than the one that rented it: {OTHER_KEY}", kind="key")
-            settled = known or time.time() - lease.since > patience.settle_s  # a young machine may not show yet
+                raise CloudError(
+                    f"the key here is another than the one that rented it: {OTHER_KEY}", kind="key"
+                )
+            # a young machine may not show yet
+            settled = known or time.time() - lease.since > patience.settle_s
             if settled and await _is_gone(provider, lease.machine_id):
                 break
             last = "it is still there" if known else "the provider does not know it yet"
@@ -134,7 +170,9 @@ async def end(provider: Provider, lease: Lease, ledger: Ledger, patience: Patien
         ledger.note(lease.name, "ended", reason=reason)
     except OSError as error:
         message = f"{lease.name} is ended, but the ledger here cannot say so: {error}"
-        raise CloudError(message, kind="unavailable", fix="free some space; `deploy machines` closes it then") from None
+        raise CloudError(
+            message, kind="unrecorded", fix="free some space; `deploy machines` closes it then"
+        ) from None
 
 
 async def _is_gone(provider: Provider, machine_id: str) -> bool:
@@ -142,7 +180,28 @@ async def _is_gone(provider: Provider, machine_id: str) -> bool:
     machine = await provider.get(machine_id)
     if machine is not None and machine.bills:
         return False
-    return not any(other.machine_id == machine_id and other.bills for other in await provider.machines())
+    return not any(
+        other.machine_id == machine_id and other.bills for other in await provider.machines()
+    )
+
+
+async def why_gone(provider: Provider, lease: Lease) -> Gone | None:
+    """Return why a machine that ran will not run again, as its provider says; None where it may. Raises CloudError.
+
+    Of one that is in no list any more it does not say who ended it: that is not `taken`.
+    """
+    assert lease.machine_id is not None, "a machine that ran has an id"
+    if not may_know(provider, lease):
+        return None
+    machine = await provider.get(lease.machine_id)
+    if machine is not None and "preempted" in (machine.state, machine.status.lower()):
+        return Gone(f"{lease.provider} took it away ({machine.status})", taken=True)
+    if machine is not None and machine.state == "broken":
+        said = f"{machine.status} {machine.message}".strip()
+        return Gone(f"{lease.provider} took it away ({said})", taken=True)
+    if await _is_gone(provider, lease.machine_id):
+        return Gone(f"{lease.provider} no longer has it", taken=False)
+    return None
 
 
 def _not_ended(lease: Lease, found: str) -> CloudError:
@@ -160,7 +219,9 @@ def may_know(provider: Provider, lease: Lease) -> bool:
     return lease.account in ("", provider.account)
 
 
-async def settle(provider: Provider, leases: list[Lease], ledger: Ledger, *, young_s: float) -> list[Machine]:
+async def settle(
+    provider: Provider, leases: list[Lease], ledger: Ledger, *, young_s: float
+) -> list[Machine]:
     """Bring the ledger to what the provider says of these leases. Returns the provider's machines that bill.
 
     What is in no list is closed only when it is older than `young_s`: a list may lag behind a create; and never by the
@@ -171,7 +232,11 @@ async def settle(provider: Provider, leases: list[Lease], ledger: Ledger, *, you
     by_name = {machine.name: machine for machine in billing}
     by_id = {machine.machine_id: machine for machine in billing}
     for lease in leases:
-        named = by_name.get(lease.name) if lease.may_bill or lease.name.startswith(NAME_PREFIX) else None
+        named = (
+            by_name.get(lease.name)
+            if lease.may_bill or lease.name.startswith(NAME_PREFIX)
+            else None
+        )
         machine = by_id.get(lease.machine_id) if lease.machine_id else named
         if machine is not None:
             if not lease.may_bill or lease.machine_id != machine.machine_id:

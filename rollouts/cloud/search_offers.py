@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from rollouts.cloud.machine_types import MachineNeeds, Offer
+from rollouts.cloud.machine_types import PRIVATE_NETWORKS, MachineNeeds, Offer
 
 
 @dataclass(frozen=True)
@@ -14,10 +14,15 @@ class Condition:
     holds: Callable[[Offer], bool]
 
     def __and__(self, other: "Condition") -> "Condition":
-        return Condition(f"{self.words} and {other.words}", lambda offer: self.holds(offer) and other.holds(offer))
+        return Condition(
+            f"{self.words} and {other.words}",
+            lambda offer: self.holds(offer) and other.holds(offer),
+        )
 
     def __bool__(self) -> bool:
-        raise TypeError(f"`{self.words}` is a condition for a search: join conditions with &, in parentheses")
+        raise TypeError(
+            f"`{self.words}` is a condition for a search: join conditions with &, in parentheses"
+        )
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,9 @@ class TextTerm:
 
     def contains(self, part: str) -> Condition:
         """Return the condition that `part` is in it, in any case."""
-        return Condition(f"{self.name} contains {part!r}", lambda offer: fits(part, self.value(offer)))
+        return Condition(
+            f"{self.name} contains {part!r}", lambda offer: fits(part, self.value(offer))
+        )
 
 
 vram_gb = NumberTerm("vram_gb", lambda offer: offer.vram_gb)
@@ -77,11 +84,29 @@ def judged(offer: Offer, wanted: MachineNeeds) -> Offer:
     """Return an offer with the reason why it is left out, if one of these holds."""
     most, memory = wanted.price_per_hour_max, wanted.vram_gb_min
     checks = (
-        (not wanted.gpu_types or any(fits(part, offer.gpu_type) for part in wanted.gpu_types), "another GPU"),
-        (memory is None or (offer.vram_gb or 0.0) >= 0.95 * memory, f"less than {memory:g} GB" if memory else ""),
+        # one without a price cannot be compared, nor held to a limit
+        (offer.price_per_hour > 0, "no price"),
+        (
+            not wanted.gpu_types or any(fits(part, offer.gpu_type) for part in wanted.gpu_types),
+            "another GPU",
+        ),
+        (
+            memory is None or (offer.vram_gb or 0.0) >= 0.95 * memory,
+            f"less than {memory:g} GB" if memory else "",
+        ),
         (wanted.spot or not offer.spot, "a spot machine"),
-        (not wanted.regions or any(fits(part, offer.region) for part in wanted.regions), "another region"),
-        (most is None or offer.price_per_hour <= most, f"over ${most:g} an hour" if most is not None else ""),
+        (
+            wanted.hosts == 1 or offer.provider in PRIVATE_NETWORKS,
+            "no private network between its single machines",
+        ),
+        (
+            not wanted.regions or any(fits(part, offer.region) for part in wanted.regions),
+            "another region",
+        ),
+        (
+            most is None or offer.price_per_hour <= most,
+            f"over ${most:g} an hour" if most is not None else "",
+        ),
     )
     for ok, reason in checks:
         offer = offer if ok else offer.without(reason)

@@ -5,7 +5,15 @@ from typing import Any
 
 from rollouts.cloud.answer_fields import number, row, rows, text, whole
 from rollouts.cloud.cloud_errors import CloudError
-from rollouts.cloud.machine_types import Address, Machine, MachineNeeds, MachineState, Offer, Order, ProviderName
+from rollouts.cloud.machine_types import (
+    Address,
+    Machine,
+    MachineNeeds,
+    MachineState,
+    Offer,
+    Order,
+    ProviderName,
+)
 from rollouts.cloud.provider_api import HttpReply, ProviderApi, pages, said_by
 from rollouts.cloud.provider_keys import ProviderKey
 
@@ -14,6 +22,7 @@ RELIABILITY_MIN = 0.9
 CUDA_MIN = 12.6
 OFFERS_MAX = 200
 MB_PER_GB = 1024
+HOURS_PER_MONTH = 30 * 24
 STATES: Mapping[str, MachineState] = {
     "": "starting",
     "loading": "starting",
@@ -57,7 +66,8 @@ class Vast:
             "limit": OFFERS_MAX,
         }
         if wanted.vram_gb_min is not None:
-            asked["gpu_ram"] = {"gte": int(wanted.vram_gb_min * MB_PER_GB * 0.95)}  # 80 GB cards report 81,559 MB
+            # 80 GB cards report 81,559 MB
+            asked["gpu_ram"] = {"gte": int(wanted.vram_gb_min * MB_PER_GB * 0.95)}
         answer = await self._api.read("/api/v0/bundles/", method="POST", json=asked)
         return [_offer(found, wanted) for found in rows(row(answer).get("offers"))]
 
@@ -77,7 +87,10 @@ class Vast:
         if answer.get("success") is not True or not contract:
             message, found = f"vast: {path} answered without success.", str(answer)[:300]
             raise CloudError(
-                message, kind="no capacity" if contract else "unclear", found=found, machine_id=contract or None
+                message,
+                kind="no capacity" if contract else "unclear",
+                found=found,
+                machine_id=contract or None,
             )
         await self._let_in(contract, order.public_key)
         return Machine(
@@ -100,35 +113,29 @@ class Vast:
             raise
 
     async def get(self, machine_id: str) -> Machine | None:
-        try:
-            answer = await self._api.read(f"/api/v0/instances/{machine_id}/")
-        except CloudError as error:
-            if error.kind == "gone" or "no_such_instance" in (error.problems[0].found or ""):
-                return None
-            raise
+        answer = await self._api.read_known(f"/api/v0/instances/{machine_id}/")
         found = row(row(answer).get("instances"))
         return _machine(found) if found else None
 
     async def machines(self) -> list[Machine]:
         async def read(token: str | None) -> tuple[list[Machine], str | None]:
             answer = row(await self._api.read("/api/v1/instances/", limit=25, after_token=token))
-            return [_machine(found) for found in rows(answer.get("instances"))], text(answer.get("next_token")) or None
+            return [_machine(found) for found in rows(answer.get("instances"))], text(
+                answer.get("next_token")
+            ) or None
 
         return [machine async for page in pages(read, self.name) for machine in page]
 
     async def terminate(self, machine_id: str) -> bool:
-        path = f"/api/v0/instances/{machine_id}/"
-        reply = await self._api.repeat("DELETE", path)
-        if reply.status == 404 or "no_such_instance" in reply.said:
-            return False
-        self._api.checked(reply, f"DELETE {path}")
-        return True
+        return await self._api.end("DELETE", f"/api/v0/instances/{machine_id}/")
 
 
 def _offer(found: Mapping[str, Any], wanted: MachineNeeds) -> Offer:
     base, storage = number(found.get("dph_base")), number(found.get("storage_cost"))
     total = number(found.get("dph_total")) or 0.0
-    price = total if base is None or storage is None else base + wanted.disk_gib * storage / 30 / 24
+    price = total
+    if base is not None and storage is not None:
+        price = base + wanted.disk_gib * storage / HOURS_PER_MONTH if base > 0 else 0.0
     memory = number(found.get("gpu_ram"))
     offer = Offer(
         provider="vast",
@@ -150,11 +157,17 @@ def _offer(found: Mapping[str, Any], wanted: MachineNeeds) -> Offer:
     )
     checks = (  # again here: some offers break the filters
         (offer.gpus == wanted.gpus, f"{offer.gpus} GPU(s)"),
-        (found.get("rentable") is not False and found.get("rented") is not True, "rented by somebody else"),
-        (reliability is not None and reliability >= RELIABILITY_MIN, f"reliability under {RELIABILITY_MIN}"),
+        (
+            found.get("rentable") is not False and found.get("rented") is not True,
+            "rented by somebody else",
+        ),
+        (
+            reliability is not None and reliability >= RELIABILITY_MIN,
+            f"reliability under {RELIABILITY_MIN}",
+        ),
         (cuda is not None and cuda >= CUDA_MIN, f"its driver is too old for CUDA {CUDA_MIN}"),
         (ports is not None and ports >= 1, "no port for SSH"),
-        (price > 0 and offer.offer_id != "", "no price"),
+        (offer.offer_id != "", "no id"),
     )
     for ok, reason in checks:
         offer = offer if ok else offer.without(reason)
@@ -205,10 +218,15 @@ def _addresses(found: Mapping[str, Any]) -> list[Address]:
     """Return both forms of a machine's address, the direct one first."""
     made = []
     mapped = rows(row(found.get("ports")).get("22/tcp"))
-    host, port = text(found.get("public_ipaddr")), whole(mapped[0].get("HostPort")) if mapped else None
+    host, port = (
+        text(found.get("public_ipaddr")),
+        whole(mapped[0].get("HostPort")) if mapped else None,
+    )
     if host and port:
         made.append(Address(host, port, "root"))
     host, port = text(found.get("ssh_host")), whole(found.get("ssh_port"))
     if host and port:
-        made.append(Address(host, port + int("jupyter" in text(found.get("image_runtype"))), "root"))
+        made.append(
+            Address(host, port + int("jupyter" in text(found.get("image_runtype"))), "root")
+        )
     return made

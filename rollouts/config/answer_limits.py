@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rollouts.config.schema import Sections
+from rollouts.data_formats import format_named
 
 BATCH_ROWS = 256  # sequences at once, where eval.in_process_batch_tokens allows as many
 
@@ -19,7 +20,9 @@ class AnswerLimits:
     samples: int  # sampled answers of a row beside the greedy one
     new_tokens: int  # of an answer
     batch_rows: int  # sequences at once
-    batch_tokens: int  # tokens at once, whose keys and values are held: prompts, padding and answers
+    batch_tokens: (
+        int  # tokens at once, whose keys and values are held: prompts, padding and answers
+    )
 
     def new_tokens_max(self, rows: int) -> int:
         """Return the most tokens that are sampled for `rows` held-out rows."""
@@ -29,7 +32,7 @@ class AnswerLimits:
 
 def answer_limits(config: Sections, stage: Literal["sft", "rl"]) -> AnswerLimits | None:
     """Return the limits of `stage`'s answers in process, None where it gives none."""
-    asked = any(spec.format != "text" for spec in config.data.eval_mixture)
+    asked = any(format_named(spec.format).has_prompts for spec in config.data.eval_mixture)
     in_process = stage in config.stages and (stage == "sft" or not config.uses_engine)
     if not (asked and in_process and config.eval.in_process_rows):
         return None
@@ -50,5 +53,9 @@ def answer_tokens(config: Sections) -> int:
 
 def row_tokens_max(config: Sections) -> int:
     """Return the most tokens that one row's answers hold at once. Longer prompts are left out before."""
-    room = config.data.max_length if config.rl is not None else config.data.max_length + answer_tokens(config)
+    room = (
+        config.data.max_length
+        if config.rl is not None
+        else config.data.max_length + answer_tokens(config)
+    )
     return room * max(1, config.eval.num_samples)

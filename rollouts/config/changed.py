@@ -30,10 +30,20 @@ def _replaced(value: Any, path: str, whole: str, new: Any) -> Any:
     head, _, rest = path.partition(".")
     if isinstance(value, list):
         if not (head.isdecimal() and int(head) < len(value)):
-            raise ConfigError(f"changed: {whole!r}: {head!r} is not an index of a list of {len(value)}")
+            raise ConfigError(
+                f"changed: {whole!r}: {head!r} is not an index of a list of {len(value)}"
+            )
         at = int(head)
-        return [*value[:at], _replaced(value[at], rest, whole, new) if rest else new, *value[at + 1 :]]
-    known = [field.name for field in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else []
+        return [
+            *value[:at],
+            _replaced(value[at], rest, whole, new) if rest else new,
+            *value[at + 1 :],
+        ]
+    known = (
+        [field.name for field in dataclasses.fields(value)]
+        if dataclasses.is_dataclass(value)
+        else []
+    )
     if head not in known:
         what = f"{type(value).__name__} has no field {head!r}{nearest(head, known)}"
         raise ConfigError(f"changed: {whole!r}: {what}")

@@ -31,7 +31,9 @@ def differences(before: Config, after: Config) -> tuple[Difference, ...]:
 
 def differ_in_seeds_alone(before: Config, after: Config) -> bool:
     """Return whether two configs describe one experiment: all that differs is seeds, and where results are kept."""
-    names = (item.path for item in differences(before, after) if not item.path.startswith(KEPT_WHERE))
+    names = (
+        item.path for item in differences(before, after) if not item.path.startswith(KEPT_WHERE)
+    )
     return all(name.rpartition(".")[2] in SEEDS for name in names)
 
 
@@ -48,7 +50,9 @@ def _differences(before: Any, after: Any, path: str) -> Iterator[Difference]:
 
 
 def _is_group(value: Any) -> bool:
-    return dataclasses.is_dataclass(value) or (isinstance(value, list) and any(map(dataclasses.is_dataclass, value)))
+    return dataclasses.is_dataclass(value) or (
+        isinstance(value, list) and any(map(dataclasses.is_dataclass, value))
+    )
 
 
 def _parts(value: Any) -> dict[str, Any]:

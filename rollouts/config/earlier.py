@@ -9,11 +9,34 @@ _AHEAD = ("policy_lag_steps_max", "in_flight_updates")
 _CLIPPED = ("clip_low", "clip_high", "updates_per_batch")
 _SHARED = ("advantage_norm", "aggregation", "entropy_coef")
 _FLAT_RL = (
-    *("loss", "baseline", "gamma", "gae_lambda", "value_coef", "value_clip", "value_lr", "importance"),
-    *("importance_cap", "dual_clip", "kl_coef", "kl_kind", "kl_reference", "reward_fn", "reward_workers"),
+    *(
+        "loss",
+        "baseline",
+        "gamma",
+        "gae_lambda",
+        "value_coef",
+        "value_clip",
+        "value_lr",
+        "importance",
+    ),
+    *(
+        "importance_cap",
+        "dual_clip",
+        "kl_coef",
+        "kl_kind",
+        "kl_reference",
+        "reward_fn",
+        "reward_workers",
+    ),
     *(*_SAMPLING, *_AHEAD, *_CLIPPED, *_SHARED),
 )
 _FLAT_ENGINE = ("weight_sync", "weight_sync_bucket_mib", "weights_on_tmpfs")
+_OF_GUARDS = {
+    "idle_minutes_max": None,
+    "allow_unguarded": False,
+    "guard_host": None,
+    "resumes_max": 0,
+}
 _ONLY_SGLANG = ("router_port", "max_total_tokens", "sleep_while_training")
 
 # Where a field of the flat form went: class -> field -> what to write today. `mistakes` tells it too.
@@ -58,26 +81,46 @@ def _with_added_fields(data: Any) -> Any:
         return data
     if "output" in data and "provision" not in data:
         data = {**data, "provision": None}
-    target, host = data.get("target"), data.get("host")
+    provision = data.get("provision")
+    if isinstance(provision, dict) and not _OF_GUARDS.keys() & provision.keys():
+        data = {**data, "provision": {**provision, **_OF_GUARDS}}
+    target, host, limits = data.get("target"), data.get("host"), data.get("limits")
+    if isinstance(limits, dict) and "restarts_max" not in limits:
+        data = {**data, "limits": {**limits, "restarts_max": 0}}
     if isinstance(target, dict) and "hosts" not in target:
-        data = {**data, "target": {"hosts": 1, **target}}
+        target = {"hosts": 1, **target}
+        data = {**data, "target": target}
+    if isinstance(target, dict) and "hosts_min" not in target:
+        data = {**data, "target": {**target, "hosts_min": target["hosts"]}}
+    engine = data.get("engine")
+    if isinstance(engine, dict) and "hosts" not in engine:
+        data = {**data, "engine": {"hosts": None, **engine}}
     if isinstance(host, dict) and "requirements" not in host:
         data = {**data, "host": {**host, "requirements": []}}
     output = data.get("output")
-    if isinstance(output, dict) and "on_end" not in output:
-        data = {**data, "output": {**output, "on_end": None}}
+    if isinstance(output, dict) and "on_warning" not in output:
+        data = {**data, "output": {"on_end": None, "on_warning": None, **output}}
+    output = data.get("output")
+    if isinstance(output, dict) and "trackers" not in output:
+        data = {**data, "output": {"trackers": [], **output}}
     if not isinstance(data.get("eval"), dict):
         return data
     rl, of_data = data.get("rl"), data.get("data")
     length = of_data.get("max_length") if isinstance(of_data, dict) else None
     longest = rl.get("max_new_tokens") if isinstance(rl, dict) else length
-    answers = {"in_process_rows": -1, "in_process_new_tokens": longest, "in_process_batch_tokens": 2**17}  # no limit
+    answers = {
+        "in_process_rows": -1,
+        "in_process_new_tokens": longest,
+        "in_process_batch_tokens": 2**17,
+    }  # no limit
     return data if answers.keys() & data["eval"] else {**data, "eval": {**data["eval"], **answers}}
 
 
 def _is_flat(data: Any) -> bool:
     """Return whether `data` is a config of the flat form."""
-    rl, engine = (data.get(name) for name in ("rl", "engine")) if isinstance(data, dict) else (None, None)
+    rl, engine = (
+        (data.get(name) for name in ("rl", "engine")) if isinstance(data, dict) else (None, None)
+    )
     stages = [rl, data.get("sft")] if isinstance(data, dict) else []
     optimizers = [stage.get("optimizer") for stage in stages if isinstance(stage, dict)]
     return (
@@ -124,17 +167,32 @@ def _rl(rl: Mapping[str, Any]) -> dict[str, Any]:
         loss["importance"] = None if rl.get("importance") == "none" else importance
     else:
         loss |= _same(rl, _CLIPPED)
-        loss |= _off_is_none(_picked(rl, dual_clip="dual_clip"), "dual_clip") if kind != "cispo" else {}
-    value = _picked(rl, gamma="gamma", gae_lambda="gae_lambda", coef="value_coef", clip="value_clip", lr="value_lr")
+        loss |= (
+            _off_is_none(_picked(rl, dual_clip="dual_clip"), "dual_clip") if kind != "cispo" else {}
+        )
+    value = _picked(
+        rl,
+        gamma="gamma",
+        gae_lambda="gae_lambda",
+        coef="value_coef",
+        clip="value_clip",
+        lr="value_lr",
+    )
     grouped: dict[str, Any] = {
         "loss": loss,
-        "kl": _picked(rl, coef="kl_coef", kind="kl_kind", reference="kl_reference") if rl.get("kl_coef") != 0 else None,
-        "reward": _picked(rl, fn="reward_fn", workers="reward_workers") if rl.get("reward_fn") is not None else None,
+        "kl": _picked(rl, coef="kl_coef", kind="kl_kind", reference="kl_reference")
+        if rl.get("kl_coef") != 0
+        else None,
+        "reward": _picked(rl, fn="reward_fn", workers="reward_workers")
+        if rl.get("reward_fn") is not None
+        else None,
         "sampling": _same(rl, _SAMPLING),
         "ahead": _same(rl, _AHEAD) if rl.get("policy_lag_steps_max") != 0 else None,
     }
     if "baseline" in rl:
-        grouped["baseline"] = _off_is_none(value, "clip") if rl["baseline"] == "value" else rl["baseline"]
+        grouped["baseline"] = (
+            _off_is_none(value, "clip") if rl["baseline"] == "value" else rl["baseline"]
+        )
     return {**{name: field for name, field in rl.items() if name not in _FLAT_RL}, **grouped}
 
 

@@ -16,9 +16,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rollouts.config.field_types import ConfigError, nearest
+from rollouts.config.field_types import ConfigError, nearest_path
 from rollouts.config.job import Config
 from rollouts.config.json_form import field_types
+from rollouts.python_source import class_source, parsed
 
 _ITEM = re.compile(r"\[\d+\]|\.\d+(?=\.|$)")  # the place of an item in a list
 
@@ -55,8 +56,11 @@ def explain(path: str) -> tuple[FieldDoc, ...]:
     found = [field for field in fields if f"{written(field.path)}.".startswith(f"{path}.")]
     found = found or [field for field in fields if path in (field.name, field.section)]
     if not found:
-        known = [*(_plain(field.path) for field in fields), *dict.fromkeys(field.name for field in fields)]
-        raise ConfigError(f"explain: a config has no field {path!r}{nearest(path, known)}")
+        known = [
+            *(_plain(field.path) for field in fields),
+            *dict.fromkeys(field.name for field in fields),
+        ]
+        raise ConfigError(f"explain: a config has no field {path!r}{nearest_path(path, known)}")
     return tuple(found)
 
 
@@ -76,7 +80,13 @@ def _fields_of(schema: type, prefix: str) -> Iterator[FieldDoc]:
         yield FieldDoc(path, type_text(expected), meaning, schema.__name__)
         is_list = typing.get_origin(expected) is list
         for part in parts:
-            inner = f"{path}[]." if is_list else f"{path}[{part.__name__}]." if len(parts) > 1 else f"{path}."
+            inner = (
+                f"{path}[{part.__name__}]."
+                if len(parts) > 1
+                else f"{path}[]."
+                if is_list
+                else f"{path}."
+            )
             yield from _fields_of(part, inner)
 
 
@@ -86,9 +96,14 @@ def type_text(expected: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " | ".join(type_text(choice) for choice in typing.get_args(expected))
     if origin is Literal:
-        return " | ".join(f'"{choice}"' if isinstance(choice, str) else repr(choice) for choice in expected.__args__)
+        return " | ".join(
+            f'"{choice}"' if isinstance(choice, str) else repr(choice)
+            for choice in expected.__args__
+        )
     if origin is not None:
-        return f"{origin.__name__}[{', '.join(type_text(item) for item in typing.get_args(expected))}]"
+        return (
+            f"{origin.__name__}[{', '.join(type_text(item) for item in typing.get_args(expected))}]"
+        )
     return "None" if expected is type(None) else str(expected.__name__)
 
 
@@ -109,12 +124,14 @@ def _classes(schema: type) -> Iterator[type]:
 
 def _docstring(schema: type) -> str:
     doc = schema.__doc__ or ""
-    return "" if doc.startswith(f"{schema.__name__}(") else inspect.cleandoc(doc)  # dataclass writes a signature
+    # dataclass writes a signature
+    return "" if doc.startswith(f"{schema.__name__}(") else inspect.cleandoc(doc)
 
 
 @functools.cache
 def field_comments(schema: type) -> dict[str, str]:
-    """Return {field: the comments on its lines} of a class of the schema and of those that it inherits from."""
+    """Return {field: the comments on its lines, and right above} of a class of the schema and of those that it inherits
+    from."""
     found: dict[str, str] = {}
     for item in reversed(schema.__mro__):
         if dataclasses.is_dataclass(item):
@@ -123,26 +140,25 @@ def field_comments(schema: type) -> dict[str, str]:
 
 
 def _own_comments(schema: type) -> dict[str, str]:
-    source = inspect.getsource(schema)
+    source = class_source(schema)
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
-    body = typing.cast(ast.ClassDef, ast.parse(source).body[0]).body
+    comments = {
+        token.start[0]: token.string.lstrip("# ")
+        for token in tokens
+        if token.type == tokenize.COMMENT
+    }
+    alone = [line.lstrip().startswith("#") for line in source.splitlines()]
+    body = typing.cast(ast.ClassDef, parsed(source).body[0]).body
     found = {}
     for node in body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
-            found[node.target.id] = _joined(node, {line: comments[line] for line in lines if line in comments})
+            first = node.lineno
+            while first - 1 in comments and alone[first - 2]:
+                first -= 1
+            last = node.end_lineno or node.lineno
+            said = [comments[line] for line in range(first, last + 1) if line in comments]
+            found[node.target.id] = " ".join(said)
     return found
-
-
-def _joined(node: ast.AnnAssign, comments: dict[int, str]) -> str:
-    """Return a field's comments as one text; one beside a choice of a Literal is introduced by that choice."""
-    choices = {
-        item.lineno: str(item.value)
-        for item in ast.walk(node.annotation)
-        if isinstance(item, ast.Constant) and node.lineno < item.lineno < (node.end_lineno or node.lineno)
-    }
-    return "; ".join(f"{choices[line]}: {text}" if line in choices else text for line, text in comments.items())
 
 
 def _plain(path: str) -> str:

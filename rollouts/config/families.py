@@ -20,7 +20,9 @@ class Family:
     sizes: Mapping[str, Mapping[str, Any]]  # {hub id: its own fields}
 
 
-def _size(hidden: int, mlp: int, layers: int, heads: int, key_heads: int, **more: Any) -> dict[str, Any]:
+def _size(
+    hidden: int, mlp: int, layers: int, heads: int, key_heads: int, **more: Any
+) -> dict[str, Any]:
     return {
         "hidden_size": hidden,
         "intermediate_size": mlp,
@@ -71,7 +73,9 @@ FAMILIES = (
         sizes={
             "meta-llama/Llama-3.2-1B-Instruct": _size(2048, 8192, 16, 32, 8, head_dim=64, **_TIED),
             "meta-llama/Llama-3.2-3B-Instruct": _size(3072, 8192, 28, 24, 8, head_dim=128, **_TIED),
-            "meta-llama/Llama-3.1-8B-Instruct": _size(4096, 14_336, 32, 32, 8, tie_word_embeddings=False),
+            "meta-llama/Llama-3.1-8B-Instruct": _size(
+                4096, 14_336, 32, 32, 8, tie_word_embeddings=False
+            ),
         },
     ),
     Family(
@@ -109,8 +113,12 @@ FAMILIES = (
         is_gated=True,
         sizes={
             "mistralai/Mistral-7B-Instruct-v0.3": _size(4096, 14_336, 32, 32, 8, vocab_size=32_768),
-            "mistralai/Mistral-Nemo-Instruct-2407": _size(5120, 14_336, 40, 32, 8, vocab_size=131_072),
-            "mistralai/Mistral-Small-24B-Instruct-2501": _size(5120, 32_768, 40, 32, 8, vocab_size=131_072),
+            "mistralai/Mistral-Nemo-Instruct-2407": _size(
+                5120, 14_336, 40, 32, 8, vocab_size=131_072
+            ),
+            "mistralai/Mistral-Small-24B-Instruct-2501": _size(
+                5120, 32_768, 40, 32, 8, vocab_size=131_072
+            ),
         },
     ),
     Family(
@@ -126,7 +134,9 @@ FAMILIES = (
         },
     ),
 )
-INSTRUCT = ("Qwen/Qwen2.5-",)  # whose chat models are named <base>-Instruct, with the same config.json
+INSTRUCT = (
+    "Qwen/Qwen2.5-",
+)  # whose chat models are named <base>-Instruct, with the same config.json
 
 
 def known_models() -> dict[str, dict[str, Any]]:
@@ -144,4 +154,6 @@ def known_models() -> dict[str, dict[str, Any]]:
 def family_of(model: str) -> Family | None:
     """Return the family of a hub id; None for another model."""
     names = (model, model.removesuffix("-Instruct"))
-    return next((family for family in FAMILIES if any(name in family.sizes for name in names)), None)
+    return next(
+        (family for family in FAMILIES if any(name in family.sizes for name in names)), None
+    )

@@ -22,7 +22,9 @@ def type_problems(value: Any, expected: Any, path: str) -> Iterator[tuple[str, s
             return
         hints = typing.get_type_hints(expected)
         for field in dataclasses.fields(typing.cast(Any, value)):
-            yield from type_problems(getattr(value, field.name), hints[field.name], f"{path}.{field.name}".lstrip("."))
+            yield from type_problems(
+                getattr(value, field.name), hints[field.name], f"{path}.{field.name}".lstrip(".")
+            )
     elif origin in (typing.Union, types.UnionType):
         yield from _union_problems(value, typing.get_args(expected), path)
     elif origin is list:
@@ -32,7 +34,9 @@ def type_problems(value: Any, expected: Any, path: str) -> Iterator[tuple[str, s
         for index, item in enumerate(value):
             yield from type_problems(item, typing.get_args(expected)[0], f"{path}[{index}]")
     elif origin is dict:
-        if not isinstance(value, dict) or not all(isinstance(text, str) for pair in value.items() for text in pair):
+        if not isinstance(value, dict) or not all(
+            isinstance(text, str) for pair in value.items() for text in pair
+        ):
             yield path, f"{path}={value!r}: needs a dict of str to str"
     elif origin is Literal:
         choices = typing.get_args(expected)
@@ -47,12 +51,16 @@ def _union_problems(value: Any, choices: tuple[Any, ...], path: str) -> Iterator
     if value is None and type(None) in choices:
         return
     others = [choice for choice in choices if choice is not type(None)]
-    of_its_class = [choice for choice in others if dataclasses.is_dataclass(choice) and type(value) is choice]
+    of_its_class = [
+        choice for choice in others if dataclasses.is_dataclass(choice) and type(value) is choice
+    ]
     if of_its_class or len(others) == 1:
         yield from type_problems(value, (of_its_class or others)[0], path)
         return
     if all(any(True for _ in type_problems(value, choice, path)) for choice in others):
-        names = [repr(a) for c in others if typing.get_origin(c) is Literal for a in typing.get_args(c)]
+        names = [
+            repr(a) for c in others if typing.get_origin(c) is Literal for a in typing.get_args(c)
+        ]
         names += [c.__name__ for c in others if isinstance(c, type)]
         names += [str(c) for c in others if typing.get_origin(c) is list]
         near = nearest(str(value).partition("(")[0], [name.strip("'") for name in names])
@@ -65,6 +73,19 @@ def _scalar_problems(value: Any, expected: type, path: str) -> Iterator[tuple[st
         yield path, f"{path}={value!r}: needs {expected.__name__}, found {type(value).__name__}"
     elif isinstance(value, float) and not math.isfinite(value):
         yield path, f"{path}={value!r}: needs a finite number"
+
+
+def nearest_path(path: str, known: Iterable[str]) -> str:
+    """Return as `nearest` the field that was meant: one of that name in the same section, at another depth, first."""
+    paths = list(known)
+    top, _, name = path.partition(".")
+    name = name.rpartition(".")[2]
+    inside = [
+        other for other in paths if other.startswith(f"{top}.") and other.endswith(f".{name}")
+    ]
+    if name and len(inside) == 1:
+        return f"; did you mean {inside[0]!r}?"
+    return nearest(path, paths)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -29,18 +29,28 @@ def load_config(path: str | os.PathLike[str], say: Callable[[str], None] | None 
     if file.is_dir():
         raise ConfigError(f"{file}: is a directory; a config is a .py file.{_near_file(file)}")
     if not file.exists():
-        shipped = " Shipped configs are in configs/." if Path("configs/00_cpu_sft_rl.py").is_file() else ""
+        shipped = (
+            " Shipped configs are in configs/."
+            if Path("configs/00_cpu_sft_rl.py").is_file()
+            else ""
+        )
         raise ConfigError(f"{file}: no such file.{_near_file(file)}{shipped}")
     if not file.is_file():
         raise ConfigError(f"{file}: is not a plain file.")
     if file.suffix in NO_CONFIGS:
-        raise ConfigError(f"{file}: is not a config: that is a .py file that ends with `config = Config(...)`.")
+        raise ConfigError(
+            f"{file}: is not a config: that is a .py file that ends with `config = Config(...)`."
+        )
     names = _names_of(file)
     if "config" not in names:
-        raise ConfigError(f"{file}: defines no `config`. A config file ends with `config = Config(...)`.")
+        raise ConfigError(
+            f"{file}: defines no `config`. A config file ends with `config = Config(...)`."
+        )
     config = names["config"]
     if not isinstance(config, Config):
-        raise ConfigError(f"{file}: `config` is {type(config).__name__}, needs to be a Config of rollouts.config.")
+        raise ConfigError(
+            f"{file}: `config` is {type(config).__name__}, needs to be a Config of rollouts.config."
+        )
     return config
 
 
@@ -52,15 +62,23 @@ def _names_of(file: Path) -> dict[str, Any]:
     _LOADING.append(file.resolve())
     try:
         if b"\0" in file.read_bytes():
-            raise SyntaxError("it has zero bytes, as no text has")  # Python 3.11.3 and older raise ValueError
+            # Python 3.11.3 and older raise ValueError
+            raise SyntaxError("it has zero bytes, as no text has")
         return runpy.run_path(str(file))
     except SyntaxError as error:
         line = (error.text or "").rstrip()
         if error.filename is None:  # not text at all
             raise ConfigError(f"{file}: is not a config: {error.msg}") from None
-        raise ConfigError(f"{error.filename}:{error.lineno}: {error.msg}\n    {line.strip()}") from None
-    except (Exception, SystemExit) as error:  # whatever a user's file raises is shown with its line, not our traceback
-        mistakes = field_mistakes(file) if isinstance(error, TypeError) and "__init__() " in str(error) else []
+        raise ConfigError(
+            f"{error.filename}:{error.lineno}: {error.msg}\n    {line.strip()}"
+        ) from None
+    except (Exception, SystemExit) as error:
+        # whatever a user's file raises is shown with its line, not our traceback
+        mistakes = (
+            field_mistakes(file)
+            if isinstance(error, TypeError) and "__init__() " in str(error)
+            else []
+        )
         raise ConfigError("\n".join(mistakes) or describe_exception(file, error)) from None
     finally:
         _LOADING.pop()

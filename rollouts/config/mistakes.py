@@ -16,21 +16,27 @@ from rollouts.config import schema
 from rollouts.config.earlier import MOVED, MOVED_CLASSES
 from rollouts.config.field_types import ConfigError, nearest
 from rollouts.config.job import Config
+from rollouts.python_source import parsed
 
 _SECTIONS = [item for name in schema.__all__ if isinstance(item := getattr(schema, name), type)]
 _CLASSES: tuple[type, ...] = (Config, *(item for item in _SECTIONS if item is not schema.Sections))
 
 
 def describe_exception(file: Path, error: BaseException) -> str:
-    own = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == file]
+    own = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == file
+    ]
     text = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
     wanted = re.match(
-        r"cannot import name '(\w+)' from '(?:base_config|rollouts\.config)'|name '(\w+)' is not defined", str(error)
+        r"cannot import name '(\w+)' from '(?:base_config|rollouts\.config)'|name '(\w+)' is not defined",
+        str(error),
     )
     if wanted:
         name = wanted[1] or wanted[2]
         moved = MOVED_CLASSES.get(name)
-        text += f"; it is {moved} now" if moved else nearest(name, [item.__name__ for item in _CLASSES])
+        text += (
+            f"; it is {moved} now" if moved else nearest(name, [item.__name__ for item in _CLASSES])
+        )
     return f"{file}:{own[-1].lineno}: {text}" if own else f"{file}: {text}"
 
 
@@ -61,15 +67,27 @@ def _noting_init(found: list[tuple[str, int, str]]) -> typing.Callable[..., None
         name, known = type(self).__name__, [field.name for field in dataclasses.fields(self)]
         file, line, lines = _calling_line(name)
         if args:
-            found.append((file, line, f"{name} takes its fields by name: {len(args)} came without one"))
+            found.append(
+                (file, line, f"{name} takes its fields by name: {len(args)} came without one")
+            )
         for key in given.keys() - set(known):
             moved = MOVED.get(name, {}).get(key)
-            near = f"; it is {moved} now" if moved else nearest(key, [k for k in known if k not in given] or known)
+            near = (
+                f"; it is {moved} now"
+                if moved
+                else nearest(key, [k for k in known if k not in given] or known)
+            )
             message = f"{name} has no field {key!r}{near}"
             found.append((file, lines.get(key, line), message))
         missing = [key for key in known if key not in given]
         if missing and not args:
-            found.append((file, line, f"{name} needs {', '.join(map(repr, missing))}: no field has a default"))
+            found.append(
+                (
+                    file,
+                    line,
+                    f"{name} needs {', '.join(map(repr, missing))}: no field has a default",
+                )
+            )
         for key in known:
             object.__setattr__(self, key, given.get(key, _Unset()))
 
@@ -83,10 +101,16 @@ def _calling_line(class_name: str) -> tuple[str, int, dict[str, int]]:
         frame = frame.f_back
     file, line = frame.f_code.co_filename, frame.f_lineno
     try:
-        calls = [node for node in ast.walk(ast.parse(Path(file).read_text())) if isinstance(node, ast.Call)]
+        calls = [
+            node for node in ast.walk(parsed(Path(file).read_text())) if isinstance(node, ast.Call)
+        ]
     except (OSError, ValueError, SyntaxError):
         return file, line, {}
     here = [call for call in calls if call.lineno <= line <= (call.end_lineno or call.lineno)]
-    own = [call for call in here if ast.unparse(call.func).rpartition(".")[2] in (class_name, "replace")]
+    own = [
+        call
+        for call in here
+        if ast.unparse(call.func).rpartition(".")[2] in (class_name, "replace")
+    ]
     keywords = [word for call in own if call.lineno == line for word in call.keywords if word.arg]
     return file, line, {str(word.arg): word.lineno for word in keywords}

@@ -14,12 +14,19 @@ from typing import Any, Literal
 
 from rollouts.config import schema
 from rollouts.config.changed import changed
-from rollouts.config.field_types import ConfigError, nearest, type_problems
+from rollouts.config.field_types import ConfigError, nearest, nearest_path, type_problems
 from rollouts.config.job import Config
 from rollouts.config.json_form import field_types
+from rollouts.python_source import parsed_expression
 
 SETTING_CHARS_MAX = 4000
-WORDS: dict[str, Any] = {"true": True, "false": False, "none": None, "null": None}  # by what others write for them
+# by what others write for them
+WORDS: dict[str, Any] = {"true": True, "false": False, "none": None, "null": None}
+GROUPS: dict[str, Any] = {
+    name: getattr(schema, name)
+    for name in schema.__all__
+    if dataclasses.is_dataclass(getattr(schema, name))
+}
 SHORT_MAX = 40  # letters of a run's name that say what differs
 
 
@@ -61,13 +68,17 @@ def variants(base: Config, settings: Sequence[str]) -> list[Variant]:
     found = []
     for combination in itertools.product(*choices.values()):
         fields = dict(zip(choices, combination, strict=True))
-        found.append(Variant(changed(base, fields), _label({path: fields[path] for path in many}), fields))
+        found.append(
+            Variant(changed(base, fields), _label({path: fields[path] for path in many}), fields)
+        )
     return found
 
 
 def _setting(base: Config, setting: str) -> tuple[str, list[Any]]:
     if len(setting) > SETTING_CHARS_MAX:
-        raise ConfigError(f"--set {setting[:60]}…: has {len(setting)} characters; {SETTING_CHARS_MAX} at most")
+        raise ConfigError(
+            f"--set {setting[:60]}…: has {len(setting)} characters; {SETTING_CHARS_MAX} at most"
+        )
     path, sign, text = setting.partition("=")
     if not sign or not path:
         raise ConfigError(f"--set {setting}: needs field=value, such as rl.matrix_lr=1e-6")
@@ -93,7 +104,8 @@ def _meant(value: Any, expected: Any) -> str:
         return f"; write {int(value)}"
     if value == "":
         return "; nothing stands where a value should"
-    return _meant_by_text(value, expected) if isinstance(value, str) else ""
+    by_text = _meant_by_text(value, expected) if isinstance(value, str) else ""
+    return by_text or _as_call(value, expected)
 
 
 def _meant_by_text(value: str, expected: Any) -> str:
@@ -102,10 +114,21 @@ def _meant_by_text(value: str, expected: Any) -> str:
     texts = [part.strip(" '\"") for part in value.strip("[]").split(",")]
     if _fits(texts, expected):
         return f"; texts in a list stand in quotes, and all of it in the shell's: {json.dumps(texts)!r}"
-    if value in schema.__all__:
-        return f"; write {value}(…) with all of its fields"
     odd = sorted({letter for letter in value if not letter.isascii()})
     return f"; {' '.join(odd)} is not a sign of numbers" if odd else ""
+
+
+def _as_call(value: Any, expected: Any) -> str:
+    """Return how a group is written, in a list where it stands in one: that which the value names, else the first."""
+    is_list = typing.get_origin(expected) is list
+    kinds = typing.get_args(expected)[0] if is_list else expected
+    groups = [kind for kind in (kinds, *typing.get_args(kinds)) if kind in GROUPS.values()]
+    if not groups:
+        return ""
+    text = str(value).lower()
+    named = [group for group in groups if group.__name__.lower() in text] or groups
+    call = f"{named[0].__name__}({', '.join(f'{name}=…' for name in field_types(named[0]))})"
+    return f"; write {f'[{call}]' if is_list else call}, all of it in the shell's quotes"
 
 
 def _whole_path(base: Config, path: str, setting: str) -> str:
@@ -118,7 +141,9 @@ def _whole_path(base: Config, path: str, setting: str) -> str:
         return same_end[0]
     if same_end:
         raise ConfigError(f"--set {setting}: {path!r} may be {' or '.join(same_end)}: name one")
-    raise ConfigError(f"--set {setting}: this config has no field {path!r}{nearest(path, known)}")
+    raise ConfigError(
+        f"--set {setting}: this config has no field {path!r}{nearest_path(path, known)}"
+    )
 
 
 def _paths(value: Any, prefix: str) -> Iterator[str]:
@@ -164,37 +189,52 @@ def _split(text: str) -> list[str]:
 
 
 def _value(text: str, expected: Any) -> Any:
-    """Return a value as the config file would have it: a group by its call, a text with or without quotes."""
-    called = re.match(r"(\w+)\(", text)
-    if called and called[1] in schema.__all__:
-        return _called(text, called[1])
+    """Return a value as the config file would have it: groups by their calls, a text with or without quotes."""
     try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+        value = _read(parsed_expression(text))
+    except (ValueError, RecursionError, MemoryError):
         return text
+    except SyntaxError as error:
+        if _takes_text(expected) or not any(f"{name}(" in text for name in GROUPS):
+            return text
+        raise ConfigError(str(error)) from None
     if _takes_text(expected) and not _fits(value, expected):
         return text  # such as the name 0.5B or 1
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) and expected is float else value
+    return (
+        float(value)
+        if isinstance(value, int) and not isinstance(value, bool) and expected is float
+        else value
+    )
 
 
-def _called(text: str, name: str) -> Any:
-    """Return a group of the schema out of its call with plain values. Raises ConfigError."""
+def _read(node: ast.expr) -> Any:
+    """Return a plain value or groups. Raises ValueError for another expression, ConfigError for a wrong call."""
+    match node:
+        case ast.List(elts=items):
+            return [_read(item) for item in items]
+        case ast.Call(func=ast.Name(id=name)) if name in GROUPS:
+            return _called(node, name)
+    return ast.literal_eval(node)
+
+
+def _called(call: ast.Call, name: str) -> Any:
+    """Return a group of the schema out of its call with plain values and groups. Raises ConfigError."""
+    text = ast.unparse(call)
+    if call.args:
+        raise ConfigError(f"{text}: {name} takes its fields by name")
     try:
-        call = typing.cast(ast.Call, ast.parse(text, mode="eval").body)
-        if call.args:
-            raise ConfigError(f"{text}: {name} takes its fields by name")
-        fields = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
-        _check_names(name, list(fields))
-        return getattr(schema, name)(**fields)
-    except (ValueError, AttributeError):
-        raise ConfigError(f"{text}: needs plain values: numbers, texts, True, False, None, lists") from None
-    except (SyntaxError, TypeError) as error:
-        raise ConfigError(str(error)) from None
+        fields = {str(word.arg): _read(word.value) for word in call.keywords}
+    except ValueError:
+        raise ConfigError(
+            f"{text}: needs plain values: numbers, texts, True, False, None, lists, groups"
+        ) from None
+    _check_names(name, list(fields))
+    return GROUPS[name](**fields)
 
 
 def _check_names(name: str, given: Sequence[str]) -> None:
     """Raise ConfigError for fields that a group of the schema lacks, or that are left out."""
-    known = [field.name for field in dataclasses.fields(getattr(schema, name))]
+    known = [field.name for field in dataclasses.fields(GROUPS[name])]
     left = [field for field in known if field not in given]
     if unknown := [field for field in given if field not in known]:
         raise ConfigError(f"{name} has no field {unknown[0]!r}{nearest(unknown[0], left or known)}")

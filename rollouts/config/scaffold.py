@@ -40,7 +40,8 @@ GIB_PER_BILLION = 2.0  # of weights in bfloat16
 ENGINE_SHARE = 0.85  # of a card that an engine has for itself
 # Learning rates to start from: full fine-tuning by size, LoRA about ten times as much
 RATES = {"sft": ((1.0, 2e-5), (9.0, 1e-5), (100.0, 5e-6)), "rl": ((9.0, 1e-6), (100.0, 5e-7))}
-RATES_FROM_SCRATCH = {"sft": ((0.01, 3e-3), (100.0, 3e-4)), "rl": ((0.01, 5e-4), (100.0, 1e-5))}  # of random weights
+# of random weights
+RATES_FROM_SCRATCH = {"sft": ((0.01, 3e-3), (100.0, 3e-4)), "rl": ((0.01, 5e-4), (100.0, 1e-5))}
 LORA_FACTOR = 10.0
 
 
@@ -98,6 +99,7 @@ def scaffold(choices: Choices) -> Config:
     return Config(
         target=TargetConfig(
             hosts=1,
+            hosts_min=1,
             gpu_ranks=trainers,
             device_type="cuda" if on_gpu else "cpu",
             sharding="full_shard" if len(trainers) > 1 else "none",
@@ -146,6 +148,7 @@ def scaffold(choices: Choices) -> Config:
             sample_timeout_s=600.0,
             reward_timeout_s=30.0,
             stop_grace_s=30.0,
+            restarts_max=0,
         ),
         output=_output(choices),
         provision=None,
@@ -159,11 +162,13 @@ def _output(choices: Choices) -> OutputConfig:
         experiment_name=choices.experiment_name,
         use_wandb=False,
         wandb_project="",
+        trackers=[],
         mode=choices.mode,
         source_checkpoint=None,
         checkpoints_keep=2,
         checkpoint_best={},
         on_end=None,
+        on_warning=None,
     )
 
 
@@ -176,6 +181,7 @@ def _layout(choices: Choices) -> tuple[list[int], EngineConfig | None]:
     if not gpus:
         sync, rows = DiskSync(on_tmpfs=False), 256
         return [0], Embedded(
+            hosts=None,
             requirements_file=None,
             gpu_ranks=[0],
             replicas=1,
@@ -184,11 +190,14 @@ def _layout(choices: Choices) -> tuple[list[int], EngineConfig | None]:
             weight_sync=sync,
             **shared,
         )
-    trainers, engines = (gpus, gpus) if choices.colocated else (gpus[: len(gpus) // 2], gpus[len(gpus) // 2 :])
+    trainers, engines = (
+        (gpus, gpus) if choices.colocated else (gpus[: len(gpus) // 2], gpus[len(gpus) // 2 :])
+    )
     alone = not choices.colocated
     size = _tensor_parallel(choices, len(engines))
     replicas = len(engines) // size
     return trainers, SGLang(
+        hosts=None,
         requirements_file=f"{choices.package_files}requirements/sglang-cuda.txt",
         gpu_ranks=engines[: replicas * size],
         replicas=replicas,
@@ -255,7 +264,9 @@ def _holds_out(choices: Choices) -> bool:
 
 def _train(data: DataChoice) -> DatasetSpec:
     held = 0 if data.test_split else _held_rows(data)
-    return _spec(data, split=data.split, start=0, stop=data.rows - held if held and data.rows else -1)
+    return _spec(
+        data, split=data.split, start=0, stop=data.rows - held if held and data.rows else -1
+    )
 
 
 def _held_out(data: DataChoice) -> DatasetSpec:
@@ -268,7 +279,7 @@ def _spec(data: DataChoice, *, split: str, start: int, stop: int) -> DatasetSpec
     """Return rows shuffled by one seed, so that the slices that train and that are held out share none."""
     return DatasetSpec(
         name=data.name,
-        format=data.format,  # type: ignore[arg-type]  # one of the formats: `Config.problems` checks it
+        format=data.format,
         split=split,
         subset=data.subset,
         shuffle_seed=SEED,
@@ -299,7 +310,13 @@ def _rate(stage: Literal["sft", "rl"], choices: Choices) -> float:
 
 def _optimizer() -> OptimizerConfig:
     return OptimizerConfig(
-        muon=None, beta1=0.9, beta2=0.95, eps=1e-8, max_grad_norm=1.0, warmup_frac=0.05, schedule="linear"
+        muon=None,
+        beta1=0.9,
+        beta2=0.95,
+        eps=1e-8,
+        max_grad_norm=1.0,
+        warmup_frac=0.05,
+        schedule="linear",
     )
 
 
@@ -354,12 +371,19 @@ def _rl(choices: Choices) -> RLConfig:
         save_every=50,
         log_every=1,
         baseline="group_mean",
-        loss=GRPO(advantage_norm="group_std", aggregation="token_mean", entropy_coef=0.0, importance=None),
+        loss=GRPO(
+            advantage_norm="group_std", aggregation="token_mean", entropy_coef=0.0, importance=None
+        ),
         kl=None,
         reward=RewardConfig(fn=choices.reward or "", workers=4 if choices.gpus else 0),
         agent=None,
         sampling=SamplingConfig(
-            source="engine", seed=SEED, sync_every=1, filter_fn=None, over_sampling_factor=1.0, retries_max=0
+            source="engine",
+            seed=SEED,
+            sync_every=1,
+            filter_fn=None,
+            over_sampling_factor=1.0,
+            retries_max=0,
         ),
         ahead=None,
     )

@@ -45,9 +45,12 @@ def _call(value: Any, margin: str, comments: dict[str, dict[str, str]]) -> str:
     """Return the expression that builds a value; its first line is not indented, the others by `margin` and more."""
     inner = margin + INDENT
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        own = comments.pop(type(value).__name__, {})  # of the first of its class: the next ones say no more
+        # of the first of its class: the next ones say no more
+        own = comments.pop(type(value).__name__, {})
         lines = [
-            _with_comment(f"{name}={_call(getattr(value, name), inner, comments)},", own.get(name), inner)
+            _with_comment(
+                f"{name}={_call(getattr(value, name), inner, comments)},", own.get(name), inner
+            )
             for name in (field.name for field in dataclasses.fields(value))
         ]
         return f"{type(value).__name__}(\n{''.join(lines)}{margin})"

@@ -3,11 +3,13 @@
 Each kind has a `command` module: READY_PATH, `argv(server)`, `env(device_type, tree)` and `modules(device_type)`.
 """
 
-from collections.abc import Mapping
+import posixpath
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 from rollouts.config import EngineConfig, ModelConfig
 from rollouts.engines.embedded import command as embedded
+from rollouts.engines.send_model import START_NAME
 from rollouts.engines.server_spec import DeviceType, ServerSpec
 from rollouts.engines.sglang import command as sglang
 from rollouts.engines.vllm import command as vllm
@@ -28,14 +30,19 @@ def group_env(interface: str) -> dict[str, str]:
     return {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}
 
 
-def engine_url(engine: EngineConfig, replica: int = 0) -> str:
+def url_of(host: str, port: int) -> str:
+    """Return the URL of a server, without a trailing slash; `host` may be an IPv6 address."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def engine_url(engine: EngineConfig, replica: int = 0, *, host: str = HOST) -> str:
     """Return the URL of a replica, without a trailing slash."""
-    return f"http://{HOST}:{engine.sglang_port + replica}"
+    return url_of(host, engine.sglang_port + replica)
 
 
-def ready_url(engine: EngineConfig, replica: int = 0) -> str:
+def ready_url(engine: EngineConfig, replica: int = 0, *, host: str = HOST) -> str:
     """Return the URL that answers 200 once that replica serves; needs no key."""
-    return f"{engine_url(engine, replica)}{COMMANDS[engine.kind].READY_PATH}"
+    return f"{engine_url(engine, replica, host=host)}{COMMANDS[engine.kind].READY_PATH}"
 
 
 def router_url(engine: EngineConfig) -> str | None:
@@ -48,11 +55,38 @@ def router_ready_url(engine: EngineConfig) -> str:
     return f"{router_url(engine)}{sglang.ROUTER_READY_PATH}"
 
 
-def router_argv(engine: EngineConfig, *, python: str, request_timeout_s: float) -> tuple[str, ...]:
-    """Return the command line of the router, in the engines' environment, from the repository's root."""
+def router_argv(
+    engine: EngineConfig, urls: Sequence[str], *, python: str, request_timeout_s: float
+) -> tuple[str, ...]:
+    """Return the command line of the router of `urls`, in the engines' environment, from the repository's root."""
     assert engine.router_port is not None, "a config with a router"
-    urls = [engine_url(engine, replica) for replica in range(engine.replicas)]
-    return (python, *sglang.router_argv(HOST, engine.router_port, urls, timeout_s=request_timeout_s))
+    return (
+        python,
+        *sglang.router_argv(HOST, engine.router_port, urls, timeout_s=request_timeout_s),
+    )
+
+
+def sent_model_path(weights: str) -> str:
+    """Return where a model lies that another host sent, for engines to start with; `weights`: the run's directory."""
+    return posixpath.join(weights, START_NAME)
+
+
+def receiver_ready_url(host: str, port: int) -> str:
+    """Return the URL that answers 200 once weights for the engines of a host are taken there; needs no key."""
+    return f"{url_of(host, port)}/ready"
+
+
+def receiver_argv(
+    python: str, host: str, port: int, *, weights: str, versions: str
+) -> tuple[str, ...]:
+    """Return the command line of what takes weights for a host's engines; any Python will do.
+
+    The model that they start with goes below `weights`, and each version of the weights below `versions`.
+    """
+    return (
+        *(python, "-m", "rollouts.engines.receive_model", "--host", host, "--port", str(port)),
+        *("--start", sent_model_path(weights), "--versions", versions),
+    )
 
 
 def engine_argv(
@@ -64,6 +98,7 @@ def engine_argv(
     device_type: DeviceType,
     seed: int,
     replica: int = 0,
+    host: str = HOST,
 ) -> tuple[str, ...]:
     """Return the command line that serves `model_path` (a Hugging Face directory with weights) at `engine_url`.
 
@@ -76,7 +111,7 @@ def engine_argv(
         model=model,
         model_path=model_path,
         device_type=device_type,
-        host=HOST,
+        host=host,
         port=engine.sglang_port + replica,
         seed=seed + replica,
     )

@@ -229,6 +229,8 @@ def _first(rules: Sequence[tuple[str, str]], lines: Sequence[str]) -> str | None
     for pattern, message in rules:
         found = re.search(pattern, text)
         if found:
-            said = message.format(**{name: value or "" for name, value in found.groupdict().items()})
+            said = message.format(
+                **{name: value or "" for name, value in found.groupdict().items()}
+            )
             return said.replace(" ()", "").replace("  ", " ").replace(" .", ".").replace(" :", ":")
     return None

@@ -5,13 +5,24 @@ these variables: no command line, plan, tmux variable, log or config has them. O
 variables, so they can neither sample (api key) nor change weights (admin key).
 """
 
+import hashlib
+import hmac
 import os
 import secrets
 
 API_KEY_VARIABLE = "ROLLOUTS_ENGINE_API_KEY"  # to sample and to ask
-ADMIN_KEY_VARIABLE = "ROLLOUTS_ENGINE_ADMIN_KEY"  # for weights, pauses, aborts: SGLang's `--admin-api-key`
+ADMIN_KEY_VARIABLE = (
+    "ROLLOUTS_ENGINE_ADMIN_KEY"  # for weights, pauses, aborts: SGLang's `--admin-api-key`
+)
 OPEN_ROUTES = ("/health", "/ready", "/metrics")  # prefixes
-API_ROUTES = ("/generate", "/model_info", "/get_model_info", "/server_info", "/get_server_info", "/version")
+API_ROUTES = (
+    "/generate",
+    "/model_info",
+    "/get_model_info",
+    "/server_info",
+    "/get_server_info",
+    "/version",
+)
 API_PREFIXES = ("/v1/", "/inference/")  # OpenAI's routes, and vLLM's of tokens
 
 
@@ -39,12 +50,26 @@ def key_for(path: str, api_key: str | None, admin_key: str | None) -> str | None
 def is_allowed(path: str, authorization: str, api_key: str | None, admin_key: str | None) -> bool:
     """Return whether a request with this Authorization header ("" for none) is allowed `path`."""
     needed = key_for(path, api_key, admin_key)
-    return needed is None or secrets.compare_digest(authorization.encode(), f"Bearer {needed}".encode())
+    return needed is None or secrets.compare_digest(
+        authorization.encode(), f"Bearer {needed}".encode()
+    )
 
 
 def new_keys() -> dict[str, str]:
     """Return fresh keys, by variable."""
-    return {API_KEY_VARIABLE: secrets.token_urlsafe(32), ADMIN_KEY_VARIABLE: secrets.token_urlsafe(32)}
+    return {
+        API_KEY_VARIABLE: secrets.token_urlsafe(32),
+        ADMIN_KEY_VARIABLE: secrets.token_urlsafe(32),
+    }
+
+
+def shared_keys(group_key: str) -> dict[str, str]:
+    """Return the keys of a run on several hosts, by variable: each host makes the same from the run's group key."""
+
+    def made(name: str) -> str:
+        return hmac.new(group_key.encode(), name.encode(), hashlib.sha256).hexdigest()
+
+    return {name: made(name) for name in (API_KEY_VARIABLE, ADMIN_KEY_VARIABLE)}
 
 
 def read_keys() -> tuple[Key | None, Key | None]:

@@ -4,7 +4,8 @@ import random
 import socket
 from collections.abc import Collection
 
-PORTS_FROM, PORTS_BEFORE, PORT_TRIES = 20_000, 32_000, 200  # below those that Linux gives to outgoing connections
+# below those that Linux gives to outgoing connections
+PORTS_FROM, PORTS_BEFORE, PORT_TRIES = 20_000, 32_000, 200
 
 
 def port_is_free(port: int) -> bool:

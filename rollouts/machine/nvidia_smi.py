@@ -13,6 +13,7 @@ FIELDS = ("index", "uuid", "name", "memory.total", "memory.free")  # every nvidi
 # An nvidia-smi refuses a query over one field that it does not know: compute_cap came with driver 495, MIG with 450
 NEWER_FIELDS = ("driver_version", "compute_mode", "mig.mode.current", "compute_cap")
 PROCESS_FIELDS = ("gpu_uuid", "pid", "used_memory", "process_name")
+USAGE_FIELDS = ("index", "utilization.gpu", "memory.used", "memory.total")
 NVIDIA_SMI_TIMEOUT_S = 20  # it hangs where the driver waits for a broken card
 GPU_FREE_SHARE_MIN = 0.9  # a device with less free memory is in use
 
@@ -44,6 +45,34 @@ class GpuProcess:
     running_for: str = ""  # "02:13:04", "3-02:13:04" with days
 
 
+@dataclass(frozen=True, kw_only=True)
+class GpuUsage:
+    """How busy one card is. None: nvidia-smi does not tell, as of a card in MIG mode."""
+
+    index: int
+    use: float | None  # 0 to 1: in which share of the last moments it computed anything
+    memory_mib: int | None
+    memory_total_mib: int | None
+
+
+def read_usage(lines: Iterable[str]) -> tuple[GpuUsage, ...]:
+    """Return the cards of a query of USAGE_FIELDS, in csv without header and units; other lines are left out."""
+    found = []
+    for line in lines:
+        cells = [cell.strip() for cell in line.split(",")]
+        if len(cells) == len(USAGE_FIELDS) and cells[0].isdigit():
+            use, used, total = map(_number, cells[1:])
+            found.append(
+                GpuUsage(
+                    index=int(cells[0]),
+                    use=None if use is None else min(1.0, use / 100),
+                    memory_mib=used,
+                    memory_total_mib=total,
+                )
+            )
+    return tuple(found)
+
+
 def read_gpus(lines: Sequence[str], fields: str) -> tuple[tuple[Gpu, ...], str]:
     """Return the cards, and what nvidia-smi said instead of listing one. `fields`: the query's, with commas."""
     names = fields.split(",") if fields else list(FIELDS)
@@ -70,7 +99,10 @@ def read_driver(lines: Sequence[str], fields: str) -> str | None:
 
 def _gpu(cells: Mapping[str, str]) -> Gpu:
     total, free = _number(cells["memory.total"]), _number(cells["memory.free"])
-    untold = next((cells[name] for name in ("memory.total", "memory.free") if _number(cells[name]) is None), "")
+    untold = next(
+        (cells[name] for name in ("memory.total", "memory.free") if _number(cells[name]) is None),
+        "",
+    )
     return Gpu(
         index=int(cells["index"]),
         uuid=cells["uuid"],
@@ -117,12 +149,18 @@ def _word(cells: Mapping[str, str], name: str) -> str:
 
 def is_broken(gpu: Gpu) -> bool:
     """Return whether nvidia-smi cannot read the card: other than where a card, or a container, tells no memory."""
-    return bool(gpu.unreadable) and not re.match(r"\[(N/A|Not Supported|Insufficient Permissions)\]", gpu.unreadable)
+    return bool(gpu.unreadable) and not re.match(
+        r"\[(N/A|Not Supported|Insufficient Permissions)\]", gpu.unreadable
+    )
 
 
 def holders(gpu: Gpu, processes: Iterable[GpuProcess]) -> list[GpuProcess]:
     """Return the processes that use a card for themselves: an MPS server only hands it on."""
-    return [found for found in processes if found.gpu_uuid == gpu.uuid and "nvidia-cuda-mps" not in found.name]
+    return [
+        found
+        for found in processes
+        if found.gpu_uuid == gpu.uuid and "nvidia-cuda-mps" not in found.name
+    ]
 
 
 def describe_gpu(gpu: Gpu) -> str:

@@ -30,6 +30,11 @@ TIMEOUT_S = 3600.0
 ANSWER = {"items": list[dict[str, Any]], "bytes": int, "removed": list[str], "problems": list[str]}
 ITEM = {"kind": str, "path": str, "run_id": str, "bytes": int, "idle_s": float, "keep": str}
 DAY_S = 86_400.0
+SEVERAL = {
+    "code": "copies of code",
+    "weights": "copies of weights",
+    "removed": "removed directories",
+}  # others take an s
 
 
 def collect(remote: str | None, *, older_than: str, yes: bool, confirm: Confirm | None) -> Answer:
@@ -38,10 +43,18 @@ def collect(remote: str | None, *, older_than: str, yes: bool, confirm: Confirm 
         now = time.time()
         older_than_s = now - read_moment(older_than, now=now, option="--older-than")
         if older_than_s < 0:
-            raise DeployError(f"--older-than {older_than!r} lies ahead.", needed="a time that has passed, such as 14d")
+            raise DeployError(
+                f"--older-than {older_than!r} lies ahead.",
+                needed="a time that has passed, such as 14d",
+            )
         with contextlib.closing(open_transport(remote)) as transport:
             facts = gather_facts(transport)
-            question = {"home": facts.home, "older_than_s": older_than_s, "have": _have(facts), "remove": None}
+            question = {
+                "home": facts.home,
+                "older_than_s": older_than_s,
+                "have": _have(facts),
+                "remove": None,
+            }
             answer = _ask(transport, facts, question)
             free = [item["path"] for item in answer["items"] if not item["keep"]]
             listed = _text(answer, transport.target, facts.home, older_than)
@@ -50,11 +63,17 @@ def collect(remote: str | None, *, older_than: str, yes: bool, confirm: Confirm 
                 listed = ""
             if not free or not yes:
                 more = "\n`deploy gc … --yes` removes it" if free and confirm is None else ""
-                return Answer({"target": transport.target, **answer}, f"{listed}{more}" or "nothing was removed")
-            done = _ask(transport, facts, question | {"remove": free})
+                return Answer(
+                    {"target": transport.target, **answer},
+                    f"{listed}{more}" or "nothing was removed",
+                )
+            # the copies as they are now: the answer may have taken its time
+            done = _ask(transport, facts, question | {"have": _have(facts), "remove": free})
         text = f"removed {len(done['removed'])} of {len(free)}: {size_text(done['bytes'])} on {transport.target}"
         notes = tuple(f"note: {problem}" for problem in done["problems"])
-        return Answer({"target": transport.target, **done}, f"{listed}\n{text}".strip(), remarks=notes)
+        return Answer(
+            {"target": transport.target, **done}, f"{listed}\n{text}".strip(), remarks=notes
+        )
 
 
 def _have(facts: HostFacts) -> dict[str, dict[str, str]]:
@@ -62,18 +81,27 @@ def _have(facts: HostFacts) -> dict[str, dict[str, str]]:
     there = {row["run_id"] for row in facts.runs}
     entries = [entry for entry in registry.entries() if entry.run_id in there]
     return {
-        entry.run_id: {name: mark for name, mark in copies_in(entry.mirror).items() if name.startswith("checkpoints/")}
+        entry.run_id: {
+            name: mark
+            for name, mark in copies_in(entry.mirror).items()
+            if name.startswith("checkpoints/")
+        }
         for entry in entries
     }
 
 
 def _ask(transport: Transport, facts: HostFacts, question: dict[str, Any]) -> dict[str, Any]:
     if facts.python is None:
-        raise DeployError(f"{transport.target} has no Python 3.10 or newer.", found=", ".join(facts.pythons_seen))
+        raise DeployError(
+            f"{transport.target} has no Python 3.10 or newer.", found=", ".join(facts.pythons_seen)
+        )
     argv, program = sent_program(facts.python, PROGRAM)
     done = transport.run(argv, stdin=program + json.dumps(question).encode(), timeout_s=TIMEOUT_S)
     if done.returncode != 0:
-        raise DeployError(f"{transport.target}: what takes room there could not be found out.", found=done.err[-1000:])
+        raise DeployError(
+            f"{transport.target}: what takes room there could not be found out.",
+            found=done.err[-1000:],
+        )
     answer = read_answer(transport.target, "what takes room there", done.out, ANSWER)
     return answer | {"items": [checked(item, ITEM) for item in answer["items"]]}
 
@@ -89,11 +117,19 @@ def _text(answer: dict[str, Any], target: str, home: str, older_than: str) -> st
         if free
         else f"nothing on {where} may go: nothing was unused for {older_than}, or left over"
     )
-    reasons: dict[str, list[int]] = {}
+    reasons: dict[tuple[str, str], list[int]] = {}
     for item in kept:
-        reasons.setdefault(f"{item['kind']}: {one_line(item['keep'])}", []).append(item["bytes"])
-    lines += [f"stays: {len(sizes)} {why} ({size_text(sum(sizes))})" for why, sizes in sorted(reasons.items())]
+        key = one_line(item["kind"]), one_line(item["keep"])
+        reasons.setdefault(key, []).append(item["bytes"])
+    lines += [
+        f"stays: {_counted(len(sizes), kind)}: {why} ({size_text(sum(sizes))})"
+        for (kind, why), sizes in sorted(reasons.items())
+    ]
     return "\n".join(lines)
+
+
+def _counted(count: int, kind: str) -> str:
+    return f"{count} {kind if count == 1 else SEVERAL.get(kind, f'{kind}s')}"
 
 
 def _table(items: Sequence[dict[str, Any]], home: str) -> str:
@@ -101,6 +137,11 @@ def _table(items: Sequence[dict[str, Any]], home: str) -> str:
     for item in sorted(items, key=lambda item: -item["bytes"]):
         days = f"{item['idle_s'] / DAY_S:.0f} d"
         rows.append(
-            [one_line(item["kind"]), size_text(item["bytes"]), days, one_line(item["path"]).removeprefix(home + "/")]
+            [
+                one_line(item["kind"]),
+                size_text(item["bytes"]),
+                days,
+                one_line(item["path"]).removeprefix(home + "/"),
+            ]
         )
     return columns(rows)

@@ -34,7 +34,9 @@ CPU_MEMORY_GIB = 0.0  # no GPU's memory is planned
 MODES = ("sft", "rl", "sft+rl")
 
 
-def answered(given: Mapping[str, Any], *, ask: Callable[[str, str | None], str] | None) -> dict[str, Any]:
+def answered(
+    given: Mapping[str, Any], *, ask: Callable[[str, str | None], str] | None
+) -> dict[str, Any]:
     """Return the answers to all QUESTIONS: those that are given, and asked for the others.
 
     Raises DeployError for a wrong answer, and without `ask` (no terminal) naming every option that is missing.
@@ -45,14 +47,19 @@ def answered(given: Mapping[str, Any], *, ask: Callable[[str, str | None], str] 
     missing = [name for name in QUESTIONS if name not in found]
     if missing and ask is None:
         options = " ".join(f"--{name.replace('_', '-')} …" for name in missing)
-        raise DeployError(f"missing: {options}", fix="give them, or run it in a terminal, where they are asked for")
+        raise DeployError(
+            f"missing: {options}",
+            fix="give them, or run it in a terminal, where they are asked for",
+        )
     for name in missing:
         if name == "gpu_memory_gib" and found["gpus"] == 0:
             found[name] = CPU_MEMORY_GIB
         elif ask is not None:
             found[name] = _number(name, ask(*QUESTIONS[name]))
     if found["mode"] not in MODES:
-        raise DeployError(f"--mode {found['mode']!r}: needs {', '.join(MODES)}{nearest(found['mode'], MODES)}")
+        raise DeployError(
+            f"--mode {found['mode']!r}: needs {', '.join(MODES)}{nearest(found['mode'], MODES)}"
+        )
     return found
 
 
@@ -73,14 +80,23 @@ def new(asked: Asked) -> Answer:
             file.write(made.text)
         if wants_tiny(asked.model):
             shutil.copytree(tiny_model(), asked.model)
-            lines = [f"wrote {asked.model}/: a model of letters with random weights, to try things with"]
+            lines = [
+                f"wrote {asked.model}/: a model of letters with random weights, to try things with"
+            ]
     except OSError as error:
-        raise DeployError(f"{error.filename or asked.file}: cannot be written: {error.strerror}") from None
+        raise DeployError(
+            f"{error.filename or asked.file}: cannot be written: {error.strerror}"
+        ) from None
     lines = [f"wrote {asked.file}: every field, with what it means", *lines, *made.memory]
     lines += [f"  {path}={literal(value)}, so that it fits" for path, value in made.changes.items()]
     lines += [f"next: deploy {asked.file} --plan"]
-    document = {"file": str(asked.file), "config": made.config.to_json(), "changed_to_fit": dict(made.changes)}
-    return Answer(document, "\n".join(lines))
+    document = {
+        "file": str(asked.file),
+        "config": made.config.to_json(),
+        "changed_to_fit": dict(made.changes),
+    }
+    notes = tuple(f"note: {line}" for line in made.unchecked)
+    return Answer(document, "\n".join(lines), remarks=notes)
 
 
 def explain_fields(path: str | None) -> Answer:
@@ -89,7 +105,9 @@ def explain_fields(path: str | None) -> Answer:
         fields = explain(path) if path else all_fields()
     except ConfigError as error:
         raise DeployError(str(error).removeprefix("explain: ")) from None
-    document = [{"path": field.path, "type": field.type, "meaning": field.meaning} for field in fields]
+    document = [
+        {"path": field.path, "type": field.type, "meaning": field.meaning} for field in fields
+    ]
     return Answer(document, _fields_text(fields))
 
 
@@ -115,7 +133,9 @@ class Side:
 def diff(before: str, after: str) -> Answer:
     """Compare two configs, or two runs with their code and environments (`deploy diff A B`)."""
     first, second = _side(before), _side(after)
-    found = [(item.path, item.before, item.after) for item in differences(first.config, second.config)]
+    found = [
+        (item.path, item.before, item.after) for item in differences(first.config, second.config)
+    ]
     kinds = [kind for kind in first.digests if kind in second.digests]
     found += [
         (kind, first.digests[kind], second.digests[kind])
@@ -129,8 +149,16 @@ def diff(before: str, after: str) -> Answer:
         "differences": [{"path": path, "before": old, "after": new} for path, old, new in found],
         "same": same,
     }
-    table = columns([["field", first.name, second.name], *([path, _shown(a), _shown(b)] for path, a, b in found)])
-    words = [table if found else "no difference", *([f"the same: {', '.join(same)}"] if same else [])]
+    table = columns(
+        [
+            ["field", first.name, second.name],
+            *([path, _shown(a), _shown(b)] for path, a, b in found),
+        ]
+    )
+    words = [
+        table if found else "no difference",
+        *([f"the same: {', '.join(same)}"] if same else []),
+    ]
     return Answer(document, "\n".join(words))
 
 
@@ -144,7 +172,9 @@ def _side(name: str) -> Side:
     if path.suffix in (".py", ".json") or path.exists():
         config = _load(path / "config.json" if path.is_dir() else path)
         directory = path if path.is_dir() else path.parent
-        return Side(name, config, _digests(RunDir(directory)) if (directory / "code").is_dir() else {})
+        return Side(
+            name, config, _digests(RunDir(directory)) if (directory / "code").is_dir() else {}
+        )
     run = RunDir(Path(known_run(name).local_dir))
     return Side(run.run_id, _load(run.config), _digests(run))
 

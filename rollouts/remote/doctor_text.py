@@ -38,7 +38,11 @@ def doctor_text(found: Findings, *, width: int) -> str:
     parts += [_problem("error", problem, width) for problem in found.stops]
     parts += [_problem("warning", problem, width) for problem in found.warnings]
     count = len(found.stops)
-    parts.append(f"{count} problem{'s stop' if count > 1 else ' stops'} a run." if count else "Nothing stops a run.")
+    parts.append(
+        f"{count} problem{'s stop' if count > 1 else ' stops'} a run."
+        if count
+        else "Nothing stops a run."
+    )
     return "\n\n".join(parts)
 
 
@@ -47,7 +51,9 @@ def _row(name: str, value: str, width: int) -> str:
 
 
 def _wrapped(head: str, text: str, width: int) -> str:
-    lines = textwrap.wrap(text, width - len(head), break_long_words=False, break_on_hyphens=False) or [""]
+    lines = textwrap.wrap(
+        text, width - len(head), break_long_words=False, break_on_hyphens=False
+    ) or [""]
     return "\n".join([head + lines[0], *(" " * len(head) + line for line in lines[1:])])
 
 
@@ -55,14 +61,23 @@ def _problem(kind: str, problem: Problem, width: int) -> str:
     lines = [_wrapped(f"{kind}: ", problem.message, width)]
     for name, value in (("found", problem.found), ("needed", problem.needed), ("fix", problem.fix)):
         heads = [f"  {name:<7} ", *[" " * 10] * value.count("\n")]
-        lines += [_wrapped(head, line, width) for head, line in zip(heads, value.splitlines(), strict=False)]
+        lines += [
+            _wrapped(head, line, width)
+            for head, line in zip(heads, value.splitlines(), strict=False)
+        ]
     return "\n".join(lines)
 
 
 def _health_rows(health: HostHealth, facts: HostFacts) -> Iterator[tuple[str, str]]:
-    allowed = f", {health.cores_allowed:g} for this user" if health.cores_allowed < health.cores else ""
+    allowed = (
+        f", {health.cores_allowed:g} for this user" if health.cores_allowed < health.cores else ""
+    )
     yield "cores", f"{health.cores}{allowed}"
-    limit = f", at most {_gib(health.memory_limit_mib)} for this user" if health.memory_limit_mib else ""
+    limit = (
+        f", at most {_gib(health.memory_limit_mib)} for this user"
+        if health.memory_limit_mib
+        else ""
+    )
     if health.memory_mib:
         yield "memory", f"{_gib(health.memory_free_mib)} of {_gib(health.memory_mib)} free{limit}"
     for disk in health.disks:
@@ -70,7 +85,10 @@ def _health_rows(health: HostHealth, facts: HostFacts) -> Iterator[tuple[str, st
     yield "limits", _limits(health)
     yield "clock", _clock(health)
     for site in health.sites:
-        yield ("index" if site.kind == "package index" else site.kind), _site(site.url, site.seconds, site.problem)
+        yield (
+            ("index" if site.kind == "package index" else site.kind),
+            _site(site.url, site.seconds, site.problem),
+        )
     if health.offline:
         yield "hub", "not asked: HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set there"
     for model in health.models:
@@ -97,7 +115,9 @@ def _disk(disk: Disk) -> str:
 
 def _limits(health: HostHealth) -> str:
     def shown(limits: tuple[int | None, ...], unit: str = "") -> str:
-        return " to ".join(dict.fromkeys("no limit" if limit is None else f"{limit}{unit}" for limit in limits))
+        return " to ".join(
+            dict.fromkeys("no limit" if limit is None else f"{limit}{unit}" for limit in limits)
+        )
 
     return (
         f"open files {shown(health.open_files)}, processes {shown(health.processes)},"
@@ -114,7 +134,9 @@ def _clock(health: HostHealth) -> str:
 
 
 def _site(url: str, seconds: float | None, problem: str) -> str:
-    return f"{url}: {problem}" if problem or seconds is None else f"{url} answers in {seconds:.2f} s"
+    return (
+        f"{url}: {problem}" if problem or seconds is None else f"{url} answers in {seconds:.2f} s"
+    )
 
 
 def _card(card: CardHealth) -> str:
@@ -124,7 +146,9 @@ def _card(card: CardHealth) -> str:
         words.append(f"PCIe{generation}, {card.pcie_width} of {card.pcie_width_max} lanes")
     if card.ecc:
         counts = f", {card.ecc_uncorrected or 0} errors not corrected, {card.ecc_corrected or 0} corrected"
-        words.append(f"ECC {'on' if card.ecc == 'Enabled' else 'off'}{counts if card.ecc == 'Enabled' else ''}")
+        words.append(
+            f"ECC {'on' if card.ecc == 'Enabled' else 'off'}{counts if card.ecc == 'Enabled' else ''}"
+        )
     words += [f"{card.temperature_c} °C"] if card.temperature_c is not None else []
     return "; ".join(words) or "tells nothing more"
 
@@ -151,5 +175,9 @@ def _kind(kind: str) -> str:
 def _holder(process: GpuProcess, facts: HostFacts, owner: tuple[str, float] | None) -> str:
     index = next((str(gpu.index) for gpu in facts.gpus if gpu.uuid == process.gpu_uuid), "?")
     memory = f", {process.memory_mib} MiB" if process.memory_mib is not None else ""
-    since = f", of {owner[0]}, since {time.strftime('%Y-%m-%d %H:%M', time.localtime(owner[1]))}" if owner else ""
+    since = (
+        f", of {owner[0]}, since {time.strftime('%Y-%m-%d %H:%M', time.localtime(owner[1]))}"
+        if owner
+        else ""
+    )
     return f"GPU {index}: pid {process.pid} {process.name}{memory}{since}"

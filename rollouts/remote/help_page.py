@@ -34,12 +34,19 @@ goes on, and a killed deploy loses nothing:
   deploy stop RUN                end it after a checkpoint; --now: at once
   deploy pull RUN                bring all results here, verified; one that
                                  was cut off goes on where it broke
+  deploy cp RUN:PATH DEST        some files of it alone, to any place here
+  deploy ssh RUN                 a shell in its directory on its host;
+                                 `-- COMMAND` runs that
   deploy tag RUN NAME            another name for a run, of your own
   deploy rm RUN...               remove runs that are over, here and there
   deploy gc --remote gpu-7       list what takes room there, and remove it
   deploy forget RUN              drop this machine's record; the results stay
   deploy diff A B                two configs or runs, field by field
   deploy report RUN RUN          one HTML file: curves, answers, samples
+  deploy track RUN --to wandb    copy it into a tracker: wandb, trackio,
+                                 mlflow, tensorboard
+  deploy ui                      a page in the browser: live, compared,
+                                 every sample; --remote for a host's runs
   deploy plot RUN --metric M -o F.png
                                  one curve as a picture
   deploy offers --gpu H100       what clouds would rent out, by price
@@ -62,7 +69,8 @@ Options of deploy CONFIG:
   --json                       for programs: one JSON document for --plan,
                                --show, ls, status, stop, pull, logs; while
                                following, one object a line: {"type":
-                               "progress" | "event" | "metrics" | "eval", …},
+                               "progress" | "event" | "metrics" | "eval" |
+                               "usage", …},
                                last {"type": "result" | "error", …}
   --set FIELD=VALUE            another value for a field of the config, as
                                rl.matrix_lr=1e-6; may be given several times.
@@ -77,6 +85,10 @@ Options of deploy CONFIG:
   --queue                      the same, on as many of any such GPUs; all
                                runs of a sweep are sent at once, and run side
                                by side where there is room
+  --slurm FILE                 as a job of the Slurm on the login host that
+                               --remote names; FILE has lines of #SBATCH
+  --sky FILE                   write a task for `sky launch FILE`, on a cloud
+                               or Kubernetes; nothing is started
   --at-once N                  so many runs without GPUs at a time; default 1
   --detach                     launch and return
   --run-id NAME                name of the run and its tmux session; default

@@ -18,13 +18,13 @@ from rollouts.remote.machine_end import alarm
 from rollouts.remote.run import registry
 from rollouts.remote.run.last_seen import last_seen, list_row, with_host
 from rollouts.remote.run.run_names import known_run
-from rollouts.remote.run.tags import tag_run, tags, untag_run
+from rollouts.remote.run.tags import damaged_tags, tag_run, tags, untag_run
 from rollouts.run_dir import State
 from rollouts.view.answer import Answer
 from rollouts.view.screen import terminal_width
 from rollouts.view.tables import runs_text
 
-STATES = (*get_args(State), "not launched", "unknown")
+STATES = (*get_args(State), "not launched", "interrupted", "unknown")
 SORTS = {
     "started": None,  # as they come
     "run": "run_id",
@@ -57,11 +57,19 @@ class Wanted:
         field = SORTS[self.sort]
         if field is None:
             return found
-        return sorted(found, key=lambda row: (row[field] is not None, 0 if row[field] is None else row[field]))
+        return sorted(
+            found, key=lambda row: (row[field] is not None, 0 if row[field] is None else row[field])
+        )
 
 
 def read_wanted(
-    *, states: Sequence[str], experiment: str | None, since: str | None, sort: str, now: float, tag: str | None = None
+    *,
+    states: Sequence[str],
+    experiment: str | None,
+    since: str | None,
+    sort: str,
+    now: float,
+    tag: str | None = None,
 ) -> Wanted:
     """Return what the options of `ls` ask for. Raises DeployError with every mistake."""
     named = [part.strip().replace("-", " ") for state in states for part in state.split(",")]
@@ -71,7 +79,9 @@ def read_wanted(
             needed=f"one of {', '.join(STATES)}; or several: failed,died",
         )
     if sort not in SORTS:
-        raise DeployError(f"--sort {sort!r}: runs cannot be sorted by that.", needed=f"one of {', '.join(SORTS)}")
+        raise DeployError(
+            f"--sort {sort!r}: runs cannot be sorted by that.", needed=f"one of {', '.join(SORTS)}"
+        )
     begin = 0.0 if since is None else read_moment(since, now=now)
     return Wanted(tuple(named), experiment or "*", begin, sort, tag)
 
@@ -83,43 +93,61 @@ def read_moment(text: str, *, now: float, option: str = "--since") -> float:
     with contextlib.suppress(ValueError, OverflowError):
         return time.mktime(time.strptime(text, "%Y-%m-%d"))
     raise DeployError(
-        f"{option} {text!r} is not a time.", needed="30m, 12h, 2d or 1w: so long ago; or a date such as 2026-11-01"
+        f"{option} {text!r} is not a time.",
+        needed="30m, 12h, 2d or 1w: so long ago; or a date such as 2026-11-01",
     )
 
 
 def list_runs(*, remote: str | None, wanted: Wanted) -> Answer:
     """List the runs known here, as last seen (`deploy ls`); with --remote all runs on that host, as they are."""
     with as_deploy_errors():
-        rows, damaged = _rows_here(wanted) if remote is None else (_rows_there(remote, wanted), [])
+        rows, damaged = rows_here(wanted) if remote is None else (rows_there(remote, wanted), [])
         notes = (f"note: {file} cannot be read, and is left out" for file in damaged)
         text = runs_text(rows, width=terminal_width())
         return Answer(rows, text, remarks=tuple(notes), alarm=alarm())
 
 
-def _rows_here(wanted: Wanted) -> tuple[list[dict[str, Any]], list[Path]]:
+def rows_here(wanted: Wanted) -> tuple[list[dict[str, Any]], list[Path]]:
+    """Return the runs of the registry with their `tags`, and the files of entries or tags that cannot be read."""
     entries, damaged = registry.all_entries()
     asked = [entry for entry in entries if wanted.may_fit(entry.experiment_name, entry.created_at)]
+    rows = _tagged([last_seen(entry) for entry in asked], wanted)
+    return wanted.chosen(rows), [*damaged, *damaged_tags()]
+
+
+def row_here(run_id: str) -> dict[str, Any] | None:
+    """Return one run of the registry as `rows_here` does; None where it has no entry. Raises DeployError."""
+    entry = registry.find(run_id)
+    return None if entry is None else _tagged([last_seen(entry)], Wanted())[0]
+
+
+def _tagged(rows: Sequence[dict[str, Any]], wanted: Wanted) -> list[dict[str, Any]]:
+    """Return the rows with their `tags`; those alone whose tag is asked for, where one is."""
     named: dict[str, list[str]] = {}
     for tag, run_id in sorted(tags().items()):
         named.setdefault(run_id, []).append(tag)
-    rows = [last_seen(entry) | {"tags": named.get(entry.run_id, [])} for entry in asked]
-    if wanted.tag is not None:
-        rows = [row for row in rows if any(fnmatch.fnmatchcase(tag, wanted.tag) for tag in row["tags"])]
-    return wanted.chosen(rows), damaged
+    tagged = [row | {"tags": named.get(row["run_id"], [])} for row in rows]
+    if wanted.tag is None:
+        return tagged
+    return [
+        row for row in tagged if any(fnmatch.fnmatchcase(tag, wanted.tag) for tag in row["tags"])
+    ]
 
 
-def _rows_there(remote: str, wanted: Wanted) -> list[dict[str, Any]]:
+def rows_there(remote: str, wanted: Wanted) -> list[dict[str, Any]]:
     from rollouts.remote.host.facts import gather_facts
     from rollouts.remote.host.open import open_transport
 
     with contextlib.closing(open_transport(remote)) as transport:
         found = gather_facts(transport).runs
     asked = [row for row in found if wanted.may_fit(row["experiment_name"], row["started_at"])]
-    return wanted.chosen([host_row(remote, row) for row in asked])
+    return wanted.chosen(_tagged([host_row(remote, row) for row in asked], wanted))
 
 
 def host_row(target: str, row: dict[str, Any]) -> dict[str, Any]:
-    return list_row(target, row["experiment_name"], row["run_id"], row | {"message": with_host(row)})
+    return list_row(
+        target, row["experiment_name"], row["run_id"], row | {"message": with_host(row)}
+    )
 
 
 def tag(name: str, tag: str, *, remove: bool) -> Answer:

@@ -20,7 +20,7 @@ from rollouts.remote.errors import DeployError, Problem
 from rollouts.run_dir import home_dir
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-Reached = Literal["nothing", "registered", "launching", "launched", "ended"]
+Reached = Literal["nothing", "registered", "launching", "launched", "interrupted", "ended"]
 
 
 @dataclass
@@ -33,7 +33,7 @@ class RunProgress:
 
     @property
     def started(self) -> bool:
-        return self.reached in ("launching", "launched", "ended")
+        return self.reached in ("launching", "launched", "interrupted", "ended")
 
     def sentence(self) -> str:
         """Return what is true of the run now, and what goes on with it; "" if there is no run."""
@@ -44,6 +44,7 @@ class RunProgress:
             "registered": f"{run} was not launched: {go_on}",
             "launching": f"whether {run} was launched is not known: `deploy attach {run}` finds out",
             "launched": f"the run goes on on {target}: `deploy attach {run}`",
+            "interrupted": "",
             "ended": f"the run has ended, and its results are on {target}: `deploy pull {run}`",
         }[self.reached]
 
@@ -60,7 +61,9 @@ class Interrupted(DeployError):
 
 
 @contextlib.contextmanager
-def as_deploy_errors(run_id: str = "", target: str = "", reached: Reached = "nothing") -> Iterator[RunProgress]:
+def as_deploy_errors(
+    run_id: str = "", target: str = "", reached: Reached = "nothing"
+) -> Iterator[RunProgress]:
     """Let nothing out but DeployError, SystemExit and a broken pipe, each with the run's state."""
     progress = RunProgress(run_id, target, reached)
     try:
@@ -70,6 +73,8 @@ def as_deploy_errors(run_id: str = "", target: str = "", reached: Reached = "not
     except DeployError as error:
         error.started = error.started or progress.started
         error.standing = error.standing or progress.sentence()
+        error.run_id = error.run_id or progress.run_id
+        error.target = error.target or progress.target
         raise
     except KeyboardInterrupt:
         raise _with(Interrupted("interrupted."), progress) from None
@@ -91,6 +96,8 @@ def os_problem(error: OSError) -> Problem:
     words = error.strerror or str(error) or type(error).__name__
     where = f": {path}" if path else "."
     room = _room(path) if path else ""
+    if error.errno == errno.ENOENT and not path and not _is_somewhere():
+        return Problem("the directory that you are in is gone.", fix="cd to one that is there")
     if error.errno in FULL:
         return Problem(
             f"this machine's disk is full{where}",
@@ -98,12 +105,26 @@ def os_problem(error: OSError) -> Problem:
             fix="free some space here, or move the results to a larger disk (output.save_dir)",
         )
     if error.errno == errno.EROFS:
-        return Problem(f"this machine cannot write there{where}", found=f"{words}{room}", fix="use another directory")
+        return Problem(
+            f"this machine cannot write there{where}",
+            found=f"{words}{room}",
+            fix="use another directory",
+        )
     if error.errno in (errno.EACCES, errno.EPERM):
         return Problem(
-            f"this machine's user may not use that file{where}", found=words, fix="check who owns it, and its mode"
+            f"this machine's user may not use that file{where}",
+            found=words,
+            fix="check who owns it, and its mode",
         )
     return Problem(f"a file of this machine cannot be used{where}", found=words)
+
+
+def _is_somewhere() -> bool:
+    """Return whether this process's working directory is there."""
+    try:
+        return bool(os.getcwd())
+    except OSError:
+        return False
 
 
 def _room(path: str) -> str:
@@ -115,7 +136,11 @@ def _room(path: str) -> str:
         free = shutil.disk_usage(place).free
     except OSError:
         return ""
-    return f"; {free} bytes free in {place}" if free < 1 << 20 else f"; {free / 2**20:.0f} MiB free in {place}"
+    return (
+        f"; {free} bytes free in {place}"
+        if free < 1 << 20
+        else f"; {free / 2**20:.0f} MiB free in {place}"
+    )
 
 
 def unexpected(error: BaseException) -> DeployError:

@@ -9,7 +9,7 @@ from rollouts.remote.host.transport import LOCAL_TARGET
 from rollouts.remote.list_runs import host_row
 from rollouts.remote.local_faults import as_deploy_errors
 from rollouts.remote.plan.gpu_problems import host_advice
-from rollouts.remote.run.last_seen import last_error, list_row, with_host
+from rollouts.remote.run.last_seen import hosts_of, last_error, list_row, with_host
 from rollouts.remote.run.mirror_note import follower, read_note
 from rollouts.remote.run.open_run import OpenRun, open_run
 from rollouts.remote.run.registry import RunEntry
@@ -25,10 +25,16 @@ def status(run_id: str, *, remote: str | None) -> Answer:
     with open_run(run_id, remote, adopt=False) as run:
         entry = run.entry
         shown = list_row(entry.target, entry.experiment_name, entry.run_id, run.row)
-        shown |= {"message": _message(run), "run_path": entry.run_path, "local_dir": entry.local_dir}
+        shown |= hosts_of(entry) | {
+            "message": _message(run),
+            "run_path": entry.run_path,
+            "local_dir": entry.local_dir,
+        }
         shown["here"] = what_lies_here(entry)
         if run.row is None:
-            shown["state"] = {"gone": "gone", "never launched": "not launched"}.get(run.trace, "unreadable")
+            shown["state"] = {"gone": "gone", "never launched": "not launched"}.get(
+                run.trace, "unreadable"
+            )
     return Answer(shown, run_text(shown))
 
 
@@ -56,7 +62,9 @@ def _message(run: OpenRun) -> str:
 def check_host(remote: str | None, *, accept_new_host_key: bool) -> Answer:
     """Check what a host has and lacks, and list its runs (`deploy --remote T`). Exit code 2: it cannot run a job."""
     with as_deploy_errors():
-        with contextlib.closing(open_transport(remote, accept_new_host_key=accept_new_host_key)) as transport:
+        with contextlib.closing(
+            open_transport(remote, accept_new_host_key=accept_new_host_key)
+        ) as transport:
             facts = gather_facts(transport, check_way=True)
         target = remote or LOCAL_TARGET
         lacking = [tool for tool in ("tmux", "rsync") if tool not in facts.tools]

@@ -39,7 +39,12 @@ class Package:
             tree = read_tree(self.root, self.files)
         except OSError as error:
             raise unreadable(error) from None
-        return json.dumps({"version": self.version, "digest": tree_digest(tree), "files": tree}, indent=1) + "\n"
+        return (
+            json.dumps(
+                {"version": self.version, "digest": tree_digest(tree), "files": tree}, indent=1
+            )
+            + "\n"
+        )
 
 
 def is_clone(files: Collection[str]) -> bool:
@@ -55,7 +60,11 @@ def installed() -> Package:
         folders[:] = [name for name in folders if name not in LEFT_OUT and not name.startswith(".")]
         links = [name for name in folders if os.path.islink(os.path.join(directory, name))]
         assert not links, f"{directory}: {links} would not be sent"
-        found += [os.path.relpath(os.path.join(directory, name), root) for name in names if not name.startswith(".")]
+        found += [
+            os.path.relpath(os.path.join(directory, name), root)
+            for name in names
+            if not name.startswith(".")
+        ]
     return Package(root, tuple(sorted(found)), _version())
 
 
@@ -79,7 +88,12 @@ def package_requirements(extras: Sequence[str]) -> list[str]:
         return clone_requirements(root, extras)
     marked = [line.rpartition(";") for line in importlib.metadata.requires(NAME) or []]
     of_extra = {extra: re.compile(rf"""\s*extra == ['"]{extra}['"]\s*""") for extra in extras}
-    return [line.strip() for extra in extras for line, _, marker in marked if of_extra[extra].fullmatch(marker)]
+    return [
+        line.strip()
+        for extra in extras
+        for line, _, marker in marked
+        if of_extra[extra].fullmatch(marker)
+    ]
 
 
 def clone_requirements(root: Path, extras: Sequence[str]) -> list[str]:
@@ -89,7 +103,9 @@ def clone_requirements(root: Path, extras: Sequence[str]) -> list[str]:
         required: dict[str, Any] = _project(root)["optional-dependencies"]
         return [requirement for name in extras for requirement in required[name]]
     except FileNotFoundError:
-        raise DeployError(f"{file}: missing.", needed="its extra `train`, the trainer's requirements") from None
+        raise DeployError(
+            f"{file}: missing.", needed="its extra `train`, the trainer's requirements"
+        ) from None
     except tomllib.TOMLDecodeError as error:
         raise DeployError(f"{file}: not TOML: {error}", fix="correct that file") from None
     except KeyError as error:
@@ -100,7 +116,9 @@ def clone_requirements(root: Path, extras: Sequence[str]) -> list[str]:
 
 
 def _project(root: Path) -> dict[str, Any]:
-    found: dict[str, Any] = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    found: dict[str, Any] = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))[
+        "project"
+    ]
     return found
 
 
@@ -109,12 +127,19 @@ def _project(root: Path) -> dict[str, Any]:
 
 def named_file(root: Path, name: str) -> Path:
     """Return the file that a config names: of the package ("rollouts:requirements/…"), else of the repository."""
-    return folder() / name.removeprefix(PACKAGE_PREFIX) if name.startswith(PACKAGE_PREFIX) else root / name
+    return (
+        folder() / name.removeprefix(PACKAGE_PREFIX)
+        if name.startswith(PACKAGE_PREFIX)
+        else root / name
+    )
 
 
 def package_file_hint(name: str) -> str:
     """Return the package's file that is most like `name`, as a config names it; "" where none is alike."""
-    known = [f"{PACKAGE_PREFIX}requirements/{file.name}" for file in sorted((folder() / "requirements").glob("*.txt"))]
+    known = [
+        f"{PACKAGE_PREFIX}requirements/{file.name}"
+        for file in sorted((folder() / "requirements").glob("*.txt"))
+    ]
     base = f"{PACKAGE_PREFIX}requirements/{name.rpartition('/')[2]}"
     near = difflib.get_close_matches(base, known, n=1, cutoff=0.7)
     return near[0] if near else ""

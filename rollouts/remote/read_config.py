@@ -17,7 +17,10 @@ def show_config(path: str, settings: Sequence[str] = ()) -> Answer:
     """Return the whole config, as a file that derives from no other one (`deploy CONFIG --show`)."""
     with as_deploy_errors():
         if combinations(settings) > 1:
-            raise DeployError("--show prints one config, and --set asks for several.", fix="name one value a field")
+            raise DeployError(
+                "--show prints one config, and --set asks for several.",
+                fix="name one value a field",
+            )
         config = read_variants(path, settings)[0].config
         return Answer(config.to_json(), as_source(config).removesuffix("\n"))
 
@@ -73,7 +76,8 @@ def _config_of(directory: Path) -> Path:
     """Return the config.json of a run directory. Raises DeployError for another directory."""
     if (directory / "config.json").is_file():
         return directory / "config.json"
-    runs = sorted((file.parent for file in directory.glob("*/config.json")), reverse=True)  # the newest first
+    # the newest first
+    runs = sorted((file.parent for file in directory.glob("*/config.json")), reverse=True)
     configs = (sorted(directory.glob("*.py")) or runs)[:8]
     raise DeployError(
         f"{directory} is a directory, and no run's: it has no config.json.",
@@ -87,6 +91,12 @@ def _nul_bytes(value: object, place: str = "") -> Iterator[str]:
     """Name the texts of a config with a zero byte: no path, variable or command line can hold one."""
     if isinstance(value, str) and "\0" in value:
         yield f"{place}={value!r}: needs a text without a zero byte"
-    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    parts = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, part in parts:
         yield from _nul_bytes(part, f"{place}.{key}" if place else str(key))

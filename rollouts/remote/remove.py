@@ -20,7 +20,7 @@ from rollouts.remote.host.sending import sent_program
 from rollouts.remote.host.transport import LOCAL_TARGET
 from rollouts.remote.local_faults import as_deploy_errors
 from rollouts.remote.run import registry
-from rollouts.remote.run.mirror_files import remove_tree
+from rollouts.remote.run.mirror_files import own_files, remove_tree
 from rollouts.remote.run.mirror_note import NOTE, follower
 from rollouts.remote.run.open_run import OpenRun, open_run
 from rollouts.remote.run.other_hosts import remove_others
@@ -45,6 +45,7 @@ class Condemned:
     is_registered: bool
     there: dict[str, str]
     here: dict[str, str]
+    own: tuple[str, ...]  # what the user put into the mirror
 
     @property
     def entry(self) -> RunEntry:
@@ -55,16 +56,22 @@ class Condemned:
         entry = self.entry
         only_there = only_in(self.there, self.here)
         lost = [f"only on {entry.target}: {_names(only_there)}"] if only_there else []
-        if not keep_results and self.is_registered and self.here:
+        if not keep_results and self.is_registered and (self.here or self.own):
             only_here = only_in(self.here, self.there)
             lost += [f"only in {entry.local_dir}: {_names(only_here)}"] if only_here else []
+            lost += [f"of your own in {entry.local_dir}: {_names(self.own)}"] if self.own else []
             both = [name for name in self.here if name not in (*only_here, *only_there)]
             lost += [f"on {entry.target} and in {entry.local_dir}: {_names(both)}"] if both else []
         return f"{entry.run_id}: {'; '.join(lost)}" if lost else ""
 
 
 def remove_runs(
-    names: Sequence[str], *, remote: str | None, keep_results: bool, yes: bool, confirm: Confirm | None
+    names: Sequence[str],
+    *,
+    remote: str | None,
+    keep_results: bool,
+    yes: bool,
+    confirm: Confirm | None,
 ) -> Answer:
     """Remove runs (`deploy rm RUN…`). Raises DeployError, with every reason, where one of them may not go."""
     with as_deploy_errors(), contextlib.ExitStack() as opened:
@@ -84,7 +91,11 @@ def remove_runs(
 
 
 def _nothing_removed(count: int) -> list[Problem]:
-    return [Problem("so none of these runs was removed.", fix="leave out those that may not go")] if count > 1 else []
+    return (
+        [Problem("so none of these runs was removed.", fix="leave out those that may not go")]
+        if count > 1
+        else []
+    )
 
 
 def _agree(lost: Sequence[str], *, yes: bool, confirm: Confirm | None) -> None:
@@ -92,11 +103,15 @@ def _agree(lost: Sequence[str], *, yes: bool, confirm: Confirm | None) -> None:
     if not lost or yes:
         return
     if confirm is not None:
-        if confirm("results that would be gone for good:\n" + "\n".join(map(one_line, lost)) + "\nRemove them?"):
+        if confirm(
+            "files that would be gone for good:\n"
+            + "\n".join(map(one_line, lost))
+            + "\nRemove them?"
+        ):
             return
         raise DeployError("nothing was removed.")
     raise DeployError(
-        "results would be gone for good.",
+        "files would be gone for good.",
         found="\n".join(lost),
         fix="--yes removes them; `deploy pull RUN`, then --keep-results leaves what lies here",
     )
@@ -105,7 +120,9 @@ def _agree(lost: Sequence[str], *, yes: bool, confirm: Confirm | None) -> None:
 def _look(run: OpenRun, *, keep_results: bool) -> Condemned:
     """Return what a run holds. Raises DeployError where it may not be removed."""
     entry = run.entry
-    run.progress.reached = "nothing"  # errors of this verb are of a removal: they say all themselves
+    run.progress.reached = (
+        "nothing"  # errors of this verb are of a removal: they say all themselves
+    )
     is_registered = registry.find(entry.run_id) is not None
     row = run.row
     if row is not None and (row["live"] or row["state"] == "silent"):
@@ -113,11 +130,10 @@ def _look(run: OpenRun, *, keep_results: bool) -> Condemned:
             f"{entry.run_id} is {row['state']} on {entry.target}, and stays.",
             fix=f"deploy stop {entry.run_id}, then remove it",
         )
-    if run.trace == "being launched":
-        raise DeployError(f"{entry.run_id} is being launched on {entry.target}, and stays.")
     if pid := follower(entry.mirror):
         raise DeployError(
-            f"{entry.run_id} is followed by process {pid} of this machine.", fix="let it end, or end it with Ctrl-C"
+            f"{entry.run_id} is followed by process {pid} of this machine.",
+            fix="let it end, or end it with Ctrl-C",
         )
     if is_registered and not keep_results and (reason := why_not_a_mirror(entry)):
         raise DeployError(
@@ -129,9 +145,13 @@ def _look(run: OpenRun, *, keep_results: bool) -> Condemned:
     if run.facts.run_exists:
         argv, program = sent_program(run.python, PROGRAM, "look", entry.run_path)
         done = run.transport.run(argv, stdin=program, timeout_s=LOOK_TIMEOUT_S)
-        answer = read_answer(entry.target, f"what {entry.run_path} holds", done.out, {"results": dict[str, str]})
+        answer = read_answer(
+            entry.target, f"what {entry.run_path} holds", done.out, {"results": dict[str, str]}
+        )
         there = dict(answer["results"])
-    return Condemned(run, is_registered, there, copies_in(entry.mirror) if is_registered else {})
+    here = copies_in(entry.mirror) if is_registered else {}
+    own = own_files(entry.mirror.path) if is_registered else ()
+    return Condemned(run, is_registered, there, here, own)
 
 
 def why_not_a_mirror(entry: RunEntry) -> str:
@@ -161,7 +181,9 @@ def _remove(condemned: Condemned, *, keep_results: bool) -> dict[str, Any]:
     size, note = 0, ""
     if run.facts.run_exists:
         places = [entry.local_dir] if entry.target == LOCAL_TARGET and not keep_results else []
-        argv, program = sent_program(run.python, PROGRAM, "remove", entry.run_path, json.dumps(places))
+        argv, program = sent_program(
+            run.python, PROGRAM, "remove", entry.run_path, json.dumps(places)
+        )
         done = run.transport.run(argv, stdin=program, timeout_s=REMOVE_TIMEOUT_S)
         fields = {"removed": bool, "reason": str, "bytes": int}
         answer = read_answer(entry.target, f"the removal of {entry.run_path}", done.out, fields)
@@ -189,7 +211,11 @@ def _remove(condemned: Condemned, *, keep_results: bool) -> dict[str, Any]:
 
 
 def _row_text(row: dict[str, Any]) -> str:
-    here = "its results here and its record" if row["removed_here"] else f"its record; {row['local_dir']} stays"
+    here = (
+        "its results here and its record"
+        if row["removed_here"]
+        else f"its record; {row['local_dir']} stays"
+    )
     if not row["removed_here"] and not os.path.lexists(row["local_dir"]):
         here = "its record"
     note = f"\n  note: {one_line(row['note'])}" if row["note"] else ""

@@ -1,7 +1,8 @@
-"""The verbs that draw runs: report and plot. They read what is here, and reach no host."""
+"""The verbs that show runs elsewhere: report, plot and track. They read what is here, and reach no host."""
 
 import contextlib
 import dataclasses
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from rollouts.config import Config, ConfigError, load_config
 from rollouts.config.diff import MISSING, differ_in_seeds_alone, differences
 from rollouts.config.source import literal
+from rollouts.health.rules import symptoms
 from rollouts.remote.errors import DeployError
 from rollouts.remote.run.run_names import known_run
 from rollouts.run_dir import write_bytes_atomic
@@ -17,7 +19,8 @@ from rollouts.view.answer import Answer
 from rollouts.view.charts import RunGroup, curve_chart, picture
 from rollouts.view.run_data import NotARunError, RunData, read_run
 from rollouts.view.run_report import ConfigDifference, make_report
-from rollouts.view.symptoms import symptoms
+from rollouts.view.track import Tracked, track
+from rollouts.view.trackers import TRACKERS
 
 PICTURES = (".png", ".svg")
 WIDTH = 520  # pixels of a picture, before it is scaled
@@ -31,26 +34,35 @@ class ReadRun:
     config: Config | None
 
 
-def plot(names: Sequence[str], *, metric: str, stage: str | None, output: Path) -> Answer:
+def plot(
+    names: Sequence[str], *, metric: str, stage: str | None, output: Path, by: str = "step"
+) -> Answer:
     """Draw one metric of one or several runs into a picture (`deploy plot`)."""
     if output.suffix not in PICTURES:
         raise DeployError(f"-o {output}: the name needs to end with {' or '.join(PICTURES)}.")
+    if by not in ("step", "tokens"):
+        raise DeployError(f"--by {by!r}: needs step or tokens.")
     runs = _read_all(names)
     chosen = stage or _stage_of(runs, metric)
     if not any(run.data.series(chosen, metric).values for run in runs):
         raise _no_metric(runs, metric, stage)
-    with _extra("view"):
-        drawn = picture(curve_chart(_groups(runs), chosen, metric, width=WIDTH), output.suffix[1:])
+    with extra("view"):
+        drawn = picture(
+            curve_chart(seed_groups(runs), chosen, metric, by=by, width=WIDTH), output.suffix[1:]
+        )
     _write(output, drawn)
-    return Answer({"file": str(output), "stage": chosen, "metric": metric}, f"wrote {output}: {metric} of {chosen}")
+    return Answer(
+        {"file": str(output), "stage": chosen, "metric": metric},
+        f"wrote {output}: {metric} of {chosen}",
+    )
 
 
 def report(names: Sequence[str], *, output: Path | None) -> Answer:
     """Write one HTML file about one or several runs (`deploy report`)."""
     runs = _read_all(names)
     file = output or Path(f"{runs[0].data.run_id}.html")
-    with _extra("view"):
-        page = make_report(_groups(runs), [_difference(runs[0], run) for run in runs[1:]])
+    with extra("view"):
+        page = make_report(seed_groups(runs), [difference_of(runs[0], run) for run in runs[1:]])
     _write(file, page.encode())
     found = [(run.data.run_id, symptom) for run in runs for symptom in symptoms(run.data)]
     document = {
@@ -64,13 +76,57 @@ def report(names: Sequence[str], *, output: Path | None) -> Answer:
     return Answer(document, "\n".join(lines))
 
 
-def _difference(first: ReadRun, second: ReadRun) -> ConfigDifference:
+def track_runs(names: Sequence[str], *, kind: str, project: str | None) -> Answer:
+    """Copy runs into an experiment tracker (`deploy track`). What it writes of its own goes to the screen as it is."""
+    if kind not in TRACKERS:
+        raise DeployError(f"--to {kind!r} is not a tracker.", fix=f"one of {', '.join(TRACKERS)}")
+    lines, found = [], []
+    for run in _read_all(names):
+        fed = [one for one in run.config.output.fed if one.kind == kind] if run.config else []
+        name = project or (
+            fed[0].project
+            if fed
+            else run.config.output.experiment_name
+            if run.config
+            else run.data.run_id
+        )
+        with contextlib.redirect_stdout(sys.stderr):  # what the tracker says
+            tracked = _tracked(run.data, kind, name)
+        found.append({"run": run.data.run_id, "project": name, "steps": tracked.steps})
+        lines.append(
+            f"{run.data.run_id}: {tracked.steps} new steps of {' and '.join(tracked.stages) or 'no stage'}"
+            f" to {kind}, project {name}"
+        )
+    return Answer({"tracker": kind, "runs": found}, "\n".join(lines))
+
+
+def _tracked(run: RunData, kind: str, project: str) -> Tracked:
+    try:
+        return track(run, kind, project)
+    except ModuleNotFoundError as error:
+        message = f"{error.name} is not installed: {kind} needs it."
+        raise DeployError(message, fix=f"pip install 'rollouts[{kind}]'") from None
+    except KeyboardInterrupt:
+        raise
+    except Exception as error:  # a tracker may raise anything; what it took before is noted
+        raise DeployError(
+            f"{run.run_id}: {kind} failed: {type(error).__name__}: {error}",
+            fix="the same command goes on from the last step that it took",
+        ) from error
+
+
+def difference_of(first: ReadRun, second: ReadRun) -> ConfigDifference:
     """Return the fields, the commit and the code that two runs do not share."""
     if first.config is None or second.config is None:
         unread = first if first.config is None else second
-        rows = [("config", f"the config of {unread.data.run_id} cannot be read by this version", "")]
+        rows = [
+            ("config", f"the config of {unread.data.run_id} cannot be read by this version", "")
+        ]
     else:
-        rows = [(d.path, _shown(d.before), _shown(d.after)) for d in differences(first.config, second.config)]
+        rows = [
+            (d.path, _shown(d.before), _shown(d.after))
+            for d in differences(first.config, second.config)
+        ]
     for name in ("commit", "code_digest"):
         before, after = getattr(first.data, name), getattr(second.data, name)
         rows += [(name, before, after)] if before != after else []
@@ -104,7 +160,7 @@ def _read_all(names: Sequence[str]) -> list[ReadRun]:
     """Read runs by name or by directory, each once. Raises DeployError."""
     paths = dict.fromkeys(_directory(name).resolve() for name in names)
     try:
-        return [ReadRun(read_run(path), _config(path)) for path in paths]
+        return [ReadRun(read_run(path), config_of(path)) for path in paths]
     except NotARunError as error:
         fix = "`deploy pull RUN` brings the results of a run here; `deploy ls` lists them"
         raise DeployError(f"{error}.", fix=fix) from None
@@ -115,13 +171,15 @@ def _directory(name: str) -> Path:
     return path if path.is_dir() else Path(known_run(name).local_dir)
 
 
-def _config(path: Path) -> Config | None:
-    with contextlib.suppress(ConfigError):  # damaged, or of a version that this one cannot read: shown as unknown
+def config_of(path: Path) -> Config | None:
+    """Return the config of a run's directory; None where this version cannot read it."""
+    # damaged, or of a version that this one cannot read: shown as unknown
+    with contextlib.suppress(ConfigError):
         return load_config(path / "config.json")
     return None
 
 
-def _groups(runs: Sequence[ReadRun]) -> list[RunGroup]:
+def seed_groups(runs: Sequence[ReadRun]) -> list[RunGroup]:
     """Put runs together that differ in their seeds alone."""
     together: list[list[ReadRun]] = []
     for run in runs:
@@ -141,13 +199,17 @@ def _groups(runs: Sequence[ReadRun]) -> list[RunGroup]:
 
 
 def _is_one_experiment(first: ReadRun, second: ReadRun) -> bool:
-    if first.config is None or second.config is None or first.data.code_digest != second.data.code_digest:
+    if (
+        first.config is None
+        or second.config is None
+        or first.data.code_digest != second.data.code_digest
+    ):
         return False
     return differ_in_seeds_alone(first.config, second.config)
 
 
 @contextlib.contextmanager
-def _extra(name: str) -> Iterator[None]:
+def extra(name: str) -> Iterator[None]:
     """Say which extra is missing, in place of a module that nobody knows."""
     try:
         yield

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +10,17 @@ from rollouts.config import Config
 from rollouts.manifest import Tree, read_tree, tree_digest
 from rollouts.plain_files import read_plain
 from rollouts.remote.errors import DeployError, unreadable
+from rollouts.remote.git import (
+    absent_submodules,
+    count_changed,
+    git,
+    list_files,
+    list_untracked,
+    names_in,
+    read_diff,
+    submodules,
+    untracked_of,
+)
 from rollouts.remote.inputs import NO_INPUTS, Inputs, look_through, named_paths
 from rollouts.remote.inputs.paths import PathState, SentFiles
 from rollouts.remote.package import (
@@ -26,11 +35,6 @@ from rollouts.remote.package import (
 )
 from rollouts.run_dir import RunDir
 
-GIT_REPOSITORY_VARIABLES = {
-    *("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_COMMON_DIR", "GIT_NAMESPACE"),
-    *("GIT_OBJECT_DIRECTORY", "GIT_ALTERNATE_OBJECT_DIRECTORIES", "GIT_EXTERNAL_DIFF", "GIT_DIFF_OPTS"),
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Code:
@@ -38,22 +42,29 @@ class Code:
 
     root: Path
     project: str  # the repository's directory name
-    files: tuple[str, ...]  # git's files with uncommitted changes and untracked ones, as in the working tree
+    # git's files with uncommitted changes and untracked ones, as in the working tree
+    files: tuple[str, ...]
     changed: int  # of them, how many differ from the commit
     size_bytes: int
     commit: str  # "" before the first commit
     dirty_diff: str  # git diff --binary HEAD
     requirements: tuple[str, ...]  # of the trainer's environment, those of host.requirements last
     constraints: str | None  # text of host.constraints_file; None: it is not there
-    engine_requirements: str | None  # text of engine.requirements_file, "" where none is named; None: it is not there
+    # text of engine.requirements_file, "" where none is named; None: it is not there
+    engine_requirements: str | None
     named: dict[str, PathState]  # relative paths that the config names: are they among the files?
     untracked: tuple[str, ...] = ()  # of the files, those that git does not track
     untracked_bytes: int = 0
     notes: tuple[str, ...] = ()  # what the record or the tree lacks, in words
     warnings: tuple[str, ...] = ()  # of it, what is seldom meant
     inputs: Inputs = NO_INPUTS  # what was found behind the names in the config
-    near_files: dict[str, str] = field(default_factory=dict)  # missing lock or constraints -> the package's like it
-    package: Package | None = None  # rollouts itself, which is sent too; None: the repository is a clone of it
+    # missing lock or constraints -> the package's like it
+    near_files: dict[str, str] = field(default_factory=dict)
+    # of the environment of each kind of tracker that the config has
+    tracker_requirements: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    package: Package | None = (
+        None  # rollouts itself, which is sent too; None: the repository is a clone of it
+    )
 
     def record(self) -> dict[str, str]:
         """Return the files of the run directory that say what code ran. Raises DeployError if they change."""
@@ -68,7 +79,8 @@ class Code:
                 fix="run the same command again",
             )
         return {
-            "code/manifest.json": json.dumps({"digest": tree_digest(tree), "files": tree}, indent=1) + "\n",
+            "code/manifest.json": json.dumps({"digest": tree_digest(tree), "files": tree}, indent=1)
+            + "\n",
             **({"code/manifest-package.json": self.package.manifest()} if self.package else {}),
             "code/commit.txt": f"{self.commit}\n",
             "code/dirty.diff": self.dirty_diff,
@@ -96,7 +108,7 @@ def read_recorded_tree(run: RunDir, manifest: Path | None = None) -> Tree:
 
 def find_repository(start: Path) -> Path:
     """Return the root of the git repository around `start`: what a host runs. Raises DeployError where git has none."""
-    done = _git(start, "rev-parse", "--show-toplevel", check=False)
+    done = git(start, "rev-parse", "--show-toplevel", check=False)
     said = done.stderr.decode(errors="replace").strip()
     if done.returncode != 0 and "not a git repository" not in said:
         raise DeployError(
@@ -121,7 +133,9 @@ def refuse_stray_config(root: Path, file: Path) -> None:
     A saved config.json may lie anywhere: it spells out every field. So may a config, where a clone of rollouts runs.
     """
     place = file.parent.resolve() / file.name
-    if file.suffix != ".py" or is_clone(_names(_git(root, "ls-files", "-zco", "--", *CLONE_FILES).stdout)):
+    if file.suffix != ".py" or is_clone(
+        names_in(git(root, "ls-files", "-zco", "--", *CLONE_FILES).stdout)
+    ):
         return
     if not place.is_relative_to(root.resolve()):
         raise DeployError(
@@ -136,7 +150,7 @@ def refuse_stray_config(root: Path, file: Path) -> None:
             needed="a config whose text git lists: of a link it has the name alone",
             fix="put a copy in the link's place",
         )
-    if _git(root, "check-ignore", "-q", "--", str(place), check=False).returncode == 0:
+    if git(root, "check-ignore", "-q", "--", str(place), check=False).returncode == 0:
         raise DeployError(
             f"git ignores {file}, so no record of the code would have it.",
             needed="a config that git lists",
@@ -147,34 +161,47 @@ def refuse_stray_config(root: Path, file: Path) -> None:
 def read_code(root: Path, config: Config) -> Code:
     """Return everything about the repository at `root` that a plan needs."""
     files = tuple(list_files(root))
-    untracked = tuple(_untracked(root, files))
-    absent = _absent_submodules(root)
+    untracked = tuple(untracked_of(root, files))
+    absent = absent_submodules(root)
     sent = SentFiles(root, files, absent=absent)
     package = None if is_clone(files) else installed()
-    extras = _extras(config)
-    required = clone_requirements(root, extras) if package is None else package_requirements(extras)
-    requirements = (*required, *config.host.requirements)
-    head = _git(root, "rev-parse", "--verify", "-q", "HEAD", check=False).stdout.decode().strip()
-    status = _git(root, "status", "--porcelain=v1", "-z", "--untracked-files=all").stdout
+
+    def required(extras: Sequence[str]) -> list[str]:
+        return clone_requirements(root, extras) if package is None else package_requirements(extras)
+
+    requirements = (*required(_extras(config)), *config.host.requirements)
+    head = git(root, "rev-parse", "--verify", "-q", "HEAD", check=False).stdout.decode().strip()
+    status = git(root, "status", "--porcelain=v1", "-z", "--untracked-files=all").stdout
     pins = config.host.constraints_file
     lock = config.engine.requirements_file if config.engine and config.uses_engine else None
     return Code(
         root=root,
         project=root.name,
         files=files,
-        changed=_count_changed(status),
+        changed=count_changed(status),
         size_bytes=_size(root, files),
         commit=head,
         dirty_diff=read_diff(root) if head else "",
         requirements=requirements,
-        constraints="" if pins is None else _text_or_none(named_file(root, pins), "host.constraints_file"),
-        engine_requirements="" if lock is None else _text_or_none(named_file(root, lock), "engine.requirements_file"),
-        named={name: sent.locate(name).state for name in named_paths(config) if not os.path.isabs(name)},
+        constraints=""
+        if pins is None
+        else _text_or_none(named_file(root, pins), "host.constraints_file"),
+        tracker_requirements={
+            tracker.kind: tuple(required([tracker.kind])) for tracker in config.output.fed
+        },
+        engine_requirements=""
+        if lock is None
+        else _text_or_none(named_file(root, lock), "engine.requirements_file"),
+        named={
+            name: sent.locate(name).state for name in named_paths(config) if not os.path.isabs(name)
+        },
         untracked=untracked,
         untracked_bytes=_size(root, untracked),
         notes=tuple(_submodule_notes(root)),
         warnings=tuple(_warnings(head, absent)),
-        inputs=look_through(config, sent, requirements, SentFiles(package.root, package.files) if package else None),
+        inputs=look_through(
+            config, sent, requirements, SentFiles(package.root, package.files) if package else None
+        ),
         near_files={name: package_file_hint(name) for name in (pins, lock) if name},
         package=package,
     )
@@ -185,50 +212,6 @@ def _size(root: Path, files: Sequence[str]) -> int:
         return sum(os.lstat(root / file).st_size for file in files)
     except OSError as error:
         raise unreadable(error) from None
-
-
-def list_files(root: Path) -> list[str]:
-    """List git's files in the working tree: tracked or untracked, not ignored, not deleted; submodules' too."""
-    tracked = _git(root, "ls-files", "-z", "--cached", "--recurse-submodules").stdout
-    names = [*_names(tracked), *_list_untracked(root)]
-    for submodule in _submodules(root):
-        names += [f"{submodule}/{name}" for name in _list_untracked(root / submodule)]
-    # An untracked repository inside this one is listed as "dir/": its files are not git's here.
-    return sorted({n for n in names if not n.endswith("/") and os.path.lexists(root / n) and not _is_gitlink(root / n)})
-
-
-def _names(output: bytes) -> list[str]:
-    return [os.fsdecode(name) for name in output.split(b"\0") if name]
-
-
-def _list_untracked(root: Path) -> list[str]:
-    return _names(_git(root, "ls-files", "-z", "--others", "--exclude-standard").stdout)
-
-
-def _untracked(root: Path, files: Sequence[str]) -> list[str]:
-    tracked = set(_names(_git(root, "ls-files", "-z", "--cached", "--recurse-submodules").stdout))
-    return [file for file in files if file not in tracked]
-
-
-def _gitlinks(root: Path) -> list[str]:
-    """Return the submodules in the index, by paths from the repository's root; those inside of others too."""
-    lines = _names(_git(root, "ls-files", "-z", "--stage").stdout)
-    found = [line.partition("\t")[2] for line in lines if line.startswith("160000 ")]
-    return [name for own in found for name in (own, *(f"{own}/{inner}" for inner in _inner_gitlinks(root / own)))]
-
-
-def _inner_gitlinks(directory: Path) -> list[str]:
-    return _gitlinks(directory) if (directory / ".git").exists() else []
-
-
-def _submodules(root: Path) -> list[str]:
-    """Return the submodules that are checked out."""
-    return [name for name in _gitlinks(root) if (root / name / ".git").exists()]
-
-
-def _absent_submodules(root: Path) -> list[str]:
-    present = _submodules(root)
-    return [name for name in _gitlinks(root) if name not in present]
 
 
 def _warnings(commit: str, absent: Sequence[str]) -> Iterator[str]:
@@ -244,13 +227,13 @@ def _warnings(commit: str, absent: Sequence[str]) -> Iterator[str]:
 
 def _submodule_notes(root: Path) -> list[str]:
     notes = []
-    for name in _submodules(root):
-        status = _git(root / name, "status", "--porcelain=v1", "-z", "--untracked-files=all").stdout
-        recorded = _git(root, "ls-files", "--stage", "--", name).stdout.split()[1:2]
-        head = _git(root / name, "rev-parse", "--verify", "-q", "HEAD", check=False).stdout.split()
+    for name in submodules(root):
+        status = git(root / name, "status", "--porcelain=v1", "-z", "--untracked-files=all").stdout
+        recorded = git(root, "ls-files", "--stage", "--", name).stdout.split()[1:2]
+        head = git(root / name, "rev-parse", "--verify", "-q", "HEAD", check=False).stdout.split()
         moved = bool(recorded) and recorded != head
         if moved or status:
-            count = _count_changed(status)
+            count = count_changed(status)
             what = [
                 f"{count} uncommitted or untracked files" if count else "",
                 "another commit checked out" if moved else "",
@@ -260,15 +243,24 @@ def _submodule_notes(root: Path) -> list[str]:
                 " code/dirty.diff has the changes of its tracked files"
             )
     notes += _overlooked(root)
-    stray = [name for name in _list_untracked(root) if name.endswith("/")]
-    notes += [f"{name} is a separate git repository, not a submodule: nothing of it is sent" for name in stray]
+    stray = [name for name in list_untracked(root) if name.endswith("/")]
+    notes += [
+        f"{name} is a separate git repository, not a submodule: nothing of it is sent"
+        for name in stray
+    ]
     return notes
 
 
 def _overlooked(root: Path) -> list[str]:
     """Return notes on files that git was told to overlook: their changes are sent, but are not in the diff."""
-    tagged = [line.partition(" ")[::2] for line in _names(_git(root, "ls-files", "-z", "-v").stdout)]
-    silent = [name for tag, name in tagged if tag.islower() or (tag == "S" and os.path.lexists(root / name))]
+    tagged = [
+        line.partition(" ")[::2] for line in names_in(git(root, "ls-files", "-z", "-v").stdout)
+    ]
+    silent = [
+        name
+        for tag, name in tagged
+        if tag.islower() or (tag == "S" and os.path.lexists(root / name))
+    ]
     absent = [name for tag, name in tagged if tag == "S" and not os.path.lexists(root / name)]
     notes = []
     if silent:
@@ -284,55 +276,12 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _is_gitlink(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink()
-
-
-def _count_changed(status: bytes) -> int:
-    """Count entries of `git status --porcelain -z`; a rename's second entry, its old name, does not count."""
-    count, entries = 0, iter(entry for entry in status.split(b"\0") if entry)
-    for entry in entries:
-        count += 1
-        if b"R" in entry[:2] or b"C" in entry[:2]:
-            next(entries, None)
-    return count
-
-
-def read_diff(root: Path) -> str:
-    """Return uncommitted changes as text that `git apply` takes, submodules' too. Binary files are encoded in it.
-
-    A text file that is not UTF-8 would not survive as JSON: then every file is treated as binary.
-    """
-    # With a submodule's path in front, as if its files were the repository's own
-    inner = [_diff(root / name, f"{name}/") for name in _submodules(root)]
-    return "".join([_diff(root, ""), *inner])
-
-
-def _diff(root: Path, prefix: str) -> str:
-    if not _git(root, "rev-parse", "--verify", "-q", "HEAD", check=False).stdout:
-        return ""
-    # What a user's settings may say of diffs is set here: prefixes, context, how submodules are shown
-    plain = ("--no-ext-diff", "--no-textconv", "--no-color", "-U3", "--submodule=short", "--ignore-submodules=dirty")
-    prefixes = (f"--src-prefix=a/{prefix}", f"--dst-prefix=b/{prefix}")
-    command = ("diff", "--binary", *plain, *prefixes, "HEAD")
-    diff = _git(root, *command).stdout
-    try:
-        return diff.decode()
-    except UnicodeDecodeError:
-        with tempfile.NamedTemporaryFile("w", suffix="-attributes") as attributes:
-            attributes.write("* -diff\n")
-            attributes.flush()
-            diff = _git(root, "-c", f"core.attributesFile={attributes.name}", *command).stdout
-        return diff.decode(errors="backslashreplace")
-
-
 def _extras(config: Config) -> list[str]:
     """Return what this config's trainer needs of pyproject.toml's extras."""
     wanted = {
         "train": True,
         "lora": config.model.lora is not None,
         "math": config.rl is not None and (config.rl.reward_fn or "").endswith(".math_verify"),
-        "wandb": config.output.use_wandb,
     }
     return [name for name, needed in wanted.items() if needed]
 
@@ -344,23 +293,3 @@ def _text_or_none(file: Path, field: str) -> str | None:
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise DeployError(f"{file}: cannot be read: {error}", fix=f"correct {field}") from None
-
-
-def _git_environment() -> dict[str, str]:
-    """Return our variables without those of a git hook or alias, which name another repository; messages in English."""
-    kept = {name: value for name, value in os.environ.items() if name not in GIT_REPOSITORY_VARIABLES}
-    return {**kept, "LC_ALL": "C"}
-
-
-def _git(where: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[bytes]:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(where), *arguments], capture_output=True, check=False, env=_git_environment()
-        )
-    except FileNotFoundError:
-        raise DeployError("git is not installed on this machine.", fix="apt-get install git") from None
-    if check and done.returncode != 0:
-        raise DeployError(
-            f"git {' '.join(arguments[:2])} failed in {where}.", found=done.stderr.decode(errors="replace").strip()
-        )
-    return done

@@ -14,15 +14,18 @@ from typing import Any
 
 from rollouts.config import Config
 from rollouts.config.overrides import combinations
-from rollouts.remote.commands import DETACHED, look_at_host, new_run_id, plan_run, start
+from rollouts.remote.commands import look_at_host, new_run_id, plan_run, start
 from rollouts.remote.errors import DeployError, Problem
+from rollouts.remote.host.named_hosts import NamedHost
 from rollouts.remote.host.open import open_transport
 from rollouts.remote.host.transport import LOCAL_TARGET
 from rollouts.remote.local_faults import as_deploy_errors
 from rollouts.remote.plan import Plan, QueueWish
 from rollouts.remote.read_config import read_variants
-from rollouts.remote.repository import find_repository, refuse_stray_config
+from rollouts.remote.reporting import DETACHED
+from rollouts.remote.repository import find_repository, read_code, refuse_stray_config
 from rollouts.remote.run.wanted import EVERYTHING, ToBring
+from rollouts.remote.several_hosts import StartOptions, plan_all, refuse_queue, start_on
 from rollouts.remote.sweep_again import end_of_sweep, follow_sweep
 from rollouts.remote.sweep_runs import (
     NOT_STARTED,
@@ -44,7 +47,8 @@ RUNS_MAX = 20  # of a sweep, without --yes
 class SweepOptions:
     """The options of `deploy CONFIG` that a sweep takes."""
 
-    remote: str | None
+    hosts: Sequence[NamedHost]  # several: each run is one job on all of them
+    hosts_words: Sequence[str]  # of the command line, which name them
     skip: int  # so many runs from the first one on are left out: they ran before
     yes: bool  # more than RUNS_MAX runs are meant
     accept_new_host_key: bool
@@ -53,6 +57,16 @@ class SweepOptions:
     all_at_once: bool  # all of them are sent to the host's queue (--queue)
     detach: bool  # ... and not followed
     wanted: ToBring = EVERYTHING
+
+    @property
+    def remote(self) -> str | None:
+        """Return the host that a run has, or that leads."""
+        return self.hosts[0].target if self.hosts else None
+
+    def of_run(self, run_id: str | None) -> StartOptions:
+        """Return how one run starts on several hosts."""
+        key, wanted = self.accept_new_host_key, self.wanted
+        return StartOptions(run_id, False, False, key, self.busy_ok, wanted, self.queue)
 
 
 @dataclass(frozen=True)
@@ -78,12 +92,16 @@ def check_alone(*, skip: int, yes: bool) -> None:
         )
 
 
-def check_options(*, detach: bool, run_id: str | None, all_at_once: bool) -> None:
+def check_options(options: SweepOptions, run_id: str | None) -> None:
     """Raise DeployError for options that have no meaning for several runs."""
-    if detach and not all_at_once:
+    several = len(options.hosts) > 1
+    if several:
+        refuse_queue(options.queue)
+    if options.detach and not options.all_at_once:
+        queue = "" if several else "add --queue: then the host starts them; or "
         raise DeployError(
             "--detach with a sweep: its runs start one after another, from this machine.",
-            fix="add --queue: then the host starts them; or leave out --detach, and let the command run (in tmux, say)",
+            fix=f"{queue}leave out --detach, and let the command run (in tmux, say)",
         )
     if run_id is not None:
         raise DeployError(
@@ -92,7 +110,14 @@ def check_options(*, detach: bool, run_id: str | None, all_at_once: bool) -> Non
         )
 
 
-def sweep(config_path: str, screen: Screen, settings: Sequence[str], options: SweepOptions, *, plan_only: bool) -> int:
+def sweep(
+    config_path: str,
+    screen: Screen,
+    settings: Sequence[str],
+    options: SweepOptions,
+    *,
+    plan_only: bool,
+) -> int:
     """Plan all runs and start none if one of them cannot run; then run one after another, or send all to the queue.
 
     Returns 0 if all of them ended with 0, else the first other exit code.
@@ -129,9 +154,14 @@ def sweep(config_path: str, screen: Screen, settings: Sequence[str], options: Sw
 def _runs(config_path: str, settings: Sequence[str], skip: int) -> list[SweepRun]:
     variants = read_variants(config_path, settings)
     if not 0 <= skip < len(variants):
-        raise DeployError(f"--skip {skip}: the sweep has {len(variants)} runs.", needed=f"0 to {len(variants) - 1}")
+        raise DeployError(
+            f"--skip {skip}: the sweep has {len(variants)} runs.",
+            needed=f"0 to {len(variants) - 1}",
+        )
     first = variants[0].values
-    differing = [path for path in first if any(variant.values[path] != first[path] for variant in variants)]
+    differing = [
+        path for path in first if any(variant.values[path] != first[path] for variant in variants)
+    ]
     return [
         SweepRun(
             SweepMember(
@@ -144,21 +174,27 @@ def _runs(config_path: str, settings: Sequence[str], skip: int) -> list[SweepRun
     ]
 
 
-def _plans(runs: Sequence[SweepRun], options: SweepOptions) -> list[Plan]:
-    """Plan every run by one look at the host."""
+def _plans(runs: Sequence[SweepRun], options: SweepOptions) -> list[list[Plan]]:
+    """Plan every run by one look at the host, or at each of several: a plan a host."""
+    if len(options.hosts) > 1:
+        jobs = [(run.config, run.member.run_id) for run in runs]
+        return plan_all(jobs, options.hosts, options.of_run(None))
     root, target = find_repository(Path.cwd()), options.remote or LOCAL_TARGET
     key = options.accept_new_host_key
     with contextlib.closing(open_transport(options.remote, accept_new_host_key=key)) as transport:
         facts = look_at_host(transport, [run.config for run in runs], run_id=None)
     how: dict[str, Any] = {"target": target, "busy_ok": options.busy_ok, "queue": options.queue}
-    return [plan_run(run.config, root, facts, run.member.run_id, **how)[0] for run in runs]
+    return [
+        [plan_run(run.config, read_code(root, run.config), facts, run.member.run_id, **how)]
+        for run in runs
+    ]
 
 
-def _problems(runs: Sequence[SweepRun], plans: Sequence[Plan]) -> list[Problem]:
+def _problems(runs: Sequence[SweepRun], plans: Sequence[Sequence[Plan]]) -> list[Problem]:
     """Return every problem once, with the runs that have it where these are not all."""
     whose: dict[Problem, list[str]] = {}
-    for run, plan in zip(runs, plans, strict=True):
-        for problem in plan.problems:
+    for run, parts in zip(runs, plans, strict=True):
+        for problem in _of_all(parts):
             whose.setdefault(problem, []).append(run.member.differs)
     found = []
     for problem, names in whose.items():
@@ -168,19 +204,34 @@ def _problems(runs: Sequence[SweepRun], plans: Sequence[Plan]) -> list[Problem]:
     return found
 
 
-def _plan_answer(runs: Sequence[SweepRun], plans: Sequence[Plan], options: SweepOptions) -> Answer:
-    rows, documents, target = [], [], options.remote or LOCAL_TARGET
-    for at, (run, plan) in enumerate(zip(runs, plans, strict=True), 1):
-        count = len(plan.problems)
+def _of_all(parts: Sequence[Plan]) -> list[Problem]:
+    """Return the problems of one run, on all of its hosts."""
+    return list(dict.fromkeys(problem for part in parts for problem in part.problems))
+
+
+def _plan_answer(
+    runs: Sequence[SweepRun], plans: Sequence[Sequence[Plan]], options: SweepOptions
+) -> Answer:
+    rows, documents = [], []
+    targets = [host.target for host in options.hosts] or [LOCAL_TARGET]
+    for at, (run, parts) in enumerate(zip(runs, plans, strict=True), 1):
+        problems = _of_all(parts)
+        count = len(problems)
         fine = "ready" if count == 0 else f"{count} problem{'s' if count > 1 else ''}"
         rows.append([f"{at}.", run.member.run_id, run.member.differs, fine])
-        rows += [["", f"  problem: {problem.message}", "", ""] for problem in plan.problems]
-        documents.append({"run_id": run.member.run_id, "values": run.member.values, "plan": plan.to_json()})
-    notes = dict.fromkeys(f"warning: {text}" for plan in plans for text in plan.warnings)
+        rows += [["", f"  problem: {problem.message}", "", ""] for problem in problems]
+        shown = [part.to_json() for part in parts]
+        documents.append(
+            {"run_id": run.member.run_id, "values": run.member.values, "plan": shown[0]}
+            | ({"plans": shown} if len(shown) > 1 else {})
+        )
+    warnings = [text for parts in plans for part in parts for text in part.warnings]
+    notes = dict.fromkeys(f"warning: {text}" for text in warnings)
     how = "in the host's queue" if options.all_at_once else "one after another"
-    heading = f"sweep of {len(runs)} runs on {target}, {how} (nothing is touched)"
+    where = ", ".join(targets)
+    heading = f"sweep of {len(runs)} runs on {where}, {how} (nothing is touched)"
     text = "\n".join([heading, _table(rows), *notes])
-    return Answer({"type": "sweep_plan", "target": target, "runs": documents}, text)
+    return Answer({"type": "sweep_plan", "target": where, "runs": documents}, text)
 
 
 def _table(rows: list[list[str]]) -> str:
@@ -190,7 +241,11 @@ def _table(rows: list[list[str]]) -> str:
 
 
 def _run_all(
-    runs: Sequence[SweepRun], record: SweepRecord, screen: Screen, options: SweepOptions, again: Sequence[str]
+    runs: Sequence[SweepRun],
+    record: SweepRecord,
+    screen: Screen,
+    options: SweepOptions,
+    again: Sequence[str],
 ) -> int:
     outcomes = [Outcome(run.member) for run in runs]
     for at, (run, outcome) in enumerate(zip(runs, outcomes, strict=True), 1):
@@ -209,6 +264,10 @@ def _run_one(run: SweepRun, outcome: Outcome, screen: Screen, options: SweepOpti
     It does not after Ctrl-C, nor beside a run that may be live and was not meant to be.
     """
     try:
+        if len(options.hosts) > 1:
+            of_run = options.of_run(run.member.run_id)
+            outcome.exit_code = start_on(run.config, screen, options.hosts, of_run)
+            return True
         outcome.exit_code = start(
             run.config,
             screen,
@@ -231,7 +290,11 @@ def _run_one(run: SweepRun, outcome: Outcome, screen: Screen, options: SweepOpti
 
 
 def _queue_all(
-    runs: Sequence[SweepRun], record: SweepRecord, screen: Screen, options: SweepOptions, again: Sequence[str]
+    runs: Sequence[SweepRun],
+    record: SweepRecord,
+    screen: Screen,
+    options: SweepOptions,
+    again: Sequence[str],
 ) -> int:
     """Send all runs to the host's queue; then follow them, unless they are not to be followed."""
     outcomes = [Outcome(run.member) for run in runs]
@@ -244,7 +307,11 @@ def _queue_all(
     sent = [outcome.run.run_id for outcome in outcomes if outcome.exit_code is None]
     text = f"\n{len(sent)} of {len(runs)} runs are in the queue of {record.target}, also when this machine is off.\n"
     text += f"  follow  deploy sweep {record.name} -f\n  look    deploy sweep {record.name}"
-    screen.show(Answer({"type": "queued", "sweep": record.name, "target": record.target, "runs": sent}, text))
+    screen.show(
+        Answer(
+            {"type": "queued", "sweep": record.name, "target": record.target, "runs": sent}, text
+        )
+    )
     if options.detach:
         return next((outcome.exit_code for outcome in outcomes if outcome.exit_code), 0)
     return follow_sweep(record, outcomes, screen, options.wanted)
@@ -257,10 +324,16 @@ class _Brief(Screen):
         return super().show(answer if self.as_json else dataclasses.replace(answer, text=None))
 
 
-def _stopped(outcomes: Sequence[Outcome], screen: Screen, options: SweepOptions, again: Sequence[str]) -> int:
+def _stopped(
+    outcomes: Sequence[Outcome], screen: Screen, options: SweepOptions, again: Sequence[str]
+) -> int:
     """Say which runs were not started, and the command that goes on with them."""
     begun = [outcome for outcome in outcomes if outcome.state != NOT_STARTED]
-    left = [outcome for outcome in outcomes if outcome not in begun and outcome.exit_code in (None, DETACHED)]
+    left = [
+        outcome
+        for outcome in outcomes
+        if outcome not in begun and outcome.exit_code in (None, DETACHED)
+    ]
     done = options.skip + len(outcomes) - len(left)
     command = shlex.join([*again, "--skip", str(done)])
     code = next((outcome.exit_code for outcome in outcomes if outcome.exit_code), DETACHED)
@@ -282,7 +355,7 @@ def _stopped(outcomes: Sequence[Outcome], screen: Screen, options: SweepOptions,
 def _command(config_path: str, settings: Sequence[str], options: SweepOptions) -> list[str]:
     """Return the command line of this sweep, without --skip."""
     line = ["deploy", config_path, *(word for setting in settings for word in ("--set", setting))]
-    line += ["--remote", options.remote] if options.remote else []
+    line += options.hosts_words
     line += options.wanted.words
     if options.queue is not None:
         line += ["--queue" if options.queue.any_gpus else "--wait"]

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
-from rollouts.remote.commands import DETACHED, attach
+from rollouts.remote.commands import attach
 from rollouts.remote.errors import DeployError
 from rollouts.remote.local_faults import as_deploy_errors
+from rollouts.remote.reporting import DETACHED
 from rollouts.remote.run import registry
 from rollouts.remote.run.follow import apply, tail
 from rollouts.remote.run.mirror import Mirror
@@ -35,14 +36,18 @@ def _refresh(outcome: Outcome, screen: Screen) -> None:
     try:
         with open_run(outcome.run.run_id, None) as run:
             mirror = Mirror(run.entry.mirror)
-            for message in tail(run.connection, mirror, until_end=False) if run.trace == "on its host" else ():
+            for message in (
+                tail(run.connection, mirror, until_end=False) if run.trace == "on its host" else ()
+            ):
                 apply(mirror, message)
     except DeployError as error:
         screen.remark(f"note: {outcome.run.run_id} as last seen: {error}")
     outcome.look_back()
 
 
-def follow_sweep(record: SweepRecord, outcomes: Sequence[Outcome], screen: Screen, wanted: ToBring = EVERYTHING) -> int:
+def follow_sweep(
+    record: SweepRecord, outcomes: Sequence[Outcome], screen: Screen, wanted: ToBring = EVERYTHING
+) -> int:
     """Follow the runs one after another, in their order. Returns 0 if all ended with 0, else the first other code.
 
     Ctrl-C ends that, and no run.
@@ -81,6 +86,8 @@ def end_of_sweep(record: SweepRecord, outcomes: Sequence[Outcome]) -> Answer:
     return Answer(_document(record, outcomes, code), f"\n{outcome_table(outcomes)}", exit_code=code)
 
 
-def _document(record: SweepRecord, outcomes: Sequence[Outcome], code: int | None) -> dict[str, object]:
+def _document(
+    record: SweepRecord, outcomes: Sequence[Outcome], code: int | None
+) -> dict[str, object]:
     runs = [outcome.to_json() for outcome in outcomes]
     return {"type": "sweep", "sweep": record.name, "runs": runs, "exit_code": code}

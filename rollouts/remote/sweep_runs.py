@@ -25,11 +25,14 @@ class SweepMember:
     """One run of a sweep."""
 
     run_id: str
-    values: dict[str, Any]  # of the fields that differ between the runs, by their paths, as JSON has them
+    # of the fields that differ between the runs, by their paths, as JSON has them
+    values: dict[str, Any]
 
     @property
     def differs(self) -> str:
-        return " ".join(f"{path.rpartition('.')[2]}={number(value)}" for path, value in self.values.items())
+        return " ".join(
+            f"{path.rpartition('.')[2]}={number(value)}" for path, value in self.values.items()
+        )
 
 
 @dataclass(frozen=True)
@@ -94,13 +97,26 @@ def outcome_table(outcomes: Sequence[Outcome]) -> str:
     rows = []
     for outcome in outcomes:
         match = "-" if outcome.exact_match is None else f"{outcome.exact_match:.4f}"
-        rows.append([outcome.run.run_id, outcome.run.differs, outcome.state, outcome.steps, outcome.last, match])
+        rows.append(
+            [
+                outcome.run.run_id,
+                outcome.run.differs,
+                outcome.state,
+                outcome.steps,
+                outcome.last,
+                match,
+            ]
+        )
     return columns([header, *rows])
 
 
 def as_json_value(value: Any) -> Any:
     """Return a field's value as JSON has it; a group of the schema as its call."""
-    return value if value is None or isinstance(value, bool | int | float | str | list) else repr(value)
+    return (
+        value
+        if value is None or isinstance(value, bool | int | float | str | list)
+        else repr(value)
+    )
 
 
 # --- records --------------------------------------------------------------------------------------------------------
@@ -112,7 +128,9 @@ def remember(name: str, target: str, members: Sequence[SweepMember]) -> SweepRec
     record = SweepRecord(name, target, tuple(members))
     _directory().mkdir(mode=0o700, exist_ok=True)
     write_json_atomic(
-        _directory() / f"{name}.json", dataclasses.asdict(record) | {"created_at": time.time()}, mode=0o600
+        _directory() / f"{name}.json",
+        dataclasses.asdict(record) | {"created_at": time.time()},
+        mode=0o600,
     )
     return record
 
@@ -122,9 +140,14 @@ def find_sweep(name: str) -> SweepRecord:
     records = _records()
     if name == LAST and records:
         return records[-1]
-    names = {record.name: [record.name, *(member.run_id for member in record.members)] for record in records}
+    names = {
+        record.name: [record.name, *(member.run_id for member in record.members)]
+        for record in records
+    }
     found = [record for record in records if name in names[record.name]]
-    found = found or [record for record in records if any(known.startswith(name) for known in names[record.name])]
+    found = found or [
+        record for record in records if any(known.startswith(name) for known in names[record.name])
+    ]
     if name and len(found) == 1:
         return found[0]
     raise DeployError(
@@ -144,7 +167,9 @@ def _records() -> list[SweepRecord]:
     for file in sorted(_directory().glob("[!.]*.json"), key=lambda file: file.stat().st_mtime_ns):
         try:
             data = json.loads(read_plain(file))
-            members = tuple(SweepMember(str(row["run_id"]), dict(row["values"])) for row in data["members"])
+            members = tuple(
+                SweepMember(str(row["run_id"]), dict(row["values"])) for row in data["members"]
+            )
             found.append(SweepRecord(str(data["name"]), str(data["target"]), members))
         except (OSError, ValueError, TypeError, KeyError):
             continue

@@ -86,7 +86,9 @@ def _readiness(facts: HostFacts, lacking: Sequence[str]) -> str:
 
 def how_to_go_on(entry: RunEntry) -> str:
     """Say what a run does that is not followed any more, and how to get back to it."""
-    verbs = "\n".join(f"  {verb:<7} deploy {verb} {entry.run_id}" for verb in ("attach", "stop", "pull"))
+    verbs = "\n".join(
+        f"  {verb:<7} deploy {verb} {entry.run_id}" for verb in ("attach", "stop", "pull")
+    )
     target = one_line(entry.target)
     doing = f"goes on, on {target}."
     status = _seen_status(entry)
@@ -105,9 +107,10 @@ def _seen_status(entry: RunEntry) -> Status | None:
 
 
 def _is_queued(entry: RunEntry) -> bool:
-    """Return whether it was launched from here to wait for its turn."""
+    """Return whether it was launched from here to wait for its turn, or for Slurm's."""
     try:
-        return entry.launch.queue is not None
+        launch = entry.launch
+        return launch.queue is not None or launch.slurm is not None
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -120,12 +123,34 @@ def forgotten_text(entry: RunEntry, state: str) -> str:
     ]
     if state not in (*FINAL_STATES, "not launched", "unknown"):
         remote = "" if entry.target == LOCAL_TARGET else f" --remote {shlex.quote(entry.target)}"
-        verbs = " or ".join(f"`deploy {verb} {entry.run_id}{remote}`" for verb in ("attach", "stop"))
+        verbs = " or ".join(
+            f"`deploy {verb} {entry.run_id}{remote}`" for verb in ("attach", "stop")
+        )
         lines.append(f"warning: it was {one_line(state)} when last seen, and goes on: {verbs}")
     return "\n".join(lines)
 
 
-def end_answer(entry: RunEntry, result: RunResult, pull_error: DeployError | None, notes: Sequence[str]) -> Answer:
+def stopped_without_host(entry: RunEntry, entries: Sequence[RunEntry]) -> Answer:
+    """Return what a stop says of a run whose rented machine is gone, and of the runs that went on in its place."""
+    goes_on = [
+        f"deploy stop {other.run_id}"
+        for other in entries
+        if (other.resumed_from or {}).get("run_id") == entry.run_id
+    ]
+    document = {
+        "run_id": entry.run_id,
+        "state": "interrupted",
+        "exit_code": None,
+        "checkpoint": None,
+    }
+    text = f"{entry.run_id}: interrupted, its machine is gone; it does not go on by itself"
+    text += "".join(f"\na run went on from it   {command}" for command in goes_on)
+    return Answer(document, text)
+
+
+def end_answer(
+    entry: RunEntry, result: RunResult, pull_error: DeployError | None, notes: Sequence[str]
+) -> Answer:
     """Return the end of a followed run, with the job's exit code; 1 where its results could not be pulled."""
     code = result.exit_code if result.exit_code is not None else 1
     if pull_error is not None and code == 0:
@@ -147,7 +172,11 @@ def end_answer(entry: RunEntry, result: RunResult, pull_error: DeployError | Non
 
 
 def result_text(
-    entry: RunEntry, result: RunResult, code: int, pull_error: DeployError | None, notes: Sequence[str]
+    entry: RunEntry,
+    result: RunResult,
+    code: int,
+    pull_error: DeployError | None,
+    notes: Sequence[str],
 ) -> str:
     """Return the end of a followed run: before and after, where everything lies, and last of all what failed."""
     parts = [

@@ -38,7 +38,11 @@ def write_bytes_atomic(path: Path, content: bytes, *, mode: int = 0o644) -> None
 
 
 def write_json_atomic(path: Path, value: Any, *, mode: int = 0o644) -> None:
-    data = dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+    data = (
+        dataclasses.asdict(value)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type)
+        else value
+    )
     write_text_atomic(path, json.dumps(data, indent=1) + "\n", mode=mode)
 
 
@@ -86,15 +90,8 @@ def _write_lines(descriptor: int, begin: int, data: bytes) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a file; [] if it is missing. `read_rows` also counts lines that are not rows."""
+    """Return the rows of a file; [] if it is missing."""
     return list(iter_jsonl(path))
-
-
-def read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Return (rows, complete lines that are not rows: torn by a full disk or a crash, or not ours)."""
-    lines = list(_complete_lines(path))
-    rows = [row for row in map(parse_row, lines) if row is not None]
-    return rows, len(lines) - len(rows)
 
 
 def iter_jsonl(path: Path, *, having: bytes = b"") -> Iterator[dict[str, Any]]:
@@ -138,7 +135,9 @@ def last_jsonl_row(path: Path) -> dict[str, Any] | None:
                 stream.seek(size - block)
                 lines = stream.read(block).split(b"\n")[:-1]
                 whole = lines if block == size else lines[1:]  # the first began before the block
-                found = next((row for row in map(parse_row, reversed(whole)) if row is not None), None)
+                found = next(
+                    (row for row in map(parse_row, reversed(whole)) if row is not None), None
+                )
                 if found is not None or block == size:
                     return found
     except FileNotFoundError:

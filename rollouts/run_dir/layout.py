@@ -12,22 +12,25 @@ State = Literal["starting", "queued", "running", "done", "failed", "stopped", "d
 FINAL_STATES: tuple[State, ...] = ("done", "failed", "stopped", "died")
 StageName = Literal["bootstrap", "sft", "rl"]
 SMOKE_STAGE: StageName = "bootstrap"  # whose windows try the devices
+TRACKER_STAGE = "tracker"  # of the windows that feed trackers, all stages long
 EXPERIMENT_NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_-]{0,47}"  # a tmux session name: no dot, no colon
 RUN_ID_VARIABLE = "ROLLOUTS_RUN_ID"
 RUN_PATH_VARIABLE = "ROLLOUTS_RUN_PATH"
 GPUS_VARIABLE = "ROLLOUTS_GPUS"  # a process's cards by nvidia-smi's index, however CUDA_VISIBLE_DEVICES names them
 HOME_VARIABLE = "ROLLOUTS_HOME"  # where a host (or this machine) keeps its rollouts files; ~/.rollouts without it
+ROW_FILES = ("metrics.jsonl", "eval.jsonl", "eval_samples.jsonl", "rollouts.jsonl")  # of steps
 STREAMED_FILES = (
     "events.jsonl",
-    "metrics.jsonl",
-    "eval.jsonl",
-    "eval_samples.jsonl",
-    "rollouts.jsonl",
-)  # they only grow
+    *ROW_FILES,
+    "gpu.jsonl",
+)  # they only grow; rows are cut where a stage restarts
 ENVIRONMENT_GLOB = "code/environment-*.txt"
-SNAPSHOT_GLOBS = ("status.json", "exit/*.json", ENVIRONMENT_GLOB)  # small, replaced as a whole
+TRACKER_GLOB = "trackers/*.json"
+# small, replaced as a whole
+SNAPSHOT_GLOBS = ("status.json", "exit/*.json", ENVIRONMENT_GLOB, TRACKER_GLOB)
 LOG_GLOB = "logs/*.log"
 SNAPSHOT_BYTES_MAX = 1 << 20
+NODES_RUNS = "hosts"  # below a run: what other nodes of its Slurm job have of it
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,25 @@ class RunDir:
         """Return the prefix of the run's files in /dev/shm, which all homes of a machine share."""
         return f"{self.run_id}-{hashlib.sha256(os.fsencode(self.real_path)).hexdigest()[:12]}"
 
+    def on_node(self, rank: int) -> "RunDir":
+        """Return what another node of the run's Slurm job has of it, 1 and up: nodes share a disk."""
+        return RunDir(self.path / NODES_RUNS / str(rank) / self.run_id)
+
+    @property
+    def first(self) -> "RunDir":
+        """Return the run on its first host, where this is another node's part of it; else itself."""
+        top = self.path.parent.parent
+        is_part = top.name == NODES_RUNS and top.parent.name == self.run_id
+        return RunDir(top.parent) if is_part else self
+
+    def nodes_runs(self) -> "list[RunDir]":
+        """Return the parts that other nodes of the run's Slurm job have of it."""
+        return [RunDir(path) for path in sorted(self.path.glob(f"{NODES_RUNS}/*/{self.run_id}"))]
+
+    def node(self, rank: int) -> Path:
+        """Name what a node of the job tells the others: {"attempt", "name", "values", "error"}."""
+        return self.path / "nodes" / f"{rank}.json"
+
     @property
     def config(self) -> Path:
         return self.path / "config.json"
@@ -57,6 +79,11 @@ class RunDir:
     @property
     def plan(self) -> Path:
         return self.path / "plan.json"
+
+    @property
+    def submitted_plan(self) -> Path:
+        """Name the plan as Slurm got it: plan.json has what the node put in place of its stand-ins."""
+        return self.path / "plan-submitted.json"
 
     @property
     def code(self) -> Path:
@@ -95,7 +122,8 @@ class RunDir:
 
     @property
     def secrets_in_memory(self) -> Path:
-        name = hashlib.sha256(os.fsencode(self.path)).hexdigest()[:16]  # known when the directory is gone, too
+        # known when the directory is gone, too
+        name = hashlib.sha256(os.fsencode(self.path)).hexdigest()[:16]
         return Path("/dev/shm") / f"rollouts-secrets-{os.getuid()}-{name}" / "secrets.json"
 
     @property
@@ -107,6 +135,16 @@ class RunDir:
     def launch(self) -> Path:
         """Name {"launch_id", "host"}: which `deploy` started the run, and on which machine (`host_identity`)."""
         return self.path / "launch.json"
+
+    @property
+    def slurm_job(self) -> Path:
+        """Name the record of the job in which Slurm runs it (`SlurmJob`); missing for any other run."""
+        return self.first.path / "slurm.json"
+
+    @property
+    def restarts(self) -> Path:
+        """Name [{"stage", "step", "checkpoint", "kept"}, …]: where stages whose trainer died went on (`Restart`)."""
+        return self.path / "restarts.json"
 
     @property
     def status(self) -> Path:
@@ -129,6 +167,11 @@ class RunDir:
         return self.path / "rollouts.jsonl"
 
     @property
+    def gpu(self) -> Path:
+        """Name the file of how busy the run's GPUs and processes were, a sample a line."""
+        return self.path / "gpu.jsonl"
+
+    @property
     def eval(self) -> Path:
         return self.path / "eval.jsonl"
 
@@ -136,6 +179,15 @@ class RunDir:
     def eval_samples(self) -> Path:
         """Name the file of answers to held-out rows, one a line."""
         return self.path / "eval_samples.jsonl"
+
+    def tracker(self, kind: str) -> Path:
+        """Name {"project", "place", "key", "name", "steps"}: how far a tracker is (`rollouts.view.tracker_cursor`)."""
+        return self.path / "trackers" / f"{kind}.json"
+
+    @property
+    def trackers_end(self) -> Path:
+        """Name the file that asks the run's trackers to end. It holds the state that the run ends in."""
+        return self.path / ".trackers-end.tmp"
 
     @property
     def checkpoints(self) -> Path:

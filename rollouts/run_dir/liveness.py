@@ -66,7 +66,7 @@ def launching(run: RunDir, *, wait: bool = True) -> Iterator[bool]:
         os.close(descriptor)
 
 
-START_WAIT_S = 30.0  # between the launcher's first status and the supervisor's lock
+START_WAIT_S = 75.0  # between the launcher's first status and the supervisor's lock
 SILENT_S = 300.0  # 60 heartbeats, late by a network's cache and by clocks that differ
 
 
@@ -94,9 +94,12 @@ def observe(run: RunDir) -> Observed:
         return Observed("starting" if live else "died", None, live, None)
     if status.state in FINAL_STATES:
         return Observed(status.state, status.exit_code, live, status)
-    waiting = not run.lock.exists() and time.time() - status.updated_at < START_WAIT_S
+    # either way: the time of day may have been set meanwhile
+    waiting = not run.lock.exists() and abs(time.time() - status.updated_at) < START_WAIT_S
     if live or waiting:
         return Observed(status.state, None, True, status)
+    if status.state == "queued" and run.slurm_job.exists():  # Slurm starts its supervisor
+        return Observed("queued", None, True, status)
     if out_of_sight(run):
         heard = time.time() - status.updated_at < SILENT_S
         return Observed(status.state if heard else "silent", None, heard, status)

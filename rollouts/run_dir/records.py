@@ -14,7 +14,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from rollouts.plain_files import read_plain
 from rollouts.run_dir.files import append_jsonl, write_json_atomic
 from rollouts.run_dir.group import HostGroup
-from rollouts.run_dir.layout import SMOKE_STAGE, RunDir, StageName, State
+from rollouts.run_dir.layout import SMOKE_STAGE, TRACKER_STAGE, RunDir, StageName, State
+from rollouts.run_dir.slurm_job import SlurmSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,9 @@ class Status:
     stage: StageName | None
     message: str  # one line for people: what is happening, or why it ended
     started_at: float  # seconds since the epoch, as all times here
-    updated_at: float  # also the heartbeat: rewritten at least every HEARTBEAT_S while the run lives
+    updated_at: (
+        float  # also the heartbeat: rewritten at least every HEARTBEAT_S while the run lives
+    )
     exit_code: int | None  # None until the run ended
 
 
@@ -43,7 +46,9 @@ class ExitRecord:
     signal: int | None
     started_at: float
     ended_at: float
-    message: str = ""  # why it failed, as far as its last lines tell; of the supervisor: how the run ended
+    message: str = (
+        ""  # why it failed, as far as its last lines tell; of the supervisor: how the run ended
+    )
 
     @property
     def code(self) -> int:
@@ -98,12 +103,42 @@ class ProcessSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModelToSend:
+    """A model that lies on the first host of several, and that engines of others start with."""
+
+    directory: str
+    receivers: list[str]  # URLs, one a host
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageSpec:
     name: Literal["sft", "rl"]
     engines: list[ProcessSpec]  # started first, all ready before the trainer starts
-    trainer: ProcessSpec  # its end is the stage's end
+    trainer: ProcessSpec | None  # its end is the stage's end; None: on other hosts of the job alone
     timeout_s: float
-    needs_checkpoint: str | None  # a checkpoint directory whose manifest must hold before the stage starts
+    # a checkpoint directory whose manifest must hold before the stage starts
+    needs_checkpoint: str | None
+    # on a host beside the first that has engines: takes the weights for them; ready before anything is sent to it
+    receiver: ProcessSpec | None = None
+    send: ModelToSend | None = None  # before engines start; all hosts know, the first sends
+    # of engines on other hosts, which the trainer of this one has to reach
+    far_ready_urls: list[str] = dataclasses.field(default_factory=list)
+
+    def processes(self) -> list[ProcessSpec]:
+        """List what has a window, in the order of their starts."""
+        own = (self.receiver, *self.engines, self.trainer)
+        return [spec for spec in own if spec is not None]
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "StageSpec":
+        parts: dict[str, Any] = {"engines": [ProcessSpec(**item) for item in data["engines"]]}
+        for name, kind in (
+            ("trainer", ProcessSpec),
+            ("receiver", ProcessSpec),
+            ("send", ModelToSend),
+        ):
+            parts[name] = kind(**data[name]) if data.get(name) is not None else None
+        return cls(**{**data, **parts})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +156,24 @@ class SmokeCheck:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrackerSpec:
+    """A tracker that a process beside the run feeds, in an environment of its own."""
+
+    kind: str  # "wandb"; its window is tracker-<kind>
+    project: str
+    environment: EnvironmentSpec
+    process: ProcessSpec
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "TrackerSpec":
+        environment, process = (
+            EnvironmentSpec(**data["environment"]),
+            ProcessSpec(**data["process"]),
+        )
+        return cls(**{**data, "environment": environment, "process": process})
+
+
+@dataclass(frozen=True, kw_only=True)
 class NamedGpu:
     """A GPU by which a run may be placed."""
 
@@ -132,9 +185,11 @@ class NamedGpu:
 class QueueSpec:
     """How a run waits for its turn on its host. plan.json has it until the turn has come."""
 
-    cards: list[NamedGpu]  # as many of them as the plan has GPUs are taken; [] for a run without GPUs
+    # as many of them as the plan has GPUs are taken; [] for a run without GPUs
+    cards: list[NamedGpu]
     at_once: int  # a run without GPUs starts where fewer than so many such runs are under way
-    ports: list[int]  # in a row, chosen by the host (engine.sglang_port=0): others will do where they are taken
+    # in a row, chosen by the host (engine.sglang_port=0): others will do where they are taken
+    ports: list[int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,14 +207,23 @@ class LaunchPlan:
     stop_grace_s: float
     engine_restarts_max: int  # in the whole run
     engine_hang_timeout_s: float
-    models: list[HubModel] = dataclasses.field(
-        default_factory=list
-    )  # downloaded once the trainer's environment is made
-    smoke: list[SmokeCheck] = dataclasses.field(default_factory=list)  # side by side, once all of that is there
-    package_path: str = ""  # where rollouts lies, beside the user's repository; "": in code/tree, a clone
-    queue: QueueSpec | None = None  # it waits for its turn; None: it starts at once, or its turn has come
+    # downloaded once the trainer's environment is made
+    models: list[HubModel] = dataclasses.field(default_factory=list)
+    # side by side, once all of that is there
+    smoke: list[SmokeCheck] = dataclasses.field(default_factory=list)
+    package_path: str = (
+        ""  # where rollouts lies, beside the user's repository; "": in code/tree, a clone
+    )
+    queue: QueueSpec | None = (
+        None  # it waits for its turn; None: it starts at once, or its turn has come
+    )
     group: HostGroup | None = None  # the hosts of a job of several; None: this one alone
-    network: SmokeCheck | None = None  # tries the way between them, on all of them at once, before the first stage
+    restarts_max: int = 0  # of stages whose trainer was killed or crashed, in the whole run
+    network: SmokeCheck | None = (
+        None  # tries the way between them, on all of them at once, before the first stage
+    )
+    trackers: list[TrackerSpec] = dataclasses.field(default_factory=list)
+    slurm: SlurmSpec | None = None  # Slurm starts it, in a job; None: it starts on this host
 
     @property
     def program_path(self) -> str:
@@ -168,38 +232,52 @@ class LaunchPlan:
 
     def processes(self) -> Iterator[tuple[str, ProcessSpec]]:
         """List what has a window, with its stage."""
+        for tracker in self.trackers:
+            yield TRACKER_STAGE, tracker.process
         for check in (*self.smoke, *([self.network] if self.network else [])):
             yield SMOKE_STAGE, check.process
         for stage in self.stages:
-            for spec in (*stage.engines, stage.trainer):
+            for spec in stage.processes():
                 yield stage.name, spec
 
     def to_json(self) -> dict[str, Any]:
-        """Return the plan's JSON. Without a queue it has no such field: earlier versions read it then."""
+        """Return the plan's JSON. What came later and is not used is left out: earlier versions read it then."""
         values = dataclasses.asdict(self)
-        return values if self.queue is not None else {name: values[name] for name in values if name != "queue"}
+        for stage in values["stages"]:
+            for name in ("receiver", "send", "far_ready_urls"):
+                if not stage[name]:
+                    del stage[name]
+        if values["group"] and not values["group"]["fewer"]:
+            del values["group"]["fewer"]
+        for host in values["group"]["hosts"] if values["group"] else ():
+            for name, default in (("trains", True), ("engine_port", None), ("receiver_port", None)):
+                if host[name] is default:
+                    del host[name]
+        unused = {name for name in ("queue", "trackers", "slurm") if not values[name]}
+        return {name: value for name, value in values.items() if name not in unused}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "LaunchPlan":
         environments = [EnvironmentSpec(**item) for item in data["environments"]]
-        stages = [
-            StageSpec(
-                **{
-                    **item,
-                    "engines": [ProcessSpec(**engine) for engine in item["engines"]],
-                    "trainer": ProcessSpec(**item["trainer"]),
-                }
-            )
-            for item in data["stages"]
-        ]
+        stages = [StageSpec.from_json(item) for item in data["stages"]]
         models = [HubModel(**item) for item in data.get("models", [])]
         smoke = [SmokeCheck.from_json(item) for item in data.get("smoke", [])]
+        trackers = [TrackerSpec.from_json(item) for item in data.get("trackers", [])]
         queue, group, network = (data.get(name) for name in ("queue", "group", "network"))
         if queue is not None:
             queue = QueueSpec(**{**queue, "cards": [NamedGpu(**card) for card in queue["cards"]]})
-        parts = {"environments": environments, "stages": stages, "models": models, "smoke": smoke, "queue": queue}
+        parts = {
+            "environments": environments,
+            "stages": stages,
+            "models": models,
+            "smoke": smoke,
+            "trackers": trackers,
+            "queue": queue,
+        }
         parts["group"] = HostGroup.from_json(group) if group is not None else None
         parts["network"] = SmokeCheck.from_json(network) if network is not None else None
+        slurm = data.get("slurm")
+        parts["slurm"] = SlurmSpec.from_json(slurm) if slurm is not None else None
         return cls(**{**data, **parts})
 
 
@@ -220,7 +298,9 @@ def read_launch_id(run: RunDir) -> str | None:
 def read_launch_host(run: RunDir) -> dict[str, str] | None:
     """Return which machine runs it, as `host_identity`; None if an older version started it, or it did not start."""
     found = _launch_record(run).get("host")
-    if not isinstance(found, dict) or not all(isinstance(found.get(key), str) for key in ("name", "boot")):
+    if not isinstance(found, dict) or not all(
+        isinstance(found.get(key), str) for key in ("name", "boot")
+    ):
         return None
     return {key: found[key] for key in ("name", "boot")}
 
@@ -269,7 +349,8 @@ def read_plan(run: RunDir) -> LaunchPlan | None:
         return None
 
 
-_KINDS: dict[type[Any], dict[str, Any]] = {}  # the types of a record's fields, which are slow to find
+# the types of a record's fields, which are slow to find
+_KINDS: dict[type[Any], dict[str, Any]] = {}
 
 
 def _read_record(path: Path, record: type[Any]) -> Any:
@@ -296,7 +377,9 @@ def _fits(value: Any, kind: Any) -> bool:
     if get_origin(kind) in (Union, UnionType):
         return any(_fits(value, part) for part in get_args(kind))
     if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return (
+            isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        )
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, kind)

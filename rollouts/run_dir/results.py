@@ -10,7 +10,7 @@ from pathlib import Path
 from rollouts.plain_files import is_plain, read_plain
 from rollouts.run_dir.layout import STREAMED_FILES, RunDir
 
-EVENTS = "events.jsonl"  # tells how a run went, not what it learned
+HOW_IT_WENT = ("events.jsonl", "gpu.jsonl")  # these tell nothing of what it learned
 
 
 def results_of(run: RunDir) -> dict[str, str]:
@@ -31,12 +31,16 @@ def copies_in(mirror: RunDir) -> dict[str, str]:
     if mirror.path.is_symlink():
         return {}
     here = os.path.join(os.path.realpath(mirror.path), "")
-    return {name: mark for name, mark in results_of(mirror).items() if os.path.realpath(here + name) == here + name}
+    return {
+        name: mark
+        for name, mark in results_of(mirror).items()
+        if os.path.realpath(here + name) == here + name
+    }
 
 
 def _files(run: RunDir) -> Iterator[str]:
     for name in STREAMED_FILES:
-        if name != EVENTS and is_plain(run.path / name):
+        if name not in HOW_IT_WENT and is_plain(run.path / name):
             yield name
     for file in sorted([*run.path.glob("wandb/offline-run-*/*.wandb")]):
         if is_plain(file):
@@ -59,7 +63,9 @@ def checkpoint_digest(directory: Path) -> str:
 
 def only_in(one: dict[str, str], other: dict[str, str]) -> list[str]:
     """Return the results of `one` that `other` lacks, or has less of."""
-    return [name for name, mark in one.items() if name not in other or not _holds(other[name], mark)]
+    return [
+        name for name, mark in one.items() if name not in other or not _holds(other[name], mark)
+    ]
 
 
 def _holds(copy: str, mark: str) -> bool:

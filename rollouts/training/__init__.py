@@ -11,7 +11,13 @@ if TYPE_CHECKING:
     from rollouts.training.loops.sft_loop import run_sft_training
     from rollouts.training.rollout_gen.async_rollout_manager import AsyncRolloutManager
     from rollouts.training.rollout_gen.rollout_generation import generate_rollout_batches
-    from rollouts.training.types import RLTrainingConfig, RolloutBatch, RolloutConfig, Sample, SFTTrainingConfig
+    from rollouts.training.types import (
+        RLTrainingConfig,
+        RolloutBatch,
+        RolloutConfig,
+        Sample,
+        SFTTrainingConfig,
+    )
 
 _MODULE_OF = {
     "AsyncRolloutManager": "rollout_gen.async_rollout_manager",
@@ -46,7 +52,9 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}"
+        )
     return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
 
 

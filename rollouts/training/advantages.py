@@ -34,16 +34,26 @@ def compute_advantages(
     a reward that is not finite.
     """
     if isinstance(baseline, str) and baseline not in BASELINES:
-        raise ValueError(f"baseline={baseline!r}: needs a number or one of {', '.join(map(repr, BASELINES))}")
+        raise ValueError(
+            f"baseline={baseline!r}: needs a number or one of {', '.join(map(repr, BASELINES))}"
+        )
     if norm not in NORMS:
         raise ValueError(f"norm={norm!r}: needs one of {', '.join(map(repr, NORMS))}")
     ids = [0] * len(rewards) if group_ids is None else list(group_ids)
     if len(ids) != len(rewards):
         raise ValueError(f"{len(ids)} group_ids for {len(rewards)} rewards: needs one each")
-    not_finite = [f"rewards[{place}]={str(value)[:40]}" for place, value in enumerate(rewards) if not _finite(value)]
-    not_finite += [] if isinstance(baseline, str) or _finite(baseline) else [f"baseline={str(baseline)[:40]}"]
+    not_finite = [
+        f"rewards[{place}]={str(value)[:40]}"
+        for place, value in enumerate(rewards)
+        if not _finite(value)
+    ]
+    not_finite += (
+        [] if isinstance(baseline, str) or _finite(baseline) else [f"baseline={str(baseline)[:40]}"]
+    )
     if not_finite:
-        raise ValueError(f"{', '.join(not_finite[:5])}: needs finite rewards, and a finite baseline")
+        raise ValueError(
+            f"{', '.join(not_finite[:5])}: needs finite rewards, and a finite baseline"
+        )
     places: dict[int, list[int]] = {}
     for place, group in enumerate(ids):
         places.setdefault(group, []).append(place)
@@ -53,19 +63,24 @@ def compute_advantages(
         baseline = baseline if isinstance(baseline, str) else baseline / scale
     advantages = [0.0] * len(rewards)
     for members in places.values():
-        of_group = _of_group([rewards[place] for place in members], baseline, divide=norm == "group_std")
+        of_group = _of_group(
+            [rewards[place] for place in members], baseline, divide=norm == "group_std"
+        )
         for place, advantage in zip(members, of_group, strict=True):
             advantages[place] = advantage
     if not all(map(math.isfinite, advantages)):
-        raise ValueError(f"rewards of up to {max(map(abs, rewards))}: what is left of the baseline is beyond any float")
+        raise ValueError(
+            f"rewards of up to {max(map(abs, rewards))}: what is left of the baseline is beyond any float"
+        )
     if norm != "batch":
         return advantages
-    beside = () if isinstance(baseline, str) else (*rewards, baseline)  # what the differences were rounded at
+    # what the differences were rounded at
+    beside = () if isinstance(baseline, str) else (*rewards, baseline)
     return _standardised(advantages, beside)
 
 
 def _finite(value: float) -> bool:
-    """Whether a number fits into a float, and is one: an integer may be too large."""
+    """Return whether a number fits into a float, and is one: an integer may be too large."""
     try:
         return math.isfinite(value)
     except OverflowError:
@@ -73,7 +88,7 @@ def _finite(value: float) -> bool:
 
 
 def has_contrast(values: Sequence[float], beside: Iterable[float] = ()) -> bool:
-    """Whether `values` differ by more than CONTRAST_MIN of the largest magnitude among them and `beside`."""
+    """Return whether `values` differ by more than CONTRAST_MIN of the largest magnitude among them and `beside`."""
     scale = max(map(abs, (*values, *beside)), default=0.0)
     return scale > 0 and max(values) / scale - min(values) / scale > CONTRAST_MIN
 
@@ -94,11 +109,13 @@ def gae(
         next_advantage = reward + gamma * next_value - value + gamma * lam * next_advantage
         next_value = value
         advantages[t] = next_advantage
-    return advantages, [advantage + value for advantage, value in zip(advantages, values, strict=True)]
+    return advantages, [
+        advantage + value for advantage, value in zip(advantages, values, strict=True)
+    ]
 
 
 def mean(values: Sequence[float]) -> float:
-    """The mean, which no sum of large values overflows."""
+    """Return the mean, which no sum of large values overflows."""
     scale = _scale(values)
     return statistics.fmean(value / scale for value in values) * scale
 
@@ -111,18 +128,21 @@ def standard_deviation(values: Sequence[float], *, ddof: int) -> float:
     middle = mean(values)
     deviations = [value - middle for value in values]
     scale = _scale(deviations)
-    return scale * math.sqrt(math.fsum((part / scale) ** 2 for part in deviations) / (len(values) - ddof))
+    return scale * math.sqrt(
+        math.fsum((part / scale) ** 2 for part in deviations) / (len(values) - ddof)
+    )
 
 
 def _scale(values: Iterable[float]) -> float:
-    """A power of two near the largest magnitude, by which division rounds nothing; 1 for zeros."""
+    """Return a power of two near the largest magnitude, by which division rounds nothing; 1 for zeros."""
     largest = max(map(abs, values), default=0.0)
     return math.ldexp(1.0, math.frexp(largest)[1] - 1) if largest else 1.0
 
 
 def _of_group(rewards: Sequence[float], baseline: float | str, *, divide: bool) -> list[float]:
     contrast = has_contrast(rewards)
-    if contrast and divide:  # the result does not depend on the scale, and squares and means round less
+    # the result does not depend on the scale, and squares and means round less
+    if contrast and divide:
         scale = _scale(rewards)
         rewards, baseline = (
             [reward / scale for reward in rewards],
@@ -137,7 +157,8 @@ def _of_group(rewards: Sequence[float], baseline: float | str, *, divide: bool) 
         differences = [reward - middle for reward in rewards]
     else:
         middle, share = mean(rewards), len(rewards) / (len(rewards) - 1)
-        differences = [(reward - middle) * share for reward in rewards]  # what is left by the mean of the others
+        # what is left by the mean of the others
+        differences = [(reward - middle) * share for reward in rewards]
     return _over_deviation(differences, rewards) if contrast and divide else differences
 
 
@@ -149,6 +170,6 @@ def _standardised(values: Sequence[float], beside: Iterable[float]) -> list[floa
 
 
 def _over_deviation(differences: Sequence[float], values: Sequence[float]) -> list[float]:
-    """`differences` over the standard deviation (ddof 1) of `values`."""
+    """Return `differences` over the standard deviation (ddof 1) of `values`."""
     std = standard_deviation(values, ddof=1)
     return [difference / std for difference in differences]

@@ -30,7 +30,9 @@ def trajectory_to_sample(trajectory: Trajectory) -> Sample:
     "finish_reason" ("stop", or "length" for an episode that a limit cut off), "ended", "prompt_id", "weight_version"
     (the newest), and "weight_versions" [{version, start, end}] by response token where there was more than one.
     """
-    last = next((m for m in reversed(trajectory.messages) if m["role"] == "assistant"), {"content": ""})
+    last = next(
+        (m for m in reversed(trajectory.messages) if m["role"] == "assistant"), {"content": ""}
+    )
     spans = _joined(trajectory.weight_versions)
     return Sample(
         prompt=trajectory.prompt,
@@ -82,7 +84,14 @@ def make_agent_generate_fn(
     async def generate_fn(prompts: list[Prompt], *, seed: int) -> list[Sample]:
         chosen = next(turns)
         episodes = [
-            partial(_episode, chosen, make_environment, prompt, seed=seed + index * _TURNS_APART, limits=limits)
+            partial(
+                _episode,
+                chosen,
+                make_environment,
+                prompt,
+                seed=seed + index * _TURNS_APART,
+                limits=limits,
+            )
             for index, prompt in enumerate(prompts)
         ]
         return [trajectory_to_sample(trajectory) for trajectory in await gather_in_order(episodes)]
@@ -97,7 +106,9 @@ async def _episode(
         environment = make_environment()
     except USER_ERRORS as error:
         name = getattr(make_environment, "__name__", repr(make_environment))
-        raise AgentError(f"{name}() raised {describe(error)} for prompt {str(prompt)[:200]}") from error
+        raise AgentError(
+            f"{name}() raised {describe(error)} for prompt {str(prompt)[:200]}"
+        ) from error
     return await run_episode(endpoint, environment, prompt, **options)
 
 
@@ -124,7 +135,9 @@ async def evaluate_agent(
     async def reward(sampler: Sequence[Endpoint], place: int, seed: int) -> tuple[float, str]:
         chosen, row = sampler[place % len(sampler)], rows[place]
         async with limiter:
-            sample = trajectory_to_sample(await _episode(chosen, make_environment, row, seed=seed, limits=limits))
+            sample = trajectory_to_sample(
+                await _episode(chosen, make_environment, row, seed=seed, limits=limits)
+            )
             value: Any = sample.reward if reward_fn is None else reward_fn(sample)
             if inspect.isawaitable(value):
                 value = await value
@@ -134,10 +147,15 @@ async def evaluate_agent(
     calls = [partial(reward, greedily, place, 0) for place in range(len(rows))]
     n = sampling.num_samples if sampling else 0
     if sampling:
-        drawn = [replace(one, temperature=sampling.temperature, top_k=sampling.top_k) for one in endpoints]
+        drawn = [
+            replace(one, temperature=sampling.temperature, top_k=sampling.top_k)
+            for one in endpoints
+        ]
         for place in range(len(rows)):
             first = group_seed(sampling.seed, place)
-            calls += [partial(reward, drawn, place, first + index * _TURNS_APART) for index in range(n)]
+            calls += [
+                partial(reward, drawn, place, first + index * _TURNS_APART) for index in range(n)
+            ]
     played = await gather_in_order(calls)
     rewards = [value for value, _ in played]
     greedy, sampled = rewards[: len(rows)], rewards[len(rows) :]

@@ -52,10 +52,11 @@ class Alarms:
     steps_total: int
     _streaks: dict[str, int] = field(default_factory=dict)
     _told: set[str] = field(default_factory=set)
-    _best: dict[str, tuple[float, str]] = field(default_factory=dict)  # by metric: the best so far, and where
+    # by metric: the best so far, and where
+    _best: dict[str, tuple[float, str]] = field(default_factory=dict)
 
     def of_step(self, metrics: Mapping[str, Any]) -> list[Alarm]:
-        """The causes that have now lasted long enough, each once."""
+        """Return the causes that have now lasted long enough, each once."""
         needed, found = max(1, min(STEPS, self.steps_total)), []
         for cause, (holds, message) in CAUSES.items():
             self._streaks[cause] = self._streaks.get(cause, 0) + 1 if holds(metrics) else 0
@@ -64,13 +65,16 @@ class Alarms:
         return found
 
     def of_evaluation(self, where: str, metrics: Mapping[str, float]) -> list[Alarm]:
-        """Whether one of `metrics`, of all held-out rows, has fallen to half of its best. `where`: "rl step 20"."""
+        """Return whether one of `metrics`, of all held-out rows, has fallen to half of its best. `where`: "rl
+        step 20"."""
         found = []
         for name in (name for name in JUDGED if name in metrics):
             value, (best, at) = metrics[name], self._best.get(name, (metrics[name], where))
             if best > 0 and value <= best / 2 and best - value >= FALL_MIN:
                 text = f"{name} on the held-out rows fell from {best:.4f} ({at}) to {value:.4f} ({where})"
-                found += self._once(f"evaluation_fell_{name}", f"{text}. Fix: go on from the better checkpoint")
+                found += self._once(
+                    f"evaluation_fell_{name}", f"{text}. Fix: go on from the better checkpoint"
+                )
             if value >= best:
                 self._best[name] = (value, where)
         return found

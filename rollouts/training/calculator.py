@@ -13,23 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 MAX_CHARACTERS = 256
-CALCULATOR_TOOL: dict[str, Any] = {  # its description for models, in SFT data and environments alike
-    "type": "function",
-    "function": {
-        "name": "calculator",
-        "description": "Work out an expression.",
-        "parameters": {
-            "type": "object",
-            "properties": {
-                "expression": {
-                    "type": "string",
-                    "description": "Numbers with + - * / ( ), or 'text'.count('part').",
-                }
-            },
-            "required": ["expression"],
-        },
-    },
-}
 ARITHMETIC = re.compile(r"[0-9+\-*/.() ]+")
 
 _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
@@ -39,7 +22,10 @@ _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv,
 }
-_UNARY: dict[type[ast.unaryop], Callable[[Any], Any]] = {ast.UAdd: operator.pos, ast.USub: operator.neg}
+_UNARY: dict[type[ast.unaryop], Callable[[Any], Any]] = {
+    ast.UAdd: operator.pos,
+    ast.USub: operator.neg,
+}
 
 
 class _NotAllowed(ValueError):
@@ -68,7 +54,8 @@ def calculate(expression: str) -> str | None:
 
 
 def _number(node: ast.expr) -> int | float:
-    if isinstance(node, ast.Constant) and isinstance(node.value, int | float):  # no True: ARITHMETIC has no letters
+    # no True: ARITHMETIC has no letters
+    if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
         return node.value
     if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
         return _BINARY[type(node.op)](_number(node.left), _number(node.right))

@@ -37,7 +37,14 @@ from rollouts.training.retention import Retention, remove_expired
 from rollouts.training.seams import Tokenizer
 from rollouts.training.whole_directories import begin, put_in_place, sync, sync_tree
 
-__all__ = ["CheckpointError", "Retention", "Snapshot", "list_checkpoints", "read_metadata", "write_checkpoint"]
+__all__ = [
+    "CheckpointError",
+    "Retention",
+    "Snapshot",
+    "list_checkpoints",
+    "read_metadata",
+    "write_checkpoint",
+]
 METADATA_FILE = "metadata.json"
 TRAINING_STATE_FILE = "training_state.pt"
 OPTIMIZER_DIRECTORY = "optimizer"
@@ -51,7 +58,8 @@ class Snapshot:
 
     step: int
     weights: Mapping[str, Tensor]  # whole, on the CPU; on rank 0 alone, empty elsewhere
-    adapter: Mapping[str, Tensor]  # likewise, of a model with LoRA, whose weights are merged ones; else empty
+    # likewise, of a model with LoRA, whose weights are merged ones; else empty
+    adapter: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]  # this rank's part: `optimizer_state.Staging`
     training_state: Mapping[str, Any]  # plain data and tensors
     metadata: Mapping[str, Any]
@@ -62,16 +70,20 @@ def step_name(step: int) -> str:
 
 
 def list_checkpoints(checkpoint_dir: Path) -> list[Path]:
-    """The completed checkpoints (those with a manifest) in the order of their step *numbers*."""
+    """Return the completed checkpoints (those with a manifest) in the order of their step *numbers*."""
     if not checkpoint_dir.is_dir():
         return []
-    found = [(match, path) for path in checkpoint_dir.iterdir() if (match := _STEP_NAME.fullmatch(path.name))]
+    found = [
+        (match, path)
+        for path in checkpoint_dir.iterdir()
+        if (match := _STEP_NAME.fullmatch(path.name))
+    ]
     complete = [(int(match[1]), path) for match, path in found if (path / MANIFEST_FILE).is_file()]
     return [path for _, path in sorted(complete)]
 
 
 def latest_checkpoint(checkpoint_dir: Path) -> Path | None:
-    """The completed checkpoint with the highest step, or None."""
+    """Return the completed checkpoint with the highest step, or None."""
     return next(reversed(list_checkpoints(checkpoint_dir)), None)
 
 
@@ -94,7 +106,9 @@ def write_checkpoint(
     temporary = checkpoint_dir / distributed.on_rank_0(lambda: begin(final).name, group)
     optimizer_state.write(snapshot.optimizer, temporary / OPTIMIZER_DIRECTORY, group)
     host_files.collect(
-        temporary / OPTIMIZER_DIRECTORY, lambda: optimizer_state.absent_files(temporary / OPTIMIZER_DIRECTORY), group
+        temporary / OPTIMIZER_DIRECTORY,
+        lambda: optimizer_state.absent_files(temporary / OPTIMIZER_DIRECTORY),
+        group,
     )
 
     def finish() -> None:
@@ -105,14 +119,22 @@ def write_checkpoint(
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         torch.save(dict(snapshot.training_state), temporary / TRAINING_STATE_FILE)
-        record = {"stage": checkpoint_dir.name, "step": snapshot.step, "time": time.time(), **snapshot.metadata}
+        record = {
+            "stage": checkpoint_dir.name,
+            "step": snapshot.step,
+            "time": time.time(),
+            **snapshot.metadata,
+        }
         record |= {"versions": _versions()}
         (temporary / METADATA_FILE).write_text(json_text(record, indent=1) + "\n")
         write_manifest(temporary)
         sync_tree(temporary)
         put_in_place(temporary, final)
         _point_latest(checkpoint_dir, final.name)
-        saved = [(path, json.loads((path / METADATA_FILE).read_text())) for path in list_checkpoints(checkpoint_dir)]
+        saved = [
+            (path, json.loads((path / METADATA_FILE).read_text()))
+            for path in list_checkpoints(checkpoint_dir)
+        ]
         metrics = [(path, record["metrics"]) for path, record in saved]
         remove_expired(metrics, checkpoint_dir / LATEST_LINK, retention, protected)
 
@@ -121,7 +143,7 @@ def write_checkpoint(
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """A checkpoint's `metadata.json`, after every file was found to be what the manifest says.
+    """Return a checkpoint's `metadata.json`, after every file was found to be what the manifest says.
 
     Raises CheckpointError for a path that is no checkpoint, one never completed, or one that was changed or damaged.
     """
@@ -129,12 +151,14 @@ def read_metadata(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no such checkpoint directory")
     problems = manifest_problems(path)
     if problems:
-        raise CheckpointError("\n".join([*problems, f"{path} cannot be used: choose another step, or copy it again"]))
+        raise CheckpointError(
+            "\n".join([*problems, f"{path} cannot be used: choose another step, or copy it again"])
+        )
     return json.loads((path / METADATA_FILE).read_text())
 
 
 def read_training_state(path: Path) -> dict[str, Any]:
-    """What `write_checkpoint` was given as `training_state`; tensors on the CPU.
+    """Return what `write_checkpoint` was given as `training_state`; tensors on the CPU.
 
     Only plain data is unpickled. Raises CheckpointError for a file that holds anything else.
     """

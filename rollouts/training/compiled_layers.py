@@ -17,7 +17,8 @@ from torch._dynamo import config as dynamo
 from torch.fx.experimental import _config as symbolic_shapes
 
 logger = logging.getLogger(__name__)
-Compiler = str | Callable[[torch.fx.GraphModule, list[torch.Tensor]], Callable[..., object]]  # torch.compile's backend
+# torch.compile's backend
+Compiler = str | Callable[[torch.fx.GraphModule, list[torch.Tensor]], Callable[..., object]]
 # Versions of the code in a process: kinds of layers, with and without gradients, windows that documents reach or not.
 _VERSIONS_MAX = 32
 _thread = threading.local()  # torch's settings are each thread's own, and so is `ready`
@@ -36,7 +37,10 @@ def compile_layers(model: nn.Module, *, backend: Compiler = "inductor") -> None:
     """
     layers = layers_of(model)
     if not layers:
-        logger.warning("%s runs uncompiled: it does not say which of its modules are layers", type(model).__name__)
+        logger.warning(
+            "%s runs uncompiled: it does not say which of its modules are layers",
+            type(model).__name__,
+        )
     shared = _Code(type(model).__name__, backend)
     for layer in layers:
         layer.forward = _Forward(layer, shared)
@@ -64,7 +68,9 @@ class _Code:
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:  # before anything ran
             self.works = False
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            logger.warning("the layers of %s run uncompiled from here on: %s", self._model_name, reason)
+            logger.warning(
+                "the layers of %s run uncompiled from here on: %s", self._model_name, reason
+            )
             return _run(layer, *arguments, **options)
 
 

@@ -54,7 +54,10 @@ def _link(compiler: str, home: str) -> None:
     with tempfile.TemporaryDirectory(prefix="rollouts-link-") as directory:
         source = Path(directory) / "empty.cpp"
         source.write_text("int main() { return 0; }\n")
-        _run("c++", [compiler, str(source), "-o", f"{directory}/empty", f"-L{home}/lib64", "-lcudart"])
+        _run(
+            "c++",
+            [compiler, str(source), "-o", f"{directory}/empty", f"-L{home}/lib64", "-lcudart"],
+        )
 
 
 def _run(name: str, argv: list[str]) -> None:
@@ -64,7 +67,9 @@ def _run(name: str, argv: list[str]) -> None:
         raise CompilerError(f"{name} does not run: {error}; {_fix(name)}") from None
     if done.returncode != 0:
         said = " ".join((done.stderr or done.stdout).split())[-300:]
-        raise CompilerError(f"`{' '.join(argv)}` failed with exit code {done.returncode}: {said}; {_fix(name)}")
+        raise CompilerError(
+            f"`{' '.join(argv)}` failed with exit code {done.returncode}: {said}; {_fix(name)}"
+        )
 
 
 def _fix(name: str) -> str:

@@ -20,12 +20,18 @@ class WrongResultError(RuntimeError):
 
 
 def check_product(device: torch.device) -> None:
-    """A bf16 matrix product is near the one in float32 on the CPU."""
-    left, right = (torch.randn(256, 256, generator=generator).bfloat16() for generator in [_seeded()] * 2)
-    _require_close("the bf16 product", (left.to(device) @ right.to(device)), left.float() @ right.float())
+    """Check that a bf16 matrix product is near the one in float32 on the CPU."""
+    left, right = (
+        torch.randn(256, 256, generator=generator).bfloat16() for generator in [_seeded()] * 2
+    )
+    _require_close(
+        "the bf16 product", (left.to(device) @ right.to(device)), left.float() @ right.float()
+    )
 
 
-def check_attention(device: torch.device, head_dim: int, *, packed: bool, window: int | None = None) -> None:
+def check_attention(
+    device: torch.device, head_dim: int, *, packed: bool, window: int | None = None
+) -> None:
     """Attention with shared heads is near its formula in float32, forward and backward.
 
     `packed`: as training attends to documents in one row, on CUDA by the variable-length kernel, and with `window` to
@@ -34,9 +40,13 @@ def check_attention(device: torch.device, head_dim: int, *, packed: bool, window
     assert packed or window is None
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     generator = _seeded()
-    inputs = [torch.randn(1, heads, sum(LENGTHS), head_dim, generator=generator).to(dtype) for heads in HEADS]
+    inputs = [
+        torch.randn(1, heads, sum(LENGTHS), head_dim, generator=generator).to(dtype)
+        for heads in HEADS
+    ]
     ours = [tensor.to(device, copy=True).requires_grad_() for tensor in inputs]
-    theirs = [tensor.to(torch.float32, copy=True).requires_grad_() for tensor in inputs]  # gradients of their own
+    # gradients of their own
+    theirs = [tensor.to(torch.float32, copy=True).requires_grad_() for tensor in inputs]
     query, key, value = ours
     found = _packed(query, key, value, window) if packed else _by_document(_by_torch, *ours)
     expected = _by_document(functools.partial(_by_formula, window=window), *theirs)
@@ -45,14 +55,21 @@ def check_attention(device: torch.device, head_dim: int, *, packed: bool, window
     _require_close(f"attention, head_dim {head_dim}", found, expected)
     for name, mine, reference in zip("qkv", ours, theirs, strict=True):
         assert mine.grad is not None and reference.grad is not None
-        _require_close(f"attention's gradient of {name}, head_dim {head_dim}", mine.grad, reference.grad)
+        _require_close(
+            f"attention's gradient of {name}, head_dim {head_dim}", mine.grad, reference.grad
+        )
 
 
 def _packed(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
-    from rollouts.training.packed_attention import Documents, attention  # a second of imports that a CPU does not need
+    from rollouts.training.packed_attention import (  # a second of imports that a CPU does not need
+        Documents,
+        attention,
+    )
 
     documents = Documents.of(LENGTHS, query.device)
-    return attention(nn.Identity(), query, key, value, None, sliding_window=window, documents=documents)[0]
+    return attention(
+        nn.Identity(), query, key, value, None, sliding_window=window, documents=documents
+    )[0]
 
 
 def _by_document(attend: Callable[[Tensor, Tensor, Tensor], Tensor], *inputs: Tensor) -> Tensor:
@@ -75,16 +92,20 @@ def _by_formula(query: Tensor, key: Tensor, value: Tensor, *, window: int | None
 
 
 def check_all_reduce(device: torch.device) -> None:
-    """The ranks' numbers add up, on the device."""
+    """Check that the ranks' numbers add up, on the device."""
     total = torch.tensor([float(distributed.rank() + 1)], device=device)
     distributed.all_reduce_sum([total])
     ranks = distributed.world_size()
-    _require_close(f"an all-reduce over {ranks} ranks", total, torch.tensor([ranks * (ranks + 1) / 2]))
+    _require_close(
+        f"an all-reduce over {ranks} ranks", total, torch.tensor([ranks * (ranks + 1) / 2])
+    )
 
 
 def name_of(device: torch.device) -> str:
     """Say a device as people know it: "cuda:0 (NVIDIA H200)"."""
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+    return (
+        f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+    )
 
 
 def _seeded() -> torch.Generator:

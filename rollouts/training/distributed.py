@@ -24,7 +24,11 @@ _BUCKET_ELEMENTS = 2**25  # all-reduced at once: 128 MiB of float32
 
 
 def initialize(
-    device_type: str, *, timeout_s: float = 1800.0, alone: bool = False, store_file: Path | None = None
+    device_type: str,
+    *,
+    timeout_s: float = 1800.0,
+    alone: bool = False,
+    store_file: Path | None = None,
 ) -> torch.device:
     """Join the group that torchrun's environment variables describe, and return this rank's device.
 
@@ -71,7 +75,7 @@ def local_device(device_type: str, local_rank: int) -> torch.device:
 
 
 def group_arguments(device: torch.device, timeout_s: float) -> dict[str, Any]:
-    """What the default group is made with. Objects and floats travel over gloo, also beside GPUs.
+    """Return what the default group is made with. Objects and floats travel over gloo, also beside GPUs.
 
     `device_id` has NCCL make its communicator now, on the right device, so that a fault shows at the start.
     """
@@ -82,7 +86,8 @@ def group_arguments(device: torch.device, timeout_s: float) -> dict[str, Any]:
 
 
 def nccl_timeout_s(timeout_s: float) -> float:
-    """How long a collective of GPUs may take. Ranks enter these together, so that minutes say that one is gone."""
+    """Return how long a collective of GPUs may take. Ranks enter these together, so that minutes say that one is
+    gone."""
     return min(timeout_s, NCCL_TIMEOUT_S)
 
 
@@ -119,7 +124,7 @@ def local_world_size() -> int:
 
 
 def is_first_of_host() -> bool:
-    """Whether no rank of this host comes before this one."""
+    """Return whether no rank of this host comes before this one."""
     return rank() % local_world_size() == 0
 
 
@@ -138,7 +143,7 @@ def broadcast_object(value: T, group: dist.ProcessGroup | None = None) -> T:
 
 
 def on_rank_0(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """What `function` returns on rank 0, on every rank; an exception there is raised on every rank too.
+    """Return what `function` returns on rank 0, on every rank; an exception there is raised on every rank too.
 
     Every rank calls it, and rank 0 alone runs the function.
     """
@@ -159,7 +164,7 @@ def on_rank_0(function: Callable[[], T], group: dist.ProcessGroup | None = None)
 
 
 def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Every rank's `value`, by rank, on every rank. `group`: of all ranks; None for the world's own."""
+    """Return every rank's `value`, by rank, on every rank. `group`: of all ranks; None for the world's own."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -168,7 +173,7 @@ def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[A
 
 
 def all_reduce_floats(values: Sequence[float]) -> list[float]:
-    """The elementwise sum over ranks, in float64."""
+    """Return the elementwise sum over ranks, in float64."""
     if world_size() == 1:
         return list(values)
     total = torch.tensor(values, dtype=torch.float64)
@@ -198,7 +203,7 @@ def broadcast_tensors(tensors: Sequence[Tensor]) -> None:
 
 
 def _portable(error: BaseException | None) -> BaseException | None:
-    """`error` as another process can raise it."""
+    """Return `error` as another process can raise it."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception as reason:  # an exception class may break pickling in any way

@@ -8,7 +8,6 @@ import itertools
 import random
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,11 +16,16 @@ import anyio
 
 from rollouts.training import rewards
 from rollouts.training.datasets.chat import render_prompt
+from rollouts.training.in_process_answers import evaluating, generate_answers, seeded
 from rollouts.training.inference.pool.engine_pool import EnginePool
-from rollouts.training.model_limits import limits_of
 from rollouts.training.rollout_gen.async_rollout_manager import group_seed
 from rollouts.training.rollout_gen.concurrency import gather_in_order
-from rollouts.training.rollout_gen.engine_generate import prompt_id, refuse_abort, response_text, stop_ids
+from rollouts.training.rollout_gen.engine_generate import (
+    prompt_id,
+    refuse_abort,
+    response_text,
+    stop_ids,
+)
 from rollouts.training.seams import Tokenizer
 from rollouts.training.types import Prompt, Sample
 
@@ -72,7 +76,9 @@ class Evaluation:
         """
         for k in ks:
             if not 1 <= k <= self.num_samples:
-                raise ValueError(f"pass@{k}: needs 1 <= k <= {self.num_samples}, the sampled answers of each row")
+                raise ValueError(
+                    f"pass@{k}: needs 1 <= k <= {self.num_samples}, the sampled answers of each row"
+                )
         found = {}
         for task, rows in by_task(range(self.num_rows), self.tasks).items():
             found[task] = {"exact_match": statistics.fmean(self.right[row] for row in rows)}
@@ -92,7 +98,9 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
     1 <= k <= n and 0 <= c <= n.
     """
     if not 1 <= k <= num_samples or not 0 <= num_right <= num_samples:
-        raise ValueError(f"pass_at_k(n={num_samples}, c={num_right}, k={k}): needs 1 <= k <= n and 0 <= c <= n")
+        raise ValueError(
+            f"pass_at_k(n={num_samples}, c={num_right}, k={k}): needs 1 <= k <= n and 0 <= c <= n"
+        )
     none_right = 1.0
     for drawn in range(k):
         none_right *= max(0, num_samples - num_right - drawn) / (num_samples - drawn)
@@ -115,8 +123,11 @@ def by_task(items: Sequence[T], tasks: Sequence[str]) -> dict[str, list[T]]:
     groups: dict[str, list[T]] = {ALL_TASKS: list(items)}
     if len(set(tasks)) > 1:
         for task in sorted(set(tasks)):
-            name = f"{task} (task)" if task == ALL_TASKS else task  # a row's own column may have that name
-            groups[name] = [item for item, its_task in zip(items, tasks, strict=True) if its_task == task]
+            # a row's own column may have that name
+            name = f"{task} (task)" if task == ALL_TASKS else task
+            groups[name] = [
+                item for item, its_task in zip(items, tasks, strict=True) if its_task == task
+            ]
     return groups
 
 
@@ -148,7 +159,11 @@ def answer_records(rows: Sequence[Prompt], found: Evaluation) -> Iterator[dict[s
             "expected": expected,
             "answer": found.responses[place],
             "correct": found.right[place],
-            **({"num_samples": found.num_samples, "num_correct": found.num_right[place]} if found.num_samples else {}),
+            **(
+                {"num_samples": found.num_samples, "num_correct": found.num_right[place]}
+                if found.num_samples
+                else {}
+            ),
             **({"reward": found.rewards[place]} if found.rewards else {}),
         }
 
@@ -159,7 +174,9 @@ def exact_match(responses: Sequence[str], answers: Sequence[str]) -> float:
         raise ValueError(
             f"exact_match: {len(responses)} responses for {len(answers)} answers; needs as many, at least one"
         )
-    return sum(a.strip() == b.strip() for a, b in zip(responses, answers, strict=True)) / len(responses)
+    return sum(a.strip() == b.strip() for a, b in zip(responses, answers, strict=True)) / len(
+        responses
+    )
 
 
 async def evaluate_with_engine(
@@ -180,7 +197,10 @@ async def evaluate_with_engine(
     """
     pool = EnginePool.of(engines)
     _require(rows, sampling, pool)
-    greedy = {"max_new_tokens": max_new_tokens, "stop_token_ids": stop_ids(tokenizer, stop_token_ids)}
+    greedy = {
+        "max_new_tokens": max_new_tokens,
+        "stop_token_ids": stop_ids(tokenizer, stop_token_ids),
+    }
     prompts = [render_prompt(tokenizer, row) for row in rows]
     limiters = [anyio.CapacityLimiter(1) for _ in range(len(pool))]
 
@@ -188,7 +208,9 @@ async def evaluate_with_engine(
         place = chunk % len(pool)
         part = slice(chunk * rows_per_request, (chunk + 1) * rows_per_request)
         async with limiters[place]:
-            groups = await pool.generate_batch(prompts[part], params[part], n=n, return_logprob=False, first=place)
+            groups = await pool.generate_batch(
+                prompts[part], params[part], n=n, return_logprob=False, first=place
+            )
         for generation in itertools.chain.from_iterable(groups):
             refuse_abort(generation, pool)
         return [[response_text(generation, tokenizer) for generation in group] for group in groups]
@@ -202,7 +224,9 @@ async def evaluate_with_engine(
     sampled: list[list[str]] = [[] for _ in rows]
     if sampling:
         drawn = {**greedy, "temperature": sampling.temperature, "top_k": sampling.top_k}
-        params = [{**drawn, "sampling_seed": group_seed(sampling.seed, row)} for row in range(len(rows))]
+        params = [
+            {**drawn, "sampling_seed": group_seed(sampling.seed, row)} for row in range(len(rows))
+        ]
         sampled = await answers(params, sampling.num_samples)
     return _evaluation(rows, responses, sampled, score_fn)
 
@@ -229,14 +253,19 @@ def evaluate_with_model(
     """
     _require(rows, sampling)
     stops = stop_ids(tokenizer, stop_token_ids, model)
-    generate = partial(_generate, model, tokenizer, rows, stops=stops, max_new_tokens=max_new_tokens)
+    generate = partial(
+        generate_answers, model, tokenizer, rows, stops=stops, max_new_tokens=max_new_tokens
+    )
     with evaluating(model):
         responses = [one for (one,) in generate((batch_size, batch_tokens), n=1, do_sample=False)]
         sampled: list[list[str]] = [[] for _ in rows]
         if sampling:
-            with _seeded(sampling.seed, model):
+            with seeded(sampling.seed, model):
                 sampled = generate(
-                    (max(1, batch_size // sampling.num_samples), batch_tokens // sampling.num_samples),
+                    (
+                        max(1, batch_size // sampling.num_samples),
+                        batch_tokens // sampling.num_samples,
+                    ),
                     n=sampling.num_samples,
                     do_sample=True,
                     temperature=float(sampling.temperature),
@@ -246,104 +275,17 @@ def evaluate_with_model(
     return _evaluation(rows, responses, sampled, score_fn)
 
 
-@contextmanager
-def evaluating(model: "nn.Module") -> Iterator[None]:
-    """Turn gradients, dropout and the model's own generation_config off within the context."""
-    import torch
-    from transformers import GenerationConfig
-
-    was_training = model.training
-    unwrap = getattr(model, "get_base_model", None)  # adapters (peft) wrap a model, and both have a config
-    models: list[Any] = [model] if unwrap is None else [model, unwrap()]
-    own_configs = [each.generation_config for each in models]
-    model.eval()
-    for each, own_config in zip(models, own_configs, strict=True):
-        each._own_generation_config = own_config  # a checkpoint may be written meanwhile
-        each.generation_config = GenerationConfig()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for each, own_config in zip(models, own_configs, strict=True):
-            each.generation_config = own_config
-            del each._own_generation_config
-        model.train(was_training)
-
-
-@contextmanager
-def _seeded(seed: int, model: "nn.Module") -> Iterator[None]:
-    """Seed the global generators within the context, and restore them after."""
-    import torch
-
-    device = next(model.parameters()).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-
-def _generate(
-    model: "nn.Module",
-    tokenizer: Tokenizer,
-    rows: Sequence[Prompt],
-    limits: tuple[int, int],
-    *,
-    n: int,
-    stops: list[int],
-    max_new_tokens: int,
-    **options: Any,
-) -> list[list[str]]:
-    """Return `n` answers to each row, in the order of the rows; rows of like length share a batch, for little padding.
-
-    `limits` are the most rows of a batch and the most tokens. An answer ends where the
-    model's learned positions do, if it has a table of them.
-    """
-    import torch
-
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
-    prompts = [render_prompt(tokenizer, row) for row in rows]
-    room = limits_of(model)
-    room.require(max(map(max, prompts)), max(map(len, prompts)) + 1, "a prompt and the first token of its answer")
-    order = sorted(range(len(rows)), key=lambda index: len(prompts[index]))
-    answers: list[list[str]] = [[] for _ in rows]
-    generate: Any = model.generate  # a method of transformers' models, which torch's types do not know
-    device = next(model.parameters()).device
-    for chosen in _batches(order, lambda index: len(prompts[index]) + max_new_tokens, *limits):
-        input_ids, attention_mask = _left_pad([prompts[index] for index in chosen], pad)
-        output = generate(
-            input_ids=torch.tensor(input_ids, device=device),
-            attention_mask=torch.tensor(attention_mask, device=device),
-            num_beams=1,
-            num_return_sequences=n,
-            eos_token_id=stops,
-            max_new_tokens=room.left(max_new_tokens, len(input_ids[0])),
-            pad_token_id=pad,
-            **options,
-        )
-        texts = _decode(tokenizer, output[:, len(input_ids[0]) :].tolist(), stops)
-        for place, index in enumerate(chosen):
-            answers[index] = texts[place * n : (place + 1) * n]
-    return answers
-
-
-def _batches(order: Sequence[int], tokens: Callable[[int], int], size_max: int, tokens_max: int) -> Iterator[list[int]]:
-    """Cut `order`, shortest first, into batches of at most `size_max` rows, and `tokens_max` tokens with padding."""
-    batch: list[int] = []
-    for index in order:
-        if batch and (len(batch) == size_max or (len(batch) + 1) * tokens(index) > tokens_max):
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
-
-
-def _require(rows: Sequence[Prompt], sampling: Sampling | None, pool: EnginePool | None = None) -> None:
+def _require(
+    rows: Sequence[Prompt], sampling: Sampling | None, pool: EnginePool | None = None
+) -> None:
     if not rows:
         raise ValueError("evaluation: no rows; needs at least one")
     if pool is not None and not pool:
         raise ValueError("evaluation: engines is empty; needs at least one")
     if sampling is not None and (sampling.num_samples < 1 or sampling.temperature <= 0):
-        raise ValueError(f"{sampling}: needs num_samples >= 1 and temperature > 0; None for the greedy answer alone")
+        raise ValueError(
+            f"{sampling}: needs num_samples >= 1 and temperature > 0; None for the greedy answer alone"
+        )
 
 
 def _evaluation(
@@ -357,18 +299,8 @@ def _evaluation(
         responses=responses,
         right=[is_right(row, text) for row, text in zip(rows, responses, strict=True)],
         num_samples=len(sampled[0]),
-        num_right=[sum(is_right(row, text) for text in texts) for row, texts in zip(rows, sampled, strict=True)],
+        num_right=[
+            sum(is_right(row, text) for text in texts)
+            for row, texts in zip(rows, sampled, strict=True)
+        ],
     )
-
-
-def _left_pad(prompts: list[list[int]], pad: int) -> tuple[list[list[int]], list[list[int]]]:
-    width = max(map(len, prompts))
-    input_ids = [[pad] * (width - len(prompt)) + prompt for prompt in prompts]
-    attention_mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return input_ids, attention_mask
-
-
-def _decode(tokenizer: Tokenizer, rows: list[list[int]], stops: list[int]) -> list[str]:
-    """Return the text up to the first stop token; padding follows it."""
-    cut = [list(itertools.takewhile(lambda token: token not in stops, row)) for row in rows]
-    return tokenizer.batch_decode(cut, skip_special_tokens=True)

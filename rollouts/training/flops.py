@@ -68,19 +68,23 @@ def flops_per_token(config: Any, sequence_length: float, *, head_share: float = 
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     projections = hidden * head_dim * (2 * heads + 2 * kv_heads)
     block_parameters = projections + _mlp_parameters(config)
-    keys = sum(_mean_keys(sequence_length, window) for window in _windows(config))  # over all layers
+    # over all layers
+    keys = sum(_mean_keys(sequence_length, window) for window in _windows(config))
     matrices = config.num_hidden_layers * block_parameters + head_share * hidden * config.vocab_size
     return 6 * matrices + 12 * heads * head_dim * keys
 
 
 def attended_length(lengths: Sequence[int]) -> float:
-    """The one length at which as many tokens cost as much attention as documents of `lengths` do: sum l^2 / sum l."""
+    """Return the one length at which as many tokens cost as much attention as documents of `lengths` do: sum l^2 / sum
+    l."""
     return sum(length * length for length in lengths) / sum(lengths)
 
 
 def peak_flops(device_name: str) -> float | None:
     """FLOP/s in bf16, dense, that the maker states for a card by its CUDA name; None for one that is not listed."""
-    return next((peak for words, peak in _PEAK_BF16_DENSE if re.search(rf"\b{words}\b", device_name)), None)
+    return next(
+        (peak for words, peak in _PEAK_BF16_DENSE if re.search(rf"\b{words}\b", device_name)), None
+    )
 
 
 def _check(config: Any) -> None:
@@ -90,7 +94,9 @@ def _check(config: Any) -> None:
             f"model_type={config.model_type!r}: cannot count its FLOPs; known are {', '.join(sorted(known))}"
         )
     if getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1:
-        raise ValueError(f"model_type={config.model_type!r} with dense layers between: cannot count its FLOPs")
+        raise ValueError(
+            f"model_type={config.model_type!r} with dense layers between: cannot count its FLOPs"
+        )
 
 
 def _mlp_parameters(config: Any) -> int:
@@ -103,14 +109,18 @@ def _mlp_parameters(config: Any) -> int:
 
 
 def _windows(config: Any) -> list[int | None]:
-    """Each layer's sliding window in tokens; None: it attends to all before."""
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    """Return each layer's sliding window in tokens; None: it attends to all before."""
+    window = (
+        getattr(config, "sliding_window", None)
+        if getattr(config, "use_sliding_window", True)
+        else None
+    )
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
 def _mean_keys(length: float, window: int | None) -> float:
-    """How many keys a token attends to, averaged over its document."""
+    """Return how many keys a token attends to, averaged over its document."""
     if window is None or window >= length:
         return length / 2
     return window - window * window / (2 * length)

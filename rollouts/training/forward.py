@@ -58,22 +58,24 @@ def prepare(model: nn.Module) -> bool:
 
 
 def packs(model: nn.Module) -> bool:
-    """Whether `model` can run packed: a known architecture, a plain output head, nothing done to its logits."""
+    """Return whether `model` can run packed: a known architecture, a plain output head, nothing done to its logits."""
     model = causal_model(model)
     config = getattr(model, "config", None)
-    if getattr(config, "model_type", None) not in PACKABLE or getattr(config, "final_logit_softcapping", None):
+    if getattr(config, "model_type", None) not in PACKABLE or getattr(
+        config, "final_logit_softcapping", None
+    ):
         return False
     return isinstance(model.get_output_embeddings(), nn.Linear)  # type: ignore[operator]
 
 
 def causal_model(model: nn.Module) -> nn.Module:
-    """The transformers model with the head: `model` itself, or the one that adapters (peft) wrap."""
+    """Return the transformers model with the head: `model` itself, or the one that adapters (peft) wrap."""
     unwrap = getattr(model, "get_base_model", None)
     return cast(nn.Module, unwrap()) if callable(unwrap) else model
 
 
 def body(model: nn.Module) -> nn.Module:
-    """The part of `model` below its output head: what runs on every token, and what `compile` is worth for."""
+    """Return the part of `model` below its output head: what runs on every token, and what `compile` is worth for."""
     causal = causal_model(model)
     return getattr(causal, str(causal.base_model_prefix))
 
@@ -88,12 +90,20 @@ class Layout(NamedTuple):
 
 
 def lay_out(
-    batch: Mapping[str, Any], device: torch.device, *, packed: bool = True, share_prompts: bool = False
+    batch: Mapping[str, Any],
+    device: torch.device,
+    *,
+    packed: bool = True,
+    share_prompts: bool = False,
 ) -> tuple[Layout, dict[str, Tensor]]:
-    """The layout of `batch` on `device`, and the batch's tensors there: all that lies on the host in one copy."""
+    """Return the layout of `batch` on `device`, and the batch's tensors there: all that lies on the host in one
+    copy."""
     trained_BT = _on_host(batch["loss_mask"]) != 0
     places_N = np.flatnonzero(trained_BT[:, 1:])
-    parts = {"keep": torch.from_numpy(trained_BT[:, 1:].copy()), "places_N": torch.from_numpy(places_N)}
+    parts = {
+        "keep": torch.from_numpy(trained_BT[:, 1:].copy()),
+        "places_N": torch.from_numpy(places_N),
+    }
     row = None
     if packed:
         mask = batch.get("attention_mask")
@@ -102,21 +112,29 @@ def lay_out(
         parts |= row.tensors()
         parts["rows_N"] = parts["rows_BT"][:, :-1].flatten()[parts["places_N"]]
     values = tensors_of(batch)
-    moved = to_device({**{("layout", key): value for key, value in parts.items()}, **values}, device)
+    moved = to_device(
+        {**{("layout", key): value for key, value in parts.items()}, **values}, device
+    )
     inputs = {key: moved[key] for key in values}
     parts = {key: moved["layout", key] for key in parts}
     there = None if row is None else row.placed(parts, device)
     return Layout(there, parts["keep"], parts["places_N"], parts.get("rows_N")), inputs
 
 
-def pack(input_ids: Tensor, attention_mask: Tensor | None, loss_mask: Tensor | None = None) -> Packed:
-    """The real tokens of `input_ids` [B, T]; `attention_mask` [B, T], padded on either side, None: all are real.
+def pack(
+    input_ids: Tensor, attention_mask: Tensor | None, loss_mask: Tensor | None = None
+) -> Packed:
+    """Return the real tokens of `input_ids` [B, T]; `attention_mask` [B, T], padded on either side, None: all are real.
 
     With `loss_mask` [B, T], documents whose tokens before the first trained one are the same share them, all but the
     last: what predicts a trained token is never shared. The samples of a prompt then have it in the row once.
     """
-    mask_BT = np.ones(input_ids.shape, bool) if attention_mask is None else _on_host(attention_mask) != 0
-    row = _pack(_on_host(input_ids), mask_BT, None if loss_mask is None else _on_host(loss_mask) != 0)
+    mask_BT = (
+        np.ones(input_ids.shape, bool) if attention_mask is None else _on_host(attention_mask) != 0
+    )
+    row = _pack(
+        _on_host(input_ids), mask_BT, None if loss_mask is None else _on_host(loss_mask) != 0
+    )
     return row.placed(to_device(row.tensors(), input_ids.device), input_ids.device)
 
 
@@ -131,7 +149,7 @@ class _Row(NamedTuple):
     firsts: np.ndarray | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a device needs of it."""
+        """Return what a device needs of it."""
         arrays = {
             "ids": self.ids_M,
             "positions": self.positions_M,
@@ -139,11 +157,13 @@ class _Row(NamedTuple):
             "copies": self.copies,
             "firsts": self.firsts,
         }
-        tensors = {key: torch.from_numpy(array) for key, array in arrays.items() if array is not None}
+        tensors = {
+            key: torch.from_numpy(array) for key, array in arrays.items() if array is not None
+        }
         return {**tensors, "offsets": packed_attention.host_offsets_of(self.lengths)}
 
     def placed(self, there: Mapping[str, Tensor], device: torch.device) -> Packed:
-        """The row of its tensors on `device`."""
+        """Return the row of its tensors on `device`."""
         shared = {key: there.get(key) for key in ("offsets", "copies", "firsts")}
         documents = Documents.of(self.lengths, device, **shared)
         return Packed(there["ids"][None], there["positions"][None], documents, there["rows_BT"])
@@ -167,7 +187,7 @@ def _pack(ids_BT: np.ndarray, mask_BT: np.ndarray, trained_BT: np.ndarray | None
 
 
 def _shared(row: _Row, document_M: np.ndarray, beginnings: list[int]) -> _Row:
-    """`row` in which the documents' beginnings, of so many tokens each, stand once.
+    """Return `row` in which the documents' beginnings, of so many tokens each, stand once.
 
     A beginning is a document of its own beside them, even if only one document has it: attention rounds a token by the
     length of its document, so its bits would otherwise depend on which documents share a batch.
@@ -180,7 +200,8 @@ def _shared(row: _Row, document_M: np.ndarray, beginnings: list[int]) -> _Row:
     unique = {key: (start, count) for key, start, count in found if count}
     if not unique:
         return row
-    own = sorted(unique.items(), key=lambda item: -item[1][1])  # documents of one length stand together
+    # documents of one length stand together
+    own = sorted(unique.items(), key=lambda item: -item[1][1])
     places: dict[bytes, int] = {}
     sources: list[np.ndarray] = []
     end = len(row.ids_M)
@@ -193,7 +214,9 @@ def _shared(row: _Row, document_M: np.ndarray, beginnings: list[int]) -> _Row:
     itself_N = np.arange(end)  # the N: all M tokens, then those of the beginnings' own documents
     itself_M = itself_N[: len(row.ids_M)]
     computed_N = itself_N.copy()
-    computed_N[: len(itself_M)] = np.where(row.positions_M < count_M, place_M + row.positions_M, itself_M)
+    computed_N[: len(itself_M)] = np.where(
+        row.positions_M < count_M, place_M + row.positions_M, itself_M
+    )
     is_own_N = computed_N == itself_N
     copies, firsts = (is_own_N.cumsum() - 1)[computed_N], is_own_N.nonzero()[0]
     kept_U = np.concatenate([itself_M, *sources])[firsts]
@@ -214,17 +237,20 @@ def _on_host(value: Any) -> np.ndarray:
 
 
 def tensors_of(batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The entries of `batch` that are no plain numbers."""
+    """Return the entries of `batch` that are no plain numbers."""
     plain = int | float | tuple | None
-    return {key: torch.as_tensor(value) for key, value in batch.items() if not isinstance(value, plain)}
+    return {
+        key: torch.as_tensor(value) for key, value in batch.items() if not isinstance(value, plain)
+    }
 
 
 def hidden_states(model: nn.Module, packed: Packed) -> Tensor:
-    """The last hidden states [M, D] of a prepared model, before the output head."""
+    """Return the last hidden states [M, D] of a prepared model, before the output head."""
     output = body(model)(
         input_ids=packed.input_ids,
         position_ids=packed.position_ids,
-        attention_mask=packed.input_ids.new_ones(1, 1, 1, 1),  # four dimensions: no mask is made from it
+        # four dimensions: no mask is made from it
+        attention_mask=packed.input_ids.new_ones(1, 1, 1, 1),
         documents=packed.documents,
         use_cache=False,
     )
@@ -257,7 +283,9 @@ def token_log_probs(
     temperature = inputs.get("temperature", 1.0)
     known_grad_N = None
     if known_gradient is not None and torch.is_grad_enabled():
-        known_BT = known_gradient(torch.float64 if hidden_MD.dtype is torch.float64 else torch.float32)
+        known_BT = known_gradient(
+            torch.float64 if hidden_MD.dtype is torch.float64 else torch.float32
+        )
         known_grad_N = take(known_BT[:, 1:], layout.keep, layout.places_N)
     log_probs_N, entropy_N = selected_log_probs(
         hidden_MD,
@@ -270,13 +298,16 @@ def token_log_probs(
         known_grad_N=known_grad_N,
     )
     values_N = None if value_head is None else value_head(hidden_MD.index_select(0, layout.rows_N))
-    return TokenLogProbs(layout.keep, log_probs_N, entropy_N, temperature, values_N, layout.places_N)
+    return TokenLogProbs(
+        layout.keep, log_probs_N, entropy_N, temperature, values_N, layout.places_N
+    )
 
 
 def token_values(
     model: nn.Module, inputs: Mapping[str, Any], value_head: nn.Module, layout: Layout | None = None
 ) -> Tensor:
-    """[B, T]: the values of the states in which the trained tokens were chosen, aligned to tokens; 0 elsewhere."""
+    """Return [B, T], the values of the states in which the trained tokens were chosen, aligned to tokens; 0
+    elsewhere."""
     if layout is None:
         layout, inputs = _laid_out(inputs, share_prompts=True)
     assert layout.packed is not None
@@ -288,7 +319,7 @@ def token_values(
 
 
 def _laid_out(inputs: Mapping[str, Any], share_prompts: bool) -> tuple[Layout, dict[str, Any]]:
-    """The layout of a batch that lies where it runs, and the batch."""
+    """Return the layout of a batch that lies where it runs, and the batch."""
     layout, tensors = lay_out(inputs, inputs["input_ids"].device, share_prompts=share_prompts)
     return layout, {**inputs, **tensors}
 
@@ -299,4 +330,6 @@ def padded_logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     if mask is None:
         mask = torch.ones_like(inputs["input_ids"])
     positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    return model(input_ids=inputs["input_ids"], attention_mask=mask, position_ids=positions, use_cache=False).logits
+    return model(
+        input_ids=inputs["input_ids"], attention_mask=mask, position_ids=positions, use_cache=False
+    ).logits

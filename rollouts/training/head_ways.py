@@ -24,13 +24,17 @@ def chunk_elements(device: torch.device, on_cpu: int) -> int:
     if device.type != "cuda":
         return on_cpu
     fused = fused_on(device.type)
-    return cuda_chunk_elements(torch.cuda.get_device_properties(device).total_memory, fused is not None and fused.works)
+    return cuda_chunk_elements(
+        torch.cuda.get_device_properties(device).total_memory, fused is not None and fused.works
+    )
 
 
 def cuda_chunk_elements(memory_bytes: int, compiled: bool) -> int:
     """Log-probs of a chunk on a card of so much memory: a power of two."""
     fitting = max(1, memory_bytes // _CUDA_SHARE // 4)
-    return min(_CUDA_ELEMENTS_COMPILED if compiled else _CUDA_ELEMENTS, 2 ** (fitting.bit_length() - 1))
+    return min(
+        _CUDA_ELEMENTS_COMPILED if compiled else _CUDA_ELEMENTS, 2 ** (fitting.bit_length() - 1)
+    )
 
 
 def add_product(total: Tensor, left_nV: Tensor, right_nD: Tensor) -> None:
@@ -54,7 +58,9 @@ def has_wide_products(device: torch.device) -> bool:
     try:
         torch.addmm(total, left.T, right, out_dtype=torch.float32, out=total)
     except (TypeError, RuntimeError) as error:
-        logger.warning("%s: products are not summed in float32 by one operation (%s): slower", device, error)
+        logger.warning(
+            "%s: products are not summed in float32 by one operation (%s): slower", device, error
+        )
         return False
     return torch.allclose(total, expected, rtol=0, atol=1e-6)
 
@@ -88,7 +94,9 @@ def logits_gradient(  # noqa: PLR0917
     total_nV = log_probs_nV.exp() * factor_nV
     if grad_n is not None:
         columns_V = torch.arange(logits_nV.shape[1], device=logits_nV.device)
-        total_nV = torch.where(columns_V == targets_n[:, None], total_nV + grad_n[:, None], total_nV)
+        total_nV = torch.where(
+            columns_V == targets_n[:, None], total_nV + grad_n[:, None], total_nV
+        )
     return (total_nV / temperature).to(logits_nV.dtype)
 
 
@@ -98,7 +106,7 @@ def _log_softmax(logits_nV: Tensor, temperature: float) -> Tensor:
 
 
 def _finite(log_probs: Tensor) -> Tensor:
-    """A copy in which -inf is a finite number: times a probability of 0 that is 0, not NaN."""
+    """Return a copy in which -inf is a finite number: times a probability of 0 that is 0, not NaN."""
     return log_probs.clamp(min=torch.finfo(log_probs.dtype).min)
 
 
@@ -108,11 +116,12 @@ class Fused:
     def __init__(self, **options: Any) -> None:
         self.works = True
         self._compiled = {
-            function: torch.compile(function, dynamic=True, **options) for function in (chosen, logits_gradient)
+            function: torch.compile(function, dynamic=True, **options)
+            for function in (chosen, logits_gradient)
         }
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """What `function` gives, or None if it cannot be compiled here."""
+        """Return what `function` gives, or None if it cannot be compiled here."""
         if not self.works:
             return None
         try:
@@ -122,11 +131,13 @@ class Fused:
         except (RuntimeError, OSError, ImportError) as error:  # no compiler, no headers, no Triton
             self.works = False
             reason = " ".join(str(error).split())[:300] or type(error).__name__
-            logger.warning("the output head runs uncompiled, in more passes over memory: %s", reason)
+            logger.warning(
+                "the output head runs uncompiled, in more passes over memory: %s", reason
+            )
             return None
 
 
 @functools.cache
 def fused_on(kind: str) -> Fused | None:
-    """The compiled part for devices of `kind`: CUDA's; None elsewhere, where step by step is as fast."""
+    """Return the compiled part for devices of `kind`: CUDA's; None elsewhere, where step by step is as fast."""
     return Fused() if kind == "cuda" else None

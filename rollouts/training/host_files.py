@@ -20,7 +20,9 @@ from rollouts.training import distributed
 PIECE_BYTES = 2**25  # sent at once: what a rank holds in memory of a file
 
 
-def collect(directory: Path, absent: Callable[[], Sequence[str]], group: dist.ProcessGroup | None) -> None:
+def collect(
+    directory: Path, absent: Callable[[], Sequence[str]], group: dist.ProcessGroup | None
+) -> None:
     """Bring files of `directory` that rank 0 lacks, `absent()` there, to rank 0 from a rank whose host has them.
 
     Every rank of `group` calls it. A file that was sent is removed where it came from. What no rank has stays absent.
@@ -128,7 +130,9 @@ def _listing(directory: Path) -> dict[str, int]:
 
 
 def _sizes(directory: Path, names: Sequence[str]) -> dict[str, int]:
-    return {name: (directory / name).stat().st_size for name in names if (directory / name).is_file()}
+    return {
+        name: (directory / name).stat().st_size for name in names if (directory / name).is_file()
+    }
 
 
 def _piece_sizes(size: int) -> Iterator[int]:

@@ -17,5 +17,9 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    settings = ((_M_MMAP_THRESHOLD, _MMAP_FROM_BYTES), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, _TOP_PAD_BYTES))
+    settings = (
+        (_M_MMAP_THRESHOLD, _MMAP_FROM_BYTES),
+        (_M_TRIM_THRESHOLD, -1),
+        (_M_TOP_PAD, _TOP_PAD_BYTES),
+    )
     return all([mallopt(name, value) == 1 for name, value in settings])

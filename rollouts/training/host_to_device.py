@@ -11,7 +11,7 @@ _ALIGNMENT = 16  # bytes: no dtype is wider
 
 
 def to_device(tensors: Mapping[K, Tensor], device: torch.device) -> dict[K, Tensor]:
-    """`tensors` on `device`; to CUDA all that lie on the host travel as one, from pinned memory.
+    """Return `tensors` on `device`; to CUDA all that lie on the host travel as one, from pinned memory.
 
     The pinned memory is torch's to keep until the copy is done.
     """
@@ -20,11 +20,16 @@ def to_device(tensors: Mapping[K, Tensor], device: torch.device) -> dict[K, Tens
         return {key: tensor.to(device) for key, tensor in tensors.items()}
     buffer, places = join(on_host, pin_memory=True)
     moved = split(buffer.to(device, non_blocking=True), places)
-    return {key: moved[key] if key in moved else tensor.to(device) for key, tensor in tensors.items()}
+    return {
+        key: moved[key] if key in moved else tensor.to(device) for key, tensor in tensors.items()
+    }
 
 
-def join(tensors: Mapping[K, Tensor], **options: Any) -> tuple[Tensor, dict[K, tuple[int, torch.dtype, torch.Size]]]:
-    """The bytes of all `tensors` in one new tensor, and where each begins, its dtype and shape; `options` of empty."""
+def join(
+    tensors: Mapping[K, Tensor], **options: Any
+) -> tuple[Tensor, dict[K, tuple[int, torch.dtype, torch.Size]]]:
+    """Return the bytes of all `tensors` in one new tensor, and where each begins, its dtype and shape; `options` of
+    empty."""
     places: dict[K, tuple[int, torch.dtype, torch.Size]] = {}
     end = 0
     for key, tensor in tensors.items():
@@ -36,8 +41,10 @@ def join(tensors: Mapping[K, Tensor], **options: Any) -> tuple[Tensor, dict[K, t
     return buffer, places
 
 
-def split(buffer: Tensor, places: Mapping[K, tuple[int, torch.dtype, torch.Size]]) -> dict[K, Tensor]:
-    """The tensors of `join` as views of `buffer`."""
+def split(
+    buffer: Tensor, places: Mapping[K, tuple[int, torch.dtype, torch.Size]]
+) -> dict[K, Tensor]:
+    """Return the tensors of `join` as views of `buffer`."""
     return {
         key: buffer[start : start + shape.numel() * dtype.itemsize].view(dtype).view(shape)
         for key, (start, dtype, shape) in places.items()

@@ -14,8 +14,10 @@ from rollouts.training.loss_terms import token_shares
 from rollouts.training.rl_losses import sft_loss
 
 
-def known_gradient(loss_fn: Callable[..., Any], inputs: Mapping[str, Any]) -> Callable[[torch.dtype], Tensor] | None:
-    """What makes d loss / d log-probs [B, T] on a batch, in a dtype; None where it depends on log-probs."""
+def known_gradient(
+    loss_fn: Callable[..., Any], inputs: Mapping[str, Any]
+) -> Callable[[torch.dtype], Tensor] | None:
+    """Return what makes d loss / d log-probs [B, T] on a batch, in a dtype; None where it depends on log-probs."""
     if loss_fn is not sft_loss or inputs.get("tokens_global") is None:
         return None
     return functools.partial(_of_sft, inputs["loss_mask"], inputs["tokens_global"])

@@ -58,11 +58,15 @@ def selected_log_probs(
     is then made beside the log-probs, from the same logits. Another gradient raises (on CUDA: a device-side assertion).
     """
     if temperature <= 0:
-        raise ValueError(f"temperature={temperature}: needs > 0; greedy samples have no distribution to learn from")
+        raise ValueError(
+            f"temperature={temperature}: needs > 0; greedy samples have no distribution to learn from"
+        )
     if known_grad_N is not None and with_entropy:
         raise ValueError("known_grad_N: of log-probs alone; entropies have gradients of their own")
     options = (temperature, with_entropy, known_grad_N)
-    log_probs_N, entropy_N = _SelectedLogProbs.apply(source, weight, bias, rows_N, targets_N, *options)
+    log_probs_N, entropy_N = _SelectedLogProbs.apply(
+        source, weight, bias, rows_N, targets_N, *options
+    )
     return log_probs_N, entropy_N
 
 
@@ -91,7 +95,9 @@ class _SelectedLogProbs(torch.autograd.Function):
         ctx.made = None if only or known_N is None else _Gradients(source, weight, bias, ctx)
         for part in _parts(len(rows_N), ctx.chunk):
             logits_nV = _logits(source, rows_N[part], head)
-            log_probs_n, entropy_n, log_probs_nV = _chosen(logits_nV, targets_N[part], temperature, with_entropy, only)
+            log_probs_n, entropy_n, log_probs_nV = _chosen(
+                logits_nV, targets_N[part], temperature, with_entropy, only
+            )
             log_probs_N[part] = log_probs_n
             if entropy_N is not None and entropy_n is not None:
                 entropy_N[part] = entropy_n
@@ -102,7 +108,14 @@ class _SelectedLogProbs(torch.autograd.Function):
                 kept, ctx.kept_log_probs = chunk_nV, is_log_probs
             elif ctx.made is not None and known_N is not None:
                 grads_n = known_N[part], None
-                ctx.made.add(chunk_nV, rows_N[part], targets_N[part], *grads_n, is_log_probs=is_log_probs, own=True)
+                ctx.made.add(
+                    chunk_nV,
+                    rows_N[part],
+                    targets_N[part],
+                    *grads_n,
+                    is_log_probs=is_log_probs,
+                    own=True,
+                )
             del chunk_nV
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(source, weight, bias, rows_N, targets_N, entropy_N, kept, known_N)
@@ -110,12 +123,19 @@ class _SelectedLogProbs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_N: Tensor | None, entropy_grad_N: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_N: Tensor | None, entropy_grad_N: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         source, weight, bias, rows_N, targets_N, entropy_N, kept, known_N = ctx.saved_tensors
         made, ctx.made = ctx.made, None
         if made is not None:
-            same = torch.zeros((), dtype=torch.bool) if grad_N is None else (grad_N == known_N).all()
-            torch._assert_async(same, "the loss's gradient is not the known one that the output head's was made from")
+            same = (
+                torch.zeros((), dtype=torch.bool) if grad_N is None else (grad_N == known_N).all()
+            )
+            torch._assert_async(
+                same,
+                "the loss's gradient is not the known one that the output head's was made from",
+            )
             return made.results()
         made = _Gradients(source, weight, bias, ctx)
         for part in _parts(len(rows_N), ctx.chunk):
@@ -134,15 +154,23 @@ class _SelectedLogProbs(torch.autograd.Function):
 class _Gradients:
     """Of source, weight and bias, a chunk at a time."""
 
-    def __init__(self, source: Tensor, weight: Tensor | None, bias: Tensor | None, ctx: Any) -> None:
+    def __init__(
+        self, source: Tensor, weight: Tensor | None, bias: Tensor | None, ctx: Any
+    ) -> None:
         self.head = _head(weight, bias, ctx.matmul_dtype)
         self._of = source, weight, bias
         self._temperature = ctx.temperature
         self._accumulate = accumulate = torch.promote_types(source.dtype, torch.float32)
         self._source = torch.zeros_like(source)
         _, weight_trained, bias_trained, *_ = ctx.needs_input_grad  # with LoRA the head is frozen
-        self._weight = torch.zeros_like(weight, dtype=accumulate) if weight is not None and weight_trained else None
-        self._bias = torch.zeros_like(bias, dtype=accumulate) if bias is not None and bias_trained else None
+        self._weight = (
+            torch.zeros_like(weight, dtype=accumulate)
+            if weight is not None and weight_trained
+            else None
+        )
+        self._bias = (
+            torch.zeros_like(bias, dtype=accumulate) if bias is not None and bias_trained else None
+        )
 
     def add(
         self,
@@ -172,15 +200,19 @@ class _Gradients:
             if self._bias is not None:
                 self._bias += grad_nV.sum(0, dtype=self._accumulate)
             if self._weight is not None:
-                head_ways.add_product(self._weight, grad_nV, source.index_select(0, rows_n).to(grad_nV.dtype))
+                head_ways.add_product(
+                    self._weight, grad_nV, source.index_select(0, rows_n).to(grad_nV.dtype)
+                )
             if head is not None:
                 grad_nV = grad_nV @ head[0]
             self._source.index_copy_(0, rows_n, grad_nV.to(source.dtype))
 
     def results(self) -> tuple[Tensor | None, ...]:
-        """The gradients in the order of the inputs."""
+        """Return the gradients in the order of the inputs."""
         pairs = ((self._weight, self._of[1]), (self._bias, self._of[2]))
-        grads = [None if grad is None or like is None else grad.to(like.dtype) for grad, like in pairs]
+        grads = [
+            None if grad is None or like is None else grad.to(like.dtype) for grad, like in pairs
+        ]
         return self._source, *grads, None, None, None, None, None
 
 
@@ -192,7 +224,9 @@ def _chosen(
     `keep`: these come back to be kept, and so do the logits where they are not made.
     """
     fused = head_ways.fused_on(logits_nV.device.type)
-    if fused is not None and (found := fused(head_ways.chosen, logits_nV, targets_n, temperature, with_entropy)):
+    if fused is not None and (
+        found := fused(head_ways.chosen, logits_nV, targets_n, temperature, with_entropy)
+    ):
         return *found, None
     log_probs_nV = _log_softmax(logits_nV, temperature)
     log_probs_n = log_probs_nV.gather(1, targets_n[:, None]).squeeze(1)
@@ -218,7 +252,9 @@ def _chunk_gradient(
     fused = head_ways.fused_on(chunk_nV.device.type)
     if fused is not None and not is_log_probs:
         parts = (grad_n, *(entropy or (None, None)))
-        if (gradient := fused(head_ways.logits_gradient, chunk_nV, targets_n, temperature, *parts)) is not None:
+        if (
+            gradient := fused(head_ways.logits_gradient, chunk_nV, targets_n, temperature, *parts)
+        ) is not None:
             return gradient.to(dtype)
     if not is_log_probs:
         chunk_nV, own = _log_softmax(chunk_nV if own else chunk_nV.clone(), temperature), True
@@ -249,7 +285,9 @@ def _logits_gradient(
     else:
         entropy_n, entropy_grad_n = entropy
         probs_nV = log_probs_nV.exp()
-        factor = _finite(log_probs_nV, own=own).add_(entropy_n[:, None]).mul_(-entropy_grad_n[:, None])
+        factor = (
+            _finite(log_probs_nV, own=own).add_(entropy_n[:, None]).mul_(-entropy_grad_n[:, None])
+        )
         if grad_n is not None:
             factor.sub_(grad_n[:, None])
     rows_n = torch.arange(len(targets_n), device=targets_n.device)
@@ -258,7 +296,9 @@ def _logits_gradient(
         factor_n = factor[:, 0] if entropy is None else factor[rows_n, targets_n]
         chosen_n = probs_nV[rows_n, targets_n] * factor_n + grad_n
     total_nV = torch.mul(
-        probs_nV, factor, out=probs_nV if dtype == probs_nV.dtype else torch.empty_like(probs_nV, dtype=dtype)
+        probs_nV,
+        factor,
+        out=probs_nV if dtype == probs_nV.dtype else torch.empty_like(probs_nV, dtype=dtype),
     )
     if chosen_n is not None:
         total_nV[rows_n, targets_n] = chosen_n.to(dtype)
@@ -278,7 +318,9 @@ def _log_softmax(logits_nV: Tensor, temperature: float) -> Tensor:
     return torch.log_softmax(logits_nV, -1, dtype=dtype)
 
 
-def _head(weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
+def _head(
+    weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None] | None:
     return None if weight is None else (weight.to(dtype), None if bias is None else bias.to(dtype))
 
 

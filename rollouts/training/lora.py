@@ -48,7 +48,9 @@ def apply_lora(model: nn.Module, settings: LoraSettings, *, base_name: str) -> n
     try:
         from peft import LoraConfig, TaskType, inject_adapter_in_model
     except ImportError as error:
-        raise ImportError("LoRA needs peft: pip install 'rollouts[lora]', or set lora=None") from error
+        raise ImportError(
+            "LoRA needs peft: pip install 'rollouts[lora]', or set lora=None"
+        ) from error
     base = {"name": base_name, "sha256": weights_sha256(model)}
     targets = settings.target_modules
     config = LoraConfig(
@@ -64,7 +66,9 @@ def apply_lora(model: nn.Module, settings: LoraSettings, *, base_name: str) -> n
         try:
             inject_adapter_in_model(config, model)
         except ValueError as error:
-            raise ModelError(f"model.lora.target_modules={targets!r} does not fit {base_name}: {error}") from error
+            raise ModelError(
+                f"model.lora.target_modules={targets!r} does not fit {base_name}: {error}"
+            ) from error
     layers = _layers(model)
     tables = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}  # type: ignore[operator]
     for name, layer in layers.items():
@@ -85,7 +89,8 @@ def is_lora(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The plain model's state dict, with adapters merged: new tensors for adapted matrices, the model's own otherwise.
+    """Return the plain model's state dict, with adapters merged: new tensors for adapted matrices, the model's own
+    otherwise.
 
     One matrix at a time is merged where the model is, in its dtype, and kept on the CPU.
     """
@@ -94,9 +99,9 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def merged_parts(model: nn.Module) -> dict[str, tuple[Tensor, Callable[[], Tensor]]]:
-    """The plain model's state dict in parts: by name the model's own tensor (tied ones are one object), and a function
-    that makes the value: a new tensor, where the model is, for an adapted matrix, that very tensor otherwise.
-    """
+    """Return the plain model's state dict in parts: by name the model's own tensor (tied ones are one object), and a
+    function that makes the value: a new tensor, where the model is, for an adapted matrix, that very tensor
+    otherwise."""
     layers = _layers(model)
 
     def merge(tensor: Tensor, layer: Any) -> Tensor:
@@ -119,7 +124,7 @@ def merged_parts(model: nn.Module) -> dict[str, tuple[Tensor, Callable[[], Tenso
 
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter's own tensors (not copies), under the names that peft's files have."""
+    """Return the adapter's own tensors (not copies), under the names that peft's files have."""
     suffix = f".{_ADAPTER}."
     layers = _layers(model)
     return {
@@ -130,7 +135,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def write_adapter(model: nn.Module, directory: Path, tensors: Mapping[str, Tensor]) -> None:
-    """The adapter in peft's layout, and which frozen weights it belongs to, into the new directory `directory`.
+    """Write the adapter in peft's layout, and which frozen weights it belongs to, into the new directory `directory`.
 
     `tensors`: `adapter_state_dict`, or a copy of it, whole.
     """
@@ -166,12 +171,14 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def base_as_reference(model: nn.Module) -> Reference:
-    """The frozen weights under a model's adapters, as the reference of its KL penalty: no second model in memory."""
+    """Return the frozen weights under a model's adapters, as the reference of its KL penalty: no second model in
+    memory."""
     return Reference(model, **base_record(model), using=adapters_off)
 
 
 def read_base(checkpoint: Path) -> dict[str, str] | None:
-    """`base_record` of the model that wrote a checkpoint directory; None for one that was trained without LoRA."""
+    """Return `base_record` of the model that wrote a checkpoint directory; None for one that was trained without
+    LoRA."""
     file = checkpoint / ADAPTER_DIR / BASE_FILE
     return json.loads(file.read_text()) if file.is_file() else None
 
@@ -183,6 +190,6 @@ def _layers(model: nn.Module) -> dict[str, Any]:
 
 
 def _layer_of(key: str, layers: dict[str, Any], separator: str) -> str | None:
-    """The adapted layer that the state-dict key belongs to, if what follows its name is `separator`."""
+    """Return the adapted layer that the state-dict key belongs to, if what follows its name is `separator`."""
     name, found, _ = key.partition(separator)
     return name if found and name in layers else None

@@ -10,10 +10,17 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-AGGREGATIONS = ("token_mean", "sequence_mean_token_sum", "sequence_mean_token_mean", "constant_length")
+AGGREGATIONS = (
+    "token_mean",
+    "sequence_mean_token_sum",
+    "sequence_mean_token_mean",
+    "constant_length",
+)
 IMPORTANCE = ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
-_LOG_RATIO_MAX = 20.0  # a ratio beyond e^20 is held there: exp would overflow, and 0 x inf be a NaN gradient
+_LOG_RATIO_MAX = (
+    20.0  # a ratio beyond e^20 is held there: exp would overflow, and 0 x inf be a NaN gradient
+)
 
 ClipRange = float | tuple[float, float]  # of the ratio: 1 - low to 1 + high; one number is both
 
@@ -26,14 +33,20 @@ def clipped_surrogate(
     PPO (arXiv 1707.06347 eq. 7); dual clip (arXiv 1912.09729): a huge ratio cannot push a bad token without end.
     """
     if dual_clip is not None and dual_clip <= 1:
-        raise ValueError(f"dual_clip={dual_clip}: needs > 1, else it would hold ratios that nothing has moved")
-    surrogate = torch.minimum(ratio * advantages, ratio.clamp(*ratio_bounds(clip_range)) * advantages)
+        raise ValueError(
+            f"dual_clip={dual_clip}: needs > 1, else it would hold ratios that nothing has moved"
+        )
+    surrogate = torch.minimum(
+        ratio * advantages, ratio.clamp(*ratio_bounds(clip_range)) * advantages
+    )
     if dual_clip is None:
         return surrogate
     return torch.where(advantages < 0, torch.maximum(surrogate, dual_clip * advantages), surrogate)
 
 
-def value_loss(values: Tensor, returns: Tensor, old_values: Tensor | None = None, clip: float | None = None) -> Tensor:
+def value_loss(
+    values: Tensor, returns: Tensor, old_values: Tensor | None = None, clip: float | None = None
+) -> Tensor:
     """Half the squared error of `values`; with `clip`, that of the worse of `values` and of `values` held within `clip`
     of `old_values`, so that one batch moves no value far (as OpenAI baselines' PPO2 and TRL).
     """
@@ -90,7 +103,7 @@ def token_shares(
     sequences_global: float | None = None,
     length_norm: float | None = None,
 ) -> Tensor:
-    """[B, T]: how much each token's term counts in the step's loss, which is the sum of share x term.
+    """Return [B, T], how much each token's term counts in the step's loss, which is the sum of share x term.
 
     "token_mean": all tokens alike (DAPO, arXiv 2503.14476). "sequence_mean_token_sum": the mean over sequences of the
     sum over tokens. "sequence_mean_token_mean": of the mean over tokens (GRPO as published, 1/|o|). "constant_length":
@@ -102,13 +115,17 @@ def token_shares(
     weights[:, 0] = 0
     if aggregation == "token_mean":
         return weights / _denominator("tokens_global", tokens_global, weights.sum())
-    shares = weights / _denominator("sequences_global", sequences_global, (weights != 0).any(1).sum())
+    shares = weights / _denominator(
+        "sequences_global", sequences_global, (weights != 0).any(1).sum()
+    )
     if aggregation == "sequence_mean_token_mean":
         totals = weights.sum(1, keepdim=True)
         return shares / torch.where(totals == 0, 1, totals)
     if aggregation == "constant_length":
         if length_norm is None or length_norm <= 0:
-            raise ValueError(f"length_norm={length_norm}: aggregation='constant_length' needs > 0 tokens")
+            raise ValueError(
+                f"length_norm={length_norm}: aggregation='constant_length' needs > 0 tokens"
+            )
         return shares / length_norm
     return shares
 
@@ -124,7 +141,7 @@ def k2(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
 
 
 def k3(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
-    """The estimate r - 1 - log r of KL(p || reference) for tokens drawn from p, with r = reference / p.
+    """Return the estimate r - 1 - log r of KL(p || reference) for tokens drawn from p, with r = reference / p.
 
     Unbiased and never negative (Schulman, "Approximating KL divergence", k3). Exactly 0 where both agree.
     """
@@ -136,8 +153,10 @@ def clamped_exp(log_ratio: Tensor) -> Tensor:
     return torch.exp(log_ratio.clamp(max=_LOG_RATIO_MAX))
 
 
-def sequence_mean(values_N: Tensor, keep: Tensor, weights_BT: Tensor, places: Tensor | None = None) -> Tensor:
-    """Each token's value replaced by the weighted mean over its sequence."""
+def sequence_mean(
+    values_N: Tensor, keep: Tensor, weights_BT: Tensor, places: Tensor | None = None
+) -> Tensor:
+    """Return each token's value replaced by the weighted mean over its sequence."""
     values_BT = spread(values_N, keep, places)
     totals_B = weights_BT.sum(1)
     means_B = (weights_BT * values_BT).sum(1) / torch.where(totals_B == 0, 1, totals_B)
@@ -147,17 +166,23 @@ def sequence_mean(values_N: Tensor, keep: Tensor, weights_BT: Tensor, places: Te
 def ratio_bounds(clip_range: ClipRange) -> tuple[float, float]:
     low, high = clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
     if low < 0 or high < 0:
-        raise ValueError(f"clip_range={clip_range}: needs >= 0, how far the ratio may go below and above 1")
+        raise ValueError(
+            f"clip_range={clip_range}: needs >= 0, how far the ratio may go below and above 1"
+        )
     return 1 - low, 1 + high
 
 
 def _denominator(name: str, count_global: float | None, count_here: Tensor) -> float | Tensor:
     if count_global is None:
         if not count_here:
-            raise ValueError("loss_mask has no trained token after position 0, so the mean over them does not exist")
+            raise ValueError(
+                "loss_mask has no trained token after position 0, so the mean over them does not exist"
+            )
         return count_here
     if count_global <= 0:
-        raise ValueError(f"{name}={count_global}: needs > 0, the trained ones of the optimizer step")
+        raise ValueError(
+            f"{name}={count_global}: needs > 0, the trained ones of the optimizer step"
+        )
     return count_global
 
 

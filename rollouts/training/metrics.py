@@ -37,7 +37,9 @@ class JSONLLogger:
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         if self._file.closed:
-            raise ValueError(f"{self.path}: logged after finish(); open a new JSONLLogger to append")
+            raise ValueError(
+                f"{self.path}: logged after finish(); open a new JSONLLogger to append"
+            )
         fixed = {"step": step, "time": round(time.time(), 3), **self._constants}
         _append(self._file, _json({**fixed, **metrics, **fixed}).encode() + b"\n")
 
@@ -70,7 +72,7 @@ class WandbLogger:
             os.environ["WANDB_RUN_GROUP"] = group
         if directory is not None:
             os.environ["WANDB_DIR"] = str(directory)
-        self._wandb, self._failed = wandb, False
+        self._wandb = wandb
         self._run = wandb.init(project=project, name=name, config=dict(config or {}))
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
@@ -83,12 +85,8 @@ class WandbLogger:
             data = [list(row) for row in zip(*columns, strict=True)]
             self._run.log({name: self._wandb.Table(columns=list(rows[0]), data=data)}, step=step)
 
-    def fail(self) -> None:
-        """Have `finish` call the run failed: W&B would show it as finished."""
-        self._failed = True
-
     def finish(self) -> None:
-        self._run.finish(exit_code=1) if self._failed else self._run.finish()
+        self._run.finish()
 
 
 class CompositeLogger:
@@ -113,8 +111,11 @@ class CompositeLogger:
 
 
 def _column(values: Sequence[Any]) -> list[Any]:
-    """A table's column: values of one type, as W&B wants it (None fits each); of several types all as text."""
-    cells = [v if isinstance(v, (str, int, float)) or v is None else json.dumps(v, default=str) for v in values]
+    """Return a table's column: values of one type, as W&B wants it (None fits each); of several types all as text."""
+    cells = [
+        v if isinstance(v, (str, int, float)) or v is None else json.dumps(v, default=str)
+        for v in values
+    ]
     kinds = {float if type(cell) is int else type(cell) for cell in cells if cell is not None}
     if len(kinds) < 2:
         return cells
@@ -136,19 +137,22 @@ def _append(file: FileIO, data: bytes) -> None:
 
 
 def json_text(record: Mapping[str, Any], **options: Any) -> str:
-    """`record` as JSON, numbers that JSON has no word for (NaN, infinities) as null."""
-    return json.dumps({key: _plain(key, value) for key, value in record.items()}, allow_nan=False, **options)
+    """Return `record` as JSON, numbers that JSON has no word for (NaN, infinities) as null."""
+    return json.dumps(
+        {key: _plain(key, value) for key, value in record.items()}, allow_nan=False, **options
+    )
 
 
 def _json(record: Mapping[str, Any]) -> str:
     try:
         return json.dumps(record, allow_nan=False)
-    except (TypeError, ValueError):  # something JSON cannot hold as it stands: the slower way, value by value
+    except (TypeError, ValueError):
+        # something JSON cannot hold as it stands: the slower way, value by value
         return json.dumps({key: _plain(key, value) for key, value in record.items()})
 
 
 def _plain(key: str, value: Any) -> Any:
-    """`value` as JSON can hold it. Raises TypeError naming `key`."""
+    """Return `value` as JSON can hold it. Raises TypeError naming `key`."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, (str, bool, int)):

@@ -22,7 +22,10 @@ from rollouts.training.whole_directories import put_in_place
 
 
 def write_model(
-    model: nn.Module, directory: Path, weights: Mapping[str, Tensor], tokenizer: Tokenizer | None = None
+    model: nn.Module,
+    directory: Path,
+    weights: Mapping[str, Tensor],
+    tokenizer: Tokenizer | None = None,
 ) -> None:
     """Write `weights` (safetensors; tied ones once), config.json and generation_config.json into `directory`.
 
@@ -32,9 +35,8 @@ def write_model(
     with _no_progress_bar():
         model.save_pretrained(directory, state_dict=dict(weights))  # type: ignore[operator]
     _name_dtype(directory / "config.json", weights)
-    generation = copy.deepcopy(
-        own_generation_config(model)
-    )  # save_pretrained takes what an evaluation put in its place
+    # save_pretrained takes what an evaluation put in its place
+    generation = copy.deepcopy(own_generation_config(model))
     if generation is None:
         return
     ends = [] if tokenizer is None else end_of_turn_ids(tokenizer, model)
@@ -48,8 +50,12 @@ def _name_dtype(config_file: Path, weights: Mapping[str, Tensor]) -> None:
     """Let the config name the dtype of `weights`. save_pretrained asks the live model, whose pass may be running."""
     dtypes = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
     config = json.loads(config_file.read_text())
-    if len(dtypes) == 1 and config.get("dtype") != (name := str(dtypes.pop()).removeprefix("torch.")):
-        config_file.write_text(json.dumps({**config, "dtype": name}, indent=2, sort_keys=True) + "\n")
+    if len(dtypes) == 1 and config.get("dtype") != (
+        name := str(dtypes.pop()).removeprefix("torch.")
+    ):
+        config_file.write_text(
+            json.dumps({**config, "dtype": name}, indent=2, sort_keys=True) + "\n"
+        )
 
 
 def write_weights(model: nn.Module, path: Path, weights: Mapping[str, Tensor]) -> Path:
@@ -77,7 +83,9 @@ def read_model(model: nn.Module, path: Path) -> None:
         files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     else:
         files = ["model.safetensors"]
-    parameters = lora.adapter_state_dict(model) if lora.is_lora(model) else model.state_dict(keep_vars=True)
+    parameters = (
+        lora.adapter_state_dict(model) if lora.is_lora(model) else model.state_dict(keep_vars=True)
+    )
     filled: set[int] = set()
     for name in files:
         if Path(name).is_absolute() or ".." in Path(name).parts:
@@ -86,20 +94,29 @@ def read_model(model: nn.Module, path: Path) -> None:
             for key in file.keys():  # noqa: SIM118 (no mapping: it cannot be iterated)
                 tensor, target = file.get_tensor(key), parameters.get(key)
                 if target is None or target.shape != tensor.shape:
-                    expected = "no such tensor" if target is None else f"shape {tuple(target.shape)}"
-                    raise CheckpointError(f"{path / name}: {key} {tuple(tensor.shape)}, this model has {expected}")
+                    expected = (
+                        "no such tensor" if target is None else f"shape {tuple(target.shape)}"
+                    )
+                    raise CheckpointError(
+                        f"{path / name}: {key} {tuple(tensor.shape)}, this model has {expected}"
+                    )
                 _copy_into(target.detach(), tensor)
                 filled.add(id(target))
-    missing = [key for key, target in parameters.items() if id(target) not in filled]  # tied ones are one object
+    # tied ones are one object
+    missing = [key for key, target in parameters.items() if id(target) not in filled]
     if missing:
-        raise CheckpointError(f"{path}: no tensor for {', '.join(missing)}: saved from another architecture?")
+        raise CheckpointError(
+            f"{path}: no tensor for {', '.join(missing)}: saved from another architecture?"
+        )
 
 
 def _copy_into(target: Tensor, whole: Tensor) -> None:
     """Without communication: each rank takes its shard of what it has read itself."""
     if isinstance(target, DTensor):
         local = target.to_local()
-        shard = distribute_tensor(whole.to(local.device), target.device_mesh, target.placements, src_data_rank=None)
+        shard = distribute_tensor(
+            whole.to(local.device), target.device_mesh, target.placements, src_data_rank=None
+        )
         local.copy_(shard.to_local())
     else:
         target.copy_(whole)

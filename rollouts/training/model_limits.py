@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rollouts.training.datasets.rows import DataError
+from rollouts.data_formats.row import DataError
 from rollouts.training.types import Sample
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class ModelLimits:
             )
 
     def left(self, wanted: int, used: int) -> int:
-        """How many of `wanted` new tokens have a position behind `used` ones."""
+        """Return how many of `wanted` new tokens have a position behind `used` ones."""
         return wanted if self.positions is None else min(wanted, self.positions - used)
 
 
@@ -69,7 +69,9 @@ def _learned_positions(model: "nn.Module", embedding: object) -> int | None:
     tables = [
         module.num_embeddings - int(getattr(module, "offset", 0))
         for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and module is not embedding and _is_position(name.rpartition(".")[2])
+        if isinstance(module, nn.Embedding)
+        and module is not embedding
+        and _is_position(name.rpartition(".")[2])
     ]
     return min(tables, default=None)
 

@@ -29,13 +29,16 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> "Tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises a dozen unrelated kinds (HTTP, JSON, its own)
         raise ModelError(_message("tokenizer", name, error, trust_remote_code)) from error
-    if len(tokenizer) <= len(tokenizer.get_added_vocab()):  # transformers makes one up where the files are missing
+    # transformers makes one up where the files are missing
+    if len(tokenizer) <= len(tokenizer.get_added_vocab()):
         raise ModelError(
             f"{name}: its tokenizer lacks a vocabulary: there is no tokenizer.json (or vocab.json, tokenizer.model). "
             "Fix: put the model's own tokenizer files beside its config.json."
         )
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"tokenizer of {name!r} lacks an eos_token: nothing would end an answer; set it in its config")
+        raise ModelError(
+            f"tokenizer of {name!r} lacks an eos_token: nothing would end an answer; set it in its config"
+        )
     return cast("Tokenizer", tokenizer)
 
 
@@ -62,10 +65,14 @@ def load_model(
             config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(init_seed)
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+                model = AutoModelForCausalLM.from_config(
+                    config, dtype=dtype, trust_remote_code=trust_remote_code
+                )
         elif init == "pretrained":
             require_weights(name)
-            model = with_every_weight(AutoModelForCausalLM, name, dtype=dtype, trust_remote_code=trust_remote_code)
+            model = with_every_weight(
+                AutoModelForCausalLM, name, dtype=dtype, trust_remote_code=trust_remote_code
+            )
         else:
             raise ModelError(f"init={init!r}: needs 'pretrained' or 'random'")
     except ModelError:
@@ -82,7 +89,9 @@ def with_every_weight(auto_class: Any, name: str, **options: Any) -> "PreTrained
     ModelError, and so is a tensor of another shape; a tied one needs only one of its names. Tensors of the files that
     the model lacks are named in a warning, and by `tensors_left_out`.
     """
-    model, info = auto_class.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    model, info = auto_class.from_pretrained(
+        name, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
     missing, unknown = set(info["missing_keys"]), set(info["unexpected_keys"])
     problems = [
         f"{key} has shape {list(found)}, the architecture needs {list(needed)}"
@@ -98,7 +107,9 @@ def with_every_weight(auto_class: Any, name: str, **options: Any) -> "PreTrained
             f"{_prefix_fix(missing, unknown)}"
         )
     if unknown:
-        model.tensors_left_out = f"{name}: its files hold tensors that the model lacks: {_some(unknown)}"
+        model.tensors_left_out = (
+            f"{name}: its files hold tensors that the model lacks: {_some(unknown)}"
+        )
         logger.warning("%s", model.tensors_left_out)
     return model
 
@@ -130,8 +141,13 @@ def enable_activation_checkpointing(model: "PreTrainedModel") -> None:
     Works with frozen weights below trained ones. Raises ModelError for an architecture that lacks support for it.
     """
     if not model.supports_gradient_checkpointing:
-        raise ModelError(f"{type(model).__name__} lacks activation checkpointing; set activation_checkpointing=False")
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # < 5.20
+        raise ModelError(
+            f"{type(model).__name__} lacks activation checkpointing; set activation_checkpointing=False"
+        )
+    enable = (
+        getattr(model, "activation_checkpointing_enable", None)
+        or model.gradient_checkpointing_enable
+    )  # < 5.20
     enable({"use_reentrant": False})
 
 
@@ -140,18 +156,26 @@ def require_model(name: str) -> None:
     path = Path(name)
     if not path.is_dir():
         if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-            raise ModelError(f"{name}: no such directory (looked in {Path.cwd()}), and not a valid hub id")
+            raise ModelError(
+                f"{name}: no such directory (looked in {Path.cwd()}), and not a valid hub id"
+            )
     elif not (path / "config.json").is_file():
-        raise ModelError(f"{name}: the directory lacks config.json, so it is not a Hugging Face model")
+        raise ModelError(
+            f"{name}: the directory lacks config.json, so it is not a Hugging Face model"
+        )
 
 
 def require_weights(name: str) -> None:
     """Raise ModelError for a directory without weights."""
     path = Path(name)
     if path.is_dir() and not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
-        raise ModelError(f"{name}: the directory lacks weights (*.safetensors); set init='random' to draw new ones")
+        raise ModelError(
+            f"{name}: the directory lacks weights (*.safetensors); set init='random' to draw new ones"
+        )
     whole = ("model*.safetensors", "pytorch_model*.bin")
-    if (path / "adapter_config.json").is_file() and not any(found for part in whole for found in path.glob(part)):
+    if (path / "adapter_config.json").is_file() and not any(
+        found for part in whole for found in path.glob(part)
+    ):
         raise ModelError(
             f"{name}: the directory holds an adapter (adapter_config.json) without its model. Fix: merge it into its "
             "base model (peft: merge_and_unload, save_pretrained), or name that one"

@@ -45,8 +45,12 @@ def require_same(found: list[dict[str, Any]]) -> None:
         for each in found:
             values.setdefault(each["versions"].get(name, "none"), []).append(each["host"])
         if len(values) > 1:
-            listed = "; ".join(f"{value} on {', '.join(dict.fromkeys(hosts))}" for value, hosts in values.items())
-            raise NetworkError(f"the hosts have different versions of {name}: {listed}. Install one on all of them.")
+            listed = "; ".join(
+                f"{value} on {', '.join(dict.fromkeys(hosts))}" for value, hosts in values.items()
+            )
+            raise NetworkError(
+                f"the hosts have different versions of {name}: {listed}. Install one on all of them."
+            )
 
 
 def measure_rate(device: torch.device) -> dict[str, float]:
@@ -78,15 +82,24 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         device = distributed.initialize(arguments.device, timeout_s=TIMEOUT_S)
-        require_same(distributed.gather_objects({"host": os.uname().nodename, "versions": versions(device)}))
+        require_same(
+            distributed.gather_objects({"host": os.uname().nodename, "versions": versions(device)})
+        )
         found = measure_rate(device)
         distributed.shutdown()
     except (NetworkError, ValueError, RuntimeError) as error:
-        print(f"error: network between the hosts: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(
+            f"error: network between the hosts: {' '.join(str(error).split())}",
+            file=sys.stderr,
+            flush=True,
+        )
         return 1
     if os.environ.get("RANK") == "0":
         arguments.report.write_text(json.dumps({"doing": "", "parts": found}))
-        print(f"network between the hosts: {found['gigabytes_per_s']} GB/s over {found['ranks']:.0f} ranks", flush=True)
+        print(
+            f"network between the hosts: {found['gigabytes_per_s']} GB/s over {found['ranks']:.0f} ranks",
+            flush=True,
+        )
     return 0
 
 

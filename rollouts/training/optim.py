@@ -15,7 +15,8 @@ SCHEDULES = ("constant", "linear", "cosine")
 # Of Muon's Newton-Schulz iteration: the quintic of Keller Jordan's Muon, as in nanochat and torch, and its epsilon.
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NS_EPS = 1e-7
-_NS_ELEMENTS = 2**27  # of matrices that are iterated on together: 256 MiB in bfloat16, and three times that beside it
+# of matrices that are iterated on together: 256 MiB in bfloat16, and three times that beside it
+_NS_ELEMENTS = 2**27
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class MuonSettings:
 
 
 def lr_factor(step: int, *, total_steps: int, warmup_frac: float, schedule: str) -> float:
-    """The factor on every learning rate for optimizer step `step`, counted from 0.
+    """Return the factor on every learning rate for optimizer step `step`, counted from 0.
 
     Rises linearly from 0 over the first `round(warmup_frac * total_steps)` steps, of which the first already moves
     (1/n, not 0). Then "constant" stays at 1; "linear" and "cosine" fall from 1 to reach 0 at `total_steps`.
@@ -53,19 +54,31 @@ def lr_factor(step: int, *, total_steps: int, warmup_frac: float, schedule: str)
 
 
 def parameter_groups(
-    model: nn.Module, *, matrix_lr: float, embedding_lr: float, unembedding_lr: float, weight_decay: float
+    model: nn.Module,
+    *,
+    matrix_lr: float,
+    embedding_lr: float,
+    unembedding_lr: float,
+    weight_decay: float,
 ) -> list[dict[str, Any]]:
-    """Every trainable parameter exactly once, as torch optimizer groups with a "name": empty ones are left out.
+    """Return every trainable parameter exactly once, as torch optimizer groups with a "name": empty ones are left out.
 
     "matrices", "embeddings" (all `nn.Embedding` weights, and an output head tied to one), "unembedding" (a head of its
     own), and "vectors": norms and biases, which follow `matrix_lr` and are not decayed.
     `model` is a transformers model: `get_input_embeddings()`, `get_output_embeddings()`.
     """
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    embeddings = {
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
+    }
     embeddings.add(id(model.get_input_embeddings().weight))  # type: ignore[operator]
     head_module = model.get_output_embeddings()  # type: ignore[operator]
     head = None if head_module is None else head_module.weight
-    members: dict[str, list[nn.Parameter]] = {"matrices": [], "embeddings": [], "unembedding": [], "vectors": []}
+    members: dict[str, list[nn.Parameter]] = {
+        "matrices": [],
+        "embeddings": [],
+        "unembedding": [],
+        "vectors": [],
+    }
     for parameter in model.parameters():  # a tied parameter comes once
         if not parameter.requires_grad:
             continue
@@ -101,7 +114,7 @@ def build_optimizer(
     eps: float,
     muon: MuonSettings | None = None,
 ) -> torch.optim.Optimizer:
-    """The optimizer over `parameter_groups`; its state has the parameters' dtype, so give it a float32 model.
+    """Return the optimizer over `parameter_groups`; its state has the parameters' dtype, so give it a float32 model.
 
     "adamw": AdamW for all groups. "muon", with `muon`'s constants: Muon for "matrices", AdamW for the others. The
     result refuses, with CheckpointError, a state that was saved by the other kind or for other groups.
@@ -109,7 +122,9 @@ def build_optimizer(
     if kind not in ("adamw", "muon"):
         raise ValueError(f"kind={kind!r}: needs 'adamw' or 'muon'")
     if (kind == "muon") != (muon is not None):
-        raise ValueError(f"muon={muon!r}: needs MuonSettings with kind='muon', and None with 'adamw'")
+        raise ValueError(
+            f"muon={muon!r}: needs MuonSettings with kind='muon', and None with 'adamw'"
+        )
     groups = parameter_groups(
         model,
         matrix_lr=matrix_lr,
@@ -118,7 +133,9 @@ def build_optimizer(
         weight_decay=weight_decay,
     )
     if not groups:
-        raise ValueError("the model has no parameter with requires_grad=True, so there is nothing to train")
+        raise ValueError(
+            "the model has no parameter with requires_grad=True, so there is nothing to train"
+        )
     adamw: dict[str, Any] = {"betas": (beta1, beta2), "eps": eps, "fused": True}
     optimizer: torch.optim.Optimizer
     if muon is None:
@@ -138,7 +155,7 @@ class BatchedMuon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step. `closure`, if given, is evaluated first; its value is returned."""
+        """Take one step. `closure`, if given, is evaluated first; its value is returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -148,7 +165,9 @@ class BatchedMuon(torch.optim.Muon):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     own = None if _together(parameter) else id(parameter)
-                    alike.setdefault((parameter.shape, parameter.dtype, parameter.device, own), []).append(parameter)
+                    alike.setdefault(
+                        (parameter.shape, parameter.dtype, parameter.device, own), []
+                    ).append(parameter)
             for (shape, *_), parameters in alike.items():
                 count = max(1, _NS_ELEMENTS // shape.numel())
                 for start in range(0, len(parameters), count):
@@ -160,19 +179,29 @@ class BatchedMuon(torch.optim.Muon):
         for parameter in parameters:
             state = self.state[parameter]
             if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                state["momentum_buffer"] = torch.zeros_like(
+                    parameter, memory_format=torch.preserve_format
+                )
         gradients = [cast(Tensor, parameter.grad) for parameter in parameters]
         buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
-        updates = torch._foreach_lerp(gradients, buffers, group["momentum"]) if group["nesterov"] else buffers
+        updates = (
+            torch._foreach_lerp(gradients, buffers, group["momentum"])
+            if group["nesterov"]
+            else buffers
+        )
         constants = group["ns_coefficients"], group["ns_steps"], group["eps"]
         if len(parameters) == 1:
             updates = [orthogonalize(updates[0].bfloat16(), *constants)]
         else:
-            updates = orthogonalize(torch.stack([update.bfloat16() for update in updates]), *constants).unbind()
+            updates = orthogonalize(
+                torch.stack([update.bfloat16() for update in updates]), *constants
+            ).unbind()
         rows, columns = parameters[0].shape
         original = group["adjust_lr_fn"] in (None, "original")
-        factor = math.sqrt(max(1, rows / columns)) if original else 0.2 * math.sqrt(max(rows, columns))
+        factor = (
+            math.sqrt(max(1, rows / columns)) if original else 0.2 * math.sqrt(max(rows, columns))
+        )
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(parameters, updates, alpha=-group["lr"] * factor)
 
@@ -181,7 +210,9 @@ def _together(parameter: Tensor) -> bool:
     return parameter.device.type == "cuda" and not isinstance(parameter, DTensor)
 
 
-def orthogonalize(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+def orthogonalize(
+    matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
+) -> Tensor:
     """Newton-Schulz's nearly orthogonal matrix to one [R, C], or to each of [N, R, C], in their own dtype."""
     a, b, c = coefficients
     is_tall = matrices.shape[-2] > matrices.shape[-1]
@@ -230,7 +261,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self._share()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of both. `closure`, if given, is evaluated first; its value is returned."""
+        """Take one step. `closure`, if given, is evaluated first; its value is returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -253,7 +284,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 def _muon_groups(
     model: nn.Module, groups: list[dict[str, Any]], muon: MuonSettings
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The groups for Muon, and those for AdamW with the rates that they have beside it."""
+    """Return the groups for Muon, and those for AdamW with the rates that they have beside it."""
     width = model.config.get_text_config().hidden_size  # type: ignore[operator, union-attr]
     factor = 1.0 if muon.width_reference is None else (width / muon.width_reference) ** -0.5
     matrices = [group for group in groups if group["name"] == "matrices"]

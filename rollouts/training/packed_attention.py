@@ -125,11 +125,16 @@ def attention(  # noqa: PLR0917 — the order in which models call it
             **others,
         )
     query, key, value = _as_autocast(query, key, value)
-    window = sliding_window if sliding_window is not None and sliding_window < documents.longest else None
+    window = (
+        sliding_window
+        if sliding_window is not None and sliding_window < documents.longest
+        else None
+    )
     if documents.copies is not None:
         # Token by token in memory, as models lay them out: other strides would be rounded differently.
         query, key, value = (
-            tensor.transpose(1, 2).index_select(1, documents.copies).transpose(1, 2) for tensor in (query, key, value)
+            tensor.transpose(1, 2).index_select(1, documents.copies).transpose(1, 2)
+            for tensor in (query, key, value)
         )
     if documents.kernel and dropout == 0.0 and _kernel_takes(query):
         attended = _by_kernel(query, key, value, documents, scaling, window)
@@ -137,11 +142,13 @@ def attention(  # noqa: PLR0917 — the order in which models call it
         attended = _runs_op(query, key, value, documents.host_offsets, scaling, window)
     else:
         attended = _by_runs(query, key, value, documents.lengths, scaling, window, dropout)
-    return attended if documents.firsts is None else attended.index_select(1, documents.firsts), None
+    return attended if documents.firsts is None else attended.index_select(
+        1, documents.firsts
+    ), None
 
 
 def _as_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The three in autocast's dtype, where it is on: rotary embeddings leave query and key in float32 there."""
+    """Return the three in autocast's dtype, where it is on: rotary embeddings leave query and key in float32 there."""
     kind = query.device.type
     if not torch.is_autocast_enabled(kind):
         return query, key, value
@@ -155,7 +162,12 @@ def _kernel_takes(query: Tensor) -> bool:
 
 
 def _by_kernel(  # noqa: PLR0917
-    query: Tensor, key: Tensor, value: Tensor, documents: Documents, scaling: float | None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    documents: Documents,
+    scaling: float | None,
+    window: int | None,
 ) -> Tensor:
     groups = query.shape[1] // key.shape[1]
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
@@ -198,14 +210,21 @@ def _by_runs(  # noqa: PLR0917
         q, k, v = (tensor.unflatten(1, (count, length)).transpose(0, 1) for tensor in run)
         band = None if window is None or length <= window else _band(length, window, query.device)
         attended = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=band, dropout_p=dropout, is_causal=band is None, scale=scaling, enable_gqa=True
+            q,
+            k,
+            v,
+            attn_mask=band,
+            dropout_p=dropout,
+            is_causal=band is None,
+            scale=scaling,
+            enable_gqa=True,
         )
         outputs.append(attended.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)[None]
 
 
 def _band(length: int, window: int, device: torch.device) -> Tensor:
-    """[length, length] bool: each position sees itself and the `window` - 1 before it."""
+    """Return [length, length] bool: each position sees itself and the `window` - 1 before it."""
     ones = torch.ones(length, length, dtype=torch.bool, device=device)
     return ones.tril() & ones.triu(1 - window)
 
@@ -215,14 +234,24 @@ def _band(length: int, window: int, device: torch.device) -> Tensor:
 
 @torch.library.custom_op("rollouts::attention_by_runs", mutates_args=())
 def _runs_op(  # noqa: PLR0917 — an operation's schema
-    query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, scaling: float | None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    offsets: Tensor,
+    scaling: float | None,
+    window: int | None,
 ) -> Tensor:
     return _by_runs(query, key, value, offsets.diff().tolist(), scaling, window, 0.0)
 
 
 @_runs_op.register_fake
 def _(  # noqa: PLR0917
-    query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, scaling: float | None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    offsets: Tensor,
+    scaling: float | None,
+    window: int | None,
 ) -> Tensor:
     return query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
 
@@ -264,7 +293,12 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _runs_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    return *_runs_backward_op(gradient, *ctx.saved_tensors, ctx.scaling, ctx.window), None, None, None
+    return (
+        *_runs_backward_op(gradient, *ctx.saved_tensors, ctx.scaling, ctx.window),
+        None,
+        None,
+        None,
+    )
 
 
 _runs_op.register_autograd(_runs_gradient, setup_context=_keep_inputs)

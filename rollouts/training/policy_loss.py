@@ -39,7 +39,8 @@ class PolicyInputs(TypedDict, total=False):
     ref_log_probs: Tensor | None  # [B, T]: a frozen reference model's, likewise
     returns: Tensor | None  # [B, T]: what the value model should have said
     old_values: Tensor | None  # [B, T]: what it said before the step
-    tokens_global: float | None  # trained tokens of the whole optimizer step; None: this batch is the whole step
+    # trained tokens of the whole optimizer step; None: this batch is the whole step
+    tokens_global: float | None
     sequences_global: float | None  # likewise sequences
     temperature: float  # the sampler's, which divides the logits
 
@@ -61,7 +62,9 @@ class Selected:
 
     def log_ratio_N(self, needed_by: str) -> Tensor:
         """Return log p - log p_old of each token."""
-        old_N = aligned("old_log_probs", self.old_log_probs_BT, self.tokens, needed_by=f"loss={needed_by!r}")
+        old_N = aligned(
+            "old_log_probs", self.old_log_probs_BT, self.tokens, needed_by=f"loss={needed_by!r}"
+        )
         return self.tokens.log_probs_N - old_N
 
 
@@ -82,7 +85,9 @@ class WeightedGradient:
 
     def __call__(self, step: Selected) -> Tensor:
         tokens = step.tokens
-        weights_N = importance_weights(step.log_ratio_N("grpo"), tokens.keep, self.kind, self.cap, tokens.places)
+        weights_N = importance_weights(
+            step.log_ratio_N("grpo"), tokens.keep, self.kind, self.cap, tokens.places
+        )
         return -weights_N * step.advantages_N * tokens.log_probs_N
 
 
@@ -107,8 +112,12 @@ class ClippedSequenceRatio:
 
     def __call__(self, step: Selected) -> Tensor:
         tokens = step.tokens
-        mean_N = sequence_mean(step.log_ratio_N("gspo"), tokens.keep, step.mask_BT[:, 1:], tokens.places)
-        return -clipped_surrogate(clamped_exp(mean_N), step.advantages_N, self.clip_range, self.dual_clip)
+        mean_N = sequence_mean(
+            step.log_ratio_N("gspo"), tokens.keep, step.mask_BT[:, 1:], tokens.places
+        )
+        return -clipped_surrogate(
+            clamped_exp(mean_N), step.advantages_N, self.clip_range, self.dual_clip
+        )
 
 
 @dataclass(frozen=True)
@@ -118,7 +127,9 @@ class ClippedWeight:
     clip_range: ClipRange = 0.2
 
     def __call__(self, step: Selected) -> Tensor:
-        weights_N = clamped_exp(step.log_ratio_N("cispo")).clamp(*ratio_bounds(self.clip_range)).detach()
+        weights_N = (
+            clamped_exp(step.log_ratio_N("cispo")).clamp(*ratio_bounds(self.clip_range)).detach()
+        )
         return -weights_N * step.advantages_N * step.tokens.log_probs_N
 
 
@@ -129,7 +140,9 @@ class Shares:
     aggregation: str = "token_mean"
     length_norm: float | None = None
 
-    def __call__(self, mask_BT: Tensor, *, tokens_global: float | None, sequences_global: float | None) -> Tensor:
+    def __call__(
+        self, mask_BT: Tensor, *, tokens_global: float | None, sequences_global: float | None
+    ) -> Tensor:
         return token_shares(
             mask_BT,
             self.aggregation,
@@ -159,14 +172,20 @@ class ValueTerm:
     coef: float
     clip: float | None = None
 
-    def __call__(self, tokens: TokenLogProbs, returns_BT: Tensor | None, old_values_BT: Tensor | None) -> Tensor:
+    def __call__(
+        self, tokens: TokenLogProbs, returns_BT: Tensor | None, old_values_BT: Tensor | None
+    ) -> Tensor:
         if tokens.values_N is None:
-            raise ValueError("value_coef: needs values, of a backend with a value head; these logits have none")
+            raise ValueError(
+                "value_coef: needs values, of a backend with a value head; these logits have none"
+            )
         dtype = tokens.values_N.dtype
         returns_N = aligned("returns", returns_BT, tokens, needed_by="value_coef", dtype=dtype)
         old_N = None
         if self.clip is not None:
-            old_N = aligned("old_values", old_values_BT, tokens, needed_by="value_clip", dtype=dtype)
+            old_N = aligned(
+                "old_values", old_values_BT, tokens, needed_by="value_clip", dtype=dtype
+            )
         return value_loss(tokens.values_N, returns_N, old_N, self.clip)
 
 
@@ -209,7 +228,9 @@ class RLLoss:
             assert tokens.entropy_N is not None
             terms_N = terms_N - self.entropy_coef * tokens.entropy_N
         sequences_global = inputs.get("sequences_global")
-        shares_BT = self.shares(mask_BT, tokens_global=tokens_global, sequences_global=sequences_global)
+        shares_BT = self.shares(
+            mask_BT, tokens_global=tokens_global, sequences_global=sequences_global
+        )
         loss = (chosen(shares_BT, tokens) * terms_N).sum()
         if self.value is None:
             return loss

@@ -9,7 +9,15 @@ from torch import Tensor
 from rollouts.training.loss_terms import ClipRange, k3, ratio_bounds
 from rollouts.training.token_selection import Logits, aligned, select
 
-STATISTICS = ("tokens", "entropy", "logp", "logp_diff_abs", "kl_sampler", "clip_fraction", "kl_reference")
+STATISTICS = (
+    "tokens",
+    "entropy",
+    "logp",
+    "logp_diff_abs",
+    "kl_sampler",
+    "clip_fraction",
+    "kl_reference",
+)
 
 
 def policy_statistics(
@@ -29,7 +37,13 @@ def policy_statistics(
     `clip_range`, and with `ref_log_probs` "kl_reference" = k3 estimate of KL(trainer || reference).
     """
     sums = policy_sums(
-        logits, labels, loss_mask, old_log_probs, ref_log_probs, temperature=temperature, clip_range=clip_range
+        logits,
+        labels,
+        loss_mask,
+        old_log_probs,
+        ref_log_probs,
+        temperature=temperature,
+        clip_range=clip_range,
     ).tolist()
     return dict(zip(STATISTICS, sums, strict=False))  # without a reference there is one term less
 

@@ -8,8 +8,15 @@ import numpy as np
 import torch
 
 
+def seed_all(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and torch (all devices). `seed` >= 0."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def rng_state(device: torch.device) -> dict[str, Any]:
-    """The global generators of Python, NumPy and torch (and of the CUDA device) as plain data and tensors."""
+    """Return the global generators of Python, NumPy and torch (and of the CUDA device) as plain data and tensors."""
     name, keys, *rest = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),

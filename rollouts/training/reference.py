@@ -38,7 +38,8 @@ def load_reference(name: str, *, trust_remote_code: bool = False) -> Reference:
 
 
 def as_reference(model: nn.Module, name: str) -> Reference:
-    """`model` itself, frozen and in evaluation mode, as a reference. It must share no parameter with the policy."""
+    """Return `model` itself, frozen and in evaluation mode, as a reference. It must share no parameter with the
+    policy."""
     return Reference(model.eval().requires_grad_(False), name, weights_sha256(model))
 
 

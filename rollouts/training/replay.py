@@ -7,28 +7,37 @@ docs/reference/run-directory.md lists the fields. Effects: `ReplayRollouts` read
 import hashlib
 import inspect
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rollouts.training.datasets.rows import DataError
+from rollouts.data_formats.row import DataError
 from rollouts.training.types import RewardFn, RolloutBatch, Sample
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DECIMALS = 6  # of the trainer's log-probs
 SHOWN_METADATA = ("prompt_id", "weight_version", "finish_reason")  # metadata with fields of its own
 
 
 def sample_records(
-    batch: RolloutBatch, advantages: Sequence[float] | None, temperature: float
+    batch: RolloutBatch,
+    advantages: Sequence[float] | None,
+    temperature: float,
+    trainer: "Tensor | None" = None,
 ) -> Iterator[dict[str, Any]]:
-    """A record for each sample of a step's `batch`, with all that training on it again needs.
+    """Return a record for each sample of a step's `batch`, with all that training on it again needs.
 
     `temperature` is the sampler's, at which `rollout_log_probs` were taken. `advantages` is one per sample; None where
-    there are none, or they are per token, which a value model makes anew.
+    there are none, or they are per token, which a value model makes anew. `trainer` are the trainer's log-probs [B, T].
     """
     groups = batch.group_ids or [0] * len(batch.samples)
     scores = [None] * len(batch.samples) if advantages is None else advantages
-    for sample, group, reward, advantage in zip(batch.samples, groups, batch.rewards, scores, strict=True):
+    columns = zip(batch.samples, groups, batch.rewards, scores, strict=True)
+    for place, (sample, group, reward, advantage) in enumerate(columns):
         others = {key: value for key, value in sample.metadata.items() if key not in SHOWN_METADATA}
         yield {
             "prompt": sample.prompt,
@@ -37,6 +46,7 @@ def sample_records(
             "response_length": sample.response_length,
             "loss_mask": sample.loss_mask,
             "rollout_log_probs": sample.rollout_log_probs,
+            "trainer_log_probs": None if trainer is None else _of_response(trainer[place], sample),
             "temperature": temperature,
             "reward": reward,
             "advantage": advantage,
@@ -47,8 +57,16 @@ def sample_records(
         }
 
 
+def _of_response(log_probs_T: "Tensor", sample: Sample) -> list[float | None]:
+    """Return a response's log-probs, rounded: they are for people. None for what was not trained on."""
+    end = len(sample.tokens)
+    values = log_probs_T[end - sample.response_length : end].double().round(decimals=DECIMALS)
+    return [None if math.isnan(value) else value for value in values.tolist()]
+
+
 def read_sample(record: Mapping[str, Any], where: str) -> tuple[Sample, int]:
-    """The Sample of a record, with its reward, and its group. Raises DataError naming `where` for what does not fit."""
+    """Return the Sample of a record, with its reward, and its group. Raises DataError naming `where` for what does not
+    fit."""
     try:
         shown = {key: record[key] for key in SHOWN_METADATA if key in record}
         sample = Sample(
@@ -62,7 +80,9 @@ def read_sample(record: Mapping[str, Any], where: str) -> tuple[Sample, int]:
             response_length=record["response_length"],
         )
         if None in (sample.rollout_log_probs or ()):
-            raise ValueError("rollout_log_probs holds null, which stands for a number that was not finite")
+            raise ValueError(
+                "rollout_log_probs holds null, which stands for a number that was not finite"
+            )
         return sample, int(record["group"])
     except KeyError as error:
         raise DataError(
@@ -105,7 +125,7 @@ class ReplayRollouts:
         return len(self._steps)
 
     async def generate_batch(self, reward_fn: RewardFn | None = None) -> RolloutBatch:
-        """The next step's batch. `reward_fn`, plain or async, scores it anew."""
+        """Return the next step's batch. `reward_fn`, plain or async, scores it anew."""
         step = self._steps[self._position % len(self._steps)]
         samples, groups = [], []
         for where, line in _lines(self.path, step):
@@ -147,7 +167,7 @@ class ReplayRollouts:
 
 
 def _index(path: Path) -> tuple[list[_Step], str]:
-    """Every step of the file in the order of its number, and a fingerprint of the whole file."""
+    """Return every step of the file in the order of its number, and a fingerprint of the whole file."""
     steps: dict[int, _Step] = {}
     digest = hashlib.sha256()
     current: _Step | None = None
@@ -171,9 +191,13 @@ def _index(path: Path) -> tuple[list[_Step], str]:
                     ) from None
                 offset += len(line)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror} (looked in {Path.cwd()})") from None
+        raise DataError(
+            f"{path}: cannot be read: {error.strerror} (looked in {Path.cwd()})"
+        ) from None
     if not steps:
-        raise DataError(f"{path}: holds no rollouts; needs the rollouts.jsonl of a run that took a step")
+        raise DataError(
+            f"{path}: holds no rollouts; needs the rollouts.jsonl of a run that took a step"
+        )
     ordered = [steps[number] for number in sorted(steps)]
     for step in ordered:
         _check_whole(path, step)

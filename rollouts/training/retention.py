@@ -31,22 +31,32 @@ class Retention:
 
 
 def expired(
-    found: Sequence[tuple[Path, Mapping[str, Any]]], retention: Retention, protected: Collection[Path]
+    found: Sequence[tuple[Path, Mapping[str, Any]]],
+    retention: Retention,
+    protected: Collection[Path],
 ) -> list[Path]:
     """Return which of the checkpoints `found`, (directory, metrics) in the order of their steps, may go. Pure."""
     if retention.keep_last == -1:
         return []
     kept = {path for path, _ in found[-retention.keep_last :]} | set(protected)
     values = [(metrics.get(retention.best_metric or ""), path) for path, metrics in found]
-    numbers = [(value, path) for value, path in values if isinstance(value, (int, float)) and math.isfinite(value)]
+    numbers = [
+        (value, path)
+        for value, path in values
+        if isinstance(value, (int, float)) and math.isfinite(value)
+    ]
     if numbers:
         best = (min if retention.best_mode == "min" else max)(value for value, _ in numbers)
-        kept.add(next(path for value, path in reversed(numbers) if value == best))  # of equals the last
+        # of equals the last
+        kept.add(next(path for value, path in reversed(numbers) if value == best))
     return [path for path, _ in found if path not in kept]
 
 
 def remove_expired(
-    found: Sequence[tuple[Path, Mapping[str, Any]]], latest: Path, retention: Retention, protected: Collection[Path]
+    found: Sequence[tuple[Path, Mapping[str, Any]]],
+    latest: Path,
+    retention: Retention,
+    protected: Collection[Path],
 ) -> None:
     """Remove the checkpoints that `expired` names; `latest` and `protected` stay."""
     metrics = {path.resolve(): saved for path, saved in found}
@@ -61,6 +71,7 @@ def remove_expired(
     for path in expired(list(metrics.items()), retention, keep):
         if retention.on_remove is not None:
             retention.on_remove(own_names[path])
-        going = path.with_name(f".tmp-removed-{path.name}")  # never half a checkpoint under its name
+        # never half a checkpoint under its name
+        going = path.with_name(f".tmp-removed-{path.name}")
         path.rename(going)
         shutil.rmtree(going)

@@ -38,7 +38,14 @@ from rollouts.training.policy_loss import (
     WeightedGradient,
 )
 from rollouts.training.policy_statistics import policy_statistics
-from rollouts.training.token_selection import Logits, chosen, select, token_log_probs, trained_sequences, trained_tokens
+from rollouts.training.token_selection import (
+    Logits,
+    chosen,
+    select,
+    token_log_probs,
+    trained_sequences,
+    trained_tokens,
+)
 
 __all__ = [
     "ClipRange",
@@ -69,14 +76,16 @@ def reads_log_probs(loss_fn: LossFn) -> LossFn:
 
 
 def is_log_prob_loss(loss_fn: Callable[..., Any]) -> bool:
-    """Whether `loss_fn`, or the function under its `functools.partial`, is so marked."""
+    """Return whether `loss_fn`, or the function under its `functools.partial`, is so marked."""
     while isinstance(loss_fn, functools.partial):
         loss_fn = loss_fn.func
     return getattr(loss_fn, "reads_log_probs", False)
 
 
 @reads_log_probs
-def sft_loss(logits: Logits, labels: Tensor, loss_mask: Tensor, *, tokens_global: float | None = None) -> Tensor:
+def sft_loss(
+    logits: Logits, labels: Tensor, loss_mask: Tensor, *, tokens_global: float | None = None
+) -> Tensor:
     """Mean negative log-likelihood of the trained tokens: a scalar.
 
     `logits` [B, T, V], `labels` [B, T] token ids, `loss_mask` [B, T] weights, 0 for what is not trained on.
@@ -106,7 +115,11 @@ class PolicySettings(PolicyInputs, total=False):
 
 @reads_log_probs
 def policy_loss(
-    logits: Logits, labels: Tensor, loss_mask: Tensor, advantages: Tensor, **options: Unpack[PolicySettings]
+    logits: Logits,
+    labels: Tensor,
+    loss_mask: Tensor,
+    advantages: Tensor,
+    **options: Unpack[PolicySettings],
 ) -> Tensor:
     """Any of the RL losses, by flat options: a scalar.
 
@@ -140,9 +153,13 @@ def _policy_term(options: PolicySettings) -> PolicyTerm:
     )
     check_choice("loss", loss, LOSSES)
     if importance != "none" and loss != "grpo":
-        raise ValueError(f"importance={importance!r}: only for loss='grpo'; the ratio of {loss!r} is to the sampler")
+        raise ValueError(
+            f"importance={importance!r}: only for loss='grpo'; the ratio of {loss!r} is to the sampler"
+        )
     if dual_clip is not None and loss not in ("ppo", "gspo"):
-        raise ValueError(f"dual_clip={dual_clip}: only for loss='ppo' and 'gspo'; {loss!r} keeps what it clips")
+        raise ValueError(
+            f"dual_clip={dual_clip}: only for loss='ppo' and 'gspo'; {loss!r} keeps what it clips"
+        )
     clip_range = options.get("clip_range", 0.2)
     if loss == "ppo":
         return ClippedRatio(clip_range, dual_clip)
@@ -171,7 +188,9 @@ def grpo_loss(
     Inputs as in `policy_loss`.
     """
     loss = RLLoss(PolicyGradient())
-    return loss(logits, labels, loss_mask, advantages, tokens_global=tokens_global, temperature=temperature)
+    return loss(
+        logits, labels, loss_mask, advantages, tokens_global=tokens_global, temperature=temperature
+    )
 
 
 @reads_log_probs
@@ -191,7 +210,9 @@ def ppo_loss(  # noqa: PLR0917 — the order users know; call it by keyword
     -mean(min(ratio A, clip(ratio, 1 - low, 1 + high) A)). A pair (low, high) as `clip_range` is DAPO's clip-higher.
     Inputs as in `policy_loss`.
     """
-    inputs = PolicyInputs(old_log_probs=old_log_probs, tokens_global=tokens_global, temperature=temperature)
+    inputs = PolicyInputs(
+        old_log_probs=old_log_probs, tokens_global=tokens_global, temperature=temperature
+    )
     return RLLoss(ClippedRatio(clip_range))(logits, labels, loss_mask, advantages, **inputs)
 
 
@@ -213,7 +234,9 @@ def gspo_loss(  # noqa: PLR0917 — the order of ppo_loss
     Inputs as in `policy_loss`.
     """
     loss = RLLoss(ClippedSequenceRatio(clip_range), Shares("sequence_mean_token_mean"))
-    inputs = PolicyInputs(old_log_probs=old_log_probs, sequences_global=sequences_global, temperature=temperature)
+    inputs = PolicyInputs(
+        old_log_probs=old_log_probs, sequences_global=sequences_global, temperature=temperature
+    )
     return loss(logits, labels, loss_mask, advantages, **inputs)
 
 
@@ -234,5 +257,7 @@ def cispo_loss(  # noqa: PLR0917 — the order of ppo_loss
     The clipped ratio is a constant weight, so that no token loses its gradient. low=1 disables the
     lower bound, as in the paper. Inputs as in `policy_loss`.
     """
-    inputs = PolicyInputs(old_log_probs=old_log_probs, tokens_global=tokens_global, temperature=temperature)
+    inputs = PolicyInputs(
+        old_log_probs=old_log_probs, tokens_global=tokens_global, temperature=temperature
+    )
     return RLLoss(ClippedWeight(clip_range))(logits, labels, loss_mask, advantages, **inputs)

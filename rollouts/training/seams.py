@@ -91,7 +91,9 @@ class MinimalBackend(Protocol):
     def optim_step(self) -> TrainFuture[dict[str, float]]:
         """Apply the gradients summed over micro-batches and ranks: {"lr", "step", ...}."""
 
-    async def save_checkpoint(self, step: int, metrics: dict[str, Any], extra: dict[str, Any] | None = None) -> Path:
+    async def save_checkpoint(
+        self, step: int, metrics: dict[str, Any], extra: dict[str, Any] | None = None
+    ) -> Path:
         """Write a checkpoint that resumes exactly, with `extra` (plain data) beside it, and return its directory."""
 
     async def load_checkpoint(self, path: Path) -> dict[str, Any]:
@@ -134,8 +136,14 @@ class TrainingBackend(MinimalBackend, Protocol):
     def log_probs(self, batch: Batch) -> "TrainFuture[Tensor]":
         """Log-probs [B, T] of the tokens that the loss mask marks, on the CPU; 0 elsewhere."""
 
+    def trained_log_probs(self) -> "TrainFuture[list[Tensor]]":
+        """Log-probs [B, T] of the trained tokens of each micro-batch of the last update, as its loss had them.
+
+        On the CPU, 0 elsewhere, in the order of `forward_backward`; [] where they were not kept.
+        """
+
     def values(self, batch: Batch) -> "TrainFuture[Tensor]":
-        """The value head's estimates [B, T] of the state before each trained token, on the CPU; 0 elsewhere."""
+        """Return the value head's estimates [B, T] of the state before each trained token, on the CPU; 0 elsewhere."""
 
     def on_model(self, function: "Callable[[nn.Module], T]") -> TrainFuture[T]:
         """Call `function(model)` in turn with other work; every rank calls it."""

@@ -53,14 +53,17 @@ class SafeReader(FileSystemReader):
 
 
 def read_index(directory: Path) -> Metadata:
-    """The index of `directory`. Raises UnsafeIndexError for one that is no index of tensors in files beside it."""
+    """Return the index of `directory`. Raises UnsafeIndexError for one that is no index of tensors in files
+    beside it."""
     try:
         with (directory / INDEX_FILE).open("rb") as file:
             metadata = _Unpickler(file).load()
     except UnsafeIndexError as error:
         raise UnsafeIndexError(f"{directory / INDEX_FILE}: {error}") from None
     except Exception as error:  # a broken pickle may raise anything at all
-        raise UnsafeIndexError(f"{directory / INDEX_FILE}: cannot be read: {type(error).__name__}: {error}") from error
+        raise UnsafeIndexError(
+            f"{directory / INDEX_FILE}: cannot be read: {type(error).__name__}: {error}"
+        ) from error
     problem = _problem(metadata)
     if problem:
         raise UnsafeIndexError(f"{directory / INDEX_FILE}: {problem}")
@@ -81,8 +84,10 @@ def _problem(metadata: Any) -> str | None:
 
 
 def _enum_member(owner: Any, name: Any) -> enum.Enum:
-    """The member `name` of an enumeration: Python 3.11.0 to 3.11.3 write one as getattr(class, name)."""
-    if not (isinstance(owner, enum.EnumMeta) and isinstance(name, str) and name in owner.__members__):
+    """Return the member `name` of an enumeration: Python 3.11.0 to 3.11.3 write one as getattr(class, name)."""
+    if not (
+        isinstance(owner, enum.EnumMeta) and isinstance(name, str) and name in owner.__members__
+    ):
         raise UnsafeIndexError(
             f"asks for getattr({owner!r}, {name!r}), which is no part of a checkpoint: it is not run"
         )
@@ -93,7 +98,13 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("builtins", "getattr"):
             return _enum_member
-        is_dtype = module == "torch" and "." not in name and isinstance(getattr(torch, name, None), torch.dtype)
+        is_dtype = (
+            module == "torch"
+            and "." not in name
+            and isinstance(getattr(torch, name, None), torch.dtype)
+        )
         if not is_dtype and (module, name) not in _ADMITTED:
-            raise UnsafeIndexError(f"asks for {module}.{name}, which is no part of a checkpoint: it is not run")
+            raise UnsafeIndexError(
+                f"asks for {module}.{name}, which is no part of a checkpoint: it is not run"
+            )
         return super().find_class(module, name)

@@ -51,7 +51,8 @@ class SmokeReport:
             yield
         except compilers.CompilerError as error:
             raise SmokeError(f"{name}: {error} ({self.where})") from error
-        except ValueError as error:  # a DeviceError: it names build, driver and device, and has its fix
+        except ValueError as error:
+            # a DeviceError: it names build, driver and device, and has its fix
             raise SmokeError(f"{name}: {error}") from error
         except (ImportError, OSError, RuntimeError) as error:
             said = str(error).strip() or type(error).__name__
@@ -73,8 +74,12 @@ def try_trainer(report: SmokeReport, device_type: str, *, store: Path | None) ->
         from rollouts.training import device_checks, distributed
         from rollouts.training.devices import describe_build
 
-        report.where = f"device {device_type}:{os.environ.get('LOCAL_RANK', '0')} with {describe_build()}"
-        device = distributed.initialize(device_type, timeout_s=COLLECTIVE_TIMEOUT_S, store_file=store)
+        report.where = (
+            f"device {device_type}:{os.environ.get('LOCAL_RANK', '0')} with {describe_build()}"
+        )
+        device = distributed.initialize(
+            device_type, timeout_s=COLLECTIVE_TIMEOUT_S, store_file=store
+        )
         report.where = f"device {device_checks.name_of(device)} with {describe_build()}"
     with report.part("bf16 product", fix):
         device_checks.check_product(device)
@@ -107,7 +112,9 @@ def try_modules(report: SmokeReport, names: list[str]) -> None:
             try:
                 importlib.import_module(name)
             except (ImportError, OSError, RuntimeError) as error:
-                raise RuntimeError(f"{name} cannot be imported: {type(error).__name__}: {error}") from error
+                raise RuntimeError(
+                    f"{name} cannot be imported: {type(error).__name__}: {error}"
+                ) from error
 
 
 def try_compilers(report: SmokeReport, names: list[str]) -> None:
@@ -118,11 +125,17 @@ def try_compilers(report: SmokeReport, names: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Try this host before anything trains or serves on it.")
+    parser = argparse.ArgumentParser(
+        description="Try this host before anything trains or serves on it."
+    )
     parser.add_argument("who", choices=("trainer", "engine"))
     parser.add_argument("--device", required=True, choices=("cpu", "cuda"))
-    parser.add_argument("--store", type=Path, help="a file that does not exist, where the trainer's ranks meet")
-    parser.add_argument("--cards", type=int, default=1, help="how many devices an engine has to see")
+    parser.add_argument(
+        "--store", type=Path, help="a file that does not exist, where the trainer's ranks meet"
+    )
+    parser.add_argument(
+        "--cards", type=int, default=1, help="how many devices an engine has to see"
+    )
     parser.add_argument("--module", action="append", default=[], help="what has to import")
     parser.add_argument("--compilers", nargs="*", default=[], choices=compilers.NAMES)
     parser.add_argument("--report", type=Path, help="where rank 0 writes how far it is")

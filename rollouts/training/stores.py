@@ -49,7 +49,8 @@ class BoundStore(dist.TCPStore):
 
 
 def bind_all_stores() -> None:
-    """From now on this process's stores, those of other people's code too, listen where their clients look for them.
+    """From now on, have this process's stores, those of other people's code too, listen where their clients look for
+    them.
 
     For servers that are not ours; to be called before they are imported.
     """

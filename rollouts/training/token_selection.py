@@ -14,17 +14,19 @@ Logits = Tensor | TokenLogProbs  # [B, T, V], or what a backend takes in their p
 
 
 def trained_tokens(loss_mask: Tensor) -> float:
-    """The summed weight of the tokens of `loss_mask` [B, T] that a loss trains on: all but position 0."""
+    """Return the summed weight of the tokens of `loss_mask` [B, T] that a loss trains on: all but position 0."""
     return float(loss_mask[:, 1:].sum(dtype=torch.float64))
 
 
 def trained_sequences(loss_mask: Tensor) -> float:
-    """How many rows of `loss_mask` [B, T] have a token that a loss trains on."""
+    """Return how many rows of `loss_mask` [B, T] have a token that a loss trains on."""
     return float((loss_mask[:, 1:] != 0).any(1).sum())
 
 
 @torch.no_grad()
-def token_log_probs(logits: Logits, labels: Tensor, loss_mask: Tensor, *, temperature: float = 1.0) -> Tensor:
+def token_log_probs(
+    logits: Logits, labels: Tensor, loss_mask: Tensor, *, temperature: float = 1.0
+) -> Tensor:
     """Log-probs [B, T] of the trained tokens, aligned to tokens, 0 elsewhere; no gradient: for a reference model."""
     tokens = select(logits, labels, loss_mask, temperature)
     log_probs = tokens.log_probs_N.new_zeros(labels.shape)
@@ -33,7 +35,12 @@ def token_log_probs(logits: Logits, labels: Tensor, loss_mask: Tensor, *, temper
 
 
 def select(
-    logits: Logits, labels: Tensor, loss_mask: Tensor, temperature: float, *, with_entropy: bool = False
+    logits: Logits,
+    labels: Tensor,
+    loss_mask: Tensor,
+    temperature: float,
+    *,
+    with_entropy: bool = False,
 ) -> TokenLogProbs:
     """Return the trained tokens' log-probs. Raises ValueError for shapes that do not fit."""
     if isinstance(logits, TokenLogProbs):
@@ -44,16 +51,26 @@ def select(
             )
         return logits
     if logits.ndim != 3 or logits.shape[1] < 2:
-        raise ValueError(f"logits {tuple(logits.shape)}: needs [B, T, V] with T >= 2, else nothing is predicted")
+        raise ValueError(
+            f"logits {tuple(logits.shape)}: needs [B, T, V] with T >= 2, else nothing is predicted"
+        )
     _check_shape("labels", labels, logits.shape[:2])
     _check_shape("loss_mask", loss_mask, logits.shape[:2])
     keep = loss_mask[:, 1:] != 0
     places = keep.flatten().nonzero().squeeze(1)
-    return select_from_logits(logits, labels, keep, places, temperature=temperature, with_entropy=with_entropy)
+    return select_from_logits(
+        logits, labels, keep, places, temperature=temperature, with_entropy=with_entropy
+    )
 
 
 def select_from_logits(
-    logits: Tensor, labels: Tensor, keep: Tensor, places: Tensor, *, temperature: float, with_entropy: bool
+    logits: Tensor,
+    labels: Tensor,
+    keep: Tensor,
+    places: Tensor,
+    *,
+    temperature: float,
+    with_entropy: bool,
 ) -> TokenLogProbs:
     """Return log-probs of the tokens at `places` of `keep` [B, T-1], flattened, from logits [B, T, V]."""
     width = max(1, keep.shape[1])
@@ -69,7 +86,12 @@ def select_from_logits(
 
 
 def aligned(
-    name: str, values_BT: Tensor | None, tokens: TokenLogProbs, *, needed_by: str, dtype: torch.dtype | None = None
+    name: str,
+    values_BT: Tensor | None,
+    tokens: TokenLogProbs,
+    *,
+    needed_by: str,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return the trained tokens' [N] of the batch's `name`. `dtype` None: that of the log-probs.
 
@@ -99,4 +121,6 @@ def chosen(values_BT: Tensor, tokens: TokenLogProbs) -> Tensor:
 
 def _check_shape(name: str, tensor: Tensor, shape: torch.Size) -> None:
     if tensor.shape != shape:
-        raise ValueError(f"{name} {tuple(tensor.shape)}: needs {tuple(shape)} to fit logits [B, T, V]")
+        raise ValueError(
+            f"{name} {tuple(tensor.shape)}: needs {tuple(shape)} to fit logits [B, T, V]"
+        )

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 REWARD_FAILURE = "reward_failure"  # in metadata: why a sample is not scorable, "reward_timeout" or "reward_death"
-Prompt = str | dict[str, Any]  # text, or a row with "messages" and the columns that its reward needs
+# text, or a row with "messages" and the columns that its reward needs
+Prompt = str | dict[str, Any]
 
 
 @dataclass
@@ -26,15 +27,23 @@ class Sample:
     loss_mask: list[float] = field(default_factory=list)
     reward: float | None = None
     rollout_log_probs: list[float] | None = None
-    metadata: dict[str, Any] = field(default_factory=dict)  # "weight_version", "finish_reason", "answer", ...
+    # "weight_version", "finish_reason", "answer", ...
+    metadata: dict[str, Any] = field(default_factory=dict)
     response_length: int = 0  # tokens of the response, at the end of `tokens`
 
     def __post_init__(self) -> None:
         if len(self.loss_mask) != len(self.tokens):
-            raise ValueError(f"Sample: {len(self.loss_mask)} entries in loss_mask for {len(self.tokens)} tokens")
+            raise ValueError(
+                f"Sample: {len(self.loss_mask)} entries in loss_mask for {len(self.tokens)} tokens"
+            )
         if not 0 <= self.response_length <= len(self.tokens):
-            raise ValueError(f"Sample: response_length={self.response_length} of {len(self.tokens)} tokens")
-        if self.rollout_log_probs is not None and len(self.rollout_log_probs) != self.response_length:
+            raise ValueError(
+                f"Sample: response_length={self.response_length} of {len(self.tokens)} tokens"
+            )
+        if (
+            self.rollout_log_probs is not None
+            and len(self.rollout_log_probs) != self.response_length
+        ):
             raise ValueError(
                 f"Sample: {len(self.rollout_log_probs)} rollout_log_probs for {self.response_length} response tokens"
             )
@@ -48,9 +57,11 @@ class RolloutBatch:
     loss_masks: list[list[float]]
     rewards: list[float]
     response_lengths: list[int]
-    metadata: dict[str, Any] = field(default_factory=dict)  # counts: groups started, kept, dropped by which filter
+    # counts: groups started, kept, dropped by which filter
+    metadata: dict[str, Any] = field(default_factory=dict)
     samples: list[Sample] = field(default_factory=list)
-    group_ids: list[int] = field(default_factory=list)  # one per sample: which prompt of this batch it answers
+    # one per sample: which prompt of this batch it answers
+    group_ids: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -59,25 +70,39 @@ class SFTTrainingConfig:
     batch_size: int  # examples per optimizer step, over all ranks
     log_every: int = 10
     checkpoint_every: int = -1  # -1: only after the last step
-    micro_batch_size: int | None = None  # examples per rank and forward pass; None: all of a step's at once
-    micro_batch_tokens: int | None = None  # instead: tokens per rank and forward pass, filled with whole examples
+    micro_batch_size: int | None = (
+        None  # examples per rank and forward pass; None: all of a step's at once
+    )
+    micro_batch_tokens: int | None = (
+        None  # instead: tokens per rank and forward pass, filled with whole examples
+    )
 
 
 @dataclass(frozen=True)
 class RLTrainingConfig:
     num_steps: int
     sync_every: int = 1  # optimizer steps between weight updates of the engines
-    baseline: float | str = 0.0  # a constant, "group_mean", "leave_one_out", or "value": the backend's value head, GAE
+    baseline: float | str = (
+        0.0  # a constant, "group_mean", "leave_one_out", or "value": the backend's value head, GAE
+    )
     log_every: int = 1
     checkpoint_every: int = -1
     advantage_norm: str = "none"  # or "group_std" or "batch": see `advantages`
-    micro_batch_size: int | None = None  # sequences per rank and forward pass; None: all of a step's at once
-    micro_batch_tokens: int | None = None  # instead: tokens per rank and forward pass, filled with whole sequences
+    micro_batch_size: int | None = (
+        None  # sequences per rank and forward pass; None: all of a step's at once
+    )
+    micro_batch_tokens: int | None = (
+        None  # instead: tokens per rank and forward pass, filled with whole sequences
+    )
     updates_per_batch: int = 1  # optimizer steps on each batch of rollouts
     gamma: float = 1.0  # of baseline "value": the discount of a reward that comes a token later
     gae_lambda: float = 0.95  # of baseline "value": 1: return minus value; 0: one-step TD error
-    policy_lag_steps_max: int = 0  # how many steps generation may run ahead of training; 0: they take turns
-    in_flight_updates: bool = False  # weights change under running requests; False: an update waits for those
+    policy_lag_steps_max: int = (
+        0  # how many steps generation may run ahead of training; 0: they take turns
+    )
+    in_flight_updates: bool = (
+        False  # weights change under running requests; False: an update waits for those
+    )
 
 
 GenerateFn = Callable[..., list[Sample] | Awaitable[list[Sample]]]

@@ -7,7 +7,8 @@ import os
 import sys
 from pathlib import Path
 
-USER_ERRORS = (Exception, SystemExit)  # left to itself, `sys.exit` in a task ends the event loop, and nothing says why
+# left to itself, `sys.exit` in a task ends the event loop, and nothing says why
+USER_ERRORS = Exception, SystemExit
 
 
 def describe(error: BaseException) -> str:

@@ -21,12 +21,20 @@ class ValueHead(nn.Module):
     """
 
     def __init__(
-        self, hidden_size: int, *, lr: float, beta1: float = 0.9, beta2: float = 0.95, eps: float = 1e-8
+        self,
+        hidden_size: int,
+        *,
+        lr: float,
+        beta1: float = 0.9,
+        beta2: float = 0.95,
+        eps: float = 1e-8,
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(hidden_size))
         self.bias = nn.Parameter(torch.zeros(()))
-        self.optimizer = torch.optim.AdamW(self.parameters(), lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters(), lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=0.0
+        )
         self._lr = lr
 
     def forward(self, hidden_MD: Tensor) -> Tensor:

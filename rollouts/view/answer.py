@@ -13,4 +13,6 @@ class Answer:
     exit_code: int = 0
     remarks: tuple[str, ...] = ()  # printed to stderr in both forms
     alarm: str = ""  # likewise, and red
-    is_escaped: bool = False  # what a host or a model wrote in `text` was made safe; it may have colours
+    is_escaped: bool = (
+        False  # what a host or a model wrote in `text` was made safe; it may have colours
+    )

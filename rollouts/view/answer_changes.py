@@ -56,7 +56,13 @@ def answer_points(run: RunData) -> list[AnswerPoint]:
         steps = by_stage.get(stage, {})
         if stage != "base" and 0 in steps and not points:
             points.append(AnswerPoint(BEFORE, 0, steps[0]))
-        if stage == "rl" and 0 in steps and points and points[-1].label == "base" and "sft" in run.metrics:
+        if (
+            stage == "rl"
+            and 0 in steps
+            and points
+            and points[-1].label == "base"
+            and "sft" in run.metrics
+        ):
             points.append(AnswerPoint("sft", 0, steps[0]))
         if trained := [step for step in steps if step or stage == "base"]:
             points.append(AnswerPoint(stage, max(trained), steps[max(trained)]))
@@ -93,18 +99,27 @@ def _by_prompt(point: AnswerPoint) -> dict[str, HeldOutAnswer]:
     return {answer.prompt_id: answer for answer in point.answers.values()}
 
 
-def _change(before: Mapping[Key, HeldOutAnswer], after: Mapping[Key, HeldOutAnswer]) -> tuple[Interval | None, int]:
+def _change(
+    before: Mapping[Key, HeldOutAnswer], after: Mapping[Key, HeldOutAnswer]
+) -> tuple[Interval | None, int]:
     both = [key for key in after if key in before]
     if not both:
         return None, 0
-    pairs = [float(before[key].correct) for key in both], [float(after[key].correct) for key in both]
+    pairs = (
+        [float(before[key].correct) for key in both],
+        [float(after[key].correct) for key in both],
+    )
     return paired_bootstrap(*pairs), len(both)
 
 
-def changed_rows(first: AnswerPoint, second: AnswerPoint) -> tuple[list[AnswerPair], list[AnswerPair]]:
+def changed_rows(
+    first: AnswerPoint, second: AnswerPoint
+) -> tuple[list[AnswerPair], list[AnswerPair]]:
     """Return the rows that got better and those that got worse, in the order of rows."""
     pairs = [
-        AnswerPair(first.answers[row], second.answers[row]) for row in sorted(second.answers) if row in first.answers
+        AnswerPair(first.answers[row], second.answers[row])
+        for row in sorted(second.answers)
+        if row in first.answers
     ]
     better = [pair for pair in pairs if pair.after.correct and not pair.before.correct]
     return better, [pair for pair in pairs if pair.before.correct and not pair.after.correct]

@@ -2,22 +2,29 @@
 
 import contextlib
 import importlib.metadata
+from pathlib import Path
 
 from rollouts.plain_files import read_plain
 from rollouts.run_dir import home_dir, write_text_atomic
 
 
-def javascript() -> str:
-    """Return vega, vega-lite and vega-embed as one script that sets `window.vegaEmbed`.
+def bundle_version() -> str:
+    """Return the version of what `javascript` returns."""
+    return importlib.metadata.version("vl-convert-python")
 
-    Bundling takes seconds, so that it is kept in the cache of this machine's rollouts home, a file a version.
-    """
+
+def bundle_file() -> Path:
+    """Return where `javascript` is kept: bundling takes seconds. A file a version, in the cache of rollouts' home."""
+    return home_dir() / "cache" / f"vega-{bundle_version()}.js"
+
+
+def javascript() -> str:
+    """Return vega, vega-lite and vega-embed as one script that sets `window.vegaEmbed`."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return read_plain(bundle_file()).decode()
     import vl_convert
 
-    kept = home_dir() / "cache" / f"vega-{importlib.metadata.version('vl-convert-python')}.js"
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        return read_plain(kept).decode()
     made = str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
     with contextlib.suppress(OSError):  # a full disk, say: it is made again next time
-        write_text_atomic(kept, made, mode=0o600)
+        write_text_atomic(bundle_file(), made, mode=0o600)
     return made

@@ -13,6 +13,7 @@ from rollouts.view.fold import time_of
 from rollouts.view.json_numbers import is_number
 from rollouts.view.run_data import RunData
 from rollouts.view.step_time import TIME_PARTS, step_parts
+from rollouts.view.tokens_axis import tokens_by_step
 
 Spec = dict[str, Any]
 POINTS_MAX = 500  # of all curves in a chart together
@@ -45,17 +46,31 @@ class RunGroup:
         return band([(series.steps, series.values) for series in found])
 
 
-def curve_chart(groups: Sequence[RunGroup], stage: str, name: str, *, width: int | str = "container") -> Spec:
-    """Return a chart of one metric over steps: a smoothed line a group, the raw lines, a band where runs differ."""
+def curve_chart(
+    groups: Sequence[RunGroup],
+    stage: str,
+    name: str,
+    *,
+    by: str = "step",
+    width: int | str = "container",
+) -> Spec:
+    """Return a chart of one metric over steps: a smoothed line a group, the raw lines, a band where runs differ.
+
+    `by` "tokens": over the tokens that were trained on up to a step.
+    """
     import altair
 
-    raw, main = _raw_points(groups, stage, name), _main_points(groups, stage, name)
-    x = altair.X("step:Q", title=f"{stage} step", scale=altair.Scale(nice=False))
+    title = f"{stage} step" if by == "step" else f"trained tokens of {stage}"
+    x = altair.X("step:Q", title=title, scale=altair.Scale(nice=False))
     y = altair.Y("raw:Q", title=name, scale=altair.Scale(zero=False))
     labels = [group.label for group in groups]
-    colour = altair.Color("group:N", scale=_scale(labels), legend=_legend(labels))
+    colour = altair.Color("group:N", scale=scale_of(labels), legend=legend_of(labels))
     hover = altair.selection_point(
-        nearest=True, on="pointerover", fields=["step", "group"], empty=False, name=f"hover_{stage}_{_plain(name)}"
+        nearest=True,
+        on="pointerover",
+        fields=["step", "group"],
+        empty=False,
+        name=f"hover_{stage}_{_plain(name)}",
     )
     thin = altair.Chart(altair.NamedData("raw")).mark_line(aria=False, opacity=0.35, strokeWidth=1)
     spread = altair.Chart(altair.NamedData("main")).mark_area(aria=False, opacity=0.2)
@@ -63,7 +78,7 @@ def curve_chart(groups: Sequence[RunGroup], stage: str, name: str, *, width: int
     dots = altair.Chart(altair.NamedData("main")).mark_point(aria=False, filled=True, size=50)
     tooltip = [
         altair.Tooltip("group:N", title="run"),
-        altair.Tooltip("step:Q"),
+        altair.Tooltip("step:Q", title=by, format=",d"),
         altair.Tooltip("mean:Q", title=name, format=".5g"),
         altair.Tooltip("smooth:Q", title="smoothed", format=".5g"),
         altair.Tooltip("low:Q", title="least", format=".5g"),
@@ -81,8 +96,39 @@ def curve_chart(groups: Sequence[RunGroup], stage: str, name: str, *, width: int
             opacity=altair.condition(hover, altair.value(1), altair.value(0)),
             tooltip=tooltip,
         ).add_params(hover),
-    ).properties(width=width, height=HEIGHT, description=f"{name} over the steps of {stage}, for {', '.join(labels)}")
-    return _with_data(chart, {"raw": raw, "main": main})
+    ).properties(
+        width=width,
+        height=HEIGHT,
+        description=f"{name} over the {by.removesuffix('s')}s of {stage}, for {', '.join(labels)}",
+    )
+    return with_data(chart, curve_points(groups, stage, name, by=by))
+
+
+def curve_points(
+    groups: Sequence[RunGroup], stage: str, name: str, *, by: str = "step"
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the rows that `curve_chart` draws, by the name of their data set: `raw` and `main`."""
+    raw, main = _raw_points(groups, stage, name), _main_points(groups, stage, name)
+    return {"raw": raw, "main": main} if by == "step" else _over_tokens(groups, stage, raw, main)
+
+
+def _over_tokens(
+    groups: Sequence[RunGroup], stage: str, raw: list[dict[str, Any]], main: list[dict[str, Any]]
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the same points over tokens: of a group of several runs over their mean."""
+    of_run = [tokens_by_step(run, stage) for group in groups for run in group.runs]
+    of_group = {group.label: [tokens_by_step(run, stage) for run in group.runs] for group in groups}
+
+    def mean(label: str, step: int) -> float | None:
+        found = [tokens[step] for tokens in of_group[label] if step in tokens]
+        return sum(found) / len(found) if found else None
+
+    moved_raw = [{**point, "step": of_run[point["run"]].get(point["step"])} for point in raw]
+    moved = [{**point, "step": mean(point["group"], point["step"])} for point in main]
+    return {
+        "raw": [point for point in moved_raw if point["step"] is not None],
+        "main": [point for point in moved if point["step"] is not None],
+    }
 
 
 def _raw_points(groups: Sequence[RunGroup], stage: str, name: str) -> list[dict[str, Any]]:
@@ -132,12 +178,14 @@ def time_chart(run: RunData, stage: str) -> Spec | None:
         .encode(
             x=altair.X("step:Q", title=f"{stage} step", scale=altair.Scale(nice=False)),
             y=altair.Y("seconds:Q", title="seconds of a step", stack=True),
-            color=altair.Color("part:N", scale=_scale(labels), legend=_legend(labels)),
+            color=altair.Color("part:N", scale=scale_of(labels), legend=legend_of(labels)),
             tooltip=["step:Q", "part:N", altair.Tooltip("seconds:Q", format=".3g")],
         )
-        .properties(width="container", height=HEIGHT, description=f"parts of a step of {stage}, in seconds")
+        .properties(
+            width="container", height=HEIGHT, description=f"parts of a step of {stage}, in seconds"
+        )
     )
-    return _with_data(chart, {"parts": points})
+    return with_data(chart, {"parts": points})
 
 
 def length_chart(points: Sequence[tuple[int, int, float]]) -> Spec:
@@ -154,30 +202,41 @@ def length_chart(points: Sequence[tuple[int, int, float]]) -> Spec:
             color=altair.Color("step:Q", scale=altair.Scale(scheme="viridis")),
             tooltip=["step:Q", "length:Q", altair.Tooltip("reward:Q", format=".4g")],
         )
-        .properties(width="container", height=HEIGHT, description="reward against the length of responses")
+        .properties(
+            width="container", height=HEIGHT, description="reward against the length of responses"
+        )
     )
-    return _with_data(chart, {"samples": rows})
+    return with_data(chart, {"samples": rows})
 
 
 def timeline_chart(run: RunData) -> Spec | None:
     """Return a run's stages as bars and its faults, restarts and other events as points; None without events."""
     import altair
 
-    bars, points = _stage_bars(run), [_event_point(row) for row in run.events if row["kind"] not in HIDDEN_EVENTS]
+    bars, points = (
+        _stage_bars(run),
+        [_event_point(row) for row in run.events if row["kind"] not in HIDDEN_EVENTS],
+    )
     if not points:
         return None
     x = altair.X("at:T", title="time")
     kinds = ["stage", "other", "restart", "fault"]
     colours = altair.Scale(domain=kinds, range=[COLOURS[5], COLOURS[6], COLOURS[4], COLOURS[1]])
-    colour = altair.Color("class:N", scale=colours, legend=_legend(kinds))
+    colour = altair.Color("class:N", scale=colours, legend=legend_of(kinds))
     stages = altair.Chart(altair.NamedData("stages")).mark_bar(aria=False, height=12)
     events = altair.Chart(altair.NamedData("events")).mark_point(aria=False, filled=True, size=60)
     tooltip = ["kind:N", altair.Tooltip("at:T", format="%H:%M:%S"), altair.Tooltip("what:N")]
     chart = altair.layer(
-        stages.encode(x=x, x2="until:T", y=altair.Y("kind:N", title=None), color=colour, tooltip=["kind:N"]),
+        stages.encode(
+            x=x, x2="until:T", y=altair.Y("kind:N", title=None), color=colour, tooltip=["kind:N"]
+        ),
         events.encode(x=x, y=altair.Y("kind:N", title=None), color=colour, tooltip=tooltip),
-    ).properties(width="container", height=HEIGHT, description=f"stages, faults and restarts of {run.run_id} over time")
-    return _with_data(chart, {"stages": bars, "events": points})
+    ).properties(
+        width="container",
+        height=HEIGHT,
+        description=f"stages, faults and restarts of {run.run_id} over time",
+    )
+    return with_data(chart, {"stages": bars, "events": points})
 
 
 def event_class(row: Mapping[str, Any]) -> str:
@@ -195,7 +254,9 @@ def event_text(row: Mapping[str, Any]) -> str:
     if isinstance(row.get("message"), str):
         return str(row["message"])
     hidden = ("time", "kind", "log_tail", "parts")
-    return ", ".join(f"{name} {value}" for name, value in row.items() if name not in hidden and value is not None)
+    return ", ".join(
+        f"{name} {value}" for name, value in row.items() if name not in hidden and value is not None
+    )
 
 
 def _event_point(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,7 +279,8 @@ def _stage_bars(run: RunData) -> list[dict[str, Any]]:
             begun[stage] = at
         elif row["kind"] == "stage_ended" and stage in begun:
             bars.append(_bar(stage, begun.pop(stage), at))
-    return [*bars, *(_bar(stage, at, last) for stage, at in begun.items())]  # those that did not end
+    # those that did not end
+    return [*bars, *(_bar(stage, at, last) for stage, at in begun.items())]
 
 
 def _bar(stage: str, begin: float, end: float) -> dict[str, Any]:
@@ -238,20 +300,26 @@ def _plain(name: str) -> str:
     return "".join(letter if letter.isalnum() else "_" for letter in name)
 
 
-def _scale(labels: Sequence[str]) -> Any:
+def scale_of(labels: Sequence[str]) -> Any:
+    """Return the colours of some labels."""
     import altair
 
-    return altair.Scale(domain=list(labels), range=[COLOURS[at % len(COLOURS)] for at in range(len(labels))])
-
-
-def _legend(labels: Sequence[str]) -> Any:
-    import altair
-
-    return (
-        altair.Legend(title=None, orient="top", columns=2, labelLimit=240, symbolOpacity=1) if len(labels) > 1 else None
+    return altair.Scale(
+        domain=list(labels), range=[COLOURS[at % len(COLOURS)] for at in range(len(labels))]
     )
 
 
-def _with_data(chart: Any, data: Mapping[str, list[dict[str, Any]]]) -> Spec:
+def legend_of(labels: Sequence[str]) -> Any:
+    """Return a legend over the chart, or none for one label."""
+    import altair
+
+    return (
+        altair.Legend(title=None, orient="top", columns=2, labelLimit=240, symbolOpacity=1)
+        if len(labels) > 1
+        else None
+    )
+
+
+def with_data(chart: Any, data: Mapping[str, list[dict[str, Any]]]) -> Spec:
     """Return the chart's spec with its rows: what altair checks, tests check."""
     return {**chart.to_dict(validate=False), "datasets": dict(data)}

@@ -8,8 +8,10 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from rollouts.run_dir import FINAL_STATES
 from rollouts.view.escape import one_line
 from rollouts.view.fold import (
     View,
@@ -22,52 +24,83 @@ from rollouts.view.fold import (
     metrics_line,
     time_of,
 )
+from rollouts.view.keyboard import Keys, interrupt
+from rollouts.view.panes import PANES, PaneState, sample_lines, status_lines, warning_lines
 from rollouts.view.reporter import Reporter
 from rollouts.view.screen import print_json, show
 from rollouts.view.sparklines import trace_lines
 from rollouts.view.step_time import step_time_text
+from rollouts.view.usage_lines import pair_lines, usage_lines
 
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.live import Live
 
 KEPT_PHASES = ("run", "note", "pull")  # of what deploy itself says: these stay on the screen
+ROW_TYPES = {
+    "events.jsonl": "event",
+    "metrics.jsonl": "metrics",
+    "eval.jsonl": "eval",
+    "gpu.jsonl": "usage",
+}
+PLAIN_VARIABLE = "ROLLOUTS_PLAIN"  # set: plain lines on a terminal too, as screen readers want them
+STEP_LINE_S = (
+    1.0  # plain lines: between two steps that are printed; the last of each stage always is
+)
 QUIET_S = 30.0  # plain lines: after so long without one, say that it goes on
 TICK_S = 0.25
-SHOWN_EVENTS = ("checkpoint", "note", "warning", "error", "engine_restarted", "engine_recovered", "on_end")
-STYLES = {"✓": "green", "+": "green", "•": "yellow", "*": "yellow", " ": "cyan"}  # by the first character of a line
+SHOWN_EVENTS = (
+    "checkpoint",
+    "note",
+    "warning",
+    "error",
+    "engine_restarted",
+    "engine_recovered",
+    "host_left",
+    "on_end",
+)
+# by the first character of a line
+STYLES = {"✓": "green", "+": "green", "•": "yellow", "*": "yellow", " ": "cyan"}
 
 
-def make_reporter(*, as_json: bool) -> Reporter:
-    """Return the reporter that fits where stdout goes."""
+def make_reporter(*, as_json: bool, cost: Callable[[], str] = str) -> Reporter:
+    """Return the reporter that fits where stdout goes; `cost` tells what a rented machine has cost so far."""
     if as_json:
         return JsonReporter()
-    live = sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
-    return LiveReporter() if live else PlainReporter()
+    dumb = os.environ.get("TERM", "dumb") == "dumb" or os.environ.get(PLAIN_VARIABLE)
+    return LiveReporter(cost) if sys.stdout.isatty() and not dumb else PlainReporter()
 
 
 class JsonReporter:
-    """One JSON object a line: {"type": "progress" | "event" | "metrics" | "eval", ...}."""
+    """One JSON object a line: {"type": "progress" | "event" | "metrics" | "eval" | "usage", ...}."""
 
     def say(self, phase: str, text: str) -> None:
         print_json({"type": "progress", "phase": phase, "message": text})
 
     def row(self, file: str, row: dict[str, Any], view: View) -> None:
-        kind = {"events.jsonl": "event", "metrics.jsonl": "metrics", "eval.jsonl": "eval"}[file]
-        print_json({"type": kind, **row})
+        if file in ROW_TYPES:
+            print_json({"type": ROW_TYPES[file], **row})
 
     def alive(self, doing: str) -> None:
         return None
+
+    def take_stop(self) -> bool:
+        return False
 
     def close(self) -> None:
         return None
 
 
 class PlainReporter:
-    """A line for each thing that happens: for pipes, files and CI."""
+    """A line for each thing that happens: for pipes, files, CI and screen readers.
+
+    Of steps that follow each other fast, one a second is printed, and the last before anything else.
+    """
 
     def __init__(self) -> None:
         self._started = self._printed = time.monotonic()
+        self._stepped = 0.0  # when a step was printed
+        self._step_left = ""  # the last step, if it was not
         self._view = View()
 
     def _print(self, text: str) -> None:
@@ -75,20 +108,37 @@ class PlainReporter:
         show(text)
 
     def say(self, phase: str, text: str) -> None:
+        self._print_left()
         self._print(f"{phase}: {text}")
 
     def row(self, file: str, row: dict[str, Any], view: View) -> None:
-        if not is_repeated(self._view, row):
+        if file == "metrics.jsonl":
+            self._step_left = row_line(file, row, view)
+            self._print_left(after_s=STEP_LINE_S)
+        elif file in ("events.jsonl", "eval.jsonl") and not is_repeated(self._view, row):
+            self._print_left()
             self._print(row_line(file, row, view))
         self._view = view
 
+    def _print_left(self, *, after_s: float = 0.0) -> None:
+        """Print the last step, where it was not printed, and the one before was so long ago."""
+        if self._step_left and time.monotonic() - self._stepped >= after_s:
+            self._print(self._step_left)
+            self._stepped, self._step_left = time.monotonic(), ""
+
     def alive(self, doing: str) -> None:
+        self._print_left(after_s=STEP_LINE_S)
         if time.monotonic() - self._printed >= QUIET_S:
             elapsed = duration(time.monotonic() - self._started)
-            self._print(f"alive: {one_line(doing or 'nothing new')} ({elapsed} since deploy began to follow)")
+            self._print(
+                f"alive: {one_line(doing or 'nothing new')} ({elapsed} since deploy began to follow)"
+            )
+
+    def take_stop(self) -> bool:
+        return False
 
     def close(self) -> None:
-        return None
+        self._print_left()
 
 
 def row_line(file: str, row: dict[str, Any], view: View) -> str:
@@ -104,19 +154,23 @@ class LiveReporter:
     be known.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cost: Callable[[], str] = str) -> None:
         from rich.console import Console
 
         self._lock = threading.RLock()
         # The terminal's own size: COLUMNS and LINES of a shell that exports them stay as they were on a resize.
-        environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+        environment = {
+            name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")
+        }
         self._console = Console(markup=False, highlight=False, emoji=False, _environ=environment)
         self._view, self._doing, self._doing_since = View(), "", time.monotonic()
         self._host_ahead: float | None = None  # the host's clock less ours, as far as its rows tell
         self._kept: deque[str] = deque(maxlen=200)  # the last lines that stay
         self._size = self._console.size
+        self._state = PaneState(cost=cost)
         self._live = self._new_live()
-        self._closed = threading.Event()
+        self._keys = Keys(self._press)
+        self._state.keys = self._keys.work
         self._thread = threading.Thread(target=self._tick, daemon=True)
         self._thread.start()
 
@@ -131,11 +185,16 @@ class LiveReporter:
         with self._lock:
             before, self._view = self._view, view
             if (at := time_of(row)) is not None:
-                ahead = at - time.monotonic()  # rows of a while ago come late: the latest tells the clock
-                self._host_ahead = ahead if self._host_ahead is None else max(ahead, self._host_ahead)
-            if file != "events.jsonl":
+                # rows of a while ago come late: the latest tells the clock
+                ahead = at - time.monotonic()
+                self._host_ahead = (
+                    ahead if self._host_ahead is None else max(ahead, self._host_ahead)
+                )
+            if file in ("metrics.jsonl", "eval.jsonl"):
                 self._do("")
-            if file == "eval.jsonl" or (row.get("kind") in SHOWN_EVENTS and not is_repeated(before, row)):
+            if file == "eval.jsonl" or (
+                row.get("kind") in SHOWN_EVENTS and not is_repeated(before, row)
+            ):
                 self._keep(row_line(file, row, view))
             self._draw()
 
@@ -148,30 +207,53 @@ class LiveReporter:
         if doing != self._doing:
             self._doing, self._doing_since = doing, time.monotonic()
 
+    def take_stop(self) -> bool:
+        return self._state.take_stop()
+
     def close(self) -> None:
-        if self._closed.is_set():
+        if self._keys.closed.is_set():
             return
-        self._closed.set()
+        self._keys.close()
         self._thread.join(timeout=5)
         with self._lock:
+            self._state = PaneState(cost=self._state.cost)
             self._draw()
             self._live.stop()
 
     def _tick(self) -> None:
-        while not self._closed.wait(TICK_S):
+        while not self._keys.closed.wait(TICK_S):
             with self._lock:
                 self._draw()
+
+    def _press(self, key: str) -> None:
+        with self._lock:
+            may_stop = bool(self._view.phases) and self._view.state not in FINAL_STATES
+            asked = self._state.press(key, may_stop=may_stop)
+            if asked == "stop":
+                self._do("stopping the run: its checkpoint first")
+            if not self._state.paused and self._state.held:
+                for text in list(self._kept)[-self._state.held :]:
+                    self._console.print(text, soft_wrap=True)
+                self._state.held = 0
+            self._draw()
+        if asked:
+            interrupt()
 
     def _keep(self, text: str) -> None:
         """Print a line that stays."""
         text = one_line(text, limit=2000)
         self._kept.append(text)
-        self._console.print(text, soft_wrap=True)
+        if self._state.paused:
+            self._state.held += 1
+        else:
+            self._console.print(text, soft_wrap=True)
 
     def _new_live(self) -> "Live":
         from rich.live import Live
 
-        live = Live(self._rendered(), console=self._console, auto_refresh=False, vertical_overflow="crop")
+        live = Live(
+            self._rendered(), console=self._console, auto_refresh=False, vertical_overflow="crop"
+        )
         live.start(refresh=True)
         return live
 
@@ -188,20 +270,26 @@ class LiveReporter:
         self._live = self._new_live()
 
     def _lines(self) -> list[str]:
-        return live_lines(
+        width = self._size.width
+        lines = live_lines(
             self._view,
             self._doing,
-            width=self._size.width,
+            width=width,
             utf8=not self._console.options.ascii_only,
             doing_s=time.monotonic() - self._doing_since,
             host_now=time.monotonic() + (self._host_ahead or 0.0),
+            pane=self._state.pane,
         )
+        below = [cut_to_width(line, width - 1) for line in status_lines(self._state, width=width)]
+        return [*self._state.shown(lines)[: max(1, self._size.height - 1 - len(below))], *below]
 
     def _rendered(self) -> "Group":
         from rich.console import Group
         from rich.text import Text
 
-        return Group(*(Text(line, style=STYLES.get(line[:1], "dim"), no_wrap=True) for line in self._lines()))
+        return Group(
+            *(Text(line, style=STYLES.get(line[:1], "dim"), no_wrap=True) for line in self._lines())
+        )
 
 
 def wrapped_tail(lines: list[str], width: int, room: int) -> list[str]:
@@ -217,33 +305,57 @@ def wrapped_tail(lines: list[str], width: int, room: int) -> list[str]:
     return taken[::-1]
 
 
-def live_lines(view: View, doing: str, *, width: int, utf8: bool, doing_s: float, host_now: float) -> list[str]:
+def live_lines(
+    view: View,
+    doing: str,
+    *,
+    width: int,
+    utf8: bool,
+    doing_s: float,
+    host_now: float,
+    pane: str = PANES[0],
+) -> list[str]:
     """Return what is redrawn, line by line, none wider than the terminal.
 
     Until the first metrics each phase under way says how long it has taken; what deploy does says so where none is.
     """
     clocks = {} if view.metrics else {name: host_now - begun for name, begun in view.begun.items()}
-    lines = [_phase_line(name, detail, width - 1, utf8, clocks.get(name)) for name, detail in view.phases]
+    lines = [
+        _phase_line(name, detail, width - 1, utf8, clocks.get(name)) for name, detail in view.phases
+    ]
     if view.steps_total:
         filled = max(0, min(32, 32 * view.step // view.steps_total))
         full, empty = ("━", "╌") if utf8 else ("=", "-")
         eta = "" if view.eta_s is None else f" eta {duration(view.eta_s)}"
         bar = full * filled + empty * (32 - filled)
         lines.append(f"  {one_line(view.stage)} {bar} {view.step}/{view.steps_total}{eta}")
-        lines += pair_lines([f"{name} {text}" for name, text in metric_pairs(view.metrics)], width - 1)
-        lines += trace_lines(view.traces, width=width - 1, utf8=utf8)
-        lines += [f"  {text}" for text in [step_time_text(view.metrics)] if text]
+    lines += _pane_lines(view, pane, width, utf8)
     if doing or not view.phases:
         timed = clocks and not all(finished(detail) for _, detail in view.phases)
         lines.append(one_line(doing or "starting") + ("" if timed else f" ({duration(doing_s)})"))
     return [cut_to_width(line, width - 1) for line in lines]
 
 
+def _pane_lines(view: View, pane: str, width: int, utf8: bool) -> list[str]:
+    if pane == "samples":
+        return sample_lines(view)
+    if pane == "warnings":
+        return warning_lines(view)
+    lines = []
+    if view.steps_total:
+        lines += pair_lines(
+            [f"{name} {text}" for name, text in metric_pairs(view.metrics)], width - 1
+        )
+        lines += trace_lines(view.traces, width=width - 1, utf8=utf8)
+        lines += [f"  {text}" for text in [step_time_text(view.metrics)] if text]
+    return lines + usage_lines(view.usage, utf8=utf8, width=width - 1)
+
+
 def _phase_line(name: str, detail: str, width: int, utf8: bool, seconds: float | None) -> str:
     over = finished(detail)
     mark = ("✓" if over else "•") if utf8 else ("+" if over else "*")
     clock = "" if over or seconds is None else f", {duration(max(0.0, seconds))}"
-    return cut_to_width(f"{mark} {name:<22}{detail}", width - len(clock)).rstrip() + clock
+    return cut_to_width(f"{mark} {f'{name} ':<22}{detail}", width - len(clock)).rstrip() + clock
 
 
 def cut_to_width(text: str, width: int) -> str:
@@ -251,14 +363,3 @@ def cut_to_width(text: str, width: int) -> str:
     from rich.cells import cell_len, set_cell_size
 
     return text if cell_len(text) <= width else set_cell_size(text, max(0, width))
-
-
-def pair_lines(pairs: list[str], width: int) -> list[str]:
-    """Return pairs of name and value on as few lines as hold them, none of them broken in two."""
-    lines: list[str] = []
-    for pair in pairs:
-        if lines and len(lines[-1]) + 3 + len(pair) <= width:
-            lines[-1] += f"   {pair}"
-        else:
-            lines.append(f"  {pair}")
-    return lines

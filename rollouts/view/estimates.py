@@ -22,7 +22,9 @@ def wilson(hits: int, total: int) -> Interval:
     """Return a share with Wilson's score interval (Wilson 1927). `total` >= 1."""
     share, z2 = hits / total, Z95 * Z95
     middle = (share + z2 / (2 * total)) / (1 + z2 / total)
-    half = Z95 / (1 + z2 / total) * math.sqrt(share * (1 - share) / total + z2 / (4 * total * total))
+    half = (
+        Z95 / (1 + z2 / total) * math.sqrt(share * (1 - share) / total + z2 / (4 * total * total))
+    )
     return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
 
 
@@ -41,7 +43,9 @@ def paired_bootstrap(before: Sequence[float], after: Sequence[float], *, seed: i
     at_once = max(1, CHUNK // len(values))
     means: list[float] = []
     while len(means) < RESAMPLES:
-        drawn = generator.multinomial(total, counts / total, size=min(at_once, RESAMPLES - len(means)))
+        drawn = generator.multinomial(
+            total, counts / total, size=min(at_once, RESAMPLES - len(means))
+        )
         means.extend((drawn @ values / total).tolist())
     low, high = numpy.percentile(means, [2.5, 97.5])
     return Interval(float(differences.mean()), float(low), float(high))

@@ -7,10 +7,12 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from rollouts.health.usage import is_usage_row
 from rollouts.view.escape import one_line
 from rollouts.view.sparklines import Trace, traced
 
 ALL_TASKS = "all"  # the task of an eval.jsonl row that counts every held-out row
+SAMPLES_KEPT = 8
 SAYING = ("note", "warning", "error")  # events that are a message, and little else
 METRICS_SHOWN = (
     "loss",
@@ -18,6 +20,7 @@ METRICS_SHOWN = (
     "groups_kept",
     "groups_zero_std_frac",
     "tokens_per_s",
+    "mfu",
     "lr",
     "grad_norm",
     "lag_max",
@@ -41,6 +44,9 @@ class View:
     begun: dict[str, float] = field(default_factory=dict)  # when each phase began, by its name
     checkpoints: tuple[str, ...] = ()  # that exist on the host; paths relative to the run directory
     evals: tuple[dict[str, Any], ...] = ()
+    samples: tuple[dict[str, Any], ...] = ()  # of rollouts.jsonl: the last that were looked at
+    # the stage's last row of gpu.jsonl, by the name of its host; "": of a run on one
+    usage: dict[str, dict[str, Any]] = field(default_factory=dict)
     error: dict[str, Any] | None = None  # the last error event
     warnings: tuple[str, ...] = ()  # messages of warning events, each once
     malformed: int = 0  # rows that could not be used
@@ -52,7 +58,12 @@ class View:
     @property
     def eta_s(self) -> float | None:
         """Return seconds to the end of the stage, at its rate so far."""
-        if self.first is None or self.last_time is None or not self.steps_total or self.step <= self.first[0]:
+        if (
+            self.first is None
+            or self.last_time is None
+            or not self.steps_total
+            or self.step <= self.first[0]
+        ):
             return None
         step_s = (self.last_time - self.first[1]) / (self.step - self.first[0])
         left_s = max(0.0, step_s * (self.steps_total - self.step))
@@ -86,12 +97,16 @@ def time_of(row: dict[str, Any]) -> float | None:
 
 
 def fold(view: View, file: str, row: dict[str, Any]) -> View:
-    """Return `view` after one more row of `file` (events.jsonl, metrics.jsonl or eval.jsonl)."""
+    """Return `view` after one more row of `file`, one of those that `watch` follows."""
     try:
         if file == "metrics.jsonl":
             return _fold_metrics(view, row)
         if file == "eval.jsonl":
             return _fold_eval(view, row)
+        if file == "gpu.jsonl":
+            return _fold_usage(view, row)
+        if file == "rollouts.jsonl":
+            return replace(view, samples=(*view.samples, row)[-SAMPLES_KEPT:])
         return _fold_event(view, row) if file == "events.jsonl" else view
     except (MalformedRowError, OverflowError):
         return replace(view, malformed=view.malformed + 1)
@@ -102,14 +117,17 @@ def _fold_metrics(view: View, row: dict[str, Any]) -> View:
     if stage != view.stage:
         return view  # of the stage before: the files are read side by side
     first = (step, time) if view.first is None else view.first
-    return replace(view, step=step, metrics=row, traces=traced(view.traces, row), last_time=time, first=first)
+    return replace(
+        view, step=step, metrics=row, traces=traced(view.traces, row), last_time=time, first=first
+    )
 
 
 def _fold_eval(view: View, row: dict[str, Any]) -> View:
     for name in ("stage", "split", "metric"):
         _text(row, name)
     _number(row, "step")
-    if "value" not in row or not isinstance(row["value"], int | float | None):  # null: no finite number, as of a loss
+    # null: no finite number, as of a loss
+    if "value" not in row or not isinstance(row["value"], int | float | None):
         raise MalformedRowError("value")
     float(row["value"] or 0)  # raises OverflowError
     if not isinstance(row.get("task", ALL_TASKS), str):
@@ -117,17 +135,41 @@ def _fold_eval(view: View, row: dict[str, Any]) -> View:
     return replace(view, evals=(*view.evals, row))
 
 
+def _fold_usage(view: View, row: dict[str, Any]) -> View:
+    if not is_usage_row(row):
+        raise MalformedRowError("gpus")
+    if row["stage"] != view.stage:
+        return view
+    return replace(view, usage={**view.usage, str(row.get("host", "")): row})
+
+
 def _fold_event(view: View, row: dict[str, Any]) -> View:
     kind = row.get("kind")
     if kind == "run_started":
         view = replace(view, state="running")
     elif kind == "stage_started":
-        view = replace(view, stage=_text(row, "stage"), step=0, metrics={}, traces={}, first=None, last_time=None)
+        view = replace(
+            view,
+            stage=_text(row, "stage"),
+            step=0,
+            metrics={},
+            traces={},
+            usage={},
+            first=None,
+            last_time=None,
+        )
     elif kind == "training_started":
         stage, step = _text(row, "stage"), int(_number(row, "step"))
-        view = replace(view, stage=stage, step=step, totals={**view.totals, stage: int(_number(row, "steps_total"))})
+        view = replace(
+            view,
+            stage=stage,
+            step=step,
+            totals={**view.totals, stage: int(_number(row, "steps_total"))},
+        )
     elif kind == "checkpoint":
-        view = replace(view, checkpoints=(*view.checkpoints, _text(row, "path")))
+        path = _text(row, "path")  # a stage that restarted may write one again
+        others = tuple(known for known in view.checkpoints if known != path)
+        view = replace(view, checkpoints=(*others, path))
     elif kind == "checkpoint_removed":
         gone = _text(row, "path")
         view = replace(view, checkpoints=tuple(path for path in view.checkpoints if path != gone))
@@ -154,6 +196,7 @@ PHASES: dict[str, tuple[str, str]] = {
     "training_started": ("{stage}", "training"),
     "engine_ready": ("{window}", "ready after {seconds:.1f} s"),
     "engine_restarted": ("{window}", "started again: {reason}; {restarts_left} more left"),
+    "stage_restarted": ("{stage}", "again from step {step}: {reason}; {restarts_left} more left"),
     "stage_ended": ("{stage}", "done after {seconds:.0f} s"),
 }
 
@@ -161,11 +204,14 @@ PHASES: dict[str, tuple[str, str]] = {
 def _phase(view: View, row: dict[str, Any], texts: tuple[str, str]) -> View:
     try:
         name, detail = (one_line(text.format(**row)) for text in texts)
-        detail = "building" if row.get("action") == "building" else detail  # its time is shown beside it
+        # its time is shown beside it
+        detail = "building" if row.get("action") == "building" else detail
     except (KeyError, ValueError, TypeError) as error:
         raise MalformedRowError(str(error)) from None
     others = tuple(phase for phase in view.phases if phase[0] != name)
-    going_on = name in view.begun and any(phase[0] == name and not finished(phase[1]) for phase in view.phases)
+    going_on = name in view.begun and any(
+        phase[0] == name and not finished(phase[1]) for phase in view.phases
+    )
     if not going_on and (at := time_of(row)) is not None:
         view = replace(view, begun={**view.begun, name: at})
     return replace(view, phases=(*others, (name, detail)))
@@ -182,7 +228,9 @@ def metrics_line(view: View, row: dict[str, Any]) -> str:
     total = f"/{view.totals[stage]}" if isinstance(stage, str) and stage in view.totals else ""
     eta = [f"eta={duration(view.eta_s)}"] if view.eta_s is not None and stage == view.stage else []
     shown = [f"{name}={text}" for name, text in metric_pairs(row)]
-    return " ".join([f"stage={number(stage)}", f"step={number(row.get('step'))}{total}", *shown, *eta])
+    return " ".join(
+        [f"stage={number(stage)}", f"step={number(row.get('step'))}{total}", *shown, *eta]
+    )
 
 
 def metric_pairs(row: dict[str, Any]) -> list[tuple[str, str]]:
@@ -197,7 +245,9 @@ def event_line(row: dict[str, Any]) -> str:
         return f"{kind}: {one_line(message)}"
     hidden = ("time", "kind", "log_tail")
     fields = [
-        f"{one_line(key)}={number(value)}" for key, value in row.items() if key not in hidden and value is not None
+        f"{one_line(key)}={number(value)}"
+        for key, value in row.items()
+        if key not in hidden and value is not None
     ]
     return " ".join([one_line(row.get("kind")), *fields])
 
@@ -205,11 +255,17 @@ def event_line(row: dict[str, Any]) -> str:
 def is_repeated(view: View, row: dict[str, Any]) -> bool:
     """Return whether it is the last error once more: the supervisor repeats the trainer's, with the end of its log."""
     message = row.get("message")
-    return row.get("kind") == "error" and view.error is not None and view.error.get("message") == message
+    return (
+        row.get("kind") == "error"
+        and view.error is not None
+        and view.error.get("message") == message
+    )
 
 
 def eval_line(row: dict[str, Any]) -> str:
-    stage, step, split, metric, value = (number(row.get(n)) for n in ("stage", "step", "split", "metric", "value"))
+    stage, step, split, metric, value = (
+        number(row.get(n)) for n in ("stage", "step", "split", "metric", "value")
+    )
     task = "" if row.get("task", ALL_TASKS) == ALL_TASKS else f" task={number(row['task'])}"
     return f"eval stage={stage} step={step} split={split}{task} {metric}={value}"
 
@@ -237,7 +293,11 @@ def evaluation_table(evals: tuple[dict[str, Any], ...]) -> list[list[str]]:
     A run whose first values are of a stage itself (it went on from a checkpoint) has them in a column `before`.
     """
     evals = _with_before(evals)
-    stages = [stage for stage in ("base", BEFORE, "sft", "rl") if any(row["stage"] == stage for row in evals)]
+    stages = [
+        stage
+        for stage in ("base", BEFORE, "sft", "rl")
+        if any(row["stage"] == stage for row in evals)
+    ]
     names = list(dict.fromkeys(_eval_name(row) for row in evals))
     last = {(*_eval_name(row), row["stage"]): row["value"] for row in evals}
     several = len({split for _, split, _ in names}) > 1
@@ -246,7 +306,9 @@ def evaluation_table(evals: tuple[dict[str, Any], ...]) -> list[list[str]]:
         values = [last.get((metric, split, task, stage), "") for stage in stages]
         label = f"{metric} ({split})" if several else metric
         label += "" if task == ALL_TASKS else f" {task}"
-        table.append([one_line(label), *(value if value == "" else _shown(value) for value in values)])
+        table.append(
+            [one_line(label), *(value if value == "" else _shown(value) for value in values)]
+        )
     return table if names else []
 
 

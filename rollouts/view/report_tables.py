@@ -102,7 +102,11 @@ def metric_rows(run: RunData) -> list[MetricRow]:
     for stage in run.stages:
         for name in run.metric_names(stage):
             values = run.series(stage, name).values
-            rows.append(MetricRow(stage, name, values[0], values[-1], fmean(values[-LAST_STEPS:]), len(values)))
+            rows.append(
+                MetricRow(
+                    stage, name, values[0], values[-1], fmean(values[-LAST_STEPS:]), len(values)
+                )
+            )
     return rows
 
 
@@ -115,7 +119,11 @@ def answer_table(points: Sequence[AnswerPoint]) -> AnswerTable | None:
 
 def other_evaluations(run: RunData) -> list[list[str]]:
     """Return what was measured beside exact match: a header, then a row a metric."""
-    rows = tuple({"split": "", "task": "all", **row} for row in run.evaluations if row["metric"] != "exact_match")
+    rows = tuple(
+        {"split": "", "task": "all", **row}
+        for row in run.evaluations
+        if row["metric"] != "exact_match"
+    )
     return evaluation_table(rows)
 
 
@@ -140,7 +148,11 @@ def changes(points: Sequence[AnswerPoint]) -> list[ChangedRows]:
 def _shown_pair(pair: AnswerPair) -> ShownPair:
     asked = pair.after
     return ShownPair(
-        asked.row, cut(prompt_text(asked.prompt)), cut(asked.expected or ""), cut(pair.before.answer), cut(asked.answer)
+        asked.row,
+        cut(prompt_text(asked.prompt)),
+        cut(asked.expected or ""),
+        cut(pair.before.answer),
+        cut(asked.answer),
     )
 
 
@@ -157,7 +169,9 @@ def comparisons(runs: Sequence[tuple[str, RunData]]) -> list[RunComparison]:
 
 def event_rows(run: RunData) -> list[tuple[float, str, str, str]]:
     """Return faults and restarts: (time, kind, class, text), the last EVENTS_MAX."""
-    found = [(row["time"], row["kind"], event_class(row), cut(event_text(row))) for row in run.events]
+    found = [
+        (row["time"], row["kind"], event_class(row), cut(event_text(row))) for row in run.events
+    ]
     return [row for row in found if row[2] != "other"][-EVENTS_MAX:]
 
 
@@ -168,7 +182,11 @@ def sample_text(sample: RolloutSample) -> tuple[str, str]:
 
 def cut(text: str) -> str:
     """Return the beginning of a long text, and how much is left out."""
-    return text if len(text) <= TEXT_MAX else f"{text[:TEXT_MAX]}… ({len(text) - TEXT_MAX} more characters)"
+    return (
+        text
+        if len(text) <= TEXT_MAX
+        else f"{text[:TEXT_MAX]}… ({len(text) - TEXT_MAX} more characters)"
+    )
 
 
 def chart_names(runs: Sequence[RunData], stage: str) -> tuple[list[str], list[str]]:
@@ -189,7 +207,9 @@ def percent(value: float) -> str:
 
 def share_words(cell: ShareCell) -> str:
     """Return a share with its interval: `39.6 % (35.4 to 44.0)`."""
-    return f"{percent(cell.share.value)} ({100 * cell.share.low:.1f} to {100 * cell.share.high:.1f})"
+    return (
+        f"{percent(cell.share.value)} ({100 * cell.share.low:.1f} to {100 * cell.share.high:.1f})"
+    )
 
 
 def change_words(change: Interval) -> str:
@@ -200,11 +220,21 @@ def change_words(change: Interval) -> str:
 def environment_rows(run: RunData) -> list[tuple[str, str]]:
     """Return what ran: state, code, model, packages that matter."""
     state = "unknown" if run.status is None else f"{run.status.state}: {run.status.message}"
-    code = (run.commit or "no commit was recorded") + (", with uncommitted changes" if run.uncommitted else "")
+    code = (run.commit or "no commit was recorded") + (
+        ", with uncommitted changes" if run.uncommitted else ""
+    )
     named = dict(line.partition("==")[::2] for line in run.packages)
-    rows = [("state", state), ("commit", code), ("code", run.code_digest[:12] or "no digest was recorded")]
+    rows = [
+        ("state", state),
+        ("commit", code),
+        ("code", run.code_digest[:12] or "no digest was recorded"),
+    ]
     rows.append(("model", _config_text(run.config, "model", "name")))
-    return rows + [(name, named[name]) for name in ("torch", "transformers", "datasets", "peft") if name in named]
+    return rows + [
+        (name, named[name])
+        for name in ("torch", "transformers", "datasets", "peft")
+        if name in named
+    ]
 
 
 def _config_text(config: dict[str, Any] | None, section: str, field: str) -> str:

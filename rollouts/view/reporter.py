@@ -20,11 +20,15 @@ class Reporter(Protocol):
         ...
 
     def row(self, file: str, row: dict[str, Any], view: View) -> None:
-        """Show a new row of events.jsonl, metrics.jsonl or eval.jsonl; `view` is the run after it."""
+        """Show a new row of one of the run's JSON Lines files; `view` is the run after it."""
         ...
 
     def alive(self, doing: str) -> None:
         """Note a sign of life; `doing` is what the run says that it does."""
+        ...
+
+    def take_stop(self) -> bool:
+        """Return whether the user asked here to stop the run, before the display interrupted; once."""
         ...
 
     def close(self) -> None:

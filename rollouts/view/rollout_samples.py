@@ -11,7 +11,8 @@ from rollouts.plain_files import reading
 from rollouts.run_dir import parse_row
 from rollouts.view.json_numbers import is_number
 
-BYTES_MAX = 1 << 28  # of a file that is read: of a larger one, as many parts as hold that, evenly spread
+# of a file that is read: of a larger one, as many parts as hold that, evenly spread
+BYTES_MAX = 1 << 28
 PARTS = 64
 
 
@@ -43,7 +44,9 @@ class SampleDigest:
     bytes_total: int
 
 
-def digest_samples(path: Path, *, shown: int, points: int, bytes_max: int = BYTES_MAX) -> SampleDigest:
+def digest_samples(
+    path: Path, *, shown: int, points: int, bytes_max: int = BYTES_MAX
+) -> SampleDigest:
     """Read a file's samples once. A missing file has none."""
     kept = _Kept(shown, points)
     try:

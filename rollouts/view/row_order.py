@@ -56,7 +56,8 @@ class RowOrder:
             self._timer = None
             try:
                 self.flush()
-            except BaseException as error:  # a closed pipe, for example: the main thread is to end of it
+            except BaseException as error:
+                # a closed pipe, for example: the main thread is to end of it
                 self._failure = error
 
     def _raise_failure(self) -> None:
@@ -67,7 +68,9 @@ class RowOrder:
 
 def in_order(rows: list[Row]) -> list[Row]:
     """Sort by time; an evaluation, which has no time, comes right after the metrics of its step."""
-    timed = sorted((item for item in rows if _time(item) is not None), key=lambda item: _time(item) or 0.0)
+    timed = sorted(
+        (item for item in rows if _time(item) is not None), key=lambda item: _time(item) or 0.0
+    )
     after: dict[int, list[Row]] = {}
     for item in rows:
         if _time(item) is None:
@@ -81,13 +84,19 @@ def in_order(rows: list[Row]) -> list[Row]:
 def _place(timed: list[Row], item: Row) -> int:
     """Return the index in `timed` that it comes after; -1: before all of them."""
     stage, step = item[1].get("stage"), item[1].get("step")
-    starts = [index for index, (_, row) in enumerate(timed) if row.get("kind") == "training_started"]
+    starts = [
+        index for index, (_, row) in enumerate(timed) if row.get("kind") == "training_started"
+    ]
     if stage == "base":  # before this run trained anything
         return starts[0] if starts else -1
     place = -1
     for index, (file, row) in enumerate(timed):
         begins = row.get("kind") == "training_started" and stage == row.get("stage")
-        trained = file == "metrics.jsonl" and row.get("stage") == stage and _at_most(row.get("step"), step)
+        trained = (
+            file == "metrics.jsonl"
+            and row.get("stage") == stage
+            and _at_most(row.get("step"), step)
+        )
         if begins or trained:
             place = index
     return place

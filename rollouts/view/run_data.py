@@ -9,32 +9,26 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from rollouts.health.series import Series
+from rollouts.health.usage import is_usage_row
 from rollouts.plain_files import read_plain
-from rollouts.run_dir import RunDir, Status, read_rows, read_status
+from rollouts.run_dir import RunDir, Status, read_status
 from rollouts.view.fold import time_of
+from rollouts.view.growing_rows import GrowingRows
 from rollouts.view.json_numbers import is_number
 
 Row = dict[str, Any]
 STAGE_ORDER = ("sft", "rl")
-SMALL_FILE_BYTES_MAX = 1 << 22  # of a file that is read as a whole: a config, a commit, a list of packages
+# of a file that is read as a whole: a config, a commit, a list of packages
+SMALL_FILE_BYTES_MAX = 1 << 22
 
 
 class NotARunError(ValueError):
     """A path is not a run directory. The message says what is missing."""
-
-
-@dataclass(frozen=True)
-class Series:
-    """One number of one stage, over its steps. The three tuples are equally long; steps increase."""
-
-    stage: str
-    name: str
-    steps: tuple[int, ...] = ()
-    times: tuple[float, ...] = ()  # seconds since the epoch
-    values: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,6 +58,8 @@ class RunData:
     evaluations: tuple[Row, ...]
     answers: tuple[HeldOutAnswer, ...]
     events: tuple[Row, ...]
+    # of gpu.jsonl: how busy GPUs and processes were, by host; "": of a run on one. The first one leads
+    usage_by_host: Mapping[str, tuple[Row, ...]]
     packages: tuple[str, ...]  # name==version, of the trainer's environment
     commit: str
     code_digest: str  # of all files that ran; "": an older version recorded none
@@ -76,12 +72,31 @@ class RunData:
         return self.path.name
 
     @property
+    def usage(self) -> tuple[Row, ...]:
+        """Return the samples of the host that leads."""
+        return next(iter(self.usage_by_host.values()))
+
+    @property
     def stages(self) -> tuple[str, ...]:
         """Return the stages that logged a step: those that are known first, in their order."""
-        return (*(s for s in STAGE_ORDER if s in self.metrics), *sorted(set(self.metrics) - {*STAGE_ORDER}))
+        return (
+            *(s for s in STAGE_ORDER if s in self.metrics),
+            *sorted(set(self.metrics) - {*STAGE_ORDER}),
+        )
 
     def series(self, stage: str, name: str) -> Series:
         """Return a metric of a stage; one without points where no step logged it as a finite number."""
+        found = self._asked.get((stage, name))
+        if found is None:
+            found = self._asked[stage, name] = self._series(stage, name)
+        return found
+
+    @cached_property
+    def _asked(self) -> dict[tuple[str, str], Series]:
+        """Return the series that were asked for: charts, rules and tables ask for the same ones."""
+        return {}
+
+    def _series(self, stage: str, name: str) -> Series:
         points = [
             (row["step"], row["time"], float(row[name]))
             for row in self.metrics.get(stage, ())
@@ -92,25 +107,43 @@ class RunData:
 
     def metric_names(self, stage: str) -> tuple[str, ...]:
         """Return the numbers that a stage logged, in the order in which they first came."""
-        names = (name for row in self.metrics.get(stage, ()) for name in row if is_number(row[name]))
-        return tuple(name for name in dict.fromkeys(names) if name not in ("step", "time"))
+        found: dict[str, None] = {}
+        for row in self.metrics.get(stage, ()):
+            for name in row:
+                if name not in found and is_number(row[name]):
+                    found[name] = None
+        return tuple(name for name in found if name not in ("step", "time"))
 
 
-def read_run(path: Path) -> RunData:
-    """Read a run directory, here or a mirror. Raises NotARunError."""
-    run, reader = RunDir(path), _Reader()
+def read_run(path: Path, growing: GrowingRows | None = None) -> RunData:
+    """Read a run directory, here or a mirror. Raises NotARunError.
+
+    `growing` is kept from one look to the next: of rows only those that came since are then read.
+    """
+    run, reader = RunDir(path), _Reader(growing or GrowingRows())
     if not path.is_dir():
         raise NotARunError(f"{path}: no such directory")
     if not any(file.exists() for file in (run.config, run.events, run.metrics, run.status)):
-        raise NotARunError(f"{path}: not a run: it has no config.json, status.json, events.jsonl or metrics.jsonl")
+        raise NotARunError(
+            f"{path}: not a run: it has no config.json, status.json, events.jsonl or metrics.jsonl"
+        )
     config = reader.json(run.config)
     metrics = by_stage(reader.rows(run.metrics, is_metrics_row))
     evaluations = tuple(reader.rows(run.eval, _is_evaluation))
     answers = tuple(map(_answer, reader.rows(run.eval_samples, _is_answer)))
-    events = tuple(reader.rows(run.events, lambda row: isinstance(row.get("kind"), str) and is_number(row.get("time"))))
-    packages = tuple(line for line in reader.text(run.environment("trainer")).splitlines() if "==" in line)
+    events = tuple(
+        reader.rows(
+            run.events, lambda row: isinstance(row.get("kind"), str) and is_number(row.get("time"))
+        )
+    )
+    packages = tuple(
+        line for line in reader.text(run.environment("trainer")).splitlines() if "==" in line
+    )
     status, manifest = reader.status(run), reader.json(run.code_manifest)
-    commit, dirty = reader.text(run.code / "commit.txt").strip(), reader.text(run.code / "dirty.diff").strip()
+    commit, dirty = (
+        reader.text(run.code / "commit.txt").strip(),
+        reader.text(run.code / "dirty.diff").strip(),
+    )
     return RunData(
         path=path,
         config=config if isinstance(config, dict) else None,
@@ -119,6 +152,7 @@ def read_run(path: Path) -> RunData:
         evaluations=evaluations,
         answers=answers,
         events=events,
+        usage_by_host=_usage_by_host(run, reader),
         packages=packages,
         commit=commit,
         code_digest=str(manifest.get("digest", "")) if isinstance(manifest, dict) else "",
@@ -128,30 +162,49 @@ def read_run(path: Path) -> RunData:
     )
 
 
+def _usage_by_host(run: RunDir, reader: "_Reader") -> dict[str, tuple[Row, ...]]:
+    first = tuple(reader.rows(run.gpu, is_usage_row))
+    others = sorted(run.path.glob("hosts/[0-9]*"), key=lambda path: (len(path.name), path.name))
+    if not others:
+        return {"": first}
+    plan = reader.json(run.plan)
+    try:
+        names = [str(host["name"]) for host in plan["group"]["hosts"]]
+    except (TypeError, KeyError):
+        names = []
+    names += [f"host {rank}" for rank in range(len(names), 1 + len(others))]
+    found = {names[0]: first}
+    for rank, path in enumerate(others, 1):
+        found[names[rank]] = tuple(reader.rows(RunDir(path).gpu, is_usage_row))
+    return found
+
+
 class _Reader:
     """Reads files, and notes what could not be used."""
 
-    def __init__(self) -> None:
+    def __init__(self, growing: GrowingRows) -> None:
+        self._growing = growing
         self.damage: Counter[str] = Counter()
         self.remarks: list[str] = []
 
     def rows(self, path: Path, usable: Any) -> list[Row]:
         """Return the rows that are `usable`. A last line that is still being written is not counted as damaged."""
         try:
-            rows, torn = read_rows(path)
+            rows, lost = self._growing.read(path, usable)
         except OSError as error:
             self.remarks.append(f"{path.name} cannot be read: {error.strerror or error}")
             return []
-        kept = [row for row in rows if usable(row)]
-        if lost := torn + len(rows) - len(kept):
+        if lost:
             self.damage[path.name] += lost
-        return kept
+        return rows
 
     def text(self, path: Path) -> str:
         """Return a small file's text; "" where it is missing, or is not a plain file."""
         try:
             if path.stat().st_size > SMALL_FILE_BYTES_MAX:
-                self.remarks.append(f"{path.name} is left out: more than {SMALL_FILE_BYTES_MAX} bytes")
+                self.remarks.append(
+                    f"{path.name} is left out: more than {SMALL_FILE_BYTES_MAX} bytes"
+                )
                 return ""
             return read_plain(path).decode(errors="replace")
         except FileNotFoundError:
@@ -185,7 +238,11 @@ def by_stage(rows: Iterable[Row]) -> dict[str, tuple[Row, ...]]:
 
 
 def is_metrics_row(row: Row) -> bool:
-    return isinstance(row.get("stage"), str) and _is_count(row.get("step")) and time_of(row) is not None
+    return (
+        isinstance(row.get("stage"), str)
+        and _is_count(row.get("step"))
+        and time_of(row) is not None
+    )
 
 
 def _is_count(value: object) -> bool:
@@ -194,7 +251,11 @@ def _is_count(value: object) -> bool:
 
 def _is_evaluation(row: Row) -> bool:
     texts = all(isinstance(row.get(name), str) for name in ("stage", "metric"))
-    return texts and _is_count(row.get("step")) and (row.get("value") is None or is_number(row["value"]))
+    return (
+        texts
+        and _is_count(row.get("step"))
+        and (row.get("value") is None or is_number(row["value"]))
+    )
 
 
 def _is_answer(row: Row) -> bool:
@@ -226,8 +287,14 @@ def prompt_text(prompt: Any) -> str:
         for name in ("question", "prompt", "problem", "instruction", "messages"):
             if prompt.get(name):
                 return prompt_text(prompt[name])
-    if isinstance(prompt, Sequence) and prompt and all(isinstance(turn, Mapping) for turn in prompt):
-        return "\n".join(f"{turn.get('role', '?')}: {_content(turn.get('content'))}" for turn in prompt)
+    if (
+        isinstance(prompt, Sequence)
+        and prompt
+        and all(isinstance(turn, Mapping) for turn in prompt)
+    ):
+        return "\n".join(
+            f"{turn.get('role', '?')}: {_content(turn.get('content'))}" for turn in prompt
+        )
     return json.dumps(prompt, ensure_ascii=False)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rollouts.health.rules import symptoms
 from rollouts.run_dir import RunDir
 from rollouts.view import charts, report_tables
 from rollouts.view.answer_changes import answer_points
@@ -19,7 +20,7 @@ from rollouts.view.chart_bundle import javascript
 from rollouts.view.escape import escaped
 from rollouts.view.rollout_samples import SampleDigest, digest_samples
 from rollouts.view.run_data import RunData
-from rollouts.view.symptoms import symptoms
+from rollouts.view.usage_chart import usage_chart, usage_title
 
 PAGES = Path(__file__).parent / "pages"
 SAMPLES_SHOWN = 6
@@ -39,7 +40,10 @@ def make_report(groups: Sequence[charts.RunGroup], differences: Sequence[ConfigD
     """Return the page. It reads each run's rollouts once."""
     named = _named_runs(groups)
     specs: dict[str, charts.Spec] = {}
-    stages = [_stage(groups, stage, specs) for stage in dict.fromkeys(s for _, run in named for s in run.stages)]
+    stages = [
+        _stage(groups, stage, specs)
+        for stage in dict.fromkeys(s for _, run in named for s in run.stages)
+    ]
     return _render(
         title=", ".join(group.label for group in groups),
         made_at=time.time(),
@@ -58,7 +62,9 @@ def _named_runs(groups: Sequence[charts.RunGroup]) -> list[tuple[str, RunData]]:
     return [(run.run_id if names.count(run.run_id) == 1 else str(run.path), run) for run in runs]
 
 
-def _stage(groups: Sequence[charts.RunGroup], stage: str, specs: dict[str, charts.Spec]) -> dict[str, Any]:
+def _stage(
+    groups: Sequence[charts.RunGroup], stage: str, specs: dict[str, charts.Spec]
+) -> dict[str, Any]:
     first, rest = report_tables.chart_names([run for group in groups for run in group.runs], stage)
     shown: dict[str, Any] = {"name": stage, "first": [], "rest": []}
     for part, names in (("first", first), ("rest", rest)):
@@ -70,8 +76,14 @@ def _stage(groups: Sequence[charts.RunGroup], stage: str, specs: dict[str, chart
 def _run(place: int, label: str, run: RunData, specs: dict[str, charts.Spec]) -> dict[str, Any]:
     points = answer_points(run)
     digest = digest_samples(RunDir(run.path).rollouts, shown=SAMPLES_SHOWN, points=SCATTER_POINTS)
-    drawn = [(f"{stage}: where a step's time goes", charts.time_chart(run, stage)) for stage in run.stages]
-    drawn.append(("reward against length", charts.length_chart(digest.points) if digest.points else None))
+    drawn = [
+        (f"{stage}: where a step's time goes", charts.time_chart(run, stage))
+        for stage in run.stages
+    ]
+    drawn.append(
+        ("reward against length", charts.length_chart(digest.points) if digest.points else None)
+    )
+    drawn.append((usage_title(run), usage_chart(run)))
     drawn.append(("stages, faults and restarts", charts.timeline_chart(run)))
     return {
         "place": place,
@@ -94,12 +106,16 @@ def _run(place: int, label: str, run: RunData, specs: dict[str, charts.Spec]) ->
 
 def _left_out(run: RunData, digest: SampleDigest) -> list[str]:
     """Return what of a run's files could not be used, or was not read."""
-    lines = [f"{count} line(s) of {file} are damaged, and left out" for file, count in run.damage.items()]
+    lines = [
+        f"{count} line(s) of {file} are damaged, and left out" for file, count in run.damage.items()
+    ]
     if digest.damaged:
         lines.append(f"{digest.damaged} line(s) of rollouts.jsonl are damaged, and left out")
     if digest.bytes_read < digest.bytes_total:
         part = f"{digest.bytes_read / 1e6:.0f} of {digest.bytes_total / 1e6:.0f} MB"
-        lines.append(f"of rollouts.jsonl {part} were read, evenly spread: best and worst are those of that part")
+        lines.append(
+            f"of rollouts.jsonl {part} were read, evenly spread: best and worst are those of that part"
+        )
     return [*lines, *run.remarks]
 
 
@@ -115,7 +131,11 @@ def _render(**values: Any) -> str:
     import markupsafe
 
     def shown(value: Any) -> Any:
-        return escaped(value) if isinstance(value, str) and not isinstance(value, markupsafe.Markup) else value
+        return (
+            escaped(value)
+            if isinstance(value, str) and not isinstance(value, markupsafe.Markup)
+            else value
+        )
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(PAGES),
@@ -127,7 +147,9 @@ def _render(**values: Any) -> str:
     )
     environment.filters["clock"] = lambda at: time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
     environment.globals.update(
-        share_words=report_tables.share_words, change_words=report_tables.change_words, percent=report_tables.percent
+        share_words=report_tables.share_words,
+        change_words=report_tables.change_words,
+        percent=report_tables.percent,
     )
     scripts = [javascript(), (PAGES / "draw.js").read_text(encoding="utf-8")]
     return environment.get_template("report.html").render(

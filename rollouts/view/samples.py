@@ -12,14 +12,19 @@ GREEN, PLAIN = "\x1b[32m", "\x1b[39m"
 def mixtures_text(mixtures: Sequence[Mapping[str, Any]], *, colour: bool) -> str:
     """Return each mixture's counts, lengths and first rows, trained tokens in green, or in [brackets]."""
     parts = [line for mixture in mixtures for line in _mixture(mixture, colour=colour)]
-    return "\n".join([*parts, "", f"trained tokens are {f'{GREEN}green{PLAIN}' if colour else 'in [brackets]'}"])
+    return "\n".join(
+        [*parts, "", f"trained tokens are {f'{GREEN}green{PLAIN}' if colour else 'in [brackets]'}"]
+    )
 
 
 def _mixture(mixture: Mapping[str, Any], *, colour: bool) -> list[str]:
     lines = [escaped(f"{mixture['mixture']}: {mixture['summary']}")]
     lines += _bars(mixture["lengths"])
     for row in mixture["rows"]:
-        lines += [escaped(f"  {row['where']}"), *(f"    {line}" for line in _spans(row["spans"], colour=colour))]
+        lines += [
+            escaped(f"  {row['where']}"),
+            *(f"    {line}" for line in _spans(row["spans"], colour=colour)),
+        ]
     return lines
 
 
@@ -29,8 +34,12 @@ def _bars(bins: Sequence[Mapping[str, int]]) -> list[str]:
     width = max((len(f"{part['start']}-{part['end']}") for part in bins), default=0)
     lines = []
     for part in bins:
-        name = f"{part['start']}" if part["start"] == part["end"] else f"{part['start']}-{part['end']}"
-        lines.append(f"  {name:>{width}} tokens {part['count']:>8} {'#' * -(-BAR * part['count'] // most)}".rstrip())
+        name = (
+            f"{part['start']}" if part["start"] == part["end"] else f"{part['start']}-{part['end']}"
+        )
+        lines.append(
+            f"  {name:>{width}} tokens {part['count']:>8} {'#' * -(-BAR * part['count'] // most)}".rstrip()
+        )
     return lines
 
 

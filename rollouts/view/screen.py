@@ -11,6 +11,7 @@ from typing import Any
 
 from rollouts.view.answer import Answer
 from rollouts.view.escape import escaped
+from rollouts.view.unread import is_read
 
 
 class Screen:
@@ -20,8 +21,10 @@ class Screen:
         self.as_json = as_json
 
     def show(self, answer: Answer) -> int:
-        """Print an answer. Returns its exit code."""
-        if self.as_json:
+        """Print an answer, to stderr once nobody reads stdout any more. Returns its exit code."""
+        if not is_read():
+            self.remark((answer.text or "").lstrip("\n"))
+        elif self.as_json:
             print_json(answer.document)
         elif answer.text is not None:
             print(answer.text if answer.is_escaped else escaped(answer.text), flush=True)
@@ -69,7 +72,11 @@ def show(text: str) -> None:
 
 def takes_colour() -> bool:
     """Return whether stdout is a terminal with colours, whose user wants them (no-color.org)."""
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
+    return (
+        sys.stdout.isatty()
+        and not os.environ.get("NO_COLOR")
+        and os.environ.get("TERM", "dumb") != "dumb"
+    )
 
 
 def terminal_width() -> int | None:

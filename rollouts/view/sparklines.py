@@ -33,12 +33,18 @@ class Trace:
             values = (*values, value)
             if len(values) > POINTS_MAX:
                 values, every = values[::2], every * 2
-        return Trace(values, every, self.seen + 1, value, min(self.low, value), max(self.high, value))
+        return Trace(
+            values, every, self.seen + 1, value, min(self.low, value), max(self.high, value)
+        )
 
 
 def traced(traces: Mapping[str, Trace], row: Mapping[str, Any]) -> dict[str, Trace]:
     """Return the traces after one more row of metrics.jsonl."""
-    new = {name: traces.get(name, Trace()).after(float(row[name])) for name in DRAWN if is_number(row.get(name))}
+    new = {
+        name: traces.get(name, Trace()).after(float(row[name]))
+        for name in DRAWN
+        if is_number(row.get(name))
+    }
     return {**traces, **new}
 
 
@@ -65,4 +71,6 @@ def sparkline(values: Sequence[float], width: int, *, utf8: bool) -> str:
     levels = LEVELS if utf8 else PLAIN_LEVELS
     top = len(levels) - 1
     half = high / 2 - low / 2  # halves: the difference of two finite numbers may not be one
-    return "".join(levels[round(top * ((mean / 2 - low / 2) / half)) if half > 0 else 0] for mean in means)
+    return "".join(
+        levels[round(top * ((mean / 2 - low / 2) / half)) if half > 0 else 0] for mean in means
+    )

@@ -21,7 +21,9 @@ def columns(table: Sequence[Sequence[str]]) -> str:
     right = [i > 0 and all(_is_number(row[i]) for row in table[1:]) for i in range(len(widths))]
     lines = []
     for row in table:
-        cells = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)]
+        cells = [
+            c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)
+        ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 
@@ -56,29 +58,42 @@ def runs_text(rows: Sequence[dict[str, Any]], *, width: int | None = None) -> st
     heading, *lines = columns(cells).splitlines()
     same_target = ""
     if width is not None and max(map(len, (heading, *lines))) > width:
-        same_target = cells[1][1] if len({row["target"] for row in rows}) == 1 else ""
+        same_target = cells[1][1] if len({_shown(row, "target") for row in rows}) == 1 else ""
         heading, *lines = _narrow(rows, width, with_target=not same_target)
     if width is not None and len(rows) > REASONS_MAX:
         failed = sum(bool(_reason(row)) for row in rows)
         why = f"; {failed} with a note: `deploy status RUN` says it" if failed else ""
-        return "\n".join([heading, *lines, f"{len(rows)} runs{same_target and f', all on {same_target}'}{why}"])
+        return "\n".join(
+            [heading, *lines, f"{len(rows)} runs{same_target and f', all on {same_target}'}{why}"]
+        )
     table = [heading, *(f"{line}{_reason(row)}" for line, row in zip(lines, rows, strict=True))]
     return "\n".join([*table, f"all on {same_target}"] if same_target else table)
 
 
 def _shown(row: dict[str, Any], name: str) -> Any:
-    return " ".join(row.get("tags", ())) if name == "tags" else row[name]
+    if name == "tags":
+        return " ".join(row.get("tags", ()))
+    more = len(row.get("hosts", ())) - 1
+    return f"{row[name]} +{more}" if name == "target" and more > 0 else row[name]
 
 
 def _narrow(rows: Sequence[dict[str, Any]], width: int, *, with_target: bool) -> list[str]:
     """Return the table's lines for a terminal: what matters most of each run, and as much of its name as fits."""
     with_tags = any(row.get("tags") for row in rows)
-    header = ["state", "at", "started", *(["target"] if with_target else []), *(["tags"] if with_tags else [])]
+    header = [
+        "state",
+        "at",
+        "started",
+        *(["target"] if with_target else []),
+        *(["tags"] if with_tags else []),
+    ]
     cells = [header]
     for row in rows:
         at = " ".join(str(row[name]) for name in ("stage", "step") if row[name] is not None) or "-"
         started = cell("started_at", row["started_at"])
-        target = [elided(cell("target", row["target"]), TARGET_CHARS)] if with_target else []
+        target = (
+            [elided(cell("target", _shown(row, "target")), TARGET_CHARS)] if with_target else []
+        )
         cells.append([cell("state", row["state"]), one_line(at), started[5:16] or "-", *target])
         cells[-1] += [elided(cell("tags", _shown(row, "tags")), TARGET_CHARS)] if with_tags else []
     others = max(map(len, columns([["", *line] for line in cells]).splitlines()))
@@ -98,7 +113,7 @@ def elided(text: str, width: int) -> str:
 def _reason(row: dict[str, Any]) -> str:
     """Return why a run failed, was not launched or waits, or where it is, as a line under its own; "" for another."""
     message = row.get("message") or ""
-    if row["state"] in ("failed", "died", "not launched") and message:
+    if row["state"] in ("failed", "died", "not launched", "interrupted") and message:
         return f"\n  error: {one_line(message)}"
     told = row["state"] == "queued" or (row.get("host") and row["state"] not in FINAL_STATES)
     return f"\n  note: {one_line(message)}" if told and message else ""
@@ -114,7 +129,11 @@ def run_text(row: dict[str, Any]) -> str:
 def cause(error: dict[str, Any]) -> str:
     """Return an error event's message; with the process's own `error:` line where the message lacks it."""
     message, lines = str(error.get("message")), error.get("log_tail")
-    said = [str(line) for line in lines if str(line).startswith("error: ")] if isinstance(lines, list) else []
+    said = (
+        [str(line) for line in lines if str(line).startswith("error: ")]
+        if isinstance(lines, list)
+        else []
+    )
     own = said[-1].removeprefix("error: ").strip() if said else ""
     return message if not own or own in message else f"{message}: {own}"
 
@@ -122,4 +141,8 @@ def cause(error: dict[str, Any]) -> str:
 def cut_text(text: str) -> str:
     """Return it escaped, and no more of it than a small screen holds."""
     shown = escaped(text).strip()
-    return shown if len(shown) <= MESSAGE_CHARS_MAX else f"{shown[:MESSAGE_CHARS_MAX]}… (all of it: events.jsonl)"
+    return (
+        shown
+        if len(shown) <= MESSAGE_CHARS_MAX
+        else f"{shown[:MESSAGE_CHARS_MAX]}… (all of it: events.jsonl)"
+    )

@@ -16,7 +16,7 @@ from rollouts.machine.nvidia_smi import (
     read_gpus,
     read_processes,
 )
-from rollouts.worker.host_check.machine import owners
+from rollouts.worker.host_check.whole_machine import owners
 
 
 def look() -> Mapping[int, str]:
@@ -33,7 +33,12 @@ def _nvidia_smi(query: str) -> list[str]:
     argv = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(
-            argv, capture_output=True, text=True, errors="replace", timeout=NVIDIA_SMI_TIMEOUT_S, check=False
+            argv,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=NVIDIA_SMI_TIMEOUT_S,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         raise OSError(f"nvidia-smi did not answer within {NVIDIA_SMI_TIMEOUT_S} s") from None
@@ -53,7 +58,9 @@ def _why_not(gpu: Gpu, processes: Iterable[GpuProcess]) -> str:
 
 
 def _owner(pid: int) -> str:
-    return "".join(f" of {found['user']} since {since(found['started_at'])}" for found in owners([pid]))
+    return "".join(
+        f" of {found['user']} since {since(found['started_at'])}" for found in owners([pid])
+    )
 
 
 def since(began: float) -> str:

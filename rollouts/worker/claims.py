@@ -37,7 +37,7 @@ class LiveRun:
 
 
 def one_at_a_time(home: Path) -> AbstractContextManager[None]:
-    """One launch, or one turn, in this home: what two of them want is given to the first."""
+    """Let one launch, or one turn, in this home decide at a time: what two of them want is given to the first."""
     return locked(home / "launch.lock")
 
 
@@ -45,8 +45,11 @@ def needs(plan: LaunchPlan) -> set[Need]:
     """Return what the run alone can have."""
     found: set[Need] = set()
     if plan.group is not None and plan.group.leads:
-        found |= {Need("port", str(port)) for port in (plan.group.supervisor_port, plan.group.trainer_port)}
-    for spec in (spec for stage in plan.stages for spec in (*stage.engines, stage.trainer)):
+        found |= {
+            Need("port", str(port))
+            for port in (plan.group.supervisor_port, plan.group.trainer_port)
+        }
+    for spec in (spec for stage in plan.stages for spec in stage.processes()):
         devices = spec.env.get(run_dir.GPUS_VARIABLE, spec.env.get("CUDA_VISIBLE_DEVICES", ""))
         found |= {Need("GPU", device.strip()) for device in devices.split(",") if device.strip()}
         if spec.ready_url is not None:
@@ -65,9 +68,11 @@ def live_runs(home: Path, *, but: str) -> Iterator[LiveRun]:
         try:
             seen = observe(other) if path.name != but else None
             plan = run_dir.read_plan(other) if seen is not None and seen.live else None
-        except (OSError, ValueError, TypeError, KeyError):  # another user's, or of another version of this program
+        except (OSError, ValueError, TypeError, KeyError):
+            # another user's, or of another version of this program
             continue
-        if seen is None or plan is None or run_dir.is_elsewhere(other):  # machines may share a home, and no GPUs
+        # machines may share a home, and no GPUs; Slurm gives its own
+        if seen is None or plan is None or plan.slurm is not None or run_dir.is_elsewhere(other):
             continue
         yield LiveRun(other, plan, seen.status.started_at if seen.status else 0.0)
 

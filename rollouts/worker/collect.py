@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import stat
 import sys
 import time
@@ -20,16 +21,26 @@ from pathlib import Path
 from typing import Any
 
 from rollouts.plain_files import open_plain
-from rollouts.run_dir import RunDir, observe, read_plan
+from rollouts.run_dir import RunDir, observe
 from rollouts.run_dir.results import checkpoint_digest
 from rollouts.worker import removing
 from rollouts.worker.disk_use import changed_at, entries_below, freed_bytes
 from rollouts.worker.processes import Scan, scan
 
-UPLOAD_IDLE_S = 3600.0  # an upload in which nothing changed for so long has ended, whatever --older-than says
+UPLOAD_IDLE_S = (
+    3600.0  # an upload in which nothing changed for so long has ended, whatever --older-than says
+)
 MARKER_FILE = ".complete"  # of an environment
+PREVIEWS = "previews"  # where `deploy data --remote` puts its code
 # What an upload leaves: a directory in runs/ with none of these may be another program's, where the home is shared
-UPLOADED = ("launch.json", "code/tree", "code/package", "code/.tree-*", "code/.package-*", "start/.*.part")
+UPLOADED = (
+    "launch.json",
+    "code/tree",
+    "code/package",
+    "code/.tree-*",
+    "code/.package-*",
+    "start/.*.part",
+)
 Have = dict[str, dict[str, str]]
 
 
@@ -51,7 +62,9 @@ class Home:
     def __init__(self, home: Path, *, older_than_s: float, have: Have, now: float) -> None:
         self.home, self._older_than_s, self._have, self._now = home, older_than_s, have, now
         self._live = removing.live_runs(home)
-        self._last_trees = {os.path.realpath(link) for link in (home / "code").glob("*") if link.is_symlink()}
+        self._last_trees = {
+            os.path.realpath(link) for link in (home / "code").glob("*") if link.is_symlink()
+        }
 
     def items(self) -> list[Item]:
         """Return all that takes room, but for what is not ours. Nothing is changed."""
@@ -59,9 +72,17 @@ class Home:
         found: list[Item] = []
         for run in self._runs():
             found += self._of_run(run, scanned)
-        found += [self._environment(path) for path in _own(self.home / "envs", "[!.]*") if _is_environment(path)]
-        aside = [path for path in _own(self.home / removing.REMOVED, "*") if removing.was_set_aside(path)]
-        return [*found, *(self._item("removed", path, "", 0.0, "") for path in aside)]
+        found += [
+            self._environment(path)
+            for path in _own(self.home / "envs", "[!.]*")
+            if _is_environment(path)
+        ]
+        aside = [
+            path for path in _own(self.home / removing.REMOVED, "*") if removing.was_set_aside(path)
+        ]
+        found += [self._item("removed", path, "", 0.0, "") for path in aside]
+        previews = _own(self.home / PREVIEWS, "*")
+        return [*found, *(self._upload(path, "") for path in previews if _is_preview(path))]
 
     def _runs(self) -> Iterator[RunDir]:
         for path in _own(self.home / "runs", "*"):
@@ -74,7 +95,13 @@ class Home:
         never = not run.status.exists() and not run.lock.exists()
         used_at = seen.status.updated_at if seen.status is not None else changed_at(run.path)
         if in_use or (seen.status is None and not never):
-            yield self._item("run", run.path, run.run_id, self._now - used_at, in_use or "its status cannot be read")
+            yield self._item(
+                "run",
+                run.path,
+                run.run_id,
+                self._now - used_at,
+                in_use or "its status cannot be read",
+            )
             return
         if never:
             if any(next(run.path.glob(name), None) for name in UPLOADED):
@@ -83,11 +110,19 @@ class Home:
         idle_s = self._now - used_at
         for path in (run.code_tree, run.code_package):
             if removing.is_own_directory(path):
-                last = "the next upload of its project goes on from it" if str(path) in self._last_trees else ""
+                last = (
+                    "the next upload of its project goes on from it"
+                    if str(path) in self._last_trees
+                    else ""
+                )
                 yield self._item("code", path, run.run_id, idle_s, last)
         if removing.is_own_directory(run.weights):
             yield self._item("weights", run.weights, run.run_id, idle_s, "")
-        for path in [*_own(run.code, ".tree-*"), *_own(run.code, ".package-*"), *_own(run.path / "start", ".*.part")]:
+        for path in [
+            *_own(run.code, ".tree-*"),
+            *_own(run.code, ".package-*"),
+            *_own(run.path / "start", ".*.part"),
+        ]:
             yield self._upload(path, run.run_id)
         for stage in _own(run.checkpoints, "*"):
             for path in _own(stage, "step_*"):
@@ -98,7 +133,9 @@ class Home:
         digest = checkpoint_digest(path)
         is_copied = digest != "" and self._have.get(run_id, {}).get(name) == digest
         keep = "" if is_copied else "the only copy: `deploy pull` first"
-        if is_copied and all(found.st_nlink > 1 for found in entries_below(path) if stat.S_ISREG(found.st_mode)):
+        if is_copied and all(
+            found.st_nlink > 1 for found in entries_below(path) if stat.S_ISREG(found.st_mode)
+        ):
             keep = "the results here are the same files"
         return self._item("checkpoint", path, run_id, idle_s, keep)
 
@@ -110,21 +147,18 @@ class Home:
     def _environment(self, path: Path) -> Item:
         marker = path / MARKER_FILE
         used_at = [marker.stat().st_mtime] if marker.is_file() else [changed_at(path)]
-        keep = ""
         for run in self._runs():
-            if _uses(run, path):
-                seen = observe(run)
-                used_at += [seen.status.updated_at] if seen.status is not None else []
-                keep = keep or (f"the live run {run.run_id} uses it" if seen.live or seen.state == "silent" else "")
+            if removing.names(removing.text_of(run.plan) or "", [str(path)]):
+                status = observe(run).status
+                used_at += [status.updated_at] if status is not None else []
         with _environment_lock(path) as free:
-            keep = keep or ("" if free else "it is being made")
+            keep = "" if free else "it is being made"
         return self._item("environment", path, "", self._now - max(used_at), keep)
 
     def _item(self, kind: str, path: Path, run_id: str, idle_s: float, keep: str) -> Item:
         if not keep and kind != "removed" and idle_s < self._older_than_s:
             keep = "used lately"
-        if not keep and (users := removing.users_of([str(path), os.path.realpath(path)], self._live, but=run_id)):
-            keep = f"the live run {users[0]} uses it"
+        keep = keep or _why_used(kind, path, self._live, run_id)
         return Item(kind, str(path), run_id, freed_bytes([path]), max(0.0, idle_s), keep)
 
 
@@ -136,16 +170,15 @@ def remove(home: Path, chosen: list[Item]) -> dict[str, Any]:
     aside, removed, problems = [], [], []
     for item in chosen:
         path = Path(item.path)
-        with removing.no_launches(home), _free(item, home) as reason:
-            reasons = [reason] if reason else []
-            reasons += removing.users_of([item.path, os.path.realpath(path)], removing.live_runs(home), but=item.run_id)
-            if reasons:
-                problems.append(f"{item.path} stays: {reasons[0]}")
+        with removing.no_launches(home), _free(item, home) as in_use:
+            reason = in_use or _why_used(item.kind, path, removing.live_runs(home), item.run_id)
+            if reason:
+                problems.append(f"{item.path} stays: {reason}")
             elif item.kind == "removed":
                 aside.append(path)
             else:
                 aside.append(removing.set_aside(path, home))
-            removed += [] if reasons else [item.path]
+            removed += [] if reason else [item.path]
     size = freed_bytes(aside)
     problems += [left for path in aside if (left := removing.remove_tree(path))]
     return {"removed": removed, "bytes": size, "problems": problems}
@@ -157,14 +190,18 @@ def _free(item: Item, home: Path) -> Iterator[str]:
     if not removing.is_own_directory(Path(item.path)):
         yield "it is gone, or a link"
     elif item.kind == "environment":
-        live = [run.run_id for run in removing.live_runs(home) if _uses(run, Path(item.path))]
         with _environment_lock(Path(item.path)) as free:
-            yield f"the live run {live[0]} uses it" if live else "" if free else "it is being made"
+            yield "" if free else "it is being made"
     elif item.run_id:
         with removing.ended(RunDir(home / "runs" / item.run_id)) as in_use:
             yield in_use
     else:
         yield ""
+
+
+def _is_preview(path: Path) -> bool:
+    """Return whether `deploy data --remote` made it."""
+    return re.fullmatch(r"[0-9a-f]{8}", path.name) is not None
 
 
 def _is_environment(path: Path) -> bool:
@@ -189,13 +226,11 @@ def _environment_lock(path: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def _uses(run: RunDir, environment: Path) -> bool:
-    """Return whether the run's plan names the environment."""
-    try:
-        plan = read_plan(run)
-    except (OSError, ValueError, TypeError, KeyError):  # of another version: looked for as text
-        return removing.names(run.plan, str(environment))
-    return plan is not None and any(Path(spec.path) == environment for spec in plan.environments)
+def _why_used(kind: str, path: Path, live: list[RunDir], run_id: str) -> str:
+    """Return which live run uses it, or may; "" for none. Nobody uses what was set aside, or half an upload."""
+    if kind in ("removed", "upload"):
+        return ""
+    return removing.why_used([str(path), os.path.realpath(path)], live, but=run_id)
 
 
 def _own(directory: Path, pattern: str) -> list[Path]:
@@ -218,7 +253,9 @@ def main() -> None:
         "problems": [],
     }
     if (wanted := question["remove"]) is not None:
-        answer |= remove(home, [item for item in free if item.path in wanted])
+        kept = [f"{i.path} stays: {i.keep}" for i in items if i.keep and i.path in wanted]
+        done = remove(home, [item for item in free if item.path in wanted])
+        answer |= done | {"problems": [*kept, *done["problems"]]}
     print(json.dumps(answer))
 
 

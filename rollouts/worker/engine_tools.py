@@ -23,11 +23,18 @@ LIBRARY = re.compile(r"(lib.+\.so)(?:\.\d+)+")
 RELEASE = re.compile(r"release (\d+)\.(\d+)")
 CUDART = re.compile(r"nvidia_cuda_runtime-(\d+)\.(\d+)[\d.]*\.dist-info")
 USUAL_TOOLKIT = "/usr/local/cuda"  # where engines look by themselves
-DRIVER_LIBRARIES = ("/usr/lib/*-linux-gnu", "/usr/lib64", "/usr/lib/wsl/lib", "/usr/local/nvidia/lib64")
+DRIVER_LIBRARIES = (
+    "/usr/lib/*-linux-gnu",
+    "/usr/lib64",
+    "/usr/lib/wsl/lib",
+    "/usr/local/nvidia/lib64",
+)
 NVCC_TIMEOUT_S = 30.0
 
 
-def with_tools(environment: Mapping[str, str], root: Path, *, declared: Mapping[str, str]) -> dict[str, str]:
+def with_tools(
+    environment: Mapping[str, str], root: Path, *, declared: Mapping[str, str]
+) -> dict[str, str]:
     """Return a process's variables with what the environment at `root` has; `declared` ones stay as they are.
 
     Makes the toolkit's links where they are missing. Raises OSError when they cannot be made.
@@ -43,7 +50,9 @@ def with_tools(environment: Mapping[str, str], root: Path, *, declared: Mapping[
             toolkit = link_toolkit(root, wheels)
         if toolkit is not None:
             made["CUDA_HOME"] = made["CUDA_PATH"] = str(toolkit)
-            made["PATH"] = _joined(str(root / "bin"), str(toolkit / "bin"), environment.get("PATH", os.defpath))
+            made["PATH"] = _joined(
+                str(root / "bin"), str(toolkit / "bin"), environment.get("PATH", os.defpath)
+            )
     return made
 
 
@@ -94,7 +103,9 @@ def _nvcc_version(nvcc: Path) -> tuple[int, int] | None:
     if not os.access(nvcc, os.X_OK) or not (nvcc.parent.parent / "lib64" / "libcudart.so").exists():
         return None
     try:
-        done = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=NVCC_TIMEOUT_S, check=False)
+        done = subprocess.run(
+            [nvcc, "--version"], capture_output=True, text=True, timeout=NVCC_TIMEOUT_S, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     found = RELEASE.search(done.stdout)
@@ -105,7 +116,10 @@ def link_toolkit(root: Path, wheels: Path) -> Path:
     """Give the wheels a toolkit's shape, once. Two runs that do it at a time make the same."""
     target = root / CUDA_HOME
     links = dict(toolkit_links(wheels))
-    if all((target / name).is_symlink() and os.readlink(target / name) == to for name, to in links.items()):
+    if all(
+        (target / name).is_symlink() and os.readlink(target / name) == to
+        for name, to in links.items()
+    ):
         return target
     building = Path(tempfile.mkdtemp(prefix=f".{CUDA_HOME}.", dir=root))
     try:
@@ -151,5 +165,6 @@ def toolkit_links(wheels: Path) -> Iterator[tuple[str, str]]:
             yield f"lib64/{match[1]}", name
     for pattern in DRIVER_LIBRARIES:
         for driver in sorted(Path("/").glob(f"{pattern[1:]}/libcuda.so.1")):
-            yield "lib64/stubs/libcuda.so", str(driver)  # what -lcuda links with; the wheels have no stub of it
+            # what -lcuda links with; the wheels have no stub of it
+            yield "lib64/stubs/libcuda.so", str(driver)
             return

@@ -22,7 +22,9 @@ from pathlib import Path
 
 from rollouts.run_dir import RUN_ID_VARIABLE, RUN_PATH_VARIABLE, RunDir, read_launch_host
 
-WINDOW_VARIABLE = "ROLLOUTS_WINDOW"  # "<stage>-<window>"; the window wrappers themselves have no such variable
+WINDOW_VARIABLE = (
+    "ROLLOUTS_WINDOW"  # "<stage>-<window>"; the window wrappers themselves have no such variable
+)
 SUPERVISOR_STAGE = "run"  # the supervisor's window belongs to no stage
 SUPERVISOR_WINDOW = "supervisor"
 STOPPED_CODE = 143  # the exit code of a stopped run, as a shell reports SIGTERM
@@ -69,10 +71,14 @@ def marked_processes(
     `seen`: a look that was taken already.
     """
     seen = seen or scan()
-    window_entries = None if windows is None else {f"{WINDOW_VARIABLE}={name}".encode() for name in windows}
+    window_entries = (
+        None if windows is None else {f"{WINDOW_VARIABLE}={name}".encode() for name in windows}
+    )
     own, strangers = _sorted_out(run, seen)
     chosen = {
-        pid for pid in own if window_entries is None or not window_entries.isdisjoint(seen.environments.get(pid, ()))
+        pid
+        for pid in own
+        if window_entries is None or not window_entries.isdisjoint(seen.environments.get(pid, ()))
     }
     roots = chosen | set(ancestors)
     found = (roots & seen.parents.keys()) | _below(roots, seen.parents, without=strangers)
@@ -80,7 +86,8 @@ def marked_processes(
 
 
 def descendants(pid: int, run: RunDir, *, seen: Scan | None = None) -> dict[int, int]:
-    """What of the run descends from a process now, as {id: start ticks}: to know it again once its parents are gone."""
+    """Return what of the run descends from a process now, as {id: start ticks}, to know it again once its parents are
+    gone."""
     seen = seen or scan()
     _, strangers = _sorted_out(run, seen)
     found = {child: start_ticks(child) for child in _below({pid}, seen.parents, without=strangers)}
@@ -97,7 +104,9 @@ def _sorted_out(run: RunDir, seen: Scan) -> tuple[set[int], set[int]]:
     for pid, entries in seen.environments.items():
         if run_id in entries:
             path_entries = [entry for entry in entries if entry.startswith(any_path)]
-            (own if run_path in path_entries or (older and not path_entries) else strangers).add(pid)
+            (own if run_path in path_entries or (older and not path_entries) else strangers).add(
+                pid
+            )
         elif any(entry.startswith(any_id) for entry in entries):
             strangers.add(pid)
     return own, strangers
@@ -121,7 +130,7 @@ def _environment(pid: int) -> frozenset[bytes]:
 
 
 def _below(roots: set[int], parents: Mapping[int, int], *, without: set[int]) -> set[int]:
-    """All descendants of `roots`; what lies below a process of `without` is another's."""
+    """Return all descendants of `roots`; what lies below a process of `without` is another's."""
     children: dict[int, list[int]] = {}
     for pid, parent in parents.items():
         children.setdefault(parent, []).append(pid)
@@ -174,8 +183,12 @@ def end_marked(
     asked: set[int] = set()
     known: set[tuple[int, int | None]] = set((family or {}).items())
     while True:
-        known |= {(pid, start_ticks(pid)) for pid in marked_processes(run, windows, ancestors=ancestors)}
-        remaining = sorted(pid for pid, ticks in known if ticks is not None and start_ticks(pid) == ticks)
+        known |= {
+            (pid, start_ticks(pid)) for pid in marked_processes(run, windows, ancestors=ancestors)
+        }
+        remaining = sorted(
+            pid for pid, ticks in known if ticks is not None and start_ticks(pid) == ticks
+        )
         if not remaining:
             return []
         now = time.monotonic()
@@ -198,7 +211,7 @@ def send_signal(pid: int, signum: int) -> None:
 
 
 def start_ticks(pid: int) -> int | None:
-    """When the process started, in clock ticks since boot: with the id, its identity. None once it has ended.
+    """Return when the process started, in clock ticks since boot: with the id, its identity. None once it has ended.
 
     A zombie has ended.
     """
@@ -210,6 +223,27 @@ def is_stopped(pid: int) -> bool:
     """Is it held by SIGSTOP or its like?"""
     fields = _stat(pid)
     return fields is not None and fields[0] == "T"
+
+
+@dataclass(frozen=True)
+class ProcessUsage:
+    """What a process has used so far."""
+
+    ticks: int  # of the clock, on a CPU
+    memory_bytes: int  # resident now, shared pages included
+
+
+def process_usage(pid: int) -> ProcessUsage | None:
+    """Return what a process uses; None once it has ended.
+
+    Source: proc(5), /proc/pid/stat: fields 14 and 15 (utime, stime) and 24 (rss, in pages).
+    """
+    fields = _stat(pid)
+    if fields is None or fields[0] in "ZX":
+        return None
+    return ProcessUsage(
+        int(fields[11]) + int(fields[12]), int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
+    )
 
 
 def _stat(pid: int) -> list[str] | None:
@@ -239,7 +273,8 @@ def listens(port: int, pids: Collection[int]) -> bool:
 
 
 def listeners(pids: Collection[int], *, beyond_loopback: bool = False) -> list[Listener]:
-    """The sockets on which these processes listen; with `beyond_loopback` only those that other machines reach."""
+    """Return the sockets on which these processes listen; with `beyond_loopback` only those that other machines
+    reach."""
     sockets = {
         inode: place
         for inode, place in _listening().items()

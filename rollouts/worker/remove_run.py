@@ -28,8 +28,9 @@ def remove_run(run: RunDir, places: list[str]) -> dict[str, Any]:
     with removing.no_launches(home), removing.ended(run) as in_use:
         if in_use:
             return _answer(False, in_use, 0)
-        if used := removing.users_of([str(run.path), run.real_path, *places], removing.live_runs(home), but=run.run_id):
-            return _answer(False, f"the live run {used[0]} uses files of it", 0)
+        files = [str(run.path), run.real_path, *places]
+        if used := removing.why_used(files, removing.live_runs(home), but=run.run_id):
+            return _answer(False, used, 0)
         size = freed_bytes([run.path])
         remove_transient(run)
         _drop_links(run, home)

@@ -86,22 +86,33 @@ def live_runs(home: Path) -> list[RunDir]:
     return found
 
 
-def users_of(places: list[str], runs: Iterable[RunDir], *, but: str) -> list[str]:
-    """Return those of some live runs whose config or plan names a path at or below one of `places`."""
-    return [
-        run.run_id
-        for run in runs
-        if run.run_id != but and any(names(file, place) for file in (run.config, run.plan) for place in places)
-    ]
+def why_used(places: list[str], runs: Iterable[RunDir], *, but: str = "") -> str:
+    """Return which of some live runs uses a path at or below one of `places`, or may; "" for none.
+
+    Its config and its plan name what it uses: without one of them it may use anything.
+    """
+    others = [run for run in runs if run.run_id != but]
+    texts = [(run, file, text_of(file)) for run in others for file in (run.config, run.plan)]
+    for run, _, text in texts:
+        if text is not None and names(text, places):
+            return f"the live run {run.run_id} uses it"
+    for run, file, text in texts:
+        if text is None:
+            return f"the live run {run.run_id} may use it: its {file.name} cannot be read"
+    return ""
 
 
-def names(file: Path, place: str) -> bool:
-    """Return whether a config or a plan names a path at or below `place`."""
+def text_of(file: Path) -> str | None:
+    """Return what a config or a plan says; None for one that is gone, or cannot be read."""
     try:
-        text = read_plain(file).decode(errors="replace")
+        return read_plain(file).decode(errors="replace")
     except OSError:
-        return False
-    return f"{place}/" in text or f'{place}"' in text
+        return None
+
+
+def names(text: str, places: Iterable[str]) -> bool:
+    """Return whether a config or a plan names a path at or below one of `places`."""
+    return any(f"{place}/" in text or f'{place}"' in text for place in places)
 
 
 def set_aside(path: Path, home: Path) -> Path:

@@ -57,7 +57,8 @@ def draw(home: Path, run_id: str) -> OwnTicket:
         number = max((ticket.number for ticket in standing), default=0) + 1
         new = directory / NEW
         descriptor = open_plain(new, os.O_RDWR | os.O_CREAT, 0o600)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)  # before it has its name: whoever finds it finds it locked
+        # before it has its name: whoever finds it finds it locked
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         path = directory / f"{number:09d}.{run_id}"
         new.rename(path)
     return OwnTicket(path, number, run_id, descriptor)

@@ -19,10 +19,24 @@ class TmuxError(Exception):
     """tmux is missing, failed or did not answer. The message names the fix."""
 
 
-def start_session(run_id: str, window: str, command: Sequence[str], *, cwd: Path, hide: Collection[str]) -> None:
+def start_session(
+    run_id: str, window: str, command: Sequence[str], *, cwd: Path, hide: Collection[str]
+) -> None:
     """Start a detached session with one window. `hide` names variables that must not reach the tmux server."""
     _tmux(
-        *("new-session", "-d", "-s", run_id, "-n", window, *WINDOW_SIZE, "-c", str(cwd), *command, ";"),
+        *(
+            "new-session",
+            "-d",
+            "-s",
+            run_id,
+            "-n",
+            window,
+            *WINDOW_SIZE,
+            "-c",
+            str(cwd),
+            *command,
+            ";",
+        ),
         *("set-option", "-t", f"={run_id}:", "destroy-unattached", "off", ";"),
         *("set-window-option", "-t", f"={run_id}:={window}", "remain-on-exit", "off"),
         hide=hide,
@@ -32,8 +46,28 @@ def start_session(run_id: str, window: str, command: Sequence[str], *, cwd: Path
 def open_window(run_id: str, window: str, command: Sequence[str], *, cwd: Path) -> int:
     """Add a window to the run's session, from a process inside it. Returns the process id of `command`."""
     text = _tmux(
-        *("new-window", "-d", "-P", "-F", "#{pane_pid}", "-t", f"={run_id}:", "-n", window, "-c", str(cwd)),
-        *(*command, ";", "set-window-option", "-t", f"={run_id}:={window}", "remain-on-exit", "off"),
+        *(
+            "new-window",
+            "-d",
+            "-P",
+            "-F",
+            "#{pane_pid}",
+            "-t",
+            f"={run_id}:",
+            "-n",
+            window,
+            "-c",
+            str(cwd),
+        ),
+        *(
+            *command,
+            ";",
+            "set-window-option",
+            "-t",
+            f"={run_id}:={window}",
+            "remain-on-exit",
+            "off",
+        ),
         inside=True,
     )
     return int(text)
@@ -48,7 +82,7 @@ def has_session(run_id: str) -> bool:
 
 
 def pane_processes(run_id: str) -> list[int]:
-    """The process of each window of the session of that name; [] where there is none."""
+    """Return the process of each window of the session of that name; [] where there is none."""
     try:
         text = _tmux("list-panes", "-s", "-t", f"={run_id}", "-F", "#{pane_pid}")
     except TmuxError:
@@ -57,8 +91,10 @@ def pane_processes(run_id: str) -> list[int]:
 
 
 def window_names(run_id: str) -> list[str]:
-    """The windows of the run's session, from a process inside it. Raises TmuxError."""
-    return _tmux("list-windows", "-t", f"={run_id}", "-F", "#{window_name}", inside=True).splitlines()
+    """Return the windows of the run's session, from a process inside it. Raises TmuxError."""
+    return _tmux(
+        "list-windows", "-t", f"={run_id}", "-F", "#{window_name}", inside=True
+    ).splitlines()
 
 
 def kill_session(run_id: str) -> None:
@@ -67,7 +103,8 @@ def kill_session(run_id: str) -> None:
         try:
             _tmux("kill-session", "-t", f"={run_id}")
         except TmuxError:
-            if has_session(run_id):  # else it ended by itself meanwhile, as it does once its last process has ended
+            # else it ended by itself meanwhile, as it does once its last process has ended
+            if has_session(run_id):
                 raise
 
 
@@ -87,9 +124,13 @@ def _tmux(*arguments: str, hide: Collection[str] = (), inside: bool = False) -> 
             check=False,
         )
     except FileNotFoundError:
-        raise TmuxError("tmux is not installed on this host. Install it (Debian: apt-get install tmux).") from None
+        raise TmuxError(
+            "tmux is not installed on this host. Install it (Debian: apt-get install tmux)."
+        ) from None
     except subprocess.TimeoutExpired:
-        raise TmuxError(f"tmux {arguments[0]} did not answer within {TMUX_TIMEOUT_S:g} s. See `tmux ls`.") from None
+        raise TmuxError(
+            f"tmux {arguments[0]} did not answer within {TMUX_TIMEOUT_S:g} s. See `tmux ls`."
+        ) from None
     if done.returncode != 0:
         said = done.stderr.strip() or f"exit code {done.returncode}"
         raise TmuxError(f"tmux {arguments[0]} failed: {said}. See `tmux ls`.")

@@ -1,6 +1,7 @@
 """torchrun's entry: record this process, read config.json, build the stage, run it.
 
     torchrun -m rollouts.worker.trainer --run-dir RUN_DIRECTORY --stage sft|rl [--engine-url URL ...] [--router-url URL]
+        [--receiver-url URL ...]
 
 Every rank runs this. Rank 0 writes metrics, evaluations, samples and events into the run directory, and talks to the
 engines. A mistake of the user's ends the run with one `error:` line and exit code 1; a fault of ours with a traceback.
@@ -25,11 +26,27 @@ from rollouts.worker.stages import StageModule
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="The trainer of one stage; torchrun starts it on every rank.")
+    parser = argparse.ArgumentParser(
+        description="The trainer of one stage; torchrun starts it on every rank."
+    )
     parser.add_argument("--run-dir", required=True, type=Path, help="the run directory")
     parser.add_argument("--stage", required=True, choices=("sft", "rl"))
-    parser.add_argument("--engine-url", action="append", default=[], help="an inference server; rl needs at least one")
-    parser.add_argument("--router-url", help="SGLang's router in front of them, through which they get their requests")
+    parser.add_argument(
+        "--engine-url",
+        action="append",
+        default=[],
+        help="an inference server; rl needs at least one",
+    )
+    parser.add_argument(
+        "--router-url",
+        help="SGLang's router in front of them, through which they get their requests",
+    )
+    parser.add_argument(
+        "--receiver-url",
+        action="append",
+        default=[],
+        help="what takes weights for the engines of another host",
+    )
     arguments = parser.parse_args()
     find_user_code()
     run = RunDir(arguments.run_dir)
@@ -40,7 +57,8 @@ def main() -> int:
     open_files.allow_all()  # a connection for each request under way
     module = _stage_module(arguments.stage)
     with _mistakes_in_one_line(run, module.MISTAKES):
-        anyio.run(_train, module, config, run, EngineUrls(arguments.engine_url, arguments.router_url))
+        urls = EngineUrls(arguments.engine_url, arguments.router_url, arguments.receiver_url)
+        anyio.run(_train, module, config, run, urls)
     return 0
 
 

@@ -13,7 +13,14 @@ from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, errors, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub import (
+    HfApi,
+    constants,
+    errors,
+    hf_hub_download,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.utils import disable_progress_bars
 
 SMALL = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py")
@@ -47,19 +54,24 @@ def fetch(name: str, *, weights: bool) -> None:
         sizes = {file.rfilename: (file.size or 0) / 1e6 for file in found.siblings or ()}
         files = wanted(sizes, weights=weights)
         missing = [
-            file for file in files if not isinstance(try_to_load_from_cache(name, file, revision=found.sha), str)
+            file
+            for file in files
+            if not isinstance(try_to_load_from_cache(name, file, revision=found.sha), str)
         ]
         size = sum(sizes[file] for file in missing)
         print(f"{name}: {len(files)} files, {len(missing)} to download, {size:.1f} MB", flush=True)
         for file in sorted(missing, key=sizes.__getitem__):
             print(f"Downloading {file} ({sizes[file]:.1f} MB)", flush=True)
-            hf_hub_download(name, file)  # by the branch's name: readers find the newest commit by it
+            # by the branch's name: readers find the newest commit by it
+            hf_hub_download(name, file)
     except (errors.GatedRepoError, errors.RepositoryNotFoundError) as error:
         raise HubError(_refused(name, gated=isinstance(error, errors.GatedRepoError))) from None
     except errors.HFValidationError as error:
         raise HubError(f"model.name={name!r} is not a valid hub id: {error}") from None
     except Exception as error:  # of the client's HTTP library, which differs between its versions
-        _require_cached(name, weights=weights, why=str(error).strip().partition("\n")[0] or type(error).__name__)
+        _require_cached(
+            name, weights=weights, why=str(error).strip().partition("\n")[0] or type(error).__name__
+        )
 
 
 def _refused(name: str, *, gated: bool) -> str:
@@ -91,17 +103,24 @@ def _require_cached(name: str, *, weights: bool, why: str = "") -> None:
 
 def is_whole(directory: Path, *, weights: bool) -> bool:
     """Return whether a snapshot has its configuration and, if asked, all files of one format of weights."""
-    names = {path.name for path in directory.iterdir() if path.exists()}  # without links whose file is missing
+    # without links whose file is missing
+    names = {path.name for path in directory.iterdir() if path.exists()}
     if "config.json" not in names:
         return False
-    indexes = [name for name in names if name.endswith((".safetensors.index.json", ".bin.index.json"))]
-    parts = [set(json.loads((directory / name).read_text())["weight_map"].values()) for name in indexes]
+    indexes = [
+        name for name in names if name.endswith((".safetensors.index.json", ".bin.index.json"))
+    ]
+    parts = [
+        set(json.loads((directory / name).read_text())["weight_map"].values()) for name in indexes
+    ]
     single = any(fnmatch(name, pattern) for name in names - set(NOT_WEIGHTS) for pattern in WEIGHTS)
     return not weights or (any(part <= names for part in parts) if parts else single)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="rollouts.worker.trainer_hub", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="rollouts.worker.trainer_hub", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("name")
     parser.add_argument("--no-weights", action="store_true")
     arguments = parser.parse_args()

@@ -64,7 +64,9 @@ def endpoint(engine: Any, **changes: Any) -> Endpoint:
 
 
 @pytest.mark.anyio
-async def test_a_tool_is_called_and_its_answer_read(taught: InProcessEngine, tokenizer: Any) -> None:
+async def test_a_tool_is_called_and_its_answer_read(
+    taught: InProcessEngine, tokenizer: Any
+) -> None:
     """Goal: call, result, answer, token for token what the template makes of it; the tool's words are not trained on.
 
     Red with the tool's tokens in the mask, and with the new line after <|end|> lost between the turns.
@@ -74,7 +76,12 @@ async def test_a_tool_is_called_and_its_answer_read(taught: InProcessEngine, tok
     assert tokenizer.decode(episode.tokens) == SPOKEN
     trained = [token for token, mask in zip(episode.tokens, episode.mask, strict=True) if mask]
     assert tokenizer.decode(trained) == f"{CALL}<|end|>42<|end|>"
-    assert [message["role"] for message in episode.messages] == ["user", "assistant", "tool", "assistant"]
+    assert [message["role"] for message in episode.messages] == [
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+    ]
     assert episode.messages[2]["content"] == "42"
 
 
@@ -86,11 +93,15 @@ async def test_log_probs_are_those_of_one_forward_pass(taught: InProcessEngine) 
     """
     temperature = 0.7
     sample = trajectory_to_sample(
-        await run_episode(endpoint(taught, temperature=temperature), CalculatorEnvironment(), QUESTION, seed=3)
+        await run_episode(
+            endpoint(taught, temperature=temperature), CalculatorEnvironment(), QUESTION, seed=3
+        )
     )
     start = len(sample.tokens) - sample.response_length
     with torch.no_grad():
-        logits_TV = taught.model(input_ids=torch.tensor([sample.tokens])).logits[0].float() / temperature
+        logits_TV = (
+            taught.model(input_ids=torch.tensor([sample.tokens])).logits[0].float() / temperature
+        )
     log_probs_TV = logits_TV.log_softmax(-1)
     for t in range(start, len(sample.tokens)):
         expected = float(log_probs_TV[t - 1, sample.tokens[t]]) if sample.loss_mask[t] else 0.0
@@ -117,7 +128,9 @@ async def test_limits_end_an_episode_and_are_named(taught: InProcessEngine) -> N
 
 
 @pytest.mark.anyio
-async def test_a_long_answer_of_the_environment_does_not_exceed_the_limit(taught: InProcessEngine) -> None:
+async def test_a_long_answer_of_the_environment_does_not_exceed_the_limit(
+    taught: InProcessEngine,
+) -> None:
     """Goal: no sample is longer than tokens_max, whatever a tool returns: the trainer has no room for more, and no turn
     follows it. What was said stays in the messages. Red: a page of 5,000 tokens was in the sample."""
 
@@ -156,7 +169,9 @@ async def test_a_slow_environment_is_cut_off(taught: InProcessEngine) -> None:
             raise AssertionError
 
     with anyio.fail_after(60):
-        episode = await run_episode(endpoint(taught), Slow(), QUESTION, seed=0, limits=EpisodeLimits(timeout_s=3.0))
+        episode = await run_episode(
+            endpoint(taught), Slow(), QUESTION, seed=0, limits=EpisodeLimits(timeout_s=3.0)
+        )
     assert episode.ended == "timeout" and sum(episode.mask) > 0
 
 
@@ -173,11 +188,21 @@ async def test_broken_and_impossible_calls_are_answered(tokenizer: Any) -> None:
 
     class Reciting(InProcessEngine):
         async def generate_batch(self, prompts, sampling_params, *, n=1, return_logprob=True):
-            [[generation]] = await super().generate_batch(prompts, [{**sampling_params[0], "max_new_tokens": 1}], n=n)
+            [[generation]] = await super().generate_batch(
+                prompts, [{**sampling_params[0], "max_new_tokens": 1}], n=n
+            )
             ids = [*tokenizer(said[len(self.requests) - 1])["input_ids"], tokenizer.eos_token_id]
-            return [[replace(generation, output_ids=ids, logprobs=[-1.0] * len(ids), finish_reason="stop")]]
+            return [
+                [
+                    replace(
+                        generation, output_ids=ids, logprobs=[-1.0] * len(ids), finish_reason="stop"
+                    )
+                ]
+            ]
 
-    episode = await run_episode(endpoint(Reciting(tiny_model(), tokenizer)), environment, "?", seed=0)
+    episode = await run_episode(
+        endpoint(Reciting(tiny_model(), tokenizer)), environment, "?", seed=0
+    )
     answers = [message["content"] for message in episode.messages if message["role"] == "tool"]
     assert episode.ended == "done" and len(answers) == 3
     assert answers[0].startswith("error: the tool call is not JSON")
@@ -187,10 +212,15 @@ async def test_broken_and_impossible_calls_are_answered(tokenizer: Any) -> None:
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: Any) -> None:
     """Goal: tokens that would not be what the policy saw are an error. Red without the comparison of the beginnings."""
-    rewriting = tiny_tokenizer(TEMPLATE.replace("{{ m.content }}\n", "{{ m.content if loop.last else '' }}\n", 1))
+    rewriting = tiny_tokenizer(
+        TEMPLATE.replace("{{ m.content }}\n", "{{ m.content if loop.last else '' }}\n", 1)
+    )
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     answers = [{"role": "tool", "content": "c"}]
-    assert tokenizer.decode(between_turns(tokenizer, messages, answers, None)) == "\n<|system|>c<|end|>\n<|assistant|>"
+    assert (
+        tokenizer.decode(between_turns(tokenizer, messages, answers, None))
+        == "\n<|system|>c<|end|>\n<|assistant|>"
+    )
     with pytest.raises(AgentError, match="renders earlier turns differently"):
         between_turns(rewriting, messages, answers, None)
 
@@ -248,7 +278,9 @@ async def test_every_span_of_tokens_knows_its_weights(taught: InProcessEngine) -
         {"version": "3", "start": 0, "end": call_length - 1},
         {"version": "4", "start": call_length - 1, "end": sample.response_length},
     ]
-    same = trajectory_to_sample(await run_episode(endpoint(taught), CalculatorEnvironment(), QUESTION, seed=0))
+    same = trajectory_to_sample(
+        await run_episode(endpoint(taught), CalculatorEnvironment(), QUESTION, seed=0)
+    )
     assert same.metadata["weight_version"] == "3" and "weight_versions" not in same.metadata
 
 
@@ -261,8 +293,12 @@ async def test_a_message_that_the_template_leaves_out_is_an_error(taught: Any) -
             return [{"role": "system", "content": "be brief"}, *await super().start(prompt)]
 
     assistant = "if m.role == 'assistant' -%}"
-    deaf = tiny_tokenizer(TEMPLATE.replace(assistant, "if m.role == 'system' -%}{%- el" + assistant, 1))
-    with pytest.raises(AgentError, match=r"the chat template leaves out content of the system: .*be brief"):
+    deaf = tiny_tokenizer(
+        TEMPLATE.replace(assistant, "if m.role == 'system' -%}{%- el" + assistant, 1)
+    )
+    with pytest.raises(
+        AgentError, match=r"the chat template leaves out content of the system: .*be brief"
+    ):
         await run_episode(replace(endpoint(taught), tokenizer=deaf), Briefed(), QUESTION, seed=0)
 
 

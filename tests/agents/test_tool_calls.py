@@ -14,7 +14,9 @@ def names(message):
 
 def test_hermes_calls_stand_in_tags_beside_content():
     """Goal: every tagged call in order, the rest is content. Red with a greedy pattern: two calls were read as one."""
-    message, problems = parse_message(f"So:\n<tool_call>\n{CALL}\n</tool_call><tool_call>{CALL}</tool_call>", "hermes")
+    message, problems = parse_message(
+        f"So:\n<tool_call>\n{CALL}\n</tool_call><tool_call>{CALL}</tool_call>", "hermes"
+    )
     assert (message["role"], message["content"], problems) == ("assistant", "So:", [])
     assert names(message) == [PARSED, PARSED]
 
@@ -77,7 +79,9 @@ def test_a_call_may_hold_tags_and_may_be_cut_off():
         [],
     )
     message, problems = parse_message('So: <tool_call>{"name": "calc', "hermes")
-    assert "tool_calls" not in message and problems[0].startswith("error: the tool call is not JSON")
-    assert names(parse_message('\n{ "name": "calculator", "parameters": {"expression": "48/2"}}', "json")[0]) == [
-        PARSED
-    ]
+    assert "tool_calls" not in message and problems[0].startswith(
+        "error: the tool call is not JSON"
+    )
+    assert names(
+        parse_message('\n{ "name": "calculator", "parameters": {"expression": "48/2"}}', "json")[0]
+    ) == [PARSED]

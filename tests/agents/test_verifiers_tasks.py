@@ -20,7 +20,9 @@ from tests.agents.test_episode import TEMPLATE
 from tests.training.tiny_task import InProcessEngine, tiny_model, tiny_tokenizer
 
 pytestmark = [
-    pytest.mark.skipif(importlib.util.find_spec("verifiers") is None, reason="verifiers is not installed"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("verifiers") is None, reason="verifiers is not installed"
+    ),
     pytest.mark.parametrize("anyio_backend", ["asyncio"]),  # the library's own
 ]
 
@@ -33,9 +35,13 @@ class Reciting(InProcessEngine):
         self.said = list(said)
 
     async def generate_batch(self, prompts: Any, sampling_params: Any, **options: Any) -> Any:
-        [[generation]] = await super().generate_batch(prompts, [{**sampling_params[0], "max_new_tokens": 1}])
+        [[generation]] = await super().generate_batch(
+            prompts, [{**sampling_params[0], "max_new_tokens": 1}]
+        )
         ids = [*self.tokenizer(self.said.pop(0))["input_ids"], self.tokenizer.eos_token_id]
-        return [[replace(generation, output_ids=ids, logprobs=[-1.0] * len(ids), finish_reason="stop")]]
+        return [
+            [replace(generation, output_ids=ids, logprobs=[-1.0] * len(ids), finish_reason="stop")]
+        ]
 
 
 def call(**arguments: Any) -> str:
@@ -56,7 +62,13 @@ async def test_tools_run_and_rewards_are_the_tasks() -> None:
     Red with the trace left empty (reward 0), and with the tool's answer not recorded in it (no half).
     """
     episode = await play(call(a=7, b=8), "15")
-    assert [message["role"] for message in episode.messages] == ["system", "user", "assistant", "tool", "assistant"]
+    assert [message["role"] for message in episode.messages] == [
+        "system",
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+    ]
     assert episode.messages[0]["content"] == "Add." and episode.messages[3]["content"] == "15"
     assert (episode.ended, episode.turn_rewards) == ("done", [0.0, 1.5])
     assert (await play("15")).turn_rewards == [1.0] and (await play("16")).turn_rewards == [0.0]
@@ -93,7 +105,10 @@ def test_prompts_are_rows_of_a_data_set(tmp_path: Path, anyio_backend: str) -> N
     tasks.write_prompts(tmp_path / "sums.jsonl")
     rows = load_prompts_from_jsonl(tmp_path / "sums.jsonl")
     assert [tasks.task_of(row).data.b for row in rows] == [8, 2]
-    assert rows[0]["messages"] == [{"role": "system", "content": "Add."}, {"role": "user", "content": "7+8?"}]
+    assert rows[0]["messages"] == [
+        {"role": "system", "content": "Add."},
+        {"role": "user", "content": "7+8?"},
+    ]
     with pytest.raises(VerifiersError, match="task 0 has changed"):
         tasks.task_of({**rows[0], "verifiers_key": "other"})
     with pytest.raises(VerifiersError, match="verifiers_task=None; needs"):

@@ -1,32 +1,27 @@
 """The ledger beside the providers: `deploy machines`, ends, crashes at every step, and two laptops with one account."""
 
-import contextlib
 import errno
 import json
 import os
 import signal
 import subprocess
 import sys
-import tempfile
 import textwrap
 import time
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from rollouts.cloud import CloudError, GPUClient, lease_guard, provider_api, provider_keys
+from rollouts.cloud import CloudError, GPUClient, lease_guard, provider_keys
 from rollouts.cloud.accounts import keys_here, open_providers
 from rollouts.cloud.ledger import Ledger, fold
 from rollouts.cloud.machine_types import PROVIDERS, Order, ProviderName
 from rollouts.cloud.our_machines import OurMachines, look
 from rollouts.cloud.reaching import reach
 from rollouts.cloud.renting import end, rent
-from tests.cloud.conftest import CLOUDS, QUICK, variables
+from rollouts.remote.collect_machines import reconcile
+from tests.cloud.conftest import QUICK
 from tests.cloud.fakes.server import KEY, FakeCloud
 from tests.cloud.test_cloud_verbs import deploy
 from tests.cloud.test_gpu_client import PUBLIC_KEY, client_of, first_offer
@@ -58,13 +53,18 @@ def test_machines_are_listed_and_ended(clouds: Clouds) -> None:
     """Goal: what bills is shown with its price and age, ended by name or all, and an error says who could not be asked.
     Red with machines of two providers told apart by their ids alone, and with the key's error left out."""
     assert deploy("machines").stdout == "no machine of ours bills\n"
-    machines = [client_of(name).create(first_offer(client_of(name)), public_key=PUBLIC_KEY) for name in PROVIDERS]
+    machines = [
+        client_of(name).create(first_offer(client_of(name)), public_key=PUBLIC_KEY)
+        for name in PROVIDERS
+    ]
     out = deploy("machines").stdout
     for machine in machines:
         (line,) = [line for line in out.splitlines() if line.startswith(machine.name)]
         assert machine.provider in line and f"{machine.price_per_hour:.2f}" in line
     ls = deploy("ls")
-    assert ls.stdout == "no runs\n" and ls.stderr.startswith("warning: rented and not ended: rollouts-")
+    assert ls.stdout == "no runs\n" and ls.stderr.startswith(
+        "warning: rented and not ended: rollouts-"
+    )
     first = machines[0].name
     assert deploy("machines", "end", first).stdout == f"ended  {first}\n"
     assert "no machine" in deploy("machines", "end", first, code=2).stderr
@@ -125,7 +125,9 @@ def test_killed_between_two_steps(name: ProviderName, lines: int, clouds: Clouds
     assert len(Ledger().open_leases()) == 1
     looked()
     assert len(clouds[name].machines) == (0 if lines == 1 else 1)
-    assert [lease.machine_id is not None for lease in Ledger().open_leases()] == ([] if lines == 1 else [True])
+    assert [lease.machine_id is not None for lease in Ledger().open_leases()] == (
+        [] if lines == 1 else [True]
+    )
     end_open()
     assert Ledger().open_leases() == []
 
@@ -171,7 +173,9 @@ def test_a_torn_ledger(clouds: Clouds) -> None:
     """Goal: a line that a crash tore, and lines of nonsense, hide no lease. Red with the first bad line raised."""
     client = client_of("runpod")
     Ledger().path.parent.mkdir(parents=True)
-    Ledger().path.write_text('{"time": 1, "name": "x", "step": "created"}\n[1]\n{"name": 3}\n{"time": 17, "na')
+    Ledger().path.write_text(
+        '{"time": 1, "name": "x", "step": "created"}\n[1]\n{"name": 3}\n{"time": 17, "na'
+    )
     machine = client.create(first_offer(client), public_key=PUBLIC_KEY)
     assert [lease.name for lease in Ledger().open_leases()] == [machine.name]
     assert fold([{"name": "a", "step": "intent", "provider": "nobody"}]) == {}
@@ -188,84 +192,38 @@ def test_a_machine_that_is_stuck(clouds: Clouds) -> None:
             options = {"timeout_s": 1.0, "price_max": 9.0, "say": print}
             await reach(providers[name], lease, lambda: "it refuses the key", **options)
 
-    for fault, last in (("stuck", "last: PROVISIONING"), ("closed", "root@127.0.0.1:9: it refuses the key")):
+    for fault, last in (
+        ("stuck", "last: PROVISIONING"),
+        ("closed", "root@127.0.0.1:9: it refuses the key"),
+    ):
         clouds["runpod"].fault("create", fault)
-        machine = client_of("runpod").create(first_offer(client_of("runpod")), public_key=PUBLIC_KEY)
+        machine = client_of("runpod").create(
+            first_offer(client_of("runpod")), public_key=PUBLIC_KEY
+        )
         for _ in range(4):
             client_of("runpod").get(machine)
         with pytest.raises(CloudError) as caught:
             anyio.run(reached, "runpod")
-        assert last in caught.value.text() and machine.name in caught.value.text() and "an hour" in caught.value.text()
+        assert (
+            last in caught.value.text()
+            and machine.name in caught.value.text()
+            and "an hour" in caught.value.text()
+        )
     end_open()
-
-
-ACTIONS = (
-    "create",
-    "lost",
-    "500 after",
-    "500",
-    "capacity",
-    "lag",
-    "killed",
-    "end",
-    "lying end",
-    "ended elsewhere",
-    "look",
-)
-
-
-@settings(max_examples=25)
-@given(name=st.sampled_from(PROVIDERS), actions=st.lists(st.sampled_from(ACTIONS), max_size=7))
-def test_the_ledger_and_the_provider_agree(name: ProviderName, actions: list[str]) -> None:
-    """Goal: whatever happens, in any order, after a look the ledger holds open what bills, each machine was made once,
-    and all of it can be ended. Red with closed leases skipped, and with leases without an id passed over."""
-    cloud = CLOUDS[name]()
-    with tempfile.TemporaryDirectory() as home, pytest.MonkeyPatch.context() as patch:
-        for variable, value in variables({name: cloud}, Path(home)).items():
-            patch.setenv(variable, value)
-        for other in set(PROVIDERS) - {name}:
-            patch.delenv(f"{other.upper()}_API_KEY", raising=False)
-        patch.setattr(provider_api, "FIRST_WAIT_S", 0.01)
-        patch.setattr("rollouts.cloud.lambda_labs.CALL_GAP_S", 0.0)
-        patch.setattr("tests.cloud.fakes.server.LAG_S", 0.05)
-        for action in actions:
-            act(cloud, name, action)
-        time.sleep(0.06)  # until the last machine that lags shows
-        looked()
-        assert {lease.name for lease in Ledger().open_leases()} == cloud.bill().keys()
-        assert all(len(cloud.named(machine.name)) == 1 for machine in cloud.machines.values())
-        end_open()
-        assert cloud.bill() == {} and Ledger().open_leases() == []
-    cloud.stop()
-
-
-def act(cloud: FakeCloud, name: ProviderName, action: str) -> None:
-    """Do one thing to the account. Offers that ran out and faults that were told are as good as done."""
-    client = GPUClient(name, patience=replace(QUICK, settle_s=0.3))
-    ours = [lease for lease in Ledger().open_leases() if lease.machine_id]
-    if action in ("create", "lost", "500 after", "500", "capacity", "lag", "killed"):
-        cloud.fault("create", {"killed": "lost"}.get(action, action)) if action != "create" else None
-        offers = client.search(client.gpu_type.contains("H100"))
-        with contextlib.suppress(CloudError), pytest.MonkeyPatch.context() as patch:
-            if action == "killed":  # nothing after the create call is done
-                patch.setattr("rollouts.cloud.renting._settled", dies)
-            client.create(offers[0], public_key=PUBLIC_KEY) if offers else None
-    elif action == "look":
-        looked()
-    elif ours and action == "ended elsewhere":
-        cloud.end(cloud.machines[ours[0].machine_id or ""])
-    elif ours:
-        cloud.fault("terminate", "does nothing") if action == "lying end" else None
-        end_open()
-
-
-async def dies(*_: Any) -> None:
-    raise CloudError("killed", kind="unclear")
 
 
 def test_what_a_lease_cost() -> None:
     """Goal: what is shown as spent is price times time, up to the end. Red with the time after the end counted."""
-    lines = [{"time": 0, "name": "a", "step": "intent", "provider": "vast", "price_per_hour": 2.0, "gpus": 1}]
+    lines = [
+        {
+            "time": 0,
+            "name": "a",
+            "step": "intent",
+            "provider": "vast",
+            "price_per_hour": 2.0,
+            "gpus": 1,
+        }
+    ]
     lines += [{"time": 5, "name": "a", "step": "created", "machine_id": "7", "price_per_hour": 3.0}]
     assert fold(lines)["a"].spent(3600) == 3.0
     ended = [*lines, {"time": 1800, "name": "a", "step": "ended"}]
@@ -293,10 +251,15 @@ def test_a_create_that_is_cut_off(clouds: Clouds) -> None:
     """Goal: Ctrl-C while the provider makes the machine, and a disk that is full when it is made, leave none billing.
     Red with the error alone passed on."""
     offer = first_offer(client_of("lambda"))
-    order = Order(name="rollouts-cut-off", offer=offer, public_key=PUBLIC_KEY, disk_gib=50, image=None)
+    order = Order(
+        name="rollouts-cut-off", offer=offer, public_key=PUBLIC_KEY, disk_gib=50, image=None
+    )
 
     async def cut_off() -> None:
-        async with open_providers(keys_here(["lambda"])[0]) as providers, anyio.create_task_group() as group:
+        async with (
+            open_providers(keys_here(["lambda"])[0]) as providers,
+            anyio.create_task_group() as group,
+        ):
 
             async def cut() -> None:
                 while not clouds["lambda"].machines:
@@ -308,7 +271,9 @@ def test_a_create_that_is_cut_off(clouds: Clouds) -> None:
 
     clouds["lambda"].fault("create", "slow")
     anyio.run(cut_off)
-    assert clouds["lambda"].machines and clouds["lambda"].bill() == {} and Ledger().open_leases() == []
+    assert (
+        clouds["lambda"].machines and clouds["lambda"].bill() == {} and Ledger().open_leases() == []
+    )
     with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="No space"):
         patch.setattr(Ledger, "note", full)
         client_of("lambda").create(offer, public_key=PUBLIC_KEY)
@@ -324,13 +289,19 @@ def test_a_guard_on_a_full_disk(clouds: Clouds) -> None:
     """Goal: machines whose time is up are ended where no line can be written, all of them, and the guard looks again.
     Red with the line written before the provider is asked, and with the first error ending the guard."""
     for name in ("rollouts-a", "rollouts-b"):
-        client_of("lambda").create(first_offer(client_of("lambda")), public_key=PUBLIC_KEY, name=name)
+        client_of("lambda").create(
+            first_offer(client_of("lambda")), public_key=PUBLIC_KEY, name=name
+        )
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Ledger, "note", full)
         patch.setattr(lease_guard, "Patience", lambda: QUICK)
-        lease_guard._end(Ledger().open_leases(), Ledger(), said.append)
-    assert clouds["lambda"].bill() == {} and "rollouts-a is ended, but" in said[0] and len(said) == 1
+        guard = lease_guard.LeaseGuard(said.append, lambda lease: None)
+        guard._keys = keys_here()[0]
+        guard._seen = {lease.name: lease for lease in Ledger().open_leases()}
+        guard._end(dict.fromkeys(guard._seen, "its time was up"))
+    assert clouds["lambda"].bill() == {}
+    assert sum("is ended, but" in text for text in said) == 2, said
     looked()
     assert Ledger().open_leases() == []
 
@@ -344,7 +315,9 @@ def test_a_key_of_another_account(clouds: Clouds, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(provider_keys.ProviderKey, "account", "another")
     clouds["vast"].machines = {}
     found = looked()
-    assert [row.name for row in found.rows] == [machine.name] and "another key" in found.problems["vast"].text()
+    assert [row.name for row in found.rows] == [machine.name] and "another key" in found.problems[
+        "vast"
+    ].text()
     with pytest.raises(CloudError, match="not confirmed") as caught:
         end_open()
     assert "--yes" in caught.value.text() and len(Ledger().open_leases()) == 1
@@ -365,3 +338,31 @@ def test_a_name_that_somebody_else_gives_too(clouds: Clouds) -> None:
         client.create(first_offer(client), public_key=PUBLIC_KEY, name="busy")
     for machine in (colleague, other):
         clouds["runpod"].end(machine)
+
+
+def test_gc_brings_the_ledger_to_what_the_providers_say(
+    clouds: Clouds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Goal: gc opens again what the ledger took for ended, shows what bills without a live run, and ends nothing
+    without a yes to that machine: not another computer's, with --yes neither. Red with nobody there taken for a
+    yes."""
+    client = client_of("runpod")
+    ours = client.create(first_offer(client), public_key=PUBLIC_KEY)
+    Ledger().note(ours.name, "ended", reason="a wrong line")
+    monkeypatch.setenv("ROLLOUTS_HOME", os.environ["HOME"] + "/other")
+    theirs = client_of("prime").create(first_offer(client_of("prime")), public_key=PUBLIC_KEY)
+    monkeypatch.setenv("ROLLOUTS_HOME", os.environ["HOME"] + "/.rollouts")
+    out = deploy("gc", "--yes").stdout
+    assert f"ledger    {ours.name}: ended, now created" in out
+    assert f"bills     {ours.name} (runpod" in out and f"bills     {theirs.name} (prime" in out
+    assert "not in the ledger here" in out and clouds["prime"].bill() and clouds["runpod"].bill()
+    asked: list[str] = []
+
+    def only_theirs(text: str) -> bool:
+        asked.append(text)
+        return theirs.name in text
+
+    assert reconcile(only_theirs).document["ended"] == [theirs.name] and len(asked) == 2
+    assert clouds["prime"].bill() == {} and ours.name in clouds["runpod"].bill()
+    assert json.loads(deploy("gc", "--json").stdout)["machines"]["machines"][0]["name"] == ours.name
+    assert reconcile(lambda text: True).document["ended"] == [ours.name]

@@ -19,9 +19,15 @@ def test_every_field_of_every_class_is_listed() -> None:
     """Goal: what is listed are the schema's fields, all of them, of classes that stand in lists and unions too. Red
     with lists not entered."""
     listed = {(field.section, field.name) for field in all_fields()}
-    classes = [item for name in schema.__all__ if dataclasses.is_dataclass(item := getattr(schema, name))]
-    declared = {(item.__name__, field.name) for item in classes for field in dataclasses.fields(item)}
-    assert {pair for pair in declared if pair[0] != "Sections"} == {pair for pair in listed if pair[0] != "Config"}
+    classes = [
+        item for name in schema.__all__ if dataclasses.is_dataclass(item := getattr(schema, name))
+    ]
+    declared = {
+        (item.__name__, field.name) for item in classes for field in dataclasses.fields(item)
+    }
+    assert {pair for pair in declared if pair[0] != "Sections"} == {
+        pair for pair in listed if pair[0] != "Config"
+    }
 
 
 @pytest.mark.parametrize(
@@ -41,12 +47,15 @@ def test_a_path_or_a_name(asked: str, paths: list[str]) -> None:
 
 
 def test_types_and_meanings_as_one_writes_them() -> None:
-    """Goal: choices are in quotes, None and classes by name, and comments beside choices are told with them. Red with
-    comments taken from a field's first line alone."""
+    """Goal: choices are in quotes, None and classes by name; a comment of two lines is one text, and so is one behind
+    a type of several lines. Red with comments taken from a field's first line alone."""
     (device,) = explain("target.device_type")
     assert device.type == '"cuda" | "cpu" | "mps"'
-    assert explain("rl.kl")[0].type == "KLConfig | None" and explain("rl.baseline")[0].type.startswith("float | ")
-    assert "text: no conversation" in explain("data.sft_mixture.format")[0].meaning
+    assert explain("rl.kl")[0].type == "KLConfig | None" and explain("rl.baseline")[
+        0
+    ].type.startswith("float | ")
+    assert "are made here, without end" in explain("data.sft_mixture.format")[0].meaning
+    assert "none: a whole copy each" in explain("target.sharding")[0].meaning
 
 
 def test_an_unknown_field() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from rollouts.config.field_types import ConfigError
 from rollouts.config.overrides import variants
-from rollouts.config.schema import KLConfig
+from rollouts.config.schema import KLConfig, TensorBoard, Wandb
 from tests.example_config import example_config
 
 
@@ -14,9 +14,9 @@ def test_a_sweep_is_every_combination() -> None:
     """Goal: two settings of two and three values are six runs, each a whole config, whose names say what differs.
     Red with the settings taken in step."""
     found = variants(example_config(), ["rl.matrix_lr=1e-6,3e-6", "rl.sampling.seed=0,1,2"])
-    assert [(run.config.rl.matrix_lr, run.config.rl.sampling.seed) for run in found if run.config.rl] == [
-        (rate, seed) for rate in (1e-6, 3e-6) for seed in (0, 1, 2)
-    ]
+    assert [
+        (run.config.rl.matrix_lr, run.config.rl.sampling.seed) for run in found if run.config.rl
+    ] == [(rate, seed) for rate in (1e-6, 3e-6) for seed in (0, 1, 2)]
     assert found[0].label == "matrix_lr-1e-06_seed-0" and len({run.label for run in found}) == 6
     assert found[5].values == {"rl.matrix_lr": 3e-6, "rl.sampling.seed": 2}
 
@@ -26,7 +26,10 @@ def test_one_value_is_not_part_of_the_name() -> None:
     assert variants(example_config(), [])[0].config == example_config()
     (one,) = variants(example_config(), ["rl.matrix_lr=1e-6"])
     assert one.label == "" and one.config.rl is not None and one.config.rl.matrix_lr == 1e-6
-    assert [run.label for run in variants(example_config(), ["rl.matrix_lr=1e-6", "log_level=INFO,DEBUG"])] == [
+    assert [
+        run.label
+        for run in variants(example_config(), ["rl.matrix_lr=1e-6", "log_level=INFO,DEBUG"])
+    ] == [
         "log_level-INFO",
         "log_level-DEBUG",
     ]
@@ -48,6 +51,12 @@ def test_one_value_is_not_part_of_the_name() -> None:
             "rl.kl",
             KLConfig(coef=0.1, kind="k3", reference=None),
         ),
+        (
+            "output.trackers=[Wandb(project='p', offline=True), TensorBoard(project='p', directory=None)]",
+            "output.trackers",
+            [Wandb(project="p", offline=True), TensorBoard(project="p", directory=None)],
+        ),
+        ("output.on_end=echo TensorBoard(", "output.on_end", "echo TensorBoard("),
         ("data.rl_mixture.0.max_samples=10", "data.rl_mixture.0.max_samples", 10),
         ("over_sampling_factor=2", "rl.sampling.over_sampling_factor", 2.0),
         ("data.eval_mixture=[]", "data.eval_mixture", []),
@@ -64,6 +73,7 @@ def test_values_as_one_writes_them(setting: str, path: str, value: Any) -> None:
     ("setting", "says"),
     [
         ("rl.matrx_lr=1", "has no field 'rl.matrx_lr'; did you mean 'rl.matrix_lr'?"),
+        ("rl.seed=1", "has no field 'rl.seed'; did you mean 'rl.sampling.seed'?"),
         ("matrix_lr=1", "may be sft.matrix_lr or rl.matrix_lr: name one"),
         ("rl.matrix_lr", "needs field=value"),
         ("=3", "needs field=value"),
@@ -75,6 +85,15 @@ def test_values_as_one_writes_them(setting: str, path: str, value: Any) -> None:
         ("data.rl_mixture.7.start=1", "has no field 'data.rl_mixture.7.start'"),
         ("rl.matrix_lr=", "rl.matrix_lr='': needs float"),
         ("rl.kl=KLConfig(0.1, kind='k3', reference=None)", "takes its fields by name"),
+        (
+            "output.trackers=tensorboard",
+            "write [TensorBoard(project=…, directory=…)], all of it in",
+        ),
+        ("output.trackers=['wandb']", "write [Wandb(project=…, offline=…)]"),
+        ('output.trackers=[{"kind": "mlflow"}]', "write [Mlflow(project=…, tracking_uri=…)]"),
+        ("output.trackers=[Wandb(project='p')]", "Wandb needs 'offline': no field has a default"),
+        ("output.trackers=[Wandb(project='p']", "'('"),
+        ("rl.kl=0.1", "write KLConfig(coef=…, kind=…, reference=…)"),
         ("rl.temperature=" + "-" * 100_000 + "1", "has 100016 characters; 4000 at most"),
     ],
 )
@@ -83,7 +102,9 @@ def test_settings_that_are_wrong(setting: str, says: str) -> None:
     Red with the value passed on unchecked."""
     with pytest.raises(ConfigError) as error:
         variants(example_config(), [setting])
-    assert says in str(error.value) and f"--set {setting.split('KLConfig', maxsplit=1)[0]}"[:12] in str(error.value)
+    assert says in str(error.value) and f"--set {setting.split('KLConfig', maxsplit=1)[0]}"[
+        :12
+    ] in str(error.value)
 
 
 def test_all_mistakes_at_once() -> None:

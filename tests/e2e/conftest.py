@@ -15,37 +15,28 @@ import pytest
 
 from base_config import Config, load_config
 from rollouts.run_dir import RunDir
+from tests.built_environments import ENVIRONMENTS, installer_settings
 from tests.example_config import replace_at
 from tests.remote.hosts import Host, Laptop, free_port, git, host, kill_tmux, make_laptop
+from tests.run_processes import processes_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DEMO = ROOT / "configs" / "00_cpu_sft_rl.py"
-ENVIRONMENTS_VARIABLE = "ROLLOUTS_TEST_ENVIRONMENTS"
 
 
 @pytest.fixture(scope="session")
 def environments() -> Path:
     """Environments on this machine outlive the tests: one is built in minutes, and every run here wants the same."""
-    path = Path(os.environ.get(ENVIRONMENTS_VARIABLE) or Path.home() / ".cache" / "rollouts-tests" / "envs")
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+    ENVIRONMENTS.mkdir(parents=True, exist_ok=True)
+    return ENVIRONMENTS
 
 
 @pytest.fixture(scope="session")
-def tool_path() -> str:
-    """PATH on which python3 is the one that runs the tests: environments are keyed by its version."""
-    return f"{Path(sys.base_prefix) / 'bin'}:{os.environ['PATH']}"
-
-
-def installer_settings() -> dict[str, str]:
-    """What this account tells pip and uv, for laptops and hosts whose HOME is another: environments are built in the
-    way that this machine can, from its CPU wheel where it has one, and what was downloaded once stays in its cache."""
-    told = {name: value for name, value in os.environ.items() if name.startswith(("PIP_", "UV_"))}
-    own = {"PIP_CACHE_DIR": str(Path.home() / ".cache" / "pip")}
-    for file in (Path.home() / ".pip" / "pip.conf", Path.home() / ".config" / "pip" / "pip.conf"):
-        if file.is_file():
-            own["PIP_CONFIG_FILE"] = str(file)
-    return {**own, **told}
+def tool_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """PATH on which python3 is the one that runs the tests: environments are keyed by its version. And their uv."""
+    tools = tmp_path_factory.mktemp("tools")
+    (tools / "uv").symlink_to(Path(sys.executable).with_name("uv"))
+    return f"{Path(sys.base_prefix) / 'bin'}:{tools}:{os.environ['PATH']}"
 
 
 @contextmanager
@@ -63,7 +54,9 @@ def a_laptop(directory: Path, environments: Path, tool_path: str) -> Iterator[La
 @contextmanager
 def a_remote(directory: Path, laptop: Laptop, environments: Path, tool_path: str) -> Iterator[Host]:
     """An sshd with a home of its own, which the laptop knows and may log in to."""
-    with host(directory, laptop.key, path=Path(tool_path), environment=installer_settings()) as made:
+    with host(
+        directory, laptop.key, path=Path(tool_path), environment=installer_settings()
+    ) as made:
         made.home.mkdir(parents=True)
         (made.home / "envs").symlink_to(environments)
         laptop.know(made)
@@ -78,7 +71,9 @@ def laptop(tmp_path: Path, environments: Path, tool_path: str) -> Iterator[Lapto
 
 def copy_of_repository(directory: Path) -> Path:
     """This repository as it stands, for a test that changes it: other tests send it to their hosts meanwhile."""
-    for name in git(ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0"):
+    for name in git(ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split(
+        "\0"
+    ):
         if (ROOT / name).is_file() or (ROOT / name).is_symlink():
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, directory / name, follow_symlinks=False)
@@ -101,7 +96,9 @@ class Far:
 
 
 @pytest.fixture(scope="module")
-def far(tmp_path_factory: pytest.TempPathFactory, environments: Path, tool_path: str) -> Iterator[Far]:
+def far(
+    tmp_path_factory: pytest.TempPathFactory, environments: Path, tool_path: str
+) -> Iterator[Far]:
     directory = tmp_path_factory.mktemp("far")
     with (
         a_laptop(directory / "laptop", environments, tool_path) as laptop,
@@ -116,6 +113,7 @@ def save_config(config: Config, changes: Mapping[str, Any], file: Path) -> Confi
     own = {
         "engine.sglang_port": free_port(),
         "output.save_dir": str(file.parent / "results"),
+        "host.installer": "uv",  # pip takes minutes of this: tests/worker have it install small packages
         "host.torch_build": "index",  # whatever this machine offers: its environments are shared by all tests
     }
     for path, value in {**own, **changes}.items():
@@ -146,26 +144,8 @@ def short_demo(demo: Path = DEMO) -> Config:
     return config
 
 
-def processes_of(run_id: str) -> list[str]:
-    """Command lines of live processes that belong to a run, by the variable that all of them carry."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                environment = (entry / "environ").read_bytes().split(b"\0")
-                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            except OSError:  # ended meanwhile
-                continue
-            if f"ROLLOUTS_RUN_ID={run_id}".encode() in environment:
-                found.append(command)
-    return found
-
-
-LOOPBACK = (
-    "7F",
-    "00000000000000000000000001000000",
-    "0000000000000000FFFF00000100007F",
-)  # 127.x, ::1, ::ffff:127.0.0.1
+# 127.x, ::1, ::ffff:127.0.0.1
+LOOPBACK = "7F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"
 
 
 @contextmanager
@@ -199,14 +179,11 @@ def _listening(run_id: str) -> Iterator[tuple[str, str]]:
             fields = line.split()
             if fields[3] == "0A":
                 sockets[f"socket:[{fields[9]}]"] = fields[1].partition(":")[0]
-    mark = f"ROLLOUTS_RUN_ID={run_id}".encode()
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
+    for pid in processes_of(run_id):
+        entry = Path(f"/proc/{pid}")
         try:
-            if mark in (entry / "environ").read_bytes().split(b"\0"):
-                name = (entry / "comm").read_text().strip()
-                held = {os.readlink(file) for file in (entry / "fd").iterdir()}
-                yield from ((sockets[link], name) for link in held & sockets.keys())
+            name = (entry / "comm").read_text().strip()
+            held = {os.readlink(file) for file in (entry / "fd").iterdir()}
         except OSError:  # ended meanwhile
             continue
+        yield from ((sockets[link], name) for link in held & sockets.keys())

@@ -25,6 +25,7 @@ from base_config import changed
 config = changed(
     config,
     {
+        "host.installer": "uv",
         "host.torch_build": "index",
         "host.disk_free_gib_min": 0.1,
         "engine.sglang_port": PORT,
@@ -46,7 +47,9 @@ CHECKS = {
 
 
 @pytest.fixture(scope="module")
-def reader(tmp_path_factory: pytest.TempPathFactory, environments: Path, tool_path: str) -> Iterator[Laptop]:
+def reader(
+    tmp_path_factory: pytest.TempPathFactory, environments: Path, tool_path: str
+) -> Iterator[Laptop]:
     """Someone who has cloned the repository and reads the guide there."""
     directory = tmp_path_factory.mktemp("guide")
     project = copy_of_repository(directory / "rollouts")
@@ -58,7 +61,9 @@ def reader(tmp_path_factory: pytest.TempPathFactory, environments: Path, tool_pa
         laptop.environment["PATH"] = f"{directory / 'bin'}:{laptop.environment['PATH']}"
         (directory / "bin").mkdir()
         program = directory / "bin" / "deploy"
-        program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {ROOT}/tests/guide_deploy.py "$@"\n')
+        program.write_text(
+            f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {ROOT}/tests/guide_deploy.py "$@"\n'
+        )
         program.chmod(0o755)
         yield laptop
 
@@ -67,7 +72,9 @@ def follow(page: str, reader: Laptop, log: Path) -> None:
     """Run all blocks of a page, with what they print compared; AssertionError shows where they differ."""
     arguments = [str(reader.project), page, "", CHECKS.get(page, "True")]
     environment = reader._environment({})
-    code = shared().wait(shared().start("tests.docs_blocks", arguments, log, environment=environment))
+    code = shared().wait(
+        shared().start("tests.docs_blocks", arguments, log, environment=environment)
+    )
     assert code == 0, log.read_text()[-6000:]
 
 
@@ -101,7 +108,9 @@ LOOKS = [
 
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("first_run")
-@pytest.mark.parametrize("block", [b for b in LOOKS if "clone" not in b.text], ids=lambda b: f"{b.page}:{b.line}")
+@pytest.mark.parametrize(
+    "block", [b for b in LOOKS if "clone" not in b.text], ids=lambda b: f"{b.page}:{b.line}"
+)
 def test_a_look_at_a_run(block: Block, reader: Laptop) -> None:
     """Goal: what other pages ask of a run's files is answered by a real run. Red with a field of an event renamed in a
     page, where jq then fails, and with a file that no run has."""
@@ -125,7 +134,11 @@ def test_a_page_begins_with_what_one_types(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     blocks = blocks_of(page, text)
     first = blocks[0]
-    before = [line for line in text.splitlines()[: first.line - 2] if line.strip() and not line.startswith("#")]
+    before = [
+        line
+        for line in text.splitlines()[: first.line - 2]
+        if line.strip() and not line.startswith("#")
+    ]
     assert len(" ".join(before).split()) <= 25, before
     assert first.language in ("sh", "python", "jsonl"), first
     assert "output" in [block.language for block in blocks[1:4]]

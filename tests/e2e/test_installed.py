@@ -22,14 +22,16 @@ from tests.e2e.conftest import (
     a_laptop,
     a_remote,
     copy_of_repository,
-    processes_of,
     short_demo,
 )
 from tests.example_config import replace_at
 from tests.remote.hosts import Host, Laptop, free_port, git
+from tests.run_processes import commands_of
 from tests.training.process_nursery import shared
 
-BASE_PACKAGES_MAX = 24  # typer brings pydantic, fabric its own: both are what the project is built on
+BASE_PACKAGES_MAX = (
+    24  # typer brings pydantic, fabric its own: both are what the project is built on
+)
 LETTERS = ROOT / "configs" / "data" / "letters"
 REWARD = """
 import random  # Python's: the one beside this file comes last
@@ -46,7 +48,14 @@ def share(got, wanted):
 """
 RAISES = "raise ImportError('another module was meant')\n"
 # What a repository may have without a thought of rollouts: names of its modules, of Python's, of packages it needs
-ODD = ("base_config.py", "deploy.py", "random.py", "types.py", "tests/__init__.py", "datasets/__init__.py")
+ODD = (
+    "base_config.py",
+    "deploy.py",
+    "random.py",
+    "types.py",
+    "tests/__init__.py",
+    "datasets/__init__.py",
+)
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +65,18 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source, tools = copy_of_repository(directory / "source"), directory / "tools"
     pip = [sys.executable, "-m", "pip", "--quiet"]
     subprocess.run([*pip, "install", "--target", str(tools), "build"], check=True)
-    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(directory), str(source)]
-    subprocess.run(build, check=True, env={**os.environ, "PYTHONPATH": str(tools)}, stdout=subprocess.DEVNULL)
+    build = [
+        sys.executable,
+        "-m",
+        "build",
+        "--no-isolation",
+        "--outdir",
+        str(directory),
+        str(source),
+    ]
+    subprocess.run(
+        build, check=True, env={**os.environ, "PYTHONPATH": str(tools)}, stdout=subprocess.DEVNULL
+    )
     shutil.rmtree(source)
     subprocess.run([sys.executable, "-m", "venv", str(directory / "venv")], check=True)
     (wheel,) = directory.glob("rollouts-*.whl")
@@ -85,11 +104,21 @@ def test_what_the_wheel_brings(installed: Path, tmp_path: Path) -> None:
         assert answer(installed, tmp_path, *command, "--help").startswith("Usage: deploy")
     program = "import rollouts.config as c, base_config as b; print(set(b.__all__) <= set(c.__all__), b.__file__)"
     assert answer(installed, tmp_path.parent, "python", "-c", program).startswith("True ")
-    found = {file.name: file.read_bytes() for file in installed.glob("lib/*/site-packages/rollouts/requirements/*")}
+    found = {
+        file.name: file.read_bytes()
+        for file in installed.glob("lib/*/site-packages/rollouts/requirements/*")
+    }
     assert found == {file.name: file.read_bytes() for file in (ROOT / "requirements").iterdir()}
-    model = {file.name: file.read_bytes() for file in installed.glob("lib/*/site-packages/rollouts/models/*/*")}
-    assert model == {file.name: file.read_bytes() for file in (ROOT / "configs/models/tiny_qwen2").iterdir()}
-    listed = json.loads(answer(installed, tmp_path, "python", "-m", "pip", "list", "--format", "json"))
+    model = {
+        file.name: file.read_bytes()
+        for file in installed.glob("lib/*/site-packages/rollouts/models/*/*")
+    }
+    assert model == {
+        file.name: file.read_bytes() for file in (ROOT / "configs/models/tiny_qwen2").iterdir()
+    }
+    listed = json.loads(
+        answer(installed, tmp_path, "python", "-m", "pip", "list", "--format", "json")
+    )
     names = {row["name"].lower() for row in listed} - {"pip", "setuptools"}
     assert "rollouts" in names and not names & {"torch", "numpy", "transformers"}
     assert len(names) <= BASE_PACKAGES_MAX, sorted(names)
@@ -132,6 +161,7 @@ def write_repository(directory: Path) -> Config:
         "rl.reward.fn": "rewards.mine.score",
         "rl.reward.workers": 1,  # a process of its own, which has to find the same modules
         "host.constraints_file": "rollouts:requirements/constraints.txt",
+        "host.installer": "uv",
         "host.torch_build": "index",  # as other tests have it, whose environment this is
         "engine.sglang_port": free_port(),
         "output.experiment_name": "mine",
@@ -159,27 +189,47 @@ def test_a_repository_of_one_s_own(laptop: Laptop, remote: Host) -> None:
     assert rewards and all(0 <= reward <= 1 for reward in rewards) and any(rewards)
     home = remote.home
     there = RunDir(home / "runs/own")
-    for tree, manifest in ((there.code_tree, mirror.code_manifest), (there.code_package, mirror.package_manifest)):
+    for tree, manifest in (
+        (there.code_tree, mirror.code_manifest),
+        (there.code_package, mirror.package_manifest),
+    ):
         names = [name for name in tree_names(tree) if "__pycache__" not in name]
         assert tree_digest(read_tree(tree, names)) == json.loads(manifest.read_text())["digest"]
-    assert not (there.code_tree / "rollouts/run_dir").exists() and (there.code_package / "rollouts/run_dir").is_dir()
-    assert git(laptop.project, "status", "--porcelain").count("runs") == 0, "results are not the repository's"
-    assert processes_of("own") == []
-    here = dataclasses.replace(laptop, command=(sys.executable, str(ROOT / "deploy.py")))  # it has the packages
+    assert (
+        not (there.code_tree / "rollouts/run_dir").exists()
+        and (there.code_package / "rollouts/run_dir").is_dir()
+    )
+    assert git(laptop.project, "status", "--porcelain").count("runs") == 0, (
+        "results are not the repository's"
+    )
+    assert commands_of("own") == []
+    # it has the packages
+    here = dataclasses.replace(laptop, command=(sys.executable, str(ROOT / "deploy.py")))
     wanted, found = here.deploy("data", "run.py"), laptop.deploy("data", "run.py", *target)
-    assert (found.returncode, found.stdout) == (wanted.returncode, wanted.stdout) and wanted.stdout, found.stderr
+    assert (found.returncode, found.stdout) == (
+        wanted.returncode,
+        wanted.stdout,
+    ) and wanted.stdout, found.stderr
     assert not (home / "previews").exists() and (home / "code/mine").resolve() == there.code_tree
 
 
 TUTORIAL = "docs/guide/tutorial.md"
 TYPED_MAX = 15  # lines
-# What this machine needs of each run: its own index for torch, a free port. A stage of RL is cut to one epoch.
-HERE = "--set host.torch_build=index --set engine.sglang_port=0 --set host.disk_free_gib_min=0.1 --set rl.num_epochs=1"
+# What this machine needs of each run: the environment of other tests, a free port. A stage of RL is cut to one epoch.
+HERE = (
+    "--set host.installer=uv --set host.torch_build=index --set engine.sglang_port=0"
+    " --set host.disk_free_gib_min=0.1 --set rl.num_epochs=1"
+)
 
 
 def typed_lines() -> list[str]:
     blocks = blocks_of(TUTORIAL, (ROOT / TUTORIAL).read_text(encoding="utf-8"))
-    lines = [line for block in blocks if block.language in ("sh", "python") for line in block.text.splitlines()]
+    lines = [
+        line
+        for block in blocks
+        if block.language in ("sh", "python")
+        for line in block.text.splitlines()
+    ]
     return [line for line in lines if line and not line.startswith("#")]
 
 
@@ -192,11 +242,15 @@ def test_the_tutorial(laptop: Laptop, remote: Host, installed: Path, tmp_path: P
     (tmp_path / "bin").mkdir()
     program = tmp_path / "bin/deploy"
     real = shlex.quote(str(installed / "bin/deploy"))
-    program.write_text(f'#!/bin/sh\ncase $1 in *.py) exec {real} "$@" {HERE};; *) exec {real} "$@";; esac\n')
+    program.write_text(
+        f'#!/bin/sh\ncase $1 in *.py) exec {real} "$@" {HERE};; *) exec {real} "$@";; esac\n'
+    )
     program.chmod(0o755)
     laptop.environment["PATH"] = f"{tmp_path / 'bin'}:{laptop.environment['PATH']}"
     log, arguments = tmp_path / "log", [str(laptop.project), TUTORIAL, "", "True"]
-    started = shared().start("tests.docs_blocks", arguments, log, environment=laptop._environment({}))
+    started = shared().start(
+        "tests.docs_blocks", arguments, log, environment=laptop._environment({})
+    )
     assert shared().wait(started) == 0, log.read_text()[-6000:]
     for name in ("here", "there"):
         rows = read_jsonl(RunDir(laptop.project / "runs/letters" / name).metrics)

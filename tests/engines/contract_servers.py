@@ -24,7 +24,10 @@ from tests.example_config import example_config, like_example, sglang
 
 # A host that reaches the world through a proxy, which cannot reach the host's own servers. Red with SGLang's requests
 # to itself left to it: it was never ready.
-PROXY = {name: "http://127.0.0.1:9" for name in ("http_proxy", "HTTP_PROXY")} | {"no_proxy": "", "NO_PROXY": ""}
+PROXY = {name: "http://127.0.0.1:9" for name in ("http_proxy", "HTTP_PROXY")} | {
+    "no_proxy": "",
+    "NO_PROXY": "",
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,9 @@ class Facts:
     prefix_cache: bool  # whether a prompt seen before is reported as cached
     filtered_logprobs: bool  # whether log-probs can be had beside top_k, top_p and min_p
     min_p: bool
-    frozen_flush: bool  # whether the prefix cache may be flushed below requests that are frozen in place
+    frozen_flush: (
+        bool  # whether the prefix cache may be flushed below requests that are frozen in place
+    )
 
 
 FACTS = {
@@ -88,11 +93,17 @@ class Running:
 
 
 @contextmanager
-def running(kind: str, old: Path, new: Path, broken: Path, *, lora: LoraConfig | None = None) -> Iterator[Running]:
+def running(
+    kind: str, old: Path, new: Path, broken: Path, *, lora: LoraConfig | None = None
+) -> Iterator[Running]:
     """A server of this kind over `old`, started as a run starts it; ended afterwards. `lora`: for adapters alone."""
     example = example_config()
     model = dataclasses.replace(example.model, lora=lora)
-    sizes = {"sglang_port": free_port(), "context_length": CONTEXT, "max_running_requests": ROWS_MAX}
+    sizes = {
+        "sglang_port": free_port(),
+        "context_length": CONTEXT,
+        "max_running_requests": ROWS_MAX,
+    }
     engine: EngineConfig
     if kind == "sglang":
         sync = DiskSync(on_tmpfs=False) if lora is None else LoraSync(on_tmpfs=False)

@@ -20,7 +20,12 @@ class Server:
     """An embedded engine on a port of its own that can be killed and started again; `keys`: its variables."""
 
     def __init__(
-        self, model: Path, logs: Path, *, port: int | None = None, keys: Mapping[str, str] | None = None
+        self,
+        model: Path,
+        logs: Path,
+        *,
+        port: int | None = None,
+        keys: Mapping[str, str] | None = None,
     ) -> None:
         self.port, self.model, self._logs, self._keys = port or free_port(), model, logs, keys
         self._headers = {"Authorization": f"Bearer {keys[API_KEY_VARIABLE]}"} if keys else {}

@@ -9,7 +9,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
-UNAVAILABLE = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 4\r\nConnection: close\r\n\r\nsick"
+UNAVAILABLE = (
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 4\r\nConnection: close\r\n\r\nsick"
+)
 RESET_NOW = struct.pack("ii", 1, 0)  # SO_LINGER: close with RST
 
 
@@ -40,7 +42,8 @@ class Proxy:
 
     def _serve(self, client: socket.socket) -> None:
         """One connection: request by request, each read whole."""
-        with client, contextlib.suppress(OSError):  # whoever went away: that is what the tests look at
+        # whoever went away: that is what the tests look at
+        with client, contextlib.suppress(OSError):
             while request := read_message(client):
                 path = request.split(b" ", 2)[1].decode().partition("?")[0]
                 self.requests.append(path)
@@ -90,7 +93,11 @@ def read_message(source: socket.socket) -> bytes:
             return b""
         data += chunk
     head, _, body = data.partition(b"\r\n\r\n")
-    lengths = [line.split(b":")[1] for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")]
+    lengths = [
+        line.split(b":")[1]
+        for line in head.lower().split(b"\r\n")
+        if line.startswith(b"content-length:")
+    ]
     missing = (int(lengths[0]) if lengths else 0) - len(body)
     while missing > 0:
         chunk = source.recv(min(missing, 1 << 16))

@@ -39,7 +39,8 @@ ROWS_MAX = 24
 LOGPROB_TOLERANCE = 1e-5
 PROMPT = [2, 3, 4, 5, 6, 7, 8]
 LONG_TOKENS = 700
-LONG = {"max_new_tokens": LONG_TOKENS, "ignore_eos": True}  # runs for seconds: something to pause and abort
+# runs for seconds: something to pause and abort
+LONG = {"max_new_tokens": LONG_TOKENS, "ignore_eos": True}
 
 
 def config_of(kind: str) -> Any:  # noqa: PLR0911 — one for each kind
@@ -71,10 +72,14 @@ def config_of(kind: str) -> Any:  # noqa: PLR0911 — one for each kind
     if kind == "gemma":
         return GemmaConfig(**sizes, head_dim=16)
     assert kind == "gpt2", kind
-    return GPT2Config(vocab_size=len(VOCAB), n_embd=64, n_layer=2, n_head=4, n_positions=CONTEXT, eos_token_id=EOS)
+    return GPT2Config(
+        vocab_size=len(VOCAB), n_embd=64, n_layer=2, n_head=4, n_positions=CONTEXT, eos_token_id=EOS
+    )
 
 
-def make_model(kind: str, path: Path, *, seed: int, tokenizer: bool = True, spread: float = 4.0) -> Path:
+def make_model(
+    kind: str, path: Path, *, seed: int, tokenizer: bool = True, spread: float = 4.0
+) -> Path:
     """A random model in `path`, its weights scaled up by `spread` so that its distributions are far from uniform."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config_of(kind))
@@ -90,7 +95,9 @@ def make_model(kind: str, path: Path, *, seed: int, tokenizer: bool = True, spre
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One id per character."""
-    core = Tokenizer(models.WordLevel({token: index for index, token in enumerate(VOCAB)}, unk_token="?"))
+    core = Tokenizer(
+        models.WordLevel({token: index for index, token in enumerate(VOCAB)}, unk_token="?")
+    )
     core.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
     core.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<pad>")
@@ -116,7 +123,15 @@ def free_ports(count: int) -> int:
 
 
 def embedded_argv(model_path: Path, port: int, **flags: str) -> list[str]:
-    argv = [sys.executable, "-m", "rollouts.engines.embedded", "--model-path", str(model_path), "--port", str(port)]
+    argv = [
+        sys.executable,
+        "-m",
+        "rollouts.engines.embedded",
+        "--model-path",
+        str(model_path),
+        "--port",
+        str(port),
+    ]
     for name, value in flags.items():
         argv += [f"--{name.replace('_', '-')}", value]
     return argv
@@ -127,19 +142,29 @@ def start(argv: list[str], more: Mapping[str, str] | None = None) -> subprocess.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(more or {})}
     errors = tempfile.NamedTemporaryFile("w", suffix=".stderr", delete=False)  # noqa: SIM115 - outlives this function
     process = subprocess.Popen(
-        argv, cwd=REPOSITORY, env=environment, stdout=errors, stderr=errors, text=True, process_group=0
+        argv,
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=errors,
+        stderr=errors,
+        text=True,
+        process_group=0,
     )
     process.stderr_path = Path(errors.name)  # type: ignore[attr-defined]
     return process
 
 
 @contextmanager
-def serving(model_path: Path, *, environment: Mapping[str, str] | None = None, **flags: str) -> Iterator[str]:
+def serving(
+    model_path: Path, *, environment: Mapping[str, str] | None = None, **flags: str
+) -> Iterator[str]:
     """The base URL of an embedded engine over `model_path`, ended afterwards."""
     port = free_port()
     with tempfile.NamedTemporaryFile(suffix=".log") as log:
         argv = embedded_argv(model_path, port, **flags)[3:]
-        pid = shared().start("rollouts.engines.embedded", argv, Path(log.name), environment=environment)
+        pid = shared().start(
+            "rollouts.engines.embedded", argv, Path(log.name), environment=environment
+        )
         url = f"http://127.0.0.1:{port}"
         try:
             wait_until_healthy(url, lambda: has_ended(pid), lambda: Path(log.name).read_text())
@@ -152,7 +177,9 @@ def await_health(url: str, process: subprocess.Popen[str], route: str = "/health
     wait_until_healthy(url, lambda: process.poll() is not None, lambda: stderr_of(process), route)
 
 
-def wait_until_healthy(url: str, ended: Callable[[], bool], said: Callable[[], str], route: str = "/health") -> None:
+def wait_until_healthy(
+    url: str, ended: Callable[[], bool], said: Callable[[], str], route: str = "/health"
+) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     with httpx.Client(timeout=5, verify=False) as client:
         while time.monotonic() < deadline:
@@ -170,7 +197,9 @@ def stderr_of(process: subprocess.Popen[str]) -> str:
     return process.stderr_path.read_text()  # type: ignore[attr-defined,no-any-return]
 
 
-def logprobs_of(model: Any, prompt: list[int], output: list[int], temperature: float) -> list[float]:
+def logprobs_of(
+    model: Any, prompt: list[int], output: list[int], temperature: float
+) -> list[float]:
     """What a trainer computes: one full forward over prompt + output, log softmax(logits / T), in fp32."""
     with torch.no_grad():
         ids = torch.tensor([[*prompt, *output]])
@@ -196,7 +225,10 @@ class Engine:
         return self.client.post(self.url + path, json={} if body is None else body)
 
     def generate(self, input_ids: Any, *, logprob: bool = True, **params: Any) -> Any:
-        answer = self.post("/generate", {"input_ids": input_ids, "sampling_params": params, "return_logprob": logprob})
+        answer = self.post(
+            "/generate",
+            {"input_ids": input_ids, "sampling_params": params, "return_logprob": logprob},
+        )
         assert answer.status_code == 200, answer.text
         return answer.json()
 
@@ -234,7 +266,8 @@ def start_long(engine: Engine, **body: Any) -> "tuple[threading.Thread, list[Any
 
     def ask() -> Any:
         return engine.post(
-            "/generate", {"input_ids": PROMPT, "sampling_params": LONG, "return_logprob": True, **body}
+            "/generate",
+            {"input_ids": PROMPT, "sampling_params": LONG, "return_logprob": True, **body},
         ).json()
 
     thread, results = in_background(ask)

@@ -46,19 +46,26 @@ def make_backend(model: str, directory: Path) -> FSDPTrainingBackend:
 
 
 def tensors(backend: Any, **options: Any) -> BucketDelivery:
-    return BucketDelivery(backend, SharedMemoryChannel(), dtype=None, bucket_bytes=BUCKET_BYTES, **options)
+    return BucketDelivery(
+        backend, SharedMemoryChannel(), dtype=None, bucket_bytes=BUCKET_BYTES, **options
+    )
 
 
 async def served(model: str, url: str, directory: Path) -> dict[str, object]:
     """By kind of sync: the version that the engine then serves, and its log-probs."""
     backend, found = make_backend(model, directory), dict[str, object]()
     engines = [SGLangEngine(url, timeout_s=60)] if distributed.rank() == 0 else []
-    for version, delivery in enumerate((tensors(backend), DiskDelivery(backend, directory / "weights")), start=1):
+    for version, delivery in enumerate(
+        (tensors(backend), DiskDelivery(backend, directory / "weights")), start=1
+    ):
         publisher = WeightPublisher(backend, EnginePool.of(engines), delivery, dtype="float32")
         await publisher.publish(version)
         if engines:
             info = await engines[0].model_info()
-            found[type(delivery).__name__] = [info["weight_version"], await engines[0].input_logprobs(IDS)]
+            found[type(delivery).__name__] = [
+                info["weight_version"],
+                await engines[0].input_logprobs(IDS),
+            ]
         await publisher.aclose()
     return found
 
@@ -66,7 +73,12 @@ async def served(model: str, url: str, directory: Path) -> dict[str, object]:
 def make_manager(pool: EnginePool) -> AsyncRolloutManager:
     async def generate(prompts: list[str], *, seed: int) -> list[Sample]:
         ids = [2 + int(digit) for digit in prompts[0]]
-        params = {"max_new_tokens": NEW_TOKENS, "temperature": 1.0, "ignore_eos": True, "sampling_seed": seed}
+        params = {
+            "max_new_tokens": NEW_TOKENS,
+            "temperature": 1.0,
+            "ignore_eos": True,
+            "sampling_seed": seed,
+        }
         return [
             Sample(
                 prompt=prompts[0],
@@ -80,8 +92,12 @@ def make_manager(pool: EnginePool) -> AsyncRolloutManager:
             for answer in await pool.generate(ids, params, n=len(prompts))
         ]
 
-    config = RolloutConfig(batch_size=GROUPS, n_samples_per_prompt=SAMPLES, generate_fn=generate, seed=3)
-    return AsyncRolloutManager(DataBuffer([f"{number:03d}" for number in range(40)], seed=2), config)
+    config = RolloutConfig(
+        batch_size=GROUPS, n_samples_per_prompt=SAMPLES, generate_fn=generate, seed=3
+    )
+    return AsyncRolloutManager(
+        DataBuffer([f"{number:03d}" for number in range(40)], seed=2), config
+    )
 
 
 async def train(model: str, url: str, directory: Path, lag: int) -> list[Any]:
@@ -93,7 +109,9 @@ async def train(model: str, url: str, directory: Path, lag: int) -> list[Any]:
     publisher = WeightPublisher(backend, pool, tensors(backend, keep=True), dtype="float32")
     advantages = {"baseline": "group_mean", "advantage_norm": "group_std"}
     config = RLTrainingConfig(num_steps=STEPS, policy_lag_steps_max=lag, **advantages)
-    metrics = await run_rl_training(backend, manager and manager.buffer, manager, pool, config, weight_sync=publisher)
+    metrics = await run_rl_training(
+        backend, manager and manager.buffer, manager, pool, config, weight_sync=publisher
+    )
     await publisher.aclose()
     await pool.aclose()
     return [metrics, len(recovered)]
@@ -103,7 +121,9 @@ def main(model: str, url: str, url_with_faults: str, directory: Path) -> None:
     results: dict[str, Any] = {"served": anyio.run(served, model, url, directory)}
     for lag in LAGS:
         for name, where in (("left alone", url), ("killed", url_with_faults)):
-            results[f"{name}, lag {lag}"] = anyio.run(train, model, where, directory / f"{name}_{lag}", lag)
+            results[f"{name}, lag {lag}"] = anyio.run(
+                train, model, where, directory / f"{name}_{lag}", lag
+            )
     (directory / f"rank_{distributed.rank()}.json").write_text(json.dumps(results))
 
 

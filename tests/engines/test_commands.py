@@ -17,22 +17,43 @@ def engine_of(kind: type = SGLang, **changes: Any) -> EngineConfig:
     """An engine of that kind, with the example's settings but for `changes`."""
     if kind is SGLang:
         return sglang(**{"max_total_tokens": None, **changes})
-    own = {"requirements_file": "l.txt"} if kind is Embedded else {"requirements_file": "l.txt", "weight_sync": DISK}
+    own = (
+        {"requirements_file": "l.txt"}
+        if kind is Embedded
+        else {"requirements_file": "l.txt", "weight_sync": DISK}
+    )
     more = {"tensor_parallel_size": 1} if kind is VLLM else {}
-    return cast(EngineConfig, like_example(kind, example_config().engine, **{**own, **more, **changes}))
+    return cast(
+        EngineConfig, like_example(kind, example_config().engine, **{**own, **more, **changes})
+    )
 
 
 def line(
-    engine: EngineConfig, device_type: Any, *, trust: bool = False, replica: int = 0, lora: LoraConfig | None = None
+    engine: EngineConfig,
+    device_type: Any,
+    *,
+    trust: bool = False,
+    replica: int = 0,
+    lora: LoraConfig | None = None,
 ) -> str:
     model = dataclasses.replace(example_config().model, trust_remote_code=trust, lora=lora)
-    argv = engine_argv(engine, model, python="py", model_path="/m", device_type=device_type, seed=7, replica=replica)
+    argv = engine_argv(
+        engine,
+        model,
+        python="py",
+        model_path="/m",
+        device_type=device_type,
+        seed=7,
+        replica=replica,
+    )
     return " ".join(argv)
 
 
 def test_sglang_on_a_gpu() -> None:
     """Goal: every field that SGLang has is on its command line; nothing of a CPU's is. Red with one left out."""
-    engine = engine_of(tensor_parallel_size=2, max_total_tokens=9000, sleep_while_training=True, replicas=2)
+    engine = engine_of(
+        tensor_parallel_size=2, max_total_tokens=9000, sleep_while_training=True, replicas=2
+    )
     assert line(engine, "cuda", trust=True, replica=1) == (
         "py -m rollouts.engines.sglang.launcher --model-path /m --host 127.0.0.1 --port 30181 --dtype float32"
         " --device cuda --tensor-parallel-size 2 --mem-fraction-static 0.5 --context-length 2048"
@@ -41,7 +62,8 @@ def test_sglang_on_a_gpu() -> None:
     )
     assert engine_env(engine, device_type="cuda", tree="/t") == {}
     assert "--max-total-tokens" not in line(engine_of(), "cuda")
-    for running, graphs in ((24, 24), (512, 256)):  # no larger than what runs, nor than SGLang goes by itself
+    # no larger than what runs, nor than SGLang goes by itself
+    for running, graphs in (24, 24), (512, 256):
         few = line(engine_of(max_running_requests=running), "cuda")
         assert f" --cuda-graph-max-bs-decode {graphs}" in few
 
@@ -49,7 +71,9 @@ def test_sglang_on_a_gpu() -> None:
 def test_sglang_on_a_cpu() -> None:
     """Goal: the flags and variables with which SGLang runs without a GPU. Red with the stubs left off PYTHONPATH."""
     engine = engine_of(max_total_tokens=4096)
-    assert line(engine, "cpu").startswith("py -m rollouts.engines.sglang.cpu_launcher --model-path /m ")
+    assert line(engine, "cpu").startswith(
+        "py -m rollouts.engines.sglang.cpu_launcher --model-path /m "
+    )
     assert line(engine, "cpu").endswith(
         "--sleep-on-idle --attention-backend torch_native --sampling-backend pytorch --disable-cuda-graph"
         " --disable-overlap-schedule --enable-deterministic-inference"
@@ -70,7 +94,9 @@ def test_sglang_with_adapters_alone() -> None:
     assert line(engine, "cpu", lora=lora).endswith(
         f" {flags} v_proj o_proj gate_proj up_proj down_proj --lora-backend torch_native"
     )
-    named = replace_at(lora, "target_modules", ["layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj", "k_proj"])
+    named = replace_at(
+        lora, "target_modules", ["layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj", "k_proj"]
+    )
     assert line(engine, "cuda", lora=named).endswith(f" {flags}")
     assert "lora" not in line(engine_of(), "cuda", lora=lora)
 
@@ -86,7 +112,9 @@ def test_vllm() -> None:
         " --middleware rollouts.engines.vllm.guard.KeyGuard --disable-uvicorn-access-log"
     )
     assert engine_env(engine, device_type="cuda", tree="/t") == {"VLLM_SERVER_DEV_MODE": "1"}
-    assert "--enforce-eager" in line(engine, "cpu") and "--gpu-memory-utilization" not in line(engine, "cpu")
+    assert "--enforce-eager" in line(engine, "cpu") and "--gpu-memory-utilization" not in line(
+        engine, "cpu"
+    )
     assert "VLLM_CPU_KVCACHE_SPACE" in engine_env(engine, device_type="cpu", tree="/t")
 
 
@@ -98,7 +126,9 @@ def test_what_all_kinds_share(kind: type) -> None:
     engine = engine_of(kind, gpu_ranks=[4, 5, 6, 7][: 2 * size], replicas=2, **wide)
     for replica in range(2):
         text = line(engine, "cuda", replica=replica)
-        assert f"--host 127.0.0.1 --port {30180 + replica} " in text and "key" not in text.replace("KeyGuard", "")
+        assert f"--host 127.0.0.1 --port {30180 + replica} " in text and "key" not in text.replace(
+            "KeyGuard", ""
+        )
         assert ready_url(engine, replica).startswith(f"http://127.0.0.1:{30180 + replica}/")
     assert [engine_devices(engine, replica) for replica in range(2)] == (
         [[4], [5]] if kind is Embedded else [[4, 5], [6, 7]]

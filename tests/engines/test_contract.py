@@ -14,11 +14,17 @@ from transformers import AutoModelForCausalLM
 
 from rollouts.training.inference.client import EngineClient, RequestError
 from rollouts.training.inference.known_versions import KNOWN_VERSIONS
-from rollouts.training.weight_sync import EngineError, Generation, WeightSyncError, sync_weights_to_engines
+from rollouts.training.weight_sync import (
+    EngineError,
+    Generation,
+    WeightSyncError,
+    sync_weights_to_engines,
+)
 from tests.engines.contract_servers import Running
 from tests.engines.serving import CONTEXT, EOS, PROMPT, VOCAB, logprobs_of, make_tokenizer
 
-pytestmark = [pytest.mark.anyio, pytest.mark.timeout(1200)]  # the first on a machine builds SGLang's environment
+# the first on a machine builds SGLang's environment
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(1200)]
 TOLERANCE = 1e-4
 SHORT = {"max_new_tokens": 12, "ignore_eos": True}
 LONG_TOKENS = 400
@@ -56,7 +62,10 @@ def close(expected: list[float]) -> Any:
 
 
 async def run_beside(
-    client: EngineClient, params: dict[str, Any], then: Callable[[], Awaitable[None]], **options: Any
+    client: EngineClient,
+    params: dict[str, Any],
+    then: Callable[[], Awaitable[None]],
+    **options: Any,
 ) -> list[Generation]:
     """A request that is known to run when `then` is called; what it answers.
 
@@ -101,7 +110,9 @@ async def test_health_while_paused(client: EngineClient) -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
-async def test_logprobs_are_the_trainers_own(client: EngineClient, models: Any, temperature: float) -> None:
+async def test_logprobs_are_the_trainers_own(
+    client: EngineClient, models: Any, temperature: float
+) -> None:
     """Goal: token ids in and out, each with the log-prob of the trainer's own forward at T. Red with T left out of
     the expectation."""
     prompts = [PROMPT, [9], [4] * 40, list(range(2, 30))]
@@ -109,8 +120,14 @@ async def test_logprobs_are_the_trainers_own(client: EngineClient, models: Any, 
     groups = await client.generate_batch(prompts, params, n=2)
     for prompt, group in zip(prompts, groups, strict=True):
         for row in group:
-            assert (row.prompt_tokens, len(row.output_ids), row.finish_reason) == (len(prompt), 40, "length")
-            assert row.logprobs == close(logprobs_of(models["old"], prompt, row.output_ids, temperature))
+            assert (row.prompt_tokens, len(row.output_ids), row.finish_reason) == (
+                len(prompt),
+                40,
+                "length",
+            )
+            assert row.logprobs == close(
+                logprobs_of(models["old"], prompt, row.output_ids, temperature)
+            )
     (silent,) = await client.generate(PROMPT, SHORT, return_logprob=False)
     assert silent.logprobs is None and len(silent.output_ids) == 12
 
@@ -129,7 +146,9 @@ async def test_greedy_is_the_models_own(client: EngineClient, models: Any) -> No
 
 
 @pytest.mark.parametrize("filters", [{"top_k": 2}, {"top_p": 0.4}, {"min_p": 0.5}])
-async def test_filters(client: EngineClient, served: Running, models: Any, filters: dict[str, Any]) -> None:
+async def test_filters(
+    client: EngineClient, served: Running, models: Any, filters: dict[str, Any]
+) -> None:
     """Goal: only the likeliest are sampled; log-probs are of the whole distribution, or refused. Red with top_k kept
     from the server."""
     if "min_p" in filters and not served.facts.min_p:
@@ -142,10 +161,16 @@ async def test_filters(client: EngineClient, served: Running, models: Any, filte
         allowed = set(order[:2])
     elif "top_p" in filters:
         before = probabilities[order].cumsum(0) - probabilities[order]
-        allowed = {token for token, mass in zip(order, before.tolist(), strict=True) if mass <= 0.4 + 1e-6}
+        allowed = {
+            token for token, mass in zip(order, before.tolist(), strict=True) if mass <= 0.4 + 1e-6
+        }
     else:
-        allowed = {token for token in order if probabilities[token] >= 0.5 * probabilities.max() - 1e-6}
-    rows = await client.generate(PROMPT, {"max_new_tokens": 1, **filters}, n=100, return_logprob=False)
+        allowed = {
+            token for token in order if probabilities[token] >= 0.5 * probabilities.max() - 1e-6
+        }
+    rows = await client.generate(
+        PROMPT, {"max_new_tokens": 1, **filters}, n=100, return_logprob=False
+    )
     assert {row.output_ids[0] for row in rows} <= allowed and len(allowed) < len(VOCAB)
     params = {**SHORT, **filters, "temperature": 0.9}
     if not served.facts.filtered_logprobs:
@@ -158,7 +183,9 @@ async def test_filters(client: EngineClient, served: Running, models: Any, filte
 
 def logprobs_of_all(model: Any, prompt: list[int]) -> list[float]:
     with torch.no_grad():
-        found: list[float] = model(torch.tensor([prompt])).logits[0, -1].float().log_softmax(-1).tolist()
+        found: list[float] = (
+            model(torch.tensor([prompt])).logits[0, -1].float().log_softmax(-1).tolist()
+        )
     return found
 
 
@@ -213,8 +240,14 @@ async def test_eos_ends_and_is_kept(client: EngineClient) -> None:
         assert row.finish_detail["matched"] == EOS
         assert row.logprobs is not None and len(row.logprobs) == len(row.output_ids)
         assert row.text is None or "<eos>" not in row.text
-    at = next(index for index, row in enumerate(rows) if row.finish_reason == "stop" and len(row.output_ids) > 2)
-    last = await client.generate(PROMPT, {**params, "max_new_tokens": len(rows[at].output_ids)}, n=32)
+    at = next(
+        index
+        for index, row in enumerate(rows)
+        if row.finish_reason == "stop" and len(row.output_ids) > 2
+    )
+    last = await client.generate(
+        PROMPT, {**params, "max_new_tokens": len(rows[at].output_ids)}, n=32
+    )
     assert last[at].output_ids == rows[at].output_ids and last[at].finish_reason == "stop"
     assert any(row.finish_reason == "length" and row.output_ids[-1] != EOS for row in last)
 
@@ -231,8 +264,12 @@ async def test_own_stop_tokens(client: EngineClient) -> None:
 
 async def test_text_is_what_the_ids_decode_to(client: EngineClient) -> None:
     """Goal: text, where a server gives any, is of these tokens, special ones left out."""
-    (row,) = await client.generate([2, 3, 4], {"temperature": 0.0, "max_new_tokens": 6, "ignore_eos": True})
-    assert row.text is None or row.text == make_tokenizer().decode(row.output_ids, skip_special_tokens=True)
+    (row,) = await client.generate(
+        [2, 3, 4], {"temperature": 0.0, "max_new_tokens": 6, "ignore_eos": True}
+    )
+    assert row.text is None or row.text == make_tokenizer().decode(
+        row.output_ids, skip_special_tokens=True
+    )
 
 
 async def test_limits(client: EngineClient, served: Running) -> None:
@@ -262,7 +299,11 @@ BAD: dict[str, tuple[list[int], dict[str, Any], str]] = {
     "no new tokens": ([2], {"max_new_tokens": 0}, "max_new_tokens"),
     "seed below 0": ([2], {"sampling_seed": -1}, "sampling_seed"),
     "stop ids as text": ([2], {"stop_token_ids": ["x"]}, "stop_token_ids"),
-    "stop ids beside ignore_eos": ([2], {"stop_token_ids": [3], "ignore_eos": True}, "stop_token_ids"),
+    "stop ids beside ignore_eos": (
+        [2],
+        {"stop_token_ids": [3], "ignore_eos": True},
+        "stop_token_ids",
+    ),
 }
 
 
@@ -378,7 +419,9 @@ async def test_flush_refuses_while_requests_run(client: EngineClient, served: Ru
 # --- weights --------------------------------------------------------------------------------------------------------
 
 
-async def test_new_weights_are_sampled_from(client: EngineClient, served: Running, models: Any) -> None:
+async def test_new_weights_are_sampled_from(
+    client: EngineClient, served: Running, models: Any
+) -> None:
     """Goal: after a sync log-probs are the new checkpoint's, the cached prompt's too (NeMo-RL#4018), under the new
     version. Red with the version bumped and nothing loaded, and on SGLang with the cache not flushed."""
     await client.generate(PROMPT, SHORT)
@@ -390,10 +433,14 @@ async def test_new_weights_are_sampled_from(client: EngineClient, served: Runnin
     assert row.weight_version == "7"
     assert row.weight_versions == [{"version": "7", "start": 0, "end": 30}]
     assert row.logprobs == close(logprobs_of(models["new"], PROMPT, row.output_ids, 1.0))
-    assert row.logprobs != pytest.approx(logprobs_of(models["old"], PROMPT, row.output_ids, 1.0), abs=0.01)
+    assert row.logprobs != pytest.approx(
+        logprobs_of(models["old"], PROMPT, row.output_ids, 1.0), abs=0.01
+    )
 
 
-async def test_a_sync_in_the_middle_of_a_request(client: EngineClient, served: Running, models: Any) -> None:
+async def test_a_sync_in_the_middle_of_a_request(
+    client: EngineClient, served: Running, models: Any
+) -> None:
     """Goal: what was in flight goes on under the new weights, with what is left of its tokens (slime#2260); each knows
     its version and has that version's log-prob. Red with the cache of the old weights kept."""
     versions: list[str] = []
@@ -404,7 +451,10 @@ async def test_a_sync_in_the_middle_of_a_request(client: EngineClient, served: R
 
     (row,) = await run_beside(client, LONG, sync)
     before, after = row.weight_versions
-    assert after["version"] == versions[0] == row.weight_version and before["version"] != after["version"]
+    assert (
+        after["version"] == versions[0] == row.weight_version
+        and before["version"] != after["version"]
+    )
     assert 0 == before["start"] < before["end"] == after["start"] < after["end"] == LONG_TOKENS
     ids, split = row.output_ids, before["end"]
     old, new = (logprobs_of(models[name], PROMPT, ids, 1.0) for name in ("old", "new"))
@@ -417,11 +467,15 @@ async def test_the_prompts_own_logprobs(client: EngineClient, models: Any) -> No
     assert found == close(logprobs_of(models["old"], PROMPT[:1], PROMPT[1:], 1.0))
 
 
-async def test_weights_that_cannot_be_read(client: EngineClient, served: Running, models: Any) -> None:
+async def test_weights_that_cannot_be_read(
+    client: EngineClient, served: Running, models: Any
+) -> None:
     """Goal: a damaged file is told with its name and the engine's; the old weights serve on, unpaused. Red with the
     server sent there: SGLang ends."""
     before = (await client.model_info())["weight_version"]
-    with pytest.raises(WeightSyncError, match=f"model.safetensors cannot be loaded.*{served.url}") as caught:
+    with pytest.raises(
+        WeightSyncError, match=f"model.safetensors cannot be loaded.*{served.url}"
+    ) as caught:
         await client.update_weights_from_checkpoint(str(served.broken))
     assert repr(before) in str(caught.value)
     assert (await client.model_info())["weight_version"] == before
@@ -441,7 +495,9 @@ async def test_five_hundred_requests_at_once(client: EngineClient, models: Any) 
         return [2 + index % 25] * (1 + index % 9)
 
     async def ask(index: int) -> None:
-        (found[index],) = await client.generate(prompt_of(index), {"max_new_tokens": 1 + index % 4, "ignore_eos": True})
+        (found[index],) = await client.generate(
+            prompt_of(index), {"max_new_tokens": 1 + index % 4, "ignore_eos": True}
+        )
 
     async with anyio.create_task_group() as group:
         for index in range(500):
@@ -449,7 +505,9 @@ async def test_five_hundred_requests_at_once(client: EngineClient, models: Any) 
     for index in range(500):
         row = found[index]
         assert len(row.output_ids) == 1 + index % 4
-        assert row.logprobs == close(logprobs_of(models["old"], prompt_of(index), row.output_ids, 1.0))
+        assert row.logprobs == close(
+            logprobs_of(models["old"], prompt_of(index), row.output_ids, 1.0)
+        )
 
 
 async def test_a_client_that_goes_away_frees_its_rows(client: EngineClient) -> None:

@@ -26,7 +26,9 @@ def load_tiny(kind: str, path: Path, *, seed: int = 0) -> Served:
     return load(str(directory), dtype="float32", device="cpu", trust_remote_code=False)
 
 
-def decode(served: Served, prompts: list[list[int]], *, new_tokens: list[int], rows_max: int) -> list[BatchRow]:
+def decode(
+    served: Served, prompts: list[list[int]], *, new_tokens: list[int], rows_max: int
+) -> list[BatchRow]:
     """All prompts through one batch, joining as places come free."""
     rows = []
     for index, (prompt, count) in enumerate(zip(prompts, new_tokens, strict=True)):
@@ -43,7 +45,9 @@ def decode(served: Served, prompts: list[list[int]], *, new_tokens: list[int], r
     return rows
 
 
-@pytest.mark.parametrize("kind", ["qwen2-tied", "llama", "mistral-sliding", "qwen2-mixed", "gemma", "gpt2"])
+@pytest.mark.parametrize(
+    "kind", ["qwen2-tied", "llama", "mistral-sliding", "qwen2-mixed", "gemma", "gpt2"]
+)
 def test_rows_that_come_and_go_keep_the_models_logprobs(kind: str, tmp_path: Path) -> None:
     """Goal: whatever the attention (sliding, mixed, multi-query, learned positions), rows of all lengths that join and
     leave a small batch have the log-probs of a full forward. Red without the window in `decode_mask` (the sliding
@@ -53,22 +57,34 @@ def test_rows_that_come_and_go_keep_the_models_logprobs(kind: str, tmp_path: Pat
     rng = np.random.default_rng(0)
     prompts = [rng.integers(2, 32, size=size).tolist() for size in rng.integers(1, 30, size=24)]
     counts = rng.integers(1, 40, size=24).tolist()
-    for prompt, count, row in zip(prompts, counts, decode(served, prompts, new_tokens=counts, rows_max=7), strict=True):
+    for prompt, count, row in zip(
+        prompts, counts, decode(served, prompts, new_tokens=counts, rows_max=7), strict=True
+    ):
         assert len(row.output_ids) == count
-        assert row.logprobs == pytest.approx(logprobs_of(served.model, prompt, row.output_ids, 1.0), abs=1e-5)
+        assert row.logprobs == pytest.approx(
+            logprobs_of(served.model, prompt, row.output_ids, 1.0), abs=1e-5
+        )
 
 
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])
-def test_the_cache_by_either_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_by_either_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Goal: a model is served whatever its forward pass calls the cache. Red with "past_key_values" alone: transformers
     5.24 renamed it, and every model was refused."""
     forward = GPT2LMHeadModel.forward
     own_name = "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
     def renamed(self: Any, **inputs: Any) -> Any:
-        return forward(self, **{own_name if key == name else key: value for key, value in inputs.items()})
+        return forward(
+            self, **{own_name if key == name else key: value for key, value in inputs.items()}
+        )
 
-    known = [parameter for key, parameter in inspect.signature(forward).parameters.items() if key != own_name]
+    known = [
+        parameter
+        for key, parameter in inspect.signature(forward).parameters.items()
+        if key != own_name
+    ]
     cache = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
     own = [parameter for parameter in known if parameter.kind != inspect.Parameter.VAR_KEYWORD]
     monkeypatch.setattr(renamed, "__signature__", inspect.Signature([*own, cache]), raising=False)
@@ -77,7 +93,9 @@ def test_the_cache_by_either_name(name: str, tmp_path: Path, monkeypatch: pytest
     assert served.cache_argument == name
     (row,) = decode(served, [[3, 4, 5]], new_tokens=[8], rows_max=1)
     monkeypatch.undo()
-    assert row.logprobs == pytest.approx(logprobs_of(served.model, [3, 4, 5], row.output_ids, 1.0), abs=1e-5)
+    assert row.logprobs == pytest.approx(
+        logprobs_of(served.model, [3, 4, 5], row.output_ids, 1.0), abs=1e-5
+    )
 
 
 def test_numbers_do_not_depend_on_the_batch(tmp_path: Path) -> None:
@@ -128,7 +146,9 @@ def test_decoding_that_is_wrong_is_found_at_start(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["qwen2-tied", "llama", "mistral-sliding", "qwen2-mixed", "qwen3"])
-def test_plain_models_decode_without_their_modules_and_keep_their_logprobs(kind: str, tmp_path: Path) -> None:
+def test_plain_models_decode_without_their_modules_and_keep_their_logprobs(
+    kind: str, tmp_path: Path
+) -> None:
     """Goal: the fast path runs for the architectures it knows, checks itself at start, and follows weights that are
     replaced in place. Red (the check) with the sign left out of the rotation's sine, and (after the update) with
     `_joined` leaving the parameters where they were.
@@ -139,7 +159,9 @@ def test_plain_models_decode_without_their_modules_and_keep_their_logprobs(kind:
         check_decode(served, RunningBatch(served, 1))
     load_weights(served, new.path)
     (row,) = decode(served, [[3, 4, 5]], new_tokens=[20], rows_max=1)
-    assert row.logprobs == pytest.approx(logprobs_of(new.model, [3, 4, 5], row.output_ids, 1.0), abs=1e-5)
+    assert row.logprobs == pytest.approx(
+        logprobs_of(new.model, [3, 4, 5], row.output_ids, 1.0), abs=1e-5
+    )
 
 
 # --- weights --------------------------------------------------------------------------------------------------------
@@ -153,7 +175,9 @@ def test_weights_are_replaced_with_a_tied_head(tmp_path: Path) -> None:
     assert not torch.equal(served.model.lm_head.weight, new.model.lm_head.weight)
     load_weights(served, new.path)
     assert torch.equal(served.model.lm_head.weight, new.model.lm_head.weight)
-    assert served.model.lm_head.weight.data_ptr() == served.model.model.embed_tokens.weight.data_ptr()
+    assert (
+        served.model.lm_head.weight.data_ptr() == served.model.model.embed_tokens.weight.data_ptr()
+    )
 
 
 def drop_one(tensors: dict[str, torch.Tensor]) -> None:
@@ -181,7 +205,9 @@ def test_a_bad_checkpoint_changes_nothing(tmp_path: Path, damage: Any) -> None:
         save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ServedModelError, match=str(bad)):
         load_weights(served, str(bad))
-    assert all(torch.equal(before[name], tensor) for name, tensor in served.model.state_dict().items())
+    assert all(
+        torch.equal(before[name], tensor) for name, tensor in served.model.state_dict().items()
+    )
 
 
 def test_another_architecture_is_no_update(tmp_path: Path) -> None:
@@ -205,7 +231,11 @@ def test_streams_of_uniforms_are_independent() -> None:
     draws = np.stack([uniforms(keys, np.full(len(keys), position)) for position in range(64)])
     assert len(np.unique(draws)) > 0.999 * draws.size
     assert abs(draws.mean() - 0.5) < 0.005 and abs(draws.var() - 1 / 12) < 0.005
-    for lagged in (draws[1:] * draws[:-1], draws[:, 1:] * draws[:, :-1], draws[:, 64:] * draws[:, :-64]):
+    for lagged in (
+        draws[1:] * draws[:-1],
+        draws[:, 1:] * draws[:, :-1],
+        draws[:, 64:] * draws[:, :-64],
+    ):
         assert abs(lagged.mean() - 0.25) < 0.005
     assert draws.min() > 0 and draws.max() < 1
 
@@ -246,7 +276,9 @@ def test_a_token_without_weight_is_never_drawn() -> None:
 # --- attention ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("heads", "group", "size"), [(4, 1, 16), (2, 2, 16), (1, 4, 64), (2, 1, 8)])
+@pytest.mark.parametrize(
+    ("heads", "group", "size"), [(4, 1, 16), (2, 2, 16), (1, 4, 64), (2, 1, 8)]
+)
 def test_decode_attention_and_its_bits(heads: int, group: int, size: int) -> None:
     """Goal: one token's attention is torch's own to rounding, and the same bits however wide the cache and however many
     rows. Red with COLUMNS_PER_BLOCK = 1024 (the bits, from 416 columns on), and with PRODUCT_SIZE_MIN = 0 (size 8).
@@ -266,7 +298,12 @@ def test_decode_attention_and_its_bits(heads: int, group: int, size: int) -> Non
             mask = torch.zeros(rows, 1, 1, width)
             mask[..., length:] = torch.finfo(torch.float32).min
             for count in (16, rows):
-                few = (query[:count], key[:count, :, :width], value[:count, :, :width], mask[:count])
+                few = (
+                    query[:count],
+                    key[:count, :, :width],
+                    value[:count, :, :width],
+                    mask[:count],
+                )
                 seen.append(decode_attention(module, *few)[0])
         assert torch.allclose(seen[1], expected, rtol=0, atol=1e-5)
         assert all(torch.equal(found[:16], seen[0]) for found in seen)

@@ -93,7 +93,9 @@ CASES: list[tuple[str, str, list[str]]] = [
         "memory, vLLM",
         "ValueError: Free memory on device cuda:0 (7.34/15.49 GiB) on startup is less than desired GPU memory utilization"
         " (0.8, 12.39 GiB). Decrease GPU memory utilization or reduce GPU memory used by other processes.",
-        ["Out of memory. Free memory on device cuda:0 (7.34/15.49 GiB) on startup is less than desired"],
+        [
+            "Out of memory. Free memory on device cuda:0 (7.34/15.49 GiB) on startup is less than desired"
+        ],
     ),
     (
         "driver",
@@ -177,7 +179,11 @@ CASES: list[tuple[str, str, list[str]]] = [
         "NCCL (NCCL's format string)",
         "gpu-7:4711:4711 [0] NCCL WARN Mismatched NCCL version detected : rank 1 version 22907 rank 0 version 23007\n"
         "torch.distributed.DistBackendError: NCCL error: invalid usage (run with NCCL_DEBUG=WARN for details)",
-        ["different versions of NCCL", "requirements/trainer-cuda.txt", "weight_sync=DiskSync(...)"],
+        [
+            "different versions of NCCL",
+            "requirements/trainer-cuda.txt",
+            "weight_sync=DiskSync(...)",
+        ],
     ),
     (
         "a GPU that is not the engine's (SGLang's words)",
@@ -230,7 +236,9 @@ CASES: list[tuple[str, str, list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("text", "parts"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+@pytest.mark.parametrize(
+    ("text", "parts"), [case[1:] for case in CASES], ids=[case[0] for case in CASES]
+)
 def test_each_ending_has_its_reason(text: str, parts: list[str]) -> None:
     """Goal: one clear message with the fix, whatever was logged before. Red with a rule taken out, for its case."""
     found = diagnose([*NOISE, "Traceback (most recent call last):", *text.splitlines()])
@@ -307,4 +315,7 @@ def test_each_failed_installation_has_its_reason(text: str, parts: list[str]) ->
     for part in parts:
         assert part in found
     assert "{" not in found and "None" not in found
-    assert diagnose_installation(["ERROR: No matching distribution found for nothing-of-the-kind"]) is None
+    assert (
+        diagnose_installation(["ERROR: No matching distribution found for nothing-of-the-kind"])
+        is None
+    )

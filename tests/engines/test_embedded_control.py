@@ -32,7 +32,10 @@ def test_abort_by_rid_brings_the_partial_tokens(engine: Engine) -> None:
     assert engine.post("/abort_request", {"rid": "mine"}).status_code == 200
     thread.join(60)
     answer = results[0]
-    assert answer["meta_info"]["finish_reason"]["type"] == "abort" and answer["meta_info"]["id"] == "mine"
+    assert (
+        answer["meta_info"]["finish_reason"]["type"] == "abort"
+        and answer["meta_info"]["id"] == "mine"
+    )
     assert 0 < len(answer["output_ids"]) < LONG_TOKENS
     expected = logprobs_of(engine.model, PROMPT, answer["output_ids"], 1.0)
     assert logprobs(answer) == pytest.approx(expected, abs=LOGPROB_TOLERANCE)
@@ -95,13 +98,17 @@ def test_an_update_changes_what_is_sampled_from(engine: Engine) -> None:
     body = {"model_path": str(engine.new), "weight_version": "v1"}
     answer = engine.post("/update_weights_from_disk", body)
     assert answer.status_code == 200 and answer.json()["success"] is True
-    assert engine.info()["weight_version"] == "v1" and engine.info()["model_path"] == str(engine.new)
+    assert engine.info()["weight_version"] == "v1" and engine.info()["model_path"] == str(
+        engine.new
+    )
     sample = engine.generate(PROMPT, max_new_tokens=30)
     assert sample["meta_info"]["weight_version"] == "v1"
     new_model = AutoModelForCausalLM.from_pretrained(engine.new, dtype=torch.float32).eval()
     expected = logprobs_of(new_model, PROMPT, sample["output_ids"], 1.0)
     assert logprobs(sample) == pytest.approx(expected, abs=LOGPROB_TOLERANCE)
-    assert logprobs_of(engine.model, PROMPT, sample["output_ids"], 1.0) != pytest.approx(expected, abs=1e-2)
+    assert logprobs_of(engine.model, PROMPT, sample["output_ids"], 1.0) != pytest.approx(
+        expected, abs=1e-2
+    )
 
 
 def test_an_update_waits_for_what_runs(engine: Engine) -> None:
@@ -117,7 +124,9 @@ def test_an_update_waits_for_what_runs(engine: Engine) -> None:
     thread.join(60)
     update.join(60)
     assert updated[0].status_code == 200
-    assert results[0]["meta_info"]["weight_versions"] == [{"version": "default", "start": 0, "end": LONG_TOKENS}]
+    assert results[0]["meta_info"]["weight_versions"] == [
+        {"version": "default", "start": 0, "end": LONG_TOKENS}
+    ]
     assert late["meta_info"]["weight_versions"] == [{"version": "v2", "start": 0, "end": 3}]
 
 
@@ -139,7 +148,10 @@ def test_retract_update_continue_finishes_the_same_request(engine: Engine) -> No
     assert 0 == first["start"] < first["end"] == second["start"] < second["end"] == LONG_TOKENS
     ids, split = results[0]["output_ids"], first["end"]
     new_model = AutoModelForCausalLM.from_pretrained(engine.new, dtype=torch.float32).eval()
-    expected = logprobs_of(engine.model, PROMPT, ids, 1.0)[:split] + logprobs_of(new_model, PROMPT, ids, 1.0)[split:]
+    expected = (
+        logprobs_of(engine.model, PROMPT, ids, 1.0)[:split]
+        + logprobs_of(new_model, PROMPT, ids, 1.0)[split:]
+    )
     assert logprobs(results[0]) == pytest.approx(expected, abs=1e-4)
 
 
@@ -154,7 +166,9 @@ def test_abort_all_requests_of_an_update(engine: Engine) -> None:
 
 def test_weight_version_alone(engine: Engine) -> None:
     """Goal: /update_weight_version renames what is served, no more."""
-    answer = engine.post("/update_weight_version", {"new_version": "v9", "abort_all_requests": False})
+    answer = engine.post(
+        "/update_weight_version", {"new_version": "v9", "abort_all_requests": False}
+    )
     assert answer.json()["success"] is True
     assert engine.generate(PROMPT, max_new_tokens=1)["meta_info"]["weight_version"] == "v9"
     assert engine.client.get(engine.url + "/get_model_info").json()["weight_version"] == "v9"
@@ -171,18 +185,46 @@ BAD_BODIES: tuple[tuple[str, Any, str], ...] = (
     ("negative id", {"input_ids": [-1]}, "-1"),
     ("ids that are no integers", {"input_ids": ["a"]}, "integer"),
     ("prompt over the context", {"input_ids": [2] * (CONTEXT + 1)}, str(CONTEXT)),
-    ("too many tokens", {"input_ids": [2] * 8, "sampling_params": {"max_new_tokens": CONTEXT}}, str(CONTEXT)),
-    ("unknown sampling param", {"input_ids": [2], "sampling_params": {"temprature": 1}}, "temprature"),
-    ("negative temperature", {"input_ids": [2], "sampling_params": {"temperature": -1}}, "temperature"),
-    ("temperature as text", {"input_ids": [2], "sampling_params": {"temperature": "hot"}}, "temperature"),
+    (
+        "too many tokens",
+        {"input_ids": [2] * 8, "sampling_params": {"max_new_tokens": CONTEXT}},
+        str(CONTEXT),
+    ),
+    (
+        "unknown sampling param",
+        {"input_ids": [2], "sampling_params": {"temprature": 1}},
+        "temprature",
+    ),
+    (
+        "negative temperature",
+        {"input_ids": [2], "sampling_params": {"temperature": -1}},
+        "temperature",
+    ),
+    (
+        "temperature as text",
+        {"input_ids": [2], "sampling_params": {"temperature": "hot"}},
+        "temperature",
+    ),
     ("top_p of 0", {"input_ids": [2], "sampling_params": {"top_p": 0}}, "top_p"),
     ("top_k of 0", {"input_ids": [2], "sampling_params": {"top_k": 0}}, "top_k"),
     ("min_p of 2", {"input_ids": [2], "sampling_params": {"min_p": 2}}, "min_p"),
     ("n of 0", {"input_ids": [2], "sampling_params": {"n": 0}}, "n=0"),
     ("n beyond reason", {"input_ids": [2], "sampling_params": {"n": 10**12}}, "n=1000000000000"),
-    ("negative max_new_tokens", {"input_ids": [2], "sampling_params": {"max_new_tokens": -1}}, "max_new_tokens"),
-    ("penalty", {"input_ids": [2], "sampling_params": {"frequency_penalty": 1.0}}, "frequency_penalty"),
-    ("params for too many prompts", {"input_ids": [[2]], "sampling_params": [{}, {}]}, "2 entries for 1"),
+    (
+        "negative max_new_tokens",
+        {"input_ids": [2], "sampling_params": {"max_new_tokens": -1}},
+        "max_new_tokens",
+    ),
+    (
+        "penalty",
+        {"input_ids": [2], "sampling_params": {"frequency_penalty": 1.0}},
+        "frequency_penalty",
+    ),
+    (
+        "params for too many prompts",
+        {"input_ids": [[2]], "sampling_params": [{}, {}]},
+        "2 entries for 1",
+    ),
     ("stream", {"input_ids": [2], "stream": True}, "stream"),
     ("top log-probs", {"input_ids": [2], "top_logprobs_num": 2}, "top_logprobs_num"),
     ("same rid twice", {"input_ids": [[2], [3]], "rid": ["a", "a"]}, "rid"),
@@ -190,7 +232,9 @@ BAD_BODIES: tuple[tuple[str, Any, str], ...] = (
 )
 
 
-@pytest.mark.parametrize(("body", "word"), [case[1:] for case in BAD_BODIES], ids=[case[0] for case in BAD_BODIES])
+@pytest.mark.parametrize(
+    ("body", "word"), [case[1:] for case in BAD_BODIES], ids=[case[0] for case in BAD_BODIES]
+)
 def test_bad_requests_are_400_and_say_why(engine: Engine, body: Any, word: str) -> None:
     """Goal: each mistake is a 400 with SGLang's error shape, naming what is wrong. Red with its check removed."""
     answer = engine.post("/generate", body)
@@ -208,7 +252,10 @@ def test_a_body_that_is_no_json(engine: Engine) -> None:
 def test_unknown_top_level_keys_are_ignored(engine: Engine) -> None:
     """Goal: as in SGLang, a key it does not know is no error."""
     assert (
-        engine.post("/generate", {"input_ids": [2], "extra_key": "x", "sampling_params": {"n": 1}}).status_code == 200
+        engine.post(
+            "/generate", {"input_ids": [2], "extra_key": "x", "sampling_params": {"n": 1}}
+        ).status_code
+        == 200
     )
 
 

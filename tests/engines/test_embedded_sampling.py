@@ -40,7 +40,9 @@ def test_logprobs_are_the_trainers_own(engine: Engine, temperature: float) -> No
 
 def test_logprobs_are_not_renormalised_by_filters(engine: Engine) -> None:
     """Goal: top-k and top-p change what is sampled, never its log-prob. Red with log-probs taken after `_filter`."""
-    answer = engine.generate(PROMPT, top_k=3, top_p=0.8, temperature=0.9, max_new_tokens=40, ignore_eos=True)
+    answer = engine.generate(
+        PROMPT, top_k=3, top_p=0.8, temperature=0.9, max_new_tokens=40, ignore_eos=True
+    )
     expected = logprobs_of(engine.model, PROMPT, answer["output_ids"], 0.9)
     assert logprobs(answer) == pytest.approx(expected, abs=LOGPROB_TOLERANCE)
 
@@ -51,7 +53,10 @@ def test_greedy_is_generate(engine: Engine) -> None:
         answer = engine.generate(prompt, temperature=0, max_new_tokens=32)
         with torch.no_grad():
             expected = engine.model.generate(
-                torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=32, do_sample=False
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt)),
+                max_new_tokens=32,
+                do_sample=False,
             )
         assert answer["output_ids"] == expected[0, len(prompt) :].tolist()
         raw = logprobs_of(engine.model, prompt, answer["output_ids"], 1.0)
@@ -68,7 +73,9 @@ def test_samples_follow_the_distribution(engine: Engine) -> None:
     for answer in answers:
         seen[answer["output_ids"][0]] += 1
     likely = [token for token, p in enumerate(probabilities) if p * count >= 5]
-    chi_square = sum((seen[t] - count * probabilities[t]) ** 2 / (count * probabilities[t]) for t in likely)
+    chi_square = sum(
+        (seen[t] - count * probabilities[t]) ** 2 / (count * probabilities[t]) for t in likely
+    )
     assert chi_square < 66  # p = 0.0003 at 31 degrees of freedom; the seed is fixed
 
 
@@ -100,13 +107,20 @@ def test_a_seed_means_the_same_tokens_whoever_runs_beside(engine: Engine) -> Non
     assert len({tuple(answer["output_ids"]) for answer in alone}) == 4
     with ThreadPoolExecutor(16) as pool:
         crowd = [
-            pool.submit(engine.generate, [3 + i % 25, 4, 5] * (1 + i % 5), max_new_tokens=10 + i, top_k=1 + i % 7)
+            pool.submit(
+                engine.generate,
+                [3 + i % 25, 4, 5] * (1 + i % 5),
+                max_new_tokens=10 + i,
+                top_k=1 + i % 7,
+            )
             for i in range(40)
         ]
         beside = [pool.submit(engine.generate, PROMPT, n=4, **params) for _ in range(3)]
         for future in beside:
             got = future.result()
-            assert [answer["output_ids"] for answer in got] == [answer["output_ids"] for answer in alone]
+            assert [answer["output_ids"] for answer in got] == [
+                answer["output_ids"] for answer in alone
+            ]
             assert [logprobs(answer) for answer in got] == [logprobs(answer) for answer in alone]
         for future in crowd:
             future.result()
@@ -129,7 +143,9 @@ def test_single_batch_and_n(engine: Engine) -> None:
     assert [answer["meta_info"]["prompt_tokens"] for answer in answers] == [7, 7, 7, 2, 2, 2]
     assert len({answer["meta_info"]["id"] for answer in answers}) == 6
     one = engine.generate([9, 10], n=3, max_new_tokens=12, sampling_seed=3)
-    assert [answer["output_ids"] for answer in one] == [answer["output_ids"] for answer in answers[3:]]
+    assert [answer["output_ids"] for answer in one] == [
+        answer["output_ids"] for answer in answers[3:]
+    ]
 
 
 def test_sampling_params_for_each_prompt(engine: Engine) -> None:
@@ -159,7 +175,9 @@ def test_eos_ends_and_is_kept(engine: Engine) -> None:
     Red with the EOS dropped from the outputs.
     """
     answers = engine.generate(PROMPT, n=64, max_new_tokens=400, temperature=2.0)
-    stopped = [answer for answer in answers if answer["meta_info"]["finish_reason"]["type"] == "stop"]
+    stopped = [
+        answer for answer in answers if answer["meta_info"]["finish_reason"]["type"] == "stop"
+    ]
     assert len(stopped) > 32
     for answer in stopped:
         ids = answer["output_ids"]
@@ -186,7 +204,11 @@ def test_stop_token_ids_and_stop_strings(engine: Engine) -> None:
         assert not {10, 11} & set(ids[:-1])
     tokenizer = make_tokenizer()
     answers = engine.generate(PROMPT, **common, stop=["z", "ab"])
-    assert {answer["meta_info"]["finish_reason"].get("matched") for answer in answers} <= {"z", "ab", None}
+    assert {answer["meta_info"]["finish_reason"].get("matched") for answer in answers} <= {
+        "z",
+        "ab",
+        None,
+    }
     for answer in answers:
         if answer["meta_info"]["finish_reason"]["type"] == "stop":
             matched = answer["meta_info"]["finish_reason"]["matched"]
@@ -197,7 +219,10 @@ def test_stop_token_ids_and_stop_strings(engine: Engine) -> None:
 
 def test_text_in_and_out(engine: Engine) -> None:
     """Goal: `text` is encoded as the tokenizer does it, and output_ids decode to the answer's text."""
-    body = {"text": "abc", "sampling_params": {"temperature": 0, "max_new_tokens": 6, "ignore_eos": True}}
+    body = {
+        "text": "abc",
+        "sampling_params": {"temperature": 0, "max_new_tokens": 6, "ignore_eos": True},
+    }
     answer = engine.post("/generate", body).json()
     assert answer["meta_info"]["prompt_tokens"] == 3
     same = engine.generate([2, 3, 4], temperature=0, max_new_tokens=6, ignore_eos=True)
@@ -225,7 +250,11 @@ def test_three_hundred_requests_at_once(engine: Engine) -> None:
 
     def ask(index: int) -> tuple[list[int], Any]:
         prompt = [2 + index % 25] * (1 + index % 9)
-        body = {"input_ids": prompt, "sampling_params": {"max_new_tokens": 1 + index % 12}, "return_logprob": True}
+        body = {
+            "input_ids": prompt,
+            "sampling_params": {"max_new_tokens": 1 + index % 12},
+            "return_logprob": True,
+        }
         return prompt, client.post(engine.url + "/generate", json=body).json()
 
     limits = httpx.Limits(max_connections=None)
@@ -262,7 +291,8 @@ def test_a_client_that_goes_away_frees_its_rows(engine: Engine) -> None:
 
     thread, results = in_background(hang_up)
     wait_for(lambda: engine.state()["running"] == ROWS_MAX)
-    engine.post("/pause_generation", {"mode": "in_place"})  # from here on they can only end by an abort
+    # from here on they can only end by an abort
+    engine.post("/pause_generation", {"mode": "in_place"})
     thread.join(60)
     assert results == ["gone"]
     wait_for(lambda: engine.state()["running"] == 0)

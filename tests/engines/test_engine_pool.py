@@ -23,17 +23,18 @@ from tests.engines.serving import PROMPT, REPOSITORY, make_model
 
 pytestmark = pytest.mark.anyio
 ALIKE = {"temperature": 0.9, "max_new_tokens": 12, "sampling_seed": 3, "ignore_eos": True}
-LONG = {
-    **ALIKE,
-    "max_new_tokens": 2000,
-}  # more than the second that a stopped engine has to finish: time to kill its engine
+# more than the second that a stopped engine has to finish: time to kill its engine
+LONG = {**ALIKE, "max_new_tokens": 2000}
 both_backends = pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
-    return {name: make_model("llama", root / name, seed=seed) for seed, name in enumerate(("old", "new"))}
+    return {
+        name: make_model("llama", root / name, seed=seed)
+        for seed, name in enumerate(("old", "new"))
+    }
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +56,13 @@ def recovered() -> list[Recovered]:
     return []
 
 
-def pool_of(*urls: str, recovered: list[Recovered], reruns_max: int = 3, **options: Any) -> EnginePool:
+def pool_of(
+    *urls: str, recovered: list[Recovered], reruns_max: int = 3, **options: Any
+) -> EnginePool:
     clients = [SGLangEngine(url, **options) for url in urls]
-    return EnginePool(clients, reruns_max=reruns_max, recover_timeout_s=WAIT_S, on_recovered=recovered.append)
+    return EnginePool(
+        clients, reruns_max=reruns_max, recover_timeout_s=WAIT_S, on_recovered=recovered.append
+    )
 
 
 async def ask(
@@ -74,7 +79,9 @@ def anyio_backend() -> str:
 
 @both_backends
 @pytest.mark.parametrize("fault", ["reset", "cut", "503", "drip"])
-async def test_a_request_that_breaks_is_run_again(between: Proxy, recovered: list[Recovered], fault: str) -> None:
+async def test_a_request_that_breaks_is_run_again(
+    between: Proxy, recovered: list[Recovered], fault: str
+) -> None:
     """Goal: a reset, half an answer, a 5xx and an answer that drips in for ever cost another run, with the same ids and
     log-probs to the bit. Red with reruns_max=0; the drip with httpx's own timeouts, which bound each read alone."""
     async with pool_of(between.url, recovered=recovered, timeout_s=3.0) as pool:
@@ -85,7 +92,9 @@ async def test_a_request_that_breaks_is_run_again(between: Proxy, recovered: lis
     assert len(recovered) == 1 and recovered[0].url == between.url
 
 
-async def test_a_mistake_of_the_callers_is_not_run_again(between: Proxy, recovered: list[Recovered]) -> None:
+async def test_a_mistake_of_the_callers_is_not_run_again(
+    between: Proxy, recovered: list[Recovered]
+) -> None:
     """Goal: a 400 is raised as it comes, after one request. Red with every EngineError run again."""
     async with pool_of(between.url, recovered=recovered) as pool:
         with pytest.raises(EngineError, match=r"400: .*maximum context length"):
@@ -102,8 +111,9 @@ async def test_the_bound(between: Proxy, recovered: list[Recovered]) -> None:
     assert between.requests.count("/generate") == 3
 
 
-@both_backends
-async def test_killed_under_requests(server: Server, models: dict[str, Path], recovered: list[Recovered]) -> None:
+async def test_killed_under_requests(
+    server: Server, models: dict[str, Path], recovered: list[Recovered]
+) -> None:
     """Goal: kill -9 under several requests at once: the next life gets the weights that the first had been given, once,
     and gives what the first would have, to the bit. Red without the weights given again, and without the lock."""
     async with pool_of(server.url, recovered=recovered) as pool:
@@ -127,7 +137,9 @@ async def test_killed_under_requests(server: Server, models: dict[str, Path], re
     assert server.version() == "7"
 
 
-async def test_a_restart_that_nobody_saw(server: Server, models: dict[str, Path], recovered: list[Recovered]) -> None:
+async def test_a_restart_that_nobody_saw(
+    server: Server, models: dict[str, Path], recovered: list[Recovered]
+) -> None:
     """Goal: an engine that died and came back between two requests is known by the version of its answer, which is
     refused. Red with answers of any version taken."""
     async with pool_of(server.url, recovered=recovered) as pool:
@@ -140,7 +152,9 @@ async def test_a_restart_that_nobody_saw(server: Server, models: dict[str, Path]
     assert "sampled with weights default; was given 8" in recovered[0].reason
 
 
-async def test_an_engine_that_is_gone_at_the_first_look(server: Server, recovered: list[Recovered]) -> None:
+async def test_an_engine_that_is_gone_at_the_first_look(
+    server: Server, recovered: list[Recovered]
+) -> None:
     """Goal: a trainer that asks an engine for its version while that is started again waits for it. Red with the
     client asked: ConnectError."""
     async with pool_of(server.url, recovered=recovered) as pool:
@@ -181,7 +195,13 @@ async def test_an_engine_that_ends_properly(
     assert len(recovered) == 1
 
 
-ROUTES = ("/pause_generation", "/update_weights_from_disk", "/flush_cache", "/model_info", "/continue_generation")
+ROUTES = (
+    "/pause_generation",
+    "/update_weights_from_disk",
+    "/flush_cache",
+    "/model_info",
+    "/continue_generation",
+)
 
 
 @pytest.mark.parametrize(("route", "fault"), list(itertools.product(ROUTES, ["reset", "killed"])))
@@ -192,10 +212,14 @@ async def test_a_sync_that_is_cut_off(
     from the new weights, not paused. Red with WeightSyncError raised as it comes."""
     recovered: list[Recovered] = []
     async with pool_of(between.url, recovered=recovered) as pool:
-        await pool.update_weights_from_checkpoint(str(models["old"]), weight_version=f"before {route} {fault}")
+        await pool.update_weights_from_checkpoint(
+            str(models["old"]), weight_version=f"before {route} {fault}"
+        )
         between.path = route
         between.faults.append("reset" if fault == "reset" else server.replace)
-        answers = await pool.update_weights_from_checkpoint(str(models["new"]), weight_version=f"after {route} {fault}")
+        answers = await pool.update_weights_from_checkpoint(
+            str(models["new"]), weight_version=f"after {route} {fault}"
+        )
         assert answers[0]["success"] is True
         (row,) = await pool.generate(PROMPT, ALIKE)
         assert row.weight_version == server.version() == f"after {route} {fault}"
@@ -219,7 +243,9 @@ async def test_weights_that_are_refused(
     assert server.version() == "10"
 
 
-async def test_weights_given_by_other_ways(server: Server, models: dict[str, Path], recovered: list[Recovered]) -> None:
+async def test_weights_given_by_other_ways(
+    server: Server, models: dict[str, Path], recovered: list[Recovered]
+) -> None:
     """Goal: weights that came by calls of the client's own are given again by the function that was named for it, and a
     proof that the engine's death interrupts is asked again under them. Red with what `give` does not kept, and with
     the probe left to the client."""
@@ -230,7 +256,9 @@ async def test_weights_given_by_other_ways(server: Server, models: dict[str, Pat
 
     async def give(client: Any) -> dict[str, Any]:
         given.append("again")
-        return dict(await client.update_weights_from_checkpoint(str(models["new"]), weight_version="13"))
+        return dict(
+            await client.update_weights_from_checkpoint(str(models["new"]), weight_version="13")
+        )
 
     async with replica.receiving("13", give):
         await replica.client.update_weights_from_checkpoint(str(models["new"]), weight_version="13")
@@ -273,13 +301,16 @@ async def test_a_replica_takes_the_work(
     await pool.aclose()
 
 
-async def test_an_engine_that_does_not_come_back(second: Server, recovered: list[Recovered]) -> None:
+async def test_an_engine_that_does_not_come_back(
+    second: Server, recovered: list[Recovered]
+) -> None:
     """Goal: waiting ends, saying how long it was, what happened first and what was seen last. Red without the bound."""
     pool = EnginePool([SGLangEngine(second.url)], reruns_max=3, recover_timeout_s=0.5)
     await ask(pool)
     second.kill()
     with pytest.raises(
-        EngineError, match=r"did not come back within 0\.5 s. What was wrong: .*/generate.* Last seen: "
+        EngineError,
+        match=r"did not come back within 0\.5 s. What was wrong: .*/generate.* Last seen: ",
     ):
         await ask(pool)
     await pool.aclose()
@@ -313,7 +344,8 @@ def test_no_request_of_a_dead_client_is_left(server: Server) -> None:
     server.await_health()
     with subprocess.Popen([sys.executable, "-c", ASKING, server.url], cwd=REPOSITORY) as client:
         wait_for(lambda: server.running() == 1)
-        httpx.post(f"{server.url}/pause_generation", json={"mode": "in_place"})  # or it may be done by itself
+        # or it may be done by itself
+        httpx.post(f"{server.url}/pause_generation", json={"mode": "in_place"})
         assert server.running() == 1
         client.send_signal(signal.SIGKILL)
     wait_for(lambda: server.running() == 0)

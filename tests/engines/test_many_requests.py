@@ -44,15 +44,27 @@ def told(generations: Sequence[Generation]) -> list[Any]:
     return [(one.output_ids, one.logprobs, one.finish_reason) for one in generations]
 
 
-async def singly(client: SGLangEngine, asked: Sequence[tuple[list[int], dict[str, Any]]]) -> list[Generation]:
-    return [group[0] for group in await gather_in_order([partial(client.generate, *request) for request in asked])]
+async def singly(
+    client: SGLangEngine, asked: Sequence[tuple[list[int], dict[str, Any]]]
+) -> list[Generation]:
+    return [
+        group[0]
+        for group in await gather_in_order(
+            [partial(client.generate, *request) for request in asked]
+        )
+    ]
 
 
 async def test_single_requests_are_answered_as_one_batch_is(client: SGLangEngine) -> None:
     """Goal: how prompts are sent changes no token and no log-prob, to the bit, whatever lengths stand side by side.
     Red with too little company for a row that is scored alone (_COMPANY = 2)."""
     asked = requests(200)
-    together = [g for (g,) in await client.generate_batch([prompt for prompt, _ in asked], [item for _, item in asked])]
+    together = [
+        g
+        for (g,) in await client.generate_batch(
+            [prompt for prompt, _ in asked], [item for _, item in asked]
+        )
+    ]
     assert told(await singly(client, asked)) == told(together)
     assert {len(one.output_ids) for one in together} == set(range(1, 10))
 
@@ -96,7 +108,9 @@ async def test_connections_are_kept() -> None:
         await client.aclose()
 
 
-async def test_one_cancelled_request_frees_its_rows_and_troubles_no_other(client: SGLangEngine) -> None:
+async def test_one_cancelled_request_frees_its_rows_and_troubles_no_other(
+    client: SGLangEngine,
+) -> None:
     """Goal: of many, one is given up: its row goes, the others end as if it had never been, and the client goes on.
     Red without the server's abort of a request whose client went away."""
     asked = requests(40)
@@ -179,5 +193,7 @@ async def test_few_open_files_are_enough(engine: Engine, anyio_backend: str) -> 
 async def running(client: SGLangEngine, rows: int) -> None:
     """Return once so many rows run."""
     with anyio.fail_after(60):
-        while (await client.request("GET", "/server_info"))["internal_states"][0]["running"] != rows:
+        while (await client.request("GET", "/server_info"))["internal_states"][0][
+            "running"
+        ] != rows:
             await anyio.sleep(0.01)

@@ -30,7 +30,8 @@ from tests.weights.deliveries import expected_logprobs
 pytestmark = pytest.mark.anyio
 PROMPT = [2, 3, 4]
 ROUTES = {
-    "disk": ("/pause_generation", "/update_weights_from_disk", "/generate"),  # the last: what proves it
+    # the last: what proves it
+    "disk": ("/pause_generation", "/update_weights_from_disk", "/generate"),
     "tensor": (
         "/begin_weight_update",
         "/update_weights_from_tensor",
@@ -39,10 +40,18 @@ ROUTES = {
         "/generate",
     ),
 }
-CASES = [(kind, *case) for kind in ROUTES for case in itertools.product(ROUTES[kind], ["reset", "killed"])]
-CASES += [("disk", "/flush_cache", "restarted"), ("tensor", "/update_weights_from_tensor", "restarted")]
+CASES = [
+    (kind, *case)
+    for kind in ROUTES
+    for case in itertools.product(ROUTES[kind], ["reset", "killed"])
+]
+CASES += [
+    ("disk", "/flush_cache", "restarted"),
+    ("tensor", "/update_weights_from_tensor", "restarted"),
+]
 
-MEASURED = re.compile(r".*_s|age_s_.*|peak_memory_gib|groups_carried_.*")  # of this machine and moment, not of the run
+# of this machine and moment, not of the run
+MEASURED = re.compile(r".*_s|age_s_.*|peak_memory_gib|groups_carried_.*")
 
 
 @pytest.fixture
@@ -71,7 +80,11 @@ def delivery_of(kind: str, backend: Any, directory: Path, *, keep: bool = False)
     if kind == "disk":
         return DiskDelivery(backend, directory)
     return BucketDelivery(
-        backend, SharedMemoryChannel(tensor_parallel_size=1), dtype=None, bucket_bytes=4096, keep=keep
+        backend,
+        SharedMemoryChannel(tensor_parallel_size=1),
+        dtype=None,
+        bucket_bytes=4096,
+        keep=keep,
     )
 
 
@@ -98,9 +111,15 @@ async def test_a_sync_is_done_again(
     start's weights for what comes back, with a session left open whose opening was not answered, and with a step noted
     as the sync's only at its end: its weights then counted as gone."""
     backend, recovered = tiny_backend(tmp_path), list[Recovered]()
-    options: dict[str, Any] = {"reruns_max": 3, "recover_timeout_s": WAIT_S, "on_recovered": recovered.append}
+    options: dict[str, Any] = {
+        "reruns_max": 3,
+        "recover_timeout_s": WAIT_S,
+        "on_recovered": recovered.append,
+    }
     pool = EnginePool([SGLangEngine(between.url)], **options)
-    publisher = WeightPublisher(backend, pool, delivery_of(kind, backend, tmp_path / "weights"), dtype="float32")
+    publisher = WeightPublisher(
+        backend, pool, delivery_of(kind, backend, tmp_path / "weights"), dtype="float32"
+    )
     await publisher.publish(0)
     train(backend)
     between.path = route
@@ -108,22 +127,30 @@ async def test_a_sync_is_done_again(
     between.faults.append(faults[fault])
     await publisher.publish(1)
     assert len(recovered) == 1
-    (served,) = await pool.generate(PROMPT, {"temperature": 0.0, "max_new_tokens": 8, "ignore_eos": True})
+    (served,) = await pool.generate(
+        PROMPT, {"temperature": 0.0, "max_new_tokens": 8, "ignore_eos": True}
+    )
     assert served.weight_version == server.version() == "1"
     server.replace()
-    assert await pool.generate(PROMPT, {"temperature": 0.0, "max_new_tokens": 8, "ignore_eos": True}) == [served]
+    assert await pool.generate(
+        PROMPT, {"temperature": 0.0, "max_new_tokens": 8, "ignore_eos": True}
+    ) == [served]
     assert server.version() == "1" and len(recovered) == 2
     await publisher.aclose()
     backend.close()
 
 
 @pytest.mark.parametrize("keep", [True, False])
-async def test_a_death_after_a_step(server: Server, between: Proxy, tmp_path: Path, *, keep: bool) -> None:
+async def test_a_death_after_a_step(
+    server: Server, between: Proxy, tmp_path: Path, *, keep: bool
+) -> None:
     """Goal: an engine that comes back when the trainer has other weights already gets those of its version, where they
     are kept; else the error says how to. Red with the model's own sent."""
     backend = tiny_backend(tmp_path)
     pool = EnginePool([SGLangEngine(between.url)], reruns_max=3, recover_timeout_s=WAIT_S)
-    publisher = WeightPublisher(backend, pool, delivery_of("tensor", backend, tmp_path, keep=keep), dtype="float32")
+    publisher = WeightPublisher(
+        backend, pool, delivery_of("tensor", backend, tmp_path, keep=keep), dtype="float32"
+    )
     await publisher.publish(0)
     expected = expected_logprobs(backend.model, PROMPT)
     train(backend)
@@ -132,17 +159,24 @@ async def test_a_death_after_a_step(server: Server, between: Proxy, tmp_path: Pa
         await pool.generate(PROMPT, {"max_new_tokens": 1})
         assert await pool.replicas[0].input_logprobs(PROMPT) == pytest.approx(expected, abs=1e-5)
     else:
-        with pytest.raises(WeightSyncError, match=r"taken steps since this version, .*give BucketDelivery keep=True"):
+        with pytest.raises(
+            WeightSyncError,
+            match=r"taken steps since this version, .*give BucketDelivery keep=True",
+        ):
             await pool.generate(PROMPT, {"max_new_tokens": 1})
     await publisher.aclose()
     backend.close()
 
 
-async def test_without_a_budget_it_is_an_error(server: Server, between: Proxy, tmp_path: Path) -> None:
+async def test_without_a_budget_it_is_an_error(
+    server: Server, between: Proxy, tmp_path: Path
+) -> None:
     """Goal: with restarts_max=0 a sync that is cut off raises, as it did. Red with it swallowed."""
     backend = tiny_backend(tmp_path)
     pool = EnginePool([SGLangEngine(between.url)], reruns_max=0, recover_timeout_s=1.0)
-    publisher = WeightPublisher(backend, pool, delivery_of("tensor", backend, tmp_path), dtype="float32")
+    publisher = WeightPublisher(
+        backend, pool, delivery_of("tensor", backend, tmp_path), dtype="float32"
+    )
     between.path = "/update_weights_from_tensor"
     between.faults.append("reset")
     with pytest.raises(WeightSyncError, match="update_weights_from_tensor"):
@@ -185,16 +219,26 @@ def test_a_sharded_model(server: Server, between: Proxy, tmp_path: Path) -> None
     engine's death: the ranks' collectives then no longer match.
     """
     kill_at(server, between, KILLS)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     arguments = [str(server.model), server.url, between.url, str(tmp_path)]
     command = [*torchrun, "-m", "tests.engines.sharded_ranks", *arguments]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200, check=False
+    )
     assert done.returncode == 0, done.stderr[-6000:]
     first, second = (json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in (0, 1))
     expected = pytest.approx(expected_logprobs(tiny_model(seed=1), sharded_ranks.IDS), abs=1e-5)
     assert first["served"] == {"BucketDelivery": ["1", expected], "DiskDelivery": ["2", expected]}
     assert between.path == "nothing", "not all kills took place"
-    assert (first["killed, lag 0"][1], first["killed, lag 1"][1]) == (4, 2)  # one of the kills hit a recovery
+    # one of the kills hit a recovery
+    assert (first["killed, lag 0"][1], first["killed, lag 1"][1]) == (4, 2)
     for lag in sharded_ranks.LAGS:
         alone = without_times(first[f"left alone, lag {lag}"][0])
         assert [row["lag_max"] for row in alone] == [0, *[lag] * 3]
@@ -204,4 +248,6 @@ def test_a_sharded_model(server: Server, between: Proxy, tmp_path: Path) -> None
 
 def without_times(rows: list[dict[str, float]]) -> list[dict[str, float]]:
     """Of the metrics what does not depend on this machine and moment."""
-    return [{key: value for key, value in row.items() if not MEASURED.fullmatch(key)} for row in rows]
+    return [
+        {key: value for key, value in row.items() if not MEASURED.fullmatch(key)} for row in rows
+    ]

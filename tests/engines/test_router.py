@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from base_config import SGLang
-from rollouts.engines.command_lines import router_argv, router_ready_url, router_url
+from rollouts.engines.command_lines import engine_url, router_argv, router_ready_url, router_url
 from rollouts.engines.keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 from rollouts.training.inference.client import RequestError
 from rollouts.training.inference.http import EngineError, EngineLost
@@ -29,7 +29,14 @@ API, ADMIN = "the-api-key", "the-admin-key"
 KEYS = {API_KEY_VARIABLE: API, ADMIN_KEY_VARIABLE: ADMIN}
 PROMPTS = [[3 + index, *PROMPT] for index in range(8)]
 # Every parameter that a request may have, at values that show: the router reads them all.
-PARAMS = {"temperature": 0.9, "top_k": 20, "top_p": 0.95, "min_p": 0.01, "max_new_tokens": 12, "stop_token_ids": [9]}
+PARAMS = {
+    "temperature": 0.9,
+    "top_k": 20,
+    "top_p": 0.95,
+    "min_p": 0.01,
+    "max_new_tokens": 12,
+    "stop_token_ids": [9],
+}
 PARAMS |= {"skip_special_tokens": False, "ignore_eos": False}
 SEEDS = [2**63 - 1 - index for index in range(len(PROMPTS))]
 LONG = {"temperature": 0.9, "max_new_tokens": 400, "ignore_eos": True}  # time to kill something
@@ -54,7 +61,14 @@ class RouterProcess:
         url = router_url(engine)
         assert url is not None
         self.url, self._ready_url = url, router_ready_url(engine)
-        self._argv = list(router_argv(engine, python=interpreter("sglang"), request_timeout_s=ANSWER_S))
+        self._argv = list(
+            router_argv(
+                engine,
+                [engine_url(engine, at) for at in range(engine.replicas)],
+                python=interpreter("sglang"),
+                request_timeout_s=ANSWER_S,
+            )
+        )
         self.start()
 
     def start(self) -> None:
@@ -83,7 +97,10 @@ def anyio_backend() -> str:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
-    return {name: make_model("llama", root / name, seed=seed) for seed, name in enumerate(("old", "new"))}
+    return {
+        name: make_model("llama", root / name, seed=seed)
+        for seed, name in enumerate(("old", "new"))
+    }
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +135,9 @@ class Stack:
         self.clients = [SGLangEngine(one.url, **keys) for one in replicas]
         self.router = Counting(running.url, self.clients[0], requests_max=64, **keys)
         options: dict[str, Any] = {"reruns_max": 3, "recover_timeout_s": WAIT_S}
-        self.pool = EnginePool(self.clients, router=self.router, on_recovered=self.recovered.append, **options)
+        self.pool = EnginePool(
+            self.clients, router=self.router, on_recovered=self.recovered.append, **options
+        )
 
     async def ask(self, first: int = 0, params: dict[str, Any] = PARAMS) -> list[Any]:
         return rows(await self.pool.generate_batch(PROMPTS, with_seeds(params), n=2, first=first))
@@ -150,10 +169,16 @@ def listeners(pid: int) -> set[str]:
     """The IPv4 addresses that a process listens on, as /proc has them."""
     sockets = {os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir()}
     lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    return {line[1].partition(":")[0] for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in sockets}
+    return {
+        line[1].partition(":")[0]
+        for line in lines
+        if line[3] == "0A" and f"socket:[{line[9]}]" in sockets
+    }
 
 
-async def test_it_answers_as_a_replica_does(stack: Stack, replicas: Sequence[Server], running: RouterProcess) -> None:
+async def test_it_answers_as_a_replica_does(
+    stack: Stack, replicas: Sequence[Server], running: RouterProcess
+) -> None:
     """Goal: ids and log-probs of a routed batch are a replica's own, to the bit, with every parameter and seed; both
     replicas did some of it; the router listens on loopback alone, asks for the key, and has it on no command line. Red
     with the router's figures on all addresses."""
@@ -171,7 +196,9 @@ def prefilled(server: Server) -> int:
     return int(server.get("/server_info").json()["internal_states"][0]["prefilled_tokens"])
 
 
-async def test_a_replica_dies(stack: Stack, replicas: Sequence[Server], models: dict[str, Path]) -> None:
+async def test_a_replica_dies(
+    stack: Stack, replicas: Sequence[Server], models: dict[str, Path]
+) -> None:
     """Goal: kill -9 of a replica under requests costs those alone, which the other answers, with the same results; back
     with its start model, it serves nobody before it has the current weights. Red with answers by any weights taken."""
     await stack.pool.update_weights_from_checkpoint(str(models["new"]), weight_version="7")
@@ -197,7 +224,9 @@ async def test_a_replica_dies(stack: Stack, replicas: Sequence[Server], models: 
     assert "sampled with weights default" in stack.recovered[0].reason
 
 
-async def test_the_router_dies(stack: Stack, running: RouterProcess, replicas: Sequence[Server]) -> None:
+async def test_the_router_dies(
+    stack: Stack, running: RouterProcess, replicas: Sequence[Server]
+) -> None:
     """Goal: kill -9 of the router under requests: the replicas are asked themselves, with the same results, until it is
     back; then they come through it again. Red with what the router failed raised."""
     expected, long = await stack.ask(), await stack.ask(1, LONG)
@@ -227,10 +256,14 @@ async def test_without_reruns_nothing_is_run_again(stack: Stack, running: Router
     with pytest.raises(RequestError, match="outside the vocabulary"):
         await stack.pool.generate([10**6], PARAMS)
     with pytest.raises(EngineError, match="400"):
-        await stack.router.request("POST", "/generate", {"input_ids": PROMPT * 400, "sampling_params": {}})
+        await stack.router.request(
+            "POST", "/generate", {"input_ids": PROMPT * 400, "sampling_params": {}}
+        )
 
 
-async def test_weights_change_under_requests(stack: Stack, replicas: Sequence[Server], models: dict[str, Path]) -> None:
+async def test_weights_change_under_requests(
+    stack: Stack, replicas: Sequence[Server], models: dict[str, Path]
+) -> None:
     """Goal: an update in flight, given to each replica itself: routed requests go on, by two versions, none run
     again."""
     await stack.pool.update_weights_from_checkpoint(str(models["old"]), weight_version="20")
@@ -242,20 +275,28 @@ async def test_weights_change_under_requests(stack: Stack, replicas: Sequence[Se
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(ask)
-        await anyio.to_thread.run_sync(lambda: wait_for(lambda: sum(one.running() for one in replicas) == 4))
+        await anyio.to_thread.run_sync(
+            lambda: wait_for(lambda: sum(one.running() for one in replicas) == 4)
+        )
         await stack.pool.update_weights_from_checkpoint(str(models["new"]), weight_version="21")
-    versions = [[span["version"] for span in row.weight_versions] for group in found for row in group]
+    versions = [
+        [span["version"] for span in row.weight_versions] for group in found for row in group
+    ]
     assert versions == [["20", "21"]] * 4
     assert stack.router.answers == through + 4 and stack.recovered == []
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
-async def test_aborts_and_hang_ups_reach_the_replica(stack: Stack, replicas: Sequence[Server]) -> None:
+async def test_aborts_and_hang_ups_reach_the_replica(
+    stack: Stack, replicas: Sequence[Server]
+) -> None:
     """Goal: an abort by rid, asked of any of the clients, ends the request at whichever replica has it, and is no
     failure; a cancelled request runs nowhere any more. Red with the abort sent to the client's own replica alone."""
 
     async def until_one_runs() -> None:
-        await anyio.to_thread.run_sync(lambda: wait_for(lambda: any(one.running() for one in replicas)))
+        await anyio.to_thread.run_sync(
+            lambda: wait_for(lambda: any(one.running() for one in replicas))
+        )
 
     answers: list[Any] = []
 
@@ -271,5 +312,7 @@ async def test_aborts_and_hang_ups_reach_the_replica(stack: Stack, replicas: Seq
         tasks.start_soon(ask)
         await until_one_runs()
         tasks.cancel_scope.cancel()
-    await anyio.to_thread.run_sync(lambda: wait_for(lambda: not any(one.running() for one in replicas)))
+    await anyio.to_thread.run_sync(
+        lambda: wait_for(lambda: not any(one.running() for one in replicas))
+    )
     assert stack.recovered == []

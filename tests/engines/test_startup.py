@@ -12,7 +12,15 @@ import pytest
 
 from base_config import DiskSync, Embedded, ModelConfig
 from rollouts.engines.command_lines import engine_argv, engine_url
-from tests.engines.serving import REPOSITORY, await_health, embedded_argv, free_port, make_model, start, stderr_of
+from tests.engines.serving import (
+    REPOSITORY,
+    await_health,
+    embedded_argv,
+    free_port,
+    make_model,
+    start,
+    stderr_of,
+)
 from tests.training.process_nursery import shared
 
 
@@ -23,6 +31,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def configs(port: int) -> tuple[Embedded, ModelConfig]:
     engine = Embedded(
+        hosts=None,
         requirements_file=None,
         gpu_ranks=[0],
         sglang_port=port,
@@ -62,16 +71,29 @@ def test_the_command_line_serves_what_the_config_says(model_path: Path) -> None:
     SIGTERM, also while it decodes. Red with --max-running-requests left out.
     """
     engine, model = configs(free_port())
-    argv = engine_argv(engine, model, python=sys.executable, model_path=str(model_path), device_type="cpu", seed=4)
+    argv = engine_argv(
+        engine, model, python=sys.executable, model_path=str(model_path), device_type="cpu", seed=4
+    )
     process = start(list(argv))
     try:
         await_health(engine_url(engine), process)
         info = httpx.get(engine_url(engine) + "/server_info").json()
-        assert (info["max_running_requests"], info["dtype"], info["random_seed"]) == (3, "bfloat16", 4)
-        body = {"input_ids": [2, 3], "sampling_params": {"max_new_tokens": 2000, "ignore_eos": True}}
+        assert (info["max_running_requests"], info["dtype"], info["random_seed"]) == (
+            3,
+            "bfloat16",
+            4,
+        )
+        body = {
+            "input_ids": [2, 3],
+            "sampling_params": {"max_new_tokens": 2000, "ignore_eos": True},
+        }
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(engine_url(engine) + "/generate", json=body, timeout=httpx.Timeout(10, read=0.3))
-        answer = httpx.post(engine_url(engine) + "/generate", json={"input_ids": [2], "text": None}, timeout=60).json()
+            httpx.post(
+                engine_url(engine) + "/generate", json=body, timeout=httpx.Timeout(10, read=0.3)
+            )
+        answer = httpx.post(
+            engine_url(engine) + "/generate", json={"input_ids": [2], "text": None}, timeout=60
+        ).json()
         assert "text" not in answer  # the directory has no tokenizer
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=20) == 0
@@ -131,14 +153,18 @@ def test_cuda_where_there_is_none(model_path: Path, tmp_path: Path) -> None:
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    assert "--device" in one_error_line(tmp_path, embedded_argv(model_path, free_port(), device="cuda"))
+    assert "--device" in one_error_line(
+        tmp_path, embedded_argv(model_path, free_port(), device="cuda")
+    )
 
 
 def test_launch_needs_the_standard_library_only() -> None:
     """Goal: the control side plans without torch or starlette. Red with an import of the server in launch.py."""
     slow = {"torch", "transformers", "starlette", "uvicorn", "httpx"}
     code = f"import sys, rollouts.engines.command_lines; print(sorted({slow} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
     assert done.stdout == "[]\n"
 
 

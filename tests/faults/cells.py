@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from rollouts.run_dir import read_jsonl, read_status
-from tests.faults.lab import World, check_end, follow_to_end, world
+from tests.faults.lab import COMPILER, Setting, World, check_end, check_said, follow_to_end, world
 from tests.remote.hosts import descendants, wait_for, write_config
-from tests.remote.test_whole_runs import processes_of
+from tests.run_processes import processes_of
 
+PLAIN = Setting()
 HELD_S = 2.0  # a link is down, or a process stopped: longer than a poll, shorter than any patience
 
 
@@ -28,7 +29,9 @@ class Fault:
     survives: bool = True
     follows: bool = True
     phases: tuple[str, ...] = ("registered", "uploading", "launched", "training", "pulling")
-    delay_s: float = 0.0
+    setting: Setting = PLAIN
+    possible: bool = True  # on this machine
+    steps: int = 3  # of each stage
 
 
 def flap(made: World, deploy: "subprocess.Popen[str]") -> None:
@@ -67,7 +70,9 @@ def kill_children(made: World, deploy: "subprocess.Popen[str]") -> None:
 
 def command_of(pid: int) -> str:
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        return (
+            Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        )
     return ""
 
 
@@ -76,7 +81,11 @@ def on_host(words: str, number: int) -> Callable[[World, "subprocess.Popen[str]"
 
     def strike(made: World, deploy: "subprocess.Popen[str]") -> None:
         found = wait_for(
-            lambda: [pid for pid in processes_of(made.run_id) if words in command_of(pid)] or ended(made), words
+            lambda: (
+                [pid for pid in processes_of(made.run_id) if words in command_of(pid)]
+                or ended(made)
+            ),
+            words,
         )
         for pid in found if isinstance(found, list) else []:
             with contextlib.suppress(OSError):
@@ -104,7 +113,7 @@ def reboot(made: World, deploy: "subprocess.Popen[str]") -> None:
 
 def attach_too(made: World, deploy: "subprocess.Popen[str]") -> None:
     out, err = made.laptop.start("attach", made.run_id).communicate(timeout=400)
-    assert "Traceback" not in out + err, err
+    check_said(out + err)
 
 
 def damage_mirror(made: World, deploy: "subprocess.Popen[str]") -> None:
@@ -121,12 +130,85 @@ def stop_elsewhere(made: World, deploy: "subprocess.Popen[str]") -> None:
     assert stopped.returncode == 0, stopped.stderr
 
 
+def run_out_of_memory(made: World, deploy: "subprocess.Popen[str]") -> None:
+    """Have the kernel end the trainer: its processes may take no more than they have."""
+    group = MEMORY / made.run_id
+    group.mkdir()
+    (group / "memory.limit_in_bytes").write_text("1000000")
+    trainers = wait_for(
+        lambda: (
+            [pid for pid in processes_of(made.run_id) if "worker.trainer" in command_of(pid)]
+            or ended(made)
+        ),
+        "a trainer",
+    )
+    for pid in trainers if isinstance(trainers, list) else []:
+        with contextlib.suppress(OSError):
+            (group / "cgroup.procs").write_text(str(pid))
+
+
+def jump(side: str, by: str) -> Callable[[World, "subprocess.Popen[str]"], None]:
+    """Return a strike that puts a side's time of day off, for the rest of the run."""
+
+    def strike(made: World, deploy: "subprocess.Popen[str]") -> None:
+        (made.host.directory.parent / f"clock-{side}").write_text(by)
+
+    return strike
+
+
+def fill(side: str) -> Callable[[World, "subprocess.Popen[str]"], None]:
+    """Return a strike that fills a side's disk for a while."""
+
+    def strike(made: World, deploy: "subprocess.Popen[str]") -> None:
+        disk = made.host.home.parent if side == "there" else made.laptop.project / "runs"
+        filler = disk / "filler"
+        with filler.open("wb", buffering=0) as stream, contextlib.suppress(OSError):
+            while True:
+                stream.write(bytes(4096))
+        time.sleep(HELD_S)
+        filler.unlink()
+
+    return strike
+
+
+def tear(made: World, deploy: "subprocess.Popen[str]") -> None:
+    """Put half a row into the host's rows, and nonsense in place of its status."""
+    for file in (made.there.events, made.there.metrics):
+        with file.open("ab") as stream:
+            stream.write(b'{"time":1,"kind":"no')
+    made.there.status.write_bytes(b"\xff\xfe{")
+
+
+def together(*arguments: str) -> Callable[[World, "subprocess.Popen[str]"], None]:
+    """Return a strike: the command, twice at once."""
+
+    def strike(made: World, deploy: "subprocess.Popen[str]") -> None:
+        both = [made.laptop.start(*arguments, made.run_id) for _ in range(2)]
+        for one in both:
+            out, err = one.communicate(timeout=400)
+            assert one.returncode == 0, out + err
+
+    return strike
+
+
+def deploy_again(made: World, deploy: "subprocess.Popen[str]") -> None:
+    """Deploy the same run once more: it is refused, and the first goes on."""
+    config = str(made.laptop.project / "runs/job.json")
+    again = made.laptop.deploy(config, "--remote", made.target, "--run-id", made.run_id)
+    assert again.returncode == 2 and "is in use here" in again.stderr, again.stdout + again.stderr
+
+
+MEMORY = Path("/sys/fs/cgroup/memory")
+AS_ROOT, LIMITS_MEMORY = os.geteuid() == 0, os.access(MEMORY / "memory.usage_in_bytes", os.R_OK)
+DISKS, CLOCKS = Setting(small_disks=True), Setting(clocks=True)
+SLOW, LOSSY = Setting(delay_s=0.04), Setting(delay_s=0.04, loss=0.05)
 STEPS = ("training", "pulling")
 KILL, STOP = signal.SIGKILL, signal.SIGSTOP
 FAULTS = {
     fault.name: fault
     for fault in (
-        Fault("nothing, at +80 ms", lambda made, deploy: None, delay_s=0.04),
+        Fault("nothing, at +80 ms", lambda made, deploy: None, setting=SLOW),
+        Fault("5 % of packets late, at +80 ms", lambda made, deploy: None, setting=LOSSY),
         Fault("link cut", lambda made, deploy: made.link.cut()),
         Fault("link down 2 s", go_down),
         Fault("link flapping", flap),
@@ -134,26 +216,86 @@ FAULTS = {
         Fault("kill -9 deploy", kill_deploy, follows=False),
         Fault("SIGSTOP deploy 2 s", pause_deploy),
         Fault("kill -9 deploy's rsync and ssh", kill_children),
-        Fault("link cut at +80 ms", lambda made, deploy: made.link.cut(), delay_s=0.04),
+        Fault("link cut at +80 ms", lambda made, deploy: made.link.cut(), setting=SLOW),
         Fault("attach beside deploy", attach_too, phases=("launched", *STEPS)),
         Fault("a byte of the mirror flipped", damage_mirror, follows=False, phases=STEPS),
-        Fault("kill -9 supervisor", on_host("supervise.supervisor", KILL), survives=False, phases=STEPS),
+        Fault(
+            "kill -9 supervisor",
+            on_host("supervise.supervisor", KILL),
+            survives=False,
+            phases=STEPS,
+        ),
         Fault("SIGSTOP supervisor 2 s", on_host("supervise.supervisor", STOP), phases=STEPS),
         Fault("kill -9 trainer", on_host("worker.trainer", KILL), survives=False, phases=STEPS),
         Fault("SIGSTOP trainer 2 s", on_host("worker.trainer", STOP), phases=STEPS),
-        Fault("kill -9 the wrappers", on_host("supervise.window", KILL), survives=False, phases=STEPS),
+        Fault(
+            "kill -9 the wrappers", on_host("supervise.window", KILL), survives=False, phases=STEPS
+        ),
+        Fault(
+            "out of memory, by the kernel",
+            run_out_of_memory,
+            survives=False,
+            phases=STEPS,
+            possible=AS_ROOT and LIMITS_MEMORY,
+        ),
+        *(
+            Fault(
+                f"clock {where}: {hours:+} h",
+                jump(side, f"{3600 * hours}"),
+                phases=("launched", *STEPS),
+                setting=CLOCKS,
+                possible=COMPILER is not None,
+            )
+            for side, where in (("here", "of the laptop"), ("there", "of the host"))
+            for hours in (3, -3)
+        ),
+        Fault(
+            "the host's disk full for 2 s",
+            fill("there"),
+            survives=False,
+            follows=False,
+            phases=("uploading", "launched", *STEPS),
+            setting=DISKS,
+            possible=AS_ROOT,
+        ),
+        Fault(
+            "the laptop's disk full for 2 s",
+            fill("here"),
+            follows=False,
+            phases=("launched", *STEPS),
+            setting=DISKS,
+            possible=AS_ROOT,
+        ),
+        Fault("the host's rows and status torn", tear, phases=STEPS),
+        Fault("two attaches beside deploy", together("attach"), phases=("launched", *STEPS)),
+        Fault(
+            "a second deploy of it",
+            deploy_again,
+            phases=("registered", "uploading", "launched", "training"),
+        ),
+        Fault("two stops", together("stop"), survives=False, steps=60, phases=("launched", *STEPS)),
         Fault("reboot", reboot, survives=False, phases=("launched", *STEPS)),
-        Fault("stop by another command", stop_elsewhere, survives=False, phases=("launched", *STEPS)),
+        Fault(
+            "stop by another command",
+            stop_elsewhere,
+            survives=False,
+            steps=60,
+            phases=("launched", *STEPS),
+        ),
     )
 }
 PHASES: dict[str, Callable[[World], Any]] = {
-    "registered": lambda made: (made.laptop.rollouts_home / f"registry/{made.run_id}.json").exists(),
+    "registered": lambda made: (
+        made.laptop.rollouts_home / f"registry/{made.run_id}.json"
+    ).exists(),
     "uploading": lambda made: (made.there.path / "code").exists(),
     "launched": lambda made: made.there.status.exists(),
     "training": lambda made: read_jsonl(made.there.metrics),
     "pulling": lambda made: any(made.here.checkpoints.glob("sft/*")),
 }
-CELLS = [(name, phase) for name, fault in FAULTS.items() for phase in fault.phases]
+CELLS = [
+    (name, phase) for name, fault in FAULTS.items() if fault.possible for phase in fault.phases
+]
 
 
 def run_cell(shared: Path, directory: Path, name: str, phase: str, *, pause_s: float = 0.0) -> str:
@@ -163,12 +305,22 @@ def run_cell(shared: Path, directory: Path, name: str, phase: str, *, pause_s: f
     """
     fault = FAULTS[name]
     run_id = f"f{secrets.token_hex(4)}"
-    with world(shared, directory, run_id, delay_s=fault.delay_s) as made:
-        env = {"STAND_IN_STEP_S": "0.3", "STAND_IN_CHECKPOINT_BYTES": "3000000"}
-        config = str(write_config(made.laptop.project, env=env))
+    with world(shared, directory, run_id, fault.setting) as made:
+        env = {
+            "STAND_IN_STEPS": str(fault.steps),
+            "STAND_IN_STEP_S": "0.3",
+            "STAND_IN_CHECKPOINT_BYTES": "3000000",
+        }
+        config = str(write_config(made.laptop.project, env=env, host__disk_free_gib_min=0.0))
         log = (directory / "deploy.log").open("w")
         deploy = made.laptop.start(
-            config, "--remote", made.target, "--run-id", run_id, stdout=log, stderr=subprocess.STDOUT
+            config,
+            "--remote",
+            made.target,
+            "--run-id",
+            run_id,
+            stdout=log,
+            stderr=subprocess.STDOUT,
         )
         try:
             wait_for(lambda: PHASES[phase](made) or deploy.poll() is not None, phase)
@@ -180,6 +332,9 @@ def run_cell(shared: Path, directory: Path, name: str, phase: str, *, pause_s: f
             deploy.wait()
             log.close()
         said = (directory / "deploy.log").read_text()
-        assert "Traceback" not in said, said[-3000:]
+        check_said(said)
         codes = first if fault.follows and first == [0] else [*first, *follow_to_end(made)]
-        return check_end(made, codes, survives=fault.survives)
+        end = check_end(made, codes, survives=fault.survives)
+        with contextlib.suppress(OSError):
+            (MEMORY / run_id).rmdir()
+        return end

@@ -25,7 +25,9 @@ KIND = "cpu" if ON_CPU else "cuda"
 pytestmark = [
     pytest.mark.anyio,
     *([] if ON_CPU else [pytest.mark.gpu]),
-    pytest.mark.skipif(not ON_CPU and torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+    pytest.mark.skipif(
+        not ON_CPU and torch.cuda.device_count() < 2, reason="needs two CUDA devices"
+    ),
 ]
 ENTRY = WireTensor("weight", (1 << 18,), torch.float32)
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -59,10 +61,24 @@ class Peer:
         return answer
 
     async def init_weights_update_group(
-        self, address: str, port: int, *, rank_offset: int, world_size: int, group_name: str, backend: str
+        self,
+        address: str,
+        port: int,
+        *,
+        rank_offset: int,
+        world_size: int,
+        group_name: str,
+        backend: str,
     ) -> None:
         place = {"rank": rank_offset, "world": world_size, "name": group_name, "backend": backend}
-        await self._ask(join={"address": address, "port": port, "device": f"{KIND}:{0 if ON_CPU else 1}", **place})
+        await self._ask(
+            join={
+                "address": address,
+                "port": port,
+                "device": f"{KIND}:{0 if ON_CPU else 1}",
+                **place,
+            }
+        )
 
     async def update_weights_from_distributed(self, *arguments: Any, **options: Any) -> None:
         if not self.comes:

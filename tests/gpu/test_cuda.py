@@ -27,7 +27,9 @@ STEPS = 12
 BF16_WITHIN = 0.05  # absolute, on losses of about 3 nats, after up to 12 steps of their own
 
 
-def sft_run(directory: Path, device: str, compute_dtype: str, *, compiled: bool = False) -> list[float]:
+def sft_run(
+    directory: Path, device: str, compute_dtype: str, *, compiled: bool = False
+) -> list[float]:
     """The loss of every step, packed, from the same weights on any device."""
     backend = tiny_backend(directory, seed=0, compute_dtype=compute_dtype)
     if compiled:
@@ -74,7 +76,9 @@ def test_bf16_training_by_the_flash_kernel_is_the_cpus(
     expected = sft_run(tmp_path / "cpu", "cpu", "float32")
     passes = counted(monkeypatch, forward, "hidden_states")
     calls = counted(monkeypatch, packed_attention.varlen, "varlen_attn")
-    assert sft_run(tmp_path / "cuda", "cuda", "bfloat16", compiled=compiled) == pytest.approx(expected, abs=BF16_WITHIN)
+    assert sft_run(tmp_path / "cuda", "cuda", "bfloat16", compiled=compiled) == pytest.approx(
+        expected, abs=BF16_WITHIN
+    )
     assert passes
     if not compiled:  # compiled code calls torch's operation, not the function
         assert len(calls) == 2 * len(passes)  # the tiny model has two layers
@@ -91,14 +95,18 @@ def test_a_checkpoint_of_the_card_resumes_on_it_and_on_the_cpu(tmp_path: Path) -
         device="cuda",
     )
     samples = sft_samples(24)
-    anyio.run(run_sft_training, card, samples, SFTTrainingConfig(num_steps=4, batch_size=6, log_every=1))
+    anyio.run(
+        run_sft_training, card, samples, SFTTrainingConfig(num_steps=4, batch_size=6, log_every=1)
+    )
     there = tiny_backend(tmp_path / "cpu", seed=5, max_grad_norm=1.0)
     resume = anyio.run(there.load_checkpoint, tmp_path / "latest")
     longer = SFTTrainingConfig(num_steps=8, batch_size=6, log_every=1)
     on_cpu = anyio.run(lambda: run_sft_training(there, samples, longer, resume=resume))
     resume = anyio.run(card.load_checkpoint, tmp_path / "step_000004")
     on_card = anyio.run(lambda: run_sft_training(card, samples, longer, resume=resume))
-    assert [step["loss"] for step in on_card] == pytest.approx([step["loss"] for step in on_cpu], abs=1e-3)
+    assert [step["loss"] for step in on_card] == pytest.approx(
+        [step["loss"] for step in on_cpu], abs=1e-3
+    )
 
 
 def test_log_probs_never_hold_all_logits() -> None:
@@ -115,7 +123,6 @@ def test_log_probs_never_hold_all_logits() -> None:
     log_probs, _ = selected_log_probs(hidden, torch.arange(tokens, device="cuda"), targets, weight)
     log_probs.sum().backward()
     held = torch.cuda.max_memory_allocated() - before
-    gradients = (
-        weight.numel() * (4 + 2) + weight.numel() * 4
-    )  # accumulated in fp32, handed on in bf16, a chunk's product
+    # accumulated in fp32, handed on in bf16, a chunk's product
+    gradients = weight.numel() * (4 + 2) + weight.numel() * 4
     assert held - gradients < tokens * vocabulary * 4 / 4

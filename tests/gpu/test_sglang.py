@@ -24,7 +24,15 @@ from rollouts.training.weights.publish import WeightPublisher
 from rollouts.worker.engine_tools import with_tools
 from rollouts.worker.environments.virtual_environment import is_complete
 from scripts.gpu_first_hour_steps import engine_plan
-from tests.engines.serving import EOS, VOCAB, await_health, free_port, make_tokenizer, serving, start
+from tests.engines.serving import (
+    EOS,
+    VOCAB,
+    await_health,
+    free_port,
+    make_tokenizer,
+    serving,
+    start,
+)
 from tests.weights.deliveries import IDS, delivery_of
 
 ON_CPU = os.environ.get("ROLLOUTS_TEST_SGLANG") == "embedded"
@@ -71,11 +79,19 @@ def sglang(model: Path) -> Iterator[str]:
     launch, port = engine_plan(), free_port()
     spec = launch.stages[1].engines[0]
     if not is_complete(Path(spec.tools_of)):
-        pytest.skip(f"needs SGLang's environment in {spec.tools_of}: scripts/gpu_first_hour --only environment")
+        pytest.skip(
+            f"needs SGLang's environment in {spec.tools_of}: scripts/gpu_first_hour --only environment"
+        )
     argv = [*spec.argv]
-    for flag, value in (("--model-path", str(model)), ("--port", str(port)), ("--mem-fraction-static", "0.2")):
+    for flag, value in (
+        ("--model-path", str(model)),
+        ("--port", str(port)),
+        ("--mem-fraction-static", "0.2"),
+    ):
         argv[argv.index(flag) + 1] = value
-    process = start(argv, with_tools({**os.environ, **spec.env}, Path(spec.tools_of), declared=spec.env))
+    process = start(
+        argv, with_tools({**os.environ, **spec.env}, Path(spec.tools_of), declared=spec.env)
+    )
     try:
         await_health(f"http://127.0.0.1:{port}", process, "/ready")
         yield f"http://127.0.0.1:{port}"
@@ -94,7 +110,12 @@ def url(models: dict[str, Path]) -> Iterator[str]:
 def backend(models: dict[str, Path], tmp_path: Path) -> PyTorchTrainingBackend:
     model = AutoModelForCausalLM.from_pretrained(models["new"], dtype=torch.float32).to(DEVICE)
     return PyTorchTrainingBackend(
-        model, torch.optim.SGD(model.parameters(), lr=0.1), grpo_loss, tmp_path, DEVICE.type, compute_dtype="bfloat16"
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        grpo_loss,
+        tmp_path,
+        DEVICE.type,
+        compute_dtype="bfloat16",
     )
 
 
@@ -136,7 +157,9 @@ def test_scores_as_the_trainer_does(url: str, models: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("kind", ["disk", "tensor"])
 @pytest.mark.parametrize("in_flight", [0, 64])
-def test_sync(url: str, backend: PyTorchTrainingBackend, tmp_path: Path, kind: str, in_flight: int) -> None:
+def test_sync(
+    url: str, backend: PyTorchTrainingBackend, tmp_path: Path, kind: str, in_flight: int
+) -> None:
     """Goal: pause, update, flush, version and proof, twice, also with requests under way: each of them is answered,
     and the engine then scores as the trainer does."""
 
@@ -144,7 +167,10 @@ def test_sync(url: str, backend: PyTorchTrainingBackend, tmp_path: Path, kind: s
         rows: list[Any] = []
         async with SGLangEngine(url, timeout_s=120) as engine:
             publisher = WeightPublisher(
-                backend, EnginePool.of([engine]), delivery_of(kind, backend, tmp_path / "weights"), dtype="bfloat16"
+                backend,
+                EnginePool.of([engine]),
+                delivery_of(kind, backend, tmp_path / "weights"),
+                dtype="bfloat16",
             )
             await publisher.publish(1)
 

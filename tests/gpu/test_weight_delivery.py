@@ -23,7 +23,10 @@ pytestmark = [
 
 def test_buckets_over_cuda_ipc(tmp_path: Path) -> None:
     """Goal: two syncs, by IPC handles into buffers that are used again, and the engine scores as the trainer does."""
-    old, new = (make_model("qwen2-tied", tmp_path / name, seed=seed) for seed, name in enumerate(("old", "new")))
+    old, new = (
+        make_model("qwen2-tied", tmp_path / name, seed=seed)
+        for seed, name in enumerate(("old", "new"))
+    )
     model = AutoModelForCausalLM.from_pretrained(new, dtype=torch.float32)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     backend = PyTorchTrainingBackend(model, optimizer, grpo_loss, tmp_path, "cuda")
@@ -31,7 +34,10 @@ def test_buckets_over_cuda_ipc(tmp_path: Path) -> None:
     async def work(url: str) -> list[float]:
         async with SGLangEngine(url, timeout_s=60) as engine:
             publisher = WeightPublisher(
-                backend, EnginePool.of([engine]), delivery_of("tensor", backend, tmp_path), dtype="float32"
+                backend,
+                EnginePool.of([engine]),
+                delivery_of("tensor", backend, tmp_path),
+                dtype="float32",
             )
             await publisher.publish(1)
             backend.model.cpu()

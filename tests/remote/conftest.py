@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 
-from tests.remote.hosts import Host, Laptop, host, keygen, kill_tmux, make_laptop, make_project, tool_directory
+from tests.remote.hosts import (
+    Host,
+    Laptop,
+    host,
+    keygen,
+    kill_tmux,
+    make_laptop,
+    make_project,
+    tool_directory,
+)
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +58,9 @@ def make_host(shared: Path, laptop: Laptop, tmp_path: Path) -> Iterator[Callable
 
         def make(*, known: bool = True, path: Path | None = None, **options: Any) -> Host:
             directory = tmp_path / f"host{len(made)}"
-            one = stack.enter_context(host(directory, shared / "key", path=path or shared / "bin", **options))
+            one = stack.enter_context(
+                host(directory, shared / "key", path=path or shared / "bin", **options)
+            )
             share_environments(one.home, shared)
             made.append(one)
             if known:

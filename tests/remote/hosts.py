@@ -98,7 +98,7 @@ class Host:
             f"Port {self.port}",
             f"ListenAddress {self.address}",
             *(f"HostKey {key}" for key in self.host_keys or (self.host_key,)),
-            f"AuthorizedKeysFile {self.directory}/authorized_keys",
+            f"AuthorizedKeysFile {self.directory}/authorized_keys {self.directory}/.ssh/authorized_keys",
             f"PidFile {self.directory}/sshd.pid",
             f"SetEnv {variables}",
             *self.settings,  # the first of two settings counts
@@ -113,19 +113,29 @@ class Host:
         config.write_text("\n".join(lines) + "\n")
         log = (self.directory / "sshd.log").open("ab")
         self.process = subprocess.Popen(
-            [*self.wrapper, shutil.which("sshd", path="/usr/sbin:/usr/bin") or "sshd", "-D", "-e", "-f", str(config)],
+            [
+                *self.wrapper,
+                shutil.which("sshd", path="/usr/sbin:/usr/bin") or "sshd",
+                "-D",
+                "-e",
+                "-f",
+                str(config),
+            ],
             stderr=log,
         )
         wait_for(self._answers, "sshd")
 
     def _answers(self) -> bool:
-        assert self.process is not None and self.process.poll() is None, (self.directory / "sshd.log").read_text()
+        assert self.process is not None and self.process.poll() is None, (
+            self.directory / "sshd.log"
+        ).read_text()
         with socket.socket() as probe:
             return probe.connect_ex((self.address, self.port)) == 0
 
     def stop(self) -> None:
         """End the listener and every session it serves, as a host does that loses its network."""
-        process, self.process = self.process, None  # a test's thread may stop it while the fixture does
+        # a test's thread may stop it while the fixture does
+        process, self.process = self.process, None
         if process is None:
             return
         for pid in descendants(process.pid):
@@ -168,6 +178,7 @@ def host(
     host_key_kinds: tuple[str, ...] = (),
     wrapper: tuple[str, ...] = (),
     address: str = "127.0.0.1",
+    port: int | None = None,
 ) -> Iterator[Host]:
     """A running sshd that lets `key` in; its tmux server and sessions are ended afterwards.
 
@@ -183,7 +194,10 @@ def host(
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_text(text)
     if login_shell is not None:
-        settings = (f'ForceCommand exec {shutil.which(login_shell)} -c "$SSH_ORIGINAL_COMMAND"', *settings)
+        settings = (
+            f'ForceCommand exec {shutil.which(login_shell)} -c "$SSH_ORIGINAL_COMMAND"',
+            *settings,
+        )
     # HOME: none of this account's own start-up files, so that tests find the same host everywhere
     variables = {
         "HOME": str(directory),
@@ -193,7 +207,9 @@ def host(
         **(environment or {}),
     }
     keys = tuple(keygen(directory / f"host_{kind}", kind) for kind in host_key_kinds)
-    made = Host(directory, home, free_port(), tmux_dir, variables, settings, keys, wrapper, address)
+    made = Host(
+        directory, home, port or free_port(), tmux_dir, variables, settings, keys, wrapper, address
+    )
     made.start()
     try:
         yield made
@@ -238,24 +254,35 @@ class Laptop:
 
     def know(self, *hosts: Host) -> None:
         """Trust these hosts' keys."""
-        lines = [f"[{h.address}]:{h.port} {(h.directory / 'host_key.pub').read_text().strip()}\n" for h in hosts]
+        lines = [
+            f"[{h.address}]:{h.port} {(h.directory / 'host_key.pub').read_text().strip()}\n"
+            for h in hosts
+        ]
         self.known_hosts.write_text("".join(lines))
 
     def know_by(self, host: Host, port: int) -> str:
         """Trust this host's key at another port too, that of a link to it; return the target."""
         with self.known_hosts.open("a") as stream:
-            stream.write(f"[127.0.0.1]:{port} {(host.directory / 'host_key.pub').read_text().strip()}\n")
+            stream.write(
+                f"[127.0.0.1]:{port} {(host.directory / 'host_key.pub').read_text().strip()}\n"
+            )
         return f"127.0.0.1:{port}"
 
     def ssh_config(self, text: str) -> None:
         (self.home / ".ssh" / "config").write_text(text)
 
     def _environment(self, more: Mapping[str, str]) -> dict[str, str]:
-        kept = {n: v for n, v in os.environ.items() if not n.startswith(("ROLLOUTS", "SSH_", "TMUX", "GIT_"))}
+        kept = {
+            n: v
+            for n, v in os.environ.items()
+            if not n.startswith(("ROLLOUTS", "SSH_", "TMUX", "GIT_"))
+        }
         own = {"HOME": str(self.home), "TMUX_TMPDIR": str(self.tmux_dir), "COLUMNS": "120"}
         return {**kept, **own, **self.environment, **more}
 
-    def start(self, *arguments: str, env: Mapping[str, str] | None = None, **options: Any) -> subprocess.Popen[str]:
+    def start(
+        self, *arguments: str, env: Mapping[str, str] | None = None, **options: Any
+    ) -> subprocess.Popen[str]:
         """`deploy ARGUMENTS` as a process; stdout and stderr are pipes."""
         command = [*self.command, *arguments]
         settings: dict[str, Any] = {
@@ -269,7 +296,11 @@ class Laptop:
         return subprocess.Popen(command, env=self._environment(env or {}), text=True, **settings)
 
     def deploy(
-        self, *arguments: str, env: Mapping[str, str] | None = None, timeout_s: float = 250, **options: Any
+        self,
+        *arguments: str,
+        env: Mapping[str, str] | None = None,
+        timeout_s: float = 250,
+        **options: Any,
     ) -> subprocess.CompletedProcess[str]:
         process = self.start(*arguments, env=env, **options)
         try:
@@ -294,8 +325,17 @@ def make_laptop(directory: Path, project: Path, tmux_dir: Path) -> Laptop:
 
 
 def git(repository: Path, *arguments: str) -> str:
-    settings = ("-c", "user.name=t", "-c", "user.email=t@localhost", "-c", "init.defaultBranch=main")
-    done = subprocess.run(["git", *settings, *arguments], cwd=repository, check=True, capture_output=True, text=True)
+    settings = (
+        "-c",
+        "user.name=t",
+        "-c",
+        "user.email=t@localhost",
+        "-c",
+        "init.defaultBranch=main",
+    )
+    done = subprocess.run(
+        ["git", *settings, *arguments], cwd=repository, check=True, capture_output=True, text=True
+    )
     return done.stdout
 
 
@@ -306,7 +346,9 @@ def make_project(directory: Path) -> Path:
     ignore = shutil.ignore_patterns("__pycache__", "training", "remote")
     shutil.copytree(ROOT / "rollouts", directory / "rollouts", ignore=ignore)
     shutil.rmtree(directory / "rollouts/engines/embedded", ignore_errors=True)
-    shutil.copytree(STAND_INS, directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        STAND_INS, directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__")
+    )
     (directory / "pyproject.toml").write_text(
         "[project]\nname = 'stand-in'\n[project.optional-dependencies]\ntrain = []\nwandb = ['wandb']\n"
     )
@@ -332,7 +374,9 @@ def config_with(changes: Mapping[str, Any]) -> Config:
     return config
 
 
-def write_config(project: Path, name: str = "job", *, env: Mapping[str, str] | None = None, **changes: Any) -> Path:
+def write_config(
+    project: Path, name: str = "job", *, env: Mapping[str, str] | None = None, **changes: Any
+) -> Path:
     """A config file in `project`, outside of git; dots of a field's path are written as two underscores.
 
     `env` steers the stand-in trainer: see stand_ins/rollouts/worker/trainer.py.

@@ -2,6 +2,7 @@
 
 import contextlib
 import queue
+import random
 import socket
 import threading
 import time
@@ -10,19 +11,23 @@ from collections.abc import Iterator
 BUFFER_BYTES = 64 * 1024  # of the sockets here, so that little is under way when the link is cut
 CHUNKS_MAX = 4096  # that are on their way: at 64 KiB more than any delay here fills
 RELAYED_BYTES = 64 * 1024
+RESENT_S = 0.25  # a lost packet holds up all behind it, until TCP sends it again: 200 ms at least
 
 
 class Link:
     """Forwards connections on `port` to `upstream`, each byte `delay_s` later.
 
     `down_bytes` and `up_bytes` count what was handed to the laptop and to the host. `cut_at` are values of `down_bytes`
-    at which every connection is closed. While `is_down`, nothing passes, and nobody is told.
+    at which every connection is closed, `down_at` one of `up_bytes` at which the link goes down. While `is_down`,
+    nothing passes, and nobody is told. `loss` of what is relayed comes RESENT_S later still, and all behind it.
     """
 
-    def __init__(self, upstream: int, *, delay_s: float = 0.0) -> None:
-        self.upstream, self.delay_s = upstream, delay_s
+    def __init__(self, upstream: int, *, delay_s: float = 0.0, loss: float = 0.0) -> None:
+        self.upstream, self.delay_s, self.loss = upstream, delay_s, loss
+        self._rng = random.Random(0)
         self.down_bytes = self.up_bytes = self.cuts = 0
         self.cut_at: list[int] = []
+        self.down_at: int | None = None
         self._passes = threading.Event()
         self._passes.set()
         self._open: set[socket.socket] = set()
@@ -83,11 +88,14 @@ class Link:
                 data = b""
             way.put((time.monotonic() + self.delay_s, data))
 
-    def _give(self, sink: socket.socket, way: "queue.Queue[tuple[float, bytes]]", down: bool) -> None:
+    def _give(
+        self, sink: socket.socket, way: "queue.Queue[tuple[float, bytes]]", down: bool
+    ) -> None:
         with contextlib.suppress(OSError):
             while True:
                 due, data = way.get()
                 time.sleep(max(0.0, due - time.monotonic()))
+                time.sleep(RESENT_S if self._rng.random() < self.loss else 0.0)
                 self._passes.wait()
                 if not data:
                     break
@@ -102,6 +110,9 @@ class Link:
         with self._lock:
             if not down:
                 self.up_bytes += size
+                if self.down_at is not None and self.up_bytes >= self.down_at:
+                    self.down_at = None
+                    self._passes.clear()
                 return
             self.down_bytes += size
             due = bool(self.cut_at) and self.down_bytes >= self.cut_at[0]
@@ -112,8 +123,8 @@ class Link:
 
 
 @contextlib.contextmanager
-def link(upstream: int, *, delay_s: float = 0.0) -> Iterator[Link]:
-    made = Link(upstream, delay_s=delay_s)
+def link(upstream: int, *, delay_s: float = 0.0, loss: float = 0.0) -> Iterator[Link]:
+    made = Link(upstream, delay_s=delay_s, loss=loss)
     try:
         yield made
     finally:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from rollouts.api import DeployError, Run
 from rollouts.run_dir import RunDir, read_jsonl
 from tests.remote.hosts import WAIT_S, Host, Laptop, wait_for, write_config
 
@@ -58,14 +59,26 @@ def test_ctrl_c_while_waiting(laptop: Laptop, tmp_path: Path) -> None:
     notebook = dataclasses.replace(laptop, command=(sys.executable, "-P", "-c", INTERRUPTED))
     process = notebook.start(config, start_new_session=True)
     mirror = RunDir(laptop.project / "runs/example/left")
-    wait_for(lambda: mirror.metrics.exists() and read_jsonl(mirror.metrics), "the first step, followed")
+    wait_for(
+        lambda: mirror.metrics.exists() and read_jsonl(mirror.metrics), "the first step, followed"
+    )
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=WAIT_S)
     assert (process.returncode, out) == (0, "interrupted\n"), err
-    assert "find('left').wait() follows it again, .stop() ends it" in err and "deploy stop left" in err, err
+    assert (
+        "find('left').wait() follows it again, .stop() ends it" in err and "deploy stop left" in err
+    ), err
     assert laptop.json("status", "left")["state"] == "running"
     (tmp_path / "go").touch()
     assert laptop.deploy("attach", "left").returncode == 0
+
+
+def test_a_frame_without_pandas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Goal: what to install is said. Red with ModuleNotFoundError."""
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(DeployError, match="pandas is not installed") as caught:
+        Run("a", "local", tmp_path).frame()
+    assert "pip install pandas" in caught.value.text()
 
 
 @pytest.mark.parametrize("where", ["local", "remote"])
@@ -77,7 +90,15 @@ def test_a_notebook(where: str, laptop: Laptop, make_host: Callable[..., Host]) 
     done = notebook.deploy(str(write_config(laptop.project)), host.target if host else "")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert (found["state"], found["status"], found["same"], found["config"]) == ("done", "done", True, True)
+    assert (found["state"], found["status"], found["same"], found["config"]) == (
+        "done",
+        "done",
+        True,
+        True,
+    )
     assert found["steps"] == [1, 2, 3] and found["stages"] == ["rl", "sft"]
     assert found["ended"] == "run_ended"
-    assert "from-python" in found["refusals"][0] and "there is no run 'nowhere'" in found["refusals"][1]
+    assert (
+        "from-python" in found["refusals"][0]
+        and "there is no run 'nowhere'" in found["refusals"][1]
+    )

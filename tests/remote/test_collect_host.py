@@ -1,6 +1,7 @@
 """`deploy gc` from a laptop: it lists, asks, and removes on a real host what also lies here."""
 
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,14 +24,22 @@ def test_over_ssh(laptop: Laptop, make_host: Callable[..., Host]) -> None:
     host = make_host()
     run = fill(RunDir(host.run_path("old")))
     run.lock.touch()
+    shutil.copytree(run.checkpoints / "rl/step_000000", run.checkpoints / "rl/step_000001")
     (run.path / "weights").mkdir()
     (run.weights / "model.bin").write_bytes(os.urandom(1 << 20))
     listed = laptop.deploy("gc", "--remote", host.target, "--older-than", "0m")
     assert listed.returncode == 0, listed.stderr
-    assert "1.0 MiB on" in listed.stdout and "--yes` removes it" in listed.stdout and run.weights.exists()
-    assert "stays: 1 checkpoint: the only copy" in listed.stdout
+    assert (
+        "1.0 MiB on" in listed.stdout
+        and "--yes` removes it" in listed.stdout
+        and run.weights.exists()
+    )
+    assert "stays: 2 checkpoints: the only copy" in listed.stdout  # red with "2 checkpoint"
     answer = laptop.json("gc", "--remote", host.target, "--older-than", "0m", "--yes")
-    assert sorted(map(os.path.basename, answer["removed"])) == ["tree", "weights"] and answer["problems"] == []
+    assert (
+        sorted(map(os.path.basename, answer["removed"])) == ["tree", "weights"]
+        and answer["problems"] == []
+    )
     assert answer["bytes"] > 1 << 20 and not run.weights.exists() and not run.code_tree.exists()
     assert (run.checkpoints / "rl/step_000000/model.safetensors").exists() and run.metrics.exists()
 
@@ -43,13 +52,34 @@ def test_a_terminal_is_asked_and_copies_may_go(home: Path) -> None:
     copy.mkdir(parents=True)
     for file in source.iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
-    refused = collect_host.collect(None, **{**LIST, "confirm": lambda text: "checkpoint" not in text})  # type: ignore[arg-type]
+    refused = collect_host.collect(
+        None, **{**LIST, "confirm": lambda text: "checkpoint" not in text}
+    )  # type: ignore[arg-type]
     assert refused.text == "nothing was removed" and source.exists()
     collect_host.collect(None, **{**LIST, "confirm": lambda text: "checkpoint" in text})  # type: ignore[arg-type]
     assert not source.exists() and (copy / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("text", ["soon", "-1d", "14", time.strftime("%Y-01-01", time.gmtime(time.time() + 4e7))])
+def test_a_copy_that_goes_while_the_question_stands(home: Path) -> None:
+    """Goal: what lies here is looked at again after the answer: a checkpoint whose copy went meanwhile stays, and that
+    is told. Red with the copies of before the question."""
+    entry, run = make_run(home, "old")
+    run.lock.touch()
+    source, copy = run.checkpoints / "rl/step_000000", entry.mirror.checkpoints / "rl/step_000000"
+    shutil.copytree(source, copy)
+
+    def answered(text: str) -> bool:
+        shutil.rmtree(copy)
+        return "checkpoint" in text
+
+    done = collect_host.collect(None, **{**LIST, "confirm": answered})  # type: ignore[arg-type]
+    assert (source / "model.safetensors").exists() and not run.code_tree.exists()
+    assert any("stays: the only copy" in remark for remark in done.remarks)
+
+
+@pytest.mark.parametrize(
+    "text", ["soon", "-1d", "14", time.strftime("%Y-01-01", time.gmtime(time.time() + 4e7))]
+)
 def test_times_that_mean_nothing(text: str, home: Path) -> None:
     """Goal: a wrong --older-than is named before a host is asked. Red with it taken for 0."""
     with pytest.raises(DeployError, match="--older-than"):

@@ -24,13 +24,18 @@ DEMO = "configs/00_cpu_sft_rl.py"
         ("--windw trainer logs last", "Did you mean --window?"),
         ("x.py --run_id=a", "Did you mean --run-id?"),
         ("x.py -x", "`deploy CONFIG` has no option -x."),
-        ("--remote h --plan", "`deploy --remote HOST` has no option --plan. It belongs to `deploy CONFIG`."),
+        (
+            "--remote h --plan",
+            "`deploy --remote HOST` has no option --plan. It belongs to `deploy CONFIG`.",
+        ),
         ("cpu_sft_rl", f"Did you mean `deploy {DEMO}`?"),
         ("00_cpu_sft_rl", f"Did you mean `deploy {DEMO}`?"),
         ("last", "Did you mean `deploy attach last` or `deploy status last`?"),
     ],
 )
-def test_words_that_are_near_to_something(line: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_words_that_are_near_to_something(
+    line: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Goal: what was meant is said, in the words of this command's help. Red with such lines handed to the parser: its
     message is of `deploy run-config`, a verb that nobody has heard of, and of no config."""
     monkeypatch.chdir(ROOT)
@@ -81,7 +86,9 @@ def test_help_fits_its_terminal(columns: int) -> None:
         ("configs", "configs: is a directory; a config is a .py file"),
     ],
 )
-def test_files_that_are_no_config(path: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_are_no_config(
+    path: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Goal: the message says what the path is, and the nearest config. Red with the file executed: README.md was an
     "invalid decimal literal" in line 6."""
     monkeypatch.chdir(ROOT)
@@ -108,12 +115,16 @@ def test_directories_that_are_no_run(tmp_path: Path) -> None:
 def test_a_config_that_loads_itself(tmp_path: Path) -> None:
     """Goal: one sentence with the chain, for a file that derives from itself, or from one that derives from it. Red
     with Python's limit for it: a thousand times the same file and line."""
-    text = "from base_config import changed, load_config\nconfig = changed(load_config({!r}), {{}})\n"
+    text = (
+        "from base_config import changed, load_config\nconfig = changed(load_config({!r}), {{}})\n"
+    )
     a, b = tmp_path / "a.py", tmp_path / "b.py"
     a.write_text(text.format(str(b)))
     b.write_text(text.format(str(a)))
     for _ in range(2):  # nothing of the first try is left
-        with pytest.raises(ConfigError, match=r"a\.py:2: .*b\.py:2: .*a\.py: loads itself: a\.py -> b\.py -> a\.py"):
+        with pytest.raises(
+            ConfigError, match=r"a\.py:2: .*b\.py:2: .*a\.py: loads itself: a\.py -> b\.py -> a\.py"
+        ):
             load_config(a)
 
 

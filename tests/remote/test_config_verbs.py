@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import typer
 
-import deploy as command
 from base_config import changed, load_config
-from rollouts.remote import config_verbs
+from rollouts.remote import config_file_verbs, config_verbs
 from rollouts.remote.errors import DeployError
 from rollouts.run_dir import RunDir
 from tests.example_config import example_config
@@ -22,7 +21,9 @@ ROWS = "".join(json.dumps({"question": f"{n}?", "answer": str(n)}) + "\n" for n 
 
 
 def deploy(*words: str, cwd: Path, typed: str | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(DEPLOY), *words], cwd=cwd, input=typed, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [str(DEPLOY), *words], cwd=cwd, input=typed, capture_output=True, text=True, check=False
+    )
 
 
 def test_new_writes_a_config_that_deploys(tmp_path: Path) -> None:
@@ -63,12 +64,18 @@ def test_questions() -> None:
         "gpus": 0,
         "gpu_memory_gib": 0.0,
     }
-    assert [question.split(":")[0] for question in asked] == ["Model", "Data", "GPUs of the host (0"]
+    assert [question.split(":")[0] for question in asked] == [
+        "Model",
+        "Data",
+        "GPUs of the host (0",
+    ]
     given: dict[str, Any] = {"model": "m", "data": "d", "gpus": 1, "gpu_memory_gib": 80.0}
     with pytest.raises(DeployError, match="--mode 'both'"):
         config_verbs.answered({**given, "mode": "both"}, ask=None)
     with pytest.raises(DeployError, match="'many' is not a number"):
-        config_verbs.answered({**given, "mode": "rl", "gpus": None}, ask=lambda question, default: "many")
+        config_verbs.answered(
+            {**given, "mode": "rl", "gpus": None}, ask=lambda question, default: "many"
+        )
 
 
 def test_ctrl_c_at_a_question(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +86,7 @@ def test_ctrl_c_at_a_question(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(typer, "prompt", abort)
     with pytest.raises(KeyboardInterrupt):
-        command._ask("Model", None)
+        config_file_verbs._ask("Model", None)
 
 
 def test_explain(tmp_path: Path) -> None:
@@ -88,9 +95,15 @@ def test_explain(tmp_path: Path) -> None:
     one = deploy("explain", "rl.kl.kind", cwd=tmp_path)
     assert one.returncode == 0 and 'rl.kl.kind: "k1" | "k2" | "k3"' in one.stdout
     every = json.loads(deploy("explain", "--json", cwd=tmp_path).stdout)
-    assert {"target.device_type", "rl.loss[PPO].clip_low", "output.mode"} <= {field["path"] for field in every}
+    assert {"target.device_type", "rl.loss[PPO].clip_low", "output.mode"} <= {
+        field["path"] for field in every
+    }
     wrong = deploy("explain", "rl.kl.knd", cwd=tmp_path)
-    assert wrong.returncode == 2 and "did you mean 'rl.kl.kind'" in wrong.stderr and "Traceback" not in wrong.stderr
+    assert (
+        wrong.returncode == 2
+        and "did you mean 'rl.kl.kind'" in wrong.stderr
+        and "Traceback" not in wrong.stderr
+    )
 
 
 def write_run(path: Path, rate: float, packages: str) -> Path:
@@ -109,7 +122,10 @@ def test_diff(tmp_path: Path) -> None:
     first = write_run(tmp_path / "a", 1e-3, "torch==2.11\n")
     second = write_run(tmp_path / "b", 2e-3, "torch==2.12\n")
     answer = config_verbs.diff(str(first), str(second))
-    assert [item["path"] for item in answer.document["differences"]] == ["rl.matrix_lr", "environment trainer"]
+    assert [item["path"] for item in answer.document["differences"]] == [
+        "rl.matrix_lr",
+        "environment trainer",
+    ]
     assert answer.document["same"] == ["code"] and "0.002" in str(answer.text)
     assert "no difference" in str(config_verbs.diff(str(first), str(first)).text)
     with pytest.raises(DeployError, match="there is no run 'nowhere'"):

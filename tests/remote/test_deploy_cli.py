@@ -59,7 +59,9 @@ BAD_CONFIGS = [
 ]
 
 
-@pytest.mark.parametrize(("text", "expected"), [c[1:] for c in BAD_CONFIGS], ids=[c[0] for c in BAD_CONFIGS])
+@pytest.mark.parametrize(
+    ("text", "expected"), [c[1:] for c in BAD_CONFIGS], ids=[c[0] for c in BAD_CONFIGS]
+)
 def test_bad_configs(text: str | None, expected: list[str], laptop: Laptop) -> None:
     """Goal: a config that cannot be read is shown with its line, exit 2, nothing written. Red with our traceback."""
     if text is not None:
@@ -68,17 +70,30 @@ def test_bad_configs(text: str | None, expected: list[str], laptop: Laptop) -> N
     assert done.returncode == 2 and "Traceback" not in done.stderr
     for part in expected:
         assert part in done.stderr
-    assert done.stderr.endswith("Nothing was started.\n") and not (laptop.rollouts_home / "registry").exists()
+    assert (
+        done.stderr.endswith("Nothing was started.\n")
+        and not (laptop.rollouts_home / "registry").exists()
+    )
 
 
 def test_every_problem_of_a_config_at_once(laptop: Laptop) -> None:
     """Goal: all reasons in one go, as text and as JSON. Red with the first raised."""
-    config = write_config(laptop.project, rl__num_samples=1, data__sft_mixture=[], target__gpu_ranks="0")
+    config = write_config(
+        laptop.project, rl__num_samples=1, data__sft_mixture=[], target__gpu_ranks="0"
+    )
     done = laptop.deploy(str(config))
-    assert done.returncode == 2 and "target.gpu_ranks='0'" in done.stderr and "rl.num_samples=1" in done.stderr
+    assert (
+        done.returncode == 2
+        and "target.gpu_ranks='0'" in done.stderr
+        and "rl.num_samples=1" in done.stderr
+    )
     as_json = laptop.deploy(str(config), "--json")
     error = json.loads(as_json.stdout)
-    assert as_json.returncode == error["exit_code"] == 2 and error["type"] == "error" and error["started"] is False
+    assert (
+        as_json.returncode == error["exit_code"] == 2
+        and error["type"] == "error"
+        and error["started"] is False
+    )
 
 
 def test_a_plan_touches_nothing(laptop: Laptop) -> None:
@@ -86,7 +101,12 @@ def test_a_plan_touches_nothing(laptop: Laptop) -> None:
 
     def files() -> list[Path]:
         roots = (laptop.home, laptop.project)
-        return sorted(p for root in roots for p in root.rglob("*") if ".git" not in p.parts and "pycache" not in str(p))
+        return sorted(
+            p
+            for root in roots
+            for p in root.rglob("*")
+            if ".git" not in p.parts and "pycache" not in str(p)
+        )
 
     config = str(write_config(laptop.project))
     before = files()
@@ -138,6 +158,9 @@ def test_a_run_name_in_use_here(laptop: Laptop) -> None:
     done = laptop.deploy(config, "--run-id", "twice")
     assert done.returncode == 2 and "run id 'twice' is in use here" in done.stderr
     assert "deploy attach twice" in done.stderr
+    assert laptop.deploy("tag", "twice", "paper").returncode == 0
+    done = laptop.deploy(config, "--run-id", "paper", "--plan")
+    assert done.returncode == 2 and "run id 'paper' is a tag of twice" in done.stderr
 
 
 @pytest.mark.parametrize("earlier", ["config.json", "plan.json"])
@@ -145,10 +168,16 @@ def test_a_run_that_an_earlier_version_prepared(laptop: Laptop, earlier: str) ->
     """Goal: attach to a run that was planned with other fields and never launched says so, in one error. Red with the
     ConfigError, and the plan's TypeError, let through."""
     here = laptop.home / "results"
-    entry = {"run_id": "old", "experiment_name": "example", "target": "local", "home": str(laptop.rollouts_home)}
+    entry = {
+        "run_id": "old",
+        "experiment_name": "example",
+        "target": "local",
+        "home": str(laptop.rollouts_home),
+    }
     entry |= {"run_path": str(laptop.rollouts_home / "runs" / "old"), "local_dir": str(here)}
     run_dir.write_json_atomic(
-        laptop.rollouts_home / "registry" / "old.json", {**entry, "repository": str(laptop.project), "created_at": 0.0}
+        laptop.rollouts_home / "registry" / "old.json",
+        {**entry, "repository": str(laptop.project), "created_at": 0.0},
     )
     run_dir.write_json_atomic(here / "plan.json", {"environments": [], "stages": []})
     config = {} if earlier == "config.json" else example_config().to_json()
@@ -173,7 +202,14 @@ def test_help_reads_like_a_page(laptop: Laptop) -> None:
     """Goal: purpose, examples, files and exit codes; every verb has its own. Red with an empty page."""
     page = laptop.deploy("--help")
     assert page.returncode == 0 and page.stdout == laptop.deploy().stdout
-    for part in ("--remote gpu-7 --plan", "deploy attach RUN", "Exit codes:", "130", "Files:", "--accept-new-host-key"):
+    for part in (
+        "--remote gpu-7 --plan",
+        "deploy attach RUN",
+        "Exit codes:",
+        "130",
+        "Files:",
+        "--accept-new-host-key",
+    ):
         assert part in page.stdout
     assert max(map(len, page.stdout.splitlines())) <= 120
     for verb in ("ls", "status", "attach", "logs", "stop", "pull"):
@@ -192,7 +228,12 @@ def test_what_quick_commands_import(arguments: list[str], laptop: Laptop) -> Non
     )
     environment = {**os.environ, "HOME": str(laptop.home)}
     done = subprocess.run(
-        [sys.executable, "-c", code], check=False, cwd=ROOT, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        check=False,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.stderr.strip() == "[]"
 
@@ -202,7 +243,12 @@ def test_the_other_names(laptop: Laptop) -> None:
     environment = {**os.environ, "HOME": str(laptop.home)}
     for command in (["-m", "rollouts", "ls"], ["deploy.py", "ls"]):
         done = subprocess.run(
-            [sys.executable, *command], check=False, cwd=ROOT, env=environment, capture_output=True, text=True
+            [sys.executable, *command],
+            check=False,
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
         )
         assert (done.returncode, done.stdout) == (0, "no runs\n"), done.stderr
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from rollouts.view.display import PlainReporter, live_lines, pair_lines
+from rollouts.view.display import PlainReporter, live_lines
 from rollouts.view.fold import View, fold
+from rollouts.view.usage_lines import pair_lines
 from tests.remote.hosts import kill_tmux
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,7 +23,14 @@ EVENTS = [
     {"time": 3.0, "kind": "training_started", "stage": "sft", "step": 0, "steps_total": 50},
 ]
 METRICS = {
-    **{"time": 4.0, "stage": "sft", "step": 7, "loss": 0.125, "reward_mean": 0.5, "groups_kept": 14},
+    **{
+        "time": 4.0,
+        "stage": "sft",
+        "step": 7,
+        "loss": 0.125,
+        "reward_mean": 0.5,
+        "groups_kept": 14,
+    },
     **{
         "groups_zero_std_frac": 0.125,
         "tokens_per_s": 36000.0,
@@ -32,11 +40,18 @@ METRICS = {
         "step_s": 6.8,
     },
 }
-CHECKPOINT = {"time": 5.0, "kind": "checkpoint", "stage": "sft", "step": 7, "path": "checkpoints/sft/step_000007"}
+CHECKPOINT = {
+    "time": 5.0,
+    "kind": "checkpoint",
+    "stage": "sft",
+    "step": 7,
+    "path": "checkpoints/sft/step_000007",
+}
 PROGRAM = """
 import sys
 from rollouts.view.display import LiveReporter
 from rollouts.view.fold import View, fold
+from rollouts.view.usage_lines import pair_lines
 from tests.remote.test_display import CHECKPOINT, EVENTS, METRICS
 shown, view = LiveReporter(), View()
 for file, row in [*(("events.jsonl", e) for e in EVENTS), ("metrics.jsonl", METRICS), ("events.jsonl", CHECKPOINT)]:
@@ -56,10 +71,21 @@ class Terminal:
         self._directory = directory
 
     def tmux(self, *words: str) -> str:
-        exported = {"COLUMNS": "80", "LINES": "24"}  # as some shells do: they are not the window's size
-        environment = {**os.environ, **exported, "TMUX_TMPDIR": str(self._directory), "LC_ALL": "C.UTF-8"}
+        # as some shells do: they are not the window's size
+        exported = {"COLUMNS": "80", "LINES": "24"}
+        environment = {
+            **os.environ,
+            **exported,
+            "TMUX_TMPDIR": str(self._directory),
+            "LC_ALL": "C.UTF-8",
+        }
         environment.pop("TMUX", None)
-        return subprocess.run(["tmux", *words], env=environment, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            ["tmux", *words], env=environment, capture_output=True, text=True, check=True
+        ).stdout
+
+    def press(self, *keys: str) -> None:
+        self.tmux("send-keys", "-t", "t", *keys)
 
     def screen_with(self, *texts: str) -> list[str]:
         """The screen, once all of these are on it."""
@@ -89,7 +115,8 @@ def test_a_resized_terminal_shows_each_line_once(terminal: Terminal) -> None:
     COLUMNS and LINES of the shell in the place of the window's size."""
     for width in ("80", "44", "100"):
         terminal.tmux("resize-window", "-t", "t", "-x", width, "-y", "24")
-        time.sleep(0.6)  # two ticks of the display: what was there before the resize counts for nothing
+        # two ticks of the display: what was there before the resize counts for nothing
+        time.sleep(0.6)
         lines = terminal.screen_with("environment trainer", "7/50", "step_s", "step_000007")
         text = "\n".join(lines)
         for once in ("environment trainer", "7/50", "loss", "grad_norm", "step_000007"):
@@ -115,6 +142,21 @@ def test_pairs_are_never_broken(width: int) -> None:
     assert all(len(line) <= width for line in lines)
 
 
+def test_60_columns_hold_names_and_usage() -> None:
+    """Goal: a phase's long name and its state are two words, and no process's memory is cut off. Red with names padded
+    to 22 ("tracker-tensorboardready"), and with all processes in one line."""
+    view = View()
+    for event in (*EVENTS, {**EVENTS[0], "name": "tracker-tensorboard"}):
+        view = fold(view, "events.jsonl", event)
+    names = ("engine-0", "trainer-0", "trainer-1")
+    processes = [{"name": name, "cpu": 0.5, "memory_gib": 1.25} for name in names]
+    usage = {"time": 6.0, "stage": "sft", "gpus": [], "processes": processes}
+    view = fold(fold(view, "metrics.jsonl", METRICS), "gpu.jsonl", usage)
+    lines = _shown(view, host_now=7.0, width=60)
+    assert "✓ environment tracker-tensorboard ready after 2.0 s" in lines
+    assert "\n".join(lines).count("1.25 GiB") == 3 and all(len(line) < 60 for line in lines)
+
+
 def test_the_first_minutes_show_elapsed_time() -> None:
     """Goal: until the first metrics a phase under way says how long it has taken. Red without it: nothing moved."""
     view = View()
@@ -136,11 +178,23 @@ def _shown(view: View, *, host_now: float, doing: str = "", width: int = 80) -> 
 def test_a_phase_has_one_clock_that_only_grows(doing: str) -> None:
     """Goal: while an environment is built its line says the time since it began, whole, at 80 columns too. Red with the
     time since the last event (it went back to 0 every ten seconds), and with the line cut at its end (no time)."""
-    begun = {"time": 100.0, "kind": "environment", "name": "trainer", "action": "building", "seconds": 0.0}
+    begun = {
+        "time": 100.0,
+        "kind": "environment",
+        "name": "trainer",
+        "action": "building",
+        "seconds": 0.0,
+    }
     view = fold(View(), "events.jsonl", begun)
     shown = [_shown(view, host_now=108.0)]
     sizes = {"packages": 51, "downloaded_mb": 126.4, "installed_mb": 1155.8}
-    progress = {"kind": "environment_progress", "name": "trainer", "seconds": 40.0, "doing": doing, **sizes}
+    progress = {
+        "kind": "environment_progress",
+        "name": "trainer",
+        "seconds": 40.0,
+        "doing": doing,
+        **sizes,
+    }
     view = fold(view, "events.jsonl", {"time": 140.0, **progress})
     shown += [_shown(view, host_now=140.0), _shown(view, host_now=149.0)]
     assert [lines[0].rpartition(", ")[2] for lines in shown] == ["8s", "40s", "49s"], shown
@@ -160,7 +214,12 @@ def test_every_phase_under_way_has_its_clock() -> None:
         "✓ engine-0              ready after 4.0 s",
         "rl: the trainer starts",
     ]
-    again = {"kind": "engine_restarted", "window": "engine-0", "reason": "it died", "restarts_left": 2}
+    again = {
+        "kind": "engine_restarted",
+        "window": "engine-0",
+        "reason": "it died",
+        "restarts_left": 2,
+    }
     view = fold(view, "events.jsonl", {"time": 40.0, **again})
     assert _shown(view, host_now=45.0)[1].endswith("2 more left, 5s")
 
@@ -169,7 +228,9 @@ def test_an_error_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
     """Goal: the trainer's error and the supervisor's, of the same words, are one line; another error is another. Red
     with each event shown."""
     shown, view = PlainReporter(), View()
-    for number, message in enumerate(("no row is left", "no row is left", "its engine died", "no row is left")):
+    for number, message in enumerate(
+        ("no row is left", "no row is left", "its engine died", "no row is left")
+    ):
         row = {"time": float(number), "kind": "error", "message": message, "window": "trainer"}
         view = fold(view, "events.jsonl", row)
         shown.row("events.jsonl", row, view)

@@ -28,8 +28,8 @@ from rollouts.remote.host.host_health import (
 from rollouts.remote.host.local import LocalTransport
 from rollouts.remote.plan.health_problems import diagnose
 from rollouts.worker.host_check.disks import disk_row, file_system
-from rollouts.worker.host_check.machine import owners
 from rollouts.worker.host_check.network import network_row
+from rollouts.worker.host_check.whole_machine import owners
 from tests.remote.hosts import Host, Laptop, free_port, tool_directory, write_config
 from tests.remote.test_plan import FACTS
 
@@ -72,7 +72,10 @@ esac
 def cards(directory: Path, pid: int) -> Path:
     """Return a PATH with that nvidia-smi, on which `pid` holds the second card."""
     tools = tool_directory(directory)
-    for name, text in (("nvidia-smi", NVIDIA_SMI), ("nvidia-smi.apps", f"{WHOLE}, {pid}, 615, python3\n")):
+    for name, text in (
+        ("nvidia-smi", NVIDIA_SMI),
+        ("nvidia-smi.apps", f"{WHOLE}, {pid}, 615, python3\n"),
+    ):
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
     return tools
@@ -117,9 +120,19 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     with sites() as url:
         monkeypatch.setenv("ROLLOUTS_HOME", str(tmp_path / "home"))
         monkeypatch.setenv("HOME", str(tmp_path))
-        for name, value in (("PIP_INDEX_URL", f"{url}/simple"), ("PIP_CONFIG_FILE", os.devnull), ("HF_ENDPOINT", url)):
+        for name, value in (
+            ("PIP_INDEX_URL", f"{url}/simple"),
+            ("PIP_CONFIG_FILE", os.devnull),
+            ("HF_ENDPOINT", url),
+        ):
             monkeypatch.setenv(name, value)
-        for name in ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_EXTRA_INDEX_URL", "UV_EXTRA_INDEX_URL", "HF_TOKEN"):
+        for name in (
+            "UV_DEFAULT_INDEX",
+            "UV_INDEX_URL",
+            "PIP_EXTRA_INDEX_URL",
+            "UV_EXTRA_INDEX_URL",
+            "HF_TOKEN",
+        ):
             monkeypatch.delenv(name, raising=False)
         yield url
 
@@ -130,7 +143,9 @@ def ask(config: str | None = None, remote: str | None = None) -> Any:
 
 def too_long(text: str) -> list[str]:
     """Return lines of more than 80 columns, but for those with a path that is not cut."""
-    return [line for line in text.splitlines() if len(line) > 80 and max(map(len, line.split())) < 40]
+    return [
+        line for line in text.splitlines() if len(line) > 80 and max(map(len, line.split())) < 40
+    ]
 
 
 def test_this_machine(here: str, tmp_path: Path) -> None:
@@ -138,7 +153,9 @@ def test_this_machine(here: str, tmp_path: Path) -> None:
     answer = ask()
     health = answer.document["health"]
     assert answer.exit_code == 0 and answer.document["ready"] and answer.document["stops"] == []
-    assert health["cores"] == os.cpu_count() and health["memory_mib"] > 100 and health["cards"] == ()
+    assert (
+        health["cores"] == os.cpu_count() and health["memory_mib"] > 100 and health["cards"] == ()
+    )
     assert [(disk["name"], disk["problem"], disk["locks"]) for disk in health["disks"]][:2] == [
         ("home", "", True),
         ("tmp", "", True),
@@ -146,7 +163,10 @@ def test_this_machine(here: str, tmp_path: Path) -> None:
     assert {site["kind"]: site["problem"] for site in health["sites"]}["hub"] == ""
     least, most = health["clock_ahead_s"]
     assert least <= 0 <= most
-    assert f"index    {here}/simple answers in" in answer.text and "way      this machine" in answer.text
+    assert (
+        f"index    {here}/simple answers in" in answer.text
+        and "way      this machine" in answer.text
+    )
     assert too_long(answer.text) == []
     assert answer.text.endswith("Nothing stops a run.")
     assert json.dumps(answer.document) and [*tmp_path.iterdir()] == []
@@ -158,7 +178,11 @@ def test_cards_over_ssh(make_host: MakeHost, laptop: Laptop, tmp_path: Path) -> 
     with sites() as url:
         host = make_host(
             path=cards(tmp_path / "tools", os.getpid()),
-            environment={"PIP_INDEX_URL": f"{url}/simple", "HF_ENDPOINT": url, "PIP_CONFIG_FILE": os.devnull},
+            environment={
+                "PIP_INDEX_URL": f"{url}/simple",
+                "HF_ENDPOINT": url,
+                "PIP_CONFIG_FILE": os.devnull,
+            },
         )
         done = laptop.deploy("doctor", "--remote", host.target, env={"COLUMNS": "80"})
         found = laptop.json("doctor", "--remote", host.target)
@@ -183,13 +207,22 @@ def test_cards_over_ssh(make_host: MakeHost, laptop: Laptop, tmp_path: Path) -> 
 def test_a_host_that_cannot_be_reached(laptop: Laptop) -> None:
     """Goal: no connection is a finding like any other: exit code 1, with its fix."""
     done = laptop.deploy("doctor", "--remote", f"127.0.0.1:{free_port()}")
-    assert done.returncode == 1 and "refused the connection" in done.stdout and "check the port" in done.stdout
+    assert (
+        done.returncode == 1
+        and "refused the connection" in done.stdout
+        and "check the port" in done.stdout
+    )
     assert "1 problem stops a run." in done.stdout
 
 
 @pytest.mark.parametrize(
     ("model", "token", "state"),
-    [("org/open", "", "open"), ("org/gated", "", "gated"), ("org/gated", TOKEN, "open"), ("org/none", "", "missing")],
+    [
+        ("org/open", "", "open"),
+        ("org/gated", "", "gated"),
+        ("org/gated", TOKEN, "open"),
+        ("org/none", "", "missing"),
+    ],
 )
 def test_models_of_the_hub(here: str, model: str, token: str, state: str) -> None:
     """Goal: a model is asked for with the token, which no index and no other page sees."""
@@ -197,17 +230,24 @@ def test_models_of_the_hub(here: str, model: str, token: str, state: str) -> Non
     (found,) = network_row(environment, [model])["models"]
     assert (found["state"], found["token"]) == (state, bool(token))
     sent = f"Bearer {token}" if token else None
-    assert {(path.startswith(f"/{model}/"), bearer) for path, bearer in Sites.seen} == {(True, sent), (False, None)}
+    assert {(path.startswith(f"/{model}/"), bearer) for path, bearer in Sites.seen} == {
+        (True, sent),
+        (False, None),
+    }
 
 
-def test_a_gated_model_of_a_config(here: str, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gated_model_of_a_config(
+    here: str, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Goal: a config's model is asked for with the secret that its run would have, which no output shows; without the
     secret it stops the run."""
     monkeypatch.chdir(project)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     options: dict[str, Any] = {"model__name": "org/gated", "host__env": {}}
     answer = ask(str(write_config(project, **options, host__secrets=["HF_TOKEN"])))
-    assert answer.exit_code == 0 and "model    org/gated: open, with a token" in answer.text, answer.text
+    assert answer.exit_code == 0 and "model    org/gated: open, with a token" in answer.text, (
+        answer.text
+    )
     assert TOKEN not in answer.text + json.dumps(answer.document)
     monkeypatch.delenv("HF_TOKEN")
     answer = ask(str(write_config(project, **options)))
@@ -215,7 +255,9 @@ def test_a_gated_model_of_a_config(here: str, project: Path, monkeypatch: pytest
     assert "export HF_TOKEN here" in answer.text
 
 
-def test_a_config_that_does_not_fit(here: str, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_config_that_does_not_fit(
+    here: str, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Goal: with a config every reason of its plan counts."""
     monkeypatch.chdir(project)
     answer = ask(str(write_config(project, target__device_type="cuda")))
@@ -226,7 +268,9 @@ def test_a_directory_that_cannot_be_written() -> None:
     """Goal: the reason is kept, and nothing is measured."""
     row = disk_row("home", Path("/proc"))
     assert (
-        row["problem"] and row["write_mib_s"] is None and row["file_system"] == file_system(Path("/proc/1")) == "proc"
+        row["problem"]
+        and row["write_mib_s"] is None
+        and row["file_system"] == file_system(Path("/proc/1")) == "proc"
     )
 
 
@@ -241,10 +285,15 @@ def test_an_index_that_does_not_answer(here: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("PIP_INDEX_URL", f"http://me:password@127.0.0.1:{free_port()}/simple")
     answer = ask()
     assert answer.exit_code == 1 and "local does not reach the package index" in answer.text
-    assert "PIP_INDEX_URL in host.env" in answer.text and "password" not in answer.text + json.dumps(answer.document)
+    assert (
+        "PIP_INDEX_URL in host.env" in answer.text
+        and "password" not in answer.text + json.dumps(answer.document)
+    )
 
 
-@pytest.mark.parametrize(("shift_s", "told"), [(-7200.0, "ahead of"), (7200.0, "behind"), (0.0, "")])
+@pytest.mark.parametrize(
+    ("shift_s", "told"), [(-7200.0, "ahead of"), (7200.0, "behind"), (0.0, "")]
+)
 def test_clocks(here: str, monkeypatch: pytest.MonkeyPatch, shift_s: float, told: str) -> None:
     """Goal: clocks that differ by hours are told apart, whichever is ahead; the way there and back counts as
     neither."""
@@ -276,7 +325,11 @@ def test_topologies() -> None:
     """Goal: each pair once, and one card, or none, is no pair. Red with each pair told both ways."""
     pairs = {"0-1": "NV4", "0-2": "SYS", "0-3": "SYS", "1-2": "SYS", "1-3": "SYS", "2-3": "PHB"}
     assert read_links(TOPOLOGY) == pairs
-    assert read_links("\tGPU0\tCPU Affinity\tNUMA Affinity\nGPU0\t X \t0-7\t\tN/A\n") == {} == read_links("")
+    assert (
+        read_links("\tGPU0\tCPU Affinity\tNUMA Affinity\nGPU0\t X \t0-7\t\tN/A\n")
+        == {}
+        == read_links("")
+    )
 
 
 HOME = Disk(
@@ -314,7 +367,11 @@ WELL = HostHealth(
     processes=(None, None),
     locked_kib=(8192, 8192),
     file_mib=(None, None),
-    disks=(HOME, dataclasses.replace(HOME, name="tmp", path="/tmp"), dataclasses.replace(HOME, name="shm")),
+    disks=(
+        HOME,
+        dataclasses.replace(HOME, name="tmp", path="/tmp"),
+        dataclasses.replace(HOME, name="shm"),
+    ),
     cards=(CARD,),
     links={},
     owners=(),
@@ -384,7 +441,9 @@ RULES: list[tuple[dict[str, Any], bool, str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "stops", "message", "fix"), RULES, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("changes", "stops", "message", "fix"), RULES, ids=lambda value: str(value)[:40]
+)
 def test_rules(changes: dict[str, Any], stops: bool, message: str, fix: str) -> None:
     """Goal: each fault is one problem with its fix, and stops a run or does not."""
     well = diagnose(FACTS, WELL, "gpu-7", reuses=False)
@@ -394,7 +453,10 @@ def test_rules(changes: dict[str, Any], stops: bool, message: str, fix: str) -> 
     assert found.stops == () or found.warnings == ()
     assert message in problem.message and fix in problem.fix
     text = doctor_text(Findings("gpu-7", None, None, "", found.stops, found.warnings), width=80)
-    assert text.startswith("gpu-7\n\n" + ("error: " if stops else "warning: ")) and "  fix     " in text
+    assert (
+        text.startswith("gpu-7\n\n" + ("error: " if stops else "warning: "))
+        and "  fix     " in text
+    )
 
 
 def test_an_index_is_not_asked_for_what_is_there() -> None:

@@ -15,11 +15,15 @@ from tests.remote.hosts import Host, Laptop, git, write_config
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHELL = [block for block in blocks_of("README.md", README) if block.language == "sh"]
-TREE = next(block for block in blocks_of("README.md", README) if block.text.startswith("config.json"))
+TREE = next(
+    block for block in blocks_of("README.md", README) if block.text.startswith("config.json")
+)
 RUN_BLOCK, CLONE_BLOCK, HOST_BLOCK = range(3)
 
 
-def run_block(block: Block, laptop: Laptop, cwd: Path, target: str, **changes: str) -> subprocess.CompletedProcess[str]:
+def run_block(
+    block: Block, laptop: Laptop, cwd: Path, target: str, **changes: str
+) -> subprocess.CompletedProcess[str]:
     """The block's lines in one bash that ends at the first error, with `deploy` on its PATH."""
     text = re.sub(r"user@(gpu-host|host:port|host)", target, block.text)
     for old, new in changes.items():
@@ -58,7 +62,9 @@ def test_the_commands_of_the_readme_run(laptop: Laptop, make_host: Callable[...,
     target = make_host().target
     with_config(laptop)
     first, last = SHELL[RUN_BLOCK].text, SHELL[HOST_BLOCK].text.splitlines()[-1]
-    assert first == last.replace("01_debug_sft_rl", "00_cpu_sft_rl").replace("user@host", "user@gpu-host")  # run below
+    assert first == last.replace("01_debug_sft_rl", "00_cpu_sft_rl").replace(
+        "user@host", "user@gpu-host"
+    )  # run below
     done = run_block(SHELL[HOST_BLOCK], laptop, laptop.project, target)
     assert done.returncode == 0, (done.stdout[-3000:], done.stderr[-3000:])
     (row,) = laptop.json("ls")
@@ -67,11 +73,26 @@ def test_the_commands_of_the_readme_run(laptop: Laptop, make_host: Callable[...,
     (mirror,) = laptop.project.glob(f"runs/*/{run_id}")
     for line in TREE.text.splitlines():
         for name in re.findall(r"[\w.]+(?=[ /]|$)", line.split("  ")[0]):
-            written = mirror / name if name not in ("sft", "rl", "step_000100") else mirror / "checkpoints"
-            unmade = ("rollouts.jsonl", "eval_samples.jsonl")  # the stand-in trainer samples nothing
+            written = (
+                mirror / name
+                if name not in ("sft", "rl", "step_000100")
+                else mirror / "checkpoints"
+            )
+            # the stand-in trainer samples nothing
+            unmade = "rollouts.jsonl", "eval_samples.jsonl"
             assert written.exists() or name in unmade, name
-    verbs = [words for words in spoken_commands(README.split("| command | does |")[1].split("\n\n")[0])]
-    assert [words[1] for words in verbs[1:]] == ["ls", "status", "logs", "attach", "stop", "pull", "forget"]
+    verbs = [
+        words for words in spoken_commands(README.split("| command | does |")[1].split("\n\n")[0])
+    ]
+    assert [words[1] for words in verbs[1:]] == [
+        "ls",
+        "status",
+        "logs",
+        "attach",
+        "stop",
+        "pull",
+        "forget",
+    ]
     for words in verbs[1:]:
         done = laptop.deploy(*[run_id if word == "RUN" else word for word in words[1:]])
         assert done.returncode == 0, (words, done.stdout, done.stderr)

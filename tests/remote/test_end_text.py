@@ -31,9 +31,15 @@ def test_warnings_are_shown_again_at_the_end() -> None:
     """Goal: each once, above the end, with control characters escaped; a run without any has no such line. Red with
     the events shown as they come alone: they have scrolled away by then."""
     event = {"time": 1.0, "kind": "warning", "stage": "rl", "step": 5, "cause": "no_contrast"}
-    view = fold(View(), "events.jsonl", {**event, "message": "no group had contrast\x1b[2J. Fix: more samples"})
     view = fold(
-        view, "events.jsonl", {**event, "step": 9, "message": "no group had contrast\x1b[2J. Fix: more samples"}
+        View(),
+        "events.jsonl",
+        {**event, "message": "no group had contrast\x1b[2J. Fix: more samples"},
+    )
+    view = fold(
+        view,
+        "events.jsonl",
+        {**event, "step": 9, "message": "no group had contrast\x1b[2J. Fix: more samples"},
     )
     view = fold(view, "events.jsonl", {**event, "message": "the model does not stop"})
     text = result_text(ENTRY, RunResult("done", 0, view), 0, None, [])
@@ -46,7 +52,13 @@ def test_warnings_are_shown_again_at_the_end() -> None:
     assert "warning" not in result_text(ENTRY, RunResult("done", 0, View()), 0, None, [])
 
 
-RUN = {"run_id": "cpu_sft_rl-20261129-095625-0c52", "target": "local", "state": "running", "stage": "rl", "step": 300}
+RUN = {
+    "run_id": "cpu_sft_rl-20261129-095625-0c52",
+    "target": "local",
+    "state": "running",
+    "stage": "rl",
+    "step": 300,
+}
 RUN |= {"started_at": 1795946187.5, "exit_code": None, "message": ""}
 
 
@@ -61,14 +73,22 @@ def test_the_table_of_runs_fits_its_terminal() -> None:
     for width in (None, 120):
         wide = runs_text([RUN, failed], width=width).splitlines()
         assert len(wide) == 4 and wide[1].split()[:4] == [RUN["run_id"], "local", "running", "rl"]
-    assert runs_text([failed], width=80).splitlines()[1].split()[:2] == ["x-1", "local"], "a short name fits"
+    assert runs_text([failed], width=80).splitlines()[1].split()[:2] == ["x-1", "local"], (
+        "a short name fits"
+    )
 
 
 def test_two_hundred_runs_are_two_hundred_lines() -> None:
     """Goal: many runs with long names on several hosts stay readable at 80 columns: one line each, no two names the
     same, and each cut name still means its run. Red with names cut at their end, and with an error under each run."""
-    names = [f"a_sweep_of_many_values_and_a_long_name-20261129-1002{n % 60:02d}-{n:04x}-seed_{n}" for n in range(200)]
-    rows = [RUN | {"run_id": name, "target": f"user@gpu-{n % 3}.lab.example"} for n, name in enumerate(names)]
+    names = [
+        f"a_sweep_of_many_values_and_a_long_name-20261129-1002{n % 60:02d}-{n:04x}-seed_{n}"
+        for n in range(200)
+    ]
+    rows = [
+        RUN | {"run_id": name, "target": f"user@gpu-{n % 3}.lab.example"}
+        for n, name in enumerate(names)
+    ]
     rows = [row | {"state": "failed", "message": "why", "exit_code": 1} for row in rows]
     heading, *lines, last = runs_text(rows, width=80).splitlines()
     assert len(lines) == 200 and max(map(len, lines)) <= 80
@@ -79,7 +99,8 @@ def test_two_hundred_runs_are_two_hundred_lines() -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "goes_on"), [("running", True), ("starting", True), ("done", False), ("unknown", False)]
+    ("state", "goes_on"),
+    [("running", True), ("starting", True), ("done", False), ("unknown", False)],
 )
 def test_a_run_that_is_forgotten_while_it_goes_on(state: str, goes_on: bool) -> None:
     """Goal: dropping the record of a live run says so, and how it is found. Red without: it trained on, unseen."""

@@ -14,10 +14,18 @@ from tests.remote.test_plan import plan_for
 def test_the_ports_are_in_the_plan() -> None:
     """Goal: each replica and its client get the ports that the host found, and the plan says which. Red with the 0
     handed on to the engine's command line."""
-    plan = plan_for(facts={"free_port": 21_000}, engine__sglang_port=0, engine__replicas=2, engine__gpu_ranks=[0, 1])
+    plan = plan_for(
+        facts={"free_port": 21_000},
+        engine__sglang_port=0,
+        engine__replicas=2,
+        engine__gpu_ranks=[0, 1],
+    )
     assert plan.problems == () and plan.launch is not None
     rl = plan.launch.stages[-1]
-    assert [engine.argv[engine.argv.index("--port") + 1] for engine in rl.engines] == ["21000", "21001"]
+    assert [engine.argv[engine.argv.index("--port") + 1] for engine in rl.engines] == [
+        "21000",
+        "21001",
+    ]
     assert "http://127.0.0.1:21001" in rl.trainer.argv
     assert "engine.sglang_port=0: ports 21000 to 21001, which the host found free" in plan.notes
 

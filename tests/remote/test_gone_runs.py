@@ -31,7 +31,9 @@ def launch_plan(home: Path, run_id: str) -> LaunchPlan:
     )
 
 
-def register(home: Path, results: Path, run_id: str, config: Config | None = None) -> registry.RunEntry:
+def register(
+    home: Path, results: Path, run_id: str, config: Config | None = None
+) -> registry.RunEntry:
     plan = Plan(
         target="local",
         run_id=run_id,
@@ -43,11 +45,17 @@ def register(home: Path, results: Path, run_id: str, config: Config | None = Non
         warnings=(),
         launch=launch_plan(home, run_id),
     )
-    return registry.register(plan, config or config_with({}), results, {"code/commit.txt": "c\n"}, now=1.0)
+    return registry.register(
+        plan, config or config_with({}), results, {"code/commit.txt": "c\n"}, now=1.0
+    )
 
 
 def snapshot(directory: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(directory)): p.read_bytes()
+        for p in sorted(directory.rglob("*"))
+        if p.is_file()
+    }
 
 
 def test_a_run_whose_directory_is_gone(laptop: Laptop) -> None:
@@ -63,9 +71,14 @@ def test_a_run_whose_directory_is_gone(laptop: Laptop) -> None:
     assert status["state"] == "gone" and "its directory is gone" in status["message"]
     for verb in ("attach", "pull", "stop", "logs"):
         done = laptop.deploy(verb, "gone")
-        assert done.returncode == 2 and "its directory is gone from local" in done.stderr, (verb, done.stderr)
+        assert done.returncode == 2 and "its directory is gone from local" in done.stderr, (
+            verb,
+            done.stderr,
+        )
         assert (
-            str(mirror) in done.stderr.replace("'", "") and "deploy" in done.stderr and "to train again" in done.stderr
+            str(mirror) in done.stderr.replace("'", "")
+            and "deploy" in done.stderr
+            and "to train again" in done.stderr
         )
         assert not run.exists() and snapshot(mirror / "code") == before, verb
     shutil.rmtree(mirror)
@@ -110,10 +123,20 @@ def test_a_run_that_was_never_launched(laptop: Laptop) -> None:
     (tools / "rsync").unlink()
     (tools / "rsync").write_text("#!/bin/sh\necho 'it is broken' >&2\nexit 5\n")
     (tools / "rsync").chmod(0o755)
-    failed = laptop.deploy(config, "--run-id", "later", env={"PATH": f"{tools}:{os.environ['PATH']}"})
-    assert failed.returncode == 2 and "it is broken" in failed.stderr and "deploy attach later" in failed.stderr
+    failed = laptop.deploy(
+        config, "--run-id", "later", env={"PATH": f"{tools}:{os.environ['PATH']}"}
+    )
+    assert (
+        failed.returncode == 2
+        and "it is broken" in failed.stderr
+        and "deploy attach later" in failed.stderr
+    )
     row = laptop.json("ls")[0]
-    assert row["state"] == "not launched" and "it is broken" in row["message"] and "\\n" not in row["message"]
+    assert (
+        row["state"] == "not launched"
+        and "it is broken" in row["message"]
+        and "\\n" not in row["message"]
+    )
     assert "  error: " in laptop.deploy("ls").stdout
     status = laptop.json("status", "later")
     assert status["state"] == "not launched" and "deploy attach later" in status["message"]
@@ -124,7 +147,9 @@ def test_a_run_that_was_never_launched(laptop: Laptop) -> None:
         assert done.returncode == 2 and "was never launched on local" in done.stderr
         assert "Nothing was started" not in done.stderr
     assert not (laptop.rollouts_home / "runs/later/status.json").exists()
-    assert laptop.deploy("attach", "later").returncode == 0 and laptop.json("ls")[0]["state"] == "done"
+    assert (
+        laptop.deploy("attach", "later").returncode == 0 and laptop.json("ls")[0]["state"] == "done"
+    )
 
 
 def test_names_by_prefix_and_last(laptop: Laptop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,10 +159,19 @@ def test_names_by_prefix_and_last(laptop: Laptop, monkeypatch: pytest.MonkeyPatc
     for index, run_id in enumerate(("alpha-1", "alpha-12", "beta")):
         register(laptop.rollouts_home, laptop.home / "results", run_id)
         os.utime(laptop.rollouts_home / "registry" / f"{run_id}.json", (index, index))
-    for name, expected in (("b", "beta"), ("last", "beta"), ("alpha-1", "alpha-1"), ("alpha-12", "alpha-12")):
+    for name, expected in (
+        ("b", "beta"),
+        ("last", "beta"),
+        ("alpha-1", "alpha-1"),
+        ("alpha-12", "alpha-12"),
+    ):
         assert laptop.json("status", name)["run_id"] == expected
     several = laptop.deploy("status", "alph")
-    assert several.returncode == 2 and "begins the names of 2 runs" in several.stderr and "alpha-12" in several.stderr
+    assert (
+        several.returncode == 2
+        and "begins the names of 2 runs" in several.stderr
+        and "alpha-12" in several.stderr
+    )
     for name in ("gamma", "", "../registry/beta", "beta.json"):
         assert "there is no run" in laptop.deploy("forget", name).stderr
 
@@ -163,7 +197,9 @@ def test_a_damaged_entry(text: str, laptop: Laptop) -> None:
     done = laptop.deploy("ls")
     assert done.returncode == 0 and "bad.json cannot be read" in done.stderr
     asked = laptop.deploy("status", "bad")
-    assert asked.returncode == 2 and "is damaged" in asked.stderr and "Traceback" not in asked.stderr
+    assert (
+        asked.returncode == 2 and "is damaged" in asked.stderr and "Traceback" not in asked.stderr
+    )
 
 
 def test_a_mirror_that_is_pulled_again(laptop: Laptop) -> None:
@@ -174,7 +210,9 @@ def test_a_mirror_that_is_pulled_again(laptop: Laptop) -> None:
     note = json.loads((laptop.project / "out/example/r/mirror.json").read_text())
     assert note["followed"] is False and "deploy attach r" in note["message"]
     assert laptop.deploy("attach", "r").returncode == 0
-    assert json.loads((laptop.project / "out/example/r/mirror.json").read_text())["complete"] is True
+    assert (
+        json.loads((laptop.project / "out/example/r/mirror.json").read_text())["complete"] is True
+    )
     for verb in ("pull", "attach", "logs"):
         shutil.rmtree(laptop.project / "out")
         assert laptop.deploy(verb, "r").returncode == 0
@@ -210,7 +248,9 @@ LINES = [
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "expected"), LINES, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+    ("arguments", "code", "expected"),
+    LINES,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_what_people_type(arguments: list[str], code: int, expected: str, laptop: Laptop) -> None:
     """Goal: help, the version, and the nearest spelling. Red with a verb's typo taken for a config file."""
@@ -227,7 +267,11 @@ def test_a_pipe_whose_reader_has_enough(laptop: Laptop, monkeypatch: pytest.Monk
     for arguments in (["--help"], ["ls"], ["ls", "--json"], ["--remote", "local"], ["status", "r"]):
         reading, writing = os.pipe()
         os.close(reading)
-        process = laptop.start(*arguments, stdout=writing, env={"PYTHONUNBUFFERED": ""})  # as most people have it
+        # as most people have it
+        process = laptop.start(*arguments, stdout=writing, env={"PYTHONUNBUFFERED": ""})
         os.close(writing)
         _, said = process.communicate(timeout=60)
-        assert said == "" and process.returncode == (1 if arguments == ["--help"] else 0), (arguments, said)
+        assert said == "" and process.returncode == (1 if arguments == ["--help"] else 0), (
+            arguments,
+            said,
+        )

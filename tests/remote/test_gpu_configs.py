@@ -19,7 +19,13 @@ def plan(name: str, *, gpus: tuple = FOUR) -> Plan:
     config = load_config(ROOT / "configs" / f"{name}.py")
     facts = dataclasses.replace(FACTS, gpus=gpus, driver="580.65.06")
     return make_plan(
-        config, facts, read_code(ROOT, config), target="gpu-7", run_id="r1", local_dir="/here", secrets_set=[]
+        config,
+        facts,
+        read_code(ROOT, config),
+        target="gpu-7",
+        run_id="r1",
+        local_dir="/here",
+        secrets_set=[],
     )
 
 
@@ -28,7 +34,10 @@ def test_without_a_gpu_that_alone_is_the_reason(name: str) -> None:
     """Goal: a host without a GPU is refused for that, with the plan still shown. Red with the device check left out."""
     refused = plan(name, gpus=())
     (problem,) = refused.problems
-    assert "gpu-7 has 0 GPUs; this config needs" in problem.text() and "choose another --remote" in problem.text()
+    assert (
+        "gpu-7 has 0 GPUs; this config needs" in problem.text()
+        and "choose another --remote" in problem.text()
+    )
     assert refused.launch is not None and refused.steps
     assert plan(name).problems == ()
 
@@ -38,7 +47,9 @@ def test_the_debug_config_in_full() -> None:
     out of either command line."""
     shown = plan("01_debug_sft_rl")
     assert shown.launch is not None
-    trainer, engine = (f"{environment.path}/bin/python" for environment in shown.launch.environments)
+    trainer, engine = (
+        f"{environment.path}/bin/python" for environment in shown.launch.environments
+    )
     run = "/home/u/.rollouts/runs/r1"
     module = "-m rollouts.worker.trainer"
     lines = [step.what for step in shown.steps if step.what.startswith(("sft: ", "rl: "))]
@@ -51,10 +62,14 @@ def test_the_debug_config_in_full() -> None:
         f"rl: trainer: {torchrun(trainer, run, 'rl', 1)} {module} --run-dir {run} --stage rl --engine-url http://127.0.0.1:30180",
     ]
     rl = shown.launch.stages[1]
-    assert rl.trainer.env["CUDA_VISIBLE_DEVICES"] == "GPU-0" and rl.engines[0].env["CUDA_VISIBLE_DEVICES"] == "0"
+    assert (
+        rl.trainer.env["CUDA_VISIBLE_DEVICES"] == "GPU-0"
+        and rl.engines[0].env["CUDA_VISIBLE_DEVICES"] == "0"
+    )
     assert "SGLANG_USE_CPU_ENGINE" not in rl.engines[0].env
     no_deps = [line.split("==")[0] for line in shown.launch.environments[1].requirements_no_deps]
-    assert no_deps == ["flashinfer-python", "sglang"]  # they ask for a package that the public index lacks a wheel of
+    # they ask for a package that the public index lacks a wheel of
+    assert no_deps == ["flashinfer-python", "sglang"]
 
 
 def test_two_replicas_beside_two_ranks() -> None:
@@ -65,7 +80,9 @@ def test_two_replicas_beside_two_ranks() -> None:
     assert launch is not None
     (rl,) = launch.stages
     assert [engine.env["CUDA_VISIBLE_DEVICES"] for engine in rl.engines] == ["2", "3", ""]
-    assert rl.trainer.env["CUDA_VISIBLE_DEVICES"] == "GPU-0,GPU-1" and "--nproc-per-node 2" in " ".join(rl.trainer.argv)
+    assert rl.trainer.env[
+        "CUDA_VISIBLE_DEVICES"
+    ] == "GPU-0,GPU-1" and "--nproc-per-node 2" in " ".join(rl.trainer.argv)
     specs = [*rl.engines, rl.trainer]
     assert {spec.env["CUDA_DEVICE_ORDER"] for spec in specs} == {"PCI_BUS_ID"}
     assert [spec.env["ROLLOUTS_GPUS"] for spec in specs] == ["2", "3", "", "0,1"]

@@ -19,7 +19,9 @@ from tests.remote.hosts import tool_directory
 from tests.remote.test_plan import CODE, CUDA, FACTS, H200, HALF, LOCK, SECOND, SGLANG, plan_for
 
 UUID = "GPU-52a3a85d-3c55-ca3a-a955-82c69ed360fc"
-GEFORCE = dataclasses.replace(H200, name="NVIDIA GeForce RTX 4090", memory_total_mib=24564, memory_free_mib=24080)
+GEFORCE = dataclasses.replace(
+    H200, name="NVIDIA GeForce RTX 4090", memory_total_mib=24564, memory_free_mib=24080
+)
 LOCK_13 = {"code": {"engine_requirements": f"{LOCK}nvidia-nccl-cu13==2.29.7\n"}}
 ENGINE: dict[str, Any] = {**CUDA, **HALF, **SGLANG, **LOCK_13}
 SHM = {"engine__weight_sync": DiskSync(on_tmpfs=True), "model__name": "Qwen/Qwen2.5-1.5B-Instruct"}
@@ -46,12 +48,23 @@ PROBLEMS: list[tuple[str, dict[str, Any], list[str]]] = [
         {**CUDA, "facts": gpu(unreadable="[GPU requires reset]")},
         ["GPU 0 cannot be read"],
     ),
-    ("MIG", {**CUDA, "facts": gpu(mig="Enabled")}, ["GPU 0 is split by MIG", "first slice", "nvidia-smi -i 0 -mig 0"]),
-    ("prohibited", {**CUDA, "facts": gpu(compute_mode="Prohibited")}, ["closed to compute processes", "-c DEFAULT"]),
+    (
+        "MIG",
+        {**CUDA, "facts": gpu(mig="Enabled")},
+        ["GPU 0 is split by MIG", "first slice", "nvidia-smi -i 0 -mig 0"],
+    ),
+    (
+        "prohibited",
+        {**CUDA, "facts": gpu(compute_mode="Prohibited")},
+        ["closed to compute processes", "-c DEFAULT"],
+    ),
     (
         "exclusive and colocated",
         {**CUDA, "facts": gpu(compute_mode="Exclusive_Process")},
-        ["one process at a time", "trainer and engine on one card: target.gpu_ranks=[0], engine.gpu_ranks=[0]"],
+        [
+            "one process at a time",
+            "trainer and engine on one card: target.gpu_ranks=[0], engine.gpu_ranks=[0]",
+        ],
     ),
     (
         "a scheduler's other card",
@@ -59,11 +72,20 @@ PROBLEMS: list[tuple[str, dict[str, Any], list[str]]] = [
         ["other GPUs than [0]", "CUDA_VISIBLE_DEVICES='2,3'", "target.gpu_ranks=[0]"],
     ),
     ("no card given", {**CUDA, "facts": cuda(visible_devices="")}, ["other GPUs than [0]"]),
-    ("a slice given", {**CUDA, "facts": cuda(visible_devices="MIG-377e0049-554c")}, ["other GPUs than [0]"]),
+    (
+        "a slice given",
+        {**CUDA, "facts": cuda(visible_devices="MIG-377e0049-554c")},
+        ["other GPUs than [0]"],
+    ),
     (
         "the engine's CUDA",
         {**ENGINE, "facts": {"driver": "570.86.15"}},
-        ["driver 570.86.15 is too old for the engine's", "pins torch for CUDA 13", "driver 580", "cuda-compat-13-0"],
+        [
+            "driver 570.86.15 is too old for the engine's",
+            "pins torch for CUDA 13",
+            "driver 580",
+            "cuda-compat-13-0",
+        ],
     ),
     (
         "no cuda-compat for GeForce",
@@ -73,15 +95,27 @@ PROBLEMS: list[tuple[str, dict[str, Any], list[str]]] = [
     (
         "the trainer's CUDA",
         {**CUDA, "host__torch_build": "cu130", "facts": {"driver": "550.1"}},
-        ["too old for the trainer's environment", "host.torch_build='cu130'", "set host.torch_build='auto'"],
+        [
+            "too old for the trainer's environment",
+            "host.torch_build='cu130'",
+            "set host.torch_build='auto'",
+        ],
     ),
     (
         "too old for all",
         {**CUDA, "host__torch_build": "auto", "facts": {"driver": "470.223.02"}},
         ["driver 470.223.02 is too old for the trainer's environment", "driver 525.60 or newer"],
     ),
-    ("glibc", {**CUDA, **HALF, **SGLANG, "facts": cuda(libc="glibc 2.31")}, ["glibc 2.31 is too old", "2.34", "22.04"]),
-    ("musl", {**CUDA, "facts": cuda(libc="musl libc (x86_64)")}, ["has no glibc", "glibc 2.28 or newer"]),
+    (
+        "glibc",
+        {**CUDA, **HALF, **SGLANG, "facts": cuda(libc="glibc 2.31")},
+        ["glibc 2.31 is too old", "2.34", "22.04"],
+    ),
+    (
+        "musl",
+        {**CUDA, "facts": cuda(libc="musl libc (x86_64)")},
+        ["has no glibc", "glibc 2.28 or newer"],
+    ),
     (
         "float32",
         {**CUDA, **SGLANG},
@@ -92,7 +126,11 @@ PROBLEMS: list[tuple[str, dict[str, Any], list[str]]] = [
         {**CUDA, **HALF, **SGLANG, "facts": cuda(compilers=("gcc", "cc"))},
         ["no C++ compiler", "engine=SGLang compile", "apt-get install g++"],
     ),
-    ("compiled", {**CUDA, "model__compile": True, "facts": cuda(compilers=())}, ["model.compile=True compile kernels"]),
+    (
+        "compiled",
+        {**CUDA, "model__compile": True, "facts": cuda(compilers=())},
+        ["model.compile=True compile kernels"],
+    ),
     (
         "no headers",
         {**CUDA, "model__compile": True, "facts": {"python_headers": ()}},
@@ -101,7 +139,12 @@ PROBLEMS: list[tuple[str, dict[str, Any], list[str]]] = [
     (
         "Docker's /dev/shm",
         {**SHM, "facts": cuda(shm_total_mib=64, shm_free_mib=64)},
-        ["/dev/shm is too small", "64 of 64 MiB free: Docker's default", "by the model's name", "--shm-size=14g"],
+        [
+            "/dev/shm is too small",
+            "64 of 64 MiB free: Docker's default",
+            "by the model's name",
+            "--shm-size=14g",
+        ],
     ),
     (
         "growing segments by the host's own files",
@@ -120,12 +163,18 @@ PROBLEMS: list[tuple[str, dict[str, Any], list[str]]] = [
     (
         "processes of others, unseen",
         {**CUDA, "facts": {**gpu(memory_free_mib=20_000)}},
-        ["GPU 0 is busy", "a display, or processes outside this container", "--busy-ok starts beside it"],
+        [
+            "GPU 0 is busy",
+            "a display, or processes outside this container",
+            "--busy-ok starts beside it",
+        ],
     ),
 ]
 
 
-@pytest.mark.parametrize(("changes", "texts"), [(c, t) for _, c, t in PROBLEMS], ids=[name for name, _, _ in PROBLEMS])
+@pytest.mark.parametrize(
+    ("changes", "texts"), [(c, t) for _, c, t in PROBLEMS], ids=[name for name, _, _ in PROBLEMS]
+)
 def test_each_problem(changes: dict[str, Any], texts: list[str]) -> None:
     """Goal: found before a byte is sent, with what was found, what is needed, and a fix. Red without its rule."""
     (problem,) = plan_for(**changes).problems
@@ -159,7 +208,9 @@ FINE: list[tuple[str, dict[str, Any]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("changes", [changes for _, changes in FINE], ids=[name for name, _ in FINE])
+@pytest.mark.parametrize(
+    "changes", [changes for _, changes in FINE], ids=[name for name, _ in FINE]
+)
 def test_what_is_not_a_problem(changes: dict[str, Any]) -> None:
     """Goal: a rule stops at what it is about. Red with MPS's server counted as a user, MIG asked of all cards, a
     driver held against 580 for every build, any setting of the allocator refused."""
@@ -171,13 +222,26 @@ def test_a_busy_card_can_be_taken() -> None:
     every card's problem left out."""
     holder = GpuProcess(gpu_uuid="GPU-a", pid=0, memory_mib=400, name="[Not Found]")
     config = replace_at(example_config(), "target.device_type", "cuda")
-    there: dict[str, Any] = {"target": "gpu-7", "run_id": "r1", "local_dir": "/x", "secrets_set": ["SET"]}
+    there: dict[str, Any] = {
+        "target": "gpu-7",
+        "run_id": "r1",
+        "local_dir": "/x",
+        "secrets_set": ["SET"],
+    }
     facts = dataclasses.replace(FACTS, gpu_processes=(holder,))
     (problem,) = make_plan(config, facts, CODE, **there).problems
-    assert "GPU 0 is busy" in problem.message and "[Not Found]" not in problem.text() and "--busy-ok" in problem.fix
+    assert (
+        "GPU 0 is busy" in problem.message
+        and "[Not Found]" not in problem.text()
+        and "--busy-ok" in problem.fix
+    )
     taken = make_plan(config, facts, CODE, **there, busy_ok=True)
-    assert taken.problems == () and any("--busy-ok takes it" in warning for warning in taken.warnings)
-    broken = dataclasses.replace(facts, gpus=(dataclasses.replace(H200, unreadable="[Unknown Error]"),))
+    assert taken.problems == () and any(
+        "--busy-ok takes it" in warning for warning in taken.warnings
+    )
+    broken = dataclasses.replace(
+        facts, gpus=(dataclasses.replace(H200, unreadable="[Unknown Error]"),)
+    )
     (problem,) = make_plan(config, broken, CODE, **there, busy_ok=True).problems
     assert "cannot be read" in problem.message
 
@@ -190,10 +254,18 @@ def test_warnings() -> None:
         target__gpu_ranks=[0, 1],
         host__torch_build="index",
         host__env={"CUDA_VISIBLE_DEVICES": "3"},
-        facts={"gpus": (H200, SECOND), "driver": "550.1", **cuda(shm_total_mib=64, shm_free_mib=64)},
+        facts={
+            "gpus": (H200, SECOND),
+            "driver": "550.1",
+            **cuda(shm_total_mib=64, shm_free_mib=64),
+        },
     )
     assert plan.problems == ()
-    for words in ("NCCL keeps what 2 ranks", "host.env sets CUDA_VISIBLE_DEVICES", "the public index's torch"):
+    for words in (
+        "NCCL keeps what 2 ranks",
+        "host.env sets CUDA_VISIBLE_DEVICES",
+        "the public index's torch",
+    ):
         assert any(words in warning for warning in plan.warnings), plan.warnings
 
 
@@ -230,7 +302,10 @@ echo "$line"
 
 def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str) -> HostFacts:
     tools = tool_directory(tmp_path / "bin")
-    for name, text in (("nvidia-smi", program), ("nvidia-smi.apps", f"{UUID}, 7, 30, /usr/bin/x\n")):
+    for name, text in (
+        ("nvidia-smi", program),
+        ("nvidia-smi.apps", f"{UUID}, 7, 30, /usr/bin/x\n"),
+    ):
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
@@ -252,7 +327,9 @@ def test_an_older_nvidia_smi(
     """Goal: a field that this nvidia-smi does not know is left out, and no other. Red with one query: no card."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     monkeypatch.setenv(*GROWING)
-    facts = ask(tmp_path, monkeypatch, NVIDIA_SMI.replace("@UNKNOWN@", unknown).replace("@UUID@", UUID))
+    facts = ask(
+        tmp_path, monkeypatch, NVIDIA_SMI.replace("@UNKNOWN@", unknown).replace("@UUID@", UUID)
+    )
     (card,) = facts.gpus
     assert card == Gpu(
         index=0,
@@ -263,10 +340,16 @@ def test_an_older_nvidia_smi(
         compute_mode="Exclusive_Process",
         **told,  # type: ignore[arg-type]
     )
-    assert facts.driver == "470.182.03" and facts.gpu_problem == "" and facts.gpu_processes[0].pid == 7
+    assert (
+        facts.driver == "470.182.03" and facts.gpu_problem == "" and facts.gpu_processes[0].pid == 7
+    )
     assert facts.cuda.allocator == (GROWING,)
     assert facts.cuda.visible_devices == "3" and facts.cuda.machine == os.uname().machine
-    assert facts.cuda.compilers is not None and facts.python_headers is not None and "libc" in facts.cuda.libc
+    assert (
+        facts.cuda.compilers is not None
+        and facts.python_headers is not None
+        and "libc" in facts.cuda.libc
+    )
 
 
 def test_an_nvidia_smi_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,14 +14,23 @@ def test_a_run_on_a_host_with_its_own_environment(
     from the first look to the pull; a note says so; what was installed lies in the mirror. Red with the launcher run
     without -E ("No module named 'rollouts'"), with the probe run without -I, and with the record left out of both ways
     that files come here."""
-    redirecting = {"PYTHONSAFEPATH": "1", "PYTHONHOME": "/nowhere", "PIP_TARGET": str(tmp_path / "elsewhere")}
+    redirecting = {
+        "PYTHONSAFEPATH": "1",
+        "PYTHONHOME": "/nowhere",
+        "PIP_TARGET": str(tmp_path / "elsewhere"),
+    }
     remote = make_host(environment=redirecting)
     config = write_config(laptop.project)
     done = laptop.deploy(str(config), "--remote", remote.target, "--run-id", "odd")
     assert done.returncode == 0, done.stdout + done.stderr
-    here, there = RunDir(laptop.project / "runs" / "example" / "odd"), RunDir(remote.run_path("odd"))
+    here, there = (
+        RunDir(laptop.project / "runs" / "example" / "odd"),
+        RunDir(remote.run_path("odd")),
+    )
     (note,) = (
-        row["message"] for row in read_jsonl(here.events) if row["kind"] == "note" and "left out" in row["message"]
+        row["message"]
+        for row in read_jsonl(here.events)
+        if row["kind"] == "note" and "left out" in row["message"]
     )
     assert all(name in note for name in redirecting) and "left out" in done.stdout
     recorded = here.environment("trainer").read_text()

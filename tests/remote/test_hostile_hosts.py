@@ -6,6 +6,7 @@ import os
 import shutil
 import stat
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,24 @@ from tests.remote.hosts import ROOT, Laptop, config_with, git, write_config
 from tests.remote.test_follow import make_connection
 
 NAMES = [
-    *("config.json", "plan.json", "mirror.json", ".gitignore", "secrets.json", "code/commit.txt", "code/tree/x.py"),
-    *("weights/x", "checkpoints/sft/step_000001/x", "checkpoints/sft/latest", "", ".", "./events.jsonl", "logs//a.log"),
+    *(
+        "config.json",
+        "plan.json",
+        "mirror.json",
+        ".gitignore",
+        "secrets.json",
+        "code/commit.txt",
+        "code/tree/x.py",
+    ),
+    *(
+        "weights/x",
+        "checkpoints/sft/step_000001/x",
+        "checkpoints/sft/latest",
+        "",
+        ".",
+        "./events.jsonl",
+        "logs//a.log",
+    ),
     *(
         "logs/.hidden.log",
         "logs/a.log/b.log",
@@ -67,7 +84,10 @@ def test_names_that_no_run_has(name: str, snapshot: bool, tmp_path: Path) -> Non
         ("logs/trainer.log", lambda here, out: (here / "logs").symlink_to(out)),
         (
             "logs/trainer.log",
-            lambda here, out: [(here / "logs").mkdir(), (here / "logs/trainer.log").symlink_to(out / "f")],
+            lambda here, out: [
+                (here / "logs").mkdir(),
+                (here / "logs/trainer.log").symlink_to(out / "f"),
+            ],
         ),
         ("events.jsonl", lambda here, out: (here / "events.jsonl").symlink_to(out / "f")),
         ("exit/sft-trainer.json", lambda here, out: (here / "exit").symlink_to(out)),
@@ -76,7 +96,9 @@ def test_names_that_no_run_has(name: str, snapshot: bool, tmp_path: Path) -> Non
         ("eval.jsonl", lambda here, out: (here / "eval.jsonl").mkdir()),
     ],
 )
-def test_nothing_is_written_through_a_link(name: str, make: Callable[[Path, Path], Any], tmp_path: Path) -> None:
+def test_nothing_is_written_through_a_link(
+    name: str, make: Callable[[Path, Path], Any], tmp_path: Path
+) -> None:
     """Goal: links, pipes and directories in a mirror are neither followed nor waited for.
 
     Red with the path opened as text: the files outside were written, and the pipe was waited for.
@@ -89,7 +111,9 @@ def test_nothing_is_written_through_a_link(name: str, make: Callable[[Path, Path
     message = {"file": name, "snapshot": "x"} if name.startswith("exit") else chunk(name, b"theirs")
     with pytest.raises(DeployError, match=r"not a plain file|a link or not a directory"):
         mirror.apply(message)
-    assert [path.name for path in outside.iterdir()] == ["f"] and (outside / "f").read_text() == "mine"
+    assert [path.name for path in outside.iterdir()] == ["f"] and (
+        outside / "f"
+    ).read_text() == "mine"
     mirror.offsets(), list(mirror.rows(name)), mirror.new_text(name)
 
 
@@ -99,12 +123,21 @@ def test_a_snapshot_replaces_a_link_and_not_its_target(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("mine")
     (tmp_path / "m/status.json").symlink_to(tmp_path / "mine")
     mirror.apply({"file": "status.json", "snapshot": "theirs"})
-    assert (tmp_path / "mine").read_text() == "mine" and (tmp_path / "m/status.json").read_text() == "theirs"
+    assert (tmp_path / "mine").read_text() == "mine" and (
+        tmp_path / "m/status.json"
+    ).read_text() == "theirs"
 
 
 def hostile_run(run: Path, outside: Path) -> None:
     """A run directory with links, devices, odd names and modes where plain files should be."""
-    for name in ("logs", "exit", "code", "wandb/run-20260101_000000-abc/files", "evil", "processes"):
+    for name in (
+        "logs",
+        "exit",
+        "code",
+        "wandb/run-20260101_000000-abc/files",
+        "evil",
+        "processes",
+    ):
         (run / name).mkdir(parents=True, exist_ok=True)
     (run / "logs/trainer.log").write_text("log\n")
     (run / "logs/engine-0.log").symlink_to(outside / "f")
@@ -134,12 +167,24 @@ def test_rsync_brings_plain_files_of_the_list_alone(tmp_path: Path) -> None:
     (outside / "f").write_text("mine")
     hostile_run(run, outside)
     refused = pull_files(LocalTransport(), str(run), here)
-    found = {path.relative_to(here.path).as_posix() for path in here.path.rglob("*") if not path.is_dir()}
+    found = {
+        path.relative_to(here.path).as_posix() for path in here.path.rglob("*") if not path.is_dir()
+    }
     assert found == {
-        *(".gitignore", "metrics.jsonl", "logs/trainer.log", "exit/sft-trainer.json", "code/environment-trainer.txt"),
+        *(
+            ".gitignore",
+            "metrics.jsonl",
+            "logs/trainer.log",
+            "exit/sft-trainer.json",
+            "code/environment-trainer.txt",
+        ),
         "wandb/run-20260101_000000-abc/files/output.log",
     }
-    assert "logs/bad name.log" in refused and "logs/engine-0.log" in refused and "logs/pipe.log" in refused
+    assert (
+        "logs/bad name.log" in refused
+        and "logs/engine-0.log" in refused
+        and "logs/pipe.log" in refused
+    )
     modes = {stat.S_IMODE((here.path / name).stat().st_mode) for name in found - {".gitignore"}}
     assert modes == {0o600} and (here.path / ".gitignore").read_text() == "*\n"
 
@@ -155,7 +200,9 @@ def test_rsync_does_not_write_through_links_here(tmp_path: Path) -> None:
     (outside / "f").write_text("mine")
     (here.path / "exit/sft-trainer.json").symlink_to(outside / "f")
     assert "logs/trainer.log" in pull_files(LocalTransport(), str(run), here)
-    assert [path.name for path in outside.iterdir()] == ["f"] and (outside / "f").read_text() == "mine"
+    assert [path.name for path in outside.iterdir()] == ["f"] and (
+        outside / "f"
+    ).read_text() == "mine"
     assert not (here.path / "exit/sft-trainer.json").is_symlink()
 
 
@@ -167,9 +214,27 @@ def make_checkpoint(directory: Path) -> Path:
 
 
 PATHS = [
-    *(".", "..", "", "/etc", "checkpoints", "checkpoints/sft", "checkpoints/sft/latest", "checkpoints/sft/step_1"),
-    *("checkpoints/sft/../../x", "checkpoints/evil/step_000001", "checkpoints/sft/step_000001/x", "logs/step_000001"),
-    *("checkpoints/sft/step_000001\n", "checkpoints/sft/step_٠٠٠٠٠١", "checkpoints/sft/step_0000001234567890"),
+    *(
+        ".",
+        "..",
+        "",
+        "/etc",
+        "checkpoints",
+        "checkpoints/sft",
+        "checkpoints/sft/latest",
+        "checkpoints/sft/step_1",
+    ),
+    *(
+        "checkpoints/sft/../../x",
+        "checkpoints/evil/step_000001",
+        "checkpoints/sft/step_000001/x",
+        "logs/step_000001",
+    ),
+    *(
+        "checkpoints/sft/step_000001\n",
+        "checkpoints/sft/step_٠٠٠٠٠١",
+        "checkpoints/sft/step_0000001234567890",
+    ),
 ]
 
 
@@ -190,7 +255,10 @@ def manifest_entry(directory: Path, name: str) -> None:
 HOSTILE: dict[str, Callable[[Path], Any]] = {
     "a file that is not listed": lambda d: (d / "x.py").write_text("import os"),
     "a link": lambda d: (d / "x").symlink_to("/etc"),
-    "a link that is listed": lambda d: [(d / "x").symlink_to("model.safetensors"), write_manifest(d)],
+    "a link that is listed": lambda d: [
+        (d / "x").symlink_to("model.safetensors"),
+        write_manifest(d),
+    ],
     "a pipe": lambda d: os.mkfifo(d / "x"),
     "a name outside": lambda d: manifest_entry(d, "../../../x"),
     "an absolute name": lambda d: manifest_entry(d, "/etc/hostname"),
@@ -256,7 +324,10 @@ def test_a_stream_of_lies_costs_what_it_touches(tmp_path: Path) -> None:
     """Goal: odd names, noise and odd ends are left out and counted; the rest arrives. Red with the first one raised."""
     rows = [
         *("Welcome to gpu-7", "\x1b]0;title\x07", "[]", "17", "null", '{"x": 1}', "[" * 100_000),
-        *(json.dumps(m) for m in (chunk("config.json"), chunk("../x"), {"file": ["a"], "snapshot": "x"})),
+        *(
+            json.dumps(m)
+            for m in (chunk("config.json"), chunk("../x"), {"file": ["a"], "snapshot": "x"})
+        ),
         json.dumps({"file": "status.json", "snapshot": "x" * 2_000_000}),
         json.dumps(chunk("metrics.jsonl", b'{"step":1}\n')),
         json.dumps({"ended": True, "state": "\x1b[2J" * 100, "exit_code": "0"}),
@@ -276,11 +347,24 @@ def test_a_stream_of_lies_costs_what_it_touches(tmp_path: Path) -> None:
 # --- what a launch uses ---------------------------------------------------------------------------------------------
 
 
-def planted_run(laptop: Laptop, run_id: str, *, status: dict[str, Any] | None = None, **changes: Any) -> Path:
+def planted_run(
+    laptop: Laptop, run_id: str, *, status: dict[str, Any] | None = None, **changes: Any
+) -> Path:
     """A run directory on this machine that no deploy here made, as a host would show it."""
     run = RunDir(laptop.rollouts_home / "runs" / run_id)
-    fields = {"run_id": run_id, "experiment_name": "example", "state": "starting", "stage": None, "message": "m"}
-    fields |= {"started_at": 1.0, "updated_at": 4e9, "exit_code": None, **(status or {})}
+    fields = {
+        "run_id": run_id,
+        "experiment_name": "example",
+        "state": "starting",
+        "stage": None,
+        "message": "m",
+    }
+    fields |= {
+        "started_at": 1.0,
+        "updated_at": time.time(),
+        "exit_code": None,
+        **(status or {}),
+    }
     write_json_atomic(run.status, fields)
     write_json_atomic(run.config, config_with(changes).to_json())
     plan = {
@@ -289,7 +373,12 @@ def planted_run(laptop: Laptop, run_id: str, *, status: dict[str, Any] | None = 
         "home": str(laptop.rollouts_home),
         "run_path": str(run.path),
     }
-    plan |= {"base_python": sys.executable, "environments": [], "stages": [], "bootstrap_timeout_s": 60.0}
+    plan |= {
+        "base_python": sys.executable,
+        "environments": [],
+        "stages": [],
+        "bootstrap_timeout_s": 60.0,
+    }
     plan |= {"stop_grace_s": 1e12, "engine_restarts_max": 0, "engine_hang_timeout_s": 1.0}
     write_json_atomic(run.plan, plan)
     run.code.mkdir()
@@ -302,7 +391,11 @@ def test_an_adopted_run_is_never_launched(laptop: Laptop) -> None:
     decided by the host's row, from the host's config: the value was in the run's secrets.json."""
     run = planted_run(laptop, "ev", **{"host.secrets": ["AWS_SECRET_ACCESS_KEY"]})
     done = laptop.deploy("attach", "ev", env={"AWS_SECRET_ACCESS_KEY": "s3cr3t-91"})
-    assert done.returncode == 2 and "started elsewhere" in done.stderr and "Nothing was started." in done.stderr
+    assert (
+        done.returncode == 2
+        and "started elsewhere" in done.stderr
+        and "Nothing was started." in done.stderr
+    )
     assert not (run / "secrets.json").exists() and (run / "code/tree").is_symlink()
 
 
@@ -312,7 +405,9 @@ def test_names_of_an_adopted_run_are_checked(name: str, laptop: Laptop) -> None:
     planted_run(laptop, "ev", status={"experiment_name": name, "state": "done"})
     done = laptop.deploy("pull", "ev")
     assert done.returncode == 2 and "needed" in done.stderr and "Traceback" not in done.stderr
-    assert not list(laptop.project.rglob("mirror.json")) and not list(laptop.home.rglob("mirror.json"))
+    assert not list(laptop.project.rglob("mirror.json")) and not list(
+        laptop.home.rglob("mirror.json")
+    )
 
 
 def test_an_adopted_mirror_lies_under_this_machines_own_directory(laptop: Laptop) -> None:
@@ -333,7 +428,9 @@ def test_an_adopted_mirror_lies_under_this_machines_own_directory(laptop: Laptop
             shutil.rmtree(mirror)
             laptop.deploy("forget", "ev")
     shutil.rmtree(laptop.rollouts_home / "runs/ev")
-    assert "deploy a copy of it" in laptop.deploy("attach", "ev").stderr, "that config is refused where it lies"
+    assert "deploy a copy of it" in laptop.deploy("attach", "ev").stderr, (
+        "that config is refused where it lies"
+    )
 
 
 def test_a_launch_uses_this_machines_record(laptop: Laptop) -> None:
@@ -344,7 +441,9 @@ def test_a_launch_uses_this_machines_record(laptop: Laptop) -> None:
     tools.mkdir()
     (tools / "rsync").write_text("#!/bin/sh\nexit 5\n")
     (tools / "rsync").chmod(0o755)
-    failed = laptop.deploy(config, "--run-id", "kept", env={"PATH": f"{tools}:{os.environ['PATH']}"})
+    failed = laptop.deploy(
+        config, "--run-id", "kept", env={"PATH": f"{tools}:{os.environ['PATH']}"}
+    )
     assert failed.returncode == 2, failed.stdout + failed.stderr
     mirror, run = RunDir(laptop.project / "runs/example/kept"), laptop.rollouts_home / "runs/kept"
     evil = config_with({"host.secrets": ["GITHUB_TOKEN"], "output.mode": "sft"})
@@ -378,9 +477,16 @@ def test_pull_and_last_pull_go_by_the_same_list(tmp_path: Path) -> None:
     shutil.rmtree(run / "code")
     hostile_run(run, tmp_path / "outside")
     (run / "code/tree").symlink_to(ROOT)
-    append_jsonl(run / "events.jsonl", {"kind": "checkpoint", "path": "."}, {"kind": "checkpoint"}, {"kind": ["x"]})
+    append_jsonl(
+        run / "events.jsonl",
+        {"kind": "checkpoint", "path": "."},
+        {"kind": "checkpoint"},
+        {"kind": ["x"]},
+    )
     make_checkpoint(run / "checkpoints/sft/step_000001")
-    append_jsonl(run / "events.jsonl", {"kind": "checkpoint", "path": "checkpoints/sft/step_000001"})
+    append_jsonl(
+        run / "events.jsonl", {"kind": "checkpoint", "path": "checkpoints/sft/step_000001"}
+    )
     said: list[str] = []
     assert pull(connection, lambda phase, text: said.append(text)).state == "done"
     final_pull(connection, lambda phase, text: said.append(text))

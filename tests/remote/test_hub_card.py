@@ -77,12 +77,19 @@ def test_the_plan_counts_what_datasets_would_read(
         (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "set" / name).write_text('{"question": "q", "answer": "a"}\n' * count)
     (tmp_path / "set" / "README.md").write_text(card)
-    sent = SentFiles(tmp_path, [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()])
-    spec = dataclasses.replace(example_config().data.rl_mixture[0], name="set", split=split, subset=subset)
+    sent = SentFiles(
+        tmp_path,
+        [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()],
+    )
+    spec = dataclasses.replace(
+        example_config().data.rl_mixture[0], name="set", split=split, subset=subset
+    )
     assert count_rows(spec, sent).rows == rows
     if rows is not None:
         import datasets
 
-        found = datasets.load_dataset_builder(str(tmp_path / "set"), name=subset).config.data_files[split]
+        found = datasets.load_dataset_builder(str(tmp_path / "set"), name=subset).config.data_files[
+            split
+        ]
         inside = [str(Path(file).relative_to(tmp_path / "set")) for file in found]
         assert sum(FILES[file] for file in inside) == rows

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from base_config import AgentConfig
+from rollouts.remote.git import list_files
 from rollouts.remote.inputs import Inputs, look_through
 from rollouts.remote.inputs.data_files import count_parameters, count_rows
 from rollouts.remote.inputs.modules import read_module, required_keys
 from rollouts.remote.inputs.paths import SentFiles
-from rollouts.remote.repository import list_files
 from tests.example_config import example_config, replace_at
 from tests.remote.hosts import git
 
@@ -147,7 +147,9 @@ def test_where_a_name_leads(make: Any, said: list[str], field: str, repository: 
     """Goal: a name that would lead nowhere on the host is a problem that shows where it leads, and never told to be in
     .gitignore when it is not. Red with names compared with the list of files."""
     name = make(repository)
-    changes: dict[str, Any] = {"data__rl_mixture": with_data(name)} if field == "data" else {"model__name": name}
+    changes: dict[str, Any] = (
+        {"data__rl_mixture": with_data(name)} if field == "data" else {"model__name": name}
+    )
     inputs = look(repository, **changes)
     assert list(inputs.paths) == [name]
     for part in said:
@@ -180,7 +182,10 @@ def test_a_pretrained_model_without_weights(repository: Path) -> None:
     write(repository, "shape/config.json", "{}")
     pretrained = {"model__name": "shape", "model__init": "pretrained"}
     (problem,) = look(repository, **pretrained).problems
-    assert problem.message == "model.name='shape' has no weights." and "model.init='random'" in problem.fix
+    assert (
+        problem.message == "model.name='shape' has no weights."
+        and "model.init='random'" in problem.fix
+    )
     assert not look(repository, model__name="shape").problems
     write(repository, "shape/model.safetensors", "x")
     assert "has no weights" not in texts(look(repository, **pretrained))
@@ -208,7 +213,9 @@ def test_what_git_ignores_inside_of_a_folder(repository: Path) -> None:
     assert problem.found == "set/ignored-part.jsonl"
     (repository / "set/ignored-part.jsonl").unlink()
     (repository / "set/test.jsonl").symlink_to("/data/test.jsonl")
-    assert "set/test.jsonl -> /data/test.jsonl" in texts(look(repository, data__sft_mixture=with_data("set")))
+    assert "set/test.jsonl -> /data/test.jsonl" in texts(
+        look(repository, data__sft_mixture=with_data("set"))
+    )
 
 
 # --- dotted names ---------------------------------------------------------------------------------------------------
@@ -269,18 +276,34 @@ PACKAGE = {"pkg/__init__.py": "", "pkg/rewards.py": REWARD}
 PRIVATE = {"private/__init__.py": "", "private/r.py": REWARD}
 REEXPORTING = {"mine.py": "from impl import score\n", "impl.py": "def scores(s): pass\n"}
 WRONG_NAMES: list[tuple[dict[str, str], str, list[str]]] = [
-    ({"mine.py": REWARD}, "mine.scor", ["mine.py defines no 'scor'", "score (line 1)", "write mine.score"]),
+    (
+        {"mine.py": REWARD},
+        "mine.scor",
+        ["mine.py defines no 'scor'", "score (line 1)", "write mine.score"],
+    ),
     ({"mine.py": TYPE_ONLY}, "mine.score", ["defines no"]),
     ({"mine.py": SCRIPT_ONLY}, "mine.score", ["defines no"]),
     ({"mine.py": "def f():\n    score = print\n"}, "mine.score", ["mine.py defines no 'score'"]),
-    ({"mine.py": "class A:\n    def score(self): pass\n"}, "mine.score", ["mine.py defines no 'score'"]),
+    (
+        {"mine.py": "class A:\n    def score(self): pass\n"},
+        "mine.score",
+        ["mine.py defines no 'score'"],
+    ),
     (REEXPORTING, "mine.score", ["defines no 'score'"]),
     ({"mine.py": "score = 0.5\n"}, "mine.score", ["is not a function", "mine.py:1"]),
     ({"mine.py": ""}, "mine.score", ["mine.py defines no 'score'", "nothing"]),
-    ({"my_rewards.py": REWARD}, "my_reward.score", ["no module 'my_reward'", "write my_rewards.score"]),
+    (
+        {"my_rewards.py": REWARD},
+        "my_reward.score",
+        ["no module 'my_reward'", "write my_rewards.score"],
+    ),
     (PACKAGE, "pkg.reward.score", ["no module 'pkg.reward'", "near: pkg.rewards"]),
     ({"pkg/rewards.py": REWARD}, "pkg.score", ["pkg is a folder without an __init__.py"]),
-    ({"ignored_reward.py": REWARD}, "ignored_reward.score", ["'ignored_reward.py' is here, but git ignores it"]),
+    (
+        {"ignored_reward.py": REWARD},
+        "ignored_reward.score",
+        ["'ignored_reward.py' is here, but git ignores it"],
+    ),
     (PRIVATE, "private.r.score", ["'private/r.py' is here, but git ignores"]),
     (IMPORTING, "mine.score", ["mine.py:1 imports ignored_helper"]),
     (IMPORTING_DEEP, "mine.score", ["pkg/deep.py:1 imports ignored2"]),
@@ -288,12 +311,18 @@ WRONG_NAMES: list[tuple[dict[str, str], str, list[str]]] = [
 
 
 @pytest.mark.parametrize(("files", "named", "said"), WRONG_NAMES)
-def test_dotted_names_that_would_fail(files: dict[str, str], named: str, said: list[str], repository: Path) -> None:
+def test_dotted_names_that_would_fail(
+    files: dict[str, str], named: str, said: list[str], repository: Path
+) -> None:
     """Goal: a name that the trainer could not import is a problem now, with file, line and the nearest name; nothing is
     imported for it. Red without the look: it failed after the environments were built."""
     for name, text in files.items():
         write(repository, name, f"{text}\nopen('executed', 'w')\n" if text else text)
-    for changes in ({"rl__reward__fn": named}, {"rl__sampling__filter_fn": named}, {"rl__agent": agent(named)}):
+    for changes in (
+        {"rl__reward__fn": named},
+        {"rl__sampling__filter_fn": named},
+        {"rl__agent": agent(named)},
+    ):
         inputs = look(repository, **changes)
         assert len(inputs.problems) == 1, texts(inputs)
         for part in said:
@@ -302,7 +331,9 @@ def test_dotted_names_that_would_fail(files: dict[str, str], named: str, said: l
 
 
 def agent(environment: str) -> AgentConfig:
-    return AgentConfig(environment=environment, tool_format="json", turns_max=2, tokens_max=64, timeout_s=1.0)
+    return AgentConfig(
+        environment=environment, tool_format="json", turns_max=2, tokens_max=64, timeout_s=1.0
+    )
 
 
 def test_dotted_names_that_cannot_be_known(repository: Path) -> None:
@@ -322,7 +353,9 @@ def test_dotted_names_that_cannot_be_known(repository: Path) -> None:
     write(repository, "newer.py", "type A = int\ndef score(s:\n")
     inputs = look(repository, rl__reward__fn="newer.score")
     assert not inputs.problems and "newer.py:" in inputs.syntax[0].message
-    assert not look(repository, rl__reward__fn="gone.score", output__mode="sft").problems, "not used by this run"
+    assert not look(repository, rl__reward__fn="gone.score", output__mode="sft").problems, (
+        "not used by this run"
+    )
 
 
 def test_what_an_installed_package_brings(repository: Path) -> None:
@@ -375,19 +408,34 @@ KEYS = [
     ("def r(sample):\n    row = sample.prompt\n    return row['a'] + row['b']\n", {"a", "b"}),
     ("def r(s):\n    return s.prompt.get('level', 1)\n", set()),
     ("def r(s):\n    return s.prompt['level'] if 'level' in s.prompt else 0\n", set()),
-    ("def r(s):\n    try:\n        return s.prompt['level']\n    except KeyError:\n        return 0\n", set()),
+    (
+        "def r(s):\n    try:\n        return s.prompt['level']\n    except KeyError:\n        return 0\n",
+        set(),
+    ),
     ("def r(s):\n    s.prompt['seen'] = 1\n    return other['level']\n", set()),
     ("async def r(s, /):\n    return s.prompt['level']\n", {"level"}),
     ("def r(s):\n    if not s.text:\n        return 0\n    return s.prompt['level']\n", {"level"}),
-    ("def r(s):\n    right = s.prompt['answer'] in s.text\n    return s.prompt['level'] if right else 0\n", BOTH),
-    ("def r(s):\n    row = s.prompt\n    if row['a'] == 'code':\n        return row['tests']\n    return 1\n", {"a"}),
-    ("def r(s):\n    if s.prompt['a'] != 'code':\n        return 0\n    return s.prompt['tests']\n", {"a"}),
+    (
+        "def r(s):\n    right = s.prompt['answer'] in s.text\n    return s.prompt['level'] if right else 0\n",
+        BOTH,
+    ),
+    (
+        "def r(s):\n    row = s.prompt\n    if row['a'] == 'code':\n        return row['tests']\n    return 1\n",
+        {"a"},
+    ),
+    (
+        "def r(s):\n    if s.prompt['a'] != 'code':\n        return 0\n    return s.prompt['tests']\n",
+        {"a"},
+    ),
     (
         "def r(s):\n    kind = s.prompt['a']\n    if kind in KINDS:\n        return s.prompt['tests']\n    return 0\n",
         {"a"},
     ),
     ("def r(s):\n    return s.prompt['tests'] if s.prompt['a'] == 'code' else 0\n", {"a"}),
-    ("def r(s):\n    match s.prompt['a']:\n        case 'code':\n            return s.prompt['tests']\n", {"a"}),
+    (
+        "def r(s):\n    match s.prompt['a']:\n        case 'code':\n            return s.prompt['tests']\n",
+        {"a"},
+    ),
     ("def r(s):\n    return s.prompt['a'] == 1 and s.prompt['tests']\n", {"a"}),
     (
         "def r(s):\n    for key in ('tests',):\n        if key in s.prompt:\n            return s.prompt['tests']\n",
@@ -395,7 +443,10 @@ KEYS = [
     ),
     ("def r(s):\n    s.prompt.setdefault('tests', [])\n    return s.prompt['tests']\n", set()),
     ("def r(s):\n    s.prompt['tests'] = 1\n    return s.prompt['tests']\n", set()),
-    ("def r(s):\n    with contextlib.suppress(KeyError):\n        return s.prompt['tests']\n", set()),
+    (
+        "def r(s):\n    with contextlib.suppress(KeyError):\n        return s.prompt['tests']\n",
+        set(),
+    ),
 ]
 
 
@@ -410,17 +461,26 @@ def test_a_reward_without_its_column(repository: Path) -> None:
     """Goal: a column that no local row has is a problem; one that some row has, that the format makes, or that rows
     elsewhere may have, is none. Red without the look at rows."""
     write(
-        repository, "mine.py", "def score(sample):\n    return sample.prompt['level'] + len(sample.prompt['answer'])\n"
+        repository,
+        "mine.py",
+        "def score(sample):\n    return sample.prompt['level'] + len(sample.prompt['answer'])\n",
     )
     (problem,) = look(repository, rl__reward__fn="mine.score").problems
-    assert "needs the column 'level', which no row has" in problem.message and "line 2" in problem.found
+    assert (
+        "needs the column 'level', which no row has" in problem.message
+        and "line 2" in problem.found
+    )
     write(repository, "mine2.py", "def score(sample):\n    return len(sample.prompt['question'])\n")
     taken = look(repository, rl__reward__fn="mine2.score")
-    assert "needs the column 'question', which no row has" in texts(taken), "the format made messages of it"
+    assert "needs the column 'question', which no row has" in texts(taken), (
+        "the format made messages of it"
+    )
     write(repository, "mine3.py", "def score(sample):\n    return sample.prompt['letters']\n")
     choices = [dataclasses.replace(example_config().data.rl_mixture[0], format="multiple_choice")]
     write(
-        repository, "choices.jsonl", '{"question": "q", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "A"}'
+        repository,
+        "choices.jsonl",
+        '{"question": "q", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "A"}',
     )
     choices = [dataclasses.replace(choices[0], name="choices.jsonl")]
     assert not look(repository, rl__reward__fn="mine3.score", data__rl_mixture=choices).problems
@@ -443,9 +503,14 @@ def test_parameters_of_a_local_model(repository: Path, tmp_path: Path) -> None:
     own = count_parameters(shipped, from_weights=False)
     assert own == 165_184
     header = json.dumps(
-        {"__metadata__": {"a": "b"}, "w": {"dtype": "F32", "shape": [3, 5], "data_offsets": [0, 60]}}
+        {
+            "__metadata__": {"a": "b"},
+            "w": {"dtype": "F32", "shape": [3, 5], "data_offsets": [0, 60]},
+        }
     ).encode()
-    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(60))
+    (tmp_path / "model.safetensors").write_bytes(
+        struct.pack("<Q", len(header)) + header + bytes(60)
+    )
     assert count_parameters(tmp_path, from_weights=True) == 15
     write(tmp_path, "config.json", '{"model_type": "mamba", "hidden_size": 8}')
     assert count_parameters(tmp_path, from_weights=False) is None
@@ -465,7 +530,9 @@ def test_parameters_of_a_local_model(repository: Path, tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_a_wrong_row_counts_where_it_is_read(selection: dict[str, Any], is_told: bool, repository: Path) -> None:
+def test_a_wrong_row_counts_where_it_is_read(
+    selection: dict[str, Any], is_told: bool, repository: Path
+) -> None:
     """Goal: a row that the selection leaves out for certain, or may leave out by its shuffling, is not refused; a line
     that is not JSON is, since the whole file is read. Red with the selection not looked at."""
     good = '{"question": "q", "answer": "a"}\n'

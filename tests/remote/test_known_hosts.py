@@ -86,12 +86,16 @@ def test_strange_lines_beside_a_good_one(here: Laptop, make_host: MakeHost, tmp_
     """Goal: both clients get in past lines that cannot be read. Red with paramiko's reader: a traceback."""
     host = make_host()
     strange = f"@cert-authority *.example.com {public(keygen(tmp_path / 'ca', 'ecdsa'))}\n".encode()
-    strange += b"old.example.com ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI\ncaf\xe9.example.com ssh-rsa AAAA\n"
+    strange += (
+        b"old.example.com ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI\ncaf\xe9.example.com ssh-rsa AAAA\n"
+    )
     here.known_hosts.write_bytes(strange + here.known_hosts.read_bytes().replace(b"\n", b"\r\n"))
     reach(host.target, tmp_path)
 
 
-def test_a_host_with_one_more_type_of_key(here: Laptop, make_host: MakeHost, tmp_path: Path) -> None:
+def test_a_host_with_one_more_type_of_key(
+    here: Laptop, make_host: MakeHost, tmp_path: Path
+) -> None:
     """Goal: a host that has a key which is known, and others that are not, is the host that is known.
 
     Red with paramiko's one preferred type: "THE HOST'S KEY HAS CHANGED".
@@ -99,18 +103,25 @@ def test_a_host_with_one_more_type_of_key(here: Laptop, make_host: MakeHost, tmp
     host = make_host(host_key_kinds=("rsa", "ed25519"))
     gone = keygen(tmp_path / "gone", "ecdsa")
     name = f"[127.0.0.1]:{host.port}"
-    here.known_hosts.write_text(f"{name} {public(gone)}\n{name} {public(host.directory / 'host_rsa')}\n")
+    here.known_hosts.write_text(
+        f"{name} {public(gone)}\n{name} {public(host.directory / 'host_rsa')}\n"
+    )
     reach(host.target, tmp_path)
 
 
 def test_a_host_with_other_types_alone(here: Laptop, make_host: MakeHost, tmp_path: Path) -> None:
     """Goal: no key of a known type is told apart from a changed key, and never accepted. Red with "changed" said."""
     host = make_host(host_key_kinds=("ed25519",))
-    here.known_hosts.write_text(f"[127.0.0.1]:{host.port} {public(keygen(tmp_path / 'gone', 'ecdsa'))}\n")
+    here.known_hosts.write_text(
+        f"[127.0.0.1]:{host.port} {public(keygen(tmp_path / 'gone', 'ecdsa'))}\n"
+    )
     for accept_new in (False, True):
         with pytest.raises(TransportError, match="no key of a type that is known here") as caught:
             reach(host.target, tmp_path, accept_new=accept_new)
-    assert "ssh-ed25519 SHA256:" in caught.value.text() and "ecdsa-sha2-nistp256 SHA256:" in caught.value.text()
+    assert (
+        "ssh-ed25519 SHA256:" in caught.value.text()
+        and "ecdsa-sha2-nistp256 SHA256:" in caught.value.text()
+    )
     assert len(here.known_hosts.read_text().splitlines()) == 1
 
 
@@ -118,7 +129,9 @@ def test_a_key_that_changed(here: Laptop, make_host: MakeHost, tmp_path: Path) -
     """Goal: another key of a known type is refused, with the file and line of the known one. Red with any key of the
     type let through."""
     host = make_host()
-    here.known_hosts.write_text(f"#\n[127.0.0.1]:{host.port} {public(keygen(tmp_path / 'other'))}\n")
+    here.known_hosts.write_text(
+        f"#\n[127.0.0.1]:{host.port} {public(keygen(tmp_path / 'other'))}\n"
+    )
     with pytest.raises(TransportError, match="THE HOST'S KEY HAS CHANGED") as caught:
         reach(host.target, tmp_path, accept_new=True)
     assert f"{here.known_hosts}:2" in caught.value.text()
@@ -148,13 +161,17 @@ def test_a_revoked_key(here: Laptop, make_host: MakeHost, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("form", ["a list of keys", "a KRL", "missing"])
-def test_a_key_that_a_file_revokes(form: str, here: Laptop, make_host: MakeHost, tmp_path: Path) -> None:
+def test_a_key_that_a_file_revokes(
+    form: str, here: Laptop, make_host: MakeHost, tmp_path: Path
+) -> None:
     """Goal: RevokedHostKeys, as an administrator hands it out, refuses before the first command, in both of its forms;
     one that names others changes nothing, and one that cannot be read lets nobody in, as with ssh. Red with the setting
     given to rsync's ssh alone: every command before the first rsync ran."""
     host = make_host()
     other, file = keygen(tmp_path / "other"), tmp_path / "revoked"
-    here.ssh_config(f"Host gpu-7\n HostName 127.0.0.1\n Port {host.port}\n RevokedHostKeys {file}\n")
+    here.ssh_config(
+        f"Host gpu-7\n HostName 127.0.0.1\n Port {host.port}\n RevokedHostKeys {file}\n"
+    )
 
     def write(key: Path) -> None:
         if form == "a KRL":
@@ -205,3 +222,14 @@ def test_a_file_that_cannot_be_read(here: Laptop, make_host: MakeHost) -> None:
     here.known_hosts.mkdir()
     with pytest.raises(TransportError, match="known_hosts"), transport_to(host.target) as transport:
         transport.run(["true"], timeout_s=30)
+
+
+def test_a_file_that_cannot_be_written(here: Laptop, make_host: MakeHost, tmp_path: Path) -> None:
+    """Goal: a new key that cannot be kept is refused with the file and the fix, and not tried again. Red with the
+    OSError taken for a lost connection."""
+    host = make_host(known=False)
+    (tmp_path / "file").write_text("")
+    here.ssh_config(f"Host *\n  UserKnownHostsFile {tmp_path}/file/known_hosts\n")
+    with pytest.raises(TransportError, match="new key of a host cannot be kept") as caught:
+        reach(host.target, tmp_path, accept_new=True)
+    assert f"{tmp_path}/file" in caught.value.text() and not caught.value.lost

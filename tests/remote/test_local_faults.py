@@ -31,9 +31,13 @@ def test_a_full_disk_here(size: str, laptop: Laptop, tmp_path: Path) -> None:
     the run. Red with the OSError's traceback, with the host's disk named, and with "Nothing was started" of a run that
     was done."""
     with small_disk(tmp_path / "small", size) as disk:
-        config = str(write_config(laptop.project, output__mode="sft", output__save_dir=str(disk / "out")))
+        config = str(
+            write_config(laptop.project, output__mode="sft", output__save_dir=str(disk / "out"))
+        )
         done = laptop.deploy(config, "--run-id", "full")
-        assert done.returncode in (1, 2) and "Traceback" not in done.stderr, done.stdout + done.stderr
+        assert done.returncode in (1, 2) and "Traceback" not in done.stderr, (
+            done.stdout + done.stderr
+        )
         told = done.stdout + done.stderr
         assert "this machine's disk is full" in told and str(disk) in told and "bytes free" in told
         launched = (laptop.rollouts_home / "runs/full/status.json").exists()
@@ -57,9 +61,14 @@ def test_a_full_disk_here_while_rsync_receives(tmp_path: Path) -> None:
     with small_disk(tmp_path / "small", "200k") as disk:
         with pytest.raises(OSError, match="No space left") as caught:
             pull_checkpoint(
-                connection.transport, connection.entry.run_path, RunDir(disk / "m"), "checkpoints/sft/step_000001"
+                connection.transport,
+                connection.entry.run_path,
+                RunDir(disk / "m"),
+                "checkpoints/sft/step_000001",
             )
-        assert caught.value.errno == errno.ENOSPC and str(caught.value.filename).startswith(str(disk))
+        assert caught.value.errno == errno.ENOSPC and str(caught.value.filename).startswith(
+            str(disk)
+        )
 
 
 @pytest.mark.parametrize("place", ["/proc/nowhere", "{file}/out", "/dev/null/x", "{home}/nul\x00l"])
@@ -69,24 +78,35 @@ def test_a_place_that_cannot_be_written(place: str, laptop: Laptop) -> None:
     save_dir = place.format(file=laptop.home / "file", home=laptop.home)
     config = str(write_config(laptop.project, output__mode="sft", output__save_dir=save_dir))
     done = laptop.deploy(config, "--run-id", "r")
-    assert done.returncode == 2 and "Traceback" not in done.stderr and "Nothing was started." in done.stderr
+    assert (
+        done.returncode == 2
+        and "Traceback" not in done.stderr
+        and "Nothing was started." in done.stderr
+    )
     assert "deploy itself failed" not in done.stderr, done.stderr
     assert laptop.json("ls") == [] and not (laptop.rollouts_home / "runs/r").exists()
 
 
 @pytest.mark.parametrize("home", ["/proc/nowhere", "/dev/null"])
-@pytest.mark.parametrize("arguments", [["ls"], ["status", "r"], ["pull", "r"], ["--remote", "local"], ["CONFIG"]])
+@pytest.mark.parametrize(
+    "arguments", [["ls"], ["status", "r"], ["pull", "r"], ["--remote", "local"], ["CONFIG"]]
+)
 def test_a_home_that_cannot_be_written(home: str, arguments: list[str], laptop: Laptop) -> None:
     """Goal: no HOME of one's own, as in some containers, is told. Red with a traceback of mkdir."""
     config = str(write_config(laptop.project, output__mode="sft"))
     line = [config if word == "CONFIG" else word for word in arguments]
     done = laptop.deploy(*line, env={"HOME": home})
-    assert "Traceback" not in done.stderr and (done.returncode == 0 or "error: " in done.stderr), done.stderr
+    assert "Traceback" not in done.stderr and (done.returncode == 0 or "error: " in done.stderr), (
+        done.stderr
+    )
     assert "deploy itself failed" not in done.stderr, done.stderr
 
 
 ODD = "é ✓ \U0001f600 日本"
-LOCALES = [{"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}, {"PYTHONIOENCODING": "latin-1"}]
+LOCALES = [
+    {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+    {"PYTHONIOENCODING": "latin-1"},
+]
 
 
 @pytest.mark.parametrize("env", [*LOCALES, {"PYTHONIOENCODING": "ascii:strict"}])
@@ -106,7 +126,9 @@ def test_terminals_that_are_not_utf_8(env: dict[str, str], laptop: Laptop) -> No
     assert log == f"{ODD}\n".encode()
 
 
-def test_a_bug_is_one_line_and_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_a_bug_is_one_line_and_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     """Goal: any exception becomes a message with its place and where its traceback lies. Red with DeployError alone
     caught."""
     monkeypatch.setenv("ROLLOUTS_HOME", str(tmp_path))
@@ -118,7 +140,11 @@ def test_a_bug_is_one_line_and_a_file(tmp_path: Path, monkeypatch: pytest.Monkey
     said = capsys.readouterr().err
     assert code == 2 and said.startswith("error: deploy itself failed: UnicodeDecodeError")
     file = Path(said.split("traceback: ")[1].splitlines()[0])
-    assert file.parent == tmp_path / "tracebacks" and "odd byte" in file.read_text() and file.stat().st_mode & 0o77 == 0
+    assert (
+        file.parent == tmp_path / "tracebacks"
+        and "odd byte" in file.read_text()
+        and file.stat().st_mode & 0o77 == 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -136,13 +162,19 @@ def test_errors_say_how_far_the_run_has_come(
 ) -> None:
     """Goal: "Nothing was started." only where that is so; else what goes on, and how. Red with it constant."""
     monkeypatch.setenv("ROLLOUTS_HOME", str(tmp_path))  # where tracebacks go
-    for error in (OSError(28, "No space left on device", "/x/y"), DeployError("odd"), RuntimeError("odd")):
+    for error in (
+        OSError(28, "No space left on device", "/x/y"),
+        DeployError("odd"),
+        RuntimeError("odd"),
+    ):
         with pytest.raises(DeployError) as caught, as_deploy_errors("r", "gpu-7", reached):
             raise error
         assert caught.value.exit_code == code and expected in caught.value.text()
         assert ("Nothing was started." in caught.value.text()) == (code == 2)
         bug = isinstance(error, RuntimeError)
-        assert ("deploy itself failed" in caught.value.text()) is bug, "a fault of this machine is none of deploy's"
+        assert ("deploy itself failed" in caught.value.text()) is bug, (
+            "a fault of this machine is none of deploy's"
+        )
     with pytest.raises(DeployError) as caught, as_deploy_errors("r", "gpu-7", reached):
         raise KeyboardInterrupt
     assert caught.value.exit_code == 130 and expected in caught.value.text()
@@ -152,7 +184,9 @@ def test_ctrl_c_before_the_launch(laptop: Laptop) -> None:
     """Goal: it says that nothing was started, and exits 130. Red with nothing printed."""
     with socket.create_server(("127.0.0.1", 0)) as silent:  # a host that never answers
         target = f"127.0.0.1:{silent.getsockname()[1]}"
-        process = laptop.start(str(write_config(laptop.project)), "--remote", target, start_new_session=True)
+        process = laptop.start(
+            str(write_config(laptop.project)), "--remote", target, start_new_session=True
+        )
         connection, _ = silent.accept()
         with connection:
             os.killpg(process.pid, signal.SIGINT)
@@ -203,13 +237,26 @@ def test_text_of_hosts_and_models_is_escaped(laptop: Laptop, tmp_path: Path) -> 
     run = RunDir(laptop.rollouts_home / "runs/r")
     evil = "\x1b]52;c;ZXZpbA==\x07\x9b\u202e"
     status = json.loads(run.status.read_text())
-    run.status.write_text(json.dumps({**status, "state": "failed", "message": evil, "exit_code": 1}))
+    run.status.write_text(
+        json.dumps({**status, "state": "failed", "message": evil, "exit_code": 1})
+    )
     row = {"time": 9e9, "kind": "error", "message": evil, "window": evil, "log_tail": [evil]}
-    append_jsonl(run.events, row, {"time": 9e9, "kind": evil, evil: evil}, {"kind": "note", "message": evil})
-    append_jsonl(run.eval, {"stage": "base", "step": 0, "split": evil, "metric": evil, "task": evil, "value": 1.0})
+    append_jsonl(
+        run.events, row, {"time": 9e9, "kind": evil, evil: evil}, {"kind": "note", "message": evil}
+    )
+    append_jsonl(
+        run.eval,
+        {"stage": "base", "step": 0, "split": evil, "metric": evil, "task": evil, "value": 1.0},
+    )
     with (run.path / "logs/trainer.log").open("a") as log:
         log.write(f"{evil}\n")
-    for arguments in (("attach", "r"), ("ls",), ("status", "r"), ("ls", "--remote", "local"), ("--remote", "local")):
+    for arguments in (
+        ("attach", "r"),
+        ("ls",),
+        ("status", "r"),
+        ("ls", "--remote", "local"),
+        ("--remote", "local"),
+    ):
         done = laptop.deploy(*arguments, env=asked)
         text = done.stdout + done.stderr
         assert "\\x1b]52" in text, arguments

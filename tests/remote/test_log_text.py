@@ -16,7 +16,9 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 100])
-def test_characters_are_not_cut_where_pieces_end(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_characters_are_not_cut_where_pieces_end(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Goal: a character whose bytes come in two pieces is shown whole, and bytes that are not UTF-8 as a replacement.
 
     Red with each piece decoded alone: replacement characters in the middle of words.

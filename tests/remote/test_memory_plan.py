@@ -39,7 +39,9 @@ def card(index: int, gib: float, **changes: Any) -> Gpu:
     """A card of which a job can have 98 %, as driver and display leave it."""
     total = int(gib * 1024)
     sizes = {"memory_total_mib": total, "memory_free_mib": int(total * 0.98)}
-    return Gpu(**{"index": index, "uuid": f"GPU-{index}", "name": f"card of {gib} GiB", **sizes, **changes})
+    return Gpu(
+        **{"index": index, "uuid": f"GPU-{index}", "name": f"card of {gib} GiB", **sizes, **changes}
+    )
 
 
 def planned(
@@ -94,7 +96,11 @@ SMALL_CARDS: dict[str, tuple[Config, tuple[Gpu, ...], list[str]]] = {
     "an engine that has no room for its weights": (
         shipped("rl_math", engine__mem_fraction=0.1),
         FOUR,
-        ["the engine has too little of GPU 2", "than engine.context_length=2048", "set engine.mem_fraction=0.15:"],
+        [
+            "the engine has too little of GPU 2",
+            "than engine.context_length=2048",
+            "set engine.mem_fraction=0.15:",
+        ],
     ),
     "nothing fits": (
         shipped("sft_qwen"),
@@ -148,7 +154,9 @@ def documented() -> str:
         groups: dict[str, dict[str, float]] = {}
         for use in gpu_uses(config, models, whole):
             is_engine = "weights" not in use.parts
-            ranks = config.engine.gpu_ranks if is_engine and config.engine else config.target.gpu_ranks
+            ranks = (
+                config.engine.gpu_ranks if is_engine and config.engine else config.target.gpu_ranks
+            )
             groups.setdefault(", ".join(map(str, ranks)), {})[use.stage] = use.needed / GIB
         for ranks, needs in groups.items():
             cells = [f"{needs[stage]:.1f}" if stage in needs else "" for stage in ("sft", "rl")]
@@ -165,8 +173,12 @@ def test_a_tight_fit_is_a_note() -> None:
     """Goal: within 5 % of the card is said and refused nothing. Red with the rule taken away."""
     config = shipped("sft_openwebtext")
     needed = in_all(planned(config, card(0, 80)))
-    tight = planned(config, card(0, 80, memory_free_mib=int(needed * 1024 / (TIGHT_SHARE + 0.02))), busy_ok=True)
-    assert tight.problems == () and any("GPU 0 in the sft stage is tight" in note for note in tight.notes)
+    tight = planned(
+        config, card(0, 80, memory_free_mib=int(needed * 1024 / (TIGHT_SHARE + 0.02))), busy_ok=True
+    )
+    assert tight.problems == () and any(
+        "GPU 0 in the sft stage is tight" in note for note in tight.notes
+    )
     assert planned(config, card(0, 80)).notes == ()
 
 
@@ -207,8 +219,12 @@ def test_each_setting_counts() -> None:
             for path, value in fields.items():
                 other = replace_at(other, path, value)
             assert sign * (in_all(planned(other, card(0, 80))) - base) > 0.1, name
-    asleep = replace_at(replace_at(config, "engine.sleep_while_training", True), "engine.mem_fraction", 0.8)
-    plain, penalty = (in_all(planned(replace_at(asleep, "rl.kl", kl), card(0, 80))) for kl in (None, PENALTY))
+    asleep = replace_at(
+        replace_at(config, "engine.sleep_while_training", True), "engine.mem_fraction", 0.8
+    )
+    plain, penalty = (
+        in_all(planned(replace_at(asleep, "rl.kl", kl), card(0, 80))) for kl in (None, PENALTY)
+    )
     assert penalty - plain > 0.9, "the reference stays while the engine samples"
     sharded = replace_at(shipped("sft_qwen"), "target.sharding", "none")
     cards = [card(0, 80), card(1, 80)]
@@ -217,15 +233,36 @@ def test_each_setting_counts() -> None:
     assert sums == sorted(sums, reverse=True) and len({*sums}) == 3
 
 
-MOE = {"model_type": "qwen3_moe", "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32}
+MOE = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+}
 MOE |= {"num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151_936, "num_experts": 128}
 MOE |= {"moe_intermediate_size": 768, "intermediate_size": 6144}
 OWN = {"model__name": "own"}
 ODD: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
-    "a model of the hub": ({"model__name": "own/model"}, {}, ["own/model: its files are not on this machine"]),
-    "a model on the host": ({"model__name": "/models/own"}, {}, ["/models/own: its files are not on this machine"]),
-    "a broken config.json": (OWN, {"configs": {"own": None}}, ["own: its config.json cannot be read"]),
-    "no layers": (OWN, {"configs": {"own": {**MOE, "num_hidden_layers": "48"}}}, ["num_hidden_layers='48'"]),
+    "a model of the hub": (
+        {"model__name": "own/model"},
+        {},
+        ["own/model: its files are not on this machine"],
+    ),
+    "a model on the host": (
+        {"model__name": "/models/own"},
+        {},
+        ["/models/own: its files are not on this machine"],
+    ),
+    "a broken config.json": (
+        OWN,
+        {"configs": {"own": None}},
+        ["own: its config.json cannot be read"],
+    ),
+    "no layers": (
+        OWN,
+        {"configs": {"own": {**MOE, "num_hidden_layers": "48"}}},
+        ["num_hidden_layers='48'"],
+    ),
     "another family": (
         OWN,
         {"configs": {"own": {"model_type": "mamba"}}, "parameters": 10**9},
@@ -247,9 +284,12 @@ def test_what_is_not_known_is_said(name: str) -> None:
     changes, options, texts = ODD[name]
     plan = planned(shipped("01_debug_sft_rl", **changes), card(0, 4000), **options)
     notes = "\n".join(plan.notes)
-    assert plan.problems == () and "not known: " in notes and all(words in notes for words in texts), notes
+    assert (
+        plan.problems == () and "not known: " in notes and all(words in notes for words in texts)
+    ), notes
     assert all(
-        ">= " in row or row.split()[2:] == ["?", "3920.0"] for row in plan.table[2 if "rl__kl" not in changes else 3 :]
+        ">= " in row or row.split()[2:] == ["?", "3920.0"]
+        for row in plan.table[2 if "rl__kl" not in changes else 3 :]
     )
 
 
@@ -260,7 +300,10 @@ def test_the_least_that_is_needed_may_already_be_too_much() -> None:
     (problem,) = plan.problems
     assert "at least, without activations" in problem.needed and "take a larger card" in problem.fix
     counted = planned(
-        shipped("sft_openwebtext", model__name="own"), card(0, 80), configs={"own": None}, parameters=10**10
+        shipped("sft_openwebtext", model__name="own"),
+        card(0, 80),
+        configs={"own": None},
+        parameters=10**10,
     )
     assert len(counted.problems) == 1 and in_all(counted) > 170
 
@@ -271,22 +314,41 @@ def test_odd_cards_and_layouts() -> None:
     config = shipped("01_debug_sft_rl")
     for odd in (card(0, 10, mig="Enabled"), card(0, 0, unreadable="[N/A]")):
         plan = planned(config, odd)
-        assert plan.problems == () and "its slice, has is not told" in plan.notes[0] and plan.table[2].endswith("?")
+        assert (
+            plan.problems == ()
+            and "its slice, has is not told" in plan.notes[0]
+            and plan.table[2].endswith("?")
+        )
     assert planned(config) == MemoryPlan() and planned(config, card(3, 80)) == MemoryPlan()
     assert (
-        planned(config, card(0, 24, memory_total_mib=0, memory_free_mib=0, unreadable="[Unknown Error]"))
+        planned(
+            config, card(0, 24, memory_total_mib=0, memory_free_mib=0, unreadable="[Unknown Error]")
+        )
         == MemoryPlan()
     )
     wide = shipped("rl_math", engine__gpu_ranks=[2, 3, 4, 5], engine__tensor_parallel_size=2)
     plan = planned(wide, *(card(index, 24) for index in range(6)))
     assert plan.problems == () and plan.table[3].split()[:4] == ["2,", "3,", "4,", "5"]
     assert config.engine is not None
-    shared = {name: getattr(config.engine, name) for name in ("gpu_ranks", "sglang_port", "replicas", "context_length")}
-    shared |= {"max_running_requests": 256, "restarts_max": 0, "tensor_parallel_size": 1, "mem_fraction": 0.99}
+    shared = {
+        name: getattr(config.engine, name)
+        for name in ("hosts", "gpu_ranks", "sglang_port", "replicas", "context_length")
+    }
+    shared |= {
+        "max_running_requests": 256,
+        "restarts_max": 0,
+        "tensor_parallel_size": 1,
+        "mem_fraction": 0.99,
+    }
     lock, sync = "requirements/vllm-cuda.txt", DiskSync(on_tmpfs=False)
-    vllm = shipped("01_debug_sft_rl", engine=VLLM(**shared, requirements_file=lock, weight_sync=sync))
+    vllm = shipped(
+        "01_debug_sft_rl", engine=VLLM(**shared, requirements_file=lock, weight_sync=sync)
+    )
     (problem,) = planned(vllm, card(0, 80)).problems
-    assert "vLLM wants 79.2 GiB free" in problem.needed and "set engine.mem_fraction=0.75:" in problem.fix
+    assert (
+        "vLLM wants 79.2 GiB free" in problem.needed
+        and "set engine.mem_fraction=0.75:" in problem.fix
+    )
 
 
 def test_a_host_without_gpus_is_only_told() -> None:
@@ -295,9 +357,14 @@ def test_a_host_without_gpus_is_only_told() -> None:
     config = shipped("sft_openwebtext", target__device_type="cpu", model__dtype="float32")
     code = dataclasses.replace(CODE, inputs=NO_INPUTS)
     small = memory_plan(config, dataclasses.replace(FACTS, ram_mib=8 * 1024), code, "here")
-    assert small.problems == () and small.table == () and "the host has 8.0 in all" in small.notes[0]
+    assert (
+        small.problems == () and small.table == () and "the host has 8.0 in all" in small.notes[0]
+    )
     for ram in (None, 10**6):
-        assert memory_plan(config, dataclasses.replace(FACTS, ram_mib=ram), code, "here") == MemoryPlan()
+        assert (
+            memory_plan(config, dataclasses.replace(FACTS, ram_mib=ram), code, "here")
+            == MemoryPlan()
+        )
     assert parse_facts([("home", "/h"), ("ram_kib", "16384000")]).ram_mib == 16_000
     assert parse_facts([("home", "/h"), ("ram_kib", "many")]).ram_mib is None
     if Path("/proc/meminfo").is_file():
@@ -308,16 +375,25 @@ def test_a_host_without_gpus_is_only_told() -> None:
 def test_a_plan_shows_the_table() -> None:
     """Goal: `--plan` prints it, and JSON has it. Red with it left out of the text."""
     local = {
-        "inputs": dataclasses.replace(NO_INPUTS, model_configs={"configs/models/tiny_qwen2": HUB["Qwen/Qwen2.5-0.5B"]})
+        "inputs": dataclasses.replace(
+            NO_INPUTS, model_configs={"configs/models/tiny_qwen2": HUB["Qwen/Qwen2.5-0.5B"]}
+        )
     }
     plan = plan_for(target__device_type="cuda", code=local)
     assert plan.memory[1].split()[:3] == ["GPU", "stage", "weights"] and len(plan.memory) == 4
-    assert all(line in plan_text(plan) for line in plan.memory) and plan.to_json()["memory"] == plan.memory
+    assert (
+        all(line in plan_text(plan) for line in plan.memory)
+        and plan.to_json()["memory"] == plan.memory
+    )
 
 
 def test_a_config_that_does_not_fit_is_refused() -> None:
     """Goal: it is a problem of the plan, so that nothing is sent. Red with the memory's problems left out of it."""
-    local = {"inputs": dataclasses.replace(NO_INPUTS, model_configs={"configs/models/tiny_qwen2": {**MOE}})}
+    local = {
+        "inputs": dataclasses.replace(
+            NO_INPUTS, model_configs={"configs/models/tiny_qwen2": {**MOE}}
+        )
+    }
     (sft, rl) = plan_for(target__device_type="cuda", code=local).problems
     assert "for the sft stage" in sft.message and "rl stage" in rl.message
 
@@ -329,7 +405,9 @@ def test_shipped_shapes_are_read_by_their_own_rules() -> None:
     assert names <= {*HUB}
     stated = {"0.5B": 494_032_768, "1.5B": 1_543_714_304}
     for name in names:
-        assert shape_of(HUB[name]).parameters == next(count for size, count in stated.items() if size in name)
+        assert shape_of(HUB[name]).parameters == next(
+            count for size, count in stated.items() if size in name
+        )
 
 
 def test_misfits_are_a_value() -> None:

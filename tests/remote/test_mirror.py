@@ -19,7 +19,15 @@ from rollouts.remote.run.mirror import Mirror
 from rollouts.remote.run.pull import final_pull
 from rollouts.remote.run.registry import RunEntry
 from rollouts.run_dir import RunDir, append_jsonl
-from rollouts.view.fold import View, duration, eval_line, evaluation_table, event_line, fold, metrics_line
+from rollouts.view.fold import (
+    View,
+    duration,
+    eval_line,
+    evaluation_table,
+    event_line,
+    fold,
+    metrics_line,
+)
 from rollouts.view.tables import columns
 
 
@@ -27,8 +35,12 @@ def chunk(name: str, offset: int, data: bytes) -> dict[str, Any]:
     return {"file": name, "offset": offset, "data": base64.b64encode(data).decode()}
 
 
-@given(data=st.binary(max_size=200), cuts=st.lists(st.integers(0, 200), max_size=6), seed=st.randoms())
-def test_chunks_in_any_repetition(data: bytes, cuts: list[int], seed: Any, tmp_path_factory: Any) -> None:
+@given(
+    data=st.binary(max_size=200), cuts=st.lists(st.integers(0, 200), max_size=6), seed=st.randoms()
+)
+def test_chunks_in_any_repetition(
+    data: bytes, cuts: list[int], seed: Any, tmp_path_factory: Any
+) -> None:
     """Goal: chunks repeated or overlapping, as after reconnects, give the same file. Red with data appended."""
     mirror = Mirror(RunDir(tmp_path_factory.mktemp("m")))
     name, held = "logs/trainer.log", 0
@@ -129,7 +141,8 @@ def test_a_checkpoint_that_the_run_removed_is_not_waited_for(tmp_path: Path) -> 
     here = sorted(path.name for path in (mirror.checkpoints / "sft").iterdir())
     assert here == ["latest", "step_000000", "step_000003"]
     make_checkpoint(host, paths[1])
-    append_jsonl(mirror.events, {"kind": "checkpoint", "path": paths[1]})  # a resumed run wrote the step again
+    # a resumed run wrote the step again
+    append_jsonl(mirror.events, {"kind": "checkpoint", "path": paths[1]})
     final_pull(RunConnection(entry, "python3", LocalTransport()))
     assert manifest_problems(mirror.path / paths[1]) == ()
 
@@ -158,32 +171,66 @@ def test_the_view() -> None:
     """Goal: phases, totals and rate of the stage that runs. Red with a late row of sft taken for rl's progress."""
     rows = [("events.jsonl", event) for event in EVENTS]
     for step, time in ((5, 100.0), (6, 102.0), (14, 118.0)):
-        rows.append(("metrics.jsonl", {"stage": "rl", "step": step, "time": time, "loss": 0.03125, "reward_mean": 0.5}))
+        rows.append(
+            (
+                "metrics.jsonl",
+                {"stage": "rl", "step": step, "time": time, "loss": 0.03125, "reward_mean": 0.5},
+            )
+        )
     late = {"stage": "sft", "step": 10, "time": 90.0, "loss": 1.0}
     view = folded(*rows, ("metrics.jsonl", late))
-    assert (view.state, view.stage, view.step, view.steps_total, view.eta_s) == ("running", "rl", 14, 54, 80.0)
+    assert (view.state, view.stage, view.step, view.steps_total, view.eta_s) == (
+        "running",
+        "rl",
+        14,
+        54,
+        80.0,
+    )
     assert [name for name, _ in view.phases] == ["environment trainer", "sft", "engine-0", "rl"]
-    assert dict(view.phases)["sft"] == "done after 61 s" and view.checkpoints == ("checkpoints/sft/step_000010",)
-    assert metrics_line(view, rows[-1][1]) == "stage=rl step=14/54 loss=0.03125 reward_mean=0.5 eta=1m20s"
+    assert dict(view.phases)["sft"] == "done after 61 s" and view.checkpoints == (
+        "checkpoints/sft/step_000010",
+    )
+    assert (
+        metrics_line(view, rows[-1][1])
+        == "stage=rl step=14/54 loss=0.03125 reward_mean=0.5 eta=1m20s"
+    )
     assert metrics_line(view, late) == "stage=sft step=10/10 loss=1"
 
 
 def test_unknown_events_are_shown_and_change_nothing() -> None:
     """Goal: a newer worker's event does not stop an older deploy. Red with a KeyError on the kind."""
-    row = {"time": 1.0, "kind": "from_the_future", "what": "x", "log_tail": ["secret"], "nothing": None}
-    assert fold(View(), "events.jsonl", row) == View() and event_line(row) == "from_the_future what=x"
+    row = {
+        "time": 1.0,
+        "kind": "from_the_future",
+        "what": "x",
+        "log_tail": ["secret"],
+        "nothing": None,
+    }
+    assert (
+        fold(View(), "events.jsonl", row) == View() and event_line(row) == "from_the_future what=x"
+    )
 
 
 def test_before_and_after() -> None:
     """Goal: the last value of each stage, per metric and split. Red with the first value of a stage."""
 
-    def row(stage: str, step: int, value: float, split: str = "test", metric: str = "exact_match") -> dict[str, Any]:
+    def row(
+        stage: str, step: int, value: float, split: str = "test", metric: str = "exact_match"
+    ) -> dict[str, Any]:
         return {"stage": stage, "step": step, "split": split, "metric": metric, "value": value}
 
     evals = (row("base", 0, 0.1), row("sft", 9, 0.4), row("rl", 5, 0.5), row("rl", 9, 0.75))
-    assert evaluation_table(evals) == [["", "base", "sft", "rl"], ["exact_match", "0.1000", "0.4000", "0.7500"]]
+    assert evaluation_table(evals) == [
+        ["", "base", "sft", "rl"],
+        ["exact_match", "0.1000", "0.4000", "0.7500"],
+    ]
     two = evaluation_table((*evals, row("sft", 9, 1.5, "dev", "validation_loss")))
-    assert two[1][0] == "exact_match (test)" and two[2] == ["validation_loss (dev)", "", "1.5000", ""]
+    assert two[1][0] == "exact_match (test)" and two[2] == [
+        "validation_loss (dev)",
+        "",
+        "1.5000",
+        "",
+    ]
     assert evaluation_table(()) == [] and columns([]) == ""
 
 
@@ -191,7 +238,11 @@ def test_evaluations_by_task() -> None:
     """Goal: each task has its own line under the total. Red with the task left out of the name: the last one wins."""
     row = {"stage": "rl", "step": 5, "split": "test", "metric": "exact_match"}
     evals = ({**row, "task": "all", "value": 0.5}, {**row, "task": "arc", "value": 0.25})
-    assert evaluation_table(evals) == [["", "rl"], ["exact_match", "0.5000"], ["exact_match arc", "0.2500"]]
+    assert evaluation_table(evals) == [
+        ["", "rl"],
+        ["exact_match", "0.5000"],
+        ["exact_match arc", "0.2500"],
+    ]
     assert eval_line(evals[0]) == "eval stage=rl step=5 split=test exact_match=0.5"
     assert eval_line(evals[1]) == "eval stage=rl step=5 split=test task=arc exact_match=0.25"
 

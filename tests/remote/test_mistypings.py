@@ -55,9 +55,9 @@ NEW = "new n.py --gpus 0 --mode"
 HOST = "[user@]host[:port]"
 CASES = {
     # fields and values of the config file
-    "a field": in_config("sft=SFTConfig(", "sft=SFTConfig(matrx_lr=1.0, ", "run.py:82", "'matrx_lr'"),
-    "a field that is left out": in_config("        num_iterations=4,\n", "", "run.py:82", "'num_iterations'"),
-    "a section": in_config("SFTConfig(", "SFTConfg(", "run.py:82", "did you mean 'SFTConfig'"),
+    "a field": in_config("sft=SFTConfig(", "sft=SFTConfig(matrx_lr=1.0, ", "run.py:83", "'matrx_lr'"),
+    "a field that is left out": in_config("        num_iterations=4,\n", "", "run.py:83", "'num_iterations'"),
+    "a section": in_config("SFTConfig(", "SFTConfg(", "run.py:83", "did you mean 'SFTConfig'"),
     "a field without its name": in_config("GRPO(", "GRPO('batch', ", "run.py:", "takes its fields by name"),
     "a bracket": in_config("config = Config(", "config = Config((", "run.py:3", "never closed"),
     "the name config": in_config("config = Config(", "confg = Config(", "defines no `config`", "config = Config(...)"),
@@ -86,7 +86,7 @@ CASES = {
     "set: a text for a list": setting("host.requirements=numpy", "needs a list", """'["numpy"]'"""),
     "set: a field of a group": setting("rl.loss=PPO(clip_lo=0.2)", "no field 'clip_lo'", "'clip_low'"),
     "set: half a group": setting("rl.loss=PPO(clip_low=0.2)", "PPO needs", "'clip_high'", "no field has a default"),
-    "set: a group's name": setting("rl.loss=PPO", "needs one of GRPO, PPO", "write PPO(…) with all"),
+    "set: a group's name": setting("rl.loss=PPO", "needs one of GRPO, PPO", "write PPO(advantage_norm=…"),
     "set: a group that is none": setting("rl.loss=PP0(clip_low=0.2)", "did you mean 'PPO'"),
     "set: an item of a list": setting("data.sft_mixture[0].name=x", "did you mean 'data.sft_mixture.0.name'"),
     "set: a variable": setting("host.env.HF_HOME=/x", "did you mean 'host.env'"),
@@ -159,20 +159,28 @@ def source() -> str:
 
 @pytest.fixture(scope="module")
 def repository(source: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_own(tmp_path_factory.mktemp("typed") / "mine", {"run.py": source, "train.jsonl": ROWS})
+    return make_own(
+        tmp_path_factory.mktemp("typed") / "mine", {"run.py": source, "train.jsonl": ROWS}
+    )
 
 
 @pytest.fixture
-def run(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Typed], str]]:
+def run(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[Typed], str]]:
     """Type it in the repository, where this machine is a host that could run it; return what is said."""
     before = {path: path.read_bytes() for path in repository.iterdir() if path.is_file()}
     monkeypatch.chdir(repository)
     monkeypatch.setenv("ROLLOUTS_HOME", str(tmp_path / "rollouts"))
     look = commands.look_at_host
     monkeypatch.setattr(
-        commands, "look_at_host", lambda to, *a, **k: FACTS if to.target == LOCAL_TARGET else look(to, *a, **k)
+        commands,
+        "look_at_host",
+        lambda to, *a, **k: FACTS if to.target == LOCAL_TARGET else look(to, *a, **k),
     )
-    monkeypatch.setattr(commands, "launch_and_watch", lambda *a, **k: pytest.fail("it was launched"))
+    monkeypatch.setattr(
+        commands, "launch_and_watch", lambda *a, **k: pytest.fail("it was launched")
+    )
 
     def type_it(typed: Typed) -> str:
         old, new = typed.edit
@@ -180,10 +188,16 @@ def run(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
         assert old in text
         (repository / "run.py").write_text(text.replace(old, new, 1))
         for name, content in typed.files.items():
-            (repository / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+            (repository / name).write_bytes(
+                content if isinstance(content, bytes) else content.encode()
+            )
         names = sorted(repository.rglob("*"))
         said, out = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(out), pytest.raises(SystemExit) as ended:
+        with (
+            contextlib.redirect_stderr(said),
+            contextlib.redirect_stdout(out),
+            pytest.raises(SystemExit) as ended,
+        ):
             command.app(args=list(typed.words), prog_name="deploy")
         assert ended.value.code == 2, out.getvalue() + said.getvalue()
         assert sorted(repository.rglob("*")) == names and not (tmp_path / "rollouts").exists()
@@ -218,7 +232,9 @@ def test_nothing_reaches_the_host(
 ) -> None:
     """Goal: over a real sshd too, nothing is sent before it is told."""
     typed, host = CASES[name], make_host()
-    files = {key: text.decode() if isinstance(text, bytes) else text for key, text in typed.files.items()}
+    files = {
+        key: text.decode() if isinstance(text, bytes) else text for key, text in typed.files.items()
+    }
     own = make_own(tmp_path / "own", {"run.py": source, "train.jsonl": ROWS, **files})
     done = laptop.deploy(*typed.words, "--remote", host.target, cwd=own)
     assert done.returncode == 2 and all(text in done.stderr for text in typed.said), done.stderr

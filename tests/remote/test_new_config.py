@@ -77,7 +77,9 @@ def test_the_families_have_the_parameters_that_the_hub_states() -> None:
     counted = {name: shape_of(fields).parameters for name, fields in known_models().items()}
     for name, stated in STATED.items():
         assert counted.pop(name) == stated, name
-    assert all(family_of(name) is FAMILIES[0] for name in counted), "only chat models of the first family are left"
+    assert all(family_of(name) is FAMILIES[0] for name in counted), (
+        "only chat models of the first family are left"
+    )
 
 
 @pytest.mark.parametrize("model", list(known_models()))
@@ -89,11 +91,15 @@ def test_every_combination(tmp_path: Path, model: str) -> None:
     for mode, lora in itertools.product(("sft", "rl", "sft+rl"), (False, True)):
         fitting = 0
         for gpus, memory in hosts:
-            choice = asked(tmp_path, mode=mode, model=model, lora=lora, gpus=gpus, gpu_memory_gib=memory)
+            choice = asked(
+                tmp_path, mode=mode, model=model, lora=lora, gpus=gpus, gpu_memory_gib=memory
+            )
             try:
                 new = new_config(choice)
             except DeployError as error:
-                assert "GiB" in str(error) and ("--gpus" in str(error) or "--gpus" in error.problems[0].fix)
+                assert "GiB" in str(error) and (
+                    "--gpus" in str(error) or "--gpus" in error.problems[0].fix
+                )
                 continue
             fitting += 1
             choice.file.write_text(new.text)
@@ -110,23 +116,41 @@ def test_the_layout(tmp_path: Path) -> None:
     assert isinstance(one.engine, SGLang) and one.engine.sleep_while_training
     assert one.target.gpu_ranks == one.engine.gpu_ranks == [0]
     four = new_config(asked(tmp_path, gpus=4)).config
-    assert isinstance(four.engine, SGLang) and (four.target.gpu_ranks, four.engine.gpu_ranks) == ([0, 1], [2, 3])
-    assert (four.target.sharding, four.engine.replicas, four.engine.router_port) == ("full_shard", 2, 30190)
+    assert isinstance(four.engine, SGLang) and (four.target.gpu_ranks, four.engine.gpu_ranks) == (
+        [0, 1],
+        [2, 3],
+    )
+    assert (four.target.sharding, four.engine.replicas, four.engine.router_port) == (
+        "full_shard",
+        2,
+        30190,
+    )
     large = new_config(asked(tmp_path, model="Qwen/Qwen3-32B", gpus=8, gpu_memory_gib=141.0)).config
-    assert isinstance(large.engine, SGLang) and large.target.gpu_ranks == list(range(8)) == large.engine.gpu_ranks
+    assert (
+        isinstance(large.engine, SGLang)
+        and large.target.gpu_ranks == list(range(8)) == large.engine.gpu_ranks
+    )
 
 
 def test_on_a_cpu(tmp_path: Path) -> None:
     """Goal: --gpus 0 makes a config for this machine: float32, the embedded engine, no CUDA lock. Red with the card's
     settings left in."""
-    data = write_rows(tmp_path / "rows.jsonl", *({"question": f"{n}?", "answer": str(n)} for n in range(100)))
-    config = new_config(asked(tmp_path, gpus=0, data=data, model="configs/models/tiny_qwen2")).config
+    data = write_rows(
+        tmp_path / "rows.jsonl", *({"question": f"{n}?", "answer": str(n)} for n in range(100))
+    )
+    config = new_config(
+        asked(tmp_path, gpus=0, data=data, model="configs/models/tiny_qwen2")
+    ).config
     assert (config.target.device_type, config.model.dtype) == ("cpu", "float32")
     assert config.engine is not None and config.engine.kind == "embedded"
     assert "cuda" not in str(config.host.constraints_file)
     train, held = config.data.rl_mixture[0], config.data.eval_mixture[0]
-    assert (train.stop, held.start, held.stop) == (95, 95, -1), "the rows that are held out train nothing"
-    assert config.rl is not None and config.rl.examples_per_step == 4, "100 rows leave 20 steps an epoch"
+    assert (train.stop, held.start, held.stop) == (95, 95, -1), (
+        "the rows that are held out train nothing"
+    )
+    assert config.rl is not None and config.rl.examples_per_step == 4, (
+        "100 rows leave 20 steps an epoch"
+    )
 
 
 @pytest.mark.parametrize(
@@ -143,7 +167,10 @@ def test_on_a_cpu(tmp_path: Path) -> None:
 def test_the_format_of_rows(tmp_path: Path, row: Any, found: str) -> None:
     """Goal: a file's format is told by its keys. Red with question and answer looked for first."""
     data = write_rows(tmp_path / "rows.jsonl", *[row] * 40)
-    assert new_config(asked(tmp_path, mode="sft", data=data)).config.data.sft_mixture[0].format == found
+    assert (
+        new_config(asked(tmp_path, mode="sft", data=data)).config.data.sft_mixture[0].format
+        == found
+    )
 
 
 @pytest.mark.parametrize(
@@ -156,7 +183,10 @@ def test_the_format_of_rows(tmp_path: Path, row: Any, found: str) -> None:
         ({"data": "bad.jsonl"}, "bad.jsonl:2: not JSON"),
         ({"data": "odd.jsonl"}, "its rows have prompt, which is none"),
         ({"data": "fine.jsonl", "reward": None}, "--reward is missing"),
-        ({"data": "odd.jsonl", "format": "question_answer"}, "odd.jsonl: row 1: has no 'question' (it has prompt)"),
+        (
+            {"data": "odd.jsonl", "format": "question_answer"},
+            "odd.jsonl: row 1: has no 'question' (it has prompt)",
+        ),
         ({"data": "odd.jsonl", "format": "messages"}, "row 1: has no 'messages'"),
         ({"data": "deep.jsonl"}, "deep.jsonl:1: not JSON"),
         ({"model": "./mdel"}, "./mdel: no such directory"),
@@ -201,12 +231,19 @@ def test_the_file_explains_every_field(tmp_path: Path) -> None:
 def test_a_model_here(tmp_path: Path) -> None:
     """Goal: a directory's own config.json and weights decide: without weights they are drawn, and the disk that is
     asked for follows its size. Red with every unknown model taken for a billion parameters."""
-    data = write_rows(tmp_path / "rows.jsonl", *({"question": f"{n}?", "answer": "a\u2028b\x85"} for n in range(100)))
+    data = write_rows(
+        tmp_path / "rows.jsonl",
+        *({"question": f"{n}?", "answer": "a\u2028b\x85"} for n in range(100)),
+    )
     text = Path(data).read_text()
-    Path(data).write_text(json.dumps({"question": "?", "answer": "a\u2028b\x85"}, ensure_ascii=False) + "\n" + text)
+    Path(data).write_text(
+        json.dumps({"question": "?", "answer": "a\u2028b\x85"}, ensure_ascii=False) + "\n" + text
+    )
     tiny = new_config(asked(tmp_path, gpus=0, data=data, model="configs/models/tiny_qwen2")).config
     assert tiny.model.init == "random" and tiny.host.disk_free_gib_min < 10
-    assert tiny.data.rl_mixture[0].stop == 101 - 5, "a row may hold characters that other readers end lines at"
+    assert tiny.data.rl_mixture[0].stop == 101 - 5, (
+        "a row may hold characters that other readers end lines at"
+    )
 
 
 def test_a_name_that_is_no_python(tmp_path: Path) -> None:
@@ -217,10 +254,26 @@ def test_a_name_that_is_no_python(tmp_path: Path) -> None:
     assert runpy.run_path(str(choice.file))["config"] == new.config
 
 
+def test_what_is_not_looked_for_is_said(tmp_path: Path) -> None:
+    """Goal: a hub id that may be misspelt is told with the nearest that is known, and so is who looks for a reward; a
+    known model and a reward that formats have are not. Red with a "?" in the memory's table alone."""
+    misspelt, reward = new_config(asked(tmp_path, model="Qwen/Qwen3-0.6")).unchecked
+    assert "did you mean 'Qwen/Qwen3-0.6B'?" in misspelt and "--model Qwen/Qwen3-0.6 " in misspelt
+    assert "--reward my_rewards.score was not looked for" in reward and "--plan" in reward
+    ours = "rollouts.training.rewards.exact_match"
+    assert new_config(asked(tmp_path, reward=ours)).unchecked == ()
+    (near,) = new_config(asked(tmp_path, reward=ours.replace("exact", "exakt"))).unchecked
+    assert f"did you mean '{ours}'?" in near
+
+
 @pytest.mark.parametrize("mode", ["sft", "rl", "sft+rl"])
 def test_a_few_rows(tmp_path: Path, mode: str) -> None:
     """Goal: a file that is too short to hold rows out makes a config too, without evaluations. Red with the usual
     eval_every, which has no rows."""
-    data = write_rows(tmp_path / "rows.jsonl", {"question": "1+1?", "answer": "2"}, {"question": "2?", "answer": "2"})
+    data = write_rows(
+        tmp_path / "rows.jsonl",
+        {"question": "1+1?", "answer": "2"},
+        {"question": "2?", "answer": "2"},
+    )
     config = new_config(asked(tmp_path, gpus=0, data=data, mode=mode)).config
     assert config.data.eval_mixture == [] and config.problems() == ()

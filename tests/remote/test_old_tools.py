@@ -14,7 +14,7 @@ from rollouts.remote.host import rsync_version
 from rollouts.remote.host.local import LocalTransport
 from rollouts.remote.host.rsync import run_rsync
 from rollouts.remote.host.ssh import SSHTransport
-from rollouts.remote.run import registry
+from rollouts.remote.run import mirror_files, registry
 from rollouts.remote.run.mirror import pull_files
 from rollouts.run_dir import RunDir
 from tests.remote.hosts import Host, Laptop
@@ -24,9 +24,16 @@ from tests.remote.test_sync_content import Sender, make_repository
 
 # How they call themselves, and what they refuse as unknown
 APPLE = ("rsync  version 2.6.9  protocol version 29", "unknown option")
-OPENRSYNC = ("openrsync: protocol version 29\nrsync version 2.6.9 compatible", "unrecognized option")
+OPENRSYNC = (
+    "openrsync: protocol version 29\nrsync version 2.6.9 compatible",
+    "unrecognized option",
+)
 OLD = ("rsync  version 3.0.9  protocol version 30", "unknown option")
-REFUSED = {APPLE: "-s|--info=*|--protect-args", OPENRSYNC: "-s|--info=*|--protect-args", OLD: "--info=*"}
+REFUSED = {
+    APPLE: "-s|--info=*|--protect-args",
+    OPENRSYNC: "-s|--info=*|--protect-args",
+    OLD: "--info=*",
+}
 
 
 @pytest.fixture
@@ -57,7 +64,9 @@ exec {real} {"" if kind is OLD else "--old-args"} "$@"
     return make
 
 
-kinds = pytest.mark.parametrize("kind", [APPLE, OPENRSYNC, OLD], ids=["Apple's", "openrsync", "3.0"])
+kinds = pytest.mark.parametrize(
+    "kind", [APPLE, OPENRSYNC, OLD], ids=["Apple's", "openrsync", "3.0"]
+)
 
 
 @kinds
@@ -77,14 +86,19 @@ def test_code_goes_and_results_come_with_an_old_rsync(
 
 
 @pytest.fixture
-def ssh(make_host: Callable[..., Host], laptop: Laptop, monkeypatch: pytest.MonkeyPatch) -> Iterator[SSHTransport]:
+def ssh(
+    make_host: Callable[..., Host], laptop: Laptop, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[SSHTransport]:
     with transport_to(make_host(), laptop, monkeypatch) as transport:
         yield transport
 
 
 @kinds
 def test_paths_on_the_host_with_an_old_rsync(
-    kind: tuple[str, str], old_rsync: Callable[[tuple[str, str]], Path], ssh: SSHTransport, tmp_path: Path
+    kind: tuple[str, str],
+    old_rsync: Callable[[tuple[str, str]], Path],
+    ssh: SSHTransport,
+    tmp_path: Path,
 ) -> None:
     """Goal: a path with spaces and quotes arrives as it is where the host's shell reads it. Red without the quotes."""
     old_rsync(kind)
@@ -95,15 +109,22 @@ def test_paths_on_the_host_with_an_old_rsync(
     assert done.returncode == 0, done.err
     back = [ssh.rsync_path(f"{there}/file"), str(tmp_path / "back")]
     assert run_rsync(ssh, ["-t", *back], timeout_s=60).returncode == 0
-    assert [path.name for path in there.iterdir()] == ["file"] and (tmp_path / "back").read_text() == "x"
+    assert [path.name for path in there.iterdir()] == ["file"] and (
+        tmp_path / "back"
+    ).read_text() == "x"
 
 
-def test_an_option_that_an_rsync_does_not_know(old_rsync: Callable[[tuple[str, str]], Path], tmp_path: Path) -> None:
+def test_an_option_that_an_rsync_does_not_know(
+    old_rsync: Callable[[tuple[str, str]], Path], tmp_path: Path
+) -> None:
     """Goal: an rsync that cannot do what is needed is told as such, with the fix. Red with "could not be sent"."""
     old_rsync(OLD)
     with pytest.raises(DeployError, match="is too old") as caught:
         run_rsync(LocalTransport(), ["--info=progress2", str(tmp_path), "x"], timeout_s=60)
-    assert "--info=progress2: unknown option" in caught.value.text() and "brew install rsync" in caught.value.text()
+    assert (
+        "--info=progress2: unknown option" in caught.value.text()
+        and "brew install rsync" in caught.value.text()
+    )
 
 
 @pytest.mark.parametrize(
@@ -127,7 +148,9 @@ def test_versions(text: str, version: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK])
-def test_a_registry_without_hard_links(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_registry_without_hard_links(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Goal: where os.link is refused, as on exFAT, a run is registered whole, and a second of its name is refused. Red
     with the link alone: "a file of this machine cannot be used"."""
 
@@ -143,10 +166,14 @@ def test_a_registry_without_hard_links(code: int, tmp_path: Path, monkeypatch: p
     with pytest.raises(DeployError, match="in use here"):
         register(tmp_path / "home", tmp_path / "results", "r")
     assert registry.find("r") == first
-    assert [file.name for file in (tmp_path / "home/registry").iterdir() if file.name.endswith(".tmp")] == []
+    assert [
+        file.name for file in (tmp_path / "home/registry").iterdir() if file.name.endswith(".tmp")
+    ] == []
 
 
-def test_two_registrations_at_once_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_registrations_at_once_without_hard_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Goal: between the refused link and the entry's name another deploy may take it, and then has it. Red with
     os.replace alone: the second overwrote the first."""
 
@@ -156,5 +183,5 @@ def test_two_registrations_at_once_without_hard_links(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(os, "link", other_is_faster)
     with pytest.raises(FileExistsError):
-        registry._write_new(tmp_path / "r.json", "ours")
+        mirror_files.write_new(tmp_path / "r.json", "ours")
     assert (tmp_path / "r.json").read_text() == "the other's" and len(list(tmp_path.iterdir())) == 1

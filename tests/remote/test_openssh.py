@@ -19,10 +19,11 @@ import pytest
 from rollouts.remote.errors import TransportError
 from rollouts.remote.host.facts import gather_facts
 from rollouts.remote.host.open import open_transport
-from rollouts.remote.host.openssh import can_ask, is_open, socket_directory
+from rollouts.remote.host.openssh import can_ask
 from rollouts.remote.host.ssh_auth import LoginFailed
 from rollouts.remote.host.ssh_choice import choose_client
 from rollouts.remote.host.ssh_config import Hop, read_hops
+from rollouts.remote.host.ssh_shared import is_open, socket_directory
 from rollouts.remote.host.transport import Target
 from tests.remote.hosts import WAIT_S, Host, Laptop, wait_for, write_config
 
@@ -38,17 +39,29 @@ CHECK = f"""#!/bin/sh
 echo asked >> @ASKED@
 [ "$(tr -d '\\000')" = {CODE} ]
 """
-SETTINGS = ("UsePAM yes", "KbdInteractiveAuthentication yes", "AuthenticationMethods publickey,keyboard-interactive")
+SETTINGS = (
+    "UsePAM yes",
+    "KbdInteractiveAuthentication yes",
+    "AuthenticationMethods publickey,keyboard-interactive",
+)
 
 
 def may_mount() -> bool:
     done = (
-        subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False) if shutil.which("unshare") else None
+        subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False)
+        if shutil.which("unshare")
+        else None
     )
-    return done is not None and done.returncode == 0 and bool(list(Path("/lib").glob("*/security/pam_exec.so")))
+    return (
+        done is not None
+        and done.returncode == 0
+        and bool(list(Path("/lib").glob("*/security/pam_exec.so")))
+    )
 
 
-needs_pam = pytest.mark.skipif(not may_mount(), reason="no root here, or no pam_exec: sshd cannot ask for a code")
+needs_pam = pytest.mark.skipif(
+    not may_mount(), reason="no root here, or no pam_exec: sshd cannot ask for a code"
+)
 
 
 @dataclass
@@ -70,7 +83,9 @@ def guarded(make_host: MakeHost, tmp_path: Path) -> Guarded:
     check.write_text(CHECK.replace("@ASKED@", str(asked)))
     check.chmod(0o755)
     shell = f'mount --bind {service} /etc/pam.d && exec "$@"'
-    return Guarded(make_host(settings=SETTINGS, wrapper=("unshare", "-m", "sh", "-c", shell, "sh")), asked)
+    return Guarded(
+        make_host(settings=SETTINGS, wrapper=("unshare", "-m", "sh", "-c", shell, "sh")), asked
+    )
 
 
 @pytest.fixture
@@ -80,7 +95,11 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     monkeypatch.setenv("XDG_RUNTIME_DIR", directory)
     yield {"XDG_RUNTIME_DIR": directory}
     for socket in Path(directory).glob("*/*"):
-        subprocess.run(["ssh", "-o", f"ControlPath={socket}", "-O", "exit", "x"], capture_output=True, check=False)
+        subprocess.run(
+            ["ssh", "-o", f"ControlPath={socket}", "-O", "exit", "x"],
+            capture_output=True,
+            check=False,
+        )
         wait_for(lambda socket=socket: not is_open(str(socket)), "the end of a connection")
     shutil.rmtree(directory)
 
@@ -116,7 +135,9 @@ def on_a_terminal(laptop: Laptop, arguments: list[str], env: Mapping[str, str]) 
 
 
 @needs_pam
-def test_a_second_factor_is_asked_for_once(guarded: Guarded, laptop: Laptop, runtime: dict[str, str]) -> None:
+def test_a_second_factor_is_asked_for_once(
+    guarded: Guarded, laptop: Laptop, runtime: dict[str, str]
+) -> None:
     """Goal: deploy says what the host wants, ssh asks on the terminal, and commands, rsync and the next verb go over
     that connection."""
     code, said = on_a_terminal(laptop, ["--remote", guarded.host.target], runtime)
@@ -148,7 +169,9 @@ def test_a_jump_host_with_a_second_factor(
         f"Host far\n  HostName 127.0.0.1\n  Port {inner.port}\n  ProxyJump 127.0.0.1:{guarded.host.port}\n"
     )
     done = laptop.deploy("doctor", "--remote", "far", "--json", env=runtime | answering(tmp_path))
-    assert "the ssh command logs in, since" in done.stdout and "keyboard-interactive" in done.stdout, done.stderr
+    assert (
+        "the ssh command logs in, since" in done.stdout and "keyboard-interactive" in done.stdout
+    ), done.stderr
     assert guarded.times() == 1
 
 
@@ -174,7 +197,9 @@ def test_a_connection_that_ended_is_made_again(
     for name, value in answering(tmp_path).items():
         monkeypatch.setenv(name, value)
     transport = open_transport(guarded.host.target)
-    done = transport.run(["sh", "-c", "cat; echo err >&2; exit 7"], stdin=b"in" * 100_000, timeout_s=WAIT_S)
+    done = transport.run(
+        ["sh", "-c", "cat; echo err >&2; exit 7"], stdin=b"in" * 100_000, timeout_s=WAIT_S
+    )
     assert (done.returncode, done.stdout, done.err) == (7, b"in" * 100_000, "err")
     stream = transport.stream(["sh", "-c", "echo begun; exec cat"], first_line=b"")
     lines = stream.lines(idle_timeout_s=WAIT_S)
@@ -186,7 +211,9 @@ def test_a_connection_that_ended_is_made_again(
     assert caught.value.lost
     stream.close()
     guarded.host.start()
-    assert transport.run(["echo", "again"], timeout_s=WAIT_S).out == "again\n" and guarded.times() == 2
+    assert (
+        transport.run(["echo", "again"], timeout_s=WAIT_S).out == "again\n" and guarded.times() == 2
+    )
     transport.close()
 
 
@@ -197,7 +224,9 @@ def test_an_open_connection_of_the_users(
     host = make_host()
     socket = Path(runtime["XDG_RUNTIME_DIR"]) / "own" / "mine-%p"
     socket.parent.mkdir()
-    laptop.ssh_config(f"Host mine\n  HostName 127.0.0.1\n  Port {host.port}\n  ControlPath {socket}\n")
+    laptop.ssh_config(
+        f"Host mine\n  HostName 127.0.0.1\n  Port {host.port}\n  ControlPath {socket}\n"
+    )
     files = [
         "-F",
         str(laptop.home / ".ssh/config"),
@@ -206,12 +235,19 @@ def test_an_open_connection_of_the_users(
         "-o",
         f"UserKnownHostsFile={laptop.known_hosts}",
     ]
-    subprocess.run(["ssh", *files, "-M", "-N", "-f", "-o", "ControlPersist=yes", "mine"], check=True, timeout=WAIT_S)
+    subprocess.run(
+        ["ssh", *files, "-M", "-N", "-f", "-o", "ControlPersist=yes", "mine"],
+        check=True,
+        timeout=WAIT_S,
+    )
     (host.directory / "authorized_keys").write_text("")
     monkeypatch.setenv("HOME", str(laptop.home))
     transport = open_transport("mine")
     assert gather_facts(transport, check_way=True).way_problems == ()
-    assert "your connection to it is open" in transport.described() and "the user's own" in transport.described()
+    assert (
+        "your connection to it is open" in transport.described()
+        and "the user's own" in transport.described()
+    )
     transport.close()
     assert is_open(str(socket).replace("%p", str(host.port)))
 
@@ -225,11 +261,26 @@ def hop(laptop: Laptop, monkeypatch: pytest.MonkeyPatch) -> Hop:
 KEYS = ["publickey"]
 CHOICES = [
     ({}, LoginFailed(allowed=KEYS, tried=["k"]), True, None),
-    ({}, LoginFailed(second_factor=["keyboard-interactive"]), True, "wants keyboard-interactive beside the key"),
+    (
+        {},
+        LoginFailed(second_factor=["keyboard-interactive"]),
+        True,
+        "wants keyboard-interactive beside the key",
+    ),
     ({}, LoginFailed(second_factor=["keyboard-interactive"]), False, None),
-    ({"gssapiauthentication": "yes"}, LoginFailed(allowed=["gssapi-with-mic"]), False, "takes a Kerberos ticket"),
+    (
+        {"gssapiauthentication": "yes"},
+        LoginFailed(allowed=["gssapi-with-mic"]),
+        False,
+        "takes a Kerberos ticket",
+    ),
     ({"gssapiauthentication": "yes"}, LoginFailed(allowed=KEYS), True, None),
-    ({"hostbasedauthentication": "yes"}, LoginFailed(allowed=["hostbased"]), False, "trusts this machine"),
+    (
+        {"hostbasedauthentication": "yes"},
+        LoginFailed(allowed=["hostbased"]),
+        False,
+        "trusts this machine",
+    ),
     ({"pkcs11provider": "/p.so"}, LoginFailed(allowed=KEYS), False, "on a smart card"),
     (
         {},
@@ -237,7 +288,12 @@ CHOICES = [
         False,
         "security key",
     ),
-    ({}, LoginFailed(allowed=KEYS, skipped=["/k-cert.pub was passed over: unknown kind"]), False, "a certificate"),
+    (
+        {},
+        LoginFailed(allowed=KEYS, skipped=["/k-cert.pub was passed over: unknown kind"]),
+        False,
+        "a certificate",
+    ),
     ({}, LoginFailed(allowed=KEYS, locked=True), True, "with a passphrase"),
     ({}, LoginFailed(allowed=KEYS, locked=True), False, None),
     ({}, LoginFailed(allowed=["keyboard-interactive"]), True, "asks questions in place of a key"),
@@ -246,7 +302,9 @@ CHOICES = [
 
 
 @pytest.mark.parametrize(("values", "failure", "can", "why"), CHOICES)
-def test_the_choice(hop: Hop, values: dict[str, str], failure: LoginFailed, can: bool, why: str | None) -> None:
+def test_the_choice(
+    hop: Hop, values: dict[str, str], failure: LoginFailed, can: bool, why: str | None
+) -> None:
     """Goal: the ssh command is taken for what it alone can do, and never for a key that the host refuses. Red with
     no rule: None for every login."""
     found = choose_client(replace(hop, values={**hop.values, **values}), failure, can_ask=can)
@@ -254,7 +312,9 @@ def test_the_choice(hop: Hop, values: dict[str, str], failure: LoginFailed, can:
     assert found is None or (why or "") in found.why
 
 
-def test_sockets_lie_in_a_directory_of_this_users_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_sockets_lie_in_a_directory_of_this_users_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Goal: a directory that others may enter is passed over, and the name stays short. Red without the look at its
     mode."""
     short = Path(tempfile.mkdtemp(prefix="rx", dir="/tmp"))

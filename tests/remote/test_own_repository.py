@@ -40,9 +40,19 @@ def make_own(directory: Path, files: dict[str, str] | None = None) -> Path:
 
 def own_config(**changes: object) -> Config:
     config = example_config()
-    named = {f"data.{mixture}.0.name": "train.jsonl" for mixture in ("sft_mixture", "rl_mixture", "eval_mixture")}
-    own = {"model.name": "tiny", "host.constraints_file": "rollouts:requirements/constraints.txt", **named}
-    for path, value in {**own, **{path.replace("__", "."): value for path, value in changes.items()}}.items():
+    named = {
+        f"data.{mixture}.0.name": "train.jsonl"
+        for mixture in ("sft_mixture", "rl_mixture", "eval_mixture")
+    }
+    own = {
+        "model.name": "tiny",
+        "host.constraints_file": "rollouts:requirements/constraints.txt",
+        **named,
+    }
+    for path, value in {
+        **own,
+        **{path.replace("__", "."): value for path, value in changes.items()},
+    }.items():
         config = replace_at(config, path, value)
     return config
 
@@ -50,7 +60,16 @@ def own_config(**changes: object) -> Config:
 def problems_of(repository: Path, **changes: object) -> str:
     config = own_config(**changes)
     code = read_code(repository, config)
-    plan = make_plan(config, FACTS, code, target="h", run_id="r1", local_dir="/here", secrets_set=[], busy_ok=False)
+    plan = make_plan(
+        config,
+        FACTS,
+        code,
+        target="h",
+        run_id="r1",
+        local_dir="/here",
+        secrets_set=[],
+        busy_ok=False,
+    )
     return "\n".join(problem.text() for problem in plan.problems)
 
 
@@ -60,13 +79,29 @@ def test_what_goes_to_the_host(tmp_path: Path) -> None:
     code = read_code(make_own(tmp_path / "own"), own_config())
     assert set(code.files) == set(OWN) and code.package is not None
     sent = set(code.package.files)
-    assert {"rollouts/__init__.py", "rollouts/worker/launch.py", "rollouts/training/loops/rl_loop.py"} <= sent
-    assert not [file for file in sent if not file.startswith("rollouts/") or "__pycache__" in file or ".txt" in file]
-    tracked = {name for name in git(ROOT, "ls-files", "-co", "--exclude-standard", "rollouts").splitlines()}
+    assert {
+        "rollouts/__init__.py",
+        "rollouts/worker/launch.py",
+        "rollouts/training/loops/rl_loop.py",
+    } <= sent
+    assert not [
+        file
+        for file in sent
+        if not file.startswith("rollouts/") or "__pycache__" in file or ".txt" in file
+    ]
+    tracked = {
+        name for name in git(ROOT, "ls-files", "-co", "--exclude-standard", "rollouts").splitlines()
+    }
     assert {name for name in tracked if (ROOT / name).is_file()} == sent
     record = code.record()
-    tree, ours = (json.loads(record[f"code/{name}.json"]) for name in ("manifest", "manifest-package"))
-    assert set(tree["files"]) == set(code.files) and set(ours["files"]) == sent and tree["digest"] != ours["digest"]
+    tree, ours = (
+        json.loads(record[f"code/{name}.json"]) for name in ("manifest", "manifest-package")
+    )
+    assert (
+        set(tree["files"]) == set(code.files)
+        and set(ours["files"]) == sent
+        and tree["digest"] != ours["digest"]
+    )
     assert code.requirements == tuple(package.clone_requirements(ROOT, ["train"]))
     assert code.constraints == (ROOT / "requirements/constraints.txt").read_text()
 
@@ -92,21 +127,32 @@ def test_where_processes_find_their_modules(tmp_path: Path) -> None:
     """Goal: ours in code/package, before the rest of the search path; the user's tree is not looked into first. In a
     clone nothing changes. Red with PYTHONPATH of the trainer alone, and with host.env's in its place."""
     config = own_config(
-        host__env={"PYTHONPATH": "src"}, engine=sglang(requirements_file="rollouts:requirements/sglang-cpu.txt")
+        host__env={"PYTHONPATH": "src"},
+        engine=sglang(requirements_file="rollouts:requirements/sglang-cpu.txt"),
     )
     code = read_code(make_own(tmp_path), config)
-    plan = make_plan(config, FACTS, code, target="h", run_id="r1", local_dir="/here", secrets_set=[])
+    plan = make_plan(
+        config, FACTS, code, target="h", run_id="r1", local_dir="/here", secrets_set=[]
+    )
     assert plan.launch is not None, [problem.text() for problem in plan.problems]
     package_path = f"{plan.launch.run_path}/code/package"
     assert plan.launch.program_path == package_path
     stubs = f"{package_path}/rollouts/engines/sglang/cpu_stubs:"
     for stage, spec in plan.launch.processes():
         is_engine = spec.window in ("engine-0", "smoke-engine")
-        assert spec.env["PYTHONPATH"] == f"{stubs if is_engine else ''}{package_path}:src", (stage, spec.window)
+        assert spec.env["PYTHONPATH"] == f"{stubs if is_engine else ''}{package_path}:src", (
+            stage,
+            spec.window,
+        )
         assert spec.env["PYTHONSAFEPATH"] == "1"
     code = dataclasses.replace(code, package=None)
-    clone = make_plan(own_config(), FACTS, code, target="h", run_id="r1", local_dir="/h", secrets_set=[])
-    assert clone.launch is not None and clone.launch.program_path == f"{clone.launch.run_path}/code/tree"
+    clone = make_plan(
+        own_config(), FACTS, code, target="h", run_id="r1", local_dir="/h", secrets_set=[]
+    )
+    assert (
+        clone.launch is not None
+        and clone.launch.program_path == f"{clone.launch.run_path}/code/tree"
+    )
     assert not [spec for _, spec in clone.launch.processes() if "PYTHONSAFEPATH" in spec.env]
 
 
@@ -130,16 +176,35 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository with names of others, and a submodule that is not checked out."""
     directory = tmp_path_factory.mktemp("odd")
     inner = make_own(directory / "inner", {"rewards.py": "def score(sample):\n    return 1.0\n"})
-    names = ("random.py", "datasets/__init__.py", "rollouts/mine.py", "tests/__init__.py", "deploy.py")
-    made = make_own(directory / "made", {name: "def score(sample):\n    return 1.0\n" for name in names})
-    git(made, "-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(inner), "libs/sub")
+    names = (
+        "random.py",
+        "datasets/__init__.py",
+        "rollouts/mine.py",
+        "tests/__init__.py",
+        "deploy.py",
+    )
+    made = make_own(
+        directory / "made", {name: "def score(sample):\n    return 1.0\n" for name in names}
+    )
+    git(
+        made,
+        "-c",
+        "protocol.file.allow=always",
+        "submodule",
+        "--quiet",
+        "add",
+        str(inner),
+        "libs/sub",
+    )
     git(made, "commit", "-qm", "submodule")
     git(directory, "clone", "-q", str(made), str(directory / "clone"))
     return directory / "clone"
 
 
 @pytest.mark.parametrize(("reward", "said"), NAMED, ids=[reward for reward, _ in NAMED])
-def test_dotted_names_are_looked_up_where_they_will_be_found(reward: str, said: list[str] | None, odd: Path) -> None:
+def test_dotted_names_are_looked_up_where_they_will_be_found(
+    reward: str, said: list[str] | None, odd: Path
+) -> None:
     """Goal: each name is looked up in the repository or in the package, without importing it; what another module
     hides is refused. Red with the package's names looked up in the tree, and with a hidden module taken as found."""
     found = problems_of(odd, rl__reward__fn=reward)
@@ -153,23 +218,38 @@ def test_names_that_modules_of_the_user_import(tmp_path: Path) -> None:
     text = "import random\nimport rollouts.mine\n" + OWN["my_rewards.py"]
     repository = make_own(tmp_path, {**files, "my_rewards.py": text})
     found = problems_of(repository, rl__reward__fn="my_rewards.score")
-    assert "my_rewards.py:2 imports rollouts.mine: your repository and rollouts" in found and "random" not in found
+    assert (
+        "my_rewards.py:2 imports rollouts.mine: your repository and rollouts" in found
+        and "random" not in found
+    )
     notes = read_code(repository, own_config(rl__reward__fn="my_rewards.score")).inputs.notes
-    assert any("my_rewards.py:1 imports random: your repository and Python itself" in note for note in notes)
+    assert any(
+        "my_rewards.py:1 imports random: your repository and Python itself" in note
+        for note in notes
+    )
 
 
 def test_data_in_a_submodule_that_is_not_checked_out(odd: Path) -> None:
     """Goal: a path into it is refused with git's command; unnamed it is a warning. Red with "does not exist"."""
     found = problems_of(odd, data__rl_mixture__0__name="libs/sub/train.jsonl")
-    assert "'libs/sub/train.jsonl' lies in the submodule libs/sub, which is not checked out" in found
+    assert (
+        "'libs/sub/train.jsonl' lies in the submodule libs/sub, which is not checked out" in found
+    )
     code = read_code(odd, own_config())
-    assert [warning for warning in code.warnings if "the submodule libs/sub is not checked out" in warning]
+    assert [
+        warning
+        for warning in code.warnings
+        if "the submodule libs/sub is not checked out" in warning
+    ]
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"host__constraints_file": "requirements/constraint.txt"}, "write 'rollouts:requirements/constraints.txt'"),
+        (
+            {"host__constraints_file": "requirements/constraint.txt"},
+            "write 'rollouts:requirements/constraints.txt'",
+        ),
         ({"host__constraints_file": "rollouts:requirements/trainer.txt"}, "is not in the package"),
         (
             {"engine": sglang(requirements_file="requirements/sglang-cuda.txt")},
@@ -193,16 +273,24 @@ def test_requirements_of_the_user_s_rewards(tmp_path: Path) -> None:
     plans = []
     for lines in ([], ["levenshtein>=0.26"]):
         config = own_config(
-            host__requirements=lines, rl__reward__fn="levenshtein.ratio" if lines else "my_rewards.score"
+            host__requirements=lines,
+            rl__reward__fn="levenshtein.ratio" if lines else "my_rewards.score",
         )
         code = read_code(repository, config)
-        plans.append(make_plan(config, FACTS, code, target="h", run_id="r", local_dir="/h", secrets_set=[]))
+        plans.append(
+            make_plan(config, FACTS, code, target="h", run_id="r", local_dir="/h", secrets_set=[])
+        )
     assert [plan.problems for plan in plans] == [(), ()]
     without, with_one = (plan.launch.environments[0] for plan in plans if plan.launch)
-    assert with_one.requirements == [*without.requirements, "levenshtein>=0.26"] and with_one.path != without.path
+    assert (
+        with_one.requirements == [*without.requirements, "levenshtein>=0.26"]
+        and with_one.path != without.path
+    )
 
 
-@pytest.mark.parametrize(("line", "is_problem"), [("Torch==2.9.0", True), ("torch", False), ("torch==2.*", False)])
+@pytest.mark.parametrize(
+    ("line", "is_problem"), [("Torch==2.9.0", True), ("torch", False), ("torch==2.*", False)]
+)
 def test_a_requirement_against_the_constraints(line: str, is_problem: bool, tmp_path: Path) -> None:
     """Goal: two pins of one package are refused before anything is installed. Red with names compared as written."""
     found = problems_of(make_own(tmp_path), host__requirements=[line])
@@ -241,7 +329,9 @@ def test_configs_that_are_not_the_repository_s(tmp_path: Path) -> None:
 
 
 def package_place(home: Path, run_id: str) -> CodePlace:
-    return CodePlace(home=str(home), run_path=str(home / "runs" / run_id), project=".p", name="package")
+    return CodePlace(
+        home=str(home), run_path=str(home / "runs" / run_id), project=".p", name="package"
+    )
 
 
 def test_the_package_is_shared_between_runs(tmp_path: Path) -> None:
@@ -253,8 +343,13 @@ def test_the_package_is_shared_between_runs(tmp_path: Path) -> None:
     sent = {"root": code.package.root, "files": code.package.files, "expected": manifest}
     for run_id in ("one", "two"):
         sync_code(LocalTransport(), package_place(tmp_path, run_id), **sent)
-    first, second = (tmp_path / f"runs/{run_id}/code/package/rollouts/manifest.py" for run_id in ("one", "two"))
-    assert first.stat().st_ino == second.stat().st_ino and not (tmp_path / "runs/one/code/tree").exists()
+    first, second = (
+        tmp_path / f"runs/{run_id}/code/package/rollouts/manifest.py" for run_id in ("one", "two")
+    )
+    assert (
+        first.stat().st_ino == second.stat().st_ino
+        and not (tmp_path / "runs/one/code/tree").exists()
+    )
     second.unlink()
     second.write_text("changed")
     with pytest.raises(DeployError, match="not the code that was planned"):
@@ -284,14 +379,18 @@ def test_the_user_s_modules_come_last(tmp_path: Path) -> None:
     (tmp_path / "program.txt").write_text(PROGRAM)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
     command = [sys.executable, "-c", PROGRAM]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
     assert first == f"True {tmp_path}/helpers.py False"
     assert "anyio/__init__.py is imported in place of the module in your repository" in second
 
 
-def test_bad_places_touch_nothing(laptop: Laptop, make_host: Callable[..., Host], tmp_path: Path) -> None:
+def test_bad_places_touch_nothing(
+    laptop: Laptop, make_host: Callable[..., Host], tmp_path: Path
+) -> None:
     """Goal: from the command: no repository, a config of elsewhere: one message, exit 2, nothing on host or here."""
     host = make_host()
     own = make_own(tmp_path / "own")
@@ -306,5 +405,7 @@ def test_bad_places_touch_nothing(laptop: Laptop, make_host: Callable[..., Host]
         (own, "../plain/run.py", "lies outside of the repository"),
     ):
         done = laptop.deploy(file, "--remote", host.target, cwd=cwd)
-        assert done.returncode == 2 and said in done.stderr and done.stderr.count("error:") == 1, done.stderr
+        assert done.returncode == 2 and said in done.stderr and done.stderr.count("error:") == 1, (
+            done.stderr
+        )
     assert not (host.home / "runs").exists() and not (laptop.rollouts_home / "registry").exists()

@@ -7,15 +7,25 @@ from typing import Any
 
 import pytest
 
+from base_config import Mlflow, TensorBoard, Wandb
 from rollouts.machine.nvidia_smi import Gpu, GpuProcess
 from rollouts.remote.errors import DeployError
 from rollouts.remote.host.facts import HostFacts
-from rollouts.remote.plan import Plan, environment_key, make_plan, read_lock, required_paths, required_ports
+from rollouts.remote.plan import (
+    Plan,
+    environment_key,
+    make_plan,
+    read_lock,
+    required_paths,
+    required_ports,
+)
 from rollouts.remote.repository import Code
 from rollouts.run_dir import LaunchPlan
 from tests.example_config import example_config, kl, replace_at, sglang
 
-H200 = Gpu(index=0, uuid="GPU-a", name="NVIDIA H200", memory_total_mib=143771, memory_free_mib=143000)
+H200 = Gpu(
+    index=0, uuid="GPU-a", name="NVIDIA H200", memory_total_mib=143771, memory_free_mib=143000
+)
 FACTS = HostFacts(
     home="/home/u/.rollouts",
     user="u",
@@ -65,7 +75,11 @@ RUN_ROW = {
 
 
 def plan_for(
-    *, facts: dict[str, Any] | None = None, code: dict[str, Any] | None = None, run_id: str = "r1", **changes: Any
+    *,
+    facts: dict[str, Any] | None = None,
+    code: dict[str, Any] | None = None,
+    run_id: str = "r1",
+    **changes: Any,
 ) -> Plan:
     """A plan of the example config; `changes` are its fields, with __ for the dots. A whole engine comes first."""
     config = example_config()
@@ -93,16 +107,35 @@ SGLANG: dict[str, Any] = {
     "code": {"engine_requirements": LOCK},
 }
 PROBLEMS: list[tuple[str, dict[str, Any], list[str]]] = [
-    ("run id in use", {"facts": {"run_exists": True}}, ["run id 'r1' is in use", "deploy attach r1"]),
+    (
+        "run id in use",
+        {"facts": {"run_exists": True}},
+        ["run id 'r1' is in use", "deploy attach r1"],
+    ),
     ("bad run id", {"run_id": "a.b"}, ["--run-id 'a.b'", "1 to 80 letters"]),
     (
         "no free port",
         {"engine__sglang_port": 0},
-        ["gpu-7: no 1 free ports in a row were found", "set engine.sglang_port to a port that is free there"],
+        [
+            "gpu-7: no 1 free ports in a row were found",
+            "set engine.sglang_port to a port that is free there",
+        ],
     ),
-    ("no tmux", {"facts": {"tools": {"rsync": "r"}}}, ["gpu-7 has no tmux.", "apt-get install tmux"]),
-    ("no rsync", {"facts": {"tools": {"tmux": "t"}}}, ["gpu-7 has no rsync.", "apt-get install rsync"]),
-    ("no python", {"facts": {"python": None}}, ["no Python 3.10 or newer", "python3 3.11.2", "python3.11-venv"]),
+    (
+        "no tmux",
+        {"facts": {"tools": {"rsync": "r"}}},
+        ["gpu-7 has no tmux.", "apt-get install tmux"],
+    ),
+    (
+        "no rsync",
+        {"facts": {"tools": {"tmux": "t"}}},
+        ["gpu-7 has no rsync.", "apt-get install rsync"],
+    ),
+    (
+        "no python",
+        {"facts": {"python": None}},
+        ["no Python 3.10 or newer", "python3 3.11.2", "python3.11-venv"],
+    ),
     (
         "one GPU too few",
         {**CUDA, "engine__gpu_ranks": [1]},
@@ -113,10 +146,20 @@ PROBLEMS: list[tuple[str, dict[str, Any], list[str]]] = [
             "set engine.gpu_ranks=[0] and target.gpu_ranks=[0] (colocated), or choose another --remote",
         ],
     ),
-    ("no GPU", {**CUDA, "facts": {"gpus": ()}}, ["gpu-7 has 0 GPUs; this config needs 1", "no nvidia-smi"]),
+    (
+        "no GPU",
+        {**CUDA, "facts": {"gpus": ()}},
+        ["gpu-7 has 0 GPUs; this config needs 1", "no nvidia-smi"],
+    ),
     (
         "driver broken",
-        {**CUDA, "facts": {"gpus": (), "gpu_problem": "Failed to initialize NVML: Driver/library version mismatch"}},
+        {
+            **CUDA,
+            "facts": {
+                "gpus": (),
+                "gpu_problem": "Failed to initialize NVML: Driver/library version mismatch",
+            },
+        },
         ["Failed to initialize NVML"],
     ),
     (
@@ -124,13 +167,21 @@ PROBLEMS: list[tuple[str, dict[str, Any], list[str]]] = [
         {**CUDA, "facts": {"gpu_processes": (HOLDER,), "gpus": (H200, SECOND)}},
         ["GPU 0 is busy", "pid 4711 python, 1000 MiB", "free are [1]"],
     ),
-    ("GPU full", {**CUDA, "facts": {"gpus": (BUSY,)}}, ["GPU 0 is busy", "20 of 140 GiB free", "end what runs there"]),
+    (
+        "GPU full",
+        {**CUDA, "facts": {"gpus": (BUSY,)}},
+        ["GPU 0 is busy", "20 of 140 GiB free", "end what runs there"],
+    ),
     (
         "disk",
         {"facts": {"disk_free_bytes": 2**29}},
         ["gpu-7 has 0.5 GiB of disk left", "host.disk_free_gib_min=1.0", "ROLLOUTS_HOME"],
     ),
-    ("port", {"facts": {"ports_in_use": (30180,)}}, ["port 30180 is in use", "another engine.sglang_port"]),
+    (
+        "port",
+        {"facts": {"ports_in_use": (30180,)}},
+        ["port 30180 is in use", "another engine.sglang_port"],
+    ),
     (
         "a replica's port",
         {"facts": {"ports_in_use": (30181,)}, "engine__replicas": 2, "engine__gpu_ranks": [0, 1]},
@@ -147,33 +198,61 @@ PROBLEMS: list[tuple[str, dict[str, Any], list[str]]] = [
     ),
     (
         "an empty lock",
-        {"engine__requirements_file": "requirements/mine.txt", "code": {"engine_requirements": "# none yet\n"}},
+        {
+            "engine__requirements_file": "requirements/mine.txt",
+            "code": {"engine_requirements": "# none yet\n"},
+        },
         ["engine.requirements_file='requirements/mine.txt' lists no package", "None"],
     ),
     (
         "router's port",
         {**SGLANG, "engine__router_port": 31000, "facts": {"ports_in_use": (31000,)}},
-        ["port 31000 is in use", "engine.router_port=31000, for the router", "another engine.router_port"],
+        [
+            "port 31000 is in use",
+            "engine.router_port=31000, for the router",
+            "another engine.router_port",
+        ],
     ),
-    ("constraints", {"code": {"constraints": None}}, ["requirements/constraints.txt", "is not in /repo"]),
+    (
+        "constraints",
+        {"code": {"constraints": None}},
+        ["requirements/constraints.txt", "is not in /repo"],
+    ),
     (
         "ignored data",
         {"code": {"named": {"data/x.jsonl": "not sent"}}},
         ["'data/x.jsonl' is here, but git ignores it", ".gitignore"],
     ),
-    ("missing data", {"code": {"named": {"data/x.jsonl": "missing"}}}, ["'data/x.jsonl' does not exist in /repo"]),
+    (
+        "missing data",
+        {"code": {"named": {"data/x.jsonl": "missing"}}},
+        ["'data/x.jsonl' does not exist in /repo"],
+    ),
     (
         "source checkpoint",
         {"output__source_checkpoint": "/x/ckpt"},
-        ["'/x/ckpt' does not exist on gpu-7 (output.source_checkpoint)", "checkpoints/<stage>/latest"],
+        [
+            "'/x/ckpt' does not exist on gpu-7 (output.source_checkpoint)",
+            "checkpoints/<stage>/latest",
+        ],
     ),
-    ("relative source", {"output__source_checkpoint": "ckpt"}, ["source_checkpoint='ckpt' is not absolute"]),
+    (
+        "relative source",
+        {"output__source_checkpoint": "ckpt"},
+        ["source_checkpoint='ckpt' is not absolute"],
+    ),
     ("absolute model", {"model__name": "/m"}, ["'/m' does not exist on gpu-7 (model.name)"]),
-    ("secret", {"host__secrets": ["SET", "UNSET"]}, ["the secret UNSET is not set here", "export UNSET"]),
+    (
+        "secret",
+        {"host__secrets": ["SET", "UNSET"]},
+        ["the secret UNSET is not set here", "export UNSET"],
+    ),
 ]
 
 
-@pytest.mark.parametrize(("changes", "expected"), [case[1:] for case in PROBLEMS], ids=[case[0] for case in PROBLEMS])
+@pytest.mark.parametrize(
+    ("changes", "expected"), [case[1:] for case in PROBLEMS], ids=[case[0] for case in PROBLEMS]
+)
 def test_each_problem(changes: dict[str, Any], expected: list[str]) -> None:
     """Goal: each reason against a run is one problem with the value and the fix. Red with its check taken out."""
     problems = plan_for(**changes).problems
@@ -188,7 +267,8 @@ def test_no_problem() -> None:
     assert plan_for().problems == ()
     hub = {"named": {"Qwen/Qwen2.5-0.5B-Instruct": "missing", "gsm8k": "missing"}}
     assert plan_for(code=hub).problems == ()
-    assert plan_for(facts={"runs": (RUN_ROW,)}).problems == ()  # live, of the same experiment: it has its own port
+    # live, of the same experiment: it has its own port
+    assert plan_for(facts={"runs": (RUN_ROW,)}).problems == ()
     assert plan_for(facts={"gpus": (BUSY,)}).problems == (), "a cpu config does not care for GPUs"
 
 
@@ -230,11 +310,15 @@ def test_the_launch_plan() -> None:
     assert " ".join(sft.trainer.argv) == f"{torchrun(python, run, 'sft', 2)} {trainer} sft"
     line = f"{torchrun(python, run, 'rl', 2)} {trainer} rl --engine-url http://127.0.0.1:30180"
     assert " ".join(rl.trainer.argv) == line
-    for spec in (sft.trainer, engine := rl.engines[0]):  # by themselves they listen on an address of the host's
+    # by themselves they listen on an address of the host's
+    for spec in (sft.trainer, engine := rl.engines[0]):
         assert (spec.env["GLOO_SOCKET_IFNAME"], spec.env["NCCL_SOCKET_IFNAME"]) == ("lo", "=lo")
     assert engine.argv[engine.argv.index("--model-path") + 1] == f"{run}/checkpoints/sft/latest"
     assert engine.ready_url == "http://127.0.0.1:30180/ready"
-    assert (sft.trainer.env["CUDA_VISIBLE_DEVICES"], engine.env["CUDA_VISIBLE_DEVICES"]) == ("0,2", "1")
+    assert (sft.trainer.env["CUDA_VISIBLE_DEVICES"], engine.env["CUDA_VISIBLE_DEVICES"]) == (
+        "0,2",
+        "1",
+    )
     assert sft.trainer.env["OMP_NUM_THREADS"] == "1" and sft.trainer.env["HF_HUB_OFFLINE"] == "1"
     assert (sft.needs_checkpoint, rl.needs_checkpoint) == (None, f"{run}/checkpoints/sft/latest")
     assert LaunchPlan.from_json(json.loads(json.dumps(dataclasses.asdict(launch)))) == launch
@@ -245,7 +329,10 @@ def test_the_launch_plan() -> None:
     [
         ({}, "/home/u/.rollouts/runs/r1/code/tree/configs/models/tiny_qwen2"),
         ({"model__name": "Qwen/Qwen2.5-0.5B"}, "Qwen/Qwen2.5-0.5B"),
-        ({"output__source_checkpoint": "/x/ckpt", "facts": {"paths": {"/x/ckpt": True}}}, "/x/ckpt"),
+        (
+            {"output__source_checkpoint": "/x/ckpt", "facts": {"paths": {"/x/ckpt": True}}},
+            "/x/ckpt",
+        ),
     ],
 )
 def test_what_the_engine_serves_without_sft(changes: dict[str, Any], model_path: str) -> None:
@@ -253,14 +340,21 @@ def test_what_the_engine_serves_without_sft(changes: dict[str, Any], model_path:
     launch = plan_for(output__mode="rl", **changes).launch
     assert launch is not None
     argv = launch.stages[0].engines[0].argv
-    assert argv[argv.index("--model-path") + 1] == model_path and launch.stages[0].needs_checkpoint is None
+    assert (
+        argv[argv.index("--model-path") + 1] == model_path
+        and launch.stages[0].needs_checkpoint is None
+    )
 
 
 @pytest.mark.parametrize(("engine_max", "restarts_max"), [(3, 3), (0, 0), (None, 0)])
 def test_the_engines_lives(engine_max: int | None, restarts_max: int) -> None:
     """Goal: engine.restarts_max and limits.engine_hang_timeout_s reach the supervisor; without an engine there is
     nothing to restart. Red with either left at a constant."""
-    changes = {"engine": None, "output__mode": "sft"} if engine_max is None else {"engine__restarts_max": engine_max}
+    changes = (
+        {"engine": None, "output__mode": "sft"}
+        if engine_max is None
+        else {"engine__restarts_max": engine_max}
+    )
     launch = plan_for(limits__engine_hang_timeout_s=7.0, **changes).launch
     assert launch is not None
     assert (launch.engine_restarts_max, launch.engine_hang_timeout_s) == (restarts_max, 7.0)
@@ -295,7 +389,9 @@ def test_an_engine_with_a_lock_has_its_own_environment() -> None:
     missing = plan_for(**{**SGLANG, "code": {"engine_requirements": None}})
     assert missing.launch is None
     (problem,) = missing.problems
-    assert "engine.requirements_file='requirements/sglang-cuda.txt' is not in /repo" in problem.text()
+    assert (
+        "engine.requirements_file='requirements/sglang-cuda.txt' is not in /repo" in problem.text()
+    )
 
 
 def test_a_path_of_ones_own_beside_the_engines() -> None:
@@ -327,34 +423,56 @@ def test_replicas_have_ports_and_devices_of_their_own() -> None:
     rl = plan.launch.stages[1]
     assert [engine.window for engine in rl.engines] == ["engine-0", "engine-1"]
     assert [engine.env["CUDA_VISIBLE_DEVICES"] for engine in rl.engines] == ["1,2", "3,4"]
-    assert [engine.argv[engine.argv.index("--port") + 1] for engine in rl.engines] == ["30180", "30181"]
-    assert [engine.ready_url for engine in rl.engines] == [f"http://127.0.0.1:{port}/ready" for port in (30180, 30181)]
-    assert rl.trainer.argv[-4:] == ["--engine-url", "http://127.0.0.1:30180", "--engine-url", "http://127.0.0.1:30181"]
-    config = replace_at(replace_at(example_config(), "engine.replicas", 2), "engine.gpu_ranks", [0, 1])
+    assert [engine.argv[engine.argv.index("--port") + 1] for engine in rl.engines] == [
+        "30180",
+        "30181",
+    ]
+    assert [engine.ready_url for engine in rl.engines] == [
+        f"http://127.0.0.1:{port}/ready" for port in (30180, 30181)
+    ]
+    assert rl.trainer.argv[-4:] == [
+        "--engine-url",
+        "http://127.0.0.1:30180",
+        "--engine-url",
+        "http://127.0.0.1:30181",
+    ]
+    config = replace_at(
+        replace_at(example_config(), "engine.replicas", 2), "engine.gpu_ranks", [0, 1]
+    )
     assert required_ports(config) == [30180, 30181]
 
 
 def test_a_router_is_in_front_of_the_replicas() -> None:
     """Goal: a window more, after the replicas', in their environment and without a GPU; --plan shows its command line;
     the trainer gets its URL beside theirs, and its port must be free. Red with the router's window left out."""
-    routed: dict[str, Any] = {"engine__replicas": 2, "engine__gpu_ranks": [0, 1], "engine__router_port": 31000}
+    routed: dict[str, Any] = {
+        "engine__replicas": 2,
+        "engine__gpu_ranks": [0, 1],
+        "engine__router_port": 31000,
+    }
     gpus = (H200, dataclasses.replace(H200, index=1, uuid="1"))
-    plan = plan_for(**CUDA, **HALF, **SGLANG, **routed, facts={"gpus": gpus}, limits__sample_timeout_s=7.5)
+    plan = plan_for(
+        **CUDA, **HALF, **SGLANG, **routed, facts={"gpus": gpus}, limits__sample_timeout_s=7.5
+    )
     assert plan.problems == () and plan.launch is not None
     rl = plan.launch.stages[1]
     assert [engine.window for engine in rl.engines] == ["engine-0", "engine-1", "router"]
     router = rl.engines[-1]
     assert router.argv[0] == rl.engines[0].argv[0] and router.env["CUDA_VISIBLE_DEVICES"] == ""
     assert router.ready_url == "http://127.0.0.1:31000/readiness"
-    line = (
-        "-m rollouts.engines.sglang.router_launcher --host 127.0.0.1 --port 31000 --worker-urls http://127.0.0.1:30180"
+    line = "-m rollouts.engines.sglang.router_launcher --host 127.0.0.1 --port 31000 --worker-urls http://127.0.0.1:30180"
+    assert (
+        f"{line} http://127.0.0.1:30181 --request-timeout-secs 8 --policy cache_aware"
+        in " ".join(router.argv)
     )
-    assert f"{line} http://127.0.0.1:30181 --request-timeout-secs 8 --policy cache_aware" in " ".join(router.argv)
     (step,) = (step for step in plan.steps if step.what.startswith("rl: router: "))
     assert line in step.what and step.why.startswith("on no GPU of ")
     assert rl.trainer.argv[-2:] == ["--router-url", "http://127.0.0.1:31000"]
     assert rl.trainer.argv.count("--engine-url") == 2
-    assert required_ports(replace_at(example_config(), "engine", sglang(router_port=31000))) == [30180, 31000]
+    assert required_ports(replace_at(example_config(), "engine", sglang(router_port=31000))) == [
+        30180,
+        31000,
+    ]
 
 
 def test_the_environment_key() -> None:
@@ -389,9 +507,16 @@ def test_what_is_asked_of_the_host() -> None:
 def test_a_replay_starts_no_engine() -> None:
     """Goal: saved rollouts need no engine, port or engine device, and must be there. Red with the engine launched."""
     source = "/runs/a/rollouts.jsonl"
-    config = replace_at(replace_at(example_config(), "output.mode", "rl"), "rl.sampling.source", source)
+    config = replace_at(
+        replace_at(example_config(), "output.mode", "rl"), "rl.sampling.source", source
+    )
     assert required_ports(config) == [] and required_paths(config) == [source]
-    changes: dict[str, Any] = {**CUDA, "output__mode": "rl", "rl__sampling__source": source, "engine__gpu_ranks": [7]}
+    changes: dict[str, Any] = {
+        **CUDA,
+        "output__mode": "rl",
+        "rl__sampling__source": source,
+        "engine__gpu_ranks": [7],
+    }
     plan = plan_for(**changes, facts={"gpus": (H200,), "paths": {source: True}})
     assert plan.problems == () and plan.launch is not None
     (stage,) = plan.launch.stages
@@ -415,7 +540,10 @@ def test_a_hubs_model_is_downloaded_first() -> None:
         ({"model__name": "/models/q", "facts": {"paths": {"/models/q": True}}}, []),
         (hub, [("Qwen/Q", True)]),
         ({**hub, "model__init": "random"}, [("Qwen/Q", False)]),
-        ({**hub, "output__source_checkpoint": "/x", "facts": {"paths": {"/x": True}}}, [("Qwen/Q", False)]),
+        (
+            {**hub, "output__source_checkpoint": "/x", "facts": {"paths": {"/x": True}}},
+            [("Qwen/Q", False)],
+        ),
         ({**hub, "rl__kl": kl(reference="K/r")}, [("Qwen/Q", True), ("K/r", True)]),
         ({**hub, "rl__kl": kl(reference="K/r"), "output__mode": "sft"}, [("Qwen/Q", True)]),
     ):
@@ -438,8 +566,45 @@ def test_the_plan_of_an_older_version_is_read() -> None:
     for environment in data["environments"]:
         for name in ("torch_build", "torch_fallback", "python_version"):
             del environment[name]
-    for spec in (spec for stage in data["stages"] for spec in (*stage["engines"], stage["trainer"])):
+    for spec in (
+        spec for stage in data["stages"] for spec in (*stage["engines"], stage["trainer"])
+    ):
         del spec["tools_of"]
     older = LaunchPlan.from_json(data)
     assert older.models == [] and {spec.torch_build for spec in older.environments} == {"index"}
-    assert [stage.trainer.argv for stage in older.stages] == [stage.trainer.argv for stage in launch.stages]
+    assert [stage.trainer.argv for stage in older.stages] == [
+        stage.trainer.argv for stage in launch.stages
+    ]
+
+
+def test_trackers_have_their_own_environments() -> None:
+    """Goal: each tracker has a window, an environment of its package alone, its settings as variables, and files of its
+    own where the docs say; a missing key is a warning, a package that nobody names a problem; earlier versions read a
+    plan without trackers."""
+    trackers = [
+        Wandb(project="letters", offline=False),
+        Mlflow(project="letters", tracking_uri="https://mlflow.example.org"),
+        TensorBoard(project="letters", directory="/data/tb"),
+    ]
+    packages = {kind: (f"{kind}>=1",) for kind in ("wandb", "mlflow", "tensorboard")}
+    made = plan_for(output__trackers=trackers, code={"tracker_requirements": packages})
+    assert made.problems == () and made.launch is not None
+    assert any("WANDB_API_KEY is not in host.secrets" in text for text in made.warnings)
+    wandb, mlflow, tensorboard = made.launch.trackers
+    assert [spec.process.window for spec in made.launch.trackers] == [
+        "tracker-wandb",
+        "tracker-mlflow",
+        "tracker-tensorboard",
+    ]
+    assert wandb.environment.requirements == ["wandb>=1"] and wandb.environment.constraints == ""
+    assert len({spec.environment.path for spec in made.launch.trackers}) == 3
+    run = made.launch.run_path
+    assert wandb.process.argv[1:] == ["-m", "rollouts.view.feed", run, "wandb", "letters", run]
+    assert wandb.process.env["WANDB_MODE"] == "online"
+    assert mlflow.process.env["MLFLOW_TRACKING_URI"] == "https://mlflow.example.org"
+    assert tensorboard.process.argv[-1] == "/data/tb"
+    assert LaunchPlan.from_json(json.loads(json.dumps(made.launch.to_json()))) == made.launch
+    without = plan_for(output__trackers=trackers, code={"tracker_requirements": {}})
+    assert ["'wandb' has no package" in p.message for p in without.problems] == [True, False, False]
+    none = plan_for()
+    assert none.launch is not None and "trackers" not in none.launch.to_json()

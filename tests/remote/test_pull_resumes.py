@@ -28,8 +28,15 @@ CHECKPOINT = "checkpoints/sft/step_000003"
 def ended(laptop: Laptop, make_host: Callable[..., Host]) -> Host:
     """A host with the run `big`, which has ended; its last checkpoint has 24 MB. Nothing of it was pulled."""
     host = make_host()
-    config = str(write_config(laptop.project, output__mode="sft", env={"STAND_IN_CHECKPOINT_BYTES": str(SIZE)}))
-    assert laptop.deploy(config, "--remote", host.target, "--run-id", "big", "--detach").returncode == 0
+    config = str(
+        write_config(
+            laptop.project, output__mode="sft", env={"STAND_IN_CHECKPOINT_BYTES": str(SIZE)}
+        )
+    )
+    assert (
+        laptop.deploy(config, "--remote", host.target, "--run-id", "big", "--detach").returncode
+        == 0
+    )
     run = RunDir(host.run_path("big"))
     wait_for(lambda: run.exit("run", "supervisor").exists(), "the run's end")
     return host
@@ -46,8 +53,12 @@ def rsyncs_of(pid: int) -> list[int]:
 
 def pulling(laptop: Laptop, way: Link, target: str, down_bytes: int) -> "subprocess.Popen[str]":
     """Return a pull that is under way, once so many bytes have come."""
-    process = laptop.start("pull", "big", "--remote", target, "--only", "latest", stdout=subprocess.DEVNULL)
-    wait_for(lambda: way.down_bytes >= down_bytes or process.poll() is not None, f"{down_bytes} bytes")
+    process = laptop.start(
+        "pull", "big", "--remote", target, "--only", "latest", stdout=subprocess.DEVNULL
+    )
+    wait_for(
+        lambda: way.down_bytes >= down_bytes or process.poll() is not None, f"{down_bytes} bytes"
+    )
     assert process.poll() is None
     return process
 
@@ -90,22 +101,35 @@ def test_a_pull_waits_for_the_rsync_of_one_that_was_killed(laptop: Laptop, ended
         process.kill()
         process.communicate()
         assert left and all(Path(f"/proc/{pid}").exists() for pid in left)
-        again = laptop.start("pull", "big", "--remote", laptop.know_by(ended, other.port), "--only", "latest")
+        again = laptop.start(
+            "pull", "big", "--remote", laptop.know_by(ended, other.port), "--only", "latest"
+        )
         part = mirror(laptop, "big").path / "checkpoints/sft/.step_000003.part"
         held = str(part.stat().st_ino)
-        wait_for(lambda: is_waited_for(held) or other.down_bytes > SIZE // 2, "the second one at the directory")
+        wait_for(
+            lambda: is_waited_for(held) or other.down_bytes > SIZE // 2,
+            "the second one at the directory",
+        )
         way.set_down(False)
         out, err = again.communicate(timeout=250)
-        wait_for(lambda: not any(Path(f"/proc/{pid}/fd").exists() for pid in left), "the first rsync's end")
+        wait_for(
+            lambda: not any(Path(f"/proc/{pid}/fd").exists() for pid in left),
+            "the first rsync's end",
+        )
         check_came(laptop, again.returncode, way.down_bytes + other.down_bytes)
         assert "Traceback" not in out + err
 
 
 def is_waited_for(inode: str) -> bool:
-    return any("->" in line and line.split()[6].endswith(f":{inode}") for line in Path("/proc/locks").open())
+    return any(
+        "->" in line and line.split()[6].endswith(f":{inode}")
+        for line in Path("/proc/locks").open()
+    )
 
 
-def test_nothing_is_written_through_a_hard_link(laptop: Laptop, ended: Host, tmp_path: Path) -> None:
+def test_nothing_is_written_through_a_hard_link(
+    laptop: Laptop, ended: Host, tmp_path: Path
+) -> None:
     """Goal: where the hidden directory has a file with another name elsewhere, that other file stays as it is. Red with
     --inplace alone: rsync wrote into both."""
     other = tmp_path / "other.bin"
@@ -124,22 +148,33 @@ def test_what_a_pull_brings(laptop: Laptop, ended: Host) -> None:
     also while a run is followed; --bwlimit reaches rsync."""
     with_none = laptop.json("pull", "big", "--no-checkpoints")
     assert with_none["checkpoints"] == [] and len(with_none["left"]) == 2
-    assert "`deploy pull big` brings" in with_none["notes"][0] and "sft/step_000001" in with_none["notes"][0]
+    assert (
+        "`deploy pull big` brings" in with_none["notes"][0]
+        and "sft/step_000001" in with_none["notes"][0]
+    )
     followed = laptop.deploy("attach", "big", "--only", "latest", "--bwlimit", "2G")
     assert followed.returncode == 0 and "`deploy pull big` brings" in followed.stdout
     assert "sft/step_000001" in followed.stdout
     here = mirror(laptop, "big")
-    assert sorted(path.name for path in (here.checkpoints / "sft").iterdir()) == ["latest", "step_000003"]
+    assert sorted(path.name for path in (here.checkpoints / "sft").iterdir()) == [
+        "latest",
+        "step_000003",
+    ]
     assert '"complete": false' in (here.path / "mirror.json").read_text()
     rest = laptop.json("pull", "big")
     assert len(rest["checkpoints"]) == 2 and rest["left"] == [] and rest["notes"] == []
     assert '"complete": true' in (here.path / "mirror.json").read_text()
     wrong = laptop.deploy("pull", "big", "--bwlimit", "fast")
-    assert wrong.returncode == 2 and "--bwlimit fast: not a rate" in wrong.stderr and "2.5M" in wrong.stderr
+    assert (
+        wrong.returncode == 2
+        and "--bwlimit fast: not a rate" in wrong.stderr
+        and "2.5M" in wrong.stderr
+    )
 
 
 @pytest.mark.parametrize(
-    ("text", "kib"), [("500", 500), ("500K", 500), ("2.5m", 2560), ("1MB", 977), ("10MiB", 10240), ("2048b", 2)]
+    ("text", "kib"),
+    [("500", 500), ("500K", 500), ("2.5m", 2560), ("1MB", 977), ("10MiB", 10240), ("2048b", 2)],
 )
 def test_rates(text: str, kib: int) -> None:
     """Goal: rsync's words for a rate, in the form that every rsync knows. Red with the text handed on: macOS's rsync
@@ -169,6 +204,8 @@ def test_what_no_pull_means(options: dict[str, Any]) -> None:
 
 def test_the_latest_of_each_stage() -> None:
     """Goal: steps are numbers, and each stage has its last. Red with names compared as text."""
-    paths = [f"checkpoints/{name}" for name in ("sft/step_999999", "sft/step_1000000", "rl/step_000004")]
+    paths = [
+        f"checkpoints/{name}" for name in ("sft/step_999999", "sft/step_1000000", "rl/step_000004")
+    ]
     assert ToBring("latest").choose(paths) == (paths[1:], paths[:1])
     assert ToBring("none").choose(paths) == ([], paths)

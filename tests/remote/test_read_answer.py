@@ -44,14 +44,36 @@ def refused(action: Callable[[], object], *, started: bool = False) -> str:
         action()
     assert caught.value.started is started
     text = caught.value.text()
-    assert text.startswith("error: gpu-7: ") and "found" in text and "fix" in text and "It said: " in text
+    assert (
+        text.startswith("error: gpu-7: ")
+        and "found" in text
+        and "fix" in text
+        and "It said: " in text
+    )
     return text
 
 
-ODD = ["", "null", "17", "[]", "{}", '"text"', "{", "[" * 100_000, '{"a": 1', "\x00\x1b[2J", "9" * 5000]
+ODD = [
+    "",
+    "null",
+    "17",
+    "[]",
+    "{}",
+    '"text"',
+    "{",
+    "[" * 100_000,
+    '{"a": 1',
+    "\x00\x1b[2J",
+    "9" * 5000,
+]
 
 
-DIGESTS = [json.dumps({"digest": value, "differences": []}) for value in (None, 7, [], {}, [1], {"a": 1}, True, 1e400)]
+DIGESTS = [
+    json.dumps({"digest": value, "differences": []})
+    for value in (None, 7, [], {}, [1], {"a": 1}, True, 1e400)
+]
+
+PLACE = sync.CodePlace(home="/h", run_path="/r", project="p")
 
 
 @pytest.mark.parametrize("said", [*ODD, *DIGESTS])
@@ -60,21 +82,27 @@ def test_the_answer_about_the_code(said: str, tmp_path: Path) -> None:
     failed"."""
     (tmp_path / "f").write_text("x")
     tree = read_tree(tmp_path, ["f"])
-    text = refused(lambda: sync._check_there(Answering(f"tree={said}\n"), "python3", "/d", tree, prune=False))
-    assert "what code lies in /d" in text
+    text = refused(
+        lambda: sync._check_there(Answering(f"tree={said}\n"), "python3", PLACE, tree, prune=False)
+    )
+    assert "what code lies in /r/code/tree" in text
 
 
 @pytest.mark.parametrize("value", ["text", [1], [[]], {"a": "b"}, None])
 def test_differences_that_are_no_list_of_text(value: object, tmp_path: Path) -> None:
     """Goal: every field of the answer has its type. Red with tuple(answer["differences"]): letters of a text."""
     answer = json.dumps({"digest": "d", "differences": value})
-    refused(lambda: sync._check_there(Answering(f"tree={answer}"), "python3", "/d", {}, prune=False))
+    refused(
+        lambda: sync._check_there(Answering(f"tree={answer}"), "python3", PLACE, {}, prune=False)
+    )
 
 
 @pytest.mark.parametrize("said", ["", "much", "-1", "1.5", "1 2", "9" * 5000, "²", "0x10", "None"])
 def test_the_room_on_a_disk(said: str) -> None:
     """Goal: df's answer is a number or an error with the host's words. Red with int(): ValueError."""
-    assert "how much is free in /d" in refused(lambda: sync._refuse_full_disk(Answering(said), "/d", 1))
+    assert "how much is free in /d" in refused(
+        lambda: sync._refuse_full_disk(Answering(said), "/d", 1)
+    )
     assert read_count("gpu-7", "x", " 17\n") == 17
 
 
@@ -94,7 +122,13 @@ def test_the_answer_to_a_launch(said: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "said", [*ODD, '{"state": 7, "exit_code": 0}', '{"state": "done", "exit_code": "0"}', '{"state": "done"}']
+    "said",
+    [
+        *ODD,
+        '{"state": 7, "exit_code": 0}',
+        '{"state": "done", "exit_code": "0"}',
+        '{"state": "done"}',
+    ],
 )
 def test_the_answer_to_a_stop(said: str) -> None:
     """Goal: the same for `stop`. Red with the exit code shown whatever it is."""
@@ -103,7 +137,13 @@ def test_the_answer_to_a_stop(said: str) -> None:
 
 
 PROBE = {
-    **{"python": "/p", "python_version": "3.11.2", "platform": "linux", "has_venv": True, "disk_free_bytes": 1},
+    **{
+        "python": "/p",
+        "python_version": "3.11.2",
+        "platform": "linux",
+        "has_venv": True,
+        "disk_free_bytes": 1,
+    },
     **{
         "ports_in_use": [],
         "paths": {},
@@ -115,8 +155,22 @@ PROBE = {
     },
 }
 ROW = {
-    **{"run_id": "r", "experiment_name": "e", "state": "done", "stage": None, "step": None, "started_at": 1.0},
-    **{"updated_at": 1, "exit_code": 0, "message": "", "live": False, "launched": True, "launch_id": None},
+    **{
+        "run_id": "r",
+        "experiment_name": "e",
+        "state": "done",
+        "stage": None,
+        "step": None,
+        "started_at": 1.0,
+    },
+    **{
+        "updated_at": 1,
+        "exit_code": 0,
+        "message": "",
+        "live": False,
+        "launched": True,
+        "launch_id": None,
+    },
     **{"ports": [], "host": None},
 }
 
@@ -124,7 +178,10 @@ ROW = {
 def changes(good: dict[str, Any]) -> list[tuple[str, Any]]:
     """Each field missing, and with a type that is none of its."""
     wrong = {str: 7, bool: "yes", int: "1", float: "now", list: "a list", dict: [], type(None): [1]}
-    return [*((name, ...) for name in good), *((name, wrong[type(value)]) for name, value in good.items())]
+    return [
+        *((name, ...) for name in good),
+        *((name, wrong[type(value)]) for name, value in good.items()),
+    ]
 
 
 def changed(good: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
@@ -145,7 +202,9 @@ def test_a_row_with_another_field(name: str, value: Any) -> None:
     """Goal: the same for each run of the host: its readers take the fields as they are. Red with rows passed on: a
     KeyError in `ls`, in the plan, in `status`."""
     said = json.dumps({**PROBE, "runs": [ROW, changed(ROW, name, value)]})
-    assert f"probe.runs[1].{name}" in refused(lambda: gather_facts(Answering(f"home=/h\nprobe={said}\n")))
+    assert f"probe.runs[1].{name}" in refused(
+        lambda: gather_facts(Answering(f"home=/h\nprobe={said}\n"))
+    )
 
 
 @pytest.mark.parametrize("said", ODD)
@@ -156,11 +215,15 @@ def test_a_probe_that_is_none(said: str) -> None:
 
 def test_fields_of_a_later_version_are_passed_over() -> None:
     """Goal: a field that was not asked for does no harm. Red with HostFacts(**probe): TypeError."""
-    facts = parse_facts([("home", "/h"), ("probe", json.dumps({**PROBE, "new": 1, "runs": [{**ROW, "new": 1}]}))])
+    facts = parse_facts(
+        [("home", "/h"), ("probe", json.dumps({**PROBE, "new": 1, "runs": [{**ROW, "new": 1}]}))]
+    )
     assert facts.python == "/p" and facts.runs[0]["run_id"] == "r"
 
 
-def test_output_without_a_line_s_end_before_the_probe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_output_without_a_line_s_end_before_the_probe(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Goal: what the host's Python prints as it starts, without a line's end, hides no answer. Red with "probe=" not
     on a line of its own: a host with Python and no runs."""
     noisy = tmp_path / "bin"
@@ -178,9 +241,24 @@ def test_output_without_a_line_s_end_before_the_probe(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("value", "kind", "good"),
     [
-        *((1, int, True), (True, int, False), (1.0, int, False), (1, float, True), (float("nan"), float, False)),
-        *((10**400, float, False), (None, str | None, True), (7, str | None, False), ([1, "a"], list[int], False)),
-        *(({"a": True}, dict[str, bool], True), ({"a": 1}, dict[str, bool], False), ("x", Any, True)),
+        *(
+            (1, int, True),
+            (True, int, False),
+            (1.0, int, False),
+            (1, float, True),
+            (float("nan"), float, False),
+        ),
+        *(
+            (10**400, float, False),
+            (None, str | None, True),
+            (7, str | None, False),
+            ([1, "a"], list[int], False),
+        ),
+        *(
+            ({"a": True}, dict[str, bool], True),
+            ({"a": 1}, dict[str, bool], False),
+            ("x", Any, True),
+        ),
     ],
 )
 def test_types(value: object, kind: Any, good: bool) -> None:
@@ -200,7 +278,9 @@ def test_lines_however_they_come(size: int) -> None:
     """Goal: each line comes whole with its end; what has none yet waits. Red with pieces handed on."""
     data = b"one\n\ntwo and more\nrest"
     splitter = LineSplitter(limit=12)
-    lines = [line for at in range(0, len(data), size) for line in splitter.feed(data[at : at + size])]
+    lines = [
+        line for at in range(0, len(data), size) for line in splitter.feed(data[at : at + size])
+    ]
     assert lines == [b"one\n", b"\n", b"two and more\n"]
 
 
@@ -260,22 +340,31 @@ def test_a_command_whose_line_has_no_end(
             {"file": "metrics.jsonl", "offset": offset, "data": "e30="}
             for offset in (True, "0", None, 0.0, [0], 1e400, -1)
         ),
-        *({"file": "metrics.jsonl", "offset": 0, "data": data} for data in (None, 7, ["e30="], "e30", "é")),
+        *(
+            {"file": "metrics.jsonl", "offset": 0, "data": data}
+            for data in (None, 7, ["e30="], "e30", "é")
+        ),
         *({"file": "status.json", "snapshot": text} for text in (None, 7, {"a": 1})),
         {"file": "metrics.jsonl"},
     ],
 )
-def test_a_followed_file_s_message_with_another_field(message: dict[str, Any], tmp_path: Path) -> None:
+def test_a_followed_file_s_message_with_another_field(
+    message: dict[str, Any], tmp_path: Path
+) -> None:
     """Goal: a piece of a file with an odd offset or text is a damaged message, and nothing is written. Red with int()
     and str() of what came: "None" in status.json."""
     mirror = Mirror(RunDir(tmp_path / "m"))
     with pytest.raises(TransportError, match="a damaged message"):
         mirror.apply(message)
-    assert sorted(path.name for path in (tmp_path / "m").iterdir() if path.name != ".gitignore") == []
+    assert (
+        sorted(path.name for path in (tmp_path / "m").iterdir() if path.name != ".gitignore") == []
+    )
 
 
 @pytest.mark.parametrize("code", [True, "0", -1, 256, 1.0, None, [0]])
 def test_a_last_message_with_another_exit_code(code: Any) -> None:
     """Goal: an exit code is a number from 0 to 255 or not known; true is none. Red with isinstance(code, int)."""
-    message = read_message(json.dumps({"ended": True, "state": ["done"], "exit_code": code}).encode())
+    message = read_message(
+        json.dumps({"ended": True, "state": ["done"], "exit_code": code}).encode()
+    )
     assert message == {"ended": True, "state": "died", "exit_code": None}

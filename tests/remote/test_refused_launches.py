@@ -27,7 +27,9 @@ def live(home: Path, run_id: str, port: int = 1) -> Iterator[RunDir]:
     run_dir.write_json_atomic(run.launch, {"launch_id": "another"})
     engine = process("engine-0", ["x"], ready_url=f"http://127.0.0.1:{port}/health")
     stages = [stage("rl", process("trainer", ["x"]), engine)]
-    run_dir.write_json_atomic(run.plan, dataclasses.replace(launch_plan(home, run_id), stages=stages))
+    run_dir.write_json_atomic(
+        run.plan, dataclasses.replace(launch_plan(home, run_id), stages=stages)
+    )
     now = time.time()
     status = run_dir.Status(
         run_id=run_id,
@@ -54,14 +56,19 @@ def test_a_launch_that_comes_second(laptop: Laptop, other: str) -> None:
     config = str(write_config(laptop.project, engine__sglang_port=(port := free_port())))
     deploying = laptop.start(config, "--run-id", "mine")
     deadline = time.monotonic() + 60
-    while not (laptop.rollouts_home / "registry" / "mine.json").exists() and time.monotonic() < deadline:
+    while (
+        not (laptop.rollouts_home / "registry" / "mine.json").exists()
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.005)
     with live(laptop.rollouts_home, other, port) as theirs:
         out, error = deploying.communicate(timeout=120)
         assert deploying.returncode == 2, out + error
         assert "mine was not started" in error and error.endswith("Nothing was started.\n")
         done = laptop.deploy("stop" if other == "mine" else "attach", "mine", timeout_s=60)
-        expected = "another deploy had the name first" if other == "mine" else "mine was not started"
+        expected = (
+            "another deploy had the name first" if other == "mine" else "mine was not started"
+        )
         assert done.returncode == 2 and expected in done.stderr, (done.stdout, done.stderr)
         assert run_dir.observe(theirs).state == "running"
 

@@ -14,8 +14,16 @@ from rollouts.manifest import write_manifest
 from rollouts.remote import remove
 from rollouts.remote.errors import DeployError
 from rollouts.remote.run import registry
+from rollouts.remote.run.mirror_files import own_files
 from rollouts.remote.run.mirror_note import write_note
-from rollouts.run_dir import RunDir, Status, append_jsonl, hold_lock, host_identity, write_json_atomic
+from rollouts.run_dir import (
+    RunDir,
+    Status,
+    append_jsonl,
+    hold_lock,
+    host_identity,
+    write_json_atomic,
+)
 from tests.remote.hosts import Host, Laptop, free_port
 from tests.remote.test_gone_runs import register
 
@@ -62,8 +70,12 @@ def make_run(home: Path, run_id: str, **options: Any) -> tuple[registry.RunEntry
     return entry, run
 
 
-def rm(*names: str, keep_results: bool = False, yes: bool = False, confirm: Any = None) -> list[dict[str, Any]]:
-    found = remove.remove_runs(names, remote=None, keep_results=keep_results, yes=yes, confirm=confirm)
+def rm(
+    *names: str, keep_results: bool = False, yes: bool = False, confirm: Any = None
+) -> list[dict[str, Any]]:
+    found = remove.remove_runs(
+        names, remote=None, keep_results=keep_results, yes=yes, confirm=confirm
+    )
     return list(found.document)
 
 
@@ -77,13 +89,18 @@ def test_a_run_goes_with_all_of_it_once_that_is_agreed(home: Path) -> None:
         rm("mine")
     found = caught.value.problems[0].found
     assert "only on local: metrics.jsonl, checkpoints/rl/step_000000" in found
-    assert f"only in {entry.local_dir}: eval.jsonl" in found and "--yes" in caught.value.problems[0].fix
+    assert (
+        f"only in {entry.local_dir}: eval.jsonl" in found
+        and "--yes" in caught.value.problems[0].fix
+    )
     assert run.path.exists() and entry.mirror.eval.exists() and registry.find("mine") == entry
     with pytest.raises(DeployError, match="nothing was removed"):
         rm("mine", confirm=lambda text: False)
     (row,) = rm("mine", confirm=lambda text: "eval.jsonl" in text)
     assert row["removed_here"] and 25_000 <= row["bytes"] < 200_000
-    assert not run.path.exists() and not entry.mirror.path.exists() and registry.find("mine") is None
+    assert (
+        not run.path.exists() and not entry.mirror.path.exists() and registry.find("mine") is None
+    )
     assert not entry.record.path.exists() and list((home / "removed").iterdir()) == []
 
 
@@ -95,7 +112,8 @@ def test_results_that_lie_here_may_stay(home: Path) -> None:
         rm("mine", keep_results=True)
     entry.mirror.checkpoints.mkdir()
     (run.checkpoints / "rl").rename(entry.mirror.checkpoints / "rl")
-    (run.checkpoints / "rl").symlink_to(entry.mirror.checkpoints / "rl")  # the same files, and a link that leads out
+    # the same files, and a link that leads out
+    (run.checkpoints / "rl").symlink_to(entry.mirror.checkpoints / "rl")
     entry.mirror.metrics.write_bytes(run.metrics.read_bytes())
     (row,) = rm("mine", keep_results=True)
     assert not row["removed_here"] and not run.path.exists() and registry.find("mine") is None
@@ -107,12 +125,47 @@ def test_a_run_that_left_no_results_needs_no_yes(home: Path) -> None:
     """Goal: a run that failed before it learned anything goes at once; so do several. Red with `config.json` counted
     among the results."""
     for name in ("one", "two"):
-        make_run(home, name, steps=0, checkpoints=0, state="failed")[1].metrics.unlink(missing_ok=True)
+        make_run(home, name, steps=0, checkpoints=0, state="failed")[1].metrics.unlink(
+            missing_ok=True
+        )
     assert [row["run_id"] for row in rm("one", "two", "one")] == ["one", "two"]
     assert registry.entries() == [] and list((home / "runs").iterdir()) == []
 
 
-@pytest.mark.parametrize("how", ["live", "launched", "followed", "used", "links out", "mirror is a link", "unknown"])
+def test_files_of_the_user_s_own(home: Path) -> None:
+    """Goal: what a person put among a run's results is named and not gone unasked, also of a run without results; what
+    a launch or a pull put there is no such file. Red with `own` empty."""
+    entry, run = make_run(home, "mine", steps=0, checkpoints=0, state="failed")
+    run.metrics.unlink(missing_ok=True)
+    ours = (
+        *(
+            "events.jsonl",
+            "status.json",
+            "logs/trainer.log",
+            "exit/run-supervisor.json",
+            ".gitignore",
+        ),
+        *("code/dirty.diff", "plan-1.json", "hosts/1/logs/supervisor.log", "checkpoints/rl/latest"),
+        *("checkpoints/rl/.step_000001.part/model.safetensors", "wandb/offline-run-1/files/a.json"),
+    )
+    for name in ours:
+        (entry.mirror.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (entry.mirror.path / name).write_text("{}")
+    assert own_files(entry.mirror.path) == ()
+    (entry.mirror.path / "logs/notes.md").write_text("my notes")
+    with pytest.raises(DeployError, match="gone for good") as caught:
+        rm("mine")
+    assert (
+        caught.value.problems[0].found == f"mine: of your own in {entry.local_dir}: logs/notes.md"
+    )
+    assert run.path.exists() and (entry.mirror.path / "logs/notes.md").exists()
+    assert not rm("mine", keep_results=True)[0]["removed_here"]
+    assert (entry.mirror.path / "logs/notes.md").read_text() == "my notes"
+
+
+@pytest.mark.parametrize(
+    "how", ["live", "launched", "followed", "used", "links out", "mirror is a link", "unknown"]
+)
 def test_what_is_refused(how: str, home: Path, tmp_path: Path) -> None:
     """Goal: a run that is live, is being launched or followed, whose files a live run uses, or whose directory is not
     what deploy made, stays with all of it, and so do the others of the command. Red with each check left out."""
@@ -127,7 +180,13 @@ def test_what_is_refused(how: str, home: Path, tmp_path: Path) -> None:
         run.status.unlink()
         run.launch.unlink()
         (Path(entry.record.path) / registry.LAUNCHED).unlink()
-        status = {"run_id": "mine", "experiment_name": "example", "state": "starting", "stage": None, "message": ""}
+        status = {
+            "run_id": "mine",
+            "experiment_name": "example",
+            "state": "starting",
+            "stage": None,
+            "message": "",
+        }
         times = {"started_at": time.time(), "updated_at": time.time(), "exit_code": None}
         write_json_atomic(run.status, status | times)
         said = "mine is starting on local, and stays"
@@ -137,8 +196,10 @@ def test_what_is_refused(how: str, home: Path, tmp_path: Path) -> None:
     elif how == "used":
         user = fill(RunDir(home / "runs/user"), state="running")
         held.append(hold_lock(user))
-        write_json_atomic(user.config, {"model": {"name_or_path": f"{run.path}/checkpoints/rl/step_000000"}})
-        names, said = ["mine"], "the live run user uses files of it"
+        write_json_atomic(
+            user.config, {"model": {"name_or_path": f"{run.path}/checkpoints/rl/step_000000"}}
+        )
+        names, said = ["mine"], "the live run user uses it"
     elif how == "links out":
         run.path.rename(tmp_path / "elsewhere")
         run.path.symlink_to(tmp_path / "elsewhere")
@@ -181,7 +242,11 @@ def test_a_host_that_cannot_be_reached(home: Path) -> None:
     registry.save(dataclasses.replace(entry, target=f"127.0.0.1:{free_port()}"))
     with pytest.raises(DeployError, match=r"127\.0\.0\.1"):
         rm("mine", yes=True)
-    assert registry.find("mine") is not None and entry.mirror.config.exists() and entry.record.path.exists()
+    assert (
+        registry.find("mine") is not None
+        and entry.mirror.config.exists()
+        and entry.record.path.exists()
+    )
 
 
 def test_over_ssh(laptop: Laptop, make_host: Callable[..., Host]) -> None:
@@ -194,3 +259,15 @@ def test_over_ssh(laptop: Laptop, make_host: Callable[..., Host]) -> None:
     (row,) = laptop.json("rm", "there", "--remote", host.target, "--yes")
     assert row["bytes"] > 20_000 and not run.path.exists()
     assert json.loads(laptop.deploy("ls", "--json", "--remote", host.target).stdout) == []
+
+
+def test_the_beginning_of_a_name_over_ssh(laptop: Laptop, make_host: Callable[..., Host]) -> None:
+    """Goal: by the beginning of its name, or as `last`, a host's run goes like by its whole name: what would be lost
+    is told first. Red with the host asked about the word as it was typed: `removed`, 0 bytes, and all still there."""
+    host = make_host()
+    for name, run_id in (("the", "there"), ("last", "newest")):
+        run = fill(RunDir(host.run_path(run_id)))
+        found = laptop.deploy("rm", name, "--remote", host.target)
+        assert found.returncode == 2 and f"{run_id}: only on" in found.stderr and run.path.exists()
+        (row,) = laptop.json("rm", name, "--remote", host.target, "--yes")
+        assert row["run_id"] == run_id and row["bytes"] > 20_000 and not run.path.exists()

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from rollouts.remote.errors import DeployError
-from rollouts.remote.repository import find_repository, list_files, read_code
+from rollouts.remote.git import list_files
+from rollouts.remote.repository import find_repository, read_code
 from tests.remote.hosts import git
 from tests.remote.test_sync_code import config
 from tests.remote.test_sync_content import make_repository
@@ -17,7 +18,16 @@ from tests.remote.test_sync_content import make_repository
 def with_submodule(tmp_path: Path) -> Path:
     inner = make_repository(tmp_path / "other", {"inner.txt": "inner\n", "kept.txt": "kept\n"})
     repository = make_repository(tmp_path / "project", {"outer.txt": "outer\n"})
-    git(repository, "-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(inner), "libs/sub")
+    git(
+        repository,
+        "-c",
+        "protocol.file.allow=always",
+        "submodule",
+        "--quiet",
+        "add",
+        str(inner),
+        "libs/sub",
+    )
     git(repository, "commit", "-qm", "submodule")
     return repository
 
@@ -52,7 +62,10 @@ def test_submodules_that_are_elsewhere(with_submodule: Path, tmp_path: Path) -> 
     git(sub, "commit", "-q", "--allow-empty", "-m", "further")
     make_repository(with_submodule / "stray", {"x.txt": "x"})
     notes = "\n".join(read_code(with_submodule, config()).notes)
-    assert "libs/sub has another commit checked out" in notes and "stray/ is a separate git repository" in notes
+    assert (
+        "libs/sub has another commit checked out" in notes
+        and "stray/ is a separate git repository" in notes
+    )
     clone = tmp_path / "clone"
     git(tmp_path, "clone", "-q", str(with_submodule), str(clone))
     code = read_code(clone, config())
@@ -70,7 +83,9 @@ def test_files_that_git_overlooks(tmp_path: Path) -> None:
     (repository / "absent.py").unlink()
     code = read_code(repository, config())
     notes = "\n".join(code.notes)
-    assert "overlooks changes of silent.py" in notes and "absent.py not in the working tree" in notes
+    assert (
+        "overlooks changes of silent.py" in notes and "absent.py not in the working tree" in notes
+    )
     assert code.files == ("pyproject.toml", "silent.py")
 
 

@@ -11,7 +11,7 @@ import pytest
 from rollouts.config import Config
 from rollouts.manifest import write_manifest
 from rollouts.remote.errors import DeployError
-from rollouts.remote.resume import FIXED, _with_settings
+from rollouts.remote.resume import FIXED, with_settings
 from rollouts.remote.run import registry
 from rollouts.remote.run.resumable import Origin, find_origin, rows_before
 from rollouts.run_dir import RunDir, append_event, append_jsonl, read_jsonl
@@ -29,7 +29,12 @@ def checkpoint(run: RunDir, stage: str, step: int, *, damaged: bool = False) -> 
 
 
 def mirror(
-    path: Path, *, sft: int = 0, rl: int = 0, ended: tuple[str, ...] = (), damaged: tuple[int, ...] = ()
+    path: Path,
+    *,
+    sft: int = 0,
+    rl: int = 0,
+    ended: tuple[str, ...] = (),
+    damaged: tuple[int, ...] = (),
 ) -> RunDir:
     """The mirror of a run of 4 steps a stage, with a checkpoint at each of the first `sft` and `rl` steps."""
     run = RunDir(path)
@@ -47,7 +52,8 @@ def mirror(
 FOUND: list[tuple[dict[str, Any], tuple[str, int, tuple[str, ...]]]] = [
     ({"sft": 2}, ("sft", 2, ("sft", "rl"))),
     ({"sft": 3, "damaged": (3,)}, ("sft", 2, ("sft", "rl"))),
-    ({"sft": 4}, ("sft", 3, ("sft", "rl"))),  # its last evaluation is missing: the last step is done again
+    # its last evaluation is missing: the last step is done again
+    ({"sft": 4}, ("sft", 3, ("sft", "rl"))),
     ({"sft": 4, "ended": ("sft",)}, ("sft", 4, ("rl",))),
     ({"sft": 4, "ended": ("sft",), "rl": 2}, ("rl", 2, ("rl",))),
     ({"sft": 4, "ended": ("sft",), "rl": 4}, ("rl", 3, ("rl",))),
@@ -56,21 +62,25 @@ FOUND: list[tuple[dict[str, Any], tuple[str, int, tuple[str, ...]]]] = [
 
 
 @pytest.mark.parametrize(("made", "found"), FOUND, ids=[str(made) for made, _ in FOUND])
-def test_where_a_run_goes_on(tmp_path: Path, made: dict[str, Any], found: tuple[str, int, tuple[str, ...]]) -> None:
+def test_where_a_run_goes_on(
+    tmp_path: Path, made: dict[str, Any], found: tuple[str, int, tuple[str, ...]]
+) -> None:
     """Goal: the newest whole checkpoint; a stage that had ended is not repeated, one that had not is finished; a
     damaged one is named. Red with the last step's checkpoint taken before its stage ended, and with damage not seen."""
     run = mirror(tmp_path / "r", **made)
     origin = find_origin(run, ("sft", "rl"))
     assert (origin.stage, origin.step, origin.stages) == found
-    assert [note for note in origin.notes if "is damaged, and is left out: model.safetensors" in note] or not made.get(
-        "damaged"
-    )
+    assert [
+        note for note in origin.notes if "is damaged, and is left out: model.safetensors" in note
+    ] or not made.get("damaged")
     kept = [
-        (row["stage"], row["step"]) for row in map(json.loads, rows_before(run, origin)["metrics.jsonl"].splitlines())
+        (row["stage"], row["step"])
+        for row in map(json.loads, rows_before(run, origin)["metrics.jsonl"].splitlines())
     ]
-    assert kept == [("sft", step) for step in range(1, (made["sft"] if origin.stage == "rl" else origin.step) + 1)] + [
-        ("rl", step) for step in range(1, (origin.step if origin.stage == "rl" else 0) + 1)
-    ]
+    assert kept == [
+        ("sft", step)
+        for step in range(1, (made["sft"] if origin.stage == "rl" else origin.step) + 1)
+    ] + [("rl", step) for step in range(1, (origin.step if origin.stage == "rl" else 0) + 1)]
 
 
 @pytest.mark.parametrize(
@@ -81,7 +91,9 @@ def test_where_a_run_goes_on(tmp_path: Path, made: dict[str, Any], found: tuple[
         ({"sft": 4, "ended": ("sft",)}, ("sft",), "has taken its last step: sft step 4"),
     ],
 )
-def test_nothing_to_go_on_from(tmp_path: Path, made: dict[str, Any], stages: tuple[str, ...], says: str) -> None:
+def test_nothing_to_go_on_from(
+    tmp_path: Path, made: dict[str, Any], stages: tuple[str, ...], says: str
+) -> None:
     """Goal: one message, with the reason. Red with the newest directory taken unchecked."""
     with pytest.raises(DeployError) as error:
         find_origin(mirror(tmp_path / "r", **made), stages)
@@ -90,7 +102,10 @@ def test_nothing_to_go_on_from(tmp_path: Path, made: dict[str, Any], stages: tup
 
 REFUSED = [
     ("model.name=other/Model", "model.name"),
-    ("model.lora=LoraConfig(rank=4, alpha=8.0, dropout=0.0, target_modules='all-linear', init_seed=0)", "model.lora"),
+    (
+        "model.lora=LoraConfig(rank=4, alpha=8.0, dropout=0.0, target_modules='all-linear', init_seed=0)",
+        "model.lora",
+    ),
     (
         "sft.optimizer.muon=MuonConfig(momentum=0.9, nesterov=True, ns_steps=5, adjust_lr='match_rms_adamw',"
         " vector_lr=1e-3, width_reference=-1)",
@@ -118,9 +133,11 @@ def test_settings_that_a_resume_cannot_follow(tmp_path: Path, setting: str, name
     )
     origin = Origin("sft", 2, tmp_path, ("sft", "rl"))
     with pytest.raises(DeployError) as error:
-        _with_settings(old, example_config(), origin, [setting])
+        with_settings(old, example_config(), origin, [setting])
     assert f"an exact resume cannot follow a change of {names}" in error.value.text() and FIXED
-    changed = _with_settings(old, example_config(), origin, ["sft.matrix_lr=0.5", "rl.matrix_lr=0.25"])
+    changed = with_settings(
+        old, example_config(), origin, ["sft.matrix_lr=0.5", "rl.matrix_lr=0.25"]
+    )
     assert changed.sft is not None and changed.sft.matrix_lr == 0.5
 
 
@@ -130,7 +147,11 @@ def stopped(laptop: Laptop, tmp_path: Path, *options: str) -> None:
     assert laptop.deploy(config, *options, "--run-id", "old", "--detach").returncode == 0
     wait_for(lambda: laptop.json("status", "old")["step"] == 1, "the first step")
     live = laptop.deploy("resume", "old")
-    assert live.returncode == 2 and "old may be live" in live.stderr and "deploy attach old" in live.stderr
+    assert (
+        live.returncode == 2
+        and "old may be live" in live.stderr
+        and "deploy attach old" in live.stderr
+    )
     assert laptop.deploy("stop", "old").returncode == 0
     (tmp_path / "go").touch()
 
@@ -139,15 +160,20 @@ def here(laptop: Laptop, run_id: str) -> RunDir:
     return RunDir(laptop.project / "runs" / "example" / run_id)
 
 
-def test_a_stopped_run_goes_on_on_another_host(laptop: Laptop, make_host: Callable[..., Host], tmp_path: Path) -> None:
+def test_a_stopped_run_goes_on_on_another_host(
+    laptop: Laptop, make_host: Callable[..., Host], tmp_path: Path
+) -> None:
     """Goal: the checkpoint is sent, whole; the record, launch.json and the rows tell of the run before; the old host
-    need not answer; a plan pulls nothing."""
+    need not answer; a plan pulls nothing, and says so, also where nothing else is here. Red with "start it anew", and
+    with a stop that leaves no event on its host."""
     old_host, new_host = make_host(), make_host()
     stopped(laptop, tmp_path, "--remote", old_host.target)
     looked = laptop.deploy("resume", "old", "--plan")
-    assert looked.returncode == 2 and "of old is not here, so this plan leaves it out" in looked.stderr
+    assert looked.returncode == 2 and "not here of old, so this plan leaves it out" in looked.stderr
+    assert "fix     deploy pull old, then the plan" in looked.stderr
     assert not here(laptop, "old").checkpoints.exists()
     assert laptop.deploy("pull", "old").returncode == 0
+    assert '"kind":"stop_asked"' in here(laptop, "old").events.read_text()
     old_host.stop()
     plan = laptop.json("resume", "old", "--remote", new_host.target, "--plan")
     assert plan["resumed_from"] == {
@@ -173,6 +199,7 @@ def test_a_stopped_run_goes_on_on_another_host(laptop: Laptop, make_host: Callab
     assert "stage=sft step=1/3 loss=1.0" not in done.stdout.split("run: new on")[0]
     ended = laptop.deploy("resume", "new")
     assert ended.returncode == 2 and "new is done: nothing is left to resume" in ended.stderr
+    assert f"source_checkpoint={run.path}/checkpoints/rl/latest" in ended.stderr  # red with <stage>
 
 
 def test_runs_that_cannot_be_resumed_here(laptop: Laptop, tmp_path: Path) -> None:
@@ -182,7 +209,9 @@ def test_runs_that_cannot_be_resumed_here(laptop: Laptop, tmp_path: Path) -> Non
     assert unknown.returncode == 2 and "there is no run 'nowhere'" in unknown.stderr
     stopped(laptop, tmp_path)
     several = laptop.deploy("resume", "old", "--set", "sft.matrix_lr=1e-6,3e-6")
-    assert several.returncode == 2 and "starts one run, and --set asks for several" in several.stderr
+    assert (
+        several.returncode == 2 and "starts one run, and --set asks for several" in several.stderr
+    )
     file = laptop.rollouts_home / "registry" / "old.json"
     entry = json.loads(file.read_text())
     file.write_text(json.dumps({**entry, "adopted": True}))

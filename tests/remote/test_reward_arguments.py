@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from rollouts.remote.git import list_files
 from rollouts.remote.inputs import look_through
 from rollouts.remote.inputs.paths import SentFiles
-from rollouts.remote.repository import list_files
 from tests.example_config import example_config, replace_at
 from tests.remote.hosts import git
 
@@ -44,4 +44,6 @@ def test_functions_of_one_argument(field: str, name: str, repository: Path) -> N
     shown = [problem.text() for problem in problems if field in problem.text()]
     assert len(shown) == (name not in FINE), shown
     if name == "two":
-        assert "cannot be called with a" in shown[0] and "mine.py:8: two(prompt, response)" in shown[0]
+        assert (
+            "cannot be called with a" in shown[0] and "mine.py:8: two(prompt, response)" in shown[0]
+        )

@@ -18,15 +18,29 @@ STEP_2: Row = ("metrics.jsonl", {"time": 4.0, "stage": "rl", "step": 2})
 
 
 def measured(stage: str, step: int, value: float = 0.5) -> dict[str, Any]:
-    return {"metric": "exact_match", "split": "test", "task": "all", "stage": stage, "step": step, "value": value}
+    return {
+        "metric": "exact_match",
+        "split": "test",
+        "task": "all",
+        "stage": stage,
+        "step": step,
+        "value": value,
+    }
 
 
 @pytest.mark.parametrize(
     ("evaluation", "place"),
-    [(measured("base", 0), 1), (measured("rl", 0), 1), (measured("rl", 1), 2), (measured("rl", 2), 4)],
+    [
+        (measured("base", 0), 1),
+        (measured("rl", 0), 1),
+        (measured("rl", 1), 2),
+        (measured("rl", 2), 4),
+    ],
     ids=["base", "at step 0", "at step 1", "at the end"],
 )
-def test_rows_of_several_files_come_in_the_order_of_time(evaluation: dict[str, Any], place: int) -> None:
+def test_rows_of_several_files_come_in_the_order_of_time(
+    evaluation: dict[str, Any], place: int
+) -> None:
     """Goal: events and metrics by time; an evaluation, which has none, after the step that it was made at. Red with the
     rows as they were read, file by file."""
     shown = in_order([STARTED, NOTE, STEP_1, STEP_2, ("eval.jsonl", evaluation)])
@@ -37,9 +51,18 @@ def test_rows_of_several_files_come_in_the_order_of_time(evaluation: dict[str, A
 @pytest.mark.parametrize(
     ("evals", "header", "values"),
     [
-        ([measured("rl", 0, 0.25), measured("rl", 10, 0.75)], ["", "before", "rl"], ["0.2500", "0.7500"]),
-        ([measured("rl", 0, 0.25)], ["", "before"], ["0.2500"]),  # stopped before the next evaluation
-        ([measured("base", 0, 0.0), measured("sft", 5, 0.5)], ["", "base", "sft"], ["0.0000", "0.5000"]),
+        (
+            [measured("rl", 0, 0.25), measured("rl", 10, 0.75)],
+            ["", "before", "rl"],
+            ["0.2500", "0.7500"],
+        ),
+        # stopped before the next evaluation
+        ([measured("rl", 0, 0.25)], ["", "before"], ["0.2500"]),
+        (
+            [measured("base", 0, 0.0), measured("sft", 5, 0.5)],
+            ["", "base", "sft"],
+            ["0.0000", "0.5000"],
+        ),
         (
             [measured("sft", 0, 0.1), measured("sft", 5, 0.5), measured("rl", 0, 0.6)],
             ["", "before", "sft"],
@@ -48,7 +71,9 @@ def test_rows_of_several_files_come_in_the_order_of_time(evaluation: dict[str, A
     ],
     ids=["rl alone", "rl stopped", "stopped in sft", "from a checkpoint"],
 )
-def test_the_table_keeps_what_was_before(evals: list[dict[str, Any]], header: list[str], values: list[str]) -> None:
+def test_the_table_keeps_what_was_before(
+    evals: list[dict[str, Any]], header: list[str], values: list[str]
+) -> None:
     """Goal: values of a stage's step 0 are of what came before it. Red with the last value of each stage alone."""
     table = evaluation_table(tuple(evals))
     assert table[0] == header and table[1][1:] == values
@@ -131,7 +156,9 @@ def test_what_fails_in_showing_is_raised_by_the_next_row(clock: Clock) -> None:
         order.add(*NOTE)
 
 
-def test_a_pipe_hears_how_long_nothing_happened(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_a_pipe_hears_how_long_nothing_happened(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     """Goal: plain lines say once in a while that the run lives, what it does and since when. Red with the time left
     out, and with a line for each sign of life."""
     now = [1000.0]
@@ -142,6 +169,11 @@ def test_a_pipe_hears_how_long_nothing_happened(monkeypatch: pytest.MonkeyPatch,
         reporter.alive("installing torch (200 MB)")
     lines = capsys.readouterr().out.splitlines()
     seconds = (display.duration(display.QUIET_S), display.duration(2 * display.QUIET_S))
-    assert lines == [f"alive: installing torch (200 MB) ({text} since deploy began to follow)" for text in seconds]
-    early = display.live_lines(rows_view.View(), "", width=80, utf8=True, doing_s=75.0, host_now=0.0)
+    assert lines == [
+        f"alive: installing torch (200 MB) ({text} since deploy began to follow)"
+        for text in seconds
+    ]
+    early = display.live_lines(
+        rows_view.View(), "", width=80, utf8=True, doing_s=75.0, host_now=0.0
+    )
     assert early == ["starting (1m15s)"]

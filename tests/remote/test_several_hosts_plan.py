@@ -6,13 +6,17 @@ from typing import Any
 
 import pytest
 
+from base_config import BroadcastSync, DiskSync
 from rollouts.remote.errors import DeployError
 from rollouts.remote.host.named_hosts import NamedHost, named_hosts
 from rollouts.remote.host.reach import NOWHERE, Answers, Place, decide_reach
-from rollouts.remote.plan import Plan
+from rollouts.remote.plan import Plan, required_ports
 from rollouts.remote.plan.group_plan import count_problems, fit_problems
+from rollouts.remote.plan.host_part import own_config, part_of
 from rollouts.remote.plan.launch_plan import launch_plan
 from rollouts.run_dir import GroupHost, HostGroup, LaunchPlan
+from rollouts.worker.supervise.fewer_hosts import on_hosts
+from tests.example_config import sglang
 from tests.remote.hosts import config_with
 from tests.remote.test_plan import CODE, FACTS, plan_for
 
@@ -29,7 +33,9 @@ GROUP = HostGroup(
 
 def on(rank: int) -> LaunchPlan:
     group = dataclasses.replace(GROUP, rank=rank)
-    return launch_plan(config_with({"target.hosts": 2, "target.gpu_ranks": [0, 1]}), FACTS, CODE, "r1", group=group)
+    return launch_plan(
+        config_with({"target.hosts": 2, "target.gpu_ranks": [0, 1]}), FACTS, CODE, "r1", group=group
+    )
 
 
 def test_what_each_host_runs() -> None:
@@ -39,7 +45,10 @@ def test_what_each_host_runs() -> None:
     for rank, plan in enumerate((first, second)):
         assert LaunchPlan.from_json(plan.to_json()) == plan
         assert plan.network is not None
-        for process in (plan.network.process, *(stage.trainer for stage in plan.stages)):
+        for process in (
+            plan.network.process,
+            *filter(None, (stage.trainer for stage in plan.stages)),
+        ):
             words = " ".join(process.argv)
             assert "rollouts.training.bound_torchrun --rdzv-backend static --rdzv-id r1" in words
             assert "--master-addr 10.0.0.4 --master-port 22000" in words
@@ -47,10 +56,22 @@ def test_what_each_host_runs() -> None:
             interface = ("eth1", "lan0")[rank]
             wanted = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}
             assert wanted.items() <= process.env.items()
-    assert [[engine.window for engine in stage.engines] for stage in first.stages] == [[], ["engine-0"]]
+    assert [[engine.window for engine in stage.engines] for stage in first.stages] == [
+        [],
+        ["engine-0"],
+    ]
     assert [[engine.window for engine in stage.engines] for stage in second.stages] == [[], []]
-    assert [stage.needs_checkpoint is None for stage in (*first.stages, *second.stages)] == [True, False, True, True]
-    assert "--engine-url" in first.stages[1].trainer.argv and "--engine-url" not in second.stages[1].trainer.argv
+    assert [stage.needs_checkpoint is None for stage in (*first.stages, *second.stages)] == [
+        True,
+        False,
+        True,
+        True,
+    ]
+    trainers = [plan.stages[1].trainer for plan in (first, second)]
+    assert ["--engine-url" in (trainer.argv if trainer else ()) for trainer in trainers] == [
+        True,
+        False,
+    ]
     (local,) = second.smoke
     assert "127.0.0.1" in local.process.argv and local.process.env["GLOO_SOCKET_IFNAME"] == "lo"
 
@@ -58,8 +79,43 @@ def test_what_each_host_runs() -> None:
 def test_as_many_hosts_as_the_config_says() -> None:
     """Goal: target.hosts and the command agree. Red with too many let through."""
     (found,) = count_problems(config_with({"target.hosts": 2}), 3)
-    assert "asks for 2 hosts, and the command names 3" in found.message and "target.hosts=3" in found.fix
+    assert (
+        "asks for 2 hosts, and the command names 3" in found.message
+        and "target.hosts=3" in found.fix
+    )
     assert not list(count_problems(config_with({"target.hosts": 2}), 2))
+
+
+GOES_ON = {
+    "target.hosts": 4,
+    "target.hosts_min": 1,
+    "limits.restarts_max": 1,
+    "sft.batch_size": 2,
+    "sft.target_examples_per_step": 8,
+}
+
+
+def test_with_how_many_hosts_a_job_goes_on() -> None:
+    """Goal: those over whose ranks the batches divide, from target.hosts_min on; the fewest have to be one of them, and
+    count for the memory. Where the first and third of four live, the third has rank 1, in plan.json too.
+
+    Red without the check of target.hosts_min, and with all counts taken for ones that divide."""
+    config = config_with(GOES_ON)
+    assert config.problems() == () and config.fewer_hosts() == [1, 2]
+    assert config_with({**GOES_ON, "limits.restarts_max": 0}).fewer_hosts() == []
+    (refused,) = config_with({**GOES_ON, "target.hosts_min": 3}).problems()
+    assert refused.startswith("target.hosts_min=3: needs a number of hosts that can do the job")
+    (more,) = config_with({"target.hosts_min": 2}).problems()
+    assert more == "target.hosts_min=2: needs 1 to target.hosts=1"
+    group = dataclasses.replace(GROUP, rank=2, hosts=GROUP.hosts * 2, fewer=config.fewer_hosts())
+    assert group.going_on([0, 2, 3]) == [0, 2] and group.going_on([0]) == [0]
+    assert own_config(config, part_of(config, group)).target.world_size == 1
+    plan = launch_plan(config, FACTS, CODE, "r1", group=group)
+    assert LaunchPlan.from_json(plan.to_json()) == plan
+    assert on_hosts(plan, [0, 1, 2, 3]) is plan
+    left = on_hosts(plan, [0, 2])
+    words = [" ".join(stage.trainer.argv) for stage in left.stages if stage.trainer]
+    assert all("--nnodes 2 --node-rank 1" in line for line in words) and len(words) == 2
 
 
 @pytest.mark.parametrize(
@@ -76,7 +132,9 @@ def test_hosts_that_do_not_fit(facts: dict[str, Any], words: list[str]) -> None:
     """Goal: what differs between hosts and must be the same is named for each. Red with each check left out."""
     their = {"host": "gpu-8", **facts}
     plans: list[Plan] = [plan_for(), plan_for(facts=their)]
-    text = "\n".join(problem.text() for problem in fit_problems(["a", "b"], [FACTS, of(their)], plans))
+    text = "\n".join(
+        problem.text() for problem in fit_problems(["a", "b"], [FACTS, of(their)], plans)
+    )
     assert bool(text) == bool(words)
     assert all(word in text.replace("          ", "") for word in words), text
 
@@ -92,7 +150,9 @@ PUBLIC, PRIVATE, SIX = (
 )
 
 
-def reached(*places: Place, without: tuple[str, int] | None = None, clock: float = 0.0) -> dict[tuple[str, int], float]:
+def reached(
+    *places: Place, without: tuple[str, int] | None = None, clock: float = 0.0
+) -> dict[tuple[str, int], float]:
     pairs = [(place.address, port) for place in places for port in place.ports]
     return {pair: clock for pair in pairs if pair != without}
 
@@ -143,3 +203,97 @@ def test_a_file_of_hosts(tmp_path: Path) -> None:
     file.write_text("\n# none\n")
     with pytest.raises(DeployError, match="names no hosts"):
         named_hosts([], file)
+
+
+SERVING = dataclasses.replace(
+    GROUP,
+    hosts=[
+        GROUP.hosts[0],
+        dataclasses.replace(GROUP.hosts[1], trains=False, engine_port=30_500, receiver_port=23_000),
+    ],
+)
+FAR = {"engine.hosts": [1], "engine.weight_sync": DiskSync(on_tmpfs=True)}
+
+
+def test_a_host_that_only_serves() -> None:
+    """Goal: its engines listen at its private address on its own port, start with the model that the first host sends,
+    and it has no trainer; the first host's trainer knows the URLs, and stays on loopback."""
+    config = config_with(FAR)
+    first, second = (
+        launch_plan(config, FACTS, CODE, "r1", group=dataclasses.replace(SERVING, rank=rank))
+        for rank in (0, 1)
+    )
+    for plan in (first, second):
+        assert LaunchPlan.from_json(plan.to_json()) == plan and plan.network is None
+    assert [[spec.window for spec in stage.processes()] for stage in first.stages] == [
+        ["trainer"],
+        ["trainer"],
+    ]
+    assert [[spec.window for spec in stage.processes()] for stage in second.stages] == [
+        [],
+        ["receiver", "engine-0"],
+    ]
+    receiver, engine = second.stages[1].processes()
+    assert "--host 10.0.0.5 --port 30500" in " ".join(engine.argv)
+    assert f"--model-path {second.run_path}/weights/start" in " ".join(engine.argv)
+    assert receiver.argv[0] == FACTS.python and "--versions /dev/shm/" in " ".join(receiver.argv)
+    for plan in (first, second):
+        sent = plan.stages[1].send
+        assert sent is not None and sent.receivers == ["http://10.0.0.5:23000"]
+    assert first.stages[1].far_ready_urls == ["http://10.0.0.5:30500/ready"]
+    trainer = first.stages[1].trainer
+    assert trainer is not None and trainer.env["GLOO_SOCKET_IFNAME"] == "lo"
+    assert trainer.argv[-4:] == [
+        *("--engine-url", "http://10.0.0.5:30500"),
+        *("--receiver-url", "http://10.0.0.5:23000"),
+    ]
+    assert [spec.name for spec in second.environments] == ["trainer"]  # the embedded engine's
+    assert first.stages[1].needs_checkpoint and not second.stages[1].needs_checkpoint
+
+
+def test_engines_on_both_hosts_that_broadcast() -> None:
+    """Goal: replicas are counted through, each with a seed of its own, and a collective takes the private interface."""
+    both = dataclasses.replace(
+        SERVING,
+        hosts=[dataclasses.replace(SERVING.hosts[0], engine_port=30_400), SERVING.hosts[1]],
+    )
+    config = config_with({"engine": sglang(hosts=[0, 1], weight_sync=BroadcastSync(bucket_mib=64))})
+    code = dataclasses.replace(CODE, engine_requirements="sglang==1\n")
+    plans = [
+        launch_plan(config, FACTS, code, "r1", group=dataclasses.replace(both, rank=rank))
+        for rank in (0, 1)
+    ]
+    engines = [plan.stages[1].engines[0] for plan in plans]
+    assert [engine.window for engine in engines] == ["engine-0", "engine-1"]
+    lines = [" ".join(engine.argv) for engine in engines]
+    assert "--host 10.0.0.4 --port 30400" in lines[0] and "--host 10.0.0.5" in lines[1]
+    seeds = [int(line.partition("--random-seed ")[2].split()[0]) for line in lines]
+    assert seeds[1] == seeds[0] + 1
+    assert [engine.env["GLOO_SOCKET_IFNAME"] for engine in engines] == ["eth1", "lan0"]
+    assert [[spec.name for spec in plan.environments] for plan in plans] == [
+        ["trainer", "engine"],
+        ["engine"],
+    ]
+    assert [check.process.window for check in plans[1].smoke] == ["smoke-engine"]
+
+
+def test_each_host_is_asked_for_its_own_part() -> None:
+    """Goal: cards and ports of a host count for what runs there."""
+    config = config_with({**FAR, "target.gpu_ranks": [0, 1], "engine.gpu_ranks": [3]})
+    trains, serves = (
+        own_config(config, part_of(config, dataclasses.replace(SERVING, rank=rank)))
+        for rank in (0, 1)
+    )
+    assert (trains.target.gpu_ranks, trains.engine) == ([0, 1], None)
+    assert serves.target.gpu_ranks == [] and serves.engine == config.engine
+    assert required_ports(trains) == [] and required_ports(serves) == required_ports(config) != []
+
+
+def test_hosts_for_engines_are_counted() -> None:
+    """Goal: the command names the hosts that only serve, too."""
+    config = config_with(FAR)
+    assert not list(count_problems(config, 2))
+    (found,) = count_problems(config, 1)
+    assert "asks for 2 hosts, of which the last ones only serve" in found.message
+    assert "target.hosts=1, engine.hosts=[1]" in found.text()
+    assert plan_for(engine__hosts=[1], engine__weight_sync=FAR["engine.weight_sync"]).launch is None

@@ -42,7 +42,9 @@ def test_a_shell_that_speaks(kind: str, here: Laptop, make_host: MakeHost) -> No
     (problem,) = facts.way_problems
     size = {"title": "10 bytes", "binary": "65536 bytes or more"}.get(kind, "17 bytes")
     assert f"its shell prints {size} before every command" in problem.message
-    assert problem.found.startswith({"title": r"\x1b]0;gpu-7\x07", "binary": ""}.get(kind, "Welcome to gpu-7"))
+    assert problem.found.startswith(
+        {"title": r"\x1b]0;gpu-7\x07", "binary": ""}.get(kind, "Welcome to gpu-7")
+    )
     assert problem.found.isprintable() and "[[ $- == *i* ]]" in problem.fix
 
 
@@ -63,7 +65,11 @@ def test_start_up_files_that_do_no_harm(text: str, here: Laptop, make_host: Make
         facts = gather_facts(transport, check_way=True)
         done = transport.run(["ls", "/no such"], cwd="/", timeout_s=15)
     assert facts.way_problems == () and facts.home == str(host.home) and facts.python
-    assert done.err.startswith("ls: cannot access") and "No such file" in done.err and done.returncode == 2
+    assert (
+        done.err.startswith("ls: cannot access")
+        and "No such file" in done.err
+        and done.returncode == 2
+    )
 
 
 def test_what_a_start_up_file_leaves_running(here: Laptop, make_host: MakeHost) -> None:
@@ -98,6 +104,12 @@ def test_a_run_on_an_account_with_csh(laptop: Laptop, make_host: MakeHost) -> No
     logs = laptop.deploy("logs", "a")
     assert logs.returncode == 0 and logs.stdout, logs.stderr
     pull = laptop.deploy("pull", "a")
-    assert pull.returncode != 0 and "its shell prints" in pull.stderr and "Traceback" not in pull.stderr
+    assert (
+        pull.returncode != 0
+        and "its shell prints" in pull.stderr
+        and "Traceback" not in pull.stderr
+    )
     plan = laptop.deploy(config, "--remote", host.target, "--plan")
-    assert plan.returncode == 2 and "its shell prints 28 bytes before every command" in plan.stderr, plan.stderr
+    assert (
+        plan.returncode == 2 and "its shell prints 28 bytes before every command" in plan.stderr
+    ), plan.stderr

@@ -15,7 +15,8 @@ from rollouts.view.fold import View, fold
 from tests.remote.hosts import Laptop, wait_for, write_config
 from tests.remote.test_gpu_configs import plan
 from tests.remote.test_plan import CUDA, H200, HALF, SECOND, SGLANG, plan_for
-from tests.remote.test_whole_runs import processes_of, quiet
+from tests.remote.test_whole_runs import quiet
+from tests.run_processes import processes_of
 
 RUN = "/home/u/.rollouts/runs/r1"
 # Not among the environment's markers of other tests: a variable that acts on devices
@@ -34,7 +35,9 @@ def test_what_is_tried_on_one_card() -> None:
     shown = plan("01_debug_sft_rl")
     assert shown.launch is not None
     trainer, engine = shown.launch.smoke
-    python, engines = (f"{environment.path}/bin/python" for environment in shown.launch.environments)
+    python, engines = (
+        f"{environment.path}/bin/python" for environment in shown.launch.environments
+    )
     assert trainer.process.argv == [
         *(python, "-m", "rollouts.training.smoke", "trainer", "--device", "cuda"),
         *("--store", f"{RUN}/.ranks-bootstrap.tmp", "--report", f"{RUN}/.smoke-smoke.tmp"),
@@ -42,13 +45,23 @@ def test_what_is_tried_on_one_card() -> None:
     assert trainer.process.env["CUDA_VISIBLE_DEVICES"] == "GPU-0" and not trainer.process.tools_of
     assert engine.process.argv == [
         *(engines, "-m", "rollouts.training.smoke", "engine", "--device", "cuda", "--cards", "1"),
-        *("--report", f"{RUN}/.smoke-smoke-engine.tmp", "--module", "rollouts.engines.sglang.launcher"),
+        *(
+            "--report",
+            f"{RUN}/.smoke-smoke-engine.tmp",
+            "--module",
+            "rollouts.engines.sglang.launcher",
+        ),
         *("--module", "sglang.launch_server", "--module", "sglang.srt.entrypoints.http_server"),
         *("--compilers", "ninja", "nvcc", "c++", "Python.h"),
     ]
     assert engine.process.tools_of == shown.launch.environments[1].path
-    assert trainer.subject.startswith("GPU 0 (NVIDIA H200), NVIDIA driver 580.65.06, torch build cu130")
-    assert any(step.what.startswith("smoke-engine: ") and "GPU 0 (NVIDIA H200)" in step.why for step in shown.steps)
+    assert trainer.subject.startswith(
+        "GPU 0 (NVIDIA H200), NVIDIA driver 580.65.06, torch build cu130"
+    )
+    assert any(
+        step.what.startswith("smoke-engine: ") and "GPU 0 (NVIDIA H200)" in step.why
+        for step in shown.steps
+    )
 
 
 def test_what_is_tried_on_several_cards() -> None:
@@ -59,7 +72,9 @@ def test_what_is_tried_on_several_cards() -> None:
     trainer, engine = launch.smoke
     assert "--nproc-per-node 2 -m rollouts.training.smoke" in " ".join(trainer.process.argv)
     assert trainer.process.env["CUDA_VISIBLE_DEVICES"] == "GPU-0,GPU-1"
-    assert engine.process.env["CUDA_VISIBLE_DEVICES"] == "2,3" and "--cards 2" in " ".join(engine.process.argv)
+    assert engine.process.env["CUDA_VISIBLE_DEVICES"] == "2,3" and "--cards 2" in " ".join(
+        engine.process.argv
+    )
     (compiled,) = checks(**CUDA, model__compile=True)
     assert compiled.process.argv[-3:] == ["--compilers", "c++", "Python.h"]
 
@@ -69,10 +84,15 @@ def test_on_a_cpu() -> None:
     without its import."""
     (one,) = checks()
     argv = " ".join(one.process.argv)
-    assert "trainer --device cpu" in argv and argv.endswith("--module rollouts.engines.embedded.__main__")
+    assert "trainer --device cpu" in argv and argv.endswith(
+        "--module rollouts.engines.embedded.__main__"
+    )
     assert one.subject.startswith("cpu, torch ")
     _, engine = checks(**SGLANG)
-    assert "--compilers" not in engine.process.argv and "rollouts.engines.sglang.cpu_launcher" in engine.process.argv
+    assert (
+        "--compilers" not in engine.process.argv
+        and "rollouts.engines.sglang.cpu_launcher" in engine.process.argv
+    )
 
 
 @pytest.mark.parametrize(
@@ -82,7 +102,14 @@ def test_on_a_cpu() -> None:
         ({"facts": {"driver": "580.65.06"}}, False),
         ({"facts": {"gpus": (dataclasses.replace(H200, uuid="GPU-b"),)}}, False),
         ({"host__env": {"LD_LIBRARY_PATH": "/usr/local/cuda-13.0/compat"}}, False),
-        ({"host__env": {"HF_ENDPOINT": "http://mirror"}, "run_id": "r2", "rl__sampling__seed": 7}, True),
+        (
+            {
+                "host__env": {"HF_ENDPOINT": "http://mirror"},
+                "run_id": "r2",
+                "rl__sampling__seed": 7,
+            },
+            True,
+        ),
         ({"target__gpu_ranks": [0, 1], "facts": {"gpus": (H200, SECOND)}}, False),
         ({"model__compile": True}, False),
     ],
@@ -93,9 +120,12 @@ def test_what_is_tried_again(changes: dict[str, Any], same: bool) -> None:
     it would repeat the test in each run. Red with the driver left out, with all variables in it, and with paths of the
     run's directory."""
     base: dict[str, Any] = {**CUDA, **HALF, **SGLANG}
-    before, after = ([check.marker for check in checks(**options)] for options in (base, {**base, **changes}))
+    before, after = (
+        [check.marker for check in checks(**options)] for options in (base, {**base, **changes})
+    )
     assert (before[0] == after[0]) is same
-    cpu = [checks(**SGLANG, run_id=run_id)[1].marker for run_id in ("r1", "r2")]  # PYTHONPATH is in the run directory
+    # PYTHONPATH is in the run directory
+    cpu = [checks(**SGLANG, run_id=run_id)[1].marker for run_id in ("r1", "r2")]
     assert cpu[0] == cpu[1]
 
 

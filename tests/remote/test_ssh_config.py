@@ -29,7 +29,9 @@ def here(laptop: Laptop, monkeypatch: pytest.MonkeyPatch) -> Laptop:
 
 @contextlib.contextmanager
 def transport_to(name: str, *, accept_new: bool = False) -> Iterator[SSHTransport]:
-    with contextlib.closing(SSHTransport(name, parse_target(name), accept_new_host_key=accept_new)) as made:
+    with contextlib.closing(
+        SSHTransport(name, parse_target(name), accept_new_host_key=accept_new)
+    ) as made:
         yield made
 
 
@@ -38,7 +40,9 @@ def reach(name: str, tmp_path: Path, *, accept_new: bool = False) -> str:
     with transport_to(name, accept_new=accept_new) as transport:
         said = transport.run(["sh", "-c", "echo $SSH_CONNECTION"], timeout_s=30).out
         sent = tmp_path / "sent"
-        done = run_rsync(transport, [str(Path(__file__)), transport.rsync_path(str(sent))], timeout_s=60)
+        done = run_rsync(
+            transport, [str(Path(__file__)), transport.rsync_path(str(sent))], timeout_s=60
+        )
         assert done.returncode == 0, done.err
         assert sent.read_bytes() == Path(__file__).read_bytes()
     return said
@@ -48,13 +52,17 @@ def reach(name: str, tmp_path: Path, *, accept_new: bool = False) -> str:
 def agent(socket: Path, *keys: Path) -> Iterator[None]:
     """An ssh-agent at `socket` that holds `keys`."""
     socket.parent.mkdir(parents=True, exist_ok=True)
-    with subprocess.Popen(["ssh-agent", "-D", "-a", str(socket)], stdout=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        ["ssh-agent", "-D", "-a", str(socket)], stdout=subprocess.DEVNULL
+    ) as process:
         try:
             while not socket.exists():
                 assert process.poll() is None
             environment = {**os.environ, "SSH_AUTH_SOCK": str(socket)}
             for key in keys:
-                subprocess.run(["ssh-add", "-q", str(key)], env=environment, check=True, capture_output=True)
+                subprocess.run(
+                    ["ssh-add", "-q", str(key)], env=environment, check=True, capture_output=True
+                )
             yield
         finally:
             process.kill()
@@ -77,7 +85,10 @@ Host gpu-7
 
 
 def includes(laptop: Laptop, host: Host) -> str:
-    for name, text in {"conf.d/10-cloud": "Include more/*", "more/gpu": f"Host gpu-7\n  Port {host.port}\n"}.items():
+    for name, text in {
+        "conf.d/10-cloud": "Include more/*",
+        "more/gpu": f"Host gpu-7\n  Port {host.port}\n",
+    }.items():
         file = laptop.home / ".ssh" / name
         file.parent.mkdir()
         file.write_text(text)
@@ -167,7 +178,9 @@ def test_shapes_of_configurations(
     assert "127.0.0.1" in reach("gpu-7", tmp_path)
 
 
-def test_a_new_key_is_kept_where_both_clients_look(here: Laptop, make_host: MakeHost, tmp_path: Path) -> None:
+def test_a_new_key_is_kept_where_both_clients_look(
+    here: Laptop, make_host: MakeHost, tmp_path: Path
+) -> None:
     """Goal: --accept-new-host-key writes the name and the file that the configuration gives, so that rsync passes too.
 
     Red with the key written to ~/.ssh/known_hosts under the address.
@@ -205,7 +218,9 @@ def test_an_agent_at_another_socket(here: Laptop, make_host: MakeHost, tmp_path:
     socket = tmp_path / "Group Containers/a.sock"
     with agent(socket, here.key):
         here.key.unlink()
-        here.ssh_config(f'Host gpu-7\n HostName 127.0.0.1\n Port {host.port}\nHost *\n IdentityAgent "{socket}"\n')
+        here.ssh_config(
+            f'Host gpu-7\n HostName 127.0.0.1\n Port {host.port}\nHost *\n IdentityAgent "{socket}"\n'
+        )
         reach("gpu-7", tmp_path)
 
 
@@ -233,9 +248,14 @@ def test_one_of_many_keys_in_the_agent(
             reach("gpu-7", tmp_path)
         assert f"tried: {others[0]} (agent)\n" in caught.value.text()
         here.ssh_config(own)
-        with pytest.raises(TransportError, match="closed the connection while logging in") as caught:
+        with pytest.raises(
+            TransportError, match="closed the connection while logging in"
+        ) as caught:
             reach("gpu-7", tmp_path)
-    assert "the agent holds 7 keys" in caught.value.text() and "IdentitiesOnly yes" in caught.value.text()
+    assert (
+        "the agent holds 7 keys" in caught.value.text()
+        and "IdentitiesOnly yes" in caught.value.text()
+    )
 
 
 def test_a_certificate_as_the_key(here: Laptop, make_host: MakeHost, tmp_path: Path) -> None:
@@ -244,14 +264,28 @@ def test_a_certificate_as_the_key(here: Laptop, make_host: MakeHost, tmp_path: P
     host = make_host(settings=(f"TrustedUserCAKeys {authority}.pub",))
     (host.directory / "authorized_keys").write_text("")
     name = subprocess.run(["id", "-un"], check=True, capture_output=True, text=True).stdout.strip()
-    command = ["ssh-keygen", "-q", "-s", str(authority), "-I", "laptop", "-n", name, f"{here.key}.pub"]
+    command = [
+        "ssh-keygen",
+        "-q",
+        "-s",
+        str(authority),
+        "-I",
+        "laptop",
+        "-n",
+        name,
+        f"{here.key}.pub",
+    ]
     subprocess.run(command, check=True, capture_output=True)
     made = Path(f"{here.key}-cert.pub").rename(tmp_path / "elsewhere-cert.pub")
-    here.ssh_config(f"Host gpu-7\n HostName 127.0.0.1\n Port {host.port}\n CertificateFile {made}\n")
+    here.ssh_config(
+        f"Host gpu-7\n HostName 127.0.0.1\n Port {host.port}\n CertificateFile {made}\n"
+    )
     reach("gpu-7", tmp_path)
 
 
-def test_jump_hosts_each_with_its_own_settings(here: Laptop, make_host: MakeHost, tmp_path: Path) -> None:
+def test_jump_hosts_each_with_its_own_settings(
+    here: Laptop, make_host: MakeHost, tmp_path: Path
+) -> None:
     """Goal: every hop is asked of the configuration by itself: alias, port, key, the hop's own jump; both clients.
 
     Red with the jump hosts' settings taken from the host's.
@@ -264,9 +298,16 @@ def test_jump_hosts_each_with_its_own_settings(here: Laptop, make_host: MakeHost
         f'Host *\n IdentityFile "{here.home}/a key"\n'
     )
     names = (f"[localhost]:{first.port}", f"[127.0.0.1]:{second.port}", f"[127.0.0.1]:{host.port}")
-    lines = [f"{name} {public(h.host_key)}\n" for name, h in zip(names, (first, second, host), strict=True)]
+    lines = [
+        f"{name} {public(h.host_key)}\n"
+        for name, h in zip(names, (first, second, host), strict=True)
+    ]
     here.known_hosts.write_text("".join(lines))
-    assert [hop.name for hop in read_hops(parse_target("gpu-7"))] == ["localhost", "second", "gpu-7"]
+    assert [hop.name for hop in read_hops(parse_target("gpu-7"))] == [
+        "localhost",
+        "second",
+        "gpu-7",
+    ]
     reach("gpu-7", tmp_path)
 
 
@@ -294,7 +335,12 @@ def test_what_is_not_followed_is_said(here: Laptop, make_host: MakeHost) -> None
     )
     done = here.deploy("--remote", "gpu-7")
     assert done.returncode == 0, done.stderr
-    for said in ("bindinterface lo", "hostbasedauthentication yes", "verifyhostkeydns true", "nohostauthentication"):
+    for said in (
+        "bindinterface lo",
+        "hostbasedauthentication yes",
+        "verifyhostkeydns true",
+        "nohostauthentication",
+    ):
         assert done.stdout.count(said) == 1 and "not followed" in done.stdout, done.stdout
     assert "GSSAPI" not in done.stdout and "ControlPath" not in done.stdout, "the key was enough"
     (host.directory / "authorized_keys").write_text("")

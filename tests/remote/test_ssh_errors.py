@@ -51,7 +51,9 @@ def jump_is_down(jump: Host, here: Laptop) -> None:
 
 def jump_has_changed(jump: Host, here: Laptop) -> None:
     text = here.known_hosts.read_text()
-    here.known_hosts.write_text(text.replace(public(jump.host_key), public(keygen(here.home / "other"))))
+    here.known_hosts.write_text(
+        text.replace(public(jump.host_key), public(keygen(here.home / "other")))
+    )
 
 
 def jump_refuses(jump: Host, here: Laptop) -> None:
@@ -67,14 +69,34 @@ def jump_forbids_forwarding(jump: Host, here: Laptop) -> None:
 @pytest.mark.parametrize(
     ("break_it", "message", "fix"),
     [
-        (jump_is_down, "jump host jumper: 127.0.0.1:{jump} refused the connection", "check the port"),
-        (jump_has_changed, "jump host jumper: THE HOST'S KEY HAS CHANGED", "ssh-keygen -R '[127.0.0.1]:{jump}'"),
-        (jump_refuses, "jump host jumper: the host accepts none of the keys", "ssh-copy-id -p {jump}"),
-        (jump_forbids_forwarding, "the jump host before it cannot reach 127.0.0.1:{host}", "AllowTcpForwarding"),
+        (
+            jump_is_down,
+            "jump host jumper: 127.0.0.1:{jump} refused the connection",
+            "check the port",
+        ),
+        (
+            jump_has_changed,
+            "jump host jumper: THE HOST'S KEY HAS CHANGED",
+            "ssh-keygen -R '[127.0.0.1]:{jump}'",
+        ),
+        (
+            jump_refuses,
+            "jump host jumper: the host accepts none of the keys",
+            "ssh-copy-id -p {jump}",
+        ),
+        (
+            jump_forbids_forwarding,
+            "the jump host before it cannot reach 127.0.0.1:{host}",
+            "AllowTcpForwarding",
+        ),
     ],
 )
 def test_a_jump_host_that_fails(
-    break_it: Callable[[Host, Laptop], None], message: str, fix: str, here: Laptop, make_host: MakeHost
+    break_it: Callable[[Host, Laptop], None],
+    message: str,
+    fix: str,
+    here: Laptop,
+    make_host: MakeHost,
 ) -> None:
     """Goal: the hop that failed is named, and the advice is for it. Red with the target explained in its place."""
     jump, host = make_host(), make_host()
@@ -145,7 +167,9 @@ def test_a_proxy_command_that_fails(here: Laptop) -> None:
     """Goal: the command's own words and code are shown. Red with a closed socket called a time-out."""
     here.ssh_config("Host gpu-7\n ProxyCommand sh -c 'echo no tunnel today >&2; exit 7'\n")
     text = error_of("gpu-7").text()
-    assert "the ProxyCommand for gpu-7:22 ended" in text and "exit code 7: no tunnel today" in text, text
+    assert (
+        "the ProxyCommand for gpu-7:22 ended" in text and "exit code 7: no tunnel today" in text
+    ), text
 
 
 @pytest.mark.parametrize(
@@ -170,8 +194,14 @@ def test_a_target_as_an_address(text: str, target: Target) -> None:
         ("/etc/ssh/ssh_config: line 3: Bad configuration option: x", False),
         ("Received disconnect from h port 22:2: Too many authentication failures", False),
         ("Cannot execute command-line and remote command.", False),
-        ("Unable to negotiate with h port 22: no matching host key type found. Their offer: ssh-dss", False),
-        ("channel 0: open failed: administratively prohibited: open failed\nstdio forwarding failed", False),
+        (
+            "Unable to negotiate with h port 22: no matching host key type found. Their offer: ssh-dss",
+            False,
+        ),
+        (
+            "channel 0: open failed: administratively prohibited: open failed\nstdio forwarding failed",
+            False,
+        ),
         ("ssh: connect to host h port 22: Connection timed out", True),
         ("Connection closed by 127.0.0.1 port 22", True),
         ("client_loop: send disconnect: Broken pipe", True),
@@ -181,4 +211,6 @@ def test_a_target_as_an_address(text: str, target: Target) -> None:
 def test_what_ssh_said_before_it_gave_up(words: str, lost: bool) -> None:
     """Goal: 255 is looked at by ssh's own words: what stays wrong is not tried again. Red with all of it "lost"."""
     error = explain_words("gpu-7", f"{words}\nrsync: connection unexpectedly closed")
-    assert error.lost is lost and "cut off" in str(error) and words.partition("\n")[0] in error.text()
+    assert (
+        error.lost is lost and "cut off" in str(error) and words.partition("\n")[0] in error.text()
+    )

@@ -22,12 +22,18 @@ def events(run: RunDir, kind: str) -> list[dict[str, Any]]:
 
 
 REACHED: dict[str, Callable[[RunDir], Any]] = {
-    "building": lambda run: any(row.get("action") == "building" for row in events(run, "environment")),
+    "building": lambda run: any(
+        row.get("action") == "building" for row in events(run, "environment")
+    ),
     "engine starting": lambda run: (
-        any(row["stage"] == "rl" for row in events(run, "stage_started")) and run.process("engine-0").exists()
+        any(row["stage"] == "rl" for row in events(run, "stage_started"))
+        and run.process("engine-0").exists()
     ),
     "training": lambda run: run.heeds_stop.exists() and read_jsonl(run.metrics),
     "training, --now": lambda run: run.heeds_stop.exists() and read_jsonl(run.metrics),
+    "checkpointing": lambda run: any(run.checkpoints.glob("sft/.*.tmp/model.safetensors")),
+    "checkpointing, --now": lambda run: any(run.checkpoints.glob("sft/.*.tmp/model.safetensors")),
+    "evaluating": lambda run: len(read_jsonl(run.metrics)) == 3 and not run.heeds_stop.exists(),
     "directory gone": lambda run: run.heeds_stop.exists() and read_jsonl(run.metrics),
     "ended": lambda run: run.exit("run", "supervisor").exists(),
 }
@@ -39,9 +45,17 @@ def test_stop(phase: str, laptop: Laptop, tmp_path: Path) -> None:
     whole checkpoint of the last one, and the next stage does not begin."""
     run_id = f"stop-{secrets.token_hex(4)}"
     never = str(tmp_path / "never")
-    env = {} if phase == "ended" else {"STAND_IN_STEPS": "9", "STAND_IN_WAIT": never, "STAND_IN_ENGINE_WAIT": never}
+    env = (
+        {}
+        if phase == "ended"
+        else {"STAND_IN_STEPS": "9", "STAND_IN_WAIT": never, "STAND_IN_ENGINE_WAIT": never}
+    )
     if phase == "engine starting":
         del env["STAND_IN_WAIT"]
+    if phase.startswith("checkpointing"):
+        env = {"STAND_IN_HOLD": "checkpoint"}
+    if phase == "evaluating":
+        env = {"STAND_IN_HOLD": "evaluation"}
     if phase == "building":
         (laptop.rollouts_home / "envs").unlink()
     config = str(write_config(laptop.project, env=env))
@@ -49,7 +63,8 @@ def test_stop(phase: str, laptop: Laptop, tmp_path: Path) -> None:
     run = RunDir(laptop.rollouts_home / "runs" / run_id)
     wait_for(lambda: REACHED[phase](run), phase)
     if phase == "directory gone":
-        shutil.rmtree(run.path)
+        while run.path.exists():  # the run goes on writing into it
+            shutil.rmtree(run.path, ignore_errors=True)
         done = laptop.deploy("stop", run_id)  # the supervisor may have ended the run by then
         assert done.returncode == 0 or "its directory is gone" in done.stderr, done.stderr
         quiet(run_id)
@@ -62,11 +77,14 @@ def test_stop(phase: str, laptop: Laptop, tmp_path: Path) -> None:
         "training": "checkpoints/sft/step_000002",
         "training, --now": "checkpoints/sft/step_000001",
         "engine starting": "checkpoints/sft/step_000009",
+        "checkpointing": "checkpoints/sft/step_000002",
+        "evaluating": "checkpoints/sft/step_000003",
         "ended": "checkpoints/rl/step_000003",
     }.get(phase)
     assert said["checkpoint"] == newest
     assert newest is None or manifest_problems(run.path / newest) == ()
-    if phase.startswith("training"):
+    if "engine" not in phase and not ended and phase != "building":
+        assert list(run.checkpoints.glob("sft/step_*/.*")) == []
         assert [row["stage"] for row in events(run, "stage_started")] == ["sft"]
     if run.path.exists():
         assert list(run.path.glob(".*.tmp")) == []
@@ -79,11 +97,18 @@ def test_stop_while_the_code_is_sent(laptop: Laptop, make_host: Callable[..., Ho
     host, run_id = make_host(), f"stop-{secrets.token_hex(4)}"
     config = str(write_config(laptop.project, output__mode="sft"))
     deploying = laptop.start(config, "--remote", host.target, "--run-id", run_id)
-    wait_for(lambda: (host.run_path(run_id) / "code").exists() or deploying.poll() is not None, "the upload")
+    wait_for(
+        lambda: (host.run_path(run_id) / "code").exists() or deploying.poll() is not None,
+        "the upload",
+    )
     deploying.send_signal(signal.SIGSTOP)
     assert laptop.json("stop", run_id)["state"] == "not launched"
     deploying.send_signal(signal.SIGCONT)
     _, err = deploying.communicate(timeout=250)
-    assert deploying.returncode == 2 and f"`deploy stop {run_id}` came before" in err and "Nothing was started." in err
+    assert (
+        deploying.returncode == 2
+        and f"`deploy stop {run_id}` came before" in err
+        and "Nothing was started." in err
+    )
     assert laptop.deploy("attach", run_id, stdout=subprocess.DEVNULL).returncode == 0
     quiet(run_id)

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from rollouts.remote.errors import DeployError
+from rollouts.remote.git import list_files
 from rollouts.remote.host.local import LocalTransport
 from rollouts.remote.package import CLONE_FILES
-from rollouts.remote.repository import find_repository, list_files, read_code
+from rollouts.remote.repository import find_repository, read_code
 from rollouts.remote.run.sync_code import CodePlace, sync_code
 from tests.example_config import example_config, replace_at
 from tests.remote.hosts import Host, Laptop, git, write_config
@@ -93,12 +94,18 @@ def test_every_name_arrives(repository: Path, tmp_path: Path) -> None:
     (repository / "kept.bin").write_bytes(b"\x00\xff")
     git(repository, "add", "a b.txt", "#comment.txt")
     tree = send(repository, tmp_path / "home", "r")
-    here = {n: c for n, c in contents(repository).items() if n not in ("ignored.txt", "dataset/big.txt", "weights.bin")}
+    here = {
+        n: c
+        for n, c in contents(repository).items()
+        if n not in ("ignored.txt", "dataset/big.txt", "weights.bin")
+    }
     assert contents(tree) == here and set(NAMES) | {"kept.bin"} <= set(here)
     assert not (tree / ".git").exists()
 
 
-@pytest.mark.parametrize("name", ["RSYNC_ICONV=utf-8,utf-16", "RSYNC_MAX_ALLOC=1", "RSYNC_CHECKSUM_LIST=none"])
+@pytest.mark.parametrize(
+    "name", ["RSYNC_ICONV=utf-8,utf-16", "RSYNC_MAX_ALLOC=1", "RSYNC_CHECKSUM_LIST=none"]
+)
 def test_what_is_set_for_a_user_s_own_rsync(
     name: str, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,7 +121,9 @@ def test_what_is_set_for_a_user_s_own_rsync(
 def test_a_name_that_is_not_text(repository: Path, tmp_path: Path) -> None:
     """Goal: a file name that is not UTF-8 arrives. Red with names decoded strictly."""
     (Path(os.fsdecode(os.fsencode(repository) + b"/latin-\xe9.txt"))).write_text("x")
-    assert os.fsencode("latin-\udce9.txt") in os.listdir(os.fsencode(send(repository, tmp_path / "home", "r")))
+    assert os.fsencode("latin-\udce9.txt") in os.listdir(
+        os.fsencode(send(repository, tmp_path / "home", "r"))
+    )
 
 
 def test_links_and_modes(repository: Path, tmp_path: Path) -> None:
@@ -126,8 +135,12 @@ def test_links_and_modes(repository: Path, tmp_path: Path) -> None:
     script.write_text("#!/bin/sh\n")
     script.chmod(0o755)
     tree = send(repository, tmp_path / "home", "r")
-    assert os.readlink(tree / "link") == "tracked.txt" and os.readlink(tree / "dangling") == "no/such"
-    assert (tree / "directory-link").is_symlink() and (tree / "run.sh").stat().st_mode & stat.S_IXUSR
+    assert (
+        os.readlink(tree / "link") == "tracked.txt" and os.readlink(tree / "dangling") == "no/such"
+    )
+    assert (tree / "directory-link").is_symlink() and (
+        tree / "run.sh"
+    ).stat().st_mode & stat.S_IXUSR
 
 
 def test_uncommitted_changes_and_deletions(repository: Path, tmp_path: Path) -> None:
@@ -143,7 +156,9 @@ def test_uncommitted_changes_and_deletions(repository: Path, tmp_path: Path) -> 
     git(repository, "mv", "second.txt", "renamed.txt")
     second = send(repository, home, "r2")
     assert contents(second) == contents(repository)
-    assert {"tracked.txt", "renamed.txt"} <= set(contents(second)) and "gone.txt" not in contents(second)
+    assert {"tracked.txt", "renamed.txt"} <= set(contents(second)) and "gone.txt" not in contents(
+        second
+    )
     assert (first / "tracked.txt").read_text() == "one\n", "the earlier run's code stays as it was"
     unchanged = [(tree / "pyproject.toml").stat().st_ino for tree in (first, second)]
     assert unchanged[0] == unchanged[1], "unchanged files are linked, not sent"
@@ -174,16 +189,34 @@ def test_submodules_and_nested_repositories(repository: Path, tmp_path: Path) ->
     (other / "inner.txt").write_text("inner")
     git(other, "add", "-A")
     git(other, "commit", "-qm", "x")
-    git(repository, "-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(other), "sub")
+    git(
+        repository,
+        "-c",
+        "protocol.file.allow=always",
+        "submodule",
+        "--quiet",
+        "add",
+        str(other),
+        "sub",
+    )
     shutil.copytree(other, repository / "stray")
     tree = send(repository, tmp_path / "home", "r")
     assert (tree / "sub/inner.txt").read_text() == "inner" and not (tree / "stray").exists()
 
 
 @pytest.mark.parametrize(
-    "text", [b"changed\n", b"caf\xe9 in latin-1\n", b"\x00binary\xff\n", "日本\r\n".encode(), b"no newline at end"]
+    "text",
+    [
+        b"changed\n",
+        b"caf\xe9 in latin-1\n",
+        b"\x00binary\xff\n",
+        "日本\r\n".encode(),
+        b"no newline at end",
+    ],
 )
-def test_the_recorded_diff_brings_the_tree_back(text: bytes, repository: Path, tmp_path: Path) -> None:
+def test_the_recorded_diff_brings_the_tree_back(
+    text: bytes, repository: Path, tmp_path: Path
+) -> None:
     """Goal: commit + dirty.diff give the working tree again, whatever the bytes. Red without --binary."""
     (repository / "tracked.txt").write_bytes(text)
     (repository / "staged.bin").write_bytes(bytes(range(256)))
@@ -212,10 +245,16 @@ def test_what_a_plan_learns_of_the_repository(repository: Path) -> None:
     (repository / "ignored-data").mkdir()
     code = read_code(repository, config(model__name="ignored-data"))
     assert code.changed == 2 and code.requirements == ("torch",) and code.constraints == ""
-    assert code.named["ignored-data"] == "not sent" and code.named["configs/data/letters/test.jsonl"] == "missing"
-    assert read_code(repository, config(model__name="./tracked.txt")).named["./tracked.txt"] == "sent"
+    assert (
+        code.named["ignored-data"] == "not sent"
+        and code.named["configs/data/letters/test.jsonl"] == "missing"
+    )
+    assert (
+        read_code(repository, config(model__name="./tracked.txt")).named["./tracked.txt"] == "sent"
+    )
     wandb = read_code(repository, config(output__use_wandb=True, output__wandb_project="p"))
-    assert wandb.requirements == ("torch", "wandb")
+    assert wandb.requirements == ("torch",)  # in an environment of its own
+    assert wandb.tracker_requirements == {"wandb": ("wandb",)}
     math = read_code(repository, config(rl__reward__fn="rollouts.training.rewards.math_verify"))
     assert math.requirements == ("torch", "math")
     assert read_code(repository, config(rl__reward=None)).requirements == ("torch",)
@@ -240,7 +279,9 @@ def test_no_repository(tmp_path: Path, repository: Path) -> None:
 @contextlib.contextmanager
 def small_disk(directory: Path, size: str) -> Iterator[Path]:
     directory.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(directory)], check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(directory)], check=False
+    )
     if mounted.returncode != 0:
         pytest.skip("mounting a small disk needs root")
     try:
@@ -260,7 +301,10 @@ def test_a_full_disk(laptop: Laptop, make_host: Callable[..., Host], tmp_path: P
         config = str(write_config(laptop.project, host__disk_free_gib_min=0.0))
         done = laptop.deploy(config, "--remote", host.target, "--run-id", "full")
         assert done.returncode == 2, done.stdout + done.stderr
-        assert f"error: {host.target}: its disk is full." in done.stderr and "ROLLOUTS_HOME" in done.stderr
+        assert (
+            f"error: {host.target}: its disk is full." in done.stderr
+            and "ROLLOUTS_HOME" in done.stderr
+        )
         assert done.stderr.endswith("Nothing was started.\n")
         assert not (host.run_path("full") / "status.json").exists()
         too_small = laptop.deploy(str(write_config(laptop.project, "two")), "--remote", host.target)

@@ -4,7 +4,8 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import pytest
 
 from rollouts.manifest import read_tree, tree_differences, tree_digest, tree_names
 from rollouts.remote.errors import DeployError, TransportError
+from rollouts.remote.git import list_files
 from rollouts.remote.host.local import LocalTransport
-from rollouts.remote.repository import list_files, read_code
-from rollouts.remote.run import sync_code as sync
+from rollouts.remote.host.transport import Completed
+from rollouts.remote.repository import read_code
 from rollouts.remote.run.sync_code import CodePlace, sync_code
-from tests.remote.hosts import Host, Laptop, git, write_config
+from tests.remote.hosts import Host, Laptop, git, wait_for, write_config
 from tests.remote.test_sync_code import config
 
 FIXED_TIME = 1_700_000_000
@@ -54,7 +56,12 @@ class Sender:
         record = read_code(repository, config()).record()
         sync_code(
             transport or LocalTransport(),
-            CodePlace(home=str(self.home), run_path=str(run_path), project=repository.name, launch_id=launch_id),
+            CodePlace(
+                home=str(self.home),
+                run_path=str(run_path),
+                project=repository.name,
+                launch_id=launch_id,
+            ),
             root=repository,
             files=tuple(list_files(repository)),
             expected=json.loads(record["code/manifest.json"])["files"],
@@ -107,8 +114,14 @@ CHANGES: dict[str, Callable[[Path], object]] = {
     "an empty file more": lambda tree: (tree / "__init__.py").write_text(""),
     "a file less": lambda tree: (tree / "line\nbreak").unlink(),
     "renamed": lambda tree: (tree / "a.txt").rename(tree / "b.txt"),
-    "a link elsewhere": lambda tree: ((tree / "link").unlink(), (tree / "link").symlink_to("line\nbreak")),
-    "a file for a link": lambda tree: ((tree / "link").unlink(), (tree / "link").write_text("a.txt")),
+    "a link elsewhere": lambda tree: (
+        (tree / "link").unlink(),
+        (tree / "link").symlink_to("line\nbreak"),
+    ),
+    "a file for a link": lambda tree: (
+        (tree / "link").unlink(),
+        (tree / "link").write_text("a.txt"),
+    ),
 }
 
 
@@ -148,17 +161,24 @@ def test_the_host_s_own_digest_is_compared(
     repository = make_repository(tmp_path / "p", {"run.py": "1", "empty.py": ""})
     (repository / "link").symlink_to("run.py")
     rsync_as(f'"$REAL" "$@"; {damage}')
-    with pytest.raises(DeployError, match="what lies there is not the code that was planned") as caught:
+    with pytest.raises(
+        DeployError, match="what lies there is not the code that was planned"
+    ) as caught:
         sender.send(repository, "r")
     assert said in caught.value.text() and not (sender.home / "runs/r/code/tree").exists()
 
 
 @pytest.mark.parametrize("moment", ["files, ", "checking "])
-def test_two_deploys_of_one_name_that_send_at_once(moment: str, sender: Sender, tmp_path: Path) -> None:
+def test_two_deploys_of_one_name_that_send_at_once(
+    moment: str, sender: Sender, tmp_path: Path
+) -> None:
     """Goal: of two that pass the check in the same moment and send other code, the faster one's lies there whole, and
     the slower one is refused before its launch. Red with a tree that is there in the end taken for one's own: it
     launched the other's code."""
-    one = make_repository(tmp_path / "a/p", {"my_reward.py": "RATE = 0.1\n", "only_a.py": "", "x.bin": "a" * 2_000_000})
+    one = make_repository(
+        tmp_path / "a/p",
+        {"my_reward.py": "RATE = 0.1\n", "only_a.py": "", "x.bin": "a" * 2_000_000},
+    )
     two = make_repository(tmp_path / "b/p", {"my_reward.py": "RATE = 0.9\n", "only_b.py": ""})
     sent: list[Path] = []
 
@@ -175,30 +195,46 @@ def test_two_deploys_of_one_name_that_send_at_once(moment: str, sender: Sender, 
     assert sender.send(two, "same", launch_id="two") == sent[0], "its own deploy goes on"
 
 
+class PausedAfterCheck(LocalTransport):
+    """Has the host's Python wait, once the tree was hashed and before it gets its name, for `go` to be there."""
+
+    def __init__(self, directory: Path) -> None:
+        self.checked, self.go = directory / "checked", directory / "go"
+        self._python = directory / "python"
+        wait = f"while [ ! -e {self.go} ]; do sleep 0.05; done"
+        self._python.write_text(f'#!/bin/sh\npython3 "$@" && touch {self.checked}\n{wait}\n')
+        self._python.chmod(0o755)
+
+    def run(self, argv: Sequence[str], **options: Any) -> Completed:
+        words = [str(self._python) if word == "python3" else word for word in argv]
+        return super().run(words, **options)
+
+
 def test_what_was_checked_is_not_written_into(
-    sender: Sender, rsync_as: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sender: Sender, rsync_as: Callable[[str], None], tmp_path: Path
 ) -> None:
     """Goal: another deploy of the same name that still sends cannot change a tree between its check and its launch. Red
     with one place to build for both: the other's files lay in the tree that was launched."""
     one = make_repository(tmp_path / "a/p", {"my_reward.py": "RATE = 0.1\n"})
     two = make_repository(tmp_path / "b/p", {"my_reward.py": "RATE = 0.9\n", "only_b.py": ""})
-    check, checks = sync._check, []
-
-    def and_then_the_other(*arguments: Any, **options: Any) -> None:
-        check(*arguments, **options)
-        checks.append(arguments)
-        if len(checks) == 1:
+    paused = PausedAfterCheck(tmp_path)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(sender.send, one, "same", launch_id="one", transport=paused)
+        try:
+            wait_for(lambda: paused.checked.exists() or first.done(), "the check")
             rsync_as('"$REAL" "$@"; exit 5')  # it has sent all, and goes no further
             with pytest.raises(DeployError):
                 sender.send(two, "same", launch_id="two")
-
-    monkeypatch.setattr(sync, "_check", and_then_the_other)
-    tree = sender.send(one, "same", launch_id="one")
-    assert len(checks) == 1 and tree_names(tree) == ["my_reward.py", "pyproject.toml"]
+        finally:
+            paused.go.touch()
+        tree = first.result()
+    assert paused.checked.exists() and tree_names(tree) == ["my_reward.py", "pyproject.toml"]
     assert (tree / "my_reward.py").read_text() == "RATE = 0.1\n"
 
 
-def test_files_that_change_while_they_are_sent(sender: Sender, rsync_as: Callable[[str], None], tmp_path: Path) -> None:
+def test_files_that_change_while_they_are_sent(
+    sender: Sender, rsync_as: Callable[[str], None], tmp_path: Path
+) -> None:
     """Goal: a file that is rewritten meanwhile ends the deploy by name; a log that only grows is sent as it was hashed,
     and what it shares with another run's tree stays whole. Red with the record made before and not compared."""
     repository = make_repository(tmp_path / "p", {"run.py": "1", "out.log": "one\n"})
@@ -229,7 +265,9 @@ def test_an_unreadable_file_is_named(sender: Sender, tmp_path: Path) -> None:
         code.record()
 
 
-def test_an_interrupted_upload_goes_on(sender: Sender, rsync_as: Callable[[str], None], tmp_path: Path) -> None:
+def test_an_interrupted_upload_goes_on(
+    sender: Sender, rsync_as: Callable[[str], None], tmp_path: Path
+) -> None:
     """Goal: what a cut upload sent is kept, its half file too; other leftovers go, and files that are gone here
     are not in the tree. Red with a fresh directory for each try: everything was sent again."""
     repository = make_repository(tmp_path / "p", {"a.txt": "small", "later-removed.txt": "x"})
@@ -289,7 +327,9 @@ def test_an_idle_transfer_ends(tmp_path: Path) -> None:
     with pytest.raises(TransportError) as caught:
         sync_code(
             Silent(),
-            CodePlace(home=str(tmp_path / "home"), run_path=str(tmp_path / "home/runs/r"), project="p"),
+            CodePlace(
+                home=str(tmp_path / "home"), run_path=str(tmp_path / "home/runs/r"), project="p"
+            ),
             root=repository,
             files=("a.txt",),
             timeout_s=1,
@@ -297,12 +337,16 @@ def test_an_idle_transfer_ends(tmp_path: Path) -> None:
     assert caught.value.lost
 
 
-def test_a_whole_deploy_records_what_lies_on_the_host(laptop: Laptop, make_host: Callable[..., Host]) -> None:
+def test_a_whole_deploy_records_what_lies_on_the_host(
+    laptop: Laptop, make_host: Callable[..., Host]
+) -> None:
     """Goal: over sshd, the mirror's and the host's record hold the digest of the tree that ran, the progress is shown,
     and a run that was planned with other code is not sent. Red with the record made anew at each try."""
     host = make_host()
     (laptop.project / "odd\nname.py").write_text("x = 1\n")
-    done = laptop.deploy(str(write_config(laptop.project)), "--remote", host.target, "--run-id", "one")
+    done = laptop.deploy(
+        str(write_config(laptop.project)), "--remote", host.target, "--run-id", "one"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     run = host.run_path("one")
     recorded = json.loads((run / "code/manifest.json").read_text())

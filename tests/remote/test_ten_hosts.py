@@ -27,17 +27,25 @@ TABLE: dict[str, dict[str, list[str]]] = {
     },
     "l40s": {},
     "a100-40": {},
-    "a100-80": {"rl_math": ["has 2 GPUs; this config needs 4, [2, 3] are not there"]},  # an MPS server shares its cards
+    # an MPS server shares its cards
+    "a100-80": {"rl_math": ["has 2 GPUs; this config needs 4, [2, 3] are not there"]},
     "h100": {
         "01_debug_sft_rl": ["GPU 0 takes one process at a time"],
         "nanochat_sft_rl": ["GPU 0 takes one process at a time"],
     },
     "h200": {
         "01_debug_sft_rl": ["no C++ compiler", "Python 3.11.9 has no headers"],
-        "rl_math": ["has 1 GPU; this config needs 4", "no C++ compiler", "Python 3.11.9 has no headers"],
+        "rl_math": [
+            "has 1 GPU; this config needs 4",
+            "no C++ compiler",
+            "Python 3.11.9 has no headers",
+        ],
         "sft_qwen": ["has 1 GPU; this config needs 2"],
     },
-    "gb10": {"rl_math": ["has 1 GPU; this config needs 4"], "sft_qwen": ["has 1 GPU; this config needs 2"]},
+    "gb10": {
+        "rl_math": ["has 1 GPU; this config needs 4"],
+        "sft_qwen": ["has 1 GPU; this config needs 2"],
+    },
     "mig": {
         "01_debug_sft_rl": ["GPU 0 is split by MIG"],
         "nanochat_sft_rl": ["GPU 0 is split by MIG"],
@@ -56,13 +64,19 @@ TABLE: dict[str, dict[str, list[str]]] = {
 }
 # The memory that each config needs there, in GiB: of each stage, and of the engines' GPUs where they have their own
 MEMORY = {
-    "rtx4090": {"01_debug_sft_rl": "10.7 21.2", "nanochat_sft_rl": "21.3 30.5", "sft_openwebtext": "32.5"},
+    "rtx4090": {
+        "01_debug_sft_rl": "10.7 21.2",
+        "nanochat_sft_rl": "21.3 30.5",
+        "sft_openwebtext": "32.5",
+    },
     "l40s": {"01_debug_sft_rl": "10.7 28.5", "rl_math": "18.1 39.8", "sft_qwen": "17.9"},
     "a100-40": {"01_debug_sft_rl": "10.7 26.7", "rl_math": "18.1 35.5"},
     "a100-80": {"01_debug_sft_rl": "10.7 40.7", "nanochat_sft_rl": "21.3 30.5"},
     "h100": {"01_debug_sft_rl": "10.7 40.6", "rl_math": "18.1 69.3"},
-    "h200": {"01_debug_sft_rl": "10.7 61.9", "sft_qwen": "21.0"},  # whole gradients are kept, to reduce once a step
-    "gb10": {"01_debug_sft_rl": "10.7 21.4", "sft_openwebtext": "32.5"},  # of a card that reports no memory
+    # whole gradients are kept, to reduce once a step
+    "h200": {"01_debug_sft_rl": "10.7 61.9", "sft_qwen": "21.0"},
+    # of a card that reports no memory
+    "gb10": {"01_debug_sft_rl": "10.7 21.4", "sft_openwebtext": "32.5"},
     "mig": {"01_debug_sft_rl": "10.7 21.4", "rl_math": "18.1 22.5"},  # of a slice that tells none
     "container": {"nanochat_sft_rl": "21.3 30.5", "sft_openwebtext": "32.5"},
     "driver550": {"01_debug_sft_rl": "10.7 40.7", "sft_qwen": "17.9"},
@@ -80,7 +94,13 @@ def plan(host: str, name: str) -> Plan:
     if name not in CODES:
         CODES[name] = read_code(ROOT, config)
     return make_plan(
-        config, seen(host), CODES[name], target=host, run_id="r1", local_dir="/here", secrets_set=config.host.secrets
+        config,
+        seen(host),
+        CODES[name],
+        target=host,
+        run_id="r1",
+        local_dir="/here",
+        secrets_set=config.host.secrets,
     )
 
 
@@ -105,12 +125,17 @@ def test_the_memory_of_each_host(host: str) -> None:
         cells = [line.split()[-2] for line in found.memory[2:]]
         assert " ".join(cells) == needed
         unknown = [note for note in found.notes if note.startswith("memory of GPU")]
-        assert len(unknown) == (len(cells) if host in ("gb10", "mig") else 0) and not any("tight" in n for n in unknown)
+        assert len(unknown) == (len(cells) if host in ("gb10", "mig") else 0) and not any(
+            "tight" in n for n in unknown
+        )
 
 
 def test_the_table_is_whole() -> None:
     """Goal: every recorded host has its row. Red with a file that no row names."""
-    assert sorted(TABLE) == sorted(MEMORY) == sorted(path.stem for path in SEEN.iterdir()) and len(TABLE) == 10
+    assert (
+        sorted(TABLE) == sorted(MEMORY) == sorted(path.stem for path in SEEN.iterdir())
+        and len(TABLE) == 10
+    )
 
 
 @pytest.mark.parametrize(
@@ -141,13 +166,20 @@ def test_a_look_at_a_host_shows_what_gpu_runs_need() -> None:
         "glibc 2.35, x86_64",
     ):
         assert words in text
-    for words in ("/dev/shm: 65536 of 65536 MiB free", "c++, g++, gcc, cc", "Python.h beside /usr/bin/python3.11"):
+    for words in (
+        "/dev/shm: 65536 of 65536 MiB free",
+        "c++, g++, gcc, cc",
+        "Python.h beside /usr/bin/python3.11",
+    ):
         assert words in text
 
 
 def test_what_is_taken_for_granted_is_said() -> None:
     """Goal: unknown memory and a shared exclusive card are notes. Red with either silent."""
     assert any(
-        "GPU 0 (NVIDIA GB10) reports no memory ([N/A])" in note for note in plan("gb10", "01_debug_sft_rl").notes
+        "GPU 0 (NVIDIA GB10) reports no memory ([N/A])" in note
+        for note in plan("gb10", "01_debug_sft_rl").notes
     )
-    assert any("an MPS server shares it" in note for note in plan("a100-80", "01_debug_sft_rl").notes)
+    assert any(
+        "an MPS server shares it" in note for note in plan("a100-80", "01_debug_sft_rl").notes
+    )

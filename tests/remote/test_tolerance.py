@@ -55,7 +55,9 @@ def make_checkpoint(run: RunDir, path: str) -> Path:
     directory.mkdir(parents=True)
     (directory / "model.safetensors").write_bytes(b"weights" * 100)
     write_manifest(directory)
-    append_jsonl(run.events, {"time": 2.0, "kind": "checkpoint", "stage": "sft", "step": 1, "path": path})
+    append_jsonl(
+        run.events, {"time": 2.0, "kind": "checkpoint", "stage": "sft", "step": 1, "path": path}
+    )
     return directory
 
 
@@ -93,7 +95,10 @@ def test_torn_lines_cost_themselves(torn: bytes, tmp_path: Path) -> None:
     assert result.state == "done" and "events.jsonl that are not JSON objects" in result.notes[0]
     final_pull(connection, told.say)
     assert pull(connection, told.say).state == "done"
-    assert all(manifest_problems(connection.entry.mirror.path / step(number)) == () for number in (1, 2, 3, 4))
+    assert all(
+        manifest_problems(connection.entry.mirror.path / step(number)) == ()
+        for number in (1, 2, 3, 4)
+    )
     assert sum("events.jsonl that are not JSON" in text for text in told.said) == 2, told.said
 
 
@@ -110,7 +115,9 @@ def test_one_damaged_checkpoint_stops_no_other(tmp_path: Path) -> None:
             action(connection)
         text = caught.value.text()
         assert text.count("damaged on the host") == 2 and "Nothing was started" not in text
-        assert "model.safetensors: its bytes differ" in text and "model.safetensors: missing" in text
+        assert (
+            "model.safetensors: its bytes differ" in text and "model.safetensors: missing" in text
+        )
     here = connection.entry.mirror.checkpoints / "sft"
     assert sorted(path.name for path in here.iterdir()) == ["latest", "step_000002", "step_000004"]
 
@@ -128,7 +135,9 @@ def test_files_that_cannot_be_followed_are_pulled_all_the_same(tmp_path: Path) -
     assert manifest_problems(connection.entry.mirror.path / step(1)) == ()
 
 
-def failing_rsync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int, code: int) -> None:
+def failing_rsync(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int, code: int
+) -> None:
     """An rsync that is cut off the first times."""
     tools = tmp_path / "tools"
     tools.mkdir()
@@ -145,7 +154,9 @@ def patience(**more: Any) -> RetryPolicy:
 
 
 @pytest.mark.parametrize("code", [255, 12, 30])
-def test_the_last_pull_is_tried_again(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_pull_is_tried_again(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Goal: a connection lost while pulling is made again, as while following. Red with one try."""
     connection = make_connection(tmp_path)
     make_checkpoint(host_run(connection), step(1))
@@ -154,25 +165,39 @@ def test_the_last_pull_is_tried_again(code: int, tmp_path: Path, monkeypatch: py
     failing_rsync(tmp_path, monkeypatch, 3, code)
     told = Told()
     final_pull(connection, told.say, patience())
-    assert sum("Next try in" in text for text in told.said) == 3 and "with local again" not in told.said
+    assert (
+        sum("Next try in" in text for text in told.said) == 3
+        and "with local again" not in told.said
+    )
     assert manifest_problems(connection.entry.mirror.path / step(1)) == ()
 
 
-def test_the_search_for_a_lost_host_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_search_for_a_lost_host_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Goal: once a host is given up, the other files are not tried for as long each. Red with each of them tried."""
     connection, now = make_connection(tmp_path), [0.0]
     Mirror(connection.entry.mirror)
     append_jsonl(
-        connection.entry.mirror.events, *({"kind": "checkpoint", "path": step(number)} for number in (1, 2, 3))
+        connection.entry.mirror.events,
+        *({"kind": "checkpoint", "path": step(number)} for number in (1, 2, 3)),
     )
     failing_rsync(tmp_path, monkeypatch, 10**6, 255)
-    clock = RetryPolicy(total_s=100.0, sleep=lambda s: now.__setitem__(0, now[0] + s), clock=lambda: now[0])
+    clock = RetryPolicy(
+        total_s=100.0, sleep=lambda s: now.__setitem__(0, now[0] + s), clock=lambda: now[0]
+    )
     with pytest.raises(DeployError, match="cannot be reached") as caught:
         final_pull(connection, policy=clock)
-    assert "Nothing was started" not in caught.value.text() and caught.value.exit_code == 1 and now[0] < 200
+    assert (
+        "Nothing was started" not in caught.value.text()
+        and caught.value.exit_code == 1
+        and now[0] < 200
+    )
 
 
-def test_background_pulls_are_tried_again_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_background_pulls_are_tried_again_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Goal: a checkpoint that could not come is tried again meanwhile, and no failure is silent. Red with one try, and
     with errors that are not ours ending the thread."""
     monkeypatch.setenv("ROLLOUTS_HOME", str(tmp_path / "home"))
@@ -182,8 +207,14 @@ def test_background_pulls_are_tried_again_and_told(tmp_path: Path, monkeypatch: 
     failing_rsync(tmp_path, monkeypatch, 2, 255)
     real = checkpoints.pull_checkpoint
 
-    def with_a_bug(transport: Any, run_path: str, mirror: RunDir, path: str, **options: Any) -> Path:
-        return real(transport, run_path, mirror, path, **options) if path != step(9) else Path(str(1 // 0))
+    def with_a_bug(
+        transport: Any, run_path: str, mirror: RunDir, path: str, **options: Any
+    ) -> Path:
+        return (
+            real(transport, run_path, mirror, path, **options)
+            if path != step(9)
+            else Path(str(1 // 0))
+        )
 
     monkeypatch.setattr(checkpoints, "pull_checkpoint", with_a_bug)
     puller = CheckpointPuller(
@@ -234,7 +265,10 @@ EVENTS: dict[str, dict[str, Any]] = {
 ROWS: list[tuple[str, dict[str, Any]]] = [
     *(("events.jsonl", {"time": 1.0, "kind": kind, **fields}) for kind, fields in EVENTS.items()),
     ("metrics.jsonl", {"stage": "sft", "step": 1, "time": 1.0, "loss": 1.0}),
-    ("eval.jsonl", {"stage": "sft", "step": 0, "split": "test", "metric": "m", "value": 1.0, "task": "all"}),
+    (
+        "eval.jsonl",
+        {"stage": "sft", "step": 0, "split": "test", "metric": "m", "value": 1.0, "task": "all"},
+    ),
 ]
 
 
@@ -243,7 +277,10 @@ def show(rows: list[tuple[str, dict[str, Any]]]) -> None:
     view = View()
     for file, row in in_order(rows):
         view = fold(view, file, row)
-        shown = [row_line(file, row, view), *live_lines(view, "", width=80, utf8=True, doing_s=1.0, host_now=9.0)]
+        shown = [
+            row_line(file, row, view),
+            *live_lines(view, "", width=80, utf8=True, doing_s=1.0, host_now=9.0),
+        ]
         assert all("\x1b" not in text and "\n" not in text for text in shown)
         assert view.eta_s is None or view.eta_s >= 0
     evaluation_table(view.evals)
@@ -266,17 +303,28 @@ def test_times_that_no_clock_tells(first: float) -> None:
     "deploy itself failed"."""
     for odd in ODD:
         metrics = {"stage": "sft", "step": 1, "time": first}
-        show([*ROWS[:5], ("metrics.jsonl", metrics), ("metrics.jsonl", {**metrics, "step": 2, "time": odd})])
+        show(
+            [
+                *ROWS[:5],
+                ("metrics.jsonl", metrics),
+                ("metrics.jsonl", {**metrics, "step": 2, "time": odd}),
+            ]
+        )
 
 
 def test_rows_that_lack_a_field_are_counted() -> None:
     """Goal: what could not be used is known. Red with such rows passed over in silence."""
-    rows = [{"kind": "stage_started"}, {"kind": "training_started", "stage": "sft", "step": "x", "steps_total": 3}]
+    rows = [
+        {"kind": "stage_started"},
+        {"kind": "training_started", "stage": "sft", "step": "x", "steps_total": 3},
+    ]
     rows += [{"kind": "checkpoint", "path": 7}, {"kind": "environment", "name": "trainer"}]
     view = View()
     for row in rows:
         view = fold(view, "events.jsonl", row)
-    view = fold(fold(view, "metrics.jsonl", {"stage": "sft"}), "eval.jsonl", {"stage": "rl", "step": 1})
+    view = fold(
+        fold(view, "metrics.jsonl", {"stage": "sft"}), "eval.jsonl", {"stage": "rl", "step": 1}
+    )
     assert view == View(malformed=6)
     assert json.loads(json.dumps(view.phases)) == []
 
@@ -290,11 +338,16 @@ def test_an_evaluation_without_a_finite_value() -> None:
     assert evaluation_table(view.evals) == [["", "sft"], ["validation_loss", "nan"]]
 
 
-@pytest.mark.parametrize("around", ["{}", "Welcome\n{}\n", "{}\n[1]\n17\nbye", '{{"a": 1}}\n{}\n{{"x": 1}}'])
+@pytest.mark.parametrize(
+    "around", ["{}", "Welcome\n{}\n", "{}\n[1]\n17\nbye", '{{"a": 1}}\n{}\n{{"x": 1}}']
+)
 def test_the_launchers_answer_is_found(around: str) -> None:
     """Goal: what Python's own start and end print around it is passed over; no answer is an error after which it is not
     said that nothing was started. Red with the last line taken for it."""
-    assert read_launch_answer("gpu-7", around.format('{"started": true, "reason": ""}'))["started"] is True
+    assert (
+        read_launch_answer("gpu-7", around.format('{"started": true, "reason": ""}'))["started"]
+        is True
+    )
     with pytest.raises(DeployError, match="cannot be read") as caught:
         read_launch_answer("gpu-7", around.format("null"))
     assert caught.value.started

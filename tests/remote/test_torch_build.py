@@ -42,13 +42,17 @@ def builds(plan: Plan) -> list[tuple[str, bool]]:
         ({**CUDA, "host__torch_build": "cu128", "facts": {"driver": "580.1"}}, ("cu128", False)),
     ],
 )
-def test_the_build_by_device_and_driver(changes: dict[str, Any], expected: tuple[str, bool]) -> None:
+def test_the_build_by_device_and_driver(
+    changes: dict[str, Any], expected: tuple[str, bool]
+) -> None:
     """Goal: the newest build that the driver runs, a CPU's without a GPU; an older driver never falls back to an index
     whose torch it cannot run; `--plan` says it. Red with cu130 for each driver."""
     plan = plan_for(**{"host__torch_build": "auto", **changes})
     assert builds(plan) == [expected]
     (step,) = (step for step in plan.steps if " environment " in step.what)
-    assert ("as the package index gives it" if expected[0] == "index" else f"torch build {expected[0]}") in step.why
+    assert (
+        "as the package index gives it" if expected[0] == "index" else f"torch build {expected[0]}"
+    ) in step.why
     assert ("where PyTorch's own cannot be reached" in step.why) is expected[1]
 
 
@@ -78,7 +82,11 @@ PROBLEMS: list[tuple[str, dict[str, Any], list[str]]] = [
     (
         "another torch",
         {"code": {"engine_requirements": CUDA_LOCK, "constraints": "torch==2.15.0\n"}},
-        ["different versions of torch", "trainer: 2.15.0; engine: 2.13.0", "requirements/trainer-cuda.txt"],
+        [
+            "different versions of torch",
+            "trainer: 2.15.0; engine: 2.13.0",
+            "requirements/trainer-cuda.txt",
+        ],
     ),
     (
         "no pin",
@@ -90,7 +98,11 @@ PROBLEMS: list[tuple[str, dict[str, Any], list[str]]] = [
         {"host__torch_build": "auto", "facts": {"gpus": TWO, "driver": "550.1"}},
         ["different CUDAs", "trainer: cu126 (NVIDIA driver 550.1); engine: cu13"],
     ),
-    ("a CPU build", {"host__torch_build": "cpu"}, ["'cpu' is a build without CUDA", "host.torch_build='auto'"]),
+    (
+        "a CPU build",
+        {"host__torch_build": "cpu"},
+        ["'cpu' is a build without CUDA", "host.torch_build='auto'"],
+    ),
     (
         "an old torch",
         {
@@ -102,7 +114,9 @@ PROBLEMS: list[tuple[str, dict[str, Any], list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "expected"), [row[1:] for row in PROBLEMS], ids=[row[0] for row in PROBLEMS])
+@pytest.mark.parametrize(
+    ("changes", "expected"), [row[1:] for row in PROBLEMS], ids=[row[0] for row in PROBLEMS]
+)
 def test_each_problem(changes: dict[str, Any], expected: list[str]) -> None:
     """Goal: known before a byte is sent, with the fix. Red with the check left out: no problem."""
     own: dict[str, Any] = {
@@ -117,9 +131,18 @@ def test_each_problem(changes: dict[str, Any], expected: list[str]) -> None:
 def test_the_same_torch_is_not_a_problem() -> None:
     """Goal: 2.13 and 2.13.0 are one version, with any build; a way that shares nothing may have two. Red with the texts
     compared."""
-    own: dict[str, Any] = {**SHARED, "facts": {"gpus": TWO, "driver": "580.1"}, "host__torch_build": "auto"}
+    own: dict[str, Any] = {
+        **SHARED,
+        "facts": {"gpus": TWO, "driver": "580.1"},
+        "host__torch_build": "auto",
+    }
     for pin in ("torch==2.13\n", "numpy==2.0\nTorch == 2.13.0+cu130 # by hand\n"):
-        assert plan_for(**{**own, "code": {"engine_requirements": CUDA_LOCK, "constraints": pin}}).problems == ()
+        assert (
+            plan_for(
+                **{**own, "code": {"engine_requirements": CUDA_LOCK, "constraints": pin}}
+            ).problems
+            == ()
+        )
     apart = {
         **own,
         "engine__weight_sync": DISK,
@@ -133,7 +156,12 @@ def test_a_card_that_is_too_new_for_the_build() -> None:
     plan = plan_for(**CUDA, host__torch_build="auto", facts={"gpus": BLACKWELL, "driver": "570.1"})
     (problem,) = plan.problems
     assert "cu126 has no code for NVIDIA B200" in problem.text() and "580" in problem.text()
-    assert plan_for(**CUDA, host__torch_build="auto", facts={"gpus": BLACKWELL, "driver": "580.1"}).problems == ()
+    assert (
+        plan_for(
+            **CUDA, host__torch_build="auto", facts={"gpus": BLACKWELL, "driver": "580.1"}
+        ).problems
+        == ()
+    )
 
 
 SEEN = (("/usr/bin/python3.12", "3.12.3"), ("/usr/bin/python3.11", "3.11.9"))
@@ -150,17 +178,25 @@ SEEN = (("/usr/bin/python3.12", "3.12.3"), ("/usr/bin/python3.11", "3.11.9"))
         ({"has_venv": False}, [("", "3.11")] * 2),
     ],
 )
-def test_the_python_of_each_environment(facts: dict[str, Any], expected: list[tuple[str, str]]) -> None:
+def test_the_python_of_each_environment(
+    facts: dict[str, Any], expected: list[tuple[str, str]]
+) -> None:
     """Goal: the host's own Python where it fits, another there for a lock without wheels for it, a new one where none
     fits, without a problem and said. Red with facts.python for each: SGLang's lock does not install on 3.13."""
     tools = {name: path for name, path in FACTS.tools.items() if name != "uv"}
     plan = plan_for(**SGLANG, facts={**facts, "tools": tools})
     assert plan.problems == () and plan.launch is not None
-    assert [(spec.base_python, spec.python_version) for spec in plan.launch.environments] == expected
+    assert [
+        (spec.base_python, spec.python_version) for spec in plan.launch.environments
+    ] == expected
     assert plan.launch.base_python == "/usr/bin/python3"
     words = [step.why for step in plan.steps if " environment " in step.what]
-    assert ["installed there by uv" in text for text in words] == [path == "" for path, _ in expected]
-    assert any("the host has no uv" in note for note in plan.notes) is ("" in [path for path, _ in expected])
+    assert ["installed there by uv" in text for text in words] == [
+        path == "" for path, _ in expected
+    ]
+    assert any("the host has no uv" in note for note in plan.notes) is (
+        "" in [path for path, _ in expected]
+    )
 
 
 def test_a_host_without_uv() -> None:

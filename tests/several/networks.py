@@ -22,12 +22,19 @@ def require_namespaces() -> None:
     if os.geteuid() != 0:
         pytest.skip("several hosts are network namespaces, which need root")
     if shutil.which("ip") is None:
-        pytest.skip("several hosts are network namespaces, which need `ip`: apt-get install iproute2")
+        pytest.skip(
+            "several hosts are network namespaces, which need `ip`: apt-get install iproute2"
+        )
     probe = subprocess.run(
-        ["ip", "netns", "add", (name := f"rp{os.getpid()}")], capture_output=True, text=True, check=False
+        ["ip", "netns", "add", (name := f"rp{os.getpid()}")],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if probe.returncode != 0:
-        pytest.skip(f"several hosts are network namespaces, which this kernel or container refuses: {probe.stderr}")
+        pytest.skip(
+            f"several hosts are network namespaces, which this kernel or container refuses: {probe.stderr}"
+        )
     subprocess.run(["ip", "netns", "del", name], check=True)
 
 
@@ -63,9 +70,17 @@ class Network:
         """Take the link down: nothing comes or goes any more, and nobody is told."""
         ip("link", "set", f"{self.name}v{index}", "down")
 
+    def close(self, index: int, port: str) -> None:
+        """Have the host's firewall drop what it would send to this port of the others."""
+        space = self.namespaces[index]
+        ip("-n", space, "rule", "add", "ipproto", "tcp", "dport", port, "blackhole")
+
     def processes(self, index: int) -> list[int]:
         done = subprocess.run(
-            ["ip", "netns", "pids", self.namespaces[index]], capture_output=True, text=True, check=False
+            ["ip", "netns", "pids", self.namespaces[index]],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         return [int(pid) for pid in done.stdout.split()]
 
@@ -82,8 +97,11 @@ class Network:
 def network() -> Iterator[Network]:
     """A bridge with an address of this machine's. All namespaces are gone afterwards, and what ran in them."""
     require_namespaces()
-    pid = os.getpid()  # two processes that run tests have different networks, as have two tests of one
-    made = Network(f"rn{pid % 100_000}{next(_numbers) % 100}", f"10.{64 + pid // 250 % 128}.{pid % 250 + 1}")
+    # two processes that run tests have different networks, as have two tests of one
+    pid = os.getpid()
+    made = Network(
+        f"rn{pid % 100_000}{next(_numbers) % 100}", f"10.{64 + pid // 250 % 128}.{pid % 250 + 1}"
+    )
     ip("link", "add", made.name, "type", "bridge")
     try:
         ip("addr", "add", f"{made.prefix}.254/24", "dev", made.name)
@@ -93,14 +111,21 @@ def network() -> Iterator[Network]:
         for index, space in enumerate(made.namespaces):
             with contextlib.suppress(OSError, subprocess.CalledProcessError):
                 made.kill(index)
-            ip("link", "del", f"{made.name}v{index}")  # the namespace goes some time after its last process
+            # the namespace goes some time after its last process
+            ip("link", "del", f"{made.name}v{index}")
             ip("netns", "del", space)
         ip("link", "del", made.name)
 
 
 @contextlib.contextmanager
 def networked_host(
-    made: Network, directory: Path, key: Path, *, path: Path, environment: dict[str, str] | None = None
+    made: Network,
+    directory: Path,
+    key: Path,
+    *,
+    path: Path,
+    environment: dict[str, str] | None = None,
+    port: int | None = None,
 ) -> Iterator[Host]:
     """A host in a new namespace of the network, with a host name of its own."""
     index = len(made.namespaces)
@@ -109,11 +134,19 @@ def networked_host(
     inside = ("ip", "netns", "exec", space, *renamed)
     wait_for(lambda: _has_address(space, made.address(index)), "the namespace's address")
     with host(
-        directory, key, path=path, environment=environment, address=made.address(index), wrapper=inside
+        directory,
+        key,
+        path=path,
+        environment=environment,
+        address=made.address(index),
+        wrapper=inside,
+        port=port,
     ) as started:
         yield started
 
 
 def _has_address(space: str, address: str) -> bool:
-    shown = subprocess.run(["ip", "-n", space, "addr"], capture_output=True, text=True, check=False).stdout
+    shown = subprocess.run(
+        ["ip", "-n", space, "addr"], capture_output=True, text=True, check=False
+    ).stdout
     return address in shown

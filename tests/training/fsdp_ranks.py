@@ -30,7 +30,12 @@ from tests.training.tiny import PAD, sft_samples, tiny_model, tiny_tokenizer
 from tests.training.two_ranks import Buffer, Manager
 
 EXACT = FSDPConfig(sharding_strategy="FULL_SHARD", mixed_precision=False)
-PARTS = {"loss": "gspo", "aggregation": "sequence_mean_token_mean", "kl_coef": 0.1, "entropy_coef": 0.01}
+PARTS = {
+    "loss": "gspo",
+    "aggregation": "sequence_mean_token_mean",
+    "kl_coef": 0.1,
+    "entropy_coef": 0.01,
+}
 STRATEGIES = {
     "full": EXACT,
     "grad_op": FSDPConfig(sharding_strategy="SHARD_GRAD_OP", mixed_precision=False),
@@ -53,11 +58,15 @@ def model_of(seed: int) -> Any:
 
 def adapted(init_seed: int) -> Any:
     """The model of seed 0, frozen, with adapters."""
-    settings = LoraSettings(rank=2, alpha=4.0, dropout=0.0, target_modules="all-linear", init_seed=init_seed)
+    settings = LoraSettings(
+        rank=2, alpha=4.0, dropout=0.0, target_modules="all-linear", init_seed=init_seed
+    )
     return apply_lora(model_of(0), settings, base_name="seed 0")
 
 
-def logits_loss(logits: torch.Tensor, labels: Any, loss_mask: Any, tokens_global: float) -> torch.Tensor:
+def logits_loss(
+    logits: torch.Tensor, labels: Any, loss_mask: Any, tokens_global: float
+) -> torch.Tensor:
     """A user's own loss, which gets the logits of a padded batch."""
     assert logits.ndim == 3
     return sft_loss(logits, labels, loss_mask, tokens_global=tokens_global)
@@ -77,15 +86,30 @@ def sharded(
     **options: Any,
 ) -> Any:
     model = model or model_of(seed + 5 * distributed.rank())  # rank 0's parameters must win
-    options = {"loss_fn": loss_fn, "checkpoint_dir": directory, "tokenizer": tiny_tokenizer(), **options}
-    return FSDPTrainingBackend(model=model, optimizer_fn=adamw, config=config, device="cpu", **options)
+    options = {
+        "loss_fn": loss_fn,
+        "checkpoint_dir": directory,
+        "tokenizer": tiny_tokenizer(),
+        **options,
+    }
+    return FSDPTrainingBackend(
+        model=model, optimizer_fn=adamw, config=config, device="cpu", **options
+    )
 
 
 def plain(
-    directory: Path, *, config: Any = None, seed: int = 0, model: Any = None, loss_fn: Any = sft_loss, **options: Any
+    directory: Path,
+    *,
+    config: Any = None,
+    seed: int = 0,
+    model: Any = None,
+    loss_fn: Any = sft_loss,
+    **options: Any,
 ) -> Backend:
     model = model or model_of(seed)
-    return PyTorchTrainingBackend(model, adamw(model), loss_fn, directory, tokenizer=tiny_tokenizer(), **options)
+    return PyTorchTrainingBackend(
+        model, adamw(model), loss_fn, directory, tokenizer=tiny_tokenizer(), **options
+    )
 
 
 async def sft(backend: Backend, num_steps: int = 3, resume: dict | None = None) -> list[dict]:
@@ -93,7 +117,9 @@ async def sft(backend: Backend, num_steps: int = 3, resume: dict | None = None) 
     config = SFTTrainingConfig(num_steps=num_steps, batch_size=7, log_every=1, micro_batch_size=2)
 
     async def validate(step: int) -> dict:
-        return await validation_loss(backend, sft_samples(5, seed=1), batch_size=2, pad_token_id=PAD)
+        return await validation_loss(
+            backend, sft_samples(5, seed=1), batch_size=2, pad_token_id=PAD
+        )
 
     options = {"pad_token_id": PAD, "resume": resume, "eval_fn": validate, "eval_every": 1}
     return await run_sft_training(backend, sft_samples(10), config, **options)
@@ -111,14 +137,20 @@ async def rl(make: Make, directory: Path) -> list[dict]:
     for num_steps in (2, 4):
         reference = as_reference(model_of(3), "seed 3")
         backend = make(
-            directory, seed=num_steps, loss_fn=partial(policy_loss, **PARTS), reference=reference, max_grad_norm=0.05
+            directory,
+            seed=num_steps,
+            loss_fn=partial(policy_loss, **PARTS),
+            reference=reference,
+            max_grad_norm=0.05,
         )
         state = await backend.load_checkpoint(directory / "latest") if num_steps == 4 else None
         buffer = Buffer() if distributed.rank() == 0 else None
         options = {"baseline": "group_mean", "advantage_norm": "group_std", "micro_batch_size": 2}
         config = RLTrainingConfig(num_steps=num_steps, **options)
         manager = Manager(buffer) if buffer else None
-        found += await run_rl_training(backend, buffer, manager, [], config, pad_token_id=PAD, resume=state)
+        found += await run_rl_training(
+            backend, buffer, manager, [], config, pad_token_id=PAD, resume=state
+        )
     return found
 
 
@@ -140,13 +172,21 @@ async def exact_resume(directory: Path) -> list[list[dict]]:
     """Five steps at a stretch, and the last two of them from the checkpoint of "full" after three."""
     at_a_stretch = await sft(sharded(directory / "stretch"), num_steps=5)
     backend = sharded(directory / "again", seed=4)
-    return [at_a_stretch[3:], await sft(backend, 5, await backend.load_checkpoint(directory / "full" / "latest"))]
+    return [
+        at_a_stretch[3:],
+        await sft(backend, 5, await backend.load_checkpoint(directory / "full" / "latest")),
+    ]
 
 
 def facts(backend: Backend) -> dict:
     """What a rank holds: the share of the parameters, and the dtypes of parameters and of the optimizer's state."""
     parameters = list(backend.model.parameters())
-    states = [value for entries in backend.optimizer.state.values() for key, value in entries.items() if key != "step"]
+    states = [
+        value
+        for entries in backend.optimizer.state.values()
+        for key, value in entries.items()
+        if key != "step"
+    ]
     local = sum(p.to_local().numel() for p in parameters if isinstance(p, DTensor))
     return {
         "share": local / sum(p.numel() for p in parameters),
@@ -166,7 +206,8 @@ def watched(model: Any) -> dict[str, Any]:
     def look(*hook: Any) -> None:
         seen["freed"] = isinstance(first.up_proj.weight, DTensor)
 
-    first.register_forward_pre_hook(count)  # a second pass may stop inside, once it has what backward needs
+    # a second pass may stop inside, once it has what backward needs
+    first.register_forward_pre_hook(count)
     model.model.norm.register_forward_hook(look)
     return seen
 
@@ -174,7 +215,9 @@ def watched(model: Any) -> dict[str, Any]:
 async def mixed(directory: Path) -> dict:
     backend = sharded(directory, config=FSDPConfig())
     seen: dict[str, str] = {}
-    backend.model.model.layers[0].mlp.register_forward_hook(lambda *hook: seen.update(hidden=str(hook[2].dtype)))
+    backend.model.model.layers[0].mlp.register_forward_hook(
+        lambda *hook: seen.update(hidden=str(hook[2].dtype))
+    )
     return {"metrics": await sft(backend), **facts(backend), **seen}
 
 
@@ -192,7 +235,11 @@ def work(make: Make, directory: Path, names: dict[str, FSDPConfig]) -> dict:
 
 def counted(directory: Path) -> dict:
     """How often gradients are reduced in three steps of two micro-batches, and the steps' metrics."""
-    calls = {name: 0 for name in ("reduce_scatter_single", "reduce_scatter_tensor") if hasattr(dist, name)}
+    calls = {
+        name: 0
+        for name in ("reduce_scatter_single", "reduce_scatter_tensor")
+        if hasattr(dist, name)
+    }
 
     def count(name: str) -> Callable[..., Any]:
         own = getattr(dist, name)
@@ -225,7 +272,9 @@ def compiled(directory: Path) -> dict:
 
 def gathered_ahead(directory: Path, config: FSDPConfig) -> list[int]:
     """How many gathers a backward pass has begun when the MLP of each layer has its turn: last layer first."""
-    names = [name for name in ("all_gather_single", "all_gather_into_tensor") if hasattr(dist, name)]
+    names = [
+        name for name in ("all_gather_single", "all_gather_into_tensor") if hasattr(dist, name)
+    ]
     begun, seen = [0], []
     backend = sharded(directory, config=config)
 

@@ -47,7 +47,12 @@ class Nursery:
     """One such Python. `close` ends it and every process that still runs; so does the end of this process."""
 
     def __init__(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.training.process_nursery"],
             cwd=ROOT,
@@ -63,9 +68,25 @@ class Nursery:
         self._process.stdin.close()
         self._process.wait(timeout=60)
 
-    def start(self, module: str, argv: list[str], log: Path, *, environment: Mapping[str, str] | None = None) -> int:
+    def start(
+        self,
+        module: str,
+        argv: list[str],
+        log: Path,
+        *,
+        environment: Mapping[str, str] | None = None,
+    ) -> int:
         """The pid of `python -m module argv...`, its output in `log`, with `environment` beside what it has."""
-        return int(self._ask({"start": module, "argv": argv, "log": str(log), "environment": dict(environment or {})}))
+        return int(
+            self._ask(
+                {
+                    "start": module,
+                    "argv": argv,
+                    "log": str(log),
+                    "environment": dict(environment or {}),
+                }
+            )
+        )
 
     def torchrun(self, ranks: int, module: str, argv: list[str], directory: Path) -> None:
         """Run the module on each rank of a world, as torchrun would start it; AssertionError shows a rank that failed.
@@ -79,11 +100,16 @@ class Nursery:
         world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         logs = [directory / f"rank_{rank}.log" for rank in range(ranks)]
         pids = [
-            self.start(module, argv, log, environment={**world, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            self.start(
+                module, argv, log, environment={**world, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            )
             for rank, log in enumerate(logs)
         ]
         codes = [self.wait(pid) for pid in pids]
-        said = [f"{log.name}: {code}\n{log.read_text()[-3000:]}" for log, code in zip(logs, codes, strict=True)]
+        said = [
+            f"{log.name}: {code}\n{log.read_text()[-3000:]}"
+            for log, code in zip(logs, codes, strict=True)
+        ]
         assert not any(codes), "\n".join(said)
 
     def kill(self, pid: int) -> int:

@@ -22,7 +22,9 @@ class OnlySamples:
 
     base_url = "mine"
 
-    async def generate_batch(self, prompts: Any, sampling_params: Any, *, n: int, return_logprob: bool) -> list[Any]:
+    async def generate_batch(
+        self, prompts: Any, sampling_params: Any, *, n: int, return_logprob: bool
+    ) -> list[Any]:
         row = Generation([1], [0.0], "abort", {}, "another", [], None, 1, 0)
         return [[row] * n for _ in prompts]
 
@@ -33,11 +35,15 @@ async def test_an_engine_needs_only_the_calls_that_are_made() -> None:
     pool = EnginePool.of([OnlyUpdates(), OnlySamples()])
     await pool.abort()
     assert await pool.replicas[0].input_logprobs([1, 2]) is None
-    with pytest.raises(EngineError, match=r"OnlyUpdates object .*: this engine lacks generate_batch\(\)"):
+    with pytest.raises(
+        EngineError, match=r"OnlyUpdates object .*: this engine lacks generate_batch\(\)"
+    ):
         await pool.generate([1], {})
     with pytest.raises(EngineError, match="mine: this engine lacks update_weights_from_checkpoint"):
         await sync_weights_to_engines([OnlyUpdates(), OnlySamples()], "/a")
-    assert await sync_weights_to_engines([OnlyUpdates()], "/a", "1") == [{"success": True, "path": "/a"}]
+    assert await sync_weights_to_engines([OnlyUpdates()], "/a", "1") == [
+        {"success": True, "path": "/a"}
+    ]
 
 
 async def test_its_answers_are_taken_as_they_come() -> None:

@@ -39,7 +39,9 @@ def test_advantage_vectors(options, expected):
 
     And red with RLOO's own reward left in its baseline (±.5), and with "batch" not centred.
     """
-    advantages = compute_advantages([1.0, 0.0, 0.0, 1.0, 1.0, 1.0], group_ids=[0, 0, 0, 0, 1, 1], **options)
+    advantages = compute_advantages(
+        [1.0, 0.0, 0.0, 1.0, 1.0, 1.0], group_ids=[0, 0, 0, 0, 1, 1], **options
+    )
     assert isinstance(advantages, list)
     assert advantages == pytest.approx(expected, abs=1e-7)
 
@@ -54,7 +56,11 @@ def test_advantages_without_contrast_are_exactly_zero(options):
         assert compute_advantages(rewards, **options) == [0.0] * len(rewards)
 
 
-@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from([0.0, 0.1, 0.5, 1.0])), min_size=1, max_size=24))
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 3), st.sampled_from([0.0, 0.1, 0.5, 1.0])), min_size=1, max_size=24
+    )
+)
 def test_groups_are_independent_and_order_does_not_matter(pairs):
     """Goal: a group's advantages are its own, wherever its samples stand. Red with all samples taken as one group.
 
@@ -66,7 +72,9 @@ def test_groups_are_independent_and_order_does_not_matter(pairs):
         found = compute_advantages(rewards, group_ids=ids, **options)
         for group, members in groups.items():
             alone = compute_advantages(members, **options)
-            assert [a for a, g in zip(found, ids, strict=True) if g == group] == pytest.approx(alone, abs=1e-12)
+            assert [a for a, g in zip(found, ids, strict=True) if g == group] == pytest.approx(
+                alone, abs=1e-12
+            )
     mean_based = compute_advantages(rewards, group_ids=ids, **DR_GRPO)
     sizes = [len(groups[group]) for group in ids]
     scaled = [a * n / max(1, n - 1) for a, n in zip(mean_based, sizes, strict=True)]
@@ -81,7 +89,10 @@ def test_groups_are_independent_and_order_does_not_matter(pairs):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"baseline": "mean"}, "baseline='mean': needs a number or one of 'group_mean', 'leave_one_out'"),
+        (
+            {"baseline": "mean"},
+            "baseline='mean': needs a number or one of 'group_mean', 'leave_one_out'",
+        ),
         ({"norm": "std"}, "norm='std': needs one of 'none', 'group_std', 'batch'"),
         ({"group_ids": [0]}, "1 group_ids for 2 rewards"),
     ],
@@ -106,13 +117,19 @@ def test_gae_is_the_sum_over_all_later_surprises(pairs, gamma, lam):
     Red also with next_value updated before it is used.
     """
     rewards, values = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    deltas = [r + gamma * following - v for r, v, following in zip(rewards, values, [*values[1:], 0.0], strict=True)]
+    deltas = [
+        r + gamma * following - v
+        for r, v, following in zip(rewards, values, [*values[1:], 0.0], strict=True)
+    ]
     expected = [
-        sum((gamma * lam) ** later * delta for later, delta in enumerate(deltas[t:])) for t in range(len(deltas))
+        sum((gamma * lam) ** later * delta for later, delta in enumerate(deltas[t:]))
+        for t in range(len(deltas))
     ]
     advantages, returns = gae(rewards, values, gamma=gamma, lam=lam)
     assert advantages == pytest.approx(expected, abs=1e-9)
-    assert returns == pytest.approx([a + v for a, v in zip(expected, values, strict=True)], abs=1e-9)
+    assert returns == pytest.approx(
+        [a + v for a, v in zip(expected, values, strict=True)], abs=1e-9
+    )
 
 
 def test_gae_without_values_is_the_reward():

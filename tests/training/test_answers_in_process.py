@@ -18,7 +18,8 @@ from tests.training.tiny import tiny_backend
 from tests.training.tiny_task import tiny_model, tiny_tokenizer
 
 QUESTIONS = [
-    {"messages": [{"role": "user", "content": "abcdef"[: 1 + index % 6]}], "answer": "x"} for index in range(12)
+    {"messages": [{"role": "user", "content": "abcdef"[: 1 + index % 6]}], "answer": "x"}
+    for index in range(12)
 ]
 
 
@@ -37,7 +38,9 @@ def parts_of(directory: Path, model: Any, **changes: Any) -> StageParts:
     return StageParts(config, run, "sft", tiny_tokenizer(), backend, 1, None, log)
 
 
-def batches_of(parts: StageParts, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[tuple[int, int, int]]]:
+def batches_of(
+    parts: StageParts, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Any, list[tuple[int, int, int]]]:
     """The evaluation, and of each batch its answers, the tokens of a prompt, and those of an answer at most."""
     assert parts.backend is not None
     model, seen = parts.backend.model, []
@@ -64,7 +67,10 @@ def test_answers_stay_within_the_limits(
     parts = parts_of(tmp_path, model, **limits, num_samples=samples, pass_at=[1] if samples else [])
     found, batches = batches_of(parts, monkeypatch)
     assert found.num_rows == 7 and found.num_samples == samples
-    assert all(new == 2 and count * (prompt + new) <= 64 for count, prompt, new in batches) and len(batches) > 1
+    assert (
+        all(new == 2 and count * (prompt + new) <= 64 for count, prompt, new in batches)
+        and len(batches) > 1
+    )
     own = answer_limits(parts.config, "sft")
     assert own is not None and own.new_tokens_max(len(QUESTIONS)) == 7 * (1 + samples) * 2
     assert sum(count for count, _, _ in batches) * 2 == own.new_tokens_max(len(QUESTIONS))

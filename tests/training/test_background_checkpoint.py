@@ -14,7 +14,12 @@ from safetensors.torch import load_file
 
 from rollouts.training import checkpoint
 from rollouts.training.backends import BackendFailedError, PyTorchTrainingBackend
-from rollouts.training.checkpoint import CheckpointError, Retention, latest_checkpoint, list_checkpoints
+from rollouts.training.checkpoint import (
+    CheckpointError,
+    Retention,
+    latest_checkpoint,
+    list_checkpoints,
+)
 from rollouts.training.loops import run_sft_training
 from rollouts.training.loops.train_step import train_step
 from rollouts.training.retention import expired
@@ -40,7 +45,9 @@ def gate(monkeypatch) -> threading.Event:
 
 
 def state_of(backend) -> dict[str, torch.Tensor]:
-    weights = {f"weight {name}": tensor.clone() for name, tensor in backend.model.state_dict().items()}
+    weights = {
+        f"weight {name}": tensor.clone() for name, tensor in backend.model.state_dict().items()
+    }
     for index, entries in backend.optimizer.state_dict()["state"].items():
         weights |= {f"{entry} {index}": value.clone() for entry, value in entries.items()}
     return weights
@@ -63,7 +70,9 @@ def test_what_is_saved_is_the_state_at_its_step(tmp_path, gate, runtime):
         assert not saving.done()
         gate.set()
         path = await saving.result()
-        assert not torch.equal(state_of(backend)["weight lm_head.weight"], expected["weight lm_head.weight"])
+        assert not torch.equal(
+            state_of(backend)["weight lm_head.weight"], expected["weight lm_head.weight"]
+        )
         other = tiny_backend(tmp_path, seed=7)
         assert (await other.load_checkpoint(path))["extra"] == {"cursor": 1}
         found = state_of(other)
@@ -98,12 +107,15 @@ def test_the_loop_goes_on_while_a_checkpoint_is_written(tmp_path, gate):
 
     async def main():
         samples = sft_samples(8)
-        await run_sft_training(backend, samples, config, Logger(), pad_token_id=PAD, on_checkpoint=on_checkpoint)
+        await run_sft_training(
+            backend, samples, config, Logger(), pad_token_id=PAD, on_checkpoint=on_checkpoint
+        )
 
     anyio.run(main)
     assert sorted(seen) == ["saved 2", "saved 4", "step 1", "step 2", "step 3", "step 4"]
     assert seen.index("saved 2") > seen.index("step 3")
-    assert seen[-2:] == ["saved 4", "step 4"]  # the last one is complete before the last evaluation, which that row has
+    # the last one is complete before the last evaluation, which that row has
+    assert seen[-2:] == ["saved 4", "step 4"]
 
 
 def test_a_backend_of_ones_own_needs_no_more_than_the_protocol(tmp_path):
@@ -122,7 +134,9 @@ def test_a_backend_of_ones_own_needs_no_more_than_the_protocol(tmp_path):
 
     async def main():
         on_checkpoint = lambda path, step: saved.append(step)  # noqa: E731
-        await run_sft_training(Minimal(), sft_samples(8), config, pad_token_id=PAD, on_checkpoint=on_checkpoint)
+        await run_sft_training(
+            Minimal(), sft_samples(8), config, pad_token_id=PAD, on_checkpoint=on_checkpoint
+        )
 
     anyio.run(main)
     assert saved == [2, 3]
@@ -139,7 +153,10 @@ def test_the_next_save_waits_for_the_last(tmp_path, gate):
         assert scope.cancelled_caught  # the wait alone: the save was submitted, and stands
         gate.set()
         third = await backend.start_checkpoint(3, {})
-        assert [(await save.result()).name for save in (first, third)] == ["step_000001", "step_000003"]
+        assert [(await save.result()).name for save in (first, third)] == [
+            "step_000001",
+            "step_000003",
+        ]
         assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["1", "2", "3"]
 
     anyio.run(main)
@@ -185,7 +202,9 @@ anyio.run(backend.start_checkpoint, 2, {"loss": 0.5})
 
 def child(directory: Path, seconds: float) -> subprocess.Popen:
     command = [sys.executable, "-c", CHILD, str(directory), str(seconds)]
-    return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def test_kill_9_during_a_save_leaves_the_checkpoint_before(tmp_path):
@@ -207,7 +226,11 @@ def test_kill_9_during_a_save_leaves_the_checkpoint_before(tmp_path):
 
     anyio.run(main)
     assert latest_checkpoint(tmp_path).name == "step_000002"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_000001", "step_000002"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "latest",
+        "step_000001",
+        "step_000002",
+    ]
 
 
 def test_the_process_ends_after_its_last_save(tmp_path):
@@ -225,7 +248,9 @@ def test_optimizer_state_of_other_parameters_is_refused(tmp_path):
         model = tiny_model()
         for parameter in model.model.layers[0].mlp.parameters():
             parameter.requires_grad_(not frozen)
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+        optimizer = torch.optim.SGD(
+            [p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9
+        )
         return PyTorchTrainingBackend(model, optimizer, sft_loss, tmp_path)
 
     async def main():
@@ -239,7 +264,9 @@ def test_optimizer_state_of_other_parameters_is_refused(tmp_path):
             again.optimizer.state[key]["momentum_buffer"],
             backend.optimizer.state[backend.model.lm_head.weight]["momentum_buffer"],
         )
-        with pytest.raises(CheckpointError, match=r"state of missing parameters: model\.layers\.0\.mlp\.down_proj"):
+        with pytest.raises(
+            CheckpointError, match=r"state of missing parameters: model\.layers\.0\.mlp\.down_proj"
+        ):
             await momentum(frozen=False).load_checkpoint(path)
 
     anyio.run(main)
@@ -264,7 +291,10 @@ def test_expired(retention, protected, gone):
     """Goal: last n, best and protected stay; a value that is not a number never wins. Red with NaN compared."""
     losses = {1: float("nan"), 2: 3.0, 3: 1.0, 4: 1.5, 5: 2.0}
     found = [(Path(str(step)), {"loss": loss}) for step, loss in losses.items()]
-    assert [int(path.name) for path in expired(found, retention, [Path(str(step)) for step in protected])] == gone
+    assert [
+        int(path.name)
+        for path in expired(found, retention, [Path(str(step)) for step in protected])
+    ] == gone
 
 
 def test_a_backend_keeps_what_it_is_told_to(tmp_path):
@@ -302,7 +332,10 @@ def test_a_backend_keeps_what_it_is_told_to(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"keep_last": 0}, "keep_last=0: needs >= 1, or -1"), ({"best_mode": "least"}, "best_mode='least': needs 'min'")],
+    [
+        ({"keep_last": 0}, "keep_last=0: needs >= 1, or -1"),
+        ({"best_mode": "least"}, "best_mode='least': needs 'min'"),
+    ],
 )
 def test_a_retention_that_means_nothing(options, message):
     """Goal: keeping nothing is refused when it is said. Red with the checks off."""

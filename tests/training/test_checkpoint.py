@@ -42,9 +42,12 @@ def test_layout_is_what_an_engine_and_a_resume_need(tmp_path):
     assert metadata.pop("time") > 1.7e9
     assert metadata.pop("versions")["torch"] == torch.__version__
     assert metadata == {"stage": "sft", "step": 123, "metrics": {"loss": 0.5}, "world_size": 1}
-    assert {"generation_config.json", "training_state.pt", "manifest.json"} <= {file.name for file in path.iterdir()}
+    assert {"generation_config.json", "training_state.pt", "manifest.json"} <= {
+        file.name for file in path.iterdir()
+    }
     assert manifest_problems(path) == ()
-    assert os.readlink(tmp_path / "sft" / "latest") == "step_000123"  # relative: it survives being copied
+    # relative: it survives being copied
+    assert os.readlink(tmp_path / "sft" / "latest") == "step_000123"
     assert not list((tmp_path / "sft").glob(".*"))
 
 
@@ -56,7 +59,11 @@ def test_steps_are_ordered_as_numbers(tmp_path):
         (directory / "manifest.json").write_text("{}")
     (tmp_path / "step_2000000").mkdir()  # no manifest: never completed
     (tmp_path / "latest").symlink_to("step_000002")
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_000002", "step_999999", "step_1000000"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == [
+        "step_000002",
+        "step_999999",
+        "step_1000000",
+    ]
     assert latest_checkpoint(tmp_path).name == "step_1000000"
     assert latest_checkpoint(tmp_path / "absent") is None
 
@@ -91,7 +98,10 @@ def test_a_killed_writer_leaves_nothing_that_counts(tmp_path):
         (lambda path: (path / "manifest.json").unlink(), "was never completed"),
         (lambda path: (path / "model.safetensors").unlink(), "model.safetensors: missing"),
         (lambda path: (path / "training_state.pt").write_bytes(b"x"), "the manifest says"),
-        (lambda path: flip_a_byte(path / "model.safetensors"), "its bytes differ from the manifest"),
+        (
+            lambda path: flip_a_byte(path / "model.safetensors"),
+            "its bytes differ from the manifest",
+        ),
         (shutil.rmtree, "no such checkpoint directory"),
     ],
 )
@@ -117,7 +127,10 @@ def test_weights_of_another_architecture_are_refused(tmp_path):
         read_model(tiny_model(tied=False), path)
     deeper = tiny_model()
     deeper.resize_token_embeddings(30)
-    with pytest.raises(CheckpointError, match=r"model.embed_tokens.weight \(24, 16\), this model has shape \(30, 16\)"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"model.embed_tokens.weight \(24, 16\), this model has shape \(30, 16\)",
+    ):
         read_model(deeper, path)
 
 
@@ -128,7 +141,9 @@ def test_sharded_weights_load(tmp_path):
     assert (tmp_path / "model.safetensors.index.json").is_file()
     other = tiny_model(seed=6)
     read_model(other, tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)
+    )
 
 
 def test_load_restores_everything_that_training_depends_on(tmp_path):
@@ -166,7 +181,10 @@ def test_load_restores_everything_that_training_depends_on(tmp_path):
 
 def test_extra_that_could_not_be_loaded_is_refused_when_saved(tmp_path):
     """Goal: an object in the data cursor is an error now, not at the resume. Red without the check: it is saved."""
-    with pytest.raises(TypeError, match="extra of the checkpoint of step 1: needs plain data: Object of type object"):
+    with pytest.raises(
+        TypeError,
+        match="extra of the checkpoint of step 1: needs plain data: Object of type object",
+    ):
         save(tiny_backend(tmp_path), 1, {"cursor": object()})
     assert list_checkpoints(tmp_path) == []
 
@@ -188,9 +206,16 @@ def test_save_weights_is_a_model_directory_and_nothing_else(tmp_path):
     backend = tiny_backend(tmp_path / "rl")
     for _ in range(2):  # a version may be written again after a restart
         path = anyio.run(backend.save_weights, tmp_path / "weights" / "version_000001")
-    assert {file.name for file in path.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
+    assert {file.name for file in path.iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    }
     model = AutoModelForCausalLM.from_pretrained(path)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), backend.model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.parameters(), backend.model.parameters(), strict=True)
+    )
     assert [entry.name for entry in path.parent.iterdir()] == ["version_000001"]
 
 

@@ -103,22 +103,41 @@ def test_what_another_python_wrote_is_read(victim: Path) -> None:
 def pickles(target: Path) -> dict[str, bytes]:
     """Ways to run `touch TARGET` from a pickle, or to get there."""
     touch = f"touch {target}"
-    module, name, argument = (b"\x8c" + bytes([len(text)]) + text.encode() for text in ("torch", DOTTED, touch))
+    module, name, argument = (
+        b"\x8c" + bytes([len(text)]) + text.encode() for text in ("torch", DOTTED, touch)
+    )
     return {
         "system": pickle.dumps(Call(__import__("os").system, touch)),
         "eval": pickle.dumps(Call(eval, f"__import__('os').system({touch!r})")),
-        "nested": pickle.dumps(SimpleNamespace(state_dict_metadata={"a": Call(__import__("os").system, touch)})),
+        "nested": pickle.dumps(
+            SimpleNamespace(state_dict_metadata={"a": Call(__import__("os").system, touch)})
+        ),
         "open": pickle.dumps(Call(open, str(target), "w")),
         "getattr": pickle.dumps(Call(getattr, "", "format")),
         "getattr of a class": pickle.dumps(Call(getattr, torch.Size, "__subclasses__")),
-        "dotted": b"\x80\x04" + module + name + b"\x93" + argument + b"\x85R.",  # torch . serialization.os.system
+        "dotted": b"\x80\x04"
+        + module
+        + name
+        + b"\x93"
+        + argument
+        + b"\x85R.",  # torch . serialization.os.system
         "global": f"cos\nsystem\n(S'{touch}'\ntR.".encode(),
         "torch.load": pickle.dumps(Call(torch.load, io.BytesIO(b""))),
     }
 
 
 DOTTED = "serialization.os.system"
-WAYS = ["system", "eval", "nested", "open", "getattr", "getattr of a class", "dotted", "global", "torch.load"]
+WAYS = [
+    "system",
+    "eval",
+    "nested",
+    "open",
+    "getattr",
+    "getattr of a class",
+    "dotted",
+    "global",
+    "torch.load",
+]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -126,7 +145,9 @@ def test_the_optimizers_index_runs_nothing(victim: Path, tmp_path: Path, way: st
     """Goal: an error that names the file and what it asks for. Red with torch's own reading: the file was made."""
     target = tmp_path / "attacked"
     (victim / "optimizer" / ".metadata").write_bytes(pickles(target)[way])
-    with pytest.raises(CheckpointError, match=r"optimizer/\.metadata: .*(no part of a checkpoint|cannot be read)"):
+    with pytest.raises(
+        CheckpointError, match=r"optimizer/\.metadata: .*(no part of a checkpoint|cannot be read)"
+    ):
         resume(victim)
     with pytest.raises(UnsafeIndexError):
         optimizer_state.check_complete(victim / "optimizer")
@@ -135,7 +156,9 @@ def test_the_optimizers_index_runs_nothing(victim: Path, tmp_path: Path, way: st
 
 @pytest.mark.parametrize("name", ["training_state.pt", "optimizer/__0_0.distcp"])
 @pytest.mark.parametrize("way", ["system", "eval", "global"])
-def test_no_other_file_of_a_checkpoint_runs_anything(victim: Path, tmp_path: Path, name: str, way: str) -> None:
+def test_no_other_file_of_a_checkpoint_runs_anything(
+    victim: Path, tmp_path: Path, name: str, way: str
+) -> None:
     """Goal: a pickle in place of a checkpoint's other files is refused. Red with weights_only=False."""
     target = tmp_path / "attacked"
     (victim / name).write_bytes(pickles(target)[way])
@@ -147,7 +170,9 @@ def test_no_other_file_of_a_checkpoint_runs_anything(victim: Path, tmp_path: Pat
 def test_the_training_states_torch_file_runs_nothing(victim: Path, tmp_path: Path) -> None:
     """Goal: neither in torch's own format, around the call. Red with weights_only=False."""
     target = tmp_path / "attacked"
-    torch.save({"rng": Call(__import__("os").system, f"touch {target}")}, victim / "training_state.pt")
+    torch.save(
+        {"rng": Call(__import__("os").system, f"touch {target}")}, victim / "training_state.pt"
+    )
     with pytest.raises(CheckpointError, match=r"training_state\.pt: is not plain data"):
         resume(victim)
     assert not target.exists()
@@ -163,13 +188,19 @@ def test_a_training_state_that_is_no_dict_is_refused(victim: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (with_bytes, "is BytesStorageMetadata, needs a tensor"),  # which torch would unpickle without limits
-        (lambda metadata: with_file(metadata, "../training_state.pt"), "names the file '../training_state.pt'"),
+        # which torch would unpickle without limits
+        (with_bytes, "is BytesStorageMetadata, needs a tensor"),
+        (
+            lambda metadata: with_file(metadata, "../training_state.pt"),
+            "names the file '../training_state.pt'",
+        ),
         (lambda metadata: with_file(metadata, "/etc/passwd"), "names the file '/etc/passwd'"),
         (lambda metadata: {"a": 1}, "is dict, needs the index of a checkpoint"),
     ],
 )
-def test_what_the_index_leads_to_is_checked(victim: Path, change: Callable[[Any], Any], message: str) -> None:
+def test_what_the_index_leads_to_is_checked(
+    victim: Path, change: Callable[[Any], Any], message: str
+) -> None:
     """Goal: tensors in files of its own directory alone. Red with the index taken as torch gives it."""
     edited(victim, change)
     with pytest.raises(CheckpointError, match=message):
@@ -177,15 +208,25 @@ def test_what_the_index_leads_to_is_checked(victim: Path, change: Callable[[Any]
 
 
 @pytest.mark.parametrize("load", [load_model, load_tokenizer, load_reference])
-def test_a_directorys_own_code_is_not_run_unasked(saved: Path, tmp_path: Path, load: Callable[[str], Any]) -> None:
+def test_a_directorys_own_code_is_not_run_unasked(
+    saved: Path, tmp_path: Path, load: Callable[[str], Any]
+) -> None:
     """Goal: modeling code beside the weights needs trust_remote_code. Red with it set to True: the file was made."""
     directory, target = Path(shutil.copytree(saved, tmp_path / "m")), tmp_path / "attacked"
     (directory / "evil.py").write_text(f"open({str(target)!r}, 'w')\n")
-    own = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M", "AutoTokenizer": ["evil.T", None]}
+    own = {
+        "AutoConfig": "evil.C",
+        "AutoModelForCausalLM": "evil.M",
+        "AutoTokenizer": ["evil.T", None],
+    }
     for name in ("config.json", "tokenizer_config.json"):
         file = directory / name
         text = json.loads(file.read_text()) if file.exists() else {}
-        file.write_text(json.dumps({**text, "model_type": "evil", "tokenizer_class": "EvilTokenizer", "auto_map": own}))
+        file.write_text(
+            json.dumps(
+                {**text, "model_type": "evil", "tokenizer_class": "EvilTokenizer", "auto_map": own}
+            )
+        )
     with pytest.raises(ModelError, match=r"cannot load the .* of .*trust_remote_code"):
         load(str(directory))
     assert not target.exists()

@@ -27,7 +27,8 @@ from tests.training.test_packed_attention import LAYERS, model_of, trained
 from tests.training.tiny import tiny_backend, tiny_model
 
 STEPS = 50
-KINDS = {"gemma3_text": 2, "qwen2": 2}  # kinds of layers: with and without a window; one in the other models
+# kinds of layers: with and without a window; one in the other models
+KINDS = {"gemma3_text": 2, "qwen2": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +39,9 @@ def afresh() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def compiled(model: nn.Module, backend: str = "eager") -> tuple[nn.Module, CompileCounterWithBackend]:
+def compiled(
+    model: nn.Module, backend: str = "eager"
+) -> tuple[nn.Module, CompileCounterWithBackend]:
     """`model` with compiled layers, and a counter of compilations."""
     counter = CompileCounterWithBackend(backend)
     compile_layers(model, backend=counter)
@@ -162,7 +165,9 @@ def test_checkpointing_is_inside() -> None:
     assert runs_compiled(model)
 
 
-def test_what_cannot_be_compiled_runs_uncompiled(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_cannot_be_compiled_runs_uncompiled(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Goal: a layer that would be cut (dropout in attention) trains on, and one warning says why.
 
     Red with the error passed on: the run ends.
@@ -174,7 +179,9 @@ def test_what_cannot_be_compiled_runs_uncompiled(tmp_path: Path, caplog: pytest.
     with caplog.at_level(logging.WARNING):
         losses = train(tiny_backend(tmp_path, model=model), 2)
     assert len(losses) == 2 and not runs_compiled(model)
-    (message,) = [record.getMessage() for record in caplog.records if "uncompiled" in record.getMessage()]
+    (message,) = [
+        record.getMessage() for record in caplog.records if "uncompiled" in record.getMessage()
+    ]
     assert message.startswith("the layers of Qwen2ForCausalLM run uncompiled from here on: ")
 
 
@@ -194,7 +201,8 @@ def test_generation_runs_uncompiled() -> None:
     model, counter = compiled(tiny_model())
     ids = torch.tensor([[2, 3, 4], [5, 6, 7]])
     found, expected = (
-        each.generate(input_ids=ids, max_new_tokens=4, do_sample=False) for each in (model, tiny_model())
+        each.generate(input_ids=ids, max_new_tokens=4, do_sample=False)
+        for each in (model, tiny_model())
     )
     assert torch.equal(found, expected)
     assert counter.frame_count == 0
@@ -210,7 +218,10 @@ def test_a_copy_has_layers_of_its_own() -> None:
     batch = batch_of()
     for each in (model, again):
         forward.prepare(each)
-    found, other = (forward.token_log_probs(each, batch, with_entropy=False).log_probs_N for each in (model, again))
+    found, other = (
+        forward.token_log_probs(each, batch, with_entropy=False).log_probs_N
+        for each in (model, again)
+    )
     assert not torch.equal(found, other)
 
 

@@ -1,4 +1,4 @@
-"""Every field of the config's model and optimizers, and output.use_wandb, changes what the trainer makes of it."""
+"""Every field of the config's model and optimizers changes what the trainer makes of it."""
 
 import dataclasses
 import json
@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -15,7 +14,6 @@ import pytest
 import torch
 
 from base_config import Config, LoraConfig, MuonConfig
-from rollouts.run_dir import RunDir
 from rollouts.training.checkpoint import Retention
 from rollouts.training.loops.train_step import train_step
 from rollouts.training.lora import is_lora, merged_state_dict
@@ -24,21 +22,25 @@ from rollouts.training.model_loading import ModelError, load_model
 from rollouts.training.rewards.scoring import scoring
 from rollouts.training.rollout_gen.concurrency import gather_in_order
 from rollouts.training.types import Sample
-from rollouts.worker import trainer
-from rollouts.worker.builders import EngineUrls
 from rollouts.worker.builders.backend import build_backend
 from rollouts.worker.builders.loss import rl_training_config
 from rollouts.worker.builders.model import base_model, reference_name
 from rollouts.worker.builders.rollout_source import build_generate_fn
-from rollouts.worker.stages import sft
-from rollouts.worker.stages.log import StageLog, WandbTables, logged_steps, open_metrics
+from rollouts.worker.stages.log import logged_steps
 from tests import example_config as example
 from tests.example_config import example_config, importance, kl, replace_at
 from tests.training.backends.test_pytorch import rl_batch, sft_batch
 from tests.training.tiny_task import TINY_MODEL, InProcessEngine, tiny_tokenizer
 
 STEPS = 4
-MUON = MuonConfig(momentum=0.9, nesterov=True, ns_steps=5, adjust_lr="original", vector_lr=1e-3, width_reference=-1)
+MUON = MuonConfig(
+    momentum=0.9,
+    nesterov=True,
+    ns_steps=5,
+    adjust_lr="original",
+    vector_lr=1e-3,
+    width_reference=-1,
+)
 LORA = LoraConfig(rank=2, alpha=4.0, dropout=0.0, target_modules="all-linear", init_seed=0)
 
 
@@ -59,7 +61,11 @@ BASES = {"adamw": changed({}), "muon": with_muon(), "lora": changed({"model.lora
 
 
 def backend_of(
-    config: Config, directory: Path, stage: str = "sft", model_path: str | None = None, reference: str | None = None
+    config: Config,
+    directory: Path,
+    stage: str = "sft",
+    model_path: str | None = None,
+    reference: str | None = None,
 ) -> Any:
     torch.manual_seed(0)  # as the trainer does
     return build_backend(
@@ -143,7 +149,9 @@ def test_every_field_changes_the_weights(
     assert (weights(backend.model) - trained[base]).abs().max().item() > 1e-6
 
 
-def test_the_same_config_gives_the_same_weights(tmp_path: Path, trained: dict[str, torch.Tensor]) -> None:
+def test_the_same_config_gives_the_same_weights(
+    tmp_path: Path, trained: dict[str, torch.Tensor]
+) -> None:
     """Goal: the differences above come from the fields. Red with the base's seed not set."""
     for name, base in BASES.items():
         backend = backend_of(base, tmp_path)
@@ -195,7 +203,9 @@ def test_bfloat16_is_for_computing_alone(tmp_path: Path) -> None:
     """
     backend = backend_of(changed({"model.dtype": "bfloat16"}, with_muon()), tmp_path)
     seen: list[torch.dtype] = []
-    backend.model.model.layers[0].mlp.register_forward_hook(lambda *hook: seen.append(hook[2].dtype))
+    backend.model.model.layers[0].mlp.register_forward_hook(
+        lambda *hook: seen.append(hook[2].dtype)
+    )
     train(backend, 1)
     assert set(seen) == {torch.bfloat16}
     assert {parameter.dtype for parameter in backend.model.parameters()} == {torch.float32}
@@ -211,11 +221,17 @@ def test_activation_checkpointing_keeps_less_and_changes_nothing(tmp_path: Path)
     for base in ("adamw", "lora"):
         results = []
         for field in (False, True):
-            backend = backend_of(changed({"model.activation_checkpointing": field}, BASES[base]), tmp_path)
+            backend = backend_of(
+                changed({"model.activation_checkpointing": field}, BASES[base]), tmp_path
+            )
             kept: dict[int, int] = {}
-            own = {parameter.untyped_storage().data_ptr() for parameter in backend.model.parameters()}
+            own = {
+                parameter.untyped_storage().data_ptr() for parameter in backend.model.parameters()
+            }
 
-            def keep(tensor: torch.Tensor, kept: dict[int, int] = kept, own: set[int] = own) -> torch.Tensor:
+            def keep(
+                tensor: torch.Tensor, kept: dict[int, int] = kept, own: set[int] = own
+            ) -> torch.Tensor:
                 if tensor.untyped_storage().data_ptr() not in own:
                     kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
                 return tensor
@@ -237,11 +253,15 @@ def test_an_architecture_without_checkpointing_is_named(tmp_path: Path) -> None:
     model.supports_gradient_checkpointing = False
     from rollouts.training.model_loading import enable_activation_checkpointing
 
-    with pytest.raises(ModelError, match="Qwen2ForCausalLM lacks activation checkpointing; set activation_check"):
+    with pytest.raises(
+        ModelError, match="Qwen2ForCausalLM lacks activation checkpointing; set activation_check"
+    ):
         enable_activation_checkpointing(model)
 
 
-def test_compile_runs_compiled_graphs_with_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_runs_compiled_graphs_with_the_same_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Goal: training runs the graphs that the compiler captured, and gives eager's losses. Red with the field not used:
     no graph; and with the outer model compiled, which training does not call.
 
@@ -297,7 +317,10 @@ def own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (directory / "modeling_own.py").write_text(REMOTE_CODE)
     config = json.loads((directory / "config.json").read_text()) | {
         "model_type": "own_qwen2",
-        "auto_map": {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"},
+        "auto_map": {
+            "AutoConfig": "modeling_own.OwnConfig",
+            "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
+        },
     }
     (directory / "config.json").write_text(json.dumps(config))
     return directory
@@ -307,7 +330,9 @@ def test_trust_remote_code(tmp_path: Path, own_code: Path) -> None:
     """Goal: a model's own code runs only where it is trusted, trains by its own forward, and its checkpoints load the
     same way. Red with the field fixed to either value."""
     config = changed({"model.name": str(own_code)})
-    with pytest.raises(ModelError, match="set trust_remote_code=True if you trust this model's own code"):
+    with pytest.raises(
+        ModelError, match="set trust_remote_code=True if you trust this model's own code"
+    ):
         backend_of(config, tmp_path)
     trusted = changed({"model.trust_remote_code": True}, config)
     backend = backend_of(trusted, tmp_path)
@@ -362,35 +387,11 @@ def wandb_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     (tmp_path / "packages" / "wandb").mkdir(parents=True)
     (tmp_path / "packages" / "wandb" / "__init__.py").write_text(WANDB)
     monkeypatch.syspath_prepend(str(tmp_path / "packages"))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "wandb"]:
+        monkeypatch.delitem(sys.modules, name)  # the real one, which another test imported
     monkeypatch.setenv("WANDB_STAND_IN", str(tmp_path / "calls.jsonl"))
     yield tmp_path / "calls.jsonl"
     sys.modules.pop("wandb", None)
-
-
-@pytest.mark.parametrize("use_wandb", [True, False])
-def test_use_wandb(tmp_path: Path, wandb_calls: Path, use_wandb: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Goal: a run of the project's name with the whole config gets every logged step, and is finished; without the
-    field wandb is not even imported. Its files lie in the run directory, and the runs of the stages and of restarts
-    are one group. Red with the logger left out of `_metrics`, and with finish() not called."""
-    changes = {"output.mode": "sft", "data.eval_mixture": [], "data.sft_mixture.0.max_samples": 32}
-    wandb = {"output.use_wandb": use_wandb, "output.wandb_project": "letters" if use_wandb else ""}
-    config = changed({**changes, **wandb, "sft.num_iterations": 2})
-    assert config.problems() == ()
-    run = RunDir(tmp_path / "run-7")
-    run.path.mkdir()
-    for variable in ("WANDB_DIR", "WANDB_RUN_GROUP"):
-        monkeypatch.setenv(variable, "")
-    anyio.run(trainer._train, sft, config, run, EngineUrls())
-    if not use_wandb:
-        assert not wandb_calls.exists() and "wandb" not in sys.modules
-        return
-    calls = [json.loads(line) for line in wandb_calls.read_text().splitlines()]
-    assert [call["call"] for call in calls] == ["init", "log", "log", "finish"]
-    assert (calls[0]["project"], calls[0]["name"], calls[0]["config"]) == ("letters", "run-7-sft", config.to_json())
-    assert (calls[0]["WANDB_DIR"], calls[0]["WANDB_RUN_GROUP"]) == (str(run.path), config.output.experiment_name)
-    logged = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-    for call, row in zip(calls[1:3], logged, strict=True):
-        assert (call["step"], call["data"]["loss"]) == (row["step"], row["loss"])
 
 
 MIXED = [
@@ -404,46 +405,22 @@ MIXED = [
 
 
 @pytest.mark.parametrize(("values", "shown"), MIXED)
-def test_a_table_whose_values_differ_in_type(values: list[Any], shown: list[Any], wandb_calls: Path) -> None:
+def test_a_table_whose_values_differ_in_type(
+    values: list[Any], shown: list[Any], wandb_calls: Path
+) -> None:
     """Goal: answers of several types are a table all the same: W&B takes columns of one type alone. Red with the cells
     passed on as they are: a TypeError that ended the training."""
     logger = WandbLogger("letters")
-    logger.log_table("samples", [{"row": row, "answer": value} for row, value in enumerate(values)], 3)
+    logger.log_table(
+        "samples", [{"row": row, "answer": value} for row, value in enumerate(values)], 3
+    )
     logger.finish()
     calls = [json.loads(line) for line in wandb_calls.read_text().splitlines()]
-    assert calls[1]["data"] == {"samples": [[row, value] for row, value in enumerate(shown)]} and calls[1]["step"] == 3
+    assert (
+        calls[1]["data"] == {"samples": [[row, value] for row, value in enumerate(shown)]}
+        and calls[1]["step"] == 3
+    )
     assert calls[2] == {"call": "finish", "exit_code": None}
-
-
-def test_a_failed_stage_is_failed_at_wandb(tmp_path: Path, wandb_calls: Path) -> None:
-    """Goal: a stage that raises is no finished run at W&B. Red with finish() alone, which means exit code 0."""
-    config = changed({"output.use_wandb": True, "output.wandb_project": "letters"})
-    alarms: Any = SimpleNamespace(of_step=lambda metrics: [])
-    stage_log = StageLog(config, RunDir(tmp_path), "sft", alarms)
-    with pytest.raises(RuntimeError, match="odd"), open_metrics(stage_log, 1):
-        raise RuntimeError("odd")
-    assert json.loads(wandb_calls.read_text().splitlines()[-1]) == {"call": "finish", "exit_code": 1}
-
-
-def test_wandb_gets_samples_as_tables(tmp_path: Path) -> None:
-    """Goal: the answers and samples of a step where an evaluation fell, and of the last one; none twice. Red with the
-    tables left out, and with rows of other steps in them."""
-    run, tables = RunDir(tmp_path), []
-    run.rollouts.write_text("".join(json.dumps({"step": step, "response": f"s{step}"}) + "\n" for step in (1, 2, 3)))
-    answers = [{"stage": stage, "step": step, "row": 0, "answer": stage} for stage in ("rl", "sft") for step in (2, 3)]
-    run.eval_samples.write_text("".join(json.dumps(row) + "\n" for row in answers))
-    wandb: Any = SimpleNamespace(log_table=lambda name, rows, step: tables.append((name, rows, step)))
-    samples = WandbTables(wandb, run, "rl")
-    for step, metrics in ((1, {}), (2, {"eval_exact_match": 0.5}), (3, {})):
-        samples.log({"loss": 1.0, **metrics}, step)
-    samples.finish()
-    samples.finish()
-    assert [(name, [row.get("response") or row["answer"] for row in rows], step) for name, rows, step in tables] == [
-        ("samples", ["s2"], 2),
-        ("eval_samples", ["rl"], 2),
-        ("samples", ["s3"], 3),
-        ("eval_samples", ["rl"], 3),
-    ]
 
 
 def test_alarms_know_how_many_steps_are_logged() -> None:
@@ -459,7 +436,10 @@ def test_alarms_know_how_many_steps_are_logged() -> None:
 def test_running_ahead_reaches_the_loop() -> None:
     """Goal: policy_lag_steps_max and in_flight_updates are the loop's; what they do there: loops/test_async_rl.py. Red
     with either left out of `rl_training_config`."""
-    ahead = {"rl.ahead": example.ahead(2, in_flight_updates=True), "rl.loss.importance": importance()}
+    ahead = {
+        "rl.ahead": example.ahead(2, in_flight_updates=True),
+        "rl.loss.importance": importance(),
+    }
     config = changed(ahead)
     assert config.problems() == () and config.rl is not None
     found = rl_training_config(config.rl, STEPS)
@@ -477,10 +457,16 @@ async def asks_somebody(sample: Sample) -> float:
         ({}, "rollouts.training.rewards.exact_match", 1),
         ({}, f"{__name__}.asks_somebody", 2),
         ({"rl.reward.workers": 1}, "rollouts.training.rewards.exact_match", 2),
-        ({"rl.ahead": example.ahead(in_flight_updates=True)}, "rollouts.training.rewards.exact_match", 2),
+        (
+            {"rl.ahead": example.ahead(in_flight_updates=True)},
+            "rollouts.training.rewards.exact_match",
+            2,
+        ),
     ],
 )
-def test_groups_go_apart_where_that_saves_waiting(changes: dict[str, Any], reward_fn: str, requests: int) -> None:
+def test_groups_go_apart_where_that_saves_waiting(
+    changes: dict[str, Any], reward_fn: str, requests: int
+) -> None:
     """Goal: two groups of one moment are one request, but for rewards that wait and for updates in flight. Red with
     each of the three left out, and with an async reward that its time limit made look like a plain one."""
     rl = changed(changes).rl

@@ -18,9 +18,18 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 def two(tmp_path_factory) -> tuple[Path, list[dict]]:
     """The directory and both ranks' results of one torchrun."""
     directory = tmp_path_factory.mktemp("two_ranks")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     command = [*torchrun, "-m", "tests.training.two_ranks", str(directory)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=False
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return directory, [json.loads((directory / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
 
@@ -60,8 +69,35 @@ def test_two_ranks_train_as_one(two, one, stage):
     assert len(alone[stage]) == (5 if stage == "sft" else 4)
     for rank in ranks:
         for found, expected in zip(rank[stage], alone[stage], strict=True):
-            assert without_times(found) == pytest.approx(without_times(expected), rel=1e-6, abs=1e-7)
-    assert [without_times(r) for r in ranks[0][stage]] == [without_times(r) for r in ranks[1][stage]]
+            assert without_times(found) == pytest.approx(
+                without_times(expected), rel=1e-6, abs=1e-7
+            )
+    assert [without_times(r) for r in ranks[0][stage]] == [
+        without_times(r) for r in ranks[1][stage]
+    ]
+
+
+@pytest.mark.parametrize("stage", ["rl", "policy", "value", "ahead"])
+def test_every_rank_s_log_probs_are_recorded(two, one, stage):
+    """Goal: |trainer - sampler| of the samples has the mean that was logged, whichever rank trained on them. Red with
+    the micro-batches' rows taken in the batch's order."""
+    for directory, results in ((two[0], two[1][0]), one):
+        lines = (directory / stage / "rollouts.jsonl").read_text().splitlines()
+        rows = list(map(json.loads, lines))
+        logged = {row["step"]: row["logp_diff_abs"] for row in results[stage]}
+        assert logged == pytest.approx(mean_differences(rows), rel=1e-4)
+
+
+def mean_differences(rows: list[dict]) -> dict[int, float]:
+    found: dict[int, list[float]] = {}
+    for row in rows:
+        mask = row["loss_mask"][-row["response_length"] :]
+        pairs = zip(row["trainer_log_probs"], row["rollout_log_probs"], mask, strict=True)
+        for trainer, sampler, trained in pairs:
+            assert (trainer is not None) == (trained != 0)
+            if trained:
+                found.setdefault(row["step"], []).append(abs(trainer - sampler))
+    return {step: sum(values) / len(values) for step, values in found.items()}
 
 
 @pytest.mark.parametrize("stage", ["sft", "rl"])
@@ -90,9 +126,19 @@ def test_collectives(two, one):
         assert by_rank_0 == ["by 0", "by 0"]
         assert failures[0] == "KeyError: 'k'"
         assert failures[1] == (
-            "RuntimeError: rank 0: Unpicklable: u (shown as text: not this one)" if rank else "Unpicklable: u"
+            "RuntimeError: rank 0: Unpicklable: u (shown as text: not this one)"
+            if rank
+            else "Unpicklable: u"
         )
-    expected = [0, 1, {"from": 0}, [0], [1.0, 0.0], [[1.0] * 3, [[10.0, 10.0]] * 2, copied], ["by 0", "by 0"]]
+    expected = [
+        0,
+        1,
+        {"from": 0},
+        [0],
+        [1.0, 0.0],
+        [[1.0] * 3, [[10.0, 10.0]] * 2, copied],
+        ["by 0", "by 0"],
+    ]
     assert one[1]["collectives"] == [*expected, ["KeyError: 'k'", "Unpicklable: u"]]
 
 
@@ -106,7 +152,12 @@ def test_buckets_keep_order_and_bounds(monkeypatch):
     monkeypatch.setattr(distributed, "_BUCKET_ELEMENTS", 5)
     tensors = [torch.zeros(n) for n in (2, 3, 1, 9, 4, 1)]
     buckets = distributed._buckets(tensors)
-    assert [[tensor.numel() for tensor in bucket] for bucket in buckets] == [[2, 3], [1], [9], [4, 1]]
+    assert [[tensor.numel() for tensor in bucket] for bucket in buckets] == [
+        [2, 3],
+        [1],
+        [9],
+        [4, 1],
+    ]
     assert [id(t) for bucket in buckets for t in bucket] == [id(t) for t in tensors]
 
 

@@ -24,7 +24,6 @@ from transformers import GenerationConfig
 from rollouts.training.evaluation import (
     Evaluation,
     Sampling,
-    _batches,
     evaluate_with_engine,
     evaluate_with_model,
     exact_match,
@@ -32,6 +31,7 @@ from rollouts.training.evaluation import (
     pass_at_k,
     task_of,
 )
+from rollouts.training.in_process_answers import batches_of
 from rollouts.training.rollout_gen.engine_generate import make_generate_fn
 from rollouts.training.types import Sample
 from rollouts.training.weight_sync import SGLangEngine
@@ -39,7 +39,12 @@ from tests.engines.serving import serving
 from tests.training.tiny_task import tiny_model, tiny_tokenizer
 
 ROWS = [
-    {"messages": [{"role": "user", "content": "abcdefghij"[index % 4 :][: 3 + index % 5] + str(index)}], "answer": ""}
+    {
+        "messages": [
+            {"role": "user", "content": "abcdefghij"[index % 4 :][: 3 + index % 5] + str(index)}
+        ],
+        "answer": "",
+    }
     for index in range(30)
 ]
 
@@ -81,27 +86,42 @@ async def test_both_ways_count_the_same(model: Any, tokenizer: Any, engine_url: 
     """
     said = evaluate_with_model(model, tokenizer, ROWS, max_new_tokens=6, batch_size=7).responses
     assert len(set(said)) > 5
-    rows = [{**row, "answer": said[index] if index % 3 == 0 else "no"} for index, row in enumerate(ROWS)]
+    rows = [
+        {**row, "answer": said[index] if index % 3 == 0 else "no"} for index, row in enumerate(ROWS)
+    ]
     in_process = evaluate_with_model(model, tokenizer, rows, max_new_tokens=6, batch_size=4)
     async with SGLangEngine(engine_url) as one, SGLangEngine(engine_url) as two:
-        by_engine = await evaluate_with_engine([one, two], tokenizer, rows, max_new_tokens=6, rows_per_request=8)
+        by_engine = await evaluate_with_engine(
+            [one, two], tokenizer, rows, max_new_tokens=6, rows_per_request=8
+        )
     assert in_process == by_engine
     assert in_process.exact_match == 10 / 30 and in_process.num_rows == 30
 
 
 @pytest.mark.anyio
-async def test_stop_tokens_end_the_text_whatever_they_are(model: Any, tokenizer: Any, engine_url: str) -> None:
+async def test_stop_tokens_end_the_text_whatever_they_are(
+    model: Any, tokenizer: Any, engine_url: str
+) -> None:
     """Goal: a stop token that is no special one stands in neither way's text. Red without the cut."""
     said = evaluate_with_model(model, tokenizer, ROWS, max_new_tokens=6).responses
-    stops = [1, tokenizer(next(text for text in said if len(text) > 2 and text[1].isascii())[1])["input_ids"][0]]
+    stops = [
+        1,
+        tokenizer(next(text for text in said if len(text) > 2 and text[1].isascii())[1])[
+            "input_ids"
+        ][0],
+    ]
     in_process = evaluate_with_model(model, tokenizer, ROWS, max_new_tokens=6, stop_token_ids=stops)
     async with SGLangEngine(engine_url) as engine:
-        by_engine = await evaluate_with_engine([engine], tokenizer, ROWS, max_new_tokens=6, stop_token_ids=stops)
+        by_engine = await evaluate_with_engine(
+            [engine], tokenizer, ROWS, max_new_tokens=6, stop_token_ids=stops
+        )
     assert in_process == by_engine and in_process.responses != said
 
 
 @pytest.mark.anyio
-async def test_groups_from_a_real_engine_match_a_forward_pass(model: Any, tokenizer: Any, engine_url: str) -> None:
+async def test_groups_from_a_real_engine_match_a_forward_pass(
+    model: Any, tokenizer: Any, engine_url: str
+) -> None:
     """Goal: trainer and sampler agree on every sampled token. Red with log-probs shifted by one."""
     async with SGLangEngine(engine_url) as engine:
         generate = make_generate_fn([engine], tokenizer, max_new_tokens=6, temperature=0.7)
@@ -113,7 +133,9 @@ async def test_groups_from_a_real_engine_match_a_forward_pass(model: Any, tokeni
             logits_TV = model(input_ids=torch.tensor([sample.tokens])).logits[0].float()
         start = len(sample.tokens) - sample.response_length
         logprobs_TV = (logits_TV / 0.7).log_softmax(-1)
-        expected = [float(logprobs_TV[t - 1, sample.tokens[t]]) for t in range(start, len(sample.tokens))]
+        expected = [
+            float(logprobs_TV[t - 1, sample.tokens[t]]) for t in range(start, len(sample.tokens))
+        ]
         assert sample.rollout_log_probs == pytest.approx(expected, abs=1e-4)
 
 
@@ -155,7 +177,9 @@ def test_pass_at_k_is_the_share_of_draws_with_a_right_one(n: int, data: st.DataO
     """Goal: over every way to draw k of n answers, the share that holds a right one. Red with 1 - (1 - c/n)^k."""
     right, k = data.draw(st.integers(0, n)), data.draw(st.integers(1, n))
     draws = list(itertools.combinations(range(n), k))
-    assert pass_at_k(n, right, k) == pytest.approx(sum(min(draw) < right for draw in draws) / len(draws), abs=1e-12)
+    assert pass_at_k(n, right, k) == pytest.approx(
+        sum(min(draw) < right for draw in draws) / len(draws), abs=1e-12
+    )
 
 
 def test_pass_at_k_of_many_samples_and_bad_arguments() -> None:
@@ -170,8 +194,14 @@ def test_pass_at_k_of_many_samples_and_bad_arguments() -> None:
 
 def test_a_task_of_the_name_all_is_not_taken_for_all() -> None:
     """Goal: a row's "task" column may say anything. Red: those rows' share stood for that of all rows."""
-    found = Evaluation(["all", "b", "b", "b"], ["x"] * 4, [True, False, False, False], 0, [0] * 4).metrics()
-    assert {task: values["exact_match"] for task, values in found.items()} == {"all": 0.25, "all (task)": 1.0, "b": 0.0}
+    found = Evaluation(
+        ["all", "b", "b", "b"], ["x"] * 4, [True, False, False, False], 0, [0] * 4
+    ).metrics()
+    assert {task: values["exact_match"] for task, values in found.items()} == {
+        "all": 0.25,
+        "all (task)": 1.0,
+        "b": 0.0,
+    }
 
 
 def test_metrics_by_task() -> None:
@@ -183,19 +213,28 @@ def test_metrics_by_task() -> None:
         "b": {"exact_match": 0.0, "pass@1": 0.25, "pass@2": 0.5},
     }
     assert list(found.metrics()) == ["all", "a", "b"]
-    assert list(Evaluation(["a"], [""], [True], 0, [0]).metrics()) == ["all"]  # one task needs no second line
+    # one task needs no second line
+    assert list(Evaluation(["a"], [""], [True], 0, [0]).metrics()) == ["all"]
     with pytest.raises(ValueError, match=r"pass@3: needs 1 <= k <= 2"):
         found.metrics([3])
 
 
 def test_rows_of_several_data_sets_are_mixed_and_named() -> None:
     """Goal: the first N rows stand for all tasks; a row's own task wins. Red without the shuffle."""
-    rows = mix_tasks([("one", [{"n": n} for n in range(50)]), ("two", [{"n": 0, "task": "own"}] * 50)], seed=1)
+    rows = mix_tasks(
+        [("one", [{"n": n} for n in range(50)]), ("two", [{"n": 0, "task": "own"}] * 50)], seed=1
+    )
     assert sorted({task_of(row) for row in rows[:20]}) == ["one", "own"]
-    assert rows == mix_tasks([("one", [{"n": n} for n in range(50)]), ("two", [{"n": 0, "task": "own"}] * 50)], seed=1)
+    assert rows == mix_tasks(
+        [("one", [{"n": n} for n in range(50)]), ("two", [{"n": 0, "task": "own"}] * 50)], seed=1
+    )
     (sample,) = mix_tasks([("one", [Sample("p", metadata={"where": "x"})])], seed=0)
     assert sample.metadata == {"task": "one", "where": "x"} and task_of(sample) == "one"
-    assert [task_of(item) for item in ("text", {"format": "gsm8k"}, Sample({"format": "x"}))] == ["all", "gsm8k", "x"]
+    assert [task_of(item) for item in ("text", {"format": "gsm8k"}, Sample({"format": "x"}))] == [
+        "all",
+        "gsm8k",
+        "x",
+    ]
 
 
 @pytest.mark.anyio
@@ -206,9 +245,13 @@ async def test_sampled_answers_of_both_ways(model: Any, tokenizer: Any, engine_u
     order of lengths left in, for the engine with each request taking the first rows' seeds.
     """
     said = evaluate_with_model(model, tokenizer, ROWS, max_new_tokens=4).responses
-    rows = [{**row, "answer": said[index] if index % 3 == 0 else "no"} for index, row in enumerate(ROWS)]
+    rows = [
+        {**row, "answer": said[index] if index % 3 == 0 else "no"} for index, row in enumerate(ROWS)
+    ]
     cold = Sampling(num_samples=3, temperature=1e-4, seed=1)
-    in_process = evaluate_with_model(model, tokenizer, rows, max_new_tokens=4, batch_size=7, sampling=cold)
+    in_process = evaluate_with_model(
+        model, tokenizer, rows, max_new_tokens=4, batch_size=7, sampling=cold
+    )
     async with SGLangEngine(engine_url) as engine:
         by_engine = await evaluate_with_engine(
             [engine], tokenizer, rows, max_new_tokens=4, rows_per_request=8, sampling=cold
@@ -224,9 +267,12 @@ async def test_sampled_answers_of_both_ways(model: Any, tokenizer: Any, engine_u
                 sampling=Sampling(num_samples=3, seed=1),
                 score_fn=lambda sample, texts=texts: float(texts.append(sample.response) is None),
             )
-    assert in_process == by_engine and in_process.num_right == [3 if index % 3 == 0 else 0 for index in range(30)]
+    assert in_process == by_engine and in_process.num_right == [
+        3 if index % 3 == 0 else 0 for index in range(30)
+    ]
     assert in_process.metrics([2])["all"] == {"exact_match": 10 / 30, "pass@2": 10 / 30}
-    assert drawn[8] == drawn[30] and len(set(drawn[8])) > 10  # a row's seed is its own, however requests are cut
+    # a row's seed is its own, however requests are cut
+    assert drawn[8] == drawn[30] and len(set(drawn[8])) > 10
 
 
 def test_sampling_is_random_and_leaves_training_as_it_was(model: Any, tokenizer: Any) -> None:
@@ -240,7 +286,9 @@ def test_sampling_is_random_and_leaves_training_as_it_was(model: Any, tokenizer:
     def drawn(seed: int) -> list[str]:
         texts.clear()
         sampling = Sampling(num_samples=8, temperature=2.0, seed=seed)
-        evaluate_with_model(model, tokenizer, ROWS[:1], max_new_tokens=4, sampling=sampling, score_fn=score)
+        evaluate_with_model(
+            model, tokenizer, ROWS[:1], max_new_tokens=4, sampling=sampling, score_fn=score
+        )
         return texts[1:]
 
     before = torch.get_rng_state()
@@ -253,7 +301,9 @@ def test_the_models_own_generation_settings_have_no_part_in_it(model: Any, token
     """Goal: Qwen ships repetition_penalty 1.1, which no engine applies here. Red with the model's config left in."""
     plain = evaluate_with_model(model, tokenizer, ROWS, max_new_tokens=6)
     own = model.generation_config
-    model.generation_config = GenerationConfig(repetition_penalty=5.0, eos_token_id=own.eos_token_id)
+    model.generation_config = GenerationConfig(
+        repetition_penalty=5.0, eos_token_id=own.eos_token_id
+    )
     try:
         assert evaluate_with_model(model, tokenizer, ROWS, max_new_tokens=6) == plain
         assert model.generation_config.repetition_penalty == 5.0
@@ -263,18 +313,26 @@ def test_the_models_own_generation_settings_have_no_part_in_it(model: Any, token
 
 def test_a_wrapped_models_settings_come_back(model: Any, tokenizer: Any) -> None:
     """Goal: a LoRA model's export keeps its generation_config. Red with the wrapper's alone put back."""
-    wrapped = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules="all-linear"))
+    wrapped = peft.get_peft_model(
+        copy.deepcopy(model), peft.LoraConfig(target_modules="all-linear")
+    )
     base = wrapped.get_base_model()
     base.generation_config.repetition_penalty = 5.0
-    found = evaluate_with_model(wrapped, tokenizer, ROWS[:8], max_new_tokens=6)  # new adapters change nothing
-    assert found.responses == evaluate_with_model(model, tokenizer, ROWS[:8], max_new_tokens=6).responses
+    # new adapters change nothing
+    found = evaluate_with_model(wrapped, tokenizer, ROWS[:8], max_new_tokens=6)
+    assert (
+        found.responses
+        == evaluate_with_model(model, tokenizer, ROWS[:8], max_new_tokens=6).responses
+    )
     assert base.generation_config.repetition_penalty == 5.0
 
 
 def test_sampling_that_makes_no_sense_is_refused(model: Any, tokenizer: Any) -> None:
     """Goal: no pass@k of zero samples. Red without the check: a division by zero."""
     with pytest.raises(ValueError, match=r"num_samples=0.*needs num_samples >= 1"):
-        evaluate_with_model(model, tokenizer, ROWS[:1], max_new_tokens=1, sampling=Sampling(num_samples=0))
+        evaluate_with_model(
+            model, tokenizer, ROWS[:1], max_new_tokens=1, sampling=Sampling(num_samples=0)
+        )
 
 
 RUN_EVAL = Path(__file__).resolve().parents[2] / "scripts" / "run_eval.py"
@@ -293,17 +351,31 @@ def test_run_eval_counts_what_the_library_counts(  # noqa: PLR0917
     for name, rows in zip(names, (range(20), range(20, 30)), strict=True):
         answers = [said[row] if row < 5 or row == 20 else "no" for row in rows]
         lines = [
-            json.dumps({**ROWS[row], "answer": answer or "none"}) for row, answer in zip(rows, answers, strict=True)
+            json.dumps({**ROWS[row], "answer": answer or "none"})
+            for row, answer in zip(rows, answers, strict=True)
         ]
         Path(name).write_text("\n".join(lines))
     model_name = str(checkpoint)
     if by_engine:
-        model_name = str(shutil.copytree(checkpoint, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors")))
+        model_name = str(
+            shutil.copytree(
+                checkpoint, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors")
+            )
+        )
     data = [item for name in names for item in ("--data", name)]
     sampling = ["--num-samples", "4", "--temperature", "0.0001", "--k", "1,4"]
     engine = ["--engine-url", engine_url] if by_engine else []
     out = tmp_path / "results" / "eval.json"
-    options = ["--format", "messages", "--max-new-tokens", "4", *sampling, *engine, "--out", str(out)]
+    options = [
+        "--format",
+        "messages",
+        "--max-new-tokens",
+        "4",
+        *sampling,
+        *engine,
+        "--out",
+        str(out),
+    ]
     command = [sys.executable, str(RUN_EVAL), model_name, *data, *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
@@ -311,8 +383,13 @@ def test_run_eval_counts_what_the_library_counts(  # noqa: PLR0917
     expected = {"all": (30, 0.2), names[0]: (20, 0.25), names[1]: (10, 0.1)}
     assert record["rows"] == {task: count for task, (count, _) in expected.items()}
     for task, (_, share) in expected.items():
-        assert record["metrics"][task] == pytest.approx({"exact_match": share, "pass@1": share, "pass@4": share})
-    by_prompt = {answer["prompt"]["messages"][0]["content"]: answer["response"] for answer in record["answers"]}
+        assert record["metrics"][task] == pytest.approx(
+            {"exact_match": share, "pass@1": share, "pass@4": share}
+        )
+    by_prompt = {
+        answer["prompt"]["messages"][0]["content"]: answer["response"]
+        for answer in record["answers"]
+    }
     assert [by_prompt[row["messages"][0]["content"]] for row in ROWS] == said
     table = [line.split() for line in done.stdout.splitlines()]
     assert table[0] == ["task", "rows", "exact_match", "pass@1", "pass@4"]
@@ -326,8 +403,16 @@ def test_run_eval_counts_what_the_library_counts(  # noqa: PLR0917
         (["./no_model", "--data", "DATA"], 1, "error: ./no_model: no such directory"),
         (["MODEL", "--data", "DATA", "--format", "csv"], 1, "error: format='csv': needs one of"),
         (["MODEL", "--data", "DATA", "--k", "1"], 2, "--k and --num-samples belong together"),
-        (["MODEL", "--data", "DATA", "--k", "5", "--num-samples", "4"], 2, "--k 5: needs each within 1 and"),
-        (["MODEL", "--data", "DATA", "--engine-url", "http://127.0.0.1:9"], 1, "error: http://127.0.0.1:9/server_info"),
+        (
+            ["MODEL", "--data", "DATA", "--k", "5", "--num-samples", "4"],
+            2,
+            "--k 5: needs each within 1 and",
+        ),
+        (
+            ["MODEL", "--data", "DATA", "--engine-url", "http://127.0.0.1:9"],
+            1,
+            "error: http://127.0.0.1:9/server_info",
+        ),
     ],
 )
 def test_run_eval_says_what_is_wrong(
@@ -351,17 +436,18 @@ def test_batches_are_cut_by_tokens():
     Red with the length of the first row, the shortest, in place of the last one's.
     """
     lengths = [2, 3, 3, 7, 8, 30]
-    cut = list(_batches(range(6), lengths.__getitem__, 3, 16))
+    cut = list(batches_of(range(6), lengths.__getitem__, 3, 16))
     assert cut == [[0, 1, 2], [3, 4], [5]]
-    assert list(_batches(range(6), lengths.__getitem__, 2, 10**6)) == [[0, 1], [2, 3], [4, 5]]
-    assert list(_batches(range(3), [2, 9, 9].__getitem__, 3, 16)) == [[0], [1], [2]]
-    assert list(_batches([], lengths.__getitem__, 2, 9)) == []
+    assert list(batches_of(range(6), lengths.__getitem__, 2, 10**6)) == [[0, 1], [2, 3], [4, 5]]
+    assert list(batches_of(range(3), [2, 9, 9].__getitem__, 3, 16)) == [[0], [1], [2]]
+    assert list(batches_of([], lengths.__getitem__, 2, 9)) == []
 
 
 def test_answers_do_not_depend_on_the_batches():
     """Goal: few tokens a batch give the answers of one batch. Red with rows of a batch left out."""
     model, tokenizer = tiny_model(seed=3), tiny_tokenizer()
     whole, cut = (
-        evaluate_with_model(model, tokenizer, ROWS[:6], max_new_tokens=4, batch_tokens=tokens) for tokens in (2**17, 12)
+        evaluate_with_model(model, tokenizer, ROWS[:6], max_new_tokens=4, batch_tokens=tokens)
+        for tokens in (2**17, 12)
     )
     assert cut == whole

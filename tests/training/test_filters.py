@@ -22,7 +22,10 @@ ALL = (
 
 def group(rewards: list[float | None], responses: str = "") -> list[Sample]:
     letters = responses or "abcdefgh"[: len(rewards)]
-    return [Sample(prompt="q", response=text, reward=reward) for text, reward in zip(letters, rewards, strict=True)]
+    return [
+        Sample(prompt="q", response=text, reward=reward)
+        for text, reward in zip(letters, rewards, strict=True)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -30,9 +33,11 @@ def group(rewards: list[float | None], responses: str = "") -> list[Sample]:
     [
         (check_reward_nonzero_std, [0.0, 1.0], "ab", True),
         (check_reward_nonzero_std, [1.0, 1.0], "ab", False),
-        (check_reward_nonzero_std, [0.1, 0.1, 0.1], "abc", False),  # its standard deviation in floats is not 0
+        # its standard deviation in floats is not 0
+        (check_reward_nonzero_std, [0.1, 0.1, 0.1], "abc", False),
         (check_reward_nonzero_std, [1.0], "a", False),
-        (check_reward_nonzero_std, [0.1 + 0.2, 0.3, 0.3], "abc", False),  # rounding; red with a set of the rewards
+        # rounding; red with a set of the rewards
+        (check_reward_nonzero_std, [0.1 + 0.2, 0.3, 0.3], "abc", False),
         (check_reward_nonzero_std, [0.5, 0.5 + 1e-7], "ab", False),  # a judge's noise
         (check_reward_nonzero_std, [0.5, 0.501], "ab", True),
         (check_reward_nonzero_std, [0.0, 1e-30], "ab", True),
@@ -73,7 +78,13 @@ def test_diversity_compares_the_response_tokens():
     """Goal: equal texts of different tokens differ, and the prompt does not count. Red when comparing all tokens."""
 
     def sample(prompt: int, token: int) -> Sample:
-        return Sample(prompt="q", response="x", tokens=[prompt, token], loss_mask=[0.0, 1.0], response_length=1)
+        return Sample(
+            prompt="q",
+            response="x",
+            tokens=[prompt, token],
+            loss_mask=[0.0, 1.0],
+            response_length=1,
+        )
 
     assert check_response_diversity([sample(1, 5), sample(1, 6)], min_unique_ratio=1.0)
     assert not check_response_diversity([sample(1, 5), sample(2, 5)], min_unique_ratio=1.0)

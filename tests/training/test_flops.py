@@ -52,13 +52,17 @@ def test_dense_models_take_what_torch_counts(name: str) -> None:
 
     2 in 1,000 for the rotary angles, which torch counts too. Red with k and v counted at all heads (grouped-query).
     """
-    assert flops_per_token(CONFIGS[name], 2 * LENGTH) == pytest.approx(counted(CONFIGS[name]), rel=2e-3)
+    assert flops_per_token(CONFIGS[name], 2 * LENGTH) == pytest.approx(
+        counted(CONFIGS[name]), rel=2e-3
+    )
 
 
 def test_only_the_experts_of_a_token_count() -> None:
     """Goal: a mixture of experts costs what its active experts and router do. Red with all experts counted."""
     dense = Qwen3Config(**SIZES, head_dim=16)
-    experts = Qwen3MoeConfig(**SIZES, head_dim=16, moe_intermediate_size=80, num_experts=8, num_experts_per_tok=2)
+    experts = Qwen3MoeConfig(
+        **SIZES, head_dim=16, moe_intermediate_size=80, num_experts=8, num_experts_per_tok=2
+    )
     router = 6 * 3 * 64 * 8
     assert flops_per_token(experts, LENGTH) == flops_per_token(dense, LENGTH) + router
 
@@ -66,9 +70,15 @@ def test_only_the_experts_of_a_token_count() -> None:
 def test_head_share_and_window() -> None:
     """Goal: an output head on half of the tokens costs half; a window bounds attention. Red with either ignored."""
     config = Qwen2Config(**SIZES)
-    assert flops_per_token(config, 8) - flops_per_token(config, 8, head_share=0.5) == 6 * 64 * 96 / 2
-    windowed, full = MistralConfig(**SIZES, sliding_window=4), MistralConfig(**SIZES, sliding_window=None)
-    keys = sum(min(position + 0.5, 4) for position in range(LENGTH)) / LENGTH  # 0.5: a token's own key counts half
+    assert (
+        flops_per_token(config, 8) - flops_per_token(config, 8, head_share=0.5) == 6 * 64 * 96 / 2
+    )
+    windowed, full = (
+        MistralConfig(**SIZES, sliding_window=4),
+        MistralConfig(**SIZES, sliding_window=None),
+    )
+    # 0.5: a token's own key counts half
+    keys = sum(min(position + 0.5, 4) for position in range(LENGTH)) / LENGTH
     saved = flops_per_token(full, LENGTH) - flops_per_token(windowed, LENGTH)
     assert saved == pytest.approx(12 * 3 * 64 * (LENGTH / 2 - keys), rel=0.01)
 
@@ -77,7 +87,9 @@ def test_attended_length_makes_mixed_documents_exact() -> None:
     """Goal: many documents cost the sum of each. Red with the plain mean of the lengths."""
     config, lengths = Qwen2Config(**SIZES), [5, 100, 17]
     whole = sum(lengths) * flops_per_token(config, attended_length(lengths))
-    assert whole == pytest.approx(sum(length * flops_per_token(config, length) for length in lengths), rel=1e-12)
+    assert whole == pytest.approx(
+        sum(length * flops_per_token(config, length) for length in lengths), rel=1e-12
+    )
 
 
 def test_what_cannot_be_counted_is_refused() -> None:

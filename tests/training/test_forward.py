@@ -22,7 +22,11 @@ SMALL = {
 }
 OPTIONS = {
     "gemma": {"head_dim": 4},
-    "gemma3_text": {"head_dim": 4, "sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma3_text": {
+        "head_dim": 4,
+        "sliding_window": 3,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "mistral": {"sliding_window": 3},
     "qwen2": {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1},
     "qwen2_moe": {
@@ -32,7 +36,12 @@ OPTIONS = {
         "num_experts_per_tok": 2,
     },
     "qwen3": {"head_dim": 4},
-    "qwen3_moe": {"moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 4},
+    "qwen3_moe": {
+        "moe_intermediate_size": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 4,
+    },
 }
 
 
@@ -54,7 +63,12 @@ def batch_of(side: str = "right", count: int = 6) -> dict[str, torch.Tensor]:
         row.append([*sample.loss_mask, *[0.0] * padding])
         rows.append([[*values[width - shift :], *values[: width - shift]] for values in row])
     ids, mask, loss_mask = (torch.tensor([row[i] for row in rows]) for i in range(3))
-    return {"input_ids": ids, "labels": ids, "attention_mask": mask, "loss_mask": loss_mask.double()}
+    return {
+        "input_ids": ids,
+        "labels": ids,
+        "attention_mask": mask,
+        "loss_mask": loss_mask.double(),
+    }
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -65,7 +79,8 @@ def test_packed_equals_padded(kind, side):
     Red with positions that run on, with attention over the whole row, and with the window one token wider.
     """
     batch = batch_of(side)
-    dtype = torch.float32 if kind.endswith("moe") else torch.float64  # its router is float32 whatever the rest is
+    # its router is float32 whatever the rest is
+    dtype = torch.float32 if kind.endswith("moe") else torch.float64
     plain, packed = model_of(kind, dtype), model_of(kind, dtype)
     assert forward.prepare(packed)
     logits = forward.padded_logits(plain, batch)
@@ -74,12 +89,18 @@ def test_packed_equals_padded(kind, side):
     ours = forward.token_log_probs(packed, batch, with_entropy=True)
     targets = batch["labels"][:, 1:][keep]
     assert torch.equal(ours.keep, keep)
-    torch.testing.assert_close(ours.log_probs_N, expected.gather(1, targets[:, None]).squeeze(1), rtol=0, atol=1e-6)
-    torch.testing.assert_close(ours.entropy_N, -(expected.exp() * expected).sum(-1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        ours.log_probs_N, expected.gather(1, targets[:, None]).squeeze(1), rtol=0, atol=1e-6
+    )
+    torch.testing.assert_close(
+        ours.entropy_N, -(expected.exp() * expected).sum(-1), rtol=0, atol=1e-6
+    )
     sft_loss(logits, batch["labels"], batch["loss_mask"]).backward()
     sft_loss(ours, batch["labels"], batch["loss_mask"]).backward()
     for (name, a), b in zip(plain.named_parameters(), packed.parameters(), strict=True):
-        torch.testing.assert_close(b.grad, a.grad, rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            b.grad, a.grad, rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def test_documents_do_not_see_each_other():
@@ -90,7 +111,8 @@ def test_documents_do_not_see_each_other():
     model = model_of("qwen2", torch.float32)
     forward.prepare(model)
     batch = batch_of()
-    last = int(batch["attention_mask"].sum(1).argmin())  # the shortest stands last in the row: all others are before it
+    # the shortest stands last in the row: all others are before it
+    last = int(batch["attention_mask"].sum(1).argmin())
     others = torch.arange(len(batch["input_ids"])) != last
     with torch.no_grad():
         before = forward.token_log_probs(model, batch, with_entropy=False)
@@ -129,7 +151,9 @@ def test_a_prepared_model_generates_and_saves_as_before(tmp_path):
         for model in (plain, prepared)
     ]
     assert torch.equal(*outputs)
-    torch.testing.assert_close(forward.padded_logits(plain, batch), forward.padded_logits(prepared, batch))
+    torch.testing.assert_close(
+        forward.padded_logits(plain, batch), forward.padded_logits(prepared, batch)
+    )
     prepared.save_pretrained(tmp_path)
     assert packed_attention.ATTENTION not in (tmp_path / "config.json").read_text()
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
@@ -139,7 +163,9 @@ def test_a_prepared_model_generates_and_saves_as_before(tmp_path):
 def test_other_architectures_run_padded(kind):
     """Goal: what is not known to pack is left alone. Red with every model prepared."""
     names = (
-        {"n_embd": 16, "n_head": 2, "n_layer": 1, "vocab_size": VOCAB} if kind == "gpt2" else {**SMALL, "head_dim": 4}
+        {"n_embd": 16, "n_head": 2, "n_layer": 1, "vocab_size": VOCAB}
+        if kind == "gpt2"
+        else {**SMALL, "head_dim": 4}
     )
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **names))
     before = model.config._attn_implementation
@@ -200,7 +226,8 @@ def test_a_shared_prompt_is_computed_once(kind):
     packed = forward.pack(batch["input_ids"], batch["attention_mask"], batch["loss_mask"])
     real = batch["attention_mask"].bool()
     assert torch.equal(packed.input_ids[0][packed.rows_BT[real]], batch["input_ids"][real])
-    assert packed.input_ids.shape[1] == int(real.sum()) - 2 * 4 - 2 * 1  # all of a prompt but its last token, twice
+    # all of a prompt but its last token, twice
+    assert packed.input_ids.shape[1] == int(real.sum()) - 2 * 4 - 2 * 1
 
 
 def test_bits_do_not_depend_on_who_shares():
@@ -225,7 +252,9 @@ def test_bits_do_not_depend_on_who_shares():
             for rows in ([0, 1, 2, 3], [3, 4], [2, 5, 6], [7, 3]):
                 few = {key: value[rows] for key, value in batch.items()}
                 found = forward.token_log_probs(model, few, with_entropy=False, share_prompts=True)
-                expected = torch.cat([together.log_probs_N[_row(together.keep, row)] for row in rows])
+                expected = torch.cat(
+                    [together.log_probs_N[_row(together.keep, row)] for row in rows]
+                )
                 assert torch.equal(found.log_probs_N, expected)
     finally:
         torch.set_num_threads(threads)

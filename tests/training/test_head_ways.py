@@ -29,9 +29,13 @@ class Counted(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         given = [a for a in (*args, *(kwargs or {}).values()) if isinstance(a, Tensor)]
-        made = [t for t in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(t, Tensor)]
+        made = [
+            t for t in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(t, Tensor)
+        ]
         if made and not self.paused and not func.is_view and "detach" not in func.name():
-            inputs = [t for t in given if not func.name().startswith(("aten::empty", "aten::new_empty"))]
+            inputs = [
+                t for t in given if not func.name().startswith(("aten::empty", "aten::new_empty"))
+            ]
             outputs = [t for t in made if "empty" not in func.name()]
             self.moved += sum(_bytes(t) for t in _read(func.name(), inputs, outputs) + outputs)
         for tensor in made:
@@ -129,8 +133,12 @@ def test_bytes_of_a_micro_batch(compiled: bool, entropy: bool, known: bool, most
     assert found.peak <= 1.3 * least.peak
 
 
-def gradients(outputs: Any, weights: tuple[Tensor, Tensor], into: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(sum((out * w).sum() for out, w in zip(outputs, weights, strict=True)), into)
+def gradients(
+    outputs: Any, weights: tuple[Tensor, Tensor], into: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(
+        sum((out * w).sum() for out, w in zip(outputs, weights, strict=True)), into
+    )
 
 
 @pytest.fixture
@@ -154,7 +162,9 @@ def test_compiled_parts_are_the_closed_form(
     monkeypatch.setattr(log_probs, "_CHUNK_ELEMENTS", chunk_rows * V)
     hidden, weight, bias, rows, targets = inputs()
     factors = torch.randn(2, N, dtype=torch.float64)
-    ours = selected_log_probs(hidden, rows, targets, weight, bias, temperature=temperature, with_entropy=True)
+    ours = selected_log_probs(
+        hidden, rows, targets, weight, bias, temperature=temperature, with_entropy=True
+    )
     theirs = plain(hidden, weight, bias, rows, targets, temperature)
     mine = gradients(ours, (factors[0], factors[1]), (hidden, weight, bias))
     expected = gradients(theirs, (factors[0], factors[1]), (hidden, weight, bias))
@@ -164,18 +174,24 @@ def test_compiled_parts_are_the_closed_form(
     p = scaled.exp() / scaled.exp().sum(1, keepdim=True)
     entropy = -(p * p.log()).sum(1, keepdim=True)
     one = torch.nn.functional.one_hot(targets, V)
-    dz = ((one - p) * factors[0][:, None] - p * (p.log() + entropy) * factors[1][:, None]) / temperature
+    dz = (
+        (one - p) * factors[0][:, None] - p * (p.log() + entropy) * factors[1][:, None]
+    ) / temperature
     torch.testing.assert_close(mine[1], dz.T @ hidden[rows].detach(), rtol=0, atol=1e-12)
     torch.testing.assert_close(mine[2], dz.sum(0), rtol=0, atol=1e-12)
     assert (
-        fused.works and sorted(set(range(M)) - set(rows.tolist())) == (mine[0] == 0).all(1).nonzero().flatten().tolist()
+        fused.works
+        and sorted(set(range(M)) - set(rows.tolist()))
+        == (mine[0] == 0).all(1).nonzero().flatten().tolist()
     )
 
 
 def test_a_token_that_cannot_be_drawn_harms_nothing_compiled(fused: head_ways.Fused) -> None:
     """Goal: logits of -inf give a finite entropy and gradient. Red with p log p as it stands."""
     logits = torch.tensor([[0.0, -torch.inf, 0.0]], requires_grad=True)
-    found, entropy = selected_log_probs(logits, torch.tensor([0]), torch.tensor([2]), with_entropy=True)
+    found, entropy = selected_log_probs(
+        logits, torch.tensor([0]), torch.tensor([2]), with_entropy=True
+    )
     assert entropy is not None
     (found.sum() + entropy.sum()).backward()
     assert (
@@ -185,7 +201,9 @@ def test_a_token_that_cannot_be_drawn_harms_nothing_compiled(fused: head_ways.Fu
     )
 
 
-def test_a_host_that_cannot_compile_goes_on(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_host_that_cannot_compile_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Goal: without a compiler the same numbers, one warning, and one attempt. Red with the error let through."""
 
     def refuse(graph: Any, example: Any) -> Any:
@@ -213,7 +231,14 @@ def test_products_are_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None
     """
 
     def addmm(
-        total: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype, *, beta: Any = 1, alpha: Any = 1, out: Tensor
+        total: Tensor,
+        a: Tensor,
+        b: Tensor,
+        dtype: torch.dtype,
+        *,
+        beta: Any = 1,
+        alpha: Any = 1,
+        out: Tensor,
     ) -> Tensor:
         assert a.dtype is b.dtype is torch.bfloat16 and dtype is total.dtype is torch.float32
         return out.copy_(beta * total + alpha * (a.float() @ b.float()))
@@ -233,7 +258,14 @@ def test_products_are_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize(
     ("gib", "compiled", "elements"),
-    [(141, True, 2**27), (80, False, 2**26), (24, True, 2**27), (16, True, 2**27), (10, True, 2**26), (4, True, 2**25)],
+    [
+        (141, True, 2**27),
+        (80, False, 2**26),
+        (24, True, 2**27),
+        (16, True, 2**27),
+        (10, True, 2**26),
+        (4, True, 2**25),
+    ],
 )
 def test_chunks_go_by_a_cards_memory(gib: int, compiled: bool, elements: int) -> None:
     """Goal: a small card or a slice of one gets smaller chunks. Red with one size for all."""

@@ -35,14 +35,20 @@ def anyio_backend(request: pytest.FixtureRequest) -> str:
         ("vllm", "/version", '{"version": "9.9.9+cpu"}'),
     ],
 )
-async def test_a_version_nobody_tested_is_refused(kind: ServerKind, route: str, answer: str) -> None:
+async def test_a_version_nobody_tested_is_refused(
+    kind: ServerKind, route: str, answer: str
+) -> None:
     """Goal: before anything is sampled, with what was found, what is known, the fix. Red with all versions taken."""
     with Scripted({route: (200, answer)}) as server:
         async with engine_client(kind, server.url) as client:
             with pytest.raises(EngineError, match="is not a version this client knows") as caught:
                 await client.generate([2], {"max_new_tokens": 1})
     message = str(caught.value)
-    assert server.url in message and ", ".join(KNOWN_VERSIONS[kind]) in message and "KNOWN_VERSIONS" in message
+    assert (
+        server.url in message
+        and ", ".join(KNOWN_VERSIONS[kind]) in message
+        and "KNOWN_VERSIONS" in message
+    )
     assert server.calls == [route]
 
 
@@ -58,7 +64,12 @@ async def test_a_known_version_is_asked_once(seeds: bool, tmp_path: Path) -> Non
                 for _ in range(9):
                     group.start_soon(client.server)
             found = await client.server()
-    assert (found.kind, found.version, found.seeds, found.vocab_size) == ("sglang", "0.5.21", seeds, 32)
+    assert (found.kind, found.version, found.seeds, found.vocab_size) == (
+        "sglang",
+        "0.5.21",
+        seeds,
+        32,
+    )
     assert found.tokens_max == 62
     assert server.calls == ["/server_info"]
 
@@ -83,7 +94,9 @@ def test_row_seeds() -> None:
 def test_every_problem_of_a_request_is_named() -> None:
     """Goal: all at once, not one after another; what is left out, or None, is fine."""
     assert param_problems({}, 1) == param_problems({"sampling_seed": None, "top_k": -1}, 1) == []
-    found = param_problems({"temperature": float("nan"), "top_p": 2, "max_new_tokens": True, "n": 3}, 0)
+    found = param_problems(
+        {"temperature": float("nan"), "top_p": 2, "max_new_tokens": True, "n": 3}, 0
+    )
     assert [problem.split(":")[0].split("=")[0] for problem in found] == [
         *("n", "n", "temperature", "top_p", "max_new_tokens")
     ]
@@ -91,7 +104,12 @@ def test_every_problem_of_a_request_is_named() -> None:
 
 def test_what_vllm_is_told() -> None:
     """Goal: nothing is left for the model's generation_config to decide: Qwen's has a top_k and a penalty."""
-    given: dict[str, Any] = {"temperature": 0.7, "max_new_tokens": 5, "stop_token_ids": [3], "sampling_seed": 9}
+    given: dict[str, Any] = {
+        "temperature": 0.7,
+        "max_new_tokens": 5,
+        "stop_token_ids": [3],
+        "sampling_seed": 9,
+    }
     told = vllm_params(given, 0, True)
     assert told == {
         "n": 1,

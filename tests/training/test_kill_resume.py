@@ -25,7 +25,8 @@ SFT_STEPS, RL_STEPS = 16, 8
 STEPS = {"sft": SFT_STEPS, "rl": RL_STEPS}
 CHECKPOINT_EVERY = {"sft": 3, "rl": 2}
 TENSOR_FILES = (".safetensors", ".distcp")
-MEASURED = re.compile(r"time|.*_s|mfu|peak_memory_gib")  # of this machine and moment, not of the run
+# of this machine and moment, not of the run
+MEASURED = re.compile(r"time|.*_s|mfu|peak_memory_gib")
 
 
 def changed(config: Config, changes: dict[str, Any]) -> Config:
@@ -57,7 +58,12 @@ RL = {
 }
 LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.1, target_modules="all-linear", init_seed=0)
 MUON = MuonConfig(
-    momentum=0.9, nesterov=True, ns_steps=5, adjust_lr="match_rms_adamw", vector_lr=1e-3, width_reference=-1
+    momentum=0.9,
+    nesterov=True,
+    ns_steps=5,
+    adjust_lr="match_rms_adamw",
+    vector_lr=1e-3,
+    width_reference=-1,
 )
 SFT_KINDS = {
     "adamw": SFT,
@@ -65,7 +71,11 @@ SFT_KINDS = {
     "lora": changed(
         SFT,
         {"model.lora": LORA}
-        | {f"{stage}.{rate}": 0.0 for stage in ("sft", "rl") for rate in ("embedding_lr", "unembedding_lr")},
+        | {
+            f"{stage}.{rate}": 0.0
+            for stage in ("sft", "rl")
+            for rate in ("embedding_lr", "unembedding_lr")
+        },
     ),
 }
 
@@ -83,12 +93,16 @@ class Attempt:
         """What it logged by step, but for measurements. Every line must be whole but the last, which death may tear."""
         lines = self.run.metrics.read_text().split("\n") if self.run.metrics.exists() else [""]
         rows = [json.loads(line) for line in lines[:-1]]
-        return {row["step"]: {key: value for key, value in row.items() if not MEASURED.fullmatch(key)} for row in rows}
+        return {
+            row["step"]: {key: value for key, value in row.items() if not MEASURED.fullmatch(key)}
+            for row in rows
+        }
 
     def samples(self) -> list[dict[str, Any]]:
         lines = self.run.rollouts.read_text().split("\n")[:-1] if self.run.rollouts.exists() else []
         return [
-            {key: value for key, value in json.loads(line).items() if not MEASURED.fullmatch(key)} for line in lines
+            {key: value for key, value in json.loads(line).items() if not MEASURED.fullmatch(key)}
+            for line in lines
         ]
 
     def log(self) -> str:
@@ -182,9 +196,13 @@ def check(attempts: list[Attempt], whole: Attempt, steps: int) -> None:
             seen.add(step)
     assert seen == set(expected)
     links = [attempt.checkpoints / "latest" for attempt in (*attempts, whole)]
-    paths = [link.resolve() for link in links if link.exists()][-2:]  # the last attempt may have had nothing left to do
+    # the last attempt may have had nothing left to do
+    paths = [link.resolve() for link in links if link.exists()][-2:]
     assert paths[0].name == paths[1].name
-    names = [{str(file.relative_to(path)) for file in path.rglob("*") if file.suffix in TENSOR_FILES} for path in paths]
+    names = [
+        {str(file.relative_to(path)) for file in path.rglob("*") if file.suffix in TENSOR_FILES}
+        for path in paths
+    ]
     assert names[0] == names[1] and names[0]
     for name in names[0]:
         assert (paths[0] / name).read_bytes() == (paths[1] / name).read_bytes(), name
@@ -192,7 +210,8 @@ def check(attempts: list[Attempt], whole: Attempt, steps: int) -> None:
     assert found
     assert same(found, expected_state)
     states = [torch.load(path / "training_state.pt", weights_only=True) for path in paths]
-    for key in states[1].keys() - {"rng"}:  # Python's and NumPy's generators, which nothing uses, were scrambled
+    # Python's and NumPy's generators, which nothing uses, were scrambled
+    for key in states[1].keys() - {"rng"}:
         assert same(states[0][key], states[1][key]), key
 
 
@@ -200,7 +219,9 @@ def optimizer_tensors(directory: Path) -> dict[str, torch.Tensor]:
     """The optimizer's state of a checkpoint, by "<parameter>.<entry>"."""
     reader = dcp.FileSystemReader(directory)
     saved = reader.read_metadata().state_dict_metadata
-    tensors = {key: torch.empty(item.size, dtype=item.properties.dtype) for key, item in saved.items()}
+    tensors = {
+        key: torch.empty(item.size, dtype=item.properties.dtype) for key, item in saved.items()
+    }
     dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors
 
@@ -209,7 +230,9 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor):
         return torch.equal(one, other)
     if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+        return one.keys() == other.keys() and all(
+            same(value, other[key]) for key, value in one.items()
+        )
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(map(same, one, other))
     return bool(one == other)
@@ -240,7 +263,9 @@ def test_sft(whole_sft: Callable[[str], Attempt], tmp_path: Path, kind: str, see
 
 
 @pytest.fixture(scope="module")
-def whole_rl(whole_sft: Callable[[str], Attempt], tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Attempt]:
+def whole_rl(
+    whole_sft: Callable[[str], Attempt], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Config, Attempt]:
     """RL from the model that SFT made, undisturbed."""
     model = str(whole_sft("adamw").checkpoints / f"step_{SFT_STEPS:06d}")
     config = changed(example_config(), {**RL, "model.name": model, "data.eval_mixture": []})
@@ -259,5 +284,8 @@ def test_rl(whole_rl: tuple[Config, Attempt], tmp_path: Path, seed: int) -> None
     expected = whole.samples()
     for attempt in attempts:
         found = attempt.samples()
-        first = next((index for index, sample in enumerate(expected) if sample["step"] == found[0]["step"]), None)
+        first = next(
+            (index for index, sample in enumerate(expected) if sample["step"] == found[0]["step"]),
+            None,
+        )
         assert first is not None and found == expected[first : first + len(found)]

@@ -55,7 +55,9 @@ def test_the_same_bits_with_one_product_less(
     if compiled:
         made = head_ways.Fused(backend="eager")
         monkeypatch.setattr(head_ways, "fused_on", lambda kind: made)
-    (expected, plain), (found, less) = (trained(known, temperature, dtype) for known in (False, True))
+    (expected, plain), (found, less) = (
+        trained(known, temperature, dtype) for known in (False, True)
+    )
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
     chunks = -(-N // 2)
     assert (plain, less) == (4 * chunks, 3 * chunks)
@@ -70,7 +72,9 @@ def test_another_gradient_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="not the known one"):
         (2 * found.sum()).backward()
     with pytest.raises(ValueError, match="known_grad_N"):
-        selected_log_probs(hidden, rows, targets, weight, bias, with_entropy=True, known_grad_N=known)
+        selected_log_probs(
+            hidden, rows, targets, weight, bias, with_entropy=True, known_grad_N=known
+        )
 
 
 def test_what_sft_says_is_its_gradient() -> None:
@@ -84,7 +88,8 @@ def test_what_sft_says_is_its_gradient() -> None:
         known = known_gradient(sft_loss, batch)
         assert known is not None and log_probs_N.grad is not None
         assert torch.equal(known(dtype)[:, 1:][keep], log_probs_N.grad)
-    assert known_gradient(sft_loss, {"loss_mask": mask}) is None  # the mean of a batch: its host would wait
+    # the mean of a batch: its host would wait
+    assert known_gradient(sft_loss, {"loss_mask": mask}) is None
     assert known_gradient(partial(sft_loss), batch) is known_gradient(policy_loss, batch) is None
 
 
@@ -92,7 +97,9 @@ def test_a_backend_uses_what_is_known(tmp_path: Any, monkeypatch: pytest.MonkeyP
     """Goal: an SFT step takes one product less for each of the head's chunks. Red with the backend not asking."""
     counted = []
     for known in (None, known_gradient):
-        monkeypatch.setattr("rollouts.training.backends.passes.known_gradient", known or (lambda *_: None))
+        monkeypatch.setattr(
+            "rollouts.training.backends.passes.known_gradient", known or (lambda *_: None)
+        )
         monkeypatch.setattr(log_probs, "_CHUNK_ELEMENTS", 24 * 4)
         backend = tiny_backend(tmp_path)
         batch = {**sft_batch(), "tokens_global": 9.0}

@@ -77,7 +77,9 @@ def engine_url(model_path: Path) -> Iterator[str]:
 def samples() -> list[Sample]:
     """Eight conversations to train on."""
     tokens = [[5 + i, 6, 7, 1] for i in range(8)]
-    return [Sample(prompt="p", response="r", tokens=t, loss_mask=[0.0, 1.0, 1.0, 1.0]) for t in tokens]
+    return [
+        Sample(prompt="p", response="r", tokens=t, loss_mask=[0.0, 1.0, 1.0, 1.0]) for t in tokens
+    ]
 
 
 def my_reward_fn(sample: Sample) -> float:
@@ -85,9 +87,15 @@ def my_reward_fn(sample: Sample) -> float:
 
 
 def rollout_config(engine_url: str, **others: Any) -> RolloutConfig:
-    generate_fn = make_generate_fn([SGLangEngine(engine_url)], tiny_tokenizer(), max_new_tokens=6, temperature=1.0)
+    generate_fn = make_generate_fn(
+        [SGLangEngine(engine_url)], tiny_tokenizer(), max_new_tokens=6, temperature=1.0
+    )
     return RolloutConfig(
-        batch_size=2, n_samples_per_prompt=SAMPLES_PER_PROMPT, generate_fn=generate_fn, reward_fn=my_reward_fn, **others
+        batch_size=2,
+        n_samples_per_prompt=SAMPLES_PER_PROMPT,
+        generate_fn=generate_fn,
+        reward_fn=my_reward_fn,
+        **others,
     )
 
 
@@ -101,7 +109,10 @@ def rollout_config(engine_url: str, **others: Any) -> RolloutConfig:
         (RolloutBatch, "tokens loss_masks rewards response_lengths metadata"),
         (SFTTrainingConfig, "num_steps batch_size log_every checkpoint_every"),
         (RLTrainingConfig, "num_steps sync_every baseline log_every checkpoint_every"),
-        (RolloutConfig, "batch_size n_samples_per_prompt over_sampling_factor generate_fn reward_fn filter_fn"),
+        (
+            RolloutConfig,
+            "batch_size n_samples_per_prompt over_sampling_factor generate_fn reward_fn filter_fn",
+        ),
     ],
 )
 def test_records_begin_with_the_documented_fields(record: type, names: str) -> None:
@@ -124,7 +135,9 @@ def test_records_begin_with_the_documented_fields(record: type, names: str) -> N
         (load_prompts_from_jsonl, "path"),
     ],
 )
-def test_functions_begin_with_the_documented_parameters(function: Callable[..., Any], names: str) -> None:
+def test_functions_begin_with_the_documented_parameters(
+    function: Callable[..., Any], names: str
+) -> None:
     """Goal: calls by position and by keyword work as shown. Red with two parameters of one exchanged."""
     assert list(inspect.signature(function).parameters)[: len(names.split())] == names.split()
 
@@ -140,7 +153,9 @@ def test_defaults_are_the_documented_ones() -> None:
 
 
 @pytest.mark.anyio
-async def test_sft_from_a_model_name(model_path: Path, samples: list[Sample], tmp_path: Path) -> None:
+async def test_sft_from_a_model_name(
+    model_path: Path, samples: list[Sample], tmp_path: Path
+) -> None:
     """Goal: factory, SFT loop, logger and checkpoint directory as documented; an engine can load what was written.
 
     Red with the tokenizer left out of the checkpoint.
@@ -149,9 +164,13 @@ async def test_sft_from_a_model_name(model_path: Path, samples: list[Sample], tm
     metrics_logger = JSONLLogger(tmp_path / "logs")
     # snippet: backends, loops
     backend = create_pytorch_backend(
-        model_name=model_path, checkpoint_dir=tmp_path / "checkpoints" / "sft", device_type="cpu", learning_rate=1e-4
+        model_name=model_path,
+        checkpoint_dir=tmp_path / "checkpoints" / "sft",
+        device_type="cpu",
+        learning_rate=1e-4,
     )
-    metrics = await run_sft_training(backend, samples, config, metrics_logger)  # list[dict], one per logged step
+    # list[dict], one per logged step
+    metrics = await run_sft_training(backend, samples, config, metrics_logger)
     metrics_logger.finish()
     assert len(metrics) == 3 and all("loss" in step and "grad_norm" in step for step in metrics)
     written = sorted(path.name for path in (tmp_path / "checkpoints" / "sft").iterdir())
@@ -184,7 +203,8 @@ async def test_a_backend_is_driven_by_futures(tmp_path: Path, samples: list[Samp
         "advantages": torch.linspace(-1, 1, len(samples)),
     }
     # snippet: backends
-    fwd_future: TrainFuture[dict[str, float]] = backend.forward_backward(batch)  # submitted, in order
+    # submitted, in order
+    fwd_future: TrainFuture[dict[str, float]] = backend.forward_backward(batch)
     second = backend.forward_backward(batch)
     opt_future = backend.optim_step()
     fwd_metrics = await fwd_future.result()  # applied; an error surfaces here
@@ -234,9 +254,13 @@ def test_the_sharded_backend_is_made_as_documented(tmp_path: Path) -> None:
     Red with `optimizer_fn` called `optimizer`.
     """
     command = [sys.executable, "-c", FSDP_SNIPPET, str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(tmp_path / "step_000001") and (tmp_path / "latest").is_symlink()
+    assert (
+        done.stdout.strip() == str(tmp_path / "step_000001") and (tmp_path / "latest").is_symlink()
+    )
 
 
 def test_losses_shift_by_themselves() -> None:
@@ -251,7 +275,9 @@ def test_losses_shift_by_themselves() -> None:
     torch.testing.assert_close(grpo_loss(logits, labels, loss_mask, advantages), expected)
     old_log_probs = torch.nn.functional.pad(log_probs, (1, 0))  # aligned to tokens, as labels are
     loss = ppo_loss(logits, labels, loss_mask, advantages, old_log_probs, clip_range=0.2)
-    torch.testing.assert_close(loss, -(advantages[:, None] * loss_mask[:, 1:]).sum() / loss_mask.sum())
+    torch.testing.assert_close(
+        loss, -(advantages[:, None] * loss_mask[:, 1:]).sum() / loss_mask.sum()
+    )
 
 
 @pytest.mark.anyio
@@ -272,7 +298,9 @@ async def test_rl_through_a_real_engine(model_path: Path, engine_url: str, tmp_p
     buffer = DataBuffer(prompts=["ab", "cd", "ef"], seed=42)
     rollout_manager = AsyncRolloutManager(buffer, rollout_config(engine_url))
     engines = [SGLangEngine(engine_url), MyEngine()]
-    config = RLTrainingConfig(num_steps=2, sync_every=1, baseline=2.0, log_every=1, checkpoint_every=-1)
+    config = RLTrainingConfig(
+        num_steps=2, sync_every=1, baseline=2.0, log_every=1, checkpoint_every=-1
+    )
     # snippet: loops
     metrics = await run_rl_training(backend, buffer, rollout_manager, engines, config)
     assert [step["step"] for step in metrics] == [1, 2]
@@ -298,13 +326,15 @@ def test_the_buffer_wraps_and_continues() -> None:
     """Goal: an epoch holds each prompt once, and a restored buffer goes on exactly. Red with the epoch not restored."""
     # snippet: rollouts
     buffer = DataBuffer(prompts=["What is 2+2?", *(f"What is {n}+1?" for n in range(9))], seed=42)
-    batch = buffer.get_prompts(32)  # wraps at the epoch's end, reshuffled from (seed + epoch), deterministic
+    # wraps at the epoch's end, reshuffled from (seed + epoch), deterministic
+    batch = buffer.get_prompts(32)
     assert len(batch) == 32 and sorted(batch[:10]) == sorted(batch[10:20]) != batch[:10]
     # snippet: rollouts
     state = buffer.save_state()
     expected = buffer.get_prompts(15)
     other = DataBuffer(prompts=buffer.prompts, seed=42)
-    other.load_state(json.loads(json.dumps(state)))  # continues with exactly the prompts that would have come
+    # continues with exactly the prompts that would have come
+    other.load_state(json.loads(json.dumps(state)))
     assert other.get_prompts(15) == expected
 
 
@@ -312,12 +342,16 @@ def test_the_buffer_wraps_and_continues() -> None:
 async def test_the_manager_makes_batches_from_an_engine(engine_url: str) -> None:
     """Goal: exactly batch_size groups with tokens, masks and rewards from a real engine. Red with one group too few."""
     buffer = DataBuffer(prompts=["What is 2+2?", "ab", "cd"], seed=42)
-    config = rollout_config(engine_url, over_sampling_factor=1.5, filter_fn=check_response_diversity)
+    config = rollout_config(
+        engine_url, over_sampling_factor=1.5, filter_fn=check_response_diversity
+    )
     # snippet: rollouts
     async with AsyncRolloutManager(buffer, config) as manager:
         batch = await manager.generate_batch(reward_fn=my_reward_fn)
     assert len(batch.tokens) == len(batch.rewards) == 2 * SAMPLES_PER_PROMPT
-    for tokens, mask, length in zip(batch.tokens, batch.loss_masks, batch.response_lengths, strict=True):
+    for tokens, mask, length in zip(
+        batch.tokens, batch.loss_masks, batch.response_lengths, strict=True
+    ):
         assert len(mask) == len(tokens) and sum(mask) == length > 0
 
 
@@ -344,17 +378,24 @@ async def test_an_agent_is_a_generate_fn(engine_url: str) -> None:
 
     endpoint = Endpoint(engine=engine_url, tokenizer=tiny_tokenizer(), max_new_tokens=5)
     generate_fn = make_agent_generate_fn(endpoint, CalculatorEnvironment)
-    config = RolloutConfig(batch_size=1, n_samples_per_prompt=2, generate_fn=generate_fn, reward_fn=my_reward_fn)
+    config = RolloutConfig(
+        batch_size=1, n_samples_per_prompt=2, generate_fn=generate_fn, reward_fn=my_reward_fn
+    )
     async with AsyncRolloutManager(DataBuffer(prompts=["ab"], seed=42), config) as manager:
         batch = await manager.generate_batch()
     for sample in batch.samples:
-        assert sum(sample.loss_mask) == sample.response_length == len(sample.rollout_log_probs or ())
+        assert (
+            sum(sample.loss_mask) == sample.response_length == len(sample.rollout_log_probs or ())
+        )
         assert sample.metadata["turns"] == 1
 
 
 def test_filters_take_a_group() -> None:
     """Goal: list[Sample] → bool for each documented filter. Red with one that looks at the first sample alone."""
-    group = [Sample(prompt="p", response=text, reward=reward) for text, reward in (("a", 0.0), ("b", 1.0))]
+    group = [
+        Sample(prompt="p", response=text, reward=reward)
+        for text, reward in (("a", 0.0), ("b", 1.0))
+    ]
     same = [Sample(prompt="p", response="a", reward=0.0)] * 3
     every = [
         check_reward_nonzero_std,
@@ -371,15 +412,24 @@ def test_filters_take_a_group() -> None:
 
 
 @pytest.mark.anyio
-async def test_weights_are_synced_in_parallel(engine_url: str, model_path: Path, tmp_path: Path) -> None:
+async def test_weights_are_synced_in_parallel(
+    engine_url: str, model_path: Path, tmp_path: Path
+) -> None:
     """Goal: all engines answer success, and one that fails is named. Red with the failure swallowed."""
     ckpt_path = model_path
     # snippet: weight sync
-    engines: list[Any] = [SGLangEngine("http://localhost:30000"), VLLMEngine("http://localhost:30001")]
-    assert [engine.base_url for engine in engines] == ["http://localhost:30000", "http://localhost:30001"]
+    engines: list[Any] = [
+        SGLangEngine("http://localhost:30000"),
+        VLLMEngine("http://localhost:30001"),
+    ]
+    assert [engine.base_url for engine in engines] == [
+        "http://localhost:30000",
+        "http://localhost:30001",
+    ]
     engines = [SGLangEngine(engine_url)]
     # snippet: weight sync
-    responses = await sync_weights_to_engines(engines, str(ckpt_path))  # in parallel; any failure raises
+    # in parallel; any failure raises
+    responses = await sync_weights_to_engines(engines, str(ckpt_path))
     assert [response["success"] for response in responses] == [True]
     with pytest.raises(Exception, match=f"{engine_url}: .*{tmp_path / 'nothing'}"):
         await sync_weights_to_engines(engines, str(tmp_path / "nothing"))
@@ -389,7 +439,10 @@ def test_sft_data_from_a_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """Goal: the documented call, on a directory laid out as on the hub. Red with the mask inverted."""
     directory = tmp_path / "gsm8k" / "main"
     directory.mkdir(parents=True)
-    rows = [{"question": f"{n} and {n}?", "answer": f"<<{n}+{n}={2 * n}>>{2 * n} #### {2 * n}"} for n in range(5)]
+    rows = [
+        {"question": f"{n} and {n}?", "answer": f"<<{n}+{n}={2 * n}>>{2 * n} #### {2 * n}"}
+        for n in range(5)
+    ]
     (directory / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     card = "---\nconfigs:\n- config_name: main\n  data_files:\n  - split: train\n    path: main/train.jsonl\n---\n"
     (tmp_path / "gsm8k" / "README.md").write_text(card)
@@ -397,10 +450,19 @@ def test_sft_data_from_a_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     tokenizer = tiny_tokenizer()
     # snippet: data
     samples = load_sft_dataset(
-        "gsm8k", tokenizer=tokenizer, split="train", subset="main", max_samples=1000, max_length=2048
+        "gsm8k",
+        tokenizer=tokenizer,
+        split="train",
+        subset="main",
+        max_samples=1000,
+        max_length=2048,
     )
     assert len(samples) == 5
-    trained = [token for token, weight in zip(samples[2].tokens, samples[2].loss_mask, strict=True) if weight]
+    trained = [
+        token
+        for token, weight in zip(samples[2].tokens, samples[2].loss_mask, strict=True)
+        if weight
+    ]
     assert "#### 4" in tokenizer.decode(trained) and "2 and 2?" not in tokenizer.decode(trained)
 
 

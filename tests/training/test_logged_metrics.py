@@ -39,6 +39,21 @@ def documented(stage: str) -> set[str]:
     return {key for key, of in rows if of in ("both", stage)}
 
 
+UNITS = {
+    *("count", "tokens", "tokens/s", "s", "GiB", "steps", "share", "reward", "reward²", "none"),
+    *("nats per token", "nats per token; rl: none", "the metric's"),
+}
+
+
+def test_each_metric_has_a_unit_and_a_formula() -> None:
+    """Goal: no entry of the page lacks one. Red with a unit left out, and with a row of three cells."""
+    rows = re.findall(r"^\| `[^`]+` \| (?:both|sft|rl) \|.*$", PAGE.read_text(), re.MULTILINE)
+    for row in rows:
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]]
+        assert len(cells) == 4 and cells[2] in UNITS and len(cells[3]) > 5, row
+    assert len(rows) > 30
+
+
 def compare(keys: set[str], stage: str) -> None:
     """Every documented key (a <name> stands for any) is among `keys`, and every one of these is documented."""
     patterns = {key: re.compile(re.sub(r"<\w+>", "[a-z_]+", key)) for key in documented(stage)}
@@ -49,7 +64,12 @@ def compare(keys: set[str], stage: str) -> None:
 def logged(path: Path) -> set[str]:
     """Of the file: what the logger itself adds is no metric."""
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    assert all(math.isfinite(value) for record in records for value in record.values() if not isinstance(value, str))
+    assert all(
+        math.isfinite(value)
+        for record in records
+        for value in record.values()
+        if not isinstance(value, str)
+    )
     return {key for record in records for key in record} - {"time", "stage"}
 
 
@@ -82,7 +102,10 @@ def test_an_rl_run_logs_what_is_documented(tmp_path):
         value_head=ValueHead(width, lr=1e-3),
     )
     engine = Engine(model, tokenizer)
-    prompts = [{"messages": [{"role": "user", "content": "abc"[: 1 + n % 3]}], "answer": ""} for n in range(8)]
+    prompts = [
+        {"messages": [{"role": "user", "content": "abc"[: 1 + n % 3]}], "answer": ""}
+        for n in range(8)
+    ]
     generate_fn = make_generate_fn([engine], tokenizer, max_new_tokens=3, temperature=1.0)
     config = RolloutConfig(
         batch_size=2,
@@ -145,9 +168,14 @@ def test_mfu_is_left_out_where_it_is_not_known(tmp_path):
     unknown = Throughput.of_backend(backend)
     assert unknown.peak is None and "mfu" not in unknown.metrics([4], 2.0, train_s=1.0, step_s=1.0)
     backend.model.config.model_type = "mamba"
-    assert "mfu" not in Throughput.of_backend(backend, PEAK).metrics([4], 2.0, train_s=1.0, step_s=1.0)
-    bare: Any = SimpleNamespace(forward_backward=None, optim_step=None)  # of a user's own: no device, no model
-    assert set(Throughput.of_backend(complete(bare), PEAK).metrics([4], 2.0, train_s=1.0, step_s=1.0)) == {
+    assert "mfu" not in Throughput.of_backend(backend, PEAK).metrics(
+        [4], 2.0, train_s=1.0, step_s=1.0
+    )
+    # of a user's own: no device, no model
+    bare: Any = SimpleNamespace(forward_backward=None, optim_step=None)
+    assert set(
+        Throughput.of_backend(complete(bare), PEAK).metrics([4], 2.0, train_s=1.0, step_s=1.0)
+    ) == {
         "trained_tokens",
         "tokens_per_s",
         "peak_memory_gib",
@@ -157,7 +185,9 @@ def test_mfu_is_left_out_where_it_is_not_known(tmp_path):
 def test_several_passes_and_peak_memory(tmp_path):
     """Goal: each update of a batch counts as work done; memory grows with what is held. Red with KiB read as bytes."""
     throughput = Throughput.of_backend(tiny_backend(tmp_path), PEAK)
-    once, twice = (throughput.metrics([4], 2.0, train_s=1.0, step_s=1.0, passes=n)["mfu"] for n in (1, 2))
+    once, twice = (
+        throughput.metrics([4], 2.0, train_s=1.0, step_s=1.0, passes=n)["mfu"] for n in (1, 2)
+    )
     assert twice == pytest.approx(2 * once)
     before = peak_memory_gib(torch.device("cpu"))
     held = torch.ones(int((before + 0.25) * GIB) // 4)

@@ -16,7 +16,13 @@ from rollouts.training.backends import create_pytorch_backend
 from rollouts.training.checkpoint import CheckpointError
 from rollouts.training.log_probs import selected_log_probs
 from rollouts.training.loops.train_step import train_step
-from rollouts.training.lora import LoraSettings, apply_lora, base_as_reference, merged_state_dict, read_base
+from rollouts.training.lora import (
+    LoraSettings,
+    apply_lora,
+    base_as_reference,
+    merged_state_dict,
+    read_base,
+)
 from rollouts.training.model_loading import ModelError
 from rollouts.training.optim import build_optimizer
 from rollouts.training.reference import as_reference
@@ -29,7 +35,9 @@ RATES = {"matrix_lr": 5e-2, "embedding_lr": 0.0, "unembedding_lr": 0.0, "weight_
 IDS = torch.tensor([[2, 3, 4, 5, 1], [6, 7, 8, 9, 10]])
 
 
-def lora_backend(directory: Path, *, base_seed: int = 0, settings: LoraSettings = SETTINGS, **options):
+def lora_backend(
+    directory: Path, *, base_seed: int = 0, settings: LoraSettings = SETTINGS, **options
+):
     model = options.pop("model", None) or tiny_model(base_seed, tied=options.pop("tied", True))
     apply_lora(model, settings, base_name="base")
     optimizer = build_optimizer(model, **RATES, beta1=0.9, beta2=0.95, eps=1e-8)
@@ -51,7 +59,9 @@ def test_only_the_adapters_are_trained(tmp_path):
     assert [group["name"] for group in backend.optimizer.param_groups] == ["matrices"]
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert len(trained) == 2 * 2 * 7  # two halves, two layers, seven projections each
-    assert sum(p.numel() for p in backend.optimizer.param_groups[0]["params"]) == 3 * 2 * (32 + 24 + 24 + 32 + 3 * 48)
+    assert sum(p.numel() for p in backend.optimizer.param_groups[0]["params"]) == 3 * 2 * (
+        32 + 24 + 24 + 32 + 3 * 48
+    )
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     metrics = anyio.run(steps, backend, range(12))
     assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.1
@@ -68,7 +78,11 @@ def test_the_export_is_the_adapted_model_and_saving_moves_nothing(tmp_path, tied
     before = {name: tensor.clone() for name, tensor in backend.model.state_dict().items()}
     path = anyio.run(backend.save_weights, tmp_path / "weights" / "version_000001")
     saved = anyio.run(backend.save_checkpoint, 3, {})
-    assert {file.name for file in path.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
+    assert {file.name for file in path.iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    }
     for directory in (path, saved):
         model, report = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
         assert not any(report.values()), report
@@ -76,7 +90,9 @@ def test_the_export_is_the_adapted_model_and_saving_moves_nothing(tmp_path, tied
         difference = model(input_ids=IDS).logits - backend.model(input_ids=IDS).logits
         assert difference.abs().max().item() < 1e-6
         assert set(model.state_dict()) == set(tiny_model(tied=tied).state_dict())
-    assert all(torch.equal(tensor, before[name]) for name, tensor in backend.model.state_dict().items())
+    assert all(
+        torch.equal(tensor, before[name]) for name, tensor in backend.model.state_dict().items()
+    )
 
 
 def test_peft_reads_the_adapter(tmp_path):
@@ -85,15 +101,23 @@ def test_peft_reads_the_adapter(tmp_path):
     anyio.run(steps, backend, range(2))
     path = anyio.run(backend.save_checkpoint, 2, {})
     adapted = PeftModel.from_pretrained(tiny_model(), path / "adapter")
-    torch.testing.assert_close(adapted(input_ids=IDS).logits, backend.model(input_ids=IDS).logits, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        adapted(input_ids=IDS).logits, backend.model(input_ids=IDS).logits, rtol=0, atol=1e-6
+    )
     config = json.loads((path / "adapter" / "adapter_config.json").read_text())
-    assert (config["base_model_name_or_path"], config["r"], config["lora_alpha"]) == ("base", 3, 6.0)
+    assert (config["base_model_name_or_path"], config["r"], config["lora_alpha"]) == (
+        "base",
+        3,
+        6.0,
+    )
     assert read_base(path)["name"] == "base"
 
 
 def test_resume_is_bit_for_bit(tmp_path):
     """Goal: 2 + resume + 2 steps equal 4, dropout's random numbers included. Red with the adapter not loaded."""
-    settings = LoraSettings(rank=2, alpha=4.0, dropout=0.2, target_modules=("q_proj", "down_proj"), init_seed=1)
+    settings = LoraSettings(
+        rank=2, alpha=4.0, dropout=0.2, target_modules=("q_proj", "down_proj"), init_seed=1
+    )
     whole = lora_backend(tmp_path, settings=settings)
     anyio.run(steps, whole, range(2))
     path = anyio.run(whole.save_checkpoint, 2, {})
@@ -102,7 +126,10 @@ def test_resume_is_bit_for_bit(tmp_path):
     resumed = lora_backend(tmp_path, settings=settings)
     anyio.run(resumed.load_checkpoint, path)
     assert anyio.run(steps, resumed, range(2, 4)) == expected
-    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True)
+    )
 
 
 def test_a_checkpoint_goes_on_over_its_own_base_alone(tmp_path):
@@ -111,10 +138,18 @@ def test_a_checkpoint_goes_on_over_its_own_base_alone(tmp_path):
     path = anyio.run(lora_backend(tmp_path / "a").save_checkpoint, 1, {})
     full = anyio.run(tiny_backend(tmp_path / "b").save_checkpoint, 1, {})
     for make, load, message in (
-        (lambda: lora_backend(tmp_path, base_seed=1), path, r"its adapter belongs to the weights of base \(sha256 "),
+        (
+            lambda: lora_backend(tmp_path, base_seed=1),
+            path,
+            r"its adapter belongs to the weights of base \(sha256 ",
+        ),
         (lambda: tiny_backend(tmp_path), path, "was trained with LoRA, this run is without"),
         (lambda: lora_backend(tmp_path), full, "was trained without LoRA, this run is with LoRA"),
-        (lambda: lora_backend(tmp_path, settings=LoraSettings(4, 8.0, 0.0, "all-linear", 0)), path, "this model has"),
+        (
+            lambda: lora_backend(tmp_path, settings=LoraSettings(4, 8.0, 0.0, "all-linear", 0)),
+            path,
+            "this model has",
+        ),
     ):
         with pytest.raises(CheckpointError, match=message):
             anyio.run(make().load_checkpoint, load)
@@ -124,7 +159,9 @@ def test_adapters_are_drawn_from_their_seed(tmp_path):
     """Goal: a function of the seed that leaves the global generator alone. Red without fork_rng, and manual_seed."""
 
     def drawn(seed: int) -> torch.Tensor:
-        model = apply_lora(tiny_model(), LoraSettings(2, 4.0, 0.0, ("q_proj",), seed), base_name="base")
+        model = apply_lora(
+            tiny_model(), LoraSettings(2, 4.0, 0.0, ("q_proj",), seed), base_name="base"
+        )
         return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
 
     state = torch.get_rng_state()
@@ -150,14 +187,18 @@ def test_targets_that_do_not_fit_are_named(targets, message):
 
 def test_transposed_layers_merge(tmp_path):
     """Goal: GPT-2's Conv1D keeps its weights transposed, and its merge is too. Red with B @ A added as it stands."""
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=24, n_positions=8, n_embd=8, n_layer=1, n_head=1)).eval()
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=24, n_positions=8, n_embd=8, n_layer=1, n_head=1)
+    ).eval()
     plain = GPT2LMHeadModel(model.config).eval()
     apply_lora(model, SETTINGS, base_name="base").eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1)
     plain.load_state_dict(merged_state_dict(model))
-    torch.testing.assert_close(plain(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=0, atol=2e-5)
+    torch.testing.assert_close(
+        plain(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=0, atol=2e-5
+    )
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -174,13 +215,17 @@ def test_the_frozen_weights_are_the_reference(tmp_path, dropout):
         model = apply_lora(tiny_model(), settings, base_name="base")
         optimizer = build_optimizer(model, **RATES, beta1=0.9, beta2=0.95, eps=1e-8)
         reference = base_as_reference(model) if own else as_reference(tiny_model(), "base")
-        backend = tiny_backend(tmp_path, model=model, optimizer=optimizer, loss_fn=loss_fn, reference=reference)
+        backend = tiny_backend(
+            tmp_path, model=model, optimizer=optimizer, loss_fn=loss_fn, reference=reference
+        )
 
         async def main() -> list[dict]:
             return [await train_step(backend, rl_batch(seed), None) for seed in range(3)]
 
         metrics = anyio.run(main)
-        assert model.training and len([p for p in model.parameters() if p.requires_grad]) == 2 * 2 * 7
+        assert (
+            model.training and len([p for p in model.parameters() if p.requires_grad]) == 2 * 2 * 7
+        )
         return metrics
 
     own = run(True)
@@ -194,7 +239,9 @@ def test_a_frozen_head_costs_no_gradient():
     weight = torch.randn(32, 8, requires_grad=True)
     made, gradients = [], []
     for trained in (True, False):
-        log_probs, _ = selected_log_probs(hidden, torch.arange(6), torch.arange(6), weight.requires_grad_(trained))
+        log_probs, _ = selected_log_probs(
+            hidden, torch.arange(6), torch.arange(6), weight.requires_grad_(trained)
+        )
         with Shapes() as shapes:
             (gradient,) = torch.autograd.grad(log_probs.sum(), [hidden])
         made.append(weight.shape in shapes.seen)
@@ -213,7 +260,9 @@ class Shapes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         self.seen |= {
-            tensor.shape for tensor in (out if isinstance(out, (tuple, list)) else (out,)) if torch.is_tensor(tensor)
+            tensor.shape
+            for tensor in (out if isinstance(out, (tuple, list)) else (out,))
+            if torch.is_tensor(tensor)
         }
         return out
 
@@ -225,7 +274,9 @@ def test_the_factory_wraps_and_continues(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path / "model")
 
     def make(name: Path):
-        return create_pytorch_backend(name, tmp_path / "sft", "cpu", learning_rate=1e-2, lora=SETTINGS)
+        return create_pytorch_backend(
+            name, tmp_path / "sft", "cpu", learning_rate=1e-2, lora=SETTINGS
+        )
 
     first = make(tmp_path / "model")
     anyio.run(steps, first, range(2))

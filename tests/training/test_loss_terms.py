@@ -20,15 +20,23 @@ def test_clipping_vectors():
     Red with the dual clip applied to every sign of A, and without it (4 in place of 3).
     """
     ratio, advantages = torch.tensor([2.0, 2.0, 0.5]), torch.tensor([2.0, -2.0, 2.0])
-    torch.testing.assert_close(-clipped_surrogate(ratio, advantages, 0.2, 1.5), torch.tensor([-2.4, 3.0, -1.0]))
-    torch.testing.assert_close(-clipped_surrogate(ratio, advantages, 0.2), torch.tensor([-2.4, 4.0, -1.0]))
+    torch.testing.assert_close(
+        -clipped_surrogate(ratio, advantages, 0.2, 1.5), torch.tensor([-2.4, 3.0, -1.0])
+    )
+    torch.testing.assert_close(
+        -clipped_surrogate(ratio, advantages, 0.2), torch.tensor([-2.4, 4.0, -1.0])
+    )
 
 
 def test_clip_higher_moves_the_upper_bound_alone():
     """Goal: DAPO's pair is (low, high). Red with the two swapped."""
     ratio, ones = torch.tensor([2.0, 0.1]), torch.ones(2)
-    torch.testing.assert_close(clipped_surrogate(ratio, ones, (0.2, 0.28)), torch.tensor([1.28, 0.1]))
-    torch.testing.assert_close(clipped_surrogate(ratio, -ones, (0.2, 0.28)), torch.tensor([-2.0, -0.8]))
+    torch.testing.assert_close(
+        clipped_surrogate(ratio, ones, (0.2, 0.28)), torch.tensor([1.28, 0.1])
+    )
+    torch.testing.assert_close(
+        clipped_surrogate(ratio, -ones, (0.2, 0.28)), torch.tensor([-2.0, -0.8])
+    )
 
 
 def test_kl_vectors():
@@ -36,7 +44,9 @@ def test_kl_vectors():
     own, reference = torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -1.5])
     torch.testing.assert_close(k1(own, reference), torch.tensor([0.5, -0.5]))
     torch.testing.assert_close(k2(own, reference), torch.tensor([0.125, 0.125]))
-    torch.testing.assert_close(k3(own, reference), torch.tensor([0.1065, 0.1487]), rtol=0, atol=5e-5)
+    torch.testing.assert_close(
+        k3(own, reference), torch.tensor([0.1065, 0.1487]), rtol=0, atol=5e-5
+    )
 
 
 def test_kl_estimates_and_gradients_in_expectation():
@@ -50,7 +60,8 @@ def test_kl_estimates_and_gradients_in_expectation():
     log_probs, reference = torch.log_softmax(logits, 0), torch.log_softmax(other, 0)
     kl = (log_probs.exp() * (log_probs - reference)).sum()
     (kl_gradient,) = torch.autograd.grad(kl, logits, retain_graph=True)
-    drawn = log_probs.exp().detach()  # the sampler's probabilities: no gradient goes through which token was drawn
+    # the sampler's probabilities: no gradient goes through which token was drawn
+    drawn = log_probs.exp().detach()
     gradients = {}
     for name, estimate in (("k1", k1), ("k2", k2), ("k3", k3)):
         expected = (drawn * estimate(log_probs, reference)).sum()
@@ -60,7 +71,9 @@ def test_kl_estimates_and_gradients_in_expectation():
     torch.testing.assert_close(gradients["k2"], kl_gradient, rtol=0, atol=1e-14)
     torch.testing.assert_close(gradients["k1"], torch.zeros_like(logits), rtol=0, atol=1e-14)
     reverse = (reference.exp() * (reference - log_probs)).sum()
-    torch.testing.assert_close(gradients["k3"], torch.autograd.grad(reverse, logits)[0], rtol=0, atol=1e-14)
+    torch.testing.assert_close(
+        gradients["k3"], torch.autograd.grad(reverse, logits)[0], rtol=0, atol=1e-14
+    )
 
 
 @pytest.mark.parametrize(
@@ -81,7 +94,9 @@ def test_aggregation_vectors(aggregation, options, expected):
     """
     values = torch.tensor([[9.0, 1, 2, 30], [9.0, 4, 50, 6]])
     mask = torch.tensor([[1.0, 1, 1, 0], [1.0, 1, 0, 1]])
-    assert (token_shares(mask, aggregation, **options) * values).sum().item() == pytest.approx(expected)
+    assert (token_shares(mask, aggregation, **options) * values).sum().item() == pytest.approx(
+        expected
+    )
 
 
 def test_shares_by_length_and_of_empty_sequences():
@@ -92,7 +107,12 @@ def test_shares_by_length_and_of_empty_sequences():
     mask = torch.tensor([[0.0, 1, 0, 0, 0], [0.0, 1, 1, 1, 1], [0.0, 0, 0, 0, 0]])
     sums = {
         name: token_shares(mask, name, length_norm=8.0).sum(1).tolist()
-        for name in ("token_mean", "sequence_mean_token_sum", "sequence_mean_token_mean", "constant_length")
+        for name in (
+            "token_mean",
+            "sequence_mean_token_sum",
+            "sequence_mean_token_mean",
+            "constant_length",
+        )
     }
     assert sums["token_mean"] == pytest.approx([0.2, 0.8, 0])
     assert sums["sequence_mean_token_sum"] == pytest.approx([0.5, 2, 0])
@@ -125,13 +145,31 @@ def test_importance_vectors(kind, expected):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda: token_shares(torch.ones(1, 2), "mean"), "aggregation='mean': needs one of 'token_mean', "),
-        (lambda: token_shares(torch.ones(1, 2), "constant_length"), "length_norm=None: aggregation='constant_length'"),
-        (lambda: token_shares(torch.ones(1, 2), "sequence_mean_token_sum", sequences_global=0), "sequences_global=0"),
-        (lambda: clipped_surrogate(torch.ones(1), torch.ones(1), 0.2, 1.0), "dual_clip=1.0: needs > 1"),
+        (
+            lambda: token_shares(torch.ones(1, 2), "mean"),
+            "aggregation='mean': needs one of 'token_mean', ",
+        ),
+        (
+            lambda: token_shares(torch.ones(1, 2), "constant_length"),
+            "length_norm=None: aggregation='constant_length'",
+        ),
+        (
+            lambda: token_shares(torch.ones(1, 2), "sequence_mean_token_sum", sequences_global=0),
+            "sequences_global=0",
+        ),
+        (
+            lambda: clipped_surrogate(torch.ones(1), torch.ones(1), 0.2, 1.0),
+            "dual_clip=1.0: needs > 1",
+        ),
         (lambda: clipped_surrogate(torch.ones(1), torch.ones(1), (0.2, -0.1)), "needs >= 0"),
-        (lambda: importance_weights(torch.ones(1), torch.ones(1, 1) > 0, "token", 2.0), "importance='token': needs"),
-        (lambda: importance_weights(torch.ones(1), torch.ones(1, 1) > 0, "token_mask", 0.0), "importance_cap=0.0"),
+        (
+            lambda: importance_weights(torch.ones(1), torch.ones(1, 1) > 0, "token", 2.0),
+            "importance='token': needs",
+        ),
+        (
+            lambda: importance_weights(torch.ones(1), torch.ones(1, 1) > 0, "token_mask", 0.0),
+            "importance_cap=0.0",
+        ),
     ],
 )
 def test_bad_settings_are_named(function, message):

@@ -89,4 +89,9 @@ def test_a_pattern_without_tags_finds_whole_matches() -> None:
 )
 def test_gsm8k_numbers_as_the_harness_reads_them(response: str, expected: float) -> None:
     """Goal: a full stop, a dollar, a missing space are no other number. Red with nanochat's pattern, to the letter."""
-    assert rewards.gsm8k_answer(Sample(prompt={"answer": "70+2=<<70+2=72>>72\n#### 72"}, response=response)) == expected
+    assert (
+        rewards.gsm8k_answer(
+            Sample(prompt={"answer": "70+2=<<70+2=72>>72\n#### 72"}, response=response)
+        )
+        == expected
+    )

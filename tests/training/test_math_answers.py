@@ -17,7 +17,12 @@ def score(gold: str, response: str) -> float:
 
 
 def ways(answer: str) -> list[str]:
-    return [rf"So it is $\boxed{{{answer}}}$.", rf"\boxed{{{answer}}}", answer, f"The answer is ${answer}$."]
+    return [
+        rf"So it is $\boxed{{{answer}}}$.",
+        rf"\boxed{{{answer}}}",
+        answer,
+        f"The answer is ${answer}$.",
+    ]
 
 
 SAME = [  # the gold, and answers that mean the same
@@ -103,7 +108,12 @@ def test_what_means_the_same_counts(gold: str, answers: list[str]) -> None:
 @pytest.mark.parametrize(("gold", "answers"), OTHER, ids=[gold for gold, _ in OTHER])
 def test_a_part_of_the_answer_does_not_count(gold: str, answers: list[str]) -> None:
     """Goal: a number that stands in the gold is not the gold. Red with the lax reading of a bare gold first."""
-    assert [(text, score(gold, text)) for answer in answers for text in ways(answer) if score(gold, text)] == []
+    assert [
+        (text, score(gold, text))
+        for answer in answers
+        for text in ways(answer)
+        if score(gold, text)
+    ] == []
 
 
 @pytest.mark.parametrize("gold", ["3 4", r"12 \\\\%", "<= 5", r"\sqrt{"])
@@ -118,9 +128,13 @@ def test_a_responses_answer_is_read_to_its_end_too() -> None:
     assert score("2", r"2\sqrt{3}") == score("2", r"The answer is 2\sqrt{3}") == 0.0
     assert score("2", r"I had 2, and then \boxed{2 \heartsuit}") == 0.0
     assert score(r"2\sqrt{3}", r"The answer is 2\sqrt{3}.") == 1.0
-    assert score(r"\frac{\sqrt{3}}{2}", r"\boxed{\frac{\sqrt{3}}{2}} as \frac{1}{2} is not") == 1.0  # nested braces
+    # nested braces
+    assert score(r"\frac{\sqrt{3}}{2}", r"\boxed{\frac{\sqrt{3}}{2}} as \frac{1}{2} is not") == 1.0
     assert score("2,3", r"$\boxed{2}$ and $\boxed{3}$") == 1.0
-    assert score("3", r"First $\boxed{2}$. That is even, and we want an odd number: $\boxed{3}$") == 1.0
+    assert (
+        score("3", r"First $\boxed{2}$. That is even, and we want an odd number: $\boxed{3}$")
+        == 1.0
+    )
     assert score("Evelyn", "The answer is Evelyn.") == 1.0
 
 
@@ -136,18 +150,32 @@ def test_a_number_after_a_short_word_is_the_answer() -> None:
 
 @pytest.mark.parametrize(
     "gold",
-    ["The answer is $5$.", r"We get $x=5$, so it is $\boxed{5}$.", "2+3=<<2+3=5>>5\n#### 5", r"\(5\)", "$$5$$", "$5"],
+    [
+        "The answer is $5$.",
+        r"We get $x=5$, so it is $\boxed{5}$.",
+        "2+3=<<2+3=5>>5\n#### 5",
+        r"\(5\)",
+        "$$5$$",
+        "$5",
+    ],
 )
 def test_a_gold_within_a_solution(gold: str) -> None:
     """Goal: the answer that a solution marks, or states. Red with the whole solution read as one formula."""
-    assert [score(gold, text) for text in ("$5$", "5", "6", r"\boxed{6}", "#### 5")] == [1, 1, 0, 0, 1]
+    assert [score(gold, text) for text in ("$5$", "5", "6", r"\boxed{6}", "#### 5")] == [
+        1,
+        1,
+        0,
+        0,
+        1,
+    ]
 
 
 def test_any_of_several_answers_is_right():
     """Goal: a row's list of accepted answers, as in exact_match. Red: an error for each response."""
     row = {"answer": [r"\frac{1}{2}", "0.25", 3.0]}
     found = [
-        math_verify(Sample(prompt=row, response=rf"so $\boxed{{{said}}}$")) for said in ("0.5", r"\frac14", "3", "7")
+        math_verify(Sample(prompt=row, response=rf"so $\boxed{{{said}}}$"))
+        for said in ("0.5", r"\frac14", "3", "7")
     ]
     assert found == [1.0, 1.0, 1.0, 0.0]
 
@@ -171,5 +199,12 @@ def test_rows_that_can_be_answered_are_kept() -> None:
     """Goal: no sound answer is left out, in any form that is scored. Red with words or several answers left out."""
     check = row_check_of(math_verify)
     assert check is not None
-    sound = [gold for gold, _ in (*SAME, *OTHER)] + [[r"\frac12", "0.5"], 72.0, 3, "H_2O", "Yes", r"\{(1,2),(3,4)\}"]
+    sound = [gold for gold, _ in (*SAME, *OTHER)] + [
+        [r"\frac12", "0.5"],
+        72.0,
+        3,
+        "H_2O",
+        "Yes",
+        r"\{(1,2),(3,4)\}",
+    ]
     assert [(gold, check({"answer": gold})) for gold in sound if check({"answer": gold})] == []

@@ -20,14 +20,28 @@ from tests.example_config import replace_at
 
 SMALL = {"vocab_size": 16_384, "num_hidden_layers": 1}
 STAGES = {f"{name}-{stage}": (config, stage) for name, config, stage in stages()}
-QWEN3 = {"model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16}
+QWEN3 = {
+    "model_type": "qwen3",
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_attention_heads": 16,
+}
 QWEN3 |= {"num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True, **SMALL}
 LORA = LoraConfig(rank=16, alpha=32.0, dropout=0.0, target_modules="all-linear", init_seed=0)
-MUON = MuonConfig(momentum=0.9, nesterov=True, ns_steps=5, adjust_lr="original", vector_lr=1e-3, width_reference=-1)
+MUON = MuonConfig(
+    momentum=0.9,
+    nesterov=True,
+    ns_steps=5,
+    adjust_lr="original",
+    vector_lr=1e-3,
+    width_reference=-1,
+)
 
 
 def assert_near(plan: int, found: int, share: float = 0.1) -> None:
-    assert abs(plan / found - 1) <= share, f"plan {plan / GIB:.3f} GiB, tracker {found / GIB:.3f} GiB"
+    assert abs(plan / found - 1) <= share, (
+        f"plan {plan / GIB:.3f} GiB, tracker {found / GIB:.3f} GiB"
+    )
 
 
 @pytest.mark.parametrize("which", STAGES)
@@ -38,9 +52,13 @@ def test_each_shipped_training_step(which: str) -> None:
     """
     config, stage = STAGES[which]
     model = {**HUB[config.model.name], **SMALL}
-    (plan, plan_optimizer), (found, found_optimizer) = planned(config, stage, model), tracked(config, stage, model)
+    (plan, plan_optimizer), (found, found_optimizer) = (
+        planned(config, stage, model),
+        tracked(config, stage, model),
+    )
     assert_near(plan, found)
-    if config.target.sharding == "none":  # of sharded ones the tracker counts whole tensors that torch only reasons of
+    # of sharded ones the tracker counts whole tensors that torch only reasons of
+    if config.target.sharding == "none":
         assert_near(plan_optimizer, found_optimizer)
 
 
@@ -59,7 +77,11 @@ WAYS = {
         {**QWEN3, "tie_word_embeddings": False},
     ),
     "some adapters, large": (
-        replace_at(base(), "model.lora", dataclasses.replace(LORA, rank=512, target_modules=["q_proj", "down_proj"])),
+        replace_at(
+            base(),
+            "model.lora",
+            dataclasses.replace(LORA, rank=512, target_modules=["q_proj", "down_proj"]),
+        ),
         QWEN3,
     ),
     "Muon": (with_muon(base()), QWEN3),
@@ -71,7 +93,10 @@ def test_other_ways_to_train(way: str) -> None:
     """Goal: likewise for what no shipped GPU config sets. Red with adapters' frozen norms taken for trained ones, with
     Muon's state counted twice, and with bytes of bfloat16 in float32."""
     config, model = WAYS[way]
-    (plan, plan_optimizer), (found, found_optimizer) = planned(config, "sft", model), tracked(config, "sft", model)
+    (plan, plan_optimizer), (found, found_optimizer) = (
+        planned(config, "sft", model),
+        tracked(config, "sft", model),
+    )
     assert_near(plan, found)
     assert_near(plan_optimizer, found_optimizer)
 
@@ -90,10 +115,17 @@ def test_parameters_are_transformers_own(kind: str) -> None:
     """Goal: each shape has as many parameters as the model that transformers builds of the same config.json, and the
     sizes that Muon moves. Red with the router, a bias or a tied head counted otherwise."""
     experts = (
-        {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40} if "moe" in kind else {}
+        {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}
+        if "moe" in kind
+        else {}
     )
     more = {"mlp_only_layers": [0]} if "moe" in kind else {}
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     for tied in (True, False):
         fields = {
             **sizes,
@@ -110,9 +142,13 @@ def test_parameters_are_transformers_own(kind: str) -> None:
         shape = shape_of(config.to_dict())
         assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
         named = [
-            pair for pair in model.named_parameters() if "embed_tokens" not in pair[0] and "lm_head" not in pair[0]
+            pair
+            for pair in model.named_parameters()
+            if "embed_tokens" not in pair[0] and "lm_head" not in pair[0]
         ]
-        assert shape.matrices == sum(parameter.numel() for _, parameter in named if parameter.ndim > 1)
+        assert shape.matrices == sum(
+            parameter.numel() for _, parameter in named if parameter.ndim > 1
+        )
 
 
 def test_the_rules_that_are_repeated_here() -> None:

@@ -72,13 +72,22 @@ def test_a_line_that_does_not_fit_is_taken_back(tmp_path):
 def test_values_of_other_libraries_and_numbers_json_lacks(tmp_path):
     """Goal: every line is strict JSON. Red with plain json.dumps: it writes NaN, and refuses tensors."""
     logger = JSONLLogger(tmp_path)
-    values = {"a": torch.tensor(1.5), "b": np.float32(0.5), "c": float("nan"), "d": [1, float("inf")], "e": tmp_path}
+    values = {
+        "a": torch.tensor(1.5),
+        "b": np.float32(0.5),
+        "c": float("nan"),
+        "d": [1, float("inf")],
+        "e": tmp_path,
+    }
     logger.log({**values, "f": {"g": np.int64(3)}}, step=1)
     text = logger.path.read_text()
     record = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert [record[key] for key in "abcdef"] == [1.5, 0.5, None, [1, None], str(tmp_path), {"g": 3}]
     logger.log({"loss": float("nan")}, step=2)  # plain numbers alone take the quick way
-    assert json.loads(logger.path.read_text().splitlines()[1], parse_constant=pytest.fail)["loss"] is None
+    assert (
+        json.loads(logger.path.read_text().splitlines()[1], parse_constant=pytest.fail)["loss"]
+        is None
+    )
     with pytest.raises(TypeError, match=r"metric bad=<object .* \(object\): needs a number"):
         logger.log({"bad": object()}, step=3)
     assert len(logger.path.read_text().splitlines()) == 2
@@ -123,7 +132,10 @@ def test_numbers_that_json_lacks_are_null_wherever_they_are_written(tmp_path):
     assert json.loads(run.eval.read_text(), **strict) == {"value": None}
     backend = tiny_backend(tmp_path / "sft")
     path = anyio.run(lambda: backend.save_checkpoint(1, {"loss": math.nan, "lr": 0.5}))
-    assert json.loads((path / "metadata.json").read_text(), **strict)["metrics"] == {"loss": None, "lr": 0.5}
+    assert json.loads((path / "metadata.json").read_text(), **strict)["metrics"] == {
+        "loss": None,
+        "lr": 0.5,
+    }
 
 
 def test_a_table_of_samples(monkeypatch, tmp_path):
@@ -131,7 +143,8 @@ def test_a_table_of_samples(monkeypatch, tmp_path):
     logged, tables = [], []
     run = SimpleNamespace(log=lambda data, step: logged.append((data, step)), finish=lambda: None)
     stand_in = SimpleNamespace(
-        init=lambda **_: run, Table=lambda columns, data: tables.append((columns, data)) or "the table"
+        init=lambda **_: run,
+        Table=lambda columns, data: tables.append((columns, data)) or "the table",
     )
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
     monkeypatch.setenv("WANDB_DIR", "")

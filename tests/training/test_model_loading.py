@@ -56,11 +56,16 @@ def test_the_tokenizer_survives_a_checkpoint(tmp_path: Path) -> None:
     shutil.copy(Path(TINY_MODEL) / "config.json", tmp_path)
     again = load_tokenizer(str(tmp_path))
     text = "a b\né #### 1"
-    assert again(text)["input_ids"] == tokenizer(text)["input_ids"] and again.decode(again(text)["input_ids"]) == text
+    assert (
+        again(text)["input_ids"] == tokenizer(text)["input_ids"]
+        and again.decode(again(text)["input_ids"]) == text
+    )
     turns = [{"role": "user", "content": text}, {"role": "assistant", "content": "x"}]
     assert render_conversation(again, turns, "") == render_conversation(tokenizer, turns, "")
     assert (again.eos_token_id, again.pad_token_id, len(again)) == (1, 0, 261)
-    assert len(tokenizer) == json.loads((Path(TINY_MODEL) / "config.json").read_text())["vocab_size"]
+    assert (
+        len(tokenizer) == json.loads((Path(TINY_MODEL) / "config.json").read_text())["vocab_size"]
+    )
 
 
 @pytest.mark.parametrize("load", [load_tokenizer, load_model])
@@ -92,7 +97,12 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         load_model(str(tmp_path / "m"), init="random")
 
 
-def saved(directory: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], *, tied: bool) -> str:
+def saved(
+    directory: Path,
+    change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
+    *,
+    tied: bool,
+) -> str:
     """A tiny model on disk, with its tensors as `change` gives them."""
     tiny.tiny_model(tied=tied).save_pretrained(directory)
     file = directory / "model.safetensors"
@@ -109,18 +119,29 @@ def under(prefix: str) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Te
 
 
 def halved(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor[::2].contiguous() if "gate" in name else tensor for name, tensor in tensors.items()}
+    return {
+        name: tensor[::2].contiguous() if "gate" in name else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 INCOMPLETE = [
-    (under("_orig_mod."), True, r"no tensor for lm_head.weight, .*the names carry the prefix '_orig_mod\.'"),
+    (
+        under("_orig_mod."),
+        True,
+        r"no tensor for lm_head.weight, .*the names carry the prefix '_orig_mod\.'",
+    ),
     (under("module."), False, r"the names carry the prefix 'module\.'"),
     (under("base_model.model."), False, r"the names carry the prefix 'base_model\.model\.'"),
     (without("layers.1."), False, r"no tensor for model\.layers\.1\..*12 tensors"),
     (without("lm_head"), False, r"no tensor for lm_head\.weight\. They would be random"),
     (without("embed_tokens"), True, r"no tensor for lm_head\.weight, model\.embed_tokens\.weight"),
     (without("norm"), False, "no tensor for .*norm"),
-    (halved, False, r"mlp\.gate_proj\.weight has shape \[16, 16\], the architecture needs \[32, 16\]"),
+    (
+        halved,
+        False,
+        r"mlp\.gate_proj\.weight has shape \[16, 16\], the architecture needs \[32, 16\]",
+    ),
 ]
 
 
@@ -143,7 +164,9 @@ def test_weights_that_are_missing_are_refused(
         load(saved(tmp_path / "m", change, tied=tied))
 
 
-def test_run_eval_refuses_missing_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_eval_refuses_missing_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Goal: the script's error line, not the score of random weights. Red with its own call of from_pretrained."""
     path = saved(tmp_path / "m", without("layers.1."), tied=True)
     tiny_tokenizer().save_pretrained(path)
@@ -152,7 +175,9 @@ def test_run_eval_refuses_missing_weights(tmp_path: Path, capsys: pytest.Capture
     assert "no tensor for model.layers.1." in capsys.readouterr().err
 
 
-def test_tied_and_unknown_tensors_are_no_reason_to_refuse(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_tied_and_unknown_tensors_are_no_reason_to_refuse(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Goal: one of a tied pair's names is enough; what the model does not have is named. Red with tied ones asked for,
     and (the warning) with the unexpected keys not looked at."""
     for number, change in enumerate(
@@ -160,9 +185,11 @@ def test_tied_and_unknown_tensors_are_no_reason_to_refuse(tmp_path: Path, caplog
     ):
         loaded = load_model(saved(tmp_path / str(number), change, tied=True))
         assert torch.equal(parameters(loaded), parameters(tiny.tiny_model(tied=True)))
-    assert [record.getMessage() for record in caplog.records if record.name == "rollouts.training.model_loading"] == [
-        f"{tmp_path / '1'}: its files hold tensors that the model lacks: v_head.weight"
-    ]
+    assert [
+        record.getMessage()
+        for record in caplog.records
+        if record.name == "rollouts.training.model_loading"
+    ] == [f"{tmp_path / '1'}: its files hold tensors that the model lacks: v_head.weight"]
 
 
 def test_an_adapter_alone_is_named(tmp_path: Path) -> None:
@@ -195,14 +222,17 @@ def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     shutil.copytree(TINY_MODEL, tmp_path / "m")
     for file in (tmp_path / "m").glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(ModelError, match=r"/m: its tokenizer lacks a vocabulary: there is no tokenizer\.json"):
+    with pytest.raises(
+        ModelError, match=r"/m: its tokenizer lacks a vocabulary: there is no tokenizer\.json"
+    ):
         load_tokenizer(str(tmp_path / "m"))
 
 
 def test_a_tokenizer_without_an_end_token_is_refused(tmp_path: Path) -> None:
     """Goal: nothing would ever stop. Red without the check."""
     shutil.copytree(TINY_MODEL, tmp_path / "m")
-    (tmp_path / "m" / "config.json").write_text('{"model_type": "gpt_neox"}')  # of no default end token of its own
+    # of no default end token of its own
+    (tmp_path / "m" / "config.json").write_text('{"model_type": "gpt_neox"}')
     file = tmp_path / "m" / "tokenizer_config.json"
     changes = {"eos_token": None, "tokenizer_class": "TokenizersBackend"}
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))

@@ -25,7 +25,14 @@ from tests.training.tiny import tiny_backend, tiny_model
 
 RATES = {"matrix_lr": 0.1, "embedding_lr": 0.2, "unembedding_lr": 0.3, "weight_decay": 0.5}
 ADAMW = {"beta1": 0.8, "beta2": 0.95, "eps": 1e-10}
-MUON = MuonSettings(momentum=0.9, nesterov=True, ns_steps=5, adjust_lr="original", vector_lr=0.05, width_reference=None)
+MUON = MuonSettings(
+    momentum=0.9,
+    nesterov=True,
+    ns_steps=5,
+    adjust_lr="original",
+    vector_lr=0.05,
+    width_reference=None,
+)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -59,17 +66,23 @@ def test_adamw_gets_every_constant_and_keeps_float32_state():
     model = tiny_model()
     optimizer = build_optimizer(model, **RATES, beta1=0.7, beta2=0.8, eps=1e-3)
     assert isinstance(optimizer, torch.optim.AdamW)
-    assert {(*group["betas"], group["eps"]) for group in optimizer.param_groups} == {(0.7, 0.8, 1e-3)}
+    assert {(*group["betas"], group["eps"]) for group in optimizer.param_groups} == {
+        (0.7, 0.8, 1e-3)
+    }
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    assert {optimizer.state[p][key].dtype for p in model.parameters() for key in ("exp_avg", "exp_avg_sq")} == {
-        torch.float32
-    }
+    assert {
+        optimizer.state[p][key].dtype
+        for p in model.parameters()
+        for key in ("exp_avg", "exp_avg_sq")
+    } == {torch.float32}
     with pytest.raises(ValueError, match="kind='sgd': needs 'adamw' or 'muon'"):
         build_optimizer(model, kind="sgd", **RATES, **ADAMW)
     for kind, muon in (("muon", None), ("adamw", MUON)):
-        with pytest.raises(ValueError, match="needs MuonSettings with kind='muon', and None with 'adamw'"):
+        with pytest.raises(
+            ValueError, match="needs MuonSettings with kind='muon', and None with 'adamw'"
+        ):
             build_optimizer(model, kind=kind, muon=muon, **RATES, **ADAMW)
 
 
@@ -77,11 +90,16 @@ def test_position_embeddings_are_embeddings():
     """Goal: every embedding table trains as one, never by Muon. Red with the input embedding alone: wpe a matrix."""
     model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_positions=8, n_embd=8, n_layer=1, n_head=1))
     groups = {group["name"]: group["params"] for group in parameter_groups(model, **RATES)}
-    assert {id(p) for p in groups["embeddings"]} == {id(model.transformer.wte.weight), id(model.transformer.wpe.weight)}
+    assert {id(p) for p in groups["embeddings"]} == {
+        id(model.transformer.wte.weight),
+        id(model.transformer.wpe.weight),
+    }
 
 
 def muon_optimizer(model, **changes):
-    return build_optimizer(model, kind="muon", muon=dataclasses.replace(MUON, **changes), **RATES, **ADAMW)
+    return build_optimizer(
+        model, kind="muon", muon=dataclasses.replace(MUON, **changes), **RATES, **ADAMW
+    )
 
 
 def give_gradients(model, seed):
@@ -115,7 +133,9 @@ def test_muon_is_its_formula(changes):
     settings = dataclasses.replace(MUON, **changes)
     model = tiny_model()
     optimizer = muon_optimizer(model, **changes)
-    matrices = [(name, p) for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    matrices = [
+        (name, p) for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name
+    ]
     expected = start = {name: parameter.detach().double() for name, parameter in matrices}
     buffers = {name: torch.zeros_like(value) for name, value in expected.items()}
     m = settings.momentum
@@ -126,7 +146,11 @@ def test_muon_is_its_formula(changes):
             buffers[name] = m * buffers[name] + (1 - m) * gradient
             update = (1 - m) * gradient + m * buffers[name] if settings.nesterov else buffers[name]
             original = settings.adjust_lr == "original"
-            factor = math.sqrt(max(1, rows / columns)) if original else 0.2 * math.sqrt(max(rows, columns))
+            factor = (
+                math.sqrt(max(1, rows / columns))
+                if original
+                else 0.2 * math.sqrt(max(rows, columns))
+            )
             decayed = expected[name] * (1 - RATES["matrix_lr"] * RATES["weight_decay"])
             moved = RATES["matrix_lr"] * factor * newton_schulz(update, settings.ns_steps)
             expected = {**expected, name: decayed - moved}
@@ -134,7 +158,9 @@ def test_muon_is_its_formula(changes):
     for name, parameter in matrices:
         moved = (expected[name] - start[name]).norm()
         assert (parameter.detach().double() - expected[name]).norm() < 0.03 * moved, name
-        torch.testing.assert_close(optimizer.state[parameter]["momentum_buffer"].double(), buffers[name])
+        torch.testing.assert_close(
+            optimizer.state[parameter]["momentum_buffer"].double(), buffers[name]
+        )
         assert optimizer.state[parameter]["momentum_buffer"].dtype is torch.float32
 
 
@@ -184,7 +210,9 @@ def test_the_combined_step_is_torch_s_own_two(tmp_path):
             one.step()
         optimizer.zero_grad()
         assert all(parameter.grad is None for parameter in model.parameters())
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)
+    )
 
 
 def test_muon_resumes_bit_for_bit(tmp_path):
@@ -193,7 +221,12 @@ def test_muon_resumes_bit_for_bit(tmp_path):
 
     def backend(seed=0):
         model = tiny_model(seed)
-        made = tiny_backend(tmp_path, model=model, optimizer=muon_optimizer(model), lr_schedule=lambda s: 1 / (1 + s))
+        made = tiny_backend(
+            tmp_path,
+            model=model,
+            optimizer=muon_optimizer(model),
+            lr_schedule=lambda s: 1 / (1 + s),
+        )
         return made
 
     async def steps(backend, seeds):
@@ -207,8 +240,13 @@ def test_muon_resumes_bit_for_bit(tmp_path):
     anyio.run(resumed.load_checkpoint, path)
     assert anyio.run(steps, resumed, range(2, 4)) == metrics
     assert metrics[-1]["lr"] == pytest.approx(0.1 / 4)
-    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
-    assert {v.dtype for state in resumed.optimizer.state.values() for v in state.values()} == {torch.float32}
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True)
+    )
+    assert {v.dtype for state in resumed.optimizer.state.values() for v in state.values()} == {
+        torch.float32
+    }
 
 
 def test_a_state_of_the_other_kind_is_refused():
@@ -216,7 +254,10 @@ def test_a_state_of_the_other_kind_is_refused():
     model = tiny_model()
     muon, adamw = muon_optimizer(model), build_optimizer(model, **RATES, **ADAMW)
     for one, other in ((muon, adamw), (adamw, muon)):
-        with pytest.raises(CheckpointError, match=r"saved for the parameter groups matrices \((muon|adamw)\), embed"):
+        with pytest.raises(
+            CheckpointError,
+            match=r"saved for the parameter groups matrices \((muon|adamw)\), embed",
+        ):
             one.load_state_dict(copy.deepcopy(other.state_dict()))
 
 
@@ -239,7 +280,9 @@ def test_muon_refuses_what_is_no_matrix():
 )
 def test_lr_factor(schedule, expected):
     """Goal: warm-up over a third of six steps, then each schedule to its end. Red with the warm-up starting at 0/n."""
-    factors = [lr_factor(step, total_steps=6, warmup_frac=1 / 3, schedule=schedule) for step in range(7)]
+    factors = [
+        lr_factor(step, total_steps=6, warmup_frac=1 / 3, schedule=schedule) for step in range(7)
+    ]
     assert factors == pytest.approx(expected, abs=1e-12)
 
 
@@ -248,7 +291,9 @@ def test_lr_factor_at_the_edges():
     assert lr_factor(0, total_steps=4, warmup_frac=0.0, schedule="linear") == 1.0
     assert lr_factor(3, total_steps=4, warmup_frac=1.0, schedule="linear") == 1.0
     assert lr_factor(9, total_steps=4, warmup_frac=1.0, schedule="cosine") == 0.0
-    with pytest.raises(ValueError, match="schedule='wsd': needs one of 'constant', 'linear', 'cosine'"):
+    with pytest.raises(
+        ValueError, match="schedule='wsd': needs one of 'constant', 'linear', 'cosine'"
+    ):
         lr_factor(0, total_steps=4, warmup_frac=0.0, schedule="wsd")
 
 
@@ -259,7 +304,9 @@ def test_matrices_of_one_shape_are_orthogonalized_together(shape):
     stack *= torch.tensor([1.0, 100.0, 1e-3, 0.0], dtype=torch.float64)[:, None, None]
     together = orthogonalize(stack, NS_COEFFICIENTS, 5, NS_EPS)
     for matrix, found in zip(stack, together, strict=True):
-        torch.testing.assert_close(found, orthogonalize(matrix, NS_COEFFICIENTS, 5, NS_EPS), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            found, orthogonalize(matrix, NS_COEFFICIENTS, 5, NS_EPS), rtol=1e-12, atol=1e-12
+        )
 
 
 def test_muon_iterates_once_for_each_shape(monkeypatch):
@@ -273,7 +320,9 @@ def test_muon_iterates_once_for_each_shape(monkeypatch):
     monkeypatch.setattr("rollouts.training.optim._together", lambda parameter: True)
     optimizer = muon_optimizer(model)
     give_gradients(model, 0)
-    matrices = next(group["params"] for group in optimizer.param_groups if group["name"] == "matrices")
+    matrices = next(
+        group["params"] for group in optimizer.param_groups if group["name"] == "matrices"
+    )
     shapes = {matrix.shape for matrix in matrices}
     with torch.profiler.profile() as profile:
         optimizer.step()

@@ -33,7 +33,9 @@ def model_of(kind: str) -> nn.Module:
         options["head_dim"] = 8
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **options), dtype=torch.float32).train()
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(kind, **options), dtype=torch.float32
+        ).train()
 
 
 def trained(model: nn.Module) -> tuple[Tensor, list[Tensor]]:
@@ -67,15 +69,21 @@ def test_every_layer_runs_the_kernel_under_autocast(kind: str) -> None:
 
 def in_lora(model: nn.Module) -> None:
     apply_lora(
-        model, LoraSettings(rank=2, alpha=4.0, dropout=0.0, target_modules="all-linear", init_seed=0), base_name="x"
+        model,
+        LoraSettings(rank=2, alpha=4.0, dropout=0.0, target_modules="all-linear", init_seed=0),
+        base_name="x",
     )
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "gemma3_text"])
 @pytest.mark.parametrize(
-    ("change", "runs"), [(enable_activation_checkpointing, 2), (in_lora, 1)], ids=["checkpointing", "lora"]
+    ("change", "runs"),
+    [(enable_activation_checkpointing, 2), (in_lora, 1)],
+    ids=["checkpointing", "lora"],
 )
-def test_checkpointing_and_adapters_run_the_kernel(kind: str, change: Callable[[Any], Any], runs: int) -> None:
+def test_checkpointing_and_adapters_run_the_kernel(
+    kind: str, change: Callable[[Any], Any], runs: int
+) -> None:
     """Goal: the same with activations computed again (twice a layer) and with LoRA. Red without the cast."""
     model = model_of(kind)
     change(model)
@@ -102,10 +110,16 @@ def test_sharded_mixed_precision_runs_the_kernel(kind: str, tmp_path: Path, alon
     Red with float32 parameters (mixed_precision=False): the kernel would refuse them, and is not called.
     """
     losses = []
-    config = FSDPConfig(sharding_strategy="FULL_SHARD", mixed_precision=True, gradient_checkpointing=True)
+    config = FSDPConfig(
+        sharding_strategy="FULL_SHARD", mixed_precision=True, gradient_checkpointing=True
+    )
     for by_kernel in (False, True):
         backend = FSDPTrainingBackend(
-            model_of(kind), lambda model: torch.optim.SGD(model.parameters(), lr=0.1), sft_loss, tmp_path, config
+            model_of(kind),
+            lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
+            sft_loss,
+            tmp_path,
+            config,
         )
         with flash_on_cpu() if by_kernel else nullcontext(Calls()) as calls:
             losses.append(backend.forward_backward(batch_of()).wait()["loss"])
@@ -113,11 +127,16 @@ def test_sharded_mixed_precision_runs_the_kernel(kind: str, tmp_path: Path, alon
     assert losses[1] == pytest.approx(losses[0], abs=0.02)
 
 
-def attention_of(lengths: list[int], attend: Callable[..., Any], dtype: torch.dtype, **options: Any) -> list[Tensor]:
+def attention_of(
+    lengths: list[int], attend: Callable[..., Any], dtype: torch.dtype, **options: Any
+) -> list[Tensor]:
     """What `attend` gives for documents of `lengths`, with the gradients of query, key and value."""
     draw = torch.Generator().manual_seed(len(lengths))
     shapes = ((sum(lengths), heads, 8) for heads in (4, 2, 2))
-    inputs = [torch.randn(1, *shape, generator=draw).to(dtype).transpose(1, 2).requires_grad_() for shape in shapes]
+    inputs = [
+        torch.randn(1, *shape, generator=draw).to(dtype).transpose(1, 2).requires_grad_()
+        for shape in shapes
+    ]
     out, _ = attend(nn.Module(), *inputs, None, documents=Documents.of(lengths, CPU), **options)
     weights = torch.arange(out.numel(), dtype=dtype).view(out.shape) / out.numel()
     return [out, *torch.autograd.grad((out * weights).sum(), inputs)]
@@ -133,12 +152,16 @@ def test_attention_compiles_once_into_one_graph(window: int | None, kernel: bool
 
     Red with `max(documents.lengths)` in it (compiled anew for each), and with the runs outside of the graph (a break).
     """
-    dtype, counter = (torch.bfloat16, CompileCounter()) if kernel else (torch.float64, CompileCounter())
+    dtype, counter = (
+        (torch.bfloat16, CompileCounter()) if kernel else (torch.float64, CompileCounter())
+    )
     options = {"scaling": 0.3, "sliding_window": window}
     with flash_on_cpu() if kernel else nullcontext():
         for backend in (counter, "aot_eager"):
             torch.compiler.reset()
-            compiled = torch.compile(packed_attention.attention, backend=backend, dynamic=True, fullgraph=True)
+            compiled = torch.compile(
+                packed_attention.attention, backend=backend, dynamic=True, fullgraph=True
+            )
             for lengths in PACKS:
                 found = attention_of(lengths, compiled, dtype, **options)
                 expected = attention_of(lengths, packed_attention.attention, dtype, **options)
@@ -147,12 +170,16 @@ def test_attention_compiles_once_into_one_graph(window: int | None, kernel: bool
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 8), (torch.bfloat16, 12), (torch.bfloat16, 264)])
+@pytest.mark.parametrize(
+    ("dtype", "width"), [(torch.float32, 8), (torch.bfloat16, 12), (torch.bfloat16, 264)]
+)
 def test_what_the_kernel_refuses_never_reaches_it(dtype: torch.dtype, width: int) -> None:
     """Goal: float32 and odd widths of a head go to SDPA. Red with the kernel wherever a card has one."""
     query, key = (torch.randn(1, heads, 6, width, dtype=dtype) for heads in (2, 1))
     with flash_on_cpu() as calls:
-        out, _ = packed_attention.attention(nn.Module(), query, key, key, None, documents=Documents.of([4, 2], CPU))
+        out, _ = packed_attention.attention(
+            nn.Module(), query, key, key, None, documents=Documents.of([4, 2], CPU)
+        )
     assert out.shape == (1, 6, 2, width) and calls.forward == 0
 
 
@@ -161,7 +188,9 @@ def test_a_torch_without_shared_heads_gets_them_repeated(monkeypatch: pytest.Mon
     expected = attention_of([4, 2, 3], packed_attention.attention, torch.bfloat16)
     actual = packed_attention.varlen.varlen_attn
 
-    def older(*tensors: Any, scale: float | None = None, window_size: tuple[int, int] = (-1, -1)) -> Any:
+    def older(
+        *tensors: Any, scale: float | None = None, window_size: tuple[int, int] = (-1, -1)
+    ) -> Any:
         assert tensors[0].shape[1] == tensors[1].shape[1]
         return actual(*tensors, scale=scale, window_size=window_size)
 

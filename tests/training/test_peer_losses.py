@@ -49,16 +49,22 @@ def our_loss(inputs: dict[str, Any], options: dict[str, Any]) -> tuple[float, to
     logits = torch.tensor(inputs["logits"], dtype=torch.float64, requires_grad=True)
     labels = torch.tensor(inputs["labels"])
     positions = torch.arange(PROMPT + COMPLETION)
-    mask = ((positions >= PROMPT) & (positions < PROMPT + torch.tensor(inputs["lengths"])[:, None])).double()
+    mask = (
+        (positions >= PROMPT) & (positions < PROMPT + torch.tensor(inputs["lengths"])[:, None])
+    ).double()
     own = torch.log_softmax(logits.detach()[:, :-1], -1).gather(-1, labels[:, 1:, None]).squeeze(-1)
     old, ref = torch.zeros(2, *labels.shape, dtype=torch.float64)
     old[:, PROMPT:] = own[:, PROMPT - 1 :] + torch.tensor(inputs["old_noise"], dtype=torch.float64)
     ref[:, PROMPT:] = own[:, PROMPT - 1 :] + torch.tensor(inputs["ref_noise"], dtype=torch.float64)
     advantages = torch.tensor(inputs["advantages"], dtype=torch.float64)
-    loss = policy_loss(logits, labels, mask, advantages, old_log_probs=old, ref_log_probs=ref, **options)
+    loss = policy_loss(
+        logits, labels, mask, advantages, old_log_probs=old, ref_log_probs=ref, **options
+    )
     loss.backward()
     assert logits.grad is not None
-    return loss.item(), logits.grad[:, PROMPT - 1 : -1].gather(-1, labels[:, PROMPT:, None]).squeeze(-1)
+    return loss.item(), logits.grad[:, PROMPT - 1 : -1].gather(
+        -1, labels[:, PROMPT:, None]
+    ).squeeze(-1)
 
 
 def assert_equal(ours: tuple[float, torch.Tensor], theirs: dict[str, Any]) -> None:
@@ -91,7 +97,11 @@ def peer_options(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
     sequence_level = kind in ("grpo", "luspo") and draw(st.booleans())
     low, high = draw(st.floats(0.02, 0.5)), draw(st.floats(0.02, 0.5))
     theirs: dict[str, Any] = {"loss_type": kind, "epsilon_low": low, "epsilon_high": high}
-    ours: dict[str, Any] = {"loss": "gspo" if sequence_level else "ppo", "clip_range": (low, high), **AGGREGATION[kind]}
+    ours: dict[str, Any] = {
+        "loss": "gspo" if sequence_level else "ppo",
+        "clip_range": (low, high),
+        **AGGREGATION[kind],
+    }
     if sequence_level:
         theirs["importance_sampling_level"] = "sequence"
     if kind == "cispo":

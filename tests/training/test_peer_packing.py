@@ -60,13 +60,16 @@ def test_a_packed_row_is_laid_out_as_trls(seed: int) -> None:
     rng = random.Random(seed)
     rows = documents([rng.randint(1, 40) for _ in range(12)])
     batch = collate(rows, [[1.0] * len(row) for row in rows], pad_token_id=PAD)
-    micro_batches = list(split_batch(batch, rank=0, world_size=1, micro_batch_size=None, micro_batch_tokens=90))
+    micro_batches = list(
+        split_batch(batch, rank=0, world_size=1, micro_batch_size=None, micro_batch_tokens=90)
+    )
     assert len(micro_batches) > 1
     for micro_batch in micro_batches:
         packed = pack(micro_batch["input_ids"], micro_batch["attention_mask"])
         lengths = micro_batch["attention_mask"].sum(1).tolist()
         examples = [
-            {"input_ids": ids[:length].tolist()} for ids, length in zip(micro_batch["input_ids"], lengths, strict=True)
+            {"input_ids": ids[:length].tolist()}
+            for ids, length in zip(micro_batch["input_ids"], lengths, strict=True)
         ]
         theirs = DataCollatorForLanguageModeling(pad_token_id=PAD, padding_free=True)(examples)
         assert torch.equal(packed.input_ids, theirs["input_ids"])

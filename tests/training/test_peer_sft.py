@@ -44,7 +44,12 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
     rows = [{"messages": conversation(rng)} for _ in range(ROWS)]
     (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     samples = load_sft_dataset(str(directory / "rows.jsonl"), tokenizer=tokenizer)
-    return Task(directory / "model", rows, samples, [step_indices(ROWS, BATCH, step, SEED) for step in range(STEPS)])
+    return Task(
+        directory / "model",
+        rows,
+        samples,
+        [step_indices(ROWS, BATCH, step, SEED) for step in range(STEPS)],
+    )
 
 
 def conversation(rng: random.Random) -> list[dict[str, str]]:
@@ -87,7 +92,9 @@ def trl_run(task: Task, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[
         trainer = SFTTrainer(
             model=AutoModelForCausalLM.from_pretrained(task.model, dtype="float32"),
             args=config,
-            train_dataset=Dataset.from_list([task.rows[index] for step in task.steps for index in step]),
+            train_dataset=Dataset.from_list(
+                [task.rows[index] for step in task.steps for index in step]
+            ),
             processing_class=AutoTokenizer.from_pretrained(task.model),
         )
         trainer.train()
@@ -100,18 +107,26 @@ def our_run(task: Task, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[
 
 
 def run_ours(
-    task: Task, directory: Path, *, loss_fn: Callable[..., torch.Tensor] = sft_loss, **micro_batches: Any
+    task: Task,
+    directory: Path,
+    *,
+    loss_fn: Callable[..., torch.Tensor] = sft_loss,
+    **micro_batches: Any,
 ) -> tuple[list[float], Any]:
     """Our loss of every step, and the model afterwards."""
     model = AutoModelForCausalLM.from_pretrained(task.model, dtype="float32")
     rates = {"matrix_lr": LR, "embedding_lr": LR, "unembedding_lr": LR}
     backend = PyTorchTrainingBackend(
         model=model,
-        optimizer=build_optimizer(model, **rates, weight_decay=DECAY, beta1=0.9, beta2=0.95, eps=1e-8),
+        optimizer=build_optimizer(
+            model, **rates, weight_decay=DECAY, beta1=0.9, beta2=0.95, eps=1e-8
+        ),
         loss_fn=loss_fn,
         checkpoint_dir=directory,
         max_grad_norm=CLIP,
-        lr_schedule=lambda step: lr_factor(step, total_steps=STEPS, warmup_frac=0.0, schedule="linear"),
+        lr_schedule=lambda step: lr_factor(
+            step, total_steps=STEPS, warmup_frac=0.0, schedule="linear"
+        ),
     )
     config = SFTTrainingConfig(num_steps=STEPS, batch_size=BATCH, log_every=1, **micro_batches)
     history = anyio.run(lambda: run_sft_training(backend, task.samples, config, seed=SEED))
@@ -130,9 +145,14 @@ def run_plain(task: Task) -> tuple[list[float], Any]:
     for step in task.steps:
         samples = [task.samples[index] for index in step]
         ids = [torch.tensor(sample.tokens) for sample in samples]
-        labels = [i.masked_fill(torch.tensor(s.loss_mask) == 0, -100) for i, s in zip(ids, samples, strict=True)]
+        labels = [
+            i.masked_fill(torch.tensor(s.loss_mask) == 0, -100)
+            for i, s in zip(ids, samples, strict=True)
+        ]
         padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
-        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+        mask = torch.nn.utils.rnn.pad_sequence(
+            [torch.ones_like(row) for row in ids], batch_first=True
+        )
         targets = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
         loss = model(input_ids=padded, attention_mask=mask, labels=targets).loss
         loss.backward()
@@ -159,23 +179,35 @@ def test_tokens_and_masks_are_trls(task: Task, trl_run: tuple[list[float], Any])
     for row, index in zip(prepared, order, strict=True):
         sample = task.samples[index]
         assert row["input_ids"] == sample.tokens
-        assert [label != -100 for label in row["labels"]] == [bool(weight) for weight in sample.loss_mask]
+        assert [label != -100 for label in row["labels"]] == [
+            bool(weight) for weight in sample.loss_mask
+        ]
 
 
-def test_loss_of_every_step_is_trls(our_run: tuple[list[float], Any], trl_run: tuple[list[float], Any]) -> None:
+def test_loss_of_every_step_is_trls(
+    our_run: tuple[list[float], Any], trl_run: tuple[list[float], Any]
+) -> None:
     """Goal: 50 steps beside SFTTrainer, the loss of each within 1e-4. Red with beta2=0.999 here, or CLIP doubled."""
     assert_same_run(our_run, trl_run)
 
 
-def test_loss_of_every_step_is_that_of_a_plain_loop(task: Task, our_run: tuple[list[float], Any]) -> None:
+def test_loss_of_every_step_is_that_of_a_plain_loop(
+    task: Task, our_run: tuple[list[float], Any]
+) -> None:
     """Goal: the same beside a loop written by hand, and the same weights at its end. Red with DECAY at 0 in it."""
     plain = run_plain(task)
     assert_same_run(our_run, plain)
-    for (name, ours), theirs in zip(our_run[1].named_parameters(), plain[1].parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+    for (name, ours), theirs in zip(
+        our_run[1].named_parameters(), plain[1].parameters(), strict=True
+    ):
+        torch.testing.assert_close(
+            ours, theirs, atol=2e-3, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
-@pytest.mark.parametrize("micro_batches", [{"micro_batch_size": 1}, {"micro_batch_tokens": 120}], ids=str)
+@pytest.mark.parametrize(
+    "micro_batches", [{"micro_batch_size": 1}, {"micro_batch_tokens": 120}], ids=str
+)
 def test_any_cut_into_micro_batches_gives_the_same_run(
     task: Task, trl_run: tuple[list[float], Any], tmp_path: Path, micro_batches: dict[str, int]
 ) -> None:
@@ -183,7 +215,9 @@ def test_any_cut_into_micro_batches_gives_the_same_run(
     assert_same_run(run_ours(task, tmp_path, **micro_batches), trl_run)
 
 
-def test_padded_batches_give_the_same_run(task: Task, trl_run: tuple[list[float], Any], tmp_path: Path) -> None:
+def test_padded_batches_give_the_same_run(
+    task: Task, trl_run: tuple[list[float], Any], tmp_path: Path
+) -> None:
     """Goal: the padded way, through the model's own forward and logits [B, T, V], is the same run as the packed one.
 
     Red with `tokens_global=None` passed on: each micro-batch then divides by its own tokens.

@@ -44,7 +44,9 @@ FORMS: dict[str, dict[str, Any]] = {
 FORM = pytest.mark.parametrize("form", FORMS)
 
 
-def inputs(seed: int = 0, lengths: tuple[tuple[int, int], ...] = ((2, 3), (1, 2), (1, 4))) -> dict[str, Any]:
+def inputs(
+    seed: int = 0, lengths: tuple[tuple[int, int], ...] = ((2, 3), (1, 2), (1, 4))
+) -> dict[str, Any]:
     """A batch in float64; `lengths` are (prompt, response) tokens of each row. Old and reference are own + noise."""
     generator = torch.Generator().manual_seed(seed)
     width = max(prompt + response for prompt, response in lengths)
@@ -66,8 +68,18 @@ def inputs(seed: int = 0, lengths: tuple[tuple[int, int], ...] = ((2, 3), (1, 2)
 
 def by_hand(batch: dict[str, Any], options: dict[str, Any]) -> float:
     """The loss in plain Python, a sequence and a token at a time."""
-    o = {"clip_range": 0.2, "aggregation": "token_mean", "importance": "none", "kl_kind": "k3", **options}
-    low, high = o["clip_range"] if isinstance(o["clip_range"], tuple) else (o["clip_range"], o["clip_range"])
+    o = {
+        "clip_range": 0.2,
+        "aggregation": "token_mean",
+        "importance": "none",
+        "kl_kind": "k3",
+        **options,
+    }
+    low, high = (
+        o["clip_range"]
+        if isinstance(o["clip_range"], tuple)
+        else (o["clip_range"], o["clip_range"])
+    )
     sequences = []
     for b, mask in enumerate(batch["loss_mask"].tolist()):
         tokens = [t for t in range(1, len(mask)) if mask[t]]
@@ -75,7 +87,10 @@ def by_hand(batch: dict[str, Any], options: dict[str, Any]) -> float:
             continue
         probs = [torch.softmax(batch["logits"][b, t - 1], -1).tolist() for t in tokens]
         own = [math.log(p[int(batch["labels"][b, t])]) for p, t in zip(probs, tokens, strict=True)]
-        ratios = [math.exp(lp - batch["old_log_probs"][b, t].item()) for lp, t in zip(own, tokens, strict=True)]
+        ratios = [
+            math.exp(lp - batch["old_log_probs"][b, t].item())
+            for lp, t in zip(own, tokens, strict=True)
+        ]
         product = math.prod(ratios)
         advantage, terms = batch["advantages"][b].item(), []
         for lp, p, ratio, t in zip(own, probs, ratios, tokens, strict=True):
@@ -96,7 +111,9 @@ def by_hand(batch: dict[str, Any], options: dict[str, Any]) -> float:
                 term = -gain
             d = lp - batch["ref_log_probs"][b, t].item()
             kl = {"k1": d, "k2": d * d / 2, "k3": math.exp(-d) - 1 + d}[o["kl_kind"]]
-            term += o.get("kl_coef", 0) * kl + o.get("entropy_coef", 0) * sum(q * math.log(q) for q in p)
+            term += o.get("kl_coef", 0) * kl + o.get("entropy_coef", 0) * sum(
+                q * math.log(q) for q in p
+            )
             terms.append(term)
         sequences.append(terms)
     if o["aggregation"] == "token_mean":
@@ -114,7 +131,9 @@ def test_closed_form(form: str) -> None:
     """
     for seed in range(3):
         batch = inputs(seed)
-        assert policy_loss(**batch, **FORMS[form]).item() == pytest.approx(by_hand(batch, FORMS[form]), abs=1e-13)
+        assert policy_loss(**batch, **FORMS[form]).item() == pytest.approx(
+            by_hand(batch, FORMS[form]), abs=1e-13
+        )
 
 
 @FORM
@@ -128,7 +147,9 @@ def test_gradient_against_finite_differences(form: str) -> None:
     logits = batch["logits"].requires_grad_()
     detached = options["loss"] == "cispo" or options.get("importance", "none") != "none"
     if not detached:
-        assert torch.autograd.gradcheck(lambda x: policy_loss(logits=x, **rest, **options), (logits,))
+        assert torch.autograd.gradcheck(
+            lambda x: policy_loss(logits=x, **rest, **options), (logits,)
+        )
         return
     (gradient,) = torch.autograd.grad(policy_loss(logits, **rest, **options), logits)
     own = token_log_probs(logits, batch["labels"], torch.ones(B, T))
@@ -152,14 +173,20 @@ def by_constant_weights(batch: dict[str, Any], options: dict[str, Any], own: tor
         if options["importance"].startswith("sequence"):
             log_ratio = log_ratio.sum(1, keepdim=True).expand(own.shape)
         ratio, cap = log_ratio.exp(), options["importance_cap"]
-        weights = ratio.clamp(max=cap) if options["importance"].endswith("truncate") else ratio * (ratio <= cap)
+        weights = (
+            ratio.clamp(max=cap)
+            if options["importance"].endswith("truncate")
+            else ratio * (ratio <= cap)
+        )
     extras = {key: options[key] for key in ("kl_coef", "kl_kind", "entropy_coef") if key in options}
     zero = {**batch, "advantages": torch.zeros(B, dtype=torch.float64)}
 
     def loss(logits: torch.Tensor) -> torch.Tensor:
         log_probs = token_log_probs(logits, batch["labels"], torch.ones(B, T))
         terms = weights * batch["advantages"][:, None] * log_probs * batch["loss_mask"]
-        return -terms.sum() / batch["loss_mask"].sum() + policy_loss(**{**zero, "logits": logits}, **extras)
+        return -terms.sum() / batch["loss_mask"].sum() + policy_loss(
+            **{**zero, "logits": logits}, **extras
+        )
 
     return loss
 
@@ -167,9 +194,9 @@ def by_constant_weights(batch: dict[str, Any], options: dict[str, Any], own: tor
 @FORM
 @settings(max_examples=15)
 @given(
-    lengths=st.lists(st.tuples(st.integers(1, 3), st.integers(0, 4)), min_size=2, max_size=7).filter(
-        lambda rows: any(response for _, response in rows) and max(map(sum, rows)) > 1
-    ),
+    lengths=st.lists(
+        st.tuples(st.integers(1, 3), st.integers(0, 4)), min_size=2, max_size=7
+    ).filter(lambda rows: any(response for _, response in rows) and max(map(sum, rows)) > 1),
     seed=st.integers(0, 99),
     world_size=st.integers(1, 3),
     cut=st.sampled_from([(1, None), (2, None), (3, None), (None, None), (None, 4), (None, 9)]),
@@ -186,7 +213,8 @@ def test_a_step_is_the_same_however_it_is_cut(form, lengths, seed, world_size, c
     step = {
         **batch,
         "rows": torch.arange(len(lengths)),
-        "attention_mask": torch.arange(logits.shape[1]) < torch.tensor([sum(row) for row in lengths])[:, None],
+        "attention_mask": torch.arange(logits.shape[1])
+        < torch.tensor([sum(row) for row in lengths])[:, None],
         "tokens_global": trained_tokens(batch["loss_mask"]),
         "sequences_global": trained_sequences(batch["loss_mask"]),
     }
@@ -216,7 +244,9 @@ def test_padding_is_never_touched(form: str, poison: float) -> None:
     logits[:, :-1][untrained[:, 1:]] = poison
     logits[:, -1] = poison
     logits.requires_grad_()
-    poisoned = {key: batch[key].masked_fill(untrained, poison) for key in ("old_log_probs", "ref_log_probs")}
+    poisoned = {
+        key: batch[key].masked_fill(untrained, poison) for key in ("old_log_probs", "ref_log_probs")
+    }
     loss = policy_loss(**{**batch, "logits": logits, **poisoned}, **FORMS[form])
     loss.backward()
     assert loss.item() == clean.item()
@@ -226,7 +256,10 @@ def test_padding_is_never_touched(form: str, poison: float) -> None:
 @FORM
 def test_far_off_policy_stays_finite(form: str) -> None:
     """Goal: log-ratios of ±500 give no inf x 0 gradient in float32. Red with exp() of the log-ratio as it is: NaN."""
-    batch = {key: value.float() if value.is_floating_point() else value for key, value in inputs().items()}
+    batch = {
+        key: value.float() if value.is_floating_point() else value
+        for key, value in inputs().items()
+    }
     batch["old_log_probs"][0], batch["old_log_probs"][1] = -500.0, 500.0
     batch["ref_log_probs"][0], batch["ref_log_probs"][1] = 500.0, -500.0
     batch["advantages"][2] = 0.0
@@ -243,9 +276,13 @@ def test_plain_forms_are_policy_loss() -> None:
     on_policy = {key: value for key, value in batch.items() if key != "old_log_probs"}
     paper = {"loss": "gspo", "clip_range": (3e-4, 4e-4), "aggregation": "sequence_mean_token_mean"}
     assert torch.equal(grpo_loss(**on_policy), policy_loss(**batch, loss="grpo"))
-    assert torch.equal(ppo_loss(**batch, clip_range=0.1), policy_loss(**batch, loss="ppo", clip_range=0.1))
+    assert torch.equal(
+        ppo_loss(**batch, clip_range=0.1), policy_loss(**batch, loss="ppo", clip_range=0.1)
+    )
     assert torch.equal(gspo_loss(**batch), policy_loss(**batch, **paper))
-    assert torch.equal(cispo_loss(**batch), policy_loss(**batch, loss="cispo", clip_range=(1.0, 4.0)))
+    assert torch.equal(
+        cispo_loss(**batch), policy_loss(**batch, loss="cispo", clip_range=(1.0, 4.0))
+    )
 
 
 @pytest.mark.parametrize("form", ["ppo", "gspo", "cispo", "tis", "mis"])
@@ -275,12 +312,18 @@ def test_cispo_keeps_the_gradient_of_clipped_tokens() -> None:
     ("options", "message"),
     [
         ({"loss": "pg"}, "loss='pg': needs one of 'grpo', 'ppo', 'gspo', 'cispo'"),
-        ({"loss": "ppo", "importance": "token_mask"}, "importance='token_mask': only for loss='grpo'"),
+        (
+            {"loss": "ppo", "importance": "token_mask"},
+            "importance='token_mask': only for loss='grpo'",
+        ),
         ({"loss": "cispo", "dual_clip": 3.0}, "dual_clip=3.0: only for loss='ppo' and 'gspo'"),
         ({"kl_coef": 0.1, "kl_kind": "k4"}, "kl_kind='k4': needs one of 'k1', 'k2', 'k3'"),
         ({"kl_coef": 0.1, "ref_log_probs": None}, "ref_log_probs=None: kl_coef=0.1 needs them"),
         ({"loss": "ppo", "old_log_probs": None}, "old_log_probs=None: loss='ppo' needs them"),
-        ({"kl_coef": 0.1, "ref_log_probs": torch.zeros(B, T - 1)}, r"ref_log_probs \(3, 4\): needs \(3, 5\)"),
+        (
+            {"kl_coef": 0.1, "ref_log_probs": torch.zeros(B, T - 1)},
+            r"ref_log_probs \(3, 4\): needs \(3, 5\)",
+        ),
     ],
 )
 def test_what_is_missing_or_ignored_is_named(options: dict[str, Any], message: str) -> None:
@@ -324,7 +367,8 @@ def test_a_composed_loss_reads_the_keys_that_it_names() -> None:
     batch: Any = {**inputs(), "input_ids": None, "attention_mask": None}
     logits = batch.pop("logits")
     assert torch.equal(
-        LossFunction(loss)(logits, batch), policy_loss(**inputs(), loss="ppo", clip_range=0.1, kl_coef=0.3)
+        LossFunction(loss)(logits, batch),
+        policy_loss(**inputs(), loss="ppo", clip_range=0.1, kl_coef=0.3),
     )
     with pytest.raises(TypeError, match="RLLoss: takes no old_logprobs"):
         loss(logits, batch["labels"], batch["loss_mask"], batch["advantages"], old_logprobs=None)  # type: ignore

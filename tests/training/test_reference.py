@@ -51,12 +51,16 @@ def backend_of(config: Config, directory: Path, model_path: Path, *, resumes: bo
     )
 
 
-async def steps(backend: Any, count: int, first: int = 0, micro_batch_size: int | None = None) -> list[dict]:
+async def steps(
+    backend: Any, count: int, first: int = 0, micro_batch_size: int | None = None
+) -> list[dict]:
     config = rl_training_config(kl_config().rl, count)
     metrics = []
     for seed in range(first, first + count):
         rollouts = rollout_batch(3, 4, seed)
-        batch = prepare_grpo_batch(rollouts, rollouts.rewards, config, pad_token_id=PAD, temperature=0.7)
+        batch = prepare_grpo_batch(
+            rollouts, rollouts.rewards, config, pad_token_id=PAD, temperature=0.7
+        )
         metrics.append(await train_step(backend, batch, micro_batch_size))
     return metrics
 
@@ -96,7 +100,9 @@ def test_another_reference_is_refused(tmp_path: Path, start: Path) -> None:
         await steps(first, 1)
         path = await first.save_checkpoint(1, {})
         second = backend_of(kl_config(kl=kl(reference=str(other))), tmp_path, path, resumes=True)
-        with pytest.raises(CheckpointError, match=r"penalty towards .*start.*; the reference is now .*other"):
+        with pytest.raises(
+            CheckpointError, match=r"penalty towards .*start.*; the reference is now .*other"
+        ):
             await second.load_checkpoint(path)
 
     anyio.run(main)
@@ -110,7 +116,10 @@ def test_which_model_is_the_reference(tmp_path: Path, start: Path) -> None:
     assert reference_name(kl_config(), "sft", str(start), resumes=False) is None
     assert reference_name(kl_config(kl=None), "rl", str(start), resumes=False) is None
     assert reference_name(kl_config(), "rl", str(start), resumes=False) == str(start)
-    assert reference_name(kl_config(kl=kl(reference="/models/base")), "rl", str(start), resumes=True) == "/models/base"
+    assert (
+        reference_name(kl_config(kl=kl(reference="/models/base")), "rl", str(start), resumes=True)
+        == "/models/base"
+    )
 
     async def without() -> Path:
         backend = backend_of(kl_config(kl=None), tmp_path, start)
@@ -119,7 +128,8 @@ def test_which_model_is_the_reference(tmp_path: Path, start: Path) -> None:
 
     path = anyio.run(without)
     with pytest.raises(
-        CheckpointError, match=r"trained without a KL reference, and rl.kl.coef=0.1 needs one: set rl\."
+        CheckpointError,
+        match=r"trained without a KL reference, and rl.kl.coef=0.1 needs one: set rl\.",
     ):
         reference_name(kl_config(), "rl", str(path), resumes=True)
 
@@ -129,7 +139,9 @@ def test_the_reference_is_frozen_and_cut_with_the_step(tmp_path: Path) -> None:
 
     Red with its parameters left to require gradients, and with sequences_global left out of the prepared batch.
     """
-    loss_fn = rl_loss(kl_config(loss=policy_loss(entropy_coef=0.01, aggregation="sequence_mean_token_mean")).rl)
+    loss_fn = rl_loss(
+        kl_config(loss=policy_loss(entropy_coef=0.01, aggregation="sequence_mean_token_mean")).rl
+    )
     results = []
     for micro_batch_size in (None, 1, 5):
         reference = as_reference(tiny_model(seed=3, dtype=torch.float64), "seed 3")
@@ -195,7 +207,9 @@ def test_every_loss_field_changes_the_loss(field: str, value: Any, where: dict[s
     assert abs(before.item() - after.item()) > 1e-6
 
 
-@pytest.mark.parametrize(("field", "value"), [("baseline", "leave_one_out"), ("loss.advantage_norm", "batch")])
+@pytest.mark.parametrize(
+    ("field", "value"), [("baseline", "leave_one_out"), ("loss.advantage_norm", "batch")]
+)
 def test_every_advantage_field_changes_the_batch(field: str, value: str) -> None:
     """Goal: they reach `compute_advantages`. Red with either left out of `rl_training_config`."""
     rollouts = rollout_batch(3, 4)

@@ -20,19 +20,29 @@ from tests.training.tiny_task import tiny_tokenizer
 
 
 def sample(response: str, answer: str = "42") -> Sample:
-    return Sample(prompt={"messages": [{"role": "user", "content": "6*7?"}], "answer": answer}, response=response)
+    return Sample(
+        prompt={"messages": [{"role": "user", "content": "6*7?"}], "answer": answer},
+        response=response,
+    )
 
 
 def test_regex_rewards() -> None:
     """Goal: the last match counts, and its group alone; a format is of the whole response. Red with the first match."""
     tagged = rewards.regex_answer(r"<answer>(.*?)</answer>")
-    assert [tagged(sample(text)) for text in ("<answer> 42\n</answer>", "<answer>1</answer><answer>42</answer>")] == [
+    assert [
+        tagged(sample(text))
+        for text in ("<answer> 42\n</answer>", "<answer>1</answer><answer>42</answer>")
+    ] == [
         1,
         1,
     ]
-    assert [tagged(sample(text)) for text in ("42", "<answer>42</answer><answer>1</answer>", "")] == [0, 0, 0]
+    assert [
+        tagged(sample(text)) for text in ("42", "<answer>42</answer><answer>1</answer>", "")
+    ] == [0, 0, 0]
     thought = rewards.regex_format(r"<think>.*</think>\s*\S.*")
-    assert [thought(sample(text)) for text in ("<think>a\nb</think>\n42\n", "42", "x <think></think> 1")] == [1, 0, 0]
+    assert [
+        thought(sample(text)) for text in ("<think>a\nb</think>\n42\n", "42", "x <think></think> 1")
+    ] == [1, 0, 0]
     with pytest.raises(ValueError, match="needs a group"):
         rewards.regex_answer("42")
 
@@ -92,12 +102,21 @@ class Classify(http.server.BaseHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     tokenizer = tiny_tokenizer()
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     torch.manual_seed(0)
     served: Any = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Classify)
     served.model = Qwen2ForSequenceClassification(
         Qwen2Config(
-            vocab_size=len(tokenizer), num_key_value_heads=2, num_labels=1, pad_token_id=tokenizer.pad_token_id, **sizes
+            vocab_size=len(tokenizer),
+            num_key_value_heads=2,
+            num_labels=1,
+            pad_token_id=tokenizer.pad_token_id,
+            **sizes,
         )
     ).eval()
     served.longest, served.as_generator = 200, False
@@ -119,9 +138,20 @@ async def test_a_reward_model_scores_the_conversation(server: Any) -> None:
     Red with the response left out of what is rendered.
     """
     reward = RewardModel(server.url, tokenizer=str(server.tokenizer_directory))
-    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
-    agents = Sample(prompt="a", response="x", metadata={"messages": [*talk, {"role": "assistant", "content": "d"}]})
-    texts = ["<|user|>6*7?<|end|><|assistant|>42<|end|>", "<|user|>6*7?<|end|><|assistant|>no<|end|>"]
+    talk = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
+    agents = Sample(
+        prompt="a",
+        response="x",
+        metadata={"messages": [*talk, {"role": "assistant", "content": "d"}]},
+    )
+    texts = [
+        "<|user|>6*7?<|end|><|assistant|>42<|end|>",
+        "<|user|>6*7?<|end|><|assistant|>no<|end|>",
+    ]
     texts += ["<|user|>a<|end|><|assistant|>b<|end|><|user|>c<|end|><|assistant|>d<|end|>"]
     samples = [sample("42"), sample("no"), agents]
 
@@ -138,13 +168,17 @@ async def test_a_reward_model_scores_the_conversation(server: Any) -> None:
 
 
 @pytest.mark.anyio
-async def test_a_reward_models_refusal_is_told(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_reward_models_refusal_is_told(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Goal: URL and what was answered. Red with the status not looked at."""
     reward = RewardModel(server.url, tokenizer=str(server.tokenizer_directory))
     with pytest.raises(rewards.RewardError, match=r"/classify: answered 400: .*too long"):
         await reward(sample("x" * 300))
     monkeypatch.setattr(server, "as_generator", True)
-    with pytest.raises(rewards.RewardError, match="is this a reward model, started with --is-embedding"):
+    with pytest.raises(
+        rewards.RewardError, match="is this a reward model, started with --is-embedding"
+    ):
         await reward(sample("x"))
     nobody = RewardModel("http://127.0.0.1:9", tokenizer=str(server.tokenizer_directory))
     with pytest.raises(rewards.RewardError, match=r"127.0.0.1:9/classify: ConnectError"):
@@ -156,11 +190,16 @@ async def test_a_reward_models_refusal_is_told(server: Any, monkeypatch: pytest.
 async def test_a_row_without_a_conversation_is_told(row: dict[str, Any]) -> None:
     """Goal: what the row has, what a reward model needs, and the fix, before any server is asked. Red: KeyError."""
     reward = RewardModel("http://127.0.0.1:9", tokenizer=str(Path("/no/such")))
-    with pytest.raises(rewards.RewardError, match=r"no 'messages'.*docs/reference/data-formats.md") as caught:
+    with pytest.raises(
+        rewards.RewardError, match=r"no 'messages'.*docs/reference/data-formats.md"
+    ) as caught:
         await reward(Sample(prompt=row, response="42"))
     assert all(repr(name) in str(caught.value) for name in row)
 
 
 def test_a_tokenizer_is_loaded_when_it_is_needed() -> None:
     """Goal: a config that names one loads on a machine without it. Red with the tokenizer loaded at once."""
-    assert RewardModel("http://127.0.0.1:9", tokenizer=str(Path("/no/such"))).base_url == "http://127.0.0.1:9"
+    assert (
+        RewardModel("http://127.0.0.1:9", tokenizer=str(Path("/no/such"))).base_url
+        == "http://127.0.0.1:9"
+    )

@@ -48,7 +48,8 @@ def test_gsm8k_answer(response: str, answer: str, expected: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("response", "expected"), [("B", 1.0), (" B\n", 1.0), ("(B)", 1.0), ("B.", 1.0), ("A", 0.0), ("", 0.0), ("AB", 0.0)]
+    ("response", "expected"),
+    [("B", 1.0), (" B\n", 1.0), ("(B)", 1.0), ("B.", 1.0), ("A", 0.0), ("", 0.0), ("AB", 0.0)],
 )
 def test_choice_letter(response: str, expected: float) -> None:
     """Goal: the right letter, alone. Red when any response that held the letter counted."""

@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from rollouts.training.rl_losses import grpo_loss, k3, policy_statistics, ppo_loss, sft_loss, trained_tokens
+from rollouts.training.rl_losses import (
+    grpo_loss,
+    k3,
+    policy_statistics,
+    ppo_loss,
+    sft_loss,
+    trained_tokens,
+)
 
 B, T, V = 3, 5, 7
 
@@ -15,7 +22,9 @@ def inputs(seed: int = 0) -> dict[str, torch.Tensor]:
     return {
         "logits": torch.randn(B, T, V, dtype=torch.float64, generator=generator),
         "labels": torch.randint(V, (B, T), generator=generator),
-        "loss_mask": torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 0, 0], [1, 1, 0, 1, 0]], dtype=torch.float64),
+        "loss_mask": torch.tensor(
+            [[0, 0, 1, 1, 1], [0, 1, 1, 0, 0], [1, 1, 0, 1, 0]], dtype=torch.float64
+        ),
     }
 
 
@@ -28,7 +37,9 @@ def rl_inputs(seed: int = 0) -> dict[str, torch.Tensor]:
     }
 
 
-def trained(batch: dict[str, torch.Tensor], temperature: float = 1.0) -> list[tuple[int, int, float]]:
+def trained(
+    batch: dict[str, torch.Tensor], temperature: float = 1.0
+) -> list[tuple[int, int, float]]:
     """(row, position, log-prob) of each trained token, one at a time in plain Python."""
     found = []
     for b in range(B):
@@ -55,7 +66,9 @@ def test_grpo_loss_is_the_closed_form(temperature: float):
     batch = rl_inputs()
     del batch["old_log_probs"]
     tokens = trained(batch, temperature)
-    expected = -sum(batch["advantages"][b].item() * log_prob for b, _, log_prob in tokens) / len(tokens)
+    expected = -sum(batch["advantages"][b].item() * log_prob for b, _, log_prob in tokens) / len(
+        tokens
+    )
     assert grpo_loss(**batch, temperature=temperature).item() == pytest.approx(expected, abs=1e-14)
 
 
@@ -75,7 +88,9 @@ def test_ppo_loss_is_the_closed_form(clip_range: float):
 def test_gradients_against_finite_differences(loss_fn):
     """Goal: the gradient is the loss's own. Red with the log-probs detached inside the ratio."""
     batch = rl_inputs()
-    names = {sft_loss: (), grpo_loss: ("advantages",), ppo_loss: ("advantages", "old_log_probs")}[loss_fn]
+    names = {sft_loss: (), grpo_loss: ("advantages",), ppo_loss: ("advantages", "old_log_probs")}[
+        loss_fn
+    ]
     rest = {key: batch[key] for key in ("labels", "loss_mask", *names)}
     logits = batch["logits"].requires_grad_()
     assert torch.autograd.gradcheck(lambda x: loss_fn(logits=x, **rest), (logits,))
@@ -126,7 +141,9 @@ def test_padding_is_never_touched(poison: float):
     loss.backward()
     assert loss.item() == clean.item()
     assert torch.isfinite(logits.grad).all()
-    assert policy_statistics(**without(poisoned, "advantages")) == policy_statistics(**without(batch, "advantages"))
+    assert policy_statistics(**without(poisoned, "advantages")) == policy_statistics(
+        **without(batch, "advantages")
+    )
 
 
 def test_the_last_token_is_trained():
@@ -176,7 +193,9 @@ def test_bfloat16_logits_give_float32_log_probs():
     rough = batch["logits"].to(torch.bfloat16)
     loss = sft_loss(**{**batch, "logits": rough, "loss_mask": batch["loss_mask"].float()})
     assert loss.dtype is torch.float32
-    assert loss.item() == pytest.approx(sft_loss(**{**batch, "logits": rough.double()}).item(), abs=1e-6)
+    assert loss.item() == pytest.approx(
+        sft_loss(**{**batch, "logits": rough.double()}).item(), abs=1e-6
+    )
 
 
 def test_a_batch_without_trained_tokens():

@@ -15,12 +15,16 @@ from rollouts.training.rewards import sandbox
 from rollouts.training.rewards.sandbox import SandboxError, SandboxLimits, run_python
 from rollouts.training.types import Sample
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is the kernel's: Linux")
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="the sandbox is the kernel's: Linux"
+)
 LIMITS = SandboxLimits(timeout_s=30.0, memory_mib=512, file_mib=1)
 CALL = "import ctypes; c = ctypes.CDLL(None); assert"
 ADD_KEY = {"x86_64": 248, "aarch64": 217}.get(platform.machine())
 LANDLOCK = (
-    "landlock" in Path("/sys/kernel/security/lsm").read_text() if Path("/sys/kernel/security/lsm").exists() else None
+    "landlock" in Path("/sys/kernel/security/lsm").read_text()
+    if Path("/sys/kernel/security/lsm").exists()
+    else None
 )
 
 
@@ -44,7 +48,10 @@ def test_a_program_reads_and_writes() -> None:
         ("import subprocess; subprocess.run(['true'])", "PermissionError"),
         ("import os; os.kill(os.getppid(), 9)", "PermissionError"),
         ("import os; os.chmod(os.getcwd(), 0o777)", "PermissionError"),
-        ("import resource; resource.setrlimit(resource.RLIMIT_AS, (-1, -1))", "not allowed to raise"),
+        (
+            "import resource; resource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
+            "not allowed to raise",
+        ),
         (f"{CALL} c.unshare(0x10000000) == 0, 'denied'", "denied"),
         ("import socket; socket.socketpair()", "PermissionError"),
         ("import fcntl, os; fcntl.fcntl(1, fcntl.F_SETOWN, os.getppid())", "PermissionError"),
@@ -56,10 +63,13 @@ def test_a_program_reads_and_writes() -> None:
         (f"{CALL} c.syscall({ADD_KEY}, b'user', b'a', b'b', 1, -3) >= 0, 'denied'", "denied"),
         ("import os; os.memfd_create('a')", "PermissionError"),
         (f"{CALL} c.syscall(447, 0) >= 0, 'denied'", "denied"),  # memfd_secret
-        ("import fcntl, os; fcntl.fcntl(os.pipe()[1], 1031, 1 << 20)", "PermissionError"),  # F_SETPIPE_SZ
-        ("import fcntl, os; fcntl.fcntl(open(os.__file__), 1024, 0)", "PermissionError"),  # F_SETLEASE
+        # F_SETPIPE_SZ
+        ("import fcntl, os; fcntl.fcntl(os.pipe()[1], 1031, 1 << 20)", "PermissionError"),
+        # F_SETLEASE
+        ("import fcntl, os; fcntl.fcntl(open(os.__file__), 1024, 0)", "PermissionError"),
         (f"{CALL} c.inotify_init() >= 0, 'denied'", "denied"),
-        (f"{CALL} c.prctl(1, 0, 0, 0, 0) == 0, 'denied'", "denied"),  # PR_SET_PDEATHSIG: it would outlive its parent
+        # PR_SET_PDEATHSIG: it would outlive its parent
+        (f"{CALL} c.prctl(1, 0, 0, 0, 0) == 0, 'denied'", "denied"),
         (
             "import fcntl, os; fcntl.ioctl(open(os.__file__), 0x40086602, b'\\0' * 8)",
             "PermissionError",
@@ -76,13 +86,17 @@ def test_what_a_program_may_not_do(program: str, error: str) -> None:
 
 
 @pytest.mark.skipif(LANDLOCK is False, reason="this kernel has no Landlock")
-@pytest.mark.parametrize("how", ["open({path!r}).read()", "open({path!r}, 'w')", "import os; os.listdir({parent!r})"])
+@pytest.mark.parametrize(
+    "how", ["open({path!r}).read()", "open({path!r}, 'w')", "import os; os.listdir({parent!r})"]
+)
 def test_files_of_the_user_are_out_of_reach(tmp_path: Path, how: str) -> None:
     """Goal: neither read, nor written, nor listed. Red without restrict_files."""
     secret = tmp_path / "secret"
     secret.write_text("token")
     run = run_python(how.format(path=str(secret), parent=str(tmp_path)), limits=LIMITS)
-    assert run.exit_code == 1 and "Permission denied" in run.stderr and secret.read_text() == "token"
+    assert (
+        run.exit_code == 1 and "Permission denied" in run.stderr and secret.read_text() == "token"
+    )
 
 
 @pytest.mark.skipif(LANDLOCK is False, reason="this kernel has no Landlock")
@@ -121,13 +135,18 @@ def test_the_environment_is_not_handed_on(monkeypatch: pytest.MonkeyPatch) -> No
     """Goal: keys in the trainer's environment stay there, in /proc too. Red with env=None."""
     monkeypatch.setenv("HF_TOKEN", "a secret")
     theirs = "open(f'/proc/{os.getppid()}/environ', 'rb').read()"
-    run = run_python(f"import os; print('HF_TOKEN' in os.environ); print(b'HF_TOKEN' in {theirs})", limits=LIMITS)
+    run = run_python(
+        f"import os; print('HF_TOKEN' in os.environ); print(b'HF_TOKEN' in {theirs})", limits=LIMITS
+    )
     assert run.stdout == "False\n" and (LANDLOCK is False or "Permission denied" in run.stderr)
 
 
 def test_the_time_limit_kills() -> None:
     """Goal: a program that never ends does, and says so, waiting or working. Hung without the kill."""
-    run = run_python("print('begun', flush=True)\nimport time; time.sleep(1e6)", limits=SandboxLimits(timeout_s=2.0))
+    run = run_python(
+        "print('begun', flush=True)\nimport time; time.sleep(1e6)",
+        limits=SandboxLimits(timeout_s=2.0),
+    )
     assert run.timed_out and run.exit_code is None and run.stdout == "begun\n"
 
 
@@ -140,7 +159,9 @@ def test_the_time_limit_kills() -> None:
     ],
     ids=["a file", "deep", "without rights"],
 )
-def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str) -> None:
+def test_nothing_is_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str
+) -> None:
     """Goal: the directory is gone afterwards, with what the program made in it, however that was meant.
 
     Red with mkdtemp, which keeps it; the deep one with shutil.rmtree, whose RecursionError ended the run.
@@ -152,7 +173,9 @@ def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 def test_a_program_cannot_pass_for_a_refusal() -> None:
     """Goal: no program can end the run. Red when an exit code and a word on stderr told a refusal from a program."""
-    run = run_python("import sys; print('sandbox: no', file=sys.stderr); sys.exit(97)", limits=LIMITS)
+    run = run_python(
+        "import sys; print('sandbox: no', file=sys.stderr); sys.exit(97)", limits=LIMITS
+    )
     assert (run.exit_code, run.stderr) == (97, "sandbox: no\n")
 
 
@@ -169,7 +192,9 @@ def test_a_refusal_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_the_users_own_limits_may_be_lower() -> None:
     """Goal: under a hard limit below ours (a cluster's ulimit) programs run. Red with ours set over it: ValueError,
     which counted as a program that failed."""
-    program = "from rollouts.training.rewards.sandbox import run_python; print(run_python('print(7)'))"
+    program = (
+        "from rollouts.training.rewards.sandbox import run_python; print(run_python('print(7)'))"
+    )
     command = ["sh", "-c", 'ulimit -f 2048; exec "$0" -c "$1"', sys.executable, program]
     told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert "Execution(exit_code=0, stdout='7\\n', stderr='')" in told
@@ -187,11 +212,16 @@ SQUARE = "```py\ndef square(x):\n    return x * x\n```"
     ("response", "tests", "share"),
     [
         (REVERSE, [{"stdin": "ab", "stdout": "ba\n"}, {"stdin": "xy \n", "stdout": " yx"}], 1.0),
-        (REVERSE, json.dumps([{"stdin": "ab", "stdout": "ab"}, {"stdin": "xyx", "stdout": "xyx"}]), 0.5),
+        (
+            REVERSE,
+            json.dumps([{"stdin": "ab", "stdout": "ab"}, {"stdin": "xyx", "stdout": "xyx"}]),
+            0.5,
+        ),
         (SQUARE, [{"code": "assert square(3) == 9"}, {"code": "assert square(2) == 5"}], 0.5),
         ("```\nprint(1)\n```\nno:\n```\nprint(2)\n```", [{"stdin": "", "stdout": "2"}], 1.0),
         ("print(2)", [{"stdin": "", "stdout": "2"}], 1.0),
-        ("```python\nraise SystemExit(0)\n```", [{"code": "assert False"}], 0.0),  # exits before the test
+        # exits before the test
+        ("```python\nraise SystemExit(0)\n```", [{"code": "assert False"}], 0.0),
         ("no program at all", [{"code": "pass"}], 0.0),
     ],
 )
@@ -203,7 +233,12 @@ def test_code_rewards(response: str, tests: Any, share: float) -> None:
 
 @pytest.mark.parametrize(
     ("tests", "message"),
-    [(None, "has no 'tests'"), ([], "needs a list"), ("[", "not JSON"), ([{"stdin": "a"}], "needs a list")],
+    [
+        (None, "has no 'tests'"),
+        ([], "needs a list"),
+        ("[", "not JSON"),
+        ([{"stdin": "a"}], "needs a list"),
+    ],
 )
 def test_a_row_without_tests_is_an_error(tests: Any, message: str) -> None:
     """Goal: never a silent 0 that would train on nothing. Red without the check of their shape."""

@@ -66,7 +66,9 @@ async def test_results_are_in_order_and_failures_are_no_results(workers: RewardW
 @pytest.mark.anyio
 async def test_workers_are_reused_and_no_more_than_asked_for() -> None:
     """Goal: `workers` processes for any number of samples, none of them this one. Red without the limiter."""
-    with RewardWorkers("tests.training.slow_rewards.process_id", workers=2, timeout_s=30.0) as reward:
+    with RewardWorkers(
+        "tests.training.slow_rewards.process_id", workers=2, timeout_s=30.0
+    ) as reward:
         ids, _ = await score(reward, *"abcdefgh")
         more, _ = await score(reward, *"abcdefgh")
         assert len({*ids, *more}) <= 2 and os.getpid() not in ids
@@ -78,10 +80,13 @@ async def test_workers_are_reused_and_no_more_than_asked_for() -> None:
 async def test_what_a_reward_raises_names_it_and_the_prompt(workers: RewardWorkers) -> None:
     """Goal: the user's own mistake, with its place. Red with the error's text left out of the reply."""
     with pytest.raises(
-        RewardError, match=r"slow_rewards.by_text raised KeyError: 'x' \(.*slow_rewards.py:\d+\).*'row': 7"
+        RewardError,
+        match=r"slow_rewards.by_text raised KeyError: 'x' \(.*slow_rewards.py:\d+\).*'row': 7",
     ):
         await score(workers, "raise x")
-    with pytest.raises(RewardError, match="raised ValueError: could not convert string to float: 'much'"):
+    with pytest.raises(
+        RewardError, match="raised ValueError: could not convert string to float: 'much'"
+    ):
         await score(workers, "text")
     assert (await score(workers, "1"))[0] == [1.0]
 
@@ -123,7 +128,9 @@ async def test_async_rewards_are_cut_off_in_this_process() -> None:
     for path, value in (("slow_async", 1.0), ("half", 0.5)):
         with scoring(f"tests.training.slow_rewards.{path}", workers=4, timeout_s=0.2) as reward:
             rewards, samples = await score(reward, "hang", "well")
-        assert rewards == [None, value] and samples[0].metadata == {REWARD_FAILURE: "reward_timeout"}
+        assert rewards == [None, value] and samples[0].metadata == {
+            REWARD_FAILURE: "reward_timeout"
+        }
 
 
 def test_a_fast_reward_stays_in_this_process() -> None:
@@ -147,7 +154,8 @@ async def test_what_a_reward_raises_in_this_process_names_it_too(name: str) -> N
     with (
         scoring(f"tests.training.slow_rewards.{name}", workers=0, timeout_s=30.0) as reward,
         pytest.raises(
-            RewardError, match=rf"slow_rewards.{name} raised KeyError: 'x' \(.*slow_rewards.py:\d+\).*'row': 7"
+            RewardError,
+            match=rf"slow_rewards.{name} raised KeyError: 'x' \(.*slow_rewards.py:\d+\).*'row': 7",
         ) as caught,
     ):
         value = reward(sample("raise x"))
@@ -186,9 +194,11 @@ def test_a_module_that_cannot_be_imported_says_why(
     with Exception caught alone: `sys.exit` came through."""
     (tmp_path / "on_import_of_a_reward.py").write_text(f"{line}\n")
     monkeypatch.syspath_prepend(tmp_path)
-    kind = {"import": "SystemExit: 0", "raise": "ValueError: no key", "1": "SyntaxError: invalid syntax"}[
-        line.split(maxsplit=1)[0]
-    ]
+    kind = {
+        "import": "SystemExit: 0",
+        "raise": "ValueError: no key",
+        "1": "SyntaxError: invalid syntax",
+    }[line.split(maxsplit=1)[0]]
     with pytest.raises(RewardError, match=rf"importing on_import_of_a_reward raised {kind}"):
         resolve("on_import_of_a_reward.reward")
 
@@ -211,14 +221,22 @@ async def test_a_batch_goes_on_without_the_groups_that_failed(workers: RewardWor
 
     def generate(prompts: list[Any], *, seed: int) -> list[Sample]:
         said = [texts[prompt][index] for index, prompt in enumerate(prompts)]
-        return [Sample(prompt=prompt, response=text) for prompt, text in zip(prompts, said, strict=True)]
+        return [
+            Sample(prompt=prompt, response=text) for prompt, text in zip(prompts, said, strict=True)
+        ]
 
     config = RolloutConfig(
-        batch_size=2, n_samples_per_prompt=2, over_sampling_factor=2.0, generate_fn=generate, reward_fn=workers
+        batch_size=2,
+        n_samples_per_prompt=2,
+        over_sampling_factor=2.0,
+        generate_fn=generate,
+        reward_fn=workers,
     )
     batch = await AsyncRolloutManager(DataBuffer(list(texts)), config).generate_batch()
     assert sorted(batch.rewards) == [0.0, 1.0, 1.0, 1.0]
     assert batch.metadata["groups_dropped"] == {"reward_timeout": 1, "reward_death": 1}
-    only = RolloutConfig(batch_size=1, n_samples_per_prompt=2, generate_fn=generate, reward_fn=workers, retries_max=0)
+    only = RolloutConfig(
+        batch_size=1, n_samples_per_prompt=2, generate_fn=generate, reward_fn=workers, retries_max=0
+    )
     with pytest.raises(RolloutError, match="reward_death dropped 1"):
         await AsyncRolloutManager(DataBuffer(["c"]), only).generate_batch()

@@ -18,9 +18,17 @@ def test_a_sound_machine(tmp_path: Path) -> None:
     Red with check_product's own product doubled, and with `_write` left out.
     """
     report = tmp_path / "report"
-    assert smoke.main(["trainer", "--device", "cpu", "--module", "json", "--report", str(report)]) == 0
+    assert (
+        smoke.main(["trainer", "--device", "cpu", "--module", "json", "--report", str(report)]) == 0
+    )
     found = json.loads(report.read_text())
-    assert [*found["parts"]] == ["torch", "bf16 product", "attention", "all-reduce over 1 ranks", "engine package"]
+    assert [*found["parts"]] == [
+        "torch",
+        "bf16 product",
+        "attention",
+        "all-reduce over 1 ranks",
+        "engine package",
+    ]
     assert found["doing"] == ""
     for window in (None, 7):
         device_checks.check_attention(CPU, 64, packed=True, window=window)
@@ -33,18 +41,29 @@ def test_attention_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     right = packed_attention.Documents.of
     with monkeypatch.context() as patch:
-        patch.setattr(packed_attention.Documents, "of", lambda lengths, device: right([sum(lengths)], device))
-        with pytest.raises(device_checks.WrongResultError, match=r"attention, head_dim 64 is wrong by .*needs at most"):
+        patch.setattr(
+            packed_attention.Documents, "of", lambda lengths, device: right([sum(lengths)], device)
+        )
+        with pytest.raises(
+            device_checks.WrongResultError,
+            match=r"attention, head_dim 64 is wrong by .*needs at most",
+        ):
             device_checks.check_attention(CPU, 64, packed=True)
     plain = device_checks._by_torch
     monkeypatch.setattr(
-        device_checks, "_by_torch", lambda query, key, value: plain(query, key.detach() + 0 * key, value)
+        device_checks,
+        "_by_torch",
+        lambda query, key, value: plain(query, key.detach() + 0 * key, value),
     )
-    with pytest.raises(device_checks.WrongResultError, match="gradient of k, head_dim 128 is wrong"):
+    with pytest.raises(
+        device_checks.WrongResultError, match="gradient of k, head_dim 128 is wrong"
+    ):
         device_checks.check_attention(CPU, 128, packed=False)
 
 
-def test_a_part_that_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_that_fails(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Goal: one error line with part, device, build and driver; the report says what was under way. Red with the
     error passed on as it is raised."""
 
@@ -54,17 +73,24 @@ def test_a_part_that_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     monkeypatch.setattr(device_checks, "check_product", fault)
     assert smoke.main(["trainer", "--device", "cpu"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: smoke test: bf16 product: CUDA error: an illegal memory access was encountered, on")
+    assert line.startswith(
+        "error: smoke test: bf16 product: CUDA error: an illegal memory access was encountered, on"
+    )
     for words in (f"device cpu with torch {torch.__version__}", "driver", "Try another host"):
         assert words in line
 
 
-def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_is_not_there(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Goal: exit 1 and one error line, of a rank and of an engine that lacks its second card. Red with a traceback,
     and with only the first card looked for."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert smoke.main(["trainer", "--device", "cuda"]) == 1
-    assert "error: smoke test: torch: torch sees no CUDA device 0 here: it sees 0" in capsys.readouterr().err
+    assert (
+        "error: smoke test: torch: torch sees no CUDA device 0 here: it sees 0"
+        in capsys.readouterr().err
+    )
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     assert smoke.main(["engine", "--device", "cuda", "--cards", "2"]) == 1
@@ -80,7 +106,10 @@ def test_an_engine_that_does_not_import(capsys: pytest.CaptureFixture[str], tmp_
     finally:
         sys.path.remove(str(tmp_path))
     said = capsys.readouterr().err
-    assert "half_built_engine cannot be imported: ModuleNotFoundError: No module named 'no_such_library_of_its'" in said
+    assert (
+        "half_built_engine cannot be imported: ModuleNotFoundError: No module named 'no_such_library_of_its'"
+        in said
+    )
     assert "check engine.requirements_file" in said
 
 
@@ -99,7 +128,11 @@ def tool(directory: Path, name: str, text: str) -> Path:
         ("ninja", "exit 127", "--version` failed with exit code 127"),
         ("nvcc", None, "no nvcc (CUDA_HOME="),
         ("c++", None, "apt-get install g++"),
-        ("c++", 'case $1 in --version) ;; *) echo "cannot find -lcudart" >&2; exit 1 ;; esac', "cannot find -lcudart"),
+        (
+            "c++",
+            'case $1 in --version) ;; *) echo "cannot find -lcudart" >&2; exit 1 ;; esac',
+            "cannot find -lcudart",
+        ),
         ("Python.h", None, "Python.h is missing; on the host: apt-get install python3."),
     ],
 )

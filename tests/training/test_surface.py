@@ -25,14 +25,21 @@ def test_the_documented_names_are_exported():
     documented = """run_sft_training run_rl_training SFTTrainingConfig RLTrainingConfig RolloutConfig Sample
     RolloutBatch DataBuffer AsyncRolloutManager generate_rollout_batches PyTorchTrainingBackend load_sft_dataset"""
     assert set(rollouts.training.__all__) == set(documented.split())
-    with pytest.raises(AttributeError, match="has no attribute 'Trainer'; it has AsyncRolloutManager"):
+    with pytest.raises(
+        AttributeError, match="has no attribute 'Trainer'; it has AsyncRolloutManager"
+    ):
         _ = rollouts.training.Trainer
 
 
 def test_importing_the_package_and_its_records_loads_no_torch():
     """Goal: the control side and quick scripts stay quick. Red with one eager import in rollouts/training/__init__."""
     code = "import sys, rollouts.training.types; from rollouts.training import Sample; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False, timeout=60).returncode == 0
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=REPOSITORY, check=False, timeout=60
+        ).returncode
+        == 0
+    )
 
 
 def test_older_scripts_import_from_the_packages():
@@ -46,7 +53,12 @@ def test_older_scripts_import_from_the_packages():
         "assert set(d.__all__) <= set(dir(d)) and set(g.__all__) <= set(dir(g))\n"
         "sys.exit('torch' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False, timeout=60).returncode == 0
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=REPOSITORY, check=False, timeout=60
+        ).returncode
+        == 0
+    )
     for package in (rollouts.training.datasets, rollouts.training.rollout_gen):
         assert all(getattr(package, name).__name__ == name for name in package.__all__)
         with pytest.raises(AttributeError, match="has no attribute 'Trainer'; it has"):

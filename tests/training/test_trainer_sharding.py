@@ -43,10 +43,18 @@ def test_a_sharded_job(tmp_path):
         output__checkpoint_best={"sft": "max loss"},
         output__mode="sft",
     ).save(run.config)
-    shared().torchrun(2, "rollouts.worker.trainer", ["--run-dir", str(run.path), "--stage", "sft"], tmp_path)
+    shared().torchrun(
+        2, "rollouts.worker.trainer", ["--run-dir", str(run.path), "--stage", "sft"], tmp_path
+    )
     losses = {row["step"]: row["loss"] for row in read_jsonl(run.metrics)}
-    assert sorted(losses, key=losses.__getitem__) == [3, 2, 1], "the first is the best by 'max loss'"
-    events = [(row["kind"], row["path"][-1]) for row in read_jsonl(run.events) if "checkpoint" in row["kind"]]
+    assert sorted(losses, key=losses.__getitem__) == [3, 2, 1], (
+        "the first is the best by 'max loss'"
+    )
+    events = [
+        (row["kind"], row["path"][-1])
+        for row in read_jsonl(run.events)
+        if "checkpoint" in row["kind"]
+    ]
     assert sorted(events) == [
         ("checkpoint", "1"),
         ("checkpoint", "2"),
@@ -56,7 +64,9 @@ def test_a_sharded_job(tmp_path):
     standing = sorted(path.name for path in (run.checkpoints / "sft").iterdir())
     assert standing == ["latest", "step_000001", "step_000003"]
     latest = run.latest_checkpoint("sft")
-    assert manifest_problems(latest) == () and len(list((latest / "optimizer").glob("*.distcp"))) == 2
+    assert (
+        manifest_problems(latest) == () and len(list((latest / "optimizer").glob("*.distcp"))) == 2
+    )
     metrics = {row["metric"] for row in read_jsonl(run.eval) if row["stage"] == "sft"}
     assert {"validation_loss", "exact_match"} <= metrics
 
@@ -80,7 +90,11 @@ def alone():
             FSDPConfig("HYBRID_SHARD", mixed_precision=False, shard_group_size=1),
         ),
         (
-            {"target__sharding": "full_shard", "target__cpu_offload": True, "model__dtype": "bfloat16"},
+            {
+                "target__sharding": "full_shard",
+                "target__cpu_offload": True,
+                "model__dtype": "bfloat16",
+            },
             FSDPConfig("FULL_SHARD", mixed_precision=True, cpu_offload=True),
         ),
     ],
@@ -105,14 +119,18 @@ def test_the_config_decides_the_backend(tmp_path, alone, changes, expected):
     batch = {"input_ids": ids, "labels": ids, "loss_mask": torch.ones(1, 3)}
 
     async def main():
-        return (await backend.forward_backward(batch).result()), (await backend.optim_step().result())["step"]
+        return (await backend.forward_backward(batch).result()), (
+            await backend.optim_step().result()
+        )["step"]
 
     assert anyio.run(main)[1] == 1
 
 
 def test_the_config_decides_what_stays(tmp_path):
     """Goal: the two output fields reach each stage's retention. Red with the other stage's best."""
-    config = config_with(output__checkpoints_keep=3, output__checkpoint_best={"rl": "max reward_mean"})
+    config = config_with(
+        output__checkpoints_keep=3, output__checkpoint_best={"rl": "max reward_mean"}
+    )
     run = RunDir(tmp_path)
     sft, rl = (build_retention(config, run, stage) for stage in ("sft", "rl"))
     assert (sft.keep_last, sft.best_metric) == (3, None)

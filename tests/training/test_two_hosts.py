@@ -21,9 +21,32 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, 
     directory, port = tmp_path_factory.mktemp("two_hosts"), free_port()
     agents = []
     for node in (0, 1):
-        command = [sys.executable, "-m", "rollouts.training.bound_torchrun", "--rdzv-backend", "static"]
-        command += ["--master-addr", "127.0.0.1", "--master-port", str(port), "--rdzv-id", "two", "--nnodes", "2"]
-        command += ["--node-rank", str(node), "--nproc-per-node", "1", "-m", "tests.training.two_hosts", str(directory)]
+        command = [
+            sys.executable,
+            "-m",
+            "rollouts.training.bound_torchrun",
+            "--rdzv-backend",
+            "static",
+        ]
+        command += [
+            "--master-addr",
+            "127.0.0.1",
+            "--master-port",
+            str(port),
+            "--rdzv-id",
+            "two",
+            "--nnodes",
+            "2",
+        ]
+        command += [
+            "--node-rank",
+            str(node),
+            "--nproc-per-node",
+            "1",
+            "-m",
+            "tests.training.two_hosts",
+            str(directory),
+        ]
         agents.append(subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True))
     for agent in agents:
         _, said = agent.communicate(timeout=240)
@@ -42,7 +65,10 @@ def test_files_come_to_rank_0(two: tuple[Path, list[dict[str, Any]]]) -> None:
     the last piece left out."""
     directory, (first, second) = two
     assert (directory / "host0" / "written" / "of_1").read_bytes() == b"\1" * 2500
-    assert [name for name in first["here"] if name.startswith("written")] == ["written/of_0", "written/of_1"]
+    assert [name for name in first["here"] if name.startswith("written")] == [
+        "written/of_0",
+        "written/of_1",
+    ]
     assert [name for name in second["here"] if name.startswith("written")] == []
 
 
@@ -56,7 +82,11 @@ def test_a_checkpoint_comes_to_every_host(two: tuple[Path, list[dict[str, Any]]]
 
 def test_hosts_with_different_versions() -> None:
     """Goal: hosts whose builds differ are named with their versions. Red with the first host's alone looked at."""
-    found = [{"host": f"node{n}", "versions": {"torch": "2.13", "NCCL": f"2.2{n}"}} for n in range(2)]
-    with pytest.raises(NetworkError, match=r"different versions of NCCL: 2\.20 on node0; 2\.21 on node1"):
+    found = [
+        {"host": f"node{n}", "versions": {"torch": "2.13", "NCCL": f"2.2{n}"}} for n in range(2)
+    ]
+    with pytest.raises(
+        NetworkError, match=r"different versions of NCCL: 2\.20 on node0; 2\.21 on node1"
+    ):
         require_same(found)
     require_same(found[:1] * 2)

@@ -36,8 +36,12 @@ def head(seed: int | None = None, lr: float = 1e-2) -> ValueHead:
     return made
 
 
-def backend_with(directory: Path, value_head: ValueHead | None, *, seed: int = 0, **loss: Any) -> Any:
-    loss_fn = partial(policy_loss, **{"loss": "ppo", "value_coef": 0.5 if value_head else 0.0, **loss})
+def backend_with(
+    directory: Path, value_head: ValueHead | None, *, seed: int = 0, **loss: Any
+) -> Any:
+    loss_fn = partial(
+        policy_loss, **{"loss": "ppo", "value_coef": 0.5 if value_head else 0.0, **loss}
+    )
     return tiny_backend(directory, loss_fn=loss_fn, value_head=value_head, seed=seed)
 
 
@@ -58,13 +62,22 @@ class Rollouts:
         self.step = state["step"]
 
 
-def train(backend: Any, num_steps: int = 2, *, resume: dict | None = None, **options: Any) -> list[dict]:
+def train(
+    backend: Any, num_steps: int = 2, *, resume: dict | None = None, **options: Any
+) -> list[dict]:
     config = RLTrainingConfig(num_steps=num_steps, **{**CRITIC, **options})
-    return anyio.run(lambda: run_rl_training(backend, None, Rollouts(), [], config, pad_token_id=PAD, resume=resume))
+    return anyio.run(
+        lambda: run_rl_training(
+            backend, None, Rollouts(), [], config, pad_token_id=PAD, resume=resume
+        )
+    )
 
 
 def parameters(backend: Any) -> list[torch.Tensor]:
-    modules = [backend.model, *([backend._trained.value_head] if backend._trained.value_head else [])]
+    modules = [
+        backend.model,
+        *([backend._trained.value_head] if backend._trained.value_head else []),
+    ]
     return [parameter.detach().clone() for module in modules for parameter in module.parameters()]
 
 
@@ -75,10 +88,18 @@ def test_values_are_of_the_state_before_the_token(tmp_path):
     """
     backend = backend_with(tmp_path, head(seed=1))
     rollouts = rollout_batch(2, 2)
-    batch = prepare_grpo_batch(rollouts, rollouts.rewards, RLTrainingConfig(num_steps=1, **CRITIC), pad_token_id=PAD)
+    batch = prepare_grpo_batch(
+        rollouts, rollouts.rewards, RLTrainingConfig(num_steps=1, **CRITIC), pad_token_id=PAD
+    )
     values_BT = anyio.run(lambda: backend.values(batch).result())
-    output = tiny_model()(batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True)
-    expected_BT = head(seed=1)(output.hidden_states[-1].flatten(0, 1)).view(batch["input_ids"].shape).roll(1, 1)
+    output = tiny_model()(
+        batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True
+    )
+    expected_BT = (
+        head(seed=1)(output.hidden_states[-1].flatten(0, 1))
+        .view(batch["input_ids"].shape)
+        .roll(1, 1)
+    )
     torch.testing.assert_close(values_BT, expected_BT * (batch["loss_mask"] != 0))
     assert values_BT.dtype == torch.float32 and not values_BT.requires_grad
     assert backend.model.training
@@ -118,7 +139,16 @@ def test_the_value_term_by_hand():
     labels, returns, old = torch.zeros(2, 4).long(), torch.rand(2, 4), torch.rand(2, 4)
     options: dict[str, Any] = {"aggregation": "sequence_mean_token_mean", "value_clip": 0.2}
     policy = policy_loss(logits, labels, mask, torch.ones(2), **options)
-    whole = policy_loss(logits, labels, mask, torch.ones(2), returns=returns, old_values=old, value_coef=0.3, **options)
+    whole = policy_loss(
+        logits,
+        labels,
+        mask,
+        torch.ones(2),
+        returns=returns,
+        old_values=old,
+        value_coef=0.3,
+        **options,
+    )
     expected = value_loss(values, returns[:, 1:][keep], old[:, 1:][keep], 0.2).mean()
     assert (whole - policy).item() == pytest.approx(0.3 * expected.item(), abs=1e-6)
     for missing, name in ((("returns", None), "returns"), (("old_values", None), "old_values")):
@@ -126,7 +156,9 @@ def test_the_value_term_by_hand():
         with pytest.raises(ValueError, match=f"{name}=None"):
             policy_loss(logits, labels, mask, torch.ones(2), **options, **given)
     with pytest.raises(ValueError, match="these logits have none"):
-        policy_loss(torch.zeros(2, 4, 5), labels, mask, torch.ones(2), returns=returns, value_coef=0.3)
+        policy_loss(
+            torch.zeros(2, 4, 5), labels, mask, torch.ones(2), returns=returns, value_coef=0.3
+        )
 
 
 def test_with_values_of_0_it_is_reinforce(tmp_path):
@@ -135,17 +167,26 @@ def test_with_values_of_0_it_is_reinforce(tmp_path):
     plain = backend_with(tmp_path / "plain", None)
     found = train(critic, 1, gamma=1.0, gae_lambda=1.0)
     expected = train(plain, 1, baseline=0.0)
-    assert all(torch.equal(a, b) for a, b in zip(parameters(critic), parameters(plain), strict=False))
-    assert (found[0]["entropy"], found[0]["grad_norm"]) == (expected[0]["entropy"], expected[0]["grad_norm"])
+    assert all(
+        torch.equal(a, b) for a, b in zip(parameters(critic), parameters(plain), strict=False)
+    )
+    assert (found[0]["entropy"], found[0]["grad_norm"]) == (
+        expected[0]["entropy"],
+        expected[0]["grad_norm"],
+    )
     rewards = [
-        0.5 * sample.reward**2 for sample in rollout_batch(3, 3, seed=1).samples for _ in range(sample.response_length)
+        0.5 * sample.reward**2
+        for sample in rollout_batch(3, 3, seed=1).samples
+        for _ in range(sample.response_length)
     ]
     assert found[0]["value_loss"] == pytest.approx(sum(rewards) / len(rewards))
     assert found[0]["explained_variance"] == pytest.approx(0.0, abs=1e-9)
     assert critic._trained.value_head.weight.abs().sum() > 0  # it has begun to learn
 
 
-@pytest.mark.parametrize("cut", [{"micro_batch_size": 1}, {"micro_batch_size": 4}, {"micro_batch_tokens": 17}])
+@pytest.mark.parametrize(
+    "cut", [{"micro_batch_size": 1}, {"micro_batch_size": 4}, {"micro_batch_tokens": 17}]
+)
 @pytest.mark.parametrize("norm", ["none", "batch"])
 def test_no_cut_of_a_step_changes_it(tmp_path, cut, norm):
     """Goal: micro-batches are a matter of memory alone. Red with "batch" taken over each micro-batch."""
@@ -154,7 +195,9 @@ def test_no_cut_of_a_step_changes_it(tmp_path, cut, norm):
     expected = train(whole, advantage_norm=norm)
     found = train(parts, advantage_norm=norm, **cut)
     for key in ("loss", "grad_norm", "explained_variance", "value_loss", "clip_fraction"):
-        assert [record[key] for record in found] == pytest.approx([r[key] for r in expected], rel=1e-4, abs=1e-6), key
+        assert [record[key] for record in found] == pytest.approx(
+            [r[key] for r in expected], rel=1e-4, abs=1e-6
+        ), key
     for a, b in zip(parameters(whole), parameters(parts), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
 
@@ -166,17 +209,23 @@ def test_batch_norm_standardises_the_trained_tokens(tmp_path):
     """
     backend = backend_with(tmp_path, head(seed=1))
     rollouts = rollout_batch(3, 3)
-    batch = prepare_grpo_batch(rollouts, rollouts.rewards, RLTrainingConfig(num_steps=1, **CRITIC), pad_token_id=PAD)
+    batch = prepare_grpo_batch(
+        rollouts, rollouts.rewards, RLTrainingConfig(num_steps=1, **CRITIC), pad_token_id=PAD
+    )
     cut = list(split_batch(batch, rank=0, world_size=1, micro_batch_size=2))
     call = partial(add_value_advantages, backend, cut, gamma=0.9, gae_lambda=0.8, norm="batch")
     metrics = anyio.run(call)
     keep = [part["loss_mask"][:, 1:] != 0 for part in cut]
 
     def tokens(key: str) -> torch.Tensor:
-        return torch.cat([part[key][:, 1:][kept] for part, kept in zip(cut, keep, strict=True)]).double()
+        return torch.cat(
+            [part[key][:, 1:][kept] for part, kept in zip(cut, keep, strict=True)]
+        ).double()
 
     advantages = tokens("advantages")
-    assert (advantages.mean().item(), advantages.std().item()) == pytest.approx((0.0, 1.0), abs=1e-6)
+    assert (advantages.mean().item(), advantages.std().item()) == pytest.approx(
+        (0.0, 1.0), abs=1e-6
+    )
     assert all(not part["advantages"][part["loss_mask"] == 0].any() for part in cut)
     errors = tokens("returns") - tokens("old_values")
     explained = 1 - errors.var() / tokens("returns").var()
@@ -192,7 +241,9 @@ def test_a_tools_tokens_are_no_actions(tmp_path):
     samples = [Sample("p", tokens=tokens, loss_mask=mask, response_length=5) for mask in masks]
     rollouts = RolloutBatch([tokens] * 2, masks, [1.0, 1.0], [5, 5], samples=samples)
     batch = prepare_grpo_batch(rollouts, rollouts.rewards, RLTrainingConfig(num_steps=1, **CRITIC))
-    anyio.run(partial(add_value_advantages, backend, [batch], gamma=0.5, gae_lambda=1.0, norm="none"))
+    anyio.run(
+        partial(add_value_advantages, backend, [batch], gamma=0.5, gae_lambda=1.0, norm="none")
+    )
     for row, places in enumerate(([1, 4, 5], [3, 4, 5])):
         assert batch["returns"][row, places].tolist() == pytest.approx([0.25, 0.5, 1.0])
         assert not batch["returns"][row, [place for place in range(6) if place not in places]].any()
@@ -208,8 +259,11 @@ def test_resume_is_bit_for_bit_and_asks_for_the_same_baseline(tmp_path):
     second = train(resumed, 4, resume=anyio.run(resumed.load_checkpoint, latest))
     for key in ("loss", "explained_variance", "grad_norm"):
         assert [record[key] for record in first + second] == [record[key] for record in expected]
-    assert all(torch.equal(a, b) for a, b in zip(parameters(whole), parameters(resumed), strict=True))
-    assert [path.name for path in latest.glob("*.safetensors")] == ["model.safetensors"]  # all that an engine finds
+    assert all(
+        torch.equal(a, b) for a, b in zip(parameters(whole), parameters(resumed), strict=True)
+    )
+    # all that an engine finds
+    assert [path.name for path in latest.glob("*.safetensors")] == ["model.safetensors"]
     without = backend_with(tmp_path / "half", None)
     with pytest.raises(CheckpointError, match="was saved with a value head, and this run has none"):
         anyio.run(without.load_checkpoint, tmp_path / "half" / "latest")
@@ -219,9 +273,15 @@ def test_a_head_that_is_not_finite_moves_nothing(tmp_path):
     """Goal: a head's gradient of inf stops the step by name, and the policy stays too. Red with the norm unchecked."""
     critic = backend_with(tmp_path, head(seed=1))
     rollouts = rollout_batch(2, 2)
-    batch = prepare_grpo_batch(rollouts, rollouts.rewards, RLTrainingConfig(num_steps=1, **CRITIC), pad_token_id=PAD)
+    batch = prepare_grpo_batch(
+        rollouts, rollouts.rewards, RLTrainingConfig(num_steps=1, **CRITIC), pad_token_id=PAD
+    )
     shape = batch["input_ids"].shape
-    batch |= {"advantages": torch.ones(shape), "returns": torch.ones(shape), "old_values": torch.zeros(shape)}
+    batch |= {
+        "advantages": torch.ones(shape),
+        "returns": torch.ones(shape),
+        "old_values": torch.zeros(shape),
+    }
     before = parameters(critic)
     critic.forward_backward(batch).wait()
     critic._trained.value_head.bias.grad.fill_(torch.inf)
@@ -245,7 +305,8 @@ def test_several_updates_use_the_values_from_before_the_first(tmp_path):
     one = backend_with(tmp_path / "one", head())
     train(one, 1)
     free, held, single = (
-        b._trained.value_head.weight.detach().norm().item() for b in (backends["free"], backends["held"], one)
+        b._trained.value_head.weight.detach().norm().item()
+        for b in (backends["free"], backends["held"], one)
     )
     assert free > 2 * single > 0 and held < free
 
@@ -275,16 +336,24 @@ class LettersManager:
         for sample in samples:
             sample.reward = sum(token < VOCAB // 2 for token in sample.tokens[2:]) / 3
         masks = [sample.loss_mask for sample in samples]
-        return RolloutBatch(ids.tolist(), masks, [s.reward for s in samples], [3] * 32, samples=samples)
+        return RolloutBatch(
+            ids.tolist(), masks, [s.reward for s in samples], [3] * 32, samples=samples
+        )
 
 
 @pytest.mark.parametrize("runtime", ["asyncio", "trio"])
 def test_it_learns_with_one_sample_a_prompt(tmp_path, runtime):
     """Goal: the reward rises without any group to compare with. Red with the advantages' sign flipped."""
-    backend, buffer, engine = backend_with(tmp_path / "rl", head(lr=5e-2), seed=1), CountingBuffer(), PolicyEngine()
+    backend, buffer, engine = (
+        backend_with(tmp_path / "rl", head(lr=5e-2), seed=1),
+        CountingBuffer(),
+        PolicyEngine(),
+    )
     manager = LettersManager(buffer, engine)
     config = RLTrainingConfig(num_steps=30, baseline="value", advantage_norm="batch")
-    metrics = anyio.run(lambda: run_rl_training(backend, buffer, manager, [engine], config), backend=runtime)
+    metrics = anyio.run(
+        lambda: run_rl_training(backend, buffer, manager, [engine], config), backend=runtime
+    )
     rewards = [record["reward_mean"] for record in metrics]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.15
 
@@ -316,7 +385,11 @@ def test_what_has_no_values_says_so(tmp_path):
     with pytest.raises(ValueError, match="advantage_norm='group_std': with baseline='value'"):
         train(backend_with(tmp_path / "b", head()), 1, advantage_norm="group_std")
     with pytest.raises(ValueError, match="value_head: needs a loss of rl_losses"):
-        tiny_backend(tmp_path / "c", loss_fn=lambda logits, labels, loss_mask: logits.sum(), value_head=head())
+        tiny_backend(
+            tmp_path / "c",
+            loss_fn=lambda logits, labels, loss_mask: logits.sum(),
+            value_head=head(),
+        )
     assert "qwen2" in forward.PACKABLE
 
 
@@ -336,7 +409,11 @@ def test_values_that_predict_rewards_but_for_rounding_leave_no_advantage(noise):
 
     rollouts = rollout_batch(3, 3)
     config = RLTrainingConfig(num_steps=1, baseline="value", gamma=1.0, gae_lambda=1.0)
-    batch = prepare_grpo_batch(rollouts, [0.1 + 0.2] + [0.3] * (len(rollouts.rewards) - 1), config, pad_token_id=PAD)
-    call = partial(add_value_advantages, Predicted(), [batch], gamma=1.0, gae_lambda=1.0, norm="batch")
+    batch = prepare_grpo_batch(
+        rollouts, [0.1 + 0.2] + [0.3] * (len(rollouts.rewards) - 1), config, pad_token_id=PAD
+    )
+    call = partial(
+        add_value_advantages, Predicted(), [batch], gamma=1.0, gae_lambda=1.0, norm="batch"
+    )
     assert anyio.run(call)["explained_variance"] == 0.0
     assert not batch["advantages"].any()

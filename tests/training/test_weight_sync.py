@@ -33,7 +33,10 @@ def anyio_backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("checkpoints")
-    paths = {name: make_model("llama", root / name, seed=seed) for seed, name in enumerate(("old", "new"))}
+    paths = {
+        name: make_model("llama", root / name, seed=seed)
+        for seed, name in enumerate(("old", "new"))
+    }
     paths["broken"] = make_model("llama", root / "broken", seed=2)
     file = paths["broken"] / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -58,7 +61,9 @@ async def test_generate_gives_typed_results(urls: list[str], checkpoints: dict[s
     async with SGLangEngine(urls[0]) as engine:
         params = {"temperature": 0.8, "max_new_tokens": 9, "sampling_seed": 1, "ignore_eos": True}
         rows = await engine.generate(PROMPT, params, n=3)
-        batch = await engine.generate_batch([[9], PROMPT], [{**params, "sampling_seed": 7}, params], n=3)
+        batch = await engine.generate_batch(
+            [[9], PROMPT], [{**params, "sampling_seed": 7}, params], n=3
+        )
         silent = await engine.generate(PROMPT, params, return_logprob=False)
     model = AutoModelForCausalLM.from_pretrained(checkpoints["old"], dtype=torch.float32).eval()
     assert [row.output_ids for row in batch[1]] == [row.output_ids for row in rows]
@@ -95,7 +100,9 @@ async def test_an_engine_that_never_answers() -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        async with SGLangEngine(f"http://127.0.0.1:{silent.getsockname()[1]}", timeout_s=0.3) as engine:
+        async with SGLangEngine(
+            f"http://127.0.0.1:{silent.getsockname()[1]}", timeout_s=0.3
+        ) as engine:
             with pytest.raises(EngineError, match=r"no whole answer within 0\.3 s"):
                 await engine.model_info()
 
@@ -106,7 +113,9 @@ def test_one_client_over_many_event_loops(urls: list[str], anyio_backend_name: s
     """
     engine = SGLangEngine(urls[0])
     for _ in range(3):
-        answers = anyio.run(engine.generate, PROMPT, {"max_new_tokens": 1}, backend=anyio_backend_name)
+        answers = anyio.run(
+            engine.generate, PROMPT, {"max_new_tokens": 1}, backend=anyio_backend_name
+        )
         assert len(answers) == 1
 
 
@@ -116,7 +125,9 @@ async def test_pause_resume_abort(urls: list[str]) -> None:
         done: list[str] = []
 
         async def ask(rid: str) -> None:
-            rows = await engine.generate(PROMPT, {"max_new_tokens": 2000, "ignore_eos": True}, rid=rid)
+            rows = await engine.generate(
+                PROMPT, {"max_new_tokens": 2000, "ignore_eos": True}, rid=rid
+            )
             done.append(rows[0].finish_reason)
 
         group.start_soon(ask, f"mine-{anyio.get_current_task().id}")
@@ -138,22 +149,33 @@ async def test_a_sync_is_proven(urls: list[str], checkpoints: dict[str, Path]) -
     """
     engines = [SGLangEngine(url) for url in urls]
     await sync_weights_to_engines(engines, str(checkpoints["old"]))
-    answers = await sync_weights_to_engines(engines, str(checkpoints["new"]), f"step-{anyio.get_current_task().id}")
+    answers = await sync_weights_to_engines(
+        engines, str(checkpoints["new"]), f"step-{anyio.get_current_task().id}"
+    )
     assert [answer["success"] for answer in answers] == [True, True]
     new = AutoModelForCausalLM.from_pretrained(checkpoints["new"], dtype=torch.float32).eval()
     for engine, answer in zip(engines, answers, strict=True):
         (row,) = await engine.generate(PROMPT, {"max_new_tokens": 12})
-        assert row.weight_version == answer["weight_version"] == f"step-{anyio.get_current_task().id}"
-        assert row.logprobs == pytest.approx(logprobs_of(new, PROMPT, row.output_ids, 1.0), abs=1e-5)
+        assert (
+            row.weight_version == answer["weight_version"] == f"step-{anyio.get_current_task().id}"
+        )
+        assert row.logprobs == pytest.approx(
+            logprobs_of(new, PROMPT, row.output_ids, 1.0), abs=1e-5
+        )
         await engine.aclose()
 
 
-async def test_without_a_version_each_sync_makes_a_new_one(urls: list[str], checkpoints: dict[str, Path]) -> None:
+async def test_without_a_version_each_sync_makes_a_new_one(
+    urls: list[str], checkpoints: dict[str, Path]
+) -> None:
     """Goal: the proof means something for a directory that is overwritten in place. Red with the bare name."""
     async with SGLangEngine(urls[0]) as engine:
         first = await engine.update_weights_from_checkpoint(str(checkpoints["new"]))
         second = await engine.update_weights_from_checkpoint(str(checkpoints["new"]))
-    assert first["weight_version"].startswith("new-") and first["weight_version"] != second["weight_version"]
+    assert (
+        first["weight_version"].startswith("new-")
+        and first["weight_version"] != second["weight_version"]
+    )
 
 
 async def test_a_failed_load_is_loud_and_the_old_weights_serve_on(
@@ -168,7 +190,9 @@ async def test_a_failed_load_is_loud_and_the_old_weights_serve_on(
         await sync_weights_to_engines(engines, str(checkpoints["broken"]), "after")
     for url in urls:
         assert url in str(caught.value)
-    assert "serves on with version 'before'" in str(caught.value) and "cannot be loaded" in str(caught.value)
+    assert "serves on with version 'before'" in str(caught.value) and "cannot be loaded" in str(
+        caught.value
+    )
     old = AutoModelForCausalLM.from_pretrained(checkpoints["old"], dtype=torch.float32).eval()
     (row,) = await engines[0].generate(PROMPT, {"max_new_tokens": 12})
     assert row.weight_version == "before"
@@ -217,7 +241,9 @@ async def test_duck_typed_engines() -> None:
     assert await sync_weights_to_engines([], "/a") == []
 
 
-@pytest.mark.parametrize("answer", [{"success": False, "message": "no"}, {}, None, RuntimeError("boom")])
+@pytest.mark.parametrize(
+    "answer", [{"success": False, "message": "no"}, {}, None, RuntimeError("boom")]
+)
 async def test_anything_but_success_raises(answer: Any) -> None:
     """Goal: failure reported as success trains on stale weights. Red with `if answer` in place of `is True`."""
     with pytest.raises(WeightSyncError, match="Duck"):
@@ -227,7 +253,13 @@ async def test_anything_but_success_raises(answer: Any) -> None:
 # --- servers that misbehave: what no healthy engine does, so played by a small HTTP server ----------------------------
 
 
-SGLANG_CYCLE = ["/pause_generation", "/update_weights_from_disk", "/flush_cache", "/model_info", "/continue_generation"]
+SGLANG_CYCLE = [
+    "/pause_generation",
+    "/update_weights_from_disk",
+    "/flush_cache",
+    "/model_info",
+    "/continue_generation",
+]
 
 
 async def test_the_cycle_in_order() -> None:

@@ -20,7 +20,9 @@ EOS = 1
 PAD = EOS  # on purpose: padding must follow from lengths, never from the token id
 
 
-def tiny_model(seed: int = 0, *, dtype: torch.dtype = torch.float32, tied: bool = True) -> Qwen2ForCausalLM:
+def tiny_model(
+    seed: int = 0, *, dtype: torch.dtype = torch.float32, tied: bool = True
+) -> Qwen2ForCausalLM:
     config = Qwen2Config(
         vocab_size=VOCAB,
         hidden_size=16,
@@ -41,7 +43,9 @@ def tiny_model(seed: int = 0, *, dtype: torch.dtype = torch.float32, tied: bool 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     vocab = {"<unk>": 0, "<eos>": EOS, **{chr(ord("a") + i): i + 2 for i in range(VOCAB - 2)}}
     model = tokenizers.models.WordLevel(vocab=vocab, unk_token="<unk>")
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(model), eos_token="<eos>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(model), eos_token="<eos>", unk_token="<unk>"
+    )
 
 
 def tiny_backend(
@@ -84,7 +88,11 @@ def sft_samples(count: int, seed: int = 0) -> list[Sample]:
         prompt = [rng.randrange(2, VOCAB) for _ in range(rng.randint(2, 5))]
         response = [*(rng.randrange(2, VOCAB) for _ in range(rng.randint(0, 5))), EOS]
         mask = [0.0] * len(prompt) + [1.0] * len(response)
-        samples.append(Sample(prompt="p", tokens=prompt + response, loss_mask=mask, response_length=len(response)))
+        samples.append(
+            Sample(
+                prompt="p", tokens=prompt + response, loss_mask=mask, response_length=len(response)
+            )
+        )
     return samples
 
 

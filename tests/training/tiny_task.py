@@ -43,19 +43,29 @@ class InProcessEngine:
         groups = []
         for ids, params in zip(prompts, sampling_params, strict=True):
             generator = torch.Generator().manual_seed(params.get("sampling_seed", 0))
-            groups.append([self._one(list(ids), params, generator, return_logprob) for _ in range(n)])
+            groups.append(
+                [self._one(list(ids), params, generator, return_logprob) for _ in range(n)]
+            )
         return groups
 
     @torch.no_grad()
-    def _one(self, ids: list[int], params: dict[str, Any], generator: Any, return_logprob: bool) -> Generation:
+    def _one(
+        self, ids: list[int], params: dict[str, Any], generator: Any, return_logprob: bool
+    ) -> Generation:
         output: list[int] = []
         logprobs: list[float] = []
         temperature = params["temperature"]
-        while len(output) < params["max_new_tokens"] and not (output and output[-1] in params["stop_token_ids"]):
+        while len(output) < params["max_new_tokens"] and not (
+            output and output[-1] in params["stop_token_ids"]
+        ):
             logits_V = self.model(input_ids=torch.tensor([ids + output])).logits[0, -1].float()
             logprobs_V = torch.log_softmax(logits_V / (temperature or 1.0), dim=-1)
             greedy = temperature == 0
-            token = int(logprobs_V.argmax() if greedy else torch.multinomial(logprobs_V.exp(), 1, generator=generator))
+            token = int(
+                logprobs_V.argmax()
+                if greedy
+                else torch.multinomial(logprobs_V.exp(), 1, generator=generator)
+            )
             output.append(token)
             logprobs.append(float(logprobs_V[token]))
         reason = "stop" if output[-1] in params["stop_token_ids"] else "length"

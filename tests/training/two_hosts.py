@@ -26,13 +26,16 @@ def main(top: Path) -> None:
             (own / "given" / name).parent.mkdir(parents=True, exist_ok=True)
             (own / "given" / name).write_bytes(data)
         write_manifest(own / "given")
-    places = [host_files.spread(own / "given", own / "copy") for _ in range(2)]  # the second time nothing is sent
+    # the second time nothing is sent
+    places = [host_files.spread(own / "given", own / "copy") for _ in range(2)]
     damaged = own / "copy" / "empty"
     if rank == 1:
         damaged.write_bytes(b"x")
     places.append(host_files.spread(own / "given", own / "copy"))
     found = {
-        "here": sorted(path.relative_to(own).as_posix() for path in own.rglob("*") if path.is_file()),
+        "here": sorted(
+            path.relative_to(own).as_posix() for path in own.rglob("*") if path.is_file()
+        ),
         "places": [place.name for place in places],
         "problems": list(manifest_problems(places[-1])),
         "agent_listens_at": sorted({one.address for one in listeners([os.getppid()])}),

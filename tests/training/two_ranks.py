@@ -12,6 +12,7 @@ import torch
 from rollouts.training import distributed
 from rollouts.training.datasets.data_buffer import DataBuffer
 from rollouts.training.loops import run_rl_training, run_sft_training, validation_loss
+from rollouts.training.metrics import JSONLLogger
 from rollouts.training.reference import as_reference
 from rollouts.training.rl_losses import grpo_loss, policy_loss
 from rollouts.training.rollout_gen.async_rollout_manager import AsyncRolloutManager
@@ -54,17 +55,28 @@ def runs_ahead() -> AsyncRolloutManager:
 
 
 async def sft(directory: Path) -> list[dict]:
-    backend = tiny_backend(directory / "sft", seed=distributed.rank())  # rank 0's parameters must win
+    # rank 0's parameters must win
+    backend = tiny_backend(directory / "sft", seed=distributed.rank())
     config = SFTTrainingConfig(num_steps=4, batch_size=7, log_every=1, micro_batch_size=2)
     metrics = await run_sft_training(backend, sft_samples(10), config, pad_token_id=PAD)
-    held_out = await validation_loss(backend, sft_samples(5, seed=1), batch_size=2, pad_token_id=PAD)
+    held_out = await validation_loss(
+        backend, sft_samples(5, seed=1), batch_size=2, pad_token_id=PAD
+    )
     return [*metrics, held_out]
 
 
 async def rl(
-    directory: Path, num_steps: int, *, resume: bool, baseline: str = "group_mean", lag: int = 0, **backend_options: Any
+    directory: Path,
+    num_steps: int,
+    *,
+    resume: bool,
+    baseline: str = "group_mean",
+    lag: int = 0,
+    **backend_options: Any,
 ) -> list[dict]:
-    backend = tiny_backend(directory, **{"loss_fn": grpo_loss, "seed": 5 * distributed.rank(), **backend_options})
+    backend = tiny_backend(
+        directory, **{"loss_fn": grpo_loss, "seed": 5 * distributed.rank(), **backend_options}
+    )
     manager: Any = None
     if distributed.rank() == 0:
         manager = runs_ahead() if lag else Manager(Buffer())
@@ -76,15 +88,27 @@ async def rl(
         "micro_batch_size": 3,
         "policy_lag_steps_max": lag,
     }
-    config = RLTrainingConfig(num_steps=num_steps, **options)  # 3, 3, 3 of 9 samples alone; 3, 2 and 3, 1 on two ranks
+    # 3, 3, 3 of 9 samples alone; 3, 2 and 3, 1 on two ranks
+    config = RLTrainingConfig(num_steps=num_steps, **options)
     state = await backend.load_checkpoint(directory / "latest") if resume else None
-    return await run_rl_training(backend, buffer, manager, [], config, pad_token_id=PAD, resume=state)
+    log = JSONLLogger(directory / "rollouts.jsonl") if distributed.rank() == 0 else None
+    return await run_rl_training(
+        backend, buffer, manager, [], config, pad_token_id=PAD, resume=state, rollouts_logger=log
+    )
 
 
 def every_part() -> dict[str, Any]:
     """A loss with all its parts: sequences' ratios, their mean, the KL to a reference, entropy."""
-    parts = {"loss": "gspo", "aggregation": "sequence_mean_token_mean", "kl_coef": 0.1, "entropy_coef": 0.01}
-    return {"loss_fn": partial(policy_loss, **parts), "reference": as_reference(tiny_model(seed=3), "seed 3")}
+    parts = {
+        "loss": "gspo",
+        "aggregation": "sequence_mean_token_mean",
+        "kl_coef": 0.1,
+        "entropy_coef": 0.01,
+    }
+    return {
+        "loss_fn": partial(policy_loss, **parts),
+        "reference": as_reference(tiny_model(seed=3), "seed 3"),
+    }
 
 
 def critic() -> dict[str, Any]:
@@ -108,7 +132,10 @@ def collectives() -> list:
         distributed.gather_objects(rank),
         distributed.all_reduce_floats([1.0, rank]),
         [tensor.tolist() for tensor in [*tensors, *copied]],
-        [distributed.on_rank_0(lambda: f"by {rank}", group) for group in (None, distributed.new_group())],
+        [
+            distributed.on_rank_0(lambda: f"by {rank}", group)
+            for group in (None, distributed.new_group())
+        ],
         [failure_on_rank_0(error) for error in (KeyError("k"), Unpicklable("u"))],
     ]
 
@@ -133,9 +160,16 @@ def main(directory: Path) -> None:
     distributed.initialize("cpu", timeout_s=120.0)
     results = {"collectives": collectives()}
     results["sft"] = anyio.run(sft, directory)
-    for name, options in (("rl", dict), ("policy", every_part), ("value", critic), ("ahead", lambda: {"lag": 1})):
+    for name, options in (
+        ("rl", dict),
+        ("policy", every_part),
+        ("value", critic),
+        ("ahead", lambda: {"lag": 1}),
+    ):
         first = anyio.run(partial(rl, directory / name, 2, resume=False, **options()))
-        results[name] = first + anyio.run(partial(rl, directory / name, 4, resume=True, **options()))
+        results[name] = first + anyio.run(
+            partial(rl, directory / name, 4, resume=True, **options())
+        )
     (directory / f"rank_{distributed.rank()}.json").write_text(json.dumps(results))
     distributed.shutdown()
 

@@ -8,14 +8,19 @@ import pytest
 from playwright.sync_api import Browser, sync_playwright
 
 
-@pytest.fixture(scope="module")  # its event loop runs until it is closed: no test of asyncio could run beside it
+# its event loop runs until it is closed: no test of asyncio could run beside it
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """The machine's own chromium, headless; `scripts/setup dev` installs it."""
-    program = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+    program = (
+        os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+    )
     if program is None:
         pytest.fail("no chromium on this machine: run `scripts/setup dev`, or name one in CHROMIUM")
     with sync_playwright() as play:
-        started = play.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        started = play.chromium.launch(
+            executable_path=program, args=["--no-sandbox", "--disable-dev-shm-usage"]
+        )
         yield started
         started.close()
 

@@ -13,7 +13,9 @@ START = 1_790_000_000.0
 STEP_S = 2.0
 
 
-def write_run(path: Path, *, steps: int = 40, seed: int = 0, rows: int = 60, gain: float = 0.5) -> RunDir:
+def write_run(
+    path: Path, *, steps: int = 40, seed: int = 0, rows: int = 60, gain: float = 0.5
+) -> RunDir:
     """Write a run of sft, then rl, whose reward rises by `gain`. `seed` moves every number a little."""
     run, draw = RunDir(path), random.Random(seed)
     path.mkdir(parents=True)
@@ -34,7 +36,12 @@ def write_run(path: Path, *, steps: int = 40, seed: int = 0, rows: int = 60, gai
 
 def sft_row(step: int, draw: random.Random) -> dict[str, Any]:
     loss = 2.0 * math.exp(-step / 10) + 0.05 * draw.random()
-    numbers = {"loss": loss, "grad_norm": 1 + draw.random() / 10, "lr": 1e-3, "tokens_per_s": 1000.0 + draw.random()}
+    numbers = {
+        "loss": loss,
+        "grad_norm": 1 + draw.random() / 10,
+        "lr": 1e-3,
+        "tokens_per_s": 1000.0 + draw.random(),
+    }
     times = {"step_s": 0.5, "train_s": 0.4, "data_s": 0.05}
     return {"stage": "sft", "step": step, "time": START + step, **numbers, **times}
 
@@ -68,9 +75,14 @@ def write_answers(run: RunDir, steps: int, rows: int, draw: random.Random) -> No
         ("rl", steps, 0.8),
     ):
         right = [draw.random() < share for _ in range(rows)]
-        append_jsonl(run.eval_samples, *(answer_row(stage, step, row, right[row]) for row in range(rows)))
+        append_jsonl(
+            run.eval_samples, *(answer_row(stage, step, row, right[row]) for row in range(rows))
+        )
         append_jsonl(run.eval, eval_row(stage, step, "exact_match", sum(right) / rows))
-    append_jsonl(run.eval, *(eval_row("sft", step, "validation_loss", 2 - step / steps) for step in range(1, steps)))
+    append_jsonl(
+        run.eval,
+        *(eval_row("sft", step, "validation_loss", 2 - step / steps) for step in range(1, steps)),
+    )
 
 
 def answer_row(stage: str, step: int, row: int, correct: bool) -> dict[str, Any]:
@@ -81,16 +93,32 @@ def answer_row(stage: str, step: int, row: int, correct: bool) -> dict[str, Any]
         "task": "t",
         "expected": f"A{row}",
     }
-    return {"stage": stage, "step": step, **asked, "answer": f"A{row}" if correct else "no", "correct": correct}
+    return {
+        "stage": stage,
+        "step": step,
+        **asked,
+        "answer": f"A{row}" if correct else "no",
+        "correct": correct,
+    }
 
 
 def eval_row(stage: str, step: int, metric: str, value: float) -> dict[str, Any]:
-    return {"stage": stage, "step": step, "split": "test", "task": "all", "metric": metric, "value": value}
+    return {
+        "stage": stage,
+        "step": step,
+        "split": "test",
+        "task": "all",
+        "metric": metric,
+        "value": value,
+    }
 
 
 def write_rollouts(run: RunDir, steps: int, draw: random.Random, *, group_size: int = 4) -> None:
     for step in range(1, steps + 1):
-        append_jsonl(run.rollouts, *(rollout_row(step, place, draw, group_size) for place in range(2 * group_size)))
+        append_jsonl(
+            run.rollouts,
+            *(rollout_row(step, place, draw, group_size) for place in range(2 * group_size)),
+        )
 
 
 def rollout_row(step: int, place: int, draw: random.Random, group_size: int) -> dict[str, Any]:
@@ -129,8 +157,23 @@ def write_events(run: RunDir, steps: int) -> None:
         event(95, "stage_started", stage="rl"),
         event(96, "engine_ready", window="engine-0", url="http://127.0.0.1:1/ready", seconds=1.0),
         event(100, "training_started", stage="rl", step=0, steps_total=steps),
-        event(110, "engine_restarted", stage="rl", window="engine-0", reason="it died", restarts_left=2),
-        event(100 + STEP_S * steps, "checkpoint", stage="rl", step=steps, path=f"checkpoints/rl/step_{steps:06d}"),
+        event(
+            110,
+            "engine_restarted",
+            stage="rl",
+            window="engine-0",
+            reason="it died",
+            restarts_left=2,
+        ),
+        event(
+            100 + STEP_S * steps,
+            "checkpoint",
+            stage="rl",
+            step=steps,
+            path=f"checkpoints/rl/step_{steps:06d}",
+        ),
         event(101 + STEP_S * steps, "stage_ended", stage="rl", seconds=90.0),
-        event(102 + STEP_S * steps, "run_ended", state="done", exit_code=0, message="all stages done"),
+        event(
+            102 + STEP_S * steps, "run_ended", state="done", exit_code=0, message="all stages done"
+        ),
     )

@@ -26,7 +26,9 @@ def test_a_run_is_read_whole(tmp_path: Path) -> None:
     assert data.stages == ("sft", "rl") and "entropy" in data.metric_names("rl")
     assert "entropy" not in data.metric_names("sft") and data.series("sft", "entropy").values == ()
     assert len(data.answers) == 300 and data.answers[0].expected == "A0"
-    assert data.commit == "0123abcd" and not data.uncommitted and data.packages[0] == "torch==2.13.0"
+    assert (
+        data.commit == "0123abcd" and not data.uncommitted and data.packages[0] == "torch==2.13.0"
+    )
     assert data.damage == {} and data.remarks == () and data.events[-1]["kind"] == "run_ended"
     assert {file: file.stat().st_mtime_ns for file in run.path.rglob("*")} == before
 
@@ -73,7 +75,9 @@ def test_an_early_or_old_run_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
     assert len(old.remarks) == 1 and "events.jsonl" in old.remarks[0]
 
 
-@pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir(), lambda path: path.write_text("x")])
+@pytest.mark.parametrize(
+    "make", [lambda path: None, lambda path: path.mkdir(), lambda path: path.write_text("x")]
+)
 def test_what_is_no_run_is_said(tmp_path: Path, make: object) -> None:
     """Goal: a directory without a run, a file, and nothing at all are errors that name the path. Red with an empty run
     returned."""
@@ -88,12 +92,17 @@ def test_samples_are_digested(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a")
     with run.rollouts.open("a") as file:
         file.write('{"step": 1}\nnot json\n')
-    frame = pandas.DataFrame([json.loads(line) for line in run.rollouts.read_text().splitlines()[:-2]])
+    frame = pandas.DataFrame(
+        [json.loads(line) for line in run.rollouts.read_text().splitlines()[:-2]]
+    )
     digest = digest_samples(run.rollouts, shown=5, points=100)
     assert [sample.reward for sample in digest.best] == list(frame.reward.nlargest(5))
     assert [sample.reward for sample in digest.worst] == list(frame.reward.nsmallest(5))
     assert digest.count == len(frame) == 320 and digest.damaged == 2
-    assert digest.points == tuple(zip(frame.step, frame.response_length, frame.reward, strict=True))[::4]
+    assert (
+        digest.points
+        == tuple(zip(frame.step, frame.response_length, frame.reward, strict=True))[::4]
+    )
     assert digest_samples(tmp_path / "none", shown=5, points=100).count == 0
 
 
@@ -106,7 +115,9 @@ def test_a_step_that_was_sampled_again_replaces_the_earlier(tmp_path: Path) -> N
         file.write(json.dumps({**rollout_row(2, 0, random.Random(1), 4), "reward": 0.5}) + "\n")
     digest = digest_samples(run.rollouts, shown=100, points=100)
     assert [sample.step for sample in digest.best].count(2) == 1
-    assert {sample.step for sample in digest.best} == {1, 2} == {step for step, _, _ in digest.points}
+    assert (
+        {sample.step for sample in digest.best} == {1, 2} == {step for step, _, _ in digest.points}
+    )
 
 
 def test_a_large_file_is_read_in_parts(tmp_path: Path) -> None:
@@ -125,5 +136,7 @@ def test_prompts_as_text() -> None:
     """Goal: a question, a conversation and any other row are shown as one would read them. Red with JSON for all."""
     assert prompt_text({"question": "2+2?", "answer": "4"}) == "2+2?"
     assert prompt_text({"messages": [{"role": "user", "content": "hi"}]}) == "user: hi"
-    assert prompt_text([{"role": "user", "content": [{"type": "text", "text": "hi"}]}]) == "user: hi"
+    assert (
+        prompt_text([{"role": "user", "content": [{"type": "text", "text": "hi"}]}]) == "user: hi"
+    )
     assert prompt_text({"x": 1}) == '{"x": 1}'

@@ -7,6 +7,7 @@ import pytest
 from rollouts.view.display import live_lines
 from rollouts.view.fold import View, fold
 from rollouts.view.sparklines import POINTS_MAX, Trace, sparkline, trace_lines
+from rollouts.view.step_time import slow_steps
 
 STARTED = {"time": 1.0, "kind": "training_started", "stage": "rl", "step": 0, "steps_total": 50}
 TIMES = {"step_s": 2.0, "generate_s": 1.2, "train_s": 0.5, "sync_s": 0.0}
@@ -15,7 +16,14 @@ TIMES = {"step_s": 2.0, "generate_s": 1.2, "train_s": 0.5, "sync_s": 0.0}
 def rl_view(steps: int) -> View:
     view = fold(View(), "events.jsonl", STARTED)
     for step in range(1, steps + 1):
-        row = {"stage": "rl", "step": step, "time": float(step), "reward_mean": step / steps, "loss": None, **TIMES}
+        row = {
+            "stage": "rl",
+            "step": step,
+            "time": float(step),
+            "reward_mean": step / steps,
+            "loss": None,
+            **TIMES,
+        }
         view = fold(view, "metrics.jsonl", row)
     return view
 
@@ -53,7 +61,11 @@ def test_a_long_run_stays_small() -> None:
     trace = Trace()
     for step in range(10_000):
         trace = trace.after(float(step))
-    assert len(trace.values) <= POINTS_MAX and (trace.last, trace.low, trace.high) == (9999.0, 0.0, 9999.0)
+    assert len(trace.values) <= POINTS_MAX and (trace.last, trace.low, trace.high) == (
+        9999.0,
+        0.0,
+        9999.0,
+    )
     apart = {after - before for before, after in zip(trace.values, trace.values[1:], strict=False)}
     assert apart == {float(trace.every)}
 
@@ -65,3 +77,16 @@ def test_levels() -> None:
     assert sparkline([3.0] * 4, 4, utf8=False) == "____"
     assert sparkline([1.0, 1.0, 9.0, 9.0], 2, utf8=False) == "_#"
     assert trace_lines({"loss": Trace().after(1.0)}, width=80, utf8=True) == []
+
+
+def test_slow_steps_say_what_grew() -> None:
+    """Goal: a step of more than one and a half medians, what of it grew most, and what happened meanwhile; none for a
+    stage whose steps are alike. Red with the largest part named: that is generating in every step."""
+    rows = [
+        {"step": step, "time": 10.0 * step, "step_s": 2.0, "generate_s": 1.5, "sync_s": 0.1}
+        for step in range(1, 20)
+    ]
+    assert slow_steps(rows, []) == [] == slow_steps([], [])
+    rows[9] |= {"step_s": 3.4, "sync_s": 1.5}
+    events = [{"kind": "engine_restarted", "time": 98.0}, {"kind": "warning", "time": 95.0}]
+    assert slow_steps(rows, events) == [["10", "3.4", "1.7", "sync +1.4 s", "engine restarted"]]

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from rollouts.health.rules import RULES, symptoms
 from rollouts.run_dir import RunDir, append_jsonl
 from rollouts.view.run_data import read_run
-from rollouts.view.symptoms import RULES, symptoms
 from tests.view.runs import eval_row, write_run
 
 STEPS = 60
@@ -21,18 +21,26 @@ def rewritten(run: RunDir, change: Callable[[dict[str, Any]], dict[str, Any]]) -
     run.metrics.write_text("".join(json.dumps({**row, **change(row)}) + "\n" for row in rows))
 
 
-def late(key: str, value: float, *, after: int = STEPS - 30) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def late(
+    key: str, value: float, *, after: int = STEPS - 30
+) -> Callable[[dict[str, Any]], dict[str, Any]]:
     return lambda row: {key: value} if row["stage"] == "rl" and row["step"] > after else {}
 
 
 CASES: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
-    "reward_flat": (lambda row: {"reward_mean": 0.4 + 0.01 * (row["step"] % 3)}, "0.41 in the first 15 steps"),
+    "reward_flat": (
+        lambda row: {"reward_mean": 0.4 + 0.01 * (row["step"] % 3)},
+        "0.41 in the first 15 steps",
+    ),
     "groups_without_contrast": (late("groups_zero_std_frac", 0.9), "90% of the groups"),
     "entropy_collapse": (late("entropy", 0.01), "to 0.01 nats"),
     "sampler_kl_grows": (late("kl_sampler", 0.5), "to 0.5"),
     "truncated": (late("truncated_frac", 0.4), "40% of the responses"),
     "length_drift": (late("response_length_mean", 90.0), "to 90 tokens"),
-    "grad_norm_spikes": (lambda row: {"grad_norm": 50.0} if row["step"] == 33 else {}, "50 at step 33"),
+    "grad_norm_spikes": (
+        lambda row: {"grad_norm": 50.0} if row["step"] == 33 else {},
+        "50 at step 33",
+    ),
     "throughput_drop": (late("tokens_per_s", 400.0), "400 tokens/s"),
 }
 
@@ -41,7 +49,11 @@ CASES: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
 def run(tmp_path: Path) -> RunDir:
     """A run that goes well: its one event of a restart is taken out."""
     made = write_run(tmp_path / "run", steps=STEPS)
-    kept = [line for line in made.events.read_text().splitlines(keepends=True) if "engine_restarted" not in line]
+    kept = [
+        line
+        for line in made.events.read_text().splitlines(keepends=True)
+        if "engine_restarted" not in line
+    ]
     made.events.write_text("".join(kept))
     return made
 
@@ -76,7 +88,9 @@ def test_validation_loss_that_rises_is_found(run: RunDir) -> None:
     assert symptoms(read_run(run.path)) == ()
     append_jsonl(run.eval, eval_row("sft", STEPS + 2, "validation_loss", 1.3))
     (found,) = symptoms(read_run(run.path))
-    assert found.cause == "validation_rises" and "1 at step 60, and is 1.3 at step 62" in found.detail
+    assert (
+        found.cause == "validation_rises" and "1 at step 60, and is 1.3 at step 62" in found.detail
+    )
 
 
 def test_restarts_are_found(tmp_path: Path) -> None:
@@ -85,8 +99,35 @@ def test_restarts_are_found(tmp_path: Path) -> None:
     assert found.cause == "engine_restarts" and "engine-0: it died" in found.detail
 
 
+def usage(*, use: float, at: float, stage: str = "rl") -> dict[str, Any]:
+    gpus = [
+        {"gpu": 0, "processes": ["trainer-0"], "use": 0.9},
+        {"gpu": 1, "processes": ["engine-0"], "use": use},
+    ]
+    return {"time": at, "stage": stage, "gpus": gpus, "processes": []}
+
+
+def test_an_idle_gpu_is_found(run: RunDir) -> None:
+    """Goal: the GPU that waits is named with what it belongs to; before the first step, where models are loaded, and
+    with a few samples nothing is said. Red with the time before the first step counted."""
+    first = next(row for row in map(json.loads, run.metrics.open()) if row["stage"] == "rl")["time"]
+    append_jsonl(run.gpu, *(usage(use=0.0, at=first - 200 + i) for i in range(100)))
+    append_jsonl(run.gpu, *(usage(use=0.0, at=first + i) for i in range(20)))
+    assert symptoms(read_run(run.path)) == ()
+    append_jsonl(run.gpu, *(usage(use=0.4, at=first + 20 + i) for i in range(60)))
+    (found,) = symptoms(read_run(run.path))
+    assert found.cause == "gpu_idle" and found.stage == "rl"
+    assert "GPU 1 (engine-0) was idle 70% of the time" in found.detail
+    assert "GPU 0" not in found.detail
+
+
 def test_every_rule_says_what_to_do() -> None:
     """Goal: a name of its own, a bound, a meaning and a fix for each, and a test. Red with a rule without a fix."""
     assert len({rule.cause for rule in RULES}) == len(RULES)
-    assert {rule.cause for rule in RULES} == {*CASES, "validation_rises", "engine_restarts"}
+    assert {rule.cause for rule in RULES} == {
+        *CASES,
+        "validation_rises",
+        "engine_restarts",
+        "gpu_idle",
+    }
     assert all(value for rule in RULES for value in dataclasses.astuple(rule))

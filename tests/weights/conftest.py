@@ -14,7 +14,10 @@ from tests.weights.deliveries import LORA
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Two of one architecture, embeddings tied: what the engines start with, and what the trainer has."""
     root = tmp_path_factory.mktemp("models")
-    return {name: make_model("qwen2-tied", root / name, seed=seed) for seed, name in enumerate(("old", "new"))}
+    return {
+        name: make_model("qwen2-tied", root / name, seed=seed)
+        for seed, name in enumerate(("old", "new"))
+    }
 
 
 @pytest.fixture(scope="session")

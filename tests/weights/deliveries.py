@@ -27,7 +27,9 @@ IDS = [2, 9, 4, 17, 5, 6, 23, 8]
 
 def backend_over(path: Path, checkpoints: Path) -> PyTorchTrainingBackend:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    return PyTorchTrainingBackend(model, torch.optim.SGD(model.parameters(), lr=0.1), grpo_loss, checkpoints)
+    return PyTorchTrainingBackend(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), grpo_loss, checkpoints
+    )
 
 
 def lora_backend(base: Path, checkpoints: Path, *, rank: int = LORA.rank) -> PyTorchTrainingBackend:
@@ -39,17 +41,26 @@ def lora_backend(base: Path, checkpoints: Path, *, rank: int = LORA.rank) -> PyT
     return PyTorchTrainingBackend(model, torch.optim.SGD(trained, lr=0.1), grpo_loss, checkpoints)
 
 
-def delivery_of(kind: str, backend: PyTorchTrainingBackend, directory: Path, *, timeout_s: float = 30.0) -> Any:
+def delivery_of(
+    kind: str, backend: PyTorchTrainingBackend, directory: Path, *, timeout_s: float = 30.0
+) -> Any:
     if kind in ("disk", "lora"):
-        return (DiskDelivery if kind == "disk" else AdapterDelivery)(backend, directory, temporary=True)
+        return (DiskDelivery if kind == "disk" else AdapterDelivery)(
+            backend, directory, temporary=True
+        )
     channel: Any = (
-        SharedMemoryChannel() if kind == "tensor" else ProcessGroupChannel(device_type="cpu", timeout_s=timeout_s)
+        SharedMemoryChannel()
+        if kind == "tensor"
+        else ProcessGroupChannel(device_type="cpu", timeout_s=timeout_s)
     )
     return BucketDelivery(backend, channel, dtype=None, bucket_bytes=BUCKET_BYTES)
 
 
 def publisher_of(
-    backend: PyTorchTrainingBackend, engines: EnginePool | Sequence[Any], delivery: Any, **options: Any
+    backend: PyTorchTrainingBackend,
+    engines: EnginePool | Sequence[Any],
+    delivery: Any,
+    **options: Any,
 ) -> WeightPublisher:
     return WeightPublisher(backend, EnginePool.of(engines), delivery, dtype="float32", **options)
 

@@ -42,7 +42,9 @@ class LongAnswers(SGLangEngine):
     next update begins, which so finds it running; it is then for `held_tokens`, if given.
     """
 
-    def __init__(self, *arguments: Any, holds: bool = False, held_tokens: int | None = None, **options: Any) -> None:
+    def __init__(
+        self, *arguments: Any, holds: bool = False, held_tokens: int | None = None, **options: Any
+    ) -> None:
         super().__init__(*arguments, **options)
         self.asked, self.updated = anyio.Event(), anyio.Event()
         self._holds, self._held_tokens = holds, held_tokens
@@ -55,7 +57,10 @@ class LongAnswers(SGLangEngine):
         self.asked.set()
         if self._due is not None:
             await self._due.wait()
-            params = [{**item, "max_new_tokens": self._held_tokens or item["max_new_tokens"]} for item in params]
+            params = [
+                {**item, "max_new_tokens": self._held_tokens or item["max_new_tokens"]}
+                for item in params
+            ]
         return await super().generate_batch(prompts, params, **options)
 
     async def before_update(self) -> None:
@@ -107,14 +112,24 @@ class Run:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         backend = PyTorchTrainingBackend(model, optimizer, loss_fn, self.directory)
         delivery = delivery_of(self.kind, backend, self.directory / "weights")
-        publisher = RecordingPublisher(backend, EnginePool.of([self.engine]), delivery, dtype="float32")
+        publisher = RecordingPublisher(
+            backend, EnginePool.of([self.engine]), delivery, dtype="float32"
+        )
         publisher.models = self.models
         advantages = {"baseline": "group_mean", "advantage_norm": "group_std"}
-        config = RLTrainingConfig(num_steps, policy_lag_steps_max=1, in_flight_updates=in_flight, **advantages)
+        config = RLTrainingConfig(
+            num_steps, policy_lag_steps_max=1, in_flight_updates=in_flight, **advantages
+        )
         manager = self._manager(one_request_per_group=in_flight)
         try:
             self.metrics = await run_rl_training(
-                backend, manager.buffer, manager, [self.engine], config, weight_sync=publisher, rollouts_logger=self
+                backend,
+                manager.buffer,
+                manager,
+                [self.engine],
+                config,
+                weight_sync=publisher,
+                rollouts_logger=self,
             )
         finally:
             with anyio.CancelScope(shield=True):
@@ -192,16 +207,27 @@ async def test_one_step_ahead(sglang_url: str, models: dict[str, Path], tmp_path
         run = Run(engine, "disk", models["new"], tmp_path, max_new_tokens=LONG)
         await run.train(4, in_flight=False)
     assert [row["lag_max"] for row in run.metrics] == [0, 1, 1, 1]
-    assert {(s["step"], s["weight_version"]) for s in run.samples} == {(t, str(max(0, t - 2))) for t in range(1, 5)}
-    assert all(row["logp_diff_abs"] > TOLERANCE for row in run.metrics[1:])  # of the weights that train
+    assert {(s["step"], s["weight_version"]) for s in run.samples} == {
+        (t, str(max(0, t - 2))) for t in range(1, 5)
+    }
+    # of the weights that train
+    assert all(row["logp_diff_abs"] > TOLERANCE for row in run.metrics[1:])
     for sample in run.samples:
         assert "weight_versions" not in sample["metadata"]
-        version = {"version": sample["weight_version"], "start": 0, "end": sample["response_length"]}
+        version = {
+            "version": sample["weight_version"],
+            "start": 0,
+            "end": sample["response_length"],
+        }
         run.check_log_probs(sample, [version])
 
 
-@pytest.mark.parametrize(("kind", "anyio_backend"), [("disk", "asyncio"), ("tensor", "trio"), ("broadcast", "asyncio")])
-async def test_updates_in_flight(kind: str, sglang_url: str, models: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "anyio_backend"), [("disk", "asyncio"), ("tensor", "trio"), ("broadcast", "asyncio")]
+)
+async def test_updates_in_flight(
+    kind: str, sglang_url: str, models: dict[str, Path], tmp_path: Path
+) -> None:
     """Goal: answers go on under new weights, whichever way these come; each token has the version and the log-prob of
     the weights that sampled it. Red with the spans left out of the samples.
     """
@@ -212,7 +238,10 @@ async def test_updates_in_flight(kind: str, sglang_url: str, models: dict[str, P
     assert [row["partial_frac"] for row in run.metrics] == [0, 0, 1, 1]
     for sample in run.samples[2 * GROUPS * SAMPLES :]:
         spans = sample["metadata"]["weight_versions"]
-        assert [span["version"] for span in spans] == [str(sample["step"] - 2), str(sample["step"] - 1)]
+        assert [span["version"] for span in spans] == [
+            str(sample["step"] - 2),
+            str(sample["step"] - 1),
+        ]
         run.check_log_probs(sample, spans)
         with pytest.raises(AssertionError):  # as another version's they would not do
             run.check_log_probs(sample, [{**span, "version": "0"} for span in spans])

@@ -65,7 +65,9 @@ class Peer:
 
     base_url = "http://127.0.0.1:9"
 
-    def __init__(self, communicator: Communicator, *, late_s: float = 0.0, way: str = "joins") -> None:
+    def __init__(
+        self, communicator: Communicator, *, late_s: float = 0.0, way: str = "joins"
+    ) -> None:
         self._communicator, self._late_s, self._way = communicator, late_s, way
         self.weights = self  # its routes
 
@@ -90,7 +92,11 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Communicator]]:
     """The communicators that the channel makes, in order; a test appends the ones it will get."""
     coming: list[Communicator] = []
     monkeypatch.setattr(process_group, "_join", lambda *arguments: coming[-1])
-    monkeypatch.setattr(process_group.dist, "broadcast", lambda *arguments, **options: coming[-1].broadcast(*arguments))
+    monkeypatch.setattr(
+        process_group.dist,
+        "broadcast",
+        lambda *arguments, **options: coming[-1].broadcast(*arguments),
+    )
     monkeypatch.setattr(process_group.dist, "destroy_process_group", lambda group: None)
     yield coming
     for communicator in coming:
@@ -112,12 +118,17 @@ async def test_a_collective_that_blocks_its_thread(made: list[Communicator], lat
     channel = ProcessGroupChannel(device_type="cpu", timeout_s=10.0)
     with anyio.fail_after(15):
         await send(channel, [Peer(made[0], late_s=late_s)])
-    assert made[0].log[0] == "request begun" and set(made[0].log[1:]) == {"trainer entered", "engine entered"}
+    assert made[0].log[0] == "request begun" and set(made[0].log[1:]) == {
+        "trainer entered",
+        "engine entered",
+    }
     assert threading.current_thread().name not in made[0].threads
 
 
 @pytest.mark.parametrize(
-    ("way", "said"), [("never", "not over after 0.3 s"), ("dies", "connection closed")], ids=["never comes", "dies"]
+    ("way", "said"),
+    [("never", "not over after 0.3 s"), ("dies", "connection closed")],
+    ids=["never comes", "dies"],
 )
 async def test_a_peer_that_does_not_join(made: list[Communicator], way: str, said: str) -> None:
     """Goal: it is given up in time as that engine's failure, the group is aborted so that our thread comes free, and
@@ -160,18 +171,24 @@ class OnCard:
         return self
 
 
-async def test_every_call_has_the_groups_device(made: list[Communicator], monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_every_call_has_the_groups_device(
+    made: list[Communicator], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Goal: the collective, and the wait for it, run where the tensor's device is current. Red with `run_on(None, …)`
     for either, and with a thread that does not set its device: device 0 in every rank."""
     where: dict[int, torch.device] = {}
     seen: list[torch.device | None] = []
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: where.update({threading.get_ident(): device}))
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: where.update({threading.get_ident(): device})
+    )
 
     class Noting(Communicator):
         def broadcast(self, flat: torch.Tensor, source: int, **options: Any) -> Done:
             seen.append(where.get(threading.get_ident()))
             done = super().broadcast(flat, source, **options)
-            monkeypatch.setattr(done, "wait", lambda: seen.append(where.get(threading.get_ident())), raising=False)
+            monkeypatch.setattr(
+                done, "wait", lambda: seen.append(where.get(threading.get_ident())), raising=False
+            )
             return done
 
     made.append(Noting(2))

@@ -98,7 +98,9 @@ async def test_before_engines_wake_and_before_a_sync() -> None:
     `wake`, and without that in a sync."""
     log: list[str] = []
     client = Client(log)
-    publisher = WeightPublisher(Backend(log), pool_of(client), Delivered(log, [client]), sleep_while_training=True)
+    publisher = WeightPublisher(
+        Backend(log), pool_of(client), Delivered(log, [client]), sleep_while_training=True
+    )
     await publisher.sleep(weights=False)
     log.clear()
     await publisher.wake()

@@ -21,7 +21,11 @@ from tests.example_config import ahead, example_config, replace_at, sglang
 from tests.weights.deliveries import LORA, backend_over
 
 DISK, ON_TMPFS = DiskSync(on_tmpfs=False), DiskSync(on_tmpfs=True)
-TENSOR, BROADCAST, ADAPTER = TensorSync(bucket_mib=256), BroadcastSync(bucket_mib=256), LoraSync(on_tmpfs=False)
+TENSOR, BROADCAST, ADAPTER = (
+    TensorSync(bucket_mib=256),
+    BroadcastSync(bucket_mib=256),
+    LoraSync(on_tmpfs=False),
+)
 GROWING = {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64, expandable_segments:True"}
 GPU = {"target.device_type": "cuda", "target.gpu_ranks": [0]}
 ADAPTED = {"model.lora": LORA}
@@ -29,7 +33,9 @@ ADAPTED = {"model.lora": LORA}
 
 def config_with(changes: dict[str, Any], **engine: Any) -> Config:
     """The example with `changes`; with fields of `engine`, SGLang with those in the place of its engine."""
-    config = replace_at(example_config(), "engine", sglang(**engine)) if engine else example_config()
+    config = (
+        replace_at(example_config(), "engine", sglang(**engine)) if engine else example_config()
+    )
     for path, value in changes.items():
         config = replace_at(config, path, value)
     return config
@@ -44,17 +50,29 @@ def apart(**engine: Any) -> dict[str, Any]:
     [
         ({}, {}, None),
         ({"engine.weight_sync": TENSOR}, {}, None),
-        ({"engine.weight_sync": BROADCAST}, {}, "(bucket_mib=256): needs one of DiskSync, TensorSync"),
+        (
+            {"engine.weight_sync": BROADCAST},
+            {},
+            "(bucket_mib=256): needs one of DiskSync, TensorSync",
+        ),
         ({"engine.weight_sync": ON_TMPFS}, {}, None),
         ({}, {"weight_sync": BROADCAST}, None),
         ({}, {"sleep_while_training": True}, "there is no GPU to share"),
         (GPU, {"sleep_while_training": True}, None),
-        ({**GPU, "rl.ahead": ahead()}, {"sleep_while_training": True}, "engine.sleep_while_training=True"),
+        (
+            {**GPU, "rl.ahead": ahead()},
+            {"sleep_while_training": True},
+            "engine.sleep_while_training=True",
+        ),
         (GPU, apart(sleep_while_training=True), "where a GPU is shared"),
         (GPU, {"weight_sync": TENSOR}, None),
         (GPU, {"weight_sync": TENSOR, "replicas": 2, "gpu_ranks": [0, 1]}, "only one replica"),
         (GPU, {"weight_sync": DISK, "replicas": 2, "gpu_ranks": [0, 1]}, None),
-        ({**GPU, "host.env": GROWING}, {"weight_sync": TENSOR}, "host.env['PYTORCH_CUDA_ALLOC_CONF']="),
+        (
+            {**GPU, "host.env": GROWING},
+            {"weight_sync": TENSOR},
+            "host.env['PYTORCH_CUDA_ALLOC_CONF']=",
+        ),
         (
             {**GPU, "host.env": {"PYTORCH_ALLOC_CONF": "expandable_segments:False"}},
             {"weight_sync": TENSOR},
@@ -65,9 +83,21 @@ def apart(**engine: Any) -> dict[str, Any]:
         (GPU, apart(weight_sync=BROADCAST), None),
         (GPU, apart(weight_sync=TENSOR), "CUDA memory is shared on one GPU"),
         ({"engine.weight_sync": TENSOR, "engine.restarts_max": 1, "rl.ahead": ahead()}, {}, None),
-        ({"engine.weight_sync": ADAPTER, **ADAPTED}, {}, "(on_tmpfs=False): needs one of DiskSync, TensorSync"),
-        ({**ADAPTED, "rl.ahead": ahead()}, {"weight_sync": LoraSync(on_tmpfs=True), "restarts_max": 1}, None),
-        ({}, {"weight_sync": ADAPTER}, "LoraSync(on_tmpfs=False): needs DiskSync, TensorSync or BroadcastSync with"),
+        (
+            {"engine.weight_sync": ADAPTER, **ADAPTED},
+            {},
+            "(on_tmpfs=False): needs one of DiskSync, TensorSync",
+        ),
+        (
+            {**ADAPTED, "rl.ahead": ahead()},
+            {"weight_sync": LoraSync(on_tmpfs=True), "restarts_max": 1},
+            None,
+        ),
+        (
+            {},
+            {"weight_sync": ADAPTER},
+            "LoraSync(on_tmpfs=False): needs DiskSync, TensorSync or BroadcastSync with",
+        ),
         ({**ADAPTED, **GPU}, apart(weight_sync=ADAPTER), None),
         (
             ADAPTED,
@@ -81,7 +111,9 @@ def apart(**engine: Any) -> dict[str, Any]:
         ),
     ],
 )
-def test_what_is_refused(changes: dict[str, Any], engine: dict[str, Any], refused: str | None) -> None:
+def test_what_is_refused(
+    changes: dict[str, Any], engine: dict[str, Any], refused: str | None
+) -> None:
     """Goal: each setting that cannot work is refused with the reason, and its neighbours are not. Red with the checks
     of kinds, shared GPUs and NCCL left out.
     """
@@ -96,8 +128,14 @@ def test_what_is_refused(changes: dict[str, Any], engine: dict[str, Any], refuse
 @pytest.mark.parametrize(
     ("changes", "refused"),
     [
-        ({"rl.ahead": ahead(in_flight_updates=True)}, "rl.ahead.in_flight_updates=True: needs False with"),
-        ({"model.lora.target_modules": ["q_proj", "c_attn"]}, "model.lora.target_modules=['c_attn']: needs names that"),
+        (
+            {"rl.ahead": ahead(in_flight_updates=True)},
+            "rl.ahead.in_flight_updates=True: needs False with",
+        ),
+        (
+            {"model.lora.target_modules": ["q_proj", "c_attn"]},
+            "model.lora.target_modules=['c_attn']: needs names that",
+        ),
         ({"model.lora.target_modules": ["layers.0.mlp.up_proj"]}, None),
     ],
 )
@@ -106,7 +144,9 @@ def test_what_else_adapters_alone_refuse(changes: dict[str, Any], refused: str |
     Red with each of the two checks left out.
     """
     problems = config_with({**ADAPTED, **changes}, weight_sync=ADAPTER).problems()
-    found = [problem for problem in problems if "in_flight" in problem or "target_modules" in problem]
+    found = [
+        problem for problem in problems if "in_flight" in problem or "target_modules" in problem
+    ]
     assert found == [] if refused is None else len(found) == 1 and refused in found[0]
 
 
@@ -116,12 +156,18 @@ def test_each_kind_is_wired(models: dict[str, Path], tmp_path: Path) -> None:
     run, backend = RunDir(tmp_path / "some-run"), backend_over(models["old"], tmp_path)
     disk = build_delivery(config_with({}), run, backend)
     assert isinstance(disk, DiskDelivery) and disk.directory == run.weights and not disk._temporary
-    memory = build_delivery(config_with({"engine.weight_sync": ON_TMPFS, "model.dtype": "bfloat16"}), run, backend)
+    memory = build_delivery(
+        config_with({"engine.weight_sync": ON_TMPFS, "model.dtype": "bfloat16"}), run, backend
+    )
     assert isinstance(memory, DiskDelivery) and memory._temporary
     assert str(memory.directory) == str(run.weights_in_memory)
     assert memory._dtype == torch.bfloat16
     lora = build_delivery(config_with(ADAPTED, weight_sync=LoraSync(on_tmpfs=True)), run, backend)
-    assert isinstance(lora, AdapterDelivery) and lora._temporary and lora._directory == run.weights_in_memory
+    assert (
+        isinstance(lora, AdapterDelivery)
+        and lora._temporary
+        and lora._directory == run.weights_in_memory
+    )
     two = config_with({}, weight_sync=TensorSync(bucket_mib=7), tensor_parallel_size=2)
     tensor = build_delivery(two, run, backend)
     assert isinstance(tensor, BucketDelivery)
@@ -132,7 +178,9 @@ def test_each_kind_is_wired(models: dict[str, Path], tmp_path: Path) -> None:
     buffer.close()
     limits = {"limits.sample_timeout_s": 12.0}
     broadcast = build_delivery(config_with(limits, weight_sync=BROADCAST), run, backend)
-    assert isinstance(broadcast, BucketDelivery) and isinstance(broadcast._channel, ProcessGroupChannel)
+    assert isinstance(broadcast, BucketDelivery) and isinstance(
+        broadcast._channel, ProcessGroupChannel
+    )
     assert (broadcast._channel._backend, broadcast._channel._timeout_s) == ("gloo", 12.0)
 
 
@@ -151,11 +199,15 @@ def test_what_was_sent_is_kept_where_it_may_be_needed(
 ) -> None:
     """Goal: a copy in the host's memory where an engine may start again and the model does not have it. Red without."""
     config = config_with({"engine.weight_sync": TENSOR, "engine.restarts_max": 1, **changes})
-    delivery = build_delivery(config, RunDir(tmp_path / "run"), backend_over(models["old"], tmp_path))
+    delivery = build_delivery(
+        config, RunDir(tmp_path / "run"), backend_over(models["old"], tmp_path)
+    )
     assert isinstance(delivery, BucketDelivery) and delivery._source._keep == keep
 
 
-def test_weights_in_memory_go_even_after_a_failure(embedded_url: str, models: dict[str, Path], tmp_path: Path) -> None:
+def test_weights_in_memory_go_even_after_a_failure(
+    embedded_url: str, models: dict[str, Path], tmp_path: Path
+) -> None:
     """Goal: the directory in /dev/shm is there during the run and gone after it, also when it ended in an error. Red
     with the removal after the `yield` instead of in its `finally`.
     """
@@ -167,9 +219,13 @@ def test_weights_in_memory_go_even_after_a_failure(embedded_url: str, models: di
         async with pool, open_publisher(config, run, backend, pool) as publisher:
             assert publisher is not None
             await publisher.publish(1)
-            assert [path.name for path in run.weights_in_memory.glob("version_*")] == ["version_000001"]
+            assert [path.name for path in run.weights_in_memory.glob("version_*")] == [
+                "version_000001"
+            ]
             await publisher.publish(2)
-            assert [path.name for path in run.weights_in_memory.glob("version_*")] == ["version_000002"]
+            assert [path.name for path in run.weights_in_memory.glob("version_*")] == [
+                "version_000002"
+            ]
             raise ArithmeticError
 
     with pytest.raises(ArithmeticError):

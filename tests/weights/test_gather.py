@@ -40,21 +40,29 @@ def test_buckets_are_bounded() -> None:
     model = tiny_model()
     buckets = plan_buckets(model, None, 2500)
     assert [entry.name for bucket in buckets for entry in bucket] == list(sent(model))
-    assert len(buckets) > 3 and all(len(b) == 1 or sum(e.nbytes for e in b) <= 2500 for b in buckets)
-    assert buffer_bytes(plan_buckets(model, None, 1)) == max(t.nbytes for t in model.state_dict().values())
+    assert len(buckets) > 3 and all(
+        len(b) == 1 or sum(e.nbytes for e in b) <= 2500 for b in buckets
+    )
+    assert buffer_bytes(plan_buckets(model, None, 1)) == max(
+        t.nbytes for t in model.state_dict().values()
+    )
 
 
 def test_cast_on_the_way() -> None:
     """Goal: fp32 master weights arrive rounded to the engine's dtype, in half the bytes. Red with the bytes copied."""
     model = tiny_model()
     found = sent(model, torch.bfloat16)
-    assert all(torch.equal(t, model.state_dict()[name].to(torch.bfloat16)) for name, t in found.items())
+    assert all(
+        torch.equal(t, model.state_dict()[name].to(torch.bfloat16)) for name, t in found.items()
+    )
 
 
 def test_adapters_are_merged() -> None:
     """Goal: with LoRA the engine gets plain names and merged matrices. Red with the base weights sent."""
     model = tiny_model()
-    settings = lora.LoraSettings(rank=2, alpha=4.0, dropout=0.0, target_modules=["q_proj", "down_proj"], init_seed=0)
+    settings = lora.LoraSettings(
+        rank=2, alpha=4.0, dropout=0.0, target_modules=["q_proj", "down_proj"], init_seed=0
+    )
     lora.apply_lora(model, settings, base_name="tiny")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -75,6 +83,10 @@ def test_names_that_engines_do_not_know(tmp_path: Path) -> None:
     the check left out.
     """
     sizes = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    config = MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, num_local_experts=2)
-    with pytest.raises(UnpublishableModel, match=r"MixtralForCausalLM keeps .*experts.*weight_sync=DiskSync"):
+    config = MixtralConfig(
+        **sizes, num_attention_heads=2, num_key_value_heads=1, num_local_experts=2
+    )
+    with pytest.raises(
+        UnpublishableModel, match=r"MixtralForCausalLM keeps .*experts.*weight_sync=DiskSync"
+    ):
         plan_buckets(MixtralForCausalLM(config), None, 2**20)

@@ -23,7 +23,8 @@ OURS = [-3.0, -2.0, -4.0]
             ([-3.0002, -2.0, -4.0], [-3.0002, -2.0, -4.0]),
             "are those of the weights before",
         ),
-        ([-3.0, -2.0, -4.0], "float32", (OURS, [-3.0, -2.0, -4.0]), None),  # neither moved: a sync without a step
+        # neither moved: a sync without a step
+        ([-3.0, -2.0, -4.0], "float32", (OURS, [-3.0, -2.0, -4.0]), None),
         ([-3.0001, -2.0, -4.0], "float32", ([-3.0002, -2.0, -4.0], [-3.0002, -2.0, -4.0]), None),
     ],
 )
@@ -37,4 +38,6 @@ def test_disagreement(served, dtype, before, words) -> None:
 
 def test_the_probe_is_fixed() -> None:
     """Goal: log-probs of two syncs, and of two runs, can be compared. Red with the global generator."""
-    assert probe_ids(50) == probe_ids(50) and max(probe_ids(50)) < 50 and len(set(probe_ids(50))) > 8
+    assert (
+        probe_ids(50) == probe_ids(50) and max(probe_ids(50)) < 50 and len(set(probe_ids(50))) > 8
+    )

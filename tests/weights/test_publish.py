@@ -44,11 +44,25 @@ def backend(models: dict[str, Path], tmp_path: Path) -> PyTorchTrainingBackend:
     return backend_over(models["new"], tmp_path / "checkpoints")
 
 
-EVERYWHERE = [(kind, where) for where in ("embedded", "sglang") for kind in ("disk", "tensor")]
+# The real server takes its time: it is asked once, by the one event loop or the other.
+with_asyncio = pytest.mark.parametrize("anyio_backend", ["asyncio"])
+with_trio = pytest.mark.parametrize("anyio_backend", ["trio"])
 
 
-@pytest.mark.parametrize(("kind", "url"), [*EVERYWHERE, ("broadcast", "sglang")], indirect=["url"])
-async def test_the_engine_serves_the_trainers_weights(kind: str, url: str, backend: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "url", "anyio_backend"),
+    [
+        ("disk", "embedded", "trio"),
+        ("tensor", "embedded", "asyncio"),
+        ("disk", "sglang", "asyncio"),
+        ("tensor", "sglang", "trio"),
+        ("broadcast", "sglang", "asyncio"),
+    ],
+    indirect=["url"],
+)
+async def test_the_engine_serves_the_trainers_weights(
+    kind: str, url: str, backend: Any, tmp_path: Path
+) -> None:
     """Goal: after each of two syncs the engine scores and samples with the trainer's weights, tied embeddings
     included, under the version asked for, unpaused; a request that was under way goes on. Nothing stays behind.
 
@@ -69,7 +83,9 @@ async def test_the_engine_serves_the_trainers_weights(kind: str, url: str, backe
             await anyio.sleep(0.1)
             change(backend, seed=1)
             await publisher.publish(2)
-        assert await engine.input_logprobs(IDS) == pytest.approx(expected_logprobs(backend.model), abs=1e-5)
+        assert await engine.input_logprobs(IDS) == pytest.approx(
+            expected_logprobs(backend.model), abs=1e-5
+        )
         (row,) = await engine.generate(IDS, {"max_new_tokens": 1})
         assert row.weight_version == "2"
         assert len(finished[0].output_ids) == 150 and finished[0].finish_reason == "length"
@@ -79,14 +95,19 @@ async def test_the_engine_serves_the_trainers_weights(kind: str, url: str, backe
     assert not any(file.exists() for file in (*left, tmp_path / "weights"))
 
 
-async def test_sglang_keeps_the_buffers_mapped(sglang_url: str, backend: Any, tmp_path: Path) -> None:
+@with_asyncio
+async def test_sglang_keeps_the_buffers_mapped(
+    sglang_url: str, backend: Any, tmp_path: Path
+) -> None:
     """Goal: the real server maps the trainer's buffers once, not at every sync, and lets go of those that the trainer
     has removed once it reads others. Red with the launcher's `keep_mappings` left out.
     """
 
     def readers(delivery: Any) -> set[int]:
         names = {buffer.file.name for buffer in delivery._buffers}
-        mine = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if pid != os.getpid()]
+        mine = [
+            pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if pid != os.getpid()
+        ]
         return {pid for pid in mine if names <= {name.split()[0] for name in mapped_files(pid)}}
 
     async with SGLangEngine(sglang_url, timeout_s=60) as engine:
@@ -137,10 +158,13 @@ async def test_sends_overlap_and_no_buffer_changes_under_one(
         else:
             await delivery.deliver([engine], "31")
             assert max(most) == 2 and labels[-1] == "31" and not any(labels[:-1])
-            assert await engine.input_logprobs(IDS) == pytest.approx(expected_logprobs(backend.model), abs=1e-5)
+            assert await engine.input_logprobs(IDS) == pytest.approx(
+                expected_logprobs(backend.model), abs=1e-5
+            )
         await delivery.aclose([engine])
 
 
+@with_trio
 async def test_the_group_is_gone_afterwards(sglang_url: str, backend: Any, tmp_path: Path) -> None:
     """Goal: neither side keeps the process group."""
     async with SGLangEngine(sglang_url, timeout_s=60) as engine:
@@ -159,7 +183,9 @@ class Liar:
     async def deliver(self, clients: Any, version: str) -> None:
         for client in clients:
             await client.request(
-                "POST", "/update_weight_version", {"new_version": version, "abort_all_requests": False}
+                "POST",
+                "/update_weight_version",
+                {"new_version": version, "abort_all_requests": False},
             )
 
     async def restore(self, client: Any, version: str) -> None: ...
@@ -167,12 +193,15 @@ class Liar:
     async def aclose(self, clients: Any) -> None: ...
 
 
+@with_asyncio
 async def test_a_version_is_no_proof(url: str, backend: Any) -> None:
     """Goal: an engine that says the new version and serves other weights ends the run, paused. Red: no probe."""
     change(backend, seed=7)
     async with SGLangEngine(url, timeout_s=60) as engine:
         publisher = publisher_of(backend, [engine], Liar())  # type: ignore[arg-type]
-        with pytest.raises(WeightSyncError, match=r"does not serve the trainer's weights.*The engines are paused"):
+        with pytest.raises(
+            WeightSyncError, match=r"does not serve the trainer's weights.*The engines are paused"
+        ):
             await publisher.publish(3)
         with anyio.move_on_after(0.3) as waited:
             await engine.generate(IDS, {"max_new_tokens": 1})
@@ -180,6 +209,7 @@ async def test_a_version_is_no_proof(url: str, backend: Any) -> None:
         await engine.resume()
 
 
+@with_asyncio
 async def test_order_around_training(sglang_url: str, backend: Any, tmp_path: Path) -> None:
     """Goal: the engine gives memory back only while idle, has it again before weights come, and samples afterwards;
     the real server agrees at each step.
@@ -210,14 +240,21 @@ async def test_order_around_training(sglang_url: str, backend: Any, tmp_path: Pa
         await publisher.aclose()
 
 
-async def test_tensors_that_do_not_fit(embedded_url: str, models: dict[str, Path], tmp_path: Path) -> None:
+async def test_tensors_that_do_not_fit(
+    embedded_url: str, models: dict[str, Path], tmp_path: Path
+) -> None:
     """Goal: a trainer of another shape is refused by name and shape. Red with the embedded engine's check left out."""
     config = config_of("qwen2-tied")
     config.intermediate_size = 96
     model = Qwen2ForCausalLM(config)
-    backend = PyTorchTrainingBackend(model, torch.optim.SGD(model.parameters()), grpo_loss, tmp_path)
+    backend = PyTorchTrainingBackend(
+        model, torch.optim.SGD(model.parameters()), grpo_loss, tmp_path
+    )
     async with SGLangEngine(embedded_url, timeout_s=30) as engine:
-        with pytest.raises(WeightSyncError, match=r"gate_proj.weight has shape \[96, 64\].*\[128, 64\].*left paused"):
+        with pytest.raises(
+            WeightSyncError,
+            match=r"gate_proj.weight has shape \[96, 64\].*\[128, 64\].*left paused",
+        ):
             await delivery_of("tensor", backend, tmp_path).deliver([engine], "9")
         fitting = backend_over(models["new"], tmp_path)
         await publisher_of(fitting, [engine], delivery_of("tensor", fitting, tmp_path)).publish(10)
@@ -244,7 +281,9 @@ async def test_a_gather_that_fails(
         await publisher_of(fitting, [engine], delivery_of("tensor", fitting, tmp_path)).publish(10)
 
 
-@pytest.mark.parametrize(("number", "anyio_backend"), [(signal.SIGKILL, "asyncio"), (signal.SIGSTOP, "trio")])
+@pytest.mark.parametrize(
+    ("number", "anyio_backend"), [(signal.SIGKILL, "asyncio"), (signal.SIGSTOP, "trio")]
+)
 async def test_an_engine_that_dies_or_hangs_over_it(
     number: signal.Signals, models: dict[str, Path], backend: Any, tmp_path: Path
 ) -> None:
@@ -267,8 +306,10 @@ async def test_an_engine_that_dies_or_hangs_over_it(
         process.kill()
 
 
-@pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_an_engine_that_comes_back(models: dict[str, Path], backend: Any, tmp_path: Path) -> None:
+@with_asyncio
+async def test_an_engine_that_comes_back(
+    models: dict[str, Path], backend: Any, tmp_path: Path
+) -> None:
     """Goal: an engine that was started again, and serves its start model, has the last sync's weights before a request
     is answered.
     """
@@ -283,7 +324,9 @@ async def test_an_engine_that_comes_back(models: dict[str, Path], backend: Any, 
         process, _ = engine_process(models["old"], port)
         (row,) = await pool.generate(IDS, {"max_new_tokens": 3})
         assert row.weight_version == "1"
-        assert await pool.replicas[0].input_logprobs(IDS) == pytest.approx(expected_logprobs(backend.model), abs=1e-5)
+        assert await pool.replicas[0].input_logprobs(IDS) == pytest.approx(
+            expected_logprobs(backend.model), abs=1e-5
+        )
         await publisher.aclose()
         await pool.aclose()
     finally:
@@ -293,9 +336,12 @@ async def test_an_engine_that_comes_back(models: dict[str, Path], backend: Any, 
 @pytest.fixture
 def adapted(models: dict[str, Path], tmp_path: Path) -> PyTorchTrainingBackend:
     """Adapters over a base that no engine was given."""
-    return lora_backend(Path(shutil.copytree(models["new"], tmp_path / "base")), tmp_path / "checkpoints")
+    return lora_backend(
+        Path(shutil.copytree(models["new"], tmp_path / "base")), tmp_path / "checkpoints"
+    )
 
 
+@with_trio
 async def test_adapters_alone(sglang_url: str, adapted: Any, tmp_path: Path) -> None:
     """Goal: after each of two syncs the engine scores and samples with the trainer's unmerged adapter, over the
     trainer's frozen weights (it starts with others), under the version asked for; a request that was under way ends
@@ -313,21 +359,29 @@ async def test_adapters_alone(sglang_url: str, adapted: Any, tmp_path: Path) -> 
             finished: list[Any] = []
 
             async def ask() -> None:
-                finished.extend(await engine.generate(IDS, {"max_new_tokens": 100, "ignore_eos": True}))
+                finished.extend(
+                    await engine.generate(IDS, {"max_new_tokens": 100, "ignore_eos": True})
+                )
 
             await publisher.publish(1)
             group.start_soon(ask)
             await anyio.sleep(0.3)
             change(adapted, seed=2)
             await publisher.publish(2)
-        assert await engine.input_logprobs(IDS) == pytest.approx(expected_logprobs(adapted.model), abs=1e-5)
+        assert await engine.input_logprobs(IDS) == pytest.approx(
+            expected_logprobs(adapted.model), abs=1e-5
+        )
         (row,) = await engine.generate(IDS, {"max_new_tokens": 20, "ignore_eos": True})
         for model, answer, version in ((before, finished[0], "1"), (adapted.model, row, "2")):
             expected = expected_logprobs(model, [*IDS, *answer.output_ids])[len(IDS) - 1 :]
             assert answer.logprobs == pytest.approx(expected, abs=1e-4)
             assert answer.weight_version == version
-            assert answer.weight_versions == [{"version": version, "start": 0, "end": len(answer.output_ids)}]
-        (loaded,) = await engine.weights.load_adapter("another", str(directory / "version_000002")) - {"another"}
+            assert answer.weight_versions == [
+                {"version": version, "start": 0, "end": len(answer.output_ids)}
+            ]
+        (loaded,) = await engine.weights.load_adapter(
+            "another", str(directory / "version_000002")
+        ) - {"another"}
         await engine.weights.unload_adapter("another")
         assert engine.weights.adapter is not None and engine.weights.adapter.name == loaded
         files = {file.name for file in directory.rglob("*") if file.is_file()}
@@ -336,6 +390,7 @@ async def test_adapters_alone(sglang_url: str, adapted: Any, tmp_path: Path) -> 
     assert not directory.exists()
 
 
+@with_asyncio
 async def test_an_engine_that_comes_back_without_the_adapter(
     sglang_url: str, models: dict[str, Path], adapted: Any, tmp_path: Path
 ) -> None:
@@ -353,21 +408,33 @@ async def test_an_engine_that_comes_back_without_the_adapter(
     client.weights.serve_adapter(Adapter("of-another-life", "1"))
     (row,) = await pool.generate(IDS, {"max_new_tokens": 3})
     assert row.weight_version == "1" and len(recovered) == 1
-    assert await pool.replicas[0].input_logprobs(IDS) == pytest.approx(expected_logprobs(adapted.model), abs=1e-5)
+    assert await pool.replicas[0].input_logprobs(IDS) == pytest.approx(
+        expected_logprobs(adapted.model), abs=1e-5
+    )
     await publisher.aclose()
     await client.aclose()
 
 
-async def test_an_adapter_that_does_not_fit(sglang_url: str, adapted: Any, models: Any, tmp_path: Path) -> None:
+@with_trio
+async def test_an_adapter_that_does_not_fit(
+    sglang_url: str, adapted: Any, models: Any, tmp_path: Path
+) -> None:
     """Goal: what the engine says of an adapter it cannot take is the error; it is left paused."""
     larger = lora_backend(models["new"], tmp_path, rank=LORA.rank + 1)
     async with SGLangEngine(sglang_url, timeout_s=30) as engine:
-        with pytest.raises(WeightSyncError, match=r"version 9 failed at 1 of 1 engines: .*rank 4 is incompatible"):
+        with pytest.raises(
+            WeightSyncError, match=r"version 9 failed at 1 of 1 engines: .*rank 4 is incompatible"
+        ):
             await delivery_of("lora", larger, tmp_path / "larger").deliver([engine], "9")
-        await publisher_of(adapted, [engine], delivery_of("lora", adapted, tmp_path / "fitting")).publish(10)
+        await publisher_of(
+            adapted, [engine], delivery_of("lora", adapted, tmp_path / "fitting")
+        ).publish(10)
 
 
-async def test_a_hanging_receiver_of_a_broadcast(sglang_url: str, backend: Any, tmp_path: Path) -> None:
+@with_trio
+async def test_a_hanging_receiver_of_a_broadcast(
+    sglang_url: str, backend: Any, tmp_path: Path
+) -> None:
     """Goal: a collective that an engine does not join is given up in time, as that engine's failure, and the next sync
     makes a new group."""
     change(backend, seed=3)
@@ -380,7 +447,10 @@ async def test_a_hanging_receiver_of_a_broadcast(sglang_url: str, backend: Any, 
             await anyio.sleep_forever()
 
         engine.weights.update_weights_from_distributed = never  # type: ignore[method-assign]
-        with anyio.fail_after(20), pytest.raises(WeightSyncError, match="not over after 2 s") as raised:
+        with (
+            anyio.fail_after(20),
+            pytest.raises(WeightSyncError, match="not over after 2 s") as raised,
+        ):
             await delivery.deliver([engine], "21")
         assert isinstance(raised.value.__cause__, EngineLost)
         engine.weights.update_weights_from_distributed = real  # type: ignore[method-assign]
@@ -396,5 +466,7 @@ def engine_process(model: Path, port: int) -> tuple[subprocess.Popen[str], str]:
 
 def test_the_models_differ(models: dict[str, Path]) -> None:
     """Goal: the tests above cannot pass with the old weights."""
-    found = [expected_logprobs(AutoModelForCausalLM.from_pretrained(path)) for path in models.values()]
+    found = [
+        expected_logprobs(AutoModelForCausalLM.from_pretrained(path)) for path in models.values()
+    ]
     assert max(abs(a - b) for a, b in zip(*found, strict=True)) > 0.1

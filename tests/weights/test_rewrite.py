@@ -28,7 +28,9 @@ class Reader:
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_two_checkpoints_take_turns(models: dict[str, Path], tmp_path: Path, dtype: torch.dtype | None) -> None:
+def test_two_checkpoints_take_turns(
+    models: dict[str, Path], tmp_path: Path, dtype: torch.dtype | None
+) -> None:
     """Goal: from the third sync on no new file is made, each holds the weights of its own sync in the dtype asked for,
     and the version before is never touched while it is the standing one. Red with the standing one written over.
     """
@@ -39,10 +41,16 @@ def test_two_checkpoints_take_turns(models: dict[str, Path], tmp_path: Path, dty
         change(backend, seed=version)
         anyio.run(delivery.deliver, [as_client(engine)], str(version))
         state = backend.model.state_dict()
-        expected.append({name: state[name].to(dtype or torch.float32).clone() for name in engine.found[-1]})
+        expected.append(
+            {name: state[name].to(dtype or torch.float32).clone() for name in engine.found[-1]}
+        )
         visible = [path.name for path in (tmp_path / "weights").glob("version_*")]
         assert visible == [f"version_{version:06d}"]
-    assert all(torch.equal(a[name], b[name]) for a, b in zip(engine.found, expected, strict=True) for name in a)
+    assert all(
+        torch.equal(a[name], b[name])
+        for a, b in zip(engine.found, expected, strict=True)
+        for name in a
+    )
     first, second, *later = engine.inodes
     assert first != second and later == [first, second, first]
     anyio.run(delivery.aclose, [engine])

@@ -13,7 +13,14 @@ import torch
 from torch.multiprocessing import reductions
 
 from rollouts.training.weights import wire
-from rollouts.training.weights.wire import SharedMemoryError, WireTensor, dumps, loads, shared_buffer, views
+from rollouts.training.weights.wire import (
+    SharedMemoryError,
+    WireTensor,
+    dumps,
+    loads,
+    shared_buffer,
+    views,
+)
 
 CPU = torch.device("cpu")
 ENTRIES = (WireTensor("a", (2, 3), torch.bfloat16), WireTensor("b.c", (4,), torch.bfloat16))
@@ -35,7 +42,11 @@ def test_another_process_reads_what_we_write() -> None:
         "print([(name, str(tensor.dtype), tensor.tolist()) for name, tensor in loads(sys.stdin.read())])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], input=dumps(buffer, ENTRIES), capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        input=dumps(buffer, ENTRIES),
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert eval(done.stdout) == [
         ("a", "torch.bfloat16", [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]),
@@ -95,7 +106,9 @@ def test_an_engines_own_unpickling_keeps_it_too() -> None:
     )
     buffer = shared_buffer(1000, CPU)
     lines = "\n".join(dumps(buffer, ENTRIES) for _ in range(2))
-    done = subprocess.run([sys.executable, "-c", code], input=lines, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=lines, capture_output=True, text=True, check=True
+    )
     assert done.stdout.splitlines() == ["2 1 []", "[0, 1, 2]"]
     assert buffer.is_there
     buffer.close()
@@ -112,9 +125,13 @@ def test_nothing_else_is_unpickled() -> None:
         loads(base64.b64encode(pickle.dumps(Evil())).decode())
     with pytest.raises(ValueError, match="not a bucket of tensors"):
         loads("garbage")
-    outside = wire._Call(reductions.rebuild_storage_filename, torch.UntypedStorage, b"", b"/../tmp/x", 10)
+    outside = wire._Call(
+        reductions.rebuild_storage_filename, torch.UntypedStorage, b"", b"/../tmp/x", 10
+    )
     with pytest.raises(ValueError, match="is not a file of /dev/shm"):
-        loads(base64.b64encode(pickle.dumps({"flattened_tensor": outside, "metadata": []})).decode())
+        loads(
+            base64.b64encode(pickle.dumps({"flattened_tensor": outside, "metadata": []})).decode()
+        )
 
 
 def test_no_room_is_told_before_a_byte_is_written() -> None:
@@ -123,7 +140,9 @@ def test_no_room_is_told_before_a_byte_is_written() -> None:
     """
     before = files()
     room = os.statvfs(wire.SHARED_MEMORY)
-    with pytest.raises(SharedMemoryError, match=r"no room for a bucket of \d+ MiB .*weight_sync\.bucket_mib"):
+    with pytest.raises(
+        SharedMemoryError, match=r"no room for a bucket of \d+ MiB .*weight_sync\.bucket_mib"
+    ):
         shared_buffer(room.f_blocks * room.f_frsize + 2**30, CPU)
     assert files() == before
 
@@ -137,7 +156,9 @@ def test_what_a_killed_process_left_is_removed() -> None:
         "buffer = shared_buffer(100, torch.device('cpu')); print(buffer.file.name, flush=True); input()"
     )
     argv = [sys.executable, "-c", code]
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         name = process.stdout.readline().strip()
         shared_buffer(100, CPU).close()

@@ -17,12 +17,18 @@ def write_wheel(directory: Path, name: str, version: str, *, requires: str = "")
     needs = f"Requires-Dist: {requires}\n" if requires else ""
     with zipfile.ZipFile(directory / f"{module}-{version}-py3-none-any.whl", "w") as wheel:
         wheel.writestr(f"{module}.py", f"version = {version!r}\n")
-        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{needs}")
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(
+            f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{needs}"
+        )
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         wheel.writestr(f"{info}/RECORD", "")
 
 
-def deadline(timeout_s: float = PATIENCE_S, tick: Callable[[], None] = lambda: None) -> BootstrapDeadline:
+def deadline(
+    timeout_s: float = PATIENCE_S, tick: Callable[[], None] = lambda: None
+) -> BootstrapDeadline:
     return BootstrapDeadline(timeout_s, tick=tick)
 
 

@@ -16,8 +16,12 @@ def write_torch(directory: Path, version: str) -> None:
     info = f"torch-{version}.dist-info"
     with zipfile.ZipFile(page / f"torch-{version}-py3-none-any.whl", "w") as wheel:
         wheel.writestr("torch.py", "")
-        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(
+            f"{info}/METADATA", f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n"
+        )
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         wheel.writestr(f"{info}/RECORD", "")
 
 
@@ -29,7 +33,9 @@ def write_page(page: Path, *, attributes: str = "") -> None:
             digest = hashlib.sha256(file.read_bytes()).hexdigest()
             name = file.name.replace("+", "%2B")
             links.append(f'<a href="{name}#sha256={digest}"{attributes}>{file.name}</a>')
-    (page / "index.html").write_text(f"<!DOCTYPE html><html><body>{'<br>'.join(links)}</body></html>")
+    (page / "index.html").write_text(
+        f"<!DOCTYPE html><html><body>{'<br>'.join(links)}</body></html>"
+    )
 
 
 @contextmanager

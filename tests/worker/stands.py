@@ -62,7 +62,9 @@ def trainer(text: str, **options: Any) -> ProcessSpec:
 
 
 def engine(port: int, text: str = ENGINE, **options: Any) -> ProcessSpec:
-    return process("engine-0", script(text, str(port)), ready_url=f"http://127.0.0.1:{port}/ready", **options)
+    return process(
+        "engine-0", script(text, str(port)), ready_url=f"http://127.0.0.1:{port}/ready", **options
+    )
 
 
 def stage(name: Any, trainer_spec: ProcessSpec, *engines: ProcessSpec, **options: Any) -> StageSpec:
@@ -97,7 +99,12 @@ class Host:
         run.code.mkdir(parents=True)
         run.code_tree.symlink_to(REPOSITORY)
         self.launched.append(run)
-        fields: dict[str, Any] = {"bootstrap_timeout_s": PATIENCE_S, "stop_grace_s": 1.0, **NO_RESTARTS, **plan_options}
+        fields: dict[str, Any] = {
+            "bootstrap_timeout_s": PATIENCE_S,
+            "stop_grace_s": 1.0,
+            **NO_RESTARTS,
+            **plan_options,
+        }
         plan = LaunchPlan(
             run_id=run_id,
             experiment_name="test",
@@ -108,7 +115,10 @@ class Host:
             stages=list(stages),
             **fields,
         )
-        config = {"host": {"env": host_env or {}}, "output": {"mode": "+".join(item.name for item in stages)}}
+        config = {
+            "host": {"env": host_env or {}},
+            "output": {"mode": "+".join(item.name for item in stages)},
+        }
         files = {"code/commit.txt": "0123abc\n"}
         return {"config": config, "plan": plan.to_json(), "files": files, "secrets": secrets or {}}
 
@@ -130,7 +140,9 @@ class Host:
         return run
 
 
-def module(name: str, *arguments: str, stdin: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
+def module(
+    name: str, *arguments: str, stdin: str = "", **options: Any
+) -> subprocess.CompletedProcess[str]:
     """Run one of the worker's commands to its end."""
     return subprocess.run(
         [sys.executable, "-m", f"rollouts.worker.{name}", *arguments],
@@ -168,7 +180,12 @@ def survivors(run: RunDir) -> list[str]:
             if entry.name.isdigit():
                 environment = (entry / "environ").read_bytes()
                 if f"{run_dir.RUN_ID_VARIABLE}={run.run_id}".encode() in environment.split(b"\0"):
-                    command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                    command = (
+                        (entry / "cmdline")
+                        .read_bytes()
+                        .replace(b"\0", b" ")
+                        .decode(errors="replace")
+                    )
                     found.append(f"{entry.name}: {command}")
     return found
 
@@ -200,7 +217,9 @@ def alive(pid: int) -> bool:
 
 
 def tmux_sessions() -> list[str]:
-    done = subprocess.run(["tmux", "ls", "-F", "#{session_name}"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["tmux", "ls", "-F", "#{session_name}"], capture_output=True, text=True, check=False
+    )
     return done.stdout.split()
 
 

@@ -32,12 +32,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One that was taught to say a few letters and end its turn, whatever it is asked."""
     directory = tmp_path_factory.mktemp("model")
     model, tokenizer = tiny_task.tiny_model(seed=1), tiny_task.tiny_tokenizer()
-    said = "".join(f"<|user|>{'again' * (n % 2) or 'xyz'}<|end|><|assistant|>{'abc'[: n % 4]}<|end|>" for n in range(8))
+    said = "".join(
+        f"<|user|>{'again' * (n % 2) or 'xyz'}<|end|><|assistant|>{'abc'[: n % 4]}<|end|>"
+        for n in range(8)
+    )
     ids = torch.tensor([tokenizer(said)["input_ids"]])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(20):
         optimizer.zero_grad()
-        sft_loss(model(input_ids=ids).logits, ids, torch.ones_like(ids, dtype=torch.float32)).backward()
+        sft_loss(
+            model(input_ids=ids).logits, ids, torch.ones_like(ids, dtype=torch.float32)
+        ).backward()
         optimizer.step()
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
@@ -54,7 +59,10 @@ def engine_url(model: Path) -> Iterator[str]:
 def job(model: Path, engine_url: str, tmp_path: Path) -> Callable[[dict[str, Any]], RunDir]:
     """Runs the rl stage without evaluation."""
     return lambda changes: train(
-        tmp_path / "run", "rl", config(model, "rl", {**changes, "data.eval_mixture": []}), engine_url
+        tmp_path / "run",
+        "rl",
+        config(model, "rl", {**changes, "data.eval_mixture": []}),
+        engine_url,
     )
 
 
@@ -76,7 +84,12 @@ def test_an_agent_job_trains_on_episodes(run: RunDir) -> None:
         assert len(sample["rollout_log_probs"]) == sample["response_length"]
     for sample in finished:
         assert sample["metadata"]["turns"] == 2
-        assert [m["role"] for m in sample["metadata"]["messages"]] == ["user", "assistant", "user", "assistant"]
+        assert [m["role"] for m in sample["metadata"]["messages"]] == [
+            "user",
+            "assistant",
+            "user",
+            "assistant",
+        ]
     assert run.latest_checkpoint("rl").resolve().name == "step_000003"
 
 
@@ -87,14 +100,26 @@ def test_the_shipped_agent_config_runs(model: Path, engine_url: str, tmp_path: P
     """
     shipped = load_config(ROOT / "configs" / "00_cpu_sft_rl_agent.py")
     (prompts,) = shipped.data.rl_mixture
-    changes = {"model.name": str(model), "model.init": "pretrained", "output.mode": "rl", "data.eval_mixture": []}
-    for path, value in {**changes, "data.rl_mixture": [dataclasses.replace(prompts, max_samples=32)]}.items():
+    changes = {
+        "model.name": str(model),
+        "model.init": "pretrained",
+        "output.mode": "rl",
+        "data.eval_mixture": [],
+    }
+    for path, value in {
+        **changes,
+        "data.rl_mixture": [dataclasses.replace(prompts, max_samples=32)],
+    }.items():
         shipped = replace_at(shipped, path, value)
     run = train(tmp_path / "run", "rl", shipped, engine_url)
     samples = read_jsonl(run.rollouts)
     assert len(samples) == 2 * 16 * 8 and len(read_jsonl(run.metrics)) == 2
     for sample in samples:
-        asked = [message["content"] for message in sample["metadata"]["messages"] if message["role"] == "user"]
+        asked = [
+            message["content"]
+            for message in sample["metadata"]["messages"]
+            if message["role"] == "user"
+        ]
         assert set(asked) == {sample["prompt"]["messages"][-1]["content"]}
         assert sample["reward"] == {"done": 1.0 / len(asked)}.get(sample["metadata"]["ended"], 0.0)
     assert any(sample["metadata"]["turns"] == 2 for sample in samples)
@@ -121,7 +146,10 @@ def test_evaluation_plays_episodes(run: RunDir) -> None:
 
 def test_a_reward_function_stands_in_for_the_environments(job: Any) -> None:
     """Goal: rl.reward.fn in rl.reward.workers processes, which are gone after. Red with reward_fn not passed on."""
-    changes = {**OWN, "rl.reward": RewardConfig(fn="tests.training.slow_rewards.process_id", workers=2)}
+    changes = {
+        **OWN,
+        "rl.reward": RewardConfig(fn="tests.training.slow_rewards.process_id", workers=2),
+    }
     run = job(changes)
     ids = {int(sample["reward"]) for sample in read_jsonl(run.rollouts)}
     assert 1 <= len(ids) <= 2
@@ -133,7 +161,9 @@ def test_rewards_over_the_time_limit_are_counted(job: Any, tmp_path: Path) -> No
     slow = {"rl.reward.fn": "tests.training.slow_rewards.hangs", "limits.reward_timeout_s": 0.1}
     with pytest.raises(SystemExit):
         job({**slow, "rl.sampling.retries_max": 0})
-    (event,) = [event for event in read_jsonl(RunDir(tmp_path / "run").events) if event["kind"] == "error"]
+    (event,) = [
+        event for event in read_jsonl(RunDir(tmp_path / "run").events) if event["kind"] == "error"
+    ]
     assert "reward_timeout dropped 4" in event["message"]
 
 

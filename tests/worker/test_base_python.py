@@ -71,7 +71,11 @@ def test_uv_comes_from_the_index(
 
 @pytest.mark.parametrize(
     ("damage", "expected"),
-    [("withdrawn", "no uv on the package index"), ("changed", "sha256"), ("gone", "no uv on the package index")],
+    [
+        ("withdrawn", "no uv on the package index"),
+        ("changed", "sha256"),
+        ("gone", "no uv on the package index"),
+    ],
 )
 def test_uv_that_cannot_be_had(  # noqa: PLR0917
     spec: EnvironmentSpec,
@@ -92,7 +96,9 @@ def test_uv_that_cannot_be_had(  # noqa: PLR0917
     with served(tmp_path / "index") as (url, _):
         monkeypatch.setenv("PIP_INDEX_URL", url if damage != "gone" else f"{url}/nowhere")
         with pytest.raises(BootstrapError) as refused:
-            ensure_environment(replace(spec, installer="uv", base_python=sys.executable), run, deadline())
+            ensure_environment(
+                replace(spec, installer="uv", base_python=sys.executable), run, deadline()
+            )
     assert expected in "\n".join(refused.value.log_tail)
     assert not bare.exists() or os.listdir(bare) == []
 
@@ -100,7 +106,11 @@ def test_uv_that_cannot_be_had(  # noqa: PLR0917
 @pytest.mark.parametrize(
     ("name", "libc", "fits"),
     [
-        ("uv-0.9.0-py3-none-manylinux_2_17_x86_64.manylinux2014_x86_64.whl", ("glibc", "2.35"), True),
+        (
+            "uv-0.9.0-py3-none-manylinux_2_17_x86_64.manylinux2014_x86_64.whl",
+            ("glibc", "2.35"),
+            True,
+        ),
         ("uv-0.9.0-py3-none-manylinux_2_28_aarch64.whl", ("glibc", "2.35"), False),
         ("uv-0.9.0-py3-none-manylinux_2_28_x86_64.whl", ("glibc", "2.17"), False),
         ("uv-0.9.0-py3-none-musllinux_1_1_x86_64.whl", ("", ""), True),
@@ -117,12 +127,18 @@ def test_which_indexes_are_asked() -> None:
     """Goal: the host's own index in place of the public one, further ones after it. Red with the public one always
     first: a host behind a mirror waits for it."""
     assert fetch_uv.indexes({}, {}) == [fetch_uv.PUBLIC_INDEX]
-    assert fetch_uv.indexes({}, {"index-url": "http://a/s/", "extra-index-url": "\nhttp://b\nhttp://c"}) == [
+    assert fetch_uv.indexes(
+        {}, {"index-url": "http://a/s/", "extra-index-url": "\nhttp://b\nhttp://c"}
+    ) == [
         "http://a/s",
         "http://b",
         "http://c",
     ]
-    told = {"PIP_INDEX_URL": "http://p", "UV_DEFAULT_INDEX": "http://u", "PIP_EXTRA_INDEX_URL": "http://x http://p"}
+    told = {
+        "PIP_INDEX_URL": "http://p",
+        "UV_DEFAULT_INDEX": "http://u",
+        "PIP_EXTRA_INDEX_URL": "http://x http://p",
+    }
     assert fetch_uv.indexes(told, {"index-url": "http://a"}) == ["http://u", "http://x", "http://p"]
 
 
@@ -167,7 +183,12 @@ def write_python(mirror: Path, prepared: Path) -> Path:
 
 
 def test_a_python_from_a_mirror(  # noqa: PLR0917
-    spec: EnvironmentSpec, run: RunDir, bare: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    spec: EnvironmentSpec,
+    run: RunDir,
+    bare: Path,
+    prepared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Goal: a host whose Pythons do not fit gets one from the mirror that its variables name, into the rollouts home,
     and pip's environment is made by it; it is downloaded once. Red with the host's own Python taken all the same."""
@@ -196,6 +217,8 @@ def test_no_python_to_be_had(
     shutil.copy(UV, bare / "uv")
     monkeypatch.setenv("UV_PYTHON_INSTALL_MIRROR", "http://127.0.0.1:9")
     monkeypatch.setenv("UV_HTTP_RETRIES", "0")
-    expected = r"needs Python 3\.12, which this host lacks.*Install python3\.12.*UV_PYTHON_INSTALL_MIRROR"
+    expected = (
+        r"needs Python 3\.12, which this host lacks.*Install python3\.12.*UV_PYTHON_INSTALL_MIRROR"
+    )
     with pytest.raises(BootstrapError, match=expected):
         ensure_environment(replace(spec, base_python="", python_version="3.12"), run, deadline())

@@ -42,7 +42,9 @@ def test_what_is_marked_comes_without_its_dependencies(
     """Goal: a requirement of the second list is installed as it is, at its version, though what it requires is not to
     be had. Red with `--no-deps` left out (pip finds no nowhere-to-be-found)."""
     write_wheel(tmp_path, "needy", "1.0", requires="nowhere-to-be-found")
-    own = replace(spec, requirements_no_deps=["--no-index", f"--find-links {tmp_path}", "needy==1.0"])
+    own = replace(
+        spec, requirements_no_deps=["--no-index", f"--find-links {tmp_path}", "needy==1.0"]
+    )
     ensure_environment(own, run, deadline())
     subprocess.run([f"{spec.path}/bin/python", "-c", "import needy, tiny_thing"], check=True)
     marker = json.loads((Path(spec.path) / ".complete").read_text())
@@ -69,10 +71,18 @@ def test_a_real_virtual_environment(prepared: Path) -> None:
     assert actions(RunDir(prepared.parent / "run")) == ["building", "ready"]
     assert json.loads((prepared.parent / "marker").read_text())["base_python"] == sys.executable
     command = [str(prepared / "bin" / "python"), "-c", "import sys, pip; print(sys.prefix)"]
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == str(prepared)
+    assert subprocess.run(
+        command, capture_output=True, text=True, check=True
+    ).stdout.strip() == str(prepared)
 
 
-def test_uv(run: RunDir, tmp_path: Path, wheels: Path, spec: EnvironmentSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uv(
+    run: RunDir,
+    tmp_path: Path,
+    wheels: Path,
+    spec: EnvironmentSpec,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Goal: the same through uv, which the dev extra brings. Red with uv's `--python` left out."""
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     spec = replace(spec, installer="uv", base_python=sys.executable)
@@ -92,7 +102,9 @@ def test_half_built_is_rebuilt(spec: EnvironmentSpec, run: RunDir, tmp_path: Pat
     assert times_made(tmp_path) == 2
 
 
-def test_an_environment_whose_base_python_went_is_rebuilt(spec: EnvironmentSpec, run: RunDir) -> None:
+def test_an_environment_whose_base_python_went_is_rebuilt(
+    spec: EnvironmentSpec, run: RunDir
+) -> None:
     """Goal: bin/python is a link to the host's Python; where that was removed, the marker does not count. Red with the
     marker alone looked at."""
     ensure_environment(spec, run, deadline())
@@ -106,7 +118,10 @@ def test_an_environment_whose_base_python_went_is_rebuilt(spec: EnvironmentSpec,
 def test_two_runs_at_once_build_it_once(spec: EnvironmentSpec, run: RunDir, tmp_path: Path) -> None:
     """Goal: one builds, the other waits and reuses. Red without the lock, and without the second look under it."""
     other = RunDir(tmp_path / "runs" / "r2")
-    threads = [threading.Thread(target=ensure_environment, args=(spec, each, deadline())) for each in (run, other)]
+    threads = [
+        threading.Thread(target=ensure_environment, args=(spec, each, deadline()))
+        for each in (run, other)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -127,9 +142,13 @@ def test_a_failing_installation(spec: EnvironmentSpec, run: RunDir, name: str, i
     code not looked at: an environment without its packages would be complete; and with the trainer's inputs named for
     the engine's environment."""
     spec = replace(spec, name=name, requirements=["--no-index", "tiny-thing"])
-    with pytest.raises(BootstrapError, match=rf"pip install .* failed with exit code 1.*{re.escape(inputs)}") as caught:
+    with pytest.raises(
+        BootstrapError, match=rf"pip install .* failed with exit code 1.*{re.escape(inputs)}"
+    ) as caught:
         ensure_environment(spec, run, deadline())
-    assert any(line.startswith("ERROR: ") and "tiny-thing" in line for line in caught.value.log_tail)
+    assert any(
+        line.startswith("ERROR: ") and "tiny-thing" in line for line in caught.value.log_tail
+    )
     assert not is_complete(Path(spec.path))
     assert actions(run) == ["building"]
 
@@ -141,7 +160,11 @@ def test_a_missing_base_python(spec: EnvironmentSpec, run: RunDir) -> None:
 
 
 def test_uv_outside_the_path(
-    spec: EnvironmentSpec, run: RunDir, tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch
+    spec: EnvironmentSpec,
+    run: RunDir,
+    tmp_path: Path,
+    prepared: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Goal: uv in ~/.local/bin is found although a bare ssh command has no such PATH; it gets the interpreter and both
     files. Red with only PATH searched."""
@@ -164,7 +187,9 @@ def test_uv_outside_the_path(
 
 def slow_python(tmp_path: Path) -> str:
     path = tmp_path / "slow-python"
-    path.write_text('#!/bin/sh\nmkdir -p "$3"\necho working\nsleep 600 &\necho $! > "$3/child"\nwait\n')
+    path.write_text(
+        '#!/bin/sh\nmkdir -p "$3"\necho working\nsleep 600 &\necho $! > "$3/child"\nwait\n'
+    )
     path.chmod(0o755)
     return str(path)
 
@@ -173,7 +198,9 @@ def test_the_time_limit(spec: EnvironmentSpec, run: RunDir, tmp_path: Path) -> N
     """Goal: an installer that hangs is ended with its children, and the limit is named. Red without the limit, and with
     only the installer itself ended."""
     slow = replace(spec, base_python=slow_python(tmp_path))
-    with pytest.raises(BootstrapError, match=r"limits\.bootstrap_timeout_s=0.5; .* was still running") as caught:
+    with pytest.raises(
+        BootstrapError, match=r"limits\.bootstrap_timeout_s=0.5; .* was still running"
+    ) as caught:
         ensure_environment(slow, run, deadline(0.5))
     assert caught.value.log_tail == ["working"]
     child = int((Path(spec.path) / "child").read_text())
@@ -192,7 +219,9 @@ def test_the_time_limit_while_another_builds(spec: EnvironmentSpec, run: RunDir)
             ensure_environment(spec, run, deadline(0.3))
 
 
-def test_whatever_tick_raises_ends_the_build(spec: EnvironmentSpec, run: RunDir, tmp_path: Path) -> None:
+def test_whatever_tick_raises_ends_the_build(
+    spec: EnvironmentSpec, run: RunDir, tmp_path: Path
+) -> None:
     """Goal: a stop comes through `tick`; the installer ends with it. Red with the group ended only on a time-out."""
 
     class Stopped(Exception):
@@ -203,7 +232,9 @@ def test_whatever_tick_raises_ends_the_build(spec: EnvironmentSpec, run: RunDir,
             raise Stopped
 
     with pytest.raises(Stopped):
-        ensure_environment(replace(spec, base_python=slow_python(tmp_path)), run, deadline(tick=tick))
+        ensure_environment(
+            replace(spec, base_python=slow_python(tmp_path)), run, deadline(tick=tick)
+        )
     child = int((Path(spec.path) / "child").read_text())
     wait_for(lambda: not alive(child), "the installer's child's end")
 
@@ -211,10 +242,14 @@ def test_whatever_tick_raises_ends_the_build(spec: EnvironmentSpec, run: RunDir,
 def test_a_run_with_an_environment(host: Host, spec: EnvironmentSpec) -> None:
     """Goal: the supervisor makes the environment before the first stage, which runs in it; what the installer said is
     in its log; a second run reuses it. Red with the bootstrap left out."""
-    in_it = process("trainer", [f"{spec.path}/bin/python", "-c", "import tiny_thing; print(tiny_thing.version)"])
+    in_it = process(
+        "trainer", [f"{spec.path}/bin/python", "-c", "import tiny_thing; print(tiny_thing.version)"]
+    )
     first = host.finish(stage("sft", in_it), environments=[spec])
     assert as_status(first)["state"] == "done" and log(first, "trainer") == "1.0\n"
-    assert "Successfully installed tiny-thing-1.0" in log(first, "supervisor").replace("tiny_thing", "tiny-thing")
+    assert "Successfully installed tiny-thing-1.0" in log(first, "supervisor").replace(
+        "tiny_thing", "tiny-thing"
+    )
     kinds = [row["kind"] for row in events(first)]
     assert kinds[:4] == ["run_started", "environment", "environment", "stage_started"]
     second = host.finish(stage("sft", in_it), environments=[spec])
@@ -232,7 +267,9 @@ def test_a_run_whose_environment_fails(host: Host, spec: EnvironmentSpec) -> Non
     assert as_status(run)["exit_code"] == 1 and not run.log("trainer").exists()
 
 
-def test_kill_9_of_the_supervisor_while_it_builds(host: Host, spec: EnvironmentSpec, tmp_path: Path) -> None:
+def test_kill_9_of_the_supervisor_while_it_builds(
+    host: Host, spec: EnvironmentSpec, tmp_path: Path
+) -> None:
     """Goal: the installer does not outlive the supervisor, and the next run starts over. Red with the wrapper's
     two sweeps removed."""
     slow = replace(spec, base_python=slow_python(tmp_path))

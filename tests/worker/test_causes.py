@@ -51,21 +51,39 @@ RANKS = """\
     ("text", "cause"),
     [
         (f"step=1\nerror: row 3 has no 'answer'\n{TORCHRUN}", "row 3 has no 'answer'"),
-        (f"error: two\n  found 1\n  needed 2\nW something\n{TORCHRUN}", "two\n  found 1\n  needed 2"),
+        (
+            f"error: two\n  found 1\n  needed 2\nW something\n{TORCHRUN}",
+            "two\n  found 1\n  needed 2",
+        ),
         (f"{TRACEBACK}KeyError: 'answer'\n{TORCHRUN}", "KeyError: 'answer'"),
-        (f"{TRACEBACK}KeyError: 'a'\n\nDuring handling\n\n{TRACEBACK}ValueError: b\n{TORCHRUN}", "ValueError: b"),
-        (f"{TRACEBACK}ValueError: many\nlines\nwarning: leaked objects\n{TORCHRUN}", "ValueError: many"),
+        (
+            f"{TRACEBACK}KeyError: 'a'\n\nDuring handling\n\n{TRACEBACK}ValueError: b\n{TORCHRUN}",
+            "ValueError: b",
+        ),
+        (
+            f"{TRACEBACK}ValueError: many\nlines\nwarning: leaked objects\n{TORCHRUN}",
+            "ValueError: many",
+        ),
         (f"{GROUP}{TORCHRUN}", "ValueError: the inner one"),
         (f"{RANKS}{TORCHRUN}", "ValueError: of rank 0"),
-        (f"step=1\n{TORCHRUN}", "rank 0 ended with exit code 1 without a word: something called exit"),
+        (
+            f"step=1\n{TORCHRUN}",
+            "rank 0 ended with exit code 1 without a word: something called exit",
+        ),
         ("Killed\n", None),
         (
             f"error: caught\n{TRACEBACK}KeyError: 'caught too'\n{killed(9)}",
             "rank 0 was ended by SIGKILL: the kernel does "
             "that when the host's memory runs out (`dmesg` shows it there)",
         ),
-        (killed(7), "rank 0 was ended by SIGBUS: the host's shared memory may be full (`df /dev/shm` there)"),
-        (killed(11), "rank 0 was ended by SIGSEGV: a crash in compiled code, whose own words are in the log"),
+        (
+            killed(7),
+            "rank 0 was ended by SIGBUS: the host's shared memory may be full (`df /dev/shm` there)",
+        ),
+        (
+            killed(11),
+            "rank 0 was ended by SIGSEGV: a crash in compiled code, whose own words are in the log",
+        ),
         (killed(63), "rank 0 was ended by signal 63"),
         (
             f"{killed(9).splitlines()[0]}\n{TORCHRUN}",
@@ -85,7 +103,15 @@ def test_the_cause_is_found(text: str, cause: str | None) -> None:
 
 def real_torchrun(text: str) -> list[str]:
     return [
-        *(sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-conf", "store_type=file"),
+        *(
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-conf",
+            "store_type=file",
+        ),
         *("--nproc-per-node", "1", "--no-python", sys.executable, "-c", text),
     ]
 
@@ -94,7 +120,10 @@ def real_torchrun(text: str) -> list[str]:
     ("text", "message"),
     [
         ("import sys; print('error: the data has no rows'); sys.exit(1)", "the data has no rows"),
-        ("raise ValueError('of ours')", "stage sft: trainer ended with exit code 1: ValueError: of ours"),
+        (
+            "raise ValueError('of ours')",
+            "stage sft: trainer ended with exit code 1: ValueError: of ours",
+        ),
         (
             "import os; os.kill(os.getpid(), 9)",
             "stage sft: trainer ended with exit code 1: rank 0 was ended by SIGKILL: the kernel does that when the "
@@ -123,9 +152,12 @@ def test_the_event_has_all_lines(host: Host) -> None:
     the log alone asked."""
     said = "import sys, os; sys.path.insert(0, os.getcwd())\nfrom pathlib import Path\nfrom rollouts import run_dir\n"
     tell = (
-        "run_dir.append_event(run_dir.RunDir(Path(sys.argv[1])), 'error', message={!r}, window='trainer', log_tail=[])"
+        "run_dir.append_event(run_dir.RunDir(Path(sys.argv[1])), 'error', message={!r},"
+        " window='trainer', log_tail=[])"
     )
-    text = "\n".join([said, tell.format("two\nlines"), "print('error: two'); print('noise'); sys.exit(1)"])
+    text = "\n".join(
+        [said, tell.format("two\nlines"), "print('error: two'); print('noise'); sys.exit(1)"]
+    )
     job = host.job(stage("sft", trainer(text)))
     run = host.launched[-1]
     job["plan"]["stages"][0]["trainer"]["argv"].append(str(run.path))

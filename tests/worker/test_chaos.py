@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,12 @@ from tests.worker.stands import (
     wait_for_end,
 )
 
-STEPS, KILLS = 60, 10
-KILLS_AT_START = 2  # of them: the life that follows a kill, before it is ready
+KILLS = int(os.environ.get("ROLLOUTS_TEST_KILLS", "4"))  # a campaign has more of them
+STEPS = 12 + 4 * KILLS
+KILLS_AT_START = max(1, KILLS // 5)  # of them: the life that follows a kill, before it is ready
 WAIT_S = 1200.0  # a minute where nothing else runs
-MEASURED = re.compile(r"time|.*_s|mfu|peak_memory_gib")  # of this machine and moment, not of the run
+# of this machine and moment, not of the run
+MEASURED = re.compile(r"time|.*_s|mfu|peak_memory_gib")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -48,7 +50,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def job_config(model: Path, port: int) -> Config:
+def job_config(model: Path, port: int, more: Mapping[str, Any]) -> Config:
     base = example_config()
     (held_out,) = base.data.eval_mixture
     changes = {
@@ -61,6 +63,7 @@ def job_config(model: Path, port: int) -> Config:
         "engine.sglang_port": port,
         "engine.restarts_max": KILLS + 2,
         "limits.stage_timeout_s": WAIT_S,
+        **more,
     }
     for path, value in changes.items():
         base = replace_at(base, path, value)
@@ -68,10 +71,12 @@ def job_config(model: Path, port: int) -> Config:
     return base
 
 
-def start(host: Host, model: Path) -> RunDir:
-    """The real trainer and the real engine under the real supervisor."""
+def start(host: Host, model: Path, **more: Any) -> RunDir:
+    """The real trainer and the real engine under the real supervisor; `more` changes the config."""
     port = free_port()
-    config = job_config(model, port)
+    config = job_config(
+        model, port, {path.replace("__", "."): value for path, value in more.items()}
+    )
     assert config.engine is not None
     url = f"http://127.0.0.1:{port}"
     serving = dataclasses.replace(
@@ -81,10 +86,16 @@ def start(host: Host, model: Path) -> RunDir:
         stage("rl", process("trainer", [], env=ENVIRONMENT), serving, timeout_s=WAIT_S),
         engine_restarts_max=config.engine.restarts_max,
         engine_hang_timeout_s=config.limits.engine_hang_timeout_s,
+        restarts_max=config.limits.restarts_max,
     )
     run = RunDir(Path(job["plan"]["run_path"]))
     arguments = ["--run-dir", str(run.path), "--stage", "rl", "--engine-url", url]
-    job["plan"]["stages"][0]["trainer"]["argv"] = [sys.executable, "-m", "rollouts.worker.trainer", *arguments]
+    job["plan"]["stages"][0]["trainer"]["argv"] = [
+        sys.executable,
+        "-m",
+        "rollouts.worker.trainer",
+        *arguments,
+    ]
     job["config"] = config.to_json()
     done = host.launch(job)
     assert done.returncode == 0, done.stderr
@@ -121,8 +132,12 @@ def kill_at_random(run: RunDir, rng: random.Random) -> list[str]:
             pause_s = rng.random() * 2  # importing torch alone takes longer
         else:
             step = steps.pop(0)
-            await_(lambda step=step, n=number: serves(run, n) and len(read_jsonl(run.metrics)) >= step, run)
-            pause_s = rng.random() * 0.15  # a step or two: the last kill has to find a trainer that needs its engine
+            await_(
+                lambda step=step, n=number: serves(run, n) and len(read_jsonl(run.metrics)) >= step,
+                run,
+            )
+            # a step or two: the last kill has to find a trainer that needs its engine
+            pause_s = rng.random() * 0.15
             hits.append(f"after step {step}")
         if number in at_start:
             await_(lambda before=killed: recorded_pid(run, "engine-0") != before, run)
@@ -135,18 +150,23 @@ def kill_at_random(run: RunDir, rng: random.Random) -> list[str]:
 
 def serves(run: RunDir, kills: int) -> bool:
     """Is the life after so many kills ready?"""
-    kinds = [row["kind"] for row in events(run) if row["kind"] in ("engine_restarted", "engine_ready")]
+    kinds = [
+        row["kind"] for row in events(run) if row["kind"] in ("engine_restarted", "engine_ready")
+    ]
     return kinds.count("engine_restarted") == kills and kinds[-1:] == ["engine_ready"]
 
 
 def numbers(path: Path) -> list[dict[str, Any]]:
-    return [{key: value for key, value in row.items() if not MEASURED.fullmatch(key)} for row in read_jsonl(path)]
+    return [
+        {key: value for key, value in row.items() if not MEASURED.fullmatch(key)}
+        for row in read_jsonl(path)
+    ]
 
 
 @pytest.mark.timeout(2 * WAIT_S)
 def test_the_loss_curve_does_not_depend_on_the_engines_deaths(host: Host, model: Path) -> None:
-    """Goal: an engine killed 10 times in 60 steps, while it generates, loads weights, idles or starts, changes no
-    number of the run: every metric, sample, evaluation and final weight is that of the undisturbed run, to the bit.
+    """Goal: an engine killed again and again, while it generates, loads weights, idles or starts, changes no number
+    of the run: every metric, sample, evaluation and final weight is that of the undisturbed run, to the bit.
 
     Not seen red as a whole: what it rests on is, piece by piece, in tests/engines/test_engine_pool.py.
     """
@@ -156,7 +176,11 @@ def test_the_loss_curve_does_not_depend_on_the_engines_deaths(host: Host, model:
     hits = kill_at_random(disturbed, random.Random(seed))
     print(*hits, sep="\n")
     for run in (disturbed, alone):
-        wait_for(lambda run=run: as_status(run)["state"] not in ("starting", "running"), "the end", timeout_s=WAIT_S)
+        wait_for(
+            lambda run=run: as_status(run)["state"] not in ("starting", "running"),
+            "the end",
+            timeout_s=WAIT_S,
+        )
         wait_for_end(run)
         assert as_status(run)["state"] == "done", log(run, "supervisor") + log(run, "trainer")
     restarts = events(disturbed, "engine_restarted")
@@ -164,7 +188,36 @@ def test_the_loss_curve_does_not_depend_on_the_engines_deaths(host: Host, model:
     assert all("SIGKILL" in row["reason"] for row in restarts)
     assert events(disturbed, "engine_recovered")
     losses = [row["loss"] for row in read_jsonl(alone.metrics)]
-    assert len(losses) == STEPS and len(set(losses)) > STEPS // 2, "a curve that could show a difference"
+    assert len(losses) == STEPS and len(set(losses)) > STEPS // 2, (
+        "a curve that could show a difference"
+    )
+    for file in ("metrics", "rollouts", "eval"):
+        assert numbers(getattr(disturbed, file)) == numbers(getattr(alone, file)), file
+    weights = [run.latest_checkpoint("rl") / "model.safetensors" for run in (disturbed, alone)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+FEW, EVERY = 8, 3  # steps of a run whose trainer dies, and of them each that saves a checkpoint
+
+
+@pytest.mark.timeout(2 * WAIT_S)
+def test_the_loss_curve_does_not_depend_on_the_trainers_deaths(host: Host, model: Path) -> None:
+    """Goal: a trainer killed twice, before its first checkpoint and after the second, changes no number of the run:
+    every metric, sample, evaluation and final weight is that of the undisturbed run, to the bit."""
+    spec = dataclasses.replace(example_config().data.rl_mixture[0], max_samples=4 * FEW)
+    changes = {"data__rl_mixture": [spec], "rl__save_every": EVERY, "rl__eval_every": 2}
+    disturbed = start(host, model, limits__restarts_max=2, **changes)
+    alone = start(host, model, **changes)
+    for at in (EVERY - 1, FEW - 1):
+        await_(lambda at=at: len(read_jsonl(disturbed.metrics)) >= at, disturbed)
+        os.kill(recorded_pid(disturbed, "trainer"), signal.SIGKILL)
+        wait_for(lambda at=at: len(read_jsonl(disturbed.metrics)) < at, "the restart")
+    for run in (disturbed, alone):
+        wait_for_end(run)
+        assert as_status(run)["state"] == "done", log(run, "supervisor") + log(run, "trainer")
+    told = [(row["step"], row["restarts_left"]) for row in events(disturbed, "stage_restarted")]
+    assert told == [(0, 1), (2 * EVERY, 0)] or told == [(0, 1), (EVERY, 0)], told
+    assert len(read_jsonl(alone.metrics)) == FEW
     for file in ("metrics", "rollouts", "eval"):
         assert numbers(getattr(disturbed, file)) == numbers(getattr(alone, file)), file
     weights = [run.latest_checkpoint("rl") / "model.safetensors" for run in (disturbed, alone)]

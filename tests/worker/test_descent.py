@@ -35,7 +35,10 @@ WAITING = f"{HIDING}\ntime.sleep(600)"
 
 
 def hidden_of(run: RunDir) -> list[int]:
-    line = wait_for(lambda: [line for line in log(run, "trainer").splitlines() if line.startswith("hidden")], "them")
+    line = wait_for(
+        lambda: [line for line in log(run, "trainer").splitlines() if line.startswith("hidden")],
+        "them",
+    )
     return [int(word) for word in line[0].split()[1:]]
 
 
@@ -88,7 +91,9 @@ def test_unmarked_processes_of_a_killed_wrapper(host: Host) -> None:
 
 def test_adopted_processes_are_reaped(host: Host) -> None:
     """Goal: thousands of orphans over a long run leave no zombies under the wrapper. Red without `reap`."""
-    text = "import subprocess, time\nfor _ in range(20): subprocess.run(['sh', '-c', 'sleep 0 &'])\n"
+    text = (
+        "import subprocess, time\nfor _ in range(20): subprocess.run(['sh', '-c', 'sleep 0 &'])\n"
+    )
     run = host.start(stage("sft", trainer(f"{text}print('ready', flush=True); time.sleep(600)")))
     wait_for(lambda: "ready" in log(run, "trainer"), "the orphans")
     child = recorded_pid(run, "trainer")

@@ -36,7 +36,8 @@ from tests.worker.stands import (
 
 UP = "import subprocess, sys, time; print('up', flush=True); time.sleep(600)"
 STUBBORN = (
-    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
+    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+    " print('up', flush=True); time.sleep(600)"
 )
 # A rank in its own session, as torchrun starts them; it says so in processes/, and ignores a polite end.
 RANK = f"""
@@ -93,7 +94,10 @@ def test_stop(training: RunDir) -> None:
     assert [(row["state"], row["exit_code"]) for row in ended] == [("stopped", 143)]
     assert "SIGTERM" in ended[0]["message"] and events(training, "error") == []
     before = training.status.read_bytes()
-    assert json.loads(module("stop", str(training.path)).stdout) == {"state": "stopped", "exit_code": 143}
+    assert json.loads(module("stop", str(training.path)).stdout) == {
+        "state": "stopped",
+        "exit_code": 143,
+    }
     assert training.status.read_bytes() == before
     assert not training.secrets.exists() and in_memory(training) == []
 
@@ -107,14 +111,19 @@ def test_stop_of_a_run_that_is_done(host: Host) -> None:
 def test_stop_where_no_run_is(host: Host) -> None:
     """Goal: a wrong path is one clear error, not a traceback. Red without the check."""
     done = module("stop", str(host.home / "runs" / "nothing"))
-    assert done.returncode == 1 and "no run was launched there" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 1
+        and "no run was launched there" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_stop_with_a_supervisor_that_does_not_answer(training: RunDir) -> None:
     """Goal: a stopped (SIGSTOP) supervisor is killed, the end is written and its weights are removed from memory in its
     place. Red with stop relying on the supervisor alone, and with weights left to it."""
     plan = json.loads(training.plan.read_text())
-    plan["stop_grace_s"] = -9.0  # the wait for the supervisor shrinks to 2 s; the wrappers have read theirs already
+    # the wait for the supervisor shrinks to 2 s; the wrappers have read theirs already
+    plan["stop_grace_s"] = -9.0
     training.plan.write_text(json.dumps(plan))
     os.kill(recorded_pid(training, "supervisor"), signal.SIGSTOP)
     done = module("stop", str(training.path))
@@ -138,7 +147,10 @@ def test_kill_9_of_the_supervisor(training: RunDir) -> None:
     for window in ("trainer", "engine-0"):  # each wrapper ended its own, and lived to say so
         record = run_dir.read_exit(training, "rl", window)
         assert record is not None and record.signal == signal.SIGTERM
-    assert json.loads(module("stop", str(training.path)).stdout) == {"state": "died", "exit_code": None}
+    assert json.loads(module("stop", str(training.path)).stdout) == {
+        "state": "died",
+        "exit_code": None,
+    }
 
 
 @pytest.mark.parametrize("window", ["trainer", "engine-0"])
@@ -166,7 +178,12 @@ def test_a_supervisor_without_its_wrapper_finishes_the_run(host: Host) -> None:
     """Goal: the supervisor's words have nowhere to go, and still the stage is waited for and the end written. Red with
     `print` in place of `say`: the run dies of a broken pipe."""
     go = host.home / "go"
-    run = host.start(stage("sft", trainer(f"import os, time\nwhile not os.path.exists({str(go)!r}): time.sleep(0.05)")))
+    run = host.start(
+        stage(
+            "sft",
+            trainer(f"import os, time\nwhile not os.path.exists({str(go)!r}): time.sleep(0.05)"),
+        )
+    )
     pid = recorded_pid(run, "trainer")
     os.kill(parent_of(recorded_pid(run, "supervisor")), signal.SIGKILL)
     assert alive(pid)
@@ -201,7 +218,8 @@ def test_an_interrupt_in_the_trainers_pane(host: Host) -> None:
     """Goal: Ctrl-C in an attached pane reaches the process as SIGINT. Red with SIGINT not forwarded: the wrapper dies
     of it alone."""
     patient = (
-        "import time\ntry:\n print('up', flush=True); time.sleep(600)\nexcept KeyboardInterrupt: raise SystemExit(21)"
+        "import time\ntry:\n print('up', flush=True); time.sleep(600)\n"
+        "except KeyboardInterrupt: raise SystemExit(21)"
     )
     run = host.start(stage("sft", trainer(patient)))
     wait_for(lambda: "up" in log(run, "trainer"), "the trainer")
@@ -254,7 +272,10 @@ def test_a_stop_during_the_bootstrap(host: Host) -> None:
     )
     run = host.start(stage("sft", trainer("pass")), environments=[spec])
     wait_for(lambda: "making" in log(run, "supervisor"), "the installer")
-    assert json.loads(module("stop", str(run.path)).stdout) == {"state": "stopped", "exit_code": 143}
+    assert json.loads(module("stop", str(run.path)).stdout) == {
+        "state": "stopped",
+        "exit_code": 143,
+    }
     assert survivors(run) == []
     assert path.is_dir() and not (path / ".complete").exists()
 
@@ -266,7 +287,9 @@ def test_strangers_are_never_signalled(host: Host) -> None:
         run = host.start(stage("sft", trainer(UP)))
         wait_for(lambda: "up" in log(run, "trainer"), "the trainer")
         for name in ("rank-0", "trainer"):
-            record = run_dir.ProcessRecord(name=name, pid=stranger.pid, pgid=stranger.pid, started_at=0.0)
+            record = run_dir.ProcessRecord(
+                name=name, pid=stranger.pid, pgid=stranger.pid, started_at=0.0
+            )
             run_dir.write_json_atomic(run.process(name), record)
         assert module("stop", str(run.path)).returncode == 0
         assert alive(stranger.pid)

@@ -8,8 +8,14 @@ from tests.worker.stands import Host, engine, events, free_port, stage, trainer
 @pytest.mark.parametrize(
     ("end", "told"),
     [
-        ("sys.exit(1)", "stage rl: engine-0 ended with exit code 1. Another process uses the port."),
-        ("os.kill(os.getpid(), 9)", "stage rl: engine-0 was ended by SIGKILL. Another process uses the port."),
+        (
+            "sys.exit(1)",
+            "stage rl: engine-0 ended with exit code 1. Another process uses the port.",
+        ),
+        (
+            "os.kill(os.getpid(), 9)",
+            "stage rl: engine-0 was ended by SIGKILL. Another process uses the port.",
+        ),
     ],
 )
 def test_the_error_has_the_reason_and_the_fix(host: Host, end: str, told: str) -> None:

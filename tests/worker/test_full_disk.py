@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 from rollouts import run_dir
-from rollouts.run_dir import QueueSpec, RunDir, append_jsonl, last_jsonl_row, read_jsonl, read_rows, write_json_atomic
+from rollouts.run_dir import (
+    QueueSpec,
+    RunDir,
+    append_jsonl,
+    last_jsonl_row,
+    read_jsonl,
+    write_json_atomic,
+)
+from rollouts.view.growing_rows import GrowingRows
 from rollouts.worker.supervise.journal import Journal
 from rollouts.worker.tickets import draw, in_line
 from tests.worker.stands import Host, as_status, events, log, stage, trainer, wait_for, wait_for_end
@@ -32,7 +40,9 @@ raise full
 def small_disk(private_server: None, tmp_path: Path) -> Iterator[Path]:
     directory = tmp_path / "small"
     directory.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(directory)], check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(directory)], check=False
+    )
     assert mounted.returncode == 0, "needs to mount a tmpfs"
     yield directory
     subprocess.run(["umount", "-l", str(directory)], check=True)
@@ -59,11 +69,12 @@ def test_an_append_that_does_not_fit_is_taken_back(small_disk: Path) -> None:
     (small_disk / "filler").unlink()
     append_jsonl(file, {"kind": "after"})
     assert [row["kind"] for row in read_jsonl(file)] == ["before", "fits", "after"]
-    assert read_rows(file)[1] == 0
+    assert GrowingRows().read(file, bool)[1] == 0
 
 
 @pytest.mark.parametrize(
-    "torn", [b'{"time":1,"kind":"no', b"\xff\xfe\x00", b"[" * 100_000, b"7", b'"text"', b"null", b"{}{}"]
+    "torn",
+    [b'{"time":1,"kind":"no', b"\xff\xfe\x00", b"[" * 100_000, b"7", b'"text"', b"null", b"{}{}"],
 )
 def test_a_torn_line_costs_itself(tmp_path: Path, torn: bytes) -> None:
     """Goal: a line that is no row, wherever it stands and whoever wrote it, is left out and counted; the next append
@@ -73,12 +84,12 @@ def test_a_torn_line_costs_itself(tmp_path: Path, torn: bytes) -> None:
     with file.open("ab") as stream:
         stream.write(torn)
     append_jsonl(file, {"kind": "after"})
-    rows, skipped = read_rows(file)
+    rows, skipped = GrowingRows().read(file, bool)
     assert ([row["kind"] for row in rows], skipped) == (["before", "after"], 1)
     with file.open("ab") as stream:
         stream.write(torn + b"\n")
     assert last_jsonl_row(file) == {"kind": "after"}
-    assert read_rows(file)[1] == 2
+    assert GrowingRows().read(file, bool)[1] == 2
 
 
 def test_an_atomic_write_that_fails_leaves_nothing(small_disk: Path) -> None:
@@ -116,7 +127,9 @@ def test_a_launch_that_does_not_fit_leaves_no_secret(small_disk: Path) -> None:
     done = host.launch(job)
     assert done.returncode == 1 and "No space left on device" in done.stderr
     assert not run.secrets_in_memory.exists()
-    left = [file for file in run.path.rglob("*") if file.is_file() and run.code_tree not in file.parents]
+    left = [
+        file for file in run.path.rglob("*") if file.is_file() and run.code_tree not in file.parents
+    ]
     assert not any(b"a-secret" in file.read_bytes() for file in left), left
 
 
@@ -136,7 +149,10 @@ def test_a_full_disk_at_a_queued_runs_turn(small_disk: Path, tmp_path: Path) -> 
     ticket.drop()
     (tmp_path / "go").touch()
     wait_for_end(waiter)
-    assert as_status(waiter)["state"] == "failed" and "No space left on device" in as_status(waiter)["message"]
+    assert (
+        as_status(waiter)["state"] == "failed"
+        and "No space left on device" in as_status(waiter)["message"]
+    )
     (small_disk / "filler").unlink()
     next_one = host.finish(stage("sft", trainer("print('trained')")), queue=one)
     assert as_status(next_one)["state"] == "done" and in_line(small_disk) == []

@@ -41,7 +41,9 @@ def sent(name: str, *arguments: str, more: str = "") -> "subprocess.CompletedPro
     """A worker's program as `deploy` sends it to a host that has none of our code."""
     argv, first_line = sent_program(sys.executable, f"rollouts.worker.{name}", *arguments)
     text = first_line.decode() + more
-    return subprocess.run(argv, input=text, capture_output=True, text=True, timeout=60, cwd="/", check=False)
+    return subprocess.run(
+        argv, input=text, capture_output=True, text=True, timeout=60, cwd="/", check=False
+    )
 
 
 def started(host: Host) -> RunDir:
@@ -85,7 +87,9 @@ def test_the_sent_tail_needs_no_code(host: Host) -> None:
     """Goal: a run whose code tree is gone can still be read. Red with `-m rollouts.worker.tail` in that tree."""
     run = host.finish(stage("sft", trainer("print('trained')")))
     run.code_tree.unlink()
-    lines = [json.loads(line) for line in sent("tail", str(run.path), more="{}\n").stdout.splitlines()]
+    lines = [
+        json.loads(line) for line in sent("tail", str(run.path), more="{}\n").stdout.splitlines()
+    ]
     assert lines[-1] == {"ended": True, "state": "done", "exit_code": 0}
     assert any(line.get("file") == "events.jsonl" for line in lines)
 
@@ -95,8 +99,12 @@ def test_a_damaged_snapshot_costs_itself(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     run.status.write_bytes(b"\xff\x00")
     run_dir.append_event(run, "note")
-    lines = [json.loads(line) for line in sent("tail", str(run.path), more="{}\n").stdout.splitlines()]
-    assert lines[-1]["ended"] and {"events.jsonl", "status.json"} == {line["file"] for line in lines[:-1]}
+    lines = [
+        json.loads(line) for line in sent("tail", str(run.path), more="{}\n").stdout.splitlines()
+    ]
+    assert lines[-1]["ended"] and {"events.jsonl", "status.json"} == {
+        line["file"] for line in lines[:-1]
+    }
 
 
 @pytest.mark.parametrize("how", ["truncated", "replaced", "removed", "with its directory"])
@@ -105,7 +113,9 @@ def test_a_followed_file_only_grows(host: Host, how: str) -> None:
     middle of another's line. Red with sizes alone compared: the reader got a JSONDecodeError."""
     run = started(host)
     run_dir.append_event(run, "note", message="x" * 300)
-    argv, first_line = sent_program(sys.executable, "rollouts.worker.tail", str(run.path), "--follow")
+    argv, first_line = sent_program(
+        sys.executable, "rollouts.worker.tail", str(run.path), "--follow"
+    )
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as following:
         assert following.stdin is not None and following.stdout is not None
         following.stdin.write(first_line + b"{}\n")
@@ -146,7 +156,11 @@ def test_secrets_go_when_everything_was_killed(host: Host, who: str) -> None:
         probe(host.home, [], [], None)
     else:
         host.finish(stage("sft", trainer("print('next')")))
-    assert not run.secrets.is_symlink() and not run.secrets.exists() and not run.secrets_in_memory.exists()
+    assert (
+        not run.secrets.is_symlink()
+        and not run.secrets.exists()
+        and not run.secrets_in_memory.exists()
+    )
     assert run_dir.observe(run).state == "died"
 
 
@@ -167,7 +181,9 @@ def test_secrets_go_when_everything_was_killed_and_removed(host: Host) -> None:
     assert not run.secrets_in_memory.parent.exists() and not run.weights_in_memory.exists()
 
 
-@pytest.mark.parametrize("where", ["on the disk", "in memory", "in memory, whole, without the link to it"])
+@pytest.mark.parametrize(
+    "where", ["on the disk", "in memory", "in memory, whole, without the link to it"]
+)
 def test_a_killed_writers_secrets_go(where: str, tmp_path: Path) -> None:
     """Goal: what a writer of the secrets that was killed left, under its temporary name or before the run knew of it,
     goes at the next look. Red with the final name alone known, and with the link alone looked for."""
@@ -211,7 +227,9 @@ def test_secrets_do_not_outlive_a_reboot(host: Host) -> None:
 
 
 @pytest.mark.parametrize("how", ["missing", "open to others", "a link", "a file"])
-def test_secrets_where_no_tmpfs_can_be_trusted(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_where_no_tmpfs_can_be_trusted(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Goal: without a tmpfs, or with something of another's in the place there, secrets are a 0600 file in the run
     directory, and nothing is written into that. Red with the place taken as it is."""
     run, place = RunDir(tmp_path / "run"), tmp_path / "memory/place"
@@ -237,7 +255,11 @@ def test_launches_are_told_apart(host: Host) -> None:
     loser of two deploys followed another's job, and said done."""
     job = {**host.job(stage("sft", trainer(SLEEP))), "launch_id": "one"}
     assert json.loads(host.launch(job).stdout)["started"] is True
-    assert json.loads(host.launch(job).stdout) | {"reason": ""} == {"started": False, "same": True, "reason": ""}
+    assert json.loads(host.launch(job).stdout) | {"reason": ""} == {
+        "started": False,
+        "same": True,
+        "reason": "",
+    }
     other = json.loads(host.launch({**job, "launch_id": "two"}).stdout)
     assert (other["started"], other["same"]) == (False, False)
     module("stop", job["plan"]["run_path"])
@@ -247,12 +269,17 @@ def test_launches_are_told_apart(host: Host) -> None:
 def test_of_two_launches_at_once_one_starts(host: Host, shared: str) -> None:
     """Goal: what one run alone can have, a GPU or a port, is given to one of two launches in the same moment.
     Red without the lock of the home and the look under it: both started."""
-    jobs = [{**host.job(stage("sft", trainer(SLEEP))), "launch_id": name} for name in ("one", "two")]
+    jobs = [
+        {**host.job(stage("sft", trainer(SLEEP))), "launch_id": name} for name in ("one", "two")
+    ]
     for number, job in enumerate(jobs):
         spec = job["plan"]["stages"][0]["trainer"]
         spec["env"] = {"CUDA_VISIBLE_DEVICES": f"{number},7" if shared == "GPU" else str(number)}
         if shared == "GPU by UUID":  # which a trainer's card has, and an engine's has not
-            spec["env"] = {"CUDA_VISIBLE_DEVICES": ("GPU-52a3a85d", "7")[number], "ROLLOUTS_GPUS": "7"}
+            spec["env"] = {
+                "CUDA_VISIBLE_DEVICES": ("GPU-52a3a85d", "7")[number],
+                "ROLLOUTS_GPUS": "7",
+            }
         if shared == "port":
             spec["ready_url"] = "http://127.0.0.1:7/ready"
     command = [sys.executable, "-m", "rollouts.worker.launch"]
@@ -292,9 +319,15 @@ def test_a_listener_beyond_loopback_is_told(host: Host) -> None:
     """Goal: a run that opens a port to other machines says so, once. Red without the look at its sockets."""
     text = "import socket, time; s = socket.create_server(('0.0.0.0', 0)); print('up', flush=True); time.sleep(600)"
     run = host.start(stage("sft", trainer(text)))
-    told = wait_for(lambda: [row for row in events(run, "note") if "listens on 0.0.0.0" in row["message"]], "the note")
+    told = wait_for(
+        lambda: [row for row in events(run, "note") if "listens on 0.0.0.0" in row["message"]],
+        "the note",
+    )
     beat = as_status(run)["updated_at"]
     wait_for(lambda: as_status(run)["updated_at"] > beat, "another look")
-    assert len(told) == 1 and len([row for row in events(run, "note") if "listens on" in row["message"]]) == 1
+    assert (
+        len(told) == 1
+        and len([row for row in events(run, "note") if "listens on" in row["message"]]) == 1
+    )
     module("stop", str(run.path))
     wait_for_end(run)

@@ -50,7 +50,12 @@ Installed 3 packages in 40ms
         (UV, 3, 196.3 + 0.9005, "installing 3 packages"),
         (PIP.split("     ━", maxsplit=1)[0], 1, 899.83, "downloading torch-2.9.0 (899.8 MB)"),
         ("Downloading torch (196.3MiB)\n", 0, 196.3, "downloading torch (196.3 MB)"),
-        (PIP.rpartition("  Downloading")[0], 3, 899.83, "resolving tiny_thing-1.0-py3-none-any.whl"),
+        (
+            PIP.rpartition("  Downloading")[0],
+            3,
+            899.83,
+            "resolving tiny_thing-1.0-py3-none-any.whl",
+        ),
         ("Collecting numpy>=2; python_version > '3'\n", 1, 0.0, "resolving numpy>=2"),
         (
             "  Downloading x-1.whl (12 bytes)\nDownloading (1 MB)\nCollecting\nInstalling collected packages\n",
@@ -60,9 +65,20 @@ Installed 3 packages in 40ms
         ),
         ("", 0, 0.0, "starting"),
     ],
-    ids=["pip", "uv", "pip downloads", "uv downloads", "pip resolves a file", "a marker", "odd lines", "nothing"],
+    ids=[
+        "pip",
+        "uv",
+        "pip downloads",
+        "uv downloads",
+        "pip resolves a file",
+        "a marker",
+        "odd lines",
+        "nothing",
+    ],
 )
-def test_progress_is_read(progress: Progress, said: str, packages: int, downloaded_mb: float, doing: str) -> None:
+def test_progress_is_read(
+    progress: Progress, said: str, packages: int, downloaded_mb: float, doing: str
+) -> None:
     """Goal: packages, megabytes and what it does come from pip's and uv's own lines, in their units; a line that is
     neither changes nothing. Red with pip's units alone, and with kB taken for MB."""
     for line in said.splitlines():
@@ -71,7 +87,9 @@ def test_progress_is_read(progress: Progress, said: str, packages: int, download
     assert progress.downloaded_mb == pytest.approx(downloaded_mb, abs=1e-6)
 
 
-def test_progress_is_told_now_and_then(progress: Progress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_told_now_and_then(
+    progress: Progress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Goal: an event each 10 s at first, later each 30 s, with the bytes that lie in the environment. Red with one for
     each look: ten a second."""
     (tmp_path / "env").mkdir()

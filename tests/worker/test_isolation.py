@@ -64,8 +64,14 @@ def test_variables_of_the_host(host: Host, spec: EnvironmentSpec, tmp_path: Path
     elsewhere.mkdir()
     (elsewhere / "tiny_thing.py").write_text("version = 'of another place'\n")
     constraint.write_text("tiny-thing==2.0\n")
-    job = host.job(stage("sft", process("trainer", [f"{spec.path}/bin/python", "-c", SHOW])), environments=[spec])
-    given = {name: value.format(elsewhere=elsewhere, constraint=constraint) for name, value in REDIRECTING.items()}
+    job = host.job(
+        stage("sft", process("trainer", [f"{spec.path}/bin/python", "-c", SHOW])),
+        environments=[spec],
+    )
+    given = {
+        name: value.format(elsewhere=elsewhere, constraint=constraint)
+        for name, value in REDIRECTING.items()
+    }
     done = subprocess.run(
         [sys.executable, "-E", "-m", "rollouts.worker.launch"],
         input=json.dumps(job), capture_output=True, text=True, cwd=host.launched[-1].code_tree, check=False,
@@ -86,7 +92,9 @@ def test_what_the_config_names_passes(host: Host, spec: EnvironmentSpec, tmp_pat
     (tmp_path / "own" / "mine.py").write_text("print('mine')\n")
     declared = {"PYTHONPATH": str(tmp_path / "own")}
     job = host.job(stage("sft", trainer("import mine", env=declared)), host_env=declared)
-    done = host.launch(job, env={**os.environ, "PYTHONPATH": "/undeclared", "CONDA_PREFIX": "/opt/conda"})
+    done = host.launch(
+        job, env={**os.environ, "PYTHONPATH": "/undeclared", "CONDA_PREFIX": "/opt/conda"}
+    )
     assert done.returncode == 0, done.stderr
     run = host.launched[-1]
     wait_for_end(run)
@@ -97,16 +105,73 @@ def test_what_the_config_names_passes(host: Host, spec: EnvironmentSpec, tmp_pat
 @pytest.mark.parametrize(
     ("name", "passes"),
     [
-        *((name, True) for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS", "PIP_CERT", "PIP_PROXY")),
-        *((name, True) for name in ("UV_INDEX_URL", "UV_DEFAULT_INDEX", "UV_INDEX_MINE_PASSWORD", "UV_CACHE_DIR")),
-        *((name, True) for name in ("PATH", "HOME", "LD_LIBRARY_PATH", "https_proxy", "SSL_CERT_FILE", "HF_HOME")),
-        *((name, True) for name in ("PYTHON_VERSION", "PYTHONUNBUFFERED", "PYTHONHASHSEED", "CUDA_HOME", "PIPELINE")),
-        *((name, False) for name in ("PYTHONUSERBASE", "PYTHONSTARTUP", "PYTHONINSPECT", "PYTHONPLATLIBDIR")),
-        *((name, False) for name in ("VIRTUAL_ENV", "CONDA_PREFIX", "CONDA_DEFAULT_ENV", "__PYVENV_LAUNCHER__")),
-        *((name, False) for name in ("PIP_NO_DEPS", "PIP_REQUIREMENT", "PIP_PRE", "PIP_IGNORE_INSTALLED", "PIP_SRC")),
-        *((name, False) for name in ("UV_SYSTEM_PYTHON", "UV_PYTHON", "UV_PROJECT_ENVIRONMENT", "UV_CONSTRAINT")),
+        *(
+            (name, True)
+            for name in (
+                "PIP_INDEX_URL",
+                "PIP_EXTRA_INDEX_URL",
+                "PIP_FIND_LINKS",
+                "PIP_CERT",
+                "PIP_PROXY",
+            )
+        ),
+        *(
+            (name, True)
+            for name in (
+                "UV_INDEX_URL",
+                "UV_DEFAULT_INDEX",
+                "UV_INDEX_MINE_PASSWORD",
+                "UV_CACHE_DIR",
+            )
+        ),
+        *(
+            (name, True)
+            for name in (
+                "PATH",
+                "HOME",
+                "LD_LIBRARY_PATH",
+                "https_proxy",
+                "SSL_CERT_FILE",
+                "HF_HOME",
+            )
+        ),
+        *(
+            (name, True)
+            for name in (
+                "PYTHON_VERSION",
+                "PYTHONUNBUFFERED",
+                "PYTHONHASHSEED",
+                "CUDA_HOME",
+                "PIPELINE",
+            )
+        ),
+        *(
+            (name, False)
+            for name in ("PYTHONUSERBASE", "PYTHONSTARTUP", "PYTHONINSPECT", "PYTHONPLATLIBDIR")
+        ),
+        *(
+            (name, False)
+            for name in ("VIRTUAL_ENV", "CONDA_PREFIX", "CONDA_DEFAULT_ENV", "__PYVENV_LAUNCHER__")
+        ),
+        *(
+            (name, False)
+            for name in (
+                "PIP_NO_DEPS",
+                "PIP_REQUIREMENT",
+                "PIP_PRE",
+                "PIP_IGNORE_INSTALLED",
+                "PIP_SRC",
+            )
+        ),
+        *(
+            (name, False)
+            for name in ("UV_SYSTEM_PYTHON", "UV_PYTHON", "UV_PROJECT_ENVIRONMENT", "UV_CONSTRAINT")
+        ),
         *((name, False) for name in ("PET_STANDALONE", "PET_MAX_RESTARTS", "PET_NNODES")),
-        *((name, False) for name in ("UV_OVERRIDE", "UV_EXCLUDE_NEWER", "UV_RESOLUTION", "UV_PRERELEASE")),
+        *(
+            (name, False)
+            for name in ("UV_OVERRIDE", "UV_EXCLUDE_NEWER", "UV_RESOLUTION", "UV_PRERELEASE")
+        ),
     ],
 )
 def test_which_names_pass(name: str, passes: bool) -> None:
@@ -144,11 +209,18 @@ def test_a_setting_of_pips_configuration(
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
     ensure_environment(replace(spec, requirements=["tiny-thing"]), run, deadline())
-    assert version_in(spec) == "1.0" and sorted(path.name for path in elsewhere.iterdir()) == ["other.txt"]
-    assert text.splitlines()[1].split(" ")[0] in events(run, "environment")[-1]["pip_settings_left_out"]
+    assert version_in(spec) == "1.0" and sorted(path.name for path in elsewhere.iterdir()) == [
+        "other.txt"
+    ]
+    assert (
+        text.splitlines()[1].split(" ")[0]
+        in events(run, "environment")[-1]["pip_settings_left_out"]
+    )
 
 
-def test_an_installer_that_put_it_elsewhere(spec: EnvironmentSpec, run: RunDir, tmp_path: Path) -> None:
+def test_an_installer_that_put_it_elsewhere(
+    spec: EnvironmentSpec, run: RunDir, tmp_path: Path
+) -> None:
     """Goal: exit code 0 is not enough: what the new interpreter lacks is named, and nothing counts as built. Red with
     the marker written on the exit code alone: "reused" ever after."""
     lying = tmp_path / "uv-home" / ".local" / "bin" / "uv"
@@ -160,7 +232,9 @@ def test_an_installer_that_put_it_elsewhere(spec: EnvironmentSpec, run: RunDir, 
     subprocess.run([spec.base_python, "-m", "venv", str(tmp_path / "pristine")], check=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", f"{lying.parent}:/usr/bin:/bin")
-        with pytest.raises(BootstrapError, match=r"tiny-thing is not installed .*sent the packages elsewhere"):
+        with pytest.raises(
+            BootstrapError, match=r"tiny-thing is not installed .*sent the packages elsewhere"
+        ):
             ensure_environment(replace(spec, installer="uv"), run, deadline())
     assert not is_complete(Path(spec.path)) and not run.environment("trainer").exists()
 
@@ -169,7 +243,11 @@ def test_a_complete_one_that_was_changed(spec: EnvironmentSpec, run: RunDir) -> 
     """Goal: a reused environment that no longer holds what it is named for is refused, with what to do. Red with the
     marker alone looked at."""
     ensure_environment(spec, run, deadline())
-    for requirement in ("tiny-thing>=1.5", "tiny-thing[extra]==2.*", "tiny_thing>1; python_version>'3'"):
+    for requirement in (
+        "tiny-thing>=1.5",
+        "tiny-thing[extra]==2.*",
+        "tiny_thing>1; python_version>'3'",
+    ):
         changed = replace(spec, requirements=[requirement], constraints="")
         refused = r"tiny-thing is 1\.0, needs .*; remove .* while no run uses it"
         with pytest.raises(BootstrapError, match=refused) as caught:
@@ -177,7 +255,9 @@ def test_a_complete_one_that_was_changed(spec: EnvironmentSpec, run: RunDir) -> 
         assert len(caught.value.log_tail) == 1 and is_complete(Path(spec.path))
 
 
-def test_what_was_installed_is_recorded(spec: EnvironmentSpec, run: RunDir, wheels: Path, tmp_path: Path) -> None:
+def test_what_was_installed_is_recorded(
+    spec: EnvironmentSpec, run: RunDir, wheels: Path, tmp_path: Path
+) -> None:
     """Goal: code/environment-<name>.txt has each package at its version, as the environment's own interpreter sees it;
     also of one that is reused. Red with the record left out on reuse."""
     ensure_environment(spec, run, deadline())
@@ -187,7 +267,10 @@ def test_what_was_installed_is_recorded(spec: EnvironmentSpec, run: RunDir, whee
     listed = run.environment("trainer").read_text()
     assert listed == other.environment("engine").read_text()
     frozen = subprocess.run(
-        [f"{spec.path}/bin/python", "-m", "pip", "freeze", "--all"], capture_output=True, text=True, check=True
+        [f"{spec.path}/bin/python", "-m", "pip", "freeze", "--all"],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     assert sorted(listed.splitlines()) == sorted(
         line.replace("tiny_thing", "tiny-thing") for line in frozen.splitlines()
@@ -196,7 +279,11 @@ def test_what_was_installed_is_recorded(spec: EnvironmentSpec, run: RunDir, whee
 
 
 def test_what_lies_on_the_path_is_not_taken_for_installed(
-    spec: EnvironmentSpec, run: RunDir, tmp_path: Path, wheels: Path, monkeypatch: pytest.MonkeyPatch
+    spec: EnvironmentSpec,
+    run: RunDir,
+    tmp_path: Path,
+    wheels: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Goal: a package in this process's PYTHONPATH is none of the environment's. Red with the interpreter asked without
     -I."""
@@ -208,13 +295,17 @@ def test_what_lies_on_the_path_is_not_taken_for_installed(
     assert "stray" not in run.environment("trainer").read_text()
 
 
-def test_kill_9_of_supervisor_and_wrapper_while_it_builds(host: Host, spec: EnvironmentSpec, tmp_path: Path) -> None:
+def test_kill_9_of_supervisor_and_wrapper_while_it_builds(
+    host: Host, spec: EnvironmentSpec, tmp_path: Path
+) -> None:
     """Goal: an installer ends with its supervisor even when nobody is left to end it. Red without the kernel's
     parent-death signal: it goes on into a directory that the next run builds in."""
     slow = tmp_path / "slow-python"
     slow.write_text('#!/bin/sh\nmkdir -p "$3"\necho $$ > "$3/installer"\nexec sleep 600\n')
     slow.chmod(0o755)
-    run = host.start(stage("sft", trainer("pass")), environments=[replace(spec, base_python=str(slow))])
+    run = host.start(
+        stage("sft", trainer("pass")), environments=[replace(spec, base_python=str(slow))]
+    )
     noted = Path(spec.path) / "installer"
     wait_for(lambda: noted.exists() and noted.read_text(), "the installer")
     supervisor, installer = recorded_pid(run, "supervisor"), int(noted.read_text())
@@ -224,7 +315,9 @@ def test_kill_9_of_supervisor_and_wrapper_while_it_builds(host: Host, spec: Envi
     assert run_dir.observe(run).state == "died"
 
 
-def test_an_installer_holds_the_lock_itself(spec: EnvironmentSpec, run: RunDir, tmp_path: Path) -> None:
+def test_an_installer_holds_the_lock_itself(
+    spec: EnvironmentSpec, run: RunDir, tmp_path: Path
+) -> None:
     """Goal: while a process of the installer lives, nobody else builds in its place, whoever else has ended. Red with
     the lock's descriptor closed in the child."""
     lingering = tmp_path / "lingering-python"

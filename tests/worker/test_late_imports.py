@@ -22,9 +22,16 @@ def late_imports(source: str) -> list[str]:
 
 def test_the_stages_alone_are_imported_late() -> None:
     """Goal: what a trainer needs is read at the top of its files. Red with `import torch` inside `main`: listed."""
-    files = [*WORKER.glob("trainer*.py"), *(WORKER / "stages").glob("*.py"), *(WORKER / "builders").glob("*.py")]
+    files = [
+        *WORKER.glob("trainer*.py"),
+        *(WORKER / "stages").glob("*.py"),
+        *(WORKER / "builders").glob("*.py"),
+    ]
     found = [line for file in files for line in late_imports(file.read_text())]
-    assert sorted(found) == ["from rollouts.worker.stages import rl", "from rollouts.worker.stages import sft"]
+    assert sorted(found) == [
+        "from rollouts.worker.stages import rl",
+        "from rollouts.worker.stages import sft",
+    ]
     assert late_imports("def f():\n    import torch") == ["import torch"]
 
 

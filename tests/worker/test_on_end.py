@@ -50,7 +50,7 @@ def start(host: Host, text: str, command: str | None) -> RunDir:
 def test_it_runs_once_at_every_end(host: Host, text: str, state: str, code: int) -> None:
     """Goal: it is told how the run ended, has the run's secrets and not the engines' keys, its failure changes
     nothing, nothing of it is left, and its event is the last but the run's end. Red with it run for `done` alone, with
-    the supervisor's whole environment, with its exit code as the run's, and without the end of what it left."""
+    the supervisor's whole environment, and with its exit code as the run's."""
     run = start(host, text, COMMAND)
     if state == "stopped":
         wait_for(lambda: "up" in log(run, "trainer"), "the trainer")
@@ -86,7 +86,12 @@ fields = at_end.run_at_end(run, {command!r}, "done", 0, beat=lambda: None)
 print(json.dumps(fields), file=sys.stderr)
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", program],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
     )
     return dict(json.loads(done.stderr))
 
@@ -99,7 +104,8 @@ def test_it_is_bounded_in_time(tmp_path: Path) -> None:
     run.plan.write_text("{}")
     left = tmp_path / "left"
     found = at_end(
-        run, f"trap '' TERM; env -i setsid sleep 600 & echo $! > {left}; echo begun; while :; do sleep 1; done"
+        run,
+        f"trap '' TERM; env -i setsid sleep 600 & echo $! > {left}; echo begun; while :; do sleep 1; done",
     )
     assert found["exit_code"] is None and "still ran after 1 s, and was ended" in found["message"]
     assert log(run, "on_end") == "begun\n"

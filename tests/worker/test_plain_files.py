@@ -44,7 +44,9 @@ odd = pytest.mark.parametrize("kind", ODD)
 
 
 @odd
-@pytest.mark.parametrize("name", ["logs/a.log", "metrics.jsonl", "exit/rl-trainer.json", "code/environment-x.txt"])
+@pytest.mark.parametrize(
+    "name", ["logs/a.log", "metrics.jsonl", "exit/rl-trainer.json", "code/environment-x.txt"]
+)
 def test_tail_passes_over_what_is_no_plain_file(name: str, kind: str, tmp_path: Path) -> None:
     """Goal: the other files of the run come, the odd one is named once, and the tail ends. Red with open(): it waited
     for the pipe's other end, and took all memory for the device."""
@@ -100,7 +102,14 @@ def test_no_reader_of_a_run_directory_waits(kind: str, tmp_path: Path) -> None:
     """Goal: whoever reads or appends to a run's files ends at once, each with a reason that `open` would give. Red with
     any of them opened without O_NONBLOCK."""
     run = RunDir(tmp_path / "runs/r")
-    names = ["supervisor.lock", "status.json", "launch.json", "plan.json", "metrics.jsonl", "events.jsonl"]
+    names = [
+        "supervisor.lock",
+        "status.json",
+        "launch.json",
+        "plan.json",
+        "metrics.jsonl",
+        "events.jsonl",
+    ]
     for name in [*names, "logs/a.log", "exit/rl-trainer.json"]:
         (run.path / name).parent.mkdir(parents=True, exist_ok=True)
         (run.path / "a-pipe").unlink(missing_ok=True)

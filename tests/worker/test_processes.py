@@ -29,14 +29,22 @@ class Started:
         self.all: list[subprocess.Popen[str]] = []
 
     def start(
-        self, *, run_id: str | None = None, window: str = "sft-trainer", text: str = SLEEP, home: Path | None = None
+        self,
+        *,
+        run_id: str | None = None,
+        window: str = "sft-trainer",
+        text: str = SLEEP,
+        home: Path | None = None,
     ) -> int:
         """`home`: of the run that marks it, as this version does; None: as an older version did."""
         mark = {RUN_ID_VARIABLE: run_id or self.run_id, WINDOW_VARIABLE: window}
         if home is not None:
             mark[RUN_PATH_VARIABLE] = str(home / "runs" / self.run_id)
         child = subprocess.Popen(
-            [sys.executable, "-c", text], env={**os.environ, **mark}, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", text],
+            env={**os.environ, **mark},
+            stdout=subprocess.PIPE,
+            text=True,
         )
         assert child.stdout is not None and child.stdout.readline() == "up\n"
         self.all.append(child)
@@ -115,7 +123,9 @@ def test_start_ticks_survive_a_strange_name() -> None:
 def test_runs_of_one_id_in_two_homes(started: Started, tmp_path: Path) -> None:
     """Goal: the mark names the run's directory: a run of the same id in another home is another's, and what descends
     from it too. Red with the id alone compared."""
-    run_dir.write_json_atomic(started.run.launch, {"launch_id": "x", "host": run_dir.host_identity()})
+    run_dir.write_json_atomic(
+        started.run.launch, {"launch_id": "x", "host": run_dir.host_identity()}
+    )
     ours = started.start(home=tmp_path)
     twin = started.start(home=tmp_path / "twin")
     assert marked_processes(started.run) == [ours]

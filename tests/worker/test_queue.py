@@ -15,9 +15,17 @@ from typing import Any
 
 import pytest
 
-from rollouts.run_dir import LaunchPlan, NamedGpu, QueueSpec, RunDir, SmokeCheck, observe, read_status
+from rollouts.run_dir import (
+    LaunchPlan,
+    NamedGpu,
+    QueueSpec,
+    RunDir,
+    SmokeCheck,
+    observe,
+    read_status,
+)
 from rollouts.worker.claims import LiveRun
-from rollouts.worker.supervise.placement import placed
+from rollouts.worker.supervise.other_cards import placed
 from rollouts.worker.supervise.turn import Choice, Obstacle, choose
 from rollouts.worker.tickets import in_line
 from tests.worker.stands import (
@@ -45,7 +53,10 @@ while not pathlib.Path(sys.argv[1], os.environ["ROLLOUTS_RUN_ID"]).exists() and 
 
 def turn(directory: Path, *, holds: bool = False, env: dict[str, str] | None = None) -> Any:
     """A stage whose trainer notes its run's turn; `holds`: until a file of the run's name is in `directory`."""
-    return stage("sft", process("trainer", script(TURNS, str(directory), *(["holds"] if holds else [])), env=env))
+    return stage(
+        "sft",
+        process("trainer", script(TURNS, str(directory), *(["holds"] if holds else [])), env=env),
+    )
 
 
 def order(directory: Path) -> list[str]:
@@ -83,33 +94,50 @@ def test_the_order_is_kept_whoever_dies(host: Host, tmp_path: Path, seed: int) -
         if chance.random() < 0.7:
             os.kill(recorded_pid(by_name[run_id], "supervisor"), signal.SIGKILL)
         else:
-            assert json.loads(module("stop", str(by_name[run_id].path)).stdout)["state"] == "stopped"
+            assert (
+                json.loads(module("stop", str(by_name[run_id].path)).stdout)["state"] == "stopped"
+            )
     (tmp_path / holder.run_id).touch()
     left = [run_id for run_id in line if run_id not in ended]
     for run_id in left:
         wait_for_end(by_name[run_id])
     assert order(tmp_path) == [holder.run_id, *left]
     spans = [
-        [row["time"] for row in events(by_name[run_id]) if row["kind"] in ("turn", "run_ended")] for run_id in left
+        [row["time"] for row in events(by_name[run_id]) if row["kind"] in ("turn", "run_ended")]
+        for run_id in left
     ]
     assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
-    assert {observe(by_name[run_id]).state for run_id in ended} <= {"died", "stopped"} and in_line(host.home) == []
+    assert {observe(by_name[run_id]).state for run_id in ended} <= {"died", "stopped"} and in_line(
+        host.home
+    ) == []
 
 
 def test_so_many_at_once_as_is_said(host: Host, tmp_path: Path) -> None:
     """Goal: with at_once=2 two run side by side and the third waits for either; a stop takes a waiter out. Red with
     the plan's queue part kept once the turn had come."""
     two = QueueSpec(cards=[], at_once=2, ports=[])
-    first, second, third, fourth = (host.start(turn(tmp_path, holds=True), queue=two) for _ in range(4))
+    first, second, third, fourth = (
+        host.start(turn(tmp_path, holds=True), queue=two) for _ in range(4)
+    )
     wait_for(lambda: sorted(order(tmp_path)) == sorted([first.run_id, second.run_id]), "two turns")
     wait_for(
-        lambda: queued_behind(third, "at most 2 at once") and second.run_id in as_status(third)["message"], "its place"
+        lambda: (
+            queued_behind(third, "at most 2 at once")
+            and second.run_id in as_status(third)["message"]
+        ),
+        "its place",
     )
     wait_for(
-        lambda: queued_behind(fourth, f"place 2 of 2 in the host's queue, waits for run {third.run_id}"), "its place"
+        lambda: queued_behind(
+            fourth, f"place 2 of 2 in the host's queue, waits for run {third.run_id}"
+        ),
+        "its place",
     )
-    assert json.loads(module("stop", str(third.path)).stdout) == {"state": "stopped", "exit_code": 143}
-    assert [row["kind"] for row in events(third)] == ["queued", "run_ended"]
+    assert json.loads(module("stop", str(third.path)).stdout) == {
+        "state": "stopped",
+        "exit_code": 143,
+    }
+    assert [row["kind"] for row in events(third)] == ["queued", "stop_asked", "run_ended"]
     (tmp_path / second.run_id).touch()
     wait_for(lambda: fourth.run_id in order(tmp_path), "the fourth's turn")
     assert observe(first).state == "running"
@@ -123,7 +151,15 @@ def test_a_plan_on_other_cards_and_ports() -> None:
     smoke test of one card does not count for another. Red with any of these left as it was."""
     env = {"ROLLOUTS_GPUS": "0,1", "CUDA_VISIBLE_DEVICES": "GPU-0,GPU-1", "OMP_NUM_THREADS": "1"}
     by_index = {"ROLLOUTS_GPUS": "1", "CUDA_VISIBLE_DEVICES": "1"}
-    argv = ["python", "--port", "21000", "--max-total-tokens", "21000", "--worker-urls", "http://127.0.0.1:21001"]
+    argv = [
+        "python",
+        "--port",
+        "21000",
+        "--max-total-tokens",
+        "21000",
+        "--worker-urls",
+        "http://127.0.0.1:21001",
+    ]
     engine = process("engine-0", argv, env=by_index, ready_url="http://127.0.0.1:21000/ready")
     smoke = SmokeCheck(
         process=process("smoke", ["x"], env=env),
@@ -131,12 +167,23 @@ def test_a_plan_on_other_cards_and_ports() -> None:
         marker="/e/.smoke-ab",
         subject="GPU 0 (H200), GPU 1 (H200)",
     )
-    plan = plan_of(stage("rl", process("trainer", ["t", "--engine-url", "http://127.0.0.1:21000"], env=env), engine))
+    plan = plan_of(
+        stage(
+            "rl",
+            process("trainer", ["t", "--engine-url", "http://127.0.0.1:21000"], env=env),
+            engine,
+        )
+    )
     cards = {0: NamedGpu(index=1, uuid="GPU-1"), 1: NamedGpu(index=3, uuid="GPU-3")}
-    ready = placed(dataclasses.replace(plan, smoke=[smoke], queue=ONE), cards, {21000: 22000, 21001: 22001})
+    ready = placed(
+        dataclasses.replace(plan, smoke=[smoke], queue=ONE), cards, {21000: 22000, 21001: 22001}
+    )
     rl, (check,) = ready.stages[0], ready.smoke
     assert rl.trainer.env == {**env, "ROLLOUTS_GPUS": "1,3", "CUDA_VISIBLE_DEVICES": "GPU-1,GPU-3"}
-    assert rl.trainer.argv[-1] == "http://127.0.0.1:22000" and rl.engines[0].env["CUDA_VISIBLE_DEVICES"] == "3"
+    assert (
+        rl.trainer.argv[-1] == "http://127.0.0.1:22000"
+        and rl.engines[0].env["CUDA_VISIBLE_DEVICES"] == "3"
+    )
     assert rl.engines[0].argv == ["python", "--port", "22000", *argv[3:6], "http://127.0.0.1:22001"]
     assert rl.engines[0].ready_url == "http://127.0.0.1:22000/ready" and ready.queue is None
     assert check.subject == "GPU 1 (H200), GPU 3 (H200)" and check.marker != smoke.marker
@@ -149,7 +196,9 @@ def test_ports_at_the_turn(tmp_path: Path) -> None:
 
     def asked(port: int, chosen: list[int]) -> tuple[LaunchPlan, QueueSpec]:
         spec = process("engine-0", ["x"], ready_url=f"http://127.0.0.1:{port}/ready")
-        return plan_of(stage("rl", process("trainer", ["t"]), spec)), QueueSpec(cards=[], at_once=9, ports=chosen)
+        return plan_of(stage("rl", process("trainer", ["t"]), spec)), QueueSpec(
+            cards=[], at_once=9, ports=chosen
+        )
 
     other = LiveRun(RunDir(tmp_path / "other"), asked(port := free_port(), [])[0], 0.0)
     assert choose(*asked(port, [port]), [], {}) == Choice({}, {})
@@ -161,7 +210,9 @@ def test_ports_at_the_turn(tmp_path: Path) -> None:
         server.bind(("127.0.0.1", port))
         server.listen()
         found = choose(*asked(port, []), [], {})
-        assert isinstance(found, Obstacle) and found.text == f"port {port} (something listens there)"
+        assert (
+            isinstance(found, Obstacle) and found.text == f"port {port} (something listens there)"
+        )
 
 
 def plan_of(*stages: Any) -> LaunchPlan:
@@ -200,7 +251,9 @@ def gpu_host(host: Host, tmp_path: Path) -> Callable[..., RunDir]:
     environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}
 
     def start(cards: list[int]) -> RunDir:
-        spec = QueueSpec(cards=[NamedGpu(index=i, uuid=f"GPU-{i}") for i in cards], at_once=1, ports=[])
+        spec = QueueSpec(
+            cards=[NamedGpu(index=i, uuid=f"GPU-{i}") for i in cards], at_once=1, ports=[]
+        )
         env = {"ROLLOUTS_GPUS": "0", "CUDA_VISIBLE_DEVICES": "GPU-0"}
         job = host.job(turn(tmp_path, holds=True, env=env), queue=spec)
         done = host.launch(job, env=environment)
@@ -218,20 +271,33 @@ def test_gpus_are_shared_out(gpu_host: Callable[..., RunDir], host: Host, tmp_pa
     wait_for(lambda: order(tmp_path) == [one.run_id], "its turn")
     assert (tmp_path / "order").read_text() == f"{one.run_id} 1\n"
     assert events(one, "turn")[0]["has"] == ["GPU 1"]
-    assert json.loads(one.plan.read_text())["stages"][0]["trainer"]["env"]["CUDA_VISIBLE_DEVICES"] == "GPU-1"
+    assert (
+        json.loads(one.plan.read_text())["stages"][0]["trainer"]["env"]["CUDA_VISIBLE_DEVICES"]
+        == "GPU-1"
+    )
     two, named = gpu_host([0, 1]), gpu_host([1])
-    wait_for(lambda: queued_behind(two, f"GPU 0 (pid {os.getpid()} python of "), "the stranger's name")
+    wait_for(
+        lambda: queued_behind(two, f"GPU 0 (pid {os.getpid()} python of "), "the stranger's name"
+    )
     assert (
         f"1 of the GPUs GPU 0 (pid {os.getpid()}" in as_status(two)["message"]
         and one.run_id in as_status(two)["message"]
     )
     plain = host.job(turn(tmp_path, env={"ROLLOUTS_GPUS": "0"}))
     refused = json.loads(host.launch({**plain, "launch_id": "x"}).stdout)
-    assert not refused["started"] and f"run {two.run_id} waits in the host's queue for GPU 0" in refused["reason"]
+    assert (
+        not refused["started"]
+        and f"run {two.run_id} waits in the host's queue for GPU 0" in refused["reason"]
+    )
     (tmp_path / "busy").unlink()
     wait_for(lambda: order(tmp_path) == [one.run_id, two.run_id], "the second's turn")
     assert (tmp_path / "order").read_text().splitlines()[1] == f"{two.run_id} 0"
-    wait_for(lambda: queued_behind(named, f"place 1 of 1 in the host's queue, waits for GPU 1 (run {one.run_id}"), "it")
+    wait_for(
+        lambda: queued_behind(
+            named, f"place 1 of 1 in the host's queue, waits for GPU 1 (run {one.run_id}"
+        ),
+        "it",
+    )
     (tmp_path / one.run_id).touch()
     wait_for(lambda: named.run_id in order(tmp_path), "the third's turn")
     for run in (two, named):

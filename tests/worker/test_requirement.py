@@ -56,7 +56,17 @@ def test_lines(line: str) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["--no-index", "--find-links /w", "-e .", "./pkg", "/a/b.whl", "a.whl", "git+https://h/x", "  --hash=sha256:0", ""],
+    [
+        "--no-index",
+        "--find-links /w",
+        "-e .",
+        "./pkg",
+        "/a/b.whl",
+        "a.whl",
+        "git+https://h/x",
+        "  --hash=sha256:0",
+        "",
+    ],
 )
 def test_lines_that_name_no_package(line: str) -> None:
     """Goal: nothing is asked of them. Red with an option's value taken for a package."""

@@ -72,7 +72,9 @@ while len(seen) < int(sys.argv[2]) or events.read_text().count('"engine_ready"')
 
 
 def outliving(port: int, lives: int, *, ready: int) -> Any:
-    return process("trainer", script(OUTLIVING, f"http://127.0.0.1:{port}/", str(lives), str(ready)))
+    return process(
+        "trainer", script(OUTLIVING, f"http://127.0.0.1:{port}/", str(lives), str(ready))
+    )
 
 
 def start(
@@ -124,13 +126,18 @@ def test_a_killed_engine_is_started_again(host: Host) -> None:
     assert (restart["stage"], restart["window"], restart["restarts_left"]) == ("rl", "engine-0", 2)
     assert restart["reason"] == "engine-0 was ended by SIGKILL"
     assert log(run, "engine-0").count("engine serves") == 2
-    first, last = run_dir.read_exit(run, "rl", "engine-0.life-1"), run_dir.read_exit(run, "rl", "engine-0")
+    first, last = (
+        run_dir.read_exit(run, "rl", "engine-0.life-1"),
+        run_dir.read_exit(run, "rl", "engine-0"),
+    )
     assert first is not None and last is not None
     assert (first.signal, last.signal) == (signal.SIGKILL, signal.SIGTERM)
     kinds = [row["kind"] for row in events(run)]
     assert kinds[2:6] == ["engine_ready", "process_ended", "engine_restarted", "engine_ready"]
     view = fold(View(), "events.jsonl", restart)
-    assert view.phases == (("engine-0", "started again: engine-0 was ended by SIGKILL; 2 more left"),)
+    assert view.phases == (
+        ("engine-0", "started again: engine-0 was ended by SIGKILL; 2 more left"),
+    )
 
 
 @pytest.mark.parametrize("stopped", ["server", "child"])
@@ -145,7 +152,10 @@ def test_a_stopped_engine_is_killed_and_started_again(host: Host, stopped: str) 
     assert not alive(server) and not alive(child)
     assert await_end(run)["state"] == "done"
     (restart,) = events(run, "engine_restarted")
-    assert "hung" in restart["reason"] and f"limits.engine_hang_timeout_s={HANG_S:g}" in restart["reason"]
+    assert (
+        "hung" in restart["reason"]
+        and f"limits.engine_hang_timeout_s={HANG_S:g}" in restart["reason"]
+    )
 
 
 def test_an_engine_that_is_slow_or_paused_is_left_alone(host: Host) -> None:
@@ -153,7 +163,8 @@ def test_an_engine_that_is_slow_or_paused_is_left_alone(host: Host) -> None:
     while it is paused. Red with heartbeats of 0.1 s, and with only 200 an answer."""
     paused = "Handler.asked += 1; self.send_response(200 if Handler.asked < 3 else 503)"
     slow = ENGINE.replace(
-        "self.send_response(200)", f"time.sleep({HANG_S * 0.3}); print('asked', flush=True); {paused}"
+        "self.send_response(200)",
+        f"time.sleep({HANG_S * 0.3}); print('asked', flush=True); {paused}",
     )
     slow = slow.replace("def do_GET", "asked = 0\n    def do_GET")
     waiting = """
@@ -162,7 +173,9 @@ log = pathlib.Path(os.environ["ROLLOUTS_RUN_PATH"], "logs", "engine-0.log")
 while log.read_text().count("asked") < 5: time.sleep(0.05)
 """
     spec = engine(free_port(), slow)
-    run = host.finish(stage("rl", trainer(waiting), spec), engine_restarts_max=3, engine_hang_timeout_s=HANG_S)
+    run = host.finish(
+        stage("rl", trainer(waiting), spec), engine_restarts_max=3, engine_hang_timeout_s=HANG_S
+    )
     assert as_status(run)["state"] == "done"
     assert events(run, "engine_restarted") == []
 
@@ -177,7 +190,9 @@ def test_the_budget(host: Host) -> None:
     assert (status["state"], status["exit_code"]) == ("failed", 137)
     (error,) = events(run, "error")
     assert error["window"] == "engine-0"
-    assert error["message"] == ("stage rl: engine-0 was ended by SIGKILL (engine.restarts_max=2, of which 0 are left)")
+    assert error["message"] == (
+        "stage rl: engine-0 was ended by SIGKILL (engine.restarts_max=2, of which 0 are left)"
+    )
     assert error["log_tail"][-1].startswith("engine serves")
     assert [row["restarts_left"] for row in events(run, "engine_restarted")] == [1, 0]
     record = run_dir.read_exit(run, "rl", "trainer")
@@ -245,7 +260,8 @@ def test_the_wrapper_dies(host: Host) -> None:
 def test_the_port_is_looked_at_again(host: Host) -> None:
     """Goal: a stranger that takes the port between two lives is named, not taken for the engine. Red without the
     second look, and with a full queue taken for a free port: the engine failed to bind, once for each restart."""
-    port, path = free_port(), f"/tmp/rt-{os.getpid()}-{free_port()}"  # a socket's path has to be short
+    # a socket's path has to be short
+    port, path = free_port(), f"/tmp/rt-{os.getpid()}-{free_port()}"
     giving = ENGINE.replace(
         "server.serve_forever()",
         "import socket; giver = socket.socket(socket.AF_UNIX)\n"
@@ -258,7 +274,8 @@ def test_the_port_is_looked_at_again(host: Host) -> None:
         try:
             run = start(host, port, giving)
             server = await_life(run, 1)
-            _, (held, *_), _, _ = socket.recv_fds(taker.accept()[0], 1, 1)  # this process is the stranger
+            # this process is the stranger
+            _, (held, *_), _, _ = socket.recv_fds(taker.accept()[0], 1, 1)
         finally:
             os.unlink(path)
     os.kill(server, signal.SIGKILL)
@@ -303,7 +320,9 @@ def test_replicas_share_the_budget(host: Host) -> None:
 
 
 @pytest.mark.parametrize(("restarts_max", "timeout_s"), [(0, 30.0), (1, 30.0), (4, 120.0)])
-def test_the_trainer_waits_for_as_many_lives(tmp_path: Path, restarts_max: int, timeout_s: float) -> None:
+def test_the_trainer_waits_for_as_many_lives(
+    tmp_path: Path, restarts_max: int, timeout_s: float
+) -> None:
     """Goal: the trainer runs a request again as often as engines may be restarted, and waits for them as long as that
     may take by the config's limits. Red with a constant in place of each."""
     config = example_config()
@@ -311,7 +330,10 @@ def test_the_trainer_waits_for_as_many_lives(tmp_path: Path, restarts_max: int, 
     for path, value in {**changes, "engine.restarts_max": restarts_max}.items():
         config = replace_at(config, path, value)
     reruns = build_pool(config, RunDir(tmp_path), [SGLangEngine("http://127.0.0.1:1")]).reruns
-    assert reruns is not None and (reruns.times_max, reruns.recover_timeout_s) == (restarts_max, timeout_s)
+    assert reruns is not None and (reruns.times_max, reruns.recover_timeout_s) == (
+        restarts_max,
+        timeout_s,
+    )
 
 
 def test_a_life_is_not_blamed_for_the_one_before(host: Host) -> None:
@@ -333,4 +355,7 @@ print("torch.OutOfMemoryError: CUDA out of memory.", flush=True)
     (restart,) = events(run, "engine_restarted")
     assert restart["reason"].startswith("engine-0 was ended by SIGKILL. Out of memory.")
     (error,) = events(run, "error")
-    assert error["message"] == "stage rl: engine-0 ended with exit code 3 (engine.restarts_max=1, of which 0 are left)"
+    assert (
+        error["message"]
+        == "stage rl: engine-0 ended with exit code 3 (engine.restarts_max=1, of which 0 are left)"
+    )

@@ -21,7 +21,17 @@ from rollouts.worker.supervise.journal import Journal
 from rollouts.worker.supervise.open_window import OpenWindow
 from rollouts.worker.supervise.peers import NoPeers
 from rollouts.worker.supervise.pulse import Pulse
-from tests.worker.stands import Host, alive, as_status, module, process, recorded_pid, stage, trainer, wait_for
+from tests.worker.stands import (
+    Host,
+    alive,
+    as_status,
+    module,
+    process,
+    recorded_pid,
+    stage,
+    trainer,
+    wait_for,
+)
 
 SLEEP = "import time; time.sleep(600)"
 
@@ -29,7 +39,9 @@ SLEEP = "import time; time.sleep(600)"
 def write_status(run: RunDir, state: Any) -> None:
     times = {"started_at": time.time(), "updated_at": time.time()}
     fields: dict[str, Any] = {"stage": "rl", "message": "", "exit_code": None, **times}
-    run_dir.write_json_atomic(run.status, Status(run_id=run.run_id, experiment_name="test", state=state, **fields))
+    run_dir.write_json_atomic(
+        run.status, Status(run_id=run.run_id, experiment_name="test", state=state, **fields)
+    )
 
 
 def plan_in(home: Path, run_id: str, gpus: str = "0,1") -> LaunchPlan:
@@ -67,7 +79,9 @@ def run_elsewhere(home: Path, *, heard_s: float) -> RunDir:
     """A run of gpu-8 in a home that this machine shares, whose lock is not seen here; its heartbeat's age."""
     run = RunDir(home / "runs/other")
     run_dir.write_json_atomic(run.plan, plan_in(home, "other"))
-    run_dir.write_json_atomic(run.launch, {"launch_id": "x", "host": {"name": "gpu-8", "boot": "b"}})
+    run_dir.write_json_atomic(
+        run.launch, {"launch_id": "x", "host": {"name": "gpu-8", "boot": "b"}}
+    )
     write_status(run, "running")
     run.lock.touch()
     heartbeat = {"updated_at": time.time() - heard_s, "message": "training"}
@@ -75,7 +89,11 @@ def run_elsewhere(home: Path, *, heard_s: float) -> RunDir:
     return run
 
 
-ELSEWHERE = [{**HERE, "name": "gpu-8"}, {**HERE, "boot": "another"}, {"name": "gpu-8", "boot": "another"}]
+ELSEWHERE = [
+    {**HERE, "name": "gpu-8"},
+    {**HERE, "boot": "another"},
+    {"name": "gpu-8", "boot": "another"},
+]
 UNKNOWN = [None, "gpu-8", {}, {"name": 7, "boot": "x"}, ["gpu-8"]]
 
 
@@ -92,14 +110,20 @@ def test_what_a_run_of_this_machine_has_is_taken(host: Any, other: RunDir) -> No
 
 
 @pytest.mark.parametrize("host", ELSEWHERE)
-def test_what_a_run_of_another_machine_has_is_free_here(host: dict[str, str], other: RunDir) -> None:
+def test_what_a_run_of_another_machine_has_is_free_here(
+    host: dict[str, str], other: RunDir
+) -> None:
     """Goal: machines that share a home each have their own GPUs and ports. Red with
     the machine not looked at: a launch was refused for the other's GPUs."""
     run_dir.write_json_atomic(other.launch, {"launch_id": "x", "host": host})
     home = other.path.parent.parent
     assert claims.taken(plan_in(home, "new")) == ""
     row = run_row(other)
-    assert row is not None and row["ports"] == [] and row["host"] == (None if host["name"] == HERE["name"] else "gpu-8")
+    assert (
+        row is not None
+        and row["ports"] == []
+        and row["host"] == (None if host["name"] == HERE["name"] else "gpu-8")
+    )
 
 
 def test_a_launch_tells_its_machine(host: Host) -> None:
@@ -112,10 +136,14 @@ def test_a_launch_tells_its_machine(host: Host) -> None:
 def test_stop_on_the_wrong_machine(other: RunDir) -> None:
     """Goal: a live run of another machine is not called stopped from here, where its processes cannot be seen. Red
     with its status written: "stopped", while it went on."""
-    run_dir.write_json_atomic(other.launch, {"launch_id": "x", "host": {"name": "gpu-8", "boot": "b"}})
+    run_dir.write_json_atomic(
+        other.launch, {"launch_id": "x", "host": {"name": "gpu-8", "boot": "b"}}
+    )
     before = other.status.read_bytes()
     done = module("stop", str(other.path))
-    assert done.returncode == 1 and "runs on gpu-8" in done.stderr and "--remote gpu-8" in done.stderr
+    assert (
+        done.returncode == 1 and "runs on gpu-8" in done.stderr and "--remote gpu-8" in done.stderr
+    )
     assert other.status.read_bytes() == before
 
 
@@ -126,9 +154,13 @@ def test_a_live_run_of_another_machine_is_not_dead(heard_s: float, tmp_path: Pat
     run = run_elsewhere(tmp_path, heard_s=heard_s)
     seen = run_dir.observe(run)
     assert (seen.state, seen.live, seen.exit_code) == ("running", True, None)
-    assert json.loads(module("tail", str(run.path), stdin="{}\n").stdout.splitlines()[-1]) == {"live": True}
+    assert json.loads(module("tail", str(run.path), stdin="{}\n").stdout.splitlines()[-1]) == {
+        "live": True
+    }
     row = run_row(run)
-    assert row is not None and "runs on gpu-8, which shares this home: training" in runs_text([host_row("gpu-7", row)])
+    assert row is not None and "runs on gpu-8, which shares this home: training" in runs_text(
+        [host_row("gpu-7", row)]
+    )
 
 
 def test_a_silent_run_of_another_machine_is_neither_dead_nor_live(tmp_path: Path) -> None:
@@ -142,15 +174,22 @@ def test_a_silent_run_of_another_machine_is_neither_dead_nor_live(tmp_path: Path
     last = json.loads(module("tail", str(run.path), stdin="{}\n").stdout.splitlines()[-1])
     assert last == {"ended": True, "state": "silent", "exit_code": None}
     row = run_row(run)
-    assert row is not None and "nothing was heard of it for minutes" in runs_text([host_row("gpu-7", row)])
+    assert row is not None and "nothing was heard of it for minutes" in runs_text(
+        [host_row("gpu-7", row)]
+    )
     assert "deploy status other --remote gpu-8" in runs_text([host_row("gpu-7", row)])
     assert claims.taken(plan_in(tmp_path, "new")) == ""
     stopped = module("stop", str(run.path))
-    assert stopped.returncode == 1 and f"If that machine is no more, remove {run.path}" in stopped.stderr
+    assert (
+        stopped.returncode == 1
+        and f"If that machine is no more, remove {run.path}" in stopped.stderr
+    )
     assert run.secrets.exists() and as_status(run)["state"] == "running"
 
 
-@pytest.mark.parametrize("changes", [{}, {"name": "the-same-kernels-container"}, {"boot": "before the reboot"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"name": "the-same-kernels-container"}, {"boot": "before the reboot"}]
+)
 def test_a_dead_run_of_this_kernel_is_dead(changes: dict[str, str], tmp_path: Path) -> None:
     """Goal: where this kernel's own locks tell, they tell: containers of one machine, this machine before it
     booted. Red with every run of another name or boot judged by its heartbeat."""
@@ -161,7 +200,9 @@ def test_a_dead_run_of_this_kernel_is_dead(changes: dict[str, str], tmp_path: Pa
 
 def test_a_lock_that_reaches_over_the_network_counts(other: RunDir) -> None:
     """Goal: a held lock is a live run, however old its heartbeat. Red with the heartbeat asked first."""
-    run_dir.write_json_atomic(other.launch, {"launch_id": "x", "host": {"name": "gpu-8", "boot": "b"}})
+    run_dir.write_json_atomic(
+        other.launch, {"launch_id": "x", "host": {"name": "gpu-8", "boot": "b"}}
+    )
     run_dir.write_json_atomic(other.status, {**as_status(other), "updated_at": 1.0})
     assert run_dir.observe(other).live
 
@@ -172,7 +213,10 @@ def test_secrets_of_another_machines_run_stay(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "runs/r")
     write_status(run, "running")
     run.lock.touch()
-    for host, kept in (({"name": "gpu-8", "boot": "b"}, True), ({**HERE, "boot": "before the reboot"}, False)):
+    for host, kept in (
+        ({"name": "gpu-8", "boot": "b"}, True),
+        ({**HERE, "boot": "before the reboot"}, False),
+    ):
         run.secrets.write_text("{}")
         run_dir.write_json_atomic(run.launch, {"launch_id": "x", "host": host})
         run_dir.clean_up(tmp_path)
@@ -184,7 +228,9 @@ def test_stop_spares_a_run_of_the_same_id(launched: bool, host: Host, tmp_path: 
     """Goal: of two runs of one id in two homes, `stop` ends its own alone: neither the other's processes, nor its tmux
     session, nor its weights in memory. Red with the mark being the id: the other run ended."""
     run = host.start(stage("sft", trainer(SLEEP)))
-    child = wait_for(lambda: run.process("trainer").exists() and recorded_pid(run, "trainer"), "the trainer")
+    child = wait_for(
+        lambda: run.process("trainer").exists() and recorded_pid(run, "trainer"), "the trainer"
+    )
     twin = RunDir(tmp_path / "elsewhere/runs" / run.run_id)
     if launched:
         write_status(twin, "running")
@@ -209,18 +255,30 @@ def test_one_look_around_reads_proc_once(tmp_path: Path, monkeypatch: pytest.Mon
     lock = run_dir.hold_lock(run)
     assert lock is not None
     children = [
-        subprocess.Popen([sys.executable, "-c", SLEEP], env={**os.environ, **processes.run_marks(run)})
+        subprocess.Popen(
+            [sys.executable, "-c", SLEEP], env={**os.environ, **processes.run_marks(run)}
+        )
         for _ in range(3)
     ]
     try:
         windows = [
-            OpenWindow(run, "rl", plan.stages[0].engines[0], False, child.pid, processes.start_ticks(child.pid), 0)
+            OpenWindow(
+                run,
+                "rl",
+                plan.stages[0].engines[0],
+                False,
+                child.pid,
+                processes.start_ticks(child.pid),
+                0,
+            )
             for child in children
         ]
         watching = Pulse(run, plan, Journal(run, lock), NoPeers())
         watching.windows = lambda: windows
         scans, listdir = [], os.listdir
-        monkeypatch.setattr(processes.os, "listdir", lambda path: scans.append(path) or listdir(path))
+        monkeypatch.setattr(
+            processes.os, "listdir", lambda path: scans.append(path) or listdir(path)
+        )
         watching._look_around()
         assert scans == ["/proc"]
     finally:

@@ -42,7 +42,9 @@ time.sleep(600)
 TRAINS = stage("sft", trainer("print('trained')"))
 
 
-def check(host: Host, text: str, *, window: str = "smoke", timeout_s: float = 60.0, **options: Any) -> SmokeCheck:
+def check(
+    host: Host, text: str, *, window: str = "smoke", timeout_s: float = 60.0, **options: Any
+) -> SmokeCheck:
     """A check that is a script; the run's report file is its argument (`run` gives it)."""
     (host.home / "envs" / "e1").mkdir(parents=True, exist_ok=True)
     return SmokeCheck(
@@ -68,7 +70,9 @@ def finish(host: Host, *checks: SmokeCheck) -> RunDir:
     return run
 
 
-def test_once_on_a_host_before_any_stage(host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_once_on_a_host_before_any_stage(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Goal: checks run side by side before the stage, their seconds are in an event; the next run does not repeat them,
     but for one whose marker names something else. Another driver is another marker.
 
@@ -76,7 +80,11 @@ def test_once_on_a_host_before_any_stage(host: Host, tmp_path: Path, monkeypatch
     """
     first = finish(host, check(host, PASSES), check(host, PASSES, window="smoke-engine"))
     kinds = [row["kind"] for row in events(first)]
-    assert kinds.index("smoke_test_started") < kinds.index("smoke_test_ended") < kinds.index("stage_started")
+    assert (
+        kinds.index("smoke_test_started")
+        < kinds.index("smoke_test_ended")
+        < kinds.index("stage_started")
+    )
     (ended,) = events(first, "smoke_test_ended")
     assert ended["action"] == "done" and ended["seconds"] > 0
     assert ended["parts"] == {"smoke": {"torch": 0.5}, "smoke-engine": {"torch": 0.5}}
@@ -96,7 +104,10 @@ def test_once_on_a_host_before_any_stage(host: Host, tmp_path: Path, monkeypatch
 
 
 FAILS = [
-    ("print('error: smoke test: torch: no CUDA device 0'); raise SystemExit(1)", "smoke test: torch: no CUDA device 0"),
+    (
+        "print('error: smoke test: torch: no CUDA device 0'); raise SystemExit(1)",
+        "smoke test: torch: no CUDA device 0",
+    ),
     (
         "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",
         "smoke test: smoke was ended by SIGSEGV, on GPU 0 (NVIDIA H200), NVIDIA driver 580.65.06, torch build cu130",
@@ -124,7 +135,10 @@ def test_a_check_that_hangs_is_bounded(host: Host) -> None:
     run = finish(host, check(host, HANGS, timeout_s=1.0))
     status = as_status(run)
     assert status["state"] == "failed" and not events(run, "stage_started")
-    for words in ("smoke was not over after 1 s, in its part 'bf16 product', on GPU 0 (NVIDIA H200)", "NVRM: Xid"):
+    for words in (
+        "smoke was not over after 1 s, in its part 'bf16 product', on GPU 0 (NVIDIA H200)",
+        "NVRM: Xid",
+    ):
         assert words in status["message"]
     assert survivors(run) == []
 
@@ -137,10 +151,15 @@ def test_an_end_in_the_middle_leaves_nothing(host: Host, way: str) -> None:
     run = start(host, check(host, HANGS))
     wait_for(lambda: log(run, "smoke") == "in it\n", "the check")
     if way == "stop":
-        assert json.loads(module("stop", str(run.path)).stdout) == {"state": "stopped", "exit_code": 143}
+        assert json.loads(module("stop", str(run.path)).stdout) == {
+            "state": "stopped",
+            "exit_code": 143,
+        }
         assert as_status(run)["message"] == "stopped by SIGTERM"
     else:
-        os.kill(recorded_pid(run, "supervisor"), signal.SIGINT if way == "interrupt" else signal.SIGKILL)
+        os.kill(
+            recorded_pid(run, "supervisor"), signal.SIGINT if way == "interrupt" else signal.SIGKILL
+        )
         wait_for_end(run)
         assert way == "kill" or as_status(run)["message"] == "stopped by SIGINT"
     assert survivors(run) == [] and not events(run, "stage_started")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from base_config import AgentConfig, Config
-from rollouts.training.datasets.rows import DataError
+from rollouts.data_formats.row import DataError
 from rollouts.worker.builders.data import load_data, prompt_tokens_max, report_of, sft_seed
 from tests.example_config import example_config, replace_at
 from tests.training.process_nursery import shared
@@ -25,7 +25,11 @@ def tokenizer() -> Any:
 def config_over(directory: Path, **data: Any) -> Config:
     """The example config over three small files: questions q0..q5 to train on, e0..e1 to evaluate."""
     config = example_config()
-    for mixture, tag, count in (("sft_mixture", "q", 6), ("rl_mixture", "r", 4), ("eval_mixture", "e", 2)):
+    for mixture, tag, count in (
+        ("sft_mixture", "q", 6),
+        ("rl_mixture", "r", 4),
+        ("eval_mixture", "e", 2),
+    ):
         file = directory / f"{tag}.jsonl"
         rows = [{"question": f"{tag}{n}", "answer": "x"} for n in range(count)]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -43,7 +47,10 @@ def test_the_order_of_sft(tmp_path: Path, tokenizer: Any) -> None:
     sequence = config_over(tmp_path, sft_order="sequence")
     assert asked(load_data(sequence, tokenizer, "sft").sft) == listed and sft_seed(sequence) is None
     shuffled = config_over(tmp_path, shuffle_seed=5)
-    assert sorted(asked(load_data(shuffled, tokenizer, "sft").sft)) == listed and sft_seed(shuffled) == 5
+    assert (
+        sorted(asked(load_data(shuffled, tokenizer, "sft").sft)) == listed
+        and sft_seed(shuffled) == 5
+    )
     assert asked(load_data(shuffled, tokenizer, "sft").sft) != listed
 
 
@@ -74,11 +81,13 @@ def test_prompts_leave_room_for_an_answer(tmp_path: Path, tokenizer: Any) -> Non
     """Goal: every prompt of RL and evaluation is measured before anything trains, against the lesser of the two limits;
     an episode's first with what its environment offers. Red: the engine refused it when it was sampled."""
     config = config_over(tmp_path)
-    for tag, count in (("r", 30), ("e", 40), ("r", 53), ("r", 100)):  # a prompt has three tokens more, an answer 8
+    # a prompt has three tokens more, an answer 8
+    for tag, count in ("r", 30), ("e", 40), ("r", 53), ("r", 100):
         with (tmp_path / f"{tag}.jsonl").open("a") as file:
             file.write(json.dumps({"question": "a" * count, "answer": "x"}) + "\n")
     assert prompt_tokens_max(config, tokenizer) == 64 - 8
-    assert prompt_tokens_max(replace_at(config, "data.max_length", 2000), tokenizer) == 256 - 8  # the model's own
+    # the model's own
+    assert prompt_tokens_max(replace_at(config, "data.max_length", 2000), tokenizer) == 256 - 8
     data = load_data(config, tokenizer, "sft")
     assert len(data.prompts) == 4 + 2 and len(data.eval_rows) == 3
     assert "rl_mixture: 6 prompts; left out 1: prompt longer than 56 tokens (" in report_of(data)
@@ -86,8 +95,12 @@ def test_prompts_leave_room_for_an_answer(tmp_path: Path, tokenizer: Any) -> Non
     small = replace_at(config, "engine.context_length", 40)
     data = load_data(small, tokenizer, "rl")
     assert len(data.prompts) == 4 and len(data.eval_rows) == 2
-    assert "left out 3: prompt longer than 32 tokens" in report_of(data) and "answers to" in report_of(data)
-    with pytest.raises(DataError, match=r"no prompt is left .*r\.jsonl:\d.*, \.\.\.\); the longest has 103 tokens"):
+    assert "left out 3: prompt longer than 32 tokens" in report_of(
+        data
+    ) and "answers to" in report_of(data)
+    with pytest.raises(
+        DataError, match=r"no prompt is left .*r\.jsonl:\d.*, \.\.\.\); the longest has 103 tokens"
+    ):
         load_data(replace_at(config, "engine.context_length", 10), tokenizer, "rl")
     agent = AgentConfig(
         environment="rollouts.agents.environment.AskAgain",
@@ -97,18 +110,28 @@ def test_prompts_leave_room_for_an_answer(tmp_path: Path, tokenizer: Any) -> Non
         timeout_s=60.0,
     )
     episodes = replace_at(config, "rl.agent", agent)
-    assert prompt_tokens_max(episodes, tokenizer) == 33 and len(load_data(episodes, tokenizer, "rl").prompts) == 5
+    assert (
+        prompt_tokens_max(episodes, tokenizer) == 33
+        and len(load_data(episodes, tokenizer, "rl").prompts) == 5
+    )
     offered = replace_at(
-        config, "rl.agent", replace(agent, environment="rollouts.agents.environment.CalculatorEnvironment")
+        config,
+        "rl.agent",
+        replace(agent, environment="rollouts.agents.environment.CalculatorEnvironment"),
     )
     told = report_of(load_data(offered, tokenizer, "rl"))
-    assert "the model does not see the environment's tools: " in told and "leaves out the tool 'calculator'" in told
+    assert (
+        "the model does not see the environment's tools: " in told
+        and "leaves out the tool 'calculator'" in told
+    )
 
 
 def test_a_stage_over_plain_text_alone(tmp_path: Path) -> None:
     """Goal: a real trainer process: text is trained and evaluated by its loss alone, and what was left out stands in
     the run's events. Red when evaluation needed rows to answer (no eval.jsonl), and without the note."""
-    (tmp_path / "t.jsonl").write_text(json.dumps({"text": "abc " * 9}) + "\n" + json.dumps({"text": ""}) + "\n")
+    (tmp_path / "t.jsonl").write_text(
+        json.dumps({"text": "abc " * 9}) + "\n" + json.dumps({"text": ""}) + "\n"
+    )
     config = config_over(tmp_path, sft_order="sequence", max_length=16)
     text = replace(config.data.sft_mixture[0], name=str(tmp_path / "t.jsonl"), format="text")
     changes = {
@@ -135,18 +158,31 @@ def test_a_stage_over_plain_text_alone(tmp_path: Path) -> None:
     assert {row["metric"] for row in evaluated} == {"validation_loss"} and len(evaluated) == 3
 
 
-def test_rows_that_the_reward_cannot_score_are_left_out_before_training(tmp_path: Path, tokenizer: Any) -> None:
+def test_rows_that_the_reward_cannot_score_are_left_out_before_training(
+    tmp_path: Path, tokenizer: Any
+) -> None:
     """Goal: counted by reason, with file and line; none left is an error. Red: RewardError when one was sampled."""
     pytest.importorskip("math_verify")
-    config = replace_at(config_over(tmp_path), "rl.reward.fn", "rollouts.training.rewards.math_verify")
+    config = replace_at(
+        config_over(tmp_path), "rl.reward.fn", "rollouts.training.rewards.math_verify"
+    )
     answers = ["72", r"\frac12", r"\begin{cases} x \\ 0 \end{cases}", "3 4", "Yes"]
     file = tmp_path / "r.jsonl"
-    file.write_text("".join(json.dumps({"question": f"r{n}", "answer": one}) + "\n" for n, one in enumerate(answers)))
+    file.write_text(
+        "".join(
+            json.dumps({"question": f"r{n}", "answer": one}) + "\n" for n, one in enumerate(answers)
+        )
+    )
     data = load_data(config, tokenizer, "rl")
     kept: list[Any] = list(data.prompts)
     assert sorted(row["messages"][0]["content"] for row in kept) == ["r0", "r1", "r4"]
     told = report_of(data)
-    assert "left out 2: answer cannot be read to its end as mathematics" in told and f"{file}:3" in told
+    assert (
+        "left out 2: answer cannot be read to its end as mathematics" in told
+        and f"{file}:3" in told
+    )
     file.write_text(json.dumps({"question": "r", "answer": "3 4"}) + "\n")
-    with pytest.raises(DataError, match=r"no prompt is left that can be used: .*left out 1: answer cannot be read"):
+    with pytest.raises(
+        DataError, match=r"no prompt is left that can be used: .*left out 1: answer cannot be read"
+    ):
         load_data(config, tokenizer, "rl")

@@ -19,7 +19,14 @@ def data(sft: int, prompts: int) -> StageData:
 
 @pytest.mark.parametrize(
     ("rows", "per_step", "epochs", "steps"),
-    [(100, 64, 10, 15), (100, 64, 1, 1), (64, 64, 3, 3), (63, 64, 2, 1), (7, 2, 3, 10), (1, 4, 1, 1)],
+    [
+        (100, 64, 10, 15),
+        (100, 64, 1, 1),
+        (64, 64, 3, 3),
+        (63, 64, 2, 1),
+        (7, 2, 3, 10),
+        (1, 4, 1, 1),
+    ],
 )
 def test_steps(rows: int, per_step: int, epochs: int, steps: int) -> None:
     """Goal: 100 prompts, 64 a step and 10 epochs are 15 steps, as in SFT and in the plan. Red with each epoch's rest
@@ -38,6 +45,9 @@ def test_steps(rows: int, per_step: int, epochs: int, steps: int) -> None:
     assert config.rl is not None and config.sft is not None
     assert rl_steps(config.rl, data(rows, rows)) == sft_steps(config.sft, data(rows, rows)) == steps
     counts = {name: (RowCount(name, rows, "counted"),) for name in ("sft_mixture", "rl_mixture")}
-    plan = plan_for(code=inputs(rows=counts), **{path.replace(".", "__"): value for path, value in changes.items()})
+    plan = plan_for(
+        code=inputs(rows=counts),
+        **{path.replace(".", "__"): value for path, value in changes.items()},
+    )
     shown = f"{steps} step{'' if steps == 1 else 's'}"
     assert f"about {shown} " in plan.summary[0] and f": {shown}, " in plan.summary[1]

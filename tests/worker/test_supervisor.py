@@ -61,7 +61,9 @@ def assert_failed(run: RunDir, code: int, window: str, *parts: str) -> dict:
 def two_stages(host: Host) -> RunDir:
     port = free_port()
     asking = process("trainer", script(ASK_ENGINE, f"http://127.0.0.1:{port}/ready"))
-    return host.finish(stage("sft", trainer("print('sft trained')")), stage("rl", asking, engine(port)))
+    return host.finish(
+        stage("sft", trainer("print('sft trained')")), stage("rl", asking, engine(port))
+    )
 
 
 def test_two_stages_with_an_engine(two_stages: RunDir) -> None:
@@ -74,10 +76,24 @@ def test_two_stages_with_an_engine(two_stages: RunDir) -> None:
     kinds = [row["kind"] for row in events(run)]
     assert kinds == [
         *("run_started", "stage_started", "process_ended", "stage_ended"),
-        *("stage_started", "engine_ready", "process_ended", "process_ended", "stage_ended", "run_ended"),
+        *(
+            "stage_started",
+            "engine_ready",
+            "process_ended",
+            "process_ended",
+            "stage_ended",
+            "run_ended",
+        ),
     ]
-    ended = [(row["stage"], row["window"], row["exit_code"], row["signal"]) for row in events(run, "process_ended")]
-    assert ended == [("sft", "trainer", 0, None), ("rl", "trainer", 0, None), ("rl", "engine-0", None, signal.SIGTERM)]
+    ended = [
+        (row["stage"], row["window"], row["exit_code"], row["signal"])
+        for row in events(run, "process_ended")
+    ]
+    assert ended == [
+        ("sft", "trainer", 0, None),
+        ("rl", "trainer", 0, None),
+        ("rl", "engine-0", None, signal.SIGTERM),
+    ]
     assert events(run, "run_started")[0]["mode"] == "sft+rl"
     assert run.run_id not in tmux_sessions()
     assert not run.secrets.exists()
@@ -136,7 +152,9 @@ def test_the_first_failure_is_the_one_reported(host: Host) -> None:
     """Goal: when the trainer falls over the dead engine, the engine is blamed. Red with the first in window order
     reversed, or without waiting for what ends at the same moment."""
     port = free_port()
-    dying = ENGINE.replace("server.serve_forever()", "import os; server.handle_request(); time.sleep(2); os._exit(5)")
+    dying = ENGINE.replace(
+        "server.serve_forever()", "import os; server.handle_request(); time.sleep(2); os._exit(5)"
+    )
     waiting = f"""
 import socket, sys, time
 connection = socket.create_connection(("127.0.0.1", {port}))
@@ -152,7 +170,9 @@ finally:
 
 def test_an_engine_that_never_gets_ready(host: Host) -> None:
     """Goal: the engine's own time limit ends the run, naming the limit; the process is gone. Red without the limit."""
-    run = host.finish(stage("rl", trainer("print('never')"), engine(free_port(), SLEEP, ready_timeout_s=3.0)))
+    run = host.finish(
+        stage("rl", trainer("print('never')"), engine(free_port(), SLEEP, ready_timeout_s=3.0))
+    )
     error = assert_failed(run, 1, "engine-0", "limits.engine_ready_timeout_s=3", "/ready")
     assert error["log_tail"] == ["up"]
 
@@ -160,7 +180,9 @@ def test_an_engine_that_never_gets_ready(host: Host) -> None:
 def test_an_engine_that_answers_with_an_error(host: Host) -> None:
     """Goal: only 200 is ready. Red with any answer taken for readiness."""
     loading = ENGINE.replace("send_response(200)", "send_response(503)")
-    run = host.finish(stage("rl", trainer("print('never')"), engine(free_port(), loading, ready_timeout_s=0.7)))
+    run = host.finish(
+        stage("rl", trainer("print('never')"), engine(free_port(), loading, ready_timeout_s=0.7))
+    )
     assert_failed(run, 1, "engine-0", "did not answer 200")
 
 
@@ -222,7 +244,9 @@ def test_needs_checkpoint(host: Host) -> None:
     (good / "model.safetensors").write_bytes(b"weighed")
     run = host.finish(stage("rl", trainer("print('trained')"), needs_checkpoint=latest))
     assert_failed(run, 1, "supervisor", latest, "no completed checkpoint", "model.safetensors")
-    run = host.finish(stage("rl", trainer("print('trained')"), needs_checkpoint=str(host.home / "missing")))
+    run = host.finish(
+        stage("rl", trainer("print('trained')"), needs_checkpoint=str(host.home / "missing"))
+    )
     assert_failed(run, 1, "supervisor", "missing")
 
 
@@ -317,7 +341,8 @@ def test_environment_of_the_processes(host: Host) -> None:
     os.environ["FROM_LAUNCHER"] = "yes"
     try:
         run = host.finish(
-            stage("sft", trainer(show, env={"FROM_PLAN": "1"})), secrets={"API_TOKEN": "hunter2-in-secret"}
+            stage("sft", trainer(show, env={"FROM_PLAN": "1"})),
+            secrets={"API_TOKEN": "hunter2-in-secret"},
         )
     finally:
         del os.environ["FROM_LAUNCHER"]

@@ -16,9 +16,20 @@ from typing import IO, Any
 import pytest
 
 from rollouts import run_dir
-from rollouts.run_dir import RunDir, Status
+from rollouts.remote.run.mirror import Mirror
+from rollouts.run_dir import RunDir, Status, append_jsonl
 from rollouts.worker import tail
-from tests.worker.stands import PATIENCE_S, REPOSITORY, Host, log, module, recorded_pid, stage, trainer, wait_for
+from tests.worker.stands import (
+    PATIENCE_S,
+    REPOSITORY,
+    Host,
+    log,
+    module,
+    recorded_pid,
+    stage,
+    trainer,
+    wait_for,
+)
 
 
 def write_status(run: RunDir, state: Any, exit_code: int | None = None) -> None:
@@ -61,12 +72,20 @@ class Reader:
         self.held = held
         self.snapshots: dict[str, str] = {}
         self.last: dict[str, Any] = {}
-        command = [sys.executable, "-m", "rollouts.worker.tail", str(run.path), *(["--follow"] if follow else [])]
+        command = [
+            sys.executable,
+            "-m",
+            "rollouts.worker.tail",
+            str(run.path),
+            *(["--follow"] if follow else []),
+        ]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY
         )
         assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(json.dumps({name: len(data) for name, data in held.items()}) + "\n")
+        self.process.stdin.write(
+            json.dumps({name: len(data) for name, data in held.items()}) + "\n"
+        )
         self.process.stdin.flush()
 
     def take(self, lines: int | None = None) -> None:
@@ -76,11 +95,15 @@ class Reader:
             text = self.process.stdout.readline()
             if not text.endswith("\n"):
                 return
-            self.last = json.loads(text)
+            if "looked" in (message := json.loads(text)):
+                continue
+            self.last = message
             if "data" in self.last:
                 name, data = self.last["file"], base64.b64decode(self.last["data"])
                 before = self.held.get(name, b"")
-                assert self.last["offset"] == len(before), f"{name}: {self.last['offset']} after {len(before)} bytes"
+                assert self.last["offset"] == len(before), (
+                    f"{name}: {self.last['offset']} after {len(before)} bytes"
+                )
                 assert 0 < len(data) <= tail.CHUNK_BYTES
                 self.held[name] = before + data
             elif "snapshot" in self.last:
@@ -98,11 +121,16 @@ def test_resuming_loses_and_repeats_nothing(run: RunDir, lock: IO[bytes]) -> Non
     it holds; at the end both sides are equal. Red with offsets counted from the file's size, and with a torn line
     sent as it stands (a resumed offset inside it is fine; whole lines are asserted in the next test)."""
     rng = random.Random(1)
-    rows = b"".join(json.dumps({"step": i, "x": "y" * rng.randrange(3000)}).encode() + b"\n" for i in range(600))
+    rows = b"".join(
+        json.dumps({"step": i, "x": "y" * rng.randrange(3000)}).encode() + b"\n" for i in range(600)
+    )
     noise = rng.randbytes(900_000)
 
     def write() -> None:
-        with run.metrics.open("ab", buffering=0) as metrics, run.log("trainer").open("ab", buffering=0) as log:
+        with (
+            run.metrics.open("ab", buffering=0) as metrics,
+            run.log("trainer").open("ab", buffering=0) as log,
+        ):
             sent = 0
             while sent < len(rows):
                 size = rng.randrange(1, 9000)
@@ -156,6 +184,37 @@ def test_a_line_longer_than_a_chunk(run: RunDir) -> None:
     assert reader.held["rollouts.jsonl"] == rows
 
 
+def test_a_new_row_begins_a_look(
+    run: RunDir, lock: IO[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Goal: a row is on its way at once, and its reader is told that no more come with it. Red with a look every 0.2 s
+    alone, and without `looked`: the reader waited another 0.1 s for more."""
+    sent: list[dict[str, Any]] = []
+
+    class EnoughError(Exception):
+        pass
+
+    def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+        if "looked" in message and sent.count(message) == 1:
+            append_jsonl(run.metrics, {"step": 1})
+        elif "looked" in message or len(sent) > 9:
+            raise EnoughError
+
+    def sleep(seconds: float) -> None:
+        assert seconds <= tail.ROW_POLL_S, "a row waits"
+
+    monkeypatch.setattr(tail.time, "sleep", sleep)
+    with pytest.raises(EnoughError):
+        tail.follow(run, tail.Tail(run, {}, send), send)
+    assert [message.get("file") for message in sent] == [
+        "status.json",
+        None,
+        "metrics.jsonl",
+        None,
+    ]
+
+
 def test_snapshots_when_they_change(run: RunDir, lock: IO[bytes]) -> None:
     """Goal: status and exit records come whole, once per change. Red with the identity not remembered."""
     reader = Reader(run, {})
@@ -163,7 +222,10 @@ def test_snapshots_when_they_change(run: RunDir, lock: IO[bytes]) -> None:
     assert json.loads(reader.snapshots["status.json"])["state"] == "running"
     run_dir.write_json_atomic(run.exit("sft", "trainer"), {"window": "trainer"})
     reader.take(1)
-    assert reader.last == {"file": "exit/sft-trainer.json", "snapshot": '{\n "window": "trainer"\n}\n'}
+    assert reader.last == {
+        "file": "exit/sft-trainer.json",
+        "snapshot": '{\n "window": "trainer"\n}\n',
+    }
     write_status(run, "failed", 3)
     reader.take(1)
     assert json.loads(reader.last["snapshot"])["exit_code"] == 3
@@ -182,6 +244,16 @@ def test_a_dead_supervisor_is_told(run: RunDir, lock: IO[bytes]) -> None:
         assert reader.last == {"ended": True, "state": "died", "exit_code": None}
 
 
+def test_a_clock_that_was_set_back_keeps_no_run_starting(run: RunDir) -> None:
+    """Goal: a launch that came to nothing before the host's clock was set back is over all the same. Red with a time
+    that lies ahead taken for one that has just been: `starting` for three hours."""
+    write_status(run, "starting")
+    for ahead_s, state in ((10, "starting"), (3 * 3600, "died")):
+        status = json.loads(run.status.read_text()) | {"updated_at": time.time() + ahead_s}
+        run_dir.write_json_atomic(run.status, status)
+        assert run_dir.observe(run).state == state
+
+
 def test_a_run_that_is_about_to_start_is_not_dead(run: RunDir) -> None:
     """Goal: between the launcher's status and the supervisor's lock the run is live. Red with only the lock asked."""
     write_status(run, "starting")
@@ -193,7 +265,10 @@ def test_a_run_that_is_about_to_start_is_not_dead(run: RunDir) -> None:
 @pytest.mark.parametrize(
     ("held", "said"),
     [
-        ({"metrics.jsonl": b"x" * 100}, "metrics.jsonl: the reader holds 100 bytes, the host has 3"),
+        (
+            {"metrics.jsonl": b"x" * 100},
+            "metrics.jsonl: the reader holds 100 bytes, the host has 3",
+        ),
         ({"logs/gone.log": b"x"}, "logs/gone.log: the reader holds 1 bytes, the host has 0"),
         ({"secrets.json": b""}, "secrets.json: not a file that is followed"),
         ({"logs/../../../x.log": b""}, "not a file that is followed"),
@@ -214,11 +289,17 @@ def test_no_run_there_and_no_offsets() -> None:
     assert done.returncode == 1 and "no run was launched there" in json.loads(done.stdout)["error"]
 
 
-@pytest.mark.parametrize("line", ["x", "[]", "7", '{"logs/a.log": "0"}', '{"logs/a.log": null}', "[" * 100_000, "\x00"])
+@pytest.mark.parametrize(
+    "line", ["x", "[]", "7", '{"logs/a.log": "0"}', '{"logs/a.log": null}', "[" * 100_000, "\x00"]
+)
 def test_a_malformed_first_line(line: str, run: RunDir) -> None:
     """Goal: what is no {file: bytes} is an error line that shows it. Red with the TypeError's traceback."""
     done = module("tail", str(run.path), stdin=f"{line}\n")
-    assert done.returncode == 1 and "first line" in json.loads(done.stdout)["error"] and not done.stderr
+    assert (
+        done.returncode == 1
+        and "first line" in json.loads(done.stdout)["error"]
+        and not done.stderr
+    )
 
 
 @pytest.mark.parametrize("how", ["removed", "another run's"])
@@ -246,7 +327,9 @@ def test_it_ends_with_its_reader(run: RunDir, lock: IO[bytes]) -> None:
     assert reader.process.wait(PATIENCE_S) == 0
 
 
-def test_it_says_that_it_is_alive(run: RunDir, lock: IO[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_says_that_it_is_alive(
+    run: RunDir, lock: IO[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Goal: a reader can tell a silent run from a dead connection. Red with the line left out."""
     monkeypatch.setattr(tail, "ALIVE_S", 0.3)
     sent: list[dict[str, Any]] = []
@@ -263,13 +346,21 @@ def test_it_says_that_it_is_alive(run: RunDir, lock: IO[bytes], monkeypatch: pyt
 def test_following_a_real_run_to_its_last_word(host: Host) -> None:
     """Goal: over a real run, everything that its files hold at the end was sent before `ended`, the supervisor's own
     last line and exit record included. Red with `ended` sent before the last files."""
-    run = host.start(stage("sft", trainer("import time\nfor i in range(30): print(i, flush=True); time.sleep(0.02)")))
+    run = host.start(
+        stage(
+            "sft",
+            trainer("import time\nfor i in range(30): print(i, flush=True); time.sleep(0.02)"),
+        )
+    )
     reader = Reader(run, {})
     reader.take()
     assert reader.last == {"ended": True, "state": "done", "exit_code": 0}
     for name in ("events.jsonl", "logs/trainer.log", "logs/supervisor.log"):
         assert reader.held[name] == (run.path / name).read_bytes()
-    exits = {path.relative_to(run.path).as_posix(): path.read_text() for path in run.path.glob("exit/*.json")}
+    exits = {
+        path.relative_to(run.path).as_posix(): path.read_text()
+        for path in run.path.glob("exit/*.json")
+    }
     assert set(exits) == {"exit/sft-trainer.json", "exit/run-supervisor.json"}
     assert exits.items() <= reader.snapshots.items()
     assert os.path.getsize(run.log("supervisor")) > 0
@@ -292,3 +383,39 @@ signal.signal(signal.SIGTERM, end); print("up", flush=True); time.sleep(600)
     assert reader.last == {"ended": True, "state": "died", "exit_code": None}
     assert reader.held["logs/trainer.log"] == b"up\nlast words\n"
     assert json.loads(reader.snapshots["exit/sft-trainer.json"])["exit_code"] == 9
+
+
+def test_a_cut_by_a_restart(run: RunDir, tmp_path: Path) -> None:
+    """Goal: a mirror holds what the host holds after a stage restarted, for one that follows and for one that comes
+    again when as many rows were written anew; no row that counts is shown twice."""
+    mirrors = [Mirror(RunDir(tmp_path / name)) for name in ("follows", "again")]
+    shown: list[list[int]] = [[], []]
+
+    def follower(number: int) -> tail.Tail:
+        held = tail.read_offsets(json.dumps(mirrors[number].held()))
+        return tail.Tail(run, held, mirrors[number].apply)
+
+    def write(steps: range, life: int) -> None:
+        for step in steps:
+            run_dir.append_jsonl(run.metrics, {"stage": "sft", "step": step, "life": life})
+
+    def follow(followers: list[tail.Tail]) -> None:
+        for one in followers:
+            while one.send_new():
+                pass
+        for mirror, steps in zip(mirrors, shown, strict=True):
+            steps += [row["step"] for row in mirror.rows("metrics.jsonl")]
+
+    write(range(1, 6), life=0)
+    live = follower(0)
+    follow([live, follower(1)])
+    for life, step in ((1, 3), (2, 4)):
+        run_dir.note_restart(run, "sft", step, f"checkpoints/sft/step_{step:06d}", first=True)
+        write(range(step + 1, 8), life=life)
+        follow([live])
+    follow([follower(1)])
+    wanted = [(1, 0), (2, 0), (3, 0), (4, 1), (5, 2), (6, 2), (7, 2)]
+    assert [(row["step"], row["life"]) for row in run_dir.read_jsonl(run.metrics)] == wanted
+    for mirror in mirrors:
+        assert mirror.run.metrics.read_bytes() == run.metrics.read_bytes()
+    assert shown == [[1, 2, 3, 4, 5, 4, 5, 6, 7, 5, 6, 7], [1, 2, 3, 4, 5, 4, 5, 6, 7]]

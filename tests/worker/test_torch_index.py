@@ -16,7 +16,11 @@ from tests.worker.environments import deadline
 from tests.worker.indexes import served, write_page, write_torch
 from tests.worker.stands import events
 
-BUILDS = {"simple": ("9.0.0", "9.1.0"), "whl/cpu": ("9.0.0+cpu", "9.1.0+cpu"), "whl/cu126": ("9.0.0+cu126",)}
+BUILDS = {
+    "simple": ("9.0.0", "9.1.0"),
+    "whl/cpu": ("9.0.0+cpu", "9.1.0+cpu"),
+    "whl/cu126": ("9.0.0+cu126",),
+}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +37,10 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def asks(
-    spec: EnvironmentSpec, index: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    spec: EnvironmentSpec,
+    index: str,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> EnvironmentSpec:
     """A specification that wants torch, on a host whose installer knows the plain index alone."""
     for name in ("PIP_FIND_LINKS", "UV_FIND_LINKS", "PIP_EXTRA_INDEX_URL"):
@@ -47,7 +54,11 @@ def asks(
 
 
 def torch_in(run: RunDir) -> str:
-    return next(line for line in run.environment("trainer").read_text().splitlines() if line.startswith("torch=="))
+    return next(
+        line
+        for line in run.environment("trainer").read_text().splitlines()
+        if line.startswith("torch==")
+    )
 
 
 @pytest.mark.parametrize("installer", ["pip", "uv"])
@@ -68,9 +79,16 @@ def test_each_build(  # noqa: PLR0917
     assert json.loads((Path(spec.path) / ".complete").read_text())["built"]["torch_build"] == build
 
 
-@pytest.mark.parametrize(("address", "why"), [("{}/nowhere", "it answers 404"), ("http://127.0.0.1:9", "refused")])
+@pytest.mark.parametrize(
+    ("address", "why"), [("{}/nowhere", "it answers 404"), ("http://127.0.0.1:9", "refused")]
+)
 def test_an_index_that_cannot_be_reached(  # noqa: PLR0917
-    asks: EnvironmentSpec, run: RunDir, index: str, monkeypatch: pytest.MonkeyPatch, address: str, why: str
+    asks: EnvironmentSpec,
+    run: RunDir,
+    index: str,
+    monkeypatch: pytest.MonkeyPatch,
+    address: str,
+    why: str,
 ) -> None:
     """Goal: where PyTorch's index is out of reach, torch comes from the configured one, which is said and recorded,
     also by a later run. Red without the fallback: pip's own error there, or nothing said."""
@@ -82,14 +100,18 @@ def test_an_index_that_cannot_be_reached(  # noqa: PLR0917
     _, ready, reused = events(run, "environment")
     for event in (ready, reused):
         assert event["torch_build"] == "index"
-        assert "index of cpu builds cannot be reached" in event["torch_note"] and why in event["torch_note"]
+        assert (
+            "index of cpu builds cannot be reached" in event["torch_note"]
+            and why in event["torch_note"]
+        )
 
 
 def test_a_build_that_the_version_lacks(asks: EnvironmentSpec, run: RunDir) -> None:
     """Goal: a newer torch of another build, which pip prefers, is an error and not a surprise on the GPU. Red without
     the look at what was installed: ready, with a build for another CUDA."""
     with pytest.raises(
-        BootstrapError, match=r"torch is 9\.1\.0, and host\.torch_build asks for \+cu126.*Pin a version"
+        BootstrapError,
+        match=r"torch is 9\.1\.0, and host\.torch_build asks for \+cu126.*Pin a version",
     ):
         ensure_environment(replace(asks, torch_build="cu126"), run, deadline())
     assert [row["action"] for row in events(run, "environment")] == ["building"]
@@ -97,7 +119,10 @@ def test_a_build_that_the_version_lacks(asks: EnvironmentSpec, run: RunDir) -> N
     ensure_environment(replace(asks, torch_build="cu126", torch_fallback=True), run, deadline())
     assert torch_in(run) == "torch==9.1.0"
     ready = events(run, "environment")[-1]
-    assert ready["torch_build"] == "index" and "has no such build of this version" in ready["torch_note"]
+    assert (
+        ready["torch_build"] == "index"
+        and "has no such build of this version" in ready["torch_note"]
+    )
 
 
 def test_uv_asks_the_public_index_in_its_own_way(spec: EnvironmentSpec) -> None:

@@ -49,19 +49,36 @@ class Hub(http.server.BaseHTTPRequestHandler):
         parts = path.removeprefix("/api/models/").strip("/").split("/")
         owner, name, rest = parts[0], parts[1], "/".join(parts[2:])
         if owner == "gated" and not api and "Authorization" not in self.headers:
-            return self._send(403, b"restricted", {"X-Error-Code": "GatedRepo", "X-Error-Message": "restricted"})
+            return self._send(
+                403, b"restricted", {"X-Error-Code": "GatedRepo", "X-Error-Message": "restricted"}
+            )
         if name != "tiny":
-            return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "not found"})
+            return self._send(
+                404, b"{}", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "not found"}
+            )
         if api:
-            siblings = [{"rfilename": file, "size": len(body), "blobId": digest(body)} for file, body in FILES.items()]
-            return self._send(200, json.dumps({"id": f"{owner}/tiny", "sha": COMMIT, "siblings": siblings}).encode())
+            siblings = [
+                {"rfilename": file, "size": len(body), "blobId": digest(body)}
+                for file, body in FILES.items()
+            ]
+            return self._send(
+                200,
+                json.dumps({"id": f"{owner}/tiny", "sha": COMMIT, "siblings": siblings}).encode(),
+            )
         file = rest.removeprefix(f"resolve/{COMMIT}/").removeprefix("resolve/main/")
         if with_body:
             self.downloaded.append(file)
         headers = {"ETag": f'"{digest(FILES[file])}"', "X-Repo-Commit": COMMIT}
         return self._send(200, FILES[file], headers, with_body=with_body)
 
-    def _send(self, code: int, body: bytes, headers: dict[str, str] | None = None, *, with_body: bool = True) -> None:
+    def _send(
+        self,
+        code: int,
+        body: bytes,
+        headers: dict[str, str] | None = None,
+        *,
+        with_body: bool = True,
+    ) -> None:
         self.send_response(code)
         for key, value in {"Content-Type": "application/json", **(headers or {})}.items():
             self.send_header(key, value)
@@ -89,7 +106,9 @@ def hub() -> Iterator[tuple[str, list[str]]]:
 
 
 @pytest.fixture
-def trainer(spec: EnvironmentSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EnvironmentSpec:
+def trainer(
+    spec: EnvironmentSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> EnvironmentSpec:
     """An environment that has the client, on a host whose cache is empty."""
     for name in ("HF_HUB_OFFLINE", "HF_TOKEN", "HF_ENDPOINT"):
         monkeypatch.delenv(name, raising=False)
@@ -119,9 +138,16 @@ def test_downloaded_once(
         assert cached(tmp_path) == ["config.json", "tokenizer.json"]
         fetch_model(model, trainer, run, deadline())
         fetch_model(model, trainer, run, deadline())
-    assert sorted(downloaded) == cached(tmp_path) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert (
+        sorted(downloaded)
+        == cached(tmp_path)
+        == ["config.json", "model.safetensors", "tokenizer.json"]
+    )
     said = capfd.readouterr().out
-    assert "some/tiny: 3 files, 1 to download" in said and "Downloading model.safetensors (0.0 MB)" in said
+    assert (
+        "some/tiny: 3 files, 1 to download" in said
+        and "Downloading model.safetensors (0.0 MB)" in said
+    )
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     fetch_model(model, trainer, run, deadline())
     assert "taken from this host's cache (HF_HUB_OFFLINE is set)" in capfd.readouterr().out
@@ -133,12 +159,21 @@ def test_downloaded_once(
     [
         ("some/nothing", "", "the hub lacks a model some/nothing"),
         ("gated/tiny", "", "is gated.*HF_TOKEN.*host\\.secrets"),
-        ("some/tiny", "http://127.0.0.1:9", "not in this host's cache, and the hub does not answer.*HF_ENDPOINT"),
+        (
+            "some/tiny",
+            "http://127.0.0.1:9",
+            "not in this host's cache, and the hub does not answer.*HF_ENDPOINT",
+        ),
         ("a/b/c", "", "is not a valid hub id"),
     ],
 )
 def test_what_the_hub_does_not_give(  # noqa: PLR0917
-    trainer: EnvironmentSpec, run: RunDir, monkeypatch: pytest.MonkeyPatch, name: str, endpoint: str, expected: str
+    trainer: EnvironmentSpec,
+    run: RunDir,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    endpoint: str,
+    expected: str,
 ) -> None:
     """Goal: one sentence with the fix, minutes before an engine would have failed. Red with the client's own pages."""
     with hub() as (url, _):
@@ -150,8 +185,16 @@ def test_what_the_hub_does_not_give(  # noqa: PLR0917
 @pytest.mark.parametrize(
     ("files", "weights", "chosen"),
     [
-        (["config.json", "pytorch_model.bin", "training_args.bin"], True, ["config.json", "pytorch_model.bin"]),
-        (["config.json", "model-00001-of-2.safetensors", "model.safetensors.index.json"], True, None),
+        (
+            ["config.json", "pytorch_model.bin", "training_args.bin"],
+            True,
+            ["config.json", "pytorch_model.bin"],
+        ),
+        (
+            ["config.json", "model-00001-of-2.safetensors", "model.safetensors.index.json"],
+            True,
+            None,
+        ),
         (["config.json", "model.safetensors"], False, ["config.json"]),
         (
             ["config.json", "modeling_x.py", "original/params.json", "tf_model.h5"],
@@ -172,14 +215,22 @@ def test_which_files_are_wanted(files: list[str], weights: bool, chosen: list[st
         (["config.json"], True, False),
         (["config.json"], False, True),
         (["model.safetensors"], True, False),
-        (["config.json", "model.safetensors.index.json", "a.safetensors", "b.safetensors"], True, True),
+        (
+            ["config.json", "model.safetensors.index.json", "a.safetensors", "b.safetensors"],
+            True,
+            True,
+        ),
         (["config.json", "model.safetensors.index.json", "a.safetensors"], True, False),
         (["config.json", "training_args.bin"], True, False),
     ],
 )
-def test_a_cache_that_was_cut_is_not_whole(tmp_path: Path, files: list[str], weights: bool, whole: bool) -> None:
+def test_a_cache_that_was_cut_is_not_whole(
+    tmp_path: Path, files: list[str], weights: bool, whole: bool
+) -> None:
     """Goal: without a network only a whole model is taken: a download that was cut is none. Red with config.json alone
     looked at."""
     for name in files:
-        (tmp_path / name).write_text(json.dumps({"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}))
+        (tmp_path / name).write_text(
+            json.dumps({"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}})
+        )
     assert is_whole(tmp_path, weights=weights) is whole

@@ -54,7 +54,12 @@ def config(model: Path, mode: str, changes: dict[str, Any]) -> Config:
         dataclasses.replace(spec, max_samples=6),
         dataclasses.replace(spec, name="configs/data/letters/train_sft.jsonl", max_samples=4),
     ]
-    fields = {"model.name": str(model), "model.init": "pretrained", "output.mode": mode, "sft.num_iterations": 2}
+    fields = {
+        "model.name": str(model),
+        "model.init": "pretrained",
+        "output.mode": mode,
+        "sft.num_iterations": 2,
+    }
     fields |= {"data.rl_mixture": [prompts], "data.eval_mixture": held_out, **changes}
     for path, value in fields.items():
         base = replace_at(base, path, value)
@@ -70,7 +75,9 @@ def train(directory: Path, stage: str, config: Config, *urls: str) -> RunDir:
     engines = [item for url in urls for item in ("--engine-url", url)]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        patch.setattr(sys, "argv", ["trainer", "--run-dir", str(directory), "--stage", stage, *engines])
+        patch.setattr(
+            sys, "argv", ["trainer", "--run-dir", str(directory), "--stage", stage, *engines]
+        )
         assert trainer.main() == 0
     return run
 
@@ -105,10 +112,14 @@ def test_pass_at_k_and_tasks_reach_eval_jsonl(live: RunDir) -> None:
     tasks = ["all", "configs/data/letters/test.jsonl", "configs/data/letters/train_sft.jsonl"]
     found = [(row["step"], row["task"], row["metric"]) for row in rows(live)]
     metrics = ["exact_match", "pass@1", "pass@3"]
-    assert sorted(found) == sorted((step, task, metric) for step in (0, 3) for task in tasks for metric in metrics)
+    assert sorted(found) == sorted(
+        (step, task, metric) for step in (0, 3) for task in tasks for metric in metrics
+    )
     for step in (0, 3):
         for metric in metrics:
-            total, first, second = (rows(live, step=step, task=task, metric=metric)[0]["value"] for task in tasks)
+            total, first, second = (
+                rows(live, step=step, task=task, metric=metric)[0]["value"] for task in tasks
+            )
             assert total == pytest.approx((6 * first + 4 * second) / 10)
 
 
@@ -116,14 +127,20 @@ def test_every_answer_is_kept(live: RunDir) -> None:
     """Goal: a line for each held-out row and evaluation, which says what eval.jsonl counts; "which rows got worse" is
     a join over `row`. Red with the answers dropped after they were counted."""
     answers = read_jsonl(live.eval_samples)
-    assert [(row["step"], row["row"]) for row in answers] == [(step, row) for step in (0, 3) for row in range(10)]
-    assert {"stage", "task", "prompt_id", "prompt", "expected", "answer", "num_correct"} <= set(answers[0])
+    assert [(row["step"], row["row"]) for row in answers] == [
+        (step, row) for step in (0, 3) for row in range(10)
+    ]
+    assert {"stage", "task", "prompt_id", "prompt", "expected", "answer", "num_correct"} <= set(
+        answers[0]
+    )
     before, after = ({row["row"]: row for row in answers if row["step"] == step} for step in (0, 3))
     assert all(before[row]["prompt_id"] == after[row]["prompt_id"] for row in before)
     for step, found in ((0, before), (3, after)):
         (counted,) = rows(live, step=step, task="all", metric="exact_match")
         assert counted["value"] == pytest.approx(sum(row["correct"] for row in found.values()) / 10)
-        assert all(row["correct"] == (row["answer"].strip() == row["expected"]) for row in found.values())
+        assert all(
+            row["correct"] == (row["answer"].strip() == row["expected"]) for row in found.values()
+        )
 
 
 def test_a_run_that_learns_nothing_says_so(model: Path, engine_url: str, tmp_path: Path) -> None:
@@ -134,7 +151,10 @@ def test_a_run_that_learns_nothing_says_so(model: Path, engine_url: str, tmp_pat
     assert [row["groups_zero_std_frac"] for row in read_jsonl(run.metrics)] == [1.0] * 3
     warnings = [event for event in read_jsonl(run.events) if event["kind"] == "warning"]
     assert {"no_contrast"} <= {event["cause"] for event in warnings}
-    assert all((event["stage"], event["step"]) == ("rl", 3) and "Fix: " in event["message"] for event in warnings)
+    assert all(
+        (event["stage"], event["step"]) == ("rl", 3) and "Fix: " in event["message"]
+        for event in warnings
+    )
     assert len({event["cause"] for event in warnings}) == len(warnings)
 
 
@@ -146,7 +166,10 @@ def test_resuming_beyond_the_end_is_an_error(tmp_path: Path) -> None:
     """Goal: both numbers and the fix. Red with an empty range of steps as work done: state done, exit code 0."""
     (tmp_path / "metadata.json").write_text(json.dumps({"stage": "sft", "step": 104}))
     for steps in (52, 104):
-        with pytest.raises(StepsError, match=rf"is of sft step 104, .* {steps} steps.*Fix: raise sft.num_iterations"):
+        with pytest.raises(
+            StepsError,
+            match=rf"is of sft step 104, .* {steps} steps.*Fix: raise sft.num_iterations",
+        ):
             require_steps_left("sft", tmp_path, steps)
     require_steps_left("sft", tmp_path, 105)
 
@@ -157,13 +180,22 @@ def test_the_engine_says_who_it_is_before_it_is_used(
     """Goal: its kind and version are in the events; a version that nobody tested, and another kind than the config's,
     end the run in one error, before any sample. Red with the kinds not compared."""
     notes = [event["message"] for event in read_jsonl(live.events) if event["kind"] == "note"]
-    assert any(note.startswith("engine http://127.0.0.1:") and ": embedded 1" in note for note in notes)
-    with Scripted({"/server_info": (200, '{"version": "9.9.9"}')}) as server, pytest.raises(SystemExit):
+    assert any(
+        note.startswith("engine http://127.0.0.1:") and ": embedded 1" in note for note in notes
+    )
+    with (
+        Scripted({"/server_info": (200, '{"version": "9.9.9"}')}) as server,
+        pytest.raises(SystemExit),
+    ):
         train(tmp_path / "unknown", "rl", config(model, "rl", {}), server.url)
     assert "error: " in (error := capsys.readouterr().err)
-    assert "sglang 9.9.9 is not a version this client knows" in error and server.calls == ["/server_info"]
+    assert "sglang 9.9.9 is not a version this client knows" in error and server.calls == [
+        "/server_info"
+    ]
     with (
-        Scripted({"/server_info": (200, '{"version": "0.5.21", "model_path": "/nowhere"}')}) as server,
+        Scripted(
+            {"/server_info": (200, '{"version": "0.5.21", "model_path": "/nowhere"}')}
+        ) as server,
         pytest.raises(SystemExit),
     ):
         train(tmp_path / "other", "rl", config(model, "rl", {}), server.url)
@@ -171,7 +203,9 @@ def test_the_engine_says_who_it_is_before_it_is_used(
     assert server.calls == ["/server_info"]
 
 
-def test_a_replay_needs_no_engine_and_gives_the_same_run(live: RunDir, model: Path, tmp_path: Path) -> None:
+def test_a_replay_needs_no_engine_and_gives_the_same_run(
+    live: RunDir, model: Path, tmp_path: Path
+) -> None:
     """Goal: sampling.source = the run's rollouts.jsonl: its losses bit for bit, evaluated in process.
     Red with a shuffle.
 
@@ -187,7 +221,15 @@ def test_a_replay_needs_no_engine_and_gives_the_same_run(live: RunDir, model: Pa
     run = train(tmp_path / "replay", "rl", config(model, "rl", changes))
     found, expected = read_jsonl(run.metrics), read_jsonl(live.metrics)
     assert len(found) == 6
-    for key in ("loss", "grad_norm", "reward_mean", "explained_variance", "value_loss", "logp_diff_abs", "lag_max"):
+    for key in (
+        "loss",
+        "grad_norm",
+        "reward_mean",
+        "explained_variance",
+        "value_loss",
+        "logp_diff_abs",
+        "lag_max",
+    ):
         assert [row[key] for row in found[:3]] == [row[key] for row in expected], key
     assert not run.rollouts.exists() and not run.weights.exists()
     assert rows(run, step=0) and {row["metric"] for row in rows(run)} == {"exact_match"}
@@ -216,17 +258,33 @@ def test_rollouts_alone(live: RunDir, model: Path, engine_url: str, tmp_path: Pa
     Red with a backend built all the same.
     """
     run = train(
-        tmp_path / "collect", "rl", config(model, "rl", {"rl.sampling.source": "engine_only", **SAMPLED}), engine_url
+        tmp_path / "collect",
+        "rl",
+        config(model, "rl", {"rl.sampling.source": "engine_only", **SAMPLED}),
+        engine_url,
     )
     assert not (run.checkpoints / "rl").exists() and not run.weights.exists()
     metrics, samples = read_jsonl(run.metrics), read_jsonl(run.rollouts)
     assert [row["step"] for row in metrics] == [1, 2, 3] and len(samples) == 48
-    assert metrics[0]["reward_mean"] == pytest.approx(sum(row["reward"] for row in samples[:16]) / 16)
+    assert metrics[0]["reward_mean"] == pytest.approx(
+        sum(row["reward"] for row in samples[:16]) / 16
+    )
     assert "loss" not in metrics[0]
-    assert {(row["step"], row["metric"]) for row in rows(run)} == {(0, "exact_match"), (0, "pass@1"), (0, "pass@3")}
-    changes = {"rl.sampling.source": str(run.rollouts), "engine": None, "rl.eval_every": -1, "data.eval_mixture": []}
+    assert {(row["step"], row["metric"]) for row in rows(run)} == {
+        (0, "exact_match"),
+        (0, "pass@1"),
+        (0, "pass@3"),
+    }
+    changes = {
+        "rl.sampling.source": str(run.rollouts),
+        "engine": None,
+        "rl.eval_every": -1,
+        "data.eval_mixture": [],
+    }
     later = train(tmp_path / "later", "rl", config(model, "rl", changes))
-    assert [row["reward_mean"] for row in read_jsonl(later.metrics)] == [row["reward_mean"] for row in metrics]
+    assert [row["reward_mean"] for row in read_jsonl(later.metrics)] == [
+        row["reward_mean"] for row in metrics
+    ]
 
 
 def test_sft_evaluates_the_same_way(model: Path, tmp_path: Path) -> None:
@@ -235,15 +293,24 @@ def test_sft_evaluates_the_same_way(model: Path, tmp_path: Path) -> None:
     own = Path(shutil.copytree(model, tmp_path / "model"))
     tensors = load_file(own / "model.safetensors") | {"v_head.weight": torch.ones(2)}
     save_file(tensors, own / "model.safetensors", metadata={"format": "pt"})
-    run = train(tmp_path / "sft", "sft", config(own, "sft", {**SAMPLED, "sft.eval_every": 1, "sft.eval_steps": 1}))
+    run = train(
+        tmp_path / "sft",
+        "sft",
+        config(own, "sft", {**SAMPLED, "sft.eval_every": 1, "sft.eval_steps": 1}),
+    )
     notes = [event["message"] for event in read_jsonl(run.events) if event["kind"] == "note"]
     assert [note for note in notes if note.endswith("tensors that the model lacks: v_head.weight")]
     losses = rows(run, metric="validation_loss")
     assert {(row["stage"], row["step"]) for row in losses} == {("base", 0), ("sft", 1), ("sft", 2)}
     assert len({row["task"] for row in losses}) == 3
-    assert {row["step"] for row in rows(run, metric="pass@3")} == {0, 2} and len(rows(run, metric="pass@3")) == 6
+    assert {row["step"] for row in rows(run, metric="pass@3")} == {0, 2} and len(
+        rows(run, metric="pass@3")
+    ) == 6
     last = [json.loads(line) for line in run.metrics.read_text().splitlines()][-1]
-    assert last["eval_validation_loss"] == rows(run, metric="validation_loss", step=2, task="all")[0]["value"]
+    assert (
+        last["eval_validation_loss"]
+        == rows(run, metric="validation_loss", step=2, task="all")[0]["value"]
+    )
 
 
 @pytest.mark.parametrize(

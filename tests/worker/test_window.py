@@ -65,7 +65,8 @@ def test_a_paused_pane_does_not_hold_up_the_process(host: Host) -> None:
     with the pane written from the copying loop."""
     go = host.home / "go"
     text = (
-        f"import os, time\nprint('up', flush=True)\nwhile not os.path.exists({str(go)!r}): time.sleep(0.05)\n{FIVE_MB}"
+        "import os, time\nprint('up', flush=True)\n"
+        f"while not os.path.exists({str(go)!r}): time.sleep(0.05)\n{FIVE_MB}"
     )
     run = host.start(stage("sft", trainer(text)))
     wait_for(lambda: "up" in log(run, "trainer"), "the trainer")
@@ -83,7 +84,9 @@ def captured(run_id: str) -> str:
 
 def test_the_pane_shows_the_output(host: Host) -> None:
     """Goal: `tmux attach` shows what the log has. Red with nothing offered to the pane."""
-    run = host.start(stage("sft", trainer("import time; print('step 1', flush=True); time.sleep(600)")))
+    run = host.start(
+        stage("sft", trainer("import time; print('step 1', flush=True); time.sleep(600)"))
+    )
     wait_for(lambda: "step 1" in log(run, "trainer"), "the output")
     wait_for(lambda: "step 1" in captured(run.run_id), "the output in the pane")
     assert module("stop", str(run.path)).returncode == 0
@@ -131,6 +134,8 @@ signal.signal(15, end); print("up", flush=True); time.sleep(600)
 def test_setproctitle_does_not_hide_a_process(host: Host) -> None:
     """Goal: programs that rewrite their title (SGLang, vLLM) overwrite /proc/pid/environ unless SPT_NOENV is set; it
     is. Red with the variable left out of the environment."""
-    run = host.finish(stage("sft", process("trainer", script("import os; print(os.environ['SPT_NOENV'])"))))
+    run = host.finish(
+        stage("sft", process("trainer", script("import os; print(os.environ['SPT_NOENV'])")))
+    )
     assert log(run, "trainer") == "1\n"
     assert sys.executable in run.plan.read_text()

@@ -17,6 +17,7 @@ import pytest
 
 from rollouts import run_dir
 from rollouts.run_dir import RunDir
+from rollouts.worker.processes import marked_processes
 from tests.worker.stands import (
     REPOSITORY,
     Host,
@@ -50,12 +51,19 @@ def test_what_it_writes_and_prints(host: Host) -> None:
     job = host.job(stage("sft", trainer(UP)), secrets={"API_TOKEN": "hunter2"})
     done = host.launch(job)
     run = host.launched[-1]
-    assert json.loads(done.stdout) == {"started": True, "run_id": run.run_id, "run_path": str(run.path)}
+    assert json.loads(done.stdout) == {
+        "started": True,
+        "run_id": run.run_id,
+        "run_path": str(run.path),
+    }
     assert done.stdout.count("\n") == 1 and done.stderr == ""
     assert json.loads(run.config.read_text()) == job["config"]
     assert json.loads(run.plan.read_text()) == job["plan"]
     assert (run.code / "commit.txt").read_text() == "0123abc\n"
-    assert stat.S_IMODE(run.secrets.stat().st_mode) == 0o600 and stat.S_IMODE(run.path.stat().st_mode) == 0o700
+    assert (
+        stat.S_IMODE(run.secrets.stat().st_mode) == 0o600
+        and stat.S_IMODE(run.path.stat().st_mode) == 0o700
+    )
     assert run_dir.is_live(run)
     pid = recorded_pid(run, "trainer")
     listing = subprocess.run(
@@ -64,7 +72,9 @@ def test_what_it_writes_and_prints(host: Host) -> None:
     )  # fmt: skip
     assert listing.stdout == "supervisor 200\ntrainer 200\n"
     assert b"API_TOKEN=hunter2" in Path(f"/proc/{pid}/environ").read_bytes()
-    commands = subprocess.run(["ps", "-eww", "-o", "args"], capture_output=True, text=True, check=True).stdout
+    commands = subprocess.run(
+        ["ps", "-eww", "-o", "args"], capture_output=True, text=True, check=True
+    ).stdout
     assert "rollouts.worker.supervise.window" in commands and "hunter2" not in commands
     assert module("stop", str(run.path)).returncode == 0
     assert not run.secrets.exists()
@@ -77,13 +87,16 @@ def test_secrets_stay_out_of_the_tmux_server(fresh_server: Path, tmp_path: Path)
     job = host.job(stage("sft", trainer(UP)), secrets={"API_TOKEN": "hunter2"})
     assert (
         host.launch(
-            job, env={**os.environ, "API_TOKEN": "hunter2", "SHOWN": "yes", "ROLLOUTS_RUN_ID": "outer"}
+            job,
+            env={**os.environ, "API_TOKEN": "hunter2", "SHOWN": "yes", "ROLLOUTS_RUN_ID": "outer"},
         ).returncode
         == 0
     )
     run = host.launched[-1]
     recorded_pid(run, "trainer")
-    shown = subprocess.run(["tmux", "show-environment", "-g"], capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        ["tmux", "show-environment", "-g"], capture_output=True, text=True, check=True
+    ).stdout
     assert "SHOWN=yes" in shown and "hunter2" not in shown
     assert "ROLLOUTS_RUN_ID" not in shown, "the server would be ended with the outer run"
     assert module("stop", str(run.path)).returncode == 0
@@ -97,12 +110,18 @@ def test_engine_keys_are_made_here_and_reach_the_processes_alone(host: Host) -> 
     for job, run in zip(jobs, host.launched[-2:], strict=True):
         assert host.launch(job).returncode == 0
         keys = json.loads(run.secrets.read_text())["engine_keys"]
-        environment = Path(f"/proc/{recorded_pid(run, 'trainer')}/environ").read_bytes().split(b"\0")
+        environment = (
+            Path(f"/proc/{recorded_pid(run, 'trainer')}/environ").read_bytes().split(b"\0")
+        )
         assert all(f"{name}={key}".encode() in environment for name, key in keys.items())
         made += keys.values()
     assert len(set(made)) == 4
-    commands = subprocess.run(["ps", "-eww", "-o", "args"], capture_output=True, text=True, check=True).stdout
-    variables = subprocess.run(["tmux", "show-environment", "-g"], capture_output=True, text=True, check=True).stdout
+    commands = subprocess.run(
+        ["ps", "-eww", "-o", "args"], capture_output=True, text=True, check=True
+    ).stdout
+    variables = subprocess.run(
+        ["tmux", "show-environment", "-g"], capture_output=True, text=True, check=True
+    ).stdout
     assert not any(key in commands + variables for key in made)
     for run in host.launched[-2:]:
         for file in run.path.rglob("*"):
@@ -116,7 +135,9 @@ def test_a_second_launch_changes_nothing(host: Host) -> None:
     """Goal: launching again, while it runs and after its end, says so with exit 0 and leaves the run alone. Red with
     the lock not looked at."""
     go = host.home / "go"
-    text = f"import os, time\nwhile not os.path.exists({str(go)!r}): time.sleep(0.05)\nprint('once')"
+    text = (
+        f"import os, time\nwhile not os.path.exists({str(go)!r}): time.sleep(0.05)\nprint('once')"
+    )
     job = host.job(stage("sft", trainer(text)))
     assert json.loads(host.launch(job).stdout)["started"] is True
     run = host.launched[-1]
@@ -128,7 +149,10 @@ def test_a_second_launch_changes_nothing(host: Host) -> None:
     go.touch()
     wait_for_end(run)
     again = host.launch(job)
-    assert json.loads(again.stdout)["started"] is False and "done" in json.loads(again.stdout)["reason"]
+    assert (
+        json.loads(again.stdout)["started"] is False
+        and "done" in json.loads(again.stdout)["reason"]
+    )
     assert log(run, "trainer") == "once\n"
 
 
@@ -137,8 +161,15 @@ def test_two_launches_at_once_start_it_once(host: Host) -> None:
     job = host.job(stage("sft", trainer("print('once')")))
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda _: host.launch(job), range(4)))
-    assert [answer.returncode for answer in answers] == [0] * 4, [answer.stderr for answer in answers]
-    assert sorted(json.loads(answer.stdout)["started"] for answer in answers) == [False, False, False, True]
+    assert [answer.returncode for answer in answers] == [0] * 4, [
+        answer.stderr for answer in answers
+    ]
+    assert sorted(json.loads(answer.stdout)["started"] for answer in answers) == [
+        False,
+        False,
+        False,
+        True,
+    ]
     wait_for_end(host.launched[-1])
     assert log(host.launched[-1], "trainer") == "once\n"
 
@@ -164,7 +195,10 @@ def test_no_tmux(host: Host, tmp_path: Path) -> None:
     job = host.job(stage("sft", trainer("print('once')")))
     done = host.launch(job, env={**os.environ, "PATH": str(tmp_path)})
     assert done.returncode == 1 and done.stdout == ""
-    assert "tmux is not installed on this host. Install it" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        "tmux is not installed on this host. Install it" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     run = host.launched[-1]
     assert not run.lock.exists() and not run.secrets.exists()
     assert json.loads(host.launch(job).stdout)["started"] is True
@@ -175,10 +209,15 @@ def test_no_tmux(host: Host, tmp_path: Path) -> None:
 def test_a_tmux_that_fails(host: Host, tmp_path: Path) -> None:
     """Goal: what tmux says reaches the user, and the status says failed. Red with tmux's exit code not looked at."""
     job = host.job(stage("sft", trainer("print('once')")))
-    (tmp_path / f"tmux-{os.getuid()}").mkdir(mode=0o777)  # tmux refuses a socket directory that others may write to
+    # tmux refuses a socket directory that others may write to
+    (tmp_path / f"tmux-{os.getuid()}").mkdir(mode=0o777)
     (tmp_path / f"tmux-{os.getuid()}").chmod(0o777)
     done = host.launch(job, env={**os.environ, "TMUX_TMPDIR": str(tmp_path)})
-    assert done.returncode == 1 and "tmux new-session failed" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 1
+        and "tmux new-session failed" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     assert as_status(host.launched[-1])["state"] == "failed"
 
 
@@ -203,12 +242,38 @@ def test_a_supervisor_that_cannot_start(host: Host, python: str) -> None:
     assert as_status(host.launched[-1])["state"] == "failed"
 
 
+def test_a_supervisor_that_is_too_slow(host: Host, tmp_path: Path) -> None:
+    """Goal: a launch that gives up leaves nothing that starts later. Red without the end of its session: on a busy host
+    the supervisor came after "nothing was started", and its trainer found no secrets."""
+    job = host.job(stage("sft", trainer("pass")))
+    slow = tmp_path / "python3"
+    slow.write_text("#!/bin/sh\nexec sleep 600\n")
+    slow.chmod(0o755)
+    job["plan"]["base_python"] = str(slow)
+    program = "from rollouts.worker import launch as l; l.SUPERVISOR_START_S = 0.2; l.main()"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(
+        command, input=json.dumps(job), capture_output=True, text=True, cwd=REPOSITORY, check=False
+    )
+    run = host.launched[-1]
+    assert done.returncode == 1 and "did not start within 0.2 s" in done.stderr, done.stderr
+    assert as_status(run)["state"] == "failed"
+    assert run.run_id not in tmux_sessions() and not marked_processes(run)
+
+
 def test_files_that_cannot_be_written(host: Host) -> None:
     """Goal: a full disk (here a file size limit of 0) is one message naming the file and the room left. Red with the
     error not caught."""
     job = host.job(stage("sft", trainer("pass")))
-    command = ["/bin/bash", "-c", 'ulimit -f 0; exec "$0" -m rollouts.worker.launch', sys.executable]
-    done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    command = [
+        "/bin/bash",
+        "-c",
+        'ulimit -f 0; exec "$0" -m rollouts.worker.launch',
+        sys.executable,
+    ]
+    done = subprocess.run(
+        command, input=json.dumps(job), capture_output=True, text=True, cwd=REPOSITORY, check=False
+    )
     assert done.returncode == 1 and done.stderr.startswith("error: cannot write "), done.stderr
     assert "MiB free there" in done.stderr and "Traceback" not in done.stderr
     assert host.launched[-1].run_id not in tmux_sessions()
@@ -241,12 +306,18 @@ def test_a_users_tmux_conf(fresh_server: Path, tmp_path: Path) -> None:
 def test_a_server_with_another_environment(fresh_server: Path, tmp_path: Path) -> None:
     """Goal: a tmux server that was started long ago from somewhere else gives its windows its own environment; the
     run's processes get the launcher's. Red with the environment left to tmux."""
-    odd = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONHOME": "/nowhere", "TMUX_TMPDIR": str(fresh_server)}
+    odd = {
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(tmp_path),
+        "PYTHONHOME": "/nowhere",
+        "TMUX_TMPDIR": str(fresh_server),
+    }
     subprocess.run(["tmux", "new-session", "-d", "-s", "old", "sleep", "600"], env=odd, check=True)
     host = Host(tmp_path)
     show = "import os; print(os.environ.get('PYTHONHOME'), os.environ['HOME'], os.environ['MINE'])"
     job = host.job(stage("sft", trainer(show)))
-    elsewhere = {"TMUX": "/tmp/nowhere,1,0", "TMUX_PANE": "%9"}  # the launcher may itself sit in some tmux
+    # the launcher may itself sit in some tmux
+    elsewhere = {"TMUX": "/tmp/nowhere,1,0", "TMUX_PANE": "%9"}
     assert host.launch(job, env={**os.environ, **elsewhere, "MINE": "yes"}).returncode == 0
     run = host.launched[-1]
     wait_for_end(run)
@@ -267,9 +338,19 @@ def test_the_bootstrap_sees_the_configs_environment(host: Host) -> None:
 @pytest.mark.parametrize(
     "file",
     [
-        *(file.relative_to(REPOSITORY).as_posix() for file in sorted(REPOSITORY.glob("rollouts/worker/[!t]*.py"))),
-        *("rollouts/worker/tail.py", "rollouts/worker/tmux.py", "rollouts/worker/environments/torch_index.py"),
-        *(file.relative_to(REPOSITORY).as_posix() for file in sorted(REPOSITORY.glob("rollouts/run_dir/*.py"))),
+        *(
+            file.relative_to(REPOSITORY).as_posix()
+            for file in sorted(REPOSITORY.glob("rollouts/worker/[!t]*.py"))
+        ),
+        *(
+            "rollouts/worker/tail.py",
+            "rollouts/worker/tmux.py",
+            "rollouts/worker/environments/torch_index.py",
+        ),
+        *(
+            file.relative_to(REPOSITORY).as_posix()
+            for file in sorted(REPOSITORY.glob("rollouts/run_dir/*.py"))
+        ),
         *("rollouts/plain_files.py", "rollouts/manifest.py", "rollouts/remote/host/host_probe.py"),
         *("rollouts/engines/keys.py", "rollouts/engines/diagnosis.py"),
     ],

@@ -1,5 +1,6 @@
 """Every reason a config cannot run. Pure: nothing is read, nothing is asked."""
 
+import dataclasses
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -43,4 +44,28 @@ def config_problems(config: Sections) -> tuple[str, ...]:
             messages += [message for ok, message in checks(value) if not ok]
     if not bad_paths:
         messages += [message for ok, message in cross_checks(config) if not ok]
+        messages += [] if messages else _fewer_hosts_problems(config)
     return tuple(messages)
+
+
+def fewer_hosts(config: Sections) -> list[int]:
+    """Return with how many hosts the job may go on where some die: from target.hosts_min on, those over whose ranks
+    its batches divide."""
+    counts = range(
+        config.target.hosts_min, config.target.hosts if config.limits.restarts_max else 0
+    )
+    return [count for count in counts if not config_problems(_on_hosts(config, count))]
+
+
+def _fewer_hosts_problems(config: Sections) -> list[str]:
+    """Say that the fewest hosts that are allowed cannot do the job."""
+    target, fewest = config.target, config.target.hosts_min
+    if not config.limits.restarts_max or fewest == target.hosts or fewest in fewer_hosts(config):
+        return []
+    why = config_problems(_on_hosts(config, fewest))[0]
+    return [f"target.hosts_min={fewest}: needs a number of hosts that can do the job alone: {why}"]
+
+
+def _on_hosts(config: Sections, count: int) -> Sections:
+    target = dataclasses.replace(config.target, hosts=count, hosts_min=count)
+    return dataclasses.replace(config, target=target)

@@ -22,7 +22,10 @@ def dotted_check(value: str, path: str, last: str = "function", *, more: str = "
     is_meant = meant != value and matches(DOTTED_NAME_PATTERN, meant)
     need = f"a dotted path, package.module.{last}{more}"
     return must(
-        matches(DOTTED_NAME_PATTERN, value), path, value, need + (f"; did you mean {meant!r}?" if is_meant else "")
+        matches(DOTTED_NAME_PATTERN, value),
+        path,
+        value,
+        need + (f"; did you mean {meant!r}?" if is_meant else ""),
     )
 
 
@@ -49,7 +52,9 @@ def rank_checks(ranks: list[int], path: str) -> Checks:
 
 def is_inside(file: str | None) -> bool:
     """Return whether it is None, or a relative path that stays in the repository."""
-    return file is None or (bool(file.strip()) and not file.startswith("/") and ".." not in Path(file).parts)
+    return file is None or (
+        bool(file.strip()) and not file.startswith("/") and ".." not in Path(file).parts
+    )
 
 
 def names_file(file: str | None) -> bool:

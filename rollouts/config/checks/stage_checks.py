@@ -18,24 +18,48 @@ def stage_checks(stage: SFTConfig | RLConfig, path: str) -> Checks:
     rates = {name: getattr(stage, name) for name in ("unembedding_lr", "embedding_lr", "matrix_lr")}
     for name, rate in (*rates.items(), ("weight_decay", stage.weight_decay)):
         yield must(rate >= 0, f"{path}.{name}", rate, ">= 0")
-    yield any(rate > 0 for rate in rates.values()), f"{path}.{{{','.join(rates)}}}=0: nothing would be trained"
-    yield must(0 < stage.init_lr_frac <= 1, f"{path}.init_lr_frac", stage.init_lr_frac, "0 < init_lr_frac <= 1")
+    yield (
+        any(rate > 0 for rate in rates.values()),
+        f"{path}.{{{','.join(rates)}}}=0: nothing would be trained",
+    )
+    yield must(
+        0 < stage.init_lr_frac <= 1,
+        f"{path}.init_lr_frac",
+        stage.init_lr_frac,
+        "0 < init_lr_frac <= 1",
+    )
     optimizer, path = stage.optimizer, f"{path}.optimizer"
     yield must(0 <= optimizer.beta1 < 1, f"{path}.beta1", optimizer.beta1, "0 <= beta1 < 1")
     yield must(0 <= optimizer.beta2 < 1, f"{path}.beta2", optimizer.beta2, "0 <= beta2 < 1")
     yield must(optimizer.eps > 0, f"{path}.eps", optimizer.eps, "> 0")
-    yield must(optimizer.max_grad_norm > 0, f"{path}.max_grad_norm", optimizer.max_grad_norm, "> 0; 1e9 never clips")
-    yield must(0 <= optimizer.warmup_frac < 1, f"{path}.warmup_frac", optimizer.warmup_frac, "0 <= warmup_frac < 1")
+    yield must(
+        optimizer.max_grad_norm > 0,
+        f"{path}.max_grad_norm",
+        optimizer.max_grad_norm,
+        "> 0; 1e9 never clips",
+    )
+    yield must(
+        0 <= optimizer.warmup_frac < 1,
+        f"{path}.warmup_frac",
+        optimizer.warmup_frac,
+        "0 <= warmup_frac < 1",
+    )
     muon = optimizer.muon
     if muon is not None:
-        yield must(0 <= muon.momentum < 1, f"{path}.muon.momentum", muon.momentum, "0 <= momentum < 1")
-        yield must(1 <= muon.ns_steps < 100, f"{path}.muon.ns_steps", muon.ns_steps, "1 to 99; 5 is usual")
+        yield must(
+            0 <= muon.momentum < 1, f"{path}.muon.momentum", muon.momentum, "0 <= momentum < 1"
+        )
+        yield must(
+            1 <= muon.ns_steps < 100, f"{path}.muon.ns_steps", muon.ns_steps, "1 to 99; 5 is usual"
+        )
         yield must(muon.vector_lr >= 0, f"{path}.muon.vector_lr", muon.vector_lr, ">= 0")
         yield from one_or_off(muon, f"{path}.muon", width_reference="unchanged rates")
 
 
 def sft_checks(sft: SFTConfig) -> Checks:
-    yield from at_least_one(sft, "sft", "num_epochs", "batch_size", "target_examples_per_step", "log_every")
+    yield from at_least_one(
+        sft, "sft", "num_epochs", "batch_size", "target_examples_per_step", "log_every"
+    )
     yield from one_or_off(
         sft,
         "sft",
@@ -67,8 +91,12 @@ def rl_checks(rl: RLConfig) -> Checks:
         micro_batch_tokens="batch_size sequences",
         save_every="only at the end",
     )
-    yield must(rl.num_samples >= 2, "rl.num_samples", rl.num_samples, ">= 2, else every advantage is 0")
-    yield must(rl.temperature > 0, "rl.temperature", rl.temperature, "> 0: sampling is what RL learns from")
+    yield must(
+        rl.num_samples >= 2, "rl.num_samples", rl.num_samples, ">= 2, else every advantage is 0"
+    )
+    yield must(
+        rl.temperature > 0, "rl.temperature", rl.temperature, "> 0: sampling is what RL learns from"
+    )
     yield from loss_checks(rl)
     if rl.reward is None:
         need = "a RewardConfig: only an agent's environment gives rewards itself"
@@ -86,8 +114,15 @@ def rl_checks(rl: RLConfig) -> Checks:
 
 def _sampling_checks(sampling: SamplingConfig) -> Checks:
     source, path = sampling.source, "rl.sampling"
-    source_ok = source in ENGINE_SOURCES or (source.endswith(".jsonl") and bool(source.removesuffix(".jsonl")))
-    yield must(source_ok, f"{path}.source", source, "'engine', 'engine_only' or the path of a run's rollouts.jsonl")
+    source_ok = source in ENGINE_SOURCES or (
+        source.endswith(".jsonl") and bool(source.removesuffix(".jsonl"))
+    )
+    yield must(
+        source_ok,
+        f"{path}.source",
+        source,
+        "'engine', 'engine_only' or the path of a run's rollouts.jsonl",
+    )
     yield seed_check(sampling.seed, f"{path}.seed")
     yield from at_least_one(sampling, path, "sync_every")
     if sampling.filter_fn is not None:
@@ -108,12 +143,24 @@ def rate_checks(config: Sections, name: str) -> Checks:
     stage = getattr(config, name)
     lora = config.model.lora is not None
     if lora:
-        yield must(stage.matrix_lr > 0, f"{name}.matrix_lr", stage.matrix_lr, "> 0: it is the rate of model.lora")
+        yield must(
+            stage.matrix_lr > 0,
+            f"{name}.matrix_lr",
+            stage.matrix_lr,
+            "> 0: it is the rate of model.lora",
+        )
     for field in ("matrix_lr", "embedding_lr", "unembedding_lr"):
         rate = getattr(stage, field)
         if lora and field != "matrix_lr":
-            yield must(rate == 0, f"{name}.{field}", rate, "0: with model.lora only adapters are trained, at matrix_lr")
+            yield must(
+                rate == 0,
+                f"{name}.{field}",
+                rate,
+                "0: with model.lora only adapters are trained, at matrix_lr",
+            )
         pretrained_adamw = config.model.init == "pretrained" and stage.optimizer.muon is None
         wild = pretrained_adamw and rate >= 0.01 and rate * stage.init_lr_frac > 1e-4
         need = "about 1e-5 (LoRA: 1e-4) with init_lr_frac=1 for AdamW on a pretrained model; rates such as nanochat's"
-        yield must(not wild, f"{name}.{field}", rate, f"{need} 0.02 and 0.2 are for an optimizer with muon")
+        yield must(
+            not wild, f"{name}.{field}", rate, f"{need} 0.02 and 0.2 are for an optimizer with muon"
+        )

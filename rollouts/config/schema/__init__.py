@@ -12,14 +12,29 @@ from rollouts.config.schema.engine import (
     TensorSync,
 )
 from rollouts.config.schema.evaluation import EvalConfig
-from rollouts.config.schema.loss import CISPO, GRPO, GSPO, PPO, ImportanceConfig, KLConfig, ValueModel
+from rollouts.config.schema.loss import (
+    CISPO,
+    GRPO,
+    GSPO,
+    PPO,
+    ImportanceConfig,
+    KLConfig,
+    ValueModel,
+)
 from rollouts.config.schema.model import LoraConfig, ModelConfig
 from rollouts.config.schema.optimizer import MuonConfig, OptimizerConfig
 from rollouts.config.schema.provision import ProvisionConfig
-from rollouts.config.schema.rl import AgentConfig, AheadConfig, RewardConfig, RLConfig, SamplingConfig
+from rollouts.config.schema.rl import (
+    AgentConfig,
+    AheadConfig,
+    RewardConfig,
+    RLConfig,
+    SamplingConfig,
+)
 from rollouts.config.schema.run import HostConfig, LimitsConfig, OutputConfig, TargetConfig
 from rollouts.config.schema.sections import Sections
 from rollouts.config.schema.sft import SFTConfig
+from rollouts.config.schema.trackers import Mlflow, TensorBoard, Trackio, Wandb
 
 __all__ = [
     "CISPO",
@@ -42,6 +57,7 @@ __all__ = [
     "LimitsConfig",
     "LoraConfig",
     "LoraSync",
+    "Mlflow",
     "ModelConfig",
     "MuonConfig",
     "OptimizerConfig",
@@ -54,6 +70,9 @@ __all__ = [
     "SamplingConfig",
     "Sections",
     "TargetConfig",
+    "TensorBoard",
     "TensorSync",
+    "Trackio",
     "ValueModel",
+    "Wandb",
 ]

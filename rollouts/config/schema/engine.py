@@ -10,7 +10,7 @@ class DiskSync:
 
     kind: ClassVar[Literal["disk"]] = "disk"
 
-    on_tmpfs: bool  # in memory (/dev/shm), where trainer and engine share a host
+    on_tmpfs: bool  # in memory (/dev/shm) of each host that has them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +44,13 @@ class LoraSync:
 
 @dataclass(frozen=True, kw_only=True)
 class _Engine:
-    gpu_ranks: list[int]  # may equal target.gpu_ranks: colocated
-    sglang_port: int  # of the first replica; the others follow it. 0: free ones, which the host chooses
-    replicas: int  # copies that share the requests, each on tensor_parallel_size devices
-    mem_fraction: float  # of what is free on each device at the engine's start (vLLM: of the whole device)
+    hosts: list[int] | None  # of the job, those with engines; 0 is the first. None: the first alone
+    gpu_ranks: list[int]  # of each such host; may equal target.gpu_ranks: colocated
+    # of the first replica; the others follow it. 0: free ones, which the host chooses
+    sglang_port: int
+    replicas: int  # on each such host, each on tensor_parallel_size devices; all share the requests
+    # of what is free on each device at the engine's start (vLLM: of the whole device)
+    mem_fraction: float
     context_length: int  # tokens, prompt and answer together
     max_running_requests: int  # sequences decoded at once; more wait in line
     restarts_max: int  # how often in a run an engine that died or hangs is started again; 0: never
@@ -63,7 +66,8 @@ class Embedded(_Engine):
     max_total_tokens: ClassVar[None] = None
     sleep_while_training: ClassVar[bool] = False
 
-    requirements_file: str | None  # lock of the engine's own environment; None: it runs in the trainer's
+    # lock of the engine's own environment; None: it runs in the trainer's
+    requirements_file: str | None
     weight_sync: DiskSync | TensorSync  # how new weights reach the engine
 
 
@@ -73,12 +77,18 @@ class SGLang(_Engine):
 
     kind: ClassVar[Literal["sglang"]] = "sglang"
 
-    requirements_file: str  # lock of the engine's own environment: a path, or "rollouts:requirements/…"
+    requirements_file: (
+        str  # lock of the engine's own environment: a path, or "rollouts:requirements/…"
+    )
     tensor_parallel_size: int  # devices that one replica is spread over
-    router_port: int | None  # of SGLang's router, which deals out requests; None: the trainer does, in turn
-    max_total_tokens: int | None  # of the key-value cache; None: what mem_fraction leaves, less after a restart
-    sleep_while_training: bool  # colocated on a GPU: the engine gives its memory back while the trainer steps
-    weight_sync: DiskSync | TensorSync | BroadcastSync | LoraSync  # how new weights reach the engine
+    # of SGLang's router, which deals out requests; None: the trainer does, in turn
+    router_port: int | None
+    # of the key-value cache; None: what mem_fraction leaves, less after a restart
+    max_total_tokens: int | None
+    # colocated on a GPU: the engine gives its memory back while the trainer steps
+    sleep_while_training: bool
+    # how new weights reach the engine
+    weight_sync: DiskSync | TensorSync | BroadcastSync | LoraSync
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +100,9 @@ class VLLM(_Engine):
     max_total_tokens: ClassVar[None] = None
     sleep_while_training: ClassVar[bool] = False
 
-    requirements_file: str  # lock of the engine's own environment: a path, or "rollouts:requirements/…"
+    requirements_file: (
+        str  # lock of the engine's own environment: a path, or "rollouts:requirements/…"
+    )
     tensor_parallel_size: int  # devices that one replica is spread over
     weight_sync: DiskSync  # how new weights reach the engine
 

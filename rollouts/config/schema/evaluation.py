@@ -13,5 +13,7 @@ class EvalConfig:
     top_k: int  # sample those among the k likeliest tokens; -1: all
     seed: int  # of their sampling
     in_process_rows: int  # rows, the first ones, that the trainer answers where no engine does (sft); 0: none, -1: all
-    in_process_new_tokens: int  # of each of its answers at most; rl.max_new_tokens where that is less
-    in_process_batch_tokens: int  # that it holds keys and values of at once: prompts, padding and answers
+    # of each of its answers at most; rl.max_new_tokens where that is less
+    in_process_new_tokens: int
+    # that it holds keys and values of at once: prompts, padding and answers
+    in_process_batch_tokens: int

@@ -8,7 +8,9 @@ from typing import ClassVar, Literal
 class _PolicyLoss:
     """What every loss has. docs/reference/losses.md: all methods, and how to set them."""
 
-    advantage_norm: Literal["none", "group_std", "batch"]  # what advantages are divided by; batch: standardised over it
+    advantage_norm: Literal[
+        "none", "group_std", "batch"
+    ]  # what advantages are divided by; batch: standardised over it
     aggregation: Literal[
         "token_mean", "sequence_mean_token_sum", "sequence_mean_token_mean", "constant_length"
     ]  # how token losses become one: docs/reference/losses.md
@@ -53,7 +55,8 @@ class PPO(_ClippedLoss):
 
     kind: ClassVar[Literal["ppo"]] = "ppo"
 
-    dual_clip: float | None  # where the advantage is negative the ratio counts at most this much; None: no bound
+    # where the advantage is negative the ratio counts at most this much; None: no bound
+    dual_clip: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +65,8 @@ class GSPO(_ClippedLoss):
 
     kind: ClassVar[Literal["gspo"]] = "gspo"
 
-    dual_clip: float | None  # where the advantage is negative the ratio counts at most this much; None: no bound
+    # where the advantage is negative the ratio counts at most this much; None: no bound
+    dual_clip: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,4 +94,5 @@ class KLConfig:
 
     coef: float  # the penalty's weight in the loss
     kind: Literal["k1", "k2", "k3"]  # which estimate of the divergence is the loss's term
-    reference: str | None  # hub id or directory on the host; None: the model that the run's rl stage started from
+    # hub id or directory on the host; None: the model that the run's rl stage started from
+    reference: str | None

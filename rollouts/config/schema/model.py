@@ -11,7 +11,9 @@ class LoraConfig:
     rank: int  # of each adapter: the width between its two matrices
     alpha: float  # the adapter's output is multiplied by alpha / rank
     dropout: float  # on the adapter's input; 0: none
-    target_modules: list[str] | Literal["all-linear"]  # linear layers by name, e.g. ["q_proj"]; all: but for the head
+    target_modules: (
+        list[str] | Literal["all-linear"]
+    )  # linear layers by name, e.g. ["q_proj"]; all: but for the head
     init_seed: int  # of the adapters' first weights
 
 
@@ -20,10 +22,13 @@ class ModelConfig:
     """The model that is trained."""
 
     name: str  # hub id, or a directory: absolute on the host, or relative to the repository's root
-    init: Literal["pretrained", "random"]  # random: architecture and tokenizer of `name`, weights drawn from init_seed
+    init: Literal[
+        "pretrained", "random"
+    ]  # random: architecture and tokenizer of `name`, weights drawn from init_seed
     init_seed: int  # of the weights that init draws at random
     dtype: Literal["float32", "bfloat16"]  # of the weights and of the computation
     compile: bool  # each layer by itself, once for all of a kind; docs/reference/optimization.md
-    activation_checkpointing: bool  # recompute each layer in the backward pass: less memory, about 1.3 x the time
+    # recompute each layer in the backward pass: less memory, about 1.3 x the time
+    activation_checkpointing: bool
     lora: LoraConfig | None  # None: all weights are trained
     trust_remote_code: bool  # run the Python code that the model's repository brings

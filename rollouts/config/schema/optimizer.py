@@ -15,14 +15,16 @@ class MuonConfig:
         "original", "match_rms_adamw"
     ]  # matrix_lr's factor by shape: nanochat's, or to use AdamW's rates
     vector_lr: float  # of norms and biases, by AdamW
-    width_reference: int  # AdamW groups' rates x (hidden_size / this) ** -0.5, in nanochat 768; -1: unchanged
+    # AdamW groups' rates x (hidden_size / this) ** -0.5, in nanochat 768; -1: unchanged
+    width_reference: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """The optimizer of a stage; its rates are the stage's."""
 
-    muon: MuonConfig | None  # Muon for matrices, AdamW for embeddings, head, norms and biases; None: AdamW for all
+    # Muon for matrices, AdamW for embeddings, head, norms and biases; None: AdamW for all
+    muon: MuonConfig | None
     beta1: float  # AdamW's: of the first moment
     beta2: float  # of the second moment
     eps: float  # added to the second moment's root

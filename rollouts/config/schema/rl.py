@@ -6,7 +6,10 @@ from typing import Literal
 from rollouts.config.schema.loss import CISPO, GRPO, GSPO, PPO, KLConfig, ValueModel
 from rollouts.config.schema.optimizer import OptimizerConfig
 
-ENGINE_SOURCES = ("engine", "engine_only")  # sampling.source where rollouts come from an engine, not from a file
+ENGINE_SOURCES = (
+    "engine",
+    "engine_only",
+)  # sampling.source where rollouts come from an engine, not from a file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +17,9 @@ class AgentConfig:
     """Rollouts of several turns in an environment with tools. docs/reference/agents.md."""
 
     environment: str  # dotted path of a class, or of a function without arguments that makes one
-    tool_format: Literal["hermes", "json"]  # how the model writes its calls: <tool_call>, or all of a turn one object
+    tool_format: Literal[
+        "hermes", "json"
+    ]  # how the model writes its calls: <tool_call>, or all of a turn one object
     turns_max: int  # of the policy
     tokens_max: int  # of a whole episode, prompt included
     timeout_s: float  # of a whole episode
@@ -45,7 +50,8 @@ class AheadConfig:
     """Generation that runs ahead of training. docs/design/asynchronous.md."""
 
     policy_lag_steps_max: int  # how many optimizer steps ahead, at most
-    in_flight_updates: bool  # weights change under running requests, which go on; False: they are waited for
+    # weights change under running requests, which go on; False: they are waited for
+    in_flight_updates: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +73,13 @@ class RLConfig:
     init_lr_frac: float  # factor on all learning rates
     optimizer: OptimizerConfig  # its constants and its schedule
     eval_every: int  # steps between exact-match evaluations; -1: only before and after the stage
-    eval_examples: int  # rows of eval_mixture in those; -1: all. The ones before and after always take all
+    # rows of eval_mixture in those; -1: all. The ones before and after always take all
+    eval_examples: int
     save_every: int  # steps; -1: only after the last step
     log_every: int  # steps between lines of metrics.jsonl
-    baseline: float | Literal["group_mean", "leave_one_out"] | ValueModel  # taken from a reward; a group: one prompt's
+    baseline: (
+        float | Literal["group_mean", "leave_one_out"] | ValueModel
+    )  # taken from a reward; a group: one prompt's
     loss: GRPO | PPO | GSPO | CISPO  # the policy's loss: docs/reference/losses.md
     kl: KLConfig | None  # None: no reference model is loaded
     reward: RewardConfig | None  # None: the environment of `agent` gives rewards

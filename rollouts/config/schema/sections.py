@@ -37,4 +37,20 @@ class Sections:
     @property
     def uses_engine(self) -> bool:
         """Return whether the run samples from an inference engine."""
-        return "rl" in self.stages and self.rl is not None and self.rl.sampling.source in ENGINE_SOURCES
+        return (
+            "rl" in self.stages
+            and self.rl is not None
+            and self.rl.sampling.source in ENGINE_SOURCES
+        )
+
+    @property
+    def engine_hosts(self) -> list[int]:
+        """Return which hosts of the job run engines, in order; [] if nothing samples."""
+        if not self.uses_engine or self.engine is None:
+            return []
+        return [0] if self.engine.hosts is None else self.engine.hosts
+
+    @property
+    def job_hosts(self) -> int:
+        """Return how many hosts the job has: those that train come first."""
+        return max(self.target.hosts, 1 + max(self.engine_hosts, default=0))

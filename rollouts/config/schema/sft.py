@@ -12,7 +12,8 @@ class SFTConfig:
     num_epochs: int  # passes over sft_mixture, where num_iterations is -1
     num_iterations: int  # optimizer steps; -1: num_epochs decides
     batch_size: int  # examples per rank and forward pass, where micro_batch_tokens is -1
-    micro_batch_tokens: int  # tokens per rank and forward pass, filled best-fit with whole examples; -1: batch_size
+    # tokens per rank and forward pass, filled best-fit with whole examples; -1: batch_size
+    micro_batch_tokens: int
     target_examples_per_step: int  # examples per optimizer step, over all ranks: accumulated
     unembedding_lr: float  # learning rate of the output head
     embedding_lr: float  # learning rate of the token embeddings

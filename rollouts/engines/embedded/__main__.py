@@ -26,11 +26,15 @@ def main() -> int:
     args = _parse(sys.argv[1:])
     if not (Path(args.model_path) / "config.json").is_file():
         found = "has no config.json" if Path(args.model_path).is_dir() else "no such directory"
-        return _fail(f"--model-path {args.model_path}: {found}; needs a Hugging Face directory with weights")
+        return _fail(
+            f"--model-path {args.model_path}: {found}; needs a Hugging Face directory with weights"
+        )
     try:
         listener = _bind(args.host, args.port)
     except OSError as error:
-        return _fail(f"cannot listen on {args.host}:{args.port}: {error.strerror}. Set another engine.sglang_port")
+        return _fail(
+            f"cannot listen on {args.host}:{args.port}: {error.strerror}. Set another engine.sglang_port"
+        )
 
     from rollouts.engines.embedded import scheduler
     from rollouts.engines.embedded.mailbox import Mailbox
@@ -57,10 +61,13 @@ def main() -> int:
     def serve_model() -> None:
         try:
             rows_max, seed = args.max_running_requests, args.random_seed
-            scheduler.serve(lambda: _load(args), mailbox, rows_max=rows_max, seed=seed, ready=routes.open)
+            scheduler.serve(
+                lambda: _load(args), mailbox, rows_max=rows_max, seed=seed, ready=routes.open
+            )
         except ServedModelError as error:
             failure.append(str(error))
-        except BaseException as error:  # the process must not outlive its model thread, whatever its error
+        except BaseException as error:
+            # the process must not outlive its model thread, whatever its error
             failure.append(f"the model thread died: {type(error).__name__}: {error}")
             raise
         finally:
@@ -85,13 +92,18 @@ def _load(args: argparse.Namespace) -> "Served":
     if args.device == "cpu":
         keep_freed_memory()
     served = served_model.load(
-        args.model_path, dtype=args.dtype, device=args.device, trust_remote_code=args.trust_remote_code
+        args.model_path,
+        dtype=args.dtype,
+        device=args.device,
+        trust_remote_code=args.trust_remote_code,
     )
     if served.device.type == "cuda":
         import torch
 
         torch.cuda.set_per_process_memory_fraction(args.mem_fraction_static)
-    return dataclasses.replace(served, context_length=min(served.context_length, args.context_length))
+    return dataclasses.replace(
+        served, context_length=min(served.context_length, args.context_length)
+    )
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -117,17 +129,31 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         prog="python -m rollouts.engines.embedded",
         description="Serve a Hugging Face directory over the SGLang HTTP subset that RL needs.",
     )
-    parser.add_argument("--model-path", required=True, help="directory with config.json and safetensors")
+    parser.add_argument(
+        "--model-path", required=True, help="directory with config.json and safetensors"
+    )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=30000)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--device", choices=("cpu", "cuda", "mps"), default="cpu")
-    parser.add_argument("--context-length", type=_positive, default=1 << 30, help="at most what the model was made for")
-    parser.add_argument("--max-running-requests", type=_positive, default=64, help="sequences decoded at once")
     parser.add_argument(
-        "--mem-fraction-static", type=float, default=0.9, help="of the GPU's memory, for all of the process"
+        "--context-length",
+        type=_positive,
+        default=1 << 30,
+        help="at most what the model was made for",
     )
-    parser.add_argument("--random-seed", type=int, default=0, help="for requests without sampling_seed")
+    parser.add_argument(
+        "--max-running-requests", type=_positive, default=64, help="sequences decoded at once"
+    )
+    parser.add_argument(
+        "--mem-fraction-static",
+        type=float,
+        default=0.9,
+        help="of the GPU's memory, for all of the process",
+    )
+    parser.add_argument(
+        "--random-seed", type=int, default=0, help="for requests without sampling_seed"
+    )
     parser.add_argument("--trust-remote-code", action="store_true")
     return parser.parse_args(argv)
 
@@ -143,4 +169,5 @@ if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # Python takes seconds to take torch apart, longer with a forward pass under way
+    # Python takes seconds to take torch apart, longer with a forward pass under way
+    os._exit(status)

@@ -15,7 +15,9 @@ from transformers.masking_utils import sdpa_mask
 from rollouts.training import packed_attention
 
 ATTENTION = "rollouts_decode"
-COLUMNS_PER_BLOCK = 256  # matrix kernels cut longer sums into parts, wherever suits the total length
+COLUMNS_PER_BLOCK = (
+    256  # matrix kernels cut longer sums into parts, wherever suits the total length
+)
 # Below this many multiplications a product of two matrices takes another kernel (torch: 400, counted over 32 columns,
 # the narrowest cache there is): G * D must be on one side of it for every width.
 PRODUCT_SIZE_MIN = 16
@@ -48,7 +50,12 @@ def decode_attention(  # noqa: PLR0917 — the order in which models call it
     rows, heads, columns, size = key.shape
     group = query.shape[1] // heads
     known = all(value is None or name in _KNOWN for name, value in others.items())
-    if query.shape[2] != 1 or attention_mask is None or group * size < PRODUCT_SIZE_MIN or not known:
+    if (
+        query.shape[2] != 1
+        or attention_mask is None
+        or group * size < PRODUCT_SIZE_MIN
+        or not known
+    ):
         return packed_attention.attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
         )
@@ -56,7 +63,9 @@ def decode_attention(  # noqa: PLR0917 — the order in which models call it
     query_NGD = (query * scale).reshape(rows * heads, group, size)
     key_NKD, value_NKD = key.flatten(0, 1), value.flatten(0, 1)
     scores_RHK = torch.bmm(query_NGD, key_NKD.transpose(1, 2)).view(rows, heads * group, columns)
-    weights_NGK = torch.softmax(scores_RHK.add_(attention_mask[:, 0]), -1).view(rows * heads, group, columns)
+    weights_NGK = torch.softmax(scores_RHK.add_(attention_mask[:, 0]), -1).view(
+        rows * heads, group, columns
+    )
     out_NGD = torch.bmm(weights_NGK[..., :COLUMNS_PER_BLOCK], value_NKD[:, :COLUMNS_PER_BLOCK])
     for start in range(COLUMNS_PER_BLOCK, columns, COLUMNS_PER_BLOCK):
         block = slice(start, start + COLUMNS_PER_BLOCK)

@@ -26,7 +26,8 @@ PREFILL_TOKENS_MAX = 16384  # padded tokens of one prefill forward pass: bounds 
 CPU_ROWS_MIN = 16
 WIDTH_STEP = 32
 
-FinishReason = dict[str, Any]  # as the answer's JSON has it: {"type": "stop" | "length" | "abort", ...}
+# as the answer's JSON has it: {"type": "stop" | "length" | "abort", ...}
+FinishReason = dict[str, Any]
 
 
 @dataclass(eq=False)
@@ -167,11 +168,18 @@ class RunningBatch:
         ended_B = lines["made"] >= lines["made_max"]
         ended_B |= self._is_eos_V[tokens_B] & ~lines["ignore_eos"]
         ended_B |= ~np.isfinite(logprobs_B)
-        watched = {at: reason for at in now.watched if (reason := self._own_stop(at, int(tokens_B[at]))) is not None}
+        watched = {
+            at: reason
+            for at in now.watched
+            if (reason := self._own_stop(at, int(tokens_B[at]))) is not None
+        }
         ended = sorted({*np.flatnonzero(ended_B).tolist(), *watched})
         if not ended:
             return []
-        reasons = [self._reason(at, int(tokens_B[at]), float(logprobs_B[at]), watched.get(at)) for at in ended]
+        reasons = [
+            self._reason(at, int(tokens_B[at]), float(logprobs_B[at]), watched.get(at))
+            for at in ended
+        ]
         return list(zip(self.leave(ended), reasons, strict=True))
 
     def _forward(self, count: int) -> torch.Tensor:
@@ -204,11 +212,17 @@ class RunningBatch:
         # Every token is at least one byte of text, so the stop string that this token ended is within this tail.
         longest = max(len(stop.encode()) for stop in params.stop)
         tail = self.served.decode(self._table.newest(at, longest + 1), False)
-        return next(({"type": "stop", "matched": stop} for stop in params.stop if stop in tail), None)
+        return next(
+            ({"type": "stop", "matched": stop} for stop in params.stop if stop in tail), None
+        )
 
-    def _reason(self, at: int, token: int, logprob: float, own_stop: FinishReason | None) -> FinishReason:
+    def _reason(
+        self, at: int, token: int, logprob: float, own_stop: FinishReason | None
+    ) -> FinishReason:
         if not np.isfinite(logprob):
-            return abort_reason("the model's logits are not finite: the served weights are broken", 500)
+            return abort_reason(
+                "the model's logits are not finite: the served weights are broken", 500
+            )
         if own_stop is not None:
             return own_stop
         line = self._table.lines[at]
@@ -254,7 +268,9 @@ class RunningBatch:
     def _compose(self) -> _Composition:
         lines = self._table.lines[: len(self.rows)]
         later = int((lines["length"] + lines["made_max"] - lines["made"]).max(initial=0))
-        return _Composition(self._sampling_of(lines), np.flatnonzero(lines["watched"]).tolist(), later)
+        return _Composition(
+            self._sampling_of(lines), np.flatnonzero(lines["watched"]).tolist(), later
+        )
 
     def _sampling_of(self, lines: np.ndarray) -> RowSampling:
         def column(name: str) -> torch.Tensor:
@@ -262,15 +278,21 @@ class RunningBatch:
 
         filters = None
         if lines["filtered"].any():
-            filters = RowFilters(column("top_k")[:, None], column("top_p")[:, None], column("min_p")[:, None])
+            filters = RowFilters(
+                column("top_k")[:, None], column("top_p")[:, None], column("min_p")[:, None]
+            )
         return RowSampling(
-            temperature_B1=column("temperature")[:, None] if (lines["temperature"] != 1).any() else None,
+            temperature_B1=column("temperature")[:, None]
+            if (lines["temperature"] != 1).any()
+            else None,
             greedy_B=column("greedy") if lines["greedy"].any() else None,
             filters=filters,
         )
 
     def _reserve_columns(self, columns: int) -> None:
-        self._cache.reserve(max(len(self.rows), self._rows_min), columns, self._composition.columns_later)
+        self._cache.reserve(
+            max(len(self.rows), self._rows_min), columns, self._composition.columns_later
+        )
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(self.served.device, non_blocking=True)

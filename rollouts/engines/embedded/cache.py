@@ -20,7 +20,8 @@ class _Cursor:
     def __init__(self) -> None:
         self.rows = 0
         self.width = 0
-        self.places_N: dict[int, torch.Tensor] = {}  # by head count H: where each row's new token goes, [R * H]
+        # by head count H: where each row's new token goes, [R * H]
+        self.places_N: dict[int, torch.Tensor] = {}
 
 
 class RowLayer(CacheLayerMixin):
@@ -42,7 +43,10 @@ class RowLayer(CacheLayerMixin):
 
     def reserve(self, rows: int, columns: int) -> None:
         """Grow to at least this many rows and columns; the contents stay."""
-        self.keys, self.values = _grown(self.keys, rows, columns), _grown(self.values, rows, columns)
+        self.keys, self.values = (
+            _grown(self.keys, rows, columns),
+            _grown(self.values, rows, columns),
+        )
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
@@ -50,7 +54,9 @@ class RowLayer(CacheLayerMixin):
         """Write one new token per row [R, H, 1, D] at its length; return the rows' columns up to the step's width."""
         at = self.cursor
         for cached, new in ((self.keys, key_states), (self.values, value_states)):
-            cached.view(-1, cached.shape[3]).index_copy_(0, at.places_N[new.shape[1]], new.reshape(-1, cached.shape[3]))
+            cached.view(-1, cached.shape[3]).index_copy_(
+                0, at.places_N[new.shape[1]], new.reshape(-1, cached.shape[3])
+            )
         return self.keys[: at.rows, :, : at.width], self.values[: at.rows, :, : at.width]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -86,7 +92,9 @@ class RowCache:
         for layer in self.layers:
             layer.reserve(self._rows, self._columns)
 
-    def place(self, prefilled: Prefilled, sources: list[int], rows: list[int], columns: int) -> None:
+    def place(
+        self, prefilled: Prefilled, sources: list[int], rows: list[int], columns: int
+    ) -> None:
         """Copy the first `columns` of prefilled rows `sources` to `rows`; one source may fill many rows."""
         sources_R = torch.tensor(sources, device=self._device)
         rows_R = torch.tensor(rows, device=self._device)

@@ -16,9 +16,17 @@ def check_decode(served: Served, batch: RunningBatch) -> None:
 
     Raises ServedModelError where they differ: the trainer would score such tokens otherwise.
     """
-    ids = tuple(np.random.default_rng(0).integers(served.vocab_size, size=min(6, served.context_length - 2)).tolist())
-    request = PromptRequest("check", ids, SamplingParams(temperature=0.0, ignore_eos=True), 2, True, len(ids))
-    batch.join([BatchRow(PromptJob(request, lambda _: None, [None]), 0, row_keys(0, 1)[0])], "check")
+    ids = tuple(
+        np.random.default_rng(0)
+        .integers(served.vocab_size, size=min(6, served.context_length - 2))
+        .tolist()
+    )
+    request = PromptRequest(
+        "check", ids, SamplingParams(temperature=0.0, ignore_eos=True), 2, True, len(ids)
+    )
+    batch.join(
+        [BatchRow(PromptJob(request, lambda _: None, [None]), 0, row_keys(0, 1)[0])], "check"
+    )
     ended: list[tuple[BatchRow, FinishReason]] = []
     while not ended:
         ended = batch.step()
@@ -29,4 +37,6 @@ def check_decode(served: Served, batch: RunningBatch) -> None:
     allowed = TOLERANCE_FP32 if served.dtype == torch.float32 else TOLERANCE_HALF
     if not worst <= allowed:
         name = type(served.model).__name__
-        raise ServedModelError(f"{served.path}: {name} decodes with log-probs off by {worst:.2g}: cannot be served")
+        raise ServedModelError(
+            f"{served.path}: {name} decodes with log-probs off by {worst:.2g}: cannot be served"
+        )

@@ -19,7 +19,8 @@ from rollouts.engines.embedded.cache import RowCache
 
 # by model_type; each layer is x += o(attention(rotated q, k, v of norm(x))); x += down(silu(gate) up of norm(x))
 PLAIN = frozenset({"llama", "mistral", "qwen2", "qwen3"})
-_FIXED_ROPES = frozenset({"default", "linear", "llama3"})  # their rotations depend on the position alone
+# their rotations depend on the position alone
+_FIXED_ROPES = frozenset({"default", "linear", "llama3"})
 
 
 @dataclass(frozen=True)
@@ -41,17 +42,25 @@ class FastDecode:
 
     def __init__(self, model: PreTrainedModel) -> None:
         config, plain = model.config, cast(Any, model)  # all of PLAIN have these parts
-        self._head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self._head_size = (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
         self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
         self._eps = config.rms_norm_eps
-        self._embedding, self._head = plain.get_input_embeddings().weight, plain.get_output_embeddings().weight
+        self._embedding, self._head = (
+            plain.get_input_embeddings().weight,
+            plain.get_output_embeddings().weight,
+        )
         self._norm = plain.model.norm.weight
         kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(plain.model.layers)
-        self._layers = [_layer(layer, kind) for layer, kind in zip(plain.model.layers, kinds, strict=True)]
+        self._layers = [
+            _layer(layer, kind) for layer, kind in zip(plain.model.layers, kinds, strict=True)
+        ]
         positions = torch.arange(config.max_position_embeddings)[None]
         cos, sin = plain.model.rotary_emb(self._embedding[:1], positions)
         half = self._head_size // 2
-        self._cos, self._sin = cos[0], torch.cat((-sin[0, :, :half], sin[0, :, half:]), -1)  # [positions, D]
+        # [positions, D]
+        self._cos, self._sin = cos[0], torch.cat((-sin[0, :, :half], sin[0, :, half:]), -1)
 
     @classmethod
     def from_model(cls, model: PreTrainedModel) -> "FastDecode | None":
@@ -62,8 +71,16 @@ class FastDecode:
         here = weight.device.type == "cpu" and weight.dtype is torch.float32
         if not (plain and here and config._attn_implementation == attention.ATTENTION):
             return None
-        products = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        unbiased = all(m.bias is None for name, m in products if not name.endswith(("q_proj", "k_proj", "v_proj")))
+        products = [
+            (name, module)
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear)
+        ]
+        unbiased = all(
+            m.bias is None
+            for name, m in products
+            if not name.endswith(("q_proj", "k_proj", "v_proj"))
+        )
         return cls(model) if unbiased else None
 
     def __call__(self, tokens_R: Tensor, lengths_R: Tensor, masks: Any, cache: RowCache) -> Tensor:
@@ -73,15 +90,21 @@ class FastDecode:
         cos_R1D, sin_R1D = self._cos[lengths_R][:, None], self._sin[lengths_R][:, None]
         for layer, cached in zip(self._layers, cache.layers, strict=True):
             normed_RE = F.rms_norm(hidden_RE, layer.input_norm.shape, layer.input_norm, self._eps)
-            qkv_RHD = F.linear(normed_RE, layer.qkv, layer.qkv_bias).view(rows, queries + 2 * keys, self._head_size)
+            qkv_RHD = F.linear(normed_RE, layer.qkv, layer.qkv_bias).view(
+                rows, queries + 2 * keys, self._head_size
+            )
             turned_RHD, value_RHD = qkv_RHD.split((queries + keys, keys), 1)
             if layer.head_norms is not None:
                 turned_RHD = self._head_normed(turned_RHD, layer.head_norms)
-            turned_RHD = torch.addcmul(turned_RHD * cos_R1D, turned_RHD.roll(self._head_size // 2, -1), sin_R1D)
+            turned_RHD = torch.addcmul(
+                turned_RHD * cos_R1D, turned_RHD.roll(self._head_size // 2, -1), sin_R1D
+            )
             query_RHD, key_RHD = turned_RHD.split((queries, keys), 1)
             key, value = cached.update(key_RHD[:, :, None], value_RHD[:, :, None])
             mask = masks[layer.kind] if isinstance(masks, dict) else masks
-            attended, _ = attention.decode_attention(layer.attention, query_RHD[:, :, None], key, value, mask)
+            attended, _ = attention.decode_attention(
+                layer.attention, query_RHD[:, :, None], key, value, mask
+            )
             hidden_RE = torch.addmm(hidden_RE, attended.view(rows, -1), layer.out.t())
             normed_RE = F.rms_norm(hidden_RE, layer.mlp_norm.shape, layer.mlp_norm, self._eps)
             gate_RI, up_RI = F.linear(normed_RE, layer.gate_up).chunk(2, -1)
@@ -91,7 +114,11 @@ class FastDecode:
     def _head_normed(self, turned_RHD: Tensor, norms: tuple[Tensor, Tensor]) -> Tensor:
         parts = turned_RHD.split((self._heads, self._kv_heads), 1)
         return torch.cat(
-            [F.rms_norm(part, norm.shape, norm, self._eps) for part, norm in zip(parts, norms, strict=True)], 1
+            [
+                F.rms_norm(part, norm.shape, norm, self._eps)
+                for part, norm in zip(parts, norms, strict=True)
+            ],
+            1,
         )
 
 
@@ -116,6 +143,8 @@ def _layer(layer: Any, kind: str) -> _Layer:
 def _joined(parameters: list[nn.Parameter]) -> Tensor:
     """Move the parameters into one tensor, one below the other, and return it: they become its slices."""
     whole = torch.cat([parameter.detach() for parameter in parameters])
-    for parameter, part in zip(parameters, whole.split([len(parameter) for parameter in parameters]), strict=True):
+    for parameter, part in zip(
+        parameters, whole.split([len(parameter) for parameter in parameters]), strict=True
+    ):
         parameter.data = part
     return whole

@@ -20,7 +20,9 @@ from rollouts.training.loops.packing import pack_best_fit
 
 SCORE_TOKENS_MAX = 8192  # finished rows wait for others to be scored with, up to so many tokens
 SCORE_STEPS_MAX = 16  # and so many steps
-PASS_TOKENS_MAX = 4096  # of one pass: bounds its memory, and keeps small models' activations in the cache
+PASS_TOKENS_MAX = (
+    4096  # of one pass: bounds its memory, and keeps small models' activations in the cache
+)
 _COMPANY = 16  # tokens scored beside the rows: products over fewer rows take other kernels
 
 
@@ -76,7 +78,8 @@ def can_score(served: Served) -> bool:
     if served.dtype != torch.float32 or not forward.prepare(served.model):
         return False
     if served.device.type == "cpu":
-        attention.use_for(served.model)  # `prepare` set the trainer's attention; this one passes whole sequences to it
+        # `prepare` set the trainer's attention; this one passes whole sequences to it
+        attention.use_for(served.model)
     return True
 
 
@@ -105,7 +108,10 @@ def _score(rows: Sequence[BatchRow], served: Served, temperature: float) -> None
         "temperature": temperature,
     }
     device = served.device
-    moved = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
+    moved = {
+        key: value.to(device) if isinstance(value, torch.Tensor) else value
+        for key, value in inputs.items()
+    }
     found = forward.token_log_probs(served.model, moved, with_entropy=False, share_prompts=True)
     values = found.log_probs_N.tolist()
     for row, count in zip(rows, found.keep.sum(1).tolist(), strict=False):  # the company is last

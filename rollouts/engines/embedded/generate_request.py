@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-VERSION = "1"  # of the routes, for clients that ask; new with every change that old clients would misread
+VERSION = (
+    "1"  # of the routes, for clients that ask; new with every change that old clients would misread
+)
 GREEDY_BELOW_TEMPERATURE = 1e-6
 SEEDS = 2**63
 N_MAX = 65536
@@ -36,7 +38,14 @@ _SUPPORTED_PARAMS = (
     *("stop", "stop_token_ids", "ignore_eos", "skip_special_tokens", "no_stop_trim"),
 )
 # Top-level keys that change the answer and are not served; other unknown keys are ignored, as SGLang does.
-_UNSUPPORTED_KEYS = ("input_embeds", "image_data", "audio_data", "video_data", "lora_path", "session_params")
+_UNSUPPORTED_KEYS = (
+    "input_embeds",
+    "image_data",
+    "audio_data",
+    "video_data",
+    "lora_path",
+    "session_params",
+)
 
 
 class BadRequest(ValueError):
@@ -119,7 +128,10 @@ def parse_generate(body: Any, limits: ServedLimits) -> GenerateRequest:
     _refuse_unsupported(body)
     input_ids, single = _prompts(body, limits)
     count = len(input_ids)
-    params = [parse_sampling_params(item) for item in _per_prompt(body.get("sampling_params") or {}, count, "object")]
+    params = [
+        parse_sampling_params(item)
+        for item in _per_prompt(body.get("sampling_params") or {}, count, "object")
+    ]
     if len({item.n for item in params}) > 1:
         raise BadRequest("sampling_params.n: needs to be the same for all prompts of a batch")
     logprob = _per_prompt(body.get("return_logprob") or False, count, "return_logprob")
@@ -128,9 +140,13 @@ def parse_generate(body: Any, limits: ServedLimits) -> GenerateRequest:
     prompts = []
     for ids, item, wants, start, rid in zip(input_ids, params, logprob, starts, rids, strict=True):
         max_new_tokens = _check_prompt(ids, item, limits)
-        first = len(ids) if start in (None, -1) or not wants else _integer(start, "logprob_start_len")
+        first = (
+            len(ids) if start in (None, -1) or not wants else _integer(start, "logprob_start_len")
+        )
         if not 0 <= first <= len(ids):
-            raise BadRequest(f"logprob_start_len={start}: needs -1, or 0 to {len(ids)} for this prompt")
+            raise BadRequest(
+                f"logprob_start_len={start}: needs -1, or 0 to {len(ids)} for this prompt"
+            )
         prompts.append(PromptRequest(rid, tuple(ids), item, max_new_tokens, bool(wants), first))
     return GenerateRequest(tuple(prompts), single and params[0].n == 1)
 
@@ -141,11 +157,19 @@ def parse_sampling_params(data: Any) -> SamplingParams:
         raise BadRequest(f"sampling_params: needs an object, found {type(data).__name__}")
     unknown = sorted(set(data) - set(_SUPPORTED_PARAMS) - set(_UNSUPPORTED_PARAMS))
     if unknown:
-        raise BadRequest(f"sampling_params: unexpected keys {unknown}; known are {', '.join(_SUPPORTED_PARAMS)}")
+        raise BadRequest(
+            f"sampling_params: unexpected keys {unknown}; known are {', '.join(_SUPPORTED_PARAMS)}"
+        )
     for name, neutral in _UNSUPPORTED_PARAMS.items():
         if data.get(name) not in (None, neutral):
-            raise BadRequest(f"sampling_params.{name}={data[name]!r}: the embedded engine does not support it")
-    given = {name: value for name, value in data.items() if name in _SUPPORTED_PARAMS and value is not None}
+            raise BadRequest(
+                f"sampling_params.{name}={data[name]!r}: the embedded engine does not support it"
+            )
+    given = {
+        name: value
+        for name, value in data.items()
+        if name in _SUPPORTED_PARAMS and value is not None
+    }
     if "max_new_tokens" in data and data["max_new_tokens"] is None:
         given["max_new_tokens"] = None
     for name in ("temperature", "top_p", "min_p"):
@@ -171,10 +195,16 @@ def _check_ranges(params: SamplingParams) -> None:
     finite = math.isfinite(params.temperature)
     new_tokens, seed = params.max_new_tokens, params.sampling_seed
     checks = (
-        (finite and params.temperature >= 0, f"temperature={params.temperature}: needs a finite number >= 0"),
+        (
+            finite and params.temperature >= 0,
+            f"temperature={params.temperature}: needs a finite number >= 0",
+        ),
         (0 < params.top_p <= 1, f"top_p={params.top_p}: needs 0 < top_p <= 1"),
         (0 <= params.min_p <= 1, f"min_p={params.min_p}: needs 0 <= min_p <= 1"),
-        (params.top_k == -1 or params.top_k >= 1, f"top_k={params.top_k}: needs >= 1, or -1 for all tokens"),
+        (
+            params.top_k == -1 or params.top_k >= 1,
+            f"top_k={params.top_k}: needs >= 1, or -1 for all tokens",
+        ),
         (new_tokens is None or new_tokens >= 0, f"max_new_tokens={new_tokens}: needs >= 0"),
         (1 <= params.n <= N_MAX, f"n={params.n}: needs 1 to {N_MAX}"),
         (seed is None or 0 <= seed < SEEDS, f"sampling_seed={seed}: needs 0 to 2**63 - 1"),
@@ -186,9 +216,13 @@ def _check_ranges(params: SamplingParams) -> None:
 
 def _refuse_unsupported(body: Mapping[str, Any]) -> None:
     if body.get("stream"):
-        raise BadRequest("stream=true: the embedded engine answers in one piece; leave `stream` out")
+        raise BadRequest(
+            "stream=true: the embedded engine answers in one piece; leave `stream` out"
+        )
     if body.get("top_logprobs_num"):
-        raise BadRequest(f"top_logprobs_num={body['top_logprobs_num']!r}: the embedded engine does not support it")
+        raise BadRequest(
+            f"top_logprobs_num={body['top_logprobs_num']!r}: the embedded engine does not support it"
+        )
     if body.get("token_ids_logprob"):
         raise BadRequest("token_ids_logprob: the embedded engine does not support it")
     for key in _UNSUPPORTED_KEYS:
@@ -227,7 +261,9 @@ def _check_prompt(ids: Sequence[int], params: SamplingParams, limits: ServedLimi
         raise BadRequest("input_ids: empty; a prompt needs at least one token")
     if min(ids) < 0 or max(ids) >= limits.vocab_size:
         bad = next(token for token in ids if not 0 <= token < limits.vocab_size)
-        raise BadRequest(f"input_ids: token id {bad} is outside the vocabulary, needs 0 to {limits.vocab_size - 1}")
+        raise BadRequest(
+            f"input_ids: token id {bad} is outside the vocabulary, needs 0 to {limits.vocab_size - 1}"
+        )
     room = limits.context_length - len(ids)
     wanted = max(room, 0) if params.max_new_tokens is None else params.max_new_tokens
     if wanted > room or room < 0:
@@ -236,7 +272,9 @@ def _check_prompt(ids: Sequence[int], params: SamplingParams, limits: ServedLimi
             f"{len(ids)} in the prompt + {wanted} to generate"
         )
     if params.stop and limits.encode is None:
-        raise BadRequest("sampling_params.stop: the served model directory has no tokenizer; use stop_token_ids")
+        raise BadRequest(
+            "sampling_params.stop: the served model directory has no tokenizer; use stop_token_ids"
+        )
     return wanted
 
 
@@ -253,17 +291,29 @@ def _rids(value: Any, count: int, single: bool) -> list[str]:
     if value is None:
         return [uuid.uuid4().hex for _ in range(count)]
     rids = [value] if single else value
-    if not isinstance(rids, list) or len(rids) != count or not all(isinstance(rid, str) and rid for rid in rids):
-        raise BadRequest("rid: needs a string for one prompt, a list with one string per prompt for a batch")
+    if (
+        not isinstance(rids, list)
+        or len(rids) != count
+        or not all(isinstance(rid, str) and rid for rid in rids)
+    ):
+        raise BadRequest(
+            "rid: needs a string for one prompt, a list with one string per prompt for a batch"
+        )
     if len(set(rids)) != count:
         raise BadRequest("rid: the same id twice in one batch")
     return rids
 
 
 def _stop_strings(value: Any) -> tuple[str, ...]:
-    values = [value] if isinstance(value, str) else _list(value if value is not None else [], "sampling_params.stop")
+    values = (
+        [value]
+        if isinstance(value, str)
+        else _list(value if value is not None else [], "sampling_params.stop")
+    )
     if not all(isinstance(item, str) and item for item in values):
-        raise BadRequest(f"sampling_params.stop={value!r}: needs a string or a list of strings, none empty")
+        raise BadRequest(
+            f"sampling_params.stop={value!r}: needs a string or a list of strings, none empty"
+        )
     return tuple(values)
 
 
@@ -290,7 +340,9 @@ def _integer(value: Any, name: str) -> int:
 Decode = Callable[[list[int], bool], str]  # (ids, skip_special_tokens) -> text
 
 
-def row_to_json(request: PromptRequest, row: int, result: RowResult, decode: Decode | None) -> dict[str, Any]:
+def row_to_json(
+    request: PromptRequest, row: int, result: RowResult, decode: Decode | None
+) -> dict[str, Any]:
     """Return one entry of the answer. It lacks `text` where the model directory has no tokenizer."""
     params, count = request.params, len(result.output_ids)
     starts = [start for _, start in result.versions]

@@ -4,10 +4,10 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
+SHUTTING_DOWN = "the engine is shutting down"
 
 
 class CommandRefused(Exception):
@@ -19,24 +19,34 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._calls: deque[Callable[[], None]] = deque()
+        self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._stopped = False
 
     def call(self, function: Callable[[], T]) -> "Future[T]":
-        """Run `function` on the model thread between two steps. After `stop` the future raises CommandRefused."""
+        """Run `function` on the model thread between two steps.
+
+        The future raises CommandRefused if the engine stops first: none waits for ever.
+        """
         future: Future[T] = Future()
         with self._changed:
             if self._stopped:
-                future.set_exception(CommandRefused("the engine is shutting down"))
+                future.set_exception(CommandRefused(SHUTTING_DOWN))
                 return future
-            self._calls.append(partial(resolve, future, function))
+            self._calls.append((future, function))
             self._changed.notify()
         return future
 
-    def next_call(self) -> Callable[[], None] | None:
-        """Take the oldest call, or return None."""
+    def has_call(self) -> bool:
         with self._changed:
-            return self._calls.popleft() if self._calls else None
+            return bool(self._calls)
+
+    def run_call(self) -> None:
+        """Run the oldest call, if there is one. For the model thread."""
+        with self._changed:
+            if not self._calls:
+                return
+            future, function = self._calls.popleft()
+        resolve(future, function)
 
     def wait(self, has_work: Callable[[], bool]) -> bool:
         """Sleep until there is a call, or `has_work()`, or `stop`. Return False after `stop`."""
@@ -46,10 +56,14 @@ class Mailbox:
             return not self._stopped
 
     def stop(self) -> None:
-        """Refuse new calls, and let `wait` return False."""
+        """Refuse new calls and those that wait, and let `wait` return False."""
         with self._changed:
             self._stopped = True
+            waiting, self._calls = list(self._calls), deque()
             self._changed.notify()
+        for future, _ in waiting:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(CommandRefused(SHUTTING_DOWN))
 
 
 def resolve(future: "Future[T]", function: Callable[[], T]) -> None:

@@ -112,12 +112,15 @@ class Routes:
     ) -> list[list[RowResult]] | None:
         """Return the rows of each prompt; None when the client hung up first, and then they are aborted."""
         results = asyncio.gather(*self._submit(prompts))
-        hung_up = asyncio.ensure_future(request.receive())  # the body is read: only a disconnect can follow
+        # the body is read: only a disconnect can follow
+        hung_up = asyncio.ensure_future(request.receive())
         try:
             await asyncio.wait((results, hung_up), return_when=asyncio.FIRST_COMPLETED)
             if results.done():
                 return list(results.result())
-            self._mailbox.call(partial(self._scheduler.abort, "Aborted", [prompt.rid for prompt in prompts]))
+            self._mailbox.call(
+                partial(self._scheduler.abort, "Aborted", [prompt.rid for prompt in prompts])
+            )
             results.cancel()
             return None
         finally:
@@ -125,7 +128,9 @@ class Routes:
             with suppress(asyncio.CancelledError):
                 await hung_up
 
-    def _submit(self, prompts: tuple[PromptRequest, ...]) -> list["asyncio.Future[list[RowResult]]"]:
+    def _submit(
+        self, prompts: tuple[PromptRequest, ...]
+    ) -> list["asyncio.Future[list[RowResult]]"]:
         loop = asyncio.get_running_loop()
         futures: list[asyncio.Future[list[RowResult]]] = [loop.create_future() for _ in prompts]
 
@@ -170,7 +175,9 @@ class Routes:
         try:
             timeout_s = float(request.query_params.get("timeout") or 0)
         except ValueError:
-            raise BadRequest(f"timeout={request.query_params['timeout']!r}: needs seconds") from None
+            raise BadRequest(
+                f"timeout={request.query_params['timeout']!r}: needs seconds"
+            ) from None
         flushed = await self._call(self._scheduler.flush)
         if not flushed and timeout_s > 0:
             with suppress(TimeoutError):
@@ -179,7 +186,9 @@ class Routes:
             flushed = await self._call(self._scheduler.flush)
         if flushed:
             return PlainTextResponse("Cache flushed.\n")
-        return PlainTextResponse("Cache not flushed: requests are running in it.\n", status_code=400)
+        return PlainTextResponse(
+            "Cache not flushed: requests are running in it.\n", status_code=400
+        )
 
     # --- weights ---
 
@@ -189,8 +198,13 @@ class Routes:
         if not isinstance(path, str) or not path:
             raise BadRequest(f"model_path={path!r}: needs the path of a Hugging Face directory")
         if body.get("load_format") not in LOAD_FORMATS:
-            raise BadRequest(f"load_format={body['load_format']!r}: needs one of {LOAD_FORMATS[1:]}, or null")
-        abort_all, flush = _flag(body, "abort_all_requests", False), _flag(body, "flush_cache", True)
+            raise BadRequest(
+                f"load_format={body['load_format']!r}: needs one of {LOAD_FORMATS[1:]}, or null"
+            )
+        abort_all, flush = (
+            _flag(body, "abort_all_requests", False),
+            _flag(body, "flush_cache", True),
+        )
         load = partial(self._scheduler.weights.load, path, version=version, flush_cache=flush)
         return await _updated(self._queue_update(load, abort_all))
 
@@ -202,10 +216,15 @@ class Routes:
         body = await _json(request)
         messages, version = body.get("serialized_named_tensors"), _version(body)
         if not (isinstance(messages, list) and len(messages) == 1 and isinstance(messages[0], str)):
-            raise BadRequest("serialized_named_tensors: needs a list of one text, since one process serves the model")
+            raise BadRequest(
+                "serialized_named_tensors: needs a list of one text, since one process serves the model"
+            )
         if body.get("load_format") != TENSOR_FORMAT:
             raise BadRequest(f"load_format={body.get('load_format')!r}: needs {TENSOR_FORMAT!r}")
-        abort_all, flush = _flag(body, "abort_all_requests", False), _flag(body, "flush_cache", True)
+        abort_all, flush = (
+            _flag(body, "abort_all_requests", False),
+            _flag(body, "flush_cache", True),
+        )
         try:
             named = wire.loads(messages[0])
         except ValueError as error:
@@ -228,7 +247,9 @@ class Routes:
         message = f"Weight version updated to {version}"
         return JSONResponse({"success": True, "message": message, "new_version": version})
 
-    def _queue_update(self, update: Callable[[], T], abort_all: bool = False) -> "Future[Future[T]]":
+    def _queue_update(
+        self, update: Callable[[], T], abort_all: bool = False
+    ) -> "Future[Future[T]]":
         """Queue a weight update; the outer future is resolved once it is in line, the inner one once it ran."""
         aborts = UPDATE_ABORTS if abort_all else None
         return self._mailbox.call(partial(self._scheduler.between_requests, update, aborts))
@@ -260,7 +281,9 @@ async def _updated(queued: "Future[Future[tuple[str, int]]] | Future[Future[None
         running: Future[Any] = await asyncio.wrap_future(queued)
         message, held = await asyncio.wrap_future(running) or ("Success", 0)
     except CommandRefused as error:
-        return JSONResponse({"success": False, "message": str(error), "num_paused_requests": 0}, status_code=400)
+        return JSONResponse(
+            {"success": False, "message": str(error), "num_paused_requests": 0}, status_code=400
+        )
     return JSONResponse({"success": True, "message": message, "num_paused_requests": held})
 
 

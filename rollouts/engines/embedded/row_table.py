@@ -37,7 +37,13 @@ class RowTable:
         self._ids = np.zeros((capacity, OUTPUT_COLUMNS_MIN), dtype=np.int64)
         self._logprobs = np.zeros((capacity, OUTPUT_COLUMNS_MIN), dtype=np.float64)
 
-    def start(self, at: int, line: tuple[object, ...], output_ids: Sequence[int], logprobs: Sequence[float]) -> None:
+    def start(
+        self,
+        at: int,
+        line: tuple[object, ...],
+        output_ids: Sequence[int],
+        logprobs: Sequence[float],
+    ) -> None:
         """Write a row's line, and the outputs that it already has."""
         self.lines[at] = line
         made = len(output_ids)

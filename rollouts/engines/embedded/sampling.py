@@ -51,13 +51,17 @@ class RowSampling:
     filters: RowFilters | None = None
 
 
-def sample(logits_BV: torch.Tensor, uniforms_B: torch.Tensor, how: RowSampling) -> tuple[torch.Tensor, torch.Tensor]:
+def sample(
+    logits_BV: torch.Tensor, uniforms_B: torch.Tensor, how: RowSampling
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return tokens [B] int64 and their log-probs [B] float32: log softmax(logits / temperature), before any filter.
 
     A row's result does not depend on whether its batch-mates are filtered: the draw walks the vocabulary in id order
     always.
     """
-    scaled_BV = logits_BV.float() if how.temperature_B1 is None else logits_BV.float() / how.temperature_B1
+    scaled_BV = (
+        logits_BV.float() if how.temperature_B1 is None else logits_BV.float() / how.temperature_B1
+    )
     logprobs_BV = torch.log_softmax(scaled_BV, dim=-1)
     weights_BV = logprobs_BV.exp()
     if how.filters is not None:
@@ -66,9 +70,13 @@ def sample(logits_BV: torch.Tensor, uniforms_B: torch.Tensor, how: RowSampling) 
     # u < 1 - 2**-33 and cdf is float64: the product stays below the total, so the index is a token of weight > 0.
     thresholds_B1 = uniforms_B[:, None] * cdf_BV[:, -1:]
     # (The clamp is for NaN, whose log-prob the caller sees.)
-    tokens_B1 = torch.searchsorted(cdf_BV, thresholds_B1, right=True).clamp_(max=cdf_BV.shape[-1] - 1)
+    tokens_B1 = torch.searchsorted(cdf_BV, thresholds_B1, right=True).clamp_(
+        max=cdf_BV.shape[-1] - 1
+    )
     if how.greedy_B is not None:
-        tokens_B1 = torch.where(how.greedy_B[:, None], logits_BV.argmax(dim=-1, keepdim=True), tokens_B1)
+        tokens_B1 = torch.where(
+            how.greedy_B[:, None], logits_BV.argmax(dim=-1, keepdim=True), tokens_B1
+        )
     return tokens_B1[:, 0], logprobs_BV.gather(1, tokens_B1)[:, 0]
 
 

@@ -18,7 +18,7 @@ from rollouts.engines.embedded.decode_check import check_decode
 from rollouts.engines.embedded.finisher import Finisher
 from rollouts.engines.embedded.generate_request import PromptRequest, RowResult
 from rollouts.engines.embedded.line import Line
-from rollouts.engines.embedded.mailbox import Mailbox, resolve
+from rollouts.engines.embedded.mailbox import SHUTTING_DOWN, Mailbox, resolve
 from rollouts.engines.embedded.sampling import row_keys
 from rollouts.engines.embedded.served_model import Served
 from rollouts.engines.embedded.updates import WeightUpdates
@@ -39,19 +39,25 @@ class Scheduler:
         self._line = Line()
         self._finisher = Finisher(served, self.weights)
         self._when_idle: deque[Future[None]] = deque()
-        self._seeds = np.random.default_rng(seed)  # for requests without a seed; drawn in order of arrival
+        # for requests without a seed; drawn in order of arrival
+        self._seeds = np.random.default_rng(seed)
 
     def run(self) -> None:
         """Serve until the mailbox is stopped; rows that still run or wait are then aborted."""
         while self._mailbox.wait(self._has_work):
             self._run_calls()
-            self._line.run_updates(paused=self.paused, running=bool(self._batch.rows))
-            while self._when_idle and not self._batch.rows:
-                resolve(self._when_idle.popleft(), lambda: None)
+            self._answer_waiting()
             if not self.paused:
                 self._advance()
         self._finisher.score_ended()
-        self.abort("the engine is shutting down", None)
+        self.abort(SHUTTING_DOWN, None)
+        self._answer_waiting()
+
+    def _answer_waiting(self) -> None:
+        """Run the updates that are due, and answer those who wait for an empty batch, once it is."""
+        self._line.run_updates(paused=self.paused, running=bool(self._batch.rows))
+        while self._when_idle and not self._batch.rows:
+            resolve(self._when_idle.popleft(), lambda: None)
 
     def _has_work(self) -> bool:
         if self._when_idle and not self._batch.rows:
@@ -61,9 +67,9 @@ class Scheduler:
         return bool(self._batch.rows or self._line.may_join or self._line.has_update)
 
     def _run_calls(self) -> None:
-        while (call := self._mailbox.next_call()) is not None:
+        while self._mailbox.has_call():
             self._finisher.score_ended()  # the call may change the weights, or ask who is running
-            call()
+            self._mailbox.run_call()
 
     def _advance(self) -> None:
         """Let waiting rows in, then sample one token for every row."""
@@ -94,7 +100,9 @@ class Scheduler:
 
     # --- requests ---
 
-    def submit(self, requests: Sequence[PromptRequest], done: Callable[[int, list[RowResult]], object]) -> None:
+    def submit(
+        self, requests: Sequence[PromptRequest], done: Callable[[int, list[RowResult]], object]
+    ) -> None:
         """Queue prompts. `done(index, results)` is called on the model thread, once for each."""
         for index, request in enumerate(requests):
             self._submit(request, partial(done, index))
@@ -103,13 +111,17 @@ class Scheduler:
         job = PromptJob(request, done, [None] * request.params.n)
         seed = request.params.sampling_seed
         drawn = int(self._seeds.integers(2**63)) if seed is None else seed
-        rows = [BatchRow(job, index, key) for index, key in enumerate(row_keys(drawn, request.params.n))]
+        rows = [
+            BatchRow(job, index, key) for index, key in enumerate(row_keys(drawn, request.params.n))
+        ]
         if request.return_logprob and request.logprob_start < len(request.input_ids):
             try:
                 job.input_logprobs = _input_logprobs(self.served, request)
             except torch.OutOfMemoryError:
                 for row in rows:
-                    reason = abort_reason("out of memory scoring the prompt: raise logprob_start_len", 500)
+                    reason = abort_reason(
+                        "out of memory scoring the prompt: raise logprob_start_len", 500
+                    )
                     self._finisher.finish(row, reason)
                 return
         if request.max_new_tokens == 0:
@@ -122,7 +134,11 @@ class Scheduler:
         """End the rows of these requests (None: all) with the tokens that they have. Return how many rows that were."""
 
         def is_meant(row: BatchRow) -> bool:
-            return rids is None or row.job.request.rid in rids or f"{row.job.request.rid}-{row.index}" in rids
+            return (
+                rids is None
+                or row.job.request.rid in rids
+                or f"{row.job.request.rid}-{row.index}" in rids
+            )
 
         rows = self._batch.leave([at for at, row in enumerate(self._batch.rows) if is_meant(row)])
         rows += self._line.remove(is_meant)
@@ -137,7 +153,8 @@ class Scheduler:
         self.paused = True
         if mode == "abort":
             self.abort("Aborted by pause_generation", None)
-        elif mode == "retract":  # to the head of the line: they go on where they were, on a fresh cache
+        elif mode == "retract":
+            # to the head of the line: they go on where they were, on a fresh cache
             self._line.put_back(self._batch.leave(range(len(self._batch.rows))))
 
     def resume(self) -> None:
@@ -153,7 +170,9 @@ class Scheduler:
         self._when_idle.append(future)
         return future
 
-    def between_requests(self, update: Callable[[], T], abort_message: str | None = None) -> "Future[T]":
+    def between_requests(
+        self, update: Callable[[], T], abort_message: str | None = None
+    ) -> "Future[T]":
         """Run `update` at once while paused, else after all rows submitted before it; with a message, abort these."""
         future: Future[T] = Future()
         if abort_message is not None:
@@ -169,7 +188,12 @@ class Scheduler:
 
 
 def serve(
-    load: Callable[[], Served], mailbox: Mailbox, *, rows_max: int, seed: int, ready: Callable[[Scheduler], object]
+    load: Callable[[], Served],
+    mailbox: Mailbox,
+    *,
+    rows_max: int,
+    seed: int,
+    ready: Callable[[Scheduler], object],
 ) -> None:
     """Load the model, hand its scheduler to `ready`, and serve until the mailbox stops. Raises what `load` raises."""
     served = load()

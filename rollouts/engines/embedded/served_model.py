@@ -22,7 +22,11 @@ from rollouts.training.model_loading import ModelError as WeightsError
 from rollouts.training.model_loading import with_every_weight
 from rollouts.training.seams import Tokenizer
 
-DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 _SERVED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
@@ -95,7 +99,9 @@ def load(path: str, *, dtype: str, device: str, trust_remote_code: bool) -> Serv
     transformers.utils.logging.disable_progress_bar()
     where = torch.device(device)
     if where.type == "cuda" and not torch.cuda.is_available():
-        raise ServedModelError("--device cuda: torch sees no CUDA device here; use --device cpu, or check the driver")
+        raise ServedModelError(
+            "--device cuda: torch sees no CUDA device here; use --device cpu, or check the driver"
+        )
     model = _read(path, DTYPES[dtype], trust_remote_code)
     cache_argument = _cache_argument(model, path)
     if where.type == "cpu":
@@ -124,9 +130,14 @@ def load_weights(served: Served, path: str) -> None:
     Everything that can be wrong with the files is found before the first tensor is written. Raises ServedModelError.
     """
     state = served.model.state_dict()
-    new_state = _read_plain(path, served.model) or _read(path, served.dtype, served.trust_remote_code).state_dict()
+    new_state = (
+        _read_plain(path, served.model)
+        or _read(path, served.dtype, served.trust_remote_code).state_dict()
+    )
     problems = [f"has no {name}" for name in state if name not in new_state]
-    problems += [f"has {name}, which the served model lacks" for name in new_state if name not in state]
+    problems += [
+        f"has {name}, which the served model lacks" for name in new_state if name not in state
+    ]
     problems += [
         f"{name} has shape {list(new_state[name].shape)}, the served model {list(tensor.shape)}"
         for name, tensor in state.items()
@@ -134,7 +145,8 @@ def load_weights(served: Served, path: str) -> None:
     ]
     if problems:
         raise ServedModelError(
-            f"{path}: {problems[0]}" + (f" ({len(problems)} differences)" if len(problems) > 1 else "")
+            f"{path}: {problems[0]}"
+            + (f" ({len(problems)} differences)" if len(problems) > 1 else "")
         )
     with torch.no_grad():
         for name, tensor in state.items():
@@ -147,7 +159,8 @@ def _read_plain(path: str, model: PreTrainedModel) -> dict[str, torch.Tensor] | 
     Building a model to read a checkpoint takes twelve times as long as reading a small one. What does not fit name by
     name and shape by shape (shards, converted names, damage) is left to `_read`, which says what is wrong.
     """
-    names: dict[int, list[str]] = {}  # tied tensors are one tensor with several names; the file has it once
+    # tied tensors are one tensor with several names; the file has it once
+    names: dict[int, list[str]] = {}
     state = model.state_dict()
     for name, tensor in state.items():
         names.setdefault(tensor.data_ptr(), []).append(name)
@@ -155,9 +168,17 @@ def _read_plain(path: str, model: PreTrainedModel) -> dict[str, torch.Tensor] | 
         stored = load_file(Path(path) / "model.safetensors")
     except (OSError, SafetensorError):
         return None
-    known = {name: tensor for name, tensor in stored.items() if name in state and tensor.shape == state[name].shape}
-    found = {alias: tensor for name, tensor in known.items() for alias in names[state[name].data_ptr()]}
-    return found if len(known) == len(stored) == len(names) and found.keys() == state.keys() else None
+    known = {
+        name: tensor
+        for name, tensor in stored.items()
+        if name in state and tensor.shape == state[name].shape
+    }
+    found = {
+        alias: tensor for name, tensor in known.items() for alias in names[state[name].data_ptr()]
+    }
+    return (
+        found if len(known) == len(stored) == len(names) and found.keys() == state.keys() else None
+    )
 
 
 def _read(path: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
@@ -168,11 +189,16 @@ def _read(path: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedM
         )
     try:
         return with_every_weight(
-            AutoModelForCausalLM, path, dtype=dtype, trust_remote_code=trust_remote_code, local_files_only=True
+            AutoModelForCausalLM,
+            path,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
         )
     except WeightsError as error:
         raise ServedModelError(str(error)) from error
-    except Exception as error:  # from_pretrained raises many kinds for bad files; the caller needs one line
+    except Exception as error:
+        # from_pretrained raises many kinds for bad files; the caller needs one line
         raise ServedModelError(f"{path}: cannot be loaded: {_first_line(error)}") from error
 
 
@@ -185,7 +211,9 @@ def _cache_argument(model: PreTrainedModel, path: str) -> str:
     layer_types = set(getattr(text_config, "layer_types", None) or ()) - _SERVED_LAYER_TYPES
     if lacking or layer_types or not hasattr(text_config, "max_position_embeddings"):
         found = (
-            f"layers of type {sorted(layer_types)}" if layer_types else f"a forward without {lacking or 'positions'}"
+            f"layers of type {sorted(layer_types)}"
+            if layer_types
+            else f"a forward without {lacking or 'positions'}"
         )
         raise ServedModelError(
             f"{path}: {type(model).__name__} has {found}; the embedded engine serves plain attention only"
@@ -198,9 +226,13 @@ def _tokenizer(path: str, trust_remote_code: bool) -> Tokenizer | None:
     if not any((Path(path) / name).is_file() for name in names):
         return None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=trust_remote_code, local_files_only=True
+        )
     except Exception as error:  # as above: one line, whatever is wrong with the files
-        raise ServedModelError(f"{path}: the tokenizer cannot be loaded: {_first_line(error)}") from error
+        raise ServedModelError(
+            f"{path}: the tokenizer cannot be loaded: {_first_line(error)}"
+        ) from error
     return cast(Tokenizer, tokenizer)
 
 

@@ -40,7 +40,10 @@ class EmbeddedServer:
     """Answers 503 until `open`. `info` is shown by /server_info; `keys` are the api and the admin key."""
 
     def __init__(
-        self, mailbox: Mailbox, info: dict[str, Any], keys: tuple[str | None, str | None] = (None, None)
+        self,
+        mailbox: Mailbox,
+        info: dict[str, Any],
+        keys: tuple[str | None, str | None] = (None, None),
     ) -> None:
         self._mailbox = mailbox
         self._info = info
@@ -53,14 +56,19 @@ class EmbeddedServer:
 
     def app(self) -> Starlette:
         return Starlette(
-            routes=[Route(path, self._answering(handler), methods=methods) for path, handler, methods in TABLE]
+            routes=[
+                Route(path, self._answering(handler), methods=methods)
+                for path, handler, methods in TABLE
+            ]
         )
 
     def _answering(
         self, handler: Callable[[Routes, Request], Awaitable[Response]]
     ) -> Callable[[Request], Awaitable[Response]]:
         async def answer(request: Request) -> Response:
-            if not is_allowed(request.url.path, request.headers.get("authorization", ""), *self._keys):
+            if not is_allowed(
+                request.url.path, request.headers.get("authorization", ""), *self._keys
+            ):
                 return error_response("Unauthorized", 401)
             if self._routes is None:
                 return error_response("the model is still loading", 503)

@@ -31,25 +31,35 @@ class WeightUpdates:
             with torch.inference_mode(False):
                 load_weights(self._served, path)
         except ServedModelError as error:
-            raise CommandRefused(f"Failed to update weights: {error}. The old weights serve on.") from error
+            raise CommandRefused(
+                f"Failed to update weights: {error}. The old weights serve on."
+            ) from error
         self.path = path
         return self._updated(version, flush_cache)
 
     def begin(self) -> None:
         """Open a session for `copy`."""
         if self._session is not None:
-            raise CommandRefused("a weight-update session is already open; call end_weight_update first")
+            raise CommandRefused(
+                "a weight-update session is already open; call end_weight_update first"
+            )
         self._session = UpdateSession(self._served.model)
 
-    def copy(self, named: NamedTensors, *, version: str | None, flush_cache: bool) -> tuple[str, int]:
+    def copy(
+        self, named: NamedTensors, *, version: str | None, flush_cache: bool
+    ) -> tuple[str, int]:
         """Copy tensors into the model, within a session. Tensors copied before a failure stay."""
         if self._session is None:
-            raise CommandRefused("tensors are taken only between begin_weight_update and end_weight_update")
+            raise CommandRefused(
+                "tensors are taken only between begin_weight_update and end_weight_update"
+            )
         try:
             with torch.inference_mode(False):
                 self._session.load(named)
         except ServedModelError as error:
-            raise CommandRefused(f"Failed to update weights: {error}. What came before it stays.") from error
+            raise CommandRefused(
+                f"Failed to update weights: {error}. What came before it stays."
+            ) from error
         return self._updated(version, flush_cache)
 
     def end(self) -> None:
@@ -73,7 +83,9 @@ class WeightUpdates:
             self.set_version(version)
             message += f" Weight version updated to {version}."
         if flush_cache and not self._batch.flush():
-            raise CommandRefused("The weights were updated, but the cache was not flushed: requests are running in it.")
+            raise CommandRefused(
+                "The weights were updated, but the cache was not flushed: requests are running in it."
+            )
         return message, len(self._batch.rows)
 
 
@@ -82,7 +94,8 @@ class UpdateSession:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._state: dict[str, torch.Tensor] = model.state_dict()
-        self._loaded: set[int] = set()  # by memory: tied tensors have several names and are sent once
+        # by memory: tied tensors have several names and are sent once
+        self._loaded: set[int] = set()
 
     def load(self, named: NamedTensors) -> None:
         """Copy these over the model's. Raises ServedModelError before the first copy when one of them does not fit."""
@@ -91,7 +104,9 @@ class UpdateSession:
             if own is None:
                 raise ServedModelError(f"the served model has no {name}")
             if own.shape != tensor.shape:
-                raise ServedModelError(f"{name} has shape {list(tensor.shape)}, the served model {list(own.shape)}")
+                raise ServedModelError(
+                    f"{name} has shape {list(tensor.shape)}, the served model {list(own.shape)}"
+                )
         with torch.no_grad():
             for name, tensor in named:
                 self._state[name].copy_(tensor)
@@ -101,6 +116,8 @@ class UpdateSession:
 
     def finish(self) -> None:
         """Raise ServedModelError naming a tensor that was not sent. A session without any tensor was given up: fine."""
-        missing = [name for name, tensor in self._state.items() if tensor.data_ptr() not in self._loaded]
+        missing = [
+            name for name, tensor in self._state.items() if tensor.data_ptr() not in self._loaded
+        ]
         if self._loaded and missing:
             raise ServedModelError(f"{missing[0]} was not sent ({len(missing)} tensors missing)")

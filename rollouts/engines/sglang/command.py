@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from rollouts.engines.server_spec import DeviceType, ServerSpec
 
 READY_PATH = "/ready"  # cheap; /health samples a token
-ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # fused ones included
+# fused ones included
+ALL_LINEAR = "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
 CPU_FLAGS = (
     *("--attention-backend", "torch_native"),
     *("--sampling-backend", "pytorch"),
@@ -19,7 +20,9 @@ CPU_FLAGS = (
     "--disable-overlap-schedule",
     "--enable-deterministic-inference",  # else requests' seeds are ignored; it is slow only with a GPU's kernels
 )
-GRAPH_BATCH_MAX = 256  # the largest batch that SGLang captures graphs for by default, on cards of 60 GiB and more
+GRAPH_BATCH_MAX = (
+    256  # the largest batch that SGLang captures graphs for by default, on cards of 60 GiB and more
+)
 
 ROUTER_READY_PATH = "/readiness"  # 200 once one replica can serve
 ROUTER_FLAGS = (
@@ -28,9 +31,24 @@ ROUTER_FLAGS = (
     *("--policy", "cache_aware", "--balance-abs-threshold", "4", "--balance-rel-threshold", "1.2"),
     "--disable-retries",  # the trainer retries a request itself, once it knows which weights will answer
     # After refusing one request a replica gets the next when it answers again, a second later at the earliest.
-    *("--cb-failure-threshold", "1", "--cb-success-threshold", "1", "--cb-timeout-duration-secs", "1"),
-    *("--health-failure-threshold", "1", "--health-success-threshold", "1", "--health-check-interval-secs", "1"),
-    *("--health-check-endpoint", "/model_info"),  # answered during a pause too, unlike /health and /ready
+    *(
+        "--cb-failure-threshold",
+        "1",
+        "--cb-success-threshold",
+        "1",
+        "--cb-timeout-duration-secs",
+        "1",
+    ),
+    *(
+        "--health-failure-threshold",
+        "1",
+        "--health-success-threshold",
+        "1",
+        "--health-check-interval-secs",
+        "1",
+    ),
+    # answered during a pause too, unlike /health and /ready
+    *("--health-check-endpoint", "/model_info"),
     *("--health-check-timeout-secs", "10"),
     *("--shutdown-grace-period-secs", "1"),
     *("--log-level", "warn"),
@@ -50,7 +68,11 @@ def argv(server: ServerSpec) -> tuple[str, ...]:
         *("--tensor-parallel-size", str(engine.tensor_parallel_size)),
         *("--mem-fraction-static", str(engine.mem_fraction)),
         *("--context-length", str(engine.context_length)),
-        *(("--max-total-tokens", str(engine.max_total_tokens)) if engine.max_total_tokens is not None else ()),
+        *(
+            ("--max-total-tokens", str(engine.max_total_tokens))
+            if engine.max_total_tokens is not None
+            else ()
+        ),
         *("--max-running-requests", str(engine.max_running_requests)),
         *("--random-seed", str(server.seed)),
         *("--log-level-http", "warning"),  # else a line per request
@@ -73,7 +95,10 @@ def _graph_flags(server: ServerSpec) -> tuple[str, ...]:
 
     By default SGLang stops at a batch of 32 or 48 on cards below 60 GiB, and decodes larger ones step by step.
     """
-    return ("--cuda-graph-max-bs-decode", str(min(server.engine.max_running_requests, GRAPH_BATCH_MAX)))
+    return (
+        "--cuda-graph-max-bs-decode",
+        str(min(server.engine.max_running_requests, GRAPH_BATCH_MAX)),
+    )
 
 
 def _adapter_flags(server: ServerSpec) -> tuple[str, ...]:
@@ -91,7 +116,9 @@ def _adapter_flags(server: ServerSpec) -> tuple[str, ...]:
     )
 
 
-def router_argv(host: str, port: int, replica_urls: Sequence[str], *, timeout_s: float) -> tuple[str, ...]:
+def router_argv(
+    host: str, port: int, replica_urls: Sequence[str], *, timeout_s: float
+) -> tuple[str, ...]:
     """Return the arguments of the router in front of `replica_urls`; `timeout_s` bounds each request."""
     return (
         *("-m", "rollouts.engines.sglang.router_launcher"),

@@ -12,7 +12,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # small functions are compiled on first use, with a C++ compiler
+# small functions are compiled on first use, with a C++ compiler
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 import torch
 
@@ -75,7 +76,8 @@ def _adapters_without_a_gpu() -> None:
 
 
 _torchvision_without_cuda()
-sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # also when started by this file's path
+# also when started by this file's path
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from rollouts.training.stores import bind_all_stores  # noqa: E402
 
 bind_all_stores()  # before SGLang is imported

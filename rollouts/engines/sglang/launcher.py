@@ -14,7 +14,8 @@ from typing import Any
 from rollouts.engines.keys import read_keys
 from rollouts.training.stores import bind_all_stores
 
-if __name__ in ("__main__", "__mp_main__"):  # the server, and the processes that it starts, which import this again
+# the server, and the processes that it starts, which import this again
+if __name__ in ("__main__", "__mp_main__"):
     bind_all_stores()
 
 

@@ -32,7 +32,10 @@ def main(argv: list[str]) -> None:
     arguments = RouterArgs.from_cli_args(parser.parse_args(argv), use_router_prefix=False)
     arguments.api_key, _ = read_keys()
     # Its metrics cannot be turned off; by default they are served on port 29000 of all addresses.
-    arguments.prometheus_host, arguments.prometheus_port = arguments.host, _free_port(arguments.host)
+    arguments.prometheus_host, arguments.prometheus_port = (
+        arguments.host,
+        _free_port(arguments.host),
+    )
     _allow_many_connections()
     for url in arguments.worker_urls:
         _await_replica(url)
@@ -41,12 +44,14 @@ def main(argv: list[str]) -> None:
 
 def _await_replica(url: str) -> None:
     """Return once it is ready. The router polls too, but ever less often: every ten seconds after a minute."""
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # http_proxy is not for our own host
+    # http_proxy is not for our own host
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while True:
         try:
             with direct.open(f"{url}/ready", timeout=ASK_TIMEOUT_S):
                 return
-        except (OSError, http.client.HTTPException):  # not there yet; urllib's HTTPError, a 503, is an OSError too
+        except (OSError, http.client.HTTPException):
+            # not there yet; urllib's HTTPError, a 503, is an OSError too
             time.sleep(POLL_S)
 
 

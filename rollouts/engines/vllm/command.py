@@ -15,11 +15,13 @@ def argv(server: ServerSpec) -> tuple[str, ...]:
         *("--port", str(server.port)),
         *("--dtype", model.dtype),
         *("--tensor-parallel-size", str(engine.tensor_parallel_size)),
-        *(() if cpu else ("--gpu-memory-utilization", str(engine.mem_fraction))),  # cpu: VLLM_CPU_KVCACHE_SPACE
+        # cpu: VLLM_CPU_KVCACHE_SPACE
+        *(() if cpu else ("--gpu-memory-utilization", str(engine.mem_fraction))),
         *("--max-model-len", str(engine.context_length)),
         *("--max-num-seqs", str(engine.max_running_requests)),
         *("--seed", str(server.seed)),
-        *("--logprobs-mode", "processed_logprobs"),  # at the sampling temperature, as the loss's ratio needs them
+        # at the sampling temperature, as the loss's ratio needs them
+        *("--logprobs-mode", "processed_logprobs"),
         "--enable-scale-out",  # /inference/v1/generate: token ids in and out
         "--enable-prompt-tokens-details",  # else an answer does not say how much the prefix cache had
         *(("--enforce-eager",) if cpu else ()),

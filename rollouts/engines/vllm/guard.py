@@ -11,7 +11,9 @@ from typing import Any
 from rollouts.engines.keys import is_allowed, read_keys
 
 Message = Mapping[str, Any]
-App = Callable[[Any, Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]], Awaitable[None]]
+App = Callable[
+    [Any, Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]], Awaitable[None]
+]
 REFUSAL = b'{"error": {"message": "Unauthorized"}}'
 
 
@@ -23,7 +25,10 @@ class KeyGuard:
         self._keys = read_keys()
 
     async def __call__(
-        self, scope: Any, receive: Callable[[], Awaitable[Message]], send: Callable[[Message], Awaitable[None]]
+        self,
+        scope: Any,
+        receive: Callable[[], Awaitable[Message]],
+        send: Callable[[Message], Awaitable[None]],
     ) -> None:
         if scope["type"] in ("http", "websocket"):
             given = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")

@@ -100,7 +100,9 @@ def _feed(pipe: IO[bytes], data: bytes) -> None:
         pipe.close()
 
 
-def _read(process: subprocess.Popen[bytes], on_stdout: Callable[[bytes], None], deadline: float | None) -> bytes:
+def _read(
+    process: subprocess.Popen[bytes], on_stdout: Callable[[bytes], None], deadline: float | None
+) -> bytes:
     """Read both outputs to their ends. Returns the last of stderr. Raises subprocess.TimeoutExpired."""
     stderr = b""
     with selectors.DefaultSelector() as open_pipes:

@@ -57,6 +57,11 @@ _ROW_FIELDS = {
     "host": str | None,
 }
 
+# Its version and its own path; the exit code says whether it is new enough
+_SEEN = (
+    'import sys; print("%d.%d.%d" % sys.version_info[:3], sys.executable);'
+    f" sys.exit(sys.version_info < {PYTHON_MIN!r})"
+)
 _SCRIPT = """
 home=${ROLLOUTS_HOME:-$HOME/.rollouts}
 case $home in /*) ;; *) home=$PWD/$home ;; esac
@@ -73,12 +78,15 @@ command -v rsync >/dev/null && echo "version=rsync $(rsync --version 2>/dev/null
 python=
 for candidate in python3 python3.14 python3.13 python3.12 python3.11 python3.10 @OWN_PYTHON@; do
   command -v "$candidate" >/dev/null || continue
-  version=$("$candidate" -Ic 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null) || continue
+  seen=$("$candidate" -ISc '@SEEN@' 2>/dev/null)
+  rc=$?
+  version=${seen%% *}; [ -n "$version" ] || continue
   echo "python_seen=$candidate $version"
-  "$candidate" -Ic 'import sys; sys.exit(sys.version_info < @PYTHON_MIN@)' && { python=$candidate; break; }
+  # its own path: `python3` may be a script that looks for one each time
+  [ "$rc" = 0 ] && { python=${seen#* }; [ -x "$python" ] || python=$candidate; break; }
 done
 [ -n "$python" ] || exit 0
-rollouts_home=$home "$python" -I - <<'ROLLOUTS_PROBE'
+rollouts_home=$home "$python" -IS - <<'ROLLOUTS_PROBE'
 @PROBE@
 ROLLOUTS_PROBE
 """
@@ -104,16 +112,18 @@ class HostFacts:
     python_version: str = ""
     platform: str = ""
     has_venv: bool = False
-    pythons: tuple[tuple[str, str], ...] = ()  # (path, version) of all that can make environments by themselves
-    python_headers: tuple[str, ...] | None = None  # of `python` and `pythons` those that have Python.h; None: not asked
+    # (path, version) of all that can make environments by themselves
+    pythons: tuple[tuple[str, str], ...] = ()
+    python_headers: tuple[str, ...] | None = (
+        None  # of `python` and `pythons` those that have Python.h; None: not asked
+    )
     cuda: CudaHost = field(default_factory=CudaHost)
     ram_mib: int | None = None  # the host's memory; None: not told
     disk_free_bytes: int = 0
     ports_in_use: tuple[int, ...] = ()
     free_port: int | None = None  # the first of as many free ones in a row as were asked for
-    paths: dict[str, bool] = field(
-        default_factory=dict
-    )  # of the paths asked about those that exist: is it a directory?
+    # of the paths asked about those that exist: is it a directory?
+    paths: dict[str, bool] = field(default_factory=dict)
     environments: tuple[str, ...] = ()  # keys of the complete ones
     run_exists: bool = False  # the run id asked about is taken
     runs: tuple[dict[str, Any], ...] = ()  # host_probe.run_row
@@ -142,8 +152,10 @@ def gather_facts(
     script = (
         _SCRIPT.replace("@GPUS@", gpus.SCRIPT)
         .replace("@EXTRA_PATH@", EXTRA_PATH)
-        .replace("@PYTHON_MIN@", repr(PYTHON_MIN))
-        .replace("@OWN_PYTHON@", shlex.quote(sys.executable) if transport.target == LOCAL_TARGET else "")
+        .replace("@SEEN@", _SEEN)
+        .replace(
+            "@OWN_PYTHON@", shlex.quote(sys.executable) if transport.target == LOCAL_TARGET else ""
+        )
         .replace("@PROBE@", _probe_source(question))
     )
     try:
@@ -154,7 +166,8 @@ def gather_facts(
     if not any(key == "home" for key, _ in lines):
         raise DeployError(
             f"{transport.target}: the host runs no POSIX shell commands.",
-            found=(done.err or shown(done.noise + done.stdout))[-500:] or f"exit code {done.returncode}, no output",
+            found=(done.err or shown(done.noise + done.stdout))[-500:]
+            or f"exit code {done.returncode}, no output",
             needed="`sh -s` over SSH",
             fix="allow commands for this user: its shell, or ForceCommand in the host's sshd_config",
         )
@@ -219,9 +232,14 @@ def _probe(text: str) -> dict[str, Any]:
     for index, row in enumerate(answer["runs"]):
         checked(row, _ROW_FIELDS, where=f"probe.runs[{index}]")
     answer["pythons"] = [(path, version) for path, version in answer["pythons"]]
-    found = {key: tuple(answer[key]) if isinstance(answer[key], list) else answer[key] for key in _PROBE_FIELDS}
+    found = {
+        key: tuple(answer[key]) if isinstance(answer[key], list) else answer[key]
+        for key in _PROBE_FIELDS
+    }
     if "python_headers" in answer:
-        found["python_headers"] = tuple(checked(answer, {"python_headers": list[str]})["python_headers"])
+        found["python_headers"] = tuple(
+            checked(answer, {"python_headers": list[str]})["python_headers"]
+        )
     return found
 
 

@@ -5,6 +5,7 @@ for `sh -s`, sent over stdin: the login shell, whatever it is, only ever sees `s
 on both outputs, runs the command, and prints another mark with the exit code. All outside of the marks is noise.
 """
 
+import base64
 import secrets
 import shlex
 from collections.abc import Sequence
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 
 SHELL_COMMAND = "sh -s"
 NOISE_BYTES_MAX = 64 * 1024
-LINE_BYTES_MAX = 16 << 20  # of a followed command: the longest of ours is a snapshot of 1 MiB, escaped
+# of a followed command: the longest of ours is a snapshot of 1 MiB, escaped
+LINE_BYTES_MAX = 16 << 20
 OUTPUT_BYTES_MAX = 256 << 20  # of a command's whole output
 SHOWN_BYTES = 120
 CODE_BYTES_MAX = 32  # of an exit code
@@ -57,6 +59,12 @@ def framed_line(argv: Sequence[str], cwd: str | None, frame: Frame) -> bytes:
         "exit $code",
     )
     return "; ".join(steps).encode(errors="surrogateescape") + b"\n"
+
+
+def for_any_shell(line: str) -> str:
+    """Return a command that runs a line of sh, whichever shell the account has: none reads anything in its words."""
+    packed = base64.b64encode(line.encode(errors="surrogateescape")).decode()
+    return f"exec sh -c 'eval \"$(echo {packed} | base64 -d)\"'"
 
 
 class LineSplitter:
@@ -115,7 +123,10 @@ class FrameReader:
         own, found, rest = self._held.partition(self._frame.end)
         if not found:
             kept = _overlap(self._held, self._frame.end)
-            own, self._held = self._held[: len(self._held) - kept], self._held[len(self._held) - kept :]
+            own, self._held = (
+                self._held[: len(self._held) - kept],
+                self._held[len(self._held) - kept :],
+            )
             return own
         digits, line_end, _ = rest.partition(b"\n")
         if not line_end and len(rest) < CODE_BYTES_MAX:  # the code is still on its way
@@ -146,4 +157,11 @@ class FrameReader:
 
 def _overlap(data: bytes, mark: bytes) -> int:
     """Return how many of the last bytes may be the beginning of `mark`."""
-    return next((size for size in range(min(len(data), len(mark) - 1), 0, -1) if data.endswith(mark[:size])), 0)
+    return next(
+        (
+            size
+            for size in range(min(len(data), len(mark) - 1), 0, -1)
+            if data.endswith(mark[:size])
+        ),
+        0,
+    )

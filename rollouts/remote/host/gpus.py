@@ -64,13 +64,18 @@ class CudaHost:
     libc: str = ""  # "glibc 2.35"
     shm_total_mib: int | None = None  # of /dev/shm
     shm_free_mib: int | None = None
-    visible_devices: str | None = None  # CUDA_VISIBLE_DEVICES as the host's own start-up files or scheduler set it
-    allocator: tuple[tuple[str, str], ...] = ()  # settings of torch's allocator that the host's own files set
+    visible_devices: str | None = (
+        None  # CUDA_VISIBLE_DEVICES as the host's own start-up files or scheduler set it
+    )
+    # settings of torch's allocator that the host's own files set
+    allocator: tuple[tuple[str, str], ...] = ()
     compilers: tuple[str, ...] | None = None  # of c++, g++, gcc and cc those found
     mps: bool = False  # an NVIDIA MPS server shares the cards
 
 
-def read_cuda_host(values: Mapping[str, str], compilers: Iterable[str], allocator: Iterable[str] = ()) -> CudaHost:
+def read_cuda_host(
+    values: Mapping[str, str], compilers: Iterable[str], allocator: Iterable[str] = ()
+) -> CudaHost:
     """Return what the script printed of the host itself. `compilers`: "c++ /usr/bin/c++"; `allocator`: name, value."""
     shm = [int(cell) // 1024 for cell in values.get("shm", "").split()[1:4] if cell.isdigit()]
     return CudaHost(
@@ -80,6 +85,8 @@ def read_cuda_host(values: Mapping[str, str], compilers: Iterable[str], allocato
         shm_free_mib=shm[2] if len(shm) == 3 else None,
         visible_devices=values.get("visible_devices"),
         allocator=tuple((line.partition(" ")[0], line.partition(" ")[2]) for line in allocator),
-        compilers=tuple(line.split(" ")[0] for line in compilers) if "compilers_asked" in values else None,
+        compilers=tuple(line.split(" ")[0] for line in compilers)
+        if "compilers_asked" in values
+        else None,
         mps="mps" in values,
     )

@@ -142,12 +142,20 @@ def examine(transport: Transport, python: str, question: Question) -> HostHealth
     """Measure the host. Raises TransportError, or DeployError for an answer that cannot be read."""
     argv, program = sent_program(python, _PROGRAM)
     asked = {item.name: getattr(question, item.name) for item in fields(question)}
-    asked |= {"pids": list(question.pids), "models": list(question.models), "env": dict(question.env)}
+    asked |= {
+        "pids": list(question.pids),
+        "models": list(question.models),
+        "env": dict(question.env),
+    }
     sent_at = time.time()
-    done = transport.run(argv, stdin=program + json.dumps(asked).encode() + b"\n", timeout_s=HEALTH_TIMEOUT_S)
+    done = transport.run(
+        argv, stdin=program + json.dumps(asked).encode() + b"\n", timeout_s=HEALTH_TIMEOUT_S
+    )
     answered_at = time.time()
     if done.returncode != 0:
-        raise malformed(transport.target, _QUESTION, f"exit code {done.returncode}", done.err or done.out)
+        raise malformed(
+            transport.target, _QUESTION, f"exit code {done.returncode}", done.err or done.out
+        )
     answer = read_answer(transport.target, _QUESTION, done.out, _FIELDS, prefix=_PREFIX)
     try:
         return _health(answer, sent_at, answered_at)
@@ -162,8 +170,13 @@ def _health(answer: dict[str, Any], sent_at: float, answered_at: float) -> HostH
     values |= {name: _rows(answer[name], kind, name) for name, kind in rows.items()}
     # The question was sent before the program began, and its end was before the answer: the clocks differ by this
     ahead = (answer["ended_at"] - answered_at, answer["began_at"] - sent_at)
-    cards = tuple(_card(index, cells) for index, cells in answer["cards"].items() if index.isdigit())
-    values |= {"cards": tuple(sorted(cards, key=lambda card: card.index)), "links": read_links(answer["topology"])}
+    cards = tuple(
+        _card(index, cells) for index, cells in answer["cards"].items() if index.isdigit()
+    )
+    values |= {
+        "cards": tuple(sorted(cards, key=lambda card: card.index)),
+        "links": read_links(answer["topology"]),
+    }
     return HostHealth(**values, clock_ahead_s=ahead)
 
 
@@ -203,7 +216,9 @@ def read_links(table: str) -> dict[str, str]:
     header = next((words for words in lines if words[:1] == ["GPU0"] and "X" not in words[1:2]), [])
     columns = [name for name in header if name.startswith("GPU") and name[3:].isdigit()]
     links = {}
-    for name, *cells in (words for words in lines if words and words[0] in columns and words is not header):
+    for name, *cells in (
+        words for words in lines if words and words[0] in columns and words is not header
+    ):
         for other, cell in zip(columns, cells, strict=False):
             if int(name[3:]) < int(other[3:]):
                 links[f"{name[3:]}-{other[3:]}"] = cell

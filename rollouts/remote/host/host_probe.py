@@ -5,6 +5,7 @@ Used here for this machine, and sent as source to a host (facts.py), which need 
 left which died without its own end.
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -12,19 +13,33 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from rollouts.machine.free_ports import free_ports, port_is_free
 from rollouts.plain_files import read_plain
-from rollouts.run_dir import RunDir, clean_up, is_elsewhere, last_jsonl_row, observe, other_host, read_launch_id
-
-PYTHON_NAMES = ("python3.11", "python3.12", "python3.13", "python3.14", "python3")  # the locks' own Python first
-PYTHON_TIMEOUT_S = 10.0
-ASK_PYTHON = (
-    "import ensurepip, sys, sysconfig, venv; print('%d.%d.%d' % sys.version_info[:3], sysconfig.get_paths()['include'])"
+from rollouts.run_dir import (
+    RunDir,
+    clean_up,
+    is_elsewhere,
+    last_step,
+    observe,
+    other_host,
+    read_launch_id,
 )
+from rollouts.slurm.settle import settle
+
+LOCKS_PYTHON = (3, 11)  # every lock of ours is made for it, so that no other need be looked for
+PYTHON_NAMES = "python3.11", "python3.12", "python3.13", "python3.14", "python3"
+PYTHON_TIMEOUT_S = 10.0
+ASK_PYTHON = """
+import sys, sysconfig
+from importlib.machinery import PathFinder
+if not (PathFinder.find_spec("ensurepip") and PathFinder.find_spec("venv")): sys.exit(1)
+print("%d.%d.%d" % sys.version_info[:3], sysconfig.get_path("include"))
+"""
 
 
 def run_row(run: RunDir) -> dict[str, Any] | None:
@@ -33,9 +48,10 @@ def run_row(run: RunDir) -> dict[str, Any] | None:
     {run_id, experiment_name, state, stage, step, started_at, updated_at, exit_code, message, live (supervised, or about
     to be), launched (a supervisor held the lock once), launch_id (of the deploy that started it; None: not known),
     ports (of a live run's engines on this machine, now or later), host (the name of the machine that it was started on,
-    where that is another one that shares the home)}: what run_dir.observe sees, and the last metrics row's step.
+    where that is another one that shares the home)}: what run_dir.observe sees, and the last step of its stage.
     """
     try:
+        settle(run)
         seen = observe(run)
     except OSError:  # another user's
         return None
@@ -46,7 +62,7 @@ def run_row(run: RunDir) -> dict[str, Any] | None:
         "experiment_name": seen.status.experiment_name,
         "state": seen.state,
         "stage": seen.status.stage,
-        "step": _last_step(run),
+        "step": last_step(run, seen.status.stage),
         "started_at": seen.status.started_at,
         "updated_at": seen.status.updated_at,
         "exit_code": seen.exit_code,
@@ -65,17 +81,9 @@ def _ports(run: RunDir) -> list[int]:
         plan = json.loads(read_plain(run.plan))
         urls = [engine["ready_url"] for stage in plan["stages"] for engine in stage["engines"]]
         return sorted({port for url in urls if url and (port := urlsplit(url).port)})
-    except (OSError, ValueError, KeyError, TypeError):  # of another version, or damaged: no reason to hide the run
+    except (OSError, ValueError, KeyError, TypeError):
+        # of another version, or damaged: no reason to hide the run
         return []
-
-
-def _last_step(run: RunDir) -> int | None:
-    try:
-        row = last_jsonl_row(run.metrics)
-    except ValueError:  # a damaged line: no reason to hide the run
-        return None
-    step = row.get("step") if row else None
-    return step if isinstance(step, int) and not isinstance(step, bool) else None
 
 
 def run_rows(home: Path) -> list[dict[str, Any]]:
@@ -95,31 +103,40 @@ def _disk_free_bytes(home: Path) -> int:
 
 
 def _can_make_environments() -> bool:
-    try:
-        import ensurepip  # noqa: F401  (Debian ships it apart, as python3-venv)
-        import venv  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    """Return whether this Python has what environments are made with: Debian ships ensurepip apart, as python3-venv."""
+    return all(PathFinder.find_spec(name) for name in ("ensurepip", "venv"))
 
 
 def _pythons() -> list[tuple[str, str, bool]]:
-    """Return (path, version, has Python.h) of the interpreters on PATH that can make environments, each once."""
-    found: dict[str, tuple[str, str, bool]] = {}
+    """Return (path, version, has Python.h) of the interpreters on PATH that can make environments, each once.
+
+    They are asked all at once; none where this one fits all that we make, since names on PATH may be slow scripts.
+    """
+    if sys.version_info[:2] == LOCKS_PYTHON and _can_make_environments():
+        return []
+    asked: dict[str, tuple[str, subprocess.Popen[str]]] = {}
     for name in PYTHON_NAMES:
         path = shutil.which(name)
-        if path is None or os.path.realpath(path) in found:
+        if path is None or os.path.realpath(path) in asked:
             continue
-        try:
-            done = subprocess.run(
-                [path, "-Ic", ASK_PYTHON], capture_output=True, text=True, timeout=PYTHON_TIMEOUT_S, check=False
+        argv = [path, "-ISc", ASK_PYTHON]
+        with contextlib.suppress(OSError):
+            process = subprocess.Popen(
+                argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
             )
-        except (OSError, subprocess.TimeoutExpired):
-            continue
-        if done.returncode == 0:
-            version, _, include = done.stdout.strip().partition(" ")
-            found[os.path.realpath(path)] = (path, version, _has_headers(include))
-    return list(found.values())
+            asked[os.path.realpath(path)] = path, process
+    return [found for path, process in asked.values() if (found := _answer_of(path, process))]
+
+
+def _answer_of(path: str, process: "subprocess.Popen[str]") -> tuple[str, str, bool] | None:
+    with process:
+        try:
+            out, _ = process.communicate(timeout=PYTHON_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return None
+    version, _, include = out.strip().partition(" ")
+    return (path, version, _has_headers(include)) if process.returncode == 0 else None
 
 
 def _has_headers(include: str) -> bool:
@@ -141,7 +158,9 @@ def probe(
         "platform": sysconfig.get_platform(),
         "has_venv": _can_make_environments(),
         "pythons": [(path, version) for path, version, _ in pythons],
-        "python_headers": [path for path, _, headers in [(sys.executable, "", own_headers), *pythons] if headers],
+        "python_headers": [
+            path for path, _, headers in [(sys.executable, "", own_headers), *pythons] if headers
+        ],
         "disk_free_bytes": _disk_free_bytes(home),
         "ports_in_use": [port for port in ports if not port_is_free(port)],
         "paths": {path: os.path.isdir(path) for path in paths if os.path.exists(path)},

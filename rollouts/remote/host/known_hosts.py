@@ -27,6 +27,10 @@ class KnownKey:
     blob: bytes
     where: str  # file:line
 
+    def text(self) -> str:
+        """Return the key as a line of such a file has it, after the names."""
+        return f"{self.kind} {base64.b64encode(self.blob).decode()}"
+
 
 @dataclass
 class KnownKeys:
@@ -45,12 +49,12 @@ class KnownKeys:
 
     def lines(self, name: str) -> bytes:
         """Return these keys as a separate known_hosts file, under `name`."""
-        groups = (("", self.keys), ("@cert-authority ", self.authorities), ("@revoked ", self.revoked))
-        lines = [
-            f"{marker}{name} {key.kind} {base64.b64encode(key.blob).decode()}\n"
-            for marker, keys in groups
-            for key in keys
-        ]
+        groups = (
+            ("", self.keys),
+            ("@cert-authority ", self.authorities),
+            ("@revoked ", self.revoked),
+        )
+        lines = [f"{marker}{name} {key.text()}\n" for marker, keys in groups for key in keys]
         return "".join(lines).encode()
 
 
@@ -152,7 +156,10 @@ def _matches_hash(word: bytes, name: bytes) -> bool:
     if len(parts) != 4:
         return False
     try:
-        salt, expected = base64.b64decode(parts[2], validate=True), base64.b64decode(parts[3], validate=True)
+        salt, expected = (
+            base64.b64decode(parts[2], validate=True),
+            base64.b64decode(parts[3], validate=True),
+        )
     except (binascii.Error, ValueError):
         return False
     return hmac.compare_digest(hmac.new(salt, name, hashlib.sha1).digest(), expected)

@@ -26,14 +26,20 @@ class LocalTransport:
 
     target = LOCAL_TARGET
 
-    def run(self, argv: Sequence[str], *, stdin: bytes = b"", cwd: str | None = None, timeout_s: float) -> Completed:
+    def run(
+        self, argv: Sequence[str], *, stdin: bytes = b"", cwd: str | None = None, timeout_s: float
+    ) -> Completed:
         stdout = Collected(self.target)
         try:
-            code, stderr = run_here(in_directory(argv, cwd), stdout.add, stdin=stdin, timeout_s=timeout_s)
+            code, stderr = run_here(
+                in_directory(argv, cwd), stdout.add, stdin=stdin, timeout_s=timeout_s
+            )
         except FileNotFoundError as error:
             return Completed(127, b"", f"{error.filename}: not found".encode())
         except subprocess.TimeoutExpired:
-            raise TransportError(f"{shlex.join(argv)[:200]}: no end after {timeout_s:.0f} s, given up") from None
+            raise TransportError(
+                f"{shlex.join(argv)[:200]}: no end after {timeout_s:.0f} s, given up"
+            ) from None
         return Completed(code, stdout.all(), stderr)
 
     def stream(self, argv: Sequence[str], *, first_line: bytes, cwd: str | None = None) -> Stream:
@@ -58,6 +64,9 @@ class LocalTransport:
     def rsync_path(self, path: str) -> str:
         return path
 
+    def shell_argv(self, line: str, *, terminal: bool) -> list[str]:
+        return ["sh", "-c", line]
+
     def close(self) -> None:
         return None
 
@@ -70,7 +79,8 @@ class LocalStream:
         self._process = process
         self._stdout, self._stderr = process.stdout.fileno(), process.stderr.fileno()
         self._tail = b""
-        with contextlib.suppress(BrokenPipeError):  # it ended at once: its exit code and stderr say why
+        # it ended at once: its exit code and stderr say why
+        with contextlib.suppress(BrokenPipeError):
             process.stdin.write(first_line)
             process.stdin.flush()
 

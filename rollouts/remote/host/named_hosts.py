@@ -36,8 +36,17 @@ def named_hosts(remotes: Sequence[str], file: Path | None) -> tuple[NamedHost, .
             )
         hosts += [NamedHost(*words)] if words else []
     if not hosts:
-        raise DeployError(f"{file} names no hosts.", needed="a line for each: [USER@]HOST[:PORT] [ADDRESS]")
+        raise DeployError(
+            f"{file} names no hosts.", needed="a line for each: [USER@]HOST[:PORT] [ADDRESS]"
+        )
     return tuple(hosts)
+
+
+def host_words(remotes: Sequence[str], file: Path | None) -> list[str]:
+    """Return the words of a command line that names the same hosts."""
+    if file is not None:
+        return ["--hosts", str(file)]
+    return [word for remote in remotes for word in ("--remote", remote)]
 
 
 def _is_address(text: str) -> bool:

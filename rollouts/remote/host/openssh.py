@@ -5,11 +5,8 @@ directory of this user's alone, and it ends PERSIST_S after its last use. So a h
 """
 
 import contextlib
-import hashlib
 import os
-import shlex
 import shutil
-import stat
 import subprocess
 import sys
 import tempfile
@@ -24,13 +21,21 @@ from rollouts.remote.host.framing import SHELL_COMMAND
 from rollouts.remote.host.ssh_choice import LoginWay
 from rollouts.remote.host.ssh_commands import SSHCommands
 from rollouts.remote.host.ssh_config import OF_LOGINS, PASSED_ON, Hop, way_words
+from rollouts.remote.host.ssh_errors import changed_by_ssh, unwritable
 from rollouts.remote.host.ssh_process import ProcessChannel
-from rollouts.remote.host.ssh_rsync import HOST_ALIAS, write_settings, write_shared
+from rollouts.remote.host.ssh_rsync import (
+    HOST_ALIAS,
+    JUMP_WORDS,
+    KNOWN_HOSTS,
+    keep_new_keys,
+    write_settings,
+    write_shared,
+)
+from rollouts.remote.host.ssh_shared import is_open, shared_by, socket_directory, socket_name
 from rollouts.remote.host.ssh_words import explain_words
 
 PERSIST_S = 600
 KEEPALIVE_S = 15
-CHECK_TIMEOUT_S = 10
 LOGIN_TIMEOUT_S = 60
 ASKING_TIMEOUT_S = 600  # a person looks for a telephone
 STDERR_BYTES_MAX = 64 * 1024
@@ -39,12 +44,20 @@ STDERR_BYTES_MAX = 64 * 1024
 class OpenSSHTransport(SSHCommands):
     """Transport over one connection of the ssh command's. `open_socket`: of one that is open already."""
 
-    def __init__(self, target: str, hops: tuple[Hop, ...], choice: LoginWay, *, open_socket: str | None = None) -> None:
+    def __init__(
+        self,
+        target: str,
+        hops: tuple[Hop, ...],
+        choice: LoginWay,
+        *,
+        open_socket: str | None = None,
+        accept_new: bool = False,
+    ) -> None:
         self.target = target
+        self._accept_new = accept_new
         self._hops, self._choice, self._open_socket = hops, choice, open_socket
         self._directory = Path(tempfile.mkdtemp(prefix="rollouts-ssh-"))
         weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
-        self._login: Path | None = None
         self._socket = open_socket or ""
         self._lock = threading.Lock()
         self._was_open = False
@@ -73,19 +86,27 @@ class OpenSSHTransport(SSHCommands):
         Raises TransportError: lost, where one that was open before has ended.
         """
         with self._lock:
-            if self._open_socket is None and self._login is None:
-                self._login = write_settings(
-                    self._directory, self._hops, keepalive_s=KEEPALIVE_S, login=True, asks=self._choice.asks
-                )
+            if not self._socket:
                 self._socket = str(socket_directory() / socket_name(self._hops))
             if not is_open(self._socket):
-                if self._login is None:
-                    raise TransportError(f"{self.target}: the open connection has ended.", lost=True)
-                self._log_in(self._login)
+                if self._open_socket is not None:
+                    raise TransportError(
+                        f"{self.target}: the open connection has ended.", lost=True
+                    )
+                self._log_in()
             return write_shared(self._directory, self._socket)
 
-    def _log_in(self, config: Path) -> None:
+    def _log_in(self) -> None:
         """Open it. Once it was open, no failure is the last word: an agent is locked while a laptop sleeps."""
+        # each time anew: a key that the last login accepted is known by now, and no other one passes
+        config = write_settings(
+            self._directory,
+            self._hops,
+            keepalive_s=KEEPALIVE_S,
+            login=True,
+            asks=self._choice.asks,
+            accept_new=self._accept_new,
+        )
         try:
             self._open(config)
         except TransportError as error:
@@ -98,38 +119,48 @@ class OpenSSHTransport(SSHCommands):
         asks = self._choice.asks
         if asks:
             _tell(f"{self.target}: {self._choice.why}. ssh asks for what it needs:")
-        options = ("ControlMaster=yes", f"ControlPath={_escaped(self._socket)}", f"ControlPersist={PERSIST_S}")
         argv = [
             "ssh",
             "-F",
             str(config),
-            *(word for option in options for word in ("-o", option)),
+            *("-o", "ControlMaster=yes", *shared_by(self._socket, PERSIST_S)),
             "-N",
             "-f",
             HOST_ALIAS,
         ]
         limit_s = ASKING_TIMEOUT_S if asks else LOGIN_TIMEOUT_S
-        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        (self._directory / JUMP_WORDS).unlink(missing_ok=True)
+        process = subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
         assert process.stderr is not None
-        said = _Said(process.stderr, echo=asks)
+        said = _Said(process.stderr, echo=asks, jumps=self._directory / JUMP_WORDS)
         try:
             code = process.wait(limit_s)
         except subprocess.TimeoutExpired:
             raise TransportError(
-                f"{self.target}: the login did not end within {limit_s} s.", found=said.text(), lost=not asks
+                f"{self.target}: the login did not end within {limit_s} s.",
+                found=said.text(),
+                lost=not asks,
             ) from None
         finally:
             if process.poll() is None:
                 process.kill()
                 process.wait()
+        try:
+            keep_new_keys(self._directory, self._hops)
+        except OSError as error:
+            raise unwritable(self.target, error) from None
         if code != 0:
-            raise explain_words(self.target, said.text(), client="ssh")
+            words, copy = said.text(), self._directory / KNOWN_HOSTS
+            changed = changed_by_ssh(self.target, self._hops, copy, words)
+            raise changed or explain_words(self.target, words, client="ssh")
 
     def open_channel(self) -> ProcessChannel:
-        return ProcessChannel(["ssh", "-F", str(self.connect()), HOST_ALIAS, SHELL_COMMAND])
+        return ProcessChannel([*self.ssh_argv(), HOST_ALIAS, SHELL_COMMAND])
 
-    def rsync_options(self) -> list[str]:
-        return ["-e", shlex.join(["ssh", "-F", str(self.connect())]), "--rsync-path=env LC_ALL=C rsync"]
+    def ssh_argv(self) -> list[str]:
+        return ["ssh", "-F", str(self.connect())]
 
     def rsync_path(self, path: str) -> str:
         return f"{HOST_ALIAS}:{path}"
@@ -141,8 +172,8 @@ class OpenSSHTransport(SSHCommands):
 class _Said:
     """What a process writes to stderr, kept and shown while it runs: instructions come there."""
 
-    def __init__(self, pipe: IO[bytes], *, echo: bool) -> None:
-        self._data, self._pipe, self._echo = b"", pipe, echo
+    def __init__(self, pipe: IO[bytes], *, echo: bool, jumps: Path) -> None:
+        self._data, self._pipe, self._echo, self._jumps = b"", pipe, echo, jumps
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 
@@ -153,59 +184,19 @@ class _Said:
                 _tell(data.decode(errors="replace").replace("\r", "").rstrip("\n"))
 
     def text(self) -> str:
+        """Return its words, after those of the jump hosts: theirs say why, its own only that the way is cut."""
         self._thread.join(2)
+        with contextlib.suppress(FileNotFoundError):
+            self._data = self._jumps.read_bytes()[-STDERR_BYTES_MAX:] + self._data
         return self._data.decode(errors="replace").strip()
 
 
 def _tell(text: str) -> None:
     """Print to stderr; what steers a terminal is spelled out, since a host may have written it."""
-    readable = "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    readable = "".join(
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
+    )
     print(readable, file=sys.stderr, flush=True)
-
-
-def is_open(socket: str) -> bool:
-    """Return whether a ControlMaster answers at a socket."""
-    if not os.path.exists(socket):
-        return False
-    argv = ["ssh", "-F", "/dev/null", "-o", f"ControlPath={_escaped(socket)}", "-O", "check", HOST_ALIAS]
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        return subprocess.run(argv, capture_output=True, timeout=CHECK_TIMEOUT_S, check=False).returncode == 0
-    return False
-
-
-def open_connection(hops: tuple[Hop, ...]) -> str | None:
-    """Return the socket of a connection that a command of ours opened to this host, by this way, and that is open."""
-    sockets = [str(path / socket_name(hops)) for path in _directories() if _is_ours(path)]
-    return next((socket for socket in sockets if is_open(socket)), None)
-
-
-def socket_name(hops: tuple[Hop, ...]) -> str:
-    """Return a short name for the way to a host: other settings are another connection."""
-    return hashlib.sha256(repr(hops).encode(errors="surrogateescape")).hexdigest()[:16]
-
-
-def socket_directory() -> Path:
-    """Make and return a directory of this user's alone, with a short name: a socket's path has about 100 characters."""
-    for path in _directories():
-        with contextlib.suppress(OSError):
-            path.mkdir(mode=0o700, exist_ok=True)
-        if _is_ours(path):
-            return path
-    return Path(tempfile.mkdtemp(prefix="rollouts-ssh-", dir="/tmp"))  # something of another user's lies there
-
-
-def _directories() -> list[Path]:
-    own = os.environ.get("XDG_RUNTIME_DIR", "")
-    bases = [own] if own and len(own) < 40 and os.path.isdir(own) else []
-    return [Path(base) / f"rollouts-ssh-{os.getuid()}" for base in (*bases, "/tmp")]
-
-
-def _is_ours(path: Path) -> bool:
-    try:
-        found = path.lstat()
-    except OSError:
-        return False
-    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
 
 
 def can_ask(environment: Callable[[str], str | None] = os.environ.get) -> bool:
@@ -220,7 +211,3 @@ def can_ask(environment: Callable[[str], str | None] = os.environ.get) -> bool:
     except OSError:
         return False
     return True
-
-
-def _escaped(text: str) -> str:
-    return text.replace("%", "%%")

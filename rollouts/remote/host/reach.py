@@ -28,7 +28,7 @@ class Place:
 
     interface: str
     address: str
-    ports: tuple[int, ...]  # that were tried; on the first host those that the job uses
+    ports: tuple[int, ...]  # that were tried: those that were chosen, then those of engines
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class AskedHost:
     transport: Transport
     python: str
     address: str | None  # that the user gave
+    engine_ports: tuple[int, ...] = ()  # which the job will use there, beside those that are chosen
 
     @property
     def name(self) -> str:
@@ -54,7 +55,8 @@ class AskedHost:
 
 
 NOWHERE = Place("", "0.0.0.0", (0,))  # of a host that has no such address: nobody reaches it
-Answers = dict[tuple[int, int], dict[tuple[str, int], float]]  # (caller, called) -> (address, port) -> clock difference
+# (caller, called) -> (address, port) -> clock difference
+Answers = dict[tuple[int, int], dict[tuple[str, int], float]]
 
 
 def find_reach(sides: Sequence[AskedHost]) -> Reach:
@@ -64,7 +66,12 @@ def find_reach(sides: Sequence[AskedHost]) -> Reach:
         listening = []
         for index, side in enumerate(sides):
             count = LEADER_PORTS if index == 0 else 1
-            question = {"token": tokens[index], "count": count, "address": side.address}
+            question = {
+                "token": tokens[index],
+                "count": count,
+                "ports": side.engine_ports,
+                "address": side.address,
+            }
             listening.append(stack.enter_context(_listening(side, question)))
         answers: Answers = {}
         for caller, side in enumerate(sides):
@@ -82,7 +89,9 @@ def _listening(side: AskedHost, question: dict[str, object]) -> Iterator[list[Pl
         places = next(filter(None, map(_places, stream.lines(idle_timeout_s=LISTEN_S))), None)
         if places is None:
             found = stream.end().err[-1000:] or "no answer"
-            raise DeployError(f"{side.name}: the ways between the hosts cannot be tried.", found=found)
+            raise DeployError(
+                f"{side.name}: the ways between the hosts cannot be tried.", found=found
+            )
         yield places
     finally:
         stream.close()
@@ -109,22 +118,36 @@ def _place(row: dict[str, Any]) -> Place:
 
 def _call(side: AskedHost, token: str, places: Sequence[Place]) -> dict[tuple[str, int], float]:
     pairs = [[place.address, port] for place in places for port in place.ports]
-    argv, program = sent_program(side.python, PROBE, "call", json.dumps({"token": token, "places": pairs}))
+    argv, program = sent_program(
+        side.python, PROBE, "call", json.dumps({"token": token, "places": pairs})
+    )
     done = side.transport.run(argv, stdin=program, timeout_s=CALL_S)
     said = read_answer(side.name, "which hosts it reaches", done.out, {"reached": list[list[Any]]})
-    rows = [row for row in said["reached"] if len(row) == 3 and fits(row[:1], list[str]) and fits(row[1:], list[float])]
+    rows = [
+        row
+        for row in said["reached"]
+        if len(row) == 3 and fits(row[:1], list[str]) and fits(row[1:], list[float])
+    ]
     return {(address, int(port)): float(differs) for address, port, differs in rows}
 
 
-def decide_reach(names: Sequence[str], listening: Sequence[Sequence[Place]], answers: Answers) -> Reach:
+def decide_reach(
+    names: Sequence[str], listening: Sequence[Sequence[Place]], answers: Answers
+) -> Reach:
     """Choose the address of each host that all others reach on every port: private ones and IPv4 first. Pure."""
     places: list[Place] = []
     problems: list[Problem] = []
     warnings: list[str] = []
     for index, candidates in enumerate(listening):
-        ordered = sorted(candidates, key=lambda place: (_is_public(place.address), ":" in place.address))
+        ordered = sorted(
+            candidates, key=lambda place: (_is_public(place.address), ":" in place.address)
+        )
         callers = [caller for caller in range(len(names)) if caller != index]
-        fits = [place for place in ordered if not any(_missing(place, answers[caller, index]) for caller in callers)]
+        fits = [
+            place
+            for place in ordered
+            if not any(_missing(place, answers[caller, index]) for caller in callers)
+        ]
         if not fits:
             problems.append(_unreached(names, index, ordered, answers))
             continue
@@ -146,8 +169,14 @@ def _missing(place: Place, reached: dict[tuple[str, int], float]) -> list[int]:
     return [port for port in place.ports if (place.address, port) not in reached]
 
 
-def _clock_warnings(names: Sequence[str], index: int, place: Place, answers: Answers) -> Iterator[str]:
-    if index == 0 and (differs := answers[1, 0][place.address, place.ports[0]]) and abs(differs) > CLOCKS_S:
+def _clock_warnings(
+    names: Sequence[str], index: int, place: Place, answers: Answers
+) -> Iterator[str]:
+    if (
+        index == 0
+        and (differs := answers[1, 0][place.address, place.ports[0]])
+        and abs(differs) > CLOCKS_S
+    ):
         yield _clocks(names[1], names[0], differs)
     if index > 1 and abs(differs := answers[0, index][place.address, place.ports[0]]) > CLOCKS_S:
         yield _clocks(names[0], names[index], differs)
@@ -160,7 +189,9 @@ def _clocks(one: str, other: str, differs: float) -> str:
     )
 
 
-def _unreached(names: Sequence[str], index: int, candidates: Sequence[Place], answers: Answers) -> Problem:
+def _unreached(
+    names: Sequence[str], index: int, candidates: Sequence[Place], answers: Answers
+) -> Problem:
     found = [
         f"{names[caller]} does not reach {place.address} ({place.interface}), port {', '.join(map(str, missing))}"
         for place in candidates
@@ -170,7 +201,8 @@ def _unreached(names: Sequence[str], index: int, candidates: Sequence[Place], an
     ]
     return Problem(
         f"{names[index]}: the other hosts of the job do not reach it.",
-        found="\n".join(found) or "it has no network address but loopback, or not the one that the hosts file names",
+        found="\n".join(found)
+        or "it has no network address but loopback, or not the one that the hosts file names",
         needed="an address of each host that all others reach, on any port: torchrun, gloo and NCCL choose theirs",
         fix="put the hosts into one private network, or open its firewall between them; in a --hosts FILE the second"
         " word of a line is the address",

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 SIOCGIFADDR = 0x8915  # netdevice(7)
-PORTS_FROM, PORTS_BEFORE, PORT_TRIES = 20_000, 32_000, 200  # below those that Linux gives to outgoing connections
+# below those that Linux gives to outgoing connections
+PORTS_FROM, PORTS_BEFORE, PORT_TRIES = 20_000, 32_000, 200
 CONNECT_S = 3.0
 ALIVE_S = 5.0
 
@@ -25,8 +26,13 @@ def own_addresses() -> list[tuple[str, str]]:
     """Return (interface, address) of this machine: IPv4 first, then global IPv6 ones; none of loopback."""
     found = []
     for _, name in socket.if_nameindex():
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking, contextlib.suppress(OSError):
-            answer = fcntl.ioctl(asking.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+        with (
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking,
+            contextlib.suppress(OSError),
+        ):
+            answer = fcntl.ioctl(
+                asking.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()[:15])
+            )
             found.append((name, socket.inet_ntoa(answer[20:24])))
     with contextlib.suppress(OSError):  # no IPv6
         for line in Path("/proc/net/if_inet6").read_text().splitlines():
@@ -38,10 +44,11 @@ def own_addresses() -> list[tuple[str, str]]:
 
 def listen(question: dict[str, Any]) -> None:
     """Print what this machine listens on: {"listening": [{"interface", "address", "ports"}]}, the same ports at each of
-    its addresses; answer callers until stdin ends. `question`: {"token", "count", "address" or null}."""
+    its addresses; answer callers until stdin ends. `question`: {"token", "count", "ports", "address" or null}: so many
+    ports are chosen, and those in "ports" come after them."""
     wanted = question["address"]
     places = [(name, address) for name, address in own_addresses() if wanted in (None, address)]
-    sockets, ports = _bind(places, question["count"])
+    sockets, ports = _bind(places, question["count"], question["ports"])
     for listening in sockets:
         threading.Thread(target=_answer, args=(listening, question["token"]), daemon=True).start()
     rows = [{"interface": name, "address": address, "ports": ports} for name, address in places]
@@ -51,10 +58,13 @@ def listen(question: dict[str, Any]) -> None:
         pass
 
 
-def _bind(places: list[tuple[str, str]], count: int) -> tuple[list[socket.socket], list[int]]:
-    """Return sockets that listen at all places on `count` ports, and these ports."""
+def _bind(
+    places: list[tuple[str, str]], count: int, fixed: list[int]
+) -> tuple[list[socket.socket], list[int]]:
+    """Return sockets that listen at all places on `count` free ports and on the `fixed` ones, and all these ports."""
     for _ in range(PORT_TRIES):
-        ports = random.sample(range(PORTS_FROM, PORTS_BEFORE), count)
+        free = [port for port in range(PORTS_FROM, PORTS_BEFORE) if port not in fixed]
+        ports = random.sample(free, count) + fixed
         sockets: list[socket.socket] = []
         try:
             for _, address in places:
@@ -64,7 +74,8 @@ def _bind(places: list[tuple[str, str]], count: int) -> tuple[list[socket.socket
         except OSError:
             for listening in sockets:
                 listening.close()
-    raise SystemExit(f"no {count} free ports were found")
+    also = f", and {', '.join(map(str, fixed))}," if fixed else ""
+    raise SystemExit(f"no {count} free ports{also} were found")
 
 
 def _answer(listening: socket.socket, token: str) -> None:

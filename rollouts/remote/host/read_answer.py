@@ -13,7 +13,9 @@ from typing import Any, get_args, get_origin
 from rollouts.remote.errors import DeployError
 
 SAID_CHARS_MAX = 500
-RUN_AGAIN = "run the same command again; if it stays so, see what the host's shell or its Python prints"
+RUN_AGAIN = (
+    "run the same command again; if it stays so, see what the host's shell or its Python prints"
+)
 Fields = Mapping[str, Any]  # name: a type, a union of types, list[...] or dict[str, ...]
 
 
@@ -83,7 +85,9 @@ def fits(value: object, kind: Any) -> bool:
     return kind is Any or isinstance(value, kind or type(None))
 
 
-def malformed(target: str, question: str, problem: str, said: str, *, started: bool = False) -> DeployError:
+def malformed(
+    target: str, question: str, problem: str, said: str, *, started: bool = False
+) -> DeployError:
     """Return the error for an answer that cannot be used."""
     shown = said if len(said) <= SAID_CHARS_MAX else "…" + said[-SAID_CHARS_MAX:]
     return DeployError(
@@ -115,7 +119,13 @@ def _shown(value: object) -> str:
 
 
 def _words(kind: Any) -> str:
-    words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
+    words = {
+        str: "text",
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        type(None): "null",
+    }
     if isinstance(kind, UnionType):
         return " or ".join(_words(part) for part in get_args(kind))
     if get_origin(kind) is list:

@@ -6,10 +6,11 @@ A ControlMaster of the user's that is open is used as it is. ssh_choice.py decid
 import threading
 from collections.abc import Sequence
 
-from rollouts.remote.host.openssh import OpenSSHTransport, can_ask, is_open, open_connection
+from rollouts.remote.host.openssh import OpenSSHTransport, can_ask
 from rollouts.remote.host.ssh import SSHTransport
 from rollouts.remote.host.ssh_choice import LoginWay, choose_client
 from rollouts.remote.host.ssh_errors import RefusedLogin
+from rollouts.remote.host.ssh_shared import is_open, open_connection
 from rollouts.remote.host.transport import Completed, Stream, Target
 
 
@@ -18,6 +19,7 @@ class RemoteTransport:
 
     def __init__(self, text: str, target: Target, *, accept_new_host_key: bool) -> None:
         self.target = text
+        self._accept_new = accept_new_host_key
         self._paramiko = SSHTransport(text, target, accept_new_host_key=accept_new_host_key)
         self._chosen: SSHTransport | OpenSSHTransport | None = None
         self._was_in = False  # then a refusal may pass: an agent is locked while a laptop sleeps
@@ -38,7 +40,10 @@ class RemoteTransport:
             return OpenSSHTransport(self.target, hops, choice, open_socket=socket)
         if (socket := open_connection(hops)) is not None:
             return OpenSSHTransport(
-                self.target, hops, LoginWay(why="an earlier login of deploy's is open"), open_socket=socket
+                self.target,
+                hops,
+                LoginWay(why="an earlier login of deploy's is open"),
+                open_socket=socket,
             )
         try:
             self._paramiko.connect()
@@ -48,11 +53,13 @@ class RemoteTransport:
                 refused.lost = refused.lost or self._was_in
                 raise
             self._keeps = True
-            return OpenSSHTransport(self.target, hops, found)
+            return OpenSSHTransport(self.target, hops, found, accept_new=self._accept_new)
         self._was_in = True
         return self._paramiko
 
-    def run(self, argv: Sequence[str], *, stdin: bytes = b"", cwd: str | None = None, timeout_s: float) -> Completed:
+    def run(
+        self, argv: Sequence[str], *, stdin: bytes = b"", cwd: str | None = None, timeout_s: float
+    ) -> Completed:
         return self._client().run(argv, stdin=stdin, cwd=cwd, timeout_s=timeout_s)
 
     def stream(self, argv: Sequence[str], *, first_line: bytes, cwd: str | None = None) -> Stream:
@@ -66,6 +73,9 @@ class RemoteTransport:
 
     def rsync_options(self) -> list[str]:
         return self._client().rsync_options()
+
+    def shell_argv(self, line: str, *, terminal: bool) -> list[str]:
+        return self._client().shell_argv(line, terminal=terminal)
 
     def rsync_path(self, path: str) -> str:
         return self._paramiko.rsync_path(path)  # the same for both

@@ -14,7 +14,8 @@ from rollouts.remote.host.rsync_version import PROTECTS_ARGUMENTS, TELLS_PROGRES
 from rollouts.remote.host.ssh_words import explain_words, shell_speaks
 from rollouts.remote.host.transport import Completed, Transport
 
-ENDED_BY = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)  # somebody's, or the kernel's: rsync itself has no fault
+# somebody's, or the kernel's: rsync itself has no fault
+ENDED_BY = signal.SIGKILL, signal.SIGTERM, signal.SIGHUP
 PROGRESS_BYTES_MAX = 64 * 1024  # of a line of rsync's progress, the last ones are kept
 
 
@@ -35,7 +36,10 @@ def run_rsync(
     """
     rsync = shutil.which("rsync")
     if rsync is None:
-        raise DeployError("rsync is not installed on this machine.", fix="apt-get install rsync, or brew install rsync")
+        raise DeployError(
+            "rsync is not installed on this machine.",
+            fix="apt-get install rsync, or brew install rsync",
+        )
     version = rsync_version(rsync)
     progress = ["--info=progress2"] if on_output is not None and version >= TELLS_PROGRESS else []
     if version >= PROTECTS_ARGUMENTS:
@@ -45,9 +49,13 @@ def run_rsync(
         arguments = [_quoted_path(argument, prefix) for argument in arguments]
     argv = [rsync, *progress, *transport.rsync_options(), *arguments]
     try:
-        result = _run_told(argv, transport, stdin, timeout_s, on_line=on_output, keep_open=keep_open)
+        result = _run_told(
+            argv, transport, stdin, timeout_s, on_line=on_output, keep_open=keep_open
+        )
     except subprocess.TimeoutExpired:
-        raise TransportError(f"rsync with {transport.target}: no end after {timeout_s:.0f} s", lost=True) from None
+        raise TransportError(
+            f"rsync with {transport.target}: no end after {timeout_s:.0f} s", lost=True
+        ) from None
     if result.returncode == 0:
         return result
     if result.returncode == 1 and (
@@ -61,15 +69,23 @@ def run_rsync(
         )
     if "No space left on device" in result.err:
         raise disk_full(transport.target, result.err)
-    if result.returncode == 127 or "rsync: command not found" in result.err or "rsync: not found" in result.err:
-        raise DeployError(f"{transport.target} has no rsync.", fix="on the host: apt-get install rsync")
+    if (
+        result.returncode == 127
+        or "rsync: command not found" in result.err
+        or "rsync: not found" in result.err
+    ):
+        raise DeployError(
+            f"{transport.target} has no rsync.", fix="on the host: apt-get install rsync"
+        )
     if result.returncode == 2 and "is your shell clean?" in result.err:
         raise shell_speaks(transport.target, result.err[-500:])
     if result.returncode == 255:
         raise explain_words(transport.target, result.err)
     # socket, protocol stream, a signal that rsync told of, time-outs; or killed here
     if result.returncode in (10, 12, 20, 30, 35) or -result.returncode in ENDED_BY:
-        raise TransportError(f"rsync with {transport.target} was cut off.", lost=True, found=result.err[-500:])
+        raise TransportError(
+            f"rsync with {transport.target} was cut off.", lost=True, found=result.err[-500:]
+        )
     return result
 
 
@@ -91,7 +107,9 @@ def _run_told(
 ) -> Completed:
     """Run rsync with its output kept, or told line by line while it runs."""
     # Without the user's own rsync settings (RSYNC_ICONV, …); in English, since its words are read
-    variables = {name: value for name, value in os.environ.items() if not name.startswith("RSYNC_")} | {"LC_ALL": "C"}
+    variables = {
+        name: value for name, value in os.environ.items() if not name.startswith("RSYNC_")
+    } | {"LC_ALL": "C"}
     stdout, rest = Collected(transport.target), b""
 
     def tell(data: bytes) -> None:
@@ -103,7 +121,12 @@ def _run_told(
 
     on_stdout = stdout.add if on_line is None else tell
     code, stderr = run_here(
-        argv, on_stdout, stdin=stdin, timeout_s=timeout_s, environment=variables, keep_open=keep_open
+        argv,
+        on_stdout,
+        stdin=stdin,
+        timeout_s=timeout_s,
+        environment=variables,
+        keep_open=keep_open,
     )
     return Completed(code, stdout.all(), stderr)
 

@@ -14,7 +14,11 @@ def rsync_version(rsync: str) -> tuple[int, int]:
     """Ask the program once, and return (major, minor). One that does not tell is taken for one of today."""
     try:
         done = subprocess.run(
-            [rsync, "--version"], capture_output=True, timeout=ASK_TIMEOUT_S, stdin=subprocess.DEVNULL, check=False
+            [rsync, "--version"],
+            capture_output=True,
+            timeout=ASK_TIMEOUT_S,
+            stdin=subprocess.DEVNULL,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
         return TELLS_PROGRESS

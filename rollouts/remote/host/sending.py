@@ -11,8 +11,21 @@ import json
 import zlib
 from collections.abc import Sequence
 
+from rollouts.python_source import parsed
+
 _OURS = ("rollouts",)
-_START = "import base64, sys, zlib; exec(zlib.decompress(base64.b64decode(sys.stdin.buffer.readline())))"
+_START = (
+    "import base64, sys, zlib; exec(zlib.decompress(base64.b64decode(sys.stdin.buffer.readline())))"
+)
+# Runs $1 with the first Python that is new enough, the host's own first; its exit code is NO_PYTHON where there is none
+_FIND = """
+PATH="$PATH:$HOME/.local/bin"
+for python in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do
+  "$python" -Ic 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && exec "$python" -I -c "$1"
+done
+exit 127
+"""
+NO_PYTHON = 127
 _MODULES = """
 import base64, json, sys, types, zlib
 sources = json.loads(zlib.decompress(base64.b64decode("{packed}")))
@@ -36,12 +49,23 @@ def sent_program(python: str, module: str, *arguments: str) -> tuple[list[str], 
     """
     argv = json.dumps([module, *arguments])
     program = f"{modules_program(module)}\nsys.argv = json.loads({argv!r})\nsys.modules[sys.argv[0]].main()\n"
-    return [python, "-I", "-c", _START], base64.b64encode(zlib.compress(program.encode())) + b"\n"
+    return [python, "-IS", "-c", _START], base64.b64encode(zlib.compress(program.encode())) + b"\n"
+
+
+def sent_to_any_python(module: str, *arguments: str) -> tuple[list[str], bytes]:
+    """Do `sent_program` for a host of which nothing is known yet: one round trip finds its Python too.
+
+    Where it has none, the exit code is NO_PYTHON.
+    """
+    _, program = sent_program("", module, *arguments)
+    return ["sh", "-c", _FIND, "sh", _START], program
 
 
 def modules_program(module: str) -> str:
     """Return a program that makes `module`, and what it imports of ours, importable on a host that lacks it."""
-    return _MODULES.format(packed=base64.b64encode(zlib.compress(sources(module).encode())).decode())
+    return _MODULES.format(
+        packed=base64.b64encode(zlib.compress(sources(module).encode())).decode()
+    )
 
 
 @functools.cache
@@ -67,14 +91,15 @@ def _collect(module: str, found: dict[str, str | None], begun: set[str]) -> None
         source = stream.read()
     for name in _imported(source):
         _collect(name, found, begun)
-    found.pop(module, None)  # a package was listed for its modules: its own source runs after theirs
+    # a package was listed for its modules: its own source runs after theirs
+    found.pop(module, None)
     found[module] = source
 
 
 def _imported(source: str) -> Sequence[str]:
     """Return the imported modules of ours; `from rollouts import run_dir` imports one, not `rollouts` itself."""
     names: list[str] = []
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parsed(source)):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:

@@ -1,13 +1,14 @@
 """A host over SSH: fabric/paramiko for commands, the OpenSSH client under rsync for bulk.
 
-Both get the same settings, those of `ssh -G` (ssh_config.py), and both are strict about host keys (ssh_host_key.py).
-A new key is added only with --accept-new-host-key, once, before anything is sent; a changed key is never accepted.
-There is no password prompt here: what paramiko cannot do, openssh.py does.
+All rsyncs share one connection of that client's, which the first of them opens: a login takes ten round trips.
+Both clients get the same settings, those of `ssh -G` (ssh_config.py), and both are strict about host keys
+(ssh_host_key.py). A new key is added only with --accept-new-host-key, once, before anything is sent; a changed key is
+never accepted. There is no password prompt here: what paramiko cannot do, openssh.py does.
 """
 
 import contextlib
 import logging
-import shlex
+import secrets
 import shutil
 import tempfile
 import threading
@@ -28,14 +29,16 @@ from rollouts.remote.host.ssh_config import CONNECT_TIMEOUT_S, Hop, read_hops, w
 from rollouts.remote.host.ssh_errors import explain
 from rollouts.remote.host.ssh_host_key import HostKeyError, HostKeyPolicy, Trust, plain, read_trust
 from rollouts.remote.host.ssh_rsync import HOST_ALIAS, write_settings
+from rollouts.remote.host.ssh_shared import leave_connection, shared_by, socket_directory
 from rollouts.remote.host.ssh_socket import Proxy, open_tcp, open_through
 from rollouts.remote.host.transport import Target
 
 KEEPALIVE_S = 15
+RSYNCS_PERSIST_S = 60  # the connection outlives a killed deploy, and the last rsync, by so long
 
 
 class SSHTransport(SSHCommands):
-    """Transport over one SSH connection, plus one per rsync."""
+    """Transport over one SSH connection for commands, and one that the ssh command keeps open for rsyncs."""
 
     def __init__(self, text: str, target: Target, *, accept_new_host_key: bool) -> None:
         self.target = text
@@ -46,7 +49,10 @@ class SSHTransport(SSHCommands):
         self._open = contextlib.ExitStack()  # what belongs to the connection, jump hosts included
         self._lock = threading.Lock()
         self._settings: Path | None = None
-        logging.getLogger("paramiko").addHandler(logging.NullHandler())  # else its tracebacks land on stderr
+        # of the rsyncs' connection: its socket, and what leaves it, at this process's end at the latest
+        self._shared: tuple[str, weakref.finalize] | None = None
+        # else its tracebacks land on stderr
+        logging.getLogger("paramiko").addHandler(logging.NullHandler())
 
     # --- connecting -------------------------------------------------------------------------------------------------
 
@@ -61,9 +67,8 @@ class SSHTransport(SSHCommands):
 
     def described(self) -> str:
         why = "a key or a certificate will do" if self._connection is not None else "not connected"
-        return (
-            f"{way_words(self.hops())}: paramiko logs in ({why}); rsync has an ssh of its own, with the same settings"
-        )
+        way = way_words(self.hops())
+        return f"{way}: paramiko logs in ({why}); rsyncs share one connection of ssh's, with the same settings"
 
     def connect(self) -> None:
         """Log in now. Raises TransportError: RefusedLogin where no key will do."""
@@ -90,7 +95,12 @@ class SSHTransport(SSHCommands):
             self._connection, self._open = connection, opened.pop_all()
 
     def _open_hop(
-        self, hop: Hop, via: fabric.Connection | None, opened: contextlib.ExitStack, *, any_key: bool = False
+        self,
+        hop: Hop,
+        via: fabric.Connection | None,
+        opened: contextlib.ExitStack,
+        *,
+        any_key: bool = False,
     ) -> fabric.Connection:
         started, proxy = time.monotonic(), None
         try:
@@ -105,15 +115,22 @@ class SSHTransport(SSHCommands):
             opened.callback(way.close)
             connection = _connection(hop, way, trust, any_key=any_key)
             opened.callback(connection.close)
-            connection.client.set_missing_host_key_policy(HostKeyPolicy(hop, trust, accept_new=self._accept_new))
+            connection.client.set_missing_host_key_policy(
+                HostKeyPolicy(hop, trust, accept_new=self._accept_new)
+            )
             connection.open()
         except IncompatiblePeer as error:
-            if trust.known.keys and not any_key and "host key" in str(error):  # it has no key of a known type
-                return self._open_hop(hop, via, opened, any_key=True)  # shows which one it has, and is refused
+            # it has no key of a known type
+            if trust.known.keys and not any_key and "host key" in str(error):
+                # shows which one it has, and is refused
+                return self._open_hop(hop, via, opened, any_key=True)
             raise explain(self.target, hop, error, waited_s=0.0) from None
-        except Exception as error:  # every kind is told apart and given its fix; a bug of ours goes on as it is
+        except Exception as error:
+            # every kind is told apart and given its fix; a bug of ours goes on as it is
             cause = (
-                proxy.ended() if proxy is not None and not isinstance(error, LoginFailed | HostKeyError) else None
+                proxy.ended()
+                if proxy is not None and not isinstance(error, LoginFailed | HostKeyError)
+                else None
             ) or error
             raise explain(self.target, hop, cause, waited_s=time.monotonic() - started) from None
         return connection
@@ -136,7 +153,9 @@ class SSHTransport(SSHCommands):
                     ) from None
                 if attempt == 2:
                     words = str(error) or type(error).__name__
-                    raise TransportError(f"{self.target}: connection lost: {words}", lost=True) from None
+                    raise TransportError(
+                        f"{self.target}: connection lost: {words}", lost=True
+                    ) from None
         raise AssertionError("unreachable")
 
     def close(self) -> None:
@@ -146,17 +165,29 @@ class SSHTransport(SSHCommands):
     def _close(self) -> None:
         self._connection = None
         self._open.close()
+        if self._shared is not None:
+            # an rsync that runs goes on; the next one logs in anew, so that none waits for a dead connection
+            self._shared[1]()
+            self._shared = None
 
     # --- rsync ------------------------------------------------------------------------------------------------------
 
-    def rsync_options(self) -> list[str]:
-        """Write the same settings into a file for rsync's ssh, which reads nothing else. Returns its options."""
+    def ssh_argv(self) -> list[str]:
+        """Write the same settings into a file for the ssh command, which reads nothing else."""
         with self._lock:
             if self._settings is None:
                 self._settings = Path(tempfile.mkdtemp(prefix="rollouts-ssh-"))
                 weakref.finalize(self, shutil.rmtree, self._settings, ignore_errors=True)
             config = write_settings(self._settings, self.hops(), keepalive_s=KEEPALIVE_S)
-        return ["-e", shlex.join(["ssh", "-F", str(config)]), "--rsync-path=env LC_ALL=C rsync"]
+        return ["ssh", "-F", str(config)]
+
+    def rsync_options(self) -> list[str]:
+        with self._lock:
+            if self._shared is None:
+                socket = str(socket_directory() / secrets.token_hex(8))
+                self._shared = socket, weakref.finalize(self, leave_connection, socket)
+            socket = self._shared[0]
+        return self.rsync_over(*self.ssh_argv(), *shared_by(socket, RSYNCS_PERSIST_S))
 
     def rsync_path(self, path: str) -> str:
         return f"{HOST_ALIAS}:{path}"
@@ -173,7 +204,11 @@ def _connection(hop: Hop, way: object, trust: Trust, *, any_key: bool) -> fabric
         security.ciphers = _common(hop.list_of("ciphers"), security.ciphers)
         security.digests = _common(hop.list_of("macs"), security.digests)
         security.kex = _common(hop.list_of("kexalgorithms"), security.kex)
-        possible = [name for name in hop.list_of("hostkeyalgorithms") if name in paramiko.Transport._key_info]
+        possible = [
+            name
+            for name in hop.list_of("hostkeyalgorithms")
+            if name in paramiko.Transport._key_info
+        ]
         security.key_types = tuple((not any_key and trust.key_types(possible)) or plain(possible))
         return made
 

@@ -39,11 +39,14 @@ class LoginTimeout(TimeoutError):
 class LoginFailed(Exception):
     """No key was accepted; the fields say what was learned."""
 
-    allowed: list[str] = field(default_factory=list)  # what the host accepts; [] when it did not say
+    # what the host accepts; [] when it did not say
+    allowed: list[str] = field(default_factory=list)
     tried: list[str] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)  # keys that could not be tried, with the reason
+    # keys that could not be tried, with the reason
+    skipped: list[str] = field(default_factory=list)
     locked: bool = False  # one of them has a passphrase
-    second_factor: list[str] = field(default_factory=list)  # what the host wants beside the accepted key
+    # what the host wants beside the accepted key
+    second_factor: list[str] = field(default_factory=list)
     hung_up: bool = False  # it closed the connection
     from_agent: int = 0  # keys that the agent holds
 
@@ -94,7 +97,8 @@ class KeyLogin(AuthStrategy):
             for candidate in self._candidates(stack):
                 try:
                     key = candidate.load()
-                except Exception as error:  # the readers of key files raise all kinds; the failure names each
+                except Exception as error:
+                    # the readers of key files raise all kinds; the failure names each
                     self._skip(candidate.label, error)
                     continue
                 self._failure.tried.append(candidate.label)
@@ -139,11 +143,15 @@ class KeyLogin(AuthStrategy):
     def _skip(self, label: str, error: Exception) -> None:
         if isinstance(error, FileNotFoundError):
             return
-        if isinstance(error, paramiko.PasswordRequiredException) or re.search("encrypted|password", str(error), re.I):
+        if isinstance(error, paramiko.PasswordRequiredException) or re.search(
+            "encrypted|password", str(error), re.I
+        ):
             self._failure.locked = True
             self._failure.skipped.append(f"{label} has a passphrase")
         else:
-            self._failure.skipped.append(f"{label} was passed over: {error or type(error).__name__}")
+            self._failure.skipped.append(
+                f"{label} was passed over: {error or type(error).__name__}"
+            )
 
     def _agent_keys(self, stack: contextlib.ExitStack) -> list[AgentKey]:
         if self._hop.agent is None:
@@ -169,13 +177,17 @@ class KeyLogin(AuthStrategy):
             chosen = [key for _, key in of_agent]
             for key in held:
                 if key not in chosen:
-                    yield Candidate(f"{key.comment or key.get_name()} (agent)", partial(_itself, key))
+                    yield Candidate(
+                        f"{key.comment or key.get_name()} (agent)", partial(_itself, key)
+                    )
         in_agent = {file for file, _ in of_agent}
         for file, blob in named.items():
             if file not in in_agent and (file.exists() or blob is not None):
                 yield Candidate(str(file), partial(load_key, file))
 
-    def _certificates(self, named: dict[Path, bytes | None], by_blob: dict[bytes, AgentKey]) -> Iterator[Candidate]:
+    def _certificates(
+        self, named: dict[Path, bytes | None], by_blob: dict[bytes, AgentKey]
+    ) -> Iterator[Candidate]:
         beside = [Path(f"{file}-cert.pub") for file in named]
         for file in dict.fromkeys([*self._hop.certificate_files, *beside]):
             if file.is_file():
@@ -201,7 +213,9 @@ def load_key(file: Path) -> paramiko.PKey:
     return key
 
 
-def certified_key(certificate: Path, files: list[Path], by_blob: dict[bytes, AgentKey]) -> paramiko.PKey:
+def certified_key(
+    certificate: Path, files: list[Path], by_blob: dict[bytes, AgentKey]
+) -> paramiko.PKey:
     """Return the private key, of a file or the agent, that belongs to a certificate, with the certificate."""
     identity = load_ssh_public_identity(certificate.read_bytes())
     if not isinstance(identity, SSHCertificate):
@@ -227,6 +241,10 @@ def _public_blob(file: Path) -> bytes | None:
     for candidate in (Path(f"{file}.pub"), file):
         with contextlib.suppress(OSError, ValueError):
             words = candidate.read_bytes().split(None, 2)
-            if len(words) >= 2 and (blob := base64.b64decode(words[1], validate=True)) and key_kind(blob):
+            if (
+                len(words) >= 2
+                and (blob := base64.b64decode(words[1], validate=True))
+                and key_kind(blob)
+            ):
                 return blob
     return None

@@ -49,9 +49,17 @@ class ChannelOutput:
     The command's input follows its first mark: until then a shell may read ahead.
     """
 
-    def __init__(self, channel: CommandChannel, line: bytes, frame: Frame, stdin: bytes, *, close_stdin: bool) -> None:
-        self._channel, self._line, self._stdin, self._close_stdin = channel, line, stdin, close_stdin
-        self._stdout: queue.Queue[bytes] = queue.Queue(maxsize=64)  # bounded: a slow reader slows the host down
+    def __init__(
+        self, channel: CommandChannel, line: bytes, frame: Frame, stdin: bytes, *, close_stdin: bool
+    ) -> None:
+        self._channel, self._line, self._stdin, self._close_stdin = (
+            channel,
+            line,
+            stdin,
+            close_stdin,
+        )
+        # bounded: a slow reader slows the host down
+        self._stdout: queue.Queue[bytes] = queue.Queue(maxsize=64)
         self._out, self._err = FrameReader(frame), FrameReader(frame)
         self._stderr = b""
         self._stderr_ended, self._begun = threading.Event(), threading.Event()
@@ -73,7 +81,8 @@ class ChannelOutput:
         self._stderr_ended.set()
 
     def _write(self) -> None:
-        with contextlib.suppress(OSError):  # the command ended without reading all of it; its exit code says why
+        # the command ended without reading all of it; its exit code says why
+        with contextlib.suppress(OSError):
             self._channel.sendall(self._line)
             self._begun.wait()
             if self._out.began:
@@ -128,7 +137,9 @@ class SSHStream:
         lines = LineSplitter()
         while (data := self._output.next(idle_timeout_s)) != b"":
             if data is None:
-                raise TransportError(f"{self._target}: no sign of life for {idle_timeout_s:.0f} s", lost=True)
+                raise TransportError(
+                    f"{self._target}: no sign of life for {idle_timeout_s:.0f} s", lost=True
+                )
             yield from bounded(self._target, lines.feed, data)
 
     def end(self) -> Completed:

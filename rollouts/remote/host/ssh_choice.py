@@ -21,18 +21,32 @@ def choose_client(hop: Hop, failure: LoginFailed, *, can_ask: bool) -> LoginWay 
     """
     if failure.second_factor:
         factors = ", ".join(failure.second_factor)
-        return LoginWay(f"{hop.login} wants {factors} beside the key", asks=True) if can_ask else None
+        return (
+            LoginWay(f"{hop.login} wants {factors} beside the key", asks=True) if can_ask else None
+        )
     rules = (
-        (_offers(hop, failure, "gssapi-with-mic", "gssapiauthentication"), "takes a Kerberos ticket"),
-        (_offers(hop, failure, "hostbased", "hostbasedauthentication"), "trusts this machine (hostbased)"),
-        (hop.values.get("pkcs11provider", "none") not in ("", "none"), "takes a key on a smart card (PKCS11Provider)"),
+        (
+            _offers(hop, failure, "gssapi-with-mic", "gssapiauthentication"),
+            "takes a Kerberos ticket",
+        ),
+        (
+            _offers(hop, failure, "hostbased", "hostbasedauthentication"),
+            "trusts this machine (hostbased)",
+        ),
+        (
+            hop.values.get("pkcs11provider", "none") not in ("", "none"),
+            "takes a key on a smart card (PKCS11Provider)",
+        ),
         (_skipped(failure, "security key"), "takes a security key"),
         (
             _skipped(failure, "-cert.pub", *map(str, hop.certificate_files)),
             "takes a certificate that paramiko cannot use",
         ),
         (can_ask and failure.locked, "takes a key with a passphrase, which no agent holds"),
-        (can_ask and _only_questions(failure), "asks questions in place of a key (keyboard-interactive)"),
+        (
+            can_ask and _only_questions(failure),
+            "asks questions in place of a key (keyboard-interactive)",
+        ),
     )
     why = next((words for holds, words in rules if holds), None)
     return None if why is None else LoginWay(f"{hop.login} {why}", asks=can_ask)

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from rollouts.remote.errors import TransportError
 from rollouts.remote.host.bounded import Collected
-from rollouts.remote.host.framing import framed_line, new_frame
+from rollouts.remote.host.framing import for_any_shell, framed_line, new_frame
 from rollouts.remote.host.ssh_channel import ChannelOutput, CommandChannel, SSHStream
+from rollouts.remote.host.ssh_rsync import HOST_ALIAS
 from rollouts.remote.host.transport import Completed, Stream
 
 
@@ -21,13 +22,33 @@ class SSHCommands(ABC):
         self, argv: Sequence[str], cwd: str | None, stdin: bytes, *, close_stdin: bool
     ) -> tuple[CommandChannel, ChannelOutput]:
         channel, frame = self.open_channel(), new_frame()
-        return channel, ChannelOutput(channel, framed_line(argv, cwd, frame), frame, stdin, close_stdin=close_stdin)
+        return channel, ChannelOutput(
+            channel, framed_line(argv, cwd, frame), frame, stdin, close_stdin=close_stdin
+        )
 
     @abstractmethod
     def open_channel(self) -> CommandChannel:
         """Return a channel with `sh -s` on the host. Raises TransportError."""
 
-    def run(self, argv: Sequence[str], *, stdin: bytes = b"", cwd: str | None = None, timeout_s: float) -> Completed:
+    @abstractmethod
+    def ssh_argv(self) -> list[str]:
+        """Return the ssh command with this host's settings, of which HOST_ALIAS is the host. Raises TransportError."""
+
+    def rsync_options(self) -> list[str]:
+        return self.rsync_over(*self.ssh_argv())
+
+    def rsync_over(self, *ssh_argv: str) -> list[str]:
+        """Return what rsync needs to reach the host by that command."""
+        return ["-e", shlex.join(ssh_argv), "--rsync-path=env LC_ALL=C rsync"]
+
+    def shell_argv(self, line: str, *, terminal: bool) -> list[str]:
+        # else it tells of each key file that is not there
+        quiet = ("-o", "LogLevel=ERROR", "-t" if terminal else "-T")
+        return [*self.ssh_argv(), *quiet, HOST_ALIAS, for_any_shell(line)]
+
+    def run(
+        self, argv: Sequence[str], *, stdin: bytes = b"", cwd: str | None = None, timeout_s: float
+    ) -> Completed:
         channel, output = self._start(argv, cwd, stdin, close_stdin=True)
         deadline = time.monotonic() + timeout_s
         stdout = Collected(self.target)

@@ -21,7 +21,8 @@ from rollouts.remote.host.transport import Target, parse_target
 from rollouts.run_dir import machine_dir
 
 CONNECT_TIMEOUT_S = 20.0  # ConnectTimeout overrides it. Generous: a loaded host is slow, not gone
-OWN_KNOWN_HOSTS = Path("~/.rollouts/known_hosts")  # where the configuration names no file that keeps anything
+# where the configuration names no file that keeps anything
+OWN_KNOWN_HOSTS = Path("~/.rollouts/known_hosts")
 READ_TIMEOUT_S = 30  # Match exec and canonical names may ask the network
 JUMPS_MAX = 8
 
@@ -88,7 +89,8 @@ class Hop:
     certificate_files: tuple[Path, ...]
     identities_only: bool
     agent: str | None  # the socket
-    known_as: tuple[str, ...]  # names in known_hosts; the first counts, others where it is not found
+    # names in known_hosts; the first counts, others where it is not found
+    known_as: tuple[str, ...]
     known_hosts: tuple[Path, ...]  # the user's; a new key goes into the first
     global_known_hosts: tuple[Path, ...]
     revoked_keys: tuple[Path, ...]  # RevokedHostKeys: at most one
@@ -117,7 +119,9 @@ def read_hops(target: Target) -> tuple[Hop, ...]:
     Raises DeployError without ssh, TransportError where ssh cannot read its configuration.
     """
     if shutil.which("ssh") is None:
-        raise DeployError("ssh is not installed on this machine.", fix="apt-get install openssh-client")
+        raise DeployError(
+            "ssh is not installed on this machine.", fix="apt-get install openssh-client"
+        )
     hops: list[Hop] = []
     jumps: str | None = None  # of the hop asked for, where the line before decided it
     asked: Target | None = target
@@ -144,11 +148,17 @@ def ask_ssh(target: Target, jumps: str | None) -> dict[str, list[str]]:
     arguments += ["-p", str(target.port)] if target.port else []
     with tempfile.TemporaryDirectory(prefix="rollouts-ssh-") as directory:
         rented = machine_dir(target.host) / "ssh_config"
-        own, names = (["-F", str(rented)], {}) if rented.is_file() else config_for_home(Path(directory))
+        own, names = (
+            (["-F", str(rented)], {}) if rented.is_file() else config_for_home(Path(directory))
+        )
         command = ["ssh", "-G", *own, *arguments, "--", target.host]
         try:
             done = subprocess.run(
-                command, stdin=subprocess.DEVNULL, capture_output=True, timeout=READ_TIMEOUT_S, check=False
+                command,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=READ_TIMEOUT_S,
+                check=False,
             )
         except subprocess.TimeoutExpired:
             raise TransportError(
@@ -185,18 +195,31 @@ def _hop(name: str, values: dict[str, list[str]], *, is_jump: bool) -> Hop:
         host=host,
         port=port,
         user=user,
-        key_files=tuple(Path(expand(value, tokens)) for value in values.get("identityfile", []) if value != "none"),
-        certificate_files=tuple(Path(expand(value, tokens)) for value in values.get("certificatefile", [])),
+        key_files=tuple(
+            Path(expand(value, tokens))
+            for value in values.get("identityfile", [])
+            if value != "none"
+        ),
+        certificate_files=tuple(
+            Path(expand(value, tokens)) for value in values.get("certificatefile", [])
+        ),
         identities_only=first.get("identitiesonly") == "yes",
         agent=_agent(first.get("identityagent", "SSH_AUTH_SOCK"), tokens),
         known_as=fallback if alias == "none" else (alias.lower(),),
-        known_hosts=_files(first.get("userknownhostsfile", ""), tokens) or (OWN_KNOWN_HOSTS.expanduser(),),
+        known_hosts=_files(first.get("userknownhostsfile", ""), tokens)
+        or (OWN_KNOWN_HOSTS.expanduser(),),
         global_known_hosts=_files(first.get("globalknownhostsfile", ""), tokens),
         revoked_keys=_files(first.get("revokedhostkeys", "none"), tokens),
-        proxy_command=None if proxy_command == "none" else expand(proxy_command, tokens, tilde=False),
+        proxy_command=None
+        if proxy_command == "none"
+        else expand(proxy_command, tokens, tilde=False),
         is_jump=is_jump,
-        connect_timeout_s=float(timeout) if timeout.isdigit() and int(timeout) > 0 else CONNECT_TIMEOUT_S,
-        values={keyword: first[keyword] for keyword in (*PASSED_ON, *OF_LOGINS) if keyword in first},
+        connect_timeout_s=float(timeout)
+        if timeout.isdigit() and int(timeout) > 0
+        else CONNECT_TIMEOUT_S,
+        values={
+            keyword: first[keyword] for keyword in (*PASSED_ON, *OF_LOGINS) if keyword in first
+        },
         control_path=None if first.get("controlpath", "none") == "none" else first["controlpath"],
         not_followed=tuple(
             f"{keyword} {first[keyword]}: not followed, {instead}"

@@ -1,12 +1,17 @@
 """Turn what connecting raised into an error that a user can act on: which machine failed, why, and the fix."""
 
+import os
+import pwd
+import re
 import shlex
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 from paramiko.ssh_exception import ChannelException, IncompatiblePeer, SSHException
 
 from rollouts.remote.errors import TransportError
+from rollouts.remote.host.known_hosts import KnownKey
 from rollouts.remote.host.ssh_auth import LoginFailed, LoginTimeout
 from rollouts.remote.host.ssh_config import Hop
 from rollouts.remote.host.ssh_host_key import (
@@ -15,7 +20,9 @@ from rollouts.remote.host.ssh_host_key import (
     HostKeyError,
     OtherHostKey,
     RevokedHostKey,
+    UnwritableKnownHosts,
     fingerprint,
+    read_trust,
 )
 
 CONFIG = "~/.ssh/config"
@@ -30,7 +37,13 @@ class RefusedLogin(TransportError):
 
     def __init__(self, hop: Hop, failure: LoginFailed, said: TransportError) -> None:
         problem = said.problems[0]
-        super().__init__(problem.message, lost=said.lost, found=problem.found, needed=problem.needed, fix=problem.fix)
+        super().__init__(
+            problem.message,
+            lost=said.lost,
+            found=problem.found,
+            needed=problem.needed,
+            fix=problem.fix,
+        )
         self.hop, self.failure = hop, failure
 
 
@@ -38,8 +51,13 @@ def explain(target: str, hop: Hop, error: Exception, *, waited_s: float) -> Exce
     """Return the TransportError for `error`, which `hop` caused after `waited_s`; a bug of ours as it is."""
     who = f"{target}: jump host {hop.name}" if hop.is_jump else target
     return (
-        _host_key(who, hop, error)
-        or (RefusedLogin(hop, error, _login(who, hop, error)) if isinstance(error, LoginFailed) else None)
+        (unwritable(who, error.reason) if isinstance(error, UnwritableKnownHosts) else None)
+        or _host_key(who, hop, error)
+        or (
+            RefusedLogin(hop, error, _login(who, hop, error))
+            if isinstance(error, LoginFailed)
+            else None
+        )
         or _login_timeout(who, hop, error)
         or _network(who, hop, error)
         or _protocol(who, hop, error, waited_s)
@@ -54,7 +72,9 @@ def _host_key(who: str, hop: Hop, error: Exception) -> TransportError | None:
     shows = f"{name} shows {fingerprint(error.key)}"
     if isinstance(error, RevokedHostKey):
         return TransportError(
-            f"{who}: the host's key was revoked.", found=f"{shows}\nrevoked by {error.where}", fix="do not connect"
+            f"{who}: the host's key was revoked.",
+            found=f"{shows}\nrevoked by {error.where}",
+            fix="do not connect",
         )
     if isinstance(error, BadHostCertificate):
         return TransportError(
@@ -63,22 +83,16 @@ def _host_key(who: str, hop: Hop, error: Exception) -> TransportError | None:
             needed=f"a certificate for {hop.known_as[-1]} by a @cert-authority of {files}",
             fix="ask the host's administrator",
         )
-    if isinstance(error, ChangedHostKey):
-        known = "\n".join(f"{fingerprint(key)}, as in {key.where}" for key in error.expected)
-        forget = f"ssh-keygen -R '{name}'{_file_option(error)}"
-        if isinstance(error, OtherHostKey):
-            return TransportError(
-                f"{who}: the host has no key of a type that is known here.",
-                found=shows,
-                needed=known,
-                fix=f"compare the fingerprint with the host's, then: {forget}, and connect with --accept-new-host-key",
-            )
+    if isinstance(error, OtherHostKey):
         return TransportError(
-            f"{who}: THE HOST'S KEY HAS CHANGED. Someone may be intercepting the connection.",
-            found=f"{name} now shows {fingerprint(error.key)}",
-            needed=known,
-            fix=f"only if you know why it changed: {forget}, then connect again",
+            f"{who}: the host has no key of a type that is known here.",
+            found=shows,
+            needed=_as_known(error.expected),
+            fix=f"compare the fingerprint with the host's, then: {_forget(name, error.expected)}, and connect with"
+            " --accept-new-host-key",
         )
+    if isinstance(error, ChangedHostKey):
+        return _changed(who, name, fingerprint(error.key), error.expected)
     return TransportError(
         f"{who}: the host's key is not known here.",
         found=shows,
@@ -87,9 +101,56 @@ def _host_key(who: str, hop: Hop, error: Exception) -> TransportError | None:
     )
 
 
-def _file_option(error: ChangedHostKey) -> str:
-    file = error.expected[0].where.rpartition(":")[0]
-    return "" if file == str(Path("~/.ssh/known_hosts").expanduser()) else f" -f {shlex.quote(file)}"
+def unwritable(who: str, reason: OSError) -> TransportError:
+    """Return the error for a new key that passes, and cannot be kept."""
+    return TransportError(
+        f"{who}: the new key of a host cannot be kept: {reason}",
+        fix="make that file writable, or name another: UserKnownHostsFile in ~/.ssh/config",
+    )
+
+
+def changed_by_ssh(
+    target: str, hops: tuple[Hop, ...], copy: Path, words: str
+) -> TransportError | None:
+    """Return the error for a key that the ssh command found changed; None where its words do not say so.
+
+    They name a line of the copy that it was given. What has to change is where that key comes from.
+    """
+    named, shown = (
+        re.search(r"Offending \S+ key in .*:(\d+)", words),
+        re.search(r"SHA256:[\w+/]+", words),
+    )
+    if named is None:
+        return None
+    line = copy.read_bytes().splitlines()[int(named[1]) - 1]
+    for hop in hops:
+        keys = [key for key in read_trust(hop).known.keys if key.text().encode() in line]
+        if keys:
+            who = f"{target}: jump host {hop.name}" if hop.is_jump else target
+            return _changed(who, hop.known_as[0], shown[0] if shown else "another key", keys)
+    return None
+
+
+def _changed(who: str, name: str, shown: str, expected: Sequence[KnownKey]) -> TransportError:
+    return TransportError(
+        f"{who}: THE HOST'S KEY HAS CHANGED. Someone may be intercepting the connection.",
+        found=f"{name} now shows {shown}",
+        needed=_as_known(expected),
+        fix=f"only if you know why it changed: {_forget(name, expected)}, then connect again",
+    )
+
+
+def _as_known(keys: Sequence[KnownKey]) -> str:
+    return "\n".join(f"{fingerprint(key)}, as in {key.where}" for key in keys)
+
+
+def _forget(name: str, keys: Sequence[KnownKey]) -> str:
+    """Return the commands that take a name's keys out of every file that has one of these."""
+    # ssh-keygen asks the system, not $HOME
+    default = f"{pwd.getpwuid(os.getuid()).pw_dir}/.ssh/known_hosts"
+    files = dict.fromkeys(key.where.rpartition(":")[0] for key in keys)
+    options = ("" if file == default else f" -f {shlex.quote(file)}" for file in files)
+    return " && ".join(f"ssh-keygen -R '{name}'{option}" for option in options)
 
 
 def _login(who: str, hop: Hop, error: LoginFailed) -> TransportError:
@@ -151,7 +212,11 @@ def _copy_id(hop: Hop) -> str:
 
 def _network(who: str, hop: Hop, error: Exception) -> TransportError | None:
     if isinstance(error, socket.gaierror):
-        alias = f"add a Host {hop.name} with its HostName to" if hop.host == hop.name.lower() else "correct HostName in"
+        alias = (
+            f"add a Host {hop.name} with its HostName to"
+            if hop.host == hop.name.lower()
+            else "correct HostName in"
+        )
         return TransportError(
             f"{who}: the name {hop.host!r} does not resolve.",
             found=str(error),
@@ -185,7 +250,9 @@ def _network(who: str, hop: Hop, error: Exception) -> TransportError | None:
 
 def _protocol(who: str, hop: Hop, error: Exception, waited_s: float) -> TransportError | None:
     text = str(error) or type(error).__name__
-    if isinstance(error, TimeoutError) or (isinstance(error, SSHException) and waited_s >= hop.connect_timeout_s):
+    if isinstance(error, TimeoutError) or (
+        isinstance(error, SSHException) and waited_s >= hop.connect_timeout_s
+    ):
         return TransportError(
             f"{who}: {hop.address} did not answer as an SSH server within {hop.connect_timeout_s:.0f} s.",
             fix=f"check host and port, firewall and VPN; ConnectTimeout in {CONFIG} waits longer",
@@ -199,7 +266,9 @@ def _protocol(who: str, hop: Hop, error: Exception, waited_s: float) -> Transpor
         )
     if "Indecipherable protocol" in text:
         return TransportError(
-            f"{who}: {hop.address} answers, but not as an SSH server.", found=text, fix="check the port"
+            f"{who}: {hop.address} answers, but not as an SSH server.",
+            found=text,
+            fix="check the port",
         )
     if "banner" in text or isinstance(error, ConnectionResetError | EOFError):
         return TransportError(

@@ -51,10 +51,15 @@ def _copy(file: Path, directory: Path, names: dict[str, str]) -> Path:
     lines = []
     for line in file.read_text(errors="surrogateescape").splitlines():
         include = _INCLUDE.match(line)
-        if include is None or len(names) > 64:  # more: a file that includes itself, which ssh refuses itself
+        # more: a file that includes itself, which ssh refuses itself
+        if include is None or len(names) > 64:
             lines.append(re.sub(r'(?<=[\s="])~/', f"{home()}/", line))
             continue
-        found = [Path(name) for word in shlex.split(include[1]) for name in sorted(glob.glob(_absolute(word)))]
+        found = [
+            Path(name)
+            for word in shlex.split(include[1])
+            for name in sorted(glob.glob(_absolute(word)))
+        ]
         copies = [f'"{_copy(name, directory, names)}"' for name in found if name.is_file()]
         lines.append(f"Include {' '.join(copies)}" if copies else "")
     copy.write_text("\n".join(lines) + "\n", errors="surrogateescape")

@@ -23,7 +23,14 @@ from cryptography.hazmat.primitives.serialization import (
     load_ssh_public_identity,
 )
 
-from rollouts.remote.host.known_hosts import KnownKey, KnownKeys, algorithms, is_krl, read_known_keys, read_revoked
+from rollouts.remote.host.known_hosts import (
+    KnownKey,
+    KnownKeys,
+    algorithms,
+    is_krl,
+    read_known_keys,
+    read_revoked,
+)
 from rollouts.remote.host.ssh_config import Hop
 
 CERTIFICATE = "-cert-v01@openssh.com"
@@ -69,15 +76,30 @@ class BadHostCertificate(HostKeyError):
         self.reason = reason
 
 
+class UnwritableKnownHosts(HostKeyError):
+    """A new key passes, and cannot be written down."""
+
+    def __init__(self, key: paramiko.PKey, reason: OSError) -> None:
+        super().__init__(key)
+        self.reason = reason
+
+
 @dataclass(frozen=True)
 class Trust:
     """What is known of one hop."""
 
     known: KnownKeys  # under its own name
-    without_port: KnownKeys  # under its name alone: such a key passes, and says nothing against another
+    without_port: (
+        KnownKeys  # under its name alone: such a key passes, and says nothing against another
+    )
     authorities: list[KnownKey]
     revoked: list[KnownKey]
     revocation_lists: tuple[Path, ...] = ()  # KRLs: ssh-keygen knows what they say
+
+    @property
+    def is_new(self) -> bool:
+        """Nothing is known that another key would contradict: it may be accepted, where the user says so."""
+        return not self.known.keys and not self.authorities
 
     def key_types(self, possible: list[str]) -> list[str]:
         """Return those of the `possible` algorithms that are offered: of the known keys alone, where any is known."""
@@ -121,7 +143,9 @@ class HostKeyPolicy(paramiko.MissingHostKeyPolicy):
     def __init__(self, hop: Hop, trust: Trust, *, accept_new: bool) -> None:
         self._hop, self._trust, self._accept_new = hop, trust, accept_new
 
-    def missing_host_key(self, client: paramiko.SSHClient, hostname: str, key: paramiko.PKey) -> None:
+    def missing_host_key(
+        self, client: paramiko.SSHClient, hostname: str, key: paramiko.PKey
+    ) -> None:
         trust, blob = self._trust, key.asbytes()
         for revoked in trust.revoked:
             if revoked.blob == blob:
@@ -141,7 +165,10 @@ class HostKeyPolicy(paramiko.MissingHostKeyPolicy):
             raise BadHostCertificate(key, "it shows a key without a certificate")
         if not self._accept_new:
             raise UnknownHostKey(key)
-        add_key(self._hop.known_hosts[0], self._hop.known_as[0], key)
+        try:
+            add_key(self._hop.known_hosts[0], self._hop.known_as[0], key)
+        except OSError as error:
+            raise UnwritableKnownHosts(key, error) from None
 
     def _check_certificate(self, key: paramiko.PKey) -> None:
         assert key.public_blob is not None
@@ -177,7 +204,12 @@ def _check_revocation(file: Path, key: paramiko.PKey) -> None:
             asked.write(f"{kind} {base64.b64encode(blob).decode()}\n")
             asked.flush()
             command = ["ssh-keygen", "-Q", "-f", str(file), asked.name]
-            if subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode != 0:
+            if (
+                subprocess.run(
+                    command, stdin=subprocess.DEVNULL, capture_output=True, check=False
+                ).returncode
+                != 0
+            ):
                 raise RevokedHostKey(key, str(file))
 
 
@@ -190,8 +222,14 @@ def _certificate_problem(certificate: SSHCertificate, name: str) -> str:
     except InvalidSignature:
         return "the signature of its certificate is wrong"
     checks = (
-        (certificate.type == SSHCertificateType.HOST, "its certificate is for users, not for hosts"),
-        (certificate.valid_after <= now < certificate.valid_before, "its certificate is not valid now"),
+        (
+            certificate.type == SSHCertificateType.HOST,
+            "its certificate is for users, not for hosts",
+        ),
+        (
+            certificate.valid_after <= now < certificate.valid_before,
+            "its certificate is not valid now",
+        ),
         (not certificate.critical_options, "its certificate has options that are not known here"),
         (
             any(fnmatch.fnmatchcase(name, principal.lower()) for principal in principals),
@@ -203,15 +241,23 @@ def _certificate_problem(certificate: SSHCertificate, name: str) -> str:
 
 def add_key(file: Path, name: str, key: paramiko.PKey) -> None:
     """Append a key to a known_hosts file. Raises OSError."""
+    add_lines(file, f"{name} {key.get_name()} {key.get_base64()}\n".encode())
+
+
+def add_lines(file: Path, lines: bytes) -> None:
+    """Append lines, if there are any, to a known_hosts file. Raises OSError."""
+    if not lines:
+        return
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     before = file.read_bytes() if file.exists() else b""
-    line = f"{name} {key.get_name()} {key.get_base64()}\n".encode()
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     with os.fdopen(descriptor, "ab") as stream:
-        stream.write(line if not before or before.endswith(b"\n") else b"\n" + line)
+        stream.write(lines if not before or before.endswith(b"\n") else b"\n" + lines)
 
 
 def fingerprint(key: paramiko.PKey | KnownKey) -> str:
     """Return a key's fingerprint as ssh-keygen -l prints it."""
-    kind, blob = (key.kind, key.blob) if isinstance(key, KnownKey) else (key.get_name(), key.asbytes())
+    kind, blob = (
+        (key.kind, key.blob) if isinstance(key, KnownKey) else (key.get_name(), key.asbytes())
+    )
     return f"{kind} SHA256:{base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip('=')}"

@@ -15,7 +15,9 @@ class ProcessChannel:
     def __init__(self, argv: Sequence[str]) -> None:
         pipe = subprocess.PIPE
         # A session of its own: Ctrl-C is for us
-        self._process = subprocess.Popen(argv, bufsize=0, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
+        self._process = subprocess.Popen(
+            argv, bufsize=0, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True
+        )
 
     def recv(self, nbytes: int) -> bytes:
         assert self._process.stdout is not None

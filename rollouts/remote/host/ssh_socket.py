@@ -19,7 +19,9 @@ def open_tcp(hop: Hop) -> socket.socket:
     family = FAMILIES.get(hop.values.get("addressfamily", ""), socket.AF_UNSPEC)
     source = hop.values.get("bindaddress")
     first_error: OSError | None = None
-    for kind, _, _, _, address in socket.getaddrinfo(hop.host, hop.port, family, socket.SOCK_STREAM):
+    for kind, _, _, _, address in socket.getaddrinfo(
+        hop.host, hop.port, family, socket.SOCK_STREAM
+    ):
         made = socket.socket(kind, socket.SOCK_STREAM)
         try:
             made.settimeout(hop.connect_timeout_s)
@@ -36,7 +38,9 @@ def open_tcp(hop: Hop) -> socket.socket:
 
 def open_through(transport: paramiko.Transport, hop: Hop) -> paramiko.Channel:
     """Ask a jump host for a connection to the next one. Raises ChannelException with its reason."""
-    return transport.open_channel("direct-tcpip", (hop.host, hop.port), ("127.0.0.1", 0), timeout=hop.connect_timeout_s)
+    return transport.open_channel(
+        "direct-tcpip", (hop.host, hop.port), ("127.0.0.1", 0), timeout=hop.connect_timeout_s
+    )
 
 
 class Proxy:

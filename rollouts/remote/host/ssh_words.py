@@ -44,6 +44,12 @@ CAUSES = (
     ),
 )
 
+# of a host that only ssh reaches: nobody else can show its key
+NEW_KEY = (
+    "log in once with plain `ssh`, which shows the fingerprint, and compare it with the host's;"
+    " or run again with --accept-new-host-key"
+)
+
 
 def explain_words(target: str, words: str, *, client: str = "rsync") -> TransportError:
     """Return the error for rsync's ssh: by its own words where they are known, else as a lost connection.
@@ -57,7 +63,8 @@ def explain_words(target: str, words: str, *, client: str = "rsync") -> Transpor
     for pattern, meaning, fix in CAUSES:
         if re.search(pattern, words):
             meant = meaning if client == "rsync" else meaning.replace("rsync's ssh", "ssh")
-            return TransportError(f"{what}: {meant}.", found=found, fix=fix)
+            is_new = client == "ssh" and "host key is known for" in words
+            return TransportError(f"{what}: {meant}.", found=found, fix=NEW_KEY if is_new else fix)
     return TransportError(f"{what}.", lost=True, found=found)
 
 

@@ -54,11 +54,15 @@ class Transport(Protocol):
 
     target: str  # as the user typed it
 
-    def run(self, argv: Sequence[str], *, stdin: bytes = b"", cwd: str | None = None, timeout_s: float) -> Completed:
+    def run(
+        self, argv: Sequence[str], *, stdin: bytes = b"", cwd: str | None = None, timeout_s: float
+    ) -> Completed:
         """Run a command. It ends within timeout_s, or TransportError is raised."""
         ...
 
-    def stream(self, argv: Sequence[str], *, first_line: bytes, cwd: str | None = None) -> Stream: ...
+    def stream(
+        self, argv: Sequence[str], *, first_line: bytes, cwd: str | None = None
+    ) -> Stream: ...
 
     def notes(self) -> tuple[str, ...]:
         """Return settings for the way to the host that are not followed. Raises DeployError if they cannot be read."""
@@ -74,6 +78,13 @@ class Transport(Protocol):
 
     def rsync_path(self, path: str) -> str:
         """Return `path` on the host, as rsync's source or destination."""
+        ...
+
+    def shell_argv(self, line: str, *, terminal: bool) -> list[str]:
+        """Return a command of this machine that runs a line of sh on the host, with its own input and output.
+
+        `terminal`: the line gets one there.
+        """
         ...
 
     def close(self) -> None: ...

@@ -8,10 +8,10 @@ from typing import Any
 
 from rollouts.config import Config, DatasetSpec
 from rollouts.config.checks.needs import PACKAGE_PREFIX
+from rollouts.data_formats import format_named
 from rollouts.remote.errors import Problem
 from rollouts.remote.inputs.code_files import look_at_code
 from rollouts.remote.inputs.data_files import (
-    MADE_HERE,
     RowCount,
     absent_columns,
     contents_problems,
@@ -33,10 +33,13 @@ class Inputs:
     notes: tuple[str, ...]
     rows: dict[str, tuple[RowCount, ...]]  # "sft_mixture" -> of each of its data sets
     parameters: int | None  # of a model whose files are here
-    model_configs: Mapping[str, Mapping[str, Any] | None]  # config.json of those; None: it cannot be read
+    # config.json of those; None: it cannot be read
+    model_configs: Mapping[str, Mapping[str, Any] | None]
 
 
-NO_INPUTS = Inputs(paths={}, problems=(), syntax=(), notes=(), rows={}, parameters=None, model_configs={})
+NO_INPUTS = Inputs(
+    paths={}, problems=(), syntax=(), notes=(), rows={}, parameters=None, model_configs={}
+)
 
 
 def named_paths(config: Config) -> list[str]:
@@ -54,7 +57,7 @@ def _named(config: Config) -> Iterator[tuple[str, str]]:
     yield "model.name", config.model.name
     for mixture, specs in _mixtures(config):
         for at, spec in enumerate(specs):
-            if spec.format not in MADE_HERE:
+            if not format_named(spec.format).made_here:
                 yield f"data.{mixture}.{at}.name", spec.name
     if rl and not config.uses_engine:
         yield "rl.sampling.source", rl.sampling.source
@@ -81,14 +84,19 @@ def look_through(
         problems=tuple(dict.fromkeys(problems)),
         syntax=tuple(code.syntax),
         notes=tuple(code.notes),
-        rows={name: tuple(count_rows(spec, sent) for spec in specs) for name, specs in _mixtures(config)},
+        rows={
+            name: tuple(count_rows(spec, sent) for spec in specs)
+            for name, specs in _mixtures(config)
+        },
         parameters=_parameters(config, sent),
         model_configs=dict(_model_configs(config, sent)),
     )
 
 
 def _mixtures(config: Config) -> list[tuple[str, list[DatasetSpec]]]:
-    return [(name, getattr(config.data, name)) for name in ("sft_mixture", "rl_mixture", "eval_mixture")]
+    return [
+        (name, getattr(config.data, name)) for name in ("sft_mixture", "rl_mixture", "eval_mixture")
+    ]
 
 
 def _read_mixtures(config: Config) -> list[tuple[str, list[DatasetSpec]]]:
@@ -98,7 +106,9 @@ def _read_mixtures(config: Config) -> list[tuple[str, list[DatasetSpec]]]:
     return [(name, specs) for name, specs in _mixtures(config) if name not in unread]
 
 
-def _columns(config: Config, reward: str | None, keys: dict[str, int], sent: SentFiles) -> Iterator[Problem]:
+def _columns(
+    config: Config, reward: str | None, keys: dict[str, int], sent: SentFiles
+) -> Iterator[Problem]:
     data = ", ".join(spec.name for spec in config.data.rl_mixture)
     for key in absent_columns(config.data.rl_mixture, keys, sent):
         line = f"line {keys[key]} of its module reads it; " if keys[key] else ""
@@ -124,7 +134,9 @@ def _pins(config: Config, root: Path) -> Iterator[Problem]:
     """Return the files whose text goes along in the plan: pointers have none."""
     lock = config.engine.requirements_file if config.engine and config.uses_engine else None
     for file in (config.host.constraints_file, lock):
-        problem = pointer_problem(root, file) if file and not file.startswith(PACKAGE_PREFIX) else None
+        problem = (
+            pointer_problem(root, file) if file and not file.startswith(PACKAGE_PREFIX) else None
+        )
         if problem is not None:
             yield problem
 
@@ -139,10 +151,16 @@ def _model_folder(name: str, sent: SentFiles) -> Path | None:
 
 def _parameters(config: Config, sent: SentFiles) -> int | None:
     folder = _model_folder(config.model.name, sent)
-    return None if folder is None else count_parameters(folder, from_weights=config.model.init == "pretrained")
+    return (
+        None
+        if folder is None
+        else count_parameters(folder, from_weights=config.model.init == "pretrained")
+    )
 
 
-def _model_configs(config: Config, sent: SentFiles) -> Iterator[tuple[str, Mapping[str, Any] | None]]:
+def _model_configs(
+    config: Config, sent: SentFiles
+) -> Iterator[tuple[str, Mapping[str, Any] | None]]:
     reference = config.rl.kl.reference if config.rl and config.rl.kl else None
     for name in filter(None, (config.model.name, reference)):
         folder = _model_folder(name, sent)

@@ -14,18 +14,23 @@ from rollouts.remote.inputs.paths import Located, SentFiles, path_problem
 from rollouts.remote.inputs.same_names import OWN_PACKAGE, distribution_names, same_name_problem
 
 MODULES_MAX = 500  # read while following imports
-BUILT_IN_KEYS = {f"rollouts.training.rewards.{name}": {"tests": 0} for name in ("code_tests", "code_tests_all")}
+BUILT_IN_KEYS = {
+    f"rollouts.training.rewards.{name}": {"tests": 0} for name in ("code_tests", "code_tests_all")
+}
 
 
-TAKES_ONE = {"rl.reward.fn": "a Sample", "rl.sampling.filter_fn": "a group of Samples"}  # what each is called with
+# what each is called with
+TAKES_ONE = {"rl.reward.fn": "a Sample", "rl.sampling.filter_fn": "a group of Samples"}
 
 
 @dataclass
 class CodeFindings:
     problems: list[Problem] = field(default_factory=list)
-    syntax: list[Problem] = field(default_factory=list)  # only so where the host's Python is not newer than this one
+    # only so where the host's Python is not newer than this one
+    syntax: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    reward_keys: dict[str, int] = field(default_factory=dict)  # columns that the reward needs, with its lines
+    # columns that the reward needs, with its lines
+    reward_keys: dict[str, int] = field(default_factory=dict)
 
 
 def dotted_names(config: Config) -> dict[str, str]:
@@ -61,7 +66,9 @@ def look_at_code(
             (ours if _is_ours(path) else reader).check(name, path)
     reward = config.rl.reward_fn if config.rl and "rl.reward.fn" in dotted_names(config) else None
     if reward is not None:
-        found.reward_keys = BUILT_IN_KEYS.get(reward) or (ours if _is_ours(reward) else reader).keys_of(reward)
+        found.reward_keys = BUILT_IN_KEYS.get(reward) or (
+            ours if _is_ours(reward) else reader
+        ).keys_of(reward)
     return found
 
 
@@ -72,7 +79,10 @@ def _is_ours(dotted: str) -> bool:
 def _search_path(config: Config) -> list[str]:
     """Return folders of the tree that the trainer imports from: its root, and what host.env's PYTHONPATH adds."""
     more = config.host.env.get("PYTHONPATH", "").split(":")
-    return ["", *(part.strip("/").removeprefix("./") for part in more if part and not part.startswith("/"))]
+    return [
+        "",
+        *(part.strip("/").removeprefix("./") for part in more if part and not part.startswith("/")),
+    ]
 
 
 @dataclass
@@ -81,17 +91,25 @@ class _Reader:
     search: list[str]
     requirements: Sequence[str]
     found: CodeFindings
-    searches_host: bool  # host.env's PYTHONPATH has folders of the host, which cannot be looked at from here
+    searches_host: (
+        bool  # host.env's PYTHONPATH has folders of the host, which cannot be looked at from here
+    )
     place: str = "the repository"  # what `sent` are the files of
-    comes_last: bool = False  # modules of the same name that are installed, or Python's own, come first
-    may_install: bool = True  # the environment may hold modules that no requirement tells the name of
+    comes_last: bool = (
+        False  # modules of the same name that are installed, or Python's own, come first
+    )
+    may_install: bool = (
+        True  # the environment may hold modules that no requirement tells the name of
+    )
     modules: dict[str, Module | None] = field(default_factory=dict)  # by file
 
     def refuse_same_name(self, config_field: str, dotted: str) -> bool:
         """Note a problem where another module than the repository's would be imported; return whether it is so."""
         name = dotted.rpartition(".")[0]
         where = self._find(name) if self.comes_last else None
-        problem = where and same_name_problem(f"{config_field}={dotted!r}", name, where, self.requirements)
+        problem = where and same_name_problem(
+            f"{config_field}={dotted!r}", name, where, self.requirements
+        )
         self.found.problems += [problem] if problem else []
         return problem is not None
 
@@ -107,12 +125,15 @@ class _Reader:
             self._add_unsent(f"{config_field}={dotted!r}", where)
         elif where.file in self.sent.folders:
             self._add(
-                f"{config_field}={dotted!r}: {name} is a folder without an __init__.py.", fix="name a module in it"
+                f"{config_field}={dotted!r}: {name} is a folder without an __init__.py.",
+                fix="name a module in it",
             )
         else:
             self._check_name(config_field, dotted, where.file, name, attribute)
 
-    def _check_name(self, config_field: str, dotted: str, file: str, name: str, attribute: str) -> None:
+    def _check_name(
+        self, config_field: str, dotted: str, file: str, name: str, attribute: str
+    ) -> None:
         module = self._read(file, name)
         if module is None:
             return
@@ -122,7 +143,9 @@ class _Reader:
             public = [known for known in module.names if not known.startswith("_")]
             shown = [f"{known} (line {module.names[known]})" for known in near or public[:8]]
             inside = sorted(m for m in self._module_names() if m.startswith(f"{name}."))
-            shown = shown or [f"its modules {', '.join(inside[:8])}"] if inside and not near else shown
+            shown = (
+                shown or [f"its modules {', '.join(inside[:8])}"] if inside and not near else shown
+            )
             self._add(
                 f"{config_field}={dotted!r}: {file} defines no {attribute!r}.",
                 found=f"{'near' if near else 'it defines'}: {', '.join(shown) or 'nothing'}",
@@ -130,13 +153,20 @@ class _Reader:
             )
         elif attribute in module.constants:
             line = module.names[attribute]
-            self._add(f"{config_field}={dotted!r} is not a function.", found=f"{file}:{line}: it is a plain value")
+            self._add(
+                f"{config_field}={dotted!r} is not a function.",
+                found=f"{file}:{line}: it is a plain value",
+            )
         elif config_field in TAKES_ONE and source is module and attribute in module.functions:
             self._check_arguments(config_field, dotted, file, module.functions[attribute])
         self._follow(file, name)
 
     def _check_arguments(
-        self, config_field: str, dotted: str, file: str, function: ast.FunctionDef | ast.AsyncFunctionDef
+        self,
+        config_field: str,
+        dotted: str,
+        file: str,
+        function: ast.FunctionDef | ast.AsyncFunctionDef,
     ) -> None:
         if not function.decorator_list and not takes_one_argument(function):
             self._add(
@@ -151,7 +181,12 @@ class _Reader:
             return module if module.is_open else None
         source, original = module.imported.get(attribute, ("", ""))
         where = self._find(source) if source else None
-        if where is None or where.state != "sent" or where.file in seen or where.file in self.sent.folders:
+        if (
+            where is None
+            or where.state != "sent"
+            or where.file in seen
+            or where.file in self.sent.folders
+        ):
             return module
         if self._find(f"{source}.{original}") is not None:
             return module  # a module
@@ -179,11 +214,23 @@ class _Reader:
             seen.add(file)
             for imported, line in module.imports:
                 where = self._find(imported)
-                if self.comes_last and where and self._is_hidden(f"{file}:{line} imports {imported}", imported, where):
+                if (
+                    self.comes_last
+                    and where
+                    and self._is_hidden(f"{file}:{line} imports {imported}", imported, where)
+                ):
                     continue
-                if where is not None and where.state == "not sent" and not self._is_installed(imported):
+                if (
+                    where is not None
+                    and where.state == "not sent"
+                    and not self._is_installed(imported)
+                ):
                     self._add_unsent(f"{file}:{line} imports {imported}:", where)
-                elif where is not None and where.state == "sent" and where.file not in self.sent.folders:
+                elif (
+                    where is not None
+                    and where.state == "sent"
+                    and where.file not in self.sent.folders
+                ):
                     todo.append((where.file, imported))
 
     def _is_hidden(self, who: str, name: str, where: Located) -> bool:
@@ -205,7 +252,9 @@ class _Reader:
             path = "/".join(filter(None, [base, *name.split(".")]))
             for candidate in (f"{path}/__init__.py", f"{path}.py"):
                 where = self.sent.locate(candidate)
-                if where.state != "missing" and (where.why or (self.sent.root / candidate).is_file()):
+                if where.state != "missing" and (
+                    where.why or (self.sent.root / candidate).is_file()
+                ):
                     return where
             where = self.sent.locate(path)
             if folder is None and where.state == "sent" and where.file in self.sent.folders:
@@ -220,7 +269,9 @@ class _Reader:
         top = name.partition(".")[0]
         where = self._find(top)
         hidden = where is not None and where.state == "sent" and where.file not in self.sent.folders
-        return top.lower() in distribution_names(self.requirements) and (self.comes_last or not hidden)
+        return top.lower() in distribution_names(self.requirements) and (
+            self.comes_last or not hidden
+        )
 
     def _read(self, file: str, name: str) -> Module | None:
         if file not in self.modules:
@@ -230,7 +281,9 @@ class _Reader:
             except SyntaxError as error:
                 self.modules[file] = None
                 text = (error.text or "").strip()
-                problem = Problem(f"{file}:{error.lineno}: {error.msg}", found=text, fix="correct that line")
+                problem = Problem(
+                    f"{file}:{error.lineno}: {error.msg}", found=text, fix="correct that line"
+                )
                 self.found.syntax.append(problem)
             except (OSError, ValueError, RecursionError) as error:
                 self.modules[file] = None
@@ -247,7 +300,12 @@ class _Reader:
         assert reason is not None, where
         if not any(problem.message == reason.message for problem in self.found.problems):
             shown = "\n".join(filter(None, [who.removesuffix(":"), reason.found]))
-            self._add(reason.message, found=shown, needed="a module among the files that git lists", fix=reason.fix)
+            self._add(
+                reason.message,
+                found=shown,
+                needed="a module among the files that git lists",
+                fix=reason.fix,
+            )
 
     def _missing_module(self, config_field: str, dotted: str, name: str) -> None:
         top = name.partition(".")[0]
@@ -263,7 +321,9 @@ class _Reader:
                 if near
                 else f"looked in {self.sent.root} for {name.replace('.', '/')}.py",
                 needed="a module among the files that git lists, or one of an installed package",
-                fix=f"write {near[0]}.{dotted.rpartition('.')[2]}" if near else self._fix(is_ours=is_ours),
+                fix=f"write {near[0]}.{dotted.rpartition('.')[2]}"
+                if near
+                else self._fix(is_ours=is_ours),
             )
         else:
             self.found.notes.append(
@@ -280,7 +340,12 @@ class _Reader:
             prefix = f"{base}/" if base else ""
             for file in self.sent.files:
                 if file.startswith(prefix) and file.endswith(".py"):
-                    yield file.removeprefix(prefix).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+                    yield (
+                        file.removeprefix(prefix)
+                        .removesuffix(".py")
+                        .removesuffix("/__init__")
+                        .replace("/", ".")
+                    )
 
 
 def _ships_with_us(name: str) -> bool:

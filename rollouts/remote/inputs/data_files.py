@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rollouts.config import DatasetSpec
+from rollouts.data_formats import FORMATS, format_named
 from rollouts.plain_files import read_plain, reading
 from rollouts.remote.errors import Problem
 from rollouts.remote.inputs.hub_card import files_by_card, has_configs
@@ -16,17 +17,33 @@ from rollouts.remote.inputs.paths import SentFiles, path_problem, pointer_proble
 from rollouts.remote.inputs.row_counts import READ_BYTES_MAX, files_of_split, rows_of_file
 from rollouts.remote.inputs.shapes import ShapeError, shape_of
 
-MADE_HERE = ("spelling_bee", "simple_spelling")  # formats whose rows are made by the trainer; their name is a label
-COLUMNS_MADE = {"messages", "answer", "format", "task", "tools", "letters"}  # a prompt's, beside the file's own
-COLUMNS_TAKEN = {  # of the file's own, those that became messages and answer
-    **{name: {"question"} for name in ("question_answer", "gsm8k", "gsm8k_calculator")},
-    "multiple_choice": {"question", "choices", "answerKey"},
-}
+# a prompt's, beside the file's own
+COLUMNS_MADE = {"messages", "answer", "format", "task", "tools"}.union(
+    *(declared.adds for declared in FORMATS)
+)
 HEADER_BYTES_MAX = 64 * 2**20
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
-MODEL_FILES_MORE = ("tokenizer_config.json", "generation_config.json", "special_tokens_map.json", "chat_template.jinja")
-DATA_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".zst", ".gz", ".xz", ".bz2", ".tar")
+MODEL_FILES_MORE = (
+    "tokenizer_config.json",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+DATA_FILES = (
+    ".jsonl",
+    ".json",
+    ".csv",
+    ".tsv",
+    ".parquet",
+    ".arrow",
+    ".txt",
+    ".zst",
+    ".gz",
+    ".xz",
+    ".bz2",
+    ".tar",
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +57,7 @@ class RowCount:
 
 def count_rows(spec: DatasetSpec, sent: SentFiles) -> RowCount:
     """Count the rows of local .jsonl files and of parquet; of other data only what the config bounds is known."""
-    if spec.format in MADE_HERE:
+    if format_named(spec.format).made_here:
         return RowCount(spec.name, _selected(spec, None), "counted")
     rows = _rows_here(spec, sent)
     if rows is not None:
@@ -93,13 +110,14 @@ def absent_columns(specs: Sequence[DatasetSpec], keys: Iterable[str], sent: Sent
     wanted = [key for key in keys if key not in COLUMNS_MADE]
     for spec in specs:
         where = sent.locate(spec.name)
-        local = spec.format not in MADE_HERE and spec.name.endswith(".jsonl") and where.state == "sent"
+        declared = format_named(spec.format)
+        local = not declared.made_here and spec.name.endswith(".jsonl") and where.state == "sent"
         if not local or not wanted:
             return []
         present = _columns(sent.root / where.file, set(wanted))
         if present is None:
             return []
-        wanted = [key for key in wanted if key not in present - COLUMNS_TAKEN.get(spec.format, set())]
+        wanted = [key for key in wanted if key not in present - declared.columns.keys()]
     return wanted
 
 
@@ -137,7 +155,9 @@ def contents_problems(
         return
     for file in sent.below(where.file):
         inner = sent.locate(file)
-        problem = path_problem(inner) or (pointer_problem(sent.root, inner.file) if inner.file else None)
+        problem = path_problem(inner) or (
+            pointer_problem(sent.root, inner.file) if inner.file else None
+        )
         if problem is not None:
             yield problem
     yield from _left_behind(sent, where.file, kind=kind, weights=weights)
@@ -152,7 +172,11 @@ def contents_problems(
 
 
 def _left_behind(sent: SentFiles, folder: str, *, kind: str, weights: bool) -> Iterator[Problem]:
-    missing = [file for file in sent.left_behind(folder) if not any(part.startswith(".") for part in file.split("/"))]
+    missing = [
+        file
+        for file in sent.left_behind(folder)
+        if not any(part.startswith(".") for part in file.split("/"))
+    ]
     if kind == "data":
         missing = [file for file in missing if file.endswith(DATA_FILES)]
     else:
@@ -163,7 +187,11 @@ def _left_behind(sent: SentFiles, folder: str, *, kind: str, weights: bool) -> I
             file
             for file in missing
             if file.rpartition("/")[2] in (*MODEL_FILES, *MODEL_FILES_MORE)
-            or (weights and file.endswith(WEIGHTS) and (not has_weights or file.rpartition("/")[2] in shards))
+            or (
+                weights
+                and file.endswith(WEIGHTS)
+                and (not has_weights or file.rpartition("/")[2] in shards)
+            )
         ]
     if missing:
         more = [f"and {len(missing) - 8} more"] if len(missing) > 8 else []
@@ -178,7 +206,9 @@ def _left_behind(sent: SentFiles, folder: str, *, kind: str, weights: bool) -> I
 
 def _shards(folder: Path) -> set[str]:
     try:
-        return set(json.loads(read_plain(folder / "model.safetensors.index.json"))["weight_map"].values())
+        return set(
+            json.loads(read_plain(folder / "model.safetensors.index.json"))["weight_map"].values()
+        )
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return set()
 
@@ -188,7 +218,11 @@ def _shards(folder: Path) -> set[str]:
 
 def count_parameters(folder: Path, *, from_weights: bool) -> int | None:
     """Count a local model's parameters, by its safetensors' headers or its config.json; None if neither tells."""
-    counts = [_tensor_elements(file) for file in sorted(folder.glob("*.safetensors"))] if from_weights else []
+    counts = (
+        [_tensor_elements(file) for file in sorted(folder.glob("*.safetensors"))]
+        if from_weights
+        else []
+    )
     if counts and None not in counts:
         return sum(filter(None, counts))
     config = read_model_config(folder)

@@ -29,7 +29,11 @@ def files_by_card(card: str, files: Sequence[str], subset: str | None, split: st
     try:
         configs = _value(_section(front[1] if front else "", "configs"))
         config = _chosen(configs, subset)
-        parts = config.get("data_files") if isinstance(config, dict) and "data_dir" not in config else None
+        parts = (
+            config.get("data_files")
+            if isinstance(config, dict) and "data_dir" not in config
+            else None
+        )
         if not isinstance(parts, list):
             return []
         paths = [path for part in parts if part["split"] == split for path in _listed(part["path"])]
@@ -42,7 +46,11 @@ def _chosen(configs: Any, subset: str | None) -> Any:
     if not isinstance(configs, list):
         return None
     if subset is None:
-        marked = [one for one in configs if one.get("default") == "true" or one.get("config_name") == "default"]
+        marked = [
+            one
+            for one in configs
+            if one.get("default") == "true" or one.get("config_name") == "default"
+        ]
         configs = marked or configs
     else:
         configs = [one for one in configs if one.get("config_name") == subset]
@@ -72,7 +80,10 @@ def _section(text: str, name: str) -> Lines:
     if start is None:
         return []
     rest = lines[start + 1 :]
-    end = next((at for at, (indent, line) in enumerate(rest) if indent == 0 and not line.startswith("-")), len(rest))
+    end = next(
+        (at for at, (indent, line) in enumerate(rest) if indent == 0 and not line.startswith("-")),
+        len(rest),
+    )
     return rest[:end]
 
 

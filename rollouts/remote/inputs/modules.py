@@ -4,7 +4,10 @@ import ast
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-_OPENERS = {"globals", "vars", "locals", "exec", "setattr"}  # calls that may define names which no parser sees
+from rollouts.python_source import parsed
+
+# calls that may define names which no parser sees
+_OPENERS = {"globals", "vars", "locals", "exec", "setattr"}
 
 
 @dataclass
@@ -12,24 +15,31 @@ class Module:
     """What running a module's top level defines."""
 
     names: dict[str, int] = field(default_factory=dict)  # name -> line
-    constants: set[str] = field(default_factory=set)  # of them, those that are never more than a number, a text, ...
+    # of them, those that are never more than a number, a text, ...
+    constants: set[str] = field(default_factory=set)
     made: set[str] = field(default_factory=set)  # of them, those that may be anything
-    imported: dict[str, tuple[str, str]] = field(default_factory=dict)  # name -> (module, its name there)
-    imports: list[tuple[str, int]] = field(default_factory=list)  # modules, with the line; optional ones left out
+    # name -> (module, its name there)
+    imported: dict[str, tuple[str, str]] = field(default_factory=dict)
+    # modules, with the line; optional ones left out
+    imports: list[tuple[str, int]] = field(default_factory=list)
     functions: dict[str, ast.FunctionDef | ast.AsyncFunctionDef] = field(default_factory=dict)
     is_open: bool = False  # it may define more: a star import, __getattr__, globals()[...]
 
 
 def read_module(source: bytes, package: str) -> Module:
     """Parse a module of `package` ("" at the top). Raises SyntaxError or ValueError."""
-    tree = ast.parse(source)
+    tree = parsed(source)
     module = Module()
     _read_block(module, tree.body, package, optional=False)
     for node in ast.walk(tree):
         if isinstance(node, ast.Global):
             module.names |= {name: node.lineno for name in node.names if name not in module.names}
             module.made |= set(node.names)
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _OPENERS:
+        elif (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id in _OPENERS
+        ):
             module.is_open = True
         elif isinstance(node, ast.Attribute) and node.attr == "modules":
             module.is_open = True  # sys.modules[__name__]
@@ -63,7 +73,9 @@ def _read_statement(module: Module, node: ast.stmt, package: str, *, optional: b
         _read_constant(module, node)
 
 
-def _read_import(module: Module, node: ast.Import | ast.ImportFrom, package: str, *, optional: bool) -> None:
+def _read_import(
+    module: Module, node: ast.Import | ast.ImportFrom, package: str, *, optional: bool
+) -> None:
     if isinstance(node, ast.Import):
         for alias in node.names:
             module.names[alias.asname or alias.name.partition(".")[0]] = node.lineno
@@ -93,7 +105,11 @@ def _never_here(test: ast.expr) -> bool:
     """Return whether it is `if TYPE_CHECKING:` or `if __name__ == "__main__":`, which an import does not run."""
     if isinstance(test, ast.Name | ast.Attribute):
         return (test.id if isinstance(test, ast.Name) else test.attr) == "TYPE_CHECKING"
-    return isinstance(test, ast.Compare) and isinstance(test.left, ast.Name) and test.left.id == "__name__"
+    return (
+        isinstance(test, ast.Compare)
+        and isinstance(test.left, ast.Name)
+        and test.left.id == "__name__"
+    )
 
 
 def _blocks(node: ast.stmt) -> Iterator[Sequence[ast.stmt]]:
@@ -109,7 +125,9 @@ def _stored(node: ast.AST) -> Iterator[tuple[str, int]]:
         yield node.id, node.lineno
     elif isinstance(node, ast.MatchAs | ast.MatchStar) and node.name:
         yield node.name, node.lineno
-    scopes = ast.Lambda | ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp | ast.FunctionDef
+    scopes = (
+        ast.Lambda | ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp | ast.FunctionDef
+    )
     for child in ast.iter_child_nodes(node):
         if not isinstance(child, scopes | ast.AsyncFunctionDef | ast.ClassDef | ast.If):
             yield from _stored(child)
@@ -157,7 +175,9 @@ def required_keys(function: ast.FunctionDef | ast.AsyncFunctionDef) -> dict[str,
         elif isinstance(node, ast.Compare | ast.Call):
             asked |= {part.value for part in ast.walk(node) if _is_question(node, part)}  # type: ignore[attr-defined]
     line, test = _first_guard(function, nodes, sample, rows)
-    certain = {key: node.lineno for key, node in reversed(found) if node.lineno < line or node in test}
+    certain = {
+        key: node.lineno for key, node in reversed(found) if node.lineno < line or node in test
+    }
     return {key: number for key, number in certain.items() if key not in asked}
 
 
@@ -169,7 +189,9 @@ def _first_guard(
     From there on, what is read depends on what kind of row it is.
     """
     assigned = [node for node in nodes if isinstance(node, ast.Assign)]
-    stored = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    stored = {
+        node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    }
     others = (stored | {node.arg for node in nodes if isinstance(node, ast.arg)}) - rows
     for node in sorted(assigned, key=lambda node: node.lineno):
         if _of_the_row(node.value, sample, rows, others):
@@ -184,12 +206,22 @@ def _first_guard(
 def _questions(node: ast.AST) -> list[ast.expr]:
     if isinstance(node, ast.If | ast.IfExp | ast.While):
         return [node.test]
-    return [node.subject] if isinstance(node, ast.Match) else node.values[:1] if isinstance(node, ast.BoolOp) else []
+    return (
+        [node.subject]
+        if isinstance(node, ast.Match)
+        else node.values[:1]
+        if isinstance(node, ast.BoolOp)
+        else []
+    )
 
 
 def _of_the_row(test: ast.expr, sample: str, rows: set[str], others: set[str]) -> bool:
     """Return whether it reads the row, and none of the function's other values."""
-    prompts = [node for node in ast.walk(test) if isinstance(node, ast.expr) and _is_prompt(node, sample, rows)]
+    prompts = [
+        node
+        for node in ast.walk(test)
+        if isinstance(node, ast.expr) and _is_prompt(node, sample, rows)
+    ]
     if (
         isinstance(test, ast.Compare)
         and isinstance(test.ops[-1], ast.In | ast.NotIn)
@@ -222,4 +254,8 @@ def _is_question(node: ast.Compare | ast.Call, part: ast.AST) -> bool:
         return False
     if isinstance(node, ast.Compare):
         return part is node.left and any(isinstance(op, ast.In | ast.NotIn) for op in node.ops)
-    return isinstance(node.func, ast.Attribute) and node.func.attr in ("get", "setdefault") and part in node.args[:1]
+    return (
+        isinstance(node.func, ast.Attribute)
+        and node.func.attr in ("get", "setdefault")
+        and part in node.args[:1]
+    )

@@ -27,7 +27,9 @@ class Located:
     state: PathState
     file: str = ""  # where it leads to, from the repository's root; "" where that is outside
     links: tuple[str, ...] = ()  # "configs/mine.jsonl -> ../outside.jsonl", each link on the way
-    why: Literal["", "ignored", "outside", "dangling", "submodule"] = ""  # it would not reach the host
+    why: Literal["", "ignored", "outside", "dangling", "submodule"] = (
+        ""  # it would not reach the host
+    )
 
 
 class SentFiles:
@@ -100,18 +102,36 @@ def path_problem(found: Located) -> Problem | None:
     copy = f"copy it to the host and name it there: /…/{Path(name).name}"
     if found.why == "outside" and links:
         fix = f"put a copy in the link's place, or {copy}"
-        return Problem(f"{name!r} leads out of the repository, so it would not reach the host.", links, needed, fix)
+        return Problem(
+            f"{name!r} leads out of the repository, so it would not reach the host.",
+            links,
+            needed,
+            fix,
+        )
     if found.why == "outside" and found.state == "not sent":
         fix = f"move it into the repository, or {copy}"
-        return Problem(f"{name!r} lies outside of the repository, so it would not reach the host.", "", needed, fix)
+        return Problem(
+            f"{name!r} lies outside of the repository, so it would not reach the host.",
+            "",
+            needed,
+            fix,
+        )
     if found.why == "submodule":
         message = f"{name!r} lies in the submodule {found.file}, which is not checked out."
-        return Problem(message, links, needed, f"git submodule update --init --recursive -- {found.file}")
+        return Problem(
+            message, links, needed, f"git submodule update --init --recursive -- {found.file}"
+        )
     if found.why == "dangling":
         return Problem(f"{name!r} is a link that leads nowhere.", links, needed, "correct the link")
     if found.why == "ignored":
-        what = f"{name!r} is here, but git ignores it" if not links else f"{name!r} leads to what git ignores"
-        shown = "\n".join(filter(None, (links, "" if found.file == name else f"ignored: {found.file}")))
+        what = (
+            f"{name!r} is here, but git ignores it"
+            if not links
+            else f"{name!r} leads to what git ignores"
+        )
+        shown = "\n".join(
+            filter(None, (links, "" if found.file == name else f"ignored: {found.file}"))
+        )
         fix = f"remove it from .gitignore, or {copy}"
         return Problem(f"{what}, so it would not reach the host.", shown, needed, fix)
     return None

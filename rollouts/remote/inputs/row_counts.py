@@ -15,7 +15,15 @@ _SPLITS = {
     "test": {"test", "testing", "eval", "evaluation"},
 }
 _NUM_ROWS = 3  # the field of parquet's FileMetaData
-_BOOLEANS, _BYTE, _INTEGERS, _DOUBLE, _BINARY, _LISTS, _STRUCT = (1, 2), 3, (4, 5, 6), 7, 8, (9, 10), 12
+_BOOLEANS, _BYTE, _INTEGERS, _DOUBLE, _BINARY, _LISTS, _STRUCT = (
+    (1, 2),
+    3,
+    (4, 5, 6),
+    7,
+    8,
+    (9, 10),
+    12,
+)
 
 
 def rows_of_file(file: Path) -> int | None:
@@ -35,7 +43,9 @@ def files_of_split(files: Sequence[str], split: str) -> list[str]:
     Told are folders of one format, each of whose files is named by one split ("data/train-00000-of-00002.parquet").
     """
     split_of = {file: _named_splits(file) for file in files}
-    if len({Path(file).suffix for file in files}) != 1 or any(len(named) != 1 for named in split_of.values()):
+    if len({Path(file).suffix for file in files}) != 1 or any(
+        len(named) != 1 for named in split_of.values()
+    ):
         return []
     return [file for file in files if split in split_of[file]]
 

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from rollouts.config import DatasetSpec
+from rollouts.data_formats import DataFormat, format_named
+from rollouts.data_formats.declared import text_needed
+from rollouts.data_formats.examples import ROLES
 from rollouts.plain_files import reading
 from rollouts.remote.errors import Problem
 from rollouts.remote.inputs.paths import SentFiles, pointer_problem
@@ -17,13 +20,6 @@ from rollouts.remote.inputs.paths import SentFiles, pointer_problem
 READ_BYTES_MAX = 128 * 2**20  # of one file; rows of a larger one are checked by the trainer
 SHOWN_MAX = 3  # wrong rows of one file that are named
 LETTERS_MAX = 60  # of a value that is shown
-TEXTS: Mapping[str, tuple[str, ...]] = {  # keys that hold a text
-    **{name: ("question", "answer") for name in ("question_answer", "gsm8k", "gsm8k_calculator")},
-    "multiple_choice": ("question", "answerKey"),
-    "text": ("text",),
-}
-MESSAGES = ("messages", "smoltalk")
-ROLES = ("system", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
@@ -31,25 +27,38 @@ class WrongRow:
     """A row that its format cannot read."""
 
     line: int
-    index: int | None  # among the rows; None: the line is not a row at all, so that the file cannot be read
+    # among the rows; None: the line is not a row at all, so that the file cannot be read
+    index: int | None
     why: str
 
 
 def row_problem(row_format: str, row: Any) -> str:
     """Return what is wrong with a row of this format; "" if nothing that shows without its tokenizer."""
-    if row_format == "custom_json":
-        return _messages_problem(row) if isinstance(row, list) else f"is {_named(row)}; needs an array of messages"
+    declared = format_named(row_format)
+    if declared.made_here:  # no row of a file is read
+        return ""
+    if declared.is_array:
+        return (
+            _messages_problem(row)
+            if isinstance(row, list)
+            else f"is {_named(row)}; needs an array of messages"
+        )
     if not isinstance(row, dict):
         return f"is {_named(row)}; needs an object, one a line"
-    if row_format in MESSAGES:
-        return _messages_problem(row["messages"]) if "messages" in row else _lacks(row, "messages", "needs a list")
-    for key in TEXTS.get(row_format, ()):
-        value = row.get(key)
-        if not isinstance(value, str) or not (value.strip() or row_format == "text"):
-            may_be_empty = "" if row_format == "text" else " that is not empty"
-            return _lacks(row, key, f"format {row_format!r} needs a text{may_be_empty}")
-    if row_format == "multiple_choice" and not isinstance(row.get("choices"), dict):
-        return _lacks(row, "choices", "needs {'text': [...], 'label': [...]}")
+    problems = (_column_problem(declared, row, column) for column in declared.columns)
+    return next(filter(None, problems), "")
+
+
+def _column_problem(declared: DataFormat, row: Mapping[str, Any], column: str) -> str:
+    kind = declared.columns[column]
+    if kind == "messages":
+        return (
+            _messages_problem(row[column]) if column in row else _lacks(row, column, "needs a list")
+        )
+    if kind == "choices" and not isinstance(row.get(column), dict):
+        return _lacks(row, column, "needs {'text': [...], 'label': [...]}")
+    if need := text_needed(kind, row.get(column), "text"):
+        return _lacks(row, column, f"format {declared.name!r} needs {need}")
     return ""
 
 
@@ -62,13 +71,19 @@ def _messages_problem(messages: Any) -> str:
         if message.get("role") not in ROLES:
             return f"messages[{at}].role={_shown(message.get('role'))}; needs one of {', '.join(ROLES)}"
         calls = message["role"] == "assistant" and message.get("tool_calls")
-        if not isinstance(message.get("content"), str) and not (calls and message.get("content") is None):
+        if not isinstance(message.get("content"), str) and not (
+            calls and message.get("content") is None
+        ):
             return f"messages[{at}].content={_shown(message.get('content'))}; needs a text"
     return ""
 
 
 def _lacks(row: Mapping[str, Any], key: str, need: str) -> str:
-    found = f"{key}={_shown(row[key])}" if key in row else f"has no {key!r} (it has {', '.join(map(str, row)) or '-'})"
+    found = (
+        f"{key}={_shown(row[key])}"
+        if key in row
+        else f"has no {key!r} (it has {', '.join(map(str, row)) or '-'})"
+    )
     return f"{found}; {need}"
 
 
@@ -78,7 +93,9 @@ def _shown(value: Any) -> str:
 
 
 def _named(value: Any) -> str:
-    return {list: "an array", dict: "an object", str: "a text", type(None): "null"}.get(type(value), "a number")
+    return {list: "an array", dict: "an object", str: "a text", type(None): "null"}.get(
+        type(value), "a number"
+    )
 
 
 def wrong_rows(file: Path, row_format: str) -> tuple[list[WrongRow], int]:
@@ -91,18 +108,22 @@ def wrong_rows(file: Path, row_format: str) -> tuple[list[WrongRow], int]:
             try:
                 row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError:
-                return [WrongRow(number, None, "is not UTF-8 text; convert it: iconv -t UTF-8")], rows
+                return [
+                    WrongRow(number, None, "is not UTF-8 text; convert it: iconv -t UTF-8")
+                ], rows
             except (ValueError, RecursionError) as error:
                 found.append(WrongRow(number, None, f"is not JSON: {error}"))
             else:
                 if why := row_problem(row_format, row):
-                    is_row = isinstance(row, list if row_format == "custom_json" else dict)
+                    is_row = isinstance(row, list if format_named(row_format).is_array else dict)
                     found.append(WrongRow(number, rows if is_row else None, why))
             rows += 1
     return found, rows
 
 
-def row_problems(mixtures: Sequence[tuple[str, Sequence[DatasetSpec]]], sent: SentFiles) -> Iterator[Problem]:
+def row_problems(
+    mixtures: Sequence[tuple[str, Sequence[DatasetSpec]]], sent: SentFiles
+) -> Iterator[Problem]:
     """Name the wrong rows of .jsonl files that are sent, as far as the mixtures read them."""
     specs = [spec for _, own in mixtures for spec in own if spec.name.endswith(".jsonl")]
     for name, row_format in dict.fromkeys((spec.name, str(spec.format)) for spec in specs):
@@ -130,7 +151,9 @@ def _is_read(row: WrongRow, readers: Sequence[DatasetSpec], rows: int) -> bool:
         chosen = range(rows)[spec.start : None if spec.stop == -1 else spec.stop : spec.step]
         chosen = chosen if spec.max_samples == -1 else chosen[: spec.max_samples]
         taken.setdefault(spec.shuffle_seed, set()).update(chosen)
-    return any(len(own) == rows or (seed is None and row.index in own) for seed, own in taken.items())
+    return any(
+        len(own) == rows or (seed is None and row.index in own) for seed, own in taken.items()
+    )
 
 
 def _problem(name: str, row_format: str, wrong: Sequence[WrongRow]) -> Problem:
@@ -138,6 +161,8 @@ def _problem(name: str, row_format: str, wrong: Sequence[WrongRow]) -> Problem:
     more = [f"and {len(wrong) - SHOWN_MAX} more"] if len(wrong) > SHOWN_MAX else []
     return Problem(
         f"{name}:{first.line}: {first.why}.",
-        found="\n".join([*(f"{name}:{row.line}: {row.why}" for row in others[: SHOWN_MAX - 1]), *more]),
+        found="\n".join(
+            [*(f"{name}:{row.line}: {row.why}" for row in others[: SHOWN_MAX - 1]), *more]
+        ),
         fix=f"mend the rows, or give another format than {row_format!r}; docs/reference/data-formats.md has the keys",
     )

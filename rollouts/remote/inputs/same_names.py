@@ -16,7 +16,9 @@ OWN_PACKAGE = "rollouts"
 
 def distribution_names(requirements: Iterable[str]) -> set[str]:
     """Return the names that these requirements have as modules, as far as both are alike."""
-    return {re.split(r"[^\w.-]", line.strip())[0].lower().replace("-", "_") for line in requirements}
+    return {
+        re.split(r"[^\w.-]", line.strip())[0].lower().replace("-", "_") for line in requirements
+    }
 
 
 def whose_module(top: str, requirements: Iterable[str]) -> str:
@@ -28,7 +30,9 @@ def whose_module(top: str, requirements: Iterable[str]) -> str:
     return f"the package {top}" if top.lower() in distribution_names(requirements) else ""
 
 
-def same_name_problem(who: str, name: str, where: Located, requirements: Iterable[str]) -> Problem | None:
+def same_name_problem(
+    who: str, name: str, where: Located, requirements: Iterable[str]
+) -> Problem | None:
     """Return why `name`, which lies at `where` in the repository, is another module on the host; None where it is it.
 
     `who` names it, such as "rl.reward.fn='random.score'".

@@ -11,7 +11,8 @@ from typing import Any
 
 from rollouts.config.families import known_models
 
-DENSE = ("llama", "mistral", "qwen2", "qwen3", "smollm3")  # gated MLP, norm before attention and before the MLP
+# gated MLP, norm before attention and before the MLP
+DENSE = "llama", "mistral", "qwen2", "qwen3", "smollm3"
 EXPERTS = ("qwen2_moe", "qwen3_moe")
 OTHERS = ("gemma3_text", "olmo2")  # counted; what their layers keep for the backward pass is not
 
@@ -70,7 +71,9 @@ class Shape:
         routed = self.experts * (3 * self.hidden * self.mlp + self.hidden)
         shared = self.hidden * (3 * self.shared_mlp + 1) if self.shared_mlp else 0
         return (
-            self.layers * attention + self.dense_layers * dense + (self.layers - self.dense_layers) * (routed + shared)
+            self.layers * attention
+            + self.dense_layers * dense
+            + (self.layers - self.dense_layers) * (routed + shared)
         )
 
     @cached_property
@@ -99,15 +102,20 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
     kind = config.get("model_type")
     if kind not in (*DENSE, *EXPERTS, *OTHERS):
         known = ", ".join((*DENSE, *EXPERTS, *OTHERS))
-        raise ShapeError(f"model_type={kind!r} is not one of those whose parameters are counted here ({known})")
-    biased = [name for name in ("attention_bias", "mlp_bias") if config.get(name) and kind != "qwen2_moe"]
+        raise ShapeError(
+            f"model_type={kind!r} is not one of those whose parameters are counted here ({known})"
+        )
+    biased = [
+        name for name in ("attention_bias", "mlp_bias") if config.get(name) and kind != "qwen2_moe"
+    ]
     if biased:
         raise ShapeError(f"{biased[0]}=true of model_type={kind!r} is not counted here")
     hidden, layers, heads = (
         _size(config, name) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")
     )
     has_experts = kind in EXPERTS
-    count = "num_experts" if config.get("num_experts") is not None else "num_local_experts"  # transformers' newer name
+    # transformers' newer name
+    count = "num_experts" if config.get("num_experts") is not None else "num_local_experts"
     experts = _size(config, count) if has_experts else 0
     dense_layers = _dense_layers(config, layers) if has_experts else 0
     key_heads = _size(config, "num_key_value_heads") if config.get("num_key_value_heads") else heads
@@ -126,7 +134,8 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
         dense_layers=dense_layers,
         dense_mlp=_size(config, "intermediate_size") if dense_layers else 0,
         is_tied=bool(config.get("tie_word_embeddings", kind in ("smollm3", "gemma3_text"))),
-        has_qkv_bias=kind == "qwen2" or (kind == "qwen2_moe" and bool(config.get("qkv_bias", True))),
+        has_qkv_bias=kind == "qwen2"
+        or (kind == "qwen2_moe" and bool(config.get("qkv_bias", True))),
         has_head_norms=kind in ("qwen3", "qwen3_moe", "gemma3_text"),
         layer_norms=_layer_norms(kind, hidden, heads * head, key_heads * head),
     )
@@ -145,7 +154,11 @@ def shape_named(name: str, configs: Mapping[str, Mapping[str, Any] | None]) -> S
     """Return the shape of a model, or why it is not known. `configs`: by name those config.json that are here."""
     here = configs.get(name)
     if here is None and name not in HUB:
-        where = "its config.json cannot be read" if name in configs else "its files are not on this machine"
+        where = (
+            "its config.json cannot be read"
+            if name in configs
+            else "its files are not on this machine"
+        )
         return f"{name}: {where}"
     try:
         return shape_of(here if here is not None else HUB[name])
@@ -165,5 +178,7 @@ def _dense_layers(config: Mapping[str, Any], layers: int) -> int:
     step = config.get("decoder_sparse_step") or 1
     only = config.get("mlp_only_layers") or ()
     if not isinstance(step, int) or not isinstance(only, (list, tuple)):
-        raise ShapeError(f"its config.json has decoder_sparse_step={step!r}, mlp_only_layers={only!r}")
+        raise ShapeError(
+            f"its config.json has decoder_sparse_step={step!r}, mlp_only_layers={only!r}"
+        )
     return sum(index in only or (index + 1) % step != 0 for index in range(layers))

@@ -41,7 +41,10 @@ def driver_problems(config: Config, facts: HostFacts, code: Code, target: str) -
     build = trainer_build(config, facts)
     needed, why = DRIVER_MIN.get(build.build), f"torch for {build.build}: {build.reason}"
     if build.build == "index" and config.host.torch_build == "auto":
-        needed, why = DRIVER_MIN[AUTO_BUILDS[-1]], f"torch for {AUTO_BUILDS[-1]}, the oldest build there is"
+        needed, why = (
+            DRIVER_MIN[AUTO_BUILDS[-1]],
+            f"torch for {AUTO_BUILDS[-1]}, the oldest build there is",
+        )
     if needed is not None and have < needed:
         older = config.host.torch_build != "auto" and have >= DRIVER_MIN["cu126"]
         fix = "set host.torch_build='auto'" if older else ""
@@ -53,10 +56,14 @@ def driver_problems(config: Config, facts: HostFacts, code: Code, target: str) -
         why = f"{engine.requirements_file} pins torch for CUDA {cuda[2:]}"
         fix = "take engine=Embedded(...) with requirements_file=None, which runs in the trainer's environment"
         can = have >= DRIVER_MIN["cu126"]
-        yield old_driver(facts, target, "the engine's environment", needed, why, fix=fix if can else "")
+        yield old_driver(
+            facts, target, "the engine's environment", needed, why, fix=fix if can else ""
+        )
 
 
-def old_driver(facts: HostFacts, target: str, what: str, needed: tuple[int, ...], why: str, *, fix: str) -> Problem:
+def old_driver(
+    facts: HostFacts, target: str, what: str, needed: tuple[int, ...], why: str, *, fix: str
+) -> Problem:
     """Name the driver, the environment that it cannot run, and each way out."""
     least = ".".join(map(str, needed))
     if facts.gpus and all(DATA_CENTRE.match(gpu.name) for gpu in facts.gpus):
@@ -97,7 +104,8 @@ def toolchain_problems(config: Config, facts: HostFacts, target: str) -> Iterato
     if config.model.compile:
         asked.setdefault(base_python(config, facts, engine=False), users[-1])
     for python, user in asked.items():
-        if python.path and python.path not in facts.python_headers:  # one that is yet to be installed has them
+        # one that is yet to be installed has them
+        if python.path and python.path not in facts.python_headers:
             yield no_headers(target, python.path, python.version, user)
 
 
@@ -141,13 +149,22 @@ def no_headers(target: str, python: str, version: str, users: str) -> Problem:
     )
 
 
-def weights_shm_problems(config: Config, facts: HostFacts, code: Code, target: str) -> Iterator[Problem]:
+def weights_shm_problems(
+    config: Config, facts: HostFacts, code: Code, target: str
+) -> Iterator[Problem]:
     """Compare /dev/shm with two copies of the weights, by the model's files or its name."""
     engine, free = engine_of(config), facts.cuda.shm_free_mib
-    if engine is None or not engine.weight_sync.on_tmpfs or engine.weight_sync.kind != "disk" or free is None:
+    if (
+        engine is None
+        or not engine.weight_sync.on_tmpfs
+        or engine.weight_sync.kind != "disk"
+        or free is None
+    ):
         return
     count, guessed = code.inputs.parameters, False
-    if count is None and (named := re.search(r"(\d+(?:\.\d+)?)B\b", config.model.name, re.IGNORECASE)):
+    if count is None and (
+        named := re.search(r"(\d+(?:\.\d+)?)B\b", config.model.name, re.IGNORECASE)
+    ):
         count, guessed = int(float(named[1]) * 1e9), True
     width = 2 if config.model.dtype == "bfloat16" else 4
     needed = 2 * width * count // MIB if count is not None else SHM_DOCKER_MIB + 1
@@ -156,7 +173,9 @@ def weights_shm_problems(config: Config, facts: HostFacts, code: Code, target: s
     how = "by the model's name" if guessed else "by the model's files"
     size = f"{needed} MiB, {how}" if count is not None else "their size is not known here"
     wanted = f"engine.weight_sync.on_tmpfs=True: two copies of the weights, {size}"
-    yield small_shm(facts, target, wanted, f"{-(-needed * 5 // 4 // 1024)}g" if count is not None else "8g")
+    yield small_shm(
+        facts, target, wanted, f"{-(-needed * 5 // 4 // 1024)}g" if count is not None else "8g"
+    )
 
 
 def small_shm(facts: HostFacts, target: str, needed: str, size: str) -> Problem:

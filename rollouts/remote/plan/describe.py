@@ -42,16 +42,25 @@ def plan_notes(config: Config, facts: HostFacts, code: Code) -> Iterator[str]:
 
 def _makes_python(config: Config, facts: HostFacts) -> bool:
     """Return whether a Python has to be installed for an environment of the run."""
-    has_lock = config.engine is not None and config.uses_engine and config.engine.requirements_file is not None
+    has_lock = (
+        config.engine is not None
+        and config.uses_engine
+        and config.engine.requirements_file is not None
+    )
     kinds = (False, True) if has_lock else (False,)
-    return facts.python is not None and any(not base_python(config, facts, engine=kind).path for kind in kinds)
+    return facts.python is not None and any(
+        not base_python(config, facts, engine=kind).path for kind in kinds
+    )
 
 
-def plan_steps(config: Config, facts: HostFacts, code: Code, launch: LaunchPlan, target: str) -> Iterator[PlanStep]:
+def plan_steps(
+    config: Config, facts: HostFacts, code: Code, launch: LaunchPlan, target: str
+) -> Iterator[PlanStep]:
     commit = code.commit[:10] or "no commit"
     yield PlanStep(
         f"sync {len(code.files)} files, {code.size_bytes / 1e6:.1f} MB, to {target}:{launch.run_path}/code/tree",
-        f"git's files at {commit}" + (f" with {code.changed} uncommitted changes" if code.changed else ", unchanged"),
+        f"git's files at {commit}"
+        + (f" with {code.changed} uncommitted changes" if code.changed else ", unchanged"),
     )
     if code.package is not None:
         what = f"{len(code.package.files)} files of rollouts {code.package.version}"
@@ -73,14 +82,27 @@ def plan_steps(config: Config, facts: HostFacts, code: Code, launch: LaunchPlan,
             f"{content}, {_python_words(environment)}, {build_words(builds[environment.name])}: "
             f"{'complete there' if complete else 'none of this content there yet'}",
         )
+    for tracker in launch.trackers:
+        complete = posixpath.basename(tracker.environment.path) in facts.environments
+        yield PlanStep(
+            f"{tracker.process.window}: {shlex.join(tracker.process.argv)}",
+            f"its own environment is {'complete there' if complete else 'made first'}; whatever becomes of it costs the"
+            " run no step",
+        )
     for model in launch.models:
         what = "" if model.weights else ", without its weights"
         why = "the hub's files, unless this host's cache has them; no engine's time limit counts it"
         yield PlanStep(f"download {model.name}{what}", why)
-    yield PlanStep(
-        f"start tmux session {launch.run_id} with a window per process",
-        "the run goes on when this machine is switched off",
-    )
+    if launch.slurm is None:
+        yield PlanStep(
+            f"start tmux session {launch.run_id} with a window per process",
+            "the run goes on when this machine is switched off",
+        )
+    else:
+        yield PlanStep(
+            "\n       ".join(["submit this to sbatch:", *launch.slurm.script.splitlines()]),
+            "Slurm starts the run when its nodes are free; all that follows is on them",
+        )
     for check in launch.smoke:
         yield PlanStep(
             f"{check.process.window}: {shlex.join(check.process.argv)}",
@@ -92,11 +114,11 @@ def plan_steps(config: Config, facts: HostFacts, code: Code, launch: LaunchPlan,
             f"{launch.network.subject}: all ranks meet, and its rate is measured",
         )
     for stage in launch.stages:
-        for engine in stage.engines:
-            yield PlanStep(f"{stage.name}: {engine.window}: {shlex.join(engine.argv)}", _placed(config, engine, facts))
-        yield PlanStep(
-            f"{stage.name}: trainer: {shlex.join(stage.trainer.argv)}", _placed(config, stage.trainer, facts)
-        )
+        for process in stage.processes():
+            yield PlanStep(
+                f"{stage.name}: {process.window}: {shlex.join(process.argv)}",
+                _placed(config, process, facts),
+            )
 
 
 def _python_words(environment: EnvironmentSpec) -> str:
@@ -112,6 +134,8 @@ def watch_step(local_dir: str) -> PlanStep:
 
 def _placed(config: Config, process: ProcessSpec, facts: HostFacts) -> str:
     devices = process.env.get(GPUS_VARIABLE)
-    where = f"GPU {devices}" if devices else "no GPU" if devices == "" else config.target.device_type
+    where = (
+        f"GPU {devices}" if devices else "no GPU" if devices == "" else config.target.device_type
+    )
     ready = f", ready when {process.ready_url} answers, within {process.ready_timeout_s:.0f} s"
     return f"on {where} of {facts.host}{ready if process.ready_url else ''}"

@@ -64,7 +64,10 @@ def gpu_warnings(config: Config, facts: HostFacts, *, busy_ok: bool = False) -> 
             yield f"GPU {gpu.index} is busy, and --busy-ok takes it: {describe_gpu(gpu)}"
     if "CUDA_VISIBLE_DEVICES" in config.host.env:
         yield "host.env sets CUDA_VISIBLE_DEVICES: it replaces target.gpu_ranks and engine.gpu_ranks in every process"
-    if config.host.torch_build == "index" and () < version_numbers(facts.driver or "") < DRIVER_MIN["cu130"]:
+    if (
+        config.host.torch_build == "index"
+        and () < version_numbers(facts.driver or "") < DRIVER_MIN["cu130"]
+    ):
         yield (
             f"host.torch_build='index' and NVIDIA driver {facts.driver}: the public index's torch is for CUDA 13, which"
             " needs driver 580; 'auto' takes an older build"
@@ -97,7 +100,11 @@ def gpu_notes(config: Config, facts: HostFacts) -> Iterator[str]:
 def host_stops(facts: HostFacts, target: str) -> Iterator[Problem]:
     """List why the host's cards, or some of them, can be used by nothing."""
     if facts.gpu_problem:
-        yield Problem(f"{target}: nvidia-smi fails.", found=facts.gpu_problem, fix=_driver_fix(facts.gpu_problem))
+        yield Problem(
+            f"{target}: nvidia-smi fails.",
+            found=facts.gpu_problem,
+            fix=_driver_fix(facts.gpu_problem),
+        )
     for gpu in facts.gpus:
         yield from card_problems(gpu, target)
 
@@ -113,14 +120,29 @@ def host_advice(facts: HostFacts, target: str) -> Iterator[Problem]:
     if facts.driver:
         needed = DRIVER_MIN["cu130"]
         if version_numbers(facts.driver) < needed:
-            yield old_driver(facts, target, "an environment for CUDA 13", needed, "SGLang's and vLLM's locks", fix="")
+            yield old_driver(
+                facts,
+                target,
+                "an environment for CUDA 13",
+                needed,
+                "SGLang's and vLLM's locks",
+                fix="",
+            )
     yield from libc_problems(facts, target, "sglang")
     yield from compiler_problems(facts, target, "SGLang, vLLM and model.compile=True")
-    if facts.python and facts.python_headers is not None and facts.python not in facts.python_headers:
-        yield no_headers(target, facts.python, facts.python_version, "SGLang, vLLM and model.compile=True")
+    if (
+        facts.python
+        and facts.python_headers is not None
+        and facts.python not in facts.python_headers
+    ):
+        yield no_headers(
+            target, facts.python, facts.python_version, "SGLang, vLLM and model.compile=True"
+        )
     total = facts.cuda.shm_total_mib
     if total is not None and total <= SHM_DOCKER_MIB:
-        yield small_shm(facts, target, "engine.weight_sync.on_tmpfs=True: two copies of the model", "8g")
+        yield small_shm(
+            facts, target, "engine.weight_sync.on_tmpfs=True: two copies of the model", "8g"
+        )
     if facts.cuda.visible_devices is not None:
         yield Problem(
             f"{target} sets CUDA_VISIBLE_DEVICES by itself.",
@@ -210,7 +232,10 @@ def _missing_fix(config: Config, facts: HostFacts) -> str:
 def _driver_fix(said: str) -> str:
     """Return what to do about a text of nvidia-smi's; "" for none."""
     rules = (
-        ("version mismatch", "reboot the host: its driver was updated and the old one is still loaded"),
+        (
+            "version mismatch",
+            "reboot the host: its driver was updated and the old one is still loaded",
+        ),
         (
             "communicate with the NVIDIA driver",
             "load the driver there (`modprobe nvidia`), or install it for this kernel",
@@ -219,7 +244,9 @@ def _driver_fix(said: str) -> str:
         ("GPU is lost", "reboot the host"),
         ("Unknown Error", "in a container: start it again with its GPUs (`docker run --gpus all`)"),
     )
-    return next((fix for words, fix in rules if words in said), "run nvidia-smi there" if said else "")
+    return next(
+        (fix for words, fix in rules if words in said), "run nvidia-smi there" if said else ""
+    )
 
 
 def _busy_problem(config: Config, facts: HostFacts, gpu: Gpu, target: str) -> Problem | None:
@@ -232,13 +259,21 @@ def _busy_problem(config: Config, facts: HostFacts, gpu: Gpu, target: str) -> Pr
         for p in holders(gpu, facts.gpu_processes)
         if p.name != "[Not Found]"
     ]
-    unseen = "" if who else "who uses it is not seen from here: a display, or processes outside this container"
+    unseen = (
+        ""
+        if who
+        else "who uses it is not seen from here: a display, or processes outside this container"
+    )
     free = [
         other.index
         for other in facts.gpus
         if is_free(other, facts.gpu_processes) and not [*card_problems(other, target)]
     ]
-    fix = f"free are {free}: name those, or end what runs there" if free else "end what runs there, or wait"
+    fix = (
+        f"free are {free}: name those, or end what runs there"
+        if free
+        else "end what runs there, or wait"
+    )
     return Problem(
         f"{target}: GPU {gpu.index} is busy.",
         found="\n".join(filter(None, (describe_gpu(gpu), *who, unseen))),
@@ -253,7 +288,10 @@ def is_given(gpu: Gpu, facts: HostFacts) -> bool:
     if value is None:
         return True
     entries = [] if value.strip() in UNREACHED else [entry.strip() for entry in value.split(",")]
-    return any(entry == str(gpu.index) or (entry[:4] == "GPU-" and gpu.uuid.startswith(entry)) for entry in entries)
+    return any(
+        entry == str(gpu.index) or (entry[:4] == "GPU-" and gpu.uuid.startswith(entry))
+        for entry in entries
+    )
 
 
 def _visible_problems(config: Config, facts: HostFacts, target: str) -> Iterator[Problem]:

@@ -126,8 +126,20 @@ def _home(disk: Disk, target: str) -> Rules:
 
 def _limits(health: HostHealth, target: str) -> Rules:
     wanted = (
-        ("open files", "nofile", health.open_files[1], OPEN_FILES_MIN, "each request to an engine is one"),
-        ("processes", "nproc", health.processes[0], PROCESSES_MIN, "threads count, and torch starts many"),
+        (
+            "open files",
+            "nofile",
+            health.open_files[1],
+            OPEN_FILES_MIN,
+            "each request to an engine is one",
+        ),
+        (
+            "processes",
+            "nproc",
+            health.processes[0],
+            PROCESSES_MIN,
+            "threads count, and torch starts many",
+        ),
     )
     for what, name, limit, least, why in wanted:
         if limit is not None and limit < least:
@@ -219,7 +231,9 @@ def _model(model: ModelAccess, health: HostHealth, target: str) -> Rules:
                 fix="check the name; for a private one export HF_TOKEN here, and put 'HF_TOKEN' into host.secrets",
             ),
         )
-    elif model.state == "unknown" and not any(site.kind == "hub" and site.problem for site in health.sites):
+    elif model.state == "unknown" and not any(
+        site.kind == "hub" and site.problem for site in health.sites
+    ):
         yield (
             False,
             Problem(
@@ -245,7 +259,11 @@ def _card(card: CardHealth, facts: HostFacts, target: str) -> Rules:
             ),
         )
     if card.remap_failed or card.remap_pending:
-        found = "replacing bad rows failed" if card.remap_failed else "bad rows are replaced at the next reset"
+        found = (
+            "replacing bad rows failed"
+            if card.remap_failed
+            else "bad rows are replaced at the next reset"
+        )
         fix = "have the card replaced" if card.remap_failed else reset
         yield False, Problem(f"{who} has bad memory.", found=f"remapped rows: {found}", fix=fix)
     if card.slowed_down:

@@ -17,7 +17,9 @@ from rollouts.remote.plan.problems import required_ports
 from rollouts.remote.repository import Code
 
 RATES = ("unembedding_lr", "embedding_lr", "matrix_lr")
-RANDOM_RATE_PROBLEM = 0.1  # AdamW moves each weight by about its rate, and weights are drawn around 0.02
+RANDOM_RATE_PROBLEM = (
+    0.1  # AdamW moves each weight by about its rate, and weights are drawn around 0.02
+)
 RANDOM_RATE_HIGH = 0.015
 RANDOM_RATE_LOW = 5e-5
 MUON_RATE_PROBLEM = 1.0
@@ -38,7 +40,9 @@ def mixture_rows(code: Code, name: str) -> Rows:
     counts: Sequence[RowCount] = code.inputs.rows.get(name, ())
     known = [count.rows for count in counts if count.rows is not None]
     whole = 0 < len(known) == len(counts)
-    return Rows(sum(known) if whole else None, whole and all(count.how == "counted" for count in counts))
+    return Rows(
+        sum(known) if whole else None, whole and all(count.how == "counted" for count in counts)
+    )
 
 
 # --- problems -------------------------------------------------------------------------------------------------------
@@ -49,7 +53,8 @@ def ahead_problems(config: Config, facts: HostFacts, code: Code, target: str) ->
     yield from _port_problems(config, facts, target)
     yield from code.inputs.problems
     version = [int(part) for part in facts.python_version.split(".")[:2] if part.isdigit()]
-    if version <= [*sys.version_info[:2]]:  # else a line that this Python cannot parse may be right there
+    # else a line that this Python cannot parse may be right there
+    if version <= [*sys.version_info[:2]]:
         yield from code.inputs.syntax
     yield from _empty_data_problems(config, code)
     yield from _prompt_problems(config, code)
@@ -71,9 +76,14 @@ def _port_problems(config: Config, facts: HostFacts, target: str) -> Iterator[Pr
 
 def _empty_data_problems(config: Config, code: Code) -> Iterator[Problem]:
     """Name data sets of which no row is left to read: the trainer ends at each of them."""
-    read = {"sft_mixture": "sft" in config.stages, "rl_mixture": "rl" in config.stages and config.uses_engine}
+    read = {
+        "sft_mixture": "sft" in config.stages,
+        "rl_mixture": "rl" in config.stages and config.uses_engine,
+    }
     for name in ("sft_mixture", "rl_mixture", "eval_mixture"):
-        for spec, count in zip(getattr(config.data, name), code.inputs.rows.get(name, ()), strict=False):
+        for spec, count in zip(
+            getattr(config.data, name), code.inputs.rows.get(name, ()), strict=False
+        ):
             if count.rows == 0 and read.get(name, True):
                 yield Problem(
                     f"data.{name}: no row of {spec.name!r} is read.",
@@ -118,7 +128,11 @@ def _random_stages(config: Config) -> list[tuple[str, SFTConfig | RLConfig]]:
     """Return the stage that begins with random weights, if there is one."""
     first = config.stages[0] if config.stages else ""
     stage = getattr(config, first, None) if first else None
-    random = config.model.init == "random" and config.output.source_checkpoint is None and config.model.lora is None
+    random = (
+        config.model.init == "random"
+        and config.output.source_checkpoint is None
+        and config.model.lora is None
+    )
     return [(first, stage)] if stage is not None and random else []
 
 
@@ -172,7 +186,11 @@ def plan_summary(config: Config, code: Code) -> Iterator[str]:
     if config.data.eval_mixture:
         rows = mixture_rows(code, "eval_mixture")
         yield f"held out: {_rows_words(rows, 'rows')}"
-        yield from (_answers_words(config, stage, rows) for stage in config.stages if answer_limits(config, stage))
+        yield from (
+            _answers_words(config, stage, rows)
+            for stage in config.stages
+            if answer_limits(config, stage)
+        )
     yield _model_words(config, code.inputs.parameters)
 
 
@@ -227,7 +245,11 @@ def _rl_words(config: Config, rl: RLConfig, rows: Rows) -> str:
     steps = max(1, rows.count * rl.num_epochs // rl.examples_per_step)
     at_most = "" if rows.exact else "at most "
     left = rows.count * rl.num_epochs - steps * rl.examples_per_step
-    rest = f"; {_count(left, 'prompt')} at the end do not fill a step" if rows.exact and left > 0 else ""
+    rest = (
+        f"; {_count(left, 'prompt')} at the end do not fill a step"
+        if rows.exact and left > 0
+        else ""
+    )
     return (
         f"rl: {_rows_words(rows, 'prompts')}{epochs}, {a_step}: {at_most}{_count(steps, 'step')}, "
         f"{at_most}{_count(steps * samples, 'sample')}{rest}"
@@ -240,7 +262,11 @@ def _model_words(config: Config, parameters: int | None) -> str:
     words = f"model: {_short(parameters)} parameters, weights {_bytes(parameters * BYTES_FLOAT32)} in float32"
     if config.model.lora is not None:
         return f"{words}; only adapters are trained"
-    muon = any(getattr(config, stage).optimizer.kind == "muon" for stage in config.stages if getattr(config, stage))
+    muon = any(
+        getattr(config, stage).optimizer.kind == "muon"
+        for stage in config.stages
+        if getattr(config, stage)
+    )
     at_most = "at most " if muon else ""
     ranks = config.target.world_size
     sharded = f", over {ranks} ranks" if config.target.sharding != "none" else " on each rank"

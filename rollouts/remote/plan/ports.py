@@ -14,7 +14,11 @@ from rollouts.remote.host.facts import HostFacts
 def free_ports_wanted(config: Config) -> int:
     """Return how many free ports the host is to find, in a row."""
     engine = config.engine
-    return engine.replicas if engine is not None and config.uses_engine and engine.sglang_port == 0 else 0
+    return (
+        engine.replicas
+        if engine is not None and config.uses_engine and engine.sglang_port == 0
+        else 0
+    )
 
 
 def with_free_ports(config: Config, facts: HostFacts) -> Config:

@@ -12,7 +12,7 @@ from rollouts.config.checks.needs import PACKAGE_PREFIX
 from rollouts.remote.errors import Problem
 from rollouts.remote.host.facts import PYTHON_MIN, HostFacts
 from rollouts.remote.inputs import naming_fields
-from rollouts.remote.plan.launch_plan import read_lock
+from rollouts.remote.plan.environment_specs import read_lock
 from rollouts.remote.repository import Code, named_paths
 from rollouts.run_dir import run_path, valid_run_id
 
@@ -30,7 +30,11 @@ def required_ports(config: Config) -> list[int]:
     if engine is None or not config.uses_engine:
         return []
     router = [] if engine.router_port is None else [engine.router_port]
-    replicas = range(engine.sglang_port, engine.sglang_port + engine.replicas) if engine.sglang_port else ()
+    replicas = (
+        range(engine.sglang_port, engine.sglang_port + engine.replicas)
+        if engine.sglang_port
+        else ()
+    )
     return [*replicas, *router]
 
 
@@ -61,7 +65,8 @@ def input_problems(
 def _run_problems(config: Config, facts: HostFacts, target: str, run_id: str) -> Iterator[Problem]:
     if not valid_run_id(run_id):
         yield Problem(
-            f"--run-id {run_id!r} cannot name a run.", needed="1 to 80 letters, digits, '-' or '_', no '-' or '_' first"
+            f"--run-id {run_id!r} cannot name a run.",
+            needed="1 to 80 letters, digits, '-' or '_', no '-' or '_' first",
         )
     if facts.run_exists:
         found = facts.run(run_id)
@@ -80,7 +85,12 @@ def tool_problems(facts: HostFacts, target: str) -> Iterator[Problem]:
                 "tmux": "every process of a run gets a window of one tmux session",
                 "rsync": "the code goes there and the results come back with it",
             }[tool]
-            yield Problem(f"{target} has no {tool}.", found=f"PATH={facts.path}", needed=why, fix=INSTALL_HINTS[tool])
+            yield Problem(
+                f"{target} has no {tool}.",
+                found=f"PATH={facts.path}",
+                needed=why,
+                fix=INSTALL_HINTS[tool],
+            )
     least = ".".join(map(str, PYTHON_MIN))
     if facts.python is None:
         yield Problem(
@@ -105,11 +115,17 @@ def _room_problems(config: Config, facts: HostFacts, target: str) -> Iterator[Pr
         routes = config.engine is not None and port == config.engine.router_port
         field = "router_port" if routes else "sglang_port"
         or_free = "" if routes else " (0: a free one)"
-        holders = [row["run_id"] for row in facts.runs if row["live"] and port in (row.get("ports") or [])]
+        holders = [
+            row["run_id"] for row in facts.runs if row["live"] and port in (row.get("ports") or [])
+        ]
         yield Problem(
             f"{target}: port {port} is in use.",
-            found=f"the live run {holders[0]} has it" if holders else f"something listens on {port} there",
-            needed=f"engine.router_port={port}, for the router" if routes else _ports_wanted(config),
+            found=f"the live run {holders[0]} has it"
+            if holders
+            else f"something listens on {port} there",
+            needed=f"engine.router_port={port}, for the router"
+            if routes
+            else _ports_wanted(config),
             fix=f"set another engine.{field}{or_free}, or end what listens there",
         )
 
@@ -126,13 +142,16 @@ def _path_problems(config: Config, facts: HostFacts, code: Code, target: str) ->
         yield Problem(
             f"host.constraints_file={config.host.constraints_file!r} is not in "
             f"{_place(config.host.constraints_file, code)}.",
-            fix=_nearest_file(config.host.constraints_file, code) + ", or set None to install unconstrained",
+            fix=_nearest_file(config.host.constraints_file, code)
+            + ", or set None to install unconstrained",
         )
     for name, state in code.named.items():
         fields = naming_fields(config, name)
         if name in code.inputs.paths:
             problem = code.inputs.paths[name]
-            yield dataclasses.replace(problem, found="\n".join(filter(None, (fields, problem.found))))
+            yield dataclasses.replace(
+                problem, found="\n".join(filter(None, (fields, problem.found)))
+            )
         elif state == "not sent":
             yield Problem(
                 f"{name!r} is here, but git ignores it, so it would not reach the host.",
@@ -179,7 +198,10 @@ def _lock_problems(config: Config, code: Code) -> Iterator[Problem]:
         return
     field = f"engine.requirements_file={engine.requirements_file!r}"
     if code.engine_requirements is None:
-        place, fix = _place(engine.requirements_file, code), _nearest_file(engine.requirements_file, code)
+        place, fix = (
+            _place(engine.requirements_file, code),
+            _nearest_file(engine.requirements_file, code),
+        )
         yield Problem(f"{field} is not in {place}.", fix=f"{fix}; {LOCKS}")
         return
     requirements = [line for lines in read_lock(code.engine_requirements) for line in lines]
@@ -189,7 +211,9 @@ def _lock_problems(config: Config, code: Code) -> Iterator[Problem]:
             needed="a lock of the engine's whole environment",
             fix="name another; with engine=Embedded(...) None runs it in the trainer's environment",
         )
-    elif engine.kind != "embedded" and not any(engine.kind in line.lower() for line in requirements):
+    elif engine.kind != "embedded" and not any(
+        engine.kind in line.lower() for line in requirements
+    ):
         yield Problem(
             f"{field} does not install {engine.kind}.",
             found=f"{len(requirements)} requirements, none of which names it",
@@ -225,7 +249,11 @@ def _place(file: str | None, code: Code) -> str:
 
 def _nearest_file(file: str | None, code: Code) -> str:
     near = code.near_files.get(file or "", "")
-    return f"write {near!r}, which comes with rollouts" if near not in ("", file) else "correct the path"
+    return (
+        f"write {near!r}, which comes with rollouts"
+        if near not in ("", file)
+        else "correct the path"
+    )
 
 
 def _nearest_sent(name: str, code: Code) -> str:
@@ -233,7 +261,10 @@ def _nearest_sent(name: str, code: Code) -> str:
     if name.startswith("~"):
         return "~ is not followed: write an absolute path on the host"
     bare = name.removeprefix("./").rstrip("/")
-    known = [*code.files, *{str(folder) for file in code.files for folder in Path(file).parents} - {"."}]
+    known = [
+        *code.files,
+        *{str(folder) for file in code.files for folder in Path(file).parents} - {"."},
+    ]
     own = [path for path in known if Path(path).name == Path(bare).name or Path(path).stem == bare]
     near = own or difflib.get_close_matches(bare, known, n=1, cutoff=0.75)
     return f"write {min(near, key=len)!r}" if near else ""

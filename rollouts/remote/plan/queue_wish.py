@@ -16,7 +16,9 @@ from rollouts.run_dir import NamedGpu, QueueSpec
 class QueueWish:
     """What --wait and --queue ask for."""
 
-    any_gpus: bool  # as many as the config names, of all that are like them; else those that it names
+    any_gpus: (
+        bool  # as many as the config names, of all that are like them; else those that it names
+    )
     at_once: int = 1  # of a run without GPUs: it starts where fewer such runs are under way
 
 
@@ -26,7 +28,9 @@ def queue_spec(config: Config, facts: HostFacts, wish: QueueWish) -> QueueSpec:
     count = free_ports_wanted(config)
     first = facts.free_port if count else None
     return QueueSpec(
-        cards=[NamedGpu(index=gpu.index, uuid=gpu.uuid) for gpu in _candidates(config, facts, wish)] if on_gpus else [],
+        cards=[NamedGpu(index=gpu.index, uuid=gpu.uuid) for gpu in _candidates(config, facts, wish)]
+        if on_gpus
+        else [],
         at_once=wish.at_once,
         ports=[first + offset for offset in range(count)] if first is not None else [],
     )
@@ -34,7 +38,9 @@ def queue_spec(config: Config, facts: HostFacts, wish: QueueWish) -> QueueSpec:
 
 def without_holders(facts: HostFacts) -> HostFacts:
     """Return the facts without ports that others have, or will have: the run waits for them."""
-    return dataclasses.replace(facts, ports_in_use=(), runs=tuple({**row, "ports": []} for row in facts.runs))
+    return dataclasses.replace(
+        facts, ports_in_use=(), runs=tuple({**row, "ports": []} for row in facts.runs)
+    )
 
 
 def queue_notes(config: Config, facts: HostFacts, wish: QueueWish) -> Iterator[str]:
@@ -44,7 +50,9 @@ def queue_notes(config: Config, facts: HostFacts, wish: QueueWish) -> Iterator[s
         busy = [gpu.index for gpu in candidates if not is_free(gpu, facts.gpu_processes)]
         count, indices = len(named_gpus(config, facts)), [gpu.index for gpu in candidates]
         what = f"{count} of the GPUs {indices}" if len(indices) > count else f"the GPUs {indices}"
-        yield f"in the host's queue it waits for {what}" + (f"; {busy} are busy now" if busy else ", all free now")
+        yield f"in the host's queue it waits for {what}" + (
+            f"; {busy} are busy now" if busy else ", all free now"
+        )
     else:
         others = "no other runs" if wish.at_once == 1 else f"fewer than {wish.at_once} runs"
         yield f"in the host's queue it waits until {others} without GPUs are under way there"
@@ -61,7 +69,8 @@ def _candidates(config: Config, facts: HostFacts, wish: QueueWish) -> list[Gpu]:
     return [
         gpu
         for gpu in facts.gpus
-        if gpu in named or (_kind(gpu) in kinds and is_given(gpu, facts) and not [*card_problems(gpu, "")])
+        if gpu in named
+        or (_kind(gpu) in kinds and is_given(gpu, facts) and not [*card_problems(gpu, "")])
     ]
 
 

@@ -33,18 +33,34 @@ def trainer_check(
     if config.engine is not None and has_engine:
         modules = engine_modules(config.engine, device_type=config.target.device_type)
     argv = [
-        *(*start, "-m", "rollouts.training.smoke", "trainer", "--device", config.target.device_type),
+        *(
+            *start,
+            "-m",
+            "rollouts.training.smoke",
+            "trainer",
+            "--device",
+            config.target.device_type,
+        ),
         *("--store", str(run.ranks("bootstrap")), "--report", str(run.smoke_report("smoke"))),
         *(part for module in modules for part in ("--module", module)),
         *(("--compilers", "c++", "Python.h") if config.model.compile else ()),
     ]
     process = _process("smoke", argv, env)
-    build, ranks, tried = trainer_build(config, facts), config.target.gpu_ranks, [modules, config.model.compile]
+    build, ranks, tried = (
+        trainer_build(config, facts),
+        config.target.gpu_ranks,
+        [modules, config.model.compile],
+    )
     return _check(config, facts, run, environment, process, build=build, ranks=ranks, tried=tried)
 
 
 def engine_check(
-    config: Config, facts: HostFacts, run: RunDir, environment: EnvironmentSpec, *, env: Mapping[str, str]
+    config: Config,
+    facts: HostFacts,
+    run: RunDir,
+    environment: EnvironmentSpec,
+    *,
+    env: Mapping[str, str],
 ) -> SmokeCheck:
     """Try an engine's own environment, on the devices of all replicas."""
     engine, device_type = config.engine, config.target.device_type
@@ -52,9 +68,20 @@ def engine_check(
     modules = engine_modules(engine, device_type=device_type)
     compiles = device_type == "cuda" and engine.kind in COMPILING
     ranks = sorted(set(engine.gpu_ranks)) if device_type == "cuda" else []
-    cards = engine.tensor_parallel_size if "CUDA_VISIBLE_DEVICES" in config.host.env else len(ranks) or 1
+    cards = (
+        engine.tensor_parallel_size
+        if "CUDA_VISIBLE_DEVICES" in config.host.env
+        else len(ranks) or 1
+    )
     argv = [
-        *(f"{environment.path}/bin/python", "-m", "rollouts.training.smoke", "engine", "--device", device_type),
+        *(
+            f"{environment.path}/bin/python",
+            "-m",
+            "rollouts.training.smoke",
+            "engine",
+            "--device",
+            device_type,
+        ),
         *("--cards", str(cards), "--report", str(run.smoke_report("smoke-engine"))),
         *(part for module in modules for part in ("--module", module)),
         *(("--compilers", "ninja", "nvcc", "c++", "Python.h") if compiles else ()),
@@ -64,9 +91,16 @@ def engine_check(
     return _check(config, facts, run, environment, process, build=build, ranks=ranks, tried=tried)
 
 
-def _process(window: str, argv: Sequence[str], env: Mapping[str, str], *, tools_of: str = "") -> ProcessSpec:
+def _process(
+    window: str, argv: Sequence[str], env: Mapping[str, str], *, tools_of: str = ""
+) -> ProcessSpec:
     return ProcessSpec(
-        window=window, argv=list(argv), env=dict(env), ready_url=None, ready_timeout_s=0.0, tools_of=tools_of
+        window=window,
+        argv=list(argv),
+        env=dict(env),
+        ready_url=None,
+        ready_timeout_s=0.0,
+        tools_of=tools_of,
     )
 
 
@@ -85,10 +119,20 @@ def _check(
     on_cuda = config.target.device_type == "cuda"
     cards = [gpu for gpu in facts.gpus if gpu.index in ranks] if on_cuda else []
     acting = sorted(
-        (name, value.replace(str(run.path), "")) for name, value in process.env.items() if name.startswith(ACTING)
+        (name, value.replace(str(run.path), ""))
+        for name, value in process.env.items()
+        if name.startswith(ACTING)
     )
     devices = [[gpu.index, gpu.uuid, gpu.name] for gpu in cards]
-    known = [CHECKS, config.target.device_type, len(ranks), devices, facts.driver if on_cuda else None, acting, *tried]
+    known = [
+        CHECKS,
+        config.target.device_type,
+        len(ranks),
+        devices,
+        facts.driver if on_cuda else None,
+        acting,
+        *tried,
+    ]
     named = ", ".join(f"GPU {gpu.index} ({gpu.name})" for gpu in cards) or config.target.device_type
     driver = f", NVIDIA driver {facts.driver or 'unknown'}" if on_cuda else ""
     return SmokeCheck(

@@ -23,7 +23,9 @@ BLACKWELL = re.compile(r"\bB[123]00\b|\bGB\d+|RTX 50\d\d|RTX PRO|\bThor\b")
 TRAINER_PYTHON_MIN = (3, 11)  # requires-python of pyproject.toml
 # The Pythons for which the locks' packages have wheels: outlines-core has none for newer ones.
 ENGINE_PYTHONS = {"sglang": ((3, 11), (3, 12)), "vllm": ((3, 11), (3, 12))}
-MADE_PYTHON = "3.11"  # installed if the host has none that fits: the locks were resolved for this one
+MADE_PYTHON = (
+    "3.11"  # installed if the host has none that fits: the locks were resolved for this one
+)
 SHARED_BY = ("broadcast", "tensor")  # kinds of engine.weight_sync that need one torch on both sides
 
 
@@ -60,7 +62,9 @@ def trainer_build(config: Config, facts: HostFacts) -> TorchBuild:
         if driver >= DRIVER_MIN[build]:
             # Without its own index an older build is not to be had: the configured one gives the newest CUDA
             return TorchBuild(build, build == AUTO_BUILDS[0], f"NVIDIA driver {facts.driver}")
-    return TorchBuild("index", False, f"NVIDIA driver {facts.driver} runs none of {', '.join(AUTO_BUILDS)}")
+    return TorchBuild(
+        "index", False, f"NVIDIA driver {facts.driver} runs none of {', '.join(AUTO_BUILDS)}"
+    )
 
 
 def engine_build(config: Config, facts: HostFacts) -> TorchBuild:
@@ -74,14 +78,20 @@ def build_words(build: TorchBuild) -> str:
     """Say it for `--plan`."""
     if build.build == "index":
         return f"torch as the package index gives it ({build.reason})"
-    fallback = "; the configured index where PyTorch's own cannot be reached" if build.falls_back else ""
+    fallback = (
+        "; the configured index where PyTorch's own cannot be reached" if build.falls_back else ""
+    )
     return f"torch build {build.build} ({build.reason}){fallback}"
 
 
 def base_python(config: Config, facts: HostFacts, *, engine: bool) -> BasePython:
     """Choose the interpreter that makes an environment: the host's own if it fits, another there, else a new one."""
     assert facts.python is not None
-    found = [(facts.python, facts.python_version)] if facts.has_venv or config.host.installer == "uv" else []
+    found = (
+        [(facts.python, facts.python_version)]
+        if facts.has_venv or config.host.installer == "uv"
+        else []
+    )
     found += [(path, version) for path, version in facts.pythons if (path, version) not in found]
     for path, version in found:
         if _fits(config, version, engine=engine):
@@ -123,14 +133,20 @@ def torch_problems(config: Config, facts: HostFacts, code: Code, target: str) ->
     yield from _shared_torch_problems(config, code, build, pinned)
 
 
-def _build_problems(config: Config, facts: HostFacts, build: TorchBuild, target: str) -> Iterator[Problem]:
+def _build_problems(
+    config: Config, facts: HostFacts, build: TorchBuild, target: str
+) -> Iterator[Problem]:
     if build.build == "cpu":
         yield Problem(
             "host.torch_build='cpu' is a build without CUDA.",
             needed="target.device_type='cuda' trains on NVIDIA GPUs",
             fix="set host.torch_build='auto'",
         )
-    devices = [gpu.name for gpu in facts.gpus if gpu.index in config.target.gpu_ranks and BLACKWELL.search(gpu.name)]
+    devices = [
+        gpu.name
+        for gpu in facts.gpus
+        if gpu.index in config.target.gpu_ranks and BLACKWELL.search(gpu.name)
+    ]
     if build.build == "cu126" and devices:
         yield Problem(
             f"{target}: the torch build cu126 has no code for {devices[0]}.",
@@ -140,7 +156,9 @@ def _build_problems(config: Config, facts: HostFacts, build: TorchBuild, target:
         )
 
 
-def _shared_torch_problems(config: Config, code: Code, build: TorchBuild, pinned: str) -> Iterator[Problem]:
+def _shared_torch_problems(
+    config: Config, code: Code, build: TorchBuild, pinned: str
+) -> Iterator[Problem]:
     engine = config.engine
     if (
         engine is None

@@ -22,14 +22,20 @@ ADOPTED_DIR = "runs"  # where their mirrors lie, under the working directory
 CONFIG_BYTES_MAX = 1 << 20
 
 
-def adopt_run(run_id: str, target: str, facts: HostFacts, transport: Transport, *, keep: bool) -> RunEntry:
+def adopt_run(
+    run_id: str, target: str, facts: HostFacts, transport: Transport, *, keep: bool
+) -> RunEntry:
     """Return an entry for a run that another machine started; `keep`: register it, and make its mirror.
 
     Only its name and its experiment's come from the host, checked; where the mirror lies is decided here.
     """
     row = facts.run(run_id)
     if row is None:
-        raise no_run(run_id, target, [*(e.run_id for e in registry.entries()), *(r["run_id"] for r in facts.runs)])
+        raise no_run(
+            run_id,
+            target,
+            [*(e.run_id for e in registry.entries()), *(r["run_id"] for r in facts.runs)],
+        )
     experiment = str(row["experiment_name"])
     if not valid_run_id(run_id) or not re.fullmatch(EXPERIMENT_NAME_PATTERN, experiment):
         raise DeployError(
@@ -47,12 +53,15 @@ def adopt_run(run_id: str, target: str, facts: HostFacts, transport: Transport, 
         run_path=f"{facts.home}/runs/{run_id}",
         local_dir=str(root / ADOPTED_DIR / experiment / run_id),
         repository=str(root),
-        created_at=float(started_at) if isinstance(started_at, int | float) and math.isfinite(started_at) else 0.0,
+        created_at=float(started_at)
+        if isinstance(started_at, int | float) and math.isfinite(started_at)
+        else 0.0,
         adopted=True,
     )
     if keep:
-        write_note(entry, now=time.time(), followed_by=None)  # before anything of the host's is there
-        _copy_descriptions(entry, transport)
+        # before anything of the host's is there
+        write_note(entry, now=time.time(), followed_by=None)
+        copy_descriptions(entry, transport)
         registry.save(entry)
     return entry
 
@@ -64,7 +73,7 @@ def _here() -> Path:
         return Path.cwd()
 
 
-def _copy_descriptions(entry: RunEntry, transport: Transport) -> None:
+def copy_descriptions(entry: RunEntry, transport: Transport) -> None:
     """Copy the host's config.json and plan.json, for people to read: nothing is launched from them."""
     for name in ("config.json", "plan.json"):
         file = f"{entry.run_path}/{name}"

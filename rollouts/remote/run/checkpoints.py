@@ -22,7 +22,13 @@ from rollouts.remote.host.local import LocalTransport
 from rollouts.remote.host.rsync_here import pull_rsync
 from rollouts.remote.host.transport import Transport
 from rollouts.remote.local_faults import os_problem, unexpected
-from rollouts.remote.run.mirror_files import check_checkpoint, directory, is_checkpoint, make_mirror, remove_tree
+from rollouts.remote.run.mirror_files import (
+    check_checkpoint,
+    directory,
+    is_checkpoint,
+    make_mirror,
+    remove_tree,
+)
 from rollouts.remote.run.wanted import EVERYTHING, ToBring, stage_and_step
 from rollouts.run_dir import RunDir
 
@@ -31,7 +37,12 @@ BACKGROUND_TRIES = 4
 
 
 def pull_checkpoint(
-    transport: Transport, run_path: str, run: RunDir, path: str, *, rsync_options: Sequence[str] = ()
+    transport: Transport,
+    run_path: str,
+    run: RunDir,
+    path: str,
+    *,
+    rsync_options: Sequence[str] = (),
 ) -> Path:
     """Bring one completed checkpoint here, verified against its manifest. Returns its directory, made once."""
     final = run.path / check_checkpoint(path)
@@ -40,16 +51,25 @@ def pull_checkpoint(
         pass  # made, and no link: rsync is given a path
     with _partial_held(final) as lock:
         if lock is not None:
-            _fill(transport, f"{run_path}/{path}", run, final, rsync_options=rsync_options, lock=lock)
+            _fill(
+                transport, f"{run_path}/{path}", run, final, rsync_options=rsync_options, lock=lock
+            )
     _point_latest(final)
     return final
 
 
 def _fill(
-    transport: Transport, source: str, run: RunDir, final: Path, *, rsync_options: Sequence[str], lock: int
+    transport: Transport,
+    source: str,
+    run: RunDir,
+    final: Path,
+    *,
+    rsync_options: Sequence[str],
+    lock: int,
 ) -> None:
     partial = _partial(final)
-    if isinstance(transport, LocalTransport):  # a hard link is as good as a copy: neither side writes to what is whole
+    # a hard link is as good as a copy: neither side writes to what is whole
+    if isinstance(transport, LocalTransport):
         way = ["--partial", f"--link-dest={source}"]
     else:
         _drop_links(partial)  # what is written in place must be this pull's own
@@ -66,7 +86,9 @@ def _fill(
     done = pull_rsync(transport, arguments, partial, keep_open=(lock,))
     path = final.relative_to(run.path).as_posix()
     if done.returncode != 0:
-        raise DeployError(f"{transport.target}: {path} could not be pulled.", found=done.err[-1500:], started=True)
+        raise DeployError(
+            f"{transport.target}: {path} could not be pulled.", found=done.err[-1500:], started=True
+        )
     if problems := manifest_problems(partial):
         raise _damaged(transport, source, partial, run, problems)
     partial.rename(final)
@@ -101,7 +123,9 @@ def _drop_links(partial: Path) -> None:
     """Remove whatever is no plain file with this one name: nothing else is written through it."""
     for file in partial.rglob("*"):
         status = file.lstat()
-        if not stat.S_ISDIR(status.st_mode) and (not stat.S_ISREG(status.st_mode) or status.st_nlink > 1):
+        if not stat.S_ISDIR(status.st_mode) and (
+            not stat.S_ISREG(status.st_mode) or status.st_nlink > 1
+        ):
             file.unlink()
 
 
@@ -115,7 +139,9 @@ def bytes_here(run: RunDir, path: str) -> int:
     return 0
 
 
-def _damaged(transport: Transport, source: str, partial: Path, run: RunDir, problems: tuple[str, ...]) -> DeployError:
+def _damaged(
+    transport: Transport, source: str, partial: Path, run: RunDir, problems: tuple[str, ...]
+) -> DeployError:
     """Return why what came is not what the manifest says: the host's own files, or the way here. Drops it."""
     path = "/".join(PurePosixPath(source).parts[-3:])
     found = "\n".join(problem.replace(f"{partial}/", "") for problem in problems)
@@ -128,28 +154,40 @@ def _damaged(transport: Transport, source: str, partial: Path, run: RunDir, prob
             fix="use another checkpoint; pulling again brings the same files",
             started=True,
         )
-    return DeployError(f"{path} arrived damaged.", found=found, fix=f"deploy pull {run.run_id}", started=True)
+    return DeployError(
+        f"{path} arrived damaged.", found=found, fix=f"deploy pull {run.run_id}", started=True
+    )
 
 
 def _same_on_host(transport: Transport, source: str, partial: Path) -> bool:
     """Return whether the host holds exactly what arrived; False also if it does not answer."""
-    names = sorted(file.relative_to(partial).as_posix() for file in partial.rglob("*") if file.is_file())
+    names = sorted(
+        file.relative_to(partial).as_posix() for file in partial.rglob("*") if file.is_file()
+    )
     if any("\n" in name or "\\" in name for name in names):
         return False
     with contextlib.suppress(ValueError, FileNotFoundError):
         expected = read_manifest(partial / MANIFEST_FILE)
         names = [name for name in names if name in expected or name == MANIFEST_FILE]
         if any(name not in names for name in expected):  # a file that did not come: is it there?
-            probe = " && ".join(f"[ ! -f {shlex.quote(name)} ]" for name in expected if name not in names)
+            probe = " && ".join(
+                f"[ ! -f {shlex.quote(name)} ]" for name in expected if name not in names
+            )
             done = transport.run(["sh", "-c", probe], cwd=source, timeout_s=HASH_TIMEOUT_S)
             if done.returncode != 0:
                 return False
     try:
-        done = transport.run(["sha256sum", "--", *names[:500]], cwd=source, timeout_s=HASH_TIMEOUT_S)
+        done = transport.run(
+            ["sha256sum", "--", *names[:500]], cwd=source, timeout_s=HASH_TIMEOUT_S
+        )
     except TransportError:
         return False
-    theirs = {name: digest for digest, _, name in (line.partition("  ") for line in done.out.splitlines())}
-    return done.returncode == 0 and all(theirs.get(name) == sha256(partial / name) for name in names[:500])
+    theirs = {
+        name: digest for digest, _, name in (line.partition("  ") for line in done.out.splitlines())
+    }
+    return done.returncode == 0 and all(
+        theirs.get(name) == sha256(partial / name) for name in names[:500]
+    )
 
 
 def drop_partial(run: RunDir, path: str) -> None:
@@ -166,7 +204,11 @@ def _partial(final: Path) -> Path:
 def _point_latest(checkpoint: Path) -> None:
     """Point `latest` to the newest checkpoint that is here; step numbers are compared as numbers."""
     latest = checkpoint.parent / "latest"
-    steps = [p for p in checkpoint.parent.glob("step_*") if p.is_dir() and re.fullmatch(r"step_[0-9]{1,12}", p.name)]
+    steps = [
+        p
+        for p in checkpoint.parent.glob("step_*")
+        if p.is_dir() and re.fullmatch(r"step_[0-9]{1,12}", p.name)
+    ]
     newest = max(steps, key=lambda path: int(path.name.removeprefix("step_")))
     temporary = latest.with_name(f".latest.{os.getpid()}")
     temporary.unlink(missing_ok=True)
@@ -191,7 +233,13 @@ class CheckpointPuller:
         *,
         wanted: ToBring = EVERYTHING,
     ) -> None:
-        self._transport, self._run_path, self._run, self._say, self._pause_s = transport, run_path, run, say, pause_s
+        self._transport, self._run_path, self._run, self._say, self._pause_s = (
+            transport,
+            run_path,
+            run,
+            say,
+            pause_s,
+        )
         self._wanted = wanted
         self._newest: dict[str, int] = {}  # step, by stage
         self._paths: queue.Queue[str | None] = queue.Queue()
@@ -240,7 +288,13 @@ class CheckpointPuller:
     def _try(self, path: str) -> bool:
         """Try to pull one. Returns whether the connection was lost, so that another try may help."""
         try:
-            pull_checkpoint(self._transport, self._run_path, self._run, path, rsync_options=self._wanted.rsync_options)
+            pull_checkpoint(
+                self._transport,
+                self._run_path,
+                self._run,
+                path,
+                rsync_options=self._wanted.rsync_options,
+            )
         except TransportError as error:
             self._say("pull", f"{path}: {error}")
             return error.lost

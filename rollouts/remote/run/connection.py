@@ -7,13 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from rollouts.remote.errors import TransportError, UnreachableError
+from rollouts.remote.errors import Gone, HostGoneError, TransportError, UnreachableError
 from rollouts.remote.host.transport import Transport
 from rollouts.remote.run.registry import RunEntry
 from rollouts.remote.run.wanted import EVERYTHING, ToBring
 from rollouts.view.reporter import Say
 
 T = TypeVar("T")
+WhyGone = Callable[[str], Gone | None]  # of a target; None where it may answer again
 TOLD_FAILURES = 10  # in a row, each of them; then every so many
 TOLD_EVERY = 30
 
@@ -30,12 +31,16 @@ class RetryPolicy:
     pause_max_s: float = 30.0
     sleep: Callable[[float], None] = time.sleep
     clock: Callable[[], float] = time.monotonic
-    jitter: Callable[[], float] = field(default=random.random)  # [0, 1): many watchers do not come back as one
+    # [0, 1): many watchers do not come back as one
+    jitter: Callable[[], float] = field(default=random.random)
+
+    # asked after each failure: why the host will not answer again
+    why_gone: WhyGone = lambda target: None
 
     @classmethod
-    def while_it_lasts(cls) -> "RetryPolicy":
-        """Return the policy for following a run, which ends when the run does or its user says so."""
-        return cls(total_s=math.inf, pause_max_s=60.0)
+    def while_it_lasts(cls, why_gone: WhyGone) -> "RetryPolicy":
+        """Return the policy for following a run: up to its end, its host's, or until its user says so."""
+        return cls(total_s=math.inf, pause_max_s=60.0, why_gone=why_gone)
 
     def pause_s(self, failures: int) -> float:
         return float(min(self.pause_max_s, 0.5 * 2 ** min(failures, 20)) * (0.5 + self.jitter()))
@@ -68,6 +73,8 @@ class Retries:
         if not error.lost:
             raise error
         entry = self._connection.entry
+        if (gone := self._policy.why_gone(entry.target)) is not None:
+            raise HostGoneError(entry.run_id, entry.target, gone) from None
         self._failures += 1
         silent_s = self._policy.clock() - self._last_success
         if silent_s > self._policy.total_s:

@@ -12,7 +12,7 @@ from rollouts.remote.run.mirror_files import RefusedNameError
 from rollouts.view.reporter import Say
 
 IDLE_TIMEOUT_S = 30.0  # the host says something every 5 s
-_MESSAGES = ("file", "unusable", "alive", "ended", "live", "error")
+_MESSAGES = ("file", "unusable", "looked", "alive", "ended", "live", "error")
 
 
 def follow(
@@ -55,8 +55,10 @@ def tail(connection: RunConnection, mirror: Mirror, *, until_end: bool) -> Itera
     """
     entry = connection.entry
     options = ["--follow"] if until_end else []
-    argv, program = sent_program(connection.python, "rollouts.worker.tail", entry.run_path, *options)
-    offsets = json.dumps(mirror.offsets()).encode()
+    argv, program = sent_program(
+        connection.python, "rollouts.worker.tail", entry.run_path, *options
+    )
+    offsets = json.dumps(mirror.held()).encode()
     stream = connection.transport.stream(argv, first_line=program + offsets + b"\n")
     heard = False
     try:
@@ -79,7 +81,9 @@ def tail(connection: RunConnection, mirror: Mirror, *, until_end: bool) -> Itera
         done = stream.end()
         if done.returncode > 0 and not heard:
             raise DeployError(
-                f"{entry.target}: the run's files cannot be followed.", found=done.err[-2000:], started=True
+                f"{entry.target}: the run's files cannot be followed.",
+                found=done.err[-2000:],
+                started=True,
             )
         raise TransportError(f"{entry.target}: the connection ended.", lost=True)
     finally:

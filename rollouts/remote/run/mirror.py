@@ -5,6 +5,7 @@ may be written, and how, is mirror_files.py's; checkpoints.py brings the checkpo
 """
 
 import base64
+import hashlib
 import os
 import re
 import secrets
@@ -30,11 +31,19 @@ from rollouts.remote.run.mirror_files import (
     size_of,
     write_at,
 )
-from rollouts.run_dir import LOG_GLOB, SNAPSHOT_BYTES_MAX, STREAMED_FILES, RunDir, parse_row
+from rollouts.run_dir import (
+    LOG_GLOB,
+    ROW_FILES,
+    SNAPSHOT_BYTES_MAX,
+    STREAMED_FILES,
+    RunDir,
+    parse_row,
+)
 
 LINE_BYTES_MAX = 64 << 20
 FILES_MAX = 2000  # logs and exit records: a run has a handful
 STAGING = ".pull-"
+LAST_BYTES = 4096  # worker.tail's
 
 
 class Mirror:
@@ -55,13 +64,33 @@ class Mirror:
         counts = self.left_out + Counter({"rows that lack a field, or have a wrong one": rows})
         if not counts:
             return ()
-        return ("left out of what the host sent: " + "; ".join(f"{count} {what}" for what, count in counts.items()),)
+        return (
+            "left out of what the host sent: "
+            + "; ".join(f"{count} {what}" for what, count in counts.items()),
+        )
 
     def offsets(self) -> dict[str, int]:
         """Return the bytes held, by file: `tail` goes on from there."""
-        names = [*STREAMED_FILES, *(path.relative_to(self.run.path).as_posix() for path in self._logs())]
+        names = [
+            *STREAMED_FILES,
+            *(path.relative_to(self.run.path).as_posix() for path in self._logs()),
+        ]
         sizes = {name: size_of(self.run.path, name) for name in names}
         return {name: size for name, size in sizes.items() if size is not None}
+
+    def held(self) -> dict[str, int | list[int | str]]:
+        """Return the same for `tail`, with a digest of the end of each file that a restart may have cut."""
+        return {
+            name: [size, self._last_digest(name, size)] if name in ROW_FILES else size
+            for name, size in self.offsets().items()
+        }
+
+    def _last_digest(self, name: str, size: int) -> str:
+        with reading(self.run.path, name) as stream:
+            if stream is None:
+                return ""
+            stream.seek(max(0, size - LAST_BYTES))
+            return hashlib.sha256(stream.read(min(size, LAST_BYTES))).hexdigest()
 
     def _logs(self) -> list[Path]:
         return sorted(path for path in self.run.path.glob(LOG_GLOB) if not path.is_symlink())
@@ -89,12 +118,26 @@ class Mirror:
                 raise RefusedNameError(name, f"which is larger than {SNAPSHOT_BYTES_MAX} bytes")
             replace(self.run.path, name, text)
             return name
+        if "cut" in message:
+            return self._cut(name, message["cut"])
         offset, data = _chunk(message)
         with plain_file(self.run.path, name, os.O_WRONLY | os.O_CREAT) as descriptor:
             size = os.fstat(descriptor).st_size
             if offset > size:
-                raise TransportError(f"{name}: {size} bytes here, the host goes on at {offset}", lost=True)
+                raise TransportError(
+                    f"{name}: {size} bytes here, the host goes on at {offset}", lost=True
+                )
             write_at(descriptor, data, offset)
+        return name
+
+    def _cut(self, name: str, size: Any) -> str:
+        """Drop what a restart on the host took back of a file."""
+        if type(size) is not int or size < 0 or name not in ROW_FILES:
+            raise TransportError(f"a damaged message of {name}: cut at {size!r}", lost=True)
+        with plain_file(self.run.path, name, os.O_WRONLY | os.O_CREAT) as descriptor:
+            if os.fstat(descriptor).st_size > size:
+                os.ftruncate(descriptor, size)
+        self._read[name] = min(self._read.get(name, 0), size)
         return name
 
     def rows(self, name: str) -> Iterator[dict[str, Any]]:
@@ -130,13 +173,17 @@ def _chunk(message: dict[str, Any]) -> tuple[int, bytes]:
         offset = checked(message, {"offset": int, "data": str})["offset"]
         data = base64.b64decode(message["data"], validate=True)
     except ValueError as error:
-        raise TransportError(f"a damaged message of {message['file']}: {error!r}", lost=True) from None
+        raise TransportError(
+            f"a damaged message of {message['file']}: {error!r}", lost=True
+        ) from None
     if offset < 0:
         raise TransportError(f"a damaged message of {message['file']}: offset {offset}", lost=True)
     return offset, data
 
 
-def pull_files(transport: Transport, run_path: str, run: RunDir, rsync_options: Sequence[str] = ()) -> list[str]:
+def pull_files(
+    transport: Transport, run_path: str, run: RunDir, rsync_options: Sequence[str] = ()
+) -> list[str]:
     """Bring everything small, compared by checksum: afterwards the mirror holds what the host holds.
 
     Returns the names that were left out: no run has them, or they are not plain files. What arrives is put into a
@@ -153,10 +200,18 @@ def pull_files(transport: Transport, run_path: str, run: RunDir, rsync_options: 
     options = ["-r", "--no-links", "--checksum", "--prune-empty-dirs", "--chmod=D700,F600"]
     arguments = [*options, *rsync_options, f"--compare-dest={run.path}/", *patterns]
     try:
-        done = pull_rsync(transport, [*arguments, transport.rsync_path(f"{run_path}/"), f"{staged}/"], staged)
+        done = pull_rsync(
+            transport, [*arguments, transport.rsync_path(f"{run_path}/"), f"{staged}/"], staged
+        )
         refused = admit(staged, run.path)  # also of a pull that failed half-way: what came is whole
     finally:
         remove_tree(staged)
     if done.returncode not in (0, 24):  # 24: a temporary name vanished while copying
-        raise DeployError(f"{transport.target}: results could not be pulled.", found=done.err[-1500:], started=True)
-    return refused + re.findall(r"^skipping non-regular file \"(.*)\"$", done.out, flags=re.MULTILINE)
+        raise DeployError(
+            f"{transport.target}: results could not be pulled.",
+            found=done.err[-1500:],
+            started=True,
+        )
+    return refused + re.findall(
+        r"^skipping non-regular file \"(.*)\"$", done.out, flags=re.MULTILINE
+    )

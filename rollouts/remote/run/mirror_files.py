@@ -9,6 +9,7 @@ import contextlib
 import errno
 import os
 import re
+import secrets
 import shutil
 import stat
 from collections.abc import Iterator, Sequence
@@ -17,17 +18,25 @@ from typing import IO
 
 from rollouts.plain_files import NotPlainFileError, open_plain
 from rollouts.remote.errors import DeployError
-from rollouts.run_dir import STREAMED_FILES
+from rollouts.run_dir import STREAMED_FILES, write_text_atomic
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}"
 _GROWING = re.compile(rf"{'|'.join(map(re.escape, STREAMED_FILES))}|logs/{_NAME}\.log")
-_SNAPSHOT = re.compile(rf"status\.json|exit/{_NAME}\.json|code/environment-{_NAME}\.txt")
+_SNAPSHOT = re.compile(rf"status\.json|(exit|trackers)/{_NAME}\.json|code/environment-{_NAME}\.txt")
 # What the last pull may bring besides: who led which process group, and W&B's own run files
 _PULLED_ONLY = re.compile(rf"processes/{_NAME}\.json|wandb/(offline-)?run-{_NAME}(/{_NAME})+")
 _CHECKPOINT = re.compile(r"checkpoints/(sft|rl)/step_[0-9]{6,12}")
+# What else is in a mirror: copies of the record, checkpoints, what a pull that was cut off left
+_PUT_HERE = re.compile(
+    r"\.gitignore|(config|plan(-\d+)?|mirror)\.json|code/.*|\.pull-.*|(.*/)?\..*\.tmp"
+    r"|checkpoints/(sft|rl)/(\.?step_.*/.*|latest|\.latest\..*)",
+    re.DOTALL,
+)
+_OTHER_HOST = re.compile(r"hosts/\d+/")  # of a run on several: a mirror each
 PULLED_PATTERNS = (  # the same list, in the words of rsync
     *(f"/{name}" for name in (*STREAMED_FILES, "status.json")),
     *("/logs/", "/logs/*.log", "/exit/", "/exit/*.json", "/processes/", "/processes/*.json"),
+    *("/trackers/", "/trackers/*.json"),
     *("/code/", "/code/environment-*.txt"),
     *("/wandb/", "/wandb/run-*/***", "/wandb/offline-run-*/***"),
 )
@@ -64,6 +73,18 @@ def check_checkpoint(path: str) -> str:
     return path
 
 
+def own_files(mirror: Path) -> tuple[str, ...]:
+    """Return the files of a mirror that neither a pull nor a launch put there: its user did."""
+    found = []
+    for folder, _, names in os.walk(mirror):
+        for name in names:
+            relative = Path(folder, name).relative_to(mirror).as_posix()
+            of_host = _OTHER_HOST.sub("", relative)
+            if not may_be_pulled(of_host) and _PUT_HERE.fullmatch(of_host) is None:
+                found.append(relative)
+    return tuple(sorted(found))
+
+
 def make_mirror(path: Path) -> None:
     """Make the mirror's directory: for this user alone, and ignored by git wherever it is.
 
@@ -96,7 +117,9 @@ def directory(root: Path, parts: Sequence[str], *, create: bool = True) -> Itera
         yield descriptor
     except OSError as error:
         if error.errno in (errno.ENOTDIR, errno.ELOOP):
-            raise RefusedNameError("/".join(parts), f"which is a link or not a directory in {root}") from None
+            raise RefusedNameError(
+                "/".join(parts), f"which is a link or not a directory in {root}"
+            ) from None
         raise _named(error, root.joinpath(*parts)) from None
     finally:
         os.close(descriptor)
@@ -135,7 +158,10 @@ def size_of(root: Path, name: str) -> int | None:
 def reading(root: Path, name: str) -> Iterator[IO[bytes] | None]:
     """Yield the plain file `root`/`name`, open for reading; None if there is none."""
     try:
-        with plain_file(root, name, os.O_RDONLY) as descriptor, os.fdopen(os.dup(descriptor), "rb") as stream:
+        with (
+            plain_file(root, name, os.O_RDONLY) as descriptor,
+            os.fdopen(os.dup(descriptor), "rb") as stream,
+        ):
             yield stream
     except (FileNotFoundError, RefusedNameError):
         yield None
@@ -155,7 +181,9 @@ def replace(root: Path, name: str, data: bytes) -> None:
         try:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary, dir_fd=parent)
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, MODE, dir_fd=parent)
+            descriptor = os.open(
+                temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, MODE, dir_fd=parent
+            )
             try:
                 write_at(descriptor, data, 0)
             finally:
@@ -173,7 +201,9 @@ def admit(staged: Path, root: Path) -> list[str]:
     """Move the pulled files under `staged` to their names under `root`; what was not: every other name there."""
     refused = []
     for folder, folders, files in os.walk(staged):  # does not enter links
-        for name in files + [name for name in folders if os.path.islink(os.path.join(folder, name))]:
+        for name in files + [
+            name for name in folders if os.path.islink(os.path.join(folder, name))
+        ]:
             path = Path(folder, name)
             relative = path.relative_to(staged).as_posix()
             if not may_be_pulled(relative) or not stat.S_ISREG(path.lstat().st_mode):
@@ -201,3 +231,24 @@ def _named(error: OSError, path: Path) -> OSError:
     if not isinstance(error.filename, str) or not os.path.isabs(error.filename):
         error.filename = str(path)
     return error
+
+
+def write_new(file: Path, text: str) -> None:
+    """Create `file` with all of `text`. Raises FileExistsError where it is there already."""
+    temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
+    write_text_atomic(temporary, text, mode=0o600)
+    try:
+        os.link(temporary, file)
+    except FileExistsError:
+        raise
+    except OSError:
+        # a file system without hard links (exFAT, some network and container file systems)
+        # the name is ours from here on
+        os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        try:
+            temporary.replace(file)
+        except BaseException:
+            file.unlink(missing_ok=True)
+            raise
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -12,7 +12,9 @@ from rollouts.run_dir import RunDir
 NOTE = "mirror.json"
 
 
-def write_note(entry: RunEntry, *, now: float, followed_by: int | None, complete: bool = False) -> None:
+def write_note(
+    entry: RunEntry, *, now: float, followed_by: int | None, complete: bool = False
+) -> None:
     """Write `mirror.json`: whether what lies here is followed, whole, or as old as `now`."""
     run = entry.run_id
     if complete:

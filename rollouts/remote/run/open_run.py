@@ -17,8 +17,8 @@ from rollouts.remote.host.transport import LOCAL_TARGET, Transport
 from rollouts.remote.local_faults import RunProgress, as_deploy_errors
 from rollouts.remote.run import registry
 from rollouts.remote.run.adopt import adopt_run
-from rollouts.remote.run.connection import RetryPolicy, RunConnection
-from rollouts.remote.run.last_seen import was_launched
+from rollouts.remote.run.connection import RetryPolicy, RunConnection, WhyGone
+from rollouts.remote.run.last_seen import note_died, note_seen, was_launched
 from rollouts.remote.run.pull import Pulled, pull
 from rollouts.remote.run.registry import RunEntry
 from rollouts.remote.run.run_names import find_known, find_on_host
@@ -57,9 +57,15 @@ class OpenRun:
     def connection(self) -> RunConnection:
         return RunConnection(self.entry, self.python, self.transport, self.wanted)
 
-    def watch(self, reporter: Reporter) -> RunResult:
-        """Follow it to its end. Raises DeployError, or KeyboardInterrupt to detach."""
-        return watch(self.connection, reporter, RetryPolicy.while_it_lasts())
+    def watch(self, reporter: Reporter, why_gone: WhyGone) -> RunResult:
+        """Follow it to its end. Raises DeployError, or KeyboardInterrupt to detach.
+
+        `why_gone` says why its host will not answer again: then HostGoneError is raised.
+        """
+        result = watch(self.connection, reporter, RetryPolicy.while_it_lasts(why_gone))
+        if result.state == "died":
+            note_died(self.entry)
+        return result
 
     def pull(self, say: Say) -> Pulled:
         """Bring everything here that there is now, verified. Raises DeployError."""
@@ -104,13 +110,18 @@ def open_run(
         target = remote or (entry.target if entry else LOCAL_TARGET)
         if entry is not None:
             progress.run_id, progress.target = entry.run_id, target
-        with contextlib.closing(open_transport(target, accept_new_host_key=accept_new_host_key)) as transport:
-            facts = gather_facts(transport, run_id=entry.run_id if entry else name)
+        with contextlib.closing(
+            open_transport(target, accept_new_host_key=accept_new_host_key)
+        ) as transport:
+            asked = entry.run_id if entry else name
+            facts = gather_facts(transport, run_id=asked)
             if entry is None:
                 run_id = find_on_host(name, facts, target)
                 entry = registry.find(run_id)
             run_id = entry.run_id if entry else run_id
             row = facts.run(run_id)
+            if run_id != asked:  # the beginning of its name, a tag, or `last`
+                facts = dataclasses.replace(facts, run_exists=row is not None)
             if entry is None or (entry.target != target and row is None):
                 entry = adopt_run(run_id, target, facts, transport, keep=adopt)  # started elsewhere
             entry = dataclasses.replace(entry, target=target)  # one host may have several names
@@ -119,6 +130,8 @@ def open_run(
             progress.run_id, progress.target = run_id, target
             if row is not None and trace == "on its host":
                 progress.reached = "ended" if row["state"] in FINAL_STATES else "launched"
+                if registry.is_known(run_id):
+                    note_seen(entry, row)
             opened = OpenRun(entry, facts, transport, row, trace, progress, wanted)
             if needs_files and trace in ("gone", "never launched"):
                 raise opened.missing()
@@ -138,13 +151,22 @@ def _check_ours(entry: RunEntry, row: dict[str, Any] | None) -> None:
     )
 
 
-def _trace(entry: RunEntry, facts: HostFacts, transport: Transport, row: dict[str, Any] | None) -> Trace:
+def _trace(
+    entry: RunEntry, facts: HostFacts, transport: Transport, row: dict[str, Any] | None
+) -> Trace:
     if row is not None:
         under_way = not row["launched"] and row["state"] not in FINAL_STATES
         return "being launched" if under_way and not entry.was_launched else "on its host"
     if facts.run_exists:
         listed = transport.run(["ls", "-a", entry.run_path], timeout_s=30)
-        marks = {"status.json", "supervisor.lock", "events.jsonl", "metrics.jsonl", "exit", "checkpoints"}
+        marks = {
+            "status.json",
+            "supervisor.lock",
+            "events.jsonl",
+            "metrics.jsonl",
+            "exit",
+            "checkpoints",
+        }
         if listed.returncode != 0 or marks & set(listed.out.splitlines()):
             return "unreadable"
     return "gone" if was_launched(entry) else "never launched"

@@ -5,7 +5,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
-from rollouts.remote.errors import DeployError, MismatchError, Problem, TransportError, UnreachableError
+from rollouts.remote.errors import (
+    DeployError,
+    MismatchError,
+    Problem,
+    TransportError,
+    UnreachableError,
+)
 from rollouts.remote.local_faults import os_problem
 from rollouts.remote.run.checkpoints import bytes_here, drop_partial, pull_checkpoint
 from rollouts.remote.run.connection import RetryPolicy, RunConnection, with_retries
@@ -79,7 +85,9 @@ def _pull_once(connection: RunConnection, mirror: Mirror) -> str:
     return state
 
 
-def final_pull(connection: RunConnection, say: Say = silent, policy: RetryPolicy | None = None) -> tuple[str, ...]:
+def final_pull(
+    connection: RunConnection, say: Say = silent, policy: RetryPolicy | None = None
+) -> tuple[str, ...]:
     """Compare by checksum after the run's end, and bring what is missing. Raises DeployError with all that failed.
 
     Returns the checkpoints that were left on the host, as asked.
@@ -93,7 +101,9 @@ def final_pull(connection: RunConnection, say: Say = silent, policy: RetryPolicy
 def _pull_files(pulling: _Pulling, mirror: Mirror) -> None:
     connection = pulling.connection
     options = connection.wanted.rsync_options
-    bring = partial(pull_files, connection.transport, connection.entry.run_path, mirror.run, options)
+    bring = partial(
+        pull_files, connection.transport, connection.entry.run_path, mirror.run, options
+    )
     if refused := pulling.attempt(bring):
         mirror.left_out["files that no run has, or that are not plain files"] += len(refused)
 
@@ -115,9 +125,13 @@ def _pull_checkpoints(pulling: _Pulling, mirror: Mirror) -> tuple[str, ...]:
         paths += [path for path in listed if path not in paths and path not in removed]
     chosen, left = connection.wanted.choose(paths)
     for path in chosen:
-        bring = partial(pull_checkpoint, connection.transport, connection.entry.run_path, mirror.run, path)
+        bring = partial(
+            pull_checkpoint, connection.transport, connection.entry.run_path, mirror.run, path
+        )
         options = connection.wanted.rsync_options
-        pulling.attempt(partial(bring, rsync_options=options), came=partial(bytes_here, mirror.run, path))
+        pulling.attempt(
+            partial(bring, rsync_options=options), came=partial(bytes_here, mirror.run, path)
+        )
     left = [path for path in left if not (mirror.run.path / path).is_dir()]
     if left:
         pulling.say("note", left_note(connection.entry.run_id, left))
@@ -128,5 +142,7 @@ def _pull_checkpoints(pulling: _Pulling, mirror: Mirror) -> tuple[str, ...]:
 def listed_checkpoints(connection: RunConnection) -> list[str]:
     """Return the completed checkpoints that the host lists."""
     script = 'for m in checkpoints/*/step_*/manifest.json; do [ -f "$m" ] && echo "${m%/manifest.json}"; done; true'
-    done = connection.transport.run(["sh", "-c", script], cwd=connection.entry.run_path, timeout_s=60)
+    done = connection.transport.run(
+        ["sh", "-c", script], cwd=connection.entry.run_path, timeout_s=60
+    )
     return [line for line in done.out.splitlines()[:CHECKPOINTS_MAX] if is_checkpoint(line)]

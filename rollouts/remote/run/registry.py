@@ -1,15 +1,14 @@
 """What this machine knows of its runs: an entry each, and beside it the record that a launch uses.
 
-`<home>/registry/<run_id>.json` is the entry. `<home>/registry/<run_id>.<launch_id>/` is the record of a run that was
-started here: its config, its plan, what code that was. It is written before anything is touched, so that a deploy that
-was killed can go on, and never from what came from a host: the mirror holds copies for people. No secrets are in it,
-but the key by which the supervisors of one run on several hosts know each other.
+`<home>/registry/<run_id>.json` is the entry, `<run_id>.seen` what its host said of it last. `<run_id>.<launch_id>/` is
+the record of a run that was started here: its config, its plan, what code that was. It is written before anything is
+touched, so that a deploy that was killed can go on, and never from what came from a host: the mirror holds copies for
+people. No secrets are in it, but the key by which the supervisors of one run on several hosts know each other.
 """
 
 import contextlib
 import dataclasses
 import json
-import os
 import secrets
 import stat
 from collections.abc import Sequence
@@ -19,21 +18,29 @@ from typing import TYPE_CHECKING, Any
 
 from rollouts.plain_files import read_plain
 from rollouts.remote.errors import DeployError
-from rollouts.remote.run.mirror_files import make_mirror, replace
+from rollouts.remote.run.mirror_files import make_mirror, replace, write_new
 from rollouts.remote.run.tags import drop_tags
-from rollouts.run_dir import LaunchPlan, RunDir, home_dir, valid_run_id, write_json_atomic, write_text_atomic
+from rollouts.run_dir import (
+    LaunchPlan,
+    RunDir,
+    home_dir,
+    iter_jsonl,
+    valid_run_id,
+    write_json_atomic,
+    write_text_atomic,
+)
 
 if TYPE_CHECKING:  # slow to import, and `deploy ls` needs neither
     from rollouts.config import Config
     from rollouts.remote.plan import Plan
 
 STOP_GRACE_MAX_S = 3600.0  # of a plan that a host wrote
-LAUNCHED, REASON = "launched", "not_launched.txt"
-HOSTS, GROUP_KEY = (
-    "hosts",
-    "group-key",
-)  # of a run on several hosts: mirrors of the others; by what they know each other
-START, BEGINS = "start.json", "begins"  # of a run that goes on from another's checkpoint: place.py, resumable.py
+LAUNCHED, REASON, INTERRUPTED = "launched", "not_launched.txt", "interrupted.txt"
+STOP, STOP_EVENT = "stop-asked", "stop_asked"
+# of a run on several hosts: mirrors of the others; by what they know each other
+HOSTS, GROUP_KEY = "hosts", "group-key"
+# of a run that goes on from another's checkpoint: place.py, resumable.py
+START, BEGINS = "start.json", "begins"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,20 +56,32 @@ class RunEntry:
     repository: str  # whose code runs
     created_at: float
     adopted: bool = False  # started on another machine: never launched from here
-    resumed_from: dict[str, Any] | None = None  # {run_id, stage, step, checkpoint} of the run that it goes on from
-    launch_id: str = ""  # tells this deploy's run from another's of the same name; names the record too
-    others: list[dict[str, str]] = dataclasses.field(default_factory=list)  # {target, home, run_path} of more hosts
+    resumed_from: dict[str, Any] | None = (
+        None  # {run_id, stage, step, checkpoint} of the run that it goes on from
+    )
+    launch_id: str = (
+        ""  # tells this deploy's run from another's of the same name; names the record too
+    )
+    # {target, home, run_path} of more hosts
+    others: list[dict[str, str]] = dataclasses.field(default_factory=list)
     rank: int = 0  # of the host that this is about: `on`
 
     def on(self, rank: int) -> "RunEntry":
         """Return this run as the host `rank` has it, 1 and up, with a mirror of its own below this one's."""
         there, local_dir = self.others[rank - 1], f"{self.local_dir}/{HOSTS}/{rank}"
         own = dataclasses.replace(self, local_dir=local_dir, others=[], rank=rank)
-        return dataclasses.replace(own, target=there["target"], home=there["home"], run_path=there["run_path"])
+        return dataclasses.replace(
+            own, target=there["target"], home=there["home"], run_path=there["run_path"]
+        )
 
     @property
     def mirror(self) -> RunDir:
         return RunDir(Path(self.local_dir))
+
+    @property
+    def seen(self) -> Path:
+        """Return the file of what its host said of it last, by `last_seen.note_seen`."""
+        return home_dir() / "registry" / f"{self.run_id}.seen"
 
     @property
     def record(self) -> RunDir:
@@ -90,13 +109,32 @@ class RunEntry:
         """Return its plan's grace, whichever version of this program wrote it: a live run may be older."""
         for run in (self.record, self.mirror):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                return min(STOP_GRACE_MAX_S, max(0.0, float(json.loads(read_plain(run.plan))["stop_grace_s"])))
+                return min(
+                    STOP_GRACE_MAX_S,
+                    max(0.0, float(json.loads(read_plain(run.plan))["stop_grace_s"])),
+                )
         return None
 
     @property
     def was_launched(self) -> bool:
         """Return whether a launch from here succeeded once."""
         return (self.record.path / LAUNCHED).exists()
+
+    @property
+    def interrupted(self) -> str:
+        """Return why its machine is gone for good; "" for a run whose machine is there, as far as is known here."""
+        try:
+            return read_plain(self.record.path / INTERRUPTED).decode(errors="replace")
+        except FileNotFoundError:
+            return ""
+
+    @property
+    def stop_asked(self) -> bool:
+        """Return whether somebody asked for the run's end, here, or on its host as far as its events are here."""
+        return (self.record.path / STOP).exists() or any(
+            row.get("kind") == STOP_EVENT
+            for row in iter_jsonl(self.mirror.events, having=STOP_EVENT.encode())
+        )
 
     @property
     def reason(self) -> str:
@@ -153,7 +191,10 @@ def register(
     write_json_atomic(entry.record.config, config.to_json())
     write_json_atomic(entry.record.plan, plan.launch.to_json())
     for rank, other in enumerate(others, 1):
-        write_json_atomic(entry.record.path / f"plan-{rank}.json", other.launch.to_json() if other.launch else None)
+        write_json_atomic(
+            entry.record.path / f"plan-{rank}.json",
+            other.launch.to_json() if other.launch else None,
+        )
     if others:
         write_text_atomic(entry.record.path / GROUP_KEY, secrets.token_urlsafe(32), mode=0o600)
     write_code_record(entry.record, record)
@@ -176,53 +217,29 @@ def fill_mirror(entry: RunEntry) -> None:
     make_mirror(entry.mirror.path)
     for file in sorted(entry.record.path.rglob("*")):
         name = file.relative_to(entry.record.path).as_posix()
-        if file.is_file() and name.split("/")[0] not in (LAUNCHED, REASON, START, BEGINS, GROUP_KEY):
+        if file.is_file() and name.split("/")[0] not in (
+            LAUNCHED,
+            REASON,
+            INTERRUPTED,
+            STOP,
+            START,
+            BEGINS,
+            GROUP_KEY,
+        ):
             replace(entry.mirror.path, name, read_plain(file))
-
-
-def begins(entry: RunEntry) -> dict[str, str]:
-    """Return what files of the run begin with, by their names: the rows of the run that it goes on from."""
-    files = sorted((entry.record.path / BEGINS).glob("*.jsonl"))
-    return {file.name: read_plain(file).decode() for file in files}
-
-
-def fill_rows(entry: RunEntry) -> None:
-    """Write to the mirror, after the launch, what the host's files begin with: rows that were shown before."""
-    for name, text in begins(entry).items():
-        if not (entry.mirror.path / name).exists():
-            replace(entry.mirror.path, name, text.encode())
 
 
 def _claim(entry: RunEntry) -> None:
     """Give the entry its name, unless another deploy was faster."""
     text = json.dumps(dataclasses.asdict(entry), indent=1) + "\n"
     try:
-        _write_new(_file(entry.run_id), text)
+        write_new(_file(entry.run_id), text)
     except FileExistsError:
         forget_record(entry)
         raise DeployError(
             f"the run id {entry.run_id!r} is in use here: another deploy has just taken it.",
             fix="choose another --run-id, or leave it out",
         ) from None
-
-
-def _write_new(file: Path, text: str) -> None:
-    """Create `file` with all of `text`. Raises FileExistsError where it is there already."""
-    temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
-    write_text_atomic(temporary, text, mode=0o600)
-    try:
-        os.link(temporary, file)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links (exFAT, some network and container file systems)
-        os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))  # the name is ours from here on
-        try:
-            temporary.replace(file)
-        except BaseException:
-            file.unlink(missing_ok=True)
-            raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save(entry: RunEntry) -> None:
@@ -233,6 +250,7 @@ def save(entry: RunEntry) -> None:
 def forget(entry: RunEntry) -> None:
     """Drop what this machine knows of a run: entry and record. The host, and the results here, stay as they are."""
     _file(entry.run_id).unlink(missing_ok=True)
+    entry.seen.unlink(missing_ok=True)
     forget_record(entry)
     drop_tags(entry.run_id)
 
@@ -249,6 +267,23 @@ def mark_launched(entry: RunEntry) -> None:
     if entry.launch_id:
         (entry.record.path / LAUNCHED).touch(mode=0o600)
         (entry.record.path / REASON).unlink(missing_ok=True)
+
+
+def note_interrupted(entry: RunEntry, why: str) -> None:
+    """Record that the run's machine is gone for good: it does not go on there, and nobody can ask it."""
+    if entry.launch_id and entry.record.path.is_dir():
+        write_text_atomic(entry.record.path / INTERRUPTED, why, mode=0o600)
+
+
+def note_stop_asked(entry: RunEntry) -> None:
+    """Record that the run is to end: it is not to go on on another machine, whatever becomes of the stop itself."""
+    if entry.launch_id and entry.record.path.is_dir():
+        (entry.record.path / STOP).touch(mode=0o600)
+
+
+def withdraw_stop(entry: RunEntry) -> None:
+    """Let a stop that came before the launch count no more."""
+    (entry.record.path / STOP).unlink(missing_ok=True)
 
 
 def note_reason(entry: RunEntry, text: str) -> None:
@@ -296,6 +331,16 @@ def find(run_id: str) -> RunEntry | None:
         ) from None
 
 
+def is_known(run_id: str) -> bool:
+    """Return whether this machine has an entry of exactly that name."""
+    return _file(run_id).exists()
+
+
+def run_ids() -> list[str]:
+    """Return the names of the runs known here, oldest first; no entry is read."""
+    return [file.stem for file in _files()]
+
+
 def entries() -> list[RunEntry]:
     """Return every run known here, oldest first, but for damaged entries: `all_entries` names them too."""
     return all_entries()[0]
@@ -309,14 +354,21 @@ def all_entries() -> tuple[list[RunEntry], list[Path]]:
             found.append(_read(file))
         except FileNotFoundError:
             continue
-        except (ValueError, TypeError, AttributeError):
+        except (OSError, ValueError, TypeError, AttributeError):
             damaged.append(file)
     return found, damaged
 
 
 def _files() -> list[Path]:
-    """Return the entries' files by when this machine wrote them: the times inside may be a host's."""
-    return sorted((home_dir() / "registry").glob("[!.]*.json"), key=lambda file: file.stat().st_mtime)
+    """Return the entries' files by when this machine wrote them: the times inside may be a host's.
+
+    One that is removed meanwhile, or a link that leads nowhere, is left out.
+    """
+    times: dict[Path, float] = {}
+    for file in (home_dir() / "registry").glob("[!.]*.json"):
+        with contextlib.suppress(OSError):
+            times[file] = file.stat().st_mtime
+    return sorted(times, key=lambda file: times[file])
 
 
 def _read(file: Path) -> RunEntry:
@@ -324,11 +376,16 @@ def _read(file: Path) -> RunEntry:
     data: dict[str, Any] = json.loads(read_plain(file))
     names = {field.name for field in dataclasses.fields(RunEntry)}
     entry = RunEntry(**{name: value for name, value in data.items() if name in names})
-    texts = (entry.run_id, entry.experiment_name, entry.target, entry.home, entry.run_path, entry.local_dir)
-    if not all(isinstance(text, str) for text in texts) or not valid_run_id(entry.run_id):
+    texts = ("run_id", "experiment_name", "target", "home", "run_path", "local_dir")
+    if not all(isinstance(getattr(entry, name), str) for name in texts) or not valid_run_id(
+        entry.run_id
+    ):
         raise ValueError("a field has the wrong type")
     kinds = ("target", "home", "run_path")
-    if not all(isinstance(other, dict) and all(isinstance(other.get(k), str) for k in kinds) for other in entry.others):
+    if not all(
+        isinstance(other, dict) and all(isinstance(other.get(k), str) for k in kinds)
+        for other in entry.others
+    ):
         raise ValueError("others: a host has the wrong form")
     if not isinstance(entry.created_at, (int, float)):
         raise ValueError("created_at is not a number")

@@ -1,4 +1,4 @@
-"""From where a run can go on: its newest whole checkpoint, and the rows that come before it. Reads the mirror alone."""
+"""From where a run can go on: its newest whole checkpoint, and the rows that come before it, which the next one has."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,8 +8,9 @@ from typing import Any
 from rollouts.manifest import manifest_problems
 from rollouts.plain_files import read_plain
 from rollouts.remote.errors import DeployError
-from rollouts.remote.run.mirror_files import is_checkpoint
-from rollouts.run_dir import RunDir, parse_row
+from rollouts.remote.run.mirror_files import is_checkpoint, replace
+from rollouts.remote.run.registry import BEGINS, RunEntry
+from rollouts.run_dir import TRACKER_GLOB, RunDir, parse_row
 
 ORDER = ("base", "sft", "rl")  # of stages, in the rows of a run
 ROW_FILES = ("metrics.jsonl", "eval.jsonl")  # a resumed run's begin with those of the run before it
@@ -39,7 +40,11 @@ def find_origin(run: RunDir, stages: Sequence[str]) -> Origin:
     """
     events = list(_rows(run, "events.jsonl"))
     ended = {row.get("stage") for row in events if row.get("kind") == "stage_ended"}
-    totals = {row.get("stage"): row.get("steps_total") for row in events if row.get("kind") == "training_started"}
+    totals = {
+        row.get("stage"): row.get("steps_total")
+        for row in events
+        if row.get("kind") == "training_started"
+    }
     notes: list[str] = []
     for at in reversed(range(len(stages))):
         stage, at_end = stages[at], None
@@ -47,7 +52,9 @@ def find_origin(run: RunDir, stages: Sequence[str]) -> Origin:
             step = int(path.name.removeprefix("step_"))
             if problems := manifest_problems(path):
                 first = problems[0].replace(f"{path}/", "")
-                notes.append(f"checkpoints/{stage}/{path.name} is damaged, and is left out: {first}")
+                notes.append(
+                    f"checkpoints/{stage}/{path.name} is damaged, and is left out: {first}"
+                )
             elif stage in ended:
                 if not stages[at + 1 :]:
                     raise _nothing_left(run, stage, step)
@@ -79,14 +86,23 @@ def _nothing_left(run: RunDir, stage: str, step: int) -> DeployError:
 
 def _checkpoints(run: RunDir, stage: str) -> list[Path]:
     """Return the stage's checkpoints that are here, the newest first."""
-    found = [path for path in (run.checkpoints / stage).glob("step_*") if path.is_dir() and not path.is_symlink()]
+    found = [
+        path
+        for path in (run.checkpoints / stage).glob("step_*")
+        if path.is_dir() and not path.is_symlink()
+    ]
     named = [path for path in found if is_checkpoint(f"checkpoints/{stage}/{path.name}")]
     return sorted(named, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
 
 
 def rows_before(run: RunDir, origin: Origin) -> dict[str, str]:
     """Return the run's rows up to the checkpoint, as the text that each file of the next run begins with."""
-    return {name: "".join(line for line, row in _lines(run, name) if _is_before(row, origin)) for name in ROW_FILES}
+    rows = {
+        name: "".join(line for line, row in _lines(run, name) if _is_before(row, origin))
+        for name in ROW_FILES
+    }
+    trackers = sorted(run.path.glob(TRACKER_GLOB))  # the same runs there go on
+    return rows | {f"trackers/{file.name}": read_plain(file).decode() for file in trackers}
 
 
 def _is_before(row: dict[str, Any], origin: Origin) -> bool:
@@ -111,3 +127,17 @@ def _lines(run: RunDir, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for line in text.split(b"\n")[:-1]:
         if (row := parse_row(line)) is not None:
             yield f"{line.decode(errors='replace')}\n", row
+
+
+def begins(entry: RunEntry) -> dict[str, str]:
+    """Return what files of the run begin with: rows of the run that it goes on from, how far its trackers are."""
+    top = entry.record.path / BEGINS
+    files = sorted([*top.glob("*.jsonl"), *top.glob(TRACKER_GLOB)])
+    return {file.relative_to(top).as_posix(): read_plain(file).decode() for file in files}
+
+
+def fill_rows(entry: RunEntry) -> None:
+    """Write to the mirror, after the launch, what the host's files begin with: rows that were shown before."""
+    for name, text in begins(entry).items():
+        if not (entry.mirror.path / name).exists():
+            replace(entry.mirror.path, name, text.encode())

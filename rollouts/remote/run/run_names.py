@@ -1,8 +1,10 @@
 """Which run a name means: a whole name, a tag, the beginning of a name, its beginning and end around `…`, or `last`."""
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rollouts.remote.errors import DeployError
+from rollouts.remote.errors import DeployError, Problem
 from rollouts.remote.run import registry
 from rollouts.remote.run.registry import RunEntry
 from rollouts.remote.run.tags import tags
@@ -39,6 +41,8 @@ def find_on_host(name: str, facts: "HostFacts", target: str) -> str:
         return name
     if name == LAST and names:
         return str(names[-1])
+    if (tagged := tags().get(name)) in names:
+        return str(tagged)
     found = find_by_prefix(name, names)
     if found is None:
         raise no_run(name, target, [*(entry.run_id for entry in registry.entries()), *names])
@@ -51,7 +55,9 @@ def find_by_prefix(name: str, run_ids: list[str]) -> str | None:
     `begin…end` means one that begins and ends so: a narrow `deploy ls` prints long names in this way.
     """
     begin, _, end = name.partition(ELLIPSIS)
-    found = [run_id for run_id in run_ids if name and run_id.startswith(begin) and run_id.endswith(end)]
+    found = [
+        run_id for run_id in run_ids if name and run_id.startswith(begin) and run_id.endswith(end)
+    ]
     if len(found) > 1 and name not in found:
         raise DeployError(
             f"{name!r} begins the names of {len(found)} runs.",
@@ -68,3 +74,20 @@ def no_run(name: str, target: str, known: list[str]) -> DeployError:
         found=f"runs: {', '.join(sorted(set(known))[-8:]) or 'none'}",
         fix="deploy ls shows the runs started here, deploy ls --remote T those of a host",
     )
+
+
+def name_problems(run_id: str, local_dir: str | Path) -> list[Problem]:
+    """Return why a new run cannot have that name here: it would mean another run, or its results have a place."""
+    other = "choose another --run-id, or leave it out"
+    if run_id == LAST:
+        return [Problem(f"the run id {LAST!r} means the newest run.", fix=other)]
+    if tagged := tags().get(run_id):
+        drop = f"`deploy tag {tagged} {run_id} --remove` takes it away"
+        return [Problem(f"the run id {run_id!r} is a tag of {tagged}.", fix=f"{other}; {drop}")]
+    entry = registry.find(run_id)
+    if entry is None and not os.path.lexists(local_dir):
+        return []
+    fix = f"{other}; `deploy attach {run_id}` goes on with that run"
+    if entry is None:
+        fix = f"{other}; or move that directory away"
+    return [Problem(f"the run id {run_id!r} is in use here.", found=str(local_dir), fix=fix)]

@@ -2,7 +2,10 @@
 
 Content decides. Files that the last run of this project has there, byte for byte, become hard links to it, so they cost
 neither time nor space; what was deleted here is simply not there. Before the tree gets its name, the host hashes what
-lies in it, and that must be what was hashed here. An upload that was cut off is resumed where it broke.
+lies in it, and that must be what was hashed here.
+
+Files grow in place, so that whatever cuts an upload off, a kill -9 of either rsync too, the next one goes on at the
+byte where it broke.
 """
 
 import inspect
@@ -43,8 +46,14 @@ find "$3" -type f -links +1 -exec rm -f {} +
 for other in "$4"/runs/*/code/."$5"-build*; do [ "$other" = "$3" ] || [ ! -d "$other" ] || echo "link=$other"; done
 exit 0
 """
-# The same arguments; uploads that were not resumed for a week go too
+# The same arguments; uploads that were not resumed for a week go too. $7 Python, whose program hashes what lies there,
+# $8 the digest that it has to find, else all stays as it is. One call: a round trip may take a third of a second.
 _FINISH = """
+if [ "$8" ]; then
+  found=$("$7" -IS -) || exit 1
+  printf '%s\\n' "$found"
+  case $found in *"\\"digest\\": \\"$8\\""*) ;; *) exit 0 ;; esac
+fi
 if [ -d "$1/code/$5" ]; then [ -d "$3" ] && echo "state=another's"; else mv "$3" "$1/code/$5" || exit 1; fi
 rm -rf "$1"/code/."$5"-*
 [ -z "$6" ] || ln -sfn "$1/code/$5" "$2"
@@ -61,7 +70,9 @@ class CodePlace:
     run_path: str
     project: str
     launch_id: str = ""
-    name: Literal["tree", "package"] = "tree"  # package: rollouts itself, beside the user's repository
+    name: Literal["tree", "package"] = (
+        "tree"  # package: rollouts itself, beside the user's repository
+    )
     stays: bool = True  # the next tree of the project may be made of links to this one
 
     @property
@@ -82,6 +93,14 @@ class CodePlace:
         return self.run_path, self.link, self.build, self.home, self.name, "1" if self.stays else ""
 
 
+@dataclass
+class Upload:
+    """What all tries of one upload share: descriptors that its rsyncs hold too, and how much they have sent."""
+
+    keep_open: tuple[int, ...] = ()
+    sent_bytes: int = 0
+
+
 def sync_code(
     transport: Transport,
     place: CodePlace,
@@ -92,6 +111,7 @@ def sync_code(
     python: str = "python3",
     expected: Tree | None = None,
     say: Say = silent,
+    upload: Upload | None = None,
 ) -> bool:
     """Bring `files` of `root` to `place`. False when a whole tree was there already: it stays.
 
@@ -104,14 +124,22 @@ def sync_code(
         if expected is None:
             expected = _hash_files(root, files)
         else:
-            _refuse_changed_files(root, expected, "the code here is not the code that this run was planned with.")
-        _transfer(transport, root, expected, place, answers=answers, timeout_s=timeout_s, say=say)
-    if expected is not None:
+            _refuse_changed_files(
+                root, expected, "the code here is not the code that this run was planned with."
+            )
+        sending = Sending(size_of(expected), say, upload or Upload())
+        _transfer(
+            transport, root, expected, place, answers=answers, sending=sending, timeout_s=timeout_s
+        )
+    if expected is None:
+        ended = _shell(transport, _FINISH, *place.arguments)
+    else:
         say("sync", f"checking {len(expected)} files on {transport.target} by content")
-        _check(transport, python, place, expected, root=None if complete else root)
-    for line in _shell(transport, _FINISH, *place.arguments).splitlines():
+        ended = _check(transport, python, place, expected, root=None if complete else root)
+    for line in ended.splitlines():
         key, _, value = line.partition("=")
-        if key == "state" and expected is not None:  # another deploy of this name was faster: what it sent lies there
+        # another deploy of this name was faster: what it sent lies there
+        if key == "state" and expected is not None:
             _check(transport, python, place, expected, root=None)
         if key == "old":
             say("sync", f"removed {value}: an upload that was not resumed for a week")
@@ -129,7 +157,9 @@ class _Answers:
     def parse(cls, text: str) -> "_Answers":
         pairs = [line.partition("=")[::2] for line in text.splitlines()]
         states = [value for key, value in pairs if key == "state"]
-        return cls(states[0] if states else "", tuple(value for key, value in pairs if key == "link"))
+        return cls(
+            states[0] if states else "", tuple(value for key, value in pairs if key == "link")
+        )
 
 
 def _transfer(
@@ -139,23 +169,31 @@ def _transfer(
     place: CodePlace,
     *,
     answers: _Answers,
+    sending: "Sending",
     timeout_s: float,
-    say: Say,
 ) -> None:
     """Send `tree` into the build directory with one rsync. A part of a file stays there, for the next try."""
-    size = sum(file["size"] for file in tree.values())
     kept = ", going on with what an earlier try sent" if answers.state == "resumed" else ""
-    say("sync", f"{len(tree)} files, {size / 1e6:.1f} MB, to {transport.target}:{place.whole}{kept}")
+    sending.say(
+        "sync",
+        f"{len(tree)} files, {sending.size / 1e6:.1f} MB, to {transport.target}:{place.whole}{kept}",
+    )
     links = [f"--link-dest={link}" for link in answers.links[:LINK_TREES_MAX]]
-    options = ["-lptc", "--partial", "--force", f"--timeout={timeout_s:.0f}"]
+    # in place: nothing there has another name (_PREPARE), and rsync writes to none that it linked itself
+    options = ["-lptc", "--inplace", "--force", f"--timeout={timeout_s:.0f}"]
     # "./": a name that starts with # or ; would be taken for a comment
     names = b"".join(b"./" + name.encode(errors="surrogateescape") + b"\0" for name in sorted(tree))
     source = [f"{os.fspath(root)}/", transport.rsync_path(f"{place.build}/")]
-    progress = _Progress(size, say)
-    arguments = [*options, *links, "--from0", "--files-from=-", *source]
-    done = run_rsync(transport, arguments, stdin=names, timeout_s=None, on_output=progress.read)
+    done = run_rsync(
+        transport,
+        [*options, *links, "--from0", "--files-from=-", *source],
+        stdin=names,
+        timeout_s=None,
+        on_output=sending.read,
+        keep_open=sending.upload.keep_open,
+    )
     if done.returncode == RSYNC_FILE_ERROR:
-        _refuse_full_disk(transport, place.build, size)
+        _refuse_full_disk(transport, place.build, sending.size)
     if done.returncode != 0:
         _refuse_changed_files(root, tree, CHANGED_MEANWHILE)
         raise DeployError(
@@ -163,38 +201,49 @@ def _transfer(
             found=done.err[-1500:] or f"rsync's exit code {done.returncode}",
             fix="run the same command again: it goes on with what was sent",
         )
-    progress.end()
+    sending.end()
 
 
-class _Progress:
+def size_of(tree: Tree) -> int:
+    """Return the bytes of a tree's files."""
+    return sum(file["size"] for file in tree.values())
+
+
+class Sending:
     """rsync's own progress, said each time that another tenth of the bytes has gone, and at the end."""
 
     _LINE = re.compile(r"^\s*([\d.,']+)\s+(\d+)%\s+(\S+/s)")
 
-    def __init__(self, size: int, say: Say) -> None:
-        self._size, self._say, self._tenth = size, say, 0
-        self._last: tuple[str, str] | None = None  # (bytes, rate) that rsync told last
+    def __init__(self, size: int, say: Say, upload: Upload) -> None:
+        self.size, self.say, self.upload, self._tenth = size, say, upload, 0
+        self._last: tuple[int, str] | None = None  # (bytes, rate) that rsync told last
 
     def read(self, text: str) -> None:
         """Read a line of rsync's, such as `  12,345,678  45%  11.22MB/s  0:00:10`."""
         if (match := self._LINE.match(text)) is None:
             return
-        sent, rate = re.sub(r"\D", "", match[1]), match[3]
+        sent, rate = int(re.sub(r"\D", "", match[1])), match[3]
+        self.upload.sent_bytes += max(0, sent - (self._last[0] if self._last else 0))
         self._last = sent, rate
-        tenth = 10 * int(sent) // max(1, self._size)
-        if tenth > self._tenth and self._size > PROGRESS_BYTES_MIN:
+        tenth = 10 * sent // max(1, self.size)
+        if tenth > self._tenth and self.size > PROGRESS_BYTES_MIN:
             self._tenth = tenth
-            self._say("sync", f"{int(sent) / 1e6:.1f} of {self._size / 1e6:.1f} MB sent, {rate}")
+            self.say("sync", f"{sent / 1e6:.1f} of {self.size / 1e6:.1f} MB sent, {rate}")
 
     def end(self) -> None:
         if self._last is None:  # an rsync that tells no progress
-            self._say("sync", "sent, but for what was there")
+            self.say("sync", "sent, but for what was there")
             return
         sent, rate = self._last
-        self._say("sync", f"{int(sent) / 1e6:.1f} MB sent{f', {rate}' if rate else ''}; the rest was there")
+        self.say(
+            "sync",
+            f"{sent / 1e6:.1f} MB sent{f', {rate}' if rate else ''}; the rest was there",
+        )
 
 
-def _hash_files(root: os.PathLike[str], files: Iterable[str], *, grown_from: Tree | None = None) -> Tree:
+def _hash_files(
+    root: os.PathLike[str], files: Iterable[str], *, grown_from: Tree | None = None
+) -> Tree:
     try:
         return read_tree(root, files, grown_from=grown_from)
     except OSError as error:
@@ -214,13 +263,21 @@ def _refuse_changed_files(root: os.PathLike[str], planned: Tree, message: str) -
 
 
 def _check(
-    transport: Transport, python: str, place: CodePlace, expected: Tree, *, root: os.PathLike[str] | None
-) -> None:
-    """Raise unless the host's finished tree, or with `root` what was built there from those files, is `expected`."""
+    transport: Transport,
+    python: str,
+    place: CodePlace,
+    expected: Tree,
+    *,
+    root: os.PathLike[str] | None,
+) -> str:
+    """Raise unless the host's finished tree, or with `root` what was built there from those files, is `expected`.
+
+    What was built gets its name; returns what was said of that.
+    """
     tree = place.whole if root is None else place.build
-    found = _check_there(transport, python, tree, expected, prune=root is not None)
+    found = _check_there(transport, python, place, expected, prune=root is not None)
     if found.digest == tree_digest(expected):
-        return
+        return found.ended
     if root is not None:
         _refuse_changed_files(root, expected, CHANGED_MEANWHILE)
     raise DeployError(
@@ -235,24 +292,37 @@ def _check(
 class _Found:
     digest: str
     differences: tuple[str, ...]
+    ended: str  # what _FINISH said, where the digest is the right one
 
 
-def _check_there(transport: Transport, python: str, directory: str, expected: Tree, *, prune: bool) -> _Found:
-    """Have the host hash `directory`. The program brings its own code: what lies there is what is being checked."""
+def _check_there(
+    transport: Transport, python: str, place: CodePlace, expected: Tree, *, prune: bool
+) -> _Found:
+    """Have the host hash the tree, and give it its name if it is `expected`; `prune`: it was built just now.
+
+    The program brings its own code: what lies there is what is being checked.
+    """
+    directory = place.build if prune else place.whole
     call = f"check_tree({directory!r}, json.loads({json.dumps(expected)!r}), prune={prune})"
     program = f"{inspect.getsource(manifest)}\nprint('\\ntree=' + json.dumps({call}))\n"
-    size = sum(file["size"] for file in expected.values())
-    timeout_s = 60 + size / HASH_BYTES_PER_S
-    done = transport.run([python, "-I", "-"], stdin=program.encode(), timeout_s=timeout_s)
+    timeout_s = SHELL_TIMEOUT_S + size_of(expected) / HASH_BYTES_PER_S
+    words = *place.arguments, python, tree_digest(expected)
+    argv = ["sh", "-c", _FINISH, "sh", *words]
+    done = transport.run(argv, stdin=program.encode(), timeout_s=timeout_s)
+    if "No space left on device" in done.err:
+        raise disk_full(transport.target, done.err)
     if done.returncode != 0:
         raise DeployError(
-            f"{transport.target}: the code there could not be checked.",
+            f"{transport.target}: the code there could not be checked and put in its place.",
             found=done.err[-1000:] or f"exit code {done.returncode}, no message",
             needed=f"{python}, 3.10 or newer, to hash {directory}",
         )
     fields = {"digest": str, "differences": list[str]}
-    answer = read_answer(transport.target, f"what code lies in {directory}", done.out, fields, prefix="tree=")
-    return _Found(answer["digest"], tuple(answer["differences"]))
+    answer = read_answer(
+        transport.target, f"what code lies in {directory}", done.out, fields, prefix="tree="
+    )
+    ended = done.out.partition("\ntree=")[2].partition("\n")[2]
+    return _Found(answer["digest"], tuple(answer["differences"]), ended)
 
 
 def _refuse_full_disk(transport: Transport, directory: str, size: int) -> None:

@@ -15,27 +15,53 @@ RESERVED = ("last",)
 
 
 def tags() -> dict[str, str]:
-    """Return {tag: run id}; {} where there are none, or the file is damaged."""
+    """Return {tag: run id}; {} where there are none, or the file is damaged: `damaged_tags` names it."""
+    return _read() or {}
+
+
+def damaged_tags() -> list[Path]:
+    """Return the file of the tags if it cannot be read."""
+    return [_file()] if _read() is None else []
+
+
+def _read() -> dict[str, str] | None:
+    """Return {tag: run id}; None for a file that is damaged."""
     try:
         found = json.loads(read_plain(_file()))
-    except (OSError, ValueError, RecursionError):
+    except FileNotFoundError:
         return {}
-    return {str(tag): str(run) for tag, run in found.items()} if isinstance(found, dict) else {}
+    except (OSError, ValueError, RecursionError):
+        return None
+    return {str(tag): str(run) for tag, run in found.items()} if isinstance(found, dict) else None
+
+
+def _to_change() -> dict[str, str]:
+    """Return {tag: run id}. Raises DeployError for a damaged file: it is not written over."""
+    found = _read()
+    if found is None:
+        raise DeployError(
+            f"the tags of this machine cannot be read: {_file()}",
+            needed='a JSON object {"TAG": "RUN"}',
+            fix="mend that file; or move it away, and give the tags again",
+        )
+    return found
 
 
 def tag_run(run_id: str, tag: str, *, run_ids: list[str]) -> None:
     """Give a run a tag. Raises DeployError for one that is not a name, or that means another run."""
     if not valid_run_id(tag) or tag in RESERVED:
         raise DeployError(
-            f"{tag!r} is not a tag.", needed="1 to 80 letters, digits, '-' or '_', which a letter or digit begins"
+            f"{tag!r} is not a tag.",
+            needed="1 to 80 letters, digits, '-' or '_', which a letter or digit begins",
         )
     if tag in run_ids:
         raise DeployError(f"{tag!r} is the name of a run.", fix="choose another tag")
     with _alone():
-        found = tags()
+        found = _to_change()
         if found.get(tag, run_id) != run_id:
             raise DeployError(
-                f"{tag!r} is a tag of {found[tag]}.", fix=f"deploy tag {tag} {tag} --remove takes it away"
+                f"{tag!r} is a tag of {found[tag]}.",
+                fix=f"deploy tag {tag} {tag} --remove takes it away",
             )
         write_json_atomic(_file(), {**found, tag: run_id}, mode=0o600)
 
@@ -43,18 +69,22 @@ def tag_run(run_id: str, tag: str, *, run_ids: list[str]) -> None:
 def untag_run(run_id: str, tag: str) -> None:
     """Take a tag away. Raises DeployError where the run does not have it."""
     with _alone():
-        found = tags()
+        found = _to_change()
         if found.get(tag) != run_id:
             own = ", ".join(name for name, run in found.items() if run == run_id)
             raise DeployError(f"{run_id} has no tag {tag!r}.", found=f"tags: {own or 'none'}")
-        write_json_atomic(_file(), {name: run for name, run in found.items() if name != tag}, mode=0o600)
+        write_json_atomic(
+            _file(), {name: run for name, run in found.items() if name != tag}, mode=0o600
+        )
 
 
 def drop_tags(run_id: str) -> None:
     """Take all tags of a run away: it is no longer known here."""
     if run_id in tags().values():
         with _alone():
-            write_json_atomic(_file(), {name: run for name, run in tags().items() if run != run_id}, mode=0o600)
+            write_json_atomic(
+                _file(), {name: run for name, run in tags().items() if run != run_id}, mode=0o600
+            )
 
 
 @contextlib.contextmanager

@@ -9,7 +9,15 @@ from typing import Literal
 from rollouts.remote.errors import DeployError
 
 Checkpoints = Literal["all", "latest", "none"]
-UNITS = {"": 1024, "k": 1024, "m": 1024**2, "g": 1024**3, "kib": 1024, "mib": 1024**2, "gib": 1024**3}
+UNITS = {
+    "": 1024,
+    "k": 1024,
+    "m": 1024**2,
+    "g": 1024**3,
+    "kib": 1024,
+    "mib": 1024**2,
+    "gib": 1024**3,
+}
 UNITS |= {"b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3}
 RATE = re.compile(r"(\d{1,12}(?:\.\d{1,6})?)([a-z]{0,3})", re.IGNORECASE)
 
@@ -26,10 +34,13 @@ class ToBring:
         """Read the options of the command line. Raises DeployError."""
         if only not in (None, "latest"):
             raise DeployError(
-                f"--only {only}: no such choice.", needed="--only latest: the last checkpoint of each stage"
+                f"--only {only}: no such choice.",
+                needed="--only latest: the last checkpoint of each stage",
             )
         if no_checkpoints and only:
-            raise DeployError("--no-checkpoints and --only exclude each other.", fix="leave out one of the two")
+            raise DeployError(
+                "--no-checkpoints and --only exclude each other.", fix="leave out one of the two"
+            )
         checkpoints: Checkpoints = "none" if no_checkpoints else "latest" if only else "all"
         return cls(checkpoints, None if bwlimit is None else _parse_rate(bwlimit))
 
@@ -40,7 +51,9 @@ class ToBring:
     @property
     def words(self) -> list[str]:
         """Return the options of the command line that say the same."""
-        which = {"all": [], "latest": ["--only", "latest"], "none": ["--no-checkpoints"]}[self.checkpoints]
+        which = {"all": [], "latest": ["--only", "latest"], "none": ["--no-checkpoints"]}[
+            self.checkpoints
+        ]
         return which if self.kib_per_s is None else [*which, "--bwlimit", f"{self.kib_per_s}K"]
 
     def choose(self, paths: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -50,7 +63,8 @@ class ToBring:
         for stage, step in map(stage_and_step, listed):
             newest[stage] = max(step, newest.get(stage, 0))
         chosen = {"all": listed, "none": []}.get(
-            self.checkpoints, [path for path in listed if newest[stage_and_step(path)[0]] == stage_and_step(path)[1]]
+            self.checkpoints,
+            [path for path in listed if newest[stage_and_step(path)[0]] == stage_and_step(path)[1]],
         )
         return chosen, [path for path in listed if path not in chosen]
 
@@ -82,5 +96,8 @@ def _parse_rate(text: str) -> int:
         )
     bytes_per_s = float(match[1]) * unit
     if bytes_per_s < 1024:
-        raise DeployError(f"--bwlimit {text}: too slow to bring anything.", needed="at least 1K; none: leave it out")
+        raise DeployError(
+            f"--bwlimit {text}: too slow to bring anything.",
+            needed="at least 1K; none: leave it out",
+        )
     return round(bytes_per_s / 1024)

@@ -43,7 +43,9 @@ class FSDPTrainingBackend(PyTorchTrainingBackend):
         **options: Any,
     ) -> None:
         if "compute_dtype" in options:
-            raise ValueError("compute_dtype: an option of PyTorchTrainingBackend; here FSDPConfig.mixed_precision says")
+            raise ValueError(
+                "compute_dtype: an option of PyTorchTrainingBackend; here FSDPConfig.mixed_precision says"
+            )
         if options.get("value_head") is not None:
             raise ValueError("value_head: a sharded backend has none; use PyTorchTrainingBackend")
         config = config or FSDPConfig()
@@ -59,15 +61,29 @@ class FSDPTrainingBackend(PyTorchTrainingBackend):
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         placement.place(model)
-        super().__init__(model, optimizer_fn(model), loss_fn, checkpoint_dir, device, placement=placement, **options)
+        super().__init__(
+            model,
+            optimizer_fn(model),
+            loss_fn,
+            checkpoint_dir,
+            device,
+            placement=placement,
+            **options,
+        )
 
 
 def _join(device: torch.device | str | None) -> torch.device:
     """Make the process group, unless there is one, and return this rank's device."""
-    device_type = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else torch.device(device).type
+    device_type = (
+        ("cuda" if torch.cuda.is_available() else "cpu")
+        if device is None
+        else torch.device(device).type
+    )
     own = distributed.initialize(device_type, alone=True) if not dist.is_initialized() else None
     if device is None:
-        device = own or (torch.device("cuda", torch.cuda.current_device()) if device_type == "cuda" else "cpu")
+        device = own or (
+            torch.device("cuda", torch.cuda.current_device()) if device_type == "cuda" else "cpu"
+        )
     return torch.device(device)
 
 

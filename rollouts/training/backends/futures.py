@@ -30,7 +30,7 @@ class ThreadFuture(Generic[T]):
         return self._future.result()
 
     def wait(self) -> T:
-        """`result()` for code that is not async: blocks the thread."""
+        """Block the thread until `result()` is there, for code that is not async."""
         return self._future.result()
 
     def wait_done(self) -> None:

@@ -18,12 +18,16 @@ class LossFunction:
         parameters = inspect.signature(function).parameters.values()
         self.function = function
         self.reads_log_probs = is_log_prob_loss(function)
-        self.required = frozenset(p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD)
+        self.required = frozenset(
+            p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD
+        )
         self._keys = _keys(parameters)
 
     def __call__(self, logits: Logits, inputs: Batch) -> Tensor:
         """Return the loss, a scalar; `inputs` are a batch on the device, with what a user has added to it."""
-        named = {key: value for key, value in inputs.items() if self._keys is None or key in self._keys}
+        named = {
+            key: value for key, value in inputs.items() if self._keys is None or key in self._keys
+        }
         return self.function(logits=logits, **named)
 
     def check(self, batch: Mapping[str, object], required: Iterable[str]) -> None:

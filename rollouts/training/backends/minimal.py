@@ -33,7 +33,8 @@ class _Completed:
         self._given = backend
         self.forward_backward = backend.forward_backward
         self.optim_step = backend.optim_step
-        self._unknown_model = nn.Module()  # no config and no embeddings: its FLOPs and limits are not known
+        # no config and no embeddings: its FLOPs and limits are not known
+        self._unknown_model = nn.Module()
 
     @property
     def model(self) -> nn.Module:
@@ -71,6 +72,10 @@ class _Completed:
     def log_probs(self, batch: Batch) -> TrainFuture[Tensor]:
         return self._call("log_probs", batch)
 
+    def trained_log_probs(self) -> TrainFuture[list[Tensor]]:
+        kept = getattr(self._given, "trained_log_probs", None)
+        return _Done([]) if kept is None else kept()
+
     def values(self, batch: Batch) -> TrainFuture[Tensor]:
         return self._call("values", batch)
 
@@ -85,10 +90,14 @@ class _Completed:
         give_cache_back = getattr(self._given, "give_cache_back", None)
         return _Done(None) if give_cache_back is None else give_cache_back()
 
-    async def save_checkpoint(self, step: int, metrics: dict[str, Any], extra: dict[str, Any] | None = None) -> Path:
+    async def save_checkpoint(
+        self, step: int, metrics: dict[str, Any], extra: dict[str, Any] | None = None
+    ) -> Path:
         """Save without `extra` where the backend takes none: a run cannot then resume in the middle of its data."""
         save = self._given.save_checkpoint
-        return await (save(step, metrics, extra=extra) if _takes(save, "extra") else save(step, metrics))
+        return await (
+            save(step, metrics, extra=extra) if _takes(save, "extra") else save(step, metrics)
+        )
 
     async def start_checkpoint(
         self, step: int, metrics: dict[str, Any], extra: dict[str, Any] | None = None
@@ -138,4 +147,7 @@ class _Done(Generic[T]):
 
 def _takes(function: Callable[..., Any], name: str) -> bool:
     parameters = inspect.signature(function).parameters.values()
-    return any(parameter.name == name or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    return any(
+        parameter.name == name or parameter.kind is parameter.VAR_KEYWORD
+        for parameter in parameters
+    )

@@ -33,6 +33,8 @@ class OptimizerSteps:
 
     def forward_backward(self, batch: Batch) -> dict[str, float]:
         """Add the gradient of `batch`. Return its numbers, or {} where it was announced."""
+        if not self.sums.micro_batches:
+            self._passes.start_update()
         announced, may_be_last = self.sums.begin()
         self._trained.placement.reduce_now(self._trained.model, now=may_be_last)
         found = self._passes.backward(batch)
@@ -46,7 +48,8 @@ class OptimizerSteps:
         """Apply what has gathered, and start over. Raises, with parameters as they are, where it cannot be applied."""
         trained, parameters = self._trained, self._trained.parameters
         for parameter in parameters:
-            if parameter.grad is None:  # no sequence on this rank, or unused: every rank and every split does the same
+            # no sequence on this rank, or unused: every rank and every split does the same
+            if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [p.grad for p in parameters if p.grad is not None]
         trained.placement.sum_gradients(gradients)
@@ -64,7 +67,11 @@ class OptimizerSteps:
             trained.value_head.step(factor, self._max_grad_norm, norms[1])
         trained.step += 1
         self.sums.start_over()
-        first = {"step": trained.step, "lr": trained.optimizer.param_groups[0]["lr"], "grad_norm": read_norms[0]}
+        first = {
+            "step": trained.step,
+            "lr": trained.optimizer.param_groups[0]["lr"],
+            "grad_norm": read_norms[0],
+        }
         return {**first, **metrics}
 
     def _check_finite(self, norms: Sequence[float], loss: float) -> None:
@@ -83,12 +90,14 @@ class OptimizerSteps:
     def _set_lr(self) -> float:
         """Set the learning rates of this step. Return the schedule's factor."""
         factor = self._lr_schedule(self._trained.step) if self._lr_schedule else 1.0
-        for group, base_lr in zip(self._trained.optimizer.param_groups, self._base_lrs, strict=True):
+        for group, base_lr in zip(
+            self._trained.optimizer.param_groups, self._base_lrs, strict=True
+        ):
             group["lr"] = base_lr * factor
         return factor
 
 
 def _total_norm(gradients: list[Tensor]) -> Tensor:
-    """The L2 norm of them all, a scalar; of sharded ones (every rank calls it then) over all shards."""
+    """Return the L2 norm of them all, a scalar; of sharded ones (every rank calls it then) over all shards."""
     norm = torch.nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

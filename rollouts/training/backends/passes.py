@@ -14,7 +14,13 @@ from rollouts.training.host_to_device import to_device
 from rollouts.training.known_gradients import known_gradient
 from rollouts.training.policy_statistics import policy_sums
 from rollouts.training.seams import Batch
-from rollouts.training.token_selection import Logits, select_from_logits, token_log_probs, trained_tokens
+from rollouts.training.token_selection import (
+    Logits,
+    select,
+    select_from_logits,
+    token_log_probs,
+    trained_tokens,
+)
 
 
 class Passes:
@@ -25,12 +31,22 @@ class Passes:
         self._model = trained.model
         self._loss = loss
         self._packed = packed
+        self._trained_log_probs: list[Tensor] = []  # of the update's micro-batches, on the device
+
+    def start_update(self) -> None:
+        """Forget what was kept of the update before."""
+        self._trained_log_probs = []
+
+    def trained_log_probs(self) -> list[Tensor]:
+        """Return [B, T] of each micro-batch of the update, on the CPU, 0 for what is not trained on."""
+        return [log_probs_BT.cpu() for log_probs_BT in self._trained_log_probs]
 
     def backward(self, batch: Batch) -> Tensor:
         """Add the gradient of `batch`. Return [1 or more], float64, on the device: the loss, then `policy_sums`."""
         inputs, layout = self._on_device(batch, self._loss.required)
         self._add_reference(inputs, layout)
-        with self._trained.precision.computing(self._model):  # for backward too: it repeats checkpointed activations
+        # for backward too: it repeats checkpointed activations
+        with self._trained.precision.computing(self._model):
             logits = self._logits(self._model, inputs, layout)
             loss = self._loss(logits, inputs)
             loss.backward()
@@ -64,7 +80,10 @@ class Passes:
         value_head, precision = self._trained.value_head, self._trained.precision
         if value_head is None:
             raise ValueError("values: this backend has no value head; give it one")
-        own = cast(Batch, {key: value for key, value in batch.items() if key in (*MODEL_KEYS, "attention_mask")})
+        own = cast(
+            Batch,
+            {key: value for key, value in batch.items() if key in (*MODEL_KEYS, "attention_mask")},
+        )
         inputs, layout = self._on_device(own, (), share_prompts=True)
         self._model.eval()
         with precision.computing(self._model), precision.autocasting(self._model):
@@ -75,7 +94,8 @@ class Passes:
     def _on_device(
         self, batch: Batch, required: Iterable[str], *, share_prompts: bool | None = None
     ) -> tuple[Batch, Layout | None]:
-        """The batch on the device, and its layout for a loss of log-probs. Prompts are shared in RL, unless said."""
+        """Return the batch on the device, and its layout for a loss of log-probs. Prompts are shared in RL, unless
+        said."""
         self._loss.check(batch, required)
         device = self._trained.device
         if not self._loss.reads_log_probs:
@@ -86,7 +106,8 @@ class Passes:
 
     @torch.no_grad()
     def _add_reference(self, inputs: Batch, layout: Layout | None) -> None:
-        """The reference's log-probs of the trained tokens, the way the policy's are taken: equal weights give 0 KL."""
+        """Return the reference's log-probs of the trained tokens, the way the policy's are taken: equal weights give 0
+        KL."""
         reference = self._trained.reference
         if reference is not None and "ref_log_probs" not in inputs:
             with reference.using(reference.model):
@@ -96,14 +117,21 @@ class Passes:
                 logits, inputs["labels"], inputs["loss_mask"], temperature=temperature
             )
 
+    @torch.no_grad()
     def _policy_sums(self, logits: Logits, inputs: Batch) -> Tensor:
+        labels, mask = inputs["labels"], inputs["loss_mask"]
+        temperature = inputs.get("temperature", 1.0)
+        tokens = select(logits, labels, mask, temperature, with_entropy=True)
+        self._trained_log_probs.append(
+            token_log_probs(tokens, labels, mask, temperature=temperature)
+        )
         return policy_sums(
-            logits,
-            inputs["labels"],
-            inputs["loss_mask"],
+            tokens,
+            labels,
+            mask,
             inputs["old_log_probs"],
             inputs["ref_log_probs"] if self._trained.reference else None,
-            temperature=inputs.get("temperature", 1.0),
+            temperature=temperature,
             clip_range=inputs.get("clip_range", 0.2),
         )
 
@@ -117,11 +145,15 @@ class Passes:
                 options: dict[str, Any] = {"with_entropy": is_rl, "layout": layout}
                 if model is self._model:
                     options["value_head"] = self._trained.value_head
-                    options["known_gradient"] = None if is_rl else known_gradient(self._loss.function, inputs)
+                    options["known_gradient"] = (
+                        None if is_rl else known_gradient(self._loss.function, inputs)
+                    )
                 return forward.token_log_probs(model, inputs, **options)
             logits = forward.padded_logits(model, inputs)
         if layout is None:
             return logits
         where = layout.keep, layout.places_N
         temperature = inputs.get("temperature", 1.0)
-        return select_from_logits(logits, inputs["labels"], *where, temperature=temperature, with_entropy=is_rl)
+        return select_from_logits(
+            logits, inputs["labels"], *where, temperature=temperature, with_entropy=is_rl
+        )

@@ -28,7 +28,9 @@ class Placement(Protocol):
     def place(self, model: nn.Module) -> None:
         """Bring `model` to this rank's device, in place, with rank 0's parameters."""
 
-    def run(self, compute: Compute, model: nn.Module, inputs: Batch, layout: Layout | None) -> Logits:
+    def run(
+        self, compute: Compute, model: nn.Module, inputs: Batch, layout: Layout | None
+    ) -> Logits:
         """Return `compute(model, inputs, layout)`, with the parameters that it needs at hand."""
 
     def reduce_now(self, model: nn.Module, *, now: bool) -> None:
@@ -53,7 +55,9 @@ class WholeCopy:
         model.to(self.device)
         distributed.broadcast_tensors([parameter.detach() for parameter in model.parameters()])
 
-    def run(self, compute: Compute, model: nn.Module, inputs: Batch, layout: Layout | None) -> Logits:
+    def run(
+        self, compute: Compute, model: nn.Module, inputs: Batch, layout: Layout | None
+    ) -> Logits:
         return compute(model, inputs, layout)
 
     def reduce_now(self, model: nn.Module, *, now: bool) -> None:

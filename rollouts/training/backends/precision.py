@@ -19,7 +19,13 @@ class Precision:
     """
 
     def __init__(
-        self, compute_dtype: str, model: nn.Module, reference: Reference | None, device: torch.device, *, packed: bool
+        self,
+        compute_dtype: str,
+        model: nn.Module,
+        reference: Reference | None,
+        device: torch.device,
+        *,
+        packed: bool,
     ) -> None:
         self._model = model
         self._device = device
@@ -32,7 +38,11 @@ class Precision:
 
     def computing(self, model: nn.Module) -> AbstractContextManager[None]:
         """Put the copies in the parameters' place, where `model` has any. The backward pass needs it too."""
-        return self.copies.in_place() if self.copies is not None and model is self._model else nullcontext()
+        return (
+            self.copies.in_place()
+            if self.copies is not None and model is self._model
+            else nullcontext()
+        )
 
     def autocasting(self, model: nn.Module) -> AbstractContextManager[Any]:
         """Autocast, unless the packed `model` has parameters in bfloat16 now."""

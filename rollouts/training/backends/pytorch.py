@@ -70,7 +70,9 @@ class PyTorchTrainingBackend:
         if compute_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"compute_dtype={compute_dtype!r}: needs 'float32' or 'bfloat16'")
         if not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm={max_grad_norm}: needs > 0, or math.inf for no clipping")
+            raise ValueError(
+                f"max_grad_norm={max_grad_norm}: needs > 0, or math.inf for no clipping"
+            )
         placement = placement or WholeCopy(torch.device(device))
         if placement.device.type == "cpu":
             keep_freed_memory()
@@ -86,12 +88,16 @@ class PyTorchTrainingBackend:
             value_head = value_head.to(placement.device)
         self._trained = Trained(model, optimizer, placement, precision, reference, value_head)
         self._passes = Passes(self._trained, loss, packed=packed)
-        self._steps = OptimizerSteps(self._trained, self._passes, max_grad_norm=max_grad_norm, lr_schedule=lr_schedule)
+        self._steps = OptimizerSteps(
+            self._trained, self._passes, max_grad_norm=max_grad_norm, lr_schedule=lr_schedule
+        )
         self._worker = Worker(type(self).__name__, placement.device)
         self._saver = Saver(self._trained, Path(checkpoint_dir), tokenizer, retention)
         model.train()
         if value_head is not None:
-            distributed.broadcast_tensors([parameter.detach() for parameter in value_head.parameters()])
+            distributed.broadcast_tensors(
+                [parameter.detach() for parameter in value_head.parameters()]
+            )
 
     @property
     def model(self) -> nn.Module:
@@ -126,7 +132,9 @@ class PyTorchTrainingBackend:
         it is summed over ranks. With "old_log_probs" in the batch also the means of `rl_losses.policy_statistics`.
         Nothing for those that `expect` has announced: all of it is read at `optim_step`.
         """
-        return self._worker.submit("forward_backward", self._steps.forward_backward, cast(Batch, batch))
+        return self._worker.submit(
+            "forward_backward", self._steps.forward_backward, cast(Batch, batch)
+        )
 
     def expect(self, micro_batches: int) -> None:
         """Announce that the next `micro_batches` calls of `forward_backward` make up the next optimizer step.
@@ -149,7 +157,7 @@ class PyTorchTrainingBackend:
         return self._worker.submit("forward", self._passes.forward, cast(Batch, batch))
 
     def values(self, batch: Mapping[str, Any]) -> ThreadFuture[Tensor]:
-        """The value head's estimates [B, T] on the CPU, without a gradient and with dropout off.
+        """Return the value head's estimates [B, T] on the CPU, without a gradient and with dropout off.
 
         Entry t is the value of the state in which token t was chosen, for the trained tokens; 0 for the others.
         """
@@ -158,6 +166,13 @@ class PyTorchTrainingBackend:
     def log_probs(self, batch: Mapping[str, Any]) -> ThreadFuture[Tensor]:
         """Log-probs [B, T] of the tokens that `batch`'s loss_mask marks, on the CPU, 0 elsewhere; dropout off."""
         return self._worker.submit("log_probs", self._passes.log_probs, cast(Batch, batch))
+
+    def trained_log_probs(self) -> ThreadFuture[list[Tensor]]:
+        """Log-probs [B, T] of the last update's trained tokens, a tensor a micro-batch, on the CPU; 0 elsewhere.
+
+        Those that its loss was computed from: no pass is made. [] where the batch had no "old_log_probs".
+        """
+        return self._worker.submit("trained_log_probs", self._passes.trained_log_probs)
 
     def on_model(self, function: Callable[[nn.Module], T]) -> ThreadFuture[T]:
         """Call `function(model)` in turn with other work, with sharded parameters at rest; every rank calls it."""
@@ -174,8 +189,10 @@ class PyTorchTrainingBackend:
         with precision.computing(self.model), precision.autocasting(self.model):
             yield
 
-    async def save_checkpoint(self, step: int, metrics: dict[str, Any], extra: dict[str, Any] | None = None) -> Path:
-        """`start_checkpoint`, and wait until it is complete: its directory."""
+    async def save_checkpoint(
+        self, step: int, metrics: dict[str, Any], extra: dict[str, Any] | None = None
+    ) -> Path:
+        """Call `start_checkpoint` and wait until it is complete. Return its directory."""
         return await (await self.start_checkpoint(step, metrics, extra)).result()
 
     async def start_checkpoint(
@@ -209,7 +226,9 @@ class PyTorchTrainingBackend:
 
         `dtype`: what floating-point tensors are written as; None: as they are.
         """
-        return await self._worker.submit("save_weights", self._saver.save_weights, Path(path), dtype).result()
+        return await self._worker.submit(
+            "save_weights", self._saver.save_weights, Path(path), dtype
+        ).result()
 
     # --- on the worker thread ---------------------------------------------------------------------------------------
 

@@ -9,7 +9,11 @@ from torch import Tensor
 from rollouts.training.backends.pytorch import PyTorchTrainingBackend
 from rollouts.training.compiled_layers import compile_layers
 from rollouts.training.lora import LoraSettings, apply_lora
-from rollouts.training.model_loading import enable_activation_checkpointing, load_model, load_tokenizer
+from rollouts.training.model_loading import (
+    enable_activation_checkpointing,
+    load_model,
+    load_tokenizer,
+)
 from rollouts.training.optim import MuonSettings, build_optimizer
 from rollouts.training.rl_losses import sft_loss
 
@@ -38,7 +42,7 @@ def create_pytorch_backend(
     lora: LoraSettings | None = None,
     trust_remote_code: bool = False,
 ) -> PyTorchTrainingBackend:
-    """A backend for `model_name`, a hub id or a local directory (a checkpoint, say), with its tokenizer.
+    """Return a backend for `model_name`, a hub id or a local directory (a checkpoint, say), with its tokenizer.
 
     `learning_rate` is that of matrices and vectors; embeddings and the output head follow it unless given their own.
     `optimizer="muon"`, with `muon`: see `optim.build_optimizer`. `lora`: train adapters alone, at `learning_rate`;
@@ -87,10 +91,16 @@ def create_pytorch_backend(
 
 
 def _device(device_type: str) -> torch.device:
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
     if not available.get(device_type, False):
         usable = ", ".join(repr(name) for name, usable in available.items() if usable)
         raise ValueError(f"device_type={device_type!r}: not usable here; this machine has {usable}")
     return (
-        torch.device(device_type, torch.cuda.current_device()) if device_type == "cuda" else torch.device(device_type)
+        torch.device(device_type, torch.cuda.current_device())
+        if device_type == "cuda"
+        else torch.device(device_type)
     )

@@ -24,7 +24,9 @@ def resume(trained: Trained, path: Path) -> dict[str, Any]:
     read_model(trained.model, path)
     trained.precision.weights_changed()
     optimizer_directory = path / checkpoint.OPTIMIZER_DIRECTORY
-    optimizer_state.restore(trained.model, trained.optimizer, optimizer_directory, state["optimizer"])
+    optimizer_state.restore(
+        trained.model, trained.optimizer, optimizer_directory, state["optimizer"]
+    )
     trained.optimizer.zero_grad(set_to_none=True)
     _load_value_head(path, trained.value_head, state.get("value_head"))
     trained.step = state["optimizer_steps"]
@@ -33,7 +35,9 @@ def resume(trained: Trained, path: Path) -> dict[str, Any]:
     return {**metadata, "extra": state["extra"]}
 
 
-def _check_reference(path: Path, reference: Reference | None, recorded: Mapping[str, str] | None) -> None:
+def _check_reference(
+    path: Path, reference: Reference | None, recorded: Mapping[str, str] | None
+) -> None:
     if reference is not None and recorded is not None and recorded["sha256"] != reference.sha256:
         raise checkpoint.CheckpointError(
             f"{path}: was trained with a KL penalty towards {recorded['name']} (sha256 {recorded['sha256'][:12]}); "
@@ -42,7 +46,9 @@ def _check_reference(path: Path, reference: Reference | None, recorded: Mapping[
         )
 
 
-def _load_value_head(path: Path, value_head: ValueHead | None, saved: Mapping[str, Any] | None) -> None:
+def _load_value_head(
+    path: Path, value_head: ValueHead | None, saved: Mapping[str, Any] | None
+) -> None:
     if (saved is None) != (value_head is None):
         has, needs = ("no value head", "one") if saved is None else ("a value head", "none")
         raise checkpoint.CheckpointError(

@@ -26,10 +26,15 @@ class Saver:
     """
 
     def __init__(
-        self, trained: Trained, checkpoint_dir: Path, tokenizer: Tokenizer | None, retention: Retention | None
+        self,
+        trained: Trained,
+        checkpoint_dir: Path,
+        tokenizer: Tokenizer | None,
+        retention: Retention | None,
     ) -> None:
         self.checkpoint_dir = checkpoint_dir
-        self.tokenizer = copy.deepcopy(tokenizer)  # the writer's own: a fast tokenizer serves one thread at a time
+        # the writer's own: a fast tokenizer serves one thread at a time
+        self.tokenizer = copy.deepcopy(tokenizer)
         self.resumed_from: Path | None = None
         self._trained = trained
         self._retention = retention or Retention()
@@ -50,7 +55,9 @@ class Saver:
         try:
             json.dumps(extra)
         except (TypeError, ValueError) as error:
-            raise TypeError(f"extra of the checkpoint of step {step}: needs plain data: {error}") from error
+            raise TypeError(
+                f"extra of the checkpoint of step {step}: needs plain data: {error}"
+            ) from error
         what = (step, dict(metrics), copy.deepcopy(extra or {}), self._saving)
         staged = worker.submit("save_checkpoint", self._snapshot, *what)
         self._saving = saving = ThreadFuture(self._writer.submit(self._write, staged))
@@ -70,7 +77,11 @@ class Saver:
         return distributed.on_rank_0(lambda: write_weights(model, path, weights))
 
     def _snapshot(
-        self, step: int, metrics: dict[str, Any], extra: dict[str, Any], before: ThreadFuture[Path] | None
+        self,
+        step: int,
+        metrics: dict[str, Any],
+        extra: dict[str, Any],
+        before: ThreadFuture[Path] | None,
     ) -> checkpoint.Snapshot:
         trained = self._trained
         trained.placement.at_rest(trained.model)
@@ -79,13 +90,21 @@ class Saver:
         tensors, plain = optimizer_state.collect(trained.model, trained.optimizer)
         rng = distributed.gather_objects(rng_state(trained.device))
         own_part = trained.placement.collective or distributed.rank() == 0
-        value = {"value_head": copy.deepcopy(trained.value_head.state())} if trained.value_head else {}
+        value = (
+            {"value_head": copy.deepcopy(trained.value_head.state())} if trained.value_head else {}
+        )
         return checkpoint.Snapshot(
             step=step,
             weights=whole_weights(trained.model, copy=True),
             adapter=whole_adapter(trained.model),
             optimizer=self._staging.copy(tensors) if own_part else {},
-            training_state={"optimizer": plain, "optimizer_steps": trained.step, "rng": rng, "extra": extra, **value},
+            training_state={
+                "optimizer": plain,
+                "optimizer_steps": trained.step,
+                "rng": rng,
+                "extra": extra,
+                **value,
+            },
             metadata={
                 "metrics": metrics,
                 "world_size": distributed.world_size(),
@@ -94,7 +113,7 @@ class Saver:
         )
 
     def _write(self, staged: ThreadFuture[checkpoint.Snapshot]) -> Path:
-        """On the writer's thread."""
+        """Write it, on the writer's thread."""
         return checkpoint.write_checkpoint(
             self.checkpoint_dir,
             staged.wait(),

@@ -57,7 +57,9 @@ class FSDPConfig:
     def __post_init__(self) -> None:
         if self.sharding_strategy not in STRATEGIES:
             allowed = ", ".join(map(repr, STRATEGIES))
-            raise ValueError(f"sharding_strategy={self.sharding_strategy!r}: needs one of {allowed}")
+            raise ValueError(
+                f"sharding_strategy={self.sharding_strategy!r}: needs one of {allowed}"
+            )
         if self.shard_group_size is not None and self.sharding_strategy != "HYBRID_SHARD":
             raise ValueError(
                 f"shard_group_size={self.shard_group_size}: needs None, since only 'HYBRID_SHARD' has groups"
@@ -87,15 +89,19 @@ class Sharded:
         for layer in layers:
             self._shard(layer, is_root=False)
         for unit, after in itertools.pairwise(cast(list[FSDPModule], layers)):
-            unit.set_modules_to_forward_prefetch([after])  # gathered while this one runs; backward does so by itself
+            # gathered while this one runs; backward does so by itself
+            unit.set_modules_to_forward_prefetch([after])
         self._shard(model, is_root=True)
         for module in _units(model):
             module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo has no other, and a factor of 1 needs none
+            # gloo has no other, and a factor of 1 needs none
+            module.set_force_sum_reduction_for_comms(True)
         setattr(model, _FORWARD, types.MethodType(_training_forward, model))
         register_fsdp_forward_method(model, _FORWARD)
 
-    def run(self, compute: Compute, model: nn.Module, inputs: Batch, layout: Layout | None) -> Logits:
+    def run(
+        self, compute: Compute, model: nn.Module, inputs: Batch, layout: Layout | None
+    ) -> Logits:
         output = getattr(model, _FORWARD)(compute, inputs, layout)
         if not torch.is_grad_enabled():
             self.at_rest(model)  # no backward pass will
@@ -112,13 +118,17 @@ class Sharded:
             module.reshard()
 
     def _shard(self, module: nn.Module, *, is_root: bool) -> None:
-        whole = [parameter for parameter in module.parameters() if not isinstance(parameter, DTensor)]
+        whole = [
+            parameter for parameter in module.parameters() if not isinstance(parameter, DTensor)
+        ]
         for parameter in whole:
             parameter.data = parameter.data.to(self.device)
         distributed.broadcast_tensors([parameter.detach() for parameter in whole])
         dtype = torch.bfloat16 if self.config.mixed_precision else torch.float32
         # The root's inputs are a batch, whose masks and log-probs stay as they are
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=not is_root)
+        policy = MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=not is_root
+        )
         on_host = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
         reshards = self.config.reshards
         fully_shard(
@@ -130,18 +140,21 @@ class Sharded:
         )
 
     def _defers(self, model: nn.Module) -> bool:
-        """Whether whole gradients are kept until a step's last micro-batch, and summed over ranks once."""
+        """Return whether whole gradients are kept until a step's last micro-batch, and summed over ranks once."""
         if self.config.cpu_offload:
             return False
-        whole_bytes = 4 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        whole_bytes = 4 * sum(
+            parameter.numel() for parameter in model.parameters() if parameter.requires_grad
+        )
         on_cuda = self.device.type == "cuda"
         return defers_reduction(
-            whole_bytes, torch.cuda.get_device_properties(self.device).total_memory if on_cuda else None
+            whole_bytes,
+            torch.cuda.get_device_properties(self.device).total_memory if on_cuda else None,
         )
 
 
 def defers_reduction(gradient_bytes: int, device_bytes: int | None) -> bool:
-    """Whether a device (None: a CPU) has room for whole float32 gradients beside the shards.
+    """Return whether a device (None: a CPU) has room for whole float32 gradients beside the shards.
 
     Kept whole, they are summed over ranks once a step rather than at each micro-batch. They may take 1/16 of the
     memory, less than a memory plan's margin: those of 1.5B parameters on 141 GB, of 0.5B on 40 GB.
@@ -149,22 +162,31 @@ def defers_reduction(gradient_bytes: int, device_bytes: int | None) -> bool:
     return device_bytes is None or 16 * gradient_bytes <= device_bytes
 
 
-def _training_forward(model: nn.Module, compute: Compute, inputs: Batch, layout: Layout | None) -> Any:
+def _training_forward(
+    model: nn.Module, compute: Compute, inputs: Batch, layout: Layout | None
+) -> Any:
     logits = compute(model, inputs, layout)
     if isinstance(logits, Tensor):
         return logits
-    return tuple(getattr(logits, field.name) for field in fields(logits))  # FSDP finds tensors in tuples
+    # FSDP finds tensors in tuples
+    return tuple(getattr(logits, field.name) for field in fields(logits))
 
 
 def _mesh(config: FSDPConfig, device_type: str) -> DeviceMesh:
-    """The ranks as (copies, shards of a copy), or the shards alone."""
+    """Return the ranks as (copies, shards of a copy), or the shards alone."""
     ranks = dist.get_world_size()
     if config.sharding_strategy in ("FULL_SHARD", "SHARD_GRAD_OP"):
         return init_device_mesh(device_type, (ranks,), mesh_dim_names=("shard",))
-    size = 1 if config.sharding_strategy == "NO_SHARD" else config.shard_group_size or distributed.local_world_size()
+    size = (
+        1
+        if config.sharding_strategy == "NO_SHARD"
+        else config.shard_group_size or distributed.local_world_size()
+    )
     if size < 1 or ranks % size:
         raise ValueError(f"shard_group_size={size}: needs a divisor of the {ranks} ranks")
-    return init_device_mesh(device_type, (ranks // size, size), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(
+        device_type, (ranks // size, size), mesh_dim_names=("replicate", "shard")
+    )
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:

@@ -23,7 +23,8 @@ class StepSums:
     def start_over(self) -> None:
         """Forget what has gathered since the last optimizer step."""
         self.micro_batches = 0
-        self._totals = torch.zeros(1 + len(self._names), dtype=torch.float64, device=self._device)  # loss first
+        # loss first
+        self._totals = torch.zeros(1 + len(self._names), dtype=torch.float64, device=self._device)
         self._announced = 0
 
     def announce(self, micro_batches: int) -> None:
@@ -54,13 +55,17 @@ class StepSums:
         """
         numbers = self._read(norms, self._totals)
         read_norms, totals = numbers[: len(norms)], numbers[len(norms) :]
-        micro_batches, loss, *statistics = distributed.all_reduce_floats([self.micro_batches, *totals])
+        micro_batches, loss, *statistics = distributed.all_reduce_floats(
+            [self.micro_batches, *totals]
+        )
         if not micro_batches:
-            raise ValueError("optim_step: no forward_backward since the last one, so there is nothing to apply")
+            raise ValueError(
+                "optim_step: no forward_backward since the last one, so there is nothing to apply"
+            )
         return read_norms, {"loss": loss, **_means(dict(zip(self._names, statistics, strict=True)))}
 
     def _read(self, norms: Sequence[Tensor], sums: Tensor) -> list[float]:
-        """All of them, in one wait for the device."""
+        """Read all of them, waiting once for the device."""
         flat = [norm.detach().to(self._device, torch.float64).reshape(1) for norm in norms]
         return torch.cat([*flat, sums]).tolist()
 
@@ -69,4 +74,6 @@ def _means(sums: Mapping[str, float]) -> dict[str, float]:
     """Means of the policy statistics; none where no token was counted."""
     if not sums["tokens"]:
         return {}
-    return {key: sums[key] / sums["tokens"] for key in STATISTICS if key != "tokens" and key in sums}
+    return {
+        key: sums[key] / sums["tokens"] for key in STATISTICS if key != "tokens" and key in sums
+    }

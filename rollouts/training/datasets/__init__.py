@@ -20,12 +20,20 @@ _MODULE_OF = {
     "load_sft_mixture": "dataset_loaders",
 }
 
-__all__ = ["DataBuffer", "load_prompt_mixture", "load_prompts_from_jsonl", "load_sft_dataset", "load_sft_mixture"]
+__all__ = [
+    "DataBuffer",
+    "load_prompt_mixture",
+    "load_prompts_from_jsonl",
+    "load_sft_dataset",
+    "load_sft_mixture",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}"
+        )
     return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
 
 

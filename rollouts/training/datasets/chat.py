@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rollouts.data_formats.row import DataError
 from rollouts.training.datasets.chat_template import (
     ChatTemplate,
     Conversation,
@@ -18,7 +19,6 @@ from rollouts.training.datasets.chat_template import (
 )
 from rollouts.training.datasets.lost_text import refuse_lost_context
 from rollouts.training.datasets.plain import NotPlain, to_plain
-from rollouts.training.datasets.rows import DataError
 from rollouts.training.datasets.turn_end import TurnEnds
 from rollouts.training.seams import Tokenizer
 
@@ -50,7 +50,9 @@ def render_prompt(tokenizer: Tokenizer, prompt: str | dict[str, Any]) -> list[in
     return render_prompts(tokenizer, [(prompt, "prompt")])[0]
 
 
-def render_prompts(tokenizer: Tokenizer, prompts: Sequence[tuple[str | dict[str, Any], str]]) -> list[list[int]]:
+def render_prompts(
+    tokenizer: Tokenizer, prompts: Sequence[tuple[str | dict[str, Any], str]]
+) -> list[list[int]]:
     """Return `render_prompt` of each (prompt, where), all tokenized in one call; errors name the row by its `where`."""
     texts = [_prompt_text(tokenizer, prompt, where) for prompt, where in prompts]
     return [ids for ids, _ in _encode(tokenizer, texts)] if texts else []
@@ -73,7 +75,9 @@ def render_conversation(
     return render_conversations(tokenizer, [Conversation(messages, where, tools)])[0]
 
 
-def render_conversations(tokenizer: Tokenizer, conversations: Sequence[Conversation]) -> list[list[Rendering]]:
+def render_conversations(
+    tokenizer: Tokenizer, conversations: Sequence[Conversation]
+) -> list[list[Rendering]]:
     """Return token ids and masks of each conversation; all are tokenized in one call, each text once.
 
     The last rendering of a conversation is `tokenizer.apply_chat_template` of all of it. Earlier ones come only where
@@ -94,7 +98,10 @@ def render_conversations(tokenizer: Tokenizer, conversations: Sequence[Conversat
     encoded = iter(_encode(tokenizer, [piece.text for own in pieces for piece in own]))
     ends = TurnEnds.from_tokenizer(tokenizer)
     return [
-        [_Masker(tokenizer, ends, conversation.where, piece, *next(encoded)).rendering() for piece in own]
+        [
+            _Masker(tokenizer, ends, conversation.where, piece, *next(encoded)).rendering()
+            for piece in own
+        ]
         for conversation, own in zip(conversations, pieces, strict=True)
     ]
 

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rollouts.data_formats.message_keys import TRAIN_KEYS, untrained
+from rollouts.data_formats.row import DataError
 from rollouts.training.datasets.lost_text import refuse_lost_context, refuse_lost_text
-from rollouts.training.datasets.message_keys import TRAIN_KEYS, untrained
 from rollouts.training.datasets.plain import NotPlain, parse_json
-from rollouts.training.datasets.rows import DataError
 from rollouts.training.seams import Tokenizer
 
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -46,7 +46,9 @@ class Piece:
 
     text: str
     turns: tuple[Turn, ...]
-    marked: bool  # spans come from {% generation %} markers, which may end before the end-of-turn token
+    marked: (
+        bool  # spans come from {% generation %} markers, which may end before the end-of-turn token
+    )
 
 
 def split_conversation(tokenizer: Tokenizer, conversation: Conversation) -> list[Piece]:
@@ -65,8 +67,13 @@ def split_conversation(tokenizer: Tokenizer, conversation: Conversation) -> list
     whole = rendered[-1].text
     refuse_lost_context(template, messages, whole, conversation.where)
     spoken: list[tuple[str, Turn]] = []
-    for index, after, before in zip(indices, rendered, template.prompts(messages, indices), strict=False):
-        if untrained(conversation.messages[index], f"{conversation.where}: messages[{index}]") is not None:
+    for index, after, before in zip(
+        indices, rendered, template.prompts(messages, indices), strict=False
+    ):
+        if (
+            untrained(conversation.messages[index], f"{conversation.where}: messages[{index}]")
+            is not None
+        ):
             continue
         where = f"{conversation.where}: messages[{index}]"
         spans = template.turn_spans(messages[:index], before, after, where)
@@ -89,13 +96,18 @@ class ChatTemplate:
         try:
             self._template = tokenizer.get_chat_template(tools=self.tools)
         except ValueError as error:
-            raise DataError(f"tokenizer {tokenizer.name_or_path!r} has no chat template: {error}") from None
+            raise DataError(
+                f"tokenizer {tokenizer.name_or_path!r} has no chat template: {error}"
+            ) from None
         self._special_tokens = tokenizer.special_tokens_map
         self._where = where
-        self.words = [self._template, *map(str, self._special_tokens.values())]  # texts that it may write itself
+        # texts that it may write itself
+        self.words = [self._template, *map(str, self._special_tokens.values())]
         self.marked = GENERATION_TAG.search(self._template) is not None
 
-    def text_with(self, messages: Sequence[Message], tools: Any, *, add_generation_prompt: bool) -> str | None:
+    def text_with(
+        self, messages: Sequence[Message], tools: Any, *, add_generation_prompt: bool
+    ) -> str | None:
         """Return the text of other messages and tools; None where the template refuses them."""
         other = copy.copy(self)
         other.tools = tools or None
@@ -120,21 +132,27 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,
             )
-        except (TemplateError, TypeError) as error:  # a TypeError: the template adds a string to a missing value
+        except (TemplateError, TypeError) as error:
+            # a TypeError: the template adds a string to a missing value
             roles = [message["role"] for message in conversations[-1]]
             raise DataError(
                 f"{self._where}: the chat template refuses these messages (roles {roles}): {error}"
             ) from None
         texts, marks = rendered
-        return [Rendered(*pair) for pair in zip(texts, marks if self.marked else [[]] * len(texts), strict=True)]
+        return [
+            Rendered(*pair)
+            for pair in zip(texts, marks if self.marked else [[]] * len(texts), strict=True)
+        ]
 
     def prompts(self, messages: Sequence[Message], indices: Sequence[int]) -> list[Rendered]:
         """Return what the model sees before each of the assistant messages, its header included."""
         beginnings = [messages[:index] for index in indices]
-        if (
-            self.marked and indices and indices[0] == 0
-        ):  # many templates cannot render an empty list; marks need no header
-            return [Rendered("", []), *(self.render(beginnings[1:], add_generation_prompt=True) if indices[1:] else [])]
+        # many templates cannot render an empty list; marks need no header
+        if self.marked and indices and indices[0] == 0:
+            return [
+                Rendered("", []),
+                *(self.render(beginnings[1:], add_generation_prompt=True) if indices[1:] else []),
+            ]
         return self.render(beginnings, add_generation_prompt=True) if indices else []
 
     def turn_spans(
@@ -174,7 +192,9 @@ class ChatTemplate:
         if after.startswith(before):
             return len(before)
         plain = self.render([beginning])[0].text
-        shared = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), len(after))
+        shared = next(
+            (i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), len(after)
+        )
         return shared if after.startswith(plain) and shared >= len(plain) else None
 
 
@@ -199,8 +219,12 @@ def clean_messages(messages: object, where: str) -> list[Message]:
     if not isinstance(messages, list | tuple) or not all(
         isinstance(message, dict) and "role" in message for message in messages
     ):
-        raise DataError(f"{where}: messages={str(messages)[:120]!r}; needs a list of objects with 'role' and 'content'")
-    return [_clean(message, f"{where}: messages[{index}]") for index, message in enumerate(messages)]
+        raise DataError(
+            f"{where}: messages={str(messages)[:120]!r}; needs a list of objects with 'role' and 'content'"
+        )
+    return [
+        _clean(message, f"{where}: messages[{index}]") for index, message in enumerate(messages)
+    ]
 
 
 def _check_tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
@@ -209,13 +233,19 @@ def _check_tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
     if parsed is None or parsed == []:
         return None
     if not isinstance(parsed, list) or not all(isinstance(tool, dict) for tool in parsed):
-        raise DataError(f"{where}: tools={str(tools)[:120]!r}; needs a list of JSON schemas, or the JSON text of one")
+        raise DataError(
+            f"{where}: tools={str(tools)[:120]!r}; needs a list of JSON schemas, or the JSON text of one"
+        )
     return [_without_null_properties(tool) for tool in parsed]
 
 
 def _clean(message: Message, where: str) -> Message:
     untrained(message, where)  # raises for an unknown value
-    clean = {key: value for key, value in message.items() if value is not None and key.lower() not in TRAIN_KEYS}
+    clean = {
+        key: value
+        for key, value in message.items()
+        if value is not None and key.lower() not in TRAIN_KEYS
+    }
     if clean.get("tool_calls"):
         clean["tool_calls"] = [_clean_call(call, where) for call in clean["tool_calls"]]
     return clean
@@ -224,11 +254,16 @@ def _clean(message: Message, where: str) -> Message:
 def _clean_call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise DataError(f"{where}.tool_calls has {call!r}; needs {{'function': {{'name': ..., 'arguments': ...}}}}")
-    arguments = _parse(function.get("arguments"))  # JSON text is OpenAI's form; templates would encode it again
+        raise DataError(
+            f"{where}.tool_calls has {call!r}; needs {{'function': {{'name': ..., 'arguments': ...}}}}"
+        )
+    # JSON text is OpenAI's form; templates would encode it again
+    arguments = _parse(function.get("arguments"))
     if not isinstance(arguments, dict | None):
         shown = str(arguments) if len(str(arguments)) <= 120 else str(arguments)[:117] + "..."
-        raise DataError(f"{where}.tool_calls: arguments={shown!r}; needs an object, or the JSON text of one")
+        raise DataError(
+            f"{where}.tool_calls: arguments={shown!r}; needs an object, or the JSON text of one"
+        )
     clean = {**function, "arguments": arguments or {}}
     return {**call, "function": clean} if "function" in call else clean
 
@@ -252,5 +287,7 @@ def _without_null_properties(schema: Any) -> Any:
         return schema
     clean = {key: _without_null_properties(value) for key, value in schema.items()}
     if isinstance(clean.get("properties"), dict):
-        clean["properties"] = {key: value for key, value in clean["properties"].items() if value is not None}
+        clean["properties"] = {
+            key: value for key, value in clean["properties"].items() if value is not None
+        }
     return clean

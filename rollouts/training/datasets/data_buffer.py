@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from rollouts.training.datasets.rows import DataError
+from rollouts.data_formats.row import DataError
 from rollouts.training.types import Prompt
 
 
@@ -48,7 +48,12 @@ class DataBuffer:
 
     def save_state(self) -> dict[str, Any]:
         """Return the position, and a fingerprint of the prompts, as plain data."""
-        return {"seed": self.seed, "epoch": self._epoch, "offset": self._offset, "fingerprint": self.fingerprint}
+        return {
+            "seed": self.seed,
+            "epoch": self._epoch,
+            "offset": self._offset,
+            "fingerprint": self.fingerprint,
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue with exactly the prompts that would have come.

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from rollouts.training.datasets.examples import Example, check_answer
-from rollouts.training.datasets.formats import Format, parse_row
+from rollouts.data_formats import FormatName, format_named, parse_row
+from rollouts.data_formats.examples import Example, check_answer
+from rollouts.data_formats.row import DataError, Row
 from rollouts.training.datasets.prompts import OWN_TOOLS, fitting_prompts
 from rollouts.training.datasets.report import MixtureReport, PromptReport, SFTReport
-from rollouts.training.datasets.rows import DataError, Row, read_rows
+from rollouts.training.datasets.rows import read_rows
 from rollouts.training.datasets.selection import Selection
 from rollouts.training.datasets.sft import build_sft_samples
 from rollouts.training.datasets.spelling import spelling_rows
@@ -23,22 +24,26 @@ from rollouts.training.seams import Tokenizer
 from rollouts.training.types import Prompt, Sample
 
 logger = logging.getLogger(__name__)
-WORKERS_PAY_FROM = 20_000  # examples: about half a minute in one process; starting workers takes some ten seconds
+WORKERS_PAY_FROM = (
+    20_000  # examples: about half a minute in one process; starting workers takes some ten seconds
+)
 
 
 class MixtureSpec(Protocol):
     """One data set of a mixture; `rollouts.config.DatasetSpec` is one."""
 
     @property
-    def name(self) -> str: ...  # hub id, directory or .jsonl file; of synthetic formats just a label
+    # hub id, directory or .jsonl file; of synthetic formats just a label
+    def name(self) -> str: ...
     @property
-    def format(self) -> Any: ...  # a formats.Format
+    def format(self) -> Any: ...  # one of rollouts.data_formats.FORMATS
     @property
     def split(self) -> str: ...
     @property
     def subset(self) -> str | None: ...
     @property
-    def shuffle_seed(self) -> int | None: ...  # of a shuffle before all else; None: rows in file order
+    # of a shuffle before all else; None: rows in file order
+    def shuffle_seed(self) -> int | None: ...
     @property
     def start(self) -> int: ...
     @property
@@ -58,7 +63,7 @@ class DatasetEntry:
     """A MixtureSpec for those who use the library without a job config."""
 
     name: str
-    format: Format | None  # None: by the columns
+    format: FormatName | None  # None: by the columns
     split: str = "train"
     subset: str | None = None
     shuffle_seed: int | None = None
@@ -78,7 +83,7 @@ def load_sft_dataset(
     subset: str | None = None,
     max_samples: int = -1,
     max_length: int = -1,
-    format: Format | None = None,
+    format: FormatName | None = None,
     streaming: bool = False,
 ) -> list[Sample]:
     """Return SFT samples of one data set, in its order; rows left out are logged as a warning.
@@ -94,7 +99,12 @@ def load_sft_dataset(
 
 
 def load_sft_mixture(
-    specs: Sequence[MixtureSpec], *, tokenizer: Tokenizer, max_length: int, seed: int | None, num_workers: int = 0
+    specs: Sequence[MixtureSpec],
+    *,
+    tokenizer: Tokenizer,
+    max_length: int,
+    seed: int | None,
+    num_workers: int = 0,
 ) -> tuple[list[Sample], SFTReport]:
     """Return all SFT samples of a mixture and the report over all of it (a repeated row counts each time).
 
@@ -103,7 +113,9 @@ def load_sft_mixture(
     """
     examples = _mix(specs, seed)
     workers = num_workers if len(examples) >= WORKERS_PAY_FROM else 0
-    samples, report = build_sft_samples(examples, tokenizer, max_length=max_length, num_workers=workers)
+    samples, report = build_sft_samples(
+        examples, tokenizer, max_length=max_length, num_workers=workers
+    )
     _log(", ".join(spec.name for spec in specs), report)
     return samples, report
 
@@ -132,7 +144,9 @@ def load_fitting_prompts(
     examples = _mix(specs, seed)
     for example in examples:
         _prompt_of(example)
-    rows, report = fitting_prompts(examples, tokenizer, tokens_max=tokens_max, tools=tools, row_problem=row_problem)
+    rows, report = fitting_prompts(
+        examples, tokenizer, tokens_max=tokens_max, tools=tools, row_problem=row_problem
+    )
     _log(", ".join(spec.name for spec in specs), report)
     return rows, report
 
@@ -140,7 +154,7 @@ def load_fitting_prompts(
 def load_examples(spec: MixtureSpec) -> list[Example]:
     """Return the selected rows of one data set, once. Raises DataError naming the file and line (or the row)."""
     selection = Selection(spec.shuffle_seed, spec.start, spec.stop, spec.step, spec.max_samples)
-    if spec.format in ("spelling_bee", "simple_spelling"):
+    if spec.format is not None and format_named(spec.format).made_here:
         rows = spelling_rows(spec.format, split=spec.split, selection=selection)
     else:
         rows = read_rows(
@@ -154,7 +168,9 @@ def load_examples(spec: MixtureSpec) -> list[Example]:
     return [parse_row(row, spec.format) for row in rows]
 
 
-def load_prompts_from_jsonl(path: str | Path, format: Format | None = None) -> list[dict[str, Any]]:
+def load_prompts_from_jsonl(
+    path: str | Path, format: FormatName | None = None
+) -> list[dict[str, Any]]:
     """Return prompt rows of a .jsonl file, in file order: {"messages", "answer" if the row has one, other columns}.
 
     A line is in `format`, or has a "prompt" string, or is read by its columns. Raises DataError with file and
@@ -166,17 +182,23 @@ def load_prompts_from_jsonl(path: str | Path, format: Format | None = None) -> l
     return [_prompt(row, format) for row in rows]
 
 
-def _array_column(format: Format | None) -> str | None:
-    return "messages" if format == "custom_json" else None
+def _array_column(format: FormatName | None) -> str | None:
+    return "messages" if format is not None and format_named(format).is_array else None
 
 
-def _prompt(row: Row, format: Format | None) -> dict[str, Any]:
-    return _plain_prompt(row) if format is None and "prompt" in row.values else _prompt_of(parse_row(row, format))
+def _prompt(row: Row, format: FormatName | None) -> dict[str, Any]:
+    return (
+        _plain_prompt(row)
+        if format is None and "prompt" in row.values
+        else _prompt_of(parse_row(row, format))
+    )
 
 
 def _prompt_of(example: Example) -> dict[str, Any]:
     if example.text is not None:
-        raise DataError(f"{example.where}: plain text has no prompt to answer; it is for SFT and validation loss")
+        raise DataError(
+            f"{example.where}: plain text has no prompt to answer; it is for SFT and validation loss"
+        )
     return example.prompt
 
 
@@ -187,7 +209,9 @@ def _plain_prompt(row: Row) -> dict[str, Any]:
     taken = ("prompt", "format", "messages")  # a row has a format once it is read in one
     others = {key: value for key, value in row.values.items() if key not in taken}
     if dropped := sorted(key for key in row.values if key in taken[1:]):
-        logger.warning("%s: columns %s are not used: the prompt has keys of these names", row.where, dropped)
+        logger.warning(
+            "%s: columns %s are not used: the prompt has keys of these names", row.where, dropped
+        )
     if "answer" in others:
         check_answer(others["answer"], row.where)
     return {**others, "messages": [{"role": "user", "content": text}]}

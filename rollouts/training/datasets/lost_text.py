@@ -5,12 +5,13 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-from rollouts.training.datasets.message_keys import THINKING_KEYS
-from rollouts.training.datasets.rows import DataError
+from rollouts.data_formats.message_keys import THINKING_KEYS
+from rollouts.data_formats.row import DataError
 
 THINK_TAG = re.compile(r"</?think>")
 Message = dict[str, Any]
-_MARK, _TOOL_MARK = "Zq{}xj", "zt{}xj_tool"  # in place of a text and a tool's name; in no template and no row
+# in place of a text and a tool's name; in no template and no row
+_MARK, _TOOL_MARK = "Zq{}xj", "zt{}xj_tool"
 
 
 class LostTool(DataError):
@@ -23,19 +24,30 @@ class Renderer(Protocol):
     tools: list[dict[str, Any]] | None
     words: list[str]  # texts that the template may write itself
 
-    def text_with(self, messages: Sequence[Message], tools: Any, *, add_generation_prompt: bool) -> str | None:
+    def text_with(
+        self, messages: Sequence[Message], tools: Any, *, add_generation_prompt: bool
+    ) -> str | None:
         """Return the text of other messages and tools; None where the template refuses them."""
 
 
 def refuse_lost_context(
-    template: Renderer, messages: Sequence[Message], text: str, where: str, *, add_generation_prompt: bool = False
+    template: Renderer,
+    messages: Sequence[Message],
+    text: str,
+    where: str,
+    *,
+    add_generation_prompt: bool = False,
 ) -> None:
     """Raise DataError where the template silently drops a message that is not the assistant's, or a tool.
 
     `text` is its rendering of them. A text may also occur there for another reason: another message or the template has
     the same text. It is then rendered again with a unique mark in its place.
     """
-    contents = {index: _content(message) for index, message in enumerate(messages) if message["role"] != "assistant"}
+    contents = {
+        index: _content(message)
+        for index, message in enumerate(messages)
+        if message["role"] != "assistant"
+    }
     names = {index: _tool_name(tool) for index, tool in enumerate(template.tools or ())}
     for index, content in contents.items():
         if not _appears(content, text):
@@ -48,7 +60,9 @@ def refuse_lost_context(
     unsure = [
         index
         for index, content in contents.items()
-        if _stands_in(content, [*said, *_strings([*messages[:index], *messages[index + 1 :], tools])])
+        if _stands_in(
+            content, [*said, *_strings([*messages[:index], *messages[index + 1 :], tools])]
+        )
     ]
     unsure_tools = [
         index
@@ -58,8 +72,14 @@ def refuse_lost_context(
     if not unsure and not unsure_tools:
         return
     marked = template.text_with(
-        [{**one, "content": _MARK.format(at)} if at in unsure else one for at, one in enumerate(messages)],
-        [_renamed(tool, _TOOL_MARK.format(at)) if at in unsure_tools else tool for at, tool in enumerate(tools)],
+        [
+            {**one, "content": _MARK.format(at)} if at in unsure else one
+            for at, one in enumerate(messages)
+        ],
+        [
+            _renamed(tool, _TOOL_MARK.format(at)) if at in unsure_tools else tool
+            for at, tool in enumerate(tools)
+        ],
         add_generation_prompt=add_generation_prompt,
     )
     if marked is None:  # it reads this content: a mark cannot replace it
@@ -97,7 +117,11 @@ def _tool_name(tool: dict[str, Any]) -> str:
 
 def _renamed(tool: dict[str, Any], name: str) -> dict[str, Any]:
     function = tool.get("function")
-    return {**tool, "function": {**function, "name": name}} if isinstance(function, dict) else {**tool, "name": name}
+    return (
+        {**tool, "function": {**function, "name": name}}
+        if isinstance(function, dict)
+        else {**tool, "name": name}
+    )
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -26,7 +26,9 @@ def parse_json(text: str) -> Any:
     float, half of a surrogate pair, more than DEPTH_MAX levels.
     """
     try:
-        value = json.loads(text, parse_constant=_constant, parse_float=_parse_float, object_pairs_hook=_object_of)
+        value = json.loads(
+            text, parse_constant=_constant, parse_float=_parse_float, object_pairs_hook=_object_of
+        )
     except json.JSONDecodeError as error:
         raise NotPlain(f"not JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
@@ -65,7 +67,10 @@ def _plain(value: Any, place: tuple[str | int, ...], depth: int) -> Any:
     if depth == DEPTH_MAX:
         raise NotPlain(_too_deep())
     if isinstance(value, dict):
-        return {_text(str(key), place): _plain(item, (*place, str(key)), depth + 1) for key, item in value.items()}
+        return {
+            _text(str(key), place): _plain(item, (*place, str(key)), depth + 1)
+            for key, item in value.items()
+        }
     if isinstance(value, list | tuple):
         return [_plain(item, (*place, index), depth + 1) for index, item in enumerate(value)]
     return _plain_of_other(value, place, depth)
@@ -78,14 +83,20 @@ def _plain_of_other(value: Any, place: tuple[str | int, ...], depth: int) -> Any
     if isinstance(value, datetime.timedelta):
         return value.total_seconds()
     if isinstance(value, Decimal):  # a whole number as such: an answer 72.00 is "72"
-        return format(value.to_integral_value() if value == value.to_integral_value() else value, "f")
+        return format(
+            value.to_integral_value() if value == value.to_integral_value() else value, "f"
+        )
     if isinstance(value, UUID):
         return str(value)
     if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
         listed = value.tolist()
         if type(listed) is not type(value):
             return _plain(listed, place, depth)
-    kind = f"{len(value)} bytes" if isinstance(value, bytes | bytearray | memoryview) else type(value).__name__
+    kind = (
+        f"{len(value)} bytes"
+        if isinstance(value, bytes | bytearray | memoryview)
+        else type(value).__name__
+    )
     raise NotPlain(
         f"{_name(place)} holds {kind}, which has no form as text or number. "
         "Fix: leave the column out, or store it as text"
@@ -107,7 +118,9 @@ def _text(value: str, place: tuple[str | int, ...]) -> str:
 
 def _finite(value: float, place: tuple[str | int, ...]) -> float | None:
     if math.isinf(value):
-        raise NotPlain(f"{_name(place)} is {value}, which JSON cannot hold. Fix: leave it out, or store it as text")
+        raise NotPlain(
+            f"{_name(place)} is {value}, which JSON cannot hold. Fix: leave it out, or store it as text"
+        )
     return None if math.isnan(value) else value
 
 
@@ -140,5 +153,7 @@ def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise NotPlain(f"the key {twice!r} occurs twice in one object, and only one of its values could count")
+        raise NotPlain(
+            f"the key {twice!r} occurs twice in one object, and only one of its values could count"
+        )
     return cast(dict[str, Any], found)

@@ -5,8 +5,8 @@ Pure, apart from the tokenizer.
 
 from collections.abc import Iterator, Sequence
 
-from rollouts.training.datasets.examples import Example
-from rollouts.training.datasets.rows import DataError
+from rollouts.data_formats.examples import Example
+from rollouts.data_formats.row import DataError
 from rollouts.training.seams import Tokenizer
 from rollouts.training.types import Sample
 
@@ -15,8 +15,11 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """Return the ids of each text with the tokenizer's beginning, and one EOS at its end; [] for a blank text."""
     eos = tokenizer.eos_token_id
     if eos is None:
-        raise DataError(f"tokenizer {tokenizer.name_or_path!r} has no eos_token, and plain text needs one at its end")
-    encoded = tokenizer(list(texts), verbose=False)["input_ids"]  # verbose would warn of every long text
+        raise DataError(
+            f"tokenizer {tokenizer.name_or_path!r} has no eos_token, and plain text needs one at its end"
+        )
+    # verbose would warn of every long text
+    encoded = tokenizer(list(texts), verbose=False)["input_ids"]
     ended = [ids if ids and ids[-1] == eos else [*ids, eos] for ids in encoded]
     return [ids if text.strip() else [] for text, ids in zip(texts, ended, strict=True)]
 
@@ -24,11 +27,17 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
 def text_samples(example: Example, tokens: list[int], *, max_length: int) -> list[Sample]:
     """Return a text's tokens in pieces that fit `max_length` (-1: one piece); [] without a token to predict."""
     if max_length != -1 and max_length < 2:
-        raise DataError(f"max_length={max_length}: needs >= 2, a token to read and one to predict, or -1 for no limit")
+        raise DataError(
+            f"max_length={max_length}: needs >= 2, a token to read and one to predict, or -1 for no limit"
+        )
     pieces = list(split_tokens(tokens, max_length)) if len(tokens) > 1 else []
     samples = []
     for number, piece in enumerate(pieces, start=1):
-        where = example.where if len(pieces) == 1 else f"{example.where} piece {number} of {len(pieces)}"
+        where = (
+            example.where
+            if len(pieces) == 1
+            else f"{example.where} piece {number} of {len(pieces)}"
+        )
         sample = Sample(
             prompt=example.prompt,
             tokens=piece,

@@ -31,7 +31,9 @@ def spans_of(sample: Sample, tokenizer: Tokenizer) -> list[Span]:
     """Return a sample's text as the model reads it, special tokens written out, cut where training begins or ends."""
     marked = zip(sample.tokens, sample.loss_mask, strict=True)
     groups = groupby(marked, key=lambda pair: pair[1] != 0)
-    return [Span(tokenizer.decode([token for token, _ in group]), trained) for trained, group in groups]
+    return [
+        Span(tokenizer.decode([token for token, _ in group]), trained) for trained, group in groups
+    ]
 
 
 def histogram(lengths: Sequence[int]) -> list[Bin]:
@@ -44,4 +46,6 @@ def histogram(lengths: Sequence[int]) -> list[Bin]:
     counts = [0] * len(starts)
     for length in lengths:
         counts[(length - low) // width] += 1
-    return [Bin(start, start + width - 1, count) for start, count in zip(starts, counts, strict=True)]
+    return [
+        Bin(start, start + width - 1, count) for start, count in zip(starts, counts, strict=True)
+    ]

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from rollouts.data_formats.examples import Example
+from rollouts.data_formats.row import DataError
 from rollouts.training.datasets.chat import render_prompts
-from rollouts.training.datasets.examples import Example
 from rollouts.training.datasets.lost_text import LostTool
 from rollouts.training.datasets.report import PromptReport
-from rollouts.training.datasets.rows import DataError
 from rollouts.training.datasets.turn_end import end_of_turn_ids, template_end_ids
 from rollouts.training.seams import Tokenizer
 from rollouts.training.types import Prompt
@@ -40,7 +40,11 @@ def fitting_prompts(
             raise
         report.tools_lost = str(error)
         measures = _measures(distinct, tokenizer, None)
-    unusable = {} if row_problem is None else {key: row_problem(example.prompt) for key, example in distinct.items()}
+    unusable = (
+        {}
+        if row_problem is None
+        else {key: row_problem(example.prompt) for key, example in distinct.items()}
+    )
     kept = []
     for example in examples:
         length, largest_id = measures[id(example)]
@@ -55,21 +59,29 @@ def fitting_prompts(
     report.kept = len(kept)
     ends = end_of_turn_ids(tokenizer)
     if not template_end_ids(tokenizer, frozenset(ends)):
-        report.ends = ", ".join(map(str, tokenizer.convert_ids_to_tokens(ends))) or "max_new_tokens alone"
+        report.ends = (
+            ", ".join(map(str, tokenizer.convert_ids_to_tokens(ends))) or "max_new_tokens alone"
+        )
     if not kept:
         longest = max((length for length, _ in measures.values()), default=0)
         what = "can be used" if any(unusable.values()) else "leaves room for an answer"
-        raise DataError(f"no prompt is left that {what}: {report}; the longest has {longest} tokens")
+        raise DataError(
+            f"no prompt is left that {what}: {report}; the longest has {longest} tokens"
+        )
     return kept, report
 
 
-def _measures(examples: dict[int, Example], tokenizer: Tokenizer, tools: Any) -> dict[int, tuple[int, int]]:
+def _measures(
+    examples: dict[int, Example], tokenizer: Tokenizer, tools: Any
+) -> dict[int, tuple[int, int]]:
     """Return (tokens, largest token id) of each distinct example's prompt; a repeated one is rendered once."""
     items = list(examples.items())
     found = {}
     for start in range(0, len(items), PROMPTS_PER_CALL):
         chunk = items[start : start + PROMPTS_PER_CALL]
-        rows: list[tuple[Prompt, str]] = [(_offering(one.prompt, tools), one.where) for _, one in chunk]
+        rows: list[tuple[Prompt, str]] = [
+            (_offering(one.prompt, tools), one.where) for _, one in chunk
+        ]
         for (key, _), ids in zip(chunk, render_prompts(tokenizer, rows), strict=True):
             found[key] = len(ids), max(ids, default=0)
     return found

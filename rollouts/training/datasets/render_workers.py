@@ -27,7 +27,9 @@ def render_chunks(
         yield from (render_conversations(tokenizer, chunk) for chunk in chunks)
         return
     pending: deque[Future[list[list[Rendering]]]] = deque()
-    pool = ProcessPoolExecutor(num_workers, get_context("spawn"), initializer=_start, initargs=(tokenizer,))
+    pool = ProcessPoolExecutor(
+        num_workers, get_context("spawn"), initializer=_start, initargs=(tokenizer,)
+    )
     try:
         for chunk in chunks:
             pending.append(pool.submit(_render, chunk))

@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from rollouts.training.datasets.examples import Example
-from rollouts.training.datasets.message_keys import untrained
+from rollouts.data_formats.examples import Example
+from rollouts.data_formats.message_keys import untrained
 from rollouts.training.types import Sample
 
 EXAMPLES_SHOWN = 3  # rows named per reason; the report counts the rest
@@ -15,8 +15,10 @@ class MixtureReport:
     """Counts by reason, each with the first few rows."""
 
     left_out: dict[str, int] = field(default_factory=dict)  # reason -> how many
-    left_out_where: dict[str, list[str]] = field(default_factory=dict)  # reason -> the first few rows
-    replaced: dict[str, int] = field(default_factory=dict)  # column -> the rows in which a key of ours replaces it
+    # reason -> the first few rows
+    left_out_where: dict[str, list[str]] = field(default_factory=dict)
+    # column -> the rows in which a key of ours replaces it
+    replaced: dict[str, int] = field(default_factory=dict)
 
     @property
     def noteworthy(self) -> bool:
@@ -57,7 +59,8 @@ class SFTReport(MixtureReport):
     pieces: int = 0  # how many samples those became, without loss
     trained_tokens: int = 0
     total_tokens: int = 0
-    untrained: dict[str, int] = field(default_factory=dict)  # why assistant turns are not trained -> how many
+    # why assistant turns are not trained -> how many
+    untrained: dict[str, int] = field(default_factory=dict)
 
     def keep(self, samples: Sequence[Sample]) -> None:
         self.kept += len(samples)
@@ -97,6 +100,14 @@ class PromptReport(MixtureReport):
         return super().noteworthy or bool(self.tools_lost or self.ends)
 
     def __str__(self) -> str:
-        lost = f"; the model does not see the environment's tools: {self.tools_lost}" if self.tools_lost else ""
-        ends = f"; the chat template writes no token after an answer, which ends at {self.ends}" if self.ends else ""
+        lost = (
+            f"; the model does not see the environment's tools: {self.tools_lost}"
+            if self.tools_lost
+            else ""
+        )
+        ends = (
+            f"; the chat template writes no token after an answer, which ends at {self.ends}"
+            if self.ends
+            else ""
+        )
         return f"{self.kept} prompts" + super().__str__() + lost + ends

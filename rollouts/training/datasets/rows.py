@@ -1,32 +1,22 @@
 """Read rows: from a .jsonl file, a local directory laid out as on the hub, or the hub.
 
-Effects: disk, and the network for hub names (unless HF_DATASETS_OFFLINE or HF_HUB_OFFLINE is set). formats.py decides
-what a row means.
+Effects: disk, and the network for hub names (unless HF_DATASETS_OFFLINE or HF_HUB_OFFLINE is set).
+`rollouts/data_formats` decides what a row means.
 """
 
 import bisect
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rollouts.data_formats.row import DataError, Row
 from rollouts.training.datasets.plain import NotPlain, parse_json, to_plain, without_padding
 from rollouts.training.datasets.selection import Selection
 
 HUB_ALIASES = {"gsm8k": "openai/gsm8k"}  # the name in papers
 ALL = Selection()
-
-
-class DataError(ValueError):
-    """Data that cannot be used. The message names the file and line (or data set and row), the value and the need."""
-
-
-@dataclass(frozen=True)
-class Row:
-    where: str  # "train.jsonl:17", "train.parquet row 16", "openai/gsm8k[train] row 16" (rows from 0, lines from 1)
-    values: dict[str, Any]  # by column, plain data; a column that is null in this row is left out
 
 
 def read_rows(
@@ -63,7 +53,9 @@ def _local_files(name: str, split: str, subset: str | None) -> list[Path]:
     path = Path(name)
     if _is_lines(path) and not path.is_dir():
         if subset is not None:
-            raise DataError(f"{name}: subset={subset!r}, but a .jsonl file has no subsets; needs None")
+            raise DataError(
+                f"{name}: subset={subset!r}, but a .jsonl file has no subsets; needs None"
+            )
         return [path]
     if path.is_file():
         raise DataError(f"{name}: is a file of a kind that is not read directly. {_KINDS}")
@@ -82,7 +74,18 @@ def _local_files(name: str, split: str, subset: str | None) -> list[Path]:
         return [Path(file) for file in splits[split]]
 
 
-_FILE_ENDINGS = (".json", ".parquet", ".arrow", ".csv", ".tsv", ".txt", ".gz", ".zst", ".xz", ".zip")
+_FILE_ENDINGS = (
+    ".json",
+    ".parquet",
+    ".arrow",
+    ".csv",
+    ".tsv",
+    ".txt",
+    ".gz",
+    ".zst",
+    ".xz",
+    ".zip",
+)
 _KINDS = (
     "Needed: a .jsonl file, a directory laid out as on the hub (parquet, json, csv, also compressed; "
     "data/train.parquet), or a hub id. Fix: put the file into a directory, named after its split, and name that."
@@ -104,11 +107,14 @@ def _read_lines(files: Sequence[Path], array_column: str | None) -> Iterator[Row
     """
     for path in files:
         try:
-            with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:  # without a byte order mark
+            # without a byte order mark
+            with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
                 for number, line in enumerate(lines, start=1):
                     _refuse_other_encodings(line, path, number)
                     if line.strip():
-                        yield Row(f"{path}:{number}", _parse_line(line, f"{path}:{number}", array_column))
+                        yield Row(
+                            f"{path}:{number}", _parse_line(line, f"{path}:{number}", array_column)
+                        )
         except FileNotFoundError:
             raise DataError(f"{path}: no such file (looked in {Path.cwd()})") from None
         except OSError as error:
@@ -153,7 +159,13 @@ def _select_lines(rows: Iterator[Row], selection: Selection, streaming: bool) ->
 
 
 def _read_with_datasets(
-    name: str, split: str, subset: str | None, selection: Selection, streaming: bool, *, where: Callable[[int], str]
+    name: str,
+    split: str,
+    subset: str | None,
+    selection: Selection,
+    streaming: bool,
+    *,
+    where: Callable[[int], str],
 ) -> list[Row]:
     import datasets
 
@@ -206,10 +218,14 @@ def _errors_named(name: str, split: str, subset: str | None) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except Exception as error:  # the loader raises a dozen unrelated kinds (HTTP, Arrow, pickling, its own)
+    except Exception as error:
+        # the loader raises a dozen unrelated kinds (HTTP, Arrow, pickling, its own)
         from datasets import config
 
-        kind, fix = "hub data set", "check the name, split, subset, network, HF_TOKEN (no directory here has that name)"
+        kind, fix = (
+            "hub data set",
+            "check the name, split, subset, network, HF_TOKEN (no directory here has that name)",
+        )
         if Path(name).is_dir():
             kind, fix = "directory", "check split and subset"
             if "load_from_disk" in str(error):

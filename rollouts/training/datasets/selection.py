@@ -6,7 +6,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
-STREAM_WINDOW_ROWS = 10_000  # a streamed shuffle draws from this many next rows, all that it holds in memory
+STREAM_WINDOW_ROWS = (
+    10_000  # a streamed shuffle draws from this many next rows, all that it holds in memory
+)
 
 T = TypeVar("T")
 
@@ -29,9 +31,15 @@ class Selection:
         """Return the mistake in these numbers, or None."""
         checks = (
             (self.start >= 0, f"start={self.start}, needs >= 0"),
-            (self.stop == -1 or self.stop > self.start, f"stop={self.stop}, needs > start={self.start}, or -1"),
+            (
+                self.stop == -1 or self.stop > self.start,
+                f"stop={self.stop}, needs > start={self.start}, or -1",
+            ),
             (self.step >= 1, f"step={self.step}, needs >= 1"),
-            (self.max_samples >= 1 or self.max_samples == -1, f"max_samples={self.max_samples}, needs >= 1, or -1"),
+            (
+                self.max_samples >= 1 or self.max_samples == -1,
+                f"max_samples={self.max_samples}, needs >= 1, or -1",
+            ),
         )
         return next((message for ok, message in checks if not ok), None)
 
@@ -46,7 +54,9 @@ class Selection:
 
     def of_stream(self, rows: Iterable[T]) -> Iterator[T]:
         """Yield the chosen ones of a stream. Except for the shuffle's window, no row after the last one is pulled."""
-        return self._cut(rows if self.shuffle_seed is None else _shuffled_within_window(rows, self.shuffle_seed))
+        return self._cut(
+            rows if self.shuffle_seed is None else _shuffled_within_window(rows, self.shuffle_seed)
+        )
 
     def _cut(self, rows: Iterable[T]) -> Iterator[T]:
         cut = itertools.islice(rows, self.start, None if self.stop == -1 else self.stop, self.step)

@@ -4,12 +4,12 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from rollouts.data_formats.examples import Example
+from rollouts.data_formats.row import DataError
 from rollouts.training.datasets.chat import Conversation, Rendering
-from rollouts.training.datasets.examples import Example
 from rollouts.training.datasets.plain_text import encode_texts, text_samples
 from rollouts.training.datasets.render_workers import render_chunks
 from rollouts.training.datasets.report import SFTReport
-from rollouts.training.datasets.rows import DataError
 from rollouts.training.seams import Tokenizer
 from rollouts.training.types import Sample
 
@@ -48,19 +48,30 @@ def build_sft_samples(
     return samples, report
 
 
-def _rendered(examples: Iterable[Example], tokenizer: Tokenizer, num_workers: int) -> Iterator[tuple[Example, Any]]:
+def _rendered(
+    examples: Iterable[Example], tokenizer: Tokenizer, num_workers: int
+) -> Iterator[tuple[Example, Any]]:
     """Yield each example with a conversation's list of Renderings, or a plain text's token ids."""
     remaining = iter(examples)
-    chunks, again = itertools.tee(iter(lambda: list(itertools.islice(remaining, EXAMPLES_PER_CALL)), []))
+    chunks, again = itertools.tee(
+        iter(lambda: list(itertools.islice(remaining, EXAMPLES_PER_CALL)), [])
+    )
     rendered_chunks = render_chunks(tokenizer, map(_conversations, again), num_workers=num_workers)
     for chunk, rendered in zip(chunks, rendered_chunks, strict=True):
         texts = [one.text for one in chunk if one.text is not None]
-        renderings, token_ids = iter(rendered), iter(encode_texts(tokenizer, texts) if texts else [])
+        renderings, token_ids = (
+            iter(rendered),
+            iter(encode_texts(tokenizer, texts) if texts else []),
+        )
         yield from ((one, next(renderings if one.text is None else token_ids)) for one in chunk)
 
 
 def _conversations(chunk: Sequence[Example]) -> list[Conversation]:
-    return [Conversation(one.messages, one.where, one.prompt.get("tools")) for one in chunk if one.text is None]
+    return [
+        Conversation(one.messages, one.where, one.prompt.get("tools"))
+        for one in chunk
+        if one.text is None
+    ]
 
 
 def _conversation_samples(
@@ -75,7 +86,11 @@ def _conversation_samples(
             report.leave_out(f"longer than max_length={max_length} tokens", example.where)
         elif not any(rendering.mask[1:]):  # the first token is never predicted
             speaks = any(message["role"] == "assistant" for message in example.messages)
-            why = "every assistant turn is empty or marked as not to be trained" if speaks else "no assistant turn"
+            why = (
+                "every assistant turn is empty or marked as not to be trained"
+                if speaks
+                else "no assistant turn"
+            )
             report.leave_out(f"no trained token ({why})", example.where)
         else:
             samples.append(_sample(example, rendering))
@@ -86,10 +101,13 @@ def _sample(example: Example, rendering: Rendering) -> Sample:
     last = rendering.turns[-1]
     is_whole = last == len(example.messages) - 1
     return Sample(
-        prompt=example.prompt if is_whole else {**example.prompt, "messages": example.messages[:last]},
+        prompt=example.prompt
+        if is_whole
+        else {**example.prompt, "messages": example.messages[:last]},
         response=example.messages[last].get("content", ""),
         tokens=rendering.token_ids,
         loss_mask=rendering.mask,
         metadata={"where": example.where, "turns": list(rendering.turns)},
-        response_length=len(rendering.token_ids) - rendering.mask.index(1.0),  # all from the first trained token on
+        response_length=len(rendering.token_ids)
+        - rendering.mask.index(1.0),  # all from the first trained token on
     )

@@ -7,10 +7,9 @@ the sign to count: `random.Random(-1)` and `random.Random(1)` draw the same numb
 import random
 import string
 from collections.abc import Sequence
-from typing import Literal
 
-from rollouts.training.datasets.calculator_turns import calculator_turns
-from rollouts.training.datasets.rows import DataError, Row
+from rollouts.data_formats.calculator_turns import calculator_turns
+from rollouts.data_formats.row import DataError, Row
 from rollouts.training.datasets.selection import Selection
 from rollouts.training.datasets.word_list import WORDS
 
@@ -33,7 +32,11 @@ QUOTES = ("", "'", '"')
 
 
 def spelling_rows(
-    task: Literal["spelling_bee", "simple_spelling"], *, split: str, selection: Selection, words: Sequence[str] = WORDS
+    task: str,
+    *,
+    split: str,
+    selection: Selection,
+    words: Sequence[str] = WORDS,
 ) -> list[Row]:
     """Return the selected rows of an endless data set: `selection` ends it, and must not shuffle.
 
@@ -46,10 +49,18 @@ def spelling_rows(
     if selection.stop == -1 and selection.max_samples == -1:
         raise DataError(f"{task}: the rows are endless; needs max_samples or stop")
     if selection.shuffle_seed is not None:
-        raise DataError(f"{task}: shuffle_seed={selection.shuffle_seed}, but the rows are random already; needs None")
-    last = selection.stop if selection.stop != -1 else selection.start + selection.max_samples * selection.step
-    make = _count_row if task == "spelling_bee" else _spell_row
-    own = [word for index, word in enumerate(words) if (index % TEST_EVERY == 0) == (split == "test")]
+        raise DataError(
+            f"{task}: shuffle_seed={selection.shuffle_seed}, but the rows are random already; needs None"
+        )
+    last = (
+        selection.stop
+        if selection.stop != -1
+        else selection.start + selection.max_samples * selection.step
+    )
+    make = {"spelling_bee": _count_row, "simple_spelling": _spell_row}[task]
+    own = [
+        word for index, word in enumerate(words) if (index % TEST_EVERY == 0) == (split == "test")
+    ]
     rows = []
     for index in selection.of(last):
         seed = index if split == "train" else -(index + 1)
@@ -65,12 +76,18 @@ def _count_row(generator: random.Random, words: Sequence[str], where: str) -> Ro
     if generator.random() < 0.3:
         question = question.lower()
     letter_quote, word_quote = generator.choice(QUOTES), generator.choice(QUOTES)
-    question = question.format(letter=f"{letter_quote}{letter}{letter_quote}", word=f"{word_quote}{word}{word_quote}")
+    question = question.format(
+        letter=f"{letter_quote}{letter}{letter_quote}", word=f"{word_quote}{word}{word_quote}"
+    )
     question += "?" if generator.random() < 0.5 else ""
     count = str(word.count(letter))
     call = calculator_turns(_count_by_hand(word, letter), f"'{word}'.count('{letter}')", count, 0)
     final = f"The calculator says {count}, too.\n\n#### {count}"
-    messages = [{"role": "user", "content": question}, *call, {"role": "assistant", "content": final}]
+    messages = [
+        {"role": "user", "content": question},
+        *call,
+        {"role": "assistant", "content": final},
+    ]
     return Row(where, {"messages": messages, "answer": count})
 
 
@@ -79,7 +96,9 @@ def _count_by_hand(word: str, letter: str) -> str:
     lines, found = [], 0
     for position, char in enumerate(word, start=1):
         found += char == letter
-        lines.append(f"{position}:{char}" + (f" found, that makes {found}" if char == letter else ""))
+        lines.append(
+            f"{position}:{char}" + (f" found, that makes {found}" if char == letter else "")
+        )
     steps = "\n".join(lines)
     spelled = f"The word, letter by letter:\n{_spelled(word)}"
     return f"{spelled}\n\nCounting '{letter}':\n{steps}\n\nThat gives {found}. Checking:\n"

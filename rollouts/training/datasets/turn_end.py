@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from rollouts.data_formats.row import DataError
 from rollouts.training.datasets.chat_template import ChatTemplate
-from rollouts.training.datasets.rows import DataError
 from rollouts.training.seams import Tokenizer
 
 if TYPE_CHECKING:
@@ -25,13 +25,20 @@ _TOOL = {
     "function": {
         "name": _NAME,
         "description": _WORD,
-        "parameters": {"type": "object", "properties": {"x": {"type": "string", "description": _WORD}}},
+        "parameters": {
+            "type": "object",
+            "properties": {"x": {"type": "string", "description": _WORD}},
+        },
     },
 }
 _SYSTEM = {"role": "system", "content": "Be brief."}  # some templates insist
 _ASKED = {"role": "user", "content": "Say it."}
 _SAID = {"role": "assistant", "content": _WORD}
-_CALL = {"id": "call00000", "type": "function", "function": {"name": _NAME, "arguments": {"x": "1"}}}
+_CALL = {
+    "id": "call00000",
+    "type": "function",
+    "function": {"name": _NAME, "arguments": {"x": "1"}},
+}
 _CALLED = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
 _CONFIG_FILES = ("generation_config.json", "config.json")
 
@@ -42,7 +49,9 @@ def end_of_turn_ids(tokenizer: Tokenizer, model: "nn.Module | None" = None) -> l
     They are named by the tokenizer, by the chat template (after text, and after a tool call if that differs), and by
     the configs: `model`'s, or without one those beside the tokenizer. The list may be empty.
     """
-    named = _of_model(model) if model is not None else _saved_beside(str(tokenizer.name_or_path or ""))
+    named = (
+        _of_model(model) if model is not None else _saved_beside(str(tokenizer.name_or_path or ""))
+    )
     found = {*named, *_ids(tokenizer.eos_token_id)}
     found |= template_end_ids(tokenizer, frozenset(found))
     first = _ids(tokenizer.eos_token_id)
@@ -73,7 +82,9 @@ class TurnEnds:
         if last is None or self._is_text(ids[last:stop]):
             return None
         first = last
-        while first > start and (ids[first - 1] in self.specials or not self._is_text(ids[first - 1 : first])):
+        while first > start and (
+            ids[first - 1] in self.specials or not self._is_text(ids[first - 1 : first])
+        ):
             first -= 1
         return next((at + 1 for at in range(first, last) if ids[at] in self.ids), last)
 
@@ -85,7 +96,9 @@ class TurnEnds:
 def _special_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """Return the special ids. "</tool_call>" is an added token too, but not special: no turn ends there."""
     added = tokenizer.added_tokens_decoder
-    return frozenset({*tokenizer.all_special_ids, *(index for index, token in added.items() if token.special)})
+    return frozenset(
+        {*tokenizer.all_special_ids, *(index for index, token in added.items() if token.special)}
+    )
 
 
 def template_end_ids(tokenizer: Tokenizer, named: Set[int] = frozenset()) -> set[int]:
@@ -95,7 +108,9 @@ def template_end_ids(tokenizer: Tokenizer, named: Set[int] = frozenset()) -> set
     """
     specials = _special_ids(tokenizer) | named
     found: set[int] = set()
-    said = _rendered(tokenizer, [_ASKED, _SAID], None) or _rendered(tokenizer, [_SYSTEM, _ASKED, _SAID], None)
+    said = _rendered(tokenizer, [_ASKED, _SAID], None) or _rendered(
+        tokenizer, [_SYSTEM, _ASKED, _SAID], None
+    )
     if said is not None and _WORD in said:
         following = tokenizer(said.rpartition(_WORD)[2], add_special_tokens=False)["input_ids"]
         found.update([token for token in following if token in specials][:1])
@@ -147,7 +162,8 @@ def _saved_beside(name: str) -> set[int]:
                 _raise_exceptions_for_gated_repo=False,
             )
             config = {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # neither a directory nor a hub id, or not JSON: loading the model reports it
+        except (OSError, ValueError):
+            # neither a directory nor a hub id, or not JSON: loading the model reports it
             continue
         nested = config.get("text_config")
         for one in (config, nested if isinstance(nested, dict) else {}):

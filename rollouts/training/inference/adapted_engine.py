@@ -66,7 +66,9 @@ class AdaptedEngine:
     ) -> list[list[Generation]]:
         named = {} if rid is None else {"rid": rid}
         generate = self._method("generate_batch")
-        groups = await generate(prompts, sampling_params, n=n, return_logprob=return_logprob, **named)
+        groups = await generate(
+            prompts, sampling_params, n=n, return_logprob=return_logprob, **named
+        )
         return cast(list[list[Generation]], groups)
 
     async def input_logprobs(self, input_ids: Sequence[int]) -> list[float] | None:
@@ -95,7 +97,11 @@ class AdaptedEngine:
     ) -> dict[str, Any]:
         update = self._method("update_weights_from_checkpoint")
         takes_version = "weight_version" in inspect.signature(update).parameters
-        named = {"weight_version": weight_version} if takes_version and weight_version is not None else {}
+        named = (
+            {"weight_version": weight_version}
+            if takes_version and weight_version is not None
+            else {}
+        )
         return cast(dict[str, Any], await update(checkpoint_path, **named))
 
     async def aclose(self) -> None:

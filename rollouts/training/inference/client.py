@@ -88,7 +88,9 @@ class EngineClient(HTTPClient, ABC):
         )
         return group
 
-    async def check(self, prompts: Sequence[Sequence[int]], params: Sequence[Mapping[str, Any]], n: int) -> None:
+    async def check(
+        self, prompts: Sequence[Sequence[int]], params: Sequence[Mapping[str, Any]], n: int
+    ) -> None:
         """Raise RequestError for a request that this server cannot answer correctly. It names every reason."""
         server = await self.server()
         problems = prompt_problems(prompts, server.vocab_size)
@@ -102,7 +104,9 @@ class EngineClient(HTTPClient, ABC):
             and len(prompt) + item["max_new_tokens"] > server.tokens_max
         ]
         if server.kind == "sglang" and server.seeds and any(item.get("min_p") for item in params):
-            problems.append("min_p: SGLang cannot have it beside seeds (--enable-deterministic-inference)")
+            problems.append(
+                "min_p: SGLang cannot have it beside seeds (--enable-deterministic-inference)"
+            )
         if problems:
             raise RequestError(f"{self.base_url}: not sent: {'; '.join(dict.fromkeys(problems))}")
 

@@ -10,7 +10,8 @@ CONNECT_TIMEOUT_S = 10.0
 KEEP_IDLE_S = 300.0  # an idle connection that is older is not used again
 IDLE_MAX = 512  # connections that are kept open without a request
 
-TIMEOUTS = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S).as_dict()  # of a request: only connecting has a limit here
+# of a request: only connecting has a limit here
+TIMEOUTS = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S).as_dict()
 
 
 class Connections:
@@ -42,7 +43,9 @@ class Connections:
                     await connection.aclose()
 
     def _new(self) -> httpx.AsyncHTTPTransport:
-        limits = httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=KEEP_IDLE_S)
+        limits = httpx.Limits(
+            max_connections=1, max_keepalive_connections=1, keepalive_expiry=KEEP_IDLE_S
+        )
         return httpx.AsyncHTTPTransport(verify=self._verify, trust_env=False, limits=limits)
 
     async def aclose(self) -> None:

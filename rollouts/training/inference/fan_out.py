@@ -1,6 +1,6 @@
 """Make the same call to several engines at once: all are waited for, and each failure is named."""
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import anyio
@@ -23,7 +23,9 @@ E = TypeVar("E", bound=Named)
 T = TypeVar("T")
 
 
-async def on_all_engines(engines: Sequence[E], what: str, call: Callable[[E], Awaitable[T]]) -> list[T]:
+async def on_all_engines(
+    engines: Sequence[E], what: str, call: Callable[[E], Awaitable[T]]
+) -> list[T]:
     """Await `call(engine)` for all of them in parallel. Return the results, in order.
 
     Raises WeightSyncError after all have answered. It says that `what` failed, and where.
@@ -50,10 +52,15 @@ async def on_all_engines(engines: Sequence[E], what: str, call: Callable[[E], Aw
 
 
 async def update_all(
-    engines: Sequence[Updatable], checkpoint_path: str, weight_version: str | None
+    engines: Sequence[Updatable],
+    checkpoint_path: str,
+    weight_version: str | None,
+    *,
+    elsewhere: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """Have all engines load the checkpoint, in parallel. Return their answers, in order.
 
+    `elsewhere`: by URL, where engines on other hosts have it.
     Raises WeightSyncError after all have answered, if any raised or did not answer with success true. It names them.
     """
     answers: list[dict[str, Any]] = [{} for _ in engines]
@@ -62,8 +69,12 @@ async def update_all(
 
     async def update(index: int, engine: Updatable) -> None:
         try:
-            answer: Any = await engine.update_weights_from_checkpoint(checkpoint_path, weight_version=weight_version)
-        except Exception as error:  # an engine of the user's may raise anything: that is its failure
+            answer: Any = await engine.update_weights_from_checkpoint(
+                (elsewhere or {}).get(engine.base_url, checkpoint_path),
+                weight_version=weight_version,
+            )
+        except Exception as error:
+            # an engine of the user's may raise anything: that is its failure
             failures.append(f"{engine.base_url}: {error or type(error).__name__}")
             causes.append(error)
             return

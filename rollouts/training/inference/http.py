@@ -40,7 +40,8 @@ class Generation:
     finish_reason: str
     finish_detail: dict[str, Any]  # as the server sent it: type, and matched, length or message
     weight_version: str  # of the newest weights that sampled one of these tokens
-    weight_versions: list[dict[str, Any]]  # [{version, start, end}]: several when weights changed midway
+    # [{version, start, end}]: several when weights changed midway
+    weight_versions: list[dict[str, Any]]
     text: str | None  # None where the server has no tokenizer
     prompt_tokens: int
     cached_tokens: int
@@ -75,7 +76,10 @@ class HTTPClient:
         return self
 
     async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         await self.aclose()
 
@@ -112,18 +116,26 @@ class HTTPClient:
         response = await self._send(method, path, body)
         if response.status_code != 200:
             kind = EngineLost if response.status_code >= 500 else EngineError
-            raise kind(f"{self.base_url}{path}: {response.status_code}: {_server_message(response)}")
+            raise kind(
+                f"{self.base_url}{path}: {response.status_code}: {_server_message(response)}"
+            )
         try:
             return response.json()
         except ValueError:
             return response.text
 
-    async def _send(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> httpx.Response:
+    async def _send(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None
+    ) -> httpx.Response:
         """Return the answer, whatever its status. Raises EngineLost unless it is there, whole, within `timeout_s`."""
         timeouts = {"timeout": TIMEOUTS}
         try:
             request = httpx.Request(
-                method, self.base_url + path, json=body, headers=self._headers(path), extensions=timeouts
+                method,
+                self.base_url + path,
+                json=body,
+                headers=self._headers(path),
+                extensions=timeouts,
             )
             with anyio.fail_after(self.timeout_s):
                 async with self._connected().one() as connection:
@@ -131,16 +143,21 @@ class HTTPClient:
                     await response.aread()
                     return response
         except TimeoutError as error:
-            raise EngineLost(f"{self.base_url}{path}: no whole answer within {self.timeout_s:g} s") from error
+            raise EngineLost(
+                f"{self.base_url}{path}: no whole answer within {self.timeout_s:g} s"
+            ) from error
         except (httpx.HTTPError, OSError) as error:
-            raise EngineLost(f"{self.base_url}{path}: {type(error).__name__}: {error or 'no answer'}") from error
+            raise EngineLost(
+                f"{self.base_url}{path}: {type(error).__name__}: {error or 'no answer'}"
+            ) from error
 
     def _headers(self, path: str) -> dict[str, str]:
         key = key_for(path.partition("?")[0], *self._keys)
         return {} if key is None else {"Authorization": f"Bearer {key}"}
 
     def _connected(self) -> Connections:
-        loop = anyio.lowlevel.current_token()  # connections belong to the event loop they were opened in
+        # connections belong to the event loop they were opened in
+        loop = anyio.lowlevel.current_token()
         if self._connections is None or self._connections_loop != loop:
             self._connections = Connections(secure=self.base_url.startswith("https:"))
             self._connections_loop = loop

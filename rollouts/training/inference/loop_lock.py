@@ -14,7 +14,8 @@ class LoopLock:
         self._loop: object = None
 
     def here(self) -> anyio.Lock:
-        loop = anyio.lowlevel.current_token()  # an anyio.Lock belongs to the event loop it is used in
+        # an anyio.Lock belongs to the event loop it is used in
+        loop = anyio.lowlevel.current_token()
         if self._lock is None or self._loop != loop:
             self._lock, self._loop = anyio.Lock(), loop
         return self._lock

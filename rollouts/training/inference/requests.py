@@ -28,9 +28,15 @@ def prompt_problems(prompts: Sequence[Sequence[int]], vocab_size: int | None) ->
         elif not all(type(token) is int for token in prompt):
             problems.append(f"prompt {index}: needs integers")
         elif min(prompt) < 0 or (vocab_size is not None and max(prompt) >= vocab_size):
-            bad = next(token for token in prompt if token < 0 or (vocab_size is not None and token >= vocab_size))
+            bad = next(
+                token
+                for token in prompt
+                if token < 0 or (vocab_size is not None and token >= vocab_size)
+            )
             allowed = "ids >= 0" if vocab_size is None else f"0 to {vocab_size - 1}"
-            problems.append(f"prompt {index}: token id {bad} is outside the vocabulary, needs {allowed}")
+            problems.append(
+                f"prompt {index}: token id {bad} is outside the vocabulary, needs {allowed}"
+            )
     return problems
 
 
@@ -43,10 +49,16 @@ def param_problems(params: Mapping[str, Any], n: int) -> list[str]:
     checks = {
         "temperature": (lambda value: _number(value) and value >= 0, "a finite number >= 0"),
         "top_p": (lambda value: _number(value) and 0 < value <= 1, "0 < top_p <= 1"),
-        "top_k": (lambda value: type(value) is int and (value == -1 or value >= 1), "an integer >= 1, or -1 for all"),
+        "top_k": (
+            lambda value: type(value) is int and (value == -1 or value >= 1),
+            "an integer >= 1, or -1 for all",
+        ),
         "min_p": (lambda value: _number(value) and 0 <= value <= 1, "0 <= min_p <= 1"),
         "max_new_tokens": (lambda value: type(value) is int and value >= 1, "an integer >= 1"),
-        "sampling_seed": (lambda value: type(value) is int and 0 <= value < SEEDS, "0 to 2**63 - 1"),
+        "sampling_seed": (
+            lambda value: type(value) is int and 0 <= value < SEEDS,
+            "0 to 2**63 - 1",
+        ),
         "stop_token_ids": (_ids, "a list of token ids"),
         "ignore_eos": (lambda value: type(value) is bool, "true or false"),
         "skip_special_tokens": (lambda value: type(value) is bool, "true or false"),
@@ -55,7 +67,9 @@ def param_problems(params: Mapping[str, Any], n: int) -> list[str]:
         if params.get(name) is not None and not allowed(params[name]):
             problems.append(f"{name}={params[name]!r}: needs {words}")
     if params.get("ignore_eos") and params.get("stop_token_ids"):
-        problems.append("stop_token_ids beside ignore_eos: SGLang ignores both then, others do not; leave one out")
+        problems.append(
+            "stop_token_ids beside ignore_eos: SGLang ignores both then, others do not; leave one out"
+        )
     return problems
 
 
@@ -64,7 +78,9 @@ def _number(value: Any) -> bool:
 
 
 def _ids(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(type(token) is int and token >= 0 for token in value)
+    return isinstance(value, (list, tuple)) and all(
+        type(token) is int and token >= 0 for token in value
+    )
 
 
 def row_seed(seed: int | None, row: int) -> int:

@@ -11,13 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from rollouts.training.inference.client import EngineClient, read_vocab_size, sampling
-from rollouts.training.inference.http import EngineError, EngineLost, Generation, WeightSyncError, require
+from rollouts.training.inference.http import (
+    EngineError,
+    EngineLost,
+    Generation,
+    WeightSyncError,
+    require,
+)
 from rollouts.training.inference.inference_engine import ServerInfo, ServerKind
 from rollouts.training.inference.known_versions import check_version
 from rollouts.training.inference.requests import per_prompt, row_seed
 from rollouts.training.inference.weight_routes import Adapter, WeightRoutes
 
-SPARE_TOKENS = 2  # SGLang never fills the last ones of its context: it cuts such answers short, silently
+SPARE_TOKENS = (
+    2  # SGLang never fills the last ones of its context: it cuts such answers short, silently
+)
 
 
 class SGLangEngine(EngineClient):
@@ -31,15 +39,21 @@ class SGLangEngine(EngineClient):
 
     async def _ask_server(self) -> ServerInfo:
         info = await self.request("GET", "/server_info")
-        require(isinstance(info, dict), f"{self.base_url}/server_info: needs an object, got {info!r}")
+        require(
+            isinstance(info, dict), f"{self.base_url}/server_info: needs an object, got {info!r}"
+        )
         if info.get("engine") == "embedded":
             version = check_version(self.base_url, "embedded", info.get("version"))
-            return ServerInfo("embedded", version, True, info.get("vocab_size"), info.get("context_length"))
+            return ServerInfo(
+                "embedded", version, True, info.get("vocab_size"), info.get("context_length")
+            )
         version = check_version(self.base_url, "sglang", info.get("version"))
         seeds = info.get("enable_deterministic_inference") is True
         context = info.get("context_length")  # None: the model's own
         tokens_max = None if context is None else context - SPARE_TOKENS
-        return ServerInfo("sglang", version, seeds, await read_vocab_size(info["model_path"]), tokens_max)
+        return ServerInfo(
+            "sglang", version, seeds, await read_vocab_size(info["model_path"]), tokens_max
+        )
 
     async def health(self) -> bool:
         """Return whether the engine answers and can serve, perhaps once it is resumed. Never raises.
@@ -68,7 +82,9 @@ class SGLangEngine(EngineClient):
         await self.check(prompts, params, n)
         kind = (await self.server()).kind
         pairs = zip(prompts, params, strict=True)
-        entries = [entry for prompt, item in pairs for entry in entries_of(kind, prompt, item, n, rid)]
+        entries = [
+            entry for prompt, item in pairs for entry in entries_of(kind, prompt, item, n, rid)
+        ]
         body: dict[str, Any] = {
             "input_ids": [entry.input_ids for entry in entries],
             "sampling_params": [entry.sampling_params for entry in entries],
@@ -107,11 +123,16 @@ class SGLangEngine(EngineClient):
             raise
         try:
             entries = answer["meta_info"]["input_token_logprobs"]
-            if len(entries) == len(input_ids):  # SGLang echoes the vocabulary's last id as 0, so ids are not compared
+            # SGLang echoes the vocabulary's last id as 0, so ids are not compared
+            if len(entries) == len(input_ids):
                 return [float(entry[0]) for entry in entries[1:]]
         except (KeyError, TypeError, IndexError) as error:
-            raise EngineError(f"{self.base_url}/generate: an answer without {error}: {str(answer)[:200]}") from error
-        raise EngineError(f"{self.base_url}/generate: {len(entries)} log-probs of {len(input_ids)} tokens")
+            raise EngineError(
+                f"{self.base_url}/generate: an answer without {error}: {str(answer)[:200]}"
+            ) from error
+        raise EngineError(
+            f"{self.base_url}/generate: {len(entries)} log-probs of {len(input_ids)} tokens"
+        )
 
     async def _raise_if_lost(self, adapter: Adapter | None, error: EngineError) -> None:
         """Raise EngineLost if `error` is the refusal of an adapter that the server lost when it was started again."""
@@ -119,7 +140,9 @@ class SGLangEngine(EngineClient):
             return
         served = (await self.request("GET", "/model_info"))["weight_version"]
         if served != adapter.version:
-            started_anew = f"serves version {served!r}, and was given the adapter of {adapter.version!r}"
+            started_anew = (
+                f"serves version {served!r}, and was given the adapter of {adapter.version!r}"
+            )
             raise EngineLost(f"{self.base_url}: {started_anew}: {error}") from error
 
     async def pause(self, mode: str = "retract") -> None:
@@ -172,7 +195,10 @@ class SGLangEngine(EngineClient):
         body = {"model_path": path, "weight_version": version, "flush_cache": False}
         try:
             answer = await self.request("POST", "/update_weights_from_disk", body)
-            require(isinstance(answer, dict) and answer.get("success") is True, f"{self.base_url}: {answer!r}")
+            require(
+                isinstance(answer, dict) and answer.get("success") is True,
+                f"{self.base_url}: {answer!r}",
+            )
         except EngineError as error:
             raise WeightSyncError(
                 f"weight sync of {path} failed at update: {error}. {await self._after_failed_update(version)}"
@@ -180,10 +206,14 @@ class SGLangEngine(EngineClient):
         try:
             await self.flush_cache()
             served = (await self.model_info()).get("weight_version")
-            require(served == version, f"{self.base_url} serves version {served!r}, needs {version!r}")
+            require(
+                served == version, f"{self.base_url} serves version {served!r}, needs {version!r}"
+            )
             await self.resume()
         except EngineError as error:
-            raise WeightSyncError(f"weight sync of {path} failed: {error}. The engine is left paused") from error
+            raise WeightSyncError(
+                f"weight sync of {path} failed: {error}. The engine is left paused"
+            ) from error
         return {**answer, "weight_version": version}
 
     async def _after_failed_update(self, version: str) -> str:
@@ -220,7 +250,10 @@ def entries_of(
         return [RequestEntry(list(prompt), {**params, "n": n}, rid, n)]
     rids = [None if rid is None else f"{rid}-{row}" for row in range(n)]
     seeds = [row_seed(params.get("sampling_seed"), row) for row in range(n)]
-    return [RequestEntry(list(prompt), {**params, "sampling_seed": seeds[row]}, rids[row], 1) for row in range(n)]
+    return [
+        RequestEntry(list(prompt), {**params, "sampling_seed": seeds[row]}, rids[row], 1)
+        for row in range(n)
+    ]
 
 
 def _naming(adapter: Adapter | None, body: dict[str, Any]) -> dict[str, Any]:
@@ -250,8 +283,12 @@ def _generation(answer: Any, return_logprob: bool, where: str) -> Generation:
         if return_logprob:
             entries = meta["output_token_logprobs"]
             logprobs = [float(entry[0]) for entry in entries]
-            if [entry[1] for entry in entries] != output_ids or not all(map(math.isfinite, logprobs)):
-                raise EngineError(f"{where}/generate: the log-probs are not finite ones of the output_ids")
+            if [entry[1] for entry in entries] != output_ids or not all(
+                map(math.isfinite, logprobs)
+            ):
+                raise EngineError(
+                    f"{where}/generate: the log-probs are not finite ones of the output_ids"
+                )
         return Generation(
             output_ids=output_ids,
             logprobs=logprobs,

@@ -40,17 +40,27 @@ class VLLMEngine(EngineClient):
         version = answer.get("version") if isinstance(answer, dict) else answer
         known = check_version(self.base_url, "vllm", version)
         started = await self._started_with()
-        return ServerInfo("vllm", known, True, await read_vocab_size(started["root"]), started.get("max_model_len"))
+        return ServerInfo(
+            "vllm",
+            known,
+            True,
+            await read_vocab_size(started["root"]),
+            started.get("max_model_len"),
+        )
 
     async def _started_with(self) -> dict[str, Any]:
         """Return {root, the model that the server was started with, max_model_len, ...}: it never changes."""
         answer = await self.request("GET", "/v1/models")
         try:
             found: dict[str, Any] = answer["data"][0]
-            require(isinstance(found["root"], str), f"{self.base_url}/v1/models: root={found['root']!r}")
+            require(
+                isinstance(found["root"], str), f"{self.base_url}/v1/models: root={found['root']!r}"
+            )
             return found
         except (KeyError, IndexError, TypeError) as error:
-            raise EngineError(f"{self.base_url}/v1/models: an answer without {error}: {answer!r:.200}") from error
+            raise EngineError(
+                f"{self.base_url}/v1/models: an answer without {error}: {answer!r:.200}"
+            ) from error
 
     # --- sampling ---
 
@@ -76,7 +86,11 @@ class VLLMEngine(EngineClient):
                 "distribution, not of the model's: leave them out, or return_logprob=False"
             )
         name = rid or uuid.uuid4().hex
-        rows = [(prompt, item, row) for prompt, item in zip(prompts, params, strict=True) for row in range(n)]
+        rows = [
+            (prompt, item, row)
+            for prompt, item in zip(prompts, params, strict=True)
+            for row in range(n)
+        ]
         rids = [f"{name}-{index}" for index in range(len(rows))]
         found: dict[int, Generation] = {}
         errors: list[EngineError] = []
@@ -84,7 +98,9 @@ class VLLMEngine(EngineClient):
         async def ask(index: int) -> None:
             prompt, item, row = rows[index]
             try:
-                found[index] = await self._ask(prompt, vllm_params(item, row, return_logprob), rids[index])
+                found[index] = await self._ask(
+                    prompt, vllm_params(item, row, return_logprob), rids[index]
+                )
             except EngineError as error:  # raised below as it is, not in an exception group
                 errors.append(error)
                 tasks.cancel_scope.cancel()
@@ -98,7 +114,9 @@ class VLLMEngine(EngineClient):
             self._row_rids.pop(name, None)
         if errors:
             raise errors[0]
-        return [[found[index] for index in range(start, start + n)] for start in range(0, len(rows), n)]
+        return [
+            [found[index] for index in range(start, start + n)] for start in range(0, len(rows), n)
+        ]
 
     async def _ask(self, prompt: Sequence[int], params: Mapping[str, Any], rid: str) -> Generation:
         body = {"request_id": rid, "token_ids": list(prompt), "sampling_params": params}
@@ -106,10 +124,14 @@ class VLLMEngine(EngineClient):
             answer = await self.request("POST", "/inference/v1/generate", body)
         try:
             (choice,) = answer["choices"]
-            return _generation(choice, answer["usage"], params["logprobs"] is not None, self.base_url)
+            return _generation(
+                choice, answer["usage"], params["logprobs"] is not None, self.base_url
+            )
         except (KeyError, TypeError, ValueError) as error:
             shown = f"{answer!r:.200}"
-            raise EngineError(f"{self.base_url}/inference/v1/generate: an answer without {error}: {shown}") from error
+            raise EngineError(
+                f"{self.base_url}/inference/v1/generate: an answer without {error}: {shown}"
+            ) from error
 
     async def input_logprobs(self, input_ids: Sequence[int]) -> list[float]:
         """Return [T-1] natural log-probs of all but the first of T tokens, at temperature 1. It samples a token too."""
@@ -121,7 +143,9 @@ class VLLMEngine(EngineClient):
             pairs = zip(input_ids[1:], entries[1:], strict=True)
             return [float(entry[str(token)]["logprob"]) for token, entry in pairs]
         except (KeyError, TypeError, ValueError) as error:
-            raise EngineError(f"{self.base_url}/inference/v1/generate: an answer without {error}") from error
+            raise EngineError(
+                f"{self.base_url}/inference/v1/generate: an answer without {error}"
+            ) from error
 
     async def pause(self, mode: str = "retract") -> None:
         """Stop sampling: "abort" ends what runs, "in_place" freezes it with its cache, "retract" drops that."""
@@ -141,11 +165,18 @@ class VLLMEngine(EngineClient):
         flag = str(running).lower()
         answer = await self.request("POST", f"/reset_prefix_cache?reset_running_requests={flag}")
         done = isinstance(answer, dict) and answer.get("success") is True
-        require(done, f"{self.base_url}/reset_prefix_cache: refused to flush: requests hold it ({answer!r})")
+        require(
+            done,
+            f"{self.base_url}/reset_prefix_cache: refused to flush: requests hold it ({answer!r})",
+        )
 
     async def abort(self, rid: str | None = None) -> None:
         """End one request, or all if `rid` is None. They answer with the tokens sampled so far."""
-        ids = [] if rid is None else [REQUEST_ID_PREFIX + one for one in self._row_rids.get(rid, [rid])]
+        ids = (
+            []
+            if rid is None
+            else [REQUEST_ID_PREFIX + one for one in self._row_rids.get(rid, [rid])]
+        )
         await self.request("POST", "/abort_requests", {"request_ids": ids})
 
     # --- weights ---
@@ -161,7 +192,10 @@ class VLLMEngine(EngineClient):
 
     async def _weight_version(self) -> str:
         info = await self.request("GET", "/weight_info")
-        require(isinstance(info, dict) and bool(info.get("weight_version")), f"{self.base_url}/weight_info: {info!r}")
+        require(
+            isinstance(info, dict) and bool(info.get("weight_version")),
+            f"{self.base_url}/weight_info: {info!r}",
+        )
         return str(info["weight_version"])
 
     async def update_weights_from_checkpoint(
@@ -176,17 +210,25 @@ class VLLMEngine(EngineClient):
         path = str(Path(checkpoint_path).absolute())
         version = weight_version or f"{Path(path).name}-{uuid.uuid4().hex[:8]}"
         await self._require_readable(path)
-        reload = {"method": "reload_weights", "kwargs": {"weights_path": path}, "timeout": self.timeout_s}
+        reload = {
+            "method": "reload_weights",
+            "kwargs": {"weights_path": path},
+            "timeout": self.timeout_s,
+        }
         try:
             await self.pause("retract")
             await self.request("POST", "/collective_rpc", reload)
             await self.flush_cache()
             await self.request("POST", "/update_weight_version", {"new_version": version})
             served = await self._weight_version()
-            require(served == version, f"{self.base_url} serves version {served!r}, needs {version!r}")
+            require(
+                served == version, f"{self.base_url} serves version {served!r}, needs {version!r}"
+            )
             await self.resume()
         except EngineError as error:
-            raise WeightSyncError(f"weight sync of {path} failed: {error}. The engine is left paused") from error
+            raise WeightSyncError(
+                f"weight sync of {path} failed: {error}. The engine is left paused"
+            ) from error
         self._given = (version, path)
         return {"success": True, "message": f"reloaded from {path}", "weight_version": version}
 
@@ -215,10 +257,16 @@ def vllm_params(params: Mapping[str, Any], row: int, return_logprob: bool) -> di
 
 
 def _filters(params: Mapping[str, Any]) -> bool:
-    return params.get("top_k", -1) != -1 or params.get("top_p", 1.0) != 1.0 or bool(params.get("min_p"))
+    return (
+        params.get("top_k", -1) != -1
+        or params.get("top_p", 1.0) != 1.0
+        or bool(params.get("min_p"))
+    )
 
 
-def _generation(choice: Mapping[str, Any], usage: Mapping[str, Any], return_logprob: bool, where: str) -> Generation:
+def _generation(
+    choice: Mapping[str, Any], usage: Mapping[str, Any], return_logprob: bool, where: str
+) -> Generation:
     """Return one choice of an answer. Raises EngineError if ids and log-probs do not belong together."""
     output_ids = list(choice["token_ids"] or ())
     logprobs = None
@@ -226,7 +274,10 @@ def _generation(choice: Mapping[str, Any], usage: Mapping[str, Any], return_logp
         entries = (choice["logprobs"] or {}).get("content") or []
         logprobs = [float(entry["logprob"]) for entry in entries]
         same = [entry["token_id"] for entry in entries] == output_ids
-        require(same and all(map(math.isfinite, logprobs)), f"{where}: the log-probs are not finite ones of the ids")
+        require(
+            same and all(map(math.isfinite, logprobs)),
+            f"{where}: the log-probs are not finite ones of the ids",
+        )
     reason = choice["finish_reason"]
     detail: dict[str, Any] = {"type": reason}
     if reason == "stop":

@@ -20,7 +20,9 @@ class WeightRoutes:
 
     def __init__(self, http: HTTPClient) -> None:
         self._http = http
-        self.adapter: Adapter | None = None  # that all requests name; None: they get the server's own weights
+        self.adapter: Adapter | None = (
+            None  # that all requests name; None: they get the server's own weights
+        )
 
     async def begin_weight_update(self) -> None:
         """Open a session. The server refuses tensors outside of one."""
@@ -30,7 +32,9 @@ class WeightRoutes:
         """Close the session. The server refuses while some of the model's tensors have not come."""
         await self._succeed("/end_weight_update", {})
 
-    async def update_weights_from_tensor(self, messages: Sequence[str], weight_version: str | None) -> None:
+    async def update_weights_from_tensor(
+        self, messages: Sequence[str], weight_version: str | None
+    ) -> None:
         """Load one bucket, of which `weights.wire` makes a message for each tensor-parallel rank."""
         body = {"serialized_named_tensors": list(messages), **_bucket(weight_version)}
         await self._succeed("/update_weights_from_tensor", body)
@@ -45,18 +49,27 @@ class WeightRoutes:
         weight_version: str | None,
     ) -> None:
         """Receive one bucket from rank 0 of the group. Returns once it is loaded. `dtypes` as in "bfloat16"."""
-        body = {"names": list(names), "dtypes": list(dtypes), "shapes": [list(shape) for shape in shapes]}
+        body = {
+            "names": list(names),
+            "dtypes": list(dtypes),
+            "shapes": [list(shape) for shape in shapes],
+        }
         await self._succeed(
-            "/update_weights_from_distributed", {**body, "group_name": group_name, **_bucket(weight_version)}
+            "/update_weights_from_distributed",
+            {**body, "group_name": group_name, **_bucket(weight_version)},
         )
 
     async def update_weights_from_disk(self, model_path: str) -> None:
         """Load a Hugging Face directory or hub id. The caller pauses, flushes and names the version."""
-        await self._succeed("/update_weights_from_disk", {"model_path": model_path, "flush_cache": False})
+        await self._succeed(
+            "/update_weights_from_disk", {"model_path": model_path, "flush_cache": False}
+        )
 
     async def update_weight_version(self, version: str) -> None:
         """Name the weights that the server has: `model_info` reports this version from now on."""
-        await self._succeed("/update_weight_version", {"new_version": version, "abort_all_requests": False})
+        await self._succeed(
+            "/update_weight_version", {"new_version": version, "abort_all_requests": False}
+        )
 
     async def load_adapter(self, name: str, path: str) -> set[str]:
         """Load the LoRA adapter in the directory `path`, in peft's layout. Return the names of all loaded ones."""
@@ -72,11 +85,25 @@ class WeightRoutes:
         self.adapter = adapter
 
     async def init_weights_update_group(
-        self, address: str, port: int, *, rank_offset: int, world_size: int, group_name: str, backend: str
+        self,
+        address: str,
+        port: int,
+        *,
+        rank_offset: int,
+        world_size: int,
+        group_name: str,
+        backend: str,
     ) -> None:
         """Join a process group as ranks `rank_offset`... Returns once all members have joined."""
-        body = {"master_address": address, "master_port": port, "rank_offset": rank_offset, "world_size": world_size}
-        await self._succeed("/init_weights_update_group", {**body, "group_name": group_name, "backend": backend})
+        body = {
+            "master_address": address,
+            "master_port": port,
+            "rank_offset": rank_offset,
+            "world_size": world_size,
+        }
+        await self._succeed(
+            "/init_weights_update_group", {**body, "group_name": group_name, "backend": backend}
+        )
 
     async def destroy_weights_update_group(self, group_name: str) -> None:
         """Leave the process group."""
@@ -99,4 +126,8 @@ class WeightRoutes:
 
 def _bucket(weight_version: str | None) -> dict[str, Any]:
     """Return what all buckets say. They do not flush: a refused flush would be a 400 after the weights have changed."""
-    return {"load_format": "flattened_bucket", "flush_cache": False, "weight_version": weight_version}
+    return {
+        "load_format": "flattened_bucket",
+        "flush_cache": False,
+        "weight_version": weight_version,
+    }

@@ -16,7 +16,9 @@ def damage(checkpoint: Path) -> str | None:
     index = checkpoint / "model.safetensors.index.json"
     try:
         if index.is_file():
-            files = {checkpoint / name for name in json.loads(index.read_text())["weight_map"].values()}
+            files = {
+                checkpoint / name for name in json.loads(index.read_text())["weight_map"].values()
+            }
         else:
             files = set(checkpoint.glob("*.safetensors"))
     except (OSError, ValueError, KeyError) as error:

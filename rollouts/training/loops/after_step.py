@@ -27,10 +27,14 @@ class Hooks:
 
     log: MetricsLogger | None = None  # each logged step's metrics, on rank 0
     log_samples: MetricsLogger | None = None  # every rollout that is trained on, on rank 0
-    evaluate: EvalFn | None = None  # its floats are logged as "eval_…"; in SFT every rank calls it, in RL rank 0 alone
+    evaluate: EvalFn | None = (
+        None  # its floats are logged as "eval_…"; in SFT every rank calls it, in RL rank 0 alone
+    )
     eval_every: int = -1  # steps; -1: only after the last
     on_checkpoint: CheckpointFn | None = None  # each complete checkpoint and its step, on rank 0
-    stop: Callable[[], bool] | None = None  # asked on rank 0 after each step; True: save a checkpoint, and end
+    stop: Callable[[], bool] | None = (
+        None  # asked on rank 0 after each step; True: save a checkpoint, and end
+    )
 
 
 class AfterStep:
@@ -56,7 +60,10 @@ class AfterStep:
         return self
 
     async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         await self._checkpoints.close(error)
 
@@ -73,7 +80,10 @@ class AfterStep:
             await self._checkpoints.finish()
         try:
             if hooks.evaluate is not None and due(step, hooks.eval_every, config.num_steps):
-                metrics |= {f"eval_{key}": value for key, value in (await call(hooks.evaluate, step) or {}).items()}
+                metrics |= {
+                    f"eval_{key}": value
+                    for key, value in (await call(hooks.evaluate, step) or {}).items()
+                }
         finally:
             if due(step, config.log_every, config.num_steps):
                 self._log(step, metrics)
@@ -124,13 +134,14 @@ class Checkpoints:
                 await call(self._on_checkpoint, path, step)
 
     async def close(self, error: BaseException | None) -> None:
-        """`finish`; where training failed by `error`, a save that fails too is only logged."""
+        """Finish; where training failed by `error`, a save that fails too is only logged."""
         try:
             await self.finish()
         except Exception as failure:  # whatever the backend or on_checkpoint raises
             if error is None:
                 raise
-            logger.error("the last checkpoint failed too: %s", failure)  # training's own error is raised
+            # training's own error is raised
+            logger.error("the last checkpoint failed too: %s", failure)
 
 
 async def call(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -5,7 +5,7 @@ B sequences, T tokens of the longest. A batch holds [B, T] and [B] tensors, and 
 
 import random
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, cast
 
 import torch
@@ -16,7 +16,9 @@ from rollouts.training.seams import Batch
 from rollouts.training.token_selection import trained_tokens
 
 
-def collate(tokens: Sequence[Sequence[int]], loss_masks: Sequence[Sequence[float]], *, pad_token_id: int) -> Batch:
+def collate(
+    tokens: Sequence[Sequence[int]], loss_masks: Sequence[Sequence[float]], *, pad_token_id: int
+) -> Batch:
     """Right-padded "input_ids", "labels", "attention_mask", "loss_mask" [B, T], and "tokens_global".
 
     What is padding follows from lengths alone: a real token that equals `pad_token_id`, the end of a turn say, stays.
@@ -55,22 +57,35 @@ def split_batch(
     "tokens_global" and other numbers pass unchanged: the losses of all micro-batches on all ranks add up to the step's.
     `equal_counts`: a rank that has fewer than another gets blank ones (`blank_batch`) too.
     """
-    lengths = batch["attention_mask"].sum(1)
-    by_length = torch.argsort(lengths, descending=True, stable=True)
-
-    def deal(rank: int) -> list[Tensor]:
-        own = by_length[rank::world_size]
-        if micro_batch_tokens is not None:
-            return [own[bin_] for bin_ in pack_best_fit(lengths[own].tolist(), micro_batch_tokens)]
-        return [rows for rows in own.split(micro_batch_size or max(1, len(own))) if len(rows)]
-
-    chosen = deal(rank)
+    deal = partial(
+        dealt_rows,
+        batch,
+        world_size=world_size,
+        micro_batch_size=micro_batch_size,
+        micro_batch_tokens=micro_batch_tokens,
+    )
+    chosen = deal(rank=rank)
     for rows in chosen:
-        width = int(lengths[rows[0]])
-        yield _rows_of(batch, rows, width)
+        yield _rows_of(batch, rows, int(batch["attention_mask"][rows[0]].sum()))
     if equal_counts:
-        most = max(len(deal(other)) for other in range(world_size))
+        most = max(len(deal(rank=other)) for other in range(world_size))
         yield from [blank_batch(batch)] * (most - len(chosen))
+
+
+def dealt_rows(
+    batch: Batch,
+    *,
+    rank: int,
+    world_size: int,
+    micro_batch_size: int | None,
+    micro_batch_tokens: int | None = None,
+) -> list[Tensor]:
+    """Return which rows of a step's batch each of a rank's micro-batches has, the longest first."""
+    lengths = batch["attention_mask"].sum(1)
+    own = torch.argsort(lengths, descending=True, stable=True)[rank::world_size]
+    if micro_batch_tokens is not None:
+        return [own[bin_] for bin_ in pack_best_fit(lengths[own].tolist(), micro_batch_tokens)]
+    return [rows for rows in own.split(micro_batch_size or max(1, len(own))) if len(rows)]
 
 
 def blank_batch(batch: Batch) -> Batch:
@@ -92,11 +107,15 @@ def step_indices(count: int, batch_size: int, step: int, seed: int | None) -> li
     A pure function of its arguments, so that a resumed run continues with exactly the examples that would have come.
     """
     positions = range(step * batch_size, (step + 1) * batch_size)
-    orders = {epoch: _epoch_order(count, epoch, seed) for epoch in {position // count for position in positions}}
+    orders = {
+        epoch: _epoch_order(count, epoch, seed)
+        for epoch in {position // count for position in positions}
+    }
     return [orders[position // count][position % count] for position in positions]
 
 
-@lru_cache(maxsize=2)  # a step lies in one epoch or two; shuffling 460K examples takes longer than a small step
+# a step lies in one epoch or two; shuffling 460K examples takes longer than a small step
+@lru_cache(maxsize=2)
 def _epoch_order(count: int, epoch: int, seed: int | None) -> tuple[int, ...]:
     order = list(range(count))
     if seed is not None:

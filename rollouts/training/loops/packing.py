@@ -13,7 +13,8 @@ def pack_best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     if capacity < 1:
         raise ValueError(f"capacity={capacity}: needs >= 1 token")
     bins: list[list[int]] = []
-    rooms: list[tuple[int, int]] = []  # (tokens free, bin), sorted: the first that is large enough is the best fit
+    # (tokens free, bin), sorted: the first that is large enough is the best fit
+    rooms: list[tuple[int, int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         found = bisect.bisect_left(rooms, (lengths[index], -1))
         if found < len(rooms):

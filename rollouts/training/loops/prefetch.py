@@ -38,7 +38,13 @@ async def prefetch(
 
 
 class _Prepared(Generic[T]):
-    def __init__(self, prepare: Callable[[int], T], steps: Iterable[int], depth: int, executor: ThreadPoolExecutor):
+    def __init__(
+        self,
+        prepare: Callable[[int], T],
+        steps: Iterable[int],
+        depth: int,
+        executor: ThreadPoolExecutor,
+    ):
         self._prepare, self._executor = prepare, executor
         self._left = iter(steps)
         self._pending: deque[tuple[int, ThreadFuture[T]]] = deque()

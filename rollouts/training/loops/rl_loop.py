@@ -17,14 +17,22 @@ from rollouts.training.backends.minimal import complete
 from rollouts.training.inference.pool.engine_pool import EnginePool
 from rollouts.training.loops.after_step import AfterStep, CheckpointFn, EvalFn, Hooks, call
 from rollouts.training.loops.rollout_batch import BatchOptions, prepare_grpo_batch
-from rollouts.training.loops.rollout_metrics import log_samples, rollout_metrics
+from rollouts.training.loops.rollout_metrics import rollout_metrics
+from rollouts.training.loops.sample_log import SampleLog, trainer_log_probs
 from rollouts.training.loops.throughput import Throughput
 from rollouts.training.loops.train_step import PrepareFn, check_steps, due, train_step
 from rollouts.training.loops.value_step import add_value_advantages
 from rollouts.training.metrics import MetricsLogger
 from rollouts.training.rl_losses import ClipRange
 from rollouts.training.rollout_gen.rollout_stream import open_rollouts
-from rollouts.training.seams import Batch, MinimalBackend, PromptSource, RolloutManager, RolloutSource, TrainingBackend
+from rollouts.training.seams import (
+    Batch,
+    MinimalBackend,
+    PromptSource,
+    RolloutManager,
+    RolloutSource,
+    TrainingBackend,
+)
 from rollouts.training.types import RewardFn, RLTrainingConfig, RolloutBatch
 from rollouts.training.weights.deliver.disk import DiskDelivery
 from rollouts.training.weights.publish import WeightPublisher
@@ -38,8 +46,12 @@ class RLSteps:
 
     config: RLTrainingConfig
     batches: BatchOptions = field(default_factory=BatchOptions)
-    resume: Mapping[str, Any] | None = None  # what `load_checkpoint` returned; the loop continues after its step
-    peak_flops: float | None = None  # FLOP/s of one rank's device, for "mfu"; None: what the maker states for the card
+    resume: Mapping[str, Any] | None = (
+        None  # what `load_checkpoint` returned; the loop continues after its step
+    )
+    peak_flops: float | None = (
+        None  # FLOP/s of one rank's device, for "mfu"; None: what the maker states for the card
+    )
 
 
 async def run_rl_training(
@@ -83,7 +95,9 @@ async def run_rl_training(
     whole = complete(backend)
     pool = EnginePool.of(engines)
     weights = weight_sync or WeightPublisher(whole, pool, DiskDelivery(whole, weights_dir))
-    async with open_rollouts(rollout_manager, config, pool, buffer=buffer, reward_fn=reward_fn) as rollouts:
+    async with open_rollouts(
+        rollout_manager, config, pool, buffer=buffer, reward_fn=reward_fn
+    ) as rollouts:
         return await run_rl(whole, rollouts, weights, steps, hooks)
 
 
@@ -113,21 +127,18 @@ async def run_rl(
     async with AfterStep(backend, config, hooks, state) as after:
         for step in range(first + 1, config.num_steps + 1):
             clock = [time.monotonic()]
+            found = None if rollouts is None else await rollouts.next_batch()
             batch, metrics = await _from_rank_0(
-                None if rollouts is None else _prepared(await rollouts.next_batch(), step, steps, hooks)
+                None if found is None else _prepared(found, step, steps)
             )
+            samples = SampleLog(hooks.log_samples, found, batch, step)
             clock.append(time.monotonic())
             publishes = due(step, config.sync_every, config.num_steps)
             if weights is not None:
                 await weights.sleep(weights=publishes)
-            metrics |= await train_step(
-                backend,
-                batch,
-                config.micro_batch_size,
-                config.micro_batch_tokens,
-                prepare=estimate,
-                updates=config.updates_per_batch,
-            )
+            metrics |= await _train(backend, samples, config, estimate)
+            clock.append(time.monotonic())
+            samples.write(await trainer_log_probs(backend, batch, config))
             clock.append(time.monotonic())
             if publishes:
                 async with _updating(rollouts, step):
@@ -136,12 +147,35 @@ async def run_rl(
             elif weights is not None:
                 await weights.wake()
             metrics["optimizer_steps"] = metrics["step"]
-            metrics |= _speed(throughput, batch, [*clock, time.monotonic()], config.updates_per_batch)
+            metrics |= _speed(
+                throughput, batch, [*clock, time.monotonic()], config.updates_per_batch
+            )
             await after.finish(step, metrics)
             if after.stopped:
                 break
     distributed.barrier()  # the other ranks wait for the last evaluation
     return after.history
+
+
+async def _train(
+    backend: TrainingBackend,
+    samples: SampleLog,
+    config: RLTrainingConfig,
+    estimate: PrepareFn | None,
+) -> dict[str, float]:
+    """Take the updates of a step. The samples of one that fails are logged, as they are."""
+    try:
+        return await train_step(
+            backend,
+            samples.batch,
+            config.micro_batch_size,
+            config.micro_batch_tokens,
+            prepare=estimate,
+            updates=config.updates_per_batch,
+        )
+    except BaseException:
+        samples.write()
+        raise
 
 
 def _check(steps: RLSteps, hooks: Hooks) -> None:
@@ -165,7 +199,9 @@ def _restore(rollouts: RolloutSource | None, resume: Mapping[str, Any] | None) -
         return 0
     if rollouts is not None:
         if not resume["extra"]:
-            raise ValueError(f"the checkpoint of step {resume['step']} was not written by this loop: no data cursor")
+            raise ValueError(
+                f"the checkpoint of step {resume['step']} was not written by this loop: no data cursor"
+            )
         rollouts.load_state(resume["extra"])
     return int(resume["step"])
 
@@ -174,8 +210,8 @@ def _updating(rollouts: RolloutSource | None, version: int) -> AbstractAsyncCont
     return nullcontext() if rollouts is None else rollouts.updating(version)
 
 
-def _prepared(found: RolloutBatch, step: int, steps: RLSteps, hooks: Hooks) -> tuple[Batch, dict[str, float]]:
-    """Return the batch of a step, and the metrics of its rollouts; the samples are logged."""
+def _prepared(found: RolloutBatch, step: int, steps: RLSteps) -> tuple[Batch, dict[str, float]]:
+    """Return the batch of a step, and the metrics of its rollouts."""
     options = steps.batches
     batch = prepare_grpo_batch(
         found,
@@ -185,13 +221,12 @@ def _prepared(found: RolloutBatch, step: int, steps: RLSteps, hooks: Hooks) -> t
         temperature=options.temperature,
         clip_range=options.clip_range,
     )
-    if hooks.log_samples is not None:
-        advantages = batch["advantages"].tolist() if "advantages" in batch else None
-        log_samples(hooks.log_samples, found, advantages, step, options.temperature)
     return batch, rollout_metrics(found, step - 1)
 
 
-async def _from_rank_0(prepared: tuple[Batch, dict[str, float]] | None) -> tuple[Batch, dict[str, float]]:
+async def _from_rank_0(
+    prepared: tuple[Batch, dict[str, float]] | None,
+) -> tuple[Batch, dict[str, float]]:
     """Return rank 0's `prepared` on every rank. Waits in a thread: rank 0's event loop continues to generate."""
     if distributed.world_size() > 1:
         prepared = await anyio.to_thread.run_sync(distributed.broadcast_object, prepared)
@@ -203,7 +238,9 @@ def _value_estimator(backend: TrainingBackend, config: RLTrainingConfig) -> Prep
     if config.baseline != "value":
         return None
     if config.advantage_norm not in ("none", "batch"):
-        raise ValueError(f"advantage_norm={config.advantage_norm!r}: with baseline='value' it is 'none' or 'batch'")
+        raise ValueError(
+            f"advantage_norm={config.advantage_norm!r}: with baseline='value' it is 'none' or 'batch'"
+        )
     return partial(
         add_value_advantages,
         backend,
@@ -213,10 +250,20 @@ def _value_estimator(backend: TrainingBackend, config: RLTrainingConfig) -> Prep
     )
 
 
-def _speed(throughput: Throughput, batch: Batch, clock: Sequence[float], updates: int) -> dict[str, float]:
+def _speed(
+    throughput: Throughput, batch: Batch, clock: Sequence[float], updates: int
+) -> dict[str, float]:
     """Return how long the parts of a step took, and the rates that follow. `clock`: its begin and the parts' ends."""
-    generate_s, train_s, sync_s = (end - start for start, end in itertools.pairwise(clock))
+    generate_s, train_s, _, sync_s = (end - start for start, end in itertools.pairwise(clock))
     step_s = clock[-1] - clock[0]
     lengths = batch["attention_mask"].sum(1).tolist()
-    rates = throughput.metrics(lengths, batch["tokens_global"], passes=updates, train_s=train_s, step_s=step_s)
-    return {"generate_s": generate_s, "train_s": train_s, "sync_s": sync_s, "step_s": step_s, **rates}
+    rates = throughput.metrics(
+        lengths, batch["tokens_global"], passes=updates, train_s=train_s, step_s=step_s
+    )
+    return {
+        "generate_s": generate_s,
+        "train_s": train_s,
+        "sync_s": sync_s,
+        "step_s": step_s,
+        **rates,
+    }

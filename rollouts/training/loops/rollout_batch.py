@@ -42,12 +42,20 @@ def prepare_grpo_batch(
     outside the response). With baseline "value" it has "rewards" [B] in place of advantages: those take the value
     head's estimates. Raises ValueError when the parts of `batch` do not fit each other, or nothing in it is trained on.
     """
-    counts = {"tokens": len(batch.tokens), "loss_masks": len(batch.loss_masks), "rewards": len(rewards)}
+    counts = {
+        "tokens": len(batch.tokens),
+        "loss_masks": len(batch.loss_masks),
+        "rewards": len(rewards),
+    }
     if len(set(counts.values())) != 1 or not batch.tokens:
-        raise ValueError(f"rollout batch: needs one of each per sample, and at least one; it has {counts}")
+        raise ValueError(
+            f"rollout batch: needs one of each per sample, and at least one; it has {counts}"
+        )
     prepared = collate(batch.tokens, batch.loss_masks, pad_token_id=pad_token_id)
     if not prepared["tokens_global"]:
-        raise ValueError(f"rollout batch: no trained token in {len(batch.tokens)} samples: were all responses empty?")
+        raise ValueError(
+            f"rollout batch: no trained token in {len(batch.tokens)} samples: were all responses empty?"
+        )
     _check_rewards(rewards, batch.samples)
     prepared["temperature"] = temperature
     prepared |= _scores(rewards, batch.group_ids or None, config)
@@ -55,8 +63,12 @@ def prepare_grpo_batch(
     known = [sample.rollout_log_probs is not None for sample in batch.samples]
     if any(known):
         if not all(known) or len(known) != len(batch.tokens):
-            raise ValueError(f"rollout batch: {sum(known)} of {len(batch.tokens)} samples have rollout_log_probs")
-        prepared["old_log_probs"] = _aligned_log_probs(batch.samples, prepared["input_ids"].shape[1])
+            raise ValueError(
+                f"rollout batch: {sum(known)} of {len(batch.tokens)} samples have rollout_log_probs"
+            )
+        prepared["old_log_probs"] = _aligned_log_probs(
+            batch.samples, prepared["input_ids"].shape[1]
+        )
     if clip_range is not None:
         prepared["clip_range"] = clip_range
     return prepared
@@ -73,13 +85,20 @@ def _check_rewards(rewards: Sequence[float], samples: Sequence[Sample]) -> None:
             )
 
 
-def _scores(rewards: Sequence[float], group_ids: Sequence[int] | None, config: RLTrainingConfig) -> Batch:
+def _scores(
+    rewards: Sequence[float], group_ids: Sequence[int] | None, config: RLTrainingConfig
+) -> Batch:
     if config.baseline == "value":
         return {"rewards": torch.tensor(rewards, dtype=torch.float32)}
-    advantages = compute_advantages(rewards, config.baseline, group_ids=group_ids, norm=config.advantage_norm)
+    advantages = compute_advantages(
+        rewards, config.baseline, group_ids=group_ids, norm=config.advantage_norm
+    )
     return {"advantages": torch.tensor(advantages, dtype=torch.float32)}
 
 
 def _aligned_log_probs(samples: Sequence[Sample], width: int) -> torch.Tensor:
-    rows = [[0.0] * (len(s.tokens) - s.response_length) + list(s.rollout_log_probs or ()) for s in samples]
+    rows = [
+        [0.0] * (len(s.tokens) - s.response_length) + list(s.rollout_log_probs or ())
+        for s in samples
+    ]
     return pad(rows, width, 0.0, torch.float32)

@@ -3,6 +3,8 @@
 import statistics
 from collections.abc import Mapping, Sequence
 
+from torch import Tensor
+
 from rollouts.training.advantages import has_contrast, mean, standard_deviation
 from rollouts.training.metrics import MetricsLogger
 from rollouts.training.replay import sample_records
@@ -18,7 +20,8 @@ def rollout_metrics(batch: RolloutBatch, steps_applied: int | None) -> dict[str,
     counts by filter are `<key>_<filter>`, beside their sum.
     """
     metrics: dict[str, float] = {
-        "groups_zero_std_frac": _zero_std_frac(batch),  # of kept groups; batch.metadata may know of all
+        # of kept groups; batch.metadata may know of all
+        "groups_zero_std_frac": _zero_std_frac(batch),
         "reward_mean": mean(batch.rewards),
         "reward_std": standard_deviation(batch.rewards, ddof=0),
         "response_length_mean": statistics.fmean(batch.response_lengths),
@@ -28,11 +31,19 @@ def rollout_metrics(batch: RolloutBatch, steps_applied: int | None) -> dict[str,
         metrics["truncated_frac"] = sum(map(_is_length, reasons)) / len(reasons)
     oldest = [version for version in map(_oldest_version, batch.samples) if version is not None]
     if oldest and steps_applied is not None:
-        metrics |= {"lag_mean": steps_applied - statistics.fmean(oldest), "lag_max": steps_applied - min(oldest)}
-        metrics["partial_frac"] = sum("weight_versions" in sample.metadata for sample in batch.samples) / len(oldest)
+        metrics |= {
+            "lag_mean": steps_applied - statistics.fmean(oldest),
+            "lag_max": steps_applied - min(oldest),
+        }
+        metrics["partial_frac"] = sum(
+            "weight_versions" in sample.metadata for sample in batch.samples
+        ) / len(oldest)
     for key, value in batch.metadata.items():
         if isinstance(value, Mapping):  # groups_dropped: by filter, and their sum
-            metrics |= {key: sum(value.values()), **{f"{key}_{name}": count for name, count in value.items()}}
+            metrics |= {
+                key: sum(value.values()),
+                **{f"{key}_{name}": count for name, count in value.items()},
+            }
         elif isinstance(value, (int, float)):
             metrics[key] = value
     return metrics
@@ -40,7 +51,9 @@ def rollout_metrics(batch: RolloutBatch, steps_applied: int | None) -> dict[str,
 
 def _zero_std_frac(batch: RolloutBatch) -> float:
     groups: dict[int, list[float]] = {}
-    for group, reward in zip(batch.group_ids or [0] * len(batch.rewards), batch.rewards, strict=True):
+    for group, reward in zip(
+        batch.group_ids or [0] * len(batch.rewards), batch.rewards, strict=True
+    ):
         groups.setdefault(group, []).append(reward)
     return sum(not has_contrast(rewards) for rewards in groups.values()) / len(groups)
 
@@ -57,8 +70,14 @@ def _is_length(reason: object) -> bool:
 
 
 def log_samples(
-    logger: MetricsLogger, batch: RolloutBatch, advantages: Sequence[float] | None, step: int, temperature: float
+    logger: MetricsLogger,
+    batch: RolloutBatch,
+    advantages: Sequence[float] | None,
+    step: int,
+    temperature: float,
+    *,
+    trainer: Tensor | None = None,
 ) -> None:
-    """Log every sample of a step, with all that training on it again needs."""
-    for record in sample_records(batch, advantages, temperature):
+    """Log every sample of a step, with all that training on it again needs, and the trainer's log-probs [B, T]."""
+    for record in sample_records(batch, advantages, temperature, trainer):
         logger.log(record, step=step)

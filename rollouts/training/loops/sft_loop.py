@@ -19,7 +19,9 @@ from rollouts.training.model_limits import require_fit
 from rollouts.training.seams import Batch, MinimalBackend, TrainingBackend
 from rollouts.training.types import Sample, SFTTrainingConfig
 
-PREFETCH_STEPS = 2  # batches ready beyond the one that trains: preparing one is far shorter than training on it
+PREFETCH_STEPS = (
+    2  # batches ready beyond the one that trains: preparing one is far shorter than training on it
+)
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,12 @@ class SFTSteps:
     config: SFTTrainingConfig
     seed: int | None = 0  # of every epoch's order; None: the samples' own
     pad_token_id: int = 0
-    resume: Mapping[str, Any] | None = None  # what `load_checkpoint` returned; the loop continues after its step
-    peak_flops: float | None = None  # FLOP/s of one rank's device, for "mfu"; None: what the maker states for the card
+    resume: Mapping[str, Any] | None = (
+        None  # what `load_checkpoint` returned; the loop continues after its step
+    )
+    peak_flops: float | None = (
+        None  # FLOP/s of one rank's device, for "mfu"; None: what the maker states for the card
+    )
 
 
 async def run_sft_training(
@@ -66,7 +72,9 @@ async def run_sft_training(
     step is left.
     """
     steps = SFTSteps(config, seed, pad_token_id, resume, peak_flops)
-    hooks = Hooks(log=metrics_logger, evaluate=eval_fn, eval_every=eval_every, on_checkpoint=on_checkpoint)
+    hooks = Hooks(
+        log=metrics_logger, evaluate=eval_fn, eval_every=eval_every, on_checkpoint=on_checkpoint
+    )
     return await run_sft(complete(backend), samples, steps, hooks)
 
 
@@ -78,22 +86,34 @@ async def run_sft(
     _check(steps, hooks)
     _check_samples(samples)
     require_fit(backend.model, samples)
-    data = {"fingerprint": _fingerprint(samples), "seed": steps.seed, "batch_size": config.batch_size}
+    data = {
+        "fingerprint": _fingerprint(samples),
+        "seed": steps.seed,
+        "batch_size": config.batch_size,
+    }
     throughput = Throughput.of_backend(backend, steps.peak_flops)
     left = range(_check_resume(steps.resume, data) + 1, config.num_steps + 1)
-    prefetched = prefetch(partial(_prepare_step, samples, steps, backend.collective), left, depth=PREFETCH_STEPS)
-    async with AfterStep(backend, config, hooks, lambda: {"data": data}) as after, prefetched as prepared:
+    prefetched = prefetch(
+        partial(_prepare_step, samples, steps, backend.collective), left, depth=PREFETCH_STEPS
+    )
+    async with (
+        AfterStep(backend, config, hooks, lambda: {"data": data}) as after,
+        prefetched as prepared,
+    ):
         started = time.monotonic()
         async for step, batch in prepared:
             data_s = time.monotonic() - started
             metrics = await train_micro_batches(backend, batch.micro_batches)
             step_s = time.monotonic() - started
             metrics |= {"data_s": data_s, "train_s": step_s - data_s, "step_s": step_s}
-            metrics |= throughput.metrics(batch.lengths, batch.trained_tokens, train_s=step_s - data_s, step_s=step_s)
+            metrics |= throughput.metrics(
+                batch.lengths, batch.trained_tokens, train_s=step_s - data_s, step_s=step_s
+            )
             await after.finish(step, metrics)
             if after.stopped:
                 break
-            started = time.monotonic()  # waiting for the next batch counts; evaluation and saving do not
+            # waiting for the next batch counts; evaluation and saving do not
+            started = time.monotonic()
     return after.history
 
 
@@ -107,8 +127,13 @@ class _Step:
 def _prepare_step(samples: Sequence[Sample], steps: SFTSteps, collective: bool, step: int) -> _Step:
     """Return what step `step` (from 1) trains on: a function of the arguments and this process's rank."""
     config = steps.config
-    chosen = [samples[index] for index in step_indices(len(samples), config.batch_size, step - 1, steps.seed)]
-    batch = collate([s.tokens for s in chosen], [s.loss_mask for s in chosen], pad_token_id=steps.pad_token_id)
+    chosen = [
+        samples[index]
+        for index in step_indices(len(samples), config.batch_size, step - 1, steps.seed)
+    ]
+    batch = collate(
+        [s.tokens for s in chosen], [s.loss_mask for s in chosen], pad_token_id=steps.pad_token_id
+    )
     sizes = config.micro_batch_size, config.micro_batch_tokens
     micro_batches = list(own_micro_batches(batch, *sizes, equal_counts=collective))
     return _Step(micro_batches, batch["tokens_global"], [len(sample.tokens) for sample in chosen])
@@ -157,9 +182,13 @@ def _check_resume(resume: Mapping[str, Any] | None, data: Mapping[str, Any]) -> 
         return 0
     saved = resume["extra"].get("data")
     if saved is None:
-        raise ValueError(f"the checkpoint of step {resume['step']} was not written by this loop: it has no data cursor")
+        raise ValueError(
+            f"the checkpoint of step {resume['step']} was not written by this loop: it has no data cursor"
+        )
     changed = [
-        f"{key}={data[key]!r}, the checkpoint has {saved.get(key)!r}" for key in data if data[key] != saved.get(key)
+        f"{key}={data[key]!r}, the checkpoint has {saved.get(key)!r}"
+        for key in data
+        if data[key] != saved.get(key)
     ]
     if changed:
         raise ValueError(

@@ -32,12 +32,19 @@ class Throughput:
         config = getattr(backend.model, "config", None)
         try:
             flops_per_token(config, 1)
-        except (ValueError, AttributeError):  # an architecture that cannot be counted, or no transformers model
+        except (ValueError, AttributeError):
+            # an architecture that cannot be counted, or no transformers model
             config = None
         return cls(device, config, peak)
 
     def metrics(
-        self, lengths: Sequence[int], trained_tokens: float, *, train_s: float, step_s: float, passes: int = 1
+        self,
+        lengths: Sequence[int],
+        trained_tokens: float,
+        *,
+        train_s: float,
+        step_s: float,
+        passes: int = 1,
     ) -> dict[str, float]:
         """Return the rates of a step over documents of `lengths` tokens, memory, and "mfu" where it is known.
 
@@ -52,7 +59,11 @@ class Throughput:
         }
         if self.peak is not None and self.config is not None:
             share = trained_tokens / tokens
-            flops = flops_per_token(self.config, attended_length(lengths), head_share=share) * tokens * passes
+            flops = (
+                flops_per_token(self.config, attended_length(lengths), head_share=share)
+                * tokens
+                * passes
+            )
             found["mfu"] = flops / (train_s * self.peak * distributed.world_size())
         return found
 

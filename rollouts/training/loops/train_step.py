@@ -19,10 +19,16 @@ def check_steps(num_steps: int, first: int = 0, **sizes: int | None) -> None:
     Of those named "…_every" -1 is allowed too: only after the last step.
     """
     whole = {"num_steps": num_steps, **sizes}
-    problems = [f"{name}={size!r}: needs a whole number" for name, size in whole.items() if type(size) in (bool, float)]
+    problems = [
+        f"{name}={size!r}: needs a whole number"
+        for name, size in whole.items()
+        if type(size) in (bool, float)
+    ]
     if problems:
         raise StepsError("; ".join(problems))
-    last_alone = {name for name, size in sizes.items() if name.endswith("_every") and name != "sync_every"}
+    last_alone = {
+        name for name, size in sizes.items() if name.endswith("_every") and name != "sync_every"
+    }
     problems = [
         f"{name}={size}: needs >= 1{', or -1: only after the last step' if name in last_alone else ''}"
         for name, size in sizes.items()
@@ -54,7 +60,9 @@ async def train_step(
     "lr" are the last one's, the other numbers their means.
     """
     micro_batches = list(
-        own_micro_batches(batch, micro_batch_size, micro_batch_tokens, equal_counts=backend.collective)
+        own_micro_batches(
+            batch, micro_batch_size, micro_batch_tokens, equal_counts=backend.collective
+        )
     )
     prepared = {} if prepare is None else await prepare(micro_batches)
     found = [await train_micro_batches(backend, micro_batches) for _ in range(updates)]
@@ -65,7 +73,11 @@ async def train_step(
 
 
 def own_micro_batches(
-    batch: Batch, micro_batch_size: int | None, micro_batch_tokens: int | None, *, equal_counts: bool
+    batch: Batch,
+    micro_batch_size: int | None,
+    micro_batch_tokens: int | None,
+    *,
+    equal_counts: bool,
 ) -> Iterator[Batch]:
     """Return this process's share of a step's `batch`: see `split_batch`."""
     return split_batch(
@@ -78,13 +90,16 @@ def own_micro_batches(
     )
 
 
-async def train_micro_batches(backend: TrainingBackend, micro_batches: Iterable[Batch]) -> dict[str, float]:
+async def train_micro_batches(
+    backend: TrainingBackend, micro_batches: Iterable[Batch]
+) -> dict[str, float]:
     """Take one optimizer step over this process's share of it; return its loss and the backend's metrics."""
     micro_batches = list(micro_batches)
     backend.expect(len(micro_batches))
     pending = [backend.forward_backward(micro_batch) for micro_batch in micro_batches]
     update = backend.optim_step()
-    losses = [(await future.result()).get("loss", 0.0) for future in pending]  # the first that failed says why
+    # the first that failed says why
+    losses = [(await future.result()).get("loss", 0.0) for future in pending]
     return {"loss": sum(losses), **await update.result()}
 
 

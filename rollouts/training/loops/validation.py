@@ -30,11 +30,14 @@ async def validation_loss(
     loss_sum, tokens, examples = 0.0, 0.0, 0
     own = chunks[distributed.rank() :: distributed.world_size()]
     backend = complete(backend)
-    if backend.collective:  # all ranks run the same number of forward passes; an empty chunk runs a blank batch
+    # all ranks run the same number of forward passes; an empty chunk runs a blank batch
+    if backend.collective:
         own += [[]] * (math.ceil(len(chunks) / distributed.world_size()) - len(own))
     for chunk in own:
         rows = chunk or chunks[0]
-        batch = collate([s.tokens for s in rows], [s.loss_mask for s in rows], pad_token_id=pad_token_id)
+        batch = collate(
+            [s.tokens for s in rows], [s.loss_mask for s in rows], pad_token_id=pad_token_id
+        )
         if backend.collective and not (chunk and batch["tokens_global"]):
             batch = blank_batch({**batch, "tokens_global": 1.0})
         if batch["tokens_global"]:
@@ -42,9 +45,13 @@ async def validation_loss(
             loss_sum += result["loss"] * result["tokens"]
             tokens += result["tokens"]
         examples += len(chunk)
-    loss_sum, tokens, examples_all = distributed.all_reduce_floats([loss_sum, tokens, float(examples)])
+    loss_sum, tokens, examples_all = distributed.all_reduce_floats(
+        [loss_sum, tokens, float(examples)]
+    )
     if not tokens:
-        raise ValueError(f"validation_loss: no trained token in {len(samples)} samples, batches_max={batches_max}")
+        raise ValueError(
+            f"validation_loss: no trained token in {len(samples)} samples, batches_max={batches_max}"
+        )
     return {"loss": loss_sum / tokens, "tokens": tokens, "examples": examples_all}
 
 
@@ -70,7 +77,9 @@ async def validation_losses(
     options = {"batch_size": batch_size, "pad_token_id": pad_token_id}
     if not groups:
         return {ALL_TASKS: await validation_loss(backend, whole, **options)}
-    losses = {task: await validation_loss(backend, of_task, **options) for task, of_task in groups.items()}
+    losses = {
+        task: await validation_loss(backend, of_task, **options) for task, of_task in groups.items()
+    }
     tokens = sum(result["tokens"] for result in losses.values())
     loss = sum(result["loss"] * result["tokens"] for result in losses.values()) / tokens
     return {ALL_TASKS: {"loss": loss, "tokens": tokens, "examples": float(len(samples))}, **losses}

@@ -18,7 +18,12 @@ Estimate = Literal["returns", "old_values", "advantages"]
 
 
 async def add_value_advantages(
-    backend: TrainingBackend, micro_batches: list[Batch], *, gamma: float, gae_lambda: float, norm: str
+    backend: TrainingBackend,
+    micro_batches: list[Batch],
+    *,
+    gamma: float,
+    gae_lambda: float,
+    norm: str,
 ) -> dict[str, float]:
     """Add "old_values", "returns" and "advantages" [B, T] to each micro-batch, which has "rewards" [B].
 
@@ -41,11 +46,18 @@ async def add_value_advantages(
     _, error_variance, square = _moments(errors_N)
     if norm == "batch":
         mean, variance, advantage_square = _moments(trained("advantages"))
-        contrast = _has_contrast(variance, max(advantage_square, return_square))  # returns minus values were rounded
+        # returns minus values were rounded
+        contrast = _has_contrast(variance, max(advantage_square, return_square))
         for batch, keep in zip(micro_batches, kept, strict=True):
-            standard = (batch["advantages"][:, 1:] - mean) / math.sqrt(variance) if contrast else 0.0
+            standard = (
+                (batch["advantages"][:, 1:] - mean) / math.sqrt(variance) if contrast else 0.0
+            )
             batch["advantages"][:, 1:] = torch.where(keep, standard, 0.0)
-    explained = 1 - error_variance / return_variance if _has_contrast(return_variance, return_square) else 0.0
+    explained = (
+        1 - error_variance / return_variance
+        if _has_contrast(return_variance, return_square)
+        else 0.0
+    )
     return {"explained_variance": explained, "value_loss": square / 2}
 
 
@@ -61,7 +73,9 @@ def _estimates(batch: Batch, gamma: float, gae_lambda: float) -> tuple[Tensor, T
     for row, reward in enumerate(batch["rewards"].tolist()):
         values = batch["old_values"][row][keep[row]].tolist()
         if values:
-            advantages, returns = gae([0.0] * (len(values) - 1) + [reward], values, gamma=gamma, lam=gae_lambda)
+            advantages, returns = gae(
+                [0.0] * (len(values) - 1) + [reward], values, gamma=gamma, lam=gae_lambda
+            )
             advantages_BT[row][keep[row]] = torch.tensor(advantages, dtype=advantages_BT.dtype)
             returns_BT[row][keep[row]] = torch.tensor(returns, dtype=returns_BT.dtype)
     return advantages_BT, returns_BT

@@ -5,12 +5,11 @@ docs/reference/rewards.md.
 standard library is loaded here.
 """
 
+from rollouts.data_formats.gsm8k import GSM8K_ANSWER, gsm8k_number
 from rollouts.training.rewards.answer_rewards import (
-    GSM8K_ANSWER,
     choice_letter,
     exact_match,
     gsm8k_answer,
-    gsm8k_number,
     is_correct,
     per_letter,
     per_letter_and_exact,

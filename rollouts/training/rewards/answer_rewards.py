@@ -3,10 +3,11 @@
 import re
 from collections.abc import Callable
 
+from rollouts.data_formats import FORMATS
+from rollouts.data_formats.gsm8k import gsm8k_number, plain_number
 from rollouts.training.rewards.row_answer import answer_of, any_answer
 from rollouts.training.types import Sample
 
-GSM8K_ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")  # nanochat's, and how data sets write it
 _SAID = re.compile(r"####[ \t]*\**[ \t]*(-?\$?-?[0-9.,]*[0-9][0-9.,]*)")  # how models do
 
 
@@ -39,18 +40,8 @@ def gsm8k_answer(sample: Sample) -> float:
     As in lm-evaluation-harness a dollar sign and a full stop at the end are ignored; the space may be missing.
     """
     expected, said = answer_of(sample), _SAID.search(sample.response)
-    right = gsm8k_number(expected) or _plain_number(expected)
-    return float(said is not None and _plain_number(said[1]) == right)
-
-
-def gsm8k_number(text: str) -> str | None:
-    """Return the number after the first `#### `, without commas and a full stop at its end; None without one."""
-    found = GSM8K_ANSWER.search(text)
-    return _plain_number(found[1]) if found else None
-
-
-def _plain_number(text: str) -> str:
-    return text.strip().replace(",", "").replace("$", "").rstrip(".")
+    right = gsm8k_number(expected) or plain_number(expected)
+    return float(said is not None and plain_number(said[1]) == right)
 
 
 @any_answer
@@ -114,9 +105,5 @@ def regex_format(pattern: str, *, flags: int = re.DOTALL) -> Callable[[Sample], 
     return reward
 
 
-_JUDGES: dict[str, Callable[[Sample], float]] = {
-    "gsm8k": gsm8k_answer,
-    "gsm8k_calculator": gsm8k_answer,
-    "spelling_bee": gsm8k_answer,
-    "multiple_choice": choice_letter,
-}
+_BY_NAME = {judge.__name__: judge for judge in (exact_match, gsm8k_answer, choice_letter)}
+_JUDGES = {declared.name: _BY_NAME[declared.judge] for declared in FORMATS}

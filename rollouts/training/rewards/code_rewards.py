@@ -16,11 +16,14 @@ from rollouts.training.rewards.sandbox import SandboxLimits, run_python
 from rollouts.training.types import Sample
 
 _OPENS = re.compile(r"(?P<indent>[ \t]*)(?P<fence>`{3,}|~{3,})[ \t]*(?P<info>.*)")
-_OPENS_LATE = re.compile(r"[^`~]*(?P<fence>`{3,}|~{3,})(?P<info>python3?|py)", re.IGNORECASE)  # "Here it is: ```python"
+# "Here it is: ```python"
+_OPENS_LATE = re.compile(r"[^`~]*(?P<fence>`{3,}|~{3,})(?P<info>python3?|py)", re.IGNORECASE)
 _PYTHON = ("python", "py", "python3", "py3")
 
 
-def code_reward(*, limits: SandboxLimits | None = None, every: bool = False) -> Callable[[Sample], float]:
+def code_reward(
+    *, limits: SandboxLimits | None = None, every: bool = False
+) -> Callable[[Sample], float]:
     """Return a reward: the share of the row's tests that pass; with `every` 1.0 if all of them pass, else 0.0.
 
     `limits` are of one test. With `every` the first failure is the last test. Raises RewardError for a row without
@@ -80,7 +83,11 @@ def _blocks(text: str) -> Iterator[tuple[str, str]]:
 def _closes(line: str, fence: str, indent: str) -> bool:
     """Return whether `line` is a fence that ends a block: its sign, as long, at most three columns further in."""
     sign = re.sub(r"</\w+>$", "", line.strip())  # "</think>" may follow
-    return len(sign) >= len(fence) and set(sign) == {fence[0]} and len(line) - len(line.lstrip()) <= len(indent) + 3
+    return (
+        len(sign) >= len(fence)
+        and set(sign) == {fence[0]}
+        and len(line) - len(line.lstrip()) <= len(indent) + 3
+    )
 
 
 def tests_of(sample: Sample) -> list[Mapping[str, str]]:
@@ -99,14 +106,17 @@ def tests_of(sample: Sample) -> list[Mapping[str, str]]:
 
 def _is_test(test: Any) -> bool:
     return isinstance(test, Mapping) and any(
-        all(isinstance(test.get(key), str) for key in keys) for keys in (("stdin", "stdout"), ("code",))
+        all(isinstance(test.get(key), str) for key in keys)
+        for keys in (("stdin", "stdout"), ("code",))
     )
 
 
 def _passes(program: str, test: Mapping[str, str], limits: SandboxLimits | None) -> bool:
     if isinstance(test.get("code"), str):
         proof = secrets.token_hex(16)  # printed last: a program that exits early has not passed
-        run = run_python(f"{program}\n\n{test['code']}\n\nprint()\nprint({proof!r})\n", limits=limits)
+        run = run_python(
+            f"{program}\n\n{test['code']}\n\nprint()\nprint({proof!r})\n", limits=limits
+        )
         return run.exit_code == 0 and run.stdout.rstrip().endswith(proof)
     run = run_python(program, stdin=test["stdin"], limits=limits)
     return run.exit_code == 0 and _lines(run.stdout) == _lines(test["stdout"])

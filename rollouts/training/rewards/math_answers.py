@@ -34,7 +34,9 @@ def math_verify(sample: Sample) -> float:
             r"alone, as LaTeX, a number or words, or put it into \boxed{}"
         )
     scores = zip(golds, found, strict=True)
-    return max(_same_text(sample.response, gold) if score is None else score for gold, score in scores)
+    return max(
+        _same_text(sample.response, gold) if score is None else score for gold, score in scores
+    )
 
 
 def unreadable_answer(prompt: Prompt) -> str | None:
@@ -54,14 +56,20 @@ def _can_read(answer: str) -> bool:
         return True
     _library()
     gold = _row_answer(answer)
-    return _same_by_text(gold, None) is not None or _as_text(gold, "") is not None or _read(gold) is not None
+    return (
+        _same_by_text(gold, None) is not None
+        or _as_text(gold, "") is not None
+        or _read(gold) is not None
+    )
 
 
 def _library() -> Any:
     try:
         import math_verify as library
     except ModuleNotFoundError as error:
-        raise RewardError(f"math_verify: needs the package math-verify (no module {error.name!r})") from None
+        raise RewardError(
+            f"math_verify: needs the package math-verify (no module {error.name!r})"
+        ) from None
     return library
 
 
@@ -86,7 +94,8 @@ def _score(sample: Sample, answer: str) -> float | None:
         return 0.0
     meant = [expected]
     if _is_percent(gold) and not _is_percent(said or ""):
-        meant.append(_read(math_text.without_percent(gold)[0]))  # 17.5 for 17.5%: the sign is a unit
+        # 17.5 for 17.5%: the sign is a unit
+        meant.append(_read(math_text.without_percent(gold)[0]))
     return float(library.verify(meant, [found], allow_set_relation_comp=True, timeout_seconds=None))
 
 
@@ -122,22 +131,36 @@ def _said(response: str) -> str | None:
     """Return the response's final answer, where it marks or states one, or is one."""
     stated = None if math_text.boxed(response) else math_text.stated(response)
     inner = math_text.final_answer(response if stated is None else stated)
-    if inner is None or stated is not None or math_text.boxed(response) or math_text.words_of(inner):
+    if (
+        inner is None
+        or stated is not None
+        or math_text.boxed(response)
+        or math_text.words_of(inner)
+    ):
         return inner
     return None if math_text.is_prose(math_text.in_latex(inner)) else inner
 
 
 def _same_by_text(gold: str, said: str | None) -> bool | None:
     """Compare answers other than mathematics: times, numbers with a base, words. None where mathematics must decide."""
-    time, based, congruent = math_text.time_of(gold), math_text.based_number(gold), math_text.congruence(gold)
+    time, based, congruent = (
+        math_text.time_of(gold),
+        math_text.based_number(gold),
+        math_text.congruence(gold),
+    )
     words = math_text.words_of(gold)
     if time is not None and (time[1] or time[0].endswith(":00")):
         other = math_text.time_of(said or "")
-        return other is not None and other[0] == time[0] and (other[1] == time[1] or not other[1] or not time[1])
+        return (
+            other is not None
+            and other[0] == time[0]
+            and (other[1] == time[1] or not other[1] or not time[1])
+        )
     if based is not None:
         other = math_text.based_number(said or "")
         plain = (said or "").strip().upper().lstrip("0")
-        return other == based if other is not None else plain == based[0]  # a base that is left out may be the same
+        # a base that is left out may be the same
+        return other == based if other is not None else plain == based[0]
     if congruent is not None and congruent[1] is not None:
         return math_text.congruence(said or "") in (congruent, (congruent[0], None))
     if words is not None:
@@ -150,7 +173,8 @@ def _is_percent(text: str) -> bool:
     return math_text.without_percent(text)[1]
 
 
-@functools.lru_cache(maxsize=4096)  # a row's answer is compared with each of its samples, in every epoch
+# a row's answer is compared with each of its samples, in every epoch
+@functools.lru_cache(maxsize=4096)
 def _read(text: str) -> Any:
     """Return the meaning of `text`, read to its end; None where the parser cannot do so."""
     latex, percent = math_text.without_percent(math_text.in_latex(text))
@@ -171,10 +195,14 @@ def _parse(latex: str, percent: bool) -> Any:
     from math_verify.grader import should_treat_as_complex
     from math_verify.parser import LatexExtractionConfig
 
-    settings = replace(LatexExtractionConfig().normalization_config, units=False)  # its units contain "ab"
+    # its units contain "ab"
+    settings = replace(LatexExtractionConfig().normalization_config, units=False)
     try:
         value = latex2sympy(
-            latex, is_real=not should_treat_as_complex(latex), convert_degrees=False, normalization_config=settings
+            latex,
+            is_real=not should_treat_as_complex(latex),
+            convert_degrees=False,
+            normalization_config=settings,
         )
         return convert_to_pct(value) if percent else value
     except Exception:  # its parser raises plain Exception, sympy many kinds
@@ -184,7 +212,10 @@ def _parse(latex: str, percent: bool) -> Any:
 def _in_prose(library: Any, response: str) -> Any:
     """Return the answer that math-verify finds in an unmarked response. Numbers that go on as LaTeX do not count."""
     latex = library.parse(
-        response, [library.LatexExtractionConfig()], parsing_timeout=None, fallback_mode="no_fallback"
+        response,
+        [library.LatexExtractionConfig()],
+        parsing_timeout=None,
+        fallback_mode="no_fallback",
     )
     if latex:
         return latex[0]

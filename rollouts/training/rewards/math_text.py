@@ -10,9 +10,13 @@ from rollouts.training.rewards.math_units import without_unit
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _ENVIRONMENTS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
-_FORMULA = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_FORMULA = re.compile(
+    r"\$\$(.+?)\$\$|(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL
+)
 _ANSWER_IS = re.compile(r"(?:answer|result|solution)\s*(?:is|are|:|=)+\s*:?\s*", re.IGNORECASE)
-_TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf|textit|textrm|textnormal|mbox|operatorname)\s*\{([^{}]*)\}")
+_TEXT = re.compile(
+    r"\\(?:text|mathrm|textbf|mathbf|textit|textrm|textnormal|mbox|operatorname)\s*\{([^{}]*)\}"
+)
 _SIGNS = str.maketrans(
     {
         "−": "-",
@@ -56,18 +60,26 @@ _REWRITES = tuple(
         (r"([A-Za-z)])\*\*\{?(-?\d+)\}?", r"\1^{\2}"),
         (r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi "),
         (r"(?<![A-Za-z\\])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
-        (r"(?<![A-Za-z\\])(arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|log|ln|sqrt)(?![A-Za-z])", r"\\\1 "),
+        (
+            r"(?<![A-Za-z\\])(arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|log|ln|sqrt)(?![A-Za-z])",
+            r"\\\1 ",
+        ),
         (rf"(?<![\w.])({_NUMBER})[eE]([+-]?\d+)(?!\w)", r"\1 \\times 10^{\2}"),
-        (r"(?<![\d/}])(-?)(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d/])", r"\1\2\\frac{\3}{\4}"),  # 2 1/3, a mixed number
+        # 2 1/3, a mixed number
+        (r"(?<![\d/}])(-?)(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d/])", r"\1\2\\frac{\3}{\4}"),
         (r"(?<![\d}])-(\d+)\s*\\[dt]?frac\s*\{(\d+)\}\s*\{(\d+)\}", r"-(\1+\\frac{\2}{\3})"),
-        (rf"({_NUMBER})\s*\^\s*\{{?\\circ\}}?\s*({_NUMBER})\s*(?:'|\^\{{?\\prime\}}?)$", r"(\1+\\frac{\2}{60})"),
+        (
+            rf"({_NUMBER})\s*\^\s*\{{?\\circ\}}?\s*({_NUMBER})\s*(?:'|\^\{{?\\prime\}}?)$",
+            r"(\1+\\frac{\2}{60})",
+        ),
         (
             rf"^(-?{_NUMBER})\s*(?:\\[,; ])*(?:\\text\s*\{{)?\s*[A-Za-z]+\s*(?:/|\bper\b)\s*[A-Za-z]+\d?\}}?$",
             r"\1",
         ),  # 5 km/h
         (r"^m?\s*\\angle\s*[A-Z]{1,3}\s*=", ""),
         (r"^\\approx\s*|(?<=\.\d)(\d*)\s*(?:\.\.\.|\\l?dots)$", r"\1"),
-        (r"(?<=\d)\s*\^?\s*\{?\s*(?:\\(?:text|mathrm)\s*)?\{?(?:st|nd|rd|th)\}?\s*\}?$", ""),  # 7^{th}
+        # 7^{th}
+        (r"(?<=\d)\s*\^?\s*\{?\s*(?:\\(?:text|mathrm)\s*)?\{?(?:st|nd|rd|th)\}?\s*\}?$", ""),
         (  # the set of x that fulfil a relation
             r"^\\\{\s*([A-Za-z])\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?:\\mid|:|\|)\s*(.*\1.*)\\\}$",
             r"\2",
@@ -78,12 +90,16 @@ _REWRITES = tuple(
             "",
         ),
         (r"(?<![A-Za-z\\])([A-Za-z])''(?!\w)", r"\1_{dd}"),
-        (r"(?<![A-Za-z\\])([A-Za-z])(?:'|\^\{?\\prime\}?)(?!\w)", r"\1_{d}"),  # the parser would pass over it
+        # the parser would pass over it
+        (r"(?<![A-Za-z\\])([A-Za-z])(?:'|\^\{?\\prime\}?)(?!\w)", r"\1_{d}"),
         (
             rf"\\(sin|cos|tan|cot|sec|csc)\s*[({{]?({_NUMBER})\s*\^\s*\{{?\\circ\}}?\s*[)}}]?",
             r"\\\1(\\frac{\2\\pi}{180})",
         ),
-        (rf"^\\(?:text|mbox)\s*\{{\s*(-?{_NUMBER} [A-Za-z ]+)\}}$", r"\1"),  # 2 hours, all of it as text
+        (
+            rf"^\\(?:text|mbox)\s*\{{\s*(-?{_NUMBER} [A-Za-z ]+)\}}$",
+            r"\1",
+        ),  # 2 hours, all of it as text
         (r"\\langle\b", "("),
         (r"\\rangle\b", ")"),
     )
@@ -96,12 +112,15 @@ _NUMBER_AND_WORDS = re.compile(
 )
 _HOUR = re.compile(r"(\d{1,2})\s*([ap])\.?\s*m\.?", re.IGNORECASE)
 _TIME = re.compile(r"(\d{1,2}):(\d\d)\s*([ap])?\.?\s*(?:m\.?)?", re.IGNORECASE)
-_SHORT_WORD = re.compile(r"(?:^|\s)(?:it|it's|is|so|we|he|of)(?=\s)", re.IGNORECASE)  # not the "it" of "e^{it}"
+# not the "it" of "e^{it}"
+_SHORT_WORD = re.compile(r"(?:^|\s)(?:it|it's|is|so|we|he|of)(?=\s)", re.IGNORECASE)
 _FORMULA_MARKS = re.compile(r"\\(?:text|mathrm|ce|mbox|rm)\b|\\[,;:! ]|[\s{}_$^]")
 _CHEMICAL = re.compile(r"(?:[A-Z][a-z]?\d*|\((?:[A-Z][a-z]?\d*)+\)\d*){2,}(?:\d*[+-])?")
 _BASED = re.compile(r"([0-9A-Za-z]+)_\{?(\d{1,2})\}?")
 _PREFIXED = re.compile(r"0(?:x(?P<b16>[0-9A-Fa-f]+)|b(?P<b2>[01]+)|o(?P<b8>[0-7]+))")
-_CONGRUENT = re.compile(r"(?:[A-Za-z]\w*(?:\\equiv|≡|=))?(-?\d+(?:(?:,|or|and)-?\d+)*)(?:\\?[pb]?mod(\d+))?")
+_CONGRUENT = re.compile(
+    r"(?:[A-Za-z]\w*(?:\\equiv|≡|=))?(-?\d+(?:(?:,|or|and)-?\d+)*)(?:\\?[pb]?mod(\d+))?"
+)
 _NAMES = re.compile(r"[A-Z]{3,}|[IVX]{2,}|[A-Z][a-z]{2,}")
 
 
@@ -133,7 +152,9 @@ def boxed(text: str) -> str | None:
     if not found:
         return None
     last = [found.pop()]
-    while found and re.fullmatch(r"[\s$,;.]*(?:\\text\{\s*)?(?:and|or)?[\s},$]*", text[found[-1][1] : last[0][0]]):
+    while found and re.fullmatch(
+        r"[\s$,;.]*(?:\\text\{\s*)?(?:and|or)?[\s},$]*", text[found[-1][1] : last[0][0]]
+    ):
         last.insert(0, found.pop())
     return ",".join(dict.fromkeys(content for _, _, content in last))
 
@@ -190,26 +211,62 @@ def words_of(text: str) -> str | None:
 def is_only_words(text: str) -> bool:
     r"""Return whether an answer of words cannot be mathematics: all of it is marked as text, or it is a phrase."""
     marked = _TEXT.fullmatch(text)
-    return bool((marked and not _NUMBER_AND_WORDS.fullmatch(marked[1].strip())) or _NAMES.fullmatch(text.strip())) or (
-        not re.search(r"\d", text) and bool(_TEXT.search(text) or re.search(r"[A-Za-z]{2,}[ -][A-Za-z]{2,}", text))
+    return bool(
+        (marked and not _NUMBER_AND_WORDS.fullmatch(marked[1].strip()))
+        or _NAMES.fullmatch(text.strip())
+    ) or (
+        not re.search(r"\d", text)
+        and bool(_TEXT.search(text) or re.search(r"[A-Za-z]{2,}[ -][A-Za-z]{2,}", text))
     )
 
 
 def is_prose(text: str) -> bool:
     """Return whether `text` mixes words with numbers: a parser would multiply their letters."""
     bare = re.sub(r"\\[A-Za-z]+", " ", _TEXT.sub(" ", text))
-    names = {"and", "or", "sin", "cos", "tan", "cot", "sec", "csc", "log", "exp", "max", "min", "mod", "gcd", "lcm"}
-    names |= {"sqrt", "arcsin", "arccos", "arctan", "det", "infinity", "deg", "pmatrix", "bmatrix", "vmatrix", "matrix"}
+    names = {
+        "and",
+        "or",
+        "sin",
+        "cos",
+        "tan",
+        "cot",
+        "sec",
+        "csc",
+        "log",
+        "exp",
+        "max",
+        "min",
+        "mod",
+        "gcd",
+        "lcm",
+    }
+    names |= {
+        "sqrt",
+        "arcsin",
+        "arccos",
+        "arctan",
+        "det",
+        "infinity",
+        "deg",
+        "pmatrix",
+        "bmatrix",
+        "vmatrix",
+        "matrix",
+    }
     names |= {"array", "cases", "percent", "inf"}
     words = [word for word in re.findall(r"[A-Za-z]{3,}", bare) if word.lower() not in names]
     marked = " ".join(match[1] for match in _TEXT.finditer(text))
     words += [word for word in re.findall(r"[A-Za-z]{2,}", marked) if word.lower() not in names]
-    return (bool(words or _SHORT_WORD.search(bare)) and bool(re.search(r"\d", text))) or _digits_apart(text)
+    return (
+        bool(words or _SHORT_WORD.search(bare)) and bool(re.search(r"\d", text))
+    ) or _digits_apart(text)
 
 
 def time_of(text: str) -> tuple[str, str] | None:
     """Return a time of day as (hours and minutes, "a", "p" or ""); None for anything else."""
-    plain = " ".join(_TEXT.sub(lambda match: match[1], text).replace("{:}", ":").replace("\\", " ").split())
+    plain = " ".join(
+        _TEXT.sub(lambda match: match[1], text).replace("{:}", ":").replace("\\", " ").split()
+    )
     hour = _HOUR.fullmatch(plain)
     if hour is not None:
         return f"{int(hour[1])}:00", hour[2].lower()
@@ -222,7 +279,9 @@ def based_number(text: str) -> tuple[str, str] | None:
     bare = re.sub(r"[\s$]|\\text|\\mathrm", "", text)
     prefixed = _PREFIXED.fullmatch(bare)
     if prefixed is not None:
-        return (prefixed[prefixed.lastindex or 1].upper().lstrip("0") or "0"), (prefixed.lastgroup or "").lstrip("b")
+        return (prefixed[prefixed.lastindex or 1].upper().lstrip("0") or "0"), (
+            prefixed.lastgroup or ""
+        ).lstrip("b")
     match = _BASED.fullmatch(bare)
     if match is None or not re.search(r"\d", match[1]):
         return None
@@ -235,7 +294,10 @@ def congruence(text: str) -> tuple[frozenset[int], int | None] | None:
     match = _CONGRUENT.fullmatch(bare)
     if match is None:
         return None
-    numbers, modulus = {int(number) for number in re.findall(r"-?\d+", match[1])}, int(match[2] or 0)
+    numbers, modulus = (
+        {int(number) for number in re.findall(r"-?\d+", match[1])},
+        int(match[2] or 0),
+    )
     return frozenset(number % modulus if modulus else number for number in numbers), modulus or None
 
 

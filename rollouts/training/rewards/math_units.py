@@ -20,8 +20,12 @@ _BETWEEN = rf"(?:{_GAP}|\\cdot(?![A-Za-z])|\\times(?![A-Za-z])|/|\*|\.)*"
 _ONE = rf"(?:(?:\\mu\s*)?{_MARKED}|{_WORD}){_POWER}"
 _BEHIND = r"(?:(?<=[\d})!])|(?<=\\pi)|(?<=\\pi ))"  # a value
 _TOGETHER = r"(?:[ckm]m|[km]g|m[lL]|ft|lbs?|oz|min|hrs?|mph|rad|Hz|k[JNW]|mol)(?![A-Za-z])"  # 5km; 3m is a product
-_AT_END = re.compile(rf"{_BEHIND}(?:{_GAP}+(?=[A-Za-z\\])|(?=\\)|(?={_TOGETHER}))(?:/\s*)?{_ONE}(?:{_BETWEEN}{_ONE})*$")
-_DEGREES = re.compile(r"(?:\^\s*\{?\s*\\circ\s*\}?|°)\s*(?:\\(?:text|mathrm)\s*\{\s*)?(?P<scale>[CF])?\s*\}?$")
+_AT_END = re.compile(
+    rf"{_BEHIND}(?:{_GAP}+(?=[A-Za-z\\])|(?=\\)|(?={_TOGETHER}))(?:/\s*)?{_ONE}(?:{_BETWEEN}{_ONE})*$"
+)
+_DEGREES = re.compile(
+    r"(?:\^\s*\{?\s*\\circ\s*\}?|°)\s*(?:\\(?:text|mathrm)\s*\{\s*)?(?P<scale>[CF])?\s*\}?$"
+)
 _SYMBOLS = {
     "meter": "m",
     "metre": "m",
@@ -96,7 +100,10 @@ def _known_unit(text: str) -> str | None:
         return f"deg{degrees['scale'] or ''}"
     behind = _AT_END.search(text)
     found = (
-        re.findall(r"\\mu|\\Omega|[A-Za-zµ]+", re.sub(r"\\(?:text|mathrm|mbox|textrm|operatorname)\b", "", behind[0]))
+        re.findall(
+            r"\\mu|\\Omega|[A-Za-zµ]+",
+            re.sub(r"\\(?:text|mathrm|mbox|textrm|operatorname)\b", "", behind[0]),
+        )
         if behind
         else []
     )

@@ -39,11 +39,19 @@ def resolve(dotted_path: str) -> Callable[..., Any]:
             f"{dotted_path!r}: no module {error.name!r}; it must be importable where the trainer runs"
         ) from None
     except USER_ERRORS as error:
-        raise RewardError(f"{dotted_path!r}: importing {module_name} raised {describe(error)}") from error
+        raise RewardError(
+            f"{dotted_path!r}: importing {module_name} raised {describe(error)}"
+        ) from error
     if not hasattr(module, attribute):
         _refuse_hidden(dotted_path)
-        names = [name for name in vars(module) if not name.startswith("_") and callable(getattr(module, name))]
-        raise RewardError(f"{dotted_path!r}: module {module_name!r} has no {attribute!r}; it has {', '.join(names)}")
+        names = [
+            name
+            for name in vars(module)
+            if not name.startswith("_") and callable(getattr(module, name))
+        ]
+        raise RewardError(
+            f"{dotted_path!r}: module {module_name!r} has no {attribute!r}; it has {', '.join(names)}"
+        )
     function = getattr(module, attribute)
     if not callable(function):
         raise RewardError(f"{dotted_path!r}: is {type(function).__name__}, needs to be a function")

@@ -25,7 +25,9 @@ class RewardModel:
     conversation is scored. Raises RewardError for a server that is not reached, refuses, or answers without a number.
     """
 
-    def __init__(self, base_url: str, *, tokenizer: str, api_key_variable: str | None = None) -> None:
+    def __init__(
+        self, base_url: str, *, tokenizer: str, api_key_variable: str | None = None
+    ) -> None:
         self.base_url = base_url.rstrip("/")
         self._tokenizer_name = tokenizer
         self._api_key_variable = api_key_variable
@@ -35,7 +37,9 @@ class RewardModel:
     def _tokenizer(self) -> Tokenizer:
         from transformers import AutoTokenizer
 
-        return cast(Tokenizer, AutoTokenizer.from_pretrained(self._tokenizer_name, trust_remote_code=False))
+        return cast(
+            Tokenizer, AutoTokenizer.from_pretrained(self._tokenizer_name, trust_remote_code=False)
+        )
 
     async def __call__(self, sample: Sample) -> float:
         messages = conversation_of(sample)
@@ -43,9 +47,13 @@ class RewardModel:
         try:
             response = await self._client().post("/classify", json={"input_ids": list(ids)})
         except httpx.HTTPError as error:
-            raise RewardError(f"{self.base_url}/classify: {type(error).__name__}: {error}") from None
+            raise RewardError(
+                f"{self.base_url}/classify: {type(error).__name__}: {error}"
+            ) from None
         if response.status_code != 200:
-            raise RewardError(f"{self.base_url}/classify: answered {response.status_code}: {response.text[:200]}")
+            raise RewardError(
+                f"{self.base_url}/classify: answered {response.status_code}: {response.text[:200]}"
+            )
         try:
             scores = response.json()["embedding"]
             (score,) = scores if isinstance(scores, list) else [scores]
@@ -61,7 +69,9 @@ class RewardModel:
         if loop not in self._clients:
             key = os.environ.get(self._api_key_variable or "")
             headers = {"Authorization": f"Bearer {key}"} if key else {}
-            client = httpx.AsyncClient(base_url=self.base_url, timeout=REQUEST_TIMEOUT_S, headers=headers)
+            client = httpx.AsyncClient(
+                base_url=self.base_url, timeout=REQUEST_TIMEOUT_S, headers=headers
+            )
             self._clients = {loop: client}
         return self._clients[loop]
 

@@ -13,7 +13,9 @@ def answer_of(sample: Sample) -> str:
     """Return the row's "answer" as text: 72.0 is "72". Raises RewardError for none or several: never a silent 0."""
     texts = answers_of(sample)
     if len(texts) > 1:
-        raise RewardError(f"prompt {str(sample.prompt)[:120]!r} has {len(texts)} answers; this reward compares one")
+        raise RewardError(
+            f"prompt {str(sample.prompt)[:120]!r} has {len(texts)} answers; this reward compares one"
+        )
     return texts[0]
 
 
@@ -53,5 +55,7 @@ def column_of(sample: Sample, column: str) -> Any:
     """Return the row's `column`. Raises RewardError if it is empty or the prompt is not a row."""
     value = sample.prompt.get(column) if isinstance(sample.prompt, dict) else None
     if value is None:
-        raise RewardError(f"prompt {str(sample.prompt)[:120]!r} has no {column!r}, which this reward needs")
+        raise RewardError(
+            f"prompt {str(sample.prompt)[:120]!r} has no {column!r}, which this reward needs"
+        )
     return value

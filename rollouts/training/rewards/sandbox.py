@@ -37,7 +37,8 @@ class SandboxLimits:
 class Execution:
     """How a program ended."""
 
-    exit_code: int | None  # negative: the signal that ended it; None: it was killed at the time limit
+    # negative: the signal that ended it; None: it was killed at the time limit
+    exit_code: int | None
     stdout: str  # as far as `SandboxLimits.output_characters`
     stderr: str
 
@@ -55,17 +56,27 @@ def run_python(program: str, *, stdin: str = "", limits: SandboxLimits | None = 
         "file_bytes": limits.file_mib * MIB,
     }
     with _directory() as parent:
-        work, files = parent / "work", [parent / name for name in ("stdin", "stdout", "stderr", "confined")]
+        work, files = (
+            parent / "work",
+            [parent / name for name in ("stdin", "stdout", "stderr", "confined")],
+        )
         work.mkdir()
         (work / "program.py").write_text(program, encoding="utf-8", errors="replace")
         files[0].write_text(stdin, encoding="utf-8", errors="replace")
         with contextlib.ExitStack() as stack:
             modes = ("rb", "wb", "wb", "wb")
-            source, out, err, note = (stack.enter_context(open(*pair)) for pair in zip(files, modes, strict=True))
+            source, out, err, note = (
+                stack.enter_context(open(*pair)) for pair in zip(files, modes, strict=True)
+            )
             process = subprocess.Popen(
                 [sys.executable, "-I", str(CHILD), json.dumps(rights), str(note.fileno())],
                 cwd=work,
-                env={"PATH": os.defpath, "HOME": str(work), "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"},
+                env={
+                    "PATH": os.defpath,
+                    "HOME": str(work),
+                    "LANG": "C.UTF-8",
+                    "OMP_NUM_THREADS": "1",
+                },
                 stdin=source,
                 stdout=out,
                 stderr=err,
@@ -80,7 +91,8 @@ def run_python(program: str, *, stdin: str = "", limits: SandboxLimits | None = 
                 process.kill()  # it has no children
                 process.wait()
         stdout, stderr, confined = (_read(file, limits.output_characters) for file in files[1:])
-    if not confined and exit_code is not None:  # the child itself writes it: a program can end in any way
+    # the child itself writes it: a program can end in any way
+    if not confined and exit_code is not None:
         raise SandboxError(f"cannot run a program safely on this machine: {stderr.strip()}")
     return Execution(exit_code, stdout, stderr)
 
@@ -97,7 +109,12 @@ def _directory() -> Iterator[Path]:
     finally:
         for command in (["rm", "-rf"], ["chmod", "-R", "u+rwX"], ["rm", "-rf"]):
             if directory.exists():
-                subprocess.run([*command, str(directory)], check=False, stdin=subprocess.DEVNULL, capture_output=True)
+                subprocess.run(
+                    [*command, str(directory)],
+                    check=False,
+                    stdin=subprocess.DEVNULL,
+                    capture_output=True,
+                )
 
 
 def _read(file: Path, characters: int) -> str:

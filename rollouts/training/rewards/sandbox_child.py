@@ -30,7 +30,15 @@ TRUNCATE_ABI = 3  # of Landlock; the levels before know nothing of truncate(2) o
 MACHINES = {
     "x86_64": (
         0xC000003E,
-        {"clone": 56, "clone3": 435, "capset": 126, "fcntl": 72, "ioctl": 16, "prctl": 157, "truncate": 76},
+        {
+            "clone": 56,
+            "clone3": 435,
+            "capset": 126,
+            "fcntl": 72,
+            "ioctl": 16,
+            "prctl": 157,
+            "truncate": 76,
+        },
         {
             "memfd_create": 319,
             "inotify_init": 253,
@@ -103,7 +111,15 @@ MACHINES = {
     ),
     "aarch64": (
         0xC00000B7,
-        {"clone": 220, "clone3": 435, "capset": 91, "fcntl": 25, "ioctl": 29, "prctl": 167, "truncate": 45},
+        {
+            "clone": 220,
+            "clone3": 435,
+            "capset": 91,
+            "fcntl": 25,
+            "ioctl": 29,
+            "prctl": 167,
+            "truncate": 45,
+        },
         {
             "memfd_create": 279,
             "inotify_init1": 26,
@@ -218,15 +234,34 @@ def restrict_files(writable: str) -> int:
         return 0
     execute, write_file, read_file, read_dir = 1 << 0, 1 << 1, 1 << 2, 1 << 3
     everything = (1 << 13) - 1 | (version >= 2) << 13 | (version >= 3) << 14
-    rules = check(LIBC.syscall(create, struct.pack("Q", everything), ctypes.c_size_t(8), 0), "landlock_create_ruleset")
+    rules = check(
+        LIBC.syscall(create, struct.pack("Q", everything), ctypes.c_size_t(8), 0),
+        "landlock_create_ruleset",
+    )
     packages = {path for path in sys.path if path.endswith(("site-packages", "dist-packages"))}
-    readable = packages | {sys.prefix, sys.base_prefix, "/usr", "/lib", "/lib64", "/etc/localtime", "/dev/urandom"}
+    readable = packages | {
+        sys.prefix,
+        sys.base_prefix,
+        "/usr",
+        "/lib",
+        "/lib64",
+        "/etc/localtime",
+        "/dev/urandom",
+    }
     allowed = {path: execute | read_file | read_dir for path in readable}
-    for path, access in {**allowed, "/dev/null": read_file | write_file, writable: everything}.items():
+    for path, access in {
+        **allowed,
+        "/dev/null": read_file | write_file,
+        writable: everything,
+    }.items():
         if os.path.exists(path):
             directory = os.path.isdir(path)
             descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
-            rule = struct.pack("=Qi", access if directory else access & (execute | write_file | read_file), descriptor)
+            rule = struct.pack(
+                "=Qi",
+                access if directory else access & (execute | write_file | read_file),
+                descriptor,
+            )
             check(LIBC.syscall(add, rules, 1, rule, 0), f"landlock_add_rule {path}")
             os.close(descriptor)
     check(LIBC.syscall(restrict, rules, 0), "landlock_restrict_self")
@@ -242,7 +277,8 @@ def filter_system_calls(machine: str, landlock: int) -> None:
     are allowed.
     """
     audit, calls, denied = MACHINES[machine]
-    load, equal, any_bit, at_least, answer = 0x20, 0x15, 0x45, 0x35, 0x06  # BPF: LD|W|ABS, JEQ, JSET, JGE, RET
+    # BPF: LD|W|ABS, JEQ, JSET, JGE, RET
+    load, equal, any_bit, at_least, answer = 0x20, 0x15, 0x45, 0x35, 0x06
     allow, kill, refuse = 0x7FFF0000, 0x80000000, 0x00050000
     program = [(load, 0, 0, 4), (equal, 1, 0, audit), (answer, 0, 0, kill), (load, 0, 0, 0)]
     if machine == "x86_64":  # the x32 interface has other numbers
@@ -250,7 +286,8 @@ def filter_system_calls(machine: str, landlock: int) -> None:
     shortening = (calls["truncate"],) if 0 < landlock < TRUNCATE_ABI else ()
     for number in (*denied.values(), *EVERYWHERE.values(), *shortening):
         program += [(equal, 0, 1, number), (answer, 0, 0, refuse | EPERM)]
-    program += [(equal, 0, 1, calls["clone3"]), (answer, 0, 0, refuse | ENOSYS)]  # libc then uses clone
+    # libc then uses clone
+    program += [(equal, 0, 1, calls["clone3"]), (answer, 0, 0, refuse | ENOSYS)]
     program += [(equal, 0, 2 + 2 * len(FCNTL_REFUSED), calls["fcntl"]), (load, 0, 0, 24)]
     for command in FCNTL_REFUSED:
         program += [(equal, 0, 1, command), (answer, 0, 0, refuse | EPERM)]
@@ -265,7 +302,9 @@ def filter_system_calls(machine: str, landlock: int) -> None:
     program += [(equal, 0, 3, calls["clone"]), (load, 0, 0, 16), (any_bit, 1, 0, CLONE_THREAD)]
     program += [(answer, 0, 0, refuse | EPERM), (answer, 0, 0, allow)]
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
-    header = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(program), ctypes.addressof(code)))
+    header = ctypes.create_string_buffer(
+        struct.pack("HxxxxxxP", len(program), ctypes.addressof(code))
+    )
     check(LIBC.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, header, 0, 0), "seccomp")
 
 
@@ -275,7 +314,9 @@ def main() -> None:
     try:
         machine = platform.machine()
         if sys.platform != "linux" or machine not in MACHINES:
-            raise OSError(f"{sys.platform} on {machine}: needs Linux on one of {', '.join(MACHINES)}")
+            raise OSError(
+                f"{sys.platform} on {machine}: needs Linux on one of {', '.join(MACHINES)}"
+            )
         check(LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "PR_SET_PDEATHSIG")
         check(LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "PR_SET_NO_NEW_PRIVS")
         landlock = restrict_files(os.getcwd())

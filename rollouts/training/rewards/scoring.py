@@ -36,7 +36,9 @@ def scoring(dotted_path: str, *, workers: int, timeout_s: float) -> Iterator[Rew
             yield scored
 
 
-def _plain_reward(dotted_path: str, function: Callable[[Sample], Any], timeout_s: float) -> RewardFn:
+def _plain_reward(
+    dotted_path: str, function: Callable[[Sample], Any], timeout_s: float
+) -> RewardFn:
     """Return `function` with its time limit. It may also return something to be awaited, as a lambda can."""
 
     def reward(sample: Sample) -> Any:
@@ -53,7 +55,9 @@ def _plain_reward(dotted_path: str, function: Callable[[Sample], Any], timeout_s
     return reward
 
 
-def _async_reward(dotted_path: str, function: Callable[[Sample], Any], timeout_s: float) -> RewardFn:
+def _async_reward(
+    dotted_path: str, function: Callable[[Sample], Any], timeout_s: float
+) -> RewardFn:
     """Return the async `function` with its time limit, as a coroutine function."""
 
     async def reward(sample: Sample) -> float | None:
@@ -64,7 +68,9 @@ def _async_reward(dotted_path: str, function: Callable[[Sample], Any], timeout_s
     return reward
 
 
-async def _in_time(value: Awaitable[Any], dotted_path: str, sample: Sample, timeout_s: float) -> Any:
+async def _in_time(
+    value: Awaitable[Any], dotted_path: str, sample: Sample, timeout_s: float
+) -> Any:
     with anyio.move_on_after(timeout_s), _naming(dotted_path, sample):
         return await value
     mark_failed(sample, "reward_timeout")
@@ -83,4 +89,6 @@ def _naming(dotted_path: str, sample: Sample) -> Iterator[None]:
 
 
 def _is_async(function: Callable[..., Any]) -> bool:
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+        type(function).__call__
+    )

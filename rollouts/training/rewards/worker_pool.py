@@ -31,7 +31,8 @@ class RewardWorkers:
         self._path = dotted_path
         self._timeout_s = timeout_s
         self._workers = workers
-        self._limiters: RunVar[anyio.CapacityLimiter] = RunVar("reward_workers")  # each belongs to an event loop
+        # each belongs to an event loop
+        self._limiters: RunVar[anyio.CapacityLimiter] = RunVar("reward_workers")
         self._lock = threading.Lock()
         self._idle: list[_Worker] = []
         self._closed = False
@@ -129,7 +130,13 @@ class _Worker:
 
     def __init__(self, dotted_path: str) -> None:
         self._connection, theirs = Pipe()
-        command = [sys.executable, "-m", "rollouts.training.rewards.worker_process", dotted_path, str(theirs.fileno())]
+        command = [
+            sys.executable,
+            "-m",
+            "rollouts.training.rewards.worker_process",
+            dotted_path,
+            str(theirs.fileno()),
+        ]
         with theirs:
             self._process = subprocess.Popen(
                 command,
@@ -158,7 +165,11 @@ class _Worker:
 
     def _receive(self, timeout_s: float) -> tuple[str, Any]:
         try:
-            return self._connection.recv() if self._connection.poll(timeout_s) else ("reward_timeout", None)
+            return (
+                self._connection.recv()
+                if self._connection.poll(timeout_s)
+                else ("reward_timeout", None)
+            )
         except (EOFError, OSError):
             return "reward_death", None
 

@@ -44,7 +44,10 @@ class AsyncRolloutManager:
         return self
 
     async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         """Do nothing: no task outlives the `generate_batch` that started it."""
 
@@ -74,7 +77,9 @@ class AsyncRolloutManager:
         await score(samples, reward_fn or self.config.reward_fn)
         reason = unscorable_reason(samples)
         if reason is None:
-            self.queue.count_scored([sample.reward for sample in samples if sample.reward is not None])
+            self.queue.count_scored(
+                [sample.reward for sample in samples if sample.reward is not None]
+            )
             reason = await filter_reason(samples, self.config.filter_fn)
         if reason is None:
             self.queue.keep(group, samples)
@@ -94,7 +99,10 @@ def _check(config: RolloutConfig) -> None:
     checks = (
         (config.generate_fn is not None, "generate_fn=None: needs a function of a list of prompts"),
         (config.batch_size >= 1, f"batch_size={config.batch_size}: needs >= 1"),
-        (config.n_samples_per_prompt >= 1, f"n_samples_per_prompt={config.n_samples_per_prompt}: needs >= 1"),
+        (
+            config.n_samples_per_prompt >= 1,
+            f"n_samples_per_prompt={config.n_samples_per_prompt}: needs >= 1",
+        ),
         (
             1 <= config.over_sampling_factor < math.inf,
             f"over_sampling_factor={config.over_sampling_factor}: needs >= 1",

@@ -53,16 +53,23 @@ def make_generate_fn(
     async def generate_fn(prompts: list[Prompt], *, seed: int) -> list[Sample]:
         assert all(prompt == prompts[0] for prompt in prompts), "a group is one prompt's copies"
         input_ids = render_prompt(tokenizer, prompts[0])
-        generations = await batcher.generate(input_ids, {**sampling, "sampling_seed": seed}, n=len(prompts))
+        generations = await batcher.generate(
+            input_ids, {**sampling, "sampling_seed": seed}, n=len(prompts)
+        )
         if len(generations) != len(prompts):
             raise GenerationError(f"{pool}: {len(generations)} generations for n={len(prompts)}")
         own_id = prompt_id(prompts[0])
-        return [_sample(prompts[0], own_id, input_ids, generation, pool, tokenizer) for generation in generations]
+        return [
+            _sample(prompts[0], own_id, input_ids, generation, pool, tokenizer)
+            for generation in generations
+        ]
 
     return generate_fn
 
 
-def stop_ids(tokenizer: Tokenizer, given: Sequence[int] | None, model: "nn.Module | None" = None) -> list[int]:
+def stop_ids(
+    tokenizer: Tokenizer, given: Sequence[int] | None, model: "nn.Module | None" = None
+) -> list[int]:
     """Return `given`, or else every token that ends a turn: `end_of_turn_ids`, of `model` in memory or as it was saved.
 
     Raises ValueError for a tokenizer without an eos_token: an engine may then never stop.
@@ -70,7 +77,9 @@ def stop_ids(tokenizer: Tokenizer, given: Sequence[int] | None, model: "nn.Modul
     if given is not None:
         return list(given)
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no eos_token; give stop_token_ids")
+        raise ValueError(
+            f"tokenizer {tokenizer.name_or_path!r} has no eos_token; give stop_token_ids"
+        )
     return end_of_turn_ids(tokenizer, model)
 
 
@@ -101,7 +110,12 @@ def version_spans(generation: Generation) -> dict[str, Any]:
 
 
 def _sample(  # noqa: PLR0917
-    prompt: Prompt, own_id: str, input_ids: list[int], generation: Generation, pool: EnginePool, tokenizer: Tokenizer
+    prompt: Prompt,
+    own_id: str,
+    input_ids: list[int],
+    generation: Generation,
+    pool: EnginePool,
+    tokenizer: Tokenizer,
 ) -> Sample:
     output_ids, logprobs = list(generation.output_ids), list(generation.logprobs or ())
     refuse_abort(generation, pool)

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from rollouts.data_formats.row import DataError
 from rollouts.training.advantages import has_contrast
-from rollouts.training.datasets.rows import DataError
 from rollouts.training.seams import PromptSource
 from rollouts.training.types import Prompt, RolloutBatch, RolloutConfig, Sample
 
@@ -66,8 +66,11 @@ class GroupQueue:
         self.groups_started = 0
         self._prompts = prompts
         self._config = config
-        self._groups: list[PendingGroup] = []  # in prompt order: running ones, and kept ones that no batch has yet
-        self._unfinished = 0  # groups that the loaded state left running: they are started first, all at once
+        # in prompt order: running ones, and kept ones that no batch has yet
+        self._groups: list[PendingGroup] = []
+        self._unfinished = (
+            0  # groups that the loaded state left running: they are started first, all at once
+        )
         self._counts = BatchCounts(carried_in=0)
 
     @property
@@ -94,7 +97,9 @@ class GroupQueue:
     def has_batch(self) -> bool:
         """Return whether `pop_batch` has a batch."""
         head = self._groups[: self._config.batch_size]
-        return len(head) == self._config.batch_size and all(group.samples is not None for group in head)
+        return len(head) == self._config.batch_size and all(
+            group.samples is not None for group in head
+        )
 
     def start_round(self, missing: int) -> list[PendingGroup]:
         """Take the prompts of a round: ceil(missing x over_sampling_factor)."""
@@ -144,10 +149,13 @@ class GroupQueue:
             "groups_carried_over": self.ready,
             "groups_dropped": dict(counts.dropped),
         }
-        if counts.scored and (counts.dropped or counts.carried_in or self.ready):  # else the batch itself tells
+        # else the batch itself tells
+        if counts.scored and (counts.dropped or counts.carried_in or self.ready):
             metadata["groups_zero_std_frac"] = counts.flat / counts.scored
         self._reset_counts()
-        return _flatten([group.samples for group in popped if group.samples is not None], metadata), popped
+        return _flatten(
+            [group.samples for group in popped if group.samples is not None], metadata
+        ), popped
 
     def check_rounds(self, rounds: int) -> None:
         """Raise RolloutError if no round may follow the `rounds` that were made for the same batch."""
@@ -176,11 +184,20 @@ class GroupQueue:
         Unfinished groups, and all started after the oldest of them, are not saved. A resumed run takes their prompts
         again, all at once ("again" says how many).
         """
-        finished = next((at for at, group in enumerate(self._groups) if group.samples is None), len(self._groups))
+        finished = next(
+            (at for at, group in enumerate(self._groups) if group.samples is None),
+            len(self._groups),
+        )
         carried = [group.samples or [] for group in self._groups[:finished]]
-        position = self._groups[finished].before if finished < len(self._groups) else self._position()
+        position = (
+            self._groups[finished].before if finished < len(self._groups) else self._position()
+        )
         again = self._unfinished + self.groups_started - position["groups_started"]
-        return {**position, "again": again, "carried": [[asdict(sample) for sample in group] for group in carried]}
+        return {
+            **position,
+            "again": again,
+            "carried": [[asdict(sample) for sample in group] for group in carried],
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue with exactly the batches that would have come. Raises DataError for another data set's state."""
@@ -192,7 +209,9 @@ class GroupQueue:
         self._go_to(state)
         now, number = time.monotonic(), state["groups_started"]
         carried = [[Sample(**sample) for sample in group] for group in state["carried"]]
-        self._groups = [PendingGroup(number, group[0].prompt, self._position(), now, group) for group in carried]
+        self._groups = [
+            PendingGroup(number, group[0].prompt, self._position(), now, group) for group in carried
+        ]
         self._unfinished = state.get("again", 0)  # states of older runs have none
         self._reset_counts()
 

@@ -9,7 +9,14 @@ from typing import Any
 from rollouts.training.rewards.reward_fn import finite_or_none
 from rollouts.training.rollout_gen.concurrency import gather_in_order
 from rollouts.training.rollout_gen.group_queue import UNSCORABLE, Group, RolloutError
-from rollouts.training.types import REWARD_FAILURE, FilterFn, Prompt, RewardFn, RolloutConfig, Sample
+from rollouts.training.types import (
+    REWARD_FAILURE,
+    FilterFn,
+    Prompt,
+    RewardFn,
+    RolloutConfig,
+    Sample,
+)
 from rollouts.training.user_code import USER_ERRORS, describe
 
 
@@ -26,25 +33,32 @@ def checked_group(config: RolloutConfig, group: Any) -> Group:
     if not isinstance(group, list) or not all(isinstance(sample, Sample) for sample in group):
         raise ValueError(f"generate_fn returned {type(group).__name__}; needs a list of Sample")
     if len(group) != wanted:
-        raise ValueError(f"generate_fn returned {len(group)} samples for {wanted} prompts; needs one for each")
+        raise ValueError(
+            f"generate_fn returned {len(group)} samples for {wanted} prompts; needs one for each"
+        )
     return group
 
 
 def group_seed(seed: int, group_number: int) -> int:
     """Return 31 bits: a function of the run's seed and the group's number alone; neighbours share nothing."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{group_number}".encode()).digest()[:4], "big") >> 1
+    return (
+        int.from_bytes(hashlib.sha256(f"{seed}:{group_number}".encode()).digest()[:4], "big") >> 1
+    )
 
 
 async def score(group: Group, reward_fn: RewardFn | None) -> None:
     """Set each sample's reward. Without a reward function the samples must have come with one."""
     if reward_fn is None:
         if any(sample.reward is None for sample in group):
-            raise ValueError("no reward_fn, and generate_fn set no reward; give one to RolloutConfig or generate_batch")
+            raise ValueError(
+                "no reward_fn, and generate_fn set no reward; give one to RolloutConfig or generate_batch"
+            )
         for sample in group:
             finite_or_none(sample.reward, sample, source="generate_fn (an agent's environment)")
         return
     rewards: list[Any] = [reward_fn(sample) for sample in group]
-    if any(map(inspect.isawaitable, rewards)):  # a task for each costs more than most plain rewards do
+    # a task for each costs more than most plain rewards do
+    if any(map(inspect.isawaitable, rewards)):
         rewards = await gather_in_order([partial(_awaited, reward) for reward in rewards])
     for sample, reward in zip(group, rewards, strict=True):
         sample.reward = finite_or_none(reward, sample)
@@ -68,7 +82,9 @@ async def filter_reason(group: Group, filter_fn: FilterFn | None) -> str | None:
         return None if await _call(filter_fn, group) else name
     except USER_ERRORS as error:
         prompt = str(group[0].prompt)[:200]
-        raise RolloutError(f"filter_fn {name} raised {describe(error)} for the group of prompt {prompt}") from error
+        raise RolloutError(
+            f"filter_fn {name} raised {describe(error)} for the group of prompt {prompt}"
+        ) from error
 
 
 def _takes_seed(function: Callable[..., Any]) -> bool:
@@ -76,7 +92,10 @@ def _takes_seed(function: Callable[..., Any]) -> bool:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # some builtins have no signature
         return False
-    return any(parameter.name == "seed" or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    return any(
+        parameter.name == "seed" or parameter.kind is parameter.VAR_KEYWORD
+        for parameter in parameters
+    )
 
 
 async def _call(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:

@@ -44,7 +44,10 @@ class InTurn:
     """
 
     def __init__(
-        self, manager: RolloutManager, buffer: PromptSource | None = None, reward_fn: RewardFn | None = None
+        self,
+        manager: RolloutManager,
+        buffer: PromptSource | None = None,
+        reward_fn: RewardFn | None = None,
     ) -> None:
         self._manager, self._reward_fn = manager, reward_fn
         parts = {"buffer": buffer, "rollout_manager": manager}
@@ -85,10 +88,14 @@ class RolloutStream:
     Nothing is generated before the first `updating`, which says the version of the weights that training starts from.
     """
 
-    def __init__(self, manager: AsyncRolloutManager, config: RLTrainingConfig, reward_fn: RewardFn | None) -> None:
+    def __init__(
+        self, manager: AsyncRolloutManager, config: RLTrainingConfig, reward_fn: RewardFn | None
+    ) -> None:
         self.queue = manager.queue
         self._manager, self._reward_fn, self._config = manager, reward_fn, config
-        self._version: int | None = None  # of the weights that the engines serve: steps they were trained for
+        self._version: int | None = (
+            None  # of the weights that the engines serve: steps they were trained for
+        )
         self._taken = 0  # steps that have their batch
         self._is_new = True  # whether the version has changed since groups were last started
         self._failure: BaseException | None = None
@@ -158,8 +165,13 @@ class RolloutStream:
         """Return how many groups may start now: those of the steps within reach that neither exist nor run."""
         if self._version is None:
             return 0
-        reach = min(self._config.num_steps, self._version + 1 + self._config.policy_lag_steps_max) - self._taken
-        return max(0, reach * self._manager.config.batch_size - self.queue.ready - self.queue.running)
+        reach = (
+            min(self._config.num_steps, self._version + 1 + self._config.policy_lag_steps_max)
+            - self._taken
+        )
+        return max(
+            0, reach * self._manager.config.batch_size - self.queue.ready - self.queue.running
+        )
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         """Return once `condition` holds. Raises what made generation fail."""
@@ -197,7 +209,9 @@ async def open_rollouts(
             async with _producing(RolloutStream(ahead, config, reward_fn)) as stream:
                 yield stream
         else:  # our own manager saves the position of its prompts itself
-            yield InTurn(manager, None if isinstance(manager, AsyncRolloutManager) else buffer, reward_fn)
+            yield InTurn(
+                manager, None if isinstance(manager, AsyncRolloutManager) else buffer, reward_fn
+            )
     except BaseException:
         await _abort_all(pool)
         raise
@@ -240,7 +254,8 @@ async def _producing(stream: RolloutStream) -> AsyncIterator[RolloutStream]:
 
 async def _abort_all(pool: EnginePool) -> None:
     """End what runs at the engines: behind a router, say, they may not notice that the client is gone."""
-    with anyio.move_on_after(ABORT_TIMEOUT_S, shield=True), suppress(EngineError):  # the first error matters more
+    # the first error matters more
+    with anyio.move_on_after(ABORT_TIMEOUT_S, shield=True), suppress(EngineError):
         await pool.abort()
 
 

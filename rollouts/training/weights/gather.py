@@ -21,14 +21,17 @@ class UnpublishableModel(ValueError):
     """A model whose tensors have other names in memory than engines know."""
 
 
-def plan_buckets(model: nn.Module, dtype: torch.dtype | None, bucket_bytes: int) -> list[tuple[WireTensor, ...]]:
+def plan_buckets(
+    model: nn.Module, dtype: torch.dtype | None, bucket_bytes: int
+) -> list[tuple[WireTensor, ...]]:
     """Return all tensors of `model` in its order, LoRA merged, tied ones once, in buckets of `bucket_bytes` at most.
 
     `dtype`: what floating-point tensors are sent as; None: as they are. A bucket has one dtype. It is larger only if
     its single tensor is. The result is the same on every rank. Raises UnpublishableModel.
     """
     entries = [
-        WireTensor(name, tuple(tensor.shape), _sent_as(tensor, dtype)) for name, (tensor, _) in _sources(model).items()
+        WireTensor(name, tuple(tensor.shape), _sent_as(tensor, dtype))
+        for name, (tensor, _) in _sources(model).items()
     ]
     _check_names(model, entries)
     buckets: list[list[WireTensor]] = []
@@ -63,7 +66,9 @@ def _copy(into: Tensor, source: Tensor) -> None:
     """Do `into.copy_(source)`. memcpy, where possible, takes a seventh less CPU time than one thread of torch."""
     alike = into.is_cpu and source.is_cpu and into.dtype == source.dtype and source.is_contiguous()
     if alike and torch.get_num_threads() == 1:
-        np.copyto(into.view(-1).view(torch.uint8).numpy(), source.view(-1).view(torch.uint8).numpy())
+        np.copyto(
+            into.view(-1).view(torch.uint8).numpy(), source.view(-1).view(torch.uint8).numpy()
+        )
     else:
         into.copy_(source)
 
@@ -99,9 +104,13 @@ def _sent_as(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
 
 def _check_names(model: nn.Module, entries: Sequence[WireTensor]) -> None:
     """Raise UnpublishableModel if transformers keeps tensors (fused experts) otherwise than checkpoints do."""
-    here = {entry.name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for entry in entries}
+    here = {
+        entry.name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for entry in entries
+    }
     stored = transformers.core_model_loading.revert_weight_conversion(model, dict(here))  # type: ignore[arg-type]
-    if {name: tensor.shape for name, tensor in stored.items()} != {name: t.shape for name, t in here.items()}:
+    if {name: tensor.shape for name, tensor in stored.items()} != {
+        name: t.shape for name, t in here.items()
+    }:
         other = next(iter(sorted(set(here) - set(stored)) or sorted(here)))
         raise UnpublishableModel(
             f"{type(model).__name__} keeps {other} otherwise in memory than in a checkpoint, so engines do not know "

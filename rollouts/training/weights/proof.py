@@ -47,7 +47,9 @@ def disagreement(
     apart = [abs(ours - theirs) for ours, theirs in zip(expected, served, strict=True)]
     mean = sum(apart) / len(apart)
     if not mean <= TOLERANCE[dtype]:  # nan too
-        worst = max(range(len(apart)), key=lambda at: math.inf if math.isnan(apart[at]) else apart[at])
+        worst = max(
+            range(len(apart)), key=lambda at: math.inf if math.isnan(apart[at]) else apart[at]
+        )
         return (
             f"its log-probs of the probe differ from the trainer's by {mean:.3g} on average (at most "
             f"{apart[worst]:.3g}: {served[worst]:.6g}, the trainer has {expected[worst]:.6g}); {dtype} explains "
@@ -57,6 +59,7 @@ def disagreement(
         moved = max(abs(now - then) for now, then in zip(expected, before[0], strict=True))
         if list(served) == list(before[1]) and moved > MOVED[dtype]:
             return (
-                f"its log-probs of the probe are those of the weights before, where the trainer's moved by {moved:.3g}"
+                "its log-probs of the probe are those of the weights before, where the trainer's"
+                f" moved by {moved:.3g}"
             )
     return None

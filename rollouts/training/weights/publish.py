@@ -53,11 +53,13 @@ class WeightPublisher:
         self._delivery = delivery or DiskDelivery(backend)
         self._dtype = dtype
         self._sleeps = sleep_while_training
-        self._active = distributed.broadcast_object(len(pool) > 0)  # other ranks do not know the engines
+        # other ranks do not know the engines
+        self._active = distributed.broadcast_object(len(pool) > 0)
         self._ids = probe_ids(_vocab_size(backend)) if backend.has_log_probs else None
         self._published: str | None = None  # the newest version
         self._expected: list[float] = []  # the trainer's log-probs of the probe
-        self._proven: dict[str, tuple[list[float], list[float]]] = {}  # by engine: the trainer's log-probs and its own
+        # by engine: the trainer's log-probs and its own
+        self._proven: dict[str, tuple[list[float], list[float]]] = {}
         self._asleep: tuple[str, ...] = ()
         pool.when_lost(self._start_giving_back)
 
@@ -71,7 +73,10 @@ class WeightPublisher:
             log_probs_1T = await self._backend.log_probs(probe_batch(self._ids)).result()
             self._expected = log_probs_1T[0, 1:].tolist()
         name = str(version)
-        deliver, give = partial(self._delivery.deliver, version=name), partial(self._restore, version=name)
+        deliver, give = (
+            partial(self._delivery.deliver, version=name),
+            partial(self._restore, version=name),
+        )
         await receive(self._pool, name, deliver, give)
         self._published = name
         if distributed.rank() == 0:
@@ -81,7 +86,8 @@ class WeightPublisher:
         """Give an engine that was started again `version`, and prove it. On rank 0. Raises WeightSyncError."""
         self._proven.pop(client.base_url, None)
         await self._delivery.restore(client, version)
-        if version == self._published:  # else `publish` is under way, and proves all engines at its end
+        # else `publish` is under way, and proves all engines at its end
+        if version == self._published:
             await self._prove([client])
 
     async def sleep(self, *, weights: bool) -> None:
@@ -130,7 +136,9 @@ class WeightPublisher:
 
     async def _prove(self, engines: Sequence[Scorer]) -> None:
         try:
-            await on_all_engines(engines, f"the proof of version {self._published}", self._prove_one)
+            await on_all_engines(
+                engines, f"the proof of version {self._published}", self._prove_one
+            )
         except WeightSyncError as error:
             try:
                 await self._pool.pause()
@@ -142,7 +150,9 @@ class WeightPublisher:
         served = None if self._ids is None else await engine.input_logprobs(self._ids)
         if served is None:
             return
-        problem = disagreement(self._expected, served, self._dtype, before=self._proven.get(engine.base_url))
+        problem = disagreement(
+            self._expected, served, self._dtype, before=self._proven.get(engine.base_url)
+        )
         require(problem is None, f"it does not serve the trainer's weights: {problem}")
         self._proven[engine.base_url] = self._expected, served
 

@@ -35,9 +35,21 @@ from torch.multiprocessing import reductions
 SHARED_MEMORY = Path("/dev/shm")
 _FILE_PREFIX = "rollouts-bucket-"
 _HEADER_BYTES = 64  # of torch's RefcountedMapAllocator: a 32-bit count of users, then padding
-_USERS = 2**30  # counted down by each message that is read; never to 0, at which a reader would remove the file
+# counted down by each message that is read; never to 0, at which a reader would remove the file
+_USERS = 2**30
 _CUDA_DEVICE = 6  # which argument of `rebuild_cuda_tensor` is the device
-_DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+_DTYPES = (
+    "float32",
+    "float64",
+    "float16",
+    "bfloat16",
+    "int64",
+    "int32",
+    "int16",
+    "int8",
+    "uint8",
+    "bool",
+)
 _ADMITTED = {  # all that a message may name: functions of torch that rebuild a tensor, and plain records
     ("types", "SimpleNamespace"),
     ("torch", "Size"),
@@ -50,7 +62,8 @@ _ADMITTED = {  # all that a message may name: functions of torch that rebuild a 
     ("torch.multiprocessing.reductions", "rebuild_typed_storage"),
 }
 
-_mapped: dict[tuple[str, int], torch.UntypedStorage] = {}  # what this process reads, by file and bytes
+# what this process reads, by file and bytes
+_mapped: dict[tuple[str, int], torch.UntypedStorage] = {}
 
 
 class SharedMemoryError(Exception):
@@ -113,7 +126,9 @@ def shared_buffer(nbytes: int, device: torch.device, *, owner: str = "") -> Buff
             "engine.weight_sync=DiskSync(...)"
         ) from error
     mapping[:4] = struct.pack("i", _USERS)
-    return Buffer(torch.frombuffer(mapping, dtype=torch.uint8, offset=_HEADER_BYTES), file, descriptor)
+    return Buffer(
+        torch.frombuffer(mapping, dtype=torch.uint8, offset=_HEADER_BYTES), file, descriptor
+    )
 
 
 def _remove_orphans() -> None:
@@ -153,8 +168,12 @@ def dumps(buffer: Buffer, entries: Sequence[WireTensor]) -> str:
         place = {"start_idx": start, "end_idx": end, "numel": entry.nbytes}
         metadata.append(SimpleNamespace(name=entry.name, shape=shape, dtype=entry.dtype, **place))
         start = end
-    shared = _cuda_handle(buffer.flat[:start]) if buffer.file is None else _file_handle(buffer, start)
-    pickled = pickle.dumps({"flattened_tensor": shared, "metadata": metadata}, pickle.HIGHEST_PROTOCOL)
+    shared = (
+        _cuda_handle(buffer.flat[:start]) if buffer.file is None else _file_handle(buffer, start)
+    )
+    pickled = pickle.dumps(
+        {"flattened_tensor": shared, "metadata": metadata}, pickle.HIGHEST_PROTOCOL
+    )
     return base64.b64encode(pickled).decode()
 
 
@@ -166,7 +185,9 @@ def loads(message: str) -> list[tuple[str, Tensor]]:
     try:
         content = _Unpickler(io.BytesIO(base64.b64decode(message, validate=True))).load()
         flat, metadata = content["flattened_tensor"], content["metadata"]
-        return [(m.name, flat[m.start_idx : m.end_idx].view(m.dtype).view(m.shape)) for m in metadata]
+        return [
+            (m.name, flat[m.start_idx : m.end_idx].view(m.dtype).view(m.shape)) for m in metadata
+        ]
     except Exception as error:  # a broken pickle may raise anything at all
         raise ValueError(f"not a bucket of tensors: {type(error).__name__}: {error}") from error
 
@@ -185,7 +206,9 @@ def _file_handle(buffer: Buffer, nbytes: int) -> _Call:
     """Return the first bytes of a shared file as torch.multiprocessing rebuilds a tensor, without a manager process."""
     assert buffer.file is not None
     handle = f"/{buffer.file.name}".encode()
-    untyped = _Call(reductions.rebuild_storage_filename, torch.UntypedStorage, b"", handle, buffer.flat.numel())
+    untyped = _Call(
+        reductions.rebuild_storage_filename, torch.UntypedStorage, b"", handle, buffer.flat.numel()
+    )
     storage = _Call(reductions.rebuild_typed_storage, untyped, torch.uint8)
     return _Call(reductions.rebuild_tensor, Tensor, storage, (0, torch.Size([nbytes]), (1,), False))
 
@@ -204,7 +227,10 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ADMITTED:
             raise ValueError(f"{module}.{name} is not admitted")
-        own = {"rebuild_cuda_tensor": _rebuild_cuda_tensor, "rebuild_storage_filename": _rebuild_storage}
+        own = {
+            "rebuild_cuda_tensor": _rebuild_cuda_tensor,
+            "rebuild_storage_filename": _rebuild_storage,
+        }
         return own.get(name) or super().find_class(module, name)
 
 
@@ -218,7 +244,9 @@ def _rebuild_storage(cls: Any, manager: bytes, handle: bytes, nbytes: int) -> to
     if (name, nbytes) not in _mapped:
         with open(SHARED_MEMORY / name, "r+b") as file:
             mapping = mmap.mmap(file.fileno(), _HEADER_BYTES + nbytes)
-        _mapped[name, nbytes] = torch.frombuffer(mapping, dtype=torch.uint8, offset=_HEADER_BYTES).untyped_storage()
+        _mapped[name, nbytes] = torch.frombuffer(
+            mapping, dtype=torch.uint8, offset=_HEADER_BYTES
+        ).untyped_storage()
     return _mapped[name, nbytes]
 
 
@@ -233,7 +261,11 @@ def keep_mappings() -> None:
     @functools.wraps(theirs)  # pickled by its name where this process shares a tensor itself
     def rebuild(cls: Any, manager: bytes, handle: bytes, nbytes: int, dtype: Any = None) -> Any:
         ours = dtype is None and handle.decode().startswith(f"/{_FILE_PREFIX}")
-        return _rebuild_storage(cls, manager, handle, nbytes) if ours else theirs(cls, manager, handle, nbytes, dtype)
+        return (
+            _rebuild_storage(cls, manager, handle, nbytes)
+            if ours
+            else theirs(cls, manager, handle, nbytes, dtype)
+        )
 
     reductions.rebuild_storage_filename = rebuild
 
@@ -241,7 +273,9 @@ def keep_mappings() -> None:
 def _rebuild_cuda_tensor(*arguments: Any) -> Tensor:
     uuid_ = arguments[_CUDA_DEVICE]
     devices = range(torch.cuda.device_count())
-    index = next((i for i in devices if str(torch.cuda.get_device_properties(i).uuid) == uuid_), None)
+    index = next(
+        (i for i in devices if str(torch.cuda.get_device_properties(i).uuid) == uuid_), None
+    )
     if index is None:
         raise ValueError(f"the sender's GPU {uuid_} is not visible here")
     placed = (*arguments[:_CUDA_DEVICE], index, *arguments[_CUDA_DEVICE + 1 :])

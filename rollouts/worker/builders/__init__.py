@@ -16,3 +16,4 @@ class EngineUrls:
 
     engines: Sequence[str] = ()  # one a replica
     router: str | None = None  # SGLang's, in front of them
+    receivers: Sequence[str] = ()  # of weights, one on each other host that has engines

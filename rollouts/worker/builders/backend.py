@@ -42,7 +42,12 @@ def build_backend(
     settings = stage_settings(config, stage)
     optimizer = settings.optimizer
     model = build_model(config.model, model_path)
-    factor = partial(lr_factor, total_steps=num_steps, warmup_frac=optimizer.warmup_frac, schedule=optimizer.schedule)
+    factor = partial(
+        lr_factor,
+        total_steps=num_steps,
+        warmup_frac=optimizer.warmup_frac,
+        schedule=optimizer.schedule,
+    )
     loss_fn = rl_loss(settings) if isinstance(settings, RLConfig) else sft_loss
     frozen = build_reference(config, model, reference) if reference else None
     if config.target.sharding != "none":

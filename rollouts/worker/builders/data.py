@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from rollouts.config import Config, DatasetSpec, RLConfig, SFTConfig
+from rollouts.data_formats import format_named
 from rollouts.training.datasets.dataset_loaders import load_fitting_prompts, load_sft_mixture
 from rollouts.training.datasets.prompts import OWN_TOOLS
 from rollouts.training.datasets.report import MixtureReport, PromptReport, SFTReport
@@ -32,7 +33,8 @@ class StageData:
     """All that the run's stages from this one on will read: a broken row stops the run before anything trains."""
 
     sft: Sequence[Sample]
-    reports: Sequence[tuple[str, MixtureReport]]  # (mixture, what was kept and left out of it), of all that is read
+    # (mixture, what was kept and left out of it), of all that is read
+    reports: Sequence[tuple[str, MixtureReport]]
     prompts: Sequence[Prompt]
     saved: ReplayRollouts | None  # in place of prompts and an engine
     eval_samples: Sequence[Sample]
@@ -46,7 +48,11 @@ def load_data(config: Config, tokenizer: Tokenizer, stage: StageName) -> StageDa
     if rl is not None:
         _require_user_code(rl)
     replays = rl is not None and not config.uses_engine
-    saved = ReplayRollouts(rl.sampling.source, temperature=rl.temperature) if rl is not None and replays else None
+    saved = (
+        ReplayRollouts(rl.sampling.source, temperature=rl.temperature)
+        if rl is not None and replays
+        else None
+    )
     load_samples, load_rows = _loaders(config, tokenizer, rl)
     reports: list[tuple[str, MixtureReport]] = []
     sft: Sequence[Sample] = ()
@@ -63,7 +69,7 @@ def load_data(config: Config, tokenizer: Tokenizer, stage: StageName) -> StageDa
             samples, kept = load_samples([spec])
             eval_samples.append((task_name(spec), samples))
             reports.append((f"loss on {task_name(spec)}", kept))
-        if spec.format != "text":  # plain text has a loss, but no answer
+        if format_named(spec.format).has_prompts:  # plain text has a loss, but no answer
             rows, answered = load_rows([spec])
             eval_rows.append((task_name(spec), rows))
             reports.append((f"answers to {task_name(spec)}", answered))
@@ -86,7 +92,10 @@ def _require_user_code(rl: RLConfig) -> None:
 
 def _loaders(
     config: Config, tokenizer: Tokenizer, rl: RLConfig | None
-) -> tuple[Callable[..., tuple[list[Sample], SFTReport]], Callable[..., tuple[list[dict[str, Any]], PromptReport]]]:
+) -> tuple[
+    Callable[..., tuple[list[Sample], SFTReport]],
+    Callable[..., tuple[list[dict[str, Any]], PromptReport]],
+]:
     """Return what loads SFT samples, and what loads prompt rows that an answer of `rl` fits behind."""
     data = config.data
     load_samples = partial(
@@ -146,7 +155,11 @@ def require_fitting_model(model: nn.Module, data: StageData) -> None:
 
 def report_of(data: StageData) -> str:
     """Return how many rows of each mixture were kept, and why others were left out: one text for the run's events."""
-    shown = [(name, report) for name, report in data.reports if name == "sft_mixture" or report.noteworthy]
+    shown = [
+        (name, report)
+        for name, report in data.reports
+        if name == "sft_mixture" or report.noteworthy
+    ]
     return "; ".join(f"{name}: {report}" for name, report in shown)
 
 
@@ -167,7 +180,9 @@ def _episode_tools(environment: str) -> Any:
 
 def _spare_cores() -> int:
     """Return this rank's share of the host's cores; 0 for one core, which leaves none to spare."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS: no mask
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )  # macOS: no mask
     share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return min(share, 16) if share > 1 else 0
 

@@ -55,7 +55,10 @@ async def _check_server(config: Config, run: RunDir, replica: Replica) -> None:
     server = await replica.server()
     expected = config.engine.kind if config.engine else server.kind
     need = f"{expected}, as the config's engine: change that, or end what listens and choose another engine.sglang_port"
-    require(server.kind == expected, f"{replica.base_url}: is {server.kind} {server.version}, needs {need}")
+    require(
+        server.kind == expected,
+        f"{replica.base_url}: is {server.kind} {server.version}, needs {need}",
+    )
     message = f"engine {replica.base_url}: {server.kind} {server.version}"
     if not server.seeds:
         message += ", which does not heed seeds: the same run samples other tokens each time"
@@ -63,7 +66,10 @@ async def _check_server(config: Config, run: RunDir, replica: Replica) -> None:
 
 
 def build_pool(
-    config: Config, run: RunDir, clients: Sequence[InferenceEngine], router: RouterClient | None = None
+    config: Config,
+    run: RunDir,
+    clients: Sequence[InferenceEngine],
+    router: RouterClient | None = None,
 ) -> EnginePool:
     """Return a pool that waits for as many restarts as the supervisor may make. Each recovery is an event."""
     limits, restarts_max = config.limits, config.engine.restarts_max if config.engine else 0

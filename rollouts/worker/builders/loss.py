@@ -37,7 +37,9 @@ def _policy_term(rl: RLConfig) -> PolicyTerm:
     clip_range = (loss.clip_low, loss.clip_high)
     if isinstance(loss, CISPO):
         return ClippedWeight(clip_range)
-    return (ClippedRatio if isinstance(loss, PPO) else ClippedSequenceRatio)(clip_range, loss.dual_clip)
+    return (ClippedRatio if isinstance(loss, PPO) else ClippedSequenceRatio)(
+        clip_range, loss.dual_clip
+    )
 
 
 def batch_clip_range(rl: RLConfig) -> ClipRange | None:

@@ -8,7 +8,14 @@ from transformers import PreTrainedModel
 from rollouts.config import Config, ModelConfig, ValueModel
 from rollouts.training.checkpoint import CheckpointError, read_metadata
 from rollouts.training.compiled_layers import compile_layers
-from rollouts.training.lora import LoraSettings, apply_lora, base_as_reference, base_record, is_lora, read_base
+from rollouts.training.lora import (
+    LoraSettings,
+    apply_lora,
+    base_as_reference,
+    base_record,
+    is_lora,
+    read_base,
+)
 from rollouts.training.model_loading import enable_activation_checkpointing, load_model
 from rollouts.training.reference import Reference, load_reference
 from rollouts.training.value_head import ValueHead
@@ -27,7 +34,9 @@ def base_model(config: Config, model_path: str, *, resumes: bool) -> str:
 def build_model(model: ModelConfig, path: str) -> PreTrainedModel:
     """Load the model at `path` onto the CPU, with the adapters and layers that the config asks for."""
     init = model.init if path == model.name else "pretrained"
-    built = load_model(path, init=init, init_seed=model.init_seed, trust_remote_code=model.trust_remote_code)
+    built = load_model(
+        path, init=init, init_seed=model.init_seed, trust_remote_code=model.trust_remote_code
+    )
     if model.lora is not None:
         apply_lora(built, LoraSettings(**dataclasses.asdict(model.lora)), base_name=path)
     if model.activation_checkpointing:
@@ -37,7 +46,9 @@ def build_model(model: ModelConfig, path: str) -> PreTrainedModel:
     return built
 
 
-def reference_name(config: Config, stage: StageName, model_path: str, *, resumes: bool) -> str | None:
+def reference_name(
+    config: Config, stage: StageName, model_path: str, *, resumes: bool
+) -> str | None:
     """Return where the frozen model of the KL penalty is loaded from; None without one.
 
     A resumed run keeps the reference it began with, which its checkpoint names: never the checkpoint itself.
@@ -76,4 +87,6 @@ def build_value_head(config: Config, stage: StageName, model: PreTrainedModel) -
         return None
     optimizer = rl.optimizer
     width = model.config.get_text_config().hidden_size
-    return ValueHead(width, lr=rl.baseline.lr, beta1=optimizer.beta1, beta2=optimizer.beta2, eps=optimizer.eps)
+    return ValueHead(
+        width, lr=rl.baseline.lr, beta1=optimizer.beta1, beta2=optimizer.beta2, eps=optimizer.eps
+    )

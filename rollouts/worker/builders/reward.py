@@ -16,5 +16,7 @@ def open_reward(config: Config) -> Iterator[RewardFn | None]:
     if distributed.rank() != 0 or not config.uses_engine or reward is None:
         yield None
         return
-    with scoring(reward.fn, workers=reward.workers, timeout_s=config.limits.reward_timeout_s) as reward_fn:
+    with scoring(
+        reward.fn, workers=reward.workers, timeout_s=config.limits.reward_timeout_s
+    ) as reward_fn:
         yield reward_fn

@@ -39,7 +39,9 @@ def build_rollout_manager(
     return AsyncRolloutManager(DataBuffer(prompts, seed=rl.sampling.seed), config)
 
 
-def build_generate_fn(rl: RLConfig, tokenizer: Tokenizer, pool: EnginePool, reward_fn: RewardFn | None) -> GenerateFn:
+def build_generate_fn(
+    rl: RLConfig, tokenizer: Tokenizer, pool: EnginePool, reward_fn: RewardFn | None
+) -> GenerateFn:
     """Return the function that samples a group.
 
     Groups of one moment share a request, unless rewards wait for something, or updates find groups at different
@@ -47,7 +49,9 @@ def build_generate_fn(rl: RLConfig, tokenizer: Tokenizer, pool: EnginePool, rewa
     """
     if rl.agent is not None:
         endpoints = agent_endpoints(rl, rl.agent, tokenizer, pool)
-        return make_agent_generate_fn(endpoints, agent_environment(rl.agent), limits=episode_limits(rl.agent))
+        return make_agent_generate_fn(
+            endpoints, agent_environment(rl.agent), limits=episode_limits(rl.agent)
+        )
     one_request_per_group = (
         rl.in_flight_updates
         or (rl.reward is not None and rl.reward.workers > 0)
@@ -63,7 +67,9 @@ def build_generate_fn(rl: RLConfig, tokenizer: Tokenizer, pool: EnginePool, rewa
     )
 
 
-def agent_endpoints(rl: RLConfig, agent: AgentConfig, tokenizer: Tokenizer, pool: EnginePool) -> list[Endpoint]:
+def agent_endpoints(
+    rl: RLConfig, agent: AgentConfig, tokenizer: Tokenizer, pool: EnginePool
+) -> list[Endpoint]:
     """Return where an agent's policy answers: one endpoint per engine."""
     return [
         Endpoint(
@@ -84,4 +90,6 @@ def agent_environment(agent: AgentConfig) -> Callable[[], Environment]:
 
 
 def episode_limits(agent: AgentConfig) -> EpisodeLimits:
-    return EpisodeLimits(turns_max=agent.turns_max, tokens_max=agent.tokens_max, timeout_s=agent.timeout_s)
+    return EpisodeLimits(
+        turns_max=agent.turns_max, tokens_max=agent.tokens_max, timeout_s=agent.timeout_s
+    )

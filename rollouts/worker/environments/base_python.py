@@ -16,7 +16,8 @@ from rollouts.worker.environments import fetch_uv
 from rollouts.worker.environments.installer import BootstrapError, InstallerFailed
 from rollouts.worker.supervise.console import say
 
-UV_PLACES = ("~/.local/bin/uv", "~/.cargo/bin/uv")  # where its installer puts it; not on PATH in a bare ssh command
+# where its installer puts it; not on PATH in a bare ssh command
+UV_PLACES = "~/.local/bin/uv", "~/.cargo/bin/uv"
 FIND_TIMEOUT_S = 60.0
 
 # Runs one command as the bootstrap runs an installer; the mapping is its environment.
@@ -53,7 +54,9 @@ def base_python(spec: EnvironmentSpec, run: Run) -> str:
     }
     if found := _find(uv, spec, environment):
         return found
-    say(f"environment {spec.name}: the host has no Python that fits; installing {spec.python_version}")
+    say(
+        f"environment {spec.name}: the host has no Python that fits; installing {spec.python_version}"
+    )
     try:
         run([uv, "python", "install", "--no-progress", spec.python_version], environment)
     except InstallerFailed as error:
@@ -65,7 +68,9 @@ def base_python(spec: EnvironmentSpec, run: Run) -> str:
         ) from None
     if found := _find(uv, spec, environment):
         return found
-    raise BootstrapError(f"environment {spec.name!r}: uv installed Python {spec.python_version}, and does not find it")
+    raise BootstrapError(
+        f"environment {spec.name!r}: uv installed Python {spec.python_version}, and does not find it"
+    )
 
 
 def _find(uv: str, spec: EnvironmentSpec, environment: Mapping[str, str]) -> str:
@@ -73,7 +78,12 @@ def _find(uv: str, spec: EnvironmentSpec, environment: Mapping[str, str]) -> str
     argv = [uv, "python", "find", "--no-project", "--no-python-downloads", spec.python_version]
     try:
         done = subprocess.run(
-            argv, env=dict(environment), capture_output=True, text=True, timeout=FIND_TIMEOUT_S, check=False
+            argv,
+            env=dict(environment),
+            capture_output=True,
+            text=True,
+            timeout=FIND_TIMEOUT_S,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BootstrapError(f"environment {spec.name!r}: cannot run {uv}: {error}") from None

@@ -27,8 +27,15 @@ from pathlib import Path
 from typing import IO
 
 PUBLIC_INDEX = "https://pypi.org/simple"
-INDEX_VARIABLES = ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_INDEX_URL", "UV_EXTRA_INDEX_URL", "PIP_EXTRA_INDEX_URL")
-PIP_FILES = ("/etc/xdg/pip/pip.conf", "/etc/pip.conf", "~/.pip/pip.conf", "~/.config/pip/pip.conf")  # last one wins
+INDEX_VARIABLES = (
+    "UV_DEFAULT_INDEX",
+    "UV_INDEX_URL",
+    "PIP_INDEX_URL",
+    "UV_EXTRA_INDEX_URL",
+    "PIP_EXTRA_INDEX_URL",
+)
+# last one wins
+PIP_FILES = "/etc/xdg/pip/pip.conf", "/etc/pip.conf", "~/.pip/pip.conf", "~/.config/pip/pip.conf"
 TIMEOUT_S = 60.0
 LINK = re.compile(r"<a\s[^>]*?href=[\"']([^\"']+)[\"'][^>]*>", re.IGNORECASE)
 WHEEL = re.compile(r"uv-(?P<version>\d+(?:\.\d+)*)-py3-none-(?P<tags>[\w.]+)\.whl")
@@ -49,7 +56,9 @@ class Wheel:
 
 def pip_options() -> dict[str, str]:
     """Return the [global] options of pip's configuration files."""
-    files = [os.path.expanduser(file) for file in (*PIP_FILES, os.environ.get("PIP_CONFIG_FILE", ""))]
+    files = [
+        os.path.expanduser(file) for file in (*PIP_FILES, os.environ.get("PIP_CONFIG_FILE", ""))
+    ]
     parser = configparser.RawConfigParser(strict=False)
     try:
         parser.read([file for file in files if file and file != os.devnull], encoding="utf-8")
@@ -84,7 +93,10 @@ def fits(name: str, machine: str, libc: tuple[str, str]) -> bool:
     """Return whether a wheel runs on this machine; `libc` as platform.libc_ver gives it."""
     found = WHEEL.fullmatch(name)
     if libc[0] != "glibc":
-        return found is not None and re.search(rf"musllinux_\d+_\d+_{machine}", found["tags"]) is not None
+        return (
+            found is not None
+            and re.search(rf"musllinux_\d+_\d+_{machine}", found["tags"]) is not None
+        )
     ours = tuple(int(part) for part in re.findall(r"\d+", libc[1])[:2])
     needs = re.findall(rf"manylinux_(\d+)_(\d+)_{machine}", found["tags"]) if found else []
     return any((int(major), int(minor)) <= ours for major, minor in needs)
@@ -96,7 +108,9 @@ def open_url(url: str, options: dict[str, str], *, timeout_s: float) -> IO[bytes
     plain = urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
     request = urllib.request.Request(plain, headers={"Accept": "text/html, */*"})
     if parts.username:
-        pair = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
+        pair = (
+            f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
+        )
         request.add_header("Authorization", f"Basic {base64.b64encode(pair.encode()).decode()}")
     certificates = os.environ.get("PIP_CERT") or options.get("cert") or None
     context = ssl.create_default_context(cafile=certificates) if parts.scheme == "https" else None
@@ -121,10 +135,14 @@ def newest(urls: list[str], options: dict[str, str]) -> Wheel:
         except (OSError, ValueError) as error:  # URLError is an OSError
             said.append(f"{shown}: {error}")
             continue
-        fitting = [wheel for wheel in found if fits(wheel.name, platform.machine(), platform.libc_ver())]
+        fitting = [
+            wheel for wheel in found if fits(wheel.name, platform.machine(), platform.libc_ver())
+        ]
         if fitting:
             return max(fitting, key=lambda wheel: wheel.version)
-        said.append(f"{shown}: {len(found)} wheels of uv, none for {platform.machine()}, {platform.libc_ver()}")
+        said.append(
+            f"{shown}: {len(found)} wheels of uv, none for {platform.machine()}, {platform.libc_ver()}"
+        )
     raise FetchError(
         f"no uv on the package index: {'; '.join(said)}. Install uv on the host, or set PIP_INDEX_URL in host.env to an"
         " index that it reaches."

@@ -15,7 +15,9 @@ from rollouts.worker.environments.installer import (
 )
 
 
-def fetch_model(model: HubModel, trainer: EnvironmentSpec, run: RunDir, deadline: BootstrapDeadline) -> None:
+def fetch_model(
+    model: HubModel, trainer: EnvironmentSpec, run: RunDir, deadline: BootstrapDeadline
+) -> None:
     """Have a model in this host's cache of the hub, by the trainer's environment.
 
     Raises BootstrapError where the hub does not give it, or when the deadline passes; and whatever its `tick` raises.
@@ -28,8 +30,16 @@ def fetch_model(model: HubModel, trainer: EnvironmentSpec, run: RunDir, deadline
     progress.doing = "asking the hub"
     with open(os.devnull, "rb") as nothing:  # the hub's own locks keep two runs apart
         try:
-            run_installer(argv, spec, deadline, progress, environment=os.environ, lock=nothing.fileno())
+            run_installer(
+                argv, spec, deadline, progress, environment=os.environ, lock=nothing.fileno()
+            )
         except InstallerFailed as error:
-            said = [line.removeprefix("error: ") for line in error.log_tail if line.startswith("error: ")]
+            said = [
+                line.removeprefix("error: ")
+                for line in error.log_tail
+                if line.startswith("error: ")
+            ]
             raise BootstrapError(said[-1] if said else str(error), error.log_tail) from None
-    run_dir.append_event(run, "model", name=model.name, seconds=round(time.monotonic() - started, 3))
+    run_dir.append_event(
+        run, "model", name=model.name, seconds=round(time.monotonic() - started, 3)
+    )

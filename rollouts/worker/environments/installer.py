@@ -23,7 +23,8 @@ from rollouts.worker.supervise.console import say
 LOG_TAIL_LINES = 50
 POLL_S = 0.1
 END_GRACE_S = 3.0
-PROGRESS_MIN_S, PROGRESS_MAX_S = 10.0, 30.0  # between two lines of progress: the longer it takes, the fewer
+# between two lines of progress: the longer it takes, the fewer
+PROGRESS_MIN_S, PROGRESS_MAX_S = 10.0, 30.0
 DOWNLOAD = re.compile(r"\s*Downloading (\S+) \(([\d.]+) ?([kKMG]?)i?B\)")  # pip and uv
 COLLECT = re.compile(r"(?:Collecting|Processing) ([^\s;(]+)")
 INSTALL = re.compile(r"Installing collected packages: (.*)|Prepared (\d+) packages?")
@@ -45,7 +46,9 @@ if os.getppid() == int(sys.argv[1]):  # else it ended before the kernel was told
 class BootstrapError(Exception):
     """The host could not be made ready. The message names the fix; `log_tail` is what `window` said last."""
 
-    def __init__(self, message: str, log_tail: Sequence[str] = (), *, window: str = SUPERVISOR_WINDOW) -> None:
+    def __init__(
+        self, message: str, log_tail: Sequence[str] = (), *, window: str = SUPERVISOR_WINDOW
+    ) -> None:
         super().__init__(message)
         self.log_tail, self.window = list(log_tail), window
 
@@ -62,7 +65,7 @@ class BootstrapDeadline:
         self._deadline = time.monotonic() + timeout_s
 
     def wait(self, spec: EnvironmentSpec, last_seen: str, log_tail: Sequence[str] = ()) -> None:
-        """One short sleep. Raises BootstrapError once it took too long, and whatever `tick` raises."""
+        """Sleep shortly. Raises BootstrapError once it took too long, and whatever `tick` raises."""
         if time.monotonic() > self._deadline:
             raise BootstrapError(
                 f"environment {spec.name!r}: not ready within limits.bootstrap_timeout_s={self.timeout_s:g};"
@@ -116,7 +119,7 @@ class Progress:
 
 
 def _megabytes(directory: Path) -> float:
-    """The files under a directory that is being written: what vanishes meanwhile is left out."""
+    """Return the size of the files under a directory that is being written; what vanishes meanwhile is left out."""
     total = 0
     for parent, _, names in os.walk(directory):
         for name in names:
@@ -164,19 +167,28 @@ def run_installer(
     reader.join(END_GRACE_S)
     if process.returncode != 0:
         known = diagnose_installation(list(tail))
-        fix = known or f"Its last lines say why; check {inputs_of(spec)}, and that the host reaches its package index."
+        fix = (
+            known
+            or f"Its last lines say why; check {inputs_of(spec)}, and that the host reaches its package index."
+        )
         message = f"environment {spec.name!r}: `{shlex.join(argv)}` failed with exit code {process.returncode}. {fix}"
         raise InstallerFailed(message, tail)
 
 
 def inputs_of(spec: EnvironmentSpec) -> str:
-    """What decides an environment's content, in the config's words."""
+    """Return what decides an environment's content, in the config's words."""
     trainers = "host.constraints_file, host.requirements"
     inputs = "engine.requirements_file" if spec.name == "engine" else trainers
-    return inputs if spec.torch_build == "index" else f"{inputs}, host.torch_build={spec.torch_build!r}"
+    return (
+        inputs
+        if spec.torch_build == "index"
+        else f"{inputs}, host.torch_build={spec.torch_build!r}"
+    )
 
 
-def _pass_on(process: subprocess.Popen[bytes], tail: collections.deque[str], progress: Progress) -> None:
+def _pass_on(
+    process: subprocess.Popen[bytes], tail: collections.deque[str], progress: Progress
+) -> None:
     assert process.stdout is not None
     for line in process.stdout:
         text = line.decode(errors="replace").rstrip("\n")

@@ -85,8 +85,10 @@ UV_KEPT = frozenset(
 )
 UV_KEPT_PREFIXES = ("UV_INDEX_", "UV_HTTP_", "UV_CONCURRENT_", "UV_PYTHON_INSTALL_")
 ELSEWHERE = frozenset({"VIRTUAL_ENV", "VIRTUAL_ENV_PROMPT", "_CONDA_ROOT", "__PYVENV_LAUNCHER__"})
-ELSEWHERE_PREFIXES = ("CONDA_", "_CE_", "PET_")  # PET_: torchrun's options, which clusters set for their own jobs
-INTERPRETERS_OWN = re.compile(r"PYTHON[A-Z0-9]+")  # PYTHON_VERSION and the like are those of images, not Python's
+# PET_: torchrun's options, which clusters set for their own jobs
+ELSEWHERE_PREFIXES = "CONDA_", "_CE_", "PET_"
+# PYTHON_VERSION and the like are those of images, not Python's
+INTERPRETERS_OWN = re.compile(r"PYTHON[A-Z0-9]+")
 
 
 def redirects(name: str) -> bool:
@@ -120,7 +122,11 @@ def pip_settings(config_list: str) -> tuple[dict[str, str], list[str]]:
         if section in found:
             found[section][_option(option)] = _unquoted(value)
     settings = {**found["global"], **found["install"]}
-    kept = {f"PIP_{option.replace('-', '_').upper()}": text for option, text in settings.items() if option in PIP_KEPT}
+    kept = {
+        f"PIP_{option.replace('-', '_').upper()}": text
+        for option, text in settings.items()
+        if option in PIP_KEPT
+    }
     return kept, sorted(option for option in settings if option not in PIP_KEPT)
 
 

@@ -79,7 +79,10 @@ def parse(line: str) -> Requirement | None:
 
 
 def problems(
-    requirements: Iterable[str], constraints: Iterable[str], installed: Mapping[str, str], markers: Mapping[str, str]
+    requirements: Iterable[str],
+    constraints: Iterable[str],
+    installed: Mapping[str, str],
+    markers: Mapping[str, str],
 ) -> list[str]:
     """Return what is lacking or at another version, one text each.
 
@@ -145,7 +148,8 @@ def _compares(version: Version, operator: str, limit: Version) -> bool:
     return {
         "==": same,
         "!=": not same,
-        "~=": version.public >= limit.public and _has_prefix(version, limit.written[:-1], epoch=limit.epoch),
+        "~=": version.public >= limit.public
+        and _has_prefix(version, limit.written[:-1], epoch=limit.epoch),
         "<=": version.public <= limit.public,
         ">=": version.public >= limit.public,
         "<": version.public < limit.public and not (same_release and _is_early(version, limit)),
@@ -157,12 +161,15 @@ def _is_early(version: Version, limit: Version) -> bool:
     """Is it a pre-release of the limit itself? <2 leaves out 2rc1."""
     if limit.pre is limit.post is limit.dev is None:
         return version.pre is not None or version.dev is not None
-    own_post = limit.post is not None and version.post == limit.post and limit.pre is version.pre is None
+    own_post = (
+        limit.post is not None and version.post == limit.post and limit.pre is version.pre is None
+    )
     return own_post and limit.dev is None and version.dev is not None
 
 
 def _has_prefix(version: Version, release: tuple[int, ...], *, epoch: int) -> bool:
-    """`==2.13.*`: the release begins with it, whatever follows; zeros that were not written count."""
+    """Tell whether a release matches `==2.13.*`: it begins with it, whatever follows; zeros that were not written
+    count."""
     count = len(release)
     return version.epoch == epoch and (version.written + (0,) * count)[:count] == release
 

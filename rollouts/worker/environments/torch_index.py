@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from rollouts.run_dir import EnvironmentSpec
 
 PUBLIC_BASE = "https://download.pytorch.org/whl"
-BASE_VARIABLE = "ROLLOUTS_TORCH_INDEX"  # of the host or host.env: a mirror's address in place of the public one
+BASE_VARIABLE = (
+    "ROLLOUTS_TORCH_INDEX"  # of the host or host.env: a mirror's address in place of the public one
+)
 ANSWER_TIMEOUT_S = 10.0
 
 
@@ -47,7 +49,8 @@ def _options(spec: EnvironmentSpec, base: str) -> tuple[str, ...]:
         return ("--extra-index-url", index)
     if base == PUBLIC_BASE:
         return ("--torch-backend", spec.torch_build)
-    return ("--index", index, "--index-strategy", "unsafe-best-match")  # as pip does: the best of all indexes
+    # as pip does: the best of all indexes
+    return "--index", index, "--index-strategy", "unsafe-best-match"
 
 
 def _unreachable(url: str) -> str:
@@ -65,10 +68,16 @@ def _unreachable(url: str) -> str:
         return str(error)
 
 
-def build_problem(source: TorchSource, requirements: Sequence[str], versions: Mapping[str, str]) -> str:
+def build_problem(
+    source: TorchSource, requirements: Sequence[str], versions: Mapping[str, str]
+) -> str:
     """Return what is wrong with the torch that was installed; "" where it is of the build that was asked for."""
     version = versions.get("torch")
-    if source.build == "index" or version is None or any("torch @" in line for line in requirements):
+    if (
+        source.build == "index"
+        or version is None
+        or any("torch @" in line for line in requirements)
+    ):
         return ""
     if version.partition("+")[2] == source.build:
         return ""

@@ -91,7 +91,9 @@ def ensure_environment(spec: EnvironmentSpec, run: RunDir, deadline: BootstrapDe
 
     def announce(action: str, **fields: object) -> None:
         seconds = round(time.monotonic() - started, 3)
-        run_dir.append_event(run, "environment", name=spec.name, action=action, seconds=seconds, **fields)
+        run_dir.append_event(
+            run, "environment", name=spec.name, action=action, seconds=seconds, **fields
+        )
         say(f"environment {spec.name}: {action} after {seconds:.2f} s ({spec.path})")
 
     path = Path(spec.path)
@@ -100,7 +102,11 @@ def ensure_environment(spec: EnvironmentSpec, run: RunDir, deadline: BootstrapDe
     with _locked(path.with_name(f".{path.name}.lock"), spec, deadline, progress) as lock:
         if is_complete(path):
             content = content_of(spec)
-            _check(spec, content, f"It was complete once; remove {path} while no run uses it, and run again.")
+            _check(
+                spec,
+                content,
+                f"It was complete once; remove {path} while no run uses it, and run again.",
+            )
             _record(run, spec, content)
             os.utime(path / MARKER_FILE)  # when it was used last
             announce("reused", **_built_before(path))
@@ -128,7 +134,11 @@ def _built_before(path: Path) -> dict[str, object]:
     """Return how a complete environment was made; {} for one that an older version made."""
     try:
         marker = json.loads((path / MARKER_FILE).read_text())
-        return {name: marker["built"][name] for name in ("torch_build", "torch_note") if name in marker["built"]}
+        return {
+            name: marker["built"][name]
+            for name in ("torch_build", "torch_note")
+            if name in marker["built"]
+        }
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
@@ -148,9 +158,11 @@ def content_of(spec: EnvironmentSpec) -> Content:
 
 
 def _answer(spec: EnvironmentSpec, *argv: str) -> str:
-    """What one short command prints. Raises BootstrapError with what it said, when it fails."""
+    """Return what one short command prints. Raises BootstrapError with what it said, when it fails."""
     try:
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=QUERY_TIMEOUT_S, check=False)
+        done = subprocess.run(
+            argv, capture_output=True, text=True, timeout=QUERY_TIMEOUT_S, check=False
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BootstrapError(f"environment {spec.name!r}: cannot ask its Python: {error}") from None
     if done.returncode != 0:
@@ -170,7 +182,8 @@ def _check(spec: EnvironmentSpec, content: Content, advice: str) -> None:
     if found:
         more = f"; and {len(found) - SHOWN_PROBLEMS} more" if len(found) > SHOWN_PROBLEMS else ""
         raise BootstrapError(
-            f"environment {spec.name!r}: {'; '.join(found[:SHOWN_PROBLEMS])}{more} (in {spec.path}). {advice}", found
+            f"environment {spec.name!r}: {'; '.join(found[:SHOWN_PROBLEMS])}{more} (in {spec.path}). {advice}",
+            found,
         )
 
 
@@ -190,7 +203,9 @@ def _record(run: RunDir, spec: EnvironmentSpec, content: Content) -> None:
     run_dir.write_text_atomic(run.environment(spec.name), "".join(lines))
 
 
-def _build(spec: EnvironmentSpec, deadline: BootstrapDeadline, progress: Progress, lock: int) -> Built:
+def _build(
+    spec: EnvironmentSpec, deadline: BootstrapDeadline, progress: Progress, lock: int
+) -> Built:
     """Create the environment and install into it; its input files lie in it afterwards."""
 
     def run(argv: Sequence[str], environment: Mapping[str, str]) -> None:
@@ -206,10 +221,21 @@ def _build(spec: EnvironmentSpec, deadline: BootstrapDeadline, progress: Progres
         install = [uv, "pip", "install", "--python", python]
     else:
         create = [base, "-m", "venv", str(path)]
-        install = [python, "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
+        install = [
+            python,
+            "-m",
+            "pip",
+            "install",
+            "--disable-pip-version-check",
+            "--no-input",
+            "--progress-bar",
+            "off",
+        ]
     progress.doing = "making the virtual environment"
     run(create, os.environ)
-    environment, left_out = (dict(os.environ), []) if spec.installer == "uv" else _pip_environment(spec, python)
+    environment, left_out = (
+        (dict(os.environ), []) if spec.installer == "uv" else _pip_environment(spec, python)
+    )
     torch = torch_source(spec, environment)
     if torch.note:
         say(f"environment {spec.name}: {torch.note}")
@@ -223,20 +249,28 @@ def _build(spec: EnvironmentSpec, deadline: BootstrapDeadline, progress: Progres
         file = path / name
         file.write_text("".join(f"{line}\n" for line in lines))
         if lines:
-            run([*install, *torch.options, *options, "-c", str(constraints), "-r", str(file)], environment)
+            run(
+                [*install, *torch.options, *options, "-c", str(constraints), "-r", str(file)],
+                environment,
+            )
     return Built(torch, left_out)
 
 
 def _pip_environment(spec: EnvironmentSpec, python: str) -> tuple[dict[str, str], list[str]]:
-    """The variables that pip gets: what may pass of its configuration files is among them, and it reads no file."""
-    settings, left_out = isolation.pip_settings(_answer(spec, python, "-m", "pip", "config", "list"))
+    """Return the variables that pip gets: what may pass of its configuration files is among them, and it reads
+    no file."""
+    settings, left_out = isolation.pip_settings(
+        _answer(spec, python, "-m", "pip", "config", "list")
+    )
     if left_out:
         say(f"environment {spec.name}: left out of pip's configuration here: {', '.join(left_out)}")
     return {**settings, **os.environ, "PIP_CONFIG_FILE": os.devnull}, left_out
 
 
 @contextlib.contextmanager
-def _locked(path: Path, spec: EnvironmentSpec, deadline: BootstrapDeadline, progress: Progress) -> Iterator[int]:
+def _locked(
+    path: Path, spec: EnvironmentSpec, deadline: BootstrapDeadline, progress: Progress
+) -> Iterator[int]:
     """Hold the lock file; gives its descriptor, with which a child holds it too."""
     descriptor = open_plain(path, os.O_RDWR | os.O_CREAT)
     try:

@@ -25,7 +25,10 @@ def cards_row() -> dict[str, Any]:
     if shutil.which("nvidia-smi") is None:
         return {"cards": {}, "topology": ""}
     cards: dict[str, dict[str, str]] = {}
-    for option, key, fields in (("--query-gpu", "index", FIELDS), ("--query-remapped-rows", "gpu_uuid", ROWS)):
+    for option, key, fields in (
+        ("--query-gpu", "index", FIELDS),
+        ("--query-remapped-rows", "gpu_uuid", ROWS),
+    ):
         for identity, values in _ask(option, key, fields).items():
             cards.setdefault(_index_of(identity, cards), {}).update(values)
     return {"cards": cards, "topology": _plain(_smi("topo", "-m"))}
@@ -36,7 +39,9 @@ def _ask(option: str, key: str, fields: tuple[str, ...]) -> dict[str, dict[str, 
     key_fields = (key,) if key != "index" else ("index", "uuid")
     text = _smi(f"{option}={','.join((*key_fields, *fields))}", "--format=csv,noheader,nounits")
     if "not a valid field" in text:
-        fields = tuple(field for field in fields if "not a valid field" not in _smi_one(option, key, field))
+        fields = tuple(
+            field for field in fields if "not a valid field" not in _smi_one(option, key, field)
+        )
         text = _smi(f"{option}={','.join((*key_fields, *fields))}", "--format=csv,noheader,nounits")
     found = {}
     for line in text.splitlines():
@@ -54,14 +59,21 @@ def _smi_one(option: str, key: str, field: str) -> str:
 
 def _index_of(identity: str, cards: dict[str, dict[str, str]]) -> str:
     """Return a card's index, where it is named by its UUID."""
-    return next((index for index, values in cards.items() if values.get("uuid") == identity), identity)
+    return next(
+        (index for index, values in cards.items() if values.get("uuid") == identity), identity
+    )
 
 
 def _smi(*arguments: str) -> str:
     """Return what nvidia-smi prints; "" where it does not answer."""
     try:
         done = subprocess.run(
-            ["nvidia-smi", *arguments], capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S, check=False
+            ["nvidia-smi", *arguments],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=TIMEOUT_S,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""

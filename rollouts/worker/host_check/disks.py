@@ -37,14 +37,17 @@ def disk_row(name: str, path: Path) -> dict[str, Any]:
         "file_system": file_system(path),
         "total_mib": usage.total >> 20,
         "free_mib": usage.free >> 20,
-        "free_files": found.f_favail if found.f_files else None,  # a file system without a table of them tells none
+        "free_files": found.f_favail
+        if found.f_files
+        else None,  # a file system without a table of them tells none
         "runs_programs": not found.f_flag & getattr(os, "ST_NOEXEC", 0),
         "locks": True,
         "write_mib_s": None,
         "problem": "",
     }
     try:
-        with tempfile.TemporaryFile(dir=path) as file:  # without a name: a kill leaves nothing either
+        # without a name: a kill leaves nothing either
+        with tempfile.TemporaryFile(dir=path) as file:
             row["locks"] = _locks(file)
             row["write_mib_s"] = _write_rate(file, min(WRITE_BYTES, usage.free // WRITE_SHARE))
     except OSError as error:
@@ -83,6 +86,7 @@ def file_system(path: Path) -> str:
         words = line.split(" ")
         where = words[1].replace("\\040", " ") if len(words) > 2 else ""
         inside = where in ("/", real) or real.startswith(f"{where}/")
-        if where and inside and len(where) >= len(best[0]):  # the last mount at a place is the one that is seen
+        # the last mount at a place is the one that is seen
+        if where and inside and len(where) >= len(best[0]):
             best = (where, words[2])
     return best[1]

@@ -9,8 +9,8 @@ from typing import Any
 
 from rollouts.worker.host_check.cards import cards_row
 from rollouts.worker.host_check.disks import disk_rows
-from rollouts.worker.host_check.machine import machine_row, owners
 from rollouts.worker.host_check.network import network_row
+from rollouts.worker.host_check.whole_machine import machine_row, owners
 
 PREFIX = "health="
 SHM = "/dev/shm"

@@ -22,7 +22,12 @@ UNANSWERED = f"no answer within {ALL_TIMEOUT_S:.0f} s"
 REFUSALS = (407, 502, 503, 504)  # a proxy's
 TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-STATES = {"GatedRepo": "gated", "RepoNotFound": "missing", "EntryNotFound": "open", "RevisionNotFound": "open"}
+STATES = {
+    "GatedRepo": "gated",
+    "RepoNotFound": "missing",
+    "EntryNotFound": "open",
+    "RevisionNotFound": "open",
+}
 
 
 class _Stay(urllib.request.HTTPRedirectHandler):
@@ -43,8 +48,14 @@ class SiteQuestion:
 def network_row(environment: Mapping[str, str], models: Iterable[str]) -> dict[str, Any]:
     """Ask all at once: {"sites": [...], "models": [...], "offline": is the hub not to be asked?}."""
     options, hub = pip_options(), environment.get("HF_ENDPOINT", "").rstrip("/") or PUBLIC_HUB
-    offline = any(environment.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in OFFLINE_VARIABLES)
-    sites = [_of_site("package index", url, f"{url}/uv/", options) for url in indexes(dict(environment), options)]
+    offline = any(
+        environment.get(name, "").upper() in ("1", "ON", "YES", "TRUE")
+        for name in OFFLINE_VARIABLES
+    )
+    sites = [
+        _of_site("package index", url, f"{url}/uv/", options)
+        for url in indexes(dict(environment), options)
+    ]
     sites += [] if offline else [_of_site("hub", hub, hub, {})]
     token = find_token(environment)
     asked = [] if offline else [_of_model(hub, name, token) for name in models]
@@ -53,13 +64,16 @@ def network_row(environment: Mapping[str, str], models: Iterable[str]) -> dict[s
 
 
 def _of_site(kind: str, url: str, page: str, options: dict[str, str]) -> SiteQuestion:
-    row = {"kind": kind, "url": re.sub(r"//[^/@]*@", "//", url), "seconds": None}  # without the password in it
+    # without the password in it
+    row = {"kind": kind, "url": re.sub(r"//[^/@]*@", "//", url), "seconds": None}
     return SiteQuestion(lambda: row | _site(kind, page, options), row | {"problem": UNANSWERED})
 
 
 def _of_model(hub: str, name: str, token: str) -> SiteQuestion:
     row = {"name": name, "token": bool(token)}
-    return SiteQuestion(lambda: row | _model(hub, name, token), row | {"state": "unknown", "problem": UNANSWERED})
+    return SiteQuestion(
+        lambda: row | _model(hub, name, token), row | {"state": "unknown", "problem": UNANSWERED}
+    )
 
 
 def _all(questions: Sequence[SiteQuestion]) -> list[dict[str, Any]]:
@@ -69,7 +83,9 @@ def _all(questions: Sequence[SiteQuestion]) -> list[dict[str, Any]]:
     def ask(at: int) -> None:
         rows[at] = questions[at].ask()
 
-    threads = [threading.Thread(target=ask, args=(at,), daemon=True) for at in range(len(questions))]
+    threads = [
+        threading.Thread(target=ask, args=(at,), daemon=True) for at in range(len(questions))
+    ]
     deadline = time.monotonic() + ALL_TIMEOUT_S
     for thread in threads:
         thread.start()
@@ -83,7 +99,9 @@ def _site(kind: str, page: str, options: dict[str, str]) -> dict[str, Any]:
     if page.startswith("file:"):
         directory = urllib.request.url2pathname(urllib.parse.urlsplit(page).path)
         there = os.path.isdir(os.path.dirname(directory.rstrip("/")))
-        return {"seconds": 0.0, "problem": ""} if there else {"problem": "there is no such directory"}
+        return (
+            {"seconds": 0.0, "problem": ""} if there else {"problem": "there is no such directory"}
+        )
     began = time.monotonic()
     try:
         with open_url(page, options, timeout_s=ANSWER_TIMEOUT_S):
@@ -126,5 +144,9 @@ def find_token(environment: Mapping[str, str]) -> str:
     cache = environment.get("XDG_CACHE_HOME") or "~/.cache"
     home = environment.get("HF_HOME") or f"{cache}/huggingface"
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        return Path(os.path.expanduser(environment.get("HF_TOKEN_PATH") or f"{home}/token")).read_text().strip()
+        return (
+            Path(os.path.expanduser(environment.get("HF_TOKEN_PATH") or f"{home}/token"))
+            .read_text()
+            .strip()
+        )
     return ""

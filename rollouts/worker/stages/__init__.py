@@ -23,5 +23,7 @@ class StageModule(Protocol):
 
     MISTAKES: tuple[type[Exception], ...]  # what a user can mend; their messages name the fix
 
-    def build(self, config: Config, run: RunDir, urls: EngineUrls) -> AbstractAsyncContextManager[Stage]:
+    def build(
+        self, config: Config, run: RunDir, urls: EngineUrls
+    ) -> AbstractAsyncContextManager[Stage]:
         """Make the stage ready; leaving the context ends the process group and the backend's thread."""

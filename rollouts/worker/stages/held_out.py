@@ -7,10 +7,20 @@ from rollouts.config.answer_limits import answer_limits
 from rollouts.run_dir import append_event
 from rollouts.training import distributed
 from rollouts.training.agent_integration import evaluate_agent
-from rollouts.training.evaluation import ALL_TASKS, Evaluation, Sampling, evaluate_with_engine, evaluate_with_model
+from rollouts.training.evaluation import (
+    ALL_TASKS,
+    Evaluation,
+    Sampling,
+    evaluate_with_engine,
+    evaluate_with_model,
+)
 from rollouts.training.inference.pool.engine_pool import EnginePool
 from rollouts.training.types import Prompt, RewardFn
-from rollouts.worker.builders.rollout_source import agent_endpoints, agent_environment, episode_limits
+from rollouts.worker.builders.rollout_source import (
+    agent_endpoints,
+    agent_environment,
+    episode_limits,
+)
 from rollouts.worker.stages.parts import StageParts
 
 
@@ -28,7 +38,9 @@ def rows_in_process(parts: StageParts, rows: Sequence[Prompt]) -> Sequence[Promp
 def answers_in_process(parts: StageParts, rows: Sequence[Prompt]) -> Evaluation:
     """Return the answers of the model in this process to `rows`. A sharded model needs every rank to call this."""
     limits = answer_limits(parts.config, parts.stage)
-    assert parts.backend is not None and limits is not None, "without engines there is a model in this process"
+    assert parts.backend is not None and limits is not None, (
+        "without engines there is a model in this process"
+    )
     with parts.backend.computing():
         return evaluate_with_model(
             parts.backend.model,
@@ -65,7 +77,11 @@ async def answers_of_engines(
 
 def _sampling(parts: StageParts) -> Sampling | None:
     drawn = parts.config.eval
-    return Sampling(drawn.num_samples, drawn.temperature, drawn.top_k, drawn.seed) if drawn.num_samples else None
+    return (
+        Sampling(drawn.num_samples, drawn.temperature, drawn.top_k, drawn.seed)
+        if drawn.num_samples
+        else None
+    )
 
 
 def rl_evaluation(

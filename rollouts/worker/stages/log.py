@@ -1,4 +1,4 @@
-"""Where a stage's measurements go: files of the run directory, events, the trainer's window, W&B."""
+"""Where a stage's measurements go: files of the run directory, events, the trainer's window."""
 
 import contextlib
 import dataclasses
@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from rollouts.config import Config
-from rollouts.run_dir import RunDir, append_event, append_jsonl, iter_jsonl, read_jsonl
+from rollouts.run_dir import RunDir, append_event, append_jsonl, read_jsonl
 from rollouts.training import distributed
 from rollouts.training.alarms import Alarm, Alarms
 from rollouts.training.evaluation import ALL_TASKS, Evaluation, answer_records
-from rollouts.training.metrics import CompositeLogger, JSONLLogger, MetricsLogger, WandbLogger
+from rollouts.training.metrics import CompositeLogger, JSONLLogger, MetricsLogger
 from rollouts.training.types import Prompt
 from rollouts.worker.builders import StageName
 
@@ -24,7 +24,9 @@ logger = logging.getLogger("rollouts.trainer")
 def logged_steps(config: Config, stage: StageName, steps: int) -> int:
     """Return how many of a stage's `steps` are logged: each `log_every`th and the last; all where nothing trains."""
     of_stage = config.sft if stage == "sft" else config.rl
-    if of_stage is None or (config.rl is not None and stage == "rl" and config.rl.sampling.source == "engine_only"):
+    if of_stage is None or (
+        config.rl is not None and stage == "rl" and config.rl.sampling.source == "engine_only"
+    ):
         return steps
     return math.ceil(steps / of_stage.log_every)
 
@@ -34,7 +36,9 @@ def alarms_of(run: RunDir, logged: int) -> Alarms:
     alarms = Alarms(logged)
     for row in read_jsonl(run.eval):
         if row["task"] == ALL_TASKS and row["value"] is not None:
-            alarms.of_evaluation(f"{row['stage']} step {row['step']}", {row["metric"]: row["value"]})
+            alarms.of_evaluation(
+                f"{row['stage']} step {row['step']}", {row["metric"]: row["value"]}
+            )
     return alarms
 
 
@@ -50,7 +54,9 @@ class StageLog:
     def warn(self, alarms: Sequence[Alarm], step: int) -> None:
         """Append a `warning` event for each alarm, on rank 0."""
         for alarm in alarms if distributed.rank() == 0 else ():
-            append_event(self.run, "warning", stage=self.stage, step=step, **dataclasses.asdict(alarm))
+            append_event(
+                self.run, "warning", stage=self.stage, step=step, **dataclasses.asdict(alarm)
+            )
 
     def answers(self, stage: str, step: int, rows: Sequence[Prompt], found: Evaluation) -> None:
         """Append a line for each held-out row: its answer, and whether that is right. `stage` may be "base"."""
@@ -62,14 +68,29 @@ class StageLog:
         splits = "+".join(dict.fromkeys(spec.split for spec in self.config.data.eval_mixture))
         for task, metrics in by_task.items():
             for metric, value in metrics.items():
-                row = {"stage": stage, "step": step, "split": splits, "task": task, "metric": metric, "value": value}
+                row = {
+                    "stage": stage,
+                    "step": step,
+                    "split": splits,
+                    "task": task,
+                    "metric": metric,
+                    "value": value,
+                }
                 append_jsonl(self.run.eval, row)
                 logger.info("eval %s", " ".join(f"{key}={value}" for key, value in row.items()))
-        self.warn(self.alarms.of_evaluation(f"{stage} step {step}", by_task.get(ALL_TASKS, {})), step)
+        self.warn(
+            self.alarms.of_evaluation(f"{stage} step {step}", by_task.get(ALL_TASKS, {})), step
+        )
 
     def checkpoint(self, path: Path, step: int) -> None:
         """Append the event that a checkpoint is complete."""
-        append_event(self.run, "checkpoint", stage=self.stage, step=step, path=str(path.relative_to(self.run.path)))
+        append_event(
+            self.run,
+            "checkpoint",
+            stage=self.stage,
+            step=step,
+            path=str(path.relative_to(self.run.path)),
+        )
 
 
 class ConsoleLogger:
@@ -102,36 +123,6 @@ class ConsoleLogger:
         """Do nothing: each line is printed at once."""
 
 
-class WandbTables:
-    """Sends samples and answers to W&B as tables: of each step with an evaluation, and of the last step."""
-
-    def __init__(self, wandb: WandbLogger, run: RunDir, stage: StageName) -> None:
-        self._wandb, self._run, self._stage = wandb, run, stage
-        self._step, self._shown = 0, 0
-
-    def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        self._step = step
-        if any(key.startswith("eval_") for key in metrics):
-            self._show()
-
-    def _show(self) -> None:
-        """Send the tables of the current step: its samples and answers were written before it is logged."""
-        run, here = self._run, dict[str, Any](step=self._step)
-        tables = {
-            "samples": (run.rollouts, here, ("prompt", "response", "reward", "advantage")),
-            "eval_samples": (run.eval_samples, {**here, "stage": self._stage}, ("row", "task", "answer", "correct")),
-        }
-        for name, (path, wanted, shown) in tables.items():
-            rows = [row for row in iter_jsonl(path) if all(row.get(key) == value for key, value in wanted.items())]
-            if self._stage == "rl" or name == "eval_samples":
-                self._wandb.log_table(name, [{key: row.get(key) for key in shown} for row in rows], self._step)
-        self._shown = self._step
-
-    def finish(self) -> None:
-        if self._shown < self._step:
-            self._show()
-
-
 class AlarmLogger:
     """Checks every logged step for signs that nothing is learned."""
 
@@ -147,29 +138,15 @@ class AlarmLogger:
 
 @contextlib.contextmanager
 def open_metrics(log: StageLog, num_steps: int) -> Iterator[MetricsLogger]:
-    """Yield the logger of a stage's steps; a stage that raises is a failed run at W&B."""
-    output, run = log.config.output, log.run
-    loggers: list[MetricsLogger] = [
-        JSONLLogger(run.metrics, stage=log.stage),
-        ConsoleLogger(log.stage, num_steps),
-        AlarmLogger(log),
-    ]
-    wandb: WandbLogger | None = None
-    if output.use_wandb and distributed.rank() == 0:
-        wandb = WandbLogger(
-            project=output.wandb_project,
-            name=f"{run.run_id}-{log.stage}",
-            config=log.config.to_json(),
-            group=output.experiment_name,
-            directory=run.path,
-        )
-        loggers += [WandbTables(wandb, run, log.stage), wandb]  # the tables before the run is finished
-    composite = CompositeLogger(loggers)
+    """Yield the logger of a stage's steps. Trackers are fed from its file, by a process of their own."""
+    composite = CompositeLogger(
+        [
+            JSONLLogger(log.run.metrics, stage=log.stage),
+            ConsoleLogger(log.stage, num_steps),
+            AlarmLogger(log),
+        ]
+    )
     try:
         yield composite
-    except BaseException:
-        if wandb is not None:
-            wandb.fail()
-        raise
     finally:
         composite.finish()

@@ -1,8 +1,8 @@
 """The errors of a stage that a user can mend: the trainer shows them in one line."""
 
 from rollouts.agents.episode import AgentError
+from rollouts.data_formats.row import DataError
 from rollouts.training.checkpoint import CheckpointError
-from rollouts.training.datasets.rows import DataError
 from rollouts.training.devices import DeviceError
 from rollouts.training.inference.http import EngineError
 from rollouts.training.loops.train_step import StepsError

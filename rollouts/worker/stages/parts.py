@@ -7,18 +7,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from rollouts import run_dir
 from rollouts.config import Config, RLConfig
 from rollouts.run_dir import RunDir, append_event
 from rollouts.training import distributed, host_files
 from rollouts.training.backends.pytorch import PyTorchTrainingBackend
 from rollouts.training.loops.train_step import StepsError
 from rollouts.training.model_loading import load_tokenizer, tensors_left_out
+from rollouts.training.random_state import seed_all
 from rollouts.training.seams import Tokenizer
 from rollouts.worker.builders import StageName
 from rollouts.worker.builders.backend import build_backend, build_retention, stage_settings
-from rollouts.worker.builders.data import StageData, load_data, report_of, require_fitting_model, rl_steps, sft_steps
+from rollouts.worker.builders.data import (
+    StageData,
+    load_data,
+    report_of,
+    require_fitting_model,
+    rl_steps,
+    sft_steps,
+)
 from rollouts.worker.builders.model import base_model, reference_name
 from rollouts.worker.stages.log import StageLog, alarms_of, logged_steps
 
@@ -33,7 +40,8 @@ class StageParts:
     tokenizer: Tokenizer
     backend: PyTorchTrainingBackend | None  # None where nothing is trained
     num_steps: int
-    resume: Mapping[str, Any] | None  # what load_checkpoint returned, where this stage resumes its own checkpoint
+    # what load_checkpoint returned, where this stage resumes its own checkpoint
+    resume: Mapping[str, Any] | None
     log: StageLog
 
     @property
@@ -48,24 +56,33 @@ class StageParts:
 
 
 @contextlib.asynccontextmanager
-async def open_parts(config: Config, run: RunDir, stage: StageName) -> AsyncIterator[tuple[StageParts, StageData]]:
+async def open_parts(
+    config: Config, run: RunDir, stage: StageName
+) -> AsyncIterator[tuple[StageParts, StageData]]:
     """Yield what the stage trains with, and on; afterwards the backend is closed and the process group left."""
     device = distributed.initialize(
         config.target.device_type,
         timeout_s=config.limits.stage_timeout_s,
-        store_file=run.ranks(stage) if config.target.hosts == 1 else None,  # between hosts: torchrun's store
+        store_file=run.ranks(stage)
+        if config.target.hosts == 1
+        else None,  # between hosts: torchrun's store
     )
     settings = stage_settings(config, stage)
     seed = settings.sampling.seed if isinstance(settings, RLConfig) else config.data.shuffle_seed
-    torch.manual_seed(seed + distributed.rank())  # dropout
+    seed_all(seed + distributed.rank())  # dropout, and what a user's reward or filter draws
     with contextlib.ExitStack() as ends:
         ends.callback(distributed.shutdown)
         model_path, resumes = _start_model(config, run, stage)
         tokenizer = load_tokenizer(model_path, trust_remote_code=config.model.trust_remote_code)
         data = load_data(config, tokenizer, stage)
-        steps = rl_steps(settings, data) if isinstance(settings, RLConfig) else sft_steps(settings, data)
-        if resumes:
-            require_steps_left(stage, Path(model_path), steps)
+        steps = (
+            rl_steps(settings, data)
+            if isinstance(settings, RLConfig)
+            else sft_steps(settings, data)
+        )
+        start = _restart(run, stage) or (Path(model_path) if resumes else None)
+        if start is not None:
+            require_steps_left(stage, start, steps)
         backend, resume = None, None
         if not (isinstance(settings, RLConfig) and settings.sampling.source == "engine_only"):
             backend = build_backend(
@@ -75,13 +92,14 @@ async def open_parts(config: Config, run: RunDir, stage: StageName) -> AsyncIter
                 model_path=base_model(config, model_path, resumes=resumes),
                 tokenizer=tokenizer,
                 device=device,
-                num_steps=steps * (settings.loss.updates_per_batch if isinstance(settings, RLConfig) else 1),
+                num_steps=steps
+                * (settings.loss.updates_per_batch if isinstance(settings, RLConfig) else 1),
                 reference=reference_name(config, stage, model_path, resumes=resumes),
                 retention=build_retention(config, run, stage),
             )
             ends.callback(backend.close)
             require_fitting_model(backend.model, data)
-            resume = await backend.load_checkpoint(Path(model_path)) if resumes else None
+            resume = await backend.load_checkpoint(start) if start is not None else None
         log = StageLog(config, run, stage, alarms_of(run, logged_steps(config, stage, steps)))
         parts = StageParts(config, run, stage, tokenizer, backend, steps, resume, log)
         if distributed.rank() == 0:
@@ -90,10 +108,19 @@ async def open_parts(config: Config, run: RunDir, stage: StageName) -> AsyncIter
 
 
 def _note_start(parts: StageParts, data: StageData) -> None:
-    notes = [report_of(data), "" if parts.backend is None else tensors_left_out(parts.backend.model)]
+    notes = [
+        report_of(data),
+        "" if parts.backend is None else tensors_left_out(parts.backend.model),
+    ]
     for note in filter(None, notes):
         append_event(parts.run, "note", message=note)
-    append_event(parts.run, "training_started", stage=parts.stage, step=parts.first_step, steps_total=parts.num_steps)
+    append_event(
+        parts.run,
+        "training_started",
+        stage=parts.stage,
+        step=parts.first_step,
+        steps_total=parts.num_steps,
+    )
 
 
 def _start_model(config: Config, run: RunDir, stage: StageName) -> tuple[str, bool]:
@@ -103,7 +130,11 @@ def _start_model(config: Config, run: RunDir, stage: StageName) -> tuple[str, bo
     """
     before = config.stages[0]
     if stage != before:
-        path = run.checkpoints / before / distributed.on_rank_0(lambda: run.latest_checkpoint(before).resolve().name)
+        path = (
+            run.checkpoints
+            / before
+            / distributed.on_rank_0(lambda: run.latest_checkpoint(before).resolve().name)
+        )
         return str(host_files.spread(path, path)), False
     source = config.output.source_checkpoint
     if source is None:
@@ -112,6 +143,12 @@ def _start_model(config: Config, run: RunDir, stage: StageName) -> tuple[str, bo
     metadata = place / "metadata.json"
     resumes = metadata.is_file() and json.loads(metadata.read_text()).get("stage") == stage
     return str(place), resumes
+
+
+def _restart(run: RunDir, stage: StageName) -> Path | None:
+    """Return the stage's own checkpoint, on every rank, that this life of it goes on from; None for the first life."""
+    found = distributed.on_rank_0(lambda: run_dir.restart_from(run, stage))
+    return None if found is None else host_files.spread(run.path / found, run.path / found)
 
 
 def require_steps_left(stage: StageName, source: Path, steps: int) -> None:

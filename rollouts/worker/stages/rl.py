@@ -58,7 +58,9 @@ class RLStage:
                 evaluate = rl_evaluation(parts, self.rl, self.data.eval_rows, pool, reward_fn)
                 with open_metrics(parts.log, parts.num_steps) as metrics_logger:
                     if parts.backend is not None:
-                        async with open_publisher(config, parts.run, parts.backend, pool) as publisher:
+                        async with open_publisher(
+                            config, parts.run, parts.backend, pool, self.urls.receivers
+                        ) as publisher:
                             await self._train(
                                 parts.backend,
                                 source=source,
@@ -78,7 +80,9 @@ class RLStage:
             return None
         if self.data.saved is not None:
             return self.data.saved
-        return build_rollout_manager(self.rl, self.data.prompts, self.parts.tokenizer, pool, reward_fn)
+        return build_rollout_manager(
+            self.rl, self.data.prompts, self.parts.tokenizer, pool, reward_fn
+        )
 
     async def _train(
         self,
@@ -97,16 +101,23 @@ class RLStage:
             with heeding_stop(parts.run) as stop:
                 hooks = Hooks(
                     log=metrics_logger,
-                    log_samples=JSONLLogger(parts.run.rollouts) if isinstance(source, AsyncRolloutManager) else None,
+                    log_samples=JSONLLogger(parts.run.rollouts)
+                    if isinstance(source, AsyncRolloutManager)
+                    else None,
                     evaluate=evaluate,
                     eval_every=rl.eval_every,
                     on_checkpoint=parts.log.checkpoint,
                     stop=stop,
                 )
-                await run_rl(backend, rollouts, publisher, RLSteps(config, batches, parts.resume), hooks)
+                await run_rl(
+                    backend, rollouts, publisher, RLSteps(config, batches, parts.resume), hooks
+                )
 
     async def _collect(
-        self, source: AsyncRolloutManager | ReplayRollouts, metrics_logger: MetricsLogger, evaluate: EvalFn | None
+        self,
+        source: AsyncRolloutManager | ReplayRollouts,
+        metrics_logger: MetricsLogger,
+        evaluate: EvalFn | None,
     ) -> None:
         """Sample and score with the model as it is; on rank 0."""
         await collect_rollouts(

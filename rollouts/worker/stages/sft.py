@@ -28,8 +28,12 @@ __all__ = ["MISTAKES", "SFTStage", "build"]
 async def build(config: Config, run: RunDir, urls: EngineUrls) -> AsyncIterator["SFTStage"]:
     """Yield the stage with its model and data loaded. It samples nothing from `urls`."""
     async with open_parts(config, run, "sft") as (parts, data):
-        assert config.sft is not None and parts.backend is not None, "the plan starts sft where the config has it"
-        yield SFTStage(parts, data, config.sft, parts.backend, rows_in_process(parts, data.eval_rows))
+        assert config.sft is not None and parts.backend is not None, (
+            "the plan starts sft where the config has it"
+        )
+        yield SFTStage(
+            parts, data, config.sft, parts.backend, rows_in_process(parts, data.eval_rows)
+        )
 
 
 @dataclass(frozen=True)
@@ -86,8 +90,13 @@ class SFTStage:
     def _answer(self, step: int, stage: str = "sft") -> None:
         """Answer held-out rows: before the first step, and after the last once its checkpoint is written."""
         parts = self.parts
-        if self.data.eval_samples and self.rows and (distributed.rank() == 0 or self.backend.collective):
-            found = answers_in_process(parts, self.rows)  # where the model is sharded, all ranks or none
+        if (
+            self.data.eval_samples
+            and self.rows
+            and (distributed.rank() == 0 or self.backend.collective)
+        ):
+            # where the model is sharded, all ranks or none
+            found = answers_in_process(parts, self.rows)
             if distributed.rank() == 0:
                 parts.log.answers(stage, step, self.rows, found)
                 parts.log.evaluation(stage, step, found.metrics(parts.config.eval.pass_at))

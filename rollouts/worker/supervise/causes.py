@@ -15,11 +15,16 @@ _KILLED_BY = {
     signal.SIGKILL: "the kernel does that when the host's memory runs out (`dmesg` shows it there)",
     signal.SIGBUS: "the host's shared memory may be full (`df /dev/shm` there)",
 }
+_PASSES = re.compile(  # of an exception's text: CUDA's own faults, but for its memory, and collectives that broke
+    r"CUDA error|cudaError|CUDNN_STATUS|CUBLAS_STATUS|NCCL|DistBackendError|DistNetworkError|DistStoreError"
+    r"|gloo/|Connection (closed|reset) by peer|Connection was likely closed|uncorrectable ECC",
+    re.IGNORECASE,
+)
 _CRASHED = "a crash in compiled code, whose own words are in the log"
 
 
 def without_torchrun(lines: Sequence[str]) -> list[str]:
-    """The lines less torchrun's own traceback, which says no more than that a rank failed."""
+    """Return the lines less torchrun's own traceback, which says no more than that a rank failed."""
     kept = list(lines)
     ends = [at for at, line in enumerate(kept) if line.startswith(_TORCHRUN_ENDS)]
     if ends:
@@ -29,7 +34,7 @@ def without_torchrun(lines: Sequence[str]) -> list[str]:
 
 
 def cause_of(lines: Sequence[str]) -> str | None:
-    """The signal that ended a rank, else the last `error:` sentence, else the exception of the last traceback.
+    """Return the signal that ended a rank, else the last `error:` sentence, else the exception of the last traceback.
 
     Else the exit code of a rank that ended without a word; None where none of these is there.
     """
@@ -43,12 +48,35 @@ def cause_of(lines: Sequence[str]) -> str | None:
     for at in range(len(kept) - 1, -1, -1):
         if found := _TRACEBACK.match(kept[at]):
             return _exception(kept[at + 1 :], found["prefix"].replace("+", "|"))
-    return f"rank {rank} ended with exit code {code} without a word: something called exit" if code else None
+    return (
+        f"rank {rank} ended with exit code {code} without a word: something called exit"
+        if code
+        else None
+    )
+
+
+def may_pass(lines: Sequence[str]) -> bool:
+    """Whether what ended a trainer with these last lines need not come again.
+
+    A signal may pass, as the kernel's for want of memory does, and a fault of a device or of the way between ranks;
+    a mistake of the user's, and any other exception, will come again.
+    """
+    if _first_end(lines)[1] < 0:
+        return True
+    kept = without_torchrun(lines)
+    if any(line.startswith(SENTENCE) for line in kept):
+        return False
+    return _PASSES.search(cause_of(lines) or "") is not None
 
 
 def _first_end(lines: Sequence[str]) -> tuple[int, int]:
-    """The local rank that torchrun saw failing first, and its exit code, negative for a signal; (0, 0) for none."""
-    ends = [found for line in lines if _TORCHRUN_SAYS.match(line) and (found := _RANK_ENDED.search(line))]
+    """Return the local rank that torchrun saw failing first, and its exit code, negative for a signal; (0, 0)
+    for none."""
+    ends = [
+        found
+        for line in lines
+        if _TORCHRUN_SAYS.match(line) and (found := _RANK_ENDED.search(line))
+    ]
     return (int(ends[0][2]), int(ends[0][1])) if ends else (0, 0)
 
 
@@ -61,13 +89,13 @@ def _killed(rank: int, number: int) -> str:
 
 
 def _indented(lines: Sequence[str]) -> list[str]:
-    """Those of the beginning that are indented."""
+    """Return those of the beginning that are indented."""
     more = next((at for at, line in enumerate(lines) if not line.startswith("  ")), len(lines))
     return list(lines[:more])
 
 
 def _exception(lines: Sequence[str], prefix: str) -> str | None:
-    """The first line below a traceback's header that is not indented under it: `ValueError: …`.
+    """Return the first line below a traceback's header that is not indented under it: `ValueError: …`.
 
     Several ranks write at once, each of its lines with its number: those of others are passed over.
     """

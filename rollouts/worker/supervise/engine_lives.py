@@ -13,7 +13,7 @@ from rollouts import run_dir
 from rollouts.run_dir import RunDir
 from rollouts.worker import tmux
 from rollouts.worker.processes import POLL_S, end_marked, is_stopped, marked_processes
-from rollouts.worker.supervise.health import answers
+from rollouts.worker.supervise.engine_answers import answers
 from rollouts.worker.supervise.open_window import WRAPPER_MARGIN_S, OpenWindow, close_windows
 
 ATTEMPTS = 2  # at least so many unanswered heartbeats make a hung engine
@@ -102,7 +102,9 @@ class EngineLives:
         return self.has_served or (killed and not self.window.diagnosis())
 
 
-def end_life(run: RunDir, engine: EngineLives, *, grace_s: float, tick: Callable[[], None]) -> list[int]:
+def end_life(
+    run: RunDir, engine: EngineLives, *, grace_s: float, tick: Callable[[], None]
+) -> list[int]:
     """SIGKILL all that is left of the engine's life, those of its children that hold a GPU too, and wait until it,
     its wrapper and its tmux window are gone. Its exit record, if there is one, gets the life's number.
 
@@ -112,6 +114,8 @@ def end_life(run: RunDir, engine: EngineLives, *, grace_s: float, tick: Callable
     window = engine.window
     left = end_marked(run, {window.mark}, grace_s=0, tick=tick)
     left += close_windows(run, [window], grace_s=grace_s, tick=tick)
+    if run.slurm_job.exists():  # no tmux
+        return left
     deadline = time.monotonic() + WRAPPER_MARGIN_S
     while engine.name in tmux.window_names(run.run_id) and time.monotonic() < deadline:
         tick()
@@ -122,5 +126,6 @@ def end_life(run: RunDir, engine: EngineLives, *, grace_s: float, tick: Callable
 def keep_record(run: RunDir, engine: EngineLives) -> None:
     """Rename the exit record of the life that ended, so that the next life has none until it ends."""
     stage, name = engine.window.stage, engine.name
-    with contextlib.suppress(FileNotFoundError):  # its wrapper was killed: how the engine ended is unknown
+    # its wrapper was killed: how the engine ended is unknown
+    with contextlib.suppress(FileNotFoundError):
         run.exit(stage, name).replace(run.exit(stage, run_dir.life_name(name, engine.life)))

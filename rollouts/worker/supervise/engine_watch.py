@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from rollouts.run_dir import ProcessSpec, StageSpec
 from rollouts.worker.processes import SUPERVISOR_WINDOW
 from rollouts.worker.supervise.console import say
+from rollouts.worker.supervise.engine_answers import port_is_taken
 from rollouts.worker.supervise.engine_lives import EngineLives, end_life, keep_record
 from rollouts.worker.supervise.failures import RunFailed
-from rollouts.worker.supervise.health import port_is_taken
 from rollouts.worker.supervise.journal import Journal
 from rollouts.worker.supervise.open_window import OpenWindow
 from rollouts.worker.supervise.pulse import Pulse
@@ -26,14 +26,22 @@ class RestartBudget:
 
     def __str__(self) -> str:
         """Return what to add where an engine's end ends the run; "" where no restart was allowed."""
-        return f" (engine.restarts_max={self.allowed}, of which {self.left} are left)" if self.allowed else ""
+        return (
+            f" (engine.restarts_max={self.allowed}, of which {self.left} are left)"
+            if self.allowed
+            else ""
+        )
 
 
 class EngineWatch:
     """The engines of one stage, from their start to the stage's end."""
 
     def __init__(
-        self, pulse: Pulse, stage: StageSpec, budget: RestartBudget, open_window: Callable[[ProcessSpec], OpenWindow]
+        self,
+        pulse: Pulse,
+        stage: StageSpec,
+        budget: RestartBudget,
+        open_window: Callable[[ProcessSpec], OpenWindow],
     ) -> None:
         self.engines: list[EngineLives] = []
         self._pulse, self._stage, self._budget, self._open = pulse, stage, budget, open_window
@@ -42,11 +50,11 @@ class EngineWatch:
     def windows(self) -> list[OpenWindow]:
         return [engine.window for engine in self.engines]
 
-    def start(self) -> None:
-        """Start the stage's engines. Raises RunFailed where a port is taken or a window cannot be opened."""
-        for spec in self._stage.engines:
+    def start(self, specs: Sequence[ProcessSpec]) -> None:
+        """Start these of the stage's engines. Raises RunFailed where a port is taken or a window cannot be opened."""
+        for spec in specs:
             _require_free_port(spec)
-        for spec in self._stage.engines:
+        for spec in specs:
             self.engines.append(EngineLives(self._open(spec), time.monotonic()))
 
     def starting(self) -> list[str]:
@@ -65,14 +73,20 @@ class EngineWatch:
                 continue
             engine.mark_ready(hang_timeout_s=self._pulse.plan.engine_hang_timeout_s)
             seconds = round(time.monotonic() - engine.opened_at, 3)
-            self._pulse.journal.event("engine_ready", window=engine.name, url=window.spec.ready_url, seconds=seconds)
+            self._pulse.journal.event(
+                "engine_ready", window=engine.name, url=window.spec.ready_url, seconds=seconds
+            )
             say(f"stage={self._stage.name} window={engine.name}: ready after {seconds:.1f} s")
 
     def restart_ended(self, failed: Sequence[OpenWindow]) -> bool:
         """Start again the engines whose windows failed; return False, and start none, where that cannot mend it."""
         ended = [engine for engine in self.engines if engine.window in failed]
         only_engines = len(ended) == len(failed)
-        if not only_engines or len(ended) > self._budget.left or not all(engine.may_restart() for engine in ended):
+        if (
+            not only_engines
+            or len(ended) > self._budget.left
+            or not all(engine.may_restart() for engine in ended)
+        ):
             return False
         for engine in ended:
             self._restart(engine, engine.window.describe_end())
@@ -106,13 +120,18 @@ class EngineWatch:
             problem = f"{engine.name} did not answer 200 at {url} within limits.engine_ready_timeout_s={limit_s:g}"
             return problem, (advice + engine.window.diagnosis()).rstrip()
         if engine.silent_s > hang_s:
-            return f"{engine.name} hung: no answer at {url} for limits.engine_hang_timeout_s={hang_s:g}", ""
+            return (
+                f"{engine.name} hung: no answer at {url} for limits.engine_hang_timeout_s={hang_s:g}",
+                "",
+            )
         return "", ""
 
     def _restart(self, engine: EngineLives, reason: str) -> None:
         """Begin an engine's next life; the stage's trainer waits for it."""
         self._budget.left -= 1
-        left = end_life(self._pulse.run, engine, grace_s=self._pulse.plan.stop_grace_s, tick=self._pulse.tick)
+        left = end_life(
+            self._pulse.run, engine, grace_s=self._pulse.plan.stop_grace_s, tick=self._pulse.tick
+        )
         record_end(self._pulse.journal, engine.window)
         keep_record(self._pulse.run, engine)
         self._pulse.journal.event(
@@ -148,10 +167,11 @@ def _require_free_port(spec: ProcessSpec) -> None:
     """Raise RunFailed where another process has the engine's port: it would answer in the engine's place."""
     if spec.ready_url is not None and port_is_taken(spec.ready_url):
         place = urllib.parse.urlsplit(spec.ready_url).netloc
-        field = "engine.router_port" if spec.window == "router" else "engine.sglang_port"
+        fields = {"router": "another engine.router_port", "receiver": "another by deploying again"}
+        fix = fields.get(spec.window, "another engine.sglang_port")
         raise RunFailed(
             f"{spec.window} cannot use {place}: another process listens there already."
-            f" Choose another {field}, or end that process (`ss -ltnp` shows it).",
+            f" Choose {fix}, or end that process (`ss -ltnp` shows it).",
             window=SUPERVISOR_WINDOW,
             log_tail=[],
         )

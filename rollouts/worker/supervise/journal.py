@@ -6,6 +6,7 @@ Nothing is written into a directory that was removed: it would bring a part of i
 
 import os
 import shutil
+import threading
 import time
 from typing import IO, Any
 
@@ -22,6 +23,7 @@ class Journal:
     def __init__(self, run: RunDir, lock: IO[bytes]) -> None:
         self._run, self._lock = run, lock
         self._unwritten: list[dict[str, Any]] = []  # events that a full disk kept back
+        self._writing = threading.Lock()  # the observer writes from a thread of its own
 
     def is_gone(self) -> bool:
         """Was the run's directory removed, or put aside? Then nobody can find this run, or stop it by its files."""
@@ -36,14 +38,15 @@ class Journal:
         """Append an event, and those before it that could not be written. For the `last` one the reserve is given."""
         if self.is_gone():
             return
-        self._unwritten.append({"time": time.time(), "kind": kind, **fields})
-        try:
-            if last:
-                run_dir.write_on_full_disk(self._run, self._write_events)
-            else:
-                self._write_events()
-        except OSError as error:
-            say(f"cannot write {self._run.events}: {error}")
+        with self._writing:
+            self._unwritten.append({"time": time.time(), "kind": kind, **fields})
+            try:
+                if last:
+                    run_dir.write_on_full_disk(self._run, self._write_events)
+                else:
+                    self._write_events()
+            except OSError as error:
+                say(f"cannot write {self._run.events}: {error}")
 
     def _write_events(self) -> None:
         while self._unwritten:
@@ -67,7 +70,7 @@ class Journal:
             say(f"cannot write {self._run.status}: {error}")
 
     def full_disk(self) -> str:
-        """What to add to a failure where the disk is full: whatever else it says, that is likely why."""
+        """Return what to add to a failure where the disk is full: whatever else it says, that is likely why."""
         try:
             free = shutil.disk_usage(self._run.path).free
         except OSError:  # the directory was removed

@@ -23,8 +23,9 @@ from rollouts.worker.processes import (
     start_ticks,
     window_mark,
 )
-from rollouts.worker.supervise.causes import SENTENCE, cause_of, without_torchrun
-from rollouts.worker.supervise.health import answers_ready
+from rollouts.worker.supervise import without_tmux
+from rollouts.worker.supervise.causes import SENTENCE, cause_of, may_pass, without_torchrun
+from rollouts.worker.supervise.engine_answers import answers_ready
 from rollouts.worker.supervise.output import DRAIN_S
 from rollouts.worker.supervise.window import window_command
 
@@ -43,7 +44,8 @@ class OpenWindow:
     wrapper: int
     wrapper_ticks: int | None
     log_start: int  # bytes that its log had before: of an engine's earlier lives
-    family: dict[int, int] = field(default_factory=dict)  # what descended from the wrapper: {id: start ticks}
+    # what descended from the wrapper: {id: start ticks}
+    family: dict[int, int] = field(default_factory=dict)
 
     @property
     def mark(self) -> str:
@@ -64,13 +66,15 @@ class OpenWindow:
         assert self.spec.ready_url is not None
         port = urllib.parse.urlsplit(self.spec.ready_url).port
         assert port is not None, f"{self.spec.ready_url}: needs a port"
-        return answers_ready(self.spec.ready_url) and listens(port, marked_processes(self.run, {self.mark}))
+        return answers_ready(self.spec.ready_url) and listens(
+            port, marked_processes(self.run, {self.mark})
+        )
 
     def record(self) -> ExitRecord | None:
         return run_dir.read_exit(self.run, self.stage, self.spec.window)
 
     def ended_at(self) -> float:
-        """For ordering: when its process ended; without a record, now."""
+        """Return when its process ended, for ordering; without a record, now."""
         record = self.record()
         return record.ended_at if record else time.time()
 
@@ -84,25 +88,34 @@ class OpenWindow:
         return self.may_end and record is not None and record.code == 0
 
     def failure_code(self) -> int:
-        """The exit code of a run that failed because this window ended: never 0."""
+        """Return the exit code of a run that failed because this window ended: never 0."""
         record = self.record()
         return (record.code if record else 0) or 1
 
     def diagnosis(self) -> str:
-        """Why this engine died or is not ready, as far as this life's log tells; else, and for a trainer, ""."""
+        """Return why this engine died or is not ready, as far as this life's log tells; else, and for a trainer, ""."""
         if self.may_end:
             return ""
-        return diagnose(run_dir.tail_lines(self.run.log(self.spec.window), DIAGNOSED_LINES, start=self.log_start)) or ""
+        return (
+            diagnose(
+                run_dir.tail_lines(
+                    self.run.log(self.spec.window), DIAGNOSED_LINES, start=self.log_start
+                )
+            )
+            or ""
+        )
 
     def describe_end(self) -> str:
         return ". ".join(filter(None, (self._end(), self.diagnosis())))
 
     def last_words(self) -> list[str]:
-        """The end of this life's log, without torchrun's own traceback."""
+        """Return the end of this life's log, without torchrun's own traceback."""
         return without_torchrun(self._log_end())
 
     def _log_end(self) -> list[str]:
-        return run_dir.tail_lines(self.run.log(self.spec.window), DIAGNOSED_LINES, start=self.log_start)
+        return run_dir.tail_lines(
+            self.run.log(self.spec.window), DIAGNOSED_LINES, start=self.log_start
+        )
 
     def cause(self) -> tuple[str, bool]:
         """(why this trainer ended, in its own words or "", whether it is a sentence made for people)."""
@@ -118,6 +131,12 @@ class OpenWindow:
         lines = self._log_end()
         return cause_of(lines) or "", any(line.startswith(SENTENCE) for line in lines)
 
+    def may_pass(self) -> bool:
+        """Whether what ended this trainer need not come again."""
+        record = self.record()
+        killed = record is None or record.signal is not None
+        return self.may_end and (killed or may_pass(self._log_end()))
+
     def _end(self) -> str:
         record, name = self.record(), self.spec.window
         if record is None:
@@ -127,12 +146,18 @@ class OpenWindow:
         return f"{name} ended with exit code {record.exit_code}"
 
 
-def open_window(run: RunDir, plan: LaunchPlan, stage: str, spec: ProcessSpec, *, may_end: bool) -> OpenWindow:
-    """Start a window of the plan in the run's session. Raises TmuxError."""
+def open_window(
+    run: RunDir, plan: LaunchPlan, stage: str, spec: ProcessSpec, *, may_end: bool
+) -> OpenWindow:
+    """Start a window of the plan: in the run's session, or without one under Slurm. Raises TmuxError or StartError."""
     command = window_command(plan.base_python, run, stage, spec.window)
     log = run.log(spec.window)
     log_start = log.stat().st_size if log.exists() else 0
-    pid = tmux.open_window(run.run_id, spec.window, command, cwd=Path(plan.program_path))
+    cwd = Path(plan.program_path)
+    if plan.slurm is None:
+        pid = tmux.open_window(run.run_id, spec.window, command, cwd=cwd)
+    else:
+        pid = without_tmux.start(command, cwd=cwd)
     return OpenWindow(
         run=run,
         stage=stage,
@@ -144,7 +169,9 @@ def open_window(run: RunDir, plan: LaunchPlan, stage: str, spec: ProcessSpec, *,
     )
 
 
-def close_windows(run: RunDir, windows: Sequence[OpenWindow], *, grace_s: float, tick: Callable[[], None]) -> list[int]:
+def close_windows(
+    run: RunDir, windows: Sequence[OpenWindow], *, grace_s: float, tick: Callable[[], None]
+) -> list[int]:
     """End the windows' processes and all that came from them; returns the ids that survived SIGKILL.
 
     Each wrapper ends its own (SIGTERM, `grace_s`, SIGKILL) and writes the exit record. What a killed wrapper left
@@ -155,7 +182,12 @@ def close_windows(run: RunDir, windows: Sequence[OpenWindow], *, grace_s: float,
             send_signal(window.wrapper, signal.SIGTERM)
     deadline = time.monotonic() + 2 * grace_s + WRAPPER_MARGIN_S
     orphaned = {window.mark for window in windows if not window.is_open()}
-    family = {pid: ticks for window in windows if not window.is_open() for pid, ticks in window.family.items()}
+    family = {
+        pid: ticks
+        for window in windows
+        if not window.is_open()
+        for pid, ticks in window.family.items()
+    }
     left = end_marked(run, orphaned, grace_s=grace_s, tick=tick, family=family)
     while any(window.is_open() for window in windows) and time.monotonic() < deadline:
         tick()
@@ -164,4 +196,6 @@ def close_windows(run: RunDir, windows: Sequence[OpenWindow], *, grace_s: float,
         if window.is_open():
             send_signal(window.wrapper, signal.SIGKILL)
     family = {pid: ticks for window in windows for pid, ticks in window.family.items()}
-    return left + end_marked(run, {window.mark for window in windows}, grace_s=0, tick=tick, family=family)
+    return left + end_marked(
+        run, {window.mark for window in windows}, grace_s=0, tick=tick, family=family
+    )

@@ -12,12 +12,14 @@ from rollouts.run_dir import RunDir
 from rollouts.worker.supervise.causes import cause_of
 
 READ_BYTES = 1 << 16
-BACKLOG_BYTES = 1 << 20  # of a slow pane, dropped from its start beyond that; the log has everything
+# of a slow pane, dropped from its start beyond that; the log has everything
+BACKLOG_BYTES = 1 << 20
 DRAIN_S = 5.0  # for the last output, once the processes are gone
 PANE_CLOSE_S = 1.0  # a paused pane may keep what it has
 LAST_WORDS_S = 0.5  # for a failed process's last output, before its cause is looked for
 CAUSE_LINES = 400  # of the log, from its end
-UNLOGGED_BYTES = 1 << 13  # of what a full disk kept from the log: its end is written once there is room
+# of what a full disk kept from the log: its end is written once there is room
+UNLOGGED_BYTES = 1 << 13
 
 
 class Pane:
@@ -68,7 +70,8 @@ class Output:
     def __init__(self, run: RunDir, window: str) -> None:
         self.path = run.log(window)
         self._run, self._pane = run, Pane(sys.stdout.fileno())
-        self._start = self.path.stat().st_size if self.path.exists() else 0  # an engine's earlier lives come before
+        # an engine's earlier lives come before
+        self._start = self.path.stat().st_size if self.path.exists() else 0
         self._unlogged = b""  # the end of what did not get into the log
         self._thread: threading.Thread | None = None
 

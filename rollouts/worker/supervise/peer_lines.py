@@ -23,7 +23,7 @@ class PeerError(Exception):
     """The other side is not a supervisor of this run, or sent what is not valid."""
 
 
-class Channel:
+class PeerLine:
     """One proven connection. Sending and receiving may be done by a thread each."""
 
     def __init__(self, connection: socket.socket, key: bytes, *, leads: bool) -> None:
@@ -100,9 +100,11 @@ def accept(listening: socket.socket) -> socket.socket | None:
         return None
 
 
-def welcome_peer(connection: socket.socket, key: bytes, *, ranks: Collection[int]) -> tuple[int, Channel] | None:
+def welcome_peer(
+    connection: socket.socket, key: bytes, *, ranks: Collection[int]
+) -> tuple[int, PeerLine] | None:
     """Return the rank and channel of a host that proves that it has the key; None, and closed, for anyone else."""
-    channel = Channel(connection, key, leads=True)
+    channel = PeerLine(connection, key, leads=True)
     try:
         own = secrets.token_hex(16)
         channel.send_plain(own)
@@ -118,9 +120,11 @@ def welcome_peer(connection: socket.socket, key: bytes, *, ranks: Collection[int
     return rank, channel
 
 
-def call_leader(address: str, port: int, key: bytes, *, rank: int) -> Channel:
+def call_leader(address: str, port: int, key: bytes, *, rank: int) -> PeerLine:
     """Connect to host 0 and prove who this is. Raises OSError or PeerError."""
-    channel = Channel(socket.create_connection((address, port), timeout=HANDSHAKE_S), key, leads=False)
+    channel = PeerLine(
+        socket.create_connection((address, port), timeout=HANDSHAKE_S), key, leads=False
+    )
     try:
         theirs = channel.receive_plain(timeout_s=HANDSHAKE_S).decode("ascii", errors="replace")
         own = secrets.token_hex(16)

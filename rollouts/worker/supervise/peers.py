@@ -3,24 +3,35 @@
 Host 0's supervisor listens on its private address alone; each other one keeps a connection to it. Both sides first
 prove that they have the run's group key (HMAC over fresh random numbers), and every line after that carries its own
 code, so that a stranger on the network can neither join, nor end a run, nor forge a heartbeat. Lines are JSON, never
-pickles, and bounded. What a supervisor tells is where it is: {"reached", "go", "end"}.
+pickles, and bounded. What a supervisor tells is where it is: {"reached", "go", "attempt", "failed", "end", "hosts"}.
+Where a trainer's death may pass, the others end their stage, too, and all begin its next attempt together, or none.
+Host 0 alone decides whether the job goes on without a host that is gone, and tells the others with which it does.
 """
 
 import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from rollouts.run_dir import HostGroup
+from rollouts.run_dir import SILENT, HostGroup
 from rollouts.worker.processes import SUPERVISOR_WINDOW
-from rollouts.worker.supervise.failures import PeerFailed, StopRequested
-from rollouts.worker.supervise.peer_lines import Channel, PeerError, accept, call_leader, listen, welcome_peer
+from rollouts.worker.supervise.failures import PeerFailed, RunFailed, StopRequested
+from rollouts.worker.supervise.peer_lines import (
+    PeerError,
+    PeerLine,
+    accept,
+    call_leader,
+    listen,
+    welcome_peer,
+)
+from rollouts.worker.supervise.peer_state import PeerState, final, passing, silence
 
 BEAT_S = 1.0
 SILENT_S = 15.0  # a host that was not heard of for so long is dead, or cut off
 JOIN_S = 120.0  # between the first supervisor's start and the last one's: all start or none
+ATTEMPT = 1000  # meeting points of an attempt, at most
+AGREE_MARGIN_S = 60.0  # for another host to end its stage, beside two times its grace
 REASONS_S = 3.0  # after a failure: for the other hosts to tell theirs
 POLL_S = 0.1
 MESSAGE_CHARS_MAX = 4000
@@ -29,12 +40,24 @@ MESSAGE_CHARS_MAX = 4000
 class Peers(Protocol):
     """The other hosts of the job."""
 
+    leads: bool  # this host is the first
+    hosts: list[int]  # that are in the job still: their ranks
+
     def check(self) -> None:
         """Raise PeerFailed or StopRequested where another host's end, or its silence, ends this one."""
         ...
 
     def meet(self, pause: Callable[[], None]) -> None:
         """Return once every host has come here; `pause` is called in between. Raises as `check`."""
+        ...
+
+    def take_left(self) -> list[tuple[str, str]]:
+        """Return who left the job since the last call, at the host that leads: a name and why, each."""
+        ...
+
+    def agree(self, error: RunFailed, pause: Callable[[], None], *, within_s: float) -> RunFailed:
+        """Tell the others why this host's stage ended, and return why it did on all of them: `may_pass` if none of the
+        reasons forbids another attempt. Then all hosts begin it; `pause` is called while this waits for the others."""
         ...
 
     def others_reasons(self) -> str:
@@ -49,11 +72,22 @@ class Peers(Protocol):
 class NoPeers:
     """Peers of a run on one host."""
 
+    leads = True
+
+    def __init__(self) -> None:
+        self.hosts = [0]
+
     def check(self) -> None:
         return None
 
     def meet(self, pause: Callable[[], None]) -> None:
         return None
+
+    def take_left(self) -> list[tuple[str, str]]:
+        return []
+
+    def agree(self, error: RunFailed, pause: Callable[[], None], *, within_s: float) -> RunFailed:
+        return error
 
     def others_reasons(self) -> str:
         return ""
@@ -62,36 +96,23 @@ class NoPeers:
         return None
 
 
-@dataclass
-class _Peer:
-    """What is known of another host."""
-
-    name: str
-    heard_at: float  # monotonic; before its first word: when the waiting for it began
-    joined: bool = False
-    reached: int = 0
-    go: int = 0
-    end: dict[str, Any] | None = None
-    told_end: bool = False  # this host's end went out to it
-    channel: Channel | None = field(default=None, repr=False)
-
-    def hear(self, row: dict[str, Any]) -> None:
-        self.heard_at, self.joined = time.monotonic(), True
-        self.reached = max(self.reached, int(row.get("reached", 0)))
-        self.go = max(self.go, int(row.get("go", 0)))
-        if isinstance(row.get("end"), dict):
-            self.end = row["end"]
-
-
 class GroupPeers:
     """Peers over connections to host 0, or, on host 0, from all others."""
 
     def __init__(self, group: HostGroup, key: bytes) -> None:
-        self._group, self._key = group, key
+        self._group, self._key, self.leads = group, key, group.leads
         now = time.monotonic()
         ranks = range(1, len(group.hosts)) if group.leads else (0,)
-        self._peers = {rank: _Peer(f"{group.hosts[rank].name} ({group.hosts[rank].target})", now) for rank in ranks}
+        self._peers = {
+            rank: PeerState(f"{group.hosts[rank].name} ({group.hosts[rank].target})", now)
+            for rank in ranks
+        }
+        self.hosts = list(range(len(group.hosts)))
+        # who is out of the job, and why, until `take_left`
+        self._left: list[tuple[int, str]] = []
         self._reached = 0
+        self._attempt = 0
+        self._failed: dict[str, Any] | None = None
         self._end: dict[str, Any] | None = None
         self._changed = threading.Condition()
         self._closed = False
@@ -112,6 +133,65 @@ class GroupPeers:
         while not self._all_here():
             pause()
 
+    def take_left(self) -> list[tuple[str, str]]:
+        with self._changed:
+            new, self._left = self._left, []
+        return [(self._group.hosts[rank].name, why) for rank, why in new]
+
+    def agree(self, error: RunFailed, pause: Callable[[], None], *, within_s: float) -> RunFailed:
+        with self._changed:
+            self._failed = {
+                "message": str(error)[:MESSAGE_CHARS_MAX],
+                "code": error.exit_code,
+                "may_pass": error.may_pass,
+                "own": not isinstance(error, PeerFailed),
+            }
+            self._changed.notify_all()
+        deadline = time.monotonic() + within_s + AGREE_MARGIN_S
+        while (agreed := self._agreed(error)) is None and time.monotonic() < deadline:
+            pause()
+        if agreed is None or not agreed.may_pass:
+            return agreed or PeerFailed(
+                f"{error} (not started again: another host did not answer)",
+                window=error.window,
+                exit_code=error.exit_code,
+            )
+        with self._changed:
+            self._attempt += 1
+            self._failed, self._reached = None, self._attempt * ATTEMPT
+            self._changed.notify_all()
+        return agreed
+
+    def _agreed(self, error: RunFailed) -> RunFailed | None:
+        """Return why the stage ended on all hosts, once that is known here: at the first one, which decides, from all;
+        at the others once that one goes on, or has ended."""
+        with self._changed:
+            if not self._group.leads:
+                first = self._peers[0]
+                if first.attempt > self._attempt:
+                    return error if error.may_pass else passing(error)
+                return final(error) if first.is_gone(SILENT_S) else None
+            for peer_rank in self._present():
+                peer = self._peers[peer_rank]
+                lost = self._lost(peer_rank) if peer.is_silent(SILENT_S) else None
+                if peer.end is not None or (lost is not None and not lost.may_pass):
+                    return final(error, also=lost)
+            present = [self._peers[rank] for rank in self._present()]
+            told = [peer.failure(self._attempt) for peer in present]
+            own = [
+                failure
+                for failure, peer in zip(told, present, strict=True)
+                if failure is not None and peer.failed is not None and peer.failed.get("own")
+            ]
+            own += [silence(why) for _, why in self._left]
+        own += [] if isinstance(error, PeerFailed) else [error]
+        if lasting := [failure for failure in own if not failure.may_pass]:
+            return lasting[0]
+        if None in told or not own:
+            return None
+        reasons = "; ".join(str(failure) for failure in own)
+        return RunFailed(reasons, window=own[0].window, exit_code=own[0].exit_code, may_pass=True)
+
     def others_reasons(self) -> str:
         if not self._group.leads:
             return ""
@@ -122,7 +202,12 @@ class GroupPeers:
 
     def end(self, state: str, message: str, code: int, *, own: bool) -> None:
         with self._changed:
-            self._end = {"state": state, "message": message[:MESSAGE_CHARS_MAX], "code": code, "own": own}
+            self._end = {
+                "state": state,
+                "message": message[:MESSAGE_CHARS_MAX],
+                "code": code,
+                "own": own,
+            }
             self._changed.notify_all()
         deadline = time.monotonic() + 2 * BEAT_S
         while time.monotonic() < deadline and not self._all_told():
@@ -135,24 +220,35 @@ class GroupPeers:
         with self._changed:
             self._check()
             if self._group.leads:
-                return all(peer.reached >= self._reached for peer in self._peers.values())
-            return self._peers[0].go >= self._reached
+                return all(self._peers[rank].reached >= self._reached for rank in self._present())
+            first = self._peers[0]
+            is_done = first.end is not None and first.end.get("state") == "done"
+            return is_done or first.go >= self._reached
 
     def _all_told(self) -> bool:
         """Return whether the last line went out to all."""
         with self._changed:
-            return all(peer.told_end for peer in self._peers.values())
+            return all(self._peers[rank].told_end for rank in self._present())
 
     def _told(self) -> list[str]:
         """Return the failures of other hosts that are their own."""
         with self._changed:
-            ends = [(peer.name, peer.end) for peer in self._peers.values() if peer.end is not None]
+            present = [self._peers[rank] for rank in self._present()]
+            ends = [(peer.name, peer.end) for peer in present if peer.end is not None]
         return [
-            f"{name}: {end.get('message')}" for name, end in ends if end.get("own") and end.get("state") == "failed"
+            f"{name}: {end.get('message')}"
+            for name, end in ends
+            if end.get("own") and end.get("state") == "failed"
         ]
 
     def _check(self) -> None:
-        for peer in self._peers.values():
+        if self._group.rank not in self.hosts:
+            raise PeerFailed(
+                f"{self._peers[0].name} goes on without this host, which it did not hear of, or has no share for",
+                window=SUPERVISOR_WINDOW,
+            )
+        for rank in self._present():
+            peer = self._peers[rank]
             if peer.end is not None and peer.end.get("state") == "stopped":
                 raise StopRequested(f"{peer.name}: {peer.end.get('message')}")
             if peer.end is not None and peer.end.get("state") == "failed":
@@ -162,6 +258,8 @@ class GroupPeers:
                     window=SUPERVISOR_WINDOW,
                     exit_code=code if isinstance(code, int) and 0 < code < 256 else 1,
                 )
+            if (failure := peer.failure(self._attempt)) is not None:
+                raise failure
             silent_s = time.monotonic() - peer.heard_at
             if not peer.joined and silent_s > JOIN_S:
                 raise PeerFailed(
@@ -169,10 +267,30 @@ class GroupPeers:
                     window=SUPERVISOR_WINDOW,
                 )
             if peer.joined and peer.end is None and silent_s > SILENT_S:
-                raise PeerFailed(
-                    f"{peer.name} was not heard of for {SILENT_S:g} s: it died, or the network between the hosts did",
-                    window=SUPERVISOR_WINDOW,
-                )
+                raise self._lost(rank)
+
+    def _present(self) -> list[int]:
+        """Return the ranks of the peers that are in the job still."""
+        return [rank for rank in self._peers if rank in self.hosts]
+
+    def _lost(self, rank: int) -> PeerFailed:
+        """Return the end of a host that is gone: at the first host `may_pass`, where the job may go on without it.
+
+        It is out of the job then, and so are those that have no share any more; the others are told at once.
+        """
+        name = self._peers[rank].name
+        why = f"{name} {SILENT} for {SILENT_S:g} s: it died, or the network between the hosts did"
+        alive = [host for host in self.hosts if host != rank]
+        going_on = self._group.going_on(alive) if self._group.leads else []
+        if not going_on:
+            few = f". The job cannot go on with {len(alive)} of its hosts: target.hosts_min"
+            why += few if self._group.leads and self._group.fewer else ""
+            return PeerFailed(why, window=SUPERVISOR_WINDOW)
+        self.hosts = going_on
+        spare = f"the job's batches divide over {len(going_on)} hosts, and not over {len(alive)}"
+        self._left += [(rank, why), *((host, spare) for host in alive if host not in going_on)]
+        self._changed.notify_all()
+        return silence(why)
 
     # --- threads ---
 
@@ -194,14 +312,17 @@ class GroupPeers:
         while not self._closed:
             try:
                 channel = call_leader(
-                    self._group.leader.address, self._group.supervisor_port, self._key, rank=self._group.rank
+                    self._group.leader.address,
+                    self._group.supervisor_port,
+                    self._key,
+                    rank=self._group.rank,
                 )
             except (OSError, PeerError):
                 time.sleep(BEAT_S)
                 continue
             self._talk(self._peers[0], channel)
 
-    def _talk(self, peer: _Peer, channel: Channel) -> None:
+    def _talk(self, peer: PeerState, channel: PeerLine) -> None:
         """Tell and hear until the connection ends."""
         with self._changed:
             before, peer.channel = peer.channel, channel
@@ -213,11 +334,13 @@ class GroupPeers:
                 row = channel.receive(timeout_s=SILENT_S)
                 with self._changed:
                     peer.hear(row)
+                    if not self._group.leads and isinstance(row.get("hosts"), list):
+                        self.hosts = row["hosts"]
                     self._changed.notify_all()
         except (OSError, PeerError):
             channel.close()
 
-    def _tell(self, peer: _Peer, channel: Channel) -> None:
+    def _tell(self, peer: PeerState, channel: PeerLine) -> None:
         """Send where this host is: every second, and at once when it changed."""
         sent: dict[str, Any] = {}
         while not self._closed and not channel.closed:
@@ -237,5 +360,16 @@ class GroupPeers:
         channel.close()
 
     def _row(self) -> dict[str, Any]:
-        go = min([self._reached, *(peer.reached for peer in self._peers.values())]) if self._group.leads else 0
-        return {"reached": self._reached, "go": go, "end": self._end}
+        go = (
+            min([self._reached, *(self._peers[rank].reached for rank in self._present())])
+            if self._group.leads
+            else 0
+        )
+        return {
+            "reached": self._reached,
+            "go": go,
+            "attempt": self._attempt,
+            "failed": self._failed,
+            "end": self._end,
+            "hosts": self.hosts,
+        }

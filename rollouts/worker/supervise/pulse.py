@@ -23,7 +23,9 @@ class Pulse:
     """Keeps status.json fresh in every wait, and raises StopRequested once the run is asked to end."""
 
     def __init__(self, run: RunDir, plan: LaunchPlan, journal: Journal, peers: Peers) -> None:
-        self.windows: Callable[[], Sequence[OpenWindow]] = tuple  # those that run now, looked at in each beat
+        self.windows: Callable[[], Sequence[OpenWindow]] = (
+            tuple  # those that run now, looked at in each beat
+        )
         self.run, self.plan, self.journal, self.peers = run, plan, journal, peers
         self._reported: set[tuple[str, int]] = set()  # listeners that an event named
         self._stop_signal: int | None = None
@@ -54,11 +56,19 @@ class Pulse:
         time.sleep(POLL_S)
         self.tick()
 
-    def meet(self, stage: StageName, where: str) -> None:
-        """Wait until all hosts of the run have come here. Raises as `tick`."""
+    def meet(
+        self, stage: StageName, where: str, meanwhile: Callable[[], None] = lambda: None
+    ) -> None:
+        """Wait until all hosts of the run have come here, and call `meanwhile` again and again. Raises as `tick`, and
+        what that raises."""
+
+        def pause() -> None:
+            self.pause()
+            meanwhile()
+
         if self.plan.group is not None:
             self.announce(stage, f"waiting for the other hosts: {where}")
-            self.peers.meet(self.pause)
+            self.peers.meet(pause)
 
     def run_in_thread(self, work: Callable[[], Any]) -> Any:
         """Run something slow in a thread and return its result, ticking meanwhile. Raises RunFailed where it raised."""
@@ -69,7 +79,10 @@ class Pulse:
             self.tick()
             thread.join(POLL_S)
         if not results:
-            raise RunFailed("reading a checkpoint failed; the supervisor's log has the error", window=SUPERVISOR_WINDOW)
+            raise RunFailed(
+                "reading a checkpoint failed; the supervisor's log has the error",
+                window=SUPERVISOR_WINDOW,
+            )
         return results[0]
 
     def announce(self, stage: StageName | None, message: str) -> None:

@@ -19,6 +19,7 @@ from rollouts.worker.environments.installer import BootstrapError
 from rollouts.worker.processes import POLL_S
 from rollouts.worker.supervise.console import say
 from rollouts.worker.supervise.open_window import OpenWindow, close_windows, open_window
+from rollouts.worker.supervise.without_tmux import StartError
 
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 LOG_TAIL_LINES = 50
@@ -33,7 +34,12 @@ class Event(Protocol):
 
 
 def smoke_test(
-    run: RunDir, plan: LaunchPlan, *, event: Event, tick: Callable[[], None], beat: Callable[[], None]
+    run: RunDir,
+    plan: LaunchPlan,
+    *,
+    event: Event,
+    tick: Callable[[], None],
+    beat: Callable[[], None],
 ) -> None:
     """Run the plan's checks that have not passed here before. Nothing of them is left on return.
 
@@ -58,13 +64,21 @@ def smoke_test(
 
 
 def try_network(
-    run: RunDir, plan: LaunchPlan, *, event: Event, tick: Callable[[], None], beat: Callable[[], None]
+    run: RunDir,
+    plan: LaunchPlan,
+    *,
+    event: Event,
+    tick: Callable[[], None],
+    beat: Callable[[], None],
 ) -> None:
     """Try the way between the hosts of a run: one process on each, all at once. Raises as `smoke_test`."""
     assert plan.network is not None and plan.group is not None
-    found = _run(run, plan, [plan.network], event=event, tick=tick, beat=beat)[plan.network.process.window]
+    found = _run(run, plan, [plan.network], event=event, tick=tick, beat=beat)[
+        plan.network.process.window
+    ]
     if plan.group.leads:
-        event("network_tested", hosts=[host.name for host in plan.group.hosts], **found)
+        names = [host.name for host in plan.group.hosts if host.trains]
+        event("network_tested", hosts=names, **found)
         say(f"network between the hosts: {json.dumps(found)}")
 
 
@@ -87,7 +101,10 @@ def _run(
     finally:
         left = close_windows(run, windows, grace_s=plan.stop_grace_s, tick=beat)
         if left:
-            event("note", message=f"smoke test: still there after SIGKILL, the kernel holds them: {left}")
+            event(
+                "note",
+                message=f"smoke test: still there after SIGKILL, the kernel holds them: {left}",
+            )
     return {check.process.window: _report(run, check).get("parts", {}) for check in due}
 
 
@@ -95,11 +112,15 @@ def _open(run: RunDir, plan: LaunchPlan, check: SmokeCheck) -> OpenWindow:
     say(f"smoke test: starting {check.process.window} on {check.subject}")
     try:
         return open_window(run, plan, SMOKE_STAGE, check.process, may_end=True)
-    except tmux.TmuxError as error:
-        raise BootstrapError(f"smoke test: cannot open a window for {check.process.window}: {error}") from None
+    except (tmux.TmuxError, StartError) as error:
+        raise BootstrapError(
+            f"smoke test: cannot open a window for {check.process.window}: {error}"
+        ) from None
 
 
-def _await(due: list[SmokeCheck], windows: list[OpenWindow], started: float, tick: Callable[[], None]) -> None:
+def _await(
+    due: list[SmokeCheck], windows: list[OpenWindow], started: float, tick: Callable[[], None]
+) -> None:
     while not all(window.has_succeeded() for window in windows):
         tick()
         for check, window in zip(due, windows, strict=True):
@@ -111,13 +132,18 @@ def _await(due: list[SmokeCheck], windows: list[OpenWindow], started: float, tic
 
 
 def _failure(check: SmokeCheck, window: OpenWindow) -> BootstrapError:
-    """In its own words, which name build, driver and device; else in ours: a crash has no words."""
+    """Return why it failed in its own words, which name build, driver and device; else in ours: a crash has no
+    words."""
     said, is_sentence = window.cause()
     message = said
     if not is_sentence:
         doing = _doing(window.run, check)
-        message = ". ".join(filter(None, (f"smoke test: {window.describe_end()}{doing}, on {check.subject}", said)))
-    return BootstrapError(message, window.last_words()[-LOG_TAIL_LINES:], window=check.process.window)
+        message = ". ".join(
+            filter(None, (f"smoke test: {window.describe_end()}{doing}, on {check.subject}", said))
+        )
+    return BootstrapError(
+        message, window.last_words()[-LOG_TAIL_LINES:], window=check.process.window
+    )
 
 
 def _too_slow(check: SmokeCheck, window: OpenWindow) -> BootstrapError:
@@ -155,13 +181,15 @@ def _marker(check: SmokeCheck) -> Path:
 def _write_marker(check: SmokeCheck, parts: dict[str, Any]) -> None:
     marker = _marker(check)
     try:
-        run_dir.write_json_atomic(marker, {"subject": check.subject, "parts": parts, "passed_at": time.time()})
+        run_dir.write_json_atomic(
+            marker, {"subject": check.subject, "parts": parts, "passed_at": time.time()}
+        )
     except OSError as error:  # the next run tries again
         say(f"smoke test: cannot write {marker}: {error}")
 
 
 def _parts_before(checks: list[SmokeCheck]) -> dict[str, Any]:
-    """The seconds of the run that made the markers."""
+    """Return the seconds of the run that made the markers."""
     found = {}
     for check in checks:
         try:

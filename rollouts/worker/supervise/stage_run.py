@@ -1,18 +1,27 @@
 """One stage: its engines, its trainer, and the end of both. Standard library only."""
 
+import contextlib
+import json
 import time
+from functools import partial
 from pathlib import Path
 
+from rollouts.engines.keys import ADMIN_KEY_VARIABLE
+from rollouts.engines.send_model import START_NAME, SendError, send_directory
 from rollouts.manifest import manifest_problems
-from rollouts.run_dir import ProcessSpec, StageSpec
+from rollouts.plain_files import read_plain
+from rollouts.run_dir import ModelToSend, ProcessSpec, StageSpec
 from rollouts.worker import tmux
 from rollouts.worker.processes import SUPERVISOR_WINDOW
 from rollouts.worker.supervise.console import say
+from rollouts.worker.supervise.engine_answers import answers
 from rollouts.worker.supervise.engine_watch import EngineWatch, RestartBudget, record_end
-from rollouts.worker.supervise.failures import RunFailed
+from rollouts.worker.supervise.failures import HostLost, RunFailed, StopRequested
 from rollouts.worker.supervise.open_window import OpenWindow, close_windows, open_window
 from rollouts.worker.supervise.pulse import Pulse
+from rollouts.worker.supervise.without_tmux import StartError
 
+REACH_S = 10.0
 SETTLE_S = 0.5  # what ends together (a stop of the whole session, an engine and its client) is seen together
 
 
@@ -33,16 +42,34 @@ class StageRun:
         self._require_checkpoint()
         self._pulse.windows = self._windows
         try:
-            self._watch.start()
-            self._await_engines()
+            self._start_engines()
             self._pulse.meet(self._stage.name, f"all start {self._stage.name}")
-            self._announce(f"{self._stage.name}: the trainer runs: data and model first, then steps")
-            self._trainer = self._open(self._stage.trainer)
-            self._await_trainer(self._trainer)
+            self._require_reach()
+            if self._stage.trainer is not None:
+                self._announce(
+                    f"{self._stage.name}: the trainer runs: data and model first, then steps"
+                )
+                self._trainer = self._open(self._stage.trainer)
+                self._await_trainer(self._trainer)
+            # engines here serve until the ranks of all hosts have ended
+            with contextlib.suppress(HostLost):  # what it had to do is done
+                self._pulse.meet(
+                    self._stage.name, f"all end {self._stage.name}", self._check_windows
+                )
         finally:
             self._close_all()
+        self._heed_stop()
         seconds = round(time.monotonic() - started, 3)
         self._pulse.journal.event("stage_ended", stage=self._stage.name, seconds=seconds)
+
+    def _heed_stop(self) -> None:
+        """Raise StopRequested where the trainer ended on request: a stage that has steps left has not ended."""
+        run, name = self._pulse.run, self._stage.name
+        if run.stop_asked.exists():
+            why = read_plain(run.stop_asked).decode(errors="replace").strip()
+            raise StopRequested(
+                f"stopped in stage {name}, {why or 'on request'}, after a checkpoint"
+            )
 
     def _announce(self, message: str) -> None:
         self._pulse.announce(self._stage.name, message)
@@ -58,12 +85,60 @@ class StageRun:
             message = f"stage {self._stage.name} starts from {directory}, which is no completed checkpoint:\n{listed}"
             raise RunFailed(message, window=SUPERVISOR_WINDOW, log_tail=problems)
 
+    def _start_engines(self) -> None:
+        """Return once every engine answers 200; those that start with a model of the first host's get it before."""
+        stage, name = self._stage, self._stage.name
+        if stage.receiver is not None:
+            self._watch.start([stage.receiver])
+            self._await_engines()
+        if stage.send is not None:
+            self._pulse.meet(name, "what takes the model is ready", self._check_windows)
+            if self._pulse.peers.leads:
+                self._send_model(stage.send)
+            self._pulse.meet(name, "the engines' model is sent", self._check_windows)
+        self._watch.start(stage.engines)
+        self._await_engines()
+
+    def _send_model(self, send: ModelToSend) -> None:
+        """Send the model that engines of other hosts start with. Raises RunFailed."""
+        directory, run = Path(send.directory), self._pulse.run
+        key = json.loads(read_plain(run.secrets))["engine_keys"][ADMIN_KEY_VARIABLE]
+        for url in send.receivers:
+            self._announce(f"{self._stage.name}: sending {directory} to {url}")
+            started = time.monotonic()
+
+            def work(url: str = url) -> SendError | None:
+                try:
+                    send_directory(url, directory, START_NAME, key=key)
+                except SendError as error:
+                    return error
+                return None
+
+            if (error := self._pulse.run_in_thread(work)) is not None:
+                message = f"stage {self._stage.name}: the model that engines start with was not sent: {error}"
+                raise RunFailed(message, window=SUPERVISOR_WINDOW, log_tail=[])
+            seconds = round(time.monotonic() - started, 3)
+            self._pulse.journal.event("model_sent", path=str(directory), url=url, seconds=seconds)
+
+    def _require_reach(self) -> None:
+        """Raise RunFailed where an engine of another host is ready there and does not answer from here."""
+        for url in self._stage.far_ready_urls:
+            if not self._pulse.run_in_thread(partial(answers, url, timeout_s=REACH_S)):
+                raise RunFailed(
+                    f"stage {self._stage.name}: the engine at {url} is ready on its host, and this host does not reach"
+                    " it. Open that port between the hosts: the plan found it open.",
+                    window=SUPERVISOR_WINDOW,
+                    log_tail=[],
+                )
+
     def _open(self, spec: ProcessSpec) -> OpenWindow:
         say(f"stage={self._stage.name} window={spec.window}: starting")
         is_trainer = spec is self._stage.trainer
         try:
-            window = open_window(self._pulse.run, self._pulse.plan, self._stage.name, spec, may_end=is_trainer)
-        except tmux.TmuxError as error:
+            window = open_window(
+                self._pulse.run, self._pulse.plan, self._stage.name, spec, may_end=is_trainer
+            )
+        except (tmux.TmuxError, StartError) as error:
             message = f"stage {self._stage.name}: cannot open a window for {spec.window}: {error}"
             raise RunFailed(message, window=SUPERVISOR_WINDOW) from None
         return window
@@ -118,7 +193,13 @@ class StageRun:
         else:
             end += str(self._budget)
         code = window.failure_code()
-        return RunFailed(end, window=window.spec.window, exit_code=code, log_tail=window.last_words())
+        return RunFailed(
+            end,
+            window=window.spec.window,
+            exit_code=code,
+            log_tail=window.last_words(),
+            may_pass=window.may_pass(),
+        )
 
     def _check_deadline(self, window: str) -> None:
         if time.monotonic() > self._deadline:
@@ -134,9 +215,13 @@ class StageRun:
         self._pulse.beat()
         self._watch.stop_heartbeats()
         windows = self._windows()
-        left = close_windows(self._pulse.run, windows, grace_s=self._pulse.plan.stop_grace_s, tick=self._pulse.beat)
+        left = close_windows(
+            self._pulse.run, windows, grace_s=self._pulse.plan.stop_grace_s, tick=self._pulse.beat
+        )
         for window in sorted(windows, key=lambda window: window.ended_at()):
             record_end(self._pulse.journal, window)
         if left:
-            self._pulse.journal.event("note", message=f"{self._stage.name}: still there after SIGKILL: {left}")
+            self._pulse.journal.event(
+                "note", message=f"{self._stage.name}: still there after SIGKILL: {left}"
+            )
         self._pulse.windows = tuple

@@ -16,7 +16,7 @@ from rollouts.run_dir import LaunchPlan, NamedGpu, QueueSpec, RunDir
 from rollouts.worker import busy_cards
 from rollouts.worker.claims import LiveRun, Need, live_runs, needs, one_at_a_time, uses_gpus
 from rollouts.worker.supervise.console import say
-from rollouts.worker.supervise.placement import placed
+from rollouts.worker.supervise.other_cards import placed
 from rollouts.worker.supervise.pulse import Pulse
 from rollouts.worker.tickets import OwnTicket, Ticket, in_line, wait_for_lock
 
@@ -47,7 +47,12 @@ def await_turn(pulse: Pulse, ticket: OwnTicket) -> LaunchPlan:
 
     Raises StopRequested, or OSError where plan.json cannot be written; the place in the line is given up then.
     """
-    since, line, releases, told = time.monotonic(), WaitingLine(pulse.plan, ticket), Releases(), ("", 0)
+    since, line, releases, told = (
+        time.monotonic(),
+        WaitingLine(pulse.plan, ticket),
+        Releases(),
+        ("", 0),
+    )
     pulse.state = "queued"
     try:
         while True:
@@ -56,7 +61,9 @@ def await_turn(pulse: Pulse, ticket: OwnTicket) -> LaunchPlan:
             if isinstance(found, LaunchPlan):
                 break
             place = len(ahead) + 1
-            pulse.announce(None, f"place {place} of {count} in the host's queue, waits for {found.text}")
+            pulse.announce(
+                None, f"place {place} of {count} in the host's queue, waits for {found.text}"
+            )
             if told != (found.text, place):
                 told = (found.text, place)
                 say(f"queued: place {place}, waits for {found.text}")
@@ -65,7 +72,9 @@ def await_turn(pulse: Pulse, ticket: OwnTicket) -> LaunchPlan:
     finally:
         ticket.drop()
     pulse.state = "running"
-    pulse.journal.event("turn", seconds=round(time.monotonic() - since, 3), has=sorted(map(str, needs(found))))
+    pulse.journal.event(
+        "turn", seconds=round(time.monotonic() - since, 3), has=sorted(map(str, needs(found)))
+    )
     return found
 
 
@@ -103,7 +112,8 @@ class WaitingLine:
 
     def __init__(self, plan: LaunchPlan, own: OwnTicket) -> None:
         self._home, self._own, self._wanted = Path(plan.home), own, _wanted(plan)
-        self._rivals: dict[str, bool] = {}  # whether the run of each ticket is one: its plan does not change meanwhile
+        # whether the run of each ticket is one: its plan does not change meanwhile
+        self._rivals: dict[str, bool] = {}
 
     def look(self) -> tuple[list[Ticket], int]:
         """Return the tickets ahead, and how many wait for the same in all, this run among them."""
@@ -127,7 +137,9 @@ def _wanted(plan: LaunchPlan) -> set[Need]:
     queue = plan.queue
     if queue is None:  # its turn has come
         return set(needs(plan))
-    fixed = {need for need in needs(plan) if need.kind == "port" and int(need.number) not in queue.ports}
+    fixed = {
+        need for need in needs(plan) if need.kind == "port" and int(need.number) not in queue.ports
+    }
     return fixed | ({Need("GPU", str(card.index)) for card in queue.cards} or {Need("CPU", "")})
 
 
@@ -148,7 +160,11 @@ def _take(run: RunDir, plan: LaunchPlan) -> LaunchPlan | Obstacle:
         except OSError as error:
             return Obstacle(f"an answer of nvidia-smi ({error})", (), STRANGERS_S)
     with one_at_a_time(Path(plan.home)):
-        others = [other for other in live_runs(Path(plan.home), but=plan.run_id) if other.plan.queue is None]
+        others = [
+            other
+            for other in live_runs(Path(plan.home), but=plan.run_id)
+            if other.plan.queue is None
+        ]
         found = choose(plan, plan.queue, others, in_use)
         if isinstance(found, Obstacle):
             return found
@@ -172,7 +188,9 @@ def choose(
         busy = [other for other in others if not uses_gpus(other.plan)]
         if len(busy) >= queue.at_once:
             runs = ", ".join(map(_named, busy))
-            chosen = Obstacle(f"{runs}: at most {queue.at_once} at once", tuple(other.run.lock for other in busy))
+            chosen = Obstacle(
+                f"{runs}: at most {queue.at_once} at once", tuple(other.run.lock for other in busy)
+            )
     if isinstance(chosen, Obstacle):
         return chosen
     if obstacle := next(_port_obstacles(plan, queue, held), None):
@@ -186,7 +204,9 @@ def _choose_cards(
     """Return a card for each GPU of the plan, its own where they are free; {} where all of them are."""
     wanted = sorted(int(need.number) for need in needs(plan) if need.kind == "GPU")
     holders = {card.index: held.get(Need("GPU", str(card.index))) for card in queue.cards}
-    whys = {index: _named(other) if other else _why(index, in_use) for index, other in holders.items()}
+    whys = {
+        index: _named(other) if other else _why(index, in_use) for index, other in holders.items()
+    }
     free = [card for card in queue.cards if not whys[card.index]]
     if len(free) < len(wanted):
         count = f"{len(wanted)} of the GPUs " if len(whys) > len(wanted) else ""
@@ -209,7 +229,9 @@ def _named(other: LiveRun) -> str:
     return f"run {other.run.run_id} since {busy_cards.since(other.started_at)}"
 
 
-def _port_obstacles(plan: LaunchPlan, queue: QueueSpec, held: Mapping[Need, LiveRun]) -> Iterator[Obstacle]:
+def _port_obstacles(
+    plan: LaunchPlan, queue: QueueSpec, held: Mapping[Need, LiveRun]
+) -> Iterator[Obstacle]:
     """List what has a port that the config names."""
     for need in sorted(needs(plan), key=str):
         if need.kind != "port" or int(need.number) in queue.ports:
@@ -220,7 +242,9 @@ def _port_obstacles(plan: LaunchPlan, queue: QueueSpec, held: Mapping[Need, Live
             yield Obstacle(f"{need} (something listens there)", (), STRANGERS_S)
 
 
-def _choose_ports(queue: QueueSpec, held: Mapping[Need, LiveRun], chosen: Mapping[int, NamedGpu]) -> Choice | Obstacle:
+def _choose_ports(
+    queue: QueueSpec, held: Mapping[Need, LiveRun], chosen: Mapping[int, NamedGpu]
+) -> Choice | Obstacle:
     """Keep the ports that were chosen at the launch, or choose others where somebody has them by now."""
     taken = {int(need.number) for need in held if need.kind == "port"}
     if all(port not in taken and port_is_free(port) for port in queue.ports):

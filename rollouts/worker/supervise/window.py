@@ -55,7 +55,8 @@ class Window:
         self.run, self.plan, self.stage, self.window = run, plan, stage, window
         self.grace_s = plan.stop_grace_s
         self.output = Output(run, window)
-        self.requests: collections.deque[int] = collections.deque()  # signals to hand on, from handlers and threads
+        # signals to hand on, from handlers and threads
+        self.requests: collections.deque[int] = collections.deque()
         self.kill_at: float | None = None
 
     def main(self) -> int:
@@ -112,7 +113,9 @@ class Window:
             start_new_session=True,
             umask=self.umask,
         )
-        record = ProcessRecord(name=self.window, pid=child.pid, pgid=child.pid, started_at=time.time())
+        record = ProcessRecord(
+            name=self.window, pid=child.pid, pgid=child.pid, started_at=time.time()
+        )
         try:
             run_dir.write_json_atomic(self.run.process(self.window), record)
         except OSError as error:
@@ -152,7 +155,8 @@ class Window:
         """Wait for the process, handing on signals meanwhile. Return Popen's code: negative for a signal."""
         while child.poll() is None:
             while self.requests:
-                os.killpg(child.pid, self.requests.popleft())  # not reaped yet, so the group is still its own
+                # not reaped yet, so the group is still its own
+                os.killpg(child.pid, self.requests.popleft())
                 self.kill_at = self.kill_at or time.monotonic() + self.grace_s
             if self.kill_at is not None and time.monotonic() >= self.kill_at:
                 os.killpg(child.pid, signal.SIGKILL)
@@ -164,17 +168,22 @@ class Window:
     def _end_leftovers(self) -> list[int]:
         """End what the process started and left, whatever group it moved to; return the ids that survived SIGKILL."""
         mark = window_mark(self.stage, self.window)
-        return end_marked(self.run, {mark}, grace_s=self.plan.stop_grace_s, tick=reap, ancestors={os.getpid()})
+        return end_marked(
+            self.run, {mark}, grace_s=self.plan.stop_grace_s, tick=reap, ancestors={os.getpid()}
+        )
 
     def _report_left(self, code: int, left: list[int]) -> None:
         if left:
-            self.output.say(f"[{self.window} ended with {code}; still there after SIGKILL: {left}]\n")
+            self.output.say(
+                f"[{self.window} ended with {code}; still there after SIGKILL: {left}]\n"
+            )
 
     def _follow_supervisor(self) -> None:
         """End the process once the supervisor is dead."""
 
         def wait() -> None:
-            with contextlib.suppress(FileNotFoundError):  # the run directory is being deleted, its supervisor is gone
+            # the run directory is being deleted, its supervisor is gone
+            with contextlib.suppress(FileNotFoundError):
                 run_dir.wait_until_dead(self.run)
             self.requests.append(signal.SIGTERM)
 
@@ -202,9 +211,18 @@ class SupervisorWindow(Window):
         """Return None: the supervisor runs where this wrapper does, beside the user's repository."""
 
     def _spec(self) -> ProcessSpec:
-        argv = [self.plan.base_python, "-E", "-u", "-m", "rollouts.worker.supervise.supervisor", str(self.run.path)]
+        argv = [
+            self.plan.base_python,
+            "-E",
+            "-u",
+            "-m",
+            "rollouts.worker.supervise.supervisor",
+            str(self.run.path),
+        ]
         environment = json.loads(read_plain(self.run.config))["host"]["env"]
-        return ProcessSpec(window=self.window, argv=argv, env=environment, ready_url=None, ready_timeout_s=0)
+        return ProcessSpec(
+            window=self.window, argv=argv, env=environment, ready_url=None, ready_timeout_s=0
+        )
 
     def _environment(self, spec: ProcessSpec) -> dict[str, str]:
         environment = super()._environment(spec)
@@ -230,14 +248,27 @@ class SupervisorWindow(Window):
 
 
 def window_command(python: str, run: RunDir, stage: str, window: str) -> list[str]:
-    """The command line of a window. `env` gives the wrapper the mark: the tmux server's environment is not ours."""
+    """Return the command line of a window. `env` gives the wrapper the mark: the tmux server's environment is
+    not ours."""
     module = [python, "-E", "-m", "rollouts.worker.supervise.window"]
     marks = [f"{name}={value}" for name, value in run_marks(run).items()]
-    return ["/usr/bin/env", *marks, *module, "--run", str(run.path), "--stage", stage, "--window", window]
+    return [
+        "/usr/bin/env",
+        *marks,
+        *module,
+        "--run",
+        str(run.path),
+        "--stage",
+        stage,
+        "--window",
+        window,
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="rollouts.worker.supervise.window", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="rollouts.worker.supervise.window", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--stage", required=True)
     parser.add_argument("--window", required=True)

@@ -13,18 +13,24 @@ def kind(name: str, about: str, cents: int, gpus: int, *regions: str) -> dict[st
             "price_cents_per_hour": cents,
             "specs": {"gpus": gpus, "vcpus": 26},
         },
-        "regions_with_capacity_available": [{"name": region, "description": region} for region in regions],
+        "regions_with_capacity_available": [
+            {"name": region, "description": region} for region in regions
+        ],
     }
 
 
 TYPES = {
-    "gpu_1x_h100_pcie": kind("gpu_1x_h100_pcie", "H100 (80 GB PCIe)", 249, 1, "us-west-3", "us-east-1"),
+    "gpu_1x_h100_pcie": kind(
+        "gpu_1x_h100_pcie", "H100 (80 GB PCIe)", 249, 1, "us-west-3", "us-east-1"
+    ),
     "gpu_8x_h100_sxm5": kind("gpu_8x_h100_sxm5", "H100 (80 GB SXM5)", 2392, 8, "us-west-3"),
     "gpu_1x_gh200": kind("gpu_1x_gh200", "GH200 (96 GB)", 149, 1, "us-east-3"),
     "gpu_1x_a10": kind("gpu_1x_a10", "A10 (24 GB PCIe)", 75, 1),
 }
 
-GONE = Answer(404, {"error": {"code": "global/object-does-not-exist", "message": "no such instance"}})
+GONE = Answer(
+    404, {"error": {"code": "global/object-does-not-exist", "message": "no such instance"}}
+)
 
 
 class FakeLambda(FakeCloud):
@@ -46,11 +52,16 @@ class FakeLambda(FakeCloud):
         }.get(path, "get")
 
     def error(self, status: int, text: str) -> Answer:
-        return Answer(status, {"error": {"code": "global/error", "message": text, "suggestion": ""}})
+        return Answer(
+            status, {"error": {"code": "global/error", "message": text, "suggestion": ""}}
+        )
 
     def no_capacity(self) -> Answer:
         code = "instance-operations/launch/insufficient-capacity"
-        return Answer(400, {"error": {"code": code, "message": "Not enough capacity", "suggestion": "try again"}})
+        return Answer(
+            400,
+            {"error": {"code": code, "message": "Not enough capacity", "suggestion": "try again"}},
+        )
 
     def on_offers(self, path: str, query: dict[str, str], body: Any) -> Answer:
         return Answer(200, {"data": self.types})
@@ -59,10 +70,14 @@ class FakeLambda(FakeCloud):
         if body:
             assert body["name"] not in self.keys, "a name is taken once"
             self.keys[body["name"]] = body["public_key"]
-        return Answer(200, {"data": [{"id": n, "name": n, "public_key": k} for n, k in self.keys.items()]})
+        return Answer(
+            200, {"data": [{"id": n, "name": n, "public_key": k} for n, k in self.keys.items()]}
+        )
 
     def on_list(self, path: str, query: dict[str, str], body: Any) -> Answer:
-        return Answer(200, {"data": [self._instance(machine) for machine in self.shown() if machine.bills]})
+        return Answer(
+            200, {"data": [self._instance(machine) for machine in self.shown() if machine.bills]}
+        )
 
     def on_get(self, path: str, query: dict[str, str], body: Any) -> Answer:
         machine = self.seen(path.removeprefix("/instances/"))
@@ -76,12 +91,23 @@ class FakeLambda(FakeCloud):
         return Answer(200, {"data": {"instance_ids": [machine.machine_id]}})
 
     def on_terminate(self, path: str, query: dict[str, str], body: Any) -> Answer:
-        found = [machine for machine_id in body["instance_ids"] if (machine := self.machines.get(machine_id))]
+        found = [
+            machine
+            for machine_id in body["instance_ids"]
+            if (machine := self.machines.get(machine_id))
+        ]
         if not found or found[0].is_hidden:
             return GONE
         for machine in found:
             self.end(machine)
-        return Answer(200, {"data": {"terminated_instances": [self._instance(machine) for machine in found]}})
+        return Answer(
+            200, {"data": {"terminated_instances": [self._instance(machine) for machine in found]}}
+        )
+
+    def take_away(self, machine: FakeMachine) -> None:
+        """Preempted: it is gone, and can still be asked for."""
+        machine.fate = "preempted"
+        self.end(machine)
 
     def accepted(self) -> Answer:
         return Answer(200, {"data": {"terminated_instances": []}})
@@ -91,10 +117,11 @@ class FakeLambda(FakeCloud):
         step = 0 if machine.fate == "stuck" else min(machine.looks, 3)
         status = ("booting", "booting", "booting", "active")[step]
         status = "unhealthy" if machine.fate == "broken" else status
+        ended = "preempted" if machine.fate == "preempted" else "terminated"
         found: dict[str, Any] = {
             "id": machine.machine_id,
             "name": machine.name,
-            "status": status if machine.bills else "terminated",
+            "status": status if machine.bills else ended,
             "instance_type": self.types[machine.asked["instance_type_name"]]["instance_type"],
             "region": {"name": machine.asked["region_name"]},
             "private_ip": "10.0.0.1",

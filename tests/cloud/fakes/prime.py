@@ -28,7 +28,10 @@ ITEMS = [
     item("h100-a", "H100_80GB", 80, 1.99),
     item("h100-b", "H100_80GB", 80, 1.20, isSpot=True),
     item("h100-c", "H100_80GB", 80, 1.00, stockStatus="Unavailable"),
-    *(item(f"old-{number}", "RTX4090_24GB", 24, 0.40 + number / 100, dataCenter=None) for number in range(150)),
+    *(
+        item(f"old-{number}", "RTX4090_24GB", 24, 0.40 + number / 100, dataCenter=None)
+        for number in range(150)
+    ),
 ]
 
 
@@ -93,7 +96,9 @@ class FakePrime(FakeCloud):
     def on_create(self, path: str, query: dict[str, str], body: Any) -> Answer:
         pod = body["pod"]
         (found,) = [each for each in self.items if each["cloudId"] == pod["cloudId"]]
-        assert pod["image"] in found["images"] and body["provider"] == {"type": found["provider"]}, body
+        assert pod["image"] in found["images"] and body["provider"] == {
+            "type": found["provider"]
+        }, body
         price = found["prices"]["onDemand"]
         if price > pod["maxPrice"]:
             return self.no_capacity()
@@ -125,5 +130,7 @@ class FakePrime(FakeCloud):
             "ip": [host] if step >= 3 else None,
             "installationProgress": 100 if step == 4 else 40,
             "installationStatus": "FINISHED" if step == 4 else "PENDING",
-            "installationFailure": "image not found" if machine.fate == "broken" and step == 4 else None,
+            "installationFailure": "image not found"
+            if machine.fate == "broken" and step == 4
+            else None,
         }

@@ -19,7 +19,8 @@ KEY = "sk-secret-of-the-test-account-0123456789"
 BEFORE = ("429 plain", "429 json", "429 retry-after", "500", "lost before")  # nothing is done
 LAG_S = 0.4
 SLOW_S = 20.0  # until an answer that nobody waits for
-AFTER = ("500 after", "lost", "page after", "408 after")  # it is done, and the caller does not hear of it
+# it is done, and the caller does not hear of it
+AFTER = "500 after", "lost", "page after", "408 after"
 
 
 @dataclass
@@ -46,7 +47,9 @@ class FakeMachine:
     asked: dict[str, Any]  # the body of its create call
     started: float = field(default_factory=time.monotonic)
     ended: float | None = None
+    has_own_key: bool = True
     looks: int = 0
+    ends_at: float = float("inf")  # by itself, as the create call asked
     hidden_until: float = 0.0  # reads before it do not show it yet
     fate: str = ""  # "stuck", "preempted", or a provider's own
     address: tuple[str, int, str] = ("127.0.0.1", 9, "root")
@@ -60,7 +63,11 @@ class FakeMachine:
         return time.monotonic() < self.hidden_until
 
 
-Boot = Callable[[FakeMachine, str], tuple[str, int, str]]  # (machine, public key) -> where SSH answers, as whom
+# (machine, public key) -> where SSH answers, as whom
+Boot = Callable[[FakeMachine, str], tuple[str, int, str]]
+
+
+MADE: list["FakeCloud"] = []  # all of this process: tests/cloud/conftest.py looks at their bills
 
 
 class FakeCloud:
@@ -70,6 +77,7 @@ class FakeCloud:
     prefix = ""
 
     def __init__(self) -> None:
+        MADE.append(self)
         self.machines: dict[str, FakeMachine] = {}
         self.requests: list[tuple[str, str, dict[str, str], Any]] = []
         self.faults: list[Fault] = []
@@ -78,11 +86,15 @@ class FakeCloud:
         self.boot: Boot | None = None
         self.shut_down: Callable[[FakeMachine], None] = lambda machine: None
         self.ended_themselves: list[str] = []
+        self.ended_by_provider: list[str] = []
+        self.gives_own_key = True
         self.lock = threading.RLock()
         self.ids = itertools.count(1)
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        ).start()
 
     @property
     def url(self) -> str:
@@ -98,7 +110,12 @@ class FakeCloud:
 
     def bill(self) -> dict[str, float]:
         """The machines that cost money now, with their price."""
-        return {machine.name: machine.price_per_hour for machine in self.machines.values() if machine.bills}
+        self.end_what_is_due()
+        return {
+            machine.name: machine.price_per_hour
+            for machine in self.machines.values()
+            if machine.bills
+        }
 
     def named(self, name: str) -> list[FakeMachine]:
         return [machine for machine in self.machines.values() if machine.name == name]
@@ -123,12 +140,17 @@ class FakeCloud:
 
     # --- machines -----------------------------------------------------------------------------------------------------
 
-    def make(self, name: str, price: float, asked: Any, public_key: str, machine_id: str | None = None) -> FakeMachine:
+    def make(
+        self, name: str, price: float, asked: Any, public_key: str, machine_id: str | None = None
+    ) -> FakeMachine:
         machine = FakeMachine(machine_id or f"m{next(self.ids)}", name, price, asked)
-        if fault := self.take("create", ("lag", "stuck", "preempted", "broken", "dearer", "closed")):
+        if fault := self.take(
+            "create", ("lag", "stuck", "preempted", "broken", "dearer", "closed")
+        ):
             machine.fate = fault
             machine.hidden_until = time.monotonic() + LAG_S if fault == "lag" else 0.0
             machine.price_per_hour *= 3 if fault == "dearer" else 1
+        machine.has_own_key = self.gives_own_key
         self.machines[machine.machine_id] = machine
         if self.boot is not None and machine.fate not in ("stuck", "broken", "closed"):
             machine.address = self.boot(machine, public_key)
@@ -144,6 +166,18 @@ class FakeCloud:
 
     def shown(self) -> list[FakeMachine]:
         return [machine for machine_id in list(self.machines) if (machine := self.seen(machine_id))]
+
+    def end_what_is_due(self) -> None:
+        """End the machines that the provider was told to end at a time that has come."""
+        for machine in list(self.machines.values()):
+            if machine.bills and time.time() >= machine.ends_at:
+                self.ended_by_provider.append(machine.machine_id)
+                self.end(machine)
+
+    def take_away(self, machine: FakeMachine) -> None:
+        """Take a machine away: it ends, its status says that it is broken, and it bills until it is terminated."""
+        machine.fate, machine.looks = "broken", 9
+        self.shut_down(machine)
 
     def end(self, machine: FakeMachine) -> None:
         if machine.bills:
@@ -169,11 +203,14 @@ class FakeCloud:
         time.sleep(self.latency_s)
         with self.lock:
             self.requests.append((method, path, query, body))
+            self.end_what_is_due()
             scoped = headers.get("Authorization", "").removeprefix("Bearer scoped-")
-            if scoped in self.machines and f"/{scoped}" in path:  # the machine's own key: for itself alone
+            # the machine's own key: for itself alone
+            if scoped in self.machines and f"/{scoped}" in path:
                 self.ended_themselves += [scoped] if method == "DELETE" else []
             elif headers.get("Authorization") != f"Bearer {KEY}" or not self.key_works:
-                return self.error(401, f"invalid key {headers.get('Authorization')}")  # a provider that repeats it
+                # a provider that repeats it
+                return self.error(401, f"invalid key {headers.get('Authorization')}")
             operation = self.operation(method, path)
             if early := self.take(operation, (*BEFORE, "capacity")):
                 return self._early(early)
@@ -198,7 +235,9 @@ class FakeCloud:
         answers = {
             "429 plain": Answer(429, "Too many requests, slow down"),
             "429 json": self.error(429, "rate limit"),
-            "429 retry-after": Answer(429, self.error(429, "rate limit").body, {"Retry-After": "0"}),
+            "429 retry-after": Answer(
+                429, self.error(429, "rate limit").body, {"Retry-After": "0"}
+            ),
             "500": self.error(500, "internal error"),
             "capacity": self.no_capacity(),
         }
@@ -211,7 +250,8 @@ class FakeCloud:
             protocol_version = "HTTP/1.1"
 
             def do_any(self) -> None:
-                with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the caller was killed meanwhile
+                # the caller was killed meanwhile
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                     self.answer()
 
             def answer(self) -> None:

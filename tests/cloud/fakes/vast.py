@@ -70,7 +70,19 @@ class FakeVast(FakeCloud):
         return Answer(status, {"success": False, "error": "error", "msg": text})
 
     def no_capacity(self) -> Answer:
-        return Answer(410, {"success": False, "error": "no_such_ask", "msg": "Instance type by id is not available."})
+        return Answer(
+            410,
+            {
+                "success": False,
+                "error": "no_such_ask",
+                "msg": "Instance type by id is not available.",
+            },
+        )
+
+    def take_away(self, machine: FakeMachine) -> None:
+        """Outbid: it is stopped, and its disk bills until it is destroyed."""
+        machine.fate, machine.looks = "preempted", 9
+        self.shut_down(machine)
 
     def accepted(self) -> Answer:
         return Answer(200, {"success": True})
@@ -78,7 +90,9 @@ class FakeVast(FakeCloud):
     def on_offers(self, path: str, query: dict[str, str], body: Any) -> Answer:
         assert body["allocated_storage"] > 0 and body["rented"] == {"eq": False}, body
         wanted = body["num_gpus"]["eq"]
-        return Answer(200, {"offers": [found for found in self.offers if found["num_gpus"] == wanted]})
+        return Answer(
+            200, {"offers": [found for found in self.offers if found["num_gpus"] == wanted]}
+        )
 
     def on_keys(self, path: str, query: dict[str, str], body: Any) -> Answer:
         self.let_in[_id_in(path)] = body["ssh_key"]
@@ -103,11 +117,20 @@ class FakeVast(FakeCloud):
         self.offers.remove(found[0])  # nobody else can rent it
         price = found[0]["dph_base"] + body["disk"] * found[0]["storage_cost"] / 30 / 24
         key = re.findall(r"echo '([^']+)'", body["onstart"])[0]
-        machine = self.make(body["label"], price, {**body, "offer": found[0]}, key, str(900000 + next(self.ids)))
+        machine = self.make(
+            body["label"], price, {**body, "offer": found[0]}, key, str(900000 + next(self.ids))
+        )
         if self.take("create", ("error with a machine",)):
-            return Answer(400, {"success": False, "error": "oops", "new_contract": int(machine.machine_id)})
+            return Answer(
+                400, {"success": False, "error": "oops", "new_contract": int(machine.machine_id)}
+            )
         return Answer(
-            200, {"success": True, "new_contract": int(machine.machine_id), "instance_api_key": "scoped-to-the-machine"}
+            200,
+            {
+                "success": True,
+                "new_contract": int(machine.machine_id),
+                "instance_api_key": "scoped-to-the-machine",
+            },
         )
 
     def on_list(self, path: str, query: dict[str, str], body: Any) -> Answer:
@@ -115,7 +138,13 @@ class FakeVast(FakeCloud):
         assert query["limit"] == "25", query
         at = int(query.get("after_token", "t0")[1:])
         following = f"t{at + PAGE}" if at + PAGE < len(shown) else None
-        return Answer(200, {"instances": [self._instance(m) for m in shown[at : at + PAGE]], "next_token": following})
+        return Answer(
+            200,
+            {
+                "instances": [self._instance(m) for m in shown[at : at + PAGE]],
+                "next_token": following,
+            },
+        )
 
     def _instance(self, machine: FakeMachine) -> dict[str, Any]:
         """null, loading, created, then running; an outbid one is stopped in all three ways."""
@@ -138,7 +167,10 @@ class FakeVast(FakeCloud):
             "ports": None,
         }
         if machine.fate == "broken":
-            found |= {"actual_status": "created", "status_msg": "Error: OCI runtime create failed: no such device"}
+            found |= {
+                "actual_status": "created",
+                "status_msg": "Error: OCI runtime create failed: no such device",
+            }
         if step == 3 and self.address_form == "direct":
             found |= {
                 "public_ipaddr": f" {host}\n",

@@ -72,8 +72,13 @@ def test_sharded_ranks_train_as_one(two, one, strategy):
         assert found.keys() == expected.keys() and "lm_head.weight" not in found  # tied: once
         apart = {name: (found[name] - expected[name]).abs().max() for name in expected}
         # softmax does not see a bias of the keys: its gradient is rounding, which AdamW makes a step of
-        assert all(apart[name] < (1e-3 if name.endswith("k_proj.bias") else 1e-5) for name in expected), apart
-    assert type(AutoModelForCausalLM.from_pretrained(directory / strategy / "weights")).__name__ == "Qwen2ForCausalLM"
+        assert all(
+            apart[name] < (1e-3 if name.endswith("k_proj.bias") else 1e-5) for name in expected
+        ), apart
+    assert (
+        type(AutoModelForCausalLM.from_pretrained(directory / strategy / "weights")).__name__
+        == "Qwen2ForCausalLM"
+    )
 
 
 def test_what_a_rank_holds(two):
@@ -92,7 +97,13 @@ def test_what_each_option_does(two):
     """
     for rank in two[1]:
         freed = {name: rank[f"{name} facts"]["freed"] for name in STRATEGIES}
-        assert freed == {"full": True, "grad_op": False, "none": False, "offload": True, "recompute": True}
+        assert freed == {
+            "full": True,
+            "grad_op": False,
+            "none": False,
+            "offload": True,
+            "recompute": True,
+        }
         runs = {name: rank[f"{name} facts"]["layer_runs"] for name in STRATEGIES}
         backward_passes = 3 * 2  # steps, micro-batches
         assert runs["recompute"] == runs["full"] + backward_passes
@@ -134,7 +145,9 @@ def test_hybrid_sharding_is_two_copies_in_halves(tmp_path, one):
     for rank in torchrun(tmp_path, 4):
         assert_same_training(rank["hybrid"], one[1]["sft"])
         assert 0.47 < rank["hybrid facts"]["share"] < 0.53
-    assert_same_training(go_on_plain(tmp_path / "hybrid" / "latest", tmp_path / "plain"), one[1]["resumed"])
+    assert_same_training(
+        go_on_plain(tmp_path / "hybrid" / "latest", tmp_path / "plain"), one[1]["resumed"]
+    )
 
 
 def go_on_plain(path: Path, directory: Path) -> list[dict]:
@@ -174,7 +187,9 @@ def test_a_sharded_resume_is_exact(two):
     """Goal: N + resume + N steps equal 2N bit for bit, for as many ranks. Red without the optimizer's state."""
     for rank in two[1]:
         at_a_stretch, resumed = rank["exact"]
-        assert [without_times(row) for row in resumed] == [without_times(row) for row in at_a_stretch]
+        assert [without_times(row) for row in resumed] == [
+            without_times(row) for row in at_a_stretch
+        ]
 
 
 def test_sharded_adapters(two, one):
@@ -208,7 +223,9 @@ def test_mixed_precision_keeps_float32_weights_and_state(two, one):
         mixed = rank["mixed"]
         assert mixed["hidden"] == "torch.bfloat16"
         assert mixed["dtypes"] == ["torch.float32"]
-        losses, exact = ([row["loss"] for row in rows] for rows in (mixed["metrics"], one[1]["sft"]))
+        losses, exact = (
+            [row["loss"] for row in rows] for rows in (mixed["metrics"], one[1]["sft"])
+        )
         assert losses == pytest.approx(exact, rel=2e-2)
         assert losses != pytest.approx(exact, rel=1e-6)
 
@@ -224,7 +241,12 @@ def alone():
 def test_without_torchrun_it_is_a_world_of_one(tmp_path, one, alone):
     """Goal: the documented call works as it stands, in one process. Red without a group made for it."""
     backend = FSDPTrainingBackend(
-        model=model_of(0), optimizer_fn=adamw, loss_fn=sft_loss, checkpoint_dir=tmp_path, config=EXACT, device="cpu"
+        model=model_of(0),
+        optimizer_fn=adamw,
+        loss_fn=sft_loss,
+        checkpoint_dir=tmp_path,
+        config=EXACT,
+        device="cpu",
     )
     assert_same_training(anyio.run(sft, backend), one[1]["sft"])
 
@@ -232,8 +254,14 @@ def test_without_torchrun_it_is_a_world_of_one(tmp_path, one, alone):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (partial(FSDPConfig, sharding_strategy="ZERO3"), "sharding_strategy='ZERO3': needs one of 'FULL_SHARD'"),
-        (partial(FSDPConfig, shard_group_size=2), "shard_group_size=2: needs None, since only 'HYBRID_SHARD'"),
+        (
+            partial(FSDPConfig, sharding_strategy="ZERO3"),
+            "sharding_strategy='ZERO3': needs one of 'FULL_SHARD'",
+        ),
+        (
+            partial(FSDPConfig, shard_group_size=2),
+            "shard_group_size=2: needs None, since only 'HYBRID_SHARD'",
+        ),
     ],
 )
 def test_bad_configs_are_named(make, message):
@@ -245,9 +273,21 @@ def test_bad_configs_are_named(make, message):
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        (partial(tiny_model, dtype=torch.bfloat16), {}, "model has parameters in torch.bfloat16: needs float32"),
-        (lambda: SHARED, {"reference": Reference(SHARED, "base", "sha")}, "reference: is the model itself with its"),
-        (tiny_model, {"compute_dtype": "bfloat16"}, "compute_dtype: an option of PyTorchTrainingBackend"),
+        (
+            partial(tiny_model, dtype=torch.bfloat16),
+            {},
+            "model has parameters in torch.bfloat16: needs float32",
+        ),
+        (
+            lambda: SHARED,
+            {"reference": Reference(SHARED, "base", "sha")},
+            "reference: is the model itself with its",
+        ),
+        (
+            tiny_model,
+            {"compute_dtype": "bfloat16"},
+            "compute_dtype: an option of PyTorchTrainingBackend",
+        ),
         (partial(torch.nn.Linear, 2, 2), {}, "Linear does not say which of its modules are layers"),
         (
             tiny_model,
@@ -264,9 +304,17 @@ def test_bad_options_are_named(tmp_path, alone, model, options, message):
 
 @pytest.mark.parametrize(
     ("parameters", "device_gb", "once"),
-    [(10**12, None, True), (1.5e9, 141, True), (1.5e9, 80, False), (0.5e9, 40, True), (7e9, 141, False)],
+    [
+        (10**12, None, True),
+        (1.5e9, 141, True),
+        (1.5e9, 80, False),
+        (0.5e9, 40, True),
+        (7e9, 141, False),
+    ],
 )
-def test_gradients_wait_whole_where_there_is_room(parameters: float, device_gb: float | None, once: bool) -> None:
+def test_gradients_wait_whole_where_there_is_room(
+    parameters: float, device_gb: float | None, once: bool
+) -> None:
     """Goal: one reduction a step costs at most a sixteenth of the card. Red with room taken for granted."""
     device_bytes = None if device_gb is None else int(device_gb * 1e9)
     assert defers_reduction(int(4 * parameters), device_bytes) is once

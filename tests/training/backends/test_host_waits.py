@@ -60,7 +60,11 @@ def waits(function: Any, *arguments: Any) -> list[str]:
 def rl_batches() -> list[dict[str, Any]]:
     batch = rollout_batch(3, 3, seed=1)
     prepared = prepare_grpo_batch(
-        batch, batch.rewards, RLTrainingConfig(num_steps=1, baseline="group_mean"), pad_token_id=PAD, temperature=0.7
+        batch,
+        batch.rewards,
+        RLTrainingConfig(num_steps=1, baseline="group_mean"),
+        pad_token_id=PAD,
+        temperature=0.7,
     )
     return list(split_batch(prepared, rank=0, world_size=1, micro_batch_size=4))
 
@@ -69,7 +73,10 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "sft": (sft_loss, {}),
     "grpo": (partial(policy_loss, loss="grpo", importance="sequence_mask", entropy_coef=0.01), {}),
     "gspo, reference": (partial(policy_loss, loss="gspo", kl_coef=0.1), {"reference": True}),
-    "cispo, sequences": (partial(policy_loss, loss="cispo", aggregation="sequence_mean_token_mean"), {}),
+    "cispo, sequences": (
+        partial(policy_loss, loss="cispo", aggregation="sequence_mean_token_mean"),
+        {},
+    ),
     "bfloat16": (sft_loss, {"compute_dtype": "bfloat16"}),
 }
 
@@ -99,7 +106,9 @@ def test_a_value_head_waits_no_more(tmp_path):
     Red with the head's gradient clipped by itself (error_if_nonfinite reads its norm).
     """
     backend = tiny_backend(
-        tmp_path, loss_fn=partial(policy_loss, loss="ppo", value_coef=0.5), value_head=ValueHead(16, lr=1e-2)
+        tmp_path,
+        loss_fn=partial(policy_loss, loss="ppo", value_coef=0.5),
+        value_head=ValueHead(16, lr=1e-2),
     )
     batches = rl_batches()
     for batch in batches:
@@ -108,9 +117,8 @@ def test_a_value_head_waits_no_more(tmp_path):
     backend._steps.sums.announce(len(batches))
     for batch in batches:
         assert waits(backend._steps.forward_backward, batch) == []
-    backend._trained.value_head.optimizer.step = lambda: (
-        None
-    )  # reads its step counts, which lie on the host on a card too
+    # reads its step counts, which lie on the host on a card too
+    backend._trained.value_head.optimizer.step = lambda: None
     assert waits(backend._steps.optim_step) == ["tolist"]
 
 
@@ -119,7 +127,10 @@ def test_what_counts_as_a_wait():
     mask, values = torch.tensor([True, False]), torch.ones(2)
     assert waits(lambda: values[mask]) == ["index"]
     assert waits(lambda: values.sum().item()) == ["_local_scalar_dense"]
-    assert waits(lambda: (mask.nonzero(), values.masked_select(mask))) == ["nonzero", "masked_select"]
+    assert waits(lambda: (mask.nonzero(), values.masked_select(mask))) == [
+        "nonzero",
+        "masked_select",
+    ]
     assert waits(lambda: bool(mask.any())) == ["_local_scalar_dense"]
     assert waits(values.tolist) == ["tolist"]
     assert waits(values.cpu) == ["cpu"]
@@ -155,4 +166,7 @@ def test_tensors_travel_as_one():
     assert buffer.dtype is torch.uint8 and buffer.ndim == 1
     there = split(buffer.clone(), places)
     assert there.keys() == tensors.keys()
-    assert all(torch.equal(there[key], tensors[key]) and there[key].dtype == tensors[key].dtype for key in tensors)
+    assert all(
+        torch.equal(there[key], tensors[key]) and there[key].dtype == tensors[key].dtype
+        for key in tensors
+    )

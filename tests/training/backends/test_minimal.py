@@ -38,12 +38,16 @@ class FourMethods:
 def test_four_methods_train_as_a_complete_backend_does(tmp_path: pathlib.Path) -> None:
     """Goal: SFT and RL run on the documented protocol alone, with the same losses. Red with `expect` taken for granted,
     and with `extra` handed to a save_checkpoint that takes none."""
-    sft = SFTTrainingConfig(num_steps=3, batch_size=4, log_every=1, checkpoint_every=2, micro_batch_size=2)
+    sft = SFTTrainingConfig(
+        num_steps=3, batch_size=4, log_every=1, checkpoint_every=2, micro_batch_size=2
+    )
     rl = RLTrainingConfig(num_steps=2, baseline="group_mean", micro_batch_size=3)
 
     async def train(backend: Any, for_rl: Any) -> list[float]:
         found = await run_sft_training(backend, sft_samples(8), sft, pad_token_id=PAD)
-        found += await run_rl_training(for_rl, Buffer(), Manager(Buffer()), [], rl, pad_token_id=PAD)
+        found += await run_rl_training(
+            for_rl, Buffer(), Manager(Buffer()), [], rl, pad_token_id=PAD
+        )
         return [row["loss"] for row in found]
 
     own, own_rl = FourMethods(tmp_path / "a"), FourMethods(tmp_path / "b", loss_fn=grpo_loss)
@@ -56,7 +60,10 @@ def test_what_a_backend_lacks_is_named_where_it_is_needed(tmp_path: pathlib.Path
     """Goal: the message has the class, the method and where to read on. Red with a bare getattr."""
     backend = complete(FourMethods(tmp_path))
     assert not backend.has_log_probs and not backend.collective and backend.device.type == "cpu"
-    with pytest.raises(LackingMethodError, match="FourMethods lacks save_weights, which this run needs: see rollouts"):
+    with pytest.raises(
+        LackingMethodError,
+        match="FourMethods lacks save_weights, which this run needs: see rollouts",
+    ):
         anyio.run(backend.save_weights, tmp_path / "weights")
 
 

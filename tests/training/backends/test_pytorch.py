@@ -14,7 +14,15 @@ from rollouts.training.loops.rl_loop import prepare_grpo_batch
 from rollouts.training.loops.train_step import train_step
 from rollouts.training.rl_losses import grpo_loss, ppo_loss, sft_loss
 from rollouts.training.types import RLTrainingConfig
-from tests.training.tiny import PAD, VOCAB, rollout_batch, sft_samples, tiny_backend, tiny_model, tiny_tokenizer
+from tests.training.tiny import (
+    PAD,
+    VOCAB,
+    rollout_batch,
+    sft_samples,
+    tiny_backend,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 ASYNC = pytest.mark.parametrize("runtime", ["asyncio", "trio"])
 
@@ -26,7 +34,9 @@ def sft_batch(count: int = 8, seed: int = 0) -> dict:
 
 def rl_batch(seed: int = 0, **options) -> dict:
     rollouts = rollout_batch(4, 2, seed)
-    return prepare_grpo_batch(rollouts, rollouts.rewards, RLTrainingConfig(num_steps=1, baseline=0.5), **options)
+    return prepare_grpo_batch(
+        rollouts, rollouts.rewards, RLTrainingConfig(num_steps=1, baseline=0.5), **options
+    )
 
 
 @ASYNC
@@ -63,17 +73,26 @@ def test_an_error_surfaces_at_result_and_the_backend_refuses_more(tmp_path, runt
         backend = tiny_backend(tmp_path)
         before = [parameter.clone() for parameter in backend.model.parameters()]
         good = sft_batch()
-        futures = [backend.forward_backward(good), backend.forward_backward({"input_ids": good["input_ids"]})]
+        futures = [
+            backend.forward_backward(good),
+            backend.forward_backward({"input_ids": good["input_ids"]}),
+        ]
         update = backend.optim_step()
         assert (await futures[0].result())["loss"] > 0
-        with pytest.raises(ValueError, match="batch has no labels, loss_mask: needed by the model and sft_loss"):
+        with pytest.raises(
+            ValueError, match="batch has no labels, loss_mask: needed by the model and sft_loss"
+        ):
             await futures[1].result()
-        with pytest.raises(BackendFailedError, match="optim_step refused: forward_backward of this PyTorch") as caught:
+        with pytest.raises(
+            BackendFailedError, match="optim_step refused: forward_backward of this PyTorch"
+        ) as caught:
             await update.result()
         assert isinstance(caught.value.__cause__, ValueError)
         with pytest.raises(BackendFailedError, match="save_checkpoint refused"):
             await backend.save_checkpoint(1, {})
-        assert all(torch.equal(a, b) for a, b in zip(before, backend.model.parameters(), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(before, backend.model.parameters(), strict=True)
+        )
 
     anyio.run(main, backend=runtime)
 
@@ -111,7 +130,10 @@ def test_accumulation_does_not_change_the_step(tmp_path, kind):
     def run(micro_batch_size: int) -> tuple[list[dict], list[torch.Tensor]]:
         loss_fn = {"sft": sft_loss, "grpo": grpo_loss, "ppo": ppo_loss}[kind]
         backend = tiny_backend(tmp_path, loss_fn=loss_fn, dtype=torch.float64, max_grad_norm=0.5)
-        batches = [sft_batch(seed=seed) if kind == "sft" else rl_batch(seed, temperature=0.9) for seed in range(3)]
+        batches = [
+            sft_batch(seed=seed) if kind == "sft" else rl_batch(seed, temperature=0.9)
+            for seed in range(3)
+        ]
 
         async def main():
             return [await train_step(backend, batch, micro_batch_size) for batch in batches]
@@ -134,7 +156,11 @@ def test_the_step_is_plain_torch(tmp_path):
     named = dict(model.named_parameters())
     names = {id(p): name for name, p in backend.model.named_parameters()}
     groups = [
-        {"params": [named[names[id(p)]] for p in g["params"]], "lr": g["lr"], "weight_decay": g["weight_decay"]}
+        {
+            "params": [named[names[id(p)]] for p in g["params"]],
+            "lr": g["lr"],
+            "weight_decay": g["weight_decay"],
+        }
         for g in backend.optimizer.param_groups
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
@@ -201,7 +227,9 @@ def test_lr_schedule_and_clipping_are_applied(tmp_path):
             before = [parameter.clone() for parameter in backend.model.parameters()]
             metrics = await train_step(backend, sft_batch(seed=seed), None)
             rates.append((metrics["lr"], [group["lr"] for group in backend.optimizer.param_groups]))
-        assert all(torch.equal(a, b) for a, b in zip(before, backend.model.parameters(), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(before, backend.model.parameters(), strict=True)
+        )
         return rates
 
     assert anyio.run(main) == [
@@ -220,7 +248,9 @@ def test_a_gradient_that_is_not_finite_is_not_applied(tmp_path):
     backend = tiny_backend(tmp_path, loss_fn=broken, max_grad_norm=1.0)
 
     async def main():
-        with pytest.raises(FloatingPointError, match=r"grad_norm=nan at step 1 \(loss=nan\): not applied"):
+        with pytest.raises(
+            FloatingPointError, match=r"grad_norm=nan at step 1 \(loss=nan\): not applied"
+        ):
             await train_step(backend, sft_batch(), None)
 
     anyio.run(main)
@@ -253,9 +283,13 @@ def test_a_loss_gets_what_its_signature_names(tmp_path):
     batch = rl_batch(temperature=0.7)
     own = anyio.run(loss, own_loss, batch)
     assert seen == {"temperature": 0.7, "extra_weight": 2.0}
-    assert own == pytest.approx(anyio.run(loss, functools.partial(grpo_loss, tokens_global=None), batch), rel=1e-6)
+    assert own == pytest.approx(
+        anyio.run(loss, functools.partial(grpo_loss, tokens_global=None), batch), rel=1e-6
+    )
     del batch["old_log_probs"]
-    with pytest.raises(ValueError, match="batch has no old_log_probs: needed by the model and ppo_loss"):
+    with pytest.raises(
+        ValueError, match="batch has no old_log_probs: needed by the model and ppo_loss"
+    ):
         anyio.run(loss, ppo_loss, batch)
 
 
@@ -263,10 +297,14 @@ def test_bfloat16_compute_keeps_float32_weights_and_state(tmp_path):
     """Goal: fp32 master weights, state and log-probs under autocast (AReaL#1292). Red with the model cast to bf16."""
     rough, exact = tiny_backend(tmp_path, compute_dtype="bfloat16"), tiny_backend(tmp_path)
     seen = {}
-    rough.model.model.layers[0].mlp.register_forward_hook(lambda *hook: seen.update(hidden=hook[2].dtype))
+    rough.model.model.layers[0].mlp.register_forward_hook(
+        lambda *hook: seen.update(hidden=hook[2].dtype)
+    )
 
     async def main():
-        return [(await train_step(backend, sft_batch(), None))["loss"] for backend in (rough, exact)]
+        return [
+            (await train_step(backend, sft_batch(), None))["loss"] for backend in (rough, exact)
+        ]
 
     losses = anyio.run(main)
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
@@ -308,7 +346,9 @@ def test_split_batch_deals_every_row_once_and_trims():
             assert micro["input_ids"].shape == (len(lengths), int(lengths.max()))
             assert len(lengths) <= 2
             assert micro["tokens_global"] == batch["tokens_global"]
-            for ids, mask, length in zip(micro["input_ids"], micro["loss_mask"], lengths, strict=True):
+            for ids, mask, length in zip(
+                micro["input_ids"], micro["loss_mask"], lengths, strict=True
+            ):
                 rows.append((ids[:length].tolist(), mask[:length].tolist()))
     expected = [(s.tokens, s.loss_mask) for s in sft_samples(11)]
     assert sorted(rows) == sorted(expected)
@@ -317,7 +357,9 @@ def test_split_batch_deals_every_row_once_and_trims():
 
 def test_collate_keeps_a_real_token_that_equals_the_padding():
     """Goal: pad == eos masks no real EOS (trl#3091). Red with attention_mask = input_ids != pad_token_id."""
-    batch = collate([[5, PAD], [5, 6, 7, PAD]], [[0.0, 1.0], [0.0, 1.0, 1.0, 1.0]], pad_token_id=PAD)
+    batch = collate(
+        [[5, PAD], [5, 6, 7, PAD]], [[0.0, 1.0], [0.0, 1.0, 1.0, 1.0]], pad_token_id=PAD
+    )
     assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
     assert batch["loss_mask"].tolist() == [[0, 1, 0, 0], [0, 1, 1, 1]]
     assert batch["tokens_global"] == 4
@@ -329,7 +371,11 @@ def test_factory_makes_a_trainable_backend(tmp_path):
     tiny_model(dtype=torch.bfloat16).save_pretrained(directory)
     tiny_tokenizer().save_pretrained(directory)
     backend = create_pytorch_backend(
-        model_name=directory, checkpoint_dir=tmp_path / "sft", device_type="cpu", learning_rate=1e-3, embedding_lr=2e-3
+        model_name=directory,
+        checkpoint_dir=tmp_path / "sft",
+        device_type="cpu",
+        learning_rate=1e-3,
+        embedding_lr=2e-3,
     )
     assert {parameter.dtype for parameter in backend.model.parameters()} == {torch.float32}
     assert [group["lr"] for group in backend.optimizer.param_groups] == [1e-3, 2e-3, 1e-3]
@@ -376,5 +422,7 @@ def test_a_device_that_is_not_there(tmp_path):
     """Goal: the message names what this machine has. Red with torch.device() alone: an error at the first step."""
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
-    with pytest.raises(ValueError, match="device_type='cuda': not usable here; this machine has 'cpu'"):
+    with pytest.raises(
+        ValueError, match="device_type='cuda': not usable here; this machine has 'cpu'"
+    ):
         create_pytorch_backend("anything", tmp_path)

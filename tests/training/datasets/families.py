@@ -11,12 +11,27 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from transformers import PreTrainedTokenizerFast
 
 TEMPLATES = Path(__file__).parent / "templates"
 CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-QWEN_ADDED = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
+QWEN_ADDED = (
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+    "<think>",
+    "</think>",
+)
 MERGES = [("Ċ", "Ċ"), ("Ġ", "Ġ"), ("h", "i"), (":", "Ġ")]
 TOOLS = [
     {
@@ -53,7 +68,8 @@ class Family:
 def _call_json(message: dict[str, Any], key: str = "arguments") -> list[str]:
     functions = [call["function"] for call in message.get("tool_calls", ())]
     return [
-        f'{{"name": "{one["name"]}", "{key}": {json.dumps(one["arguments"], ensure_ascii=False)}}}' for one in functions
+        f'{{"name": "{one["name"]}", "{key}": {json.dumps(one["arguments"], ensure_ascii=False)}}}'
+        for one in functions
     ]
 
 
@@ -89,16 +105,39 @@ def _gemma(message: dict[str, Any]) -> str:
     return message["content"] + "<end_of_turn>"
 
 
-LLAMA = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>")
+LLAMA = (
+    "<|begin_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|end_of_text|>",
+)
 GEMMA = ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>")
-MISTRAL = ("<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]")
+MISTRAL = (
+    "<s>",
+    "</s>",
+    "[INST]",
+    "[/INST]",
+    "[TOOL_CALLS]",
+    "[AVAILABLE_TOOLS]",
+    "[/AVAILABLE_TOOLS]",
+)
 MISTRAL_RESULTS = ("[TOOL_RESULTS]", "[/TOOL_RESULTS]")
 FAMILIES = {
     family.name: family
     for family in (
         Family("qwen2_5", CHATML, "<|im_end|>", _qwen2_5, QWEN_ADDED, tools=True),
         Family("qwen3", CHATML, "<|im_end|>", _qwen3, QWEN_ADDED, tools=True, thinking=True),
-        Family("llama3", LLAMA, "<|eot_id|>", _llama3, bos=LLAMA[0], tools=True, calls_with_text=False, kind="trimmed"),
+        Family(
+            "llama3",
+            LLAMA,
+            "<|eot_id|>",
+            _llama3,
+            bos=LLAMA[0],
+            tools=True,
+            calls_with_text=False,
+            kind="trimmed",
+        ),
         Family("gemma3", GEMMA, "<end_of_turn>", _gemma, bos="<bos>", kind="pieces"),
         Family("gemma2", GEMMA, "<end_of_turn>", _gemma, bos="<bos>", system=False, kind="pieces"),
         Family(
@@ -122,9 +161,17 @@ FAMILIES = {
 def family_tokenizer(name: str) -> Any:
     """The family's template on a tokenizer whose pad token is its end-of-turn token, on purpose (trl#3091)."""
     family = FAMILIES[name]
-    tokenizer = byte_level(family.kind == "trimmed") if family.kind in ("byte", "trimmed") else _pieces(family.kind)
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in family.specials])
-    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in family.added])
+    tokenizer = (
+        byte_level(family.kind == "trimmed")
+        if family.kind in ("byte", "trimmed")
+        else _pieces(family.kind)
+    )
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in family.specials]
+    )
+    tokenizer.add_tokens(
+        [AddedToken(token, special=False, normalized=False) for token in family.added]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=family.bos,
@@ -137,7 +184,9 @@ def family_tokenizer(name: str) -> Any:
 def byte_level(trim_offsets: bool) -> Tokenizer:
     """As GPT-2's, Qwen's, Llama 3's; the last of these leaves white space out of its offsets."""
     tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in MERGES)]
-    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, merges=MERGES))
+    tokenizer = Tokenizer(
+        models.BPE({token: index for index, token in enumerate(tokens)}, merges=MERGES)
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
@@ -146,7 +195,14 @@ def byte_level(trim_offsets: bool) -> Tokenizer:
 
 def _pieces(kind: str) -> Tokenizer:
     """As Gemma's and Mistral's: characters, "▁" for a space, bytes for what has no character."""
-    tokens = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *map(chr, range(33, 127)), "hi", "▁▁"]
+    tokens = [
+        "<unk>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "▁",
+        *map(chr, range(33, 127)),
+        "hi",
+        "▁▁",
+    ]
     tokenizer = Tokenizer(
         models.BPE(
             {token: index for index, token in enumerate(tokens)},
@@ -159,5 +215,7 @@ def _pieces(kind: str) -> Tokenizer:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     else:
         tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     return tokenizer

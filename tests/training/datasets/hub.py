@@ -41,10 +41,18 @@ def write_card(root: Path, configs: Mapping[str, Mapping[str, str]]) -> None:
     (root / "README.md").write_text("\n".join([*lines, "---", "# A data set", ""]))
 
 
-def write_hub_dataset(root: Path, subsets: Mapping[str, Mapping[str, Rows]], shards: int = 1) -> Path:
+def write_hub_dataset(
+    root: Path, subsets: Mapping[str, Mapping[str, Rows]], shards: int = 1
+) -> Path:
     """Parquet under a directory per subset and a card that names them, as openai/gsm8k and allenai/ai2_arc are."""
     for subset, splits in subsets.items():
         for split, rows in splits.items():
             write_parquet(root / subset, split, rows, shards)
-    write_card(root, {subset: {split: f"{subset}/{split}-*" for split in splits} for subset, splits in subsets.items()})
+    write_card(
+        root,
+        {
+            subset: {split: f"{subset}/{split}-*" for split in splits}
+            for subset, splits in subsets.items()
+        },
+    )
     return root

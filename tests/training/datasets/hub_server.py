@@ -37,8 +37,12 @@ def serve_hub(root: Path) -> Iterator[tuple[str, list[str]]]:
             match parts:
                 case ["api", "datasets", owner, name, *rest] if (root / owner / name).is_dir():
                     self._api(root / owner / name, f"{owner}/{name}", rest, body)
-                case ["datasets", owner, name, "resolve", _, *path] if root.joinpath(owner, name, *path).is_file():
-                    self._send(root.joinpath(owner, name, *path).read_bytes(), "application/octet-stream")
+                case ["datasets", owner, name, "resolve", _, *path] if root.joinpath(
+                    owner, name, *path
+                ).is_file():
+                    self._send(
+                        root.joinpath(owner, name, *path).read_bytes(), "application/octet-stream"
+                    )
                 case ["datasets", owner, name, *_] if (root / owner / name).is_dir():
                     self._send(b"", "text/plain", 404, "EntryNotFound")
                 case _:
@@ -49,17 +53,29 @@ def serve_hub(root: Path) -> Iterator[tuple[str, list[str]]]:
             found: Any
             match rest:
                 case [] | ["revision", _]:
-                    siblings = [{"rfilename": entry["path"]} for entry in entries if entry["type"] == "file"]
-                    found = {"id": name, "sha": COMMIT, "private": False, "tags": [], "siblings": siblings}
+                    siblings = [
+                        {"rfilename": entry["path"]} for entry in entries if entry["type"] == "file"
+                    ]
+                    found = {
+                        "id": name,
+                        "sha": COMMIT,
+                        "private": False,
+                        "tags": [],
+                        "siblings": siblings,
+                    }
                 case ["tree", _, *path]:
-                    found = [entry for entry in entries if Path(entry["path"]).parent == Path(*path)]
+                    found = [
+                        entry for entry in entries if Path(entry["path"]).parent == Path(*path)
+                    ]
                 case ["paths-info", _]:
                     found = [entry for entry in entries if entry["path"] in body["paths"]]
                 case _:
                     return self._send(b"", "text/plain", 404, "EntryNotFound")
             self._send(json.dumps(found).encode(), "application/json")
 
-        def _send(self, content: bytes, kind: str, status: int = 200, error: str | None = None) -> None:
+        def _send(
+            self, content: bytes, kind: str, status: int = 200, error: str | None = None
+        ) -> None:
             self.send_response(status)
             if error is not None:
                 self.send_header("X-Error-Code", error)
@@ -89,4 +105,9 @@ def _entry(path: Path, repository: Path) -> dict[str, Any]:
     content = path.read_bytes() if path.is_file() else b""
     oid = hashlib.sha1(str(path).encode() + content).hexdigest()
     kind = "file" if path.is_file() else "directory"
-    return {"type": kind, "path": str(path.relative_to(repository)), "size": len(content), "oid": oid}
+    return {
+        "type": kind,
+        "path": str(path.relative_to(repository)),
+        "size": len(content),
+        "oid": oid,
+    }

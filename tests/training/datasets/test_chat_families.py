@@ -10,8 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollouts.training.datasets.chat import Conversation, render_conversation, render_conversations, render_prompt
-from rollouts.training.datasets.rows import DataError
+from rollouts.data_formats.row import DataError
+from rollouts.training.datasets.chat import (
+    Conversation,
+    render_conversation,
+    render_conversations,
+    render_prompt,
+)
 from rollouts.training.loops.batching import collate
 from tests.training.datasets.families import FAMILIES, TOOLS, Family
 from tests.training.datasets.test_chat import trained_spans
@@ -32,7 +37,9 @@ TOOL_CHAT = [
 ]
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 with_tools = pytest.mark.parametrize(
-    "family", [family for family in FAMILIES.values() if family.tools], ids=lambda family: family.name
+    "family",
+    [family for family in FAMILIES.values() if family.tools],
+    ids=lambda family: family.name,
 )
 
 
@@ -47,7 +54,9 @@ def check(family: Family, messages: list[dict[str, Any]], tools: Any = None) -> 
         spoken = "".join(family.spoken(messages[turn]) for turn in rendering.turns)
         assert "".join(trained_spans(tokenizer, rendering)) == spoken
     turns = [turn for rendering in renderings for turn in rendering.turns]
-    assert turns == [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    assert turns == [
+        index for index, message in enumerate(messages) if message["role"] == "assistant"
+    ]
     return renderings
 
 
@@ -59,7 +68,8 @@ def test_turns_and_their_end_are_trained_and_nothing_else(family: Family) -> Non
     start at 0 (smollm and qwen2_5 then train their default system message).
     """
     renderings = check(family, CHAT)
-    assert len(renderings) == (2 if family.name == "qwen3" else 1)  # it puts an empty thought into the last turn alone
+    # it puts an empty thought into the last turn alone
+    assert len(renderings) == (2 if family.name == "qwen3" else 1)
     if family.name in ("smollm", "qwen2_5"):
         text = family.tokenizer().decode(renderings[0].token_ids)
         assert text.startswith("<|im_start|>system\nYou are a helpful")
@@ -69,12 +79,17 @@ def test_turns_and_their_end_are_trained_and_nothing_else(family: Family) -> Non
 def test_a_system_message_is_rendered_or_refused(family: Family) -> None:
     """Goal: never dropped. Red for gemma2 without the template's refusal turned into a DataError that names the row."""
     if not family.system:
-        with pytest.raises(DataError, match=r"f:1: the chat template refuses .*'system'.*System role not supported"):
+        with pytest.raises(
+            DataError, match=r"f:1: the chat template refuses .*'system'.*System role not supported"
+        ):
             check(family, [SYSTEM, *CHAT])
         return
     renderings = check(family, [SYSTEM, *CHAT])
-    assert all("be brief" in family.tokenizer().decode(rendering.token_ids) for rendering in renderings)
-    assert len(renderings) == (2 if family.name in ("qwen3", "mistral") else 1)  # Mistral's moves to the last question
+    assert all(
+        "be brief" in family.tokenizer().decode(rendering.token_ids) for rendering in renderings
+    )
+    # Mistral's moves to the last question
+    assert len(renderings) == (2 if family.name in ("qwen3", "mistral") else 1)
 
 
 @with_tools
@@ -86,13 +101,19 @@ def test_calls_are_trained_and_results_are_not(family: Family) -> None:
     prompt = render_prompt(family.tokenizer(), {"messages": TOOL_CHAT[:3], "tools": TOOLS})
     ids, mask = renderings[-1].token_ids, renderings[-1].mask
     answer = [ids[i] for i in range(len(prompt), len(ids)) if mask[i]]
-    assert ids[: len(prompt)] == prompt and family.tokenizer().decode(answer) == family.spoken(TOOL_CHAT[3])
+    assert ids[: len(prompt)] == prompt and family.tokenizer().decode(answer) == family.spoken(
+        TOOL_CHAT[3]
+    )
 
 
 @with_tools
 def test_calls_written_as_data_sets_hold_them(family: Family) -> None:
     """Goal: arguments as JSON text render as the plain object does, in OpenAI's form too. Red: JSON in JSON."""
-    stored = {"type": "function", "id": None, "function": {**CALL["function"], "arguments": '{"expression": "6*7"}'}}
+    stored = {
+        "type": "function",
+        "id": None,
+        "function": {**CALL["function"], "arguments": '{"expression": "6*7"}'},
+    }
     bare = {**CALL["function"], "arguments": ' {"expression":"6*7"} '}
     plain = check(family, TOOL_CHAT, TOOLS)
     for call in (stored, {**CALL, "function": bare}):
@@ -104,9 +125,13 @@ def test_calls_written_as_data_sets_hold_them(family: Family) -> None:
 def test_text_that_a_template_drops_beside_a_call_is_an_error(name: str) -> None:
     """Goal: these templates write the call alone; the text is not lost in silence. Red without the check."""
     messages = [TOOL_CHAT[0], {**TOOL_CHAT[1], "content": "Let me see"}]
-    with pytest.raises(DataError, match=r"f:1: messages\[1\]: the chat template leaves out content: .*Let me see"):
+    with pytest.raises(
+        DataError, match=r"f:1: messages\[1\]: the chat template leaves out content: .*Let me see"
+    ):
         render_conversation(FAMILIES[name].tokenizer(), messages, "f:1", tools=TOOLS)
-    with pytest.raises(DataError, match="leaves out the tool 'calculator': it does not support tools"):
+    with pytest.raises(
+        DataError, match="leaves out the tool 'calculator': it does not support tools"
+    ):
         render_conversation(FAMILIES["gemma3"].tokenizer(), CHAT, "f:1", tools=TOOLS)
 
 
@@ -115,12 +140,21 @@ def test_thinking_that_later_turns_strip_is_trained_where_it_was_spoken() -> Non
 
     Red with one rendering a conversation: the first answer was trained without its thought.
     """
-    thoughts = [CHAT[0], {**CHAT[1], "reasoning_content": "greet"}, CHAT[2], {**CHAT[3], "reasoning_content": "leave"}]
+    thoughts = [
+        CHAT[0],
+        {**CHAT[1], "reasoning_content": "greet"},
+        CHAT[2],
+        {**CHAT[3], "reasoning_content": "leave"},
+    ]
     for name in ("qwen3", "marked_thinking"):
         first, second = check(FAMILIES[name], thoughts)
         decode = FAMILIES[name].tokenizer().decode
         assert "greet" in decode(first.token_ids) and "greet" not in decode(second.token_ids)
-    inline = [CHAT[0], {"role": "assistant", "content": "<think>\ngreet\n</think>\n\nyo"}, *CHAT[2:]]
+    inline = [
+        CHAT[0],
+        {"role": "assistant", "content": "<think>\ngreet\n</think>\n\nyo"},
+        *CHAT[2:],
+    ]
     tokenizer = FAMILIES["qwen3"].tokenizer()
     renderings = render_conversation(tokenizer, inline, "f:1")
     assert trained_spans(tokenizer, renderings[0]) == ["<think>\ngreet\n</think>\n\nyo<|im_end|>"]
@@ -143,10 +177,16 @@ def test_padding_with_the_end_of_turn_token_masks_no_end(family: Family) -> None
     tokenizer = family.tokenizer()
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     long, short = (render_conversation(tokenizer, CHAT[:n], "f:1")[-1] for n in (4, 2))
-    batch = collate([long.token_ids, short.token_ids], [long.mask, short.mask], pad_token_id=tokenizer.pad_token_id)
+    batch = collate(
+        [long.token_ids, short.token_ids],
+        [long.mask, short.mask],
+        pad_token_id=tokenizer.pad_token_id,
+    )
     real = len(short.token_ids)
     assert batch["attention_mask"][1].tolist() == [1] * real + [0] * (len(long.token_ids) - real)
-    ends = [i for i in range(real) if short.token_ids[i] == tokenizer.eos_token_id and short.mask[i]]
+    ends = [
+        i for i in range(real) if short.token_ids[i] == tokenizer.eos_token_id and short.mask[i]
+    ]
     assert len(ends) == 1 and all(batch["loss_mask"][1, i] == 1 for i in ends)
 
 
@@ -156,14 +196,28 @@ WORDS = st.text(st.sampled_from("abhi :\n'\"é🙂{"), max_size=12).map(lambda t
 @st.composite
 def conversations(draw: st.DrawFn, family: Family) -> tuple[list[dict[str, Any]], Any]:
     """What this family's template can render: system message, exchanges, calls, thoughts, a question at the end."""
-    messages = [{"role": "system", "content": draw(WORDS)}] if family.system and draw(st.booleans()) else []
+    messages = (
+        [{"role": "system", "content": draw(WORDS)}]
+        if family.system and draw(st.booleans())
+        else []
+    )
     uses_tools = family.tools and draw(st.booleans())
     for _ in range(draw(st.integers(1, 4))):
         messages.append({"role": "user", "content": draw(WORDS)})
         for _ in range(draw(st.integers(0, 2)) if uses_tools else 0):
-            call = {"type": "function", "function": {"name": "calculator", "arguments": {"expression": draw(WORDS)}}}
+            call = {
+                "type": "function",
+                "function": {"name": "calculator", "arguments": {"expression": draw(WORDS)}},
+            }
             text = draw(WORDS) if family.calls_with_text and draw(st.booleans()) else ""
-            messages.append({"role": "assistant", "content": text, "tool_calls": [call], **draw(thoughts(family))})
+            messages.append(
+                {
+                    "role": "assistant",
+                    "content": text,
+                    "tool_calls": [call],
+                    **draw(thoughts(family)),
+                }
+            )
             messages.append({"role": "tool", "content": draw(WORDS)})
         messages.append({"role": "assistant", "content": draw(WORDS), **draw(thoughts(family))})
     if draw(st.booleans()):
@@ -187,10 +241,13 @@ def test_random_conversations(family: Family, data: st.DataObject) -> None:
     `startswith` on the whole conversation alone (mistral with tools, qwen3).
     """
     messages, tools = data.draw(conversations(family))
-    if messages[-1]["role"] == "user":  # the last rendering may then end before it: `check` knows whole ones
+    # the last rendering may then end before it: `check` knows whole ones
+    if messages[-1]["role"] == "user":
         with_end = render_conversation(family.tokenizer(), messages, "f:1", tools=tools)
         turns = [turn for rendering in with_end for turn in rendering.turns]
-        assert turns == [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        assert turns == [
+            index for index, message in enumerate(messages) if message["role"] == "assistant"
+        ]
         messages = messages[:-1]
     check(family, messages, tools)
 
@@ -199,5 +256,9 @@ def test_many_at_once_are_the_same_as_one_by_one() -> None:
     """Goal: one call changes nothing, and rows keep their order. Red with pieces dealt out wrongly."""
     family = FAMILIES["qwen3"]
     rows = [CHAT, TOOL_CHAT, CHAT[:2], [SYSTEM, *CHAT], CHAT[:1]]
-    together = render_conversations(family.tokenizer(), [Conversation(row, "f:1", TOOLS) for row in rows])
-    assert together == [render_conversation(family.tokenizer(), row, "f:1", tools=TOOLS) for row in rows]
+    together = render_conversations(
+        family.tokenizer(), [Conversation(row, "f:1", TOOLS) for row in rows]
+    )
+    assert together == [
+        render_conversation(family.tokenizer(), row, "f:1", tools=TOOLS) for row in rows
+    ]

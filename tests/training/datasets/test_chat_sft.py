@@ -2,14 +2,20 @@
 
 import pytest
 
+from rollouts.data_formats import parse_row
+from rollouts.data_formats.examples import Example
+from rollouts.data_formats.row import DataError, Row
 from rollouts.training.datasets import sft
-from rollouts.training.datasets.formats import Example, parse_row
-from rollouts.training.datasets.rows import DataError, Row
 from rollouts.training.datasets.sft import build_sft_samples
 from tests.training.datasets.families import FAMILIES, TOOLS
 from tests.training.datasets.test_chat_families import CHAT, TOOL_CHAT
 
-THOUGHTS = [CHAT[0], {**CHAT[1], "reasoning_content": "greet"}, CHAT[2], {**CHAT[3], "reasoning_content": "leave"}]
+THOUGHTS = [
+    CHAT[0],
+    {**CHAT[1], "reasoning_content": "greet"},
+    CHAT[2],
+    {**CHAT[3], "reasoning_content": "leave"},
+]
 
 
 def example(messages: list[dict], number: int = 1, **columns: object) -> Example:
@@ -22,14 +28,18 @@ def test_a_split_conversation_gives_a_sample_a_turn_and_is_reported() -> None:
     Red with the first rendering alone kept, and with `split` not counted.
     """
     tokenizer = FAMILIES["qwen3"].tokenizer()
-    samples, report = build_sft_samples([example(THOUGHTS), example(CHAT[:2], 2)], tokenizer, max_length=-1)
+    samples, report = build_sft_samples(
+        [example(THOUGHTS), example(CHAT[:2], 2)], tokenizer, max_length=-1
+    )
     assert [sample.metadata for sample in samples] == [
         {"where": "f.jsonl:1", "turns": [1]},
         {"where": "f.jsonl:1", "turns": [3]},
         {"where": "f.jsonl:2", "turns": [1]},
     ]
     trained = [
-        tokenizer.decode([token for token, mask in zip(one.tokens, one.loss_mask, strict=True) if mask])
+        tokenizer.decode(
+            [token for token, mask in zip(one.tokens, one.loss_mask, strict=True) if mask]
+        )
         for one in samples
     ]
     assert trained == [
@@ -48,7 +58,9 @@ def test_a_piece_that_is_too_long_leaves_the_others() -> None:
     """Goal: the limit counts what is trained on, a sample; the rest is named. Red with the example left out whole."""
     tokenizer = FAMILIES["qwen3"].tokenizer()
     whole, _ = build_sft_samples([example(THOUGHTS)], tokenizer, max_length=-1)
-    samples, report = build_sft_samples([example(THOUGHTS)], tokenizer, max_length=len(whole[0].tokens))
+    samples, report = build_sft_samples(
+        [example(THOUGHTS)], tokenizer, max_length=len(whole[0].tokens)
+    )
     assert samples == whole[:1]
     assert list(report.left_out.values()) == [1] and report.kept == 1
     with pytest.raises(DataError, match="no example is left to train on: 0 examples"):
@@ -65,6 +77,16 @@ def test_tools_come_from_the_rows_column() -> None:
 def test_more_rows_than_are_rendered_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Goal: all rows, in order, and read lazily. Red when the last, smaller chunk was dropped."""
     monkeypatch.setattr(sft, "EXAMPLES_PER_CALL", 3)
-    rows = [example([CHAT[0], {"role": "assistant", "content": "x" * (n + 1)}], n) for n in range(7)]
+    rows = [
+        example([CHAT[0], {"role": "assistant", "content": "x" * (n + 1)}], n) for n in range(7)
+    ]
     samples, report = build_sft_samples(iter(rows), FAMILIES["smollm"].tokenizer(), max_length=-1)
-    assert [len(sample.response) for sample in samples] == [1, 2, 3, 4, 5, 6, 7] and report.kept == 7
+    assert [len(sample.response) for sample in samples] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        7,
+    ] and report.kept == 7

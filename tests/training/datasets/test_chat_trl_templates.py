@@ -9,8 +9,8 @@ import pytest
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
+from rollouts.data_formats.row import DataError
 from rollouts.training.datasets.chat import render_conversation
-from rollouts.training.datasets.rows import DataError
 from tests.training.datasets.families import byte_level
 from tests.training.datasets.test_chat import trained_spans
 from tests.training.datasets.test_chat_families import CHAT, TOOL_CHAT, TOOLS
@@ -25,14 +25,21 @@ TEMPLATES = [
     if not IMAGES.match(path.name)
 ]
 TOKEN = re.compile(r"<\|[^|<>{}\s']+\|>|<\|?[a-z_]+\|?>|</[a-z_]+>|<｜[^｜]+｜>|\[/?[A-Z_]+\]")
-THOUGHTS = [CHAT[0], {**CHAT[1], "reasoning_content": "greet"}, CHAT[2], {**CHAT[3], "reasoning_content": "leave"}]
+THOUGHTS = [
+    CHAT[0],
+    {**CHAT[1], "reasoning_content": "greet"},
+    CHAT[2],
+    {**CHAT[3], "reasoning_content": "leave"},
+]
 
 
 def tokenizer_for(template: str) -> Any:
     """One token for everything in the template that looks like a special token."""
     tokens = sorted(set(TOKEN.findall(template)))
     tokenizer = byte_level(trim_offsets=False)
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in tokens]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|eos|>", chat_template=template
     )
@@ -52,13 +59,12 @@ def test_each_turn_is_trained_once_and_all_of_it_or_refused(path: Path) -> None:
         try:
             renderings = render_conversation(tokenizer, messages, "f:1", tools=tools)
         except DataError as error:
-            assert messages is not CHAT or (path.stem == "glm4moe" and "without a special token" in str(error))
+            assert messages is not CHAT or (
+                path.stem == "glm4moe" and "without a special token" in str(error)
+            )
             continue
-        headers = (
-            "<|im_start|>",
-            "<｜Assistant｜>",
-            *(["\n"] if "glm" not in path.stem else []),
-        )  # GLM's has no line break
+        # GLM's has no line break
+        headers = "<|im_start|>", "<｜Assistant｜>", *(["\n"] if "glm" not in path.stem else [])
         turns = [turn for rendering in renderings for turn in rendering.turns]
         assert turns == [1, 3]
         for rendering in renderings:
@@ -70,10 +76,14 @@ def test_each_turn_is_trained_once_and_all_of_it_or_refused(path: Path) -> None:
                 for part in filter(None, parts):
                     assert (part in text) == (index in rendering.turns), (part, spans)
             assert len(spans) >= len(rendering.turns) and not text.startswith(headers)
-            specials = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+            specials = {
+                index for index, token in tokenizer.added_tokens_decoder.items() if token.special
+            }
             assert all(rendering.token_ids[end] in specials for end in ends(rendering.mask))
             last = rendering.turns[-1] + 1 if rendering is not renderings[-1] else len(messages)
-            assert rendering.token_ids == tokenizer.apply_chat_template(messages[:last], tools=tools, return_dict=False)
+            assert rendering.token_ids == tokenizer.apply_chat_template(
+                messages[:last], tools=tools, return_dict=False
+            )
 
 
 def ends(mask: list[float]) -> list[int]:

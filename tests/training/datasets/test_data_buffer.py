@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rollouts.data_formats.row import DataError
 from rollouts.training.datasets.data_buffer import DataBuffer
-from rollouts.training.datasets.rows import DataError
 
 PROMPTS = [f"prompt {index}" for index in range(7)]
 
@@ -62,7 +62,8 @@ def test_a_state_of_another_seed_is_refused() -> None:
     state = DataBuffer(PROMPTS, seed=1).save_state()
     buffer = DataBuffer(PROMPTS, seed=2)
     with pytest.raises(
-        DataError, match=r"saved with seed 1, this buffer was given seed 2.* Fix: the seed that the run"
+        DataError,
+        match=r"saved with seed 1, this buffer was given seed 2.* Fix: the seed that the run",
     ):
         buffer.load_state(state)
     assert buffer.get_prompts(7) == DataBuffer(PROMPTS, seed=2).get_prompts(7)
@@ -74,12 +75,17 @@ def test_batch_sizes_do_not_matter() -> None:
     assert one.get_prompts(50) == [prompt for _ in range(10) for prompt in many.get_prompts(5)]
 
 
-ROWS = st.one_of(st.text(max_size=3), st.fixed_dictionaries({"messages": st.lists(st.text(max_size=2), max_size=2)}))
+ROWS = st.one_of(
+    st.text(max_size=3),
+    st.fixed_dictionaries({"messages": st.lists(st.text(max_size=2), max_size=2)}),
+)
 
 
 @settings(max_examples=60)
 @given(prompts=st.lists(ROWS, min_size=1, max_size=5), data=st.data())
-def test_a_swapped_edited_or_reordered_data_set_is_noticed(prompts: list, data: st.DataObject) -> None:
+def test_a_swapped_edited_or_reordered_data_set_is_noticed(
+    prompts: list, data: st.DataObject
+) -> None:
     """Goal: NeMo-RL#2519, for any two data sets. Red with a fingerprint of the length alone, or of sorted prompts.
 
     Red too when prompts were joined without a separator: ["a", "b"] and ["ab"] were the same.
@@ -107,7 +113,9 @@ def test_a_state_that_cannot_be_is_refused(change: dict[str, int]) -> None:
     with pytest.raises(DataError, match="outside of 7 prompts"):
         buffer.load_state({**buffer.save_state(), **change})
     with pytest.raises(DataError, match=r"lacks \['epoch'\]"):
-        buffer.load_state({key: value for key, value in buffer.save_state().items() if key != "epoch"})
+        buffer.load_state(
+            {key: value for key, value in buffer.save_state().items() if key != "epoch"}
+        )
 
 
 def test_no_prompts_is_an_error() -> None:

@@ -11,8 +11,9 @@ from typing import Any
 import datasets
 import pytest
 
+from rollouts.data_formats.row import DataError
 from rollouts.training.datasets.chat_template import ChatTemplate
-from rollouts.training.datasets.rows import DataError, read_rows
+from rollouts.training.datasets.rows import read_rows
 
 
 class Touch:
@@ -41,7 +42,9 @@ def shard(kind: str) -> Any:
 
 
 @pytest.mark.parametrize("make", [script, *map(shard, ("pyd", "pickle", "pkl", "pth", "npy"))])
-def test_a_data_set_runs_nothing(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_set_runs_nothing(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Goal: neither a script nor a pickle beside the rows is run. Red with torch.load of a shard's .pth made
     weights_only=False in `datasets`."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -66,14 +69,20 @@ def test_a_data_set_runs_nothing(make: Any, tmp_path: Path, monkeypatch: pytest.
         "{% for message in messages %}{{ message.clear() }}{% endfor %}",
     ],
 )
-def test_a_chat_template_runs_nothing(template: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chat_template_runs_nothing(
+    template: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Goal: a template of somebody else's checkpoint reaches neither Python's own objects nor the rows. Red with a
     plain jinja2.Environment: it listed the classes of this process, and made the directory."""
     monkeypatch.chdir(tmp_path)
-    tokenizer = SimpleNamespace(get_chat_template=lambda tools: template, special_tokens_map={}, name_or_path="evil")
+    tokenizer = SimpleNamespace(
+        get_chat_template=lambda tools: template, special_tokens_map={}, name_or_path="evil"
+    )
     messages = [{"role": "user", "content": "hello"}]
     try:
-        (text,) = (found.text for found in ChatTemplate(tokenizer, None, "row 0").render([messages]))
+        (text,) = (
+            found.text for found in ChatTemplate(tokenizer, None, "row 0").render([messages])
+        )
     except DataError as error:
         text = str(error)
     assert "<class" not in text and "'os'" not in text and list(tmp_path.iterdir()) == []

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from rollouts import training
+from rollouts.data_formats.row import DataError
 from rollouts.training.datasets.dataset_loaders import (
     DatasetEntry,
     load_prompt_mixture,
@@ -19,7 +20,6 @@ from rollouts.training.datasets.dataset_loaders import (
     load_sft_dataset,
     load_sft_mixture,
 )
-from rollouts.training.datasets.rows import DataError
 from tests.example_config import example_config
 from tests.training.datasets.hub import write_hub_dataset
 from tests.training.tiny_task import tiny_tokenizer
@@ -58,21 +58,34 @@ def test_a_file_a_directory_and_a_hub_layout_read_alike(tmp_path: Path, tokenize
     write(directory / "train.jsonl", rows)
     write(directory / "test.jsonl", rows[:1])
     tokens = [
-        [sample.tokens for sample in load_sft_dataset(name, tokenizer=tokenizer)] for name in (file, str(directory))
+        [sample.tokens for sample in load_sft_dataset(name, tokenizer=tokenizer)]
+        for name in (file, str(directory))
     ]
     assert tokens[0] == tokens[1] and len(tokens[0]) == 5
 
 
-def test_the_library_pages_call(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_library_pages_call(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Goal: what users write, as they write it; the directory stands in for the hub's. Red with `subset` dropped."""
     rows = [{"question": f"q{n}", "answer": f"It is {n}. #### {n}"} for n in range(1100)]
-    write_hub_dataset(tmp_path / "gsm8k", {"main": {"train": rows}, "socratic": {"train": rows[:1]}})
+    write_hub_dataset(
+        tmp_path / "gsm8k", {"main": {"train": rows}, "socratic": {"train": rows[:1]}}
+    )
     monkeypatch.chdir(tmp_path)
     samples = training.load_sft_dataset(
-        "gsm8k", tokenizer=tokenizer, split="train", subset="main", max_samples=1000, max_length=2048
+        "gsm8k",
+        tokenizer=tokenizer,
+        split="train",
+        subset="main",
+        max_samples=1000,
+        max_length=2048,
     )
     assert len(samples) == 1000 and samples[999].prompt["answer"] == "999"
-    assert tokenizer.decode(samples[7].tokens) == "<|user|>q7<|end|><|assistant|>It is 7. #### 7<|end|>"
+    assert (
+        tokenizer.decode(samples[7].tokens)
+        == "<|user|>q7<|end|><|assistant|>It is 7. #### 7<|end|>"
+    )
 
 
 def test_what_is_left_out_is_counted_by_reason_and_logged(
@@ -83,12 +96,20 @@ def test_what_is_left_out_is_counted_by_reason_and_logged(
     long = {"role": "assistant", "content": "y" * 50}
     path = write(
         tmp_path / "a.jsonl",
-        [{"messages": [user, assistant]}, {"messages": [user, long]}, {"messages": [user]}, {"messages": [user, long]}],
+        [
+            {"messages": [user, assistant]},
+            {"messages": [user, long]},
+            {"messages": [user]},
+            {"messages": [user, long]},
+        ],
     )
     spec = DatasetEntry(path, "messages")
     samples, report = load_sft_mixture([spec], tokenizer=tokenizer, max_length=20, seed=0)
     assert len(samples) == report.kept == 1
-    assert report.left_out == {"longer than max_length=20 tokens": 2, "no trained token (no assistant turn)": 1}
+    assert report.left_out == {
+        "longer than max_length=20 tokens": 2,
+        "no trained token (no assistant turn)": 1,
+    }
     assert report.trained_tokens == 3 and report.total_tokens == 8
     assert f"{path}:3" in str(report)
     with caplog.at_level(logging.WARNING):
@@ -100,7 +121,9 @@ def test_an_example_of_exactly_max_length_stays(tmp_path: Path, tokenizer: Any) 
     """Goal: the limit is inclusive. Red with >=."""
     path = write(tmp_path / "a.jsonl", [{"question": "abc", "answer": "cba"}])  # 10 tokens
     assert len(load_sft_dataset(path, tokenizer=tokenizer, max_length=10)) == 1
-    with pytest.raises(DataError, match=r"no example is left to train on: .*left out 1: longer than max_length=9"):
+    with pytest.raises(
+        DataError, match=r"no example is left to train on: .*left out 1: longer than max_length=9"
+    ):
         load_sft_dataset(path, tokenizer=tokenizer, max_length=9)
 
 
@@ -108,7 +131,12 @@ def test_a_mixture_is_one_seeded_shuffle_with_repeats(tmp_path: Path) -> None:
     """Goal: every row `repeat` times, the first max_samples rows only, order by the seed alone. Red without repeat."""
     spec = example_config().data.sft_mixture[0]
     specs = [
-        replace(spec, name=questions(tmp_path / f"{tag}.jsonl", tag, 10), max_samples=count, repeat=repeat)
+        replace(
+            spec,
+            name=questions(tmp_path / f"{tag}.jsonl", tag, 10),
+            max_samples=count,
+            repeat=repeat,
+        )
         for tag, count, repeat in (("a", 4, 2), ("b", -1, 1))
     ]
     texts = [row["messages"][0]["content"] for row in load_prompt_mixture(specs, seed=7)]
@@ -118,7 +146,9 @@ def test_a_mixture_is_one_seeded_shuffle_with_repeats(tmp_path: Path) -> None:
     assert texts != sorted(texts)
 
 
-def test_sft_and_prompts_of_a_mixture_come_in_the_same_order(tmp_path: Path, tokenizer: Any) -> None:
+def test_sft_and_prompts_of_a_mixture_come_in_the_same_order(
+    tmp_path: Path, tokenizer: Any
+) -> None:
     """Goal: one shuffle, whatever is made of the rows. Red when SFT shuffled after tokenizing, by another stream."""
     spec = DatasetEntry(questions(tmp_path / "a.jsonl", "a", 12), "question_answer")
     samples, _ = load_sft_mixture([spec], tokenizer=tokenizer, max_length=64, seed=3)
@@ -145,7 +175,9 @@ def test_each_field_of_a_spec_chooses_rows(
     rows = [{"question": f"q{n}", "answer": "a"} for n in range(8)]
     subsets = {"main": {"train": rows[:6], "test": rows[6:7]}, "other": {"train": rows[7:]}}
     root = write_hub_dataset(tmp_path / "set", subsets)
-    spec = replace(example_config().data.sft_mixture[0], name=str(root), **{"subset": "main", field: value})
+    spec = replace(
+        example_config().data.sft_mixture[0], name=str(root), **{"subset": "main", field: value}
+    )
     for chosen in (spec, replace(spec, streaming=True)):
         samples, _ = load_sft_mixture([chosen], tokenizer=tokenizer, max_length=64, seed=None)
         found = [int(sample.prompt["messages"][0]["content"][1:]) for sample in samples]
@@ -155,10 +187,14 @@ def test_each_field_of_a_spec_chooses_rows(
 
 def test_streaming_makes_no_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Goal: a set too large for the disk can be read. Red when `streaming` of the spec was not handed on."""
-    root = write_hub_dataset(tmp_path / "set", {"main": {"train": [{"question": "q", "answer": "a"}]}})
+    root = write_hub_dataset(
+        tmp_path / "set", {"main": {"train": [{"question": "q", "answer": "a"}]}}
+    )
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     for streaming in (True, False):
-        load_prompt_mixture([DatasetEntry(str(root), None, subset="main", streaming=streaming)], seed=0)
+        load_prompt_mixture(
+            [DatasetEntry(str(root), None, subset="main", streaming=streaming)], seed=0
+        )
         assert bool(list(tmp_path.rglob("*.arrow"))) is not streaming
 
 
@@ -179,10 +215,14 @@ def test_custom_json_has_an_array_on_each_line(tmp_path: Path, tokenizer: Any) -
     samples = load_sft_dataset(str(path), tokenizer=tokenizer, format="custom_json")
     assert [sample.prompt["messages"] for sample in samples] == [turns[:1], [*turns, turns[0]]]
     assert load_prompts_from_jsonl(path, "custom_json") == [sample.prompt for sample in samples]
-    with pytest.raises(DataError, match=r"identity\.jsonl:1: needs one JSON object per line, found list"):
+    with pytest.raises(
+        DataError, match=r"identity\.jsonl:1: needs one JSON object per line, found list"
+    ):
         load_sft_dataset(str(path), tokenizer=tokenizer)
     write(path, [{"messages": turns}])
-    with pytest.raises(DataError, match=r"identity\.jsonl:1: needs one JSON array of messages per line, found dict"):
+    with pytest.raises(
+        DataError, match=r"identity\.jsonl:1: needs one JSON array of messages per line, found dict"
+    ):
         load_sft_dataset(str(path), tokenizer=tokenizer, format="custom_json")
 
 
@@ -233,7 +273,10 @@ def test_prompts_from_jsonl(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("row", "message"),
-    [({"prompt": " "}, ":1: prompt=' '; needs a string"), ({"text": "x"}, ":1: plain text has no prompt")],
+    [
+        ({"prompt": " "}, ":1: prompt=' '; needs a string"),
+        ({"text": "x"}, ":1: plain text has no prompt"),
+    ],
 )
 def test_a_bad_prompt_is_named(tmp_path: Path, row: dict[str, Any], message: str) -> None:
     """Goal: file, line, value, need. Red when an empty prompt was taken."""

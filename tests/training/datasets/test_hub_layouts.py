@@ -6,8 +6,9 @@ from typing import Any
 import datasets
 import pytest
 
+from rollouts.data_formats.row import DataError
 from rollouts.training.datasets import rows as rows_module
-from rollouts.training.datasets.rows import DataError, read_rows
+from rollouts.training.datasets.rows import read_rows
 from rollouts.training.datasets.selection import Selection
 from tests.training.datasets.hub import write_card, write_hub_dataset, write_jsonl, write_parquet
 
@@ -22,7 +23,9 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    return write_hub_dataset(tmp_path / "gsm", {"main": {"train": TRAIN, "test": TEST}, "socratic": {"train": TEST}}, 2)
+    return write_hub_dataset(
+        tmp_path / "gsm", {"main": {"train": TRAIN, "test": TEST}, "socratic": {"train": TEST}}, 2
+    )
 
 
 def questions(*args: Any, **options: Any) -> list[str]:
@@ -35,7 +38,10 @@ def test_parquet_shards_by_subset_and_split(root: Path, streaming: bool) -> None
     rows = read_rows(str(root), subset="main", streaming=streaming)
     assert [row.values for row in rows] == TRAIN
     shard = root / "main" / "train-00001-of-00002.parquet"
-    assert [rows[3].where, rows[4].where] == [f"{str(shard).replace('00001-of', '00000-of')} row 3", f"{shard} row 0"]
+    assert [rows[3].where, rows[4].where] == [
+        f"{str(shard).replace('00001-of', '00000-of')} row 3",
+        f"{shard} row 0",
+    ]
     assert questions(str(root), subset="main", split="test", streaming=streaming) == ["held out"]
     assert questions(str(root), subset="socratic", streaming=streaming) == ["held out"]
 
@@ -56,7 +62,10 @@ def test_several_jsonl_files_of_a_split(tmp_path: Path) -> None:
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
     first = [{"messages": [{"role": "user", "content": "hi"}], "day": "2020-01-01"}]
     second = [{"messages": [call], "day": "2020-01-02"}]
-    files = [write_jsonl(tmp_path / "set" / "parts" / f"{n}.jsonl", rows) for n, rows in enumerate((first, second))]
+    files = [
+        write_jsonl(tmp_path / "set" / "parts" / f"{n}.jsonl", rows)
+        for n, rows in enumerate((first, second))
+    ]
     write_card(tmp_path / "set", {"default": {"train": "parts/*.jsonl"}})
     rows = read_rows(str(tmp_path / "set"))
     assert [row.values for row in rows] == [*first, *second]
@@ -68,7 +77,9 @@ def test_a_card_that_declares_features(tmp_path: Path, streaming: bool) -> None:
     """Goal: ai2_arc's card declares `choices` as a sequence of a struct; a row has it as lists. Red when a row came as
     a list of pairs."""
     choices = {"text": ["a", "b"], "label": ["A", "B"]}
-    root = write_hub_dataset(tmp_path / "arc", {"ARC-Easy": {"train": [{"choices": choices, "answerKey": "A"}]}})
+    root = write_hub_dataset(
+        tmp_path / "arc", {"ARC-Easy": {"train": [{"choices": choices, "answerKey": "A"}]}}
+    )
     card = (root / "README.md").read_text().removeprefix("---\n")
     struct = "".join(f"    - name: {name}\n      dtype: string\n" for name in choices)
     declared = f"  - name: choices\n    sequence:\n{struct}  - name: answerKey\n    dtype: string\n"
@@ -116,7 +127,9 @@ def test_streaming_pulls_only_what_is_needed(root: Path, monkeypatch: pytest.Mon
 def test_a_streamed_shuffle_is_seeded(root: Path) -> None:
     """Goal: the same seed, the same rows, whatever their order on disk. Red without the seed handed on."""
     first = questions(str(root), subset="main", streaming=True, selection=Selection(shuffle_seed=5))
-    assert first == questions(str(root), subset="main", streaming=True, selection=Selection(shuffle_seed=5))
+    assert first == questions(
+        str(root), subset="main", streaming=True, selection=Selection(shuffle_seed=5)
+    )
     assert sorted(first) == [row["question"] for row in TRAIN] != first
 
 
@@ -133,7 +146,9 @@ def test_a_broken_file_of_another_kind_keeps_the_cause(tmp_path: Path) -> None:
     """Goal: what `datasets` found, not only that it failed. Red with str(error) alone."""
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.json").write_text('[{"question": "x"}, {"question": ')
-    with pytest.raises(DataError, match=r"cannot read split 'train'.*Expected object or value at position 32"):
+    with pytest.raises(
+        DataError, match=r"cannot read split 'train'.*Expected object or value at position 32"
+    ):
         read_rows(str(tmp_path / "set"))
 
 

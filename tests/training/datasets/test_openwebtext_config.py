@@ -30,7 +30,9 @@ def test_training_and_held_out_documents_are_one_stream_cut_in_two(
     assert [len(own) for own in texts] == [10, 50] and not texts[0] & texts[1]
     assert not list(tmp_path.rglob("*.arrow"))
 
-    samples, report = load_sft_mixture([trained], tokenizer=tiny_tokenizer(), max_length=64, seed=data.shuffle_seed)
+    samples, report = load_sft_mixture(
+        [trained], tokenizer=tiny_tokenizer(), max_length=64, seed=data.shuffle_seed
+    )
     assert report.left_out == {} and report.texts_split > 10 and report.kept == len(samples) > 100
     assert all(len(sample.tokens) <= 64 and not sample.loss_mask[0] for sample in samples)
     assert report.trained_tokens == report.total_tokens - len(samples)

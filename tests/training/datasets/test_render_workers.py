@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from rollouts.data_formats.examples import Example
+from rollouts.data_formats.row import DataError
 from rollouts.training.datasets import dataset_loaders, sft
-from rollouts.training.datasets.examples import Example
 from rollouts.training.datasets.render_workers import CHUNKS_PER_WORKER
-from rollouts.training.datasets.rows import DataError
 from rollouts.training.datasets.sft import build_sft_samples
 from rollouts.worker.builders.data import _spare_cores
 from tests.training.datasets.families import FAMILIES
@@ -20,7 +20,8 @@ from tests.training.datasets.test_chat_sft import example
 def rows(count: int, broken: int = -1) -> list[Example]:
     ask = [{"role": "user", "content": "count"}, {"role": "system", "content": "no"}]
     return [
-        example([ask[n == broken], *CHAT[1:], {"role": "assistant", "content": "x" * (n + 1)}], n) for n in range(count)
+        example([ask[n == broken], *CHAT[1:], {"role": "assistant", "content": "x" * (n + 1)}], n)
+        for n in range(count)
     ]
 
 
@@ -49,8 +50,12 @@ def test_workers_give_the_same_samples(monkeypatch: pytest.MonkeyPatch) -> None:
         return reports[-1].kept
 
     assert build_sft_samples(stream(), tokenizer, max_length=-1, num_workers=1) == expected
-    assert max(at - done for at, done in zip(read, handed_out, strict=True)) <= 2 * (CHUNKS_PER_WORKER + 2)
-    with pytest.raises(DataError, match=r"f\.jsonl:5: the chat template refuses .*System role not supported"):
+    assert max(at - done for at, done in zip(read, handed_out, strict=True)) <= 2 * (
+        CHUNKS_PER_WORKER + 2
+    )
+    with pytest.raises(
+        DataError, match=r"f\.jsonl:5: the chat template refuses .*System role not supported"
+    ):
         build_sft_samples(rows(30, broken=5), tokenizer, max_length=-1, num_workers=2)
     assert multiprocessing.active_children() == []
 
@@ -59,7 +64,9 @@ def test_few_examples_start_no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Goal: processes only where they pay. Red when num_workers was handed on for any number of examples."""
     asked: list[int] = []
 
-    def build(examples: list[Example], tokenizer: object, *, max_length: int, num_workers: int) -> tuple:
+    def build(
+        examples: list[Example], tokenizer: object, *, max_length: int, num_workers: int
+    ) -> tuple:
         asked.append(num_workers)
         return [], sft.SFTReport()
 
@@ -71,8 +78,12 @@ def test_few_examples_start_no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [0, 7]
 
 
-@pytest.mark.parametrize(("cores", "ranks", "expected"), [(48, 8, 6), (96, 1, 16), (8, 8, 0), (1, 1, 0)])
-def test_ranks_share_the_hosts_cores(monkeypatch: pytest.MonkeyPatch, cores: int, ranks: int, expected: int) -> None:
+@pytest.mark.parametrize(
+    ("cores", "ranks", "expected"), [(48, 8, 6), (96, 1, 16), (8, 8, 0), (1, 1, 0)]
+)
+def test_ranks_share_the_hosts_cores(
+    monkeypatch: pytest.MonkeyPatch, cores: int, ranks: int, expected: int
+) -> None:
     """Goal: eight ranks that render at once do not start eight times too many. Red without LOCAL_WORLD_SIZE."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from rollouts.training.datasets.rows import DataError, read_rows
+from rollouts.data_formats.row import DataError
+from rollouts.training.datasets.rows import read_rows
 from rollouts.training.datasets.selection import Selection
 
 
 def write(path: Path, *lines: object) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    path.write_text(
+        "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
+    )
     return str(path)
 
 
@@ -45,13 +48,20 @@ def test_a_changed_file_is_noticed(tmp_path: Path) -> None:
 def test_max_samples_takes_the_first_rows(tmp_path: Path) -> None:
     """Goal: the first N rows, and no line after them is looked at. Red when the whole file was parsed first."""
     path = write(tmp_path / "a.jsonl", *({"n": n} for n in range(5)), "{broken")
-    assert [row.values["n"] for row in read_rows(path, selection=Selection(max_samples=3))] == [0, 1, 2]
+    assert [row.values["n"] for row in read_rows(path, selection=Selection(max_samples=3))] == [
+        0,
+        1,
+        2,
+    ]
 
 
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (['{"a": 1}', "{broken"], ":2: not JSON: Expecting property name enclosed in double quotes at column 2"),
+        (
+            ['{"a": 1}', "{broken"],
+            ":2: not JSON: Expecting property name enclosed in double quotes at column 2",
+        ),
         (['{"a": 1}', "", "[1]"], ":3: needs one JSON object per line, found list: '[1]'"),
         ([], ": no rows"),
         (["", "  "], ": no rows"),
@@ -73,7 +83,9 @@ def test_not_utf8_is_named(tmp_path: Path) -> None:
         read_rows(str(path))
 
 
-@pytest.mark.parametrize("name", ["no/such/file.jsonl", "no/such/directory", "./nothing", "/no/such"])
+@pytest.mark.parametrize(
+    "name", ["no/such/file.jsonl", "no/such/directory", "./nothing", "/no/such"]
+)
 def test_a_missing_path_is_named(name: str) -> None:
     """Goal: a path that is not there says so, and no hub is asked. Red when it went to the hub as an id."""
     with pytest.raises(DataError, match=r"no such (file|directory) \(looked in "):
@@ -106,7 +118,11 @@ def hub_layout(root: Path) -> Path:
     card = ["---", "configs:"]
     for subset in ("main", "other"):
         card += [f"- config_name: {subset}", "  data_files:"]
-        card += [line for s in ("train", "test") for line in (f"  - split: {s}", f"    path: {subset}/{s}.jsonl")]
+        card += [
+            line
+            for s in ("train", "test")
+            for line in (f"  - split: {s}", f"    path: {subset}/{s}.jsonl")
+        ]
     write(root / "README.md", *card, "---")
     return root
 
@@ -119,8 +135,12 @@ def test_a_directory_laid_out_as_on_the_hub(tmp_path: Path) -> None:
     assert rows[1].where == f"{root}/other/test.jsonl:2"
 
 
-@pytest.mark.parametrize(("subset", "split"), [("main", "validation"), ("nope", "train"), (None, "train")])
-def test_an_unknown_split_or_subset_is_named(tmp_path: Path, subset: str | None, split: str) -> None:
+@pytest.mark.parametrize(
+    ("subset", "split"), [("main", "validation"), ("nope", "train"), (None, "train")]
+)
+def test_an_unknown_split_or_subset_is_named(
+    tmp_path: Path, subset: str | None, split: str
+) -> None:
     """Goal: the message has the directory, the split, the subset and what there is. Red as a bare ValueError."""
     root = hub_layout(tmp_path / "gsm")
     with pytest.raises(DataError) as caught:

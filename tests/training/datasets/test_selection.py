@@ -48,7 +48,12 @@ def endless(pulled: list[int]) -> Iterator[int]:
 def test_a_stream_is_pulled_no_further_than_needed() -> None:
     """Goal: a hundred rows of a huge set cost a hundred rows. Red (hung) when the stream was made a list first."""
     pulled: list[int] = []
-    assert list(Selection(start=2, step=3, max_samples=4).of_stream(endless(pulled))) == [2, 5, 8, 11]
+    assert list(Selection(start=2, step=3, max_samples=4).of_stream(endless(pulled))) == [
+        2,
+        5,
+        8,
+        11,
+    ]
     assert len(pulled) == 12
 
 

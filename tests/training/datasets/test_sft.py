@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollouts.training.datasets.examples import Example
+from rollouts.data_formats.examples import Example
+from rollouts.data_formats.row import DataError
 from rollouts.training.datasets.plain_text import encode_texts, split_tokens
-from rollouts.training.datasets.rows import DataError
 from rollouts.training.datasets.sft import build_sft_samples
 from tests.training.tiny_task import tiny_tokenizer
 
@@ -20,7 +20,10 @@ def tokenizer() -> Any:
 
 
 def texts(*values: str) -> list[Example]:
-    return [Example(f"t.jsonl:{n}", [], {"format": "text"}, text=value) for n, value in enumerate(values, start=1)]
+    return [
+        Example(f"t.jsonl:{n}", [], {"format": "text"}, text=value)
+        for n, value in enumerate(values, start=1)
+    ]
 
 
 def test_every_token_after_the_first_is_trained_and_eos_ends_it(tokenizer: Any) -> None:
@@ -29,7 +32,12 @@ def test_every_token_after_the_first_is_trained_and_eos_ends_it(tokenizer: Any) 
     assert sample.tokens == [*tokenizer("ab c")["input_ids"], tokenizer.eos_token_id]
     assert tokenizer.decode(sample.tokens[:-1]) == "ab c"
     assert sample.loss_mask == [0.0, 1.0, 1.0, 1.0, 1.0] and sample.response_length == 4
-    assert (report.kept, report.trained_tokens, report.total_tokens, report.texts_split) == (1, 4, 5, 0)
+    assert (report.kept, report.trained_tokens, report.total_tokens, report.texts_split) == (
+        1,
+        4,
+        5,
+        0,
+    )
 
 
 @settings(max_examples=100)

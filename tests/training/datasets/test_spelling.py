@@ -4,9 +4,9 @@ import re
 
 import pytest
 
+from rollouts.data_formats import parse_row
+from rollouts.data_formats.row import DataError
 from rollouts.training.calculator import calculate
-from rollouts.training.datasets.formats import parse_row
-from rollouts.training.datasets.rows import DataError
 from rollouts.training.datasets.selection import Selection
 from rollouts.training.datasets.spelling import spelling_rows
 from rollouts.training.datasets.word_list import WORDS
@@ -28,12 +28,20 @@ def test_counting_is_right_by_hand_by_calculator_and_in_the_answer() -> None:
         expression = call["tool_calls"][0]["function"]["arguments"]["expression"]
         word, letter = re.findall(r"'(\w+)'", expression)
         assert word in user["content"] and letter in user["content"].replace(word, "")
-        assert calculate(expression) == tool["content"] == gsm8k_number(final["content"]) == example.prompt["answer"]
+        assert (
+            calculate(expression)
+            == tool["content"]
+            == gsm8k_number(final["content"])
+            == example.prompt["answer"]
+        )
         assert tool["content"] == str(word.count(letter))
         assert (
-            f"{word}:{','.join(word)}\n" in call["content"] and f"That gives {word.count(letter)}." in call["content"]
+            f"{word}:{','.join(word)}\n" in call["content"]
+            and f"That gives {word.count(letter)}." in call["content"]
         )
-        assert len(re.findall(rf"^\d+:{letter} found", call["content"], re.MULTILINE)) == word.count(letter)
+        assert len(
+            re.findall(rf"^\d+:{letter} found", call["content"], re.MULTILINE)
+        ) == word.count(letter)
         assert example.prompt["messages"] == [user] and example.prompt["tools"]
         absent += letter not in word
     assert 5 <= absent <= 60
@@ -41,7 +49,9 @@ def test_counting_is_right_by_hand_by_calculator_and_in_the_answer() -> None:
 
 def test_spelling() -> None:
     """Goal: the word, a colon, its letters. Red with the letters sorted."""
-    (row,) = spelling_rows("simple_spelling", split="train", selection=Selection(start=3, max_samples=1))
+    (row,) = spelling_rows(
+        "simple_spelling", split="train", selection=Selection(start=3, max_samples=1)
+    )
     example = parse_row(row, "simple_spelling")
     word = example.messages[0]["content"].removeprefix("Spell the word: ")
     assert example.messages[1]["content"] == example.prompt["answer"] == f"{word}:{','.join(word)}"
@@ -84,7 +94,11 @@ def test_the_sign_of_a_seed_counts() -> None:
     [
         ("dev", Selection(max_samples=1), "split='dev', needs 'train' or 'test'"),
         ("train", Selection(), "are endless; needs max_samples or stop"),
-        ("train", Selection(shuffle_seed=1, stop=3), "shuffle_seed=1, but the rows are random already"),
+        (
+            "train",
+            Selection(shuffle_seed=1, stop=3),
+            "shuffle_seed=1, but the rows are random already",
+        ),
         ("train", Selection(step=0), "step=0, needs >= 1"),
     ],
 )

@@ -27,7 +27,9 @@ async def run(stage: str, directory: Path, hooks: Hooks) -> list[dict[str, float
         return await run_sft(backend, sft_samples(6), SFTSteps(config, pad_token_id=PAD), hooks)
     rl = RLTrainingConfig(num_steps=5, baseline="group_mean", log_every=1, checkpoint_every=-1)
     buffer = Buffer()
-    async with open_rollouts(Manager(buffer), rl, EnginePool.of([]), buffer=buffer, reward_fn=None) as rollouts:
+    async with open_rollouts(
+        Manager(buffer), rl, EnginePool.of([]), buffer=buffer, reward_fn=None
+    ) as rollouts:
         return await run_rl(backend, rollouts, None, RLSteps(rl), hooks)
 
 
@@ -36,7 +38,9 @@ def test_the_step_under_way_is_saved(stage: str, tmp_path: Path) -> None:
     """Goal: asked during its third step, the stage logs and saves that step, complete before it returns, and takes no
     fourth one. Red without the break: five steps."""
     directory, asked, saved = tmp_path / stage, iter([False, False, True]), []
-    hooks = Hooks(on_checkpoint=lambda path, step: saved.append(step), stop=lambda: next(asked, False))
+    hooks = Hooks(
+        on_checkpoint=lambda path, step: saved.append(step), stop=lambda: next(asked, False)
+    )
     history = anyio.run(functools.partial(run, stage, directory, hooks))
     assert len(history) == 3 and saved == [3]
     assert checkpoint.read_metadata(directory / "latest")["step"] == 3

@@ -35,8 +35,20 @@ from tests.training import tiny_task
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 BATCH, SAMPLES, NEW_TOKENS, LONG = 4, 4, 6, 240
-PROMPTS = [{"messages": [{"role": "user", "content": "abcdefgh"[: 1 + n % 8]}], "answer": str(n)} for n in range(40)]
-EXACT = ("loss", "grad_norm", "reward_mean", "lag_mean", "lag_max", "entropy", "logp_diff_abs", "partial_frac")
+PROMPTS = [
+    {"messages": [{"role": "user", "content": "abcdefgh"[: 1 + n % 8]}], "answer": str(n)}
+    for n in range(40)
+]
+EXACT = (
+    "loss",
+    "grad_norm",
+    "reward_mean",
+    "lag_mean",
+    "lag_max",
+    "entropy",
+    "logp_diff_abs",
+    "partial_frac",
+)
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +79,20 @@ class LongAnswers(SGLangEngine):
         return await super().generate_batch(prompts, params, **options)
 
 
-def make_manager(engine: SGLangEngine, *, max_new_tokens: int = NEW_TOKENS, **config: Any) -> AsyncRolloutManager:
+def make_manager(
+    engine: SGLangEngine, *, max_new_tokens: int = NEW_TOKENS, **config: Any
+) -> AsyncRolloutManager:
     tokenizer = tiny_task.tiny_tokenizer()
-    generate_fn = make_generate_fn([engine], tokenizer, max_new_tokens=max_new_tokens, temperature=1.0)
+    generate_fn = make_generate_fn(
+        [engine], tokenizer, max_new_tokens=max_new_tokens, temperature=1.0
+    )
     config = {"reward_fn": small_letters, "seed": 3, **config}
-    config = {"batch_size": BATCH, "n_samples_per_prompt": SAMPLES, "generate_fn": generate_fn, **config}
+    config = {
+        "batch_size": BATCH,
+        "n_samples_per_prompt": SAMPLES,
+        "generate_fn": generate_fn,
+        **config,
+    }
     return AsyncRolloutManager(DataBuffer(PROMPTS, seed=2), RolloutConfig(**config))
 
 
@@ -80,12 +101,20 @@ def make_backend(
 ) -> PyTorchTrainingBackend:
     model = tiny_task.tiny_model(seed=1)
     loss_fn = partial(policy_loss, loss="grpo", importance="token_truncate", importance_cap=2.0)
-    return kind(model, torch.optim.AdamW(model.parameters(), lr=3e-3), loss_fn, directory / "rl", max_grad_norm=1.0)
+    return kind(
+        model,
+        torch.optim.AdamW(model.parameters(), lr=3e-3),
+        loss_fn,
+        directory / "rl",
+        max_grad_norm=1.0,
+    )
 
 
 def training_config(num_steps: int, lag: int, **options: Any) -> RLTrainingConfig:
     advantages = {"baseline": "group_mean", "advantage_norm": "group_std"}
-    return RLTrainingConfig(num_steps=num_steps, policy_lag_steps_max=lag, **{**advantages, **options})
+    return RLTrainingConfig(
+        num_steps=num_steps, policy_lag_steps_max=lag, **{**advantages, **options}
+    )
 
 
 class Run:
@@ -112,7 +141,9 @@ class Run:
 
         async def main() -> None:
             manager = make_manager(self.engine, max_new_tokens=max_new_tokens, reward_fn=reward_fn)
-            state = await self.backend.load_checkpoint(directory / "rl" / "latest") if resume else None
+            state = (
+                await self.backend.load_checkpoint(directory / "rl" / "latest") if resume else None
+            )
             keywords = {"rollouts_logger": self, "resume": state, **options}
             async with self.engine:
                 self.metrics = await run_rl_training(
@@ -131,10 +162,15 @@ class Run:
         return [{key: row[key] for key in EXACT} for row in self.metrics]
 
     def sampled(self) -> list[tuple[Any, ...]]:
-        return [(s["step"], s["tokens"], s["rollout_log_probs"], s["weight_version"]) for s in self.samples]
+        return [
+            (s["step"], s["tokens"], s["rollout_log_probs"], s["weight_version"])
+            for s in self.samples
+        ]
 
     def weights(self) -> torch.Tensor:
-        return torch.cat([parameter.detach().flatten() for parameter in self.backend.model.parameters()])
+        return torch.cat(
+            [parameter.detach().flatten() for parameter in self.backend.model.parameters()]
+        )
 
 
 @pytest.fixture(scope="module")
@@ -164,13 +200,17 @@ def test_lag_0_is_bit_for_bit_the_plain_loop(engine_url: str, tmp_path: Path) ->
 
     anyio.run(plain)
     assert [row["loss"] for row in run.metrics] == losses
-    assert run.weights().equal(torch.cat([parameter.detach().flatten() for parameter in backend.model.parameters()]))
+    assert run.weights().equal(
+        torch.cat([parameter.detach().flatten() for parameter in backend.model.parameters()])
+    )
     assert [row["lag_max"] for row in run.metrics] == [0] * 4
     assert {row["logp_diff_abs"] for row in run.metrics} == {0.0}
 
 
 @pytest.mark.parametrize("runtime", ["asyncio", "trio"])
-def test_one_step_ahead_is_a_function_of_the_seeds(ahead: Run, engine_url: str, tmp_path: Path, runtime: str) -> None:
+def test_one_step_ahead_is_a_function_of_the_seeds(
+    ahead: Run, engine_url: str, tmp_path: Path, runtime: str
+) -> None:
     """Goal: two runs agree in every bit, whatever the timing: step t trains on samples of weights t - 2. Red when an
     update did not wait for what runs.
     """
@@ -178,8 +218,11 @@ def test_one_step_ahead_is_a_function_of_the_seeds(ahead: Run, engine_url: str, 
     assert again.sampled() == ahead.sampled() and again.exact() == ahead.exact()
     assert again.weights().equal(ahead.weights())
     assert [row["lag_max"] for row in ahead.metrics] == [0, 1, 1, 1, 1, 1]
-    assert {(s["step"], s["weight_version"]) for s in ahead.samples} == {(t, str(max(0, t - 2))) for t in range(1, 7)}
-    assert all(row["logp_diff_abs"] > 0 for row in ahead.metrics[1:])  # the loss's ratio has something to correct
+    assert {(s["step"], s["weight_version"]) for s in ahead.samples} == {
+        (t, str(max(0, t - 2))) for t in range(1, 7)
+    }
+    # the loss's ratio has something to correct
+    assert all(row["logp_diff_abs"] > 0 for row in ahead.metrics[1:])
 
 
 def test_generation_goes_on_while_a_step_trains(engine_url: str, tmp_path: Path) -> None:
@@ -202,7 +245,13 @@ def test_generation_goes_on_while_a_step_trains(engine_url: str, tmp_path: Path)
         def wait(self, model: Any) -> None:
             assert self.step != 1 or scored.wait(timeout=20), "nothing was generated meanwhile"
 
-    run = Run(engine_url, tmp_path, training_config(3, 1), backend=make_backend(tmp_path, Waiting), reward_fn=reward_fn)
+    run = Run(
+        engine_url,
+        tmp_path,
+        training_config(3, 1),
+        backend=make_backend(tmp_path, Waiting),
+        reward_fn=reward_fn,
+    )
     assert len(run.metrics) == 3
 
 
@@ -213,7 +262,9 @@ class Recording(LongAnswers):
         super().__init__(base_url)
         self.models: dict[str, Any] = {}
 
-    async def update_weights_from_checkpoint(self, checkpoint_path: str, weight_version: str | None = None) -> Any:
+    async def update_weights_from_checkpoint(
+        self, checkpoint_path: str, weight_version: str | None = None
+    ) -> Any:
         assert weight_version is not None
         self.models[weight_version] = load_model(checkpoint_path).eval()
         return await super().update_weights_from_checkpoint(checkpoint_path, weight_version)
@@ -233,10 +284,20 @@ def test_in_flight_updates(engine_url: str, tmp_path: Path) -> None:
         return {"answers": 1.0}
 
     config = training_config(6, 2, in_flight_updates=True)
-    run = Run(engine_url, tmp_path, config, engine=engine, max_new_tokens=160, eval_fn=evaluate, eval_every=3)
+    run = Run(
+        engine_url,
+        tmp_path,
+        config,
+        engine=engine,
+        max_new_tokens=160,
+        eval_fn=evaluate,
+        eval_every=3,
+    )
     crossed = [sample for sample in run.samples if "weight_versions" in sample["metadata"]]
     assert crossed
-    assert sum(row["partial_frac"] for row in run.metrics) * BATCH * SAMPLES == pytest.approx(len(crossed))
+    assert sum(row["partial_frac"] for row in run.metrics) * BATCH * SAMPLES == pytest.approx(
+        len(crossed)
+    )
     assert max(row["lag_max"] for row in run.metrics) == 2
     for sample in crossed:
         spans = sample["metadata"]["weight_versions"]
@@ -298,7 +359,9 @@ def running(url: str) -> int:
 
 @pytest.mark.parametrize("runtime", ["asyncio", "trio"])
 @pytest.mark.parametrize("lag", [0, 1])
-def test_cancellation_leaves_no_request_at_the_engine(engine_url: str, tmp_path: Path, runtime: str, lag: int) -> None:
+def test_cancellation_leaves_no_request_at_the_engine(
+    engine_url: str, tmp_path: Path, runtime: str, lag: int
+) -> None:
     """Goal: whoever cancels the loop finds the engine idle. Red when the loop does not abort and the engine does not
     look whether its client is gone; each alone does it.
     """
@@ -307,7 +370,9 @@ def test_cancellation_leaves_no_request_at_the_engine(engine_url: str, tmp_path:
     async def main() -> None:
         async with LongAnswers(engine_url) as engine, anyio.create_task_group() as tasks:
             manager = make_manager(engine, max_new_tokens=LONG)
-            train = partial(run_rl_training, backend, manager.buffer, manager, [engine], training_config(2, lag))
+            train = partial(
+                run_rl_training, backend, manager.buffer, manager, [engine], training_config(2, lag)
+            )
             tasks.start_soon(train)
             await anyio.to_thread.run_sync(wait_for, lambda: running(engine_url) > 0)
             tasks.cancel_scope.cancel()
@@ -320,7 +385,9 @@ def test_ctrl_c_leaves_no_request_at_the_engine(engine_url: str, tmp_path: Path)
     """Goal: as above, of a trainer in a process of its own that gets SIGINT. Red likewise."""
     command = [sys.executable, "-m", __name__, engine_url, str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    with subprocess.Popen(command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True
+    ) as process:
         try:
             deadline = time.monotonic() + START_TIMEOUT_S
             while running(engine_url) == 0:
@@ -339,5 +406,6 @@ def main(url: str, directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background process may have been told to ignore it
+    # a background process may have been told to ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main(sys.argv[1], Path(sys.argv[2]))

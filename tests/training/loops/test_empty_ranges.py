@@ -41,15 +41,31 @@ async def collect(directory: Path, **options: Any) -> Any:
             for number in (0, -1)
         ),
         *(
-            (train, {"num_steps": number, "resume": RESUMED}, rf"step 3 and num_steps={number}: no step is left.*> 3")
+            (
+                train,
+                {"num_steps": number, "resume": RESUMED},
+                rf"step 3 and num_steps={number}: no step is left.*> 3",
+            )
             for train in (sft, rl)
             for number in (2, 3)
         ),
-        *((train, {"micro_batch_size": 0}, "micro_batch_size=0: needs >= 1") for train in (sft, rl)),
-        *((train, {"micro_batch_tokens": -5}, "micro_batch_tokens=-5: needs >= 1") for train in (sft, rl)),
+        *(
+            (train, {"micro_batch_size": 0}, "micro_batch_size=0: needs >= 1")
+            for train in (sft, rl)
+        ),
+        *(
+            (train, {"micro_batch_tokens": -5}, "micro_batch_tokens=-5: needs >= 1")
+            for train in (sft, rl)
+        ),
         *((train, {"log_every": 0}, "log_every=0: needs >= 1, or -1") for train in (sft, rl)),
-        *((train, {"checkpoint_every": -2}, "checkpoint_every=-2: needs >= 1, or -1") for train in (sft, rl)),
-        *((train, {"num_steps": 1.5}, "num_steps=1.5: needs a whole number") for train in (sft, rl)),
+        *(
+            (train, {"checkpoint_every": -2}, "checkpoint_every=-2: needs >= 1, or -1")
+            for train in (sft, rl)
+        ),
+        *(
+            (train, {"num_steps": 1.5}, "num_steps=1.5: needs a whole number")
+            for train in (sft, rl)
+        ),
         (rl, {"sync_every": 0}, "sync_every=0: needs >= 1"),
         (sft, {"batch_size": 2.0}, "batch_size=2.0: needs a whole number"),
         (sft, {"batch_size": 0}, "batch_size=0: needs >= 1"),

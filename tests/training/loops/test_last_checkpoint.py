@@ -38,9 +38,13 @@ async def run(stage: str, directory: Path, logger: Rows, eval_fn: Any) -> None:
         config = SFTTrainingConfig(num_steps=STEPS, batch_size=2, log_every=1, checkpoint_every=2)
         await run_sft_training(backend, sft_samples(6), config, logger, **options)
     else:
-        rl = RLTrainingConfig(num_steps=STEPS, baseline="group_mean", log_every=1, checkpoint_every=2)
+        rl = RLTrainingConfig(
+            num_steps=STEPS, baseline="group_mean", log_every=1, checkpoint_every=2
+        )
         buffer = Buffer()
-        await run_rl_training(backend, buffer, Manager(buffer), [], rl, metrics_logger=logger, **options)
+        await run_rl_training(
+            backend, buffer, Manager(buffer), [], rl, metrics_logger=logger, **options
+        )
 
 
 @pytest.mark.parametrize("stage", ["sft", "rl"])
@@ -54,7 +58,8 @@ def test_the_last_evaluation_may_die(stage: str, tmp_path: Path) -> None:
 
     def evaluate(step: int) -> dict[str, float]:
         if step == STEPS:
-            seen.append(checkpoint.read_metadata(directory / "latest")["step"])  # as a SIGKILL here would leave it
+            # as a SIGKILL here would leave it
+            seen.append(checkpoint.read_metadata(directory / "latest")["step"])
             raise MemoryError("the answers need more than there is")
         return {"score": float(step)}
 

@@ -21,7 +21,9 @@ def test_nothing_is_lost_or_overfull(lengths, capacity):
     bins = pack_best_fit(lengths, capacity)
     assert sorted(index for bin_ in bins for index in bin_) == list(range(len(lengths)))
     totals = [sum(lengths[index] for index in bin_) for bin_ in bins]
-    assert all(total <= capacity or len(bin_) == 1 for total, bin_ in zip(totals, bins, strict=True))
+    assert all(
+        total <= capacity or len(bin_) == 1 for total, bin_ in zip(totals, bins, strict=True)
+    )
     smallest = sorted(totals)[:2]
     assert len(smallest) < 2 or sum(smallest) > capacity
 
@@ -38,11 +40,16 @@ def test_micro_batches_are_filled_by_tokens():
     batch = collate([s.tokens for s in samples], [s.loss_mask for s in samples], pad_token_id=1)
     seen, totals = [], []
     for rank in range(2):
-        for micro in split_batch(batch, rank=rank, world_size=2, micro_batch_size=1, micro_batch_tokens=20):
+        for micro in split_batch(
+            batch, rank=rank, world_size=2, micro_batch_size=1, micro_batch_tokens=20
+        ):
             lengths = micro["attention_mask"].sum(1).tolist()
             totals.append(sum(lengths))
             assert micro["input_ids"].shape == (len(lengths), max(lengths))
             assert micro["tokens_global"] == batch["tokens_global"]
-            seen += [ids[:length].tolist() for ids, length in zip(micro["input_ids"], lengths, strict=True)]
+            seen += [
+                ids[:length].tolist()
+                for ids, length in zip(micro["input_ids"], lengths, strict=True)
+            ]
     assert sorted(seen) == sorted(sample.tokens for sample in samples)
     assert max(totals) <= 20 and len(totals) < len(samples) / 2

@@ -31,7 +31,9 @@ def test_steps_come_in_order_from_one_thread(runtime: str) -> None:
 
     for depth in (1, 2, 9):
         taken = run(runtime, lambda depth=depth: main(depth))
-        assert [(step, value) for step, (value, _) in taken] == [(step, step * 10) for step in range(3, 8)]
+        assert [(step, value) for step, (value, _) in taken] == [
+            (step, step * 10) for step in range(3, 8)
+        ]
         assert len({name for _, (_, name) in taken}) == 1 and taken[0][1][1].startswith("prefetch")
         assert threads() == []
 

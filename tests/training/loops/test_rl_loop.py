@@ -54,7 +54,9 @@ class PolicyEngine:
 class PolicyManager:
     """Groups of one-token answers sampled from the engine's weights; a pure function of the weights and the prompt."""
 
-    def __init__(self, buffer: CountingBuffer, engine: PolicyEngine, groups: int = 4, group_size: int = 8) -> None:
+    def __init__(
+        self, buffer: CountingBuffer, engine: PolicyEngine, groups: int = 4, group_size: int = 8
+    ) -> None:
         self.buffer, self.engine, self.groups, self.group_size = buffer, engine, groups, group_size
 
     @torch.no_grad()
@@ -118,7 +120,12 @@ def run(
             manager,
             [engine],
             config,
-            **{"reward_fn": likes_low_tokens, "temperature": TEMPERATURE, "resume": state, **options},
+            **{
+                "reward_fn": likes_low_tokens,
+                "temperature": TEMPERATURE,
+                "resume": state,
+                **options,
+            },
         )
 
     return anyio.run(main, backend=runtime), backend, engine
@@ -134,9 +141,31 @@ def test_it_learns_what_is_rewarded(tmp_path, loss_fn, runtime):
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.3
     assert engine.paths == [f"version_{step:06d}" for step in range(21)]
     assert [path.name for path in (tmp_path / "rl" / "weights").iterdir()] == ["version_000020"]
-    training = {"loss", "grad_norm", "lr", "entropy", "logp_diff_abs", "kl_sampler", "clip_fraction"}
-    rollouts = {"reward_mean", "reward_std", "lag_max", "response_length_mean", "truncated_frac", "groups_kept"}
-    times = {"tokens_per_s", "generate_s", "train_s", "sync_s", "step_s", "groups_dropped_check_any_success"}
+    training = {
+        "loss",
+        "grad_norm",
+        "lr",
+        "entropy",
+        "logp_diff_abs",
+        "kl_sampler",
+        "clip_fraction",
+    }
+    rollouts = {
+        "reward_mean",
+        "reward_std",
+        "lag_max",
+        "response_length_mean",
+        "truncated_frac",
+        "groups_kept",
+    }
+    times = {
+        "tokens_per_s",
+        "generate_s",
+        "train_s",
+        "sync_s",
+        "step_s",
+        "groups_dropped_check_any_success",
+    }
     assert metrics[0]["groups_dropped"] == 2
     assert training | rollouts | times <= set(metrics[0])
 
@@ -159,7 +188,13 @@ def test_sync_every_and_staleness(tmp_path):
     metrics, backend, engine = run(tmp_path, config, weights_dir=tmp_path / "shared")
     assert engine.paths == [f"version_{step:06d}" for step in (0, 2, 4, 5)]
     assert [record["lag_max"] for record in metrics] == [0, 1, 0, 1, 0]
-    assert [record["logp_diff_abs"] < 1e-6 for record in metrics] == [True, False, True, False, True]
+    assert [record["logp_diff_abs"] < 1e-6 for record in metrics] == [
+        True,
+        False,
+        True,
+        False,
+        True,
+    ]
     assert (tmp_path / "shared" / "version_000005").is_dir()
     for a, b in zip(engine.model.parameters(), backend.model.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -174,7 +209,11 @@ def test_a_failed_sync_ends_the_run(tmp_path):
                 return {"success": False, "message": "no room"}
             return await super().update_weights_from_checkpoint(checkpoint_path)
 
-    backend, buffer, engine = tiny_backend(tmp_path, loss_fn=grpo_loss), CountingBuffer(), Refusing()
+    backend, buffer, engine = (
+        tiny_backend(tmp_path, loss_fn=grpo_loss),
+        CountingBuffer(),
+        Refusing(),
+    )
     with pytest.raises(Exception, match="no room"):
         anyio.run(
             lambda: run_rl_training(
@@ -194,11 +233,16 @@ def test_resume_is_bit_for_bit(tmp_path):
     options = {"baseline": "group_mean", "advantage_norm": "group_std"}
     expected, whole, _ = run(tmp_path / "whole", RLTrainingConfig(num_steps=4, **options))
     first, _, _ = run(tmp_path / "half", RLTrainingConfig(num_steps=2, **options))
-    second, resumed, engine = run(tmp_path / "half", RLTrainingConfig(num_steps=4, **options), resume=True)
+    second, resumed, engine = run(
+        tmp_path / "half", RLTrainingConfig(num_steps=4, **options), resume=True
+    )
     assert engine.paths[0] == "version_000002"
     for key in ("loss", "reward_mean", "entropy", "grad_norm", "step"):
         assert [record[key] for record in first + second] == [record[key] for record in expected]
-    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True)
+    )
 
 
 def test_every_sample_is_logged(tmp_path):
@@ -209,12 +253,49 @@ def test_every_sample_is_logged(tmp_path):
     assert [record["step"] for record in records] == [1] * 32 + [2] * 32
     record = records[0]
     assert record["tokens"][-1] == int(record["response"])
-    assert (record["prompt"], record["group"], record["weight_version"], record["stage"]) == ("0", 0, "000000", "rl")
-    assert record["reward"] == likes_low_tokens(Sample("", tokens=record["tokens"], loss_mask=[0.0] * 4))
+    assert (record["prompt"], record["group"], record["weight_version"], record["stage"]) == (
+        "0",
+        0,
+        "000000",
+        "rl",
+    )
+    assert record["reward"] == likes_low_tokens(
+        Sample("", tokens=record["tokens"], loss_mask=[0.0] * 4)
+    )
     group = records[:8]
     mean = sum(record["reward"] for record in group) / 8
-    assert [record["advantage"] for record in group] == pytest.approx([r["reward"] - mean for r in group])
+    assert [record["advantage"] for record in group] == pytest.approx(
+        [r["reward"] - mean for r in group]
+    )
     assert all(math.isfinite(record["rollout_log_probs"][0]) for record in records)
+
+
+def test_the_trainer_s_log_probs_are_beside_the_sampler_s(tmp_path):
+    """Goal: of weights that did not change since they sampled both are the same, token by token; of older ones each
+    step's mean difference is the one that was logged. A step that fails has its samples all the same, without them.
+    Red with the log-probs of another step, and with the samples logged after a step alone."""
+    logger = JSONLLogger(tmp_path / "rollouts.jsonl")
+    config = RLTrainingConfig(num_steps=3, baseline="group_mean", sync_every=2, micro_batch_size=5)
+    metrics, _, _ = run(tmp_path, config, rollouts_logger=logger)
+    records = [json.loads(line) for line in logger.path.read_text().splitlines()]
+    for step, metric in enumerate(metrics, start=1):
+        pairs = [
+            (record["trainer_log_probs"][0], record["rollout_log_probs"][0])
+            for record in records
+            if record["step"] == step
+        ]
+        differences = [abs(trainer - sampler) for trainer, sampler in pairs]
+        assert sum(differences) / 32 == pytest.approx(metric["logp_diff_abs"], abs=1e-6)
+        assert (max(differences) < 2e-6) == (step != 2)
+
+    def fails(logits, labels, loss_mask):
+        raise FloatingPointError("no number")
+
+    failed = JSONLLogger(tmp_path / "failed.jsonl")
+    with pytest.raises(FloatingPointError):
+        run(tmp_path / "failed", config, loss_fn=fails, rollouts_logger=failed)
+    records = [json.loads(line) for line in failed.path.read_text().splitlines()]
+    assert [record["trainer_log_probs"] for record in records] == [None] * 32
 
 
 def test_evaluation_and_checkpoints_come_when_due(tmp_path):
@@ -239,7 +320,9 @@ def test_prepared_batch_aligns_everything_to_tokens():
     """Goal: log-prob t belongs to token t (prime-rl#1525, trl#3681). Red with old_log_probs starting one too early."""
     rollouts = rollout_batch(2, 2)
     config = RLTrainingConfig(num_steps=1, baseline="group_mean")
-    batch = prepare_grpo_batch(rollouts, rollouts.rewards, config, pad_token_id=PAD, temperature=0.7, clip_range=0.1)
+    batch = prepare_grpo_batch(
+        rollouts, rollouts.rewards, config, pad_token_id=PAD, temperature=0.7, clip_range=0.1
+    )
     for row, sample in enumerate(rollouts.samples):
         length, start = len(sample.tokens), len(sample.tokens) - sample.response_length
         assert batch["input_ids"][row, :length].tolist() == sample.tokens
@@ -260,15 +343,22 @@ def test_prepared_batch_aligns_everything_to_tokens():
 def test_prepared_batch_without_log_probs_has_none():
     """Goal: a hand-made RolloutBatch works, with no log-probs made up for it. Red with zeros in their place."""
     samples = sft_samples(2)
-    rollouts = RolloutBatch([s.tokens for s in samples], [s.loss_mask for s in samples], [1.0, 0.0], [1, 1])
-    assert "old_log_probs" not in prepare_grpo_batch(rollouts, rollouts.rewards, RLTrainingConfig(num_steps=1))
+    rollouts = RolloutBatch(
+        [s.tokens for s in samples], [s.loss_mask for s in samples], [1.0, 0.0], [1, 1]
+    )
+    assert "old_log_probs" not in prepare_grpo_batch(
+        rollouts, rollouts.rewards, RLTrainingConfig(num_steps=1)
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda b: b.rewards.pop(), "needs one of each per sample, and at least one"),
-        (lambda b: b.samples.__setitem__(0, sft_samples(1)[0]), "3 of 4 samples have rollout_log_probs"),
+        (
+            lambda b: b.samples.__setitem__(0, sft_samples(1)[0]),
+            "3 of 4 samples have rollout_log_probs",
+        ),
         (
             lambda b: [mask.__setitem__(slice(None), [0.0] * len(mask)) for mask in b.loss_masks],
             "no trained token in 4",
@@ -287,7 +377,10 @@ def test_rollout_metrics():
     """Goal: truncation and lag are read from what the engine said. Red with finish_reason compared as text alone."""
     rollouts = rollout_batch(2, 2)
     rollouts.rewards = [0.0, 1.0, 1.0, 1.0]
-    rollouts.samples[0].metadata = {"weight_version": "3", "finish_reason": {"type": "length", "length": 8}}
+    rollouts.samples[0].metadata = {
+        "weight_version": "3",
+        "finish_reason": {"type": "length", "length": 8},
+    }
     rollouts.samples[1].metadata = {"weight_version": "default", "finish_reason": "length"}
     for sample in rollouts.samples[2:]:
         sample.metadata = {"weight_version": "5", "finish_reason": {"type": "stop"}}
@@ -303,5 +396,9 @@ def test_a_reward_that_float32_cannot_hold_names_its_prompt(reward):
     """Goal: which prompt and response, before anything is trained. Red without the check: a loss of NaN, or inf."""
     rollouts = rollout_batch(2, 2)
     rollouts.samples[1].prompt, rollouts.samples[1].response = "how many?", "many"
-    with pytest.raises(RewardError, match=r"reward (nan|inf|1e\+200|-1e\+39) of 'many'.*prompt how many\?"):
-        prepare_grpo_batch(rollouts, [0.0, reward, 0.0, 1.0], RLTrainingConfig(num_steps=1), pad_token_id=PAD)
+    with pytest.raises(
+        RewardError, match=r"reward (nan|inf|1e\+200|-1e\+39) of 'many'.*prompt how many\?"
+    ):
+        prepare_grpo_batch(
+            rollouts, [0.0, reward, 0.0, 1.0], RLTrainingConfig(num_steps=1), pad_token_id=PAD
+        )

@@ -45,7 +45,9 @@ anyio.run(main)
 
 
 def run(backend, samples, config, **options) -> list[dict]:
-    return anyio.run(lambda: run_sft_training(backend, samples, config, **{"pad_token_id": PAD, **options}))
+    return anyio.run(
+        lambda: run_sft_training(backend, samples, config, **{"pad_token_id": PAD, **options})
+    )
 
 
 def parameters(backend) -> list[torch.Tensor]:
@@ -67,14 +69,20 @@ def test_it_learns_logs_and_checkpoints(tmp_path, runtime):
         saved.append((path, step))
 
     async def main():
-        return await run_sft_training(backend, sft_samples(16), config, logger, on_checkpoint=on_checkpoint)
+        return await run_sft_training(
+            backend, sft_samples(16), config, logger, on_checkpoint=on_checkpoint
+        )
 
     metrics = anyio.run(main, backend=runtime)
     assert [record["step"] for record in metrics] == [10, 20, 25]
     assert metrics[-1]["loss"] < 0.8 * metrics[0]["loss"]
     logged = [json.loads(line) for line in logger.path.read_text().splitlines()]
-    assert [{k: v for k, v in record.items() if k not in ("time", "stage")} for record in logged] == metrics
-    assert {"loss", "lr", "grad_norm", "trained_tokens", "tokens_per_s", "step_s"} <= set(metrics[0])
+    assert [
+        {k: v for k, v in record.items() if k not in ("time", "stage")} for record in logged
+    ] == metrics
+    assert {"loss", "lr", "grad_norm", "trained_tokens", "tokens_per_s", "step_s"} <= set(
+        metrics[0]
+    )
     assert saved == [(tmp_path / "sft" / "step_000025", 25)]
     assert latest_checkpoint(tmp_path / "sft") == saved[0][0]
 
@@ -88,12 +96,20 @@ def test_order_is_every_example_once_an_epoch_and_a_pure_function():
     uneven = [index for step in range(5) for index in step_indices(10, 4, step, seed=3)]
     assert uneven == taken[:20]
     assert step_indices(10, 5, 0, seed=4) != taken[:5]
-    assert sorted(step_indices(3, 7, 0, seed=0)) == [0, 0, 0, 1, 1, 2, 2] or len(step_indices(3, 7, 0, seed=0)) == 7
+    assert (
+        sorted(step_indices(3, 7, 0, seed=0)) == [0, 0, 0, 1, 1, 2, 2]
+        or len(step_indices(3, 7, 0, seed=0)) == 7
+    )
 
 
 def test_without_a_seed_every_epoch_keeps_the_samples_own_order():
     """Goal: a curriculum stays one. Red when None seeded a shuffle like any other value."""
-    assert [index for step in range(4) for index in step_indices(4, 3, step, seed=None)] == [0, 1, 2, 3] * 3
+    assert [index for step in range(4) for index in step_indices(4, 3, step, seed=None)] == [
+        0,
+        1,
+        2,
+        3,
+    ] * 3
 
 
 def test_a_step_takes_batch_size_examples_whatever_the_micro_batch(tmp_path):
@@ -101,7 +117,9 @@ def test_a_step_takes_batch_size_examples_whatever_the_micro_batch(tmp_path):
     results = []
     for micro_batch_size in (None, 3, 1):
         backend = tiny_backend(tmp_path, dtype=torch.float64)
-        config = SFTTrainingConfig(num_steps=3, batch_size=8, log_every=1, micro_batch_size=micro_batch_size)
+        config = SFTTrainingConfig(
+            num_steps=3, batch_size=8, log_every=1, micro_batch_size=micro_batch_size
+        )
         metrics = run(backend, sft_samples(20), config, seed=1)
         results.append(([record["loss"] for record in metrics], parameters(backend)))
         assert [record["trained_tokens"] for record in metrics] == expected_trained_tokens(8)
@@ -113,14 +131,19 @@ def test_a_step_takes_batch_size_examples_whatever_the_micro_batch(tmp_path):
 
 def expected_trained_tokens(batch_size: int) -> list[float]:
     samples = sft_samples(20)
-    return [sum(sum(samples[i].loss_mask) for i in step_indices(20, batch_size, step, seed=1)) for step in range(3)]
+    return [
+        sum(sum(samples[i].loss_mask) for i in step_indices(20, batch_size, step, seed=1))
+        for step in range(3)
+    ]
 
 
 def test_resume_is_bit_for_bit(tmp_path):
     """Goal: 3 + resume + 3 steps equal 6 (NeMo-RL#3599), in loss and weights. Red with the order restarted at 0."""
     samples = sft_samples(10)
     whole = tiny_backend(tmp_path / "whole")
-    expected = run(whole, samples, SFTTrainingConfig(num_steps=6, batch_size=4, log_every=1), seed=7)
+    expected = run(
+        whole, samples, SFTTrainingConfig(num_steps=6, batch_size=4, log_every=1), seed=7
+    )
     half = tiny_backend(tmp_path / "half")
     first = run(half, samples, SFTTrainingConfig(num_steps=3, batch_size=4, log_every=1), seed=7)
 
@@ -129,7 +152,9 @@ def test_resume_is_bit_for_bit(tmp_path):
     config = SFTTrainingConfig(num_steps=6, batch_size=4, log_every=1)
     second = run(resumed, samples, config, seed=7, resume=state)
     assert [record["loss"] for record in first + second] == [record["loss"] for record in expected]
-    assert all(torch.equal(a, b) for a, b in zip(parameters(resumed), parameters(whole), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(parameters(resumed), parameters(whole), strict=True)
+    )
     with pytest.raises(ValueError, match="of step 6 and num_steps=6: no step is left"):
         run(resumed, samples, config, seed=7, resume={**state, "step": 6})
 
@@ -158,7 +183,8 @@ def test_resume_after_a_kill_is_bit_for_bit(tmp_path):
         return subprocess.run(command, cwd=REPOSITORY, check=False, timeout=120).returncode
 
     assert [start(tmp_path / "killed", kill_at) for kill_at in (5, -1)] == [-9, 0]
-    assert start(tmp_path / "whole", -1) == 0  # a process of its own too: equal bits need equal threads
+    # a process of its own too: equal bits need equal threads
+    assert start(tmp_path / "whole", -1) == 0
     killed = (tmp_path / "killed" / "latest" / "model.safetensors").read_bytes()
     assert killed == (tmp_path / "whole" / "latest" / "model.safetensors").read_bytes()
     assert sorted(path.name for path in (tmp_path / "killed").glob("step_*")) == [
@@ -189,7 +215,8 @@ def test_an_example_with_nothing_to_train_on_is_named(tmp_path):
     samples = sft_samples(3)
     samples[1] = Sample(prompt="what?", tokens=[3, 4], loss_mask=[1.0, 0.0])
     with pytest.raises(
-        ValueError, match=r"samples\[1\] has no trained token after position 0 \(2 tokens, prompt 'what"
+        ValueError,
+        match=r"samples\[1\] has no trained token after position 0 \(2 tokens, prompt 'what",
     ):
         run(tiny_backend(tmp_path), samples, SFTTrainingConfig(num_steps=1, batch_size=2))
     with pytest.raises(ValueError, match="samples is empty"):
@@ -211,7 +238,9 @@ def test_validation_loss_counts_every_token_once(tmp_path):
         mask = torch.tensor([sample.loss_mask])
         total += sft_loss(model(input_ids=ids).logits, ids, mask, tokens_global=1.0).item()
     tokens = sum(sum(sample.loss_mask) for sample in samples)
-    assert result == pytest.approx({"loss": total / tokens, "tokens": tokens, "examples": 7}, abs=1e-12)
+    assert result == pytest.approx(
+        {"loss": total / tokens, "tokens": tokens, "examples": 7}, abs=1e-12
+    )
     some = anyio.run(lambda: validation_loss(backend, samples, batch_size=3, batches_max=1))
     assert some["examples"] == 3
     assert math.isfinite(some["loss"])
@@ -234,11 +263,22 @@ def test_validation_losses_by_task(tmp_path):
         "long": [sample for sample in samples if sample.metadata["task"] == "long"],
         "short": samples[::3],
     }
-    assert list(found) == ["all", "long", "short"] and found["long"]["tokens"] != found["short"]["tokens"]
+    assert (
+        list(found) == ["all", "long", "short"]
+        and found["long"]["tokens"] != found["short"]["tokens"]
+    )
     for task, of_task in expected.items():
         alone = anyio.run(lambda: validation_loss(backend, of_task, batch_size=9, pad_token_id=PAD))  # noqa: B023
         assert found[task] == pytest.approx(alone, abs=1e-12)
-    some = anyio.run(lambda: validation_losses(backend, samples, batch_size=2, batches_max=2, pad_token_id=PAD))
-    assert {task: result["examples"] for task, result in some.items()} == {"all": 4, "long": 2, "short": 2}
-    one = anyio.run(lambda: validation_losses(backend, samples[::3], batch_size=2, pad_token_id=PAD))
+    some = anyio.run(
+        lambda: validation_losses(backend, samples, batch_size=2, batches_max=2, pad_token_id=PAD)
+    )
+    assert {task: result["examples"] for task, result in some.items()} == {
+        "all": 4,
+        "long": 2,
+        "short": 2,
+    }
+    one = anyio.run(
+        lambda: validation_losses(backend, samples[::3], batch_size=2, pad_token_id=PAD)
+    )
     assert list(one) == ["all"]

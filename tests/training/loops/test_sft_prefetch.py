@@ -14,7 +14,13 @@ from rollouts.training.types import Sample, SFTTrainingConfig
 from tests.training.tiny import PAD, sft_samples, tiny_backend
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-CONFIG = {"num_steps": 6, "batch_size": 4, "log_every": 1, "checkpoint_every": 1, "micro_batch_size": 3}
+CONFIG = {
+    "num_steps": 6,
+    "batch_size": 4,
+    "log_every": 1,
+    "checkpoint_every": 1,
+    "micro_batch_size": 3,
+}
 KILLED_RUN = """
 import os, signal, sys
 from pathlib import Path
@@ -72,7 +78,9 @@ def test_a_run_killed_while_it_prepares_resumes_bit_for_bit(tmp_path):
         backend = tiny_backend(directory, seed=0 if resume_from is None else 99)
         resume = None if resume_from is None else await backend.load_checkpoint(resume_from)
         config = SFTTrainingConfig(**CONFIG)
-        await run_sft_training(backend, sft_samples(10), config, seed=7, pad_token_id=PAD, resume=resume)
+        await run_sft_training(
+            backend, sft_samples(10), config, seed=7, pad_token_id=PAD, resume=resume
+        )
 
     anyio.run(train, tmp_path / "killed", newest)
     anyio.run(train, tmp_path / "whole", None)
@@ -90,10 +98,14 @@ def test_batches_are_prepared_beside_training_and_fail_at_their_step(tmp_path, r
     backend = tiny_backend(tmp_path)
 
     async def main():
-        await run_sft_training(backend, samples, SFTTrainingConfig(**CONFIG), seed=7, pad_token_id=PAD)
+        await run_sft_training(
+            backend, samples, SFTTrainingConfig(**CONFIG), seed=7, pad_token_id=PAD
+        )
 
     with pytest.raises(OSError, match="the disk is gone"):
         anyio.run(main, backend=runtime)
     assert len(set(samples.taken)) == 1 and samples.taken[0].startswith("prefetch")
     assert latest_checkpoint(tmp_path).name == "step_000003"
-    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+    assert not [
+        thread.name for thread in threading.enumerate() if thread.name.startswith("prefetch")
+    ]

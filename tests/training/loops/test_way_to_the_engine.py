@@ -68,22 +68,34 @@ def test_frames_from_the_loop_to_the_request(
     ways: list[list[CodeType]] = []
     send = httpx.AsyncHTTPTransport.handle_async_request
 
-    async def recorded(transport: httpx.AsyncHTTPTransport, request: httpx.Request) -> httpx.Response:
+    async def recorded(
+        transport: httpx.AsyncHTTPTransport, request: httpx.Request
+    ) -> httpx.Response:
         here = running_here()
         if request.url.path == "/generate" and any(code.co_name == "generate_fn" for code in here):
             others = asyncio.all_tasks() - {asyncio.current_task()}  # type: ignore[arg-type]
-            waiting = sorted(map(waiting_in, others), key=lambda codes: "main" not in [one.co_name for one in codes])
+            waiting = sorted(
+                map(waiting_in, others),
+                key=lambda codes: "main" not in [one.co_name for one in codes],
+            )
             codes = [*itertools.chain.from_iterable(waiting), *here]  # the loop's task first
-            ways.append(list(dict.fromkeys(code for code in codes if code.co_filename.startswith(OURS))))
+            ways.append(
+                list(dict.fromkeys(code for code in codes if code.co_filename.startswith(OURS)))
+            )
         return await send(transport, request)
 
     monkeypatch.setattr(httpx.AsyncHTTPTransport, "handle_async_request", recorded)
 
     async def main() -> None:
         engine = SGLangEngine(engine_url)
-        generate_fn = make_generate_fn([engine], tiny_tokenizer(), max_new_tokens=3, temperature=1.0)
+        generate_fn = make_generate_fn(
+            [engine], tiny_tokenizer(), max_new_tokens=3, temperature=1.0
+        )
         config = RolloutConfig(
-            batch_size=1, n_samples_per_prompt=2, generate_fn=generate_fn, reward_fn=lambda sample: len(sample.response)
+            batch_size=1,
+            n_samples_per_prompt=2,
+            generate_fn=generate_fn,
+            reward_fn=lambda sample: len(sample.response),
         )
         manager = AsyncRolloutManager(DataBuffer(["ab", "cd"], seed=0), config)
         steps = RLTrainingConfig(num_steps=1, policy_lag_steps_max=lag)

@@ -22,8 +22,14 @@ CASES: dict[str, dict[str, Any]] = {
     "dr_grpo": {"loss_type": "dr_grpo"},
     "two_sided": {"delta": 1.5},
     "kl": {"beta": 0.1},
-    "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon_low": 0.1, "epsilon_high": 0.15},
-    "cispo": {"loss_type": "cispo", "epsilon_high": 1.3},  # TRL's is the bound itself, not its distance from 1
+    "gspo": {
+        "loss_type": "grpo",
+        "importance_sampling_level": "sequence",
+        "epsilon_low": 0.1,
+        "epsilon_high": 0.15,
+    },
+    # TRL's is the bound itself, not its distance from 1
+    "cispo": {"loss_type": "cispo", "epsilon_high": 1.3},
     "token_sum": {"loss_type": "luspo"},
     "entropy": {"entropy_coef": 0.05},
 }
@@ -39,14 +45,17 @@ def make_inputs(seed: int = 7) -> dict[str, Any]:
     return {
         "logits": normal(B, width, V, scale=1.5),
         "labels": torch.randint(V, (B, width), generator=random).tolist(),
-        "lengths": torch.randint(1, COMPLETION + 1, (B,), generator=random).tolist(),  # of the completions
+        # of the completions
+        "lengths": torch.randint(1, COMPLETION + 1, (B,), generator=random).tolist(),
         "advantages": normal(B, scale=1.0),
         "old_noise": normal(B, COMPLETION, scale=0.4),  # old = own + noise
         "ref_noise": normal(B, COMPLETION, scale=0.4),
     }
 
 
-def log_probs_and_entropies(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def log_probs_and_entropies(
+    logits: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Of the completion's tokens, [B, COMPLETION] each."""
     all_log_probs = torch.log_softmax(logits[:, PROMPT - 1 : -1], -1)
     log_probs = all_log_probs.gather(-1, labels[:, PROMPT:, None]).squeeze(-1)
@@ -99,7 +108,10 @@ def trl_loss(given: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
     loss = GRPOTrainer._compute_loss(trainer, trainer.model, batch)
     loss.backward()
     gradient = logits.grad[:, PROMPT - 1 : -1].gather(-1, labels[:, PROMPT:, None]).squeeze(-1)
-    return {"loss": loss.item(), "gradient": [[round(value, 12) for value in row] for row in gradient.tolist()]}
+    return {
+        "loss": loss.item(),
+        "gradient": [[round(value, 12) for value in row] for row in gradient.tolist()],
+    }
 
 
 def main() -> None:
@@ -108,7 +120,11 @@ def main() -> None:
     given = make_inputs()
     record = {
         "source": f"trl {trl.__version__} GRPOTrainer._compute_loss, torch {torch.__version__}, float64",
-        "shape": {"prompt": PROMPT, "completion": COMPLETION, "max_completion_length": COMPLETION + 3},
+        "shape": {
+            "prompt": PROMPT,
+            "completion": COMPLETION,
+            "max_completion_length": COMPLETION + 3,
+        },
         "inputs": given,
         "cases": {name: trl_loss(given, case) for name, case in CASES.items()},
     }

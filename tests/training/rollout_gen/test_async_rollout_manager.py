@@ -10,7 +10,11 @@ import pytest
 from rollouts.training.datasets.data_buffer import DataBuffer
 from rollouts.training.filters import check_reward_nonzero_std
 from rollouts.training.loops.rollout_metrics import rollout_metrics
-from rollouts.training.rollout_gen.async_rollout_manager import AsyncRolloutManager, RolloutError, group_seed
+from rollouts.training.rollout_gen.async_rollout_manager import (
+    AsyncRolloutManager,
+    RolloutError,
+    group_seed,
+)
 from rollouts.training.rollout_gen.rollout_generation import generate_rollout_batches
 from rollouts.training.types import RolloutConfig, Sample
 
@@ -20,7 +24,13 @@ PROMPTS = [f"p{index:02d}" for index in range(20)]
 def echo(prompts: list[Any], *, seed: int = 0) -> list[Sample]:
     """Two tokens of prompt, one of response; the response says which copy it is and the seed."""
     return [
-        Sample(prompt=p, response=f"{i}:{seed}", tokens=[1, 2, 3], loss_mask=[0.0, 0.0, 1.0], response_length=1)
+        Sample(
+            prompt=p,
+            response=f"{i}:{seed}",
+            tokens=[1, 2, 3],
+            loss_mask=[0.0, 0.0, 1.0],
+            response_length=1,
+        )
         for i, p in enumerate(prompts)
     ]
 
@@ -102,7 +112,8 @@ async def test_over_sampling_carries_the_surplus_over() -> None:
     first, second = await rollouts.generate_batch(), await rollouts.generate_batch()
     assert prompts_of(first) + prompts_of(second) == stream[:8]
     assert (first.metadata["groups_started"], first.metadata["groups_carried_over"]) == (7, 3)
-    assert (second.metadata["groups_carried_in"], second.metadata["groups_started"]) == (3, 2)  # ceil(1 x 1.6)
+    # ceil(1 x 1.6)
+    assert (second.metadata["groups_carried_in"], second.metadata["groups_started"]) == (3, 2)
 
 
 @pytest.mark.anyio
@@ -129,9 +140,12 @@ async def test_retries_are_bounded_and_the_error_counts() -> None:
         return False
 
     with pytest.raises(
-        RolloutError, match=r"0 of 4 groups after 3 rounds, 24 groups started: nothing_passes dropped 24"
+        RolloutError,
+        match=r"0 of 4 groups after 3 rounds, 24 groups started: nothing_passes dropped 24",
     ):
-        await manager(filter_fn=nothing_passes, retries_max=2, over_sampling_factor=2.0).generate_batch()
+        await manager(
+            filter_fn=nothing_passes, retries_max=2, over_sampling_factor=2.0
+        ).generate_batch()
 
 
 @pytest.mark.anyio
@@ -142,7 +156,10 @@ async def test_what_to_do_fits_what_dropped_the_groups() -> None:
     async def unsure(sample: Sample) -> float | None:
         return None
 
-    with pytest.raises(RolloutError, match=r"unscorable dropped 4. The reward returned None for them. Fix: a reward"):
+    with pytest.raises(
+        RolloutError,
+        match=r"unscorable dropped 4. The reward returned None for them. Fix: a reward",
+    ):
         await manager(reward_fn=unsure, retries_max=0).generate_batch()
 
 
@@ -187,7 +204,9 @@ async def test_seeds_depend_on_the_group_alone() -> None:
     for run_seed in (5, 5, 6):
         rollouts = manager(seed=run_seed)
         batches = [await rollouts.generate_batch() for _ in range(2)]
-        found = [int(sample.response.split(":")[1]) for batch in batches for sample in batch.samples[::3]]
+        found = [
+            int(sample.response.split(":")[1]) for batch in batches for sample in batch.samples[::3]
+        ]
         assert found == [group_seed(run_seed, number) for number in range(8)]
         assert seeds.setdefault(run_seed, found) == found
     assert len(set(seeds[5] + seeds[6])) == 16
@@ -235,7 +254,10 @@ async def test_a_failed_batch_loses_no_prompt_and_its_error_comes_through() -> N
     assert isinstance(caught.value.__cause__, KeyError)
     assert len(cancelled) == 1 and rollouts.save_state() == state
     failing = False
-    assert prompts_of(await rollouts.generate_batch()) == DataBuffer(PROMPTS, seed=1).get_prompts(8)[4:]
+    assert (
+        prompts_of(await rollouts.generate_batch())
+        == DataBuffer(PROMPTS, seed=1).get_prompts(8)[4:]
+    )
 
 
 @pytest.mark.anyio
@@ -277,8 +299,14 @@ def earned(prompts: Any, reward: float) -> Any:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"generate_fn": lambda prompts: echo(prompts)[:2]}, "generate_fn returned 2 samples for 3 prompts"),
-        ({"generate_fn": lambda prompts: None}, "generate_fn returned NoneType; needs a list of Sample"),
+        (
+            {"generate_fn": lambda prompts: echo(prompts)[:2]},
+            "generate_fn returned 2 samples for 3 prompts",
+        ),
+        (
+            {"generate_fn": lambda prompts: None},
+            "generate_fn returned NoneType; needs a list of Sample",
+        ),
         ({"generate_fn": lambda prompts: ["x"] * 3}, "needs a list of Sample"),
         (
             {"reward_fn": lambda sample: float("nan")},
@@ -293,7 +321,9 @@ def earned(prompts: Any, reward: float) -> Any:
         ({"reward_fn": None}, "no reward_fn, and generate_fn set no reward"),
     ],
 )
-async def test_what_a_user_function_returns_wrongly_is_named(changes: dict[str, Any], message: str) -> None:
+async def test_what_a_user_function_returns_wrongly_is_named(
+    changes: dict[str, Any], message: str
+) -> None:
     """Goal: the function, the value, the need. Each was red without its check: NaN went on into the advantages."""
     with pytest.raises(ValueError, match=message):
         await manager(**changes).generate_batch()
@@ -333,4 +363,6 @@ async def test_groups_without_contrast_are_counted_before_the_filter() -> None:
     async with manager(reward_fn=by_prompt, filter_fn=check_reward_nonzero_std) as rollouts:
         batch = await rollouts.generate_batch()
     dropped = sum(batch.metadata["groups_dropped"].values())
-    assert rollout_metrics(batch, None)["groups_zero_std_frac"] == pytest.approx(dropped / (dropped + 4))
+    assert rollout_metrics(batch, None)["groups_zero_std_frac"] == pytest.approx(
+        dropped / (dropped + 4)
+    )

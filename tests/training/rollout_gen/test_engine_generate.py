@@ -9,7 +9,11 @@ import pytest
 import torch
 
 from rollouts.training.rollout_gen.concurrency import gather_in_order
-from rollouts.training.rollout_gen.engine_generate import GenerationError, make_generate_fn, prompt_id
+from rollouts.training.rollout_gen.engine_generate import (
+    GenerationError,
+    make_generate_fn,
+    prompt_id,
+)
 from tests.training.tiny_task import InProcessEngine, tiny_model, tiny_tokenizer
 
 ROW = {"messages": [{"role": "user", "content": "abc"}], "answer": "cba"}
@@ -32,15 +36,24 @@ async def test_samples_hold_the_engines_own_tokens_and_log_probs(engine: InProce
     Red when tokens were encoded from the text. Log-probs are checked against a forward pass of the whole sequence.
     """
     samples = await generate_fn(engine)([ROW] * 4, seed=11)
-    prompt = tiny_tokenizer().apply_chat_template(ROW["messages"], add_generation_prompt=True, return_dict=False)
+    prompt = tiny_tokenizer().apply_chat_template(
+        ROW["messages"], add_generation_prompt=True, return_dict=False
+    )
     for sample in samples:
         assert sample.tokens[: len(prompt)] == prompt and sample.prompt == ROW
         response = sample.tokens[len(prompt) :]
         assert sample.response_length == len(response)
         assert sample.loss_mask == [0.0] * len(prompt) + [1.0] * len(response)
         with torch.no_grad():
-            logprobs_TV = engine.model(input_ids=torch.tensor([sample.tokens])).logits[0].float().log_softmax(-1)
-        expected = [float(logprobs_TV[len(prompt) - 1 + i, token]) for i, token in enumerate(response)]
+            logprobs_TV = (
+                engine.model(input_ids=torch.tensor([sample.tokens]))
+                .logits[0]
+                .float()
+                .log_softmax(-1)
+            )
+        expected = [
+            float(logprobs_TV[len(prompt) - 1 + i, token]) for i, token in enumerate(response)
+        ]
         assert sample.rollout_log_probs == pytest.approx(expected, abs=1e-5)
         assert sample.metadata == {
             "weight_version": "3",
@@ -48,7 +61,9 @@ async def test_samples_hold_the_engines_own_tokens_and_log_probs(engine: InProce
             "prompt_id": prompt_id(ROW),
         }
     assert len({tuple(sample.tokens) for sample in samples}) > 1
-    assert any(tiny_tokenizer()(s.response)["input_ids"] != s.tokens[len(prompt) :] for s in samples)
+    assert any(
+        tiny_tokenizer()(s.response)["input_ids"] != s.tokens[len(prompt) :] for s in samples
+    )
 
 
 @pytest.mark.anyio
@@ -57,15 +72,23 @@ async def test_a_rounds_groups_go_together_and_engines_take_turns(engine: InProc
     to it. Red with a request per group, and with the answers handed out in reverse."""
     one, two = (dataclasses.replace(engine, requests=[]) for _ in range(2))
     generate = generate_fn(one, two, top_k=7, temperature=0.5, stop_token_ids=[1, 9])
-    rows = [{"messages": [{"role": "user", "content": text}], "answer": ""} for text in ("ab", "cd", "ef", "gh")]
-    groups = await gather_in_order([partial(generate, [row] * 3, seed=seed) for seed, row in enumerate(rows)])
+    rows = [
+        {"messages": [{"role": "user", "content": text}], "answer": ""}
+        for text in ("ab", "cd", "ef", "gh")
+    ]
+    groups = await gather_in_order(
+        [partial(generate, [row] * 3, seed=seed) for seed, row in enumerate(rows)]
+    )
     assert [[sample.prompt for sample in group] for group in groups] == [[row] * 3 for row in rows]
     alone = [await generate([row] * 3, seed=seed) for seed, row in enumerate(rows)]
-    assert [[sample.tokens for sample in group] for group in groups] == [[s.tokens for s in group] for group in alone]
+    assert [[sample.tokens for sample in group] for group in groups] == [
+        [s.tokens for s in group] for group in alone
+    ]
     assert [len(request["prompts"]) for request in one.requests] == [2, 1, 1]
     assert [request["n"] for request in two.requests] == [3, 3, 3]
     sent = [*one.requests[0]["sampling_params"], *two.requests[0]["sampling_params"]]
-    assert sorted(params["sampling_seed"] for params in sent) == [0, 1, 2, 3]  # trio starts tasks in any order
+    # trio starts tasks in any order
+    assert sorted(params["sampling_seed"] for params in sent) == [0, 1, 2, 3]
     for params in sent:
         assert {key: value for key, value in params.items() if key != "sampling_seed"} == {
             "temperature": 0.5,
@@ -76,7 +99,9 @@ async def test_a_rounds_groups_go_together_and_engines_take_turns(engine: InProc
 
 
 @pytest.mark.anyio
-async def test_a_failed_round_fails_every_group_and_the_next_one_is_sent(engine: InProcessEngine) -> None:
+async def test_a_failed_round_fails_every_group_and_the_next_one_is_sent(
+    engine: InProcessEngine,
+) -> None:
     """Goal: no group waits for ever when the request that carried it failed. Red without the release in `finally`."""
 
     class Failing(InProcessEngine):
@@ -97,7 +122,10 @@ async def test_a_failed_round_fails_every_group_and_the_next_one_is_sent(engine:
 
     with anyio.fail_after(20):
         await gather_in_order([partial(try_one, seed) for seed in range(3)])
-        assert sorted(type(error).__name__ for error in failures) == ["ConnectionError", *["GenerationError"] * 2]
+        assert sorted(type(error).__name__ for error in failures) == [
+            "ConnectionError",
+            *["GenerationError"] * 2,
+        ]
         assert len(await generate([ROW], seed=9)) == 1
 
 
@@ -122,7 +150,9 @@ async def test_an_answer_cut_off_from_outside_is_an_error(engine: InProcessEngin
         async def generate_batch(self, *arguments: Any, **keywords: Any) -> list[Any]:
             (group,) = await super().generate_batch(*arguments, **keywords)
             detail = {"type": "abort", "message": "out of memory"}
-            return [[dataclasses.replace(g, finish_reason="abort", finish_detail=detail) for g in group]]
+            return [
+                [dataclasses.replace(g, finish_reason="abort", finish_detail=detail) for g in group]
+            ]
 
     with pytest.raises(GenerationError, match=r"aborted after [0-9]+ tokens: out of memory"):
         await generate_fn(Aborting(engine.model, engine.tokenizer))([ROW], seed=0)
@@ -164,7 +194,9 @@ async def test_groups_asked_for_apart_come_back_by_themselves(engine: InProcessE
     found = []
     for target, apart in ((alone, True), (shared, False)):
         generate = generate_fn(target, one_request_per_group=apart)
-        groups = await gather_in_order([partial(generate, [ROW] * 2, seed=seed) for seed in range(3)])
+        groups = await gather_in_order(
+            [partial(generate, [ROW] * 2, seed=seed) for seed in range(3)]
+        )
         found.append([[sample.tokens for sample in group] for group in groups])
     assert found[0] == found[1]
     assert [len(request["prompts"]) for request in alone.requests] == [1, 1, 1]

@@ -39,7 +39,9 @@ async def no_pause() -> None:
 class World:
     """An engine whose weights are a number, under a manager; every sample says which weights began and ended it."""
 
-    def __init__(self, *, seed: int = 0, pause: Callable[[], Awaitable[None]] | None = None, **config: Any) -> None:
+    def __init__(
+        self, *, seed: int = 0, pause: Callable[[], Awaitable[None]] | None = None, **config: Any
+    ) -> None:
         self.version = 0
         self.running = 0
         rng = random.Random(seed)
@@ -49,7 +51,12 @@ class World:
                 await anyio.lowlevel.checkpoint()
 
         self.pause = pause or wait
-        config = {"batch_size": BATCH, "n_samples_per_prompt": 2, "generate_fn": self.generate, **config}
+        config = {
+            "batch_size": BATCH,
+            "n_samples_per_prompt": 2,
+            "generate_fn": self.generate,
+            **config,
+        }
         config.setdefault("reward_fn", lambda sample: float(sample.metadata["seed"] % 7))
         self.manager = AsyncRolloutManager(DataBuffer(PROMPTS, seed=1), RolloutConfig(**config))
 
@@ -62,7 +69,13 @@ class World:
             self.running -= 1
         metadata = {"seed": seed, "began": began, "ended": self.version}
         return [
-            Sample(prompt=p, tokens=[1, 2], loss_mask=[0.0, 1.0], response_length=1, metadata=dict(metadata))
+            Sample(
+                prompt=p,
+                tokens=[1, 2],
+                loss_mask=[0.0, 1.0],
+                response_length=1,
+                metadata=dict(metadata),
+            )
             for p in prompts
         ]
 
@@ -91,7 +104,8 @@ class World:
                     if step % config.sync_every == 0:
                         async with rollouts.updating(step):
                             self.version = step
-                    for _ in range(step % 4 * 5):  # so that after_step finds some groups running, and some finished
+                    # so that after_step finds some groups running, and some finished
+                    for _ in range(step % 4 * 5):
                         await anyio.lowlevel.checkpoint()
                     if after_step is not None:
                         after_step(step)
@@ -112,7 +126,9 @@ def versions_of(batch: RolloutBatch) -> set[int]:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize(("lag", "sync_every"), [(1, 1), (2, 1), (3, 2)])
-async def test_without_in_flight_updates_the_weights_of_every_batch_are_known(lag: int, sync_every: int) -> None:
+async def test_without_in_flight_updates_the_weights_of_every_batch_are_known(
+    lag: int, sync_every: int
+) -> None:
     """Goal: whatever takes how long, batch t is sampled whole with the oldest weights that the lag allows, in prompt
     order: the run is a function of the seeds. Red when an update did not wait for what runs, and with a reach of one
     step more.
@@ -121,13 +137,19 @@ async def test_without_in_flight_updates_the_weights_of_every_batch_are_known(la
         batches = await World(seed=seed).train(8, lag, sync_every=sync_every)
         assert prompts_of(batches) == stream_of_prompts(8 * BATCH)
         for step, batch in enumerate(batches, start=1):
-            synced = [version for version in range(0, step, sync_every) if step - 1 - version <= lag]
+            synced = [
+                version for version in range(0, step, sync_every) if step - 1 - version <= lag
+            ]
             assert versions_of(batch) == {min(synced)}, (step, versions_of(batch))
-            assert all(sample.metadata["began"] == sample.metadata["ended"] for sample in batch.samples)
+            assert all(
+                sample.metadata["began"] == sample.metadata["ended"] for sample in batch.samples
+            )
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("filters", [{}, {"filter_fn": even_seeds, "retries_max": 60, "over_sampling_factor": 1.5}])
+@pytest.mark.parametrize(
+    "filters", [{}, {"filter_fn": even_seeds, "retries_max": 60, "over_sampling_factor": 1.5}]
+)
 async def test_timing_changes_nothing(filters: dict[str, Any]) -> None:
     """Goal: with filters, rounds and over-sampling too, samples and their weights do not depend on what takes how long.
 
@@ -142,7 +164,9 @@ async def test_timing_changes_nothing(filters: dict[str, Any]) -> None:
                 await anyio.lowlevel.checkpoint()
 
         batches = await World(seed=seed, **filters).train(7, 1, train_pause=train_pause)
-        found.append([[(s.prompt, s.reward, s.metadata) for s in batch.samples] for batch in batches])
+        found.append(
+            [[(s.prompt, s.reward, s.metadata) for s in batch.samples] for batch in batches]
+        )
     assert all(one == found[0] for one in found)
 
 
@@ -158,7 +182,9 @@ async def test_in_flight_updates_keep_the_bound_and_the_order(lag: int) -> None:
         assert prompts_of(batches) == stream_of_prompts(12 * BATCH)
         for step, batch in enumerate(batches, start=1):
             assert step - 1 - min(versions_of(batch)) <= lag
-        crossed += sum(s.metadata["began"] < s.metadata["ended"] for batch in batches for s in batch.samples)
+        crossed += sum(
+            s.metadata["began"] < s.metadata["ended"] for batch in batches for s in batch.samples
+        )
     assert crossed > 0
 
 
@@ -168,7 +194,9 @@ async def test_lag_0_is_the_plain_loop() -> None:
     filters = {"filter_fn": even_seeds, "retries_max": 60, "over_sampling_factor": 1.5}
     world, plain = World(**filters), World(**filters)
     started: list[int] = []
-    batches = await world.train(5, 0, after_step=lambda step: started.append(world.manager.queue.groups_started))
+    batches = await world.train(
+        5, 0, after_step=lambda step: started.append(world.manager.queue.groups_started)
+    )
     expected = []
     for step in range(5):
         plain.version = step
@@ -256,7 +284,10 @@ async def test_a_failure_of_training_ends_generation_and_loses_no_prompt() -> No
         await world.train(6, 1, train_pause=fail)
     assert world.running == world.manager.queue.running == 0
     world.pause = no_pause
-    assert prompts_of([await world.manager.generate_batch()]) == stream_of_prompts(3 * BATCH)[2 * BATCH :]
+    assert (
+        prompts_of([await world.manager.generate_batch()])
+        == stream_of_prompts(3 * BATCH)[2 * BATCH :]
+    )
 
 
 @pytest.mark.anyio
@@ -271,7 +302,9 @@ async def test_cancelling_from_outside_leaves_nothing_running(in_flight_updates:
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("filters", [{}, {"filter_fn": even_seeds, "retries_max": 60, "over_sampling_factor": 1.7}])
+@pytest.mark.parametrize(
+    "filters", [{}, {"filter_fn": even_seeds, "retries_max": 60, "over_sampling_factor": 1.7}]
+)
 async def test_a_saved_state_goes_on_exactly(filters: dict[str, Any]) -> None:
     """Goal: from the state after any step, through JSON, exactly the batches that would have come: carried groups as
     they were, running ones sampled again. Red when running groups were left out of the state, and when they were begun
@@ -297,7 +330,10 @@ async def test_a_saved_state_under_in_flight_updates_skips_and_repeats_no_prompt
     states: dict[int, str] = {}
     whole = World(seed=4)
     await whole.train(
-        8, 3, in_flight_updates=True, after_step=lambda s: states.update({s: json.dumps(whole.manager.save_state())})
+        8,
+        3,
+        in_flight_updates=True,
+        after_step=lambda s: states.update({s: json.dumps(whole.manager.save_state())}),
     )
     for step, state in states.items():
         resumed = World(seed=9)
@@ -333,7 +369,8 @@ async def test_retries_are_bounded() -> None:
         return False
 
     with pytest.raises(
-        RolloutError, match=r"0 of 3 groups after 3 rounds, 18 groups started: nothing_passes dropped 18"
+        RolloutError,
+        match=r"0 of 3 groups after 3 rounds, 18 groups started: nothing_passes dropped 18",
     ):
         await World(filter_fn=nothing_passes, retries_max=2).train(4, 1)
 
@@ -351,11 +388,17 @@ async def test_ages_are_told() -> None:
 @pytest.mark.parametrize(
     ("manager", "options", "message"),
     [
-        (object(), {}, "policy_lag_steps_max=1: needs an AsyncRolloutManager to generate ahead with, got object"),
+        (
+            object(),
+            {},
+            "policy_lag_steps_max=1: needs an AsyncRolloutManager to generate ahead with, got object",
+        ),
         (None, {"sync_every": 2}, "policy_lag_steps_max=1: needs 0, or >= sync_every=2"),
     ],
 )
-async def test_a_lag_that_cannot_be_is_refused(manager: Any, options: dict[str, Any], message: str) -> None:
+async def test_a_lag_that_cannot_be_is_refused(
+    manager: Any, options: dict[str, Any], message: str
+) -> None:
     """Goal: a message before anything starts. Red without the checks: an AttributeError, and a run that hangs."""
     config = RLTrainingConfig(num_steps=4, policy_lag_steps_max=1, **options)
     with pytest.raises(ValueError, match=message):
@@ -392,7 +435,9 @@ async def test_what_runs_at_the_engines_is_aborted_on_the_way_out(lag: int) -> N
 
 
 @pytest.mark.anyio
-async def test_an_engine_that_hangs_keeps_no_other_from_being_told(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_engine_that_hangs_keeps_no_other_from_being_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Goal: all engines are told at once, within the time. Red when one was told after another."""
     monkeypatch.setattr(rollout_stream, "ABORT_TIMEOUT_S", 0.2)
     aborted: list[str] = []
@@ -406,6 +451,8 @@ async def test_an_engine_that_hangs_keeps_no_other_from_being_told(monkeypatch: 
             await anyio.sleep_forever()
 
     with pytest.raises(ZeroDivisionError):
-        async with open_rollouts(World().manager, RLTrainingConfig(num_steps=1), EnginePool.of([Hanging(), Engine()])):
+        async with open_rollouts(
+            World().manager, RLTrainingConfig(num_steps=1), EnginePool.of([Hanging(), Engine()])
+        ):
             raise ZeroDivisionError
     assert aborted == ["healthy"]

@@ -29,18 +29,25 @@ class MemoryPlan:
     notes: tuple[str, ...] = ()
 
 
-def memory_plan(config: Config, facts: HostFacts, code: Code, target: str, *, busy_ok: bool = False) -> MemoryPlan:
+def memory_plan(
+    config: Config, facts: HostFacts, code: Code, target: str, *, busy_ok: bool = False
+) -> MemoryPlan:
     """Plan the memory of the run. `busy_ok`: of busy cards what is free counts."""
     models = models_of(config, code)
     if config.target.device_type != "cuda":
         return MemoryPlan(notes=_host_note(config, facts, models))
     there = {gpu.index: _card(gpu, busy_ok=busy_ok) for gpu in facts.gpus if not is_broken(gpu)}
-    named = {*config.target.gpu_ranks, *(config.engine.gpu_ranks if config.engine and config.uses_engine else ())}
+    named = {
+        *config.target.gpu_ranks,
+        *(config.engine.gpu_ranks if config.engine and config.uses_engine else ()),
+    }
     cards = {index: card for index, card in there.items() if index in named}
     found = list(gpu_uses(config, models, cards))
     lacking = misfits(config, models, cards)
     free = {gpu.index for gpu in facts.gpus if is_free(gpu, facts.gpu_processes)}
-    spare = {index: card for index, card in there.items() if index in free and card.have is not None}
+    spare = {
+        index: card for index, card in there.items() if index in free and card.have is not None
+    }
     change = nearest_change(config, models, cards, spare) if lacking else None
     names = {gpu.index: gpu.name for gpu in facts.gpus}
     return MemoryPlan(
@@ -56,7 +63,9 @@ def models_of(config: Config, code: Code) -> Models:
     policy = shape_named(config.model.name, inputs.model_configs)
     reference: Shape | str | None = None
     if rl is not None and "rl" in config.stages and rl.kl is not None:
-        reference = shape_named(rl.kl.reference, inputs.model_configs) if rl.kl.reference else policy
+        reference = (
+            shape_named(rl.kl.reference, inputs.model_configs) if rl.kl.reference else policy
+        )
     return Models(policy=policy, reference=reference, parameters=inputs.parameters)
 
 
@@ -64,7 +73,8 @@ def _card(gpu: Gpu, *, busy_ok: bool) -> Card:
     """Return what a job can have of a card. A slice of MIG tells no size: nvidia-smi's figures are the whole card's."""
     if gpu.mig == "Enabled" or not gpu.memory_total_mib:
         return Card(have=None, total=None)
-    is_whole = gpu.memory_free_mib >= GPU_FREE_SHARE_MIN * gpu.memory_total_mib  # else it is busy: another problem
+    # else it is busy: another problem
+    is_whole = gpu.memory_free_mib >= GPU_FREE_SHARE_MIN * gpu.memory_total_mib
     have = gpu.memory_free_mib if is_whole or busy_ok else gpu.memory_total_mib
     return Card(have=have * MIB, total=gpu.memory_total_mib * MIB)
 

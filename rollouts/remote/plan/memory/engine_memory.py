@@ -13,8 +13,10 @@ from rollouts.remote.inputs.shapes import Shape
 
 GIB = 2**30
 CONTEXT_BYTES = GIB // 2  # a process's CUDA context and libraries
-OUTSIDE_BYTES = {"sglang": 2 * GIB, "vllm": GIB, "embedded": 0}  # graphs, workspace, activations of a prefill
-SAMPLING_BYTES = 8 * 2 + 4 * 3  # of the embedded engine for each row and token id: sums in float64, float32 copies
+# graphs, workspace, activations of a prefill
+OUTSIDE_BYTES = {"sglang": 2 * GIB, "vllm": GIB, "embedded": 0}
+# of the embedded engine for each row and token id: sums in float64, float32 copies
+SAMPLING_BYTES = 8 * 2 + 4 * 3
 
 
 CARD_BYTES_UNKNOWN = 24 * GIB  # what rules that ask for a card's size get where it does not tell it
@@ -47,7 +49,9 @@ class EngineUse:
         return self.outside
 
 
-def engine_uses(config: Config, engine: EngineConfig, shape: Shape, gpu: int, card: Card) -> list[EngineUse]:
+def engine_uses(
+    config: Config, engine: EngineConfig, shape: Shape, gpu: int, card: Card
+) -> list[EngineUse]:
     """Return what each replica on `gpu` takes; a later one finds what the earlier ones left."""
     found: list[EngineUse] = []
     total = card.total or CARD_BYTES_UNKNOWN
@@ -71,14 +75,21 @@ def _use(config: Config, engine: EngineConfig, shape: Shape, free: int, total: i
         draws = rows * shape.vocabulary * SAMPLING_BYTES
         bound = int(engine.mem_fraction * total) - weights - draws
         cache = min(wanted, bound)
-        return EngineUse(weights=weights, cache=cache, outside=outside + draws, cache_tokens=max(0, cache) // token)
+        return EngineUse(
+            weights=weights,
+            cache=cache,
+            outside=outside + draws,
+            cache_tokens=max(0, cache) // token,
+        )
     if engine.kind == "vllm":
         cache = int(engine.mem_fraction * total) - weights - CONTEXT_BYTES
     else:
         cache = int(engine.mem_fraction * max(0, free - CONTEXT_BYTES)) - weights
     if engine.max_total_tokens is not None:
         cache = min(cache, engine.max_total_tokens * token)
-    return EngineUse(weights=weights, cache=cache, outside=outside, cache_tokens=max(0, cache) // token)
+    return EngineUse(
+        weights=weights, cache=cache, outside=outside, cache_tokens=max(0, cache) // token
+    )
 
 
 def engine_parts(uses: list[EngineUse], *, asleep: bool) -> Mapping[str, int]:

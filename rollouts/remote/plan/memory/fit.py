@@ -7,7 +7,14 @@ from typing import Any, cast
 
 from rollouts.config import Config, changed
 from rollouts.remote.plan.memory.engine_memory import GIB, Card
-from rollouts.remote.plan.memory.uses import Models, Stage, Use, gpu_uses, largest_micro_batch, longest_sequence
+from rollouts.remote.plan.memory.uses import (
+    Models,
+    Stage,
+    Use,
+    gpu_uses,
+    largest_micro_batch,
+    longest_sequence,
+)
 
 CHANGES_MAX = 3  # made together
 TIGHT_SHARE = 0.95  # of what there is: beyond it a sum of this kind may be wrong by what is left
@@ -91,11 +98,21 @@ def nearest_change(
     return tight
 
 
-def _fitting(config: Config, fields: Mapping[str, Any], models: Models, cards: Mapping[int, Card]) -> Change | None:
+def _fitting(
+    config: Config, fields: Mapping[str, Any], models: Models, cards: Mapping[int, Card]
+) -> Change | None:
     candidate = changed(config, fields)
-    if misfits(candidate, models, cards) or not _has_cache(candidate, models, cards) or candidate.problems():
+    if (
+        misfits(candidate, models, cards)
+        or not _has_cache(candidate, models, cards)
+        or candidate.problems()
+    ):
         return None
-    sums = [(use.needed, cards[use.gpu].have or 0) for use in gpu_uses(candidate, models, cards) if cards[use.gpu].have]
+    sums = [
+        (use.needed, cards[use.gpu].have or 0)
+        for use in gpu_uses(candidate, models, cards)
+        if cards[use.gpu].have
+    ]
     if not sums:
         return None
     needed, have = max(sums, key=lambda pair: pair[0] / pair[1])
@@ -112,7 +129,9 @@ def _has_cache(config: Config, models: Models, cards: Mapping[int, Card]) -> boo
     return all(tokens >= least for tokens in found)
 
 
-def _options(config: Config, models: Models, cards: Mapping[int, Card], spare: Mapping[int, Card]) -> Iterator[Option]:
+def _options(
+    config: Config, models: Models, cards: Mapping[int, Card], spare: Mapping[int, Card]
+) -> Iterator[Option]:
     """Return the kinds of changes: those that change the least of a run, or of its speed, first."""
     failing = misfits(config, models, cards)
     stages = list(dict.fromkeys(misfit.use.stage for misfit in failing if _trains(misfit.use)))
@@ -120,19 +139,33 @@ def _options(config: Config, models: Models, cards: Mapping[int, Card], spare: M
     batches = list(_zipped([_smaller_micro_batches(config, stage) for stage in stages]))
     yield [fields for fields in engines if _is_half(config, fields)]
     yield [fields for fields in batches if _is_half(config, fields)]
-    yield [{"model.activation_checkpointing": True}] if stages and not config.model.activation_checkpointing else []
+    yield (
+        [{"model.activation_checkpointing": True}]
+        if stages and not config.model.activation_checkpointing
+        else []
+    )
     yield [fields for fields in batches if not _is_half(config, fields)]
     yield [fields for fields in engines if not _is_half(config, fields)]
     engine = config.engine
-    colocated = engine is not None and any(_trains(misfit.use) and misfit.use.engines for misfit in failing)
+    colocated = engine is not None and any(
+        _trains(misfit.use) and misfit.use.engines for misfit in failing
+    )
     if engine is not None and colocated:
         can_sleep = engine.kind == "sglang" and not engine.sleep_while_training
         yield [{"engine.sleep_while_training": True}] if can_sleep else []
         free = [gpu for gpu in sorted(spare) if gpu not in config.target.gpu_ranks]
         alone = engine.replicas * engine.tensor_parallel_size == 1
         yield [{"engine.gpu_ranks": [gpu]} for gpu in free[:1]] if alone else []
-    taken = {*engine.gpu_ranks} if engine is not None and not colocated and config.uses_engine else set()
-    present = [gpu for gpu in sorted({*spare, *config.target.gpu_ranks} & {*spare, *cards}) if gpu not in taken]
+    taken = (
+        {*engine.gpu_ranks}
+        if engine is not None and not colocated and config.uses_engine
+        else set()
+    )
+    present = [
+        gpu
+        for gpu in sorted({*spare, *config.target.gpu_ranks} & {*spare, *cards})
+        if gpu not in taken
+    ]
     if stages and len(present) > len(config.target.gpu_ranks):
         yield [{"target.gpu_ranks": present, "target.sharding": "full_shard"}]
     elif stages and config.target.sharding == "none" and len(config.target.gpu_ranks) > 1:
@@ -155,7 +188,11 @@ def _other_engines(config: Config) -> Iterator[dict[str, Any]]:
     now = round(engine.mem_fraction * 100)
     first = now - 1 - (now - 1) % FRACTION_STEP
     smaller = range(first, FRACTION_MIN - 1, -FRACTION_STEP)
-    larger = (percent for percent in range(first + FRACTION_STEP, FRACTION_MAX + 1, FRACTION_STEP) if percent > now)
+    larger = (
+        percent
+        for percent in range(first + FRACTION_STEP, FRACTION_MAX + 1, FRACTION_STEP)
+        if percent > now
+    )
     yield from ({"engine.mem_fraction": percent / 100} for percent in (*smaller, *larger))
 
 

@@ -14,7 +14,8 @@ from rollouts.remote.inputs.shapes import Shape
 
 MASTER = 4  # bytes of a float32 number: master weights, their gradients, the optimizer's state
 # Rules of rollouts.training that this side, without torch, repeats; a test holds the two against each other.
-HEAD_ELEMENTS, HEAD_SHARE = 2**27, 128  # head_ways: log-probs of a chunk, and its part of the card's bytes
+# head_ways: log-probs of a chunk, and its part of the card's bytes
+HEAD_ELEMENTS, HEAD_SHARE = 2**27, 128
 REDUCTION_SHARE = 16  # fsdp: whole gradients are kept where they take at most this part of the card
 MUON_ELEMENTS = 2**27  # optim: elements of matrices that are iterated on together
 LAYERS_GATHERED = 3  # of a sharded model at once: the one that runs, the next one, and its buffer
@@ -43,7 +44,9 @@ class StepLoad:
     muon: bool
     shards: int  # ranks that share one copy of the model; 1: a whole copy each
     is_sharded: bool  # by FSDP, if only over one rank
-    keeps_gathered: bool  # shard_grad_op: layers stay gathered from the forward to the backward pass
+    keeps_gathered: (
+        bool  # shard_grad_op: layers stay gathered from the forward to the backward pass
+    )
     offloads: bool
     card_bytes: int  # the whole card's: the head's chunks and a sharded gradient go by it
 
@@ -68,7 +71,11 @@ def linears(shape: Shape) -> dict[str, tuple[int, int]]:
 def adapter_parameters(shape: Shape, adapters: Adapters) -> int:
     """Count LoRA's parameters."""
     found = linears(shape)
-    return shape.layers * adapters.rank * sum(sum(found[name]) for name in adapters.targets if name in found)
+    return (
+        shape.layers
+        * adapters.rank
+        * sum(sum(found[name]) for name in adapters.targets if name in found)
+    )
 
 
 def layer_activations(shape: Shape, step: StepLoad) -> int:
@@ -85,7 +92,8 @@ def layer_activations(shape: Shape, step: StepLoad) -> int:
         token += rows * ((MASTER + normalized) * shape.head + MASTER)
     token += _linear_inputs(shape, step)
     attention = width * (2 * shape.queries + 2 * shape.keys) + MASTER * shape.heads
-    shared = width * shape.queries if step.attended > step.tokens else 0  # the attention's output, as the row has it
+    # the attention's output, as the row has it
+    shared = width * shape.queries if step.attended > step.tokens else 0
     return step.tokens * (token + shared) + step.attended * attention
 
 
@@ -97,7 +105,9 @@ def _linear_inputs(shape: Shape, step: StepLoad) -> int:
     found = linears(shape)
     inner = width * adapters.rank * len(adapters.targets)
     if adapters.has_dropout:  # each module drops by itself, and keeps a mask of bytes
-        return inner + (width + 1) * sum(found[name][0] for name in adapters.targets if name in found)
+        return inner + (width + 1) * sum(
+            found[name][0] for name in adapters.targets if name in found
+        )
     inputs = hidden * (bool({"q_proj", "k_proj", "v_proj"} & {*adapters.targets}))
     inputs += hidden * (bool({"gate_proj", "up_proj"} & {*adapters.targets}))
     return inner + width * (inputs + mlp * ("down_proj" in adapters.targets))
@@ -130,12 +140,15 @@ def training_peaks(shape: Shape, step: StepLoad) -> dict[str, Parts]:
     input_bytes = width * shape.hidden * tokens
     layer = layer_activations(shape, step)
     kept = input_bytes if step.checkpointing else layer
-    ends = width * 2 * shape.head * tokens + (MASTER + 2 * width) * shape.hidden * tokens  # positions; the last norm
+    # positions; the last norm
+    ends = width * 2 * shape.head * tokens + (MASTER + 2 * width) * shape.hidden * tokens
     full = step.adapters is None
     table = shape.table if full else 0
     head = MASTER * table + 2 * width * head_chunk(shape, step) + input_bytes
-    held_table = width * table if shape.is_tied or step.is_sharded else 0  # the head's gradient, until the embeddings'
-    backward = width * (2 * shape.mlp + shape.hidden) * tokens + held_table  # of the MLP: gradients of gate and up
+    # the head's gradient, until the embeddings'
+    held_table = width * table if shape.is_tied or step.is_sharded else 0
+    # of the MLP: gradients of gate and up
+    backward = width * (2 * shape.mlp + shape.hidden) * tokens + held_table
     gathered = _gathered_layers(shape, step)
     if step.is_sharded and full and shape.layers > 1:
         backward += (width + MASTER) * shape.layer  # of the layer before, on its way to be reduced
@@ -143,7 +156,11 @@ def training_peaks(shape: Shape, step: StepLoad) -> dict[str, Parts]:
     peaks: dict[str, Parts] = {
         "head": {**rest, "activations": kept * shape.layers + ends, "head": head},
         "layers": {**rest, "activations": rest_of_layers + layer + backward},
-        "embeddings": {**rest, "activations": input_bytes, "head": _table_gradients(shape, step, table)},
+        "embeddings": {
+            **rest,
+            "activations": input_bytes,
+            "head": _table_gradients(shape, step, table),
+        },
         "optimizer step": {**rest, "optimizer": rest["optimizer"] + _muon_work(shape, step)},
     }
     for name in ("head", "layers"):
@@ -158,14 +175,22 @@ def at_rest(shape: Shape, step: StepLoad) -> dict[str, int]:
     states = MASTER * (2 * trained - _by_muon(shape, step))
     if not step.is_sharded:
         copies = step.width * whole if step.width != MASTER else 0
-        return {"weights": MASTER * whole + copies, "gradients": MASTER * trained, "optimizer": states}
+        return {
+            "weights": MASTER * whole + copies,
+            "gradients": MASTER * trained,
+            "optimizer": states,
+        }
     root = step.width * (shape.table * (1 if shape.is_tied else 2) + shape.hidden)  # stays gathered
     if step.offloads:
         return {"weights": root, "gradients": 0, "optimizer": 0}
     shards = step.shards
     defers = REDUCTION_SHARE * MASTER * trained <= step.card_bytes
     gradients = MASTER * trained if defers else MASTER * trained // shards
-    return {"weights": MASTER * whole // shards + root, "gradients": gradients, "optimizer": states // shards}
+    return {
+        "weights": MASTER * whole // shards + root,
+        "gradients": gradients,
+        "optimizer": states // shards,
+    }
 
 
 def _trained(shape: Shape, step: StepLoad) -> int:
@@ -182,7 +207,11 @@ def _by_muon(shape: Shape, step: StepLoad) -> int:
 def _gathered_layers(shape: Shape, step: StepLoad) -> int:
     if not step.is_sharded:
         return 0
-    return step.width * shape.layer * (shape.layers if step.keeps_gathered else min(LAYERS_GATHERED, shape.layers))
+    return (
+        step.width
+        * shape.layer
+        * (shape.layers if step.keeps_gathered else min(LAYERS_GATHERED, shape.layers))
+    )
 
 
 def _table_gradients(shape: Shape, step: StepLoad, table: int) -> int:
@@ -202,14 +231,17 @@ def _muon_work(shape: Shape, step: StepLoad) -> int:
     return together * (MASTER + 4 * 2)
 
 
-def answering_peak(shape: Shape, step: StepLoad, *, prompt: int, new: int, rows_max: int, tokens_max: int) -> Parts:
+def answering_peak(
+    shape: Shape, step: StepLoad, *, prompt: int, new: int, rows_max: int, tokens_max: int
+) -> Parts:
     """Return what answering held-out rows in process takes at most: a batch of prompts of `prompt` tokens each."""
     rest, width = at_rest(shape, step), step.width
     rows = max(1, min(rows_max, tokens_max // (prompt + new)))
     cache = rows * (prompt + new) * shape.cache_bytes(width)
     cache += cache // shape.layers  # one layer's grows into a copy
     token = width * (3 * shape.mlp + 2 * shape.queries) + (2 * MASTER + width) * shape.hidden
-    first = rows * prompt * (token + (1 + width) * prompt)  # with a mask, once as bits and once as numbers
+    # with a mask, once as bits and once as numbers
+    first = rows * prompt * (token + (1 + width) * prompt)
     draws = rows * shape.vocabulary * (width + 3 * MASTER)
     weights = rest["weights"] + _gathered_layers(shape, step)
     return {**rest, "weights": weights, "gradients": 0, "answers": cache + max(first, draws)}

@@ -66,13 +66,17 @@ def gpu_uses(config: Config, models: Models, cards: Mapping[int, Card]) -> Itera
     """Return every use, GPU by GPU, of those in `cards`."""
     for stage in config.stages:
         engine = config.engine if stage == "rl" and config.uses_engine else None
-        for gpu in sorted({*_trainer_ranks(config, stage), *(engine.gpu_ranks if engine else ())} & {*cards}):
+        for gpu in sorted(
+            {*_trainer_ranks(config, stage), *(engine.gpu_ranks if engine else ())} & {*cards}
+        ):
             yield _use(config, stage, models, gpu, cards[gpu])
 
 
 def _trainer_ranks(config: Config, stage: Stage) -> list[int]:
     """Return the GPUs that hold a trainer in the stage: none where samples are only collected."""
-    collects = stage == "rl" and config.rl is not None and config.rl.sampling.source == "engine_only"
+    collects = (
+        stage == "rl" and config.rl is not None and config.rl.sampling.source == "engine_only"
+    )
     return [] if collects else config.target.gpu_ranks
 
 
@@ -86,11 +90,15 @@ def _use(config: Config, stage: Stage, models: Models, gpu: int, card: Card) -> 
             found = engine_uses(config, engine, models.policy, gpu, card)
         else:
             unknown.append(f"the engine's weights ({models.policy})")
-    moments: dict[str, Parts] = dict(_trainer_moments(config, stage, models, card, unknown)) if trains else {}
+    moments: dict[str, Parts] = (
+        dict(_trainer_moments(config, stage, models, card, unknown)) if trains else {}
+    )
     sleeps = engine is not None and engine.sleep_while_training and bool(moments)
     awake = engine_parts(found, asleep=False) if found else {}
     asleep = engine_parts(found, asleep=True) if found else {}
-    combined: dict[str, Parts] = {name: {**parts, **(asleep if sleeps else awake)} for name, parts in moments.items()}
+    combined: dict[str, Parts] = {
+        name: {**parts, **(asleep if sleeps else awake)} for name, parts in moments.items()
+    }
     if sleeps and isinstance(models.policy, Shape):
         combined["sampling"] = {**_resting(config, stage, models, card), **awake}
     combined = combined or {"sampling": awake}
@@ -114,9 +122,14 @@ def _trainer_moments(
     """Return what a trainer's rank holds at each moment that may be its peak; to `unknown` goes what is not counted."""
     shape = models.policy
     if isinstance(shape, str):
-        unknown.append(f"activations ({shape})" if models.parameters else f"the trainer's part ({shape})")
+        unknown.append(
+            f"activations ({shape})" if models.parameters else f"the trainer's part ({shape})"
+        )
         if models.parameters:
-            yield "at rest", _with_overhead(config, _counted_at_rest(config, stage, models.parameters))
+            yield (
+                "at rest",
+                _with_overhead(config, _counted_at_rest(config, stage, models.parameters)),
+            )
         return
     step = step_of(config, stage, shape, card)
     reference = _reference_bytes(config, stage, models, step, unknown)
@@ -129,12 +142,18 @@ def _trainer_moments(
         peaks = {f"training: {name}": parts for name, parts in training_peaks(shape, step).items()}
         limits = answer_limits(config, stage)
         if limits is not None:
-            new, longest = limits.new_tokens, config.data.max_length  # in RL the answer is of the longest, too
+            # in RL the answer is of the longest, too
+            new, longest = limits.new_tokens, config.data.max_length
             prompt = max(1, longest - new) if config.rl is not None else longest
             sizes = {"rows_max": limits.batch_rows, "tokens_max": limits.batch_tokens}
-            peaks["answering held-out rows"] = answering_peak(shape, step, prompt=prompt, new=new, **sizes)
+            peaks["answering held-out rows"] = answering_peak(
+                shape, step, prompt=prompt, new=new, **sizes
+            )
     for name, parts in peaks.items():
-        yield name, _with_overhead(config, {**parts, **({"reference": reference} if reference else {})})
+        yield (
+            name,
+            _with_overhead(config, {**parts, **({"reference": reference} if reference else {})}),
+        )
 
 
 def _with_overhead(config: Config, parts: Parts) -> Parts:
@@ -150,10 +169,14 @@ def _resting(config: Config, stage: Stage, models: Models, card: Card) -> Parts:
     sync = config.engine.weight_sync if config.engine is not None else None
     more = {
         "reference": _reference_bytes(config, stage, models, step, []),
-        "buckets": 2 * sync.bucket_mib * 2**20 if isinstance(sync, TensorSync | BroadcastSync) else 0,
+        "buckets": 2 * sync.bucket_mib * 2**20
+        if isinstance(sync, TensorSync | BroadcastSync)
+        else 0,
     }
     parts = {**at_rest(models.policy, step), "gradients": 0}
-    return _with_overhead(config, {**parts, **{name: count for name, count in more.items() if count}})
+    return _with_overhead(
+        config, {**parts, **{name: count for name, count in more.items() if count}}
+    )
 
 
 def step_of(config: Config, stage: Stage, shape: Shape, card: Card) -> StepLoad:
@@ -162,7 +185,11 @@ def step_of(config: Config, stage: Stage, shape: Shape, card: Card) -> StepLoad:
     tokens = largest_micro_batch(config, stage)
     lora = model.lora
     targets = (
-        tuple(linears(shape)) if lora and lora.target_modules == "all-linear" else lora.target_modules if lora else ()
+        tuple(linears(shape))
+        if lora and lora.target_modules == "all-linear"
+        else lora.target_modules
+        if lora
+        else ()
     )
     names = tuple(dict.fromkeys(name.rpartition(".")[2] for name in targets))
     return StepLoad(
@@ -173,7 +200,9 @@ def step_of(config: Config, stage: Stage, shape: Shape, card: Card) -> StepLoad:
         width=2 if model.dtype == "bfloat16" else MASTER,
         checkpointing=model.activation_checkpointing,
         compiled=model.compile,
-        adapters=Adapters(rank=lora.rank, targets=names, has_dropout=lora.dropout > 0) if lora else None,
+        adapters=Adapters(rank=lora.rank, targets=names, has_dropout=lora.dropout > 0)
+        if lora
+        else None,
         muon=settings.optimizer.kind == "muon",
         shards=_shards(config),
         is_sharded=target.sharding != "none",
@@ -220,7 +249,9 @@ def _shards(config: Config) -> int:
     return target.shard_group_size if hybrid else max(1, target.world_size)
 
 
-def _reference_bytes(config: Config, stage: Stage, models: Models, step: StepLoad, unknown: list[str]) -> int:
+def _reference_bytes(
+    config: Config, stage: Stage, models: Models, step: StepLoad, unknown: list[str]
+) -> int:
     """Return the bytes of the KL penalty's frozen model: in the dtype of computing, float32 where it is sharded."""
     rl = config.rl
     if stage != "rl" or rl is None or models.reference is None or _is_own_reference(config, rl):
@@ -236,7 +267,9 @@ def _reference_bytes(config: Config, stage: Stage, models: Models, step: StepLoa
 def _is_own_reference(config: Config, rl: RLConfig) -> bool:
     """Return whether the reference is the policy with its adapters off."""
     alone = config.model.lora is not None and config.target.sharding == "none"
-    from_the_start = config.stages[0] == "rl" and rl.kl is not None and rl.kl.reference == config.model.name
+    from_the_start = (
+        config.stages[0] == "rl" and rl.kl is not None and rl.kl.reference == config.model.name
+    )
     return alone and rl.kl is not None and (rl.kl.reference is None or from_the_start)
 
 
@@ -245,9 +278,15 @@ def _counted_at_rest(config: Config, stage: Stage, count: int) -> Parts:
     shards = _shards(config)
     if config.target.cpu_offload and config.target.sharding != "none":
         return {}
-    copies = 2 * count if config.model.dtype == "bfloat16" and config.target.sharding == "none" else 0
+    copies = (
+        2 * count if config.model.dtype == "bfloat16" and config.target.sharding == "none" else 0
+    )
     parts = {"weights": MASTER * count // shards + copies}
     if config.model.lora is not None:
         return parts
     numbers = 1 if _stage(config, stage).optimizer.kind == "muon" else 2
-    return {**parts, "gradients": MASTER * count // shards, "optimizer": numbers * MASTER * count // shards}
+    return {
+        **parts,
+        "gradients": MASTER * count // shards,
+        "optimizer": numbers * MASTER * count // shards,
+    }

@@ -9,7 +9,17 @@ from rollouts.remote.plan.memory.engine_memory import GIB, Card
 from rollouts.remote.plan.memory.fit import TIGHT_SHARE, Change, Misfit
 from rollouts.remote.plan.memory.uses import Use
 
-COLUMNS = ("weights", "gradients", "optimizer", "activations", "head", "answers", "reference", "buckets", "other")
+COLUMNS = (
+    "weights",
+    "gradients",
+    "optimizer",
+    "activations",
+    "head",
+    "answers",
+    "reference",
+    "buckets",
+    "other",
+)
 ENGINE_COLUMNS = ("engine", "engine's graphs", "engine, asleep")
 
 
@@ -22,12 +32,20 @@ def memory_lines(found: Sequence[Use], cards: Mapping[int, Card]) -> Iterator[st
     rows = list(_grouped(found, cards))
     if not rows:
         return
-    names = [name for name in (*COLUMNS, *ENGINE_COLUMNS) if any(name in use.parts for _, use in rows)]
+    names = [
+        name for name in (*COLUMNS, *ENGINE_COLUMNS) if any(name in use.parts for _, use in rows)
+    ]
     table = [["GPU", "stage", *names, "in all", "there is"]]
     for gpus, use in rows:
         have = cards[use.gpu].have
         cells = [gib(use.parts[name]) if name in use.parts else "" for name in names]
-        needed = f">= {gib(use.needed)}" if use.unknown and use.parts else gib(use.needed) if use.parts else "?"
+        needed = (
+            f">= {gib(use.needed)}"
+            if use.unknown and use.parts
+            else gib(use.needed)
+            if use.parts
+            else "?"
+        )
         table.append([gpus, use.stage, *cells, needed, "?" if have is None else gib(have)])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     yield "memory in GiB at the fullest moment, by arithmetic (docs/reference/gpu-hosts.md#memory):"
@@ -50,7 +68,11 @@ def _grouped(found: Sequence[Use], cards: Mapping[int, Card]) -> Iterator[tuple[
 
 
 def misfit_problems(
-    config: Config, found: Sequence[Misfit], change: Change | None, names: Mapping[int, str], target: str
+    config: Config,
+    found: Sequence[Misfit],
+    change: Change | None,
+    names: Mapping[int, str],
+    target: str,
 ) -> Iterator[Problem]:
     """Name GPUs, stage, what is needed, what there is, and the nearest change that fits."""
     groups: dict[Any, list[Misfit]] = {}
@@ -60,14 +82,17 @@ def misfit_problems(
     for group in groups.values():
         first = group[0]
         ranks = [misfit.use.gpu for misfit in group]
-        which = f"GPU {ranks[0]} is" if len(ranks) == 1 else f"GPUs {', '.join(map(str, ranks))} are"
+        which = (
+            f"GPU {ranks[0]} is" if len(ranks) == 1 else f"GPUs {', '.join(map(str, ranks))} are"
+        )
         few = f"{target}: {which} too small for the {first.use.stage} stage."
         if first.reason:
             few = f"{target}: the engine has too little of GPU {ranks[0]} in the {first.use.stage} stage."
         yield Problem(
             few,
             found=f"{names.get(ranks[0], 'card')}: {gib(first.have)} GiB to use",
-            needed=first.reason or f"{gib(first.use.needed)} GiB {_moment(first.use)}: {_parts_words(first.use)}",
+            needed=first.reason
+            or f"{gib(first.use.needed)} GiB {_moment(first.use)}: {_parts_words(first.use)}",
             fix=change_words(config, change),
         )
 
@@ -77,7 +102,9 @@ def _moment(use: Use) -> str:
 
 
 def _parts_words(use: Use) -> str:
-    return ", ".join(f"{name} {gib(use.parts[name])}" for name in use.parts if use.parts[name] >= GIB / 20)
+    return ", ".join(
+        f"{name} {gib(use.parts[name])}" for name in use.parts if use.parts[name] >= GIB / 20
+    )
 
 
 def change_words(config: Config, change: Change | None) -> str:

@@ -45,7 +45,9 @@ class EnginePool:
         recover_timeout_s: float = 0.0,
         on_recovered: Callable[[Recovered], None] | None = None,
     ) -> None:
-        self.reruns = None if reruns_max is None else Reruns(reruns_max, recover_timeout_s, on_recovered)
+        self.reruns = (
+            None if reruns_max is None else Reruns(reruns_max, recover_timeout_s, on_recovered)
+        )
         self._router = router
         self.replicas = [Replica(client, self.reruns) for client in clients]
 
@@ -55,7 +57,11 @@ class EnginePool:
 
         Such a pool runs nothing again and takes every answer.
         """
-        return engines if isinstance(engines, EnginePool) else cls(list(map(as_client, engines)), reruns_max=None)
+        return (
+            engines
+            if isinstance(engines, EnginePool)
+            else cls(list(map(as_client, engines)), reruns_max=None)
+        )
 
     def __len__(self) -> int:
         return len(self.replicas)
@@ -74,7 +80,12 @@ class EnginePool:
         return [replica.client for replica in self.replicas]
 
     async def generate(
-        self, input_ids: Sequence[int], sampling_params: Mapping[str, Any], *, n: int = 1, **options: Any
+        self,
+        input_ids: Sequence[int],
+        sampling_params: Mapping[str, Any],
+        *,
+        n: int = 1,
+        **options: Any,
     ) -> list[Generation]:
         """Return `n` continuations of one prompt. `options` as `generate_batch` has them."""
         (group,) = await self.generate_batch([input_ids], [sampling_params], n=n, **options)
@@ -96,7 +107,9 @@ class EnginePool:
         reruns = self.reruns.times_max if self.reruns else 0
         groups: dict[int, list[Generation]] = {}
         if self._router is not None:
-            groups = await ask_router(self._router, self.replicas, prompts, params, may_rerun=reruns > 0, **options)
+            groups = await ask_router(
+                self._router, self.replicas, prompts, params, may_rerun=reruns > 0, **options
+            )
             reruns -= 1
         while missing := [index for index in range(len(prompts)) if index not in groups]:
             replica = await choose(self.replicas, self.replicas[first])

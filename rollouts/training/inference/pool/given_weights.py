@@ -5,7 +5,8 @@ from contextlib import contextmanager
 
 from rollouts.training.inference.inference_engine import InferenceEngine
 
-Give = Callable[[InferenceEngine], Awaitable[object]]  # gives a client's engine weights, and proves that it serves them
+# gives a client's engine weights, and proves that it serves them
+Give = Callable[[InferenceEngine], Awaitable[object]]
 
 
 class GivenWeights:

@@ -22,7 +22,9 @@ class _Group:
     input_ids: Sequence[int]
     sampling_params: Mapping[str, Any]
     answered: anyio.Event
-    generations: list[Generation] | None = None  # None once answered: the request that carried it failed
+    generations: list[Generation] | None = (
+        None  # None once answered: the request that carried it failed
+    )
 
 
 class GroupBatcher:
@@ -58,7 +60,10 @@ class GroupBatcher:
         try:
             await anyio.lowlevel.checkpoint()  # the others of this moment ask now
             self._close(place, groups)
-            prompts, params = [one.input_ids for one in groups], [one.sampling_params for one in groups]
+            prompts, params = (
+                [one.input_ids for one in groups],
+                [one.sampling_params for one in groups],
+            )
             answers = await self._pool.generate_batch(prompts, params, n=n, first=place)
             for one, generations in zip(groups, answers, strict=True):
                 one.generations = generations

@@ -21,13 +21,17 @@ class Judge:
         """
         who = " or ".join(map(str, self._replicas))
         pairs = zip(self._replicas, self._settled, strict=True)
-        allowed = [version for replica, settled in pairs for version in replica.given.since(settled)]
+        allowed = [
+            version for replica, settled in pairs for version in replica.given.since(settled)
+        ]
         for row in rows:
             sampled_with = {row.weight_version, *(span["version"] for span in row.weight_versions)}
             foreign = sampled_with - {*allowed, ""}  # "": no token was sampled
             if allowed and foreign:
                 found = ", ".join(sorted(foreign))
-                raise EngineLost(f"{who}: sampled with weights {found}; was given {allowed[-1]}: it started anew")
+                raise EngineLost(
+                    f"{who}: sampled with weights {found}; was given {allowed[-1]}: it started anew"
+                )
             if row.finish_reason == "abort" and self._aborts == self._aborts_now():
                 raise EngineLost(f"{who}: gave up a request: {row.finish_detail.get('message')}")
 

@@ -1,5 +1,6 @@
 """Wait for an engine that is started again, and bring it back to the weights that it was given."""
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from rollouts.training.inference.http import EngineError, EngineLost
 from rollouts.training.inference.inference_engine import InferenceEngine
 from rollouts.training.inference.pool.given_weights import GivenWeights
 
+logger = logging.getLogger(__name__)
 RETRY_S = 0.2  # between two attempts
 ANSWER_TIMEOUT_S = 1.0  # for an engine that was down to answer, while another one could serve
 
@@ -34,18 +36,20 @@ class Reruns:
 
 
 async def bring_back(
-    client: InferenceEngine, given: GivenWeights, timeout_s: float, *, reason: str, again: bool
-) -> tuple[object, float]:
+    client: InferenceEngine, given: GivenWeights, reruns: Reruns, *, reason: str, again: bool
+) -> object:
     """Wait for the engine and give it the newest weights unless it serves them, with `again` even then.
 
-    Return what giving them returned, and the seconds that it took. Raises EngineError after `timeout_s`, with `reason`,
-    which is what was wrong, and what was seen last.
+    Return what giving them returned, once `reruns.on_recovered` was told. Raises EngineError after
+    `reruns.recover_timeout_s`, with `reason`, which is what was wrong, and what was seen last.
     """
-    started, last = time.monotonic(), reason
+    started, last, timeout_s = time.monotonic(), reason, reruns.recover_timeout_s
     with anyio.move_on_after(timeout_s):
         while True:
             try:
-                return await _restore(client, given, timeout_s, again=again), time.monotonic() - started
+                answer = await _restore(client, given, timeout_s, again=again)
+                _tell(client, given.newest, reruns, reason, time.monotonic() - started)
+                return answer
             except EngineError as error:
                 if not is_lost(error):
                     raise
@@ -56,7 +60,19 @@ async def bring_back(
     )
 
 
-async def _restore(client: InferenceEngine, given: GivenWeights, timeout_s: float, *, again: bool) -> object:
+def _tell(
+    client: InferenceEngine, version: str | None, reruns: Reruns, reason: str, seconds: float
+) -> None:
+    logger.warning(
+        "%s: is back with weights %s after %.1f s (%s)", client, version, seconds, reason
+    )
+    if reruns.on_recovered:
+        reruns.on_recovered(Recovered(client.base_url, reason, version, seconds))
+
+
+async def _restore(
+    client: InferenceEngine, given: GivenWeights, timeout_s: float, *, again: bool
+) -> object:
     """Try once. Readiness comes last: an engine whose update was cut off is not ready, but paused."""
     answer = None
     served = await served_version(client)
@@ -70,6 +86,14 @@ async def _restore(client: InferenceEngine, given: GivenWeights, timeout_s: floa
 
 async def served_version(client: InferenceEngine) -> str:
     return str((await client.model_info()).get("weight_version"))
+
+
+async def lives_anew(client: InferenceEngine, given: GivenWeights) -> bool:
+    """Return whether it serves weights that it was never given here. Its refusals are then of its new life."""
+    try:
+        return len(given.versions) > 1 and await served_version(client) not in given.versions
+    except EngineError:
+        return True
 
 
 async def answers(client: InferenceEngine) -> bool:

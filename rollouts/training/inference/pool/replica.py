@@ -10,8 +10,8 @@ from typing import Any, TypeVar, cast
 from rollouts.training.inference.http import EngineError, EngineLost
 from rollouts.training.inference.inference_engine import InferenceEngine, PauseMode, ServerInfo
 from rollouts.training.inference.loop_lock import LoopLock
+from rollouts.training.inference.pool import recovery
 from rollouts.training.inference.pool.given_weights import Give, GivenWeights
-from rollouts.training.inference.pool.recovery import Recovered, Reruns, bring_back, is_lost, served_version
 
 logger = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
@@ -23,15 +23,14 @@ class Replica:
     Something else, the supervisor, starts a dead engine again. It then serves its start model.
     """
 
-    def __init__(self, client: InferenceEngine, reruns: Reruns | None) -> None:
+    def __init__(self, client: InferenceEngine, reruns: recovery.Reruns | None) -> None:
         self.client = client
         self.given = GivenWeights()
         self.is_up = True
         self.recoveries = 0
         self.aborts = 0  # that the caller asked for
-        self.on_lost: Callable[[], object] | None = (
-            None  # called when the engine is found lost, before it is waited for
-        )
+        # called when the engine is found lost, before it is waited for
+        self.on_lost: Callable[[], object] | None = None
         self._reruns = reruns
         self._lock = LoopLock()
 
@@ -53,7 +52,7 @@ class Replica:
 
         async def ask() -> list[float] | None:
             found = await self.client.input_logprobs(input_ids)
-            served = await served_version(self.client)
+            served = await recovery.served_version(self.client)
             if not self.given.explain(served):
                 raise EngineLost(f"{self}: serves weights {served}; was given {self.given.newest}")
             return found
@@ -86,7 +85,9 @@ class Replica:
         version = weight_version or f"{Path(checkpoint_path).name}-{uuid.uuid4().hex[:8]}"
 
         async def give(client: InferenceEngine) -> dict[str, Any]:
-            return await client.update_weights_from_checkpoint(checkpoint_path, weight_version=version)
+            return await client.update_weights_from_checkpoint(
+                checkpoint_path, weight_version=version
+            )
 
         async with self.receiving(version, give):
             try:
@@ -108,11 +109,9 @@ class Replica:
 
     async def receive_again(self, error: EngineError) -> object:
         """Wait, within `receiving`, for an engine that was lost, and give it the weights. Raises any other `error`."""
-        if (
-            self._reruns is None
-            or not self._reruns.times_max
-            or not (is_lost(error) or await self._was_started_again())
-        ):
+        if self._reruns is None or not self._reruns.times_max:
+            raise error
+        if not recovery.is_lost(error) and not await recovery.lives_anew(self.client, self.given):
             raise error
         self.note_lost(self.recoveries)
         logger.warning("%s; the weights are sent again", error)
@@ -143,20 +142,10 @@ class Replica:
         self.aborts += mode == "abort"
         await self.client.pause(mode)
 
-    async def _bring_back(self, reruns: Reruns, reason: str, *, again: bool) -> object:
-        timeout_s = reruns.recover_timeout_s
-        answer, seconds = await bring_back(self.client, self.given, timeout_s, reason=reason, again=again)
+    async def _bring_back(self, reruns: recovery.Reruns, reason: str, *, again: bool) -> object:
+        answer = await recovery.bring_back(
+            self.client, self.given, reruns, reason=reason, again=again
+        )
         self.recoveries += 1
         self.is_up = True
-        version = self.given.newest
-        logger.warning("%s: is back with weights %s after %.1f s (%s)", self, version, seconds, reason)
-        if reruns.on_recovered:
-            reruns.on_recovered(Recovered(self.base_url, reason, version, seconds))
         return answer
-
-    async def _was_started_again(self) -> bool:
-        """Return whether it serves weights that it was never given here. Its refusals are then of its new life."""
-        try:
-            return len(self.given.versions) > 1 and await served_version(self.client) not in self.given.versions
-        except EngineError:
-            return True

@@ -26,7 +26,9 @@ async def choose(replicas: Sequence[Replica], home: Replica) -> Replica:
     return home
 
 
-async def after_loss(replicas: Sequence[Replica], lost: Replica, recoveries: int, reason: str) -> None:
+async def after_loss(
+    replicas: Sequence[Replica], lost: Replica, recoveries: int, reason: str
+) -> None:
     """Return once a replica can answer. `recoveries` are those of `lost` before it was asked."""
     lost.note_lost(recoveries)
     if not any(replica.is_up for replica in replicas):
@@ -51,10 +53,14 @@ async def ask_router(
     if lost and not may_rerun:
         raise lost[0]
     if lost:
-        logger.warning("%s; %d of %d prompts are run again, past the router", lost[0], len(lost), len(found))
+        logger.warning(
+            "%s; %d of %d prompts are run again, past the router", lost[0], len(lost), len(found)
+        )
         for replica in replicas:
             await _look(replica, str(lost[0]))
-    return {index: answer for index, answer in enumerate(found) if not isinstance(answer, EngineLost)}
+    return {
+        index: answer for index, answer in enumerate(found) if not isinstance(answer, EngineLost)
+    }
 
 
 async def _look(replica: Replica, reason: str) -> None:

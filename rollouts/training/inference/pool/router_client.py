@@ -13,9 +13,15 @@ import anyio
 from rollouts.training import open_files
 from rollouts.training.inference.http import EngineError, EngineLost, Generation, HTTPClient
 from rollouts.training.inference.loop_lock import LoopLimiter
-from rollouts.training.inference.sglang_client import RequestEntry, SGLangEngine, entries_of, generations
+from rollouts.training.inference.sglang_client import (
+    RequestEntry,
+    SGLangEngine,
+    entries_of,
+    generations,
+)
 
-Check = Callable[[Sequence[Generation]], None]  # raises EngineLost for an answer that does not count
+# raises EngineLost for an answer that does not count
+Check = Callable[[Sequence[Generation]], None]
 
 
 class RouterClient(HTTPClient):
@@ -24,7 +30,9 @@ class RouterClient(HTTPClient):
     At most `requests_max` requests are under way at once; others wait here. Other options as HTTPClient's.
     """
 
-    def __init__(self, base_url: str, replica: SGLangEngine, *, requests_max: int, **options: Any) -> None:
+    def __init__(
+        self, base_url: str, replica: SGLangEngine, *, requests_max: int, **options: Any
+    ) -> None:
         super().__init__(base_url, **options)
         self._replica = replica
         self._row_rids: dict[str, list[str]] = {}
@@ -50,10 +58,17 @@ class RouterClient(HTTPClient):
         """
         await self._replica.check(prompts, params, n)
         kind = (await self._replica.server()).kind
-        asked = [entries_of(kind, prompt, item, n, rid) for prompt, item in zip(prompts, params, strict=True)]
-        answers: list[list[list[Generation] | EngineError]] = [[[] for _ in entries] for entries in asked]
+        asked = [
+            entries_of(kind, prompt, item, n, rid)
+            for prompt, item in zip(prompts, params, strict=True)
+        ]
+        answers: list[list[list[Generation] | EngineError]] = [
+            [[] for _ in entries] for entries in asked
+        ]
 
-        async def ask(entry: RequestEntry, into: list[list[Generation] | EngineError], place: int) -> None:
+        async def ask(
+            entry: RequestEntry, into: list[list[Generation] | EngineError], place: int
+        ) -> None:
             try:
                 into[place] = await self._ask(entry, return_logprob, check)
             except EngineError as error:
@@ -71,14 +86,20 @@ class RouterClient(HTTPClient):
                 self._row_rids.pop(rid, None)
         return [_of_prompt(parts) for parts in answers]
 
-    async def _ask(self, entry: RequestEntry, return_logprob: bool, check: Check) -> list[Generation]:
-        body: dict[str, Any] = {"input_ids": entry.input_ids, "sampling_params": entry.sampling_params}
+    async def _ask(
+        self, entry: RequestEntry, return_logprob: bool, check: Check
+    ) -> list[Generation]:
+        body: dict[str, Any] = {
+            "input_ids": entry.input_ids,
+            "sampling_params": entry.sampling_params,
+        }
         body["return_logprob"] = return_logprob
         if entry.rid is not None:
             body["rid"] = entry.rid
         async with self._limit.here():
             answer = await self.request("POST", "/generate", body)
-        rows = answer if isinstance(answer, list) else [answer]  # a single continuation comes without its list
+        # a single continuation comes without its list
+        rows = answer if isinstance(answer, list) else [answer]
         found = generations(rows, entry.rows, return_logprob, self.base_url)
         check(found)
         return found

@@ -26,7 +26,11 @@ class Channel(Protocol):
         ...
 
     async def put(
-        self, clients: Sequence[InferenceEngine], buffer: Buffer, entries: Sequence[WireTensor], version: str | None
+        self,
+        clients: Sequence[InferenceEngine],
+        buffer: Buffer,
+        entries: Sequence[WireTensor],
+        version: str | None,
     ) -> None:
         """Return when all engines have loaded the bucket: `buffer` may be filled again. `version`: of the last one.
 

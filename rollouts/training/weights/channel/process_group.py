@@ -22,7 +22,13 @@ import anyio
 import anyio.lowlevel
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import Backend, GroupName, PrefixStore, _new_process_group_helper, _world
+from torch.distributed.distributed_c10d import (
+    Backend,
+    GroupName,
+    PrefixStore,
+    _new_process_group_helper,
+    _world,
+)
 
 from rollouts.training.devices import poll, run_on
 from rollouts.training.inference.fan_out import on_all_engines
@@ -46,7 +52,9 @@ class _Group:
 class ProcessGroupChannel:
     """`Channel` over a process group, made at the first delivery, and again after a failure or for other engines."""
 
-    def __init__(self, *, device_type: str, tensor_parallel_size: int = 1, timeout_s: float = 600.0) -> None:
+    def __init__(
+        self, *, device_type: str, tensor_parallel_size: int = 1, timeout_s: float = 600.0
+    ) -> None:
         self._backend = "nccl" if device_type == "cuda" else "gloo"
         self._per_engine = tensor_parallel_size
         self._timeout_s = timeout_s
@@ -76,7 +84,10 @@ class ProcessGroupChannel:
             made.append(await run_on(None, join))
 
         async def ask(client: InferenceEngine) -> None:
-            offset = 1 + next(at for at, other in enumerate(clients) if other is client) * self._per_engine
+            offset = (
+                1
+                + next(at for at, other in enumerate(clients) if other is client) * self._per_engine
+            )
             await routes_of(client).init_weights_update_group(
                 address,
                 store.port,
@@ -90,7 +101,11 @@ class ProcessGroupChannel:
         self._joined = _Group(name, made[0], store, members)
 
     async def put(
-        self, clients: Sequence[InferenceEngine], buffer: Buffer, entries: Sequence[WireTensor], version: str | None
+        self,
+        clients: Sequence[InferenceEngine],
+        buffer: Buffer,
+        entries: Sequence[WireTensor],
+        version: str | None,
     ) -> None:
         assert self._joined is not None, "open() comes first"
         group, name = self._joined.group, self._joined.name
@@ -155,7 +170,9 @@ class ProcessGroupChannel:
                         try:
                             await theirs(client)
                         except EngineError as error:
-                            first.append(WeightSyncError(f"{what} failed at {client.base_url}: {error}"))
+                            first.append(
+                                WeightSyncError(f"{what} failed at {client.base_url}: {error}")
+                            )
                             limit.deadline = min(limit.deadline, anyio.current_time() + _OTHERS_S)
                             raise
 
@@ -198,10 +215,18 @@ async def _leave(function: Callable[[], object]) -> None:
         await run_on(None, function)
 
 
-def _join(backend: str, store: dist.Store, world: int, name: str, timeout: datetime.timedelta) -> dist.ProcessGroup:
+def _join(
+    backend: str, store: dist.Store, world: int, name: str, timeout: datetime.timedelta
+) -> dist.ProcessGroup:
     try:
         group, _ = _new_process_group_helper(
-            world, 0, [], Backend(backend), PrefixStore(name, store), group_name=GroupName(name), timeout=timeout
+            world,
+            0,
+            [],
+            Backend(backend),
+            PrefixStore(name, store),
+            group_name=GroupName(name),
+            timeout=timeout,
         )
     except RuntimeError as error:
         raise WeightSyncError(f"the trainer could not make the process group: {error}") from error

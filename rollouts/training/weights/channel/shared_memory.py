@@ -30,13 +30,19 @@ class SharedMemoryChannel:
         """Do nothing."""
 
     async def put(
-        self, clients: Sequence[InferenceEngine], buffer: Buffer, entries: Sequence[WireTensor], version: str | None
+        self,
+        clients: Sequence[InferenceEngine],
+        buffer: Buffer,
+        entries: Sequence[WireTensor],
+        version: str | None,
     ) -> None:
         async def one(client: InferenceEngine) -> None:
             messages = [dumps(buffer, entries) for _ in range(self._readers)]
             await routes_of(client).update_weights_from_tensor(messages, version)
 
-        await on_all_engines(clients, f"sending {entries[0].name} and {len(entries) - 1} more tensors", one)
+        await on_all_engines(
+            clients, f"sending {entries[0].name} and {len(entries) - 1} more tensors", one
+        )
 
     async def aclose(self, clients: Sequence[InferenceEngine]) -> None:
         """Do nothing: the buffers are their owner's to close."""

@@ -50,7 +50,9 @@ class AdapterDelivery:
         try:
             self._base = await self._backend.on_model(write).result()
         except OSError as error:
-            raise WeightSyncError(f"weight sync of version {version}: writing {path}: {error}") from error
+            raise WeightSyncError(
+                f"weight sync of version {version}: writing {path}: {error}"
+            ) from error
         if distributed.rank() == 0:
             await self._give_all(clients, version)
             for other in self._directory.glob("version_*"):
@@ -65,11 +67,16 @@ class AdapterDelivery:
             shutil.rmtree(self._directory, ignore_errors=True)
 
     async def _give_all(self, clients: Sequence[InferenceEngine], version: str) -> None:
-        await on_all_engines(clients, f"weight sync of version {version}", partial(self._give, version=version))
+        await on_all_engines(
+            clients, f"weight sync of version {version}", partial(self._give, version=version)
+        )
 
     async def _give(self, client: InferenceEngine, version: str) -> None:
         """Run the cycle for one engine. The name is new each time: an engine may have loaded a version in vain."""
-        adapter, routes = Adapter(f"{PREFIX}{version}-{uuid.uuid4().hex[:8]}", version), routes_of(client)
+        adapter, routes = (
+            Adapter(f"{PREFIX}{version}-{uuid.uuid4().hex[:8]}", version),
+            routes_of(client),
+        )
         await client.pause("retract")
         if not _same((await client.model_info())["model_path"], self._base):
             await routes.update_weights_from_disk(self._base)

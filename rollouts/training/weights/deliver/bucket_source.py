@@ -25,7 +25,9 @@ class BucketSource:
     get the weights from the model, which must be whole on rank 0 and have taken no step since.
     """
 
-    def __init__(self, backend: TrainingBackend, *, dtype: torch.dtype | None, bucket_bytes: int, keep: bool) -> None:
+    def __init__(
+        self, backend: TrainingBackend, *, dtype: torch.dtype | None, bucket_bytes: int, keep: bool
+    ) -> None:
         self._backend = backend
         self._plan = partial(plan_buckets, dtype=dtype, bucket_bytes=bucket_bytes)
         self._keep = keep
@@ -43,9 +45,13 @@ class BucketSource:
                 await self._backend.on_model(partial(fill, entries=entries, flat=None)).result()
             return
         self.buckets, self._gathered, self._at_step = buckets, 0, self._backend.step
-        if self._keep and [len(kept) for kept in self._kept] != [nbytes_of(entries) for entries in buckets]:
+        if self._keep and [len(kept) for kept in self._kept] != [
+            nbytes_of(entries) for entries in buckets
+        ]:
             pinned = self._backend.device.type == "cuda"
-            self._kept = [torch.empty(nbytes_of(b), dtype=torch.uint8, pin_memory=pinned) for b in buckets]
+            self._kept = [
+                torch.empty(nbytes_of(b), dtype=torch.uint8, pin_memory=pinned) for b in buckets
+            ]
 
     def gather(self, index: int, flat: Tensor | None) -> Filling:
         """Begin to gather a bucket with the other ranks, into `flat` and what is kept. None: it is sent nowhere."""
@@ -65,7 +71,8 @@ class BucketSource:
         while self._gathered < len(self.buckets):
             await self.gather(self._gathered, None)()
         if self._gathering is not None:
-            await self._gathering.result()  # one that was not waited for would still write to what a restart reads
+            # one that was not waited for would still write to what a restart reads
+            await self._gathering.result()
 
     def require_for_restart(self) -> None:
         """Raise WeightSyncError if an engine that is started again cannot get the last delivery's weights."""
@@ -93,7 +100,9 @@ class BucketSource:
 
         async def gathered() -> None:
             if await gathering.result() != self._at_step:
-                raise WeightSyncError(f"the trainer has taken steps since this version, whose weights are gone: {FIX}")
+                raise WeightSyncError(
+                    f"the trainer has taken steps since this version, whose weights are gone: {FIX}"
+                )
 
         return gathered
 

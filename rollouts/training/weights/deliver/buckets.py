@@ -41,7 +41,8 @@ class BucketDelivery:
         self._device = backend.device
         self._in_flight = channel.in_flight(backend.device)
         self._buffers: list[Buffer] = []
-        self._lock = anyio.Lock()  # several engines may come back at once, and they share the buffers
+        # several engines may come back at once, and they share the buffers
+        self._lock = anyio.Lock()
 
     async def deliver(self, clients: Sequence[InferenceEngine], version: str) -> None:
         if distributed.rank() != 0:
@@ -71,7 +72,9 @@ class BucketDelivery:
         """Run the whole cycle, with buckets that `fill` brings into the buffers."""
         try:
             self._make_buffers()
-            pipeline = Pipeline(self._buffers, len(self._source.buckets), in_flight=self._in_flight, fill=fill)
+            pipeline = Pipeline(
+                self._buffers, len(self._source.buckets), in_flight=self._in_flight, fill=fill
+            )
             await on_all_engines(clients, "pausing", lambda client: client.pause("retract"))
             await self._channel.open(clients)
             await self._put_all(clients, version, pipeline)
@@ -81,22 +84,32 @@ class BucketDelivery:
                 f"weight sync of version {version}: {error}. Engines whose weights may have changed are left paused"
             ) from (error.__cause__ or error)
 
-    async def _put_all(self, clients: Sequence[InferenceEngine], version: str, pipeline: Pipeline) -> None:
+    async def _put_all(
+        self, clients: Sequence[InferenceEngine], version: str, pipeline: Pipeline
+    ) -> None:
         """Put all buckets within a session of each engine."""
         buckets, last = self._source.buckets, len(self._source.buckets) - 1
 
         async def put(index: int, buffer: Buffer) -> None:
-            await self._channel.put(clients, buffer, buckets[index], version if index == last else None)
+            await self._channel.put(
+                clients, buffer, buckets[index], version if index == last else None
+            )
 
         try:
-            await on_all_engines(clients, "opening the update", lambda client: routes_of(client).begin_weight_update())
+            await on_all_engines(
+                clients,
+                "opening the update",
+                lambda client: routes_of(client).begin_weight_update(),
+            )
             await pipeline.run(put)
         except Exception:
             for client in clients:  # or the next delivery finds a session that is open
                 with contextlib.suppress(EngineError):
                     await routes_of(client).end_weight_update()
             raise
-        await on_all_engines(clients, "closing the update", lambda client: routes_of(client).end_weight_update())
+        await on_all_engines(
+            clients, "closing the update", lambda client: routes_of(client).end_weight_update()
+        )
 
     def _drop_buffers(self) -> None:
         for buffer in self._buffers:

@@ -13,6 +13,7 @@ from rollouts.training.inference.fan_out import update_all
 from rollouts.training.inference.http import WeightSyncError
 from rollouts.training.inference.inference_engine import InferenceEngine
 from rollouts.training.seams import TrainingBackend
+from rollouts.training.weights.deliver.far_copies import FarCopies
 from rollouts.training.weights.deliver.rewrite import MappedCheckpoint, rewrite
 
 
@@ -21,6 +22,7 @@ class DiskDelivery:
 
     The last one stays, for an engine that is started again. `dtype`: what the weights are written as; None: as they
     are. `temporary`: the directory is in memory, and `aclose` removes it. Until then two checkpoints in it take turns.
+    `far`: those of engines that cannot read it; each gets a copy before any engine loads.
     It needs the clients' `update_weights_from_checkpoint` and the backend's `save_weights` alone.
     """
 
@@ -31,11 +33,13 @@ class DiskDelivery:
         *,
         dtype: torch.dtype | None = None,
         temporary: bool = False,
+        far: FarCopies | None = None,
     ) -> None:
         self._backend = backend
         self._directory = None if directory is None else Path(directory)
         self._dtype = dtype
         self._temporary = temporary
+        self._far = far
         self._newest: MappedCheckpoint | None = None  # on tmpfs
         self._spare: MappedCheckpoint | None = None  # the one before, to be written over
 
@@ -54,8 +58,19 @@ class DiskDelivery:
             room = f"no room in {self.directory} for two versions of the weights{fix}"
             raise WeightSyncError(f"weight sync of version {version}: {room}") from error
         if distributed.rank() == 0:
-            await update_all(clients, str(path), version)
+            if self._far is not None:
+                await self._far.send(path)
+            await self._update(clients, path, version)
             self._retire(path)
+            if self._far is not None:
+                await self._far.keep_only(path)
+
+    async def _update(self, clients: Sequence[InferenceEngine], path: Path, version: str) -> None:
+        elsewhere = {}
+        if self._far is not None:
+            for client in clients:
+                elsewhere[client.base_url] = await self._far.path_for(client.base_url, path)
+        await update_all(clients, str(path), version, elsewhere=elsewhere)
 
     async def _write(self, path: Path) -> None:
         if self._temporary:
@@ -68,7 +83,11 @@ class DiskDelivery:
                     spare.move(path)
                     self._spare = spare
                 return
-        await (self._backend.save_weights(path, self._dtype) if self._dtype else self._backend.save_weights(path))
+        await (
+            self._backend.save_weights(path, self._dtype)
+            if self._dtype
+            else self._backend.save_weights(path)
+        )
 
     def _retire(self, path: Path) -> None:
         """Remove the version before, or keep it to be written over."""
@@ -82,7 +101,7 @@ class DiskDelivery:
                 shutil.rmtree(other)
 
     async def restore(self, client: InferenceEngine, version: str) -> None:
-        await update_all([client], str(self._path(version)), version)
+        await self._update([client], self._path(version), version)
 
     async def aclose(self, clients: Sequence[InferenceEngine]) -> None:
         self._newest = self._spare = None

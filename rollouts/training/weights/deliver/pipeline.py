@@ -19,7 +19,9 @@ class Pipeline:
     The first bucket is filled at once, while the engines prepare.
     """
 
-    def __init__(self, buffers: Sequence[Buffer], count: int, *, in_flight: int, fill: Fill) -> None:
+    def __init__(
+        self, buffers: Sequence[Buffer], count: int, *, in_flight: int, fill: Fill
+    ) -> None:
         self._buffers, self._count, self._in_flight, self._fill = buffers, count, in_flight, fill
         self._filling = self._begin(0)
 
@@ -42,7 +44,8 @@ class Pipeline:
                     await self._filling()
                 except Exception as error:  # raised below: leaving the group with it would wrap it
                     failures[index] = error
-                before = index if index == last else max(0, index + 1 - self._in_flight)  # a version means all of it
+                # a version means all of it
+                before = index if index == last else max(0, index + 1 - self._in_flight)
                 for done in loaded[:before]:
                     await done.wait()
                 if failures:

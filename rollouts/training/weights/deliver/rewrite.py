@@ -36,7 +36,9 @@ class MappedCheckpoint:
         placed = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
         if not {item["dtype"] for item in header.values()} <= set(_DTYPES):
             raise ValueError(f"{path / _FILE} has tensors that are not floating-point ones")
-        self.entries = tuple(WireTensor(name, tuple(item["shape"]), _DTYPES[item["dtype"]]) for name, item in placed)
+        self.entries = tuple(
+            WireTensor(name, tuple(item["shape"]), _DTYPES[item["dtype"]]) for name, item in placed
+        )
         self.flat: Tensor = torch.frombuffer(self._mapping, dtype=torch.uint8, offset=start)
 
     def move(self, path: Path) -> None:

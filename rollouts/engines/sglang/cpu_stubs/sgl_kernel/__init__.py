@@ -16,7 +16,9 @@ def _rotate(x: torch.Tensor, bits: int) -> torch.Tensor:
     return (x << bits | x >> 32 - bits) & _MASK
 
 
-def murmur_hash32(seed: torch.Tensor, positions: torch.Tensor, col_indices: torch.Tensor) -> torch.Tensor:
+def murmur_hash32(
+    seed: torch.Tensor, positions: torch.Tensor, col_indices: torch.Tensor
+) -> torch.Tensor:
     """Return MurmurHash3 (32 bits) of (seed [n], 64 bits; position [n]; column [m]) as [n, m] uint32.
 
     It is the randomness of seeded sampling, with the bits of `sglang.kernels.ops.sampling.murmur_hash` on a GPU.
@@ -39,7 +41,9 @@ _LIBRARY.impl("murmur_hash32_cpu", murmur_hash32, "CompositeExplicitAutograd")
 
 def _missing(name: str) -> Any:
     def call(*_arguments: Any, **_keywords: Any) -> NoReturn:
-        raise NotImplementedError(f"sgl_kernel.{name}: this machine runs SGLang without its kernel package")
+        raise NotImplementedError(
+            f"sgl_kernel.{name}: this machine runs SGLang without its kernel package"
+        )
 
     return call
 

@@ -17,5 +17,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 while (wait := os.environ.get("STAND_IN_ENGINE_WAIT")) and not os.path.exists(wait):
     time.sleep(0.02)
+host = sys.argv[sys.argv.index("--host") + 1]
 port = int(sys.argv[sys.argv.index("--port") + 1])
-http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+http.server.ThreadingHTTPServer((host, port), Handler).serve_forever()

@@ -1,0 +1,1 @@
+"""Runs that Slurm starts: what it says of their jobs, and writing that down. For both sides; standard library only."""
