@@ -35,8 +35,10 @@ def taken_away(
     manifest = here(renter, "taken").checkpoints / "sft" / "step_000001" / "manifest.json"
     wait_for(manifest.exists, "the first checkpoint, here")
     (machine,) = cloud.machines.values()
-    (tmp_path / "go").touch()
     (ends or cloud.take_away)(machine)
+    (
+        tmp_path / "go"
+    ).touch()  # only now: a run that is told to go on before may be done, and its machine ended
     out, err = process.communicate(timeout=250)
     return process.returncode, out, err
 
