@@ -17,7 +17,8 @@ from base_config import Config, load_config
 from rollouts.run_dir import RunDir
 from tests.built_environments import ENVIRONMENTS, installer_settings
 from tests.example_config import replace_at
-from tests.remote.hosts import Host, Laptop, free_port, git, host, kill_tmux, make_laptop
+from tests.ports import free_port
+from tests.remote.hosts import Host, Laptop, git, host, kill_tmux, make_laptop
 from tests.run_processes import processes_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -13,7 +13,8 @@ import pytest
 
 from tests.docs_blocks import GUIDE, PAGES, ROOT, Block, blocks_of
 from tests.e2e.conftest import a_laptop, copy_of_repository
-from tests.remote.hosts import Laptop, free_port, git
+from tests.ports import free_port
+from tests.remote.hosts import Laptop, git
 from tests.training.process_nursery import shared
 
 FIRST = "docs/guide/first-run.md"

@@ -25,7 +25,8 @@ from tests.e2e.conftest import (
     short_demo,
 )
 from tests.example_config import replace_at
-from tests.remote.hosts import Host, Laptop, free_port, git
+from tests.ports import free_port
+from tests.remote.hosts import Host, Laptop, git
 from tests.run_processes import commands_of
 from tests.training.process_nursery import shared
 

@@ -19,8 +19,9 @@ from rollouts.engines.command_lines import engine_argv, engine_env, engine_url
 from rollouts.training.inference.client import EngineClient
 from rollouts.training.weight_sync import SGLangEngine, VLLMEngine
 from tests.engines.environments import interpreter
-from tests.engines.serving import CONTEXT, REPOSITORY, ROWS_MAX, await_health, free_port, start
+from tests.engines.serving import CONTEXT, REPOSITORY, ROWS_MAX, await_health, start
 from tests.example_config import example_config, like_example, sglang
+from tests.ports import free_port
 
 # A host that reaches the world through a proxy, which cannot reach the host's own servers. Red with SGLang's requests
 # to itself left to it: it was never ready.

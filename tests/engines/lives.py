@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 
 from rollouts.engines.keys import API_KEY_VARIABLE
-from tests.engines.serving import free_port
+from tests.ports import free_port
 from tests.training.process_nursery import shared
 
 WAIT_S = 200.0

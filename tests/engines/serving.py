@@ -1,8 +1,6 @@
 """What engine tests share: tiny models on disk, real server processes over them, and small words for talking to one."""
 
-import contextlib
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -28,6 +26,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from tests.ports import free_port
 from tests.training.process_nursery import has_ended, shared
 
 REPOSITORY = Path(__file__).parents[2]
@@ -101,25 +100,6 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
     core.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<pad>")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def free_ports(count: int) -> int:
-    """The first of so many free ports in a row."""
-    while True:
-        first = free_port()
-        with contextlib.ExitStack() as probes:
-            try:
-                for port in range(first, first + count):
-                    probes.enter_context(socket.socket()).bind(("127.0.0.1", port))
-            except (OSError, OverflowError):  # taken, or past the last port
-                continue
-        return first
 
 
 def embedded_argv(model_path: Path, port: int, **flags: str) -> list[str]:

@@ -15,7 +15,8 @@ from rollouts.engines.command_lines import receiver_argv, receiver_ready_url, ur
 from rollouts.engines.keys import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE, shared_keys
 from rollouts.engines.send_model import SendError, keep_only, send_directory
 from rollouts.worker.supervise.engine_answers import answers_ready
-from tests.remote.hosts import free_port, wait_for
+from tests.ports import free_port
+from tests.remote.hosts import wait_for
 
 KEYS = shared_keys("the group's")
 

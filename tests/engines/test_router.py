@@ -21,8 +21,9 @@ from rollouts.training.inference.pool.router_client import RouterClient
 from rollouts.training.weight_sync import SGLangEngine
 from tests.engines.environments import interpreter
 from tests.engines.lives import WAIT_S, Server, meanwhile, wait_for
-from tests.engines.serving import PROMPT, free_port, free_ports, make_model, start
+from tests.engines.serving import PROMPT, make_model, start
 from tests.example_config import sglang
+from tests.ports import free_port, free_ports
 
 pytestmark = pytest.mark.anyio
 API, ADMIN = "the-api-key", "the-admin-key"

@@ -16,11 +16,11 @@ from tests.engines.serving import (
     REPOSITORY,
     await_health,
     embedded_argv,
-    free_port,
     make_model,
     start,
     stderr_of,
 )
+from tests.ports import free_port
 from tests.training.process_nursery import shared
 
 

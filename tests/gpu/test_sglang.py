@@ -24,15 +24,8 @@ from rollouts.training.weights.publish import WeightPublisher
 from rollouts.worker.engine_tools import with_tools
 from rollouts.worker.environments.virtual_environment import is_complete
 from scripts.gpu_first_hour_steps import engine_plan
-from tests.engines.serving import (
-    EOS,
-    VOCAB,
-    await_health,
-    free_port,
-    make_tokenizer,
-    serving,
-    start,
-)
+from tests.engines.serving import EOS, VOCAB, await_health, make_tokenizer, serving, start
+from tests.ports import free_port
 from tests.weights.deliveries import IDS, delivery_of
 
 ON_CPU = os.environ.get("ROLLOUTS_TEST_SGLANG") == "embedded"

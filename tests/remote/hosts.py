@@ -23,16 +23,11 @@ from typing import Any
 
 from base_config import Config
 from tests.example_config import example_config, replace_at
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STAND_INS = Path(__file__).parent / "stand_ins"
 WAIT_S = 200.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_for(condition: Callable[[], Any], what: str, *, timeout_s: float = WAIT_S) -> Any:

@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.remote.hosts import free_port, wait_for
+from tests.ports import free_port
+from tests.remote.hosts import wait_for
 
 NODES = ("n1", "n2")
 GPUS = ("/dev/zero", "/dev/full")  # Slurm wants devices, and opens none of them

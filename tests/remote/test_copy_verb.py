@@ -15,7 +15,8 @@ from rollouts.remote.errors import DeployError
 from rollouts.remote.run import registry
 from rollouts.run_dir import RunDir
 from rollouts.view.screen import Screen
-from tests.remote.hosts import Host, Laptop, free_port, wait_for
+from tests.ports import free_port
+from tests.remote.hosts import Host, Laptop, wait_for
 from tests.remote.link import Link, link
 from tests.remote.test_pull_resumes import rsyncs_of
 from tests.remote.test_remove import fill, home, make_run

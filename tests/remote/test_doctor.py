@@ -30,7 +30,8 @@ from rollouts.remote.plan.health_problems import diagnose
 from rollouts.worker.host_check.disks import disk_row, file_system
 from rollouts.worker.host_check.network import network_row
 from rollouts.worker.host_check.whole_machine import owners
-from tests.remote.hosts import Host, Laptop, free_port, tool_directory, write_config
+from tests.ports import free_port
+from tests.remote.hosts import Host, Laptop, tool_directory, write_config
 from tests.remote.test_plan import FACTS
 
 MakeHost = Callable[..., Host]

@@ -14,7 +14,8 @@ from rollouts import run_dir
 from rollouts.remote.host import host_probe
 from rollouts.run_dir import RunDir
 from rollouts.worker import claims
-from tests.remote.hosts import Laptop, free_port, write_config
+from tests.ports import free_port
+from tests.remote.hosts import Laptop, write_config
 from tests.remote.test_gone_runs import launch_plan
 from tests.worker.stands import process, stage
 

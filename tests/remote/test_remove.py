@@ -24,7 +24,8 @@ from rollouts.run_dir import (
     host_identity,
     write_json_atomic,
 )
-from tests.remote.hosts import Host, Laptop, free_port
+from tests.ports import free_port
+from tests.remote.hosts import Host, Laptop
 from tests.remote.test_gone_runs import register
 
 

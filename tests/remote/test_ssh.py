@@ -16,7 +16,8 @@ from rollouts.remote.host.rsync import run_rsync
 from rollouts.remote.host.ssh import SSHTransport
 from rollouts.remote.host.ssh_shared import is_open
 from rollouts.remote.host.transport import Target, parse_target
-from tests.remote.hosts import Host, Laptop, free_port, keygen, tool_directory, write_config
+from tests.ports import free_port
+from tests.remote.hosts import Host, Laptop, keygen, tool_directory, write_config
 
 MakeHost = Callable[..., Host]
 

@@ -14,7 +14,8 @@ from rollouts.remote.host.rsync import run_rsync
 from rollouts.remote.host.ssh import SSHTransport
 from rollouts.remote.host.ssh_config import NOT_FOLLOWED, read_hops
 from rollouts.remote.host.transport import parse_target
-from tests.remote.hosts import ROOT, Host, Laptop, free_port, keygen, public
+from tests.ports import free_port
+from tests.remote.hosts import ROOT, Host, Laptop, keygen, public
 
 MakeHost = Callable[..., Host]
 

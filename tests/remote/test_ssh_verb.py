@@ -17,7 +17,8 @@ from rollouts.cloud.machine_types import Address
 from rollouts.cloud.reaching import write_ssh_config
 from rollouts.remote.run import registry
 from rollouts.run_dir import GroupHost, HostGroup, RunDir, write_json_atomic
-from tests.remote.hosts import WAIT_S, Host, Laptop, descendants, free_port, wait_for
+from tests.ports import free_port
+from tests.remote.hosts import WAIT_S, Host, Laptop, descendants, wait_for
 from tests.remote.test_gone_runs import launch_plan
 from tests.remote.test_remove import fill
 

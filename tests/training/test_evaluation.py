@@ -6,7 +6,6 @@ import json
 import math
 import runpy
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -36,6 +35,7 @@ from rollouts.training.rollout_gen.engine_generate import make_generate_fn
 from rollouts.training.types import Sample
 from rollouts.training.weight_sync import SGLangEngine
 from tests.engines.serving import serving
+from tests.ports import free_port
 from tests.training.tiny_task import tiny_model, tiny_tokenizer
 
 ROWS = [
@@ -142,9 +142,7 @@ async def test_groups_from_a_real_engine_match_a_forward_pass(
 @pytest.mark.anyio
 async def test_an_engine_that_is_gone_is_an_error(tokenizer: Any) -> None:
     """Goal: no half-evaluated number. Red when failed rows counted as wrong."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    url = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(Exception, match=url):
         await evaluate_with_engine([SGLangEngine(url)], tokenizer, ROWS[:3], max_new_tokens=2)
 

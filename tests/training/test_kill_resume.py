@@ -16,8 +16,8 @@ import torch.distributed.checkpoint as dcp
 
 from base_config import Config, LoraConfig, MuonConfig
 from rollouts.run_dir import RunDir
-from tests.engines.serving import free_port
 from tests.example_config import example_config, kl, replace_at
+from tests.ports import free_port
 from tests.training.process_nursery import has_ended, shared
 
 WAIT_S = 120.0

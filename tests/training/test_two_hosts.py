@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rollouts.training.network_check import NetworkError, require_same
-from tests.remote.hosts import free_port
+from tests.ports import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GIVEN = ["empty", "manifest.json", "model.bin", "optimizer/a.bin"]

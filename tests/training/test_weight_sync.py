@@ -19,7 +19,8 @@ from rollouts.training.weight_sync import (
     sync_weights_to_engines,
 )
 from tests.engines.scripted import Scripted
-from tests.engines.serving import free_port, logprobs_of, make_model, serving
+from tests.engines.serving import logprobs_of, make_model, serving
+from tests.ports import free_port
 
 pytestmark = pytest.mark.anyio
 PROMPT = [2, 3, 4, 5]

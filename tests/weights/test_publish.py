@@ -22,7 +22,8 @@ from rollouts.training.rl_losses import grpo_loss
 from rollouts.training.weight_sync import SGLangEngine, WeightSyncError
 from rollouts.training.weights.deliver import bucket_source
 from rollouts.training.weights.gather import plan_buckets
-from tests.engines.serving import await_health, config_of, embedded_argv, free_port, start
+from tests.engines.serving import await_health, config_of, embedded_argv, start
+from tests.ports import free_port
 from tests.weights.deliveries import (
     BUCKET_BYTES,
     IDS,

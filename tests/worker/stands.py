@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -70,12 +69,6 @@ def engine(port: int, text: str = ENGINE, **options: Any) -> ProcessSpec:
 def stage(name: Any, trainer_spec: ProcessSpec, *engines: ProcessSpec, **options: Any) -> StageSpec:
     fields: dict[str, Any] = {"timeout_s": PATIENCE_S, "needs_checkpoint": None, **options}
     return StageSpec(name=name, engines=list(engines), trainer=trainer_spec, **fields)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Host:

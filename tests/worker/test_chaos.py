@@ -18,13 +18,13 @@ from base_config import Config
 from rollouts.run_dir import RunDir, read_jsonl
 from tests.engines.serving import embedded_argv
 from tests.example_config import example_config, replace_at
+from tests.ports import free_port
 from tests.training import tiny_task
 from tests.worker.stands import (
     Host,
     as_status,
     engine,
     events,
-    free_port,
     log,
     process,
     recorded_pid,

@@ -14,6 +14,7 @@ import pytest
 from rollouts import run_dir
 from rollouts.run_dir import RunDir, observe
 from rollouts.worker import tmux
+from tests.ports import free_port
 from tests.worker.stands import (
     ENGINE,
     Host,
@@ -21,7 +22,6 @@ from tests.worker.stands import (
     as_status,
     engine,
     events,
-    free_port,
     log,
     module,
     parent_of,

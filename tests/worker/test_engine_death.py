@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.worker.stands import Host, engine, events, free_port, stage, trainer
+from tests.ports import free_port
+from tests.worker.stands import Host, engine, events, stage, trainer
 
 
 @pytest.mark.parametrize(

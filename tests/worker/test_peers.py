@@ -13,7 +13,8 @@ from rollouts.run_dir import GroupHost, HostGroup
 from rollouts.worker.supervise import peer_lines, peers
 from rollouts.worker.supervise.failures import PeerFailed, RunFailed, StopRequested
 from rollouts.worker.supervise.peers import GroupPeers
-from tests.remote.hosts import free_port, wait_for
+from tests.ports import free_port
+from tests.remote.hosts import wait_for
 
 KEY = b"the run's key"
 

@@ -28,11 +28,11 @@ from rollouts.worker.claims import LiveRun
 from rollouts.worker.supervise.other_cards import placed
 from rollouts.worker.supervise.turn import Choice, Obstacle, choose
 from rollouts.worker.tickets import in_line
+from tests.ports import free_port
 from tests.worker.stands import (
     Host,
     as_status,
     events,
-    free_port,
     module,
     process,
     recorded_pid,

@@ -15,6 +15,7 @@ from rollouts.training.weight_sync import SGLangEngine
 from rollouts.view.fold import View, fold
 from rollouts.worker.builders.engines import build_pool
 from tests.example_config import example_config, replace_at
+from tests.ports import free_port
 from tests.worker.stands import (
     PATIENCE_S,
     Host,
@@ -22,7 +23,6 @@ from tests.worker.stands import (
     as_status,
     engine,
     events,
-    free_port,
     log,
     parent_of,
     process,

@@ -10,12 +10,12 @@ import pytest
 from rollouts import run_dir
 from rollouts.run_dir import RunDir
 from rollouts.worker.supervise.causes import may_pass
+from tests.ports import free_port
 from tests.worker.stands import (
     Host,
     as_status,
     engine,
     events,
-    free_port,
     process,
     recorded_pid,
     script,

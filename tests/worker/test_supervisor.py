@@ -17,13 +17,13 @@ from rollouts.run_dir import LaunchPlan, RunDir
 from rollouts.worker.supervise import pulse
 from rollouts.worker.supervise.journal import Journal
 from rollouts.worker.supervise.peers import NoPeers
+from tests.ports import free_port
 from tests.worker.stands import (
     ENGINE,
     Host,
     as_status,
     engine,
     events,
-    free_port,
     log,
     process,
     recorded_pid,

@@ -14,7 +14,8 @@ from rollouts.run_dir import GPUS_VARIABLE, RunDir, read_jsonl
 from rollouts.worker.processes import WINDOW_VARIABLE, run_marks
 from rollouts.worker.supervise import usage_sampler
 from rollouts.worker.supervise.usage_sampler import UsageSampler, interval_s
-from tests.worker.stands import REPOSITORY, Host, engine, events, free_port, stage, trainer
+from tests.ports import free_port
+from tests.worker.stands import REPOSITORY, Host, engine, events, stage, trainer
 
 # As driver 580 answers: cards in the order of their numbers, those that --id names alone
 NVIDIA_SMI = """#!{python}
