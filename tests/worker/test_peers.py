@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -98,6 +99,27 @@ def test_a_stop_is_no_failure(join: Callable[..., GroupPeers]) -> None:
     """Goal: `deploy stop` at the leader ends the others as stopped. Red with it told as a failure."""
     leader, one = join(0), join(1)
     wait_for(lambda: one._peers[0].joined, "the leader's word")
+    leader.end("stopped", "stopped by SIGTERM", 143, own=True)
+    assert isinstance(wait_for(lambda: raised(one), "the stop"), StopRequested)
+
+
+def test_an_end_that_goes_out_late(
+    join: Callable[..., GroupPeers], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Goal: a host leaves only once the others have heard of its end, however slow it is: else they take it for dead.
+    Red with two beats' time for it."""
+    leader, one = join(0), join(1)
+    wait_for(lambda: one._peers[0].joined and leader._peers[1].joined, "both")
+    send, sending = peer_lines.PeerLine.send, threading.Event()
+
+    def slowly(line: peer_lines.PeerLine, row: dict[str, Any]) -> None:
+        if line is leader._peers[1].channel:
+            sending.set()
+            time.sleep(20 * peers.BEAT_S)
+        send(line, row)
+
+    monkeypatch.setattr(peer_lines.PeerLine, "send", slowly)
+    assert sending.wait(60), "a beat is under way"
     leader.end("stopped", "stopped by SIGTERM", 143, own=True)
     assert isinstance(wait_for(lambda: raised(one), "the stop"), StopRequested)
 

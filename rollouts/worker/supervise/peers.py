@@ -209,8 +209,8 @@ class GroupPeers:
                 "own": own,
             }
             self._changed.notify_all()
-        deadline = time.monotonic() + 2 * BEAT_S
-        while time.monotonic() < deadline and not self._all_told():
+        began = time.monotonic()
+        while not self._all_told(time.monotonic() - began):
             time.sleep(POLL_S)
         with self._changed:
             self._closed = True
@@ -225,10 +225,17 @@ class GroupPeers:
             is_done = first.end is not None and first.end.get("state") == "done"
             return is_done or first.go >= self._reached
 
-    def _all_told(self) -> bool:
-        """Return whether the last line went out to all."""
+    def _all_told(self, waited_s: float) -> bool:
+        """Return whether the last line went out to all that may still wait for it: a host that is not told takes this
+        one for dead."""
         with self._changed:
-            return all(self._peers[rank].told_end for rank in self._present())
+            peers = [self._peers[rank] for rank in self._present()]
+        return all(
+            peer.told_end
+            or peer.is_gone(SILENT_S)
+            or waited_s > (SILENT_S if peer.joined else 2 * BEAT_S)
+            for peer in peers
+        )
 
     def _told(self) -> list[str]:
         """Return the failures of other hosts that are their own."""
