@@ -52,6 +52,7 @@ class Lease:
     region: str
     price_per_hour: float
     machine_id: str | None = None
+    made_at: float | None = None  # when its id was known here
     ended_at: float | None = None
     reason: str = ""  # why it ended, or was refused
     run_id: str | None = None  # the run that it was rented for
@@ -222,6 +223,8 @@ def _after(lease: Lease, line: dict[str, Any]) -> Lease:
     changes: dict[str, Any] = {"step": line["step"]}
     if isinstance(line.get("machine_id"), str):
         changes["machine_id"] = line["machine_id"]
+    if line["step"] == "created":
+        changes["made_at"] = _number(line.get("time"))
     if line.get("price_per_hour") is not None:
         changes["price_per_hour"] = _number(line["price_per_hour"])
     if isinstance(line.get("reason"), str):

@@ -154,8 +154,8 @@ async def end(
                 raise CloudError(
                     f"the key here is another than the one that rented it: {OTHER_KEY}", kind="key"
                 )
-            # a young machine may not show yet
-            settled = known or time.time() - lease.since > patience.settle_s
+            # a young machine may not show yet, however long the call took that made it
+            settled = known or time.time() - (lease.made_at or lease.since) > patience.settle_s
             if settled and await _is_gone(provider, lease.machine_id):
                 break
             last = "it is still there" if known else "the provider does not know it yet"

@@ -205,6 +205,22 @@ def test_an_end_right_after_the_create(name: ProviderName, clouds: Clouds) -> No
     assert cloud.bill() == {} and not cloud.machines[machine.machine_id].bills
 
 
+def test_an_end_right_after_a_slow_create(clouds: Clouds, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Goal: a machine whose create took longer than one takes to show has that time all the same. Red with the time
+    counted from before the call: its end was noted, and it billed on."""
+    cloud, client = clouds["lambda"], client_of("lambda")
+    create = cloud.on_create  # type: ignore[attr-defined]
+
+    def slowly(*asked: Any) -> Any:
+        time.sleep(1.2 * QUICK.settle_s)
+        return create(*asked)
+
+    monkeypatch.setattr(cloud, "on_create", slowly)
+    cloud.fault("create", "lag")
+    client.terminate(client.create(first_offer(client), public_key=PUBLIC_KEY))
+    assert cloud.bill() == {}
+
+
 def test_a_machine_that_came_with_an_error(clouds: Clouds) -> None:
     """Goal: Vast's `new_contract` beside an error is a machine that bills, and is ended. Red with the error alone
     read."""
