@@ -2,8 +2,10 @@
 
 import contextlib
 import getpass
+import json
 import os
 import signal
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 
 from base_config import ProvisionConfig
 from rollouts.cloud.ledger import Lease, Ledger
+from rollouts.run_dir import read_jsonl, write_text_atomic
 from tests.cloud.fakes.server import KEY, FakeCloud, FakeMachine
 from tests.remote.conftest import share_environments
 from tests.remote.hosts import Host, Laptop, host, write_config
@@ -33,7 +36,7 @@ RENTS = ProvisionConfig(
     idle_minutes_max=None,
     allow_unguarded=False,
     guard_host=None,
-    ready_timeout_s=120.0,
+    ready_timeout_s=600.0,
     retries_max=1,
     resumes_max=0,
     when_done="end",
@@ -111,8 +114,24 @@ def job(renter: Laptop, *, env: dict[str, str] | None = None, **changes: Any) ->
     return str(write_config(renter.project, env=env, output__mode="sft", provision=provision))
 
 
+def ledger_of(home: Path) -> Ledger:
+    return Ledger(home / "cloud" / "ledger.jsonl")
+
+
 def leases(renter: Laptop) -> list[Lease]:
-    return Ledger(renter.rollouts_home / "cloud" / "ledger.jsonl").leases()
+    return ledger_of(renter.rollouts_home).leases()
+
+
+def ends_in(home: Path, seconds: float) -> None:
+    """Let the time of all machines in a home's ledger be up in so many seconds: guards read it at each look.
+
+    So a test chooses the moment, and what comes before may take as long as it does.
+    """
+    path, now, rows = ledger_of(home).path, time.time(), list[dict[str, Any]]()
+    for row in read_jsonl(path):
+        hours = {"hours_max": max(0.0, now + seconds - row["time"]) / 3600}
+        rows.append(row | hours if row["step"] == "intent" else row)
+    write_text_atomic(path, "".join(f"{json.dumps(row)}\n" for row in rows), mode=0o600)
 
 
 def holders_of_keys(*places: Path) -> list[Path]:

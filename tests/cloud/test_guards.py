@@ -25,7 +25,7 @@ from rollouts.run_dir import RunDir, hold_lock
 from rollouts.view.screen import Screen
 from tests.cloud.conftest import QUICK
 from tests.cloud.fakes.server import Answer, FakeCloud
-from tests.cloud.renting import RENTS, Machines, job, kill_all, leases
+from tests.cloud.renting import RENTS, Machines, ends_in, job, kill_all, leases
 from tests.cloud.test_gpu_client import PUBLIC_KEY, client_of, first_offer
 from tests.cloud.test_machines import looked
 from tests.cloud.test_rented_runs import rented_and_killed
@@ -193,9 +193,12 @@ def test_a_live_run_and_a_copy_are_use(tmp_path: Path, monkeypatch: pytest.Monke
 def test_runpod_ends_it_by_itself(clouds: Clouds) -> None:
     """Goal: with every guard of ours gone, RunPod ends a pod at the time that its create call named. Red with the call
     of the other interface, which has no such field."""
+    began, cloud = time.time(), clouds["runpod"]
     lease = rent_with(Limits(hours_max=2 / HOUR, spend_max=9.0), "runpod")
-    cloud = clouds["runpod"]
-    assert cloud.machines[lease.machine_id or ""].ends_at == pytest.approx(lease.until, abs=1.5)
+    # two seconds from its order on, which was made between these two; told in whole seconds
+    assert lease.until is not None
+    ends_at = cloud.machines[lease.machine_id or ""].ends_at
+    assert began + 2 - 1 <= ends_at <= lease.until + 1
     wait_for(lambda: cloud.bill() == {}, "the end by the provider", timeout_s=60)
     assert cloud.ended_by_provider == [lease.machine_id]
 
@@ -274,7 +277,7 @@ def booted(
 
         async def reached() -> None:
             async with open_providers(keys_here([name])[0]) as providers:
-                options = {"timeout_s": 60.0, "price_max": 9.0, "say": print}
+                options = {"timeout_s": 200.0, "price_max": 9.0, "say": print}
                 await reach(providers[name], lease, lambda: log_in(lease.name), **options)
 
         anyio.run(reached)
@@ -338,9 +341,10 @@ def test_a_guard_on_a_second_host(renter: Laptop, clouds: Clouds, tmp_path: Path
     to the machine."""
     with guard_host(renter, tmp_path) as second:
         changes = {"providers": ["prime"], "guard_host": second.target}
-        rented_and_killed(renter, "created", hours=0.006, **changes)
-        kill_all(f"HOME={renter.home}", "guard_process")
+        rented_and_killed(renter, **changes)
+        assert kill_all(f"HOME={renter.home}", "guard_process")
         assert clouds["prime"].bill(), "it was rented"
+        ends_in(second.home, 0)
         wait_for(lambda: clouds["prime"].bill() == {}, "the guard of the second host")
         ledger = Ledger(second.home / "cloud" / "ledger.jsonl")
         wait_for(lambda: [lease.step for lease in ledger.leases()] == ["ended"], "its ledger")

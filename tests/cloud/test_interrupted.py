@@ -26,8 +26,8 @@ def taken_away(
     ends: Callable[[FakeMachine], None] | None = None,
     **changes: Any,
 ) -> tuple[int, str, str]:
-    """A run whose machine is taken away once its first checkpoint is here, or ends as `ends` does it. Returns deploy's
-    exit code and output."""
+    """A run whose machine is taken away once its first checkpoint is here, or ends as `ends` does it. It waits until
+    then, so that it cannot be done before. Returns deploy's exit code and output."""
     provision = replace(RENTS, providers=[cloud.provider], **changes)
     environment = {"STAND_IN_WAIT": str(tmp_path / "go")}
     config = str(write_config(renter.project, env=environment, provision=provision))
@@ -36,9 +36,9 @@ def taken_away(
     wait_for(manifest.exists, "the first checkpoint, here")
     (machine,) = cloud.machines.values()
     (ends or cloud.take_away)(machine)
-    (
-        tmp_path / "go"
-    ).touch()  # only now: a run that is told to go on before may be done, and its machine ended
+    next_one = renter.rollouts_home / "registry" / "taken-again1.json"
+    wait_for(lambda: next_one.exists() or process.poll() is not None, "the end of the first")
+    (tmp_path / "go").touch()
     out, err = process.communicate(timeout=250)
     return process.returncode, out, err
 

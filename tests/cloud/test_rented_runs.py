@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from rollouts.cloud.ledger import Ledger
-from tests.cloud.fakes.server import KEY
-from tests.cloud.renting import RENTS, Clouds, holders_of_keys, job, kill_all, leases
+from tests.cloud.fakes.server import KEY, FakeMachine
+from tests.cloud.renting import RENTS, Clouds, ends_in, holders_of_keys, job, kill_all, leases
 from tests.remote.hosts import ROOT, Laptop, wait_for, write_config
 
 
@@ -75,14 +74,17 @@ def test_the_next_offer(fault: str, renter: Laptop, clouds: Clouds, tmp_path: Pa
 
 
 @pytest.mark.parametrize("lines", [0, 3])
-def test_a_reader_that_leaves(lines: int, renter: Laptop, clouds: Clouds) -> None:
+def test_a_reader_that_leaves(lines: int, renter: Laptop, clouds: Clouds, tmp_path: Path) -> None:
     """Goal: after `deploy CONFIG | head`, before the run has started or later, the run is followed to its end in
     silence and its machine ended, which stderr says. Red with the command ended by the broken pipe."""
-    process = renter.start(job(renter), "--yes", "--run-id", "unread")
+    go = tmp_path / "go"
+    config = job(renter, env={"STAND_IN_WAIT": str(go)})
+    process = renter.start(config, "--yes", "--run-id", "unread")
     assert process.stdout is not None and process.stderr is not None
     for _ in range(lines):
         assert process.stdout.readline()
     process.stdout.close()
+    go.touch()  # only now: what is written from here on finds no reader
     err = process.stderr.read()
     assert process.wait(timeout=250) == 0, err
     assert "nobody reads the output any more: unread is followed all the same" in err
@@ -130,34 +132,47 @@ def test_the_whole_life_for_whoever_has_a_key(renter: Laptop, clouds: Clouds) ->
     assert KEY not in done.stdout + done.stderr and len(clouds["runpod"].machines) == 1
 
 
-def rented_and_killed(renter: Laptop, when: str, hours: float, **changes: Any) -> None:
-    process = renter.start(
-        job(renter, hours_max=hours, **changes),
-        "--yes",
-        "--run-id",
-        "killed",
-        start_new_session=True,
-    )
-    ledger = Ledger(renter.rollouts_home / "cloud" / "ledger.jsonl")
-    if when == "created":
-        wait_for(lambda: [lease for lease in ledger.leases() if lease.machine_id], "the machine")
-    else:
-        wait_for((renter.rollouts_home / "registry" / "killed.json").exists, "the run")
+def rented_and_killed(renter: Laptop, **changes: Any) -> None:
+    """Kill deploy once its machine is made, which then has an hour left."""
+    config = job(renter, hours_max=1.0, **changes)
+    process = renter.start(config, "--yes", "--run-id", "killed", start_new_session=True)
+    wait_for(lambda: [lease for lease in leases(renter) if lease.machine_id], "the machine")
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
 
 
 def test_a_killed_deploy(renter: Laptop, clouds: Clouds) -> None:
     """Goal: after kill -9 of deploy, a machine without a run is told of in red, and its guard ends it at its time."""
-    rented_and_killed(renter, "created", hours=0.004)
+    rented_and_killed(renter)
     assert "warning: rented and not ended: rollouts-" in renter.deploy("ls").stderr
+    ends_in(renter.rollouts_home, 0)
     wait_for(lambda: clouds["runpod"].bill() == {}, "the guard")
     assert len(clouds["runpod"].machines) == 1
 
 
 def test_the_watchdog_on_the_machine(renter: Laptop, clouds: Clouds) -> None:
     """Goal: with deploy and this computer's guard gone, the machine ends itself with its own key."""
-    rented_and_killed(renter, "registered", hours=0.012, providers=["vast"])
-    assert wait_for(lambda: kill_all(f"HOME={renter.home}", "guard_process"), "the guard here")
-    wait_for(lambda: clouds["vast"].bill() == {}, "the watchdog")
-    assert clouds["vast"].ended_themselves == list(clouds["vast"].machines)
+    cloud = clouds["vast"]
+    boot, killed = cloud.boot, list[int]()
+    assert boot is not None
+
+    def unguarded(machine: FakeMachine, public_key: str) -> tuple[str, int, str]:
+        """Before deploy hears of its machine, end the guard, and let the time be up soon: the watchdog has it then."""
+        killed.extend(kill_all(f"HOME={renter.home}", "guard_process"))
+        address = boot(machine, public_key)
+        ends_in(renter.rollouts_home, 15)
+        return address
+
+    cloud.boot = unguarded
+    config = job(renter, hours_max=1.0, retries_max=0, providers=["vast"])
+    process = renter.start(config, "--yes", "--run-id", "killed", start_new_session=True)
+    known = renter.rollouts_home / "registry" / "killed.json"
+    wait_for(
+        lambda: known.exists() or (cloud.machines and not cloud.bill()),
+        "the run, or, where all is slow, the end already",
+    )
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert killed, "the guard here"
+    wait_for(lambda: cloud.bill() == {}, "the watchdog")
+    assert cloud.ended_themselves == list(cloud.machines)

@@ -22,7 +22,10 @@ HELD_S = 2.0  # a link is down, or a process stopped: longer than a poll, shorte
 
 @dataclass(frozen=True)
 class Fault:
-    """`strike` does it and mends it. `survives`: the run ends well all the same. `follows`: deploy itself goes on."""
+    """`strike` does it and mends it. `survives`: the run ends well all the same. `follows`: deploy itself goes on.
+
+    The run takes its second step only when the phase is seen here; where it `waits`, only after the strike.
+    """
 
     name: str
     strike: Callable[[World, "subprocess.Popen[str]"], Any]
@@ -31,6 +34,7 @@ class Fault:
     phases: tuple[str, ...] = ("registered", "uploading", "launched", "training", "pulling")
     setting: Setting = PLAIN
     possible: bool = True  # on this machine
+    waits: bool = False
     steps: int = 3  # of each stage
 
 
@@ -266,7 +270,7 @@ FAULTS = {
             setting=DISKS,
             possible=AS_ROOT,
         ),
-        Fault("the host's rows and status torn", tear, phases=STEPS),
+        Fault("the host's rows and status torn", tear, phases=STEPS, waits=True),
         Fault("two attaches beside deploy", together("attach"), phases=("launched", *STEPS)),
         Fault(
             "a second deploy of it",
@@ -303,12 +307,13 @@ def run_cell(shared: Path, directory: Path, name: str, phase: str, *, pause_s: f
 
     Raises AssertionError for what does not hold.
     """
-    fault = FAULTS[name]
+    fault, go = FAULTS[name], directory / "go"
     run_id = f"f{secrets.token_hex(4)}"
     with world(shared, directory, run_id, fault.setting) as made:
         env = {
             "STAND_IN_STEPS": str(fault.steps),
             "STAND_IN_STEP_S": "0.3",
+            "STAND_IN_WAIT": str(go),
             "STAND_IN_CHECKPOINT_BYTES": "3000000",
         }
         config = str(write_config(made.laptop.project, env=env, host__disk_free_gib_min=0.0))
@@ -324,8 +329,11 @@ def run_cell(shared: Path, directory: Path, name: str, phase: str, *, pause_s: f
         )
         try:
             wait_for(lambda: PHASES[phase](made) or deploy.poll() is not None, phase)
+            if not fault.waits:
+                go.touch()
             time.sleep(pause_s)
             fault.strike(made, deploy)
+            go.touch()
             first = [deploy.wait(timeout=400)]
         finally:
             deploy.kill()

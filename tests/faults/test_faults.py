@@ -18,6 +18,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_shared(tmp_path_factory.mktemp("shared"))
 
 
+@pytest.mark.timeout(900)  # as long as all else waits for the machine
 @pytest.mark.parametrize(("fault", "phase"), random.Random(DAY).sample(CELLS, SAMPLE))
 def test_a_fault(fault: str, phase: str, shared: Path, tmp_path: Path) -> None:
     """Goal: no run lost, no log byte lost or doubled, no process left, no success reported that was none. Red, for what

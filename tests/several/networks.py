@@ -100,7 +100,7 @@ def network() -> Iterator[Network]:
     # two processes that run tests have different networks, as have two tests of one
     pid = os.getpid()
     made = Network(
-        f"rn{pid % 100_000}{next(_numbers) % 100}", f"10.{64 + pid // 250 % 128}.{pid % 250 + 1}"
+        f"rn{pid % 100_000:05}{next(_numbers) % 100}", f"10.{64 + pid // 250 % 128}.{pid % 250 + 1}"
     )
     ip("link", "add", made.name, "type", "bridge")
     try:

@@ -19,7 +19,7 @@ from rollouts.run_dir import RunDir, read_jsonl, read_status
 from tests.remote.hosts import Host, Laptop, wait_for, write_config
 from tests.remote.test_whole_runs import mirror, quiet
 from tests.several.networks import Network
-from tests.several.test_group_runs import hosts_run, lan, make_hosts, remotes
+from tests.several.test_group_runs import hosts_run, lan, make_hosts, printed, remotes
 
 __all__ = ["lan", "make_hosts"]
 FIRST = int(os.environ.get("ROLLOUTS_HOST_KILLS_FROM", "1"))
@@ -123,7 +123,8 @@ def test_resume_on_the_hosts_that_are_left(
     notebook = dataclasses.replace(laptop, command=(sys.executable, "-P", "-c", NOTEBOOK))
     done = notebook.deploy(str(config), *(host.target for host in hosts))
     assert done.returncode == 0, done.stdout + done.stderr
-    wait_for(lambda: hosts_run(hosts[0], "old").latest_checkpoint("sft").exists(), "step 1")
+    wait_for(hosts_run(hosts[0], "old").latest_checkpoint("sft").exists, "step 1")
+    wait_for(lambda: printed(hosts_run(hosts[2], "old")), "the third host's trainer")
     assert laptop.deploy("pull", "old").returncode == 0
     lan.kill(0)
     lives = [hosts_run(host, "old") for host in hosts[1:]]

@@ -18,7 +18,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 KEY = "sk-secret-of-the-test-account-0123456789"
 BEFORE = ("429 plain", "429 json", "429 retry-after", "500", "lost before")  # nothing is done
 LAG_S = 0.4
-SLOW_S = 20.0  # until an answer that nobody waits for
+SLOW_S = 200.0  # until an answer that nobody waits for
 # it is done, and the caller does not hear of it
 AFTER = "500 after", "lost", "page after", "408 after"
 
@@ -113,12 +113,12 @@ class FakeCloud:
         self.end_what_is_due()
         return {
             machine.name: machine.price_per_hour
-            for machine in self.machines.values()
+            for machine in list(self.machines.values())  # a thread may add one meanwhile
             if machine.bills
         }
 
     def named(self, name: str) -> list[FakeMachine]:
-        return [machine for machine in self.machines.values() if machine.name == name]
+        return [machine for machine in list(self.machines.values()) if machine.name == name]
 
     def calls(self, method: str, part: str) -> int:
         return sum(asked == method and part in path for asked, path, _, _ in self.requests)
