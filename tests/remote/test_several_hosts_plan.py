@@ -1,6 +1,9 @@
 """Plans of a job on several hosts, and at which addresses its hosts meet: pure."""
 
 import dataclasses
+import socket
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +11,7 @@ import pytest
 
 from base_config import BroadcastSync, DiskSync
 from rollouts.remote.errors import DeployError
+from rollouts.remote.host import reach_probe
 from rollouts.remote.host.named_hosts import NamedHost, named_hosts
 from rollouts.remote.host.reach import NOWHERE, Answers, Place, decide_reach
 from rollouts.remote.plan import Plan, required_ports
@@ -186,6 +190,22 @@ def test_hosts_that_nobody_reaches() -> None:
     assert "a: the other hosts of the job do not reach it" in texts[0]
     assert "b does not reach 10.0.0.4 (lan0), port 1, 2" in texts[0]
     assert "it has no network address but loopback" in texts[1]
+
+
+def test_a_loaded_host_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Goal: a host that answers late is reached, and its clock is not taken for another one. Red with the time to
+    connect alone, and with the middle of the call taken for when its clock was read."""
+    monkeypatch.setattr(reach_probe, "CONNECT_S", 0.3)
+    found: list[list[Any]] = []
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        call = threading.Thread(target=reach_probe._try, args=("127.0.0.1", port, "me", found))
+        call.start()
+        with listening.accept()[0] as late:
+            time.sleep(1.0)
+            late.sendall(f"me {time.time()}\n".encode())
+        call.join()
+    assert found == [["127.0.0.1", port, 0.0]]
 
 
 def test_a_file_of_hosts(tmp_path: Path) -> None:
