@@ -22,6 +22,7 @@ from rollouts.training.compiled_layers import compile_layers, layers_of
 from rollouts.training.loops import run_rl_training, run_sft_training, validation_loss
 from rollouts.training.loops.train_step import train_step
 from rollouts.training.lora import LoraSettings, apply_lora
+from rollouts.training.metrics import JSONLLogger
 from rollouts.training.reference import as_reference
 from rollouts.training.rl_losses import policy_loss, sft_loss
 from rollouts.training.types import RLTrainingConfig, SFTTrainingConfig
@@ -148,8 +149,16 @@ async def rl(make: Make, directory: Path) -> list[dict]:
         options = {"baseline": "group_mean", "advantage_norm": "group_std", "micro_batch_size": 2}
         config = RLTrainingConfig(num_steps=num_steps, **options)
         manager = Manager(buffer) if buffer else None
+        log = JSONLLogger(directory / "rollouts.jsonl") if buffer else None
         found += await run_rl_training(
-            backend, buffer, manager, [], config, pad_token_id=PAD, resume=state
+            backend,
+            buffer,
+            manager,
+            [],
+            config,
+            pad_token_id=PAD,
+            resume=state,
+            rollouts_logger=log,
         )
     return found
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from rollouts.run_dir import read_jsonl
 from rollouts.training import checkpoint
 from rollouts.training.backends import FSDPConfig, FSDPTrainingBackend
 from rollouts.training.backends.fsdp import defers_reduction
@@ -18,7 +19,7 @@ from rollouts.training.rl_losses import sft_loss
 from tests.training import fsdp_ranks
 from tests.training.fsdp_ranks import EXACT, STRATEGIES, adamw, model_of, plain, sft
 from tests.training.process_nursery import shared
-from tests.training.test_distributed import without_times
+from tests.training.test_distributed import mean_differences, without_times
 from tests.training.tiny import tiny_model
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -181,6 +182,21 @@ def test_rl_with_every_part_and_a_resume(two, one):
     """
     for rank in two[1]:
         assert_same_training(rank["rl"], one[1]["rl"])
+
+
+def test_sharded_ranks_record_one_rank_s_log_probs(two, one):
+    """Goal: each sample's `trainer_log_probs` are those that one plain rank records, and their mean difference from
+    the sampler's is the one logged. Red with rank 0's rows alone, and with the rows in the batch's order.
+    """
+    found, expected = (
+        read_jsonl(directory / "rl" / "rollouts.jsonl") for directory, _ in (two, one)
+    )
+    assert len(found) == len(expected) == 4 * 9  # steps, samples
+    for row, alone in zip(found, expected, strict=True):
+        assert row["tokens"] == alone["tokens"]
+        assert row["trainer_log_probs"] == pytest.approx(alone["trainer_log_probs"], abs=1e-5)
+    logged = {row["step"]: row["logp_diff_abs"] for row in two[1][0]["rl"]}
+    assert mean_differences(found) == pytest.approx(logged, rel=1e-4)
 
 
 def test_a_sharded_resume_is_exact(two):
