@@ -19,7 +19,7 @@ from rollouts.cloud.ledger import Lease, Ledger, Limits, Terms, fold
 from rollouts.cloud.machine_types import Machine, Offer, Order, ProviderName
 from rollouts.cloud.reaching import own_public_key, reach
 from rollouts.cloud.renting import rent
-from rollouts.remote.guards import arm_watchdog, start_guard, use_of
+from rollouts.remote.guards import LET_IN, arm_watchdog, start_guard, use_of
 from rollouts.remote.rent_machine import Guarding, log_in, rent_machines
 from rollouts.run_dir import RunDir, hold_lock
 from rollouts.view.screen import Screen
@@ -368,6 +368,21 @@ def test_idleness_by_a_second_host(renter: Laptop, clouds: Clouds, tmp_path: Pat
         assert ledger.leases()[0].reason == "it was idle for 0.1 minutes"
         keys = [home / "cloud/id_ed25519.pub" for home in (renter.rollouts_home, second.home)]
         assert keys[0].read_text() != keys[1].read_text()
+
+
+@pytest.mark.parametrize("before", [None, "", "ssh-ed25519 AAAA one", "ssh-ed25519 AAAA one\n"])
+def test_the_key_of_a_guard_has_a_line_of_its_own(before: str | None, tmp_path: Path) -> None:
+    """Goal: a machine lets the guard's key in beside those that it has, also below a last line without an end. Red
+    with nothing printed before the key: both were one line, and neither key was let in."""
+    file = tmp_path / ".ssh" / "authorized_keys"
+    if before is not None:
+        file.parent.mkdir()
+        file.write_text(before)
+    added = "restrict ssh-ed25519 BBBB"
+    command = ["sh", "-c", LET_IN, "sh", added]
+    subprocess.run(command, check=True, env={"HOME": str(tmp_path), "PATH": os.environ["PATH"]})
+    lines = [line for line in file.read_text().splitlines() if line]
+    assert lines == [*(before or "").splitlines(), added]
 
 
 def test_a_second_host_without_a_guard(renter: Laptop, clouds: Clouds, tmp_path: Path) -> None:
