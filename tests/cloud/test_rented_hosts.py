@@ -2,6 +2,7 @@
 
 import contextlib
 import getpass
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,6 +18,7 @@ from rollouts.remote import rented
 from rollouts.remote.rent_machine import find_machines, rent_machines
 from rollouts.remote.run.wanted import EVERYTHING
 from rollouts.view.screen import Screen
+from scripts import cloud_check
 from tests.cloud.fakes.server import FakeCloud, FakeMachine
 from tests.cloud.renting import RENTS, kill_all
 from tests.cloud.test_cloud_verbs import config_that_rents, deploy
@@ -133,6 +135,29 @@ def test_a_run_on_two_rented_machines(
     assert code == 0 and len(cloud.machines) == 2 and cloud.bill() == {}
     ledger = Ledger(renter.rollouts_home / "cloud" / "ledger.jsonl")
     assert [lease.step for lease in ledger.leases()] == ["ended", "ended"]
+
+
+def test_the_whole_life_at_lambda(
+    *,
+    renter: Laptop,
+    clouds: Clouds,
+    shared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Goal: scripts/cloud_check goes through a machine's life and ends it, also where SSH has one port and one user for
+    all. The other providers' is run by test_rented_runs."""
+    in_this_process(renter, monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["cloud_check", "lambda", "--max-price", "3"])
+    with machines_on_a_network(clouds["lambda"], shared, tmp_path):
+        try:
+            code = cloud_check.main()
+        finally:
+            kill_all(f"HOME={renter.home}", "guard_process")
+    out = capsys.readouterr().out
+    assert code == 0 and "logged in; its status tells $2.49 an hour" in out, out
+    assert "gone; it cost at most $" in out and len(clouds["lambda"].machines) == 1
 
 
 @pytest.mark.parametrize("lost", [0, 1])
