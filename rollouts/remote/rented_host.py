@@ -1,6 +1,7 @@
 """Whether the machine of a run is a rented one that is gone for good, and who ended it: its provider, or we did."""
 
 import contextlib
+import math
 import time
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from rollouts.run_dir.results import copies_in
 if TYPE_CHECKING:
     from rollouts.cloud.ledger import Lease
 
+PROVIDER_S = 10.0  # for its answer, behind the wait for SSH
 ENDED_ELSEWHERE = "ended on its page, or from another computer?"
 STREAMED = (
     "status.json",
@@ -27,16 +29,17 @@ def lease_of(target: str) -> "Lease | None":
     return next((lease for lease in Ledger().leases() if lease.name == target), None)
 
 
-def why_gone(target: str) -> Gone | None:
+def why_gone(target: str, *, timeout_s: float = math.inf) -> Gone | None:
     """Return why a rented machine will not answer again; None for one that may, and for a host that is not rented.
 
-    The ledger is asked, then the provider. What neither tells is not taken for gone. `taken` is a machine that nobody
-    here ended, nor another one of its run, and that no guard may have ended by its limits; its provider says so, or it
-    was a spot machine: another that is in no list any more was ended by somebody, as on the provider's page.
+    The ledger is asked, then the provider, for `timeout_s` at most. What neither tells is not taken for gone. `taken`
+    is a machine that nobody here ended, nor another one of its run, and that no guard may have ended by its limits; its
+    provider says so, or it was a spot machine: another that is in no list any more was ended by somebody, as on the
+    provider's page.
     """
     leases = Ledger().leases()
     lease = next((lease for lease in leases if lease.name == target), None)
-    if lease is None or (gone := _as_told(lease)) is None:
+    if lease is None or (gone := _as_told(lease, timeout_s)) is None:
         return None
     ours = [one for one in leases if one.ended_by == "us" and one.run_id == lease.run_id]
     if lease.ended_by == "us":
@@ -51,19 +54,25 @@ def why_gone(target: str) -> Gone | None:
 def instead_of(error: DeployError) -> DeployError:
     """Return the error to show: of a host that does not answer since its rented machine has ended, that it has.
 
-    The ledger alone is asked; every other error is returned as it is.
+    The ledger is asked, and the provider where the machine bills as far as the ledger tells. Every other error is
+    returned as it is.
     """
     if not isinstance(error, TransportError | UnreachableError):
         return error
     with contextlib.suppress(DeployError, OSError):
         entry, lease = registry.find(error.run_id), lease_of(error.target)
-        if entry is not None and lease is not None and not lease.may_bill:
-            return _ended(entry, lease, error)
+        if entry is None or lease is None:
+            return error
+        if not lease.may_bill:
+            at = time.localtime(lease.ended_at or lease.since)
+            when = time.strftime(" on %Y-%m-%d at %H:%M", at)
+            return _ended(entry, lease, when, lease.reason, error)
+        if (gone := why_gone(lease.name, timeout_s=PROVIDER_S)) is not None:
+            return _ended(entry, lease, f", as {lease.provider} says", gone.why, error)
     return error
 
 
-def _ended(entry: RunEntry, lease: "Lease", error: DeployError) -> DeployError:
-    at = time.localtime(lease.ended_at or lease.since)
+def _ended(entry: RunEntry, lease: "Lease", when: str, why: str, error: DeployError) -> DeployError:
     fixes = [f"deploy report {entry.run_id} shows what is here"]
     here = copies_in(entry.mirror)
     if lease.reason == ALL_HERE:
@@ -75,10 +84,11 @@ def _ended(entry: RunEntry, lease: "Lease", error: DeployError) -> DeployError:
         if any(name.startswith("checkpoints/") for name in here):
             fixes.append(f"deploy resume {entry.run_id} goes on from its last checkpoint here")
     fixes.append(f"deploy forget {entry.run_id} drops the entry")
+    if lease.may_bill:  # one that was taken may bill until it is terminated
+        fixes.append(f"deploy machines end {lease.name} sees to it that it does not bill")
     return DeployError(
-        f"{lease.name} is gone: the machine that was rented for {entry.run_id} ended on"
-        f" {time.strftime('%Y-%m-%d at %H:%M', at)}.",
-        found="\n".join(filter(None, (f"why it ended: {lease.reason}", pulled))),
+        f"{lease.name} is gone: the machine that was rented for {entry.run_id} ended{when}.",
+        found=f"why it ended: {why}\n{pulled}",
         fix="; ".join(fixes),
         started=error.started,
     )
@@ -94,14 +104,14 @@ def _by_its_limits(lease: "Lease", gone: Gone) -> Gone:
     return Gone(gone.why, taken=True)
 
 
-def _as_told(lease: "Lease") -> Gone | None:
+def _as_told(lease: "Lease", timeout_s: float) -> Gone | None:
     """Return what the ledger says of an end, else the provider."""
     if not lease.may_bill:
         return Gone(lease.reason or "it was ended", taken=lease.ended_by == "provider")
     if lease.machine_id is None:
         return None
     try:
-        return _asked(lease)
+        return _asked(lease, timeout_s)
     except (DeployError, OSError):
         return None
 
@@ -120,7 +130,7 @@ def _idle(lease: "Lease") -> str:
     return f"its run was silent for {silent_s / 60:.0f} minutes, and a guard ends what is idle"
 
 
-def _asked(lease: "Lease") -> Gone | None:
+def _asked(lease: "Lease", timeout_s: float) -> Gone | None:
     from rollouts.remote.cloud_verbs import cloud_verb
 
     with cloud_verb():
@@ -132,6 +142,8 @@ def _asked(lease: "Lease") -> Gone | None:
         async def ask() -> Gone | None:
             async with open_providers(keys_here([lease.provider])[0]) as providers:
                 provider = providers.get(lease.provider)
-                return None if provider is None else await provider_says(provider, lease)
+                with anyio.move_on_after(timeout_s):
+                    return None if provider is None else await provider_says(provider, lease)
+            return None
 
         return anyio.run(ask)

@@ -99,15 +99,47 @@ def test_a_machine_that_was_ended_from_here(clouds: Clouds) -> None:
 def test_a_run_is_asked_for_whose_machine_has_ended(clouds: Clouds, tmp_path: Path) -> None:
     """Goal: from Python too the message names the machine, when and why it ended, and what is here. Red with the name
     that does not resolve."""
-    lease = rent_with(LONG, "vast")
-    places = {"home": "/h", "run_path": "/h/runs/over", "local_dir": str(tmp_path / "over")}
-    told = {"target": lease.name, "repository": "/", "created_at": 0.0, **places}
-    registry.save(RunEntry(run_id="over", experiment_name="e", **told))
+    lease = rented_for("over", tmp_path)
     end_here(lease)
-    with pytest.raises(DeployError, match=f"{lease.name} is gone: the machine that") as caught:
-        find("over").status()
-    assert "why it ended: deploy machines end" in caught.value.text(launching=False)
-    assert "nothing of the run was pulled" in caught.value.text()
+    said = status_error("over")
+    assert f"{lease.name} is gone: the machine that" in said, said
+    assert "why it ended: deploy machines end" in said and "nothing of the run was pulled" in said
+
+
+def rented_for(run_id: str, tmp_path: Path) -> Lease:
+    """A machine of Vast and the registry's entry of its run. Its name leads nowhere: SSH finds no such host."""
+    lease = rent_with(LONG, "vast")
+    places = {"home": "/h", "run_path": f"/h/runs/{run_id}", "local_dir": str(tmp_path / run_id)}
+    told = {"target": lease.name, "repository": "/", "created_at": 0.0, **places}
+    registry.save(RunEntry(run_id=run_id, experiment_name="e", **told))
+    return lease
+
+
+def status_error(run_id: str) -> str:
+    with pytest.raises(DeployError) as caught:
+        find(run_id).status()
+    return caught.value.text(launching=False)
+
+
+def test_an_end_that_only_the_provider_knows(
+    clouds: Clouds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Goal: where a machine does not answer that bills by the ledger, its provider is asked, and a machine that has
+    ended there is told as gone. A provider that does not answer in time, or has the machine, changes nothing in what
+    is told. Red with the ledger alone asked, and without the limit of time."""
+    lease, cloud = rented_for("gone", tmp_path), clouds["vast"]
+    there = status_error("gone")
+    assert "is gone" not in there
+    cloud.end(cloud.named(lease.name)[0])
+    cloud.fault("get", "slow")
+    with monkeypatch.context() as patched:
+        patched.setattr(rented_host, "PROVIDER_S", 1.0)
+        assert status_error("gone") == there
+    said = status_error("gone")
+    assert f"{lease.name} is gone" in said and "for gone ended, as vast says.", said
+    assert f"deploy machines end {lease.name}" in said
+    assert "vast no longer has it" in said and Ledger().lease(lease.name).may_bill
+    end_here(lease)
 
 
 @pytest.mark.parametrize("limit", ["time", "money"])
