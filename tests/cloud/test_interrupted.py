@@ -7,11 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from rollouts.run_dir import RunDir, read_jsonl, read_status
 from tests.cloud.fakes.server import FakeCloud, FakeMachine
 from tests.cloud.renting import RENTS, kill_all, leases
 from tests.remote.hosts import Laptop, wait_for, write_config
 
+pytestmark = pytest.mark.timeout(900)  # as long as all else waits for the machine
 Clouds = dict[str, FakeCloud]
 
 
@@ -39,7 +42,7 @@ def taken_away(
     next_one = renter.rollouts_home / "registry" / "taken-again1.json"
     wait_for(lambda: next_one.exists() or process.poll() is not None, "the end of the first")
     (tmp_path / "go").touch()
-    out, err = process.communicate(timeout=250)
+    out, err = process.communicate(timeout=600)
     return process.returncode, out, err
 
 

@@ -27,6 +27,7 @@ from tests.remote.conftest import share_environments
 from tests.remote.hosts import Laptop, wait_for, write_config
 from tests.several.networks import network, networked_host
 
+pytestmark = pytest.mark.timeout(900)  # as long as all else waits for the machine
 Clouds = dict[str, FakeCloud]
 TWO = replace(RENTS, providers=["lambda"], retries_max=0)
 

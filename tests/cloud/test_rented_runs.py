@@ -14,6 +14,8 @@ from tests.cloud.fakes.server import KEY, FakeMachine
 from tests.cloud.renting import RENTS, Clouds, ends_in, holders_of_keys, job, kill_all, leases
 from tests.remote.hosts import ROOT, Laptop, wait_for, write_config
 
+pytestmark = pytest.mark.timeout(900)  # as long as all else waits for the machine
+
 
 def test_a_whole_run(renter: Laptop, clouds: Clouds, tmp_path: Path) -> None:
     """Goal: the machine is rented, guarded, used by the usual path, and ended after the last verified pull; no file

@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import pytest
+
 from rollouts.run_dir import RunDir
 from tests.cloud.fakes.server import FakeCloud
 from tests.cloud.renting import job, leases
 from tests.remote.hosts import Laptop, wait_for, write_config
 
+pytestmark = pytest.mark.timeout(900)  # as long as all else waits for the machine
 Clouds = dict[str, FakeCloud]
 
 
