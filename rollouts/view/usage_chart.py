@@ -48,6 +48,14 @@ def usage_chart(run: RunData) -> Spec | None:
     return with_data(chart, {"usage": points})
 
 
+def has_usage(run: RunData) -> bool:
+    """Return whether `usage_chart` has something to draw: the first sample of a process does not know its use."""
+    rows = [row for _, row in _samples(run)]
+    return any(entry.get("use") is not None for row in rows for entry in row["gpus"]) or any(
+        entry.get("cpu") is not None for row in rows for entry in row["processes"]
+    )
+
+
 def usage_title(run: RunData) -> str:
     """Return the chart's title: with the share of the time in which each GPU was idle."""
     idle = ", ".join(

@@ -19,7 +19,9 @@ def browser() -> Iterator[Browser]:
         pytest.fail("no chromium on this machine: run `scripts/setup dev`, or name one in CHROMIUM")
     with sync_playwright() as play:
         started = play.chromium.launch(
-            executable_path=program, args=["--no-sandbox", "--disable-dev-shm-usage"]
+            executable_path=program,
+            args=["--no-sandbox", "--disable-dev-shm-usage"],
+            timeout=200_000,
         )
         yield started
         started.close()

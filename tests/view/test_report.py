@@ -23,7 +23,7 @@ from rollouts.view.run_data import read_run
 from rollouts.view.usage_chart import usage_chart
 from tests.view.runs import answer_row, rl_row, rollout_row, write_run
 
-WAIT_MS = 60_000
+WAIT_MS = 150_000
 HOSTILE = "<script>window.owned = 1</script><img src=x onerror='window.owned = 1'></script>\x1b[31m\u202e{{ 7 * 7 }}"
 
 
@@ -152,6 +152,7 @@ def test_what_a_model_wrote_is_never_run(tmp_path: Path, browser: Browser) -> No
     file, text = written(tmp_path, run.path)
     assert "\x1b" not in text and "\u202e" not in text and "\\x1b[31m" in text
     page, requests = browser.new_page(), []
+    page.set_default_timeout(WAIT_MS)
     page.on("request", lambda request: requests.append(request.url))
     page.goto(file.as_uri())
     draw_all(page)
@@ -166,7 +167,7 @@ def draw_all(page: Page) -> None:
     """Open all that is folded, and wait until every chart is drawn."""
     page.evaluate("document.querySelectorAll('details').forEach((part) => { part.open = true; })")
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
-    page.wait_for_selector(".chart:not(:has(svg))", state="detached", timeout=WAIT_MS)
+    page.wait_for_selector(".chart:not(:has(svg))", state="detached")
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1440, "light"), (375, "dark")])
@@ -176,6 +177,7 @@ def test_a_browser_draws_it(tmp_path: Path, browser: Browser, width: int, scheme
     runs = [write_run(tmp_path / name, seed=at, steps=12) for at, name in enumerate(("a", "b"))]
     file, _ = written(tmp_path, *(run.path for run in runs))
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page.set_default_timeout(WAIT_MS)
     errors: list[str] = []
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on(
@@ -191,7 +193,7 @@ def test_a_browser_draws_it(tmp_path: Path, browser: Browser, width: int, scheme
     chart = page.locator(".chart").first
     chart.scroll_into_view_if_needed()
     chart.hover()
-    page.wait_for_selector("#vg-tooltip-element.visible", timeout=WAIT_MS)
+    page.wait_for_selector("#vg-tooltip-element.visible")
     assert "smoothed" in page.inner_text("#vg-tooltip-element")
     serious = [
         found

@@ -15,7 +15,7 @@ from rollouts.view.tokens_axis import equal_tokens
 from rollouts.view.ui import live
 from rollouts.view.ui.desk import Desk
 from rollouts.view.ui.run_source import PageError
-from rollouts.view.usage_chart import usage_chart
+from rollouts.view.usage_chart import has_usage, usage_chart
 
 EVENTS_MAX = 300  # the last ones
 COMPARED_MAX = 12
@@ -104,7 +104,7 @@ def _stage(run: RunData, stage: str) -> dict[str, Any]:
     there = {
         "time": bool(run.series(stage, "step_s").values),
         "timeline": any(row["kind"] not in charts.HIDDEN_EVENTS for row in run.events),
-        "usage": bool(run.usage),
+        "usage": has_usage(run),
     }
     others = [name for name, is_there in there.items() if is_there]
     telling = [row for row in run.events if charts.event_class(row) != "other"]

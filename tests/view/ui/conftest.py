@@ -16,10 +16,11 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from tests.docs_blocks import ROOT
+from tests.ports import free_port
 from tests.remote.conftest import laptop, project, shared
 
 __all__ = ["laptop", "project", "shared"]
-WAIT_MS = 60_000
+WAIT_MS = 150_000  # of a page, for what takes a second where nothing else runs
 expect.set_options(timeout=WAIT_MS)
 
 
@@ -37,17 +38,23 @@ class Ui:
     @contextlib.contextmanager
     def client(self) -> Iterator[httpx.Client]:
         """Open a client that has come in by the link."""
-        with httpx.Client(base_url=self.base, timeout=60, trust_env=False) as client:
+        with httpx.Client(base_url=self.base, timeout=WAIT_MS / 1000, trust_env=False) as client:
             assert client.get(self.link).status_code == 303
             yield client
 
+    def stranger(self) -> httpx.Client:
+        """Return a client that knows the address alone."""
+        return httpx.Client(base_url=self.base, timeout=WAIT_MS / 1000, trust_env=False)
+
     def end(self) -> int:
         self.process.send_signal(signal.SIGINT)
-        return self.process.wait(60)
+        return self.process.wait(WAIT_MS / 1000)
 
 
 def started(*arguments: str, cwd: Path | None = None, **variables: str) -> Ui:
-    """Start the command; raises AssertionError with what it said where it does not serve."""
+    """Start the command, at a port that no other test has; AssertionError with what it said where it does not serve."""
+    if "--port" not in arguments:
+        arguments = (*arguments, "--port", str(free_port()))
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "deploy.py"), "ui", "--json", *arguments],
         stdout=subprocess.PIPE,
@@ -88,8 +95,8 @@ def opened(
     `refused`: the server may refuse what it asks for, which a browser notes as an error.
     """
     context = browser.new_context(**{"viewport": {"width": 1440, "height": 900}, **options})  # type: ignore[arg-type]
+    context.set_default_timeout(WAIT_MS)
     page = context.new_page()
-    page.set_default_timeout(WAIT_MS)
     hosts: set[str] = set()
     errors: list[str] = []
     page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))

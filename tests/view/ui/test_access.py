@@ -20,8 +20,9 @@ from rollouts.view.ui.serving import PORT, PORTS_TRIED, PortInUseError, listen
 from tests.docs_blocks import ROOT
 from tests.remote.hosts import wait_for
 from tests.view.runs import write_run
-from tests.view.ui.conftest import Ui, started
+from tests.view.ui.conftest import WAIT_MS, Ui, started
 
+ESTABLISHED, CLOSED_BY_THE_CLIENT = "01", "08"  # /proc/net/tcp's words
 PATHS = (
     "/",
     "/runs/a",
@@ -43,7 +44,7 @@ def test_nothing_is_served_without_the_token(ui: Ui) -> None:
     token, a wrong cookie, and the right token where its cookie should be."""
     token = ui.link.partition("token=")[2]
     name = f"rollouts_ui_{httpx.URL(ui.base).port}"
-    with httpx.Client(base_url=ui.base, trust_env=False) as other:
+    with ui.stranger() as other:
         for path in PATHS:
             assert other.get(path).status_code == 403, path
         for bad in (token[:-1], token + "x", "", "é"):
@@ -58,7 +59,7 @@ def test_the_token_becomes_a_cookie(ui: Ui) -> None:
     """Goal: the link leads to the same address without the token, with a cookie that scripts and other sites never
     get; the cookie is not the token."""
     token = ui.link.partition("token=")[2]
-    with httpx.Client(base_url=ui.base, trust_env=False) as client:
+    with ui.stranger() as client:
         answer = client.get(f"/runs/a?token={token}&x=1")
         assert (answer.status_code, answer.headers["location"]) == (303, "/runs/a?x=1")
         cookie = answer.headers["set-cookie"]
@@ -111,7 +112,8 @@ def test_every_answer_has_the_policy(ui: Ui) -> None:
                 "frame-ancestors 'none'" in policy
                 and headers["x-content-type-options"] == "nosniff"
             )
-        assert "content-security-policy" in httpx.get(ui.base, trust_env=False).headers
+        with ui.stranger() as other:
+            assert "content-security-policy" in other.get("/").headers
         for name in ("../app.py", "%2e%2e%2fapp.py", "app.py", "..%2f..%2f..%2fpyproject.toml"):
             assert client.get(f"/static/{name}").status_code == 404, name
 
@@ -127,15 +129,17 @@ def test_it_listens_on_this_machine_alone(ui: Ui) -> None:
 
 def test_a_port_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Goal: without --port the next free one is taken; with it, one message names it and what to do."""
-    with listen(None) as first, listen(None) as second:
-        ports = [first.getsockname()[1], second.getsockname()[1]]
-        assert PORT <= ports[0] < ports[1] < PORT + PORTS_TRIED
+    with listen(None) as first:
+        port = first.getsockname()[1]
+        assert PORT <= port < PORT + PORTS_TRIED
         with pytest.raises(DeployError) as caught:
-            ui_verb.ui((), Screen(as_json=True), remote=None, port=ports[0])
-        assert f"port {ports[0]}: Address already in use" in caught.value.text(launching=False)
+            ui_verb.ui((), Screen(as_json=True), remote=None, port=port)
+        assert f"port {port}: Address already in use" in caught.value.text(launching=False)
         assert "another --port" in caught.value.text(launching=False)
+        monkeypatch.setattr("rollouts.view.ui.serving.PORT", port)  # others come and go below it
+        with listen(None) as second:
+            assert port < second.getsockname()[1] < port + PORTS_TRIED
         monkeypatch.setattr("rollouts.view.ui.serving.PORTS_TRIED", 1)
-        monkeypatch.setattr("rollouts.view.ui.serving.PORT", ports[0])
         with pytest.raises(PortInUseError, match="are in use"):
             listen(None)
 
@@ -153,33 +157,33 @@ def test_it_ends_with_a_stream_open(tmp_path: Path, number: signal.Signals) -> N
 
     reader = threading.Thread(target=follow)
     reader.start()
-    assert followed.wait(60)
+    assert followed.wait(WAIT_MS / 1000)
     ui.process.send_signal(number)
-    out, error = ui.process.communicate(timeout=60)
-    reader.join(60)
+    out, error = ui.process.communicate(timeout=WAIT_MS / 1000)
+    reader.join(WAIT_MS / 1000)
     assert (ui.process.returncode, out, error) == (0, "", "")
 
 
 def test_a_browser_that_goes_away_is_noticed(ui: Ui) -> None:
     """Goal: streams whose reader has gone end; nothing is kept open."""
 
-    def connections() -> int:
-        found = Path(f"/proc/{ui.process.pid}/fd").iterdir()
-        targets = []
-        for descriptor in found:
-            try:
-                targets.append(os.readlink(descriptor))
-            except OSError:
-                continue
-        return sum(target.startswith("socket:") for target in targets)
+    def kept(clients: set[int]) -> set[int]:
+        """Of these clients' ports, those whose connection the server keeps: it has sockets of other tests too."""
+        lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        ends = [[int(end.rpartition(":")[2], 16) for end in line[1:3]] for line in lines]
+        states = [line[3] for line in lines]
+        held = {far for (near, far), state in zip(ends, states, strict=True)
+                if near == httpx.URL(ui.base).port and state in (ESTABLISHED, CLOSED_BY_THE_CLIENT)}  # fmt: skip
+        return clients & held
 
-    before = connections()
+    ports = set()
     with contextlib.ExitStack() as open_now:
         for _ in range(5):
             client = open_now.enter_context(ui.client())
-            open_now.enter_context(client.stream("GET", "/api/runs/a/live"))
-        assert connections() >= before + 5
-    wait_for(lambda: connections() <= before, "streams end", timeout_s=60)
+            stream = open_now.enter_context(client.stream("GET", "/api/runs/a/live"))
+            ports.add(stream.extensions["network_stream"].get_extra_info("client_addr")[1])
+        assert len(ports) == 5 and kept(ports) == ports
+    wait_for(lambda: not kept(ports), "streams end")
 
 
 @pytest.mark.parametrize(
@@ -198,7 +202,7 @@ def test_what_cannot_be_shown_is_said(tmp_path: Path, arguments: list[str], said
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=WAIT_MS / 1000,
     )
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
 
@@ -231,4 +235,4 @@ def test_people_are_told_the_link(tmp_path: Path) -> None:
     assert first.startswith("this machine: http://127.0.0.1:") and "?token=" in first
     assert "Ctrl-C" in process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 0 and not opened.exists()
+    assert process.wait(WAIT_MS / 1000) == 0 and not opened.exists()

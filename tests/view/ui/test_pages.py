@@ -15,7 +15,7 @@ from playwright.sync_api import Browser, Page, expect
 from rollouts.run_dir import RunDir, append_jsonl
 from tests.view.runs import START, eval_row, rl_row, rollout_row, write_run
 from tests.view.test_report import HOSTILE
-from tests.view.ui.conftest import WAIT_MS, Ui, opened
+from tests.view.ui.conftest import Ui, opened
 
 TINY = Path(__file__).parents[3] / "configs/models/tiny_qwen2/tokenizer.json"
 
@@ -23,6 +23,9 @@ TINY = Path(__file__).parents[3] / "configs/models/tiny_qwen2/tokenizer.json"
 # of what axe finds only violations are told: the places that are well are thousands on a page of charts
 SERIOUS = """() => axe.run({resultTypes: ["violations"]}).then((found) => found.violations
     .filter((rule) => ["serious", "critical"].includes(rule.impact)).map((rule) => [rule.id, rule.nodes[0].html]))"""
+# what is announced stays for seconds alone
+KEEP_ANNOUNCED = """() => { const place = document.getElementById("announce"); window.announced = [];
+    new MutationObserver(() => window.announced.push(place.textContent)).observe(place, { childList: true }); }"""
 TAB_STOPS = 40
 STOP = """() => { const at = document.activeElement, style = getComputedStyle(at), box = at.getBoundingClientRect();
     return at === document.body ? null : {
@@ -134,7 +137,7 @@ def draw_all(page: Page) -> None:
     """Open all that is folded, and look at every chart until all are drawn."""
     page.evaluate("document.querySelectorAll('details').forEach((part) => { part.open = true; })")
     page.evaluate(SCROLL)
-    page.wait_for_selector(".chart:not([data-drawn])", state="detached", timeout=WAIT_MS)
+    page.wait_for_selector(".chart:not([data-drawn])", state="detached")
 
 
 def serious(page: Page) -> list[Any]:
@@ -190,7 +193,9 @@ def test_each_page_is_for_everybody(ui: Ui, browser: Browser, path: str, ready: 
             page.set_viewport_size({"width": width, "height": 900})
             for scheme in ("light", "dark"):
                 page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
-                assert page.evaluate("document.documentElement.scrollWidth") == width
+                page.wait_for_function(
+                    "(width) => document.documentElement.scrollWidth === width", arg=width
+                )
                 assert serious(page) == [], (width, scheme)
 
 
@@ -221,6 +226,7 @@ def test_runs_are_found_and_marked(ui: Ui, browser: Browser) -> None:
         page.keyboard.press("?")
         expect(page.locator("dialog")).to_contain_text("mark for a comparison")
         page.keyboard.press("Escape")
+        expect(page.locator("dialog")).to_be_hidden()
         page.keyboard.press("j")
         page.keyboard.press("Enter")
         expect(page).to_have_url(re.compile(r"/runs/\w+$"))
@@ -310,8 +316,9 @@ def test_samples_are_chosen_and_read(ui: Ui, browser: Browser) -> None:
         expect(page.locator(".response > .n3")).to_have_attribute("title", re.compile(r"\|Δ\| 2$"))
         page.get_by_role("button", name="advantage", exact=True).click()
         expect(page.locator(".response > span.p2")).to_have_count(4)
+        page.evaluate(KEEP_ANNOUNCED)
         page.keyboard.press("c")
-        expect(page.locator("#announce")).to_contain_text("Copied prompt and response")
+        page.wait_for_function("window.announced.includes('Copied prompt and response.')")
         assert page.evaluate("navigator.clipboard.readText()").endswith(
             page.locator(".group a[aria-current] pre").inner_text()
         )

@@ -14,6 +14,7 @@ from rollouts.remote.ui_runs import KnownRuns
 from rollouts.run_dir import RunDir, append_jsonl
 from rollouts.view.ui import sample_index
 from rollouts.view.ui.desk import Desk
+from rollouts.view.ui.run_answers import chart, run_summary
 from rollouts.view.ui.run_source import PageError
 from rollouts.view.ui.sample_index import cache_of, read_columns, read_head, update
 from rollouts.view.ui.sample_query import Samples, brief, read_filter, read_lines, search
@@ -262,6 +263,23 @@ def test_the_first_look_shows_samples(tmp_path: Path, monkeypatch: pytest.Monkey
     head = read_head(cache_of(file), file)
     assert head is not None and 0 < head.records < 1000
     assert indexed(file).count == 1000
+
+
+def test_a_chart_is_offered_once_it_can_be_drawn(tmp_path: Path) -> None:
+    """Goal: a first sample of how busy the machine is, which does not know a use, offers no chart of it; the next one
+    does. Red with a chart for any sample: a page of a run that began a moment ago asked for what was refused."""
+    run = write_run(tmp_path / "run")
+    desk = Desk(KnownRuns([run.path]), Builder(None))
+    try:
+        for step, cpu in ((41, None), (42, 1.5)):
+            process = {"name": "trainer-0", "cpu": cpu, "memory_gib": 0.5}
+            append_jsonl(run.gpu, {"time": 1.0, "stage": "rl", "gpus": [], "processes": [process]})
+            append_jsonl(run.metrics, {"time": 1.0, "stage": "rl", "step": step})
+            others = run_summary(desk, "run")["stages"][-1]["others"]
+            assert ("usage" in others) == (cpu is not None)
+            assert all(chart(desk, ["run"], "rl", f"chart:{name}") for name in others)
+    finally:
+        desk.close()
 
 
 def test_a_desk_shows_what_there_is_at_once(tmp_path: Path) -> None:

@@ -31,15 +31,15 @@ def test_the_page_starts_what_it_planned(laptop: Laptop, browser: Browser) -> No
             page.get_by_role("button", name="Write").click()
             page.get_by_role("button", name="Show the plan").click()
             start = page.get_by_role("button", name="Start it on this machine")
-            expect(start).to_be_visible(timeout=120_000)
+            expect(start).to_be_visible()
             assert "(nothing is touched)" in page.locator("#said").inner_text()
             assert not runs.exists() or list(runs.iterdir()) == [], "the plan starts nothing"
             start.click()
-            expect(page.locator("#written a")).to_have_text("All runs", timeout=120_000)
+            expect(page.locator("#written a")).to_have_text("All runs")
             page.locator("#written a").click()
             expect(page.locator(".runs tbody tr")).to_have_count(1)
             page.locator(".runs tbody th a").click()
-            expect(page.locator("#heading .badge")).to_have_text("done", timeout=120_000)
+            expect(page.locator("#heading .badge")).to_have_text("done")
             run_id = page.locator("h1").inner_text()
     finally:
         ui.end()

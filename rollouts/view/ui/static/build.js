@@ -1,7 +1,7 @@
 // The config builder: every field with what it means; each change is checked by the server at once.
-import { ask, byId, data, el, empty, fill, keys, later, notices, table } from "./common.js";
+import { ask, byId, data, el, empty, fill, keys, later, notices, place, table } from "./common.js";
 
-let base = new URLSearchParams(location.search).get("base") || data.bases[0], fields = [], changes = new Map(), file = "", asking = 0;
+let base = new URLSearchParams(location.search).get("base") || data.bases[0], fields = [], rows = new Map(), changes = new Map(), file = "", asking = 0;
 const post = (what, value) => ask(`/api/build/${what}`, { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(value) });
 const settings = () => [...changes].map(([path, value]) => `${path}=${value}`);
 
@@ -27,10 +27,12 @@ function setting(field) {
   return el(`div.setting${changes.has(field.path) ? ".changed" : ""}`, {}, el("div", {}, el("code", {}, field.path), " ", el("span.soft", {}, field.type), el("p.soft", {}, field.meaning)), input(field));
 }
 
+// A search comes a moment after its last letter: a row that fits stays as it is, with what one types into it by then.
 function show() {
   const words = byId("search").value.toLowerCase().split(/\s+/).filter(Boolean), only = byId("only").checked;
-  const fitting = fields.filter((field) => words.every((word) => `${field.path} ${field.meaning}`.toLowerCase().includes(word)) && (!only || changes.has(field.path)));
-  fill(byId("fields"), fitting.length ? fitting.map(setting) : empty("No field fits"));
+  const fits = (field) => words.every((word) => `${field.path} ${field.meaning}`.toLowerCase().includes(word)) && (!only || changes.has(field.path));
+  const fitting = fields.filter(fits).map((field) => rows.get(field));
+  place(byId("fields"), fitting.length ? fitting : [empty("No field fits")]);
 }
 
 const check = later(async () => {
@@ -60,6 +62,7 @@ async function begin(name) {
     fields = [];
     fill(byId("problems"), notices(error.message.split("\n"), ".fault"));
   }
+  rows = new Map(fields.map((field) => [field, setting(field)]));
   show();
   if (fields.length) check();
 }

@@ -23,6 +23,24 @@ export function fill(place, ...children) {
   for (const item of place.querySelectorAll("details[data-key]")) if (opened.has(item.dataset.key)) item.open = true;
 }
 
+// Have a place hold these children, and touch none that is in its order already: what has the focus keeps it.
+export function place(parent, children) {
+  const kept = new Set(children);
+  for (const child of [...parent.children]) if (!kept.has(child)) child.remove();
+  let at = parent.firstChild;
+  for (const child of children) {
+    if (child === at) at = at.nextSibling; else parent.insertBefore(child, at);
+  }
+}
+
+// What is replaced between the press and the release of a button gets no click: what is drawn by itself waits for the release.
+let press = null, over = null;
+addEventListener("pointerdown", (event) => { if (event.button === 0) press ??= new Promise((done) => { over = done; }); }, true);
+const release = (event) => { if (press && !event.buttons) { setTimeout(over); press = null; } };
+for (const kind of ["pointerup", "pointercancel", "pointermove"]) addEventListener(kind, release, true); // a scrollbar tells of no release
+addEventListener("blur", release);
+export const released = () => press;
+
 export async function ask(path, options = {}) {
   let answer;
   try {

@@ -1,6 +1,6 @@
 // One run, live: the server says which of its files grew, and what is shown of them is asked for again.
 import { refresh, stageCharts, chart } from "./charts.js";
-import { ago, ask, badge, byId, clock, copy, data, el, empty, fill, keys, notices, number, query, table } from "./common.js";
+import { ago, ask, badge, byId, clock, copy, data, el, empty, fill, keys, notices, number, query, released, table } from "./common.js";
 
 let run = data.run, stage = run.stages.at(-1)?.name, source = null, drawnStages = "";
 const id = run.run_id;
@@ -118,6 +118,7 @@ async function update(files) {
   asking = true;
   try {
     run = await ask(`/api/runs/${id}`);
+    await released();
     show();
     if (windows()) listen();
     newPoints();

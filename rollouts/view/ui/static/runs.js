@@ -1,5 +1,5 @@
 // The list of runs: searched and filtered here, asked for again every two seconds.
-import { ago, ask, badge, byId, data, el, empty, fill, keys, later, notices, number, query } from "./common.js";
+import { ago, ask, badge, byId, data, el, empty, fill, keys, later, notices, number, query, released } from "./common.js";
 
 const FIELDS = ["state", "experiment", "tag", "since"];
 const form = byId("filters");
@@ -82,6 +82,7 @@ async function again() {
   if (!document.hidden) {
     try {
       const value = await ask("/api/runs");
+      await released();
       if (unread || JSON.stringify({ ...value, now: 0 }) !== JSON.stringify({ ...list, now: 0 })) newList(value);
       unread = false;
     } catch (error) {

@@ -1,5 +1,5 @@
 // The rollout browser: a list that filters, and the sample that is looked at. The address holds both: it is a link.
-import { ask, byId, copy, data, el, empty, fill, keys, later, number, query, say } from "./common.js";
+import { ask, byId, copy, data, el, empty, fill, keys, later, number, query, released, say } from "./common.js";
 import { colourings, responseTokens } from "./tokens.js";
 import { group, head, history, metadata, turns } from "./sample_parts.js";
 
@@ -70,6 +70,7 @@ async function load(add, quiet = false) {
   try {
     for (;;) {
       const answer = await ask(`/api/runs/${id}/samples?${query({ ...asked(), begin })}`);
+      if (quiet) await released();
       if (own !== asking) return;
       take(answer, !first);
       first = false;
