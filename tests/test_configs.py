@@ -174,7 +174,7 @@ def test_the_committed_files_are_what_the_scripts_write(script: str, tmp_path: P
     (tmp_path / "scripts").mkdir()
     copy = tmp_path / "scripts" / script
     copy.write_text((ROOT / "scripts" / script).read_text())
-    subprocess.run([sys.executable, str(copy)], check=True, capture_output=True, timeout=120)
+    subprocess.run([sys.executable, str(copy)], check=True, capture_output=True, timeout=200)
     made = [file for file in sorted((tmp_path / "configs").rglob("*")) if file.is_file()]
     assert made
     for file in made:

@@ -77,7 +77,7 @@ def test_one_declaration_is_a_whole_format(tmp_path: Path) -> None:
     (tmp_path / "mine.jsonl").write_text(json.dumps(row) + "\n")
     command = [sys.executable, "-c", ASKED]
     ran = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120
+        command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=200
     )
     assert ran.returncode == 0, ran.stderr
     said: dict[str, Any] = json.loads(ran.stdout)

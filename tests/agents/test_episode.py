@@ -160,17 +160,28 @@ async def test_asking_again() -> None:
 
 
 @pytest.mark.anyio
-async def test_a_slow_environment_is_cut_off(taught: InProcessEngine) -> None:
+async def test_a_slow_environment_is_cut_off(
+    taught: InProcessEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Goal: the time limit ends the episode with the turns there are. Red without the limit: it would wait for ever."""
+    limits: list[anyio.CancelScope] = []
+
+    def noted(seconds: float) -> anyio.CancelScope:
+        limits.append(anyio.CancelScope(deadline=anyio.current_time() + seconds))
+        return limits[-1]
 
     class Slow(CalculatorEnvironment):
         async def respond(self, message: dict[str, Any]) -> Reply:
+            limits[
+                0
+            ].deadline = anyio.current_time()  # the time is over: a turn takes what it takes
             await anyio.sleep_forever()
             raise AssertionError
 
-    with anyio.fail_after(60):
+    monkeypatch.setattr(anyio, "move_on_after", noted)
+    with anyio.fail_after(100):
         episode = await run_episode(
-            endpoint(taught), Slow(), QUESTION, seed=0, limits=EpisodeLimits(timeout_s=3.0)
+            endpoint(taught), Slow(), QUESTION, seed=0, limits=EpisodeLimits(timeout_s=90.0)
         )
     assert episode.ended == "timeout" and sum(episode.mask) > 0
 

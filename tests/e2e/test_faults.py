@@ -78,7 +78,7 @@ def test_ctrl_c_detaches_and_stop_ends_everything(
     run = RunDir(laptop.rollouts_home / "runs" / "long")
     wait_for(run.rollouts.exists, "RL's first samples", timeout_s=600)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=250)
     assert process.returncode == 130
     assert all(f"deploy {verb} long" in out + err for verb in ("attach", "stop", "pull"))
     assert len(commands_of("long")) >= 3

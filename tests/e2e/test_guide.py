@@ -124,7 +124,7 @@ def test_a_look_at_a_run(block: Block, reader: Laptop) -> None:
         env=reader._environment({}),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=250,
     )
     assert done.returncode == 0 and done.stderr == "", done.stderr
 

@@ -23,10 +23,12 @@ from tests.view.event_files import steps_of
 # of this machine and moment, not of the run
 MEASURED = re.compile(r"time|.*_s|mfu|peak_memory_gib")
 CHANGES: dict[str, Any] = {
-    "sft.num_iterations": 30,
+    # many more steps than come before a kill: a test that is late still finds the stage
+    "sft.num_iterations": 60,
     "sft.log_every": 1,
-    "sft.eval_every": 15,
+    "sft.eval_every": 30,
     "sft.checkpoint_every": 5,
+    "data.rl_mixture.0.max_samples": 20,
     "rl.examples_per_step": 2,
     "rl.save_every": 2,
     # its reference is the SFT stage's checkpoint, which the other host lacks

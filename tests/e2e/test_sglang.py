@@ -3,6 +3,7 @@
 One run over SSH, whose SGLang is killed on the way, shows all of it: SGLang takes a minute to start.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -130,11 +131,13 @@ def rl_steps(run: RunDir) -> int:
 
 def scheduler_of(run: RunDir) -> int:
     """The process of the run's SGLang that holds the model."""
-    pids = marked_processes(run, {"rl-engine-0"})
-    (pid,) = (
-        pid for pid in pids if Path(f"/proc/{pid}/comm").read_text().startswith("sglang::sch")
-    )
-    return pid
+    found = []
+    for pid in marked_processes(run, {"rl-engine-0"}):
+        with contextlib.suppress(OSError):  # one of its many may have ended meanwhile
+            if Path(f"/proc/{pid}/comm").read_text().startswith("sglang::sch"):
+                found.append(pid)
+    (scheduler,) = found
+    return scheduler
 
 
 def test_the_demo_learns_on_sglang(run: Killed) -> None:

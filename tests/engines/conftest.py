@@ -20,7 +20,7 @@ def engine(
     old, new = make_model(kind, root / "old", seed=0), make_model(kind, root / "new", seed=1)
     with (
         serving(old, max_running_requests=str(ROWS_MAX)) as url,
-        httpx.Client(timeout=60) as client,
+        httpx.Client(timeout=200) as client,
     ):
         yield Engine(
             url,

@@ -90,7 +90,7 @@ class Running:
     first_version: str  # what it calls the weights that it started with
 
     def client(self) -> EngineClient:
-        return self.facts.client(self.url, timeout_s=120)
+        return self.facts.client(self.url, timeout_s=300)
 
 
 @contextmanager

@@ -60,7 +60,7 @@ class Server:
 
     def get(self, path: str) -> Any:
         try:
-            answer = httpx.get(self.url + path, headers=self._headers)
+            answer = httpx.get(self.url + path, headers=self._headers, timeout=60)
         except httpx.TransportError:
             return None
         return answer if answer.status_code == 200 else None

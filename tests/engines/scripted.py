@@ -34,7 +34,7 @@ class Scripted:
                 self.rfile.read(int(self.headers.get("content-length") or 0))
                 route = self.path.split("?")[0]
                 script.calls.append(route)
-                script.together.wait(timeout=60)
+                script.together.wait(timeout=200)
                 status, text = answers.get(route, (200, '{"success": true}'))
                 self.send_response(status)
                 self.send_header("content-length", str(len(text)))

@@ -38,7 +38,7 @@ ROWS_MAX = 24
 LOGPROB_TOLERANCE = 1e-5
 PROMPT = [2, 3, 4, 5, 6, 7, 8]
 LONG_TOKENS = 700
-# runs for seconds: something to pause and abort
+# runs for a second or so: something to pause and abort
 LONG = {"max_new_tokens": LONG_TOKENS, "ignore_eos": True}
 
 
@@ -161,7 +161,7 @@ def wait_until_healthy(
     url: str, ended: Callable[[], bool], said: Callable[[], str], route: str = "/health"
 ) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
-    with httpx.Client(timeout=5, verify=False) as client:
+    with httpx.Client(timeout=60, verify=False) as client:
         while time.monotonic() < deadline:
             assert not ended(), f"the server ended: {said()}"
             try:
@@ -242,7 +242,7 @@ def in_background(function: Callable[[], Any]) -> "tuple[threading.Thread, list[
 
 
 def start_long(engine: Engine, **body: Any) -> "tuple[threading.Thread, list[Any]]":
-    """A long request in the background, known to be running."""
+    """A long request in the background, known to be running, and held where it is until the engine is continued."""
 
     def ask() -> Any:
         return engine.post(
@@ -252,5 +252,6 @@ def start_long(engine: Engine, **body: Any) -> "tuple[threading.Thread, list[Any
 
     thread, results = in_background(ask)
     wait_for(lambda: engine.state()["running"] > 0)
-    time.sleep(0.05)
+    assert engine.post("/pause_generation", {"mode": "in_place"}).status_code == 200
+    assert engine.state()["running"] == 1, "it was done before it was held"
     return thread, results

@@ -54,7 +54,7 @@ def tensors(backend: Any, **options: Any) -> BucketDelivery:
 async def served(model: str, url: str, directory: Path) -> dict[str, object]:
     """By kind of sync: the version that the engine then serves, and its log-probs."""
     backend, found = make_backend(model, directory), dict[str, object]()
-    engines = [SGLangEngine(url, timeout_s=60)] if distributed.rank() == 0 else []
+    engines = [SGLangEngine(url, timeout_s=200)] if distributed.rank() == 0 else []
     for version, delivery in enumerate(
         (tensors(backend), DiskDelivery(backend, directory / "weights")), start=1
     ):
@@ -103,8 +103,8 @@ def make_manager(pool: EnginePool) -> AsyncRolloutManager:
 async def train(model: str, url: str, directory: Path, lag: int) -> list[Any]:
     """The metrics of each step, and how often the engine was brought back."""
     backend, recovered = make_backend(model, directory), list[Recovered]()
-    clients = [SGLangEngine(url, timeout_s=60)] if distributed.rank() == 0 else []
-    pool = EnginePool(clients, reruns_max=9, recover_timeout_s=60.0, on_recovered=recovered.append)
+    clients = [SGLangEngine(url, timeout_s=200)] if distributed.rank() == 0 else []
+    pool = EnginePool(clients, reruns_max=9, recover_timeout_s=200.0, on_recovered=recovered.append)
     manager: Any = make_manager(pool) if pool else None
     publisher = WeightPublisher(backend, pool, tensors(backend, keep=True), dtype="float32")
     advantages = {"baseline": "group_mean", "advantage_norm": "group_std"}
@@ -128,6 +128,6 @@ def main(model: str, url: str, url_with_faults: str, directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    distributed.initialize("cpu", timeout_s=120.0)
+    distributed.initialize("cpu", timeout_s=600.0)
     main(*sys.argv[1:4], Path(sys.argv[4]))
     distributed.shutdown()

@@ -99,10 +99,10 @@ async def test_the_handshake(client: EngineClient, served: Running) -> None:
 
 async def test_health_while_paused(client: EngineClient) -> None:
     """Goal: a paused engine is alive, and waiting for it ends. Red with SGLang asked for /health, which samples."""
-    await client.wait_ready(30)
+    await client.wait_ready(200)
     assert await client.health()
     await client.pause("retract")
-    with anyio.fail_after(10):
+    with anyio.fail_after(100):
         assert await client.health()
 
 
@@ -403,13 +403,14 @@ async def test_flush_refuses_while_requests_run(client: EngineClient, served: Ru
     async def flush() -> None:
         with pytest.raises(EngineError, match="flush"):
             await client.flush_cache()
+        await client.abort()  # it would run for a minute
 
-    await run_beside(client, LONG, flush)
+    await run_beside(client, ENDLESS, flush)
     prompt = list(range(2, 32)) * 10
     await client.generate(prompt, SHORT)
     (warm,) = await client.generate(prompt, SHORT)
     assert (warm.cached_tokens > 0) == served.facts.prefix_cache
-    with anyio.fail_after(60):
+    with anyio.fail_after(200):
         while await refuses_to_flush(client):
             await anyio.sleep(0.05)
     (cold,) = await client.generate(prompt, SHORT)
@@ -515,7 +516,7 @@ async def test_a_client_that_goes_away_frees_its_rows(client: EngineClient) -> N
     not cancelled: the flush is then refused for as long as it runs."""
     with anyio.move_on_after(2):
         await client.generate_batch([PROMPT] * 20, ENDLESS, n=24)
-    with anyio.fail_after(40):
+    with anyio.fail_after(100):
         while True:
             try:
                 await client.flush_cache()

@@ -1,6 +1,5 @@
 """What the RL loop relies on around sampling: abort, pause, weight updates, refusals. On a real server process."""
 
-import time
 from typing import Any
 
 import pytest
@@ -28,9 +27,9 @@ def test_abort_by_rid_brings_the_partial_tokens(engine: Engine) -> None:
     """Goal: an aborted request answers with what it has, log-probs with it; others run on. Red with all rows ended."""
     thread, results = start_long(engine, rid="mine")
     other, others = in_background(lambda: engine.generate(PROMPT, **LONG))
-    wait_for(lambda: engine.state()["running"] == 2)
+    wait_for(lambda: engine.state()["waiting"] == 1)
     assert engine.post("/abort_request", {"rid": "mine"}).status_code == 200
-    thread.join(60)
+    thread.join(200)
     answer = results[0]
     assert (
         answer["meta_info"]["finish_reason"]["type"] == "abort"
@@ -39,7 +38,8 @@ def test_abort_by_rid_brings_the_partial_tokens(engine: Engine) -> None:
     assert 0 < len(answer["output_ids"]) < LONG_TOKENS
     expected = logprobs_of(engine.model, PROMPT, answer["output_ids"], 1.0)
     assert logprobs(answer) == pytest.approx(expected, abs=LOGPROB_TOLERANCE)
-    other.join(60)
+    engine.post("/continue_generation")
+    other.join(200)
     assert others[0]["meta_info"]["finish_reason"]["type"] == "length"
 
 
@@ -47,14 +47,14 @@ def test_pause_abort(engine: Engine) -> None:
     """Goal: mode abort ends what runs and holds what comes until continue. Red with `paused` never set."""
     thread, results = start_long(engine)
     assert engine.post("/pause_generation", {"mode": "abort"}).status_code == 200
-    thread.join(60)
+    thread.join(200)
     assert results[0]["meta_info"]["finish_reason"]["type"] == "abort" and results[0]["output_ids"]
     late, held = in_background(lambda: engine.generate(PROMPT, max_new_tokens=2, ignore_eos=True))
     wait_for(lambda: engine.state()["waiting"] == 1)
     late.join(0.2)
     assert not held
     engine.post("/continue_generation")
-    late.join(60)
+    late.join(200)
     assert len(held[0]["output_ids"]) == 2
 
 
@@ -73,7 +73,7 @@ def test_pause_and_go_on_changes_no_token(engine: Engine, mode: str) -> None:
     flush = engine.post("/flush_cache")
     assert flush.status_code == (200 if mode == "retract" else 400)  # in_place holds its cache
     engine.post("/continue_generation")
-    thread.join(60)
+    thread.join(200)
     assert results[0]["output_ids"] == undisturbed["output_ids"]
     assert logprobs(results[0]) == pytest.approx(logprobs(undisturbed), abs=LOGPROB_TOLERANCE)
 
@@ -82,8 +82,9 @@ def test_flush_waits_when_told_to(engine: Engine) -> None:
     """Goal: /flush_cache refuses while rows run, and with ?timeout succeeds after them. Red without the wait."""
     thread, _ = start_long(engine)
     assert engine.post("/flush_cache").status_code == 400
+    engine.post("/continue_generation")
     assert engine.post("/flush_cache?timeout=600").status_code == 200
-    thread.join(60)
+    thread.join(200)
     assert engine.post("/flush_cache").status_code == 200
 
 
@@ -116,16 +117,20 @@ def test_an_update_waits_for_what_runs(engine: Engine) -> None:
 
     Red with `Line.run_updates` updating at once.
     """
-    thread, results = start_long(engine)
+    most = CONTEXT - len(PROMPT)  # it has to be there when the update comes
+    thread, results = start_long(
+        engine, sampling_params={"max_new_tokens": most, "ignore_eos": True}
+    )
     body = {"model_path": str(engine.new), "weight_version": "v2"}
+    engine.post("/continue_generation")
     update, updated = in_background(lambda: engine.post("/update_weights_from_disk", body))
-    time.sleep(0.05)
+    wait_for(lambda: engine.state()["updates_waiting"] == 1)
     late = engine.generate(PROMPT, max_new_tokens=3, ignore_eos=True)
-    thread.join(60)
-    update.join(60)
+    thread.join(200)
+    update.join(200)
     assert updated[0].status_code == 200
     assert results[0]["meta_info"]["weight_versions"] == [
-        {"version": "default", "start": 0, "end": LONG_TOKENS}
+        {"version": "default", "start": 0, "end": most}
     ]
     assert late["meta_info"]["weight_versions"] == [{"version": "v2", "start": 0, "end": 3}]
 
@@ -142,7 +147,7 @@ def test_retract_update_continue_finishes_the_same_request(engine: Engine) -> No
     assert engine.post("/update_weights_from_disk", body).status_code == 200
     assert engine.post("/flush_cache").status_code == 200
     engine.post("/continue_generation")
-    thread.join(60)
+    thread.join(200)
     (first, second) = results[0]["meta_info"]["weight_versions"]
     assert first["version"] == "default" and second["version"] == "v3"
     assert 0 == first["start"] < first["end"] == second["start"] < second["end"] == LONG_TOKENS
@@ -160,7 +165,7 @@ def test_abort_all_requests_of_an_update(engine: Engine) -> None:
     thread, results = start_long(engine)
     body = {"model_path": str(engine.new), "weight_version": "v4", "abort_all_requests": True}
     assert engine.post("/update_weights_from_disk", body).status_code == 200
-    thread.join(60)
+    thread.join(200)
     assert results[0]["meta_info"]["finish_reason"]["type"] == "abort"
 
 

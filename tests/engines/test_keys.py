@@ -95,7 +95,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def test_the_embedded_engine_wants_its_keys(guarded: str) -> None:
     """Goal: 401 without the key of the route, also on one that changes weights; readiness is no secret. Red with the
     check left out of the server, and with one key for all of its routes."""
-    with httpx.Client(base_url=guarded) as client:
+    with httpx.Client(base_url=guarded, timeout=60) as client:
 
         def status(method: str, route: str, key: str | None) -> int:
             headers = {"Authorization": f"Bearer {key}"} if key else {}

@@ -211,6 +211,7 @@ def kill_at(server: Server, between: Proxy, kills: Sequence[tuple[str, int]]) ->
     between.faults.extend([*[lambda: None] * (number - 1), strike])
 
 
+@pytest.mark.timeout(900)  # five runs; half a minute where nothing else runs
 def test_a_sharded_model(server: Server, between: Proxy, tmp_path: Path) -> None:
     """Goal: shards are gathered on all ranks alike, and the engine serves the whole model. An RL run on two ranks whose
     engine dies again and again, while they wait, train or gather, has the numbers of one that is left alone.
@@ -230,7 +231,7 @@ def test_a_sharded_model(server: Server, between: Proxy, tmp_path: Path) -> None
     arguments = [str(server.model), server.url, between.url, str(tmp_path)]
     command = [*torchrun, "-m", "tests.engines.sharded_ranks", *arguments]
     done = subprocess.run(
-        command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200, check=False
+        command, cwd=REPOSITORY, capture_output=True, text=True, timeout=800, check=False
     )
     assert done.returncode == 0, done.stderr[-6000:]
     first, second = (json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in (0, 1))

@@ -45,7 +45,7 @@ def receiver(tmp_path: Path) -> Iterator[Receiver]:
         yield Receiver(url_of("127.0.0.1", port), made, tmp_path / "log")
     finally:
         process.terminate()
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=200) == 0
 
 
 def model(directory: Path, weights: bytes) -> Path:
@@ -87,7 +87,7 @@ def test_strangers_and_strange_names(receiver: Receiver, tmp_path: Path) -> None
         with pytest.raises(SendError, match=r"does not name a model|no such thing"):
             send_directory(receiver.url, source, name, key=KEYS[ADMIN_KEY_VARIABLE])
     with pytest.raises(urllib.error.HTTPError, match="401"):
-        urllib.request.urlopen(f"{receiver.url}/files/start/config.json", timeout=30)
+        urllib.request.urlopen(f"{receiver.url}/files/start/config.json", timeout=60)
     assert not receiver.weights.exists()
 
 

@@ -85,7 +85,7 @@ class RouterProcess:
 
     def _healthy(self) -> int:
         try:
-            return int(httpx.get(self._ready_url).json().get("healthy_workers", 0))
+            return int(httpx.get(self._ready_url, timeout=60).json().get("healthy_workers", 0))
         except httpx.TransportError:
             return 0
 
@@ -190,7 +190,8 @@ async def test_it_answers_as_a_replica_does(
     assert listeners(running.process.pid) == {"0100007F"}
     command = Path(f"/proc/{running.process.pid}/cmdline").read_text()
     assert API not in command and ADMIN not in command and "--worker-urls" in command
-    assert httpx.post(f"{running.url}/generate", json={"input_ids": PROMPT}).status_code == 401
+    refused = httpx.post(f"{running.url}/generate", json={"input_ids": PROMPT}, timeout=60)
+    assert refused.status_code == 401
 
 
 def prefilled(server: Server) -> int:

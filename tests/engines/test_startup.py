@@ -77,7 +77,7 @@ def test_the_command_line_serves_what_the_config_says(model_path: Path) -> None:
     process = start(list(argv))
     try:
         await_health(engine_url(engine), process)
-        info = httpx.get(engine_url(engine) + "/server_info").json()
+        info = httpx.get(engine_url(engine) + "/server_info", timeout=60).json()
         assert (info["max_running_requests"], info["dtype"], info["random_seed"]) == (
             3,
             "bfloat16",
@@ -89,14 +89,14 @@ def test_the_command_line_serves_what_the_config_says(model_path: Path) -> None:
         }
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(
-                engine_url(engine) + "/generate", json=body, timeout=httpx.Timeout(10, read=0.3)
+                engine_url(engine) + "/generate", json=body, timeout=httpx.Timeout(60, read=0.3)
             )
         answer = httpx.post(
-            engine_url(engine) + "/generate", json={"input_ids": [2], "text": None}, timeout=60
+            engine_url(engine) + "/generate", json={"input_ids": [2], "text": None}, timeout=200
         ).json()
         assert "text" not in answer  # the directory has no tokenizer
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=20) == 0
+        assert process.wait(timeout=200) == 0
     finally:
         process.kill()
 
@@ -107,7 +107,7 @@ def test_unhealthy_until_the_model_is_loaded(model_path: Path) -> None:
     process = start(embedded_argv(model_path, port))
     seen = []
     try:
-        with httpx.Client(timeout=30) as client:
+        with httpx.Client(timeout=60) as client:
             while not seen or seen[-1] != 200:
                 assert process.poll() is None, stderr_of(process)
                 time.sleep(0.02)
@@ -117,7 +117,7 @@ def test_unhealthy_until_the_model_is_loaded(model_path: Path) -> None:
                     continue
     finally:
         process.terminate()
-        process.wait(timeout=20)
+        process.wait(timeout=200)
     assert set(seen) == {503, 200}
 
 

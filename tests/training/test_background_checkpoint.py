@@ -37,7 +37,7 @@ def gate(monkeypatch) -> threading.Event:
     release, write_model = threading.Event(), checkpoint.write_model
 
     def gated(*arguments):
-        assert release.wait(60), "nothing released the writer: training waits for it"
+        assert release.wait(200), "nothing released the writer: training waits for it"
         write_model(*arguments)
 
     monkeypatch.setattr(checkpoint, "write_model", gated)
@@ -215,7 +215,7 @@ def test_kill_9_during_a_save_leaves_the_checkpoint_before(tmp_path):
     process = child(tmp_path, 600)
     assert process.stdout.readline() == "writing\n", process.stderr.read()
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=200)
     assert [path.name for path in tmp_path.glob("step_*")] == ["step_000001"]
     assert (tmp_path / "latest").resolve().name == "step_000001"
     backend = tiny_backend(tmp_path, seed=4)
@@ -236,7 +236,7 @@ def test_kill_9_during_a_save_leaves_the_checkpoint_before(tmp_path):
 def test_the_process_ends_after_its_last_save(tmp_path):
     """Goal: a script whose last line starts a save loses nothing. Red with a daemon thread as the writer."""
     process = child(tmp_path, 0.5)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
     assert checkpoint.read_metadata(tmp_path / "latest")["step"] == 2
 

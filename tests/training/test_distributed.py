@@ -28,7 +28,7 @@ def two(tmp_path_factory) -> tuple[Path, list[dict]]:
     ]
     command = [*torchrun, "-m", "tests.training.two_ranks", str(directory)]
     done = subprocess.run(
-        command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=False
+        command, cwd=REPOSITORY, capture_output=True, text=True, timeout=280, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return directory, [json.loads((directory / f"rank_{rank}.json").read_text()) for rank in (0, 1)]

@@ -158,7 +158,7 @@ async def test_a_reward_model_scores_the_conversation(server: Any) -> None:
     def call(one: Sample) -> Any:
         return lambda: reward(one)
 
-    with anyio.fail_after(60):
+    with anyio.fail_after(200):
         scores = await gather_in_order([call(one) for one in samples])
     tokenizer = tiny_tokenizer()
     with torch.no_grad():

@@ -18,7 +18,7 @@ from rollouts.training.types import Sample
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="the sandbox is the kernel's: Linux"
 )
-LIMITS = SandboxLimits(timeout_s=30.0, memory_mib=512, file_mib=1)
+LIMITS = SandboxLimits(timeout_s=120.0, memory_mib=512, file_mib=1)
 CALL = "import ctypes; c = ctypes.CDLL(None); assert"
 ADD_KEY = {"x86_64": 248, "aarch64": 217}.get(platform.machine())
 LANDLOCK = (
@@ -36,7 +36,7 @@ def test_a_program_reads_and_writes() -> None:
         "thread = threading.Thread(target=lambda: print(int(numpy.ones(3).sum()))); thread.start(); thread.join()\n"
         "sys.exit(3)\n"
     )
-    run = run_python(program, stdin="abc\n", limits=SandboxLimits(timeout_s=60.0))
+    run = run_python(program, stdin="abc\n", limits=SandboxLimits(timeout_s=120.0))
     assert (run.exit_code, run.stdout) == (3, "cba\n3\n"), run.stderr
 
 
@@ -145,7 +145,7 @@ def test_the_time_limit_kills() -> None:
     """Goal: a program that never ends does, and says so, waiting or working. Hung without the kill."""
     run = run_python(
         "print('begun', flush=True)\nimport time; time.sleep(1e6)",
-        limits=SandboxLimits(timeout_s=2.0),
+        limits=SandboxLimits(timeout_s=4.0),
     )
     assert run.timed_out and run.exit_code is None and run.stdout == "begun\n"
 

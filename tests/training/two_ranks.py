@@ -157,7 +157,7 @@ def failure_on_rank_0(error: Exception) -> str:
 
 
 def main(directory: Path) -> None:
-    distributed.initialize("cpu", timeout_s=120.0)
+    distributed.initialize("cpu", timeout_s=600.0)
     results = {"collectives": collectives()}
     results["sft"] = anyio.run(sft, directory)
     for name, options in (

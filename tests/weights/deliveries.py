@@ -42,7 +42,7 @@ def lora_backend(base: Path, checkpoints: Path, *, rank: int = LORA.rank) -> PyT
 
 
 def delivery_of(
-    kind: str, backend: PyTorchTrainingBackend, directory: Path, *, timeout_s: float = 30.0
+    kind: str, backend: PyTorchTrainingBackend, directory: Path, *, timeout_s: float = 120.0
 ) -> Any:
     if kind in ("disk", "lora"):
         return (DiskDelivery if kind == "disk" else AdapterDelivery)(

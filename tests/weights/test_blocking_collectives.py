@@ -37,7 +37,7 @@ class Communicator:
             self.log.append(f"{who} entered")
             self.threads.append(threading.current_thread().name)
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._missing <= 0 or self._aborted, timeout=20)
+            self._changed.wait_for(lambda: self._missing <= 0 or self._aborted, timeout=100)
             if self._missing > 0:
                 raise RuntimeError("the communicator was aborted")
 
@@ -115,8 +115,8 @@ async def test_a_collective_that_blocks_its_thread(made: list[Communicator], lat
     Red with dist.broadcast called on the event loop: the loop's own thread is among those that waited.
     """
     made.append(Communicator(2))
-    channel = ProcessGroupChannel(device_type="cpu", timeout_s=10.0)
-    with anyio.fail_after(15):
+    channel = ProcessGroupChannel(device_type="cpu", timeout_s=100.0)
+    with anyio.fail_after(100):
         await send(channel, [Peer(made[0], late_s=late_s)])
     assert made[0].log[0] == "request begun" and set(made[0].log[1:]) == {
         "trainer entered",
@@ -135,12 +135,13 @@ async def test_a_peer_that_does_not_join(made: list[Communicator], way: str, sai
     the next sync makes a new one. Red without the abort: the thread waits for ever."""
     made.append(Communicator(2))
     channel = ProcessGroupChannel(device_type="cpu", timeout_s=0.3)
-    with anyio.fail_after(15):
+    with anyio.fail_after(100):
         with pytest.raises(EngineError, match=said) as raised:
             await send(channel, [Peer(made[0], way=way)])
         assert isinstance(raised.value, (EngineLost, WeightSyncError))
         assert "aborted" in made[0].log
         made.append(Communicator(2))
+        channel._timeout_s = 60.0
         await send(channel, [Peer(made[1])])
 
 
@@ -148,7 +149,7 @@ async def test_one_engine_fails_while_another_hangs(made: list[Communicator]) ->
     """Goal: the failure ends the broadcast soon, and its engine's words are kept. Red with a wait for all answers."""
     made.append(Communicator(3))
     channel = ProcessGroupChannel(device_type="cpu", timeout_s=60.0)
-    with anyio.fail_after(8), pytest.raises(EngineError, match="connection closed"):
+    with anyio.fail_after(50), pytest.raises(EngineError, match="connection closed"):
         await send(channel, [Peer(made[0], way="never"), Peer(made[0], way="dies")])
     assert "aborted" in made[0].log
 
@@ -192,7 +193,7 @@ async def test_every_call_has_the_groups_device(
             return done
 
     made.append(Noting(2))
-    channel = ProcessGroupChannel(device_type="cpu", timeout_s=10.0)
+    channel = ProcessGroupChannel(device_type="cpu", timeout_s=100.0)
     peers = [Peer(made[0])]
     await channel.open(peers)
     await channel.put(peers, Buffer(OnCard(), None), [ENTRY], "1")  # type: ignore[arg-type]

@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -196,6 +198,21 @@ def recorded_pid(run: RunDir, name: str) -> int:
     """The process id that a window recorded, waiting for it."""
     wait_for(run.process(name).exists, f"a record of {name}")
     return int(json.loads(run.process(name).read_text())["pid"])
+
+
+def kill_at_once(*pids: int) -> None:
+    """SIGKILL all of them before any can do something about another's death, as an OOM killer or a reboot does."""
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in pids:
+            os.kill(pid, number)
+
+
+def remove(directory: Path) -> None:
+    """Remove a directory that a live run still writes into: what comes while its rest goes is removed too."""
+    wait_for(
+        lambda: shutil.rmtree(directory, ignore_errors=True) or not directory.exists(),
+        f"the removal of {directory}",
+    )
 
 
 def parent_of(pid: int) -> int:

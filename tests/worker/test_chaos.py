@@ -197,7 +197,7 @@ def test_the_loss_curve_does_not_depend_on_the_engines_deaths(host: Host, model:
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
-FEW, EVERY = 8, 3  # steps of a run whose trainer dies, and of them each that saves a checkpoint
+FEW, EVERY = 10, 3  # steps of a run whose trainer dies, and of them each that saves a checkpoint
 
 
 @pytest.mark.timeout(2 * WAIT_S)
@@ -208,10 +208,10 @@ def test_the_loss_curve_does_not_depend_on_the_trainers_deaths(host: Host, model
     changes = {"data__rl_mixture": [spec], "rl__save_every": EVERY, "rl__eval_every": 2}
     disturbed = start(host, model, limits__restarts_max=2, **changes)
     alone = start(host, model, **changes)
-    for at in (EVERY - 1, FEW - 1):
+    for number, at in enumerate((EVERY - 1, 2 * EVERY), 1):  # long before its last step
         await_(lambda at=at: len(read_jsonl(disturbed.metrics)) >= at, disturbed)
         os.kill(recorded_pid(disturbed, "trainer"), signal.SIGKILL)
-        wait_for(lambda at=at: len(read_jsonl(disturbed.metrics)) < at, "the restart")
+        await_(lambda n=number: len(events(disturbed, "stage_restarted")) >= n, disturbed)
     for run in (disturbed, alone):
         wait_for_end(run)
         assert as_status(run)["state"] == "done", log(run, "supervisor") + log(run, "trainer")

@@ -178,7 +178,7 @@ def test_a_preview_goes_with_its_command(tmp_path: Path) -> None:
         process.stdout.close()  # nobody listens any more
         process.stdin.write(b"{}")
         process.stdin.close()
-        assert process.wait(60) != 0
+        assert process.wait(200) != 0
     assert not preview.exists() and other.exists()
     remove = ["sh", "-c", data_verb._REMOVE, "sh", str(tmp_path), str(preview)]
     subprocess.run([*remove, "60"], check=True)

@@ -1,5 +1,6 @@
 """Every way in which a run is ended from outside: asked, killed in part, killed as a whole. Nothing may be left."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -60,7 +61,8 @@ def training(host: Host) -> Iterator[RunDir]:
     shutil.rmtree(run.weights_in_memory, ignore_errors=True)
     bucket.unlink(missing_ok=True)
     for pid in [int(line.split(":")[0]) for line in survivors(run)]:
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_survivors_can_see(training: RunDir) -> None:

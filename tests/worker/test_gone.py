@@ -18,15 +18,18 @@ from rollouts.run_dir import RunDir, clean_up
 from rollouts.worker.processes import listeners
 from rollouts.worker.supervise.journal import Journal
 from tests.worker.stands import (
+    PATIENCE_S,
     REPOSITORY,
     Host,
     alive,
     as_status,
     events,
+    kill_at_once,
     log,
     module,
     parent_of,
     recorded_pid,
+    remove,
     stage,
     survivors,
     trainer,
@@ -42,7 +45,7 @@ def sent(name: str, *arguments: str, more: str = "") -> "subprocess.CompletedPro
     argv, first_line = sent_program(sys.executable, f"rollouts.worker.{name}", *arguments)
     text = first_line.decode() + more
     return subprocess.run(
-        argv, input=text, capture_output=True, text=True, timeout=60, cwd="/", check=False
+        argv, input=text, capture_output=True, text=True, timeout=PATIENCE_S, cwd="/", check=False
     )
 
 
@@ -58,7 +61,7 @@ def test_a_run_ends_with_its_directory(host: Host, how: str) -> None:
     directory back. Red without the look at the lock: five processes went on, and status.json reappeared."""
     run = started(host)
     if how == "removed":
-        shutil.rmtree(run.path)
+        remove(run.path)
     elif how == "put aside":
         run.path.rename(host.home / "aside")
     else:
@@ -130,7 +133,7 @@ def test_a_followed_file_only_grows(host: Host, how: str) -> None:
         elif how == "removed":
             run.events.unlink()
         else:
-            shutil.rmtree(run.path)
+            remove(run.path)
         last = json.loads(following.stdout.read().splitlines()[-1])
         following.stdin.close()
     assert "error" in last, last
@@ -146,8 +149,7 @@ def test_secrets_go_when_everything_was_killed(host: Host, who: str) -> None:
     clean_up(host.home)
     assert run.secrets.exists() and run.secrets.stat().st_mode & 0o777 == 0o600
     supervisor, child = recorded_pid(run, "supervisor"), recorded_pid(run, "trainer")
-    for pid in (parent_of(supervisor), parent_of(child), supervisor, child):
-        os.kill(pid, signal.SIGKILL)
+    kill_at_once(supervisor, parent_of(supervisor), parent_of(child), child)
     wait_for(lambda: not alive(supervisor) and not survivors(run), "their end")
     assert run.secrets.exists()
     if who == "tail":
@@ -171,8 +173,7 @@ def test_secrets_go_when_everything_was_killed_and_removed(host: Host) -> None:
     run = started(host)
     run.weights_in_memory.mkdir()
     supervisor, child = recorded_pid(run, "supervisor"), recorded_pid(run, "trainer")
-    for pid in (parent_of(supervisor), parent_of(child), supervisor, child):
-        os.kill(pid, signal.SIGKILL)
+    kill_at_once(supervisor, parent_of(supervisor), parent_of(child), child)
     wait_for(lambda: not alive(supervisor) and not survivors(run), "their end")
     shutil.rmtree(run.path)
     probe(host.home.with_name("another-home"), [], [], None)

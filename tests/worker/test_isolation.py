@@ -321,7 +321,11 @@ def test_an_installer_holds_the_lock_itself(
     """Goal: while a process of the installer lives, nobody else builds in its place, whoever else has ended. Red with
     the lock's descriptor closed in the child."""
     lingering = tmp_path / "lingering-python"
-    lingering.write_text(f"#!/bin/sh\nsetsid sleep 600 &\necho $! > {tmp_path}/left\nexit 3\n")
+    left_behind = f"echo $$ > {tmp_path}/left; exec sleep 600"
+    # it ends once the other is in a session of its own
+    lingering.write_text(
+        f"#!/bin/sh\nsetsid sh -c '{left_behind}' &\nwhile [ ! -s {tmp_path}/left ]; do sleep 0.02; done\nexit 3\n"
+    )
     lingering.chmod(0o755)
     with pytest.raises(BootstrapError, match="failed with exit code 3"):
         ensure_environment(replace(spec, base_python=str(lingering)), run, deadline())

@@ -85,7 +85,7 @@ def test_ending_spares_everybody_else(started: Started) -> None:
 def test_ending_asks_first(started: Started) -> None:
     """Goal: SIGTERM before SIGKILL. Red with SIGKILL at once."""
     started.start()
-    assert end_marked(started.run, {"sft-trainer"}, grace_s=20) == []
+    assert end_marked(started.run, {"sft-trainer"}, grace_s=120) == []
     assert started.all[0].wait() == -signal.SIGTERM
 
 

@@ -34,7 +34,7 @@ from tests.worker.stands import (
     wait_for_end,
 )
 
-HANG_S = 3.0  # for what hangs; all else has PATIENCE_S to answer
+HANG_S = 6.0  # for what hangs, and what answers beside it; all else has PATIENCE_S
 ENGINE = """
 import http.server, os, sys, time
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -164,7 +164,7 @@ def test_an_engine_that_is_slow_or_paused_is_left_alone(host: Host) -> None:
     paused = "Handler.asked += 1; self.send_response(200 if Handler.asked < 3 else 503)"
     slow = ENGINE.replace(
         "self.send_response(200)",
-        f"time.sleep({HANG_S * 0.3}); print('asked', flush=True); {paused}",
+        f"time.sleep({HANG_S * 0.1}); print('asked', flush=True); {paused}",
     )
     slow = slow.replace("def do_GET", "asked = 0\n    def do_GET")
     waiting = """
@@ -211,9 +211,17 @@ def test_a_hang_without_budget(host: Host) -> None:
 def test_death_before_ready(host: Host) -> None:
     """Goal: an engine that is killed while it starts gets another life; one that gives up with an exit code does not,
     since nothing has changed. Red with either taken for the other."""
-    port = free_port()
-    slow = f"import time; print('loading', flush=True); time.sleep(1.5)\n{ENGINE}"
-    run = start(host, port, slow, lives=1)
+    host.home.mkdir(parents=True)
+    born = host.home / "born"
+    holding = f"""
+import pathlib, time
+born = pathlib.Path({str(born)!r})
+if not born.exists():
+    born.touch()
+    print("loading", flush=True)
+    time.sleep(600)
+{ENGINE}"""
+    run = start(host, free_port(), holding, lives=1)
     wait_for(lambda: "loading" in log(run, "engine-0"), "the engine's start")
     os.kill(recorded_pid(run, "engine-0"), signal.SIGKILL)
     assert await_end(run)["state"] == "done"
@@ -237,12 +245,12 @@ lives.open("a").write("x")
 if is_second:
     time.sleep(600)
 {ENGINE}"""
-    run = start(host, free_port(), stuck, ready_timeout_s=8.0)
+    run = start(host, free_port(), stuck, ready_timeout_s=20.0)
     os.kill(await_life(run, 1), signal.SIGKILL)
     await_life(run, 2)
     assert await_end(run)["state"] == "done"
     reasons = [row["reason"] for row in events(run, "engine_restarted")]
-    assert len(reasons) == 2 and "limits.engine_ready_timeout_s=8" in reasons[1]
+    assert len(reasons) == 2 and "limits.engine_ready_timeout_s=20" in reasons[1]
 
 
 def test_the_wrapper_dies(host: Host) -> None:

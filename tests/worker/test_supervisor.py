@@ -1,5 +1,6 @@
 """The supervisor over whole runs: real tmux, real processes, small scripts for trainer and engine."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -37,6 +38,11 @@ from tests.worker.stands import (
 )
 
 SLEEP = "import time; print('up', flush=True); time.sleep(600)"
+SHELL_SLEEP = [
+    "/bin/sh",
+    "-c",
+    "echo up; exec sleep 600",
+]  # says so at once, also on a slow machine
 ASK_ENGINE = """
 import sys, urllib.request
 print("engine said", urllib.request.urlopen(sys.argv[1]).status, flush=True)
@@ -170,10 +176,11 @@ finally:
 
 def test_an_engine_that_never_gets_ready(host: Host) -> None:
     """Goal: the engine's own time limit ends the run, naming the limit; the process is gone. Red without the limit."""
+    spec = engine(free_port(), ready_timeout_s=5.0)
     run = host.finish(
-        stage("rl", trainer("print('never')"), engine(free_port(), SLEEP, ready_timeout_s=3.0))
+        stage("rl", trainer("print('never')"), dataclasses.replace(spec, argv=SHELL_SLEEP))
     )
-    error = assert_failed(run, 1, "engine-0", "limits.engine_ready_timeout_s=3", "/ready")
+    error = assert_failed(run, 1, "engine-0", "limits.engine_ready_timeout_s=5", "/ready")
     assert error["log_tail"] == ["up"]
 
 
@@ -271,7 +278,7 @@ for kind in ("recorded", "silent"):
     child.stdout.readline()
     print(kind, child.pid, flush=True)
 """
-    job = host.job(stage("sft", trainer("pass"), timeout_s=60))
+    job = host.job(stage("sft", trainer("pass")))
     run = host.launched[-1]
     job["plan"]["stages"][0]["trainer"]["argv"] = script(leaving, str(run.path))
     assert host.launch(job).returncode == 0

@@ -95,7 +95,7 @@ class Reader:
             text = self.process.stdout.readline()
             if not text.endswith("\n"):
                 return
-            if "looked" in (message := json.loads(text)):
+            if (message := json.loads(text)).keys() & {"looked", "alive"}:  # comes at any time
                 continue
             self.last = message
             if "data" in self.last:

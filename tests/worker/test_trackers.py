@@ -125,7 +125,7 @@ def job(host: Host, tmp_path: Path, quick_python: str, packages: Path) -> Any:
         )
         # one that blocks is given up soon, any other has the time that a busy machine takes
         blocks = AWAITED.get(fault, "")
-        env, grace_s = {**env, "AWAITED": blocks}, 1.0 if blocks else PATIENCE_S / 4
+        env, grace_s = {**env, "AWAITED": blocks}, 1.0 if blocks else 0.6 * PATIENCE_S
         made = host.job(stage("rl", trainer(TRAINER, env=env)), stop_grace_s=grace_s)
         run = RunDir(Path(made["plan"]["run_path"]))
         feed = [f"{environment.path}/bin/python", "-m", "rollouts.view.feed", str(run.path)]

@@ -26,6 +26,10 @@ class Line:
     def has_update(self) -> bool:
         return bool(self._updates)
 
+    @property
+    def updates_waiting(self) -> int:
+        return len(self._updates)
+
     def add(self, rows: Sequence[BatchRow]) -> None:
         (self._behind_update if self._updates else self._waiting).extend(rows)
 

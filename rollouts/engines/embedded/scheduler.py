@@ -91,10 +91,12 @@ class Scheduler:
             self._finisher.score_ended()
 
     def counts(self) -> dict[str, int]:
-        """Return how many rows run and wait, and how many prompt tokens were prefilled so far. Any thread may ask."""
+        """Return how many rows run and wait, how many updates wait for them, and how many prompt tokens were prefilled.
+        Any thread may ask."""
         return {
             "running": len(self._batch.rows),
             "waiting": len(self._line),
+            "updates_waiting": self._line.updates_waiting,
             "prefilled_tokens": self._batch.prefilled_tokens,
         }
 

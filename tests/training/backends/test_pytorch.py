@@ -105,7 +105,7 @@ def test_cancelling_a_wait_leaves_the_work_running(tmp_path, runtime):
         release = threading.Event()
 
         def slow_loss(logits, labels, loss_mask):
-            release.wait(30)
+            release.wait(200)
             return sft_loss(logits, labels, loss_mask)
 
         backend = tiny_backend(tmp_path, loss_fn=slow_loss)

@@ -44,7 +44,7 @@ def read(home: Path, *calls: tuple[str, str, bool, int], **env: str) -> list[Any
         environment.pop(name, None)
     command = [sys.executable, "-c", READ, json.dumps(calls)]
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=120, check=False
+        command, env=environment, capture_output=True, text=True, timeout=200, check=False
     )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]

@@ -243,7 +243,7 @@ def test_generation_goes_on_while_a_step_trains(engine_url: str, tmp_path: Path)
             return super().forward_backward(batch)
 
         def wait(self, model: Any) -> None:
-            assert self.step != 1 or scored.wait(timeout=20), "nothing was generated meanwhile"
+            assert self.step != 1 or scored.wait(timeout=200), "nothing was generated meanwhile"
 
     run = Run(
         engine_url,
@@ -353,7 +353,7 @@ def test_a_killed_run_resumes_bit_for_bit(ahead: Run, engine_url: str, tmp_path:
 
 
 def running(url: str) -> int:
-    state = httpx.get(f"{url}/server_info").json()["internal_states"][0]
+    state = httpx.get(f"{url}/server_info", timeout=60).json()["internal_states"][0]
     return int(state["running"]) + int(state["waiting"])
 
 

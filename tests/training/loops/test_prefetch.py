@@ -102,23 +102,23 @@ def test_leaving_early_leaves_no_thread(runtime: str, how: str) -> None:
         prepared_steps.append(step)
         if step == 2:
             waiting.set()
-            assert go_on.wait(30)
+            assert go_on.wait(200)
         elif step > 2:  # slow, so that the end of the block comes long before the last of these
-            never.wait(0.05)
+            never.wait(0.2)
         return step
 
     async def take(scope: anyio.CancelScope) -> None:
         async with prefetch(prepare, range(100), depth=50) as prepared:
             async for step, _ in prepared:
                 if step == 1 and how != "cancelled while waiting":
-                    assert await anyio.to_thread.run_sync(waiting.wait, 30)
+                    assert await anyio.to_thread.run_sync(waiting.wait, 200)
                     go_on.set()
                     if how == "error":
                         raise KeyError("the step failed")
                     break
 
     async def cancel(scope: anyio.CancelScope) -> None:
-        assert await anyio.to_thread.run_sync(waiting.wait, 30)
+        assert await anyio.to_thread.run_sync(waiting.wait, 200)
         scope.cancel()
         go_on.set()
 
@@ -147,7 +147,7 @@ def test_other_tasks_run_while_it_waits(runtime: str) -> None:
             go_on.set()
 
         async with (
-            prefetch(lambda step: go_on.wait(30) and step, [7], depth=1) as prepared,
+            prefetch(lambda step: go_on.wait(200) and step, [7], depth=1) as prepared,
             anyio.create_task_group() as group,
         ):
             group.start_soon(release)

@@ -180,7 +180,7 @@ def test_resume_after_a_kill_is_bit_for_bit(tmp_path):
 
     def start(directory: Path, kill_at: int) -> int:
         command = [sys.executable, "-c", KILLED_RUN, str(directory), str(kill_at)]
-        return subprocess.run(command, cwd=REPOSITORY, check=False, timeout=120).returncode
+        return subprocess.run(command, cwd=REPOSITORY, check=False, timeout=200).returncode
 
     assert [start(tmp_path / "killed", kill_at) for kill_at in (5, -1)] == [-9, 0]
     # a process of its own too: equal bits need equal threads
