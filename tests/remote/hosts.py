@@ -133,16 +133,28 @@ class Host:
         process, self.process = self.process, None
         if process is None:
             return
-        for pid in descendants(process.pid):
-            command = Path(f"/proc/{pid}/cmdline")
+        process.send_signal(signal.SIGSTOP)
+        held: set[int] = set()
+        # held first: one that is killed may have started another meanwhile
+        while more := {pid for pid in descendants(process.pid) if _is_sshd(pid)} - held:
+            for pid in more:
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGSTOP)
+            held |= more
+        for pid in held:
             with contextlib.suppress(OSError):
-                if command.read_bytes().startswith(b"sshd"):
-                    os.kill(pid, signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
         process.kill()
         process.wait()
 
     def run_path(self, run_id: str) -> Path:
         return self.home / "runs" / run_id
+
+
+def _is_sshd(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"sshd")
+    return False
 
 
 def descendants(pid: int) -> list[int]:

@@ -18,8 +18,9 @@ class Link:
     """Forwards connections on `port` to `upstream`, each byte `delay_s` later.
 
     `down_bytes` and `up_bytes` count what was handed to the laptop and to the host. `cut_at` are values of `down_bytes`
-    at which every connection is closed, `down_at` one of `up_bytes` at which the link goes down. While `is_down`,
-    nothing passes, and nobody is told. `loss` of what is relayed comes RESENT_S later still, and all behind it.
+    at which every connection is closed. The link goes down at `held_at`, one of `down_bytes`, and at `down_at`, one of
+    `up_bytes`. While `is_down`, nothing passes, and nobody is told. `loss` of what is relayed comes RESENT_S later
+    still, and all behind it.
     """
 
     def __init__(self, upstream: int, *, delay_s: float = 0.0, loss: float = 0.0) -> None:
@@ -28,6 +29,7 @@ class Link:
         self.down_bytes = self.up_bytes = self.cuts = 0
         self.cut_at: list[int] = []
         self.down_at: int | None = None
+        self.held_at: int | None = None
         self._passes = threading.Event()
         self._passes.set()
         self._open: set[socket.socket] = set()
@@ -115,6 +117,9 @@ class Link:
                     self._passes.clear()
                 return
             self.down_bytes += size
+            if self.held_at is not None and self.down_bytes >= self.held_at:
+                self.held_at = None
+                self._passes.clear()
             due = bool(self.cut_at) and self.down_bytes >= self.cut_at[0]
             if due:
                 self.cut_at.pop(0)

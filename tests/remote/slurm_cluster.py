@@ -28,7 +28,7 @@ SlurmctldPort={port}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
-AuthInfo=socket={directory}/munge.sock,cred_expire=5
+AuthInfo=socket={directory}/munge.sock,cred_expire=10
 CredType=cred/munge
 StateSaveLocation={directory}/state
 SlurmdSpoolDir={directory}/spool-%n
@@ -47,6 +47,8 @@ MpiDefault=none
 MailProg=/bin/true
 ReturnToService=2
 KillWait=5
+MessageTimeout=100
+TCPTimeout=60
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_min_interval=0,sched_interval=2,bf_interval=2
 GresTypes=gpu
@@ -93,7 +95,8 @@ class Cluster:
         try:
             yield
         finally:
-            subprocess.run([*inside, "umount", str(path)], check=True)
+            # lazily: a process of the job may be in it still
+            subprocess.run([*inside, "umount", "-l", str(path)], check=True)
 
     def jobs(self) -> str:
         """Return the jobs that are not over: a line each, name and state."""

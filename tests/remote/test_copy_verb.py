@@ -18,7 +18,7 @@ from rollouts.view.screen import Screen
 from tests.ports import free_port
 from tests.remote.hosts import Host, Laptop, wait_for
 from tests.remote.link import Link, link
-from tests.remote.test_pull_resumes import rsyncs_of
+from tests.remote.test_pull_resumes import kill_at_once, rsyncs_of
 from tests.remote.test_remove import fill, home, make_run
 
 assert home  # a fixture
@@ -187,7 +187,7 @@ def test_a_host_that_is_gone(home: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.fixture
 def there(laptop: Laptop, make_host: Callable[..., Host]) -> Host:
-    """A host with the run `big`, and a checkpoint of 16 MB."""
+    """A host with the run `big`, and a checkpoint of 40 MB."""
     host = make_host()
     run = fill(RunDir(host.run_path("big")))
     (run.path / CHECKPOINT / "model.safetensors").write_bytes(random.Random(1).randbytes(SIZE))
@@ -195,11 +195,12 @@ def there(laptop: Laptop, make_host: Callable[..., Host]) -> Host:
 
 
 def copying(laptop: Laptop, way: Link, target: str, down_bytes: int) -> "subprocess.Popen[str]":
-    """Return a copy that is under way, once so many bytes have come."""
+    """Return a copy that is under way; the link went down after so many bytes."""
+    way.held_at = down_bytes
     process = laptop.start(
         "cp", f"big:{CHECKPOINT}", str(laptop.home / "model"), "--remote", target
     )
-    wait_for(lambda: way.down_bytes >= down_bytes or process.poll() is not None, "some bytes")
+    wait_for(lambda: way.is_down or process.poll() is not None, "some bytes")
     assert process.poll() is None, process.communicate()
     return process
 
@@ -220,11 +221,10 @@ def test_a_copy_goes_on_where_it_was(fault: str, laptop: Laptop, there: Host) ->
         else:
             process = copying(laptop, way, target, rng.randrange(SIZE // 4, SIZE // 2))
             assert not final.exists()
-            way.set_down(True)
             left = rsyncs_of(process.pid)
-            for rsync in left if fault == "rsync" else ():
-                os.kill(rsync, signal.SIGKILL)
-            if fault == "deploy":
+            if fault == "rsync":
+                kill_at_once(left)
+            elif fault == "deploy":
                 process.kill()
             elif fault in ("Ctrl-C", "SIGTERM"):
                 process.send_signal(signal.SIGINT if fault == "Ctrl-C" else signal.SIGTERM)
@@ -232,10 +232,8 @@ def test_a_copy_goes_on_where_it_was(fault: str, laptop: Laptop, there: Host) ->
             _, err = process.communicate(timeout=200)
             assert fault != "Ctrl-C" or (process.returncode == 130 and "goes on with it" in err)
             assert fault != "SIGTERM" or process.returncode == 143
-            for rsync in (
-                left if fault == "deploy" else ()
-            ):  # it goes on by itself, and holds the lock
-                os.kill(rsync, signal.SIGKILL)
+            if fault == "deploy":  # it goes on by itself, and holds the lock
+                kill_at_once(left)
             wait_for(lambda: not any(Path(f"/proc/{p}/fd").exists() for p in left), "rsync's end")
             assert final.exists() == (fault == "rsync"), "deploy starts another one by itself"
             way.set_down(False)
@@ -252,7 +250,6 @@ def test_two_at_once(laptop: Laptop, there: Host) -> None:
     with link(there.port) as way:
         target = laptop.know_by(there, way.port)
         first = copying(laptop, way, target, SIZE // 10)
-        way.set_down(True)
         with link(there.port) as other:
             second = laptop.deploy(
                 *("cp", f"big:{CHECKPOINT}", str(laptop.home / "model")),

@@ -38,6 +38,7 @@ def test_the_host_finds_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert found is not None and PORTS_FROM <= found < PORTS_BEFORE
     for port in range(found, found + 3):
         with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do
             probe.bind(("127.0.0.1", port))
     assert gather_facts(LocalTransport()).free_port is None
     assert free_ports(1, set(range(PORTS_FROM, PORTS_BEFORE))) is None

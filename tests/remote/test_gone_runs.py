@@ -12,7 +12,7 @@ from rollouts.remote.errors import DeployError
 from rollouts.remote.plan import Plan
 from rollouts.remote.run import registry
 from rollouts.run_dir import LaunchPlan, RunDir
-from tests.remote.hosts import Laptop, config_with, git, write_config
+from tests.remote.hosts import WAIT_S, Laptop, config_with, git, write_config
 
 
 def launch_plan(home: Path, run_id: str) -> LaunchPlan:
@@ -270,7 +270,7 @@ def test_a_pipe_whose_reader_has_enough(laptop: Laptop, monkeypatch: pytest.Monk
         # as most people have it
         process = laptop.start(*arguments, stdout=writing, env={"PYTHONUNBUFFERED": ""})
         os.close(writing)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=WAIT_S)
         assert said == "" and process.returncode == (1 if arguments == ["--help"] else 0), (
             arguments,
             said,

@@ -11,7 +11,7 @@ import pytest
 
 from rollouts.remote.errors import TransportError
 from rollouts.remote.host.known_hosts import read_known_keys
-from tests.remote.hosts import Host, Laptop, keygen, public
+from tests.remote.hosts import WAIT_S, Host, Laptop, keygen, public
 from tests.remote.test_ssh_config import here, reach, transport_to
 
 __all__ = ["here"]
@@ -184,7 +184,7 @@ def test_a_key_that_a_file_revokes(
         reach("gpu-7", tmp_path)
     write(host.host_key)
     with pytest.raises(TransportError, match="revoked"), transport_to("gpu-7") as transport:
-        transport.run(["true"], timeout_s=30)
+        transport.run(["true"], timeout_s=WAIT_S)
 
 
 def test_a_certificate_of_the_host(here: Laptop, make_host: MakeHost, tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_a_file_that_cannot_be_read(here: Laptop, make_host: MakeHost) -> None:
     here.known_hosts.unlink()
     here.known_hosts.mkdir()
     with pytest.raises(TransportError, match="known_hosts"), transport_to(host.target) as transport:
-        transport.run(["true"], timeout_s=30)
+        transport.run(["true"], timeout_s=WAIT_S)
 
 
 def test_a_file_that_cannot_be_written(here: Laptop, make_host: MakeHost, tmp_path: Path) -> None:

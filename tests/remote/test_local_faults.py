@@ -120,7 +120,7 @@ def test_terminals_that_are_not_utf_8(env: dict[str, str], laptop: Laptop) -> No
     (run.path / "logs/trainer.log").write_text(f"{ODD}\n", encoding="utf-8")
     for arguments in (("attach", "r"), ("logs", "r"), ("ls",), ("status", "r")):
         done = laptop.start(*arguments, env=env, errors="replace")
-        out, err = done.communicate(timeout=60)
+        out, err = done.communicate(timeout=WAIT_S)
         assert done.returncode == 0 and "Traceback" not in err, (arguments, out, err)
     log = (laptop.project / "runs/example/r/logs/trainer.log").read_bytes()
     assert log == f"{ODD}\n".encode()

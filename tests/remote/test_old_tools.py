@@ -17,7 +17,7 @@ from rollouts.remote.host.ssh import SSHTransport
 from rollouts.remote.run import mirror_files, registry
 from rollouts.remote.run.mirror import pull_files
 from rollouts.run_dir import RunDir
-from tests.remote.hosts import Host, Laptop
+from tests.remote.hosts import WAIT_S, Host, Laptop
 from tests.remote.test_gone_runs import register
 from tests.remote.test_ssh import transport_to
 from tests.remote.test_sync_content import Sender, make_repository
@@ -105,10 +105,12 @@ def test_paths_on_the_host_with_an_old_rsync(
     there = tmp_path / "it's a $HOME (`id`) * home"
     there.mkdir()
     (tmp_path / "file").write_text("x")
-    done = run_rsync(ssh, ["-t", str(tmp_path / "file"), ssh.rsync_path(f"{there}/")], timeout_s=60)
+    done = run_rsync(
+        ssh, ["-t", str(tmp_path / "file"), ssh.rsync_path(f"{there}/")], timeout_s=WAIT_S
+    )
     assert done.returncode == 0, done.err
     back = [ssh.rsync_path(f"{there}/file"), str(tmp_path / "back")]
-    assert run_rsync(ssh, ["-t", *back], timeout_s=60).returncode == 0
+    assert run_rsync(ssh, ["-t", *back], timeout_s=WAIT_S).returncode == 0
     assert [path.name for path in there.iterdir()] == ["file"] and (
         tmp_path / "back"
     ).read_text() == "x"
@@ -120,7 +122,7 @@ def test_an_option_that_an_rsync_does_not_know(
     """Goal: an rsync that cannot do what is needed is told as such, with the fix. Red with "could not be sent"."""
     old_rsync(OLD)
     with pytest.raises(DeployError, match="is too old") as caught:
-        run_rsync(LocalTransport(), ["--info=progress2", str(tmp_path), "x"], timeout_s=60)
+        run_rsync(LocalTransport(), ["--info=progress2", str(tmp_path), "x"], timeout_s=WAIT_S)
     assert (
         "--info=progress2: unknown option" in caught.value.text()
         and "brew install rsync" in caught.value.text()

@@ -104,6 +104,12 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     shutil.rmtree(directory)
 
 
+def connections_ended() -> None:
+    """Wait until each ssh that shares a connection has noticed that its host went away."""
+    sockets = Path(os.environ["XDG_RUNTIME_DIR"])
+    wait_for(lambda: not any(is_open(str(s)) for s in sockets.glob("*/*")), "their end")
+
+
 def answering(tmp_path: Path) -> dict[str, str]:
     """Variables of a program that answers ssh's questions."""
     program = tmp_path / "answer"
@@ -210,6 +216,7 @@ def test_a_connection_that_ended_is_made_again(
         stream.end()
     assert caught.value.lost
     stream.close()
+    connections_ended()
     guarded.host.start()
     assert (
         transport.run(["echo", "again"], timeout_s=WAIT_S).out == "again\n" and guarded.times() == 2

@@ -52,14 +52,25 @@ def rsyncs_of(pid: int) -> list[int]:
     return found
 
 
+def signalled(pids: list[int], number: int) -> None:
+    assert pids
+    for pid in pids:
+        os.kill(pid, number)
+
+
+def kill_at_once(pids: list[int]) -> None:
+    """kill -9, so that none of them sees another's end."""
+    signalled(pids, signal.SIGSTOP)
+    signalled(pids, signal.SIGKILL)
+
+
 def pulling(laptop: Laptop, way: Link, target: str, down_bytes: int) -> "subprocess.Popen[str]":
-    """Return a pull that is under way, once so many bytes have come."""
+    """Return a pull that is under way; the link went down after so many bytes."""
+    way.held_at = down_bytes
     process = laptop.start(
         "pull", "big", "--remote", target, "--only", "latest", stdout=subprocess.DEVNULL
     )
-    wait_for(
-        lambda: way.down_bytes >= down_bytes or process.poll() is not None, f"{down_bytes} bytes"
-    )
+    wait_for(lambda: way.is_down or process.poll() is not None, f"{down_bytes} bytes")
     assert process.poll() is None
     return process
 
@@ -83,8 +94,8 @@ def test_a_checkpoint_goes_on_where_it_was(fault: str, laptop: Laptop, ended: Ho
         if fault == "rsync":
             way.cut_at = [rng.randrange(SIZE // 2, SIZE)]
             process = pulling(laptop, way, target, rng.randrange(SIZE // 4, SIZE // 2))
-            for rsync in rsyncs_of(process.pid):
-                os.kill(rsync, signal.SIGKILL)
+            kill_at_once(rsyncs_of(process.pid))
+            way.set_down(False)
             process.communicate()
         cuts = len(way.cut_at) + way.cuts
         done = laptop.deploy("pull", "big", "--remote", target, "--only", "latest")
@@ -97,7 +108,6 @@ def test_a_pull_waits_for_the_rsync_of_one_that_was_killed(laptop: Laptop, ended
     lock that rsync holds: both brought the rest, 1.75 x."""
     with link(ended.port) as way, link(ended.port) as other:
         process = pulling(laptop, way, laptop.know_by(ended, way.port), SIZE // 4)
-        way.set_down(True)
         left = rsyncs_of(process.pid)
         process.kill()
         process.communicate()

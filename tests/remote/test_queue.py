@@ -76,11 +76,11 @@ def test_waiting_for_a_turn(
         == 0
     )
     config = str(write_config(laptop.project))
-    following = laptop.start(
-        config, "--wait", "--remote", host.target, "--run-id", "second", start_new_session=True
-    )
-    wait_for(lambda: state_on(host, "second").startswith("queued"), "the second in the queue")
-    wait_for(lambda: read_jsonl(mirror(laptop, "second").events), "its first event here")
+    words = [config, "--wait", "--remote", host.target, "--run-id", "second"]
+    with (said := tmp_path / "said").open("w") as stream:
+        following = laptop.start(*words, start_new_session=True, stdout=stream)
+    turn = "queued place=1 waits_for=run first since"
+    wait_for(lambda: turn in said.read_text() or following.poll() is not None, "its place, told")
     other = make_laptop(tmp_path / "other", laptop.project, laptop.tmux_dir)
     for name in ("", ".pub"):
         shutil.copy(f"{shared}/key{name}", f"{other.key}{name}")
@@ -95,9 +95,9 @@ def test_waiting_for_a_turn(
         lambda: state_on(host, "third").startswith("queued: place 2 of 2"), "the third behind it"
     )
     os.killpg(following.pid, signal.SIGINT)
-    out, err = following.communicate(timeout=WAIT_S)
-    assert following.returncode == 130, err
-    assert "queued place=1 waits_for=run first since" in out
+    _, err = following.communicate(timeout=WAIT_S)
+    out = said.read_text()
+    assert following.returncode == 130 and turn in out, out + err
     assert f"detached. second stays queued on {host.target}: place 1 of" in out, out
     assert laptop.json("status", "second")["state"] == "queued"
     assert other.json("stop", "third")["state"] == "stopped"

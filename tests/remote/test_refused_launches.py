@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from rollouts.remote.host import host_probe
 from rollouts.run_dir import RunDir
 from rollouts.worker import claims
 from tests.ports import free_port
-from tests.remote.hosts import Laptop, write_config
+from tests.remote.hosts import WAIT_S, Laptop, wait_for, write_config
 from tests.remote.test_gone_runs import launch_plan
 from tests.worker.stands import process, stage
 
@@ -55,18 +56,23 @@ def test_a_launch_that_comes_second(laptop: Laptop, other: str) -> None:
     exit 2, and no verb of its name then acts on the first one's. Red with the launcher's answer ignored: it followed
     the first one's run, and said done."""
     config = str(write_config(laptop.project, engine__sglang_port=(port := free_port())))
-    deploying = laptop.start(config, "--run-id", "mine")
-    deadline = time.monotonic() + 60
-    while (
-        not (laptop.rollouts_home / "registry" / "mine.json").exists()
-        and time.monotonic() < deadline
-    ):
-        time.sleep(0.005)
+    entry, go = laptop.rollouts_home / "registry/mine.json", laptop.home / "go"
+    tools = laptop.home / "tools"  # an rsync that waits, once the run is registered
+    tools.mkdir()
+    (tools / "rsync").write_text(
+        f"#!/bin/sh\nwhile [ -e {entry} ] && [ ! -e {go} ]; do sleep 0.05; done\n"
+        f'exec {shutil.which("rsync")} "$@"\n'
+    )
+    (tools / "rsync").chmod(0o755)
+    path = f"{tools}:{os.environ['PATH']}"
+    deploying = laptop.start(config, "--run-id", "mine", env={"PATH": path})
+    wait_for(lambda: entry.exists() or deploying.poll() is not None, "its registration")
     with live(laptop.rollouts_home, other, port) as theirs:
-        out, error = deploying.communicate(timeout=120)
+        go.touch()
+        out, error = deploying.communicate(timeout=WAIT_S)
         assert deploying.returncode == 2, out + error
         assert "mine was not started" in error and error.endswith("Nothing was started.\n")
-        done = laptop.deploy("stop" if other == "mine" else "attach", "mine", timeout_s=60)
+        done = laptop.deploy("stop" if other == "mine" else "attach", "mine")
         expected = (
             "another deploy had the name first" if other == "mine" else "mine was not started"
         )

@@ -8,7 +8,7 @@ import pytest
 from rollouts.remote.errors import DeployError
 from rollouts.remote.host.facts import gather_facts
 from rollouts.remote.host.rsync import run_rsync
-from tests.remote.hosts import Host, Laptop, write_config
+from tests.remote.hosts import WAIT_S, Host, Laptop, write_config
 from tests.remote.test_ssh_config import here, transport_to
 
 __all__ = ["here"]
@@ -37,7 +37,9 @@ def test_a_shell_that_speaks(kind: str, here: Laptop, make_host: MakeHost) -> No
     with transport_to(host.target) as transport:
         facts = gather_facts(transport, check_way=True)
         with pytest.raises(DeployError, match="its shell prints something before every command"):
-            run_rsync(transport, ["--dry-run", __file__, transport.rsync_path("./")], timeout_s=30)
+            run_rsync(
+                transport, ["--dry-run", __file__, transport.rsync_path("./")], timeout_s=WAIT_S
+            )
     assert facts.home == str(host.home) and facts.python
     (problem,) = facts.way_problems
     size = {"title": "10 bytes", "binary": "65536 bytes or more"}.get(kind, "17 bytes")
@@ -63,7 +65,7 @@ def test_start_up_files_that_do_no_harm(text: str, here: Laptop, make_host: Make
     host = make_host(start_up={".bashrc": text, "json.py": "raise SystemExit('shadowed')\n"})
     with transport_to(host.target) as transport:
         facts = gather_facts(transport, check_way=True)
-        done = transport.run(["ls", "/no such"], cwd="/", timeout_s=15)
+        done = transport.run(["ls", "/no such"], cwd="/", timeout_s=WAIT_S)
     assert facts.way_problems == () and facts.home == str(host.home) and facts.python
     assert (
         done.err.startswith("ls: cannot access")
@@ -75,9 +77,9 @@ def test_start_up_files_that_do_no_harm(text: str, here: Laptop, make_host: Make
 def test_what_a_start_up_file_leaves_running(here: Laptop, make_host: MakeHost) -> None:
     """Goal: a process that holds the outputs open holds no command up. Red with the output's end awaited in place of
     the mark."""
-    host = make_host(start_up={".bashrc": "(sleep 20; echo late) &\n"})
+    host = make_host(start_up={".bashrc": "(sleep 240; echo late) &\n"})
     with transport_to(host.target) as transport:
-        assert transport.run(["echo", "done"], timeout_s=10).out == "done\n"
+        assert transport.run(["echo", "done"], timeout_s=WAIT_S).out == "done\n"
 
 
 def test_a_shell_that_runs_nothing(here: Laptop, make_host: MakeHost) -> None:

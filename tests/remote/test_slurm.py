@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rollouts.run_dir import RunDir, read_jsonl, read_plan, read_slurm_job, read_status
-from tests.remote.hosts import Host, Laptop, wait_for, write_config
+from tests.remote.hosts import WAIT_S, Host, Laptop, wait_for, write_config
 from tests.remote.slurm_cluster import Cluster, cluster
 from tests.remote.test_whole_runs import assert_complete, mirror, quiet
 
@@ -101,7 +101,7 @@ def test_a_pending_job_shows_slurms_reason(laptop: Laptop, login: Host, slurm: C
     assert "is pending: JobHeldUser" in listed.stdout
     stopped = laptop.json("stop", "held")
     assert stopped["state"] == "stopped", stopped
-    out, err = following.communicate(timeout=100)
+    out, err = following.communicate(timeout=WAIT_S)
     assert "held: stopped, exit code 143" in out and "CANCELLED" in out, out + err
     assert slurm.jobs() == ""
 

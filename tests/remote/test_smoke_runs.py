@@ -12,7 +12,7 @@ import pytest
 from rollouts.run_dir import RunDir, SmokeCheck, read_jsonl
 from rollouts.view.display import live_lines
 from rollouts.view.fold import View, fold
-from tests.remote.hosts import Laptop, wait_for, write_config
+from tests.remote.hosts import WAIT_S, Laptop, wait_for, write_config
 from tests.remote.test_gpu_configs import plan
 from tests.remote.test_plan import CUDA, H200, HALF, SECOND, SGLANG, plan_for
 from tests.remote.test_whole_runs import quiet
@@ -172,8 +172,10 @@ def test_ctrl_c_and_stop_in_the_middle(laptop: Laptop, tmp_path: Path) -> None:
     config = str(write_config(laptop.project, env={"STAND_IN_SMOKE": str(reached), **OWN}))
     process = laptop.start(config, "--run-id", "smoke-hangs", start_new_session=True)
     wait_for(reached.exists, "the smoke test")
+    mirror = RunDir(laptop.project / "runs" / "example" / "smoke-hangs")
+    wait_for(lambda: read_jsonl(mirror.events), "its first event here")
     os.killpg(process.pid, signal.SIGINT)
-    assert process.communicate(timeout=60) and process.returncode == 130
+    assert process.communicate(timeout=WAIT_S) and process.returncode == 130
     assert processes_of("smoke-hangs")
     assert laptop.json("status", "smoke-hangs")["stage"] == "bootstrap"
     assert laptop.json("stop", "smoke-hangs")["state"] == "stopped"

@@ -17,7 +17,15 @@ from rollouts.remote.host.ssh import SSHTransport
 from rollouts.remote.host.ssh_shared import is_open
 from rollouts.remote.host.transport import Target, parse_target
 from tests.ports import free_port
-from tests.remote.hosts import Host, Laptop, keygen, tool_directory, write_config
+from tests.remote.hosts import (
+    WAIT_S,
+    Host,
+    Laptop,
+    keygen,
+    tool_directory,
+    wait_for,
+    write_config,
+)
 
 MakeHost = Callable[..., Host]
 
@@ -246,7 +254,7 @@ def test_much_on_both_outputs_and_stdin(
     with transport_to(make_host(), laptop, monkeypatch) as transport:
         size = 8_000_000
         script = f"cat; head -c {size} /dev/zero >&2; head -c {size} /dev/zero; exit 3"
-        done = transport.run(["sh", "-c", script], stdin=b"x" * size, timeout_s=60)
+        done = transport.run(["sh", "-c", script], stdin=b"x" * size, timeout_s=WAIT_S)
     assert done.returncode == 3 and len(done.stdout) == 2 * size and len(done.stderr) == 65536
 
 
@@ -257,7 +265,7 @@ def test_words_arrive_as_they_are(
     words = ["a b", "$HOME", "'", '"', "*", "\\", "a\nb", "ü", "", "-x", "!", "`id`"]
     with transport_to(make_host(), laptop, monkeypatch) as transport:
         for cwd in (None, "/"):
-            done = transport.run(["printf", "%s\\0", *words], cwd=cwd, timeout_s=30)
+            done = transport.run(["printf", "%s\\0", *words], cwd=cwd, timeout_s=WAIT_S)
             assert done.out.split("\0")[:-1] == words
 
 
@@ -276,11 +284,11 @@ def test_one_connection_for_all_commands(
     """Goal: commands share a connection; one that died while idle is made anew. Red with a connection a command."""
     host = make_host()
     with transport_to(host, laptop, monkeypatch) as transport:
-        first = transport.run(["sh", "-c", "echo $SSH_CONNECTION"], timeout_s=30).out
-        assert transport.run(["sh", "-c", "echo $SSH_CONNECTION"], timeout_s=30).out == first
+        first = transport.run(["sh", "-c", "echo $SSH_CONNECTION"], timeout_s=WAIT_S).out
+        assert transport.run(["sh", "-c", "echo $SSH_CONNECTION"], timeout_s=WAIT_S).out == first
         host.stop()
         host.start()
-        assert transport.run(["echo", "again"], timeout_s=30).out == "again\n"
+        assert transport.run(["echo", "again"], timeout_s=WAIT_S).out == "again\n"
 
 
 def test_a_stream_whose_connection_dies(
@@ -292,7 +300,7 @@ def test_a_stream_whose_connection_dies(
         stream = transport.stream(
             ["sh", "-c", "read line; echo got $line; sleep 100"], first_line=b"one\n"
         )
-        lines = stream.lines(idle_timeout_s=30)
+        lines = stream.lines(idle_timeout_s=WAIT_S)
         assert next(lines) == b"got one\n"
         threading.Thread(target=host.stop).start()
         with pytest.raises(TransportError) as caught:
@@ -306,13 +314,10 @@ def test_a_silent_stream(
 ) -> None:
     """Goal: silence beyond the limit is a lost connection (a laptop that slept). Red with no idle limit."""
     with transport_to(make_host(), laptop, monkeypatch) as transport:
-        stream = transport.stream(
-            ["sh", "-c", "echo one; sleep 3; echo two; sleep 100"], first_line=b""
-        )
-        lines = stream.lines(idle_timeout_s=0.5)
-        assert next(lines) == b"one\n"
+        stream = transport.stream(["sh", "-c", "echo one; exec sleep 600"], first_line=b"")
+        assert next(stream.lines(idle_timeout_s=WAIT_S)) == b"one\n"
         with pytest.raises(TransportError, match="no sign of life"):
-            next(lines)
+            next(stream.lines(idle_timeout_s=0.5))
         stream.close()
 
 
@@ -338,7 +343,7 @@ def test_rsync_uses_the_same_files(
         laptop.known_hosts.write_text("")
         transport.close()
         with pytest.raises(TransportError, match="cut off"):
-            run_rsync(transport, [str(source), transport.rsync_path(there)], timeout_s=30)
+            run_rsync(transport, [str(source), transport.rsync_path(there)], timeout_s=WAIT_S)
     assert shlex.split(transport.rsync_options()[1])[0] == "ssh"
 
 
@@ -359,14 +364,19 @@ def test_rsyncs_share_one_login(
 
         def send() -> int:
             arguments = [str(source), transport.rsync_path(str(tmp_path / "there"))]
-            return run_rsync(transport, arguments, timeout_s=30).returncode
+            return run_rsync(transport, arguments, timeout_s=WAIT_S).returncode
+
+        def socket_there() -> str:
+            words = shlex.split(transport.rsync_options()[1])
+            (path,) = (word for word in words if word.startswith("ControlPath="))
+            return path.removeprefix("ControlPath=")
 
         assert (send(), send(), logins()) == (0, 0, 1)
         host.stop()
+        wait_for(lambda: not is_open(socket_there()), "the end of the shared connection")
         host.start()
         assert (send(), logins()) == (0, 2)
         transport.close()
         assert (send(), logins()) == (0, 3)
-        words = shlex.split(transport.rsync_options()[1])
-    (path,) = (word for word in words if word.startswith("ControlPath="))
-    assert not is_open(path.removeprefix("ControlPath="))
+        last = socket_there()
+    assert not is_open(last)

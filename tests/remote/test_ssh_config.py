@@ -15,7 +15,7 @@ from rollouts.remote.host.ssh import SSHTransport
 from rollouts.remote.host.ssh_config import NOT_FOLLOWED, read_hops
 from rollouts.remote.host.transport import parse_target
 from tests.ports import free_port
-from tests.remote.hosts import ROOT, Host, Laptop, keygen, public
+from tests.remote.hosts import ROOT, WAIT_S, Host, Laptop, keygen, public, wait_for
 
 MakeHost = Callable[..., Host]
 
@@ -39,10 +39,10 @@ def transport_to(name: str, *, accept_new: bool = False) -> Iterator[SSHTranspor
 def reach(name: str, tmp_path: Path, *, accept_new: bool = False) -> str:
     """Run a command, and send a file by rsync; what the command said."""
     with transport_to(name, accept_new=accept_new) as transport:
-        said = transport.run(["sh", "-c", "echo $SSH_CONNECTION"], timeout_s=30).out
+        said = transport.run(["sh", "-c", "echo $SSH_CONNECTION"], timeout_s=WAIT_S).out
         sent = tmp_path / "sent"
         done = run_rsync(
-            transport, [str(Path(__file__)), transport.rsync_path(str(sent))], timeout_s=60
+            transport, [str(Path(__file__)), transport.rsync_path(str(sent))], timeout_s=WAIT_S
         )
         assert done.returncode == 0, done.err
         assert sent.read_bytes() == Path(__file__).read_bytes()
@@ -57,9 +57,15 @@ def agent(socket: Path, *keys: Path) -> Iterator[None]:
         ["ssh-agent", "-D", "-a", str(socket)], stdout=subprocess.DEVNULL
     ) as process:
         try:
-            while not socket.exists():
-                assert process.poll() is None
             environment = {**os.environ, "SSH_AUTH_SOCK": str(socket)}
+
+            def answers() -> bool:
+                assert process.poll() is None
+                asked = ["ssh-add", "-l"]  # 2: there is no agent; 1: it has no key
+                done = subprocess.run(asked, env=environment, capture_output=True, check=False)
+                return done.returncode != 2
+
+            wait_for(answers, "the agent")
             for key in keys:
                 subprocess.run(
                     ["ssh-add", "-q", str(key)], env=environment, check=True, capture_output=True
@@ -316,7 +322,7 @@ def test_a_configuration_that_ssh_refuses(here: Laptop) -> None:
     """Goal: ssh's own words, with the user's file and line. Red with the copy's name shown in place of the file's."""
     here.ssh_config("Host gpu-7\n  Frobnicate yes\n")
     with pytest.raises(TransportError) as caught, transport_to("gpu-7") as transport:
-        transport.run(["true"], timeout_s=30)
+        transport.run(["true"], timeout_s=WAIT_S)
     assert f"{here.home}/.ssh/config" in caught.value.text() and "line 2" in caught.value.text()
 
 

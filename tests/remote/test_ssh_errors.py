@@ -13,7 +13,7 @@ from rollouts.remote.host.ssh_config import read_hops
 from rollouts.remote.host.ssh_errors import explain
 from rollouts.remote.host.ssh_words import explain_words
 from rollouts.remote.host.transport import Target, parse_target
-from tests.remote.hosts import Host, Laptop, keygen, public
+from tests.remote.hosts import WAIT_S, Host, Laptop, keygen, public
 from tests.remote.test_ssh_config import here, transport_to
 
 __all__ = ["here"]
@@ -22,7 +22,7 @@ MakeHost = Callable[..., Host]
 
 def error_of(name: str) -> TransportError:
     with pytest.raises(TransportError) as caught, transport_to(name) as transport:
-        transport.run(["true"], timeout_s=30)
+        transport.run(["true"], timeout_s=WAIT_S)
     return caught.value
 
 
@@ -142,7 +142,7 @@ def test_two_keys_that_are_both_wanted(here: Laptop, make_host: MakeHost, tmp_pa
     with (host.directory / "authorized_keys").open("a") as keys:
         keys.write(public(second) + "\n")
     with transport_to(host.target) as transport:
-        assert transport.run(["echo", "in"], timeout_s=30).out == "in\n"
+        assert transport.run(["echo", "in"], timeout_s=WAIT_S).out == "in\n"
 
 
 def test_a_key_that_others_can_read(here: Laptop, make_host: MakeHost) -> None:

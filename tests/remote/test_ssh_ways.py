@@ -17,7 +17,14 @@ from rollouts.remote.host.open import open_transport
 from rollouts.remote.host.rsync import run_rsync
 from tests.remote import stand_in_security_key
 from tests.remote.hosts import WAIT_S, Host, Laptop, keygen, public
-from tests.remote.test_openssh import Guarded, answering, guarded, needs_pam, runtime
+from tests.remote.test_openssh import (
+    Guarded,
+    answering,
+    connections_ended,
+    guarded,
+    needs_pam,
+    runtime,
+)
 from tests.remote.test_ssh_config import agent, here, reach
 
 __all__ = ["guarded", "here", "runtime"]
@@ -87,9 +94,11 @@ def test_new_keys_behind_a_jump_host_that_asks(
     kept = before + "".join(lines)
     assert here.known_hosts.read_text() == kept
     guarded.host.stop()  # the connection ends
+    connections_ended()
     guarded.host.start()
     assert "the ssh command logs in" in log_in("far", tmp_path)
     guarded.host.stop()
+    connections_ended()
     guarded.host.start()
     new_key(far)
     with pytest.raises(TransportError, match="THE HOST'S KEY HAS CHANGED"):
@@ -159,6 +168,7 @@ def test_an_authority_on_both_sides(
     assert f"{client} logs in" in said
     authority.vouch(far, "elsewhere.example.com")
     jump.stop()
+    connections_ended()
     jump.start()
     with pytest.raises(TransportError, match=refused):
         log_in("far", tmp_path, accept_new=True)

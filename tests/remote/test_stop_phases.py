@@ -4,8 +4,9 @@ done is in a checkpoint."""
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from rollouts.manifest import manifest_problems
 from rollouts.run_dir import RunDir, read_jsonl
 from tests.remote.hosts import Host, Laptop, wait_for, write_config
+from tests.remote.link import link
 from tests.remote.test_whole_runs import quiet
 
 
@@ -39,8 +41,16 @@ REACHED: dict[str, Callable[[RunDir], Any]] = {
 }
 
 
+@pytest.fixture
+def silent_index() -> Iterator[dict[str, str]]:
+    """An index of packages that never answers: variables for pip, which waits for it."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/simple"
+        yield {"PIP_INDEX_URL": url, "PIP_DEFAULT_TIMEOUT": "600"}
+
+
 @pytest.mark.parametrize("phase", REACHED)
-def test_stop(phase: str, laptop: Laptop, tmp_path: Path) -> None:
+def test_stop(phase: str, laptop: Laptop, tmp_path: Path, silent_index: dict[str, str]) -> None:
     """Goal: whatever the run does, one stop ends all of it, and says what it has. While steps are trained it leaves a
     whole checkpoint of the last one, and the next stage does not begin."""
     run_id = f"stop-{secrets.token_hex(4)}"
@@ -58,6 +68,9 @@ def test_stop(phase: str, laptop: Laptop, tmp_path: Path) -> None:
         env = {"STAND_IN_HOLD": "evaluation"}
     if phase == "building":
         (laptop.rollouts_home / "envs").unlink()
+        needs = laptop.project / "pyproject.toml"
+        needs.write_text(needs.read_text().replace("train = []", "train = ['never-comes']"))
+        env |= silent_index
     config = str(write_config(laptop.project, env=env))
     assert laptop.deploy(config, "--run-id", run_id, "--detach").returncode == 0
     run = RunDir(laptop.rollouts_home / "runs" / run_id)
@@ -95,20 +108,22 @@ def test_stop_while_the_code_is_sent(laptop: Laptop, make_host: Callable[..., Ho
     """Goal: a run that is stopped before its launch, by this laptop or another, is not launched; attach does it all the
     same."""
     host, run_id = make_host(), f"stop-{secrets.token_hex(4)}"
+    (laptop.project / "big.bin").write_bytes(secrets.token_bytes(4_000_000))
     config = str(write_config(laptop.project, output__mode="sft"))
-    deploying = laptop.start(config, "--remote", host.target, "--run-id", run_id)
-    wait_for(
-        lambda: (host.run_path(run_id) / "code").exists() or deploying.poll() is not None,
-        "the upload",
-    )
-    deploying.send_signal(signal.SIGSTOP)
-    assert laptop.json("stop", run_id)["state"] == "not launched"
-    deploying.send_signal(signal.SIGCONT)
-    _, err = deploying.communicate(timeout=250)
-    assert (
-        deploying.returncode == 2
-        and f"`deploy stop {run_id}` came before" in err
-        and "Nothing was started." in err
-    )
-    assert laptop.deploy("attach", run_id, stdout=subprocess.DEVNULL).returncode == 0
-    quiet(run_id)
+    with link(host.port) as way:
+        way.down_at = 2_000_000  # in the middle of the upload
+        target = laptop.know_by(host, way.port)
+        deploying = laptop.start(config, "--remote", target, "--run-id", run_id)
+        wait_for(lambda: way.is_down or deploying.poll() is not None, "the upload")
+        deploying.send_signal(signal.SIGSTOP)
+        way.set_down(False)
+        assert laptop.json("stop", run_id)["state"] == "not launched"
+        deploying.send_signal(signal.SIGCONT)
+        _, err = deploying.communicate(timeout=250)
+        assert (
+            deploying.returncode == 2
+            and f"`deploy stop {run_id}` came before" in err
+            and "Nothing was started." in err
+        )
+        assert laptop.deploy("attach", run_id, stdout=subprocess.DEVNULL).returncode == 0
+        quiet(run_id)

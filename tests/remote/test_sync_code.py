@@ -17,7 +17,7 @@ from rollouts.remote.package import CLONE_FILES
 from rollouts.remote.repository import find_repository, read_code
 from rollouts.remote.run.sync_code import CodePlace, sync_code
 from tests.example_config import example_config, replace_at
-from tests.remote.hosts import Host, Laptop, git, write_config
+from tests.remote.hosts import WAIT_S, Host, Laptop, git, write_config
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def send(repository: Path, home: Path, run_id: str) -> Path:
         CodePlace(home=str(home), run_path=str(run_path), project=repository.name),
         root=repository,
         files=tuple(list_files(repository)),
-        timeout_s=60,
+        timeout_s=WAIT_S,
     )
     return run_path / "code" / "tree"
 

@@ -265,6 +265,12 @@ def test_an_unreadable_file_is_named(sender: Sender, tmp_path: Path) -> None:
         code.record()
 
 
+# ended once it has sent a part of a file of 8 MB
+CUT = """exec 3<&0; "$REAL" --bwlimit=2000 "$@" <&3 & pid=$!
+until [ -n "$(find "$dest" -type f -size +500k)" ] || ! kill -0 $pid; do sleep 0.05; done
+kill -TERM $pid; wait $pid"""
+
+
 def test_an_interrupted_upload_goes_on(
     sender: Sender, rsync_as: Callable[[str], None], tmp_path: Path
 ) -> None:
@@ -273,7 +279,7 @@ def test_an_interrupted_upload_goes_on(
     repository = make_repository(tmp_path / "p", {"a.txt": "small", "later-removed.txt": "x"})
     (repository / "big.bin").write_bytes(os.urandom(8_000_000))
     (sender.home / "runs/r/code/.tree-0badf00d").mkdir(parents=True)
-    rsync_as('exec timeout -s TERM 2 "$REAL" --bwlimit=2000 "$@"')
+    rsync_as(CUT)
     with pytest.raises(DeployError):
         sender.send(repository, "r")
     build = sender.build("r")

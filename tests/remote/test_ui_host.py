@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 
 from rollouts.run_dir import RunDir, Status, append_jsonl, hold_lock, write_json_atomic
-from tests.remote.hosts import Host, Laptop, wait_for
+from tests.remote.hosts import WAIT_S, Host, Laptop, wait_for
 from tests.view.runs import START, rl_row, rollout_row, write_run
 
 
@@ -69,7 +69,7 @@ def test_a_hosts_run_is_followed_and_left_alone(
         )
         assert client.get("/runs/none").status_code == 404
     process.send_signal(signal.SIGINT)
-    out, error = process.communicate(timeout=60)
+    out, error = process.communicate(timeout=WAIT_S)
     assert (process.returncode, out, error) == (0, "", "")
     assert {
         name: text

@@ -11,16 +11,16 @@ import pytest
 from rollouts.run_dir import RunDir
 from tests.remote.hosts import Host, Laptop, wait_for, write_config
 from tests.remote.link import Link, link
-from tests.remote.test_pull_resumes import is_waited_for, rsyncs_of
+from tests.remote.test_pull_resumes import is_waited_for, kill_at_once, rsyncs_of, signalled
 from tests.remote.test_whole_runs import quiet
 
-# ssh loses up to 2 MB that are under way at each cut: of 60 MB, five cuts stay below the fifth that is allowed
-SIZE = 60_000_000
+# ssh loses up to 2 MB that are under way at each cut: of 45 MB, three cuts stay below the fifth that is allowed
+SIZE = 45_000_000
 
 
 @pytest.fixture
 def way(laptop: Laptop, make_host: Callable[..., Host]) -> Iterator[tuple[Host, Link]]:
-    """A host, and the link to it; the laptop's project has a file of 60 MB."""
+    """A host, and the link to it; the laptop's project has a file of 45 MB."""
     (laptop.project / "big.bin").write_bytes(os.urandom(SIZE))
     host = make_host()
     with link(host.port) as made:
@@ -48,12 +48,6 @@ def check_came(laptop: Laptop, host: Host, came: int) -> None:
     quiet("up")
 
 
-def signalled(pids: list[int], number: int) -> None:
-    assert pids
-    for pid in pids:
-        os.kill(pid, number)
-
-
 @pytest.mark.parametrize("fault", ["link", "rsync here", "rsync there"])
 def test_an_upload_goes_on_by_itself(fault: str, laptop: Laptop, way: tuple[Host, Link]) -> None:
     """Goal: the link cut three times, or kill -9 of either rsync: deploy makes the connection again, and each byte goes
@@ -70,9 +64,7 @@ def test_an_upload_goes_on_by_itself(fault: str, laptop: Laptop, way: tuple[Host
     else:
         side = process if fault == "rsync here" else host.process
         assert side is not None
-        rsyncs = rsyncs_of(side.pid)
-        signalled(rsyncs, signal.SIGSTOP)  # all at one moment: none sees another's end
-        signalled(rsyncs, signal.SIGKILL)
+        kill_at_once(rsyncs_of(side.pid))
         made.set_down(False)
     out, err = process.communicate(timeout=250)
     assert process.returncode == 0 and "reconnect: " in out + err, out + err
