@@ -25,6 +25,7 @@ MEASURED = re.compile(r"time|.*_s|mfu|peak_memory_gib")
 CHANGES: dict[str, Any] = {
     # many more steps than come before a kill: a test that is late still finds the stage
     "sft.num_iterations": 60,
+    "sft.batch_size": 64,
     "sft.log_every": 1,
     "sft.eval_every": 30,
     "sft.checkpoint_every": 5,
