@@ -20,6 +20,7 @@ from rollouts.remote.run.connection import RetryPolicy, RunConnection
 from rollouts.remote.run.follow import follow
 from rollouts.remote.run.mirror import Mirror
 from rollouts.remote.run.open_run import open_run
+from rollouts.remote.run.other_hosts import on_host
 from rollouts.remote.run.registry import RunEntry
 from rollouts.remote.ui_runs import Compared
 from rollouts.run_dir import home_dir, valid_run_id
@@ -89,19 +90,22 @@ class HostRuns(Compared):
             self._transport.close()
 
 
-class _EndedError(Exception):
+class _EndedError(DeployError):
     """Raised into the following when the server ends."""
+
+    def __init__(self) -> None:
+        super().__init__("the page's server ends.")
 
 
 class _Followed:
-    """One run that a thread follows into its mirror."""
+    """One run that a thread follows into its mirror, from each of its hosts that is known here."""
 
     def __init__(self, run_id: str, target: str) -> None:
         self._run_id, self._target = run_id, target
         self._directory: Path | None = None
         self._first = threading.Event()
         self._ends = threading.Event()
-        self._connection: RunConnection | None = None
+        self._transports: list[Transport] = []
         self.error = ""
         self._thread = threading.Thread(target=self._work, name=f"follow {run_id}", daemon=True)
         self._thread.start()
@@ -128,8 +132,8 @@ class _Followed:
                 needs_files=True,
             ) as run:
                 entry = _mirrored(run.entry)
-                self._connection = RunConnection(entry, run.python, run.transport)
-                self._follow(self._connection)
+                self._transports.append(run.transport)
+                self._follow(RunConnection(entry, run.python, run.transport))
         except _EndedError:
             pass
         except (DeployError, OSError) as error:
@@ -143,10 +147,14 @@ class _Followed:
         mirror = Mirror(connection.entry.mirror)
         if not connection.entry.mirror.config.exists():
             copy_descriptions(connection.entry, connection.transport)
+        for rank in range(1, len(connection.entry.others) + 1):
+            name = f"follow {self._run_id} on host {rank}"
+            threading.Thread(
+                target=self._follow_beside, args=[connection, rank], name=name, daemon=True
+            ).start()
 
         def arrived(message: dict[str, Any]) -> None:
-            if self._ends.is_set():
-                raise _EndedError
+            self._heed_end()
             if message.keys() & {
                 "alive",
                 "ended",
@@ -155,9 +163,28 @@ class _Followed:
                 self._directory = connection.entry.mirror.path
                 self._first.set()
 
-        policy = RetryPolicy(total_s=FIRST_S * 60, sleep=self._pause)
-        follow(connection, mirror, lambda file: None, silent, policy, on_message=arrived)
+        follow(connection, mirror, lambda file: None, silent, self._policy(), on_message=arrived)
         self._directory = connection.entry.mirror.path
+
+    def _follow_beside(self, first: RunConnection, rank: int) -> None:
+        """Follow what another host of the run has, its usage above all. What fails there leaves the page without it."""
+        # KeyError, TypeError: a record of another version
+        with (
+            contextlib.suppress(DeployError, OSError, KeyError, TypeError),
+            contextlib.ExitStack() as stack,
+        ):
+            there = on_host(first, str(rank), stack)
+            self._transports.append(there.transport)
+            mirror = Mirror(there.entry.mirror)
+            heed = self._heed_end
+            follow(there, mirror, lambda file: None, silent, self._policy(), on_message=heed)
+
+    def _policy(self) -> RetryPolicy:
+        return RetryPolicy(total_s=FIRST_S * 60, sleep=self._pause)
+
+    def _heed_end(self, message: object = None) -> None:
+        if self._ends.is_set():
+            raise _EndedError
 
     def _pause(self, seconds: float) -> None:
         if self._ends.wait(seconds):
@@ -165,9 +192,9 @@ class _Followed:
 
     def end(self) -> None:
         self._ends.set()
-        if self._connection is not None:
+        for transport in self._transports:
             with contextlib.suppress(DeployError, OSError):
-                self._connection.transport.close()
+                transport.close()
         self._thread.join(END_S)
 
 

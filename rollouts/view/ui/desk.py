@@ -45,6 +45,12 @@ def signature(path: Path, names: tuple[str, ...] = WATCHED) -> tuple[tuple[int, 
     return tuple(found)
 
 
+def _usage_files(path: Path) -> list[str]:
+    """Return the names of what tells how busy the run's hosts are."""
+    others = sorted(path.glob("hosts/[0-9]*/gpu.jsonl"))
+    return ["gpu.jsonl", *(other.relative_to(path).as_posix() for other in others)]
+
+
 @dataclass
 class IndexedSamples:
     """The samples of one run as far as they are indexed, and how far that is."""
@@ -91,7 +97,7 @@ class Desk:
         """Return what a run's files say now; it reads them where they have changed. Raises PageError."""
         path = self.source.directory(run_id)
         with self._lock:
-            seen = signature(path)
+            seen = signature(path, (*WATCHED, *_usage_files(path)))
             kept = self._runs.get(path)
             if kept is None or kept[0] != seen:
                 growing = kept[2] if kept else GrowingRows()
