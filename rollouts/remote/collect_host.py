@@ -69,7 +69,8 @@ def collect(remote: str | None, *, older_than: str, yes: bool, confirm: Confirm 
                 )
             # the copies as they are now: the answer may have taken its time
             done = _ask(transport, facts, question | {"have": _have(facts), "remove": free})
-        text = f"removed {len(done['removed'])} of {len(free)}: {size_text(done['bytes'])} on {transport.target}"
+        size, where = size_text(done["bytes"]), _named(transport.target)
+        text = f"removed {len(done['removed'])} of {len(free)}: {size} on {where}"
         notes = tuple(f"note: {problem}" for problem in done["problems"])
         return Answer(
             {"target": transport.target, **done}, f"{listed}\n{text}".strip(), remarks=notes
@@ -110,7 +111,7 @@ def _text(answer: dict[str, Any], target: str, home: str, older_than: str) -> st
     """Return what may go, what stays and why, and the sum."""
     free = [item for item in answer["items"] if not item["keep"]]
     kept = [item for item in answer["items"] if item["keep"]]
-    where = "this machine" if target == LOCAL_TARGET else target
+    where = _named(target)
     lines = [_table(free, home)] if free else []
     lines.append(
         f"{size_text(answer['bytes'])} on {where} may go: {len(free)} not used for {older_than}, or left over"
@@ -126,6 +127,10 @@ def _text(answer: dict[str, Any], target: str, home: str, older_than: str) -> st
         for (kind, why), sizes in sorted(reasons.items())
     ]
     return "\n".join(lines)
+
+
+def _named(target: str) -> str:
+    return "this machine" if target == LOCAL_TARGET else target
 
 
 def _counted(count: int, kind: str) -> str:

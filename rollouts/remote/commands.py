@@ -364,7 +364,8 @@ def pull_run(
     found["left"] = list(pulled.left)
     return Answer(
         {"run_id": entry.run_id, **found},
-        f"{entry.run_id} ({state}) is in {entry.local_dir}, with {len(checkpoints)} checkpoints",
+        f"{entry.run_id} ({state}) is in {entry.local_dir}, with {len(checkpoints)} checkpoint"
+        + ("" if len(checkpoints) == 1 else "s"),
         remarks=bills_on(entry.run_id) if state in FINAL_STATES else (),
     )
 

@@ -103,7 +103,7 @@ def _rendered_there(
     environment = trainer_environment(config, facts, code)
     if os.path.basename(environment.path) not in facts.environments:
         raise DeployError(
-            f"{transport.target} has no environment for this config's trainer yet, which reads rows as they are read.",
+            f"{transport.target} lacks the environment of this config's trainer, in which the rows are read.",
             needed=environment.path,
             fix="deploy this config there once, which builds it; or leave out --remote",
         )

@@ -11,10 +11,11 @@ GREEN, PLAIN = "\x1b[32m", "\x1b[39m"
 
 def mixtures_text(mixtures: Sequence[Mapping[str, Any]], *, colour: bool) -> str:
     """Return each mixture's counts, lengths and first rows, trained tokens in green, or in [brackets]."""
-    parts = [line for mixture in mixtures for line in _mixture(mixture, colour=colour)]
-    return "\n".join(
-        [*parts, "", f"trained tokens are {f'{GREEN}green{PLAIN}' if colour else 'in [brackets]'}"]
-    )
+    lines = [line for mixture in mixtures for line in _mixture(mixture, colour=colour)]
+    if any(mixture["rows"] for mixture in mixtures):
+        marks = f"{GREEN}green{PLAIN}" if colour else "in [brackets]"
+        lines += ["", f"trained tokens are {marks}"]
+    return "\n".join(lines)
 
 
 def _mixture(mixture: Mapping[str, Any], *, colour: bool) -> list[str]:

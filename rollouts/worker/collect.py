@@ -132,7 +132,7 @@ class Home:
         name = f"checkpoints/{path.parent.name}/{path.name}"
         digest = checkpoint_digest(path)
         is_copied = digest != "" and self._have.get(run_id, {}).get(name) == digest
-        keep = "" if is_copied else "the only copy: `deploy pull` first"
+        keep = "" if is_copied else "the only copy: `deploy pull RUN` first"
         if is_copied and all(
             found.st_nlink > 1 for found in entries_below(path) if stat.S_ISREG(found.st_mode)
         ):

@@ -45,7 +45,8 @@ def test_over_ssh(laptop: Laptop, make_host: Callable[..., Host]) -> None:
 
 
 def test_a_terminal_is_asked_and_copies_may_go(home: Path) -> None:
-    """Goal: what was answered counts; a checkpoint goes once its copy here is whole. Red with `have` left empty."""
+    """Goal: what was answered counts; a checkpoint goes once its copy here is whole. Red with `have` left empty, and
+    with "on local" for the machine that the list calls this one."""
     entry, run = make_run(home, "old")
     run.lock.touch()
     source, copy = run.checkpoints / "rl/step_000000", entry.mirror.checkpoints / "rl/step_000000"
@@ -56,7 +57,8 @@ def test_a_terminal_is_asked_and_copies_may_go(home: Path) -> None:
         None, **{**LIST, "confirm": lambda text: "checkpoint" not in text}
     )  # type: ignore[arg-type]
     assert refused.text == "nothing was removed" and source.exists()
-    collect_host.collect(None, **{**LIST, "confirm": lambda text: "checkpoint" in text})  # type: ignore[arg-type]
+    done = collect_host.collect(None, **{**LIST, "confirm": lambda text: "checkpoint" in text})  # type: ignore[arg-type]
+    assert done.text.startswith("removed 2 of 2: ") and done.text.endswith(" on this machine")
     assert not source.exists() and (copy / "model.safetensors").exists()
 
 

@@ -99,7 +99,7 @@ def test_spans_and_histogram() -> None:
 
 def test_the_text() -> None:
     """Goal: trained text stands in brackets, or is green; bars follow the counts; what the data has of a terminal's
-    signs is spelled out in both."""
+    signs is spelled out in both. Without rows nothing is said of marks. Red with them explained all the same."""
     spans = [{"text": "ask ", "trained": False}, {"text": "answer\n\x1b[31mred", "trained": True}]
     mixture = {
         "mixture": "sft_mixture",
@@ -112,6 +112,7 @@ def test_the_text() -> None:
     green = mixtures_text([mixture], colour=True).splitlines()
     assert "    ask \x1b[32manswer\x1b[39m" in green and "    \x1b[32m\\x1b[31mred\x1b[39m" in green
     assert lines[1].count("#") == 2 * lines[2].count("#") == 40
+    assert mixtures_text([{**mixture, "rows": []}], colour=False).splitlines() == lines[:3]
 
 
 def test_what_is_missing_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
