@@ -7,7 +7,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, expect
+from playwright.sync_api import Browser, Route, expect
 
 from rollouts.remote.run import registry
 from rollouts.remote.run.registry import RunEntry
@@ -99,12 +99,16 @@ def test_a_click_outlives_a_redraw(ui: Ui, run: RunDir, browser: Browser) -> Non
     drawn anew in between: the click was lost."""
     with hold_lock(run) or pytest.fail("held"), opened(browser, ui) as page:
         page.get_by_role("link", name="a", exact=True).hover()
-        with page.expect_response("**/api/runs"):
-            pass  # the next one is asked for two seconds later
+        asked: list[Route] = []
+        # the page waits for the first answer
+        page.route("**/api/runs", lambda route: route.continue_() if asked else asked.append(route))
+        while not asked:
+            page.wait_for_timeout(50)
+        status = json.loads(run.status.read_text())
+        write_json_atomic(run.status, status | {"message": "step 4"})
         page.mouse.down()
         with page.expect_response("**/api/runs"):
-            status = json.loads(run.status.read_text())
-            write_json_atomic(run.status, status | {"message": "step 4"})
+            asked[0].continue_()
         page.evaluate("new Promise((done) => setTimeout(done, 300))")  # it is drawn, where it is
         page.mouse.up()
         expect(page).to_have_url(re.compile("/runs/a$"))
