@@ -148,7 +148,7 @@ def test_the_whole_life_at_lambda(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Goal: scripts/cloud_check goes through a machine's life and ends it, also where SSH has one port and one user for
-    all. The other providers' is run by test_rented_runs."""
+    all. RunPod's is in test_rented_runs."""
     in_this_process(renter, monkeypatch)
     monkeypatch.setattr(sys, "argv", ["cloud_check", "lambda", "--max-price", "3"])
     with machines_on_a_network(clouds["lambda"], shared, tmp_path):
