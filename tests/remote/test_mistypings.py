@@ -131,7 +131,7 @@ CASES = {
     "an option with one dash": line("run.py -plan", "no option -plan", "Did you mean --plan"),
     "an option without dashes": line("run.py plan", "'plan' after run.py", "Did you mean --plan"),
     "two configs": line("run.py other.py", "one config at a time: run.py, then other.py"),
-    "a number": line("run.py --skip x", "Usage: deploy CONFIG", "'--skip'", "integer"),
+    "a number": line("run.py --skip x", "Usage: deploy CONFIG", "'--skip'", "is not a valid int"),
     "skip without a sweep": line("run.py --skip 1", "--skip 1 without a sweep", "--set with several values"),
     "yes without a sweep": line("run.py --yes", "--yes without a sweep", "leave out --yes"),
     "a run's name": line("run.py --run-id my/run", "'my/run' cannot name a run", "letters, digits"),
